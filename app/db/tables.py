@@ -1,0 +1,230 @@
+"""ORM classes. The schema itself changes only by migrations; these mirror it."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    DateTime,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Sequence,
+    String,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+Json = dict[str, Any]  # Any: open-ended JSON documents
+
+naming = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+Timestamp = DateTime(timezone=True)
+
+
+class Table(DeclarativeBase):
+    metadata = MetaData(naming_convention=naming)
+
+
+lease_tokens = Sequence("lease_tokens", metadata=Table.metadata)
+
+
+class ApiKey(Table):
+    """A key shown once; only an HMAC of its secret is kept."""
+
+    __tablename__ = "api_keys"
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    project_id: Mapped[str] = mapped_column(String(64), index=True)
+    secret_hmac: Mapped[bytes] = mapped_column(LargeBinary)
+    scopes: Mapped[list[str]] = mapped_column(ARRAY(String))
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    revoked_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+
+class File(Table):
+    __tablename__ = "files"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(String(64))
+    filename: Mapped[str] = mapped_column(String(255))
+    purpose: Mapped[str] = mapped_column(String(32))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    store_key: Mapped[str] = mapped_column(String(255))
+    format: Mapped[str | None] = mapped_column(String(32))
+    num_rows: Mapped[int | None] = mapped_column(BigInteger)
+    max_row_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    __table_args__ = (Index("ix_files_page", "project_id", "created_at", "id"),)
+
+
+class Model(Table):
+    """A registered version: imported or distilled. project_id null means every project sees it."""
+
+    __tablename__ = "models"
+    id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    project_id: Mapped[str | None] = mapped_column(String(64), index=True)
+    origin: Mapped[str] = mapped_column(String(16))
+    store_key: Mapped[str] = mapped_column(String(255))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    facts: Mapped[Json] = mapped_column(JSONB)
+    source_job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    teacher_id: Mapped[str | None] = mapped_column(String(200))
+    base_id: Mapped[str | None] = mapped_column(String(200))
+    evaluation: Mapped[Json | None] = mapped_column(JSONB)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    __table_args__ = (CheckConstraint("origin IN ('imported', 'distilled')", name="origin"),)
+
+
+class Alias(Table):
+    """`name@alias` points at a version and can be moved."""
+
+    __tablename__ = "aliases"
+    project_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    model_id: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
+    updated_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+
+
+class Job(Table):
+    """A job of kind `distillation` or `import`. Every write of a running attempt is fenced by lease_token."""
+
+    __tablename__ = "jobs"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str | None] = mapped_column(String(64))
+    kind: Mapped[str] = mapped_column(String(16))
+    status: Mapped[str] = mapped_column(String(16), server_default="queued")
+    spec: Mapped[Json] = mapped_column(JSONB)
+    request: Mapped[Json] = mapped_column(JSONB, server_default=text("'{}'"))
+    job_metadata: Mapped[Json] = mapped_column("metadata", JSONB, server_default=text("'{}'"))
+    model_id: Mapped[str] = mapped_column(String(200))
+    training_file_id: Mapped[str | None] = mapped_column(String(64))
+    validation_file_id: Mapped[str | None] = mapped_column(String(64))
+    request_sha256: Mapped[str | None] = mapped_column(String(64))
+    created_by_key_id: Mapped[str | None] = mapped_column(String(32))
+
+    run_after: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    attempt: Mapped[int] = mapped_column(Integer, server_default="0")
+    num_losses: Mapped[int] = mapped_column(Integer, server_default="0")
+    lease_token: Mapped[int | None] = mapped_column(BigInteger)
+    lease_owner: Mapped[str | None] = mapped_column(String(128))
+    lease_expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    last_heartbeat_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    last_rung_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    cancel_requested_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    pause_requested_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+    stage: Mapped[str | None] = mapped_column(String(48))
+    stages: Mapped[list[Json]] = mapped_column(JSONB, server_default=text("'[]'"))
+    progress: Mapped[Json] = mapped_column(JSONB, server_default=text("'{}'"))
+    latest_metrics: Mapped[Json] = mapped_column(JSONB, server_default=text("'{}'"))
+    result: Mapped[Json | None] = mapped_column(JSONB)
+    result_model_id: Mapped[str | None] = mapped_column(String(200))
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    error: Mapped[Json | None] = mapped_column(JSONB)
+
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    started_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    finished_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    __table_args__ = (
+        CheckConstraint(
+            "(status = 'running') = (lease_token IS NOT NULL) "
+            "AND (lease_token IS NULL) = (lease_expires_at IS NULL)",
+            name="lease_iff_running",
+        ),
+        CheckConstraint(
+            "(status IN ('succeeded', 'failed', 'cancelled')) = (finished_at IS NOT NULL)",
+            name="finished_iff_terminal",
+        ),
+        CheckConstraint("(status = 'failed') = (error IS NOT NULL)", name="error_iff_failed"),
+        Index("ix_jobs_page", "project_id", "created_at", "id"),
+        Index("ix_jobs_due", "run_after", "id", postgresql_where=text("status = 'queued'")),
+        Index("ix_jobs_waiting", "run_after", postgresql_where=text("status = 'retry_wait'")),
+        Index("ix_jobs_leases", "lease_expires_at", postgresql_where=text("status = 'running'")),
+    )
+
+
+class Attempt(Table):
+    """One run of a job by one worker."""
+
+    __tablename__ = "job_attempts"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(Integer, primary_key=True)
+    lease_token: Mapped[int] = mapped_column(BigInteger, unique=True)
+    worker_id: Mapped[str] = mapped_column(String(128))
+    started_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    ended_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    outcome: Mapped[str | None] = mapped_column(String(32))
+    resumed_from: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class Event(Table):
+    """Append-only history of a job; `seq` orders it."""
+
+    __tablename__ = "job_events"
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    level: Mapped[str] = mapped_column(String(8))
+    type: Mapped[str] = mapped_column(String(24))
+    message: Mapped[str] = mapped_column(String(4000))
+    data: Mapped[Json] = mapped_column(JSONB, server_default=text("'{}'"))
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    __table_args__ = (Index("ix_job_events_page", "job_id", "seq"),)
+
+
+class Metric(Table):
+    """One value of one series; a resumed run writes the same steps again with the same values."""
+
+    __tablename__ = "job_metrics"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    step: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    value: Mapped[float] = mapped_column(Float)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+
+
+class Checkpoint(Table):
+    """A committed checkpoint: this row is the commit."""
+
+    __tablename__ = "checkpoints"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    lease_token: Mapped[int] = mapped_column(BigInteger)
+    step: Mapped[int] = mapped_column(BigInteger)
+    store_key: Mapped[str] = mapped_column(String(255))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    manifest_sha256: Mapped[str] = mapped_column(String(64))
+    metrics: Mapped[Json] = mapped_column(JSONB, server_default=text("'{}'"))
+    is_best: Mapped[bool] = mapped_column(Boolean, server_default=text("false"))
+    status: Mapped[str] = mapped_column(String(16), server_default="committed")
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    __table_args__ = (
+        UniqueConstraint("job_id", "lease_token", "step"),
+        CheckConstraint("status IN ('committed', 'corrupt', 'deleting')", name="status"),
+    )
+
+
+class IdempotencyKey(Table):
+    __tablename__ = "idempotency_keys"
+    project_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    route: Mapped[str] = mapped_column(String(128), primary_key=True)
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    response: Mapped[Json | None] = mapped_column(JSONB)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    expires_at: Mapped[datetime] = mapped_column(Timestamp)

@@ -1,0 +1,35 @@
+"""How the trainer asks for text; `worker/run.py` implements it over the serving engine."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Generation(BaseModel):
+    """Tokens one prompt was continued with; `is_finished` when the end token was reached (and is included)."""
+
+    model_config = ConfigDict(frozen=True)
+    tokens: tuple[int, ...]
+    is_finished: bool
+
+
+class Sampler(Protocol):
+    """Continues prompts with one model, many at a time."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Generation]:
+        """One generation a prompt, in the prompts' order.
+
+        Prompt i samples with seed + i, so that a result does not depend on its neighbours.
+        `on_progress(num_done, num_tokens)` is called as prompts finish.
+        """
+        ...

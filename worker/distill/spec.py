@@ -1,0 +1,25 @@
+"""What `python -m worker.run SPEC.json --out DIR` reads: the distillation block and where its inputs lie."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from app.contracts import Distillation
+
+
+class RunSpec(BaseModel):
+    """One run. Folders are local: a supervisor (or a person) has laid them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    distillation: Distillation
+    teacher_dir: Path
+    start_dir: Path
+    training_path: Path
+    validation_path: Path | None = None
+    cache_dir: Path
+    cache_bytes: int = 20 * 2**30
+    resume_dir: Path | None = None
+    seed: int = 0
+    num_threads: int = 0
+    keep_checkpoints: int = 2
