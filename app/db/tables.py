@@ -81,6 +81,7 @@ class Model(Table):
     origin: Mapped[str] = mapped_column(String(16))
     store_key: Mapped[str] = mapped_column(String(255))
     bytes: Mapped[int] = mapped_column(BigInteger)
+    manifest_sha256: Mapped[str] = mapped_column(String(64))
     facts: Mapped[Json] = mapped_column(JSONB)
     source_job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), unique=True)
     teacher_id: Mapped[str | None] = mapped_column(String(200))
@@ -141,6 +142,10 @@ class Job(Table):
     started_at: Mapped[datetime | None] = mapped_column(Timestamp)
     finished_at: Mapped[datetime | None] = mapped_column(Timestamp)
     __table_args__ = (
+        CheckConstraint(
+            "status IN ('queued', 'running', 'retry_wait', 'paused', 'succeeded', 'failed', 'cancelled')",
+            name="status",
+        ),
         CheckConstraint(
             "(status = 'running') = (lease_token IS NOT NULL) "
             "AND (lease_token IS NULL) = (lease_expires_at IS NULL)",

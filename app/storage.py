@@ -1,0 +1,341 @@
+"""The artifact store: uploads, checkpoints, models. A folder, or any fsspec URL such as s3://bucket/prefix.
+
+What is written becomes visible whole or not at all. A folder carries `_manifest.json` with the size and SHA-256
+of each file; the manifest's own SHA-256 is what rows and contracts keep, so no change goes unnoticed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, Final, TypedDict
+
+import fsspec
+
+from app.contracts import ArtifactRef
+from app.settings import get_settings
+
+MANIFEST: Final = "_manifest.json"
+INCOMING: Final = ".incoming"  # half-written things of a local store; no key can reach it
+CHUNK_BYTES: Final = 4 * 2**20
+KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@:+=-]*(/[A-Za-z0-9_][A-Za-z0-9._@:+=-]*)*")
+
+
+class StorageError(Exception):
+    """The store cannot do it; the message says what and where."""
+
+
+class CorruptArtifact(StorageError):
+    """What lies in the store is not what was put there."""
+
+
+class AlreadyStored(StorageError):
+    """Something else lies under the key; nothing stored is ever overwritten by a folder."""
+
+
+class Entry(TypedDict):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Store:
+    """Files and folders under keys such as `files/file-abc` and `checkpoints/job/7/step-100`."""
+
+    def __init__(self, root: str) -> None:
+        # Any: fsspec is untyped
+        self._fs: Any
+        self._fs, self._root = fsspec.core.url_to_fs(root)
+        self.is_local = isinstance(self._fs, fsspec.get_filesystem_class("file"))
+        if self.is_local:
+            (Path(self._root) / INCOMING).mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def writer(self, key: str) -> Iterator[IO[bytes]]:
+        """A binary file that appears under the key when the block ends, and never if it raises."""
+        path = self._path(key)
+        if not self.is_local:
+            with self._fs.open(path, "wb", autocommit=False) as file:
+                try:
+                    yield file
+                except BaseException:
+                    file.discard()
+                    raise
+            file.commit()
+            return
+        incoming = self._incoming()
+        try:
+            with incoming.open("xb") as local:
+                yield local
+                local.flush()
+                os.fsync(local.fileno())
+            _publish(incoming, Path(path))
+        except BaseException:
+            incoming.unlink(missing_ok=True)
+            raise
+
+    def open(self, key: str) -> IO[bytes]:
+        """The file's bytes. Raises FileNotFoundError."""
+        file: IO[bytes] = self._fs.open(self._path(key), "rb")
+        return file
+
+    def put_file(self, local: Path, key: str) -> ArtifactRef:
+        digest, size = hashlib.sha256(), 0
+        with local.open("rb") as source, self.writer(key) as target:
+            while chunk := source.read(CHUNK_BYTES):
+                digest.update(chunk)
+                size += target.write(chunk)
+        return ArtifactRef(key=key, bytes=size, sha256=digest.hexdigest())
+
+    def put_folder(self, local: Path, key: str, *, link: bool = False) -> ArtifactRef:
+        """Stores every file below `local`; the same content again is fine, other content is refused.
+
+        link: the files will never change in place, so a local store may share their bytes.
+        Raises AlreadyStored, and StorageError for anything but plain files.
+        """
+        target = self._path(key)
+        if not self.is_local:
+            return self._upload_folder(local, key)
+        incoming = self._incoming()
+        try:
+            incoming.mkdir()
+            entries = [_take_in(local, path, incoming, link=link) for path in _plain_files(local)]
+            manifest = _manifest_bytes(entries)
+            _write_synced(incoming / MANIFEST, manifest)
+            for folder, _, _ in os.walk(incoming):
+                _sync_folder(Path(folder))
+            ref = _folder_ref(key, entries, manifest)
+            if not Path(target).exists():
+                _publish(incoming, Path(target))
+            elif self._manifest(key) != manifest:
+                raise AlreadyStored(f"the store holds another {key}; use a new key")
+            return ref
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+
+    def fetch_folder(self, ref: ArtifactRef, cache_dir: Path) -> Path:
+        """A local folder with the artifact: the store's own, or a verified copy kept in `cache_dir`.
+
+        Never change what it returns. Raises FileNotFoundError and CorruptArtifact.
+        """
+        manifest = self._checked_manifest(ref)
+        if self.is_local:
+            return Path(self._path(ref.key))
+        target = cache_dir / hashlib.sha256(manifest).hexdigest()
+        if target.exists():
+            return target
+        fetching = cache_dir / f"{target.name}.{uuid.uuid4().hex}"
+        try:
+            for entry in _entries(manifest):
+                self._download(f"{ref.key}/{entry['path']}", fetching / entry["path"], entry["sha256"])
+            _write_synced(fetching / MANIFEST, manifest)
+            if not target.exists():
+                fetching.rename(target)
+        finally:
+            shutil.rmtree(fetching, ignore_errors=True)
+        return target
+
+    def fetch_file(self, ref: ArtifactRef, cache_dir: Path) -> Path:
+        """A local file with the artifact: the store's own, or a verified copy kept in `cache_dir`."""
+        path = self._path(ref.key)
+        if self.is_local:
+            if not Path(path).is_file():
+                raise FileNotFoundError(ref.key)
+            return Path(path)
+        target = cache_dir / (ref.sha256 or hashlib.sha256(ref.key.encode()).hexdigest())
+        if not (target.exists() and ref.sha256):
+            self._download(ref.key, target, ref.sha256)
+        return target
+
+    def verify_folder(self, key: str, sha256: str | None = None) -> bool:
+        """Reads everything: whether each file is there and as it was put. `sha256` is the manifest's."""
+        try:
+            manifest = self._checked_manifest(ArtifactRef(key=key, bytes=0, sha256=sha256))
+            entries = _entries(manifest)
+            return all(
+                self._sha256(f"{self._path(key)}/{e['path']}") == (e["sha256"], e["bytes"]) for e in entries
+            )
+        except (FileNotFoundError, CorruptArtifact):
+            return False
+
+    def delete(self, key: str) -> None:
+        """Removes a file or a folder; nothing there is fine."""
+        path = self._path(key)
+        if self.is_local:
+            doomed = self._incoming()
+            try:
+                os.rename(path, doomed)  # gone at once, even if we die while deleting
+            except FileNotFoundError:
+                return
+            shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
+        elif self._fs.exists(path):
+            self._fs.rm(path, recursive=True)
+
+    def exists(self, key: str) -> bool:
+        return bool(self._fs.exists(self._path(key)))
+
+    def children(self, key: str) -> list[str]:
+        """Names directly below a key; empty if there is nothing."""
+        try:
+            found: list[str] = self._fs.ls(self._path(key), detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+
+    def age_seconds(self, key: str) -> float:
+        """Time since the file was last written. Raises FileNotFoundError."""
+        return time.time() - float(self._fs.modified(self._path(key)).timestamp())
+
+    def sweep_incoming(self, older_than_seconds: float) -> int:
+        """Removes half-written things that a killed process left in a local store; says how many."""
+        num_removed = 0
+        folder = Path(self._root) / INCOMING
+        for path in folder.iterdir() if self.is_local else ():
+            if time.time() - path.lstat().st_mtime > older_than_seconds:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                num_removed += 1
+        return num_removed
+
+    def free_bytes(self) -> int | None:
+        """Disk left to the store; None if the store has no end."""
+        return shutil.disk_usage(self._root).free if self.is_local else None
+
+    def _path(self, key: str) -> str:
+        if not KEY.fullmatch(key) or len(key) > 255:
+            raise StorageError(f"{key!r} is not a store key")
+        return f"{self._root}/{key}"
+
+    def _incoming(self) -> Path:
+        return Path(self._root) / INCOMING / uuid.uuid4().hex
+
+    def _manifest(self, key: str) -> bytes:
+        with self._fs.open(f"{self._path(key)}/{MANIFEST}", "rb") as file:
+            content: bytes = file.read()
+            return content
+
+    def _checked_manifest(self, ref: ArtifactRef) -> bytes:
+        manifest = self._manifest(ref.key)
+        if ref.sha256 is not None and hashlib.sha256(manifest).hexdigest() != ref.sha256:
+            raise CorruptArtifact(f"the manifest of {ref.key} has changed since it was stored")
+        return manifest
+
+    def _sha256(self, path: str) -> tuple[str, int]:
+        digest, size = hashlib.sha256(), 0
+        with self._fs.open(path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                size += len(chunk)
+        return digest.hexdigest(), size
+
+    def _upload_folder(self, local: Path, key: str) -> ArtifactRef:
+        entries: list[Entry] = []
+        for path in _plain_files(local):
+            name = path.relative_to(local).as_posix()
+            digest, size = _hash_file(path)
+            entries.append({"path": name, "bytes": size, "sha256": digest})
+        manifest = _manifest_bytes(entries)
+        if self._fs.exists(f"{self._path(key)}/{MANIFEST}"):
+            if self._manifest(key) != manifest:
+                raise AlreadyStored(f"the store holds another {key}; use a new key")
+            return _folder_ref(key, entries, manifest)
+        for entry in entries:
+            self._fs.put_file(str(local / entry["path"]), f"{self._path(key)}/{entry['path']}")
+        self._fs.pipe_file(f"{self._path(key)}/{MANIFEST}", manifest)
+        return _folder_ref(key, entries, manifest)
+
+    def _download(self, key: str, target: Path, sha256: str | None) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fetching = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+        try:
+            self._fs.get_file(f"{self._root}/{key}", str(fetching))
+            if sha256 is not None and _hash_file(fetching)[0] != sha256:
+                raise CorruptArtifact(f"{key} is not what was stored")
+            fetching.rename(target)
+        finally:
+            fetching.unlink(missing_ok=True)
+
+
+@lru_cache
+def store() -> Store:
+    """The store that the settings name."""
+    return Store(get_settings().store_root())
+
+
+def _plain_files(folder: Path) -> list[Path]:
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise StorageError(f"{path.relative_to(folder)} is not a plain file")
+        if path.is_file() and path != folder / MANIFEST:
+            found.append(path)
+    if not found:
+        raise StorageError(f"{folder} holds no files")
+    return found
+
+
+def _take_in(source: Path, path: Path, incoming: Path, *, link: bool) -> Entry:
+    """Copies (or links) one file into the incoming folder, on disk for good."""
+    name = path.relative_to(source)
+    target = incoming / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not link:
+            raise OSError
+        os.link(path, target)
+    except OSError:  # another filesystem, or one without hard links
+        shutil.copyfile(path, target)
+    digest, size = _hash_file(target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+    return {"path": name.as_posix(), "bytes": size, "sha256": digest}
+
+
+def _hash_file(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest, file.tell()
+
+
+def _manifest_bytes(entries: list[Entry]) -> bytes:
+    return json.dumps({"files": sorted(entries, key=lambda entry: entry["path"])}, indent=1).encode()
+
+
+def _entries(manifest: bytes) -> list[Entry]:
+    try:
+        entries: list[Entry] = json.loads(manifest)["files"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptArtifact("a manifest in the store cannot be read") from error
+    return entries
+
+
+def _folder_ref(key: str, entries: list[Entry], manifest: bytes) -> ArtifactRef:
+    total = sum(entry["bytes"] for entry in entries)
+    return ArtifactRef(key=key, bytes=total, sha256=hashlib.sha256(manifest).hexdigest())
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(source, target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
