@@ -1,0 +1,65 @@
+"""Uploaded files. An expired file is already gone for everybody but the jobs that use it."""
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, delete, func, or_, select
+from sqlalchemy.orm import Session
+
+from app.contracts import TERMINAL
+from app.db.paging import Order, keyset_page
+from app.db.tables import File, Job
+
+
+def insert_file(session: Session, **columns: Any) -> File:  # Any: the columns of File, by name
+    row = File(**columns)
+    session.add(row)
+    session.flush()
+    return row
+
+
+def find_file(session: Session, project_id: str, file_id: str, *, lock: bool = False) -> File | None:
+    """The project's file; `lock` keeps it from being deleted until the transaction ends."""
+    query = select(File).where(File.id == file_id, File.project_id == project_id, _is_alive())
+    if lock:
+        query = query.with_for_update(read=True)
+    return session.scalars(query).one_or_none()
+
+
+def page_files(
+    session: Session,
+    project_id: str,
+    *,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: int = 20,
+    order: Order = "desc",
+) -> tuple[list[File], bool]:
+    """A page of the project's files and whether more follow. Raises UnknownCursor."""
+    query = select(File).where(File.project_id == project_id, _is_alive())
+    if purpose is not None:
+        query = query.where(File.purpose == purpose)
+    return keyset_page(session, query, File, after=after, limit=limit, order=order)
+
+
+def count_files(session: Session, project_id: str) -> int:
+    return session.scalar(select(func.count()).select_from(File).where(File.project_id == project_id)) or 0
+
+
+def delete_file(session: Session, project_id: str, file_id: str) -> bool:
+    """Forgets the row; the bytes are the caller's to delete afterwards."""
+    gone = delete(File).where(File.id == file_id, File.project_id == project_id)
+    return session.scalar(gone.returning(File.id)) is not None
+
+
+def active_jobs_of_file(session: Session, project_id: str, file_id: str) -> list[str]:
+    """Ids of the jobs that have not ended and read this file."""
+    query = select(Job.id).where(
+        Job.project_id == project_id,
+        or_(Job.training_file_id == file_id, Job.validation_file_id == file_id),
+        Job.status.not_in(TERMINAL),
+    )
+    return list(session.scalars(query.order_by(Job.id)))
+
+
+def _is_alive() -> ColumnElement[bool]:
+    return or_(File.expires_at.is_(None), File.expires_at > func.now())

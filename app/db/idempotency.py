@@ -1,0 +1,73 @@
+"""Idempotency keys: the first request with a key does the work, every later one gets its answer.
+
+Claim, work and answer belong in one transaction; then a crash leaves nothing and a rival waits for the outcome.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+from psycopg.errors import LockNotAvailable
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+from app.db.tables import IdempotencyKey, Json
+
+LIFETIME: Final = timedelta(hours=24)
+
+
+@dataclass(frozen=True)
+class Claimed:
+    """What an earlier request with the same key asked, and was answered; None: it is still being answered."""
+
+    request_sha256: str
+    response: Json | None
+
+
+def find_key(session: Session, project_id: str, route: str, key: str) -> Claimed | None:
+    row = session.get(IdempotencyKey, (project_id, key, route))
+    is_alive = row is not None and row.expires_at > session.scalars(select(func.now())).one()
+    return Claimed(row.request_sha256, row.response) if row is not None and is_alive else None
+
+
+def claim_key(session: Session, project_id: str, route: str, key: str, request_sha256: str) -> Claimed | None:
+    """None if the key is now this transaction's; else what the request that had it first left.
+
+    A rival that holds the key in an open transaction is waited for, as long as `lock_timeout` allows.
+    """
+    place = (
+        IdempotencyKey.project_id == project_id,
+        IdempotencyKey.key == key,
+        IdempotencyKey.route == route,
+    )
+    claim = insert(IdempotencyKey).values(
+        project_id=project_id,
+        key=key,
+        route=route,
+        request_sha256=request_sha256,
+        expires_at=func.now() + LIFETIME,
+    )
+    taken = claim.on_conflict_do_nothing().returning(IdempotencyKey.key)
+    try:
+        with session.begin_nested():
+            session.execute(delete(IdempotencyKey).where(*place, IdempotencyKey.expires_at <= func.now()))
+            if session.scalar(taken) is not None:
+                return None
+    except OperationalError as error:
+        if not isinstance(error.orig, LockNotAvailable):
+            raise
+        return Claimed(request_sha256, None)
+    row = session.scalars(select(IdempotencyKey).where(*place)).one_or_none()
+    return Claimed(row.request_sha256, row.response) if row else Claimed(request_sha256, None)
+
+
+def store_response(session: Session, project_id: str, route: str, key: str, response: Json) -> None:
+    """Keeps the answer for whoever asks again."""
+    place = (
+        IdempotencyKey.project_id == project_id,
+        IdempotencyKey.key == key,
+        IdempotencyKey.route == route,
+    )
+    session.execute(update(IdempotencyKey).where(*place).values(response=response))

@@ -1,0 +1,213 @@
+"""Jobs as the control plane sees them: inserted, read, and asked to stop or go on.
+
+What a running attempt writes is in `leases`; what the reconciler does in `sweeps`.
+"""
+
+from collections.abc import Collection, Mapping
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import func, select, update
+from sqlalchemy.orm import Session
+
+from app.contracts import TERMINAL, JobStatus
+from app.db.lifecycle import add_event, lock_job, move
+from app.db.paging import Order, UnknownCursor, keyset_page
+from app.db.tables import Checkpoint, Event, Job, Metric
+
+__all__ = ["UnknownCursor", "add_event"]  # what readers of jobs need too
+
+MAX_POINTS = 100_000  # of all series together, in one answer
+
+
+def insert_job(session: Session, **columns: Any) -> Job:  # Any: the columns of Job, by name
+    """Queues a job, with the first event of its history."""
+    job = Job(**columns)
+    session.add(job)
+    session.flush()
+    session.refresh(job)
+    add_event(session, job.id, "The job is queued.", type="state", data={"status": "queued"})
+    return job
+
+
+def find_job(session: Session, project_id: str, job_id: str) -> Job | None:
+    return session.scalars(select(Job).where(Job.id == job_id, Job.project_id == project_id)).one_or_none()
+
+
+def load_job(session: Session, job_id: str) -> Job | None:
+    """The job, whoever it belongs to."""
+    return session.get(Job, job_id)
+
+
+def status_of(session: Session, job_id: str) -> str | None:
+    return session.scalar(select(Job.status).where(Job.id == job_id))
+
+
+def page_jobs(
+    session: Session,
+    project_id: str,
+    *,
+    kind: str | None = None,
+    after: str | None = None,
+    limit: int = 20,
+    order: Order = "desc",
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[list[Job], bool]:
+    """A page of the project's jobs that carry all of `metadata`, and whether more follow. Raises UnknownCursor."""
+    query = select(Job).where(Job.project_id == project_id)
+    if kind is not None:
+        query = query.where(Job.kind == kind)
+    if metadata:
+        query = query.where(Job.job_metadata.contains(dict(metadata)))
+    return keyset_page(session, query, Job, after=after, limit=limit, order=order)
+
+
+def find_recent_duplicate(
+    session: Session, project_id: str, request_sha256: str, seconds: float
+) -> Job | None:
+    """The newest job that the same request made within the last `seconds`."""
+    query = select(Job).where(
+        Job.project_id == project_id,
+        Job.request_sha256 == request_sha256,
+        Job.created_at > func.now() - timedelta(seconds=seconds),
+    )
+    return session.scalars(query.order_by(Job.created_at.desc(), Job.id.desc()).limit(1)).one_or_none()
+
+
+def count_active(session: Session, project_id: str) -> int:
+    """Jobs of the project that have not ended."""
+    query = select(func.count()).select_from(Job)
+    return session.scalar(query.where(Job.project_id == project_id, Job.status.not_in(TERMINAL))) or 0
+
+
+def count_by_status(session: Session) -> dict[str, int]:
+    """How many jobs of all projects are in each state, zeros included."""
+    counts = {status.value: 0 for status in JobStatus}
+    for status, count in session.execute(select(Job.status, func.count()).group_by(Job.status)):
+        counts[status] = count
+    return counts
+
+
+def queue_position(session: Session, job: Job) -> tuple[int, int] | None:
+    """(position, depth): position 1 is served next, depth jobs wait in all. None if the job does not wait."""
+    if job.status not in {JobStatus.queued, JobStatus.retry_wait}:
+        return None
+    waiting = (
+        select(func.count()).select_from(Job).where(Job.status.in_([JobStatus.queued, JobStatus.retry_wait]))
+    )
+    before = waiting.where(
+        (Job.run_after < job.run_after) | ((Job.run_after == job.run_after) & (Job.id < job.id))
+    )
+    return (session.scalar(before) or 0) + 1, session.scalar(waiting) or 0
+
+
+def request_cancel(session: Session, job_id: str) -> Job | None:
+    """Cancels a waiting job now and asks a running one to stop; None if the job has ended otherwise.
+
+    Asking again changes nothing.
+    """
+    job = lock_job(session, job_id)
+    if job is None or job.status in {JobStatus.succeeded, JobStatus.failed}:
+        return None
+    if job.status == JobStatus.cancelled or job.cancel_requested_at is not None:
+        return job
+    if job.status != JobStatus.running:
+        return move(
+            session,
+            job_id,
+            JobStatus.cancelled,
+            message="The job is cancelled.",
+            cancel_requested_at=func.now(),
+        )
+    add_event(session, job_id, "Cancelling: the worker stops the run.")
+    return _set(session, job_id, cancel_requested_at=func.now())
+
+
+def request_pause(session: Session, job_id: str) -> Job | None:
+    """Pauses a waiting job now and asks a running one to stop at a checkpoint; None if it may not pause."""
+    job = lock_job(session, job_id)
+    if job is None or job.status in TERMINAL or job.cancel_requested_at is not None:
+        return None
+    if job.status == JobStatus.paused or job.pause_requested_at is not None:
+        return job
+    if job.status != JobStatus.running:
+        return move(session, job_id, JobStatus.paused, message="The job is paused.")
+    add_event(session, job_id, "Pausing: the worker stops the run at a checkpoint.")
+    return _set(session, job_id, pause_requested_at=func.now())
+
+
+def resume(session: Session, job_id: str) -> Job | None:
+    """Queues a paused job, or takes back a pause that is under way; None if there is nothing to resume."""
+    job = lock_job(session, job_id)
+    if job is None:
+        return None
+    if job.status == JobStatus.running and job.pause_requested_at is not None:
+        add_event(session, job_id, "The pause is taken back.")
+        return _set(session, job_id, pause_requested_at=None)
+    return move(
+        session,
+        job_id,
+        JobStatus.queued,
+        sources={JobStatus.paused},
+        message="The job is queued again.",
+        pause_requested_at=None,
+        run_after=func.now(),
+        last_rung_at=None,
+    )
+
+
+def seq_of_event(session: Session, job_id: str, event_id: str) -> int | None:
+    return session.scalar(select(Event.seq).where(Event.id == event_id, Event.job_id == job_id))
+
+
+def page_events(
+    session: Session, job_id: str, *, after: str | None = None, limit: int = 20, order: Order = "desc"
+) -> tuple[list[Event], bool]:
+    """A page of the job's events and whether more follow; newest first by default. Raises UnknownCursor."""
+    query = select(Event).where(Event.job_id == job_id)
+    if after is not None:
+        seq = seq_of_event(session, job_id, after)
+        if seq is None:
+            raise UnknownCursor(after)
+        query = query.where(Event.seq > seq if order == "asc" else Event.seq < seq)
+    query = query.order_by(Event.seq if order == "asc" else Event.seq.desc())
+    found = list(session.scalars(query.limit(limit + 1)))
+    return found[:limit], len(found) > limit
+
+
+def events_since(session: Session, job_id: str, seq: int, *, limit: int = 200) -> list[Event]:
+    """The events behind `seq`, oldest first; 0 gives the first. None is ever added before one that was read."""
+    query = select(Event).where(Event.job_id == job_id, Event.seq > seq).order_by(Event.seq)
+    return list(session.scalars(query.limit(limit)))
+
+
+def metric_series(
+    session: Session,
+    job_id: str,
+    *,
+    names: Collection[str] | None = None,
+    from_step: int | None = None,
+    to_step: int | None = None,
+) -> list[Metric]:
+    """Values by name and step, both ends included; at most MAX_POINTS of them."""
+    query = select(Metric).where(Metric.job_id == job_id)
+    if names is not None:
+        query = query.where(Metric.name.in_(names))
+    if from_step is not None:
+        query = query.where(Metric.step >= from_step)
+    if to_step is not None:
+        query = query.where(Metric.step <= to_step)
+    return list(session.scalars(query.order_by(Metric.name, Metric.step).limit(MAX_POINTS)))
+
+
+def page_checkpoints(
+    session: Session, job_id: str, *, after: str | None = None, limit: int = 20, order: Order = "desc"
+) -> tuple[list[Checkpoint], bool]:
+    """A page of the checkpoints that can be used, and whether more follow. Raises UnknownCursor."""
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.status == "committed")
+    return keyset_page(session, query, Checkpoint, after=after, limit=limit, order=order)
+
+
+def _set(session: Session, job_id: str, **columns: Any) -> Job:  # Any: the columns of Job, by name
+    change = update(Job).where(Job.id == job_id).values(**columns).returning(Job)
+    return session.scalars(change, execution_options={"populate_existing": True}).one()

@@ -1,0 +1,99 @@
+"""Registered models, their aliases and their servable checkpoints."""
+
+from typing import Any
+
+from sqlalchemy import ColumnElement, delete, func, or_, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app.contracts import TERMINAL
+from app.db.tables import Alias, Checkpoint, Job, Model
+
+
+def insert_model(session: Session, **columns: Any) -> Model | None:  # Any: the columns of Model, by name
+    """The new row, or None if the id is taken."""
+    fresh = insert(Model).values(**columns).on_conflict_do_nothing(index_elements=[Model.id]).returning(Model)
+    return session.scalars(fresh).one_or_none()
+
+
+def find_model(session: Session, project_id: str, model_id: str) -> Model | None:
+    """The project's own model, or a shared one."""
+    return session.scalars(select(Model).where(Model.id == model_id, _sees(project_id))).one_or_none()
+
+
+def is_name_taken(session: Session, name: str) -> bool:
+    """Whether a model has this id, in any project, or a job that has not ended will register it."""
+    model = session.scalar(select(Model.id).where(Model.id == name))
+    job = session.scalar(select(Job.id).where(Job.model_id == name, Job.status.not_in(TERMINAL)).limit(1))
+    return model is not None or job is not None
+
+
+def list_models(session: Session, project_id: str) -> list[Model]:
+    query = select(Model).where(_sees(project_id)).order_by(Model.created_at.desc(), Model.id)
+    return list(session.scalars(query))
+
+
+def delete_model(session: Session, project_id: str, model_id: str) -> bool:
+    """Forgets the project's own model and its checkpoints; the bytes are the caller's to delete afterwards.
+
+    The checkpoints' bytes go with the reconciler.
+    """
+    gone = delete(Model).where(Model.id == model_id, Model.project_id == project_id)
+    job_id = session.execute(gone.returning(Model.id, Model.source_job_id)).one_or_none()
+    if job_id is None:
+        return False
+    doomed = update(Checkpoint).where(Checkpoint.job_id == job_id.source_job_id)
+    session.execute(doomed.values(status="deleting"))
+    return True
+
+
+def users_of_model(session: Session, project_id: str, model: Model) -> list[str]:
+    """What needs the model: aliases of the project, and jobs that have not ended and read it."""
+    aliases = select(Alias.id).where(Alias.project_id == project_id, Alias.model_id == model.id)
+    read = or_(
+        Job.spec["teacher"]["key"].astext == model.store_key,
+        Job.spec["start"]["key"].astext == model.store_key,
+    )
+    jobs = select(Job.id).where(Job.status.not_in(TERMINAL), read)
+    return [*session.scalars(aliases.order_by(Alias.id)), *session.scalars(jobs.order_by(Job.id))]
+
+
+def find_checkpoint(session: Session, project_id: str, model_id: str, step: int) -> Checkpoint | None:
+    """The committed checkpoint `{model_id}:ckpt-step-{step}`, whether its job has ended or not."""
+    query = (
+        select(Checkpoint)
+        .join(Job, Job.id == Checkpoint.job_id)
+        .where(Job.project_id == project_id, Job.model_id == model_id)
+        .where(Checkpoint.step == step, Checkpoint.status == "committed")
+        .order_by(Checkpoint.lease_token.desc())
+    )
+    return session.scalars(query.limit(1)).one_or_none()
+
+
+def set_alias(session: Session, project_id: str, alias_id: str, model_id: str) -> Alias:
+    """Points `name@alias` at a version, wherever it pointed before."""
+    values = {"model_id": model_id, "updated_at": func.now()}
+    moved = insert(Alias).values(project_id=project_id, id=alias_id, **values)
+    moved = moved.on_conflict_do_update(index_elements=[Alias.project_id, Alias.id], set_=values)
+    return session.scalars(moved.returning(Alias), execution_options={"populate_existing": True}).one()
+
+
+def find_alias(session: Session, project_id: str, alias_id: str) -> Alias | None:
+    return session.get(Alias, (project_id, alias_id))
+
+
+def delete_alias(session: Session, project_id: str, alias_id: str) -> bool:
+    gone = delete(Alias).where(Alias.project_id == project_id, Alias.id == alias_id)
+    return session.scalar(gone.returning(Alias.id)) is not None
+
+
+def aliases_of_models(session: Session, project_id: str) -> dict[str, list[str]]:
+    """The project's aliases by the model they point at."""
+    found: dict[str, list[str]] = {}
+    for alias in session.scalars(select(Alias).where(Alias.project_id == project_id).order_by(Alias.id)):
+        found.setdefault(alias.model_id, []).append(alias.id)
+    return found
+
+
+def _sees(project_id: str) -> ColumnElement[bool]:
+    return or_(Model.project_id == project_id, Model.project_id.is_(None))
