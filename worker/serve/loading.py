@@ -1,0 +1,62 @@
+"""Loads a plain checkpoint folder: safetensors only, no code from the folder, every weight accounted for."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.serve.errors import ModelLoadFailed
+from worker.serve.families import family_of
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to generate, its tokenizer and the bytes its weights take."""
+
+    model: nn.Module
+    tokenizer: Any  # transformers is untyped here
+    num_bytes: int
+
+
+def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
+    """float32 on a CPU (its bfloat16 products run at half the rate), the checkpoint's own type elsewhere.
+
+    Raises ModelLoadFailed for folders that carry code or lack weights, UnsupportedModel for other families.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import; only loading needs them
+
+    _refuse_code(folder)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32 if device == "cpu" else "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelLoadFailed(f"the model's files cannot be loaded: {error}") from error
+    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lacking:
+        raise ModelLoadFailed(
+            f"the checkpoint lacks {len(lacking)} weights, {lacking[0]} among them; import it anew"
+        )
+    family_of(model)
+    model.to(device).eval().requires_grad_(False)
+    num_bytes = sum(weight.nbytes for weight in model.parameters())
+    return LoadedModel(model, tokenizer, num_bytes)
+
+
+def _refuse_code(folder: Path) -> None:
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        path = folder / name
+        if path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
+            raise ModelLoadFailed(
+                f"{name} names code of its own (auto_map), which is never run; import a plain model"
+            )

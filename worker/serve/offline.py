@@ -1,0 +1,89 @@
+"""Continues a pile of token prompts with one model and no server: labelling, on-policy data, evaluation."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from worker.serve import decoder
+from worker.serve.engine import end_ids as end_ids_of
+from worker.serve.errors import BadLogits, PromptTooLong
+from worker.serve.sampling import Chooser, seeded_generator
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a prompt was continued with; is_finished when an end token was reached (it is included)."""
+
+    tokens: tuple[int, ...]
+    is_finished: bool
+
+
+def generate_all(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    seed: int = 0,
+    end_ids: frozenset[int] | None = None,
+    max_running: int = 32,
+    max_context_tokens: int | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Continuation]:
+    """One continuation a prompt, in the prompts' order; prompt i samples with seed + i.
+
+    `end_ids` defaults to what the model's own configs say. An answer is cut where the context ends.
+    `on_progress(num_done, num_tokens)` is called as prompts finish; what it raises ends the call.
+    The model may be in training: it is put back as it was. Raises PromptTooLong and BadLogits.
+    """
+    ends = end_ids_of(model) if end_ids is None else end_ids
+    was_training = model.training
+    model.eval()
+    try:
+        width = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+        runner = decoder.Decoder(
+            model, max_running=max_running, max_context_tokens=min(width, max_context_tokens or width)
+        )
+        sequences = [
+            decoder.Sequence(
+                request_id=str(index),
+                prompt=tuple(prompt),
+                max_tokens=_room_for(prompt, max_new_tokens, runner.context_tokens),
+                end_ids=ends,
+                chooser=Chooser(temperature, top_k, top_p, generator=seeded_generator(seed + index)),
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+        for sequence in sorted(sequences, key=lambda s: -len(s.prompt)):  # equal lengths share a prefill
+            runner.add(sequence)
+        _run(runner, on_progress)
+    finally:
+        model.train(was_training)
+    return [Continuation(tuple(s.tokens), s.finish_reason == "stop") for s in sequences]
+
+
+def _run(runner: decoder.Decoder, on_progress: Callable[[int, int], None] | None) -> None:
+    num_done = num_tokens = 0
+    while runner.has_work():
+        picks = runner.step()
+        if any(pick.token is None for _, pick in picks):
+            raise BadLogits("the model computed values that are not numbers while generating")
+        num_finished = sum(sequence.finish_reason is not None for sequence, _ in picks)
+        num_tokens += len(picks)
+        num_done += num_finished
+        if on_progress is not None and num_finished:
+            on_progress(num_done, num_tokens)
+
+
+def _room_for(prompt: Sequence[int], max_new_tokens: int, context_tokens: int) -> int:
+    if not prompt:
+        raise PromptTooLong("an empty prompt cannot be continued; begin it with a start token")
+    room = min(max_new_tokens, context_tokens - len(prompt))
+    if room < 1:
+        raise PromptTooLong(
+            f"a prompt of {len(prompt)} tokens leaves no room in a context of {context_tokens}; shorten it"
+        )
+    return room
