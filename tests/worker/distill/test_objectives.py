@@ -1,0 +1,144 @@
+"""Every divergence against the plain formula under autograd, and against finite differences."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.contracts import DivergenceName, Objective, Phase
+from worker.distill.objectives import TokenObjective
+
+N, V = 7, 23
+DIVERGENCES: tuple[DivergenceName, ...] = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl")
+OBJECTIVES = [
+    TokenObjective(name, alpha=0.3, beta=0.7, temperature=temperature, ce_weight=ce_weight)
+    for name in DIVERGENCES
+    for temperature in (1.0, 2.5)
+    for ce_weight in (0.0, 0.4)
+]
+
+
+def plain_divergence(p: Tensor, q: Tensor, objective: TokenObjective) -> Tensor:
+    """The textbook formula on probabilities."""
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(dim=-1)
+
+    alpha, beta = objective.alpha, objective.beta
+    match objective.divergence:
+        case "forward_kl":
+            return kl(p, q)
+        case "reverse_kl":
+            return kl(q, p)
+        case "jsd":
+            m = beta * p + (1 - beta) * q
+            return beta * kl(p, m) + (1 - beta) * kl(q, m)
+        case "skew_forward_kl":
+            return kl(p, alpha * p + (1 - alpha) * q)
+
+
+def plain_loss(student: Tensor, teacher: Tensor, targets: Tensor, objective: TokenObjective) -> Tensor:
+    t, w = objective.temperature, objective.ce_weight
+    divergence = plain_divergence((teacher / t).softmax(-1), (student / t).softmax(-1), objective)
+    ce = torch.nn.functional.cross_entropy(student, targets, reduction="none")
+    return (1 - w) * t**2 * divergence + w * ce
+
+
+def random_logits(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    student = 2 * torch.randn(N, V, generator=generator, dtype=torch.float64)
+    teacher = 2 * torch.randn(N, V, generator=generator, dtype=torch.float64)
+    return student.to(dtype), teacher.to(dtype), torch.randint(V, (N,), generator=generator)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)])
+def test_loss_and_gradient_are_those_of_plain_autograd(
+    objective: TokenObjective, dtype: torch.dtype, tolerance: float
+) -> None:
+    student, teacher, targets = random_logits(dtype)
+    leaf = student.clone().requires_grad_()
+    expected = plain_loss(leaf, teacher, targets, objective)
+    expected.sum().backward()
+
+    terms = objective.loss_and_gradient(student, teacher, targets)
+
+    torch.testing.assert_close(terms.loss_N, expected.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(terms.gradient_NV, leaf.grad, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_gradient_is_that_of_finite_differences(objective: TokenObjective) -> None:
+    student, teacher, targets = random_logits(torch.float64)
+    step = 1e-5
+    numeric = torch.empty_like(student)
+    for v in range(V):
+        nudge = torch.zeros(V, dtype=torch.float64)
+        nudge[v] = step
+        above = objective.loss_and_gradient(student + nudge, teacher, targets).loss_N
+        below = objective.loss_and_gradient(student - nudge, teacher, targets).loss_N
+        numeric[:, v] = (above - below) / (2 * step)
+
+    gradient = objective.loss_and_gradient(student, teacher, targets).gradient_NV
+
+    torch.testing.assert_close(gradient, numeric, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_inputs_are_left_as_they_were(objective: TokenObjective) -> None:
+    student, teacher, targets = random_logits(torch.float32)
+    before = student.clone(), teacher.clone()
+    objective.loss_and_gradient(student, teacher, targets)
+    assert torch.equal(student, before[0])
+    assert torch.equal(teacher, before[1])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_a_student_equal_to_the_teacher_has_no_divergence_and_no_gradient(objective: TokenObjective) -> None:
+    student, _, targets = random_logits(torch.float64)
+    pure = TokenObjective(objective.divergence, objective.alpha, objective.beta, objective.temperature)
+    terms = pure.loss_and_gradient(student, student, targets)
+    torch.testing.assert_close(terms.loss_N, torch.zeros(N, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(terms.gradient_NV, torch.zeros_like(student), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_float32_stays_finite_where_probabilities_underflow(objective: TokenObjective) -> None:
+    peaked = torch.zeros(2, V)
+    peaked[:, 0] = 500.0
+    other = torch.zeros(2, V)
+    other[:, 1] = 500.0
+    terms = objective.loss_and_gradient(peaked, other, torch.tensor([0, 1]))
+    assert terms.loss_N.isfinite().all()
+    assert terms.gradient_NV.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "bound"), [("skew_forward_kl", math.log(1 / 0.1)), ("jsd", math.log(2))])
+def test_mixture_divergences_are_bounded_far_from_the_teacher(name: DivergenceName, bound: float) -> None:
+    student, teacher, targets = random_logits(torch.float64)
+    loss_N = TokenObjective(name, alpha=0.1).loss_and_gradient(80 * student, 80 * teacher, targets).loss_N
+    assert loss_N.max() <= bound + 1e-12
+    assert loss_N.max() > 0.9 * bound
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_kl_and_ce_are_reported_at_temperature_1_whatever_the_loss(objective: TokenObjective) -> None:
+    student, teacher, targets = random_logits(torch.float64)
+    terms = objective.loss_and_gradient(student, teacher, targets)
+    kl_N = plain_divergence(teacher.softmax(-1), student.softmax(-1), TokenObjective("forward_kl"))
+    ce_N = torch.nn.functional.cross_entropy(student, targets, reduction="none")
+    torch.testing.assert_close(terms.kl_N, kl_N)
+    torch.testing.assert_close(terms.ce_N, ce_N)
+
+
+def test_second_phase_changes_the_divergence_and_keeps_temperature_and_ce_weight() -> None:
+    objective = Objective(
+        temperature=2.0, ce_weight=0.25, then=Phase(divergence="skew_forward_kl", alpha=0.2, beta=0.6)
+    )
+    assert TokenObjective.from_objective(objective) == TokenObjective(
+        "forward_kl", alpha=0.1, beta=0.5, temperature=2.0, ce_weight=0.25
+    )
+    assert TokenObjective.from_objective(objective, objective.then) == TokenObjective(
+        "skew_forward_kl", alpha=0.2, beta=0.6, temperature=2.0, ce_weight=0.25
+    )

@@ -1,0 +1,297 @@
+"""Cached teacher rows equal live ones bit for bit, whoever computed them and in whatever batch."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from worker.distill.cache import cache_bytes
+from worker.distill.fused import fused_distillation_loss, row_statistics
+from worker.distill.heads import Head, TeacherRows, head_of
+from worker.distill.objectives import TokenObjective
+from worker.distill.teachers import CachedTeacher, Keeps, LiveTeacher, cached_teacher
+
+Row = tuple[list[int], list[int]]
+LENGTHS = (9, 30, 17, 17, 24, 1)
+KEEPS: tuple[Keeps, ...] = ("hidden", "expected")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model(tiny_llama_dir: Path) -> Any:  # Any: transformers is untyped here
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_dir).eval()
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    """Rows of several lengths; each keeps all but its first third, the one of a single token nothing."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randint(3, 380, (n,), generator=generator).tolist(), list(range(max(1, n // 3), n - 1)))
+        for n in LENGTHS
+    ]
+
+
+class Batch:
+    """Rows padded on the right."""
+
+    def __init__(self, rows: list[Row], indices: list[int]) -> None:
+        self.indices = indices
+        longest = max(len(rows[i][0]) for i in indices)
+        self.ids = torch.zeros(len(indices), longest, dtype=torch.int64)
+        self.attention = torch.zeros(len(indices), longest, dtype=torch.int64)
+        self.keep = torch.zeros(len(indices), longest, dtype=torch.bool)
+        for b, i in enumerate(indices):
+            tokens, kept = rows[i]
+            self.ids[b, : len(tokens)] = torch.tensor(tokens)
+            self.attention[b, : len(tokens)] = 1
+            self.keep[b, kept] = True
+
+    def of(self, teacher: CachedTeacher) -> TeacherRows:
+        return teacher.rows(self.indices, self.ids, self.attention, self.keep)
+
+
+class Opener:
+    """Opens teachers over one cache folder and counts how often the live one was loaded."""
+
+    def __init__(self, model: Any, rows: list[Row], folder: Path) -> None:
+        self.model, self.data_rows, self.folder = model, rows, folder
+        self.num_loads = 0
+
+    def load(self) -> Any:
+        self.num_loads += 1
+        return self.model
+
+    def __call__(
+        self, keeps: Keeps = "hidden", budget_bytes: int = 2**30, identity: str = "t"
+    ) -> CachedTeacher:
+        return cached_teacher(
+            self.load,
+            head_of(self.model),
+            folder=self.folder,
+            budget_bytes=budget_bytes,
+            identity=identity,
+            rows=self.data_rows,
+            keeps=keeps,
+        )
+
+
+@pytest.fixture
+def opener(model: Any, rows: list[Row], tmp_path: Path) -> Opener:
+    return Opener(model, rows, tmp_path)
+
+
+def tensors(teacher_rows: TeacherRows) -> list[Tensor]:
+    if teacher_rows.expected is None:
+        assert teacher_rows.hidden_NH is not None
+        return [teacher_rows.hidden_NH]
+    return [teacher_rows.expected.head_NH, teacher_rows.expected.neg_entropy_N, teacher_rows.expected.top_N]
+
+
+def assert_same_bits(one: TeacherRows, other: TeacherRows) -> None:
+    assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
+
+
+@pytest.mark.parametrize("folder", ["tiny_llama_dir", "tiny_gpt2_dir"])
+def test_live_rows_are_the_input_of_the_models_head(
+    folder: str, rows: list[Row], request: pytest.FixtureRequest
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(folder))
+    batch = Batch(rows, [0, 1, 5, 4])
+    with torch.no_grad():
+        logits = model.eval()(input_ids=batch.ids, attention_mask=batch.attention).logits[batch.keep]
+    hidden = torch.cat(LiveTeacher(model).hidden(batch.ids, batch.attention, batch.keep))
+    torch.testing.assert_close(hidden @ head_of(model).weight_VH.T, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_on_the_left_gives_the_same_rows(model: Any, rows: list[Row]) -> None:
+    batch = Batch(rows, [0])
+    pad = torch.zeros(1, 3, dtype=torch.int64)
+    left = [torch.cat([pad, x], dim=1) for x in (batch.ids, batch.attention, batch.keep.long())]
+    (plain,) = LiveTeacher(model).hidden(batch.ids, batch.attention, batch.keep)
+    (shifted,) = LiveTeacher(model).hidden(left[0], left[1], left[2].bool())
+    assert torch.equal(plain, shifted)
+
+
+def test_bits_of_a_row_do_not_depend_on_its_batch(model: Any, rows: list[Row]) -> None:
+    live = LiveTeacher(model)
+    batch = Batch(rows, [3, 1, 0, 4])
+    together = live.hidden(batch.ids, batch.attention, batch.keep)
+    for b, i in enumerate(batch.indices):
+        one = Batch(rows, [i])
+        assert torch.equal(live.hidden(one.ids, one.attention, one.keep)[0], together[b])
+
+
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_cached_rows_are_the_live_ones_bit_for_bit(keeps: Keeps, opener: Opener) -> None:
+    batch = Batch(opener.data_rows, [2, 0, 5, 1])
+    teacher = opener(keeps)
+    live = batch.of(teacher)
+    assert_same_bits(batch.of(teacher), live)
+    teacher.close()
+    again = opener(keeps)
+    assert_same_bits(batch.of(again), live)
+    assert opener.num_loads == 1
+    again.close()
+
+
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_a_half_filled_or_damaged_cache_changes_no_bit(keeps: Keeps, opener: Opener) -> None:
+    with_fresh_cache = Opener(opener.model, opener.data_rows, opener.folder / "fresh")
+    other = with_fresh_cache(keeps)
+    batch = Batch(opener.data_rows, [4, 3, 1])
+    expected = batch.of(other)
+    other.close()
+
+    teacher = opener(keeps)
+    Batch(opener.data_rows, [0, 3]).of(teacher)
+    Batch(opener.data_rows, [4, 2]).of(teacher)
+    teacher.close()
+    path = next(path for path in opener.folder.glob("*/rows.bin") if "fresh" not in path.parts)
+    damaged = bytearray(path.read_bytes())
+    damaged[-40] ^= 1  # in row 4
+    path.write_bytes(damaged)
+
+    teacher = opener(keeps)
+    assert_same_bits(batch.of(teacher), expected)
+    teacher.close()
+
+
+def test_rows_come_in_the_order_of_the_mask(opener: Opener) -> None:
+    teacher = opener()
+    batch = Batch(opener.data_rows, [1, 5, 0])
+    Batch(opener.data_rows, [0]).of(teacher)  # one of the three comes from the cache
+    with torch.no_grad():
+        hidden_BTH = opener.model.base_model(input_ids=batch.ids, attention_mask=batch.attention)
+    hidden_NH = hidden_BTH.last_hidden_state[batch.keep]
+    torch.testing.assert_close(batch.of(teacher).hidden_NH, hidden_NH, rtol=1e-4, atol=1e-4)
+    teacher.close()
+
+
+def test_the_live_teacher_is_let_go_when_every_row_is_stored(opener: Opener) -> None:
+    teacher = opener()
+    Batch(opener.data_rows, [0, 1, 2]).of(teacher)
+    assert teacher.is_loaded
+    Batch(opener.data_rows, [3, 4, 5]).of(teacher)
+    assert not teacher.is_loaded
+    Batch(opener.data_rows, [0, 3]).of(teacher)
+    assert opener.num_loads == 1
+    teacher.close()
+
+
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_a_tight_budget_keeps_bfloat16_and_the_live_rows_are_rounded_alike(
+    keeps: Keeps, opener: Opener
+) -> None:
+    num_positions = sum(len(kept) for _, kept in opener.data_rows)
+    sizes = [num_positions * (64 * 2 + (8 if keeps == "expected" else 0))] + [0] * 5
+    teacher = opener(keeps, budget_bytes=cache_bytes(sizes))
+    batch = Batch(opener.data_rows, [1, 2])
+    first = batch.of(teacher)
+    assert tensors(first)[0].dtype == torch.bfloat16
+    assert_same_bits(batch.of(teacher), first)
+    assert sum(path.stat().st_size for path in opener.folder.glob("*/*")) == cache_bytes(sizes)
+    teacher.close()
+
+
+def test_without_room_the_teacher_runs_every_time_and_nothing_is_written(opener: Opener) -> None:
+    teacher = opener("expected", budget_bytes=100)
+    batch = Batch(opener.data_rows, [1, 2])
+    rows = batch.of(teacher)
+    assert rows.expected is None
+    hidden = torch.cat(LiveTeacher(opener.model).hidden(batch.ids, batch.attention, batch.keep))
+    assert torch.equal(tensors(rows)[0], hidden)
+    assert teacher.is_loaded
+    assert list(opener.folder.iterdir()) == []
+    teacher.close()
+
+
+def test_a_full_disk_changes_no_bit(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(opener.data_rows, [1, 2])
+    teacher = opener("expected")
+    expected = batch.of(teacher)
+    teacher.close()
+    monkeypatch.setattr("worker.distill.teachers.open_cache", lambda *_, **__: None)
+    without_disk = opener("expected")
+    assert_same_bits(batch.of(without_disk), expected)
+    without_disk.close()
+
+
+def change_identity(opener: Opener) -> CachedTeacher:
+    return opener(identity="other")
+
+
+def change_keeps(opener: Opener) -> CachedTeacher:
+    return opener("expected")
+
+
+def change_token(opener: Opener) -> CachedTeacher:
+    opener.data_rows = [([9, *opener.data_rows[0][0][1:]], opener.data_rows[0][1]), *opener.data_rows[1:]]
+    return opener()
+
+
+def change_kept(opener: Opener) -> CachedTeacher:
+    opener.data_rows = [(opener.data_rows[0][0], [0, *opener.data_rows[0][1][1:]]), *opener.data_rows[1:]]
+    return opener()
+
+
+def change_threads(opener: Opener) -> CachedTeacher:
+    torch.set_num_threads(2)
+    return opener()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_identity, change_keeps, change_token, change_kept, change_threads],
+    ids=lambda c: c.__name__,
+)
+def test_whatever_determines_the_rows_names_another_cache(
+    change: Callable[[Opener], CachedTeacher], opener: Opener
+) -> None:
+    opener().close()
+    opener().close()
+    assert len(list(opener.folder.iterdir())) == 1
+    change(opener).close()
+    assert len(list(opener.folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("ce_weight", [0.0, 0.5])
+def test_hidden_and_expected_rows_train_and_measure_alike(ce_weight: float, opener: Opener) -> None:
+    batch = Batch(opener.data_rows, [1, 2, 4])
+    targets = batch.ids.roll(-1, dims=1)[batch.keep]
+    student_hidden = torch.randn(
+        len(targets), 64, generator=torch.Generator().manual_seed(2)
+    ).requires_grad_()
+    weight = head_of(opener.model).weight_VH.detach()
+    objective = TokenObjective(ce_weight=ce_weight)
+    gradients, sums = [], []
+    for keeps in KEEPS:
+        teacher = opener(keeps)
+        loss, stats = fused_distillation_loss(
+            student_hidden,
+            Head(weight),
+            targets,
+            batch.of(teacher),
+            objective,
+            denominator=float(len(targets)),
+        )
+        loss.backward()
+        gradients.append(student_hidden.grad)
+        student_hidden.grad = None
+        sums.append(stats.sums)
+        measured = row_statistics(student_hidden, Head(weight), targets, batch.of(teacher))
+        torch.testing.assert_close(measured.sums[1:], stats.sums[1:])
+        teacher.close()
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-3)

@@ -1,0 +1,187 @@
+"""Teacher rows on disk: one folder a cache, named by a hash of all that determines its content.
+
+`rows.bin` holds a blob of fixed size for each data row, `marks.bin` eight bytes a data row: a flag above the blob's
+CRC-32, or zero. A blob counts only if its mark fits, so a run killed half-way, a lost page or a flipped bit costs a
+recomputation and never a wrong row. Space is reserved at creation: a full disk is met there and not in mid-run.
+Several runs may fill one cache at once, since all would write the same bytes.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import struct
+import time
+import zlib
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+MARK_BYTES = 8
+MARK_FLAG = 1 << 32  # tells the mark of a blob whose CRC is 0 from no mark
+LEFTOVER_SECONDS = 3600.0  # a hidden folder of this age belongs to a run that died
+
+
+class RowCache:
+    """Blobs by data row. Blob i has sizes[i] bytes; the folder is locked against eviction until `close`."""
+
+    def __init__(self, folder: Path, lock: int, sizes: Sequence[int]) -> None:
+        self._lock = lock
+        self._offsets = [0, *accumulate(sizes)]
+        self._rows = os.open(folder / "rows.bin", os.O_RDWR)
+        self._marks = os.open(folder / "marks.bin", os.O_RDWR)
+        os.utime(folder)  # the time that `enforce_budget` goes by
+        marks = os.pread(self._marks, MARK_BYTES * len(sizes), 0)
+        self._missing = {
+            i for i in range(len(sizes)) if not any(marks[MARK_BYTES * i : MARK_BYTES * (i + 1)])
+        }
+
+    @property
+    def num_missing(self) -> int:
+        """Rows not stored when this run opened the cache, nor by it since."""
+        return len(self._missing)
+
+    def get(self, index: int) -> Tensor | None:
+        """The bytes of a row, or None if they are missing or damaged."""
+        start, stop = self._offsets[index : index + 2]
+        blob = torch.empty(stop - start, dtype=torch.uint8)
+        data = blob.numpy().data
+        mark = os.pread(self._marks, MARK_BYTES, MARK_BYTES * index)
+        if len(mark) == MARK_BYTES and _read(self._rows, data, start) and mark == _mark(data):
+            self._missing.discard(index)
+            return blob
+        self._missing.add(index)
+        return None
+
+    def put(self, index: int, blob: Tensor) -> None:
+        """Store the bytes of a row."""
+        start, stop = self._offsets[index : index + 2]
+        assert len(blob) == stop - start
+        data = blob.numpy().data
+        _write(self._rows, data, start)
+        _write(self._marks, memoryview(_mark(data)), MARK_BYTES * index)
+        self._missing.discard(index)
+
+    def close(self) -> None:
+        """Leave the cache to others (and to eviction)."""
+        for descriptor in (self._rows, self._marks, self._lock):
+            os.close(descriptor)
+
+    def __enter__(self) -> "RowCache":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def cache_bytes(sizes: Sequence[int]) -> int:
+    """Disk that a cache of these blobs takes."""
+    return sum(sizes) + MARK_BYTES * len(sizes)
+
+
+def open_cache(folder: Path, key: str, sizes: Sequence[int], *, budget_bytes: int) -> RowCache | None:
+    """The cache `key` under `folder`, made if need be; None if the disk has no room for it.
+
+    Others are evicted, the least recently used first, to keep all caches together under the budget.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / key
+    while True:
+        lock = _lock_folder(path, fcntl.LOCK_SH)
+        if lock is not None:
+            return RowCache(path, lock, sizes)
+        if path.exists():  # being evicted at this moment
+            time.sleep(0.01)
+            continue
+        enforce_budget(folder, budget_bytes - cache_bytes(sizes))
+        try:
+            _create(path, sizes)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                return None
+            raise
+
+
+def enforce_budget(folder: Path, budget_bytes: int) -> None:
+    """Delete caches, the least recently used first, until they fit; those in use stay."""
+    caches = []
+    for path in folder.iterdir():
+        try:
+            used_at, num_bytes = path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir())
+        except FileNotFoundError:  # evicted by another run just now
+            continue
+        if not path.name.startswith("."):
+            caches.append((used_at, num_bytes, path))
+        elif time.time() - used_at > LEFTOVER_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+    total_bytes = sum(num_bytes for _, num_bytes, _ in caches)
+    for _, num_bytes, path in sorted(caches):
+        if total_bytes <= budget_bytes:
+            return
+        lock = _lock_folder(path, fcntl.LOCK_EX)
+        if lock is not None:
+            doomed = path.with_name(f".{path.name}.{os.getpid()}.evicted")
+            path.rename(doomed)  # at once gone for others, however long the deletion takes
+            shutil.rmtree(doomed, ignore_errors=True)
+            os.close(lock)
+            total_bytes -= num_bytes
+
+
+def _create(path: Path, sizes: Sequence[int]) -> None:
+    fresh = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        for name, num_bytes in (("rows.bin", sum(sizes)), ("marks.bin", MARK_BYTES * len(sizes))):
+            descriptor = os.open(fresh / name, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                os.posix_fallocate(descriptor, 0, max(1, num_bytes))
+            finally:
+                os.close(descriptor)
+        fresh.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another run was faster: use its cache
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _lock_folder(path: Path, kind: int) -> int | None:
+    """A descriptor that holds the lock; None if there is no such folder or others stand in the way."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        if path.stat().st_ino == os.fstat(descriptor).st_ino:  # not evicted and made anew in between
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _mark(data: memoryview) -> bytes:
+    return struct.pack("<Q", MARK_FLAG | zlib.crc32(data))
+
+
+def _read(descriptor: int, data: memoryview, offset: int) -> bool:
+    while data:
+        num_read = os.preadv(descriptor, [data], offset)
+        if num_read == 0:
+            return False  # the file was cut short
+        data, offset = data[num_read:], offset + num_read
+    return True
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        num_written = os.pwrite(descriptor, data, offset)
+        data, offset = data[num_written:], offset + num_written

@@ -1,0 +1,254 @@
+"""Language-model head and distillation loss in one pass over chunks of rows, the gradient computed in the forward.
+
+N rows (completion positions), C rows of one chunk, H hidden width (the student's and the teacher's may differ),
+V vocabulary. No [N, V] tensor ever exists: a chunk's logits live in scratch that the next chunk reuses, and what
+is kept for the backward is the gradient in the hidden states [N, H] and, unless the head is frozen, in the head.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from worker.distill.errors import VocabMismatch
+from worker.distill.heads import (
+    Head,
+    TeacherRows,
+    matmul,
+    new_scratch,
+    scratch_dtype,
+    split_groups,
+    split_rows,
+    write_logits,
+)
+from worker.distill.objectives import TokenObjective, row_dot
+
+
+@dataclass(frozen=True)
+class RowStats:
+    """Sums over rows, left on the device until one is read. KL is KL(p || q) and CE is with the targets, both at T = 1."""
+
+    num_rows: int
+    sums: Tensor
+
+    @property
+    def loss_sum(self) -> float:
+        return float(self.sums[0])
+
+    @property
+    def kl_sum(self) -> float:
+        return float(self.sums[1])
+
+    @property
+    def ce_sum(self) -> float:
+        return float(self.sums[2])
+
+    @property
+    def num_agreeing(self) -> int:
+        """Rows where teacher and student find the same token most likely."""
+        return int(self.sums[3])
+
+    def __add__(self, other: "RowStats") -> "RowStats":
+        return RowStats(self.num_rows + other.num_rows, self.sums + other.sums)
+
+    @classmethod
+    def zero(cls) -> "RowStats":
+        return cls(0, torch.zeros(4, dtype=torch.float64))
+
+
+def fused_distillation_loss(
+    student_hidden_NH: Tensor,
+    student_head: Head,
+    targets_N: Tensor,
+    teacher: TeacherRows,
+    objective: TokenObjective,
+    *,
+    denominator: float,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, RowStats]:
+    """Sum of the rows' losses over `denominator`, differentiable in the hidden states and the student's head.
+
+    The denominator is the number of completion tokens of the whole optimizer step, so that micro-batches of unequal
+    size weigh their tokens alike. The loss can be backpropagated once.
+    Raises VocabMismatch if the two heads have different numbers of tokens.
+    """
+    assert denominator > 0
+    if student_head.num_tokens != teacher.head.num_tokens:
+        raise VocabMismatch(
+            f"the student has {student_head.num_tokens} tokens and the teacher {teacher.head.num_tokens}; "
+            "pick a pair that shares a tokenizer"
+        )
+    job = _Job(student_head, targets_N, teacher, objective, denominator, chunk_rows)
+    # torch leaves apply untyped
+    loss, sums = _FusedLoss.apply(  # type: ignore[no-untyped-call]
+        student_hidden_NH, student_head.weight_VH, student_head.bias_V, job
+    )
+    return loss, RowStats(len(targets_N), sums)
+
+
+@torch.no_grad()
+def row_statistics(
+    student_hidden_NH: Tensor,
+    student_head: Head,
+    targets_N: Tensor,
+    teacher: TeacherRows,
+    *,
+    chunk_rows: int | None = None,
+) -> RowStats:
+    """The statistics alone, without gradients; loss_sum is the KL."""
+    weight_VH = student_head.weight_VH.detach()
+    bias_V = None if student_head.bias_V is None else student_head.bias_V.detach()
+    _, stats = fused_distillation_loss(
+        student_hidden_NH.detach(),
+        replace(student_head, weight_VH=weight_VH, bias_V=bias_V),
+        targets_N,
+        teacher,
+        TokenObjective(),
+        denominator=1.0,
+        chunk_rows=chunk_rows,
+    )
+    return stats
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The arguments of one fused loss that are not differentiated."""
+
+    head: Head
+    targets_N: Tensor
+    teacher: TeacherRows
+    objective: TokenObjective
+    denominator: float
+    chunk_rows: int | None
+
+    def can_use_expected(self, *, is_head_trained: bool) -> bool:
+        o = self.objective
+        is_exact = o.divergence == "forward_kl" and o.temperature == 1.0 and not is_head_trained
+        if self.teacher.expected is not None and is_exact:
+            return True
+        assert self.teacher.hidden_NH is not None, "expected rows serve forward KL at T = 1 and a frozen head"
+        return False
+
+
+class _FusedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(  # ctx is Any: torch does not type what a context carries
+        ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, job: _Job
+    ) -> tuple[Tensor, Tensor]:
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        dtype = scratch_dtype(job.head)
+        sums_of = _Gradients(
+            hidden_NH=torch.empty_like(hidden_NH) if needs_hidden else None,
+            weight_VH=torch.zeros_like(weight_VH, dtype=dtype) if needs_weight else None,
+            bias_V=torch.zeros_like(bias_V, dtype=dtype) if needs_bias and bias_V is not None else None,
+        )
+        chunks = split_rows(len(hidden_NH), job.head, job.chunk_rows)
+        student_CV = new_scratch(chunks, job.head)
+        totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
+        if job.can_use_expected(is_head_trained=needs_weight or needs_bias):
+            for rows in chunks:
+                totals += _expected_chunk(job, hidden_NH, rows, student_CV, sums_of)
+        else:
+            teacher_CV = torch.empty_like(student_CV)
+            for rows in chunks:
+                totals += _full_chunk(job, hidden_NH, rows, student_CV, teacher_CV, sums_of)
+        ctx.save_for_backward(
+            sums_of.hidden_NH,
+            None if sums_of.weight_VH is None else sums_of.weight_VH.to(weight_VH.dtype),
+            None if sums_of.bias_V is None or bias_V is None else sums_of.bias_V.to(bias_V.dtype),
+        )
+        ctx.mark_non_differentiable(totals)
+        return (totals[0] / job.denominator).to(dtype), totals
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        if (
+            grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
+        ):  # saves a pass over the head's gradient
+            return (*ctx.saved_tensors, None)
+        return (*(None if g is None else g * grad_loss for g in ctx.saved_tensors), None)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """The gradients as they gather; None where none is asked for."""
+
+    hidden_NH: Tensor | None
+    weight_VH: Tensor | None
+    bias_V: Tensor | None
+
+    def add(self, head: Head, hidden_CH: Tensor, rows: slice, slope_CV: Tensor) -> None:
+        """Carry a chunk's gradient in h W^T + b on to h, W and b."""
+        if self.hidden_NH is not None:
+            self.hidden_NH[rows] = matmul(slope_CV, head.weight_VH)
+        if self.bias_V is not None:
+            self.bias_V.add_(slope_CV.sum(dim=0))
+        if self.weight_VH is not None:
+            if hidden_CH.dtype == slope_CV.dtype:
+                self.weight_VH.addmm_(slope_CV.t(), hidden_CH)
+            else:
+                self.weight_VH.add_(slope_CV.to(hidden_CH.dtype).t() @ hidden_CH)
+
+
+def _full_chunk(
+    job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, teacher_CV: Tensor, gradients: _Gradients
+) -> Tensor:
+    """Sums of a chunk from both heads' logits; the student's are replaced by their gradient on the way."""
+    assert job.teacher.hidden_NH is not None
+    student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
+    teacher_CV = write_logits(job.teacher.head, job.teacher.hidden_NH[rows], teacher_CV)
+    targets_C = job.targets_N[rows]
+    totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
+    for group in split_groups(student_CV):
+        z_GV = student_CV[group]
+        terms = job.objective.loss_and_gradient(z_GV, teacher_CV[group], targets_C[group])
+        is_agreed_G = _agrees(z_GV, teacher_CV[group].argmax(dim=-1))
+        totals += _totals(terms.loss_N, terms.kl_N, terms.ce_N, is_agreed_G)
+        if job.head.softcap is not None:
+            terms.gradient_NV.mul_(1.0 - (z_GV / job.head.softcap).square())  # derivative of tanh
+        torch.mul(terms.gradient_NV, job.head.scale / job.denominator, out=z_GV)
+    gradients.add(job.head, hidden_NH[rows], rows, student_CV)
+    return totals
+
+
+def _expected_chunk(
+    job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, gradients: _Gradients
+) -> Tensor:
+    """The same sums for forward KL at T = 1, from the student's logits alone."""
+    assert job.teacher.expected is not None
+    expected, ce_weight = job.teacher.expected, job.objective.ce_weight
+    student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
+    targets_C = job.targets_N[rows]
+    expected_CH = expected.head_NH[rows].to(student_CV.dtype)
+    mean_logit_C = row_dot(expected_CH, hidden_NH[rows].to(student_CV.dtype))
+    totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
+    for group in split_groups(student_CV):
+        z_GV = student_CV[group]
+        targets_G1 = targets_C[group][:, None]
+        target_z_G = z_GV.gather(1, targets_G1)[:, 0]
+        log_q_GV = torch.log_softmax(z_GV, dim=-1)
+        ce_G = -log_q_GV.gather(1, targets_G1)[:, 0]
+        log_norm_G = target_z_G + ce_G
+        kl_G = expected.neg_entropy_N[rows][group] - mean_logit_C[group] + log_norm_G
+        is_agreed_G = _agrees(z_GV, expected.top_N[rows][group])
+        totals += _totals(torch.lerp(kl_G, ce_G, ce_weight), kl_G, ce_G, is_agreed_G)
+        slope_GV = log_q_GV.exp_()
+        if ce_weight:
+            slope_GV.scatter_add_(1, targets_G1, slope_GV.new_full(targets_G1.shape, -ce_weight))
+        torch.mul(slope_GV, job.head.scale / job.denominator, out=z_GV)
+    gradients.add(job.head, hidden_NH[rows], rows, student_CV)
+    if gradients.hidden_NH is not None:
+        gradients.hidden_NH[rows].sub_(expected_CH, alpha=(1 - ce_weight) / job.denominator)
+    return totals
+
+
+def _totals(loss_N: Tensor, kl_N: Tensor, ce_N: Tensor, is_agreed_N: Tensor) -> Tensor:
+    return torch.stack([loss_N, kl_N, ce_N, is_agreed_N.to(loss_N.dtype)]).sum(dim=1, dtype=torch.float64)
+
+
+def _agrees(z_NV: Tensor, top_N: Tensor) -> Tensor:
+    """Whether top_N is (one of) the most likely; argmax costs ten times amax on a CPU."""
+    return z_NV.gather(1, top_N[:, None])[:, 0] == z_NV.amax(dim=-1)

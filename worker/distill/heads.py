@@ -1,0 +1,189 @@
+"""Heads of language models and what a teacher offers a loss: its rows, or their expectation.
+
+N rows (completion positions), C rows of one chunk, G rows of one group in a chunk, H hidden width, V vocabulary.
+Logits exist a chunk at a time, in scratch; the elementwise passes over them go group by group.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from worker.distill.errors import UnsupportedModel, VocabMismatch
+from worker.distill.objectives import row_dot
+
+CPU_CHUNK_ROWS = 128  # measured: fewer starve the matrix product, more leave the cache
+DEVICE_CHUNK_BYTES = 2**28  # of one chunk's logits, on a GPU
+CPU_GROUP_BYTES = 2**20  # logits that the elementwise passes take at a time, so that they stay in the cache
+
+
+@dataclass(frozen=True)
+class Head:
+    """What turns hidden states into logits: cap * tanh(scale * (h W^T + b) / cap), the usual head having neither."""
+
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.weight_VH.shape[0])
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """The teacher's side of N rows: hidden_NH is its head's input (after the final norm).
+
+    With `expected` the rows need no teacher logits at all; then hidden_NH may be None.
+    """
+
+    head: Head
+    hidden_NH: Tensor | None = None
+    expected: "ExpectedRows | None" = None
+
+
+@dataclass(frozen=True)
+class ExpectedRows:
+    """All that forward KL at temperature 1 needs of the teacher p, when the student's frozen head is the teacher's.
+
+    With logits z = W h: KL(p || q) = sum p log p - <E_p[W], h> - E_p[b] + logsumexp(z), exactly, and its gradient
+    in h is E_q[W] - E_p[W]. neg_entropy_N holds sum p log p - E_p[b]; top_N is the teacher's most likely token.
+    """
+
+    head_NH: Tensor
+    neg_entropy_N: Tensor
+    top_N: Tensor
+
+    def to(self, device: torch.device) -> "ExpectedRows":
+        return ExpectedRows(self.head_NH.to(device), self.neg_entropy_N.to(device), self.top_N.to(device))
+
+
+def head_of(model: PreTrainedModel, num_tokens: int | None = None) -> Head:
+    """The head of a causal LM, cut to the tokenizer's `num_tokens`: padding rows get no probability.
+
+    The weight is the model's own (or a view of it), so gradients reach it, and a tied embedding with it.
+    """
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, torch.nn.Linear):
+        raise UnsupportedModel(f"{type(model).__name__} has no plain linear head to distil through")
+    if num_tokens is not None and num_tokens > linear.weight.shape[0]:
+        raise VocabMismatch(
+            f"the tokenizer has {num_tokens} tokens and the head only {linear.weight.shape[0]}; "
+            "use the tokenizer that belongs to the model"
+        )
+    is_cut = num_tokens is not None and num_tokens < linear.weight.shape[0]
+    bias_V = linear.bias
+    return Head(
+        weight_VH=linear.weight[:num_tokens] if is_cut else linear.weight,
+        bias_V=bias_V[:num_tokens] if is_cut and bias_V is not None else bias_V,
+        scale=float(getattr(model.config, "logit_scale", None) or 1.0),
+        softcap=getattr(model.config, "final_logit_softcapping", None),
+    )
+
+
+def load_head(folder: Path, num_tokens: int | None = None, *, dtype: torch.dtype = torch.float32) -> Head:
+    """The head of a model's folder, without reading the rest of its weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    head = head_of(model, num_tokens)
+    linear = model.get_output_embeddings()
+    weight = _load_tensor(folder, model, linear.weight)
+    bias = None if linear.bias is None else _load_tensor(folder, model, linear.bias)
+    return replace(
+        head,
+        weight_VH=weight[: head.num_tokens].to(dtype),
+        bias_V=None if bias is None else bias[: head.num_tokens].to(dtype),
+    )
+
+
+def _load_tensor(folder: Path, model: PreTrainedModel, parameter: Tensor) -> Tensor:
+    """A parameter under any name that its tied copies have, with or without the prefix of the body."""
+    names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+    names += [name.removeprefix(f"{model.base_model_prefix}.") for name in names]
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in sorted(set(names) & set(tensors.keys())):
+                found: Tensor = tensors.get_tensor(name)
+                return found
+    raise UnsupportedModel(f"no safetensors file of the model holds its head ({' or '.join(names)})")
+
+
+@torch.no_grad()
+def expected_rows(hidden_NH: Tensor, head: Head, *, chunk_rows: int | None = None) -> ExpectedRows:
+    """The teacher's rows reduced to what forward KL through the same head needs."""
+    assert head.softcap is None, "a softcap makes the logits nonlinear in the expected head row"
+    N, H = hidden_NH.shape
+    dtype = scratch_dtype(head)
+    expected = ExpectedRows(
+        head_NH=hidden_NH.new_empty((N, H), dtype=dtype),
+        neg_entropy_N=hidden_NH.new_empty(N, dtype=dtype),
+        top_N=torch.empty(N, dtype=torch.int64, device=hidden_NH.device),
+    )
+    chunks = split_rows(N, head, chunk_rows)
+    scratch_CV = new_scratch(chunks, head)
+    for rows in chunks:
+        p_CV = write_logits(head, hidden_NH[rows], scratch_CV)
+        for group in split_groups(p_CV):
+            log_p_GV = torch.log_softmax(p_CV[group], dim=-1)
+            expected.top_N[rows][group] = log_p_GV.argmax(dim=-1)
+            p_GV = torch.exp(log_p_GV, out=p_CV[group])
+            expected.neg_entropy_N[rows][group] = row_dot(p_GV, log_p_GV)
+            if head.bias_V is not None:
+                expected.neg_entropy_N[rows][group] -= head.scale * (p_GV @ head.bias_V.to(dtype))
+        expected.head_NH[rows] = matmul(p_CV, head.weight_VH).mul_(head.scale)
+    return expected
+
+
+def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
+    """Logits of a chunk, in the first rows of the scratch."""
+    z_CV = scratch_CV[: len(hidden_CH)]
+    if head.weight_VH.dtype == z_CV.dtype:
+        torch.mm(hidden_CH.to(z_CV.dtype), head.weight_VH.t(), out=z_CV)
+    else:
+        z_CV.copy_(hidden_CH.to(head.weight_VH.dtype) @ head.weight_VH.t())
+    if head.bias_V is not None:
+        z_CV += head.bias_V
+    if head.scale != 1.0:
+        z_CV *= head.scale
+    if head.softcap is not None:
+        z_CV.div_(head.softcap).tanh_().mul_(head.softcap)
+    return z_CV
+
+
+def matmul(slope_CV: Tensor, weight_VH: Tensor) -> Tensor:
+    """Product in the weight's precision."""
+    return slope_CV.to(weight_VH.dtype) @ weight_VH
+
+
+def scratch_dtype(head: Head) -> torch.dtype:
+    """Logits are float32 at least, whatever the weights are."""
+    return torch.promote_types(head.weight_VH.dtype, torch.float32)
+
+
+def new_scratch(chunks: list[slice], head: Head) -> Tensor:
+    """Room for the logits of the largest chunk."""
+    num_rows = max((rows.stop - rows.start for rows in chunks), default=0)
+    return torch.empty((num_rows, head.num_tokens), dtype=scratch_dtype(head), device=head.weight_VH.device)
+
+
+def split_rows(num_rows: int, head: Head, chunk_rows: int | None) -> list[slice]:
+    """Chunks of nearly equal size: a last one of two rows would read the whole head for little."""
+    is_cpu = head.weight_VH.device.type == "cpu"
+    most = chunk_rows or (CPU_CHUNK_ROWS if is_cpu else max(128, DEVICE_CHUNK_BYTES // (4 * head.num_tokens)))
+    num_chunks = -(-num_rows // most)
+    edges = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else []
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def split_groups(z_CV: Tensor) -> list[slice]:
+    """Rows that one elementwise pass takes: all on a GPU, what fits in the cache on a CPU."""
+    size = max(1, len(z_CV))
+    if z_CV.device.type == "cpu":
+        size = max(1, CPU_GROUP_BYTES // (z_CV.element_size() * z_CV.shape[1]))
+    return [slice(start, start + size) for start in range(0, len(z_CV), size)]
