@@ -108,7 +108,7 @@ class TransformersEngine:
             sequence = Sequence(
                 request_id=request.id,
                 prompt=prompt,
-                max_tokens=sampling.max_tokens,
+                max_tokens=min(sampling.max_tokens, self._decoder.context_tokens - len(prompt)),
                 end_ids=frozenset() if sampling.ignore_eos else self._end_ids,
                 chooser=Chooser(
                     temperature=sampling.temperature,

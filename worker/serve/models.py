@@ -102,8 +102,8 @@ class ModelHost:
         return self._status
 
     def has_work(self) -> bool:
-        """Whether a request is under way or a message waits."""
-        return bool(self._requests) or bool(self._outbox) or not self._inbox.empty()
+        """Whether a request is under way, or a message or a finished load waits."""
+        return bool(self._requests) or self._can_step()
 
     def wait_for_work(self, timeout_seconds: float) -> bool:
         """Sleeps until there is something to step, or the time is up; gives whether there is."""
@@ -138,6 +138,8 @@ class ModelHost:
         while not self._inbox.empty():
             message = self._inbox.get()
             if isinstance(message, GenerateRequest):
+                if message.id in self._requests:
+                    continue  # delivered twice
                 self._requests[message.id] = message
                 self._parked[message.id] = _Parked(message, self.clock() + self.model_load_wait_seconds)
             elif (request := self._requests.pop(message, None)) is not None:

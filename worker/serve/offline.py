@@ -28,15 +28,18 @@ def generate_all(
     top_p: float = 1.0,
     top_k: int = 0,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     end_ids: frozenset[int] | None = None,
     max_running: int = 32,
     max_context_tokens: int | None = None,
+    on_answer: Callable[[int, Continuation], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Continuation]:
-    """One continuation a prompt, in the prompts' order; prompt i samples with seed + i.
+    """One continuation a prompt, in the prompts' order; prompt i samples with seeds[i], else with seed + i.
 
     `end_ids` defaults to what the model's own configs say. An answer is cut where the context ends.
-    `on_progress(num_done, num_tokens)` is called as prompts finish; what it raises ends the call.
+    `on_answer(i, continuation)` is called when prompt i ends, `on_progress(num_done, num_tokens)` after
+    each step; what they raise ends the call.
     The model may be in training: it is put back as it was. Raises PromptTooLong and BadLogits.
     """
     ends = end_ids_of(model) if end_ids is None else end_ids
@@ -53,29 +56,44 @@ def generate_all(
                 prompt=tuple(prompt),
                 max_tokens=_room_for(prompt, max_new_tokens, runner.context_tokens),
                 end_ids=ends,
-                chooser=Chooser(temperature, top_k, top_p, generator=seeded_generator(seed + index)),
+                chooser=Chooser(
+                    temperature,
+                    top_k,
+                    top_p,
+                    generator=seeded_generator(seeds[index] if seeds is not None else seed + index),
+                ),
             )
             for index, prompt in enumerate(prompts)
         ]
         for sequence in sorted(sequences, key=lambda s: -len(s.prompt)):  # equal lengths share a prefill
             runner.add(sequence)
-        _run(runner, on_progress)
+        _run(runner, on_answer, on_progress)
     finally:
         model.train(was_training)
-    return [Continuation(tuple(s.tokens), s.finish_reason == "stop") for s in sequences]
+    return [_continuation(sequence) for sequence in sequences]
 
 
-def _run(runner: decoder.Decoder, on_progress: Callable[[int, int], None] | None) -> None:
+def _run(
+    runner: decoder.Decoder,
+    on_answer: Callable[[int, Continuation], None] | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
     num_done = num_tokens = 0
     while runner.has_work():
-        picks = runner.step()
-        if any(pick.token is None for _, pick in picks):
-            raise BadLogits("the model computed values that are not numbers while generating")
-        num_finished = sum(sequence.finish_reason is not None for sequence, _ in picks)
-        num_tokens += len(picks)
-        num_done += num_finished
-        if on_progress is not None and num_finished:
+        for sequence, pick in runner.step():
+            if pick.token is None:
+                raise BadLogits("the model computed values that are not numbers while generating")
+            num_tokens += 1
+            if sequence.finish_reason is not None:
+                num_done += 1
+                if on_answer is not None:
+                    on_answer(int(sequence.request_id), _continuation(sequence))
+        if on_progress is not None:
             on_progress(num_done, num_tokens)
+
+
+def _continuation(sequence: decoder.Sequence) -> Continuation:
+    return Continuation(tuple(sequence.tokens), sequence.finish_reason == "stop")
 
 
 def _room_for(prompt: Sequence[int], max_new_tokens: int, context_tokens: int) -> int:

@@ -13,7 +13,10 @@ Tokenizer = Any  # transformers is untyped here
 def prompt_tokens(
     request: GenerateRequest, tokenizer: Tokenizer, *, vocab_size: int, context_tokens: int
 ) -> tuple[int, ...]:
-    """Raises InvalidPrompt, InvalidMessages, NoChatTemplate or PromptTooLong."""
+    """Tokens that leave room for max_tokens, or for one if the request takes what fits.
+
+    Raises InvalidPrompt, InvalidMessages, NoChatTemplate or PromptTooLong.
+    """
     if request.messages is not None:
         tokens = chat_tokens(request.messages, tokenizer)
     elif request.tokens is not None:
@@ -27,11 +30,11 @@ def prompt_tokens(
         raise InvalidPrompt(
             f"token {unknown[0]} is not in the vocabulary; give tokens from 0 to {vocab_size - 1}"
         )
-    asked, limit = len(tokens) + request.sampling.max_tokens, context_tokens
-    if asked > limit:
+    num_answer = 1 if request.sampling.fits_context else request.sampling.max_tokens
+    if len(tokens) + num_answer > context_tokens:
         raise (PromptTooLong if request.messages is None else MessagesTooLong)(
-            f"This model's maximum context length is {limit} tokens, but {asked} were asked for "
-            f"({len(tokens)} in the prompt, {request.sampling.max_tokens} for the answer); "
+            f"This model's maximum context length is {context_tokens} tokens, but {len(tokens) + num_answer} "
+            f"were asked for ({len(tokens)} in the prompt, {num_answer} for the answer); "
             "shorten the prompt or lower max_tokens"
         )
     return tokens
