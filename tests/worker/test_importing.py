@@ -1,0 +1,173 @@
+"""A foreign model becomes a plain checkpoint that gives the same logits, or a reason is given."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from worker.distill.progress import ErrorLine, MemorySink, ResultLine, RunLine, run_line
+from worker.errors import BrokenFile, UnsafeFile, UnsupportedModel, WorkerError
+from worker.importing import SENTENCE, ImportSpec, import_model
+from worker.model_facts import model_facts
+
+
+@pytest.fixture
+def folder(tiny_llama_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def run_import(folder: Path, out: Path) -> list[RunLine]:
+    sink = MemorySink()
+    import_model(ImportSpec(format="folder", source_path=folder), out, sink)
+    return sink.lines
+
+
+def logits(folder: Path) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        result: torch.Tensor = model(tokenizer(SENTENCE, return_tensors="pt")["input_ids"]).logits
+    return result
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_imported_folder_gives_the_same_logits_and_facts(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    source: Path = request.getfixturevalue(f"tiny_{family}_dir")
+    lines = run_import(source, tmp_path)
+    result = lines[-1]
+    assert isinstance(result, ResultLine)
+    assert result.facts == model_facts(tmp_path / result.folder).model_dump()
+    assert result.facts["tokenizer_sha256"] == model_facts(source).tokenizer_sha256
+    assert torch.equal(logits(tmp_path / result.folder), logits(source))
+
+
+def test_weights_in_several_files_become_one(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(sharded, max_shard_size="200KB")
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(sharded)
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    run_import(sharded, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out" / "model").glob("*.safetensors")] == ["model.safetensors"]
+    assert torch.equal(logits(tmp_path / "out" / "model"), logits(tiny_llama_dir))
+
+
+def test_the_precision_is_kept(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(half)
+    run_import(half, tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_percent_only_rises_and_ends_at_100(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    percents = [line.percent for line in run_import(tiny_llama_dir, tmp_path) if line.type == "progress"]
+    assert percents == sorted(percents)
+    assert percents[-1] == 100
+
+
+def test_an_unknown_architecture_is_refused(folder: Path, tmp_path: Path) -> None:
+    edit(folder / "config.json", model_type="bert", architectures=["BertModel"])
+    with pytest.raises(UnsupportedModel, match=r"bert.*llama"):
+        run_import(folder, tmp_path)
+
+
+def test_code_of_its_own_is_never_run(folder: Path, tmp_path: Path) -> None:
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "evil.Evil"})
+    with pytest.raises(UnsafeFile, match="auto_map"):
+        run_import(folder, tmp_path)
+
+
+def test_weights_without_a_layer_are_refused(folder: Path, tmp_path: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.3.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(BrokenFile, match=r"layers\.3|do not belong"):
+        run_import(folder, tmp_path)
+
+
+def test_weights_with_nan_are_refused(folder: Path, tmp_path: Path) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, path, metadata={"format": "pt"})
+    with pytest.raises(BrokenFile, match="NaN"):
+        run_import(folder, tmp_path)
+
+
+def test_a_configuration_that_claims_a_giant_is_refused_before_memory_is_taken(
+    folder: Path, tmp_path: Path
+) -> None:
+    edit(folder / "config.json", hidden_size=65_536, intermediate_size=10**6, num_hidden_layers=1000)
+    with pytest.raises(BrokenFile, match="do not belong together"):
+        run_import(folder, tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<more-{i}>" for i in range(8)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(BrokenFile, match="embedding rows"):
+        run_import(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% for m in messages",
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_chat_template_that_fails_escapes_or_never_ends_is_refused(
+    folder: Path, tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.importing.TEMPLATE_SECONDS", 1)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(BrokenFile, match="chat template"):
+        run_import(folder, tmp_path)
+
+
+def test_a_broken_tokenizer_is_a_reason_not_a_crash(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    with pytest.raises(WorkerError):
+        run_import(folder, tmp_path)
+
+
+def run_process(spec: dict[str, object], out: Path) -> tuple[int, list[RunLine]]:
+    path = out.with_suffix(".json")
+    path.write_text(json.dumps(spec))
+    done = subprocess.run(
+        [sys.executable, "-m", "worker.importing", str(path), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ) | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )
+    return done.returncode, [run_line.validate_json(line) for line in done.stdout.splitlines()]
+
+
+def test_the_process_says_only_lines_and_ends_with_its_verdict(folder: Path, tmp_path: Path) -> None:
+    spec: dict[str, object] = {"format": "folder", "source_path": str(folder), "num_threads": 1}
+    status, lines = run_process(spec, tmp_path / "good")
+    assert (status, lines[-1].type) == (0, "result")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    status, lines = run_process(spec, tmp_path / "bad")
+    assert status == 1
+    assert isinstance(lines[-1], ErrorLine)
+    assert (lines[-1].code, "pytorch_model.bin" in lines[-1].message) == ("unsafe_file", True)

@@ -1,0 +1,221 @@
+"""A GGUF file to a plain checkpoint: dense float32 weights and a tokenizer that splits text as the file says."""
+
+import json
+import mmap
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+from worker.errors import BrokenFile, UnsupportedModel, UnsupportedTokenizer
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
+# How a byte-level vocabulary splits text, by the name the file gives to it. The library knows these and `smollm` is
+# repaired here; a name that is not known would give a tokenizer that is almost right, so it is refused.
+BYTE_LEVEL_SPLITS = (
+    "default",
+    "gpt-2",
+    "smollm",
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "qwen2",
+    "deepseek-r1-qwen",
+)
+DROPPED = ("quantization_config", "_name_or_path", "_model_name_or_path", "name_or_path")
+
+VALUE_FORMATS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+STRING, ARRAY = 8, 9
+MAX_ENTRIES = 100_000
+Value = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """Scalar metadata, and names of the tensors; arrays such as the vocabulary are passed over."""
+
+    metadata: dict[str, Value]
+    tensors: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        return str(self.metadata.get("general.architecture"))
+
+    @property
+    def context_tokens(self) -> int | None:
+        value = self.metadata.get(f"{self.architecture}.context_length")
+        return value if isinstance(value, int) else None
+
+
+class _Cursor:
+    """Reads forward through the file and never past its end."""
+
+    def __init__(self, content: mmap.mmap, name: str) -> None:
+        self.content, self.name, self.position = content, name, 0
+
+    def skip(self, num_bytes: int) -> int:
+        start = self.position
+        if num_bytes > len(self.content) - start:
+            raise BrokenFile(
+                f"{self.name} is cut short: byte {start} announces {num_bytes} more than there are"
+            )
+        self.position += num_bytes
+        return start
+
+    def number(self, form: str) -> Any:  # Any: what the format says
+        return struct.unpack_from(form, self.content, self.skip(struct.calcsize(form)))[0]
+
+    def text(self) -> str:
+        length = self.number("<Q")
+        start = self.skip(length)
+        return self.content[start : start + length].decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Value:
+        if kind in VALUE_FORMATS:
+            number: Value = self.number(VALUE_FORMATS[kind])
+            return number
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            raise BrokenFile(f"{self.name} holds metadata of the unknown type {kind}")
+        item, count = self.number("<I"), self.number("<Q")
+        if item in VALUE_FORMATS:
+            self.skip(count * struct.calcsize(VALUE_FORMATS[item]))
+        elif item == STRING:
+            for _ in range(count):
+                self.skip(self.number("<Q"))
+        else:
+            raise BrokenFile(f"{self.name} holds an array of the unknown type {item}")
+        return None
+
+
+def read_gguf_header(path: Path) -> GgufHeader:
+    """The header, with every size in it checked against the file. Raises BrokenFile."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BrokenFile(f"{path.name} is no GGUF file")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            cursor = _Cursor(content, path.name)
+            cursor.skip(4)
+            version, num_tensors, num_entries = cursor.number("<I"), cursor.number("<Q"), cursor.number("<Q")
+            if version not in (2, 3) or max(num_tensors, num_entries) > MAX_ENTRIES:
+                raise BrokenFile(
+                    f"{path.name}: version {version} with {num_tensors} tensors and {num_entries} entries "
+                    f"cannot be read; versions 2 and 3 with up to {MAX_ENTRIES} can"
+                )
+            metadata = {cursor.text(): cursor.value(cursor.number("<I")) for _ in range(num_entries)}
+            extents = [_tensor_extent(cursor) for _ in range(num_tensors)]
+            alignment = metadata.get("general.alignment", 32)
+            if type(alignment) is not int or not 1 <= alignment <= 2**20:
+                raise BrokenFile(f"{path.name}: alignment {alignment!r} makes no sense")
+            data_start = -(-cursor.position // alignment) * alignment
+            for name, end in extents:
+                if data_start + end > len(content):
+                    raise BrokenFile(f"{path.name} is cut short: tensor {name[:100]!r} ends beyond the file")
+    return GgufHeader(metadata, tuple(name for name, _ in extents))
+
+
+def _tensor_extent(cursor: _Cursor) -> tuple[str, int]:
+    """Name, and where the tensor ends in the data section."""
+    name, num_dimensions = cursor.text(), cursor.number("<I")
+    if num_dimensions > 4:
+        raise BrokenFile(f"{cursor.name}: tensor {name[:100]!r} has {num_dimensions} dimensions")
+    num_elements = 1
+    for _ in range(num_dimensions):
+        num_elements *= cursor.number("<Q")
+    kind, offset = cursor.number("<I"), cursor.number("<Q")
+    try:
+        block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+    except (ValueError, KeyError) as error:
+        raise BrokenFile(f"{cursor.name}: tensor {name[:100]!r} has the unknown type {kind}") from error
+    return name, offset + num_elements // block_elements * block_bytes
+
+
+def check_gguf(path: Path) -> GgufHeader:
+    """The header of a file that we can convert. Raises BrokenFile, UnsupportedModel, UnsupportedTokenizer."""
+    header = read_gguf_header(path)
+    if header.architecture not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"GGUF architecture {header.architecture[:60]!r} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        )
+    kind, split = (
+        header.metadata.get("tokenizer.ggml.model"),
+        header.metadata.get("tokenizer.ggml.pre", "default"),
+    )
+    if kind not in ("gpt2", "llama"):
+        raise UnsupportedTokenizer(
+            f"GGUF tokenizer {str(kind)[:60]!r} is not supported; supported are gpt2 and llama"
+        )
+    if kind == "gpt2" and split not in BYTE_LEVEL_SPLITS:
+        raise UnsupportedTokenizer(
+            f"GGUF pre-tokenizer {str(split)[:60]!r} is not known; known are {', '.join(BYTE_LEVEL_SPLITS)}. "
+            "Import the original safetensors folder instead"
+        )
+    return header
+
+
+def load_gguf_tokenizer(path: Path, header: GgufHeader) -> Any:  # Any: transformers is untyped here
+    """The file's tokenizer, with what the library's conversion gets wrong put right.
+
+    It drops the digit rule of `smollm` vocabularies, and adds an unknown-token that the model has no row for.
+    """
+    loaded = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    state = json.loads(loaded.backend_tokenizer.to_str())
+    vocabulary = state["model"]["vocab"]
+    names = set(vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary))
+    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in names]
+    backend = Tokenizer.from_str(json.dumps(state))
+    if header.metadata.get("tokenizer.ggml.pre") == "smollm":
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    special = {name: getattr(loaded, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=header.context_tokens or loaded.model_max_length,
+        **{name: token for name, token in special.items() if token in names},
+    )
+    tokenizer.chat_template = loaded.chat_template
+    return tokenizer
+
+
+def load_gguf_model(path: Path) -> tuple[Any, Any]:  # Any: transformers is untyped here
+    """The model as the library loads it, and a plain copy of it that can be saved and trained.
+
+    The first one is taken for quantised by the library for ever, although its weights are dense by now.
+    """
+    loaded = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+    )
+    settings = {name: value for name, value in loaded.config.to_dict().items() if name not in DROPPED}
+    plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
+    report = plain.load_state_dict(loaded.state_dict(), strict=False)
+    plain.tie_weights()
+    lost = [name for name in report.missing_keys if not re.fullmatch(r"lm_head\.weight", name)]
+    if lost or report.unexpected_keys or (report.missing_keys and not plain.config.tie_word_embeddings):
+        raise BrokenFile(
+            f"{path.name} does not hold all weights of its architecture; missing: {', '.join(lost[:3])}"
+        )
+    plain.generation_config = loaded.generation_config
+    return loaded, plain

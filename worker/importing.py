@@ -1,0 +1,252 @@
+"""`python -m worker.importing SPEC.json --out DIR`: a foreign model to a plain checkpoint that we can train and serve.
+
+Only checked files are read, and the result is loaded again and compared before it counts.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.settings import get_settings
+from worker.distill.progress import ErrorLine, MessageLine, ProgressLine, ResultLine, Sink, StageLine
+from worker.errors import BrokenFile, MissingFile, UnsupportedTokenizer, WorkerError
+from worker.gguf import check_gguf, load_gguf_model, load_gguf_tokenizer
+from worker.hub import fetch_from_hub
+from worker.intake import read_safetensors_header, take_in, weight_files
+from worker.model_facts import model_facts, supported_config
+
+SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
+TEMPLATE_SECONDS = 10
+MODEL, SOURCE = "model", "source"  # folders below the run's output folder
+UNSET_LENGTH = 10**9  # transformers' way to say that a tokenizer knows no longest text is far above this
+# What the libraries raise for files that contradict themselves; none of it is ours to tell apart.
+LOADING_FAULTS = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+
+
+class ImportSpec(BaseModel):
+    """What is imported: a staged folder or file, or a model on the hub."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["folder", "gguf", "hub"]
+    source_path: Path | None = None
+    hub: str | None = None
+    num_threads: int = 0
+
+
+def import_model(spec: ImportSpec, out: Path, sink: Sink) -> None:
+    """Writes the checkpoint to out/model and says so. Raises WorkerError."""
+    source: dict[str, str] = {"format": spec.format}
+    if spec.format == "gguf":
+        assert spec.source_path is not None
+        _convert_gguf(spec.source_path, out / MODEL, sink)
+    else:
+        folder = spec.source_path
+        if spec.hub is not None:
+            folder = out / "fetched"
+            source |= {"hub": spec.hub, "commit": _fetch(spec.hub, folder, sink)}
+        assert folder is not None
+        sink(StageLine(name="converting"))
+        sink(ProgressLine(percent=42))
+        take_in(folder, out / SOURCE)
+        _convert_folder(out / SOURCE, out / MODEL, sink)
+    sink(ProgressLine(percent=95))
+    facts = model_facts(out / MODEL)
+    sink(ProgressLine(percent=100))
+    sink(
+        ResultLine(
+            folder=MODEL, facts=facts.model_dump(), result={"source": source, "max_logit_difference": 0.0}
+        )
+    )
+
+
+def _fetch(hub: str, folder: Path, sink: Sink) -> str:
+    sink(StageLine(name="fetching"))
+    settings = get_settings()
+
+    def report(done: int, total: int) -> None:
+        sink(ProgressLine(percent=40 * done / max(total, 1)))
+
+    commit = fetch_from_hub(
+        hub, folder, endpoint=settings.hf_endpoint, token=settings.hf_token or None, on_progress=report
+    )
+    sink(MessageLine(message=f"fetched {hub} at commit {commit}", data={"commit": commit}))
+    return commit
+
+
+def _convert_gguf(path: Path, target: Path, sink: Sink) -> None:
+    sink(StageLine(name="converting"))
+    header = check_gguf(path)
+    sink(
+        MessageLine(
+            message="converting the GGUF file to float32 takes a while", data={"bytes": path.stat().st_size}
+        )
+    )
+    sink(ProgressLine(percent=5))
+    tokenizer = load_gguf_tokenizer(path, header)
+    sink(ProgressLine(percent=25))
+    loaded, plain = load_gguf_model(path)
+    sink(ProgressLine(percent=75))
+    _save(plain, tokenizer, target)
+    del plain
+    sink(ProgressLine(percent=85))
+    _check_reload(loaded, tokenizer, target)
+
+
+def _convert_folder(source: Path, target: Path, sink: Sink) -> None:
+    config = supported_config(source)
+    _check_size(config, source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=False, local_files_only=True, use_fast=True
+        )
+        sink(ProgressLine(percent=50))
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except LOADING_FAULTS as error:
+        raise BrokenFile(f"transformers cannot load the model: {str(error)[:500]}") from error
+    if report["missing_keys"]:
+        raise BrokenFile(
+            f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}; the export is incomplete"
+        )
+    sink(ProgressLine(percent=70))
+    _save(model, tokenizer, target)
+    sink(ProgressLine(percent=80))
+    _check_reload(model, tokenizer, target)
+
+
+def _check_size(config: Any, source: Path) -> None:  # Any: transformers is untyped here
+    """A configuration that asks for far more than the files hold would fill the memory with random numbers."""
+    with torch.device("meta"):
+        claimed = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    held = sum(
+        t.num_elements for file in weight_files(source) for t in read_safetensors_header(file).values()
+    )
+    if claimed > held + config.vocab_size * config.hidden_size:
+        raise BrokenFile(
+            f"config.json describes {claimed} parameters, the weights hold {held}; they do not belong together"
+        )
+
+
+def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformers is untyped here
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedTokenizer(
+            "the tokenizer has no fast form (tokenizer.json); save it as one and import again"
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BrokenFile(
+            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows} embedding rows"
+        )
+    bad = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if bad:
+        raise BrokenFile(f"the weights of {bad[0]} hold NaN or infinity; the export is damaged")
+    if tokenizer.model_max_length > UNSET_LENGTH:
+        tokenizer.model_max_length = model.config.max_position_embeddings
+    _check_template(tokenizer)
+    for name in ("is_local", "local_files_only"):  # how it was loaded is no property of the tokenizer
+        tokenizer.init_kwargs.pop(name, None)
+    try:
+        model.save_pretrained(target, max_shard_size="1000GB")
+        tokenizer.save_pretrained(target)
+    except (ValueError, StrictDataclassError) as error:  # such as a generation config that contradicts itself
+        raise BrokenFile(f"the model cannot be saved again: {str(error)[:300]}") from error
+
+
+def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped here
+    """A template that fails or never ends is found here, in a process that may be killed."""
+    if not tokenizer.chat_template:
+        return
+
+    def give_up(_: int, __: FrameType | None) -> NoReturn:
+        raise TimeoutError("it does not end")
+
+    previous = signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(TEMPLATE_SECONDS)
+    try:
+        # In the library's own immutable sandbox.
+        messages = [{"role": "user", "content": "Hello"}]
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:
+        raise BrokenFile(f"the chat template does not render a user message: {str(error)[:300]}") from error
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _check_reload(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformers is untyped here
+    """What was saved gives the very logits of what was loaded, on one sentence."""
+    again = AutoTokenizer.from_pretrained(target, trust_remote_code=False, local_files_only=True)
+    tokens = tokenizer(SENTENCE, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if again(SENTENCE, add_special_tokens=False)["input_ids"] != tokens[0].tolist() or not tokens.numel():
+        raise UnsupportedTokenizer(
+            "the tokenizer gives other tokens after being saved; it cannot be imported faithfully"
+        )
+    saved = AutoModelForCausalLM.from_pretrained(
+        target, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    with torch.inference_mode():
+        difference = (model.eval()(tokens).logits - saved.eval()(tokens).logits).abs().max().item()
+    if difference != 0.0:
+        raise BrokenFile(
+            f"the saved model differs from the source (largest logit difference {difference:.3g})"
+        )
+
+
+def main() -> int:
+    """Lines on standard output, everything else on standard error; 0 with a result, 1 with a reason."""
+    parser = argparse.ArgumentParser(prog="python -m worker.importing")
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    # Libraries print; the pipe is for lines only.
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+
+    def sink(line: BaseModel) -> None:
+        lines.write(line.model_dump_json() + "\n")
+
+    spec = ImportSpec.model_validate_json(arguments.spec.read_text())
+    if spec.num_threads:
+        torch.set_num_threads(spec.num_threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        import_model(spec, arguments.out, sink)
+    except WorkerError as error:
+        sink(ErrorLine(code=error.code, message=str(error)))
+        return 1
+    except FileNotFoundError as error:
+        sink(ErrorLine(code=MissingFile.code, message=f"{error.filename} is missing"))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""What may come in: plain safetensors and known JSON or text files, checked before any library reads them."""
+
+import json
+import math
+import os
+import re
+import shutil
+import stat
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from worker.errors import BrokenFile, MissingFile, UnsafeFile
+
+WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+JSON_FILES = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "vocab.json",
+        "model.safetensors.index.json",
+    }
+)
+TEXT_FILES = frozenset({"merges.txt", "chat_template.jinja"})
+# Vocabularies: their keys are tokens, and any word is a token.
+FREE_KEYS = frozenset({"tokenizer.json", "vocab.json"})
+# Harmless, and not taken along.
+IGNORED = re.compile(
+    r"(README|LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\..*)?|.*\.md|\..*|_?manifest\.json|added_tokens\.json|tokenizer\.model",
+    re.IGNORECASE,
+)
+CAN_RUN_CODE = re.compile(
+    r".*\.(bin|pt|pth|pkl|pickle|ckpt|py|pyc|so|dill|joblib|npy|npz|h5|keras)", re.IGNORECASE
+)
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+MAX_HEADER_BYTES = 100 * 10**6
+MAX_JSON_BYTES = 128 * 2**20
+MAX_TEMPLATE_BYTES = 256 * 2**10
+DTYPE_BYTES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "I16": 2,
+    "I32": 4,
+    "I64": 8,
+    "F16": 2,
+    "BF16": 2,
+    "F32": 4,
+    "F64": 8,
+}
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """One tensor as the file's header describes it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+def refuse_strangers(names: Iterable[str]) -> None:
+    """Raises UnsafeFile for a file that could run code or that is not known."""
+    for name in sorted(names):
+        if CAN_RUN_CODE.fullmatch(name):
+            raise UnsafeFile(
+                f"{name} is refused: pickles, scripts and other files that can run code are never read; "
+                "save the model with safetensors (model.save_pretrained does) and leave this file out"
+            )
+        if not is_accepted(name) and not IGNORED.fullmatch(name):
+            raise UnsafeFile(
+                f"{name} is refused: a model folder may hold model*.safetensors and "
+                f"{', '.join(sorted(JSON_FILES | TEXT_FILES))}; leave the rest out"
+            )
+
+
+def is_accepted(name: str) -> bool:
+    return WEIGHTS.fullmatch(name) is not None or name in JSON_FILES or name in TEXT_FILES
+
+
+def accepted_names(names: Iterable[str]) -> list[str]:
+    """The names that are taken along, of a folder's or a repository's.
+
+    Raises MissingFile if they do not make a model.
+    """
+    accepted = sorted(name for name in names if is_accepted(name))
+    if "config.json" not in accepted:
+        raise MissingFile("config.json is missing: give the folder that save_pretrained wrote")
+    if not any(WEIGHTS.fullmatch(name) for name in accepted):
+        raise MissingFile(
+            "there are no safetensors weights (model.safetensors, or model-00001-of-0000N.safetensors with its index)"
+        )
+    if "tokenizer.json" not in accepted and not {"vocab.json", "merges.txt"} <= set(accepted):
+        raise MissingFile(
+            "there is no tokenizer: tokenizer.json, or vocab.json with merges.txt, must lie beside it"
+        )
+    return accepted
+
+
+def take_in(source: Path, target: Path) -> list[Path]:
+    """Checks the folder and lays its accepted files, each one checked, into the new folder `target`."""
+    for entry in sorted(source.iterdir()):
+        if entry.is_symlink():
+            raise UnsafeFile(
+                f"{entry.name} is a symbolic link; copy the files themselves (cp -rL) and import the copy"
+            )
+        if entry.is_dir() and not entry.name.startswith("."):
+            raise UnsafeFile(f"{entry.name} is a folder; a model folder holds files only")
+    names = [entry.name for entry in source.iterdir() if not entry.is_dir()]
+    refuse_strangers(names)
+    target.mkdir(parents=True)
+    files = []
+    for name in accepted_names(names):
+        copied = _copy_plain(source / name, target / name)
+        check_file(copied)
+        files.append(copied)
+    return files
+
+
+def check_file(path: Path) -> None:
+    """Checks one accepted file by its content. Raises UnsafeFile or BrokenFile."""
+    try:
+        if path.suffix == ".safetensors":
+            read_safetensors_header(path)
+        elif path.suffix == ".json":
+            _check_json(path)
+    except BrokenFile as error:
+        with path.open(
+            "rb"
+        ) as file:  # only now: a sound safetensors file may begin with such bytes by chance
+            if file.read(4).startswith(PICKLES):
+                raise UnsafeFile(f"{path.name} is a pickle or an archive, whatever its name says") from error
+        raise
+    if path.name == "chat_template.jinja" and path.stat().st_size > MAX_TEMPLATE_BYTES:
+        raise BrokenFile(f"{path.name} is longer than {MAX_TEMPLATE_BYTES} bytes")
+
+
+def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
+    """The tensors of a safetensors file by name; their bytes fill the file without gap or overlap.
+
+    Raises BrokenFile.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+            raise BrokenFile(
+                f"{path.name} is no safetensors file, or is cut short: its header does not fit into it"
+            )
+        header = _parse(file.read(length), path.name)
+    header.pop("__metadata__", None)
+    tensors: dict[str, TensorHeader] = {}
+    ranges = []
+    for name, entry in header.items():
+        tensors[name], begin, end = _tensor(path.name, name, entry)
+        ranges.append((begin, end))
+    expected = 0
+    for begin, end in sorted(ranges):
+        if begin != expected:
+            raise BrokenFile(
+                f"{path.name}: tensors overlap or leave a gap at byte {min(begin, expected)} of the data"
+            )
+        expected = end
+    if expected != size - 8 - length:
+        raise BrokenFile(
+            f"{path.name} is cut short or has a tail: the header describes {expected} bytes of data, "
+            f"there are {size - 8 - length}; copy or download it again"
+        )
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder, in the order of their names."""
+    return sorted(path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
+
+
+def _tensor(file: str, name: str, entry: object) -> tuple[TensorHeader, int, int]:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if len(
+            shape
+        ) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in shape):
+            tensor = TensorHeader(dtype, tuple(shape))
+        case _:
+            raise BrokenFile(f"{file}: the header entry of tensor {name[:100]!r} is malformed")
+    if dtype not in DTYPE_BYTES:
+        raise BrokenFile(
+            f"{file}: tensor {name[:100]!r} has type {dtype[:20]!r}; known are {', '.join(DTYPE_BYTES)}"
+        )
+    if begin < 0 or end - begin != tensor.num_elements * DTYPE_BYTES[dtype]:
+        raise BrokenFile(f"{file}: tensor {name[:100]!r} does not have the size that its shape asks for")
+    return tensor, begin, end
+
+
+def _check_json(path: Path) -> None:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise BrokenFile(f"{path.name} is longer than {MAX_JSON_BYTES} bytes")
+    document = _parse(path.read_bytes(), path.name)
+    if path.name in FREE_KEYS:
+        return
+    found = {"auto_map", "custom_code"} & set(_keys(document))
+    if found:
+        raise UnsafeFile(
+            f"{path.name} names code of its own ({', '.join(sorted(found))}), which is never run; "
+            "only models whose code is part of transformers can be imported"
+        )
+    template = document.get("chat_template")
+    if template is not None and len(json.dumps(template)) > MAX_TEMPLATE_BYTES:
+        raise BrokenFile(f"the chat template in {path.name} is longer than {MAX_TEMPLATE_BYTES} bytes")
+
+
+def _parse(content: bytes, name: str) -> dict[str, Any]:  # Any: JSON
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BrokenFile(
+            f"{name}: its JSON cannot be read ({type(error).__name__}); it may be cut short"
+        ) from error
+    if not isinstance(document, dict):
+        raise BrokenFile(f"{name}: a JSON object was expected")
+    return document
+
+
+def _keys(document: object) -> Iterator[str]:
+    if isinstance(document, Mapping):
+        for key, value in document.items():
+            yield key
+            yield from _keys(value)
+    elif isinstance(document, list):
+        for value in document:
+            yield from _keys(value)
+
+
+def _copy_plain(source: Path, target: Path) -> Path:
+    """A copy that reads nothing but a regular file: no link, pipe or device, even one swapped in just now."""
+    handle = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(handle, "rb") as reader, target.open("xb") as writer:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise UnsafeFile(f"{source.name} is not a regular file")
+        shutil.copyfileobj(reader, writer, 2**20)
+    return target

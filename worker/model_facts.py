@@ -1,0 +1,124 @@
+"""What the control plane keeps of a model, read from its folder without loading the weights."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
+from transformers import AutoConfig
+
+from app.contracts import ModelFacts
+from worker.errors import BrokenFile, MissingFile, UnsupportedModel
+from worker.intake import read_safetensors_header, weight_files
+
+SUPPORTED_ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+PROBES = (
+    "The capital of France is Paris.",
+    "1. first\n\n2. second\n\n10. tenth, 3.14159 and 1234567",
+    "    indented\tand  spaced   out\r\n\r\n",
+    "don't we'll they've I'M",
+    "naïve café, 蒸馏 の テスト, Привет, ∑≠∞ 🙂👩‍🚀",
+    '{"json": [1, 2.5, null]} <|im_start|>user\nhi<|im_end|>\n<s></s><|endoftext|>',
+)
+
+
+def model_facts(folder: Path) -> ModelFacts:
+    """Facts of a Hugging Face folder: config.json, safetensors and tokenizer.json.
+
+    Raises UnsupportedModel, MissingFile, BrokenFile.
+    """
+    config = supported_config(folder)
+    files = weight_files(folder)
+    if not files:
+        raise MissingFile("there are no safetensors weights in the model folder")
+    tensors = [tensor for file in files for tensor in read_safetensors_header(file).values()]
+    return ModelFacts(
+        architecture=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        context_tokens=config.max_position_embeddings,
+        num_parameters=sum(tensor.num_elements for tensor in tensors),
+        tokenizer_sha256=tokenizer_sha256(folder / "tokenizer.json"),
+        has_chat_template=has_chat_template(folder),
+        weights_bytes=sum(file.stat().st_size for file in files),
+        weights_sha256=_sha256_of_files(files),
+    )
+
+
+def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
+    """The configuration of the folder. Raises UnsupportedModel if it is of a family that we do not run."""
+    document = json.loads((folder / "config.json").read_text())
+    model_type = document.get("model_type")
+    if model_type not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedModel(
+            f"architecture {str(model_type)[:60]!r} is not supported; supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    if "quantization_config" in document:
+        raise UnsupportedModel("the weights are quantised; import the full-precision model, or a GGUF file")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        sizes = (
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.vocab_size,
+            config.max_position_embeddings,
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
+        raise BrokenFile(f"config.json cannot be read as a {model_type} configuration: {error}") from error
+    limits = (1024, 2**17, 2**22, 2**24)
+    if not all(
+        isinstance(size, int) and 0 < size <= limit for size, limit in zip(sizes, limits, strict=True)
+    ):
+        raise BrokenFile(
+            f"config.json gives sizes (layers, width, vocabulary, context) {sizes}; at most {limits}"
+        )
+    return config
+
+
+def tokenizer_sha256(path: Path) -> str:
+    """One hash for one behaviour: equal vocabulary, merges and encodings, whatever version wrote the file.
+
+    Raises MissingFile, BrokenFile.
+    """
+    if not path.exists():
+        raise MissingFile("tokenizer.json is missing from the model folder")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise BrokenFile(f"tokenizer.json cannot be read: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    model = json.loads(path.read_text())["model"]
+    merges = [
+        merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges", ())
+    ]
+    canonical = {
+        "vocabulary": sorted(tokenizer.get_vocab(with_added_tokens=True).items()),
+        "merges": merges,
+        "encodings": [tokenizer.encode(probe, add_special_tokens=False).ids for probe in PROBES],
+    }
+    return hashlib.sha256(
+        json.dumps(canonical, ensure_ascii=False, separators=(",", ":")).encode()
+    ).hexdigest()
+
+
+def has_chat_template(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").exists() or (
+        path.exists() and bool(json.loads(path.read_text()).get("chat_template"))
+    )
+
+
+def _sha256_of_files(files: list[Path]) -> str:
+    """The file's own hash where there is one, else the hash over names and hashes."""
+    hashes = []
+    for file in files:
+        with file.open("rb") as content:
+            hashes.append(hashlib.file_digest(content, "sha256").hexdigest())
+    if len(files) == 1:
+        return hashes[0]
+    lines = "".join(f"{file.name} {digest}\n" for file, digest in zip(files, hashes, strict=True))
+    return hashlib.sha256(lines.encode()).hexdigest()
