@@ -25,11 +25,14 @@ class Sampler(Protocol):
         temperature: float,
         top_p: float = 1.0,
         seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        on_answer: Callable[[int, Generation], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
         """One generation a prompt, in the prompts' order.
 
-        Prompt i samples with seed + i, so that a result does not depend on its neighbours.
-        `on_progress(num_done, num_tokens)` is called as prompts finish.
+        Prompt i samples with seeds[i] if given, else with seed + i, so that a result does not depend on its neighbours.
+        `on_answer(i, generation)` is called as soon as prompt i ends, `on_progress(num_done, num_tokens)` every now and
+        then. What they raise ends the call.
         """
         ...

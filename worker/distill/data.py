@@ -1,0 +1,249 @@
+"""Training rows: read from JSONL, tokenised once, and split into training and held-out ones.
+
+A row becomes an `Example`: its tokens and the spans of them that are targets. A target at position p is predicted from
+the hidden state at p - 1, so no span begins at 0. Segments are tokenised apart (the prompt as serving will see it, then
+the completion), and a completion ends with the end token, so that students learn to stop.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from worker.distill.errors import InvalidTrainingFile
+
+MAX_VALIDATION_ROWS = 200
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the file: exactly one of messages and text. An answered row ends with an assistant's turn."""
+
+    line: int
+    messages: tuple[dict[str, str], ...] = ()
+    text: str | None = None
+
+    @property
+    def is_answered(self) -> bool:
+        return self.text is not None or self.messages[-1]["role"] == "assistant"
+
+    @property
+    def question(self) -> "Row":
+        """The row without its last answer."""
+        return Row(self.line, self.messages[:-1]) if self.is_answered else self
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens and the half-open spans of them that the loss looks at; without spans it waits for an answer."""
+
+    token_ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...] = ()
+    line: int = 0
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """What comes before the last answer."""
+        return self.token_ids[: self.spans[-1][0]] if self.spans else self.token_ids
+
+    @property
+    def completion_ids(self) -> tuple[int, ...]:
+        return self.token_ids[slice(*self.spans[-1])] if self.spans else ()
+
+    @property
+    def target_positions(self) -> list[int]:
+        return [p for start, end in self.spans for p in range(start, end)]
+
+    @property
+    def num_targets(self) -> int:
+        return sum(end - start for start, end in self.spans)
+
+    def answered(self, completion_ids: Sequence[int]) -> "Example":
+        prompt = self.prompt_ids
+        return Example(
+            (*prompt, *completion_ids), ((len(prompt), len(prompt) + len(completion_ids)),), self.line
+        )
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a JSONL file; blank lines are skipped. Raises InvalidTrainingFile with the line."""
+    rows = []
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                rows.append(_row(number, json.loads(line)))
+            except (ValueError, KeyError, TypeError) as e:
+                raise InvalidTrainingFile(f"line {number} is not a training row: {e!r}") from e
+    if not rows:
+        raise InvalidTrainingFile(f"{path.name} has no rows")
+    return rows
+
+
+def _row(number: int, fields: dict[str, Any]) -> Row:  # Any: open-ended JSON
+    if "messages" in fields:
+        turns = tuple({"role": _text(m["role"]), "content": _text(m["content"])} for m in fields["messages"])
+        if all(turn["role"] in ("system", "developer", "assistant") for turn in turns):
+            raise ValueError("messages has no user's turn")
+        return Row(number, turns)
+    if "prompt" in fields:
+        user = {"role": "user", "content": _text(fields["prompt"])}
+        if fields.get("completion") is None:
+            return Row(number, (user,))
+        return Row(number, (user, {"role": "assistant", "content": _text(fields["completion"])}))
+    return Row(number, text=_text(fields["text"]))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text expected, not {type(value).__name__}")
+    return value
+
+
+class Encoder:
+    """Turns rows into examples by the model's own tokenizer and chat template.
+
+    With a chat template a plain prompt becomes a user's turn, as serving does it; without one it stays plain text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.end_id = tokenizer.eos_token_id
+
+    def encode(self, row: Row) -> Example:
+        """Raises InvalidTrainingFile for rows that are too long, empty, or not to be rendered."""
+        segments = self._segments(row)
+        token_ids: list[int] = []
+        spans = []
+        for ids, is_target in segments:
+            if is_target and ids:
+                # nothing predicts the very first token
+                spans.append((max(len(token_ids), 1), len(token_ids) + len(ids)))
+            token_ids += ids
+        spans = [(start, end) for start, end in spans if end > start]
+        if len(token_ids) > self.max_tokens:
+            raise InvalidTrainingFile(
+                f"line {row.line} has {len(token_ids)} tokens, more than the {self.max_tokens} allowed; shorten it or raise "
+                "max_sequence_tokens (at most the model's context)"
+            )
+        if row.is_answered and not spans:
+            raise InvalidTrainingFile(f"line {row.line} has no completion tokens to learn from")
+        if not token_ids:
+            raise InvalidTrainingFile(f"line {row.line} has an empty prompt")
+        return Example(tuple(token_ids), tuple(spans), row.line)
+
+    def _segments(self, row: Row) -> list[tuple[list[int], bool]]:
+        if row.text is not None:
+            return [(self._plain(row.text), True), (self._end(), True)]
+        if self.tokenizer.chat_template is None:
+            return self._plain_segments(row)
+        try:
+            return self._chat_segments(row)
+        except TemplateError as e:
+            raise InvalidTrainingFile(f"line {row.line} does not fit the model's chat template: {e}") from e
+
+    def _plain_segments(self, row: Row) -> list[tuple[list[int], bool]]:
+        if [m["role"] for m in row.messages] not in (["user"], ["user", "assistant"]):
+            raise InvalidTrainingFile(
+                f"line {row.line} is a conversation, but the model has no chat template; use prompt and completion"
+            )
+        prompt = (self._plain(row.messages[0]["content"]), False)
+        if not row.is_answered:
+            return [prompt]
+        return [prompt, (self._ids(row.messages[1]["content"]) + self._end(), True)]
+
+    def _chat_segments(self, row: Row) -> list[tuple[list[int], bool]]:
+        messages = list(row.messages)
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
+        if not row.is_answered:
+            answers.append(len(messages))
+        segments: list[tuple[list[int], bool]] = []
+        done = ""
+        for i in answers:
+            prefix = self._render(messages[:i], is_question=True)
+            if not prefix.startswith(done):
+                # the template rewrites earlier turns once later ones exist: learn from the last answer alone
+                prefix = self._render(messages[: answers[-1]], is_question=True)
+                last = self._answer(messages, answers[-1], prefix)[0] if row.is_answered else []
+                return [(self._ids(prefix), False), *last]
+            segments.append((self._ids(prefix[len(done) :]), False))
+            if i < len(messages):
+                pieces, done = self._answer(messages, i, prefix)
+                segments += pieces
+        return segments
+
+    def _answer(
+        self, messages: list[dict[str, str]], i: int, prefix: str
+    ) -> tuple[list[tuple[list[int], bool]], str]:
+        whole = self._render(messages[: i + 1], is_question=False)
+        if not whole.startswith(prefix):
+            whole = prefix + messages[i]["content"]
+        ids = self._ids(whole[len(prefix) :])
+        if self.end_id in ids:  # what follows the end token (a line break, say) is never generated
+            end = ids.index(self.end_id) + 1
+            return [(ids[:end], True), (ids[end:], False)], whole
+        return [(ids + self._end(), True)], whole
+
+    def _render(self, messages: list[dict[str, str]], *, is_question: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_question)
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+    def _plain(self, text: str) -> list[int]:
+        """With the special tokens that the tokenizer puts before plain text, but not those behind it."""
+        ids = list(self.tokenizer.encode(text))
+        while ids and ids[-1] == self.end_id:
+            ids.pop()
+        if not ids and self.tokenizer.bos_token_id is not None:
+            return [self.tokenizer.bos_token_id]
+        return ids
+
+    def _end(self) -> list[int]:
+        return [] if self.end_id is None else [self.end_id]
+
+
+def split_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows: a tenth of them, at most 200, chosen by what they ask.
+
+    Rows that ask the same fall on the same side, so nothing held out is also trained on. The choice depends on the rows
+    alone, neither on their order nor on a seed. A single question cannot be split: then it is on both sides.
+    """
+    by_question: dict[str, list[Row]] = {}
+    for row in rows:
+        by_question.setdefault(question_key(row), []).append(row)
+    wanted = max(1, min(len(rows) // 10, MAX_VALIDATION_ROWS))
+    held_out: set[str] = set()
+    num_held_out = 0
+    for key in sorted(by_question):
+        if num_held_out >= wanted or len(held_out) == len(by_question) - 1:
+            break
+        held_out.add(key)
+        num_held_out += len(by_question[key])
+    if not held_out:
+        return list(rows), list(rows)
+    return (
+        [row for row in rows if question_key(row) not in held_out],
+        [row for row in rows if question_key(row) in held_out],
+    )
+
+
+def without_questions_of(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """The rows that ask nothing the others ask."""
+    asked = {question_key(row) for row in others}
+    return [row for row in rows if question_key(row) not in asked]
+
+
+def question_key(row: Row) -> str:
+    """Hash of what a row asks (of the whole row when it asks nothing)."""
+    asked = row.text if row.text is not None else json.dumps(row.question.messages, sort_keys=True)
+    return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()

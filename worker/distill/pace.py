@@ -1,0 +1,68 @@
+"""How fast a training goes, when to say so, and the means of what it measured meanwhile."""
+
+import math
+import time
+
+from worker.distill.checkpoint import TrainState
+
+PROGRESS_SECONDS = 1.0
+
+
+class Throttle:
+    """Lets progress be told once a second."""
+
+    def __init__(self) -> None:
+        self._told = -math.inf
+
+    def is_due(self) -> bool:
+        if time.monotonic() - self._told < PROGRESS_SECONDS:
+            return False
+        self._told = time.monotonic()
+        return True
+
+
+class Pace:
+    """Speed of this session, without what was done before a resume."""
+
+    def __init__(self, state: TrainState, total_steps: int) -> None:
+        self._begun = time.monotonic()
+        self._before = state.trained_seconds
+        self._num_left = total_steps - state.step
+        self._num_steps = self._num_tokens = 0
+
+    @property
+    def seconds(self) -> float:
+        return self._before + time.monotonic() - self._begun
+
+    @property
+    def tokens_per_second(self) -> float:
+        return round(self._num_tokens / max(1e-6, time.monotonic() - self._begun), 1)
+
+    @property
+    def seconds_remaining(self) -> float | None:
+        if not self._num_steps:
+            return None
+        per_step = (time.monotonic() - self._begun) / self._num_steps
+        return round(per_step * (self._num_left - self._num_steps), 1)
+
+    def count(self, num_tokens: int) -> None:
+        self._num_steps += 1
+        self._num_tokens += num_tokens
+
+
+class Means:
+    """Training metrics since they were last taken, a target token."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._num_targets = 0
+
+    def add(self, num_targets: int, *, loss_sum: float, kl_sum: float, num_agreeing: int) -> None:
+        self._num_targets += num_targets
+        named = {"train_loss": loss_sum, "train_kl": kl_sum, "train_agreement": float(num_agreeing)}
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in named.items()}
+
+    def take(self) -> dict[str, float]:
+        means = {name: value / self._num_targets for name, value in self._sums.items()}
+        self._sums, self._num_targets = {}, 0
+        return means

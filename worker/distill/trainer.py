@@ -1,0 +1,318 @@
+"""The training loop: plan, batch, teacher's rows, student's rows, fused loss, step; evaluate, checkpoint, go on.
+
+N rows (completion positions of a batch), H hidden width.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from app.contracts import EarlyStopping, Hyperparameters, Objective
+from worker.distill.batches import Batch, BatchPlan, collate
+from worker.distill.checkpoint import (
+    Snapshot,
+    TrainState,
+    load_optimizer,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from worker.distill.data import Example
+from worker.distill.errors import NanLoss
+from worker.distill.evaluate import HeldOut, HeldOutRows, hidden_rows
+from worker.distill.fused import fused_distillation_loss
+from worker.distill.heads import head_of
+from worker.distill.objectives import TokenObjective
+from worker.distill.pace import Means, Pace, Throttle
+from worker.distill.progress import CheckpointLine, MetricsLine, ProgressLine, Sink
+from worker.distill.students import StudentRecipe, freeze_head, load_model
+from worker.distill.teachers import CachedTeacher
+
+CPU_BATCH_TOKENS = 1024  # 8 rows of 128: more do not use a CPU better
+LAYERS_LEARNING_RATE = 1e-3  # measured for 15 of 30 layers, width 576
+CHECKPOINT_LEARNING_RATE = 1e-4
+MEASURED_WIDTH = 576  # wider students get less, in proportion
+EVALS_PER_RUN = 10  # eval_steps and checkpoint_steps "auto"
+CHECKPOINT_SECONDS = 600.0  # with checkpoint_steps "auto", no more work than this is lost
+METRIC_POINTS = 500  # a series of a long run has about so many
+
+
+class Stopped(Exception):  # no error: the run does as it was told
+    """The run was asked to stop, and everything worth keeping is on disk."""
+
+    @property
+    def step(self) -> int:
+        return int(self.args[0])
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a training needs, ready to use. The teacher's cache holds train's rows, then valid's."""
+
+    out: Path
+    objective: Objective
+    hyperparameters: Hyperparameters
+    seed: int
+    keep_checkpoints: int
+    recipe: StudentRecipe
+    tokenizer: PreTrainedTokenizerBase
+    num_tokens: int
+    train: list[Example]
+    valid: list[Example]
+    teacher: CachedTeacher
+    answers_path: Path | None
+    inputs_sha256: str
+    device: str
+    resume_dir: Path | None = None
+    best_dir: Path | None = None
+
+
+class Trainer:
+    """One student's training; `state` is where it is."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        state: TrainState,
+        sink: Sink,
+        should_stop: Callable[[], bool],
+        report: Callable[[float], float],
+    ) -> None:
+        """`report` turns the share of the training that is done into the percentage of the whole run."""
+        self.setup = setup
+        self.state = state
+        self.sink = sink
+        self.should_stop = should_stop
+        self.report = report
+        h = setup.hyperparameters
+        batch_tokens = CPU_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
+        lengths = [len(example.token_ids) for example in setup.train]
+        self.plan = BatchPlan(lengths, batch_tokens=batch_tokens, seed=setup.seed)
+        self.total_steps = self.plan.num_steps(h.n_epochs, at_most=h.max_steps)
+        auto_steps = max(1, -(-self.total_steps // EVALS_PER_RUN))
+        self.eval_steps = auto_steps if h.eval_steps == "auto" else h.eval_steps
+        self.checkpoint_steps = self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
+        self.valid = HeldOutRows(
+            setup.valid, first_index=len(setup.train), batch_tokens=batch_tokens, device=setup.device
+        )
+        self.best_dir = setup.best_dir
+        self.model = self._student().to(setup.device)
+        if setup.recipe.freeze_head:
+            freeze_head(self.model)
+        self.head = head_of(self.model, setup.num_tokens)
+        self.optimizer = torch.optim.AdamW(
+            _parameter_groups(self.model, h.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
+        )
+        self.learning_rate = _peak_learning_rate(h, setup.recipe, self.model)
+        torch.manual_seed(setup.seed)
+        if setup.resume_dir is not None:
+            load_optimizer(setup.resume_dir, self.optimizer, self.model)
+        self._saved_step = state.step if setup.resume_dir is not None else 0
+        self._saved_at = time.monotonic()
+        self._pace = Pace(state, self.total_steps)
+        self._means = Means()
+        self._throttle = Throttle()
+
+    def run(self) -> tuple[TrainState, Path]:
+        """Trains until the steps are done or it no longer helps; the best student lies in the folder.
+
+        Raises Stopped, NanLoss, DiskFull.
+        """
+        if not self.state.untrained_metrics:
+            self._update(untrained_metrics=self.measure().series())
+            self.sink(MetricsLine(step=0, values=self.state.untrained_metrics))
+        while self.state.step < self.total_steps and not self.state.is_done:
+            self._stop_if_asked()
+            self._step(self._next_batch())
+            is_last = self.state.step == self.total_steps
+            if is_last or self.state.step % self.eval_steps == 0:
+                self._evaluate()
+            self._checkpoint_if_due(is_last=is_last or self.state.is_done)
+        assert self.best_dir is not None  # the last step is evaluated, so one was the best
+        return self.state, self.best_dir
+
+    def measure(self) -> HeldOut:
+        """The student on the held-out rows, as it is now."""
+        return self.valid.measure(
+            self.model, self.head, self.setup.teacher, self._objective(), on_batch=self._tell
+        )
+
+    def _student(self) -> PreTrainedModel:
+        resume_dir = self.setup.resume_dir
+        return self.setup.recipe.build() if resume_dir is None else load_model(resume_dir / "model")
+
+    def _next_batch(self) -> Batch:
+        return collate(
+            self.setup.train, self.plan.epoch(self.state.epoch)[self.state.batch], self.setup.device
+        )
+
+    def _objective(self) -> TokenObjective:
+        objective = self.setup.objective
+        then = objective.then
+        is_second = then is not None and self.state.step >= then.at * self.total_steps
+        return TokenObjective.from_objective(objective, then if is_second else None)
+
+    def _step(self, batch: Batch) -> None:
+        h = self.setup.hyperparameters
+        rate = scheduled(self.state.step, self.total_steps, peak=self.learning_rate, warmup=h.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        teacher = self.setup.teacher.rows(
+            batch.indices, batch.input_ids_BT, batch.attention_mask_BT, batch.keep_BT
+        )
+        hidden_NH = hidden_rows(self.model, batch)
+        loss, stats = fused_distillation_loss(
+            hidden_NH,
+            self.head,
+            batch.targets_N,
+            teacher,
+            self._objective(),
+            denominator=batch.num_targets,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        norm = float(nn.utils.clip_grad_norm_(self._trained_parameters(), h.max_grad_norm))
+        if not (math.isfinite(stats.loss_sum) and math.isfinite(norm)):
+            raise NanLoss(
+                f"loss {stats.loss_sum / batch.num_targets} with gradient norm {norm} at step {self.state.step}; lower the learning rate, or begin "
+                "with forward_kl (the last checkpoint is good)"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        num_batches = len(self.plan.epoch(self.state.epoch))
+        is_border = self.state.batch + 1 == num_batches
+        self._update(
+            step=self.state.step + 1,
+            epoch=self.state.epoch + is_border,
+            batch=0 if is_border else self.state.batch + 1,
+            trained_tokens=self.state.trained_tokens + batch.num_tokens,
+        )
+        self._pace.count(batch.num_tokens)
+        self._means.add(
+            batch.num_targets, loss_sum=stats.loss_sum, kl_sum=stats.kl_sum, num_agreeing=stats.num_agreeing
+        )
+        if self.state.step % max(1, self.total_steps // METRIC_POINTS) == 0:
+            values = {**self._means.take(), "learning_rate": rate, "grad_norm": norm}
+            self.sink(MetricsLine(step=self.state.step, values=values))
+        self._tell()
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _evaluate(self) -> None:
+        held_out = self.measure()
+        values = held_out.series()
+        self.sink(MetricsLine(step=self.state.step, values=values))
+        early = self.setup.hyperparameters.early_stopping
+        score = _score(held_out, early)
+        if not math.isfinite(score):
+            raise NanLoss(f"the held-out score is {score} at step {self.state.step}; lower the learning rate")
+        best = self.state.best_score
+        if best is None or score < best:
+            self._update(
+                best_score=score,
+                best_step=self.state.step,
+                best_metrics=values,
+                num_bad_evals=0,
+                metrics=values,
+            )
+            return
+        num_bad_evals = self.state.num_bad_evals + 1
+        is_done = early is not None and num_bad_evals >= early.patience
+        self._update(num_bad_evals=num_bad_evals, is_done=is_done, metrics=values)
+
+    def _checkpoint_if_due(self, *, is_last: bool) -> None:
+        is_best = self.state.best_step == self.state.step
+        is_late = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
+        if self.setup.hyperparameters.checkpoint_steps != "auto":
+            is_late = False
+        if is_last or is_best or is_late or self.state.step % self.checkpoint_steps == 0:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        step = self.state.step
+        if step == self._saved_step:
+            return
+        self._update(trained_seconds=self._pace.seconds)
+        is_best = self.state.best_step == step
+        setup = self.setup
+        snapshot = Snapshot(
+            state=self.state,
+            model=self.model,
+            tokenizer=setup.tokenizer,
+            optimizer=self.optimizer,
+            best_dir=None if is_best else self.best_dir,
+            answers_path=setup.answers_path,
+        )
+        folder = save_checkpoint(setup.out, snapshot)
+        if is_best:
+            self.best_dir = folder / "model"
+        elif self.best_dir is not None:
+            self.best_dir = folder / "best"
+        self._saved_step, self._saved_at = step, time.monotonic()
+        prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=self.state.best_step)
+        self.sink(CheckpointLine(step=step, folder=folder.name, is_best=is_best, metrics=self.state.metrics))
+
+    def _stop_if_asked(self) -> None:
+        if self.should_stop():
+            self._checkpoint()
+            raise Stopped(self.state.step)
+
+    def _update(self, **changes: object) -> None:
+        self.state = self.state.model_copy(update=changes)
+
+    def _tell(self) -> None:
+        if not self._throttle.is_due():
+            return
+        done = self.state.step / self.total_steps
+        epoch_batches = len(self.plan.epoch(self.state.epoch)) if self.state.step < self.total_steps else 1
+        self.sink(
+            ProgressLine(
+                percent=self.report(done),
+                step=self.state.step,
+                total_steps=self.total_steps,
+                epoch=round(self.state.epoch + self.state.batch / epoch_batches, 3),
+                tokens_per_second=self._pace.tokens_per_second,
+                seconds_remaining=self._pace.seconds_remaining,
+            )
+        )
+
+
+def scheduled(step: int, total_steps: int, *, peak: float, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero; by step alone, so that a resumed run follows the same curve."""
+    num_warmup = math.ceil(warmup * total_steps)
+    if step < num_warmup:
+        return peak * (step + 1) / (num_warmup + 1)
+    share = (step - num_warmup) / max(1, total_steps - num_warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def _score(held_out: HeldOut, early: EarlyStopping | None) -> float:
+    """Smaller is better."""
+    match early.metric if early is not None else "kl":
+        case "kl":
+            return held_out.kl
+        case "perplexity":
+            return held_out.cross_entropy
+        case "agreement":
+            return -held_out.agreement
+
+
+def _peak_learning_rate(h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel) -> float:
+    if h.learning_rate != "auto":
+        return h.learning_rate
+    rate = CHECKPOINT_LEARNING_RATE if recipe.layers is None else LAYERS_LEARNING_RATE
+    return rate * min(1.0, MEASURED_WIDTH / int(model.config.hidden_size))
+
+
+def _parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
+    """Only matrices decay."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,146 @@
+"""The trainer process: `python -m worker.run SPEC.json --out DIR`. No queue, no database; JSON lines on its output.
+
+SIGTERM asks it to stop: it writes a checkpoint, says `stopped` and exits 0. It exits 1 with an `error` line when trying
+again would not help, and without one when it might.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+import torch
+import transformers
+from huggingface_hub import constants as hub
+from transformers import PreTrainedModel
+
+from worker.distill.errors import DistillError, TeacherGenerationFailed
+from worker.distill.pipeline import distil
+from worker.distill.progress import ErrorLine, ResultLine, RunLine, StoppedLine
+from worker.distill.sampler import Generation
+from worker.distill.spec import RunSpec
+from worker.distill.trainer import Stopped
+from worker.model_facts import model_facts
+from worker.serve.errors import ServeError
+from worker.serve.offline import Continuation, generate_all
+
+MAX_RUNNING = 32  # sequences decoded together
+
+
+class EngineSampler:
+    """The serving engine's decoder as the trainer's sampler."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float = 1.0,
+        seed: int = 0,
+        seeds: Sequence[int] | None = None,
+        on_answer: Callable[[int, Generation], None] | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> list[Generation]:
+        def answered(i: int, made: Continuation) -> None:
+            if on_answer is not None:
+                on_answer(i, _generation(made))
+
+        try:
+            made = generate_all(
+                self.model,
+                prompts,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+                seeds=seeds,
+                max_running=MAX_RUNNING,
+                on_answer=answered,
+                on_progress=on_progress,
+            )
+        except ServeError as e:
+            raise TeacherGenerationFailed(str(e)) from e
+        return [_generation(continuation) for continuation in made]
+
+
+def _generation(made: Continuation) -> Generation:
+    return Generation(tokens=made.tokens, is_finished=made.is_finished)
+
+
+class StopSignal:
+    """True once SIGTERM or SIGINT came."""
+
+    def __init__(self) -> None:
+        self.is_set = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._set)
+
+    def __call__(self) -> bool:
+        return self.is_set
+
+    def _set(self, number: int, frame: FrameType | None) -> None:
+        self.is_set = True
+
+
+def run(spec: RunSpec, out: Path, sink: Callable[[RunLine], None], should_stop: Callable[[], bool]) -> int:
+    """Runs the spec and says how it ended; gives the exit status."""
+    try:
+        outcome = distil(spec, out, sink, EngineSampler, should_stop)
+        facts = model_facts(out / outcome.folder)
+    except Stopped as stopped:
+        sink(StoppedLine(step=stopped.step))
+        return 0
+    except DistillError as e:
+        sink(ErrorLine(code=e.code, message=str(e)))
+        return 1
+    except torch.OutOfMemoryError as e:
+        message = f"the device ran out of memory ({e}); lower batch_tokens or max_sequence_tokens"
+        sink(ErrorLine(code="out_of_memory", message=message))
+        return 1
+    sink(
+        ResultLine(
+            folder=outcome.folder,
+            facts=facts.model_dump(mode="json"),
+            result=outcome.result,
+            trained_tokens=outcome.trained_tokens,
+        )
+    )
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m worker.run", description=__doc__)
+    parser.add_argument("spec", type=Path, help="a RunSpec as JSON")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the student")
+    arguments = parser.parse_args()
+    lines = _take_over_stdout()
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    hub.HF_HUB_OFFLINE = True
+    should_stop = StopSignal()
+
+    def write(line: RunLine) -> None:
+        lines.write(line.model_dump_json() + "\n")
+
+    spec = RunSpec.model_validate_json(arguments.spec.read_bytes())
+    return run(spec, arguments.out, write, should_stop)
+
+
+def _take_over_stdout() -> TextIO:
+    """The output for lines alone; whatever else is printed goes to the error output."""
+    lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
