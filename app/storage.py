@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from typing import IO, Any, Final, TypedDict
 import fsspec
 
 from app.contracts import ArtifactRef
+from app.durable import hash_file, publish, sync_folder, write_synced
 from app.settings import get_settings
 
 MANIFEST: Final = "_manifest.json"
@@ -62,13 +64,10 @@ class Store:
         """A binary file that appears under the key when the block ends, and never if it raises."""
         path = self._path(key)
         if not self.is_local:
-            with self._fs.open(path, "wb", autocommit=False) as file:
-                try:
-                    yield file
-                except BaseException:
-                    file.discard()
-                    raise
-            file.commit()
+            with tempfile.NamedTemporaryFile() as spool:  # object stores show an object only when it is whole
+                yield spool
+                spool.flush()
+                self._fs.put_file(spool.name, path)
             return
         incoming = self._incoming()
         try:
@@ -76,7 +75,7 @@ class Store:
                 yield local
                 local.flush()
                 os.fsync(local.fileno())
-            _publish(incoming, Path(path))
+            publish(incoming, Path(path))
         except BaseException:
             incoming.unlink(missing_ok=True)
             raise
@@ -108,12 +107,12 @@ class Store:
             incoming.mkdir()
             entries = [_take_in(local, path, incoming, link=link) for path in _plain_files(local)]
             manifest = _manifest_bytes(entries)
-            _write_synced(incoming / MANIFEST, manifest)
+            write_synced(incoming / MANIFEST, manifest)
             for folder, _, _ in os.walk(incoming):
-                _sync_folder(Path(folder))
+                sync_folder(Path(folder))
             ref = _folder_ref(key, entries, manifest)
             if not Path(target).exists():
-                _publish(incoming, Path(target))
+                publish(incoming, Path(target))
             elif self._manifest(key) != manifest:
                 raise AlreadyStored(f"the store holds another {key}; use a new key")
             return ref
@@ -123,19 +122,19 @@ class Store:
     def fetch_folder(self, ref: ArtifactRef, cache_dir: Path) -> Path:
         """A local folder with the artifact: the store's own, or a verified copy kept in `cache_dir`.
 
-        Never change what it returns. Raises FileNotFoundError and CorruptArtifact.
+        A folder inside a stored folder can be had too. Never change what it returns.
+        Raises FileNotFoundError and CorruptArtifact.
         """
-        manifest = self._checked_manifest(ref)
+        manifest, inside = self._checked_manifest(ref)
         if self.is_local:
             return Path(self._path(ref.key))
-        target = cache_dir / hashlib.sha256(manifest).hexdigest()
+        target = cache_dir / hashlib.sha256(f"{inside}\n".encode() + manifest).hexdigest()
         if target.exists():
             return target
         fetching = cache_dir / f"{target.name}.{uuid.uuid4().hex}"
         try:
-            for entry in _entries(manifest):
+            for entry in _entries(manifest, inside):
                 self._download(f"{ref.key}/{entry['path']}", fetching / entry["path"], entry["sha256"])
-            _write_synced(fetching / MANIFEST, manifest)
             if not target.exists():
                 fetching.rename(target)
         finally:
@@ -157,8 +156,7 @@ class Store:
     def verify_folder(self, key: str, sha256: str | None = None) -> bool:
         """Reads everything: whether each file is there and as it was put. `sha256` is the manifest's."""
         try:
-            manifest = self._checked_manifest(ArtifactRef(key=key, bytes=0, sha256=sha256))
-            entries = _entries(manifest)
+            entries = _entries(*self._checked_manifest(ArtifactRef(key=key, bytes=0, sha256=sha256)))
             return all(
                 self._sha256(f"{self._path(key)}/{e['path']}") == (e["sha256"], e["bytes"]) for e in entries
             )
@@ -220,11 +218,18 @@ class Store:
             content: bytes = file.read()
             return content
 
-    def _checked_manifest(self, ref: ArtifactRef) -> bytes:
-        manifest = self._manifest(ref.key)
+    def _checked_manifest(self, ref: ArtifactRef) -> tuple[bytes, str]:
+        """The manifest of the stored folder that the key is, or is inside of; and where inside."""
+        key = ref.key
+        while not self._fs.exists(f"{self._path(key)}/{MANIFEST}") and "/" in key and ref.sha256 is None:
+            key = key.rpartition("/")[0]
+        inside = ref.key[len(key) + 1 :]
+        manifest = self._manifest(key)
         if ref.sha256 is not None and hashlib.sha256(manifest).hexdigest() != ref.sha256:
             raise CorruptArtifact(f"the manifest of {ref.key} has changed since it was stored")
-        return manifest
+        if inside and not _entries(manifest, inside):
+            raise FileNotFoundError(ref.key)
+        return manifest, inside
 
     def _sha256(self, path: str) -> tuple[str, int]:
         digest, size = hashlib.sha256(), 0
@@ -238,7 +243,7 @@ class Store:
         entries: list[Entry] = []
         for path in _plain_files(local):
             name = path.relative_to(local).as_posix()
-            digest, size = _hash_file(path)
+            digest, size = hash_file(path)
             entries.append({"path": name, "bytes": size, "sha256": digest})
         manifest = _manifest_bytes(entries)
         if self._fs.exists(f"{self._path(key)}/{MANIFEST}"):
@@ -255,7 +260,7 @@ class Store:
         fetching = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
         try:
             self._fs.get_file(f"{self._root}/{key}", str(fetching))
-            if sha256 is not None and _hash_file(fetching)[0] != sha256:
+            if sha256 is not None and hash_file(fetching)[0] != sha256:
                 raise CorruptArtifact(f"{key} is not what was stored")
             fetching.rename(target)
         finally:
@@ -291,51 +296,32 @@ def _take_in(source: Path, path: Path, incoming: Path, *, link: bool) -> Entry:
         os.link(path, target)
     except OSError:  # another filesystem, or one without hard links
         shutil.copyfile(path, target)
-    digest, size = _hash_file(target)
+    digest, size = hash_file(target)
     with target.open("rb") as file:
         os.fsync(file.fileno())
     return {"path": name.as_posix(), "bytes": size, "sha256": digest}
-
-
-def _hash_file(path: Path) -> tuple[str, int]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return digest, file.tell()
 
 
 def _manifest_bytes(entries: list[Entry]) -> bytes:
     return json.dumps({"files": sorted(entries, key=lambda entry: entry["path"])}, indent=1).encode()
 
 
-def _entries(manifest: bytes) -> list[Entry]:
+def _entries(manifest: bytes, inside: str = "") -> list[Entry]:
+    """The entries below the folder `inside`, with paths seen from there."""
     try:
         entries: list[Entry] = json.loads(manifest)["files"]
+        if any(".." in Path(entry["path"]).parts or entry["path"].startswith("/") for entry in entries):
+            raise ValueError("a path leads out of the folder")
+        prefix = f"{inside}/" if inside else ""
+        return [
+            {**entry, "path": entry["path"].removeprefix(prefix)}
+            for entry in entries
+            if entry["path"].startswith(prefix)
+        ]
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptArtifact("a manifest in the store cannot be read") from error
-    return entries
 
 
 def _folder_ref(key: str, entries: list[Entry], manifest: bytes) -> ArtifactRef:
     total = sum(entry["bytes"] for entry in entries)
     return ArtifactRef(key=key, bytes=total, sha256=hashlib.sha256(manifest).hexdigest())
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _publish(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(source, target)
-    _sync_folder(target.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

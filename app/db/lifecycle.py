@@ -74,8 +74,8 @@ def move(
         columns |= {"lease_token": None, "lease_owner": None, "lease_expires_at": None}
     if to in TERMINAL:
         columns |= {"finished_at": func.now()}
-    if to not in {JobStatus.running, JobStatus.retry_wait, JobStatus.succeeded}:
-        columns.setdefault("stage", None)
+    if to != JobStatus.running:
+        columns |= {"stage": None}
     change = update(Job).where(Job.id == job_id, Job.status.in_(allowed))
     if token is not None:
         change = change.where(Job.lease_token == token)

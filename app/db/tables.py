@@ -164,7 +164,7 @@ class Job(Table):
 
 
 class Attempt(Table):
-    """One run of a job by one worker."""
+    """One run of a job by one worker; worker_id names the claim too."""
 
     __tablename__ = "job_attempts"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)

@@ -1,0 +1,312 @@
+"""What the holder of a job's lease may do. Every write is fenced: it counts only while the token is the job's.
+
+A function that gives None (or False) has changed nothing, because the lease belongs to somebody else by now.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final
+
+from sqlalchemy import func, select, update
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from app.contracts import ArtifactRef, JobFailure, JobStatus
+from app.db.ids import new_id
+from app.db.json_values import clean
+from app.db.lifecycle import add_event, move
+from app.db.models import insert_model
+from app.db.tables import Attempt, Checkpoint, Job, Json, Metric, lease_tokens
+
+MAX_DOUBLINGS: Final = 10
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What happens to a job whose worker was lost: so many times, so long a wait, then it fails."""
+
+    most: int
+    backoff_seconds: float
+
+
+def claim(session: Session, owner: str, lease_seconds: float) -> Job | None:
+    """Takes the next due job, whatever its kind, with a new lease token; None if nothing is due.
+
+    `owner` names this one claim: asking again with it (for the answer was lost) gives the job it already has.
+    """
+    claimed = select(Job).where(Job.status == JobStatus.running, Job.lease_owner == owner)
+    job = session.scalars(claimed).one_or_none()
+    if job is not None:
+        return job
+    due = (
+        select(Job.id)
+        .where(Job.status == JobStatus.queued, Job.run_after <= func.now())
+        .order_by(Job.run_after, Job.id)
+        .with_for_update(skip_locked=True, key_share=True)
+        .limit(1)
+    )
+    job_id = session.scalar(due)
+    if job_id is None:
+        return None
+    token = session.scalar(lease_tokens)
+    job = move(
+        session,
+        job_id,
+        JobStatus.running,
+        message="A worker has taken the job.",
+        attempt=Job.attempt + 1,
+        lease_token=token,
+        lease_owner=owner,
+        lease_expires_at=func.now() + timedelta(seconds=lease_seconds),
+        last_heartbeat_at=func.now(),
+        started_at=func.coalesce(Job.started_at, func.now()),
+    )
+    assert job is not None, "the row was locked as queued"
+    assert token is not None
+    session.add(Attempt(job_id=job.id, attempt=job.attempt, lease_token=token, worker_id=owner))
+    session.flush()
+    return job
+
+
+def heartbeat(session: Session, job_id: str, token: int, lease_seconds: float) -> Job | None:
+    """Renews the lease; the job's cancel and pause requests are the orders."""
+    return _write(
+        session,
+        job_id,
+        token,
+        last_heartbeat_at=func.now(),
+        lease_expires_at=func.now() + timedelta(seconds=lease_seconds),
+    )
+
+
+def hold(session: Session, job_id: str, token: int) -> Job | None:
+    """The job, locked until the transaction ends, if the lease still stands."""
+    query = select(Job).where(Job.id == job_id, Job.status == JobStatus.running, Job.lease_token == token)
+    query = query.with_for_update(key_share=True)
+    return session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
+
+
+def write_progress(session: Session, job_id: str, token: int, **columns: Any) -> Job | None:
+    """Sets stage, stages, progress or latest_metrics."""
+    return _write(session, job_id, token, **{name: clean(value) for name, value in columns.items()})
+
+
+def write_metrics(session: Session, job_id: str, step: int, values: Mapping[str, float]) -> None:
+    """Puts the values of one step into their series; a repeated step replaces what it had. Call `hold` before."""
+    rows = [
+        {"job_id": job_id, "name": name[:64], "step": step, "value": float(value)}
+        for name, value in values.items()
+        if math.isfinite(value)
+    ]
+    if rows:
+        fresh = insert(Metric).values(rows)
+        keys = [Metric.job_id, Metric.name, Metric.step]
+        session.execute(
+            fresh.on_conflict_do_update(index_elements=keys, set_={"value": fresh.excluded.value})
+        )
+
+
+def insert_checkpoint(
+    session: Session, job_id: str, token: int, *, step: int, ref: ArtifactRef, metrics: Json, is_best: bool
+) -> bool:
+    """Commits a checkpoint, with its event; a repeated commit changes nothing."""
+    if hold(session, job_id, token) is None:
+        return False
+    fresh = insert(Checkpoint).values(
+        id=new_id("ftckpt_"),
+        job_id=job_id,
+        lease_token=token,
+        step=step,
+        store_key=ref.key,
+        bytes=ref.bytes,
+        manifest_sha256=ref.sha256,
+        metrics=clean(metrics),
+        is_best=is_best,
+    )
+    checkpoint_id = session.scalar(fresh.on_conflict_do_nothing().returning(Checkpoint.id))
+    if checkpoint_id is None:
+        return True
+    if is_best:
+        others = update(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.id != checkpoint_id)
+        session.execute(others.values(is_best=False))
+    data = {"step": step, "is_best": is_best, "metrics": metrics, "checkpoint_id": checkpoint_id}
+    add_event(session, job_id, f"Checkpoint at step {step}.", type="checkpoint", data=data)
+    return True
+
+
+def retire_checkpoints(session: Session, job_id: str, keep: int) -> list[str]:
+    """Marks all but the best and the `keep` newest checkpoints for deletion; gives their store keys."""
+    newest = select(Checkpoint.id).where(Checkpoint.job_id == job_id, Checkpoint.status == "committed")
+    newest = newest.order_by(Checkpoint.step.desc(), Checkpoint.lease_token.desc()).limit(keep)
+    retired = update(Checkpoint).where(
+        Checkpoint.job_id == job_id,
+        Checkpoint.status != "deleting",
+        Checkpoint.is_best.is_(False),
+        Checkpoint.id.not_in(newest.scalar_subquery()),
+    )
+    return list(session.scalars(retired.values(status="deleting").returning(Checkpoint.store_key)))
+
+
+def newest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
+    """Where a run goes on: the committed checkpoint with the highest step."""
+    query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.status == "committed")
+    query = query.order_by(Checkpoint.step.desc(), Checkpoint.lease_token.desc())
+    return session.scalars(query.limit(1)).one_or_none()
+
+
+def note_resumed_from(session: Session, token: int, step: int | None) -> None:
+    session.execute(update(Attempt).where(Attempt.lease_token == token).values(resumed_from=step))
+
+
+def mark_corrupt(session: Session, job_id: str, token: int, checkpoint_id: str) -> bool:
+    """Takes a checkpoint out of use, with a warning in the history."""
+    if hold(session, job_id, token) is None:
+        return False
+    mark = update(Checkpoint).where(Checkpoint.id == checkpoint_id, Checkpoint.job_id == job_id)
+    step = session.scalar(mark.values(status="corrupt", is_best=False).returning(Checkpoint.step))
+    message = f"The checkpoint at step {step} is damaged; the run goes on from an older one."
+    add_event(session, job_id, message, level="warn", data={"step": step, "checkpoint_id": checkpoint_id})
+    return True
+
+
+def succeed(
+    session: Session, job_id: str, token: int, *, model: Json, result: Json, trained_tokens: int
+) -> Job | None:
+    """Registers the model and ends the job, both or neither. `model` holds the columns of Model.
+
+    A job that was asked to stop is cancelled instead, and one whose model id is taken by another model fails.
+    """
+    job = hold(session, job_id, token)
+    if job is None:
+        return None
+    if job.cancel_requested_at is not None:
+        return move(session, job_id, JobStatus.cancelled, token=token, message="The job is cancelled.")
+    model = {**model, "facts": clean(model["facts"]), "evaluation": clean(result) or None}
+    if job.kind == "distillation":
+        model["base_id"] = job.request.get("model")
+    if insert_model(session, source_job_id=job_id, project_id=job.project_id, **model) is None:
+        taken = f"the model id {model['id']!r} was taken meanwhile; submit the job again with another name"
+        return fail(session, job_id, token, JobFailure(code="model_id_taken", message=taken))
+    return move(
+        session,
+        job_id,
+        JobStatus.succeeded,
+        token=token,
+        message=f"The job has succeeded; the new model is {model['id']}.",
+        result=clean(result),
+        result_model_id=model["id"],
+        trained_tokens=trained_tokens,
+        progress=clean({**job.progress, "percent": 100.0, "seconds_remaining": 0.0}),
+    )
+
+
+def fail(
+    session: Session,
+    job_id: str,
+    token: int | None,
+    failure: JobFailure,
+    *,
+    outcome: str = "failed",
+    **columns: Any,
+) -> Job | None:  # Any: more columns of Job, by name
+    """Ends the job with a reason; without a token, for the reconciler."""
+    return move(
+        session,
+        job_id,
+        JobStatus.failed,
+        token=token,
+        outcome=outcome,
+        level="error",
+        message=f"The job has failed: {failure.message}",
+        error=clean(failure.model_dump()),
+        **columns,
+    )
+
+
+def lose(
+    session: Session, job_id: str, token: int, losses: Losses, *, reason: str, error_code: str
+) -> Job | None:
+    """Counts a lost worker: the job waits and is tried again, or fails when it has lost too many.
+
+    What was asked meanwhile is done instead: a cancelled job ends, a paused one rests.
+    """
+    job = hold(session, job_id, token)
+    if job is None:
+        return None
+    num_losses = job.num_losses + 1
+    outcome = "out_of_memory" if error_code == "out_of_memory" else "lost"
+    if job.cancel_requested_at is not None:
+        return move(
+            session, job_id, JobStatus.cancelled, token=token, message="The job is cancelled.", outcome="lost"
+        )
+    if num_losses >= losses.most:
+        message = f"{reason} This was loss {num_losses} of at most {losses.most}."
+        failure = JobFailure(code=error_code, message=message)
+        return fail(session, job_id, token, failure, outcome=outcome, num_losses=num_losses)
+    if job.pause_requested_at is not None:
+        return pause(session, job_id, token, message=f"{reason} The job is paused.", num_losses=num_losses)
+    wait = losses.backoff_seconds * 2 ** min(num_losses - 1, MAX_DOUBLINGS)
+    return move(
+        session,
+        job_id,
+        JobStatus.retry_wait,
+        token=token,
+        level="warn",
+        outcome=outcome,
+        message=f"{reason} The job goes on in {wait:.0f} s (loss {num_losses} of {losses.most}).",
+        num_losses=num_losses,
+        run_after=func.now() + timedelta(seconds=wait),
+    )
+
+
+def cancel(session: Session, job_id: str, token: int) -> Job | None:
+    return move(session, job_id, JobStatus.cancelled, token=token, message="The job is cancelled.")
+
+
+def pause(
+    session: Session, job_id: str, token: int, *, message: str = "The job is paused.", **columns: Any
+) -> Job | None:  # Any: more columns of Job, by name
+    """Puts the job to rest; back into the queue if the pause was taken back meanwhile."""
+    job = hold(session, job_id, token)
+    if job is None:
+        return None
+    if job.cancel_requested_at is not None:
+        return cancel(session, job_id, token)
+    if job.pause_requested_at is None:
+        return release(session, job_id, token, reason="The pause was taken back.")
+    columns |= {"pause_requested_at": None}
+    return move(session, job_id, JobStatus.paused, token=token, message=message, **columns)
+
+
+def release(session: Session, job_id: str, token: int, *, reason: str) -> Job | None:
+    """Gives the job back to the queue without counting a loss; the next worker goes on from its checkpoint."""
+    job = hold(session, job_id, token)
+    if job is None:
+        return None
+    if job.cancel_requested_at is not None:
+        return cancel(session, job_id, token)
+    if job.pause_requested_at is not None:
+        return pause(session, job_id, token)
+    return move(
+        session,
+        job_id,
+        JobStatus.queued,
+        token=token,
+        outcome="released",
+        message=f"{reason} The job is queued again.",
+        run_after=func.now(),
+        last_rung_at=None,
+    )
+
+
+def outcome_of(session: Session, token: int) -> str | None:
+    """How the attempt with this token ended; None while it runs. Tells a repeated ending from a lost lease."""
+    return session.scalar(select(Attempt.outcome).where(Attempt.lease_token == token))
+
+
+def _write(session: Session, job_id: str, token: int, **columns: Any) -> Job | None:  # Any: columns of Job
+    change = update(Job).where(Job.id == job_id, Job.status == JobStatus.running, Job.lease_token == token)
+    change = change.values(**columns).returning(Job)
+    return session.scalars(change, execution_options={"populate_existing": True}).one_or_none()

@@ -1,0 +1,118 @@
+"""Deletes what no row refers to any more. Killed at any point, the next round finds the rest."""
+
+from typing import Final
+
+from app.contracts import JobStatus
+from app.db import sweeps
+from app.db.session import transaction
+from app.storage import Store
+
+DAY_SECONDS: Final = 86_400.0  # an upload or a copy may be under way for less than this
+CHECKPOINTS, MODELS, IMPORTS, FILES = "checkpoints", "models", "imports", "files"
+NO_MODEL: Final = frozenset({JobStatus.failed, JobStatus.cancelled})
+NUM_NAMES: Final = 500  # store names looked up in one statement
+
+
+def collect(store: Store) -> int:
+    """One round over the whole store; says how many things it deleted."""
+    num_deleted = _delete_retired(store) + _delete_expired(store)
+    num_deleted += sum(_delete_of_jobs(store, prefix) for prefix in (CHECKPOINTS, MODELS))
+    num_deleted += _delete_spent_imports(store) + _delete_unknown_files(store)
+    return num_deleted + store.sweep_incoming(DAY_SECONDS)
+
+
+def _delete_retired(store: Store) -> int:
+    with transaction() as session:
+        doomed = sweeps.doom_checkpoints(session)
+    for _, key in doomed:
+        store.delete(key)
+    with transaction() as session:  # the rows last: without them nobody would know the bytes
+        sweeps.forget_checkpoints(session, [checkpoint_id for checkpoint_id, _ in doomed])
+    return len(doomed)
+
+
+def _delete_expired(store: Store) -> int:
+    with transaction() as session:
+        keys = sweeps.forget_expired_files(session)
+        sweeps.forget_expired_keys(session)
+    for key in keys:
+        store.delete(key)
+    return len(keys)
+
+
+def _delete_of_jobs(store: Store, prefix: str) -> int:
+    """What lies below `prefix/{job}` without a row: left by lost leases, failures and deleted models.
+
+    The store is listed before the rows are read, so what a run adds meanwhile is not in question.
+    """
+    listed = {job_id: _below(store, f"{prefix}/{job_id}") for job_id in store.children(prefix)}
+    num_deleted = 0
+    for batch in _batches(list(listed)):
+        with transaction() as session:
+            jobs = sweeps.stored_jobs(session, batch)
+        for job_id, job in jobs.items():
+            root = f"{prefix}/{job_id}"
+            for key in _garbage_of(root, listed[job_id], job, is_fenced=prefix == CHECKPOINTS):
+                store.delete(key)
+                num_deleted += 1
+    return num_deleted
+
+
+def _below(store: Store, key: str) -> dict[str, list[str]]:
+    """Names two levels below a job's folder."""
+    return {name: store.children(f"{key}/{name}") for name in store.children(key)}
+
+
+def _garbage_of(
+    root: str, below: dict[str, list[str]], job: sweeps.StoredJob, *, is_fenced: bool
+) -> list[str]:
+    """Keys at or below `root` that nobody will ever ask for.
+
+    is_fenced: what lies below carries the lease token in its path, so that only the token of now can still grow.
+    Without it nothing is said of a job that has not ended.
+    """
+    if job.status in NO_MODEL:
+        return [root]
+    if root in job.kept_keys or not (is_fenced or job.has_ended):
+        return []
+    kept = [key for key in job.kept_keys if key.startswith(f"{root}/")]
+    if not kept and job.has_ended:
+        return [root]
+    garbage = []
+    for name, children in below.items():
+        key = f"{root}/{name}"
+        if name == str(job.lease_token) or key in kept:
+            continue
+        if any(other.startswith(f"{key}/") for other in kept):
+            garbage += [f"{key}/{child}" for child in children if f"{key}/{child}" not in kept]
+        else:
+            garbage.append(key)
+    return garbage
+
+
+def _delete_spent_imports(store: Store) -> int:
+    names = store.children(IMPORTS)
+    if not names:
+        return 0
+    with transaction() as session:
+        spent = {key.split("/")[1] for key in sweeps.spent_imports(session) if key.startswith(f"{IMPORTS}/")}
+    doomed = [name for name in names if name in spent]
+    for name in doomed:
+        store.delete(f"{IMPORTS}/{name}")
+    return len(doomed)
+
+
+def _delete_unknown_files(store: Store) -> int:
+    num_deleted = 0
+    for batch in _batches([f"{FILES}/{name}" for name in store.children(FILES)]):
+        with transaction() as session:
+            unknown = sweeps.unknown_files(session, batch)
+        for key in sorted(unknown):
+            if store.age_seconds(key) > DAY_SECONDS:
+                store.delete(key)
+                num_deleted += 1
+    return num_deleted
+
+
+def _batches(names: list[str]) -> list[list[str]]:
+    return [names[start : start + NUM_NAMES] for start in range(0, len(names), NUM_NAMES)]
