@@ -10,7 +10,9 @@ StillhouseError
 ├── TooLarge              413  invalid_request_error
 ├── Unprocessable         422  invalid_request_error
 ├── TooManyRequests       429  rate_limit_error, with Retry-After
-└── Unavailable           503  server_error, with Retry-After
+│   └── QuotaExceeded         (waiting alone does not help: the SDK must not retry)
+├── Unavailable           503  server_error, with Retry-After
+└── TimedOut              504  server_error
 """
 
 
@@ -88,8 +90,20 @@ class TooManyRequests(StillhouseError):
     retry_after_seconds = 2
 
 
+class QuotaExceeded(TooManyRequests):
+    code = "quota_exceeded"
+    retry_after_seconds = 60
+    should_retry = False
+
+
 class Unavailable(StillhouseError):
     status = 503
     type = "server_error"
     code = "engine_overloaded"
     retry_after_seconds = 2
+
+
+class TimedOut(StillhouseError):
+    status = 504
+    type = "server_error"
+    code = "request_timeout"

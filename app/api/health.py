@@ -1,0 +1,62 @@
+"""Is the process alive, can it work, and what has it counted."""
+
+from typing import Annotated, Literal
+
+import structlog
+from fastapi import APIRouter, Depends, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
+from pydantic import BaseModel
+
+from app.api.deps import Principal, require
+from app.db import jobs
+from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
+from app.stream import Switchboard
+
+router = APIRouter(tags=["health"])
+log = structlog.get_logger(__name__)
+jobs_by_status = Gauge("stillhouse_jobs", "Jobs by status", ["status"])
+serve_workers = Gauge("stillhouse_serve_workers", "Serve workers that were alive at the last look")
+
+
+class Readiness(BaseModel):
+    """`degraded` still takes jobs and reads; it cannot generate until a serve worker is back."""
+
+    status: Literal["ready", "degraded", "unavailable"]
+    database: bool
+    serve_workers: int
+
+
+class Liveness(BaseModel):
+    status: Literal["alive"] = "alive"
+
+
+@router.get("/health/live")
+async def live() -> Liveness:
+    return Liveness()
+
+
+@router.get("/health/ready")
+def ready(request: Request, response: Response) -> Readiness:
+    """503 only without the database: everything but generation works without Redis and without workers."""
+    board: Switchboard = request.app.state.switchboard
+    num_workers = len(board.workers)
+    try:
+        with transaction() as session:
+            jobs.count_by_status(session)
+    except (DatabaseUnavailable, PoolExhausted) as fault:
+        log.warning("database_unavailable", reason=type(fault).__name__)
+        response.status_code = 503
+        return Readiness(status="unavailable", database=False, serve_workers=num_workers)
+    status: Literal["ready", "degraded"] = "ready" if num_workers else "degraded"
+    return Readiness(status=status, database=True, serve_workers=num_workers)
+
+
+@router.get("/metrics", response_class=Response)
+def metrics(request: Request, principal: Annotated[Principal, Depends(require("admin"))]) -> Response:
+    """Prometheus metrics. They speak of all projects, so the key needs the scope `admin`."""
+    board: Switchboard = request.app.state.switchboard
+    serve_workers.set(len(board.workers))
+    with transaction() as session:
+        for status, count in jobs.count_by_status(session).items():
+            jobs_by_status.labels(status).set(count)
+    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,146 @@
+"""/v1/fine_tuning/jobs: submit, watch and control distillations."""
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi.responses import StreamingResponse
+
+from app.api.body import StrictRoute
+from app.api.deps import AskedPage, Page, Principal, require
+from app.api.events import start_after, stream_events
+from app.db import jobs as job_rows
+from app.db.session import transaction
+from app.schemas.jobs import CheckpointObject, CreateJob, EventObject, JobObject, MetricsObject, Point, Series
+from app.schemas.listing import Listing, ends
+from app.services import jobs
+from app.services.jobs import Attempted
+
+router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs", tags=["jobs"])
+Reader = Annotated[Principal, Depends(require("jobs:read"))]
+Writer = Annotated[Principal, Depends(require("jobs:write"))]
+
+METADATA_FILTER = re.compile(r"metadata\[(.{1,64})\]")
+EVENT_STREAM = "text/event-stream"
+
+
+def attempted(
+    idempotency_key: Annotated[str | None, Header()] = None,
+    x_stainless_retry_count: Annotated[int, Header(ge=0)] = 0,
+) -> Attempted:
+    return Attempted(idempotency_key, x_stainless_retry_count)
+
+
+Repetition = Annotated[Attempted, Depends(attempted)]
+
+
+def is_stream_wanted(request: Request, stream: bool = False) -> bool:
+    return stream or EVENT_STREAM in request.headers.get("accept", "")
+
+
+Streamed = Annotated[bool, Depends(is_stream_wanted)]
+
+
+@router.post("")
+def create_job(asked: CreateJob, principal: Writer, repetition: Repetition, response: Response) -> JobObject:
+    accepted = jobs.create_job(principal, asked, repetition)
+    if accepted.is_replay:
+        response.headers["idempotent-replayed"] = "true"
+    return JobObject.model_validate(accepted.body)
+
+
+@router.get("")
+def list_jobs(request: Request, principal: Reader, page: AskedPage) -> Listing[JobObject]:
+    wanted = {
+        m[1]: value for key, value in request.query_params.items() if (m := METADATA_FILTER.fullmatch(key))
+    }
+    with transaction() as session:
+        rows, has_more = job_rows.page_jobs(
+            session,
+            principal.project_id,
+            kind="distillation",
+            after=page.after,
+            limit=page.limit,
+            order=page.order,
+            metadata=wanted,
+        )
+        data = [jobs.job_object(session, row) for row in rows]
+    first_id, last_id = ends(data)
+    return Listing(data=data, first_id=first_id, last_id=last_id, has_more=has_more)
+
+
+@router.get("/{job_id}")
+def get_job(job_id: str, principal: Reader) -> JobObject:
+    with transaction() as session:
+        return jobs.job_object(session, jobs.get_job(session, principal.project_id, job_id))
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: str, principal: Writer) -> JobObject:
+    return JobObject.of(jobs.cancel_job(principal.project_id, job_id))
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, principal: Writer) -> JobObject:
+    return JobObject.of(jobs.pause_job(principal.project_id, job_id))
+
+
+@router.post("/{job_id}/resume")
+def resume_job(job_id: str, principal: Writer) -> JobObject:
+    return JobObject.of(jobs.resume_job(principal.project_id, job_id))
+
+
+@router.get("/{job_id}/events", response_model=Listing[EventObject])
+def list_events(
+    job_id: str, principal: Reader, page: AskedPage, is_streamed: Streamed
+) -> Response | Listing[EventObject]:
+    """Newest first; with ?stream=true or Accept: text/event-stream oldest first, until the job has ended."""
+    with transaction() as session:
+        jobs.get_job(session, principal.project_id, job_id)
+    return answer_events(job_id, page, is_streamed)
+
+
+@router.get("/{job_id}/metrics")
+def get_metrics(
+    job_id: str,
+    principal: Reader,
+    names: Annotated[str | None, Query(max_length=1000)] = None,
+    from_step: Annotated[int | None, Query(ge=0, le=2**53)] = None,
+    to_step: Annotated[int | None, Query(ge=0, le=2**53)] = None,
+) -> MetricsObject:
+    """Series of a job's metrics; `names` is a comma-separated choice."""
+    wanted = [name.strip() for name in names.split(",")] if names else None
+    with transaction() as session:
+        jobs.get_job(session, principal.project_id, job_id)
+        rows = job_rows.metric_series(session, job_id, names=wanted, from_step=from_step, to_step=to_step)
+    series: dict[str, list[Point]] = {}
+    for row in rows:
+        series.setdefault(row.name, []).append(Point(step=row.step, value=row.value))
+    return MetricsObject(data=[Series(name=name, points=points) for name, points in series.items()])
+
+
+@router.get("/{job_id}/checkpoints")
+def list_checkpoints(job_id: str, principal: Reader, page: AskedPage) -> Listing[CheckpointObject]:
+    with transaction() as session:
+        job = jobs.get_job(session, principal.project_id, job_id)
+        rows, has_more = job_rows.page_checkpoints(session, job_id, after=page.after, limit=page.limit)
+    data = [CheckpointObject.of(row, job.model_id) for row in rows]
+    first_id, last_id = ends(data)
+    return Listing(data=data, first_id=first_id, last_id=last_id, has_more=has_more)
+
+
+def answer_events(job_id: str, page: Page, is_streamed: bool) -> Response | Listing[EventObject]:
+    """A job's events as the client wants them; the caller has checked that the job is the client's."""
+    if is_streamed:
+        return StreamingResponse(
+            stream_events(job_id, start_after(job_id, page.after)),
+            media_type=EVENT_STREAM,
+            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
+        )
+    with transaction() as session:
+        rows, has_more = job_rows.page_events(
+            session, job_id, after=page.after, limit=page.limit, order=page.order
+        )
+    data = [EventObject.of(row) for row in rows]
+    first_id, last_id = ends(data)
+    return Listing(data=data, first_id=first_id, last_id=last_id, has_more=has_more)

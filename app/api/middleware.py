@@ -1,0 +1,115 @@
+"""One plain ASGI layer around everything: request ids, timing, body cap, metrics, and errors nobody caught."""
+
+import secrets
+import time
+
+import structlog
+from prometheus_client import Counter, Histogram
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.api.errors import error_response
+from app.errors import BadRequest, StillhouseError, TooLarge
+
+log = structlog.get_logger(__name__)
+
+UPLOAD_PATH = "/v1/files"  # it has its own, larger cap
+requests_total = Counter("stillhouse_http_requests", "Requests answered", ["method", "route", "status"])
+request_seconds = Histogram(
+    "stillhouse_http_request_seconds", "Time to the first byte of an answer", ["method", "route"]
+)
+
+
+class RequestFrame:
+    """Gives each request an id and each answer the headers that clients read."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app = app
+        self.max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        await _Exchange(self, scope, receive, send).run()
+
+
+class _Exchange:
+    """One request on its way through."""
+
+    def __init__(self, frame: RequestFrame, scope: Scope, receive: Receive, send: Send) -> None:
+        self.frame, self.scope, self._receive, self._send = frame, scope, receive, send
+        self.id = f"req_{secrets.token_hex(12)}"
+        self.began = time.perf_counter()
+        self.status = 0
+        self.num_bytes = 0
+        self.is_capped = not (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH)
+        scope.setdefault("state", {})["request_id"] = self.id
+
+    async def run(self) -> None:
+        with structlog.contextvars.bound_contextvars(request_id=self.id):
+            try:
+                self.check()
+                await self.frame.app(self.scope, self.receive, self.send)
+            except ClientDisconnect:
+                log.info("client_left", path=self.scope["path"])
+            except StillhouseError as error:
+                await self.answer(error)
+            except Exception:
+                log.exception("request_failed", path=self.scope["path"])
+                if self.status:
+                    raise  # half an answer has gone out: only a broken connection tells the client
+                opaque = StillhouseError(
+                    f"something went wrong on our side; quote {self.id} when you report it"
+                )
+                await self.answer(opaque)
+            finally:
+                self.count()
+
+    def check(self) -> None:
+        if "\x00" in self.scope["path"] or b"%00" in self.scope["query_string"]:
+            raise BadRequest("the URL holds a NUL character")
+        length = dict(self.scope["headers"]).get(b"content-length", b"")
+        if self.is_capped and length.isdigit() and int(length) > self.frame.max_body_bytes:
+            raise self.too_large()
+
+    def too_large(self) -> TooLarge:
+        return TooLarge(
+            f"the request body is larger than {self.frame.max_body_bytes:,} bytes", "body_too_large"
+        )
+
+    async def answer(self, error: StillhouseError) -> None:
+        if not self.status:
+            response: Response = error_response(error)
+            await response(self.scope, self._receive, self.send)
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request" and self.is_capped:
+            self.num_bytes += len(message.get("body", b""))
+            if self.num_bytes > self.frame.max_body_bytes:
+                # an HTTPException, for FastAPI would take any other error for a body it cannot parse
+                raise HTTPException(413, self.too_large().message)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.id
+            headers["openai-processing-ms"] = str(round((time.perf_counter() - self.began) * 1000))
+            headers["x-content-type-options"] = "nosniff"
+            request_seconds.labels(self.scope["method"], self.route()).observe(
+                time.perf_counter() - self.began
+            )
+        await self._send(message)
+
+    def route(self) -> str:
+        """The route's template, so that ids never become labels."""
+        return str(getattr(self.scope.get("route"), "path", "unmatched"))
+
+    def count(self) -> None:
+        requests_total.labels(self.scope["method"], self.route(), str(self.status)).inc()

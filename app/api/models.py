@@ -1,0 +1,85 @@
+"""/v1/models: the registry, its aliases, and imports."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Response
+
+from app.api.body import StrictRoute
+from app.api.deps import AskedPage, Principal, require
+from app.api.jobs import Repetition, Streamed, answer_events
+from app.db import models as model_rows
+from app.db.session import transaction
+from app.schemas.files import Deleted
+from app.schemas.jobs import EventObject, ImportObject
+from app.schemas.listing import Listing
+from app.schemas.models import AliasObject, ImportModel, ModelList, ModelObject, SetAlias
+from app.services import jobs, registry
+
+router = APIRouter(route_class=StrictRoute, prefix="/v1/models", tags=["models"])
+Reader = Annotated[Principal, Depends(require("models:read"))]
+Writer = Annotated[Principal, Depends(require("models:write"))]
+
+
+@router.get("")
+def list_models(principal: Reader) -> ModelList:
+    with transaction() as session:
+        aliases = model_rows.aliases_of_models(session, principal.project_id)
+        rows = model_rows.list_models(session, principal.project_id)
+        return ModelList(data=[ModelObject.of(row, aliases.get(row.id, [])) for row in rows])
+
+
+@router.post("/import")
+def import_model(
+    asked: ImportModel, principal: Writer, repetition: Repetition, response: Response
+) -> ImportObject:
+    accepted = jobs.create_import(principal, asked, repetition)
+    if accepted.is_replay:
+        response.headers["idempotent-replayed"] = "true"
+    return ImportObject.model_validate(accepted.body)
+
+
+@router.get("/imports/{job_id}")
+def get_import(job_id: str, principal: Reader) -> ImportObject:
+    with transaction() as session:
+        return ImportObject.of(jobs.get_job(session, principal.project_id, job_id, "import"))
+
+
+@router.post("/imports/{job_id}/cancel")
+def cancel_import(job_id: str, principal: Writer) -> ImportObject:
+    return ImportObject.of(jobs.cancel_job(principal.project_id, job_id, "import"))
+
+
+@router.get("/imports/{job_id}/events", response_model=Listing[EventObject])
+def list_import_events(
+    job_id: str, principal: Reader, page: AskedPage, is_streamed: Streamed
+) -> Response | Listing[EventObject]:
+    with transaction() as session:
+        jobs.get_job(session, principal.project_id, job_id, "import")
+    return answer_events(job_id, page, is_streamed)
+
+
+@router.get("/{model_id}")
+def get_model(model_id: str, principal: Reader) -> ModelObject:
+    with transaction() as session:
+        row = registry.get_model(session, principal.project_id, model_id)
+        return ModelObject.of(
+            row, model_rows.aliases_of_models(session, principal.project_id).get(row.id, [])
+        )
+
+
+@router.delete("/{model_id}")
+def delete_model(model_id: str, principal: Writer) -> Deleted:
+    registry.delete_model(principal, model_id)
+    return Deleted(id=model_id, object="model")
+
+
+@router.put("/{name}/aliases/{alias}")
+def set_alias(name: str, alias: str, asked: SetAlias, principal: Writer) -> AliasObject:
+    """Points `{name}@{alias}` at a version; requests for it go there from now on."""
+    return AliasObject.of(registry.set_alias(principal, name, alias, model_id=asked.model))
+
+
+@router.delete("/{name}/aliases/{alias}")
+def delete_alias(name: str, alias: str, principal: Writer) -> Deleted:
+    registry.delete_alias(principal, name, alias)
+    return Deleted(id=f"{name}@{alias}", object="model.alias")

@@ -1,0 +1,123 @@
+"""API keys: `sk-sh-{key_id}-{secret}`, found by id and compared by HMAC in constant time."""
+
+import hmac
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from hashlib import sha256
+from pathlib import Path
+
+from app.db import keys
+from app.db.session import Session
+from app.errors import BadRequest, Forbidden, Unauthenticated
+from app.settings import Settings, get_settings
+
+SCOPES = (
+    "jobs:read",
+    "jobs:write",
+    "files:read",
+    "files:write",
+    "models:read",
+    "models:write",
+    "inference",
+    "admin",
+)
+KEY_PATTERN = re.compile(r"sk-sh-([0-9a-f]{16})-([A-Za-z0-9_-]{20,80})")
+PROJECT_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+UNKNOWN_HMAC = bytes(32)  # compared with when no such key exists, so that both answers cost the same
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks: the project that owns what the request makes, and what its key may do."""
+
+    project_id: str
+    key_id: str
+    scopes: frozenset[str]
+
+    def demand(self, scope: str) -> None:
+        """Raises Forbidden unless the key has the scope; `admin` has them all."""
+        if scope not in self.scopes and "admin" not in self.scopes:
+            raise Forbidden(f"this key lacks the scope {scope!r}; ask for a key that has it")
+
+
+def create_key(
+    session: Session, project_id: str, *, scopes: Iterable[str] = SCOPES, expires_at: datetime | None = None
+) -> str:
+    """A new key in plain text; only an HMAC of its secret is kept, so it cannot be shown again."""
+    wanted = sorted(set(scopes))
+    unknown = [scope for scope in wanted if scope not in SCOPES]
+    if unknown or not wanted:
+        raise BadRequest(f"unknown scopes {unknown}; choose from {', '.join(SCOPES)}", param="scopes")
+    if not PROJECT_PATTERN.fullmatch(project_id):
+        raise BadRequest(
+            "a project is 1 to 64 of a-z 0-9 . _ - and begins with a letter or digit", param="project"
+        )
+    key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
+    keys.insert_key(
+        session,
+        id=key_id,
+        project_id=project_id,
+        secret_hmac=secret_hmac(secret),
+        scopes=wanted,
+        expires_at=expires_at,
+    )
+    return f"sk-sh-{key_id}-{secret}"
+
+
+def authenticate(session: Session, authorization: str | None) -> Principal:
+    """The principal of an `Authorization: Bearer …` header; raises Unauthenticated."""
+    if not authorization:
+        raise Unauthenticated(
+            "no API key: send the header `Authorization: Bearer sk-sh-…`", "missing_api_key"
+        )
+    scheme, _, credential = authorization.partition(" ")
+    match = KEY_PATTERN.fullmatch(credential.strip())
+    if scheme.lower() != "bearer" or match is None:
+        raise Unauthenticated("the API key is malformed: it looks like sk-sh-{id}-{secret}")
+    key_id, secret = match.groups()
+    row = keys.find_key(session, key_id)
+    is_equal = hmac.compare_digest(secret_hmac(secret), row.secret_hmac if row else UNKNOWN_HMAC)
+    if row is None or not is_equal or row.revoked_at is not None:
+        raise Unauthenticated("the API key is wrong or revoked")
+    if row.expires_at is not None and row.expires_at <= datetime.now(UTC):
+        raise Unauthenticated("the API key has expired")
+    return Principal(row.project_id, row.id, frozenset(row.scopes))
+
+
+def secret_hmac(secret: str) -> bytes:
+    return hmac.digest(key_pepper(get_settings()), secret.encode(), sha256)
+
+
+def key_pepper(settings: Settings) -> bytes:
+    """The secret mixed into every key's hash; raises RuntimeError if the service has none."""
+    if settings.key_pepper:
+        return settings.key_pepper.encode()
+    try:
+        return read_pepper(settings.data_dir / "pepper")
+    except FileNotFoundError:
+        raise RuntimeError(
+            "no pepper for API keys: set STILLHOUSE_KEY_PEPPER, or run `stillhouse up`"
+        ) from None
+
+
+@lru_cache
+def read_pepper(path: Path) -> bytes:
+    return path.read_bytes().strip()
+
+
+def ensure_pepper(settings: Settings) -> None:
+    """Makes the pepper of a data folder (mode 600) unless one is set or there already."""
+    if settings.key_pepper:
+        return
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(settings.data_dir / "pepper", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_urlsafe(32))

@@ -1,0 +1,82 @@
+"""The FastAPI application: routes, error envelope, and what runs beside them."""
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import structlog
+from fastapi import FastAPI
+
+from app import auth, queue
+from app.api import completions, errors, files, health, jobs, models
+from app.api.middleware import RequestFrame
+from app.db.session import DatabaseUnavailable, PoolExhausted
+from app.logs import configure_logging
+from app.services.reconcile import Reconciler
+from app.settings import Settings, get_settings
+from app.stream import Switchboard
+
+log = structlog.get_logger(__name__)
+JOIN_SECONDS = 10.0
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """What `uvicorn --factory app.main:create_app` serves."""
+    settings = settings or get_settings()
+    configure_logging(settings.log_level)
+    app = FastAPI(
+        title="Stillhouse",
+        summary="Distils a large text generator into a small one, and serves the small one.",
+        version="0.1.0",
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.settings = settings
+    app.state.switchboard = Switchboard(settings)
+    errors.install(app)
+    for module in (files, jobs, models, completions, health):
+        app.include_router(module.router)
+    app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
+    return app
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    settings: Settings = app.state.settings
+    auth.key_pepper(settings)  # without it no key could ever be right: better not to start
+    reconciler = ReconcilerThread(settings.reconcile_seconds)
+    reconciler.start()
+    await app.state.switchboard.start()
+    try:
+        yield
+    finally:
+        await app.state.switchboard.stop()
+        reconciler.stop()
+
+
+class ReconcilerThread(threading.Thread):
+    """Repairs what crashes and lost messages leave behind; one API process acts at a time."""
+
+    def __init__(self, every_seconds: float) -> None:
+        super().__init__(name="reconciler", daemon=True)
+        self._every_seconds = every_seconds
+        self._reconciler = Reconciler(ring)
+        self._is_stopping = threading.Event()
+
+    def run(self) -> None:
+        while not self._is_stopping.wait(self._every_seconds):
+            try:
+                self._reconciler.step()
+            except (DatabaseUnavailable, PoolExhausted) as fault:
+                log.warning("reconcile_postponed", reason=type(fault).__name__)
+            except Exception:
+                log.exception("reconcile_failed")  # the thread must outlive any one fault
+
+    def stop(self) -> None:
+        self._is_stopping.set()
+        self.join(JOIN_SECONDS)
+
+
+def ring() -> None:
+    queue.ring()

@@ -1,0 +1,44 @@
+"""HTTP bodies of /v1/files."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+from app.db.tables import File
+
+
+class FileObject(BaseModel):
+    """OpenAI's File, with what was counted while it came in."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    expires_at: int | None
+    filename: str
+    purpose: str
+    status: Literal["processed"] = "processed"
+    status_details: str | None = None
+    sha256: str
+    format: str | None
+    rows: int | None
+
+    @classmethod
+    def of(cls, row: File) -> "FileObject":
+        return cls(
+            id=row.id,
+            bytes=row.bytes,
+            created_at=int(row.created_at.timestamp()),
+            expires_at=int(row.expires_at.timestamp()) if row.expires_at else None,
+            filename=row.filename,
+            purpose=row.purpose,
+            sha256=row.sha256,
+            format=row.format,
+            rows=row.num_rows,
+        )
+
+
+class Deleted(BaseModel):
+    id: str
+    object: str
+    deleted: Literal[True] = True

@@ -1,0 +1,94 @@
+"""HTTP bodies of /v1/models."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, StringConstraints
+
+from app.contracts import ModelFacts
+from app.db.tables import Alias, Model
+from app.schemas.jobs import Body, ModelId
+
+Json = dict[str, Any]  # Any: an evaluation is open-ended JSON
+
+
+class ModelObject(BaseModel):
+    """OpenAI's Model, with where it comes from and what it is made of."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    origin: str
+    base_model: str | None
+    teacher: str | None
+    job_id: str | None
+    aliases: list[str]
+    architecture: str
+    num_parameters: int
+    num_layers: int
+    context_length: int
+    vocab_size: int
+    tokenizer_sha256: str
+    weights_sha256: str
+    size_bytes: int
+    has_chat_template: bool
+    evaluation: Json | None
+
+    @classmethod
+    def of(cls, row: Model, aliases: list[str]) -> "ModelObject":
+        facts = ModelFacts.model_validate(row.facts)
+        return cls(
+            id=row.id,
+            created=int(row.created_at.timestamp()),
+            owned_by=row.project_id or "stillhouse",
+            origin=row.origin,
+            base_model=row.base_id,
+            teacher=row.teacher_id,
+            job_id=row.source_job_id,
+            aliases=aliases,
+            architecture=facts.architecture,
+            num_parameters=facts.num_parameters,
+            num_layers=facts.num_layers,
+            context_length=facts.context_tokens,
+            vocab_size=facts.vocab_size,
+            tokenizer_sha256=facts.tokenizer_sha256,
+            weights_sha256=facts.weights_sha256,
+            size_bytes=row.bytes,
+            has_chat_template=facts.has_chat_template,
+            evaluation=row.evaluation,
+        )
+
+
+class ModelList(BaseModel):
+    """All of them: the SDK does not page through models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class SetAlias(Body):
+    model: ModelId
+
+
+class AliasObject(BaseModel):
+    id: str
+    object: Literal["model.alias"] = "model.alias"
+    model: str
+    updated_at: int
+
+    @classmethod
+    def of(cls, row: Alias) -> "AliasObject":
+        return cls(id=row.id, model=row.model_id, updated_at=int(row.updated_at.timestamp()))
+
+
+class ImportModel(Body):
+    """`source` is hf:org/name or hf:org/name@revision; a folder on the server comes in by the command line."""
+
+    source: Annotated[
+        str,
+        StringConstraints(
+            max_length=200,
+            pattern=r"^hf:[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(@[A-Za-z0-9][A-Za-z0-9._/-]*)?$",
+        ),
+    ]
+    name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]

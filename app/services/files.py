@@ -1,0 +1,259 @@
+"""Uploaded files: streamed into the store with a running cap, checked row by row, owned by a project."""
+
+import hashlib
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from app.auth import Principal
+from app.db import files
+from app.db.session import transaction
+from app.db.tables import File
+from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, StillhouseError, TooLarge
+from app.services.rows import RowChecker
+from app.settings import Settings
+from app.storage import store
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks  # there for type checkers only
+
+TRAINING_PURPOSES = frozenset({"fine-tune", "distillation"})
+PURPOSES = ("fine-tune", "distillation", "evals", "batch", "user_data")
+FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
+MAX_PARTS = 8
+MAX_FIELD_BYTES = 1024
+EXPIRY_SECONDS = range(3600, 2_592_000 + 1)  # one hour to thirty days, as at OpenAI
+READ_BYTES = 256 * 1024
+
+
+class Upload:
+    """One multipart body: `feed` it in pieces, then `finish`; leaves nothing behind unless finished.
+
+    A fault in the middle is kept until the end, so that the caller can read on and answer a client
+    that only listens after it has sent everything.
+    """
+
+    def __init__(self, principal: Principal, content_type: str, settings: Settings) -> None:
+        kind, options = parse_options_header(content_type)
+        if kind != b"multipart/form-data" or not options.get(b"boundary"):
+            raise BadRequest(
+                "send the file as multipart/form-data with the parts file and purpose", param="file"
+            )
+        self.id = f"file-{secrets.token_hex(12)}"
+        self.store_key = f"files/{self.id}"
+        self.fault: StillhouseError | None = None
+        self._principal = principal
+        self._settings = settings
+        self._checker = RowChecker(settings.max_line_bytes)
+        self._sha256 = hashlib.sha256()
+        self._num_bytes = 0
+        self._num_parts = 0
+        self._is_complete = False
+        self._fields: dict[str, bytes] = {}
+        self._filename: str | None = None
+        self._part = ""
+        self._header = (bytearray(), bytearray())
+        self._headers: dict[bytes, bytes] = {}
+        self._cleanup = ExitStack()
+        self._file: Any = None  # Any: the store's writable file
+        try:
+            self._parser = MultipartParser(options[b"boundary"], self._callbacks())
+        except FormParserError as error:
+            raise BadRequest(f"the multipart body is broken: {error}", param="file") from None
+
+    def feed(self, piece: bytes) -> None:
+        if self.fault is not None:
+            return
+        try:
+            self._parser.write(piece)
+        except FormParserError as error:
+            self.fault = BadRequest(f"the multipart body is broken: {error}", "invalid_file", "file")
+        except StillhouseError as error:
+            self.fault = error
+        if self.fault is not None:
+            self.abandon()
+
+    def finish(self) -> File:
+        """Makes the file known; raises what was wrong with it."""
+        try:
+            if self.fault is None:
+                return self._finish()
+        except StillhouseError as error:
+            self.fault = error
+        except BaseException:
+            self.abandon()
+            raise
+        self.abandon()
+        raise self.fault
+
+    def abandon(self) -> None:
+        """Takes back whatever was written."""
+        if self._file is not None:
+            self._file = None
+            self._cleanup.__exit__(BadRequest, BadRequest("abandoned"), None)
+
+    def _finish(self) -> File:
+        if not self._is_complete:
+            raise BadRequest("the multipart body ends too early", "invalid_file", "file")
+        if self._filename is None or self._file is None:
+            raise BadRequest("missing required parameter: file", "missing_required_parameter", "file")
+        purpose = self._purpose()
+        expires_at = self._expires_at()
+        self._checker.close()
+        is_training = purpose in TRAINING_PURPOSES
+        if is_training:
+            self._checker.raise_fault()
+        elif self._num_bytes == 0:
+            raise BadRequest("the file is empty", "invalid_file", "file")
+        self._file = None
+        self._cleanup.close()  # the bytes are durable from here on
+        try:
+            with transaction() as session:
+                _demand_room(files.count_files(session, self._principal.project_id), self._settings)
+                return files.insert_file(
+                    session,
+                    id=self.id,
+                    project_id=self._principal.project_id,
+                    filename=self._filename,
+                    purpose=purpose,
+                    bytes=self._num_bytes,
+                    sha256=self._sha256.hexdigest(),
+                    store_key=self.store_key,
+                    format=self._checker.format if is_training else None,
+                    num_rows=self._checker.num_rows if is_training else None,
+                    max_row_bytes=self._checker.max_row_bytes if is_training else None,
+                    expires_at=expires_at,
+                )
+        except BaseException:
+            store().delete(self.store_key)
+            raise
+
+    def _purpose(self) -> str:
+        if "purpose" not in self._fields:
+            raise BadRequest("missing required parameter: purpose", "missing_required_parameter", "purpose")
+        purpose = self._fields["purpose"].decode(errors="replace")
+        if purpose not in PURPOSES:
+            raise BadRequest(f"invalid value for purpose: choose from {', '.join(PURPOSES)}", param="purpose")
+        return purpose
+
+    def _expires_at(self) -> datetime | None:
+        anchor, seconds = (self._fields.get(name, b"").decode(errors="replace") for name in FIELDS[1:])
+        if not anchor and not seconds:
+            return None
+        if anchor != "created_at":
+            raise BadRequest("expires_after.anchor must be created_at", param="expires_after.anchor")
+        if not (
+            seconds.isascii() and seconds.isdigit() and len(seconds) < 9 and int(seconds) in EXPIRY_SECONDS
+        ):
+            raise BadRequest("expires_after.seconds must be 3600 to 2592000", param="expires_after.seconds")
+        return datetime.now(UTC) + timedelta(seconds=int(seconds))
+
+    def _callbacks(self) -> "MultipartCallbacks":
+        return {
+            "on_part_begin": self._begin_part,
+            "on_header_begin": lambda: None,
+            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+            "on_header_end": self._end_header,
+            "on_headers_finished": self._end_headers,
+            "on_part_data": self._take_data,
+            "on_end": self._end,
+        }
+
+    def _end(self) -> None:
+        self._is_complete = True
+
+    def _begin_part(self) -> None:
+        self._num_parts += 1
+        self._headers = {}
+        if self._num_parts > MAX_PARTS:
+            raise BadRequest(f"more than {MAX_PARTS} parts in the multipart body", "invalid_file")
+
+    def _end_header(self) -> None:
+        field, value = self._header
+        self._headers[bytes(field).lower()] = bytes(value)
+        self._header = (bytearray(), bytearray())
+
+    def _end_headers(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        self._part = options.get(b"name", b"").decode(errors="replace")
+        if self._part == "file":
+            if self._filename is not None:
+                raise BadRequest("more than one part is called file; upload one file a request", param="file")
+            self._filename = _label(options.get(b"filename", b""))
+            self._file = self._cleanup.enter_context(store().writer(self.store_key))
+        elif self._part not in FIELDS:
+            raise BadRequest(f"unknown parameter: {self._part[:64]}", "unknown_parameter", self._part[:64])
+        elif self._part in self._fields:
+            raise BadRequest(f"{self._part} was given twice", param=self._part)
+        else:
+            self._fields[self._part] = b""
+
+    def _take_data(self, data: bytes, start: int, end: int) -> None:
+        piece = data[start:end]
+        if self._part != "file":
+            self._fields[self._part] += piece
+            if len(self._fields[self._part]) > MAX_FIELD_BYTES:
+                raise BadRequest(f"{self._part} is too long", param=self._part)
+            return
+        self._num_bytes += len(piece)
+        if self._num_bytes > self._settings.max_file_bytes:
+            raise too_large(self._settings)
+        self._sha256.update(piece)
+        self._file.write(piece)
+        purpose = self._fields.get("purpose", b"fine-tune").decode(errors="replace")
+        if purpose in TRAINING_PURPOSES:
+            self._checker.feed(piece)
+        if "purpose" in self._fields and purpose in TRAINING_PURPOSES:
+            self._checker.raise_fault()
+
+
+def too_large(settings: Settings) -> TooLarge:
+    return TooLarge(f"the file is larger than {settings.max_file_bytes:,} bytes; split it", param="file")
+
+
+def _label(raw: bytes) -> str:
+    """What a client called its file, fit to be shown: never used as a path."""
+    name = raw.decode(errors="replace").replace("\\", "/").rpartition("/")[2]
+    return "".join(c for c in name if c.isprintable())[:255] or "upload"
+
+
+def _demand_room(num_files: int, settings: Settings) -> None:
+    if num_files >= settings.max_files_per_project:
+        raise QuotaExceeded(f"the project keeps {num_files:,} files already; delete some")
+
+
+def get_file(project_id: str, file_id: str) -> File:
+    """The project's file with this id; raises NotFound."""
+    with transaction() as session:
+        row = files.find_file(session, project_id, file_id)
+    if row is None:
+        raise NotFound(f"the file {file_id!r} does not exist", param="file_id")
+    return row
+
+
+def delete_file(project_id: str, file_id: str) -> None:
+    """Forgets a file and then its bytes; raises Conflict while a job needs it."""
+    with transaction() as session:
+        row = files.find_file(session, project_id, file_id)
+        # Deleting comes first: it waits for a job that is just being queued, which the next line then sees.
+        if row is None or not files.delete_file(session, project_id, file_id):
+            raise NotFound(f"the file {file_id!r} does not exist", param="file_id")
+        users = files.active_jobs_of_file(session, project_id, file_id)
+        if users:
+            raise Conflict(
+                f"the file {file_id!r} is in use by {', '.join(users)}", "resource_in_use", "file_id"
+            )
+    store().delete(row.store_key)
+
+
+def read_content(row: File) -> Iterator[bytes]:
+    """The bytes of a file in pieces."""
+    with store().open(row.store_key) as file:
+        while piece := file.read(READ_BYTES):
+            yield piece

@@ -1,0 +1,211 @@
+"""Jobs: accepted once, listed, controlled. What a job does while it runs is the worker's to write."""
+
+import hashlib
+import json
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from app import queue
+from app.auth import Principal
+from app.contracts import ImportJob
+from app.db import idempotency, jobs, models
+from app.db.session import Session, transaction
+from app.db.tables import Job
+from app.errors import BadRequest, Conflict, InProgress, NotFound, QuotaExceeded, Unprocessable
+from app.schemas.jobs import CreateJob, ImportObject, JobObject
+from app.schemas.models import ImportModel
+from app.services import submission
+from app.settings import get_settings
+
+IDEMPOTENCY_KEY_LENGTH = 255
+DUPLICATE_SECONDS = 600  # an SDK's retry of a request it believes lost comes well within this
+JOBS_ROUTE = "POST /v1/fine_tuning/jobs"
+IMPORTS_ROUTE = "POST /v1/models/import"
+Json = dict[str, Any]  # Any: a stored response is whatever JSON was answered
+
+
+@dataclass(frozen=True)
+class Attempted:
+    """What marks a request as a repetition: the caller's key, or the SDK's own count of retries."""
+
+    idempotency_key: str | None = None
+    retry_count: int = 0
+
+
+@dataclass(frozen=True)
+class Accepted:
+    body: Json
+    is_replay: bool
+
+
+def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> Accepted:
+    """Queues a distillation, or answers again what the same request was answered before."""
+    sha256 = fingerprint(asked.model_dump(mode="json"))
+    replay = find_replay(principal, JOBS_ROUTE, attempted, sha256)
+    if replay is not None:
+        return replay
+    settings = get_settings()
+    job_id = f"ftjob-{secrets.token_hex(12)}"
+    with transaction() as session:
+        demand_room(session, principal.project_id)
+        plan = submission.plan(session, principal.project_id, asked, short=job_id[-8:])
+    submission.inspect(plan, settings)
+    with transaction() as session:
+        stored = claim(session, principal, JOBS_ROUTE, attempted, sha256)
+        if stored is not None:
+            return Accepted(stored, is_replay=True)
+        demand_room(session, principal.project_id)
+        # Once more, because what it names may have been deleted meanwhile; from here on it cannot be.
+        plan = submission.plan(session, principal.project_id, asked, short=job_id[-8:])
+        job = jobs.insert_job(
+            session,
+            id=job_id,
+            project_id=principal.project_id,
+            kind="distillation",
+            spec=plan.spec.model_dump(mode="json"),
+            request=asked.model_dump(mode="json"),
+            job_metadata=asked.metadata or {},
+            model_id=plan.spec.output_model,
+            training_file_id=asked.training_file,
+            validation_file_id=asked.validation_file,
+            request_sha256=sha256,
+            created_by_key_id=principal.key_id,
+        )
+        body = JobObject.of(job, jobs.queue_position(session, job)).model_dump(mode="json")
+        remember(session, principal, JOBS_ROUTE, attempted, body)
+    queue.ring()
+    return Accepted(body, is_replay=False)
+
+
+def create_import(principal: Principal, asked: ImportModel, attempted: Attempted) -> Accepted:
+    """Queues the import of a model from the hub."""
+    if ".." in asked.source:
+        raise BadRequest("source is hf:org/name@revision", param="source")
+    sha256 = fingerprint(asked.model_dump(mode="json"))
+    replay = find_replay(principal, IMPORTS_ROUTE, attempted, sha256)
+    if replay is not None:
+        return replay
+    hub = asked.source.removeprefix("hf:")
+    spec = ImportJob(output_model=asked.name, hub=hub if "@" in hub else f"{hub}@main", format="hub")
+    with transaction() as session:
+        stored = claim(session, principal, IMPORTS_ROUTE, attempted, sha256)
+        if stored is not None:
+            return Accepted(stored, is_replay=True)
+        demand_room(session, principal.project_id)
+        if models.is_name_taken(session, asked.name):
+            raise Conflict(f"the name {asked.name!r} is taken; choose another", "resource_in_use", "name")
+        job = jobs.insert_job(
+            session,
+            id=f"import-{secrets.token_hex(12)}",
+            project_id=principal.project_id,
+            kind="import",
+            spec=spec.model_dump(mode="json"),
+            request=asked.model_dump(mode="json"),
+            model_id=asked.name,
+            request_sha256=sha256,
+            created_by_key_id=principal.key_id,
+        )
+        body = ImportObject.of(job).model_dump(mode="json")
+        remember(session, principal, IMPORTS_ROUTE, attempted, body)
+    queue.ring()
+    return Accepted(body, is_replay=False)
+
+
+def fingerprint(body: Json) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def find_replay(principal: Principal, route: str, attempted: Attempted, sha256: str) -> Accepted | None:
+    """What this request was answered before, if it is a repetition; raises Unprocessable or InProgress."""
+    key = attempted.idempotency_key
+    if key is not None and not (
+        0 < len(key) <= IDEMPOTENCY_KEY_LENGTH and key.isascii() and key.isprintable()
+    ):
+        raise BadRequest("Idempotency-Key is 1 to 255 printable ASCII characters", param="Idempotency-Key")
+    with transaction() as session:
+        if key is not None:
+            found = idempotency.find_key(session, principal.project_id, route, key)
+            return Accepted(response_of(found, sha256), is_replay=True) if found else None
+        if attempted.retry_count == 0 or route != JOBS_ROUTE:
+            return None
+        job = jobs.find_recent_duplicate(session, principal.project_id, sha256, DUPLICATE_SECONDS)
+        if job is None or job.created_by_key_id != principal.key_id:
+            return None
+        return Accepted(
+            JobObject.of(job, jobs.queue_position(session, job)).model_dump(mode="json"), is_replay=True
+        )
+
+
+def claim(
+    session: Session, principal: Principal, route: str, attempted: Attempted, sha256: str
+) -> Json | None:
+    """Takes the idempotency key for this transaction, or gives the response of the one that had it first."""
+    if attempted.idempotency_key is None:
+        return None
+    found = idempotency.claim_key(session, principal.project_id, route, attempted.idempotency_key, sha256)
+    return response_of(found, sha256) if found else None
+
+
+def response_of(found: idempotency.Claimed, sha256: str) -> Json:
+    if found.request_sha256 != sha256:
+        raise Unprocessable(
+            "this Idempotency-Key was used with another body; use a new key", param="Idempotency-Key"
+        )
+    if found.response is None:
+        raise InProgress("a request with this Idempotency-Key is still being answered")
+    return found.response
+
+
+def remember(session: Session, principal: Principal, route: str, attempted: Attempted, body: Json) -> None:
+    if attempted.idempotency_key is not None:
+        idempotency.store_response(session, principal.project_id, route, attempted.idempotency_key, body)
+
+
+def demand_room(session: Session, project_id: str) -> None:
+    most = get_settings().max_active_jobs_per_project
+    if jobs.count_active(session, project_id) >= most:
+        raise QuotaExceeded(f"the project has {most} jobs that have not ended; wait for one, or cancel one")
+
+
+def get_job(session: Session, project_id: str, job_id: str, kind: str = "distillation") -> Job:
+    """The project's job with this id; raises NotFound."""
+    row = jobs.find_job(session, project_id, job_id)
+    if row is None or row.kind != kind:
+        raise NotFound(f"the job {job_id!r} does not exist", param="job_id")
+    return row
+
+
+def job_object(session: Session, job: Job) -> JobObject:
+    return JobObject.of(job, jobs.queue_position(session, job))
+
+
+def cancel_job(project_id: str, job_id: str, kind: str = "distillation") -> Job:
+    """Asks a job to end. A waiting job is cancelled at once, a running one within one heartbeat."""
+    with transaction() as session:
+        job = get_job(session, project_id, job_id, kind)
+        after = jobs.request_cancel(session, job.id)
+        if after is None:
+            raise Conflict(f"the job has already {job.status}; it can no longer be cancelled")
+        return after
+
+
+def pause_job(project_id: str, job_id: str) -> Job:
+    """Asks a job to stop at its next checkpoint and wait."""
+    with transaction() as session:
+        job = get_job(session, project_id, job_id)
+        after = jobs.request_pause(session, job.id)
+        if after is None:
+            raise Conflict(f"the job is {job.status}; only a queued or running job can be paused")
+        return after
+
+
+def resume_job(project_id: str, job_id: str) -> Job:
+    """Queues a paused job again; it goes on from its newest checkpoint."""
+    with transaction() as session:
+        job = get_job(session, project_id, job_id)
+        after = jobs.resume(session, job.id)
+        if after is None:
+            raise Conflict(f"the job is {job.status}; only a paused job can be resumed")
+    queue.ring()
+    return after

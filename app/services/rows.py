@@ -1,0 +1,157 @@
+"""Rows of an uploaded JSONL file, checked one by one while the bytes come in."""
+
+import json
+from typing import Any
+
+from app.errors import BadRequest
+
+BOM = b"\xef\xbb\xbf"
+UNANSWERED = frozenset({"prompt", "chat_prompt"})  # the teacher writes the completions
+ROLES = ("system", "developer", "user", "assistant", "tool")
+FORMATS = {
+    "chat": frozenset({"messages"}),
+    "prompt_completion": frozenset({"prompt", "completion"}),
+    "prompt": frozenset({"prompt"}),
+    "text": frozenset({"text"}),
+}
+KNOWN_FORMATS = '{"messages": […]}, {"prompt", "completion"}, {"prompt"} or {"text"}'
+Row = dict[str, Any]  # Any: what a stranger put into a JSON object
+
+
+class InvalidRow(ValueError):
+    """What is wrong with a row; the message is shown behind its line number."""
+
+
+class RowChecker:
+    """Takes a file's bytes in pieces of any size and keeps what the first fault was.
+
+    Memory is bounded by the longest line that is allowed.
+    """
+
+    def __init__(self, max_line_bytes: int) -> None:
+        self.max_line_bytes = max_line_bytes
+        self.num_rows = 0
+        self.max_row_bytes = 0
+        self.format: str | None = None
+        self.fault: str | None = None
+        self._rest = bytearray()
+
+    def feed(self, piece: bytes) -> None:
+        if self.fault is not None:
+            return
+        *lines, rest = piece.split(b"\n")
+        for line in lines:
+            self._rest += line
+            self._take(bytes(self._rest))
+            self._rest.clear()
+            if self.fault is not None:
+                return
+        self._rest += rest
+        if len(self._rest) > self.max_line_bytes:
+            self._take(bytes(self._rest))
+
+    def close(self) -> None:
+        """The file has ended; its last line may lack a newline."""
+        if self._rest and self.fault is None:
+            self._take(bytes(self._rest))
+        if self.num_rows == 0 and self.fault is None:
+            self.fault = "the file is empty; put one JSON object on each line"
+
+    def raise_fault(self) -> None:
+        if self.fault is not None:
+            raise BadRequest(self.fault, "invalid_file", "file")
+
+    def _take(self, line: bytes) -> None:
+        try:
+            if len(line) > self.max_line_bytes:
+                raise InvalidRow(f"longer than {self.max_line_bytes:,} bytes")
+            row_format = check_row(parse_row(line, is_first=self.num_rows == 0))
+            if self.format is not None and row_format != self.format:
+                raise InvalidRow(
+                    f"of format {row_format} in a file of format {self.format}; use one format a file"
+                )
+        except InvalidRow as fault:
+            self.fault = f"line {self.num_rows + 1} is {fault}"
+            return
+        self.format = row_format
+        self.num_rows += 1
+        self.max_row_bytes = max(self.max_row_bytes, len(line))
+
+
+def parse_row(line: bytes, *, is_first: bool = False) -> Row:
+    """The JSON object on a line; raises InvalidRow."""
+    if is_first and line.startswith(BOM):
+        raise InvalidRow("led by a byte order mark; save the file as plain UTF-8")
+    if not line.strip():
+        raise InvalidRow("blank; take it out")
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise InvalidRow(f"not UTF-8 (byte {error.start + 1} of the line)") from None
+    except json.JSONDecodeError as error:
+        raise InvalidRow(f"not valid JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise InvalidRow("nested too deeply") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise InvalidRow(
+            str(error) if isinstance(error, InvalidRow) else "not valid JSON: a number is too long"
+        ) from None
+    if not isinstance(row, dict):
+        raise InvalidRow(f"not a JSON object; expected {KNOWN_FORMATS}")
+    return row
+
+
+def check_row(row: Row) -> str:
+    """The format of a row; raises InvalidRow."""
+    keys = row.keys()
+    row_format = next((name for name, wanted in FORMATS.items() if keys == wanted), None)
+    if row_format is None:
+        shown = ", ".join(repr(key)[:40] for key in list(keys)[:8]) or "none"
+        raise InvalidRow(f"of no known format: its keys are {shown}; expected {KNOWN_FORMATS}")
+    if row_format == "chat":
+        return _check_messages(row["messages"])
+    for key in sorted(FORMATS[row_format]):
+        _check_text(row[key], key)
+    return row_format
+
+
+def _check_messages(messages: object) -> str:
+    """`chat` if the conversation ends with an answer, `chat_prompt` if it waits for one."""
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRow("wrong: messages must be a list with at least one message")
+    roles = []
+    for number, message in enumerate(messages):
+        where = f"messages[{number}]"
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            raise InvalidRow(f"wrong: {where} must be an object with exactly role and content")
+        if message["role"] not in ROLES:
+            raise InvalidRow(f"wrong: {where}.role must be one of {', '.join(ROLES)}")
+        _check_text(message["content"], f"{where}.content")
+        roles.append(message["role"])
+    if "user" not in roles[:-1] and roles[-1] != "user":
+        raise InvalidRow("wrong: messages holds no user's turn")
+    if roles[-1] not in ("user", "assistant", "tool"):
+        raise InvalidRow("wrong: the last message must be an answer or something to answer")
+    return "chat" if roles[-1] == "assistant" else "chat_prompt"
+
+
+def _check_text(value: object, name: str) -> None:
+    if not isinstance(value, str):
+        raise InvalidRow(f"wrong: {name} must be a string")
+    if not value.strip():
+        raise InvalidRow(f"wrong: {name} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRow(f"wrong: {name} holds half of a surrogate pair, which is no character") from None
+
+
+def _distinct(pairs: list[tuple[str, object]]) -> Row:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise InvalidRow("wrong: a key appears twice in one object")
+    return row
+
+
+def _no_constant(name: str) -> object:
+    raise InvalidRow(f"not valid JSON: {name} is no JSON value")

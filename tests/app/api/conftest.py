@@ -1,0 +1,135 @@
+"""The whole API over real HTTP on a loopback port, and the stock client to drive it."""
+
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from app.auth import create_key
+from app.contracts import ModelFacts
+from app.db import models
+from app.db.session import transaction
+from app.main import create_app
+from app.settings import Settings
+from app.storage import store
+
+START_SECONDS = 20
+PROJECT = "acme"
+
+
+class Service:
+    """A running API and what tests do to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def new_key(self, project_id: str = PROJECT, **options: Any) -> str:  # Any: create_key's own options
+        with transaction() as session:
+            return create_key(session, project_id, **options)
+
+    def client(self, key: str | None = None, *, max_retries: int = 0) -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key or self.new_key(), max_retries=max_retries, timeout=20
+        )
+
+    def http(self, key: str | None = None) -> httpx.Client:
+        headers = {"authorization": f"Bearer {key or self.new_key()}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+
+
+@pytest.fixture
+def service(database: str, valkey: str, settings_env: Callable[..., Settings]) -> Iterator[Service]:
+    settings = settings_env(
+        key_pepper="pepper", min_free_bytes=0, max_file_bytes=300_000, max_body_bytes=100_000
+    )
+    config = uvicorn.Config(
+        create_app(settings), host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=3
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + START_SECONDS
+    while not server.started:
+        assert thread.is_alive(), "the API did not start"
+        assert time.monotonic() < deadline, "the API did not start in time"
+        time.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield Service(f"http://127.0.0.1:{port}")
+    server.should_exit = True
+    thread.join(START_SECONDS)
+    assert not thread.is_alive(), "the API did not stop"
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    with service.client() as made:
+        yield made
+
+
+@pytest.fixture
+def http(service: Service) -> Iterator[httpx.Client]:
+    with service.http() as made:
+        yield made
+
+
+@pytest.fixture
+def register(service: Service, tiny_llama_dir: Path) -> Callable[..., str]:
+    """A function that registers the tiny model under a name, with facts that can be bent."""
+
+    def do_register(name: str = "tiny", *, project_id: str | None = PROJECT, **changes: Any) -> str:
+        facts = ModelFacts(
+            architecture="LlamaForCausalLM",
+            num_layers=4,
+            hidden_size=64,
+            vocab_size=384,
+            context_tokens=256,
+            num_parameters=100_000,
+            tokenizer_sha256="t" * 64,
+            has_chat_template=True,
+            weights_bytes=400_000,
+            weights_sha256="w" * 64,
+        ).model_copy(update=changes)
+        ref = store().put_folder(tiny_llama_dir, f"models/{name}")
+        with transaction() as session:
+            models.insert_model(
+                session,
+                id=name,
+                project_id=project_id,
+                origin="imported",
+                store_key=ref.key,
+                bytes=ref.bytes,
+                manifest_sha256=ref.sha256,
+                facts=facts.model_dump(mode="json"),
+            )
+        return name
+
+    return do_register
+
+
+def jsonl(rows: Sequence[object]) -> io.BytesIO:
+    return io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+@pytest.fixture
+def upload() -> Callable[..., str]:
+    """A function that uploads rows and gives the file's id."""
+
+    def do_upload(client: openai.OpenAI, rows: Sequence[object], **options: Any) -> str:
+        return client.files.create(file=("rows.jsonl", jsonl(rows)), **{"purpose": "fine-tune", **options}).id
+
+    return do_upload
+
+
+@pytest.fixture
+def stranger(service: Service) -> Iterator[openai.OpenAI]:
+    """A client with a key of another project."""
+    with service.client(service.new_key("rival")) as made:
+        yield made

@@ -1,0 +1,171 @@
+import re
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from app.contracts import ArtifactRef
+from app.db import leases
+from app.db.session import transaction
+from app.errors import NotFound
+from app.services import registry
+from app.storage import store
+
+Register = Callable[..., str]
+
+
+def test_models_are_listed_with_what_they_are_made_of(client: openai.OpenAI, register: Register) -> None:
+    register("tiny")
+    register("shared", project_id=None)
+    register("theirs", project_id="rival")
+    listed = {model.id: model for model in client.models.list()}
+    assert set(listed) == {"tiny", "shared"}
+    assert listed["tiny"].owned_by == "acme"
+    extra = client.models.retrieve("tiny").model_extra or {}
+    assert (extra["num_layers"], extra["context_length"], extra["origin"]) == (4, 256, "imported")
+
+
+def test_a_deleted_model_is_gone_with_its_bytes(client: openai.OpenAI, register: Register) -> None:
+    register("tiny")
+    assert client.models.delete("tiny").deleted is True
+    assert not store().exists("models/tiny")
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.models.retrieve("tiny")
+    assert refused.value.code == "model_not_found"
+
+
+def test_a_model_that_something_needs_stays(
+    client: openai.OpenAI, register: Register, upload: Register
+) -> None:
+    register("tiny")
+    method: Any = {"type": "distillation", "distillation": {"teacher": "tiny"}}
+    file_id = upload(client, [{"prompt": "a", "completion": "b"}])
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method=method)
+    with pytest.raises(openai.ConflictError) as refused:
+        client.models.delete("tiny")
+    assert refused.value.code == "resource_in_use"
+    assert job.id in refused.value.message
+    assert store().exists("models/tiny")
+
+
+def test_another_projects_model_does_not_exist(
+    client: openai.OpenAI, stranger: openai.OpenAI, register: Register
+) -> None:
+    register("tiny")
+    for touch in (stranger.models.retrieve, stranger.models.delete):
+        with pytest.raises(openai.NotFoundError):
+            touch("tiny")
+    assert client.models.retrieve("tiny").id == "tiny"
+
+
+def test_a_shared_model_is_not_a_projects_to_delete(client: openai.OpenAI, register: Register) -> None:
+    register("shared", project_id=None)
+    with pytest.raises(openai.PermissionDeniedError):
+        client.models.delete("shared")
+
+
+def test_an_alias_can_be_moved_and_is_resolved(
+    http: httpx.Client, client: openai.OpenAI, register: Register
+) -> None:
+    register("old")
+    register("new")
+    for target in ("old", "new"):
+        answer = http.put("/v1/models/support/aliases/prod", json={"model": target})
+        assert (answer.status_code, answer.json()["id"], answer.json()["model"]) == (
+            200,
+            "support@prod",
+            target,
+        )
+    assert client.models.retrieve("support@prod").id == "new"
+    with transaction() as session:
+        model_id, ref = registry.resolve_for_serving(session, "acme", "support@prod")
+    assert (model_id, ref.key) == ("new", "models/new")
+    with pytest.raises(openai.ConflictError):
+        client.models.delete("new")
+    assert http.delete("/v1/models/support/aliases/prod").json()["deleted"] is True
+    assert http.delete("/v1/models/support/aliases/prod").status_code == 404
+    assert client.models.delete("new").deleted is True
+
+
+def test_an_alias_to_nothing_is_refused(http: httpx.Client) -> None:
+    answer = http.put("/v1/models/support/aliases/prod", json={"model": "gone"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_aliases_of_projects_do_not_meet(
+    http: httpx.Client, stranger: openai.OpenAI, register: Register
+) -> None:
+    register("shared", project_id=None)
+    http.put("/v1/models/support/aliases/prod", json={"model": "shared"})
+    with pytest.raises(openai.NotFoundError):
+        stranger.models.retrieve("support@prod")
+
+
+def test_a_checkpoint_of_a_running_job_can_be_served(
+    client: openai.OpenAI, register: Register, upload: Register
+) -> None:
+    register("tiny")
+    method: Any = {"type": "distillation", "distillation": {"teacher": "tiny"}}
+    file_id = upload(client, [{"prompt": "a", "completion": "b"}])
+    job_id = client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method=method).id
+    with transaction() as session:
+        job = leases.claim(session, "worker/1", 90.0)
+        assert job is not None
+        assert job.lease_token is not None
+        ref = ArtifactRef(key=f"checkpoints/{job_id}/1/step-10", bytes=5, sha256="c" * 64)
+        leases.insert_checkpoint(session, job_id, job.lease_token, step=10, ref=ref, metrics={}, is_best=True)
+    name = f"{job.model_id}:ckpt-step-10"
+    with transaction() as session:
+        model_id, found = registry.resolve_for_serving(session, "acme", name)
+        assert (model_id, found.key) == (name, f"{ref.key}/model")
+        with pytest.raises(NotFound):
+            registry.resolve_for_serving(session, "acme", f"{job.model_id}:ckpt-step-11")
+        with pytest.raises(NotFound):
+            registry.resolve_for_serving(session, "rival", name)
+
+
+def test_an_import_is_a_job_with_events(http: httpx.Client) -> None:
+    asked = {"source": "hf:org/name@abc", "name": "imported"}
+    made = http.post("/v1/models/import", json=asked).json()
+    assert (made["object"], made["status"], made["name"], made["model"]) == (
+        "model.import",
+        "queued",
+        "imported",
+        None,
+    )
+    url = f"/v1/models/imports/{made['id']}"
+    assert http.get(url).json() == made
+    assert [event["data"] for event in http.get(f"{url}/events").json()["data"]] == [{"status": "queued"}]
+    assert http.post(f"{url}/cancel").json()["status"] == "cancelled"
+    stream = http.get(f"{url}/events", headers={"accept": "text/event-stream"}).text
+    assert re.findall(r"^data: \[DONE\]$", stream, re.MULTILINE)
+    assert http.get(f"/v1/fine_tuning/jobs/{made['id']}").status_code == 404
+
+
+def test_a_name_is_given_once(http: httpx.Client, register: Register) -> None:
+    asked = {"source": "hf:org/name", "name": "imported"}
+    assert http.post("/v1/models/import", json=asked).status_code == 200
+    second = http.post("/v1/models/import", json=asked)
+    assert (second.status_code, second.json()["error"]["param"]) == (409, "name")
+    register("tiny")
+    assert http.post("/v1/models/import", json={**asked, "name": "tiny"}).status_code == 409
+
+
+def test_an_import_is_idempotent(http: httpx.Client) -> None:
+    asked = {"source": "hf:org/name", "name": "imported"}
+    first, second = (
+        http.post("/v1/models/import", json=asked, headers={"Idempotency-Key": "a"}) for _ in range(2)
+    )
+    assert first.json() == second.json()
+    assert "idempotent-replayed" not in first.headers
+    assert second.headers["idempotent-replayed"] == "true"
+
+
+@pytest.mark.parametrize(
+    "source", ["/etc/passwd", "file:///etc", "hf:../x/y", "hf:a/b@../../c", "hf:a", "https://a/b"]
+)
+def test_nothing_but_a_hub_repository_is_imported_over_http(http: httpx.Client, source: str) -> None:
+    answer = http.post("/v1/models/import", json={"source": source, "name": "imported"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "source")
