@@ -5,9 +5,21 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.exc import OperationalError as DatabaseUnavailable
+from sqlalchemy.exc import TimeoutError as PoolExhausted
 from sqlalchemy.orm import Session, sessionmaker
 
 from app.settings import get_settings
+
+__all__ = [
+    "DatabaseUnavailable",
+    "PoolExhausted",
+    "Session",
+    "engine",
+    "make_engine",
+    "sqlalchemy_url",
+    "transaction",
+]
 
 
 def make_engine(url: str, *, pool_size: int = 10, statement_timeout_ms: int = 30_000) -> Engine:
