@@ -10,11 +10,11 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +23,7 @@ from worker.distill.progress import ErrorLine, MessageLine, ProgressLine, Result
 from worker.errors import BrokenFile, MissingFile, UnsupportedTokenizer, WorkerError
 from worker.gguf import check_gguf, load_gguf_model, load_gguf_tokenizer
 from worker.hub import fetch_from_hub
+from worker.import_spec import ImportSpec
 from worker.intake import read_safetensors_header, take_in, weight_files
 from worker.model_facts import model_facts, supported_config
 
@@ -41,17 +42,6 @@ LOADING_FAULTS = (
     SafetensorError,
     StrictDataclassError,
 )
-
-
-class ImportSpec(BaseModel):
-    """What is imported: a staged folder or file, or a model on the hub."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format: Literal["folder", "gguf", "hub"]
-    source_path: Path | None = None
-    hub: str | None = None
-    num_threads: int = 0
 
 
 def import_model(spec: ImportSpec, out: Path, sink: Sink) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worker.distill.progress import MemorySink, ResultLine
 from worker.errors import BrokenFile, UnsupportedModel, UnsupportedTokenizer, WorkerError
 from worker.gguf import check_gguf, read_gguf_header
-from worker.importing import ImportSpec, import_model
+from worker.import_spec import ImportSpec
+from worker.importing import import_model
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

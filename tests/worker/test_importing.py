@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from worker.distill.progress import ErrorLine, MemorySink, ResultLine, RunLine, run_line
 from worker.errors import BrokenFile, UnsafeFile, UnsupportedModel, WorkerError
-from worker.importing import SENTENCE, ImportSpec, import_model
+from worker.import_spec import ImportSpec
+from worker.importing import SENTENCE, import_model
 from worker.model_facts import model_facts
 
 

@@ -1,0 +1,337 @@
+"""One train worker's loop: claim a job, run it as a process, tell the ledger, until nothing is due.
+
+The run knows neither the queue nor the database; what it prints becomes the job's state here. Every write goes
+through the lease, so a supervisor that was given up for dead writes nothing and kills its run.
+"""
+
+import errno
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import structlog
+
+from app.contracts import ArtifactRef, DistillationJob, ImportJob, JobFailure, ModelFacts
+from app.settings import Settings, get_settings
+from app.storage import CorruptArtifact, StorageError, store
+from worker import ledger
+from worker.distill.progress import (
+    CheckpointLine,
+    ErrorLine,
+    MessageLine,
+    ResultLine,
+    RunLine,
+    StoppedLine,
+)
+from worker.distill.spec import RunSpec
+from worker.heart import DATABASE_AWAY, Heart
+from worker.import_spec import ImportSpec
+from worker.ledger import AuthorityLost, Lease
+from worker.process import RunProcess
+
+log = structlog.get_logger(__name__)
+
+POLL_SECONDS = 0.2
+RECORD_SECONDS = 1.0  # lines are gathered for so long before they go into the database
+GRACE_SECONDS = 60.0  # for a run that was asked to stop to write its checkpoint
+SILENCE_SECONDS = 3600.0  # a run that says nothing for so long hangs
+DATABASE_RETRY_SECONDS = 1.0
+# A run needs no way into the database or the queue.
+WITHHELD = ("STILLHOUSE_DATABASE_URL", "STILLHOUSE_REDIS_URL", "STILLHOUSE_KEY_PEPPER", "STILLHOUSE_HF_TOKEN")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
+    """Runs due jobs one after the other; gives their number. Returns early when the worker drains."""
+    num_runs = 0
+    while not should_drain():
+        claimed_at = time.monotonic()
+        try:
+            lease = ledger.claim(worker_id)
+        except DATABASE_AWAY as error:
+            log.warning("claim_failed", error=type(error).__name__)
+            break
+        if lease is None:
+            break
+        num_runs += 1
+        log.info("job_claimed", job=lease.job_id, attempt=lease.attempt, kind=lease.spec.kind)
+        run_job(lease, should_drain, claimed_at=claimed_at)
+    return num_runs
+
+
+def run_job(lease: Lease, should_drain: Callable[[], bool], *, claimed_at: float) -> None:
+    """One attempt, from the claim to its end, whatever that is."""
+    settings = get_settings()
+    heart = Heart(
+        lease,
+        claimed_at=claimed_at,
+        beat_seconds=settings.heartbeat_seconds,
+        lease_seconds=settings.lease_seconds,
+    )
+    with heart:
+        attempt = Attempt(lease, heart, should_drain, settings)
+        try:
+            attempt.run()
+        except AuthorityLost:
+            log.warning("authority_lost", job=lease.job_id, attempt=lease.attempt)
+        except Exception:
+            log.exception("attempt_failed", job=lease.job_id, attempt=lease.attempt)
+            attempt.give_up("The worker could not run the job.")
+        finally:
+            attempt.clean_up()
+
+
+class Attempt:
+    """One run of a job, between its lease and its process."""
+
+    def __init__(
+        self, lease: Lease, heart: Heart, should_drain: Callable[[], bool], settings: Settings
+    ) -> None:
+        self.lease, self.heart, self.should_drain, self.settings = lease, heart, should_drain, settings
+        self.folder = settings.work_root() / lease.job_id / str(lease.token)
+        self.out = self.folder / "out"
+        self.process: RunProcess | None = None
+        self.stop_deadline: float | None = None
+        self.is_done = False
+        self._gathered: list[RunLine] = []
+        self._recorded_at = 0.0
+
+    def run(self) -> None:
+        try:
+            arguments = self._lay()
+        except (FileNotFoundError, CorruptArtifact) as error:
+            log.warning("inputs_missing", job=self.lease.job_id, error=str(error))
+            message = "an input of the job is gone from the store or damaged; upload it again and submit anew"
+            self._write(ledger.fail, self.lease, JobFailure(code="input_missing", message=message))
+            return
+        environment = child_environment(self.lease.spec, self.settings)
+        self.process = process = RunProcess(arguments, self.folder, environment)
+        while not self.is_done:
+            self._demand_authority()
+            self._obey(process)
+            self._take(process.take_lines(POLL_SECONDS))
+            if process.is_over and not self.is_done:
+                self._record_gathered()
+                self._end_without_verdict(process)
+
+    def give_up(self, reason: str) -> None:
+        """Counts a loss after a fault of ours; if even that fails, the lease runs out by itself."""
+        try:
+            self._kill()
+            ledger.lost(self.lease, reason)
+        except (AuthorityLost, *DATABASE_AWAY) as error:
+            log.warning("give_up_failed", job=self.lease.job_id, error=type(error).__name__)
+
+    def clean_up(self) -> None:
+        self._kill()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _lay(self) -> list[str]:
+        """Lays inputs and spec into the work folder; gives the module and arguments of the process."""
+        parent = self.folder.parent
+        for stale in parent.iterdir() if parent.exists() else ():
+            shutil.rmtree(stale, ignore_errors=True)  # of a worker that was killed: its lease is over
+        self.folder.mkdir(parents=True, mode=0o700)
+        spec_path = self.folder / "spec.json"
+        spec = self.lease.spec
+        if isinstance(spec, DistillationJob):
+            spec_path.write_text(self._run_spec(spec).model_dump_json())
+            module = "worker.run"
+        else:
+            spec_path.write_text(self._import_spec(spec))
+            module = "worker.importing"
+        return [module, str(spec_path), "--out", str(self.out)]
+
+    def _run_spec(self, job: DistillationJob) -> RunSpec:
+        settings, cache_dir = self.settings, self._fetch_dir()
+        validation = job.validation_file
+        return RunSpec(
+            distillation=job.distillation,
+            teacher_dir=store().fetch_folder(job.teacher, cache_dir),
+            start_dir=store().fetch_folder(job.start, cache_dir),
+            training_path=store().fetch_file(job.training_file, cache_dir),
+            validation_path=store().fetch_file(validation, cache_dir) if validation else None,
+            cache_dir=settings.work_root() / "cache",
+            cache_bytes=settings.teacher_cache_bytes,
+            resume_dir=self._good_checkpoint(),
+            seed=job.seed,
+            num_threads=settings.num_threads,
+            keep_checkpoints=settings.keep_checkpoints,
+        )
+
+    def _import_spec(self, job: ImportJob) -> str:
+        source = None
+        if job.staged is not None:
+            fetch = store().fetch_file if job.format == "gguf" else store().fetch_folder
+            source = fetch(job.staged, self._fetch_dir())
+        threads = self.settings.num_threads
+        return ImportSpec(
+            format=job.format, source_path=source, hub=job.hub, num_threads=threads
+        ).model_dump_json()
+
+    def _good_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is still what was stored; damaged ones are marked and passed over."""
+        resume = self.lease.resume
+        while resume is not None:
+            if store().verify_folder(resume.store_key, resume.manifest_sha256):
+                folder = store().fetch_folder(resume.artifact, self._fetch_dir())
+                message = f"The run resumes from the checkpoint at step {resume.step}."
+                self._write(
+                    ledger.record, self.lease, [MessageLine(message=message, data={"step": resume.step})]
+                )
+                return folder
+            log.warning("checkpoint_corrupt", job=self.lease.job_id, key=resume.store_key)
+            resume = self._write(ledger.mark_corrupt, self.lease, resume.id)
+        return None
+
+    def _fetch_dir(self) -> Path:
+        return self.settings.work_root() / "fetched"
+
+    def _demand_authority(self) -> None:
+        if self.heart.is_lost:
+            raise AuthorityLost(self.lease.job_id)
+
+    def _write(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The ledger's call, repeated while the database is away and the lease may still be ours."""
+        while True:
+            self._demand_authority()
+            try:
+                return call(*args, **kwargs)
+            except DATABASE_AWAY as error:
+                log.warning("ledger_away", job=self.lease.job_id, error=type(error).__name__)
+                time.sleep(DATABASE_RETRY_SECONDS)
+
+    def _obey(self, process: RunProcess) -> None:
+        if self.heart.orders.cancel:
+            process.kill()
+            self._write(ledger.cancelled, self.lease)
+            self.is_done = True
+        elif self.stop_deadline is not None:
+            if time.monotonic() > self.stop_deadline:
+                self._kill()
+        elif self.heart.orders.pause or self.should_drain():
+            log.info("stopping_run", job=self.lease.job_id, pause=self.heart.orders.pause)
+            process.ask_to_stop()
+            self.stop_deadline = time.monotonic() + GRACE_SECONDS
+        elif process.silent_seconds > SILENCE_SECONDS:
+            process.kill()
+            self._write(ledger.lost, self.lease, "The run hung: it said nothing for too long.")
+            self.is_done = True
+
+    def _take(self, lines: Sequence[RunLine]) -> None:
+        for line in lines:
+            if isinstance(line, CheckpointLine | ResultLine | ErrorLine | StoppedLine):
+                self._record_gathered()
+                if isinstance(line, CheckpointLine):
+                    self._commit(line)
+                else:
+                    self._end(line)
+                    return
+            else:
+                self._gathered.append(line)
+        if time.monotonic() - self._recorded_at > RECORD_SECONDS:
+            self._record_gathered()
+
+    def _record_gathered(self) -> None:
+        if self._gathered:
+            self._write(ledger.record, self.lease, self._gathered)
+            self._gathered = []
+        self._recorded_at = time.monotonic()
+
+    def _commit(self, line: CheckpointLine) -> None:
+        """Puts the checkpoint into the store and then into the ledger; the row is the commit."""
+        key = f"checkpoints/{self.lease.job_id}/{self.lease.token}/step-{line.step}"
+        try:
+            ref = store().put_folder(self.out / line.folder, key, link=True)
+        except (OSError, StorageError) as error:
+            # The run goes on, and the checkpoint before this one stays the place to resume from.
+            log.warning("checkpoint_not_stored", job=self.lease.job_id, step=line.step, error=str(error))
+            message = f"The checkpoint at step {line.step} could not be stored ({_reason(error)})."
+            self._gathered.append(MessageLine(level="warn", message=message, data={"step": line.step}))
+            return
+        freed = self._write(ledger.commit_checkpoint, self.lease, line.step, ref, line.metrics, line.is_best)
+        for old in freed:
+            store().delete(old)
+
+    def _end(self, line: ResultLine | ErrorLine | StoppedLine) -> None:
+        if isinstance(line, ResultLine):
+            self._finish(line)
+        elif isinstance(line, ErrorLine):
+            failure = JobFailure(code=line.code, message=line.message, param=line.param)
+            self._write(ledger.fail, self.lease, failure)
+        else:
+            self._end_stopped()
+        self.is_done = True
+
+    def _finish(self, line: ResultLine) -> None:
+        # The token is part of the key: what a zombie stores can never be taken for its successor's.
+        key = f"models/{self.lease.job_id}/{self.lease.token}"
+        try:
+            ref = store().put_folder(self.out / line.folder, key, link=True)
+        except (OSError, StorageError) as error:
+            log.warning("model_not_stored", job=self.lease.job_id, error=str(error))
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                message = "there is no room in the store for the model; free some and submit again"
+                self._write(ledger.fail, self.lease, JobFailure(code="disk_full", message=message))
+            else:
+                self._write(ledger.lost, self.lease, "The model could not be stored.")
+            return
+        if not self._write(self._register, ref, line):
+            store().delete(key)
+
+    def _register(self, ref: ArtifactRef, line: ResultLine) -> bool:
+        return ledger.finish(
+            self.lease,
+            model_id=self.lease.spec.output_model,
+            ref=ref,
+            facts=ModelFacts.model_validate(line.facts),
+            result=line.result,
+            trained_tokens=line.trained_tokens,
+        )
+
+    def _end_stopped(self) -> None:
+        """The run has stopped, for a pause, for the worker's drain, or for a reason that is not ours."""
+        if self.stop_deadline is None:
+            self._write(ledger.lost, self.lease, "The run was stopped from outside.")
+        elif self.heart.orders.pause:
+            self._write(ledger.paused, self.lease)
+        else:
+            self._write(ledger.release, self.lease, "The worker was shut down.")
+
+    def _end_without_verdict(self, process: RunProcess) -> None:
+        if self.stop_deadline is not None:
+            self._end_stopped()
+        else:
+            reason, code = process.describe_death()
+            self._write(ledger.lost, self.lease, reason, code)
+        self.is_done = True
+
+    def _kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+
+
+def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> dict[str, str]:
+    """This process's environment without its secrets, and offline unless the job is to fetch something."""
+    is_online = isinstance(spec, ImportJob) and spec.hub is not None
+    environment = {name: value for name, value in os.environ.items() if name not in WITHHELD}
+    environment |= {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "0" if is_online else "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if is_online:
+        environment["STILLHOUSE_HF_TOKEN"] = settings.hf_token
+    if settings.num_threads:
+        environment |= {name: str(settings.num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return environment
+
+
+def _reason(error: Exception) -> str:
+    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
