@@ -26,6 +26,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
 
     Raises ModelLoadFailed for folders that carry code or lack weights, UnsupportedModel for other families.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import; only loading needs them
 
     _refuse_code(folder)
@@ -36,11 +37,10 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            attn_implementation="sdpa",
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise ModelLoadFailed(f"the model's files cannot be loaded: {error}") from error
     lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lacking:

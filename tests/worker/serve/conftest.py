@@ -1,0 +1,156 @@
+"""Loaded tiny models, requests, and the slow obvious way to get what the batch gives."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app.contracts import ArtifactRef, Delta, GenerateRequest, Reply, Sampling
+from worker.serve.batch import CursorBatch
+from worker.serve.engine import Engine, TransformersEngine
+from worker.serve.loading import LoadedModel, load_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_llama_dir: Path) -> LoadedModel:
+    return load_model(tiny_llama_dir)
+
+
+@pytest.fixture(scope="session")
+def gpt2(tiny_gpt2_dir: Path) -> LoadedModel:
+    return load_model(tiny_gpt2_dir)
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def loaded(request: pytest.FixtureRequest) -> LoadedModel:
+    """Each of the two families the first issue promises."""
+    found: LoadedModel = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+def make_request() -> Callable[..., GenerateRequest]:
+    """A greedy request for four tokens unless told otherwise; unknown words go to its sampling."""
+
+    def make(request_id: str = "r", **given: Any) -> GenerateRequest:  # Any: fields of two contracts
+        own = {name: given.pop(name) for name in list(given) if name in GenerateRequest.model_fields}
+        prompt = {"text": "The still"} if not own.keys() & {"text", "tokens", "messages"} else {}
+        defaults = {
+            "reply_to": "api",
+            "model": "tiny",
+            "weights": ArtifactRef(key="models/tiny", bytes=1000),
+            "deadline_at": time.time() + 600,
+        }
+        sampling = Sampling(**{"max_tokens": 4, "temperature": 0.0} | given)
+        return GenerateRequest(id=request_id, sampling=sampling, **(defaults | prompt | own))
+
+    return make
+
+
+@pytest.fixture
+def make_engine() -> Callable[..., TransformersEngine]:
+    def make(loaded: LoadedModel, **given: Any) -> TransformersEngine:  # Any: the engine's own fields
+        options = {"max_running": 6, "max_context_tokens": 256} | given
+        return TransformersEngine(loaded.model, loaded.tokenizer, **options)
+
+    return make
+
+
+@pytest.fixture
+def drain() -> Callable[[Engine], list[Reply]]:
+    """Steps an engine until it has nothing to do."""
+
+    def run(engine: Engine) -> list[Reply]:
+        replies: list[Reply] = []
+        while engine.has_work():
+            replies += engine.step()
+        return replies
+
+    return run
+
+
+@pytest.fixture
+def text_of() -> Callable[..., str]:
+    def join(replies: list[Reply], request_id: str = "r", choice: int = 0) -> str:
+        deltas = [reply for reply in replies if isinstance(reply, Delta)]
+        return "".join(d.text for d in deltas if (d.id, d.choice) == (request_id, choice))
+
+    return join
+
+
+@pytest.fixture
+def next_logits() -> Callable[[nn.Module, list[int]], Tensor]:
+    """A plain forward pass over one whole sequence, no cache."""
+
+    def forward(model: nn.Module, tokens: list[int]) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        return logits
+
+    return forward
+
+
+@pytest.fixture
+def largest_difference(
+    next_logits: Callable[[nn.Module, list[int]], Tensor],
+) -> Callable[..., float]:
+    """Drives a batch with random joins, forks, steps and leaves, and compares every row with a plain forward pass.
+
+    The logits are compared, not the chosen tokens: random models repeat themselves and hide mistakes.
+    """
+
+    def drive(batch: CursorBatch, *, seed: int, num_moves: int = 120, longest: int = 20) -> float:
+        rng = random.Random(seed)
+        rows: list[list[int]] = []
+        worst = 0.0
+
+        def check(logits_NV: Tensor, first_row: int) -> None:
+            nonlocal worst
+            for row, logits_V in zip(rows[first_row:], logits_NV, strict=True):
+                expected = next_logits(batch.model, row)
+                worst = max(worst, float((logits_V - expected).abs().max() / expected.abs().max()))
+
+        for _ in range(num_moves):
+            num_free = batch.max_rows - len(rows)
+            move = rng.choice(["join", "fork", "leave", *["step"] * 5])
+            if move == "join" and num_free:
+                prompts = [
+                    [rng.randrange(3, 200) for _ in range(rng.randint(1, longest))]
+                    for _ in range(rng.randint(1, min(3, num_free)))
+                ]
+                rows += [list(prompt) for prompt in prompts]
+                check(batch.join(prompts), len(rows) - len(prompts))
+            elif move == "fork" and num_free and rows:
+                source = rng.randrange(len(rows))
+                assert batch.fork(source) == len(rows)
+                rows.append(list(rows[source]))
+            elif move == "leave" and rows:
+                row = rng.randrange(len(rows))
+                batch.leave(row)
+                last = rows.pop()
+                if row < len(rows):
+                    rows[row] = last
+            elif move == "step" and rows and max(map(len, rows)) < batch.max_width:
+                for tokens in rows:
+                    tokens.append(rng.randrange(3, 200))
+                check(batch.advance([tokens[-1] for tokens in rows]), 0)
+        return worst
+
+    return drive
+
+
+@pytest.fixture
+def small_first_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers that start tiny, so that growing and sliding happen within a short test."""
+    monkeypatch.setattr("worker.serve.batch.FIRST_WIDTH", 16)
+    monkeypatch.setattr("worker.serve.batch.FIRST_ROWS", 2)

@@ -1,0 +1,131 @@
+"""The shared-cursor batch against a plain forward pass, and against broken versions of itself."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from worker.serve.batch import CursorBatch
+from worker.serve.loading import LoadedModel
+
+Drive = Callable[..., float]
+CLOSE, FAR = 1e-4, 1e-2  # relative to a row's largest logit: float32 rounding, and a mistake
+WIDTH = 48
+
+pytestmark = pytest.mark.usefixtures("small_first_buffers")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_logits_equal_a_plain_forward_pass_under_random_joins_and_leaves(
+    loaded: LoadedModel, largest_difference: Drive, seed: int
+) -> None:
+    batch = CursorBatch(loaded.model, max_rows=6, max_width=WIDTH)
+    assert largest_difference(batch, seed=seed) < CLOSE
+
+
+def test_float64_leaves_no_difference_but_rounding(loaded: LoadedModel, largest_difference: Drive) -> None:
+    batch = CursorBatch(copy.deepcopy(loaded.model).double(), max_rows=6, max_width=WIDTH)
+    assert largest_difference(batch, seed=7) < 1e-6  # logits are given in float32
+
+
+def test_the_drive_slides_both_ways_and_grows(llama: LoadedModel, largest_difference: Drive) -> None:
+    slides: list[int] = []
+    widths: set[int] = set()
+
+    class Watched(CursorBatch):
+        def _slide(self, by: int) -> None:
+            if self.starts:
+                slides.append(by)
+            super()._slide(by)
+
+        def _forward(self, tokens_NQ: Tensor, first_row: int, *, low: int, column: int) -> Tensor:
+            widths.add(self.window.width)
+            return super()._forward(tokens_NQ, first_row, low=low, column=column)
+
+    for seed in range(4):
+        largest_difference(Watched(llama.model, max_rows=6, max_width=WIDTH), seed=seed)
+    assert min(slides) < 0 < max(slides)
+    assert {16, WIDTH} <= widths
+
+
+class PositionPlusOne(CursorBatch):
+    def _positions(self, columns_Q: Tensor, starts_N1: Tensor) -> Tensor:
+        return super()._positions(columns_Q, starts_N1) + 1
+
+
+class FirstTokenHidden(CursorBatch):
+    def _mask(self, columns_W: Tensor, starts_N1: Tensor) -> Tensor:
+        return (columns_W > starts_N1).long()
+
+
+class StaleTokenSeen(CursorBatch):
+    def _mask(self, columns_W: Tensor, starts_N1: Tensor) -> Tensor:
+        return super()._mask(columns_W, starts_N1 - 1)
+
+
+class RowNotMoved(CursorBatch):
+    def _copy_row(self, source: int, target: int) -> None:
+        pass
+
+
+class ColumnsNotSlid(CursorBatch):
+    def _slide(self, by: int) -> None:
+        self.starts = [start + by for start in self.starts]
+        self.cursor += by
+
+
+class StartsNotSlid(CursorBatch):
+    def _slide(self, by: int) -> None:
+        starts = list(self.starts)
+        super()._slide(by)
+        self.starts = [min(start, self.cursor) for start in starts]
+
+
+@pytest.mark.parametrize(
+    "broken", [PositionPlusOne, FirstTokenHidden, StaleTokenSeen, RowNotMoved, ColumnsNotSlid, StartsNotSlid]
+)
+def test_each_mistake_would_be_seen(
+    gpt2: LoadedModel, largest_difference: Drive, broken: type[CursorBatch]
+) -> None:
+    worst = max(
+        largest_difference(broken(gpt2.model, max_rows=6, max_width=WIDTH), seed=seed) for seed in range(2)
+    )
+    assert worst > FAR
+
+
+def test_a_row_may_fill_the_whole_width(loaded: LoadedModel, next_logits: Callable[..., Tensor]) -> None:
+    batch = CursorBatch(loaded.model, max_rows=2, max_width=WIDTH)
+    tokens = list(range(10, 20))
+    batch.join([tokens, tokens[:3]])
+    while len(tokens) < WIDTH:
+        tokens.append(20 + len(tokens))
+        logits_NV = batch.advance([tokens[-1]] * batch.num_rows)
+        if len(tokens) == 30:
+            batch.leave(1)
+    torch.testing.assert_close(logits_NV[0], next_logits(loaded.model, tokens), rtol=1e-3, atol=1e-3)
+
+
+def test_numbers_that_are_none_do_not_reach_the_next_tenant_of_a_row(
+    llama: LoadedModel, next_logits: Callable[..., Tensor]
+) -> None:
+    batch = CursorBatch(llama.model, max_rows=2, max_width=WIDTH)
+    batch.join([[5, 6, 7], [8, 9, 10, 11, 12, 13]])
+    for layer in batch.cache.layers:
+        layer.values[0].fill_(torch.nan)
+    assert batch.advance([5, 5])[0].isnan().all()
+    batch.leave(0, is_poisoned=True)
+    logits_NV = batch.join([[21, 22]])
+    torch.testing.assert_close(logits_NV[0], next_logits(llama.model, [21, 22]), rtol=1e-3, atol=1e-3)
+    assert batch.advance([5, 5]).isfinite().all()
+
+
+def test_an_empty_batch_gives_its_grown_buffers_back(llama: LoadedModel) -> None:
+    batch = CursorBatch(llama.model, max_rows=6, max_width=WIDTH)
+    batch.join([list(range(10, 50)), [5], [6], [7]])
+    assert batch.window.width >= 40
+    for _ in range(4):
+        batch.leave(0)
+    assert (batch.window.width, batch.window.num_rows, batch.cursor) == (16, 2, 0)
+    assert all(not layer.is_initialized for layer in batch.cache.layers)

@@ -1,0 +1,277 @@
+"""The model host: loading beside stepping, eviction by bytes, and every way a load can end."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.contracts import ArtifactRef, Delta, Done, Failure, GenerateRequest, Reply
+from worker.serve.errors import ModelLoadFailed
+from worker.serve.models import Addressed, ModelHost
+
+Make = Callable[..., GenerateRequest]
+SIZE = 1_000_000  # bytes each model is said to have; more than the real ones have
+
+
+def ref(name: str, num_bytes: int = SIZE) -> ArtifactRef:
+    return ArtifactRef(key=name, bytes=num_bytes)
+
+
+class Shelf:
+    """A loader whose models can be held back, and that remembers what was asked of it."""
+
+    def __init__(self, folders: dict[str, Path]) -> None:
+        self.folders = folders
+        self.asked: list[str] = []
+        self.gates: dict[str, threading.Event] = {}
+
+    def __call__(self, weights: ArtifactRef) -> Path:
+        self.asked.append(weights.key)
+        if weights.key in self.gates:
+            assert self.gates[weights.key].wait(20)
+        if weights.key not in self.folders:
+            raise ModelLoadFailed(f"{weights.key} is not in the store")
+        return self.folders[weights.key]
+
+
+@pytest.fixture
+def shelf(tiny_llama_dir: Path, tiny_gpt2_dir: Path) -> Shelf:
+    return Shelf({"llama": tiny_llama_dir, "gpt2": tiny_gpt2_dir, "twin": tiny_llama_dir})
+
+
+@pytest.fixture
+def make_host(shelf: Shelf) -> Iterator[Callable[..., ModelHost]]:
+    hosts: list[ModelHost] = []
+
+    def make(**given: Any) -> ModelHost:  # Any: the host's own fields
+        options: dict[str, Any] = {"resident_bytes": 10 * SIZE, "loader": shelf, "max_context_tokens": 256}
+        hosts.append(ModelHost(**(options | given)))
+        return hosts[-1]
+
+    yield make
+    for gate in shelf.gates.values():
+        gate.set()
+    for host in hosts:
+        host.close()
+
+
+def run(host: ModelHost, until: Callable[[list[Addressed]], bool] | None = None) -> list[Addressed]:
+    """Steps until the condition holds, or until nothing is under way."""
+    found: list[Addressed] = []
+    give_up = time.monotonic() + 20
+    while host.has_work() and not (until and until(found)):
+        assert time.monotonic() < give_up, "the host does not come to an end"
+        host.wait_for_work(0.02)
+        found += host.step_all()
+    return found
+
+
+def ends(found: list[Addressed]) -> dict[str, Reply]:
+    return {reply.id: reply for _, reply in found if not isinstance(reply, Delta)}
+
+
+def has_ended(name: str) -> Callable[[list[Addressed]], bool]:
+    return lambda found: name in ends(found)
+
+
+def test_requests_of_two_models_are_answered_each_by_its_own(
+    make_host: Callable[..., ModelHost], make_request: Make
+) -> None:
+    host = make_host()
+    host.submit(make_request("a", weights=ref("llama"), reply_to="api-1"))
+    host.submit(make_request("b", weights=ref("gpt2"), reply_to="api-2"))
+    found = run(host)
+    assert {(home, reply.id) for home, reply in found} == {("api-1", "a"), ("api-2", "b")}
+    assert all(isinstance(reply, Done) for reply in ends(found).values())
+    texts = {
+        name: "".join(r.text for _, r in found if isinstance(r, Delta) and r.id == name) for name in "ab"
+    }
+    assert texts["a"] != texts["b"]
+
+
+def test_a_model_is_loaded_once(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    host = make_host()
+    for name in "abc":
+        host.submit(make_request(name, weights=ref("llama")))
+    run(host)
+    host.submit(make_request("d", weights=ref("llama")))
+    run(host)
+    assert shelf.asked == ["llama"]
+    assert host.status().resident == ("llama",)
+
+
+def test_loading_does_not_stop_the_others(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    host = make_host()
+    host.submit(make_request("first", weights=ref("llama")))
+    run(host)
+    shelf.gates["gpt2"] = threading.Event()
+    host.submit(make_request("slow", weights=ref("gpt2")))
+    host.submit(make_request("second", weights=ref("llama"), max_tokens=30))
+    found = run(host, until=has_ended("second"))
+    assert set(ends(found)) == {"second"}
+    assert host.status().loading == ("gpt2",)
+    shelf.gates["gpt2"].set()
+    assert set(ends(run(host))) == {"slow"}
+
+
+def test_a_request_waits_so_long_and_the_load_goes_on(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    shelf.gates["llama"] = threading.Event()
+    host = make_host(model_load_wait_seconds=0.1)
+    host.submit(make_request("early", weights=ref("llama")))
+    early = ends(run(host))["early"]
+    assert isinstance(early, Failure)
+    assert (early.status, early.code) == (503, "model_loading")
+    shelf.gates["llama"].set()
+    while not host.status().resident:
+        assert host.wait_for_work(10)
+        host.step_all()
+    host.submit(make_request("late", weights=ref("llama")))
+    assert isinstance(ends(run(host))["late"], Done)
+    assert shelf.asked == ["llama"]
+
+
+def test_an_idle_host_sleeps(make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf) -> None:
+    shelf.gates["llama"] = threading.Event()
+    host = make_host()
+    host.submit(make_request("a", weights=ref("llama")))
+    host.step_all()
+    host.abort("a")
+    host.step_all()
+    assert not host.wait_for_work(0.01)
+    shelf.gates["llama"].set()
+    assert host.wait_for_work(10)  # the load ended; nobody waits for it
+    host.step_all()
+    assert not host.has_work()
+    assert not host.wait_for_work(0.01)
+
+
+def test_a_failed_load_fails_its_requests_and_may_be_tried_again(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf, tiny_llama_dir: Path
+) -> None:
+    host = make_host()
+    host.submit(make_request("a", weights=ref("missing")))
+    host.submit(make_request("b", weights=ref("llama")))
+    found = ends(run(host))
+    failure = found["a"]
+    assert isinstance(failure, Failure)
+    assert (failure.status, failure.code) == (503, "model_load_failed")
+    assert isinstance(found["b"], Done)
+    shelf.folders["missing"] = tiny_llama_dir
+    host.submit(make_request("c", weights=ref("missing")))
+    assert isinstance(ends(run(host))["c"], Done)
+
+
+def test_an_unforeseen_fault_of_the_loader_is_a_failed_load(
+    make_host: Callable[..., ModelHost], make_request: Make
+) -> None:
+    def broken(_weights: ArtifactRef) -> Path:
+        raise ZeroDivisionError("disk on fire")
+
+    host = make_host(loader=broken)
+    host.submit(make_request("a"))
+    failure = ends(run(host))["a"]
+    assert isinstance(failure, Failure)
+    assert (failure.status, failure.code) == (503, "model_load_failed")
+    assert "disk on fire" in failure.message
+
+
+def test_the_least_recently_used_model_makes_room(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    now = [1000.0]
+    host = make_host(resident_bytes=int(2.5 * SIZE), clock=lambda: now[0])
+    for name, weights in [("a", "llama"), ("b", "gpt2"), ("c", "llama"), ("d", "twin")]:
+        now[0] += 1
+        host.submit(make_request(name, weights=ref(weights), deadline_at=2000))
+        run(host)
+    assert set(host.status().resident) == {"llama", "twin"}
+
+
+def test_a_busy_model_is_not_evicted(make_host: Callable[..., ModelHost], make_request: Make) -> None:
+    host = make_host(resident_bytes=int(1.5 * SIZE))
+    host.submit(make_request("busy", weights=ref("llama"), max_tokens=60, ignore_eos=True))
+    found = run(host, until=lambda found: bool(found))
+    host.submit(make_request("next", weights=ref("gpt2")))
+    found += run(host)
+    assert list(ends(found)) == ["busy", "next"]
+    assert all(isinstance(reply, Done) for reply in ends(found).values())
+    assert host.status().resident == ("gpt2",)
+
+
+def test_a_model_over_the_limit_is_refused_and_evicts_nobody(
+    make_host: Callable[..., ModelHost], make_request: Make
+) -> None:
+    host = make_host(resident_bytes=2 * SIZE)
+    host.submit(make_request("a", weights=ref("llama")))
+    run(host)
+    host.submit(make_request("b", weights=ref("gpt2", 3 * SIZE)))
+    failure = ends(run(host))["b"]
+    assert isinstance(failure, Failure)
+    assert failure.code == "model_too_large"
+    assert host.status().resident == ("llama",)
+
+
+def test_abort_reaches_running_and_loading_requests(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    host = make_host()
+    host.submit(make_request("running", weights=ref("llama"), max_tokens=200))
+    run(host, until=lambda found: bool(found))
+    shelf.gates["gpt2"] = threading.Event()
+    host.submit(make_request("loading", weights=ref("gpt2")))
+    host.step_all()
+    host.abort("running")
+    host.abort("loading")
+    host.abort("unknown")
+    assert host.step_all() == []
+    assert (host.status().num_running, host.status().num_waiting) == (0, 0)
+    assert not host.has_work()
+
+
+def test_a_request_delivered_twice_is_answered_once(
+    make_host: Callable[..., ModelHost], make_request: Make
+) -> None:
+    host = make_host()
+    for _ in range(2):
+        host.submit(make_request("a", weights=ref("llama")))
+    found = run(host)
+    assert len([reply for _, reply in found if isinstance(reply, Done)]) == 1
+
+
+def test_an_engine_that_breaks_ends_its_requests_only_and_is_loaded_anew(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    host = make_host()
+    host.submit(make_request("a", weights=ref("llama"), max_tokens=100))
+    host.submit(make_request("b", weights=ref("gpt2"), max_tokens=20))
+    run(host, until=lambda found: {reply.id for _, reply in found} == {"a", "b"})
+    broken: Any = host._residents["llama"].engine  # Any: reaches into the engine on purpose
+    del broken._decoder.batch.cache.layers[0].keys
+    found = ends(run(host))
+    failure = found["a"]
+    assert isinstance(failure, Failure)
+    assert (failure.status, failure.code) == (500, "engine_error")
+    assert isinstance(found["b"], Done)
+    host.submit(make_request("c", weights=ref("llama")))
+    assert isinstance(ends(run(host))["c"], Done)
+    assert shelf.asked.count("llama") == 2
+
+
+def test_a_deadline_counts_while_the_model_loads(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    shelf.gates["llama"] = threading.Event()
+    host = make_host()
+    host.submit(make_request("a", weights=ref("llama"), deadline_at=time.time() - 1))
+    failure = ends(run(host))["a"]
+    assert isinstance(failure, Failure)
+    assert failure.status == 504
