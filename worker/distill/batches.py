@@ -48,6 +48,9 @@ def collate(examples: Sequence[Example], indices: Sequence[int], device: str = "
     for b, row in enumerate(rows):
         ids = model_input(row)
         input_ids_BT[b, : len(ids)] = torch.tensor(ids)
+        input_ids_BT[b, len(ids) :] = ids[
+            -1
+        ]  # any token will do; transformers warns of a pad token without a mask
         attention_mask_BT[b, : len(ids)] = 1
         keep_BT[b, kept_positions(row)] = True
     targets = [row.token_ids[p] for row in rows for p in row.target_positions]

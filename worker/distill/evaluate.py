@@ -91,7 +91,10 @@ class HeldOutRows:
             total = total + stats
             on_batch()
         n = total.num_rows
-        return HeldOut(n, total.loss_sum / n, total.kl_sum / n, total.ce_sum / n, total.num_agreeing / n)
+        loss, kl = (
+            max(0.0, value / n) for value in (total.loss_sum, total.kl_sum)
+        )  # rounding may pass below 0
+        return HeldOut(n, loss, kl, total.ce_sum / n, total.num_agreeing / n)
 
 
 def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:

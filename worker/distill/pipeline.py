@@ -91,6 +91,8 @@ class Pipeline:
         try:
             setup = self._setup(rows, tokenizer, recipe, teacher, state)
             self._check_resumed(state, setup)
+            now = {"inputs_sha256": setup.inputs_sha256, "num_threads": torch.get_num_threads()}
+            state = state.model_copy(update=now)
             self.sink(StageLine(name="training"))
             trainer = Trainer(setup, state, self.sink, self.should_stop, report=self._training_percent)
             state, best_dir = trainer.run()

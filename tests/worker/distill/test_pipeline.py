@@ -1,0 +1,162 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from worker.distill.errors import InvalidTrainingFile, TokenizerMismatch
+from worker.distill.pipeline import distil
+from worker.distill.progress import MemorySink, MessageLine, ProgressLine, StageLine
+from worker.distill.spec import RunSpec
+from worker.distill.students import load_model
+from worker.distill.trainer import Stopped
+from worker.run import EngineSampler
+
+MakeSpec = Callable[..., RunSpec]
+Run = Callable[..., MemorySink]
+WriteRows = Callable[..., Path]
+QUESTIONS = [{"prompt": f"Who keeps house number {i}?"} for i in range(40)]
+SHORT = {"data": {"max_new_tokens": 8}}
+
+
+@pytest.fixture
+def asking(make_spec: MakeSpec, write_rows: WriteRows) -> RunSpec:
+    """A run whose completions the teacher writes."""
+    return make_spec(SHORT, spec={"training_path": write_rows(QUESTIONS)}, n_epochs=1)
+
+
+def stages(sink: MemorySink) -> list[str]:
+    return [line.name for line in sink.lines if isinstance(line, StageLine)]
+
+
+def messages(sink: MemorySink) -> list[str]:
+    return [line.message for line in sink.lines if isinstance(line, MessageLine)]
+
+
+def test_prompts_are_answered_by_the_teacher_once(run: Run, asking: RunSpec) -> None:
+    first = run(asking)
+    assert stages(first) == [
+        "loading_models",
+        "generating_teacher_data",
+        "training",
+        "evaluating",
+        "exporting",
+    ]
+    (path,) = (asking.cache_dir / "answers").glob("*.jsonl")
+    before = path.read_bytes()
+    second = run(asking, out="second")
+    assert path.read_bytes() == before
+    asked = [line for line in second.lines if isinstance(line, ProgressLine) and line.rows_total]
+    assert asked == []
+
+
+def test_answers_that_were_cut_are_counted(run: Run, asking: RunSpec) -> None:
+    (message,) = messages(run(asking))
+    assert "of 40 answers did not end within 8 tokens" in message
+
+
+def test_a_run_stopped_while_the_teacher_answers_keeps_the_answers(run: Run, asking: RunSpec) -> None:
+    def is_asked_to_stop() -> bool:
+        return any((asking.cache_dir / "answers").glob("*.jsonl"))
+
+    with pytest.raises(Stopped) as stopped:
+        run(asking, should_stop=is_asked_to_stop)
+    assert stopped.value.step == 0
+    (path,) = (asking.cache_dir / "answers").glob("*.jsonl")
+    assert 1 <= len(path.read_text().split()) < 40
+
+
+def test_a_checkpoint_brings_the_answers_along(run: Run, asking: RunSpec, tmp_path: Path) -> None:
+    run(asking)
+    shutil.rmtree(asking.cache_dir)
+    newest = max((tmp_path / "out").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    again = run(asking.model_copy(update={"resume_dir": newest}), out="second")
+    assert not [line for line in again.lines if isinstance(line, ProgressLine) and line.rows_total]
+    assert not any("inputs have changed" in message for message in messages(again))
+
+
+def test_the_teacher_answers_in_place_of_the_data_set_if_asked(run: Run, make_spec: MakeSpec) -> None:
+    sink = run(make_spec({"data": {"max_new_tokens": 4, "completions": "teacher"}}, n_epochs=1))
+    assert "generating_teacher_data" in stages(sink)
+
+
+@pytest.mark.parametrize(
+    ("rows", "completions", "message"),
+    [
+        ([{"prompt": "a", "completion": "b"}, {"prompt": "c"}], "dataset", "line 2 has no completion"),
+        ([{"text": "the still"}, {"text": "the jar"}], "teacher", "line . is plain text"),
+    ],
+)
+def test_rows_that_do_not_fit_where_completions_come_from_are_refused(
+    run: Run, make_spec: MakeSpec, write_rows: WriteRows, rows: list[Any], completions: str, message: str
+) -> None:
+    spec = make_spec({"data": {"completions": completions}}, spec={"training_path": write_rows(rows)})
+    with pytest.raises(InvalidTrainingFile, match=message):
+        run(spec)
+
+
+def test_plain_text_is_learnt_from(run: Run, make_spec: MakeSpec, write_rows: WriteRows) -> None:
+    rows = [{"text": f"The still number {i} is warm and the spirit runs clear."} for i in range(20)]
+    block = {"evaluation": {"metrics": ["perplexity", "rouge_l"], "num_samples": 1}, **SHORT}
+    assert (
+        stages(run(make_spec(block, spec={"training_path": write_rows(rows)}, n_epochs=1)))[-1] == "exporting"
+    )
+
+
+def test_a_validation_file_is_held_out_and_its_questions_are_not_trained_on(
+    tmp_path: Path, make_spec: MakeSpec, write_rows: WriteRows, answered_rows: list[dict[str, str]]
+) -> None:
+    held_out = write_rows([*answered_rows[:3], {"prompt": "Other?", "completion": "Yes."}], "valid.jsonl")
+    sink = MemorySink()
+    spec = make_spec(spec={"validation_path": held_out}, n_epochs=1)
+    result = distil(spec, tmp_path / "out", sink, EngineSampler, lambda: False).result
+    assert (result["num_train_rows"], result["num_validation_rows"]) == (37, 4)
+    assert any("3 training rows" in message for message in messages(sink))
+
+
+def test_models_with_different_tokenizers_are_refused(
+    run: Run, make_spec: MakeSpec, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_llama_dir, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["lantern"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(TokenizerMismatch, match="384 tokens"):
+        run(make_spec({"student": {"init": "checkpoint"}}, spec={"start_dir": other}))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_result_puts_the_three_models_side_by_side(
+    tmp_path: Path, make_spec: MakeSpec, request: pytest.FixtureRequest, family: str
+) -> None:
+    folder = request.getfixturevalue(f"tiny_{family}_dir")
+    spec = make_spec(
+        {"evaluation": {"num_samples": 2}, "data": {"max_new_tokens": 8}},
+        spec={"teacher_dir": folder, "start_dir": folder},
+        n_epochs=5,
+    )
+    outcome = distil(spec, tmp_path / "out", MemorySink(), EngineSampler, lambda: False)
+    result = json.loads(json.dumps(outcome.result))
+    teacher, untrained, student = result["teacher"], result["untrained"], result["student"]
+    assert (teacher["agreement"], teacher["rouge_l"]) == (1.0, 1.0)
+    assert teacher["kl"] < 1e-5
+    assert student["kl"] < 0.7 * untrained["kl"]
+    assert student["agreement"] > untrained["agreement"]
+    assert (teacher["num_layers"], untrained["num_layers"], student["num_layers"]) == (4, 2, 2)
+    for entry in (teacher, untrained, student):
+        assert entry["tokens_per_second"] > 0
+        assert entry["perplexity"] >= 1
+    compression = result["compression"]
+    assert compression["layers"] == 2.0
+    assert compression["parameters"] == round(teacher["num_parameters"] / student["num_parameters"], 3)
+    assert [set(sample) for sample in result["samples"]] == [
+        {"prompt", "teacher", "untrained", "student"}
+    ] * 2
+    assert result["samples"][0]["prompt"].startswith("Who keeps house")
+    assert result["num_train_rows"] + result["num_validation_rows"] == 40
+    assert outcome.trained_tokens > 0
+    assert load_model(tmp_path / "out" / outcome.folder).config.num_hidden_layers == 2
