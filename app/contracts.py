@@ -71,7 +71,9 @@ class Student(Contract):
             if self.num_layers is not None and self.num_layers != len(self.layers):
                 raise ValueError("give num_layers or layers, not two different counts")
             if not self.layers or list(self.layers) != sorted(set(self.layers)):
-                raise ValueError("layers must be a rising list of distinct teacher layer numbers, counted from 0")
+                raise ValueError(
+                    "layers must be a rising list of distinct teacher layer numbers, counted from 0"
+                )
         return self
 
 
@@ -200,9 +202,13 @@ class Message(Contract):
 
 
 class Sampling(Contract):
-    """How one request picks tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch the filters off."""
+    """How one request picks tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch the filters off.
+
+    fits_context: max_tokens is cut to what the context leaves beside the prompt, instead of a refusal.
+    """
 
     max_tokens: Annotated[int, Field(ge=1)] = 16
+    fits_context: bool = False
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0

@@ -1,0 +1,65 @@
+"""How much generation one API process takes on; the rest is told to come back."""
+
+from collections import Counter
+from collections.abc import Callable
+
+from app.errors import BadRequest, TooManyRequests, Unavailable
+
+
+class Admission:
+    """Room for generation requests of one API process, taken before any of the work is done.
+
+    Counts prompts and tokens, so that neither many small requests nor few huge ones can fill the memory.
+    """
+
+    def __init__(self, *, max_requests: int, max_tokens: int, max_requests_per_key: int) -> None:
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self._max_requests_per_key = max_requests_per_key
+        self.num_requests = 0
+        self.num_tokens = 0
+        self._per_key: Counter[str] = Counter()
+
+    def reserve(self, key_id: str, *, num_requests: int, num_tokens: int) -> Callable[[], None]:
+        """Takes the room, and gives what hands it back, once.
+
+        Raises BadRequest for what would never fit, TooManyRequests when the key has used its share, and
+        Unavailable when the server is full.
+        """
+        if (
+            num_requests > min(self._max_requests_per_key, self._max_requests)
+            or num_tokens > self._max_tokens
+        ):
+            raise BadRequest(
+                f"too much for one request: {num_requests} prompts and about {num_tokens} tokens, at most "
+                f"{min(self._max_requests_per_key, self._max_requests)} and {self._max_tokens}; send it in parts",
+                "request_too_large",
+                "prompt",
+            )
+        if self._per_key[key_id] + num_requests > self._max_requests_per_key:
+            raise TooManyRequests(
+                f"this key has {self._per_key[key_id]} generation requests running, at most "
+                f"{self._max_requests_per_key} are allowed; wait for some to end"
+            )
+        if (
+            self.num_requests + num_requests > self._max_requests
+            or self.num_tokens + num_tokens > self._max_tokens
+        ):
+            raise Unavailable("the server has as many generation requests as it can hold; try again soon")
+        self._add(key_id, num_requests, num_tokens)
+        is_taken = True
+
+        def give_back() -> None:
+            nonlocal is_taken
+            if is_taken:
+                is_taken = False
+                self._add(key_id, -num_requests, -num_tokens)
+
+        return give_back
+
+    def _add(self, key_id: str, num_requests: int, num_tokens: int) -> None:
+        self.num_requests += num_requests
+        self.num_tokens += num_tokens
+        self._per_key[key_id] += num_requests
+        if not self._per_key[key_id]:
+            del self._per_key[key_id]

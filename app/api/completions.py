@@ -1,0 +1,168 @@
+"""/v1/completions and /v1/chat/completions, whole and streamed; the one asynchronous corner of the API."""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from typing import Annotated, TypeVar
+
+import orjson
+import structlog
+from fastapi import APIRouter, Depends, Request, Response
+from starlette.types import Receive, Scope, Send
+
+from app.api.body import StrictRoute
+from app.api.deps import Principal, require
+from app.api.errors import envelope
+from app.contracts import Delta, Done
+from app.errors import BadRequest, StillhouseError
+from app.schemas.answers import ChatAnswer, TextAnswer
+from app.schemas.completions import ChatBody, CompletionBody
+from app.services import generation
+from app.services.generation import Conversation, Order, Prompt
+from app.stream import Flow, Switchboard
+
+router = APIRouter(prefix="/v1", tags=["generation"], route_class=StrictRoute)
+log = structlog.get_logger(__name__)
+Caller = Annotated[Principal, Depends(require("inference"))]
+T = TypeVar("T")
+News = list[tuple[int, Delta | Done]]
+
+SLOW_CLIENT_SECONDS = 60.0  # a client that takes in nothing for this long is dropped
+PING_SECONDS = 15.0
+PING = b": ping\n"  # one newline: a blank line after it would make the openai client dispatch an empty event
+CLIENT_CLOSED_REQUEST = 499  # nobody is there to read it; it is for our own counters
+
+
+class ClientGone(Exception):
+    """The client hung up before it had an answer."""
+
+
+@router.post("/completions", response_class=Response)
+async def create_completion(body: CompletionBody, request: Request, caller: Caller) -> Response:
+    answer = TextAnswer(f"cmpl-{secrets.token_hex(12)}", body, created=int(time.time()))
+    return await respond(request, caller, body, answer, prompts=list(body.prompts))
+
+
+@router.post("/chat/completions", response_class=Response)
+async def create_chat_completion(body: ChatBody, request: Request, caller: Caller) -> Response:
+    answer = ChatAnswer(f"chatcmpl-{secrets.token_hex(12)}", body, created=int(time.time()))
+    conversation = Conversation(tuple(message.message() for message in body.messages))
+    return await respond(request, caller, body, answer, prompts=[conversation])
+
+
+async def respond(
+    request: Request,
+    caller: Principal,
+    body: CompletionBody | ChatBody,
+    answer: TextAnswer | ChatAnswer,
+    *,
+    prompts: list[Prompt],
+) -> Response:
+    """The answer of either route. What fails before the first token is a plain HTTP error."""
+    if (name := body.unsupported()) is not None:
+        raise BadRequest(f"{name} is not supported; leave it out", "unsupported_parameter", name)
+    model = await generation.find_model(caller.project_id, body.model)
+    answer.model = model.model_id
+    order = Order(answer.id, caller.key_id, model, prompts, body.num_choices, body.sampling())
+    board: Switchboard = request.app.state.switchboard
+    try:
+        return await unless_gone(request.receive, begin(board, order, answer, is_streamed=bool(body.stream)))
+    except ClientGone:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def begin(
+    board: Switchboard, order: Order, answer: TextAnswer | ChatAnswer, *, is_streamed: bool
+) -> Response:
+    flow = await generation.begin(board, order)
+    try:
+        if is_streamed:
+            return EventStream(flow, await flow.take(), answer)
+        while news := await flow.take():
+            answer.add(news)
+        return Response(orjson.dumps(answer.whole()), media_type="application/json")
+    except BaseException:
+        flow.close()
+        raise
+
+
+class EventStream(Response):
+    """The chunks of an answer as server-sent events; a client that leaves ends the generation."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, flow: Flow, first: News, answer: TextAnswer | ChatAnswer) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._flow = flow
+        self._first = first
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with suppress(ClientGone):
+                await unless_gone(receive, self._send_all(send))
+        finally:
+            self._flow.close()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        try:
+            async for part in self._parts():
+                async with asyncio.timeout(SLOW_CLIENT_SECONDS):
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+        except TimeoutError:
+            log.info("slow_client_dropped", id=self._answer.id)
+            raise ClientGone from None
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _parts(self) -> AsyncIterator[bytes]:
+        """All chunks that wait go out in one write."""
+        news = self._first
+        try:
+            yield events(self._answer.opening())
+            while news:
+                if part := events(self._answer.chunks(news)):
+                    yield part
+                while (news_or_none := await self._take_or_ping()) is None:
+                    yield PING
+                news = news_or_none
+        except StillhouseError as error:
+            yield events([envelope(error)])
+            return
+        yield events(self._answer.closing()) + b"data: [DONE]\n\n"
+
+    async def _take_or_ping(self) -> News | None:
+        try:
+            async with asyncio.timeout(PING_SECONDS):
+                return await self._flow.take()
+        except TimeoutError:
+            return None
+
+
+def events(chunks: list[dict[str, object]] | list[dict[str, dict[str, str | None]]]) -> bytes:
+    return b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks)
+
+
+async def unless_gone(receive: Receive, work: Coroutine[object, object, T]) -> T:
+    """The result of the work, which is cancelled when the client hangs up. Raises ClientGone then."""
+    job = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(hang_up(receive))
+    try:
+        await asyncio.wait({job, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if job.done():
+            return job.result()
+        raise ClientGone
+    finally:
+        for task in (job, watch):
+            task.cancel()
+        await asyncio.gather(job, watch, return_exceptions=True)
+
+
+async def hang_up(receive: Receive) -> None:
+    """Returns when the client is gone; its body has been read by now."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

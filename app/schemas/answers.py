@@ -1,0 +1,197 @@
+"""HTTP bodies of /v1/completions and /v1/chat/completions that go out, whole and in chunks.
+
+An answer counts choices over all prompts: choice j of prompt i is number i * n + j.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from app.contracts import Delta, Done, TokenLogprob
+from app.schemas.completions import ChatBody, CompletionBody, GenerationBody
+
+Json = dict[str, object]
+News = Iterable[tuple[int, Delta | Done]]
+
+
+@dataclass
+class Choice:
+    """What has come of one choice; num_characters are those of the log-probabilities already given out."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+    num_characters: int = 0
+
+
+class Answer(ABC):
+    """The answer to one client request as it grows."""
+
+    def __init__(self, answer_id: str, body: GenerationBody, *, num_prompts: int, created: int) -> None:
+        self.id = answer_id
+        self.model = body.model
+        self._created = created
+        self._num_choices = body.num_choices
+        self._has_usage_chunk = body.stream_options is not None and body.stream_options.include_usage
+        self._choices = [Choice() for _ in range(num_prompts * body.num_choices)]
+        self._num_prompt_tokens = 0
+        self._num_completion_tokens = 0
+
+    def add(self, news: News) -> None:
+        """Keeps what has come, for a whole answer."""
+        for prompt, reply in news:
+            if isinstance(reply, Done):
+                self._count(reply)
+                continue
+            choice = self._choices[self._index(prompt, reply)]
+            choice.text.append(reply.text)
+            choice.logprobs += reply.logprobs or ()
+            choice.finish_reason = reply.finish_reason or choice.finish_reason
+
+    def whole(self) -> Json:
+        return self._envelope(
+            self._object(), [self._whole_choice(i, c) for i, c in enumerate(self._choices)]
+        ) | {"usage": self._usage()}
+
+    def opening(self) -> list[Json]:
+        """The chunks before any text."""
+        return []
+
+    def chunks(self, news: News) -> list[Json]:
+        """What has come, in chunks; nothing of it is kept."""
+        made: list[Json] = []
+        for prompt, reply in news:
+            if isinstance(reply, Done):
+                self._count(reply)
+            else:
+                made += [self._chunk([part]) for part in self._parts(self._index(prompt, reply), reply)]
+        return made
+
+    def closing(self) -> list[Json]:
+        """The chunks after all text."""
+        return [self._chunk([]) | {"usage": self._usage()}] if self._has_usage_chunk else []
+
+    @abstractmethod
+    def _object(self, *, is_chunk: bool = False) -> str: ...
+
+    @abstractmethod
+    def _whole_choice(self, index: int, choice: Choice) -> Json: ...
+
+    @abstractmethod
+    def _parts(self, index: int, delta: Delta) -> list[Json]:
+        """The entries of `choices` that a delta makes in a stream."""
+
+    def _index(self, prompt: int, delta: Delta) -> int:
+        return prompt * self._num_choices + delta.choice
+
+    def _count(self, done: Done) -> None:
+        self._num_prompt_tokens += done.prompt_tokens
+        self._num_completion_tokens += done.completion_tokens
+
+    def _usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self._num_prompt_tokens,
+            "completion_tokens": self._num_completion_tokens,
+            "total_tokens": self._num_prompt_tokens + self._num_completion_tokens,
+        }
+
+    def _envelope(self, name: str, choices: Sequence[Json]) -> Json:
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self._created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+    def _chunk(self, choices: Sequence[Json]) -> Json:
+        chunk = self._envelope(self._object(is_chunk=True), choices)
+        return chunk | {"usage": None} if self._has_usage_chunk else chunk
+
+
+class TextAnswer(Answer):
+    """`text_completion`: chunks and whole answers have the same shape."""
+
+    def __init__(self, answer_id: str, body: CompletionBody, *, created: int) -> None:
+        super().__init__(answer_id, body, num_prompts=len(body.prompts), created=created)
+        self._has_logprobs = body.logprobs is not None
+
+    def _object(self, *, is_chunk: bool = False) -> str:
+        return "text_completion"
+
+    def _whole_choice(self, index: int, choice: Choice) -> Json:
+        return self._entry(index, "".join(choice.text), choice.logprobs, choice.finish_reason)
+
+    def _parts(self, index: int, delta: Delta) -> list[Json]:
+        return [self._entry(index, delta.text, delta.logprobs or (), delta.finish_reason)]
+
+    def _entry(
+        self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None
+    ) -> Json:
+        given = self._logprobs(self._choices[index], logprobs) if self._has_logprobs else None
+        return {"index": index, "text": text, "logprobs": given, "finish_reason": finish_reason}
+
+    def _logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> Json:
+        offsets = []
+        for entry in logprobs:
+            offsets.append(choice.num_characters)
+            choice.num_characters += len(entry.token)
+        return {
+            "tokens": [entry.token for entry in logprobs],
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": [dict(entry.top) | {entry.token: entry.logprob} for entry in logprobs],
+            "text_offset": offsets,
+        }
+
+
+class ChatAnswer(Answer):
+    """`chat.completion` and its chunks."""
+
+    def __init__(self, answer_id: str, body: ChatBody, *, created: int) -> None:
+        super().__init__(answer_id, body, num_prompts=1, created=created)
+        self._has_logprobs = bool(body.logprobs)
+
+    def _object(self, *, is_chunk: bool = False) -> str:
+        return "chat.completion.chunk" if is_chunk else "chat.completion"
+
+    def _whole_choice(self, index: int, choice: Choice) -> Json:
+        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+        }
+
+    def opening(self) -> list[Json]:
+        first: Json = {"role": "assistant", "content": "", "refusal": None}
+        return [self._chunk([self._entry(index, first)]) for index in range(len(self._choices))]
+
+    def _parts(self, index: int, delta: Delta) -> list[Json]:
+        made = []
+        if delta.text or delta.logprobs:
+            made.append(self._entry(index, {"content": delta.text}, self._logprobs(delta.logprobs or ())))
+        if delta.finish_reason:
+            made.append(self._entry(index, {}) | {"finish_reason": delta.finish_reason})
+        return made
+
+    def _entry(self, index: int, delta: Json, logprobs: Json | None = None) -> Json:
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
+        if not self._has_logprobs:
+            return None
+        content = [
+            _token(entry.token, entry.logprob, entry.bytes)
+            | {
+                "top_logprobs": [
+                    _token(token, logprob, tuple(token.encode())) for token, logprob in entry.top
+                ]
+            }
+            for entry in logprobs
+        ]
+        return {"content": content, "refusal": None}
+
+
+def _token(token: str, logprob: float, data: tuple[int, ...]) -> Json:
+    return {"token": token, "logprob": logprob, "bytes": list(data)}

@@ -1,0 +1,108 @@
+"""Generation requests: which model they mean, whether there is room for them, and who answers them."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastapi.concurrency import run_in_threadpool
+
+from app.contracts import GenerateRequest, Message, Sampling
+from app.db.session import transaction
+from app.errors import BadRequest
+from app.services import registry
+from app.services.registry import Resolved
+from app.settings import Settings
+from app.stream import Flow, Switchboard
+
+BYTES_PER_TOKEN = 3  # on the safe side for English text in the tokenizers we know
+MESSAGE_TOKENS = 8  # what a chat template puts around one message, about
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: tuple[Message, ...]
+
+
+Prompt = str | tuple[int, ...] | Conversation
+
+
+@dataclass(frozen=True)
+class Order:
+    """One client request: the same model and sampling for all its prompts."""
+
+    id: str
+    key_id: str
+    model: Resolved
+    prompts: Sequence[Prompt]
+    num_choices: int
+    sampling: Sampling
+
+
+async def begin(board: Switchboard, order: Order) -> Flow:
+    """Reserves room and hands the prompts to workers. Raises BadRequest, TooManyRequests or Unavailable."""
+    refuse_hopeless(order, board.settings)
+    num_tokens = sum(map(estimated_tokens, order.prompts))
+    num_tokens += len(order.prompts) * order.num_choices * order.sampling.max_tokens
+    give_back = board.admission.reserve(order.key_id, num_requests=len(order.prompts), num_tokens=num_tokens)
+    try:
+        return await board.open(requests_of(order, board.settings), give_back)
+    except BaseException:
+        give_back()
+        raise
+
+
+def refuse_hopeless(order: Order, settings: Settings) -> None:
+    """Refuses what the model's facts alone rule out; the worker, which tokenises, judges the rest."""
+    facts = order.model.facts
+    if facts is None:
+        return
+    if not facts.has_chat_template and any(isinstance(prompt, Conversation) for prompt in order.prompts):
+        message = f"the model {order.model.model_id!r} has no chat template; use /v1/completions"
+        raise BadRequest(message, "no_chat_template", "messages")
+    context_tokens = min(facts.context_tokens, settings.max_context_tokens)
+    if order.sampling.max_tokens >= context_tokens and not order.sampling.fits_context:
+        raise BadRequest(
+            f"max_tokens is {order.sampling.max_tokens}, but prompt and answer together have at most "
+            f"{context_tokens} tokens with this model",
+            "context_length_exceeded",
+            "max_tokens",
+        )
+
+
+def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
+    """One request for each prompt; the switchboard fills in who replies go to."""
+    deadline_at = time.time() + settings.request_timeout_seconds
+    return [
+        GenerateRequest(
+            id=f"{order.id}-{number}",
+            reply_to="",
+            model=order.model.model_id,
+            weights=order.model.ref,
+            text=prompt if isinstance(prompt, str) else None,
+            tokens=prompt if isinstance(prompt, tuple) else None,
+            messages=prompt.messages if isinstance(prompt, Conversation) else None,
+            n=order.num_choices,
+            sampling=order.sampling,
+            deadline_at=deadline_at,
+        )
+        for number, prompt in enumerate(order.prompts)
+    ]
+
+
+async def find_model(project_id: str, model_id: str) -> Resolved:
+    """What a model id means to a project now. Raises NotFound."""
+
+    def look_up() -> Resolved:
+        with transaction() as session:
+            return registry.resolve(session, project_id, model_id)
+
+    return await run_in_threadpool(look_up)
+
+
+def estimated_tokens(prompt: Prompt) -> int:
+    """About how many tokens a prompt has, without tokenising it."""
+    if isinstance(prompt, str):
+        return len(prompt.encode()) // BYTES_PER_TOKEN + 1
+    if isinstance(prompt, tuple):
+        return len(prompt)
+    return sum(estimated_tokens(message.content) + MESSAGE_TOKENS for message in prompt.messages)

@@ -1,0 +1,349 @@
+"""Tokens on their way from serve workers to waiting coroutines.
+
+One `Switchboard` a process: it hands each prompt to a living worker and fans what comes back on the process's
+reply channel out to `Flow`s. Everything here runs on the event loop's thread.
+
+A prompt on a worker is a leg, with a wire id of its own each time it is sent. A leg whose worker dies, or whose
+replies may have been missed, is sent again under a new wire id as long as nothing of it was heard; otherwise its
+flow fails. Late replies to an old wire id find no leg and are dropped.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from uuid import uuid4
+
+import anyio
+import anyio.to_thread
+import structlog
+from pydantic import ValidationError
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from app.admission import Admission
+from app.contracts import (
+    Cancel,
+    Delta,
+    Done,
+    Failure,
+    GenerateRequest,
+    Reply,
+    ReplyBatch,
+    ServeWorkerStatus,
+    control_channel,
+    reply_channel,
+)
+from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
+from app.fleet import FAULTS, Fleet
+from app.queue import NotSent, queue_key, send_generate
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+NOWHERE = "unix:///nonexistent/redis.sock"  # an unset URL is like a Redis that is down
+MAX_SENDS = 3  # a prompt that has outlived three workers may be what kills them
+LOST_SECONDS = 5.0  # an idle worker that has said nothing about a leg for this long never got it
+DEADLINE_SLACK_SECONDS = 5.0  # a worker ends a late request itself; this is for one that cannot
+LISTEN_SECONDS = 2.0  # how long a request waits for the reply channel to be open
+RELISTEN_SECONDS = 0.25
+NUM_CANCELS = 8
+PING_SECONDS = 2.0
+SILENCE_SECONDS = 6.0  # three pings without an answer: the connection is half open
+MAX_BACKLOG = 2048  # replies a flow keeps for a client that reads slowly, and 32 more for each choice
+ERRORS = {400: BadRequest, 404: NotFound, 429: TooManyRequests, 503: Unavailable, 504: TimedOut}
+
+
+def error_of(failure: Failure) -> StillhouseError:
+    """What a worker's failure is to the client."""
+    error = ERRORS.get(failure.status, StillhouseError)(failure.message, failure.code, failure.param)
+    error.status = failure.status
+    return error
+
+
+def no_worker(message: str) -> Unavailable:
+    error = Unavailable(message, "no_worker")
+    error.retry_after_seconds = 5
+    return error
+
+
+class Flow:
+    """The replies to one client request, each with the number of its prompt; close() ends what still runs."""
+
+    def __init__(self, num_choices: int, on_end: Callable[[], None]) -> None:
+        self.legs: set[Leg] = set()
+        self._max_backlog = MAX_BACKLOG + 32 * num_choices
+        self._on_end = on_end
+        self._backlog: deque[tuple[int, Delta | Done]] = deque()
+        self._error: StillhouseError | None = None
+        self._has_news = asyncio.Event()
+        self._is_ended = False
+
+    async def take(self) -> list[tuple[int, Delta | Done]]:
+        """All replies that wait, and at least one; none when the flow has ended. Raises what it failed with."""
+        while not self._backlog and not self._is_ended:
+            self._has_news.clear()
+            await self._has_news.wait()
+        if self._error is not None:
+            raise self._error
+        taken = list(self._backlog)
+        self._backlog.clear()
+        return taken
+
+    def put(self, index: int, reply: Delta | Done) -> None:
+        if len(self._backlog) >= self._max_backlog:
+            self.fail(Unavailable("the client reads more slowly than the model writes", "slow_client"))
+            return
+        self._backlog.append((index, reply))
+        self._has_news.set()
+
+    def fail(self, error: StillhouseError) -> None:
+        if not self._is_ended:
+            self._error = error
+            self._backlog.clear()
+            self.close()
+
+    def close(self) -> None:
+        """Ends the flow; prompts that still run are cancelled on their workers."""
+        for leg in list(self.legs):
+            leg.hang_up()
+        if not self._is_ended:
+            self._is_ended = True
+            self._has_news.set()
+            self._on_end()
+
+
+@dataclass(eq=False)
+class Leg:
+    """One prompt of a flow on one worker."""
+
+    board: "Switchboard"
+    flow: Flow
+    index: int
+    request: GenerateRequest
+    wire_id: str = ""
+    worker_id: str = ""
+    num_sends: int = 0
+    sent_at: float = 0.0
+    is_heard: bool = False
+
+    def hang_up(self) -> None:
+        """Forgets the leg and tells its worker to stop."""
+        self.flow.legs.discard(self)
+        self.board.drop(self)
+
+
+class Switchboard:
+    """Sends prompts to serve workers and brings their replies home."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.api_id = uuid4().hex[:12]
+        self.settings = settings
+        self.admission = Admission(
+            max_requests=settings.max_waiting_requests,
+            max_tokens=settings.max_waiting_tokens,
+            max_requests_per_key=settings.max_requests_per_key,
+        )
+        self._legs: dict[str, Leg] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_listening = asyncio.Event()
+        self._senders = anyio.CapacityLimiter(8)
+        # No retries: a reconnect behind our back would hide that replies were missed.
+        self._redis: Redis = Redis.from_url(
+            settings.redis_url or NOWHERE,
+            socket_timeout=2.0,
+            socket_connect_timeout=1.0,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._fleet = Fleet(self._redis)
+
+    @property
+    def workers(self) -> list[ServeWorkerStatus]:
+        """The serve workers that were alive at the last look."""
+        return self._fleet.workers
+
+    async def start(self) -> None:
+        """Begins to listen and to watch; goes on without Redis until it comes."""
+        self._spawn(self._listen())
+        await self._fleet.look()
+        self._spawn(self._watch())
+
+    async def stop(self) -> None:
+        """Fails what still runs, and cancels it on the workers."""
+        for leg in list(self._legs.values()):
+            leg.flow.fail(Unavailable("the server is going down; try again", "draining"))
+        await asyncio.sleep(0.05)  # the cancellations just spawned get their turn
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._redis.aclose()
+
+    async def open(self, requests: Sequence[GenerateRequest], on_end: Callable[[], None]) -> Flow:
+        """Hands the prompts to workers; `on_end` is called once, when the flow ends. Raises Unavailable."""
+        flow = Flow(sum(request.n for request in requests), on_end)
+        legs = [Leg(self, flow, index, request) for index, request in enumerate(requests)]
+        flow.legs.update(legs)
+        try:
+            for leg in legs:
+                await self._send(leg)
+        except BaseException:
+            flow.close()
+            raise
+        return flow
+
+    def drop(self, leg: Leg) -> None:
+        """Stops listening to the leg, and tells its worker."""
+        if self._legs.pop(leg.wire_id, None) is not None:
+            self._spawn(self._cancel(leg.worker_id, leg.wire_id))
+
+    async def _send(self, leg: Leg) -> None:
+        try:
+            async with asyncio.timeout(LISTEN_SECONDS):
+                await self._is_listening.wait()
+        except TimeoutError:
+            raise no_worker("the message queue cannot be reached; try again soon") from None
+        leg.worker_id = await self._pick(leg)
+        if leg not in leg.flow.legs:  # closed meanwhile
+            return
+        leg.num_sends += 1
+        leg.wire_id = f"{leg.request.id}.{leg.num_sends}"
+        leg.sent_at = time.monotonic()
+        self._legs[leg.wire_id] = leg
+        message = leg.request.model_copy(update={"id": leg.wire_id, "reply_to": self.api_id})
+        try:
+            await anyio.to_thread.run_sync(send_generate, leg.worker_id, message, limiter=self._senders)
+        except NotSent:
+            raise no_worker("the message queue cannot be reached; try again soon") from None
+
+    async def _pick(self, leg: Leg) -> str:
+        ours: Counter[str] = Counter()
+        for sent in self._legs.values():
+            ours[sent.worker_id] += sent.request.n
+        worker_id = self._fleet.pick(leg.request.weights.key, ours)
+        if worker_id is None:
+            await self._fleet.look()
+            worker_id = self._fleet.pick(leg.request.weights.key, ours)
+        if worker_id is None:
+            raise no_worker("no serve worker is running; start one, or try again soon")
+        return worker_id
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub() as pubsub:
+                    await pubsub.subscribe(reply_channel(self.api_id))
+                    await self._hear(pubsub)
+            except FAULTS as fault:
+                if self._is_listening.is_set():
+                    log.warning("reply_channel_lost", reason=type(fault).__name__)
+            self._is_listening.clear()
+            for leg in list(self._legs.values()):
+                self._recover(leg, "replies were lost on the way")
+            await asyncio.sleep(RELISTEN_SECONDS)
+
+    async def _hear(self, pubsub: PubSub) -> None:
+        """Delivers until the channel was interrupted."""
+        heard_at = pinged_at = time.monotonic()
+        while time.monotonic() - heard_at < SILENCE_SECONDS:
+            if time.monotonic() - pinged_at > PING_SECONDS:
+                pinged_at = time.monotonic()
+                await pubsub.ping()
+            message = await pubsub.get_message(timeout=1.0)
+            if message is None:
+                continue
+            heard_at = time.monotonic()
+            if message["type"] == "message":
+                self._deliver(message["data"])
+            elif message["type"] == "subscribe" and self._is_listening.is_set():
+                return  # subscribed anew: the client reconnected by itself, and replies may be missing
+            elif message["type"] == "subscribe":
+                self._is_listening.set()
+
+    def _deliver(self, data: bytes) -> None:
+        try:
+            batch = ReplyBatch.model_validate_json(data)
+        except ValidationError:
+            log.warning("reply_malformed", num_bytes=len(data))
+            return
+        for reply in batch.replies:
+            if (leg := self._legs.get(reply.id)) is not None:
+                self._advance(leg, reply)
+
+    def _advance(self, leg: Leg, reply: Reply) -> None:
+        if isinstance(reply, Failure):
+            del self._legs[leg.wire_id]  # its worker knows
+            if reply.code == "draining" and not leg.is_heard:
+                self._recover(leg, reply.message)
+            else:
+                leg.flow.fail(error_of(reply))
+            return
+        leg.is_heard = True
+        leg.flow.put(leg.index, reply)
+        if isinstance(reply, Done):
+            self._legs.pop(leg.wire_id, None)
+            leg.flow.legs.discard(leg)
+            if not leg.flow.legs:
+                leg.flow.close()
+
+    def _recover(self, leg: Leg, why: str) -> None:
+        """Sends an unheard leg again, to whoever lives; fails the flow of one that was heard."""
+        if leg not in leg.flow.legs:
+            return
+        self.drop(leg)
+        if leg.is_heard or leg.num_sends >= MAX_SENDS:
+            message = f"the worker that was writing this answer was lost ({why}); try again"
+            leg.flow.fail(Unavailable(message, "worker_lost"))
+        else:
+            log.info("request_sent_again", id=leg.request.id, reason=why)
+            self._spawn(self._send_again(leg))
+
+    async def _send_again(self, leg: Leg) -> None:
+        try:
+            await self._send(leg)
+        except StillhouseError as error:
+            leg.flow.fail(error)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.serve_heartbeat_seconds)
+            dead = await self._fleet.look()
+            for worker_id in dead or ():
+                with contextlib.suppress(
+                    *FAULTS
+                ):  # its unread requests are nobody's; they are sent again below
+                    await self._redis.delete(queue_key(worker_id))
+            for leg in list(self._legs.values()):
+                self._check(leg, can_judge=dead is not None)
+
+    def _check(self, leg: Leg, can_judge: bool) -> None:
+        idle_since = self._fleet.idle_since(leg.worker_id)
+        if time.time() > leg.request.deadline_at + DEADLINE_SLACK_SECONDS:
+            leg.flow.fail(TimedOut("the answer took too long; ask for fewer tokens or try again"))
+        elif can_judge and not self._fleet.is_known(leg.worker_id):
+            self._recover(leg, "it stopped answering")
+        elif (
+            can_judge
+            and idle_since is not None
+            and time.monotonic() - max(idle_since, leg.sent_at) > LOST_SECONDS
+        ):
+            self._recover(leg, "the request never reached it")
+
+    async def _cancel(self, worker_id: str, wire_id: str) -> None:
+        """Tells the worker to stop; again while it lives and does not hear, for it may be reconnecting."""
+        message = Cancel(id=wire_id).model_dump_json()
+        for _ in range(NUM_CANCELS):
+            with contextlib.suppress(*FAULTS):
+                if await self._redis.publish(control_channel(worker_id), message):
+                    return
+            if not self._fleet.is_known(worker_id):
+                return
+            await asyncio.sleep(RELISTEN_SECONDS)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,0 +1,182 @@
+"""The worker process: `python -m worker.main train|serve`. The first SIGTERM or SIGINT drains it."""
+
+import logging
+import signal
+import socket
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from types import FrameType
+from uuid import uuid4
+
+import structlog
+from celery import Celery, signals
+from celery.exceptions import SecurityWarning
+from celery.worker import state
+from kombu import Exchange, Queue
+from structlog.types import Processor
+
+from app.contracts import RING_TASK, TRAIN_QUEUE, serve_queue
+from app.settings import Settings, celery_settings, get_settings
+from worker.tasks import add_generate, add_ring
+
+log = structlog.get_logger(__name__)
+
+NUM_SERVE_THREADS = 2  # they only hand requests over
+QUEUE_SECONDS = 600  # life of a queue that nobody reads
+
+
+def main(arguments: list[str]) -> int:
+    """Runs a worker until it is told to go; gives the exit status."""
+    if arguments not in (["train"], ["serve"]):
+        print("usage: python -m worker.main train|serve", file=sys.stderr)
+        return 2
+    settings = get_settings()
+    configure_logging(settings.log_level)
+    return train(settings) if arguments == ["train"] else serve(settings)
+
+
+def train(settings: Settings) -> int:
+    """One job at a time, each in a process of its own."""
+    from worker.supervisor import run_until_idle  # a serve worker needs neither it nor the database
+
+    is_draining = threading.Event()
+    worker_id = new_worker_id("train")
+    app = make_app(settings, TRAIN_QUEUE)
+
+    def ring() -> None:
+        run_until_idle(worker_id, is_draining.is_set)
+
+    def drain() -> None:
+        is_draining.set()
+        stop_consuming()  # Celery then waits for the running task, which sees is_draining
+
+    def ready() -> None:
+        app.send_task(RING_TASK, queue=TRAIN_QUEUE)  # for jobs that were submitted while no worker was there
+
+    add_ring(app, ring)
+    return run(app, worker_id, num_threads=1, ready=ready, drain=drain)
+
+
+def serve(settings: Settings) -> int:
+    """Generates; drains by refusing newcomers while what is being written is finished."""
+    import torch  # a train worker, which needs none of this, should not pay for it
+    from transformers.utils import logging as transformers_logging
+
+    from app.storage import store
+    from worker.serve.models import ModelHost
+    from worker.serving import ServeOptions, ServeWorker
+
+    transformers_logging.disable_progress_bar()
+    if settings.num_threads:
+        torch.set_num_threads(settings.num_threads)
+    worker_id = new_worker_id("serve")
+    cache_dir = settings.work_root() / "models"
+    host = ModelHost(
+        resident_bytes=settings.resident_model_bytes,
+        loader=lambda ref: store().fetch_folder(ref, cache_dir),
+        max_running=settings.max_running_sequences,
+        max_context_tokens=settings.max_context_tokens,
+        model_load_wait_seconds=settings.model_load_wait_seconds,
+    )
+    options = ServeOptions(
+        worker_id=worker_id,
+        redis_url=settings.redis_url,
+        max_running=settings.max_running_sequences,
+        heartbeat_seconds=settings.serve_heartbeat_seconds,
+    )
+    worker = ServeWorker(host, options, on_end=lambda is_as_asked: stop_consuming(0 if is_as_asked else 1))
+    app = make_app(settings, serve_queue(worker_id))
+    add_generate(app, worker.submit)
+    return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=worker.start, drain=worker.drain)
+
+
+def make_app(settings: Settings, queue: str) -> Celery:
+    """A Celery app that consumes one queue; what a dead worker leaves of it in Redis goes away by itself."""
+    app = Celery("stillhouse")
+    app.conf.update(celery_settings(settings))
+    app.conf.task_queues = (Queue(queue, Exchange(queue), routing_key=queue, expires=QUEUE_SECONDS),)
+    app.conf.task_default_queue = queue
+    return app
+
+
+def run(
+    app: Celery, worker_id: str, *, num_threads: int, ready: Callable[[], None], drain: Callable[[], None]
+) -> int:
+    """Consumes until stopped; `ready` is called when it can, `drain` at the first signal to go."""
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        log.info("draining", worker=worker_id, signal=signal.Signals(number).name)
+        drain()
+
+    def on_ready(**_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, on_signal)
+        log.info("worker_ready", worker=worker_id)
+        ready()
+
+    # Celery warns of running as root because of pickled messages; ours are JSON only.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
+    signals.setup_logging.connect(leave_logging_alone)
+    signals.worker_ready.connect(on_ready, weak=False)
+    worker = app.Worker(
+        hostname=worker_id,
+        pool="threads",
+        concurrency=num_threads,
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    worker.start()
+    log.info("worker_stopped", worker=worker_id)
+    return int(worker.exitcode or 0)
+
+
+def stop_consuming(exit_status: int = 0) -> None:
+    """Ends the Celery consumer at its next turn."""
+    state.should_stop = exit_status
+
+
+def new_worker_id(role: str) -> str:
+    """Unique to this process: a restarted worker never inherits messages or the blame of another."""
+    return f"{role}-{socket.gethostname()[:40]}-{uuid4().hex[:8]}"
+
+
+def leave_logging_alone(**_: object) -> None:
+    """Celery configures logging unless somebody listens to this signal."""
+
+
+def configure_logging(level: str) -> None:
+    """Events of ours and of the libraries as JSON lines on standard error."""
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso"),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.JSONRenderer(),
+            ],
+        )
+    )
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for noisy in ("celery.worker.strategy", "celery.app.trace", "httpx", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
