@@ -3,14 +3,17 @@
 from collections.abc import AsyncIterator
 
 import anyio
+import structlog
 from starlette.concurrency import run_in_threadpool
 
 from app.contracts import TERMINAL
 from app.db import jobs
-from app.db.session import transaction
+from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
 from app.db.tables import Event
 from app.errors import BadRequest
 from app.schemas.jobs import EventObject
+
+log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 0.5
 PING_SECONDS = 10.0
@@ -33,7 +36,11 @@ async def stream_events(job_id: str, seq: int) -> AsyncIterator[bytes]:
     """Every event after `seq`, then those that come, until the job has ended; then [DONE]."""
     silent_seconds = 0.0
     while True:
-        events, has_ended = await run_in_threadpool(_look, job_id, seq)
+        try:
+            events, has_ended = await run_in_threadpool(_look, job_id, seq)
+        except (DatabaseUnavailable, PoolExhausted) as fault:
+            log.warning("events_delayed", reason=type(fault).__name__)
+            events, has_ended = [], False  # the stream outlives a restart of the database
         for event in events:
             seq, silent_seconds = event.seq, 0.0
             yield _frame(event)

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
@@ -14,13 +15,15 @@ from app.auth import Principal
 from app.db import files
 from app.db.session import transaction
 from app.db.tables import File
-from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, StillhouseError, TooLarge
+from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, StillhouseError, TooLarge, Unavailable
 from app.services.rows import RowChecker
 from app.settings import Settings
 from app.storage import store
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks  # there for type checkers only
+
+log = structlog.get_logger(__name__)
 
 TRAINING_PURPOSES = frozenset({"fine-tune", "distillation"})
 PURPOSES = ("fine-tune", "distillation", "evals", "batch", "user_data")
@@ -75,6 +78,9 @@ class Upload:
             self.fault = BadRequest(f"the multipart body is broken: {error}", "invalid_file", "file")
         except StillhouseError as error:
             self.fault = error
+        except OSError as error:
+            log.warning("upload_not_written", reason=str(error))
+            self.fault = Unavailable("the store cannot take the file now; try again later", "storage_error")
         if self.fault is not None:
             self.abandon()
 
@@ -186,6 +192,7 @@ class Upload:
             if self._filename is not None:
                 raise BadRequest("more than one part is called file; upload one file a request", param="file")
             self._filename = _label(options.get(b"filename", b""))
+            demand_disk(self._settings)
             self._file = self._cleanup.enter_context(store().writer(self.store_key))
         elif self._part not in FIELDS:
             raise BadRequest(f"unknown parameter: {self._part[:64]}", "unknown_parameter", self._part[:64])
@@ -211,6 +218,15 @@ class Upload:
             self._checker.feed(piece)
         if "purpose" in self._fields and purpose in TRAINING_PURPOSES:
             self._checker.raise_fault()
+
+
+def demand_disk(settings: Settings) -> None:
+    """Refuses an upload when the disk has only what must stay free."""
+    free = store().free_bytes()
+    if free is not None and free < settings.min_free_bytes:
+        raise Unavailable(
+            "the store is full; delete files or models, or try again later", "insufficient_storage"
+        )
 
 
 def too_large(settings: Settings) -> TooLarge:

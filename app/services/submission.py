@@ -178,6 +178,9 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
     """
     if (row.max_row_bytes or 0) <= plan.max_tokens:
         return
+    answer_tokens = (
+        1 if plan.spec.distillation.data.completions == "teacher" else 0
+    )  # the least an answer needs
     tokenizer = load_tokenizer(plan.spec.teacher.key)
     num_bytes = 0
     for size, line_number, line in longest_rows(row.store_key, over_bytes=plan.max_tokens):
@@ -187,7 +190,7 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
         num_tokens = sum(
             len(tokenizer.encode(text, add_special_tokens=False)) for text in texts(plan, parse_row(line))
         )
-        if num_tokens > plan.max_tokens:
+        if num_tokens > plan.max_tokens - answer_tokens:
             raise BadRequest(
                 f"line {line_number} has {num_tokens:,} tokens, more than the {plan.max_tokens:,} that fit "
                 f"(max_sequence_tokens and the models' context); shorten it or raise max_sequence_tokens",

@@ -138,6 +138,29 @@ def test_a_body_that_breaks_off_leaves_nothing(http: httpx.Client) -> None:
     assert stored_files() == []
 
 
+def test_a_full_disk_is_refused_before_anything_is_written(
+    client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_MIN_FREE_BYTES", str(2**60))
+    get_settings.cache_clear()
+    with pytest.raises(openai.InternalServerError) as refused:
+        send(client, lines(ROW))
+    assert (refused.value.status_code, refused.value.code) == (503, "insufficient_storage")
+    assert stored_files() == []
+
+
+def test_a_store_that_fails_is_said_so_and_left_clean(client: openai.OpenAI) -> None:
+    root = Path(get_settings().store_root())
+    send(client, lines(ROW))
+    incoming = root / ".incoming"
+    incoming.rmdir()
+    incoming.write_text("in the way")
+    with pytest.raises(openai.InternalServerError) as refused:
+        send(client, lines(ROW))
+    assert refused.value.code == "storage_error"
+    assert len(client.files.list().data) == 1
+
+
 def test_a_file_for_another_purpose_is_kept_as_it_is(client: openai.OpenAI) -> None:
     made = send(client, b"anything \xff", "user_data")
     assert (made.model_extra or {})["format"] is None

@@ -14,7 +14,7 @@ from app.contracts import ArtifactRef, JobFailure
 from app.db import jobs as job_rows
 from app.db import leases
 from app.db.session import transaction
-from app.settings import get_settings
+from app.settings import Settings, get_settings
 
 Rows = list[dict[str, Any]]
 ROWS: Rows = [{"prompt": f"What is {n}?", "completion": "A number."} for n in range(3)]
@@ -190,9 +190,11 @@ def test_a_row_of_many_bytes_that_fits_in_tokens_is_taken(bench: Bench) -> None:
 
 
 def test_too_little_disk_is_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    file_id = bench.upload()
     monkeypatch.setenv("STILLHOUSE_MIN_FREE_BYTES", str(2**60))
     get_settings.cache_clear()
-    assert bench.refused().code == "insufficient_storage"
+    error = bench.refused(training_file=file_id)
+    assert (error.status_code, error.code) == (400, "insufficient_storage")
 
 
 def test_a_project_has_a_bounded_number_of_jobs_under_way(
@@ -366,6 +368,29 @@ def test_a_quiet_stream_is_kept_alive_in_a_way_the_sdk_can_read(
     assert b"\nid:" not in raw
     assert raw.endswith(b"data: [DONE]\n\n")
     assert len(list(follow(bench.client, job.id))) == 2
+
+
+def test_a_stream_outlives_an_outage_of_the_database(
+    bench: Bench, database: str, settings_env: Callable[..., Settings]
+) -> None:
+    job = bench.submit()
+    events = follow(bench.client, job.id)
+    first = next(events)
+    settings_env(database_url="postgresql://nobody@127.0.0.1:1/none")
+    time.sleep(0.8)
+    settings_env(database_url=database)
+    bench.client.fine_tuning.jobs.cancel(job.id)
+    assert [event.to_dict()["data"] for event in (first, *events)] == [
+        {"status": "queued"},
+        {"status": "cancelled"},
+    ]
+
+
+def test_a_job_is_taken_while_redis_is_away(bench: Bench, settings_env: Callable[..., Settings]) -> None:
+    settings_env(redis_url="redis://127.0.0.1:1/0")
+    began = time.monotonic()
+    assert bench.submit().status == "queued"
+    assert time.monotonic() - began < 5
 
 
 def test_metrics_come_as_series(bench: Bench, http: httpx.Client) -> None:

@@ -1,0 +1,74 @@
+from collections.abc import Callable
+
+import pytest
+
+from app.contracts import Distillation
+from app.errors import BadRequest
+from app.schemas.jobs import CreateJob
+from app.services import submission
+from app.settings import Settings
+from app.storage import store
+
+
+def asked(**block: object) -> CreateJob:
+    method = {"type": "distillation", "distillation": {"teacher": "t", **block}}
+    return CreateJob.model_validate({"model": "t", "training_file": "file-1", "method": method})
+
+
+def settle(request: CreateJob, start_id: str = "t", row_format: str = "prompt_completion") -> Distillation:
+    return submission.settle(request.method.distillation, request, start_id, row_format)
+
+
+@pytest.mark.parametrize(
+    ("start_id", "suffix", "expected"),
+    [
+        ("smollm2-135m", "support", "ds:smollm2-135m:support:abc"),
+        ("smollm2-135m", None, "ds:smollm2-135m::abc"),
+        ("ds:smollm2-135m:support:xyz", "again", "ds:smollm2-135m:again:abc"),
+        ("ds:smollm2-135m:support:xyz:ckpt-step-10", "again", "ds:smollm2-135m:again:abc"),
+    ],
+)
+def test_an_output_is_named_after_its_first_ancestor(
+    start_id: str, suffix: str | None, expected: str
+) -> None:
+    assert submission.output_id(start_id, suffix, "abc") == expected
+
+
+def test_what_was_said_is_never_overruled() -> None:
+    request = asked(student={"init": "checkpoint", "freeze_head": True}, data={"completions": "teacher"})
+    block = settle(request)
+    assert (block.student, block.data) == (
+        request.method.distillation.student,
+        request.method.distillation.data,
+    )
+
+
+def test_naming_layers_means_taking_layers_even_from_another_model() -> None:
+    assert settle(asked(student={"num_layers": 2}), start_id="other").student.init == "layers"
+
+
+@pytest.mark.parametrize("row_format", ["prompt", "chat_prompt"])
+def test_rows_without_answers_need_the_teacher(row_format: str) -> None:
+    assert settle(asked(), row_format=row_format).data.completions == "teacher"
+    with pytest.raises(BadRequest):
+        settle(asked(data={"completions": "dataset"}), row_format=row_format)
+
+
+def test_plain_text_has_nothing_to_answer() -> None:
+    with pytest.raises(BadRequest):
+        settle(asked(data={"completions": "teacher"}), row_format="text")
+
+
+def test_epochs_given_twice_must_agree() -> None:
+    body = asked(hyperparameters={"n_epochs": 2}).model_dump(exclude_unset=True)
+    agreed = CreateJob.model_validate(body | {"hyperparameters": {"n_epochs": 2}})
+    assert settle(agreed).hyperparameters.n_epochs == 2
+    with pytest.raises(BadRequest):
+        settle(CreateJob.model_validate(body | {"hyperparameters": {"n_epochs": 3}}))
+
+
+def test_the_longest_rows_come_first_with_their_lines(settings_env: Callable[..., Settings]) -> None:
+    with store().writer("files/rows") as file:
+        file.write(b"".join(b"x" * size + b"\n" for size in (5, 50, 20, 50, 1)))
+    found = submission.longest_rows("files/rows", over_bytes=15)
+    assert [(size, line_number) for size, line_number, _ in found] == [(51, 4), (51, 2), (21, 3)]
