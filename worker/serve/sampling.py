@@ -1,11 +1,16 @@
 """Picks one token a row: greedy, or by temperature, top-k and top-p, each row with its own generator."""
 
-# N rows, V vocabulary, S sampled (not greedy) rows
+# N rows, V vocabulary, P rows sampled without a filter, B blocks of W tokens, C candidates, best first,
+# K of them kept, R rows of a cumulated mass
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+MIN_TEMPERATURE = 1e-5  # below, only the best token has any mass, and logits over it overflow
+BLOCK = 256  # about the square root of a large vocabulary, so that both looks are short
+NUM_CANDIDATES = 1024  # top-p nearly always ends among so many best tokens; else it sorts them all
 
 
 def seeded_generator(seed: int | None) -> torch.Generator:
@@ -29,6 +34,10 @@ class Chooser:
     generator: torch.Generator = field(default_factory=lambda: seeded_generator(None))
 
     @property
+    def is_greedy(self) -> bool:
+        return self.temperature < MIN_TEMPERATURE
+
+    @property
     def is_filtered(self) -> bool:
         return self.top_k > 0 or self.top_p < 1.0
 
@@ -44,13 +53,18 @@ class Pick:
 
 def pick_tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Pick]:
     """One pick a row of float32 logits. A row's pick does not depend on its neighbours."""
-    best_N, tokens_N = logits_NV.max(dim=-1)
-    sampled = [row for row, chooser in enumerate(choosers) if chooser.temperature > 0]
-    if sampled:
-        drawn_S = _draw(logits_NV[sampled], [choosers[row] for row in sampled])
-        tokens_N[sampled] = drawn_S
+    best_N, greedy_N = logits_NV.max(dim=-1)
     is_good = torch.isfinite(best_N).tolist()  # max passes NaN on
-    tokens = tokens_N.tolist()
+    tokens: list[int] = greedy_N.tolist()
+    sampled = [row for row, c in enumerate(choosers) if not c.is_greedy and is_good[row]]
+    plain = [row for row in sampled if not choosers[row].is_filtered]
+    if plain:
+        drawn = _draw_from_all(logits_NV[plain], [choosers[row] for row in plain])
+        for row, token in zip(plain, drawn, strict=True):
+            tokens[row] = token
+    for row in sampled:
+        if choosers[row].is_filtered:
+            tokens[row] = _draw_from_best(logits_NV[row], choosers[row])
     picks = [Pick(token if good else None) for token, good in zip(tokens, is_good, strict=True)]
     for row, chooser in enumerate(choosers):
         if chooser.num_logprobs is not None and is_good[row]:
@@ -58,33 +72,45 @@ def pick_tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Pick]:
     return picks
 
 
-def _draw(logits_SV: Tensor, choosers: Sequence[Chooser]) -> Tensor:
-    temperature_S1 = torch.tensor([[c.temperature] for c in choosers], device=logits_SV.device)
-    scaled_SV = logits_SV / temperature_S1
-    filtered = [row for row, chooser in enumerate(choosers) if chooser.is_filtered]
-    if filtered:
-        scaled_SV[filtered] = _filter(scaled_SV[filtered], [choosers[row] for row in filtered])
-    mass_SV = scaled_SV.softmax(dim=-1).double().cumsum(dim=-1)
-    uniform_S1 = torch.cat([torch.rand(1, 1, generator=c.generator, dtype=torch.float64) for c in choosers])
-    target_S1 = uniform_S1.to(mass_SV.device) * mass_SV[:, -1:]
-    # right: a target of exactly 0 must not fall on a first token of probability 0
-    drawn_S1 = torch.searchsorted(mass_SV, target_S1, right=True)
-    return drawn_S1[:, 0].clamp(max=logits_SV.shape[-1] - 1)
+def _draw_from_all(logits_PV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+    """Inverse transform sampling in two looks, first for the block and then within it; overwrites its logits."""
+    temperature_P1 = torch.tensor([[c.temperature] for c in choosers], device=logits_PV.device)
+    weights_PV = logits_PV.sub_(logits_PV.amax(-1, keepdim=True)).div_(temperature_P1).exp_()
+    padding = -weights_PV.shape[1] % BLOCK
+    weights_PBW = torch.nn.functional.pad(weights_PV, (0, padding)).view(len(choosers), -1, BLOCK)
+    mass_PB = weights_PBW.sum(-1).double().cumsum(-1)
+    target_P1 = _uniform(choosers).to(mass_PB.device) * mass_PB[:, -1:]
+    block_P1 = _first_over(mass_PB, target_P1)
+    before_P1 = torch.where(block_P1 > 0, mass_PB.gather(1, (block_P1 - 1).clamp(min=0)), 0.0)
+    rows_P = torch.arange(len(choosers), device=logits_PV.device)
+    mass_PW = weights_PBW[rows_P, block_P1[:, 0]].double().cumsum(-1)
+    within_P1 = _first_over(mass_PW, target_P1 - before_P1)
+    drawn: list[int] = (block_P1 * BLOCK + within_P1)[:, 0].tolist()
+    return drawn
 
 
-def _filter(logits_SV: Tensor, choosers: Sequence[Chooser]) -> Tensor:
-    num_tokens = logits_SV.shape[-1]
-    top_k_S1 = torch.tensor([[c.top_k or num_tokens] for c in choosers], device=logits_SV.device)
-    top_p_S1 = torch.tensor([[c.top_p] for c in choosers], device=logits_SV.device, dtype=torch.float64)
-    sorted_SV, order_SV = logits_SV.sort(dim=-1, descending=True, stable=True)
-    ranks_V = torch.arange(num_tokens, device=logits_SV.device)
-    is_dropped_SV = ranks_V >= top_k_S1
-    probabilities_SV = sorted_SV.masked_fill(is_dropped_SV, -torch.inf).softmax(dim=-1).double()
-    mass_before_SV = probabilities_SV.cumsum(dim=-1) - probabilities_SV
-    is_dropped_SV |= (mass_before_SV >= top_p_S1) & (ranks_V > 0)  # the best token always stays
-    return logits_SV.masked_fill(
-        torch.zeros_like(is_dropped_SV).scatter(1, order_SV, is_dropped_SV), -torch.inf
-    )
+def _draw_from_best(logits_V: Tensor, chooser: Chooser) -> int:
+    scaled_V = logits_V / chooser.temperature
+    values_C, tokens_C = scaled_V.topk(min(chooser.top_k or NUM_CANDIDATES, len(scaled_V)))
+    if not chooser.top_k and (values_C - scaled_V.logsumexp(0)).exp().sum() < chooser.top_p:
+        values_C, tokens_C = scaled_V.sort(descending=True)
+    # of all tokens, unless top-k comes first: then of what it left
+    whole = values_C.logsumexp(0) if chooser.top_k else scaled_V.logsumexp(0)
+    mass_C = (values_C - whole).exp().double().cumsum(0)
+    num_kept = int(torch.searchsorted(mass_C, chooser.top_p)) + 1  # the best token always stays
+    mass_1K = mass_C[None, :num_kept]
+    target_11 = _uniform([chooser]).to(mass_1K.device) * mass_1K[:, -1:]
+    return int(tokens_C[_first_over(mass_1K, target_11)])
+
+
+def _uniform(choosers: Sequence[Chooser]) -> Tensor:
+    return torch.cat([torch.rand(1, 1, generator=c.generator, dtype=torch.float64) for c in choosers])
+
+
+def _first_over(mass_RC: Tensor, target_R1: Tensor) -> Tensor:
+    """Where each rising row first exceeds its target: never on a column of no mass, even for a target of 0."""
+    last_R1 = torch.searchsorted(mass_RC, mass_RC[:, -1:].contiguous())  # the last column that has mass
+    return torch.minimum(torch.searchsorted(mass_RC, target_R1, right=True), last_R1)
 
 
 def _with_logprobs(logits_V: Tensor, token: int, num_top: int) -> Pick:

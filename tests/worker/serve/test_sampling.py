@@ -66,6 +66,28 @@ def test_impossible_tokens_are_never_drawn() -> None:
     assert set(draws(logits_V)) == {1, 3}
 
 
+def test_a_vocabulary_of_many_blocks_is_drawn_by_probability() -> None:
+    shares = {0: 0.1, 255: 0.25, 256: 0.05, 511: 0.2, 512: 0.1, 599: 0.3}  # at the borders of the blocks
+    logits_V = torch.full((600,), -torch.inf)
+    for token, share in shares.items():
+        logits_V[token] = math.log(share)
+    assert draws(logits_V) == pytest.approx(shares, abs=0.03)
+
+
+def test_top_p_of_a_flat_distribution_reaches_past_the_candidates() -> None:
+    logits_V = torch.zeros(5000)
+    logits_V[:500] = -1.0  # the least likely: 4.5% of the mass among 10% of the tokens
+    drawn = set(draws(logits_V, num_draws=2000, top_p=0.96))
+    assert len(drawn) > 1200
+    assert len(drawn & set(range(500))) < 20
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}])
+@pytest.mark.parametrize("temperature", [1e-45, 1e-6, 1e-4])
+def test_hardly_any_temperature_is_greedy(temperature: float, filters: dict[str, float]) -> None:
+    assert draws(LOGITS_V * 100, num_draws=20, temperature=temperature, **filters) == {1: 1.0}
+
+
 def test_a_rows_pick_does_not_depend_on_its_neighbours() -> None:
     logits_NV = torch.randn(6, 300, generator=seeded_generator(1))
     settings = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.9), (1.0, 40, 0.5), (0.9, 0, 1.0)]
