@@ -98,6 +98,8 @@ class LocalPostgres(Child):
             self.process = self.spawn(arguments, self.folder, self.user)
             if self._becomes_ready(self.process):
                 return self.url
+            if self.is_running():
+                break
             time.sleep(1)
         tail = self.log_tail()
         self.stop()
@@ -227,7 +229,7 @@ class LocalValkey(Child):
         password = address.get("password") or secrets.token_urlsafe(24)
         port = int(address.get("port", 0))
         for _ in range(5):  # a free port may be taken by another before the server has it
-            port = port if port and _is_free(port) else _free_port()
+            port = port if port and _is_free(port) else free_port()
             self.process = self.spawn(
                 [_valkey_binary(), "-"], self.folder, None, _valkey_config(port, password)
             )
@@ -322,7 +324,8 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -48,7 +48,9 @@ def server_age_seconds(session: Session) -> float:
 
 def ring_due(session: Session, again_seconds: float, most: int) -> int:
     """Notes that up to `most` due jobs are rung now, and says how many: those never rung, or not for a while."""
-    waited = (func.now() - Job.run_after) / 2
+    waited = (
+        Job.last_rung_at - Job.run_after
+    )  # as long again, so that the doorbell is rung more and more seldom
     pause = func.least(
         func.greatest(waited, timedelta(seconds=again_seconds)),
         timedelta(seconds=RING_BACKOFF * again_seconds),

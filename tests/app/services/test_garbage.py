@@ -1,0 +1,199 @@
+"""Garbage collection: a real Postgres, a real store, and what each row's end leaves in it."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+
+from app.contracts import ArtifactRef, JobFailure
+from app.db import files, jobs, leases, models
+from app.db.session import engine, transaction
+from app.services.garbage import collect
+from app.storage import Store
+from app.storage import store as make_store
+
+
+@pytest.fixture
+def store(database: str) -> Store:
+    return make_store()
+
+
+def add_job(job_id: str = "ftjob-1", **columns: Any) -> None:  # Any: columns of Job
+    values = {"project_id": "p", "kind": "distillation", "spec": {}, "model_id": f"ds:{job_id}"}
+    with transaction() as session:
+        jobs.insert_job(session, id=job_id, **{**values, **columns})
+
+
+def claim() -> tuple[str, int]:
+    with transaction() as session:
+        job = leases.claim(session, f"w{time.monotonic_ns()}", 60.0)
+        assert job is not None
+        assert job.lease_token is not None
+        return job.id, job.lease_token
+
+
+def change(statement: str) -> None:
+    with transaction() as session:
+        session.execute(text(statement))
+
+
+def put_checkpoint(store: Store, folder: Path, job_id: str, token: int, step: int, *, commit: bool) -> str:
+    (folder / "model").mkdir(parents=True, exist_ok=True)
+    (folder / "model" / "model.safetensors").write_bytes(os.urandom(10))
+    ref = store.put_folder(folder, f"checkpoints/{job_id}/{token}/step-{step}")
+    if commit:
+        with transaction() as session:
+            assert leases.insert_checkpoint(
+                session, job_id, token, step=step, ref=ref, metrics={}, is_best=False
+            )
+    return ref.key
+
+
+def test_checkpoints_of_lost_leases_are_collected_and_committed_ones_kept(
+    store: Store, tmp_path: Path
+) -> None:
+    add_job()
+    job_id, old = claim()
+    kept = put_checkpoint(store, tmp_path / "c", job_id, old, 1, commit=True)
+    orphan = put_checkpoint(store, tmp_path / "c", job_id, old, 2, commit=False)
+    collect(store)
+    assert store.exists(orphan), "the lease still stands: the row may be on its way"
+    with transaction() as session:
+        leases.release(session, job_id, old, reason="Drained.")
+    _, new = claim()
+    fresh = put_checkpoint(store, tmp_path / "c", job_id, new, 2, commit=False)
+    assert collect(store) == 1
+    assert [store.exists(key) for key in (kept, orphan, fresh)] == [True, False, True]
+
+
+@pytest.mark.parametrize("status", ["failed", "cancelled"])
+def test_a_job_without_a_model_leaves_nothing_in_the_store(store: Store, tmp_path: Path, status: str) -> None:
+    add_job()
+    job_id, token = claim()
+    put_checkpoint(store, tmp_path / "c", job_id, token, 1, commit=True)
+    put_checkpoint(store, tmp_path / "c", job_id, token, 2, commit=False)
+    store.put_folder(tmp_path / "c", f"models/{job_id}")
+    with transaction() as session:
+        if status == "failed":
+            leases.fail(session, job_id, token, JobFailure(code="x", message="y"))
+        else:
+            leases.cancel(session, job_id, token)
+    collect(store)
+    assert store.children("checkpoints") == store.children("models") == []
+    with transaction() as session:
+        assert session.execute(text("SELECT count(*) FROM checkpoints")).scalar() == 0
+
+
+def test_a_model_and_its_checkpoints_stay_until_it_is_deleted(store: Store, tmp_path: Path) -> None:
+    add_job()
+    job_id, token = claim()
+    checkpoint = put_checkpoint(store, tmp_path / "c", job_id, token, 1, commit=True)
+    ref = store.put_folder(tmp_path / "c", f"models/{job_id}")
+    collect(store)
+    assert store.verify_folder(ref.key), "a running job may be about to finish"
+    succeed(job_id, token, ref)
+    assert collect(store) == 0
+    assert store.verify_folder(ref.key)
+    assert store.verify_folder(checkpoint)
+    with transaction() as session:
+        assert models.delete_model(session, "p", "ds:small")
+    collect(store)
+    assert store.children("checkpoints") == store.children("models") == []
+
+
+def test_what_a_zombie_left_beside_a_model_is_collected(store: Store, tmp_path: Path) -> None:
+    add_job()
+    job_id, token = claim()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").write_bytes(b"weights")
+    ref = store.put_folder(tmp_path / "m", f"models/{job_id}/{token}")
+    zombie = store.put_folder(tmp_path / "m", f"models/{job_id}/{token - 1}")
+    succeed(job_id, token, ref)
+    assert collect(store) == 1
+    assert (store.exists(ref.key), store.exists(zombie.key)) == (True, False)
+
+
+def test_retired_checkpoints_are_collected_while_the_job_runs(store: Store, tmp_path: Path) -> None:
+    add_job()
+    job_id, token = claim()
+    keys = [put_checkpoint(store, tmp_path / "c", job_id, token, step, commit=True) for step in (1, 2, 3)]
+    with transaction() as session:
+        assert leases.retire_checkpoints(session, job_id, 2) == keys[:1]
+    assert collect(store) == 1
+    assert [store.exists(key) for key in keys] == [False, True, True]
+
+
+def test_staged_imports_go_when_their_job_has_ended(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    for name in ("a", "b", "unclaimed"):
+        store.put_file(tmp_path / "model.gguf", f"imports/{name}/model.gguf")
+    for name in ("a", "b"):
+        spec = {"kind": "import", "staged": {"key": f"imports/{name}/model.gguf"}}
+        add_job(name, kind="import", spec=spec)
+    with transaction() as session:
+        jobs.request_cancel(session, "a")
+    assert collect(store) == 1
+    assert store.children("imports") == ["b", "unclaimed"]
+
+
+def test_expired_files_go_unless_a_job_reads_them(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "rows").write_bytes(b"{}")
+    for name in ("free", "read", "young"):
+        ref = store.put_file(tmp_path / "rows", f"files/{name}")
+        with transaction() as session:
+            files.insert_file(
+                session,
+                id=name,
+                project_id="p",
+                filename=name,
+                purpose="fine-tune",
+                bytes=2,
+                sha256="",
+                store_key=ref.key,
+            )
+    change("UPDATE files SET expires_at = now() - interval '1 s' WHERE id <> 'young'")
+    add_job(training_file_id="read")
+    assert collect(store) == 1
+    assert store.children("files") == ["read", "young"]
+    with transaction() as session:
+        jobs.request_cancel(session, "ftjob-1")
+    collect(store)
+    assert store.children("files") == ["young"]
+
+
+def test_an_upload_without_a_row_goes_after_a_day(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "rows").write_bytes(b"{}")
+    for name in ("fresh", "stale"):
+        store.put_file(tmp_path / "rows", f"files/{name}")
+    stale = store.fetch_file(ArtifactRef(key="files/stale", bytes=2), tmp_path)
+    os.utime(stale, (time.time() - 90_000, time.time() - 90_000))
+    assert collect(store) == 1
+    assert store.children("files") == ["fresh"]
+
+
+def test_expired_idempotency_keys_go(store: Store) -> None:
+    change(
+        "INSERT INTO idempotency_keys (project_id, key, route, request_sha256, expires_at) VALUES "
+        "('p', 'old', 'r', '', now() - interval '1 s'), ('p', 'new', 'r', '', now() + interval '1 h')"
+    )
+    collect(store)
+    with engine().connect() as connection:
+        assert connection.execute(text("SELECT key FROM idempotency_keys")).scalars().all() == ["new"]
+
+
+def succeed(job_id: str, token: int, ref: ArtifactRef) -> None:
+    model = {"id": "ds:small", "origin": "distilled", "store_key": ref.key, "bytes": ref.bytes}
+    with transaction() as session:
+        done = leases.succeed(
+            session,
+            job_id,
+            token,
+            model={**model, "manifest_sha256": ref.sha256, "facts": {}},
+            result={},
+            trained_tokens=1,
+        )
+        assert done is not None
+        assert done.status == "succeeded"
