@@ -128,10 +128,10 @@ class Encoder:
                 spans.append((max(len(token_ids), 1), len(token_ids) + len(ids)))
             token_ids += ids
         spans = [(start, end) for start, end in spans if end > start]
-        if len(token_ids) > self.max_tokens:
+        if len(token_ids) + (not row.is_answered) > self.max_tokens:  # room for an answer
             raise InvalidTrainingFile(
-                f"line {row.line} has {len(token_ids)} tokens, more than the {self.max_tokens} allowed; shorten it or raise "
-                "max_sequence_tokens (at most the model's context)"
+                f"line {row.line} has {len(token_ids)} tokens, too many for the {self.max_tokens} of a sequence; shorten it "
+                "or raise max_sequence_tokens (at most the model's context)"
             )
         if row.is_answered and not spans:
             raise InvalidTrainingFile(f"line {row.line} has no completion tokens to learn from")

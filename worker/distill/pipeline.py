@@ -1,5 +1,6 @@
 """A whole distillation: rows, the teacher's answers, the training, the judgement, the student's folder."""
 
+import gc
 import hashlib
 import json
 from collections.abc import Callable
@@ -10,20 +11,20 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from worker.distill.answers import AnswerFile, Asking, ask
+from worker.distill.answers import AnswerFile
 from worker.distill.batches import kept_positions, model_input
 from worker.distill.checkpoint import TrainState, file_sha256, link_folder, load_state
-from worker.distill.data import Encoder, Example, Row, read_rows, split_rows, without_questions_of
-from worker.distill.errors import InvalidTrainingFile, TokenizerMismatch
+from worker.distill.errors import TokenizerMismatch
 from worker.distill.evaluate import HeldOutRows
 from worker.distill.heads import Head, head_of, load_head
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Throttle
+from worker.distill.preparation import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
 from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine
 from worker.distill.report import Judge
 from worker.distill.sampler import Sampler
 from worker.distill.spec import RunSpec
-from worker.distill.students import StudentRecipe, context_tokens, load_model, plan_student, read_config
+from worker.distill.students import StudentRecipe, load_model, plan_student
 from worker.distill.teachers import CachedTeacher, cached_teacher
 from worker.distill.trainer import Setup, Stopped, Trainer
 
@@ -37,17 +38,6 @@ class Outcome:
     folder: str
     result: dict[str, Any]  # Any: open-ended JSON
     trained_tokens: int
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Training and held-out rows, encoded, in the same order as the lines they came from."""
-
-    train: list[Example]
-    valid: list[Example]
-    valid_rows: list[Row]
-    answers: AnswerFile
-    answer_keys: tuple[str, ...] = ()
 
 
 def distil(
@@ -74,7 +64,7 @@ class Pipeline:
         self.block = spec.distillation
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.throttle = Throttle()
-        self.trains_from = 2.0  # percent of the run that is done when training begins
+        self.trains_from = LOADED_PERCENT
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> Outcome:
@@ -84,7 +74,16 @@ class Pipeline:
         tokenizer = self._tokenizer()
         recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, self.block.student)
         identity = f"{folder_sha256(self.spec.teacher_dir)}:{tokenizer_sha256(tokenizer)}"
-        rows = self._rows(tokenizer, identity, state)
+        rows = Preparation(
+            spec=self.spec,
+            tokenizer=tokenizer,
+            answers=AnswerFile(self.spec.cache_dir / "answers" / f"{_short(identity)}.jsonl"),
+            sampler=lambda: self.sampler_for(self._load_teacher()),
+            sink=self.sink,
+            check_stop=lambda: self._check_stop(step=0),
+        ).rows()
+        if rows.num_answered:
+            self.trains_from = ANSWERED_PERCENT
         head = load_head(self.spec.teacher_dir, len(tokenizer))
         head = replace(head, weight_VH=head.weight_VH.to(self.device))
         teacher = self._teacher(rows, head, recipe, identity)
@@ -97,7 +96,8 @@ class Pipeline:
             trainer = Trainer(setup, state, self.sink, self.should_stop, report=self._training_percent)
             state, best_dir = trainer.run()
             num_steps, valid = trainer.total_steps, trainer.valid
-            del trainer  # its optimizer's memory is wanted for the judgement
+            del trainer
+            gc.collect()  # modules refer to each other in cycles; their memory is wanted for the judgement
             self.sink(StageLine(name="evaluating"))
             result = self._judge(rows, tokenizer, teacher, valid, state).report(
                 recipe, best_dir, rows.answers
@@ -147,67 +147,8 @@ class Pipeline:
         tokenizer: PreTrainedTokenizerBase = ours
         return tokenizer
 
-    def _rows(self, tokenizer: PreTrainedTokenizerBase, identity: str, state: TrainState) -> Rows:
-        train_rows = read_rows(self.spec.training_path)
-        if self.spec.validation_path is None:
-            train_rows, valid_rows = split_rows(train_rows)
-        else:
-            valid_rows = read_rows(self.spec.validation_path)
-            kept = without_questions_of(train_rows, valid_rows)
-            if not kept:
-                raise InvalidTrainingFile(
-                    "every training row asks what a validation row asks; keep them apart"
-                )
-            if len(kept) < len(train_rows):
-                self._warn(
-                    f"{len(train_rows) - len(kept)} training rows ask what a validation row asks: left out"
-                )
-            train_rows = kept
-        encoder = Encoder(tokenizer, max_tokens=self._max_tokens())
-        mode = self.block.data.completions
-        encoded = [encoder.encode(_as_asked(row, mode)) for rows in (train_rows, valid_rows) for row in rows]
-        answers = AnswerFile(self.spec.cache_dir / "answers" / f"{_short(identity)}.jsonl")
-        if self.spec.resume_dir is not None and (self.spec.resume_dir / "answers.jsonl").exists():
-            answers.merge(self.spec.resume_dir / "answers.jsonl")
-        encoded, keys = self._answered(encoded, answers, tokenizer)
-        return Rows(encoded[: len(train_rows)], encoded[len(train_rows) :], valid_rows, answers, keys)
-
-    def _max_tokens(self) -> int:
-        contexts = [context_tokens(read_config(d)) for d in (self.spec.teacher_dir, self.spec.start_dir)]
-        return min(self.block.hyperparameters.max_sequence_tokens, *contexts)
-
-    def _answered(
-        self, examples: list[Example], answers: AnswerFile, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[Example], tuple[str, ...]]:
-        """Has the teacher complete the rows that have no completion."""
-        waiting = [i for i, example in enumerate(examples) if not example.spans]
-        if not waiting:
-            return examples, ()
-        data = self.block.data
-        how = Asking(data.max_new_tokens, self._max_tokens(), data.temperature, data.top_p, self.spec.seed)
-        self.sink(StageLine(name="generating_teacher_data"))
-        self.trains_from = 30.0
-        made = ask(
-            [examples[i].token_ids for i in waiting], how, answers, self._teacher_sampler, self._labelling
-        )
-        num_cut = sum(not answer.is_finished for answer in made)
-        if num_cut:
-            self._warn(
-                f"{num_cut} of {len(made)} answers did not end within {data.max_new_tokens} tokens; students learn to stop "
-                "from answers that end, so raise data.max_new_tokens if they are many",
-                num_cut=num_cut,
-            )
-        answered = list(examples)
-        for i, answer in zip(waiting, made, strict=True):
-            if not answer.tokens:
-                raise InvalidTrainingFile(
-                    f"the teacher answers line {examples[i].line} with nothing; leave it out"
-                )
-            answered[i] = examples[i].answered(answer.tokens)
-        return answered, tuple(how.key(examples[i].token_ids) for i in waiting)
-
-    def _teacher_sampler(self) -> Sampler:
-        return self.sampler_for(load_model(self.spec.teacher_dir).to(self.device).requires_grad_(False))
+    def _load_teacher(self) -> PreTrainedModel:
+        return load_model(self.spec.teacher_dir).to(self.device).requires_grad_(False)
 
     def _teacher(self, rows: Rows, head: Head, recipe: StudentRecipe, identity: str) -> CachedTeacher:
         objective = self.block.objective
@@ -217,7 +158,7 @@ class Pipeline:
             recipe.freeze_head and head.softcap is None and _is_head_of(recipe.start_dir, head)
         )
         return cached_teacher(
-            lambda: load_model(self.spec.teacher_dir).to(self.device).requires_grad_(False),
+            self._load_teacher,
             head,
             folder=self.spec.cache_dir / "teacher",
             budget_bytes=self.spec.cache_bytes,
@@ -276,8 +217,7 @@ class Pipeline:
             return valid.measure(model, head_of(model, len(tokenizer)), teacher, objective).series()
 
         def tell(share: float) -> None:
-            if self.should_stop():
-                raise Stopped(state.step)
+            self._check_stop(step=state.step)
             if self.throttle.is_due():
                 self.sink(ProgressLine(percent=round(90.0 + 9.0 * share, 1), step=state.step))
 
@@ -297,31 +237,15 @@ class Pipeline:
         parts += [[row.token_ids, row.spans] for row in (*rows.train, *rows.valid)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def _labelling(self, num_done: int, num_wanted: int, num_tokens: int) -> None:
-        if self.should_stop():
-            raise Stopped(0)  # the answers so far are on disk
-        if self.throttle.is_due():
-            percent = 2.0 + (self.trains_from - 2.0) * num_done / num_wanted
-            self.sink(ProgressLine(percent=round(percent, 1), rows_done=num_done, rows_total=num_wanted))
-
     def _training_percent(self, share: float) -> float:
         return round(self.trains_from + (90.0 - self.trains_from) * share, 1)
 
-    def _warn(self, message: str, **data: object) -> None:
-        self.sink(MessageLine(level="warn", message=message, data=data))
+    def _check_stop(self, *, step: int) -> None:
+        if self.should_stop():
+            raise Stopped(step)
 
-
-def _as_asked(row: Row, mode: str | None) -> Row:
-    """The row with its completion, or the question alone if the teacher is to answer it."""
-    if mode == "teacher":
-        if row.text is not None:
-            raise InvalidTrainingFile(
-                f"line {row.line} is plain text, which asks nothing the teacher could answer; use prompt or messages"
-            )
-        return row.question
-    if mode == "dataset" and not row.is_answered:
-        raise InvalidTrainingFile(f'line {row.line} has no completion, and data.completions is "dataset"')
-    return row
+    def _warn(self, message: str) -> None:
+        self.sink(MessageLine(level="warn", message=message))
 
 
 def _is_head_of(folder: Path, head: Head) -> bool:

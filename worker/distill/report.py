@@ -1,5 +1,6 @@
 """Teacher, untrained student and distilled student side by side: the public result of a job."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ class Judge:
                 entries[name] |= _speed_fields(measure_speed(self.sampler_for(model), self._prompts()))
             self.on_progress((number + 1) / 3)
             del model
+            gc.collect()
         return {**entries, "compression": _compression(entries), "samples": self._samples(texts)}
 
     @property

@@ -19,11 +19,12 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2")
 
 @dataclass(frozen=True)
 class StudentRecipe:
-    """The student of a run, fit to be built again: `layers` are the teacher's layers kept, None for a checkpoint."""
+    """The student of a run, fit to be built again: `layers` are those kept of `num_available`, None for a checkpoint."""
 
     start_dir: Path
     layers: tuple[int, ...] | None
     freeze_head: bool
+    num_available: int
 
     def build(self) -> PreTrainedModel:
         """The untrained student, in float32 and without dropout."""
@@ -37,18 +38,17 @@ def plan_student(teacher_dir: Path, start_dir: Path, student: Student) -> Studen
     A checkpoint's head is only frozen where it is the teacher's own, since `freeze_head` speaks of a copied head.
     Raises UnsupportedModel, StudentTooDeep.
     """
-    config = read_config(start_dir)
+    available = int(read_config(start_dir).num_hidden_layers)
     if student.init == "checkpoint":
         is_copied = start_dir.resolve() == teacher_dir.resolve() or _have_one_head(teacher_dir, start_dir)
-        return StudentRecipe(start_dir, None, student.freeze_head and is_copied)
-    available = int(config.num_hidden_layers)
+        return StudentRecipe(start_dir, None, student.freeze_head and is_copied, available)
     wanted = student.layers or first_and_last(available, student.num_layers or max(1, available // 2))
     if len(wanted) > available or max(wanted) >= available:
         raise StudentTooDeep(
             f"student.layers asks for {len(wanted)} layers up to number {max(wanted)}, but the model it starts from has "
             f"{available} (0 to {available - 1}); ask for fewer"
         )
-    return StudentRecipe(start_dir, tuple(wanted), student.freeze_head)
+    return StudentRecipe(start_dir, tuple(wanted), student.freeze_head, available)
 
 
 def first_and_last(num_available: int, num_kept: int) -> tuple[int, ...]:

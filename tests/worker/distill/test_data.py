@@ -110,7 +110,7 @@ def test_a_row_that_is_too_long_is_refused_by_its_line(
     tokenizer: PreTrainedTokenizerBase, write_rows: WriteRows
 ) -> None:
     rows = read_rows(write_rows([{"text": "a"}, {"text": "lamp " * 50}]))
-    with pytest.raises(InvalidTrainingFile, match=r"line 2 has \d+ tokens, more than the 20"):
+    with pytest.raises(InvalidTrainingFile, match=r"line 2 has \d+ tokens, too many for the 20"):
         Encoder(tokenizer, max_tokens=20).encode(rows[1])
 
 
