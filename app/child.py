@@ -25,7 +25,10 @@ class LocalServiceError(Exception):
 
 
 class Child:
-    """One server process with its lock, its log and its data folder."""
+    """One server process with its lock, its log and its data folder.
+
+    Start it from a thread that lives as long as the owner: the kernel ends the server with that thread.
+    """
 
     name: str
     stop_signals: tuple[signal.Signals, ...]
@@ -107,7 +110,7 @@ class Child:
                 cwd=folder,
                 env=server_environment(),
                 start_new_session=True,  # a terminal's Ctrl-C is for the owner, which drains first
-                preexec_fn=die_with_parent,  # runs after the change of user, which would clear it
+                preexec_fn=die_with_parent,  # after the change of user, which would clear it; bound to this thread
                 user=user.pw_uid if user else None,
                 group=user.pw_gid if user else None,
                 extra_groups=[] if user else None,
