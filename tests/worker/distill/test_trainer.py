@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerBase
 
 from worker.distill.checkpoint import load_state
+from worker.distill.data import Encoder, read_rows, split_rows
 from worker.distill.errors import NanLoss
 from worker.distill.progress import (
     CheckpointLine,
@@ -21,6 +23,7 @@ from worker.distill.progress import (
     RunLine,
 )
 from worker.distill.spec import RunSpec
+from worker.distill.students import freeze_head, keep_layers, load_model
 from worker.distill.trainer import Stopped, scheduled
 
 MakeSpec = Callable[..., RunSpec]
@@ -208,3 +211,25 @@ def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     assert rates[10] == max(rates) == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[100] < 1e-9
+
+
+def test_the_first_step_has_the_loss_and_gradient_of_full_logits(
+    run: Run, make_spec: MakeSpec, series: Series, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    spec = make_spec(batch_tokens=100_000, max_steps=1)
+    sink = run(spec)
+    encoder = Encoder(tokenizer, max_tokens=256)
+    rows = [encoder.encode(row) for row in split_rows(read_rows(spec.training_path))[0]]
+    teacher = load_model(spec.teacher_dir)
+    student = keep_layers(teacher, (0, 3))
+    freeze_head(student)
+    total = torch.tensor(0.0)
+    for row in rows:
+        ids_1T, at = torch.tensor([row.token_ids]), torch.tensor(row.target_positions)
+        p, q = (m(input_ids=ids_1T).logits[0, at - 1].log_softmax(-1) for m in (teacher, student))
+        total = total + (p.detach().exp() * (p.detach() - q)).sum()
+    loss = total / sum(row.num_targets for row in rows)
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+    assert series(sink, "train_loss") == [pytest.approx(float(loss.detach()), rel=1e-4)]
+    assert series(sink, "grad_norm") == [pytest.approx(float(norm), rel=1e-3)]
