@@ -4,6 +4,7 @@ The run knows neither the queue nor the database; what it prints becomes the job
 through the lease, so a supervisor that was given up for dead writes nothing and kills its run.
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -130,6 +131,8 @@ class Attempt:
     def clean_up(self) -> None:
         self._kill()
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another attempt may have its folder there by now
+            self.folder.parent.rmdir()
 
     def _lay(self) -> list[str]:
         """Lays inputs and spec into the work folder; gives the module and arguments of the process."""

@@ -1,0 +1,103 @@
+"""Child processes that are kept running: each with its log, started again when it dies, drained at the end."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from app.settings import get_settings
+from app.tether import tethered
+
+FIRST_WAIT_SECONDS = 1.0  # before a process that died is started again; doubles up to the longest
+LONGEST_WAIT_SECONDS = 30.0
+STEADY_SECONDS = 60.0  # a process that lived so long is taken for healthy: waiting begins anew
+MAX_LOG_BYTES = 20 * 2**20  # a longer log is put aside when its process starts
+
+Say = Callable[[str], None]
+
+
+class Kept:
+    """One process that is to run until told otherwise."""
+
+    def __init__(self, name: str, command: Sequence[str], log_dir: Path) -> None:
+        self.name = name
+        self.log_path = log_dir / f"{name}.log"
+        self._command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._start_at = 0.0
+        self._wait_seconds = FIRST_WAIT_SECONDS
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Call it from the thread that lives longest: the process dies with the thread that started it."""
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        if self.log_path.exists() and self.log_path.stat().st_size > MAX_LOG_BYTES:
+            self.log_path.replace(self.log_path.with_suffix(".log.old"))
+        with self.log_path.open("ab") as output:
+            self._process = subprocess.Popen(
+                tethered(self._command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a terminal's Ctrl-C is for us, and we drain
+            )
+        self._started_at = time.monotonic()
+
+    def keep(self, say: Say) -> None:
+        """Starts the process again if it died and has waited; to be called over and over."""
+        if self.is_running:
+            return
+        now = time.monotonic()
+        if self._process is not None:
+            say(
+                f"{self.name} ended with status {self._process.returncode}; its log ends with:\n{self.log_tail()}"
+            )
+            self._process = None
+            if now - self._started_at > STEADY_SECONDS:
+                self._wait_seconds = FIRST_WAIT_SECONDS
+            self._start_at = now + self._wait_seconds
+            self._wait_seconds = min(2 * self._wait_seconds, LONGEST_WAIT_SECONDS)
+        elif now >= self._start_at:
+            self.start()
+            say(f"{self.name} is started again")
+
+    def signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        if self._process is not None:
+            self._process.wait()
+
+    def log_tail(self, num_bytes: int = 2000) -> str:
+        if not self.log_path.exists():
+            return "(no log)"
+        with self.log_path.open("rb") as log:
+            log.seek(max(0, self.log_path.stat().st_size - num_bytes))
+            return log.read().decode(errors="replace").strip()
+
+
+def stop_all(kept: Sequence[Kept], *, grace_seconds: float, is_urgent: Callable[[], bool]) -> list[str]:
+    """Lets all drain at once, then kills what is left; gives the names of those that had to be killed."""
+    for process in kept:
+        process.signal(signal.SIGTERM)
+    deadline = time.monotonic() + grace_seconds
+    while any(process.is_running for process in kept) and time.monotonic() < deadline and not is_urgent():
+        time.sleep(0.05)
+    late = [process for process in kept if process.is_running]
+    for process in late:
+        process.kill()
+    return [process.name for process in late]
+
+
+def set_environment(values: Mapping[str, str]) -> None:
+    """Sets variables for this process's settings and for its children."""
+    os.environ.update(values)
+    get_settings.cache_clear()

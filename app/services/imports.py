@@ -1,0 +1,100 @@
+"""Models that an operator brings in from the machine itself: staged into the store, then a job like any other."""
+
+import re
+import secrets
+from pathlib import Path
+
+from app import queue
+from app.contracts import ArtifactRef, ImportJob
+from app.db import jobs, models
+from app.db.session import transaction
+from app.db.tables import Job
+from app.errors import BadRequest, Conflict
+from app.settings import get_settings
+from app.storage import StorageError, store
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+HUB = re.compile(r"hf:(?P<source>[\w.-]+/[\w.-]+(@[\w./-]+)?)", re.ASCII)
+COPIES = 3  # staged, converted, stored
+
+
+def import_model(source: str, name: str, *, project_id: str | None = None) -> str:
+    """Queues the import of a folder, a .gguf file or hf:org/name@revision; gives the job's id.
+
+    Without a project, all projects see the model. Raises BadRequest or Conflict.
+    """
+    if not NAME.fullmatch(name):
+        raise BadRequest("a name is 1 to 64 of a-z 0-9 . _ - and begins with a letter or digit", param="name")
+    _demand_free_name(name)
+    job_id = f"import-{secrets.token_hex(12)}"
+    spec = _spec(source, name, job_id)
+    with transaction() as session:
+        jobs.insert_job(
+            session,
+            id=job_id,
+            project_id=project_id,
+            kind="import",
+            spec=spec.model_dump(mode="json"),
+            request={"source": Path(source).name if spec.staged else source, "name": name},
+            model_id=name,
+        )
+    queue.ring()
+    return job_id
+
+
+def load_import(job_id: str) -> Job:
+    with transaction() as session:
+        job = jobs.load_job(session, job_id)
+    assert job is not None
+    return job
+
+
+def _demand_free_name(name: str) -> None:
+    with transaction() as session:
+        if models.is_name_taken(session, name):
+            raise Conflict(f"the name {name!r} is taken; choose another", "resource_in_use", "name")
+
+
+def _spec(source: str, name: str, job_id: str) -> ImportJob:
+    if source.startswith("hf:"):
+        match = HUB.fullmatch(source)
+        if match is None or ".." in source:
+            raise BadRequest(f"{source!r} names no model; write hf:org/name@revision", param="source")
+        hub = match["source"]
+        return ImportJob(output_model=name, hub=hub if "@" in hub else f"{hub}@main", format="hub")
+    path = Path(source)
+    if path.is_dir():
+        return ImportJob(output_model=name, staged=_stage_folder(path, job_id), format="folder")
+    if path.is_file() and path.suffix == ".gguf":
+        _demand_room(path.stat().st_size)
+        staged = store().put_file(
+            path, f"imports/{job_id}/{re.sub(r'[^A-Za-z0-9._-]', '_', path.stem) or 'model'}.gguf"
+        )
+        return ImportJob(output_model=name, staged=staged, format="gguf")
+    raise BadRequest(
+        f"{source!r} is no model: give a folder with config.json and safetensors, a .gguf file, "
+        "or hf:org/name@revision",
+        param="source",
+    )
+
+
+def _stage_folder(path: Path, job_id: str) -> ArtifactRef:
+    if not (path / "config.json").is_file():
+        raise BadRequest(
+            f"{path} holds no config.json; give the folder that save_pretrained wrote", param="source"
+        )
+    _demand_room(sum(file.stat().st_size for file in path.iterdir() if file.is_file()))
+    try:
+        return store().put_folder(path, f"imports/{job_id}")
+    except StorageError as error:
+        raise BadRequest(f"{path} cannot be imported: {error}", param="source") from error
+
+
+def _demand_room(num_bytes: int) -> None:
+    free, reserve = store().free_bytes(), get_settings().min_free_bytes
+    if free is not None and free < COPIES * num_bytes + reserve:
+        raise BadRequest(
+            f"the store has {free / 1e9:.1f} GB left; the import needs {(COPIES * num_bytes + reserve) / 1e9:.1f} GB",
+            "disk_full",
+            "source",
+        )
