@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     max_context_tokens: int = Field(2048, ge=16, description="Longest prompt plus answer the engine keeps room for")
     serve_heartbeat_seconds: float = Field(1.0, gt=0, description="How often a serve worker says it lives")
 
-    hf_endpoint: str = Field("https://huggingface.co", description="Hub that `hf:` imports are fetched from")
+    hf_endpoint: str = Field("", description="Hub that `hf:` imports are fetched from; empty: the Hugging Face hub")
     hf_token: str = Field("", description="Token for the hub")
 
     def store_root(self) -> str:

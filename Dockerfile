@@ -1,0 +1,27 @@
+# Two images from one file: `app` (API, migrations; no torch) and `worker` (trainer and engine).
+#   docker build --target app -t stillhouse-app .
+#   docker build --target worker -t stillhouse-worker .
+FROM python:3.11-slim AS base
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN useradd --create-home --uid 10001 stillhouse && mkdir /data && chown stillhouse /data
+WORKDIR /srv/stillhouse
+COPY pyproject.toml README.md LICENSE ./
+COPY app app
+COPY migrations migrations
+
+FROM base AS app
+RUN pip install --editable '.[s3]'
+USER stillhouse
+ENV STILLHOUSE_DATA_DIR=/data STILLHOUSE_HOST=0.0.0.0
+EXPOSE 8400
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
+  CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8400/health/live', timeout=2)"]
+CMD ["stillhouse", "api"]
+
+FROM base AS worker
+COPY worker worker
+RUN pip install --editable '.[worker,s3]'
+USER stillhouse
+ENV STILLHOUSE_DATA_DIR=/data HF_HUB_OFFLINE=1
+STOPSIGNAL SIGTERM
+CMD ["stillhouse", "train-worker"]

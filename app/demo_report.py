@@ -1,0 +1,73 @@
+"""How the demo shows what came out: the three models side by side, their answers, and what to type next."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Json = dict[str, Any]  # Any: the job's public result object
+
+MODELS = (("teacher", "teacher"), ("untrained", "untrained student"), ("student", "distilled student"))
+
+
+def row_value(figures: Json, name: str, form: str) -> str:
+    value = figures.get(name)
+    return "–" if value is None else form.format(value)
+
+
+def show_comparison(console: Console, result: Json) -> None:
+    """Teacher, untrained student and distilled student, judged on the same held-out prompts."""
+    rows = (
+        ("layers", "num_layers", "{}"),
+        ("parameters", "num_parameters", "{:,}"),
+        ("bytes", "weights_bytes", "{:,}"),
+        ("tokens/s, one request", "tokens_per_second", "{:.0f}"),
+        ("tokens/s, eight requests at once", "tokens_per_second_batched", "{:.0f}"),
+        ("KL to the teacher, nats/token", "kl", "{:.3f}"),
+        ("agreement with the teacher's top token", "agreement", "{:.1%}"),
+        ("perplexity of the teacher's answers", "perplexity", "{:.2f}"),
+        ("ROUGE-L to the teacher's answers", "rouge_l", "{:.3f}"),
+    )
+    title = (
+        f"On {result['num_validation_rows']} held-out prompts ({result['num_train_rows']} were trained on)"
+    )
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    for _, heading in MODELS:
+        table.add_column(heading, justify="right")
+    for heading, name, form in rows:
+        table.add_row(heading, *(row_value(result[model], name, form) for model, _ in MODELS))
+    console.print(table)
+    compression = result["compression"]
+    console.print(
+        f"The student is {compression['parameters']:.2f}x smaller, and faster than the teacher by "
+        f"{compression['speedup']:.2f}x alone and {compression['speedup_batched']:.2f}x with eight requests at once."
+    )
+
+
+def show_samples(console: Console, result: Json) -> None:
+    console.print("\n[bold]Greedy answers to held-out prompts, as they came[/bold]")
+    for sample in result["samples"]:
+        console.print(f"\n[bold]{sample['prompt']}[/bold]", highlight=False)
+        for model, heading in MODELS:
+            answer = " ".join(str(sample[model]).split())
+            console.print(f"  {heading:>17}: ", end="")
+            console.print(answer, markup=False, highlight=False)
+
+
+def show_next_commands(console: Console, data_dir: Path, model: str) -> None:
+    chat = (
+        f'curl -s http://127.0.0.1:8400/v1/chat/completions -H "Authorization: Bearer $(cat {data_dir}/api_key)" '
+        f'-H \'Content-Type: application/json\' -d \'{{"model": "{model}", '
+        '"messages": [{"role": "user", "content": "What is money? Answer in one short sentence."}]}\''
+    )
+    commands = (
+        ("serve it again", f"stillhouse up --data-dir {data_dir}"),
+        ("ask it something", chat),
+        ("see what is registered", f"stillhouse models list --data-dir {data_dir}"),
+    )
+    console.print("\n[bold]Next[/bold]")
+    for what, command in commands:
+        console.print(f"  # {what}", style="dim")
+        console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)

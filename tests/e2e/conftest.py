@@ -1,0 +1,26 @@
+"""The service all end-to-end tests share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.e2e.service import TEACHER, Service, start_service
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Iterator[Service]:
+    """One service for all tests that do not break it, with the tiny teacher imported."""
+    running = start_service(tmp_path_factory.mktemp("service"))
+    try:
+        running.cli("models", "import", str(tiny_llama_dir), "--name", TEACHER)
+        yield running
+    finally:
+        assert running.stop() == 0
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[openai.OpenAI]:
+    with service.client() as made:
+        yield made

@@ -1,0 +1,112 @@
+"""kill -9 of the trainer and of the train worker, and a stopped Valkey: nothing is lost and nothing is done twice."""
+
+import hashlib
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+import pytest
+
+from app.local import LocalValkey
+from tests.e2e.service import TEACHER, Service, start_service
+from tests.e2e.test_openai_client import extra, method, rows, wait, wait_for_step
+
+pytestmark = pytest.mark.e2e
+LONG = {
+    "n_epochs": 12,
+    "batch_tokens": 128,
+    "max_sequence_tokens": 96,
+    "eval_steps": 100000,
+    "checkpoint_steps": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path
+) -> Iterator[tuple[Service, LocalValkey]]:
+    """A service whose Valkey the test itself starts and stops."""
+    folder = tmp_path_factory.mktemp("faults")
+    valkey = LocalValkey(folder / "valkey")
+    valkey.start()
+    service = start_service(folder / "data", STILLHOUSE_REDIS_URL=valkey.url)
+    try:
+        service.cli("models", "import", str(tiny_llama_dir), "--name", TEACHER)
+        yield service, valkey
+    finally:
+        service.stop()
+        valkey.stop()
+
+
+def submit(client: openai.OpenAI, suffix: str) -> str:
+    file = client.files.create(file=("train.jsonl", rows(40)), purpose="fine-tune")
+    body: Any = method(hyperparameters=LONG)
+    job = client.fine_tuning.jobs.create(
+        model=TEACHER, training_file=file.id, suffix=suffix, seed=3, method=body
+    )
+    return job.id
+
+
+def weights_sha256(service: Service, job_id: str) -> str:
+    """Digest of the registered student's weights in the store."""
+    (path,) = (service.data_dir / "store" / "models").glob(f"{job_id}/**/model.safetensors")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def models_with(client: openai.OpenAI, suffix: str) -> list[str]:
+    return [model.id for model in client.models.list() if f":{suffix}:" in model.id]
+
+
+def trainer(service: Service) -> psutil.Process:
+    (found,) = service.processes("worker.run")
+    return found
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_sha256(faulty: tuple[Service, LocalValkey]) -> str:
+    service, _ = faulty
+    with service.client() as client:
+        job_id = submit(client, "calm")
+        job = wait(client, job_id)
+        assert job.status == "succeeded", job.error
+    return weights_sha256(service, job_id)
+
+
+@pytest.mark.parametrize("victim", ["trainer", "worker"])
+def test_a_killed_process_costs_a_resume_and_nothing_else(
+    faulty: tuple[Service, LocalValkey], uninterrupted_sha256: str, victim: str
+) -> None:
+    service, _ = faulty
+    with service.client() as client:
+        job_id = submit(client, f"killed-{victim}")
+        wait_for_step(client, job_id, 12)
+        process = trainer(service)
+        if victim == "worker":
+            (process,) = service.processes("worker.main", "train")
+        process.send_signal(signal.SIGKILL)
+        job = wait(client, job_id)
+        assert job.status == "succeeded", job.error
+        assert extra(job, "attempt") == 2
+        messages = [event.message for event in client.fine_tuning.jobs.list_events(job_id)]
+        assert any("resum" in message.lower() for message in messages), messages
+        assert models_with(client, f"killed-{victim}") == [job.fine_tuned_model]
+    assert weights_sha256(service, job_id) == uninterrupted_sha256
+
+
+def test_a_job_is_accepted_while_valkey_is_down_and_runs_when_it_is_back(
+    faulty: tuple[Service, LocalValkey],
+) -> None:
+    service, valkey = faulty
+    with service.client() as client:
+        valkey.stop()
+        job_id = submit(client, "no-broker")
+        assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
+        time.sleep(2)
+        valkey.start()
+        job = wait(client, job_id, seconds=180)
+        assert job.status == "succeeded", job.error
+        assert models_with(client, "no-broker") == [job.fine_tuned_model]
