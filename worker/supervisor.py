@@ -327,6 +327,7 @@ def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> 
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "0" if is_online else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(settings.work_root() / "hub"),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if is_online:

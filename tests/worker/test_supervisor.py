@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 import signal
@@ -348,6 +349,25 @@ def test_a_supervisor_that_has_lost_its_lease_kills_the_run_and_writes_nothing(
     assert (job(job_id).status, job(job_id).num_losses) == ("retry_wait", 1)
     assert len(messages(job_id).splitlines()) == num_events
     assert nothing_is_left(job_id)
+
+
+def test_a_database_that_is_away_for_a_moment_costs_the_run_nothing(
+    tiny_llama_dir: Path, tmp_path: Path, database: str, settings_env: Callable[..., Settings]
+) -> None:
+    job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=1200, checkpoint_steps=100)
+    with supervised(job_id) as watched:
+        watched.wait_for_checkpoint()
+        pid = watched.run_process().pid
+        settings_env(database_url="postgresql://nobody@127.0.0.1:9/none")
+        time.sleep(3)
+        settings_env(database_url=database)
+        assert watched.run_process().pid == pid
+    done = job(job_id)
+    assert (done.status, done.attempt, done.num_losses) == ("succeeded", 1, 0)
+    with transaction() as session:
+        steps = [metric.step for metric in jobs.metric_series(session, job_id, names=["train_loss"])]
+    gaps = [after - before for before, after in itertools.pairwise(steps)]
+    assert max(gaps) <= 2 * min(gaps)
 
 
 def test_a_run_that_always_dies_fails_at_the_cap_and_harms_no_other(
