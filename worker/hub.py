@@ -27,12 +27,13 @@ def fetch_from_hub(
     source: str,
     folder: Path,
     *,
-    endpoint: str,
+    endpoint: str | None,
     token: str | None,
     on_progress: Callable[[int, int], None],
 ) -> str:
     """Fetches `org/name@revision` into the new folder and returns the commit that it stands for.
 
+    Without an endpoint, from the Hugging Face hub.
     `on_progress(bytes_done, bytes_total)` is called about once a second.
     Raises HubFailed, UnsafeFile, MissingFile.
     """
@@ -76,7 +77,7 @@ def fetch_from_hub(
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         raise HubFailed(
-            f"{endpoint} does not deliver {repository} ({type(error).__name__}); "
+            f"{endpoint or 'the hub'} does not deliver {repository} ({type(error).__name__}); "
             "check the connection, or download the model elsewhere and import the folder"
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
