@@ -270,13 +270,12 @@ class Trainer:
         if not self._throttle.is_due():
             return
         done = self.state.step / self.total_steps
-        epoch_batches = len(self.plan.epoch(self.state.epoch)) if self.state.step < self.total_steps else 1
         self.sink(
             ProgressLine(
                 percent=self.report(done),
                 step=self.state.step,
                 total_steps=self.total_steps,
-                epoch=round(self.state.epoch + self.state.batch / epoch_batches, 3),
+                epoch=round(self.state.epoch + self.state.batch / len(self.plan.epoch(self.state.epoch)), 3),
                 tokens_per_second=self._pace.tokens_per_second,
                 seconds_remaining=self._pace.seconds_remaining,
             )

@@ -205,6 +205,15 @@ def test_progress_rises_to_the_end(run: Run, make_spec: MakeSpec, monkeypatch: p
     assert trained[-1].tokens_per_second
 
 
+def test_a_run_that_ends_within_an_epoch_says_how_far_it_came(
+    run: Run, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.distill.pace.PROGRESS_SECONDS", 0.0)
+    sink = run(make_spec(max_steps=3, batch_tokens=128))
+    epochs = [line.epoch for line in sink.lines if isinstance(line, ProgressLine) and line.epoch is not None]
+    assert 0.0 < max(epochs) < 0.5
+
+
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
     rates = [scheduled(step, 100, peak=1.0, warmup=0.1) for step in range(101)]
     assert rates[:10] == sorted(rates[:10])
