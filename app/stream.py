@@ -11,9 +11,9 @@ flow fails. Late replies to an old wire id find no leg and are dropped.
 import asyncio
 import contextlib
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from typing import TypeVar
 from uuid import uuid4
 
 import anyio
@@ -28,7 +28,6 @@ from redis.backoff import NoBackoff
 from app.admission import Admission
 from app.contracts import (
     Cancel,
-    Delta,
     Done,
     Failure,
     GenerateRequest,
@@ -40,10 +39,12 @@ from app.contracts import (
 )
 from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
 from app.fleet import FAULTS, Fleet
+from app.flow import Flow, Leg
 from app.queue import NotSent, queue_key, send_generate
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
+T = TypeVar("T")
 
 NOWHERE = "unix:///nonexistent/redis.sock"  # an unset URL is like a Redis that is down
 MAX_SENDS = 3  # a prompt that has outlived three workers may be what kills them
@@ -54,7 +55,6 @@ RELISTEN_SECONDS = 0.25
 NUM_CANCELS = 8
 PING_SECONDS = 2.0
 SILENCE_SECONDS = 6.0  # three pings without an answer: the connection is half open
-MAX_BACKLOG = 2048  # replies a flow keeps for a client that reads slowly, and 32 more for each choice
 ERRORS = {400: BadRequest, 404: NotFound, 429: TooManyRequests, 503: Unavailable, 504: TimedOut}
 
 
@@ -71,72 +71,6 @@ def no_worker(message: str) -> Unavailable:
     return error
 
 
-class Flow:
-    """The replies to one client request, each with the number of its prompt; close() ends what still runs."""
-
-    def __init__(self, num_choices: int, on_end: Callable[[], None]) -> None:
-        self.legs: set[Leg] = set()
-        self._max_backlog = MAX_BACKLOG + 32 * num_choices
-        self._on_end = on_end
-        self._backlog: deque[tuple[int, Delta | Done]] = deque()
-        self._error: StillhouseError | None = None
-        self._has_news = asyncio.Event()
-        self._is_ended = False
-
-    async def take(self) -> list[tuple[int, Delta | Done]]:
-        """All replies that wait, and at least one; none when the flow has ended. Raises what it failed with."""
-        while not self._backlog and not self._is_ended:
-            self._has_news.clear()
-            await self._has_news.wait()
-        if self._error is not None:
-            raise self._error
-        taken = list(self._backlog)
-        self._backlog.clear()
-        return taken
-
-    def put(self, index: int, reply: Delta | Done) -> None:
-        if len(self._backlog) >= self._max_backlog:
-            self.fail(Unavailable("the client reads more slowly than the model writes", "slow_client"))
-            return
-        self._backlog.append((index, reply))
-        self._has_news.set()
-
-    def fail(self, error: StillhouseError) -> None:
-        if not self._is_ended:
-            self._error = error
-            self._backlog.clear()
-            self.close()
-
-    def close(self) -> None:
-        """Ends the flow; prompts that still run are cancelled on their workers."""
-        for leg in list(self.legs):
-            leg.hang_up()
-        if not self._is_ended:
-            self._is_ended = True
-            self._has_news.set()
-            self._on_end()
-
-
-@dataclass(eq=False)
-class Leg:
-    """One prompt of a flow on one worker."""
-
-    board: "Switchboard"
-    flow: Flow
-    index: int
-    request: GenerateRequest
-    wire_id: str = ""
-    worker_id: str = ""
-    num_sends: int = 0
-    sent_at: float = 0.0
-    is_heard: bool = False
-
-    def hang_up(self) -> None:
-        """Forgets the leg and tells its worker to stop."""
-        self.flow.legs.discard(self)
-        self.board.drop(self)
-
-
 class Switchboard:
     """Sends prompts to serve workers and brings their replies home."""
 
@@ -149,7 +83,7 @@ class Switchboard:
             max_requests_per_key=settings.max_requests_per_key,
         )
         self._legs: dict[str, Leg] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
         self._is_listening = asyncio.Event()
         self._senders = anyio.CapacityLimiter(8)
         # No retries: a reconnect behind our back would hide that replies were missed.
@@ -177,15 +111,16 @@ class Switchboard:
         for leg in list(self._legs.values()):
             leg.flow.fail(Unavailable("the server is going down; try again", "draining"))
         await asyncio.sleep(0.05)  # the cancellations just spawned get their turn
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # again and again: redis-py swallows a cancellation that comes while it connects
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=0.1)
         await self._redis.aclose()
 
     async def open(self, requests: Sequence[GenerateRequest], on_end: Callable[[], None]) -> Flow:
         """Hands the prompts to workers; `on_end` is called once, when the flow ends. Raises Unavailable."""
         flow = Flow(sum(request.n for request in requests), on_end)
-        legs = [Leg(self, flow, index, request) for index, request in enumerate(requests)]
+        legs = [Leg(flow, self.drop, index, request) for index, request in enumerate(requests)]
         flow.legs.update(legs)
         try:
             for leg in legs:
@@ -225,7 +160,7 @@ class Switchboard:
             ours[sent.worker_id] += sent.request.n
         worker_id = self._fleet.pick(leg.request.weights.key, ours)
         if worker_id is None:
-            await self._fleet.look()
+            await asyncio.shield(self._spawn(self._fleet.look()))  # for the reason that stop() gives
             worker_id = self._fleet.pick(leg.request.weights.key, ours)
         if worker_id is None:
             raise no_worker("no serve worker is running; start one, or try again soon")
@@ -343,7 +278,13 @@ class Switchboard:
                 return
             await asyncio.sleep(RELISTEN_SECONDS)
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+    def _spawn(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("switchboard_task_failed", exc_info=error)

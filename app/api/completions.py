@@ -17,11 +17,12 @@ from app.api.deps import Principal, require
 from app.api.errors import envelope
 from app.contracts import Delta, Done
 from app.errors import BadRequest, StillhouseError
+from app.flow import Flow
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
 from app.services import generation
 from app.services.generation import Conversation, Order, Prompt
-from app.stream import Flow, Switchboard
+from app.stream import Switchboard
 
 router = APIRouter(prefix="/v1", tags=["generation"], route_class=StrictRoute)
 log = structlog.get_logger(__name__)

@@ -9,10 +9,11 @@ from fastapi.concurrency import run_in_threadpool
 from app.contracts import GenerateRequest, Message, Sampling
 from app.db.session import transaction
 from app.errors import BadRequest
+from app.flow import Flow
 from app.services import registry
 from app.services.registry import Resolved
 from app.settings import Settings
-from app.stream import Flow, Switchboard
+from app.stream import Switchboard
 
 BYTES_PER_TOKEN = 3  # on the safe side for English text in the tokenizers we know
 MESSAGE_TOKENS = 8  # what a chat template puts around one message, about

@@ -1,11 +1,6 @@
 """Generation over real HTTP, with a real serve worker process behind a real Valkey."""
 
-import asyncio
 import json
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,93 +8,39 @@ from typing import Any
 import httpx
 import openai
 import pytest
-import redis
 
-from app.contracts import ServeWorkerStatus, serve_worker_key
 from app.settings import Settings
+from tests.serve_worker import WorkerProcess, wait_for
 
 PROMPT = "What does a lantern mean?"
-START_SECONDS = 60
-ROOT = Path(__file__).resolve().parents[3]
 
 
-class WorkerProcess:
-    """`python -m worker.main serve` and what its heartbeat says."""
-
-    def __init__(self, valkey_url: str, log_path: Path) -> None:
-        self._redis = redis.Redis.from_url(valkey_url)
-        before = self.ids()
-        with log_path.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "worker.main", "serve"], cwd=ROOT, stdout=log, stderr=log
-            )
-        wait_for(lambda: self.ids() - before, START_SECONDS, f"no heartbeat; its log is {log_path}")
-        (self.id,) = self.ids() - before
-
-    def ids(self) -> set[str]:
-        return {
-            ServeWorkerStatus.model_validate_json(value).worker_id
-            for key in self._redis.scan_iter(match=serve_worker_key("*"))
-            if (value := self._redis.get(key)) is not None
-        }
-
-    def status(self) -> ServeWorkerStatus:
-        value = self._redis.get(serve_worker_key(self.id))
-        assert isinstance(value, bytes), "the worker has no heartbeat"
-        return ServeWorkerStatus.model_validate_json(value)
-
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(seconds)
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait(10)
-        self._redis.close()
-
-
-def wait_for(is_so: Callable[[], object], seconds: float, why: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, why
-        time.sleep(0.02)
+@pytest.fixture(scope="module")
+def shared_worker(
+    valkey_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[WorkerProcess, Path]]:
+    """A worker for all tests here, and the store it reads: starting one takes longer than what they ask of it."""
+    folder = tmp_path_factory.mktemp("worker")
+    settings = {"STORE_URL": str(folder / "store"), "SERVE_HEARTBEAT_SECONDS": "0.2", "NUM_THREADS": "1"}
+    environment = {f"STILLHOUSE_{name}": value for name, value in settings.items()}
+    worker = WorkerProcess(valkey_url, folder / "log", environment)
+    yield worker, folder / "store"
+    worker.close()
 
 
 @pytest.fixture
-def start_worker(
-    valkey: str, settings_env: Callable[..., Settings], tmp_path: Path
-) -> Iterator[Callable[[], WorkerProcess]]:
-    settings_env(serve_heartbeat_seconds=0.2, num_threads=1, max_running_sequences=8)
-    started: list[WorkerProcess] = []
-
-    def start() -> WorkerProcess:
-        started.append(WorkerProcess(valkey, tmp_path / f"worker-{len(started)}.log"))
-        return started[-1]
-
-    yield start
-    for worker in started:
-        worker.close()
-
-
-@pytest.fixture
-def worker(start_worker: Callable[[], WorkerProcess], register: Callable[..., str]) -> WorkerProcess:
-    """A worker, and the tiny model under the name `tiny`."""
-    register()
-    return start_worker()
-
-
-@pytest.fixture
-def one_request_a_key(settings_env: Callable[..., Settings]) -> None:
-    settings_env(max_requests_per_key=1)
-
-
-@pytest.fixture
-def little_room(settings_env: Callable[..., Settings]) -> None:
-    settings_env(max_waiting_tokens=300)
-
-
-LONG = {"model": "tiny", "prompt": PROMPT, "max_tokens": 240, "extra_body": {"ignore_eos": True}}
+def worker(
+    shared_worker: tuple[WorkerProcess, Path],
+    service: Any,
+    settings_env: Callable[..., Settings],
+    request: Any,
+) -> WorkerProcess:
+    """The worker, and the tiny model under the name `tiny`."""
+    worker, store_folder = shared_worker
+    settings_env(store_url=store_folder, serve_heartbeat_seconds=0.2)
+    request.getfixturevalue("register")()
+    wait_for(lambda: worker.id in worker.ids(), 5, "the fixture that empties Valkey took the heartbeat")
+    return worker
 
 
 def streamed_text(stream: Any) -> str:  # Any: the client's generics say less than the name
@@ -211,138 +152,6 @@ def test_a_stop_string_ends_the_text_before_it(worker: WorkerProcess, client: op
     )
 
 
-@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
-def test_a_client_that_leaves_stops_its_generation(
-    worker: WorkerProcess, service: Any, client: openai.OpenAI, is_streamed: bool
-) -> None:
-    client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1)  # loads the model
-    body = {
-        "model": "tiny",
-        "prompt": PROMPT,
-        "max_tokens": 240,
-        "n": 128,
-        "ignore_eos": True,
-        "stream": is_streamed,
-    }
-
-    async def leave_early() -> None:
-        headers = {"authorization": f"Bearer {service.new_key()}"}
-        async with httpx.AsyncClient(base_url=service.url, headers=headers, timeout=30) as http:
-            asking = asyncio.create_task(read_all(http, body))
-            while not worker.status().num_running:
-                await asyncio.sleep(0.02)
-            asking.cancel()
-            await asyncio.gather(asking, return_exceptions=True)
-
-    began = time.monotonic()
-    asyncio.run(leave_early())
-    # 128 choices on 8 rows are some 4,000 steps; what is checked is that they were not all taken
-    wait_for(lambda: not (worker.status().num_running or worker.status().num_waiting), 2, "it went on")
-    stopped_after = time.monotonic() - began
-    began = time.monotonic()
-    client.completions.create(**LONG)
-    assert stopped_after < 16 * (time.monotonic() - began), "as slow as if nobody had left"
-
-
-async def read_all(http: httpx.AsyncClient, body: dict[str, Any]) -> None:
-    async with http.stream("POST", "/v1/completions", json=body) as response:
-        async for _ in response.aiter_bytes():
-            pass
-
-
-def test_without_a_worker_generation_is_refused_with_a_time_to_retry(
-    http: httpx.Client, register: Callable[..., str]
-) -> None:
-    register()
-    response = http.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT})
-    assert response.status_code == 503
-    assert response.json()["error"]["code"] == "no_worker"
-    assert 1 <= int(response.headers["retry-after"]) <= 120
-
-
-def test_a_key_over_its_share_is_told_to_wait_while_others_are_served(
-    one_request_a_key: None, worker: WorkerProcess, service: Any
-) -> None:
-    with service.client() as busy, service.client() as other:
-        stream = busy.completions.create(**LONG, n=64, stream=True)
-        next(iter(stream))
-        with pytest.raises(openai.RateLimitError) as refused:
-            busy.completions.create(model="tiny", prompt=PROMPT, max_tokens=1)
-        assert refused.value.code == "rate_limit_exceeded"
-        assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
-        other.completions.create(model="tiny", prompt=PROMPT, max_tokens=1)
-        stream.close()
-        wait_for(lambda: not worker.status().num_running, 5, "it went on")
-        busy.completions.create(model="tiny", prompt=PROMPT, max_tokens=1)
-
-
-def test_a_full_server_says_so(little_room: None, worker: WorkerProcess, service: Any) -> None:
-    with service.client() as one, service.client() as other:
-        stream = one.completions.create(**LONG, stream=True)
-        next(iter(stream))
-        with pytest.raises(openai.InternalServerError) as refused:
-            other.completions.create(**LONG)
-        assert (refused.value.status_code, refused.value.code) == (503, "engine_overloaded")
-        assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
-        with pytest.raises(openai.BadRequestError) as hopeless:
-            other.completions.create(**LONG, n=2)
-        assert hopeless.value.code == "request_too_large"
-        stream.close()
-
-
-def test_a_killed_worker_ends_a_begun_answer_with_an_error_chunk(
-    worker: WorkerProcess, client: openai.OpenAI
-) -> None:
-    stream = client.completions.create(**LONG, n=64, stream=True)
-    next(iter(stream))
-    worker.stop(signal.SIGKILL)
-    with pytest.raises(openai.APIError) as lost:
-        list(stream)
-    assert lost.value.code == "worker_lost"
-
-
-def test_a_request_that_a_dying_worker_has_not_begun_goes_to_another(
-    start_worker: Callable[[], WorkerProcess], register: Callable[..., str], client: openai.OpenAI
-) -> None:
-    register()
-    workers = [start_worker(), start_worker()]
-    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
-    text = client.completions.create(**asked).choices[0].text
-    wait_for(lambda: any(worker.status().resident for worker in workers), 5, "no heartbeat shows the model")
-    time.sleep(0.5)  # the API looks at heartbeats every 0.2 s
-    (holder,) = [worker for worker in workers if worker.status().resident]
-    (other,) = [worker for worker in workers if worker is not holder]
-    holder.process.send_signal(signal.SIGSTOP)
-    assert client.completions.create(**asked).choices[0].text == text
-    wait_for(lambda: other.status().resident, 5, "the other worker never loaded the model")
-    holder.process.send_signal(signal.SIGCONT)
-
-
-def test_a_drained_worker_finishes_its_answers_and_ends_well(
-    worker: WorkerProcess, client: openai.OpenAI
-) -> None:
-    whole = client.completions.create(**LONG, temperature=0).choices[0].text
-    stream = client.completions.create(**LONG, temperature=0, stream=True)
-    text = next(iter(stream)).choices[0].text
-    worker.process.send_signal(signal.SIGTERM)
-    assert text + streamed_text(stream) == whole
-    assert worker.process.wait(20) == 0
-    with pytest.raises(openai.InternalServerError) as refused:
-        client.completions.create(model="tiny", prompt=PROMPT)
-    assert refused.value.code == "no_worker"
-
-
-def test_generation_goes_on_after_all_connections_to_valkey_were_cut(
-    worker: WorkerProcess, service: Any, valkey: str
-) -> None:
-    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
-    with service.client(max_retries=4) as client, redis.Redis.from_url(valkey) as operator:
-        text = client.completions.create(**asked).choices[0].text
-        for kind in ("normal", "pubsub"):
-            operator.execute_command("CLIENT", "KILL", "TYPE", kind, "SKIPME", "yes")
-        assert client.completions.create(**asked).choices[0].text == text
-
-
 def test_what_is_wrong_with_a_request_is_an_http_error_even_of_a_stream(
     worker: WorkerProcess, client: openai.OpenAI, register: Callable[..., str]
 ) -> None:
@@ -368,7 +177,7 @@ def test_what_is_wrong_with_a_request_is_an_http_error_even_of_a_stream(
         ({"max_tokens": 256}, "context_length_exceeded", "max_tokens"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_value", "stop"),
         ({"prompt": []}, "invalid_value", "prompt"),
-        ({"prompt": [1, "a"]}, "invalid_value", "prompt[1]"),
+        ({"prompt": [1, "a"]}, "invalid_value", "prompt"),
         ({"prompt": None}, "invalid_value", "prompt"),
         ({"model": "absent"}, "model_not_found", "model"),
     ],

@@ -1,0 +1,331 @@
+"""The switchboard over a real Valkey; the tests speak for the workers."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+
+from app import stream
+from app.contracts import (
+    ArtifactRef,
+    Cancel,
+    Delta,
+    Done,
+    Failure,
+    GenerateRequest,
+    Reply,
+    ReplyBatch,
+    ServeWorkerStatus,
+    control_channel,
+    reply_channel,
+    serve_worker_key,
+)
+from app.errors import BadRequest, StillhouseError, Unavailable
+from app.flow import Flow
+from app.queue import queue_key
+from app.settings import Settings
+from app.stream import Switchboard
+
+WEIGHTS = ArtifactRef(key="models/x", bytes=1)
+
+
+class Stage:
+    """A switchboard, and the voice of the workers."""
+
+    def __init__(self, board: Switchboard, client: "Redis", control: PubSub) -> None:
+        self.board, self.redis, self.control = board, client, control
+        self.num_ended = 0
+
+    async def beat(self, worker_id: str, **changes: Any) -> None:  # Any: fields of the heartbeat
+        fields: dict[str, Any] = {"worker_id": worker_id, "max_running": 8, "beat_at": time.time()} | changes
+        await self.redis.set(serve_worker_key(worker_id), ServeWorkerStatus(**fields).model_dump_json())
+        await asyncio.sleep(0.12)  # two looks
+
+    async def die(self, worker_id: str) -> None:
+        await self.redis.delete(serve_worker_key(worker_id))
+
+    async def open(self, name: str = "r", num_prompts: int = 1, n: int = 1, seconds: float = 60) -> Flow:
+        """A flow of prompts with the ids r0, r1, …"""
+        common: dict[str, Any] = {"reply_to": "", "model": "m", "weights": WEIGHTS, "text": "x", "n": n}
+        deadline = time.time() + seconds
+        requests = [
+            GenerateRequest(id=f"{name}{number}", deadline_at=deadline, **common)
+            for number in range(num_prompts)
+        ]
+        return await self.board.open(requests, self.count_end)
+
+    def count_end(self) -> None:
+        self.num_ended += 1
+
+    async def say(self, *replies: Reply) -> None:
+        message = ReplyBatch(replies=replies).model_dump_json()
+        await self.redis.publish(reply_channel(self.board.api_id), message)
+
+    async def num_queued(self, worker_id: str) -> int:
+        return int(await self.redis.llen(queue_key(worker_id)))
+
+    async def until_queued(self, worker_id: str, count: int = 1) -> None:
+        async with asyncio.timeout(5):
+            while await self.num_queued(worker_id) < count:
+                await asyncio.sleep(0.02)
+
+    async def cancelled(self) -> str:
+        """Wire id of the next cancellation any worker is told."""
+        async with asyncio.timeout(5):
+            while True:
+                message = await self.control.get_message(ignore_subscribe_messages=True, timeout=1)
+                if message is not None:
+                    return Cancel.model_validate_json(message["data"]).id
+
+
+@asynccontextmanager
+async def staged(settings: Settings) -> AsyncIterator[Stage]:
+    board = Switchboard(settings)
+    async with Redis.from_url(settings.redis_url) as client, client.pubsub() as control:
+        await control.psubscribe(control_channel("*"))
+        await board.start()
+        try:
+            yield Stage(board, client, control)
+        finally:
+            await board.stop()
+
+
+Scene = Callable[[Stage], Coroutine[object, object, None]]
+Play = Callable[[Scene], None]
+
+
+@pytest.fixture
+def play(valkey: str, settings_env: Callable[..., Settings]) -> Play:
+    settings = settings_env(serve_heartbeat_seconds=0.05)
+
+    def run(scene: Scene) -> None:
+        async def whole() -> None:
+            async with asyncio.timeout(30), staged(settings) as stage:
+                await scene(stage)
+
+        asyncio.run(whole())
+
+    return run
+
+
+def delta(wire_id: str, text: str, choice: int = 0) -> Delta:
+    return Delta(id=wire_id, choice=choice, text=text)
+
+
+def done(wire_id: str) -> Done:
+    return Done(id=wire_id, prompt_tokens=1, completion_tokens=2)
+
+
+async def failure_of(flow: Flow) -> StillhouseError:
+    try:
+        while await flow.take():
+            pass
+    except StillhouseError as error:
+        return error
+    raise AssertionError("the flow ended well")
+
+
+def test_replies_come_in_order_with_the_number_of_their_prompt(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        flow = await stage.open(num_prompts=2)
+        await stage.say(delta("r1.1", "x"), delta("r0.1", "y"), done("r1.1"))
+        await stage.say(delta("r0.1", "z"), done("r0.1"))
+        heard = []
+        while news := await flow.take():
+            heard += [(prompt, reply.text) for prompt, reply in news if isinstance(reply, Delta)]
+        assert heard == [(1, "x"), (0, "y"), (0, "z")]
+        assert stage.num_ended == 1
+
+    play(scene)
+
+
+def test_the_worker_with_the_model_is_preferred_until_it_is_full(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("has", resident=("models/x",), num_running=5)
+        await stage.beat("idle")
+        await stage.beat("leaving", resident=("models/x",), is_draining=True)
+        await stage.open(n=3)
+        assert await stage.num_queued("has") == 1
+        await stage.beat("has", resident=("models/x",), num_running=8)
+        await stage.open()
+        assert await stage.num_queued("idle") == 1
+        assert await stage.num_queued("leaving") == 0
+
+    play(scene)
+
+
+def test_without_a_worker_nothing_is_opened_and_the_room_is_given_back(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        with pytest.raises(Unavailable) as refused:
+            await stage.open()
+        assert refused.value.code == "no_worker"
+        assert stage.num_ended == 1
+
+    play(scene)
+
+
+def test_closing_a_flow_cancels_its_prompts_and_later_replies_are_dropped(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        flow = await stage.open(num_prompts=2)
+        await stage.say(done("r0.1"))
+        assert len(await flow.take()) == 1
+        flow.close()
+        assert await stage.cancelled() == "r1.1"
+        await stage.say(delta("r1.1", "late"))
+        await asyncio.sleep(0.1)
+        assert await flow.take() == []
+        assert stage.num_ended == 1
+
+    play(scene)
+
+
+def test_a_failure_ends_the_flow_and_cancels_the_other_prompts(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        flow = await stage.open(num_prompts=2)
+        await stage.say(Failure(id="r0.1", status=400, code="c", message="m", param="prompt"))
+        error = await failure_of(flow)
+        assert isinstance(error, BadRequest)
+        assert (error.code, error.param) == ("c", "prompt")
+        assert await stage.cancelled() == "r1.1"
+
+    play(scene)
+
+
+def test_a_dead_workers_unheard_request_moves_and_its_begun_one_fails(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        unheard, begun = await stage.open("u"), await stage.open("b")
+        await stage.say(delta("b0.1", "once"))
+        assert len(await begun.take()) == 1
+        await stage.beat("other")
+        await stage.die("a")
+        assert (await failure_of(begun)).code == "worker_lost"
+        await stage.until_queued("other")
+        assert await stage.num_queued("a") == 0, "the dead worker's queue stays behind"
+        await stage.say(delta("u0.1", "from the grave"), delta("u0.2", "alive"))
+        assert [reply.text for _, reply in await unheard.take() if isinstance(reply, Delta)] == ["alive"]
+
+    play(scene)
+
+
+def test_a_request_that_has_outlived_three_workers_is_given_up(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("w0")
+        flow = await stage.open()
+        for number in range(3):
+            await stage.until_queued(f"w{number}")
+            await stage.beat(f"w{number + 1}")
+            await stage.die(f"w{number}")
+        assert (await failure_of(flow)).code == "worker_lost"
+        assert await stage.num_queued("w3") == 0
+
+    play(scene)
+
+
+def test_a_cut_reply_channel_fails_begun_answers_and_repeats_the_others(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        unheard, begun = await stage.open("u"), await stage.open("b")
+        await stage.say(delta("b0.1", "once"))
+        assert len(await begun.take()) == 1
+        await stage.control.aclose()
+        await stage.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+        assert (await failure_of(begun)).code == "worker_lost"
+        await stage.until_queued("a", 3)
+        await stage.say(delta("u0.2", "again"))
+        assert len(await unheard.take()) == 1
+
+    play(scene)
+
+
+def test_a_draining_worker_hands_its_request_on(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        flow = await stage.open()
+        await stage.beat("b")
+        await stage.beat("a", is_draining=True)
+        await stage.say(Failure(id="r0.1", status=503, code="draining", message="going down"))
+        await stage.until_queued("b")
+        await stage.say(done("r0.2"))
+        assert len(await flow.take()) == 1
+
+    play(scene)
+
+
+def test_a_request_that_an_idle_worker_never_got_is_sent_again(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "LOST_SECONDS", 0.4)
+
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a", num_running=1)
+        await stage.open()
+        await asyncio.sleep(0.6)
+        assert await stage.num_queued("a") == 1, "a busy worker may take its time"
+        await stage.beat("a")
+        await stage.until_queued("a", 2)
+
+    play(scene)
+
+
+def test_a_request_that_its_worker_does_not_end_in_time_is_ended_here(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "DEADLINE_SLACK_SECONDS", 0.1)
+
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a", num_running=1)
+        flow = await stage.open(seconds=0.2)
+        error = await failure_of(flow)
+        assert (error.status, error.code) == (504, "request_timeout")
+        assert await stage.cancelled() == "r0.1"
+
+    play(scene)
+
+
+def test_a_client_that_does_not_read_is_dropped_before_its_backlog_grows(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        flow = await stage.open()
+        for _ in range(22):
+            await stage.say(*(delta("r0.1", "x") for _ in range(100)))
+        assert await stage.cancelled() == "r0.1"
+        assert (await failure_of(flow)).code == "slow_client"
+
+    play(scene)
+
+
+def test_a_stopping_server_fails_and_cancels_what_it_has(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        flow = await stage.open()
+        await stage.board.stop()
+        assert (await failure_of(flow)).code == "draining"
+        assert await stage.cancelled() == "r0.1"
+
+    play(scene)
+
+
+def test_without_redis_a_request_is_refused_soon(settings_env: Callable[..., Settings]) -> None:
+    async def ask() -> None:
+        board = Switchboard(settings_env(redis_url=""))
+        await board.start()
+        request = GenerateRequest(
+            id="r", reply_to="", model="m", weights=WEIGHTS, text="x", deadline_at=time.time() + 60
+        )
+        began = time.monotonic()
+        with pytest.raises(Unavailable) as refused:
+            await board.open([request], lambda: None)
+        assert refused.value.code == "no_worker"
+        assert time.monotonic() - began < 4
+        await board.stop()
+
+    asyncio.run(ask())

@@ -1,0 +1,79 @@
+"""The worker process from its start to its end."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from app.local import free_port
+from app.queue import ring
+from tests.serve_worker import ROOT, wait_for
+
+
+class Process:
+    """`python -m worker.main …` with its log in a file."""
+
+    def __init__(self, role: str, log_path: Path) -> None:
+        self.log_path = log_path
+        with log_path.open("wb") as log:
+            command = [sys.executable, "-m", "worker.main", role]
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+
+    def wait_for_log(self, text: str, seconds: float = 30) -> None:
+        wait_for(lambda: text in self.log_path.read_text(), seconds, f"no {text!r} in {self.log_path}")
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[list[Process]]:
+    processes: list[Process] = []
+    yield processes
+    for process in processes:
+        if process.process.poll() is None:
+            process.process.kill()
+            process.process.wait(10)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
+def test_a_train_worker_hears_doorbells_and_ends_when_told(
+    database: str, valkey: str, tmp_path: Path, started: list[Process], number: int
+) -> None:
+    worker = Process("train", tmp_path / "log")
+    started.append(worker)
+    worker.wait_for_log("worker_ready")
+    with redis.Redis.from_url(valkey) as client:
+        assert ring()
+        wait_for(lambda: not client.llen("stillhouse:train"), 10, "the doorbell was not heard")
+    assert worker.stop(number) == 0
+    assert "Traceback" not in worker.log_path.read_text()
+
+
+def test_a_worker_that_waits_for_redis_ends_when_told(
+    settings_env: "object", monkeypatch: pytest.MonkeyPatch, tmp_path: Path, started: list[Process]
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_REDIS_URL", f"redis://127.0.0.1:{free_port()}/0")
+    worker = Process("train", tmp_path / "log")
+    started.append(worker)
+    worker.wait_for_log("Cannot connect")
+    assert worker.stop() == 0
+
+
+def test_a_train_worker_never_pays_for_torch() -> None:
+    code = "import sys, worker.main, worker.supervisor; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_an_unknown_role_is_refused() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "worker.main", "cook"], cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == 2
+    assert b"usage" in done.stderr
