@@ -5,7 +5,7 @@ V vocabulary. No [N, V] tensor ever exists: a chunk's logits live in scratch tha
 is kept for the backward is the gradient in the hidden states [N, H] and, unless the head is frozen, in the head.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,7 +71,8 @@ def fused_distillation_loss(
     """Sum of the rows' losses over `denominator`, differentiable in the hidden states and the student's head.
 
     The denominator is the number of completion tokens of the whole optimizer step, so that micro-batches of unequal
-    size weigh their tokens alike. The loss can be backpropagated once.
+    size weigh their tokens alike. The loss can be backpropagated once; under `torch.no_grad` (evaluation) the gradients
+    are not computed.
     Raises VocabMismatch if the two heads have different numbers of tokens.
     """
     assert denominator > 0
@@ -80,36 +81,15 @@ def fused_distillation_loss(
             f"the student has {student_head.num_tokens} tokens and the teacher {teacher.head.num_tokens}; "
             "pick a pair that shares a tokenizer"
         )
-    job = _Job(student_head, targets_N, teacher, objective, denominator, chunk_rows)
+    weight_VH, bias_V = student_head.weight_VH, student_head.bias_V
+    is_head_trained = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
+    if not torch.is_grad_enabled():  # a Function is told to differentiate even then
+        student_hidden_NH, weight_VH = student_hidden_NH.detach(), weight_VH.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
+    job = _Job(student_head, is_head_trained, targets_N, teacher, objective, denominator, chunk_rows)
     # torch leaves apply untyped
-    loss, sums = _FusedLoss.apply(  # type: ignore[no-untyped-call]
-        student_hidden_NH, student_head.weight_VH, student_head.bias_V, job
-    )
+    loss, sums = _FusedLoss.apply(student_hidden_NH, weight_VH, bias_V, job)  # type: ignore[no-untyped-call]
     return loss, RowStats(len(targets_N), sums)
-
-
-@torch.no_grad()
-def row_statistics(
-    student_hidden_NH: Tensor,
-    student_head: Head,
-    targets_N: Tensor,
-    teacher: TeacherRows,
-    *,
-    chunk_rows: int | None = None,
-) -> RowStats:
-    """The statistics alone, without gradients; loss_sum is the KL."""
-    weight_VH = student_head.weight_VH.detach()
-    bias_V = None if student_head.bias_V is None else student_head.bias_V.detach()
-    _, stats = fused_distillation_loss(
-        student_hidden_NH.detach(),
-        replace(student_head, weight_VH=weight_VH, bias_V=bias_V),
-        targets_N,
-        teacher,
-        TokenObjective(),
-        denominator=1.0,
-        chunk_rows=chunk_rows,
-    )
-    return stats
 
 
 @dataclass(frozen=True)
@@ -117,15 +97,16 @@ class _Job:
     """The arguments of one fused loss that are not differentiated."""
 
     head: Head
+    is_head_trained: bool
     targets_N: Tensor
     teacher: TeacherRows
     objective: TokenObjective
     denominator: float
     chunk_rows: int | None
 
-    def can_use_expected(self, *, is_head_trained: bool) -> bool:
+    def can_use_expected(self) -> bool:
         o = self.objective
-        is_exact = o.divergence == "forward_kl" and o.temperature == 1.0 and not is_head_trained
+        is_exact = o.divergence == "forward_kl" and o.temperature == 1.0 and not self.is_head_trained
         if self.teacher.expected is not None and is_exact:
             return True
         assert self.teacher.hidden_NH is not None, "expected rows serve forward KL at T = 1 and a frozen head"
@@ -147,7 +128,7 @@ class _FusedLoss(torch.autograd.Function):
         chunks = split_rows(len(hidden_NH), job.head, job.chunk_rows)
         student_CV = new_scratch(chunks, job.head)
         totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
-        if job.can_use_expected(is_head_trained=needs_weight or needs_bias):
+        if job.can_use_expected():
             for rows in chunks:
                 totals += _expected_chunk(job, hidden_NH, rows, student_CV, sums_of)
         else:

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from worker.distill import heads
 from worker.distill.errors import VocabMismatch
-from worker.distill.fused import RowStats, fused_distillation_loss, row_statistics
+from worker.distill.fused import RowStats, fused_distillation_loss
 from worker.distill.heads import Head, TeacherRows, expected_rows, head_of
 from worker.distill.objectives import TokenObjective
 
@@ -225,17 +225,22 @@ def test_statistics_are_at_temperature_1_whatever_the_objective(objective: Token
 
 def test_a_student_that_is_the_teacher_agrees_everywhere() -> None:
     case = Case()
-    stats = row_statistics(case.hidden, case.head, case.targets, TeacherRows(case.head, case.hidden))
+    case.teacher = TeacherRows(case.head, case.hidden.detach())
+    _, stats = fused(case, OBJECTIVES[0])
     assert stats.num_agreeing == N
     assert stats.kl_sum == pytest.approx(0, abs=1e-12)
 
 
-def test_row_statistics_are_those_of_training_and_build_no_graph() -> None:
+def test_without_grad_the_statistics_are_the_same_and_the_gradient_products_are_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     case = Case()
-    _, trained = fused(case, OBJECTIVES[0])
-    stats = row_statistics(case.hidden, case.head, case.targets, case.teacher)
+    _, trained = fused(case, OBJECTIVES[1])
+    monkeypatch.delattr("worker.distill.fused.matmul")
+    with torch.no_grad():
+        loss, stats = fused(case, OBJECTIVES[1])
     assert torch.equal(stats.sums, trained.sums)
-    assert not stats.sums.requires_grad
+    assert not loss.requires_grad
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
@@ -316,9 +321,11 @@ def test_padding_rows_of_a_head_get_no_probability(tiny_llama_dir: Path) -> None
     )
     loss.backward()
     plain = Head(model.get_output_embeddings().weight[:num_tokens].detach())
-    without_padding = row_statistics(hidden, plain, case.targets, teacher)
+    without_padding, _ = fused_distillation_loss(
+        hidden, plain, case.targets, teacher, OBJECTIVES[0], denominator=1.0
+    )
     assert head.num_tokens == num_tokens
-    assert loss.item() == pytest.approx(without_padding.loss_sum)
+    assert loss.item() == pytest.approx(without_padding.item())
     gradient = model.get_output_embeddings().weight.grad
     assert gradient[:num_tokens].abs().sum() > 0
     assert not gradient[num_tokens:].any()

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from worker.distill.cache import cache_bytes
-from worker.distill.fused import fused_distillation_loss, row_statistics
+from worker.distill.fused import fused_distillation_loss
 from worker.distill.heads import Head, TeacherRows, head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.teachers import CachedTeacher, Keeps, LiveTeacher, cached_teacher
@@ -267,7 +267,7 @@ def test_whatever_determines_the_rows_names_another_cache(
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
-def test_hidden_and_expected_rows_train_and_measure_alike(ce_weight: float, opener: Opener) -> None:
+def test_hidden_and_expected_rows_give_the_same_loss_and_gradient(ce_weight: float, opener: Opener) -> None:
     batch = Batch(opener.data_rows, [1, 2, 4])
     targets = batch.ids.roll(-1, dims=1)[batch.keep]
     student_hidden = torch.randn(
@@ -290,8 +290,6 @@ def test_hidden_and_expected_rows_train_and_measure_alike(ce_weight: float, open
         gradients.append(student_hidden.grad)
         student_hidden.grad = None
         sums.append(stats.sums)
-        measured = row_statistics(student_hidden, Head(weight), targets, batch.of(teacher))
-        torch.testing.assert_close(measured.sums[1:], stats.sums[1:])
         teacher.close()
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-3)
