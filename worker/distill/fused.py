@@ -146,9 +146,8 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        if (
-            grad_loss.device.type == "cpu" and grad_loss.item() == 1.0
-        ):  # saves a pass over the head's gradient
+        is_on_cpu = grad_loss.device.type == "cpu"  # elsewhere item() would wait
+        if is_on_cpu and grad_loss.item() == 1.0:
             return (*ctx.saved_tensors, None)
         return (*(None if g is None else g * grad_loss for g in ctx.saved_tensors), None)
 
