@@ -22,9 +22,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.demo_report import show_comparison, show_next_commands, show_samples
 from app.local import free_port
+from app.tether import tethered
 
 TEACHER = "smollm2-135m-instruct"
-NUM_LAYERS = 15
+RECIPE = "1"  # counts up when the recipe below changes, so that an older interrupted job is left alone
+NUM_LAYERS = 16
+NUM_WORDS = 900  # questions about words, beside the corpus's own prompts
 NUM_HELD_OUT = 120
 ASK = "Answer in one short sentence."
 START_SECONDS = 120
@@ -41,6 +44,8 @@ def run_demo(data_dir: Path) -> None:
     Raises DemoFailed when a step does not work.
     """
     console = Console()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a background shell ignores SIGINT for us
+        signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     with running_service(data_dir, console) as client:
         import_teacher(client, data_dir, console)
@@ -62,7 +67,7 @@ def running_service(data_dir: Path, console: Console) -> Iterator[httpx.Client]:
     console.print(f"Starting PostgreSQL, Valkey, the API and two workers in {data_dir} (log: {log_path})")
     command = [sys.executable, "-m", "app.cli", "up", "--data-dir", str(data_dir), "--port", str(port)]
     with log_path.open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(tethered(command), stdout=log, stderr=log, start_new_session=True)
     try:
         wait_until_ready(process, port, log_path)
         key = (data_dir / "api_key").read_text().strip()
@@ -116,7 +121,7 @@ def package_folder(module: str, requirement: str) -> Path:
 
 
 def demo_prompts() -> list[str]:
-    """Real questions and remarks of chatterbot-corpus, and a question about each word they use."""
+    """Real questions and remarks of chatterbot-corpus, and questions about words that it uses."""
     folder = package_folder("chatterbot_corpus", "chatterbot-corpus>=1.3,<2") / "data" / "english"
     prompts: dict[str, str] = {}
     words: set[str] = set()
@@ -127,11 +132,17 @@ def demo_prompts() -> list[str]:
                 if 2 < len(prompt) < 160:
                     prompts.setdefault(prompt.lower(), prompt)
             words.update(re.findall(r"\b[a-z]{5,12}\b", " ".join(map(str, turns))))
-    return [*prompts.values(), *(f"What does the word '{word}' mean?" for word in sorted(words))]
+    every = max(1, len(words) // NUM_WORDS)
+    asked = sorted(words)[::every][:NUM_WORDS]
+    return [*prompts.values(), *(f"What does the word '{word}' mean?" for word in asked)]
 
 
 def distil(client: httpx.Client, console: Console) -> Json:
-    """Uploads the prompts, runs the job and returns it when it has succeeded."""
+    """Uploads the prompts, runs the job and returns it when it has succeeded; goes on with one that was interrupted."""
+    for job in call(client, "GET", "/v1/fine_tuning/jobs", params={"metadata[demo]": RECIPE})["data"]:
+        if job["status"] in {"queued", "running"}:
+            console.print(f"Going on with the job {job['id']}, which was interrupted")
+            return follow(client, job["id"], console)
     prompts = demo_prompts()
     # Every n-th prompt is held out, so that both kinds are judged and none was trained on.
     every = len(prompts) // NUM_HELD_OUT
@@ -145,13 +156,19 @@ def distil(client: httpx.Client, console: Console) -> Json:
         "training_file": upload(client, "train.jsonl", training),
         "validation_file": upload(client, "held_out.jsonl", held_out),
         "suffix": "demo",
+        "metadata": {"demo": RECIPE},
         "method": {
             "type": "distillation",
             "distillation": {
                 "teacher": TEACHER,
                 "student": {"init": "layers", "num_layers": NUM_LAYERS},
-                "data": {"completions": "teacher", "max_new_tokens": 96, "temperature": 0.7},
-                "hyperparameters": {"n_epochs": 3, "learning_rate": 1e-3},
+                "data": {"completions": "teacher", "max_new_tokens": 96, "temperature": 0.0},
+                "hyperparameters": {
+                    "n_epochs": 2,
+                    "batch_tokens": 512,
+                    "learning_rate": 1e-3,
+                    "eval_steps": 100,
+                },
             },
         },
     }

@@ -1,5 +1,6 @@
 """How the demo shows what came out: the three models side by side, their answers, and what to type next."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,17 +58,25 @@ def show_samples(console: Console, result: Json) -> None:
 
 
 def show_next_commands(console: Console, data_dir: Path, model: str) -> None:
+    """Three commands that work when pasted into the shell that ran the demo."""
+    stillhouse = _from_here(Path(sys.executable).parent / "stillhouse")
+    data_dir = _from_here(data_dir)
     chat = (
         f'curl -s http://127.0.0.1:8400/v1/chat/completions -H "Authorization: Bearer $(cat {data_dir}/api_key)" '
         f'-H \'Content-Type: application/json\' -d \'{{"model": "{model}", '
         '"messages": [{"role": "user", "content": "What is money? Answer in one short sentence."}]}\''
     )
     commands = (
-        ("serve it again", f"stillhouse up --data-dir {data_dir}"),
+        ("serve it again, in a terminal of its own", f"{stillhouse} up --data-dir {data_dir}"),
         ("ask it something", chat),
-        ("see what is registered", f"stillhouse models list --data-dir {data_dir}"),
+        ("see what is registered", f"{stillhouse} models list --data-dir {data_dir}"),
     )
     console.print("\n[bold]Next[/bold]")
     for what, command in commands:
         console.print(f"  # {what}", style="dim")
         console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _from_here(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path

@@ -14,10 +14,18 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="STILLHOUSE_", extra="ignore", frozen=True)
 
     data_dir: Path = Field(Path(".stillhouse"), description="Where `stillhouse up` keeps everything it owns")
-    database_url: str = Field("", description="PostgreSQL URL; empty: `stillhouse up` starts one in the data dir")
-    redis_url: str = Field("", description="Redis or Valkey URL; empty: `stillhouse up` starts one in the data dir")
-    store_url: str = Field("", description="Artifact store: a folder or s3://bucket/prefix; empty: <data-dir>/store")
-    key_pepper: str = Field("", description="Secret mixed into API key hashes; empty: kept in <data-dir>/pepper")
+    database_url: str = Field(
+        "", description="PostgreSQL URL; empty: `stillhouse up` starts one in the data dir"
+    )
+    redis_url: str = Field(
+        "", description="Redis or Valkey URL; empty: `stillhouse up` starts one in the data dir"
+    )
+    store_url: str = Field(
+        "", description="Artifact store: a folder or s3://bucket/prefix; empty: <data-dir>/store"
+    )
+    key_pepper: str = Field(
+        "", description="Secret mixed into API key hashes; empty: kept in <data-dir>/pepper"
+    )
     host: str = Field("127.0.0.1", description="Address the API listens on")
     port: int = Field(8400, ge=0, le=65535, description="Port the API listens on")
     log_level: str = Field("info", description="debug, info, warning or error")
@@ -30,10 +38,16 @@ class Settings(BaseSettings):
     min_free_bytes: int = Field(2**30, ge=0, description="Disk that must stay free beside what a job needs")
 
     heartbeat_seconds: float = Field(10.0, gt=0, description="How often a train worker renews its lease")
-    lease_seconds: float = Field(90.0, gt=0, description="Silence after which another worker may take the job")
+    lease_seconds: float = Field(
+        90.0, gt=0, description="Silence after which another worker may take the job"
+    )
     reconcile_seconds: float = Field(5.0, gt=0, description="How often the reconciler looks")
-    ring_again_seconds: float = Field(30.0, gt=0, description="An unclaimed job is rung again after this long")
-    retry_backoff_seconds: float = Field(5.0, ge=0, description="Wait after a lost worker; doubles with each loss")
+    ring_again_seconds: float = Field(
+        30.0, gt=0, description="An unclaimed job is rung again after this long"
+    )
+    retry_backoff_seconds: float = Field(
+        5.0, ge=0, description="Wait after a lost worker; doubles with each loss"
+    )
     max_losses: int = Field(3, ge=1, description="Lost workers after which a job fails")
     max_runtime_seconds: float = Field(24 * 3600.0, gt=0, description="Longest life of a running job")
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept beside the best one")
@@ -41,17 +55,31 @@ class Settings(BaseSettings):
     num_threads: int = Field(0, ge=0, description="Compute threads of a trainer or engine; 0: all cores")
     work_dir: str = Field("", description="Where runs lay their work folders; empty: <data-dir>/work")
 
-    max_running_sequences: int = Field(32, ge=1, le=1024, description="Sequences decoded together by a serve worker")
-    max_waiting_requests: int = Field(256, ge=0, description="Generation requests admitted and not finished, per API")
-    max_waiting_tokens: int = Field(400_000, ge=1, description="Tokens reserved by admitted requests, per API")
+    max_running_sequences: int = Field(
+        32, ge=1, le=1024, description="Sequences decoded together by a serve worker"
+    )
+    max_waiting_requests: int = Field(
+        256, ge=0, description="Generation requests admitted and not finished, per API"
+    )
+    max_waiting_tokens: int = Field(
+        400_000, ge=1, description="Tokens reserved by admitted requests, per API"
+    )
     max_requests_per_key: int = Field(64, ge=1, description="Generation requests of one key at once, per API")
-    request_timeout_seconds: float = Field(600.0, gt=0, description="A generation request ends after this long")
-    model_load_wait_seconds: float = Field(30.0, ge=0, description="How long a request waits for a loading model")
+    request_timeout_seconds: float = Field(
+        600.0, gt=0, description="A generation request ends after this long"
+    )
+    model_load_wait_seconds: float = Field(
+        30.0, ge=0, description="How long a request waits for a loading model"
+    )
     resident_model_bytes: int = Field(4 * 2**30, gt=0, description="Weights a serve worker keeps loaded")
-    max_context_tokens: int = Field(2048, ge=16, description="Longest prompt plus answer the engine keeps room for")
+    max_context_tokens: int = Field(
+        2048, ge=16, description="Longest prompt plus answer the engine keeps room for"
+    )
     serve_heartbeat_seconds: float = Field(1.0, gt=0, description="How often a serve worker says it lives")
 
-    hf_endpoint: str = Field("", description="Hub that `hf:` imports are fetched from; empty: the Hugging Face hub")
+    hf_endpoint: str = Field(
+        "", description="Hub that `hf:` imports are fetched from; empty: the Hugging Face hub"
+    )
     hf_token: str = Field("", description="Token for the hub")
 
     def store_root(self) -> str:

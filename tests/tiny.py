@@ -46,7 +46,11 @@ def save_tiny(folder: Path, family: str, *, num_layers: int = 4, seed: int = 0) 
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
     tokenizer = tiny_tokenizer()
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    ids = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
     if family == "llama":
         config: Any = LlamaConfig(
             vocab_size=len(tokenizer),

@@ -78,7 +78,11 @@ def _fetch(hub: str, folder: Path, sink: Sink) -> str:
         sink(ProgressLine(percent=40 * done / max(total, 1)))
 
     commit = fetch_from_hub(
-        hub, folder, endpoint=settings.hf_endpoint or None, token=settings.hf_token or None, on_progress=report
+        hub,
+        folder,
+        endpoint=settings.hf_endpoint or None,
+        token=settings.hf_token or None,
+        on_progress=report,
     )
     sink(MessageLine(message=f"fetched {hub} at commit {commit}", data={"commit": commit}))
     return commit

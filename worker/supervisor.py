@@ -329,6 +329,9 @@ def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> 
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(settings.work_root() / "hub"),
         "TOKENIZERS_PARALLELISM": "false",
+        # glibc keeps freed memory: large tensors that come and go each step would fault their pages in again
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
     if is_online:
         environment["STILLHOUSE_HF_TOKEN"] = settings.hf_token

@@ -103,7 +103,9 @@ def upgrade() -> None:
             "status IN ('queued', 'running', 'retry_wait', 'paused', 'succeeded', 'failed', 'cancelled')",
             name=op.f("ck_jobs_status"),
         ),
-        sa.CheckConstraint("(status = 'failed') = (error IS NOT NULL)", name=op.f("ck_jobs_error_iff_failed")),
+        sa.CheckConstraint(
+            "(status = 'failed') = (error IS NOT NULL)", name=op.f("ck_jobs_error_iff_failed")
+        ),
         sa.CheckConstraint(
             "(status = 'running') = (lease_token IS NOT NULL) AND (lease_token IS NULL) = (lease_expires_at IS NULL)",
             name=op.f("ck_jobs_lease_iff_running"),
@@ -149,7 +151,9 @@ def upgrade() -> None:
         sa.Column("is_best", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("status", sa.String(length=16), server_default="committed", nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.CheckConstraint("status IN ('committed', 'corrupt', 'deleting')", name=op.f("ck_checkpoints_status")),
+        sa.CheckConstraint(
+            "status IN ('committed', 'corrupt', 'deleting')", name=op.f("ck_checkpoints_status")
+        ),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_checkpoints_job_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_checkpoints"),
         sa.UniqueConstraint("job_id", "lease_token", "step", name="uq_checkpoints_job_id_lease_token_step"),

@@ -269,7 +269,7 @@ def test_a_job_pauses_at_a_checkpoint_and_goes_on_from_it(
     client.fine_tuning.jobs.pause(job.id)
     paused = wait(client, job.id, seconds=60)
     assert str(paused.status) == "paused"
-    step = list(client.fine_tuning.jobs.checkpoints.list(job.id))[0].step_number
+    step = next(iter(client.fine_tuning.jobs.checkpoints.list(job.id))).step_number
     assert step >= 3
     client.fine_tuning.jobs.resume(job.id)
     job = wait(client, job.id)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from worker import gemm
 from worker.distill.errors import UnsupportedModel, VocabMismatch
 from worker.distill.objectives import row_dot
 
@@ -141,9 +142,11 @@ def expected_rows(hidden_NH: Tensor, head: Head, *, chunk_rows: int | None = Non
 
 
 def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
-    """Logits of a chunk, in the first rows of the scratch."""
+    """Logits of a chunk, in the first rows of the scratch where torch's product writes them."""
     z_CV = scratch_CV[: len(hidden_CH)]
-    if head.weight_VH.dtype == z_CV.dtype:
+    if head.weight_VH.dtype == z_CV.dtype == torch.float32 and gemm.HAS_ONEDNN and z_CV.device.type == "cpu":
+        z_CV = gemm.product(hidden_CH, head.weight_VH)  # its own memory: oneDNN has no out=
+    elif head.weight_VH.dtype == z_CV.dtype:
         torch.mm(hidden_CH.to(z_CV.dtype), head.weight_VH.t(), out=z_CV)
     else:
         z_CV.copy_(hidden_CH.to(head.weight_VH.dtype) @ head.weight_VH.t())
@@ -158,7 +161,7 @@ def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
 
 def matmul(slope_CV: Tensor, weight_VH: Tensor) -> Tensor:
     """Product in the weight's precision."""
-    return slope_CV.to(weight_VH.dtype) @ weight_VH
+    return gemm.product(slope_CV.to(weight_VH.dtype), weight_VH.t())
 
 
 def scratch_dtype(head: Head) -> torch.dtype:

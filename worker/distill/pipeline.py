@@ -27,6 +27,7 @@ from worker.distill.spec import RunSpec
 from worker.distill.students import StudentRecipe, load_model, plan_student
 from worker.distill.teachers import CachedTeacher, cached_teacher
 from worker.distill.trainer import Setup, Stopped, Trainer
+from worker.gemm import pack_weights
 
 SamplerFor = Callable[[PreTrainedModel], Sampler]
 
@@ -148,7 +149,9 @@ class Pipeline:
         return tokenizer
 
     def _load_teacher(self) -> PreTrainedModel:
-        return load_model(self.spec.teacher_dir).to(self.device).requires_grad_(False)
+        teacher = load_model(self.spec.teacher_dir).to(self.device)
+        pack_weights(teacher)
+        return teacher.requires_grad_(False)
 
     def _teacher(self, rows: Rows, head: Head, recipe: StudentRecipe, identity: str) -> CachedTeacher:
         objective = self.block.objective

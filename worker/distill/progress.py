@@ -5,7 +5,13 @@ from typing import Annotated, Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 StageName = Literal[
-    "loading_models", "generating_teacher_data", "training", "evaluating", "exporting", "fetching", "converting"
+    "loading_models",
+    "generating_teacher_data",
+    "training",
+    "evaluating",
+    "exporting",
+    "fetching",
+    "converting",
 ]
 
 
@@ -86,7 +92,14 @@ class ErrorLine(Line):
 
 
 RunLine = Annotated[
-    StageLine | ProgressLine | MetricsLine | CheckpointLine | MessageLine | ResultLine | StoppedLine | ErrorLine,
+    StageLine
+    | ProgressLine
+    | MetricsLine
+    | CheckpointLine
+    | MessageLine
+    | ResultLine
+    | StoppedLine
+    | ErrorLine,
     Field(discriminator="type"),
 ]
 run_line: TypeAdapter[RunLine] = TypeAdapter(RunLine)

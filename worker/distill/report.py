@@ -14,6 +14,7 @@ from worker.distill.evaluate import NUM_ANSWERED, Speed, measure_speed, rouge_l,
 from worker.distill.sampler import Sampler
 from worker.distill.spec import RunSpec
 from worker.distill.students import StudentRecipe, load_model
+from worker.gemm import pack_weights
 
 Entry = dict[str, Any]  # Any: open-ended JSON
 MAX_SAMPLE_CHARACTERS = 2000
@@ -46,6 +47,7 @@ class Judge:
         texts: dict[str, list[str]] = {}
         for number, (name, build) in enumerate(builders.items()):
             model = build().to(self.device).requires_grad_(False)
+            pack_weights(model)
             entries[name] = self._held_out(model) | size_of(model)
             self.on_progress((number + 0.3) / 3)
             file = answers if name == "teacher" else None

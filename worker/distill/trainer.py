@@ -32,6 +32,7 @@ from worker.distill.pace import Means, Pace, Throttle
 from worker.distill.progress import CheckpointLine, MetricsLine, ProgressLine, Sink
 from worker.distill.students import StudentRecipe, freeze_head, load_model
 from worker.distill.teachers import CachedTeacher
+from worker.gemm import use_onednn
 
 CPU_BATCH_TOKENS = 1024  # 8 rows of 128: more do not use a CPU better
 FEW_LAYERS_LEARNING_RATE = 2e-3  # measured for 8 of 30 layers, width 576
@@ -145,7 +146,9 @@ class Trainer:
 
     def _student(self) -> PreTrainedModel:
         resume_dir = self.setup.resume_dir
-        return self.setup.recipe.build() if resume_dir is None else load_model(resume_dir / "model")
+        model = self.setup.recipe.build() if resume_dir is None else load_model(resume_dir / "model")
+        use_onednn(model)
+        return model
 
     def _next_batch(self) -> Batch:
         return collate(

@@ -38,8 +38,11 @@ class Decoder:
         max_running: int,
         max_context_tokens: int,
         prefill_budget: int = PREFILL_BUDGET,
+        min_joining: int = 1,
     ) -> None:
+        """`min_joining` newcomers wait for each other where throughput matters more than the first token."""
         self.max_running = max_running
+        self.min_joining = min_joining
         self.batch = CursorBatch(model, max_rows=max_running, max_width=max_context_tokens)
         self.context_tokens = min(max_context_tokens, self.batch.family.context_tokens or max_context_tokens)
         self._waiting: Scheduler[Sequence] = Scheduler(prefill_budget=prefill_budget)
@@ -77,8 +80,7 @@ class Decoder:
 
         A prefill is followed by a step for everyone, so that arrivals cannot starve the running rows.
         """
-        num_free = self.max_running - len(self._rows)
-        groups = [] if self._has_prefilled and self._rows else self._waiting.admit(num_free)
+        groups = self._waiting.admit(self.max_running - len(self._rows)) if self._may_join() else []
         self._has_prefilled = bool(groups)
         if groups:
             sequences, logits_NV = self._prefill(groups)
@@ -92,6 +94,12 @@ class Decoder:
         for row, pick in reversed(list(enumerate(picks, first_row))):
             self._take(row, pick)
         return list(zip(sequences, picks, strict=True))
+
+    def _may_join(self) -> bool:
+        if not self._rows:
+            return True
+        num_joining = min(self.max_running - len(self._rows), self.num_waiting)
+        return not self._has_prefilled and num_joining >= min(self.min_joining, self.num_waiting)
 
     def _prefill(self, groups: list[list[Sequence]]) -> tuple[list[Sequence], Tensor]:
         first_row = self.batch.num_rows

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from worker.gemm import pack_weights
 from worker.serve.errors import ModelLoadFailed
 from worker.serve.families import family_of
 
@@ -49,7 +50,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
         )
     family_of(model)
     model.to(device).eval().requires_grad_(False)
-    num_bytes = sum(weight.nbytes for weight in model.parameters())
+    num_bytes = sum(weight.nbytes for weight in model.parameters()) + pack_weights(model)
     return LoadedModel(model, tokenizer, num_bytes)
 
 

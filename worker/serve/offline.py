@@ -10,6 +10,9 @@ from worker.serve.engine import end_ids as end_ids_of
 from worker.serve.errors import BadLogits, PromptTooLong
 from worker.serve.sampling import Chooser, seeded_generator
 
+PREFILL_BUDGET = 2048  # tokens, padding included; nobody waits for a first token here
+JOINING_SHARE = 4  # a quarter of the rows joins at once: prefills of a few rows waste the matrix units
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -48,7 +51,11 @@ def generate_all(
     try:
         width = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
         runner = decoder.Decoder(
-            model, max_running=max_running, max_context_tokens=min(width, max_context_tokens or width)
+            model,
+            max_running=max_running,
+            max_context_tokens=min(width, max_context_tokens or width),
+            prefill_budget=PREFILL_BUDGET,
+            min_joining=max(1, max_running // JOINING_SHARE),
         )
         sequences = [
             decoder.Sequence(

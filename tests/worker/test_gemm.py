@@ -1,0 +1,96 @@
+"""oneDNN's products against torch's own: float32 sums in another order, so equal to a few units in the last place."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from worker import gemm
+
+
+def assert_close(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
+    """Sums of at most a few hundred terms of size one."""
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (7, 24), (3, 5, 24), (2, 0, 24)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_product_and_its_gradients_equal_torchs(shape: tuple[int, ...], has_bias: bool) -> None:
+    weight, bias = torch.randn(40, 24), torch.randn(40) if has_bias else None
+    results = []
+    for function in (gemm.linear, nn.functional.linear):
+        torch.manual_seed(1)
+        x = torch.randn(shape, requires_grad=True)
+        w = weight.clone().requires_grad_()
+        b = None if bias is None else bias.clone().requires_grad_()
+        y = function(x, w, b)
+        (y * torch.linspace(-1, 1, 40)).sum().backward()
+        results.append([y, x.grad, w.grad, None if b is None else b.grad])
+    for ours, theirs in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_a_frozen_weight_gets_no_gradient_and_its_input_does() -> None:
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    gemm.use_onednn(layer)
+    x = torch.randn(3, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.weight.grad is None
+    assert_close(x.grad, layer.weight.sum(dim=0).expand(3, 8))
+
+
+def test_double_precision_falls_back_to_torch() -> None:
+    layer = nn.Linear(8, 4).double()
+    expected = layer(torch.ones(2, 8, dtype=torch.float64))
+    gemm.pack_weights(layer)
+    assert torch.equal(layer(torch.ones(2, 8, dtype=torch.float64)), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_packed_weights_give_the_same_output(kind: type[nn.Module]) -> None:
+    layer: nn.Module = nn.Linear(24, 40) if kind is nn.Linear else Conv1D(40, 24)
+    plain = copy.deepcopy(layer)
+    num_bytes = gemm.pack_weights(layer)
+    assert num_bytes == (24 * 40 * 4 if gemm.HAS_ONEDNN else 0)
+    for num_rows in (1, 2, 9, 33):
+        x = torch.randn(num_rows, 24)
+        assert_close(layer(x), plain(x))
+
+
+def test_a_swapped_layer_keeps_its_state_its_ties_and_its_copy() -> None:
+    head, embed = nn.Linear(6, 10, bias=False), nn.Embedding(10, 6)
+    model = nn.ModuleDict({"embed": embed, "head": head})
+    head.weight = embed.weight
+    names = list(model.state_dict())
+    gemm.use_onednn(model)
+    assert list(model.state_dict()) == names
+    assert head.weight is embed.weight
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin["head"].weight.zero_()
+    assert twin["head"](torch.ones(1, 6)).abs().sum() == 0
+    assert model["head"](torch.ones(1, 6)).abs().sum() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_whole_model_computes_the_same_logits(
+    family: str, tiny_llama_dir: Path, tiny_gpt2_dir: Path
+) -> None:
+    folder = tiny_llama_dir if family == "llama" else tiny_gpt2_dir
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.arange(3, 60)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        gemm.pack_weights(model)
+        logits = model(input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))

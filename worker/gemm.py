@@ -1,0 +1,131 @@
+"""Float32 matrix products on a CPU by oneDNN instead of the BLAS that torch was built with.
+
+torch sends float32 products to MKL, which reaches a third to a half of oneDNN's rate on AMD processors, and at few
+rows on Intel's too (bench/LOG.md). The sums are float32 either way; only their order differs. Everywhere else (another
+device, another float, a torch without the operator) the same calls fall back to torch's own product.
+
+N rows, I and O features in and out.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+# torch leaves is_available untyped
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+HAS_ONEDNN = HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """a b^T + bias, not differentiable; b may have any strides."""
+    if _is_fast(a_NI, b_OI):
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, bias_O, "none", [], "")
+        return out
+    return nn.functional.linear(a_NI, b_OI, bias_O)
+
+
+def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear`, differentiable, all three products by oneDNN."""
+    if not torch.is_grad_enabled():
+        return product(x, weight_OI, bias_O)
+    if not _is_fast(x, weight_OI):
+        return nn.functional.linear(x, weight_OI, bias_O)
+    # torch leaves apply untyped
+    out: Tensor = _Linear.apply(x, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+    return out
+
+
+def use_onednn(model: nn.Module) -> None:
+    """From now on the model's linear layers multiply by oneDNN, forward and backward."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDnnLinear
+        elif type(module) is Conv1D:
+            module.__class__ = OneDnnConv1D
+
+
+def pack_weights(model: nn.Module) -> int:
+    """Lays the linear layers' weights out for oneDNN, for a model that will not be trained; returns the bytes it took.
+
+    The plain weights stay, for whoever reads them; a later change of theirs is not seen by the forward.
+    """
+    use_onednn(model)
+    num_bytes = 0
+    for module in model.modules():
+        if isinstance(module, OneDnnLinear | OneDnnConv1D):
+            module.requires_grad_(False)
+            weight_OI = module.weight_OI.contiguous()
+            if HAS_ONEDNN and weight_OI.dtype == torch.float32 and weight_OI.device.type == "cpu":
+                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS)
+                num_bytes += weight_OI.nbytes
+    return num_bytes
+
+
+PACKED_FOR_ROWS = 16  # a hint to oneDNN; layouts for 8 to 64 rows measure alike
+
+
+class OneDnnLinear(nn.Linear):
+    """An nn.Linear whose class was swapped, so that its weights, name and ties stay what they were."""
+
+    packed: Tensor | None = None
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _apply(x, self.weight, self.bias, self.packed)
+
+
+class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
+    """GPT-2's linear layer, whose weight lies the other way round."""
+
+    packed: Tensor | None = None
+
+    @property
+    def weight_OI(self) -> Tensor:
+        weight_IO: Tensor = self.weight
+        return weight_IO.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _apply(x, self.weight_OI, self.bias, self.packed)
+
+
+def _apply(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Tensor | None) -> Tensor:
+    if packed is not None and _is_fast(x, weight_OI) and not x.requires_grad:
+        return product(x, packed, bias_O)
+    return linear(x, weight_OI, bias_O)
+
+
+def _is_fast(a: Tensor, b: Tensor) -> bool:
+    return (
+        HAS_ONEDNN
+        and a.dtype == b.dtype == torch.float32
+        and a.device.type == "cpu"
+        and b.device.type == "cpu"
+        and a.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        # ctx is Any: torch does not type what a context carries
+        ctx.save_for_backward(x, weight_OI)
+        return product(x, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        return (
+            product(grad_NO, weight_OI.t()).view(x.shape) if needs_x else None,
+            product(grad_NO.t(), x_NI.t()) if needs_weight else None,
+            grad_NO.sum(dim=0) if needs_bias else None,
+        )
