@@ -5,6 +5,7 @@ Everything goes over HTTP as a user's own code would go; nothing here knows how 
 
 import importlib.util
 import json
+import random
 import re
 import signal
 import subprocess
@@ -129,7 +130,7 @@ def demo_prompts() -> list[str]:
         for turns in yaml.safe_load(path.read_text())["conversations"]:
             for turn in turns[:-1]:
                 prompt = " ".join(str(turn).split())
-                if 2 < len(prompt) < 160:
+                if len(prompt.split()) > 1 and len(prompt) < 160:
                     prompts.setdefault(prompt.lower(), prompt)
             words.update(re.findall(r"\b[a-z]{5,12}\b", " ".join(map(str, turns))))
     every = max(1, len(words) // NUM_WORDS)
@@ -144,10 +145,8 @@ def distil(client: httpx.Client, console: Console) -> Json:
             console.print(f"Going on with the job {job['id']}, which was interrupted")
             return follow(client, job["id"], console)
     prompts = demo_prompts()
-    # Every n-th prompt is held out, so that both kinds are judged and none was trained on.
-    every = len(prompts) // NUM_HELD_OUT
-    held_out = prompts[::every]
-    training = [prompt for i, prompt in enumerate(prompts) if i % every]
+    random.Random(0).shuffle(prompts)
+    held_out, training = prompts[:NUM_HELD_OUT], prompts[NUM_HELD_OUT:]
     console.print(
         f"{len(training)} prompts to train on, {len(held_out)} held out; the teacher will answer them"
     )
@@ -169,6 +168,7 @@ def distil(client: httpx.Client, console: Console) -> Json:
                     "learning_rate": 1e-3,
                     "eval_steps": 100,
                 },
+                "evaluation": {"num_samples": 6},
             },
         },
     }
@@ -178,7 +178,8 @@ def distil(client: httpx.Client, console: Console) -> Json:
 
 
 def upload(client: httpx.Client, name: str, prompts: list[str]) -> str:
-    lines = "".join(json.dumps({"prompt": f"{prompt} {ASK}"}) + "\n" for prompt in prompts)
+    asked = (prompt if prompt[-1] in ".?!" else f"{prompt}." for prompt in prompts)
+    lines = "".join(json.dumps({"prompt": f"{prompt} {ASK}"}) + "\n" for prompt in asked)
     file_id: str = call(
         client, "POST", "/v1/files", files={"file": (name, lines)}, data={"purpose": "fine-tune"}
     )["id"]

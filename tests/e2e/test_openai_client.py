@@ -258,7 +258,7 @@ def test_a_job_pauses_at_a_checkpoint_and_goes_on_from_it(
 ) -> None:
     long = method(
         hyperparameters={
-            "n_epochs": 60,
+            "n_epochs": 200,
             "batch_tokens": 128,
             "eval_steps": 100000,
             "checkpoint_steps": 100000,

@@ -17,11 +17,11 @@ from tests.e2e.test_openai_client import extra, method, rows, wait, wait_for_ste
 
 pytestmark = pytest.mark.e2e
 LONG = {
-    "n_epochs": 12,
+    "n_epochs": 150,
     "batch_tokens": 128,
     "max_sequence_tokens": 96,
     "eval_steps": 100000,
-    "checkpoint_steps": 5,
+    "checkpoint_steps": 50,
 }
 
 
