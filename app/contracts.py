@@ -135,6 +135,9 @@ class Evaluation(Contract):
     num_samples: Annotated[int, Field(ge=0, le=64)] = 4
 
 
+LOSS_NAMES = {"fkl": "forward_kl", "rkl": "reverse_kl", "skew_fkl": "skew_forward_kl"}
+
+
 class Distillation(Contract):
     """The block `method.distillation` of a job."""
 
@@ -144,6 +147,20 @@ class Distillation(Contract):
     objective: Objective = Objective()
     hyperparameters: Hyperparameters = Hyperparameters()
     evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_loss(cls, block: Any) -> Any:  # Any: the JSON as it came
+        """`"loss": {"type": "fkl", "temperature": 2}` is the short way to write the objective."""
+        if not isinstance(block, dict) or not isinstance(block.get("loss"), dict):
+            return block
+        if "objective" in block:
+            raise ValueError("give objective or loss, not both: loss is the short way to write the objective")
+        objective = dict(block["loss"])
+        if "type" in objective:
+            kind = objective.pop("type")
+            objective["divergence"] = LOSS_NAMES.get(kind, kind) if isinstance(kind, str) else kind
+        return {**{name: block[name] for name in block if name != "loss"}, "objective": objective}
 
 
 class ArtifactRef(Contract):

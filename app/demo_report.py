@@ -23,23 +23,27 @@ def show_comparison(console: Console, result: Json) -> None:
         ("layers", "num_layers", "{}"),
         ("parameters", "num_parameters", "{:,}"),
         ("bytes", "weights_bytes", "{:,}"),
-        ("tokens/s, one request", "tokens_per_second", "{:.0f}"),
-        ("tokens/s, eight requests at once", "tokens_per_second_batched", "{:.0f}"),
-        ("KL to the teacher, nats/token", "kl", "{:.3f}"),
-        ("agreement with the teacher's top token", "agreement", "{:.1%}"),
-        ("perplexity of the teacher's answers", "perplexity", "{:.2f}"),
-        ("ROUGE-L to the teacher's answers", "rouge_l", "{:.3f}"),
+        ("tokens/s, 1 request", "tokens_per_second", "{:.0f}"),
+        ("tokens/s, 8 at once", "tokens_per_second_batched", "{:.0f}"),
+        ("KL to the teacher", "kl", "{:.3f}"),
+        ("agreement, top token", "agreement", "{:.1%}"),
+        ("perplexity", "perplexity", "{:.2f}"),
+        ("ROUGE-L to the teacher", "rouge_l", "{:.3f}"),
     )
     title = (
         f"On {result['num_validation_rows']} held-out prompts ({result['num_train_rows']} were trained on)"
     )
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", min_width=24)
     for _, heading in MODELS:
         table.add_column(heading, justify="right")
     for heading, name, form in rows:
         table.add_row(heading, *(row_value(result[model], name, form) for model, _ in MODELS))
     console.print(table)
+    console.print(
+        "KL in nats a token, agreement, and perplexity of the teacher's own greedy answers, token by token; ROUGE-L of the "
+        "answers the models give by themselves. Speeds by this machine's engine, the same number of tokens for each."
+    )
     compression = result["compression"]
     console.print(
         f"The student is {compression['parameters']:.2f}x smaller, and faster than the teacher by "

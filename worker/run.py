@@ -47,6 +47,7 @@ class EngineSampler:
         top_p: float = 1.0,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
+        ignore_end: bool = False,
         on_answer: Callable[[int, Generation], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
@@ -63,6 +64,7 @@ class EngineSampler:
                 top_p=top_p,
                 seed=seed,
                 seeds=seeds,
+                end_ids=frozenset() if ignore_end else None,
                 max_running=MAX_RUNNING,
                 on_answer=answered,
                 on_progress=on_progress,

@@ -107,8 +107,8 @@ class Up:
 
 
 @pytest.fixture(scope="module")
-def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    service = Up(tmp_path_factory.mktemp("up") / "data")
+def up(service_dir: Path) -> Iterator[Up]:
+    service = Up(service_dir / "cli")
     yield service
     service.stop()
 

@@ -10,9 +10,9 @@ from tests.e2e.service import TEACHER, Service, start_service
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Iterator[Service]:
+def service(service_dir: Path, tiny_llama_dir: Path) -> Iterator[Service]:
     """One service for all tests that do not break it, with the tiny teacher imported."""
-    running = start_service(tmp_path_factory.mktemp("service"))
+    running = start_service(service_dir / "e2e")
     try:
         running.cli("models", "import", str(tiny_llama_dir), "--name", TEACHER)
         yield running

@@ -26,11 +26,9 @@ LONG = {
 
 
 @pytest.fixture(scope="module")
-def faulty(
-    tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path
-) -> Iterator[tuple[Service, LocalValkey]]:
+def faulty(service_dir: Path, tiny_llama_dir: Path) -> Iterator[tuple[Service, LocalValkey]]:
     """A service whose Valkey the test itself starts and stops."""
-    folder = tmp_path_factory.mktemp("faults")
+    folder = service_dir / "faults"
     valkey = LocalValkey(folder / "valkey")
     valkey.start()
     service = start_service(folder / "data", STILLHOUSE_REDIS_URL=valkey.url)

@@ -25,7 +25,7 @@ from worker.distill.teachers import CachedTeacher
 
 NUM_ANSWERED = 48  # held-out prompts that are answered for ROUGE-L and the samples
 NUM_TIMED = 8  # of those, the batch whose speed is measured
-TIMED_TOKENS = 64
+TIMED_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,20 @@ class Speed:
 
 
 def measure_speed(sampler: Sampler, prompts: Sequence[Sequence[int]]) -> Speed:
-    """The first prompts, as serving would decode them."""
+    """The first prompts, as serving would decode them, prefill included.
+
+    Every model makes the same number of tokens, or one that ends early would decode smaller batches than one that rambles.
+    """
     timed = prompts[:NUM_TIMED]
-    _decode(sampler, timed[:1], num_tokens=2)  # the first call of all warms up
-    num_tokens, seconds = 0, 0.0
-    for prompt in timed:
-        made, took = _decode(sampler, [prompt], num_tokens=TIMED_TOKENS)
-        num_tokens, seconds = num_tokens + made, seconds + took
-        if num_tokens >= TIMED_TOKENS:
-            break
-    made, took = _decode(sampler, timed, num_tokens=TIMED_TOKENS)
-    return Speed(num_tokens / seconds, made / took, len(timed))
+    _decode(sampler, timed, num_tokens=2)  # the first call of all warms up
+    alone, took_alone = _decode(sampler, timed[:1], num_tokens=TIMED_TOKENS)
+    batched, took_batched = _decode(sampler, timed, num_tokens=TIMED_TOKENS)
+    return Speed(alone / took_alone, batched / took_batched, len(timed))
 
 
 def _decode(sampler: Sampler, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> tuple[int, float]:
     begun = time.perf_counter()
-    made = sampler.generate(prompts, max_new_tokens=num_tokens, temperature=0.0)
+    made = sampler.generate(prompts, max_new_tokens=num_tokens, temperature=0.0, ignore_end=True)
     return sum(len(answer.tokens) for answer in made), time.perf_counter() - begun
 
 

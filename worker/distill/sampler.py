@@ -26,12 +26,14 @@ class Sampler(Protocol):
         top_p: float = 1.0,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
+        ignore_end: bool = False,
         on_answer: Callable[[int, Generation], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
         """One generation a prompt, in the prompts' order.
 
         Prompt i samples with seeds[i] if given, else with seed + i, so that a result does not depend on its neighbours.
+        With `ignore_end` an end token is a token like others: every generation has max_new_tokens, as timing wants.
         `on_answer(i, generation)` is called as soon as prompt i ends, `on_progress(num_done, num_tokens)` every now and
         then. What they raise ends the call.
         """
