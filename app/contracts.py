@@ -197,6 +197,21 @@ class ImportJob(Contract):
 JobSpec = Annotated[DistillationJob | ImportJob, Field(discriminator="kind")]
 
 
+class ChatCost(Contract):
+    """Tokens a model's chat template adds to the contents of a chat, so that nobody must run it to count.
+
+    `first` is a user turn with what begins the answer; `user` and `assistant` are each such turn beside it;
+    `end` is what follows the last answer; `system` is what a system message of the chat's own adds (less than
+    nothing where it replaces a default one).
+    """
+
+    first: int
+    end: int
+    user: int
+    assistant: int
+    system: int
+
+
 class ModelFacts(Contract):
     """What the control plane must know of a model, so that it never has to load one."""
 
@@ -209,6 +224,7 @@ class ModelFacts(Contract):
     num_parameters: int
     tokenizer_sha256: str
     has_chat_template: bool
+    chat_cost: ChatCost | None = None
     weights_bytes: int
     weights_sha256: str
 

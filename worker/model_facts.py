@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
-from app.contracts import ModelFacts
+from app.contracts import ChatCost, ModelFacts
 from worker.errors import BrokenFile, MissingFile, UnsupportedModel
 from worker.intake import read_safetensors_header, weight_files
 
@@ -43,6 +44,7 @@ def model_facts(folder: Path) -> ModelFacts:
         num_parameters=sum(tensor.num_elements for tensor in tensors),
         tokenizer_sha256=tokenizer_sha256(folder / "tokenizer.json"),
         has_chat_template=has_chat_template(folder),
+        chat_cost=chat_cost(folder) if has_chat_template(folder) else None,
         weights_bytes=sum(file.stat().st_size for file in files),
         weights_sha256=_sha256_of_files(files),
     )
@@ -110,6 +112,29 @@ def has_chat_template(folder: Path) -> bool:
     return (folder / "chat_template.jinja").exists() or (
         path.exists() and bool(json.loads(path.read_text()).get("chat_template"))
     )
+
+
+def chat_cost(folder: Path) -> ChatCost | None:
+    """What the template adds to empty messages; None if it takes no empty ones."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+    def count(*roles: str, begins_answer: bool = True) -> int:
+        chat = [{"role": role, "content": ""} for role in roles]
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=begins_answer)
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    try:
+        first = count("user")
+        assistant = count("user", "assistant") - first
+        return ChatCost(
+            first=first,
+            end=count("user", "assistant", begins_answer=False) - first,
+            user=count("user", "assistant", "user") - first - assistant,
+            assistant=assistant,
+            system=count("system", "user") - first,
+        )
+    except (TemplateError, ValueError, TypeError):
+        return None
 
 
 def _sha256_of_files(files: list[Path]) -> str:

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
-from app.contracts import ArtifactRef, Distillation, DistillationJob, ModelFacts
+from app.contracts import ArtifactRef, ChatCost, Distillation, DistillationJob, ModelFacts
 from app.db import files
 from app.db.session import Session
 from app.db.tables import File
@@ -25,6 +25,7 @@ STUDENT_COPIES = (
 MAX_ROWS_COUNTED = 256  # the longest rows of a file, which are tokenised to see whether they fit
 MAX_BYTES_COUNTED = 16 * 2**20
 BLOCK = "method.distillation"
+NO_TEMPLATE = ChatCost(first=0, end=1, user=0, assistant=0, system=0)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Plan:
     """A job whose parts exist and fit each other."""
 
     spec: DistillationJob
+    teacher: ModelFacts
     start: ModelFacts
     training: File
     validation: File | None
@@ -78,7 +80,7 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
     max_tokens = min(
         block.hyperparameters.max_sequence_tokens, teacher.facts.context_tokens, start.facts.context_tokens
     )
-    return Plan(spec, start.facts, training, validation, max_tokens)
+    return Plan(spec, teacher.facts, start.facts, training, validation, max_tokens)
 
 
 def training_file(session: Session, project_id: str, file_id: str, param: str) -> File:
@@ -171,41 +173,52 @@ def check_disk(start: ModelFacts, settings: Settings) -> None:
 
 
 def check_lengths(plan: Plan, row: File, param: str) -> None:
-    """Refuses a file whose text alone overflows the sequence; what a chat template adds is the run's to count.
+    """Refuses a file with rows that overflow the sequence, what the chat template adds included.
 
-    A token is at least one byte, so only rows with more bytes than max_tokens are tokenised: the longest
+    A token is at least one byte, so only rows with more bytes than tokens fit are tokenised: the longest
     first, and a bounded number of them.
     """
-    if (row.max_row_bytes or 0) <= plan.max_tokens:
+    cost = plan.teacher.chat_cost or NO_TEMPLATE
+    over_bytes = plan.max_tokens - max(0, cost.first) - max(0, cost.system)
+    if (row.max_row_bytes or 0) <= over_bytes:
         return
-    answer_tokens = (
-        1 if plan.spec.distillation.data.completions == "teacher" else 0
-    )  # the least an answer needs
     tokenizer = load_tokenizer(plan.spec.teacher.key)
     num_bytes = 0
-    for size, line_number, line in longest_rows(row.store_key, over_bytes=plan.max_tokens):
+    for size, line_number, line in longest_rows(row.store_key, over_bytes=over_bytes):
         num_bytes += size
         if num_bytes > MAX_BYTES_COUNTED:
             return
-        num_tokens = sum(
-            len(tokenizer.encode(text, add_special_tokens=False)) for text in texts(plan, parse_row(line))
-        )
-        if num_tokens > plan.max_tokens - answer_tokens:
+        num_tokens = count_tokens(plan, parse_row(line), tokenizer)
+        if num_tokens > plan.max_tokens:
             raise BadRequest(
-                f"line {line_number} has {num_tokens:,} tokens, more than the {plan.max_tokens:,} that fit "
-                f"(max_sequence_tokens and the models' context); shorten it or raise max_sequence_tokens",
+                f"line {line_number} has {num_tokens:,} tokens, chat template and end included, more than the "
+                f"{plan.max_tokens:,} that fit (max_sequence_tokens and the models' context); shorten it or raise "
+                "max_sequence_tokens",
                 "context_length_exceeded",
                 param,
             )
 
 
-def texts(plan: Plan, row: Row) -> list[str]:
-    """The strings of a row that the run will feed to the models."""
-    is_answered_anew = plan.spec.distillation.data.completions == "teacher"
+def count_tokens(plan: Plan, row: Row, tokenizer: Tokenizer) -> int:
+    """Tokens of the sequence that the run makes of a row; an answer still to come counts as one."""
+    is_answered = plan.spec.distillation.data.completions != "teacher"
+    cost = plan.teacher.chat_cost or NO_TEMPLATE
     if "messages" in row:
-        contents = [str(message["content"]) for message in row["messages"]]
-        return contents[:-1] if is_answered_anew and plan.training.format == "chat" else contents
-    return [row["prompt"]] if is_answered_anew else [str(text) for text in row.values()]
+        messages = (
+            row["messages"][:-1] if not is_answered and plan.training.format == "chat" else row["messages"]
+        )
+        contents = [str(message["content"]) for message in messages]
+        roles = [message["role"] for message in messages]
+        num_assistant = roles.count("assistant") - is_answered
+        num_system = roles.count("system")
+        num_further = len(roles) - num_system - roles.count("assistant") - 1
+        added = cost.first + cost.user * num_further + cost.assistant * num_assistant
+        added += cost.system if num_system else 0
+    else:
+        contents = [str(text) for text in row.values()] if is_answered else [row["prompt"]]
+        added = 0 if "text" in row else cost.first
+    added += cost.end if is_answered and "text" not in row else 1
+    return added + sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in contents)
 
 
 def longest_rows(store_key: str, *, over_bytes: int) -> list[tuple[int, int, bytes]]:
