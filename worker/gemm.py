@@ -59,7 +59,9 @@ def pack_weights(model: nn.Module) -> int:
             module.requires_grad_(False)
             weight_OI = module.weight_OI.contiguous()
             if HAS_ONEDNN and weight_OI.dtype == torch.float32 and weight_OI.device.type == "cpu":
-                module.packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS)
+                module.packed = PackedWeight(
+                    torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS)
+                )
                 num_bytes += weight_OI.nbytes
     return num_bytes
 
@@ -67,10 +69,20 @@ def pack_weights(model: nn.Module) -> int:
 PACKED_FOR_ROWS = 16  # a hint to oneDNN; layouts for 8 to 64 rows measure alike
 
 
+class PackedWeight:
+    """A weight in oneDNN's own layout. A copied model leaves it behind: torch cannot copy it, and a copy may change."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        return None
+
+
 class OneDnnLinear(nn.Linear):
     """An nn.Linear whose class was swapped, so that its weights, name and ties stay what they were."""
 
-    packed: Tensor | None = None
+    packed: PackedWeight | None = None
 
     @property
     def weight_OI(self) -> Tensor:
@@ -83,7 +95,7 @@ class OneDnnLinear(nn.Linear):
 class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
     """GPT-2's linear layer, whose weight lies the other way round."""
 
-    packed: Tensor | None = None
+    packed: PackedWeight | None = None
 
     @property
     def weight_OI(self) -> Tensor:
@@ -94,9 +106,9 @@ class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped her
         return _apply(x, self.weight_OI, self.bias, self.packed)
 
 
-def _apply(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: Tensor | None) -> Tensor:
+def _apply(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: PackedWeight | None) -> Tensor:
     if packed is not None and _is_fast(x, weight_OI) and not x.requires_grad:
-        return product(x, packed, bias_O)
+        return product(x, packed.tensor, bias_O)
     return linear(x, weight_OI, bias_O)
 
 

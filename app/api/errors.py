@@ -116,6 +116,6 @@ def param_path(detail: Detail, body: object) -> str:
             here, path = here[step], f"{path}.{step}" if path else str(step)
         elif isinstance(here, list) and isinstance(step, int) and step < len(here):
             here, path = here[step], f"{path}[{step}]"
-        elif is_last and detail["type"] == "missing":
+        elif is_last and detail["type"] in {"missing", "extra_forbidden"}:
             path = f"{path}.{step}" if path else str(step)
     return path

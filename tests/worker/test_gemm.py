@@ -65,6 +65,9 @@ def test_packed_weights_give_the_same_output(kind: type[nn.Module]) -> None:
     for num_rows in (1, 2, 9, 33):
         x = torch.randn(num_rows, 24)
         assert_close(layer(x), plain(x))
+    with torch.no_grad():
+        layer.get_parameter("weight").zero_()
+        assert_close(copy.deepcopy(layer)(x), plain.get_parameter("bias").expand(33, 40))
 
 
 def test_a_swapped_layer_keeps_its_state_its_ties_and_its_copy() -> None:

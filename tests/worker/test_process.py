@@ -132,8 +132,9 @@ def test_a_run_that_ignores_the_polite_signal_is_killed(start: Start) -> None:
 def test_a_grandchild_that_keeps_the_pipe_does_not_keep_the_run_alive(start: Start) -> None:
     process = start(
         """
-        import subprocess, sys
+        import subprocess, sys, time
         subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+        time.sleep(1)  # so that it is seen as ours before we end
         """
     )
     (child,) = wait_for_children(process)

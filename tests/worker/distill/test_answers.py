@@ -10,7 +10,7 @@ from worker.distill.students import load_model
 from worker.run import EngineSampler
 
 HOW = Asking(max_new_tokens=6, max_sequence_tokens=64, temperature=0.9, seed=1)
-PROMPTS = [[40 + i, 50 + i, 60 + i] for i in range(40)]  # more than are decoded together
+PROMPTS = [[40 + i, 50 + i, 60 + i] for i in range(100)]  # more than are decoded together
 
 
 @pytest.fixture

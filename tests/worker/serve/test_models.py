@@ -13,7 +13,7 @@ from worker.serve.errors import ModelLoadFailed
 from worker.serve.models import Addressed, ModelHost
 
 Make = Callable[..., GenerateRequest]
-SIZE = 1_000_000  # bytes each model is said to have; more than the real ones have
+SIZE = 2_000_000  # bytes each model is said to have; more than the real ones have
 
 
 def ref(name: str, num_bytes: int = SIZE) -> ArtifactRef:
