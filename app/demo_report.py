@@ -9,7 +9,7 @@ from rich.table import Table
 
 Json = dict[str, Any]  # Any: the job's public result object
 
-MODELS = (("teacher", "teacher"), ("untrained", "untrained student"), ("student", "distilled student"))
+MODELS = (("teacher", "teacher"), ("untrained", "untrained"), ("student", "distilled"))
 
 
 def row_value(figures: Json, name: str, form: str) -> str:
@@ -18,7 +18,7 @@ def row_value(figures: Json, name: str, form: str) -> str:
 
 
 def show_comparison(console: Console, result: Json) -> None:
-    """Teacher, untrained student and distilled student, judged on the same held-out prompts."""
+    """Teacher, and the student before and after, judged on the same held-out prompts."""
     rows = (
         ("layers", "num_layers", "{}"),
         ("parameters", "num_parameters", "{:,}"),
