@@ -196,13 +196,11 @@ def list_models(
     use_service(data_dir)
     with transaction() as session:
         rows = table.list_models(session, project)
-    shown = Table(
-        Column("id", overflow="fold"), "origin", "teacher", "family", "layers", "parameters", "bytes"
-    )
+    shown = Table(Column("id", no_wrap=True), "family", Column("layers", justify="right"), "parameters", "MB")
     for row in rows:
         facts = row.facts
-        sizes = (str(facts["num_layers"]), f"{facts['num_parameters']:,}", f"{row.bytes:,}")
-        shown.add_row(row.id, row.origin, row.teacher_id or "", facts["architecture"], *sizes)
+        sizes = (str(facts["num_layers"]), f"{facts['num_parameters'] / 1e6:.1f} M", f"{row.bytes / 1e6:.0f}")
+        shown.add_row(row.id, facts["architecture"], *sizes)
     console.print(shown)
 
 
