@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 
 from app.contracts import ChatCost, ModelFacts
+from worker.distill.students import SUPPORTED
 from worker.errors import BrokenFile, MissingFile, UnsupportedModel
 from worker.intake import read_safetensors_header, weight_files
 
-SUPPORTED_ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 PROBES = (
     "The capital of France is Paris.",
     "1. first\n\n2. second\n\n10. tenth, 3.14159 and 1234567",
@@ -54,9 +54,9 @@ def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
     """The configuration of the folder. Raises UnsupportedModel if it is of a family that we do not run."""
     document = json.loads((folder / "config.json").read_text())
     model_type = document.get("model_type")
-    if model_type not in SUPPORTED_ARCHITECTURES:
+    if model_type not in SUPPORTED:
         raise UnsupportedModel(
-            f"architecture {str(model_type)[:60]!r} is not supported; supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"architecture {str(model_type)[:60]!r} is not supported; supported are {', '.join(SUPPORTED)}"
         )
     if "quantization_config" in document:
         raise UnsupportedModel("the weights are quantised; import the full-precision model, or a GGUF file")

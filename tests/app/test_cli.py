@@ -189,25 +189,25 @@ def test_without_a_service_a_command_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_models_and_keys_outlive_a_restart_and_a_kill_leaves_nothing_running(
-    tmp_path: Path, tiny_llama_dir: Path
+    service_dir: Path, tiny_llama_dir: Path
 ) -> None:
-    service = Up(tmp_path / "data")
+    service = Up(service_dir / "outlives")
     try:
         assert service.cli("models", "import", str(tiny_llama_dir), "--name", "tiny").returncode == 0
-        key = (tmp_path / "data" / "api_key").read_text()
+        key = (service_dir / "outlives" / "api_key").read_text()
         family = service.family()
         assert service.stop() == 0, service.log.read_text()
         assert [p for p in family if p.is_running()] == []
-        assert not (tmp_path / "data" / "service.json").exists()
+        assert not (service_dir / "outlives" / "service.json").exists()
 
-        service = Up(tmp_path / "data")
-        assert (tmp_path / "data" / "api_key").read_text() == key
+        service = Up(service_dir / "outlives")
+        assert (service_dir / "outlives" / "api_key").read_text() == key
         assert [model["id"] for model in service.get("/v1/models").json()["data"]] == ["tiny"]
         family = service.family()
         service.stop(signal.SIGKILL)
         wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family))
 
-        service = Up(tmp_path / "data")
+        service = Up(service_dir / "outlives")
         assert [model["id"] for model in service.get("/v1/models").json()["data"]] == ["tiny"]
     finally:
         service.stop()
