@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from app.contracts import Student
 from worker.distill.errors import StudentTooDeep, UnsupportedModel
 
-SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2")
+SUPPORTED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 @dataclass(frozen=True)
