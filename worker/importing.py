@@ -25,7 +25,7 @@ from worker.gguf import check_gguf, load_gguf_model, load_gguf_tokenizer
 from worker.hub import fetch_from_hub
 from worker.import_spec import ImportSpec
 from worker.intake import read_safetensors_header, take_in, weight_files
-from worker.model_facts import model_facts, supported_config
+from worker.model_facts import chat_cost, model_facts, supported_config
 
 SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
 TEMPLATE_SECONDS = 10
@@ -187,6 +187,7 @@ def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped her
         # In the library's own immutable sandbox.
         messages = [{"role": "user", "content": "Hello"}]
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        chat_cost(tokenizer)  # every chat that is rendered later without a limit
     except Exception as error:
         raise BrokenFile(f"the chat template does not render a user message: {str(error)[:300]}") from error
     finally:

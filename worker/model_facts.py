@@ -44,7 +44,7 @@ def model_facts(folder: Path) -> ModelFacts:
         num_parameters=sum(tensor.num_elements for tensor in tensors),
         tokenizer_sha256=tokenizer_sha256(folder / "tokenizer.json"),
         has_chat_template=has_chat_template(folder),
-        chat_cost=chat_cost(folder) if has_chat_template(folder) else None,
+        chat_cost=chat_cost(_tokenizer(folder)) if has_chat_template(folder) else None,
         weights_bytes=sum(file.stat().st_size for file in files),
         weights_sha256=_sha256_of_files(files),
     )
@@ -114,9 +114,11 @@ def has_chat_template(folder: Path) -> bool:
     )
 
 
-def chat_cost(folder: Path) -> ChatCost | None:
-    """What the template adds to empty messages; None if it takes no empty ones."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+def chat_cost(tokenizer: Any) -> ChatCost | None:  # Any: transformers is untyped here
+    """What the template adds to empty messages; None if it takes no such chats.
+
+    It runs the template: of a stranger's model only under a time limit, as `worker/importing.py` does.
+    """
 
     def count(*roles: str, begins_answer: bool = True) -> int:
         chat = [{"role": role, "content": ""} for role in roles]
@@ -135,6 +137,10 @@ def chat_cost(folder: Path) -> ChatCost | None:
         )
     except (TemplateError, ValueError, TypeError):
         return None
+
+
+def _tokenizer(folder: Path) -> Any:  # Any: transformers is untyped here
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
 def _sha256_of_files(files: list[Path]) -> str:

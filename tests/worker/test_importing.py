@@ -133,6 +133,9 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
         "{% for m in messages",
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        # only on what is rendered beside the first sentence
+        "{% if not messages[0].content %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}",
+        "{{ 1 // (3 - messages | length) }}",
     ],
 )
 def test_a_chat_template_that_fails_escapes_or_never_ends_is_refused(
