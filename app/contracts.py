@@ -1,12 +1,11 @@
-"""What crosses the queue, the reply channel and the job row: plain frozen data, no tensors, no paths, no ORM.
-
-The distillation block is here too, because the API validates it and the trainer obeys it.
-"""
+"""What crosses the queue, the reply channel and the job row: plain frozen data, no tensors, no paths, no ORM."""
 
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.distillation import Distillation
 
 RING_TASK = "train.ring"
 GENERATE_TASK = "serve.generate"
@@ -50,117 +49,6 @@ class JobStatus(StrEnum):
 
 
 TERMINAL = frozenset({JobStatus.succeeded, JobStatus.failed, JobStatus.cancelled})
-
-DivergenceName = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl"]
-Auto = Literal["auto"]
-
-
-class Student(Contract):
-    """Where the student comes from: layers of the teacher, or a registered checkpoint."""
-
-    init: Literal["layers", "checkpoint"] = "layers"
-    num_layers: Annotated[int, Field(ge=1, le=1024)] | None = None
-    layers: tuple[Annotated[int, Field(ge=0, le=1023)], ...] | None = None
-    freeze_head: bool = True
-
-    @model_validator(mode="after")
-    def _one_way_to_choose(self) -> "Student":
-        if self.init == "checkpoint" and (self.num_layers is not None or self.layers is not None):
-            raise ValueError("num_layers and layers belong to init=layers; a checkpoint keeps its own layers")
-        if self.layers is not None:
-            if self.num_layers is not None and self.num_layers != len(self.layers):
-                raise ValueError("give num_layers or layers, not two different counts")
-            if not self.layers or list(self.layers) != sorted(set(self.layers)):
-                raise ValueError(
-                    "layers must be a rising list of distinct teacher layer numbers, counted from 0"
-                )
-        return self
-
-
-class Data(Contract):
-    """Where completions come from; null means: from the file if it has them, else from the teacher."""
-
-    completions: Literal["dataset", "teacher"] | None = None
-    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 128
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 0.7
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-
-
-class Phase(Contract):
-    """The divergence from a fraction `at` of the steps onwards."""
-
-    divergence: DivergenceName
-    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    at: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-
-
-class Objective(Contract):
-    divergence: DivergenceName = "forward_kl"
-    alpha: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.1
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    temperature: Annotated[float, Field(ge=0.1, le=20.0)] = 1.0
-    ce_weight: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    then: Phase | None = None
-
-
-class EarlyStopping(Contract):
-    """Stop when `metric` has not improved for `patience` evaluations."""
-
-    patience: Annotated[int, Field(ge=1, le=1000)] = 3
-    metric: Literal["kl", "perplexity", "agreement"] = "kl"
-
-
-class Hyperparameters(Contract):
-    n_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
-    batch_tokens: Annotated[int, Field(ge=16, le=1_000_000)] | Auto = "auto"
-    learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | Auto = "auto"
-    weight_decay: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    warmup_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.03
-    max_grad_norm: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
-    max_sequence_tokens: Annotated[int, Field(ge=8, le=131_072)] = 512
-    max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
-    checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
-    eval_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
-    early_stopping: EarlyStopping | None = None
-
-
-Metric = Literal["perplexity", "agreement", "rouge_l", "speed"]
-
-
-class Evaluation(Contract):
-    """Held-out KL and loss are always measured; `metrics` names what is measured beside them."""
-
-    metrics: tuple[Metric, ...] = ("perplexity", "agreement", "rouge_l", "speed")
-    num_samples: Annotated[int, Field(ge=0, le=64)] = 4
-
-
-LOSS_NAMES = {"fkl": "forward_kl", "rkl": "reverse_kl", "skew_fkl": "skew_forward_kl"}
-
-
-class Distillation(Contract):
-    """The block `method.distillation` of a job."""
-
-    teacher: Annotated[str, Field(min_length=1, max_length=200)]
-    student: Student = Student()
-    data: Data = Data()
-    objective: Objective = Objective()
-    hyperparameters: Hyperparameters = Hyperparameters()
-    evaluation: Evaluation = Evaluation()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_loss(cls, block: Any) -> Any:  # Any: the JSON as it came
-        """`"loss": {"type": "fkl", "temperature": 2}` is the short way to write the objective."""
-        if not isinstance(block, dict) or not isinstance(block.get("loss"), dict):
-            return block
-        if "objective" in block:
-            raise ValueError("give objective or loss, not both: loss is the short way to write the objective")
-        objective = dict(block["loss"])
-        if "type" in objective:
-            kind = objective.pop("type")
-            objective["divergence"] = LOSS_NAMES.get(kind, kind) if isinstance(kind, str) else kind
-        return {**{name: block[name] for name in block if name != "loss"}, "objective": objective}
 
 
 class ArtifactRef(Contract):
@@ -212,11 +100,14 @@ class ChatCost(Contract):
     system: int
 
 
+ModelFamily = Literal["causal", "seq2seq", "masked"]
+
+
 class ModelFacts(Contract):
     """What the control plane must know of a model, so that it never has to load one."""
 
     architecture: str
-    family: Literal["causal"] = "causal"
+    family: ModelFamily = "causal"
     num_layers: int
     hidden_size: int
     vocab_size: int

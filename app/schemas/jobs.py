@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.contracts import Auto, Distillation, DistillationJob, JobFailure, JobStatus
+from app.contracts import DistillationJob, JobFailure, JobStatus
 from app.db.tables import Checkpoint, Event, Job
+from app.distillation import Auto, Distillation
 
 Json = dict[str, Any]  # Any: metrics, results and event data are open-ended JSON
 NO_NUL = r"^[^\x00]*$"  # Postgres holds no NUL in text

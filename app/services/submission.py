@@ -7,10 +7,11 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
-from app.contracts import ArtifactRef, ChatCost, Distillation, DistillationJob, ModelFacts
+from app.contracts import ArtifactRef, ChatCost, DistillationJob, ModelFacts
 from app.db import files
 from app.db.session import Session
 from app.db.tables import File
+from app.distillation import Distillation
 from app.errors import BadRequest, NotFound
 from app.schemas.jobs import CreateJob
 from app.services import registry

@@ -9,10 +9,11 @@ import psycopg
 import pytest
 from sqlalchemy import text
 
-from app.contracts import ArtifactRef, Distillation, DistillationJob, ImportJob, JobFailure, ModelFacts
+from app.contracts import ArtifactRef, DistillationJob, ImportJob, JobFailure, ModelFacts
 from app.db import jobs, models
 from app.db.session import DatabaseUnavailable, engine, transaction
 from app.db.tables import Job
+from app.distillation import Distillation
 from app.settings import Settings
 from worker import ledger
 from worker.distill.progress import MessageLine, MetricsLine, ProgressLine, RunLine, StageLine, StoppedLine

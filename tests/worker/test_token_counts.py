@@ -8,8 +8,9 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from app.contracts import ArtifactRef, Distillation, DistillationJob
+from app.contracts import ArtifactRef, DistillationJob
 from app.db.tables import File
+from app.distillation import Distillation
 from app.services.submission import Plan, count_tokens
 from worker.distill.data import Encoder, read_rows
 from worker.model_facts import model_facts

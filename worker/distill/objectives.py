@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.contracts import DivergenceName, Objective, Phase
+from app.distillation import DivergenceName, Objective, Phase
 
 Divergence = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -82,8 +82,8 @@ class TokenObjective:
         chosen = phase or objective
         return cls(
             divergence=chosen.divergence,
-            alpha=chosen.alpha,
-            beta=chosen.beta,
+            alpha=0.1 if chosen.alpha is None else chosen.alpha,
+            beta=0.5 if chosen.beta is None else chosen.beta,
             temperature=objective.temperature,
             ce_weight=objective.ce_weight,
         )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from app.contracts import Distillation
+from app.distillation import Distillation
 
 
 class RunSpec(BaseModel):

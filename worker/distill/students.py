@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from app.contracts import Student
+from app.distillation import Student
 from worker.distill.errors import StudentTooDeep, UnsupportedModel
 
 SUPPORTED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from app.contracts import EarlyStopping, Hyperparameters, Objective
+from app.distillation import EarlyStopping, Hyperparameters, Objective
 from worker.distill.batches import Batch, BatchPlan, collate
 from worker.distill.checkpoint import (
     Snapshot,

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from app.contracts import Distillation
+from app.distillation import Distillation
 from app.errors import BadRequest
 from app.schemas.jobs import CreateJob
 from app.services import submission

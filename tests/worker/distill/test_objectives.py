@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.contracts import DivergenceName, Objective, Phase
+from app.distillation import DivergenceName, Objective, Phase
 from worker.distill.objectives import TokenObjective
 
 N, V = 7, 23

@@ -15,7 +15,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from app.contracts import Student
+from app.distillation import Student
 from worker.distill.errors import StudentTooDeep, UnsupportedModel
 from worker.distill.students import (
     first_and_last,
