@@ -28,10 +28,14 @@ from worker.distill.objectives import TokenObjective, row_dot
 
 @dataclass(frozen=True)
 class RowStats:
-    """Sums over rows, left on the device until one is read. KL is KL(p || q) and CE is with the targets, both at T = 1."""
+    """Sums over rows, left on the device until one is read. KL is KL(p || q) and CE is with the targets, both at T = 1.
+
+    rows_N4 has each row's own loss, KL, CE and agreement where they were asked for; sums of stats have none.
+    """
 
     num_rows: int
     sums: Tensor
+    rows_N4: Tensor | None = None
 
     @property
     def loss_sum(self) -> float:
@@ -67,6 +71,7 @@ def fused_distillation_loss(
     *,
     denominator: float,
     chunk_rows: int | None = None,
+    keeps_rows: bool = False,
 ) -> tuple[Tensor, RowStats]:
     """Sum of the rows' losses over `denominator`, differentiable in the hidden states and the student's head.
 
@@ -86,10 +91,11 @@ def fused_distillation_loss(
     if not torch.is_grad_enabled():  # a Function is told to differentiate even then
         student_hidden_NH, weight_VH = student_hidden_NH.detach(), weight_VH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    job = _Job(student_head, is_head_trained, targets_N, teacher, objective, denominator, chunk_rows)
+    rows_N4 = student_hidden_NH.new_empty((len(targets_N), 4), dtype=torch.float64) if keeps_rows else None
+    job = _Job(student_head, is_head_trained, targets_N, teacher, objective, denominator, chunk_rows, rows_N4)
     # torch leaves apply untyped
     loss, sums = _FusedLoss.apply(student_hidden_NH, weight_VH, bias_V, job)  # type: ignore[no-untyped-call]
-    return loss, RowStats(len(targets_N), sums)
+    return loss, RowStats(len(targets_N), sums, rows_N4)
 
 
 @dataclass(frozen=True)
@@ -103,6 +109,7 @@ class _Job:
     objective: TokenObjective
     denominator: float
     chunk_rows: int | None
+    rows_N4: Tensor | None
 
     def can_use_expected(self) -> bool:
         o = self.objective
@@ -111,6 +118,13 @@ class _Job:
             return True
         assert self.teacher.hidden_NH is not None, "expected rows serve forward KL at T = 1 and a frozen head"
         return False
+
+    def totals(self, rows: slice, group: slice, terms: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        """Sums of loss, KL, CE and agreement over a group of a chunk's rows, which are kept if asked for."""
+        terms_4G = torch.stack([term.to(terms[0].dtype) for term in terms])
+        if self.rows_N4 is not None:
+            self.rows_N4[rows][group] = terms_4G.t()
+        return terms_4G.sum(dim=1, dtype=torch.float64)
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -186,7 +200,7 @@ def _full_chunk(
         z_GV = student_CV[group]
         terms = job.objective.loss_and_gradient(z_GV, teacher_CV[group], targets_C[group])
         is_agreed_G = _agrees(z_GV, teacher_CV[group].argmax(dim=-1))
-        totals += _totals(terms.loss_N, terms.kl_N, terms.ce_N, is_agreed_G)
+        totals += job.totals(rows, group, (terms.loss_N, terms.kl_N, terms.ce_N, is_agreed_G))
         if job.head.softcap is not None:
             terms.gradient_NV.mul_(1.0 - (z_GV / job.head.softcap).square())  # derivative of tanh
         torch.mul(terms.gradient_NV, job.head.scale / job.denominator, out=z_GV)
@@ -214,7 +228,7 @@ def _expected_chunk(
         log_norm_G = target_z_G + ce_G
         kl_G = expected.neg_entropy_N[rows][group] - mean_logit_C[group] + log_norm_G
         is_agreed_G = _agrees(z_GV, expected.top_N[rows][group])
-        totals += _totals(torch.lerp(kl_G, ce_G, ce_weight), kl_G, ce_G, is_agreed_G)
+        totals += job.totals(rows, group, (torch.lerp(kl_G, ce_G, ce_weight), kl_G, ce_G, is_agreed_G))
         slope_GV = log_q_GV.exp_()
         if ce_weight:
             slope_GV.scatter_add_(1, targets_G1, slope_GV.new_full(targets_G1.shape, -ce_weight))
@@ -223,10 +237,6 @@ def _expected_chunk(
     if gradients.hidden_NH is not None:
         gradients.hidden_NH[rows].sub_(expected_CH, alpha=(1 - ce_weight) / job.denominator)
     return totals
-
-
-def _totals(loss_N: Tensor, kl_N: Tensor, ce_N: Tensor, is_agreed_N: Tensor) -> Tensor:
-    return torch.stack([loss_N, kl_N, ce_N, is_agreed_N.to(loss_N.dtype)]).sum(dim=1, dtype=torch.float64)
 
 
 def _agrees(z_NV: Tensor, top_N: Tensor) -> Tensor:
