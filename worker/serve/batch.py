@@ -209,7 +209,7 @@ class CursorBatch:
         if self.family.takes_positions:
             inputs["position_ids"] = self._positions(columns_W[-num_tokens:], starts_N1).to(self.device)
         logits_N1V: Tensor = self.model(
-            **inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            **inputs, cache=self.cache, use_cache=True, logits_to_keep=1
         ).logits
         return logits_N1V[:, -1].float()
 
