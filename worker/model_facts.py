@@ -8,10 +8,11 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from app.contracts import ChatCost, ModelFacts
-from worker.distill.students import SUPPORTED
+from worker.distill.layers import layer_counts
+from worker.distill.shapes import HALVES, SUPPORTED, context_tokens, shape_of
 from worker.errors import BrokenFile, MissingFile, UnsupportedModel
 from worker.intake import read_safetensors_header, weight_files
 
@@ -35,12 +36,18 @@ def model_facts(folder: Path) -> ModelFacts:
     if not files:
         raise MissingFile("there are no safetensors weights in the model folder")
     tensors = [tensor for file in files for tensor in read_safetensors_header(file).values()]
+    family, writer = shape_of(config), writing_half(config)
+    num_encoder_layers, num_layers = layer_counts(config)
+    is_seq2seq = family == "seq2seq"
     return ModelFacts(
         architecture=config.model_type,
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        vocab_size=config.vocab_size,
-        context_tokens=config.max_position_embeddings,
+        family=family,
+        num_layers=num_layers,
+        num_encoder_layers=num_encoder_layers if is_seq2seq else None,
+        num_decoder_layers=num_layers if is_seq2seq else None,
+        hidden_size=writer.hidden_size,
+        vocab_size=writer.vocab_size,
+        context_tokens=context_tokens(config),
         num_parameters=sum(tensor.num_elements for tensor in tensors),
         tokenizer_sha256=tokenizer_sha256(folder / "tokenizer.json"),
         has_chat_template=has_chat_template(folder),
@@ -48,6 +55,11 @@ def model_facts(folder: Path) -> ModelFacts:
         weights_bytes=sum(file.stat().st_size for file in files),
         weights_sha256=_sha256_of_files(files),
     )
+
+
+def writing_half(config: PretrainedConfig) -> Any:  # Any: transformers is untyped here
+    """Whose width and vocabulary the head has: the decoder of a pair that is made of two models."""
+    return config.decoder if config.model_type == "encoder-decoder" else config
 
 
 def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
@@ -58,24 +70,32 @@ def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
         raise UnsupportedModel(
             f"architecture {str(model_type)[:60]!r} is not supported; supported are {', '.join(SUPPORTED)}"
         )
-    if "quantization_config" in document:
+    halves = (
+        [document.get(name) for name in ("encoder", "decoder")] if model_type == "encoder-decoder" else []
+    )
+    if not all(isinstance(half, dict) and half.get("model_type") in HALVES for half in halves):
+        raise UnsupportedModel(
+            f"the halves of an encoder-decoder may be {', '.join(HALVES)}; these are others"
+        )
+    if any("quantization_config" in part for part in (document, *halves)):
         raise UnsupportedModel("the weights are quantised; import the full-precision model, or a GGUF file")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        sizes = (
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.vocab_size,
-            config.max_position_embeddings,
-        )
+        writer, num_layers = writing_half(config), layer_counts(config)
+        sizes = (sum(num_layers), writer.hidden_size, writer.vocab_size, context_tokens(config))
     except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
         raise BrokenFile(f"config.json cannot be read as a {model_type} configuration: {error}") from error
     limits = (1024, 2**17, 2**22, 2**24)
-    if not all(
-        isinstance(size, int) and 0 < size <= limit for size, limit in zip(sizes, limits, strict=True)
-    ):
+    is_sound = all(
+        isinstance(size, int) and 0 < size <= most for size, most in zip(sizes, limits, strict=True)
+    )
+    if not is_sound or min(num_layers) < (shape_of(config) == "seq2seq"):
         raise BrokenFile(
             f"config.json gives sizes (layers, width, vocabulary, context) {sizes}; at most {limits}"
+        )
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UnsupportedModel(
+            "scale_attn_by_inverse_layer_idx is not supported: a layer's number changes its output"
         )
     return config
 

@@ -27,6 +27,10 @@ class StudentTooDeep(DistillError):
     code = "invalid_value"
 
 
+class InvalidStudent(DistillError):
+    code = "invalid_value"
+
+
 class NanLoss(DistillError):
     code = "nan_loss"
 

@@ -1,110 +1,105 @@
-"""Where the student comes from: layers copied out of the teacher, or a checkpoint as it is."""
+"""Where the student comes from: the start's layers, its width made narrower, itself, adapters on it, or sizes alone."""
 
-import copy
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from app.distillation import Student
-from worker.distill.errors import StudentTooDeep, UnsupportedModel
-
-SUPPORTED = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+from app.distillation import Lora, Student
+from worker.distill.errors import InvalidStudent, StudentTooDeep
+from worker.distill.fresh import build_fresh, fresh_config
+from worker.distill.layers import first_and_last, keep_layers, layer_counts
+from worker.distill.shapes import model_class, read_config, shape_of
 
 
 @dataclass(frozen=True)
 class StudentRecipe:
-    """The student of a run, fit to be built again: `layers` are those kept of `num_available`, None for a checkpoint."""
+    """The student of a run, fit to be built again from folders.
 
+    `layers` are those kept of `num_available`, None where the student keeps all of its start's; of an encoder-decoder
+    they are the decoder's, and `encoder_layers` None means that the encoder stays whole. `calibration` holds token ids
+    by which a width's parts are judged; without it their weights' norms decide.
+    """
+
+    student: Student
     start_dir: Path
-    layers: tuple[int, ...] | None
-    freeze_head: bool
+    tokenizer_dir: Path
     num_available: int
+    layers: tuple[int, ...] | None = None
+    encoder_layers: tuple[int, ...] | None = None
+    freeze_head: bool = False
+    freeze_encoder: bool = False
+    seed: int = 0
+    calibration: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that a trainer puts on the built student, if any: untrained ones change nothing."""
+        return (self.student.lora or Lora()) if self.student.init == "lora" else None
 
     def build(self) -> PreTrainedModel:
-        """The untrained student, in float32 and without dropout."""
+        """The untrained student, in float32 and without dropout; the same bits each time."""
+        if self.student.config is not None:
+            return build_fresh(
+                fresh_config(self.student.config, _tokenizer(self.tokenizer_dir)), seed=self.seed
+            )
         model = load_model(self.start_dir)
-        return model if self.layers is None else keep_layers(model, self.layers)
+        if self.layers is not None:
+            return keep_layers(model, self.layers, self.encoder_layers)
+        return model
 
 
-def plan_student(teacher_dir: Path, start_dir: Path, student: Student) -> StudentRecipe:
-    """Which layers are kept, checked against the model that they are taken from.
+def plan_student(
+    teacher_dir: Path,
+    start_dir: Path,
+    student: Student,
+    num_layers: int | None = None,
+    *,
+    seed: int = 0,
+    calibration: tuple[tuple[int, ...], ...] = (),
+) -> StudentRecipe:
+    """What is kept of which model, checked against that model; num_layers is the rung of a ladder.
 
-    A checkpoint's head is only frozen where it is the teacher's own, since `freeze_head` speaks of a copied head.
-    Raises UnsupportedModel, StudentTooDeep.
+    Copied parts are frozen only where they are the teacher's own, or copied whole: an encoder that lost layers or
+    width has to be trained. Raises UnsupportedModel, StudentTooDeep, InvalidStudent.
     """
-    available = int(read_config(start_dir).num_hidden_layers)
-    if student.init == "checkpoint":
-        is_copied = start_dir.resolve() == teacher_dir.resolve() or _have_one_head(teacher_dir, start_dir)
-        return StudentRecipe(start_dir, None, student.freeze_head and is_copied, available)
-    wanted = student.layers or first_and_last(available, student.num_layers or max(1, available // 2))
-    if len(wanted) > available or max(wanted) >= available:
-        raise StudentTooDeep(
-            f"student.layers asks for {len(wanted)} layers up to number {max(wanted)}, but the model it starts from has "
-            f"{available} (0 to {available - 1}); ask for fewer"
+    if student.config is not None:
+        fresh_config(student.config, _tokenizer(teacher_dir))  # raises what would fail after an hour
+        num_fresh = student.config.num_decoder_layers or student.config.num_layers
+        return StudentRecipe(student, start_dir, teacher_dir, num_fresh, seed=seed)
+    config = read_config(start_dir)
+    if shape_of(config) == "masked":
+        raise InvalidStudent(
+            f"a {config.model_type} model cannot write text, so no student starts from it; use student.init=fresh "
+            "(encoder-decoder is its nearest kind), or start from a causal or encoder-decoder model"
         )
-    return StudentRecipe(start_dir, tuple(wanted), student.freeze_head, available)
-
-
-def first_and_last(num_available: int, num_kept: int) -> tuple[int, ...]:
-    """The first half and the last half, the odd one going to the first: the best start of those measured.
-
-    Raises StudentTooDeep if more layers are wanted than there are.
-    """
-    if num_kept > num_available:
-        raise StudentTooDeep(
-            f"student.num_layers is {num_kept}, but the model it starts from has {num_available}; ask for fewer"
-        )
-    num_first = -(-num_kept // 2)
-    return (*range(num_first), *range(num_available - (num_kept - num_first), num_available))
-
-
-def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a supported causal LM. Raises UnsupportedModel."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if config.model_type not in SUPPORTED:
-        raise UnsupportedModel(
-            f"the model has architecture {config.model_type!r}; supported are {', '.join(SUPPORTED)}"
-        )
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
-        raise UnsupportedModel(
-            "scale_attn_by_inverse_layer_idx is not supported: a layer's number changes its output"
-        )
-    return config
+    _, num_available = layer_counts(config)
+    layers, encoder_layers = (None, None)
+    if student.init == "layers":
+        layers, encoder_layers = _choose_layers(student, config, num_layers)
+    if student.init == "width":
+        raise InvalidStudent("student.init=width is not built yet; use layers")
+    return StudentRecipe(
+        student=student,
+        start_dir=start_dir,
+        tokenizer_dir=start_dir,
+        num_available=num_available,
+        layers=layers,
+        encoder_layers=encoder_layers,
+        freeze_head=_freezes_head(student, teacher_dir, start_dir),
+        freeze_encoder=_freezes_encoder(student, config, encoder_layers, teacher_dir, start_dir),
+        seed=seed,
+        calibration=calibration,
+    )
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """A causal LM in float32, in eval mode, which also keeps its dropout out of training."""
-    read_config(folder)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    """A model of any supported family in float32, in eval mode, which also keeps its dropout out of training."""
+    model: PreTrainedModel = model_class(read_config(folder)).from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
     return model.eval()
-
-
-def keep_layers(teacher: PreTrainedModel, layers: Sequence[int]) -> PreTrainedModel:
-    """A model of the same family that holds copies of the given layers and of everything that is not a layer."""
-    prefix = _layers_prefix(teacher)
-    inside = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    new_number = {old: new for new, old in enumerate(layers)}
-    weights = {}
-    for name, tensor in teacher.state_dict().items():
-        found = inside.match(name)
-        if found is None:
-            weights[name] = tensor
-        elif (old := int(found[1])) in new_number:
-            weights[f"{prefix}.{new_number[old]}.{name[found.end() :]}"] = tensor
-    student: PreTrainedModel = AutoModelForCausalLM.from_config(
-        _cut(teacher.config, layers), dtype=torch.float32
-    )
-    student.load_state_dict(weights)
-    student.generation_config = copy.deepcopy(teacher.generation_config)
-    return student.eval()
 
 
 def freeze_head(model: PreTrainedModel) -> None:
@@ -112,15 +107,9 @@ def freeze_head(model: PreTrainedModel) -> None:
     model.get_output_embeddings().requires_grad_(False)
 
 
-def body_of(model: PreTrainedModel) -> nn.Module:
-    """The transformer without its head; its last hidden state is the head's input."""
-    body: nn.Module = model.base_model
-    return body
-
-
-def context_tokens(config: PretrainedConfig) -> int:
-    """The longest sequence the positions allow."""
-    return int(config.max_position_embeddings)
+def freeze_encoder(model: PreTrainedModel) -> None:
+    """Leaves the encoder, and the embedding that a decoder shares with it, as they are: its outputs stay the same."""
+    model.get_encoder().requires_grad_(False)
 
 
 def num_parameters(model: PreTrainedModel) -> int:
@@ -128,28 +117,68 @@ def num_parameters(model: PreTrainedModel) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def _cut(config: PretrainedConfig, layers: Sequence[int]) -> PretrainedConfig:
-    num_layers = int(config.num_hidden_layers)
-    values: dict[str, Any] = config.to_dict()  # Any: open-ended JSON
-    for name, value in values.items():
-        if isinstance(value, list) and len(value) == num_layers and name in ("layer_types", "no_rope_layers"):
-            values[name] = [value[i] for i in layers]
-    values[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
-    return type(config).from_dict(values)
+def _choose_layers(
+    student: Student, config: PretrainedConfig, num_layers: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Layers of the decoder (or the only ones), and of the encoder if it does not stay whole."""
+    num_encoder, num_decoder = layer_counts(config)
+    if num_encoder == 0 and (student.num_encoder_layers or student.num_decoder_layers):
+        raise InvalidStudent(
+            f"a {config.model_type} model has one kind of layers: give student.num_layers, not num_encoder_layers or "
+            "num_decoder_layers"
+        )
+    asked = num_layers or (student.num_layers if isinstance(student.num_layers, int) else None)
+    counts = {asked, student.num_decoder_layers, len(student.layers) if student.layers else None} - {None}
+    if len(counts) > 1:
+        raise InvalidStudent(
+            "student.num_layers, num_decoder_layers and layers speak of the decoder: give one"
+        )
+    count = next(iter(counts), None) or max(1, num_decoder // 2)
+    layers = student.layers or first_and_last(num_decoder, count)
+    if max(layers) >= num_decoder:
+        raise StudentTooDeep(
+            f"student.layers asks for layer number {max(layers)}, but the model it starts from has {num_decoder} "
+            f"(0 to {num_decoder - 1}); ask for fewer"
+        )
+    if student.num_encoder_layers is None or student.num_encoder_layers == num_encoder:
+        return tuple(layers), None
+    return tuple(layers), first_and_last(num_encoder, student.num_encoder_layers)
 
 
-def _layers_prefix(model: PreTrainedModel) -> str:
-    num_layers = int(model.config.num_hidden_layers)
-    found = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers and name.count(".") == 1
-    ]
-    if len(found) != 1:
-        raise UnsupportedModel(f"cannot tell the layers of a {model.config.model_type} model apart")
-    return str(found[0])
+def _freezes_head(student: Student, teacher_dir: Path, start_dir: Path) -> bool:
+    if student.init == "lora":
+        return True  # adapters leave it alone
+    if student.init == "width" and student.hidden_size is not None:
+        return False
+    if student.init == "checkpoint" and student.freeze_head:
+        return start_dir.resolve() == teacher_dir.resolve() or _have_one_head(teacher_dir, start_dir)
+    return student.freeze_head
+
+
+def _freezes_encoder(
+    student: Student,
+    config: PretrainedConfig,
+    encoder_layers: tuple[int, ...] | None,
+    teacher_dir: Path,
+    start_dir: Path,
+) -> bool:
+    if shape_of(config) != "seq2seq" or not student.freeze_encoder or encoder_layers is not None:
+        return False
+    is_whole = student.init == "layers"
+    return is_whole or (student.init == "checkpoint" and start_dir.resolve() == teacher_dir.resolve())
 
 
 def _have_one_head(one: Path, other: Path) -> bool:
-    heads = [load_model(folder).get_output_embeddings().weight for folder in (one, other)]
-    return heads[0].shape == heads[1].shape and bool(torch.equal(*heads))
+    heads = [load_model(folder).get_output_embeddings() for folder in (one, other)]
+    if any(head is None for head in heads):
+        return False
+    return heads[0].weight.shape == heads[1].weight.shape and bool(
+        torch.equal(heads[0].weight, heads[1].weight)
+    )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer

@@ -9,8 +9,9 @@ from worker.distill.batches import kept_positions, model_input
 from worker.distill.data import Example
 from worker.distill.evaluate import HeldOutRows, measure_speed, rouge_l, size_of
 from worker.distill.heads import head_of
+from worker.distill.layers import keep_layers
 from worker.distill.objectives import TokenObjective
-from worker.distill.students import keep_layers, load_model
+from worker.distill.students import load_model
 from worker.distill.teachers import CachedTeacher, cached_teacher
 from worker.run import EngineSampler
 

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from worker.distill.checkpoint import load_state
 from worker.distill.data import Encoder, read_rows, split_rows
 from worker.distill.errors import NanLoss
+from worker.distill.layers import keep_layers
 from worker.distill.progress import (
     CheckpointLine,
     MemorySink,
@@ -23,7 +24,7 @@ from worker.distill.progress import (
     RunLine,
 )
 from worker.distill.spec import RunSpec
-from worker.distill.students import freeze_head, keep_layers, load_model
+from worker.distill.students import freeze_head, load_model
 from worker.distill.trainer import Stopped, scheduled
 
 MakeSpec = Callable[..., RunSpec]
