@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from tokenizers import Tokenizer, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from worker.errors import BrokenFile, UnsupportedModel, UnsupportedTokenizer
 
@@ -169,7 +169,25 @@ def check_gguf(path: Path) -> GgufHeader:
             f"GGUF pre-tokenizer {str(split)[:60]!r} is not known; known are {', '.join(BYTE_LEVEL_SPLITS)}. "
             "Import the original safetensors folder instead"
         )
+    _check_weights_are_read(header)
     return header
+
+
+def _check_weights_are_read(header: GgufHeader) -> None:
+    """Raises UnsupportedModel for what the library passes over in silence, which would change every answer."""
+    scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in header.tensors:
+        raise UnsupportedModel(
+            "the GGUF file stretches its positions (rope scaling), which is lost in the conversion; "
+            "import the original safetensors folder instead"
+        )
+    if header.architecture == "llama" and any(
+        re.search(r"(attn_\w+|ffn_\w+)\.bias$", n) for n in header.tensors
+    ):
+        raise UnsupportedModel(
+            "the GGUF file holds a llama with biases, which are lost in the conversion; "
+            "import the original safetensors folder instead"
+        )
 
 
 def load_gguf_tokenizer(path: Path, header: GgufHeader) -> Any:  # Any: transformers is untyped here
@@ -206,7 +224,11 @@ def load_gguf_model(path: Path) -> tuple[Any, Any]:  # Any: transformers is unty
     The first one is taken for quantised by the library for ever, although its weights are dense by now.
     """
     loaded = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, trust_remote_code=False
+        path.parent,
+        gguf_file=path.name,
+        config=_config(path),
+        dtype=torch.float32,
+        trust_remote_code=False,
     )
     settings = {name: value for name, value in loaded.config.to_dict().items() if name not in DROPPED}
     plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
@@ -219,3 +241,16 @@ def load_gguf_model(path: Path) -> tuple[Any, Any]:  # Any: transformers is unty
         )
     plain.generation_config = loaded.generation_config
     return loaded, plain
+
+
+def _config(path: Path) -> Any:  # Any: transformers is untyped here
+    """The file's configuration, with the sizes that the library leaves at one checkpoint's."""
+    header = read_gguf_header(path)
+    config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    if header.architecture == "gpt2":
+        config.n_positions = header.context_tokens or config.n_positions
+        config.n_inner = header.metadata.get("gpt2.feed_forward_length")
+    if header.architecture == "qwen3":
+        width = header.metadata.get("qwen3.attention.key_length")
+        config.head_dim = width or config.hidden_size // config.num_attention_heads
+    return config
