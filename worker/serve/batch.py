@@ -4,97 +4,79 @@ A newcomer's prompt of n tokens is laid at columns [cursor - n, cursor) of its o
 nothing of the others. One integer a row, its start, gives mask (column >= start) and position
 (column - start). When the cursor reaches the width everything slides left; a prompt longer than the
 cursor slides everyone right. Leaving moves the last row into the hole.
+
+A row of an encoder-decoder begins with the start token alone; its prompt is encoded once, and what its
+decoder looks at (keys and values of the encoder's output) lies beside, at columns [0, n) of a cache of its own.
 """
 
-# N rows, K newcomers, Q tokens a row in this call, W columns of the window, V vocabulary
+# N rows, K newcomers, Q tokens a row in this call, W columns of the window, S source tokens, H hidden size,
+# V vocabulary
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import EncoderDecoderCache
 
-from worker.serve.families import Family, family_of
-
-FIRST_WIDTH = 256
-FIRST_ROWS = 4
+from worker.serve.cache import WindowedCache
+from worker.serve.families import Call, Family, family_of
 
 
-@dataclass
-class Window:
-    """Which rows and columns the forward call in progress reads and writes."""
+class Sources:
+    """Keys and values of each row's encoded prompt, computed when it joins and never again."""
 
-    rows: slice
-    low: int
-    column: int
-    num_rows: int
-    width: int
+    def __init__(self, past: WindowedCache, *, max_rows: int, max_width: int) -> None:
+        self.cache = WindowedCache(max_rows=max_rows, max_width=max_width)
+        self.with_past = EncoderDecoderCache(past, self.cache)
+        self.lengths: list[int] = []
 
+    def add(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Makes room for newcomers; gives their tokens and mask, padded behind [K, S]."""
+        first_row = len(self.lengths)
+        self.lengths += [len(prompt) for prompt in prompts]
+        self.cache.reserve(len(self.lengths), max(self.lengths[first_row:]))
+        mask_KS = self._mask(slice(first_row, len(self.lengths)))
+        padded = [[*prompt, *[0] * (mask_KS.shape[1] - len(prompt))] for prompt in prompts]
+        return torch.tensor(padded), mask_KS
 
-class CursorLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
-    """Keys and values of one layer, [rows, heads, width, dim], written at the window's column."""
+    def shown_to(self, call: Call, rows: slice, states_KSH: Tensor | None) -> Call:
+        """The call with what its rows look at: the states of newcomers, what the cache holds of the others."""
+        mask_NS = self._mask(rows).to(call.tokens_NQ.device)
+        self.cache.window.open(rows, low=0, column=0, end=mask_NS.shape[1])
+        if states_KSH is None:
+            states_KSH = self.cache.layers[0].keys[:, 0, :, :1]  # read for its size and float alone
+        else:
+            self.with_past.is_updated.clear()  # has the model fill the cache
+        return replace(call, cache=self.with_past, states_NSH=states_KSH, source_mask_NS=mask_NS)
 
-    def __init__(self, window: Window) -> None:
-        super().__init__()
-        self.window = window
-        self.keys: Tensor
-        self.values: Tensor
+    def fork(self, row: int) -> None:
+        self.cache.reserve(len(self.lengths) + 1, self.lengths[row])
+        self._copy(row, len(self.lengths))
+        self.lengths.append(self.lengths[row])
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.keys, self.values = self._room_for(key_states), self._room_for(value_states)
-        self.is_initialized = True
+    def leave(self, row: int, *, is_poisoned: bool) -> None:
+        if is_poisoned:
+            self.cache.wipe_row(row)
+        last = len(self.lengths) - 1
+        if row != last:
+            self._copy(last, row)
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        if not self.lengths:
+            self.cache.shrink()
 
-    def _room_for(self, like: Tensor) -> Tensor:
-        # zeros: a masked column still takes part as 0 * value, and uninitialised memory may hold NaN
-        shape = (self.window.num_rows, like.shape[1], self.window.width, like.shape[3])
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    def _mask(self, rows: slice) -> Tensor:
+        lengths_N1 = torch.tensor(self.lengths[rows])[:, None]
+        return (torch.arange(int(lengths_N1.max())) < lengths_N1).long()
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        w, end = self.window, self.window.column + key_states.shape[2]
-        self.keys[w.rows, :, w.column : end] = key_states
-        self.values[w.rows, :, w.column : end] = value_states
-        return self.keys[w.rows, :, w.low : end], self.values[w.rows, :, w.low : end]
-
-    def get_seq_length(self) -> int:
-        return self.window.column - self.window.low
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def resize(self) -> None:
-        """Takes the window's num_rows and width, keeping what fits."""
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            new = self._room_for(old)
-            new[: old.shape[0], :, : old.shape[2]] = old
-            setattr(self, name, new)
-
-    def copy_row(self, source: int, target: int, columns: slice) -> None:
-        for buffer in (self.keys, self.values):
-            buffer[target, :, columns] = buffer[source, :, columns]
-
-    def move_columns(self, num_rows: int, columns: slice, by: int) -> None:
-        moved = slice(columns.start + by, columns.stop + by)
-        for buffer in (self.keys, self.values):
-            buffer[:num_rows, :, moved] = buffer[:num_rows, :, columns].clone()
-
-    def wipe_row(self, row: int) -> None:
-        self.keys[row].zero_()
-        self.values[row].zero_()
+    def _copy(self, source: int, target: int) -> None:
+        self.cache.copy_row(source, target, slice(0, self.lengths[source]))
 
 
 class CursorBatch:
-    """Rows of one causal model in step. Row numbers are 0 … num_rows - 1; `leave` renumbers the last one."""
+    """Rows of one model in step. Row numbers are 0 … num_rows - 1; `leave` renumbers the last one."""
 
-    def __init__(self, model: nn.Module, *, max_rows: int, max_width: int) -> None:
+    def __init__(self, model: nn.Module, *, max_rows: int, max_width: int, max_source_width: int = 0) -> None:
         self.model = model
         self.family: Family = family_of(model)
         self.device = next(model.parameters()).device
@@ -102,12 +84,10 @@ class CursorBatch:
         self.max_width = max_width
         self.cursor = 0
         self.starts: list[int] = []
-        self._forget()
-
-    def _forget(self) -> None:
-        rows, width = min(FIRST_ROWS, self.max_rows), min(FIRST_WIDTH, self.max_width)
-        self.window = Window(slice(0, 0), low=0, column=0, num_rows=rows, width=width)
-        self.cache = Cache(layer_class_to_replicate=partial(CursorLayer, self.window))
+        self.cache = WindowedCache(max_rows=max_rows, max_width=max_width)
+        self.sources: Sources | None = None
+        if self.family.has_encoder:
+            self.sources = Sources(self.cache, max_rows=max_rows, max_width=max_source_width)
 
     @property
     def num_rows(self) -> int:
@@ -120,31 +100,42 @@ class CursorBatch:
     @torch.no_grad()
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Prefills prompts as new rows at the end; gives each one's next-token logits [K, V], float32."""
+        if self.sources is not None:
+            return self._join_encoded(prompts, self.sources)
         if self.family.can_pad_prompts:
             return self._join(prompts)
         return torch.cat([self._join([prompt]) for prompt in prompts])
 
-    def _join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def _join_encoded(self, prompts: Sequence[Sequence[int]], sources: Sources) -> Tensor:
+        tokens_KS, mask_KS = sources.add(prompts)
+        states_KSH = self.family.encode(self.model, tokens_KS.to(self.device), mask_KS.to(self.device))
+        return self._join([[self.family.start_token]] * len(prompts), states_KSH)
+
+    def _join(self, prompts: Sequence[Sequence[int]], states_KSH: Tensor | None = None) -> Tensor:
         longest = max(len(prompt) for prompt in prompts)
-        self._reserve(self.num_rows + len(prompts), longest)
+        self.cache.reserve(self.num_rows + len(prompts), longest)
         if longest > self.cursor:
             self._slide(longest - self.cursor)
         first_row, column = self.num_rows, self.cursor - longest
         self.starts += [self.cursor - len(prompt) for prompt in prompts]
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        return self._forward(torch.tensor(padded), first_row, low=column, column=column)
+        return self._forward(
+            torch.tensor(padded), first_row, low=column, column=column, states_KSH=states_KSH
+        )
 
     def fork(self, row: int) -> int:
         """A new last row with the same past as `row`."""
-        self._reserve(self.num_rows + 1, self.cursor)
+        self.cache.reserve(self.num_rows + 1, self.cursor)
         self._copy_row(row, self.num_rows)
         self.starts.append(self.starts[row])
+        if self.sources is not None:
+            self.sources.fork(row)
         return self.num_rows - 1
 
     @torch.no_grad()
     def advance(self, tokens: Sequence[int]) -> Tensor:
         """Appends one token to every row; gives the next-token logits [N, V], float32."""
-        if self.cursor == self.window.width:
+        if self.cursor == self.cache.window.width:
             self._make_room()
         logits_NV = self._forward(torch.tensor(tokens)[:, None], 0, low=self.low, column=self.cursor)
         self.cursor += 1
@@ -154,64 +145,51 @@ class CursorBatch:
         """Frees a row; the last row takes its number. A poisoned row's NaNs are wiped, or they would spread."""
         last = self.num_rows - 1
         if is_poisoned:
-            for layer in self.cache.layers:
-                layer.wipe_row(row)
+            self.cache.wipe_row(row)
+        if self.sources is not None:
+            self.sources.leave(row, is_poisoned=is_poisoned)
         if row != last:
             self._copy_row(last, row)
             self.starts[row] = self.starts[last]
         self.starts.pop()
         if not self.starts:
             self.cursor = 0
-            if self.window.width > FIRST_WIDTH or self.window.num_rows > FIRST_ROWS:
-                self._forget()
+            self.cache.shrink()
 
     def _copy_row(self, source: int, target: int) -> None:
-        for layer in self.cache.layers:
-            layer.copy_row(source, target, slice(self.starts[source], self.cursor))
+        self.cache.copy_row(source, target, slice(self.starts[source], self.cursor))
 
     def _make_room(self) -> None:
-        is_worth_sliding = self.low >= self.window.width // 4 or self.window.width == self.max_width
+        width = self.cache.window.width
+        is_worth_sliding = self.low >= width // 4 or width == self.max_width
         if self.low and is_worth_sliding:
             self._slide(-self.low)
         else:
-            self._reserve(self.num_rows, self.window.width + 1)
+            self.cache.reserve(self.num_rows, width + 1)
 
     def _slide(self, by: int) -> None:
         if self.starts:
-            for layer in self.cache.layers:
-                layer.move_columns(self.num_rows, slice(self.low, self.cursor), by)
+            self.cache.move_columns(self.num_rows, slice(self.low, self.cursor), by)
         self.starts = [start + by for start in self.starts]
         self.cursor += by
 
-    def _reserve(self, num_rows: int, width: int) -> None:
-        assert num_rows <= self.max_rows, "admission let in too many rows"
-        assert width <= self.max_width, "admission let in a sequence longer than the batch is wide"
-        w = self.window
-        if num_rows <= w.num_rows and width <= w.width:
-            return
-        if num_rows > w.num_rows:
-            w.num_rows = min(self.max_rows, max(num_rows, 2 * w.num_rows))
-        if width > w.width:
-            w.width = min(self.max_width, max(width, 2 * w.width))
-        for layer in self.cache.layers:
-            layer.resize()
-
-    def _forward(self, tokens_NQ: Tensor, first_row: int, *, low: int, column: int) -> Tensor:
+    def _forward(
+        self, tokens_NQ: Tensor, first_row: int, *, low: int, column: int, states_KSH: Tensor | None = None
+    ) -> Tensor:
         num_rows, num_tokens = tokens_NQ.shape
-        self.window.rows = slice(first_row, first_row + num_rows)
-        self.window.low, self.window.column = low, column
-        starts_N1 = torch.tensor(self.starts[self.window.rows])[:, None]
+        rows = slice(first_row, first_row + num_rows)
+        self.cache.window.open(rows, low=low, column=column, end=column + num_tokens)
+        starts_N1 = torch.tensor(self.starts[rows])[:, None]
         columns_W = torch.arange(low, column + num_tokens)
-        inputs = {
-            "input_ids": tokens_NQ.to(self.device),
-            "attention_mask": self._mask(columns_W, starts_N1).to(self.device),
-        }
-        if self.family.takes_positions:
-            inputs["position_ids"] = self._positions(columns_W[-num_tokens:], starts_N1).to(self.device)
-        logits_N1V: Tensor = self.model(
-            **inputs, cache=self.cache, use_cache=True, logits_to_keep=1
-        ).logits
-        return logits_N1V[:, -1].float()
+        call = Call(
+            tokens_NQ.to(self.device),
+            self._mask(columns_W, starts_N1).to(self.device),
+            self._positions(columns_W[-num_tokens:], starts_N1).to(self.device),
+            self.cache,
+        )
+        if self.sources is not None:
+            call = self.sources.shown_to(call, rows, states_KSH)
+        return self.family.forward(self.model, call).float()
 
     def _mask(self, columns_W: Tensor, starts_N1: Tensor) -> Tensor:
         return (columns_W >= starts_N1).long()

@@ -16,7 +16,10 @@ PREFILL_BUDGET = 1024  # tokens of one prefill call, padding included: bounds ho
 
 @dataclass(eq=False)
 class Sequence:
-    """One choice of one request. `tokens` grows with each step; an end token is its last one."""
+    """One choice of one request. `tokens` grows with each step; an end token is its last one.
+
+    The prompt is what the model's encoder reads, if it has one.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
@@ -43,8 +46,10 @@ class Decoder:
         """`min_joining` newcomers wait for each other where throughput matters more than the first token."""
         self.max_running = max_running
         self.min_joining = min_joining
-        self.batch = CursorBatch(model, max_rows=max_running, max_width=max_context_tokens)
-        self.context_tokens = min(max_context_tokens, self.batch.family.context_tokens or max_context_tokens)
+        self.batch = CursorBatch(
+            model, max_rows=max_running, max_width=max_context_tokens, max_source_width=max_context_tokens
+        )
+        self.context = self.batch.family.context(max_context_tokens)
         self._waiting: Scheduler[Sequence] = Scheduler(prefill_budget=prefill_budget)
         self._rows: list[Sequence] = []  # row i of the batch is sequence i
         self._has_prefilled = False
@@ -61,9 +66,9 @@ class Decoder:
         return bool(self._rows or self.num_waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence; its prompt plus max_tokens must fit context_tokens."""
+        """Queues a sequence; prompt and max_tokens must fit the context."""
         assert sequence.prompt, "the caller refuses empty prompts"
-        assert len(sequence.prompt) + sequence.max_tokens <= self.context_tokens, (
+        assert sequence.max_tokens <= self.context.room_for(len(sequence.prompt)), (
             "the caller checks the context"
         )
         self._waiting.add(sequence)

@@ -10,7 +10,7 @@ from torch import nn
 from app.contracts import Delta, Done, GenerateRequest, Reply
 from worker.serve.decoder import Decoder, Sequence
 from worker.serve.errors import BadLogits, DeadlinePassed, ServeError, failure_of
-from worker.serve.prompts import prompt_tokens
+from worker.serve.prompts import end_id_of, prompt_tokens
 from worker.serve.sampling import Chooser, Pick, seeded_generator
 from worker.serve.stream import Piece, TextStream, TokenText
 
@@ -95,20 +95,22 @@ class TransformersEngine:
                 request,
                 self.tokenizer,
                 vocab_size=self._vocab_size,
-                context_tokens=self._decoder.context_tokens,
+                context=self._decoder.context,
             )
         except ServeError as error:
             self._outbox.append(failure_of(request.id, error))
             return
         sampling = request.sampling
-        streams = [TextStream(self._text, prompt=prompt, stop=sampling.stop) for _ in range(request.n)]
+        # what an encoder reads is not continued
+        before = prompt if self._decoder.context.source_tokens is None else ()
+        streams = [TextStream(self._text, prompt=before, stop=sampling.stop) for _ in range(request.n)]
         self._live[request.id] = _Live(request, len(prompt), streams, num_open=request.n)
         for choice in range(request.n):
             seed = None if sampling.seed is None else sampling.seed + choice
             sequence = Sequence(
                 request_id=request.id,
                 prompt=prompt,
-                max_tokens=min(sampling.max_tokens, self._decoder.context_tokens - len(prompt)),
+                max_tokens=min(sampling.max_tokens, self._decoder.context.room_for(len(prompt))),
                 end_ids=frozenset() if sampling.ignore_eos else self._end_ids,
                 chooser=Chooser(
                     temperature=sampling.temperature,
@@ -192,9 +194,8 @@ class TransformersEngine:
 
 def end_ids(model: nn.Module, tokenizer: Any = None) -> frozenset[int]:  # Any: transformers is untyped here
     """Tokens that end an answer, by the model's generation config, its config and its tokenizer."""
-    sources = [getattr(model, "generation_config", None), model.config, tokenizer]
+    configs = [getattr(model, "generation_config", None), model.config]
     found: set[int] = set()
-    for source in sources:
-        ids = getattr(source, "eos_token_id", None)
+    for ids in (*(getattr(config, "eos_token_id", None) for config in configs), end_id_of(tokenizer)):
         found |= set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
     return frozenset(found)

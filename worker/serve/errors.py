@@ -39,6 +39,10 @@ class MessagesTooLong(PromptTooLong):
     param = "messages"
 
 
+class AnswerTooLong(PromptTooLong):
+    param = "max_tokens"
+
+
 class UnsupportedModel(ServeError):
     code = "unsupported_architecture"
     status = 400

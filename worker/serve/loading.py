@@ -10,7 +10,7 @@ from torch import nn
 
 from worker.gemm import pack_weights
 from worker.serve.errors import ModelLoadFailed
-from worker.serve.families import family_of
+from worker.serve.families import SEQ2SEQ, family_of, refuse_unlisted
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,16 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
     Raises ModelLoadFailed for folders that carry code or lack weights, UnsupportedModel for other families.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # seconds to import; only loading needs them
+
+    # seconds to import; only loading needs them
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     _refuse_code(folder)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        refuse_unlisted(config)
+        loader = AutoModelForSeq2SeqLM if config.model_type in SEQ2SEQ else AutoModelForCausalLM
+        model, report = loader.from_pretrained(
             folder,
             dtype=torch.float32 if device == "cpu" else "auto",
             use_safetensors=True,

@@ -8,6 +8,7 @@ from torch import nn
 from worker.serve import decoder
 from worker.serve.engine import end_ids as end_ids_of
 from worker.serve.errors import BadLogits, PromptTooLong
+from worker.serve.families import Context
 from worker.serve.sampling import Chooser, seeded_generator
 
 PREFILL_BUDGET = 2048  # tokens, padding included; nobody waits for a first token here
@@ -40,6 +41,7 @@ def generate_all(
 ) -> list[Continuation]:
     """One continuation a prompt, in the prompts' order; prompt i samples with seeds[i], else with seed + i.
 
+    An encoder-decoder encodes its prompt and answers with its decoder's tokens, the start token left out.
     `end_ids` defaults to what the model's own configs say. An answer is cut where the context ends.
     `on_answer(i, continuation)` is called when prompt i ends, `on_progress(num_done, num_tokens)` after
     each step; what they raise ends the call.
@@ -61,7 +63,7 @@ def generate_all(
             decoder.Sequence(
                 request_id=str(index),
                 prompt=tuple(prompt),
-                max_tokens=_room_for(prompt, max_new_tokens, runner.context_tokens),
+                max_tokens=_room_for(prompt, max_new_tokens, runner.context),
                 end_ids=ends,
                 chooser=Chooser(
                     temperature,
@@ -103,12 +105,16 @@ def _continuation(sequence: decoder.Sequence) -> Continuation:
     return Continuation(tuple(sequence.tokens), sequence.finish_reason == "stop")
 
 
-def _room_for(prompt: Sequence[int], max_new_tokens: int, context_tokens: int) -> int:
+def _room_for(prompt: Sequence[int], max_new_tokens: int, context: Context) -> int:
     if not prompt:
         raise PromptTooLong("an empty prompt cannot be continued; begin it with a start token")
-    room = min(max_new_tokens, context_tokens - len(prompt))
+    room = min(max_new_tokens, context.room_for(len(prompt)))
+    if room < 1 and context.source_tokens is not None:
+        raise PromptTooLong(
+            f"a prompt of {len(prompt)} tokens does not fit an encoder of {context.source_tokens}; shorten it"
+        )
     if room < 1:
         raise PromptTooLong(
-            f"a prompt of {len(prompt)} tokens leaves no room in a context of {context_tokens}; shorten it"
+            f"a prompt of {len(prompt)} tokens leaves no room in a context of {context.tokens}; shorten it"
         )
     return room

@@ -5,24 +5,32 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from app.contracts import GenerateRequest, Message
-from worker.serve.errors import InvalidMessages, InvalidPrompt, MessagesTooLong, NoChatTemplate, PromptTooLong
+from worker.serve.errors import (
+    AnswerTooLong,
+    InvalidMessages,
+    InvalidPrompt,
+    MessagesTooLong,
+    NoChatTemplate,
+    PromptTooLong,
+)
+from worker.serve.families import Context
 
 Tokenizer = Any  # transformers is untyped here
 
 
 def prompt_tokens(
-    request: GenerateRequest, tokenizer: Tokenizer, *, vocab_size: int, context_tokens: int
+    request: GenerateRequest, tokenizer: Tokenizer, *, vocab_size: int, context: Context
 ) -> tuple[int, ...]:
     """Tokens that leave room for max_tokens, or for one if the request takes what fits.
 
-    Raises InvalidPrompt, InvalidMessages, NoChatTemplate or PromptTooLong.
+    Raises InvalidPrompt, InvalidMessages, NoChatTemplate, PromptTooLong or AnswerTooLong.
     """
     if request.messages is not None:
         tokens = chat_tokens(request.messages, tokenizer)
     elif request.tokens is not None:
         tokens = request.tokens
     else:
-        tokens = tuple(tokenizer(request.text or "").input_ids)
+        tokens = text_tokens(request.text or "", tokenizer, has_encoder=context.source_tokens is not None)
     if not tokens:
         tokens = _start_token(tokenizer)
     unknown = [token for token in tokens if not 0 <= token < vocab_size]
@@ -31,13 +39,46 @@ def prompt_tokens(
             f"token {unknown[0]} is not in the vocabulary; give tokens from 0 to {vocab_size - 1}"
         )
     num_answer = 1 if request.sampling.fits_context else request.sampling.max_tokens
-    if len(tokens) + num_answer > context_tokens:
-        raise (PromptTooLong if request.messages is None else MessagesTooLong)(
-            f"This model's maximum context length is {context_tokens} tokens, but {len(tokens) + num_answer} "
-            f"were asked for ({len(tokens)} in the prompt, {num_answer} for the answer); "
+    if num_answer > context.room_for(len(tokens)):
+        raise _too_long(len(tokens), num_answer, context, is_chat=request.messages is not None)
+    return tokens
+
+
+def _too_long(num_prompt: int, num_answer: int, context: Context, *, is_chat: bool) -> PromptTooLong:
+    error = MessagesTooLong if is_chat else PromptTooLong
+    if context.source_tokens is None:
+        return error(
+            f"This model's maximum context length is {context.tokens} tokens, but {num_prompt + num_answer} "
+            f"were asked for ({num_prompt} in the prompt, {num_answer} for the answer); "
             "shorten the prompt or lower max_tokens"
         )
-    return tokens
+    if num_prompt > context.source_tokens:
+        return error(
+            f"This model's encoder reads at most {context.source_tokens} tokens, but the prompt has "
+            f"{num_prompt}; shorten it"
+        )
+    return AnswerTooLong(
+        f"This model's answers have at most {context.tokens} tokens, but max_tokens is {num_answer}; lower it"
+    )
+
+
+def text_tokens(text: str, tokenizer: Tokenizer, *, has_encoder: bool) -> tuple[int, ...]:
+    """As students are trained: an encoder, and a model whose end token separates, sees what the tokenizer adds.
+
+    Any other model would take an end token behind the prompt for the end of the answer.
+    """
+    tokens = list(tokenizer(text).input_ids)
+    end = end_id_of(tokenizer)
+    if not has_encoder and end != tokenizer.sep_token_id:
+        while tokens and tokens[-1] == end:
+            tokens.pop()
+    return tuple(tokens)
+
+
+def end_id_of(tokenizer: Tokenizer) -> int | None:
+    """The token that ends an answer: BERT's tokenizers have a separator only."""
+    end: int | None = getattr(tokenizer, "eos_token_id", None)
+    return getattr(tokenizer, "sep_token_id", None) if end is None else end
 
 
 def chat_tokens(messages: tuple[Message, ...], tokenizer: Tokenizer) -> tuple[int, ...]:

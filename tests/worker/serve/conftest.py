@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -88,22 +89,36 @@ def text_of() -> Callable[..., str]:
     return join
 
 
-@pytest.fixture
-def next_logits() -> Callable[[nn.Module, list[int]], Tensor]:
-    """A plain forward pass over one whole sequence, no cache."""
+NextLogits = Callable[..., Tensor]
 
-    def forward(model: nn.Module, tokens: list[int]) -> Tensor:
+
+@pytest.fixture
+def next_logits() -> NextLogits:
+    """A plain forward pass over one whole sequence, no cache; of an encoder-decoder, with what it encodes."""
+
+    def forward(model: nn.Module, tokens: list[int], source: list[int] | None = None) -> Tensor:
+        tokens_1T = torch.tensor([tokens])
+        inputs = {"input_ids": tokens_1T}
+        if source is not None:
+            inputs = {"input_ids": torch.tensor([source]), "decoder_input_ids": tokens_1T}
         with torch.no_grad():
-            logits: Tensor = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+            logits: Tensor = model(**inputs, use_cache=False).logits[0, -1]
         return logits
 
     return forward
 
 
+@dataclass
+class _Row:
+    tokens: list[int]
+    source: list[int] | None = None
+
+    def copy(self) -> "_Row":
+        return _Row(list(self.tokens), self.source)
+
+
 @pytest.fixture
-def largest_difference(
-    next_logits: Callable[[nn.Module, list[int]], Tensor],
-) -> Callable[..., float]:
+def largest_difference(next_logits: NextLogits) -> Callable[..., float]:
     """Drives a batch with random joins, forks, steps and leaves, and compares every row with a plain forward pass.
 
     The logits are compared, not the chosen tokens: random models repeat themselves and hide mistakes.
@@ -111,14 +126,19 @@ def largest_difference(
 
     def drive(batch: CursorBatch, *, seed: int, num_moves: int = 120, longest: int = 20) -> float:
         rng = random.Random(seed)
-        rows: list[list[int]] = []
+        rows: list[_Row] = []
         worst = 0.0
 
         def check(logits_NV: Tensor, first_row: int) -> None:
             nonlocal worst
             for row, logits_V in zip(rows[first_row:], logits_NV, strict=True):
-                expected = next_logits(batch.model, row)
+                expected = next_logits(batch.model, row.tokens, row.source)
                 worst = max(worst, float((logits_V - expected).abs().max() / expected.abs().max()))
+
+        def row_of(prompt: list[int]) -> _Row:
+            if batch.family.has_encoder:
+                return _Row([batch.family.start_token], prompt)
+            return _Row(list(prompt))
 
         for _ in range(num_moves):
             num_free = batch.max_rows - len(rows)
@@ -128,22 +148,22 @@ def largest_difference(
                     [rng.randrange(3, 200) for _ in range(rng.randint(1, longest))]
                     for _ in range(rng.randint(1, min(3, num_free)))
                 ]
-                rows += [list(prompt) for prompt in prompts]
+                rows += [row_of(prompt) for prompt in prompts]
                 check(batch.join(prompts), len(rows) - len(prompts))
             elif move == "fork" and num_free and rows:
                 source = rng.randrange(len(rows))
                 assert batch.fork(source) == len(rows)
-                rows.append(list(rows[source]))
+                rows.append(rows[source].copy())
             elif move == "leave" and rows:
                 row = rng.randrange(len(rows))
                 batch.leave(row)
                 last = rows.pop()
                 if row < len(rows):
                     rows[row] = last
-            elif move == "step" and rows and max(map(len, rows)) < batch.max_width:
-                for tokens in rows:
-                    tokens.append(rng.randrange(3, 200))
-                check(batch.advance([tokens[-1] for tokens in rows]), 0)
+            elif move == "step" and rows and max(len(r.tokens) for r in rows) < batch.max_width:
+                for each in rows:
+                    each.tokens.append(rng.randrange(3, 200))
+                check(batch.advance([each.tokens[-1] for each in rows]), 0)
         return worst
 
     return drive
@@ -152,5 +172,5 @@ def largest_difference(
 @pytest.fixture
 def small_first_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers that start tiny, so that growing and sliding happen within a short test."""
-    monkeypatch.setattr("worker.serve.batch.FIRST_WIDTH", 16)
-    monkeypatch.setattr("worker.serve.batch.FIRST_ROWS", 2)
+    monkeypatch.setattr("worker.serve.cache.FIRST_WIDTH", 16)
+    monkeypatch.setattr("worker.serve.cache.FIRST_ROWS", 2)

@@ -40,9 +40,9 @@ def test_the_drive_slides_both_ways_and_grows(llama: LoadedModel, largest_differ
                 slides.append(by)
             super()._slide(by)
 
-        def _forward(self, tokens_NQ: Tensor, first_row: int, *, low: int, column: int) -> Tensor:
-            widths.add(self.window.width)
-            return super()._forward(tokens_NQ, first_row, low=low, column=column)
+        def _positions(self, columns_Q: Tensor, starts_N1: Tensor) -> Tensor:
+            widths.add(self.cache.window.width)
+            return super()._positions(columns_Q, starts_N1)
 
     for seed in range(4):
         largest_difference(Watched(llama.model, max_rows=6, max_width=WIDTH), seed=seed)
@@ -124,8 +124,8 @@ def test_numbers_that_are_none_do_not_reach_the_next_tenant_of_a_row(
 def test_an_empty_batch_gives_its_grown_buffers_back(llama: LoadedModel) -> None:
     batch = CursorBatch(llama.model, max_rows=6, max_width=WIDTH)
     batch.join([list(range(10, 50)), [5], [6], [7]])
-    assert batch.window.width >= 40
+    assert batch.cache.window.width >= 40
     for _ in range(4):
         batch.leave(0)
-    assert (batch.window.width, batch.window.num_rows, batch.cursor) == (16, 2, 0)
-    assert all(not layer.is_initialized for layer in batch.cache.layers)
+    assert (batch.cache.window.width, batch.cache.window.num_rows, batch.cursor) == (16, 2, 0)
+    assert not batch.cache.layers

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, EncoderDecoderConfig
 
 from worker.serve.batch import CursorBatch
 from worker.serve.errors import UnsupportedModel
-from worker.serve.families import CAUSAL, family_of
+from worker.serve.families import CAUSAL, SEQ2SEQ, family_of
 
 pytestmark = pytest.mark.usefixtures("small_first_buffers")
 
@@ -21,6 +21,7 @@ LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+VOCABULARY = {"vocab_size": 200, "pad_token_id": 0, "eos_token_id": 2}
 CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
     "gemma3_text": LLAMA_LIKE
@@ -36,13 +37,69 @@ CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
 }
 
 
-def tiny(model_type: str) -> Any:  # Any: transformers is untyped here
-    config = AutoConfig.for_model(
-        model_type, vocab_size=200, pad_token_id=0, eos_token_id=2, **CONFIGS[model_type]
+SEQ2SEQ_CONFIGS: dict[str, Callable[[], Any]] = {
+    "t5-tied": lambda: t5(feed_forward_proj="relu", tie_word_embeddings=True),
+    "t5-gated": lambda: t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "bart": lambda: AutoConfig.for_model(
+        "bart",
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=40,
+        decoder_start_token_id=2,
+        **VOCABULARY,
+    ),
+    "bert+bert": lambda: halves("bert", "bert"),
+    "roberta+roberta": lambda: halves("roberta", "roberta"),
+    "bert+gpt2": lambda: halves("bert", "gpt2"),
+    "gpt2+bert": lambda: halves("gpt2", "bert"),
+    "bert+wider roberta": lambda: halves("bert", "roberta", hidden_size=48),
+}
+
+
+def t5(**given: Any) -> Any:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+    # few buckets and a short reach, so that distances fall into all of them
+    buckets = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
+    return AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes, **buckets, **VOCABULARY, **given)
+
+
+def halves(encoder: str, decoder: str, hidden_size: int = 32) -> Any:
+    """Two configs of one width unless told otherwise: then the encoder's output is projected."""
+    num_positions = {"bert": 40, "gpt2": 40, "roberta": 42}
+
+    def half(model_type: str, hidden_size: int, num_layers: int, **given: Any) -> Any:
+        return AutoConfig.for_model(
+            model_type,
+            hidden_size=hidden_size,
+            intermediate_size=64,
+            num_hidden_layers=num_layers,
+            num_attention_heads=4,
+            max_position_embeddings=num_positions[model_type],
+            **{**VOCABULARY, "pad_token_id": 1 if model_type == "roberta" else 0, "bos_token_id": 0},
+            **given,
+        )
+
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        half(encoder, 32, 2), half(decoder, hidden_size, 3)
     )
+    config.decoder_start_token_id = 5
+    return config
+
+
+def tiny(model_type: str) -> Any:  # Any: transformers is untyped here
+    if model_type in CONFIGS:
+        config = AutoConfig.for_model(model_type, **VOCABULARY, **CONFIGS[model_type])
+    else:
+        config = SEQ2SEQ_CONFIGS[model_type]()
+    auto = AutoModelForSeq2SeqLM if model_type in SEQ2SEQ_CONFIGS else AutoModelForCausalLM
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
+        model = auto.from_config(config)
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, 0.0, 0.3)
@@ -51,6 +108,7 @@ def tiny(model_type: str) -> Any:  # Any: transformers is untyped here
 
 def test_every_listed_family_is_tried() -> None:
     assert CONFIGS.keys() == CAUSAL
+    assert {config().model_type for config in SEQ2SEQ_CONFIGS.values()} == SEQ2SEQ
 
 
 @pytest.mark.parametrize("model_type", sorted(CAUSAL))
@@ -59,7 +117,15 @@ def test_logits_equal_a_plain_forward_pass(model_type: str, largest_difference: 
     assert largest_difference(batch, seed=3) < 1e-5
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "t5", "gptj"])
+@pytest.mark.parametrize("name", SEQ2SEQ_CONFIGS)
+def test_an_encoder_decoders_logits_equal_a_plain_forward_pass(
+    name: str, largest_difference: Callable[..., float]
+) -> None:
+    batch = CursorBatch(tiny(name), max_rows=5, max_width=40, max_source_width=40)
+    assert largest_difference(batch, seed=3, longest=40) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "gptj"])
 def test_an_unlisted_family_is_refused_by_name(model_type: str) -> None:
     model = torch.nn.Linear(1, 1)
     model.config = AutoConfig.for_model(model_type)

@@ -255,7 +255,7 @@ def test_an_engine_that_breaks_ends_its_requests_only_and_is_loaded_anew(
     host.submit(make_request("b", weights=ref("gpt2"), max_tokens=20))
     run(host, until=lambda found: {reply.id for _, reply in found} == {"a", "b"})
     broken: Any = host._residents["llama"].engine  # Any: reaches into the engine on purpose
-    del broken._decoder.batch.cache.layers[0].keys
+    broken._decoder.batch.cache.layers[0]._buffers.clear()
     found = ends(run(host))
     failure = found["a"]
     assert isinstance(failure, Failure)

@@ -7,6 +7,7 @@ import pytest
 from app.contracts import GenerateRequest, Message
 from tests.tiny import tiny_tokenizer
 from worker.serve.errors import InvalidMessages, InvalidPrompt, MessagesTooLong, NoChatTemplate, PromptTooLong
+from worker.serve.families import Context
 from worker.serve.prompts import prompt_tokens
 
 Make = Callable[..., GenerateRequest]
@@ -17,7 +18,7 @@ def tokens_of(request: GenerateRequest, **given: object) -> tuple[int, ...]:
     tokenizer = tiny_tokenizer()
     for name, value in given.items():
         setattr(tokenizer, name, value)
-    return prompt_tokens(request, tokenizer, vocab_size=384, context_tokens=64)
+    return prompt_tokens(request, tokenizer, vocab_size=384, context=Context(64))
 
 
 def test_text_is_tokenised(make_request: Make) -> None:

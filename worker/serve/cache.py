@@ -1,0 +1,138 @@
+"""Key and value buffers for all rows of a batch; each model call reads and writes a window of them."""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+FIRST_WIDTH = 256
+FIRST_ROWS = 4
+
+
+@dataclass
+class Window:
+    """The rows and columns [low, end) that the call in progress reads; it writes from `column` on."""
+
+    num_rows: int
+    width: int
+    rows: slice = field(default_factory=lambda: slice(0, 0))
+    low: int = 0
+    column: int = 0
+    end: int = 0
+
+    def open(self, rows: slice, *, low: int, column: int, end: int) -> None:
+        self.rows, self.low, self.column, self.end = rows, low, column, end
+
+
+class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
+    """Keys and values of one layer, [rows, heads, width, dim]."""
+
+    def __init__(self, window: Window) -> None:
+        # without the parent's own, which would assign keys and values: they are views here
+        self.window = window
+        self.is_initialized = False
+        self._buffers: list[Tensor] = []
+
+    @property
+    def keys(self) -> Tensor:
+        return self._seen(self._buffers[0])
+
+    @property
+    def values(self) -> Tensor:
+        return self._seen(self._buffers[1])
+
+    def _seen(self, buffer: Tensor) -> Tensor:
+        return buffer[self.window.rows, :, self.window.low : self.window.end]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self._buffers = [self._room_for(key_states), self._room_for(value_states)]
+        self.is_initialized = True
+
+    def _room_for(self, like: Tensor) -> Tensor:
+        # zeros: a masked column still takes part as 0 * value, and uninitialised memory may hold NaN
+        shape = (self.window.num_rows, like.shape[1], self.window.width, like.shape[3])
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        w = self.window
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[w.rows, :, w.column : w.end] = states
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.window.column - self.window.low
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def resize(self) -> None:
+        """Takes the window's num_rows and width, keeping what fits."""
+        for index, old in enumerate(self._buffers):
+            self._buffers[index] = self._room_for(old)
+            self._buffers[index][: old.shape[0], :, : old.shape[2]] = old
+
+    def copy_row(self, source: int, target: int, columns: slice) -> None:
+        for buffer in self._buffers:
+            buffer[target, :, columns] = buffer[source, :, columns]
+
+    def move_columns(self, num_rows: int, columns: slice, by: int) -> None:
+        moved = slice(columns.start + by, columns.stop + by)
+        for buffer in self._buffers:
+            buffer[:num_rows, :, moved] = buffer[:num_rows, :, columns].clone()
+
+    def wipe_row(self, row: int) -> None:
+        for buffer in self._buffers:
+            buffer[row].zero_()
+
+
+class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
+    """All layers of a model with one window; it grows to the rows and columns it is asked for."""
+
+    def __init__(self, *, max_rows: int, max_width: int) -> None:
+        self.max_rows, self.max_width = max_rows, max_width
+        self.window = Window(*self._first_size())
+        super().__init__(layer_class_to_replicate=partial(WindowedLayer, self.window))
+
+    def _first_size(self) -> tuple[int, int]:
+        return min(FIRST_ROWS, self.max_rows), min(FIRST_WIDTH, self.max_width)
+
+    def reserve(self, num_rows: int, width: int) -> None:
+        """Makes room for so many rows and columns."""
+        assert num_rows <= self.max_rows, "admission let in too many rows"
+        assert width <= self.max_width, "admission let in a sequence longer than the batch is wide"
+        w = self.window
+        if num_rows <= w.num_rows and width <= w.width:
+            return
+        if num_rows > w.num_rows:
+            w.num_rows = min(self.max_rows, max(num_rows, 2 * w.num_rows))
+        if width > w.width:
+            w.width = min(self.max_width, max(width, 2 * w.width))
+        for layer in self.layers:
+            layer.resize()
+
+    def shrink(self) -> None:
+        """Gives grown buffers back; what they held is lost."""
+        if (self.window.num_rows, self.window.width) != self._first_size():
+            self.window.num_rows, self.window.width = self._first_size()
+            self.layers.clear()
+
+    def copy_row(self, source: int, target: int, columns: slice) -> None:
+        for layer in self.layers:
+            layer.copy_row(source, target, columns)
+
+    def move_columns(self, num_rows: int, columns: slice, by: int) -> None:
+        for layer in self.layers:
+            layer.move_columns(num_rows, columns, by)
+
+    def wipe_row(self, row: int) -> None:
+        for layer in self.layers:
+            layer.wipe_row(row)
