@@ -108,7 +108,9 @@ class ModelFacts(Contract):
 
     architecture: str
     family: ModelFamily = "causal"
-    num_layers: int
+    num_layers: int  # the decoder's, where there are two kinds
+    num_encoder_layers: int | None = None
+    num_decoder_layers: int | None = None
     hidden_size: int
     vocab_size: int
     context_tokens: int

@@ -16,16 +16,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import BaseModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, EncoderDecoderModel
 
 from app.settings import get_settings
 from worker.distill.progress import ErrorLine, MessageLine, ProgressLine, ResultLine, Sink, StageLine
+from worker.distill.shapes import context_tokens, model_class, shape_of
 from worker.errors import BrokenFile, MissingFile, UnsupportedTokenizer, WorkerError
 from worker.gguf import check_gguf, load_gguf_model, load_gguf_tokenizer
 from worker.hub import fetch_from_hub
 from worker.import_spec import ImportSpec
 from worker.intake import read_safetensors_header, take_in, weight_files
-from worker.model_facts import chat_cost, model_facts, supported_config
+from worker.model_facts import chat_cost, model_facts, supported_config, writing_half
 
 SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
 TEMPLATE_SECONDS = 10
@@ -115,7 +116,7 @@ def _convert_folder(source: Path, target: Path, sink: Sink) -> None:
             source, trust_remote_code=False, local_files_only=True, use_fast=True
         )
         sink(ProgressLine(percent=50))
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = model_class(config).from_pretrained(
             source,
             dtype="auto",
             use_safetensors=True,
@@ -138,11 +139,13 @@ def _convert_folder(source: Path, target: Path, sink: Sink) -> None:
 def _check_size(config: Any, source: Path) -> None:  # Any: transformers is untyped here
     """A configuration that asks for far more than the files hold would fill the memory with random numbers."""
     with torch.device("meta"):
-        claimed = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+        kind = model_class(config)
+        empty = kind(config=config) if kind is EncoderDecoderModel else kind.from_config(config)
+        claimed = sum(p.numel() for p in empty.parameters())
     held = sum(
         t.num_elements for file in weight_files(source) for t in read_safetensors_header(file).values()
     )
-    if claimed > held + config.vocab_size * config.hidden_size:
+    if claimed > held + writing_half(config).vocab_size * writing_half(config).hidden_size:
         raise BrokenFile(
             f"config.json describes {claimed} parameters, the weights hold {held}; they do not belong together"
         )
@@ -153,7 +156,7 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformer
         raise UnsupportedTokenizer(
             "the tokenizer has no fast form (tokenizer.json); save it as one and import again"
         )
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = min(model.get_input_embeddings().weight.shape[0], writing_half(model.config).vocab_size)
     if len(tokenizer) > rows:
         raise BrokenFile(
             f"the tokenizer has {len(tokenizer)} tokens but the model only {rows} embedding rows"
@@ -162,7 +165,8 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformer
     if bad:
         raise BrokenFile(f"the weights of {bad[0]} hold NaN or infinity; the export is damaged")
     if tokenizer.model_max_length > UNSET_LENGTH:
-        tokenizer.model_max_length = model.config.max_position_embeddings
+        tokenizer.model_max_length = context_tokens(model.config)
+    _name_start(model)
     _check_template(tokenizer)
     for name in ("is_local", "local_files_only"):  # how it was loaded is no property of the tokenizer
         tokenizer.init_kwargs.pop(name, None)
@@ -171,6 +175,22 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformer
         tokenizer.save_pretrained(target)
     except (ValueError, StrictDataclassError) as error:  # such as a generation config that contradicts itself
         raise BrokenFile(f"the model cannot be saved again: {str(error)[:300]}") from error
+
+
+def _name_start(model: Any) -> None:  # Any: transformers is untyped here
+    """An encoder-decoder's answers begin behind a token that its own configuration has to name."""
+    if shape_of(model.config) != "seq2seq":
+        return
+    places = (model.config, model.generation_config, writing_half(model.config))
+    start = next(
+        (token for place in places if (token := getattr(place, "decoder_start_token_id", None)) is not None),
+        None,
+    )
+    if not isinstance(start, int) or not 0 <= start < writing_half(model.config).vocab_size:
+        raise BrokenFile(
+            f"config.json gives {start} as decoder_start_token_id; name the token that answers begin behind"
+        )
+    model.config.decoder_start_token_id = start
 
 
 def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped here
@@ -203,11 +223,14 @@ def _check_reload(model: Any, tokenizer: Any, target: Path) -> None:  # Any: tra
         raise UnsupportedTokenizer(
             "the tokenizer gives other tokens after being saved; it cannot be imported faithfully"
         )
-    saved = AutoModelForCausalLM.from_pretrained(
+    saved = model_class(model.config).from_pretrained(
         target, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
+    inputs = {"input_ids": tokens}
+    if shape_of(model.config) == "seq2seq":
+        inputs["decoder_input_ids"] = tokens
     with torch.inference_mode():
-        difference = (model.eval()(tokens).logits - saved.eval()(tokens).logits).abs().max().item()
+        difference = (model.eval()(**inputs).logits - saved.eval()(**inputs).logits).abs().max().item()
     if difference != 0.0:
         raise BrokenFile(
             f"the saved model differs from the source (largest logit difference {difference:.3g})"

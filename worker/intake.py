@@ -26,12 +26,14 @@ JSON_FILES = frozenset(
         "model.safetensors.index.json",
     }
 )
-TEXT_FILES = frozenset({"merges.txt", "chat_template.jinja"})
+TEXT_FILES = frozenset({"merges.txt", "vocab.txt", "chat_template.jinja"})
+TOKENIZERS = ({"tokenizer.json"}, {"vocab.txt"}, {"vocab.json", "merges.txt"})  # any one of these will do
 # Vocabularies: their keys are tokens, and any word is a token.
 FREE_KEYS = frozenset({"tokenizer.json", "vocab.json"})
 # Harmless, and not taken along.
 IGNORED = re.compile(
-    r"(README|LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\..*)?|.*\.md|\..*|_?manifest\.json|added_tokens\.json|tokenizer\.model",
+    r"(README|LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\..*)?|.*\.md|\..*|_?manifest\.json|added_tokens\.json"
+    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model",
     re.IGNORECASE,
 )
 CAN_RUN_CODE = re.compile(
@@ -99,9 +101,9 @@ def accepted_names(names: Iterable[str]) -> list[str]:
         raise MissingFile(
             "there are no safetensors weights (model.safetensors, or model-00001-of-0000N.safetensors with its index)"
         )
-    if "tokenizer.json" not in accepted and not {"vocab.json", "merges.txt"} <= set(accepted):
+    if not any(files <= set(accepted) for files in TOKENIZERS):
         raise MissingFile(
-            "there is no tokenizer: tokenizer.json, or vocab.json with merges.txt, must lie beside it"
+            "there is no tokenizer: tokenizer.json, vocab.txt, or vocab.json with merges.txt, must lie beside it"
         )
     return accepted
 

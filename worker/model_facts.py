@@ -16,6 +16,7 @@ from worker.distill.shapes import HALVES, SUPPORTED, context_tokens, shape_of
 from worker.errors import BrokenFile, MissingFile, UnsupportedModel
 from worker.intake import read_safetensors_header, weight_files
 
+BUFFER = "final_logits_bias"  # BART keeps it among its weights and never trains it
 PROBES = (
     "The capital of France is Paris.",
     "1. first\n\n2. second\n\n10. tenth, 3.14159 and 1234567",
@@ -35,7 +36,9 @@ def model_facts(folder: Path) -> ModelFacts:
     files = weight_files(folder)
     if not files:
         raise MissingFile("there are no safetensors weights in the model folder")
-    tensors = [tensor for file in files for tensor in read_safetensors_header(file).values()]
+    tensors = [
+        tensor for file in files for name, tensor in read_safetensors_header(file).items() if name != BUFFER
+    ]
     family, writer = shape_of(config), writing_half(config)
     num_encoder_layers, num_layers = layer_counts(config)
     is_seq2seq = family == "seq2seq"
