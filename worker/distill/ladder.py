@@ -1,0 +1,37 @@
+"""A ladder of students: which of them pass the gate, and which one is registered."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from app.distillation import Evaluation, Gate
+
+Figures = Mapping[str, Any]  # Any: a student's public entry, see report.py
+LESS_IS_BETTER = ("kl", "perplexity")
+
+
+def passes(gate: Gate | None, figures: Figures) -> bool:
+    """Whether the student is good enough; one whose metric could not be measured is not."""
+    if gate is None:
+        return True
+    value = figures.get(gate.metric)
+    if value is None:
+        return False
+    if gate.at_least is not None:
+        return bool(value >= gate.at_least)
+    return bool(value <= gate.at_most)
+
+
+def choose(ladder: Sequence[Figures], evaluation: Evaluation) -> int | None:
+    """The number of the student to register, None if none passes.
+
+    The best is so by the gate's metric, or by KL without a gate; among equals the smallest.
+    """
+    passing = [i for i, figures in enumerate(ladder) if passes(evaluation.gate, figures)]
+    metric = evaluation.gate.metric if evaluation.gate is not None else "kl"
+    sign = 1 if metric in LESS_IS_BETTER else -1
+
+    def rank(i: int) -> tuple[float, float]:
+        size = ladder[i]["num_parameters"]
+        return (size, 0.0) if evaluation.choose == "smallest_passing" else (sign * ladder[i][metric], size)
+
+    return min(passing, key=rank, default=None)

@@ -1,0 +1,90 @@
+"""How sure a figure of the held-out rows is: bootstrap intervals, and those of the difference of two models.
+
+Rows are drawn, not tokens: the tokens of a row are not independent. A figure is therefore written as a function of how
+often each row is drawn; with the same seed two figures see the same draws, so that their difference is a paired one.
+D draws, R rows.
+Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13 (percentile intervals).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+Interval = tuple[float, float]
+NUM_DRAWS = 1000
+BLOCK_COUNTS = 2**22  # draws times rows that are held at a time: 32 MiB
+MAX_LOG = 700.0  # the exponential of more overflows
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of R rows: `of` gives it for each draw [D] from how often each row was drawn [D, R]."""
+
+    num_rows: int
+    of: Callable[[Array], Array]
+
+    @property
+    def value(self) -> float:
+        """Of the rows as they are."""
+        return float(self.of(np.ones((1, self.num_rows)))[0])
+
+    def interval(self, *, seed: int = 0, num_draws: int = NUM_DRAWS, confidence: float = 0.95) -> Interval:
+        """Percentile bootstrap interval."""
+        tail = 50 * (1 - confidence)
+        drawn_D = np.concatenate([self.of(counts_DR) for counts_DR in _draws(self.num_rows, num_draws, seed)])
+        low, high = np.percentile(drawn_D, [tail, 100 - tail])
+        return float(low), float(high)
+
+    def minus(self, other: "Figure") -> "Figure":
+        """The difference of two figures of the same rows."""
+        assert self.num_rows == other.num_rows
+        return Figure(self.num_rows, lambda counts_DR: self.of(counts_DR) - other.of(counts_DR))
+
+
+def mean(values: ArrayLike, weights: ArrayLike | None = None) -> Figure:
+    """Sum of the rows' values over the sum of their weights, which are 1 unless given.
+
+    A mean over tokens has the rows' sums as values and their numbers of tokens as weights.
+    """
+    values_R = np.asarray(values, dtype=np.float64)
+    weights_R = np.ones_like(values_R) if weights is None else np.asarray(weights, dtype=np.float64)
+    assert values_R.shape == weights_R.shape
+    assert (weights_R > 0).all()
+    return Figure(len(values_R), lambda counts_DR: (counts_DR @ values_R) / (counts_DR @ weights_R))
+
+
+def exponential(figure: Figure) -> Figure:
+    """Perplexity of a mean cross-entropy; capped, since an untrained student must not overflow a report."""
+    return Figure(figure.num_rows, lambda counts_DR: np.exp(np.minimum(figure.of(counts_DR), MAX_LOG)))
+
+
+def macro_f1(predicted: Sequence[str], actual: Sequence[str], classes: Sequence[str]) -> Figure:
+    """Mean over classes of 2 TP / (2 TP + FP + FN), over those that are actual in the draw; 0 if none is."""
+    is_predicted_RC = _one_hot(predicted, classes)
+    is_actual_RC = _one_hot(actual, classes)
+
+    def of(counts_DR: Array) -> Array:
+        hits_DC = counts_DR @ (is_predicted_RC * is_actual_RC)
+        actual_DC = counts_DR @ is_actual_RC
+        # a class that is not actual has no hits and so adds nothing; the 1 keeps 0/0 away
+        f1_DC = 2 * hits_DC / np.maximum(counts_DR @ is_predicted_RC + actual_DC, 1)
+        return np.asarray(f1_DC.sum(axis=1) / np.maximum((actual_DC > 0).sum(axis=1), 1))
+
+    return Figure(len(actual), of)
+
+
+def _one_hot(labels: Sequence[str], classes: Sequence[str]) -> Array:
+    return np.array([[label == name for name in classes] for label in labels], dtype=np.float64)
+
+
+def _draws(num_rows: int, num_draws: int, seed: int) -> Iterator[Array]:
+    """How often each row comes up in each draw of R rows, in blocks: the same for the same numbers and seed."""
+    random = np.random.default_rng(seed)
+    shares_R = np.full(num_rows, 1 / num_rows)
+    block = max(1, BLOCK_COUNTS // num_rows)
+    for start in range(0, num_draws, block):
+        counts_DR = random.multinomial(num_rows, shares_R, size=min(block, num_draws - start))
+        yield counts_DR.astype(np.float64)
