@@ -2,7 +2,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.collections import LineCollection
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from app.distillation import Gate
@@ -21,6 +23,11 @@ RUNGS = [
     Rung("2 layers", figures(2_000_000, 2.0, 0.5, tokens_per_second=80.0), passed=False),
 ]
 GATE = Gate(metric="agreement", at_least=0.6)
+
+
+def position(line: Line2D) -> tuple[float, float]:
+    x, y = np.asarray(line.get_xydata())[0]
+    return float(x), float(y)
 
 
 def test_the_same_ladder_is_a_picture_and_json(tmp_path: Path) -> None:
@@ -42,13 +49,11 @@ def test_a_panel_shows_points_intervals_teacher_and_gate() -> None:
     assert kl.get_ylabel() == "KL, nats a token"
     assert kl.get_xlabel() == "parameters, millions"
     points = [line for line in kl.lines if line.get_marker() in ("o", "D")]
-    assert [tuple(line.get_xydata()[0]) for line in points] == [(4.0, 1.0), (2.0, 2.0)]
+    assert [position(line) for line in points] == [(4.0, 1.0), (2.0, 2.0)]
     assert [line.get_color() for line in points] == [CHOSEN, FAILED]
     bars = [bar.get_segments()[0] for bar in kl.collections if isinstance(bar, LineCollection)]
     assert [(bar[0][1], bar[1][1]) for bar in bars] == [(0.9, 1.2), (1.9, 2.2)]
-    across = {
-        line.get_color(): line.get_xydata()[0, 1] for line in agreement.lines if line.get_marker() == "None"
-    }
+    across = {line.get_color(): position(line)[1] for line in agreement.lines if line.get_marker() == "None"}
     assert (across[TEACHER], across[CHOSEN]) == (100.0, 60.0)
     assert len(speed.collections) == 0  # a speed has no interval
     assert not unused.get_visible()
