@@ -1,8 +1,9 @@
 """Language-model head and distillation loss in one pass over chunks of rows, the gradient computed in the forward.
 
 N rows (completion positions), C rows of one chunk, H hidden width (the student's and the teacher's may differ),
-V vocabulary. No [N, V] tensor ever exists: a chunk's logits live in scratch that the next chunk reuses, and what
-is kept for the backward is the gradient in the hidden states [N, H] and, unless the head is frozen, in the head.
+V vocabulary, U the teacher's (the same, unless ranks are matched). No [N, V] tensor ever exists: a chunk's logits
+live in scratch that the next chunk reuses, and what is kept for the backward is the gradient in the hidden states
+[N, H] and, unless the head is frozen, in the head.
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from worker.distill.heads import (
     write_logits,
 )
 from worker.distill.objectives import TokenObjective, row_dot
+from worker.distill.topk import bucket_terms
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class RowStats:
     """Sums over rows, left on the device until one is read. KL is KL(p || q) and CE is with the targets, both at T = 1.
 
     rows_N4 has each row's own loss, KL, CE and agreement where they were asked for; sums of stats have none.
+    Of top-k teacher rows KL is that of their buckets, a lower bound. Where ranks are matched between vocabularies
+    there is neither KL nor agreement: both are 0.
     """
 
     num_rows: int
@@ -78,10 +82,10 @@ def fused_distillation_loss(
     The denominator is the number of completion tokens of the whole optimizer step, so that micro-batches of unequal
     size weigh their tokens alike. The loss can be backpropagated once; under `torch.no_grad` (evaluation) the gradients
     are not computed.
-    Raises VocabMismatch if the two heads have different numbers of tokens.
+    Raises VocabMismatch if the two heads have different numbers of tokens and the objective matches tokens.
     """
     assert denominator > 0
-    if student_head.num_tokens != teacher.head.num_tokens:
+    if objective.matches == "token" and student_head.num_tokens != teacher.head.num_tokens:
         raise VocabMismatch(
             f"the student has {student_head.num_tokens} tokens and the teacher {teacher.head.num_tokens}; "
             "pick a pair that shares a tokenizer"
@@ -112,8 +116,7 @@ class _Job:
     rows_N4: Tensor | None
 
     def can_use_expected(self) -> bool:
-        o = self.objective
-        is_exact = o.divergence == "forward_kl" and o.temperature == 1.0 and not self.is_head_trained
+        is_exact = self.objective.is_forward_kl and not self.is_head_trained
         if self.teacher.expected is not None and is_exact:
             return True
         assert self.teacher.hidden_NH is not None, "expected rows serve forward KL at T = 1 and a frozen head"
@@ -142,13 +145,16 @@ class _FusedLoss(torch.autograd.Function):
         chunks = split_rows(len(hidden_NH), job.head, job.chunk_rows)
         student_CV = new_scratch(chunks, job.head)
         totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
-        if job.can_use_expected():
+        if job.teacher.top is not None:
+            for rows in chunks:
+                totals += _top_chunk(job, hidden_NH, rows, student_CV, sums_of)
+        elif job.can_use_expected():
             for rows in chunks:
                 totals += _expected_chunk(job, hidden_NH, rows, student_CV, sums_of)
         else:
-            teacher_CV = torch.empty_like(student_CV)
+            teacher_CU = student_CV.new_empty(len(student_CV), job.teacher.head.num_tokens)
             for rows in chunks:
-                totals += _full_chunk(job, hidden_NH, rows, student_CV, teacher_CV, sums_of)
+                totals += _full_chunk(job, hidden_NH, rows, student_CV, teacher_CU, sums_of)
         ctx.save_for_backward(
             sums_of.hidden_NH,
             None if sums_of.weight_VH is None else sums_of.weight_VH.to(weight_VH.dtype),
@@ -188,24 +194,51 @@ class _Gradients:
 
 
 def _full_chunk(
-    job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, teacher_CV: Tensor, gradients: _Gradients
+    job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, teacher_CU: Tensor, gradients: _Gradients
 ) -> Tensor:
     """Sums of a chunk from both heads' logits; the student's are replaced by their gradient on the way."""
     assert job.teacher.hidden_NH is not None
     student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
-    teacher_CV = write_logits(job.teacher.head, job.teacher.hidden_NH[rows], teacher_CV)
+    teacher_CU = write_logits(job.teacher.head, job.teacher.hidden_NH[rows], teacher_CU)
     targets_C = job.targets_N[rows]
     totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
     for group in split_groups(student_CV):
         z_GV = student_CV[group]
-        terms = job.objective.loss_and_gradient(z_GV, teacher_CV[group], targets_C[group])
-        is_agreed_G = _agrees(z_GV, teacher_CV[group].argmax(dim=-1))
+        terms = job.objective.loss_and_gradient(z_GV, teacher_CU[group], targets_C[group])
+        if job.objective.matches == "rank":
+            is_agreed_G = torch.zeros_like(terms.loss_N)
+        else:
+            is_agreed_G = _agrees(z_GV, teacher_CU[group].argmax(dim=-1))
         totals += job.totals(rows, group, (terms.loss_N, terms.kl_N, terms.ce_N, is_agreed_G))
-        if job.head.softcap is not None:
-            terms.gradient_NV.mul_(1.0 - (z_GV / job.head.softcap).square())  # derivative of tanh
-        torch.mul(terms.gradient_NV, job.head.scale / job.denominator, out=z_GV)
+        _replace_logits(z_GV, terms.gradient_NV, job)
     gradients.add(job.head, hidden_NH[rows], rows, student_CV)
     return totals
+
+
+def _top_chunk(
+    job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, gradients: _Gradients
+) -> Tensor:
+    """The same sums from the teacher's most likely tokens and the student's logits."""
+    assert job.teacher.top is not None
+    top = job.teacher.top[rows]
+    student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
+    targets_C = job.targets_N[rows]
+    totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
+    for group in split_groups(student_CV):
+        z_GV = student_CV[group]
+        terms = bucket_terms(job.objective, z_GV, top[group], targets_C[group])
+        is_agreed_G = _agrees(z_GV, top.ids_NK[group][:, 0])
+        totals += job.totals(rows, group, (terms.loss_N, terms.kl_N, terms.ce_N, is_agreed_G))
+        _replace_logits(z_GV, terms.gradient_NV, job)
+    gradients.add(job.head, hidden_NH[rows], rows, student_CV)
+    return totals
+
+
+def _replace_logits(z_GV: Tensor, gradient_GV: Tensor, job: _Job) -> None:
+    """Write over logits the gradient in h W^T + b; the given gradient is used up."""
+    if job.head.softcap is not None:
+        gradient_GV.mul_(1.0 - (z_GV / job.head.softcap).square())  # derivative of tanh
+    torch.mul(gradient_GV, job.head.scale / job.denominator, out=z_GV)
 
 
 def _expected_chunk(

@@ -11,15 +11,18 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import EncoderDecoderModel, PretrainedConfig, PreTrainedModel
 
 from worker import gemm
 from worker.distill.errors import UnsupportedModel, VocabMismatch
 from worker.distill.objectives import row_dot
+from worker.distill.shapes import model_class, read_config
+from worker.distill.topk import TopRows
 
 CPU_CHUNK_ROWS = 128  # measured: fewer starve the matrix product, more leave the cache
 DEVICE_CHUNK_BYTES = 2**28  # of one chunk's logits, on a GPU
 CPU_GROUP_BYTES = 2**20  # logits that the elementwise passes take at a time, so that they stay in the cache
+BART_BIAS = "final_logits_bias"  # a buffer beside the head, [1, V], never trained
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class Head:
 class TeacherRows:
     """The teacher's side of N rows: hidden_NH is its head's input (after the final norm).
 
-    With `expected` the rows need no teacher logits at all; then hidden_NH may be None.
+    With `expected` or `top` the rows need no teacher logits at all; then hidden_NH may be None, and the head is only
+    asked for its number of tokens. `top` is used wherever it is given.
     """
 
     head: Head
     hidden_NH: Tensor | None = None
     expected: "ExpectedRows | None" = None
+    top: TopRows | None = None
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,11 @@ class ExpectedRows:
 
 
 def head_of(model: PreTrainedModel, num_tokens: int | None = None) -> Head:
-    """The head of a causal LM, cut to the tokenizer's `num_tokens`: padding rows get no probability.
+    """The head of a language model, cut to the tokenizer's `num_tokens`: padding rows get no probability.
 
-    The weight is the model's own (or a view of it), so gradients reach it, and a tied embedding with it.
+    Its input is the decoder's last states, after the layer that BERT and RoBERTa have before the matrix
+    (bodies.hidden_rows); what T5 does to them in between is the head's scale. Weight and bias are the model's own
+    (or views of them), so gradients reach them, and a tied embedding too.
     """
     linear = model.get_output_embeddings()
     if not isinstance(linear, torch.nn.Linear):
@@ -78,41 +85,80 @@ def head_of(model: PreTrainedModel, num_tokens: int | None = None) -> Head:
             "use the tokenizer that belongs to the model"
         )
     is_cut = num_tokens is not None and num_tokens < linear.weight.shape[0]
-    bias_V = linear.bias
+    bias_V = _bias_of(model, linear)
+    config = model.config.decoder if model.config.model_type == "encoder-decoder" else model.config
     return Head(
         weight_VH=linear.weight[:num_tokens] if is_cut else linear.weight,
         bias_V=bias_V[:num_tokens] if is_cut and bias_V is not None else bias_V,
-        scale=float(getattr(model.config, "logit_scale", None) or 1.0),
-        softcap=getattr(model.config, "final_logit_softcapping", None),
+        scale=_scale_of(config),
+        softcap=getattr(config, "final_logit_softcapping", None),
     )
+
+
+def _bias_of(model: PreTrainedModel, linear: torch.nn.Linear) -> Tensor | None:
+    bias_V: Tensor | None = linear.bias
+    buffer_1V: Tensor | None = getattr(model, BART_BIAS, None)
+    return bias_V if buffer_1V is None else buffer_1V[0]
+
+
+def _scale_of(config: PretrainedConfig) -> float:
+    if config.model_type == "t5" and config.scale_decoder_outputs:  # a T5 whose embedding is tied to the head
+        return float(config.d_model**-0.5)
+    return float(getattr(config, "logit_scale", None) or 1.0)
 
 
 def load_head(folder: Path, num_tokens: int | None = None, *, dtype: torch.dtype = torch.float32) -> Head:
     """The head of a model's folder, without reading the rest of its weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
+    kind = model_class(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        is_pair = kind is EncoderDecoderModel  # the one class that no auto class makes
+        model = kind(config) if is_pair else kind.from_config(config, trust_remote_code=False)
     head = head_of(model, num_tokens)
     linear = model.get_output_embeddings()
-    weight = _load_tensor(folder, model, linear.weight)
-    bias = None if linear.bias is None else _load_tensor(folder, model, linear.bias)
+    names = _names_of(model, linear.weight)
+    weight_VH, bias_V = _find_tensor(folder, names), None
+    if weight_VH is None:
+        raise UnsupportedModel(f"no safetensors file of the model holds its head ({' or '.join(names)})")
+    if linear.bias is not None:
+        bias_V = _find_tensor(folder, _names_of(model, linear.bias))
+    elif head.bias_V is not None:
+        buffer_1V = _find_tensor(folder, [BART_BIAS])
+        bias_V = None if buffer_1V is None else buffer_1V[0]
+    if head.bias_V is not None and bias_V is None:
+        bias_V = weight_VH.new_zeros(len(weight_VH))  # as transformers does
     return replace(
         head,
-        weight_VH=weight[: head.num_tokens].to(dtype),
-        bias_V=None if bias is None else bias[: head.num_tokens].to(dtype),
+        weight_VH=weight_VH[: head.num_tokens].to(dtype),
+        bias_V=None if bias_V is None else bias_V[: head.num_tokens].to(dtype),
     )
 
 
-def _load_tensor(folder: Path, model: PreTrainedModel, parameter: Tensor) -> Tensor:
-    """A parameter under any name that its tied copies have, with or without the prefix of the body."""
+def _names_of(model: PreTrainedModel, parameter: Tensor) -> list[str]:
+    """What files may call a parameter of the head: its own name first, because a file may hold tied copies that differ.
+
+    Then come the names of its tied copies, each with and without the prefix of the body.
+    """
+    linear = model.get_output_embeddings()
+    own = next(name for name, module in model.named_modules() if module is linear)
     names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+    names.sort(key=lambda name: not name.startswith(f"{own}."))
     names += [name.removeprefix(f"{model.base_model_prefix}.") for name in names]
+    return ["embed_out.weight", *names] if model.config.model_type == "gpt_neox" else names
+
+
+def _find_tensor(folder: Path, names: list[str]) -> Tensor | None:
+    """The tensor with the first of the names that a safetensors file of the folder has."""
+    paths: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
-            for name in sorted(set(names) & set(tensors.keys())):
+            paths |= dict.fromkeys(tensors.keys(), path)
+    for name in names:
+        if name in paths:
+            with safe_open(paths[name], framework="pt") as tensors:
                 found: Tensor = tensors.get_tensor(name)
                 return found
-    raise UnsupportedModel(f"no safetensors file of the model holds its head ({' or '.join(names)})")
+    return None
 
 
 @torch.no_grad()
@@ -139,6 +185,30 @@ def expected_rows(hidden_NH: Tensor, head: Head, *, chunk_rows: int | None = Non
                 expected.neg_entropy_N[rows][group] -= head.scale * (p_GV @ head.bias_V.to(dtype))
         expected.head_NH[rows] = matmul(p_CV, head.weight_VH).mul_(head.scale)
     return expected
+
+
+@torch.no_grad()
+def top_rows(hidden_NH: Tensor, head: Head, k: int, *, chunk_rows: int | None = None) -> TopRows:
+    """The teacher's rows reduced to its k most likely tokens and the mass of the others."""
+    assert 0 < k < head.num_tokens
+    N, dtype = len(hidden_NH), scratch_dtype(head)
+    top = TopRows(
+        ids_NK=torch.empty((N, k), dtype=torch.int64, device=hidden_NH.device),
+        log_p_NK=hidden_NH.new_empty((N, k), dtype=dtype),
+        log_rest_N=hidden_NH.new_empty(N, dtype=dtype),
+    )
+    chunks = split_rows(N, head, chunk_rows)
+    scratch_CV = new_scratch(chunks, head)
+    for rows in chunks:
+        z_CV = write_logits(head, hidden_NH[rows], scratch_CV)
+        for group in split_groups(z_CV):
+            log_p_GV = torch.log_softmax(z_CV[group], dim=-1)
+            log_p_GK, ids_GK = log_p_GV.topk(k, dim=-1)
+            top.ids_NK[rows][group], top.log_p_NK[rows][group] = ids_GK, log_p_GK
+            # summed up, because 1 - sum(p) would round to nothing
+            log_p_GV.scatter_(1, ids_GK, -torch.inf)
+            top.log_rest_N[rows][group] = log_p_GV.logsumexp(dim=-1)
+    return top
 
 
 def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:

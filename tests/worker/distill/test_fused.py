@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.worker.distill.test_objectives import plain_loss as row_losses
 from worker.distill import heads
 from worker.distill.errors import VocabMismatch
 from worker.distill.fused import RowStats, fused_distillation_loss
@@ -20,7 +21,12 @@ OBJECTIVES = [
     TokenObjective("reverse_kl", temperature=2.0),
     TokenObjective("jsd", beta=0.3, temperature=1.5, ce_weight=0.5),
     TokenObjective("skew_forward_kl", alpha=0.2),
+    TokenObjective("skew_reverse_kl", alpha=0.3, temperature=2.0),
+    TokenObjective("tvd", ce_weight=0.2),
+    TokenObjective("alpha_beta", alpha=0.2, beta=0.7, temperature=1.5),
+    TokenObjective("logit_mse", temperature=2.0, ce_weight=0.4),
 ]
+RANKS = TokenObjective(matches="rank", temperature=1.5, ce_weight=0.3)
 
 
 class Case:
@@ -32,6 +38,7 @@ class Case:
         *,
         num_rows: int = N,
         num_tokens: int = V,
+        teacher_tokens: int | None = None,
         bias: bool = True,
         is_head_frozen: bool = False,
         scale: float = 1.0,
@@ -46,9 +53,8 @@ class Case:
         self.weight = draw(num_tokens, H).requires_grad_(not is_head_frozen)
         self.bias = draw(num_tokens).requires_grad_(not is_head_frozen) if bias else None
         self.head = Head(self.weight, self.bias, scale=scale, softcap=softcap)
-        self.teacher = TeacherRows(
-            Head(draw(num_tokens, H_TEACHER) / 2, draw(num_tokens)), draw(num_rows, H_TEACHER)
-        )
+        wide = teacher_tokens or num_tokens
+        self.teacher = TeacherRows(Head(draw(wide, H_TEACHER) / 2, draw(wide)), draw(num_rows, H_TEACHER))
         self.targets = torch.randint(num_tokens, (num_rows,), generator=generator)
 
     def leaves(self) -> list[Tensor]:
@@ -71,22 +77,7 @@ def plain_loss(case: Case, objective: TokenObjective, denominator: float) -> Ten
     assert case.teacher.hidden_NH is not None
     student = plain_logits(case.hidden, case.head)
     teacher = plain_logits(case.teacher.hidden_NH, case.teacher.head)
-    t, w = objective.temperature, objective.ce_weight
-    p, q = (teacher / t).softmax(-1), (student / t).softmax(-1)
-    alpha, beta = objective.alpha, objective.beta
-
-    def kl(a: Tensor, b: Tensor) -> Tensor:
-        return (a * (a / b).log()).sum()
-
-    m = beta * p + (1 - beta) * q
-    divergence = {
-        "forward_kl": lambda: kl(p, q),
-        "reverse_kl": lambda: kl(q, p),
-        "jsd": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
-        "skew_forward_kl": lambda: kl(p, alpha * p + (1 - alpha) * q),
-    }[objective.divergence]()
-    ce = torch.nn.functional.cross_entropy(student, case.targets, reduction="sum")
-    return ((1 - w) * t**2 * divergence + w * ce) / denominator
+    return row_losses(student, teacher, case.targets, objective).sum() / denominator
 
 
 def fused(case: Case, objective: TokenObjective, chunk_rows: int | None = None) -> tuple[Tensor, RowStats]:
@@ -111,7 +102,7 @@ def assert_equals_plain(case: Case, objective: TokenObjective, tolerance: float)
     torch.testing.assert_close(case.gradients(), expected_gradients, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, RANKS], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("is_head_frozen", [False, True])
 def test_loss_and_gradients_are_those_of_the_plain_computation(
@@ -124,7 +115,7 @@ def test_head_without_bias() -> None:
     assert_equals_plain(Case(bias=False), OBJECTIVES[0], 1e-12)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, RANKS], ids=str)
 def test_scale_and_softcap_of_the_head_are_in_loss_and_gradient(objective: TokenObjective) -> None:
     assert_equals_plain(Case(scale=0.5, softcap=2.0), objective, 1e-12)
 
@@ -145,13 +136,14 @@ def test_only_the_head_is_trained_when_the_hidden_states_need_no_gradient() -> N
     torch.testing.assert_close(case.gradients(), expected)
 
 
+@pytest.mark.parametrize("objective", [*OBJECTIVES, RANKS], ids=str)
 @pytest.mark.parametrize("chunk_rows", [1, 3, 11, 100])
-def test_chunks_change_nothing(chunk_rows: int) -> None:
+def test_chunks_change_nothing(chunk_rows: int, objective: TokenObjective) -> None:
     case = Case()
-    whole, whole_stats = fused(case, OBJECTIVES[3], chunk_rows=N)
+    whole, whole_stats = fused(case, objective, chunk_rows=N)
     whole.backward()
     whole_gradients = case.gradients()
-    chunked, stats = fused(case, OBJECTIVES[3], chunk_rows=chunk_rows)
+    chunked, stats = fused(case, objective, chunk_rows=chunk_rows)
     chunked.backward()
     torch.testing.assert_close(chunked, whole, rtol=1e-13, atol=0)
     torch.testing.assert_close(case.gradients(), whole_gradients, rtol=1e-12, atol=1e-14)
@@ -273,6 +265,7 @@ def test_expected_head_rows_replace_the_teachers_logits_exactly(
     ("objective", "is_head_frozen"),
     [
         (TokenObjective("jsd"), True),
+        (TokenObjective(matches="rank"), True),
         (TokenObjective("forward_kl", temperature=2.0), True),
         (TokenObjective(), False),
     ],
@@ -291,6 +284,15 @@ def test_heads_of_different_vocabularies_are_refused() -> None:
     case.teacher = Case(num_tokens=V + 1).teacher
     with pytest.raises(VocabMismatch, match="shares a tokenizer"):
         fused(case, OBJECTIVES[0])
+
+
+@pytest.mark.parametrize("teacher_tokens", [V - 9, V + 9])
+def test_a_teacher_of_another_vocabulary_is_matched_by_rank(teacher_tokens: int) -> None:
+    case = Case(teacher_tokens=teacher_tokens)
+    assert_equals_plain(case, RANKS, 1e-12)
+    _, stats = fused(case, RANKS)
+    assert (stats.kl_sum, stats.num_agreeing) == (0.0, 0)
+    assert stats.ce_sum > 0
 
 
 def test_bfloat16_heads_accumulate_in_float32() -> None:

@@ -36,8 +36,8 @@ def plain_divergence(p: Tensor, q: Tensor, objective: TokenObjective) -> Tensor:
     alpha, beta = objective.alpha, objective.beta
     if objective.matches == "rank":
         widest = max(p.shape[1], q.shape[1])
-        p = torch.cat([p.sort(descending=True).values, p.new_zeros(N, widest - p.shape[1])], dim=1)
-        q = torch.cat([q.sort(descending=True).values, q.new_zeros(N, widest - q.shape[1])], dim=1)
+        p = torch.cat([p.sort(descending=True).values, p.new_zeros(len(p), widest - p.shape[1])], dim=1)
+        q = torch.cat([q.sort(descending=True).values, q.new_zeros(len(q), widest - q.shape[1])], dim=1)
         return (p - q).abs().sum(dim=-1)
     match objective.divergence:
         case "forward_kl":
@@ -62,6 +62,7 @@ def plain_divergence(p: Tensor, q: Tensor, objective: TokenObjective) -> Tensor:
 
 
 def plain_loss(student: Tensor, teacher: Tensor, targets: Tensor, objective: TokenObjective) -> Tensor:
+    """Of each row, from raw logits."""
     t, w = objective.temperature, objective.ce_weight
     ce = torch.nn.functional.cross_entropy(student, targets, reduction="none")
     if objective.divergence == "logit_mse":
