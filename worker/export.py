@@ -127,7 +127,9 @@ def _check_settings(config: Any) -> None:  # Any: transformers is untyped here
     else:
         rope = config.rope_parameters
         faults["hidden_act"] = config.hidden_act != "silu"
-        faults["rope_parameters"] = rope["rope_type"] not in ("default", "linear", "llama3")
+        is_llama = ARCHITECTURE_OF[config.model_type] == gguf.MODEL_ARCH.LLAMA  # alone reads rope_freqs
+        stretches = ("default", "linear", "llama3") if is_llama else ("default", "linear")
+        faults["rope_parameters"] = rope["rope_type"] not in stretches
         faults["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0) != 1.0
         faults["mlp_bias"] = config.model_type != "llama" and getattr(config, "mlp_bias", False)
         is_bias_known = config.model_type in ("llama", "qwen2")

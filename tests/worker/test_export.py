@@ -169,6 +169,9 @@ def test_settings_without_a_place_in_the_file_are_refused(tmp_path: Path) -> Non
     folder = save_varied(tmp_path / "b", "smollm3", no_rope_layers=[1, 1, 1, 1])
     with pytest.raises(UnsupportedModel, match="no_rope_layers"):
         export_gguf(folder, tmp_path / "x.gguf", kind="f16")
+    folder = save_varied(tmp_path / "c", "smollm3", rope_parameters=LLAMA3_ROPE)
+    with pytest.raises(UnsupportedModel, match="rope_parameters"):
+        export_gguf(folder, tmp_path / "x.gguf", kind="f16")
 
 
 def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
