@@ -1,0 +1,188 @@
+"""Our side of the bench, by the trainer's own step: `python -m bench.ours TASK.json`.
+
+The one file here that knows the trainer from inside.
+"""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from transformers import AutoTokenizer
+
+from app.distillation import Hyperparameters, Objective, Student
+from bench.cases import MAX_NEW_TOKENS, Entry
+from bench.process import peak_bytes, versions
+from worker.distill.batches import collate
+from worker.distill.checkpoint import TrainState
+from worker.distill.data import Example
+from worker.distill.evaluate import HeldOutRows, rouge_l
+from worker.distill.heads import head_of, load_head
+from worker.distill.objectives import TokenObjective
+from worker.distill.progress import MetricsLine, RunLine, Sink
+from worker.distill.signals import Signal
+from worker.distill.students import load_model, plan_student
+from worker.distill.teachers import CachedTeacher, Keeps, LiveTeacher, cached_teacher
+from worker.distill.trainer import Setup, Trainer
+from worker.gemm import pack_weights
+from worker.run import EngineSampler
+
+CACHE_BYTES = 20 * 2**30
+FOREVER = 1000  # epochs; max_steps says when a training ends
+
+
+def time_steps(task: Entry) -> Entry:
+    """Seconds of each step over the given batches, gathering of the batch not included, as in TRL's figures."""
+    losses: list[float] = []
+
+    def sink(line: RunLine) -> None:
+        if isinstance(line, MetricsLine):
+            losses.append(line.values["train_loss"])
+
+    trainer = make_trainer(task, len(task["batches"]), sink)
+    seconds = []
+    for indices in task["batches"]:
+        batch = collate(trainer.setup.train, indices)
+        begun = time.perf_counter()
+        trainer._step(batch)
+        seconds.append(time.perf_counter() - begun)
+    return {"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes(), "versions": versions()}
+
+
+def time_pace(task: Entry) -> Entry:
+    """Seconds of a step while the teacher's cache fills and once it is full, and the steps of an epoch."""
+    trainer = make_trainer(task, FOREVER)
+    batches = trainer.plan.epoch(0)[: task["num_steps"]]
+    means = []
+    for _ in ("filling", "full"):
+        seconds = []
+        for indices in batches:
+            begun = time.perf_counter()
+            trainer._step(collate(trainer.setup.train, indices))
+            seconds.append(time.perf_counter() - begun)
+        means.append(sum(seconds[1:]) / len(seconds[1:]))  # the first loads the teacher, or warms up
+    return {"filling": means[0], "full": means[1], "num_batches": len(trainer.plan.epoch(0))}
+
+
+def train(task: Entry) -> Entry:
+    """A whole training of so many steps, with an empty cache to begin with; held-out evaluations left out."""
+    trainer = make_trainer(task, task["num_steps"])
+    begun = time.perf_counter()
+    while trainer.state.step < trainer.total_steps:
+        trainer._step(trainer._next_batch())
+    seconds = time.perf_counter() - begun
+    trainer.model.save_pretrained(task["student_out"])
+    return {"seconds": seconds, "num_steps": trainer.state.step, "peak_bytes": peak_bytes()}
+
+
+def judge(task: Entry) -> Entry:
+    """Any student on the held-out rows, whoever trained it."""
+    _set_up_torch(task)
+    examples, num_train = _examples(task)
+    valid = examples[num_train:]
+    teacher = _teacher(task, valid, keeps="hidden")
+    rows = HeldOutRows(valid, first_index=0, batch_tokens=1024, device="cpu")
+    model = load_model(Path(task["student_dir"])).requires_grad_(False)
+    pack_weights(model)
+    objective = TokenObjective.from_objective(Objective())
+    held_out = rows.measure(model, head_of(model, task["num_tokens"]), teacher, objective)
+    made = EngineSampler(model).generate(
+        [example.prompt_ids for example in valid], max_new_tokens=MAX_NEW_TOKENS, temperature=0.0
+    )
+    tokenizer = AutoTokenizer.from_pretrained(task["teacher_dir"])
+
+    def text(tokens: tuple[int, ...]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True))
+
+    answers = [text(answer.tokens) for answer in made]
+    references = [text(example.completion_ids) for example in valid]
+    return {
+        "kl": held_out.kl,
+        "agreement": held_out.agreement,
+        "perplexity": held_out.perplexity,
+        "rouge_l": fmean(rouge_l(answers, references)),
+    }
+
+
+def make_trainer(task: Entry, num_steps: int, sink: Sink = lambda line: None) -> Trainer:
+    """A trainer as the pipeline makes it, for the models and rows of the task."""
+    _set_up_torch(task)
+    examples, num_train = _examples(task)
+    contender = task["contender"]
+    beta = 0.5 if contender["divergence"] == "jsd" else None
+    teacher_dir, student_dir = Path(task["teacher_dir"]), Path(task["student_dir"])
+    recipe = plan_student(teacher_dir, student_dir, Student(init="checkpoint"))
+    setup = Setup(
+        out=Path(task["work"]) / "never-written",
+        objective=Objective(divergence=contender["divergence"], beta=beta),
+        hyperparameters=Hyperparameters(
+            n_epochs=FOREVER,
+            max_steps=num_steps,
+            batch_tokens=task["batch_tokens"],
+            learning_rate=task["learning_rate"],
+        ),
+        seed=task["seed"],
+        keep_checkpoints=1,
+        recipe=replace(recipe, freeze_head=not contender["trains_head"], freeze_encoder=False),
+        tokenizer=AutoTokenizer.from_pretrained(student_dir),
+        num_tokens=task["num_tokens"],
+        train=examples[:num_train],
+        valid=examples[num_train:] or examples[:1],
+        teacher=_teacher(
+            task, examples, keeps="expected" if contender["teacher"] == "expected" else "hidden"
+        ),
+        signal=Signal("logits", "both models share a tokenizer"),
+        has_one_tokenizer=True,
+        answers_path=None,
+        inputs_sha256="",
+        device="cpu",
+    )
+    state = TrainState(num_threads=task["num_threads"])
+    return Trainer(setup, state, sink, should_stop=lambda: False, report=lambda share: share)
+
+
+def _set_up_torch(task: Entry) -> None:
+    torch.set_num_threads(task["num_threads"])
+    torch.use_deterministic_algorithms(True)  # as every run on a CPU has it
+
+
+def _examples(task: Entry) -> tuple[list[Example], int]:
+    data = json.loads(Path(task["rows_path"]).read_text())
+    examples = []
+    for row in data["rows"]:
+        spans = tuple((start, end) for start, end in row["spans"])
+        examples.append(Example(tuple(row["token_ids"]), spans, source_ids=tuple(row["source_ids"])))
+    return examples, data.get("num_train", len(examples))
+
+
+def _teacher(task: Entry, examples: list[Example], *, keeps: Keeps) -> CachedTeacher:
+    folder = Path(task["teacher_dir"])
+
+    def load() -> LiveTeacher:
+        model = load_model(folder)
+        pack_weights(model)
+        return LiveTeacher(model.requires_grad_(False))
+
+    is_live = task["contender"]["teacher"] == "live"
+    return cached_teacher(
+        load,
+        load_head(folder, task["num_tokens"]),
+        folder=Path(task["cache_dir"]),
+        budget_bytes=0 if is_live else CACHE_BYTES,
+        identity=str(folder),
+        examples=examples,
+        keeps=keeps,
+    )
+
+
+def main() -> None:
+    task = json.loads(Path(sys.argv[1]).read_text())
+    does = {"time_steps": time_steps, "time_pace": time_pace, "train": train, "judge": judge}
+    Path(task["answer"]).write_text(json.dumps(does[task["do"]](task)))
+
+
+if __name__ == "__main__":
+    main()
