@@ -140,6 +140,7 @@ CompletionSource = Literal["dataset", "teacher", "student", "replay"]
 class Data(Block):
     """Where completions come from; null means: from the file if it has them, else from the teacher.
 
+    A student that learns from text alone (teacher_signal text) takes the teacher's, unless dataset is asked for.
     student: a share `student_share` of the batches is answered by the student as it is then (GKD, arXiv:2306.13649).
     replay: that share grows when the held-out loss does not fall, and old answers are used again from a buffer of
     `replay_capacity` (DistiLLM, arXiv:2402.03898). Both take the other batches from the file or the teacher.

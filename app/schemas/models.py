@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints
 
-from app.contracts import ModelFacts
+from app.contracts import ModelFacts, ModelFamily
 from app.db.tables import Alias, Model
 from app.schemas.jobs import Body, ModelId
 
@@ -24,6 +24,7 @@ class ModelObject(BaseModel):
     job_id: str | None
     aliases: list[str]
     architecture: str
+    family: ModelFamily
     num_parameters: int
     num_layers: int
     context_length: int
@@ -47,6 +48,7 @@ class ModelObject(BaseModel):
             job_id=row.source_job_id,
             aliases=aliases,
             architecture=facts.architecture,
+            family=facts.family,
             num_parameters=facts.num_parameters,
             num_layers=facts.num_layers,
             context_length=facts.context_tokens,

@@ -17,6 +17,7 @@ from app.stream import Switchboard
 
 BYTES_PER_TOKEN = 3  # on the safe side for English text in the tokenizers we know
 MESSAGE_TOKENS = 8  # what a chat template puts around one message, about
+PROMPT_AND_ANSWER = "prompt and answer together have"
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,18 @@ def refuse_hopeless(order: Order, settings: Settings) -> None:
     facts = order.model.facts
     if facts is None:
         return
+    if facts.family == "masked":
+        message = f"{order.model.model_id!r} is a {facts.architecture} model, which writes no text; it can be a teacher"
+        raise BadRequest(message, "model_not_servable", "model")
     if not facts.has_chat_template and any(isinstance(prompt, Conversation) for prompt in order.prompts):
         message = f"the model {order.model.model_id!r} has no chat template; use /v1/completions"
         raise BadRequest(message, "no_chat_template", "messages")
     context_tokens = min(facts.context_tokens, settings.max_context_tokens)
-    if order.sampling.max_tokens >= context_tokens and not order.sampling.fits_context:
+    # An encoder-decoder's prompt is not part of the sequence that it writes.
+    is_apart = facts.family == "seq2seq"
+    if order.sampling.max_tokens >= context_tokens + is_apart and not order.sampling.fits_context:
         raise BadRequest(
-            f"max_tokens is {order.sampling.max_tokens}, but prompt and answer together have at most "
+            f"max_tokens is {order.sampling.max_tokens}, but {'an answer has' if is_apart else PROMPT_AND_ANSWER} at most "
             f"{context_tokens} tokens with this model",
             "context_length_exceeded",
             "max_tokens",

@@ -6,15 +6,20 @@ from typing import Any
 from app.errors import BadRequest
 
 BOM = b"\xef\xbb\xbf"
-UNANSWERED = frozenset({"prompt", "chat_prompt"})  # the teacher writes the completions
+UNANSWERED = frozenset({"prompt", "input", "chat_prompt"})  # the teacher writes the completions
+CONVERSATIONS = frozenset({"chat", "chat_prompt"})
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FORMATS = {
     "chat": frozenset({"messages"}),
     "prompt_completion": frozenset({"prompt", "completion"}),
     "prompt": frozenset({"prompt"}),
+    "input_target": frozenset({"input", "target"}),
+    "input": frozenset({"input"}),
     "text": frozenset({"text"}),
 }
-KNOWN_FORMATS = '{"messages": […]}, {"prompt", "completion"}, {"prompt"} or {"text"}'
+KNOWN_FORMATS = (
+    '{"messages": […]}, {"prompt", "completion"}, {"prompt"}, {"input", "target"}, {"input"} or {"text"}'
+)
 Row = dict[str, Any]  # Any: what a stranger put into a JSON object
 
 

@@ -2,20 +2,21 @@
 
 import heapq
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tokenizers import Tokenizer
 
-from app.contracts import ArtifactRef, ChatCost, DistillationJob, ModelFacts
+from app.contracts import ArtifactRef, ChatCost, DistillationJob, ModelFacts, ModelFamily
 from app.db import files
 from app.db.session import Session
 from app.db.tables import File
-from app.distillation import Distillation
+from app.distillation import Distillation, FreshConfig
 from app.errors import BadRequest, NotFound
 from app.schemas.jobs import CreateJob
-from app.services import registry
+from app.services import pairs, registry
 from app.services.files import TRAINING_PURPOSES
+from app.services.pairs import BLOCK, Pair
 from app.services.rows import UNANSWERED, Row, parse_row
 from app.settings import Settings
 from app.storage import store
@@ -25,7 +26,7 @@ STUDENT_COPIES = (
 )
 MAX_ROWS_COUNTED = 256  # the longest rows of a file, which are tokenised to see whether they fit
 MAX_BYTES_COUNTED = 16 * 2**20
-BLOCK = "method.distillation"
+UNBOUNDED_CONTEXT = 2048  # of models whose positions have no end, as worker/distill/shapes.py has it
 NO_TEMPLATE = ChatCost(first=0, end=1, user=0, assistant=0, system=0)
 
 
@@ -41,6 +42,15 @@ class Plan:
     max_tokens: int
 
 
+@dataclass(frozen=True)
+class Reader:
+    """How a model of a job reads rows: its tokenizer's folder in the store, its family and chat template."""
+
+    key: str
+    family: ModelFamily
+    cost: ChatCost = NO_TEMPLATE
+
+
 def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> Plan:
     """Resolves what the request names; raises BadRequest or NotFound that says what does not fit."""
     block = asked.method.distillation
@@ -49,12 +59,6 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
     if teacher.facts is None or start.facts is None:
         raise BadRequest(
             "a job can only begin from models of jobs that have succeeded", "model_not_ready", "model"
-        )
-    if teacher.facts.tokenizer_sha256 != start.facts.tokenizer_sha256:
-        raise BadRequest(
-            f"{asked.model!r} and the teacher {block.teacher!r} have different tokenizers; pick a pair that shares one",
-            "tokenizer_mismatch",
-            "model",
         )
     training = training_file(session, project_id, asked.training_file, "training_file")
     validation = None
@@ -65,10 +69,8 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
                 f"the validation file has the format {validation.format}, the training file {training.format}",
                 param="validation_file",
             )
-    block = settle(
-        block.model_copy(update={"teacher": teacher.model_id}), asked, start.model_id, training.format
-    )
-    check_layers(block, start.facts)
+    pair = Pair(teacher.facts, start.facts, teacher.model_id == start.model_id, training.format)
+    block = settle(block.model_copy(update={"teacher": teacher.model_id}), asked, pair)
     spec = DistillationJob(
         distillation=block,
         teacher=teacher.ref,
@@ -79,7 +81,9 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
         seed=asked.seed or 0,
     )
     max_tokens = min(
-        block.hyperparameters.max_sequence_tokens, teacher.facts.context_tokens, start.facts.context_tokens
+        block.hyperparameters.max_sequence_tokens,
+        teacher.facts.context_tokens,
+        start.facts.context_tokens if (sizes := block.student.config) is None else context_of(sizes),
     )
     return Plan(spec, teacher.facts, start.facts, training, validation, max_tokens)
 
@@ -97,27 +101,9 @@ def training_file(session: Session, project_id: str, file_id: str, param: str) -
     return row
 
 
-def settle(block: Distillation, asked: CreateJob, start_id: str, row_format: str | None) -> Distillation:
-    """The block with what was left open decided by what the request names."""
-    student, data, hyperparameters = block.student, block.data, block.hyperparameters
-    if "init" not in student.model_fields_set:
-        chooses_layers = student.num_layers is not None or student.layers is not None
-        is_same = start_id == block.teacher
-        student = student.model_copy(update={"init": "layers" if is_same or chooses_layers else "checkpoint"})
-    if student.init == "checkpoint" and "freeze_head" not in student.model_fields_set:
-        student = student.model_copy(update={"freeze_head": False})  # its head is not a copy of the teacher's
-    if data.completions is None:
-        data = data.model_copy(update={"completions": "teacher" if row_format in UNANSWERED else "dataset"})
-    elif data.completions == "dataset" and row_format in UNANSWERED:
-        raise BadRequest(
-            "the file has no completions; leave data.completions out, or upload rows that have them",
-            param=f"{BLOCK}.data.completions",
-        )
-    elif data.completions == "teacher" and row_format == "text":
-        raise BadRequest(
-            "plain text has no prompts for the teacher to answer; upload rows with a prompt",
-            param=f"{BLOCK}.data.completions",
-        )
+def settle(block: Distillation, asked: CreateJob, pair: Pair) -> Distillation:
+    """The block with what was left open decided by what the request names. Raises BadRequest."""
+    hyperparameters = block.hyperparameters
     outer = asked.hyperparameters.n_epochs if asked.hyperparameters else "auto"
     if outer != "auto":
         if "n_epochs" in hyperparameters.model_fields_set and hyperparameters.n_epochs != outer:
@@ -125,22 +111,11 @@ def settle(block: Distillation, asked: CreateJob, start_id: str, row_format: str
                 "n_epochs is given twice, with different values", param="hyperparameters.n_epochs"
             )
         hyperparameters = hyperparameters.model_copy(update={"n_epochs": outer})
-    return block.model_copy(update={"student": student, "data": data, "hyperparameters": hyperparameters})
+    return pairs.settle(block.model_copy(update={"hyperparameters": hyperparameters}), pair)
 
 
-def check_layers(block: Distillation, start: ModelFacts) -> None:
-    student = block.student
-    wanted = student.num_layers or len(student.layers or ())
-    highest = max(student.layers or (0,))
-    name = "layers" if student.layers is not None else "num_layers"
-    if wanted > start.num_layers or highest >= start.num_layers:
-        raise BadRequest(
-            f"the student asks for {wanted} layers up to number {highest}, but the model has {start.num_layers} "
-            f"(numbered from 0)"
-            if student.layers is not None
-            else f"the student asks for {wanted} layers, but the model has {start.num_layers}",
-            param=f"{BLOCK}.student.{name}",
-        )
+def context_of(sizes: FreshConfig) -> int:
+    return UNBOUNDED_CONTEXT if sizes.family in ("bloom", "t5") else sizes.max_positions
 
 
 def output_id(start_id: str, suffix: str | None, short: str) -> str:
@@ -179,17 +154,22 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
     A token is at least one byte, so only rows with more bytes than tokens fit are tokenised: the longest
     first, and a bounded number of them.
     """
-    cost = plan.teacher.chat_cost or NO_TEMPLATE
-    over_bytes = plan.max_tokens - max(0, cost.first) - max(0, cost.system)
+    readers = readers_of(plan)
+    added = max(max(0, reader.cost.first) + max(0, reader.cost.system) for reader in readers)
+    over_bytes = plan.max_tokens - added
     if (row.max_row_bytes or 0) <= over_bytes:
         return
-    tokenizer = load_tokenizer(plan.spec.teacher.key)
+    is_answered = has_answers(plan, row)
     num_bytes = 0
     for size, line_number, line in longest_rows(row.store_key, over_bytes=over_bytes):
         num_bytes += size
         if num_bytes > MAX_BYTES_COUNTED:
             return
-        num_tokens = count_tokens(plan, parse_row(line), tokenizer)
+        parsed = parse_row(line)
+        num_tokens = max(
+            count_tokens(parsed, load_tokenizer(reader.key), reader, is_answered=is_answered)
+            for reader in readers
+        )
         if num_tokens > plan.max_tokens:
             raise BadRequest(
                 f"line {line_number} has {num_tokens:,} tokens, chat template and end included, more than the "
@@ -200,26 +180,57 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
             )
 
 
-def count_tokens(plan: Plan, row: Row, tokenizer: Tokenizer) -> int:
-    """Tokens of the sequence that the run makes of a row; an answer still to come counts as one."""
-    is_answered = plan.spec.distillation.data.completions != "teacher"
-    cost = plan.teacher.chat_cost or NO_TEMPLATE
+def readers_of(plan: Plan) -> tuple[Reader, ...]:
+    """The teacher, and the student where it reads rows in another way; a fresh one has the teacher's tokenizer."""
+    student = plan.spec.distillation.student
+    teacher = Reader(plan.spec.teacher.key, plan.teacher.family, plan.teacher.chat_cost or NO_TEMPLATE)
+    family = pairs.outline_of(student, plan.start).family
+    if plan.teacher.tokenizer_sha256 == plan.start.tokenizer_sha256:
+        reader = replace(teacher, family=family)
+        return (teacher,) if reader == teacher else (teacher, reader)
+    return teacher, Reader(plan.spec.start.key, family, plan.start.chat_cost or NO_TEMPLATE)
+
+
+def has_answers(plan: Plan, row: File) -> bool:
+    """Whether the run takes the rows' own answers."""
+    return plan.spec.distillation.data.completions != "teacher" and row.format not in UNANSWERED
+
+
+def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered: bool) -> int:
+    """Tokens of the sequence that the run makes of a row; an answer still to come counts as one.
+
+    An encoder-decoder has two sequences, and the longer one counts.
+    """
+    cost = reader.cost
     if "messages" in row:
-        messages = (
-            row["messages"][:-1] if not is_answered and plan.training.format == "chat" else row["messages"]
-        )
-        contents = [str(message["content"]) for message in messages]
-        roles = [message["role"] for message in messages]
-        num_assistant = roles.count("assistant") - is_answered
-        num_system = roles.count("system")
-        num_further = len(roles) - num_system - roles.count("assistant") - 1
-        added = cost.first + cost.user * num_further + cost.assistant * num_assistant
-        added += cost.system if num_system else 0
+        return count_chat(row["messages"], tokenizer, cost, is_answered=is_answered)
+    has_template = cost is not NO_TEMPLATE
+    asked, *answer = [
+        str(row[key]) for key in ("prompt", "input", "text", "completion", "target") if key in row
+    ]
+    num_asked = len(tokenizer.encode(asked, add_special_tokens="text" in row or not has_template).ids)
+    num_answer = 1
+    if "text" in row:
+        if reader.family == "seq2seq":  # its second half answers the first
+            num_asked, num_answer = num_asked // 2, num_asked - num_asked // 2 + 1
     else:
-        contents = [str(text) for text in row.values()] if is_answered else [row["prompt"]]
-        added = 0 if "text" in row else cost.first
-    added += cost.end if is_answered and "text" not in row else 1
-    return added + sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in contents)
+        num_asked += cost.first
+        if is_answered:
+            num_answer = cost.end + len(tokenizer.encode(answer[0], add_special_tokens=False).ids)
+    return max(num_asked, 1 + num_answer) if reader.family == "seq2seq" else num_asked + num_answer
+
+
+def count_chat(
+    messages: list[dict[str, str]], tokenizer: Tokenizer, cost: ChatCost, *, is_answered: bool
+) -> int:
+    if not is_answered and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    roles = [message["role"] for message in messages]
+    num_assistant = roles.count("assistant")
+    num_further = len(roles) - roles.count("system") - num_assistant - 1
+    added = cost.first + cost.user * num_further + cost.assistant * (num_assistant - is_answered)
+    added += (cost.system if "system" in roles else 0) + (cost.end if is_answered else 1)
+    return added + sum(len(tokenizer.encode(m["content"], add_special_tokens=False).ids) for m in messages)
 
 
 def longest_rows(store_key: str, *, over_bytes: int) -> list[tuple[int, int, bytes]]:

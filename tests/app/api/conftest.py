@@ -86,7 +86,7 @@ def register(service: Service, tiny_llama_dir: Path) -> Callable[..., str]:
 
     def do_register(name: str = "tiny", *, project_id: str | None = PROJECT, **changes: Any) -> str:
         facts = ModelFacts(
-            architecture="LlamaForCausalLM",
+            architecture="llama",
             num_layers=4,
             hidden_size=64,
             vocab_size=384,

@@ -115,7 +115,7 @@ def test_the_openai_place_for_epochs_is_honoured(bench: Bench) -> None:
             "method.distillation.hyperparameters.learning_rate",
         ),
         (
-            {"objective": {"divergence": "tvd"}},
+            {"objective": {"divergence": "wasserstein"}},
             {},
             400,
             "invalid_value",
@@ -140,7 +140,10 @@ def test_a_value_that_is_not_allowed_is_answered_with_those_that_are(bench: Benc
     message = bench.refused({"hyperparameters": {"batch_tokens": "many"}}).message
     assert "method.distillation.hyperparameters.batch_tokens" in message
     assert "'auto'" in message
-    assert "'forward_kl', 'reverse_kl', 'jsd'" in bench.refused({"objective": {"divergence": "tvd"}}).message
+    assert (
+        "'forward_kl', 'reverse_kl', 'jsd'"
+        in bench.refused({"objective": {"divergence": "wasserstein"}}).message
+    )
 
 
 def test_supervised_fine_tuning_is_refused(bench: Bench) -> None:
@@ -158,9 +161,16 @@ def test_a_job_without_a_method_is_refused(http: httpx.Client) -> None:
     )
 
 
-def test_different_tokenizers_are_refused(bench: Bench) -> None:
-    error = bench.refused(model=bench.register("other", tokenizer_sha256="o" * 64))
-    assert (error.code, error.param) == ("tokenizer_mismatch", "model")
+def test_different_tokenizers_are_no_longer_compared_token_by_token(bench: Bench) -> None:
+    other = bench.register("other", tokenizer_sha256="o" * 64)  # and the same width of vocabulary
+    error = bench.refused({"objective": {"teacher_signal": "logits"}}, model=other)
+    assert (error.code, error.param) == (
+        "tokenizer_mismatch",
+        "method.distillation.objective.teacher_signal",
+    )
+    assert "uld or text" in error.message
+    block = (bench.submit(model=other).method.model_extra or {})["distillation"]  # type: ignore[union-attr] # given
+    assert (block["student"]["init"], block["objective"]["teacher_signal"]) == ("checkpoint", "uld")
 
 
 def test_completions_from_a_file_that_has_none_are_refused(bench: Bench) -> None:

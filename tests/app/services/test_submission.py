@@ -2,10 +2,12 @@ from collections.abc import Callable
 
 import pytest
 
+from app.contracts import ModelFacts
 from app.distillation import Distillation
 from app.errors import BadRequest
 from app.schemas.jobs import CreateJob
 from app.services import submission
+from app.services.pairs import Pair
 from app.settings import Settings
 from app.storage import store
 
@@ -16,7 +18,20 @@ def asked(**block: object) -> CreateJob:
 
 
 def settle(request: CreateJob, start_id: str = "t", row_format: str = "prompt_completion") -> Distillation:
-    return submission.settle(request.method.distillation, request, start_id, row_format)
+    facts = ModelFacts(
+        architecture="llama",
+        num_layers=4,
+        hidden_size=64,
+        vocab_size=384,
+        context_tokens=256,
+        num_parameters=100_000,
+        tokenizer_sha256="t",
+        has_chat_template=True,
+        weights_bytes=400_000,
+        weights_sha256="w",
+    )
+    pair = Pair(facts, facts, is_same=start_id == "t", row_format=row_format)
+    return submission.settle(request.method.distillation, request, pair)
 
 
 @pytest.mark.parametrize(
@@ -35,11 +50,15 @@ def test_an_output_is_named_after_its_first_ancestor(
 
 
 def test_what_was_said_is_never_overruled() -> None:
-    request = asked(student={"init": "checkpoint", "freeze_head": True}, data={"completions": "teacher"})
+    said = {"init": "checkpoint", "freeze_head": True, "freeze_encoder": True}
+    request = asked(
+        student=said, data={"completions": "teacher"}, objective={"teacher_signal": "text", "ce_weight": 0.0}
+    )
     block = settle(request)
-    assert (block.student, block.data) == (
+    assert (block.student, block.data, block.objective.teacher_signal) == (
         request.method.distillation.student,
         request.method.distillation.data,
+        "text",
     )
 
 
@@ -47,7 +66,7 @@ def test_naming_layers_means_taking_layers_even_from_another_model() -> None:
     assert settle(asked(student={"num_layers": 2}), start_id="other").student.init == "layers"
 
 
-@pytest.mark.parametrize("row_format", ["prompt", "chat_prompt"])
+@pytest.mark.parametrize("row_format", ["prompt", "input", "chat_prompt"])
 def test_rows_without_answers_need_the_teacher(row_format: str) -> None:
     assert settle(asked(), row_format=row_format).data.completions == "teacher"
     with pytest.raises(BadRequest):
