@@ -53,8 +53,14 @@ def keep_layers(
     for prefix, numbers in zip(stacks, kept, strict=True):
         if numbers is not None:
             weights = _renumber(weights, prefix, numbers)
-    # the class is the teacher's own: an EncoderDecoderModel has no auto class
-    student: PreTrainedModel = type(teacher)(cut_config(teacher.config, layers, encoder_layers)).float()
+    return rebuild(teacher, cut_config(teacher.config, layers, encoder_layers), weights)
+
+
+def rebuild(
+    teacher: PreTrainedModel, config: PretrainedConfig, weights: dict[str, Tensor]
+) -> PreTrainedModel:
+    """A model of the teacher's own class (an EncoderDecoderModel has no auto class) with these sizes and weights."""
+    student: PreTrainedModel = type(teacher)(config).float()
     _untie_head_like(teacher, student)
     student.load_state_dict(weights)
     student.generation_config = copy.deepcopy(teacher.generation_config)

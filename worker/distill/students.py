@@ -11,6 +11,7 @@ from worker.distill.errors import InvalidStudent, StudentTooDeep
 from worker.distill.fresh import build_fresh, fresh_config
 from worker.distill.layers import first_and_last, keep_layers, layer_counts
 from worker.distill.shapes import model_class, read_config, shape_of
+from worker.distill.width import narrow_config, sizes_of, slice_width
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class StudentRecipe:
             )
         model = load_model(self.start_dir)
         if self.layers is not None:
-            return keep_layers(model, self.layers, self.encoder_layers)
+            model = keep_layers(model, self.layers, self.encoder_layers)
+        if self.student.init == "width":
+            return slice_width(model, sizes_of(self.student, model.config), self.calibration)
         return model
 
 
@@ -76,10 +79,10 @@ def plan_student(
         )
     _, num_available = layer_counts(config)
     layers, encoder_layers = (None, None)
-    if student.init == "layers":
+    if student.init == "layers" or (student.init == "width" and (num_layers or _names_layers(student))):
         layers, encoder_layers = _choose_layers(student, config, num_layers)
     if student.init == "width":
-        raise InvalidStudent("student.init=width is not built yet; use layers")
+        narrow_config(config, sizes_of(student, config))  # raises what would fail after an hour
     return StudentRecipe(
         student=student,
         start_dir=start_dir,
@@ -87,7 +90,7 @@ def plan_student(
         num_available=num_available,
         layers=layers,
         encoder_layers=encoder_layers,
-        freeze_head=_freezes_head(student, teacher_dir, start_dir),
+        freeze_head=_freezes_head(student, config, teacher_dir, start_dir),
         freeze_encoder=_freezes_encoder(student, config, encoder_layers, teacher_dir, start_dir),
         seed=seed,
         calibration=calibration,
@@ -115,6 +118,11 @@ def freeze_encoder(model: PreTrainedModel) -> None:
 def num_parameters(model: PreTrainedModel) -> int:
     """Parameters, those shared counted once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def _names_layers(student: Student) -> bool:
+    named = (student.num_layers, student.layers, student.num_encoder_layers, student.num_decoder_layers)
+    return any(value is not None for value in named)
 
 
 def _choose_layers(
@@ -145,10 +153,10 @@ def _choose_layers(
     return tuple(layers), first_and_last(num_encoder, student.num_encoder_layers)
 
 
-def _freezes_head(student: Student, teacher_dir: Path, start_dir: Path) -> bool:
+def _freezes_head(student: Student, config: PretrainedConfig, teacher_dir: Path, start_dir: Path) -> bool:
     if student.init == "lora":
         return True  # adapters leave it alone
-    if student.init == "width" and student.hidden_size is not None:
+    if student.init == "width" and sizes_of(student, config).hidden_size != config.hidden_size:
         return False
     if student.init == "checkpoint" and student.freeze_head:
         return start_dir.resolve() == teacher_dir.resolve() or _have_one_head(teacher_dir, start_dir)
