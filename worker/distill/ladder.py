@@ -6,7 +6,7 @@ from typing import Any
 from app.distillation import Evaluation, Gate
 
 Figures = Mapping[str, Any]  # Any: a student's public entry, see report.py
-LESS_IS_BETTER = ("kl", "perplexity")
+LESS_IS_BETTER = ("kl", "loss", "perplexity")
 
 
 def passes(gate: Gate | None, figures: Figures) -> bool:
@@ -24,10 +24,11 @@ def passes(gate: Gate | None, figures: Figures) -> bool:
 def choose(ladder: Sequence[Figures], evaluation: Evaluation) -> int | None:
     """The number of the student to register, None if none passes.
 
-    The best is so by the gate's metric, or by KL without a gate; among equals the smallest.
+    The best is so by the gate's metric, without a gate by KL, or by loss where there is no KL; among equals the smallest.
     """
     passing = [i for i, figures in enumerate(ladder) if passes(evaluation.gate, figures)]
-    metric = evaluation.gate.metric if evaluation.gate is not None else "kl"
+    has_kl = all("kl" in figures for figures in ladder)
+    metric = evaluation.gate.metric if evaluation.gate is not None else "kl" if has_kl else "loss"
     sign = 1 if metric in LESS_IS_BETTER else -1
 
     def rank(i: int) -> tuple[float, float]:

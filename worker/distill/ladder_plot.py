@@ -39,6 +39,7 @@ class Panel:
 
 PANELS = (
     Panel("kl", "Distance from the teacher (less is better)", "KL, nats a token", most=math.inf),
+    Panel("perplexity", "Surprise at held-out text (less is better)", "perplexity", most=math.inf),
     Panel("agreement", "Same most likely token (more is better)", "agreement, %", 100.0),
     Panel("rouge_l", "Answers like the teacher's (more is better)", "ROUGE-L"),
     Panel("accuracy", "Right labels (more is better)", "accuracy, %", 100.0),
@@ -64,7 +65,10 @@ def write_ladder(
 
 def draw_ladder(rungs: Sequence[Rung], teacher: Rung, gate: Gate | None = None) -> Figure:
     """A panel for each metric the students have, over their size; the teacher is a line across."""
-    panels = [panel for panel in PANELS if any(panel.metric in rung.figures for rung in rungs)]
+    there = {metric for rung in rungs for metric in rung.figures}
+    panels = [
+        panel for panel in PANELS if panel.metric in there - ({"perplexity"} if "kl" in there else set())
+    ]
     num_columns = 2 if len(panels) > 1 else 1
     num_rows = -(-len(panels) // num_columns)
     figure = Figure(figsize=(5.2 * num_columns, 0.8 + 3.3 * num_rows), dpi=120, layout="constrained")

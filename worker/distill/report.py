@@ -1,120 +1,213 @@
-"""Teacher, untrained student and distilled student side by side: the public result of a job."""
+"""Teacher, untrained student, distilled student and a baseline side by side: the public result of a job."""
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.distill.answers import AnswerFile, Asking, ask
+from worker.distill.classify import Labels, find_labels, read_labels
 from worker.distill.data import Example, Row
-from worker.distill.evaluate import NUM_ANSWERED, Speed, measure_speed, rouge_l, size_of
-from worker.distill.sampler import Sampler
+from worker.distill.evaluate import NUM_ANSWERED, HeldOut, Speed, measure_speed, size_of
+from worker.distill.figures import (
+    ANSWER_METRICS,
+    Entry,
+    Figures,
+    answer_figures,
+    difference,
+    held_out_figures,
+    with_intervals,
+)
+from worker.distill.sampler import Generation, Sampler
+from worker.distill.shapes import context_tokens, shape_of
 from worker.distill.spec import RunSpec
+from worker.distill.statistics import mean
 from worker.distill.students import StudentRecipe, load_model
 from worker.gemm import pack_weights
 
-Entry = dict[str, Any]  # Any: open-ended JSON
 MAX_SAMPLE_CHARACTERS = 2000
+NUM_CLASSIFIED = 200  # held-out prompts answered where answers are labels: short, and each says little
+TOKENS_BEYOND_A_LABEL = 8  # whoever goes on for longer has not answered with a label
+
+Build = Callable[[], PreTrainedModel]
+Tell = Callable[[float], None]
 
 
 @dataclass(frozen=True)
-class Judge:
-    """Judges three models by the same rows and prompts, one after the other, so that one is in memory at a time.
+class View:
+    """The held-out rows as one kind of model reads them, and what measures it on them."""
 
-    `measure` gives a model's held-out series; `on_progress` takes the share that is done and may raise to stop.
+    examples: Sequence[Example]
+    tokenizer: PreTrainedTokenizerBase
+    measure: Callable[[PreTrainedModel], HeldOut]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's public entry, what its figures are made of, and its answers: None if it was not asked."""
+
+    entry: Entry
+    figures: Figures
+    texts: list[str] | None
+
+
+@dataclass
+class Judge:
+    """Judges models by the same rows and prompts, one after the other, so that one is in memory at a time.
+
+    The teacher is judged once, however many students are reported on. `on_progress` takes the share that is done and may
+    raise to stop; `warn` tells the user something.
     """
 
     spec: RunSpec
-    valid: Sequence[Example]
+    student_view: View
+    teacher_view: View
     valid_rows: Sequence[Row]
-    tokenizer: PreTrainedTokenizerBase
     device: str
     sampler_for: Callable[[PreTrainedModel], Sampler]
-    measure: Callable[[PreTrainedModel], dict[str, float]]
-    on_progress: Callable[[float], None]
+    on_progress: Tell
+    warn: Callable[[str], None]
+    _teacher: Judged | None = field(default=None, init=False)
 
-    def report(self, recipe: StudentRecipe, best_dir: Path, answers: AnswerFile) -> Entry:
-        """The result's `teacher`, `untrained`, `student`, `compression` and `samples`."""
-        builders: dict[str, Callable[[], PreTrainedModel]] = {
-            "teacher": lambda: load_model(self.spec.teacher_dir),
-            "untrained": recipe.build,
-            "student": lambda: load_model(best_dir),
-        }
-        entries: dict[str, Entry] = {}
-        texts: dict[str, list[str]] = {}
-        for number, (name, build) in enumerate(builders.items()):
-            model = build().to(self.device).requires_grad_(False)
-            pack_weights(model)
-            entries[name] = self._held_out(model) | size_of(model)
-            self.on_progress((number + 0.3) / 3)
-            file = answers if name == "teacher" else None
-            texts[name] = self._texts(model, file, begun=(number + 0.3) / 3, width=0.5 / 3)
-            if "rouge_l" in self.metrics and texts[name]:
-                entries[name]["rouge_l"] = rouge_l(texts[name], texts["teacher"])
-            if "speed" in self.metrics:
-                entries[name] |= _speed_fields(measure_speed(self.sampler_for(model), self._prompts()))
-            self.on_progress((number + 1) / 3)
-            del model
-            gc.collect()
-        return {**entries, "compression": _compression(entries), "samples": self._samples(texts)}
+    def report(
+        self, recipe: StudentRecipe, best_dir: Path, answers: AnswerFile, baseline_dir: Path | None = None
+    ) -> Entry:
+        """An entry a model, `differences` (the student's figures less theirs), `compression` and `samples`.
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        return self.spec.distillation.evaluation.metrics
+        `answers` is the teacher's file; `baseline_dir` holds the same student trained on the text alone.
+        """
+        students: dict[str, Build] = {"untrained": recipe.build}
+        if baseline_dir is not None:
+            students["ce_baseline"] = lambda: load_model(baseline_dir)
+        students["student"] = lambda: load_model(best_dir)
+        num_models = 1 + len(students)
 
-    def _held_out(self, model: PreTrainedModel) -> Entry:
-        series = {name.removeprefix("valid_"): value for name, value in self.measure(model).items()}
+        def tell_of(number: int) -> Tell:
+            return lambda share: self.on_progress((number + share) / num_models)
+
+        if self._teacher is None:
+            self._teacher = self._judge(lambda: load_model(self.spec.teacher_dir), tell_of(0), answers)
+        judged = {"teacher": self._teacher}
+        for number, (name, build) in enumerate(students.items(), start=1):
+            judged[name] = self._judge(build, tell_of(number))
+        entries = {name: model.entry for name, model in judged.items()}
         return {
-            name: value for name, value in series.items() if name in ("loss", "kl") or name in self.metrics
+            **entries,
+            "differences": {
+                name: difference(judged["student"].figures, judged[name].figures)
+                for name in students
+                if name != "student"
+            },
+            "compression": _compression(entries),
+            "samples": self._samples({name: model.texts for name, model in judged.items() if model.texts}),
         }
 
-    def _numbers(self) -> list[int]:
+    @cached_property
+    def metrics(self) -> frozenset[str]:
+        """Those asked for, and what the gate looks at."""
+        evaluation = self.spec.distillation.evaluation
+        return frozenset((*evaluation.metrics, *([evaluation.gate.metric] if evaluation.gate else [])))
+
+    @cached_property
+    def labels(self) -> Labels | None:
+        """The targets' labels where the data are, or are said to be, of classification."""
+        if not self.metrics & ANSWER_METRICS:
+            return None
+        references = [text for row in self.valid_rows if (text := reference_of(row)) is not None]
+        encode = self.student_view.tokenizer.encode
+        lengths = [len(encode(text, add_special_tokens=False)) for text in references]
+        if not self.metrics & {"accuracy", "macro_f1"}:
+            return find_labels(references, lengths)
+        labels = read_labels(references, lengths)
+        if labels is None:
+            why = "hardly repeat, so they are no classes" if references else "are not in the file"
+            self.warn(f"accuracy and macro_f1 are left out: the held-out rows' targets {why}")
+        return labels
+
+    @cached_property
+    def numbers(self) -> list[int]:
         """Which held-out rows are answered: the first ones that ask different things."""
         asked: dict[tuple[int, ...], int] = {}
-        for i, example in enumerate(self.valid):
+        for i, example in enumerate(self.student_view.examples):
             asked.setdefault(prompt_of(example), i)
-        return list(asked.values())[:NUM_ANSWERED]
+        return list(asked.values())[: NUM_CLASSIFIED if self.labels else NUM_ANSWERED]
 
-    def _prompts(self) -> list[tuple[int, ...]]:
-        return [prompt_of(self.valid[i]) for i in self._numbers()]
+    def _judge(self, build: Build, tell: Tell, teachers_file: AnswerFile | None = None) -> Judged:
+        """Only the teacher has a file of answers."""
+        is_teacher = teachers_file is not None
+        view = self.teacher_view if is_teacher else self.student_view
+        model = build().to(self.device).requires_grad_(False)
+        pack_weights(model)
+        figures = held_out_figures(view.measure(model), self.metrics)
+        entry: Entry = size_of(model)
+        tell(0.3)
+        texts = None
+        if self._wants_answers and shape_of(model.config) != "masked":
+            made = self._ask(
+                model, view, teachers_file or AnswerFile(None), lambda share: tell(0.3 + 0.5 * share)
+            )
+            texts = [str(view.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for answer in made]
+            teachers = texts if is_teacher else self._teacher.texts if self._teacher else None
+            references = [reference_of(self.valid_rows[i]) for i in self.numbers]
+            figures |= answer_figures(texts, teachers, references, self.labels, self.metrics)
+            figures["answer_tokens"] = mean([len(answer.tokens) for answer in made])
+        if "speed" in self.metrics and shape_of(model.config) != "masked":
+            entry |= _speed_fields(measure_speed(self.sampler_for(model), self._prompts(view)))
+        del model
+        gc.collect()
+        tell(1.0)
+        return Judged(with_intervals(figures) | entry, figures, texts)
 
-    def _texts(
-        self, model: PreTrainedModel, file: AnswerFile | None, *, begun: float, width: float
-    ) -> list[str]:
+    @property
+    def _wants_answers(self) -> bool:
+        return bool(self.metrics & ANSWER_METRICS or self.spec.distillation.evaluation.num_samples)
+
+    def _prompts(self, view: View) -> list[tuple[int, ...]]:
+        return [prompt_of(view.examples[i]) for i in self.numbers]
+
+    def _ask(self, model: PreTrainedModel, view: View, file: AnswerFile, tell: Tell) -> list[Generation]:
         """Greedy answers to the prompts; the teacher's are kept on file."""
-        if "rouge_l" not in self.metrics and not self.spec.distillation.evaluation.num_samples:
-            return []
-        limit = max(len(prompt) for prompt in self._prompts()) + self.spec.distillation.data.max_new_tokens
-        how = Asking(
-            max_new_tokens=self.spec.distillation.data.max_new_tokens,
-            max_sequence_tokens=min(limit, int(model.config.max_position_embeddings)),
-            temperature=0.0,
-        )
+        prompts = self._prompts(view)
+        room, context = self.spec.distillation.data.max_new_tokens, context_tokens(model.config)
+        if self.labels:
+            room = min(room, self.labels.max_tokens + TOKENS_BEYOND_A_LABEL)
+        longest = max(len(prompt) for prompt in prompts)
+        if shape_of(model.config) == "seq2seq":  # an answer does not share the positions of its prompt
+            how = Asking(min(room, context), longest + room, temperature=0.0)
+        else:
+            how = Asking(room, min(longest + room, context), temperature=0.0)
 
-        def tell(num_done: int, num_wanted: int, _: int) -> None:
-            self.on_progress(begun + width * num_done / num_wanted)
+        def progress(num_done: int, num_wanted: int, _: int) -> None:
+            tell(num_done / num_wanted)
 
-        made = ask(self._prompts(), how, file or AnswerFile(None), lambda: self.sampler_for(model), tell)
-        return [str(self.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for answer in made]
+        return ask(prompts, how, file, lambda: self.sampler_for(model), progress)
 
     def _samples(self, texts: dict[str, list[str]]) -> list[Entry]:
-        num_samples = self.spec.distillation.evaluation.num_samples
         samples = []
-        for place, i in enumerate(self._numbers()[:num_samples]):
+        for place, i in enumerate(self.numbers[: self.spec.distillation.evaluation.num_samples]):
             row = self.valid_rows[i]
-            prompt = row.text if row.text is not None else row.question.messages[-1]["content"]
-            answers = {name: answers[place][:MAX_SAMPLE_CHARACTERS] for name, answers in texts.items()}
-            samples.append({"prompt": prompt[:MAX_SAMPLE_CHARACTERS], **answers})
+            said = {"prompt": row.text if row.text is not None else row.question.messages[-1]["content"]}
+            if (reference := reference_of(row)) is not None:
+                said["reference"] = reference
+            said |= {name: answers[place] for name, answers in texts.items()}
+            samples.append({name: text[:MAX_SAMPLE_CHARACTERS] for name, text in said.items()})
         return samples
 
 
 def prompt_of(example: Example) -> tuple[int, ...]:
     """What a model is given to go on from: of plain text, which asks nothing, the first half."""
     prompt = example.prompt_ids
-    return prompt if len(prompt) > 1 else example.token_ids[: max(1, len(example.token_ids) // 2)]
+    if example.source_ids or len(prompt) > 1:
+        return prompt
+    return example.token_ids[: max(1, len(example.token_ids) // 2)]
+
+
+def reference_of(row: Row) -> str | None:
+    """The file's own answer."""
+    return row.messages[-1]["content"] if row.text is None and row.is_answered else None
 
 
 def _speed_fields(speed: Speed) -> Entry:
@@ -132,7 +225,10 @@ def _compression(entries: dict[str, Entry]) -> Entry:
         "weights_bytes": teacher["weights_bytes"] / student["weights_bytes"],
         "layers": teacher["num_layers"] / student["num_layers"],
     }
-    for name, field in (("speedup", "tokens_per_second"), ("speedup_batched", "tokens_per_second_batched")):
-        if field in teacher:
-            fields[name] = student[field] / teacher[field]
+    for name, field_name in (
+        ("speedup", "tokens_per_second"),
+        ("speedup_batched", "tokens_per_second_batched"),
+    ):
+        if field_name in teacher:
+            fields[name] = student[field_name] / teacher[field_name]
     return {name: round(value, 3) for name, value in fields.items()}

@@ -5,14 +5,13 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from worker.distill.batches import kept_positions, model_input
 from worker.distill.data import Example
 from worker.distill.evaluate import HeldOutRows, measure_speed, rouge_l, size_of
 from worker.distill.heads import head_of
 from worker.distill.layers import keep_layers
 from worker.distill.objectives import TokenObjective
 from worker.distill.students import load_model
-from worker.distill.teachers import CachedTeacher, cached_teacher
+from worker.distill.teachers import CachedTeacher, LiveTeacher, cached_teacher
 from worker.run import EngineSampler
 
 ROWS = [
@@ -30,12 +29,12 @@ def teacher_model(tiny_llama_dir: Path) -> PreTrainedModel:
 @pytest.fixture
 def teacher(teacher_model: PreTrainedModel, tmp_path: Path) -> CachedTeacher:
     return cached_teacher(
-        lambda: teacher_model,
+        lambda: LiveTeacher(teacher_model),
         head_of(teacher_model),
         folder=tmp_path,
         budget_bytes=2**20,
         identity="tiny",
-        rows=[(model_input(row), kept_positions(row)) for row in ROWS],
+        examples=ROWS,
     )
 
 
@@ -49,15 +48,19 @@ def test_held_out_means_are_those_of_full_logits_one_row_at_a_time(
 ) -> None:
     student = keep_layers(teacher_model, (0, 1, 3)).requires_grad_(False)
     found = held_out.measure(student, head_of(student), teacher, TokenObjective(ce_weight=0.25))
-    kl = ce = agreeing = 0.0
+    sums = []
     for row in ROWS:
         ids_1T, at = torch.tensor([row.token_ids]), torch.tensor(row.target_positions)
         p, q = (
             m(input_ids=ids_1T).logits[0, at - 1].double().log_softmax(-1) for m in (teacher_model, student)
         )
-        kl += float((p.exp() * (p - q)).sum())
-        ce -= float(q.gather(1, ids_1T[0, at][:, None]).sum())
-        agreeing += float((p.argmax(-1) == q.argmax(-1)).sum())
+        row_kl = float((p.exp() * (p - q)).sum())
+        row_ce = -float(q.gather(1, ids_1T[0, at][:, None]).sum())
+        row_agreeing = float((p.argmax(-1) == q.argmax(-1)).sum())
+        sums.append([0.75 * row_kl + 0.25 * row_ce, row_kl, row_ce, row_agreeing])
+    torch.testing.assert_close(found.sums_R4, torch.tensor(sums).double(), rtol=1e-4, atol=1e-6)
+    assert found.targets_R.tolist() == [8, 4, 2]
+    _, kl, ce, agreeing = (sum(column) for column in zip(*sums, strict=True))
     n = sum(row.num_targets for row in ROWS)
     assert found.num_targets == n == 14
     assert found.kl == pytest.approx(kl / n, rel=1e-4)
@@ -87,8 +90,7 @@ def test_the_teacher_agrees_with_itself(
     ],
 )
 def test_rouge_l_is_the_f_measure_of_common_words(answer: str, reference: str, score: float) -> None:
-    assert rouge_l([answer], [reference]) == pytest.approx(score)
-    assert rouge_l([answer, "same"], [reference, "same"]) == pytest.approx((score + 1) / 2)
+    assert rouge_l([answer, "same"], [reference, "same"]) == pytest.approx([score, 1.0])
 
 
 def test_speed_is_measured_alone_and_together(teacher_model: PreTrainedModel) -> None:
@@ -105,3 +107,11 @@ def test_a_tied_head_is_counted_once(teacher_model: PreTrainedModel) -> None:
     assert size["num_parameters"] < sum(t.numel() for t in teacher_model.state_dict().values())
     assert size["num_parameters"] > embedding
     assert size["num_layers"] == 4
+    assert "num_encoder_layers" not in size
+
+
+@pytest.mark.parametrize("family", ["t5", "bart", "bert2bert"])
+def test_an_encoder_decoder_has_layers_on_both_sides(family: str, request: pytest.FixtureRequest) -> None:
+    model = load_model(request.getfixturevalue(f"tiny_{family}_dir"))
+    size = size_of(keep_layers(model, (0, 3), range(3)))
+    assert (size["num_encoder_layers"], size["num_layers"]) == (3, 2)

@@ -40,3 +40,8 @@ def test_a_gate_is_passed_at_its_bound(gate: Gate | None, is_passed: bool) -> No
 )
 def test_the_smallest_passing_or_the_best_is_chosen(evaluation: dict[str, Any], number: int | None) -> None:
     assert choose(LADDER, Evaluation.model_validate(evaluation)) == number
+
+
+def test_without_kl_the_best_is_the_one_with_the_least_loss() -> None:
+    ladder = [{"num_parameters": 1, "loss": 2.0}, {"num_parameters": 2, "loss": 1.0}]
+    assert choose(ladder, Evaluation(choose="best")) == 1

@@ -63,3 +63,13 @@ def test_a_metric_that_no_student_has_gets_no_panel() -> None:
     titles = [axes.get_title() for axes in draw_ladder(RUNGS, TEACHER_RUNG).axes if axes.get_visible()]
     assert len(titles) == 3
     assert not any("Answers" in title for title in titles)
+
+
+def test_perplexity_stands_in_for_a_kl_that_there_is_not() -> None:
+    with_both = Rung("2 layers", figures(2_000_000, 2.0, 0.5, perplexity=9.0))
+    without_kl = Rung("2 layers", {"num_parameters": 2_000_000, "perplexity": 9.0})
+    labels = [
+        [axes.get_ylabel() for axes in draw_ladder([rung], TEACHER_RUNG).axes if axes.get_visible()]
+        for rung in (with_both, without_kl)
+    ]
+    assert labels == [["KL, nats a token", "agreement, %"], ["perplexity"]]

@@ -1,0 +1,69 @@
+"""The figures of a model's result: from its held-out measurement, and from its answers beside others'."""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from worker.distill.classify import Labels
+from worker.distill.evaluate import HeldOut, rouge_l
+from worker.distill.statistics import Figure, exponential, mean
+
+Entry = dict[str, Any]  # Any: open-ended JSON
+Figures = dict[str, Figure]
+ANSWER_METRICS = frozenset({"rouge_l", "exact_match", "accuracy", "macro_f1"})
+
+
+def held_out_figures(held_out: HeldOut, metrics: Collection[str]) -> Figures:
+    """Token means; loss and KL whatever the metrics are. Without a teacher there is neither KL nor agreement."""
+    targets_R = held_out.targets_R.numpy()
+    loss, kl, cross_entropy, agreement = (
+        mean(sums_R, targets_R) for sums_R in held_out.sums_R4.numpy().T.copy()
+    )
+    figures = {"loss": loss}
+    if held_out.has_teacher:
+        figures["kl"] = kl
+    if "perplexity" in metrics:
+        figures["perplexity"] = exponential(cross_entropy)
+    if "agreement" in metrics and held_out.has_teacher:
+        figures["agreement"] = agreement
+    return figures
+
+
+def answer_figures(
+    answers: Sequence[str],
+    teachers: Sequence[str] | None,
+    references: Sequence[str | None],
+    labels: Labels | None,
+    metrics: Collection[str],
+) -> Figures:
+    """Means over answers, compared with the teacher's and (named so) with the references of the rows that have one.
+
+    Labels are those of the references, so accuracy and macro_f1 go by them, and by the teacher under a name of its own.
+    """
+    referred = [(ours, text) for ours, text in zip(answers, references, strict=True) if text is not None]
+    sides: list[tuple[str, str, Sequence[str], Sequence[str]]] = []
+    if teachers is not None:
+        sides.append(("", "_teacher", answers, teachers))
+    if referred:
+        sides.append(("_reference", "", [ours for ours, _ in referred], [text for _, text in referred]))
+    figures: Figures = {}
+    for suffix, label_suffix, ours, theirs in sides:
+        if "rouge_l" in metrics:
+            figures[f"rouge_l{suffix}"] = mean(rouge_l(ours, theirs))
+        if "exact_match" in metrics:
+            is_same = [one.strip() == other.strip() for one, other in zip(ours, theirs, strict=True)]
+            figures[f"exact_match{suffix}"] = mean(is_same)
+        if labels is not None:
+            accuracy, macro_f1 = labels.figures(ours, theirs)
+            figures |= {f"accuracy{label_suffix}": accuracy, f"macro_f1{label_suffix}": macro_f1}
+    return figures
+
+
+def with_intervals(figures: Figures) -> Entry:
+    """As JSON: each figure a number, and `intervals` with the 95% interval of each."""
+    intervals = {name: list(figure.interval()) for name, figure in figures.items()}
+    return {**{name: figure.value for name, figure in figures.items()}, "intervals": intervals}
+
+
+def difference(figures: Figures, others: Figures) -> Entry:
+    """The figures less another model's, on the rows they share: intervals that hold no 0 are a difference."""
+    return with_intervals({name: of.minus(others[name]) for name, of in figures.items() if name in others})
