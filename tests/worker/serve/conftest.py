@@ -39,6 +39,27 @@ def loaded(request: pytest.FixtureRequest) -> LoadedModel:
     return found
 
 
+@pytest.fixture(scope="session")
+def t5(tiny_t5_dir: Path) -> LoadedModel:
+    return load_model(tiny_t5_dir)
+
+
+@pytest.fixture(scope="session")
+def bart(tiny_bart_dir: Path) -> LoadedModel:
+    return load_model(tiny_bart_dir)
+
+
+@pytest.fixture(scope="session")
+def bert2bert(tiny_bert2bert_dir: Path) -> LoadedModel:
+    return load_model(tiny_bert2bert_dir)
+
+
+@pytest.fixture(params=["t5", "bart", "bert2bert"])
+def encoder_decoder(request: pytest.FixtureRequest) -> LoadedModel:
+    found: LoadedModel = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture
 def make_request() -> Callable[..., GenerateRequest]:
     """A greedy request for four tokens unless told otherwise; unknown words go to its sampling."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -80,3 +81,40 @@ def test_another_family_is_refused(tmp_path: Path, folder: Path) -> None:
         shutil.copy(folder / name, tmp_path / "gptj" / name)
     with pytest.raises(UnsupportedModel, match="gptj"):
         load_model(tmp_path / "gptj")
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_t5_keeps_its_head_apart_from_its_embedding_where_they_differ(
+    tiny_t5_dir: Path, tmp_path: Path, is_tied: bool
+) -> None:
+    folder = Path(shutil.copytree(tiny_t5_dir, tmp_path / "model"))
+    weights = load_file(folder / "model.safetensors")
+    shared = weights["shared.weight"]
+    head = shared if is_tied else torch.randn_like(shared)
+    if not is_tied:
+        save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+    model: Any = load_model(folder).model
+    for weight, expected in (
+        (model.lm_head.weight, head),
+        (model.shared.weight, shared),
+        (model.encoder.embed_tokens.weight, shared),
+        (model.decoder.embed_tokens.weight, shared),
+    ):
+        torch.testing.assert_close(weight, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_an_encoder_alone_is_refused(name: str, request: pytest.FixtureRequest) -> None:
+    with pytest.raises(
+        UnsupportedModel, match=f"^{name} is an encoder and generates nothing; use it as a teacher$"
+    ):
+        load_model(request.getfixturevalue(f"tiny_{name}_dir"))
+
+
+def test_halves_that_are_not_listed_are_refused(tiny_bert2bert_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_bert2bert_dir, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    config["encoder"]["model_type"] = "electra"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"'electra' and 'bert'.*bert, gpt2, roberta"):
+        load_model(folder)

@@ -196,6 +196,18 @@ def test_the_least_recently_used_model_makes_room(
     assert set(host.status().resident) == {"llama", "twin"}
 
 
+def test_an_encoder_decoder_is_evicted_and_loaded_again(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf, tiny_t5_dir: Path
+) -> None:
+    shelf.folders["t5"] = tiny_t5_dir
+    host = make_host(resident_bytes=SIZE)
+    for number, name in enumerate(("t5", "llama", "t5")):
+        host.submit(make_request(f"r{number}", weights=ref(name), tokens=(9, 8)))
+        assert isinstance(ends(run(host))[f"r{number}"], Done)
+        assert host.status().resident == (name,)
+    assert shelf.asked == ["t5", "llama", "t5"]
+
+
 def test_a_busy_model_is_not_evicted(make_host: Callable[..., ModelHost], make_request: Make) -> None:
     host = make_host(resident_bytes=int(1.5 * SIZE))
     host.submit(make_request("busy", weights=ref("llama"), max_tokens=60, ignore_eos=True))

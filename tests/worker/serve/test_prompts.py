@@ -8,7 +8,7 @@ from app.contracts import GenerateRequest, Message
 from tests.tiny import tiny_tokenizer
 from worker.serve.errors import InvalidMessages, InvalidPrompt, MessagesTooLong, NoChatTemplate, PromptTooLong
 from worker.serve.families import Context
-from worker.serve.prompts import prompt_tokens
+from worker.serve.prompts import end_id_of, prompt_tokens, text_tokens
 
 Make = Callable[..., GenerateRequest]
 HELLO = (Message(role="user", content="Who keeps the house?"),)
@@ -104,3 +104,22 @@ def test_a_request_that_takes_what_fits_needs_room_for_one_token(make_request: M
     assert len(tokens_of(make_request(tokens=(5,) * 63, max_tokens=4000, fits_context=True))) == 63
     with pytest.raises(PromptTooLong):
         tokens_of(make_request(tokens=(5,) * 64, max_tokens=4000, fits_context=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "has_encoder", "is_kept"),
+    [
+        ("unigram", True, True),
+        ("unigram", False, False),
+        ("wordpiece", True, True),
+        ("wordpiece", False, True),
+        ("roberta", False, True),
+    ],
+)
+def test_an_end_token_behind_the_prompt_stays_where_it_separates_or_is_encoded(
+    kind: str, has_encoder: bool, is_kept: bool
+) -> None:
+    tokenizer = tiny_tokenizer(kind)
+    whole = tuple(tokenizer("The still").input_ids)
+    assert whole[-1] == end_id_of(tokenizer)
+    assert text_tokens("The still", tokenizer, has_encoder=has_encoder) == (whole if is_kept else whole[:-1])
