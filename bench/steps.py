@@ -121,6 +121,11 @@ def _summary(case: Case, turns: list[Entry], floors: list[Entry], failed: dict[s
             contenders[c.name] |= {
                 "gflop": round(found[0]["flop"] / 1e9, 1),
                 "floor_ms": round(1000 * seconds, 1),
+                # the stricter floor: as if every product ran at the rate of the fastest one
+                "fraction_at_best_rate": _median(
+                    1000 * f["flop"] / (1e9 * floor["best_gflops"]) / m["ms"]
+                    for f, floor, m in zip(found, floors, mine, strict=True)
+                ),
                 "fraction_of_gemm_floor": _median(
                     1000 * f["seconds"] / m["ms"] for f, m in zip(found, mine, strict=True)
                 ),
