@@ -9,7 +9,13 @@ import httpx
 import openai
 import pytest
 
-from app.settings import Settings
+from app.contracts import Sampling
+from app.db.session import transaction
+from app.errors import BadRequest
+from app.services import registry
+from app.services.generation import Order, refuse_hopeless
+from app.settings import Settings, get_settings
+from tests.app.api.conftest import PROJECT
 from tests.serve_worker import WorkerProcess, wait_for
 
 PROMPT = "What does a lantern mean?"
@@ -180,6 +186,8 @@ def test_what_is_wrong_with_a_request_is_an_http_error_even_of_a_stream(
         ({"prompt": [1, "a"]}, "invalid_value", "prompt"),
         ({"prompt": None}, "invalid_value", "prompt"),
         ({"model": "absent"}, "model_not_found", "model"),
+        ({"model": "bert"}, "model_not_servable", "model"),
+        ({"model": "t5", "max_tokens": 257}, "context_length_exceeded", "max_tokens"),
     ],
     ids=str,
 )
@@ -187,6 +195,8 @@ def test_a_bad_completion_request_names_what_is_wrong(
     http: httpx.Client, register: Callable[..., str], change: dict[str, object], code: str, param: str
 ) -> None:
     register()
+    register("bert", architecture="bert", family="masked")
+    register("t5", architecture="t5", family="seq2seq")
     error = http.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT} | change).json()["error"]
     assert (error["code"], error["param"]) == (code, param)
 
@@ -201,6 +211,7 @@ def test_a_bad_completion_request_names_what_is_wrong(
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"prompt": "x"}, "unknown_parameter", "prompt"),
         ({"model": "plain"}, "no_chat_template", "messages"),
+        ({"model": "bert"}, "model_not_servable", "model"),
     ],
     ids=str,
 )
@@ -209,6 +220,7 @@ def test_a_bad_chat_request_names_what_is_wrong(
 ) -> None:
     register()
     register("plain", has_chat_template=False)
+    register("bert", architecture="bert", family="masked", has_chat_template=False)
     body = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} | change
     error = http.post("/v1/chat/completions", json=body).json()["error"]
     assert (error["code"], error["param"]) == (code, param)
@@ -251,3 +263,22 @@ def test_a_key_without_the_scope_cannot_generate(service: Any, register: Callabl
     with service.http(service.new_key(scopes=["models:read"])) as http:
         response = http.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
     assert response.status_code == 403
+
+
+def test_an_encoder_decoders_answer_may_fill_a_context_of_its_own(
+    service: Any, register: Callable[..., str]
+) -> None:
+    register("t5", architecture="t5", family="seq2seq")
+    register("tiny")
+
+    def order(model_id: str, max_tokens: int) -> Order:
+        with transaction() as session:
+            model = registry.resolve(session, PROJECT, model_id)
+        return Order("id", "key", model, [PROMPT], 1, Sampling(max_tokens=max_tokens))
+
+    settings = get_settings()
+    refuse_hopeless(order("t5", 256), settings)
+    with pytest.raises(BadRequest, match="prompt and answer together have at most 256"):
+        refuse_hopeless(order("tiny", 256), settings)
+    with pytest.raises(BadRequest, match="an answer has at most 256"):
+        refuse_hopeless(order("t5", 257), settings)

@@ -173,6 +173,44 @@ def test_different_tokenizers_are_no_longer_compared_token_by_token(bench: Bench
     assert (block["student"]["init"], block["objective"]["teacher_signal"]) == ("checkpoint", "uld")
 
 
+@pytest.mark.parametrize(("keys", "completions"), [(("input", "target"), "dataset"), (("input",), "teacher")])
+def test_rows_of_input_and_target_are_prompts_and_completions(
+    bench: Bench, keys: tuple[str, ...], completions: str
+) -> None:
+    file_id = bench.upload([dict.fromkeys(keys, f"number {n}") for n in range(3)])
+    assert (bench.client.files.retrieve(file_id).model_extra or {})["format"] == "_".join(keys)
+    job = bench.submit(training_file=file_id)
+    assert job.to_dict()["method"]["distillation"]["data"]["completions"] == completions  # type: ignore[index] # open
+
+
+def test_a_masked_teacher_is_refused_or_settled_before_anything_is_queued(bench: Bench) -> None:
+    bert = bench.register("bert", architecture="bert", family="masked", has_chat_template=False)
+    student = {"init": "fresh", "config": {"family": "encoder-decoder"}}
+    logits = {"teacher": bert, "student": student, "objective": {"teacher_signal": "logits"}}
+    error = bench.refused(logits, model=bert)
+    assert (error.status_code, error.code) == (400, "invalid_value")
+    assert error.param == "method.distillation.objective.teacher_signal"
+    assert "use objective.teacher_signal = conditional_mlm or hidden" in error.message
+    job = bench.submit({"teacher": bert, "student": student}, model=bert)
+    block = (job.method.model_extra or {})["distillation"] if job.method else {}
+    assert block["objective"]["teacher_signal"] == "conditional_mlm"
+    assert (block["student"]["freeze_head"], block["student"]["freeze_encoder"]) == (False, False)
+    with transaction() as session:
+        row = job_rows.load_job(session, job.id)
+    assert row is not None
+    assert row.spec["distillation"]["objective"]["teacher_signal"] == "conditional_mlm"
+
+
+@pytest.mark.parametrize(("max_positions", "fits"), [(16, False), (64, True)])
+def test_a_fresh_students_positions_bound_its_rows(bench: Bench, max_positions: int, fits: bool) -> None:
+    student = {"init": "fresh", "config": {"family": "gpt2", "max_positions": max_positions}}
+    rows = bench.upload([{"prompt": "zq" * 10, "completion": "yes"}])
+    if fits:
+        assert bench.submit({"student": student}, training_file=rows).status == "queued"
+    else:
+        assert bench.refused({"student": student}, training_file=rows).code == "context_length_exceeded"
+
+
 def test_completions_from_a_file_that_has_none_are_refused(bench: Bench) -> None:
     error = bench.refused({"data": {"completions": "dataset"}}, training_file=bench.upload(PROMPTS))
     assert error.param == "method.distillation.data.completions"

@@ -25,6 +25,9 @@ def test_models_are_listed_with_what_they_are_made_of(client: openai.OpenAI, reg
     assert listed["tiny"].owned_by == "acme"
     extra = client.models.retrieve("tiny").model_extra or {}
     assert (extra["num_layers"], extra["context_length"], extra["origin"]) == (4, 256, "imported")
+    register("bert", architecture="bert", family="masked")
+    shown = {model.id: model.model_extra or {} for model in client.models.list()}
+    assert (shown["tiny"]["family"], shown["bert"]["family"]) == ("causal", "masked")
 
 
 def test_a_deleted_model_is_gone_with_its_bytes(client: openai.OpenAI, register: Register) -> None:
