@@ -15,14 +15,15 @@ from typing import Any, Final, ParamSpec, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from app.contracts import ArtifactRef, DistillationJob, ImportJob, JobFailure, JobSpec, JobStatus, ModelFacts
-from app.db import leases
+from app.db import jobs, leases
 from app.db.lifecycle import add_event, begin_stage
 from app.db.session import DatabaseUnavailable, Session, transaction
-from app.db.tables import Checkpoint, Job
+from app.db.tables import Checkpoint, Job, Metric
 from app.settings import get_settings
 from worker.distill.progress import MessageLine, MetricsLine, ProgressLine, RunLine, StageLine
 
 NUM_TRIES: Final = 3
+MOST_POINTS: Final = 2_000_000  # of a job's metrics in its result file
 job_spec: Final[TypeAdapter[DistillationJob | ImportJob]] = TypeAdapter(JobSpec)
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -172,6 +173,13 @@ def mark_corrupt(lease: Lease, checkpoint_id: str) -> CheckpointRef | None:
 
 
 @tried_again
+def metric_series(lease: Lease) -> list[Metric]:
+    """All that the job's attempts have measured."""
+    with transaction() as session:
+        return jobs.metric_series(session, lease.job_id, most=MOST_POINTS)
+
+
+@tried_again
 def finish(
     lease: Lease,
     *,
@@ -180,10 +188,11 @@ def finish(
     facts: ModelFacts,
     result: dict[str, Any],  # Any: the public result object
     trained_tokens: int,
+    files: Sequence[dict[str, Any]] = (),  # Any: columns of File
 ) -> bool:
-    """Registers the model and ends the job in one transaction.
+    """Registers the model and the result files and ends the job in one transaction.
 
-    False: the job was cancelled meanwhile or the id was taken, nothing refers to the stored model, delete it.
+    False: the job was cancelled meanwhile or the id was taken, nothing refers to what was stored, delete it.
     """
     is_distilled = isinstance(lease.spec, DistillationJob)
     model = {
@@ -197,7 +206,13 @@ def finish(
     }
     with transaction() as session:
         job = leases.succeed(
-            session, lease.job_id, lease.token, model=model, result=result, trained_tokens=trained_tokens
+            session,
+            lease.job_id,
+            lease.token,
+            model=model,
+            result=result,
+            trained_tokens=trained_tokens,
+            files=files,
         )
         if job is None:
             return _demand_outcome(session, lease, "succeeded")

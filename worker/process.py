@@ -13,6 +13,8 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
+from app.contracts import DistillationJob, ImportJob
+from app.settings import Settings
 from worker.distill.progress import RunLine, run_line
 
 log = structlog.get_logger(__name__)
@@ -20,6 +22,8 @@ log = structlog.get_logger(__name__)
 MAX_WAITING_LINES = 1000  # then the run itself has to wait
 PIPE_SECONDS = 5.0
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "allocate memory", "not enough memory")
+# A run needs no way into the database or the queue.
+WITHHELD = ("STILLHOUSE_DATABASE_URL", "STILLHOUSE_REDIS_URL", "STILLHOUSE_KEY_PEPPER", "STILLHOUSE_HF_TOKEN")
 
 
 class RunProcess:
@@ -142,3 +146,24 @@ def _memory_event_files() -> list[Path]:
         elif "memory" in controllers.split(","):
             files.append(Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.oom_control")
     return files
+
+
+def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> dict[str, str]:
+    """This process's environment without its secrets, and offline unless the job is to fetch something."""
+    is_online = isinstance(spec, ImportJob) and spec.hub is not None
+    environment = {name: value for name, value in os.environ.items() if name not in WITHHELD}
+    environment |= {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "0" if is_online else "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(settings.work_root() / "hub"),
+        "TOKENIZERS_PARALLELISM": "false",
+        # glibc keeps freed memory: large tensors that come and go each step would fault their pages in again
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    }
+    if is_online:
+        environment["STILLHOUSE_HF_TOKEN"] = settings.hf_token
+    if settings.num_threads:
+        environment |= {name: str(settings.num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return environment

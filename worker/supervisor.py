@@ -31,7 +31,8 @@ from worker.distill.spec import RunSpec
 from worker.heart import DATABASE_AWAY, Heart
 from worker.import_spec import ImportSpec
 from worker.ledger import AuthorityLost, Lease
-from worker.process import RunProcess
+from worker.process import RunProcess, child_environment
+from worker.result_files import FileColumns, upload_results
 
 log = structlog.get_logger(__name__)
 
@@ -40,8 +41,6 @@ RECORD_SECONDS = 1.0  # lines are gathered for so long before they go into the d
 GRACE_SECONDS = 60.0  # for a run that was asked to stop to write its checkpoint
 SILENCE_SECONDS = 3600.0  # a run that says nothing for so long hangs
 DATABASE_RETRY_SECONDS = 1.0
-# A run needs no way into the database or the queue.
-WITHHELD = ("STILLHOUSE_DATABASE_URL", "STILLHOUSE_REDIS_URL", "STILLHOUSE_KEY_PEPPER", "STILLHOUSE_HF_TOKEN")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -276,6 +275,7 @@ class Attempt:
         key = f"models/{self.lease.job_id}/{self.lease.token}"
         try:
             ref = store().put_folder(self.out / line.folder, key, link=True)
+            files = self._upload_results(line)
         except (OSError, StorageError) as error:
             log.warning("model_not_stored", job=self.lease.job_id, error=str(error))
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -284,10 +284,16 @@ class Attempt:
             else:
                 self._write(ledger.lost, self.lease, "The model could not be stored.")
             return
-        if not self._write(self._register, ref, line):
-            store().delete(key)
+        if not self._write(self._register, ref, line, files):
+            for stored in (key, *(file["store_key"] for file in files)):
+                store().delete(stored)
 
-    def _register(self, ref: ArtifactRef, line: ResultLine) -> bool:
+    def _upload_results(self, line: ResultLine) -> list[FileColumns]:
+        if not isinstance(self.lease.spec, DistillationJob) or self.lease.project_id is None:
+            return []
+        return upload_results(self.out, line.files, self._write(ledger.metric_series, self.lease))
+
+    def _register(self, ref: ArtifactRef, line: ResultLine, files: list[FileColumns]) -> bool:
         return ledger.finish(
             self.lease,
             model_id=self.lease.spec.output_model,
@@ -295,6 +301,7 @@ class Attempt:
             facts=ModelFacts.model_validate(line.facts),
             result=line.result,
             trained_tokens=line.trained_tokens,
+            files=files,
         )
 
     def _end_stopped(self) -> None:
@@ -317,27 +324,6 @@ class Attempt:
     def _kill(self) -> None:
         if self.process is not None:
             self.process.kill()
-
-
-def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> dict[str, str]:
-    """This process's environment without its secrets, and offline unless the job is to fetch something."""
-    is_online = isinstance(spec, ImportJob) and spec.hub is not None
-    environment = {name: value for name, value in os.environ.items() if name not in WITHHELD}
-    environment |= {
-        "PYTHONUNBUFFERED": "1",
-        "HF_HUB_OFFLINE": "0" if is_online else "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HOME": str(settings.work_root() / "hub"),
-        "TOKENIZERS_PARALLELISM": "false",
-        # glibc keeps freed memory: large tensors that come and go each step would fault their pages in again
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**33),
-    }
-    if is_online:
-        environment["STILLHOUSE_HF_TOKEN"] = settings.hf_token
-    if settings.num_threads:
-        environment |= {name: str(settings.num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return environment
 
 
 def _reason(error: Exception) -> str:

@@ -188,8 +188,9 @@ def metric_series(
     names: Collection[str] | None = None,
     from_step: int | None = None,
     to_step: int | None = None,
+    most: int = MAX_POINTS,
 ) -> list[Metric]:
-    """Values by name and step, both ends included; at most MAX_POINTS of them."""
+    """Values by name and step, both ends included; at most `most` of them."""
     query = select(Metric).where(Metric.job_id == job_id)
     if names is not None:
         query = query.where(Metric.name.in_(names))
@@ -197,7 +198,7 @@ def metric_series(
         query = query.where(Metric.step >= from_step)
     if to_step is not None:
         query = query.where(Metric.step <= to_step)
-    return list(session.scalars(query.order_by(Metric.name, Metric.step).limit(MAX_POINTS)))
+    return list(session.scalars(query.order_by(Metric.name, Metric.step).limit(most)))
 
 
 def page_checkpoints(

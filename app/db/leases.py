@@ -4,7 +4,7 @@ A function that gives None (or False) has changed nothing, because the lease bel
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
@@ -14,6 +14,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.contracts import ArtifactRef, JobFailure, JobStatus
+from app.db.files import insert_file
 from app.db.ids import new_id
 from app.db.json_values import clean
 from app.db.lifecycle import add_event, move
@@ -172,11 +173,18 @@ def mark_corrupt(session: Session, job_id: str, token: int, checkpoint_id: str) 
 
 
 def succeed(
-    session: Session, job_id: str, token: int, *, model: Json, result: Json, trained_tokens: int
+    session: Session,
+    job_id: str,
+    token: int,
+    *,
+    model: Json,
+    result: Json,
+    trained_tokens: int,
+    files: Sequence[Json] = (),
 ) -> Job | None:
-    """Registers the model and ends the job, both or neither. `model` holds the columns of Model.
+    """Registers the model and the result files and ends the job, all or nothing.
 
-    A job that was asked to stop is cancelled instead, and one whose model id is taken by another model fails.
+    `model` holds the columns of Model, `files` those of File; a job without a project keeps no files. A job that was asked to stop is cancelled instead, and one whose model id is taken by another model fails.
     """
     job = hold(session, job_id, token)
     if job is None:
@@ -189,6 +197,8 @@ def succeed(
     if insert_model(session, source_job_id=job_id, project_id=job.project_id, **model) is None:
         taken = f"the model id {model['id']!r} was taken meanwhile; submit the job again with another name"
         return fail(session, job_id, token, JobFailure(code="model_id_taken", message=taken))
+    for columns in files if job.project_id is not None else ():
+        insert_file(session, project_id=job.project_id, **columns)
     return move(
         session,
         job_id,
@@ -197,6 +207,7 @@ def succeed(
         message=f"The job has succeeded; the new model is {model['id']}.",
         result=clean(result),
         result_model_id=model["id"],
+        result_file_ids=[file["id"] for file in files],
         trained_tokens=trained_tokens,
         progress=clean({**job.progress, "percent": 100.0, "seconds_remaining": 0.0}),
     )

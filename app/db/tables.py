@@ -135,6 +135,7 @@ class Job(Table):
     latest_metrics: Mapped[Json] = mapped_column(JSONB, server_default=text("'{}'"))
     result: Mapped[Json | None] = mapped_column(JSONB)
     result_model_id: Mapped[str | None] = mapped_column(String(200))
+    result_file_ids: Mapped[list[str]] = mapped_column(JSONB, server_default=text("'[]'"))
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
     error: Mapped[Json | None] = mapped_column(JSONB)
 

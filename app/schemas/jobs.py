@@ -83,7 +83,7 @@ class JobObject(BaseModel):
     organization_id: str
     training_file: str
     validation_file: str | None
-    result_files: list[str] = []
+    result_files: list[str]
     integrations: list[Json] | None = None
     hyperparameters: JobHyperparameters
     method: MethodObject
@@ -127,6 +127,7 @@ class JobObject(BaseModel):
             error=JobFailure.model_validate(row.error) if row.error else None,
             queue=QueuePlace(position=queue[0], depth=queue[1]) if queue else None,
             result=row.result,
+            result_files=row.result_file_ids,
             usage={"trained_tokens": row.trained_tokens},
             **shared_fields(row),
         )

@@ -23,7 +23,8 @@ from app.db.session import transaction
 from app.db.tables import Job, Model
 from app.settings import Settings, get_settings
 from app.storage import store
-from worker.supervisor import child_environment, run_until_idle
+from worker.process import child_environment
+from worker.supervisor import run_until_idle
 
 PROJECT = "p"
 
@@ -244,6 +245,9 @@ def test_a_distillation_leaves_a_model_metrics_stages_and_few_checkpoints(
         names = {metric.name for metric in jobs.metric_series(session, job_id)}
     assert {"train_loss", "valid_kl"} <= names
     assert [stage["name"] for stage in done.stages][:1] == ["loading_models"]
+    (table,) = done.result_file_ids
+    with store().open(f"files/{table}") as file:
+        assert b"valid_kl" in file.readline()
     steps = checkpoint_steps(job_id)
     assert 1 <= len(steps) <= 3
     stored = {f"step-{step}" for step in steps}
