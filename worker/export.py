@@ -106,13 +106,18 @@ def export_gguf(folder: Path, target: Path, *, kind: Kind) -> ExportFacts:
 def check_exportable(folder: Path) -> tuple[Any, Vocabulary]:  # Any: transformers is untyped here
     """Configuration and vocabulary of a model that can be written. Raises UnsupportedModel, UnsupportedTokenizer."""
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    if config.model_type not in EXPORTABLE:
-        raise UnsupportedModel(
-            f"a model of architecture {config.model_type!r} cannot be exported as GGUF; "
-            f"{', '.join(EXPORTABLE)} can. Leave `export` empty and take the safetensors folder"
-        )
+    check_architecture(config.model_type)
     _check_settings(config)
     return config, read_vocabulary(folder, config.vocab_size)
+
+
+def check_architecture(model_type: str) -> None:
+    """Raises UnsupportedModel for a kind of model that cannot be written."""
+    if model_type not in EXPORTABLE:
+        raise UnsupportedModel(
+            f"a model of architecture {model_type!r} cannot be exported as GGUF; "
+            f"{', '.join(EXPORTABLE)} can. Leave `export` empty and take the safetensors folder"
+        )
 
 
 def _check_settings(config: Any) -> None:  # Any: transformers is untyped here

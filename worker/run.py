@@ -12,23 +12,27 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 import transformers
 from huggingface_hub import constants as hub
 from transformers import PreTrainedModel
 
+from app.distillation import ExportFormat
 from worker.distill.errors import DistillError, TeacherGenerationFailed
 from worker.distill.pipeline import distil
 from worker.distill.progress import ErrorLine, ResultLine, RunLine, StoppedLine
 from worker.distill.sampler import Generation
 from worker.distill.spec import RunSpec
 from worker.distill.trainer import Stopped
+from worker.errors import WorkerError
+from worker.export import Kind, check_architecture, check_exportable, export_gguf
 from worker.model_facts import model_facts
 from worker.serve.errors import ServeError
 from worker.serve.offline import Continuation, generate_all
 
+KIND_OF: dict[ExportFormat, Kind] = {"gguf_f16": "f16", "gguf_q8_0": "q8_0"}
 MAX_RUNNING = 64  # sequences decoded together: a third more tokens a second than 32 on two cores
 
 
@@ -96,12 +100,14 @@ class StopSignal:
 def run(spec: RunSpec, out: Path, sink: Callable[[RunLine], None], should_stop: Callable[[], bool]) -> int:
     """Runs the spec and says how it ended; gives the exit status."""
     try:
+        check_exports(spec)
         outcome = distil(spec, out, sink, EngineSampler, should_stop)
         facts = model_facts(out / outcome.folder)
+        exports = export(spec, out, outcome.folder)
     except Stopped as stopped:
         sink(StoppedLine(step=stopped.step))
         return 0
-    except DistillError as e:
+    except (DistillError, WorkerError) as e:
         sink(ErrorLine(code=e.code, message=str(e)))
         return 1
     except torch.OutOfMemoryError as e:
@@ -112,11 +118,32 @@ def run(spec: RunSpec, out: Path, sink: Callable[[RunLine], None], should_stop: 
         ResultLine(
             folder=outcome.folder,
             facts=facts.model_dump(mode="json"),
-            result=outcome.result,
+            result={**outcome.result, "exports": exports} if exports else outcome.result,
             trained_tokens=outcome.trained_tokens,
+            files=tuple(made["file"] for made in exports),
         )
     )
     return 0
+
+
+def check_exports(spec: RunSpec) -> None:
+    """Refuses, before the work is done, a student that could not be exported. Raises WorkerError."""
+    student = spec.distillation.student
+    if spec.distillation.export and student.config is not None:
+        check_architecture(student.config.family)
+    elif spec.distillation.export:
+        check_exportable(spec.start_dir)
+
+
+def export(spec: RunSpec, out: Path, student: str) -> list[dict[str, Any]]:  # Any: part of the public result
+    """Writes the student in every format that was asked for; says in which files of `out`. Raises WorkerError."""
+    exports = []
+    for name in dict.fromkeys(spec.distillation.export):
+        kind = KIND_OF[name]
+        file = f"student-{kind}.gguf"
+        made = export_gguf(out / student, out / file, kind=kind)
+        exports.append({"format": name, "file": file, "bytes": made.bytes})
+    return exports
 
 
 def main() -> int:

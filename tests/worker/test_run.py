@@ -7,6 +7,7 @@ from typing import IO, Any
 
 import pytest
 
+from tests.tiny import save_tiny
 from worker.distill.progress import (
     CheckpointLine,
     ErrorLine,
@@ -16,6 +17,7 @@ from worker.distill.progress import (
     StoppedLine,
     run_line,
 )
+from worker.gguf import check_gguf
 from worker.model_facts import model_facts
 
 Json = dict[str, Any]  # Any: open-ended JSON
@@ -102,6 +104,31 @@ def test_what_trying_again_will_not_mend_is_an_error_line(spec: Json, tmp_path: 
     assert isinstance(lines[-1], ErrorLine)
     assert lines[-1].code == "invalid_training_file"
     assert "line 2" in lines[-1].message
+
+
+def test_the_student_is_exported_in_the_formats_asked_for(spec: Json, tmp_path: Path) -> None:
+    spec["distillation"] |= {"export": ["gguf_f16", "gguf_q8_0"]}
+    process = start(spec, tmp_path / "out")
+    result = finish(process)[-1]
+    assert isinstance(result, ResultLine)
+    assert result.files == ("student-f16.gguf", "student-q8_0.gguf")
+    sizes = [(tmp_path / "out" / name).stat().st_size for name in result.files]
+    assert [made["bytes"] for made in result.result["exports"]] == sizes
+    assert sizes[0] > 1.5 * sizes[1]
+    for name in result.files:
+        assert check_gguf(tmp_path / "out" / name).architecture == "llama"
+
+
+def test_a_student_that_cannot_be_exported_is_refused_before_the_work(spec: Json, tmp_path: Path) -> None:
+    spec["distillation"] |= {"export": ["gguf_f16"]}
+    opt = str(save_tiny(tmp_path / "opt", "opt"))
+    lines = finish(start(spec | {"teacher_dir": opt, "start_dir": opt}, tmp_path / "out"))
+    assert [type(line) for line in lines] == [ErrorLine]
+    assert isinstance(lines[0], ErrorLine)
+    assert (lines[0].code, "'opt' cannot be exported" in lines[0].message) == (
+        "unsupported_architecture",
+        True,
+    )
 
 
 def test_a_crash_has_no_error_line(spec: Json, tmp_path: Path) -> None:
