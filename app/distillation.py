@@ -59,6 +59,10 @@ class FreshConfig(Block):
             )
         return self
 
+    @property
+    def has_encoder(self) -> bool:
+        return self.family in ("t5", "encoder-decoder")
+
 
 class Lora(Block):
     """Low-rank adapters on a checkpoint's linear layers, merged into it at the end."""

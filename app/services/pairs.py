@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from app.contracts import ModelFacts, ModelFamily
-from app.distillation import Data, Distillation, HiddenTerm, Objective, Student, TeacherSignal
+from app.distillation import Data, Distillation, FreshConfig, HiddenTerm, Objective, Student, TeacherSignal
 from app.errors import BadRequest
 from app.services.rows import CONVERSATIONS, UNANSWERED
 
@@ -81,7 +81,8 @@ def settle_student(student: Student, pair: Pair) -> Student:
 
 def check_start(student: Student, pair: Pair) -> None:
     start = pair.start
-    if student.init == "fresh":
+    if student.config is not None:
+        check_sizes(student.config)
         if not pair.has_one_tokenizer or (start.family == "masked" and not pair.is_same):
             refuse(
                 "a fresh student takes the teacher's tokenizer and nothing else; name the teacher as model, too",
@@ -101,9 +102,29 @@ def check_start(student: Student, pair: Pair) -> None:
             "student.init = layers, or fresh with the sizes in student.config",
             "student.init",
         )
+    if (student.hidden_size or 0) > start.hidden_size:
+        refuse(
+            f"the model is {start.hidden_size} wide; init = width makes it narrower", "student.hidden_size"
+        )
     for name in ("num_encoder_layers", "num_decoder_layers"):
         if start.family != "seq2seq" and getattr(student, name) is not None:
             refuse(f"a {start.architecture} model has one kind of layers; give num_layers", f"student.{name}")
+
+
+def check_sizes(sizes: FreshConfig) -> None:
+    head_size = sizes.hidden_size // sizes.num_heads
+    if sizes.family == "llama" and head_size % 2:
+        refuse(
+            f"rotary positions need an even head width, not {head_size}; change hidden_size or num_heads",
+            "student.config.num_heads",
+        )
+    if sizes.family == "bloom" and sizes.intermediate_size not in (None, 4 * sizes.hidden_size):
+        refuse(
+            "bloom's intermediate size is always 4 x hidden_size; leave it out",
+            "student.config.intermediate_size",
+        )
+    if not sizes.has_encoder and (sizes.num_encoder_layers or sizes.num_decoder_layers):
+        refuse(f"{sizes.family} has one kind of layers; give num_layers", "student.config.num_layers")
 
 
 def check_layers(student: Student, start: ModelFacts) -> None:
@@ -128,11 +149,10 @@ def check_layers(student: Student, start: ModelFacts) -> None:
 
 def outline_of(student: Student, start: ModelFacts) -> Outline:
     if (sizes := student.config) is not None:
-        family: ModelFamily = "seq2seq" if sizes.family in ("t5", "encoder-decoder") else "causal"
-        sides = [n or sizes.num_layers for n in (sizes.num_decoder_layers, sizes.num_encoder_layers)]
-        if family == "causal":
-            return Outline(sizes.family, family, sizes.num_layers, None)
-        return Outline(sizes.family, family, sides[0], sides[1])
+        num_layers = sizes.num_decoder_layers or sizes.num_layers
+        if not sizes.has_encoder:
+            return Outline(sizes.family, "causal", num_layers, None)
+        return Outline(sizes.family, "seq2seq", num_layers, sizes.num_encoder_layers or sizes.num_layers)
     smallest = student.ladder[0] if student.ladder else student.num_layers
     number = len(student.layers) if student.layers else smallest or student.num_decoder_layers
     default = max(1, start.num_layers // 2) if student.init == "layers" else start.num_layers

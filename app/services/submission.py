@@ -132,6 +132,7 @@ def artifact(row: File) -> ArtifactRef:
 def inspect(plan: Plan, settings: Settings) -> None:
     """The checks that read the store: room on the disk, and rows that are too long."""
     check_disk(plan.start, settings)
+    check_vocabulary(plan)
     check_lengths(plan, plan.training, "training_file")
     if plan.validation is not None:
         check_lengths(plan, plan.validation, "validation_file")
@@ -145,6 +146,19 @@ def check_disk(start: ModelFacts, settings: Settings) -> None:
             f"not enough disk: the job needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
             f"delete files or models, or pick a smaller student",
             "insufficient_storage",
+        )
+
+
+def check_vocabulary(plan: Plan) -> None:
+    sizes = plan.spec.distillation.student.config
+    if sizes is None or sizes.vocab_size is None:
+        return
+    num_tokens = load_tokenizer(plan.spec.teacher.key).get_vocab_size()
+    if sizes.vocab_size < num_tokens:
+        raise BadRequest(
+            f"vocab_size is {sizes.vocab_size}, but the teacher's tokenizer has {num_tokens} tokens; leave it out, or ask "
+            "for at least as many",
+            param=f"{BLOCK}.student.config.vocab_size",
         )
 
 

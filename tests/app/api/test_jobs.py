@@ -201,6 +201,14 @@ def test_a_masked_teacher_is_refused_or_settled_before_anything_is_queued(bench:
     assert row.spec["distillation"]["objective"]["teacher_signal"] == "conditional_mlm"
 
 
+def test_a_fresh_student_has_room_for_every_token_of_the_teachers_tokenizer(bench: Bench) -> None:
+    config = {"family": "gpt2", "vocab_size": 383}
+    error = bench.refused({"student": {"init": "fresh", "config": config}})
+    assert error.param == "method.distillation.student.config.vocab_size"
+    enough = {"init": "fresh", "config": config | {"vocab_size": 384}}
+    assert bench.submit({"student": enough}).status == "queued"
+
+
 @pytest.mark.parametrize(("max_positions", "fits"), [(16, False), (64, True)])
 def test_a_fresh_students_positions_bound_its_rows(bench: Bench, max_positions: int, fits: bool) -> None:
     student = {"init": "fresh", "config": {"family": "gpt2", "max_positions": max_positions}}

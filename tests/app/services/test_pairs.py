@@ -168,6 +168,22 @@ def test_only_some_models_are_made_narrower() -> None:
         else:
             assert decide(width, start).student.init == "width"
 
+    wide = {"student": {"init": "width", "hidden_size": 128}}
+    assert refused(wide, "gpt2")[0] == "student.hidden_size"
+
+
+@pytest.mark.parametrize(
+    ("config", "param"),
+    [
+        ({"family": "llama", "hidden_size": 36, "num_heads": 4}, "num_heads"),
+        ({"family": "bloom", "intermediate_size": 100}, "intermediate_size"),
+        ({"family": "gpt2", "num_encoder_layers": 2}, "num_layers"),
+        ({"family": "bloom", "num_decoder_layers": 2}, "num_layers"),
+    ],
+)
+def test_sizes_that_no_model_can_have_are_refused(config: Json, param: str) -> None:
+    assert refused({"student": {"init": "fresh", "config": config}})[0] == f"student.config.{param}"
+
 
 @pytest.mark.parametrize(
     ("student", "param"),
