@@ -132,6 +132,9 @@ def _summary(case: Case, turns: list[Entry], floors: list[Entry], failed: dict[s
             }
     return {
         **figures(turns, contenders),
+        "reference": sorted(
+            {c.engine for c in case.contenders} - {"ours"}
+        ),  # what "trl" in the names stands for
         "contenders": contenders,
         "failed": failed,
         "losses_differ": losses_differ(contenders),

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from bench.cases import Entry
+from bench.cases import REFERENCE, Entry
 
 TARGETS = {
     "ratio_cached_vs_trl": "≥ 5",
@@ -22,7 +22,7 @@ def show(console: Console, report: Entry) -> None:
             _show_steps(console, name, case)
         else:
             _show_quality(console, case)
-    table = Table(title="Figures (medians; ratios of times are theirs / ours)")
+    table = Table(title="Figures")
     for heading in ("figure", "measured", "target"):
         table.add_column(heading)
     for key, target in TARGETS.items():
@@ -31,13 +31,26 @@ def show(console: Console, report: Entry) -> None:
 
 
 def _show_steps(console: Console, name: str, case: Entry) -> None:
-    table = Table(title=f"{name}: one step, median of {case['num_turns']} turns")
-    for heading in ("contender", "engine", "divergence", "teacher", "head", "ms", "peak GB", "of the floor"):
+    title = f"{name}: one step, median of {case['num_turns']} turns; times: the reference's ms over this"
+    table = Table(title=title)
+    for heading in (
+        "contender",
+        "engine",
+        "divergence",
+        "teacher",
+        "head",
+        "ms",
+        "times",
+        "peak GB",
+        "floor",
+    ):
         table.add_column(heading)
     for key, c in case["contenders"].items():
         head = "trained" if c["trains_head"] else "frozen"
         what = (key, c["engine"], c["divergence"], c["teacher"], head)
-        measured = (_number(c["ms"], 0), _number(c["peak_bytes"] / 1e9, 2))
+        reference = case["contenders"].get(REFERENCE[c["divergence"]], {}).get("ms")
+        times = None if reference is None else reference / c["ms"]
+        measured = (_number(c["ms"], 0), _number(times, 2), _number(c["peak_bytes"] / 1e9, 2))
         table.add_row(*what, *measured, _number(c.get("fraction_of_gemm_floor"), 2))
     for key in case["failed"]:
         table.add_row(key, "failed")
