@@ -125,6 +125,25 @@ def test_an_encoder_decoders_logits_equal_a_plain_forward_pass(
     assert largest_difference(batch, seed=3, longest=40) < 1e-5
 
 
+def test_a_padding_token_in_the_answer_has_the_place_that_roberta_gives_it() -> None:
+    model, pad, source = tiny("roberta+roberta"), 1, [9, 8, 7]
+    batch = CursorBatch(model, max_rows=2, max_width=40, max_source_width=40)
+    batch.join([source])
+    cache = None
+    for token in (batch.family.start_token, 30, pad, 31):
+        if cache is not None:
+            [found_V] = batch.advance([token])
+        with torch.no_grad():  # the model's own cached step, which finds the positions itself
+            output = model(
+                input_ids=torch.tensor([source]),
+                decoder_input_ids=torch.tensor([[token]]),
+                cache=cache,
+                use_cache=True,
+            )
+        cache = output.cache
+    torch.testing.assert_close(found_V.double(), output.logits[0, -1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("model_type", ["mamba", "gptj"])
 def test_an_unlisted_family_is_refused_by_name(model_type: str) -> None:
     model = torch.nn.Linear(1, 1)
