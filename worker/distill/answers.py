@@ -19,16 +19,21 @@ OnProgress = Callable[[int, int, int], None]  # answers there, answers wanted, t
 
 @dataclass(frozen=True)
 class Asking:
-    """How prompts are to be answered; a prompt and its answer together stay within `max_sequence_tokens`."""
+    """How prompts are to be answered; a prompt and its answer together stay within `max_sequence_tokens`.
+
+    With `is_prompt_apart` (a prompt that an encoder reads) the answer alone does.
+    """
 
     max_new_tokens: int
     max_sequence_tokens: int
     temperature: float
     top_p: float = 1.0
     seed: int = 0
+    is_prompt_apart: bool = False
 
     def room(self, prompt: Sequence[int]) -> int:
-        return min(self.max_new_tokens, self.max_sequence_tokens - len(prompt))
+        taken = 1 if self.is_prompt_apart else len(prompt)  # a decoder begins with its start token
+        return min(self.max_new_tokens, self.max_sequence_tokens - taken)
 
     def key(self, prompt: Sequence[int]) -> str:
         how = [list(prompt), self.room(prompt), self.temperature, self.top_p, self.seed]

@@ -1,6 +1,6 @@
 """Length-bucketed token-budget batches, and their tensors.
 
-B batch, T tokens, N rows (completion positions in the order of hidden_BTH[keep_BT]).
+B batch, T tokens, S source tokens (what an encoder reads), N rows (completion positions in the order of hidden_BTH[keep_BT]).
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,18 @@ BUCKET_JITTER = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right, which a causal model needs no mask for. keep_BT marks what predicts a target."""
+    """Rows padded on the right, which a causal model needs no mask for. keep_BT marks what predicts a target.
+
+    The source is None where no encoder is.
+    """
 
     indices: tuple[int, ...]
     input_ids_BT: Tensor
     attention_mask_BT: Tensor
     keep_BT: Tensor
     targets_N: Tensor
+    source_ids_BS: Tensor | None = None
+    source_mask_BS: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -35,27 +40,30 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Without padding."""
-        return int(self.attention_mask_BT.sum())
+        num_source = 0 if self.source_mask_BS is None else int(self.source_mask_BS.sum())
+        return int(self.attention_mask_BT.sum()) + num_source
 
 
 def collate(examples: Sequence[Example], indices: Sequence[int], device: str = "cpu") -> Batch:
     """The rows with these numbers; a row's last token is a target only, so the model does not read it."""
     rows = [examples[i] for i in indices]
-    longest = max(len(row.token_ids) for row in rows) - 1
-    input_ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    attention_mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    keep_BT = torch.zeros(len(rows), longest, dtype=torch.bool)
+    input_ids_BT, attention_mask_BT = _pad([model_input(row) for row in rows])
+    keep_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
     for b, row in enumerate(rows):
-        ids = model_input(row)
-        input_ids_BT[b, : len(ids)] = torch.tensor(ids)
-        input_ids_BT[b, len(ids) :] = ids[
-            -1
-        ]  # any token will do; transformers warns of a pad token without a mask
-        attention_mask_BT[b, : len(ids)] = 1
         keep_BT[b, kept_positions(row)] = True
-    targets = [row.token_ids[p] for row in rows for p in row.target_positions]
-    tensors = (input_ids_BT, attention_mask_BT, keep_BT, torch.tensor(targets))
+    targets_N = torch.tensor([row.token_ids[p] for row in rows for p in row.target_positions])
+    tensors = [input_ids_BT, attention_mask_BT, keep_BT, targets_N]
+    if rows[0].source_ids:
+        tensors += _pad([row.source_ids for row in rows])
     return Batch(tuple(indices), *(tensor.to(device) for tensor in tensors))
+
+
+def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask. Any token will do for padding; transformers warns of a pad token without a mask."""
+    longest = max(len(ids) for ids in rows)
+    ids_BT = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in rows])
+    mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows])
+    return ids_BT, mask_BT
 
 
 def model_input(row: Example) -> tuple[int, ...]:

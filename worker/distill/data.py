@@ -2,7 +2,8 @@
 
 A row becomes an `Example`: its tokens and the spans of them that are targets. A target at position p is predicted from
 the hidden state at p - 1, so no span begins at 0. Segments are tokenised apart (the prompt as serving will see it, then
-the completion), and a completion ends with the end token, so that students learn to stop.
+the completion), and a completion ends with the end token, so that students learn to stop. What a decoder without an
+encoder reads as one sequence, an encoder-decoder reads as a source and an answer that follows its start token.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from worker.distill.errors import InvalidTrainingFile
+from worker.distill.shapes import Shape
 
 MAX_VALIDATION_ROWS = 200
 
@@ -40,16 +42,28 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens and the half-open spans of them that the loss looks at; without spans it waits for an answer."""
+    """Tokens and the half-open spans of them that the loss looks at; without spans it waits for an answer.
+
+    source_ids is what an encoder reads; then token_ids are the decoder's, its start token first.
+    """
 
     token_ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...] = ()
     line: int = 0
+    source_ids: tuple[int, ...] = ()
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        """What comes before the last answer."""
+        """What a model is given to answer: the source, or what comes before the last answer."""
+        return self.source_ids or self._before_answer
+
+    @property
+    def _before_answer(self) -> tuple[int, ...]:
         return self.token_ids[: self.spans[-1][0]] if self.spans else self.token_ids
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.source_ids) + len(self.token_ids)
 
     @property
     def completion_ids(self) -> tuple[int, ...]:
@@ -64,10 +78,9 @@ class Example:
         return sum(end - start for start, end in self.spans)
 
     def answered(self, completion_ids: Sequence[int]) -> "Example":
-        prompt = self.prompt_ids
-        return Example(
-            (*prompt, *completion_ids), ((len(prompt), len(prompt) + len(completion_ids)),), self.line
-        )
+        before = self._before_answer
+        span = (len(before), len(before) + len(completion_ids))
+        return Example((*before, *completion_ids), (span,), self.line, self.source_ids)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -92,11 +105,12 @@ def _row(number: int, fields: dict[str, Any]) -> Row:  # Any: open-ended JSON
         if all(turn["role"] in ("system", "developer", "assistant") for turn in turns):
             raise ValueError("messages has no user's turn")
         return Row(number, turns)
-    if "prompt" in fields:
-        user = {"role": "user", "content": _text(fields["prompt"])}
-        if fields.get("completion") is None:
-            return Row(number, (user,))
-        return Row(number, (user, {"role": "assistant", "content": _text(fields["completion"])}))
+    for asked, answer in (("prompt", "completion"), ("input", "target")):
+        if asked in fields:
+            user = {"role": "user", "content": _text(fields[asked])}
+            if fields.get(answer) is None:
+                return Row(number, (user,))
+            return Row(number, (user, {"role": "assistant", "content": _text(fields[answer])}))
     return Row(number, text=_text(fields["text"]))
 
 
@@ -107,19 +121,36 @@ def _text(value: object) -> str:
 
 
 class Encoder:
-    """Turns rows into examples by the model's own tokenizer and chat template.
+    """Turns rows into examples by a model's own tokenizer and chat template.
 
     With a chat template a plain prompt becomes a user's turn, as serving does it; without one it stays plain text.
+    `start_id` is an encoder-decoder's decoder start token. With `is_last_only` (an encoder-decoder always) only the last
+    answer is learned from, and plain text is cut in half: the second half answers the first.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_tokens: int,
+        shape: Shape = "causal",
+        start_id: int | None = None,
+        is_last_only: bool = False,
+    ) -> None:
+        assert (start_id is not None) == (shape == "seq2seq")
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        self.end_id = tokenizer.eos_token_id
+        self.shape = shape
+        self.start_id = start_id
+        self.is_last_only = is_last_only or shape == "seq2seq"
+        self.end_id = end_id_of(tokenizer)
 
     def encode(self, row: Row) -> Example:
         """Raises InvalidTrainingFile for rows that are too long, empty, or not to be rendered."""
         segments = self._segments(row)
+        source_ids: list[int] = []
+        if self.start_id is not None:
+            source_ids, segments = _split_source(segments, self.start_id)
         token_ids: list[int] = []
         spans = []
         for ids, is_target in segments:
@@ -128,20 +159,21 @@ class Encoder:
                 spans.append((max(len(token_ids), 1), len(token_ids) + len(ids)))
             token_ids += ids
         spans = [(start, end) for start, end in spans if end > start]
-        if len(token_ids) + (not row.is_answered) > self.max_tokens:  # room for an answer
+        longest = max(len(token_ids) + (not row.is_answered), len(source_ids))  # room for an answer
+        if longest > self.max_tokens:
             raise InvalidTrainingFile(
-                f"line {row.line} has {len(token_ids)} tokens, too many for the {self.max_tokens} of a sequence; shorten it "
+                f"line {row.line} has {longest} tokens, too many for the {self.max_tokens} of a sequence; shorten it "
                 "or raise max_sequence_tokens (at most the model's context)"
             )
         if row.is_answered and not spans:
             raise InvalidTrainingFile(f"line {row.line} has no completion tokens to learn from")
-        if not token_ids:
+        if not (source_ids or self.start_id is None) or not token_ids:
             raise InvalidTrainingFile(f"line {row.line} has an empty prompt")
-        return Example(tuple(token_ids), tuple(spans), row.line)
+        return Example(tuple(token_ids), tuple(spans), row.line, tuple(source_ids))
 
     def _segments(self, row: Row) -> list[tuple[list[int], bool]]:
         if row.text is not None:
-            return [(self._plain(row.text), True), (self._end(), True)]
+            return self._text_segments(row.text)
         if self.tokenizer.chat_template is None:
             return self._plain_segments(row)
         try:
@@ -149,12 +181,17 @@ class Encoder:
         except TemplateError as e:
             raise InvalidTrainingFile(f"line {row.line} does not fit the model's chat template: {e}") from e
 
+    def _text_segments(self, text: str) -> list[tuple[list[int], bool]]:
+        ids = self._plain(text)
+        half = len(ids) // 2 if self.is_last_only else 0
+        return [(ids[:half], False), (ids[half:] + self._end(), True)]
+
     def _plain_segments(self, row: Row) -> list[tuple[list[int], bool]]:
         if [m["role"] for m in row.messages] not in (["user"], ["user", "assistant"]):
             raise InvalidTrainingFile(
                 f"line {row.line} is a conversation, but the model has no chat template; use prompt and completion"
             )
-        prompt = (self._plain(row.messages[0]["content"]), False)
+        prompt = (self._prompt(row.messages[0]["content"]), False)
         if not row.is_answered:
             return [prompt]
         return [prompt, (self._ids(row.messages[1]["content"]) + self._end(), True)]
@@ -164,6 +201,8 @@ class Encoder:
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
         if not row.is_answered:
             answers.append(len(messages))
+        if self.is_last_only:
+            answers = answers[-1:]
         segments: list[tuple[list[int], bool]] = []
         done = ""
         for i in answers:
@@ -199,6 +238,13 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
+    def _prompt(self, text: str) -> list[int]:
+        """As serving reads it: encoders, and models whose end token separates, keep what the tokenizer puts behind."""
+        separates = self.end_id is not None and self.end_id == self.tokenizer.sep_token_id
+        if self.shape == "seq2seq" or separates:
+            return list(self.tokenizer.encode(text))
+        return self._plain(text)
+
     def _plain(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer puts before plain text, but not those behind it."""
         ids = list(self.tokenizer.encode(text))
@@ -210,6 +256,26 @@ class Encoder:
 
     def _end(self) -> list[int]:
         return [] if self.end_id is None else [self.end_id]
+
+
+def end_id_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that ends an answer: BERT's tokenizers have a separator only."""
+    found: int | None = (
+        tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    )
+    return found
+
+
+def _split_source(
+    segments: list[tuple[list[int], bool]], start_id: int
+) -> tuple[list[int], list[tuple[list[int], bool]]]:
+    """What an encoder reads, and what its decoder does: what follows the answer is left out."""
+    source = [token for ids, is_target in segments if not is_target for token in ids]
+    answers = [segment for segment in segments if segment[1]]
+    if answers:  # a template's line break behind the answer is not of the source
+        first = segments.index(answers[0])
+        source = [token for ids, _ in segments[:first] for token in ids]
+    return source, [([start_id], False), *answers]
 
 
 def split_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:

@@ -1,6 +1,7 @@
 """What a student is worth: on held-out rows token by token, and by the answers it gives.
 
 The held-out rows' targets are those of the data (the teacher's answers, or the data set's own completions).
+N targets of a batch, R held-out rows.
 """
 
 import math
@@ -15,12 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from worker.distill.batches import Batch, collate, cut_batches
+from worker.distill.bodies import hidden_rows
 from worker.distill.data import Example
 from worker.distill.fused import RowStats, fused_distillation_loss
 from worker.distill.heads import Head
+from worker.distill.layers import layer_counts
 from worker.distill.objectives import TokenObjective
 from worker.distill.sampler import Sampler
-from worker.distill.students import body_of, num_parameters
+from worker.distill.students import num_parameters
 from worker.distill.teachers import CachedTeacher
 
 NUM_ANSWERED = 48  # held-out prompts that are answered for ROUGE-L and the samples
@@ -30,13 +33,37 @@ TIMED_TOKENS = 96
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Means over held-out targets, in nats where they are logarithms; agreement is with the teacher's first choice."""
+    """Means over held-out targets, in nats where they are logarithms; agreement is with the teacher's first choice.
 
-    num_targets: int
-    loss: float
-    kl: float
-    cross_entropy: float
-    agreement: float
+    sums_R4 has each row's sums of loss, KL, cross-entropy and agreement over its targets_R targets.
+    """
+
+    sums_R4: Tensor
+    targets_R: Tensor
+    has_teacher: bool = True  # without one over the same vocabulary, KL and agreement mean nothing
+
+    @property
+    def num_targets(self) -> int:
+        return int(self.targets_R.sum())
+
+    @property
+    def loss(self) -> float:
+        return self._mean(0)
+
+    @property
+    def kl(self) -> float:
+        return self._mean(1)
+
+    @property
+    def cross_entropy(self) -> float:
+        return self._mean(2)
+
+    @property
+    def agreement(self) -> float:
+        return self._mean(3)
+
+    def _mean(self, column: int) -> float:
+        return float(self.sums_R4[:, column].sum()) / self.num_targets
 
     @property
     def perplexity(self) -> float:
@@ -44,12 +71,8 @@ class HeldOut:
 
     def series(self) -> dict[str, float]:
         """As metrics of a step."""
-        return {
-            "valid_loss": self.loss,
-            "valid_kl": self.kl,
-            "valid_perplexity": self.perplexity,
-            "valid_agreement": self.agreement,
-        }
+        series = {"valid_loss": self.loss, "valid_perplexity": self.perplexity}
+        return series | ({"valid_kl": self.kl, "valid_agreement": self.agreement} if self.has_teacher else {})
 
 
 class HeldOutRows:
@@ -60,49 +83,57 @@ class HeldOutRows:
     ) -> None:
         self.examples = examples
         self.first_index = first_index
+        self.batch_tokens = batch_tokens
         self.device = device
-        lengths = [len(example.token_ids) for example in examples]
+        lengths = [example.num_tokens for example in examples]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         self.batches = cut_batches(order, lengths, batch_tokens)
 
-    @torch.no_grad()
     def measure(
         self,
         model: PreTrainedModel,
         head: Head,
-        teacher: CachedTeacher,
+        teacher: CachedTeacher | None,
         objective: TokenObjective,
         on_batch: Callable[[], None] = lambda: None,
     ) -> HeldOut:
-        """Teacher-forced, so every model sees the same prefixes."""
-        total = RowStats.zero()
-        for numbers in self.batches:
-            batch = collate(self.examples, numbers, self.device)
-            teacher_rows = teacher.rows(
-                [self.first_index + i for i in numbers],
-                batch.input_ids_BT,
-                batch.attention_mask_BT,
-                batch.keep_BT,
-            )
+        """Teacher-forced, so every model sees the same prefixes. Without a teacher there is cross-entropy alone."""
+
+        def measure_batch(batch: Batch) -> RowStats:
+            numbers = [self.first_index + i for i in batch.indices]
+            rows = None if teacher is None else teacher.rows(numbers)
             hidden_NH = hidden_rows(model, batch)
             _, stats = fused_distillation_loss(
-                hidden_NH, head, batch.targets_N, teacher_rows, objective, denominator=1.0
+                hidden_NH, head, batch.targets_N, rows, objective, denominator=1.0, keeps_rows=True
             )
-            total = total + stats
             on_batch()
-        n = total.num_rows
-        loss, kl = (
-            max(0.0, value / n) for value in (total.loss_sum, total.kl_sum)
-        )  # rounding may pass below 0
-        return HeldOut(n, loss, kl, total.ce_sum / n, total.num_agreeing / n)
+            return stats
 
+        return self._sum(measure_batch, has_teacher=teacher is not None and objective.matches == "token")
 
-def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The model's last hidden states where it predicts targets, [N, H]."""
-    hidden_NH: Tensor = body_of(model)(input_ids=batch.input_ids_BT, use_cache=False).last_hidden_state[
-        batch.keep_BT
-    ]
-    return hidden_NH
+    def measure_teacher(self, teacher: CachedTeacher, objective: TokenObjective) -> HeldOut:
+        """The teacher by its own rows: of a masked one, which sees what follows, there is nothing else to measure."""
+
+        def measure_batch(batch: Batch) -> RowStats:
+            rows = teacher.rows([self.first_index + i for i in batch.indices])
+            assert rows.hidden_NH is not None
+            _, stats = fused_distillation_loss(
+                rows.hidden_NH, rows.head, batch.targets_N, rows, objective, denominator=1.0, keeps_rows=True
+            )
+            return stats
+
+        return self._sum(measure_batch, has_teacher=True)
+
+    @torch.no_grad()
+    def _sum(self, measure_batch: Callable[[Batch], RowStats], *, has_teacher: bool) -> HeldOut:
+        sums_R4 = torch.zeros(len(self.examples), 4, dtype=torch.float64)
+        targets_R = torch.tensor([example.num_targets for example in self.examples])
+        for numbers in self.batches:
+            stats = measure_batch(collate(self.examples, numbers, self.device))
+            assert stats.rows_N4 is not None
+            row_of_N = torch.tensor(numbers).repeat_interleave(targets_R[numbers])
+            sums_R4.index_add_(0, row_of_N, stats.rows_N4.cpu())
+        return HeldOut(sums_R4.clamp_(min=0.0), targets_R, has_teacher)  # rounding may pass below 0
 
 
 @dataclass(frozen=True)
@@ -139,22 +170,26 @@ class _Words:
         return re.findall(r"\w+", text.lower())
 
 
-def rouge_l(answers: Sequence[str], references: Sequence[str]) -> float:
-    """Mean F-measure of the longest common subsequences of words; two empty texts agree."""
+def rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:
+    """F-measure of the longest common subsequence of words, a pair; two empty texts agree."""
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
-    scores = [
+    return [
         1.0
         if not reference.strip() and not answer.strip()
         else float(scorer.score(reference, answer)["rougeL"].fmeasure)
         for answer, reference in zip(answers, references, strict=True)
     ]
-    return sum(scores) / max(1, len(scores))
 
 
 def size_of(model: PreTrainedModel) -> dict[str, float]:
-    """Layers, parameters and bytes of the weights in the precision they are served in here."""
+    """Layers, parameters and bytes of the weights in the precision they are served in here.
+
+    Of an encoder-decoder num_layers are the decoder's, and the encoder's stand beside them.
+    """
+    num_encoder_layers, num_layers = layer_counts(model.config)
     return {
-        "num_layers": int(model.config.num_hidden_layers),
+        "num_layers": num_layers,
+        **({"num_encoder_layers": num_encoder_layers} if num_encoder_layers else {}),
         "num_parameters": num_parameters(model),
         "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
     }

@@ -70,7 +70,7 @@ def fused_distillation_loss(
     student_hidden_NH: Tensor,
     student_head: Head,
     targets_N: Tensor,
-    teacher: TeacherRows,
+    teacher: TeacherRows | None,
     objective: TokenObjective,
     *,
     denominator: float,
@@ -79,13 +79,15 @@ def fused_distillation_loss(
 ) -> tuple[Tensor, RowStats]:
     """Sum of the rows' losses over `denominator`, differentiable in the hidden states and the student's head.
 
+    Without a teacher the loss is cross-entropy with the targets alone; KL and agreement are 0 then.
+
     The denominator is the number of completion tokens of the whole optimizer step, so that micro-batches of unequal
     size weigh their tokens alike. The loss can be backpropagated once; under `torch.no_grad` (evaluation) the gradients
     are not computed.
     Raises VocabMismatch if the two heads have different numbers of tokens and the objective matches tokens.
     """
     assert denominator > 0
-    if objective.matches == "token" and student_head.num_tokens != teacher.head.num_tokens:
+    if teacher and objective.matches == "token" and student_head.num_tokens != teacher.head.num_tokens:
         raise VocabMismatch(
             f"the student has {student_head.num_tokens} tokens and the teacher {teacher.head.num_tokens}; "
             "pick a pair that shares a tokenizer"
@@ -109,13 +111,14 @@ class _Job:
     head: Head
     is_head_trained: bool
     targets_N: Tensor
-    teacher: TeacherRows
+    teacher: TeacherRows | None
     objective: TokenObjective
     denominator: float
     chunk_rows: int | None
     rows_N4: Tensor | None
 
     def can_use_expected(self) -> bool:
+        assert self.teacher is not None
         is_exact = self.objective.is_forward_kl and not self.is_head_trained
         if self.teacher.expected is not None and is_exact:
             return True
@@ -145,7 +148,10 @@ class _FusedLoss(torch.autograd.Function):
         chunks = split_rows(len(hidden_NH), job.head, job.chunk_rows)
         student_CV = new_scratch(chunks, job.head)
         totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
-        if job.teacher.top is not None:
+        if job.teacher is None:
+            for rows in chunks:
+                totals += _text_chunk(job, hidden_NH, rows, student_CV, sums_of)
+        elif job.teacher.top is not None:
             for rows in chunks:
                 totals += _top_chunk(job, hidden_NH, rows, student_CV, sums_of)
         elif job.can_use_expected():
@@ -197,6 +203,7 @@ def _full_chunk(
     job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, teacher_CU: Tensor, gradients: _Gradients
 ) -> Tensor:
     """Sums of a chunk from both heads' logits; the student's are replaced by their gradient on the way."""
+    assert job.teacher is not None
     assert job.teacher.hidden_NH is not None
     student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
     teacher_CU = write_logits(job.teacher.head, job.teacher.hidden_NH[rows], teacher_CU)
@@ -215,10 +222,31 @@ def _full_chunk(
     return totals
 
 
+def _text_chunk(
+    job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, gradients: _Gradients
+) -> Tensor:
+    """The sums of cross-entropy with the targets, without a teacher."""
+    student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
+    targets_C = job.targets_N[rows]
+    totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
+    for group in split_groups(student_CV):
+        z_GV, targets_G1 = student_CV[group], targets_C[group][:, None]
+        log_q_GV = torch.log_softmax(z_GV, dim=-1)
+        ce_G = -log_q_GV.gather(1, targets_G1)[:, 0]
+        none_G = torch.zeros_like(ce_G)
+        totals += job.totals(rows, group, (ce_G, none_G, ce_G, none_G))
+        slope_GV = log_q_GV.exp_()
+        slope_GV.scatter_add_(1, targets_G1, slope_GV.new_full(targets_G1.shape, -1.0))
+        _replace_logits(z_GV, slope_GV, job)
+    gradients.add(job.head, hidden_NH[rows], rows, student_CV)
+    return totals
+
+
 def _top_chunk(
     job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, gradients: _Gradients
 ) -> Tensor:
     """The same sums from the teacher's most likely tokens and the student's logits."""
+    assert job.teacher is not None
     assert job.teacher.top is not None
     top = job.teacher.top[rows]
     student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
@@ -245,6 +273,7 @@ def _expected_chunk(
     job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, gradients: _Gradients
 ) -> Tensor:
     """The same sums for forward KL at T = 1, from the student's logits alone."""
+    assert job.teacher is not None
     assert job.teacher.expected is not None
     expected, ce_weight = job.teacher.expected, job.objective.ce_weight
     student_CV = write_logits(job.head, hidden_NH[rows], student_CV)

@@ -3,17 +3,19 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from worker.distill.answers import AnswerFile, Asking, ask
 from worker.distill.data import Encoder, Example, Row, read_rows, split_rows, without_questions_of
-from worker.distill.errors import InvalidTrainingFile
+from worker.distill.errors import InvalidTrainingFile, UnsupportedModel
 from worker.distill.pace import Throttle
 from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine
+from worker.distill.rejects import is_rejected
 from worker.distill.sampler import Generation, Sampler
+from worker.distill.shapes import context_tokens, shape_of
 from worker.distill.spec import RunSpec
-from worker.distill.students import context_tokens, read_config
 
 LOADED_PERCENT = 2.0  # of the run that is done before the teacher answers, or the training begins
 ANSWERED_PERCENT = 30.0
@@ -21,10 +23,14 @@ ANSWERED_PERCENT = 30.0
 
 @dataclass(frozen=True)
 class Rows:
-    """Training and held-out rows, encoded, in the same order as the lines they came from."""
+    """Training and held-out rows as the student reads them, in the order of the lines they came from.
+
+    `teacher` holds train's, then valid's, as the teacher reads them: where both read alike, the same examples.
+    """
 
     train: list[Example]
     valid: list[Example]
+    teacher: list[Example]
     valid_rows: list[Row]
     answers: AnswerFile
     answer_keys: tuple[str, ...] = ()
@@ -36,14 +42,46 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Reader:
+    """A model as far as rows are concerned: what it is and how it reads text."""
+
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    def encoder(self, *, max_tokens: int, is_last_only: bool) -> Encoder:
+        shape = shape_of(self.config)
+        return Encoder(
+            self.tokenizer,
+            max_tokens=max_tokens,
+            shape=shape,
+            start_id=start_id_of(self.config) if shape == "seq2seq" else None,
+            is_last_only=is_last_only,
+        )
+
+
+def start_id_of(config: PretrainedConfig) -> int:
+    """The token an encoder-decoder's answer begins behind. Raises UnsupportedModel if the model names none."""
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        found = getattr(config, name, None)
+        if found is not None:
+            return int(found)
+    raise UnsupportedModel(
+        "the encoder-decoder's config names no decoder_start_token_id; add it and import it anew"
+    )
+
+
+@dataclass(frozen=True)
 class Preparation:
     """What rows are prepared with. `sampler` gives the teacher's, and is only called if something is to be answered.
 
-    `check_stop` raises if the run is to stop; the answers so far are on file then.
+    `teacher` and `student` may read alike or not, with one tokenizer (`has_one_tokenizer`) or two. `check_stop` raises
+    if the run is to stop; the answers so far are on file then.
     """
 
     spec: RunSpec
-    tokenizer: PreTrainedTokenizerBase
+    teacher: Reader
+    student: Reader
+    has_one_tokenizer: bool
     answers: AnswerFile
     sampler: Callable[[], Sampler]
     sink: Sink
@@ -52,14 +90,47 @@ class Preparation:
     def rows(self) -> Rows:
         """Raises InvalidTrainingFile, TeacherGenerationFailed."""
         train_rows, valid_rows = self._split()
-        encoder = Encoder(self.tokenizer, max_tokens=self._max_tokens())
         mode = self.spec.distillation.data.completions
-        examples = [encoder.encode(_as_asked(row, mode)) for row in (*train_rows, *valid_rows)]
+        rows = [_as_asked(row, mode) for row in (*train_rows, *valid_rows)]
+        teachers = [self._teacher_encoder.encode(row) for row in rows]
+        students = teachers if self._reads_alike else [self._student_encoder.encode(row) for row in rows]
         if self.spec.resume_dir is not None and (self.spec.resume_dir / "answers.jsonl").exists():
             self.answers.merge(self.spec.resume_dir / "answers.jsonl")
-        examples, keys = self._answered(examples)
+        answers, keys = self._answers(teachers)
         num_train = len(train_rows)
-        return Rows(examples[:num_train], examples[num_train:], valid_rows, self.answers, keys)
+        views = [
+            self._answered(row, teacher, student, answers.get(i))
+            for i, (row, teacher, student) in enumerate(zip(rows, teachers, students, strict=True))
+        ]
+        kept = self._kept(answers, num_train, len(rows))
+        return Rows(
+            train=[views[i][1] for i in kept if i < num_train],
+            valid=[views[i][1] for i in kept if i >= num_train],
+            teacher=[views[i][0] for i in kept],
+            valid_rows=[valid_rows[i - num_train] for i in kept if i >= num_train],
+            answers=self.answers,
+            answer_keys=keys,
+        )
+
+    @property
+    def _reads_alike(self) -> bool:
+        one, other = self.teacher, self.student
+        shapes = {shape_of(one.config), shape_of(other.config)}
+        if shapes == {"seq2seq"}:
+            return self.has_one_tokenizer and start_id_of(one.config) == start_id_of(other.config)
+        return self.has_one_tokenizer and "seq2seq" not in shapes
+
+    @property
+    def _is_last_only(self) -> bool:
+        return "seq2seq" in (shape_of(self.teacher.config), shape_of(self.student.config))
+
+    @cached_property
+    def _teacher_encoder(self) -> Encoder:
+        return self.teacher.encoder(max_tokens=self._max_tokens, is_last_only=self._is_last_only)
+
+    @cached_property
+    def _student_encoder(self) -> Encoder:
+        return self.student.encoder(max_tokens=self._max_tokens, is_last_only=self._is_last_only)
 
     def _split(self) -> tuple[list[Row], list[Row]]:
         rows = read_rows(self.spec.training_path)
@@ -73,29 +144,71 @@ class Preparation:
             self._warn(f"{len(rows) - len(kept)} training rows ask what a validation row asks: left out")
         return kept, valid_rows
 
+    @property
     def _max_tokens(self) -> int:
-        contexts = [context_tokens(read_config(d)) for d in (self.spec.teacher_dir, self.spec.start_dir)]
+        contexts = [context_tokens(reader.config) for reader in (self.teacher, self.student)]
         return min(self.spec.distillation.hyperparameters.max_sequence_tokens, *contexts)
 
-    def _answered(self, examples: list[Example]) -> tuple[list[Example], tuple[str, ...]]:
-        """Has the teacher complete the rows that have no completion."""
+    def _answers(self, examples: list[Example]) -> tuple[dict[int, Generation], tuple[str, ...]]:
+        """What the teacher answers to the rows that have no completion, by row."""
         waiting = [i for i, example in enumerate(examples) if not example.spans]
         if not waiting:
-            return examples, ()
+            return {}, ()
+        shape = shape_of(self.teacher.config)
+        if shape == "masked":
+            raise InvalidTrainingFile(
+                f"line {examples[waiting[0]].line} has no completion, and {self.teacher.config.model_type} writes none: "
+                "give completions, or another teacher"
+            )
         data = self.spec.distillation.data
-        how = Asking(data.max_new_tokens, self._max_tokens(), data.temperature, data.top_p, self.spec.seed)
+        how = Asking(
+            data.max_new_tokens,
+            self._max_tokens,
+            data.temperature,
+            data.top_p,
+            self.spec.seed,
+            is_prompt_apart=shape == "seq2seq",
+        )
         self.sink(StageLine(name="generating_teacher_data"))
-        prompts = [examples[i].token_ids for i in waiting]
+        prompts = [examples[i].prompt_ids for i in waiting]
         made = ask(prompts, how, self.answers, self.sampler, _Labelling(self.sink, self.check_stop))
         self._warn_of_cut(made)
-        answered = list(examples)
         for i, answer in zip(waiting, made, strict=True):
             if not answer.tokens:
                 raise InvalidTrainingFile(
                     f"the teacher answers line {examples[i].line} with nothing; leave it out"
                 )
-            answered[i] = examples[i].answered(answer.tokens)
-        return answered, tuple(how.key(prompt) for prompt in prompts)
+        return dict(zip(waiting, made, strict=True)), tuple(how.key(prompt) for prompt in prompts)
+
+    def _answered(
+        self, row: Row, teacher: Example, student: Example, answer: Generation | None
+    ) -> tuple[Example, Example]:
+        """Both views of a row, with the same targets if they share a tokenizer."""
+        if answer is None:
+            return teacher, student
+        if self.has_one_tokenizer:
+            room = self._max_tokens - len(
+                student.token_ids
+            )  # the student's prompt may take more of its sequence
+            tokens = answer.tokens[: max(1, room)]
+            return teacher.answered(tokens), student.answered(tokens)
+        text = str(self.teacher.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+        turn = {"role": "assistant", "content": text}
+        student = self._student_encoder.encode(Row(row.line, (*row.messages, turn)))
+        if not answer.is_finished and student.completion_ids[-1] == self._student_encoder.end_id:
+            student = student.answered(student.completion_ids[:-1] or student.completion_ids)
+        return teacher.answered(answer.tokens), student
+
+    def _kept(self, answers: dict[int, Generation], num_train: int, num_rows: int) -> list[int]:
+        """The rows whose answers the reject rules let pass."""
+        rules = self.spec.distillation.data.reject
+        rejected = {i for i, answer in answers.items() if is_rejected(answer, rules)}
+        if rejected:
+            self._warn(f"{len(rejected)} of {len(answers)} answers rejected", num_rejected=len(rejected))
+        kept = [i for i in range(num_rows) if i not in rejected]
+        if not (any(i < num_train for i in kept) and any(i >= num_train for i in kept)):
+            raise InvalidTrainingFile("data.reject leaves no training or no held-out rows; loosen its rules")
+        return kept
 
     def _warn_of_cut(self, made: list[Generation]) -> None:
         num_cut = sum(not answer.is_finished for answer in made)

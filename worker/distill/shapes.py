@@ -1,7 +1,7 @@
 """Which architectures a run can take, and what kind of model each is."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from transformers import (
     AutoConfig,
@@ -10,7 +10,6 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     EncoderDecoderModel,
     PretrainedConfig,
-    PreTrainedModel,
 )
 
 from worker.distill.errors import UnsupportedModel
@@ -27,13 +26,15 @@ UNBOUNDED_CONTEXT = 2048  # of models whose positions have no end (T5, BLOOM)
 
 def shape_of(config: PretrainedConfig) -> Shape:
     """The kind of model. Raises UnsupportedModel."""
-    kinds: dict[str, Shape] = dict.fromkeys(CAUSAL, "causal")
-    kinds |= dict.fromkeys(SEQ2SEQ, "seq2seq") | dict.fromkeys(MASKED, "masked")
-    if config.model_type not in kinds:
-        raise UnsupportedModel(
-            f"the model has architecture {config.model_type!r}; supported are {', '.join(SUPPORTED)}"
-        )
-    return kinds[config.model_type]
+    if config.model_type in CAUSAL:
+        return "causal"
+    if config.model_type in SEQ2SEQ:
+        return "seq2seq"
+    if config.model_type in MASKED:
+        return "masked"
+    raise UnsupportedModel(
+        f"the model has architecture {config.model_type!r}; supported are {', '.join(SUPPORTED)}"
+    )
 
 
 def read_config(folder: Path) -> PretrainedConfig:
@@ -47,7 +48,7 @@ def read_config(folder: Path) -> PretrainedConfig:
     return config
 
 
-def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+def model_class(config: PretrainedConfig) -> Any:  # Any: transformers is untyped here
     """The auto class (or EncoderDecoderModel) that loads models of this kind."""
     if config.model_type == "encoder-decoder":
         return EncoderDecoderModel

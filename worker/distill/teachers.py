@@ -1,6 +1,6 @@
-"""The teacher's side of the loss: its last hidden states at completion positions, computed once and kept on disk.
+"""The teacher's side of the loss: its last hidden states where targets are predicted, computed once and kept on disk.
 
-B batch, T tokens, N rows (completion positions, in the order of hidden_BTH[keep_mask_BT]), H hidden width.
+N rows (targets, in the order of the examples), T targets of one example, H hidden width.
 """
 
 import gc
@@ -9,47 +9,51 @@ import json
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from worker.distill.batches import collate
+from worker.distill.bodies import decoder_states, transform_of
 from worker.distill.cache import RowCache, cache_bytes, open_cache
+from worker.distill.data import Example
 from worker.distill.heads import ExpectedRows, Head, TeacherRows, expected_rows
 
-CacheRow = tuple[Sequence[int], Sequence[int]]  # token ids, kept positions (each predicts the token after it)
 Keeps = Literal["hidden", "expected"]
 
 
+class Teacher(Protocol):
+    """What is run on the rows one asks for."""
+
+    def hidden(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Of each example the head's inputs at its targets, [T, H]."""
+        ...
+
+
 class LiveTeacher:
-    """The teacher's body, run on the rows one asks for.
+    """A teacher that predicts from left to right, with or without an encoder.
 
     On a CPU each sequence is computed alone and without padding: a few per cent slower, but a row's bits then depend
     on nothing but the row, so a run that resumes, or finds its cache half filled, computes what it would have read.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._body = model.base_model.eval()
+        self._model = model.eval()
+        self._device = str(model.device)
 
     @torch.no_grad()
-    def hidden(self, input_ids_BT: Tensor, attention_mask_BT: Tensor, keep_mask_BT: Tensor) -> list[Tensor]:
-        """For each sequence the hidden states of its kept positions, after the final norm."""
-        if input_ids_BT.device.type != "cpu":
-            hidden_BTH = self._forward(input_ids_BT, attention_mask_BT)
-            return [h_TH[keep_T] for h_TH, keep_T in zip(hidden_BTH, keep_mask_BT, strict=True)]
-        kept = []
-        for ids_T, is_real_T, keep_T in zip(
-            input_ids_BT, attention_mask_BT.bool(), keep_mask_BT, strict=True
-        ):
-            hidden_1TH = self._forward(ids_T[is_real_T][None], None)
-            kept.append(hidden_1TH[0, keep_T[is_real_T]])
-        return kept
+    def hidden(self, examples: Sequence[Example]) -> list[Tensor]:
+        if self._device == "cpu":
+            return [self._batch([example])[0] for example in examples]
+        return self._batch(examples)
 
-    def _forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor | None) -> Tensor:
-        output = self._body(input_ids=input_ids_BT, attention_mask=attention_mask_BT, use_cache=False)
-        hidden_BTH: Tensor = output.last_hidden_state
-        return hidden_BTH
+    def _batch(self, examples: Sequence[Example]) -> list[Tensor]:
+        batch = collate(examples, range(len(examples)), self._device)
+        states_BTH = decoder_states(self._model, batch)
+        transform = transform_of(self._model)
+        return [transform(h_TH[keep_T]) for h_TH, keep_T in zip(states_BTH, batch.keep_BT, strict=True)]
 
 
 class RowFormat:
@@ -94,51 +98,63 @@ class RowFormat:
 class CachedTeacher:
     """Teacher rows from the cache; a missing one is computed by the live teacher and stored.
 
-    What training sees has been through the cache's precision either way, so it never depends on who came first.
+    `examples` are the rows as the teacher reads them, which may differ from how the student does; the targets are the
+    same. What training sees has been through the cache's precision either way, so it never depends on who came first.
     The live teacher is loaded when a row is missing and let go when none is.
     """
 
     def __init__(
         self,
-        load: Callable[[], PreTrainedModel],
+        load: Callable[[], Teacher],
         head: Head,
+        examples: Sequence[Example],
         cache: RowCache | None,
         row_format: RowFormat | None,
     ) -> None:
         self._load = load
         self._head = head
+        self._examples = examples
         self._cache = cache
         self._format = row_format
-        self._live: LiveTeacher | None = None
+        self._live: Teacher | None = None
+        self.num_computed = 0
 
     @property
     def is_loaded(self) -> bool:
         """Whether the live teacher takes memory now."""
         return self._live is not None
 
-    def rows(
-        self, indices: Sequence[int], input_ids_BT: Tensor, attention_mask_BT: Tensor, keep_mask_BT: Tensor
-    ) -> TeacherRows:
-        """The batch's kept rows; indices are the numbers of its sequences among the rows the cache was made for."""
+    def rows(self, indices: Sequence[int]) -> TeacherRows:
+        """The rows of the examples with these numbers."""
         if self._format is None:
-            hidden = self._live_teacher().hidden(input_ids_BT, attention_mask_BT, keep_mask_BT)
-            return TeacherRows(self._head, hidden_NH=torch.cat(hidden))
-        found = {
-            b: blob for b, i in enumerate(indices) if self._cache and (blob := self._cache.get(i)) is not None
-        }
-        missing = [b for b in range(len(indices)) if b not in found]
+            return self.rows_of([self._examples[i] for i in indices])
+        found = {i: blob for i in indices if self._cache and (blob := self._cache.get(i)) is not None}
+        missing = [i for i in dict.fromkeys(indices) if i not in found]
         if missing:
-            hidden = self._live_teacher().hidden(
-                input_ids_BT[missing], attention_mask_BT[missing], keep_mask_BT[missing]
-            )
-            for b, hidden_TH in zip(missing, hidden, strict=True):
-                found[b] = self._format.pack(hidden_TH, self._head)
+            for i, hidden_TH in zip(
+                missing, self._compute([self._examples[i] for i in missing]), strict=True
+            ):
+                found[i] = self._format.pack(hidden_TH, self._head)
                 if self._cache:
-                    self._cache.put(indices[b], found[b])
+                    self._cache.put(i, found[i])
         if self._cache and self._cache.num_missing == 0 and self._live:
-            self._live = None
-            gc.collect()  # modules refer to each other in cycles; their memory is wanted now
-        return self._format.unpack([found[b] for b in range(len(indices))], self._head)
+            self.release()
+        return self._format.unpack([found[i] for i in indices], self._head)
+
+    def rows_of(self, examples: Sequence[Example]) -> TeacherRows:
+        """The rows of examples that are not in the cache and will not be: a student's own answers."""
+        return TeacherRows(self._head, hidden_NH=torch.cat(self._compute(examples)))
+
+    def _compute(self, examples: Sequence[Example]) -> list[Tensor]:
+        if self._live is None:
+            self._live = self._load()
+        self.num_computed += len(examples)
+        return self._live.hidden(examples)
+
+    def release(self) -> None:
+        """Lets the live teacher go until it is needed again."""
+        self._live = None
+        gc.collect()  # modules refer to each other in cycles; their memory is wanted now
 
     def close(self) -> None:
         if self._cache:
@@ -146,23 +162,18 @@ class CachedTeacher:
         self._cache = None
         self._live = None
 
-    def _live_teacher(self) -> LiveTeacher:
-        if self._live is None:
-            self._live = LiveTeacher(self._load())
-        return self._live
-
 
 def cached_teacher(
-    load: Callable[[], PreTrainedModel],
+    load: Callable[[], Teacher],
     head: Head,
     *,
     folder: Path,
     budget_bytes: int,
     identity: str,
-    rows: Sequence[CacheRow],
+    examples: Sequence[Example],
     keeps: Keeps = "hidden",
 ) -> CachedTeacher:
-    """A teacher for these data rows, cached under `folder` in the finest precision that the budget allows.
+    """A teacher for these rows, cached under `folder` in the finest precision that the budget allows.
 
     That is the head's own (float32 on a CPU) or else bfloat16; with room for neither, the teacher runs every time.
     `identity` says whose rows they are: hashes of the teacher's weights and its tokenizer.
@@ -171,15 +182,15 @@ def cached_teacher(
     hidden_size = head.weight_VH.shape[1]
     for dtype in (head.weight_VH.dtype, torch.bfloat16):
         row_format = RowFormat(keeps, hidden_size, dtype)
-        sizes = [row_format.blob_bytes(len(kept)) for _, kept in rows]
+        sizes = [row_format.blob_bytes(example.num_targets) for example in examples]
         if cache_bytes(sizes) <= budget_bytes:
-            key = _cache_key(identity, rows, row_format, head)
+            key = _cache_key(identity, examples, row_format, head)
             cache = open_cache(folder, key, sizes, budget_bytes=budget_bytes)
-            return CachedTeacher(load, head, cache, row_format)
-    return CachedTeacher(load, head, None, None)
+            return CachedTeacher(load, head, examples, cache, row_format)
+    return CachedTeacher(load, head, examples, None, None)
 
 
-def _cache_key(identity: str, rows: Sequence[CacheRow], row_format: RowFormat, head: Head) -> str:
+def _cache_key(identity: str, examples: Sequence[Example], row_format: RowFormat, head: Head) -> str:
     """Hash of all that determines the cached bytes; threads and device do, by the order of their sums."""
     settings = {
         "identity": identity,
@@ -190,8 +201,9 @@ def _cache_key(identity: str, rows: Sequence[CacheRow], row_format: RowFormat, h
         "num_threads": torch.get_num_threads(),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for token_ids, kept in rows:
-        digest.update(array("q", [len(token_ids), *token_ids, len(kept), *kept]).tobytes())
+    for example in examples:
+        for ids in (example.source_ids, example.token_ids, example.target_positions):
+            digest.update(array("q", [len(ids), *ids]).tobytes())
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.distillation import EarlyStopping, Hyperparameters, Objective
 from worker.distill.batches import Batch, BatchPlan, collate
+from worker.distill.bodies import hidden_rows
 from worker.distill.checkpoint import (
     Snapshot,
     TrainState,
@@ -24,21 +25,19 @@ from worker.distill.checkpoint import (
 )
 from worker.distill.data import Example
 from worker.distill.errors import NanLoss
-from worker.distill.evaluate import HeldOut, HeldOutRows, hidden_rows
+from worker.distill.evaluate import HeldOut, HeldOutRows
 from worker.distill.fused import fused_distillation_loss
 from worker.distill.heads import head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Means, Pace, Throttle
 from worker.distill.progress import CheckpointLine, MetricsLine, ProgressLine, Sink
-from worker.distill.students import StudentRecipe, freeze_head, load_model
+from worker.distill.rates import parameter_groups, peak_learning_rate, scheduled
+from worker.distill.signals import Signal
+from worker.distill.students import StudentRecipe, freeze_encoder, freeze_head, load_model
 from worker.distill.teachers import CachedTeacher
 from worker.gemm import use_onednn
 
 CPU_BATCH_TOKENS = 1024  # 8 rows of 128: more do not use a CPU better
-FEW_LAYERS_LEARNING_RATE = 2e-3  # measured for 8 of 30 layers, width 576
-LAYERS_LEARNING_RATE = 1e-3  # measured for 15 of 30
-CHECKPOINT_LEARNING_RATE = 1e-4
-MEASURED_WIDTH = 576  # wider students get less, in proportion
 EVALS_PER_RUN = 10  # eval_steps and checkpoint_steps "auto"
 CHECKPOINT_SECONDS = 600.0  # with checkpoint_steps "auto", no more work than this is lost
 METRIC_POINTS = 500  # a series of a long run has about so many
@@ -67,6 +66,8 @@ class Setup:
     train: list[Example]
     valid: list[Example]
     teacher: CachedTeacher
+    signal: Signal
+    has_one_tokenizer: bool
     answers_path: Path | None
     inputs_sha256: str
     device: str
@@ -93,7 +94,7 @@ class Trainer:
         self.report = report
         h = setup.hyperparameters
         batch_tokens = CPU_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
-        lengths = [len(example.token_ids) for example in setup.train]
+        lengths = [example.num_tokens for example in setup.train]
         self.plan = BatchPlan(lengths, batch_tokens=batch_tokens, seed=setup.seed)
         self.total_steps = self.plan.num_steps(h.n_epochs, at_most=h.max_steps)
         auto_steps = max(1, -(-self.total_steps // EVALS_PER_RUN))
@@ -106,11 +107,13 @@ class Trainer:
         self.model = self._student().to(setup.device)
         if setup.recipe.freeze_head:
             freeze_head(self.model)
+        if setup.recipe.freeze_encoder:
+            freeze_encoder(self.model)
         self.head = head_of(self.model, setup.num_tokens)
         self.optimizer = torch.optim.AdamW(
-            _parameter_groups(self.model, h.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
+            parameter_groups(self.model, h.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
         )
-        self.learning_rate = _peak_learning_rate(h, setup.recipe, self.model)
+        self.learning_rate = peak_learning_rate(h, setup.recipe, self.model)
         torch.manual_seed(setup.seed)
         if setup.resume_dir is not None:
             load_optimizer(setup.resume_dir, self.optimizer, self.model)
@@ -140,9 +143,8 @@ class Trainer:
 
     def measure(self) -> HeldOut:
         """The student on the held-out rows, as it is now."""
-        return self.valid.measure(
-            self.model, self.head, self.setup.teacher, self._objective(), on_batch=self._tell
-        )
+        teacher = self.setup.teacher if self.setup.has_one_tokenizer else None
+        return self.valid.measure(self.model, self.head, teacher, self._objective(), on_batch=self._tell)
 
     def _student(self) -> PreTrainedModel:
         resume_dir = self.setup.resume_dir
@@ -159,16 +161,15 @@ class Trainer:
         objective = self.setup.objective
         then = objective.then
         is_second = then is not None and self.state.step >= then.at * self.total_steps
-        return TokenObjective.from_objective(objective, then if is_second else None)
+        share = self.state.step / max(1, self.total_steps)
+        return TokenObjective.from_objective(objective, then if is_second else None, share)
 
     def _step(self, batch: Batch) -> None:
         h = self.setup.hyperparameters
         rate = scheduled(self.state.step, self.total_steps, peak=self.learning_rate, warmup=h.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        teacher = self.setup.teacher.rows(
-            batch.indices, batch.input_ids_BT, batch.attention_mask_BT, batch.keep_BT
-        )
+        teacher = self.setup.teacher.rows(batch.indices) if self.setup.signal.has_distribution else None
         hidden_NH = hidden_rows(self.model, batch)
         loss, stats = fused_distillation_loss(
             hidden_NH,
@@ -285,40 +286,13 @@ class Trainer:
         )
 
 
-def scheduled(step: int, total_steps: int, *, peak: float, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero; by step alone, so that a resumed run follows the same curve."""
-    num_warmup = math.ceil(warmup * total_steps)
-    if step < num_warmup:
-        return peak * (step + 1) / (num_warmup + 1)
-    share = (step - num_warmup) / max(1, total_steps - num_warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * share))
-
-
 def _score(held_out: HeldOut, early: EarlyStopping | None) -> float:
     """Smaller is better."""
-    match early.metric if early is not None else "kl":
+    wanted = early.metric if early is not None else "kl"
+    match wanted if held_out.has_teacher else "perplexity":
         case "kl":
             return held_out.kl
         case "perplexity":
             return held_out.cross_entropy
         case "agreement":
             return -held_out.agreement
-
-
-def _peak_learning_rate(h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel) -> float:
-    if h.learning_rate != "auto":
-        return h.learning_rate
-    rate = CHECKPOINT_LEARNING_RATE
-    if recipe.layers is not None:
-        is_few = 3 * len(recipe.layers) <= recipe.num_available
-        rate = FEW_LAYERS_LEARNING_RATE if is_few else LAYERS_LEARNING_RATE
-    return rate * min(1.0, MEASURED_WIDTH / int(model.config.hidden_size))
-
-
-def _parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
-    """Only matrices decay."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]

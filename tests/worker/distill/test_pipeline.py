@@ -117,7 +117,7 @@ def test_a_validation_file_is_held_out_and_its_questions_are_not_trained_on(
     assert any("3 training rows" in message for message in messages(sink))
 
 
-def test_models_with_different_tokenizers_are_refused(
+def test_logits_of_models_with_different_tokenizers_are_not_compared(
     run: Run, make_spec: MakeSpec, tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
@@ -125,8 +125,9 @@ def test_models_with_different_tokenizers_are_refused(
     tokenizer = AutoTokenizer.from_pretrained(other)
     tokenizer.add_tokens(["lantern"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(TokenizerMismatch, match="384 tokens"):
-        run(make_spec({"student": {"init": "checkpoint"}}, spec={"start_dir": other}))
+    block = {"student": {"init": "checkpoint"}, "objective": {"teacher_signal": "logits"}}
+    with pytest.raises(TokenizerMismatch, match="uld"):
+        run(make_spec(block, spec={"start_dir": other}))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -154,7 +155,7 @@ def test_the_result_puts_the_three_models_side_by_side(
     assert compression["layers"] == 2.0
     assert compression["parameters"] == round(teacher["num_parameters"] / student["num_parameters"], 3)
     assert [set(sample) for sample in result["samples"]] == [
-        {"prompt", "teacher", "untrained", "student"}
+        {"prompt", "reference", "teacher", "untrained", "student"}
     ] * 2
     assert result["samples"][0]["prompt"].startswith("Who keeps house")
     assert result["num_train_rows"] + result["num_validation_rows"] == 40

@@ -1,6 +1,7 @@
 """Cached teacher rows equal live ones bit for bit, whoever computed them and in whatever batch."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from worker.distill.batches import collate
 from worker.distill.cache import cache_bytes
+from worker.distill.data import Example
 from worker.distill.fused import fused_distillation_loss
 from worker.distill.heads import Head, TeacherRows, head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.teachers import CachedTeacher, Keeps, LiveTeacher, cached_teacher
 
-Row = tuple[list[int], list[int]]
-LENGTHS = (9, 30, 17, 17, 24, 1)
+LENGTHS = (9, 30, 17, 17, 24, 2)
 KEEPS: tuple[Keeps, ...] = ("hidden", "expected")
 
 
@@ -34,44 +36,25 @@ def model(tiny_llama_dir: Path) -> Any:  # Any: transformers is untyped here
 
 
 @pytest.fixture
-def rows() -> list[Row]:
-    """Rows of several lengths; each keeps all but its first third, the one of a single token nothing."""
+def rows() -> list[Example]:
+    """Rows of several lengths; each has all but its first third as targets."""
     generator = torch.Generator().manual_seed(1)
     return [
-        (torch.randint(3, 380, (n,), generator=generator).tolist(), list(range(max(1, n // 3), n - 1)))
+        Example(tuple(torch.randint(3, 380, (n,), generator=generator).tolist()), ((max(1, n // 3), n),))
         for n in LENGTHS
     ]
-
-
-class Batch:
-    """Rows padded on the right."""
-
-    def __init__(self, rows: list[Row], indices: list[int]) -> None:
-        self.indices = indices
-        longest = max(len(rows[i][0]) for i in indices)
-        self.ids = torch.zeros(len(indices), longest, dtype=torch.int64)
-        self.attention = torch.zeros(len(indices), longest, dtype=torch.int64)
-        self.keep = torch.zeros(len(indices), longest, dtype=torch.bool)
-        for b, i in enumerate(indices):
-            tokens, kept = rows[i]
-            self.ids[b, : len(tokens)] = torch.tensor(tokens)
-            self.attention[b, : len(tokens)] = 1
-            self.keep[b, kept] = True
-
-    def of(self, teacher: CachedTeacher) -> TeacherRows:
-        return teacher.rows(self.indices, self.ids, self.attention, self.keep)
 
 
 class Opener:
     """Opens teachers over one cache folder and counts how often the live one was loaded."""
 
-    def __init__(self, model: Any, rows: list[Row], folder: Path) -> None:
+    def __init__(self, model: Any, rows: list[Example], folder: Path) -> None:
         self.model, self.data_rows, self.folder = model, rows, folder
         self.num_loads = 0
 
-    def load(self) -> Any:
+    def load(self) -> LiveTeacher:
         self.num_loads += 1
-        return self.model
+        return LiveTeacher(self.model)
 
     def __call__(
         self, keeps: Keeps = "hidden", budget_bytes: int = 2**30, identity: str = "t"
@@ -82,13 +65,13 @@ class Opener:
             folder=self.folder,
             budget_bytes=budget_bytes,
             identity=identity,
-            rows=self.data_rows,
+            examples=self.data_rows,
             keeps=keeps,
         )
 
 
 @pytest.fixture
-def opener(model: Any, rows: list[Row], tmp_path: Path) -> Opener:
+def opener(model: Any, rows: list[Example], tmp_path: Path) -> Opener:
     return Opener(model, rows, tmp_path)
 
 
@@ -105,43 +88,34 @@ def assert_same_bits(one: TeacherRows, other: TeacherRows) -> None:
 
 @pytest.mark.parametrize("folder", ["tiny_llama_dir", "tiny_gpt2_dir"])
 def test_live_rows_are_the_input_of_the_models_head(
-    folder: str, rows: list[Row], request: pytest.FixtureRequest
+    folder: str, rows: list[Example], request: pytest.FixtureRequest
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(folder))
-    batch = Batch(rows, [0, 1, 5, 4])
+    batch = collate(rows, [0, 1, 5, 4])
     with torch.no_grad():
-        logits = model.eval()(input_ids=batch.ids, attention_mask=batch.attention).logits[batch.keep]
-    hidden = torch.cat(LiveTeacher(model).hidden(batch.ids, batch.attention, batch.keep))
+        logits = model.eval()(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits[
+            batch.keep_BT
+        ]
+    hidden = torch.cat(LiveTeacher(model).hidden([rows[i] for i in batch.indices]))
     torch.testing.assert_close(hidden @ head_of(model).weight_VH.T, logits, rtol=1e-4, atol=1e-4)
 
 
-def test_padding_on_the_left_gives_the_same_rows(model: Any, rows: list[Row]) -> None:
-    batch = Batch(rows, [0])
-    pad = torch.zeros(1, 3, dtype=torch.int64)
-    left = [torch.cat([pad, x], dim=1) for x in (batch.ids, batch.attention, batch.keep.long())]
-    (plain,) = LiveTeacher(model).hidden(batch.ids, batch.attention, batch.keep)
-    (shifted,) = LiveTeacher(model).hidden(left[0], left[1], left[2].bool())
-    assert torch.equal(plain, shifted)
-
-
-def test_bits_of_a_row_do_not_depend_on_its_batch(model: Any, rows: list[Row]) -> None:
+def test_bits_of_a_row_do_not_depend_on_its_batch(model: Any, rows: list[Example]) -> None:
     live = LiveTeacher(model)
-    batch = Batch(rows, [3, 1, 0, 4])
-    together = live.hidden(batch.ids, batch.attention, batch.keep)
-    for b, i in enumerate(batch.indices):
-        one = Batch(rows, [i])
-        assert torch.equal(live.hidden(one.ids, one.attention, one.keep)[0], together[b])
+    together = live.hidden([rows[i] for i in (3, 1, 0, 4)])
+    for hidden_TH, i in zip(together, (3, 1, 0, 4), strict=True):
+        assert torch.equal(live.hidden([rows[i]])[0], hidden_TH)
 
 
 @pytest.mark.parametrize("keeps", KEEPS)
 def test_cached_rows_are_the_live_ones_bit_for_bit(keeps: Keeps, opener: Opener) -> None:
-    batch = Batch(opener.data_rows, [2, 0, 5, 1])
+    indices = [2, 0, 5, 1]
     teacher = opener(keeps)
-    live = batch.of(teacher)
-    assert_same_bits(batch.of(teacher), live)
+    live = teacher.rows(indices)
+    assert_same_bits(teacher.rows(indices), live)
     teacher.close()
     again = opener(keeps)
-    assert_same_bits(batch.of(again), live)
+    assert_same_bits(again.rows(indices), live)
     assert opener.num_loads == 1
     again.close()
 
@@ -150,13 +124,13 @@ def test_cached_rows_are_the_live_ones_bit_for_bit(keeps: Keeps, opener: Opener)
 def test_a_half_filled_or_damaged_cache_changes_no_bit(keeps: Keeps, opener: Opener) -> None:
     with_fresh_cache = Opener(opener.model, opener.data_rows, opener.folder / "fresh")
     other = with_fresh_cache(keeps)
-    batch = Batch(opener.data_rows, [4, 3, 1])
-    expected = batch.of(other)
+    indices = [4, 3, 1]
+    expected = other.rows(indices)
     other.close()
 
     teacher = opener(keeps)
-    Batch(opener.data_rows, [0, 3]).of(teacher)
-    Batch(opener.data_rows, [4, 2]).of(teacher)
+    teacher.rows([0, 3])
+    teacher.rows([4, 2])
     teacher.close()
     path = next(path for path in opener.folder.glob("*/rows.bin") if "fresh" not in path.parts)
     damaged = bytearray(path.read_bytes())
@@ -164,28 +138,31 @@ def test_a_half_filled_or_damaged_cache_changes_no_bit(keeps: Keeps, opener: Ope
     path.write_bytes(damaged)
 
     teacher = opener(keeps)
-    assert_same_bits(batch.of(teacher), expected)
+    assert_same_bits(teacher.rows(indices), expected)
     teacher.close()
 
 
 def test_rows_come_in_the_order_of_the_mask(opener: Opener) -> None:
     teacher = opener()
-    batch = Batch(opener.data_rows, [1, 5, 0])
-    Batch(opener.data_rows, [0]).of(teacher)  # one of the three comes from the cache
+    indices = [1, 5, 0]
+    batch = collate(opener.data_rows, indices)
+    teacher.rows([0])  # one of the three comes from the cache
     with torch.no_grad():
-        hidden_BTH = opener.model.base_model(input_ids=batch.ids, attention_mask=batch.attention)
-    hidden_NH = hidden_BTH.last_hidden_state[batch.keep]
-    torch.testing.assert_close(batch.of(teacher).hidden_NH, hidden_NH, rtol=1e-4, atol=1e-4)
+        hidden_BTH = opener.model.base_model(
+            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT
+        )
+    hidden_NH = hidden_BTH.last_hidden_state[batch.keep_BT]
+    torch.testing.assert_close(teacher.rows(indices).hidden_NH, hidden_NH, rtol=1e-4, atol=1e-4)
     teacher.close()
 
 
 def test_the_live_teacher_is_let_go_when_every_row_is_stored(opener: Opener) -> None:
     teacher = opener()
-    Batch(opener.data_rows, [0, 1, 2]).of(teacher)
+    teacher.rows([0, 1, 2])
     assert teacher.is_loaded
-    Batch(opener.data_rows, [3, 4, 5]).of(teacher)
+    teacher.rows([3, 4, 5])
     assert not teacher.is_loaded
-    Batch(opener.data_rows, [0, 3]).of(teacher)
+    teacher.rows([0, 3])
     assert opener.num_loads == 1
     teacher.close()
 
@@ -194,23 +171,23 @@ def test_the_live_teacher_is_let_go_when_every_row_is_stored(opener: Opener) -> 
 def test_a_tight_budget_keeps_bfloat16_and_the_live_rows_are_rounded_alike(
     keeps: Keeps, opener: Opener
 ) -> None:
-    num_positions = sum(len(kept) for _, kept in opener.data_rows)
+    num_positions = sum(row.num_targets for row in opener.data_rows)
     sizes = [num_positions * (64 * 2 + (8 if keeps == "expected" else 0))] + [0] * 5
     teacher = opener(keeps, budget_bytes=cache_bytes(sizes))
-    batch = Batch(opener.data_rows, [1, 2])
-    first = batch.of(teacher)
+    indices = [1, 2]
+    first = teacher.rows(indices)
     assert tensors(first)[0].dtype == torch.bfloat16
-    assert_same_bits(batch.of(teacher), first)
+    assert_same_bits(teacher.rows(indices), first)
     assert sum(path.stat().st_size for path in opener.folder.glob("*/*")) == cache_bytes(sizes)
     teacher.close()
 
 
 def test_without_room_the_teacher_runs_every_time_and_nothing_is_written(opener: Opener) -> None:
     teacher = opener("expected", budget_bytes=100)
-    batch = Batch(opener.data_rows, [1, 2])
-    rows = batch.of(teacher)
+    indices = [1, 2]
+    rows = teacher.rows(indices)
     assert rows.expected is None
-    hidden = torch.cat(LiveTeacher(opener.model).hidden(batch.ids, batch.attention, batch.keep))
+    hidden = torch.cat(LiveTeacher(opener.model).hidden([opener.data_rows[i] for i in indices]))
     assert torch.equal(tensors(rows)[0], hidden)
     assert teacher.is_loaded
     assert list(opener.folder.iterdir()) == []
@@ -218,13 +195,13 @@ def test_without_room_the_teacher_runs_every_time_and_nothing_is_written(opener:
 
 
 def test_a_full_disk_changes_no_bit(opener: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = Batch(opener.data_rows, [1, 2])
+    indices = [1, 2]
     teacher = opener("expected")
-    expected = batch.of(teacher)
+    expected = teacher.rows(indices)
     teacher.close()
     monkeypatch.setattr("worker.distill.teachers.open_cache", lambda *_, **__: None)
     without_disk = opener("expected")
-    assert_same_bits(batch.of(without_disk), expected)
+    assert_same_bits(without_disk.rows(indices), expected)
     without_disk.close()
 
 
@@ -237,12 +214,20 @@ def change_keeps(opener: Opener) -> CachedTeacher:
 
 
 def change_token(opener: Opener) -> CachedTeacher:
-    opener.data_rows = [([9, *opener.data_rows[0][0][1:]], opener.data_rows[0][1]), *opener.data_rows[1:]]
+    first, *others = opener.data_rows
+    opener.data_rows = [replace(first, token_ids=(9, *first.token_ids[1:])), *others]
     return opener()
 
 
-def change_kept(opener: Opener) -> CachedTeacher:
-    opener.data_rows = [(opener.data_rows[0][0], [0, *opener.data_rows[0][1][1:]]), *opener.data_rows[1:]]
+def change_targets(opener: Opener) -> CachedTeacher:
+    first, *others = opener.data_rows
+    opener.data_rows = [replace(first, spans=((first.spans[0][0] - 1, first.spans[0][1] - 1),)), *others]
+    return opener()
+
+
+def change_source(opener: Opener) -> CachedTeacher:
+    first, *others = opener.data_rows
+    opener.data_rows = [replace(first, source_ids=(7,)), *others]
     return opener()
 
 
@@ -253,7 +238,7 @@ def change_threads(opener: Opener) -> CachedTeacher:
 
 @pytest.mark.parametrize(
     "change",
-    [change_identity, change_keeps, change_token, change_kept, change_threads],
+    [change_identity, change_keeps, change_token, change_targets, change_source, change_threads],
     ids=lambda c: c.__name__,
 )
 def test_whatever_determines_the_rows_names_another_cache(
@@ -268,8 +253,8 @@ def test_whatever_determines_the_rows_names_another_cache(
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
 def test_hidden_and_expected_rows_give_the_same_loss_and_gradient(ce_weight: float, opener: Opener) -> None:
-    batch = Batch(opener.data_rows, [1, 2, 4])
-    targets = batch.ids.roll(-1, dims=1)[batch.keep]
+    indices = [1, 2, 4]
+    targets = collate(opener.data_rows, indices).targets_N
     student_hidden = torch.randn(
         len(targets), 64, generator=torch.Generator().manual_seed(2)
     ).requires_grad_()
@@ -282,7 +267,7 @@ def test_hidden_and_expected_rows_give_the_same_loss_and_gradient(ce_weight: flo
             student_hidden,
             Head(weight),
             targets,
-            batch.of(teacher),
+            teacher.rows(indices),
             objective,
             denominator=float(len(targets)),
         )

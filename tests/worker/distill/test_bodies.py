@@ -1,0 +1,46 @@
+"""The states a head multiplies, in a padded batch, against the model's own logits of one row at a time."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import save_tiny
+from worker.distill.batches import collate
+from worker.distill.bodies import hidden_rows
+from worker.distill.data import Example
+from worker.distill.heads import head_of, new_scratch, split_rows, write_logits
+from worker.distill.shapes import CAUSAL, SEQ2SEQ
+from worker.distill.students import load_model
+
+SOURCES = [(5, 6, 7, 8, 9, 10), (11, 12, 13), (20, 21, 22, 23)]
+ROWS = [(4, 30, 31, 32, 33), (4, 40, 41), (4, 50, 51, 52)]
+
+
+def examples_of(*, has_source: bool) -> list[Example]:
+    if has_source:
+        return [Example(r, ((1, len(r)),), source_ids=s) for r, s in zip(ROWS, SOURCES, strict=True)]
+    return [Example((*s, *r), ((len(s), len(s) + len(r)),)) for r, s in zip(ROWS, SOURCES, strict=True)]
+
+
+@pytest.mark.parametrize("family", sorted((*CAUSAL, *SEQ2SEQ)))
+def test_states_of_a_padded_batch_give_the_logits_of_each_row_alone(family: str, tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path, family, num_layers=2))
+    examples = examples_of(has_source=family in SEQ2SEQ)
+    batch = collate(examples, range(len(examples)))
+    with torch.no_grad():
+        hidden_NH = hidden_rows(model, batch)
+        head = head_of(model)
+        scratch_NV = new_scratch(split_rows(len(hidden_NH), head, len(hidden_NH)), head)
+        logits_NV = write_logits(head, hidden_NH, scratch_NV)
+        alone = []
+        for example in examples:
+            ids_1T = torch.tensor([example.token_ids[:-1]])
+            inputs = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
+            if example.source_ids:
+                source_1S = torch.tensor([example.source_ids])
+                inputs = {"input_ids": source_1S, "attention_mask": torch.ones_like(source_1S)}
+                inputs["decoder_input_ids"] = ids_1T
+            alone.append(model(**inputs).logits[0][[p - 1 for p in example.target_positions]])
+    # float32 sums in another order: padding changes the shapes of the products
+    torch.testing.assert_close(logits_NV, torch.cat(alone), atol=2e-4, rtol=2e-4)
