@@ -21,8 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.distill.errors import CorruptCheckpoint, DiskFull
+from worker.distill.lora import lora_tensors, merged
 
 MANIFEST = "manifest.json"
+ADAPTERS = "adapters.safetensors"  # of a LoRA student, whose model folder has them merged in
 SPARE_BYTES = 32 * 2**20  # tokenizer, configuration, state, and what the file system wants for itself
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -147,7 +149,10 @@ def file_sha256(path: Path) -> str:
 
 
 def _write_parts(folder: Path, snapshot: Snapshot) -> None:
-    snapshot.model.save_pretrained(folder / "model")
+    with merged(snapshot.model) as plain:
+        plain.save_pretrained(folder / "model")
+    if adapters := lora_tensors(snapshot.model):
+        save_file({name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS)
     snapshot.tokenizer.save_pretrained(folder / "model")
     save_file(dict(_optimizer_tensors(snapshot)), folder / "optimizer.safetensors")
     random = {"cpu": torch.get_rng_state()}

@@ -10,7 +10,10 @@ from worker.distill.students import StudentRecipe
 FEW_LAYERS_LEARNING_RATE = 2e-3  # measured for 8 of 30 layers, width 576
 LAYERS_LEARNING_RATE = 1e-3  # measured for 15 of 30
 FRESH_LEARNING_RATE = 1e-3
+WIDTH_LEARNING_RATE = 1e-3
+LORA_LEARNING_RATE = 5e-4
 CHECKPOINT_LEARNING_RATE = 1e-4
+STARTS = {"fresh": FRESH_LEARNING_RATE, "width": WIDTH_LEARNING_RATE, "lora": LORA_LEARNING_RATE}
 MEASURED_WIDTH = 576  # wider students get less, in proportion
 
 
@@ -26,8 +29,8 @@ def scheduled(step: int, total_steps: int, *, peak: float, warmup: float) -> flo
 def peak_learning_rate(h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel) -> float:
     if h.learning_rate != "auto":
         return h.learning_rate
-    rate = FRESH_LEARNING_RATE if recipe.student.init == "fresh" else CHECKPOINT_LEARNING_RATE
-    if recipe.layers is not None:
+    rate = STARTS.get(recipe.student.init, CHECKPOINT_LEARNING_RATE)
+    if recipe.student.init == "layers" and recipe.layers is not None:
         is_few = 3 * len(recipe.layers) <= recipe.num_available
         rate = FEW_LAYERS_LEARNING_RATE if is_few else LAYERS_LEARNING_RATE
     return rate * min(1.0, MEASURED_WIDTH / int(model.config.get_text_config(decoder=True).hidden_size))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,6 +18,7 @@ from app.distillation import EarlyStopping, Hyperparameters, Objective
 from worker.distill.batches import Batch, BatchPlan, collate
 from worker.distill.bodies import hidden_rows
 from worker.distill.checkpoint import (
+    ADAPTERS,
     Snapshot,
     TrainState,
     load_optimizer,
@@ -28,6 +30,7 @@ from worker.distill.errors import NanLoss
 from worker.distill.evaluate import HeldOut, HeldOutRows
 from worker.distill.fused import fused_distillation_loss
 from worker.distill.heads import head_of
+from worker.distill.lora import add_lora, load_lora_tensors
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Means, Pace, Throttle
 from worker.distill.progress import CheckpointLine, MetricsLine, ProgressLine, Sink
@@ -147,9 +150,16 @@ class Trainer:
         return self.valid.measure(self.model, self.head, teacher, self._objective(), on_batch=self._tell)
 
     def _student(self) -> PreTrainedModel:
-        resume_dir = self.setup.resume_dir
-        model = self.setup.recipe.build() if resume_dir is None else load_model(resume_dir / "model")
+        recipe, resume_dir = self.setup.recipe, self.setup.resume_dir
+        if recipe.lora is None:
+            model = recipe.build() if resume_dir is None else load_model(resume_dir / "model")
+            use_onednn(model)
+            return model
+        model = recipe.build()  # a checkpoint's model folder has the adapters merged in
         use_onednn(model)
+        add_lora(model, recipe.lora, seed=self.setup.seed)
+        if resume_dir is not None:
+            load_lora_tensors(model, load_file(resume_dir / ADAPTERS))
         return model
 
     def _next_batch(self) -> Batch:

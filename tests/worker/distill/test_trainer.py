@@ -97,6 +97,25 @@ def test_a_run_resumed_in_another_process_has_the_bits_of_one_that_never_stopped
     assert_same_bits(one, other)
 
 
+def test_a_lora_student_resumes_to_the_same_bits_and_is_saved_as_a_plain_model(
+    run: Run, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    block = {"student": {"init": "lora", "lora": {"rank": 4}}}
+    run(make_spec(block, **HALVES), out="whole")
+    stop = StopAfter(5)
+    with pytest.raises(Stopped):
+        run(make_spec(block, **HALVES), out="half", sink=stop.sink, should_stop=stop)
+    resume = {"resume_dir": tmp_path / "half" / "step-5"}
+    run(make_spec(block, resume, **HALVES), out="rest")
+    whole = weights(tmp_path / "whole" / "student")
+    assert_same_bits(weights(tmp_path / "rest" / "student"), whole)
+    assert not any("lora" in name for name in whole)
+    assert_same_bits(
+        load_file(tmp_path / "whole" / "step-10" / "adapters.safetensors"),
+        load_file(tmp_path / "rest" / "step-10" / "adapters.safetensors"),
+    )
+
+
 def test_rows_from_the_cache_train_the_same_bits_as_rows_computed_now(
     run: Run, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
