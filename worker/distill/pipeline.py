@@ -4,34 +4,29 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from worker.distill.answers import AnswerFile
-from worker.distill.checkpoint import TrainState, file_sha256, link_folder, load_state
-from worker.distill.errors import VocabMismatch
+from worker.distill.checkpoint import TrainState, link_folder, load_state
 from worker.distill.evaluate import HeldOut, HeldOutRows
-from worker.distill.fresh import fresh_config
-from worker.distill.heads import Head, head_of, load_head
-from worker.distill.masked import MaskedTeacher
+from worker.distill.heads import head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Throttle
-from worker.distill.preparation import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Reader, Rows
+from worker.distill.preparation import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
 from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine
 from worker.distill.report import Judge, View
 from worker.distill.sampler import Sampler
-from worker.distill.shapes import read_config, shape_of
-from worker.distill.signals import Signal, choose_signal
+from worker.distill.shapes import shape_of
 from worker.distill.spec import RunSpec
-from worker.distill.students import StudentRecipe, load_model, plan_student
-from worker.distill.teachers import CachedTeacher, LiveTeacher, Teacher, cached_teacher
+from worker.distill.students import StudentRecipe, plan_student
+from worker.distill.teachers import CachedTeacher
+from worker.distill.teaching import Teaching
 from worker.distill.trainer import Setup, Stopped, Trainer
-from worker.gemm import pack_weights
 
 SamplerFor = Callable[[PreTrainedModel], Sampler]
 
@@ -68,6 +63,7 @@ class Pipeline:
         self.should_stop = should_stop
         self.block = spec.distillation
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.pair = Teaching(spec, self.device)
         self.throttle = Throttle()
         self.trains_from = LOADED_PERCENT
         out.mkdir(parents=True, exist_ok=True)
@@ -79,13 +75,13 @@ class Pipeline:
         recipe = plan_student(
             self.spec.teacher_dir, self.spec.start_dir, self.block.student, seed=self.spec.seed
         )
-        signal = self._signal
+        signal = self.pair.signal
         if signal.name != "logits":
             self.sink(MessageLine(message=f"teacher signal: {signal.name} ({signal.reason})"))
         rows = self._rows()
         if rows.num_answered:
             self.trains_from = ANSWERED_PERCENT
-        teacher = self._cached_teacher(rows, recipe)
+        teacher = self.pair.cached_teacher(rows, recipe)
         try:
             setup = self._setup(rows, recipe, teacher, state)
             self._check_resumed(state, setup)
@@ -109,46 +105,14 @@ class Pipeline:
         used = {"teacher_signal": signal.name, "num_teacher_rows_computed": teacher.num_computed}
         return Outcome("student", {**result, **counts, **steps, **times, **used}, state.trained_tokens)
 
-    @cached_property
-    def _teacher_reader(self) -> Reader:
-        return Reader(read_config(self.spec.teacher_dir), _tokenizer(self.spec.teacher_dir))
-
-    @cached_property
-    def _student_reader(self) -> Reader:
-        fresh = self.block.student.config
-        if fresh is not None:
-            tokenizer = self._teacher_reader.tokenizer
-            return Reader(fresh_config(fresh, tokenizer), tokenizer)
-        return Reader(read_config(self.spec.start_dir), _tokenizer(self.spec.start_dir))
-
-    @cached_property
-    def _has_one_tokenizer(self) -> bool:
-        """Equal widths are no proof: the vocabularies are compared."""
-        return bool(self._teacher_reader.tokenizer.get_vocab() == self._student_reader.tokenizer.get_vocab())
-
-    @cached_property
-    def _signal(self) -> Signal:
-        return choose_signal(
-            self.block.objective.teacher_signal,
-            shape_of(self._teacher_reader.config),
-            shape_of(self._student_reader.config),
-            has_one_tokenizer=self._has_one_tokenizer,
-        )
-
-    @cached_property
-    def _identity(self) -> str:
-        """Whose answers and hidden states are on file."""
-        tokenizer = self._teacher_reader.tokenizer
-        return f"{folder_sha256(self.spec.teacher_dir)}:{tokenizer_sha256(tokenizer)}"
-
     def _rows(self) -> Rows:
         return Preparation(
             spec=self.spec,
-            teacher=self._teacher_reader,
-            student=self._student_reader,
-            has_one_tokenizer=self._has_one_tokenizer,
-            answers=AnswerFile(self.spec.cache_dir / "answers" / f"{_short(self._identity)}.jsonl"),
-            sampler=lambda: self.sampler_for(self._load_teacher()),
+            teacher=self.pair.teacher,
+            student=self.pair.student,
+            has_one_tokenizer=self.pair.has_one_tokenizer,
+            answers=AnswerFile(self.pair.answers_path),
+            sampler=lambda: self.sampler_for(self.pair.load_teacher()),
             sink=self.sink,
             check_stop=lambda: self._check_stop(step=0),
         ).rows()
@@ -176,41 +140,6 @@ class Pipeline:
                 "the job's inputs have changed since the checkpoint: the run goes on, but not bit for bit"
             )
 
-    def _load_teacher(self) -> PreTrainedModel:
-        teacher = load_model(self.spec.teacher_dir).to(self.device)
-        pack_weights(teacher)
-        return teacher.requires_grad_(False)
-
-    def _live_teacher(self) -> Teacher:
-        model = self._load_teacher()
-        if shape_of(model.config) == "masked":
-            return MaskedTeacher(model, self._teacher_reader.tokenizer.mask_token_id)
-        return LiveTeacher(model)
-
-    def _cached_teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher:
-        head = load_head(self.spec.teacher_dir, len(self._teacher_reader.tokenizer))
-        bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
-        head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V)
-        return cached_teacher(
-            self._live_teacher,
-            head,
-            folder=self.spec.cache_dir / "teacher",
-            budget_bytes=self.spec.cache_bytes,
-            identity=f"{self._identity}:{self._signal.name}",
-            examples=rows.teacher,
-            keeps="expected" if self._is_expectation_enough(recipe, head) else "hidden",
-        )
-
-    def _is_expectation_enough(self, recipe: StudentRecipe, head: Head) -> bool:
-        objective = self.block.objective
-        if self._signal.name != "logits":
-            return False
-        is_kl = objective.divergence == "forward_kl" and objective.temperature == 1.0
-        is_kl = is_kl and objective.temperature_end in (None, 1.0)
-        is_kl = is_kl and (objective.then is None or objective.then.divergence == "forward_kl")
-        is_copied = recipe.freeze_head and head.softcap is None
-        return is_kl and is_copied and _is_head_of(recipe.start_dir, head)
-
     def _setup(
         self,
         rows: Rows,
@@ -218,7 +147,7 @@ class Pipeline:
         teacher: CachedTeacher,
         state: TrainState,
     ) -> Setup:
-        tokenizer = self._student_reader.tokenizer
+        tokenizer = self.pair.student.tokenizer
         answers_path = None
         if rows.answer_keys:
             answers_path = self.out / "answers.jsonl"
@@ -230,7 +159,7 @@ class Pipeline:
             best_dir = link_folder(source, self.out / "best-before")
         return Setup(
             out=self.out,
-            objective=self.block.objective.model_copy(update={"teacher_signal": self._signal.name}),
+            objective=self.block.objective.model_copy(update={"teacher_signal": self.pair.signal.name}),
             hyperparameters=self.block.hyperparameters,
             seed=self.spec.seed,
             keep_checkpoints=self.spec.keep_checkpoints,
@@ -240,8 +169,8 @@ class Pipeline:
             train=rows.train,
             valid=rows.valid,
             teacher=teacher,
-            signal=self._signal,
-            has_one_tokenizer=self._has_one_tokenizer,
+            signal=self.pair.signal,
+            has_one_tokenizer=self.pair.has_one_tokenizer,
             answers_path=answers_path,
             inputs_sha256=self._inputs_sha256(rows),
             device=self.device,
@@ -260,13 +189,13 @@ class Pipeline:
         )
 
         def measure(model: PreTrainedModel) -> HeldOut:
-            head = head_of(model, len(self._student_reader.tokenizer))
-            return valid.measure(model, head, teacher if self._has_one_tokenizer else None, objective)
+            head = head_of(model, len(self.pair.student.tokenizer))
+            return valid.measure(model, head, teacher if self.pair.has_one_tokenizer else None, objective)
 
         def measure_teacher(model: PreTrainedModel) -> HeldOut:
             if shape_of(model.config) == "masked":
                 return teachers_valid.measure_teacher(teacher, objective)
-            head = head_of(model, len(self._teacher_reader.tokenizer))
+            head = head_of(model, len(self.pair.teacher.tokenizer))
             return teachers_valid.measure(model, head, teacher, objective)
 
         def tell(share: float) -> None:
@@ -276,8 +205,8 @@ class Pipeline:
 
         return Judge(
             spec=self.spec,
-            student_view=View(rows.valid, self._student_reader.tokenizer, measure),
-            teacher_view=View(teachers_valid.examples, self._teacher_reader.tokenizer, measure_teacher),
+            student_view=View(rows.valid, self.pair.student.tokenizer, measure),
+            teacher_view=View(teachers_valid.examples, self.pair.teacher.tokenizer, measure_teacher),
             valid_rows=rows.valid_rows,
             device=self.device,
             sampler_for=self.sampler_for,
@@ -299,39 +228,3 @@ class Pipeline:
 
     def _warn(self, message: str) -> None:
         self.sink(MessageLine(level="warn", message=message))
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, trust_remote_code=False, local_files_only=True
-    )
-    return loaded
-
-
-def _is_head_of(folder: Path, head: Head) -> bool:
-    try:
-        own = load_head(folder, head.num_tokens)
-    except VocabMismatch:
-        return False
-    if own.weight_VH.shape != head.weight_VH.shape or (own.bias_V is None) != (head.bias_V is None):
-        return False
-    if own.scale != head.scale:
-        return False
-    is_bias_equal = own.bias_V is None or head.bias_V is None or torch.equal(own.bias_V, head.bias_V)
-    return is_bias_equal and torch.equal(own.weight_VH, head.weight_VH.cpu())
-
-
-def folder_sha256(folder: Path) -> str:
-    """Of a model's configuration and weights."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-def _short(identity: str) -> str:
-    return hashlib.sha256(identity.encode()).hexdigest()[:32]
