@@ -121,6 +121,21 @@ def upload(client: httpx.Client, path: Path) -> str:
         return str(call(client, "POST", "/v1/files", **request)["id"])
 
 
+def unfinished(client: httpx.Client) -> str | None:
+    """A job of this example that was interrupted, whatever its settings: another would wait behind it."""
+    asked = {"metadata[example]": "titles"}
+    jobs = call(client, "GET", "/v1/fine_tuning/jobs", params=asked)["data"]
+    return next((str(job["id"]) for job in jobs if job["status"] in {"queued", "running"}), None)
+
+
+def post(client: httpx.Client, folder: Path, console: Console, n_epochs: int, seed: int) -> str:
+    files = [upload(client, folder / "rows" / f"{name}.jsonl") for name in ("train", "valid")]
+    body = job_body(files[0], files[1], n_epochs=n_epochs, seed=seed)
+    console.print("The job, as it is posted to /v1/fine_tuning/jobs:")
+    console.print_json(json.dumps(body))
+    return str(call(client, "POST", "/v1/fine_tuning/jobs", json=body)["id"])
+
+
 def show_figures(console: Console, result: Json) -> None:
     table = Table(title=f"On {result['num_validation_rows']} held-out entries", title_justify="left")
     table.add_column("", min_width=24)
@@ -142,13 +157,9 @@ def run(data_dir: Path, console: Console, *, n_epochs: int, seed: int) -> Json:
     prepare(folder)
     with service(data_dir, console) as client:
         import_teacher(client, folder, data_dir)
-        files = [upload(client, folder / "rows" / f"{name}.jsonl") for name in ("train", "valid")]
-        body = job_body(files[0], files[1], n_epochs=n_epochs, seed=seed)
-        console.print("The job, as it is posted to /v1/fine_tuning/jobs:")
-        console.print_json(json.dumps(body))
         began = time.monotonic()
-        job = follow(client, call(client, "POST", "/v1/fine_tuning/jobs", json=body)["id"], console)
-        console.print(f"The job took {(time.monotonic() - began) / 60:.1f} minutes.")
+        job = follow(client, unfinished(client) or post(client, folder, console, n_epochs, seed), console)
+        console.print(f"{(time.monotonic() - began) / 60:.1f} minutes from the upload to the result.")
         show_figures(console, job["result"])
         show_samples(console, job["result"])
         console.print("\n[bold]The student, served:[/bold] ", end="")
