@@ -16,7 +16,7 @@ from bench.steps import prepare
 
 SHARES = (0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 1.0)  # of TRL's budget; the last is the quality in the same time
 QUICK_SHARES = (0.25, 0.5, 1.0)
-PILOT_STEPS = 4
+PILOT_STEPS = 8  # fewer misjudge the pace
 TRL = Contender("trl", "trl", "forward_kl", "live")
 TRL_RECIPE = {"learning_rate": 1e-3, "batch_rows": 8}
 OURS = Contender("ours", "ours", "forward_kl", "expected", trains_head=False)
