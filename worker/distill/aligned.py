@@ -1,0 +1,95 @@
+"""Universal logit distillation between two tokenizers: sorted distributions compared where tokens begin together.
+
+Source: Boizard et al., arXiv:2402.12030, at aligned tokens in place of equal positions.
+N rows (a batch's targets, as the student reads them), M those of them that are aligned, H hidden width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from worker.distill.alignment import TokenBytes, align
+from worker.distill.data import Example
+from worker.distill.errors import TokenizerMismatch
+from worker.distill.fused import RowStats, fused_distillation_loss
+from worker.distill.heads import Head, TeacherRows
+from worker.distill.objectives import TokenObjective
+from worker.distill.preparation import Reader, Rows
+
+DEFAULT_CE_WEIGHT = 0.5  # ranks do not say which token is meant: without the text nothing is learnt
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Rows as the teacher reads them, cut down to the targets that begin where one of the student's does."""
+
+    examples: list[Example]
+    is_aligned: list[Tensor]  # a row: of each of the student's targets, whether it has a partner
+
+    @property
+    def share(self) -> float:
+        """Of the student's targets."""
+        return float(torch.cat(self.is_aligned).double().mean())
+
+    def mask_N(self, indices: Sequence[int], device: torch.device) -> Tensor:
+        """Which targets of a batch of these rows are aligned."""
+        return torch.cat([self.is_aligned[i] for i in indices]).to(device)
+
+
+def align_rows(rows: Rows, student: Reader, teacher: Reader, *, has_one_tokenizer: bool) -> Aligned:
+    """Raises TokenizerMismatch if no token of the student's begins where one of the teacher's does."""
+    students = [*rows.train, *rows.valid]
+    if has_one_tokenizer:  # both views have the same targets
+        return Aligned(
+            rows.teacher, [torch.ones(example.num_targets, dtype=torch.bool) for example in students]
+        )
+    of_student, of_teacher = TokenBytes(student.tokenizer), TokenBytes(teacher.tokenizer)
+    examples, masks = [], []
+    for read, taught in zip(students, rows.teacher, strict=True):
+        numbers, positions = align(read, taught, of_student, of_teacher)
+        mask = torch.zeros(read.num_targets, dtype=torch.bool)
+        mask[numbers] = True
+        masks.append(mask)
+        examples.append(replace(taught, spans=tuple((p, p + 1) for p in positions)))
+    aligned = Aligned(examples, masks)
+    if aligned.share == 0.0:
+        raise TokenizerMismatch(
+            "no token of the student's tokenizer begins where one of the teacher's does, so uld has nothing to compare; "
+            'use objective.teacher_signal = "text"'
+        )
+    return aligned
+
+
+def aligned_loss(
+    student_hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    mask_N: Tensor,
+    teacher: TeacherRows,
+    objective: TokenObjective,
+    *,
+    denominator: float,
+) -> tuple[Tensor, RowStats]:
+    """The objective at aligned rows, whose teacher's rows are given, and its cross-entropy alone at the others.
+
+    Each row goes through the student's head once.
+    """
+    at_M, others = mask_N.nonzero()[:, 0], (~mask_N).nonzero()[:, 0]
+    loss, stats = fused_distillation_loss(
+        student_hidden_NH[at_M], head, targets_N[at_M], teacher, objective, denominator=denominator
+    )
+    if not objective.ce_weight or not len(others):
+        return loss, stats
+    text_loss, text_stats = fused_distillation_loss(
+        student_hidden_NH[others],
+        head,
+        targets_N[others],
+        None,
+        objective,
+        denominator=denominator / objective.ce_weight,
+    )
+    sums = text_stats.sums.clone()
+    sums[0] *= objective.ce_weight
+    return loss + text_loss, stats + RowStats(text_stats.num_rows, sums)
