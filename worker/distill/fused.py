@@ -99,8 +99,11 @@ def fused_distillation_loss(
         bias_V = None if bias_V is None else bias_V.detach()
     rows_N4 = student_hidden_NH.new_empty((len(targets_N), 4), dtype=torch.float64) if keeps_rows else None
     job = _Job(student_head, is_head_trained, targets_N, teacher, objective, denominator, chunk_rows, rows_N4)
-    # torch leaves apply untyped
-    loss, sums = _FusedLoss.apply(student_hidden_NH, weight_VH, bias_V, job)  # type: ignore[no-untyped-call]
+    with torch.autocast(
+        student_hidden_NH.device.type, enabled=False
+    ):  # a body's floats are no concern of the loss
+        # torch leaves apply untyped
+        loss, sums = _FusedLoss.apply(student_hidden_NH, weight_VH, bias_V, job)  # type: ignore[no-untyped-call]
     return loss, RowStats(len(targets_N), sums, rows_N4)
 
 
@@ -231,13 +234,15 @@ def _text_chunk(
     totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
     for group in split_groups(student_CV):
         z_GV, targets_G1 = student_CV[group], targets_C[group][:, None]
-        log_q_GV = torch.log_softmax(z_GV, dim=-1)
-        ce_G = -log_q_GV.gather(1, targets_G1)[:, 0]
+        derivative_GV = None if job.head.softcap is None else 1.0 - (z_GV / job.head.softcap).square()
+        target_z_G = z_GV.gather(1, targets_G1)[:, 0]
+        ce_G = _softmax_(z_GV) - target_z_G
         none_G = torch.zeros_like(ce_G)
         totals += job.totals(rows, group, (ce_G, none_G, ce_G, none_G))
-        slope_GV = log_q_GV.exp_()
-        slope_GV.scatter_add_(1, targets_G1, slope_GV.new_full(targets_G1.shape, -1.0))
-        _replace_logits(z_GV, slope_GV, job)
+        z_GV.scatter_add_(1, targets_G1, z_GV.new_full(targets_G1.shape, -1.0))
+        if derivative_GV is not None:
+            z_GV.mul_(derivative_GV)
+        z_GV.mul_(job.head.scale / job.denominator)
     gradients.add(job.head, hidden_NH[rows], rows, student_CV)
     return totals
 
@@ -285,20 +290,26 @@ def _expected_chunk(
         z_GV = student_CV[group]
         targets_G1 = targets_C[group][:, None]
         target_z_G = z_GV.gather(1, targets_G1)[:, 0]
-        log_q_GV = torch.log_softmax(z_GV, dim=-1)
-        ce_G = -log_q_GV.gather(1, targets_G1)[:, 0]
-        log_norm_G = target_z_G + ce_G
-        kl_G = expected.neg_entropy_N[rows][group] - mean_logit_C[group] + log_norm_G
         is_agreed_G = _agrees(z_GV, expected.top_N[rows][group])
+        log_norm_G = _softmax_(z_GV)
+        ce_G = log_norm_G - target_z_G
+        kl_G = expected.neg_entropy_N[rows][group] - mean_logit_C[group] + log_norm_G
         totals += job.totals(rows, group, (torch.lerp(kl_G, ce_G, ce_weight), kl_G, ce_G, is_agreed_G))
-        slope_GV = log_q_GV.exp_()
         if ce_weight:
-            slope_GV.scatter_add_(1, targets_G1, slope_GV.new_full(targets_G1.shape, -ce_weight))
-        torch.mul(slope_GV, job.head.scale / job.denominator, out=z_GV)
+            z_GV.scatter_add_(1, targets_G1, z_GV.new_full(targets_G1.shape, -ce_weight))
+        z_GV.mul_(job.head.scale / job.denominator)
     gradients.add(job.head, hidden_NH[rows], rows, student_CV)
     if gradients.hidden_NH is not None:
         gradients.hidden_NH[rows].sub_(expected_CH, alpha=(1 - ce_weight) / job.denominator)
     return totals
+
+
+def _softmax_(z_NV: Tensor) -> Tensor:
+    """Turns logits into probabilities in place; gives the logarithm of each row's sum of exponentials."""
+    top_N1 = z_NV.amax(dim=-1, keepdim=True)
+    total_N1 = z_NV.sub_(top_N1).exp_().sum(dim=-1, keepdim=True)
+    z_NV.div_(total_N1)
+    return top_N1.add_(total_N1.log_())[:, 0]
 
 
 def _agrees(z_NV: Tensor, top_N: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worker.distill.objectives import RowTerms, TokenObjective, row_dot
+from worker.distill.objectives import Distribution, RowTerms, TokenObjective, row_dot
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,10 @@ def bucket_terms(
     log_rest_N1 = rest_NV.logsumexp(dim=-1, keepdim=True)
     student_NB = torch.cat([student_NV.gather(1, teacher.ids_NK), log_rest_N1], dim=1)
     teacher_NB = torch.cat([teacher.log_p_NK, teacher.log_rest_N[:, None]], dim=1).to(student_NV.dtype)
-    log_q_NB = torch.log_softmax(student_NB, dim=-1)
-    log_p_NB = torch.log_softmax(teacher_NB, dim=-1)
-    loss_N, slope_NB = objective.tempered(student_NB, teacher_NB, log_q_NB, log_p_NB)
-    kl_N = loss_N if objective.is_forward_kl else row_dot(log_p_NB.exp(), log_p_NB - log_q_NB)
+    q, p = Distribution.of(student_NB), Distribution.of(teacher_NB)
+    loss_N, slope_NB = objective.tempered(student_NB, teacher_NB, q, p)
+    kl_N = loss_N if objective.is_forward_kl else row_dot(p.p_NV, p.log_p_NV - q.log_p_NV)
     # the rest is the logsumexp of its logits, so its slope is shared out by their softmax
     gradient_NV = rest_NV.sub_(log_rest_N1).exp_().mul_(slope_NB[:, -1:])
     gradient_NV.scatter_(1, teacher.ids_NK, slope_NB[:, :-1])
-    return objective.with_ce(loss_N, gradient_NV, kl_N, torch.log_softmax(student_NV, dim=-1), targets_N)
+    return objective.with_ce(loss_N, gradient_NV, kl_N, Distribution.of(student_NV), targets_N)
