@@ -1,0 +1,159 @@
+"""Which objective wins: the same student by several recipes and seeds, judged on the same held-out rows.
+
+    .venv/bin/python -m bench.recipes titles --teacher FOLDER --rows FOLDER [--seeds 3] [--only NAME ...] [--json FILE]
+    .venv/bin/python -m bench.recipes smollm2 --teacher FOLDER --packages FOLDER
+
+Every run is a process of its own (`python -m worker.run`); teacher answers and hidden states are shared by all. `--start`
+names another model to start from (then as a checkpoint). Quality only: nothing here is timed. A run whose result is on
+file is not repeated.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Json = dict[str, Any]  # Any: JSON
+FORWARD_KL = {"divergence": "forward_kl"}
+RECIPES: dict[str, Json] = {
+    "CE only": {"objective": {**FORWARD_KL, "ce_weight": 1.0}},
+    "forward KL": {"objective": FORWARD_KL},
+    "forward KL, then skew .1": {"objective": {**FORWARD_KL, "then": {"divergence": "skew_forward_kl"}}},
+    "forward KL, then alpha-beta": {"objective": {**FORWARD_KL, "then": {"divergence": "alpha_beta"}}},
+    "forward KL, then on-policy forward KL": {
+        "objective": {**FORWARD_KL, "then": {"divergence": "forward_kl", "completions": "student"}}
+    },
+    "forward KL, then on-policy reverse KL": {
+        "objective": {**FORWARD_KL, "then": {"divergence": "reverse_kl", "completions": "student"}}
+    },
+    "skew .1": {"objective": {"divergence": "skew_forward_kl"}},
+    "alpha-beta": {"objective": {"divergence": "alpha_beta"}},
+    "JSD .5": {"objective": {"divergence": "jsd"}},
+    "reverse KL": {"objective": {"divergence": "reverse_kl"}},
+}
+TASKS: dict[str, Json] = {
+    "titles": {
+        "student": {"num_encoder_layers": 8, "num_decoder_layers": 4},
+        "data": {"completions": "teacher", "temperature": 0.0, "max_new_tokens": 24},
+        "hyperparameters": {"n_epochs": 1, "batch_tokens": 2048, "learning_rate": 1e-3},
+    },
+    "smollm2": {
+        "student": {"num_layers": 8},
+        "data": {"completions": "teacher", "temperature": 0.0, "max_new_tokens": 48},
+        "hyperparameters": {"n_epochs": 3, "max_steps": 120, "batch_tokens": 512, "learning_rate": 2e-3},
+    },
+}
+FIGURES = {"kl": "{:.3f}", "agreement": "{:.3f}", "perplexity": "{:.2f}", "rouge_l": "{:.3f}"}
+NUM_TRAIN, NUM_VALID = 720, 80
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.recipes", description=__doc__)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--teacher", type=Path, required=True)
+    parser.add_argument("--start", type=Path, help="a checkpoint to start from; else the teacher's layers")
+    parser.add_argument("--rows", type=Path, help="folder with train.jsonl and valid.jsonl")
+    parser.add_argument("--packages", type=Path, help="where the corpus of the demo's prompts lies")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--only", nargs="*", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--work", type=Path, default=Path(".stillhouse/recipes"))
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    rows = arguments.rows or demo_rows(arguments.work / "rows", arguments.packages)
+    found: dict[str, list[Json]] = {}
+    for name in arguments.only:
+        for seed in range(arguments.seeds):
+            found.setdefault(name, []).append(run(arguments, name, seed, rows))
+            print(name, seed, {k: round(found[name][-1]["student"][k], 4) for k in FIGURES}, flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
+    show(found)
+
+
+def demo_rows(folder: Path, packages: Path) -> Path:
+    """The demo's prompts, shuffled; the teacher answers them in the first run."""
+    from app.demo import demo_prompts
+
+    sys.path.append(str(packages))
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = demo_prompts()
+    Random(0).shuffle(prompts)
+    parts = {"train": prompts[:NUM_TRAIN], "valid": prompts[NUM_TRAIN : NUM_TRAIN + NUM_VALID]}
+    for name, part in parts.items():
+        lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in part]
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    return folder
+
+
+def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json:
+    """The result object of one run."""
+    task = TASKS[arguments.task]
+    start = arguments.start or arguments.teacher
+    student = {"init": "layers", **task["student"]} if start == arguments.teacher else {"init": "checkpoint"}
+    numbers = task["hyperparameters"]
+    if arguments.learning_rate:
+        numbers = {**numbers, "learning_rate": arguments.learning_rate}
+    block = {
+        "teacher": "teacher",
+        "student": student,
+        "data": task["data"],
+        "hyperparameters": {**numbers, "eval_steps": 1_000_000},
+        "evaluation": {"metrics": ["perplexity", "agreement", "rouge_l"], "num_samples": 0},
+        **RECIPES[name],
+    }
+    slug = "-".join([arguments.task, start.name, *name.replace(",", "").replace(".", "").split(), str(seed)])
+    out = arguments.work / slug
+    out.mkdir(parents=True, exist_ok=True)
+    spec = {
+        "distillation": block,
+        "teacher_dir": str(arguments.teacher),
+        "start_dir": str(start),
+        "training_path": str(rows / "train.jsonl"),
+        "validation_path": str(rows / "valid.jsonl"),
+        "cache_dir": str(arguments.work / "cache"),
+        "seed": seed,
+        "num_threads": arguments.threads,
+        "keep_checkpoints": 1,
+    }
+    asked, lines = json.dumps(spec), out / "lines.jsonl"
+    if not (lines.exists() and (out / "spec.json").exists() and (out / "spec.json").read_text() == asked):
+        (out / "spec.json").write_text(asked)
+        command = [sys.executable, "-m", "worker.run", str(out / "spec.json"), "--out", str(out)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+        if done.returncode == 0:
+            lines.write_bytes(done.stdout)
+        else:
+            sys.exit(f"{slug} failed: {done.stdout.decode().splitlines()[-1:]}")
+    last = json.loads(lines.read_text().splitlines()[-1])
+    result: Json = last["result"]
+    return result
+
+
+def show(found: dict[str, list[Json]]) -> None:
+    """Mean and range over seeds, beside the untrained student; in brackets the mean half-width of the 95% intervals."""
+    table = Table("recipe", *FIGURES)
+    untrained = next(iter(found.values()))[0]["untrained"]
+    table.add_row("untrained", *(form.format(untrained[key]) for key, form in FIGURES.items()))
+    for name, results in found.items():
+        cells = []
+        for key, form in FIGURES.items():
+            values = [result["student"][key] for result in results]
+            halves = [(high - low) / 2 for low, high in (r["student"]["intervals"][key] for r in results)]
+            spread = f"{form.format(min(values))}..{form.format(max(values))}"
+            mean, half = form.format(statistics.mean(values)), form.format(statistics.mean(halves))
+            cells.append(f"{mean} ({spread}) ±{half}")
+        table.add_row(name, *cells)
+    Console(width=150).print(table)
+
+
+if __name__ == "__main__":
+    main()
