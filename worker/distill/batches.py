@@ -47,18 +47,18 @@ class Batch:
 def collate(examples: Sequence[Example], indices: Sequence[int], device: str = "cpu") -> Batch:
     """The rows with these numbers; a row's last token is a target only, so the model does not read it."""
     rows = [examples[i] for i in indices]
-    input_ids_BT, attention_mask_BT = _pad([model_input(row) for row in rows])
+    input_ids_BT, attention_mask_BT = pad([model_input(row) for row in rows])
     keep_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
     for b, row in enumerate(rows):
         keep_BT[b, kept_positions(row)] = True
     targets_N = torch.tensor([row.token_ids[p] for row in rows for p in row.target_positions])
     tensors = [input_ids_BT, attention_mask_BT, keep_BT, targets_N]
     if rows[0].source_ids:
-        tensors += _pad([row.source_ids for row in rows])
+        tensors += pad([row.source_ids for row in rows])
     return Batch(tuple(indices), *(tensor.to(device) for tensor in tensors))
 
 
-def _pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Token ids and mask. Any token will do for padding; transformers warns of a pad token without a mask."""
     longest = max(len(ids) for ids in rows)
     ids_BT = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in rows])

@@ -40,15 +40,17 @@ class MaskedTeacher:
         ids_KL = torch.tensor(example.token_ids, device=self._model.device).repeat(self._num_passes, 1)
         ids_KL[passes_T, targets_T] = self._mask_id
         states_KLH: Tensor = self._model.base_model(
-            input_ids=ids_KL, attention_mask=torch.ones_like(ids_KL), **segments(self._model, example)
+            input_ids=ids_KL,
+            attention_mask=torch.ones_like(ids_KL),
+            **segments(self._model, [example], ids_KL.shape[1]),
         ).last_hidden_state
         return transform_of(self._model)(states_KLH[passes_T, targets_T])
 
 
-def segments(model: PreTrainedModel, example: Example) -> dict[str, Tensor]:
-    """BERT's second segment begins with the first target; RoBERTa has one segment only."""
+def segments(model: PreTrainedModel, examples: Sequence[Example], num_tokens: int) -> dict[str, Tensor]:
+    """BERT's second segment begins with a row's first target; RoBERTa has one segment only."""
     if model.config.type_vocab_size < 2:
         return {}
-    types_L = torch.zeros(len(example.token_ids), dtype=torch.long, device=model.device)
-    types_L[example.target_positions[0] :] = 1
-    return {"token_type_ids": types_L[None]}
+    firsts_B = torch.tensor([example.target_positions[0] for example in examples], device=model.device)
+    types_BL = torch.arange(num_tokens, device=model.device) >= firsts_B[:, None]
+    return {"token_type_ids": types_BL.long()}
