@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import EncoderDecoderModel, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from worker import gemm
 from worker.distill.errors import UnsupportedModel, VocabMismatch
 from worker.distill.objectives import row_dot
-from worker.distill.shapes import model_class, read_config
+from worker.distill.shapes import bare_model, read_config
 from worker.distill.topk import TopRows
 
 CPU_CHUNK_ROWS = 128  # measured: fewer starve the matrix product, more leave the cache
@@ -109,11 +109,7 @@ def _scale_of(config: PretrainedConfig) -> float:
 
 def load_head(folder: Path, num_tokens: int | None = None, *, dtype: torch.dtype = torch.float32) -> Head:
     """The head of a model's folder, without reading the rest of its weights."""
-    config = read_config(folder)
-    kind = model_class(config)
-    with torch.device("meta"):
-        is_pair = kind is EncoderDecoderModel  # the one class that no auto class makes
-        model = kind(config) if is_pair else kind.from_config(config, trust_remote_code=False)
+    model = bare_model(read_config(folder))
     head = head_of(model, num_tokens)
     linear = model.get_output_embeddings()
     names = _names_of(model, linear.weight)

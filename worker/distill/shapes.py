@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -10,6 +11,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     EncoderDecoderModel,
     PretrainedConfig,
+    PreTrainedModel,
 )
 
 from worker.distill.errors import UnsupportedModel
@@ -58,6 +60,17 @@ def model_class(config: PretrainedConfig) -> Any:  # Any: transformers is untype
         "masked": AutoModelForMaskedLM,
     }
     return classes[shape_of(config)]
+
+
+def bare_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model of that configuration whose weights take no memory and hold nothing."""
+    kind = model_class(config)
+    with torch.device("meta"):
+        is_pair = kind is EncoderDecoderModel  # the one class that no auto class makes
+        model: PreTrainedModel = (
+            kind(config) if is_pair else kind.from_config(config, trust_remote_code=False)
+        )
+    return model
 
 
 def context_tokens(config: PretrainedConfig) -> int:
