@@ -99,9 +99,8 @@ def _shared_stretches(text: bytes, other: bytes) -> list[tuple[int, int, int]]:
     """(start, other start, length) of what two texts have in common, in order."""
     if text == other:
         return [(0, 0, len(text))]
-    return [
-        tuple(block) for block in SequenceMatcher(None, text, other, autojunk=False).get_matching_blocks()
-    ]
+    blocks = SequenceMatcher(None, text, other, autojunk=False).get_matching_blocks()
+    return [(block.a, block.b, block.size) for block in blocks]
 
 
 def align(

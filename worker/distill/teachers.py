@@ -7,7 +7,8 @@ import gc
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -19,9 +20,11 @@ from worker.distill.batches import collate
 from worker.distill.bodies import decoder_states, transform_of
 from worker.distill.cache import RowCache, cache_bytes, open_cache
 from worker.distill.data import Example
-from worker.distill.heads import ExpectedRows, Head, TeacherRows, expected_rows
+from worker.distill.heads import ExpectedRows, Head, TeacherRows, expected_rows, top_rows
+from worker.distill.topk import TopRows
 
-Keeps = Literal["hidden", "expected"]
+Keeps = Literal["hidden", "expected", "top"]
+TOP_K = 64  # likeliest tokens kept of a row; what they miss of a peaked distribution is little
 
 
 class Teacher(Protocol):
@@ -56,43 +59,67 @@ class LiveTeacher:
         return [transform(h_TH[keep_T]) for h_TH, keep_T in zip(states_BTH, batch.keep_BT, strict=True)]
 
 
+@dataclass(frozen=True)
 class RowFormat:
-    """How a row's tensors become a blob: hidden states, or [KL constants, top tokens, expected head rows]."""
+    """How a row's tensors become a blob, one column after the other.
 
-    def __init__(self, keeps: Keeps, hidden_size: int, dtype: torch.dtype) -> None:
-        self.keeps = keeps
-        self.dtype = dtype
-        self._hidden_size = hidden_size
+    hidden: hidden states; expected: KL constants, top tokens, expected head rows; top: the likeliest tokens, their
+    log-probabilities, and that of all the others.
+    """
+
+    keeps: Keeps
+    width: int  # of a hidden state, or the number of tokens kept
+    dtype: torch.dtype
+
+    @property
+    def columns(self) -> tuple[tuple[int, torch.dtype], ...]:
+        """Of each column the numbers a position, and their type."""
+        match self.keeps:
+            case "hidden":
+                return ((self.width, self.dtype),)
+            case "expected":
+                return (1, torch.float32), (1, torch.int32), (self.width, self.dtype)
+            case "top":
+                return (self.width, torch.int32), (self.width, self.dtype), (1, self.dtype)
 
     def blob_bytes(self, num_positions: int) -> int:
-        constants = 8 if self.keeps == "expected" else 0
-        return num_positions * (constants + self._hidden_size * self.dtype.itemsize)
+        return num_positions * sum(width * dtype.itemsize for width, dtype in self.columns)
 
     def pack(self, hidden_TH: Tensor, head: Head) -> Tensor:
+        tensors: tuple[Tensor, ...]
         if self.keeps == "hidden":
-            return _bytes(hidden_TH, self.dtype)
-        expected = expected_rows(hidden_TH, head)
-        constants = [_bytes(expected.neg_entropy_N, torch.float32), _bytes(expected.top_N, torch.int32)]
-        return torch.cat([*constants, _bytes(expected.head_NH, self.dtype)])
+            tensors = (hidden_TH,)
+        elif self.keeps == "expected":
+            expected = expected_rows(hidden_TH, head)
+            tensors = expected.neg_entropy_N, expected.top_N, expected.head_NH
+        else:
+            top = top_rows(hidden_TH, head, self.width)
+            tensors = top.ids_NK, top.log_p_NK, top.log_rest_N
+        return torch.cat(
+            [_bytes(tensor, dtype) for tensor, (_, dtype) in zip(tensors, self.columns, strict=True)]
+        )
 
     def unpack(self, blobs: Sequence[Tensor], head: Head) -> TeacherRows:
-        device = head.weight_VH.device
+        tensors = [matrix.to(head.weight_VH.device) for matrix in self._matrices(blobs)]
         if self.keeps == "hidden":
-            return TeacherRows(head, hidden_NH=self._matrix(blobs).to(device))
-        lengths = [len(blob) // self.blob_bytes(1) for blob in blobs]
-        expected = ExpectedRows(
-            neg_entropy_N=torch.cat(
-                [b[: 4 * n].view(torch.float32) for b, n in zip(blobs, lengths, strict=True)]
-            ),
-            top_N=torch.cat(
-                [b[4 * n : 8 * n].view(torch.int32) for b, n in zip(blobs, lengths, strict=True)]
-            ).long(),
-            head_NH=self._matrix([b[8 * n :] for b, n in zip(blobs, lengths, strict=True)]),
-        )
-        return TeacherRows(head, expected=expected.to(device))
+            return TeacherRows(head, hidden_NH=tensors[0])
+        if self.keeps == "expected":
+            constants_N1, top_N1, head_NH = tensors
+            return TeacherRows(head, expected=ExpectedRows(head_NH, constants_N1[:, 0], top_N1[:, 0].long()))
+        ids_NK, log_p_NK, rest_N1 = tensors
+        return TeacherRows(head, top=TopRows(ids_NK.long(), log_p_NK, rest_N1[:, 0]))
 
-    def _matrix(self, blobs: Sequence[Tensor]) -> Tensor:
-        return torch.cat([blob.view(self.dtype).view(-1, self._hidden_size) for blob in blobs])
+    def _matrices(self, blobs: Sequence[Tensor]) -> list[Tensor]:
+        """A matrix a column, over the positions of all blobs."""
+        lengths = [len(blob) // self.blob_bytes(1) for blob in blobs]
+        matrices = []
+        starts = [0] * len(blobs)
+        for width, dtype in self.columns:
+            stops = [start + n * width * dtype.itemsize for start, n in zip(starts, lengths, strict=True)]
+            parts = [blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)]
+            matrices.append(torch.cat([part.view(dtype).view(-1, width) for part in parts]))
+            starts = stops
+        return matrices
 
 
 class CachedTeacher:
@@ -110,7 +137,10 @@ class CachedTeacher:
         examples: Sequence[Example],
         cache: RowCache | None,
         row_format: RowFormat | None,
+        note: str | None = None,
     ) -> None:
+        """`note` says what the rows lose, for the user to know."""
+        self.note = note
         self._load = load
         self._head = head
         self._examples = examples
@@ -172,22 +202,39 @@ def cached_teacher(
     identity: str,
     examples: Sequence[Example],
     keeps: Keeps = "hidden",
+    may_keep_top: bool = False,
 ) -> CachedTeacher:
-    """A teacher for these rows, cached under `folder` in the finest precision that the budget allows.
+    """A teacher for these rows, cached under `folder` in the finest format that the budget allows.
 
-    That is the head's own (float32 on a CPU) or else bfloat16; with room for neither, the teacher runs every time.
-    `identity` says whose rows they are: hashes of the teacher's weights and its tokenizer.
-    keeps="expected" needs a student whose frozen head is the teacher's, and forward KL at temperature 1 throughout.
+    That is the head's own precision (float32 on a CPU), else bfloat16, else with `may_keep_top` the likeliest tokens;
+    with room for none, the teacher runs every time. `identity` says whose rows they are: hashes of the teacher's
+    weights and its tokenizer. keeps="expected" needs a student whose frozen head is the teacher's, and forward KL at
+    temperature 1 throughout; the likeliest tokens serve all divergences but those of ranks and of raw logits.
     """
-    hidden_size = head.weight_VH.shape[1]
-    for dtype in (head.weight_VH.dtype, torch.bfloat16):
-        row_format = RowFormat(keeps, hidden_size, dtype)
+    for row_format, note in _formats(keeps, head, may_keep_top=may_keep_top):
         sizes = [row_format.blob_bytes(example.num_targets) for example in examples]
         if cache_bytes(sizes) <= budget_bytes:
             key = _cache_key(identity, examples, row_format, head)
             cache = open_cache(folder, key, sizes, budget_bytes=budget_bytes)
-            return CachedTeacher(load, head, examples, cache, row_format)
-    return CachedTeacher(load, head, examples, None, None)
+            return CachedTeacher(load, head, examples, cache, row_format, note)
+    note = "the teacher's rows do not fit in the cache's budget: it runs at every step, which is slower"
+    return CachedTeacher(load, head, examples, None, None, note)
+
+
+def _formats(keeps: Keeps, head: Head, *, may_keep_top: bool) -> Iterator[tuple[RowFormat, str | None]]:
+    """From the finest, with what is lost in it."""
+    hidden_size, dtype = head.weight_VH.shape[1], head.weight_VH.dtype
+    if keeps != "top":
+        yield RowFormat(keeps, hidden_size, dtype), None
+        if dtype != torch.bfloat16:
+            note = "the teacher's rows are cached in bfloat16, since in float32 they would not fit in the cache's budget"
+            yield RowFormat(keeps, hidden_size, torch.bfloat16), note
+    if (may_keep_top or keeps == "top") and head.num_tokens > TOP_K:
+        note = (
+            f"of the teacher's rows the {TOP_K} likeliest tokens are cached, since the whole would not fit in the "
+            "cache's budget: the others count as one, and KL is a lower bound"
+        )
+        yield RowFormat("top", TOP_K, torch.float32), note
 
 
 def _cache_key(identity: str, examples: Sequence[Example], row_format: RowFormat, head: Head) -> str:
@@ -195,6 +242,7 @@ def _cache_key(identity: str, examples: Sequence[Example], row_format: RowFormat
     settings = {
         "identity": identity,
         "keeps": row_format.keeps,
+        "width": row_format.width,
         "dtype": str(row_format.dtype),
         "head": [*head.weight_VH.shape, str(head.weight_VH.dtype)],
         "device": head.weight_VH.device.type,
