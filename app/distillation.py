@@ -197,6 +197,8 @@ class Objective(Block):
     teacher_signal: what of the teacher is used. logits: its next-token distributions; conditional_mlm: those of a
     masked model at masked target positions (arXiv:1911.03829); hidden: hidden states alone; text: its answers alone;
     uld: distributions over another vocabulary (arXiv:2402.12030). auto takes what the pair of models allows.
+    adaptation_steps: a masked teacher's own steps on the training rows before it teaches; auto: one pass over them, at
+    most 300 steps, for conditional_mlm and none otherwise.
     """
 
     divergence: DivergenceName = "forward_kl"
@@ -209,6 +211,7 @@ class Objective(Block):
     hidden: HiddenTerm | None = None
     attention: AttentionTerm | None = None
     teacher_signal: TeacherSignal | Auto = "auto"
+    adaptation_steps: Annotated[int, Field(ge=0, le=100_000)] | Auto = "auto"
     then: Phase | None = None
 
 
