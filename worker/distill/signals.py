@@ -19,6 +19,11 @@ class Signal:
         """Whether each target has the teacher's distribution over the student's own vocabulary."""
         return self.name in ("logits", "conditional_mlm")
 
+    @property
+    def has_ranks(self) -> bool:
+        """Whether aligned targets have the teacher's distribution over another vocabulary."""
+        return self.name == "uld"
+
 
 def choose_signal(
     asked: TeacherSignal | str, teacher: Shape, student: Shape, *, has_one_tokenizer: bool
@@ -40,6 +45,9 @@ def choose_signal(
             f'student and teacher have different tokenizers, so {asked} cannot be compared token by token; use "uld" or '
             '"text", or a pair that shares a tokenizer'
         )
+    best = _best_signal(teacher, student, has_one_tokenizer=has_one_tokenizer)
+    if asked == best.name:  # auto may have been settled at submission
+        return best
     return Signal(asked, "asked for")  # type: ignore[arg-type]  # what is not auto is a TeacherSignal
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,8 +10,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from app.distillation import HiddenTerm, Objective
+from worker.distill.adaptation import Adaptation, adapt
+from worker.distill.aligned import DEFAULT_CE_WEIGHT, Aligned, align_rows
 from worker.distill.checkpoint import file_sha256
-from worker.distill.errors import VocabMismatch
+from worker.distill.errors import TokenizerMismatch, UnsupportedModel, VocabMismatch
+from worker.distill.features import FeaturePlan
 from worker.distill.fresh import fresh_config
 from worker.distill.heads import Head, load_head
 from worker.distill.masked import MaskedTeacher
@@ -29,6 +34,12 @@ class Teaching:
 
     spec: RunSpec
     device: str
+    adapted_dir: Path | None = None
+
+    @property
+    def teacher_dir(self) -> Path:
+        """Where the teacher's weights are: its own folder, or that of a copy adapted to the job's rows."""
+        return self.adapted_dir or self.spec.teacher_dir
 
     @cached_property
     def teacher(self) -> Reader:
@@ -58,9 +69,18 @@ class Teaching:
         )
 
     @cached_property
+    def objective(self) -> Objective:
+        """As asked for, with what was left open settled."""
+        asked = self.spec.distillation.objective
+        settled: dict[str, object] = {"teacher_signal": self.signal.name}
+        if self.signal.has_ranks and not asked.ce_weight:
+            settled["ce_weight"] = DEFAULT_CE_WEIGHT
+        return asked.model_copy(update=settled)
+
+    @cached_property
     def identity(self) -> str:
         """Whose answers and hidden states are on file."""
-        return f"{folder_sha256(self.spec.teacher_dir)}:{tokenizer_sha256(self.teacher.tokenizer)}"
+        return f"{folder_sha256(self.teacher_dir)}:{tokenizer_sha256(self.teacher.tokenizer)}"
 
     @property
     def answers_path(self) -> Path:
@@ -69,9 +89,60 @@ class Teaching:
         return self.spec.cache_dir / "answers" / f"{name}.jsonl"
 
     def load_teacher(self) -> PreTrainedModel:
-        teacher = load_model(self.spec.teacher_dir).to(self.device)
+        if self.has_features:  # it stays for them, and serves all who ask for it
+            return self._resident_teacher
+        return self._load()
+
+    @cached_property
+    def _resident_teacher(self) -> PreTrainedModel:
+        return self._load()
+
+    def _load(self) -> PreTrainedModel:
+        teacher = load_model(self.teacher_dir).to(self.device)
         pack_weights(teacher)
         return teacher.requires_grad_(False)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether hidden states or attention relations are compared."""
+        objective = self.spec.distillation.objective
+        asked = objective.hidden is not None or objective.attention is not None
+        return asked or self.signal.name == "hidden"
+
+    def features(self, rows: Rows) -> FeaturePlan | None:
+        """What is compared beside distributions. Raises TokenizerMismatch."""
+        objective = self.spec.distillation.objective
+        if not self.has_features:
+            return None
+        if not self.has_one_tokenizer:
+            raise TokenizerMismatch(
+                "student and teacher have different tokenizers, so their states stand for different tokens; leave "
+                "objective.hidden and objective.attention out, or use a pair that shares a tokenizer"
+            )
+        hidden = objective.hidden or (None if objective.attention else HiddenTerm())
+        return FeaturePlan(hidden, objective.attention, self.load_teacher, rows.teacher, self.spec.seed)
+
+    def adapted(self, rows: Rows, batch_tokens: int, on_step: Callable[[int, int], None]) -> "Teaching":
+        """The pair with its teacher adapted to the training rows, if it is a masked one and is to be; else itself."""
+        steps = self.spec.distillation.objective.adaptation_steps
+        if steps == 0 or (steps == "auto" and self.signal.name != "conditional_mlm"):
+            return self
+        if shape_of(self.teacher.config) != "masked":
+            raise UnsupportedModel(
+                f"adaptation_steps are for masked teachers (bert, roberta), and {self.teacher.config.model_type} is none; "
+                "leave them out"
+            )
+        adaptation = Adaptation(
+            teacher_dir=self.spec.teacher_dir,
+            identity=self.identity,
+            mask_id=self.teacher.tokenizer.mask_token_id,
+            rows=rows.teacher[: len(rows.train)],
+            steps=steps,
+            batch_tokens=batch_tokens,
+            seed=self.spec.seed,
+            device=self.device,
+        )
+        return replace(self, adapted_dir=adapt(adaptation, self.spec.cache_dir / "adapted", on_step))
 
     def live_teacher(self) -> Teacher:
         model = self.load_teacher()
@@ -79,9 +150,17 @@ class Teaching:
             return MaskedTeacher(model, self.teacher.tokenizer.mask_token_id)
         return LiveTeacher(model)
 
-    def cached_teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher:
+    def aligned(self, rows: Rows) -> Aligned | None:
+        """Which targets both tokenizers have, where that matters. Raises TokenizerMismatch if there are none."""
+        if not self.signal.has_ranks:
+            return None
+        return align_rows(rows, self.student, self.teacher, has_one_tokenizer=self.has_one_tokenizer)
+
+    def cached_teacher(
+        self, rows: Rows, recipe: StudentRecipe, aligned: Aligned | None = None
+    ) -> CachedTeacher:
         """The teacher of all students that are made as `recipe` says, whatever their size."""
-        head = load_head(self.spec.teacher_dir, len(self.teacher.tokenizer))
+        head = load_head(self.teacher_dir, len(self.teacher.tokenizer))
         bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
         head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V)
         return cached_teacher(
@@ -90,9 +169,31 @@ class Teaching:
             folder=self.spec.cache_dir / "teacher",
             budget_bytes=self.spec.cache_bytes,
             identity=f"{self.identity}:{self.signal.name}",
-            examples=rows.teacher,
+            examples=rows.teacher if aligned is None else aligned.examples,
             keeps="expected" if self._is_expectation_enough(recipe, head) else "hidden",
+            may_keep_top=self._are_top_tokens_enough,
         )
+
+    def notes(self, aligned: Aligned | None, teacher: CachedTeacher) -> list[str]:
+        """What the user should know of how the teacher is used."""
+        notes = []
+        if aligned is not None:
+            notes.append(
+                f"{aligned.share:.0%} of the student's tokens begin where one of the teacher's does: distributions are "
+                "compared there, and the others are learnt from the text alone"
+            )
+        if self.objective.ce_weight != self.spec.distillation.objective.ce_weight:
+            notes.append(
+                f"objective.ce_weight is {self.objective.ce_weight}, because uld compares probabilities by rank, which do "
+                "not say whose they are; set it to another number above 0 to weigh the text otherwise"
+            )
+        return [*notes, *([teacher.note] if teacher.note else [])]
+
+    @property
+    def _are_top_tokens_enough(self) -> bool:
+        objective = self.spec.distillation.objective
+        divergences = {objective.divergence, objective.then.divergence if objective.then else None}
+        return self.signal.name == "logits" and "logit_mse" not in divergences
 
     def _is_expectation_enough(self, recipe: StudentRecipe, head: Head) -> bool:
         objective = self.spec.distillation.objective
