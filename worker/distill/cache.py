@@ -35,14 +35,19 @@ class RowCache:
         self._rows = os.open(folder / "rows.bin", os.O_RDWR)
         self._marks = os.open(folder / "marks.bin", os.O_RDWR)
         os.utime(folder)  # the time that `enforce_budget` goes by
-        marks = os.pread(self._marks, MARK_BYTES * len(sizes), 0)
-        self._missing = {
-            i for i in range(len(sizes)) if not any(marks[MARK_BYTES * i : MARK_BYTES * (i + 1)])
-        }
+        self._missing: set[int] = set()
+        self.look()
+
+    def look(self) -> list[int]:
+        """The rows that are missing now; other runs may have stored some."""
+        num_rows = len(self._offsets) - 1
+        marks = os.pread(self._marks, MARK_BYTES * num_rows, 0)
+        self._missing = {i for i in range(num_rows) if not any(marks[MARK_BYTES * i : MARK_BYTES * (i + 1)])}
+        return sorted(self._missing)
 
     @property
     def num_missing(self) -> int:
-        """Rows not stored when this run opened the cache, nor by it since."""
+        """Rows not stored when this run last looked, nor by it since."""
         return len(self._missing)
 
     def get(self, index: int) -> Tensor | None:

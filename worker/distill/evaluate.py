@@ -22,6 +22,7 @@ from worker.distill.fused import RowStats, fused_distillation_loss
 from worker.distill.heads import Head
 from worker.distill.layers import layer_counts
 from worker.distill.objectives import TokenObjective
+from worker.distill.parallel import ALONE, Ranks
 from worker.distill.sampler import Sampler
 from worker.distill.students import num_parameters
 from worker.distill.teachers import CachedTeacher
@@ -79,12 +80,20 @@ class HeldOutRows:
     """The held-out rows in fixed batches; their numbers in the teacher's cache begin at `first_index`."""
 
     def __init__(
-        self, examples: Sequence[Example], *, first_index: int, batch_tokens: int, device: str
+        self,
+        examples: Sequence[Example],
+        *,
+        first_index: int,
+        batch_tokens: int,
+        device: str,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """With several ranks each takes some of the batches, and all get the same figures."""
         self.examples = examples
         self.first_index = first_index
         self.batch_tokens = batch_tokens
         self.device = device
+        self.ranks = ranks
         lengths = [example.num_tokens for example in examples]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         self.batches = cut_batches(order, lengths, batch_tokens)
@@ -128,11 +137,12 @@ class HeldOutRows:
     def _sum(self, measure_batch: Callable[[Batch], RowStats], *, has_teacher: bool) -> HeldOut:
         sums_R4 = torch.zeros(len(self.examples), 4, dtype=torch.float64)
         targets_R = torch.tensor([example.num_targets for example in self.examples])
-        for numbers in self.batches:
+        for numbers in self.batches[self.ranks.number :: self.ranks.count]:
             stats = measure_batch(collate(self.examples, numbers, self.device))
             assert stats.rows_N4 is not None
             row_of_N = torch.tensor(numbers).repeat_interleave(targets_R[numbers])
             sums_R4.index_add_(0, row_of_N, stats.rows_N4.cpu())
+        self.ranks.sum_tensor(sums_R4)
         return HeldOut(sums_R4.clamp_(min=0.0), targets_R, has_teacher)  # rounding may pass below 0
 
 

@@ -22,4 +22,5 @@ class RunSpec(BaseModel):
     resume_dir: Path | None = None
     seed: int = 0
     num_threads: int = 0
+    num_processes: int = 0  # 0: one a card
     keep_checkpoints: int = 2

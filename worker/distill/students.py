@@ -97,10 +97,10 @@ def plan_student(
     )
 
 
-def load_model(folder: Path) -> PreTrainedModel:
-    """A model of any supported family in float32, in eval mode, which also keeps its dropout out of training."""
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of any supported family, in eval mode, which also keeps its dropout out of training."""
     model: PreTrainedModel = model_class(read_config(folder)).from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
     return model.eval()
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.distill.batches import collate
+from worker.distill.batches import collate, cut_batches
 from worker.distill.bodies import decoder_states, transform_of
 from worker.distill.cache import RowCache, cache_bytes, open_cache
 from worker.distill.data import Example
 from worker.distill.heads import ExpectedRows, Head, TeacherRows, expected_rows, top_rows
+from worker.distill.parallel import Ranks
 from worker.distill.topk import TopRows
 
 Keeps = Literal["hidden", "expected", "top"]
@@ -150,6 +151,11 @@ class CachedTeacher:
         self.num_computed = 0
 
     @property
+    def is_cached(self) -> bool:
+        """Whether there is room for all rows on disk."""
+        return self._cache is not None
+
+    @property
     def is_loaded(self) -> bool:
         """Whether the live teacher takes memory now."""
         return self._live is not None
@@ -179,7 +185,24 @@ class CachedTeacher:
         if self._live is None:
             self._live = self._load()
         self.num_computed += len(examples)
-        return self._live.hidden(examples)
+        device = self._head.weight_VH.device  # the teacher itself may be elsewhere
+        return [hidden_TH.to(device) for hidden_TH in self._live.hidden(examples)]
+
+    def fill(self, ranks: Ranks, batch_tokens: int, on_batch: Callable[[int, int], None]) -> None:
+        """Stores what the cache lacks, each rank its share, and lets the live teacher go; tells how many of how many."""
+        assert self._cache is not None
+        missing = self._cache.look()
+        ranks.wait()  # nobody stores anything before all have looked
+        lengths = [example.num_tokens for example in self._examples]
+        mine = sorted(ranks.share(missing, lengths), key=lengths.__getitem__)
+        num_done = 0
+        for indices in cut_batches(mine, lengths, batch_tokens):
+            self.rows(indices)
+            num_done += len(indices)
+            on_batch(num_done, len(mine))
+        ranks.wait()
+        self._cache.look()
+        self.release()
 
     def release(self) -> None:
         """Lets the live teacher go until it is needed again."""
@@ -203,15 +226,16 @@ def cached_teacher(
     examples: Sequence[Example],
     keeps: Keeps = "hidden",
     may_keep_top: bool = False,
+    hidden_dtype: torch.dtype = torch.float32,
 ) -> CachedTeacher:
     """A teacher for these rows, cached under `folder` in the finest format that the budget allows.
 
-    That is the head's own precision (float32 on a CPU), else bfloat16, else with `may_keep_top` the likeliest tokens;
+    That is `hidden_dtype`, the body's own (float32 on a CPU), else bfloat16, else with `may_keep_top` the likeliest tokens;
     with room for none, the teacher runs every time. `identity` says whose rows they are: hashes of the teacher's
     weights and its tokenizer. keeps="expected" needs a student whose frozen head is the teacher's, and forward KL at
     temperature 1 throughout; the likeliest tokens serve all divergences but those of ranks and of raw logits.
     """
-    for row_format, note in _formats(keeps, head, may_keep_top=may_keep_top):
+    for row_format, note in _formats(keeps, head, hidden_dtype, may_keep_top=may_keep_top):
         sizes = [row_format.blob_bytes(example.num_targets) for example in examples]
         if cache_bytes(sizes) <= budget_bytes:
             key = _cache_key(identity, examples, row_format, head)
@@ -221,9 +245,14 @@ def cached_teacher(
     return CachedTeacher(load, head, examples, None, None, note)
 
 
-def _formats(keeps: Keeps, head: Head, *, may_keep_top: bool) -> Iterator[tuple[RowFormat, str | None]]:
+def _formats(
+    keeps: Keeps, head: Head, hidden_dtype: torch.dtype, *, may_keep_top: bool
+) -> Iterator[tuple[RowFormat, str | None]]:
     """From the finest, with what is lost in it."""
-    hidden_size, dtype = head.weight_VH.shape[1], head.weight_VH.dtype
+    hidden_size = head.weight_VH.shape[1]
+    dtype = (
+        hidden_dtype if keeps == "hidden" else head.weight_VH.dtype
+    )  # expected rows are sums over the head's
     if keeps != "top":
         yield RowFormat(keeps, hidden_size, dtype), None
         if dtype != torch.bfloat16:
