@@ -43,6 +43,9 @@ class Device:
         return int(PLANNED_SHARE * self.free_bytes)
 
 
+CPU = Device()
+
+
 @dataclass(frozen=True)
 class Needs:
     """Bytes that a run's models take on a GPU, and whether all teacher rows can wait on disk for the training."""
@@ -60,7 +63,7 @@ class Needs:
 class Placement:
     """The decision. is_teacher_first: the teacher fills the cache alone, and is gone when the student comes."""
 
-    device: Device = Device()
+    device: Device = CPU
     teacher_device: str = "cpu"
     teacher_dtype: torch.dtype = torch.float32
     is_teacher_first: bool = False
@@ -86,7 +89,7 @@ class Placement:
 def find_device(number: int = 0) -> Device:
     """The card with this number, from now on this process's "cuda"; the CPU where there is none."""
     if not torch.cuda.is_available():
-        return Device()
+        return CPU
     torch.cuda.set_device(number % torch.cuda.device_count())
     free_bytes, _ = torch.cuda.mem_get_info()
     has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)

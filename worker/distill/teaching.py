@@ -14,6 +14,7 @@ from app.distillation import HiddenTerm, Objective
 from worker.distill.adaptation import Adaptation, adapt
 from worker.distill.aligned import DEFAULT_CE_WEIGHT, Aligned, align_rows
 from worker.distill.checkpoint import file_sha256
+from worker.distill.devices import CPU, Device, Placement, find_needs, place
 from worker.distill.errors import TokenizerMismatch, UnsupportedModel, VocabMismatch
 from worker.distill.features import FeaturePlan
 from worker.distill.fresh import fresh_config
@@ -23,8 +24,9 @@ from worker.distill.preparation import Reader, Rows
 from worker.distill.shapes import read_config, shape_of
 from worker.distill.signals import Signal, choose_signal
 from worker.distill.spec import RunSpec
-from worker.distill.students import StudentRecipe, load_model
+from worker.distill.students import StudentRecipe, load_model, plan_student
 from worker.distill.teachers import CachedTeacher, LiveTeacher, Teacher, cached_teacher
+from worker.distill.trainer import CPU_BATCH_TOKENS
 from worker.gemm import pack_weights
 
 
@@ -35,6 +37,7 @@ class Teaching:
     spec: RunSpec
     device: str
     adapted_dir: Path | None = None
+    card: Device = CPU
 
     @property
     def teacher_dir(self) -> Path:
@@ -97,8 +100,37 @@ class Teaching:
     def _resident_teacher(self) -> PreTrainedModel:
         return self._load()
 
+    @cached_property
+    def placement(self) -> Placement:
+        """Where the teacher goes, as if all its rows fit in the cache's budget."""
+        return self._place(can_cache=self.spec.cache_bytes > 0)
+
+    def _place(self, *, can_cache: bool) -> Placement:
+        """Beside the student, or the largest of a ladder, or where it fits. Features need it beside, come what may."""
+        if self.card.name == "cpu":
+            return Placement(teacher_device=self.device)
+        block = self.spec.distillation
+        num_layers = max(block.student.ladder) if block.student.ladder else None
+        recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, block.student, num_layers)
+        then, tokens = block.objective.then, block.hyperparameters.batch_tokens
+        sources = {block.data.completions, then.completions if then else None}
+        needs = find_needs(
+            self.card,
+            recipe,
+            self.student.config,
+            self.teacher.config,
+            batch_tokens=CPU_BATCH_TOKENS if tokens == "auto" else tokens,
+            can_cache=can_cache and not sources & {"student", "replay"},  # whose rows no cache has
+        )
+        placed = place(self.card, needs)
+        if self.has_features and (placed.teacher_device == "cpu" or placed.is_teacher_first):
+            dtype = self.card.autocast or torch.float32
+            return Placement(self.card, "cuda", dtype, is_tight=True)
+        return placed
+
     def _load(self) -> PreTrainedModel:
-        teacher = load_model(self.teacher_dir).to(self.device)
+        placed = self.placement
+        teacher = load_model(self.teacher_dir, placed.teacher_dtype).to(placed.teacher_device)
         pack_weights(teacher)
         return teacher.requires_grad_(False)
 
@@ -150,32 +182,36 @@ class Teaching:
             return MaskedTeacher(model, self.teacher.tokenizer.mask_token_id)
         return LiveTeacher(model)
 
-    def aligned(self, rows: Rows) -> Aligned | None:
-        """Which targets both tokenizers have, where that matters. Raises TokenizerMismatch if there are none."""
+    def _aligned(self, rows: Rows) -> Aligned | None:
         if not self.signal.has_ranks:
             return None
         return align_rows(rows, self.student, self.teacher, has_one_tokenizer=self.has_one_tokenizer)
 
-    def cached_teacher(
-        self, rows: Rows, recipe: StudentRecipe, aligned: Aligned | None = None
-    ) -> CachedTeacher:
-        """The teacher of all students that are made as `recipe` says, whatever their size."""
+    def cached_teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher:
+        """The teacher of all students that are made as `recipe` says, whatever their size. Raises TokenizerMismatch."""
+        aligned = self._aligned(rows)
         head = load_head(self.teacher_dir, len(self.teacher.tokenizer))
         bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
         head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V)
-        return cached_teacher(
+        placed = self.placement
+        teacher = cached_teacher(
             self.live_teacher,
             head,
             folder=self.spec.cache_dir / "teacher",
             budget_bytes=self.spec.cache_bytes,
-            identity=f"{self.identity}:{self.signal.name}",
+            identity=f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}",
             examples=rows.teacher if aligned is None else aligned.examples,
             keeps="expected" if self._is_expectation_enough(recipe, head) else "hidden",
             may_keep_top=self._are_top_tokens_enough,
+            hidden_dtype=placed.teacher_dtype,
+            masks=None if aligned is None else aligned.masks,
         )
+        teacher.notes = [*self._notes(aligned), *teacher.notes]
+        if placed.is_teacher_first and not teacher.is_cached:
+            vars(self)["placement"] = self._place(can_cache=False)  # it has to be there all the time
+        return teacher
 
-    def notes(self, aligned: Aligned | None, teacher: CachedTeacher) -> list[str]:
-        """What the user should know of how the teacher is used."""
+    def _notes(self, aligned: Aligned | None) -> list[str]:
         notes = []
         if aligned is not None:
             notes.append(
@@ -187,7 +223,7 @@ class Teaching:
                 f"objective.ce_weight is {self.objective.ce_weight}, because uld compares probabilities by rank, which do "
                 "not say whose they are; set it to another number above 0 to weigh the text otherwise"
             )
-        return [*notes, *([teacher.note] if teacher.note else [])]
+        return notes
 
     @property
     def _are_top_tokens_enough(self) -> bool:
