@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo titles up test check fix bench-distill clean
+.PHONY: install demo titles up test check fix bench-distill gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -31,6 +31,10 @@ $(VENV)/.titles: $(VENV)/.installed
 # Step time, memory and time to quality against TRL; about two hours. `make bench-distill ARGS=--quick` for a look.
 bench-distill: install
 	$(BIN)/python bench/distill.py --json .stillhouse/bench/distill.json $(ARGS)
+
+# For whoever has a card: the device tests and the seconds of a step, in under ten minutes. Status 2 without a card.
+gpu-check: install
+	$(BIN)/python bench/gpu_check.py --json .stillhouse/bench/gpu.json $(ARGS)
 
 up: install
 	$(BIN)/stillhouse up
