@@ -4,7 +4,6 @@ Source: Boizard et al., arXiv:2402.12030, at aligned tokens in place of equal po
 N rows (a batch's targets, as the student reads them), M those of them that are aligned, H hidden width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,16 +25,12 @@ class Aligned:
     """Rows as the teacher reads them, cut down to the targets that begin where one of the student's does."""
 
     examples: list[Example]
-    is_aligned: list[Tensor]  # a row: of each of the student's targets, whether it has a partner
+    masks: list[Tensor]  # a row: of each of the student's targets, whether it has a partner
 
     @property
     def share(self) -> float:
         """Of the student's targets."""
-        return float(torch.cat(self.is_aligned).double().mean())
-
-    def mask_N(self, indices: Sequence[int], device: torch.device) -> Tensor:
-        """Which targets of a batch of these rows are aligned."""
-        return torch.cat([self.is_aligned[i] for i in indices]).to(device)
+        return float(torch.cat(self.masks).double().mean())
 
 
 def align_rows(rows: Rows, student: Reader, teacher: Reader, *, has_one_tokenizer: bool) -> Aligned:
@@ -62,21 +57,24 @@ def align_rows(rows: Rows, student: Reader, teacher: Reader, *, has_one_tokenize
     return aligned
 
 
-def aligned_loss(
+def taught_loss(
     student_hidden_NH: Tensor,
     head: Head,
     targets_N: Tensor,
-    mask_N: Tensor,
-    teacher: TeacherRows,
+    teacher: TeacherRows | None,
     objective: TokenObjective,
     *,
     denominator: float,
 ) -> tuple[Tensor, RowStats]:
-    """The objective at aligned rows, whose teacher's rows are given, and its cross-entropy alone at the others.
+    """fused_distillation_loss; of a teacher with some of the rows the others have cross-entropy alone.
 
     Each row goes through the student's head once.
     """
-    at_M, others = mask_N.nonzero()[:, 0], (~mask_N).nonzero()[:, 0]
+    if teacher is None or teacher.mask_N is None:
+        return fused_distillation_loss(
+            student_hidden_NH, head, targets_N, teacher, objective, denominator=denominator
+        )
+    at_M, others = teacher.mask_N.nonzero()[:, 0], (~teacher.mask_N).nonzero()[:, 0]
     loss, stats = fused_distillation_loss(
         student_hidden_NH[at_M], head, targets_N[at_M], teacher, objective, denominator=denominator
     )

@@ -44,13 +44,15 @@ class TeacherRows:
     """The teacher's side of N rows: hidden_NH is its head's input (after the final norm).
 
     With `expected` or `top` the rows need no teacher logits at all; then hidden_NH may be None, and the head is only
-    asked for its number of tokens. `top` is used wherever it is given.
+    asked for its number of tokens. `top` is used wherever it is given. With mask_N they are the rows of those targets
+    alone for which it is true (worker.distill.aligned).
     """
 
     head: Head
     hidden_NH: Tensor | None = None
     expected: "ExpectedRows | None" = None
     top: TopRows | None = None
+    mask_N: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ class Pipeline:
         if rows.num_answered:
             self.trains_from = ANSWERED_PERCENT
         teacher = self.pair.cached_teacher(rows, recipe)
+        for note in teacher.notes:
+            self.sink(MessageLine(message=note))
         try:
             setup = self._setup(rows, recipe, teacher, state)
             self._check_resumed(state, setup)
@@ -102,7 +104,11 @@ class Pipeline:
         counts = {"num_train_rows": len(rows.train), "num_validation_rows": len(rows.valid)}
         steps = {"num_steps": state.step, "num_planned_steps": num_steps, "best_step": state.best_step}
         times = {"train_seconds": round(state.trained_seconds, 1), "stopped_early": state.is_done}
-        used = {"teacher_signal": signal.name, "num_teacher_rows_computed": teacher.num_computed}
+        used = {
+            "teacher_signal": signal.name,
+            "teacher_signal_reason": signal.reason,
+            "num_teacher_rows_computed": teacher.num_computed,
+        }
         return Outcome("student", {**result, **counts, **steps, **times, **used}, state.trained_tokens)
 
     def _rows(self) -> Rows:
@@ -159,7 +165,7 @@ class Pipeline:
             best_dir = link_folder(source, self.out / "best-before")
         return Setup(
             out=self.out,
-            objective=self.block.objective.model_copy(update={"teacher_signal": self.pair.signal.name}),
+            objective=self.pair.objective,
             hyperparameters=self.block.hyperparameters,
             seed=self.spec.seed,
             keep_checkpoints=self.spec.keep_checkpoints,
@@ -196,7 +202,8 @@ class Pipeline:
             if shape_of(model.config) == "masked":
                 return teachers_valid.measure_teacher(teacher, objective)
             head = head_of(model, len(self.pair.teacher.tokenizer))
-            return teachers_valid.measure(model, head, teacher, objective)
+            rows = None if self.pair.signal.has_ranks else teacher  # those are of some targets alone
+            return teachers_valid.measure(model, head, rows, objective)
 
         def tell(share: float) -> None:
             self._check_stop(step=state.step)

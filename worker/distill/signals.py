@@ -16,12 +16,12 @@ class Signal:
 
     @property
     def has_distribution(self) -> bool:
-        """Whether each target has the teacher's distribution over the student's own vocabulary."""
-        return self.name in ("logits", "conditional_mlm")
+        """Whether the teacher's distributions are compared with the student's."""
+        return self.name in ("logits", "conditional_mlm", "uld")
 
     @property
     def has_ranks(self) -> bool:
-        """Whether aligned targets have the teacher's distribution over another vocabulary."""
+        """Whether they are over two vocabularies, and only compared where tokens begin alike."""
         return self.name == "uld"
 
 

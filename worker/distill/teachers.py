@@ -8,7 +8,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -139,9 +139,11 @@ class CachedTeacher:
         cache: RowCache | None,
         row_format: RowFormat | None,
         note: str | None = None,
+        masks: Sequence[Tensor] | None = None,
     ) -> None:
-        """`note` says what the rows lose, for the user to know."""
-        self.note = note
+        """`note` says what the rows lose; `masks` which of the student's targets they are for, all if there are none."""
+        self.notes = [note] if note else []  # for the user to know
+        self._masks = masks
         self._load = load
         self._head = head
         self._examples = examples
@@ -162,6 +164,13 @@ class CachedTeacher:
 
     def rows(self, indices: Sequence[int]) -> TeacherRows:
         """The rows of the examples with these numbers."""
+        rows = self._rows(indices)
+        if self._masks is None:
+            return rows
+        mask_N = torch.cat([self._masks[i] for i in indices]).to(self._head.weight_VH.device)
+        return replace(rows, mask_N=mask_N)
+
+    def _rows(self, indices: Sequence[int]) -> TeacherRows:
         if self._format is None:
             return self.rows_of([self._examples[i] for i in indices])
         found = {i: blob for i in indices if self._cache and (blob := self._cache.get(i)) is not None}
@@ -227,6 +236,7 @@ def cached_teacher(
     keeps: Keeps = "hidden",
     may_keep_top: bool = False,
     hidden_dtype: torch.dtype = torch.float32,
+    masks: Sequence[Tensor] | None = None,
 ) -> CachedTeacher:
     """A teacher for these rows, cached under `folder` in the finest format that the budget allows.
 
@@ -240,9 +250,9 @@ def cached_teacher(
         if cache_bytes(sizes) <= budget_bytes:
             key = _cache_key(identity, examples, row_format, head)
             cache = open_cache(folder, key, sizes, budget_bytes=budget_bytes)
-            return CachedTeacher(load, head, examples, cache, row_format, note)
+            return CachedTeacher(load, head, examples, cache, row_format, note, masks)
     note = "the teacher's rows do not fit in the cache's budget: it runs at every step, which is slower"
-    return CachedTeacher(load, head, examples, None, None, note)
+    return CachedTeacher(load, head, examples, None, None, note, masks)
 
 
 def _formats(

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.distillation import EarlyStopping, Hyperparameters, Objective
+from worker.distill.aligned import taught_loss
 from worker.distill.batches import Batch, BatchPlan, collate
 from worker.distill.bodies import hidden_rows
 from worker.distill.checkpoint import (
@@ -28,7 +29,6 @@ from worker.distill.checkpoint import (
 from worker.distill.data import Example
 from worker.distill.errors import NanLoss
 from worker.distill.evaluate import HeldOut, HeldOutRows
-from worker.distill.fused import fused_distillation_loss
 from worker.distill.heads import head_of
 from worker.distill.lora import add_lora, load_lora_tensors
 from worker.distill.objectives import TokenObjective
@@ -181,7 +181,7 @@ class Trainer:
             group["lr"] = rate
         teacher = self.setup.teacher.rows(batch.indices) if self.setup.signal.has_distribution else None
         hidden_NH = hidden_rows(self.model, batch)
-        loss, stats = fused_distillation_loss(
+        loss, stats = taught_loss(
             hidden_NH,
             self.head,
             batch.targets_N,

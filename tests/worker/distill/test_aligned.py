@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config
 
 from tests.tiny import tiny_tokenizer
-from worker.distill.aligned import Aligned, align_rows, aligned_loss
+from worker.distill.aligned import Aligned, align_rows, taught_loss
 from worker.distill.answers import AnswerFile
 from worker.distill.data import Example
 from worker.distill.errors import TokenizerMismatch
@@ -59,12 +59,11 @@ def test_ranks_are_compared_at_aligned_rows_and_the_text_at_all(ce_weight: float
     expected.backward()
 
     fused_NH, fused_VH = hidden_NH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
-    loss, stats = aligned_loss(
+    loss, stats = taught_loss(
         fused_NH,
         Head(fused_VH),
         targets_N,
-        MASK_N,
-        TeacherRows(Head(teacher_UH), hidden_NH=teacher_MH),
+        TeacherRows(Head(teacher_UH), hidden_NH=teacher_MH, mask_N=MASK_N),
         objective,
         denominator=10.0,
     )
@@ -78,9 +77,11 @@ def test_ranks_are_compared_at_aligned_rows_and_the_text_at_all(ce_weight: float
 @pytest.mark.parametrize("mask_N", [torch.ones(N).bool(), torch.zeros(N).bool()], ids=["all", "none"])
 def test_rows_may_be_aligned_all_or_none(mask_N: torch.Tensor) -> None:
     hidden_NH = normal(N, H, seed=0).requires_grad_()
-    teacher = TeacherRows(Head(normal(U, H, seed=3)), hidden_NH=normal(int(mask_N.sum()), H, seed=2))
+    teacher = TeacherRows(
+        Head(normal(U, H, seed=3)), hidden_NH=normal(int(mask_N.sum()), H, seed=2), mask_N=mask_N
+    )
     head = Head(normal(V, H, seed=1))
-    loss, _ = aligned_loss(hidden_NH, head, torch.arange(N), mask_N, teacher, RANKS, denominator=1.0)
+    loss, _ = taught_loss(hidden_NH, head, torch.arange(N), teacher, RANKS, denominator=1.0)
     loss.backward()
     assert hidden_NH.grad is not None
     assert bool((hidden_NH.grad.abs().sum(dim=-1) > 0).all())
@@ -90,12 +91,11 @@ def test_a_student_that_says_the_same_under_other_numbers_has_no_loss() -> None:
     hidden_NH, weight_VH = normal(N, H, seed=0), normal(V, H, seed=1)
     permuted = Head(weight_VH[torch.randperm(V, generator=torch.Generator().manual_seed(5))])
     mask_N = torch.ones(N, dtype=torch.bool)
-    loss, _ = aligned_loss(
+    loss, _ = taught_loss(
         hidden_NH,
         permuted,
         torch.arange(N),
-        mask_N,
-        TeacherRows(Head(weight_VH), hidden_NH=hidden_NH),
+        TeacherRows(Head(weight_VH), hidden_NH=hidden_NH, mask_N=mask_N),
         replace(RANKS, ce_weight=0.0),
         denominator=1.0,
     )
@@ -109,17 +109,16 @@ def test_the_teachers_rows_are_cut_to_the_targets_that_the_student_has_too() -> 
         rows_of(students, teachers), reader("chat"), reader("unigram"), has_one_tokenizer=False
     )
     assert [example.num_targets for example in aligned.examples] == [4, 3]
-    assert [int(mask.sum()) for mask in aligned.is_aligned] == [4, 3]
+    assert [int(mask.sum()) for mask in aligned.masks] == [4, 3]
     for example, whole in zip(aligned.examples, teachers, strict=True):
         assert example.token_ids == whole.token_ids
         assert set(example.target_positions) <= set(whole.target_positions)
-    assert [len(mask) for mask in aligned.is_aligned] == [student.num_targets for student in students]
+    assert [len(mask) for mask in aligned.masks] == [student.num_targets for student in students]
     assert 0.0 < aligned.share < 1.0
 
 
-def test_masks_come_in_the_order_of_the_batch() -> None:
-    aligned = Aligned([], [torch.tensor([True, False]), torch.tensor([False]), torch.tensor([True])])
-    assert aligned.mask_N([2, 0], torch.device("cpu")).tolist() == [True, True, False]
+def test_the_share_is_of_all_targets() -> None:
+    aligned = Aligned([], [torch.tensor([True, False, False]), torch.tensor([True])])
     assert aligned.share == 0.5
 
 

@@ -188,7 +188,7 @@ def test_a_tight_budget_keeps_bfloat16_and_the_live_rows_are_rounded_alike(
     indices = [1, 2]
     first = teacher.rows(indices)
     assert tensors(first)[0].dtype == torch.bfloat16
-    assert "bfloat16" in str(teacher.note)
+    assert "bfloat16" in str(teacher.notes)
     assert_same_bits(teacher.rows(indices), first)
     assert sum(path.stat().st_size for path in opener.folder.glob("*/*")) == cache_bytes(sizes)
     teacher.close()
@@ -220,7 +220,7 @@ def test_where_bfloat16_does_not_fit_the_likeliest_tokens_may(
     first = teacher.rows([1, 2])
     assert first.top is not None
     assert first.top.ids_NK.shape[1] == 8
-    assert "8 likeliest" in str(teacher.note)
+    assert "8 likeliest" in str(teacher.notes)
     assert_same_bits(teacher.rows([1, 2]), first)
     assert sum(path.stat().st_size for path in opener.folder.glob("*/*")) == cache_bytes(sizes)
     teacher.close()
@@ -235,7 +235,7 @@ def test_where_bfloat16_does_not_fit_the_likeliest_tokens_may(
 def test_the_finest_format_that_fits_needs_no_note(opener: Opener) -> None:
     teacher = opener(may_keep_top=True)
     assert teacher.rows([0]).hidden_NH is not None
-    assert teacher.note is None
+    assert teacher.notes == []
     teacher.close()
 
 
@@ -256,7 +256,7 @@ def test_without_room_the_teacher_runs_every_time_and_nothing_is_written(opener:
     indices = [1, 2]
     rows = teacher.rows(indices)
     assert rows.expected is None
-    assert "every step" in str(teacher.note)
+    assert "every step" in str(teacher.notes)
     hidden = torch.cat(LiveTeacher(opener.model).hidden([opener.data_rows[i] for i in indices]))
     assert torch.equal(tensors(rows)[0], hidden)
     assert teacher.is_loaded
