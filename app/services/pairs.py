@@ -10,7 +10,7 @@ from app.errors import BadRequest
 from app.services.rows import CONVERSATIONS, UNANSWERED
 
 BLOCK = "method.distillation"
-NARROWABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")  # whose width can be sliced
+NARROWABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "t5")  # whose width can be sliced
 EXPORTABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")  # to GGUF
 WITHOUT_RELATIONS = ("bart", "t5")  # their attention is not read
 SIGNAL = "objective.teacher_signal"
