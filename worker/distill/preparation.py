@@ -19,6 +19,7 @@ from worker.distill.spec import RunSpec
 
 LOADED_PERCENT = 2.0  # of the run that is done before the teacher answers, or the training begins
 ANSWERED_PERCENT = 30.0
+UNCUT_TOKENS = 2**30
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,11 @@ class Preparation:
     def _student_encoder(self) -> Encoder:
         return self.student.encoder(max_tokens=self._max_tokens, is_last_only=self._is_last_only)
 
+    @cached_property
+    def _long_encoder(self) -> Encoder:
+        """The student's, for answers that are cut afterwards."""
+        return self.student.encoder(max_tokens=UNCUT_TOKENS, is_last_only=self._is_last_only)
+
     def _split(self) -> tuple[list[Row], list[Row]]:
         rows = read_rows(self.spec.training_path)
         if self.spec.validation_path is None:
@@ -194,7 +200,10 @@ class Preparation:
             return teacher.answered(tokens), student.answered(tokens)
         text = str(self.teacher.tokenizer.decode(answer.tokens, skip_special_tokens=True))
         turn = {"role": "assistant", "content": text}
-        student = self._student_encoder.encode(Row(row.line, (*row.messages, turn)))
+        student = self._long_encoder.encode(Row(row.line, (*row.messages, turn)))
+        room = self._max_tokens - len(student.token_ids) + len(student.completion_ids)
+        if len(student.completion_ids) > room:  # the student may need more tokens for the same text
+            return teacher.answered(answer.tokens), student.answered(student.completion_ids[: max(1, room)])
         if not answer.is_finished and student.completion_ids[-1] == self._student_encoder.end_id:
             student = student.answered(student.completion_ids[:-1] or student.completion_ids)
         return teacher.answered(answer.tokens), student
