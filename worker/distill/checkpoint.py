@@ -26,6 +26,7 @@ from worker.distill.lora import lora_tensors, merged
 MANIFEST = "manifest.json"
 ADAPTERS = "adapters.safetensors"  # of a LoRA student, whose model folder has them merged in
 SPARE_BYTES = 32 * 2**20  # tokenizer, configuration, state, and what the file system wants for itself
+REPLAY = "replay.jsonl"  # the newest of the student's own answers
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -48,6 +49,8 @@ class TrainState(BaseModel):
     untrained_metrics: dict[str, float] = {}
     num_threads: int = 1
     inputs_sha256: str = ""
+    replay_phi: float = 0.0
+    replay_loss: float | None = None  # held-out, of the evaluation before
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Snapshot:
     optimizer: torch.optim.Optimizer
     best_dir: Path | None = None
     answers_path: Path | None = None
+    replay_jsonl: bytes = b""
 
 
 def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
@@ -164,6 +168,8 @@ def _write_parts(folder: Path, snapshot: Snapshot) -> None:
         link_folder(snapshot.best_dir, folder / "best")
     if snapshot.answers_path is not None and snapshot.answers_path.exists():
         shutil.copyfile(snapshot.answers_path, folder / "answers.jsonl")
+    if snapshot.replay_jsonl:
+        (folder / REPLAY).write_bytes(snapshot.replay_jsonl)
 
 
 def _optimizer_tensors(snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
@@ -188,7 +194,7 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _require_room(out: Path, snapshot: Snapshot) -> None:
-    needed = SPARE_BYTES
+    needed = SPARE_BYTES + len(snapshot.replay_jsonl)
     for parameter in snapshot.model.parameters():
         needed += parameter.nbytes * (1 + len(MOMENTS) * parameter.requires_grad)
     free = shutil.disk_usage(out).free

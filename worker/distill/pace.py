@@ -29,6 +29,7 @@ class Pace:
         self._before = state.trained_seconds
         self._num_left = total_steps - state.step
         self._num_steps = self._num_tokens = 0
+        self._left_out = 0.0
 
     @property
     def seconds(self) -> float:
@@ -36,7 +37,8 @@ class Pace:
 
     @property
     def tokens_per_second(self) -> float:
-        return round(self._num_tokens / max(1e-6, time.monotonic() - self._begun), 1)
+        """Learned from, in the time that is not left out."""
+        return round(self._num_tokens / max(1e-6, time.monotonic() - self._begun - self._left_out), 1)
 
     @property
     def seconds_remaining(self) -> float | None:
@@ -45,7 +47,9 @@ class Pace:
         per_step = (time.monotonic() - self._begun) / self._num_steps
         return round(per_step * (self._num_left - self._num_steps), 1)
 
-    def count(self, num_tokens: int) -> None:
+    def count(self, num_tokens: int, *, seconds_left_out: float = 0.0) -> None:
+        """A step; what of its time is left out (tokens were made, not learned from) still counts for what remains."""
+        self._left_out += seconds_left_out
         self._num_steps += 1
         self._num_tokens += num_tokens
 

@@ -20,6 +20,7 @@ from worker.distill.pace import Throttle
 from worker.distill.preparation import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
 from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine
 from worker.distill.report import Judge, View
+from worker.distill.rollouts import check_rollouts, plan_rollouts
 from worker.distill.sampler import Sampler
 from worker.distill.shapes import shape_of
 from worker.distill.spec import RunSpec
@@ -76,6 +77,7 @@ class Pipeline:
             self.spec.teacher_dir, self.spec.start_dir, self.block.student, seed=self.spec.seed
         )
         signal = self.pair.signal
+        check_rollouts(self.block, signal, has_one_tokenizer=self.pair.has_one_tokenizer)
         if signal.name != "logits":
             self.sink(MessageLine(message=f"teacher signal: {signal.name} ({signal.reason})"))
         rows = self._rows()
@@ -182,6 +184,7 @@ class Pipeline:
             device=self.device,
             resume_dir=resume_dir,
             best_dir=best_dir,
+            rollouts=plan_rollouts(self.spec, rows, len(tokenizer), self.sampler_for),
         )
 
     def _judge(self, rows: Rows, teacher: CachedTeacher, valid: HeldOutRows, state: TrainState) -> Judge:

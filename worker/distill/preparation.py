@@ -7,6 +7,7 @@ from functools import cached_property
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from app.distillation import Distillation
 from worker.distill.answers import AnswerFile, Asking, ask
 from worker.distill.data import Encoder, Example, Row, read_rows, split_rows, without_questions_of
 from worker.distill.errors import InvalidTrainingFile, UnsupportedModel
@@ -35,6 +36,7 @@ class Rows:
     valid_rows: list[Row]
     answers: AnswerFile
     answer_keys: tuple[str, ...] = ()
+    max_tokens: int = 512  # that a row may have in either view
 
     @property
     def num_answered(self) -> int:
@@ -91,8 +93,7 @@ class Preparation:
     def rows(self) -> Rows:
         """Raises InvalidTrainingFile, TeacherGenerationFailed."""
         train_rows, valid_rows = self._split()
-        mode = self.spec.distillation.data.completions
-        rows = [_as_asked(row, mode) for row in (*train_rows, *valid_rows)]
+        rows = [_as_asked(row, self.spec.distillation) for row in (*train_rows, *valid_rows)]
         teachers = [self._teacher_encoder.encode(row) for row in rows]
         students = teachers if self._reads_alike else [self._student_encoder.encode(row) for row in rows]
         if self.spec.resume_dir is not None and (self.spec.resume_dir / "answers.jsonl").exists():
@@ -111,6 +112,7 @@ class Preparation:
             valid_rows=[valid_rows[i - num_train] for i in kept if i >= num_train],
             answers=self.answers,
             answer_keys=keys,
+            max_tokens=self._max_tokens,
         )
 
     @property
@@ -263,13 +265,16 @@ class _Labelling:
         )
 
 
-def _as_asked(row: Row, mode: str | None) -> Row:
+def _as_asked(row: Row, block: Distillation) -> Row:
     """The row with its completion, or the question alone if the teacher is to answer it."""
+    mode, then = block.data.completions, block.objective.then
+    writers = {mode, then and then.completions} - {None, "dataset"}
+    if row.text is not None and writers:
+        raise InvalidTrainingFile(
+            f"line {row.line} is plain text, which asks nothing that could be answered (completions "
+            f"{', '.join(sorted(map(str, writers)))}); use prompt or messages"
+        )
     if mode == "teacher":
-        if row.text is not None:
-            raise InvalidTrainingFile(
-                f"line {row.line} is plain text, which asks nothing the teacher could answer; use prompt or messages"
-            )
         return row.question
     if mode == "dataset" and not row.is_answered:
         raise InvalidTrainingFile(f'line {row.line} has no completion, and data.completions is "dataset"')

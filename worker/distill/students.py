@@ -4,14 +4,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.distillation import Lora, Student
+from worker.distill.checkpoint import ADAPTERS
 from worker.distill.errors import InvalidStudent, StudentTooDeep
 from worker.distill.fresh import build_fresh, fresh_config
 from worker.distill.layers import first_and_last, keep_layers, layer_counts
+from worker.distill.lora import add_lora, load_lora_tensors
 from worker.distill.shapes import model_class, read_config, shape_of
 from worker.distill.width import narrow_config, sizes_of, slice_width
+from worker.gemm import use_onednn
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,24 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
     return model.eval()
+
+
+def load_student(recipe: StudentRecipe, resume_dir: Path | None, *, seed: int) -> PreTrainedModel:
+    """The student as a training begins with it, or as it was in a checkpoint; what is not to be trained is frozen."""
+    if resume_dir is None or recipe.lora is not None:  # a checkpoint's model folder has adapters merged in
+        model = recipe.build()
+    else:
+        model = load_model(resume_dir / "model")
+    use_onednn(model)
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora, seed=seed)
+        if resume_dir is not None:
+            load_lora_tensors(model, load_file(resume_dir / ADAPTERS))
+    if recipe.freeze_head:
+        freeze_head(model)
+    if recipe.freeze_encoder:
+        freeze_encoder(model)
+    return model
 
 
 def freeze_head(model: PreTrainedModel) -> None:

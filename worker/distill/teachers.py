@@ -150,6 +150,7 @@ class CachedTeacher:
         self._cache = cache
         self._format = row_format
         self._live: Teacher | None = None
+        self._is_kept = False
         self.num_computed = 0
 
     @property
@@ -182,12 +183,16 @@ class CachedTeacher:
                 found[i] = self._format.pack(hidden_TH, self._head)
                 if self._cache:
                     self._cache.put(i, found[i])
-        if self._cache and self._cache.num_missing == 0 and self._live:
+        if self._cache and self._cache.num_missing == 0 and self._live and not self._is_kept:
             self.release()
         return self._format.unpack([found[i] for i in indices], self._head)
 
     def rows_of(self, examples: Sequence[Example]) -> TeacherRows:
-        """The rows of examples that are not in the cache and will not be: a student's own answers."""
+        """The rows of examples that are not in the cache and will not be: a student's own answers.
+
+        There will be more of them, so the live teacher stays until it is released.
+        """
+        self._is_kept = True
         return TeacherRows(self._head, hidden_NH=torch.cat(self._compute(examples)))
 
     def _compute(self, examples: Sequence[Example]) -> list[Tensor]:
@@ -215,7 +220,7 @@ class CachedTeacher:
 
     def release(self) -> None:
         """Lets the live teacher go until it is needed again."""
-        self._live = None
+        self._live, self._is_kept = None, False
         gc.collect()  # modules refer to each other in cycles; their memory is wanted now
 
     def close(self) -> None:

@@ -10,16 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from app.distillation import EarlyStopping, Hyperparameters, Objective
 from worker.distill.aligned import taught_loss
-from worker.distill.batches import Batch, BatchPlan, collate
+from worker.distill.batches import BatchPlan, collate
 from worker.distill.bodies import hidden_rows
 from worker.distill.checkpoint import (
-    ADAPTERS,
     Snapshot,
     TrainState,
     load_optimizer,
@@ -30,15 +28,14 @@ from worker.distill.data import Example
 from worker.distill.errors import NanLoss
 from worker.distill.evaluate import HeldOut, HeldOutRows
 from worker.distill.heads import head_of
-from worker.distill.lora import add_lora, load_lora_tensors
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Means, Pace, Throttle
 from worker.distill.progress import CheckpointLine, MetricsLine, ProgressLine, Sink
 from worker.distill.rates import parameter_groups, peak_learning_rate, scheduled
+from worker.distill.rollouts import Piece, RolloutPlan, Rollouts
 from worker.distill.signals import Signal
-from worker.distill.students import StudentRecipe, freeze_encoder, freeze_head, load_model
+from worker.distill.students import StudentRecipe, load_student
 from worker.distill.teachers import CachedTeacher
-from worker.gemm import use_onednn
 
 CPU_BATCH_TOKENS = 1024  # 8 rows of 128: more do not use a CPU better
 EVALS_PER_RUN = 10  # eval_steps and checkpoint_steps "auto"
@@ -76,6 +73,7 @@ class Setup:
     device: str
     resume_dir: Path | None = None
     best_dir: Path | None = None
+    rollouts: RolloutPlan | None = None
 
 
 class Trainer:
@@ -107,11 +105,7 @@ class Trainer:
             setup.valid, first_index=len(setup.train), batch_tokens=batch_tokens, device=setup.device
         )
         self.best_dir = setup.best_dir
-        self.model = self._student().to(setup.device)
-        if setup.recipe.freeze_head:
-            freeze_head(self.model)
-        if setup.recipe.freeze_encoder:
-            freeze_encoder(self.model)
+        self.model = load_student(setup.recipe, setup.resume_dir, seed=setup.seed).to(setup.device)
         self.head = head_of(self.model, setup.num_tokens)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.model, h.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
@@ -120,6 +114,8 @@ class Trainer:
         torch.manual_seed(setup.seed)
         if setup.resume_dir is not None:
             load_optimizer(setup.resume_dir, self.optimizer, self.model)
+        plan = setup.rollouts if setup.signal.has_distribution else None  # its own text alone teaches nothing
+        self.rollouts = Rollouts(plan, self.model, self.total_steps, batch_tokens, setup.resume_dir)
         self._saved_step = state.step if setup.resume_dir is not None else 0
         self._saved_at = time.monotonic()
         self._pace = Pace(state, self.total_steps)
@@ -132,15 +128,18 @@ class Trainer:
         Raises Stopped, NanLoss, DiskFull.
         """
         if not self.state.untrained_metrics:
-            self._update(untrained_metrics=self.measure().series())
+            held_out = self.measure()
+            self._update(untrained_metrics=held_out.series(), **self.rollouts.observe(self.state, held_out))
             self.sink(MetricsLine(step=0, values=self.state.untrained_metrics))
         while self.state.step < self.total_steps and not self.state.is_done:
             self._stop_if_asked()
-            self._step(self._next_batch())
+            self._step(self._next_pieces())
             is_last = self.state.step == self.total_steps
             if is_last or self.state.step % self.eval_steps == 0:
                 self._evaluate()
             self._checkpoint_if_due(is_last=is_last or self.state.is_done)
+        if self.rollouts.plan:
+            self.setup.teacher.release()  # there are no more answers for it to judge
         assert self.best_dir is not None  # the last step is evaluated, so one was the best
         return self.state, self.best_dir
 
@@ -149,23 +148,14 @@ class Trainer:
         teacher = self.setup.teacher if self.setup.has_one_tokenizer else None
         return self.valid.measure(self.model, self.head, teacher, self._objective(), on_batch=self._tell)
 
-    def _student(self) -> PreTrainedModel:
-        recipe, resume_dir = self.setup.recipe, self.setup.resume_dir
-        if recipe.lora is None:
-            model = recipe.build() if resume_dir is None else load_model(resume_dir / "model")
-            use_onednn(model)
-            return model
-        model = recipe.build()  # a checkpoint's model folder has the adapters merged in
-        use_onednn(model)
-        add_lora(model, recipe.lora, seed=self.setup.seed)
-        if resume_dir is not None:
-            load_lora_tensors(model, load_file(resume_dir / ADAPTERS))
-        return model
+    def _next_pieces(self) -> list[Piece]:
+        numbers = self.plan.epoch(self.state.epoch)[self.state.batch]
+        own = self.rollouts.pieces(self.state, numbers, self._while_answering)
+        return own or [Piece(collate(self.setup.train, numbers, self.setup.device))]
 
-    def _next_batch(self) -> Batch:
-        return collate(
-            self.setup.train, self.plan.epoch(self.state.epoch)[self.state.batch], self.setup.device
-        )
+    def _while_answering(self) -> None:
+        self._stop_if_asked()
+        self._tell()
 
     def _objective(self) -> TokenObjective:
         objective = self.setup.objective
@@ -174,46 +164,57 @@ class Trainer:
         share = self.state.step / max(1, self.total_steps)
         return TokenObjective.from_objective(objective, then if is_second else None, share)
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, pieces: list[Piece]) -> None:
         h = self.setup.hyperparameters
         rate = scheduled(self.state.step, self.total_steps, peak=self.learning_rate, warmup=h.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        teacher = self.setup.teacher.rows(batch.indices) if self.setup.signal.has_distribution else None
-        hidden_NH = hidden_rows(self.model, batch)
-        loss, stats = taught_loss(
-            hidden_NH,
-            self.head,
-            batch.targets_N,
-            teacher,
-            self._objective(),
-            denominator=batch.num_targets,
-        )
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        num_targets = sum(piece.batch.num_targets for piece in pieces)
+        loss_sum = sum(self._backward(piece, num_targets) for piece in pieces)
         norm = float(nn.utils.clip_grad_norm_(self._trained_parameters(), h.max_grad_norm))
-        if not (math.isfinite(stats.loss_sum) and math.isfinite(norm)):
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
             raise NanLoss(
-                f"loss {stats.loss_sum / batch.num_targets} with gradient norm {norm} at step {self.state.step}; lower the learning rate, or begin "
+                f"loss {loss_sum / num_targets} with gradient norm {norm} at step {self.state.step}; lower the learning rate, or begin "
                 "with forward_kl (the last checkpoint is good)"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        num_tokens = sum(piece.batch.num_tokens for piece in pieces)
         num_batches = len(self.plan.epoch(self.state.epoch))
         is_border = self.state.batch + 1 == num_batches
         self._update(
             step=self.state.step + 1,
             epoch=self.state.epoch + is_border,
             batch=0 if is_border else self.state.batch + 1,
-            trained_tokens=self.state.trained_tokens + batch.num_tokens,
+            trained_tokens=self.state.trained_tokens + num_tokens,
         )
-        self._pace.count(batch.num_tokens)
-        self._means.add(
-            batch.num_targets, loss_sum=stats.loss_sum, kl_sum=stats.kl_sum, num_agreeing=stats.num_agreeing
-        )
+        self._pace.count(num_tokens, seconds_left_out=self.rollouts.seconds)
         if self.state.step % max(1, self.total_steps // METRIC_POINTS) == 0:
             values = {**self._means.take(), "learning_rate": rate, "grad_norm": norm}
+            values |= self.rollouts.take_metrics(self.state)
             self.sink(MetricsLine(step=self.state.step, values=values))
         self._tell()
+
+    def _backward(self, piece: Piece, num_targets: int) -> float:
+        """Adds a piece's gradient, and gives its rows' summed loss; num_targets is that of the whole step."""
+        teacher = piece.teacher_rows(self.setup.teacher) if self.setup.signal.has_distribution else None
+        hidden_NH = hidden_rows(self.model, piece.batch)
+        loss, stats = taught_loss(
+            hidden_NH,
+            self.head,
+            piece.batch.targets_N,
+            teacher,
+            self._objective(),
+            denominator=num_targets,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._means.add(
+            piece.batch.num_targets,
+            loss_sum=stats.loss_sum,
+            kl_sum=stats.kl_sum,
+            num_agreeing=stats.num_agreeing,
+        )
+        return stats.loss_sum
 
     def _trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -221,6 +222,7 @@ class Trainer:
     def _evaluate(self) -> None:
         held_out = self.measure()
         values = held_out.series()
+        self._update(**self.rollouts.observe(self.state, held_out))
         self.sink(MetricsLine(step=self.state.step, values=values))
         early = self.setup.hyperparameters.early_stopping
         score = _score(held_out, early)
@@ -262,6 +264,7 @@ class Trainer:
             optimizer=self.optimizer,
             best_dir=None if is_best else self.best_dir,
             answers_path=setup.answers_path,
+            replay_jsonl=self.rollouts.buffer.to_jsonl(),
         )
         folder = save_checkpoint(setup.out, snapshot)
         if is_best:
