@@ -60,13 +60,14 @@ def run_demo(data_dir: Path) -> None:
 
 
 @contextmanager
-def running_service(data_dir: Path, console: Console) -> Iterator[httpx.Client]:
-    """`stillhouse up` as a child process, stopped at the end whatever happens."""
+def running_service(data_dir: Path, console: Console, *options: str) -> Iterator[httpx.Client]:
+    """`stillhouse up` (with further options) as a child process, stopped at the end whatever happens."""
     data_dir.mkdir(parents=True, exist_ok=True)
     port = free_port()
     log_path = data_dir / "demo.log"
     console.print(f"Starting PostgreSQL, Valkey, the API and two workers in {data_dir} (log: {log_path})")
     command = [sys.executable, "-m", "app.cli", "up", "--data-dir", str(data_dir), "--port", str(port)]
+    command += options
     with log_path.open("ab") as log:
         process = subprocess.Popen(tethered(command), stdout=log, stderr=log, start_new_session=True)
     try:
