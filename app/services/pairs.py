@@ -227,10 +227,17 @@ def settle_data(block: Distillation, objective: Objective, pair: Pair) -> Data:
         refuse(
             "the file has no completions; leave data.completions out, or upload rows that have them", where
         )
+    sources = {where: data.completions}
+    if (then := objective.then) is not None:
+        sources["objective.then.completions"] = then.completions
+    for param, source in sources.items():
+        if source in ("student", "replay") and objective.teacher_signal != "logits":
+            refuse(
+                f"the student's answers are judged by the teacher's next-token distributions, and of this pair "
+                f"{objective.teacher_signal} is used; take completions from dataset or teacher",
+                param,
+            )
     if row_format == "text":
-        sources = {where: data.completions}
-        if (then := objective.then) is not None:
-            sources["objective.then.completions"] = then.completions
         for param, source in sources.items():
             if source not in (None, "dataset"):
                 refuse(

@@ -155,6 +155,17 @@ def test_plain_text_gives_nobody_a_prompt() -> None:
     assert decide({}, "gpt2", "bloom", rows="text", other_tokenizer=True).data.completions == "dataset"
 
 
+def test_only_next_token_distributions_judge_the_students_answers() -> None:
+    then: Json = {"objective": {"then": {"divergence": "reverse_kl", "completions": "replay"}}}
+    for teacher, student, other in (("bert", "gpt2", False), ("gpt2", "bloom", True), ("gpt2", "t5", True)):
+        for source in ("student", "replay"):
+            asked = {"data": {"completions": source}}
+            param, _, message = refused(asked, teacher, student, other_tokenizer=other)
+            assert (param, "dataset or teacher" in message) == ("data.completions", True)
+        assert refused(then, teacher, student, other_tokenizer=other)[0] == "objective.then.completions"
+    assert decide(then, "gpt2", "t5").objective.then == decide(then).objective.then
+
+
 def test_chats_need_a_chat_template() -> None:
     assert refused({}, rows="chat")[0] == "training_file"
 
