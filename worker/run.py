@@ -120,7 +120,7 @@ def run(spec: RunSpec, out: Path, sink: Callable[[RunLine], None], should_stop: 
             facts=facts.model_dump(mode="json"),
             result={**outcome.result, "exports": exports} if exports else outcome.result,
             trained_tokens=outcome.trained_tokens,
-            files=tuple(made["file"] for made in exports),
+            files=(*outcome.files, *(made["file"] for made in exports)),
         )
     )
     return 0

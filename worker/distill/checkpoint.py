@@ -1,8 +1,9 @@
 """Checkpoints: a folder that either is complete and says so, or does not exist.
 
 `step-N/` holds `model/` (a Hugging Face folder, fit to be served), `optimizer.safetensors`, `rng.safetensors`,
-`state.json`, `answers.jsonl` if the teacher wrote the completions, `best/` if an earlier step is the best so far, and
-`manifest.json` with the SHA-256 of every other file. It is written under another name, synced, and renamed.
+`state.json`, `answers.jsonl` if the teacher wrote the completions, `best/` if an earlier step is the best so far,
+`finished/` with the students of the job's earlier courses, and `manifest.json` with the SHA-256 of every other file. It
+is written under another name, synced, and renamed.
 """
 
 import errno
@@ -13,11 +14,12 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.distill.errors import CorruptCheckpoint, DiskFull
@@ -25,16 +27,22 @@ from worker.distill.lora import lora_tensors, merged
 
 MANIFEST = "manifest.json"
 ADAPTERS = "adapters.safetensors"  # of a LoRA student, whose model folder has them merged in
+PROJECTIONS = "projections.safetensors"  # between layers of unequal width, no part of the student
 SPARE_BYTES = 32 * 2**20  # tokenizer, configuration, state, and what the file system wants for itself
 REPLAY = "replay.jsonl"  # the newest of the student's own answers
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainState(BaseModel):
-    """Where a training is: everything beside the tensors that the next step depends on."""
+    """Where a training is: everything beside the tensors that the next step depends on.
+
+    Steps are the course's own; those of a job's courses follow each other, and `first_step` is this course's first.
+    `finished` has the entries of the courses before, see courses.py.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    first_step: int = 0
     step: int = 0
     epoch: int = 0
     batch: int = 0
@@ -51,6 +59,12 @@ class TrainState(BaseModel):
     inputs_sha256: str = ""
     replay_phi: float = 0.0
     replay_loss: float | None = None  # held-out, of the evaluation before
+    finished: tuple[dict[str, Any], ...] = ()  # Any: open-ended JSON
+
+    @property
+    def job_step(self) -> int:
+        """The step's number within the job, by which checkpoints and metrics are known."""
+        return self.first_step + self.step
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,8 @@ class Snapshot:
     best_dir: Path | None = None
     answers_path: Path | None = None
     replay_jsonl: bytes = b""
+    projections: nn.Module | None = None
+    finished_dirs: tuple[Path, ...] = ()
 
 
 def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
@@ -71,7 +87,7 @@ def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
 
     Raises DiskFull, after removing what it had written; earlier checkpoints stay.
     """
-    folder = out / f"step-{snapshot.state.step}"
+    folder = out / f"step-{snapshot.state.job_step}"
     partial = out / f".{folder.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -119,10 +135,17 @@ def verify_checkpoint(folder: Path) -> None:
             )
 
 
-def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer, model: PreTrainedModel) -> None:
-    """Puts back the moments of AdamW and the random state."""
+def load_optimizer(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    model: PreTrainedModel,
+    projections: nn.Module | None = None,
+) -> None:
+    """Puts back the moments of AdamW, the projections and the random state."""
+    if projections is not None and (folder / PROJECTIONS).exists():
+        projections.load_state_dict(load_file(folder / PROJECTIONS))
     tensors = load_file(folder / "optimizer.safetensors")
-    for name, parameter in model.named_parameters():
+    for name, parameter in _trained(model, projections):
         if f"{name}.step" in tensors:
             moments = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in MOMENTS}
             optimizer.state[parameter] = {"step": tensors[f"{name}.step"], **moments}
@@ -157,6 +180,8 @@ def _write_parts(folder: Path, snapshot: Snapshot) -> None:
         plain.save_pretrained(folder / "model")
     if adapters := lora_tensors(snapshot.model):
         save_file({name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS)
+    if snapshot.projections is not None and (projections := snapshot.projections.state_dict()):
+        save_file(projections, folder / PROJECTIONS)
     snapshot.tokenizer.save_pretrained(folder / "model")
     save_file(dict(_optimizer_tensors(snapshot)), folder / "optimizer.safetensors")
     random = {"cpu": torch.get_rng_state()}
@@ -166,6 +191,8 @@ def _write_parts(folder: Path, snapshot: Snapshot) -> None:
     (folder / "state.json").write_text(snapshot.state.model_dump_json(indent=1))
     if snapshot.best_dir is not None:
         link_folder(snapshot.best_dir, folder / "best")
+    for number, finished_dir in enumerate(snapshot.finished_dirs):
+        link_folder(finished_dir, folder / "finished" / str(number))
     if snapshot.answers_path is not None and snapshot.answers_path.exists():
         shutil.copyfile(snapshot.answers_path, folder / "answers.jsonl")
     if snapshot.replay_jsonl:
@@ -173,10 +200,16 @@ def _write_parts(folder: Path, snapshot: Snapshot) -> None:
 
 
 def _optimizer_tensors(snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in snapshot.model.named_parameters():
+    for name, parameter in _trained(snapshot.model, snapshot.projections):
         state = snapshot.optimizer.state.get(parameter, {})
         for key, tensor in state.items():
             yield f"{name}.{key}", tensor.detach().cpu().contiguous()
+
+
+def _trained(model: PreTrainedModel, projections: nn.Module | None) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from model.named_parameters()
+    if projections is not None:
+        yield from projections.named_parameters(prefix="projections")
 
 
 def _write_manifest(folder: Path) -> None:

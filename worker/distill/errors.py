@@ -35,6 +35,10 @@ class NanLoss(DistillError):
     code = "nan_loss"
 
 
+class GateFailed(DistillError):
+    code = "gate_failed"
+
+
 class DiskFull(DistillError):
     code = "disk_full"
 

@@ -68,6 +68,11 @@ class Features:
         projections = [term.projections for term in self._terms if isinstance(term, _HiddenLoss)]
         self.projections = (projections[0] if projections else nn.ModuleList()).to(student.device)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the metrics that `read` gives."""
+        return tuple(term.name for term in self._terms)
+
     def _asked_sides(self) -> list[str]:
         hidden = [] if self.plan.hidden is None else [self.plan.hidden.side]
         return [*hidden, *([] if self.plan.attention is None else ["auto"])]
@@ -90,10 +95,11 @@ class Features:
                     self.teacher, side, batch, examples, shape_of(self.student.config)
                 )
             keep_BT = student_positions(batch, side, self.teacher, self.student)
-            for (term, tap), teacher in zip(terms, teachers, strict=True):
-                value = term.weight * term(tap.outputs, keep_BT, teacher.outputs, teacher_keep_BT)
-                loss = loss + value
-                values[term.name] = value.item()
+            with torch.autocast(rows_NH.device.type, enabled=False):  # losses in float32, always
+                for (term, tap), teacher in zip(terms, teachers, strict=True):
+                    value = term.weight * term(tap.outputs, keep_BT, teacher.outputs, teacher_keep_BT)
+                    loss = loss + value
+                    values[term.name] = value.item()
         return rows_NH, Terms(loss, values)
 
 

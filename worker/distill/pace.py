@@ -61,9 +61,13 @@ class Means:
         self._sums: dict[str, float] = {}
         self._num_targets = 0
 
-    def add(self, num_targets: int, *, loss_sum: float, kl_sum: float, num_agreeing: int) -> None:
+    def add(
+        self, num_targets: int, *, loss_sum: float, kl_sum: float, num_agreeing: int, **others: float
+    ) -> None:
+        """`others` are means already."""
         self._num_targets += num_targets
         named = {"train_loss": loss_sum, "train_kl": kl_sum, "train_agreement": float(num_agreeing)}
+        named |= {name: value * num_targets for name, value in others.items()}
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in named.items()}
 
     def take(self) -> dict[str, float]:

@@ -1,10 +1,9 @@
 """A whole distillation: rows, the teacher's answers, the training, the judgement, the student's folder."""
 
-import gc
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +12,23 @@ from transformers import PreTrainedModel
 
 from worker.distill.answers import AnswerFile
 from worker.distill.checkpoint import TrainState, link_folder, load_state
+from worker.distill.courses import Courses, Graduate, calibrated, plan_courses
+from worker.distill.data import Example
 from worker.distill.evaluate import HeldOut, HeldOutRows
 from worker.distill.heads import head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Throttle
 from worker.distill.preparation import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
 from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine
-from worker.distill.report import Judge, View
+from worker.distill.report import Judge, Tell, View
 from worker.distill.rollouts import check_rollouts, plan_rollouts
 from worker.distill.sampler import Sampler
 from worker.distill.shapes import shape_of
 from worker.distill.spec import RunSpec
-from worker.distill.students import StudentRecipe, plan_student
+from worker.distill.students import StudentRecipe
 from worker.distill.teachers import CachedTeacher
 from worker.distill.teaching import Teaching
-from worker.distill.trainer import Setup, Stopped, Trainer
+from worker.distill.trainer import Setup, Stopped, batch_tokens_of
 
 SamplerFor = Callable[[PreTrainedModel], Sampler]
 
@@ -39,6 +40,7 @@ class Outcome:
     folder: str
     result: dict[str, Any]  # Any: open-ended JSON
     trained_tokens: int
+    files: tuple[str, ...] = ()  # for the job's owner, relative to the run's folder
 
 
 def distil(
@@ -65,53 +67,67 @@ class Pipeline:
         self.block = spec.distillation
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.pair = Teaching(spec, self.device)
-        self.throttle = Throttle()
-        self.trains_from = LOADED_PERCENT
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> Outcome:
         self.sink(StageLine(name="loading_models"))
         state = self._resumed_state()
         self._set_threads(state)
-        recipe = plan_student(
-            self.spec.teacher_dir, self.spec.start_dir, self.block.student, seed=self.spec.seed
-        )
+        courses = plan_courses(self.spec)
         signal = self.pair.signal
         check_rollouts(self.block, signal, has_one_tokenizer=self.pair.has_one_tokenizer)
         if signal.name != "logits":
             self.sink(MessageLine(message=f"teacher signal: {signal.name} ({signal.reason})"))
         rows = self._rows()
-        if rows.num_answered:
-            self.trains_from = ANSWERED_PERCENT
-        teacher = self.pair.cached_teacher(rows, recipe)
+        self.pair = self._adapted_pair(rows)
+        courses = calibrated(courses, rows.train)
+        teacher = self.pair.cached_teacher(rows, courses[0].recipe)
         for note in teacher.notes:
             self.sink(MessageLine(message=note))
         try:
-            setup = self._setup(rows, recipe, teacher, state)
+            setup = self._setup(rows, courses[0].recipe, teacher, state)
             self._check_resumed(state, setup)
             now = {"inputs_sha256": setup.inputs_sha256, "num_threads": torch.get_num_threads()}
-            state = state.model_copy(update=now)
-            self.sink(StageLine(name="training"))
-            trainer = Trainer(setup, state, self.sink, self.should_stop, report=self._training_percent)
-            state, best_dir = trainer.run()
-            num_steps, valid = trainer.total_steps, trainer.valid
-            del trainer
-            gc.collect()  # modules refer to each other in cycles; their memory is wanted for the judgement
-            self.sink(StageLine(name="evaluating"))
-            result = self._judge(rows, teacher, valid, state).report(recipe, best_dir, rows.answers)
+            taught = Courses(
+                courses,
+                setup,
+                state.model_copy(update=now),
+                evaluation=self.block.evaluation,
+                judge_for=lambda tell: self._judge(rows, teacher, tell),
+                sink=self.sink,
+                should_stop=self.should_stop,
+                trains_from=ANSWERED_PERCENT
+                if rows.num_answered or self.pair.adapted_dir
+                else LOADED_PERCENT,
+            )
+            graduate = taught.run(rows.answers)
         finally:
             teacher.close()
         self.sink(StageLine(name="exporting"))
-        link_folder(best_dir, self.out / "student")
+        link_folder(graduate.folder, self.out / "student")
         counts = {"num_train_rows": len(rows.train), "num_validation_rows": len(rows.valid)}
-        steps = {"num_steps": state.step, "num_planned_steps": num_steps, "best_step": state.best_step}
-        times = {"train_seconds": round(state.trained_seconds, 1), "stopped_early": state.is_done}
-        used = {
+        passes = round(teacher.num_computed / len(rows.teacher), 3)
+        used = {"num_teacher_rows_computed": teacher.num_computed, "teacher_passes": passes}
+        result = {
+            **graduate.result,
+            **counts,
             "teacher_signal": signal.name,
             "teacher_signal_reason": signal.reason,
-            "num_teacher_rows_computed": teacher.num_computed,
+            **used,
         }
-        return Outcome("student", {**result, **counts, **steps, **times, **used}, state.trained_tokens)
+        if not self.block.student.ladder:
+            return Outcome("student", result, taught.trained_tokens)
+        result["ladder"] = graduate.ladder
+        return Outcome("student", result, taught.trained_tokens, self._draw(graduate))
+
+    def _draw(self, graduate: Graduate) -> tuple[str, ...]:
+        """The ladder as files of the run's folder."""
+        from worker.distill.ladder_plot import Rung, write_ladder  # loads matplotlib, which few jobs need
+
+        rungs = [Rung(entry["label"], entry, entry["passed"], entry["chosen"]) for entry in graduate.ladder]
+        teacher = Rung(self.block.teacher, graduate.result["teacher"])
+        paths = write_ladder(rungs, teacher, self.out, self.block.evaluation.gate)
+        return tuple(path.name for path in paths)
 
     def _rows(self) -> Rows:
         return Preparation(
@@ -124,6 +140,24 @@ class Pipeline:
             sink=self.sink,
             check_stop=lambda: self._check_stop(step=0),
         ).rows()
+
+    def _adapted_pair(self, rows: Rows) -> Teaching:
+        """The pair, its teacher adapted to the rows where that is asked for."""
+        throttle = Throttle()
+
+        def tell(step: int, num_steps: int) -> None:
+            self._check_stop(step=0)
+            if step == 0:
+                self.sink(StageLine(name="adapting_teacher"))
+            if throttle.is_due():
+                done = LOADED_PERCENT + (ANSWERED_PERCENT - LOADED_PERCENT) * step / num_steps
+                self.sink(ProgressLine(percent=round(done, 1)))
+
+        pair = self.pair.adapted(rows, batch_tokens_of(self.block.hyperparameters), tell)
+        if pair.adapted_dir is None:
+            return pair
+        # other jobs' teachers may push this one off the disk: it must outlive that
+        return replace(pair, adapted_dir=link_folder(pair.adapted_dir, self.out / "teacher"))
 
     def _resumed_state(self) -> TrainState:
         if self.spec.resume_dir is None:
@@ -185,17 +219,17 @@ class Pipeline:
             resume_dir=resume_dir,
             best_dir=best_dir,
             rollouts=plan_rollouts(self.spec, rows, len(tokenizer), self.sampler_for),
+            features=self.pair.features(rows),
         )
 
-    def _judge(self, rows: Rows, teacher: CachedTeacher, valid: HeldOutRows, state: TrainState) -> Judge:
+    def _judge(self, rows: Rows, teacher: CachedTeacher, tell: Tell) -> Judge:
         objective = TokenObjective.from_objective(self.block.objective)
-        num_train = len(rows.train)
-        teachers_valid = HeldOutRows(
-            rows.teacher[num_train:],
-            first_index=num_train,
-            batch_tokens=valid.batch_tokens,
-            device=self.device,
-        )
+        tokens, num_train = batch_tokens_of(self.block.hyperparameters), len(rows.train)
+
+        def held_out(examples: list[Example]) -> HeldOutRows:
+            return HeldOutRows(examples, first_index=num_train, batch_tokens=tokens, device=self.device)
+
+        valid, teachers_valid = held_out(rows.valid), held_out(rows.teacher[num_train:])
 
         def measure(model: PreTrainedModel) -> HeldOut:
             head = head_of(model, len(self.pair.student.tokenizer))
@@ -207,11 +241,6 @@ class Pipeline:
             head = head_of(model, len(self.pair.teacher.tokenizer))
             rows = None if self.pair.signal.has_ranks else teacher  # those are of some targets alone
             return teachers_valid.measure(model, head, rows, objective)
-
-        def tell(share: float) -> None:
-            self._check_stop(step=state.step)
-            if self.throttle.is_due():
-                self.sink(ProgressLine(percent=round(90.0 + 9.0 * share, 1), step=state.step))
 
         return Judge(
             spec=self.spec,
@@ -228,9 +257,6 @@ class Pipeline:
         parts = [self.block.model_dump(mode="json"), self.spec.seed]
         parts += [[row.token_ids, row.spans] for row in (*rows.train, *rows.valid)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    def _training_percent(self, share: float) -> float:
-        return round(self.trains_from + (90.0 - self.trains_from) * share, 1)
 
     def _check_stop(self, *, step: int) -> None:
         if self.should_stop():

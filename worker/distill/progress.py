@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 StageName = Literal[
     "loading_models",
     "generating_teacher_data",
+    "adapting_teacher",
     "training",
     "evaluating",
     "exporting",

@@ -71,6 +71,7 @@ class Judge:
     on_progress: Tell
     warn: Callable[[str], None]
     _teacher: Judged | None = field(default=None, init=False)
+    _folders: dict[Path, Judged] = field(default_factory=dict, init=False)
 
     def report(
         self, recipe: StudentRecipe, best_dir: Path, answers: AnswerFile, baseline_dir: Path | None = None
@@ -79,20 +80,17 @@ class Judge:
 
         `answers` is the teacher's file; `baseline_dir` holds the same student trained on the text alone.
         """
-        students: dict[str, Build] = {"untrained": recipe.build}
+        students: dict[str, Path | None] = {"untrained": None}
         if baseline_dir is not None:
-            students["ce_baseline"] = lambda: load_model(baseline_dir)
-        students["student"] = lambda: load_model(best_dir)
+            students["ce_baseline"] = baseline_dir
+        students["student"] = best_dir
         num_models = 1 + len(students)
-
-        def tell_of(number: int) -> Tell:
-            return lambda share: self.on_progress((number + share) / num_models)
-
-        if self._teacher is None:
-            self._teacher = self._judge(lambda: load_model(self.spec.teacher_dir), tell_of(0), answers)
-        judged = {"teacher": self._teacher}
-        for number, (name, build) in enumerate(students.items(), start=1):
-            judged[name] = self._judge(build, tell_of(number))
+        judged = {"teacher": self._judge_teacher(self._tell_of(0, num_models), answers)}
+        for number, (name, folder) in enumerate(students.items(), start=1):
+            tell = self._tell_of(number, num_models)
+            judged[name] = (
+                self._judge(recipe.build, tell) if folder is None else self._judge_folder(folder, tell)
+            )
         entries = {name: model.entry for name, model in judged.items()}
         return {
             **entries,
@@ -104,6 +102,11 @@ class Judge:
             "compression": _compression(entries),
             "samples": self._samples({name: model.texts for name, model in judged.items() if model.texts}),
         }
+
+    def entry(self, best_dir: Path, answers: AnswerFile) -> Entry:
+        """A student's own entry; it, and the teacher, will not be judged again."""
+        self._judge_teacher(self._tell_of(0, 2), answers)
+        return self._judge_folder(best_dir, self._tell_of(1, 2)).entry
 
     @cached_property
     def metrics(self) -> frozenset[str]:
@@ -134,6 +137,20 @@ class Judge:
         for i, example in enumerate(self.student_view.examples):
             asked.setdefault(prompt_of(example), i)
         return list(asked.values())[: NUM_CLASSIFIED if self.labels else NUM_ANSWERED]
+
+    def _tell_of(self, number: int, num_models: int) -> Tell:
+        return lambda share: self.on_progress((number + share) / num_models)
+
+    def _judge_teacher(self, tell: Tell, answers: AnswerFile) -> Judged:
+        if self._teacher is None:
+            self._teacher = self._judge(lambda: load_model(self.spec.teacher_dir), tell, answers)
+        return self._teacher
+
+    def _judge_folder(self, folder: Path, tell: Tell) -> Judged:
+        if folder not in self._folders:
+            self._folders[folder] = self._judge(lambda: load_model(folder), tell)
+        tell(1.0)
+        return self._folders[folder]
 
     def _judge(self, build: Build, tell: Tell, teachers_file: AnswerFile | None = None) -> Judged:
         """Only the teacher has a file of answers."""

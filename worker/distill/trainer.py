@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from app.distillation import EarlyStopping, Hyperparameters, Objective
@@ -27,6 +27,7 @@ from worker.distill.checkpoint import (
 from worker.distill.data import Example
 from worker.distill.errors import NanLoss
 from worker.distill.evaluate import HeldOut, HeldOutRows
+from worker.distill.features import FeaturePlan, Features, Terms
 from worker.distill.heads import head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Means, Pace, Throttle
@@ -74,6 +75,14 @@ class Setup:
     resume_dir: Path | None = None
     best_dir: Path | None = None
     rollouts: RolloutPlan | None = None
+    features: FeaturePlan | None = None
+    finished_dirs: tuple[Path, ...] = ()  # students of the job's earlier courses
+    num_courses_after: int = 0  # they are as many steps long as this one
+
+
+def batch_tokens_of(h: Hyperparameters) -> int:
+    """Tokens of a batch, padding included."""
+    return CPU_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
 
 
 class Trainer:
@@ -94,7 +103,7 @@ class Trainer:
         self.should_stop = should_stop
         self.report = report
         h = setup.hyperparameters
-        batch_tokens = CPU_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
+        batch_tokens = batch_tokens_of(h)
         lengths = [example.num_tokens for example in setup.train]
         self.plan = BatchPlan(lengths, batch_tokens=batch_tokens, seed=setup.seed)
         self.total_steps = self.plan.num_steps(h.n_epochs, at_most=h.max_steps)
@@ -107,18 +116,23 @@ class Trainer:
         self.best_dir = setup.best_dir
         self.model = load_student(setup.recipe, setup.resume_dir, seed=setup.seed).to(setup.device)
         self.head = head_of(self.model, setup.num_tokens)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, h.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
-        )
+        self.features = Features(setup.features, self.model) if setup.features else None
+        groups = parameter_groups(self.model, h.weight_decay)
+        if self._projections is not None:
+            groups.append({"params": list(self._projections.parameters()), "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
         self.learning_rate = peak_learning_rate(h, setup.recipe, self.model)
         torch.manual_seed(setup.seed)
         if setup.resume_dir is not None:
-            load_optimizer(setup.resume_dir, self.optimizer, self.model)
+            load_optimizer(setup.resume_dir, self.optimizer, self.model, self._projections)
         plan = setup.rollouts if setup.signal.has_distribution else None  # its own text alone teaches nothing
         self.rollouts = Rollouts(plan, self.model, self.total_steps, batch_tokens, setup.resume_dir)
         self._saved_step = state.step if setup.resume_dir is not None else 0
         self._saved_at = time.monotonic()
-        self._pace = Pace(state, self.total_steps)
+        # one more than there are steps, so that no two metrics of a name share a step
+        num_steps_after = setup.num_courses_after * (self.total_steps + 1)
+        self.num_job_steps = state.first_step + self.total_steps + num_steps_after
+        self._pace = Pace(state, self.total_steps + num_steps_after)
         self._means = Means()
         self._throttle = Throttle()
 
@@ -130,7 +144,7 @@ class Trainer:
         if not self.state.untrained_metrics:
             held_out = self.measure()
             self._update(untrained_metrics=held_out.series(), **self.rollouts.observe(self.state, held_out))
-            self.sink(MetricsLine(step=0, values=self.state.untrained_metrics))
+            self.sink(MetricsLine(step=self.state.job_step, values=self.state.untrained_metrics))
         while self.state.step < self.total_steps and not self.state.is_done:
             self._stop_if_asked()
             self._step(self._next_pieces())
@@ -174,7 +188,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self._trained_parameters(), h.max_grad_norm))
         if not (math.isfinite(loss_sum) and math.isfinite(norm)):
             raise NanLoss(
-                f"loss {loss_sum / num_targets} with gradient norm {norm} at step {self.state.step}; lower the learning rate, or begin "
+                f"loss {loss_sum / num_targets} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or begin "
                 "with forward_kl (the last checkpoint is good)"
             )
         self.optimizer.step()
@@ -192,13 +206,23 @@ class Trainer:
         if self.state.step % max(1, self.total_steps // METRIC_POINTS) == 0:
             values = {**self._means.take(), "learning_rate": rate, "grad_norm": norm}
             values |= self.rollouts.take_metrics(self.state)
-            self.sink(MetricsLine(step=self.state.step, values=values))
+            self.sink(MetricsLine(step=self.state.job_step, values=values))
         self._tell()
+
+    def _read(self, piece: Piece) -> tuple[Tensor, Terms | None]:
+        """The head's inputs, and the feature terms if any are asked for."""
+        if self.features:
+            return self.features.read(piece.batch, piece.rollouts)
+        return hidden_rows(self.model, piece.batch), None
+
+    @property
+    def _projections(self) -> nn.Module | None:
+        return self.features.projections if self.features else None
 
     def _backward(self, piece: Piece, num_targets: int) -> float:
         """Adds a piece's gradient, and gives its rows' summed loss; num_targets is that of the whole step."""
         teacher = piece.teacher_rows(self.setup.teacher) if self.setup.signal.has_distribution else None
-        hidden_NH = hidden_rows(self.model, piece.batch)
+        hidden_NH, terms = self._read(piece)
         loss, stats = taught_loss(
             hidden_NH,
             self.head,
@@ -207,12 +231,13 @@ class Trainer:
             self._objective(),
             denominator=num_targets,
         )
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        (loss if terms is None else loss + terms.loss * (piece.batch.num_targets / num_targets)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._means.add(
             piece.batch.num_targets,
             loss_sum=stats.loss_sum,
             kl_sum=stats.kl_sum,
             num_agreeing=stats.num_agreeing,
+            **(terms.values if terms else {}),
         )
         return stats.loss_sum
 
@@ -223,11 +248,13 @@ class Trainer:
         held_out = self.measure()
         values = held_out.series()
         self._update(**self.rollouts.observe(self.state, held_out))
-        self.sink(MetricsLine(step=self.state.step, values=values))
+        self.sink(MetricsLine(step=self.state.job_step, values=values))
         early = self.setup.hyperparameters.early_stopping
-        score = _score(held_out, early)
+        score = _score(held_out, early, self.setup.signal)
         if not math.isfinite(score):
-            raise NanLoss(f"the held-out score is {score} at step {self.state.step}; lower the learning rate")
+            raise NanLoss(
+                f"the held-out score is {score} at step {self.state.job_step}; lower the learning rate"
+            )
         best = self.state.best_score
         if best is None or score < best:
             self._update(
@@ -265,20 +292,26 @@ class Trainer:
             best_dir=None if is_best else self.best_dir,
             answers_path=setup.answers_path,
             replay_jsonl=self.rollouts.buffer.to_jsonl(),
+            projections=self._projections,
+            finished_dirs=setup.finished_dirs,
         )
         folder = save_checkpoint(setup.out, snapshot)
+        job_step, best_step = self.state.job_step, self.state.best_step
         if is_best:
             self.best_dir = folder / "model"
         elif self.best_dir is not None:
             self.best_dir = folder / "best"
         self._saved_step, self._saved_at = step, time.monotonic()
-        prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=self.state.best_step)
-        self.sink(CheckpointLine(step=step, folder=folder.name, is_best=is_best, metrics=self.state.metrics))
+        keep_step = None if best_step is None else self.state.first_step + best_step
+        prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=keep_step)
+        self.sink(
+            CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=self.state.metrics)
+        )
 
     def _stop_if_asked(self) -> None:
         if self.should_stop():
             self._checkpoint()
-            raise Stopped(self.state.step)
+            raise Stopped(self.state.job_step)
 
     def _update(self, **changes: object) -> None:
         self.state = self.state.model_copy(update=changes)
@@ -290,8 +323,8 @@ class Trainer:
         self.sink(
             ProgressLine(
                 percent=self.report(done),
-                step=self.state.step,
-                total_steps=self.total_steps,
+                step=self.state.job_step,
+                total_steps=self.num_job_steps,
                 epoch=round(self.state.epoch + self.state.batch / len(self.plan.epoch(self.state.epoch)), 3),
                 tokens_per_second=self._pace.tokens_per_second,
                 seconds_remaining=self._pace.seconds_remaining,
@@ -299,9 +332,9 @@ class Trainer:
         )
 
 
-def _score(held_out: HeldOut, early: EarlyStopping | None) -> float:
+def _score(held_out: HeldOut, early: EarlyStopping | None, signal: Signal) -> float:
     """Smaller is better."""
-    wanted = early.metric if early is not None else "kl"
+    wanted = early.metric if early is not None else "perplexity" if signal.name == "hidden" else "kl"
     match wanted if held_out.has_teacher else "perplexity":
         case "kl":
             return held_out.kl

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -168,12 +169,21 @@ def test_progress_rises_to_the_whole(make_bench: MakeBench, student_dir: Path) -
     assert bench.shares[-1] == pytest.approx(1.0)
 
 
-def test_a_ladder_judges_its_teacher_once(make_bench: MakeBench, student_dir: Path) -> None:
+def test_a_ladder_judges_its_teacher_once(make_bench: MakeBench, student_dir: Path, tmp_path: Path) -> None:
     bench = make_bench(LONG, metrics=["rouge_l"])
-    first, second = bench.report(student_dir), bench.report(student_dir)
+    other_dir = shutil.copytree(student_dir, tmp_path / "other")
+    first, second = bench.report(other_dir), bench.report(student_dir)
     assert bench.num_measured == 5  # the teacher, and twice the untrained and the trained student
     assert first["teacher"] == second["teacher"]
     assert second["student"]["rouge_l"] == 1.0
+
+
+def test_a_student_that_has_an_entry_is_not_judged_again(make_bench: MakeBench, student_dir: Path) -> None:
+    bench = make_bench(LONG, metrics=["rouge_l"])
+    entry = bench.judge.entry(student_dir, AnswerFile(None))
+    assert bench.num_measured == 2  # the teacher and the student
+    assert bench.report(student_dir)["student"] == entry
+    assert bench.num_measured == 3  # and the untrained one
 
 
 def test_few_short_targets_give_accuracy_and_macro_f1(make_bench: MakeBench, student_dir: Path) -> None:

@@ -1,0 +1,246 @@
+"""Jobs of more than one student: ladders, gates and baselines, and where they go on when they were killed."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from worker.distill.bodies import hidden_rows
+from worker.distill.checkpoint import load_state
+from worker.distill.errors import GateFailed, NanLoss, StudentTooDeep
+from worker.distill.pipeline import Outcome, distil
+from worker.distill.progress import (
+    CheckpointLine,
+    MemorySink,
+    MessageLine,
+    MetricsLine,
+    ProgressLine,
+    StageLine,
+)
+from worker.distill.spec import RunSpec
+from worker.distill.trainer import Stopped
+from worker.run import EngineSampler
+
+Json = dict[str, Any]  # Any: open-ended JSON
+MakeSpec = Callable[..., RunSpec]
+Run = Callable[..., tuple[Outcome, MemorySink]]
+JUDGED: Json = {"metrics": ["agreement"], "num_samples": 0}
+STEPS = {"n_epochs": 20, "max_steps": 6, "batch_tokens": 512, "eval_steps": 3, "checkpoint_steps": 3}
+
+
+def ladder(*sizes: int, **evaluation: Any) -> Json:
+    return {"student": {"num_layers": list(sizes)}, "evaluation": {**JUDGED, **evaluation}}
+
+
+@pytest.fixture
+def run_job(tmp_path: Path) -> Run:
+    """A function that runs a spec to its end; gives the outcome, as a client gets it, and the lines."""
+
+    def run(spec: RunSpec, out: str = "out", sink: MemorySink | None = None, **more: Any) -> Any:
+        sink = sink or MemorySink()
+        outcome = distil(spec, tmp_path / out, sink, EngineSampler, more.get("should_stop", lambda: False))
+        return outcome, sink
+
+    return run
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    ours, theirs = weights(one), weights(other)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def lines(sink: MemorySink, kind: type[Any]) -> list[Any]:  # Any: lines of that kind
+    return [line for line in sink.lines if isinstance(line, kind)]
+
+
+def test_a_ladder_is_taught_by_one_pass_of_its_teacher(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.distill.pace.PROGRESS_SECONDS", 0.0)
+    outcome, sink = run_job(make_spec(ladder(3, 1, 2), **STEPS))
+    result = json.loads(json.dumps(outcome.result))
+    assert (result["num_teacher_rows_computed"], result["teacher_passes"]) == (40, 1.0)
+    assert [entry["num_layers"] for entry in result["ladder"]] == [1, 2, 3]
+    assert [entry["chosen"] for entry in result["ladder"]] == [True, False, False]  # no gate: the smallest
+    chosen = result["ladder"][0]
+    assert result["student"].items() <= chosen.items()
+    assert {
+        "label",
+        "num_parameters",
+        "weights_bytes",
+        "kl",
+        "agreement",
+        "intervals",
+        "passed",
+    } <= chosen.keys()
+    assert_same_bits(tmp_path / "out" / "student", tmp_path / "out" / "finished" / "0")
+    assert outcome.files == ("ladder.png", "ladder.json")
+    assert all((tmp_path / "out" / name).stat().st_size > 1000 for name in outcome.files)
+    assert [line.message for line in lines(sink, MessageLine)] == [
+        "training student of 1 layer (1 of 3)",
+        "training student of 2 layers (2 of 3)",
+        "training student of 3 layers (3 of 3)",
+    ]
+    assert [line.name for line in lines(sink, StageLine)] == [
+        "loading_models", *["training", "evaluating"] * 3, "exporting",
+    ]  # fmt: skip
+    told = lines(sink, ProgressLine)
+    assert [line.percent for line in told] == sorted(line.percent for line in told)
+    trained = [line for line in told if line.total_steps]
+    assert {line.total_steps for line in trained} == {20}
+    assert trained[-1].step == 20
+
+
+def test_steps_rise_over_the_whole_job_and_no_two_courses_share_one(
+    run_job: Run, make_spec: MakeSpec
+) -> None:
+    _, sink = run_job(make_spec(ladder(1, 2), **STEPS))
+    saved = [line.step for line in lines(sink, CheckpointLine)]
+    assert saved == [3, 6, 10, 13]
+    points = [(line.step, name) for line in lines(sink, MetricsLine) for name in line.values]
+    assert len(points) == len(set(points))
+    assert [step for step, name in points if name == "valid_kl"] == [0, 3, 6, 7, 10, 13]
+
+
+class StopAtStep:
+    """Asks a run to stop once it has told the metrics of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.sink = MemorySink()
+        self.step = step
+
+    def __call__(self) -> bool:
+        return any(line.step >= self.step for line in lines(self.sink, MetricsLine))
+
+
+@pytest.mark.parametrize(
+    ("stop_step", "newest"),
+    [(4, 4), pytest.param(7, 6, id="before the second course's first step"), (11, 11)],
+)
+def test_a_ladder_killed_in_any_course_ends_with_the_bits_of_one_that_was_not(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path, stop_step: int, newest: int
+) -> None:
+    spec = make_spec(ladder(1, 2, choose="best"), **STEPS)
+    whole, _ = run_job(spec, out="whole")
+    stop = StopAtStep(stop_step)
+    with pytest.raises(Stopped) as stopped:
+        run_job(spec, out="first", sink=stop.sink, should_stop=stop)
+    assert stopped.value.step == stop_step
+    checkpoint = shutil.copytree(tmp_path / "first" / f"step-{newest}", tmp_path / f"step-{newest}")
+    shutil.rmtree(tmp_path / "first")  # the checkpoint is all that is left
+    resumed, _ = run_job(spec.model_copy(update={"resume_dir": checkpoint}), out="second")
+    assert whole.result["ladder"][1]["chosen"]
+    for name in ("student", "finished/0", "finished/1"):
+        assert_same_bits(tmp_path / "whole" / name, tmp_path / "second" / name)
+    assert resumed.result["num_teacher_rows_computed"] == 0
+    for ours, theirs in zip(resumed.result["ladder"], whole.result["ladder"], strict=True):
+        assert {**ours, "train_seconds": 0} == {**theirs, "train_seconds": 0}
+    assert resumed.trained_tokens == whole.trained_tokens
+
+
+def test_the_smallest_student_that_passes_the_gate_is_chosen(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    free, _ = run_job(make_spec(ladder(1, 2, 3), **STEPS), out="free")
+    kl = [entry["kl"] for entry in free.result["ladder"]]
+    assert kl == sorted(kl, reverse=True)
+    gate = {"metric": "kl", "at_most": (kl[0] + kl[1]) / 2}
+    gated, _ = run_job(make_spec(ladder(1, 2, 3, gate=gate), **STEPS), out="gated")
+    assert [entry["passed"] for entry in gated.result["ladder"]] == [False, True, True]
+    assert gated.result["student"]["num_layers"] == 2
+    assert_same_bits(tmp_path / "gated" / "student", tmp_path / "free" / "finished" / "1")
+    assert json.loads((tmp_path / "gated" / "ladder.json").read_text())["gate"]["metric"] == "kl"
+
+
+@pytest.mark.parametrize("student", [{"num_layers": [1, 2]}, {"num_layers": 2}], ids=["ladder", "single"])
+def test_a_job_without_a_student_that_passes_fails_and_says_how_near_it_came(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path, student: Json
+) -> None:
+    gate = {"metric": "agreement", "at_least": 0.999}
+    sink = MemorySink()
+    with pytest.raises(GateFailed, match=r"at least 0.999, and the best is 0\.\d+ \((1 layer|student)\)"):
+        run_job(make_spec({"student": student, "evaluation": {**JUDGED, "gate": gate}}, **STEPS), sink=sink)
+    assert GateFailed.code == "gate_failed"
+    last = lines(sink, CheckpointLine)[-1]
+    assert load_state(tmp_path / "out" / last.folder).step == 6
+    assert not (tmp_path / "out" / "student").exists()
+
+
+def test_a_gate_on_labels_that_are_none_fails_before_the_training(run_job: Run, make_spec: MakeSpec) -> None:
+    gate = {"metric": "accuracy", "at_least": 0.5}
+    sink = MemorySink()
+    with pytest.raises(GateFailed, match="no labels"):
+        run_job(make_spec({"evaluation": {"metrics": ["accuracy"], "gate": gate}}, **STEPS), sink=sink)
+    assert not lines(sink, MetricsLine)
+
+
+def test_a_ladder_with_an_impossible_size_fails_before_anything_is_answered(
+    run_job: Run, make_spec: MakeSpec
+) -> None:
+    sink = MemorySink()
+    with pytest.raises(StudentTooDeep):
+        run_job(make_spec({**ladder(2, 5), "data": {"completions": "teacher"}}, **STEPS), sink=sink)
+    assert [line.name for line in lines(sink, StageLine)] == ["loading_models"]
+
+
+def test_a_baseline_is_the_same_student_without_its_teacher(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    steps = {**STEPS, "max_steps": 12}
+    outcome, sink = run_job(make_spec({"evaluation": {**JUDGED, "ce_baseline": True}}, **steps))
+    result = outcome.result
+    assert result["teacher_passes"] == 1.0
+    assert result["ce_baseline"]["num_parameters"] == result["student"]["num_parameters"]
+    assert result["student"]["kl"] < result["ce_baseline"]["kl"]
+    assert set(result["differences"]) == {"untrained", "ce_baseline"}
+    assert result["num_steps"] == 12
+    assert [line.message for line in lines(sink, MessageLine)] == [
+        "training student (1 of 2)",
+        "training the baseline on the text alone (2 of 2)",
+    ]
+    text = {"objective": {"teacher_signal": "text"}, "evaluation": JUDGED}
+    alone, _ = run_job(make_spec(text, **steps), out="text")
+    assert outcome.trained_tokens == 2 * alone.trained_tokens
+    assert_same_bits(tmp_path / "out" / "step-25" / "model", tmp_path / "text" / "step-12" / "model")
+
+
+def test_a_killed_baseline_goes_on_beside_the_chosen_student(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    spec = make_spec(ladder(1, 2, choose="best", ce_baseline=True), **STEPS)
+    whole, _ = run_job(spec, out="whole")
+    stop = StopAtStep(18)
+    with pytest.raises(Stopped):
+        run_job(spec, out="first", sink=stop.sink, should_stop=stop)
+    resumed, _ = run_job(spec.model_copy(update={"resume_dir": tmp_path / "first" / "step-18"}), out="second")
+    for name in ("student", "step-20/model"):
+        assert_same_bits(tmp_path / "whole" / name, tmp_path / "second" / name)
+    assert resumed.result["ce_baseline"] == whole.result["ce_baseline"]
+    assert resumed.result["student"] == whole.result["student"]
+
+
+def test_a_loss_that_is_no_number_in_a_later_course_leaves_the_last_checkpoint(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "worker.distill.trainer.hidden_rows",
+        lambda model, batch: (
+            hidden_rows(model, batch) * (torch.nan if model.config.num_hidden_layers == 2 else 1.0)
+        ),
+    )
+    sink = MemorySink()
+    with pytest.raises(NanLoss, match="at step 7"):
+        run_job(make_spec(ladder(1, 2), **STEPS), sink=sink)
+    last = lines(sink, CheckpointLine)[-1]
+    assert last.step == 6
+    assert load_state(tmp_path / "out" / last.folder).step == 6

@@ -1,0 +1,231 @@
+"""The courses of a job: trainings of one student each, one after the other, that share rows and the teacher's answers.
+
+A ladder has a course for each size, the smallest first, because it is the first to be done. A baseline is one more: the
+chosen student again, trained on the text alone.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from app.distillation import Evaluation, Gate, Objective
+from worker.distill.answers import AnswerFile
+from worker.distill.checkpoint import TrainState, link_folder
+from worker.distill.data import Example
+from worker.distill.errors import GateFailed
+from worker.distill.ladder import LESS_IS_BETTER, choose, passes
+from worker.distill.pace import Throttle
+from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine, StageName
+from worker.distill.report import Judge, Tell
+from worker.distill.signals import Signal
+from worker.distill.spec import RunSpec
+from worker.distill.students import StudentRecipe, plan_student
+from worker.distill.trainer import Setup, Stopped, Trainer
+
+NUM_CALIBRATION = 8  # rows by which the parts of a width are judged
+TAUGHT_PERCENT = 95.0  # of the run that is done when every student is trained and judged
+JUDGED_PERCENT = 99.0
+TRAINING_SHARE = 0.93  # of a course; the rest is its student's judgement
+
+STUDENT = "student"  # the label of a single one
+TRAINED = ("num_steps", "num_planned_steps", "best_step", "train_seconds", "stopped_early")
+
+Entry = dict[str, Any]  # Any: open-ended JSON
+
+
+@dataclass(frozen=True)
+class Course:
+    """One student to be trained; a baseline learns from the text alone."""
+
+    label: str
+    recipe: StudentRecipe
+    is_baseline: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.is_baseline:
+            return "the baseline on the text alone"
+        return self.label if self.label == STUDENT else f"{STUDENT} of {self.label}"
+
+    def setup(self, setup: Setup) -> Setup:
+        """The job's setup as this course has it."""
+        setup = replace(setup, recipe=self.recipe)
+        if not self.is_baseline:
+            return setup
+        objective = Objective(teacher_signal="text")
+        signal = Signal("text", "the baseline has no teacher")
+        return replace(setup, objective=objective, signal=signal, features=None)
+
+
+def plan_courses(spec: RunSpec) -> list[Course]:
+    """A course for each student of the job, the smallest first. Raises what plan_student does for any of them."""
+    student = spec.distillation.student
+    return [
+        Course(
+            STUDENT if size is None else f"{size} layer{'s' if size > 1 else ''}",
+            plan_student(spec.teacher_dir, spec.start_dir, student, size, seed=spec.seed),
+        )
+        for size in (student.ladder or (None,))
+    ]
+
+
+def calibrated(courses: Sequence[Course], rows: Sequence[Example]) -> list[Course]:
+    """The courses with what a narrower student's parts are judged by."""
+    sequences = [ids for row in rows[:NUM_CALIBRATION] for ids in (row.source_ids, row.token_ids) if ids]
+    return [replace(c, recipe=replace(c.recipe, calibration=tuple(sequences))) for c in courses]
+
+
+@dataclass(frozen=True)
+class Graduate:
+    """The chosen student's folder, what the public result says of it, and an entry for each that was trained."""
+
+    folder: Path
+    result: Entry
+    ladder: list[Entry]
+
+
+class Courses:
+    """Trains and judges the students of a job; goes on in the course, and from the step, that `state` says."""
+
+    def __init__(
+        self,
+        courses: Sequence[Course],
+        setup: Setup,
+        state: TrainState,
+        *,
+        evaluation: Evaluation,
+        judge_for: Callable[[Tell], Judge],
+        sink: Sink,
+        should_stop: Callable[[], bool],
+        trains_from: float,
+    ) -> None:
+        """`setup` is that of the course that is resumed, if any; `trains_from` is the percentage of the run so far."""
+        self.courses = courses
+        self.setup = setup
+        self.state = state
+        self.evaluation = evaluation
+        self.judge = judge_for(self._tell_judging)
+        self.sink = sink
+        self.should_stop = should_stop
+        self.num_courses = len(courses) + evaluation.ce_baseline
+        self.trained_tokens = 0
+        self._trains_from = trains_from
+        self._span = (trains_from, trains_from)  # percentages between which a judgement is
+        self._stage: StageName | None = None
+        self._throttle = Throttle()
+        if setup.resume_dir is not None:
+            for number, folder in enumerate(self._finished_dirs):
+                link_folder(setup.resume_dir / "finished" / str(number), folder)
+
+    def run(self, answers: AnswerFile) -> Graduate:
+        """Raises GateFailed if no student passes, and what a training raises."""
+        gate = self.evaluation.gate
+        if gate is not None and gate.metric in ("accuracy", "macro_f1") and self.judge.labels is None:
+            raise GateFailed(
+                f"the targets are no labels, so there is no {gate.metric}; gate on rouge_l or kl"
+            )
+        for number in range(len(self.state.finished), len(self.courses)):
+            self._take(number, answers)
+        entries = self.state.finished
+        self.trained_tokens = sum(entry["trained_tokens"] for entry in entries)
+        chosen = choose(entries, self.evaluation)
+        if chosen is None:
+            assert gate is not None
+            raise GateFailed(_why(gate, entries))
+        folder, baseline_dir = self._finished_dirs[chosen], None
+        if self.evaluation.ce_baseline:
+            baseline = replace(self.courses[chosen], is_baseline=True)
+            state, baseline_dir, _ = self._train(len(self.courses), baseline)
+            self.trained_tokens += state.trained_tokens
+        self._enter("evaluating", TAUGHT_PERCENT, JUDGED_PERCENT)
+        result = self.judge.report(self.courses[chosen].recipe, folder, answers, baseline_dir)
+        ladder = [{**entry, "chosen": number == chosen} for number, entry in enumerate(entries)]
+        return Graduate(folder, {**result, **{name: entries[chosen][name] for name in TRAINED}}, ladder)
+
+    @property
+    def _finished_dirs(self) -> tuple[Path, ...]:
+        return tuple(self.setup.out / "finished" / str(number) for number in range(len(self.state.finished)))
+
+    def _take(self, number: int, answers: AnswerFile) -> None:
+        """Trains and judges one student, and goes on behind it."""
+        course = self.courses[number]
+        state, best_dir, num_planned = self._train(number, course)
+        folder = link_folder(best_dir, self.setup.out / "finished" / str(number))  # outlives its checkpoint
+        middle = self._percent(number, TRAINING_SHARE)
+        self._enter("evaluating", middle, self._percent(number, 1.0))
+        entry = self.judge.entry(folder, answers)
+        entry = {
+            "label": course.label,
+            **entry,
+            "passed": passes(self.evaluation.gate, entry),
+            "num_steps": state.step,
+            "num_planned_steps": num_planned,
+            "best_step": state.first_step + (state.best_step or 0),
+            "train_seconds": round(state.trained_seconds, 1),
+            "stopped_early": state.is_done,
+            "trained_tokens": state.trained_tokens,
+        }
+        self.state = TrainState(
+            first_step=state.first_step + num_planned + 1,
+            num_threads=state.num_threads,
+            inputs_sha256=state.inputs_sha256,
+            finished=(*state.finished, entry),
+        )
+        self.setup = replace(self.setup, resume_dir=None, best_dir=None)
+
+    def _train(self, number: int, course: Course) -> tuple[TrainState, Path, int]:
+        """The state at the end, the folder of the best student, and how many steps there were to be."""
+        self._enter("training", 0.0, 0.0)
+        if self.num_courses > 1:
+            self.sink(MessageLine(message=f"training {course.name} ({number + 1} of {self.num_courses})"))
+        setup = replace(
+            course.setup(self.setup),
+            finished_dirs=self._finished_dirs,
+            num_courses_after=self.num_courses - number - 1,
+        )
+        trainer = Trainer(
+            setup,
+            self.state,
+            self.sink,
+            self.should_stop,
+            report=lambda share: self._percent(number, TRAINING_SHARE * share),
+        )
+        self.state, best_dir = trainer.run()
+        num_planned = trainer.total_steps
+        del trainer
+        gc.collect()  # modules refer to each other in cycles; their memory is wanted for the judgement
+        return self.state, best_dir, num_planned
+
+    def _enter(self, stage: StageName, percent: float, until: float) -> None:
+        self._span = (percent, until)
+        if stage != self._stage:
+            self._stage = stage
+            self.sink(StageLine(name=stage))
+
+    def _percent(self, number: int, share: float) -> float:
+        """Of the run, when that share of that course is done."""
+        done = (number + share) / self.num_courses
+        return round(self._trains_from + (TAUGHT_PERCENT - self._trains_from) * done, 1)
+
+    def _tell_judging(self, share: float) -> None:
+        if self.should_stop():
+            raise Stopped(self.state.job_step)
+        if self._throttle.is_due():
+            percent, until = self._span
+            percent = round(percent + (until - percent) * share, 1)
+            self.sink(ProgressLine(percent=percent, step=self.state.job_step))
+
+
+def _why(gate: Gate, entries: Sequence[Entry]) -> str:
+    """Why no student passes, and what to change."""
+    sign, bound = ("at least", gate.at_least) if gate.at_least is not None else ("at most", gate.at_most)
+    measured = [(entry[gate.metric], entry["label"]) for entry in entries if gate.metric in entry]
+    if not measured:
+        return f"{gate.metric}, which the gate asks for, could not be measured; gate on another metric"
+    value, label = (min if gate.metric in LESS_IS_BETTER else max)(measured)
+    return (
+        f"no student passes the gate: {gate.metric} is to be {sign} {bound:g}, and the best is {value:.4g} ({label}); "
+        "train for more epochs, ask for a larger student, or loosen the gate (the last checkpoint is kept)"
+    )
