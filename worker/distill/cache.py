@@ -1,13 +1,15 @@
-"""Teacher rows on disk: one folder a cache, named by a hash of all that determines its content.
+"""Teacher rows on disk: one folder a cache, named by hashes of all that determines its content.
 
-`rows.bin` holds a blob of fixed size for each data row, `marks.bin` eight bytes a data row: a flag above the blob's
-CRC-32, or zero. A blob counts only if its mark fits, so a run killed half-way, a lost page or a flipped bit costs a
+`rows.bin` holds a blob of fixed size for each data row, `index.bin` (with a mark in front) the row's name and that size, `marks.bin` eight
+bytes a data row: a flag above the blob's CRC-32, or zero. A blob counts only if its mark fits, so a run killed half-way, a lost page or a flipped bit costs a
 recomputation and never a wrong row. Space is reserved at creation: a full disk is met there and not in mid-run.
-Several runs may fill one cache at once, since all would write the same bytes.
+Several runs may fill one cache at once, since all would write the same bytes. A new cache begins with the rows that
+others of its family have: they were made alike, of other lists of rows.
 """
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import struct
@@ -22,6 +24,8 @@ import torch
 from torch import Tensor
 
 MARK_BYTES = 8
+NAME_BYTES = 16
+RECORD = struct.Struct(f"<{NAME_BYTES}sQ")  # of the index
 MARK_FLAG = 1 << 32  # tells the mark of a blob whose CRC is 0 from no mark
 LEFTOVER_SECONDS = 3600.0  # a hidden folder of this age belongs to a run that died
 
@@ -87,16 +91,19 @@ class RowCache:
 
 def cache_bytes(sizes: Sequence[int]) -> int:
     """Disk that a cache of these blobs takes."""
-    return sum(sizes) + MARK_BYTES * len(sizes)
+    return sum(sizes) + (MARK_BYTES + RECORD.size) * len(sizes) + MARK_BYTES
 
 
-def open_cache(folder: Path, key: str, sizes: Sequence[int], *, budget_bytes: int) -> RowCache | None:
-    """The cache `key` under `folder`, made if need be; None if the disk has no room for it.
+def open_cache(
+    folder: Path, family: str, names: Sequence[bytes], sizes: Sequence[int], *, budget_bytes: int
+) -> RowCache | None:
+    """The cache of these rows under `folder`, made if need be; None if the disk has no room for it.
 
-    Others are evicted, the least recently used first, to keep all caches together under the budget.
+    Two rows of a family with the same name have the same blob. Other caches are evicted, the least recently used first,
+    to keep all together under the budget.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / key
+    path = folder / f"{family}-{hashlib.sha256(b''.join(names)).hexdigest()[:32]}"
     while True:
         lock = _lock_folder(path, fcntl.LOCK_SH)
         if lock is not None:
@@ -106,7 +113,7 @@ def open_cache(folder: Path, key: str, sizes: Sequence[int], *, budget_bytes: in
             continue
         enforce_budget(folder, budget_bytes - cache_bytes(sizes))
         try:
-            _create(path, sizes)
+            _create(path, names, sizes)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 return None
@@ -138,7 +145,7 @@ def enforce_budget(folder: Path, budget_bytes: int) -> None:
             total_bytes -= num_bytes
 
 
-def _create(path: Path, sizes: Sequence[int]) -> None:
+def _create(path: Path, names: Sequence[bytes], sizes: Sequence[int]) -> None:
     fresh = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
@@ -149,12 +156,36 @@ def _create(path: Path, sizes: Sequence[int]) -> None:
                 os.posix_fallocate(descriptor, 0, max(1, num_bytes))
             finally:
                 os.close(descriptor)
+        index = b"".join(RECORD.pack(name, size) for name, size in zip(names, sizes, strict=True))
+        (fresh / "index.bin").write_bytes(_mark(index) + index)
+        with RowCache(fresh, os.open(fresh, os.O_RDONLY | os.O_DIRECTORY), sizes) as cache:
+            _copy_family(path, cache, {name: number for number, name in enumerate(names)}, sizes)
         fresh.rename(path)
     except OSError as error:
         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another run was faster: use its cache
             raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _copy_family(path: Path, cache: RowCache, numbers: dict[bytes, int], sizes: Sequence[int]) -> None:
+    """Stores what the family of `path` has of the rows with these names."""
+    for sibling in sorted(path.parent.glob(f"{path.name.partition('-')[0]}-*")):
+        lock = _lock_folder(sibling, fcntl.LOCK_SH)
+        if lock is None:
+            continue
+        index = (sibling / "index.bin").read_bytes()
+        mark, index = index[:MARK_BYTES], index[MARK_BYTES:]
+        records = list(RECORD.iter_unpack(index)) if mark == _mark(index) else []
+        with RowCache(sibling, lock, [size for _, size in records]) as other:
+            for place, (name, size) in enumerate(records):
+                number = numbers.get(name)
+                if number is None or size != sizes[number]:
+                    continue
+                blob = other.get(place)
+                if blob is not None:
+                    cache.put(number, blob)
+                    del numbers[name]
 
 
 def _lock_folder(path: Path, kind: int) -> int | None:
@@ -173,7 +204,7 @@ def _lock_folder(path: Path, kind: int) -> int | None:
     return None
 
 
-def _mark(data: memoryview) -> bytes:
+def _mark(data: memoryview | bytes) -> bytes:
     return struct.pack("<Q", MARK_FLAG | zlib.crc32(data))
 
 

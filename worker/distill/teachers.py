@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from worker.distill.batches import collate, cut_batches
 from worker.distill.bodies import decoder_states, transform_of
-from worker.distill.cache import RowCache, cache_bytes, open_cache
+from worker.distill.cache import NAME_BYTES, RowCache, cache_bytes, open_cache
 from worker.distill.data import Example
 from worker.distill.heads import ExpectedRows, Head, TeacherRows, expected_rows, top_rows
 from worker.distill.parallel import Ranks
@@ -253,8 +253,8 @@ def cached_teacher(
     for row_format, note in _formats(keeps, head, hidden_dtype, may_keep_top=may_keep_top):
         sizes = [row_format.blob_bytes(example.num_targets) for example in examples]
         if cache_bytes(sizes) <= budget_bytes:
-            key = _cache_key(identity, examples, row_format, head)
-            cache = open_cache(folder, key, sizes, budget_bytes=budget_bytes)
+            family, names = _family(identity, row_format, head), [_name(example) for example in examples]
+            cache = open_cache(folder, family, names, sizes, budget_bytes=budget_bytes)
             return CachedTeacher(load, head, examples, cache, row_format, note, masks)
     note = "the teacher's rows do not fit in the cache's budget: it runs at every step, which is slower"
     return CachedTeacher(load, head, examples, None, None, note, masks)
@@ -281,8 +281,8 @@ def _formats(
         yield RowFormat("top", TOP_K, torch.float32), note
 
 
-def _cache_key(identity: str, examples: Sequence[Example], row_format: RowFormat, head: Head) -> str:
-    """Hash of all that determines the cached bytes; threads and device do, by the order of their sums."""
+def _family(identity: str, row_format: RowFormat, head: Head) -> str:
+    """Hash of all but the rows that determines the cached bytes; threads and device do, by the order of their sums."""
     settings = {
         "identity": identity,
         "keeps": row_format.keeps,
@@ -292,11 +292,15 @@ def _cache_key(identity: str, examples: Sequence[Example], row_format: RowFormat
         "device": head.weight_VH.device.type,
         "num_threads": torch.get_num_threads(),
     }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for example in examples:
-        for ids in (example.source_ids, example.token_ids, example.target_positions):
-            digest.update(array("q", [len(ids), *ids]).tobytes())
-    return digest.hexdigest()
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _name(example: Example) -> bytes:
+    """Hash of all that the teacher's rows depend on."""
+    digest = hashlib.blake2b(digest_size=NAME_BYTES)
+    for ids in (example.source_ids, example.token_ids, example.target_positions):
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+    return digest.digest()
 
 
 def _bytes(values: Tensor, dtype: torch.dtype) -> Tensor:

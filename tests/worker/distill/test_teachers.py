@@ -321,6 +321,20 @@ def test_whatever_determines_the_rows_names_another_cache(
     assert len(list(opener.folder.iterdir())) == 2
 
 
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_other_lists_of_rows_compute_only_what_no_list_had(keeps: Keeps, opener: Opener) -> None:
+    first = opener(keeps)
+    expected = first.rows([4, 2, 0])
+    first.close()
+    opener.data_rows = [opener.data_rows[i] for i in (4, 3, 2, 0)]
+    teacher = opener(keeps)
+    assert_same_bits(teacher.rows([0, 2, 3]), expected)
+    assert teacher.num_computed == 0
+    teacher.rows([1])
+    assert teacher.num_computed == 1
+    teacher.close()
+
+
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
 def test_hidden_and_expected_rows_give_the_same_loss_and_gradient(ce_weight: float, opener: Opener) -> None:
     indices = [1, 2, 4]
