@@ -53,6 +53,7 @@ class Settings(BaseSettings):
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept beside the best one")
     teacher_cache_bytes: int = Field(20 * 2**30, ge=0, description="Disk for teacher caches and answers")
     num_threads: int = Field(0, ge=0, description="Compute threads of a trainer or engine; 0: all cores")
+    num_processes: int = Field(0, ge=0, description="Processes that train one student; 0: one a CUDA device")
     work_dir: str = Field("", description="Where runs lay their work folders; empty: <data-dir>/work")
 
     max_running_sequences: int = Field(

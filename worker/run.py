@@ -21,13 +21,16 @@ from transformers import PreTrainedModel
 
 from app.distillation import ExportFormat
 from worker.distill.errors import DistillError, TeacherGenerationFailed
+from worker.distill.parallel import ALONE, Ranks, join, leave
 from worker.distill.pipeline import distil
 from worker.distill.progress import ErrorLine, ResultLine, RunLine, StoppedLine
+from worker.distill.rollouts import sources_of
 from worker.distill.sampler import Generation
 from worker.distill.spec import RunSpec
 from worker.distill.trainer import Stopped
 from worker.errors import WorkerError
 from worker.export import Kind, check_architecture, check_exportable, export_gguf
+from worker.launch import exit_like, launch
 from worker.model_facts import model_facts
 from worker.serve.errors import ServeError
 from worker.serve.offline import Continuation, generate_all
@@ -97,11 +100,20 @@ class StopSignal:
         self.is_set = True
 
 
-def run(spec: RunSpec, out: Path, sink: Callable[[RunLine], None], should_stop: Callable[[], bool]) -> int:
+def run(
+    spec: RunSpec,
+    out: Path,
+    sink: Callable[[RunLine], None],
+    should_stop: Callable[[], bool],
+    ranks: Ranks = ALONE,
+) -> int:
     """Runs the spec and says how it ended; gives the exit status."""
     try:
         check_exports(spec)
-        outcome = distil(spec, out, sink, EngineSampler, should_stop)
+        outcome = distil(spec, out, sink, EngineSampler, should_stop, ranks)
+        leave()
+        if not ranks.is_first:
+            return 0
         facts = model_facts(out / outcome.folder)
         exports = export(spec, out, outcome.folder)
     except Stopped as stopped:
@@ -150,18 +162,31 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m worker.run", description=__doc__)
     parser.add_argument("spec", type=Path, help="a RunSpec as JSON")
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the student")
+    # of one among several processes, see launch.py
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--of", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--meeting", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    spec = RunSpec.model_validate_json(arguments.spec.read_bytes())
+    should_stop = StopSignal()
+    num_processes = spec.num_processes or max(1, torch.cuda.device_count())
+    if sources_of(spec.distillation):  # rollouts, and what is kept of them, are one process's
+        num_processes = 1
+    if arguments.of is None and num_processes > 1:
+        command = [str(arguments.spec), "--out", str(arguments.out)]
+        return exit_like(launch(command, num_processes, arguments.out / ".meeting", should_stop))
     lines = _take_over_stdout()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     hub.HF_HUB_OFFLINE = True
-    should_stop = StopSignal()
+    ranks = join(arguments.rank, arguments.of, arguments.meeting) if arguments.of else ALONE
 
     def write(line: RunLine) -> None:
-        lines.write(line.model_dump_json() + "\n")
+        if ranks.is_first or (isinstance(line, ErrorLine) and line.code == "out_of_memory"):
+            lines.write(line.model_dump_json() + "\n")
 
-    spec = RunSpec.model_validate_json(arguments.spec.read_bytes())
-    return run(spec, arguments.out, write, should_stop)
+    # the first decides for all when to stop
+    return run(spec, arguments.out, write, should_stop if ranks.is_first else lambda: False, ranks)
 
 
 def _take_over_stdout() -> TextIO:

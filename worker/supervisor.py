@@ -163,6 +163,7 @@ class Attempt:
             resume_dir=self._good_checkpoint(),
             seed=job.seed,
             num_threads=settings.num_threads,
+            num_processes=settings.num_processes,
             keep_checkpoints=settings.keep_checkpoints,
         )
 

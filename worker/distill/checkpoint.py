@@ -56,6 +56,7 @@ class TrainState(BaseModel):
     best_metrics: dict[str, float] = {}
     untrained_metrics: dict[str, float] = {}
     num_threads: int = 1
+    num_processes: int = 1
     inputs_sha256: str = ""
     replay_phi: float = 0.0
     replay_loss: float | None = None  # held-out, of the evaluation before

@@ -115,7 +115,7 @@ class Courses:
         self._span = (trains_from, trains_from)  # percentages between which a judgement is
         self._stage: StageName | None = None
         self._throttle = Throttle()
-        if setup.resume_dir is not None:
+        if setup.resume_dir is not None and setup.ranks.is_first:
             for number, folder in enumerate(self._finished_dirs):
                 link_folder(setup.resume_dir / "finished" / str(number), folder)
 
@@ -140,7 +140,8 @@ class Courses:
             state, baseline_dir, _ = self._train(len(self.courses), baseline)
             self.trained_tokens += state.trained_tokens
         self._enter("evaluating", TAUGHT_PERCENT, JUDGED_PERCENT)
-        result = self.judge.report(self.courses[chosen].recipe, folder, answers, baseline_dir)
+        recipe = self.courses[chosen].recipe
+        result = self.setup.ranks.from_first(lambda: self.judge.report(recipe, folder, answers, baseline_dir))
         ladder = [{**entry, "chosen": number == chosen} for number, entry in enumerate(entries)]
         return Graduate(folder, {**result, **{name: entries[chosen][name] for name in TRAINED}}, ladder)
 
@@ -152,10 +153,15 @@ class Courses:
         """Trains and judges one student, and goes on behind it."""
         course = self.courses[number]
         state, best_dir, num_planned = self._train(number, course)
-        folder = link_folder(best_dir, self.setup.out / "finished" / str(number))  # outlives its checkpoint
+        folder = self.setup.out / "finished" / str(number)
         middle = self._percent(number, TRAINING_SHARE)
         self._enter("evaluating", middle, self._percent(number, 1.0))
-        entry = self.judge.entry(folder, answers)
+
+        def judge() -> Entry:
+            link_folder(best_dir, folder)  # outlives its checkpoint
+            return self.judge.entry(folder, answers)
+
+        entry = self.setup.ranks.from_first(judge)
         entry = {
             "label": course.label,
             **entry,

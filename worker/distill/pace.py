@@ -62,7 +62,7 @@ class Means:
         self._num_targets = 0
 
     def add(
-        self, num_targets: int, *, loss_sum: float, kl_sum: float, num_agreeing: int, **others: float
+        self, num_targets: int, *, loss_sum: float, kl_sum: float, num_agreeing: float, **others: float
     ) -> None:
         """`others` are means already."""
         self._num_targets += num_targets

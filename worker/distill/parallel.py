@@ -106,13 +106,12 @@ class Ranks:
 ALONE = Ranks()
 
 
-def join(number: int, count: int, meeting: Path, device: str) -> Ranks:
+def join(number: int, count: int, meeting: Path) -> Ranks:
     """Meets the other processes by way of a file; returns when all are there."""
-    if count == 1:
-        return ALONE
     # torch does not say that it exports it
     store = dist.FileStore(str(meeting), count)  # type: ignore[attr-defined]
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    has_card = torch.cuda.device_count() >= count  # NCCL does not share one
+    backend = "cpu:gloo,cuda:nccl" if has_card else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     return Ranks(number, count)
 

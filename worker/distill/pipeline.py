@@ -14,10 +14,12 @@ from worker.distill.answers import AnswerFile
 from worker.distill.checkpoint import TrainState, link_folder, load_state
 from worker.distill.courses import Courses, Graduate, calibrated, plan_courses
 from worker.distill.data import Example
+from worker.distill.devices import find_device
 from worker.distill.evaluate import HeldOut, HeldOutRows
 from worker.distill.heads import head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Throttle
+from worker.distill.parallel import ALONE, Ranks
 from worker.distill.preparation import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
 from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine
 from worker.distill.report import Judge, Tell, View
@@ -44,20 +46,31 @@ class Outcome:
 
 
 def distil(
-    spec: RunSpec, out: Path, sink: Sink, sampler_for: SamplerFor, should_stop: Callable[[], bool]
+    spec: RunSpec,
+    out: Path,
+    sink: Sink,
+    sampler_for: SamplerFor,
+    should_stop: Callable[[], bool],
+    ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Runs `spec` to its end, or on from `spec.resume_dir`.
+    """Runs `spec` to its end, or on from `spec.resume_dir`; as one of several ranks, with the others.
 
     Raises Stopped when asked to stop, and DistillError for what trying again will not mend.
     """
-    return Pipeline(spec, out, sink, sampler_for, should_stop).run()
+    return Pipeline(spec, out, sink, sampler_for, should_stop, ranks).run()
 
 
 class Pipeline:
     """One run; its methods are its stages, in order."""
 
     def __init__(
-        self, spec: RunSpec, out: Path, sink: Sink, sampler_for: SamplerFor, should_stop: Callable[[], bool]
+        self,
+        spec: RunSpec,
+        out: Path,
+        sink: Sink,
+        sampler_for: SamplerFor,
+        should_stop: Callable[[], bool],
+        ranks: Ranks,
     ) -> None:
         self.spec = spec
         self.out = out
@@ -65,8 +78,10 @@ class Pipeline:
         self.sampler_for = sampler_for
         self.should_stop = should_stop
         self.block = spec.distillation
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pair = Teaching(spec, self.device)
+        self.ranks = ranks
+        card = find_device(ranks.number)
+        self.device = card.name
+        self.pair = Teaching(spec, self.device, card=card)
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> Outcome:
@@ -78,8 +93,9 @@ class Pipeline:
         check_rollouts(self.block, signal, has_one_tokenizer=self.pair.has_one_tokenizer)
         if signal.name != "logits":
             self.sink(MessageLine(message=f"teacher signal: {signal.name} ({signal.reason})"))
-        rows = self._rows()
-        self.pair = self._adapted_pair(rows)
+        # the others find the teacher's answers on file
+        rows = self.ranks.first_then_others(lambda: self._preparation().rows())
+        self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
         courses = calibrated(courses, rows.train)
         teacher = self.pair.cached_teacher(rows, courses[0].recipe)
         for note in teacher.notes:
@@ -87,7 +103,12 @@ class Pipeline:
         try:
             setup = self._setup(rows, courses[0].recipe, teacher, state)
             self._check_resumed(state, setup)
-            now = {"inputs_sha256": setup.inputs_sha256, "num_threads": torch.get_num_threads()}
+            self._place_teacher(teacher)
+            now = {
+                "inputs_sha256": setup.inputs_sha256,
+                "num_threads": torch.get_num_threads(),
+                "num_processes": self.ranks.count,
+            }
             taught = Courses(
                 courses,
                 setup,
@@ -104,10 +125,13 @@ class Pipeline:
         finally:
             teacher.close()
         self.sink(StageLine(name="exporting"))
+        num_computed = int(self.ranks.sum(teacher.num_computed)[0])
+        if not self.ranks.is_first:
+            return Outcome("student", graduate.result, taught.trained_tokens)
         link_folder(graduate.folder, self.out / "student")
         counts = {"num_train_rows": len(rows.train), "num_validation_rows": len(rows.valid)}
-        passes = round(teacher.num_computed / len(rows.teacher), 3)
-        used = {"num_teacher_rows_computed": teacher.num_computed, "teacher_passes": passes}
+        passes = round(num_computed / len(rows.teacher), 3)
+        used = {"num_teacher_rows_computed": num_computed, "teacher_passes": passes}
         result = {
             **graduate.result,
             **counts,
@@ -129,7 +153,25 @@ class Pipeline:
         paths = write_ladder(rungs, teacher, self.out, self.block.evaluation.gate)
         return tuple(path.name for path in paths)
 
-    def _rows(self) -> Rows:
+    def _place_teacher(self, teacher: CachedTeacher) -> None:
+        """Says where everything goes, and has the teacher work before the training where that is due."""
+        placed = self.pair.placement
+        if placed.message:
+            self.sink(MessageLine(message=placed.message))
+        if self.ranks.count > 1:
+            self.sink(MessageLine(message=f"{self.ranks.count} processes share every batch"))
+        if not teacher.is_cached or not (placed.is_teacher_first or self.ranks.count > 1):
+            return
+        throttle = Throttle()
+
+        def tell(num_done: int, num_wanted: int) -> None:
+            self._check_stop(step=0)
+            if throttle.is_due():
+                self.sink(ProgressLine(percent=LOADED_PERCENT, rows_done=num_done, rows_total=num_wanted))
+
+        teacher.fill(self.ranks, batch_tokens_of(self.block.hyperparameters), tell)
+
+    def _preparation(self) -> Preparation:
         return Preparation(
             spec=self.spec,
             teacher=self.pair.teacher,
@@ -139,7 +181,7 @@ class Pipeline:
             sampler=lambda: self.sampler_for(self.pair.load_teacher()),
             sink=self.sink,
             check_stop=lambda: self._check_stop(step=0),
-        ).rows()
+        )
 
     def _adapted_pair(self, rows: Rows) -> Teaching:
         """The pair, its teacher adapted to the rows where that is asked for."""
@@ -156,6 +198,8 @@ class Pipeline:
         pair = self.pair.adapted(rows, batch_tokens_of(self.block.hyperparameters), tell)
         if pair.adapted_dir is None:
             return pair
+        if not self.ranks.is_first:
+            return replace(pair, adapted_dir=self.out / "teacher")
         # other jobs' teachers may push this one off the disk: it must outlive that
         return replace(pair, adapted_dir=link_folder(pair.adapted_dir, self.out / "teacher"))
 
@@ -171,6 +215,11 @@ class Pipeline:
             self._warn(
                 f"the checkpoint was made with {state.num_threads} threads and the run goes on with {wanted}: it will be "
                 "close to, but not bit for bit, the uninterrupted one"
+            )
+        if self.spec.resume_dir is not None and state.num_processes != self.ranks.count:
+            self._warn(
+                f"the checkpoint was made by {state.num_processes} processes and the run goes on with {self.ranks.count}: "
+                "it will be close to, but not bit for bit, the uninterrupted one"
             )
         torch.set_num_threads(wanted)
         if self.device == "cpu":
@@ -193,12 +242,15 @@ class Pipeline:
         answers_path = None
         if rows.answer_keys:
             answers_path = self.out / "answers.jsonl"
-            rows.answers.copy_to(answers_path, rows.answer_keys)
+            if self.ranks.is_first:
+                rows.answers.copy_to(answers_path, rows.answer_keys)
         resume_dir, best_dir = self.spec.resume_dir, None
         if resume_dir is not None and state.best_step is not None:
             # the folder we resume from may be deleted while we run: the best student so far must outlive it
             source = resume_dir / ("model" if state.best_step == state.step else "best")
-            best_dir = link_folder(source, self.out / "best-before")
+            best_dir = self.out / "best-before"
+            if self.ranks.is_first:
+                link_folder(source, best_dir)
         return Setup(
             out=self.out,
             objective=self.pair.objective,
@@ -218,6 +270,8 @@ class Pipeline:
             device=self.device,
             resume_dir=resume_dir,
             best_dir=best_dir,
+            ranks=self.ranks,
+            autocast=self.pair.card.autocast,
             rollouts=plan_rollouts(self.spec, rows, len(tokenizer), self.sampler_for),
             features=self.pair.features(rows),
         )

@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from app.distillation import EarlyStopping, Hyperparameters, Objective
-from worker.distill.aligned import taught_loss
 from worker.distill.batches import BatchPlan, collate
-from worker.distill.bodies import hidden_rows
 from worker.distill.checkpoint import (
     Snapshot,
     TrainState,
@@ -27,10 +25,12 @@ from worker.distill.checkpoint import (
 from worker.distill.data import Example
 from worker.distill.errors import NanLoss
 from worker.distill.evaluate import HeldOut, HeldOutRows
-from worker.distill.features import FeaturePlan, Features, Terms
+from worker.distill.features import FeaturePlan, Features
+from worker.distill.gradients import Gradients
 from worker.distill.heads import head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Means, Pace, Throttle
+from worker.distill.parallel import ALONE, Ranks
 from worker.distill.progress import CheckpointLine, MetricsLine, ProgressLine, Sink
 from worker.distill.rates import parameter_groups, peak_learning_rate, scheduled
 from worker.distill.rollouts import Piece, RolloutPlan, Rollouts
@@ -78,6 +78,8 @@ class Setup:
     features: FeaturePlan | None = None
     finished_dirs: tuple[Path, ...] = ()  # students of the job's earlier courses
     num_courses_after: int = 0  # they are as many steps long as this one
+    ranks: Ranks = ALONE
+    autocast: torch.dtype | None = None  # what the student's body trains in, if not in its weights' float32
 
 
 def batch_tokens_of(h: Hyperparameters) -> int:
@@ -111,12 +113,24 @@ class Trainer:
         self.eval_steps = auto_steps if h.eval_steps == "auto" else h.eval_steps
         self.checkpoint_steps = self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
         self.valid = HeldOutRows(
-            setup.valid, first_index=len(setup.train), batch_tokens=batch_tokens, device=setup.device
+            setup.valid,
+            first_index=len(setup.train),
+            batch_tokens=batch_tokens,
+            device=setup.device,
+            ranks=setup.ranks,
         )
         self.best_dir = setup.best_dir
         self.model = load_student(setup.recipe, setup.resume_dir, seed=setup.seed).to(setup.device)
         self.head = head_of(self.model, setup.num_tokens)
         self.features = Features(setup.features, self.model) if setup.features else None
+        self.gradients = Gradients(
+            self.model,
+            self.head,
+            setup.teacher if setup.signal.has_distribution else None,
+            self.features,
+            setup.autocast,
+            setup.ranks,
+        )
         groups = parameter_groups(self.model, h.weight_decay)
         if self._projections is not None:
             groups.append({"params": list(self._projections.parameters()), "weight_decay": 0.0})
@@ -165,7 +179,8 @@ class Trainer:
     def _next_pieces(self) -> list[Piece]:
         numbers = self.plan.epoch(self.state.epoch)[self.state.batch]
         own = self.rollouts.pieces(self.state, numbers, self._while_answering)
-        return own or [Piece(collate(self.setup.train, numbers, self.setup.device))]
+        numbers = self.setup.ranks.share(numbers, self.plan.lengths)
+        return own or ([Piece(collate(self.setup.train, numbers, self.setup.device))] if numbers else [])
 
     def _while_answering(self) -> None:
         self._stop_if_asked()
@@ -183,63 +198,35 @@ class Trainer:
         rate = scheduled(self.state.step, self.total_steps, peak=self.learning_rate, warmup=h.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        num_targets = sum(piece.batch.num_targets for piece in pieces)
-        loss_sum = sum(self._backward(piece, num_targets) for piece in pieces)
+        sums = self.gradients.add(pieces, self._objective(), self._trained_parameters())
         norm = float(nn.utils.clip_grad_norm_(self._trained_parameters(), h.max_grad_norm))
-        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+        loss = sums.values["loss_sum"] / sums.num_targets
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NanLoss(
-                f"loss {loss_sum / num_targets} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or begin "
+                f"loss {loss} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or begin "
                 "with forward_kl (the last checkpoint is good)"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        num_tokens = sum(piece.batch.num_tokens for piece in pieces)
         num_batches = len(self.plan.epoch(self.state.epoch))
         is_border = self.state.batch + 1 == num_batches
         self._update(
             step=self.state.step + 1,
             epoch=self.state.epoch + is_border,
             batch=0 if is_border else self.state.batch + 1,
-            trained_tokens=self.state.trained_tokens + num_tokens,
+            trained_tokens=self.state.trained_tokens + sums.num_tokens,
         )
-        self._pace.count(num_tokens, seconds_left_out=self.rollouts.seconds)
+        self._means.add(sums.num_targets, **sums.values)
+        self._pace.count(sums.num_tokens, seconds_left_out=self.rollouts.seconds)
         if self.state.step % max(1, self.total_steps // METRIC_POINTS) == 0:
             values = {**self._means.take(), "learning_rate": rate, "grad_norm": norm}
             values |= self.rollouts.take_metrics(self.state)
             self.sink(MetricsLine(step=self.state.job_step, values=values))
         self._tell()
 
-    def _read(self, piece: Piece) -> tuple[Tensor, Terms | None]:
-        """The head's inputs, and the feature terms if any are asked for."""
-        if self.features:
-            return self.features.read(piece.batch, piece.rollouts)
-        return hidden_rows(self.model, piece.batch), None
-
     @property
     def _projections(self) -> nn.Module | None:
         return self.features.projections if self.features else None
-
-    def _backward(self, piece: Piece, num_targets: int) -> float:
-        """Adds a piece's gradient, and gives its rows' summed loss; num_targets is that of the whole step."""
-        teacher = piece.teacher_rows(self.setup.teacher) if self.setup.signal.has_distribution else None
-        hidden_NH, terms = self._read(piece)
-        loss, stats = taught_loss(
-            hidden_NH,
-            self.head,
-            piece.batch.targets_N,
-            teacher,
-            self._objective(),
-            denominator=num_targets,
-        )
-        (loss if terms is None else loss + terms.loss * (piece.batch.num_targets / num_targets)).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self._means.add(
-            piece.batch.num_targets,
-            loss_sum=stats.loss_sum,
-            kl_sum=stats.kl_sum,
-            num_agreeing=stats.num_agreeing,
-            **(terms.values if terms else {}),
-        )
-        return stats.loss_sum
 
     def _trained_parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -295,21 +282,23 @@ class Trainer:
             projections=self._projections,
             finished_dirs=setup.finished_dirs,
         )
-        folder = save_checkpoint(setup.out, snapshot)
         job_step, best_step = self.state.job_step, self.state.best_step
+        is_first = setup.ranks.is_first
+        folder = save_checkpoint(setup.out, snapshot) if is_first else setup.out / f"step-{job_step}"
         if is_best:
             self.best_dir = folder / "model"
         elif self.best_dir is not None:
             self.best_dir = folder / "best"
         self._saved_step, self._saved_at = step, time.monotonic()
         keep_step = None if best_step is None else self.state.first_step + best_step
-        prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=keep_step)
+        if is_first:
+            prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=keep_step)
         self.sink(
             CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=self.state.metrics)
         )
 
     def _stop_if_asked(self) -> None:
-        if self.should_stop():
+        if self.setup.ranks.any(self.should_stop()):
             self._checkpoint()
             raise Stopped(self.state.job_step)
 

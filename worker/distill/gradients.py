@@ -1,0 +1,88 @@
+"""The gradient of a step: of its pieces, and with several ranks of the shares that they have of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from worker.distill.aligned import taught_loss
+from worker.distill.bodies import hidden_rows
+from worker.distill.devices import autocast
+from worker.distill.features import Features, Terms
+from worker.distill.heads import Head
+from worker.distill.objectives import TokenObjective
+from worker.distill.parallel import Ranks
+from worker.distill.rollouts import Piece
+from worker.distill.teachers import CachedTeacher
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of a whole step. `values` has sums over targets, by the names of Means, and the feature terms, which are means."""
+
+    num_targets: int
+    num_tokens: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What gradients are made from; the teacher is None where its distribution is not used."""
+
+    model: PreTrainedModel
+    head: Head
+    teacher: CachedTeacher | None
+    features: Features | None
+    autocast: torch.dtype | None
+    ranks: Ranks
+
+    def add(
+        self, pieces: Sequence[Piece], objective: TokenObjective, parameters: Sequence[nn.Parameter]
+    ) -> Sums:
+        """Leaves the gradient of all ranks' pieces in the parameters of every rank. A rank may have none.
+
+        A token weighs the same wherever it is, because all divide by the targets of the whole step.
+        """
+        counts = [
+            sum(getattr(piece.batch, name) for piece in pieces) for name in ("num_targets", "num_tokens")
+        ]
+        num_targets, num_tokens = (int(count) for count in self.ranks.sum(*counts))
+        names = ("loss_sum", "kl_sum", "num_agreeing", *(self.features.names if self.features else ()))
+        values = dict.fromkeys(names, 0.0)
+        for piece in pieces:
+            for name, value in self._backward(piece, objective, num_targets).items():
+                values[name] += value
+        self.ranks.sum_gradients(parameters)
+        summed = self.ranks.sum(*values.values())
+        return Sums(num_targets, num_tokens, dict(zip(values, summed, strict=True)))
+
+    def _backward(self, piece: Piece, objective: TokenObjective, num_targets: int) -> dict[str, float]:
+        """Adds a piece's gradient. Feature terms are means over the piece, which weighs by its targets."""
+        batch = piece.batch
+        teacher = piece.teacher_rows(self.teacher) if self.teacher else None
+        with autocast(batch.targets_N.device.type, self.autocast):
+            hidden_NH, terms = self._read(piece)
+        loss, stats = taught_loss(
+            hidden_NH.to(self.head.weight_VH.dtype),
+            self.head,
+            batch.targets_N,
+            teacher,
+            objective,
+            denominator=num_targets,
+        )
+        values = {"loss_sum": stats.loss_sum, "kl_sum": stats.kl_sum}
+        values["num_agreeing"] = float(stats.num_agreeing)
+        if terms is not None:
+            share = batch.num_targets / num_targets
+            loss = loss + terms.loss * share
+            values |= {name: value * share for name, value in terms.values.items()}
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return values
+
+    def _read(self, piece: Piece) -> tuple[Tensor, Terms | None]:
+        """The head's inputs, and the feature terms if any are asked for."""
+        if self.features:
+            return self.features.read(piece.batch, piece.rollouts)
+        return hidden_rows(self.model, piece.batch), None
