@@ -1,5 +1,6 @@
 """A small distillation to run: tiny models, a few rows, one thread."""
 
+import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from worker.distill.spec import RunSpec
 from worker.run import EngineSampler
 
 Json = dict[str, Any]  # Any: open-ended JSON
+gc.freeze()  # what the imports made is not walked by every gc.collect of a run
 
 
 @pytest.fixture(autouse=True)
