@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from worker.distill.bodies import hidden_rows
 from worker.distill.checkpoint import load_state
 from worker.distill.errors import GateFailed, NanLoss, StudentTooDeep
 from worker.distill.pipeline import Outcome, distil
@@ -99,17 +98,10 @@ def test_a_ladder_is_taught_by_one_pass_of_its_teacher(
     trained = [line for line in told if line.total_steps]
     assert {line.total_steps for line in trained} == {20}
     assert trained[-1].step == 20
-
-
-def test_steps_rise_over_the_whole_job_and_no_two_courses_share_one(
-    run_job: Run, make_spec: MakeSpec
-) -> None:
-    _, sink = run_job(make_spec(ladder(1, 2), **STEPS))
-    saved = [line.step for line in lines(sink, CheckpointLine)]
-    assert saved == [3, 6, 10, 13]
+    assert [line.step for line in lines(sink, CheckpointLine)] == [3, 6, 10, 13, 17, 20]
     points = [(line.step, name) for line in lines(sink, MetricsLine) for name in line.values]
     assert len(points) == len(set(points))
-    assert [step for step, name in points if name == "valid_kl"] == [0, 3, 6, 7, 10, 13]
+    assert [step for step, name in points if name == "valid_kl"] == [0, 3, 6, 7, 10, 13, 14, 17, 20]
 
 
 class StopAtStep:
@@ -123,29 +115,31 @@ class StopAtStep:
         return any(line.step >= self.step for line in lines(self.sink, MetricsLine))
 
 
-@pytest.mark.parametrize(
-    ("stop_step", "newest"),
-    [(4, 4), pytest.param(7, 6, id="before the second course's first step"), (11, 11)],
-)
-def test_a_ladder_killed_in_any_course_ends_with_the_bits_of_one_that_was_not(
-    run_job: Run, make_spec: MakeSpec, tmp_path: Path, stop_step: int, newest: int
+def test_a_job_killed_in_any_course_ends_with_the_bits_of_one_that_was_not(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    spec = make_spec(ladder(1, 2, choose="best"), **STEPS)
+    spec = make_spec(ladder(1, 2, choose="best", ce_baseline=True), **STEPS)
     whole, _ = run_job(spec, out="whole")
-    stop = StopAtStep(stop_step)
-    with pytest.raises(Stopped) as stopped:
-        run_job(spec, out="first", sink=stop.sink, should_stop=stop)
-    assert stopped.value.step == stop_step
-    checkpoint = shutil.copytree(tmp_path / "first" / f"step-{newest}", tmp_path / f"step-{newest}")
-    shutil.rmtree(tmp_path / "first")  # the checkpoint is all that is left
-    resumed, _ = run_job(spec.model_copy(update={"resume_dir": checkpoint}), out="second")
     assert whole.result["ladder"][1]["chosen"]
-    for name in ("student", "finished/0", "finished/1"):
-        assert_same_bits(tmp_path / "whole" / name, tmp_path / "second" / name)
-    assert resumed.result["num_teacher_rows_computed"] == 0
-    for ours, theirs in zip(resumed.result["ladder"], whole.result["ladder"], strict=True):
-        assert {**ours, "train_seconds": 0} == {**theirs, "train_seconds": 0}
-    assert resumed.trained_tokens == whole.trained_tokens
+    students = ("student", "finished/0", "finished/1", "step-20/model")
+    # before the second course, in it, in the baseline
+    for stop_step, newest in ((7, 6), (11, 11), (18, 18)):
+        stop = StopAtStep(stop_step)
+        with pytest.raises(Stopped) as stopped:
+            run_job(spec, out="first", sink=stop.sink, should_stop=stop)
+        assert stopped.value.step == stop_step
+        checkpoint = shutil.copytree(
+            tmp_path / "first" / f"step-{newest}", tmp_path / str(stop_step) / f"step-{newest}"
+        )
+        shutil.rmtree(tmp_path / "first")  # the checkpoint is all that is left
+        resumed, _ = run_job(spec.model_copy(update={"resume_dir": checkpoint}), out=f"{stop_step}/out")
+        for name in students:
+            assert_same_bits(tmp_path / "whole" / name, tmp_path / str(stop_step) / "out" / name)
+        assert resumed.result["num_teacher_rows_computed"] == 0
+        assert resumed.trained_tokens == whole.trained_tokens
+        assert resumed.result["ce_baseline"] == whole.result["ce_baseline"]
+        for ours, theirs in zip(resumed.result["ladder"], whole.result["ladder"], strict=True):
+            assert {**ours, "train_seconds": 0} == {**theirs, "train_seconds": 0}
 
 
 def test_the_smallest_student_that_passes_the_gate_is_chosen(
@@ -214,33 +208,16 @@ def test_a_baseline_is_the_same_student_without_its_teacher(
     assert_same_bits(tmp_path / "out" / "step-25" / "model", tmp_path / "text" / "step-12" / "model")
 
 
-def test_a_killed_baseline_goes_on_beside_the_chosen_student(
-    run_job: Run, make_spec: MakeSpec, tmp_path: Path
-) -> None:
-    spec = make_spec(ladder(1, 2, choose="best", ce_baseline=True), **STEPS)
-    whole, _ = run_job(spec, out="whole")
-    stop = StopAtStep(18)
-    with pytest.raises(Stopped):
-        run_job(spec, out="first", sink=stop.sink, should_stop=stop)
-    resumed, _ = run_job(spec.model_copy(update={"resume_dir": tmp_path / "first" / "step-18"}), out="second")
-    for name in ("student", "step-20/model"):
-        assert_same_bits(tmp_path / "whole" / name, tmp_path / "second" / name)
-    assert resumed.result["ce_baseline"] == whole.result["ce_baseline"]
-    assert resumed.result["student"] == whole.result["student"]
-
-
 def test_a_loss_that_is_no_number_in_a_later_course_leaves_the_last_checkpoint(
-    run_job: Run, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
-    monkeypatch.setattr(
-        "worker.distill.trainer.hidden_rows",
-        lambda model, batch: (
-            hidden_rows(model, batch) * (torch.nan if model.config.num_hidden_layers == 2 else 1.0)
-        ),
-    )
+    broken = shutil.copytree(tiny_llama_dir, tmp_path / "broken")
+    tensors = weights(broken)
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = torch.nan  # the first student has no such layer
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     sink = MemorySink()
     with pytest.raises(NanLoss, match="at step 7"):
-        run_job(make_spec(ladder(1, 2), **STEPS), sink=sink)
+        run_job(make_spec(ladder(1, 2), spec={"start_dir": broken}, **STEPS), sink=sink)
     last = lines(sink, CheckpointLine)[-1]
     assert last.step == 6
     assert load_state(tmp_path / "out" / last.folder).step == 6
