@@ -23,6 +23,7 @@ from worker.distill.evaluate import HeldOutRows, rouge_l
 from worker.distill.heads import head_of, load_head
 from worker.distill.objectives import TokenObjective
 from worker.distill.progress import MetricsLine, RunLine, Sink
+from worker.distill.rollouts import Piece
 from worker.distill.signals import Signal
 from worker.distill.students import load_model, plan_student
 from worker.distill.teachers import CachedTeacher, Keeps, LiveTeacher, cached_teacher
@@ -47,7 +48,7 @@ def time_steps(task: Entry) -> Entry:
     for indices in task["batches"]:
         batch = collate(trainer.setup.train, indices)
         begun = time.perf_counter()
-        trainer._step(batch)
+        trainer._step([Piece(batch)])
         seconds.append(time.perf_counter() - begun)
     return {"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes(), "versions": versions()}
 
@@ -61,7 +62,7 @@ def time_pace(task: Entry) -> Entry:
         seconds = []
         for indices in batches:
             begun = time.perf_counter()
-            trainer._step(collate(trainer.setup.train, indices))
+            trainer._step([Piece(collate(trainer.setup.train, indices))])
             seconds.append(time.perf_counter() - begun)
         means.append(sum(seconds[1:]) / len(seconds[1:]))  # the first loads the teacher, or warms up
     return {"filling": means[0], "full": means[1], "num_batches": len(trainer.plan.epoch(0))}
@@ -72,7 +73,7 @@ def train(task: Entry) -> Entry:
     trainer = make_trainer(task, task["num_steps"])
     begun = time.perf_counter()
     while trainer.state.step < trainer.total_steps:
-        trainer._step(trainer._next_batch())
+        trainer._step(trainer._next_pieces())
     seconds = time.perf_counter() - begun
     trainer.model.save_pretrained(task["student_out"])
     return {"seconds": seconds, "num_steps": trainer.state.step, "peak_bytes": peak_bytes()}
