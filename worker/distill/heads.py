@@ -213,7 +213,7 @@ def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
     """Logits of a chunk, in the first rows of the scratch where torch's product writes them."""
     z_CV = scratch_CV[: len(hidden_CH)]
     if head.weight_VH.dtype == z_CV.dtype == torch.float32 and gemm.HAS_ONEDNN and z_CV.device.type == "cpu":
-        z_CV = gemm.product(hidden_CH, head.weight_VH)  # its own memory: oneDNN has no out=
+        z_CV = gemm.product(hidden_CH.to(z_CV.dtype), head.weight_VH)  # its own memory: oneDNN has no out=
     elif head.weight_VH.dtype == z_CV.dtype:
         torch.mm(hidden_CH.to(z_CV.dtype), head.weight_VH.t(), out=z_CV)
     else:
