@@ -12,7 +12,6 @@ from app.services.rows import CONVERSATIONS, UNANSWERED
 BLOCK = "method.distillation"
 NARROWABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "t5")  # whose width can be sliced
 EXPORTABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")  # to GGUF
-WITHOUT_RELATIONS = ("bart", "t5")  # their attention is not read
 SIGNAL = "objective.teacher_signal"
 
 
@@ -164,6 +163,11 @@ def outline_of(student: Student, start: ModelFacts) -> Outline:
 def settle_objective(objective: Objective, pair: Pair, outline: Outline) -> Objective:
     """What of the teacher is used, and what follows from it: text is learned by cross-entropy alone."""
     signal = settle_signal(objective.teacher_signal, pair, outline)
+    if objective.adaptation_steps not in ("auto", 0) and pair.teacher.family != "masked":
+        refuse(
+            "only a masked teacher is adapted to the rows; leave adaptation_steps out",
+            "objective.adaptation_steps",
+        )
     decided: dict[str, Any] = {"teacher_signal": signal}  # Any: fields of several types
     if signal == "text":
         decided["ce_weight"] = 1.0
@@ -273,12 +277,19 @@ def check_terms(objective: Objective, pair: Pair, outline: Outline) -> None:
             f"a {outline.architecture} student has no encoder; leave side out or use decoder",
             "objective.hidden.side",
         )
-    unreadable = [m.architecture for m in (outline, pair.teacher) if m.architecture in WITHOUT_RELATIONS]
-    if attention is not None and unreadable:
+    if hidden is not None and hidden.side == "encoder" and pair.teacher.family == "causal":
         refuse(
-            f"attention relations are not read from {unreadable[0]} models; use objective.hidden",
-            "objective.attention",
+            f"a {pair.teacher.architecture} teacher has no encoder; leave side out or use decoder",
+            "objective.hidden.side",
         )
+    heads = attention and attention.num_relation_heads
+    for model in (pair.teacher, pair.start):
+        if heads and model.hidden_size % heads:
+            refuse(
+                f"{heads} relation heads do not divide the {model.hidden_size} features of {model.architecture}; "
+                "leave num_relation_heads out",
+                "objective.attention.num_relation_heads",
+            )
     for param, model, number, depth in layer_numbers(objective, pair.teacher, outline):
         if not -depth <= number < depth:
             refuse(
@@ -316,6 +327,11 @@ def check_judgement(block: Distillation, pair: Pair) -> None:
         refuse(
             f"the gate asks for {gate.metric}, which is not measured; add it to evaluation.metrics, or use one of "
             f"{', '.join(sorted(measured - {'speed'}))}",
+            "evaluation.gate.metric",
+        )
+    if gate.metric in ("rouge_l", "exact_match") and pair.teacher.family == "masked":
+        refuse(
+            f"{pair.teacher.architecture} writes no answers to compare with; gate on kl, agreement or perplexity",
             "evaluation.gate.metric",
         )
     if gate.metric in ("kl", "agreement") and not pair.has_one_tokenizer:

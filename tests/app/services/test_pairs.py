@@ -260,8 +260,12 @@ def test_layer_maps_name_layers_that_exist(side: str, pairs: list[list[int]], fi
 
 def test_feature_terms_look_at_what_is_there() -> None:
     assert refused({"objective": {"hidden": {"side": "encoder"}}})[0] == "objective.hidden.side"
-    assert refused({"objective": {"attention": {}}}, "t5")[0] == "objective.attention"
-    assert decide({"objective": {"attention": {}}}, "gpt2").objective.attention is not None
+    from_encoder: Json = {"student": FRESH, "objective": {"hidden": {"side": "encoder"}}}
+    assert refused(from_encoder, "gpt2")[0] == "objective.hidden.side"
+    for start in ("t5", "gpt2"):
+        assert decide({"objective": {"attention": {}}}, start).objective.attention is not None
+    heads: Json = {"objective": {"attention": {"num_relation_heads": 7}}}
+    assert refused(heads, "gpt2")[0] == "objective.attention.num_relation_heads"
     asked: Json = {"objective": {"attention": {"student_layer": 2}}}  # half of four are kept
     assert refused(asked, "gpt2")[0] == "objective.attention.student_layer"
     narrow = {"init": "width", "hidden_size": 32}
@@ -281,6 +285,14 @@ def test_a_gate_is_measured() -> None:
     assert decide(gate("macro_f1", "macro_f1")).evaluation.gate is not None
     agreement = gate("agreement", "agreement")
     assert refused(agreement, "gpt2", "bloom", other_tokenizer=True)[0] == "evaluation.gate.metric"
+
+
+def test_a_masked_teacher_has_no_answers_to_gate_on_and_others_are_not_adapted() -> None:
+    gate = {"gate": {"metric": "rouge_l", "at_least": 0.5}}
+    assert refused({"student": FRESH, "evaluation": gate}, "bert")[0] == "evaluation.gate.metric"
+    steps: Json = {"objective": {"adaptation_steps": 10}}
+    assert refused(steps, "gpt2")[0] == "objective.adaptation_steps"
+    assert decide({"student": FRESH, **steps}, "bert").objective.adaptation_steps == 10
 
 
 def test_only_what_can_be_written_is_exported() -> None:

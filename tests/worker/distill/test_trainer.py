@@ -23,9 +23,10 @@ from worker.distill.progress import (
     ProgressLine,
     RunLine,
 )
+from worker.distill.rates import scheduled
 from worker.distill.spec import RunSpec
 from worker.distill.students import freeze_head, load_model
-from worker.distill.trainer import Stopped, scheduled
+from worker.distill.trainer import Stopped
 
 MakeSpec = Callable[..., RunSpec]
 Run = Callable[..., MemorySink]
