@@ -88,6 +88,7 @@ def _gpt2(sizes: FreshConfig, num_tokens: int, ids: Ids) -> PretrainedConfig:
         n_head=sizes.num_heads,
         n_inner=sizes.intermediate_size,
         n_positions=sizes.max_positions,
+        initializer_range=_spread(sizes),
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -109,6 +110,7 @@ def _llama(sizes: FreshConfig, num_tokens: int, ids: Ids) -> PretrainedConfig:
         num_attention_heads=sizes.num_heads,
         num_key_value_heads=sizes.num_heads,
         max_position_embeddings=sizes.max_positions,
+        initializer_range=_spread(sizes),
         tie_word_embeddings=True,
         **ids,
     )
@@ -124,6 +126,7 @@ def _bloom(sizes: FreshConfig, num_tokens: int, ids: Ids) -> PretrainedConfig:
         hidden_size=sizes.hidden_size,
         n_layer=sizes.num_layers,
         n_head=sizes.num_heads,
+        initializer_range=_spread(sizes),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         **ids,
@@ -155,6 +158,7 @@ def _encoder_decoder(sizes: FreshConfig, num_tokens: int, ids: Ids) -> Pretraine
             num_attention_heads=sizes.num_heads,
             intermediate_size=sizes.intermediate_size or 4 * sizes.hidden_size,
             max_position_embeddings=sizes.max_positions,
+            initializer_range=_spread(sizes),
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
             **ids,
@@ -172,6 +176,11 @@ def _encoder_decoder(sizes: FreshConfig, num_tokens: int, ids: Ids) -> Pretraine
 
 def _decoder_start(ids: Ids) -> int | None:
     return _first(ids["bos_token_id"], ids["pad_token_id"])
+
+
+def _spread(sizes: FreshConfig) -> float:
+    """Of the first weights: 0.02 at GPT-2's width. Narrower models start with flat attention then, and learn late."""
+    return float(0.02 * (768 / sizes.hidden_size) ** 0.5)
 
 
 def _gated_size(hidden_size: int) -> int:
