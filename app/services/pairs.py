@@ -283,10 +283,10 @@ def check_terms(objective: Objective, pair: Pair, outline: Outline) -> None:
             "objective.hidden.side",
         )
     heads = attention and attention.num_relation_heads
-    for model in (pair.teacher, pair.start):
-        if heads and model.hidden_size % heads:
+    for facts in (pair.teacher, pair.start):
+        if heads and facts.hidden_size % heads:
             refuse(
-                f"{heads} relation heads do not divide the {model.hidden_size} features of {model.architecture}; "
+                f"{heads} relation heads do not divide the {facts.hidden_size} features of {facts.architecture}; "
                 "leave num_relation_heads out",
                 "objective.attention.num_relation_heads",
             )
