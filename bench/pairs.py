@@ -158,7 +158,8 @@ def run_jobs(
     question = held_out[0]
     lines = [
         f'The last column is the answer to "{question["prompt"]}", which no student was trained on; the row\'s own '
-        f'completion is "{question["completion"]}".',
+        f'completion is "{question["completion"]}". KL and agreement are to the teacher\'s distributions, ROUGE-L to its '
+        "greedy answers; * to the rows' own completions, for a masked teacher writes none.",
         "",
         "| teacher | student | signal | parameters | KL | perplexity | agreement | ROUGE-L | seconds | answers |",
         "|---|---|---|---|---|---|---|---|---|---|",
@@ -261,6 +262,8 @@ def heading(seconds: float, load: float) -> list[str]:
         f"{today}, {where['cpu']}, {where['num_cpus']} cores, torch {torch.__version__}; "
         f"`.venv/bin/python -m bench.pairs` took {seconds / 60:.1f} minutes, {NUM_WORKERS} jobs at a time, "
         f"one thread each; load of the machine when it began: {load:.1f}.",
+        'One seed, small teachers trained for seconds on 336 rows of "who owns the lantern?" and the like: the figures '
+        "show that a pair works, not how well it does on your data.",
         "",
     ]
 
