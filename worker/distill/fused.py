@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from worker.distill.errors import VocabMismatch
 from worker.distill.heads import (
     Head,
+    HeadGradient,
     TeacherRows,
     matmul,
     new_scratch,
@@ -145,7 +146,7 @@ class _FusedLoss(torch.autograd.Function):
         dtype = scratch_dtype(job.head)
         sums_of = _Gradients(
             hidden_NH=torch.empty_like(hidden_NH) if needs_hidden else None,
-            weight_VH=torch.zeros_like(weight_VH, dtype=dtype) if needs_weight else None,
+            weight=HeadGradient(dtype) if needs_weight else None,
             bias_V=torch.zeros_like(bias_V, dtype=dtype) if needs_bias and bias_V is not None else None,
         )
         chunks = split_rows(len(hidden_NH), job.head, job.chunk_rows)
@@ -166,7 +167,7 @@ class _FusedLoss(torch.autograd.Function):
                 totals += _full_chunk(job, hidden_NH, rows, student_CV, teacher_CU, sums_of)
         ctx.save_for_backward(
             sums_of.hidden_NH,
-            None if sums_of.weight_VH is None else sums_of.weight_VH.to(weight_VH.dtype),
+            None if sums_of.weight is None else sums_of.weight.of(weight_VH),
             None if sums_of.bias_V is None or bias_V is None else sums_of.bias_V.to(bias_V.dtype),
         )
         ctx.mark_non_differentiable(totals)
@@ -186,7 +187,7 @@ class _Gradients:
     """The gradients as they gather; None where none is asked for."""
 
     hidden_NH: Tensor | None
-    weight_VH: Tensor | None
+    weight: HeadGradient | None
     bias_V: Tensor | None
 
     def add(self, head: Head, hidden_CH: Tensor, rows: slice, slope_CV: Tensor) -> None:
@@ -195,11 +196,8 @@ class _Gradients:
             self.hidden_NH[rows] = matmul(slope_CV, head.weight_VH)
         if self.bias_V is not None:
             self.bias_V.add_(slope_CV.sum(dim=0))
-        if self.weight_VH is not None:
-            if hidden_CH.dtype == slope_CV.dtype:
-                self.weight_VH.addmm_(slope_CV.t(), hidden_CH)
-            else:
-                self.weight_VH.add_(slope_CV.to(hidden_CH.dtype).t() @ hidden_CH)
+        if self.weight is not None:
+            self.weight.add(slope_CV, hidden_CH)
 
 
 def _full_chunk(
