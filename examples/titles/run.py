@@ -173,7 +173,7 @@ def run(data_dir: Path, console: Console, *, n_epochs: int, seed: int) -> Json:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.titles.run")
     parser.add_argument("--data-dir", type=Path, default=Path(".stillhouse"), help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the job with its result here")
     arguments = parser.parse_args()
