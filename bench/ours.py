@@ -147,7 +147,8 @@ def make_trainer(task: Entry, num_steps: int, sink: Sink = lambda line: None) ->
 
 def _set_up_torch(task: Entry) -> None:
     torch.set_num_threads(task["num_threads"])
-    torch.use_deterministic_algorithms(True)  # as every run on a CPU has it
+    torch.use_deterministic_algorithms(True)  # as every run on a CPU has it, and the next line, too
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _examples(task: Entry) -> tuple[list[Example], int]:
