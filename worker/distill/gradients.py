@@ -49,7 +49,8 @@ class Gradients:
             sum(getattr(piece.batch, name) for piece in pieces) for name in ("num_targets", "num_tokens")
         ]
         num_targets, num_tokens = (int(count) for count in self.ranks.sum(*counts))
-        names = ("loss_sum", "kl_sum", "num_agreeing", *(self.features.names if self.features else ()))
+        compared = ("kl_sum", "num_agreeing") if self._compares_tokens(objective) else ()
+        names = ("loss_sum", *compared, *(self.features.names if self.features else ()))
         values = dict.fromkeys(names, 0.0)
         for piece in pieces:
             for name, value in self._backward(piece, objective, num_targets).items():
@@ -72,14 +73,19 @@ class Gradients:
             objective,
             denominator=num_targets,
         )
-        values = {"loss_sum": stats.loss_sum, "kl_sum": stats.kl_sum}
-        values["num_agreeing"] = float(stats.num_agreeing)
+        values = {"loss_sum": stats.loss_sum}
+        if self._compares_tokens(objective):
+            values |= {"kl_sum": stats.kl_sum, "num_agreeing": float(stats.num_agreeing)}
         if terms is not None:
             share = batch.num_targets / num_targets
             loss = loss + terms.loss * share
             values |= {name: value * share for name, value in terms.values.items()}
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return values
+
+    def _compares_tokens(self, objective: TokenObjective) -> bool:
+        """Whether there is a KL to tell: without the teacher's distribution over one vocabulary there is none."""
+        return self.teacher is not None and objective.matches == "token"
 
     def _read(self, piece: Piece) -> tuple[Tensor, Terms | None]:
         """The head's inputs, and the feature terms if any are asked for."""

@@ -62,11 +62,18 @@ class Means:
         self._num_targets = 0
 
     def add(
-        self, num_targets: int, *, loss_sum: float, kl_sum: float, num_agreeing: float, **others: float
+        self,
+        num_targets: int,
+        *,
+        loss_sum: float,
+        kl_sum: float | None = None,
+        num_agreeing: float | None = None,
+        **others: float,
     ) -> None:
-        """`others` are means already."""
+        """`others` are means already; what is None has no series."""
         self._num_targets += num_targets
-        named = {"train_loss": loss_sum, "train_kl": kl_sum, "train_agreement": float(num_agreeing)}
+        sums = {"train_loss": loss_sum, "train_kl": kl_sum, "train_agreement": num_agreeing}
+        named = {name: float(value) for name, value in sums.items() if value is not None}
         named |= {name: value * num_targets for name, value in others.items()}
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in named.items()}
 

@@ -114,7 +114,7 @@ def test_feature_terms_come_on_top_of_distributions_and_fall(
 def test_hidden_states_alone_still_teach_the_text(make_pair: MakeSpec, run: Run, series: Series) -> None:
     sink = run(make_pair("bert", fresh("t5"), {"teacher_signal": "hidden"}))
     assert series(sink, "train_hidden")[-1] < series(sink, "train_hidden")[0]
-    assert series(sink, "train_kl") == [0.0] * 8  # no distribution is learned from
+    assert series(sink, "train_kl") == []  # no distribution is learned from
     assert series(sink, "train_loss")[-1] < series(sink, "train_loss")[0]
 
 
