@@ -74,6 +74,8 @@ def seconds_of(kind: Kind) -> Entry:
     a = torch.randn(inner, rows).t() if name == "gradient in W" else torch.randn(rows, inner)
     b = torch.randn(columns, inner) if name == "forward" else torch.randn(inner, columns).t()
     ways: dict[str, Callable[[], Tensor]] = {"mkl": lambda: a @ b.t(), "onednn": lambda: gemm.product(a, b)}
+    if name == "gradient in W":
+        ways["onednn"] = lambda: gemm.weight_gradient(a.t(), b.t())
     return {way: _best(multiply) for way, multiply in ways.items()}
 
 

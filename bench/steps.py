@@ -47,7 +47,8 @@ def measure_steps(case: Case, *, work: Path, num_threads: int, num_turns: int) -
                 failed[contender.name] = str(e)
                 print(f"{case.name} {contender.name} failed: {e}", flush=True)
         ours = [asdict(c) for c in case.contenders if c.engine == "ours"]
-        floors.append(ask_child(module("floor"), {**task, "contenders": ours}))
+        # with our own allocator settings: else fresh memory would slow the products and flatter the fraction
+        floors.append(ask_child(module("floor"), {**task, "contenders": ours}, keeps_memory=True))
         turns.append(answers)
     return _summary(case, turns, floors, failed)
 

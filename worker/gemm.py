@@ -7,6 +7,7 @@ device, another float, a torch without the operator) the same calls fall back to
 N rows, I and O features in and out.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,23 @@ def product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, bias_O, "none", [], "")
         return out
     return nn.functional.linear(a_NI, b_OI, bias_O)
+
+
+def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """grad^T x, not differentiable: the gradient in the weight of a linear layer."""
+    if _is_fast(grad_NO, x_NI):
+        # a primitive of its own: the product above would copy the transposed gradient first
+        operands = (grad_NO.contiguous().to_mkldnn(), x_NI.contiguous().to_mkldnn())
+        out: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(*operands, _any_weight(), False)[0]
+        return out.to_dense()
+    return grad_NO.t() @ x_NI
+
+
+@cache
+def _any_weight() -> Tensor:
+    """What the operator takes its result's kind from, and nothing else."""
+    weight: Tensor = torch.empty(1, 1).to_mkldnn()
+    return weight
 
 
 def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -138,6 +156,6 @@ class _Linear(torch.autograd.Function):
         grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         return (
             product(grad_NO, weight_OI.t()).view(x.shape) if needs_x else None,
-            product(grad_NO.t(), x_NI.t()) if needs_weight else None,
+            weight_gradient(grad_NO, x_NI) if needs_weight else None,
             grad_NO.sum(dim=0) if needs_bias else None,
         )

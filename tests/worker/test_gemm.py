@@ -40,6 +40,16 @@ def test_a_product_and_its_gradients_equal_torchs(shape: tuple[int, ...], has_bi
         assert_close(ours, theirs)
 
 
+def test_a_weights_gradient_is_the_same_to_the_bit_every_time() -> None:
+    torch.set_num_threads(2)
+    grad_NO, x_NI = torch.randn(301, 1536), torch.randn(301, 576)
+    first = gemm.weight_gradient(grad_NO, x_NI)
+    torch.testing.assert_close(
+        first, grad_NO.t() @ x_NI, atol=1e-4, rtol=1e-4
+    )  # sums of 301 in another order
+    assert all(torch.equal(gemm.weight_gradient(grad_NO, x_NI), first) for _ in range(10))
+
+
 def test_a_frozen_weight_gets_no_gradient_and_its_input_does() -> None:
     layer = nn.Linear(8, 8).requires_grad_(False)
     gemm.use_onednn(layer)

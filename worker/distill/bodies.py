@@ -3,7 +3,8 @@
 B batch, T tokens, S source tokens, N rows (completion positions in the order of hidden_BTH[keep_BT]), H hidden width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -11,11 +12,54 @@ from transformers import PreTrainedModel
 from worker.distill.batches import Batch
 from worker.distill.shapes import shape_of
 
+MOST_KEPT = 0.9  # of a batch's positions: above it, running at fewer saves nothing
+
 
 def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The head's inputs where the model predicts targets, [N, H]."""
-    rows_NH: Tensor = decoder_states(model, batch)[batch.keep_BT]
-    return transform_of(model)(rows_NH)
+    return transform_of(model)(decoder_states(model, batch)[batch.keep_BT])
+
+
+def hidden_rows_alone(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """`hidden_rows` for whoever reads nothing else: the last layer's MLP runs at those positions alone.
+
+    It works position by position, and after it nothing reads the others.
+    """
+    mlp = last_mlp(decoder_of(model))
+    if mlp is None or batch.num_targets > MOST_KEPT * batch.keep_BT.numel():
+        return hidden_rows(model, batch)
+    with _run_at(mlp, batch.keep_BT):
+        return hidden_rows(model, batch)
+
+
+def last_mlp(decoder: nn.Module) -> nn.Module | None:
+    """The last layer's MLP, where it is a module that maps states to states; None of OPT, BART and BERT."""
+    for name in ("layers", "h", "block"):
+        layers = getattr(decoder, name, None)
+        if isinstance(layers, nn.ModuleList):
+            parts = getattr(layers[-1], "layer", None)  # T5: the last of a layer's parts
+            return parts[-1] if isinstance(parts, nn.ModuleList) else getattr(layers[-1], "mlp", None)
+    return None
+
+
+@contextmanager
+def _run_at(mlp: nn.Module, keep_BT: Tensor) -> Iterator[None]:
+    """While it lasts the module sees the kept positions as rows, and its result is zero at the others."""
+
+    def take(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(state_BTH[keep_BT] for state_BTH in states)
+
+    def put(module: nn.Module, states: tuple[Tensor, ...], out_NH: Tensor) -> Tensor:
+        out_BTH = out_NH.new_zeros((*keep_BT.shape, out_NH.shape[-1]))
+        out_BTH[keep_BT] = out_NH
+        return out_BTH
+
+    handles = (mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def decoder_states(model: PreTrainedModel, batch: Batch) -> Tensor:

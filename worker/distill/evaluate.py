@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from worker.distill.batches import Batch, collate, cut_batches
-from worker.distill.bodies import hidden_rows
+from worker.distill.bodies import hidden_rows_alone
 from worker.distill.data import Example
 from worker.distill.fused import RowStats, fused_distillation_loss
 from worker.distill.heads import Head
@@ -111,7 +111,7 @@ class HeldOutRows:
         def measure_batch(batch: Batch) -> RowStats:
             numbers = [self.first_index + i for i in batch.indices]
             rows = None if teacher is None else teacher.rows(numbers)
-            hidden_NH = hidden_rows(model, batch)
+            hidden_NH = hidden_rows_alone(model, batch)
             _, stats = fused_distillation_loss(
                 hidden_NH, head, batch.targets_N, rows, objective, denominator=1.0, keeps_rows=True
             )

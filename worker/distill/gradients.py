@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from worker.distill.aligned import taught_loss
-from worker.distill.bodies import hidden_rows
+from worker.distill.bodies import hidden_rows_alone
 from worker.distill.devices import autocast
 from worker.distill.features import Features, Terms
 from worker.distill.heads import Head
@@ -91,4 +91,4 @@ class Gradients:
         """The head's inputs, and the feature terms if any are asked for."""
         if self.features:
             return self.features.read(piece.batch, piece.rollouts)
-        return hidden_rows(self.model, piece.batch), None
+        return hidden_rows_alone(self.model, piece.batch), None

@@ -19,9 +19,12 @@ from worker.distill.objectives import row_dot
 from worker.distill.shapes import bare_model, read_config
 from worker.distill.topk import TopRows
 
-CPU_CHUNK_ROWS = 128  # measured: fewer starve the matrix product, more leave the cache
-DEVICE_CHUNK_BYTES = 2**28  # of one chunk's logits, on a GPU
-CPU_GROUP_BYTES = 2**20  # logits that the elementwise passes take at a time, so that they stay in the cache
+CPU_CHUNK_BYTES = (
+    2**26
+)  # of one chunk's logits; measured: fewer starve the matrix product, more only take memory
+DEVICE_CHUNK_BYTES = 2**28  # the same on a GPU
+LEAST_CHUNK_ROWS = 64
+CPU_GROUP_BYTES = 2**21  # logits that the elementwise passes take at a time, so that they stay in the cache
 BART_BIAS = "final_logits_bias"  # a buffer beside the head, [1, V], never trained
 
 
@@ -235,7 +238,7 @@ def matmul(slope_CV: Tensor, weight_VH: Tensor) -> Tensor:
 class HeadGradient:
     """The gradient in a head's matrix: sum of slope^T h over chunks, in `dtype`.
 
-    On a CPU a product by oneDNN and an addition take two thirds of the time of MKL's addmm_ (bench/LOG.md).
+    On a CPU a product by oneDNN and an addition take half the time of MKL's addmm_ (bench/LOG.md).
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -243,7 +246,7 @@ class HeadGradient:
         self._sum_VH: Tensor | None = None
 
     def add(self, slope_CV: Tensor, hidden_CH: Tensor) -> None:
-        part_VH = gemm.product(slope_CV.to(hidden_CH.dtype).t(), hidden_CH.t())
+        part_VH = gemm.weight_gradient(slope_CV.to(hidden_CH.dtype), hidden_CH)
         if self._sum_VH is None:
             self._sum_VH = part_VH.to(self._dtype)
         else:
@@ -267,8 +270,8 @@ def new_scratch(chunks: list[slice], head: Head) -> Tensor:
 
 def split_rows(num_rows: int, head: Head, chunk_rows: int | None) -> list[slice]:
     """Chunks of nearly equal size: a last one of two rows would read the whole head for little."""
-    is_cpu = head.weight_VH.device.type == "cpu"
-    most = chunk_rows or (CPU_CHUNK_ROWS if is_cpu else max(128, DEVICE_CHUNK_BYTES // (4 * head.num_tokens)))
+    num_bytes = CPU_CHUNK_BYTES if head.weight_VH.device.type == "cpu" else DEVICE_CHUNK_BYTES
+    most = chunk_rows or max(LEAST_CHUNK_ROWS, num_bytes // (4 * head.num_tokens))
     num_chunks = -(-num_rows // most)
     edges = [num_rows * i // num_chunks for i in range(num_chunks + 1)] if num_chunks else []
     return [slice(start, stop) for start, stop in pairwise(edges)]
@@ -279,4 +282,5 @@ def split_groups(z_CV: Tensor) -> list[slice]:
     size = max(1, len(z_CV))
     if z_CV.device.type == "cpu":
         size = max(1, CPU_GROUP_BYTES // (z_CV.element_size() * z_CV.shape[1]))
+        size -= size % 2 if size > 1 else 0  # rows are dealt out to the threads whole
     return [slice(start, start + size) for start in range(0, len(z_CV), size)]

@@ -14,6 +14,7 @@ from worker.distill.fresh import build_fresh, fresh_config
 from worker.distill.layers import first_and_last, keep_layers, layer_counts
 from worker.distill.lora import add_lora, load_lora_tensors
 from worker.distill.shapes import model_class, read_config, shape_of
+from worker.distill.short_attention import use_short_attention
 from worker.distill.width import narrow_config, sizes_of, slice_width
 from worker.gemm import use_onednn
 
@@ -116,6 +117,7 @@ def load_student(recipe: StudentRecipe, resume_dir: Path | None, *, seed: int) -
     else:
         model = load_model(resume_dir / "model")
     use_onednn(model)
+    use_short_attention(model)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, seed=seed)
         if resume_dir is not None:

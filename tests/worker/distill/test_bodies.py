@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from tests.tiny import save_tiny
 from worker.distill.batches import collate
-from worker.distill.bodies import hidden_rows
+from worker.distill.bodies import MOST_KEPT, decoder_of, hidden_rows, hidden_rows_alone, last_mlp
 from worker.distill.data import Example
 from worker.distill.heads import head_of, new_scratch, split_rows, write_logits
 from worker.distill.shapes import CAUSAL, SEQ2SEQ
@@ -44,3 +46,41 @@ def test_states_of_a_padded_batch_give_the_logits_of_each_row_alone(family: str,
             alone.append(model(**inputs).logits[0][[p - 1 for p in example.target_positions]])
     # float32 sums in another order: padding changes the shapes of the products
     torch.testing.assert_close(logits_NV, torch.cat(alone), atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("family", sorted((*CAUSAL, *SEQ2SEQ)))
+def test_the_last_mlp_at_the_targets_alone_gives_the_same_rows_and_gradients(
+    family: str, tmp_path: Path
+) -> None:
+    model = load_model(save_tiny(tmp_path, family, num_layers=2))
+    examples = examples_of(has_source=family in SEQ2SEQ)
+    batch = collate(examples, range(len(examples)))
+    assert batch.num_targets < MOST_KEPT * batch.keep_BT.numel()  # so that it is asked for
+    rows_NH = {}
+    gradients = {}
+    for way in (hidden_rows, hidden_rows_alone):
+        model.zero_grad()
+        rows_NH[way] = way(model, batch)
+        weights_NH = torch.randn(rows_NH[way].shape, generator=torch.Generator().manual_seed(0))
+        (rows_NH[way] * weights_NH).sum().backward()
+        gradients[way] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    # float32 products of other shapes
+    torch.testing.assert_close(rows_NH[hidden_rows_alone], rows_NH[hidden_rows], atol=1e-5, rtol=1e-5)
+    assert gradients[hidden_rows_alone].keys() == gradients[hidden_rows].keys()
+    for name, gradient in gradients[hidden_rows].items():
+        torch.testing.assert_close(gradients[hidden_rows_alone][name], gradient, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gpt_neox", "t5"])
+def test_the_last_mlp_reads_no_other_positions(family: str, tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path, family, num_layers=2))
+    examples = examples_of(has_source=family in SEQ2SEQ)
+    batch = collate(examples, range(len(examples)))
+    mlp = last_mlp(decoder_of(model))
+    assert mlp is not None
+    seen: list[int] = []
+    linear = next(m for m in mlp.modules() if isinstance(m, nn.Linear | Conv1D))
+    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel() // args[0].shape[-1]))
+    hidden_rows_alone(model, batch)
+    hidden_rows(model, batch)
+    assert seen == [batch.num_targets, batch.keep_BT.numel()]
