@@ -107,3 +107,9 @@ class TimedOut(StillhouseError):
     status = 504
     type = "server_error"
     code = "request_timeout"
+
+
+def envelope(error: StillhouseError) -> dict[str, dict[str, str | None]]:
+    return {
+        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
+    }

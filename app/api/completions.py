@@ -14,9 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.body import StrictRoute
 from app.api.deps import Principal, require
-from app.api.errors import envelope
 from app.contracts import Delta, Done
-from app.errors import BadRequest, StillhouseError
+from app.errors import BadRequest, StillhouseError, envelope
 from app.flow import Flow
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody

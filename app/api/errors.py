@@ -1,8 +1,5 @@
 """Every error as the OpenAI envelope `{"error": {"message", "type", "param", "code"}}`."""
 
-from collections.abc import Sequence
-from typing import Any
-
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -10,10 +7,17 @@ from starlette.exceptions import HTTPException
 
 from app.db.paging import UnknownCursor
 from app.db.session import DatabaseUnavailable, PoolExhausted
-from app.errors import BadRequest, Conflict, NotFound, StillhouseError, TooLarge, Unauthenticated, Unavailable
-
-Detail = dict[str, Any]  # Any: pydantic describes a fault in open-ended terms
-VALUE_FAULTS_SAY = "Value error, "
+from app.errors import (
+    BadRequest,
+    Conflict,
+    NotFound,
+    StillhouseError,
+    TooLarge,
+    Unauthenticated,
+    Unavailable,
+    envelope,
+)
+from app.faults import bad_request
 
 
 def install(app: FastAPI) -> None:
@@ -24,12 +28,6 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(UnknownCursor, _cursor)
     app.add_exception_handler(DatabaseUnavailable, _database)
     app.add_exception_handler(PoolExhausted, _database)
-
-
-def envelope(error: StillhouseError) -> dict[str, dict[str, str | None]]:
-    return {
-        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
-    }
 
 
 def error_response(error: StillhouseError) -> JSONResponse:
@@ -81,41 +79,3 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     return error_response(bad_request(error.errors(), error.body))
-
-
-def bad_request(details: Sequence[Detail], body: object) -> BadRequest:
-    """The first fault of a request, named by its place in what the client sent."""
-    first = details[0]
-    param = param_path(first, body)
-    if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "it ends too early")
-        return BadRequest(f"the body is not valid JSON: {reason}", "invalid_json")
-    if first["type"] == "missing":
-        what = f"missing required parameter: {param}" if param else "the request has no JSON body"
-        return BadRequest(what, "missing_required_parameter", param or None)
-    if first["type"] == "extra_forbidden":
-        return BadRequest(f"unknown parameter: {param}", "unknown_parameter", param)
-    same_place = [detail for detail in details if param_path(detail, body) == param]
-    reasons = dict.fromkeys(
-        str(d["msg"]).removeprefix(VALUE_FAULTS_SAY).removeprefix("Input ") for d in same_place
-    )
-    return BadRequest(
-        f"invalid value for {param or 'the body'}: {', or '.join(reasons)}", param=param or None
-    )
-
-
-def param_path(detail: Detail, body: object) -> str:
-    """`a.b[0].c`, without the names of union branches that pydantic puts into its locations."""
-    source, *steps = detail["loc"]
-    if source != "body":
-        return str(steps[0]) if steps else str(source)
-    path, here = "", body
-    for number, step in enumerate(steps, 1):
-        is_last = number == len(steps)
-        if isinstance(here, dict) and step in here:
-            here, path = here[step], f"{path}.{step}" if path else str(step)
-        elif isinstance(here, list) and isinstance(step, int) and step < len(here):
-            here, path = here[step], f"{path}[{step}]"
-        elif is_last and detail["type"] in {"missing", "extra_forbidden"}:
-            path = f"{path}.{step}" if path else str(step)
-    return path
