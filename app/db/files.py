@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from app.contracts import TERMINAL
 from app.db.paging import Order, keyset_page
-from app.db.tables import File, Job
+from app.db.tables import ENDED_BATCHES, Batch, File, Job
 
 
 def insert_file(session: Session, **columns: Any) -> File:  # Any: the columns of File, by name
@@ -51,14 +51,17 @@ def delete_file(session: Session, project_id: str, file_id: str) -> bool:
     return session.scalar(gone.returning(File.id)) is not None
 
 
-def active_jobs_of_file(session: Session, project_id: str, file_id: str) -> list[str]:
-    """Ids of the jobs that have not ended and read this file."""
-    query = select(Job.id).where(
+def readers_of_file(session: Session, project_id: str, file_id: str) -> list[str]:
+    """Ids of the jobs and batches that have not ended and read this file."""
+    jobs = select(Job.id).where(
         Job.project_id == project_id,
         or_(Job.training_file_id == file_id, Job.validation_file_id == file_id),
         Job.status.not_in(TERMINAL),
     )
-    return list(session.scalars(query.order_by(Job.id)))
+    batches = select(Batch.id).where(
+        Batch.project_id == project_id, Batch.input_file_id == file_id, Batch.status.not_in(ENDED_BATCHES)
+    )
+    return [*session.scalars(batches.order_by(Batch.id)), *session.scalars(jobs.order_by(Job.id))]
 
 
 def _is_alive() -> ColumnElement[bool]:

@@ -5,10 +5,10 @@ from typing import Literal, TypeVar
 from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import Session
 
-from app.db.tables import Checkpoint, File, Job
+from app.db.tables import Batch, Checkpoint, File, Job
 
 Order = Literal["asc", "desc"]
-Row = TypeVar("Row", File, Job, Checkpoint)
+Row = TypeVar("Row", File, Job, Checkpoint, Batch)
 
 
 class UnknownCursor(LookupError):

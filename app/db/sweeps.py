@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app.contracts import TERMINAL, JobFailure, JobStatus
 from app.db import leases
 from app.db.lifecycle import move
-from app.db.tables import Attempt, Checkpoint, File, IdempotencyKey, Job, Model
+from app.db.tables import ENDED_BATCHES, Attempt, Batch, Checkpoint, File, IdempotencyKey, Job, Model
 
 LEADER_LOCK: Final = 7_355_609  # any number that nothing else locks
 BATCH: Final = 100  # rows a rule takes in one pass; the rest comes with the next
@@ -142,11 +142,14 @@ def forget_checkpoints(session: Session, ids: Collection[str]) -> None:
 
 
 def forget_expired_files(session: Session) -> list[str]:
-    """Drops the rows of expired files that no waiting or running job reads; gives their store keys."""
-    readers = select(Job.id).where(
+    """Drops the rows of expired files that no job and no batch still reads; gives their store keys."""
+    jobs = select(Job.id).where(
         Job.status.not_in(TERMINAL), (Job.training_file_id == File.id) | (Job.validation_file_id == File.id)
     )
-    expired = select(File.id).where(File.expires_at <= func.now(), ~readers.correlate(File).exists())
+    batches = select(Batch.id).where(Batch.status.not_in(ENDED_BATCHES), Batch.input_file_id == File.id)
+    expired = select(File.id).where(
+        File.expires_at <= func.now(), ~jobs.correlate(File).exists(), ~batches.correlate(File).exists()
+    )
     gone = delete(File).where(File.id.in_(_batch(expired, BATCH)))
     gone = gone.execution_options(synchronize_session=False)
     return list(session.scalars(gone.returning(File.store_key)))

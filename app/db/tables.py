@@ -1,6 +1,7 @@
 """ORM classes. The schema itself changes only by migrations; these mirror it."""
 
 from datetime import datetime
+from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import (
@@ -16,6 +17,7 @@ from sqlalchemy import (
     MetaData,
     Sequence,
     String,
+    Text,
     UniqueConstraint,
     func,
     text,
@@ -223,6 +225,85 @@ class Checkpoint(Table):
         UniqueConstraint("job_id", "lease_token", "step"),
         CheckConstraint("status IN ('committed', 'corrupt', 'deleting')", name="status"),
     )
+
+
+class BatchStatus(StrEnum):
+    """States of a batch, by OpenAI's names. `validating` is checked already, and waits for a runner."""
+
+    validating = "validating"
+    failed = "failed"
+    in_progress = "in_progress"
+    finalizing = "finalizing"
+    completed = "completed"
+    expired = "expired"
+    cancelling = "cancelling"
+    cancelled = "cancelled"
+
+
+ENDED_BATCHES = frozenset(
+    {BatchStatus.failed, BatchStatus.completed, BatchStatus.expired, BatchStatus.cancelled}
+)
+
+
+class Batch(Table):
+    """A file of generation requests. Every write of the API process that runs it is fenced by lease_token."""
+
+    __tablename__ = "batches"
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(String(64))
+    endpoint: Mapped[str] = mapped_column(String(32))
+    status: Mapped[str] = mapped_column(String(16))
+    batch_metadata: Mapped[Json] = mapped_column("metadata", JSONB, server_default=text("'{}'"))
+    input_file_id: Mapped[str] = mapped_column(String(64))
+    input_key: Mapped[str] = mapped_column(String(255))
+    output_file_id: Mapped[str | None] = mapped_column(String(64))
+    error_file_id: Mapped[str | None] = mapped_column(String(64))
+    output_expires_seconds: Mapped[int | None] = mapped_column(Integer)
+    errors: Mapped[list[Json] | None] = mapped_column(JSONB)
+    num_requests: Mapped[int] = mapped_column(Integer, server_default="0")
+    num_completed: Mapped[int] = mapped_column(Integer, server_default="0")
+    num_failed: Mapped[int] = mapped_column(Integer, server_default="0")
+    lease_token: Mapped[int | None] = mapped_column(BigInteger)
+    lease_expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
+
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+    expires_at: Mapped[datetime] = mapped_column(Timestamp)
+    in_progress_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    finalizing_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    completed_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    failed_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    expired_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    cancelling_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    cancelled_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    __table_args__ = (
+        CheckConstraint(
+            "status IN ('validating', 'failed', 'in_progress', 'finalizing', 'completed', 'expired', "
+            "'cancelling', 'cancelled')",
+            name="status",
+        ),
+        CheckConstraint(
+            "(lease_token IS NULL) = (lease_expires_at IS NULL) AND (lease_token IS NULL "
+            "OR status IN ('in_progress', 'finalizing', 'cancelling'))",
+            name="lease_only_while_run",
+        ),
+        CheckConstraint("(status = 'failed') = (errors IS NOT NULL)", name="errors_iff_failed"),
+        Index("ix_batches_page", "project_id", "created_at", "id"),
+        Index(
+            "ix_batches_active",
+            "created_at",
+            postgresql_where=text("status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"),
+        ),
+    )
+
+
+class BatchResult(Table):
+    """The line that the answer to one input line is in the output file; gone when the file is made."""
+
+    __tablename__ = "batch_results"
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    line: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    is_error: Mapped[bool] = mapped_column(Boolean)
+    output: Mapped[str] = mapped_column(Text)
 
 
 class IdempotencyKey(Table):

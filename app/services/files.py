@@ -254,13 +254,13 @@ def get_file(project_id: str, file_id: str) -> File:
 
 
 def delete_file(project_id: str, file_id: str) -> None:
-    """Forgets a file and then its bytes; raises Conflict while a job needs it."""
+    """Forgets a file and then its bytes; raises Conflict while a job or a batch needs it."""
     with transaction() as session:
         row = files.find_file(session, project_id, file_id)
-        # Deleting comes first: it waits for a job that is just being queued, which the next line then sees.
+        # Deleting comes first: it waits for a job or batch that is just being queued, which the next line then sees.
         if row is None or not files.delete_file(session, project_id, file_id):
             raise NotFound(f"the file {file_id!r} does not exist", param="file_id")
-        users = files.active_jobs_of_file(session, project_id, file_id)
+        users = files.readers_of_file(session, project_id, file_id)
         if users:
             raise Conflict(
                 f"the file {file_id!r} is in use by {', '.join(users)}", "resource_in_use", "file_id"

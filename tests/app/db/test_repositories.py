@@ -63,9 +63,9 @@ def test_an_expired_file_is_gone(session: Session) -> None:
 def test_a_file_is_in_use_until_its_jobs_have_ended(session: Session, add_job: AddJob) -> None:
     add_job("trains", training_file_id="f")
     add_job("validates", validation_file_id="f")
-    assert files.active_jobs_of_file(session, "p", "f") == ["trains", "validates"]
+    assert files.readers_of_file(session, "p", "f") == ["trains", "validates"]
     move(session, "trains", JobStatus.cancelled, message="x")
-    assert files.active_jobs_of_file(session, "p", "f") == ["validates"]
+    assert files.readers_of_file(session, "p", "f") == ["validates"]
 
 
 def test_a_model_id_is_taken_once(session: Session, add_job: AddJob) -> None:
