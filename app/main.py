@@ -8,10 +8,11 @@ import structlog
 from fastapi import FastAPI
 
 from app import auth, queue
-from app.api import completions, errors, files, health, jobs, models
+from app.api import batches, completions, errors, files, health, jobs, models
 from app.api.middleware import RequestFrame
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.logs import configure_logging
+from app.services.batch_runner import BatchRunner
 from app.services.reconcile import Reconciler
 from app.settings import Settings, get_settings
 from app.stream import Switchboard
@@ -34,8 +35,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.switchboard = Switchboard(settings)
+    app.state.batch_runner = BatchRunner(app.state.switchboard)
     errors.install(app)
-    for module in (files, jobs, models, completions, health):
+    for module in (files, jobs, models, completions, batches, health):
         app.include_router(module.router)
     app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
     return app
@@ -48,9 +50,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     reconciler = ReconcilerThread(settings.reconcile_seconds)
     reconciler.start()
     await app.state.switchboard.start()
+    await app.state.batch_runner.start()
     try:
         yield
     finally:
+        await app.state.batch_runner.stop()  # first, so that what it stops is cancelled on the workers
         await app.state.switchboard.stop()
         reconciler.stop()
 

@@ -33,13 +33,15 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(512 * 2**20, gt=0, description="Largest upload")
     max_line_bytes: int = Field(2**20, gt=0, description="Longest line of an uploaded JSONL file")
     max_files_per_project: int = Field(10_000, gt=0, description="Files a project may keep")
-    max_active_jobs_per_project: int = Field(100, gt=0, description="Jobs of a project that have not ended")
+    max_active_jobs_per_project: int = Field(
+        100, gt=0, description="Jobs, and batches, of a project that have not ended"
+    )
     max_body_bytes: int = Field(4 * 2**20, gt=0, description="Largest JSON request body")
     min_free_bytes: int = Field(2**30, ge=0, description="Disk that must stay free beside what a job needs")
 
     heartbeat_seconds: float = Field(10.0, gt=0, description="How often a train worker renews its lease")
     lease_seconds: float = Field(
-        90.0, gt=0, description="Silence after which another worker may take the job"
+        90.0, gt=0, description="Silence after which another may take the job, or the batch"
     )
     reconcile_seconds: float = Field(5.0, gt=0, description="How often the reconciler looks")
     ring_again_seconds: float = Field(
@@ -66,6 +68,9 @@ class Settings(BaseSettings):
         400_000, ge=1, description="Tokens reserved by admitted requests, per API"
     )
     max_requests_per_key: int = Field(64, ge=1, description="Generation requests of one key at once, per API")
+    max_batch_sequences: int = Field(
+        8, ge=1, le=256, description="Sequences that batches have in the engine at once, per API"
+    )
     request_timeout_seconds: float = Field(
         600.0, gt=0, description="A generation request ends after this long"
     )

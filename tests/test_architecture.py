@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "worker")
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
-MAX_PLANE_LINES = {"app": 9000, "worker": 14000}  # docs/decisions/0005-the-engine-grows.md
+MAX_PLANE_LINES = {"app": 9800, "worker": 14000}  # docs/decisions/0005-the-engine-grows.md, 0006-batches.md
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 
 

@@ -20,6 +20,7 @@ from app.db.session import transaction
 from app.main import create_app
 from app.settings import Settings
 from app.storage import store
+from tests.serve_worker import WorkerProcess, wait_for
 
 START_SECONDS = 20
 PROJECT = "acme"
@@ -133,3 +134,31 @@ def stranger(service: Service) -> Iterator[openai.OpenAI]:
     """A client with a key of another project."""
     with service.client(service.new_key("rival")) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def shared_worker(
+    valkey_url: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[WorkerProcess, Path]]:
+    """A worker for all tests of a module, and the store it reads: starting one takes longer than what they ask."""
+    folder = tmp_path_factory.mktemp("worker")
+    settings = {"STORE_URL": str(folder / "store"), "SERVE_HEARTBEAT_SECONDS": "0.2", "NUM_THREADS": "1"}
+    environment = {f"STILLHOUSE_{name}": value for name, value in settings.items()}
+    worker = WorkerProcess(valkey_url, folder / "log", environment)
+    yield worker, folder / "store"
+    worker.close()
+
+
+@pytest.fixture
+def worker(
+    shared_worker: tuple[WorkerProcess, Path],
+    service: Service,
+    settings_env: Callable[..., Settings],
+    request: Any,
+) -> WorkerProcess:
+    """The worker, and the tiny model under the name `tiny`."""
+    worker, store_folder = shared_worker
+    settings_env(store_url=store_folder, serve_heartbeat_seconds=0.2)
+    request.getfixturevalue("register")()
+    wait_for(lambda: worker.id in worker.ids(), 5, "the fixture that empties Valkey took the heartbeat")
+    return worker

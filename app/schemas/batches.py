@@ -1,0 +1,104 @@
+"""HTTP bodies of /v1/batches, and the lines of a batch's files."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, StringConstraints
+
+from app.db.tables import Batch
+from app.schemas.jobs import Body, FileId, Json, Metadata, seconds
+
+Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
+
+
+class OutputExpiresAfter(Body):
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
+
+
+class CreateBatch(Body):
+    input_file_id: FileId
+    endpoint: Endpoint
+    completion_window: Literal["24h"]
+    metadata: Metadata | None = None
+    output_expires_after: OutputExpiresAfter | None = None
+
+
+class BatchRequest(Body):
+    """A line of an input file; url and body are judged by the batch's endpoint."""
+
+    custom_id: Annotated[str, StringConstraints(min_length=1, max_length=512)]
+    method: str
+    url: str
+    body: Json
+
+
+class BatchError(BaseModel):
+    """What is wrong with a line of the input file."""
+
+    code: str
+    line: int | None
+    message: str
+    param: str | None
+
+
+class BatchErrors(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[BatchError]
+
+
+class RequestCounts(BaseModel):
+    """Requests that were answered, and that ran and failed; what never ran is in neither."""
+
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchObject(BaseModel):
+    """OpenAI's Batch."""
+
+    id: str
+    object: Literal["batch"] = "batch"
+    endpoint: str
+    errors: BatchErrors | None
+    input_file_id: str
+    completion_window: Literal["24h"] = "24h"
+    status: str
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int | None
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None
+
+    @classmethod
+    def of(cls, row: Batch) -> "BatchObject":
+        return cls(
+            id=row.id,
+            endpoint=row.endpoint,
+            errors=None if row.errors is None else BatchErrors(data=[BatchError(**e) for e in row.errors]),
+            input_file_id=row.input_file_id,
+            status=row.status,
+            output_file_id=row.output_file_id,
+            error_file_id=row.error_file_id,
+            created_at=int(row.created_at.timestamp()),
+            in_progress_at=seconds(row.in_progress_at),
+            expires_at=seconds(row.expires_at),
+            finalizing_at=seconds(row.finalizing_at),
+            completed_at=seconds(row.completed_at),
+            failed_at=seconds(row.failed_at),
+            expired_at=seconds(row.expired_at),
+            cancelling_at=seconds(row.cancelling_at),
+            cancelled_at=seconds(row.cancelled_at),
+            request_counts=RequestCounts(
+                total=row.num_requests, completed=row.num_completed, failed=row.num_failed
+            ),
+            metadata=row.batch_metadata or None,
+        )

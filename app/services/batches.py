@@ -1,0 +1,91 @@
+"""Batches: accepted once, with all that is wrong with their lines told at once; read, and asked to stop."""
+
+from app.auth import Principal
+from app.db import batches, files
+from app.db.ids import new_id
+from app.db.session import Session, transaction
+from app.db.tables import Batch, BatchStatus, File
+from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded
+from app.schemas.batches import BatchObject, CreateBatch
+from app.services.batch_lines import find_faults
+from app.services.jobs import Accepted, Attempted, claim, find_replay, fingerprint, remember
+from app.settings import get_settings
+
+ROUTE = "POST /v1/batches"
+
+
+def create_batch(principal: Principal, asked: CreateBatch, attempted: Attempted) -> Accepted:
+    """Takes in a batch, or one that has failed for what is wrong with its lines."""
+    sha256 = fingerprint(asked.model_dump(mode="json"))
+    replay = find_replay(principal, ROUTE, attempted, sha256)
+    if replay is not None:
+        return replay
+    settings = get_settings()
+    with transaction() as session:
+        demand_room(session, principal.project_id)
+        file = input_file(session, principal.project_id, asked.input_file_id)
+    num_requests, faults = find_faults(
+        file.store_key, project_id=principal.project_id, endpoint=asked.endpoint, settings=settings
+    )
+    with transaction() as session:
+        stored = claim(session, principal, ROUTE, attempted, sha256)
+        if stored is not None:
+            return Accepted(stored, is_replay=True)
+        demand_room(session, principal.project_id)
+        # Once more, because it may have been deleted meanwhile; from here on it cannot be.
+        input_file(session, principal.project_id, asked.input_file_id)
+        batch = batches.insert_batch(
+            session,
+            id=new_id("batch_"),
+            project_id=principal.project_id,
+            endpoint=asked.endpoint,
+            batch_metadata=asked.metadata or {},
+            input_file_id=file.id,
+            input_key=file.store_key,
+            output_expires_seconds=asked.output_expires_after.seconds if asked.output_expires_after else None,
+            num_requests=0 if faults else num_requests,
+            errors=[fault.model_dump() for fault in faults],
+        )
+        body = BatchObject.of(batch).model_dump(mode="json")
+        remember(session, principal, ROUTE, attempted, body)
+    return Accepted(body, is_replay=False)
+
+
+def demand_room(session: Session, project_id: str) -> None:
+    most = get_settings().max_active_jobs_per_project
+    if batches.count_active(session, project_id) >= most:
+        raise QuotaExceeded(
+            f"the project has {most} batches that have not ended; wait for one, or cancel one"
+        )
+
+
+def input_file(session: Session, project_id: str, file_id: str) -> File:
+    """The project's file, kept from being deleted until the transaction ends; raises BadRequest."""
+    row = files.find_file(session, project_id, file_id, lock=True)
+    if row is None:
+        message = f"the file {file_id!r} does not exist; upload it with POST /v1/files"
+        raise BadRequest(message, "resource_not_found", "input_file_id")
+    if row.purpose != "batch":
+        message = f"the file {file_id!r} has the purpose {row.purpose}; upload it again as batch"
+        raise BadRequest(message, "invalid_file", "input_file_id")
+    return row
+
+
+def get_batch(session: Session, project_id: str, batch_id: str) -> Batch:
+    """The project's batch with this id; raises NotFound."""
+    row = batches.find_batch(session, project_id, batch_id)
+    if row is None:
+        raise NotFound(f"the batch {batch_id!r} does not exist", param="batch_id")
+    return row
+
+
+def cancel_batch(project_id: str, batch_id: str) -> Batch:
+    """Asks a batch to stop, which it does within seconds; what was answered so far is kept."""
+    with transaction() as session:
+        before = get_batch(session, project_id, batch_id)
+        if before.status in {BatchStatus.cancelling, BatchStatus.cancelled}:
+            return before
+        after = batches.request_cancel(session, batch_id)
+        if after is None:
+            raise Conflict(f"the batch is {before.status}; it can no longer be cancelled")
+        return after
