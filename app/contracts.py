@@ -128,9 +128,11 @@ class Message(Contract):
 
 
 class Sampling(Contract):
-    """How one request picks tokens. temperature 0 is greedy; top_k 0 and top_p 1 switch the filters off.
+    """How one request picks tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch the filters off.
 
     fits_context: max_tokens is cut to what the context leaves beside the prompt, instead of a refusal.
+    logit_bias: pairs of a token and what is added to its logit. best_of: so many choices are written, and the n
+    with the highest mean log-probability given. echo: the prompt's text comes first.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] = 16
@@ -138,16 +140,24 @@ class Sampling(Contract):
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: Annotated[int, Field(ge=0)] = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     ignore_eos: bool = False
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    echo: bool = False
 
 
 class GenerateRequest(Contract):
     """One prompt for a serve worker; exactly one of text, tokens and messages is given.
 
-    Choice i of n samples with seed + i. deadline_at is in seconds since the epoch.
+    Choice i of n, or of best_of, samples with seed + i. deadline_at is in seconds since the epoch.
     """
 
     id: str
@@ -160,6 +170,11 @@ class GenerateRequest(Contract):
     n: Annotated[int, Field(ge=1, le=128)] = 1
     sampling: Sampling = Sampling()
     deadline_at: float
+
+    @property
+    def num_sequences(self) -> int:
+        """Choices that are written, of which n are given."""
+        return max(self.n, self.sampling.best_of or 1)
 
 
 class TokenLogprob(Contract):

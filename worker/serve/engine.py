@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
 
 from app.contracts import Delta, Done, GenerateRequest, Reply
+from worker.serve.best_of import BestOf
 from worker.serve.decoder import Decoder, Sequence
-from worker.serve.errors import BadLogits, DeadlinePassed, ServeError, failure_of
+from worker.serve.errors import BadLogits, DeadlinePassed, EchoUnsupported, ServeError, failure_of
+from worker.serve.logits import processor_for, refuse_unknown_tokens
 from worker.serve.prompts import end_id_of, prompt_tokens
 from worker.serve.sampling import Chooser, Pick, seeded_generator
 from worker.serve.stream import Piece, TextStream, TokenText
@@ -47,11 +50,13 @@ class Engine(Protocol):
 
 @dataclass
 class _Live:
-    """A request under way."""
+    """A request under way. `echoes` holds the prompt's text for each choice that has not said it yet."""
 
     request: GenerateRequest
     num_prompt_tokens: int
     streams: list[TextStream]
+    echoes: dict[int, str]
+    best_of: BestOf | None
     num_open: int
     num_completion_tokens: int = 0
 
@@ -77,6 +82,8 @@ class TransformersEngine:
         self._end_ids = end_ids(self.model, self.tokenizer)
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]  # a method, typed as a tensor
         self._vocab_size: int = embeddings.num_embeddings
+        config: Any = self.model.config  # of an encoder-decoder, the half that writes may have other words
+        self._num_logits: int = config.get_text_config(decoder=True).vocab_size
 
     @property
     def num_running(self) -> int:
@@ -97,31 +104,63 @@ class TransformersEngine:
                 vocab_size=self._vocab_size,
                 context=self._decoder.context,
             )
+            refuse_unknown_tokens(request.sampling, self._num_logits)
+            if request.sampling.echo and self._has_encoder:
+                raise EchoUnsupported(
+                    "this model's answer does not continue the prompt, which its encoder reads; leave echo out"
+                )
         except ServeError as error:
             self._outbox.append(failure_of(request.id, error))
             return
+        self._live[request.id] = self._begin(request, prompt)
+        for choice in range(request.num_sequences):
+            self._decoder.add(self._sequence(request, prompt, choice))
+
+    @property
+    def _has_encoder(self) -> bool:
+        return self._decoder.context.source_tokens is not None
+
+    def _begin(self, request: GenerateRequest, prompt: tuple[int, ...]) -> _Live:
+        sampling, num_sequences = request.sampling, request.num_sequences
+        before = () if self._has_encoder else prompt  # what an encoder reads is not continued
+        stream_of = partial(
+            TextStream, self._text, prompt=before, stop=sampling.stop, min_tokens=sampling.min_tokens
+        )
+        shown = request.text if request.text is not None else self._text.decode(prompt)
+        return _Live(
+            request,
+            len(prompt),
+            streams=[stream_of() for _ in range(num_sequences)],
+            echoes=dict.fromkeys(range(num_sequences), shown) if sampling.echo else {},
+            best_of=BestOf(num_sequences) if num_sequences > request.n else None,
+            num_open=num_sequences,
+        )
+
+    def _sequence(self, request: GenerateRequest, prompt: tuple[int, ...], choice: int) -> Sequence:
         sampling = request.sampling
-        # what an encoder reads is not continued
-        before = prompt if self._decoder.context.source_tokens is None else ()
-        streams = [TextStream(self._text, prompt=before, stop=sampling.stop) for _ in range(request.n)]
-        self._live[request.id] = _Live(request, len(prompt), streams, num_open=request.n)
-        for choice in range(request.n):
-            seed = None if sampling.seed is None else sampling.seed + choice
-            sequence = Sequence(
-                request_id=request.id,
-                prompt=prompt,
-                max_tokens=min(sampling.max_tokens, self._decoder.context.room_for(len(prompt))),
-                end_ids=frozenset() if sampling.ignore_eos else self._end_ids,
-                chooser=Chooser(
-                    temperature=sampling.temperature,
-                    top_k=sampling.top_k,
-                    top_p=sampling.top_p,
-                    num_logprobs=sampling.logprobs,
-                    generator=seeded_generator(seed),
-                ),
-                choice=choice,
-            )
-            self._decoder.add(sequence)
+        seed = None if sampling.seed is None else sampling.seed + choice
+        num_logprobs = sampling.logprobs
+        if num_logprobs is None and request.num_sequences > request.n:
+            num_logprobs = 0  # best_of ranks by those of the chosen tokens
+        end_ids = frozenset() if sampling.ignore_eos else self._end_ids
+        # as generate() has it, for repetition_penalty: a decoder behind an encoder has read its start token alone
+        context = (self._decoder.batch.family.start_token,) if self._has_encoder else prompt
+        return Sequence(
+            request_id=request.id,
+            prompt=prompt,
+            max_tokens=min(sampling.max_tokens, self._decoder.context.room_for(len(prompt))),
+            end_ids=end_ids,
+            chooser=Chooser(
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+                min_p=sampling.min_p,
+                num_logprobs=num_logprobs,
+                generator=seeded_generator(seed),
+                processor=processor_for(sampling, context=context, end_ids=end_ids),
+            ),
+            choice=choice,
+        )
 
     def abort(self, request_id: str) -> None:
         self._outbox = [reply for reply in self._outbox if reply.id != request_id]
@@ -149,6 +188,8 @@ class TransformersEngine:
                 )
             ]
         live.num_completion_tokens += 1
+        if live.best_of is not None and pick.logprob is not None:
+            live.best_of.record(sequence.choice, pick.logprob)
         stream = live.streams[sequence.choice]
         reason = sequence.finish_reason
         piece = stream.end() if reason == "stop" else stream.push(pick, is_last=reason == "length")
@@ -158,19 +199,23 @@ class TransformersEngine:
             reason = "stop"
         if not (reason or piece.text or piece.picks):
             return []
-        replies: list[Reply] = [self._delta(live, sequence.choice, piece, reason)]
+        delta = self._delta(live, sequence.choice, piece, reason)
+        replies: list[Reply] = [delta] if live.best_of is None else []
+        if live.best_of is not None:
+            live.best_of.hold(delta)
         if reason:
             live.num_open -= 1
-        if not live.num_open:
-            del self._live[live.request.id]
-            replies.append(
-                Done(
-                    id=live.request.id,
-                    prompt_tokens=live.num_prompt_tokens,
-                    completion_tokens=live.num_completion_tokens,
-                )
-            )
-        return replies
+        return replies if live.num_open else replies + self._end(live)
+
+    def _end(self, live: _Live) -> list[Reply]:
+        del self._live[live.request.id]
+        done = Done(
+            id=live.request.id,
+            prompt_tokens=live.num_prompt_tokens,
+            completion_tokens=live.num_completion_tokens,
+        )
+        best = [] if live.best_of is None else live.best_of.best(live.request.n)
+        return [*best, done]
 
     def _delta(
         self, live: _Live, choice: int, piece: Piece, reason: Any
@@ -181,7 +226,7 @@ class TransformersEngine:
         return Delta(
             id=live.request.id,
             choice=choice,
-            text=piece.text,
+            text=live.echoes.pop(choice, "") + piece.text,
             tokens=tuple(pick.token for pick in piece.picks if pick.token is not None),
             logprobs=logprobs,
             finish_reason=reason,

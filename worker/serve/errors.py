@@ -23,6 +23,18 @@ class InvalidMessages(ServeError):
     param = "messages"
 
 
+class InvalidLogitBias(ServeError):
+    code = "invalid_value"
+    status = 400
+    param = "logit_bias"
+
+
+class EchoUnsupported(ServeError):
+    code = "unsupported_parameter"
+    status = 400
+    param = "echo"
+
+
 class NoChatTemplate(ServeError):
     code = "no_chat_template"
     status = 400

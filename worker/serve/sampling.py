@@ -1,12 +1,20 @@
-"""Picks one token a row: greedy, or by temperature, top-k and top-p, each row with its own generator."""
+"""Picks one token a row, each row with its own generator.
 
-# N rows, V vocabulary, P rows sampled without a filter, B blocks of W tokens, C candidates, best first,
+In this order: logit_bias and penalties change the raw logits (worker/serve/logits.py), temperature divides them, and
+top_k, top_p and min_p, each in what the one before has left, say which tokens may be drawn. Temperature 0 takes
+the best token after penalties. Log-probabilities are those of the raw logits.
+"""
+
+# N rows, V vocabulary, P rows sampled without top-k and top-p, B blocks of W tokens, C candidates, best first,
 # K of them kept, R rows of a cumulated mass
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from worker.serve.logits import LogitsProcessor, process_logits
 
 MIN_TEMPERATURE = 1e-5  # below, only the best token has any mass, and logits over it overflow
 BLOCK = 256  # about the square root of a large vocabulary, so that both looks are short
@@ -30,15 +38,18 @@ class Chooser:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     num_logprobs: int | None = None
     generator: torch.Generator = field(default_factory=lambda: seeded_generator(None))
+    processor: LogitsProcessor | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < MIN_TEMPERATURE
 
     @property
-    def is_filtered(self) -> bool:
+    def is_ranked(self) -> bool:
+        """Whether tokens must be put in order first, which min_p alone does not need."""
         return self.top_k > 0 or self.top_p < 1.0
 
 
@@ -52,30 +63,48 @@ class Pick:
 
 
 def pick_tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Pick]:
-    """One pick a row of float32 logits. A row's pick does not depend on its neighbours."""
+    """One pick a row of float32 logits. A row's pick does not depend on its neighbours.
+
+    Rows must not share memory: logits are changed where a row's processor says so, and put back.
+    """
+    changed = process_logits(logits_NV, [chooser.processor for chooser in choosers])
+    tokens = _choose(logits_NV, choosers)
+    if changed is not None:
+        changed.put_back(logits_NV)
+    picks = [Pick(token) for token in tokens]
+    for row, (token, chooser) in enumerate(zip(tokens, choosers, strict=True)):
+        if token is None:
+            continue
+        if chooser.processor is not None:
+            chooser.processor.record(token)
+        if chooser.num_logprobs is not None:
+            picks[row] = _with_logprobs(logits_NV[row], token, chooser.num_logprobs)
+    return picks
+
+
+def _choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
     best_N, greedy_N = logits_NV.max(dim=-1)
     is_good = torch.isfinite(best_N).tolist()  # max passes NaN on
     tokens: list[int] = greedy_N.tolist()
     sampled = [row for row, c in enumerate(choosers) if not c.is_greedy and is_good[row]]
-    plain = [row for row in sampled if not choosers[row].is_filtered]
+    plain = [row for row in sampled if not choosers[row].is_ranked]
     if plain:
         drawn = _draw_from_all(logits_NV[plain], [choosers[row] for row in plain])
         for row, token in zip(plain, drawn, strict=True):
             tokens[row] = token
     for row in sampled:
-        if choosers[row].is_filtered:
+        if choosers[row].is_ranked:
             tokens[row] = _draw_from_best(logits_NV[row], choosers[row])
-    picks = [Pick(token if good else None) for token, good in zip(tokens, is_good, strict=True)]
-    for row, chooser in enumerate(choosers):
-        if chooser.num_logprobs is not None and is_good[row]:
-            picks[row] = _with_logprobs(logits_NV[row], tokens[row], chooser.num_logprobs)
-    return picks
+    return [token if good else None for token, good in zip(tokens, is_good, strict=True)]
 
 
 def _draw_from_all(logits_PV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     """Inverse transform sampling in two looks, first for the block and then within it; overwrites its logits."""
     temperature_P1 = torch.tensor([[c.temperature] for c in choosers], device=logits_PV.device)
     weights_PV = logits_PV.sub_(logits_PV.amax(-1, keepdim=True)).div_(temperature_P1).exp_()
+    if any(c.min_p for c in choosers):
+        min_p_P1 = torch.tensor([[c.min_p] for c in choosers], device=logits_PV.device)
+        weights_PV.masked_fill_(weights_PV < min_p_P1, 0.0)  # the best token weighs 1
     padding = -weights_PV.shape[1] % BLOCK
     weights_PBW = torch.nn.functional.pad(weights_PV, (0, padding)).view(len(choosers), -1, BLOCK)
     mass_PB = weights_PBW.sum(-1).double().cumsum(-1)
@@ -98,6 +127,8 @@ def _draw_from_best(logits_V: Tensor, chooser: Chooser) -> int:
     whole = values_C.logsumexp(0) if chooser.top_k else scaled_V.logsumexp(0)
     mass_C = (values_C - whole).exp().double().cumsum(0)
     num_kept = int(torch.searchsorted(mass_C, chooser.top_p)) + 1  # the best token always stays
+    if chooser.min_p:
+        num_kept = min(num_kept, int((values_C - values_C[0] >= math.log(chooser.min_p)).sum()))
     mass_1K = mass_C[None, :num_kept]
     target_11 = _uniform([chooser]).to(mass_1K.device) * mass_1K[:, -1:]
     return int(tokens_C[_first_over(mass_1K, target_11)])

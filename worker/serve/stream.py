@@ -80,11 +80,17 @@ class _Placed:
 
 
 class TextStream:
-    """The text of one choice as it grows. Positions count characters from the start of the answer."""
+    """The text of one choice as it grows. Positions count characters from the start of the answer.
 
-    def __init__(self, text: TokenText, *, prompt: Sequence[int], stop: Sequence[str] = ()) -> None:
+    Stop strings are looked for behind the text of the first `min_tokens` tokens.
+    """
+
+    def __init__(
+        self, text: TokenText, *, prompt: Sequence[int], stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
         self._codec = text
         self._stop = tuple(string for string in stop if string)
+        self._num_unstoppable = min_tokens
         tail = list(prompt[-NUM_CONTEXT_TOKENS:])
         self._window = [] if text.decode(tail).endswith(REPLACEMENT) else tail
         self._num_read = len(self._window)  # tokens of the window whose text is in _pending or sent
@@ -99,12 +105,15 @@ class TextStream:
         self._window.append(pick.token)
         self._undecoded.append(pick)
         self._decode(is_last=is_last)
-        return self._release(is_last=is_last)
+        if self._num_unstoppable:
+            self._num_unstoppable -= 1
+            return self._release(is_last=is_last, stop=())
+        return self._release(is_last=is_last, stop=self._stop)
 
     def end(self) -> Piece:
         """Gives what was held back, when the sequence ended on a token that is not part of its text."""
         self._decode(is_last=True)
-        return self._release(is_last=True)
+        return self._release(is_last=True, stop=self._stop)
 
     def _decode(self, *, is_last: bool) -> None:
         if not self._undecoded:
@@ -121,13 +130,13 @@ class TextStream:
         self._window = self._window[max(0, self._num_read - NUM_CONTEXT_TOKENS) :]
         self._num_read = len(self._window)
 
-    def _release(self, *, is_last: bool) -> Piece:
-        found = [at for at in (self._pending.find(string) for string in self._stop) if at >= 0]
+    def _release(self, *, is_last: bool, stop: Sequence[str]) -> Piece:
+        found = [at for at in (self._pending.find(string) for string in stop) if at >= 0]
         if found:
             cut = self._num_sent + min(found)
             picks = tuple(placed.pick for placed in self._placed if placed.begin < cut)
             return Piece(self._pending[: min(found)], picks, is_stopped=True)
-        num_held = 0 if is_last else self._num_held()
+        num_held = 0 if is_last else self._num_held(stop)
         text = self._pending[: len(self._pending) - num_held]
         self._pending = self._pending[len(text) :]
         self._num_sent += len(text)
@@ -135,10 +144,10 @@ class TextStream:
         self._placed = self._placed[len(picks) :]
         return Piece(text, picks)
 
-    def _num_held(self) -> int:
-        longest = max((len(string) - 1 for string in self._stop), default=0)
+    def _num_held(self, stop: Sequence[str]) -> int:
+        longest = max((len(string) - 1 for string in stop), default=0)
         for length in range(min(longest, len(self._pending)), 0, -1):
             tail = self._pending[-length:]
-            if any(string.startswith(tail) for string in self._stop):
+            if any(string.startswith(tail) for string in stop):
                 return length
         return 0

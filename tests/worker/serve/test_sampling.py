@@ -61,6 +61,26 @@ def test_top_p_is_taken_of_what_top_k_left() -> None:
     assert draws(LOGITS_V, top_k=2, top_p=0.6) == {1: 1.0}
 
 
+def test_min_p_keeps_what_has_that_share_of_the_best() -> None:
+    assert set(draws(LOGITS_V, min_p=0.25)) == {1, 3, 0}
+    assert set(draws(LOGITS_V, min_p=0.5)) == {1, 3}
+    assert draws(LOGITS_V, num_draws=50, min_p=1.0) == {1: 1.0}
+
+
+def test_min_p_is_of_the_tempered_distribution() -> None:
+    # at temperature 2 the least likely has sqrt(0.05 / 0.5) = 0.32 of the best
+    assert set(draws(LOGITS_V, temperature=2.0, min_p=0.3)) == {0, 1, 2, 3}
+    assert set(draws(LOGITS_V, temperature=2.0, min_p=0.33)) == {0, 1, 3}
+
+
+def test_min_p_of_a_flat_distribution_reaches_past_the_candidates() -> None:
+    logits_V = torch.zeros(5000)
+    logits_V[:500] = -1.0
+    drawn = set(draws(logits_V, num_draws=2000, min_p=0.5))
+    assert len(drawn) > 1200
+    assert not drawn & set(range(500))
+
+
 def test_impossible_tokens_are_never_drawn() -> None:
     logits_V = torch.tensor([-torch.inf, 0.0, -torch.inf, 0.0])
     assert set(draws(logits_V)) == {1, 3}
@@ -82,7 +102,7 @@ def test_top_p_of_a_flat_distribution_reaches_past_the_candidates() -> None:
     assert len(drawn & set(range(500))) < 20
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1}])
 @pytest.mark.parametrize("temperature", [1e-45, 1e-6, 1e-4])
 def test_hardly_any_temperature_is_greedy(temperature: float, filters: dict[str, float]) -> None:
     assert draws(LOGITS_V * 100, num_draws=20, temperature=temperature, **filters) == {1: 1.0}
@@ -90,10 +110,14 @@ def test_hardly_any_temperature_is_greedy(temperature: float, filters: dict[str,
 
 def test_a_rows_pick_does_not_depend_on_its_neighbours() -> None:
     logits_NV = torch.randn(6, 300, generator=seeded_generator(1))
-    settings = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 5, 1.0), (1.3, 0, 0.9), (1.0, 40, 0.5), (0.9, 0, 1.0)]
+    settings = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.1), (1.3, 0, 0.9, 0.0)]
+    settings += [(1.0, 40, 0.5, 0.0), (0.9, 0, 1.0, 0.1)]
 
     def choosers() -> list[Chooser]:
-        return [Chooser(t, k, p, generator=seeded_generator(seed)) for seed, (t, k, p) in enumerate(settings)]
+        return [
+            Chooser(t, k, p, min_p, generator=seeded_generator(seed))
+            for seed, (t, k, p, min_p) in enumerate(settings)
+        ]
 
     together = pick_tokens(logits_NV, choosers())
     alone = [pick_tokens(logits_NV[row : row + 1], [chooser])[0] for row, chooser in enumerate(choosers())]

@@ -75,6 +75,15 @@ def test_a_stop_string_over_token_borders_is_cut_off() -> None:
     assert pieces[-1].is_stopped
 
 
+def test_stop_strings_are_looked_for_behind_the_first_tokens() -> None:
+    tokens = letters("END EN END more")
+    stream = TextStream(TEXT, prompt=(), stop=("END",), min_tokens=5)
+    pieces = [stream.push(Pick(token)) for token in tokens[:10]]
+    assert [piece.text for piece in pieces[:5]] == ["E", "N", "D", " ", "E"]  # nothing is held back
+    assert joined(pieces) == "END EN "
+    assert pieces[-1].is_stopped
+
+
 def test_no_part_of_a_stop_string_is_sent_before_it_is_decided() -> None:
     pieces = push_all(stream_of("END"), letters("aENb"))
     assert [piece.text for piece in pieces] == ["a", "", "", "ENb"]
