@@ -157,7 +157,7 @@ class Switchboard:
     async def _pick(self, leg: Leg) -> str:
         ours: Counter[str] = Counter()
         for sent in self._legs.values():
-            ours[sent.worker_id] += sent.request.n
+            ours[sent.worker_id] += sent.request.num_sequences
         worker_id = self._fleet.pick(leg.request.weights.key, ours)
         if worker_id is None:
             await asyncio.shield(self._spawn(self._fleet.look()))  # for the reason that stop() gives

@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from app.contracts import Message, Sampling
 
@@ -11,14 +19,13 @@ ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 TokenPrompt = Annotated[list[Token], Field(min_length=1)]
 TextPrompt = Annotated[str, StringConstraints(strict=True)]
+TokenId = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)]
+MinTokens = Annotated[int, Field(ge=0, le=1_000_000)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Unused = Any  # a parameter of OpenAI that is accepted and changes nothing here
 Unsupported = Any  # a parameter that is refused unless it has a value without effect
-
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default
-DEFAULT_CHAT_TOKENS = (
-    512  # OpenAI's is the whole context; an answer that never ends should not take all of it
-)
 
 
 class StreamOptions(BaseModel):
@@ -32,6 +39,7 @@ class GenerationBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
+    default_tokens: ClassVar[int]
 
     model: ModelId
     n: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -39,6 +47,11 @@ class GenerationBody(BaseModel):
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
+    logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - 128)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
     ignore_eos: bool = False
@@ -53,9 +66,14 @@ class GenerationBody(BaseModel):
     prompt_cache_retention: Unused = None
     service_tier: Unused = None
 
-    frequency_penalty: Unsupported = None
-    presence_penalty: Unsupported = None
-    logit_bias: Unsupported = None
+    # The field stands in the subclasses, behind those it is compared with: validators see what comes before.
+    @field_validator("min_tokens", check_fields=False)
+    @classmethod
+    def _max_tokens_hold_min_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
+        given = info.data.get("max_completion_tokens") or info.data.get("max_tokens") or cls.default_tokens
+        if value is not None and value > given:
+            raise ValueError(f"must be at most max_tokens, which is {given}")
+        return value
 
     @model_validator(mode="after")
     def _options_belong_to_a_stream(self) -> "GenerationBody":
@@ -75,7 +93,9 @@ class GenerationBody(BaseModel):
     def num_choices(self) -> int:
         return self.n or 1
 
-    def _sampling(self, *, max_tokens: int, logprobs: int | None, fits_context: bool = False) -> Sampling:
+    def _sampling(
+        self, *, max_tokens: int, min_tokens: int | None, logprobs: int | None, fits_context: bool = False
+    ) -> Sampling:
         stops = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         return Sampling(
             max_tokens=max_tokens,
@@ -83,6 +103,12 @@ class GenerationBody(BaseModel):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
             top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            min_tokens=min_tokens or 0,
             seed=self.seed,
             stop=stops,
             logprobs=logprobs,
@@ -91,13 +117,8 @@ class GenerationBody(BaseModel):
 
 
 class CompletionBody(GenerationBody):
-    neutral = {
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "logit_bias": ({},),
-        "echo": (False,),
-        "suffix": ("",),
-    }
+    neutral = {"suffix": ("",)}
+    default_tokens = 16  # OpenAI's default
 
     prompt: (
         TextPrompt
@@ -106,14 +127,27 @@ class CompletionBody(GenerationBody):
         | Annotated[list[TokenPrompt], Field(min_length=1)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    min_tokens: MinTokens | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
-    echo: Unsupported = None
+    echo: bool | None = None
     suffix: Unsupported = None
 
-    def unsupported(self) -> str | None:
-        if self.best_of is not None and self.best_of != self.num_choices:
-            return "best_of"
-        return super().unsupported()
+    @field_validator("best_of")
+    @classmethod
+    def _best_of_holds_n(cls, value: int | None, info: ValidationInfo) -> int | None:
+        n = info.data.get("n") or 1
+        if value is not None and value < n:
+            raise ValueError(f"must be at least n, which is {n}")
+        if value is not None and value > n and info.data.get("stream"):
+            raise ValueError("which choices are best is known at the end; leave out stream or best_of")
+        return value
+
+    @field_validator("echo")
+    @classmethod
+    def _echo_has_no_logprobs(cls, value: bool | None, info: ValidationInfo) -> bool | None:
+        if value and info.data.get("logprobs") is not None:
+            raise ValueError("there are no log-probabilities of a prompt; leave out echo or logprobs")
+        return value
 
     @property
     def prompts(self) -> Sequence[str | tuple[int, ...]]:
@@ -128,7 +162,12 @@ class CompletionBody(GenerationBody):
         ]
 
     def sampling(self) -> Sampling:
-        return self._sampling(max_tokens=self.max_tokens or DEFAULT_COMPLETION_TOKENS, logprobs=self.logprobs)
+        sampling = self._sampling(
+            max_tokens=self.max_tokens or self.default_tokens,
+            min_tokens=self.min_tokens,
+            logprobs=self.logprobs,
+        )
+        return sampling.model_copy(update={"best_of": self.best_of, "echo": bool(self.echo)})
 
 
 class TextPart(BaseModel):
@@ -158,10 +197,8 @@ class ChatMessage(BaseModel):
 
 
 class ChatBody(GenerationBody):
+    default_tokens = 512  # OpenAI's is the whole context; an answer that never ends should not take all of it
     neutral = {
-        "frequency_penalty": (0,),
-        "presence_penalty": (0,),
-        "logit_bias": ({},),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
         "functions": ([],),
@@ -178,6 +215,7 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    min_tokens: MinTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Unsupported = None
@@ -202,7 +240,8 @@ class ChatBody(GenerationBody):
     def sampling(self) -> Sampling:
         asked = self.max_completion_tokens or self.max_tokens
         return self._sampling(
-            max_tokens=asked or DEFAULT_CHAT_TOKENS,
+            max_tokens=asked or self.default_tokens,
+            min_tokens=self.min_tokens,
             fits_context=asked is None,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )

@@ -44,7 +44,8 @@ async def begin(board: Switchboard, order: Order) -> Flow:
     """Reserves room and hands the prompts to workers. Raises BadRequest, TooManyRequests or Unavailable."""
     refuse_hopeless(order, board.settings)
     num_tokens = sum(map(estimated_tokens, order.prompts))
-    num_tokens += len(order.prompts) * order.num_choices * order.sampling.max_tokens
+    num_written = max(order.num_choices, order.sampling.best_of or 1)
+    num_tokens += len(order.prompts) * num_written * order.sampling.max_tokens
     give_back = board.admission.reserve(order.key_id, num_requests=len(order.prompts), num_tokens=num_tokens)
     try:
         return await board.open(requests_of(order, board.settings), give_back)

@@ -1,6 +1,7 @@
 """Generation over real HTTP, with a real serve worker process behind a real Valkey."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,83 @@ def test_log_probabilities_come_in_the_shape_of_each_route(
         assert entry.logprob == entry.top_logprobs[0].logprob
 
 
+def test_penalties_and_biases_reach_the_model(worker: WorkerProcess, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": 8,
+        "temperature": 0,
+        "logprobs": 0,
+    }
+
+    def tokens(**given: Any) -> list[str]:  # Any: parameters of the client
+        found = client.completions.create(**asked | given).choices[0].logprobs
+        return found.tokens or [] if found is not None else []
+
+    same = tokens(logit_bias={"40": 100})
+    assert len(set(same)) == 1
+    assert len(same) == 8
+    penalised = {"presence_penalty": 2.0, "extra_body": {"repetition_penalty": 10.0}}
+    assert len(set(tokens(logit_bias={"40": 20}, **penalised))) > 1
+    assert len(set(tokens(frequency_penalty=2.0, presence_penalty=2.0, logit_bias={"40": 20}))) > 1
+    with pytest.raises(openai.BadRequestError, match="99999") as unknown:
+        tokens(logit_bias={"99999": 1})
+    assert unknown.value.param == "logit_bias"
+
+
+def test_min_p_of_one_is_greedy(worker: WorkerProcess, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12}
+    drawn = client.completions.create(**asked, temperature=2, extra_body={"min_p": 1.0})
+    assert drawn.choices[0].text == client.completions.create(**asked, temperature=0).choices[0].text
+
+
+def test_a_chat_goes_on_for_min_tokens(
+    worker: WorkerProcess, client: openai.OpenAI, tiny_llama_dir: Path
+) -> None:
+    eos = json.loads((tiny_llama_dir / "config.json").read_text())["eos_token_id"]
+    answer = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=12,
+        logit_bias={str(eos): 100},
+        extra_body={"min_tokens": 5},
+    )
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 6
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_echo_puts_the_prompt_first(worker: WorkerProcess, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": [PROMPT, "The still"],
+        "max_tokens": 6,
+        "temperature": 0,
+    }
+    plain = client.completions.create(**asked)
+    echoed = client.completions.create(**asked, echo=True)
+    assert [choice.text for choice in echoed.choices] == [
+        prompt + choice.text for prompt, choice in zip(asked["prompt"], plain.choices, strict=True)
+    ]
+    stream = client.completions.create(**asked | {"prompt": PROMPT}, echo=True, stream=True)
+    assert streamed_text(stream) == echoed.choices[0].text
+
+
+def test_best_of_gives_the_likeliest(worker: WorkerProcess, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "seed": 5, "logprobs": 0}
+    asked |= {"extra_body": {"ignore_eos": True}}
+    everyone = client.completions.create(**asked, n=6)
+    best = client.completions.create(**asked, n=2, best_of=6)
+
+    def total(choice: Any) -> float:  # Any: the client's choice
+        return math.fsum(choice.logprobs.token_logprobs)
+
+    ranked = sorted(everyone.choices, key=total, reverse=True)
+    assert [choice.text for choice in best.choices] == [choice.text for choice in ranked[:2]]
+    assert [choice.index for choice in best.choices] == [0, 1]
+    assert best.usage == everyone.usage
+
+
 def test_a_stop_string_ends_the_text_before_it(worker: WorkerProcess, client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
     text = client.completions.create(**asked).choices[0].text
@@ -172,11 +250,22 @@ def test_what_is_wrong_with_a_request_is_an_http_error_even_of_a_stream(
 @pytest.mark.parametrize(
     ("change", "code", "param"),
     [
-        ({"echo": True}, "unsupported_parameter", "echo"),
-        ({"best_of": 3}, "unsupported_parameter", "best_of"),
-        ({"presence_penalty": 0.5}, "unsupported_parameter", "presence_penalty"),
-        ({"logit_bias": {"5": 3}}, "unsupported_parameter", "logit_bias"),
-        ({"min_p": 0.1}, "unknown_parameter", "min_p"),
+        ({"suffix": "x"}, "unsupported_parameter", "suffix"),
+        ({"echo": True, "logprobs": 1}, "invalid_value", "echo"),
+        ({"best_of": 2, "n": 3}, "invalid_value", "best_of"),
+        ({"best_of": 3, "stream": True}, "invalid_value", "best_of"),
+        ({"best_of": 129}, "invalid_value", "best_of"),
+        ({"presence_penalty": 2.5}, "invalid_value", "presence_penalty"),
+        ({"frequency_penalty": -2.5}, "invalid_value", "frequency_penalty"),
+        ({"repetition_penalty": 0}, "invalid_value", "repetition_penalty"),
+        ({"repetition_penalty": 11}, "invalid_value", "repetition_penalty"),
+        ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias.5"),
+        ({"logit_bias": {"x": 1}}, "invalid_value", "logit_bias.x"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "invalid_value", "logit_bias"),
+        ({"min_p": 1.5}, "invalid_value", "min_p"),
+        ({"min_tokens": -1}, "invalid_value", "min_tokens"),
+        ({"min_tokens": 17}, "invalid_value", "min_tokens"),
+        ({"min_tokens": 9, "max_tokens": 8}, "invalid_value", "min_tokens"),
         ({"temperature": 2.5}, "invalid_value", "temperature"),
         ({"n": 129}, "invalid_value", "n"),
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),
@@ -189,7 +278,7 @@ def test_what_is_wrong_with_a_request_is_an_http_error_even_of_a_stream(
         ({"model": "bert"}, "model_not_servable", "model"),
         ({"model": "t5", "max_tokens": 257}, "context_length_exceeded", "max_tokens"),
     ],
-    ids=str,
+    ids=lambda given: str(given)[:60],
 )
 def test_a_bad_completion_request_names_what_is_wrong(
     http: httpx.Client, register: Callable[..., str], change: dict[str, object], code: str, param: str
@@ -210,6 +299,8 @@ def test_a_bad_completion_request_names_what_is_wrong(
         ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"prompt": "x"}, "unknown_parameter", "prompt"),
+        ({"echo": True}, "unknown_parameter", "echo"),
+        ({"min_tokens": 9, "max_completion_tokens": 8}, "invalid_value", "min_tokens"),
         ({"model": "plain"}, "no_chat_template", "messages"),
         ({"model": "bert"}, "model_not_servable", "model"),
     ],
