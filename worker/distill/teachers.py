@@ -8,6 +8,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -39,20 +40,26 @@ class Teacher(Protocol):
 class LiveTeacher:
     """A teacher that predicts from left to right, with or without an encoder.
 
-    On a CPU each sequence is computed alone and without padding: a few per cent slower, but a row's bits then depend
-    on nothing but the row, so a run that resumes, or finds its cache half filled, computes what it would have read.
+    On a CPU each sequence is computed alone and without padding, on one thread, as many at once as there are threads:
+    as fast as a padded batch (bench/LOG.md), and a row's bits depend on nothing but the row, so a run that resumes, or
+    finds its cache half filled, computes what it would have read.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model.eval()
         self._device = str(model.device)
+        self._threads = ThreadPoolExecutor(
+            torch.get_num_threads(), "teacher", initializer=torch.set_num_threads, initargs=(1,)
+        )
+
+    def hidden(self, examples: Sequence[Example]) -> list[Tensor]:
+        if self._device != "cpu":
+            return self._batch(examples)
+        longest_first = sorted(range(len(examples)), key=lambda i: -examples[i].num_tokens)
+        running = {i: self._threads.submit(self._batch, [examples[i]]) for i in longest_first}
+        return [running[i].result()[0] for i in range(len(examples))]
 
     @torch.no_grad()
-    def hidden(self, examples: Sequence[Example]) -> list[Tensor]:
-        if self._device == "cpu":
-            return [self._batch([example])[0] for example in examples]
-        return self._batch(examples)
-
     def _batch(self, examples: Sequence[Example]) -> list[Tensor]:
         batch = collate(examples, range(len(examples)), self._device)
         states_BTH = decoder_states(self._model, batch)

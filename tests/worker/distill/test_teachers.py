@@ -115,6 +115,15 @@ def test_bits_of_a_row_do_not_depend_on_its_batch(model: Any, rows: list[Example
         assert torch.equal(live.hidden([rows[i]])[0], hidden_TH)
 
 
+def test_bits_of_a_row_do_not_depend_on_how_many_are_computed_at_once(model: Any, rows: list[Example]) -> None:
+    alone = LiveTeacher(model).hidden(rows)
+    torch.set_num_threads(2)
+    together = LiveTeacher(model).hidden(rows)
+    assert torch.get_num_threads() == 2  # the teacher's threads have a number of their own
+    for one_TH, other_TH in zip(alone, together, strict=True):
+        assert torch.equal(one_TH, other_TH)
+
+
 @pytest.mark.parametrize("keeps", KEEPS)
 def test_cached_rows_are_the_live_ones_bit_for_bit(keeps: Keeps, opener: Opener) -> None:
     indices = [2, 0, 5, 1]
