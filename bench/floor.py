@@ -76,10 +76,10 @@ def seconds_of(kind: Kind) -> Entry:
     ways: dict[str, Callable[[], Tensor]] = {"mkl": lambda: a @ b.t(), "onednn": lambda: gemm.product(a, b)}
     if name == "gradient in W":
         ways["onednn"] = lambda: gemm.weight_gradient(a.t(), b.t())
-    return {way: _best(multiply) for way, multiply in ways.items()}
+    return {way: best_seconds(multiply) for way, multiply in ways.items()}
 
 
-def _best(multiply: Callable[[], Tensor]) -> float:
+def best_seconds(multiply: Callable[[], Tensor]) -> float:
     multiply()
     seconds: list[float] = []
     while len(seconds) < MIN_REPEATS or sum(seconds) < MEASURED_SECONDS:

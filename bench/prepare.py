@@ -84,7 +84,7 @@ def random_config(name: str, num_layers: int) -> Any:  # Any: transformers is un
 
 RANDOM_LAYERS = {"vocab150k": 24, "t5": 8, "tiny": 4}  # of the teachers that no package holds
 # Of the student: the first half and the last of the teacher's, T5's decoder being random like its teacher.
-KEPT_LAYERS = {"smollm2-8": 8, "smollm2-15": 15, "vocab150k": 8, "t5": 4, "tiny": 2}
+KEPT_LAYERS = {"smollm2-8": 8, "smollm2-12": 12, "smollm2-15": 15, "vocab150k": 8, "t5": 4, "tiny": 2}
 
 
 def prepare(task: Entry) -> Entry:

