@@ -50,7 +50,7 @@ def step_floor_seconds(loaded: LoadedModel, num_rows: int) -> float:
     """The matrix products of one step for so many rows, each at the fastest way of multiplying that we know."""
     tokens_N1 = torch.zeros(num_rows, 1, dtype=torch.long)
     shapes = Counter(layers_of(loaded.model, {"input_ids": tokens_N1, "use_cache": False}))
-    weight_VH = loaded.model.get_output_embeddings().weight  # type: ignore[operator, union-attr]
+    weight_VH = loaded.model.get_output_embeddings().weight  # type: ignore[operator]
     assert isinstance(weight_VH, Tensor)
     shapes[num_rows, weight_VH.shape[1], weight_VH.shape[0]] += 1
     return sum(count * _forward_seconds(*shape) for shape, count in shapes.items())

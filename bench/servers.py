@@ -131,7 +131,7 @@ def wait_until_up(process: subprocess.Popen[bytes], url: str, log_path: Path) ->
             pass
         time.sleep(0.5)
     end = log_path.read_text(errors="replace")[-1500:]
-    raise ChildFailed(f"{' '.join(process.args[-8:])} did not start:\n{end}")  # type: ignore[index]
+    raise ChildFailed(f"{log_path.stem} did not start:\n{end}")
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -115,7 +115,9 @@ def test_bits_of_a_row_do_not_depend_on_its_batch(model: Any, rows: list[Example
         assert torch.equal(live.hidden([rows[i]])[0], hidden_TH)
 
 
-def test_bits_of_a_row_do_not_depend_on_how_many_are_computed_at_once(model: Any, rows: list[Example]) -> None:
+def test_bits_of_a_row_do_not_depend_on_how_many_are_computed_at_once(
+    model: Any, rows: list[Example]
+) -> None:
     alone = LiveTeacher(model).hidden(rows)
     torch.set_num_threads(2)
     together = LiveTeacher(model).hidden(rows)
