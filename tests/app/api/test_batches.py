@@ -15,9 +15,7 @@ import httpx
 import openai
 import pytest
 from openai.types import Batch
-from sqlalchemy import text
 
-from app.db.session import transaction
 from app.local import free_port
 from app.settings import Settings
 from tests.app.api.conftest import PROJECT, Service, jsonl
@@ -66,15 +64,16 @@ def ids(*files: list[Json]) -> Counter[str]:
     return Counter(entry["custom_id"] for file in files for entry in file)
 
 
-def change(statement: str) -> None:
-    with transaction() as session:
-        session.execute(text(statement))
-
-
 @pytest.fixture
 def slow_batches(settings_env: Callable[..., Settings]) -> None:
     """Two sequences at once, so that a batch lasts for as long as a test needs."""
-    settings_env(max_batch_sequences=2, reconcile_seconds=0.5, serve_heartbeat_seconds=0.2)
+    settings_env(max_batch_sequences=2, serve_heartbeat_seconds=0.2)
+
+
+@pytest.fixture
+def idle_service(slow_batches: None, settings_env: Callable[..., Settings]) -> None:
+    """The service of the test itself never looks for batches."""
+    settings_env(reconcile_seconds=600)
 
 
 def test_a_batch_is_answered_as_the_route_would_answer(worker: WorkerProcess, client: openai.OpenAI) -> None:
@@ -169,41 +168,27 @@ def test_a_batch_stays_back_while_requests_of_clients_wait(
     assert wait_for_end(client, batch.id).status == "completed"
 
 
-def test_requests_wait_for_a_worker_until_the_batch_expires(
-    slow_batches: None, client: openai.OpenAI, register: Callable[..., str]
-) -> None:
-    register()
-    batch = submit(client, [line(0), line(1), line(2)])
-    wait_for(lambda: client.batches.retrieve(batch.id).status == "in_progress", 5, "nobody takes it")
-    time.sleep(0.5)  # every request has been refused with 503 by now
-    change("UPDATE batches SET expires_at = now()")
-    batch = wait_for_end(client, batch.id, 5)
-    assert (batch.status, batch.output_file_id) == ("expired", None)
-    assert batch.expired_at is not None
-    rest = read(client, batch.error_file_id)
-    assert [entry["custom_id"] for entry in rest] == ["q-0", "q-1", "q-2"]
-    assert {entry["error"]["code"] for entry in rest} == {"batch_expired"}
-
-
 @pytest.mark.parametrize(
     ("number", "lease_seconds"), [(signal.SIGKILL, 4), (signal.SIGTERM, 300)], ids=["killed", "stopped"]
 )
 def test_another_process_goes_on_and_answers_each_line_once(
-    slow_batches: None,
+    idle_service: None,
     worker: WorkerProcess,
-    other_api: "Callable[..., OtherApi]",
+    start_api: "Callable[..., OtherApi]",
     service: Service,
     number: int,
     lease_seconds: float,
 ) -> None:
-    other = other_api(STILLHOUSE_LEASE_SECONDS=str(lease_seconds))
-    with service.client() as client, Service(other.url).client() as others:
+    first = start_api(STILLHOUSE_LEASE_SECONDS=str(lease_seconds))
+    with service.client() as client, Service(first.url).client() as others:
         batch = submit(others, [long_line(n) for n in range(24)])
         wait_for(lambda: num_completed(client, batch.id) >= 2, 30, "nothing is answered")
-        assert other.has_taken(batch.id)
-        other.stop(number)
+        first.stop(number)
         assert client.batches.retrieve(batch.id).status == "in_progress"
+        second = start_api(STILLHOUSE_RECONCILE_SECONDS="0.2")
         batch = wait_for_end(client, batch.id, 60)
+        assert first.has_taken(batch.id)
+        assert second.has_taken(batch.id)
         assert batch.status == "completed"
         assert batch.error_file_id is None
         answers = read(client, batch.output_file_id)
@@ -231,8 +216,9 @@ class OtherApi:
             return False
 
     def has_taken(self, batch_id: str) -> bool:
-        taken = [raw for raw in self._log_path.read_text().splitlines() if "batch_taken" in raw]
-        return any(batch_id in raw for raw in taken)
+        return any(
+            "batch_taken" in raw and batch_id in raw for raw in self._log_path.read_text().splitlines()
+        )
 
     def stop(self, number: int) -> None:
         self.process.send_signal(number)
@@ -240,11 +226,11 @@ class OtherApi:
 
 
 @pytest.fixture
-def other_api(tmp_path: Path) -> Iterator[Callable[..., OtherApi]]:
+def start_api(tmp_path: Path) -> Iterator[Callable[..., OtherApi]]:
     started: list[OtherApi] = []
 
     def start(**environment: str) -> OtherApi:
-        started.append(OtherApi(tmp_path / "api.log", **environment))
+        started.append(OtherApi(tmp_path / f"api-{len(started)}.log", **environment))
         return started[-1]
 
     yield start

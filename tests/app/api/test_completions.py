@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,39 +15,11 @@ from app.db.session import transaction
 from app.errors import BadRequest
 from app.services import registry
 from app.services.generation import Order, refuse_hopeless
-from app.settings import Settings, get_settings
+from app.settings import get_settings
 from tests.app.api.conftest import PROJECT
-from tests.serve_worker import WorkerProcess, wait_for
+from tests.serve_worker import WorkerProcess
 
 PROMPT = "What does a lantern mean?"
-
-
-@pytest.fixture(scope="module")
-def shared_worker(
-    valkey_url: str, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[WorkerProcess, Path]]:
-    """A worker for all tests here, and the store it reads: starting one takes longer than what they ask of it."""
-    folder = tmp_path_factory.mktemp("worker")
-    settings = {"STORE_URL": str(folder / "store"), "SERVE_HEARTBEAT_SECONDS": "0.2", "NUM_THREADS": "1"}
-    environment = {f"STILLHOUSE_{name}": value for name, value in settings.items()}
-    worker = WorkerProcess(valkey_url, folder / "log", environment)
-    yield worker, folder / "store"
-    worker.close()
-
-
-@pytest.fixture
-def worker(
-    shared_worker: tuple[WorkerProcess, Path],
-    service: Any,
-    settings_env: Callable[..., Settings],
-    request: Any,
-) -> WorkerProcess:
-    """The worker, and the tiny model under the name `tiny`."""
-    worker, store_folder = shared_worker
-    settings_env(store_url=store_folder, serve_heartbeat_seconds=0.2)
-    request.getfixturevalue("register")()
-    wait_for(lambda: worker.id in worker.ids(), 5, "the fixture that empties Valkey took the heartbeat")
-    return worker
 
 
 def streamed_text(stream: Any) -> str:  # Any: the client's generics say less than the name
