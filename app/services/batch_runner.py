@@ -5,7 +5,6 @@ lines that have no answer yet, and makes the files when none is left.
 """
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -19,14 +18,13 @@ from app.db.ids import new_id
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
 from app.db.tables import Batch, BatchStatus
 from app.errors import StillhouseError, envelope
-from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.batches import BatchRequest
 from app.schemas.completions import ChatBody, CompletionBody
 from app.schemas.jobs import Json
 from app.services import generation
 from app.services.batch_files import end_batch, output_line
 from app.services.batch_lines import body_of, lines_from, parse_request
-from app.services.generation import Conversation, Order, Prompt
+from app.services.generation import Order, begin_answer
 from app.settings import Settings
 from app.stream import Switchboard
 
@@ -286,15 +284,6 @@ class Room:
     def give_back(self, num_sequences: int) -> None:
         self._num_taken -= num_sequences
         self._has_room.set()
-
-
-def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnswer, list[Prompt]]:
-    """An answer to the body, empty yet, and what it answers."""
-    created = int(time.time())
-    if isinstance(body, CompletionBody):
-        return TextAnswer(new_id("cmpl-"), body, created=created), list(body.prompts)
-    conversation = Conversation(tuple(message.message() for message in body.messages))
-    return ChatAnswer(new_id("chatcmpl-"), body, created=created), [conversation]
 
 
 def sequences_of(body: ChatBody | CompletionBody) -> int:

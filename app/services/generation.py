@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from fastapi.concurrency import run_in_threadpool
 
 from app.contracts import GenerateRequest, Message, Sampling
+from app.db.ids import new_id
 from app.db.session import transaction
 from app.errors import BadRequest
 from app.flow import Flow
+from app.schemas.answers import ChatAnswer, TextAnswer
+from app.schemas.completions import ChatBody, CompletionBody
 from app.services import registry
 from app.services.registry import Resolved
 from app.settings import Settings
@@ -114,3 +117,18 @@ def estimated_tokens(prompt: Prompt) -> int:
     if isinstance(prompt, tuple):
         return len(prompt)
     return sum(estimated_tokens(message.content) + MESSAGE_TOKENS for message in prompt.messages)
+
+
+def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnswer, list[Prompt]]:
+    """An answer to the body, empty yet, and what it answers."""
+    created = int(time.time())
+    if isinstance(body, CompletionBody):
+        return TextAnswer(new_id("cmpl-"), body, created=created), list(body.prompts)
+    conversation = Conversation(tuple(message.message() for message in body.messages))
+    return ChatAnswer(new_id("chatcmpl-"), body, created=created), [conversation]
+
+
+def refuse_unsupported(body: ChatBody | CompletionBody) -> None:
+    """Raises BadRequest if the body asks for something this service cannot do."""
+    if (name := body.unsupported()) is not None:
+        raise BadRequest(f"{name} is not supported; leave it out", "unsupported_parameter", name)

@@ -20,8 +20,8 @@ MOST_KEYS = 256  # of longer sequences the score matrices, kept for the backward
 
 
 def use_short_attention(model: PreTrainedModel) -> None:
-    """From now on the model attends by `attend`, where its family and device let it."""
-    if model.config._attn_implementation == "sdpa" and model.device.type == "cpu":
+    """From now on the model attends by `attend`, where its family lets it; elsewhere than on a CPU that is torch's."""
+    if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
 
@@ -29,12 +29,12 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:  # Any: whatever a family adds
     """What transformers calls for a layer: [B, H, T, D] and [B, K, S, D] to [B, T, H, D]."""
-    is_causal = more.get("is_causal")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
     if not _is_short(query, key, attention_mask, more):
         sdpa: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
         return sdpa
+    is_causal = more.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
     scaling = more.get("scaling") or query.shape[-1] ** -0.5
     hidden_TS = None
     if attention_mask is not None:
