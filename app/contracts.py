@@ -1,5 +1,6 @@
 """What crosses the queue, the reply channel and the job row: plain frozen data, no tensors, no paths, no ORM."""
 
+import hashlib
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -154,6 +155,22 @@ class Sampling(Contract):
     echo: bool = False
 
 
+class Draft(Contract):
+    """A smaller model that proposes tokens which the model then verifies, `num_tokens` at a time."""
+
+    model: str
+    weights: ArtifactRef
+    num_tokens: Annotated[int, Field(ge=1, le=16)] = 4
+
+
+class ServingOptions(Contract):
+    """How a model is served. int8 weights cost some agreement; a draft costs none."""
+
+    engine: Literal["transformers", "vllm"] = "transformers"
+    weights: Literal["plain", "int8"] = "plain"
+    draft: Draft | None = None
+
+
 class GenerateRequest(Contract):
     """One prompt for a serve worker; exactly one of text, tokens and messages is given.
 
@@ -164,6 +181,7 @@ class GenerateRequest(Contract):
     reply_to: str
     model: str
     weights: ArtifactRef
+    serving: ServingOptions = ServingOptions()
     text: str | None = None
     tokens: tuple[int, ...] | None = None
     messages: tuple[Message, ...] | None = None
@@ -175,6 +193,19 @@ class GenerateRequest(Contract):
     def num_sequences(self) -> int:
         """Choices that are written, of which n are given."""
         return max(self.n, self.sampling.best_of or 1)
+
+    @property
+    def residence(self) -> str:
+        """What a serve worker keeps loaded for this request: weights, and how they are served if that is not the plain way."""
+        return residence_of(self.weights, self.serving)
+
+
+def residence_of(weights: ArtifactRef, serving: ServingOptions) -> str:
+    """The name under which a serve worker keeps these weights, served this way."""
+    if serving == ServingOptions():
+        return weights.key
+    digest = hashlib.sha256(serving.model_dump_json().encode()).hexdigest()[:12]
+    return f"{weights.key}#{digest}"
 
 
 class TokenLogprob(Contract):
