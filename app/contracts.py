@@ -163,10 +163,13 @@ class Draft(Contract):
     num_tokens: Annotated[int, Field(ge=1, le=16)] = 4
 
 
+EngineName = Literal["transformers", "vllm"]
+
+
 class ServingOptions(Contract):
     """How a model is served. int8 weights cost some agreement; a draft costs none."""
 
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: EngineName = "transformers"
     weights: Literal["plain", "int8"] = "plain"
     draft: Draft | None = None
 
@@ -261,9 +264,10 @@ class Cancel(Contract):
 
 
 class ServeWorkerStatus(Contract):
-    """A serve worker's heartbeat."""
+    """A serve worker's heartbeat. `engines` are those whose packages it has."""
 
     worker_id: str
+    engines: tuple[EngineName, ...] = ("transformers",)
     resident: tuple[str, ...] = ()
     loading: tuple[str, ...] = ()
     num_running: int = 0

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from app.contracts import ServeWorkerStatus, serve_worker_key
+from app.contracts import GenerateRequest, ServeWorkerStatus, serve_worker_key
 
 log = structlog.get_logger(__name__)
 
@@ -78,18 +78,20 @@ class Fleet:
         log.warning("serve_worker_gone", worker=worker_id)
         return True
 
-    def pick(self, weights_key: str, ours: Mapping[str, int]) -> str | None:
-        """The worker that has the model and free room, else the one with the least to do; None without any.
+    def pick(self, request: GenerateRequest, ours: Mapping[str, int]) -> str | None:
+        """Of the workers with the model's engine, one that has it and free room, else the one with the least to do.
 
-        `ours` counts what this process has sent and not heard the end of, which heartbeats may not show yet.
+        None without any. `ours` counts what this process has sent and not heard the end of, which heartbeats
+        may not show yet.
         """
 
         def rank(status: ServeWorkerStatus) -> tuple[bool, int]:
             load = max(status.num_running + status.num_waiting, ours.get(status.worker_id, 0))
-            has_model = weights_key in status.resident or weights_key in status.loading
+            has_model = request.residence in status.resident or request.residence in status.loading
             return not (has_model and load < status.max_running), load
 
-        able = [status for status in self.workers if not status.is_draining]
+        engine = request.serving.engine
+        able = [status for status in self.workers if not status.is_draining and engine in status.engines]
         return min(able, key=rank).worker_id if able else None
 
 

@@ -158,12 +158,13 @@ class Switchboard:
         ours: Counter[str] = Counter()
         for sent in self._legs.values():
             ours[sent.worker_id] += sent.request.num_sequences
-        worker_id = self._fleet.pick(leg.request.weights.key, ours)
+        worker_id = self._fleet.pick(leg.request, ours)
         if worker_id is None:
             await asyncio.shield(self._spawn(self._fleet.look()))  # for the reason that stop() gives
-            worker_id = self._fleet.pick(leg.request.weights.key, ours)
+            worker_id = self._fleet.pick(leg.request, ours)
         if worker_id is None:
-            raise no_worker("no serve worker is running; start one, or try again soon")
+            kind = "serve worker with vLLM" if leg.request.serving.engine == "vllm" else "serve worker"
+            raise no_worker(f"no {kind} is running; start one, or try again soon")
         return worker_id
 
     async def _listen(self) -> None:

@@ -21,6 +21,7 @@ from app.contracts import (
     Reply,
     ReplyBatch,
     ServeWorkerStatus,
+    ServingOptions,
     control_channel,
     reply_channel,
     serve_worker_key,
@@ -49,9 +50,17 @@ class Stage:
     async def die(self, worker_id: str) -> None:
         await self.redis.delete(serve_worker_key(worker_id))
 
-    async def open(self, name: str = "r", num_prompts: int = 1, n: int = 1, seconds: float = 60) -> Flow:
+    async def open(
+        self,
+        name: str = "r",
+        num_prompts: int = 1,
+        n: int = 1,
+        seconds: float = 60,
+        serving: ServingOptions | None = None,
+    ) -> Flow:
         """A flow of prompts with the ids r0, r1, …"""
         common: dict[str, Any] = {"reply_to": "", "model": "m", "weights": WEIGHTS, "text": "x", "n": n}
+        common["serving"] = serving or ServingOptions()
         deadline = time.time() + seconds
         requests = [
             GenerateRequest(id=f"{name}{number}", deadline_at=deadline, **common)
@@ -156,6 +165,19 @@ def test_the_worker_with_the_model_is_preferred_until_it_is_full(play: Play) -> 
         await stage.open()
         assert await stage.num_queued("idle") == 1
         assert await stage.num_queued("leaving") == 0
+
+    play(scene)
+
+
+def test_a_model_of_vllm_goes_only_to_a_worker_that_has_vllm(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        served = ServingOptions(engine="vllm")
+        await stage.beat("plain")
+        with pytest.raises(Unavailable, match="no serve worker with vLLM is running"):
+            await stage.open(serving=served)
+        await stage.beat("both", engines=("transformers", "vllm"), num_running=3)
+        await stage.open(serving=served)
+        assert (await stage.num_queued("plain"), await stage.num_queued("both")) == (0, 1)
 
     play(scene)
 
