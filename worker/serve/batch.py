@@ -174,7 +174,14 @@ class CursorBatch:
         self.cursor += by
 
     def _forward(
-        self, tokens_NQ: Tensor, first_row: int, *, low: int, column: int, states_KSH: Tensor | None = None
+        self,
+        tokens_NQ: Tensor,
+        first_row: int,
+        *,
+        low: int,
+        column: int,
+        states_KSH: Tensor | None = None,
+        num_logits: int = 1,
     ) -> Tensor:
         num_rows, num_tokens = tokens_NQ.shape
         rows = slice(first_row, first_row + num_rows)
@@ -186,6 +193,7 @@ class CursorBatch:
             self._mask(columns_W, starts_N1).to(self.device),
             self._positions(columns_W[-num_tokens:], starts_N1).to(self.device),
             self.cache,
+            num_logits=num_logits,
         )
         if self.sources is not None:
             call = self.sources.shown_to(call, rows, states_KSH)

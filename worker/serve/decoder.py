@@ -1,6 +1,6 @@
 """Steps many token sequences through one model; knows nothing of text, requests or replies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -80,7 +80,7 @@ class Decoder:
             if is_unwanted(self._rows[row]):
                 self._leave(row)
 
-    def step(self) -> list[tuple[Sequence, Pick]]:
+    def step(self) -> Iterable[tuple[Sequence, Pick]]:
         """One model call and the token it gave each sequence; finished sequences have left when it returns.
 
         A prefill is followed by a step for everyone, so that arrivals cannot starve the running rows.

@@ -75,15 +75,16 @@ class TransformersEngine:
 
     def __post_init__(self) -> None:
         self.model.eval()
-        self._decoder = Decoder(
-            self.model, max_running=self.max_running, max_context_tokens=self.max_context_tokens
-        )
+        self._decoder = self._make_decoder()
         self._text = TokenText(self.tokenizer)
         self._end_ids = end_ids(self.model, self.tokenizer)
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]  # a method, typed as a tensor
         self._vocab_size: int = embeddings.num_embeddings
         config: Any = self.model.config  # of an encoder-decoder, the half that writes may have other words
         self._num_logits: int = config.get_text_config(decoder=True).vocab_size
+
+    def _make_decoder(self) -> Decoder:
+        return Decoder(self.model, max_running=self.max_running, max_context_tokens=self.max_context_tokens)
 
     @property
     def num_running(self) -> int:
@@ -157,6 +158,7 @@ class TransformersEngine:
                 min_p=sampling.min_p,
                 num_logprobs=num_logprobs,
                 generator=seeded_generator(seed),
+                has_seed=seed is not None,
                 processor=processor_for(sampling, context=context, end_ids=end_ids),
             ),
             choice=choice,

@@ -61,6 +61,20 @@ class UnsupportedModel(ServeError):
     param = "model"
 
 
+class OptionUnavailable(ServeError):
+    """How the model is to be served is not possible on this worker."""
+
+    code = "serving_option_unavailable"
+    status = 503
+    param = "model"
+
+
+class DraftUnsupported(ServeError):
+    code = "unsupported_draft"
+    status = 400
+    param = "model"
+
+
 class ModelLoadFailed(ServeError):
     code = "model_load_failed"
     status = 503

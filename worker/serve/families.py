@@ -38,6 +38,7 @@ class Call:
     cache: Cache
     states_NSH: Tensor | None = None
     source_mask_NS: Tensor | None = None
+    num_logits: int = 1  # of the last tokens of each row
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,11 @@ class Context:
 class Family:
     """How to call one model; context sizes are None where positions have no end."""
 
-    forward: Callable[[Model, Call], Tensor]  # logits of the last token, [N, V]
+    forward: Callable[
+        [Model, Call], Tensor
+    ]  # logits of the last token [N, V], of the last K if K are asked for [N, K, V]
     context_tokens: int | None
+    reads_column_order: bool = False  # whether it sees distances between columns instead of positions
     can_pad_prompts: bool = True  # whether prompts of different lengths may share a prefill
     has_encoder: bool = False
     source_tokens: int | None = None
@@ -105,6 +109,7 @@ def family_of(model: nn.Module) -> Family:
             forward=_causal if takes_positions else _causal_without_positions,
             context_tokens=_num_positions(config),
             can_pad_prompts=config.model_type not in ONE_PROMPT_AT_A_TIME,
+            reads_column_order=_reads_column_order(config),
         )
     has_halves = config.model_type == "encoder-decoder"
     return Family(
@@ -114,6 +119,11 @@ def family_of(model: nn.Module) -> Family:
         source_tokens=_num_positions(config.encoder if has_halves else config),
         start_token=_start_token(model),
     )
+
+
+def _reads_column_order(config: Config) -> bool:
+    # alibi counts the mask's columns, and so does a sliding window
+    return config.model_type == "bloom" or getattr(config, "sliding_window", None) is not None
 
 
 def _num_positions(config: Config) -> int | None:
@@ -133,26 +143,26 @@ def _start_token(model: Model) -> int:
 
 
 def _causal(model: Model, call: Call) -> Tensor:
-    logits_N1V: Tensor = model(
+    logits_NKV: Tensor = model(
         input_ids=call.tokens_NQ,
         attention_mask=call.mask_NW,
         position_ids=call.positions_NQ,
         cache=call.cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=call.num_logits,
     ).logits
-    return logits_N1V[:, -1]
+    return logits_NKV[:, -call.num_logits :].squeeze(1)
 
 
 def _causal_without_positions(model: Model, call: Call) -> Tensor:
-    logits_N1V: Tensor = model(
+    logits_NKV: Tensor = model(
         input_ids=call.tokens_NQ,
         attention_mask=call.mask_NW,
         cache=call.cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=call.num_logits,
     ).logits
-    return logits_N1V[:, -1]
+    return logits_NKV[:, -call.num_logits :].squeeze(1)
 
 
 def _t5(model: Model, call: Call) -> Tensor:

@@ -8,7 +8,7 @@ the best token after penalties. Log-probabilities are those of the raw logits.
 # N rows, V vocabulary, P rows sampled without top-k and top-p, B blocks of W tokens, C candidates, best first,
 # K of them kept, R rows of a cumulated mass
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,7 @@ class Chooser:
     min_p: float = 0.0
     num_logprobs: int | None = None
     generator: torch.Generator = field(default_factory=lambda: seeded_generator(None))
+    has_seed: bool = False  # whether somebody may ask for the same tokens again
     processor: LogitsProcessor | None = None
 
     @property
@@ -62,27 +63,8 @@ class Pick:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def pick_tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Pick]:
-    """One pick a row of float32 logits. A row's pick does not depend on its neighbours.
-
-    Rows must not share memory: logits are changed where a row's processor says so, and put back.
-    """
-    changed = process_logits(logits_NV, [chooser.processor for chooser in choosers])
-    tokens = _choose(logits_NV, choosers)
-    if changed is not None:
-        changed.put_back(logits_NV)
-    picks = [Pick(token) for token in tokens]
-    for row, (token, chooser) in enumerate(zip(tokens, choosers, strict=True)):
-        if token is None:
-            continue
-        if chooser.processor is not None:
-            chooser.processor.record(token)
-        if chooser.num_logprobs is not None:
-            picks[row] = _with_logprobs(logits_NV[row], token, chooser.num_logprobs)
-    return picks
-
-
-def _choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
+def choose_tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
+    """A token a row of processed logits; None where they are not numbers."""
     best_N, greedy_N = logits_NV.max(dim=-1)
     is_good = torch.isfinite(best_N).tolist()  # max passes NaN on
     tokens: list[int] = greedy_N.tolist()
@@ -96,6 +78,29 @@ def _choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
         if choosers[row].is_ranked:
             tokens[row] = _draw_from_best(logits_NV[row], choosers[row])
     return [token if good else None for token, good in zip(tokens, is_good, strict=True)]
+
+
+Choose = Callable[[Tensor, Sequence[Chooser]], list[int | None]]
+
+
+def pick_tokens(logits_NV: Tensor, choosers: Sequence[Chooser], choose: Choose = choose_tokens) -> list[Pick]:
+    """One pick a row of float32 logits. A row's pick does not depend on its neighbours.
+
+    Rows must not share memory: logits are changed where a row's processor says so, and put back.
+    """
+    changed = process_logits(logits_NV, [chooser.processor for chooser in choosers])
+    tokens = choose(logits_NV, choosers)
+    if changed is not None:
+        changed.put_back(logits_NV)
+    picks = [Pick(token) for token in tokens]
+    for row, (token, chooser) in enumerate(zip(tokens, choosers, strict=True)):
+        if token is None:
+            continue
+        if chooser.processor is not None:
+            chooser.processor.record(token)
+        if chooser.num_logprobs is not None:
+            picks[row] = _with_logprobs(logits_NV[row], token, chooser.num_logprobs)
+    return picks
 
 
 def _draw_from_all(logits_PV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
@@ -119,6 +124,13 @@ def _draw_from_all(logits_PV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
 
 
 def _draw_from_best(logits_V: Tensor, chooser: Chooser) -> int:
+    tokens_K, mass_K = _best(logits_V, chooser)
+    target_11 = _uniform([chooser]).to(mass_K.device) * mass_K[-1]
+    return int(tokens_K[_first_over(mass_K[None], target_11)])
+
+
+def _best(logits_V: Tensor, chooser: Chooser) -> tuple[Tensor, Tensor]:
+    """The tokens that may be drawn, best first, and their cumulated mass [K]."""
     scaled_V = logits_V / chooser.temperature
     values_C, tokens_C = scaled_V.topk(min(chooser.top_k or NUM_CANDIDATES, len(scaled_V)))
     if not chooser.top_k and (values_C - scaled_V.logsumexp(0)).exp().sum() < chooser.top_p:
@@ -129,9 +141,29 @@ def _draw_from_best(logits_V: Tensor, chooser: Chooser) -> int:
     num_kept = int(torch.searchsorted(mass_C, chooser.top_p)) + 1  # the best token always stays
     if chooser.min_p:
         num_kept = min(num_kept, int((values_C - values_C[0] >= math.log(chooser.min_p)).sum()))
-    mass_1K = mass_C[None, :num_kept]
-    target_11 = _uniform([chooser]).to(mass_1K.device) * mass_1K[:, -1:]
-    return int(tokens_C[_first_over(mass_1K, target_11)])
+    return tokens_C[:num_kept], mass_C[:num_kept]
+
+
+def probabilities(logits_V: Tensor, chooser: Chooser) -> Tensor:
+    """The distribution that a sampled row draws from, given its processed logits; float64."""
+    if chooser.is_ranked:
+        tokens_K, mass_K = _best(logits_V, chooser)
+        kept_K = mass_K.diff(prepend=mass_K.new_zeros(1)) / mass_K[-1]
+        return logits_V.new_zeros(len(logits_V), dtype=torch.float64).scatter_(0, tokens_K, kept_K)
+    weights_V = ((logits_V - logits_V.max()) / chooser.temperature).double().exp_()
+    weights_V.masked_fill_(weights_V < chooser.min_p, 0.0)
+    return weights_V.div_(weights_V.sum())
+
+
+def draw(weights_V: Tensor, chooser: Chooser) -> int:
+    """A token in proportion to its weight, by the row's own generator."""
+    mass_1V = weights_V.cumsum(0)[None]
+    return int(_first_over(mass_1V, _uniform([chooser]).to(mass_1V.device) * mass_1V[:, -1:]))
+
+
+def uniform(chooser: Chooser) -> float:
+    """The next number in [0, 1) of the row's own generator."""
+    return float(_uniform([chooser]))
 
 
 def _uniform(choosers: Sequence[Chooser]) -> Tensor:
