@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from app import auth, queue
 from app.api import batches, completions, errors, files, health, jobs, models
 from app.api.middleware import RequestFrame
+from app.api.openapi import ERRORS
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.logs import configure_logging
 from app.services.batch_runner import BatchRunner
@@ -31,6 +32,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version="0.1.0",
         docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
+        responses=ERRORS,
         lifespan=lifespan,
     )
     app.state.settings = settings

@@ -1,11 +1,14 @@
-"""JSON bodies read strictly: no NaN, no half surrogates, no bottomless nesting reach a handler."""
+"""JSON bodies read strictly, of known callers only: no NaN, no half surrogates, no bottomless nesting reach a handler."""
 
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import orjson
 from fastapi import Request, Response
+from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
+
+from app.api.deps import identify
 
 
 class StrictRequest(Request):
@@ -22,6 +25,7 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
+            await run_in_threadpool(identify, request)  # before the body: strangers send nothing that is kept
             return await handle(StrictRequest(request.scope, request.receive))
 
         return handle_strictly

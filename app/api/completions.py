@@ -12,11 +12,13 @@ from starlette.types import Receive, Scope, Send
 
 from app.api.body import StrictRoute
 from app.api.deps import Principal, require
+from app.api.openapi import whole_or_streamed
 from app.contracts import Delta, Done
 from app.errors import StillhouseError, envelope
 from app.flow import Flow
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
+from app.schemas.generated import ChatCompletion, TextCompletion
 from app.services import generation
 from app.services.generation import Order
 from app.stream import Switchboard
@@ -37,12 +39,12 @@ class ClientGone(Exception):
     """The client hung up before it had an answer."""
 
 
-@router.post("/completions", response_class=Response)
+@router.post("/completions", responses=whole_or_streamed(TextCompletion))
 async def create_completion(body: CompletionBody, request: Request, caller: Caller) -> Response:
     return await respond(request, caller, body)
 
 
-@router.post("/chat/completions", response_class=Response)
+@router.post("/chat/completions", responses=whole_or_streamed(ChatCompletion))
 async def create_chat_completion(body: ChatBody, request: Request, caller: Caller) -> Response:
     return await respond(request, caller, body)
 

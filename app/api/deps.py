@@ -4,25 +4,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastapi import Depends, Header, Query
+from fastapi import Depends, Query, Request
+from fastapi.security import HTTPBearer
 
 from app import auth
 from app.auth import Principal
 from app.db.session import transaction
 
-__all__ = ["AskedPage", "Page", "Principal", "page", "require"]
+__all__ = ["AskedPage", "Page", "Principal", "identify", "page", "require"]
+
+# For /openapi.json only: `auth` reads the header itself, because it tells malformed keys from missing ones.
+BEARER = HTTPBearer(auto_error=False, scheme_name="api_key", description="A key `sk-sh-{id}-{secret}`")
 
 
 def require(scope: str) -> Callable[..., Principal]:
     """A dependency that gives the principal, or refuses with 401 or 403."""
 
-    def principal(authorization: Annotated[str | None, Header()] = None) -> Principal:
-        with transaction() as session:
-            found = auth.authenticate(session, authorization)
+    def principal(request: Request, documented: Annotated[object, Depends(BEARER)]) -> Principal:
+        found = identify(request)
         found.demand(scope)
         return found
 
     return principal
+
+
+def identify(request: Request) -> Principal:
+    """Who asks; looked up once a request. Raises Unauthenticated."""
+    known: Principal | None = getattr(request.state, "principal", None)
+    if known is None:
+        with transaction() as session:
+            known = auth.authenticate(session, request.headers.get("authorization"))
+        request.state.principal = known
+    return known
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.db.paging import UnknownCursor
 from app.db.session import DatabaseUnavailable, PoolExhausted
@@ -18,6 +19,8 @@ from app.errors import (
     envelope,
 )
 from app.faults import bad_request
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def install(app: FastAPI) -> None:
@@ -73,7 +76,19 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
         answer = Conflict(str(error.detail))
     response = error_response(answer)
     response.headers.update(error.headers or {})
+    if error.status_code == 405:
+        response.headers["allow"] = _allowed(request)
     return response
+
+
+def _allowed(request: Request) -> str:
+    """The methods of all routes with this path; Starlette names those of the first one only."""
+    scopes = {method: {**request.scope, "method": method} for method in METHODS}
+    return ", ".join(
+        method
+        for method, scope in scopes.items()
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+    )
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

@@ -7,6 +7,7 @@ from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from app.api.deps import Principal, require
+from app.api.openapi import BYTES
 from app.db import files as file_rows
 from app.db.session import transaction
 from app.schemas.files import Deleted, FileObject
@@ -91,7 +92,7 @@ def delete_file(file_id: str, principal: Writer) -> Deleted:
     return Deleted(id=file_id, object="file")
 
 
-@router.get("/{file_id}/content")
+@router.get("/{file_id}/content", response_class=StreamingResponse, responses=BYTES)
 def get_content(file_id: str, principal: Reader) -> StreamingResponse:
     row = files.get_file(principal.project_id, file_id)
     return StreamingResponse(

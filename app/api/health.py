@@ -8,6 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from pydantic import BaseModel
 
 from app.api.deps import Principal, require
+from app.api.openapi import TEXT
 from app.db import jobs
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
 from app.stream import Switchboard
@@ -35,7 +36,7 @@ async def live() -> Liveness:
     return Liveness()
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", responses={503: {"model": Readiness}})
 def ready(request: Request, response: Response) -> Readiness:
     """503 only without the database: everything but generation works without Redis and without workers."""
     board: Switchboard = request.app.state.switchboard
@@ -51,7 +52,7 @@ def ready(request: Request, response: Response) -> Readiness:
     return Readiness(status=status, database=True, serve_workers=num_workers)
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": TEXT}}})
 def metrics(request: Request, principal: Annotated[Principal, Depends(require("admin"))]) -> Response:
     """Prometheus metrics. They speak of all projects, so the key needs the scope `admin`."""
     board: Switchboard = request.app.state.switchboard

@@ -9,6 +9,7 @@ from fastapi.responses import StreamingResponse
 from app.api.body import StrictRoute
 from app.api.deps import AskedPage, Page, Principal, require
 from app.api.events import start_after, stream_events
+from app.api.openapi import EVENTS
 from app.db import jobs as job_rows
 from app.db.session import transaction
 from app.schemas.jobs import CheckpointObject, CreateJob, EventObject, JobObject, MetricsObject, Point, Series
@@ -90,7 +91,7 @@ def resume_job(job_id: str, principal: Writer) -> JobObject:
     return JobObject.of(jobs.resume_job(principal.project_id, job_id))
 
 
-@router.get("/{job_id}/events", response_model=Listing[EventObject])
+@router.get("/{job_id}/events", response_model=Listing[EventObject], responses=EVENTS)
 def list_events(
     job_id: str, principal: Reader, page: AskedPage, is_streamed: Streamed
 ) -> Response | Listing[EventObject]:

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Response
 from app.api.body import StrictRoute
 from app.api.deps import AskedPage, Principal, require
 from app.api.jobs import Repetition, Streamed, answer_events
+from app.api.openapi import EVENTS
 from app.db import models as model_rows
 from app.db.session import transaction
 from app.schemas.files import Deleted
@@ -49,7 +50,7 @@ def cancel_import(job_id: str, principal: Writer) -> ImportObject:
     return ImportObject.of(jobs.cancel_job(principal.project_id, job_id, "import"))
 
 
-@router.get("/imports/{job_id}/events", response_model=Listing[EventObject])
+@router.get("/imports/{job_id}/events", response_model=Listing[EventObject], responses=EVENTS)
 def list_import_events(
     job_id: str, principal: Reader, page: AskedPage, is_streamed: Streamed
 ) -> Response | Listing[EventObject]:

@@ -60,11 +60,11 @@ def demand_room(session: Session, project_id: str) -> None:
 
 
 def input_file(session: Session, project_id: str, file_id: str) -> File:
-    """The project's file, kept from being deleted until the transaction ends; raises BadRequest."""
+    """The project's file, kept from being deleted until the transaction ends; raises NotFound or BadRequest."""
     row = files.find_file(session, project_id, file_id, lock=True)
     if row is None:
         message = f"the file {file_id!r} does not exist; upload it with POST /v1/files"
-        raise BadRequest(message, "resource_not_found", "input_file_id")
+        raise NotFound(message, param="input_file_id")
     if row.purpose != "batch":
         message = f"the file {file_id!r} has the purpose {row.purpose}; upload it again as batch"
         raise BadRequest(message, "invalid_file", "input_file_id")
