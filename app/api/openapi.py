@@ -16,7 +16,14 @@ ERRORS: Responses = {
     "5XX": {"model": ErrorEnvelope, "description": "The service cannot do it now; `Retry-After` as above"},
 }
 TEXT = {"schema": {"type": "string"}}
-EVENTS: Responses = {200: {"content": {"text/event-stream": TEXT}}}
+FRAME = {  # of a stream; its last one has the data `[DONE]`
+    "schema": {
+        "type": "object",
+        "required": ["data"],
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+    }
+}
+EVENTS: Responses = {200: {"content": {"text/event-stream": FRAME}}}
 BYTES: Responses = {
     200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
 }
@@ -24,4 +31,4 @@ BYTES: Responses = {
 
 def whole_or_streamed(model: type[BaseModel]) -> Responses:
     """Of a route that answers as JSON, or with `stream` as server-sent events."""
-    return {200: {"model": model, "content": {"text/event-stream": TEXT}}}
+    return {200: {"model": model, "content": {"text/event-stream": FRAME}}}

@@ -52,5 +52,8 @@ def errors_come_in_the_envelope(context: Json, response: Json, case: Json) -> No
 
 @schemathesis.hook
 def filter_failure(context: Json, failure: Json, case: Json, response: Json) -> bool:
-    """A header that no route declares is no fault: proxies add them."""
-    return "in header - object with unexpected properties" not in failure.message
+    """False for what is no fault: a header that no route declares, for proxies add them; and that GET and DELETE
+    are allowed on /v1/models/import, which is a model's id there."""
+    is_header = "in header - object with unexpected properties" in failure.message
+    is_model_id = "Undocumented methods" in failure.message and case.path == "/v1/models/import"
+    return not (is_header or is_model_id)
