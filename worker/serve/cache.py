@@ -89,6 +89,12 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         for buffer in self._buffers:
             buffer[:num_rows, :, moved] = buffer[:num_rows, :, columns].clone()
 
+    def take_columns(self, columns: slice, source_NC: Tensor) -> None:
+        for buffer in self._buffers:
+            rows = buffer[: len(source_NC)]
+            index = source_NC[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
+            rows[:, :, columns] = rows.gather(2, index)
+
     def wipe_row(self, row: int) -> None:
         for buffer in self._buffers:
             buffer[row].zero_()
@@ -132,6 +138,11 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
     def move_columns(self, num_rows: int, columns: slice, by: int) -> None:
         for layer in self.layers:
             layer.move_columns(num_rows, columns, by)
+
+    def take_columns(self, columns: slice, source_NC: Tensor) -> None:
+        """Puts into each row's columns what it holds at the source columns."""
+        for layer in self.layers:
+            layer.take_columns(columns, source_NC)
 
     def wipe_row(self, row: int) -> None:
         for layer in self.layers:

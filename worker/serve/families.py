@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from worker.serve.errors import UnsupportedModel
+from worker.serve.lean import LeanModel, is_lean
 
 CAUSAL = frozenset(
     {"bloom", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3"}
@@ -59,9 +60,8 @@ class Context:
 class Family:
     """How to call one model; context sizes are None where positions have no end."""
 
-    forward: Callable[
-        [Model, Call], Tensor
-    ]  # logits of the last token [N, V], of the last K if K are asked for [N, K, V]
+    # logits of the last token [N, V], or of the last K if the call asks for several [N, K, V]
+    forward: Callable[[Model, Call], Tensor]
     context_tokens: int | None
     reads_column_order: bool = False  # whether it sees distances between columns instead of positions
     can_pad_prompts: bool = True  # whether prompts of different lengths may share a prefill
@@ -106,7 +106,7 @@ def family_of(model: nn.Module) -> Family:
     if config.model_type in CAUSAL:
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         return Family(
-            forward=_causal if takes_positions else _causal_without_positions,
+            forward=_lean(model) or (_causal if takes_positions else _causal_without_positions),
             context_tokens=_num_positions(config),
             can_pad_prompts=config.model_type not in ONE_PROMPT_AT_A_TIME,
             reads_column_order=_reads_column_order(config),
@@ -140,6 +140,14 @@ def _start_token(model: Model) -> int:
         if isinstance(token, int):
             return token
     raise UnsupportedModel("the model's config names no decoder_start_token_id; add it to config.json")
+
+
+def _lean(model: Model) -> Callable[[Model, Call], Tensor] | None:
+    # elsewhere than on a CPU a step is not held up by Python in this way, or not measured
+    if not is_lean(model) or next(model.parameters()).device.type != "cpu":
+        return None
+    lean = LeanModel(model)
+    return lambda _, call: lean.logits(call)
 
 
 def _causal(model: Model, call: Call) -> Tensor:

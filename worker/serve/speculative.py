@@ -1,0 +1,293 @@
+"""Exact speculative decoding: a small draft model proposes tokens, the model itself verifies them in one call.
+
+Greedy text is that of the model alone: a proposal stays while it equals the model's own best token. A sampled token has
+exactly the model's distribution p, whatever the draft's q is: a proposal x drawn from q is accepted with probability
+min(1, p(x) / q(x)), else a token is drawn from max(p - q, 0) made a distribution (Leviathan et al., arXiv:2211.17192).
+"""
+
+# N rows, Q tokens a row, V vocabulary
+import copy
+from collections.abc import Iterator
+from collections.abc import Sequence as Listing
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worker.serve.decoder import Decoder, Sequence
+from worker.serve.engine import TransformersEngine
+from worker.serve.errors import DraftUnsupported
+from worker.serve.families import family_of
+from worker.serve.loading import LoadedModel
+from worker.serve.lookahead import LookaheadBatch
+from worker.serve.sampling import Chooser, Pick, choose_tokens, draw, pick_tokens, probabilities, uniform
+
+MAX_DRAFTING = 4  # rows: with more the model is no longer bound by reading its weights, and drafts cost more than they save
+
+
+@dataclass
+class DraftCounts:
+    """What became of the proposals so far; a round is one verification of one row.
+
+    Proposals behind an answer's end are not counted: nobody judged them.
+    """
+
+    num_rounds: int = 0
+    num_proposed: int = 0
+    num_accepted: int = 0
+    num_tokens: int = 0  # that rounds gave: those accepted, and the model's own behind them
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.num_accepted / max(1, self.num_proposed)
+
+    @property
+    def mean_accepted(self) -> float:
+        """Accepted proposals a round."""
+        return self.num_accepted / max(1, self.num_rounds)
+
+    @property
+    def tokens_a_round(self) -> float:
+        return self.num_tokens / max(1, self.num_rounds)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A draft's token; of a sampled row, with the distribution it was drawn from."""
+
+    token: int
+    drawn_from_V: Tensor | None = None
+
+
+class SpeculativeDecoder(Decoder):
+    """Continuous batching in which each step either prefills newcomers or verifies a few tokens of every sequence.
+
+    With more than max_drafting sequences it advances them plainly, unless a sampled one has a seed: which of its random
+    numbers go where depends on the draft, so its text would depend on the crowd.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        draft: nn.Module,
+        num_draft_tokens: int,
+        max_running: int,
+        max_context_tokens: int,
+        max_drafting: int = MAX_DRAFTING,
+    ) -> None:
+        super().__init__(model, max_running=max_running, max_context_tokens=max_context_tokens)
+        width = max_context_tokens + num_draft_tokens
+        self.target = LookaheadBatch(model, max_rows=max_running, max_width=width)
+        self.batch = self.target
+        # its rows are the first of ours, in our order; those that joined since the last round follow at the next
+        self.draft = LookaheadBatch(draft, max_rows=max_running, max_width=width)
+        self.num_draft_tokens = num_draft_tokens
+        self.max_drafting = max_drafting
+        self.counts = DraftCounts()
+
+    def step(self) -> Iterator[tuple[Sequence, Pick]]:
+        """Gives each sequence's tokens one by one; those of a sequence dropped meanwhile are left out."""
+        is_joining = self.num_waiting and len(self._rows) < self.max_running and self._may_join()
+        if self._rows and not is_joining:
+            if self._is_drafting():
+                return self._taken(self._round())
+            self._forget_draft()
+        return iter(super().step())
+
+    def _is_drafting(self) -> bool:
+        choosers = [sequence.chooser for sequence in self._rows]
+        return len(self._rows) <= self.max_drafting or any(c.has_seed and not c.is_greedy for c in choosers)
+
+    def _round(self) -> list[tuple[Sequence, list[Pick]]]:
+        self._has_prefilled = False
+        sequences = list(self._rows)
+        for sequence in sequences[self.draft.num_rows :]:
+            self.draft.join([[*sequence.prompt, *sequence.tokens[:-1]]])
+        self.draft.make_room_for(self.num_draft_tokens)
+        self.target.make_room_for(self.num_draft_tokens + 1)
+        proposals = self._propose(sequences)
+        rows = [
+            [sequence.tokens[-1], *(proposed[row].token for proposed in proposals)]
+            for row, sequence in enumerate(sequences)
+        ]
+        runs = self._verify(sequences, proposals, self.target.look(rows, offset=0, num_logits=len(rows[0])))
+        for batch in (self.target, self.draft):
+            batch.keep([len(run) for run in runs])
+        return list(zip(sequences, runs, strict=True))
+
+    def _propose(self, sequences: Listing[Sequence]) -> list[list[Proposal]]:
+        """So many proposals for every row, one list a step of the draft."""
+        # a copy of what a processor remembers: only what the model accepts becomes part of the answer
+        choosers = [
+            replace(s.chooser, num_logprobs=None, processor=copy.deepcopy(s.chooser.processor))
+            for s in sequences
+        ]
+        # the token before is read once more: after a round that accepted everything the draft has not read it yet
+        rows, offset = [[([*s.prompt[-1:], *s.tokens])[-2], s.tokens[-1]] for s in sequences], -1
+        proposals: list[list[Proposal]] = []
+        for step in range(self.num_draft_tokens):
+            logits_NV = self.draft.look(rows, offset=offset)
+            shares: list[Tensor | None] = [None] * len(rows)
+            picks = pick_tokens(logits_NV, choosers, partial(_draw_proposals, shares=shares))
+            for row, pick in enumerate(picks):
+                if pick.token is None:
+                    self.draft.cache.wipe_row(row)  # a bad draft costs time, no more
+            proposals.append(
+                [Proposal(pick.token or 0, share) for pick, share in zip(picks, shares, strict=True)]
+            )
+            rows, offset = [[proposal.token] for proposal in proposals[-1]], step + 1
+        return proposals
+
+    def _verify(
+        self, sequences: Listing[Sequence], proposals: list[list[Proposal]], logits_NQV: Tensor
+    ) -> list[list[Pick]]:
+        """Each row's accepted tokens and the model's own behind them; nothing behind an answer's end."""
+        runs: list[list[Pick]] = [[] for _ in sequences]
+        matched = [0] * len(sequences)
+        open_rows = list(range(len(sequences)))
+        for position in range(self.num_draft_tokens + 1):
+            offers = [proposals[position][row] for row in open_rows] if position < len(proposals) else []
+            choose = partial(_judge, offers=offers) if offers else choose_tokens
+            choosers = [sequences[row].chooser for row in open_rows]
+            picks = pick_tokens(logits_NQV[open_rows, position], choosers, choose)
+            for row, pick in zip(open_rows, picks, strict=True):
+                runs[row].append(pick)
+            is_match = [offer.token == pick.token for offer, pick in zip(offers, picks, strict=False)]
+            matching = [row for row, matches in zip(open_rows, is_match, strict=False) if matches]
+            for row in matching:
+                matched[row] += 1
+            open_rows = [row for row in matching if not _has_ended(sequences[row], runs[row])]
+            if not open_rows:
+                break
+        for sequence, run, num_accepted in zip(sequences, runs, matched, strict=True):
+            self._count(sequence, run, num_accepted)
+        return runs
+
+    def _count(self, sequence: Sequence, run: list[Pick], num_accepted: int) -> None:
+        num_judged = min(self.num_draft_tokens, sequence.max_tokens - len(sequence.tokens))
+        self.counts.num_rounds += 1
+        self.counts.num_proposed += num_accepted if num_accepted == len(run) else num_judged
+        self.counts.num_accepted += num_accepted
+        self.counts.num_tokens += len(run)
+
+    def _taken(self, runs: list[tuple[Sequence, list[Pick]]]) -> Iterator[tuple[Sequence, Pick]]:
+        for sequence, run in runs:
+            for pick in run:
+                if sequence in self._rows:
+                    self._take(self._rows.index(sequence), pick)
+                    yield sequence, pick
+
+    def _leave(self, row: int, *, is_poisoned: bool = False) -> None:
+        was_complete = self.draft.num_rows == len(self._rows)
+        super()._leave(row, is_poisoned=is_poisoned)
+        if was_complete:
+            self.draft.leave(row)
+        elif row < self.draft.num_rows:
+            self._forget_draft()  # its last row is not our last, which takes this number now
+
+    def _forget_draft(self) -> None:
+        while self.draft.num_rows:
+            self.draft.leave(self.draft.num_rows - 1)
+
+
+def _has_ended(sequence: Sequence, run: list[Pick]) -> bool:
+    return run[-1].token in sequence.end_ids or len(sequence.tokens) + len(run) >= sequence.max_tokens
+
+
+def _draw_proposals(
+    logits_NV: Tensor, choosers: Listing[Chooser], *, shares: list[Tensor | None]
+) -> list[int | None]:
+    """The draft's tokens; puts what they were drawn from into `shares`."""
+    tokens = _greedy_tokens(logits_NV)
+    for row, chooser in enumerate(choosers):
+        if not chooser.is_greedy:
+            is_good = tokens[row] is not None
+            share_V = probabilities(logits_NV[row], chooser) if is_good else _certain(0, logits_NV)
+            shares[row] = share_V
+            tokens[row] = draw(share_V, chooser) if is_good else None
+    return tokens
+
+
+def _judge(logits_NV: Tensor, choosers: Listing[Chooser], *, offers: Listing[Proposal]) -> list[int | None]:
+    """The model's tokens, those that were offered if the rule accepts them."""
+    tokens = _greedy_tokens(logits_NV)
+    for row, (chooser, offer) in enumerate(zip(choosers, offers, strict=True)):
+        if offer.drawn_from_V is not None and tokens[row] is not None:
+            tokens[row] = accept_or_draw(offer, probabilities(logits_NV[row], chooser), chooser)
+    return tokens
+
+
+def accept_or_draw(offer: Proposal, wanted_V: Tensor, chooser: Chooser) -> int:
+    """The offered token or another one, so that over many calls each has its wanted probability."""
+    assert offer.drawn_from_V is not None, "of a sampled row the distribution is known"
+    if uniform(chooser) * float(offer.drawn_from_V[offer.token]) < float(wanted_V[offer.token]):
+        return offer.token
+    left_V = (wanted_V - offer.drawn_from_V).clamp(min=0.0)
+    # nothing is left when the two differ by rounding alone
+    return draw(left_V if float(left_V.sum()) > 0 else wanted_V, chooser)
+
+
+def _greedy_tokens(logits_NV: Tensor) -> list[int | None]:
+    best_N, tokens_N = logits_NV.max(dim=-1)
+    found = zip(tokens_N.tolist(), torch.isfinite(best_N).tolist(), strict=True)
+    return [token if is_good else None for token, is_good in found]
+
+
+def _certain(token: int, logits_NV: Tensor) -> Tensor:
+    share_V = logits_NV.new_zeros(logits_NV.shape[1], dtype=torch.float64)
+    share_V[token] = 1.0
+    return share_V
+
+
+@dataclass(kw_only=True)
+class SpeculativeEngine(TransformersEngine):
+    """A model served with a draft of the same tokenizer and vocabulary, both decoders. Raises DraftUnsupported.
+
+    Greedy text is that of the engine without a draft. In float32 a step of several tokens and a step of one round
+    differently in the last bits, as batches of different sizes do: two tokens whose logits are that close may swap.
+    A seed gives the same sampled text whatever else runs, but another text than without a draft or with another number
+    of draft tokens. With more than `max_drafting` sequences the draft rests.
+    """
+
+    draft: LoadedModel
+    num_draft_tokens: int = 4
+    max_drafting: int = MAX_DRAFTING
+
+    def __post_init__(self) -> None:
+        self._refuse_unlike()
+        self.draft.model.eval()
+        super().__post_init__()
+
+    @property
+    def draft_counts(self) -> DraftCounts:
+        return self._speculative.counts
+
+    def _make_decoder(self) -> Decoder:
+        self._speculative = SpeculativeDecoder(
+            self.model,
+            draft=self.draft.model,
+            num_draft_tokens=self.num_draft_tokens,
+            max_running=self.max_running,
+            max_context_tokens=self.max_context_tokens,
+            max_drafting=self.max_drafting,
+        )
+        return self._speculative
+
+    def _refuse_unlike(self) -> None:
+        if family_of(self.model).has_encoder or family_of(self.draft.model).has_encoder:
+            raise DraftUnsupported(
+                "only decoders are served with a draft; serve an encoder-decoder without one"
+            )
+        widths = [_num_logits(model) for model in (self.model, self.draft.model)]
+        if widths[0] != widths[1] or self.tokenizer.get_vocab() != self.draft.tokenizer.get_vocab():
+            raise DraftUnsupported(
+                "the draft must have the model's own tokenizer and vocabulary; distil one from the model itself"
+            )
+
+
+def _num_logits(model: nn.Module) -> int:
+    config: Any = model.config  # transformers is untyped here
+    return int(config.get_text_config(decoder=True).vocab_size)
