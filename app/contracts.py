@@ -19,7 +19,7 @@ def serve_queue(worker_id: str) -> str:
 
 
 def control_channel(worker_id: str) -> str:
-    """Pub/sub channel on which one serve worker hears cancellations."""
+    """Pub/sub channel on which one serve worker hears the messages of `app/control.py`."""
     return f"stillhouse:control:{worker_id}"
 
 
@@ -258,23 +258,46 @@ class ReplyBatch(Contract):
 
 
 class Cancel(Contract):
-    """Sent on a serve worker's control channel."""
+    """Stops a request without a reply; one of the messages of `app/control.py`."""
 
+    kind: Literal["cancel"] = "cancel"
     id: str
 
 
+class ModelState(Contract):
+    """What one serve worker has of one model.
+
+    bytes: in memory when resident, in the store before. first_token_seconds: of a short prompt, alone, after the load.
+    """
+
+    residence: str
+    state: Literal["loading", "resident", "failed"]
+    bytes: int
+    percent: float = 0.0  # of the load
+    load_seconds: float | None = None
+    first_token_seconds: float | None = None
+    is_pinned: bool = False
+    error: str | None = None
+
+
 class ServeWorkerStatus(Contract):
-    """A serve worker's heartbeat. `engines` are those whose packages it has."""
+    """A serve worker's heartbeat. `engines` are those whose packages it has.
+
+    last_step_at is the end of the last forward pass, or None before the first; stalled_seconds is how long there has been
+    work without one.
+    """
 
     worker_id: str
     engines: tuple[EngineName, ...] = ("transformers",)
     resident: tuple[str, ...] = ()
     loading: tuple[str, ...] = ()
+    models: tuple[ModelState, ...] = ()
     num_running: int = 0
     num_waiting: int = 0
     max_running: int
     is_draining: bool = False
     last_step_at: float | None = None
+    stalled_seconds: float = 0.0
     beat_at: float
 
 

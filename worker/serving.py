@@ -1,8 +1,8 @@
 """The serve worker: one engine thread between the request queue and the reply channels.
 
-Requests come from Celery's threads, cancellations from the control channel; the model host takes both at its next
-step. What a step gives goes out in one publish for each API process. A heartbeat key in Redis says that the worker
-lives and what it has loaded.
+Requests come from Celery's threads, cancellations and what to load from the control channel; the model host takes
+both at its next step. What a step gives goes out in one publish for each API process. A heartbeat key in Redis says
+that the worker lives and what it has loaded.
 """
 
 import contextlib
@@ -31,7 +31,8 @@ from app.contracts import (
     reply_channel,
     serve_worker_key,
 )
-from worker.serve.models import ModelHost
+from app.control import CONTROL
+from worker.serve.models import HostStatus, ModelHost
 
 log = structlog.get_logger(__name__)
 
@@ -79,7 +80,6 @@ class ServeWorker:
         self._drain_until: float | None = None
         self._has_ended = threading.Event()
         self._turned_at = time.monotonic()
-        self._last_step_at: float | None = None
 
     def start(self) -> None:
         for work, name in ((self._serve, "engine"), (self._beat, "heartbeat"), (self._hear, "control")):
@@ -119,9 +119,7 @@ class ServeWorker:
             while not self._is_drained():
                 self._host.wait_for_work(WAIT_SECONDS)
                 self._turned_at = time.monotonic()
-                if self._host.has_work():
-                    self._publish(addressed.reply for addressed in self._host.step_all())
-                    self._last_step_at = time.time()
+                self._publish(addressed.reply for addressed in self._host.step_all())
             self._fail_all(
                 503, "draining", "the worker was stopped before the answer was complete; try again"
             )
@@ -180,13 +178,22 @@ class ServeWorker:
             worker_id=self._options.worker_id,
             resident=host.resident,
             loading=host.loading,
+            models=host.models,
             num_running=host.num_running,
             num_waiting=len(self._homes) if is_unplaced else host.num_waiting,
             max_running=self._options.max_running,
             is_draining=self._drain_until is not None,
-            last_step_at=self._last_step_at,
+            last_step_at=host.last_step_at,
+            stalled_seconds=self._stalled_seconds(host),
             beat_at=time.time(),
         )
+
+    def _stalled_seconds(self, host: HostStatus) -> float:
+        """How long the engine thread has not come round, or has had sequences without a forward pass."""
+        stalled = time.monotonic() - self._turned_at - WAIT_SECONDS
+        if host.num_running and host.last_step_at is not None:
+            stalled = max(stalled, time.time() - host.last_step_at)
+        return max(0.0, stalled)
 
     def _beat(self) -> None:
         lifetime_ms = round(1000 * max(2.0, BEATS_TO_LIVE * self._options.heartbeat_seconds))
@@ -208,8 +215,15 @@ class ServeWorker:
         with contextlib.suppress(*FAULTS):
             self._redis.delete(key)
 
+    def _obey(self, data: bytes) -> None:
+        message = CONTROL.validate_json(data)
+        if isinstance(message, Cancel):
+            self.cancel(message.id)
+        else:
+            self._host.tell(message)
+
     def _hear(self) -> None:
-        """Listens for cancellations; the API repeats those that nobody heard."""
+        """Listens for what the API says beside requests; it repeats what nobody heard."""
         while not self._has_ended.is_set():
             try:
                 with (
@@ -220,7 +234,7 @@ class ServeWorker:
                     while not self._has_ended.is_set():
                         message = ear.get_message(timeout=1.0)
                         if message is not None and message["type"] == "message":
-                            self.cancel(Cancel.model_validate_json(message["data"]).id)
+                            self._obey(message["data"])
             except (*FAULTS, ValueError) as fault:
                 log.warning("control_channel_lost", reason=type(fault).__name__)
                 self._has_ended.wait(0.5)

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.contracts import ArtifactRef, Delta, Done, Failure, GenerateRequest, Reply
+from app.contracts import ArtifactRef, Delta, Done, Failure, GenerateRequest, Reply, ServingOptions
+from app.control import Keep, Load, Served, Unload
 from worker.serve.errors import ModelLoadFailed
 from worker.serve.models import Addressed, ModelHost
 
@@ -67,6 +68,20 @@ def run(host: ModelHost, until: Callable[[list[Addressed]], bool] | None = None)
         host.wait_for_work(0.02)
         found += host.step_all()
     return found
+
+
+def served(name: str, num_bytes: int = SIZE) -> Served:
+    return Served(model=name, weights=ref(name, num_bytes))
+
+
+def settle(host: ModelHost) -> None:
+    """Steps until nothing is to be done or loading."""
+    host.step_all()
+    give_up = time.monotonic() + 20
+    while host.has_work() or host.status().loading:
+        assert time.monotonic() < give_up, "the host does not settle"
+        host.wait_for_work(0.02)
+        host.step_all()
 
 
 def ends(found: list[Addressed]) -> dict[str, Reply]:
@@ -200,7 +215,7 @@ def test_an_encoder_decoder_is_evicted_and_loaded_again(
     make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf, tiny_t5_dir: Path
 ) -> None:
     shelf.folders["t5"] = tiny_t5_dir
-    host = make_host(resident_bytes=SIZE)
+    host = make_host(resident_bytes=2 * SIZE)  # room for one
     for number, name in enumerate(("t5", "llama", "t5")):
         host.submit(make_request(f"r{number}", weights=ref(name), tokens=(9, 8)))
         assert isinstance(ends(run(host))[f"r{number}"], Done)
@@ -266,7 +281,7 @@ def test_an_engine_that_breaks_ends_its_requests_only_and_is_loaded_anew(
     host.submit(make_request("a", weights=ref("llama"), max_tokens=100))
     host.submit(make_request("b", weights=ref("gpt2"), max_tokens=20))
     run(host, until=lambda found: {reply.id for _, reply in found} == {"a", "b"})
-    broken: Any = host._residents["llama"].engine  # Any: reaches into the engine on purpose
+    broken: Any = host._residency.engine_of("llama")  # Any: reaches into the engine on purpose
     broken._decoder.batch.cache.layers[0]._buffers.clear()
     found = ends(run(host))
     failure = found["a"]
@@ -287,3 +302,93 @@ def test_a_deadline_counts_while_the_model_loads(
     failure = ends(run(host))["a"]
     assert isinstance(failure, Failure)
     assert failure.status == 504
+
+
+def test_a_model_is_loaded_ahead_and_has_a_first_token_figure(
+    make_host: Callable[..., ModelHost], shelf: Shelf
+) -> None:
+    host = make_host()
+    for _ in range(2):
+        host.tell(Load(served=served("llama")))
+        settle(host)
+    (state,) = host.status().models
+    assert (state.residence, state.state, state.percent) == ("llama", "resident", 100.0)
+    assert state.first_token_seconds is not None
+    assert state.load_seconds is not None
+    assert 0 < state.first_token_seconds < state.load_seconds + 60
+    assert shelf.asked == ["llama"]
+
+
+def test_the_progress_of_a_load_is_seen_and_its_failure_too(
+    make_host: Callable[..., ModelHost], shelf: Shelf, tiny_llama_dir: Path
+) -> None:
+    shelf.gates["missing"] = threading.Event()
+    host = make_host()
+    host.tell(Load(served=served("missing")))
+    host.step_all()
+    (state,) = host.status().models
+    assert (state.state, state.bytes, state.percent) == ("loading", SIZE, 0.0)
+    shelf.gates["missing"].set()
+    settle(host)
+    (state,) = host.status().models
+    assert state.state == "failed"
+    assert "not in the store" in (state.error or "")
+    shelf.folders["missing"] = tiny_llama_dir
+    host.tell(Load(served=served("missing")))
+    settle(host)
+    assert [state.state for state in host.status().models] == ["resident"]
+
+
+def test_a_pinned_model_never_makes_room(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    host = make_host(resident_bytes=int(2.5 * SIZE))
+    host.tell(Keep(models=(served("llama"),)))
+    settle(host)
+    assert host.status().models[0].is_pinned
+    for name, weights in [("a", "gpt2"), ("b", "twin"), ("c", "gpt2")]:
+        host.submit(make_request(name, weights=ref(weights)))
+        assert isinstance(ends(run(host))[name], Done)
+    assert "llama" in host.status().resident
+    host.submit(make_request("d", weights=ref("big", 2 * SIZE)))
+    failure = ends(run(host))["d"]
+    assert isinstance(failure, Failure)
+    assert failure.code == "model_too_large"
+    assert "pinned" in failure.message
+    host.tell(Keep(models=()))
+    host.step_all()
+    shelf.folders["big"] = shelf.folders["llama"]
+    host.submit(make_request("e", weights=ref("big", int(2.4 * SIZE))))
+    assert isinstance(ends(run(host))["e"], Done)
+    assert host.status().resident == ("big",)
+
+
+def test_an_unloaded_model_first_finishes_what_it_has(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    host = make_host()
+    host.submit(make_request("old", weights=ref("llama"), max_tokens=60, ignore_eos=True))
+    found = run(host, until=lambda found: bool(found))
+    host.tell(Unload(residence="llama"))
+    host.submit(make_request("new", weights=ref("llama")))
+    found += run(host)
+    assert list(ends(found)) == ["old", "new"]
+    assert all(isinstance(reply, Done) for reply in ends(found).values())
+    assert shelf.asked == ["llama", "llama"]
+    host.tell(Unload(residence="llama"))
+    settle(host)
+    assert host.status().models == ()
+
+
+def test_a_model_served_another_way_is_loaded_beside(
+    make_host: Callable[..., ModelHost], make_request: Make
+) -> None:
+    host = make_host()
+    host.submit(make_request("a", weights=ref("llama")))
+    host.submit(make_request("b", weights=ref("llama"), serving=ServingOptions(engine="vllm")))
+    found = ends(run(host))
+    assert isinstance(found["a"], Done)
+    failure = found["b"]
+    assert isinstance(failure, Failure)
+    assert failure.code == "serving_option_unavailable"
+    assert host.status().resident == ("llama",)

@@ -1,0 +1,145 @@
+"""Makes engines: which folders are read, what kind of engine serves them, and how far that has come."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from app.contracts import ArtifactRef, Done, Failure, GenerateRequest, Sampling
+from app.control import Served
+from worker.serve.engine import Engine, TransformersEngine
+from worker.serve.errors import OptionUnavailable
+from worker.serve.loading import load_model
+
+T = TypeVar("T")
+Fetch = Callable[[ArtifactRef], Path]
+
+READ_PERCENT = 90.0  # the rest is packing the weights and the first pass
+WARM_UP_SECONDS = 120.0
+_thread = threading.local()  # .progress: of the load that the thread is busy with
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What every engine of a worker gets; `clock` gives seconds since the epoch."""
+
+    max_running: int
+    max_context_tokens: int
+    device: str
+    clock: Callable[[], float]
+
+
+@dataclass
+class LoadProgress:
+    """Written by the loading thread, read by others."""
+
+    total_bytes: int
+    _done_bytes: float = field(default=0.0, init=False)
+    _folder_bytes: int = field(default=0, init=False)
+    _fraction: float = field(default=0.0, init=False)  # of the folder that is being read
+
+    @property
+    def percent(self) -> float:
+        read = self._done_bytes + self._fraction * self._folder_bytes
+        return READ_PERCENT * min(1.0, read / max(1, self.total_bytes))
+
+    @contextmanager
+    def reading(self, num_bytes: int) -> Iterator[None]:
+        """While a folder of so many bytes is read by this thread."""
+        self._folder_bytes, _thread.progress = num_bytes, self
+        try:
+            yield
+        finally:
+            _thread.progress = None
+            self._fraction = 0.0
+            self._done_bytes += num_bytes
+
+    def counted(self, things: Iterable[T], total: int) -> Iterator[T]:
+        for number, thing in enumerate(things):
+            self._fraction = number / total
+            yield thing
+
+
+class Ready(NamedTuple):
+    """An engine that has generated already. first_token_seconds is None if its model writes nothing sensible."""
+
+    engine: Engine
+    num_bytes: int
+    load_seconds: float
+    first_token_seconds: float | None
+
+
+def make_ready(served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress) -> Ready:
+    """The engine for a model, loaded and warmed up. Raises ServeError."""
+    began = time.perf_counter()
+    engine, num_bytes = engine_for(served, fetch, limits, progress)
+    load_seconds = time.perf_counter() - began
+    return Ready(engine, num_bytes, load_seconds, first_token_seconds(engine, served, limits.clock))
+
+
+def engine_for(
+    served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
+) -> tuple[Engine, int]:
+    """The engine that the options ask for, and the bytes it takes. Raises ServeError."""
+    options = served.serving
+    if options.engine == "vllm":
+        raise OptionUnavailable("this worker has no vLLM; serve the model with engine transformers")
+    if options.weights == "int8":
+        raise OptionUnavailable("int8 weights are not available yet; serve the model with plain weights")
+    if options.draft is not None:
+        raise OptionUnavailable("drafts are not available yet; serve the model without one")
+    folder = fetch(served.weights)
+    with progress.reading(served.weights.bytes):
+        loaded = load_model(folder, device=limits.device)
+    engine = TransformersEngine(
+        loaded.model,
+        loaded.tokenizer,
+        max_running=limits.max_running,
+        max_context_tokens=limits.max_context_tokens,
+        clock=limits.clock,
+    )
+    return engine, loaded.num_bytes
+
+
+def first_token_seconds(engine: Engine, served: Served, clock: Callable[[], float]) -> float | None:
+    """From a short prompt to its first token, with nothing else in the engine; a first pass, which warms up, is not counted."""
+    seconds = 0.0
+    for name in ("warm-up", "measured"):
+        began = time.perf_counter()
+        engine.add(
+            GenerateRequest(
+                id=name,
+                reply_to="",
+                model=served.model,
+                weights=served.weights,
+                serving=served.serving,
+                text="Once upon a time",
+                sampling=Sampling(max_tokens=1, temperature=0.0, ignore_eos=True),
+                deadline_at=clock() + WARM_UP_SECONDS,
+            )
+        )
+        while not (ends := [reply for reply in engine.step() if isinstance(reply, Done | Failure)]):
+            if time.perf_counter() - began > WARM_UP_SECONDS:
+                engine.abort(name)
+                return None
+        if isinstance(ends[0], Failure):
+            return None
+        seconds = time.perf_counter() - began
+    return seconds
+
+
+def _watch(bar: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # Any: as transformers' hook has it
+    progress: LoadProgress | None = getattr(_thread, "progress", None)
+    if progress is None or kwargs.get("desc") != "Loading weights":
+        return bar(*args, **kwargs)
+    return bar(progress.counted(args[0], len(args[0])), *args[1:], **{"total": len(args[0]), **kwargs})
+
+
+def watch_loads() -> None:
+    """Lets progress be seen: transformers tells it to its progress bars alone."""
+    from transformers.utils import logging  # seconds to import; only a worker that loads needs it
+
+    logging.set_tqdm_hook(_watch)
