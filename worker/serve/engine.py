@@ -2,20 +2,20 @@
 
 import time
 from collections.abc import Callable
+from collections.abc import Sequence as Listing
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
 
-from app.contracts import Delta, Done, GenerateRequest, Reply
-from worker.serve.best_of import BestOf
+from app.contracts import GenerateRequest, Reply
+from worker.serve.answer import Answer, begin_answer, num_logprobs_of, seed_of
 from worker.serve.decoder import Decoder, Sequence
 from worker.serve.errors import BadLogits, DeadlinePassed, EchoUnsupported, ServeError, failure_of
 from worker.serve.logits import processor_for, refuse_unknown_tokens
 from worker.serve.prompts import end_id_of, prompt_tokens
 from worker.serve.sampling import Chooser, Pick, seeded_generator
-from worker.serve.stream import Piece, TextStream, TokenText
+from worker.serve.stream import TokenText
 
 
 class Engine(Protocol):
@@ -49,19 +49,6 @@ class Engine(Protocol):
 
 
 @dataclass
-class _Live:
-    """A request under way. `echoes` holds the prompt's text for each choice that has not said it yet."""
-
-    request: GenerateRequest
-    num_prompt_tokens: int
-    streams: list[TextStream]
-    echoes: dict[int, str]
-    best_of: BestOf | None
-    num_open: int
-    num_completion_tokens: int = 0
-
-
-@dataclass
 class TransformersEngine:
     """The shared-cursor batch behind the Engine protocol. `clock` gives seconds since the epoch."""
 
@@ -70,7 +57,7 @@ class TransformersEngine:
     max_running: int
     max_context_tokens: int
     clock: Callable[[], float] = time.time
-    _live: dict[str, _Live] = field(default_factory=dict, init=False)
+    _live: dict[str, Answer] = field(default_factory=dict, init=False)
     _outbox: list[Reply] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -113,7 +100,7 @@ class TransformersEngine:
         except ServeError as error:
             self._outbox.append(failure_of(request.id, error))
             return
-        self._live[request.id] = self._begin(request, prompt)
+        self._live[request.id] = begin_answer(request, prompt, self._text, is_continued=not self._has_encoder)
         for choice in range(request.num_sequences):
             self._decoder.add(self._sequence(request, prompt, choice))
 
@@ -121,28 +108,9 @@ class TransformersEngine:
     def _has_encoder(self) -> bool:
         return self._decoder.context.source_tokens is not None
 
-    def _begin(self, request: GenerateRequest, prompt: tuple[int, ...]) -> _Live:
-        sampling, num_sequences = request.sampling, request.num_sequences
-        before = () if self._has_encoder else prompt  # what an encoder reads is not continued
-        stream_of = partial(
-            TextStream, self._text, prompt=before, stop=sampling.stop, min_tokens=sampling.min_tokens
-        )
-        shown = request.text if request.text is not None else self._text.decode(prompt)
-        return _Live(
-            request,
-            len(prompt),
-            streams=[stream_of() for _ in range(num_sequences)],
-            echoes=dict.fromkeys(range(num_sequences), shown) if sampling.echo else {},
-            best_of=BestOf(num_sequences) if num_sequences > request.n else None,
-            num_open=num_sequences,
-        )
-
     def _sequence(self, request: GenerateRequest, prompt: tuple[int, ...], choice: int) -> Sequence:
         sampling = request.sampling
-        seed = None if sampling.seed is None else sampling.seed + choice
-        num_logprobs = sampling.logprobs
-        if num_logprobs is None and request.num_sequences > request.n:
-            num_logprobs = 0  # best_of ranks by those of the chosen tokens
+        seed = seed_of(request, choice)
         end_ids = frozenset() if sampling.ignore_eos else self._end_ids
         # as generate() has it, for repetition_penalty: a decoder behind an encoder has read its start token alone
         context = (self._decoder.batch.family.start_token,) if self._has_encoder else prompt
@@ -156,7 +124,7 @@ class TransformersEngine:
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
                 min_p=sampling.min_p,
-                num_logprobs=num_logprobs,
+                num_logprobs=num_logprobs_of(request),
                 generator=seeded_generator(seed),
                 has_seed=seed is not None,
                 processor=processor_for(sampling, context=context, end_ids=end_ids),
@@ -182,66 +150,30 @@ class TransformersEngine:
                 replies += self._deliver(live_now, sequence, pick)
         return replies
 
-    def _deliver(self, live: _Live, sequence: Sequence, pick: Pick) -> list[Reply]:
+    def _deliver(self, answer: Answer, sequence: Sequence, pick: Pick) -> list[Reply]:
         if pick.token is None:
-            return [
-                self._fail(
-                    live, BadLogits("the model computed values that are not numbers; its weights are bad")
-                )
-            ]
-        live.num_completion_tokens += 1
-        if live.best_of is not None and pick.logprob is not None:
-            live.best_of.record(sequence.choice, pick.logprob)
-        stream = live.streams[sequence.choice]
+            bad = BadLogits("the model computed values that are not numbers; its weights are bad")
+            return [self._fail(answer, bad)]
         reason = sequence.finish_reason
-        piece = stream.end() if reason == "stop" else stream.push(pick, is_last=reason == "length")
-        if piece.is_stopped:
-            if reason is None:
-                self._decoder.drop(lambda other: other is sequence)
-            reason = "stop"
-        if not (reason or piece.text or piece.picks):
-            return []
-        delta = self._delta(live, sequence.choice, piece, reason)
-        replies: list[Reply] = [delta] if live.best_of is None else []
-        if live.best_of is not None:
-            live.best_of.hold(delta)
-        if reason:
-            live.num_open -= 1
-        return replies if live.num_open else replies + self._end(live)
+        taken = answer.take(sequence.choice, pick, reason)
+        if taken.is_choice_over and reason is None:
+            self._decoder.drop(lambda other: other is sequence)
+        if taken.is_over:
+            del self._live[answer.request.id]
+        return taken.replies
 
-    def _end(self, live: _Live) -> list[Reply]:
-        del self._live[live.request.id]
-        done = Done(
-            id=live.request.id,
-            prompt_tokens=live.num_prompt_tokens,
-            completion_tokens=live.num_completion_tokens,
-        )
-        best = [] if live.best_of is None else live.best_of.best(live.request.n)
-        return [*best, done]
-
-    def _delta(
-        self, live: _Live, choice: int, piece: Piece, reason: Any
-    ) -> Delta:  # Any: Delta's own literal
-        logprobs = None
-        if live.request.sampling.logprobs is not None:
-            logprobs = tuple(found for pick in piece.picks if (found := self._text.logprob_of(pick)))
-        return Delta(
-            id=live.request.id,
-            choice=choice,
-            text=live.echoes.pop(choice, "") + piece.text,
-            tokens=tuple(pick.token for pick in piece.picks if pick.token is not None),
-            logprobs=logprobs,
-            finish_reason=reason,
-        )
-
-    def _fail(self, live: _Live, error: ServeError) -> Reply:
-        self.abort(live.request.id)
-        return failure_of(live.request.id, error)
+    def _fail(self, answer: Answer, error: ServeError) -> Reply:
+        self.abort(answer.request.id)
+        return failure_of(answer.request.id, error)
 
 
 def end_ids(model: nn.Module, tokenizer: Any = None) -> frozenset[int]:  # Any: transformers is untyped here
     """Tokens that end an answer, by the model's generation config, its config and its tokenizer."""
-    configs = [getattr(model, "generation_config", None), model.config]
+    return ends_named_in([getattr(model, "generation_config", None), model.config], tokenizer)
+
+
+def ends_named_in(configs: Listing[Any], tokenizer: Any = None) -> frozenset[int]:
+    """The end tokens of any of these configs, where there is one, and of the tokenizer."""
     found: set[int] = set()
     for ids in (*(getattr(config, "eos_token_id", None) for config in configs), end_id_of(tokenizer)):
         found |= set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
