@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
+from app import crash
 from app.child import LocalServiceError
 from app.contracts import TERMINAL, JobStatus
 from app.db.session import DatabaseUnavailable
@@ -68,6 +69,7 @@ def api(data_dir: DataDir = None) -> None:
     import uvicorn
 
     settings = use_service(data_dir)
+    crash.arm(settings.crash_dir)
     uvicorn.run(
         "app.main:create_app",
         factory=True,

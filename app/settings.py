@@ -87,6 +87,7 @@ class Settings(BaseSettings):
         "", description="Hub that `hf:` imports are fetched from; empty: the Hugging Face hub"
     )
     hf_token: str = Field("", description="Token for the hub")
+    crash_dir: str = Field("", description="For fault tests only: where crash points are armed; empty: nowhere")
 
     def store_root(self) -> str:
         return self.store_url or str((self.data_dir / "store").resolve())

@@ -15,6 +15,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from app.contracts import ArtifactRef, DistillationJob, ImportJob, JobFailure, JobSpec, JobStatus, ModelFacts
+from app.crash import crash_point
 from app.db import jobs, leases
 from app.db.lifecycle import add_event, begin_stage
 from app.db.session import DatabaseUnavailable, Session, transaction
@@ -108,11 +109,13 @@ def _claim(owner: str) -> Lease | Job | None:
             failure = JobFailure(code="invalid_spec", message=message)
             return leases.fail(session, job.id, job.lease_token, failure)
         resume = _newest(session, job.id, job.lease_token)
+        crash_point("claim.inside")
         return Lease(job.id, job.lease_token, job.attempt, spec, job.project_id, resume)
 
 
 @tried_again
 def heartbeat(lease: Lease) -> Orders:
+    crash_point("heartbeat.begun")
     with transaction() as session:
         job = leases.heartbeat(session, lease.job_id, lease.token, get_settings().lease_seconds)
         held = _demand(session, lease, job)
@@ -122,6 +125,7 @@ def heartbeat(lease: Lease) -> Orders:
 @tried_again
 def record(lease: Lease, lines: Sequence[RunLine]) -> None:
     """Puts stages, progress, metrics and messages into the job, its series and its history; skips other lines."""
+    crash_point("record.begun")
     with transaction() as session:
         job = _demand(session, lease, leases.hold(session, lease.job_id, lease.token))
         columns: dict[str, Any] = {}  # Any: columns of Job, by name
@@ -154,6 +158,7 @@ def commit_checkpoint(
     lease: Lease, step: int, ref: ArtifactRef, metrics: dict[str, float], is_best: bool
 ) -> list[str]:
     """Makes a stored checkpoint the job's; gives the store keys of those that nobody needs any more."""
+    crash_point("commit.begun")
     with transaction() as session:
         is_committed = leases.insert_checkpoint(
             session, lease.job_id, lease.token, step=step, ref=ref, metrics=metrics, is_best=is_best
@@ -204,6 +209,7 @@ def finish(
         "facts": facts.model_dump(mode="json"),
         "teacher_id": lease.spec.distillation.teacher if isinstance(lease.spec, DistillationJob) else None,
     }
+    crash_point("finish.begun")
     with transaction() as session:
         job = leases.succeed(
             session,
@@ -216,12 +222,14 @@ def finish(
         )
         if job is None:
             return _demand_outcome(session, lease, "succeeded")
+        crash_point("finish.inside")
         return job.status == JobStatus.succeeded
 
 
 @tried_again
 def fail(lease: Lease, failure: JobFailure) -> None:
     """Ends the job for a reason that trying again will not mend."""
+    crash_point("fail.begun")
     with transaction() as session:
         if leases.fail(session, lease.job_id, lease.token, failure) is None:
             _demand_outcome(session, lease, "failed")

@@ -17,6 +17,7 @@ from celery.worker import state
 from kombu import Exchange, Queue
 from structlog.types import Processor
 
+from app import crash
 from app.contracts import RING_TASK, TRAIN_QUEUE, serve_queue
 from app.settings import Settings, celery_settings, get_settings
 from worker.tasks import add_generate, add_ring
@@ -34,6 +35,7 @@ def main(arguments: list[str]) -> int:
         return 2
     settings = get_settings()
     configure_logging(settings.log_level)
+    crash.arm(settings.crash_dir)
     return train(settings) if arguments == ["train"] else serve(settings)
 
 

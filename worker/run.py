@@ -19,7 +19,9 @@ import transformers
 from huggingface_hub import constants as hub
 from transformers import PreTrainedModel
 
+from app import crash
 from app.distillation import ExportFormat
+from app.settings import get_settings
 from worker.distill.errors import DistillError, TeacherGenerationFailed
 from worker.distill.parallel import ALONE, Ranks, join, leave
 from worker.distill.pipeline import distil
@@ -175,6 +177,7 @@ def main() -> int:
     if arguments.of is None and num_processes > 1:
         command = [str(arguments.spec), "--out", str(arguments.out)]
         return exit_like(launch(command, num_processes, arguments.out / ".meeting", should_stop))
+    crash.arm(get_settings().crash_dir)
     lines = _take_over_stdout()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     transformers.utils.logging.disable_progress_bar()

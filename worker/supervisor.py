@@ -16,6 +16,7 @@ from typing import ParamSpec, TypeVar
 import structlog
 
 from app.contracts import ArtifactRef, DistillationJob, ImportJob, JobFailure, ModelFacts
+from app.crash import crash_point
 from app.settings import Settings, get_settings
 from app.storage import CorruptArtifact, StorageError, store
 from worker import ledger
@@ -60,6 +61,7 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
             break
         num_runs += 1
         log.info("job_claimed", job=lease.job_id, attempt=lease.attempt, kind=lease.spec.kind)
+        crash_point("claim.committed")
         run_job(lease, should_drain, claimed_at=claimed_at)
     return num_runs
 
@@ -109,6 +111,7 @@ class Attempt:
             message = "an input of the job is gone from the store or damaged; upload it again and submit anew"
             self._write(ledger.fail, self.lease, JobFailure(code="input_missing", message=message))
             return
+        crash_point("inputs.laid")
         environment = child_environment(self.lease.spec, self.settings)
         self.process = process = RunProcess(arguments, self.folder, environment)
         while not self.is_done:
@@ -257,7 +260,9 @@ class Attempt:
             message = f"The checkpoint at step {line.step} could not be stored ({_reason(error)})."
             self._gathered.append(MessageLine(level="warn", message=message, data={"step": line.step}))
             return
+        crash_point("checkpoint.stored")
         freed = self._write(ledger.commit_checkpoint, self.lease, line.step, ref, line.metrics, line.is_best)
+        crash_point("checkpoint.committed")
         for old in freed:
             store().delete(old)
 
@@ -285,7 +290,10 @@ class Attempt:
             else:
                 self._write(ledger.lost, self.lease, "The model could not be stored.")
             return
-        if not self._write(self._register, ref, line, files):
+        crash_point("model.stored")
+        is_registered = self._write(self._register, ref, line, files)
+        crash_point("model.registered")
+        if not is_registered:
             for stored in (key, *(file["store_key"] for file in files)):
                 store().delete(stored)
 

@@ -9,6 +9,7 @@ from typing import Any
 from app import queue
 from app.auth import Principal
 from app.contracts import ImportJob
+from app.crash import crash_point
 from app.db import idempotency, jobs, models
 from app.db.session import Session, transaction
 from app.db.tables import Job
@@ -74,7 +75,10 @@ def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> 
         )
         body = JobObject.of(job, jobs.queue_position(session, job)).model_dump(mode="json")
         remember(session, principal, JOBS_ROUTE, attempted, body)
+        crash_point("submit.inserted")
+    crash_point("submit.committed")
     queue.ring()
+    crash_point("submit.rung")
     return Accepted(body, is_replay=False)
 
 

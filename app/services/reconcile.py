@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 
+from app.crash import crash_point
 from app.db import sweeps
 from app.db.leases import Losses
 from app.db.session import DatabaseUnavailable, PoolExhausted, Session, transaction
@@ -53,10 +54,12 @@ class Reconciler:
         try:
             with transaction() as session:
                 report = self._apply_rules(session, begun)
+                crash_point("reconcile.inside")
         except (DatabaseUnavailable, PoolExhausted):
             self._connected_since = None
             raise
         self._last_seen = self._clock()
+        crash_point("reconcile.committed")
         for _ in range(report.num_rung):
             self._ring()
         if report.is_leader and self._is_time_to_collect():

@@ -18,10 +18,12 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from app.crash import crash_point
 from worker.distill.errors import CorruptCheckpoint, DiskFull
 from worker.distill.lora import lora_tensors, merged
 
@@ -30,6 +32,7 @@ ADAPTERS = "adapters.safetensors"  # of a LoRA student, whose model folder has t
 PROJECTIONS = "projections.safetensors"  # between layers of unequal width, no part of the student
 SPARE_BYTES = 32 * 2**20  # tokenizer, configuration, state, and what the file system wants for itself
 REPLAY = "replay.jsonl"  # the newest of the student's own answers
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last is a limit of ours on the size of a file
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -95,14 +98,19 @@ def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
     _require_room(out, snapshot)
     try:
         partial.mkdir()
+        crash_point("trainer.begun")
         _write_parts(partial, snapshot)
+        crash_point("trainer.written")
         _write_manifest(partial)
+        crash_point("trainer.listed")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        crash_point("trainer.renamed")
         _sync(out)
-    except OSError as e:
+        crash_point("trainer.synced")
+    except (OSError, SafetensorError) as e:
         shutil.rmtree(partial, ignore_errors=True)
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if _is_for_want_of_room(e):
             raise DiskFull(f"no room for a checkpoint in {out}; free some disk, then resume the job") from e
         raise
     return folder
@@ -184,6 +192,7 @@ def _write_parts(folder: Path, snapshot: Snapshot) -> None:
     if snapshot.projections is not None and (projections := snapshot.projections.state_dict()):
         save_file(projections, folder / PROJECTIONS)
     snapshot.tokenizer.save_pretrained(folder / "model")
+    crash_point("trainer.halfway")
     save_file(dict(_optimizer_tensors(snapshot)), folder / "optimizer.safetensors")
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -237,6 +246,13 @@ def _require_room(out: Path, snapshot: Snapshot) -> None:
             f"a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; free some disk, then "
             "resume the job"
         )
+
+
+def _is_for_want_of_room(error: OSError | SafetensorError) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    # safetensors tells the system's error number in its text and nowhere else
+    return any(f"(os error {number})" in str(error) for number in NO_ROOM)
 
 
 def _link(source: str, target: str) -> str:

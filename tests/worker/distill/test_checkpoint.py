@@ -1,5 +1,6 @@
 import errno
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -126,6 +127,21 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
     monkeypatch.setattr(checkpoint, "_write_manifest", full)
     with pytest.raises(DiskFull, match="free some disk"):
         save_checkpoint(tmp_path, make_snapshot(step=2))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    assert load_state(before).step == 1
+
+
+def test_room_that_gives_out_under_safetensors_is_a_full_disk_too(
+    make_snapshot: MakeSnapshot, tmp_path: Path
+) -> None:
+    before = save_checkpoint(tmp_path, make_snapshot(step=1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the kernel refuses as it does on a full disk
+    try:
+        with pytest.raises(DiskFull, match="free some disk"):
+            save_checkpoint(tmp_path, make_snapshot(step=2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
     assert load_state(before).step == 1
 

@@ -1,0 +1,191 @@
+"""Reads the database, the store and the API after the faults, and knows nothing of the service's own code.
+
+What it finds wrong it says in sentences; a good run gives none.
+"""
+
+import hashlib
+import itertools
+import json
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from psycopg.rows import dict_row
+
+from tests.faults.client import TERMINAL, Client, Ledger
+from tests.faults.system import System
+
+SETTLE_SECONDS: Final = 240.0
+Row = dict[str, Any]  # Any: a row of the database
+
+
+@dataclass
+class Verdict:
+    """What became of what was accepted."""
+
+    accepted: int = 0
+    lost: list[str] = field(default_factory=list)
+    duplicated: list[str] = field(default_factory=list)
+    attempts: int = 0
+    lost_attempts: int = 0
+    recovered_seconds: list[float] = field(default_factory=list)
+
+    @property
+    def wrongs(self) -> list[str]:
+        return [*self.lost, *self.duplicated]
+
+
+def settle(system: System, ledger: Ledger, seconds: float = SETTLE_SECONDS) -> None:
+    """Waits until every accepted job has ended, or the time is up."""
+    deadline = time.monotonic() + seconds
+    ids = [accepted.job_id for accepted in ledger.accepted]
+    query = (
+        "SELECT count(*) FROM jobs WHERE id = ANY(%s) AND status NOT IN ('succeeded', 'failed', 'cancelled')"
+    )
+    with system.connect() as connection:
+        while connection.execute(query, (ids,)).fetchone() != (0,) and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def check(system: System, ledger: Ledger, client: Client, faults_at: list[float] | None = None) -> Verdict:
+    """Compares the ledger with what there is. `faults_at`: seconds since the epoch of each fault."""
+    verdict = Verdict(accepted=len(ledger.accepted))
+    ids = [accepted.job_id for accepted in ledger.accepted]
+    with system.connect() as connection:
+        cursor = connection.cursor(row_factory=dict_row)
+
+        def rows(query: str, *values: object) -> list[Row]:
+            return cursor.execute(query, values).fetchall()
+
+        jobs = {row["id"]: row for row in rows("SELECT * FROM jobs WHERE id = ANY(%s)", ids)}
+        attempts = _by_job(
+            rows("SELECT * FROM job_attempts WHERE job_id = ANY(%s) ORDER BY attempt", ids), "job_id"
+        )
+        ends = _by_job(
+            rows(
+                "SELECT job_id, data->>'status' AS status FROM job_events "
+                "WHERE type = 'state' AND job_id = ANY(%s)",
+                ids,
+            ),
+            "job_id",
+        )
+        models = _by_job(rows("SELECT * FROM models WHERE source_job_id = ANY(%s)", ids), "source_job_id")
+        checkpoints = _by_job(rows("SELECT * FROM checkpoints WHERE job_id = ANY(%s)", ids), "job_id")
+        of_key = rows(
+            "SELECT metadata->>'key' AS key, count(*) AS num FROM jobs "
+            "WHERE metadata->>'key' = ANY(%s) GROUP BY 1",
+            list(ledger.asked),
+        )
+    verdict.duplicated += [f"{row['key']}: {row['num']} jobs of one key" for row in of_key if row["num"] > 1]
+    verdict.duplicated += [f"{key}: one key was answered with two jobs" for key in ledger.contradictions]
+    for accepted in ledger.accepted:
+        job = jobs.get(accepted.job_id)
+        if job is None:
+            verdict.lost.append(f"{accepted.job_id}: accepted, and not there")
+            continue
+        mine = attempts.get(job["id"], [])
+        verdict.lost += _of_state(job, accepted.expected)
+        verdict.duplicated += _of_ends(job["id"], ends.get(job["id"], []), mine)
+        verdict.duplicated += _of_model(system, job, models.get(job["id"], []), mine)
+        verdict.duplicated += _of_checkpoints(job["id"], checkpoints.get(job["id"], []), mine)
+        verdict.attempts += len(mine)
+        verdict.lost_attempts += sum(attempt["outcome"] == "lost" for attempt in mine)
+        verdict.recovered_seconds += _recoveries(mine, faults_at or [])
+    for accepted in ledger.accepted[:: max(1, len(ledger.accepted) // 50)]:  # the API tells the same
+        told = client.status(accepted.job_id)
+        if told not in TERMINAL or told != jobs.get(accepted.job_id, {}).get("status"):
+            verdict.lost.append(f"{accepted.job_id}: the API says {told}")
+    return verdict
+
+
+def _of_state(job: Row, expected: tuple[str, ...]) -> list[str]:
+    if job["status"] not in TERMINAL:
+        return [f"{job['id']}: still {job['status']}"]
+    if job["status"] not in expected:
+        return [f"{job['id']}: {job['status']} where {expected} was due ({job['error']})"]
+    return []
+
+
+def _of_ends(job_id: str, states: list[Row], attempts: list[Row]) -> list[str]:
+    wrongs = []
+    ends = [row["status"] for row in states if row["status"] in TERMINAL]
+    if len(ends) > 1:
+        wrongs.append(f"{job_id}: ended {len(ends)} times ({ends})")
+    tokens = [attempt["lease_token"] for attempt in attempts]
+    if tokens != sorted(set(tokens)):
+        wrongs.append(f"{job_id}: lease tokens do not rise: {tokens}")
+    open_attempts = [a["attempt"] for a in attempts if a["ended_at"] is None]
+    if open_attempts and ends:
+        wrongs.append(f"{job_id}: ended, with open attempts {open_attempts}")
+    outcomes = Counter(attempt["outcome"] for attempt in attempts)
+    if sum(outcomes[name] for name in TERMINAL) > 1:
+        wrongs.append(f"{job_id}: two attempts ended it ({dict(outcomes)})")
+    return wrongs
+
+
+def _of_model(system: System, job: Row, models: list[Row], attempts: list[Row]) -> list[str]:
+    wanted = 1 if job["status"] == "succeeded" else 0
+    if len(models) != wanted:
+        return [f"{job['id']}: {job['status']}, with {len(models)} models"]
+    wrongs = []
+    for model in models:
+        token = str(attempts[-1]["lease_token"])
+        if model["store_key"].split("/")[-1] != token:
+            wrongs.append(f"{job['id']}: the model is of another lease than {token}: {model['store_key']}")
+        wrongs += _unreadable(system.data_dir / "store", model["store_key"], model["manifest_sha256"])
+    return wrongs
+
+
+def _of_checkpoints(job_id: str, checkpoints: list[Row], attempts: list[Row]) -> list[str]:
+    """A checkpoint whose row is younger than the end of its lease was written by a zombie."""
+    ended = {attempt["lease_token"]: attempt["ended_at"] for attempt in attempts}
+    return [
+        f"{job_id}: checkpoint {row['step']} committed by lease {row['lease_token']} after its end"
+        for row in checkpoints
+        if (end := ended.get(row["lease_token"])) is not None and row["created_at"] > end
+    ]
+
+
+def unreadable_checkpoints(system: System) -> list[str]:
+    """Of all committed checkpoints, those that are not what their manifest says."""
+    query = "SELECT store_key, manifest_sha256 FROM checkpoints WHERE status = 'committed'"
+    with system.connect() as connection:
+        found = connection.execute(query).fetchall()
+    return [
+        wrong for key, sha256 in found for wrong in _unreadable(system.data_dir / "store", str(key), sha256)
+    ]
+
+
+def _unreadable(store: Path, key: str, sha256: object) -> list[str]:
+    try:
+        manifest = (store / key / "_manifest.json").read_bytes()
+        files = json.loads(manifest)["files"]
+        whole = all(
+            hashlib.sha256((store / key / file["path"]).read_bytes()).hexdigest() == file["sha256"]
+            for file in files
+        )
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{key}: unreadable ({error})"]
+    if hashlib.sha256(manifest).hexdigest() != sha256 or not whole:
+        return [f"{key}: not what was stored"]
+    return []
+
+
+def _recoveries(attempts: list[Row], faults_at: list[float]) -> list[float]:
+    """From the fault that cost an attempt to the begin of the next one, in seconds."""
+    found = []
+    for dead, heir in itertools.pairwise(attempts):
+        begun, ended = dead["started_at"].timestamp(), dead["ended_at"].timestamp()
+        blame = [at for at in faults_at if begun <= at <= ended]
+        if dead["outcome"] == "lost" and blame:
+            found.append(heir["started_at"].timestamp() - blame[0])
+    return found
+
+
+def _by_job(rows: list[Row], column: str) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row[column], []).append(row)
+    return found
