@@ -130,6 +130,9 @@ class SpeculativeDecoder(Decoder):
         proposals: list[list[Proposal]] = []
         for step in range(self.num_draft_tokens):
             logits_NV = self.draft.look(rows, offset=offset)
+            for row, sequence in enumerate(sequences):
+                if len(sequence.tokens) + step >= sequence.max_tokens:  # its processor has no room for more
+                    choosers[row] = replace(choosers[row], processor=None)
             shares: list[Tensor | None] = [None] * len(rows)
             picks = pick_tokens(logits_NV, choosers, partial(_draw_proposals, shares=shares))
             for row, pick in enumerate(picks):
