@@ -22,6 +22,7 @@ from worker.distill.data import Example
 from worker.distill.evaluate import HeldOutRows, rouge_l
 from worker.distill.heads import head_of, load_head
 from worker.distill.objectives import TokenObjective
+from worker.distill.prefix import shared_prefix
 from worker.distill.progress import MetricsLine, RunLine, Sink
 from worker.distill.rollouts import Piece
 from worker.distill.signals import Signal
@@ -162,11 +163,12 @@ def _examples(task: Entry) -> tuple[list[Example], int]:
 
 def _teacher(task: Entry, examples: list[Example], *, keeps: Keeps) -> CachedTeacher:
     folder = Path(task["teacher_dir"])
+    prefix = shared_prefix(examples)
 
     def load() -> LiveTeacher:
         model = load_model(folder)
         pack_weights(model)
-        return LiveTeacher(model.requires_grad_(False))
+        return LiveTeacher(model.requires_grad_(False), prefix)
 
     is_live = task["contender"]["teacher"] == "live"
     return cached_teacher(
@@ -174,7 +176,7 @@ def _teacher(task: Entry, examples: list[Example], *, keeps: Keeps) -> CachedTea
         load_head(folder, task["num_tokens"]),
         folder=Path(task["cache_dir"]),
         budget_bytes=0 if is_live else CACHE_BYTES,
-        identity=str(folder),
+        identity=f"{folder}:{len(prefix)}",
         examples=examples,
         keeps=keeps,
     )

@@ -4,12 +4,13 @@ B batch, T tokens, S source tokens, N rows (completion positions in the order of
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from worker.distill.batches import Batch
+from worker.distill.packing import attending_packed, packing_of
 from worker.distill.shapes import shape_of
 
 MOST_KEPT = 0.9  # of a batch's positions: above it, running at fewer saves nothing
@@ -23,13 +24,23 @@ def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
 def hidden_rows_alone(model: PreTrainedModel, batch: Batch) -> Tensor:
     """`hidden_rows` for whoever reads nothing else: the last layer's MLP runs at those positions alone.
 
-    It works position by position, and after it nothing reads the others.
+    It works position by position, and after it nothing reads the others. What the rows begin with alike runs once
+    where it can (worker.distill.packing).
     """
+    packing = packing_of(model, batch)
+    if packing is not None:
+        batch = packing.batch(batch)
     mlp = last_mlp(decoder_of(model))
-    if mlp is None or batch.num_targets > MOST_KEPT * batch.keep_BT.numel():
-        return hidden_rows(model, batch)
-    with _run_at(mlp, batch.keep_BT):
-        return hidden_rows(model, batch)
+    runs_apart = mlp is not None and batch.num_targets <= MOST_KEPT * batch.keep_BT.numel()
+    with _run_at(mlp, batch.keep_BT) if mlp is not None and runs_apart else nullcontext():
+        if packing is None:
+            return hidden_rows(model, batch)
+        with attending_packed(packing):
+            positions_1P = packing.position_ids_1P
+            output = decoder_of(model)(
+                input_ids=batch.input_ids_BT, position_ids=positions_1P, use_cache=False
+            )
+        return transform_of(model)(output.last_hidden_state[batch.keep_BT])
 
 
 def last_mlp(decoder: nn.Module) -> nn.Module | None:

@@ -23,6 +23,7 @@ from worker.distill.cache import NAME_BYTES, RowCache, cache_bytes, open_cache
 from worker.distill.data import Example
 from worker.distill.heads import ExpectedRows, Head, TeacherRows, expected_rows, top_rows
 from worker.distill.parallel import Ranks
+from worker.distill.prefix import Prefix
 from worker.distill.topk import TopRows
 
 Keeps = Literal["hidden", "expected", "top"]
@@ -42,22 +43,33 @@ class LiveTeacher:
 
     On a CPU each sequence is computed alone and without padding, on one thread, as many at once as there are threads:
     as fast as a padded batch (bench/LOG.md), and a row's bits depend on nothing but the row, so a run that resumes, or
-    finds its cache half filled, computes what it would have read.
+    finds its cache half filled, computes what it would have read. What all rows of a data set begin with is computed
+    once (its length is part of the cache's name, because it changes the last bits).
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, prefix: tuple[int, ...] = ()) -> None:
         self._model = model.eval()
         self._device = str(model.device)
         self._threads = ThreadPoolExecutor(
             torch.get_num_threads(), "teacher", initializer=torch.set_num_threads, initargs=(1,)
         )
+        self._prefix: Prefix | None = None
+        window = getattr(model.config, "sliding_window", None)
+        if prefix and self._device == "cpu" and (window is None or window > len(prefix)):
+            self._prefix = self._threads.submit(Prefix, model, prefix).result()
 
     def hidden(self, examples: Sequence[Example]) -> list[Tensor]:
         if self._device != "cpu":
             return self._batch(examples)
         longest_first = sorted(range(len(examples)), key=lambda i: -examples[i].num_tokens)
-        running = {i: self._threads.submit(self._batch, [examples[i]]) for i in longest_first}
-        return [running[i].result()[0] for i in range(len(examples))]
+        running = {i: self._threads.submit(self._row, examples[i]) for i in longest_first}
+        return [running[i].result() for i in range(len(examples))]
+
+    @torch.no_grad()
+    def _row(self, example: Example) -> Tensor:
+        if self._prefix is None or not self._prefix.begins(example):
+            return self._batch([example])[0]
+        return transform_of(self._model)(self._prefix.states(example))
 
     @torch.no_grad()
     def _batch(self, examples: Sequence[Example]) -> list[Tensor]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from worker.distill.features import FeaturePlan
 from worker.distill.fresh import fresh_config
 from worker.distill.heads import Head, load_head
 from worker.distill.masked import MaskedTeacher
+from worker.distill.prefix import shared_prefix
 from worker.distill.preparation import Reader, Rows
 from worker.distill.shapes import read_config, shape_of
 from worker.distill.signals import Signal, choose_signal
@@ -176,11 +177,12 @@ class Teaching:
         )
         return replace(self, adapted_dir=adapt(adaptation, self.spec.cache_dir / "adapted", on_step))
 
-    def live_teacher(self) -> Teacher:
+    def live_teacher(self, prefix: tuple[int, ...] = ()) -> Teacher:
+        """`prefix` is what all of its rows begin with."""
         model = self.load_teacher()
         if shape_of(model.config) == "masked":
             return MaskedTeacher(model, self.teacher.tokenizer.mask_token_id)
-        return LiveTeacher(model)
+        return LiveTeacher(model, prefix)
 
     def _aligned(self, rows: Rows) -> Aligned | None:
         if not self.signal.has_ranks:
@@ -194,13 +196,17 @@ class Teaching:
         bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
         head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V)
         placed = self.placement
+        examples = rows.teacher if aligned is None else aligned.examples
+        is_causal = shape_of(self.teacher.config) == "causal" and placed.teacher_device == "cpu"
+        prefix = shared_prefix(examples) if is_causal else ()
+        identity = f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}"
         teacher = cached_teacher(
-            self.live_teacher,
+            partial(self.live_teacher, prefix),
             head,
             folder=self.spec.cache_dir / "teacher",
             budget_bytes=self.spec.cache_bytes,
-            identity=f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}",
-            examples=rows.teacher if aligned is None else aligned.examples,
+            identity=f"{identity}:{len(prefix)}" if prefix else identity,
+            examples=examples,
             keeps="expected" if self._is_expectation_enough(recipe, head) else "hidden",
             may_keep_top=self._are_top_tokens_enough,
             hidden_dtype=placed.teacher_dtype,
