@@ -12,7 +12,8 @@ from app.contracts import ArtifactRef, Done, Failure, GenerateRequest, Sampling
 from app.control import Served
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import OptionUnavailable
-from worker.serve.loading import load_model
+from worker.serve.loading import LoadedModel, load_model
+from worker.serve.speculative import SpeculativeEngine
 
 T = TypeVar("T")
 Fetch = Callable[[ArtifactRef], Path]
@@ -89,19 +90,26 @@ def engine_for(
         raise OptionUnavailable("this worker has no vLLM; serve the model with engine transformers")
     if options.weights == "int8":
         raise OptionUnavailable("int8 weights are not available yet; serve the model with plain weights")
-    if options.draft is not None:
-        raise OptionUnavailable("drafts are not available yet; serve the model without one")
-    folder = fetch(served.weights)
-    with progress.reading(served.weights.bytes):
-        loaded = load_model(folder, device=limits.device)
-    engine = TransformersEngine(
-        loaded.model,
-        loaded.tokenizer,
-        max_running=limits.max_running,
-        max_context_tokens=limits.max_context_tokens,
-        clock=limits.clock,
+    loaded = _load(served.weights, fetch, limits, progress)
+    given: dict[str, Any] = {  # Any: fields of an engine
+        "clock": limits.clock,
+        "max_running": limits.max_running,
+        "max_context_tokens": limits.max_context_tokens,
+    }
+    if options.draft is None:
+        return TransformersEngine(loaded.model, loaded.tokenizer, **given), loaded.num_bytes
+    draft = _load(options.draft.weights, fetch, limits, progress)
+    num_draft_tokens = options.draft.num_tokens
+    engine = SpeculativeEngine(
+        loaded.model, loaded.tokenizer, draft=draft, num_draft_tokens=num_draft_tokens, **given
     )
-    return engine, loaded.num_bytes
+    return engine, loaded.num_bytes + draft.num_bytes
+
+
+def _load(weights: ArtifactRef, fetch: Fetch, limits: EngineLimits, progress: LoadProgress) -> LoadedModel:
+    folder = fetch(weights)
+    with progress.reading(weights.bytes):
+        return load_model(folder, device=limits.device)
 
 
 def first_token_seconds(engine: Engine, served: Served, clock: Callable[[], float]) -> float | None:

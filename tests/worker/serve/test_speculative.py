@@ -267,7 +267,7 @@ def test_a_draft_that_gives_no_numbers_costs_time_alone(
 ) -> None:
     broken = shaken(llama, 0.0)
     with torch.no_grad():
-        broken.model.get_input_embeddings().weight[60:].fill_(torch.nan)  # type: ignore[operator,index]
+        broken.model.get_input_embeddings().weight[60:].fill_(torch.nan)  # type: ignore[operator]
     results = []
     for engine in (make_engine(llama), speculative(llama, broken)):
         engine.add(make_request(tokens=(5, 6, 7), max_tokens=20))
