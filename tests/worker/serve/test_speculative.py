@@ -2,6 +2,7 @@
 
 import copy
 import random
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from app.contracts import Delta, Done, Failure, GenerateRequest, Reply
+from app.contracts import ArtifactRef, Delta, Done, Draft, Failure, GenerateRequest, Reply, ServingOptions
+from app.control import Served
 from tests.tiny import save_tiny
 from worker.serve.engine import Engine, TransformersEngine
+from worker.serve.engines import EngineLimits, LoadProgress, make_ready
 from worker.serve.errors import DraftUnsupported
 from worker.serve.loading import LoadedModel, load_model
 from worker.serve.sampling import Chooser, draw, probabilities, seeded_generator
@@ -290,6 +293,22 @@ def test_a_model_that_gives_no_numbers_fails_the_request(
     assert [reply.id for reply in replies if isinstance(reply, Done)] == ["other"]
 
 
+def test_a_draft_in_the_serving_options_is_attached(
+    tiny_llama_dir: Path, make_request: Make, drain: Drain
+) -> None:
+    weights = ArtifactRef(key="models/tiny", bytes=1000)
+    serving = ServingOptions(draft=Draft(model="draft", weights=weights, num_tokens=2))
+    limits = EngineLimits(max_running=2, max_context_tokens=64, device="cpu", clock=time.time)
+    served = Served(model="tiny", weights=weights, serving=serving)
+    ready = make_ready(served, lambda ref: tiny_llama_dir, limits, LoadProgress(served.stored_bytes))
+    assert isinstance(ready.engine, SpeculativeEngine)
+    ready.engine.add(make_request(max_tokens=7, ignore_eos=True))
+    assert isinstance(drain(ready.engine)[-1], Done)
+    assert ready.engine.draft_counts == DraftCounts(
+        num_rounds=2, num_proposed=4, num_accepted=4, num_tokens=6
+    )
+
+
 def test_drafts_of_another_kind_are_refused(
     llama: LoadedModel, t5: LoadedModel, tmp_path: Path, stranger: LoadedModel
 ) -> None:
@@ -297,9 +316,6 @@ def test_drafts_of_another_kind_are_refused(
     for model, draft in ((t5, stranger), (llama, t5), (llama, other_words)):
         with pytest.raises(DraftUnsupported):
             speculative(model, draft)
-
-
-# --- sampling ---
 
 
 def chi_square(counts: Counter[Any], expected: dict[Any, float]) -> float:
