@@ -68,6 +68,7 @@ def serve(settings: Settings) -> int:
 
     from app.storage import store
     from worker.serve.models import ModelHost
+    from worker.serve.vllm_engine import has_vllm
     from worker.serving import ServeOptions, ServeWorker
 
     transformers_logging.disable_progress_bar()
@@ -87,6 +88,7 @@ def serve(settings: Settings) -> int:
         redis_url=settings.redis_url,
         max_running=settings.max_running_sequences,
         heartbeat_seconds=settings.serve_heartbeat_seconds,
+        engines=("transformers", "vllm") if has_vllm() else ("transformers",),
     )
     worker = ServeWorker(host, options, on_end=lambda is_as_asked: stop_consuming(0 if is_as_asked else 1))
     app = make_app(settings, serve_queue(worker_id))

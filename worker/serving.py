@@ -22,6 +22,7 @@ from redis.retry import Retry
 from app.contracts import (
     Cancel,
     Delta,
+    EngineName,
     Failure,
     GenerateRequest,
     Reply,
@@ -52,6 +53,7 @@ class ServeOptions:
     redis_url: str
     max_running: int
     heartbeat_seconds: float
+    engines: tuple[EngineName, ...] = ("transformers",)
     drain_seconds: float = DRAIN_SECONDS
 
 
@@ -176,6 +178,7 @@ class ServeWorker:
         is_unplaced = self._homes and not host.num_running and not host.num_waiting
         return ServeWorkerStatus(
             worker_id=self._options.worker_id,
+            engines=self._options.engines,
             resident=host.resident,
             loading=host.loading,
             models=host.models,

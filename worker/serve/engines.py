@@ -14,6 +14,7 @@ from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import OptionUnavailable
 from worker.serve.loading import LoadedModel, load_model
 from worker.serve.speculative import SpeculativeEngine
+from worker.serve.vllm_engine import load_vllm
 
 T = TypeVar("T")
 Fetch = Callable[[ArtifactRef], Path]
@@ -87,7 +88,7 @@ def engine_for(
     """The engine that the options ask for, and the bytes it takes. Raises ServeError."""
     options = served.serving
     if options.engine == "vllm":
-        raise OptionUnavailable("this worker has no vLLM; serve the model with engine transformers")
+        return _in_vllm(served, fetch, limits, progress)
     if options.weights == "int8":
         raise OptionUnavailable("int8 weights are not available yet; serve the model with plain weights")
     loaded = _load(served.weights, fetch, limits, progress)
@@ -104,6 +105,22 @@ def engine_for(
         loaded.model, loaded.tokenizer, draft=draft, num_draft_tokens=num_draft_tokens, **given
     )
     return engine, loaded.num_bytes + draft.num_bytes
+
+
+def _in_vllm(
+    served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
+) -> tuple[Engine, int]:
+    if served.serving.weights != "plain" or served.serving.draft is not None:
+        raise OptionUnavailable("vLLM is given plain weights and no draft; serve the model without them")
+    folder = fetch(served.weights)
+    with progress.reading(served.weights.bytes):
+        return load_vllm(
+            folder,
+            max_running=limits.max_running,
+            max_context_tokens=limits.max_context_tokens,
+            device=limits.device,
+            clock=limits.clock,
+        )
 
 
 def _load(weights: ArtifactRef, fetch: Fetch, limits: EngineLimits, progress: LoadProgress) -> LoadedModel:

@@ -29,6 +29,11 @@ class InvalidLogitBias(ServeError):
     param = "logit_bias"
 
 
+class InvalidSampling(ServeError):
+    code = "unsupported_parameter"
+    status = 400
+
+
 class EchoUnsupported(ServeError):
     code = "unsupported_parameter"
     status = 400

@@ -32,7 +32,7 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
     # seconds to import; only loading needs them
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    _refuse_code(folder)
+    refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         refuse_unlisted(config)
@@ -59,7 +59,8 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
     return LoadedModel(model, tokenizer, num_bytes)
 
 
-def _refuse_code(folder: Path) -> None:
+def refuse_code(folder: Path) -> None:
+    """Raises ModelLoadFailed for a folder that names code of its own."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         path = folder / name
         if path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):

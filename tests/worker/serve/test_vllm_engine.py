@@ -1,0 +1,212 @@
+"""vLLM against our own engine, where it is installed; and what a worker without it says."""
+
+import gc
+import math
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.contracts import Delta, Done, Failure, GenerateRequest, Reply
+from worker.serve.engine import Engine, TransformersEngine
+from worker.serve.errors import ModelLoadFailed, OptionUnavailable, UnsupportedModel
+from worker.serve.loading import LoadedModel
+from worker.serve.vllm_engine import VllmEngine, has_vllm, load_vllm
+
+Make = Callable[..., GenerateRequest]
+Drain = Callable[[Engine], list[Reply]]
+TextOf = Callable[..., str]
+
+needs_vllm = pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed in this environment")
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
+
+
+def load(folder: Path) -> VllmEngine:
+    engine, num_bytes = load_vllm(
+        folder, max_running=6, max_context_tokens=256, device="cpu", clock=time.time
+    )
+    assert num_bytes > sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return engine
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_llama_dir: Path) -> VllmEngine:
+    return load(tiny_llama_dir)
+
+
+@pytest.fixture
+def engine(shared: VllmEngine) -> VllmEngine:
+    assert not shared.has_work()
+    return shared
+
+
+@pytest.fixture
+def ours(llama: LoadedModel, make_engine: Callable[..., TransformersEngine]) -> TransformersEngine:
+    return make_engine(llama)
+
+
+def tokens_of(replies: list[Reply], request_id: str = "r", choice: int = 0) -> list[int]:
+    deltas = [reply for reply in replies if isinstance(reply, Delta)]
+    return [token for d in deltas if (d.id, d.choice) == (request_id, choice) for token in d.tokens]
+
+
+def ending(replies: list[Reply]) -> tuple[Any, Done]:  # Any: Delta's own literal
+    *_, delta, done = replies
+    assert isinstance(delta, Delta)
+    assert isinstance(done, Done)
+    return delta.finish_reason, done
+
+
+@pytest.mark.skipif(has_vllm(), reason="this environment has vLLM")
+def test_a_worker_without_vllm_says_how_to_start_one_with_it(tiny_llama_dir: Path) -> None:
+    with pytest.raises(OptionUnavailable, match=r'no vLLM; start one with pip install "stillhouse\[vllm\]"'):
+        load_vllm(tiny_llama_dir, max_running=6, max_context_tokens=256, device="cpu", clock=time.time)
+
+
+@needs_vllm
+def test_greedy_text_and_counts_are_those_of_our_engine(
+    engine: VllmEngine, ours: TransformersEngine, make_request: Make, drain: Drain
+) -> None:
+    prompts = ["The still", "Who keeps the house when", "Ask a short question and you", "蒸馏", "naïve café"]
+    for number, prompt in enumerate(prompts):
+        for each in (engine, ours):
+            each.add(make_request(f"r{number}", text=prompt, max_tokens=10 + 8 * number))
+    theirs, expected = drain(engine), drain(ours)
+    for number in range(len(prompts)):
+        assert tokens_of(theirs, f"r{number}") == tokens_of(expected, f"r{number}")
+    ends = [{r.id: r for r in replies if isinstance(r, Done)} for replies in (theirs, expected)]
+    assert ends[0] == ends[1]
+
+
+@needs_vllm
+def test_an_end_token_stops_unless_it_is_to_be_ignored(
+    engine: VllmEngine, make_request: Make, drain: Drain
+) -> None:
+    end_id = engine._tokenizer.eos_token_id
+    sure = {"text": "The still", "logit_bias": ((end_id, 100.0),), "max_tokens": 6}
+    engine.add(make_request(**sure))
+    reason, done = ending(drain(engine))
+    assert (reason, done.completion_tokens) == ("stop", 1)
+    engine.add(make_request(**sure, min_tokens=3))
+    assert ending(drain(engine))[1].completion_tokens == 4
+    engine.add(make_request(**sure, ignore_eos=True))
+    reason, done = ending(drain(engine))
+    assert (reason, done.completion_tokens) == ("length", 6)
+
+
+@needs_vllm
+def test_a_stop_string_ends_the_text_before_it_and_frees_the_sequence(
+    engine: VllmEngine, make_request: Make, drain: Drain, text_of: TextOf
+) -> None:
+    engine.add(make_request(max_tokens=30))
+    whole = text_of(drain(engine))
+    stop = whole[9:12]
+    engine.add(make_request(max_tokens=30, stop=(stop,)))
+    replies = drain(engine)
+    assert text_of(replies) == whole[: whole.index(stop)]
+    assert ending(replies)[0] == "stop"
+    assert not engine._core.has_unfinished_requests()
+
+
+@needs_vllm
+def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(
+    engine: VllmEngine, make_request: Make, drain: Drain
+) -> None:
+    asked = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "max_tokens": 20, "n": 2, "seed": 5}
+    engine.add(make_request("alone", **asked))
+    alone = drain(engine)
+    for number in range(4):
+        engine.add(make_request(f"other{number}", temperature=1.0, max_tokens=9 + number))
+    engine.step()
+    engine.add(make_request("crowd", **asked))
+    crowd = drain(engine)
+    for choice in range(2):
+        assert tokens_of(crowd, "crowd", choice) == tokens_of(alone, "alone", choice)
+    assert tokens_of(alone, "alone", 0) != tokens_of(alone, "alone", 1)
+
+
+@needs_vllm
+def test_logprobs_are_those_of_our_engine(
+    engine: VllmEngine, ours: TransformersEngine, make_request: Make, drain: Drain
+) -> None:
+    found = []
+    for each in (engine, ours):
+        each.add(make_request(max_tokens=12, logprobs=3, repetition_penalty=1.3, frequency_penalty=0.5))
+        deltas = [reply for reply in drain(each) if isinstance(reply, Delta)]
+        found.append([entry for delta in deltas for entry in delta.logprobs or ()])
+    assert len(found[0]) == 12
+    for theirs, expected in zip(*found, strict=True):
+        assert (theirs.token, theirs.bytes) == (expected.token, expected.bytes)
+        assert math.isclose(theirs.logprob, expected.logprob, abs_tol=1e-3)
+        assert [name for name, _ in theirs.top] == [name for name, _ in expected.top]
+
+
+@needs_vllm
+def test_best_of_gives_the_best_of_what_was_written(
+    engine: VllmEngine, make_request: Make, drain: Drain
+) -> None:
+    engine.add(make_request(temperature=1.0, seed=3, best_of=4, n=2, max_tokens=5, echo=True))
+    first, second, done = drain(engine)
+    assert isinstance(first, Delta)
+    assert isinstance(second, Delta)
+    assert (first.choice, second.choice) == (0, 1)
+    assert first.text.startswith("The still")
+    assert isinstance(done, Done)
+    assert done.completion_tokens == 20
+
+
+@needs_vllm
+def test_an_aborted_request_is_heard_of_no_more_and_leaves_the_others_alone(
+    engine: VllmEngine, make_request: Make, drain: Drain, text_of: TextOf
+) -> None:
+    engine.add(make_request("stays", max_tokens=20))
+    expected = text_of(drain(engine), "stays")
+    engine.add(make_request("stays", max_tokens=20))
+    engine.add(make_request("goes", n=3, max_tokens=20))
+    engine.step()
+    assert (engine.num_running, engine.num_waiting) == (4, 0)
+    engine.abort("goes")
+    assert engine.num_running == 1
+    replies = drain(engine)
+    assert {reply.id for reply in replies} == {"stays"}
+    assert expected.endswith(text_of(replies, "stays"))
+
+
+@needs_vllm
+def test_what_cannot_be_served_is_refused(engine: VllmEngine, make_request: Make, drain: Drain) -> None:
+    engine.add(make_request("long", tokens=(5,) * 250, max_tokens=20))
+    engine.add(make_request("unknown", logit_bias=((100_000, 1.0),)))
+    engine.add(make_request("late", deadline_at=time.time() - 1))
+    failures = {reply.id: reply for reply in drain(engine) if isinstance(reply, Failure)}
+    assert {name: failure.code for name, failure in failures.items()} == {
+        "long": "context_length_exceeded",
+        "unknown": "invalid_value",
+        "late": "request_timeout",
+    }
+
+
+@needs_vllm
+def test_an_engine_that_is_dropped_frees_its_memory_and_harms_no_other(
+    engine: VllmEngine, tiny_gpt2_dir: Path, make_request: Make, drain: Drain
+) -> None:
+    other = load(tiny_gpt2_dir)
+    other.add(make_request())
+    assert ending(drain(other))[1].completion_tokens == 4
+    model = weakref.ref(other._core.model_executor.driver_worker.model_runner.model)
+    del other
+    gc.collect()
+    assert model() is None
+    engine.add(make_request())
+    assert ending(drain(engine))[1].completion_tokens == 4
+
+
+@needs_vllm
+def test_models_that_vllm_cannot_serve_are_refused(tiny_t5_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModel):
+        load(tiny_t5_dir)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoConfig": "x.Y"}}')
+    with pytest.raises(ModelLoadFailed, match="auto_map"):
+        load(tmp_path)

@@ -1,0 +1,276 @@
+"""vLLM behind the Engine protocol: its scheduler, cache and sampling; our tokens, text and replies.
+
+vLLM runs within the worker's process, so that it ends with it. It is installed in an environment of its own and
+imported when a model is first served with it.
+"""
+
+import gc
+import logging
+import time
+import weakref
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from app.contracts import GenerateRequest, Reply
+from worker.serve.answer import Answer, FinishReason, begin_answer, num_logprobs_of, seed_of
+from worker.serve.engine import ends_named_in
+from worker.serve.errors import (
+    DeadlinePassed,
+    InvalidSampling,
+    ModelLoadFailed,
+    OptionUnavailable,
+    ServeError,
+    UnsupportedModel,
+    failure_of,
+)
+from worker.serve.families import SEQ2SEQ, Context
+from worker.serve.loading import refuse_code
+from worker.serve.logits import refuse_unknown_tokens
+from worker.serve.prompts import prompt_tokens
+from worker.serve.sampling import Pick
+from worker.serve.stream import TokenText
+
+MAX_LOGPROBS = 20  # alternatives a request may ask for
+CACHE_SHARE = 0.5  # of what max_running whole contexts take; with more, vLLM makes the newest wait
+FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
+
+Vllm = Any  # vLLM is not installed where this is type-checked
+
+
+def has_vllm() -> bool:
+    """Whether this environment can serve with vLLM."""
+    return find_spec("vllm") is not None
+
+
+class VllmEngine:
+    """One model in vLLM. `core` is its LLMEngine, made without a tokenizer; `clock` gives seconds since the epoch.
+
+    Unlike our engine it applies min_p before top_k and top_p, and does not notice logits that are not numbers.
+    """
+
+    def __init__(
+        self,
+        core: Vllm,
+        tokenizer: Any,  # transformers is untyped here
+        *,
+        end_ids: frozenset[int],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._core = core
+        self._tokenizer = tokenizer
+        self._text = TokenText(tokenizer)
+        self._end_ids = end_ids
+        self._clock = clock
+        self._context = Context(core.model_config.max_model_len)
+        self._vocab_size: int = core.model_config.get_vocab_size()
+        self._answers: dict[str, Answer] = {}
+        self._choices: dict[str, tuple[str, int]] = {}  # vLLM's request id -> ours, and the choice
+        self._begun: set[str] = set()  # vLLM's request ids that have tokens
+        self._outbox: list[Reply] = []
+        weakref.finalize(self, _release, core)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._begun)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._choices) - len(self._begun)
+
+    def has_work(self) -> bool:
+        return bool(self._outbox or self._choices)
+
+    def add(self, request: GenerateRequest) -> None:
+        try:
+            prompt = prompt_tokens(
+                request, self._tokenizer, vocab_size=self._vocab_size, context=self._context
+            )
+            refuse_unknown_tokens(request.sampling, self._vocab_size)
+            self._answers[request.id] = begin_answer(request, prompt, self._text, is_continued=True)
+            for choice in range(request.num_sequences):
+                self._add_choice(request, prompt, choice)
+        except ServeError as error:
+            self.abort(request.id)
+            self._outbox.append(failure_of(request.id, error))
+
+    def _add_choice(self, request: GenerateRequest, prompt: tuple[int, ...], choice: int) -> None:
+        from vllm.inputs.engine import tokens_input
+
+        name = f"{request.id}/{choice}"
+        try:
+            self._core.add_request(name, tokens_input(list(prompt)), self._params(request, prompt, choice))
+        except ValueError as error:
+            raise InvalidSampling(f"vLLM refuses this request: {error}") from error
+        self._choices[name] = (request.id, choice)
+
+    def _params(self, request: GenerateRequest, prompt: tuple[int, ...], choice: int) -> Vllm:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = request.sampling
+        seed = seed_of(request, choice)
+        end_ids = frozenset() if sampling.ignore_eos else self._end_ids
+        max_tokens = min(sampling.max_tokens, self._context.room_for(len(prompt)))
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min(sampling.min_tokens, max_tokens) if end_ids else 0,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            frequency_penalty=sampling.frequency_penalty,
+            presence_penalty=sampling.presence_penalty,
+            repetition_penalty=sampling.repetition_penalty,
+            logit_bias=dict(sampling.logit_bias) or None,
+            seed=None if seed is None else seed % 2**63,
+            logprobs=num_logprobs_of(request),
+            stop_token_ids=sorted(end_ids),
+            ignore_eos=True,  # what ends an answer is said by stop_token_ids
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
+    def abort(self, request_id: str) -> None:
+        self._outbox = [reply for reply in self._outbox if reply.id != request_id]
+        if self._answers.pop(request_id, None) is not None:
+            names = [name for name, (owner, _) in self._choices.items() if owner == request_id]
+            self._core.abort_request(names)
+            self._forget(names)
+
+    def _forget(self, names: list[str]) -> None:
+        self._begun.difference_update(names)
+        for name in names:
+            del self._choices[name]
+
+    def step(self) -> list[Reply]:
+        replies, self._outbox = self._outbox, []
+        now = self._clock()
+        for answer in [a for a in self._answers.values() if a.request.deadline_at < now]:
+            late = DeadlinePassed("the request's time is up; ask for fewer tokens or retry")
+            replies.append(self._fail(answer, late))
+        if self._choices:
+            for output in self._core.step():
+                replies += self._deliver(output)
+        return replies
+
+    def _deliver(self, output: Vllm) -> list[Reply]:
+        name, (completion,) = output.request_id, output.outputs
+        if name not in self._choices:
+            return []
+        request_id, choice = self._choices[name]
+        answer = self._answers[request_id]
+        reason = completion.finish_reason
+        if reason is not None and (reason not in FINISH_REASONS or not completion.token_ids):
+            return [self._fail(answer, ServeError(f"vLLM gave up on this request ({reason}); retry"))]
+        self._begun.add(name)
+        replies: list[Reply] = []
+        last = len(completion.token_ids) - 1
+        for at, token in enumerate(completion.token_ids):
+            pick = _pick(token, completion.logprobs[at] if completion.logprobs else None, answer.request)
+            taken = answer.take(choice, pick, FINISH_REASONS[reason] if reason and at == last else None)
+            replies += taken.replies
+            if taken.is_choice_over:
+                if reason is None:
+                    self._core.abort_request([name])
+                self._forget([name])
+                break
+        if answer.num_open == 0:
+            del self._answers[request_id]
+        return replies
+
+    def _fail(self, answer: Answer, error: ServeError) -> Reply:
+        self.abort(answer.request.id)
+        return failure_of(answer.request.id, error)
+
+
+def _pick(token: int, logprobs: dict[int, Vllm] | None, request: GenerateRequest) -> Pick:
+    """vLLM tells the best tokens and the chosen one in one table, each with its rank."""
+    if logprobs is None:
+        return Pick(token)
+    ranked = sorted(logprobs.items(), key=lambda entry: entry[1].rank)
+    top = tuple((other, float(found.logprob)) for other, found in ranked[: request.sampling.logprobs or 0])
+    return Pick(token, float(logprobs[token].logprob), top)
+
+
+def load_vllm(
+    folder: Path, *, max_running: int, max_context_tokens: int, device: str, clock: Callable[[], float]
+) -> tuple[VllmEngine, int]:
+    """The model of a folder in vLLM, and the bytes of its weights and cache; floats as `load_model` has them.
+
+    Raises OptionUnavailable without vLLM, UnsupportedModel and ModelLoadFailed.
+    """
+    if not has_vllm():
+        raise OptionUnavailable('this worker has no vLLM; start one with pip install "stillhouse[vllm]"')
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    refuse_code(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelLoadFailed(f"the model's files cannot be loaded: {error}") from error
+    if config.model_type in SEQ2SEQ:
+        raise UnsupportedModel("vLLM serves decoders only; serve an encoder-decoder with engine transformers")
+    limit = getattr(config, "max_position_embeddings", None) or max_context_tokens
+    core = _make_core(
+        folder,
+        max_num_seqs=max_running,
+        max_model_len=min(max_context_tokens, limit),
+        dtype="float32" if device == "cpu" else "auto",
+        enforce_eager=device == "cpu",  # compiling takes minutes there
+    )
+    configs = [config]
+    if (folder / "generation_config.json").exists():
+        configs.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
+    engine = VllmEngine(core, tokenizer, end_ids=ends_named_in(configs, tokenizer), clock=clock)
+    weights_bytes = sum(core.apply_model(lambda model: sum(w.nbytes for w in model.parameters())))
+    return engine, weights_bytes + core.vllm_config.cache_config.kv_cache_memory_bytes
+
+
+def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
+    from vllm import EngineArgs
+    from vllm.usage import usage_lib
+    from vllm.v1.engine.llm_engine import LLMEngine
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    usage_lib._USAGE_STATS_ENABLED = False  # a worker calls nobody outside
+    theirs = logging.getLogger("vllm")  # its events go where ours go
+    theirs.handlers.clear()
+    theirs.propagate = True
+    theirs.setLevel(logging.WARNING)
+    try:
+        config = EngineArgs(
+            model=str(folder),
+            tokenizer=str(folder),
+            skip_tokenizer_init=True,
+            load_format="safetensors",
+            trust_remote_code=False,
+            generation_config="vllm",  # a request says how it samples
+            max_logprobs=MAX_LOGPROBS,
+            distributed_executor_backend=UniProcExecutor,
+            use_tqdm_on_load=False,
+            disable_log_stats=True,
+            **options,
+        ).create_engine_config()
+        config.cache_config.kv_cache_memory_bytes = _cache_bytes(config)
+        return LLMEngine(config, UniProcExecutor, log_stats=False, multiprocess_mode=False)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ModelLoadFailed(f"vLLM cannot load this model: {error}") from error
+
+
+def _cache_bytes(config: Vllm) -> int:
+    model, parallel = config.model_config, config.parallel_config
+    a_token = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
+    a_context = model.max_model_len + config.cache_config.block_size
+    num_contexts = max(1, round(CACHE_SHARE * config.scheduler_config.max_num_seqs))
+    return int(a_token * model.dtype.itemsize * a_context * num_contexts)
+
+
+def _release(core: Vllm) -> None:
+    """Frees an engine's memory. vLLM's own shutdown would end what other engines of the process share."""
+    core.engine_core._finalizer.detach()
+    core.__dict__.clear()
+    gc.unfreeze()  # vLLM hides all that it made from the collector
+    gc.collect()
