@@ -7,8 +7,9 @@ device, another float, a torch without the operator) the same calls fall back to
 N rows, I and O features in and out.
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +123,23 @@ class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped her
 
     def forward(self, x: Tensor) -> Tensor:
         return _apply(x, self.weight_OI, self.bias, self.packed)
+
+
+def multiplier(
+    module: nn.Module, activation: Literal["none", "swish"] = "none"
+) -> Callable[[Tensor], Tensor]:
+    """What a linear layer gives, then swish (also called SiLU) if asked; packed weights without the call of a module.
+
+    For whoever multiplies by one layer many times, with the layer in the same state and without gradients.
+    """
+    packed = getattr(module, "packed", None)
+    if type(module) in (OneDnnLinear, OneDnnConv1D) and packed is not None:
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        bias_O = module.bias
+        return lambda x: multiply(x, packed.tensor, bias_O, activation, [], "")
+    if activation == "none":
+        return module
+    return lambda x: nn.functional.silu(module(x))
 
 
 def _apply(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: PackedWeight | None) -> Tensor:

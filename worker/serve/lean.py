@@ -1,0 +1,140 @@
+"""The forward pass of a Llama-like model without its module tree: the same weights and arithmetic, few operations.
+
+On a CPU a Hugging Face module tree spends about a millisecond a layer in Python, three times what the products of one
+row take (bench/LOG.md). Here mask, cosines and sines are made once a call, and key heads are not repeated for the
+query heads that share them. Some sums come in another order, so logits differ by rounding.
+"""
+
+# N rows, Q tokens a row in this call, W columns of the window, E hidden size, V vocabulary, M rows times key heads;
+# a layer has H query heads and K key heads (H = K * G) of width D
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worker.gemm import multiplier
+
+LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+
+Model = Any  # transformers is untyped here
+Multiply = Callable[[Tensor], Tensor]
+
+
+def is_lean(model: Model) -> bool:
+    """Whether the model is one that LeanModel leaves nothing out of."""
+    config = model.config
+    if config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
+        return False
+    is_sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return not is_sliding and (config.model_type != "mistral" or config.sliding_window is None)
+
+
+class LeanModel:
+    """Calls a model's layers one by one; the weights stay in the model, and may change."""
+
+    def __init__(self, model: Model) -> None:
+        body = model.model
+        self._embed, self._rotary, self._norm = body.embed_tokens, body.rotary_emb, body.norm
+        self._head = model.get_output_embeddings()
+        self._layers = [_Layer(layer) for layer in body.layers]
+
+    def logits(self, call: Any) -> Tensor:  # Any: families.Call, which this file cannot import
+        """Of the last tokens: [N, V], or [N, num_logits, V] for more than one."""
+        hidden_NQE = self._embed(call.tokens_NQ)
+        seen = _see(call, self._rotary(hidden_NQE, call.positions_NQ), hidden_NQE.dtype)
+        for index, layer in enumerate(self._layers):
+            hidden_NQE = layer.forward(hidden_NQE, seen, call.cache, index)
+        logits: Tensor = self._head(_normed(self._norm, hidden_NQE[:, -call.num_logits :]))
+        return logits.squeeze(1)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What all layers of one call share: the rotations [N, Q, 1, D] and what each query may look at."""
+
+    cos: Tensor
+    sin: Tensor  # the first half negated, for the rotated half that it multiplies
+    is_visible: Tensor | None  # [N, 1, Q, W]; None: everything
+    bias_N11W: Tensor | None  # for one token a row: what is added to its scores
+
+
+def _see(call: Any, rotations: tuple[Tensor, Tensor], dtype: torch.dtype) -> _Seen:
+    cos, sin = (each[:, :, None] for each in rotations)
+    half = sin.shape[-1] // 2
+    sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+    is_seen_NW = call.mask_NW.bool()
+    num_tokens, width = call.tokens_NQ.shape[1], is_seen_NW.shape[1]
+    if num_tokens > 1:
+        is_past_QW = torch.ones(num_tokens, width, dtype=torch.bool, device=is_seen_NW.device)
+        is_visible = is_seen_NW[:, None] & is_past_QW.tril_(width - num_tokens)
+        is_visible |= ~is_visible.any(-1, keepdim=True)  # padding sees nothing, whose softmax is not a number
+        return _Seen(cos, sin, is_visible[:, None], None)
+    if is_seen_NW.all():
+        return _Seen(cos, sin, None, None)
+    bias_NW = torch.zeros(is_seen_NW.shape, dtype=dtype, device=is_seen_NW.device)
+    bias_NW.masked_fill_(~is_seen_NW, torch.finfo(dtype).min)
+    return _Seen(cos, sin, None, bias_NW[:, None, None])
+
+
+class _Layer:
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.query, self.key = multiplier(attention.q_proj), multiplier(attention.k_proj)
+        self.value, self.output = multiplier(attention.v_proj), multiplier(attention.o_proj)
+        self.gate, self.up = multiplier(mlp.gate_proj, "swish"), multiplier(mlp.up_proj)
+        self.down = multiplier(mlp.down_proj)
+        self.query_norm = getattr(attention, "q_norm", None)
+        self.key_norm = getattr(attention, "k_norm", None)
+        self.is_rotated: bool = getattr(attention, "use_rope", True)
+        self.head_width: int = attention.head_dim
+        self.scaling: float = attention.scaling
+
+    def forward(self, hidden_NQE: Tensor, seen: _Seen, cache: Any, index: int) -> Tensor:
+        normed = _normed(self.before_attention, hidden_NQE)
+        heads = (*hidden_NQE.shape[:2], -1, self.head_width)
+        query, key = self.query(normed).view(heads), self.key(normed).view(heads)
+        value = self.value(normed).view(heads)
+        if self.query_norm is not None:
+            query, key = _normed(self.query_norm, query), _normed(self.key_norm, key)
+        if self.is_rotated:
+            query, key = _rotated(query, seen), _rotated(key, seen)
+        keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
+        attended = self._attend(query, keys, values, seen)
+        hidden_NQE = self.output(attended).add_(hidden_NQE)
+        normed = _normed(self.before_mlp, hidden_NQE)
+        return self.down(self.gate(normed).mul_(self.up(normed))).add_(hidden_NQE)
+
+    def _attend(self, query_NQHD: Tensor, keys_NKWD: Tensor, values_NKWD: Tensor, seen: _Seen) -> Tensor:
+        N, Q, H, D = query_NQHD.shape
+        K, W = keys_NKWD.shape[1:3]
+        if Q > 1:
+            attended_NHQD = nn.functional.scaled_dot_product_attention(
+                query_NQHD.transpose(1, 2),
+                keys_NKWD,
+                values_NKWD,
+                attn_mask=seen.is_visible,
+                scale=self.scaling,
+                enable_gqa=True,
+            )
+            return attended_NHQD.transpose(1, 2).reshape(N, Q, H * D)
+        query_MGD, keys_MWD = query_NQHD.view(N * K, H // K, D), keys_NKWD.reshape(N * K, W, D)
+        none = query_MGD.new_empty(1, 1, 1)
+        scores_MGW = torch.baddbmm(none, query_MGD, keys_MWD.mT, beta=0, alpha=self.scaling)
+        if seen.bias_N11W is not None:
+            scores_MGW.view(N, K, -1, W).add_(seen.bias_N11W)
+        weights_MGW = torch.softmax(scores_MGW, dim=-1)
+        return torch.bmm(weights_MGW, values_NKWD.reshape(N * K, W, -1)).view(N, 1, -1)
+
+
+def _normed(norm: Any, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        normed: Tensor = norm(x)  # it sums in float32, and how it casts back is its own affair
+        return normed
+    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+
+def _rotated(x_NQHD: Tensor, seen: _Seen) -> Tensor:
+    return (x_NQHD * seen.cos).addcmul_(x_NQHD.roll(x_NQHD.shape[-1] // 2, -1), seen.sin)
