@@ -14,6 +14,7 @@ from app.contracts import GenerateRequest, ServeWorkerStatus, serve_worker_key
 log = structlog.get_logger(__name__)
 
 MISSES = 2  # looks without a heartbeat until a worker counts as dead; one may be a restart of Redis
+STALLED_SECONDS = 15.0  # a worker that has had work for so long without a forward pass is not well
 FAULTS = (RedisError, OSError)
 
 
@@ -85,10 +86,11 @@ class Fleet:
         may not show yet.
         """
 
-        def rank(status: ServeWorkerStatus) -> tuple[bool, int]:
+        def rank(status: ServeWorkerStatus) -> tuple[bool, bool, int]:
             load = max(status.num_running + status.num_waiting, ours.get(status.worker_id, 0))
             has_model = request.residence in status.resident or request.residence in status.loading
-            return not (has_model and load < status.max_running), load
+            is_stalled = status.stalled_seconds > STALLED_SECONDS
+            return is_stalled, not (has_model and load < status.max_running), load
 
         engine = request.serving.engine
         able = [status for status in self.workers if not status.is_draining and engine in status.engines]

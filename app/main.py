@@ -8,12 +8,13 @@ import structlog
 from fastapi import FastAPI
 
 from app import auth, queue
-from app.api import batches, completions, errors, files, health, jobs, models
+from app.api import batches, completions, errors, files, health, jobs, models, serving
 from app.api.middleware import RequestFrame
 from app.api.openapi import ERRORS
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.logs import configure_logging
 from app.services.batch_runner import BatchRunner
+from app.services.pins import PinTeller
 from app.services.reconcile import Reconciler
 from app.settings import Settings, get_settings
 from app.stream import Switchboard
@@ -38,8 +39,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.switchboard = Switchboard(settings)
     app.state.batch_runner = BatchRunner(app.state.switchboard)
+    app.state.pin_teller = PinTeller(app.state.switchboard)
     errors.install(app)
-    for module in (files, jobs, models, completions, batches, health):
+    for module in (files, jobs, models, serving, completions, batches, health):
         app.include_router(module.router)
     app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
     return app
@@ -53,9 +55,11 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     reconciler.start()
     await app.state.switchboard.start()
     await app.state.batch_runner.start()
+    await app.state.pin_teller.start()
     try:
         yield
     finally:
+        await app.state.pin_teller.stop()
         await app.state.batch_runner.stop()  # first, so that what it stops is cancelled on the workers
         await app.state.switchboard.stop()
         reconciler.stop()

@@ -29,6 +29,7 @@ from app.admission import Admission
 from app.contracts import (
     Cancel,
     Done,
+    EngineName,
     Failure,
     GenerateRequest,
     Reply,
@@ -37,6 +38,7 @@ from app.contracts import (
     control_channel,
     reply_channel,
 )
+from app.control import Keep, Load, Unload
 from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
 from app.fleet import FAULTS, Fleet
 from app.flow import Flow, Leg
@@ -69,6 +71,10 @@ def no_worker(message: str) -> Unavailable:
     error = Unavailable(message, "no_worker")
     error.retry_after_seconds = 5
     return error
+
+
+def _kind_of_worker(engine: EngineName | None) -> str:
+    return "serve worker with vLLM" if engine == "vllm" else "serve worker"
 
 
 class Switchboard:
@@ -130,6 +136,18 @@ class Switchboard:
             raise
         return flow
 
+    async def tell(self, message: Load | Unload | Keep, engine: EngineName | None = None) -> list[str]:
+        """Says it to all workers, or to those with the engine; gives who heard. Raises Unavailable if nobody did."""
+        able = [w.worker_id for w in self.workers if engine in (None, *w.engines) and not w.is_draining]
+        data = message.model_dump_json()
+        try:
+            told = [name for name in able if await self._redis.publish(control_channel(name), data)]
+        except FAULTS:
+            raise no_worker("the message queue cannot be reached; try again soon") from None
+        if not told:
+            raise no_worker(f"no {_kind_of_worker(engine)} is running; start one, or try again soon")
+        return told
+
     def drop(self, leg: Leg) -> None:
         """Stops listening to the leg, and tells its worker."""
         if self._legs.pop(leg.wire_id, None) is not None:
@@ -163,7 +181,7 @@ class Switchboard:
             await asyncio.shield(self._spawn(self._fleet.look()))  # for the reason that stop() gives
             worker_id = self._fleet.pick(leg.request, ours)
         if worker_id is None:
-            kind = "serve worker with vLLM" if leg.request.serving.engine == "vllm" else "serve worker"
+            kind = _kind_of_worker(leg.request.serving.engine)
             raise no_worker(f"no {kind} is running; start one, or try again soon")
         return worker_id
 

@@ -11,6 +11,7 @@ from app.api.deps import Principal, require
 from app.api.openapi import TEXT
 from app.db import jobs
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
+from app.fleet import STALLED_SECONDS
 from app.stream import Switchboard
 
 router = APIRouter(tags=["health"])
@@ -20,11 +21,17 @@ serve_workers = Gauge("stillhouse_serve_workers", "Serve workers that were alive
 
 
 class Readiness(BaseModel):
-    """`degraded` still takes jobs and reads; it cannot generate until a serve worker is back."""
+    """`degraded` still takes jobs and reads; it cannot generate until a serve worker is back.
+
+    A worker counts as ready while it computes what it has to: last_forward_seconds is the age of the newest forward pass of
+    any of them, null before the first; one that has had work for long without a pass counts as stalled.
+    """
 
     status: Literal["ready", "degraded", "unavailable"]
     database: bool
     serve_workers: int
+    stalled_serve_workers: int
+    last_forward_seconds: float | None
 
 
 class Liveness(BaseModel):
@@ -40,16 +47,26 @@ async def live() -> Liveness:
 def ready(request: Request, response: Response) -> Readiness:
     """503 only without the database: everything but generation works without Redis and without workers."""
     board: Switchboard = request.app.state.switchboard
-    num_workers = len(board.workers)
+    workers = board.workers
+    num_stalled = sum(worker.stalled_seconds > STALLED_SECONDS for worker in workers)
+    # By each worker's own clock, as of its heartbeat.
+    ages = [worker.beat_at - worker.last_step_at for worker in workers if worker.last_step_at is not None]
+    found = {
+        "serve_workers": len(workers),
+        "stalled_serve_workers": num_stalled,
+        "last_forward_seconds": round(max(0.0, min(ages)), 3) if ages else None,
+    }
     try:
         with transaction() as session:
             jobs.count_by_status(session)
     except (DatabaseUnavailable, PoolExhausted) as fault:
         log.warning("database_unavailable", reason=type(fault).__name__)
         response.status_code = 503
-        return Readiness(status="unavailable", database=False, serve_workers=num_workers)
-    status: Literal["ready", "degraded"] = "ready" if num_workers else "degraded"
-    return Readiness(status=status, database=True, serve_workers=num_workers)
+        return Readiness.model_validate({"status": "unavailable", "database": False, **found})
+    is_ready = len(workers) > num_stalled
+    return Readiness.model_validate(
+        {"status": "ready" if is_ready else "degraded", "database": True, **found}
+    )
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": TEXT}}})

@@ -7,7 +7,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.contracts import TERMINAL
-from app.db.tables import Alias, Checkpoint, Job, Model
+from app.db.tables import Alias, Checkpoint, Job, Model, Pin
 
 
 def insert_model(session: Session, **columns: Any) -> Model | None:  # Any: the columns of Model, by name
@@ -34,10 +34,11 @@ def list_models(session: Session, project_id: str) -> list[Model]:
 
 
 def delete_model(session: Session, project_id: str, model_id: str) -> bool:
-    """Forgets the project's own model and its checkpoints; the bytes are the caller's to delete afterwards.
+    """Forgets the project's own model, its checkpoints and its pin; the bytes are the caller's to delete afterwards.
 
     The checkpoints' bytes go with the reconciler.
     """
+    unpin(session, project_id, model_id)
     gone = delete(Model).where(Model.id == model_id, Model.project_id == project_id)
     job_id = session.execute(gone.returning(Model.id, Model.source_job_id)).one_or_none()
     if job_id is None:
@@ -48,14 +49,39 @@ def delete_model(session: Session, project_id: str, model_id: str) -> bool:
 
 
 def users_of_model(session: Session, project_id: str, model: Model) -> list[str]:
-    """What needs the model: aliases of the project, and jobs that have not ended and read it."""
+    """What needs the model: aliases of the project, models that it is the draft of, and jobs that read it and have not ended."""
     aliases = select(Alias.id).where(Alias.project_id == project_id, Alias.model_id == model.id)
     read = or_(
         Job.spec["teacher"]["key"].astext == model.store_key,
         Job.spec["start"]["key"].astext == model.store_key,
     )
     jobs = select(Job.id).where(Job.status.not_in(TERMINAL), read)
-    return [*session.scalars(aliases.order_by(Alias.id)), *session.scalars(jobs.order_by(Job.id))]
+    drafted = select(Model.id).where(Model.serving["draft"]["model"].astext == model.id)
+    return [
+        *session.scalars(aliases.order_by(Alias.id)),
+        *(f"{id_} (as its draft)" for id_ in session.scalars(drafted.order_by(Model.id))),
+        *session.scalars(jobs.order_by(Job.id)),
+    ]
+
+
+def lock_model(session: Session, model_id: str) -> Model | None:
+    """The row, which nobody else changes or removes before this transaction ends."""
+    return session.scalars(select(Model).where(Model.id == model_id).with_for_update()).one_or_none()
+
+
+def pin(session: Session, project_id: str, target_id: str) -> None:
+    """Keeps a model, or what an alias points at, loaded; once more changes nothing."""
+    session.execute(insert(Pin).values(project_id=project_id, id=target_id).on_conflict_do_nothing())
+
+
+def unpin(session: Session, project_id: str, target_id: str) -> bool:
+    gone = delete(Pin).where(Pin.project_id == project_id, Pin.id == target_id)
+    return session.scalar(gone.returning(Pin.id)) is not None
+
+
+def list_pins(session: Session) -> list[Pin]:
+    """Those of all projects, oldest first."""
+    return list(session.scalars(select(Pin).order_by(Pin.created_at, Pin.project_id, Pin.id)))
 
 
 def find_checkpoint(session: Session, project_id: str, model_id: str, step: int) -> Checkpoint | None:
@@ -83,6 +109,7 @@ def find_alias(session: Session, project_id: str, alias_id: str) -> Alias | None
 
 
 def delete_alias(session: Session, project_id: str, alias_id: str) -> bool:
+    unpin(session, project_id, alias_id)
     gone = delete(Alias).where(Alias.project_id == project_id, Alias.id == alias_id)
     return session.scalar(gone.returning(Alias.id)) is not None
 

@@ -75,7 +75,10 @@ class File(Table):
 
 
 class Model(Table):
-    """A registered version: imported or distilled. project_id null means every project sees it."""
+    """A registered version: imported or distilled. project_id null means every project sees it.
+
+    serving holds `ServingOptions`; null means the plain way.
+    """
 
     __tablename__ = "models"
     id: Mapped[str] = mapped_column(String(200), primary_key=True)
@@ -89,6 +92,7 @@ class Model(Table):
     teacher_id: Mapped[str | None] = mapped_column(String(200))
     base_id: Mapped[str | None] = mapped_column(String(200))
     evaluation: Mapped[Json | None] = mapped_column(JSONB)
+    serving: Mapped[Json | None] = mapped_column(JSONB)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     __table_args__ = (CheckConstraint("origin IN ('imported', 'distilled')", name="origin"),)
 
@@ -101,6 +105,15 @@ class Alias(Table):
     id: Mapped[str] = mapped_column(String(200), primary_key=True)
     model_id: Mapped[str] = mapped_column(ForeignKey("models.id", ondelete="CASCADE"))
     updated_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
+
+
+class Pin(Table):
+    """What a project wants every serve worker to keep loaded: a model, or whatever an alias points at."""
+
+    __tablename__ = "pins"
+    project_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
 
 
 class Job(Table):

@@ -4,9 +4,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints
 
-from app.contracts import ModelFacts, ModelFamily
+from app.contracts import ModelFacts, ModelFamily, ServingOptions
 from app.db.tables import Alias, Model
 from app.schemas.jobs import Body, ModelId
+from app.schemas.serving import Serving
 
 Json = dict[str, Any]  # Any: an evaluation is open-ended JSON
 
@@ -33,6 +34,7 @@ class ModelObject(BaseModel):
     weights_sha256: str
     size_bytes: int
     has_chat_template: bool
+    serving: Serving
     evaluation: Json | None
 
     @classmethod
@@ -57,6 +59,7 @@ class ModelObject(BaseModel):
             weights_sha256=facts.weights_sha256,
             size_bytes=row.bytes,
             has_chat_template=facts.has_chat_template,
+            serving=Serving.of(ServingOptions.model_validate(row.serving or {})),
             evaluation=row.evaluation,
         )
 

@@ -89,6 +89,7 @@ def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
             reply_to="",
             model=order.model.model_id,
             weights=order.model.ref,
+            serving=order.model.serving,
             text=prompt if isinstance(prompt, str) else None,
             tokens=prompt if isinstance(prompt, tuple) else None,
             messages=prompt.messages if isinstance(prompt, Conversation) else None,

@@ -1,10 +1,11 @@
 """The model registry: which bytes an id means, who may see and change it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.auth import Principal
-from app.contracts import ArtifactRef, ModelFacts
+from app.contracts import ArtifactRef, ModelFacts, ServingOptions
+from app.control import Served
 from app.db import models
 from app.db.session import Session, transaction
 from app.db.tables import Alias, Model
@@ -25,6 +26,11 @@ class Resolved:
     model_id: str
     ref: ArtifactRef
     facts: ModelFacts | None
+    serving: ServingOptions = field(default_factory=ServingOptions)
+
+    @property
+    def served(self) -> Served:
+        return Served(model=self.model_id, weights=self.ref, serving=self.serving)
 
 
 def resolve(session: Session, project_id: str, model_id: str, *, param: str = "model") -> Resolved:
@@ -45,7 +51,7 @@ def resolve(session: Session, project_id: str, model_id: str, *, param: str = "m
             "model_not_found",
             param,
         )
-    return Resolved(row.id, artifact(row), ModelFacts.model_validate(row.facts))
+    return Resolved(row.id, artifact(row), ModelFacts.model_validate(row.facts), options_of(row))
 
 
 def resolve_for_serving(session: Session, project_id: str, model_id: str) -> tuple[str, ArtifactRef]:
@@ -54,16 +60,20 @@ def resolve_for_serving(session: Session, project_id: str, model_id: str) -> tup
     return found.model_id, found.ref
 
 
+def options_of(row: Model) -> ServingOptions:
+    return ServingOptions.model_validate(row.serving or {})
+
+
 def artifact(row: Model) -> ArtifactRef:
     return ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.manifest_sha256)
 
 
-def get_model(session: Session, project_id: str, model_id: str) -> Model:
+def get_model(session: Session, project_id: str, model_id: str, *, param: str = "model") -> Model:
     """The version with this id, or the one an alias points at; raises NotFound."""
     alias = models.find_alias(session, project_id, model_id) if "@" in model_id else None
     row = models.find_model(session, project_id, alias.model_id if alias else model_id)
     if row is None:
-        raise NotFound(f"the model {model_id!r} does not exist", "model_not_found", "model")
+        raise NotFound(f"the model {model_id!r} does not exist", "model_not_found", param)
     return row
 
 
@@ -75,6 +85,7 @@ def delete_model(principal: Principal, model_id: str) -> None:
             raise NotFound(f"the model {model_id!r} does not exist", "model_not_found", "model")
         if row.project_id is None:
             raise Forbidden(f"the model {model_id!r} is shared by all projects; only an operator removes it")
+        models.lock_model(session, row.id)  # nobody may begin to need it now
         users = models.users_of_model(session, principal.project_id, row)
         if users:
             raise Conflict(

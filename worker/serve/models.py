@@ -171,13 +171,18 @@ class ModelHost:
                 self._add(resident, request)
             elif request.deadline_at < now:
                 self._fail(request, DeadlinePassed("the request's time is up; retry"))
-            elif parked.waits_until <= now:
-                self._fail(request, ModelLoading(f"model {request.model} is still loading; retry shortly"))
             else:
-                try:
-                    self._residency.ask(served_of(request))
-                except ModelTooLarge as error:
-                    self._fail(request, error)
+                self._wait(parked, now)
+
+    def _wait(self, parked: _Parked, now: float) -> None:
+        request = parked.request
+        try:
+            self._residency.ask(served_of(request))
+        except ModelTooLarge as error:
+            self._fail(request, error)
+        else:
+            if parked.waits_until <= now:  # the load goes on, for those who come again
+                self._fail(request, ModelLoading(f"model {request.model} is still loading; retry shortly"))
 
     def _add(self, resident: Resident, request: GenerateRequest) -> None:
         resident.used_at = self.clock()

@@ -7,7 +7,13 @@ def test_without_a_serve_worker_the_service_is_degraded_but_ready(http: httpx.Cl
     assert http.get("/health/live").json() == {"status": "alive"}
     answer = http.get("/health/ready")
     assert answer.status_code == 200
-    assert answer.json() == {"status": "degraded", "database": True, "serve_workers": 0}
+    assert answer.json() == {
+        "status": "degraded",
+        "database": True,
+        "serve_workers": 0,
+        "stalled_serve_workers": 0,
+        "last_forward_seconds": None,
+    }
 
 
 def test_metrics_speak_prometheus_and_only_to_an_operator(
