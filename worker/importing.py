@@ -6,6 +6,7 @@ Only checked files are read, and the result is loaded again and compared before 
 import argparse
 import logging
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -29,7 +30,7 @@ from worker.intake import read_safetensors_header, take_in, weight_files
 from worker.model_facts import chat_cost, model_facts, supported_config, writing_half
 
 SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
-TEMPLATE_SECONDS = 10
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 2**30  # what rendering a short chat may take
 MODEL, SOURCE = "model", "source"  # folders below the run's output folder
 UNSET_LENGTH = 10**9  # transformers' way to say that a tokenizer knows no longest text is far above this
 # What the libraries raise for files that contradict themselves; none of it is ours to tell apart.
@@ -202,6 +203,9 @@ def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped her
         raise TimeoutError("it does not end")
 
     previous = signal.signal(signal.SIGALRM, give_up)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES, limits[1]))
     signal.alarm(TEMPLATE_SECONDS)
     try:
         # In the library's own immutable sandbox.
@@ -209,9 +213,12 @@ def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped her
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         chat_cost(tokenizer)  # every chat that is rendered later without a limit
     except Exception as error:
-        raise BrokenFile(f"the chat template does not render a user message: {str(error)[:300]}") from error
+        raise BrokenFile(
+            f"the chat template does not render a user message: {str(error)[:300] or type(error).__name__}"
+        ) from error
     finally:
         signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGALRM, previous)
 
 

@@ -44,6 +44,8 @@ PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_JSON_BYTES = 128 * 2**20
 MAX_TEMPLATE_BYTES = 256 * 2**10
+MAX_GROWTH = 64  # characters that a tokenizer's replacements may make of one
+MAX_POST_PROCESSOR_BYTES = 64 * 2**10
 DTYPE_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -207,6 +209,8 @@ def _check_json(path: Path) -> None:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise BrokenFile(f"{path.name} is longer than {MAX_JSON_BYTES} bytes")
     document = _parse(path.read_bytes(), path.name)
+    if path.name == "tokenizer.json":
+        check_growth(document)
     if path.name in FREE_KEYS:
         return
     found = {"auto_map", "custom_code"} & set(_keys(document))
@@ -218,6 +222,35 @@ def _check_json(path: Path) -> None:
     template = document.get("chat_template")
     if template is not None and len(json.dumps(template)) > MAX_TEMPLATE_BYTES:
         raise BrokenFile(f"the chat template in {path.name} is longer than {MAX_TEMPLATE_BYTES} bytes")
+
+
+def check_growth(tokenizer: Mapping[str, Any]) -> None:  # Any: JSON
+    """Refuses a tokenizer.json that makes a short text very long before it is split. Raises BrokenFile."""
+    if max(_growth(tokenizer.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder")) > MAX_GROWTH:
+        raise BrokenFile(
+            f"tokenizer.json: its replacements make more than {MAX_GROWTH} characters of one; the file is no plain tokenizer"
+        )
+    if len(json.dumps(tokenizer.get("post_processor"))) > MAX_POST_PROCESSOR_BYTES:
+        raise BrokenFile(
+            f"tokenizer.json: its post_processor is longer than {MAX_POST_PROCESSOR_BYTES} bytes"
+        )
+
+
+def _growth(part: object) -> float:
+    """At most how many characters the replacements below make of one, each acting on what those before have made."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1.0
+    below = math.prod(map(_growth, part.values()))
+    if not isinstance(content := part.get("content"), str) or part.get("type") != "Replace":
+        return below
+    pattern = part.get("pattern")
+    found = pattern.get("String") if isinstance(pattern, dict) else None
+    shortest = (
+        len(found) if isinstance(found, str) else 0
+    )  # an expression may match between any two characters
+    return below * max(1.0, len(content) / shortest if shortest else len(content) + 1.0)
 
 
 def _parse(content: bytes, name: str) -> dict[str, Any]:  # Any: JSON

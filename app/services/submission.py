@@ -180,10 +180,18 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
         if num_bytes > MAX_BYTES_COUNTED:
             return
         parsed = parse_row(line)
-        num_tokens = max(
-            count_tokens(parsed, load_tokenizer(reader.key), reader, is_answered=is_answered)
-            for reader in readers
-        )
+        try:
+            num_tokens = max(
+                count_tokens(parsed, load_tokenizer(reader.key), reader, is_answered=is_answered)
+                for reader in readers
+            )
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the Rust library, and no Exception
+                raise
+            message = (
+                f"line {line_number} cannot be split into tokens by a model's tokenizer; change the line"
+            )
+            raise BadRequest(message, "invalid_file", param) from error
         if num_tokens > plan.max_tokens:
             raise BadRequest(
                 f"line {line_number} has {num_tokens:,} tokens, chat template and end included, more than the "

@@ -11,6 +11,7 @@ from torch import nn
 from worker.gemm import pack_weights
 from worker.serve.errors import ModelLoadFailed
 from worker.serve.families import SEQ2SEQ, family_of, refuse_unlisted
+from worker.serve.rendering import RENDERER
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,10 @@ class LoadedModel:
     num_bytes: int
 
 
-def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
+def load_model(folder: Path, *, device: str = "cpu", keeps_plain: bool = True) -> LoadedModel:
     """float32 on a CPU (its bfloat16 products run at half the rate), the checkpoint's own type elsewhere.
+
+    Without its plain weights a model takes half the memory on a CPU, and can only be called.
 
     Raises ModelLoadFailed for folders that carry code or lack weights, UnsupportedModel for other families.
     """
@@ -48,6 +51,8 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise ModelLoadFailed(f"the model's files cannot be loaded: {error}") from error
+    if tokenizer.chat_template:
+        RENDERER.start()
     lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lacking:
         raise ModelLoadFailed(
@@ -55,8 +60,9 @@ def load_model(folder: Path, *, device: str = "cpu") -> LoadedModel:
         )
     family_of(model)
     model.to(device).eval().requires_grad_(False)
-    num_bytes = sum(weight.nbytes for weight in model.parameters()) + pack_weights(model)
-    return LoadedModel(model, tokenizer, num_bytes)
+    num_packed_bytes = pack_weights(model, keeps_plain=keeps_plain)
+    num_plain_bytes = sum(weight.nbytes for weight in model.parameters() if not weight.is_meta)
+    return LoadedModel(model, tokenizer, num_plain_bytes + num_packed_bytes)
 
 
 def refuse_code(folder: Path) -> None:

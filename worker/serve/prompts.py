@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from app.contracts import GenerateRequest, Message
 from worker.serve.errors import (
     AnswerTooLong,
@@ -14,6 +12,7 @@ from worker.serve.errors import (
     PromptTooLong,
 )
 from worker.serve.families import Context
+from worker.serve.rendering import RENDERER
 
 Tokenizer = Any  # transformers is untyped here
 
@@ -67,7 +66,7 @@ def text_tokens(text: str, tokenizer: Tokenizer, *, has_encoder: bool) -> tuple[
 
     Any other model would take an end token behind the prompt for the end of the answer.
     """
-    tokens = list(tokenizer(text).input_ids)
+    tokens = list(encode(text, tokenizer))
     end = end_id_of(tokenizer)
     if not has_encoder and end != tokenizer.sep_token_id:
         while tokens and tokens[-1] == end:
@@ -84,7 +83,7 @@ def end_id_of(tokenizer: Tokenizer) -> int | None:
 def chat_tokens(messages: tuple[Message, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
     """The chat template's rendering with the assistant's turn opened.
 
-    The template comes with the model, so it is untrusted: transformers renders it in an immutable sandbox.
+    The template comes with the model, so it is untrusted: an immutable sandbox in a process of its own renders it.
     """
     template = tokenizer.chat_template
     if not template:
@@ -93,10 +92,21 @@ def chat_tokens(messages: tuple[Message, ...], tokenizer: Tokenizer) -> tuple[in
     if "developer" not in str(template):
         turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
-        raise InvalidMessages(f"the model's chat template refuses these messages: {error}") from error
-    return tuple(tokenizer(text, add_special_tokens=False).input_ids)
+        chosen = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InvalidMessages(f"the model has no default chat template: {error}") from error
+    text = RENDERER.render(chosen, turns, tokenizer.special_tokens_map)
+    return encode(text, tokenizer, add_special_tokens=False)
+
+
+def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+    """The tokens of a text. Raises InvalidPrompt where the model's own patterns give up on it."""
+    try:
+        return tuple(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the Rust library, and no Exception
+            raise
+        raise InvalidPrompt("the model's tokenizer cannot split this text; send another") from error
 
 
 def _start_token(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -1,0 +1,112 @@
+"""Chat templates rendered in a process of their own: a stranger's template may loop or swell, and only that process ends.
+
+`python -m worker.serve.rendering` is that process: one JSON object a line in, one a line out, until its input closes.
+"""
+
+import json
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from worker.serve.errors import InvalidMessages
+
+CPU_SECONDS = 2.0  # of one rendering; real templates take about a millisecond
+MEMORY_BYTES = 512 * 2**20  # beyond what the process has when it is ready
+MAX_CHARACTERS = 16 * 2**20
+Turns = Sequence[Mapping[str, str]]
+Json = dict[str, Any]  # Any: JSON
+
+
+class TemplateRenderer:
+    """Renders for one process; its child starts with the first template, or with `start`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._fatal: set[str] = set()  # templates that ended a child: never tried again
+
+    def start(self) -> None:
+        """Starts the child ahead of need; it takes two seconds to be ready."""
+        with self._lock:
+            self._running()
+
+    def render(self, template: str, turns: Turns, names: Mapping[str, object]) -> str:
+        """The text with the assistant's turn opened. Raises InvalidMessages."""
+        line = json.dumps({"template": template, "turns": list(turns), "names": dict(names)}).encode()
+        with self._lock:
+            answer = None if template in self._fatal else self._exchange(line + b"\n")
+            if answer is None:
+                self._fatal.add(template)
+                raise InvalidMessages(
+                    "the model's chat template takes too long or too much memory; import a model with a plain one"
+                )
+        if "error" in answer:
+            raise InvalidMessages(f"the model's chat template refuses these messages: {answer['error']}")
+        return str(answer["text"])
+
+    def _exchange(self, line: bytes) -> Json | None:
+        """None if the child ended before it answered."""
+        child = self._running()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(line)
+            child.stdin.flush()
+            answer: Json | None = json.loads(child.stdout.readline() or b"null")
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            child.communicate()
+            self._child = None
+        return answer
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._child is None or self._child.poll() is not None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "worker.serve.rendering"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C is for the worker; the closing pipe ends this one
+            )
+        return self._child
+
+
+def serve() -> None:
+    """Answers until the input closes; dies by signal when a template takes too long."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # seconds, and none of torch
+
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+        try:
+            (text,), _ = render_jinja_template(
+                conversations=[asked["turns"]],
+                chat_template=asked["template"],
+                add_generation_prompt=True,
+                **asked["names"],
+            )
+            if len(text) > MAX_CHARACTERS:
+                raise ValueError(f"it writes {len(text)} characters")
+            answer = {"text": text}
+        except (TemplateError, TypeError, ValueError, KeyError, ArithmeticError, LookupError) as error:
+            answer = {"error": str(error)[:300]}
+        except (AttributeError, RecursionError, MemoryError) as error:
+            answer = {"error": type(error).__name__}
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+RENDERER = TemplateRenderer()
+
+if __name__ == "__main__":
+    serve()
