@@ -66,23 +66,32 @@ def use_onednn(model: nn.Module) -> None:
             module.__class__ = OneDnnConv1D
 
 
-def pack_weights(model: nn.Module) -> int:
+def pack_weights(model: nn.Module, *, keeps_plain: bool = True) -> int:
     """Lays the linear layers' weights out for oneDNN, for a model that will not be trained; returns the bytes it took.
 
-    The plain weights stay, for whoever reads them; a later change of theirs is not seen by the forward.
+    The plain weights stay, for whoever reads them; a later change of theirs is not seen by the forward. Else only those
+    stay that other modules share (embeddings): the model can be called and nothing more.
     """
     use_onednn(model)
+    linears = [module for module in model.modules() if isinstance(module, OneDnnLinear | OneDnnConv1D)]
+    others = (module for module in model.modules() if not isinstance(module, OneDnnLinear | OneDnnConv1D))
+    shared = {id(weight) for module in others for weight in module.parameters(recurse=False)}
     num_bytes = 0
-    for module in model.modules():
-        if isinstance(module, OneDnnLinear | OneDnnConv1D):
-            module.requires_grad_(False)
-            weight_OI = module.weight_OI.contiguous()
-            if HAS_ONEDNN and weight_OI.dtype == torch.float32 and weight_OI.device.type == "cpu":
-                module.packed = PackedWeight(
-                    torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS)
-                )
-                num_bytes += weight_OI.nbytes
+    for module in linears:
+        module.requires_grad_(False)
+        weight_OI = module.weight_OI.contiguous()
+        if HAS_ONEDNN and weight_OI.dtype == torch.float32 and weight_OI.device.type == "cpu":
+            module.packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS))
+            num_bytes += weight_OI.nbytes
+            if not keeps_plain and id(module.weight) not in shared:
+                release_weight(module)
     return num_bytes
+
+
+def release_weight(module: nn.Module) -> None:
+    """Leaves of a layer's weight its shape and float alone; another layer that shares it keeps it."""
+    weight = module.get_parameter("weight")
+    module.register_parameter("weight", nn.Parameter(torch.empty_like(weight, device="meta"), False))
 
 
 PACKED_FOR_ROWS = 16  # a hint to oneDNN; layouts for 8 to 64 rows measure alike
@@ -143,7 +152,7 @@ def multiplier(
 
 
 def _apply(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: PackedWeight | None) -> Tensor:
-    if packed is not None and _is_fast(x, weight_OI) and not x.requires_grad:
+    if packed is not None and _is_fast(x, packed.tensor) and not x.requires_grad:
         return product(x, packed.tensor, bias_O)
     return linear(x, weight_OI, bias_O)
 

@@ -80,6 +80,19 @@ def test_packed_weights_give_the_same_output(kind: type[nn.Module]) -> None:
         assert_close(copy.deepcopy(layer)(x), plain.get_parameter("bias").expand(33, 40))
 
 
+@pytest.mark.skipif(not gemm.HAS_ONEDNN, reason="nothing is packed without oneDNN")
+def test_packed_layers_can_do_without_their_plain_weights_but_not_those_that_others_share() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 6), "head": nn.Linear(6, 10, bias=False)})
+    model["body"] = nn.Linear(6, 6)
+    model.get_submodule("head").weight = model.get_submodule("embed").weight
+    x = torch.randn(3, 6)
+    expected = model.get_submodule("head")(model.get_submodule("body")(x))
+    gemm.pack_weights(model, keeps_plain=False)
+    assert model.get_parameter("body.weight").is_meta
+    assert not model.get_parameter("head.weight").is_meta
+    assert_close(model.get_submodule("head")(model.get_submodule("body")(x)), expected)
+
+
 def test_a_swapped_layer_keeps_its_state_its_ties_and_its_copy() -> None:
     head, embed = nn.Linear(6, 10, bias=False), nn.Embedding(10, 6)
     model = nn.ModuleDict({"embed": embed, "head": head})
