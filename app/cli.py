@@ -206,6 +206,32 @@ def list_models(
     console.print(shown)
 
 
+@models.command("serving")
+def set_serving(
+    model: Annotated[str, typer.Argument(help="Its id, or an alias.")],
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    weights: Annotated[str, typer.Option(help="plain or int8.")] = "plain",
+    draft: Annotated[str | None, typer.Option(help="A model that proposes tokens; default: none.")] = None,
+    num_tokens: Annotated[int, typer.Option(help="Tokens that the draft proposes at once.")] = 4,
+    project: Annotated[str, typer.Option(help="Whose model it is.")] = "default",
+    data_dir: DataDir = None,
+) -> None:
+    """Decide how a model is served; what is left out is the plain way."""
+    from app.auth import Principal
+    from app.schemas.serving import SetServing
+    from app.services import serving
+
+    use_service(data_dir)
+    drafter = {"model": draft, "num_tokens": num_tokens} if draft else None
+    try:
+        asked = SetServing.model_validate({"engine": engine, "weights": weights, "draft": drafter})
+    except ValueError as error:
+        fail(str(error))
+    operator = Principal(project, "stillhouse", frozenset({"admin"}))
+    row = serving.set_options(operator, model, asked)
+    console.print(f"{row.id}: {asked.model_dump_json()}", highlight=False)
+
+
 def follow_import(job_id: str, name: str) -> None:
     """Shows the job's progress until it ends; exits 1 if it failed."""
     from app.services.imports import load_import
