@@ -32,6 +32,8 @@ class Settings(BaseSettings):
 
     max_file_bytes: int = Field(512 * 2**20, gt=0, description="Largest upload")
     max_line_bytes: int = Field(2**20, gt=0, description="Longest line of an uploaded JSONL file")
+    max_rows_per_file: int = Field(2_000_000, gt=0, description="Rows of an uploaded training file")
+    max_bytes_per_project: int = Field(100 * 2**30, gt=0, description="Bytes of files a project may keep")
     max_files_per_project: int = Field(10_000, gt=0, description="Files a project may keep")
     max_active_jobs_per_project: int = Field(
         100, gt=0, description="Jobs, and batches, of a project that have not ended"
@@ -87,7 +89,9 @@ class Settings(BaseSettings):
         "", description="Hub that `hf:` imports are fetched from; empty: the Hugging Face hub"
     )
     hf_token: str = Field("", description="Token for the hub")
-    crash_dir: str = Field("", description="For fault tests only: where crash points are armed; empty: nowhere")
+    crash_dir: str = Field(
+        "", description="For fault tests only: where crash points are armed; empty: nowhere"
+    )
 
     def store_root(self) -> str:
         return self.store_url or str((self.data_dir / "store").resolve())

@@ -41,8 +41,13 @@ def page_files(
     return keyset_page(session, query, File, after=after, limit=limit, order=order)
 
 
-def count_files(session: Session, project_id: str) -> int:
-    return session.scalar(select(func.count()).select_from(File).where(File.project_id == project_id)) or 0
+def count_files(session: Session, project_id: str) -> tuple[int, int]:
+    """How many files the project keeps, and their bytes."""
+    counted = select(func.count(), func.coalesce(func.sum(File.bytes), 0)).where(
+        File.project_id == project_id
+    )
+    num_files, num_bytes = session.execute(counted).one()
+    return num_files, int(num_bytes)
 
 
 def delete_file(session: Session, project_id: str, file_id: str) -> bool:

@@ -3,6 +3,7 @@
 from app.auth import Principal
 from app.db import batches, files
 from app.db.ids import new_id
+from app.db.locks import lock_project
 from app.db.session import Session, transaction
 from app.db.tables import Batch, BatchStatus, File
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded
@@ -52,6 +53,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: Attempted)
 
 
 def demand_room(session: Session, project_id: str) -> None:
+    lock_project(session, project_id)
     most = get_settings().max_active_jobs_per_project
     if batches.count_active(session, project_id) >= most:
         raise QuotaExceeded(

@@ -13,7 +13,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.auth import Principal
 from app.db import files
-from app.db.session import transaction
+from app.db.locks import lock_project
+from app.db.session import Session, transaction
 from app.db.tables import File
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, StillhouseError, TooLarge, Unavailable
 from app.services.rows import RowChecker
@@ -52,7 +53,7 @@ class Upload:
         self.fault: StillhouseError | None = None
         self._principal = principal
         self._settings = settings
-        self._checker = RowChecker(settings.max_line_bytes)
+        self._checker = RowChecker(settings.max_line_bytes, settings.max_rows_per_file)
         self._sha256 = hashlib.sha256()
         self._num_bytes = 0
         self._num_parts = 0
@@ -120,7 +121,8 @@ class Upload:
         self._cleanup.close()  # the bytes are durable from here on
         try:
             with transaction() as session:
-                _demand_room(files.count_files(session, self._principal.project_id), self._settings)
+                lock_project(session, self._principal.project_id)
+                _demand_room(session, self._principal.project_id, self._num_bytes, self._settings)
                 return files.insert_file(
                     session,
                     id=self.id,
@@ -193,6 +195,8 @@ class Upload:
                 raise BadRequest("more than one part is called file; upload one file a request", param="file")
             self._filename = _label(options.get(b"filename", b""))
             demand_disk(self._settings)
+            with transaction() as session:  # before the bytes are taken, and once more when they are there
+                _demand_room(session, self._principal.project_id, 0, self._settings)
             self._file = self._cleanup.enter_context(store().writer(self.store_key))
         elif self._part not in FIELDS:
             raise BadRequest(f"unknown parameter: {self._part[:64]}", "unknown_parameter", self._part[:64])
@@ -239,9 +243,14 @@ def _label(raw: bytes) -> str:
     return "".join(c for c in name if c.isprintable())[:255] or "upload"
 
 
-def _demand_room(num_files: int, settings: Settings) -> None:
+def _demand_room(session: Session, project_id: str, num_more_bytes: int, settings: Settings) -> None:
+    num_files, num_bytes = files.count_files(session, project_id)
     if num_files >= settings.max_files_per_project:
         raise QuotaExceeded(f"the project keeps {num_files:,} files already; delete some")
+    if num_bytes + num_more_bytes > settings.max_bytes_per_project:
+        raise QuotaExceeded(
+            f"the project keeps {num_bytes:,} bytes of {settings.max_bytes_per_project:,} allowed; delete some files"
+        )
 
 
 def get_file(project_id: str, file_id: str) -> File:

@@ -11,6 +11,7 @@ from app.auth import Principal
 from app.contracts import ImportJob
 from app.crash import crash_point
 from app.db import idempotency, jobs, models
+from app.db.locks import lock_project
 from app.db.session import Session, transaction
 from app.db.tables import Job
 from app.errors import BadRequest, Conflict, InProgress, NotFound, QuotaExceeded, Unprocessable
@@ -167,6 +168,7 @@ def remember(session: Session, principal: Principal, route: str, attempted: Atte
 
 
 def demand_room(session: Session, project_id: str) -> None:
+    lock_project(session, project_id)
     most = get_settings().max_active_jobs_per_project
     if jobs.count_active(session, project_id) >= most:
         raise QuotaExceeded(f"the project has {most} jobs that have not ended; wait for one, or cancel one")

@@ -33,8 +33,9 @@ class RowChecker:
     Memory is bounded by the longest line that is allowed.
     """
 
-    def __init__(self, max_line_bytes: int) -> None:
+    def __init__(self, max_line_bytes: int, max_rows: int) -> None:
         self.max_line_bytes = max_line_bytes
+        self.max_rows = max_rows
         self.num_rows = 0
         self.max_row_bytes = 0
         self.format: str | None = None
@@ -68,6 +69,8 @@ class RowChecker:
 
     def _take(self, line: bytes) -> None:
         try:
+            if self.num_rows >= self.max_rows:
+                raise InvalidRow(f"one too many: a file has at most {self.max_rows:,} rows; split it")
             if len(line) > self.max_line_bytes:
                 raise InvalidRow(f"longer than {self.max_line_bytes:,} bytes")
             row_format = check_row(parse_row(line, is_first=self.num_rows == 0))

@@ -47,7 +47,7 @@ def test_files_belong_to_their_project(session: Session) -> None:
     assert files.find_file(session, "p", "theirs") is None
     assert not files.delete_file(session, "p", "theirs")
     assert [row.id for row in files.page_files(session, "p")[0]] == ["mine"]
-    assert files.count_files(session, "p") == 1
+    assert files.count_files(session, "p")[0] == 1
     assert files.delete_file(session, "p", "mine")
     assert files.find_file(session, "p", "mine") is None
 

@@ -11,7 +11,7 @@ CONTENT = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode(
 
 
 def outcome(content: bytes, cuts: list[int], max_line_bytes: int = 200) -> tuple[object, ...]:
-    checker = RowChecker(max_line_bytes)
+    checker = RowChecker(max_line_bytes, max_rows=1000)
     places = sorted({0, len(content), *(cut % (len(content) + 1) for cut in cuts)})
     for start, end in pairwise(places):
         checker.feed(content[start:end])
@@ -34,7 +34,7 @@ def test_any_bytes_get_a_verdict_and_the_same_one_in_pieces(content: bytes, cuts
 
 
 def test_a_line_without_end_is_cut_off_before_it_fills_the_memory() -> None:
-    checker = RowChecker(1000)
+    checker = RowChecker(1000, max_rows=1000)
     for _ in range(100):
         checker.feed(b"x" * 100)
     assert checker.fault == "line 1 is longer than 1,000 bytes"
