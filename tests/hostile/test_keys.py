@@ -172,6 +172,7 @@ def bodies(ids: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
             {"input_file_id": ids["asked_id"], "endpoint": "/v1/completions", "completion_window": "24h"}
         ],
         "/v1/models/{name}/aliases/{alias}": [{"model": ids["model_id"]}],
+        "/v1/models/{model_id}/serving": [{}, {"draft": {"model": ids["model_id"]}}],
         "/v1/models/import": [],  # names nothing that anybody owns
         "/v1/files": [],
     }
