@@ -27,7 +27,7 @@ from bench.children import ChildFailed, ask_child, module
 from bench.distill import machine
 from bench.load import Load, Target, drive
 from bench.pair_models import THINGS
-from bench.servers import Server, peak_bytes_of_children, serving
+from bench.servers import NotInstalled, Server, peak_bytes_of_children, serving
 from bench.steps import prepare
 
 OURS = Server("ours")
@@ -37,8 +37,11 @@ SERVERS = (
     Server("transformers_serve", "bfloat16"),
     Server("vllm", "float32"),
     Server("vllm", "bfloat16"),
+    Server("llama_cpp", "float32"),
+    Server("llama_cpp", "float16"),
 )
 QUICK_SERVERS = (OURS, Server("transformers_serve", "float32"), Server("vllm", "bfloat16"))
+PEERS = ("transformers_serve", "vllm", "llama_cpp")
 MODELS = {"smollm2": "teacher_dir", "smollm2-12": "student_dir"}
 CALLERS, QUICK_CALLERS = (1, 8, 32, 64), (1, 8, 32)
 RATIO_CALLERS = (1, 8, 32)
@@ -85,8 +88,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/serve.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="one model, one turn, one float a peer")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    peers = ["transformers_serve", "vllm"]
-    parser.add_argument("--peer", nargs="*", choices=peers, default=peers, help="none: ours alone")
+    parser.add_argument("--peer", nargs="*", choices=PEERS, default=PEERS, help="none: ours alone")
     parser.add_argument("--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int)
@@ -102,15 +104,16 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     runs: dict[str, list[Entry]] = {}
     failed: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     for turn in range(arguments.turns):
         for server in servers if turn % 2 == 0 else servers[::-1]:
-            if server.name in failed:
+            if server.name in failed | skipped:
                 continue
             try:
                 with serving(server, model_dir, arguments.work, arguments.threads) as target:
                     runs.setdefault(server.name, []).append(loads(target, arguments.callers, tokenizer))
             except (ChildFailed, RuntimeError) as e:
-                failed[server.name] = str(e)
+                (skipped if isinstance(e, NotInstalled) else failed)[server.name] = str(e)
                 print(f"{server.name} left out: {e}", flush=True)
                 continue
             print(
@@ -125,6 +128,7 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
         "contenders": contenders,
         "in_process": inside,
         "failed": failed,
+        "skipped": skipped,
         "turns": runs,
     }
 
@@ -178,7 +182,7 @@ def figures(contenders: Entry, inside: Entry) -> Entry:
     """Against the better float of each peer; None where the peer was not measured."""
     ours = contenders["ours"]["loads"]
     found: Entry = {}
-    for peer in ("transformers_serve", "vllm"):
+    for peer in PEERS:
         theirs = [c["loads"] for name, c in contenders.items() if name.startswith(peer)]
         for n in map(str, RATIO_CALLERS):
             best = max((loads[n]["tokens_per_second"] for loads in theirs), default=None)

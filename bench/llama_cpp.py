@@ -1,0 +1,66 @@
+"""llama.cpp's own server, built from the sources that the package llama-cpp-python carries."""
+
+import os
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+
+from bench.children import ChildFailed, run
+from worker.export import Kind, export_gguf
+
+SOURCES = (
+    "llama-cpp-python"  # its own server answers one request at a time; llama.cpp's, which it carries, batches
+)
+NUM_SLOTS, SLOT_TOKENS = (
+    64,
+    512,
+)  # as many answers at once as the bench has callers; prompt and answer in each
+KIND_OF: dict[str, Kind] = {"float32": "f32", "float16": "f16"}
+SETTINGS = (
+    "BUILD_SHARED_LIBS",
+    "LLAMA_OPENSSL",
+    "LLAMA_BUILD_TESTS",
+    "LLAMA_BUILD_EXAMPLES",
+    "LLAMA_USE_PREBUILT_UI",
+)
+
+
+def build(folder: Path) -> Path:
+    """The server's program, built for this machine the first time (ten minutes on two cores). Raises ChildFailed."""
+    program = folder / "llama-server"
+    if program.exists():
+        return program
+    for tool in ("cmake", "c++"):
+        if shutil.which(tool) is None:
+            raise ChildFailed(f"there is no {tool} to build llama.cpp with")
+    print("Building llama.cpp's server (once)", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    run([*pip, "download", "--no-deps", "--no-binary", SOURCES, "--dest", str(folder), SOURCES])
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    (sources,) = folder.glob("*/vendor/llama.cpp")
+    made = folder / "build"
+    off = [f"-D{setting}=OFF" for setting in SETTINGS]
+    run(["cmake", "-S", str(sources), "-B", str(made), "-DCMAKE_BUILD_TYPE=Release", *off])
+    cores = str(len(os.sched_getaffinity(0)))
+    run(["cmake", "--build", str(made), "--target", "llama-server", "--parallel", cores])
+    (made / "bin" / "llama-server").rename(program)
+    shutil.rmtree(made)
+    shutil.rmtree(sources)
+    return program
+
+
+def command(program: Path, model_dir: Path, dtype: str, port: int, num_threads: int) -> list[str]:
+    """Serves our own GGUF export of the model, which is made the first time."""
+    kind = KIND_OF[dtype]
+    weights = model_dir.with_name(f"{model_dir.name}-{kind}.gguf")
+    if not weights.exists():
+        partial = weights.with_suffix(".partial")
+        export_gguf(model_dir, partial, kind=kind)
+        partial.rename(weights)
+    options = ["--parallel", str(NUM_SLOTS), "--ctx-size", str(NUM_SLOTS * SLOT_TOKENS), "--no-ui"]
+    options += ["--threads", str(num_threads), "--threads-batch", str(num_threads)]
+    return [str(program), "--model", str(weights), *options, "--host", "127.0.0.1", "--port", str(port)]
