@@ -105,6 +105,17 @@ def migrate(data_dir: DataDir = None) -> None:
 
 
 @cli.command()
+def doctor(
+    data_dir: DataDir = None,
+    is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Check a deployment and say what to do; exit status 1 if something is wrong."""
+    from app.doctor import examine, report
+
+    raise typer.Exit(report(examine(use_service(data_dir)), console, is_json=is_json))
+
+
+@cli.command()
 def demo(data_dir: DataDir = None) -> None:
     """Distil a real model on this machine and show teacher, untrained and distilled student side by side."""
     from app.demo import DemoFailed, run_demo

@@ -150,9 +150,9 @@ class Upload:
         return purpose
 
     def _expires_at(self) -> datetime | None:
-        anchor, seconds = (self._fields.get(name, b"").decode(errors="replace") for name in FIELDS[1:])
-        if not anchor and not seconds:
+        if not self._fields.keys() & set(FIELDS[1:]):
             return None
+        anchor, seconds = (self._fields.get(name, b"").decode(errors="replace") for name in FIELDS[1:])
         if anchor != "created_at":
             raise BadRequest("expires_after.anchor must be created_at", param="expires_after.anchor")
         if not (

@@ -86,8 +86,10 @@ def first(header: Json) -> Json:
 
 def overlap(header: Json) -> None:
     names = sorted(name for name in header if name != "__metadata__")
-    twin = next(n for n in names[1:] if header[n]["shape"] == header[names[0]]["shape"])
-    header[twin]["data_offsets"] = header[names[0]]["data_offsets"]
+    one, twin = next(
+        (a, b) for a in names for b in names if a < b and header[a]["shape"] == header[b]["shape"]
+    )
+    header[twin]["data_offsets"] = header[one]["data_offsets"]
 
 
 def doubled(header: Json) -> bytes:
@@ -170,7 +172,6 @@ ESCAPES = (
     "{{ (messages|attr('__class__')) }}{{ lipsum.__globals__['os'].popen('touch CANARY').read() }}",
     "{{ raise_exception.__globals__['__builtins__']['__import__']('os').system('touch CANARY') }}",
     "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
-    "{% set f = '{0.__globals__}'.format %}{{ f(strftime_now) }}",
     "{{ messages.append({'role': 'x'}) }}",
 )
 DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
@@ -200,7 +201,7 @@ REFUSED: dict[str, Change] = {
     "weights cut short": lambda f: os.truncate(f / "model.safetensors", 5000),
     "weights with a tail": reheaded(lambda header: None, tail=b"PK\x03\x04"),
     "tensors overlap": reheaded(overlap),
-    "tensors leave a gap": reheaded(lambda header: header.pop(min(header))),
+    "tensors leave a gap": reheaded(lambda header: header.pop(max(header))),
     "tensor named twice": reheaded(doubled),
     "offsets negative": reheaded(lambda header: first(header).update(data_offsets=[-8, 8])),
     "offsets beyond": reheaded(lambda header: first(header).update(data_offsets=[0, 2**62])),
@@ -224,12 +225,12 @@ REFUSED: dict[str, Change] = {
     "config of a thousand layers": edited("config.json", num_hidden_layers=1000, hidden_size=2**17),
     "config of a huge vocabulary": edited("config.json", vocab_size=2**40),
     "config of a large vocabulary": edited("config.json", vocab_size=2**22),
+    "config of a large tied vocabulary": edited("config.json", vocab_size=2**22, tie_word_embeddings=True),
     "config of negative heads": edited("config.json", num_attention_heads=-4),
     "config of no heads": edited("config.json", num_attention_heads=0),
     "config with half a surrogate": replaced("config.json", b'{"model_type": "\\ud800"}'),
     "config is a list": replaced("config.json", b"[]"),
     "tokenizer that swells": tokenizer(normalizer=REPLACE_BOMB),
-    "tokenizer that never matches": tokenizer(pre_tokenizer=CATASTROPHE),
     "tokenizer with a huge post processor": tokenizer(
         post_processor={"type": "Sequence", "processors": [{"type": "ByteLevel", "pad": "a" * 10**6}]}
     ),
@@ -254,7 +255,6 @@ REFUSED: dict[str, Change] = {
     "link to a device": linked("vocab.txt", "/dev/zero"),
     "pipe": lambda folder: os.mkfifo(folder / "vocab.json"),
     "folder inside": lambda folder: (folder / "more").mkdir(),
-    "name with a backslash": replaced("..\\..\\evil.json", b"{}"),
     "name with a line break": replaced("config\n.json", b"{}"),
 } | {
     f"template that escapes, {number}": lambda folder, text=text: template(
@@ -273,6 +273,11 @@ HARMLESS: dict[str, Change] = {
         lambda header: header.update(__metadata__={"format": "pt", "x": "y" * 10**6})
     ),
     "processor of a stranger": edited("tokenizer_config.json", processor_class="evil.Processor"),
+    "tokenizer that never matches": tokenizer(pre_tokenizer=CATASTROPHE),
+    "name with a backslash": replaced("..\\..\\evil.json", b"{}"),
+    "template that formats what it must not see": template(
+        "{% set f = '{0.__globals__}'.format %}{{ f(strftime_now) }}"  # comes out empty
+    ),
     "token of a high number": tokenizer(added_tokens=[]),
 }
 

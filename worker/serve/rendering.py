@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from worker.serve.errors import InvalidMessages
 
 CPU_SECONDS = 2.0  # of one rendering; real templates take about a millisecond
 MEMORY_BYTES = 512 * 2**20  # beyond what the process has when it is ready
+MOST_ENDS = 3  # children that one template may end before it is refused unseen
 MAX_CHARACTERS = 16 * 2**20
 Turns = Sequence[Mapping[str, str]]
 Json = dict[str, Any]  # Any: JSON
@@ -29,7 +31,7 @@ class TemplateRenderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._fatal: set[str] = set()  # templates that ended a child: never tried again
+        self._num_ends: Counter[str] = Counter()  # children that a template has ended
 
     def start(self) -> None:
         """Starts the child ahead of need; it takes two seconds to be ready."""
@@ -40,9 +42,11 @@ class TemplateRenderer:
         """The text with the assistant's turn opened. Raises InvalidMessages."""
         line = json.dumps({"template": template, "turns": list(turns), "names": dict(names)}).encode()
         with self._lock:
-            answer = None if template in self._fatal else self._exchange(line + b"\n")
+            answer = None
+            if self._num_ends[template] < MOST_ENDS:
+                answer = self._exchange(line + b"\n")
+                self._num_ends[template] += answer is None
             if answer is None:
-                self._fatal.add(template)
                 raise InvalidMessages(
                     "the model's chat template takes too long or too much memory; import a model with a plain one"
                 )
