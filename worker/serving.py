@@ -32,7 +32,7 @@ from app.contracts import (
     reply_channel,
     serve_worker_key,
 )
-from app.control import CONTROL
+from app.control import CONTROL, Keep
 from worker.serve.models import HostStatus, ModelHost
 
 log = structlog.get_logger(__name__)
@@ -222,6 +222,9 @@ class ServeWorker:
         message = CONTROL.validate_json(data)
         if isinstance(message, Cancel):
             self.cancel(message.id)
+        elif isinstance(message, Keep):  # all workers hear of all pins
+            able = tuple(m for m in message.models if m.serving.engine in self._options.engines)
+            self._host.tell(Keep(models=able))
         else:
             self._host.tell(message)
 

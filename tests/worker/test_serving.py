@@ -20,10 +20,12 @@ from app.contracts import (
     ReplyBatch,
     Sampling,
     ServeWorkerStatus,
+    ServingOptions,
     control_channel,
     reply_channel,
     serve_worker_key,
 )
+from app.control import Keep, Served
 from tests.serve_worker import wait_for
 from worker.serve.models import ModelHost
 from worker.serving import ServeOptions, ServeWorker
@@ -246,3 +248,12 @@ def test_an_api_process_that_goes_away_in_the_middle_frees_its_rows(bench: Bench
     ear.pubsub.unsubscribe(reply_channel(HOME))
     wait_for(lambda: not bench.worker._homes, 5, "it writes on for nobody")
     wait_for(lambda: not bench.host.has_work(), 2, "the engine goes on")
+
+
+def test_a_worker_keeps_only_pinned_models_whose_engine_it_has(bench: Bench, ear: Ear) -> None:
+    served = Served(model="tiny", weights=WEIGHTS)
+    other = Served(model="other", weights=WEIGHTS, serving=ServingOptions(engine="vllm"))
+    pins = Keep(models=(other, served)).model_dump_json()
+    wait_for(lambda: ear.redis.publish(control_channel("w1"), pins), 20, "nobody listens")
+    wait_for(lambda: bench.worker.status().resident, 20, "nothing was loaded")
+    assert [model.residence for model in bench.worker.status().models] == [served.residence]
