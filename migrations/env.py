@@ -7,6 +7,7 @@ from app.db.session import sqlalchemy_url
 from app.db.tables import Table
 from app.settings import get_settings
 
+LOCK_MILLISECONDS = 5000
 MIGRATION_LOCK = 7_355_608  # any number that nothing else locks
 
 
@@ -15,6 +16,8 @@ def migrate() -> None:
     engine = create_engine(sqlalchemy_url(url), poolclass=pool.NullPool)
     with engine.begin() as connection:
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+        # All other statements queue behind a change of a table that waits: better to give up and be run again.
+        connection.execute(text(f"SET LOCAL lock_timeout = {LOCK_MILLISECONDS}"))
         context.configure(connection=connection, target_metadata=Table.metadata)
         context.run_migrations()
 
