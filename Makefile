@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo titles up test check fix bench-distill gpu-check clean
+.PHONY: install demo titles up test fuzz check fix bench-distill gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ up: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Ten thousand cases of schemathesis against a whole service; about ten minutes.
+fuzz: install
+	$(BIN)/python -m tests.hostile.fuzz --cases 10000 $(ARGS)
 
 check: install
 	$(BIN)/ruff format --check .
