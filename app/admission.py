@@ -41,11 +41,7 @@ class Admission:
                 f"this key has {self._per_key[key_id]} generation requests running, at most "
                 f"{self._max_requests_per_key} are allowed; wait for some to end"
             )
-        if (
-            self.num_requests + num_requests > self._max_requests
-            or self.num_tokens + num_tokens > self._max_tokens
-        ):
-            raise Unavailable("the server has as many generation requests as it can hold; try again soon")
+        self.demand_room(num_requests, num_tokens)
         self._add(key_id, num_requests, num_tokens)
         is_taken = True
 
@@ -56,6 +52,14 @@ class Admission:
                 self._add(key_id, -num_requests, -num_tokens)
 
         return give_back
+
+    def demand_room(self, num_requests: int = 1, num_tokens: int = 1) -> None:
+        """Raises Unavailable if so much does not fit now. Costs nothing: a crowd is turned away before anything is looked up."""
+        if (
+            self.num_requests + num_requests > self._max_requests
+            or self.num_tokens + num_tokens > self._max_tokens
+        ):
+            raise Unavailable("the server has as many generation requests as it can hold; try again soon")
 
     def _add(self, key_id: str, num_requests: int, num_tokens: int) -> None:
         self.num_requests += num_requests

@@ -23,7 +23,16 @@ from app.services import generation
 from app.services.generation import Order
 from app.stream import Switchboard
 
-router = APIRouter(prefix="/v1", tags=["generation"], route_class=StrictRoute)
+
+async def turn_away(request: Request) -> None:
+    """Refuses while the server is full, before the database is asked who comes; the admission itself judges the rest."""
+    board: Switchboard = request.app.state.switchboard
+    board.admission.demand_room()
+
+
+router = APIRouter(
+    prefix="/v1", tags=["generation"], route_class=StrictRoute, dependencies=[Depends(turn_away)]
+)
 log = structlog.get_logger(__name__)
 Caller = Annotated[Principal, Depends(require("inference"))]
 T = TypeVar("T")

@@ -26,6 +26,7 @@ from app.contracts import (
     reply_channel,
     serve_worker_key,
 )
+from app.control import Unload
 from app.errors import BadRequest, StillhouseError, Unavailable
 from app.flow import Flow
 from app.queue import queue_key
@@ -165,6 +166,29 @@ def test_the_worker_with_the_model_is_preferred_until_it_is_full(play: Play) -> 
         await stage.open()
         assert await stage.num_queued("idle") == 1
         assert await stage.num_queued("leaving") == 0
+
+    play(scene)
+
+
+def test_a_worker_that_computes_nothing_is_asked_last(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("stuck", resident=("models/x",), stalled_seconds=60.0)
+        await stage.beat("well", num_running=5)
+        await stage.open()
+        assert (await stage.num_queued("stuck"), await stage.num_queued("well")) == (0, 1)
+
+    play(scene)
+
+
+def test_what_is_said_to_all_workers_is_heard_or_refused(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        with pytest.raises(Unavailable, match="no serve worker is running"):
+            await stage.board.tell(Unload(residence="models/x"))
+        await stage.beat("a")
+        await stage.beat("drains", is_draining=True)
+        assert await stage.board.tell(Unload(residence="models/x")) == ["a"]
+        with pytest.raises(Unavailable, match="with vLLM"):
+            await stage.board.tell(Unload(residence="models/x"), engine="vllm")
 
     play(scene)
 

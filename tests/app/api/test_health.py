@@ -1,6 +1,11 @@
+import time
 from typing import Any
 
 import httpx
+import redis
+
+from app.contracts import ServeWorkerStatus, serve_worker_key
+from tests.serve_worker import wait_for
 
 
 def test_without_a_serve_worker_the_service_is_degraded_but_ready(http: httpx.Client) -> None:
@@ -14,6 +19,26 @@ def test_without_a_serve_worker_the_service_is_degraded_but_ready(http: httpx.Cl
         "stalled_serve_workers": 0,
         "last_forward_seconds": None,
     }
+
+
+def test_a_worker_that_computes_nothing_of_what_it_has_does_not_count(
+    http: httpx.Client, valkey: str
+) -> None:
+    now = time.time()
+    stuck = ServeWorkerStatus(
+        worker_id="stuck",
+        max_running=8,
+        num_running=1,
+        beat_at=now,
+        last_step_at=now - 60,
+        stalled_seconds=60,
+    )
+    with redis.Redis.from_url(valkey) as client:
+        client.set(serve_worker_key("stuck"), stuck.model_dump_json())
+    wait_for(lambda: http.get("/health/ready").json()["serve_workers"] == 1, 5, "nobody sees the worker")
+    found = http.get("/health/ready").json()
+    assert (found["status"], found["stalled_serve_workers"]) == ("degraded", 1)
+    assert found["last_forward_seconds"] == 60
 
 
 def test_metrics_speak_prometheus_and_only_to_an_operator(
