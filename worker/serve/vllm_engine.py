@@ -231,13 +231,14 @@ def load_vllm(
 
 def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
     from vllm import EngineArgs
+    from vllm.config.logging import LoggingConfig
     from vllm.usage import usage_lib
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
     usage_lib._USAGE_STATS_ENABLED = False  # a worker calls nobody outside
     theirs = logging.getLogger("vllm")  # its events go where ours go
-    theirs.handlers.clear()
+    theirs.handlers.clear()  # made when vLLM was imported
     theirs.propagate = True
     theirs.setLevel(logging.WARNING)
     try:
@@ -251,6 +252,7 @@ def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
             max_logprobs=MAX_LOGPROBS,
             distributed_executor_backend=UniProcExecutor,
             use_tqdm_on_load=False,
+            logging_config=LoggingConfig(configure_logging=False),
             disable_log_stats=True,
             **options,
         ).create_engine_config()

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 from app.contracts import Delta, Done, Failure, GenerateRequest, Reply
+from tests import tiny
+from tests.tiny import save_tiny
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable, UnsupportedModel
-from worker.serve.loading import LoadedModel
+from worker.serve.loading import load_model
 from worker.serve.vllm_engine import VllmEngine, has_vllm, load_vllm
 
 Make = Callable[..., GenerateRequest]
@@ -33,8 +35,17 @@ def load(folder: Path) -> VllmEngine:
 
 
 @pytest.fixture(scope="module")
-def shared(tiny_llama_dir: Path) -> VllmEngine:
-    return load(tiny_llama_dir)
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny models with heads of 32: vLLM on a CPU has no narrower ones."""
+    place = tmp_path_factory.mktemp("wide heads")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny, "HEADS", 2)
+        return {family: save_tiny(place / family, family) for family in ("llama", "gpt2")}
+
+
+@pytest.fixture(scope="module")
+def shared(folders: dict[str, Path]) -> VllmEngine:
+    return load(folders["llama"])
 
 
 @pytest.fixture
@@ -44,8 +55,8 @@ def engine(shared: VllmEngine) -> VllmEngine:
 
 
 @pytest.fixture
-def ours(llama: LoadedModel, make_engine: Callable[..., TransformersEngine]) -> TransformersEngine:
-    return make_engine(llama)
+def ours(folders: dict[str, Path], make_engine: Callable[..., TransformersEngine]) -> TransformersEngine:
+    return make_engine(load_model(folders["llama"]))
 
 
 def tokens_of(replies: list[Reply], request_id: str = "r", choice: int = 0) -> list[int]:
@@ -190,9 +201,9 @@ def test_what_cannot_be_served_is_refused(engine: VllmEngine, make_request: Make
 
 @needs_vllm
 def test_an_engine_that_is_dropped_frees_its_memory_and_harms_no_other(
-    engine: VllmEngine, tiny_gpt2_dir: Path, make_request: Make, drain: Drain
+    engine: VllmEngine, folders: dict[str, Path], make_request: Make, drain: Drain
 ) -> None:
-    other = load(tiny_gpt2_dir)
+    other = load(folders["gpt2"])
     other.add(make_request())
     assert ending(drain(other))[1].completion_tokens == 4
     model = weakref.ref(other._core.model_executor.driver_worker.model_runner.model)
