@@ -1,4 +1,8 @@
-"""The heartbeat of a lease: renews it from a thread of its own, and knows when it must be taken for lost."""
+"""The heartbeat of a lease: renews it from a thread of its own, and knows when it must be taken for lost.
+
+A lease that could not be renewed in time is not lost by that: after an outage of the database nobody is reaped for a
+whole lease, and the run goes on. Should another worker have the job by then, the database refuses whatever this one writes.
+"""
 
 import threading
 import time
@@ -12,20 +16,19 @@ from worker.ledger import AuthorityLost, Lease, Orders
 
 log = structlog.get_logger(__name__)
 
-PATIENCE = 0.7  # of a lease without a renewal: stop well before another worker may take the job
+OUTAGE_SECONDS = 1800.0  # without the database: by then another worker has the job, or nobody works any more
 DATABASE_AWAY = (DatabaseUnavailable, PoolExhausted)
 
 
 class Heart:
     """Beats while the block runs; `orders` are the newest that came back."""
 
-    def __init__(self, lease: Lease, *, claimed_at: float, beat_seconds: float, lease_seconds: float) -> None:
-        """claimed_at: the monotonic clock before the claim was sent."""
+    def __init__(self, lease: Lease, *, beat_seconds: float, outage_seconds: float = OUTAGE_SECONDS) -> None:
         self.lease = lease
         self.orders = Orders(cancel=False, pause=False)
         self._beat_seconds = beat_seconds
-        self._patience_seconds = PATIENCE * lease_seconds
-        self._renewed_at = claimed_at
+        self._outage_seconds = outage_seconds
+        self._renewed_at = time.monotonic()
         self._is_refused = False
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"heart-{lease.job_id}", daemon=True)
@@ -40,15 +43,14 @@ class Heart:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the lease was refused, or could not be renewed for so long that it may be over."""
-        return self._is_refused or time.monotonic() - self._renewed_at > self._patience_seconds
+        """Whether the lease was refused, or the database has been away for so long that nobody waits for the run."""
+        return self._is_refused or time.monotonic() - self._renewed_at > self._outage_seconds
 
     def _beat(self) -> None:
         while not self._is_over.wait(self._beat_seconds):
-            begun = time.monotonic()
             try:
                 self.orders = ledger.heartbeat(self.lease)
-                self._renewed_at = begun
+                self._renewed_at = time.monotonic()
             except AuthorityLost:
                 self._is_refused = True
                 return

@@ -251,6 +251,14 @@ def paused(lease: Lease) -> None:
 
 
 @tried_again
+def rest(lease: Lease, message: str) -> None:
+    """The run cannot go on for want of something that its owner can give: it waits, and keeps its checkpoints."""
+    with transaction() as session:
+        if leases.rest(session, lease.job_id, lease.token, message=message) is None:
+            _demand_outcome(session, lease, "paused", "cancelled")
+
+
+@tried_again
 def release(lease: Lease, reason: str) -> None:
     """The worker leaves: the job goes back to the queue, and no loss is counted."""
     with transaction() as session:

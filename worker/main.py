@@ -1,10 +1,12 @@
 """The worker process: `python -m worker.main train|serve`. The first SIGTERM or SIGINT drains it."""
 
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from types import FrameType
@@ -21,10 +23,12 @@ from app import crash
 from app.contracts import RING_TASK, TRAIN_QUEUE, serve_queue
 from app.settings import Settings, celery_settings, get_settings
 from worker.tasks import add_generate, add_ring
+from worker.watchdog import Inbox, Turns
 
 log = structlog.get_logger(__name__)
 
 NUM_SERVE_THREADS = 2  # they only hand requests over
+STOP_SECONDS = 10.0  # for a consumer that fell silent to end
 QUEUE_SECONDS = 600  # life of a queue that nobody reads
 
 
@@ -47,8 +51,9 @@ def train(settings: Settings) -> int:
     worker_id = new_worker_id("train")
     app = make_app(settings, TRAIN_QUEUE)
 
-    def ring() -> None:
-        run_until_idle(worker_id, is_draining.is_set)
+    turns = Turns(
+        lambda: run_until_idle(worker_id, is_draining.is_set), every_seconds=settings.ring_again_seconds
+    )
 
     def drain() -> None:
         is_draining.set()
@@ -57,8 +62,11 @@ def train(settings: Settings) -> int:
     def ready() -> None:
         app.send_task(RING_TASK, queue=TRAIN_QUEUE)  # for jobs that were submitted while no worker was there
 
-    add_ring(app, ring)
-    return run(app, worker_id, num_threads=1, ready=ready, drain=drain)
+    add_ring(app, turns.ring)
+    with turns:
+        status = run(app, worker_id, num_threads=1, ready=ready, drain=drain)
+        is_draining.set()
+    return status
 
 
 def serve(settings: Settings) -> int:
@@ -69,7 +77,7 @@ def serve(settings: Settings) -> int:
     from app.storage import store
     from worker.serve.models import ModelHost
     from worker.serve.vllm_engine import has_vllm
-    from worker.serving import ServeOptions, ServeWorker
+    from worker.serving import FAULTS, ServeOptions, ServeWorker, connect
 
     transformers_logging.disable_progress_bar()
     if settings.num_threads:
@@ -91,8 +99,12 @@ def serve(settings: Settings) -> int:
         engines=("transformers", "vllm") if has_vllm() else ("transformers",),
     )
     worker = ServeWorker(host, options, on_end=lambda is_as_asked: stop_consuming(0 if is_as_asked else 1))
-    app = make_app(settings, serve_queue(worker_id))
+    queue = serve_queue(worker_id)
+    app = make_app(settings, queue)
     add_generate(app, worker.submit)
+    inbox = connect(settings.redis_url)
+    key = f"{app.conf.broker_transport_options['global_keyprefix']}{queue}"
+    Inbox(lambda: inbox.lindex(key, -1), give_up, faults=FAULTS).start()
     return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=worker.start, drain=worker.drain)
 
 
@@ -141,6 +153,13 @@ def run(
 def stop_consuming(exit_status: int = 0) -> None:
     """Ends the Celery consumer at its next turn."""
     state.should_stop = exit_status
+
+
+def give_up() -> None:
+    """Ends the process with an error, so that it is started again; at once if the consumer does not even stop."""
+    stop_consuming(1)
+    time.sleep(STOP_SECONDS)
+    os._exit(1)
 
 
 def new_worker_id(role: str) -> str:

@@ -20,6 +20,7 @@ from app.crash import crash_point
 from app.settings import Settings, get_settings
 from app.storage import CorruptArtifact, StorageError, store
 from worker import ledger
+from worker.distill.errors import DiskFull
 from worker.distill.progress import (
     CheckpointLine,
     ErrorLine,
@@ -51,7 +52,6 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
     """Runs due jobs one after the other; gives their number. Returns early when the worker drains."""
     num_runs = 0
     while not should_drain():
-        claimed_at = time.monotonic()
         try:
             lease = ledger.claim(worker_id)
         except DATABASE_AWAY as error:
@@ -62,20 +62,14 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
         num_runs += 1
         log.info("job_claimed", job=lease.job_id, attempt=lease.attempt, kind=lease.spec.kind)
         crash_point("claim.committed")
-        run_job(lease, should_drain, claimed_at=claimed_at)
+        run_job(lease, should_drain)
     return num_runs
 
 
-def run_job(lease: Lease, should_drain: Callable[[], bool], *, claimed_at: float) -> None:
+def run_job(lease: Lease, should_drain: Callable[[], bool]) -> None:
     """One attempt, from the claim to its end, whatever that is."""
     settings = get_settings()
-    heart = Heart(
-        lease,
-        claimed_at=claimed_at,
-        beat_seconds=settings.heartbeat_seconds,
-        lease_seconds=settings.lease_seconds,
-    )
-    with heart:
+    with Heart(lease, beat_seconds=settings.heartbeat_seconds) as heart:
         attempt = Attempt(lease, heart, should_drain, settings)
         try:
             attempt.run()
@@ -270,8 +264,7 @@ class Attempt:
         if isinstance(line, ResultLine):
             self._finish(line)
         elif isinstance(line, ErrorLine):
-            failure = JobFailure(code=line.code, message=line.message, param=line.param)
-            self._write(ledger.fail, self.lease, failure)
+            self._end_with_error(JobFailure(code=line.code, message=line.message, param=line.param))
         else:
             self._end_stopped()
         self.is_done = True
@@ -285,8 +278,8 @@ class Attempt:
         except (OSError, StorageError) as error:
             log.warning("model_not_stored", job=self.lease.job_id, error=str(error))
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                message = "there is no room in the store for the model; free some and submit again"
-                self._write(ledger.fail, self.lease, JobFailure(code="disk_full", message=message))
+                message = "there is no room in the store for the model; free some disk, then resume the job"
+                self._end_with_error(JobFailure(code=DiskFull.code, message=message))
             else:
                 self._write(ledger.lost, self.lease, "The model could not be stored.")
             return
@@ -296,6 +289,13 @@ class Attempt:
         if not is_registered:
             for stored in (key, *(file["store_key"] for file in files)):
                 store().delete(stored)
+
+    def _end_with_error(self, failure: JobFailure) -> None:
+        if failure.code == DiskFull.code and isinstance(self.lease.spec, DistillationJob):
+            # a failed job would lose its checkpoints, which is all the work so far
+            self._write(ledger.rest, self.lease, f"The job is paused: {failure.message}")
+        else:
+            self._write(ledger.fail, self.lease, failure)
 
     def _upload_results(self, line: ResultLine) -> list[FileColumns]:
         if not isinstance(self.lease.spec, DistillationJob) or self.lease.project_id is None:

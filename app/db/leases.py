@@ -291,6 +291,17 @@ def pause(
     return move(session, job_id, JobStatus.paused, token=token, message=message, **columns)
 
 
+def rest(session: Session, job_id: str, token: int, *, message: str) -> Job | None:
+    """Pauses a job for want of something that its owner can give, and then resume it; a cancelled one ends."""
+    job = hold(session, job_id, token)
+    if job is None:
+        return None
+    if job.cancel_requested_at is not None:
+        return cancel(session, job_id, token)
+    paused = JobStatus.paused
+    return move(session, job_id, paused, token=token, level="error", message=message, pause_requested_at=None)
+
+
 def release(session: Session, job_id: str, token: int, *, reason: str) -> Job | None:
     """Gives the job back to the queue without counting a loss; the next worker goes on from its checkpoint."""
     job = hold(session, job_id, token)

@@ -33,15 +33,15 @@ class Promise:
 
 
 PROMISES: Final = (
-    Promise("kills", "one terminal state under kill -9 of any process", 500, 5, 12, killing.kills),
-    Promise("crash_points", "every crash point", 20 * len(killing.ALL_POINTS), 5, 20, killing.crash_points),
-    Promise("valkey", "Valkey killed without its log, flushed, down", 140, 3, 4, outages.valkey),
-    Promise("postgres", "Postgres restarts, ended backends, no false reap", 260, 4, 6, outages.postgres),
-    Promise("idempotency", "one key fifty times at once", 200, 2, 4, killing.idempotency),
-    Promise("cancels", "a cancel at any moment ends the job in 30 s", 300, 3, 8, killing.cancels),
-    Promise("duplicates", "every message five times", 1000, 2, 25, killing.duplicates),
-    Promise("zombies", "a zombie's writes are refused", 100, 4, 2, killing.zombies),
-    Promise("links", "a link swallows, resets, cuts, delays", 200 * len(outages.LINKS), 4, 6, outages.links),
+    Promise("kills", "one terminal state under kill -9 of any process", 500, 5, 6, killing.kills),
+    Promise("crash_points", "every crash point", 20 * len(killing.ALL_POINTS), 5, 5, killing.crash_points),
+    Promise("valkey", "Valkey killed without its log, flushed, down", 140, 3, 3, outages.valkey),
+    Promise("postgres", "Postgres restarts, ended backends, no false reap", 260, 4, 4, outages.postgres),
+    Promise("idempotency", "one key fifty times at once", 200, 2, 2, killing.idempotency),
+    Promise("cancels", "a cancel at any moment ends the job in 30 s", 300, 3, 4, killing.cancels),
+    Promise("duplicates", "every message five times", 1000, 2, 10, killing.duplicates),
+    Promise("zombies", "a zombie's writes are refused", 100, 4, 1, killing.zombies),
+    Promise("links", "a link swallows, resets, cuts, delays", 200 * len(outages.LINKS), 4, 4, outages.links),
 )
 
 

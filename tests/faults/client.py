@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import random
 import threading
 import time
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from uuid import uuid4
 
 import httpx
 
@@ -80,13 +80,14 @@ class Client:
             trust_env=False,
             limits=httpx.Limits(max_connections=200),
         )
+        self._run = uuid4().hex[:8]
         self._files: dict[str, str] = {}
 
     def close(self) -> None:
         self._http.close()
 
     def new_key(self, label: str) -> str:
-        return f"{label}-{os.getpid()}-{next(self._numbers)}"
+        return f"{label}-{self._run}-{next(self._numbers)}"
 
     def submit(self, kind: str, *, key: str | None = None, seconds: float = ACCEPT_SECONDS) -> Accepted:
         """Asks until a 200 comes. Kinds: `trained`, `long` (trains until told otherwise) and `short`.

@@ -38,6 +38,7 @@ def valkey(trial: Trial) -> None:
         began = time.monotonic()
         trial.wait_for_end(jobs)
         trial.recovered_seconds.append(time.monotonic() - began)
+        trial.probe_prompt()
     trial.end_long(long)
 
 
@@ -106,3 +107,4 @@ def links(trial: Trial) -> None:
                 began = time.monotonic()
                 trial.wait_for_end([future.result() for future in asked])
                 trial.recovered_seconds.append(time.monotonic() - began)
+            trial.probe_prompt()

@@ -27,11 +27,17 @@ class Link:
         self._is_flowing.set()
         self._is_refusing = False
         self._delay_seconds = 0.0
+        self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
 
     async def listen(self) -> None:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.close()
+        self._drop(False)
 
     def blackhole(self) -> None:
         """Nothing arrives, nobody is told; new connections are taken and get no answer."""
@@ -121,6 +127,8 @@ class Network:
         return link
 
     async def _end(self) -> None:
+        for link in self.links.values():
+            link.close()
         tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         for task in tasks:
             task.cancel()

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from tests.faults.checker import Verdict, check, settle
 from tests.faults.client import TERMINAL, Accepted, Client, Ledger
-from tests.faults.system import START_SECONDS, System, wait_until
+from tests.faults.system import START_SECONDS, TEACHER, System, wait_until
 
 PROBE_SECONDS: Final = 90.0
 Json = dict[str, Any]  # Any: what goes into the report
@@ -85,6 +85,19 @@ class Trial:
         began = time.monotonic()
         self.wait_for_end([self.client.submit("short") for _ in range(num_jobs)])
         self.recovered_seconds.append(time.monotonic() - began)
+
+    def probe_prompt(self) -> None:
+        """A prompt must be answered again before long."""
+
+        def is_answered() -> bool:
+            body = {"model": TEACHER, "prompt": "What is it?", "max_tokens": 4}
+            answer = self.client.call("POST", "/v1/completions", json=body)
+            return answer is not None and answer.status_code == 200
+
+        try:
+            wait_until(is_answered, PROBE_SECONDS, "prompts are not answered after the fault")
+        except AssertionError as error:
+            self.wrongs.append(str(error))
 
     def wait_for_end(self, jobs: list[Accepted], seconds: float = PROBE_SECONDS) -> None:
         for job in jobs:

@@ -47,7 +47,7 @@ def settings(database: str, valkey: str, settings_env: Callable[..., Settings]) 
 
 def attempt_of(lease: Lease) -> Attempt:
     """An attempt whose run has just left a student and an export of some megabytes."""
-    heart = Heart(lease, claimed_at=float("inf"), beat_seconds=60, lease_seconds=60)
+    heart = Heart(lease, beat_seconds=60)
     attempt = Attempt(lease, heart, lambda: False, get_settings())
     (attempt.out / "student").mkdir(parents=True)
     (attempt.out / "student" / "model.safetensors").write_bytes(b"weights")

@@ -325,6 +325,24 @@ def test_a_paused_run_rests_at_a_checkpoint_and_goes_on(tiny_llama_dir: Path, tm
     assert (job(job_id).status, job(job_id).attempt) == ("succeeded", 2)
 
 
+def test_a_run_without_disk_is_paused_with_its_checkpoints_and_can_be_resumed(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=600, checkpoint_steps=100)
+    with supervised(job_id) as watched:
+        watched.wait_for_checkpoint()
+        process = watched.run_process()
+        process.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))  # the kernel refuses as it does on a full disk
+    paused = job(job_id)
+    assert (paused.status, paused.num_losses, paused.error) == ("paused", 0, None)
+    assert "free some disk, then resume" in messages(job_id)
+    assert checkpoint_steps(job_id)
+    with transaction() as session:
+        jobs.resume(session, job_id)
+    run_all()
+    assert (job(job_id).status, job(job_id).attempt) == ("succeeded", 2)
+
+
 def test_a_draining_worker_gives_the_job_back_without_a_loss(tiny_llama_dir: Path, tmp_path: Path) -> None:
     job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000)
     with supervised(job_id) as watched:

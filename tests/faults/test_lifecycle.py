@@ -1,0 +1,378 @@
+"""Random histories of jobs against a real Postgres and a plain model of the rules, checked after every step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import hypothesis.strategies as st
+import psycopg
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from psycopg.rows import dict_row
+
+from app.contracts import ArtifactRef, DistillationJob, JobFailure, ModelFacts
+from app.db import jobs, leases, sweeps
+from app.db.session import transaction
+from app.distillation import Distillation
+from app.settings import Settings
+from worker import ledger
+from worker.distill.progress import MetricsLine
+from worker.ledger import AuthorityLost, Lease
+
+MOST_LOSSES = 5
+MOST_JOBS = 2  # few, so that many leases meet on one
+TERMINAL = {"succeeded", "failed", "cancelled"}
+FACTS = ModelFacts(
+    architecture="LlamaForCausalLM",
+    num_layers=2,
+    hidden_size=64,
+    vocab_size=384,
+    context_tokens=256,
+    num_parameters=1000,
+    tokenizer_sha256="0" * 64,
+    has_chat_template=True,
+    weights_bytes=4000,
+    weights_sha256="0" * 64,
+)
+
+
+def ref(key: str) -> ArtifactRef:
+    return ArtifactRef(key=key, bytes=10, sha256="a" * 64)
+
+
+@dataclass
+class Expected:
+    """What the rules say of one job."""
+
+    status: str = "queued"
+    token: int | None = None
+    num_losses: int = 0
+    is_cancelling: bool = False
+    is_pausing: bool = False
+    outcomes: dict[int, str] = field(default_factory=dict)
+
+    def end(self, status: str, outcome: str | None = None) -> None:
+        assert self.token is not None
+        self.outcomes[self.token] = outcome or status
+        self.status, self.token = status, None
+
+    def lose(self) -> None:
+        self.num_losses += 1
+        if self.is_cancelling:
+            self.num_losses -= 1  # no loss is counted where nothing is tried again
+            self.end("cancelled", "lost")
+        elif self.num_losses >= MOST_LOSSES:
+            self.end("failed", "lost")
+        elif self.is_pausing:
+            self.rest()
+        else:
+            self.end("retry_wait", "lost")
+
+    def rest(self) -> None:
+        self.is_pausing = False
+        self.end("paused")
+
+    def release(self) -> None:
+        if self.is_cancelling:
+            self.end("cancelled")
+        elif self.is_pausing:
+            self.rest()
+        else:
+            self.end("queued", "released")
+
+
+class Lifecycle(RuleBasedStateMachine):
+    """Every rule may come at any time, with any lease that was ever given out."""
+
+    url = ""
+    held: Bundle[Lease] = Bundle("held")
+    known: Bundle[str] = Bundle("known")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expected: dict[str, Expected] = {}
+        self.ended: dict[str, dict[str, Any]] = {}  # Any: the row as it was when the job ended
+        self.highest = 0
+
+    @initialize()
+    def begin_empty(self) -> None:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute("TRUNCATE jobs, models, checkpoints, files CASCADE")
+
+    @precondition(lambda self: len(self.expected) < MOST_JOBS)
+    @rule(target=known)
+    def submit(self) -> str:
+        job_id = f"ftjob-{len(self.expected)}"
+        spec = DistillationJob(
+            distillation=Distillation(teacher="big"),
+            teacher=ref("models/big"),
+            start=ref("models/big"),
+            training_file=ref("files/f"),
+            output_model=f"ds:{job_id}",
+            seed=0,
+        )
+        with transaction() as session:
+            jobs.insert_job(
+                session,
+                id=job_id,
+                project_id="p",
+                kind="distillation",
+                model_id=spec.output_model,
+                request={"model": "big"},
+                spec=spec.model_dump(mode="json"),
+            )
+        self.expected[job_id] = Expected()
+        return job_id
+
+    @rule(target=held)
+    def claim(self) -> Any:  # Any: a lease, or what Hypothesis takes for none
+        """A doorbell, or one more delivery of it."""
+        return self.claim_next()
+
+    def claim_next(self) -> Any:  # Any: as above
+        lease = ledger.claim("worker")
+        waiting = [job_id for job_id, job in self.expected.items() if job.status == "queued"]
+        if lease is None:
+            assert waiting == []
+            return multiple()
+        assert lease.job_id in waiting
+        assert lease.token > self.highest
+        self.highest = lease.token
+        self.expected[lease.job_id].status = "running"
+        self.expected[lease.job_id].token = lease.token
+        return lease
+
+    @rule(job_id=known)
+    def claim_whose_answer_was_lost(self, job_id: str) -> None:
+        with transaction() as session:
+            job = jobs.load_job(session, job_id)
+            assert job is not None
+            if job.lease_owner is not None:
+                again = leases.claim(session, job.lease_owner, 90)
+                assert again is not None
+                assert (again.id, again.lease_token) == (job.id, job.lease_token)
+
+    @rule(lease=held)
+    def beat(self, lease: Lease) -> None:
+        job = self.expected[lease.job_id]
+        if self.is_live(lease):
+            orders = ledger.heartbeat(lease)
+            assert (orders.cancel, orders.pause) == (job.is_cancelling, job.is_pausing)
+        else:
+            self.refused(lambda: ledger.heartbeat(lease))
+
+    @rule(lease=held, step=st.integers(1, 4))
+    def write(self, lease: Lease, step: int) -> None:
+        def record() -> None:
+            ledger.record(lease, [MetricsLine(step=step, values={"loss": float(lease.token)})])
+
+        record() if self.is_live(lease) else self.refused(record)
+
+    @rule(lease=held, step=st.integers(1, 4), is_best=st.booleans())
+    def commit(self, lease: Lease, step: int, is_best: bool) -> None:
+        def commit() -> None:
+            key = f"checkpoints/{lease.job_id}/{lease.token}/step-{step}"
+            ledger.commit_checkpoint(lease, step, ref(key), {}, is_best)
+
+        commit() if self.is_live(lease) else self.refused(commit)
+
+    @rule(lease=held)
+    def finish(self, lease: Lease) -> None:
+        job = self.expected[lease.job_id]
+
+        def finish() -> bool:
+            key = f"models/{lease.job_id}/{lease.token}"
+            return ledger.finish(
+                lease,
+                model_id=f"ds:{lease.job_id}",
+                ref=ref(key),
+                facts=FACTS,
+                result={},
+                trained_tokens=1,
+            )
+
+        if self.is_live(lease):
+            assert finish() is not job.is_cancelling
+            job.end("cancelled" if job.is_cancelling else "succeeded")
+        elif job.outcomes[lease.token] == "succeeded":
+            assert finish()
+        else:
+            self.refused(finish)
+
+    @rule(lease=held)
+    def fail(self, lease: Lease) -> None:
+        def fail() -> None:
+            ledger.fail(lease, JobFailure(code="nan_loss", message="the loss is not a number"))
+
+        self.ending(lease, fail, lambda job: job.end("failed"), "failed")
+
+    @rule(lease=held)
+    def lose(self, lease: Lease) -> None:
+        said = {"lost", "out_of_memory", "paused", "cancelled"}
+        self.ending(lease, lambda: ledger.lost(lease, "It died."), Expected.lose, *said)
+
+    @rule(lease=held)
+    def release(self, lease: Lease) -> None:
+        said = {"released", "paused", "cancelled"}
+        self.ending(lease, lambda: ledger.release(lease, "Drained."), Expected.release, *said)
+
+    @rule(lease=held)
+    def stop_for_pause(self, lease: Lease) -> None:
+        said = {"released", "paused", "cancelled"}
+        self.ending(lease, lambda: ledger.paused(lease), Expected.release, *said)
+
+    @rule(lease=held)
+    def stop_for_cancel(self, lease: Lease) -> None:
+        self.ending(lease, lambda: ledger.cancelled(lease), lambda job: job.end("cancelled"), "cancelled")
+
+    @rule(job_id=known)
+    def ask_to_cancel(self, job_id: str) -> None:
+        job = self.expected[job_id]
+        with transaction() as session:
+            found = jobs.request_cancel(session, job_id)
+        assert (found is None) == (job.status in {"succeeded", "failed"})
+        if job.status == "running":
+            job.is_cancelling = True
+        elif job.status not in TERMINAL:
+            job.status = "cancelled"
+
+    @rule(job_id=known)
+    def ask_to_pause(self, job_id: str) -> None:
+        job = self.expected[job_id]
+        with transaction() as session:
+            found = jobs.request_pause(session, job_id)
+        may_pause = job.status not in TERMINAL and not job.is_cancelling
+        assert (found is not None) == may_pause
+        if may_pause and job.status == "running":
+            job.is_pausing = True
+        elif may_pause:
+            job.status = "paused"
+
+    @rule(job_id=known)
+    def resume(self, job_id: str) -> None:
+        job = self.expected[job_id]
+        with transaction() as session:
+            found = jobs.resume(session, job_id)
+        assert (found is not None) == (job.status == "paused" or (job.status == "running" and job.is_pausing))
+        if job.status == "paused":
+            job.status = "queued"
+        elif job.status == "running":
+            job.is_pausing = False
+
+    @rule(job_id=known)
+    def let_the_lease_run_out_and_reap(self, job_id: str) -> None:
+        """A zombie is made: its lease stays among the held ones."""
+        self.reap(job_id)
+
+    @rule(target=held, job_id=known)
+    def hand_over(self, job_id: str) -> Any:  # Any: a lease, or what Hypothesis takes for none
+        """The same, and a successor takes the job at once: two workers now believe that it is theirs."""
+        self.reap(job_id)
+        self.wake()
+        return self.claim_next()
+
+    @rule()
+    def wake_up(self) -> None:
+        self.wake()
+
+    def reap(self, job_id: str) -> None:
+        with psycopg.connect(self.url, autocommit=True) as connection:
+            connection.execute(
+                "UPDATE jobs SET lease_expires_at = now() - interval '1 s' WHERE id = %s AND status = 'running'",
+                (job_id,),
+            )
+        with transaction() as session:
+            num_lost = sweeps.reap(session, leases.Losses(MOST_LOSSES, 0.0))
+        job = self.expected[job_id]
+        assert num_lost == (job.status == "running")
+        if job.status == "running":
+            job.lose()
+
+    def wake(self) -> None:
+        with transaction() as session:
+            sweeps.wake(session)
+        for job in self.expected.values():
+            if job.status == "retry_wait":
+                job.status = "queued"
+
+    @rule()
+    def give_up_on_cancels(self) -> None:
+        with transaction() as session:
+            sweeps.finish_cancels(session, 0.0)
+        for job in self.expected.values():
+            if job.is_cancelling and job.status == "running":
+                job.end("cancelled")
+
+    @invariant()
+    def the_database_is_as_the_rules_say(self) -> None:
+        with psycopg.connect(self.url, row_factory=dict_row) as connection:
+            rows = {row["id"]: row for row in connection.execute("SELECT * FROM jobs")}
+            attempts = connection.execute("SELECT * FROM job_attempts ORDER BY job_id, attempt").fetchall()
+            models = connection.execute("SELECT source_job_id, store_key FROM models").fetchall()
+            ends = connection.execute(
+                "SELECT job_id FROM job_events WHERE type = 'state' AND data->>'status' = ANY(%s)",
+                (list(TERMINAL),),
+            ).fetchall()
+        assert set(rows) == set(self.expected)
+        for job_id, job in self.expected.items():
+            row = rows[job_id]
+            assert (row["status"], row["lease_token"]) == (job.status, job.token)
+            assert row["num_losses"] == job.num_losses
+            mine = [attempt for attempt in attempts if attempt["job_id"] == job_id]
+            tokens = [attempt["lease_token"] for attempt in mine]
+            assert tokens == sorted(set(tokens))
+            live = [attempt["lease_token"] for attempt in mine if attempt["ended_at"] is None]
+            assert live == ([] if job.token is None else [job.token])
+            assert {a["lease_token"]: a["outcome"] for a in mine if a["ended_at"]} == job.outcomes
+            registered = [model["store_key"] for model in models if model["source_job_id"] == job_id]
+            assert registered == ([f"models/{job_id}/{tokens[-1]}"] if job.status == "succeeded" else [])
+            assert sum(end["job_id"] == job_id for end in ends) == (job.status in TERMINAL)
+            if job.status in TERMINAL:
+                assert self.ended.setdefault(job_id, row) == row
+
+    def is_live(self, lease: Lease) -> bool:
+        return self.expected[lease.job_id].token == lease.token
+
+    def refused(self, call: Callable[[], object]) -> None:
+        with pytest.raises(AuthorityLost):
+            call()
+
+    def ending(
+        self, lease: Lease, call: Callable[[], None], apply: Callable[[Expected], None], *said: str
+    ) -> None:
+        """An ending by its holder counts; said again it is recognised; by anybody else it is refused."""
+        job = self.expected[lease.job_id]
+        if self.is_live(lease):
+            call()
+            apply(job)
+        elif job.outcomes[lease.token] in said:
+            call()
+        else:
+            self.refused(call)
+
+
+def test_no_history_breaks_the_rules(database: str, settings_env: Callable[..., Settings]) -> None:
+    settings_env(database_url=database, retry_backoff_seconds=0, max_losses=MOST_LOSSES, keep_checkpoints=2)
+    machine = type("OfThisDatabase", (Lifecycle,), {"url": database})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=25,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            phases=(Phase.generate,),
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
