@@ -118,7 +118,6 @@ def _in_vllm(
             folder,
             max_running=limits.max_running,
             max_context_tokens=limits.max_context_tokens,
-            device=limits.device,
             clock=limits.clock,
         )
 

@@ -195,10 +195,11 @@ def _pick(token: int, logprobs: dict[int, Vllm] | None, request: GenerateRequest
 
 
 def load_vllm(
-    folder: Path, *, max_running: int, max_context_tokens: int, device: str, clock: Callable[[], float]
+    folder: Path, *, max_running: int, max_context_tokens: int, clock: Callable[[], float]
 ) -> tuple[VllmEngine, int]:
-    """The model of a folder in vLLM, and the bytes of its weights and cache; floats as `load_model` has them.
+    """The model of a folder in vLLM, and the bytes of its weights and cache.
 
+    In float32 on a CPU, else in the checkpoint's own type; the build of vLLM decides which of the two it is.
     Raises OptionUnavailable without vLLM, UnsupportedModel and ModelLoadFailed.
     """
     if not has_vllm():
@@ -218,8 +219,6 @@ def load_vllm(
         folder,
         max_num_seqs=max_running,
         max_model_len=min(max_context_tokens, limit),
-        dtype="float32" if device == "cpu" else "auto",
-        enforce_eager=device == "cpu",  # compiling takes minutes there
     )
     configs = [config]
     if (folder / "generation_config.json").exists():
@@ -232,6 +231,7 @@ def load_vllm(
 def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
     from vllm import EngineArgs
     from vllm.config.logging import LoggingConfig
+    from vllm.platforms import current_platform
     from vllm.usage import usage_lib
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
@@ -241,6 +241,7 @@ def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
     theirs.handlers.clear()  # made when vLLM was imported
     theirs.propagate = True
     theirs.setLevel(logging.WARNING)
+    is_cpu = current_platform.is_cpu()
     try:
         config = EngineArgs(
             model=str(folder),
@@ -254,6 +255,9 @@ def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
             use_tqdm_on_load=False,
             logging_config=LoggingConfig(configure_logging=False),
             disable_log_stats=True,
+            dtype="float32" if is_cpu else "auto",
+            enforce_eager=is_cpu,  # compiling takes minutes there
+            gpu_memory_utilization=0.01,  # it must be free at the start; what the cache takes is said below
             **options,
         ).create_engine_config()
         config.cache_config.kv_cache_memory_bytes = _cache_bytes(config)

@@ -27,9 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own
 
 
 def load(folder: Path) -> VllmEngine:
-    engine, num_bytes = load_vllm(
-        folder, max_running=6, max_context_tokens=256, device="cpu", clock=time.time
-    )
+    engine, num_bytes = load_vllm(folder, max_running=6, max_context_tokens=256, clock=time.time)
     assert num_bytes > sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return engine
 
@@ -74,7 +72,7 @@ def ending(replies: list[Reply]) -> tuple[Any, Done]:  # Any: Delta's own litera
 @pytest.mark.skipif(has_vllm(), reason="this environment has vLLM")
 def test_a_worker_without_vllm_says_how_to_start_one_with_it(tiny_llama_dir: Path) -> None:
     with pytest.raises(OptionUnavailable, match=r'no vLLM; start one with pip install "stillhouse\[vllm\]"'):
-        load_vllm(tiny_llama_dir, max_running=6, max_context_tokens=256, device="cpu", clock=time.time)
+        load_vllm(tiny_llama_dir, max_running=6, max_context_tokens=256, clock=time.time)
 
 
 @needs_vllm
