@@ -20,6 +20,7 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from worker.serve.cache import WindowedCache
 from worker.serve.families import Call, Family, family_of
+from worker.serve.prefixes import Prefixes
 
 
 class Sources:
@@ -85,6 +86,7 @@ class CursorBatch:
         self.cursor = 0
         self.starts: list[int] = []
         self.cache = WindowedCache(max_rows=max_rows, max_width=max_width)
+        self.prefixes = Prefixes(max_tokens=max_width)
         self.sources: Sources | None = None
         if self.family.has_encoder:
             self.sources = Sources(self.cache, max_rows=max_rows, max_width=max_source_width)
@@ -96,6 +98,10 @@ class CursorBatch:
     @property
     def low(self) -> int:
         return min(self.starts, default=self.cursor)
+
+    def num_to_read(self, prompt: Sequence[int]) -> int:
+        """The tokens of a prompt that go through the model when it joins; an encoder reads all."""
+        return len(prompt) - self.prefixes.find(prompt)[1]
 
     @torch.no_grad()
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
@@ -116,12 +122,20 @@ class CursorBatch:
         self.cache.reserve(self.num_rows + len(prompts), longest)
         if longest > self.cursor:
             self._slide(longest - self.cursor)
-        first_row, column = self.num_rows, self.cursor - longest
+        first_row, known = self.num_rows, [self.prefixes.find(prompt) for prompt in prompts]
         self.starts += [self.cursor - len(prompt) for prompt in prompts]
-        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        return self._forward(
-            torch.tensor(padded), first_row, low=column, column=column, states_KSH=states_KSH
-        )
+        num_read = max(len(prompt) - num for prompt, (_, num) in zip(prompts, known, strict=True))
+        for row, (prompt, (prefix, _)) in enumerate(zip(prompts, known, strict=True), first_row):
+            if prefix is not None and len(prompt) > num_read:
+                self.cache.write(row, self.starts[row], prefix.layers, len(prompt) - num_read)
+        # a row that knows more than others reads some of it again, so that all end at the cursor
+        padded = [[0] * (num_read - len(prompt)) + list(prompt[-num_read:]) for prompt in prompts]
+        low, column = self.cursor - longest, self.cursor - num_read
+        logits = self._forward(torch.tensor(padded), first_row, low=low, column=column, states_KSH=states_KSH)
+        if self.sources is None:
+            for row, prompt in enumerate(prompts, first_row):
+                self.prefixes.keep(prompt, self.cache, row, slice(self.starts[row], self.cursor))
+        return logits
 
     def fork(self, row: int) -> int:
         """A new last row with the same past as `row`."""

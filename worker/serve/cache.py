@@ -84,6 +84,18 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         for buffer in self._buffers:
             buffer[target, :, columns] = buffer[source, :, columns]
 
+    def write(self, row: int, columns: slice, keys_and_values: tuple[Tensor, Tensor]) -> None:
+        """Puts keys and values of somewhere else, [heads, columns, dim] each, into a row."""
+        if not self.is_initialized:
+            keys, values = keys_and_values
+            self.lazy_initialization(keys[None], values[None])
+        for buffer, states in zip(self._buffers, keys_and_values, strict=True):
+            buffer[row, :, columns] = states
+
+    def copy_of(self, row: int, columns: slice) -> tuple[Tensor, Tensor]:
+        keys, values = (buffer[row, :, columns].clone() for buffer in self._buffers)
+        return keys, values
+
     def move_columns(self, num_rows: int, columns: slice, by: int) -> None:
         moved = slice(columns.start + by, columns.stop + by)
         for buffer in self._buffers:
@@ -143,6 +155,20 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
         """Puts into each row's columns what it holds at the source columns."""
         for layer in self.layers:
             layer.take_columns(columns, source_NC)
+
+    def copy_of(self, row: int, columns: slice) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer in these columns of a row, [heads, columns, dim]."""
+        return [layer.copy_of(row, columns) for layer in self.layers]
+
+    def write(
+        self, row: int, first_column: int, layers: list[tuple[Tensor, Tensor]], num_columns: int
+    ) -> None:
+        """Puts the first columns of such copies into a row."""
+        columns = slice(first_column, first_column + num_columns)
+        while len(self.layers) < len(layers):
+            self.layers.append(WindowedLayer(self.window))
+        for layer, (keys, values) in zip(self.layers, layers, strict=True):
+            layer.write(row, columns, (keys[:, :num_columns], values[:, :num_columns]))
 
     def wipe_row(self, row: int) -> None:
         for layer in self.layers:

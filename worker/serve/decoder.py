@@ -50,7 +50,9 @@ class Decoder:
             model, max_rows=max_running, max_width=max_context_tokens, max_source_width=max_context_tokens
         )
         self.context = self.batch.family.context(max_context_tokens)
-        self._waiting: Scheduler[Sequence] = Scheduler(prefill_budget=prefill_budget)
+        self._waiting: Scheduler[Sequence] = Scheduler(
+            prefill_budget=prefill_budget, num_to_read=self.batch.num_to_read
+        )
         self._rows: list[Sequence] = []  # row i of the batch is sequence i
         self._has_prefilled = False
 

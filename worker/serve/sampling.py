@@ -65,8 +65,8 @@ class Pick:
 
 def choose_tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
     """A token a row of processed logits; None where they are not numbers."""
-    best_N, greedy_N = logits_NV.max(dim=-1)
-    is_good = torch.isfinite(best_N).tolist()  # max passes NaN on
+    best_N, greedy_N = _greatest(logits_NV)
+    is_good = torch.isfinite(best_N).tolist()  # the greatest of numbers and NaN is NaN
     tokens: list[int] = greedy_N.tolist()
     sampled = [row for row, c in enumerate(choosers) if not c.is_greedy and is_good[row]]
     plain = [row for row in sampled if not choosers[row].is_ranked]
@@ -78,6 +78,21 @@ def choose_tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int | 
         if choosers[row].is_ranked:
             tokens[row] = _draw_from_best(logits_NV[row], choosers[row])
     return [token if good else None for token, good in zip(tokens, is_good, strict=True)]
+
+
+def _greatest(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """`max(dim=-1)` in two looks: on a CPU finding the value alone is ten times faster than finding its place too."""
+    vocab_size = logits_NV.shape[1]
+    num_blocks = vocab_size // BLOCK
+    tail = num_blocks * BLOCK
+    best_NB = logits_NV[:, :tail].view(len(logits_NV), num_blocks, BLOCK).amax(dim=-1)
+    if tail < vocab_size:
+        best_NB = torch.cat((best_NB, logits_NV[:, tail:].amax(dim=-1, keepdim=True)), dim=1)
+    best_N1, block_N1 = best_NB.max(dim=-1, keepdim=True)
+    tokens_NW = block_N1 * BLOCK + torch.arange(BLOCK, device=logits_NV.device)
+    tokens_NW.clamp_(max=vocab_size - 1)
+    within_N1 = logits_NV.gather(1, tokens_NW).argmax(dim=-1, keepdim=True)
+    return best_N1[:, 0], tokens_NW.gather(1, within_N1)[:, 0]
 
 
 Choose = Callable[[Tensor, Sequence[Chooser]], list[int | None]]

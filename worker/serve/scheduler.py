@@ -18,10 +18,14 @@ T = TypeVar("T", bound=Waiting)
 
 
 class Scheduler(Generic[T]):
-    """A queue that hands out prefills of at most `prefill_budget` tokens, padding included."""
+    """A queue that hands out prefills of at most `prefill_budget` tokens, padding included.
 
-    def __init__(self, *, prefill_budget: int) -> None:
+    `num_to_read` tells how many tokens of a prompt are not known from others.
+    """
+
+    def __init__(self, *, prefill_budget: int, num_to_read: Callable[[Sequence[int]], int] = len) -> None:
         self.prefill_budget = prefill_budget
+        self._num_to_read = num_to_read
         self._waiting: deque[T] = deque()
 
     def __len__(self) -> int:
@@ -39,7 +43,7 @@ class Scheduler(Generic[T]):
             if groups and groups[-1][0].request_id == item.request_id:
                 groups[-1].append(item)
             else:
-                longest = max(longest, len(item.prompt))
+                longest = max(longest, self._num_to_read(item.prompt))
                 if groups and (len(groups) + 1) * longest > self.prefill_budget:
                     break
                 groups.append([item])

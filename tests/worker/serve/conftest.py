@@ -149,6 +149,11 @@ def largest_difference(next_logits: NextLogits) -> Callable[..., float]:
         rng = random.Random(seed)
         rows: list[_Row] = []
         worst = 0.0
+        beginnings = [[rng.randrange(3, 200) for _ in range(longest // 2)] for _ in range(2)]
+
+        def prompt_of(num_tokens: int) -> list[int]:
+            shared = rng.choice(([], *beginnings))[: num_tokens - 1]
+            return [*shared, *(rng.randrange(3, 200) for _ in range(num_tokens - len(shared)))]
 
         def check(logits_NV: Tensor, first_row: int) -> None:
             nonlocal worst
@@ -166,8 +171,7 @@ def largest_difference(next_logits: NextLogits) -> Callable[..., float]:
             move = rng.choice(["join", "fork", "leave", *["step"] * 5])
             if move == "join" and num_free:
                 prompts = [
-                    [rng.randrange(3, 200) for _ in range(rng.randint(1, longest))]
-                    for _ in range(rng.randint(1, min(3, num_free)))
+                    prompt_of(rng.randint(1, longest)) for _ in range(rng.randint(1, min(3, num_free)))
                 ]
                 rows += [row_of(prompt) for prompt in prompts]
                 check(batch.join(prompts), len(rows) - len(prompts))

@@ -22,9 +22,10 @@ def draws(logits_V: Tensor, num_draws: int = 4000, **given: float) -> dict[int, 
 LOGITS_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[[2, 0, 3, 1]]  # token 1 is likeliest, then 3, 0, 2
 
 
-def test_temperature_zero_takes_the_best_token() -> None:
-    logits_NV = torch.randn(5, 50, generator=seeded_generator(0))
-    picks = pick_tokens(logits_NV, [Chooser()] * 5)
+@pytest.mark.parametrize("vocab_size", [50, 256, 512, 1000])
+def test_temperature_zero_takes_the_best_token(vocab_size: int) -> None:
+    logits_NV = torch.randn(50, vocab_size, generator=seeded_generator(0))
+    picks = pick_tokens(logits_NV, [Chooser()] * 50)
     assert [pick.token for pick in picks] == logits_NV.argmax(-1).tolist()
 
 
