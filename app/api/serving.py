@@ -47,7 +47,7 @@ def set_serving(model_id: str, asked: SetServing, principal: Writer) -> ServingO
 def get_status(model_id: str, principal: Reader, board: Board) -> ModelStatus:
     with transaction() as session:
         served = registry.resolve(session, principal.project_id, model_id).served
-    return serving.status_of(served, board.workers)
+    return serving.status_of(served, board.workers)  # after the transaction: it has one of its own
 
 
 @router.post("/load", status_code=202)
@@ -55,7 +55,7 @@ async def load_model(model_id: str, principal: Writer, board: Board) -> ModelSta
     """Begins to load on every serve worker that can serve it, and goes on whether or not anyone waits."""
     served = await run_in_threadpool(serving.to_load, principal, model_id)
     told = await board.tell(Load(served=served), engine=served.serving.engine)
-    return serving.status_of(served, board.workers, told)
+    return await run_in_threadpool(serving.status_of, served, board.workers, told)
 
 
 @router.post("/unload", status_code=202)
@@ -63,7 +63,7 @@ async def unload_model(model_id: str, principal: Writer, board: Board) -> ModelS
     """Gives the memory back when the answers under way are written; the next request loads the model again."""
     served = await run_in_threadpool(serving.to_unload, principal, model_id)
     await board.tell(Unload(residence=served.residence))
-    return serving.status_of(served, board.workers)
+    return await run_in_threadpool(serving.status_of, served, board.workers)
 
 
 @router.post("/pin", status_code=202)
@@ -72,8 +72,8 @@ async def pin_model(model_id: str, principal: Operator, board: Board) -> ModelSt
     served = await run_in_threadpool(serving.pin, principal, model_id)
     if board.workers:
         await tell_pins(board)
-    told = [worker.worker_id for worker in board.workers]
-    return serving.status_of(served, board.workers, told).model_copy(update={"is_pinned": True})
+    told = [worker.worker_id for worker in board.workers if served.serving.engine in worker.engines]
+    return await run_in_threadpool(serving.status_of, served, board.workers, told)
 
 
 @router.post("/unpin", status_code=202)
@@ -82,6 +82,4 @@ async def unpin_model(model_id: str, principal: Operator, board: Board) -> Model
     served = await run_in_threadpool(serving.unpin, principal, model_id)
     if board.workers:
         await tell_pins(board)
-    kept = await run_in_threadpool(serving.all_pinned)
-    is_pinned = any(other.residence == served.residence for other in kept)
-    return serving.status_of(served, board.workers).model_copy(update={"is_pinned": is_pinned})
+    return await run_in_threadpool(serving.status_of, served, board.workers)

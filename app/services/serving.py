@@ -22,9 +22,7 @@ def set_options(principal: Principal, model_id: str, asked: SetServing) -> Model
         row = registry.get_model(session, principal.project_id, model_id)
         _refuse_strangers(principal, row)
         facts = ModelFacts.model_validate(row.facts)
-        if facts.family == "masked":
-            message = f"{row.id!r} is a {facts.architecture} model, which writes no text"
-            raise BadRequest(message, "model_not_servable", "model")
+        _refuse_mute(row.id, facts)
         if asked.engine == "vllm":
             _refuse_beside_vllm(asked, facts)
         draft = None
@@ -41,6 +39,12 @@ def _refuse_strangers(principal: Principal, row: Model) -> None:
     if row.project_id is None and "admin" not in principal.scopes:
         message = f"the model {row.id!r} is shared by all projects; only a key with the scope 'admin' decides about it"
         raise Forbidden(message)
+
+
+def _refuse_mute(model_id: str, facts: ModelFacts | None) -> None:
+    if facts is not None and facts.family == "masked":
+        message = f"{model_id!r} is a {facts.architecture} model, which writes no text"
+        raise BadRequest(message, "model_not_servable", "model")
 
 
 def _refuse_beside_vllm(asked: SetServing, facts: ModelFacts) -> None:
@@ -96,17 +100,18 @@ def all_pinned() -> tuple[Served, ...]:
 
 
 def pin(principal: Principal, target_id: str) -> Served:
-    """Keeps a model, or what an alias points at from time to time, on every worker. Raises NotFound and Conflict."""
+    """Keeps a model, or what an alias points at from time to time, on every worker. Raises NotFound, BadRequest, Conflict."""
     with transaction() as session:
-        served = registry.resolve(session, principal.project_id, target_id).served
+        found = registry.resolve(session, principal.project_id, target_id)
+        _refuse_mute(target_id, found.facts)
         is_alias = models.find_alias(session, principal.project_id, target_id) is not None
-        models.pin(session, principal.project_id, target_id if is_alias else served.model)
+        models.pin(session, principal.project_id, target_id if is_alias else found.model_id)
         num_bytes = sum(kept.stored_bytes for kept in pinned(session))
         limit = get_settings().resident_model_bytes
         if num_bytes > limit:
             message = f"with this one, pinned models have {num_bytes} bytes; a worker keeps {limit}; unpin another first"
             raise Conflict(message, "pins_exceed_memory", "model")
-        return served
+        return found.served
 
 
 def unpin(principal: Principal, target_id: str) -> Served:
@@ -121,9 +126,7 @@ def to_load(principal: Principal, model_id: str) -> Served:
     """What a worker has to load for a model. Raises NotFound, and BadRequest for a model that writes no text."""
     with transaction() as session:
         found = registry.resolve(session, principal.project_id, model_id)
-    if found.facts is not None and found.facts.family == "masked":
-        message = f"{model_id!r} is a {found.facts.architecture} model, which writes no text"
-        raise BadRequest(message, "model_not_servable", "model")
+    _refuse_mute(model_id, found.facts)
     return found.served
 
 
@@ -144,14 +147,13 @@ def status_of(
 ) -> ModelStatus:
     """What the workers say of a model; those that were just told to load it may not have said so yet."""
     shown = []
-    is_pinned = False
     for worker in sorted(workers, key=lambda worker: worker.worker_id):
         state = next((model for model in worker.models if model.residence == served.residence), None)
-        is_pinned = is_pinned or (state is not None and state.is_pinned)
         if worker.worker_id in just_told and (state is None or state.state == "failed"):
             state = ModelState(residence=served.residence, state="loading", bytes=served.stored_bytes)
         shown.append(_worker_state(worker.worker_id, state))
     best = min((worker.state for worker in shown), key=STATES.index, default="absent")
+    is_pinned = any(kept.residence == served.residence for kept in all_pinned())
     return ModelStatus(model=served.model, state=best, is_pinned=is_pinned, workers=shown)
 
 
