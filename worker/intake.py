@@ -213,6 +213,10 @@ def _check_json(path: Path) -> None:
         check_growth(document)
     if path.name in FREE_KEYS:
         return
+    weight_map = document.get("weight_map", {})
+    shards = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if strange := [shard for shard in shards if not isinstance(shard, str) or not WEIGHTS.fullmatch(shard)]:
+        raise UnsafeFile(f"{path.name} names weights that lie elsewhere: {str(strange[0])[:100]!r}")
     found = {"auto_map", "custom_code"} & set(_keys(document))
     if found:
         raise UnsafeFile(

@@ -119,7 +119,7 @@ def shards_elsewhere(folder: Path) -> None:
     content = (folder.parent / "secret.safetensors").read_bytes()
     (length,) = struct.unpack_from("<Q", content)
     names = [name for name in json.loads(content[8 : 8 + length]) if name != "__metadata__"]
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "../secret.safetensors")}
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "../../secret.safetensors")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
