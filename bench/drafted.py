@@ -74,7 +74,7 @@ def request(name: str, prompt: str, max_tokens: int) -> GenerateRequest:
 
 def compare_texts(teacher: LoadedModel, draft: LoadedModel, task: Entry) -> Entry:
     """Answers with a draft against those without, and how near the two tokens were where they part."""
-    expected = answers(engine_of(teacher, draft, 0), task, task["prompts"], 1)["tokens"]
+    expected = answers(engine_of(teacher, draft, 0), task, task["prompts"], task["text_callers"])["tokens"]
     found: Entry = {}
     for num_draft_tokens in task["num_draft_tokens"]:
         engine = engine_of(teacher, draft, num_draft_tokens)

@@ -32,7 +32,7 @@ from bench.steps import prepare
 NUM_HELD_OUT, NUM_TRAIN, NUM_VALID = 100, 600, 20
 MAX_TOKENS = 64
 NUM_DRAFT_TOKENS = (2, 4)
-TEXT_CALLERS = 4
+TEXT_CALLERS = 8
 LOADS = ((1, 12), (8, 32))  # callers and prompts
 PARTS = ("texts", "speed")
 
@@ -99,6 +99,7 @@ def train(folder: Path, teacher_dir: Path, prompts: list[str], arguments: argpar
             "objective": {"divergence": "forward_kl"},
             "hyperparameters": {
                 "n_epochs": 2,
+                "max_steps": 200,
                 "batch_tokens": 512,
                 "learning_rate": 2e-3,
                 "eval_steps": 1_000_000,

@@ -7,13 +7,12 @@ min(1, p(x) / q(x)), else a token is drawn from max(p - q, 0) made a distributio
 
 # N rows, Q tokens a row, V vocabulary
 import copy
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from collections.abc import Sequence as Listing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from worker.serve.decoder import Decoder, Sequence
@@ -25,6 +24,8 @@ from worker.serve.lookahead import LookaheadBatch
 from worker.serve.sampling import Chooser, Pick, choose_tokens, draw, pick_tokens, probabilities, uniform
 
 MAX_DRAFTING = 4  # rows: with more the model is no longer bound by reading its weights, and drafts cost more than they save
+MIN_CONFIDENCE = 0.4  # that the draft must give to its best token, or verifying it is not worth it
+GREEDY = Chooser()
 
 
 @dataclass
@@ -61,6 +62,9 @@ class Proposal:
     drawn_from_V: Tensor | None = None
 
 
+Offers = dict[int, Proposal]  # by row
+
+
 class SpeculativeDecoder(Decoder):
     """Continuous batching in which each step either prefills newcomers or verifies a few tokens of every sequence.
 
@@ -77,6 +81,7 @@ class SpeculativeDecoder(Decoder):
         max_running: int,
         max_context_tokens: int,
         max_drafting: int = MAX_DRAFTING,
+        min_confidence: float = MIN_CONFIDENCE,
     ) -> None:
         super().__init__(model, max_running=max_running, max_context_tokens=max_context_tokens)
         width = max_context_tokens + num_draft_tokens
@@ -86,6 +91,7 @@ class SpeculativeDecoder(Decoder):
         self.draft = LookaheadBatch(draft, max_rows=max_running, max_width=width)
         self.num_draft_tokens = num_draft_tokens
         self.max_drafting = max_drafting
+        self.min_confidence = min_confidence
         self.counts = DraftCounts()
 
     def step(self) -> Iterator[tuple[Sequence, Pick]]:
@@ -110,16 +116,17 @@ class SpeculativeDecoder(Decoder):
         self.target.make_room_for(self.num_draft_tokens + 1)
         proposals = self._propose(sequences)
         rows = [
-            [sequence.tokens[-1], *(proposed[row].token for proposed in proposals)]
+            [sequence.tokens[-1], *(offers[row].token if row in offers else 0 for offers in proposals)]
             for row, sequence in enumerate(sequences)
         ]
-        runs = self._verify(sequences, proposals, self.target.look(rows, offset=0, num_logits=len(rows[0])))
+        logits = self.target.look(rows, offset=0, num_logits=len(rows[0]))
+        runs = self._verify(sequences, proposals, logits.view(len(rows), len(rows[0]), -1))
         for batch in (self.target, self.draft):
             batch.keep([len(run) for run in runs])
         return list(zip(sequences, runs, strict=True))
 
-    def _propose(self, sequences: Listing[Sequence]) -> list[list[Proposal]]:
-        """So many proposals for every row, one list a step of the draft."""
+    def _propose(self, sequences: Listing[Sequence]) -> list[Offers]:
+        """What is offered to each row, token by token; a row gets no more once the draft is unsure."""
         # a copy of what a processor remembers: only what the model accepts becomes part of the answer
         choosers = [
             replace(s.chooser, num_logprobs=None, processor=copy.deepcopy(s.chooser.processor))
@@ -127,50 +134,70 @@ class SpeculativeDecoder(Decoder):
         ]
         # the token before is read once more: after a round that accepted everything the draft has not read it yet
         rows, offset = [[([*s.prompt[-1:], *s.tokens])[-2], s.tokens[-1]] for s in sequences], -1
-        proposals: list[list[Proposal]] = []
-        for step in range(self.num_draft_tokens):
-            logits_NV = self.draft.look(rows, offset=offset)
+        proposals: list[Offers] = []
+        while len(proposals) < self.num_draft_tokens:
             for row, sequence in enumerate(sequences):
-                if len(sequence.tokens) + step >= sequence.max_tokens:  # its processor has no room for more
-                    choosers[row] = replace(choosers[row], processor=None)
-            shares: list[Tensor | None] = [None] * len(rows)
-            picks = pick_tokens(logits_NV, choosers, partial(_draw_proposals, shares=shares))
+                if len(sequence.tokens) + len(proposals) >= sequence.max_tokens:
+                    choosers[row] = replace(choosers[row], processor=None)  # it has no room for more
+            offers: Offers = {}
+            may_offer = proposals[-1].keys() if proposals else range(len(rows))
+            choose = partial(self._draft_tokens, may_offer=may_offer, offers=offers)
+            picks = pick_tokens(self.draft.look(rows, offset=offset), choosers, choose)
             for row, pick in enumerate(picks):
                 if pick.token is None:
                     self.draft.cache.wipe_row(row)  # a bad draft costs time, no more
-            proposals.append(
-                [Proposal(pick.token or 0, share) for pick, share in zip(picks, shares, strict=True)]
-            )
-            rows, offset = [[proposal.token] for proposal in proposals[-1]], step + 1
+            if not offers:
+                break
+            proposals.append(offers)
+            rows, offset = [[pick.token or 0] for pick in picks], len(proposals)
         return proposals
 
+    def _draft_tokens(
+        self, logits_NV: Tensor, choosers: Listing[Chooser], *, may_offer: Container[int], offers: Offers
+    ) -> list[int | None]:
+        """The draft's tokens; those it is sure enough of are offered. What it drew may not decide that, or q were another."""
+        tokens = choose_tokens(logits_NV, [GREEDY] * len(choosers))
+        confidence_N = (logits_NV.amax(dim=-1) - logits_NV.logsumexp(dim=-1)).exp().tolist()
+        for row, (token, chooser) in enumerate(zip(tokens, choosers, strict=True)):
+            if token is None or row not in may_offer:
+                continue
+            share_V, confidence = None, confidence_N[row]
+            if not chooser.is_greedy:
+                share_V = probabilities(logits_NV[row], chooser)
+                confidence = float(share_V.max())
+            if confidence >= self.min_confidence:
+                tokens[row] = token if share_V is None else draw(share_V, chooser)
+                offers[row] = Proposal(tokens[row] or 0, share_V)
+        return tokens
+
     def _verify(
-        self, sequences: Listing[Sequence], proposals: list[list[Proposal]], logits_NQV: Tensor
+        self, sequences: Listing[Sequence], proposals: Listing[Offers], logits_NQV: Tensor
     ) -> list[list[Pick]]:
         """Each row's accepted tokens and the model's own behind them; nothing behind an answer's end."""
         runs: list[list[Pick]] = [[] for _ in sequences]
-        matched = [0] * len(sequences)
+        num_accepted = [0] * len(sequences)
         open_rows = list(range(len(sequences)))
-        for position in range(self.num_draft_tokens + 1):
-            offers = [proposals[position][row] for row in open_rows] if position < len(proposals) else []
-            choose = partial(_judge, offers=offers) if offers else choose_tokens
+        for position, offers in enumerate([*proposals, {}]):
             choosers = [sequences[row].chooser for row in open_rows]
+            choose = partial(_judge, offers=[offers.get(row) for row in open_rows])
             picks = pick_tokens(logits_NQV[open_rows, position], choosers, choose)
+            still_open = []
             for row, pick in zip(open_rows, picks, strict=True):
                 runs[row].append(pick)
-            is_match = [offer.token == pick.token for offer, pick in zip(offers, picks, strict=False)]
-            matching = [row for row, matches in zip(open_rows, is_match, strict=False) if matches]
-            for row in matching:
-                matched[row] += 1
-            open_rows = [row for row in matching if not _has_ended(sequences[row], runs[row])]
+                if row in offers and offers[row].token == pick.token:
+                    num_accepted[row] += 1
+                    if not _has_ended(sequences[row], runs[row]):
+                        still_open.append(row)
+            open_rows = still_open
             if not open_rows:
                 break
-        for sequence, run, num_accepted in zip(sequences, runs, matched, strict=True):
-            self._count(sequence, run, num_accepted)
+        for row, sequence in enumerate(sequences):
+            num_offered = sum(row in offers for offers in proposals)
+            self._count(sequence, runs[row], num_offered, num_accepted[row])
         return runs
 
-    def _count(self, sequence: Sequence, run: list[Pick], num_accepted: int) -> None:
-        num_judged = min(self.num_draft_tokens, sequence.max_tokens - len(sequence.tokens))
+    def _count(self, sequence: Sequence, run: list[Pick], num_offered: int, num_accepted: int) -> None:
+        num_judged = min(num_offered, sequence.max_tokens - len(sequence.tokens))
         self.counts.num_rounds += 1
         self.counts.num_proposed += num_accepted if num_accepted == len(run) else num_judged
         self.counts.num_accepted += num_accepted
@@ -200,25 +227,15 @@ def _has_ended(sequence: Sequence, run: list[Pick]) -> bool:
     return run[-1].token in sequence.end_ids or len(sequence.tokens) + len(run) >= sequence.max_tokens
 
 
-def _draw_proposals(
-    logits_NV: Tensor, choosers: Listing[Chooser], *, shares: list[Tensor | None]
+def _judge(
+    logits_NV: Tensor, choosers: Listing[Chooser], *, offers: Listing[Proposal | None]
 ) -> list[int | None]:
-    """The draft's tokens; puts what they were drawn from into `shares`."""
-    tokens = _greedy_tokens(logits_NV)
-    for row, chooser in enumerate(choosers):
-        if not chooser.is_greedy:
-            is_good = tokens[row] is not None
-            share_V = probabilities(logits_NV[row], chooser) if is_good else _certain(0, logits_NV)
-            shares[row] = share_V
-            tokens[row] = draw(share_V, chooser) if is_good else None
-    return tokens
-
-
-def _judge(logits_NV: Tensor, choosers: Listing[Chooser], *, offers: Listing[Proposal]) -> list[int | None]:
     """The model's tokens, those that were offered if the rule accepts them."""
-    tokens = _greedy_tokens(logits_NV)
+    is_ruled = [offer is not None and offer.drawn_from_V is not None for offer in offers]
+    plain = [GREEDY if ruled else chooser for ruled, chooser in zip(is_ruled, choosers, strict=True)]
+    tokens = choose_tokens(logits_NV, plain)
     for row, (chooser, offer) in enumerate(zip(choosers, offers, strict=True)):
-        if offer.drawn_from_V is not None and tokens[row] is not None:
+        if is_ruled[row] and offer is not None and tokens[row] is not None:
             tokens[row] = accept_or_draw(offer, probabilities(logits_NV[row], chooser), chooser)
     return tokens
 
@@ -233,18 +250,6 @@ def accept_or_draw(offer: Proposal, wanted_V: Tensor, chooser: Chooser) -> int:
     return draw(left_V if float(left_V.sum()) > 0 else wanted_V, chooser)
 
 
-def _greedy_tokens(logits_NV: Tensor) -> list[int | None]:
-    best_N, tokens_N = logits_NV.max(dim=-1)
-    found = zip(tokens_N.tolist(), torch.isfinite(best_N).tolist(), strict=True)
-    return [token if is_good else None for token, is_good in found]
-
-
-def _certain(token: int, logits_NV: Tensor) -> Tensor:
-    share_V = logits_NV.new_zeros(logits_NV.shape[1], dtype=torch.float64)
-    share_V[token] = 1.0
-    return share_V
-
-
 @dataclass(kw_only=True)
 class SpeculativeEngine(TransformersEngine):
     """A model served with a draft of the same tokenizer and vocabulary, both decoders. Raises DraftUnsupported.
@@ -252,12 +257,14 @@ class SpeculativeEngine(TransformersEngine):
     Greedy text is that of the engine without a draft. In float32 a step of several tokens and a step of one round
     differently in the last bits, as batches of different sizes do: two tokens whose logits are that close may swap.
     A seed gives the same sampled text whatever else runs, but another text than without a draft or with another number
-    of draft tokens. With more than `max_drafting` sequences the draft rests.
+    of draft tokens. With more than `max_drafting` sequences the draft rests. A row is offered tokens only as long as the
+    draft gives `min_confidence` to its best.
     """
 
     draft: LoadedModel
     num_draft_tokens: int = 4
     max_drafting: int = MAX_DRAFTING
+    min_confidence: float = MIN_CONFIDENCE
 
     def __post_init__(self) -> None:
         self._refuse_unlike()
@@ -276,6 +283,7 @@ class SpeculativeEngine(TransformersEngine):
             max_running=self.max_running,
             max_context_tokens=self.max_context_tokens,
             max_drafting=self.max_drafting,
+            min_confidence=self.min_confidence,
         )
         return self._speculative
 
