@@ -125,7 +125,7 @@ def _in_vllm(
 def _load(weights: ArtifactRef, fetch: Fetch, limits: EngineLimits, progress: LoadProgress) -> LoadedModel:
     folder = fetch(weights)
     with progress.reading(weights.bytes):
-        return load_model(folder, device=limits.device)
+        return load_model(folder, device=limits.device, keeps_plain=False)  # it is only called
 
 
 def first_token_seconds(engine: Engine, served: Served, clock: Callable[[], float]) -> float | None:
