@@ -1,9 +1,41 @@
 """How much generation one API process takes on; the rest is told to come back."""
 
+import math
+import time
 from collections import Counter
 from collections.abc import Callable
 
 from app.errors import BadRequest, TooManyRequests, Unavailable
+
+RETURNS_A_SECOND = (
+    100.0  # of those turned away: more than become free, and few enough to be turned away cheaply
+)
+MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 2, 120
+
+
+class Crowd:
+    """How long those who are turned away should stay away, so that they do not all come back at once.
+
+    Everyone comes once a pause, so those turned away within one pause are the crowd; it is spread over the next.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._began_at = clock()
+        self._num_since = 0
+        self._pause_seconds = MIN_PAUSE_SECONDS
+
+    def pause_seconds(self) -> int:
+        """For one more who is turned away."""
+        seconds = self._clock() - self._began_at
+        if seconds >= self._pause_seconds:
+            has_gone_home = seconds > 2 * self._pause_seconds
+            crowd = 0 if has_gone_home else self._num_since * self._pause_seconds / seconds
+            pause = math.ceil(crowd / RETURNS_A_SECOND)
+            self._pause_seconds = min(max(pause, MIN_PAUSE_SECONDS), MAX_PAUSE_SECONDS)
+            self._began_at, self._num_since = self._clock(), 0
+        self._num_since += 1
+        return self._pause_seconds
 
 
 class Admission:
@@ -19,6 +51,7 @@ class Admission:
         self.num_requests = 0
         self.num_tokens = 0
         self._per_key: Counter[str] = Counter()
+        self._crowd = Crowd()
 
     def reserve(self, key_id: str, *, num_requests: int, num_tokens: int) -> Callable[[], None]:
         """Takes the room, and gives what hands it back, once.
@@ -59,7 +92,9 @@ class Admission:
             self.num_requests + num_requests > self._max_requests
             or self.num_tokens + num_tokens > self._max_tokens
         ):
-            raise Unavailable("the server has as many generation requests as it can hold; try again soon")
+            full = Unavailable("the server has as many generation requests as it can hold; try again soon")
+            full.retry_after_seconds = self._crowd.pause_seconds()
+            raise full
 
     def _add(self, key_id: str, num_requests: int, num_tokens: int) -> None:
         self.num_requests += num_requests

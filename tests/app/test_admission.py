@@ -1,8 +1,10 @@
 """Room for generation is taken before the work and handed back once."""
 
+import heapq
+
 import pytest
 
-from app.admission import Admission
+from app.admission import MAX_PAUSE_SECONDS, RETURNS_A_SECOND, Admission, Crowd
 from app.errors import BadRequest, TooManyRequests, Unavailable
 
 
@@ -41,3 +43,32 @@ def test_a_refusal_takes_nothing_and_room_comes_back_once() -> None:
     give_back()
     assert (room.num_requests, room.num_tokens) == (0, 0)
     room.reserve("a", num_requests=3, num_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    ("num_callers", "pause"), [(10, 2), (1000, 10), (2500, 25), (90_000, MAX_PAUSE_SECONDS)]
+)
+def test_a_crowd_that_obeys_comes_back_spread_out(num_callers: int, pause: int) -> None:
+    now = [0.0]
+    crowd = Crowd(lambda: now[0])
+    arrivals = [(0.0, caller) for caller in range(num_callers)]
+    late: list[float] = []
+    for _ in range(10 * num_callers):
+        now[0], caller = heapq.heappop(arrivals)
+        told = crowd.pause_seconds()
+        assert 1 <= told <= 120
+        heapq.heappush(arrivals, (now[0] + told, caller))
+        late.append(told)
+    assert abs(late[-1] - pause) <= 0.25 * pause
+    assert len(late) / now[0] < 2.5 * RETURNS_A_SECOND or pause == MAX_PAUSE_SECONDS
+
+
+def test_a_crowd_that_went_home_is_forgotten() -> None:
+    now = [0.0]
+    crowd = Crowd(lambda: now[0])
+    for second in range(30):
+        now[0] = float(second)
+        pauses = [crowd.pause_seconds() for _ in range(1000)]
+    assert pauses[-1] > 15
+    now[0] += 600
+    assert crowd.pause_seconds() == 2
