@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo titles up test fuzz check fix bench-distill gpu-check clean
+.PHONY: install demo titles up test faults fuzz check fix bench-distill gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ up: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Every promise of docs/reliability.md under its faults; about an hour. `make faults ARGS="--short"` for a look.
+faults: install
+	$(BIN)/python -m tests.faults --json .stillhouse/faults.json $(ARGS)
 
 # Ten thousand cases of schemathesis against a whole service; about ten minutes.
 fuzz: install

@@ -73,7 +73,7 @@ class Link:
             far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
             self._writers.add(far_writer)
             await asyncio.gather(self._pump(reader, far_writer), self._pump(far_reader, writer))
-        except OSError:  # either end is gone: so is the other
+        except (OSError, asyncio.CancelledError):  # either end is gone: so is the other
             pass
         finally:
             for side in (writer, far_writer):

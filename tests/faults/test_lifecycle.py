@@ -9,11 +9,9 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import (
-    Bundle,
     RuleBasedStateMachine,
     initialize,
     invariant,
-    multiple,
     precondition,
     rule,
     run_state_machine_as_test,
@@ -30,7 +28,8 @@ from worker.distill.progress import MetricsLine
 from worker.ledger import AuthorityLost, Lease
 
 MOST_LOSSES = 5
-MOST_JOBS = 2  # few, so that many leases meet on one
+MOST_JOBS = 3  # that have not ended: few, so that many leases meet on one
+PICKS = st.integers(0, 59)
 TERMINAL = {"succeeded", "failed", "cancelled"}
 FACTS = ModelFacts(
     architecture="LlamaForCausalLM",
@@ -91,27 +90,29 @@ class Expected:
             self.end("queued", "released")
 
 
+has_jobs = precondition(lambda machine: machine.expected)
+has_leases = precondition(lambda machine: machine.given)
+
+
 class Lifecycle(RuleBasedStateMachine):
     """Every rule may come at any time, with any lease that was ever given out."""
 
     url = ""
-    held: Bundle[Lease] = Bundle("held")
-    known: Bundle[str] = Bundle("known")
 
     def __init__(self) -> None:
         super().__init__()
         self.expected: dict[str, Expected] = {}
         self.ended: dict[str, dict[str, Any]] = {}  # Any: the row as it was when the job ended
-        self.highest = 0
+        self.given: list[Lease] = []
 
     @initialize()
     def begin_empty(self) -> None:
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute("TRUNCATE jobs, models, checkpoints, files CASCADE")
 
-    @precondition(lambda self: len(self.expected) < MOST_JOBS)
-    @rule(target=known)
-    def submit(self) -> str:
+    @precondition(lambda self: len(self.open_jobs()) < MOST_JOBS)
+    @rule()
+    def submit(self) -> None:
         job_id = f"ftjob-{len(self.expected)}"
         spec = DistillationJob(
             distillation=Distillation(teacher="big"),
@@ -132,28 +133,25 @@ class Lifecycle(RuleBasedStateMachine):
                 spec=spec.model_dump(mode="json"),
             )
         self.expected[job_id] = Expected()
-        return job_id
 
-    @rule(target=held)
-    def claim(self) -> Any:  # Any: a lease, or what Hypothesis takes for none
+    @rule()
+    def claim(self) -> None:
         """A doorbell, or one more delivery of it."""
-        return self.claim_next()
-
-    def claim_next(self) -> Any:  # Any: as above
         lease = ledger.claim("worker")
         waiting = [job_id for job_id, job in self.expected.items() if job.status == "queued"]
         if lease is None:
             assert waiting == []
-            return multiple()
+            return
         assert lease.job_id in waiting
-        assert lease.token > self.highest
-        self.highest = lease.token
+        assert all(lease.token > other.token for other in self.given)
+        self.given.append(lease)
         self.expected[lease.job_id].status = "running"
         self.expected[lease.job_id].token = lease.token
-        return lease
 
-    @rule(job_id=known)
-    def claim_whose_answer_was_lost(self, job_id: str) -> None:
+    @has_jobs
+    @rule(pick=PICKS)
+    def claim_whose_answer_was_lost(self, pick: int) -> None:
+        job_id = self.pick_job(pick)
         with transaction() as session:
             job = jobs.load_job(session, job_id)
             assert job is not None
@@ -162,8 +160,10 @@ class Lifecycle(RuleBasedStateMachine):
                 assert again is not None
                 assert (again.id, again.lease_token) == (job.id, job.lease_token)
 
-    @rule(lease=held)
-    def beat(self, lease: Lease) -> None:
+    @has_leases
+    @rule(pick=PICKS)
+    def beat(self, pick: int) -> None:
+        lease = self.pick_lease(pick)
         job = self.expected[lease.job_id]
         if self.is_live(lease):
             orders = ledger.heartbeat(lease)
@@ -171,23 +171,31 @@ class Lifecycle(RuleBasedStateMachine):
         else:
             self.refused(lambda: ledger.heartbeat(lease))
 
-    @rule(lease=held, step=st.integers(1, 4))
-    def write(self, lease: Lease, step: int) -> None:
+    @has_leases
+    @rule(pick=PICKS, step=st.integers(1, 4))
+    def write(self, pick: int, step: int) -> None:
+        lease = self.pick_lease(pick)
+
         def record() -> None:
             ledger.record(lease, [MetricsLine(step=step, values={"loss": float(lease.token)})])
 
         record() if self.is_live(lease) else self.refused(record)
 
-    @rule(lease=held, step=st.integers(1, 4), is_best=st.booleans())
-    def commit(self, lease: Lease, step: int, is_best: bool) -> None:
+    @has_leases
+    @rule(pick=PICKS, step=st.integers(1, 4), is_best=st.booleans())
+    def commit(self, pick: int, step: int, is_best: bool) -> None:
+        lease = self.pick_lease(pick)
+
         def commit() -> None:
             key = f"checkpoints/{lease.job_id}/{lease.token}/step-{step}"
             ledger.commit_checkpoint(lease, step, ref(key), {}, is_best)
 
         commit() if self.is_live(lease) else self.refused(commit)
 
-    @rule(lease=held)
-    def finish(self, lease: Lease) -> None:
+    @has_leases
+    @rule(pick=PICKS)
+    def finish(self, pick: int) -> None:
+        lease = self.pick_lease(pick)
         job = self.expected[lease.job_id]
 
         def finish() -> bool:
@@ -209,34 +217,47 @@ class Lifecycle(RuleBasedStateMachine):
         else:
             self.refused(finish)
 
-    @rule(lease=held)
-    def fail(self, lease: Lease) -> None:
+    @has_leases
+    @rule(pick=PICKS)
+    def fail(self, pick: int) -> None:
+        lease = self.pick_lease(pick)
+
         def fail() -> None:
             ledger.fail(lease, JobFailure(code="nan_loss", message="the loss is not a number"))
 
         self.ending(lease, fail, lambda job: job.end("failed"), "failed")
 
-    @rule(lease=held)
-    def lose(self, lease: Lease) -> None:
+    @has_leases
+    @rule(pick=PICKS)
+    def lose(self, pick: int) -> None:
+        lease = self.pick_lease(pick)
         said = {"lost", "out_of_memory", "paused", "cancelled"}
         self.ending(lease, lambda: ledger.lost(lease, "It died."), Expected.lose, *said)
 
-    @rule(lease=held)
-    def release(self, lease: Lease) -> None:
+    @has_leases
+    @rule(pick=PICKS)
+    def release(self, pick: int) -> None:
+        lease = self.pick_lease(pick)
         said = {"released", "paused", "cancelled"}
         self.ending(lease, lambda: ledger.release(lease, "Drained."), Expected.release, *said)
 
-    @rule(lease=held)
-    def stop_for_pause(self, lease: Lease) -> None:
+    @has_leases
+    @rule(pick=PICKS)
+    def stop_for_pause(self, pick: int) -> None:
+        lease = self.pick_lease(pick)
         said = {"released", "paused", "cancelled"}
         self.ending(lease, lambda: ledger.paused(lease), Expected.release, *said)
 
-    @rule(lease=held)
-    def stop_for_cancel(self, lease: Lease) -> None:
+    @has_leases
+    @rule(pick=PICKS)
+    def stop_for_cancel(self, pick: int) -> None:
+        lease = self.pick_lease(pick)
         self.ending(lease, lambda: ledger.cancelled(lease), lambda job: job.end("cancelled"), "cancelled")
 
-    @rule(job_id=known)
-    def ask_to_cancel(self, job_id: str) -> None:
+    @has_jobs
+    @rule(pick=PICKS)
+    def ask_to_cancel(self, pick: int) -> None:
+        job_id = self.pick_job(pick)
         job = self.expected[job_id]
         with transaction() as session:
             found = jobs.request_cancel(session, job_id)
@@ -246,8 +267,10 @@ class Lifecycle(RuleBasedStateMachine):
         elif job.status not in TERMINAL:
             job.status = "cancelled"
 
-    @rule(job_id=known)
-    def ask_to_pause(self, job_id: str) -> None:
+    @has_jobs
+    @rule(pick=PICKS)
+    def ask_to_pause(self, pick: int) -> None:
+        job_id = self.pick_job(pick)
         job = self.expected[job_id]
         with transaction() as session:
             found = jobs.request_pause(session, job_id)
@@ -258,8 +281,10 @@ class Lifecycle(RuleBasedStateMachine):
         elif may_pause:
             job.status = "paused"
 
-    @rule(job_id=known)
-    def resume(self, job_id: str) -> None:
+    @has_jobs
+    @rule(pick=PICKS)
+    def resume(self, pick: int) -> None:
+        job_id = self.pick_job(pick)
         job = self.expected[job_id]
         with transaction() as session:
             found = jobs.resume(session, job_id)
@@ -269,17 +294,20 @@ class Lifecycle(RuleBasedStateMachine):
         elif job.status == "running":
             job.is_pausing = False
 
-    @rule(job_id=known)
-    def let_the_lease_run_out_and_reap(self, job_id: str) -> None:
+    @has_jobs
+    @rule(pick=PICKS)
+    def let_the_lease_run_out_and_reap(self, pick: int) -> None:
         """A zombie is made: its lease stays among the held ones."""
+        job_id = self.pick_job(pick)
         self.reap(job_id)
 
-    @rule(target=held, job_id=known)
-    def hand_over(self, job_id: str) -> Any:  # Any: a lease, or what Hypothesis takes for none
+    @has_jobs
+    @rule(pick=PICKS)
+    def hand_over(self, pick: int) -> None:
         """The same, and a successor takes the job at once: two workers now believe that it is theirs."""
-        self.reap(job_id)
+        self.reap(self.pick_job(pick))
         self.wake()
-        return self.claim_next()
+        self.claim()
 
     @rule()
     def wake_up(self) -> None:
@@ -340,6 +368,19 @@ class Lifecycle(RuleBasedStateMachine):
             if job.status in TERMINAL:
                 assert self.ended.setdefault(job_id, row) == row
 
+    def open_jobs(self) -> list[str]:
+        return [job_id for job_id, job in self.expected.items() if job.status not in TERMINAL]
+
+    def pick_job(self, pick: int) -> str:
+        """Mostly one that has not ended."""
+        known = self.open_jobs() if pick % 5 else []
+        return (known or list(self.expected))[pick % len(known or self.expected)]
+
+    def pick_lease(self, pick: int) -> Lease:
+        """Mostly one of a job that has not ended, and the older ones too."""
+        known = [lease for lease in self.given if lease.job_id in self.open_jobs()] if pick % 5 else []
+        return (known or self.given)[pick % len(known or self.given)]
+
     def is_live(self, lease: Lease) -> bool:
         return self.expected[lease.job_id].token == lease.token
 
@@ -367,8 +408,8 @@ def test_no_history_breaks_the_rules(database: str, settings_env: Callable[..., 
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=25,
-            stateful_step_count=40,
+            max_examples=20,
+            stateful_step_count=50,
             deadline=None,
             derandomize=True,
             database=None,
