@@ -42,11 +42,15 @@ class Decoder:
         max_context_tokens: int,
         prefill_budget: int = PREFILL_BUDGET,
         min_joining: int = 1,
+        batch: CursorBatch | None = None,
     ) -> None:
-        """`min_joining` newcomers wait for each other where throughput matters more than the first token."""
+        """`min_joining` newcomers wait for each other where throughput matters more than the first token.
+
+        `batch` is one of the model's own that can do more.
+        """
         self.max_running = max_running
         self.min_joining = min_joining
-        self.batch = CursorBatch(
+        self.batch = batch or CursorBatch(
             model, max_rows=max_running, max_width=max_context_tokens, max_source_width=max_context_tokens
         )
         self.context = self.batch.family.context(max_context_tokens)

@@ -83,10 +83,11 @@ class SpeculativeDecoder(Decoder):
         max_drafting: int = MAX_DRAFTING,
         min_confidence: float = MIN_CONFIDENCE,
     ) -> None:
-        super().__init__(model, max_running=max_running, max_context_tokens=max_context_tokens)
         width = max_context_tokens + num_draft_tokens
         self.target = LookaheadBatch(model, max_rows=max_running, max_width=width)
-        self.batch = self.target
+        super().__init__(
+            model, max_running=max_running, max_context_tokens=max_context_tokens, batch=self.target
+        )
         # its rows are the first of ours, in our order; those that joined since the last round follow at the next
         self.draft = LookaheadBatch(draft, max_rows=max_running, max_width=width)
         self.num_draft_tokens = num_draft_tokens
