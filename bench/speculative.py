@@ -4,7 +4,7 @@
 
 The draft has a few of SmolLM2-135M-Instruct's 30 layers and learns from its answers (forward KL, under eight minutes on
 two cores; kept in the work folder). Prompts are held out. Texts are compared first, then everyone is timed in turns, in
-our engine without HTTP: with one caller and with eight. The draft is made to work with eight, too, where the service
+our engine without HTTP, with one, four and eight callers. The draft is made to work with eight, too, where the service
 would let it rest.
 """
 
@@ -33,7 +33,7 @@ NUM_HELD_OUT, NUM_TRAIN, NUM_VALID = 100, 600, 20
 MAX_TOKENS = 64
 NUM_DRAFT_TOKENS = (2, 4)
 TEXT_CALLERS = 8
-LOADS = ((1, 12), (8, 32))  # callers and prompts
+LOADS = ((1, 12), (4, 16), (8, 24))  # callers and prompts
 PARTS = ("texts", "speed")
 
 
@@ -45,7 +45,7 @@ def main() -> int:
     sys.path.append(str(model_packages(work)))  # where demo_prompts looks for the corpus
     prompts = demo_prompts()
     Random(0).shuffle(prompts)
-    draft_dir = made(
+    draft_dir = arguments.draft or made(
         work / "models" / f"draft-{arguments.layers}",
         lambda folder: train(folder, Path(teacher_dir), prompts[NUM_HELD_OUT:], arguments),
     )
@@ -53,7 +53,7 @@ def main() -> int:
         "work": str(work),
         "num_threads": arguments.threads,
         "teacher_dir": teacher_dir,
-        "draft_dir": str(draft_dir),
+        "draft_dir": str(draft_dir.resolve()),
         "prompts": prompts[: min(arguments.prompts, NUM_HELD_OUT)],
         "max_tokens": MAX_TOKENS,
         "num_draft_tokens": arguments.draft_tokens,
@@ -61,7 +61,7 @@ def main() -> int:
         "loads": LOADS,
         "do": arguments.only,
     }
-    report = {"machine": machine(), "num_layers": arguments.layers}
+    report: Entry = {"machine": machine(), "draft": draft_dir.name}
     report |= ask_child(module("drafted"), task, keeps_memory=True)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(report, indent=1))
@@ -75,6 +75,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--prompts", type=int, default=NUM_HELD_OUT, help=f"at most {NUM_HELD_OUT}")
     parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--draft", type=Path, help="folder of a draft; else one is trained")
     parser.add_argument("--layers", type=int, default=4, help="of the draft")
     parser.add_argument("--draft-tokens", type=int, nargs="*", default=list(NUM_DRAFT_TOKENS))
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
