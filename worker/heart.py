@@ -56,3 +56,6 @@ class Heart:
                 return
             except DATABASE_AWAY as error:
                 log.warning("heartbeat_failed", job=self.lease.job_id, error=type(error).__name__)
+            except Exception:
+                # such as a transaction that the server ended because we stood still in it; the next beat may do
+                log.exception("heartbeat_broken", job=self.lease.job_id)

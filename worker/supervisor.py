@@ -43,6 +43,7 @@ RECORD_SECONDS = 1.0  # lines are gathered for so long before they go into the d
 GRACE_SECONDS = 60.0  # for a run that was asked to stop to write its checkpoint
 SILENCE_SECONDS = 3600.0  # a run that says nothing for so long hangs
 DATABASE_RETRY_SECONDS = 1.0
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -75,9 +76,9 @@ def run_job(lease: Lease, should_drain: Callable[[], bool]) -> None:
             attempt.run()
         except AuthorityLost:
             log.warning("authority_lost", job=lease.job_id, attempt=lease.attempt)
-        except Exception:
+        except Exception as error:
             log.exception("attempt_failed", job=lease.job_id, attempt=lease.attempt)
-            attempt.give_up("The worker could not run the job.")
+            attempt.give_up(error)
         finally:
             attempt.clean_up()
 
@@ -116,11 +117,15 @@ class Attempt:
                 self._record_gathered()
                 self._end_without_verdict(process)
 
-    def give_up(self, reason: str) -> None:
-        """Counts a loss after a fault of ours; if even that fails, the lease runs out by itself."""
+    def give_up(self, fault: Exception) -> None:
+        """Counts a loss after a fault of ours, or pauses for want of disk; if that fails, the lease runs out."""
         try:
             self._kill()
-            ledger.lost(self.lease, reason)
+            if isinstance(fault, OSError) and fault.errno in NO_ROOM:
+                message = "there is no room where the worker works; free some disk, then resume the job"
+                self._end_with_error(JobFailure(code=DiskFull.code, message=message))
+            else:
+                ledger.lost(self.lease, "The worker could not run the job.")
         except (AuthorityLost, *DATABASE_AWAY) as error:
             log.warning("give_up_failed", job=self.lease.job_id, error=type(error).__name__)
 
@@ -277,7 +282,7 @@ class Attempt:
             files = self._upload_results(line)
         except (OSError, StorageError) as error:
             log.warning("model_not_stored", job=self.lease.job_id, error=str(error))
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 message = "there is no room in the store for the model; free some disk, then resume the job"
                 self._end_with_error(JobFailure(code=DiskFull.code, message=message))
             else:

@@ -30,7 +30,7 @@ WORKER_POINTS: Final = (
 )  # fmt: skip
 RECONCILE_POINTS: Final = ("reconcile.inside", "reconcile.committed")
 ALL_POINTS: Final = (*SUBMIT_POINTS, *WORKER_POINTS, *TRAINER_POINTS, *RECONCILE_POINTS)
-ZOMBIE_POINTS: Final = ("record.begun", "commit.begun", "finish.begun", "heartbeat.begun")
+ZOMBIE_POINTS: Final = ("record.begun", "commit.begun", "finish.begun", "heartbeat.begun", "finish.inside")
 JOBS_A_KILL: Final = 4
 COPIES: Final = 5
 MOST_OPEN: Final = 40

@@ -98,6 +98,21 @@ def test_an_outage_longer_than_the_lease_costs_nothing_while_nobody_has_taken_th
         assert not heart.is_lost
 
 
+def test_a_beat_that_breaks_is_not_the_last(lease: Lease) -> None:
+    with beating(lease) as heart:
+        rename("jobs", "away")
+        time.sleep(0.3)
+        rename("away", "jobs")
+        let_run_out()
+        wait_until(lambda: not is_over())
+        assert not heart.is_lost
+
+
+def rename(table: str, to: str) -> None:
+    with transaction() as session:
+        session.execute(text(f"ALTER TABLE {table} RENAME TO {to}"))
+
+
 def is_over() -> bool:
     with transaction() as session:
         return bool(session.scalar(text("SELECT lease_expires_at < now() FROM jobs")))

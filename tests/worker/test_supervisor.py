@@ -1,6 +1,7 @@
 """A claimed job ends in exactly one way, and nothing of its run is left behind, whatever happens to the run."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -23,8 +24,10 @@ from app.db.session import transaction
 from app.db.tables import Job, Model
 from app.settings import Settings, get_settings
 from app.storage import store
+from worker import ledger
+from worker.heart import Heart
 from worker.process import child_environment
-from worker.supervisor import run_until_idle
+from worker.supervisor import Attempt, run_until_idle
 
 PROJECT = "p"
 
@@ -341,6 +344,16 @@ def test_a_run_without_disk_is_paused_with_its_checkpoints_and_can_be_resumed(
         jobs.resume(session, job_id)
     run_all()
     assert (job(job_id).status, job(job_id).attempt) == ("succeeded", 2)
+
+
+def test_a_worker_without_disk_counts_no_loss(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    job_id = add_distillation(tiny_llama_dir, tmp_path)
+    lease = ledger.claim("test")
+    assert lease is not None
+    attempt = Attempt(lease, Heart(lease, beat_seconds=60), lambda: False, get_settings())
+    attempt.give_up(OSError(errno.ENOSPC, "No space left on device"))
+    assert (job(job_id).status, job(job_id).num_losses) == ("paused", 0)
+    assert "free some disk" in messages(job_id)
 
 
 def test_a_draining_worker_gives_the_job_back_without_a_loss(tiny_llama_dir: Path, tmp_path: Path) -> None:
