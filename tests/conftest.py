@@ -23,6 +23,10 @@ pytest_plugins = ["tests.tiny"]
 _database_numbers = itertools.count()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--schedules", type=int, default=3, help="random schedules of each served family")
+
+
 @pytest.fixture(scope="session")
 def service_dir() -> Iterator[Path]:
     """A short folder that the servers' user can reach; pytest's own temporary folders are closed to it."""

@@ -31,6 +31,25 @@ def is_lean(model: Model) -> bool:
     return not is_sliding and (config.model_type != "mistral" or config.sliding_window is None)
 
 
+@torch.no_grad()
+def fuse_projections(model: Model) -> None:
+    """Makes queries, keys and values one layer, whose product takes half the time of three at few rows.
+
+    From then on the model can be called through LeanModel alone.
+    """
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        parts = [attention.q_proj, attention.k_proj, attention.v_proj]
+        weight_OI = torch.cat([part.weight for part in parts])
+        biases = [part.bias for part in parts if part.bias is not None]
+        fused = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=bool(biases), device="meta")
+        fused.weight = nn.Parameter(weight_OI, requires_grad=False)
+        if biases:
+            fused.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
+        attention.qkv_proj = fused
+        attention.q_proj = attention.k_proj = attention.v_proj = None
+
+
 class LeanModel:
     """Calls a model's layers one by one; the weights stay in the model, and may change."""
 
@@ -62,8 +81,8 @@ class _Seen:
 
 def _see(call: Any, rotations: tuple[Tensor, Tensor], dtype: torch.dtype) -> _Seen:
     cos, sin = (each[:, :, None] for each in rotations)
-    half = sin.shape[-1] // 2
-    sin = torch.cat((-sin[..., :half], sin[..., half:]), dim=-1)
+    sin = sin.clone()
+    sin[..., : sin.shape[-1] // 2].neg_()
     is_seen_NW = call.mask_NW.bool()
     num_tokens, width = call.tokens_NQ.shape[1], is_seen_NW.shape[1]
     if num_tokens > 1:
@@ -82,8 +101,10 @@ class _Layer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
-        self.query, self.key = multiplier(attention.q_proj), multiplier(attention.k_proj)
-        self.value, self.output = multiplier(attention.v_proj), multiplier(attention.o_proj)
+        fused = getattr(attention, "qkv_proj", None)
+        parts = [fused] if fused is not None else [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.projections = [multiplier(part) for part in parts]
+        self.output = multiplier(attention.o_proj)
         self.gate, self.up = multiplier(mlp.gate_proj, "swish"), multiplier(mlp.up_proj)
         self.down = multiplier(mlp.down_proj)
         self.query_norm = getattr(attention, "q_norm", None)
@@ -91,16 +112,24 @@ class _Layer:
         self.is_rotated: bool = getattr(attention, "use_rope", True)
         self.head_width: int = attention.head_dim
         self.scaling: float = attention.scaling
+        num_key_heads: int = attention.config.num_key_value_heads
+        num_query_heads = num_key_heads * attention.num_key_value_groups
+        self.num_rotated = [num_query_heads, num_key_heads]
+        self.num_heads = [*self.num_rotated, num_key_heads]
 
     def forward(self, hidden_NQE: Tensor, seen: _Seen, cache: Any, index: int) -> Tensor:
         normed = _normed(self.before_attention, hidden_NQE)
         heads = (*hidden_NQE.shape[:2], -1, self.head_width)
-        query, key = self.query(normed).view(heads), self.key(normed).view(heads)
-        value = self.value(normed).view(heads)
-        if self.query_norm is not None:
-            query, key = _normed(self.query_norm, query), _normed(self.key_norm, key)
+        projected = [multiply(normed) for multiply in self.projections]
+        every = (projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)).view(heads)
+        if self.query_norm is None:
+            both, value = torch.split(every, [sum(self.num_rotated), self.num_rotated[1]], dim=2)
+        else:
+            query, key, value = torch.split(every, self.num_heads, dim=2)
+            both = torch.cat((_normed(self.query_norm, query), _normed(self.key_norm, key)), dim=2)
         if self.is_rotated:
-            query, key = _rotated(query, seen), _rotated(key, seen)
+            both = _rotated(both, seen)
+        query, key = torch.split(both, self.num_rotated, dim=2)
         keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
         attended = self._attend(query, keys, values, seen)
         hidden_NQE = self.output(attended).add_(hidden_NQE)
@@ -120,7 +149,7 @@ class _Layer:
                 enable_gqa=True,
             )
             return attended_NHQD.transpose(1, 2).reshape(N, Q, H * D)
-        query_MGD, keys_MWD = query_NQHD.view(N * K, H // K, D), keys_NKWD.reshape(N * K, W, D)
+        query_MGD, keys_MWD = query_NQHD.reshape(N * K, H // K, D), keys_NKWD.reshape(N * K, W, D)
         none = query_MGD.new_empty(1, 1, 1)
         scores_MGW = torch.baddbmm(none, query_MGD, keys_MWD.mT, beta=0, alpha=self.scaling)
         if seen.bias_N11W is not None:

@@ -3,14 +3,16 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from worker.gemm import pack_weights
-from worker.serve.errors import ModelLoadFailed
+from worker.int8 import HAS_INT8, quantize_weights
+from worker.serve.errors import ModelLoadFailed, OptionUnavailable
 from worker.serve.families import SEQ2SEQ, family_of, refuse_unlisted
+from worker.serve.lean import fuse_projections, is_lean
 from worker.serve.rendering import RENDERER
 
 
@@ -23,10 +25,17 @@ class LoadedModel:
     num_bytes: int
 
 
-def load_model(folder: Path, *, device: str = "cpu", keeps_plain: bool = True) -> LoadedModel:
+def load_model(
+    folder: Path,
+    *,
+    device: str = "cpu",
+    weights: Literal["plain", "int8"] = "plain",
+    keeps_plain: bool = True,
+) -> LoadedModel:
     """float32 on a CPU (its bfloat16 products run at half the rate), the checkpoint's own type elsewhere.
 
-    Without its plain weights a model takes half the memory on a CPU, and can only be called.
+    Without its plain weights a model takes half the memory on a CPU, and only an engine can call it. Weights of 8 bits,
+    on a CPU alone, take a quarter of that and answer a little differently (bench/LOG.md); no plain ones stay beside.
 
     Raises ModelLoadFailed for folders that carry code or lack weights, UnsupportedModel for other families.
     """
@@ -35,6 +44,10 @@ def load_model(folder: Path, *, device: str = "cpu", keeps_plain: bool = True) -
     # seconds to import; only loading needs them
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
+    if weights == "int8" and (device != "cpu" or not HAS_INT8):
+        raise OptionUnavailable(
+            "weights of 8 bits need a CPU and a torch with oneDNN; serve the model without them"
+        )
     refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -60,7 +73,12 @@ def load_model(folder: Path, *, device: str = "cpu", keeps_plain: bool = True) -
         )
     family_of(model)
     model.to(device).eval().requires_grad_(False)
-    num_packed_bytes = pack_weights(model, keeps_plain=keeps_plain)
+    num_packed_bytes = 0
+    if device == "cpu" and not keeps_plain and is_lean(model):
+        fuse_projections(model)
+    if weights == "int8":
+        num_packed_bytes += quantize_weights(model, but=model.get_output_embeddings())
+    num_packed_bytes += pack_weights(model, keeps_plain=keeps_plain)
     num_plain_bytes = sum(weight.nbytes for weight in model.parameters() if not weight.is_meta)
     return LoadedModel(model, tokenizer, num_plain_bytes + num_packed_bytes)
 

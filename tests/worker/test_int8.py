@@ -1,0 +1,77 @@
+"""Layers with weights of 8 bits against the layers that they were made of."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from worker import int8
+from worker.serve.errors import OptionUnavailable
+from worker.serve.loading import load_model
+from worker.serve.offline import generate_all
+
+pytestmark = pytest.mark.skipif(not int8.HAS_INT8, reason="this torch has no integer products")
+
+FAMILIES = ("llama", "gpt2", "bloom", "opt", "gpt_neox", "t5", "bart", "bert2bert")
+
+
+def of_8_bits(layer: nn.Module) -> nn.Module:
+    holder = nn.ModuleList([copy.deepcopy(layer).requires_grad_(False)])
+    int8.quantize_weights(holder)
+    return holder[0]
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_product_is_right_to_about_a_hundredth(kind: type[nn.Module]) -> None:
+    layer: nn.Module = nn.Linear(96, 160) if kind is nn.Linear else Conv1D(160, 96)
+    x = torch.randn(7, 3, 96)
+    with torch.no_grad():
+        expected, found = layer(x), of_8_bits(layer)(x)
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+def test_a_rows_outlier_is_nothing_to_its_neighbours() -> None:
+    layer = of_8_bits(nn.Linear(64, 64))
+    x = torch.randn(4, 64)
+    alone = layer(x[:1])
+    x[3] *= 1e4
+    torch.testing.assert_close(layer(x)[:1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_of_zeros_gives_the_bias() -> None:
+    layer = nn.Linear(16, 8)
+    torch.testing.assert_close(of_8_bits(layer)(torch.zeros(1, 16))[0], layer.bias)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_of_each_family_answers_nearly_alike_from_a_quarter_of_the_memory(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(f"tiny_{name}_dir")
+    plain, small = load_model(folder), load_model(folder, weights="int8")
+    assert small.num_bytes < plain.num_bytes
+    tokens = torch.arange(5, 45)[None]
+    inputs = {"input_ids": tokens}
+    if plain.model.config.is_encoder_decoder:  # type: ignore[union-attr]  # typed as a module
+        inputs["decoder_input_ids"] = tokens[:, :10]
+    with torch.no_grad():
+        expected, found = (model.model(**inputs).logits for model in (plain, small))
+    # random wide weights make a deep model chaotic: it is the direction that must be kept
+    assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
+    [answer] = generate_all(small.model, [tokens[0].tolist()], max_new_tokens=4)
+    assert answer.tokens
+
+
+def test_only_a_cpu_has_them(tiny_llama_dir: Path) -> None:
+    with pytest.raises(OptionUnavailable):
+        load_model(tiny_llama_dir, device="cuda", weights="int8")
+
+
+def test_the_head_stays_as_it_is(tiny_llama_dir: Path) -> None:
+    model: Any = load_model(tiny_llama_dir, weights="int8").model
+    assert not isinstance(model.lm_head, int8.Int8Linear)
+    assert isinstance(model.model.layers[0].mlp.up_proj, int8.Int8Linear)
