@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from app.contracts import ArtifactRef, Done, Failure, GenerateRequest, Sampling
 from app.control import Served
@@ -89,9 +89,7 @@ def engine_for(
     options = served.serving
     if options.engine == "vllm":
         return _in_vllm(served, fetch, limits, progress)
-    if options.weights == "int8":
-        raise OptionUnavailable("int8 weights are not available yet; serve the model with plain weights")
-    loaded = _load(served.weights, fetch, limits, progress)
+    loaded = _load(served.weights, fetch, limits, progress, options.weights)
     given: dict[str, Any] = {  # Any: fields of an engine
         "clock": limits.clock,
         "max_running": limits.max_running,
@@ -122,10 +120,18 @@ def _in_vllm(
         )
 
 
-def _load(weights: ArtifactRef, fetch: Fetch, limits: EngineLimits, progress: LoadProgress) -> LoadedModel:
-    folder = fetch(weights)
-    with progress.reading(weights.bytes):
-        return load_model(folder, device=limits.device, keeps_plain=False)  # it is only called
+def _load(
+    ref: ArtifactRef,
+    fetch: Fetch,
+    limits: EngineLimits,
+    progress: LoadProgress,
+    weights: Literal["plain", "int8"] = "plain",
+) -> LoadedModel:
+    folder = fetch(ref)
+    with progress.reading(ref.bytes):
+        return load_model(
+            folder, device=limits.device, weights=weights, keeps_plain=False
+        )  # it is only called
 
 
 def first_token_seconds(engine: Engine, served: Served, clock: Callable[[], float]) -> float | None:
