@@ -138,6 +138,8 @@ class Switchboard:
 
     async def tell(self, message: Load | Unload | Keep, engine: EngineName | None = None) -> list[str]:
         """Says it to all workers, or to those with the engine; gives who heard. Raises Unavailable if nobody did."""
+        if not self.workers:
+            await asyncio.shield(self._spawn(self._fleet.look()))  # for the reason that stop() gives
         able = [w.worker_id for w in self.workers if engine in (None, *w.engines) and not w.is_draining]
         data = message.model_dump_json()
         try:

@@ -16,9 +16,9 @@ PLAIN = {"engine": "transformers", "weights": "plain", "draft": None}
 
 
 def state_of(http: httpx.Client, model: str = "tiny") -> dict[str, Any]:
-    """The one worker's state, once its heartbeat has come round."""
-    (state,) = http.get(f"/v1/models/{model}/status").json()["workers"]
-    return dict(state)
+    """The one worker's state; nothing until its heartbeat is seen."""
+    workers: list[dict[str, Any]] = http.get(f"/v1/models/{model}/status").json()["workers"]
+    return workers[0] if workers else {"state": None}
 
 
 def wait_until(http: httpx.Client, state: str, model: str = "tiny") -> dict[str, Any]:
