@@ -7,7 +7,7 @@ from typing import Final
 from tests.faults.system import LEASE_SECONDS
 from tests.faults.trial import Trial
 
-LONG_OUTAGE_SECONDS: Final = 2.5 * LEASE_SECONDS
+LONG_OUTAGE_SECONDS: Final = 1.5 * LEASE_SECONDS
 LINKS: Final = (
     "api-postgres", "api-valkey", "train-postgres", "train-valkey", "serve-valkey", "client-api-1",
 )  # fmt: skip
@@ -51,7 +51,7 @@ def postgres(trial: Trial) -> None:
             _restart(trial, LONG_OUTAGE_SECONDS)
             trial.note("long_outage")
             is_first = False
-            time.sleep(2.5 * LEASE_SECONDS)  # time enough for a false reap
+            time.sleep(2 * LEASE_SECONDS)  # time enough for a false reap
         elif trial.rng.random() < 0.3:
             _restart(trial, trial.rng.uniform(0.2, 2.0))
             trial.note("restart")

@@ -1,6 +1,7 @@
 """One promise under fault: what is injected, until when, and what comes out of it."""
 
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -130,6 +131,8 @@ class Trial:
     def judge(self, settle_seconds: float) -> Figures:
         """Heals everything, waits, and lets the checker look."""
         self.system.network.heal()
+        for program in self.system.programs.values():
+            program.send(signal.SIGCONT)
         for path in self.system.crash_dir.iterdir():
             path.unlink()
         for url in self.system.api_urls:
