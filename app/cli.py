@@ -68,6 +68,8 @@ def api(data_dir: DataDir = None) -> None:
     """Run the API alone."""
     import uvicorn
 
+    from app.api.connections import BoundedProtocol
+
     settings = use_service(data_dir)
     crash.arm(settings.crash_dir)
     uvicorn.run(
@@ -75,6 +77,7 @@ def api(data_dir: DataDir = None) -> None:
         factory=True,
         host=settings.host,
         port=settings.port,
+        http=BoundedProtocol,
         log_config=None,
         access_log=False,
         server_header=False,
