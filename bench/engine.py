@@ -1,4 +1,4 @@
-"""Our engine without HTTP: first token and the least time of a decoding step: `python -m bench.engine TASK.json`."""
+"""Our engine without HTTP: first token, decoding steps and the least time of one: `python -m bench.engine TASK.json`."""
 
 import json
 import sys
@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from statistics import median
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from worker.serve.engine import TransformersEngine
 from worker.serve.loading import LoadedModel, load_model
 
 MAX_CONTEXT_TOKENS = 2048
+NUM_STEPS = 48
 NO_WEIGHTS = ArtifactRef(key="none", bytes=0)
 
 
@@ -28,15 +30,7 @@ def first_token_seconds(loaded: LoadedModel, prompts: list[str], max_tokens: int
     )
     seconds = []
     for number, prompt in enumerate(prompts):
-        request = GenerateRequest(
-            id=str(number),
-            reply_to="bench",
-            model="bench",
-            weights=NO_WEIGHTS,
-            messages=(Message(role="user", content=prompt),),
-            sampling=Sampling(max_tokens=max_tokens, temperature=0.0),
-            deadline_at=time.time() + 600,
-        )
+        request = _request(number, prompt, max_tokens)
         began = time.perf_counter()
         engine.add(request)
         while not any(isinstance(reply, Delta) and reply.text for reply in engine.step()):
@@ -44,6 +38,35 @@ def first_token_seconds(loaded: LoadedModel, prompts: list[str], max_tokens: int
         seconds.append(time.perf_counter() - began)
         engine.abort(request.id)
     return seconds[1:]  # the first warms up
+
+
+def step_seconds(loaded: LoadedModel, num_rows: int, prompts: list[str]) -> float:
+    """The median of a decoding step with so many rows, what becomes of its tokens included."""
+    engine = TransformersEngine(
+        loaded.model, loaded.tokenizer, max_running=num_rows, max_context_tokens=MAX_CONTEXT_TOKENS
+    )
+    for number in range(num_rows):
+        engine.add(_request(number, prompts[number % len(prompts)], NUM_STEPS))
+    while engine.num_running < num_rows:
+        engine.step()
+    seconds = []
+    while engine.num_running == num_rows:
+        began = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - began)
+    return median(seconds)
+
+
+def _request(number: int, prompt: str, max_tokens: int) -> GenerateRequest:
+    return GenerateRequest(
+        id=str(number),
+        reply_to="bench",
+        model="bench",
+        weights=NO_WEIGHTS,
+        messages=(Message(role="user", content=prompt),),
+        sampling=Sampling(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
+        deadline_at=time.time() + 600,
+    )
 
 
 def step_floor_seconds(loaded: LoadedModel, num_rows: int) -> float:
@@ -70,11 +93,20 @@ def _forward_seconds(rows: int, inputs: int, outputs: int) -> float:
 
 def measure(task: Entry) -> Entry:
     torch.set_num_threads(task["num_threads"])
-    loaded = load_model(Path(task["model_dir"]))
+    folder = Path(task["model_dir"])
     with torch.no_grad():
-        floor = step_floor_seconds(loaded, task["num_rows"])
-    first = first_token_seconds(loaded, task["prompts"], task["max_tokens"])
-    return {"first_token_ms_p50": 1000 * median(first), "step_floor_ms": 1000 * floor}
+        floor = step_floor_seconds(load_model(folder), task["num_rows"])
+    found: Entry = {"step_floor_ms": 1000 * floor}
+    kinds: tuple[Literal["plain", "int8"], ...] = ("plain", "int8")
+    for weights in kinds:
+        loaded = load_model(folder, weights=weights, keeps_plain=False)  # as a worker has it
+        first = first_token_seconds(loaded, task["prompts"], task["max_tokens"])
+        found[weights] = {
+            "first_token_ms_p50": 1000 * median(first),
+            "step_ms": {n: 1000 * step_seconds(loaded, n, task["prompts"]) for n in (1, 8, task["num_rows"])},
+            "bytes": loaded.num_bytes,
+        }
+    return {**found, **found["plain"]}
 
 
 def main() -> None:
