@@ -64,9 +64,10 @@ def train(settings: Settings) -> int:
 
     add_ring(app, turns.ring)
     with turns:
-        status = run(app, worker_id, num_threads=1, ready=ready, drain=drain)
-        is_draining.set()
-    return status
+        try:
+            return run(app, worker_id, num_threads=1, ready=ready, drain=drain)
+        finally:
+            is_draining.set()  # however the consumer ended: a turn without a doorbell may be under way
 
 
 def serve(settings: Settings) -> int:
