@@ -2,7 +2,7 @@
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -60,6 +60,9 @@ class Settings(BaseSettings):
     num_processes: int = Field(0, ge=0, description="Processes that train one student; 0: one a CUDA device")
     work_dir: str = Field("", description="Where runs lay their work folders; empty: <data-dir>/work")
 
+    serve_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="What our engine runs on; auto: a CUDA device if there is one"
+    )
     max_running_sequences: int = Field(
         32, ge=1, le=1024, description="Sequences decoded together by a serve worker"
     )

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from types import FrameType
+from typing import Literal
 from uuid import uuid4
 
 import structlog
@@ -91,6 +92,7 @@ def serve(settings: Settings) -> int:
         max_running=settings.max_running_sequences,
         max_context_tokens=settings.max_context_tokens,
         model_load_wait_seconds=settings.model_load_wait_seconds,
+        device=choose_device(settings.serve_device, has_cuda=torch.cuda.is_available()),
     )
     options = ServeOptions(
         worker_id=worker_id,
@@ -107,6 +109,13 @@ def serve(settings: Settings) -> int:
     key = f"{app.conf.broker_transport_options['global_keyprefix']}{queue}"
     Inbox(lambda: inbox.lindex(key, -1), give_up, faults=FAULTS).start()
     return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=worker.start, drain=worker.drain)
+
+
+def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> str:
+    """Where the engine runs. Exits if a CUDA device is asked for and there is none."""
+    if asked == "cuda" and not has_cuda:
+        sys.exit("STILLHOUSE_SERVE_DEVICE is cuda, but torch sees no CUDA device here; set it to auto or cpu")
+    return "cuda" if has_cuda and asked != "cpu" else "cpu"
 
 
 def make_app(settings: Settings, queue: str) -> Celery:

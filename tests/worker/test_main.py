@@ -12,6 +12,7 @@ import redis
 from app.local import free_port
 from app.queue import ring
 from tests.serve_worker import ROOT, wait_for
+from worker.main import choose_device
 
 
 class Process:
@@ -77,3 +78,10 @@ def test_an_unknown_role_is_refused() -> None:
     )
     assert done.returncode == 2
     assert b"usage" in done.stderr
+
+
+def test_the_engine_runs_on_a_card_where_there_is_one() -> None:
+    assert choose_device("auto", has_cuda=True) == choose_device("cuda", has_cuda=True) == "cuda"
+    assert choose_device("auto", has_cuda=False) == choose_device("cpu", has_cuda=True) == "cpu"
+    with pytest.raises(SystemExit, match="STILLHOUSE_SERVE_DEVICE"):
+        choose_device("cuda", has_cuda=False)
