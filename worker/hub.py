@@ -1,9 +1,12 @@
 """Fetching a model from a Hugging Face hub: only the files that may come in, at one pinned commit."""
 
+import errno
 import re
+import resource
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx2
@@ -21,6 +24,7 @@ from worker.intake import accepted_names
 
 SOURCE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 DISK_RESERVE_BYTES = 2**30
+SLACK_BYTES = 2**20  # for what the library writes beside a file
 
 
 def fetch_from_hub(
@@ -55,14 +59,15 @@ def fetch_from_hub(
             )
         with _Watch(folder, total, on_progress):
             for name in names:
-                hf_hub_download(
-                    repository,
-                    name,
-                    revision=commit,
-                    local_dir=folder,
-                    endpoint=endpoint,
-                    token=token or False,
-                )
+                with _files_up_to(sizes[name] + SLACK_BYTES):
+                    hf_hub_download(
+                        repository,
+                        name,
+                        revision=commit,
+                        local_dir=folder,
+                        endpoint=endpoint,
+                        token=token or False,
+                    )
     except GatedRepoError as error:
         raise HubFailed(
             f"{repository} is gated: accept its terms on the hub and set STILLHOUSE_HF_TOKEN on the train worker"
@@ -76,12 +81,27 @@ def fetch_from_hub(
             f"{repository} has no revision {revision}; give a branch, a tag or a commit"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        if getattr(error, "errno", None) == errno.EFBIG:
+            raise HubFailed(
+                f"{repository} delivers larger files than it announces; it is not fetched"
+            ) from error
         raise HubFailed(
             f"{endpoint or 'the hub'} does not deliver {repository} ({type(error).__name__}); "
             "check the connection, or download the model elsewhere and import the folder"
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return commit
+
+
+@contextmanager
+def _files_up_to(num_bytes: int) -> Iterator[None]:
+    """Lets this process write no longer file meanwhile: what a hub says of sizes was checked against the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class _Watch:

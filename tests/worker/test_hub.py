@@ -31,6 +31,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), HubHandler)
         self.folder, self.token, self.fetched = folder, token, list[str]()
         self.is_gated = self.is_broken = False
+        self.announces_at_most = 2**60
 
     @property
     def url(self) -> str:
@@ -71,7 +72,7 @@ class HubHandler(BaseHTTPRequestHandler):
         siblings = [
             {
                 "rfilename": path.relative_to(self.server.folder).as_posix(),
-                "size": path.stat().st_size,
+                "size": min(path.stat().st_size, self.server.announces_at_most),
                 "blobId": "0" * 40,
             }
             for path in files
@@ -182,6 +183,15 @@ def test_a_repository_of_pickles_only_is_refused_and_nothing_is_fetched(hub: Hub
     with pytest.raises(MissingFile, match="safetensors"):
         fetch(hub, tmp_path / "in")
     assert hub.fetched == []
+
+
+def test_a_hub_that_delivers_more_than_it_announces_does_not_fill_the_disk(hub: Hub, tmp_path: Path) -> None:
+    with (hub.folder / "vocab.json").open("wb") as file:
+        file.truncate(8 * 2**20)
+    hub.announces_at_most = 1000
+    with pytest.raises(HubFailed, match="larger files than it announces"):
+        fetch(hub, tmp_path / "in")
+    assert sum(path.stat().st_size for path in (tmp_path / "in").rglob("*") if path.is_file()) < 4 * 2**20
 
 
 def test_a_hub_that_fails_or_is_away_is_a_reason(hub: Hub, tmp_path: Path) -> None:
