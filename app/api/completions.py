@@ -1,9 +1,9 @@
 """/v1/completions and /v1/chat/completions, whole and streamed; the one asynchronous corner of the API."""
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import orjson
 import structlog
@@ -24,15 +24,23 @@ from app.services.generation import Order
 from app.stream import Switchboard
 
 
-async def turn_away(request: Request) -> None:
-    """Refuses while the server is full, before the database is asked who comes; the admission itself judges the rest."""
-    board: Switchboard = request.app.state.switchboard
-    board.admission.demand_room()
+class CrowdedRoute(StrictRoute):
+    """Refuses while the server is full, before anybody is looked up or read; the admission itself judges the rest."""
+
+    def get_route_handler(
+        self,
+    ) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # Any: as FastAPI has it
+        handle = super().get_route_handler()
+
+        async def turn_away(request: Request) -> Response:
+            board: Switchboard = request.app.state.switchboard
+            board.admission.demand_room()
+            return await handle(request)
+
+        return turn_away
 
 
-router = APIRouter(
-    prefix="/v1", tags=["generation"], route_class=StrictRoute, dependencies=[Depends(turn_away)]
-)
+router = APIRouter(prefix="/v1", tags=["generation"], route_class=CrowdedRoute)
 log = structlog.get_logger(__name__)
 Caller = Annotated[Principal, Depends(require("inference"))]
 T = TypeVar("T")

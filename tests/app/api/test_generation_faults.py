@@ -13,6 +13,8 @@ import pytest
 import redis
 
 from app.settings import Settings
+from bench.callers import drop_streams
+from bench.load import Target
 from tests.serve_worker import WorkerProcess, wait_for
 
 PROMPT = "What does a lantern mean?"
@@ -57,6 +59,11 @@ def little_room(settings_env: Callable[..., Settings]) -> None:
     settings_env(max_waiting_tokens=300)
 
 
+@pytest.fixture
+def one_request_in_all(settings_env: Callable[..., Settings]) -> None:
+    settings_env(max_waiting_requests=1)
+
+
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
 def test_a_client_that_leaves_stops_its_generation(
     worker: WorkerProcess, service: Any, client: openai.OpenAI, is_streamed: bool
@@ -88,6 +95,18 @@ def test_a_client_that_leaves_stops_its_generation(
     began = time.monotonic()
     client.completions.create(**LONG)
     assert stopped_after < 16 * (time.monotonic() - began), "as slow as if nobody had left"
+
+
+def test_streams_that_their_clients_left_are_not_written_on(
+    worker: WorkerProcess, service: Any, client: openai.OpenAI, valkey: str
+) -> None:
+    client.completions.create(model="tiny", prompt=PROMPT, max_tokens=1)  # loads the model
+    target = Target(service.url, "tiny", service.new_key())
+    drops = asyncio.run(drop_streams(target, valkey, num_drops=12, num_callers=4))
+    assert len(drops) == 12
+    # One step may be under way; a step of a tiny model is shorter than a switch of threads. Each would have 200.
+    assert [drop for drop in drops if drop.told_at is None or drop.num_after_telling > 4] == []
+    wait_for(worker.is_idle, 5, "it went on")
 
 
 async def read_all(http: httpx.AsyncClient, body: dict[str, Any]) -> None:
@@ -134,6 +153,20 @@ def test_a_full_server_says_so(little_room: None, worker: WorkerProcess, service
             other.completions.create(**LONG, n=2)
         assert hopeless.value.code == "request_too_large"
         stream.close()
+
+
+def test_a_full_server_turns_away_before_it_looks_up_who_comes(
+    one_request_in_all: None, worker: WorkerProcess, client: openai.OpenAI, service: Any
+) -> None:
+    body = {"model": "tiny", "prompt": PROMPT}
+    with service.http("no key of ours") as stranger:
+        stream = client.completions.create(**LONG, stream=True)
+        next(iter(stream))
+        refused = stranger.post("/v1/completions", json=body)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_overloaded")
+        assert 1 <= int(refused.headers["retry-after"]) <= 120
+        stream.close()
+        wait_for(lambda: stranger.post("/v1/completions", json=body).status_code == 401, 5, "still full")
 
 
 def test_a_killed_worker_ends_a_begun_answer_with_an_error_chunk(

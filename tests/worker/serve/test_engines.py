@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from app.contracts import ArtifactRef
+from app.contracts import ArtifactRef, Draft, ServingOptions
 from app.control import Served
-from worker.serve.engines import READ_PERCENT, EngineLimits, LoadProgress, make_ready, watch_loads
+from worker.serve.engines import READ_PERCENT, EngineLimits, LoadProgress, Ready, make_ready, watch_loads
+from worker.serve.speculative import SpeculativeEngine
 
 LIMITS = EngineLimits(max_running=4, max_context_tokens=64, device="cpu", clock=time.time)
 
@@ -22,13 +23,30 @@ class Watched(LoadProgress):
             yield thing
 
 
+def ready(folder: Path, **options: Any) -> Ready:
+    """A tiny model, served with the options."""
+    weights = ArtifactRef(key="models/tiny", bytes=1000)
+    served = Served(model="tiny", weights=weights, serving=ServingOptions(**options))
+    return make_ready(served, lambda ref: folder, LIMITS, LoadProgress(served.stored_bytes))
+
+
+def test_each_option_has_its_engine_and_its_bytes(tiny_llama_dir: Path) -> None:
+    plain = ready(tiny_llama_dir)
+    small = ready(tiny_llama_dir, weights="int8")
+    draft = Draft(model="student", weights=ArtifactRef(key="models/student", bytes=500))
+    drafted = ready(tiny_llama_dir, draft=draft)
+    assert small.num_bytes < plain.num_bytes < drafted.num_bytes == 2 * plain.num_bytes
+    assert isinstance(drafted.engine, SpeculativeEngine)
+    assert all(made.first_token_seconds is not None for made in (plain, small, drafted))
+
+
 def test_progress_follows_the_reading_of_the_weights(tiny_llama_dir: Path) -> None:
     served = Served(model="tiny", weights=ArtifactRef(key="models/tiny", bytes=1000))
     progress = Watched(served.stored_bytes)
     watch_loads()
-    ready = make_ready(served, lambda ref: tiny_llama_dir, LIMITS, progress)
+    made = make_ready(served, lambda ref: tiny_llama_dir, LIMITS, progress)
     assert len(progress.seen) > 10
     assert progress.seen == sorted(set(progress.seen))
     assert progress.seen[-1] < progress.percent == READ_PERCENT
-    assert ready.first_token_seconds is not None
-    assert not ready.engine.has_work()
+    assert made.first_token_seconds is not None
+    assert not made.engine.has_work()

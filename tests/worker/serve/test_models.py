@@ -11,6 +11,7 @@ import pytest
 from app.contracts import ArtifactRef, Delta, Done, Failure, GenerateRequest, Reply, ServingOptions
 from app.control import Keep, Load, Served, Unload
 from worker.serve.errors import ModelLoadFailed
+from worker.serve.loading import load_model
 from worker.serve.models import Addressed, ModelHost
 
 Make = Callable[..., GenerateRequest]
@@ -57,6 +58,13 @@ def make_host(shelf: Shelf) -> Iterator[Callable[..., ModelHost]]:
         gate.set()
     for host in hosts:
         host.close()
+
+
+@pytest.fixture(scope="module")
+def true_bytes(tiny_llama_dir: Path, tiny_gpt2_dir: Path, tiny_t5_dir: Path) -> dict[str, int]:
+    """What the models take in memory."""
+    folders = {"llama": tiny_llama_dir, "gpt2": tiny_gpt2_dir, "t5": tiny_t5_dir, "twin": tiny_llama_dir}
+    return {name: load_model(folder, keeps_plain=False).num_bytes for name, folder in folders.items()}
 
 
 def run(host: ModelHost, until: Callable[[list[Addressed]], bool] | None = None) -> list[Addressed]:
@@ -200,34 +208,42 @@ def test_an_unforeseen_fault_of_the_loader_is_a_failed_load(
 
 
 def test_the_least_recently_used_model_makes_room(
-    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+    make_host: Callable[..., ModelHost], make_request: Make, true_bytes: dict[str, int]
 ) -> None:
     now = [1000.0]
-    host = make_host(resident_bytes=int(2.5 * SIZE), clock=lambda: now[0])
+    room = true_bytes["llama"] + true_bytes["gpt2"] + true_bytes["twin"] - 1
+    host = make_host(resident_bytes=room, clock=lambda: now[0])
     for name, weights in [("a", "llama"), ("b", "gpt2"), ("c", "llama"), ("d", "twin")]:
         now[0] += 1
-        host.submit(make_request(name, weights=ref(weights), deadline_at=2000))
+        host.submit(make_request(name, weights=ref(weights, true_bytes[weights]), deadline_at=2000))
         run(host)
     assert set(host.status().resident) == {"llama", "twin"}
 
 
 def test_an_encoder_decoder_is_evicted_and_loaded_again(
-    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf, tiny_t5_dir: Path
+    make_host: Callable[..., ModelHost],
+    make_request: Make,
+    shelf: Shelf,
+    tiny_t5_dir: Path,
+    true_bytes: dict[str, int],
 ) -> None:
     shelf.folders["t5"] = tiny_t5_dir
-    host = make_host(resident_bytes=2 * SIZE)  # room for one
+    host = make_host(resident_bytes=max(true_bytes.values()))  # room for one
     for number, name in enumerate(("t5", "llama", "t5")):
-        host.submit(make_request(f"r{number}", weights=ref(name), tokens=(9, 8)))
+        host.submit(make_request(f"r{number}", weights=ref(name, true_bytes[name]), tokens=(9, 8)))
         assert isinstance(ends(run(host))[f"r{number}"], Done)
         assert host.status().resident == (name,)
     assert shelf.asked == ["t5", "llama", "t5"]
 
 
-def test_a_busy_model_is_not_evicted(make_host: Callable[..., ModelHost], make_request: Make) -> None:
-    host = make_host(resident_bytes=int(1.5 * SIZE))
-    host.submit(make_request("busy", weights=ref("llama"), max_tokens=60, ignore_eos=True))
+def test_a_busy_model_is_not_evicted(
+    make_host: Callable[..., ModelHost], make_request: Make, true_bytes: dict[str, int]
+) -> None:
+    sizes = {name: ref(name, true_bytes[name]) for name in ("llama", "gpt2")}
+    host = make_host(resident_bytes=true_bytes["llama"] + true_bytes["gpt2"] - 1)
+    host.submit(make_request("busy", weights=sizes["llama"], max_tokens=60, ignore_eos=True))
     found = run(host, until=lambda found: bool(found))
-    host.submit(make_request("next", weights=ref("gpt2")))
+    host.submit(make_request("next", weights=sizes["gpt2"]))
     found += run(host)
     assert list(ends(found)) == ["busy", "next"]
     assert all(isinstance(reply, Done) for reply in ends(found).values())
@@ -340,17 +356,18 @@ def test_the_progress_of_a_load_is_seen_and_its_failure_too(
 
 
 def test_a_pinned_model_never_makes_room(
-    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf, true_bytes: dict[str, int]
 ) -> None:
-    host = make_host(resident_bytes=int(2.5 * SIZE))
-    host.tell(Keep(models=(served("llama"),)))
+    room = true_bytes["llama"] + true_bytes["gpt2"] + true_bytes["twin"] - 1
+    host = make_host(resident_bytes=room)
+    host.tell(Keep(models=(served("llama", true_bytes["llama"]),)))
     settle(host)
     assert host.status().models[0].is_pinned
     for name, weights in [("a", "gpt2"), ("b", "twin"), ("c", "gpt2")]:
-        host.submit(make_request(name, weights=ref(weights)))
+        host.submit(make_request(name, weights=ref(weights, true_bytes[weights])))
         assert isinstance(ends(run(host))[name], Done)
-    assert "llama" in host.status().resident
-    host.submit(make_request("d", weights=ref("big", 2 * SIZE)))
+        assert host.status().resident == ("llama", weights)
+    host.submit(make_request("d", weights=ref("big", room)))
     failure = ends(run(host))["d"]
     assert isinstance(failure, Failure)
     assert failure.code == "model_too_large"
@@ -358,7 +375,7 @@ def test_a_pinned_model_never_makes_room(
     host.tell(Keep(models=()))
     host.step_all()
     shelf.folders["big"] = shelf.folders["llama"]
-    host.submit(make_request("e", weights=ref("big", int(2.4 * SIZE))))
+    host.submit(make_request("e", weights=ref("big", room)))
     assert isinstance(ends(run(host))["e"], Done)
     assert host.status().resident == ("big",)
 
