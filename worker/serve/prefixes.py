@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worker.serve.cache import WindowedCache
 
-LEAST_NEW_TOKENS = 8  # a prompt that brings fewer is not worth keeping beside the one that it begins like
+LEAST_NEW_TOKENS = 16  # a prompt that brings fewer is not worth keeping beside the one that it begins like
 
 
 @dataclass(eq=False)
