@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, hf_hub_download
@@ -60,14 +61,8 @@ def fetch_from_hub(
         with _Watch(folder, total, on_progress):
             for name in names:
                 with _files_up_to(sizes[name] + SLACK_BYTES):
-                    hf_hub_download(
-                        repository,
-                        name,
-                        revision=commit,
-                        local_dir=folder,
-                        endpoint=endpoint,
-                        token=token or False,
-                    )
+                    where: dict[str, Any] = {"local_dir": folder, "endpoint": endpoint}  # Any: two types
+                    hf_hub_download(repository, name, revision=commit, token=token or False, **where)
     except GatedRepoError as error:
         raise HubFailed(
             f"{repository} is gated: accept its terms on the hub and set STILLHOUSE_HF_TOKEN on the train worker"
