@@ -113,8 +113,10 @@ class SpeculativeDecoder(Decoder):
         sequences = list(self._rows)
         for sequence in sequences[self.draft.num_rows :]:
             self.draft.join([[*sequence.prompt, *sequence.tokens[:-1]]])
-        self.draft.make_room_for(self.num_draft_tokens)
-        self.target.make_room_for(self.num_draft_tokens + 1)
+        for batch in (self.target, self.draft):
+            batch.make_room_for(
+                self.num_draft_tokens + 1
+            )  # the draft reads one less, and is cut back from as many
         proposals = self._propose(sequences)
         rows = [
             [sequence.tokens[-1], *(offers[row].token if row in offers else 0 for offers in proposals)]

@@ -22,6 +22,8 @@ from worker.serve.loading import LoadedModel, load_model
 from worker.serve.sampling import Chooser, draw, probabilities, seeded_generator
 from worker.serve.speculative import DraftCounts, Proposal, SpeculativeEngine, accept_or_draw
 
+pytestmark = pytest.mark.usefixtures("small_first_buffers")
+
 Make = Callable[..., GenerateRequest]
 MakeEngine = Callable[..., TransformersEngine]
 Drain = Callable[[Engine], list[Reply]]
