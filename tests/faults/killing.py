@@ -124,6 +124,8 @@ def zombies(trial: Trial) -> None:
     while not trial.is_over:
         point = trial.rng.choice(ZOMBIE_POINTS)
         job, zombie = _let_one_stop(trial, point)
+        if zombie is None:
+            continue
         before = _written(trial, job)
         zombie.send(signal.SIGCONT)
         trial.note(point)
@@ -136,14 +138,25 @@ def zombies(trial: Trial) -> None:
     trial.notes["zombie_writes_accepted"] = accepted
 
 
-def _let_one_stop(trial: Trial, point: str) -> tuple[Accepted, Program]:
-    """A job whose first worker stands still at the point, and whose second one has just taken it."""
+def _let_one_stop(trial: Trial, point: str) -> tuple[Accepted, Program | None]:
+    """A job whose first worker stands still at the point, and whose second one has just taken it.
+
+    None if another worker stood still there, in what was left to do of the job before.
+    """
     armed = trial.system.arm(point, "STOP")
     job = trial.client.submit("trained")
     wait_until(lambda: not armed.exists(), 120, f"nobody passes {point}")
     (zombie,) = _stopped(trial)
     taken = "SELECT 1 FROM jobs WHERE id = %s AND attempt >= 2"
-    wait_until(lambda: trial.query(taken, job.job_id), 120, "nobody takes the job over")
+    is_over = "SELECT 1 FROM jobs WHERE id = %s AND status = 'succeeded' AND attempt = 1"
+    wait_until(
+        lambda: trial.query(taken, job.job_id) or trial.query(is_over, job.job_id),
+        120,
+        "nobody takes the job over",
+    )
+    if trial.query(is_over, job.job_id):
+        zombie.send(signal.SIGCONT)
+        return job, None
     return job, zombie
 
 

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,7 +107,7 @@ def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
         crash_point("trainer.renamed")
         _sync(out)
         crash_point("trainer.synced")
-    except (OSError, SafetensorError) as e:
+    except Exception as e:
         shutil.rmtree(partial, ignore_errors=True)
         if _is_for_want_of_room(e):
             raise DiskFull(f"no room for a checkpoint in {out}; free some disk, then resume the job") from e
@@ -248,10 +247,10 @@ def _require_room(out: Path, snapshot: Snapshot) -> None:
         )
 
 
-def _is_for_want_of_room(error: OSError | SafetensorError) -> bool:
+def _is_for_want_of_room(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno in NO_ROOM
-    # safetensors tells the system's error number in its text and nowhere else
+    # safetensors and tokenizers (a bare Exception) tell the system's error number in their text and nowhere else
     return any(f"(os error {number})" in str(error) for number in NO_ROOM)
 
 

@@ -146,6 +146,26 @@ def test_room_that_gives_out_under_safetensors_is_a_full_disk_too(
     assert load_state(before).step == 1
 
 
+def test_room_that_gives_out_under_the_tokenizer_is_a_full_disk_too(
+    make_snapshot: MakeSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = make_snapshot(step=1)
+    save_pretrained = snapshot.tokenizer.save_pretrained
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_with_little_room(folder: Path) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, hard))
+        try:
+            save_pretrained(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(snapshot.tokenizer, "save_pretrained", save_with_little_room)
+    with pytest.raises(DiskFull, match="free some disk"):
+        save_checkpoint(tmp_path, snapshot)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_without_room_is_noticed_before_writing(
     make_snapshot: MakeSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
