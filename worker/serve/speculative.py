@@ -23,7 +23,7 @@ from worker.serve.loading import LoadedModel
 from worker.serve.lookahead import LookaheadBatch
 from worker.serve.sampling import Chooser, Pick, choose_tokens, draw, pick_tokens, probabilities, uniform
 
-MAX_DRAFTING = 4  # rows: with more the model is no longer bound by reading its weights, and drafts cost more than they save
+MAX_DRAFTING = 1  # rows: on two cores four with a draft are slower than four without (bench/LOG.md)
 MIN_CONFIDENCE = 0.4  # that the draft must give to its best token, or verifying it is not worth it
 GREEDY = Chooser()
 
@@ -258,7 +258,8 @@ class SpeculativeEngine(TransformersEngine):
     """A model served with a draft of the same tokenizer and vocabulary, both decoders. Raises DraftUnsupported.
 
     Greedy text is that of the engine without a draft. In float32 a step of several tokens and a step of one round
-    differently in the last bits, as batches of different sizes do: two tokens whose logits are that close may swap.
+    differently in the last bits, as batches of different sizes do: two tokens whose logits are that close may swap. On 100
+    real prompts none did (bench/speculative.py, which shows the gap where two answers part).
     A seed gives the same sampled text whatever else runs, but another text than without a draft or with another number
     of draft tokens. With more than `max_drafting` sequences the draft rests. A row is offered tokens only as long as the
     draft gives `min_confidence` to its best.
