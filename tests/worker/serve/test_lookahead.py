@@ -30,7 +30,9 @@ CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
 def tiny(family: str) -> Any:  # Any: transformers is untyped here
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, vocab_size=200, pad_token_id=0, eos_token_id=2, **CONFIGS[family])
+        config = AutoConfig.for_model(
+            family, vocab_size=200, pad_token_id=0, eos_token_id=2, **CONFIGS[family]
+        )
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():
             if parameter.dim() == 2:
