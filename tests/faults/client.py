@@ -39,6 +39,9 @@ class Ledger:
         self.accepted: list[Accepted] = []
         self.contradictions: list[str] = []  # one key, two jobs
 
+    def close(self) -> None:
+        self._file.close()
+
     def ask(self, key: str) -> None:
         self._write("asked", key)
         self.asked.add(key)

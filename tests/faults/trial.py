@@ -140,6 +140,7 @@ class Trial:
         settle(self.system, self.ledger, settle_seconds)
         verdict: Verdict = check(self.system, self.ledger, self.client, self.faults_at)
         self.client.close()
+        self.ledger.close()
         notes = {**self.notes, "faults": dict(self.faults), "attempts": verdict.attempts}
         return Figures(
             promise=self.promise,
