@@ -39,8 +39,9 @@ gpu-check: install
 up: install
 	$(BIN)/stillhouse up
 
+# Two files at a time: many tests wait for processes. Threads that wait must not spin, for others need the core.
 test: install
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Every promise of docs/reliability.md under its faults; about an hour. `make faults ARGS="--short"` for a look.
 faults: install

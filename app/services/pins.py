@@ -33,12 +33,16 @@ class PinTeller:
         await asyncio.gather(self._telling, return_exceptions=True)
 
     async def _tell(self) -> None:
+        could_tell = True  # an outage is one line in the log
         while True:
             await asyncio.sleep(self._board.settings.reconcile_seconds)
             try:
                 if self._board.workers:
                     await tell_pins(self._board)
+                could_tell = True
             except (Unavailable, DatabaseUnavailable, PoolExhausted) as fault:
-                log.warning("pins_not_told", reason=type(fault).__name__)
+                if could_tell:
+                    log.warning("pins_not_told", reason=type(fault).__name__)
+                could_tell = False
             except Exception:
                 log.exception("pins_not_told")  # the telling must outlive any one fault

@@ -175,7 +175,12 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
         return
     is_answered = has_answers(plan, row)
     num_bytes = 0
-    for size, line_number, line in longest_rows(row.store_key, over_bytes=over_bytes):
+    try:
+        longest = longest_rows(row.store_key, over_bytes=over_bytes)
+    except FileNotFoundError:
+        message = f"the content of the file {row.id!r} is no longer in the store; upload it again"
+        raise BadRequest(message, "invalid_file", param) from None
+    for size, line_number, line in longest:
         num_bytes += size
         if num_bytes > MAX_BYTES_COUNTED:
             return

@@ -276,7 +276,6 @@ def test_what_is_wrong_with_the_lines_is_told_at_once(
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"input_file_id": "file-nobody"}, "input_file_id"),
         ({"endpoint": "/v1/embeddings"}, "endpoint"),
         ({"completion_window": "48h"}, "completion_window"),
         ({"metadata": {"a": "x" * 513}}, "metadata.a"),
@@ -296,14 +295,18 @@ def test_a_request_that_is_wrong_itself_is_refused(
 def test_only_a_file_of_the_project_with_the_purpose_batch_is_taken(
     client: openai.OpenAI, stranger: openai.OpenAI
 ) -> None:
-    rows = jsonl([{"prompt": "a"}])
-    for file in (
-        client.files.create(file=("r.jsonl", rows), purpose="fine-tune"),
-        stranger.files.create(file=("r.jsonl", jsonl([line(0)])), purpose="batch"),
-    ):
-        with pytest.raises(openai.BadRequestError) as refused:
-            client.batches.create(input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h")
+    rows = client.files.create(file=("r.jsonl", jsonl([{"prompt": "a"}])), purpose="fine-tune")
+    foreign = stranger.files.create(file=("r.jsonl", jsonl([line(0)])), purpose="batch")
+    errors: list[type[openai.APIStatusError]] = [
+        openai.BadRequestError,
+        openai.NotFoundError,
+        openai.NotFoundError,
+    ]
+    for file_id, error in zip((rows.id, foreign.id, "file-nobody"), errors, strict=True):
+        with pytest.raises(error) as refused:
+            client.batches.create(input_file_id=file_id, endpoint=COMPLETIONS, completion_window="24h")
         assert refused.value.param == "input_file_id"
+    assert client.batches.list().data == []
 
 
 def test_a_batch_is_its_projects_own_and_listed_in_pages(

@@ -14,7 +14,9 @@ from app.contracts import ArtifactRef, JobFailure
 from app.db import jobs as job_rows
 from app.db import leases
 from app.db.session import transaction
+from app.db.tables import File
 from app.settings import Settings, get_settings
+from app.storage import store
 
 Rows = list[dict[str, Any]]
 ROWS: Rows = [{"prompt": f"What is {n}?", "completion": "A number."} for n in range(3)]
@@ -238,6 +240,17 @@ def test_a_row_longer_than_the_context_is_refused_with_its_line(bench: Bench) ->
     error = bench.refused(training_file=bench.upload(long))
     assert (error.code, error.param) == ("context_length_exceeded", "training_file")
     assert "line 4 has" in error.message
+
+
+def test_a_file_whose_content_is_gone_is_refused(bench: Bench) -> None:
+    file_id = bench.upload([{"prompt": "lantern " * 40, "completion": "yes"}])
+    with transaction() as session:
+        row = session.get(File, file_id)
+        assert row is not None
+        store().delete(row.store_key)
+    error = bench.refused(training_file=file_id)
+    assert (error.code, error.param) == ("invalid_file", "training_file")
+    assert "upload it again" in error.message
 
 
 def test_a_row_of_many_bytes_that_fits_in_tokens_is_taken(bench: Bench) -> None:

@@ -71,9 +71,9 @@ def test_a_teacher_that_works_before_the_student_comes_teaches_the_same_bits(
     loads: list[Teaching] = []
     live_teacher = Teaching.live_teacher
 
-    def count(self: Teaching) -> Teacher:
+    def count(self: Teaching, prefix: tuple[int, ...] = ()) -> Teacher:
         loads.append(self)
-        return live_teacher(self)
+        return live_teacher(self, prefix)
 
     monkeypatch.setattr(Teaching, "live_teacher", count)
     run(make_spec(block, spec={"cache_dir": tmp_path / "fresh"}), out="first")
