@@ -224,7 +224,7 @@ def list_models(
 def set_serving(
     model: Annotated[str, typer.Argument(help="Its id, or an alias.")],
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
-    weights: Annotated[str, typer.Option(help="plain or int8.")] = "plain",
+    weights: Annotated[str, typer.Option(help="plain, bfloat16 or int8.")] = "plain",
     draft: Annotated[str | None, typer.Option(help="A model that proposes tokens; default: none.")] = None,
     num_tokens: Annotated[int, typer.Option(help="Tokens that the draft proposes at once.")] = 4,
     project: Annotated[str, typer.Option(help="Whose model it is.")] = "default",

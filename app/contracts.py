@@ -167,10 +167,10 @@ EngineName = Literal["transformers", "vllm"]
 
 
 class ServingOptions(Contract):
-    """How a model is served. int8 weights cost some agreement; a draft costs none."""
+    """How a model is served. int8 weights cost some agreement, bfloat16 ones little; a draft costs none."""
 
     engine: EngineName = "transformers"
-    weights: Literal["plain", "int8"] = "plain"
+    weights: Literal["plain", "bfloat16", "int8"] = "plain"
     draft: Draft | None = None
 
 

@@ -97,7 +97,7 @@ def measure(task: Entry) -> Entry:
     with torch.no_grad():
         floor = step_floor_seconds(load_model(folder), task["num_rows"])
     found: Entry = {"step_floor_ms": 1000 * floor}
-    kinds: tuple[Literal["plain", "int8"], ...] = ("plain", "int8")
+    kinds: tuple[Literal["plain", "bfloat16", "int8"], ...] = ("plain", "bfloat16", "int8")
     for weights in kinds:
         loaded = load_model(folder, weights=weights, keeps_plain=False)  # as a worker has it
         first = first_token_seconds(loaded, task["prompts"], task["max_tokens"])

@@ -19,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 # torch leaves is_available untyped
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 HAS_ONEDNN = HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_BFLOAT16: bool = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+Activation = Literal["none", "swish"]
 
 
 def product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -66,11 +68,18 @@ def use_onednn(model: nn.Module) -> None:
             module.__class__ = OneDnnConv1D
 
 
-def pack_weights(model: nn.Module, *, keeps_plain: bool = True) -> int:
+def pack_weights(
+    model: nn.Module,
+    *,
+    keeps_plain: bool = True,
+    dtype: torch.dtype = torch.float32,
+    but: nn.Module | None = None,
+) -> int:
     """Lays the linear layers' weights out for oneDNN, for a model that will not be trained; returns the bytes it took.
 
     The plain weights stay, for whoever reads them; a later change of theirs is not seen by the forward. Else only those
-    stay that other modules share (embeddings): the model can be called and nothing more.
+    stay that other modules share (embeddings): the model can be called and nothing more. With bfloat16 all layers but
+    one round weights, inputs and results to it, and sum in float32.
     """
     use_onednn(model)
     linears = [module for module in model.modules() if isinstance(module, OneDnnLinear | OneDnnConv1D)]
@@ -81,6 +90,7 @@ def pack_weights(model: nn.Module, *, keeps_plain: bool = True) -> int:
         module.requires_grad_(False)
         weight_OI = module.weight_OI.contiguous()
         if HAS_ONEDNN and weight_OI.dtype == torch.float32 and weight_OI.device.type == "cpu":
+            weight_OI = weight_OI.to(torch.float32 if module is but else dtype)
             module.packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS))
             num_bytes += weight_OI.nbytes
             if not keeps_plain and id(module.weight) not in shared:
@@ -102,6 +112,16 @@ class PackedWeight:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
+
+    def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
+        """x W^T + bias, then the activation, in float32, not differentiable."""
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        if self.tensor.dtype == torch.float32:
+            out: Tensor = multiply(x, self.tensor, bias_O, activation, [], "")
+            return out
+        bias_O = None if bias_O is None else bias_O.to(self.tensor.dtype)
+        out = multiply(x.to(self.tensor.dtype), self.tensor, bias_O, activation, [], "")
+        return out.float()
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None
@@ -134,35 +154,32 @@ class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped her
         return _apply(x, self.weight_OI, self.bias, self.packed)
 
 
-def multiplier(
-    module: nn.Module, activation: Literal["none", "swish"] = "none"
-) -> Callable[[Tensor], Tensor]:
+def multiplier(module: nn.Module, activation: Activation = "none") -> Callable[[Tensor], Tensor]:
     """What a linear layer gives, then swish (also called SiLU) if asked; packed weights without the call of a module.
 
     For whoever multiplies by one layer many times, with the layer in the same state and without gradients.
     """
     packed = getattr(module, "packed", None)
     if type(module) in (OneDnnLinear, OneDnnConv1D) and packed is not None:
-        multiply = torch.ops.mkldnn._linear_pointwise.default
         bias_O = module.bias
-        return lambda x: multiply(x, packed.tensor, bias_O, activation, [], "")
+        return lambda x: packed.product(x, bias_O, activation)
     if activation == "none":
         return module
     return lambda x: nn.functional.silu(module(x))
 
 
 def _apply(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: PackedWeight | None) -> Tensor:
-    if packed is not None and _is_fast(x, packed.tensor) and not x.requires_grad:
-        return product(x, packed.tensor, bias_O)
+    if packed is not None and _is_fast(x) and not x.requires_grad:
+        return packed.product(x, bias_O)
     return linear(x, weight_OI, bias_O)
 
 
-def _is_fast(a: Tensor, b: Tensor) -> bool:
+def _is_fast(a: Tensor, b: Tensor | None = None) -> bool:
     return (
         HAS_ONEDNN
-        and a.dtype == b.dtype == torch.float32
+        and a.dtype == torch.float32
         and a.device.type == "cpu"
-        and b.device.type == "cpu"
+        and (b is None or (b.dtype == torch.float32 and b.device.type == "cpu"))
         and a.numel() > 0
         and not torch.is_autocast_enabled("cpu")
     )

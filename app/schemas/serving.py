@@ -17,7 +17,7 @@ class SetServing(Body):
     """All options at once; what is left out is the plain way."""
 
     engine: EngineName = "transformers"
-    weights: Literal["plain", "int8"] = "plain"
+    weights: Literal["plain", "bfloat16", "int8"] = "plain"
     draft: SetDraft | None = None
 
 
@@ -30,7 +30,7 @@ class Serving(BaseModel):
     """How a model is served."""
 
     engine: EngineName
-    weights: Literal["plain", "int8"]
+    weights: Literal["plain", "bfloat16", "int8"]
     draft: DraftObject | None
 
     @classmethod

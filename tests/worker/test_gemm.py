@@ -120,3 +120,15 @@ def test_a_whole_model_computes_the_same_logits(
         gemm.pack_weights(model)
         logits = model(input_ids=ids).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.skipif(not gemm.HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_weight_in_bfloat16_rounds_and_no_more(has_bias: bool) -> None:
+    layer = nn.Linear(96, 160, bias=has_bias).requires_grad_(False)
+    x = torch.randn(7, 96)
+    expected = layer(x)
+    gemm.pack_weights(nn.ModuleList([layer]), dtype=torch.bfloat16)
+    assert (layer(x) - expected).norm() < 0.01 * expected.norm()  # bfloat16 has 8 bits
+    swished = gemm.multiplier(layer, "swish")(x)
+    assert (swished - nn.functional.silu(expected)).norm() < 0.01 * expected.norm()

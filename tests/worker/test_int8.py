@@ -1,8 +1,8 @@
-"""Layers with weights of 8 bits against the layers that they were made of."""
+"""Layers with weights of 8 bits, and of 16, against the layers that they were made of."""
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from worker import int8
+from worker.gemm import HAS_BFLOAT16
 from worker.serve.errors import OptionUnavailable
 from worker.serve.loading import load_model
 from worker.serve.offline import generate_all
@@ -47,12 +48,15 @@ def test_a_row_of_zeros_gives_the_bias() -> None:
     torch.testing.assert_close(of_8_bits(layer)(torch.zeros(1, 16))[0], layer.bias)
 
 
+@pytest.mark.parametrize("weights", ["int8", "bfloat16"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_model_of_each_family_answers_nearly_alike_from_a_quarter_of_the_memory(
-    name: str, request: pytest.FixtureRequest
+def test_a_model_of_each_family_answers_nearly_alike_from_less_memory(
+    name: str, weights: Literal["int8", "bfloat16"], request: pytest.FixtureRequest
 ) -> None:
+    if weights == "bfloat16" and not HAS_BFLOAT16:
+        pytest.skip("this CPU has no products of bfloat16")
     folder: Path = request.getfixturevalue(f"tiny_{name}_dir")
-    plain, small = load_model(folder), load_model(folder, weights="int8")
+    plain, small = load_model(folder), load_model(folder, weights=weights)
     assert small.num_bytes < plain.num_bytes
     tokens = torch.arange(5, 45)[None]
     inputs = {"input_ids": tokens}
@@ -64,6 +68,16 @@ def test_a_model_of_each_family_answers_nearly_alike_from_a_quarter_of_the_memor
     assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.98
     [answer] = generate_all(small.model, [tokens[0].tolist()], max_new_tokens=4)
     assert answer.tokens
+
+
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
+def test_of_bfloat16_layers_only_the_head_is_left_out(tiny_llama_dir: Path) -> None:
+    model: Any = load_model(tiny_llama_dir, weights="bfloat16").model
+    assert model.lm_head.packed.tensor.dtype == torch.float32
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.packed.tensor.dtype == torch.bfloat16
+    assert layer.weight.is_meta
+    assert layer(torch.randn(3, layer.in_features)).dtype == torch.float32
 
 
 def test_only_a_cpu_has_them(tiny_llama_dir: Path) -> None:

@@ -125,7 +125,7 @@ def _load(
     fetch: Fetch,
     limits: EngineLimits,
     progress: LoadProgress,
-    weights: Literal["plain", "int8"] = "plain",
+    weights: Literal["plain", "bfloat16", "int8"] = "plain",
 ) -> LoadedModel:
     folder = fetch(ref)
     with progress.reading(ref.bytes):
