@@ -16,6 +16,9 @@ from worker.serve.lean import fuse_projections, is_lean
 from worker.serve.rendering import RENDERER
 
 
+Weights = Literal["plain", "bfloat16", "int8"]
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """A model ready to generate, its tokenizer and the bytes its weights take."""
@@ -29,7 +32,7 @@ def load_model(
     folder: Path,
     *,
     device: str = "cpu",
-    weights: Literal["plain", "bfloat16", "int8"] = "plain",
+    weights: Weights = "plain",
     keeps_plain: bool = True,
 ) -> LoadedModel:
     """float32 on a CPU, the checkpoint's own type elsewhere.
@@ -45,12 +48,7 @@ def load_model(
     # seconds to import; only loading needs them
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-    if weights == "int8" and (device != "cpu" or not HAS_INT8):
-        raise OptionUnavailable(
-            "weights of 8 bits need a CPU and a torch with oneDNN; serve the model without them"
-        )
-    if weights == "bfloat16" and device == "cpu" and not HAS_BFLOAT16:
-        raise OptionUnavailable("this CPU has no products of bfloat16; serve the model with plain weights")
+    _refuse_unavailable(weights, device)
     refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -91,6 +89,15 @@ def load_model(
     )
     num_plain_bytes = sum(weight.nbytes for weight in model.parameters() if not weight.is_meta)
     return LoadedModel(model, tokenizer, num_plain_bytes + num_packed_bytes)
+
+
+def _refuse_unavailable(weights: Weights, device: str) -> None:
+    if weights == "int8" and (device != "cpu" or not HAS_INT8):
+        raise OptionUnavailable(
+            "weights of 8 bits need a CPU and a torch with oneDNN; serve the model without them"
+        )
+    if weights == "bfloat16" and device == "cpu" and not HAS_BFLOAT16:
+        raise OptionUnavailable("this CPU has no products of bfloat16; serve the model with plain weights")
 
 
 def refuse_code(folder: Path) -> None:
