@@ -15,7 +15,6 @@ from worker.serve.families import SEQ2SEQ, family_of, refuse_unlisted
 from worker.serve.lean import fuse_projections, is_lean
 from worker.serve.rendering import RENDERER
 
-
 Weights = Literal["plain", "bfloat16", "int8"]
 
 
@@ -74,21 +73,20 @@ def load_model(
         )
     family_of(model)
     model.to(device).eval().requires_grad_(False)
-    num_packed_bytes = 0
     if device == "cpu" and not keeps_plain and is_lean(model):
         fuse_projections(model)
-    head = model.get_output_embeddings()  # its rounding would be seen in every token
-    if weights == "int8":
-        num_packed_bytes += quantize_weights(model, but=head)
-    is_half = weights == "bfloat16"
-    num_packed_bytes += pack_weights(
-        model,
-        keeps_plain=keeps_plain and not is_half,
-        dtype=torch.bfloat16 if is_half else torch.float32,
-        but=head,
-    )
+    num_packed_bytes = _pack(model, weights, keeps_plain=keeps_plain)
     num_plain_bytes = sum(weight.nbytes for weight in model.parameters() if not weight.is_meta)
     return LoadedModel(model, tokenizer, num_plain_bytes + num_packed_bytes)
+
+
+def _pack(model: Any, weights: Weights, *, keeps_plain: bool) -> int:
+    """Lays the layers out for their products; the head stays float32, for its rounding would be seen in every token."""
+    head = model.get_output_embeddings()
+    if weights == "bfloat16":
+        return pack_weights(model, keeps_plain=False, dtype=torch.bfloat16, but=head)
+    num_bytes = quantize_weights(model, but=head) if weights == "int8" else 0
+    return num_bytes + pack_weights(model, keeps_plain=keeps_plain)
 
 
 def _refuse_unavailable(weights: Weights, device: str) -> None:
