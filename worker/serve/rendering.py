@@ -3,6 +3,7 @@
 `python -m worker.serve.rendering` is that process: one JSON object a line in, one a line out, until its input closes.
 """
 
+import atexit
 import json
 import resource
 import signal
@@ -51,6 +52,12 @@ class TemplateRenderer:
         if "error" in answer:
             raise InvalidMessages(f"the model's chat template refuses these messages: {answer['error']}")
         return str(answer["text"])
+
+    def close(self) -> None:
+        """Ends the child."""
+        if self._child is not None:
+            self._child.communicate()
+            self._child = None
 
     def _exchange(self, line: bytes) -> Json | None:
         """None if the child ended before it answered."""
@@ -107,6 +114,7 @@ def serve() -> None:
 
 
 RENDERER = TemplateRenderer()
+atexit.register(RENDERER.close)
 
 if __name__ == "__main__":
     serve()
