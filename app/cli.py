@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from app import crash
 from app.child import LocalServiceError
-from app.contracts import TERMINAL, JobStatus
+from app.contracts import TERMINAL, EngineName, JobStatus, WeightsName
 from app.db.session import DatabaseUnavailable
 from app.errors import StillhouseError
 from app.local import apply_environment
@@ -223,14 +223,18 @@ def list_models(
 @models.command("serving")
 def set_serving(
     model: Annotated[str, typer.Argument(help="Its id, or an alias.")],
-    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
-    weights: Annotated[str, typer.Option(help="plain, bfloat16 or int8.")] = "plain",
+    engine: Annotated[EngineName, typer.Option(help="Whose step it is.")] = "transformers",
+    weights: Annotated[
+        WeightsName, typer.Option(help="int8 is smallest, and answers differ most.")
+    ] = "plain",
     draft: Annotated[str | None, typer.Option(help="A model that proposes tokens; default: none.")] = None,
-    num_tokens: Annotated[int, typer.Option(help="Tokens that the draft proposes at once.")] = 4,
+    num_tokens: Annotated[int, typer.Option(help="Tokens that it proposes at once.", min=1, max=16)] = 4,
     project: Annotated[str, typer.Option(help="Whose model it is.")] = "default",
     data_dir: DataDir = None,
 ) -> None:
     """Decide how a model is served; what is left out is the plain way."""
+    from pydantic import ValidationError
+
     from app.auth import Principal
     from app.schemas.serving import SetServing
     from app.services import serving
@@ -239,8 +243,8 @@ def set_serving(
     drafter = {"model": draft, "num_tokens": num_tokens} if draft else None
     try:
         asked = SetServing.model_validate({"engine": engine, "weights": weights, "draft": drafter})
-    except ValueError as error:
-        fail(str(error))
+    except ValidationError as error:
+        fail(f"the draft {draft!r} is no model's id: {error.errors()[0]['msg']}")
     operator = Principal(project, "stillhouse", frozenset({"admin"}))
     row = serving.set_options(operator, model, asked)
     console.print(f"{row.id}: {asked.model_dump_json()}", highlight=False)

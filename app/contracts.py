@@ -164,13 +164,14 @@ class Draft(Contract):
 
 
 EngineName = Literal["transformers", "vllm"]
+WeightsName = Literal["plain", "bfloat16", "int8"]
 
 
 class ServingOptions(Contract):
     """How a model is served. int8 weights cost some agreement, bfloat16 ones little; a draft costs none."""
 
     engine: EngineName = "transformers"
-    weights: Literal["plain", "bfloat16", "int8"] = "plain"
+    weights: WeightsName = "plain"
     draft: Draft | None = None
 
 

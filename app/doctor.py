@@ -21,12 +21,12 @@ from app.contracts import TRAIN_QUEUE, ServeWorkerStatus, serve_worker_key
 from app.db.checks import server_facts
 from app.db.migrate import revisions
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
+from app.fleet import STALLED_SECONDS
 from app.settings import Settings
 from app.storage import StorageError, store
 
 SKEW_SECONDS = 2.0  # a lease lasts 90; more than this on a host with NTP means that NTP does not work
 RING_SECONDS = 3.0  # an idle train worker takes a doorbell within milliseconds
-STALLED_SECONDS = 10.0
 FAULTS = (
     DatabaseUnavailable,
     PoolExhausted,
@@ -35,6 +35,9 @@ FAULTS = (
     StorageError,
     RuntimeError,
     httpx.HTTPError,
+    subprocess.SubprocessError,
+    ValueError,  # an answer that is none of ours
+    KeyError,
 )
 
 

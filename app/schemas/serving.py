@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from app.contracts import EngineName, ServingOptions
+from app.contracts import EngineName, ServingOptions, WeightsName
 from app.schemas.jobs import Body, ModelId
 
 
@@ -17,7 +17,7 @@ class SetServing(Body):
     """All options at once; what is left out is the plain way."""
 
     engine: EngineName = "transformers"
-    weights: Literal["plain", "bfloat16", "int8"] = "plain"
+    weights: WeightsName = "plain"
     draft: SetDraft | None = None
 
 
@@ -30,7 +30,7 @@ class Serving(BaseModel):
     """How a model is served."""
 
     engine: EngineName
-    weights: Literal["plain", "bfloat16", "int8"]
+    weights: WeightsName
     draft: DraftObject | None
 
     @classmethod

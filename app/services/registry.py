@@ -54,12 +54,6 @@ def resolve(session: Session, project_id: str, model_id: str, *, param: str = "m
     return Resolved(row.id, artifact(row), ModelFacts.model_validate(row.facts), options_of(row))
 
 
-def resolve_for_serving(session: Session, project_id: str, model_id: str) -> tuple[str, ArtifactRef]:
-    """The version an id means now, and the folder a serve worker loads; raises NotFound."""
-    found = resolve(session, project_id, model_id)
-    return found.model_id, found.ref
-
-
 def options_of(row: Model) -> ServingOptions:
     return ServingOptions.model_validate(row.serving or {})
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from app.contracts import ArtifactRef, Done, Failure, GenerateRequest, Sampling
+from app.contracts import ArtifactRef, Done, Failure, GenerateRequest, Sampling, WeightsName
 from app.control import Served
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import OptionUnavailable
@@ -125,7 +125,7 @@ def _load(
     fetch: Fetch,
     limits: EngineLimits,
     progress: LoadProgress,
-    weights: Literal["plain", "bfloat16", "int8"] = "plain",
+    weights: WeightsName = "plain",
 ) -> LoadedModel:
     folder = fetch(ref)
     with progress.reading(ref.bytes):

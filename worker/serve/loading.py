@@ -3,19 +3,18 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
+from app.contracts import WeightsName
 from worker.gemm import HAS_BFLOAT16, pack_weights
 from worker.int8 import HAS_INT8, quantize_weights
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable
 from worker.serve.families import SEQ2SEQ, family_of, refuse_unlisted
 from worker.serve.lean import fuse_projections, is_lean
 from worker.serve.rendering import RENDERER
-
-Weights = Literal["plain", "bfloat16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ def load_model(
     folder: Path,
     *,
     device: str = "cpu",
-    weights: Weights = "plain",
+    weights: WeightsName = "plain",
     keeps_plain: bool = True,
 ) -> LoadedModel:
     """float32 on a CPU, the checkpoint's own type elsewhere.
@@ -80,7 +79,7 @@ def load_model(
     return LoadedModel(model, tokenizer, num_plain_bytes + num_packed_bytes)
 
 
-def _pack(model: Any, weights: Weights, *, keeps_plain: bool) -> int:
+def _pack(model: Any, weights: WeightsName, *, keeps_plain: bool) -> int:
     """Lays the layers out for their products; the head stays float32, for its rounding would be seen in every token."""
     head = model.get_output_embeddings()
     if weights == "bfloat16":
@@ -89,7 +88,7 @@ def _pack(model: Any, weights: Weights, *, keeps_plain: bool) -> int:
     return num_bytes + pack_weights(model, keeps_plain=keeps_plain)
 
 
-def _refuse_unavailable(weights: Weights, device: str) -> None:
+def _refuse_unavailable(weights: WeightsName, device: str) -> None:
     if weights == "int8" and (device != "cpu" or not HAS_INT8):
         raise OptionUnavailable(
             "weights of 8 bits need a CPU and a torch with oneDNN; serve the model without them"

@@ -83,8 +83,8 @@ def test_an_alias_can_be_moved_and_is_resolved(
         )
     assert client.models.retrieve("support@prod").id == "new"
     with transaction() as session:
-        model_id, ref = registry.resolve_for_serving(session, "acme", "support@prod")
-    assert (model_id, ref.key) == ("new", "models/new")
+        found = registry.resolve(session, "acme", "support@prod")
+    assert (found.model_id, found.ref.key) == ("new", "models/new")
     with pytest.raises(openai.ConflictError):
         client.models.delete("new")
     assert http.delete("/v1/models/support/aliases/prod").json()["deleted"] is True
@@ -121,12 +121,12 @@ def test_a_checkpoint_of_a_running_job_can_be_served(
         leases.insert_checkpoint(session, job_id, job.lease_token, step=10, ref=ref, metrics={}, is_best=True)
     name = f"{job.model_id}:ckpt-step-10"
     with transaction() as session:
-        model_id, found = registry.resolve_for_serving(session, "acme", name)
-        assert (model_id, found.key) == (name, f"{ref.key}/model")
+        found = registry.resolve(session, "acme", name)
+        assert (found.model_id, found.ref.key) == (name, f"{ref.key}/model")
         with pytest.raises(NotFound):
-            registry.resolve_for_serving(session, "acme", f"{job.model_id}:ckpt-step-11")
+            registry.resolve(session, "acme", f"{job.model_id}:ckpt-step-11")
         with pytest.raises(NotFound):
-            registry.resolve_for_serving(session, "rival", name)
+            registry.resolve(session, "rival", name)
 
 
 def test_an_import_is_a_job_with_events(http: httpx.Client) -> None:

@@ -1,5 +1,6 @@
 """Every listed family against its own plain forward pass."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, EncoderDecoderConfig
 
+from worker.gemm import pack_weights
 from worker.serve.batch import CursorBatch
 from worker.serve.errors import UnsupportedModel
 from worker.serve.families import CAUSAL, SEQ2SEQ, family_of
+from worker.serve.lean import LLAMA_LIKE as LEAN
+from worker.serve.lean import fuse_projections, is_lean
 
 pytestmark = pytest.mark.usefixtures("small_first_buffers")
 
@@ -91,9 +95,9 @@ def halves(encoder: str, decoder: str, hidden_size: int = 32) -> Any:
     return config
 
 
-def tiny(model_type: str) -> Any:  # Any: transformers is untyped here
+def tiny(model_type: str, **given: Any) -> Any:  # Any: transformers is untyped here
     if model_type in CONFIGS:
-        config = AutoConfig.for_model(model_type, **VOCABULARY, **CONFIGS[model_type])
+        config = AutoConfig.for_model(model_type, **VOCABULARY, **{**CONFIGS[model_type], **given})
     else:
         config = SEQ2SEQ_CONFIGS[model_type]()
     auto = AutoModelForSeq2SeqLM if model_type in SEQ2SEQ_CONFIGS else AutoModelForCausalLM
@@ -103,6 +107,8 @@ def tiny(model_type: str) -> Any:  # Any: transformers is untyped here
         for parameter in model.parameters():
             if parameter.dim() == 2:
                 torch.nn.init.normal_(parameter, 0.0, 0.3)
+            else:  # biases begin as zeros and norms as ones, which hides who left them out
+                parameter.data += 0.3 * torch.randn_like(parameter)
     return model.eval().double()  # rounding aside, any difference is a mistake
 
 
@@ -115,6 +121,23 @@ def test_every_listed_family_is_tried() -> None:
 def test_logits_equal_a_plain_forward_pass(model_type: str, largest_difference: Callable[..., float]) -> None:
     batch = CursorBatch(tiny(model_type), max_rows=5, max_width=40)
     assert largest_difference(batch, seed=3) < 1e-5
+
+
+@pytest.mark.parametrize("model_type", sorted(LEAN))
+def test_a_model_as_a_worker_keeps_it_gives_its_own_logits(model_type: str) -> None:
+    model = tiny(model_type, **({"sliding_window": None} if model_type == "mistral" else {})).float()
+    kept = copy.deepcopy(model)
+    assert is_lean(kept)
+    fuse_projections(kept)
+    pack_weights(kept, keeps_plain=False)
+    prompts = [[5, 6, 7, 8, 9], [20, 21, 22], [5, 6, 7, 30]]
+    batch = CursorBatch(kept, max_rows=3, max_width=40)
+    found = [batch.join(prompts), batch.advance([40, 41, 42])]
+    for row, (prompt, token) in enumerate(zip(prompts, (40, 41, 42), strict=True)):
+        with torch.no_grad():
+            expected = model(torch.tensor([[*prompt, token]])).logits[0, -2:]
+        # float32 sums in another order
+        torch.testing.assert_close(torch.stack([f[row] for f in found]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ_CONFIGS)

@@ -29,6 +29,16 @@ def test_temperature_zero_takes_the_best_token(vocab_size: int) -> None:
     assert [pick.token for pick in picks] == logits_NV.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("vocab_size", [50, 256, 1000])
+def test_of_equal_tokens_the_first_is_taken_and_none_of_what_is_no_number(vocab_size: int) -> None:
+    logits_NV = torch.full((4, vocab_size), -1.0)
+    logits_NV[1, [vocab_size // 2, vocab_size - 1]] = 2.0
+    logits_NV[2, vocab_size - 1] = float("nan")
+    logits_NV[3] = -torch.inf
+    picks = pick_tokens(logits_NV, [Chooser()] * 4)
+    assert [pick.token for pick in picks] == [0, vocab_size // 2, None, None]
+
+
 def test_temperature_one_draws_by_probability() -> None:
     shares = draws(LOGITS_V)
     assert shares == pytest.approx({1: 0.5, 3: 0.3, 0: 0.15, 2: 0.05}, abs=0.03)
