@@ -21,6 +21,7 @@ NumLayers = Annotated[int, Field(ge=1, le=1024)]
 LayerNumber = Annotated[int, Field(ge=0, le=1023)]
 Size = Annotated[int, Field(ge=8, le=65_536)]
 
+Precision = Literal["float32", "bfloat16"]
 DivergenceName = Literal[
     "forward_kl",
     "reverse_kl",
@@ -78,6 +79,8 @@ class Student(Block):
     checkpoint: the start as it is; lora: adapters on it; fresh: a new model of the sizes in `config`.
     A list for `num_layers` asks for a ladder of students, one a number. An encoder-decoder start takes
     `num_encoder_layers` and `num_decoder_layers`; there `num_layers` speaks of the decoder.
+    `fit_rows`: before the training the layers kept are fitted in closed form, on so many training rows, to make good
+    what the dropped ones did (0: they are not).
     """
 
     init: Literal["layers", "width", "checkpoint", "lora", "fresh"] = "layers"
@@ -92,6 +95,7 @@ class Student(Block):
     lora: Lora | None = None
     freeze_head: bool = True
     freeze_encoder: bool = True
+    fit_rows: Annotated[int, Field(ge=0, le=100_000)] | Auto = "auto"
 
     @property
     def ladder(self) -> tuple[int, ...]:
@@ -114,6 +118,10 @@ class Student(Block):
             )
         if (self.init == "fresh") != (self.config is not None):
             raise ValueError("init=fresh and config belong together: give both or neither")
+        if self.init != "layers" and self.fit_rows not in ("auto", 0):
+            raise ValueError(
+                "fit_rows belongs to init=layers: other students have no dropped layers to stand in for"
+            )
         if self.init != "lora" and self.lora is not None:
             raise ValueError("lora belongs to init=lora")
         if self.init == "width" and not chooses_width:
@@ -223,12 +231,17 @@ class EarlyStopping(Block):
 
 
 class Hyperparameters(Block):
+    """precision: what the bodies of student and teacher multiply in; weights, gradients, moments and the loss are float32
+    whatever it is. auto is bfloat16 where the processor or card multiplies that itself.
+    """
+
     n_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
     batch_tokens: Annotated[int, Field(ge=16, le=1_000_000)] | Auto = "auto"
     learning_rate: Annotated[float, Field(gt=0.0, le=1.0)] | Auto = "auto"
     weight_decay: Share = 0.0
     warmup_ratio: Annotated[float, Field(ge=0.0, le=0.9)] = 0.03
     max_grad_norm: Annotated[float, Field(gt=0.0, le=1000.0)] = 1.0
+    precision: Precision | Auto = "auto"
     max_sequence_tokens: Annotated[int, Field(ge=8, le=131_072)] = 512
     max_steps: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"

@@ -55,8 +55,11 @@ def time_steps(task: Entry) -> Entry:
 
 
 def time_pace(task: Entry) -> Entry:
-    """Seconds of a step while the teacher's cache fills and once it is full, and the steps of an epoch."""
+    """Seconds of the fit, of a step while the teacher's cache fills and once it is full, and the steps of an epoch."""
     trainer = make_trainer(task, FOREVER)
+    begun = time.perf_counter()
+    trainer.fit()
+    fitted = time.perf_counter() - begun
     batches = trainer.plan.epoch(0)[: task["num_steps"]]
     means = []
     for _ in ("filling", "full"):
@@ -66,18 +69,26 @@ def time_pace(task: Entry) -> Entry:
             trainer._step([Piece(collate(trainer.setup.train, indices))])
             seconds.append(time.perf_counter() - begun)
         means.append(sum(seconds[1:]) / len(seconds[1:]))  # the first loads the teacher, or warms up
-    return {"filling": means[0], "full": means[1], "num_batches": len(trainer.plan.epoch(0))}
+    num_batches = len(trainer.plan.epoch(0))
+    return {"fit": fitted, "filling": means[0], "full": means[1], "num_batches": num_batches}
 
 
 def train(task: Entry) -> Entry:
     """A whole training of so many steps, with an empty cache to begin with; held-out evaluations left out."""
     trainer = make_trainer(task, task["num_steps"])
     begun = time.perf_counter()
+    trainer.fit()
+    fitted = time.perf_counter() - begun
     while trainer.state.step < trainer.total_steps:
         trainer._step(trainer._next_pieces())
     seconds = time.perf_counter() - begun
     trainer.model.save_pretrained(task["student_out"])
-    return {"seconds": seconds, "num_steps": trainer.state.step, "peak_bytes": peak_bytes()}
+    return {
+        "seconds": seconds,
+        "fit_seconds": fitted,
+        "num_steps": trainer.state.step,
+        "peak_bytes": peak_bytes(),
+    }
 
 
 def judge(task: Entry) -> Entry:
@@ -117,6 +128,8 @@ def make_trainer(task: Entry, num_steps: int, sink: Sink = lambda line: None) ->
     beta = 0.5 if contender["divergence"] == "jsd" else None
     teacher_dir, student_dir = Path(task["teacher_dir"]), Path(task["student_dir"])
     recipe = plan_student(teacher_dir, student_dir, Student(init="checkpoint"))
+    if "student" in task:
+        recipe = plan_student(teacher_dir, teacher_dir, Student.model_validate(task["student"]))
     setup = Setup(
         out=Path(task["work"]) / "never-written",
         objective=Objective(divergence=contender["divergence"], beta=beta),
@@ -141,6 +154,7 @@ def make_trainer(task: Entry, num_steps: int, sink: Sink = lambda line: None) ->
         answers_path=None,
         inputs_sha256="",
         device="cpu",
+        rounds_to=_floats(task),
     )
     state = TrainState(num_threads=task["num_threads"])
     return Trainer(setup, state, sink, should_stop=lambda: False, report=lambda share: share)
@@ -161,13 +175,18 @@ def _examples(task: Entry) -> tuple[list[Example], int]:
     return examples, data.get("num_train", len(examples))
 
 
+def _floats(task: Entry) -> torch.dtype:
+    """What the bodies multiply in."""
+    return torch.bfloat16 if task.get("bf16") else torch.float32
+
+
 def _teacher(task: Entry, examples: list[Example], *, keeps: Keeps) -> CachedTeacher:
     folder = Path(task["teacher_dir"])
     prefix = shared_prefix(examples)
 
     def load() -> LiveTeacher:
         model = load_model(folder)
-        pack_weights(model)
+        pack_weights(model, dtype=_floats(task), but=model.get_output_embeddings())
         return LiveTeacher(model.requires_grad_(False), prefix)
 
     is_live = task["contender"]["teacher"] == "live"

@@ -101,7 +101,7 @@ def make_trainer(task: Entry, rows: list[Entry], clock: Clock, schedule: Any, ma
         max_grad_norm=1.0,
         seed=task["seed"],
         use_cpu=True,
-        bf16=False,
+        bf16=task.get("bf16", False),
         gradient_checkpointing=False,
         logging_strategy="no",
         save_strategy="no",

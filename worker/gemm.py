@@ -2,7 +2,9 @@
 
 torch sends float32 products to MKL, which reaches a third to a half of oneDNN's rate on AMD processors, and at few
 rows on Intel's too (bench/LOG.md). The sums are float32 either way; only their order differs. Everywhere else (another
-device, another float, a torch without the operator) the same calls fall back to torch's own product.
+device, another float, a torch without the operator) the same calls fall back to torch's own product. A processor that
+multiplies bfloat16 itself does so twice as fast: layers may be told to round what they multiply to it, as autocast
+does; sums, weights, gradients and all between the layers stay float32.
 
 N rows, I and O features in and out.
 """
@@ -20,6 +22,10 @@ from transformers.pytorch_utils import Conv1D
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 HAS_ONEDNN = HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_BFLOAT16: bool = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+# in instructions of its own, not emulated
+HAS_FAST_BFLOAT16: bool = HAS_BFLOAT16 and (
+    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
 Activation = Literal["none", "swish"]
 
 
@@ -33,12 +39,22 @@ def product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
 
 def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     """grad^T x, not differentiable: the gradient in the weight of a linear layer."""
-    if _is_fast(grad_NO, x_NI):
-        # a primitive of its own: the product above would copy the transposed gradient first
-        operands = (grad_NO.contiguous().to_mkldnn(), x_NI.contiguous().to_mkldnn())
-        out: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(*operands, _any_weight(), False)[0]
-        return out.to_dense()
-    return grad_NO.t() @ x_NI
+    return _weight_gradient(grad_NO, x_NI) if _is_fast(grad_NO, x_NI) else grad_NO.t() @ x_NI
+
+
+def _weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """In float32, whatever the two are; a primitive of its own: a product would copy the transposed gradient first."""
+    operands = (grad_NO.contiguous().to_mkldnn(), x_NI.contiguous().to_mkldnn())
+    out: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(*operands, _any_weight(), False)[0]
+    return out.to_dense()
+
+
+def _product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Of two bfloat16 tensors too, in float32."""
+    if a_NI.dtype == torch.float32:
+        return product(a_NI, b_OI, bias_O)
+    out_NO: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, None, "none", [], "").float()
+    return out_NO if bias_O is None else out_NO.add_(bias_O)
 
 
 @cache
@@ -48,24 +64,28 @@ def _any_weight() -> Tensor:
     return weight
 
 
-def linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, differentiable, all three products by oneDNN."""
-    if not torch.is_grad_enabled():
-        return product(x, weight_OI, bias_O)
+def linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`torch.nn.functional.linear`, differentiable, all three products by oneDNN; what they multiply is rounded to dtype."""
     if not _is_fast(x, weight_OI):
         return nn.functional.linear(x, weight_OI, bias_O)
+    if not torch.is_grad_enabled():
+        return _product(x.to(dtype), weight_OI.to(dtype), bias_O)
     # torch leaves apply untyped
-    out: Tensor = _Linear.apply(x, weight_OI, bias_O)  # type: ignore[no-untyped-call]
+    out: Tensor = _Linear.apply(x, weight_OI, bias_O, dtype)  # type: ignore[no-untyped-call]
     return out
 
 
-def use_onednn(model: nn.Module) -> None:
-    """From now on the model's linear layers multiply by oneDNN, forward and backward."""
+def use_onednn(model: nn.Module, dtype: torch.dtype = torch.float32, but: nn.Module | None = None) -> None:
+    """From now on the model's linear layers multiply by oneDNN, forward and backward, all but one rounding to dtype."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
         elif type(module) is Conv1D:
             module.__class__ = OneDnnConv1D
+        if isinstance(module, OneDnnLinear | OneDnnConv1D) and module is not but:
+            module.rounds_to = dtype
 
 
 def pack_weights(
@@ -131,19 +151,21 @@ class OneDnnLinear(nn.Linear):
     """An nn.Linear whose class was swapped, so that its weights, name and ties stay what they were."""
 
     packed: PackedWeight | None = None
+    rounds_to: torch.dtype = torch.float32
 
     @property
     def weight_OI(self) -> Tensor:
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return _apply(x, self.weight, self.bias, self.packed)
+        return _apply(x, self, self.weight)
 
 
 class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
     """GPT-2's linear layer, whose weight lies the other way round."""
 
     packed: PackedWeight | None = None
+    rounds_to: torch.dtype = torch.float32
 
     @property
     def weight_OI(self) -> Tensor:
@@ -151,7 +173,7 @@ class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped her
         return weight_IO.t()
 
     def forward(self, x: Tensor) -> Tensor:
-        return _apply(x, self.weight_OI, self.bias, self.packed)
+        return _apply(x, self, self.weight_OI)
 
 
 def multiplier(module: nn.Module, activation: Activation = "none") -> Callable[[Tensor], Tensor]:
@@ -168,10 +190,11 @@ def multiplier(module: nn.Module, activation: Activation = "none") -> Callable[[
     return lambda x: nn.functional.silu(module(x))
 
 
-def _apply(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, packed: PackedWeight | None) -> Tensor:
-    if packed is not None and _is_fast(x) and not x.requires_grad:
-        return packed.product(x, bias_O)
-    return linear(x, weight_OI, bias_O)
+def _apply(x: Tensor, layer: OneDnnLinear | OneDnnConv1D, weight_OI: Tensor) -> Tensor:
+    bias_O: Tensor | None = layer.bias
+    if layer.packed is not None and _is_fast(x) and not x.requires_grad:
+        return layer.packed.product(x, bias_O)
+    return linear(x, weight_OI, bias_O, layer.rounds_to)
 
 
 def _is_fast(a: Tensor, b: Tensor | None = None) -> bool:
@@ -187,19 +210,22 @@ def _is_fast(a: Tensor, b: Tensor | None = None) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         # ctx is Any: torch does not type what a context carries
+        x, weight_OI = x.to(dtype), weight_OI.to(dtype)
         ctx.save_for_backward(x, weight_OI)
-        return product(x, weight_OI, bias_O)
+        return _product(x, weight_OI, bias_O)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_OI = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        rounded_NO = grad_NO.to(x.dtype)
         return (
-            product(grad_NO, weight_OI.t()).view(x.shape) if needs_x else None,
-            weight_gradient(grad_NO, x_NI) if needs_weight else None,
+            _product(rounded_NO, weight_OI.t()).view(x.shape) if needs_x else None,
+            _weight_gradient(rounded_NO, x_NI) if needs_weight else None,
             grad_NO.sum(dim=0) if needs_bias else None,
+            None,
         )

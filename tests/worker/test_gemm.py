@@ -132,3 +132,34 @@ def test_a_weight_in_bfloat16_rounds_and_no_more(has_bias: bool) -> None:
     assert (layer(x) - expected).norm() < 0.01 * expected.norm()  # bfloat16 has 8 bits
     swished = gemm.multiplier(layer, "swish")(x)
     assert (swished - nn.functional.silu(expected)).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.skipif(not gemm.HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_layer_that_rounds_has_float32_gradients_that_are_rounded_and_no_more(
+    kind: type[nn.Module],
+) -> None:
+    layer: nn.Module = nn.Linear(96, 160) if kind is nn.Linear else Conv1D(160, 96)
+    plain = copy.deepcopy(layer)
+    gemm.use_onednn(layer, torch.bfloat16)
+    x, slope = torch.randn(3, 7, 96), torch.randn(3, 7, 160)
+    results = []
+    for each in (layer, plain):
+        own = x.clone().requires_grad_()
+        y = each(own)
+        (y * slope).sum().backward()
+        gradients = [each.get_parameter(name).grad for name in ("weight", "bias")]
+        results.append([y, own.grad, *gradients])
+        with torch.no_grad():
+            torch.testing.assert_close(each(x), y)
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.01 * theirs.norm()  # bfloat16 has 8 bits
+    assert not torch.equal(results[0][0], results[1][0])  # else nothing was rounded
+
+
+def test_all_layers_but_one_round() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(6, 6), "head": nn.Linear(6, 10)})
+    gemm.use_onednn(model, torch.bfloat16, but=model.get_submodule("head"))
+    assert model["body"].rounds_to == torch.bfloat16
+    assert model["head"].rounds_to == torch.float32

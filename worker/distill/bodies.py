@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from worker.distill.batches import Batch
-from worker.distill.packing import attending_packed, packing_of
+from worker.distill.packing import Packing, attending_packed, packing_of
 from worker.distill.shapes import shape_of
 
 MOST_KEPT = 0.9  # of a batch's positions: above it, running at fewer saves nothing
@@ -28,19 +28,22 @@ def hidden_rows_alone(model: PreTrainedModel, batch: Batch) -> Tensor:
     where it can (worker.distill.packing).
     """
     packing = packing_of(model, batch)
-    if packing is not None:
-        batch = packing.batch(batch)
+    keep_BT = batch.keep_BT if packing is None else packing.packed(batch.keep_BT)
     mlp = last_mlp(decoder_of(model))
-    runs_apart = mlp is not None and batch.num_targets <= MOST_KEPT * batch.keep_BT.numel()
-    with _run_at(mlp, batch.keep_BT) if mlp is not None and runs_apart else nullcontext():
-        if packing is None:
-            return hidden_rows(model, batch)
-        with attending_packed(packing):
-            positions_1P = packing.position_ids_1P
-            output = decoder_of(model)(
-                input_ids=batch.input_ids_BT, position_ids=positions_1P, use_cache=False
-            )
-        return transform_of(model)(output.last_hidden_state[batch.keep_BT])
+    runs_apart = mlp is not None and batch.num_targets <= MOST_KEPT * keep_BT.numel()
+    with _run_at(mlp, keep_BT) if mlp is not None and runs_apart else nullcontext():
+        return transform_of(model)(run_body(model, batch, packing)[keep_BT])
+
+
+def run_body(model: PreTrainedModel, batch: Batch, packing: Packing | None) -> Tensor:
+    """The decoder's last states, [B, T, H], or those of a packed batch, [1, P, H]."""
+    if packing is None:
+        return decoder_states(model, batch)
+    ids_1P, positions_1P = packing.packed(batch.input_ids_BT), packing.position_ids_1P
+    with attending_packed(packing):
+        output = decoder_of(model)(input_ids=ids_1P, position_ids=positions_1P, use_cache=False)
+    states_1PH: Tensor = output.last_hidden_state
+    return states_1PH
 
 
 def last_mlp(decoder: nn.Module) -> nn.Module | None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.crash import crash_point
+from app.distillation import Precision
 from worker.distill.errors import CorruptCheckpoint, DiskFull
 from worker.distill.lora import lora_tensors, merged
 
@@ -59,7 +60,9 @@ class TrainState(BaseModel):
     untrained_metrics: dict[str, float] = {}
     num_threads: int = 1
     num_processes: int = 1
+    precision: Precision | None = None  # None: not told, as in older checkpoints
     inputs_sha256: str = ""
+    num_fitted_layers: int = 0  # in closed form, before the first step
     replay_phi: float = 0.0
     replay_loss: float | None = None  # held-out, of the evaluation before
     finished: tuple[dict[str, Any], ...] = ()  # Any: open-ended JSON

@@ -56,7 +56,8 @@ class Course:
             return setup
         objective = Objective(teacher_signal="text")
         signal = Signal("text", "the baseline has no teacher")
-        return replace(setup, objective=objective, signal=signal, features=None)
+        recipe = replace(self.recipe, fits_layers=False)  # by the teacher's states
+        return replace(setup, recipe=recipe, objective=objective, signal=signal, features=None)
 
 
 def plan_courses(spec: RunSpec) -> list[Course]:
@@ -176,6 +177,8 @@ class Courses:
         self.state = TrainState(
             first_step=state.first_step + num_planned + 1,
             num_threads=state.num_threads,
+            num_processes=state.num_processes,
+            precision=state.precision,
             inputs_sha256=state.inputs_sha256,
             finished=(*state.finished, entry),
         )

@@ -1,7 +1,8 @@
 """Where a run computes, in which floats, and where the teacher is put, by estimates of memory.
 
 On a GPU with bfloat16 the student's weights and moments are float32, its body runs forward and backward under bfloat16
-autocast, and the teacher's body is bfloat16; without it everything is float32. The loss is float32 on any device.
+autocast, and the teacher's body is bfloat16. A CPU that multiplies bfloat16 itself does so in the linear layers of both
+(worker.gemm). Without it everything is float32. The loss is float32 on any device.
 """
 
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from app.distillation import Auto, Precision
 from worker.distill.heads import DEVICE_CHUNK_BYTES
 from worker.distill.layers import cut_config, layer_counts
 from worker.distill.shapes import bare_model
 from worker.distill.students import StudentRecipe, freeze_encoder, freeze_head
 from worker.distill.width import narrow_config, sizes_of
+from worker.gemm import HAS_FAST_BFLOAT16
 
 PLANNED_SHARE = 0.9  # of the free memory; allocators leave gaps
 LOSS_BYTES = (
@@ -37,6 +40,15 @@ class Device:
     def autocast(self) -> torch.dtype | None:
         """What the student's body runs in, if not in its weights' float32."""
         return torch.bfloat16 if self.name == "cuda" and self.has_bfloat16 else None
+
+    @property
+    def rounds_to(self) -> torch.dtype:
+        """What a body's linear layers multiply in on a CPU."""
+        return torch.bfloat16 if self.name == "cpu" and self.has_bfloat16 else torch.float32
+
+    @property
+    def precision(self) -> Precision:
+        return "bfloat16" if self.has_bfloat16 else "float32"
 
     @property
     def planned_bytes(self) -> int:
@@ -73,7 +85,8 @@ class Placement:
     def message(self) -> str:
         """For the job's events; empty where there was nothing to choose."""
         if self.device.name == "cpu":
-            return ""
+            is_rounded = self.device.has_bfloat16
+            return "device: CPU; student and teacher multiply in bfloat16" if is_rounded else ""
         floats = "float32" if self.device.autocast is None else "float32 weights under bfloat16 autocast"
         where = "beside the student"
         if self.is_teacher_first:
@@ -86,13 +99,16 @@ class Placement:
         return f"device: {self.device.card} ({free}); student in {floats}; teacher in {dtype}, {where}{tight}"
 
 
-def find_device(number: int = 0) -> Device:
-    """The card with this number, from now on this process's "cuda"; the CPU where there is none."""
+def find_device(number: int = 0, precision: Precision | Auto = "auto") -> Device:
+    """The card with this number, from now on this process's "cuda"; the CPU where there is none.
+
+    Its bfloat16 is there for use if it has it and the precision is not another.
+    """
     if not torch.cuda.is_available():
-        return CPU
+        return Device(has_bfloat16=HAS_FAST_BFLOAT16 and precision != "float32")
     torch.cuda.set_device(number % torch.cuda.device_count())
     free_bytes, _ = torch.cuda.mem_get_info()
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) and precision != "float32"
     if has_bfloat16:  # the loss's products may use TF32, which is finer than the body's bfloat16
         torch.set_float32_matmul_precision("high")
     return Device("cuda", torch.cuda.get_device_name(), free_bytes, has_bfloat16)
@@ -103,7 +119,7 @@ def place(device: Device, needs: Needs) -> Placement:
     bytes, if the card has no bfloat16 anyway; on the CPU.
     """
     if device.name == "cpu":
-        return Placement()
+        return Placement(device)
     is_tight = needs.student_bytes > device.planned_bytes
     dtypes = (torch.bfloat16,) if device.has_bfloat16 else (torch.float32, torch.float16)
     for dtype in dtypes:

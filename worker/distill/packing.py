@@ -9,7 +9,7 @@ H query heads, K key heads, D width of a head.
 """
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from inspect import signature
 from typing import Any
@@ -46,6 +46,12 @@ class Packing:
         return places_BL
 
     @cached_property
+    def places_BT(self) -> Tensor:
+        """Where any token of a row lies in the packed sequence."""
+        shared = torch.arange(self.num_shared).expand(len(self.own_lengths), -1)
+        return torch.cat([shared, self.places_BL], dim=1)
+
+    @cached_property
     def hidden_LS(self) -> Tensor:
         """Which keys an own token must not see. Padding comes after all that a row has."""
         longest = max(self.own_lengths)
@@ -61,13 +67,8 @@ class Packing:
         own_BL = table_BT[:, self.num_shared : self.num_shared + max(self.own_lengths)]
         return torch.cat([table_BT[0, : self.num_shared], own_BL[self.is_own_BL]])[None]
 
-    def batch(self, batch: Batch) -> Batch:
-        """The batch as one row; its targets keep their order."""
-        ids_1P, keep_1P = self.packed(batch.input_ids_BT), self.packed(batch.keep_BT)
-        return replace(batch, input_ids_BT=ids_1P, attention_mask_BT=torch.ones_like(ids_1P), keep_BT=keep_1P)
 
-
-def packing_of(model: PreTrainedModel, batch: Batch) -> Packing | None:
+def packing_of(model: PreTrainedModel, batch: Batch, most_scores: int = MOST_SCORES) -> Packing | None:
     """How to pack the batch for this model; None where that is impossible or saves too little."""
     if batch.source_ids_BS is not None or not _can_pack(model, batch):
         return None
@@ -81,7 +82,7 @@ def packing_of(model: PreTrainedModel, batch: Batch) -> Packing | None:
     longest = max(packing.own_lengths)
     num_scores = len(lengths) * model.config.num_attention_heads * longest * (num_shared + longest)
     is_worth_it = num_packed <= (1 - LEAST_SAVED) * batch.input_ids_BT.numel()
-    return packing if is_worth_it and num_scores <= MOST_SCORES else None
+    return packing if is_worth_it and num_scores <= most_scores else None
 
 
 def _can_pack(model: PreTrainedModel, batch: Batch) -> bool:

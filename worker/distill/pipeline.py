@@ -79,7 +79,10 @@ class Pipeline:
         self.should_stop = should_stop
         self.block = spec.distillation
         self.ranks = ranks
-        card = find_device(ranks.number)
+        asked = self.block.hyperparameters.precision
+        if asked == "auto" and spec.resume_dir is not None:
+            asked = load_state(spec.resume_dir).precision or asked
+        card = find_device(ranks.number, asked)
         self.device = card.name
         self.pair = Teaching(spec, self.device, card=card)
         out.mkdir(parents=True, exist_ok=True)
@@ -108,6 +111,7 @@ class Pipeline:
                 "inputs_sha256": setup.inputs_sha256,
                 "num_threads": torch.get_num_threads(),
                 "num_processes": self.ranks.count,
+                "precision": self.pair.card.precision,
             }
             taught = Courses(
                 courses,
@@ -221,6 +225,14 @@ class Pipeline:
                 f"the checkpoint was made by {state.num_processes} processes and the run goes on with {self.ranks.count}: "
                 "it will be close to, but not bit for bit, the uninterrupted one"
             )
+        precision = self.pair.card.precision
+        if state.precision not in (None, precision):
+            self._warn(
+                f"the checkpoint was made in {state.precision} and the run goes on in {precision}: it will be close to, but "
+                "not bit for bit, the uninterrupted one"
+            )
+        elif self.block.hyperparameters.precision not in ("auto", precision):
+            self._warn("this machine does not multiply bfloat16 itself: the run is in float32")
         torch.set_num_threads(wanted)
         if self.device == "cpu":
             torch.use_deterministic_algorithms(True)
@@ -273,6 +285,7 @@ class Pipeline:
             best_dir=best_dir,
             ranks=self.ranks,
             autocast=self.pair.card.autocast,
+            rounds_to=self.pair.card.rounds_to,
             rollouts=plan_rollouts(self.spec, rows, len(tokenizer), self.sampler_for),
             features=self.pair.features(rows),
         )

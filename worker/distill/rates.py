@@ -9,6 +9,7 @@ from worker.distill.students import StudentRecipe
 
 FEW_LAYERS_LEARNING_RATE = 2e-3  # measured for 8 of 30 layers, width 576
 LAYERS_LEARNING_RATE = 1e-3  # measured for 15 of 30
+FITTED_LEARNING_RATE = 5e-4
 FRESH_LEARNING_RATE = 1e-3
 WIDTH_LEARNING_RATE = 1e-3
 LORA_LEARNING_RATE = 5e-4
@@ -26,13 +27,16 @@ def scheduled(step: int, total_steps: int, *, peak: float, warmup: float) -> flo
     return peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def peak_learning_rate(h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel) -> float:
+def peak_learning_rate(
+    h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel, num_fitted_layers: int
+) -> float:
     if h.learning_rate != "auto":
         return h.learning_rate
     rate = STARTS.get(recipe.student.init, CHECKPOINT_LEARNING_RATE)
     if recipe.student.init == "layers" and recipe.layers is not None:
         is_few = 3 * len(recipe.layers) <= recipe.num_available
         rate = FEW_LAYERS_LEARNING_RATE if is_few else LAYERS_LEARNING_RATE
+        rate = FITTED_LEARNING_RATE if num_fitted_layers else rate
     return rate * min(1.0, MEASURED_WIDTH / int(model.config.get_text_config(decoder=True).hidden_size))
 
 

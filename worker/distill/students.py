@@ -25,7 +25,8 @@ class StudentRecipe:
 
     `layers` are those kept of `num_available`, None where the student keeps all of its start's; of an encoder-decoder
     they are the decoder's, and `encoder_layers` None means that the encoder stays whole. `calibration` holds token ids
-    by which a width's parts are judged; without it their weights' norms decide.
+    by which a width's parts are judged; without it their weights' norms decide. `fits_layers`: a trainer begins by that
+    (worker.distill.fitting); the built student is the plain one.
     """
 
     student: Student
@@ -36,6 +37,7 @@ class StudentRecipe:
     encoder_layers: tuple[int, ...] | None = None
     freeze_head: bool = False
     freeze_encoder: bool = False
+    fits_layers: bool = False
     seed: int = 0
     calibration: tuple[tuple[int, ...], ...] = ()
 
@@ -97,6 +99,7 @@ def plan_student(
         encoder_layers=encoder_layers,
         freeze_head=_freezes_head(student, config, teacher_dir, start_dir),
         freeze_encoder=_freezes_encoder(student, config, encoder_layers, teacher_dir, start_dir),
+        fits_layers=student.init == "layers" and student.fit_rows != 0,
         seed=seed,
         calibration=calibration,
     )
@@ -110,13 +113,18 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     return model.eval()
 
 
-def load_student(recipe: StudentRecipe, resume_dir: Path | None, *, seed: int) -> PreTrainedModel:
-    """The student as a training begins with it, or as it was in a checkpoint; what is not to be trained is frozen."""
+def load_student(
+    recipe: StudentRecipe, resume_dir: Path | None, *, seed: int, rounds_to: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The student as a training begins with it, or as it was in a checkpoint; what is not to be trained is frozen.
+
+    `rounds_to` is what the linear layers of its body multiply in on a CPU.
+    """
     if resume_dir is None or recipe.lora is not None:  # a checkpoint's model folder has adapters merged in
         model = recipe.build()
     else:
         model = load_model(resume_dir / "model")
-    use_onednn(model)
+    use_onednn(model, rounds_to, but=model.get_output_embeddings())
     use_short_attention(model)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, seed=seed)

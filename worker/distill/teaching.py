@@ -109,7 +109,7 @@ class Teaching:
     def _place(self, *, can_cache: bool) -> Placement:
         """Beside the student, or the largest of a ladder, or where it fits. Features need it beside, come what may."""
         if self.card.name == "cpu":
-            return Placement(teacher_device=self.device)
+            return Placement(self.card, teacher_device=self.device)
         block = self.spec.distillation
         num_layers = max(block.student.ladder) if block.student.ladder else None
         recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, block.student, num_layers)
@@ -132,7 +132,7 @@ class Teaching:
     def _load(self) -> PreTrainedModel:
         placed = self.placement
         teacher = load_model(self.teacher_dir, placed.teacher_dtype).to(placed.teacher_device)
-        pack_weights(teacher)
+        pack_weights(teacher, dtype=self.card.rounds_to, but=teacher.get_output_embeddings())
         return teacher.requires_grad_(False)
 
     @property
@@ -200,6 +200,8 @@ class Teaching:
         is_causal = shape_of(self.teacher.config) == "causal" and placed.teacher_device == "cpu"
         prefix = shared_prefix(examples) if is_causal else ()
         identity = f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}"
+        if self.card.rounds_to != torch.float32:
+            identity += f":{self.card.precision}"
         teacher = cached_teacher(
             partial(self.live_teacher, prefix),
             head,

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,12 +27,13 @@ from worker.distill.data import Example
 from worker.distill.errors import NanLoss
 from worker.distill.evaluate import HeldOut, HeldOutRows
 from worker.distill.features import FeaturePlan, Features
+from worker.distill.fitting import fit_student
 from worker.distill.gradients import Gradients
 from worker.distill.heads import head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Means, Pace, Throttle
 from worker.distill.parallel import ALONE, Ranks
-from worker.distill.progress import CheckpointLine, MetricsLine, ProgressLine, Sink
+from worker.distill.progress import CheckpointLine, MessageLine, MetricsLine, ProgressLine, Sink
 from worker.distill.rates import parameter_groups, peak_learning_rate, scheduled
 from worker.distill.rollouts import Piece, RolloutPlan, Rollouts
 from worker.distill.signals import Signal
@@ -80,6 +82,7 @@ class Setup:
     num_courses_after: int = 0  # they are as many steps long as this one
     ranks: Ranks = ALONE
     autocast: torch.dtype | None = None  # what the student's body trains in, if not in its weights' float32
+    rounds_to: torch.dtype = torch.float32  # the same of its products, on a CPU
 
 
 def batch_tokens_of(h: Hyperparameters) -> int:
@@ -120,7 +123,8 @@ class Trainer:
             ranks=setup.ranks,
         )
         self.best_dir = setup.best_dir
-        self.model = load_student(setup.recipe, setup.resume_dir, seed=setup.seed).to(setup.device)
+        model = load_student(setup.recipe, setup.resume_dir, seed=setup.seed, rounds_to=setup.rounds_to)
+        self.model = model.to(setup.device)
         self.head = head_of(self.model, setup.num_tokens)
         self.features = Features(setup.features, self.model) if setup.features else None
         self.gradients = Gradients(
@@ -135,7 +139,6 @@ class Trainer:
         if self._projections is not None:
             groups.append({"params": list(self._projections.parameters()), "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-        self.learning_rate = peak_learning_rate(h, setup.recipe, self.model)
         torch.manual_seed(setup.seed)
         if setup.resume_dir is not None:
             load_optimizer(setup.resume_dir, self.optimizer, self.model, self._projections)
@@ -155,6 +158,8 @@ class Trainer:
 
         Raises Stopped, NanLoss, DiskFull.
         """
+        if self.setup.resume_dir is None:
+            self.fit()
         if not self.state.untrained_metrics:
             held_out = self.measure()
             self._update(untrained_metrics=held_out.series(), **self.rollouts.observe(self.state, held_out))
@@ -171,6 +176,15 @@ class Trainer:
         assert self.best_dir is not None  # the last step is evaluated, so one was the best
         return self.state, self.best_dir
 
+    def fit(self) -> None:
+        """The layers of a student that lost some, before its first step."""
+        order = chain.from_iterable(reversed(self.plan.epoch(0)))  # a short training never sees those
+        rows = [self.setup.train[number] for number in order]
+        fit = fit_student(self.model, self.setup.recipe, rows, self.setup.rounds_to, self._while_working)
+        self._update(num_fitted_layers=fit.num_layers)
+        if fit.message:
+            self.sink(MessageLine(message=fit.message))
+
     def measure(self) -> HeldOut:
         """The student on the held-out rows, as it is now."""
         teacher = self.setup.teacher if self.setup.has_one_tokenizer else None
@@ -178,11 +192,11 @@ class Trainer:
 
     def _next_pieces(self) -> list[Piece]:
         numbers = self.plan.epoch(self.state.epoch)[self.state.batch]
-        own = self.rollouts.pieces(self.state, numbers, self._while_answering)
+        own = self.rollouts.pieces(self.state, numbers, self._while_working)
         numbers = self.setup.ranks.share(numbers, self.plan.lengths)
         return own or ([Piece(collate(self.setup.train, numbers, self.setup.device))] if numbers else [])
 
-    def _while_answering(self) -> None:
+    def _while_working(self) -> None:
         self._stop_if_asked()
         self._tell()
 
@@ -195,7 +209,8 @@ class Trainer:
 
     def _step(self, pieces: list[Piece]) -> None:
         h = self.setup.hyperparameters
-        rate = scheduled(self.state.step, self.total_steps, peak=self.learning_rate, warmup=h.warmup_ratio)
+        peak = peak_learning_rate(h, self.setup.recipe, self.model, self.state.num_fitted_layers)
+        rate = scheduled(self.state.step, self.total_steps, peak=peak, warmup=h.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums = self.gradients.add(pieces, self._objective(), self._trained_parameters())

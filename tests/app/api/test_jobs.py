@@ -108,6 +108,13 @@ def test_the_openai_place_for_epochs_is_honoured(bench: Bench) -> None:
         ({"student": {"num_layers": 5}}, {}, 400, "invalid_value", "method.distillation.student.num_layers"),
         ({"student": {"layers": [0, 4]}}, {}, 400, "invalid_value", "method.distillation.student.layers"),
         ({"student": {"layers": [1, 0]}}, {}, 400, "invalid_value", "method.distillation.student"),
+        (
+            {"student": {"init": "checkpoint", "fit_rows": 9}},
+            {},
+            400,
+            "invalid_value",
+            "method.distillation.student",
+        ),
         ({"studnt": {}}, {}, 400, "unknown_parameter", "method.distillation.studnt"),
         (
             {"hyperparameters": {"learning_rate": 2}},

@@ -63,10 +63,14 @@ def answered_rows() -> list[Json]:
 def make_spec(
     tmp_path: Path, tiny_llama_dir: Path, answered_rows: list[Json], write_rows: Callable[..., Path]
 ) -> Callable[..., RunSpec]:
-    """A function that makes a spec; keywords go to its hyperparameters, `block` into the distillation block."""
+    """A function that makes a spec; keywords go to its hyperparameters, `block` into the distillation block.
+
+    In float32, and students of layers begin as plain cuts: what most tests compare with.
+    """
 
     def make(block: Json | None = None, spec: Json | None = None, **hyperparameters: Any) -> RunSpec:
         block = {"evaluation": {"metrics": ["perplexity", "agreement"], "num_samples": 0}, **(block or {})}
+        block["student"] = {"fit_rows": 0, **block.get("student", {})}
         fields: Json = {
             "teacher_dir": tiny_llama_dir,
             "start_dir": tiny_llama_dir,
@@ -76,7 +80,13 @@ def make_spec(
         }
         if "training_path" not in fields:
             fields["training_path"] = write_rows(answered_rows)
-        numbers = {"n_epochs": 2, "batch_tokens": 256, "learning_rate": 3e-3, **hyperparameters}
+        numbers = {
+            "n_epochs": 2,
+            "batch_tokens": 256,
+            "learning_rate": 3e-3,
+            "precision": "float32",
+            **hyperparameters,
+        }
         return RunSpec.model_validate(
             {"distillation": {"teacher": "tiny", "hyperparameters": numbers, **block}, **fields}
         )

@@ -62,6 +62,7 @@ def test_the_teacher_goes_where_it_fits(
 
 def test_only_a_new_card_trains_under_autocast() -> None:
     assert [device.autocast for device in (Device(), OLD_CARD, NEW_CARD)] == [None, None, torch.bfloat16]
+    assert NEW_CARD.rounds_to == torch.float32  # autocast does it there
 
 
 def test_a_student_that_is_too_large_by_estimate_is_said_to_be() -> None:
@@ -80,9 +81,18 @@ def test_the_message_names_card_floats_and_place() -> None:
     assert "does not fit" in place(OLD_CARD, needs(4, 10)).message
 
 
-def test_without_a_card_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_without_a_card_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch, *, has_bfloat16: bool) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert find_device() == Device() == Placement().device
+    monkeypatch.setattr("worker.distill.devices.HAS_FAST_BFLOAT16", has_bfloat16)
+    found = find_device()
+    assert found == Device(has_bfloat16=has_bfloat16)
+    assert found == find_device(precision="bfloat16")  # what a processor cannot do is not asked of it
+    assert found.autocast is None
+    assert found.rounds_to == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    assert bool(place(found, needs(1, 1)).message) == has_bfloat16
+    assert find_device(precision="float32") == Device() == Placement().device
+    assert Device().rounds_to == torch.float32
 
 
 def test_a_students_bytes_are_its_parameters_and_what_training_adds(tiny_gpt2_dir: Path) -> None:

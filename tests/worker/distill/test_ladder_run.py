@@ -187,6 +187,12 @@ def test_a_ladder_with_an_impossible_size_fails_before_anything_is_answered(
     assert [line.name for line in lines(sink, StageLine)] == ["loading_models"]
 
 
+def test_a_baseline_is_not_fitted_because_that_would_be_teaching(run_job: Run, make_spec: MakeSpec) -> None:
+    block = {"student": {"fit_rows": "auto"}, "evaluation": {**JUDGED, "ce_baseline": True}}
+    _, sink = run_job(make_spec(block, **{**STEPS, "max_steps": 2}))
+    assert sum("in closed form" in line.message for line in lines(sink, MessageLine)) == 1
+
+
 def test_a_baseline_is_the_same_student_without_its_teacher(
     run_job: Run, make_spec: MakeSpec, tmp_path: Path
 ) -> None:

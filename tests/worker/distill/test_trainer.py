@@ -59,6 +59,10 @@ def checkpoints(sink: MemorySink) -> list[CheckpointLine]:
     return [line for line in sink.lines if isinstance(line, CheckpointLine)]
 
 
+def messages(sink: MemorySink) -> list[str]:
+    return [line.message for line in sink.lines if isinstance(line, MessageLine)]
+
+
 def stop_after(run: Run, spec: RunSpec, num_steps: int, out: str) -> None:
     stop = StopAfter(num_steps)
     with pytest.raises(Stopped) as stopped:
@@ -72,17 +76,20 @@ def test_the_student_learns(run: Run, make_spec: MakeSpec, series: Series) -> No
 
 
 @pytest.mark.parametrize(
-    "block",
+    ("block", "precision"),
     [
-        pytest.param({}, id="frozen head, expected rows"),
-        pytest.param({"student": {"freeze_head": False}}, id="trained head"),
-        pytest.param({"objective": {"then": {"divergence": "skew_forward_kl", "at": 0.7}}}, id="two phases"),
+        pytest.param({}, "float32", id="frozen head, expected rows"),
+        pytest.param({"student": {"freeze_head": False}}, "float32", id="trained head"),
+        pytest.param(
+            {"objective": {"then": {"divergence": "skew_forward_kl", "at": 0.7}}}, "float32", id="two phases"
+        ),
+        pytest.param({"student": {"fit_rows": "auto"}}, "auto", id="fitted, in what the machine has"),
     ],
 )
 def test_a_run_resumed_in_another_process_has_the_bits_of_one_that_never_stopped(
-    run: Run, make_spec: MakeSpec, tmp_path: Path, block: dict[str, Any]
+    run: Run, make_spec: MakeSpec, tmp_path: Path, block: dict[str, Any], precision: str
 ) -> None:
-    spec = make_spec(block, **HALVES)
+    spec = make_spec(block, **HALVES, precision=precision)
     run(spec, out="whole")
     stop_after(run, spec, 5, out="first")
     shutil.rmtree(spec.cache_dir)  # another machine has no cache
@@ -210,6 +217,36 @@ def test_a_resume_with_other_threads_says_so(run: Run, make_spec: MakeSpec, tmp_
     sink = run(spec.model_copy(update={**changes, "num_threads": 0}), out="third")
     assert not [line for line in sink.lines if isinstance(line, MessageLine)]
     assert torch.get_num_threads() == 1
+
+
+def test_a_resumed_run_keeps_the_precision_of_its_checkpoint_or_says_that_it_cannot(
+    run: Run, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = make_spec(**HALVES)
+    stop_after(run, spec, 5, out="first")
+    resume = {"resume_dir": tmp_path / "first" / "step-5"}
+    monkeypatch.setattr("worker.distill.devices.HAS_FAST_BFLOAT16", True)
+    quiet = run(make_spec(spec=resume, **HALVES, precision="auto"), out="second")
+    assert load_state(tmp_path / "second" / "step-10").precision == "float32"
+    assert not any("bit for bit" in m and "float32" in m for m in messages(quiet))
+    other = run(make_spec(spec=resume, **HALVES, precision="bfloat16"), out="third")
+    assert load_state(tmp_path / "third" / "step-10").precision == "bfloat16"
+    assert any("made in float32 and the run goes on in bfloat16" in message for message in messages(other))
+    monkeypatch.setattr("worker.distill.devices.HAS_FAST_BFLOAT16", False)
+    told = messages(run(make_spec(**HALVES, precision="bfloat16"), out="fourth"))
+    assert any("does not multiply bfloat16 itself" in message for message in told)
+
+
+def test_a_fitted_student_says_so_and_begins_elsewhere_than_the_plain_one(
+    run: Run, make_spec: MakeSpec, tmp_path: Path, series: Series
+) -> None:
+    sink = run(make_spec({"student": {"fit_rows": 7}}, learning_rate="auto", max_steps=2), out="fitted")
+    assert any("fitted 2 layers in closed form on 7 rows" in message for message in messages(sink))
+    assert load_state(tmp_path / "fitted" / "step-2").num_fitted_layers == 2
+    plain = run(make_spec(learning_rate="auto", max_steps=2), out="plain")
+    assert load_state(tmp_path / "plain" / "step-2").num_fitted_layers == 0
+    assert series(sink, "valid_kl")[0] != series(plain, "valid_kl")[0]
+    assert series(sink, "learning_rate")[0] < series(plain, "learning_rate")[0]
 
 
 def test_progress_rises_to_the_end(run: Run, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
