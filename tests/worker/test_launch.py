@@ -38,7 +38,8 @@ def module_spec(folder: Path, tiny_llama_dir: Path) -> Json:
     """Six steps of few rows, some of fewer rows than there are processes; the teacher answers."""
     rows = [{"prompt": f"Who keeps house number {i}{' and the jar' * (i % 5)}?"} for i in range(30)]
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    numbers = {"n_epochs": 9, "max_steps": 6, "batch_tokens": 100, "learning_rate": 3e-3}
+    numbers: Json = {"n_epochs": 9, "max_steps": 6, "batch_tokens": 100, "learning_rate": 3e-3}
+    numbers["precision"] = "float32"  # what a batch is cut into shows in the last of bfloat16's 8 bits
     return {
         "distillation": {
             "teacher": "tiny",
