@@ -46,12 +46,6 @@ class Packing:
         return places_BL
 
     @cached_property
-    def places_BT(self) -> Tensor:
-        """Where any token of a row lies in the packed sequence."""
-        shared = torch.arange(self.num_shared).expand(len(self.own_lengths), -1)
-        return torch.cat([shared, self.places_BL], dim=1)
-
-    @cached_property
     def hidden_LS(self) -> Tensor:
         """Which keys an own token must not see. Padding comes after all that a row has."""
         longest = max(self.own_lengths)
