@@ -225,14 +225,14 @@ def set_serving(
     model: Annotated[str, typer.Argument(help="Its id, or an alias.")],
     engine: Annotated[EngineName, typer.Option(help="Whose step it is.")] = "transformers",
     weights: Annotated[
-        WeightsName, typer.Option(help="int8 is smallest, and answers differ most.")
-    ] = "plain",
+        WeightsName, typer.Option(help="plain answers as trained; int8 is smallest, and answers differ most.")
+    ] = "auto",
     draft: Annotated[str | None, typer.Option(help="A model that proposes tokens; default: none.")] = None,
     num_tokens: Annotated[int, typer.Option(help="Tokens that it proposes at once.", min=1, max=16)] = 4,
     project: Annotated[str, typer.Option(help="Whose model it is.")] = "default",
     data_dir: DataDir = None,
 ) -> None:
-    """Decide how a model is served; what is left out is the plain way."""
+    """Decide how a model is served; what is left out is as it was by itself."""
     from pydantic import ValidationError
 
     from app.auth import Principal

@@ -164,14 +164,18 @@ class Draft(Contract):
 
 
 EngineName = Literal["transformers", "vllm"]
-WeightsName = Literal["plain", "bfloat16", "int8"]
+LoadedWeights = Literal["plain", "bfloat16", "int8"]
+WeightsName = Literal["auto"] | LoadedWeights
 
 
 class ServingOptions(Contract):
-    """How a model is served. int8 weights cost some agreement, bfloat16 ones little; a draft costs none."""
+    """How a model is served. int8 weights cost some agreement, bfloat16 ones little; a draft costs none.
+
+    auto: bfloat16 on a CPU that multiplies it itself, unless there is a draft, which may change nothing; else plain.
+    """
 
     engine: EngineName = "transformers"
-    weights: WeightsName = "plain"
+    weights: WeightsName = "auto"
     draft: Draft | None = None
 
 
@@ -268,15 +272,18 @@ class Cancel(Contract):
 class ModelState(Contract):
     """What one serve worker has of one model.
 
-    bytes: in memory when resident, in the store before. first_token_seconds: of a short prompt, alone, after the load.
+    bytes: in memory when resident, in the store before. weights: what they were loaded as. first_token_seconds: of a short
+    prompt, alone, after the load. acceptance_rate: of the draft's tokens so far, where there is a draft.
     """
 
     residence: str
     state: Literal["loading", "resident", "failed"]
     bytes: int
     percent: float = 0.0  # of the load
+    weights: LoadedWeights | None = None
     load_seconds: float | None = None
     first_token_seconds: float | None = None
+    acceptance_rate: float | None = None
     is_pinned: bool = False
     error: str | None = None
 

@@ -63,6 +63,10 @@ class Settings(BaseSettings):
     serve_device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="What our engine runs on; auto: a CUDA device if there is one"
     )
+    serve_precision: Literal["auto", "float32"] = Field(
+        "auto",
+        description="Float of models whose weights option is auto, on a CPU; auto: bfloat16 if it multiplies that itself",
+    )
     max_running_sequences: int = Field(
         32, ge=1, le=1024, description="Sequences decoded together by a serve worker"
     )

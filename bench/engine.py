@@ -11,7 +11,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from app.contracts import ArtifactRef, Delta, GenerateRequest, Message, Sampling, WeightsName
+from app.contracts import ArtifactRef, Delta, GenerateRequest, LoadedWeights, Message, Sampling
 from bench.cases import Entry
 from bench.floor import best_seconds, layers_of
 from worker import gemm
@@ -97,7 +97,7 @@ def measure(task: Entry) -> Entry:
     with torch.no_grad():
         floor = step_floor_seconds(load_model(folder), task["num_rows"])
     found: Entry = {"step_floor_ms": 1000 * floor}
-    for weights in get_args(WeightsName):
+    for weights in get_args(LoadedWeights):
         loaded = load_model(folder, weights=weights, keeps_plain=False)  # as a worker has it
         first = first_token_seconds(loaded, task["prompts"], task["max_tokens"])
         found[weights] = {

@@ -13,6 +13,7 @@ import redis
 from app.contracts import ServeWorkerStatus, serve_worker_key
 
 START_SECONDS = 60
+SAME_TEXT = {"STILLHOUSE_SERVE_PRECISION": "float32"}  # as generate() writes, which texts are compared with
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -28,7 +29,10 @@ class WorkerProcess:
                 cwd=ROOT,
                 stdout=log,
                 stderr=log,
-                env=dict(os.environ) | {"STILLHOUSE_REDIS_URL": valkey_url} | dict(environment or {}),
+                env=SAME_TEXT
+                | dict(os.environ)
+                | {"STILLHOUSE_REDIS_URL": valkey_url}
+                | dict(environment or {}),
             )
         wait_for(lambda: self.ids() - before, START_SECONDS, f"no heartbeat; its log is {log_path}")
         (self.id,) = self.ids() - before

@@ -93,6 +93,7 @@ def serve(settings: Settings) -> int:
         max_context_tokens=settings.max_context_tokens,
         model_load_wait_seconds=settings.model_load_wait_seconds,
         device=choose_device(settings.serve_device, has_cuda=torch.cuda.is_available()),
+        precision=settings.serve_precision,
     )
     options = ServeOptions(
         worker_id=worker_id,

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from app.contracts import EngineName, ServingOptions, WeightsName
+from app.contracts import EngineName, LoadedWeights, ServingOptions, WeightsName
 from app.schemas.jobs import Body, ModelId
 
 
@@ -14,10 +14,10 @@ class SetDraft(Body):
 
 
 class SetServing(Body):
-    """All options at once; what is left out is the plain way."""
+    """All options at once; what is left out is the way it was by itself."""
 
     engine: EngineName = "transformers"
-    weights: WeightsName = "plain"
+    weights: WeightsName = "auto"
     draft: SetDraft | None = None
 
 
@@ -49,14 +49,20 @@ LoadState = Literal["absent", "loading", "resident", "failed"]
 
 
 class WorkerState(BaseModel):
-    """What one serve worker has of the model. first_token_ms: of a short prompt, alone, measured after the load."""
+    """What one serve worker has of the model.
+
+    weights: what they were loaded as. first_token_ms: of a short prompt, alone, measured after the load. acceptance_rate: the
+    share of the draft's tokens that the model took since the load; null without a draft.
+    """
 
     worker: str
     state: LoadState
     bytes: int | None = None
     percent: float = 0.0
+    weights: LoadedWeights | None = None
     load_seconds: float | None = None
     first_token_ms: float | None = None
+    acceptance_rate: float | None = None
     error: str | None = None
 
 

@@ -51,7 +51,7 @@ def _refuse_beside_vllm(asked: SetServing, facts: ModelFacts) -> None:
     if facts.family != "causal":
         message = f"vLLM serves no {facts.architecture} models; choose the engine transformers"
         raise BadRequest(message, "incompatible_options", "engine")
-    if asked.weights != "plain":
+    if asked.weights not in ("auto", "plain"):
         message = "vLLM serves the weights as they are; leave weights out, or choose the engine transformers"
         raise BadRequest(message, "incompatible_options", "weights")
     if asked.draft is not None:
@@ -160,13 +160,15 @@ def status_of(
 def _worker_state(worker_id: str, state: ModelState | None) -> WorkerState:
     if state is None:
         return WorkerState(worker=worker_id, state="absent")
-    first_token = state.first_token_seconds
+    first_token, accepted = state.first_token_seconds, state.acceptance_rate
     return WorkerState(
         worker=worker_id,
         state=state.state,
         bytes=state.bytes,
         percent=round(state.percent, 1),
+        weights=state.weights,
         load_seconds=state.load_seconds,
         first_token_ms=None if first_token is None else round(1000 * first_token, 2),
+        acceptance_rate=None if accepted is None else round(accepted, 3),
         error=state.error,
     )

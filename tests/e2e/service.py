@@ -23,6 +23,7 @@ FAST = {
     "STILLHOUSE_RETRY_BACKOFF_SECONDS": "0.5",
     "STILLHOUSE_MIN_FREE_BYTES": "1000000",
     "STILLHOUSE_NUM_THREADS": "1",
+    "STILLHOUSE_SERVE_PRECISION": "float32",  # texts are compared with those of generate()
     "STILLHOUSE_MAX_CONTEXT_TOKENS": "256",
 }
 

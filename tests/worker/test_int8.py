@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from app.contracts import WeightsName
+from app.contracts import LoadedWeights
 from worker import int8
 from worker.gemm import HAS_BFLOAT16
 from worker.serve.errors import OptionUnavailable
@@ -52,7 +52,7 @@ def test_a_row_of_zeros_gives_the_bias() -> None:
 @pytest.mark.parametrize("weights", ["int8", "bfloat16"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_of_each_family_answers_nearly_alike_from_less_memory(
-    name: str, weights: WeightsName, request: pytest.FixtureRequest
+    name: str, weights: LoadedWeights, request: pytest.FixtureRequest
 ) -> None:
     if weights == "bfloat16" and not HAS_BFLOAT16:
         pytest.skip("this CPU has no products of bfloat16")

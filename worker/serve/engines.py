@@ -6,18 +6,21 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from app.contracts import ArtifactRef, Done, Failure, GenerateRequest, Sampling, WeightsName
+from app.contracts import ArtifactRef, Done, Failure, GenerateRequest, LoadedWeights, Sampling, ServingOptions
 from app.control import Served
+from worker.gemm import HAS_FAST_BFLOAT16
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import OptionUnavailable
 from worker.serve.loading import LoadedModel, load_model
 from worker.serve.speculative import SpeculativeEngine
+from worker.serve.threads import StepThreads
 from worker.serve.vllm_engine import load_vllm
 
 T = TypeVar("T")
 Fetch = Callable[[ArtifactRef], Path]
+Precision = Literal["auto", "float32"]
 
 READ_PERCENT = 90.0  # the rest is packing the weights and the first pass
 WARM_UP_SECONDS = 120.0
@@ -26,12 +29,20 @@ _thread = threading.local()  # .progress: of the load that the thread is busy wi
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What every engine of a worker gets; `clock` gives seconds since the epoch."""
+    """What every engine of a worker gets; `clock` gives seconds since the epoch, `precision` is for weights left at auto."""
 
     max_running: int
     max_context_tokens: int
     device: str
     clock: Callable[[], float]
+    precision: Precision = "float32"
+
+    def weights_for(self, options: ServingOptions) -> LoadedWeights:
+        """What the weights are loaded as. A draft may change no text, and in bfloat16 near ties are more frequent."""
+        if options.weights != "auto":
+            return options.weights
+        is_rounded = self.precision == "auto" and self.device == "cpu" and HAS_FAST_BFLOAT16
+        return "bfloat16" if is_rounded and options.draft is None else "plain"
 
 
 @dataclass
@@ -72,6 +83,7 @@ class Ready(NamedTuple):
     num_bytes: int
     load_seconds: float
     first_token_seconds: float | None
+    weights: LoadedWeights
 
 
 def make_ready(served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress) -> Ready:
@@ -79,7 +91,10 @@ def make_ready(served: Served, fetch: Fetch, limits: EngineLimits, progress: Loa
     began = time.perf_counter()
     engine, num_bytes = engine_for(served, fetch, limits, progress)
     load_seconds = time.perf_counter() - began
-    return Ready(engine, num_bytes, load_seconds, first_token_seconds(engine, served, limits.clock))
+    first_token = first_token_seconds(engine, served, limits.clock)
+    if isinstance(engine, TransformersEngine) and engine.threads is not None and first_token is not None:
+        engine.threads.settle(first_token)
+    return Ready(engine, num_bytes, load_seconds, first_token, limits.weights_for(served.serving))
 
 
 def engine_for(
@@ -89,11 +104,12 @@ def engine_for(
     options = served.serving
     if options.engine == "vllm":
         return _in_vllm(served, fetch, limits, progress)
-    loaded = _load(served.weights, fetch, limits, progress, options.weights)
+    loaded = _load(served.weights, fetch, limits, progress, limits.weights_for(options))
     given: dict[str, Any] = {  # Any: fields of an engine
         "clock": limits.clock,
         "max_running": limits.max_running,
         "max_context_tokens": limits.max_context_tokens,
+        "threads": StepThreads.of_this_thread() if limits.device == "cpu" else None,
     }
     if options.draft is None:
         return TransformersEngine(loaded.model, loaded.tokenizer, **given), loaded.num_bytes
@@ -108,7 +124,7 @@ def engine_for(
 def _in_vllm(
     served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
 ) -> tuple[Engine, int]:
-    if served.serving.weights != "plain" or served.serving.draft is not None:
+    if served.serving.weights not in ("auto", "plain") or served.serving.draft is not None:
         raise OptionUnavailable("vLLM is given plain weights and no draft; serve the model without them")
     folder = fetch(served.weights)
     with progress.reading(served.weights.bytes):
@@ -125,7 +141,7 @@ def _load(
     fetch: Fetch,
     limits: EngineLimits,
     progress: LoadProgress,
-    weights: WeightsName = "plain",
+    weights: LoadedWeights = "plain",
 ) -> LoadedModel:
     folder = fetch(ref)
     with progress.reading(ref.bytes):

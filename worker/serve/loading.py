@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from app.contracts import WeightsName
+from app.contracts import LoadedWeights
 from worker.gemm import HAS_BFLOAT16, pack_weights
 from worker.int8 import HAS_INT8, quantize_weights
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable
@@ -30,7 +30,7 @@ def load_model(
     folder: Path,
     *,
     device: str = "cpu",
-    weights: WeightsName = "plain",
+    weights: LoadedWeights = "plain",
     keeps_plain: bool = True,
 ) -> LoadedModel:
     """float32 on a CPU, the checkpoint's own type elsewhere.
@@ -79,7 +79,7 @@ def load_model(
     return LoadedModel(model, tokenizer, num_plain_bytes + num_packed_bytes)
 
 
-def _pack(model: Any, weights: WeightsName, *, keeps_plain: bool) -> int:
+def _pack(model: Any, weights: LoadedWeights, *, keeps_plain: bool) -> int:
     """Lays the layers out for their products; the head stays float32, for its rounding would be seen in every token."""
     head = model.get_output_embeddings()
     if weights == "bfloat16":
@@ -88,7 +88,7 @@ def _pack(model: Any, weights: WeightsName, *, keeps_plain: bool) -> int:
     return num_bytes + pack_weights(model, keeps_plain=keeps_plain)
 
 
-def _refuse_unavailable(weights: WeightsName, device: str) -> None:
+def _refuse_unavailable(weights: LoadedWeights, device: str) -> None:
     if weights == "int8" and (device != "cpu" or not HAS_INT8):
         raise OptionUnavailable(
             "weights of 8 bits need a CPU and a torch with oneDNN; serve the model without them"

@@ -12,7 +12,7 @@ import structlog
 from app.contracts import Delta, GenerateRequest, ModelState, Reply
 from app.control import Keep, Load, Served, Unload
 from worker.serve.engine import Engine
-from worker.serve.engines import EngineLimits, Fetch
+from worker.serve.engines import EngineLimits, Fetch, Precision
 from worker.serve.errors import DeadlinePassed, ModelLoading, ModelTooLarge, ServeError, failure_of
 from worker.serve.residency import Residency, Resident
 
@@ -66,6 +66,7 @@ class ModelHost:
     max_context_tokens: int = 2048
     model_load_wait_seconds: float = 30.0
     device: str = "cpu"
+    precision: Precision = "float32"
     clock: Callable[[], float] = time.time
     _inbox: "queue.SimpleQueue[GenerateRequest | str | Load | Unload | Keep]" = field(
         default_factory=queue.SimpleQueue, init=False
@@ -77,7 +78,9 @@ class ModelHost:
     _last_step_at: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        limits = EngineLimits(self.max_running, self.max_context_tokens, self.device, self.clock)
+        limits = EngineLimits(
+            self.max_running, self.max_context_tokens, self.device, self.clock, self.precision
+        )
         self._residency = Residency(self.resident_bytes, self.loader, limits, ring=self._bell.set)
         self._status = HostStatus()
 

@@ -7,11 +7,12 @@ from functools import partial
 
 import structlog
 
-from app.contracts import ModelState
+from app.contracts import LoadedWeights, ModelState
 from app.control import Served
 from worker.serve.engine import Engine
 from worker.serve.engines import EngineLimits, Fetch, LoadProgress, Ready, make_ready, watch_loads
 from worker.serve.errors import ModelLoadFailed, ModelTooLarge, ServeError
+from worker.serve.speculative import SpeculativeEngine
 
 log = structlog.get_logger()
 
@@ -28,7 +29,15 @@ class Resident:
     num_bytes: int
     load_seconds: float
     first_token_seconds: float | None
+    weights: LoadedWeights
     used_at: float
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Of the draft's tokens so far."""
+        if not isinstance(self.engine, SpeculativeEngine) or not self.engine.draft_counts.num_proposed:
+            return None
+        return self.engine.draft_counts.acceptance_rate
 
 
 @dataclass
@@ -169,8 +178,10 @@ class Residency:
                 state="resident",
                 bytes=resident.num_bytes,
                 percent=100.0,
+                weights=resident.weights,
                 load_seconds=resident.load_seconds,
                 first_token_seconds=resident.first_token_seconds,
+                acceptance_rate=resident.acceptance_rate,
                 is_pinned=key in self._pinned,
             )
             for key, resident in self._residents.items()

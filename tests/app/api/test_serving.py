@@ -12,7 +12,7 @@ from app.settings import Settings
 from tests.serve_worker import WorkerProcess, wait_for
 
 Register = Callable[..., str]
-PLAIN = {"engine": "transformers", "weights": "plain", "draft": None}
+PLAIN = {"engine": "transformers", "weights": "auto", "draft": None}
 
 
 def state_of(http: httpx.Client, model: str = "tiny") -> dict[str, Any]:
