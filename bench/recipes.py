@@ -5,7 +5,8 @@
 
 Every run is a process of its own (`python -m worker.run`); teacher answers and hidden states are shared by all. `--start`
 names another model to start from (then as a checkpoint), `--init` another kind of student than the teacher's layers.
-Quality only: nothing here is timed. A run whose result is on file is not repeated.
+All else is a job's defaults, the learning rate among them. Quality only: nothing here is timed. A run whose result is on file
+is not repeated.
 """
 
 import argparse
@@ -42,12 +43,12 @@ TASKS: dict[str, Json] = {
     "titles": {
         "student": {"num_encoder_layers": 8, "num_decoder_layers": 4},
         "data": {"completions": "teacher", "temperature": 0.0, "max_new_tokens": 24},
-        "hyperparameters": {"n_epochs": 1, "batch_tokens": 2048, "learning_rate": 1e-3},
+        "hyperparameters": {"n_epochs": 1, "batch_tokens": 2048},
     },
     "smollm2": {
         "student": {"num_layers": 8},
         "data": {"completions": "teacher", "temperature": 0.0, "max_new_tokens": 48},
-        "hyperparameters": {"n_epochs": 3, "max_steps": 120, "batch_tokens": 512, "learning_rate": 2e-3},
+        "hyperparameters": {"n_epochs": 3, "max_steps": 120, "batch_tokens": 512},
     },
 }
 OTHER_STUDENTS: dict[str, Json] = {
