@@ -165,7 +165,7 @@ class Draft(Contract):
 
 EngineName = Literal["transformers", "vllm"]
 LoadedWeights = Literal["plain", "bfloat16", "int8"]
-WeightsName = Literal["auto"] | LoadedWeights
+WeightsName = Literal["auto", "plain", "bfloat16", "int8"]
 
 
 class ServingOptions(Contract):
