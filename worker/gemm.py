@@ -133,15 +133,16 @@ class PackedWeight:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
     def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
-        """x W^T + bias, then the activation, in float32, not differentiable."""
+        """x W^T + bias, then the activation, in the weight's float, not differentiable."""
+        bias_O = None if bias_O is None else bias_O.to(self.dtype)
         multiply = torch.ops.mkldnn._linear_pointwise.default
-        if self.tensor.dtype == torch.float32:
-            out: Tensor = multiply(x, self.tensor, bias_O, activation, [], "")
-            return out
-        bias_O = None if bias_O is None else bias_O.to(self.tensor.dtype)
-        out = multiply(x.to(self.tensor.dtype), self.tensor, bias_O, activation, [], "")
-        return out.float()
+        out: Tensor = multiply(x.to(self.dtype), self.tensor, bias_O, activation, [], "")
+        return out
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None
@@ -176,14 +177,20 @@ class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped her
         return _apply(x, self, self.weight_OI)
 
 
+def packed_weight(module: nn.Module) -> PackedWeight | None:
+    """What a layer multiplies by, if it is laid out for oneDNN."""
+    return module.packed if isinstance(module, OneDnnLinear | OneDnnConv1D) else None
+
+
 def multiplier(module: nn.Module, activation: Activation = "none") -> Callable[[Tensor], Tensor]:
     """What a linear layer gives, then swish (also called SiLU) if asked; packed weights without the call of a module.
 
-    For whoever multiplies by one layer many times, with the layer in the same state and without gradients.
+    For whoever multiplies by one layer many times, with the layer in the same state and without gradients. Packed weights
+    give what they multiply in: float32 or bfloat16.
     """
-    packed = getattr(module, "packed", None)
-    if type(module) in (OneDnnLinear, OneDnnConv1D) and packed is not None:
-        bias_O = module.bias
+    packed = packed_weight(module)
+    if packed is not None:
+        bias_O: Any = module.bias
         return lambda x: packed.product(x, bias_O, activation)
     if activation == "none":
         return module
@@ -193,7 +200,7 @@ def multiplier(module: nn.Module, activation: Activation = "none") -> Callable[[
 def _apply(x: Tensor, layer: OneDnnLinear | OneDnnConv1D, weight_OI: Tensor) -> Tensor:
     bias_O: Tensor | None = layer.bias
     if layer.packed is not None and _is_fast(x) and not x.requires_grad:
-        return layer.packed.product(x, bias_O)
+        return layer.packed.product(x, bias_O).float()
     return linear(x, weight_OI, bias_O, layer.rounds_to)
 
 

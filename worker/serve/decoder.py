@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from worker.serve.batch import CursorBatch
 from worker.serve.sampling import Chooser, Pick, pick_tokens
 from worker.serve.scheduler import Scheduler
-from worker.serve.threads import StepThreads
 
 PREFILL_BUDGET = 1024  # tokens of one prefill call, padding included: bounds how long the running rows wait
 
@@ -44,15 +43,13 @@ class Decoder:
         prefill_budget: int = PREFILL_BUDGET,
         min_joining: int = 1,
         batch: CursorBatch | None = None,
-        threads: StepThreads | None = None,
     ) -> None:
         """`min_joining` newcomers wait for each other where throughput matters more than the first token.
 
-        `batch` is one of the model's own that can do more. Without `threads` a step runs on those of its caller.
+        `batch` is one of the model's own that can do more.
         """
         self.max_running = max_running
         self.min_joining = min_joining
-        self.threads = threads
         self.batch = batch or CursorBatch(
             model, max_rows=max_running, max_width=max_context_tokens, max_source_width=max_context_tokens
         )
@@ -100,8 +97,6 @@ class Decoder:
             sequences, logits_NV = self._prefill(groups)
         elif self._rows:
             sequences = list(self._rows)
-            if self.threads is not None:
-                self.threads.use_for(len(sequences))
             logits_NV = self.batch.advance([sequence.tokens[-1] for sequence in sequences])
         else:
             return []
@@ -118,8 +113,6 @@ class Decoder:
         return not self._has_prefilled and num_joining >= min(self.min_joining, self.num_waiting)
 
     def _prefill(self, groups: list[list[Sequence]]) -> tuple[list[Sequence], Tensor]:
-        if self.threads is not None:
-            self.threads.use_all()
         first_row = self.batch.num_rows
         logits_KV = self.batch.join([group[0].prompt for group in groups])
         sequences, sources = [group[0] for group in groups], list(range(len(groups)))

@@ -16,7 +16,6 @@ from worker.serve.logits import processor_for, refuse_unknown_tokens
 from worker.serve.prompts import end_id_of, prompt_tokens
 from worker.serve.sampling import Chooser, Pick, seeded_generator
 from worker.serve.stream import TokenText
-from worker.serve.threads import StepThreads
 
 
 class Engine(Protocol):
@@ -58,7 +57,6 @@ class TransformersEngine:
     max_running: int
     max_context_tokens: int
     clock: Callable[[], float] = time.time
-    threads: StepThreads | None = None
     _live: dict[str, Answer] = field(default_factory=dict, init=False)
     _outbox: list[Reply] = field(default_factory=list, init=False)
 
@@ -73,12 +71,7 @@ class TransformersEngine:
         self._num_logits: int = config.get_text_config(decoder=True).vocab_size
 
     def _make_decoder(self) -> Decoder:
-        return Decoder(
-            self.model,
-            max_running=self.max_running,
-            max_context_tokens=self.max_context_tokens,
-            threads=self.threads,
-        )
+        return Decoder(self.model, max_running=self.max_running, max_context_tokens=self.max_context_tokens)
 
     @property
     def num_running(self) -> int:

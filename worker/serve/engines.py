@@ -15,7 +15,6 @@ from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import OptionUnavailable
 from worker.serve.loading import LoadedModel, load_model
 from worker.serve.speculative import SpeculativeEngine
-from worker.serve.threads import StepThreads
 from worker.serve.vllm_engine import load_vllm
 
 T = TypeVar("T")
@@ -92,8 +91,6 @@ def make_ready(served: Served, fetch: Fetch, limits: EngineLimits, progress: Loa
     engine, num_bytes = engine_for(served, fetch, limits, progress)
     load_seconds = time.perf_counter() - began
     first_token = first_token_seconds(engine, served, limits.clock)
-    if isinstance(engine, TransformersEngine) and engine.threads is not None and first_token is not None:
-        engine.threads.settle(first_token)
     return Ready(engine, num_bytes, load_seconds, first_token, limits.weights_for(served.serving))
 
 
@@ -109,7 +106,6 @@ def engine_for(
         "clock": limits.clock,
         "max_running": limits.max_running,
         "max_context_tokens": limits.max_context_tokens,
-        "threads": StepThreads.of_this_thread() if limits.device == "cpu" else None,
     }
     if options.draft is None:
         return TransformersEngine(loaded.model, loaded.tokenizer, **given), loaded.num_bytes

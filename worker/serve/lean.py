@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worker.gemm import multiplier
+from worker.gemm import multiplier, packed_weight
 
 LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 
@@ -107,6 +107,9 @@ class _Layer:
         self.output = multiplier(attention.o_proj)
         self.gate, self.up = multiplier(mlp.gate_proj, "swish"), multiplier(mlp.up_proj)
         self.down = multiplier(mlp.down_proj)
+        packed = packed_weight(mlp.down_proj)
+        # rounded once for all products of the same rows; sums, norms and attention are in the model's own float
+        self.rounds_to = mlp.down_proj.weight.dtype if packed is None else packed.dtype
         self.query_norm = getattr(attention, "q_norm", None)
         self.key_norm = getattr(attention, "k_norm", None)
         self.is_rotated: bool = getattr(attention, "use_rope", True)
@@ -118,10 +121,12 @@ class _Layer:
         self.num_heads = [*self.num_rotated, num_key_heads]
 
     def forward(self, hidden_NQE: Tensor, seen: _Seen, cache: Any, index: int) -> Tensor:
-        normed = _normed(self.before_attention, hidden_NQE)
+        """Of the next layer, in the same memory."""
+        normed = _normed(self.before_attention, hidden_NQE).to(self.rounds_to)
         heads = (*hidden_NQE.shape[:2], -1, self.head_width)
         projected = [multiply(normed) for multiply in self.projections]
-        every = (projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)).view(heads)
+        every = projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
+        every = every.to(hidden_NQE.dtype).view(heads)
         if self.query_norm is None:
             both, value = torch.split(every, [sum(self.num_rotated), self.num_rotated[1]], dim=2)
         else:
@@ -132,9 +137,9 @@ class _Layer:
         query, key = torch.split(both, self.num_rotated, dim=2)
         keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
         attended = self._attend(query, keys, values, seen)
-        hidden_NQE = self.output(attended).add_(hidden_NQE)
-        normed = _normed(self.before_mlp, hidden_NQE)
-        return self.down(self.gate(normed).mul_(self.up(normed))).add_(hidden_NQE)
+        hidden_NQE = hidden_NQE.add_(self.output(attended))
+        normed = _normed(self.before_mlp, hidden_NQE).to(self.rounds_to)
+        return hidden_NQE.add_(self.down(self.gate(normed).mul_(self.up(normed))))
 
     def _attend(self, query_NQHD: Tensor, keys_NKWD: Tensor, values_NKWD: Tensor, seen: _Seen) -> Tensor:
         N, Q, H, D = query_NQHD.shape

@@ -72,7 +72,7 @@ class Residency:
     _true_bytes: dict[str, int] = field(default_factory=dict, init=False)  # of what was loaded once
 
     def __post_init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=watch_loads)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="load")
 
     def __iter__(self) -> Iterator[tuple[str, Resident]]:
         """All engines, those that leave included: what they have begun is finished."""
@@ -204,7 +204,9 @@ class Residency:
     def _start(self, served: Served, num_bytes: int) -> None:
         log.info("model_loading", residence=served.residence, num_bytes=num_bytes)
         progress = LoadProgress(served.stored_bytes)
-        future = self._pool.submit(partial(make_ready, served, self.fetch, self.limits, progress))
+        future = self._pool.submit(
+            _in_a_thread, partial(make_ready, served, self.fetch, self.limits, progress)
+        )
         self._loads[served.residence] = _Load(served, progress, future, num_bytes)
         self._failed.pop(served.residence, None)
         future.add_done_callback(lambda _: self.ring())
@@ -257,3 +259,13 @@ class Residency:
             self.drop(key)
             log.info("model_evicted", residence=key)
         return True
+
+
+def _in_a_thread(work: Callable[[], Ready]) -> Ready:
+    """Done by a thread that ends with it, and its OpenMP threads with it.
+
+    While more of these live than there are cores, libgomp lets none of them spin, and every step of the engine's thread takes
+    up to twice as long (bench/LOG.md).
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="load", initializer=watch_loads) as pool:
+        return pool.submit(work).result()

@@ -22,7 +22,6 @@ from worker.serve.families import family_of
 from worker.serve.loading import LoadedModel
 from worker.serve.lookahead import LookaheadBatch
 from worker.serve.sampling import Chooser, Pick, choose_tokens, draw, pick_tokens, probabilities, uniform
-from worker.serve.threads import StepThreads
 
 MAX_DRAFTING = 1  # rows: on two cores four with a draft are slower than four without (bench/LOG.md)
 MIN_CONFIDENCE = 0.4  # that the draft must give to its best token, or verifying it is not worth it
@@ -83,16 +82,11 @@ class SpeculativeDecoder(Decoder):
         max_context_tokens: int,
         max_drafting: int = MAX_DRAFTING,
         min_confidence: float = MIN_CONFIDENCE,
-        threads: StepThreads | None = None,
     ) -> None:
         width = max_context_tokens + num_draft_tokens
         self.target = LookaheadBatch(model, max_rows=max_running, max_width=width)
         super().__init__(
-            model,
-            max_running=max_running,
-            max_context_tokens=max_context_tokens,
-            batch=self.target,
-            threads=threads,
+            model, max_running=max_running, max_context_tokens=max_context_tokens, batch=self.target
         )
         # its rows are the first of ours, in our order; those that joined since the last round follow at the next
         self.draft = LookaheadBatch(draft, max_rows=max_running, max_width=width)
@@ -116,8 +110,6 @@ class SpeculativeDecoder(Decoder):
 
     def _round(self) -> list[tuple[Sequence, list[Pick]]]:
         self._has_prefilled = False
-        if self.threads is not None:
-            self.threads.use_all()
         sequences = list(self._rows)
         for sequence in sequences[self.draft.num_rows :]:
             self.draft.join([[*sequence.prompt, *sequence.tokens[:-1]]])
@@ -296,7 +288,6 @@ class SpeculativeEngine(TransformersEngine):
             max_context_tokens=self.max_context_tokens,
             max_drafting=self.max_drafting,
             min_confidence=self.min_confidence,
-            threads=self.threads,
         )
         return self._speculative
 
