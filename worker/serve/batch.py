@@ -208,6 +208,7 @@ class CursorBatch:
             self._positions(columns_W[-num_tokens:], starts_N1).to(self.device),
             self.cache,
             num_logits=num_logits,
+            starts_N=starts_N1[:, 0],
         )
         if self.sources is not None:
             call = self.sources.shown_to(call, rows, states_KSH)

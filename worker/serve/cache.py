@@ -55,6 +55,12 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         shape = (self.window.num_rows, like.shape[1], self.window.width, like.shape[3])
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
+    @property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the rows of the call in progress, all columns of them."""
+        keys, values = (buffer[self.window.rows] for buffer in self._buffers)
+        return keys, values
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,9 @@ class Call:
     states_NSH: Tensor | None = None
     source_mask_NS: Tensor | None = None
     num_logits: int = 1  # of the last tokens of each row
+    starts_N: Tensor | None = (
+        None  # the first column that each row may look at, where it may look at all from there on
+    )
 
 
 @dataclass(frozen=True)

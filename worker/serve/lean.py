@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.gemm import multiplier, packed_weight
+from worker.native import Kernels, kernels
 
 LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 
@@ -58,15 +59,47 @@ class LeanModel:
         self._embed, self._rotary, self._norm = body.embed_tokens, body.rotary_emb, body.norm
         self._head = model.get_output_embeddings()
         self._layers = [_Layer(layer) for layer in body.layers]
+        self._kernels = kernels() if all(layer.has_few_parts for layer in self._layers) else None
 
     def logits(self, call: Any) -> Tensor:  # Any: families.Call, which this file cannot import
         """Of the last tokens: [N, V], or [N, num_logits, V] for more than one."""
         hidden_NQE = self._embed(call.tokens_NQ)
+        if self._kernels is not None and call.tokens_NQ.shape[1] == 1 and call.starts_N is not None:
+            return self._step(self._kernels, hidden_NQE, call)
         seen = _see(call, self._rotary(hidden_NQE, call.positions_NQ), hidden_NQE.dtype)
         for index, layer in enumerate(self._layers):
             hidden_NQE = layer.forward(hidden_NQE, seen, call.cache, index)
         logits: Tensor = self._head(_normed(self._norm, hidden_NQE[:, -call.num_logits :]))
         return logits.squeeze(1)
+
+    def _step(self, does: Kernels, hidden_N1E: Tensor, call: Any) -> Tensor:
+        """The same for one token a row, which sees all columns from its start on."""
+        cos, sin = (each[:, 0].contiguous() for each in self._rotary(hidden_N1E, call.positions_NQ))
+        sin[:, : sin.shape[-1] // 2].neg_()
+        hidden_NE, last = hidden_N1E[:, 0], self._layers[-1]
+        normed = _added(does, hidden_NE, None, self._layers[0].before_attention, self._layers[0].rounds_to)
+        for index, layer in enumerate(self._layers):
+            attended = does.attend(
+                layer.projections[0](normed),
+                (cos, sin) if layer.is_rotated else None,
+                call.cache.layers[index].whole,
+                call.starts_N,
+                num_heads=layer.num_rotated[0],
+                column=call.cache.window.column,
+                scaling=layer.scaling,
+            )
+            normed = _added(does, hidden_NE, layer.output(attended), layer.before_mlp, layer.rounds_to)
+            more = layer.down(does.multiply(layer.gate(normed), layer.up(normed)))
+            if layer is not last:
+                normed = _added(
+                    does, hidden_NE, more, self._layers[index + 1].before_attention, layer.rounds_to
+                )
+        logits_NV: Tensor = self._head(_added(does, hidden_NE, more, self._norm, hidden_NE.dtype))
+        return logits_NV
+
+
+def _added(does: Kernels, hidden_NE: Tensor, more_NE: Tensor | None, norm: Any, dtype: torch.dtype) -> Tensor:
+    return does.add_norm(hidden_NE, more_NE, norm.weight, norm.variance_epsilon, dtype)
 
 
 @dataclass(frozen=True)
@@ -108,6 +141,7 @@ class _Layer:
         self.gate, self.up = multiplier(mlp.gate_proj, "swish"), multiplier(mlp.up_proj)
         self.down = multiplier(mlp.down_proj)
         packed = packed_weight(mlp.down_proj)
+        self.is_packed = packed is not None
         # rounded once for all products of the same rows; sums, norms and attention are in the model's own float
         self.rounds_to = mlp.down_proj.weight.dtype if packed is None else packed.dtype
         self.query_norm = getattr(attention, "q_norm", None)
@@ -119,6 +153,11 @@ class _Layer:
         num_query_heads = num_key_heads * attention.num_key_value_groups
         self.num_rotated = [num_query_heads, num_key_heads]
         self.num_heads = [*self.num_rotated, num_key_heads]
+
+    @property
+    def has_few_parts(self) -> bool:
+        """Whether a step of it is five packed products and what the kernels do between them."""
+        return self.is_packed and len(self.projections) == 1 and self.query_norm is None
 
     def forward(self, hidden_NQE: Tensor, seen: _Seen, cache: Any, index: int) -> Tensor:
         """Of the next layer, in the same memory."""

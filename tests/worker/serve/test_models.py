@@ -32,6 +32,7 @@ class Shelf:
 
     def __call__(self, weights: ArtifactRef) -> Path:
         self.asked.append(weights.key)
+        self.asked_by = threading.current_thread()
         if weights.key in self.gates:
             assert self.gates[weights.key].wait(20)
         if weights.key not in self.folders:
@@ -98,6 +99,15 @@ def ends(found: list[Addressed]) -> dict[str, Reply]:
 
 def has_ended(name: str) -> Callable[[list[Addressed]], bool]:
     return lambda found: name in ends(found)
+
+
+def test_who_loads_is_gone_with_its_openmp_threads_when_the_engine_steps(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    host = make_host()
+    host.submit(make_request("a", weights=ref("llama")))
+    run(host, until=has_ended("a"))
+    assert not shelf.asked_by.is_alive()
 
 
 def test_requests_of_two_models_are_answered_each_by_its_own(

@@ -1,0 +1,142 @@
+"""What lies between a decoding step's matrix products, compiled: step.c, built once by the machine's C compiler.
+
+In torch these are a dozen small operations a layer, and take as long as the products (bench/LOG.md). Without a compiler, or
+elsewhere than on Linux with a torch of GNU's OpenMP, `kernels` gives None and the same is done in torch.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import structlog
+import torch
+from torch import Tensor
+
+log = structlog.get_logger(__name__)
+
+SOURCE = Path(__file__).with_name("step.c")
+# sums may be reordered, so that they are done many at a time; infinities and NaN must stay what they are
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fassociative-math",
+    "-fno-signed-zeros",
+]
+FLAGS += ["-fopenmp", "-shared", "-fPIC"]
+BUILD_SECONDS = 120
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+
+POINTER, WHOLE, KIND, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+SIGNATURES = {
+    "add_norm": [POINTER, POINTER, KIND, POINTER, FLOAT, POINTER, KIND, WHOLE, WHOLE],
+    "multiply": [POINTER, POINTER, KIND, WHOLE],
+    "attend": [POINTER, KIND, *[POINTER] * 6, *[WHOLE] * 6, FLOAT],
+}
+
+
+class Kernels:
+    """The compiled functions over tensors: contiguous ones on the CPU, in float32 or bfloat16."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        for name, types in SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None
+
+    def add_norm(
+        self, hidden_NE: Tensor, delta_NE: Tensor | None, weight_E: Tensor, eps: float, dtype: torch.dtype
+    ) -> Tensor:
+        """hidden += delta in place; gives its RMS norm times the weight [N, E] in `dtype`."""
+        out_NE = torch.empty(hidden_NE.shape, dtype=dtype)
+        delta, kind = (None, 0) if delta_NE is None else (delta_NE.data_ptr(), KINDS[delta_NE.dtype])
+        self._library.add_norm(
+            hidden_NE.data_ptr(),
+            delta,
+            kind,
+            weight_E.data_ptr(),
+            eps,
+            out_NE.data_ptr(),
+            KINDS[dtype],
+            *hidden_NE.shape,
+        )
+        return out_NE
+
+    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+        """a *= b."""
+        self._library.multiply(a.data_ptr(), b.data_ptr(), KINDS[a.dtype], a.numel())
+        return a
+
+    def attend(
+        self,
+        projected_NP: Tensor,
+        rotations_ND: tuple[Tensor, Tensor] | None,
+        cache_RKWD: tuple[Tensor, Tensor],
+        starts_N: Tensor,
+        *,
+        num_heads: int,
+        column: int,
+        scaling: float,
+    ) -> Tensor:
+        """One token a row: writes its key and value at the column, gives what its queries find there [N, H * D].
+
+        projected: queries, keys and values [N, (H + 2K) * D]; rotations: cosines and sines, the latter's first half negated; the
+        cache: keys and values of the batch's rows from the first on, of which row n sees columns starts[n] to `column`.
+        """
+        keys, values = cache_RKWD
+        N, (K, width, D) = len(projected_NP), keys.shape[1:]
+        out_NE = torch.empty((N, num_heads * D), dtype=projected_NP.dtype)
+        cos, sin = (None, None) if rotations_ND is None else (each.data_ptr() for each in rotations_ND)
+        self._library.attend(
+            projected_NP.data_ptr(), KINDS[projected_NP.dtype], cos, sin, keys.data_ptr(), values.data_ptr(),
+            starts_N.data_ptr(), out_NE.data_ptr(), N, num_heads, K, D, width, column, scaling,
+        )  # fmt: skip
+        return out_NE
+
+
+@cache
+def kernels() -> Kernels | None:
+    """Builds and loads them at the first call; None where that cannot be done, which is logged."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
+    if platform.system() != "Linux" or compiler is None or not openmp:
+        log.info("kernels_absent", compiler=compiler, has_openmp=bool(openmp))
+        return None
+    try:
+        return Kernels(ctypes.CDLL(str(_built([compiler, *FLAGS, str(SOURCE), str(openmp[0]), "-lm"]))))
+    except (OSError, subprocess.SubprocessError) as error:
+        errors = getattr(error, "stderr", None) or b""
+        log.warning("kernels_failed", reason=str(error), errors=errors.decode(errors="replace")[-500:])
+        return None
+
+
+def _built(command: list[str]) -> Path:
+    """Kept beside the bytecode under a name that tells processor and source; where nothing can be kept, for this process alone."""
+    cpu = [
+        line
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith(("flags", "Features"))
+    ]
+    made_of = [*command, cpu[0] if cpu else platform.machine(), SOURCE.read_text()]
+    name = f"step-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    folder = SOURCE.parent / "__pycache__"
+    try:
+        folder.mkdir(exist_ok=True)
+        if not (folder / name).exists():
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                os.replace(_compile(command, Path(scratch) / name), folder / name)
+        return folder / name
+    except OSError:
+        return _compile(command, Path(tempfile.mkdtemp(prefix="stillhouse-")) / name)
+
+
+def _compile(command: list[str], target: Path) -> Path:
+    subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, timeout=BUILD_SECONDS)
+    return target

@@ -1,0 +1,164 @@
+/* What lies between the matrix products of one decoding step, in a few passes: see worker/native/__init__.py.
+ *
+ * All tensors are contiguous. N rows, H query heads, K key heads (H = K * G) of width D, E hidden size, W columns.
+ * A tensor of kind BFLOAT16 holds the upper halves of floats; everything is computed in float32.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum kind { FLOAT32 = 0, BFLOAT16 = 1 };
+
+static inline float widen(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* To the nearest, ties to even, as torch does; what is no number stays none. */
+static inline uint16_t narrow(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return value != value ? 0x7fc0 : (uint16_t)rounded;
+}
+
+static inline void load(float *restrict to, const void *from, int64_t at, int kind, int64_t count) {
+    if (kind == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) to[i] = widen(((const uint16_t *)from)[at + i]);
+    else
+        memcpy(to, (const float *)from + at, count * sizeof(float));
+}
+
+static inline void store(void *to, int64_t at, int kind, const float *restrict from, int64_t count) {
+    if (kind == BFLOAT16)
+        for (int64_t i = 0; i < count; i++) ((uint16_t *)to)[at + i] = narrow(from[i]);
+    else
+        memcpy((float *)to + at, from, count * sizeof(float));
+}
+
+/* e^x for x <= 0, to 2 units in the last place, without a branch so that it is done for many at once; NaN stays NaN.
+ * 2^(whole part of x / ln 2) times a polynomial of what is left (Cephes' coefficients). */
+static inline float exp_of(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float whole = rintf(x * 1.44269504f);
+    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * rest + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.0f;
+    int32_t exponent = ((int32_t)whole + 127) << 23;
+    float scale;
+    memcpy(&scale, &exponent, 4);
+    return p * scale;
+}
+
+/* hidden [N, E] += delta (null: nothing), then out = hidden / sqrt(mean(hidden^2) + eps) * weight. */
+void add_norm(float *hidden, const void *delta, int delta_kind, const float *weight, float eps, void *out, int out_kind,
+              int64_t N, int64_t E) {
+#pragma omp parallel for schedule(static) if (N * E > 8192)
+    for (int64_t n = 0; n < N; n++) {
+        float *restrict row = hidden + n * E;
+        if (delta && delta_kind == BFLOAT16) {
+            const uint16_t *restrict more = (const uint16_t *)delta + n * E;
+            for (int64_t i = 0; i < E; i++) row[i] += widen(more[i]);
+        } else if (delta) {
+            const float *restrict more = (const float *)delta + n * E;
+            for (int64_t i = 0; i < E; i++) row[i] += more[i];
+        }
+        float sum = 0.0f;
+        for (int64_t i = 0; i < E; i++) sum += row[i] * row[i];
+        float scale = 1.0f / sqrtf(sum / (float)E + eps);
+        if (out_kind == BFLOAT16) {
+            uint16_t *restrict to = (uint16_t *)out + n * E;
+            for (int64_t i = 0; i < E; i++) to[i] = narrow(row[i] * scale * weight[i]);
+        } else {
+            float *restrict to = (float *)out + n * E;
+            for (int64_t i = 0; i < E; i++) to[i] = row[i] * scale * weight[i];
+        }
+    }
+}
+
+/* a *= b, elementwise. */
+void multiply(void *a, const void *b, int kind, int64_t count) {
+    if (kind == BFLOAT16) {
+        uint16_t *restrict x = a;
+        const uint16_t *restrict y = b;
+#pragma omp parallel for schedule(static) if (count > 16384)
+        for (int64_t i = 0; i < count; i++) x[i] = narrow(widen(x[i]) * widen(y[i]));
+    } else {
+        float *restrict x = a;
+        const float *restrict y = b;
+#pragma omp parallel for schedule(static) if (count > 16384)
+        for (int64_t i = 0; i < count; i++) x[i] *= y[i];
+    }
+}
+
+/* out = x * cos + (x's halves swapped) * sin, whose first half is negated already. */
+static inline void rotate(float *restrict out, const float *restrict x, const float *restrict cos,
+                          const float *restrict sin, int64_t D) {
+    for (int64_t i = 0; i < D / 2; i++) {
+        out[i] = x[i] * cos[i] + x[i + D / 2] * sin[i];
+        out[i + D / 2] = x[i + D / 2] * cos[i + D / 2] + x[i] * sin[i + D / 2];
+    }
+}
+
+/* One token a row: its key and value go into the cache at `column`, and its queries look at columns [start, column].
+ *
+ * projected [N, (H + 2K) * D] holds queries, keys and values; cos and sin [N, D] may be null: not rotated;
+ * keys and values [rows, K, width, D] are the cache; starts [N]; out [N, H * D]. */
+void attend(const void *projected, int kind, const float *cos, const float *sin, float *keys, float *values,
+            const int64_t *starts, void *out, int64_t N, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
+            float scaling) {
+    int64_t G = H / K, row_width = (H + 2 * K) * D;
+#pragma omp parallel for schedule(static) collapse(2)
+    for (int64_t n = 0; n < N; n++)
+        for (int64_t k = 0; k < K; k++) {
+            int64_t start = starts[n], W = column + 1 - start;
+            float *key = keys + (n * K + k) * width * D, *value = values + (n * K + k) * width * D;
+            float *query = malloc((2 * G * D + D + G * W) * sizeof(float));
+            float *sum = query + G * D, *raw = sum + G * D, *score = raw + D;
+            for (int64_t g = 0; g < G; g++) {
+                load(raw, projected, n * row_width + (k * G + g) * D, kind, D);
+                if (cos) rotate(query + g * D, raw, cos + n * D, sin + n * D, D);
+                else memcpy(query + g * D, raw, D * sizeof(float));
+            }
+            load(raw, projected, n * row_width + (H + k) * D, kind, D);
+            if (cos) rotate(key + column * D, raw, cos + n * D, sin + n * D, D);
+            else memcpy(key + column * D, raw, D * sizeof(float));
+            load(value + column * D, projected, n * row_width + (H + K + k) * D, kind, D);
+
+            for (int64_t w = 0; w < W; w++) {
+                const float *restrict seen = key + (start + w) * D;
+                for (int64_t g = 0; g < G; g++) {
+                    const float *restrict asked = query + g * D;
+                    float dot = 0.0f;
+                    for (int64_t d = 0; d < D; d++) dot += asked[d] * seen[d];
+                    score[g * W + w] = dot * scaling;
+                }
+            }
+            for (int64_t g = 0; g < G; g++) {
+                float *restrict s = score + g * W;
+                float greatest = s[0], total = 0.0f;
+                for (int64_t w = 1; w < W; w++) greatest = s[w] > greatest ? s[w] : greatest;
+                for (int64_t w = 0; w < W; w++) s[w] = exp_of(s[w] - greatest);
+                for (int64_t w = 0; w < W; w++) total += s[w];
+                for (int64_t w = 0; w < W; w++) s[w] /= total;
+            }
+            memset(sum, 0, G * D * sizeof(float));
+            for (int64_t w = 0; w < W; w++) {
+                const float *restrict seen = value + (start + w) * D;
+                for (int64_t g = 0; g < G; g++) {
+                    float share = score[g * W + w], *restrict to = sum + g * D;
+                    for (int64_t d = 0; d < D; d++) to[d] += share * seen[d];
+                }
+            }
+            store(out, (n * H + k * G) * D, kind, sum, G * D);
+            free(query);
+        }
+}
