@@ -38,8 +38,12 @@ POINTER, WHOLE, KIND, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, cty
 SIGNATURES = {
     "add_norm": [POINTER, POINTER, KIND, POINTER, FLOAT, POINTER, KIND, WHOLE, WHOLE],
     "multiply": [POINTER, POINTER, KIND, WHOLE],
+    "refine": [*[POINTER] * 4, *[WHOLE] * 3, FLOAT, WHOLE],
     "attend": [POINTER, KIND, *[POINTER] * 6, *[WHOLE] * 6, FLOAT],
 }
+
+MARGIN = 4.0  # in nats: what lies below the best by more has a fiftieth of its weight
+MOST_REFINED = 1024  # of a row
 
 
 class Kernels:
@@ -73,6 +77,15 @@ class Kernels:
         """a *= b."""
         self._library.multiply(a.data_ptr(), b.data_ptr(), KINDS[a.dtype], a.numel())
         return a
+
+    def refine(self, rounded_NV: Tensor, hidden_NE: Tensor, weight_VE: Tensor) -> Tensor:
+        """Logits [N, V] in float32: the best of a row, up to MARGIN below the greatest, exact, the others as rounded to bfloat16."""
+        out_NV = torch.empty(rounded_NV.shape)
+        self._library.refine(
+            rounded_NV.data_ptr(), hidden_NE.data_ptr(), weight_VE.data_ptr(), out_NV.data_ptr(),
+            *rounded_NV.shape, hidden_NE.shape[-1], MARGIN, MOST_REFINED,
+        )  # fmt: skip
+        return out_NV
 
     def attend(
         self,

@@ -162,3 +162,34 @@ void attend(const void *projected, int kind, const float *cos, const float *sin,
             free(query);
         }
 }
+
+/* Logits whose best are exact: those within `margin` of the greatest rounded one are computed anew, hidden . weight[v].
+ *
+ * rounded [N, V] in bfloat16, hidden [N, E], weight [V, E], out [N, V]. Where more than `most` of a row are that near, the margin is
+ * halved until they are not, or the first `most` are taken: a distribution that flat has no best. */
+void refine(const uint16_t *rounded, const float *hidden, const float *weight, float *out, int64_t N, int64_t V, int64_t E,
+            float margin, int64_t most) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t n = 0; n < N; n++) {
+        const uint16_t *restrict from = rounded + n * V;
+        const float *restrict x = hidden + n * E;
+        float *restrict to = out + n * V, greatest = -INFINITY, least;
+        for (int64_t v = 0; v < V; v++) to[v] = widen(from[v]);
+        for (int64_t v = 0; v < V; v++) greatest = to[v] > greatest ? to[v] : greatest;
+        int64_t near = most + 1;
+        for (float m = margin; near > most && m > 0.01f; m /= 2) {
+            least = greatest - m;
+            near = 0;
+            for (int64_t v = 0; v < V; v++) near += to[v] >= least;
+        }
+        near = 0;
+        for (int64_t v = 0; v < V && near < most; v++)
+            if (to[v] >= least) {
+                const float *restrict row = weight + v * E;
+                float dot = 0.0f;
+                for (int64_t i = 0; i < E; i++) dot += x[i] * row[i];
+                to[v] = dot;
+                near++;
+            }
+    }
+}

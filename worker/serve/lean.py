@@ -51,13 +51,34 @@ def fuse_projections(model: Model) -> None:
         attention.q_proj = attention.k_proj = attention.v_proj = None
 
 
+def has_refined_head(model: Model) -> bool:
+    """Whether the head may be rounded to bfloat16: its best logits are then computed anew."""
+    return is_lean(model) and kernels() is not None and model.get_output_embeddings().bias is None
+
+
+def head_of(model: Model) -> Multiply:
+    """Gives float32 logits [N, …, V] of hidden states [N, …, E]."""
+    head, does = model.get_output_embeddings(), kernels()
+    packed = packed_weight(head)
+    if does is None or packed is None or packed.dtype != torch.bfloat16:
+        exact: Multiply = head
+        return exact
+
+    def refined(hidden: Tensor) -> Tensor:
+        hidden_NE = hidden.reshape(-1, hidden.shape[-1])
+        logits_NV = does.refine(packed.product(hidden_NE, None), hidden_NE, head.weight)
+        return logits_NV.view(*hidden.shape[:-1], -1)
+
+    return refined
+
+
 class LeanModel:
     """Calls a model's layers one by one; the weights stay in the model, and may change."""
 
     def __init__(self, model: Model) -> None:
         body = model.model
         self._embed, self._rotary, self._norm = body.embed_tokens, body.rotary_emb, body.norm
-        self._head = model.get_output_embeddings()
+        self._head = head_of(model)
         self._layers = [_Layer(layer) for layer in body.layers]
         self._kernels = kernels() if all(layer.has_few_parts for layer in self._layers) else None
 

@@ -13,7 +13,7 @@ from worker.gemm import HAS_BFLOAT16, pack_weights
 from worker.int8 import HAS_INT8, quantize_weights
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable
 from worker.serve.families import SEQ2SEQ, family_of, refuse_unlisted
-from worker.serve.lean import fuse_projections, is_lean
+from worker.serve.lean import fuse_projections, has_refined_head, is_lean
 from worker.serve.rendering import RENDERER
 
 
@@ -36,8 +36,8 @@ def load_model(
     """float32 on a CPU, the checkpoint's own type elsewhere.
 
     Without its plain weights a model takes half the memory on a CPU, and only an engine can call it. In bfloat16, but for
-    the head, it takes half of that, and is faster on a CPU that multiplies such numbers itself; weights of 8 bits, on a
-    CPU alone, take a quarter. Both answer a little differently (bench/LOG.md), and no plain ones stay beside.
+    the best logits or the head, it takes half of that, and is faster on a CPU that multiplies such numbers itself; weights
+    of 8 bits, on a CPU alone, take a quarter. Both answer a little differently (bench/LOG.md), and no plain ones stay beside.
 
     Raises ModelLoadFailed for folders that carry code or lack weights, UnsupportedModel for other families.
     """
@@ -80,10 +80,16 @@ def load_model(
 
 
 def _pack(model: Any, weights: LoadedWeights, *, keeps_plain: bool) -> int:
-    """Lays the layers out for their products; the head stays float32, for its rounding would be seen in every token."""
+    """Lays the layers out for their products. A rounded head would be seen in every token: its best logits are exact, or all."""
     head = model.get_output_embeddings()
     if weights == "bfloat16":
-        return pack_weights(model, keeps_plain=False, dtype=torch.bfloat16, but=head)
+        exact, is_refined = head.weight, has_refined_head(model)
+        num_bytes = pack_weights(
+            model, keeps_plain=False, dtype=torch.bfloat16, but=None if is_refined else head
+        )
+        if is_refined:
+            head.weight = exact
+        return num_bytes
     num_bytes = quantize_weights(model, but=head) if weights == "int8" else 0
     return num_bytes + pack_weights(model, keeps_plain=keeps_plain)
 
