@@ -1,0 +1,147 @@
+"""The compiled kernels against the same in torch, and a machine without a compiler."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from worker.native import MARGIN, MOST_REFINED, Kernels, kernels
+from worker.serve.lean import LeanModel
+from worker.serve.loading import load_model
+
+FLOATS = (torch.float32, torch.bfloat16)
+# float32 sums in another order; bfloat16 has 8 bits, and half a unit in the last place either way
+RELATIVE = {torch.float32: 1e-5, torch.bfloat16: 2**-8}
+
+
+@pytest.fixture(scope="module")
+def does() -> Kernels:
+    made = kernels()
+    if made is None:
+        pytest.skip("no C compiler here")
+    return made
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def test_where_there_is_a_compiler_there_are_kernels() -> None:
+    assert (kernels() is not None) == (shutil.which("gcc") is not None or shutil.which("cc") is not None)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_add_norm_is_an_addition_and_an_rms_norm(does: Kernels, dtype: torch.dtype, rows: int) -> None:
+    hidden, more, weight = random(rows, 300), random(rows, 300, seed=1, dtype=dtype), random(300, seed=2)
+    expected = hidden + more
+    normed = does.add_norm(hidden, more, weight, 1e-5, dtype)
+    assert torch.equal(hidden, expected)
+    assert normed.dtype == dtype
+    exact = nn.functional.rms_norm(expected, (300,), weight, 1e-5).to(dtype)
+    torch.testing.assert_close(normed, exact, atol=1e-6, rtol=RELATIVE[dtype])
+    alone = does.add_norm(hidden.clone(), None, weight, 1e-5, dtype)
+    assert torch.equal(alone, normed)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_multiply_rounds_as_torch_does(does: Kernels, dtype: torch.dtype) -> None:
+    a, b = random(7, 3001, dtype=dtype), random(7, 3001, seed=1, dtype=dtype)
+    a[0, 0], a[0, 1], b[0, 2] = float("nan"), float("inf"), -0.0
+    expected = a * b
+    assert torch.equal(does.multiply(a, b).nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("is_rotated", [True, False])
+@pytest.mark.parametrize(("num_heads", "num_key_heads"), [(6, 2), (3, 3), (4, 1)])
+def test_attend_is_plain_attention_over_what_each_row_may_see(
+    does: Kernels, dtype: torch.dtype, is_rotated: bool, num_heads: int, num_key_heads: int
+) -> None:
+    N, D, width, column = 3, 16, 50, 37
+    projected = random(N, (num_heads + 2 * num_key_heads) * D, dtype=dtype)
+    cache = (random(5, num_key_heads, width, D, seed=1), random(5, num_key_heads, width, D, seed=2))
+    before = [each.clone() for each in cache]
+    starts = torch.tensor([0, 30, column])
+    angles = random(N, D // 2, seed=3).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    signed = torch.cat((-sin[:, : D // 2], sin[:, D // 2 :]), dim=1)
+    found = does.attend(
+        projected, (cos, signed) if is_rotated else None, cache, starts,
+        num_heads=num_heads, column=column, scaling=0.3,
+    )  # fmt: skip
+    heads = projected.float().view(N, -1, D)
+    query, key, value = heads.split([num_heads, num_key_heads, num_key_heads], dim=1)
+    if is_rotated:
+        query, key = (
+            x * cos[:, None] + torch.cat((-x[..., D // 2 :], x[..., : D // 2]), -1) * sin[:, None]
+            for x in (query, key)
+        )
+    expected = []
+    for n, start in enumerate(starts.tolist()):
+        before[0][n, :, column], before[1][n, :, column] = key[n], value[n]
+        for h in range(num_heads):
+            k = h // (num_heads // num_key_heads)
+            scores = before[0][n, k, start : column + 1] @ query[n, h] * 0.3
+            expected.append(scores.softmax(0) @ before[1][n, k, start : column + 1])
+    for mine, theirs in zip(cache, before, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+    exact = torch.stack(expected).view(N, -1).to(dtype)
+    torch.testing.assert_close(found, exact, atol=1e-5, rtol=RELATIVE[dtype])
+
+
+def test_a_row_that_is_no_number_spoils_no_other(does: Kernels) -> None:
+    projected, cache = random(2, 64), (random(2, 1, 8, 16), random(2, 1, 8, 16, seed=1))
+    projected[0, 0] = float("nan")
+    found = does.attend(projected, None, cache, torch.tensor([0, 0]), num_heads=2, column=5, scaling=1.0)
+    assert found[0, :16].isnan().all()
+    assert found[1].isfinite().all()
+
+
+def test_scores_far_apart_overflow_nothing(does: Kernels) -> None:
+    projected, cache = random(1, 48) * 1000, (random(1, 1, 8, 16) * 1000, random(1, 1, 8, 16, seed=1))
+    found = does.attend(projected, None, cache, torch.tensor([0]), num_heads=1, column=5, scaling=1.0)
+    assert found.isfinite().all()
+
+
+def test_the_best_logits_are_exact_and_the_others_rounded(does: Kernels) -> None:
+    hidden, weight = random(6, 64), random(5000, 64, seed=1) / 2
+    rounded = (hidden.bfloat16() @ weight.bfloat16().T).clone()
+    found, exact = does.refine(rounded, hidden, weight), hidden @ weight.T
+    for n in range(6):
+        is_near = rounded[n].float() >= rounded[n].float().max() - MARGIN
+        assert 0 < is_near.sum() < MOST_REFINED
+        torch.testing.assert_close(found[n][is_near], exact[n][is_near], atol=1e-5, rtol=1e-5)
+        assert torch.equal(found[n][~is_near], rounded[n].float()[~is_near])
+
+
+def test_a_flat_distribution_costs_no_more_than_a_bound(does: Kernels) -> None:
+    rounded, hidden, weight = (
+        torch.zeros(1, 5000, dtype=torch.bfloat16),
+        random(1, 8),
+        random(5000, 8, seed=1),
+    )
+    found, exact = does.refine(rounded, hidden, weight), hidden @ weight.T
+    assert (found != 0).sum() == MOST_REFINED
+    torch.testing.assert_close(found[0, :MOST_REFINED], exact[0, :MOST_REFINED], atol=1e-5, rtol=1e-5)
+    assert does.refine(rounded * float("nan"), hidden, weight).isnan().all()
+
+
+def test_the_step_of_a_loaded_model_is_made_of_them(does: Kernels, tiny_llama_dir: Path) -> None:
+    loaded = load_model(tiny_llama_dir, keeps_plain=False)
+    assert LeanModel(loaded.model)._kernels is does
+    assert (
+        LeanModel(load_model(tiny_llama_dir).model)._kernels is None
+    )  # three projections, and plain weights
+
+
+def test_without_a_compiler_there_are_none() -> None:
+    code = "from worker.native import kernels; print(kernels())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={"PATH": "/nonexistent"}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == "None"
