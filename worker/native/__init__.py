@@ -39,7 +39,7 @@ SIGNATURES = {
     "add_norm": [POINTER, POINTER, KIND, POINTER, FLOAT, POINTER, KIND, WHOLE, WHOLE],
     "multiply": [POINTER, POINTER, KIND, WHOLE],
     "refine": [*[POINTER] * 4, *[WHOLE] * 3, FLOAT, WHOLE],
-    "attend": [POINTER, KIND, *[POINTER] * 6, *[WHOLE] * 6, FLOAT],
+    "attend": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 6, FLOAT],
 }
 
 MARGIN = 4.0  # in nats: what lies below the best by more has a fiftieth of its weight
@@ -109,7 +109,7 @@ class Kernels:
         cos, sin = (None, None) if rotations_ND is None else (each.data_ptr() for each in rotations_ND)
         self._library.attend(
             projected_NP.data_ptr(), KINDS[projected_NP.dtype], cos, sin, keys.data_ptr(), values.data_ptr(),
-            starts_N.data_ptr(), out_NE.data_ptr(), N, num_heads, K, D, width, column, scaling,
+            KINDS[keys.dtype], starts_N.data_ptr(), out_NE.data_ptr(), N, num_heads, K, D, width, column, scaling,
         )  # fmt: skip
         return out_NE
 

@@ -108,33 +108,40 @@ static inline void rotate(float *restrict out, const float *restrict x, const fl
     }
 }
 
+/* D floats of a tensor where they are, or widened. */
+static inline const float *row_of(const void *from, int64_t at, int kind, float *wide, int64_t D) {
+    if (kind == FLOAT32) return (const float *)from + at;
+    for (int64_t d = 0; d < D; d++) wide[d] = widen(((const uint16_t *)from)[at + d]);
+    return wide;
+}
+
 /* One token a row: its key and value go into the cache at `column`, and its queries look at columns [start, column].
  *
  * projected [N, (H + 2K) * D] holds queries, keys and values; cos and sin [N, D] may be null: not rotated;
  * keys and values [rows, K, width, D] are the cache; starts [N]; out [N, H * D]. */
-void attend(const void *projected, int kind, const float *cos, const float *sin, float *keys, float *values,
-            const int64_t *starts, void *out, int64_t N, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
+void attend(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
+            int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
             float scaling) {
     int64_t G = H / K, row_width = (H + 2 * K) * D;
 #pragma omp parallel for schedule(static) collapse(2)
     for (int64_t n = 0; n < N; n++)
         for (int64_t k = 0; k < K; k++) {
-            int64_t start = starts[n], W = column + 1 - start;
-            float *key = keys + (n * K + k) * width * D, *value = values + (n * K + k) * width * D;
-            float *query = malloc((2 * G * D + D + G * W) * sizeof(float));
-            float *sum = query + G * D, *raw = sum + G * D, *score = raw + D;
+            int64_t start = starts[n], W = column + 1 - start, first = (n * K + k) * width * D;
+            float *query = malloc((2 * G * D + 2 * D + G * W) * sizeof(float));
+            float *sum = query + G * D, *raw = sum + G * D, *wide = raw + D, *score = wide + D;
             for (int64_t g = 0; g < G; g++) {
                 load(raw, projected, n * row_width + (k * G + g) * D, kind, D);
                 if (cos) rotate(query + g * D, raw, cos + n * D, sin + n * D, D);
                 else memcpy(query + g * D, raw, D * sizeof(float));
             }
             load(raw, projected, n * row_width + (H + k) * D, kind, D);
-            if (cos) rotate(key + column * D, raw, cos + n * D, sin + n * D, D);
-            else memcpy(key + column * D, raw, D * sizeof(float));
-            load(value + column * D, projected, n * row_width + (H + K + k) * D, kind, D);
+            if (cos) rotate(wide, raw, cos + n * D, sin + n * D, D);
+            store(keys, first + column * D, cache_kind, cos ? wide : raw, D);
+            load(raw, projected, n * row_width + (H + K + k) * D, kind, D);
+            store(values, first + column * D, cache_kind, raw, D);
 
             for (int64_t w = 0; w < W; w++) {
-                const float *restrict seen = key + (start + w) * D;
+                const float *restrict seen = row_of(keys, first + (start + w) * D, cache_kind, wide, D);
                 for (int64_t g = 0; g < G; g++) {
                     const float *restrict asked = query + g * D;
                     float dot = 0.0f;
@@ -152,7 +159,7 @@ void attend(const void *projected, int kind, const float *cos, const float *sin,
             }
             memset(sum, 0, G * D * sizeof(float));
             for (int64_t w = 0; w < W; w++) {
-                const float *restrict seen = value + (start + w) * D;
+                const float *restrict seen = row_of(values, first + (start + w) * D, cache_kind, wide, D);
                 for (int64_t g = 0; g < G; g++) {
                     float share = score[g * W + w], *restrict to = sum + g * D;
                     for (int64_t d = 0; d < D; d++) to[d] += share * seen[d];

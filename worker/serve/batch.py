@@ -85,7 +85,7 @@ class CursorBatch:
         self.max_width = max_width
         self.cursor = 0
         self.starts: list[int] = []
-        self.cache = WindowedCache(max_rows=max_rows, max_width=max_width)
+        self.cache = WindowedCache(max_rows=max_rows, max_width=max_width, dtype=self.family.cache_dtype)
         self.prefixes = Prefixes(max_tokens=max_width)
         self.sources: Sources | None = None
         if self.family.has_encoder:

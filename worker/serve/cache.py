@@ -9,6 +9,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 FIRST_WIDTH = 256
 FIRST_ROWS = 4
+KEPT_BYTES = 256 * 2**20  # of a model's keys and values while it has nothing to do
 
 
 @dataclass
@@ -29,9 +30,10 @@ class Window:
 class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
     """Keys and values of one layer, [rows, heads, width, dim]."""
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self, window: Window, dtype: torch.dtype | None) -> None:
         # without the parent's own, which would assign keys and values: they are views here
         self.window = window
+        self._dtype = dtype
         self.is_initialized = False
         self._buffers: list[Tensor] = []
 
@@ -43,6 +45,10 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     def values(self) -> Tensor:
         return self._seen(self._buffers[1])
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers)
+
     def _seen(self, buffer: Tensor) -> Tensor:
         return buffer[self.window.rows, :, self.window.low : self.window.end]
 
@@ -53,7 +59,7 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     def _room_for(self, like: Tensor) -> Tensor:
         # zeros: a masked column still takes part as 0 * value, and uninitialised memory may hold NaN
         shape = (self.window.num_rows, like.shape[1], self.window.width, like.shape[3])
-        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return torch.zeros(shape, dtype=self._dtype or like.dtype, device=like.device)
 
     @property
     def whole(self) -> tuple[Tensor, Tensor]:
@@ -119,12 +125,16 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
 
 class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
-    """All layers of a model with one window; it grows to the rows and columns it is asked for."""
+    """All layers of a model with one window; it grows to the rows and columns it is asked for.
 
-    def __init__(self, *, max_rows: int, max_width: int) -> None:
+    Keys and values are kept in `dtype`, or as they come.
+    """
+
+    def __init__(self, *, max_rows: int, max_width: int, dtype: torch.dtype | None = None) -> None:
         self.max_rows, self.max_width = max_rows, max_width
         self.window = Window(*self._first_size())
-        super().__init__(layer_class_to_replicate=partial(WindowedLayer, self.window))
+        self._new_layer = partial(WindowedLayer, self.window, dtype)
+        super().__init__(layer_class_to_replicate=self._new_layer)
 
     def _first_size(self) -> tuple[int, int]:
         return min(FIRST_ROWS, self.max_rows), min(FIRST_WIDTH, self.max_width)
@@ -144,8 +154,8 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
             layer.resize()
 
     def shrink(self) -> None:
-        """Gives grown buffers back; what they held is lost."""
-        if (self.window.num_rows, self.window.width) != self._first_size():
+        """Gives large buffers back; what they held is lost. Others stay: fresh memory costs more than reading a prompt."""
+        if sum(layer.num_bytes for layer in self.layers) > KEPT_BYTES:
             self.window.num_rows, self.window.width = self._first_size()
             self.layers.clear()
 
@@ -172,7 +182,7 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
         """Puts the first columns of such copies into a row."""
         columns = slice(first_column, first_column + num_columns)
         while len(self.layers) < len(layers):
-            self.layers.append(WindowedLayer(self.window))
+            self.layers.append(self._new_layer())
         for layer, (keys, values) in zip(self.layers, layers, strict=True):
             layer.write(row, columns, (keys[:, :num_columns], values[:, :num_columns]))
 

@@ -71,6 +71,7 @@ class Family:
     has_encoder: bool = False
     source_tokens: int | None = None
     start_token: int = 0  # what a decoder with an encoder begins with
+    cache_dtype: torch.dtype | None = None  # of keys and values; None: as they come
 
     def encode(self, model: Model, tokens_NS: Tensor, mask_NS: Tensor) -> Tensor:
         """The encoder's output [N, S, H], as the decoder reads it."""
@@ -108,8 +109,10 @@ def family_of(model: nn.Module) -> Family:
     refuse_unlisted(config)
     if config.model_type in CAUSAL:
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        lean = _lean(model)
         return Family(
-            forward=_lean(model) or (_causal if takes_positions else _causal_without_positions),
+            forward=lean.call if lean else _causal if takes_positions else _causal_without_positions,
+            cache_dtype=lean.cache_dtype if lean else None,
             context_tokens=_num_positions(config),
             can_pad_prompts=config.model_type not in ONE_PROMPT_AT_A_TIME,
             reads_column_order=_reads_column_order(config),
@@ -145,12 +148,11 @@ def _start_token(model: Model) -> int:
     raise UnsupportedModel("the model's config names no decoder_start_token_id; add it to config.json")
 
 
-def _lean(model: Model) -> Callable[[Model, Call], Tensor] | None:
+def _lean(model: Model) -> LeanModel | None:
     # elsewhere than on a CPU a step is not held up by Python in this way, or not measured
     if not is_lean(model) or next(model.parameters()).device.type != "cpu":
         return None
-    lean = LeanModel(model)
-    return lambda _, call: lean.logits(call)
+    return LeanModel(model)
 
 
 def _causal(model: Model, call: Call) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from worker.gemm import multiplier, packed_weight
 from worker.native import Kernels, kernels
 
+FIRST_POSITIONS = 2048  # rotations made at once
 LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 
 Model = Any  # transformers is untyped here
@@ -80,43 +81,95 @@ class LeanModel:
         self._embed, self._rotary, self._norm = body.embed_tokens, body.rotary_emb, body.norm
         self._head = head_of(model)
         self._layers = [_Layer(layer) for layer in body.layers]
+        # these two change all angles with the longest position of a call
+        self._is_fixed = getattr(self._rotary, "rope_type", None) not in ("dynamic", "longrope")
+        self._table: tuple[Tensor, Tensor] | None = None
         self._kernels = kernels() if all(layer.has_few_parts for layer in self._layers) else None
+
+    @property
+    def cache_dtype(self) -> torch.dtype | None:
+        """bfloat16 where the kernels read it: the layers round what they multiply to it anyway."""
+        rounds_to = self._layers[0].rounds_to
+        return rounds_to if self._kernels is not None and rounds_to == torch.bfloat16 else None
+
+    def call(self, _: Model, call: Any) -> Tensor:
+        """As a family is called."""
+        return self.logits(call)
 
     def logits(self, call: Any) -> Tensor:  # Any: families.Call, which this file cannot import
         """Of the last tokens: [N, V], or [N, num_logits, V] for more than one."""
         hidden_NQE = self._embed(call.tokens_NQ)
-        if self._kernels is not None and call.tokens_NQ.shape[1] == 1 and call.starts_N is not None:
-            return self._step(self._kernels, hidden_NQE, call)
+        if self._kernels is not None:
+            return self._head(self._compiled(self._kernels, hidden_NQE, call)).squeeze(1)
         seen = _see(call, self._rotary(hidden_NQE, call.positions_NQ), hidden_NQE.dtype)
         for index, layer in enumerate(self._layers):
             hidden_NQE = layer.forward(hidden_NQE, seen, call.cache, index)
-        logits: Tensor = self._head(_normed(self._norm, hidden_NQE[:, -call.num_logits :]))
-        return logits.squeeze(1)
+        return self._head(_normed(self._norm, hidden_NQE[:, -call.num_logits :])).squeeze(1)
 
-    def _step(self, does: Kernels, hidden_N1E: Tensor, call: Any) -> Tensor:
-        """The same for one token a row, which sees all columns from its start on."""
-        cos, sin = (each[:, 0].contiguous() for each in self._rotary(hidden_N1E, call.positions_NQ))
-        sin[:, : sin.shape[-1] // 2].neg_()
-        hidden_NE, last = hidden_N1E[:, 0], self._layers[-1]
-        normed = _added(does, hidden_NE, None, self._layers[0].before_attention, self._layers[0].rounds_to)
-        for index, layer in enumerate(self._layers):
-            attended = does.attend(
-                layer.projections[0](normed),
-                (cos, sin) if layer.is_rotated else None,
-                call.cache.layers[index].whole,
-                call.starts_N,
-                num_heads=layer.num_rotated[0],
-                column=call.cache.window.column,
-                scaling=layer.scaling,
-            )
-            normed = _added(does, hidden_NE, layer.output(attended), layer.before_mlp, layer.rounds_to)
+    def _compiled(self, does: Kernels, hidden_NQE: Tensor, call: Any) -> Tensor:
+        """The same by kernels, up to the last norm: [N, num_logits, E]."""
+        attend = self._in_a_step(does, hidden_NQE, call)
+        if attend is None:
+            attend = self._over_prompts(hidden_NQE, call)
+        hidden_ME = hidden_NQE.view(-1, hidden_NQE.shape[-1])
+        norms = [layer.before_attention for layer in self._layers[1:]] + [self._norm]
+        normed = _added(does, hidden_ME, None, self._layers[0].before_attention, self._layers[0].rounds_to)
+        for index, (layer, norm) in enumerate(zip(self._layers, norms, strict=True)):
+            attended = layer.output(attend(layer.projections[0](normed), layer, index))
+            normed = _added(does, hidden_ME, attended, layer.before_mlp, layer.rounds_to)
             more = layer.down(does.multiply(layer.gate(normed), layer.up(normed)))
-            if layer is not last:
-                normed = _added(
-                    does, hidden_NE, more, self._layers[index + 1].before_attention, layer.rounds_to
+            dtype = hidden_ME.dtype if norm is self._norm else layer.rounds_to
+            normed = _added(does, hidden_ME, more, norm, dtype)
+        return normed.view_as(hidden_NQE)[:, -call.num_logits :]
+
+    def _in_a_step(self, does: Kernels, hidden_NQE: Tensor, call: Any) -> "_Attend | None":
+        """For one token a row, which sees all columns from its start on."""
+        if hidden_NQE.shape[1] > 1 or call.starts_N is None:
+            return None
+        rotations = self._rotations(hidden_NQE, call)
+        return lambda projected, layer, index: does.attend(
+            projected,
+            rotations if layer.is_rotated else None,
+            call.cache.layers[index].whole,
+            call.starts_N,
+            num_heads=layer.num_rotated[0],
+            column=call.cache.window.column,
+            scaling=layer.scaling,
+        )
+
+    def _over_prompts(self, hidden_NQE: Tensor, call: Any) -> "_Attend":
+        seen = _see(call, self._rotary(hidden_NQE, call.positions_NQ), hidden_NQE.dtype)
+        N, Q, _ = hidden_NQE.shape
+
+        def attend(projected_MP: Tensor, layer: "_Layer", index: int) -> Tensor:
+            projected_NQP = projected_MP.to(hidden_NQE.dtype).view(N, Q, -1)
+            attended_NQE = layer.attention(projected_NQP, seen, call.cache, index)
+            return attended_NQE.view(N * Q, -1).to(layer.rounds_to)
+
+        return attend
+
+    def _rotations(self, hidden_N1E: Tensor, call: Any) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [N, D], the first half of these negated: looked up where they depend on the position alone."""
+        positions_N1 = call.positions_NQ
+        if self._table is None or call.cache.window.end > len(self._table[0]):
+            if self._is_fixed:
+                self._table = self._rotated_at(
+                    hidden_N1E, torch.arange(_table_size(call.cache.window.end))[None]
                 )
-        logits_NV: Tensor = self._head(_added(does, hidden_NE, more, self._norm, hidden_NE.dtype))
-        return logits_NV
+            else:
+                return self._rotated_at(hidden_N1E, positions_N1.T)
+        cos, sin = (table[positions_N1[:, 0]] for table in self._table)
+        return cos, sin
+
+    def _rotated_at(self, like: Tensor, positions_1P: Tensor) -> tuple[Tensor, Tensor]:
+        cos_PD, sin_PD = (each[0].contiguous() for each in self._rotary(like[:1], positions_1P))
+        sin_PD[:, : sin_PD.shape[-1] // 2].neg_()
+        return cos_PD, sin_PD
+
+
+def _table_size(num_positions: int) -> int:
+    """Grows by doubling."""
+    return 1 << max(FIRST_POSITIONS, num_positions).bit_length()
 
 
 def _added(does: Kernels, hidden_NE: Tensor, more_NE: Tensor | None, norm: Any, dtype: torch.dtype) -> Tensor:
@@ -183,10 +236,16 @@ class _Layer:
     def forward(self, hidden_NQE: Tensor, seen: _Seen, cache: Any, index: int) -> Tensor:
         """Of the next layer, in the same memory."""
         normed = _normed(self.before_attention, hidden_NQE).to(self.rounds_to)
-        heads = (*hidden_NQE.shape[:2], -1, self.head_width)
         projected = [multiply(normed) for multiply in self.projections]
-        every = projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
-        every = every.to(hidden_NQE.dtype).view(heads)
+        projected_NQP = projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
+        attended = self.attention(projected_NQP.to(hidden_NQE.dtype), seen, cache, index)
+        hidden_NQE = hidden_NQE.add_(self.output(attended))
+        normed = _normed(self.before_mlp, hidden_NQE).to(self.rounds_to)
+        return hidden_NQE.add_(self.down(self.gate(normed).mul_(self.up(normed))))
+
+    def attention(self, projected_NQP: Tensor, seen: _Seen, cache: Any, index: int) -> Tensor:
+        """Of queries, keys and values side by side: what each token finds, [N, Q, H * D]."""
+        every = projected_NQP.view(*projected_NQP.shape[:2], -1, self.head_width)
         if self.query_norm is None:
             both, value = torch.split(every, [sum(self.num_rotated), self.num_rotated[1]], dim=2)
         else:
@@ -196,14 +255,12 @@ class _Layer:
             both = _rotated(both, seen)
         query, key = torch.split(both, self.num_rotated, dim=2)
         keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
-        attended = self._attend(query, keys, values, seen)
-        hidden_NQE = hidden_NQE.add_(self.output(attended))
-        normed = _normed(self.before_mlp, hidden_NQE).to(self.rounds_to)
-        return hidden_NQE.add_(self.down(self.gate(normed).mul_(self.up(normed))))
+        return self._attend(query, keys, values, seen)
 
     def _attend(self, query_NQHD: Tensor, keys_NKWD: Tensor, values_NKWD: Tensor, seen: _Seen) -> Tensor:
         N, Q, H, D = query_NQHD.shape
         K, W = keys_NKWD.shape[1:3]
+        keys_NKWD, values_NKWD = keys_NKWD.to(query_NQHD.dtype), values_NKWD.to(query_NQHD.dtype)
         if Q > 1:
             attended_NHQD = nn.functional.scaled_dot_product_attention(
                 query_NQHD.transpose(1, 2),
@@ -221,6 +278,10 @@ class _Layer:
             scores_MGW.view(N, K, -1, W).add_(seen.bias_N11W)
         weights_MGW = torch.softmax(scores_MGW, dim=-1)
         return torch.bmm(weights_MGW, values_NKWD.reshape(N * K, W, -1)).view(N, 1, -1)
+
+
+# what a layer's projections [M, P] of all tokens find, in the float that its products take [M, H * D]
+_Attend = Callable[[Tensor, _Layer, int], Tensor]
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:

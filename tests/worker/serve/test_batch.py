@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from worker.serve.batch import CursorBatch
+from worker.serve.cache import KEPT_BYTES
 from worker.serve.loading import LoadedModel
 
 Drive = Callable[..., float]
@@ -121,11 +122,18 @@ def test_numbers_that_are_none_do_not_reach_the_next_tenant_of_a_row(
     assert batch.advance([5, 5]).isfinite().all()
 
 
-def test_an_empty_batch_gives_its_grown_buffers_back(llama: LoadedModel) -> None:
+def test_an_empty_batch_gives_large_buffers_back_and_keeps_others(
+    llama: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     batch = CursorBatch(llama.model, max_rows=6, max_width=WIDTH)
-    batch.join([list(range(10, 50)), [5], [6], [7]])
-    assert batch.cache.window.width >= 40
-    for _ in range(4):
-        batch.leave(0)
-    assert (batch.cache.window.width, batch.cache.window.num_rows, batch.cursor) == (16, 2, 0)
-    assert not batch.cache.layers
+    for num_bytes in (KEPT_BYTES, 1000):
+        monkeypatch.setattr("worker.serve.cache.KEPT_BYTES", num_bytes)
+        batch.join([list(range(10, 50)), [5], [6], [7]])
+        width = batch.cache.window.width
+        assert width >= 40
+        for _ in range(4):
+            batch.leave(0)
+        is_kept = num_bytes == KEPT_BYTES
+        assert (batch.cache.window.width, batch.cursor) == (width if is_kept else 16, 0)
+        assert bool(batch.cache.layers) == is_kept
+    assert batch.cache.window.num_rows == 2

@@ -126,7 +126,8 @@ def test_numbers_that_are_none_do_not_reach_the_next_tenant_of_a_row(
     assert batch.advance([5, 5]).isfinite().all()
 
 
-def test_an_empty_batch_gives_its_grown_buffers_back(bart: LoadedModel) -> None:
+def test_an_empty_batch_gives_large_buffers_back(bart: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("worker.serve.cache.KEPT_BYTES", 1000)
     batch = batch_of(bart.model)
     batch.join(PROMPTS)
     assert batch.sources is not None
