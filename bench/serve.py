@@ -40,7 +40,12 @@ SERVERS = (
     Server("llama_cpp", "float32"),
     Server("llama_cpp", "float16"),
 )
-QUICK_SERVERS = (OURS, Server("transformers_serve", "float32"), Server("vllm", "bfloat16"))
+QUICK_SERVERS = (
+    OURS,
+    Server("transformers_serve", "float32"),
+    Server("transformers_serve", "bfloat16"),
+    Server("vllm", "bfloat16"),
+)
 PEERS = ("transformers_serve", "vllm", "llama_cpp")
 MODELS = {"smollm2": "teacher_dir", "smollm2-12": "student_dir"}
 CALLERS, QUICK_CALLERS = (1, 8, 32, 64), (1, 8, 32)
@@ -86,7 +91,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/serve.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one model, one turn, one float a peer")
+    parser.add_argument("--quick", action="store_true", help="one model, one turn, fewer callers")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=PEERS, help="none: ours alone")
     parser.add_argument("--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs")
