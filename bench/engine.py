@@ -4,6 +4,8 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import get_args
@@ -11,11 +13,20 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from app.contracts import ArtifactRef, Delta, GenerateRequest, LoadedWeights, Message, Sampling
+from app.contracts import (
+    ArtifactRef,
+    Delta,
+    GenerateRequest,
+    LoadedWeights,
+    Message,
+    Sampling,
+    ServingOptions,
+)
 from bench.cases import Entry
 from bench.floor import best_seconds, layers_of
 from worker import gemm
 from worker.serve.engine import TransformersEngine
+from worker.serve.engines import EngineLimits
 from worker.serve.loading import LoadedModel, load_model
 
 MAX_CONTEXT_TOKENS = 2048
@@ -69,34 +80,35 @@ def _request(number: int, prompt: str, max_tokens: int) -> GenerateRequest:
     )
 
 
-def step_floor_seconds(loaded: LoadedModel, num_rows: int) -> float:
-    """The matrix products of one step for so many rows, each at the fastest way of multiplying that we know."""
+def step_floor_seconds(loaded: LoadedModel, num_rows: int, dtype: torch.dtype) -> float:
+    """The matrix products of one step for so many rows, each at the fastest way of multiplying in that float that we know."""
     tokens_N1 = torch.zeros(num_rows, 1, dtype=torch.long)
     shapes = Counter(layers_of(loaded.model, {"input_ids": tokens_N1, "use_cache": False}))
     weight_VH = loaded.model.get_output_embeddings().weight  # type: ignore[operator]
     assert isinstance(weight_VH, Tensor)
     shapes[num_rows, weight_VH.shape[1], weight_VH.shape[0]] += 1
-    return sum(count * _forward_seconds(*shape) for shape, count in shapes.items())
+    return sum(count * _forward_seconds(*shape, dtype) for shape, count in shapes.items())
 
 
-def _forward_seconds(rows: int, inputs: int, outputs: int) -> float:
-    x_NI, weight_OI = torch.randn(rows, inputs), torch.randn(outputs, inputs)
-    ways = [
-        lambda: torch.nn.functional.linear(x_NI, weight_OI),
-        lambda: gemm.product(x_NI, weight_OI),
-    ]
+def _forward_seconds(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> float:
+    x_NI, weight_OI = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
+    ways: list[Callable[[], Tensor]] = [lambda: torch.nn.functional.linear(x_NI, weight_OI)]
     if gemm.HAS_ONEDNN:
+        multiply = torch.ops.mkldnn._linear_pointwise.default
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, gemm.PACKED_FOR_ROWS)
-        ways.append(lambda: gemm.product(x_NI, packed))
+        ways += [partial(multiply, x_NI, each, None, "none", [], "") for each in (weight_OI, packed)]
     return min(best_seconds(way) for way in ways)
 
 
 def measure(task: Entry) -> Entry:
     torch.set_num_threads(task["num_threads"])
     folder = Path(task["model_dir"])
+    limits = EngineLimits(task["num_rows"], MAX_CONTEXT_TOKENS, "cpu", time.time, precision="auto")
+    chosen = limits.weights_for(ServingOptions())  # as a worker does that is told nothing
+    dtype = torch.bfloat16 if chosen == "bfloat16" else torch.float32
     with torch.no_grad():
-        floor = step_floor_seconds(load_model(folder), task["num_rows"])
-    found: Entry = {"step_floor_ms": 1000 * floor}
+        floor = step_floor_seconds(load_model(folder), task["num_rows"], dtype)
+    found: Entry = {"step_floor_ms": 1000 * floor, "weights": chosen}
     for weights in get_args(LoadedWeights):
         loaded = load_model(folder, weights=weights, keeps_plain=False)  # as a worker has it
         first = first_token_seconds(loaded, task["prompts"], task["max_tokens"])
@@ -105,7 +117,7 @@ def measure(task: Entry) -> Entry:
             "step_ms": {n: 1000 * step_seconds(loaded, n, task["prompts"]) for n in (1, 8, task["num_rows"])},
             "bytes": loaded.num_bytes,
         }
-    return {**found, **found["plain"]}
+    return {**found, **found[chosen]}
 
 
 def main() -> None:
