@@ -34,7 +34,6 @@ from worker.errors import WorkerError
 from worker.export import Kind, check_architecture, check_exportable, export_gguf
 from worker.launch import exit_like, launch
 from worker.model_facts import model_facts
-from worker.priority import TRAINING, step_back
 from worker.serve.errors import ServeError
 from worker.serve.offline import Continuation, generate_all
 
@@ -170,7 +169,6 @@ def main() -> int:
     parser.add_argument("--of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--meeting", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    step_back(TRAINING)
     spec = RunSpec.model_validate_json(arguments.spec.read_bytes())
     should_stop = StopSignal()
     num_processes = spec.num_processes or max(1, torch.cuda.device_count())

@@ -33,7 +33,6 @@ from app.contracts import (
     serve_worker_key,
 )
 from app.control import CONTROL, Keep
-from worker.priority import SERVING, step_back
 from worker.serve.models import HostStatus, ModelHost
 
 log = structlog.get_logger(__name__)
@@ -117,7 +116,6 @@ class ServeWorker:
             self._drain_until = time.monotonic() + self._options.drain_seconds
 
     def _serve(self) -> None:
-        step_back(SERVING)
         is_as_asked = False
         try:
             while not self._is_drained():
