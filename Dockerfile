@@ -19,6 +19,8 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
 CMD ["stillhouse", "api"]
 
 FROM base AS worker
+# for the kernels of a serve worker on a CPU (worker/native)
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY worker worker
 RUN pip install --editable '.[worker,s3]'
 USER stillhouse

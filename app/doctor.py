@@ -176,6 +176,12 @@ def gpu(settings: Settings) -> Iterator[Finding]:
     yield judge("gpu", bool(cards), "; ".join(cards) or "none seen", broken)
 
 
+def compiler(settings: Settings) -> Iterator[Finding]:
+    found = shutil.which("gcc") or shutil.which("cc")
+    without = "no C compiler here: a serve worker on this host does without its kernels and is slower on a CPU; install gcc"
+    yield Finding("compiler", "ok", without if found is None else f"{found}, for a serve worker's kernels")
+
+
 def keys(settings: Settings) -> Iterator[Finding]:
     auth.key_pepper(settings)
     for path in (settings.data_dir / name for name in ("pepper", "api_key", "service.json")):
@@ -200,5 +206,6 @@ CHECKS: tuple[tuple[str, Check, str], ...] = (
     ("workers", workers, "workers cannot be seen without broker and database"),
     ("api", api, "start `stillhouse api`, or correct STILLHOUSE_HOST and STILLHOUSE_PORT"),
     ("gpu", gpu, "run `nvidia-smi` by hand"),
+    ("compiler", compiler, "look for gcc by hand"),
     ("key files", keys, "set STILLHOUSE_KEY_PEPPER, or give the data folder that `stillhouse up` made"),
 )

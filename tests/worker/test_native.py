@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from app.distillation import DivergenceName
+from worker.distill.objectives import TokenObjective
 from worker.native import MARGIN, MOST_REFINED, Kernels, kernels
 from worker.serve.lean import LeanModel
 from worker.serve.loading import load_model
@@ -145,3 +147,29 @@ def test_without_a_compiler_there_are_none() -> None:
         [sys.executable, "-c", code], env={"PATH": "/nonexistent"}, capture_output=True, text=True, check=True
     )
     assert done.stdout.split()[-1] == "None"
+
+
+@pytest.mark.parametrize("beta", [None, 0.5, 0.1])
+@pytest.mark.parametrize("ce_weight", [0.0, 0.3])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_distil_is_the_objective(does: Kernels, beta: float | None, ce_weight: float, scale: float) -> None:
+    student, teacher = random(9, 1003) * scale, random(9, 1003, seed=1) * scale
+    targets = torch.arange(9) * 100
+    divergence: DivergenceName = "forward_kl" if beta is None else "jsd"
+    objective = TokenObjective(divergence=divergence, beta=beta or 0.5, ce_weight=ce_weight)
+    exact = objective.loss_and_gradient(student.double(), teacher.double(), targets)
+    is_agreed = student.argmax(-1) == teacher.argmax(-1)
+    gradient = student.clone()
+    found = does.distil(gradient, teacher, targets, beta=beta, ce_weight=ce_weight, factor=0.25)
+    expected = torch.stack((exact.loss_N, exact.kl_N, exact.ce_N, is_agreed.double()), dim=1)
+    # float32 logits of some hundreds are right to 1e-5
+    torch.testing.assert_close(found.double(), expected, atol=1e-6 * scale, rtol=1e-5)
+    torch.testing.assert_close(gradient.double(), exact.gradient_NV / 4, atol=1e-7 * scale, rtol=1e-4)
+
+
+def test_rows_of_a_distillation_that_are_no_numbers_stay_apart(does: Kernels) -> None:
+    student, teacher, targets = random(3, 50), random(3, 50, seed=1), torch.zeros(3, dtype=torch.long)
+    student[1, 7] = float("nan")
+    found = does.distil(student, teacher, targets, beta=0.5, ce_weight=0.0, factor=1.0)
+    assert found[:, 0].isnan().tolist() == [False, True, False]
+    assert student.isnan().all(-1).tolist() == [False, True, False]

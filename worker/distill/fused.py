@@ -27,6 +27,7 @@ from worker.distill.heads import (
 )
 from worker.distill.objectives import TokenObjective, row_dot
 from worker.distill.topk import bucket_terms
+from worker.native import Kernels, kernels
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class _Job:
         assert self.teacher.hidden_NH is not None, "expected rows serve forward KL at T = 1 and a frozen head"
         return False
 
-    def totals(self, rows: slice, group: slice, terms: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    def totals(self, rows: slice, group: slice, terms: tuple[Tensor, ...]) -> Tensor:
         """Sums of loss, KL, CE and agreement over a group of a chunk's rows, which are kept if asked for."""
         terms_4G = torch.stack([term.to(terms[0].dtype) for term in terms])
         if self.rows_N4 is not None:
@@ -209,6 +210,18 @@ def _full_chunk(
     student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
     teacher_CU = write_logits(job.teacher.head, job.teacher.hidden_NH[rows], teacher_CU)
     targets_C = job.targets_N[rows]
+    if (does := _kernels_for(job, student_CV)) is not None:
+        objective = job.objective
+        terms_C4 = does.distil(
+            student_CV,
+            teacher_CU,
+            targets_C,
+            beta=None if objective.is_forward_kl else objective.beta,
+            ce_weight=objective.ce_weight,
+            factor=job.head.scale / job.denominator,
+        )
+        gradients.add(job.head, hidden_NH[rows], rows, student_CV)
+        return job.totals(rows, slice(0, len(terms_C4)), terms_C4.unbind(dim=1))
     totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
     for group in split_groups(student_CV):
         z_GV = student_CV[group]
@@ -221,6 +234,13 @@ def _full_chunk(
         _replace_logits(z_GV, terms.gradient_NV, job)
     gradients.add(job.head, hidden_NH[rows], rows, student_CV)
     return totals
+
+
+def _kernels_for(job: _Job, student_CV: Tensor) -> Kernels | None:
+    """The compiled passes, where they do what the objective asks for."""
+    is_float32 = student_CV.dtype == torch.float32 and student_CV.device.type == "cpu"
+    is_known = job.objective.is_forward_kl or job.objective.is_jensen_shannon
+    return kernels() if is_float32 and is_known and job.head.softcap is None else None
 
 
 def _text_chunk(

@@ -180,6 +180,11 @@ class TokenObjective:
         """Plain forward KL at temperature 1, whose value is also the reported KL."""
         return self.divergence == "forward_kl" and self.matches == "token" and self.temperature == 1.0
 
+    @property
+    def is_jensen_shannon(self) -> bool:
+        """Plain Jensen-Shannon divergence at temperature 1."""
+        return self.divergence == "jsd" and self.matches == "token" and self.temperature == 1.0
+
     def measure(self, q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
         """The divergence and its slope, before T², the gradient's 1/T and the weights."""
         if self.matches == "rank":

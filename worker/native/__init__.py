@@ -1,7 +1,8 @@
-"""What lies between a decoding step's matrix products, compiled: step.c, built once by the machine's C compiler.
+"""What lies between matrix products, compiled: a decoding step (step.c), the passes over a chunk's logits (loss.c).
 
-In torch these are a dozen small operations a layer, and take as long as the products (bench/LOG.md). Without a compiler, or
-elsewhere than on Linux with a torch of GNU's OpenMP, `kernels` gives None and the same is done in torch.
+In torch these are many small operations, which take as long as a step's products and a tenth of a training step
+(bench/LOG.md). The machine's C compiler builds them once. Without one, or elsewhere than on Linux with a torch of GNU's
+OpenMP, `kernels` gives None and the same is done in torch.
 """
 
 import ctypes
@@ -20,7 +21,8 @@ from torch import Tensor
 
 log = structlog.get_logger(__name__)
 
-SOURCE = Path(__file__).with_name("step.c")
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / "step.c", FOLDER / "loss.c"]
 # sums may be reordered, so that they are done many at a time; infinities and NaN must stay what they are
 FLAGS = [
     "-O3",
@@ -39,6 +41,7 @@ SIGNATURES = {
     "add_norm": [POINTER, POINTER, KIND, POINTER, FLOAT, POINTER, KIND, WHOLE, WHOLE],
     "multiply": [POINTER, POINTER, KIND, WHOLE],
     "refine": [*[POINTER] * 4, *[WHOLE] * 3, FLOAT, WHOLE],
+    "distil": [*[POINTER] * 4, *[WHOLE] * 2, KIND, *[FLOAT] * 3],
     "attend": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 6, FLOAT],
 }
 
@@ -87,6 +90,27 @@ class Kernels:
         )  # fmt: skip
         return out_NV
 
+    def distil(
+        self,
+        student_NV: Tensor,
+        teacher_NV: Tensor,
+        targets_N: Tensor,
+        *,
+        beta: float | None,
+        ce_weight: float,
+        factor: float,
+    ) -> Tensor:
+        """Loss, KL, cross-entropy and agreement of each row [N, 4]; the student's logits become factor times the loss's derivative.
+
+        Forward KL, or with a beta the Jensen-Shannon divergence, at temperature 1; all in float32.
+        """
+        terms_N4 = torch.empty(len(targets_N), 4)
+        self._library.distil(
+            student_NV.data_ptr(), teacher_NV.data_ptr(), targets_N.data_ptr(), terms_N4.data_ptr(), *student_NV.shape,
+            int(beta is not None), beta or 0.0, ce_weight, factor,
+        )  # fmt: skip
+        return terms_N4
+
     def attend(
         self,
         projected_NP: Tensor,
@@ -123,7 +147,9 @@ def kernels() -> Kernels | None:
         log.info("kernels_absent", compiler=compiler, has_openmp=bool(openmp))
         return None
     try:
-        return Kernels(ctypes.CDLL(str(_built([compiler, *FLAGS, str(SOURCE), str(openmp[0]), "-lm"]))))
+        return Kernels(
+            ctypes.CDLL(str(_built([compiler, *FLAGS, *map(str, SOURCES), str(openmp[0]), "-lm"])))
+        )
     except (OSError, subprocess.SubprocessError) as error:
         errors = getattr(error, "stderr", None) or b""
         log.warning("kernels_failed", reason=str(error), errors=errors.decode(errors="replace")[-500:])
@@ -137,9 +163,10 @@ def _built(command: list[str]) -> Path:
         for line in Path("/proc/cpuinfo").read_text().splitlines()
         if line.startswith(("flags", "Features"))
     ]
-    made_of = [*command, cpu[0] if cpu else platform.machine(), SOURCE.read_text()]
-    name = f"step-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
-    folder = SOURCE.parent / "__pycache__"
+    texts = [path.read_text() for path in sorted(FOLDER.glob("*.[ch]"))]
+    made_of = [*command, cpu[0] if cpu else platform.machine(), *texts]
+    name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
+    folder = FOLDER / "__pycache__"
     try:
         folder.mkdir(exist_ok=True)
         if not (folder / name).exists():

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "exponential.h"
+
 enum kind { FLOAT32 = 0, BFLOAT16 = 1 };
 
 static inline float widen(uint16_t half) {
@@ -37,25 +39,6 @@ static inline void store(void *to, int64_t at, int kind, const float *restrict f
         for (int64_t i = 0; i < count; i++) ((uint16_t *)to)[at + i] = narrow(from[i]);
     else
         memcpy((float *)to + at, from, count * sizeof(float));
-}
-
-/* e^x for x <= 0, to 2 units in the last place, without a branch so that it is done for many at once; NaN stays NaN.
- * 2^(whole part of x / ln 2) times a polynomial of what is left (Cephes' coefficients). */
-static inline float exp_of(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float whole = rintf(x * 1.44269504f);
-    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * rest + 1.3981999507e-3f;
-    p = p * rest + 8.3334519073e-3f;
-    p = p * rest + 4.1665795894e-2f;
-    p = p * rest + 1.6666665459e-1f;
-    p = p * rest + 5.0000001201e-1f;
-    p = p * rest * rest + rest + 1.0f;
-    int32_t exponent = ((int32_t)whole + 127) << 23;
-    float scale;
-    memcpy(&scale, &exponent, 4);
-    return p * scale;
 }
 
 /* hidden [N, E] += delta (null: nothing), then out = hidden / sqrt(mean(hidden^2) + eps) * weight. */

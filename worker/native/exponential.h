@@ -1,0 +1,47 @@
+/* e^x and ln x without branches, so that a compiler does them for many numbers at once; polynomials of Cephes. */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* e^x for x <= 0, to 2 units in the last place, without a branch so that it is done for many at once; NaN stays NaN.
+ * 2^(whole part of x / ln 2) times a polynomial of what is left (Cephes' coefficients). */
+static inline float exp_of(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float whole = rintf(x * 1.44269504f);
+    float rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * rest + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.0f;
+    int32_t exponent = ((int32_t)whole + 127) << 23;
+    float scale;
+    memcpy(&scale, &exponent, 4);
+    return p * scale;
+}
+
+/* ln x for normal x > 0, to 2 units in the last place: the exponent times ln 2, and a polynomial around 1 of the rest. */
+static inline float log_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    int32_t exponent = (int32_t)(bits >> 23) - 126;
+    bits = (bits & 0x007fffffu) | 0x3f000000u; /* in [1/2, 1) */
+    float rest;
+    memcpy(&rest, &bits, 4);
+    int is_small = rest < 0.707106781f;
+    float e = (float)(exponent - is_small);
+    rest = (is_small ? rest + rest : rest) - 1.0f;
+    float square = rest * rest, p = 7.0376836292e-2f;
+    p = p * rest - 1.1514610310e-1f;
+    p = p * rest + 1.1676998740e-1f;
+    p = p * rest - 1.2420140846e-1f;
+    p = p * rest + 1.4249322787e-1f;
+    p = p * rest - 1.6668057665e-1f;
+    p = p * rest + 2.0000714765e-1f;
+    p = p * rest - 2.4999993993e-1f;
+    p = p * rest + 3.3333331174e-1f;
+    p = p * rest * square - 2.12194440e-4f * e - 0.5f * square;
+    return rest + p + 0.693359375f * e;
+}
