@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from app.distillation import DivergenceName
 from worker.distill.objectives import TokenObjective
@@ -133,12 +134,12 @@ def test_a_flat_distribution_costs_no_more_than_a_bound(does: Kernels) -> None:
     assert does.refine(rounded * float("nan"), hidden, weight).isnan().all()
 
 
-def test_the_step_of_a_loaded_model_is_made_of_them(does: Kernels, tiny_llama_dir: Path) -> None:
-    loaded = load_model(tiny_llama_dir, keeps_plain=False)
-    assert LeanModel(loaded.model)._kernels is does
-    assert (
-        LeanModel(load_model(tiny_llama_dir).model)._kernels is None
-    )  # three projections, and plain weights
+def test_the_step_of_a_packed_model_is_made_of_them(does: Kernels, tiny_llama_dir: Path) -> None:
+    for keeps_plain in (True, False):  # three layers for queries, keys and values, or one
+        loaded = load_model(tiny_llama_dir, keeps_plain=keeps_plain)
+        assert LeanModel(loaded.model)._kernels is does
+    trained = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    assert LeanModel(trained)._kernels is None
 
 
 def test_without_a_compiler_there_are_none() -> None:

@@ -115,7 +115,7 @@ class LeanModel:
         norms = [layer.before_attention for layer in self._layers[1:]] + [self._norm]
         normed = _added(does, hidden_ME, None, self._layers[0].before_attention, self._layers[0].rounds_to)
         for index, (layer, norm) in enumerate(zip(self._layers, norms, strict=True)):
-            attended = layer.output(attend(layer.projections[0](normed), layer, index))
+            attended = layer.output(attend(layer.projected(normed), layer, index))
             normed = _added(does, hidden_ME, attended, layer.before_mlp, layer.rounds_to)
             more = layer.down(does.multiply(layer.gate(normed), layer.up(normed)))
             dtype = hidden_ME.dtype if norm is self._norm else layer.rounds_to
@@ -230,15 +230,18 @@ class _Layer:
 
     @property
     def has_few_parts(self) -> bool:
-        """Whether a step of it is five packed products and what the kernels do between them."""
-        return self.is_packed and len(self.projections) == 1 and self.query_norm is None
+        """Whether a step of it is packed products and what the kernels do between them."""
+        return self.is_packed and self.query_norm is None
+
+    def projected(self, normed: Tensor) -> Tensor:
+        """Queries, keys and values side by side."""
+        parts = [multiply(normed) for multiply in self.projections]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def forward(self, hidden_NQE: Tensor, seen: _Seen, cache: Any, index: int) -> Tensor:
         """Of the next layer, in the same memory."""
         normed = _normed(self.before_attention, hidden_NQE).to(self.rounds_to)
-        projected = [multiply(normed) for multiply in self.projections]
-        projected_NQP = projected[0] if len(projected) == 1 else torch.cat(projected, dim=-1)
-        attended = self.attention(projected_NQP.to(hidden_NQE.dtype), seen, cache, index)
+        attended = self.attention(self.projected(normed).to(hidden_NQE.dtype), seen, cache, index)
         hidden_NQE = hidden_NQE.add_(self.output(attended))
         normed = _normed(self.before_mlp, hidden_NQE).to(self.rounds_to)
         return hidden_NQE.add_(self.down(self.gate(normed).mul_(self.up(normed))))
