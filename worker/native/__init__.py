@@ -147,16 +147,14 @@ def kernels() -> Kernels | None:
         log.info("kernels_absent", compiler=compiler, has_openmp=bool(openmp))
         return None
     try:
-        return Kernels(
-            ctypes.CDLL(str(_built([compiler, *FLAGS, *map(str, SOURCES), str(openmp[0]), "-lm"])))
-        )
+        return Kernels(_load([compiler, *FLAGS, *map(str, SOURCES), str(openmp[0]), "-lm"]))
     except (OSError, subprocess.SubprocessError) as error:
         errors = getattr(error, "stderr", None) or b""
         log.warning("kernels_failed", reason=str(error), errors=errors.decode(errors="replace")[-500:])
         return None
 
 
-def _built(command: list[str]) -> Path:
+def _load(command: list[str]) -> ctypes.CDLL:
     """Kept beside the bytecode under a name that tells processor and source; where nothing can be kept, for this process alone."""
     cpu = [
         line
@@ -166,15 +164,16 @@ def _built(command: list[str]) -> Path:
     texts = [path.read_text() for path in sorted(FOLDER.glob("*.[ch]"))]
     made_of = [*command, cpu[0] if cpu else platform.machine(), *texts]
     name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
-    folder = FOLDER / "__pycache__"
+    kept = FOLDER / "__pycache__" / name
     try:
-        folder.mkdir(exist_ok=True)
-        if not (folder / name).exists():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                os.replace(_compile(command, Path(scratch) / name), folder / name)
-        return folder / name
+        kept.parent.mkdir(exist_ok=True)
+        if not kept.exists():
+            with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
+                os.replace(_compile(command, Path(scratch) / name), kept)
+        return ctypes.CDLL(str(kept))
     except OSError:
-        return _compile(command, Path(tempfile.mkdtemp(prefix="stillhouse-")) / name)
+        with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
+            return ctypes.CDLL(str(_compile(command, Path(scratch) / name)))
 
 
 def _compile(command: list[str], target: Path) -> Path:
