@@ -366,7 +366,7 @@ def test_the_doctor_finds_a_sound_service_sound(place: Place) -> None:
     assert [finding for finding in findings if finding["status"] != "ok"] == []
     assert status == 0
     names = {"database", "durability", "clock", "schema", "broker", "eviction", "persistence", "store"}
-    names |= {"disk", "serving", "training", "api", "gpu", "key files"}
+    names |= {"disk", "serving", "training", "api", "gpu", "compiler", "key files"}
     assert {finding["name"] for finding in findings} == names
 
 

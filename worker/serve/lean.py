@@ -124,7 +124,8 @@ class LeanModel:
 
     def _in_a_step(self, does: Kernels, hidden_NQE: Tensor, call: Any) -> "_Attend | None":
         """For one token a row, which sees all columns from its start on."""
-        if hidden_NQE.shape[1] > 1 or call.starts_N is None:
+        is_fresh = len(call.cache.layers) < len(self._layers)  # a prompt of one token, before any other
+        if hidden_NQE.shape[1] > 1 or call.starts_N is None or is_fresh:
             return None
         rotations = self._rotations(hidden_NQE, call)
         return lambda projected, layer, index: does.attend(

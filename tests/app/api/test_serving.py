@@ -137,7 +137,7 @@ def test_a_model_is_loaded_and_unloaded_when_asked(worker: WorkerProcess, http: 
     http.post("/v1/models/tiny/unload")
     assert wait_until(http, "absent") == {
         "worker": worker.id, "state": "absent", "bytes": None, "percent": 0.0,
-        "load_seconds": None, "first_token_ms": None, "error": None,
+        "weights": None, "load_seconds": None, "first_token_ms": None, "acceptance_rate": None, "error": None,
     }  # fmt: skip
     for _ in range(2):
         answer = http.post("/v1/models/tiny/load")
@@ -147,6 +147,7 @@ def test_a_model_is_loaded_and_unloaded_when_asked(worker: WorkerProcess, http: 
     assert found["percent"] == 100.0
     assert 0 < found["first_token_ms"] < 60_000
     assert 0 < found["load_seconds"] < 60
+    assert found["weights"] == "plain"
     assert found["bytes"] > 100_000
     assert http.get("/health/ready").json()["stalled_serve_workers"] == 0
     assert http.post("/v1/models/tiny/unload").status_code == 202

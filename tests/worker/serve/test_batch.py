@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from worker.serve.batch import CursorBatch
 from worker.serve.cache import KEPT_BYTES
-from worker.serve.loading import LoadedModel
+from worker.serve.loading import LoadedModel, load_model
 
 Drive = Callable[..., float]
 CLOSE, FAR = 1e-4, 1e-2  # relative to a row's largest logit: float32 rounding, and a mistake
@@ -137,3 +138,13 @@ def test_an_empty_batch_gives_large_buffers_back_and_keeps_others(
         assert (batch.cache.window.width, batch.cursor) == (width if is_kept else 16, 0)
         assert bool(batch.cache.layers) == is_kept
     assert batch.cache.window.num_rows == 2
+
+
+def test_the_very_first_prompt_may_have_one_token(tiny_llama_dir: Path) -> None:
+    for keeps_plain in (True, False):
+        served = load_model(tiny_llama_dir, keeps_plain=keeps_plain).model
+        batches = [CursorBatch(served, max_rows=2, max_width=WIDTH) for _ in range(2)]
+        batches[1].join([[9, 8, 7]])
+        first, later = (batch.join([[7]]) for batch in batches)
+        torch.testing.assert_close(first, later)
+        torch.testing.assert_close(batches[0].advance([8]), batches[1].advance([6, 8])[1:])
