@@ -13,7 +13,7 @@ import pytest
 
 from app.local import LocalValkey
 from tests.e2e.service import TEACHER, Service, start_service
-from tests.e2e.test_openai_client import extra, method, rows, wait, wait_for_step
+from tests.e2e.test_openai_client import extra, method, rows, wait
 
 pytestmark = pytest.mark.e2e
 LONG = {
@@ -59,6 +59,13 @@ def models_with(client: openai.OpenAI, suffix: str) -> list[str]:
     return [model.id for model in client.models.list() if f":{suffix}:" in model.id]
 
 
+def wait_for_checkpoint(client: openai.OpenAI, job_id: str) -> None:
+    give_up = time.monotonic() + 120
+    while not client.fine_tuning.jobs.checkpoints.list(job_id).data:
+        assert time.monotonic() < give_up, "no checkpoint came"
+        time.sleep(0.1)
+
+
 def trainer(service: Service) -> psutil.Process:
     (found,) = service.processes("worker.run")
     return found
@@ -81,7 +88,7 @@ def test_a_killed_process_costs_a_resume_and_nothing_else(
     service, _ = faulty
     with service.client() as client:
         job_id = submit(client, f"killed-{victim}")
-        wait_for_step(client, job_id, 12)
+        wait_for_checkpoint(client, job_id)
         process = trainer(service)
         if victim == "worker":
             (process,) = service.processes("worker.main", "train")
