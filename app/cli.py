@@ -232,7 +232,7 @@ def set_serving(
     project: Annotated[str, typer.Option(help="Whose model it is.")] = "default",
     data_dir: DataDir = None,
 ) -> None:
-    """Decide how a model is served; what is left out is as it was by itself."""
+    """Decide how a model is served; what is left out takes its default."""
     from pydantic import ValidationError
 
     from app.auth import Principal

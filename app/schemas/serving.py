@@ -14,7 +14,7 @@ class SetDraft(Body):
 
 
 class SetServing(Body):
-    """All options at once; what is left out is the way it was by itself."""
+    """All options at once; what is left out takes its default."""
 
     engine: EngineName = "transformers"
     weights: WeightsName = "auto"

@@ -83,6 +83,9 @@ class Kernels:
 
     def refine(self, rounded_NV: Tensor, hidden_NE: Tensor, weight_VE: Tensor) -> Tensor:
         """Logits [N, V] in float32: the best of a row, up to MARGIN below the greatest, exact, the others as rounded to bfloat16."""
+        assert all(each.is_contiguous() for each in (rounded_NV, hidden_NE, weight_VE)), (
+            "C sees memory, not strides"
+        )
         out_NV = torch.empty(rounded_NV.shape)
         self._library.refine(
             rounded_NV.data_ptr(), hidden_NE.data_ptr(), weight_VE.data_ptr(), out_NV.data_ptr(),
@@ -104,6 +107,10 @@ class Kernels:
 
         Forward KL, or with a beta the Jensen-Shannon divergence, at temperature 1; all in float32.
         """
+        assert all(each.is_contiguous() for each in (student_NV, teacher_NV, targets_N)), (
+            "C sees memory, not strides"
+        )
+        assert student_NV.shape == teacher_NV.shape, "both have a logit for every token"
         terms_N4 = torch.empty(len(targets_N), 4)
         self._library.distil(
             student_NV.data_ptr(), teacher_NV.data_ptr(), targets_N.data_ptr(), terms_N4.data_ptr(), *student_NV.shape,
