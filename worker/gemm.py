@@ -1,8 +1,9 @@
 """Float32 matrix products on a CPU by oneDNN instead of the BLAS that torch was built with.
 
-torch sends float32 products to MKL, which reaches a third to a half of oneDNN's rate on AMD processors, and at few
-rows on Intel's too (bench/LOG.md). The sums are float32 either way; only their order differs. Everywhere else (another
-device, another float, a torch without the operator) the same calls fall back to torch's own product. A processor that
+torch sends float32 products to MKL, which reaches a third to a half of oneDNN's rate on AMD processors; on Intel's it is
+the faster one, by a quarter in gradients, where nothing is packed (bench/LOG.md). The sums are float32 either way; only
+their order differs. Everywhere else (another device, another float, a torch without the operator) the same calls fall
+back to torch's own product. A processor that
 multiplies bfloat16 itself does so twice as fast: layers may be told to round what they multiply to it, as autocast
 does; sums, weights, gradients and all between the layers stay float32.
 
@@ -11,6 +12,7 @@ N rows, I and O features in and out.
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,10 +20,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+CPU_INFO = Path("/proc/cpuinfo")
 # torch leaves is_available untyped
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 HAS_ONEDNN = HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_BFLOAT16: bool = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+IS_INTEL = "GenuineIntel" in CPU_INFO.read_text() if CPU_INFO.exists() else False
+HAS_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # as above
+PREFERS_ONEDNN = HAS_ONEDNN and not (IS_INTEL and HAS_MKL)  # for float32 that lies as it is
 # in instructions of its own, not emulated
 HAS_FAST_BFLOAT16: bool = HAS_BFLOAT16 and (
     torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -31,7 +37,7 @@ Activation = Literal["none", "swish"]
 
 def product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """a b^T + bias, not differentiable; b may have any strides."""
-    if _is_fast(a_NI, b_OI):
+    if PREFERS_ONEDNN and _is_fast(a_NI, b_OI):
         out: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, bias_O, "none", [], "")
         return out
     return nn.functional.linear(a_NI, b_OI, bias_O)
@@ -39,7 +45,8 @@ def product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
 
 def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     """grad^T x, not differentiable: the gradient in the weight of a linear layer."""
-    return _weight_gradient(grad_NO, x_NI) if _is_fast(grad_NO, x_NI) else grad_NO.t() @ x_NI
+    is_fast = PREFERS_ONEDNN and _is_fast(grad_NO, x_NI)
+    return _weight_gradient(grad_NO, x_NI) if is_fast else grad_NO.t() @ x_NI
 
 
 def _weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
@@ -67,8 +74,8 @@ def _any_weight() -> Tensor:
 def linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`torch.nn.functional.linear`, differentiable, all three products by oneDNN; what they multiply is rounded to dtype."""
-    if not _is_fast(x, weight_OI):
+    """`torch.nn.functional.linear`, differentiable, all three products by the faster library; what they multiply is rounded to dtype."""
+    if not _is_fast(x, weight_OI) or (dtype == torch.float32 and not PREFERS_ONEDNN):
         return nn.functional.linear(x, weight_OI, bias_O)
     if not torch.is_grad_enabled():
         return _product(x.to(dtype), weight_OI.to(dtype), bias_O)

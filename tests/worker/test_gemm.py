@@ -23,6 +23,12 @@ def one_thread() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, params=["onednn", "mkl"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever this processor would choose."""
+    monkeypatch.setattr(gemm, "PREFERS_ONEDNN", gemm.HAS_ONEDNN and request.param == "onednn")
+
+
 @pytest.mark.parametrize("shape", [(1, 24), (7, 24), (3, 5, 24), (2, 0, 24)])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_product_and_its_gradients_equal_torchs(shape: tuple[int, ...], has_bias: bool) -> None:

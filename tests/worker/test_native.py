@@ -1,5 +1,6 @@
 """The compiled kernels against the same in torch, and a machine without a compiler."""
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from app.distillation import DivergenceName
+from worker.distill.lean_body import use_lean_body
 from worker.distill.objectives import TokenObjective
 from worker.native import MARGIN, MOST_REFINED, Kernels, kernels
 from worker.serve.lean import LeanModel
@@ -174,3 +177,52 @@ def test_rows_of_a_distillation_that_are_no_numbers_stay_apart(does: Kernels) ->
     found = does.distil(student, teacher, targets, beta=0.5, ce_weight=0.0, factor=1.0)
     assert found[:, 0].isnan().tolist() == [False, True, False]
     assert student.isnan().all(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("shape", [(1, 300), (3, 7, 300), (2, 0, 300)])
+@pytest.mark.parametrize("trains_weight", [True, False])
+def test_a_norms_gradients_are_torchs(shape: tuple[int, ...], trains_weight: bool) -> None:
+    results = []
+    for is_lean in (True, False):
+        module = LlamaRMSNorm(300)
+        with torch.no_grad():
+            module.weight.copy_(random(300, seed=2))
+        module.requires_grad_(trains_weight)
+        if is_lean:
+            use_lean_body(module)
+        x = random(*shape).requires_grad_()
+        y = module(x)
+        (y * random(*shape, seed=1)).sum().backward()
+        results.append([y, x.grad, module.weight.grad])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # sums of 300 in another order
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0])  # far out e^-x is 0 in float32
+def test_a_gated_mlps_gradients_are_torchs(scale: float) -> None:
+    config = LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=4)
+    torch.manual_seed(0)
+    plain = LlamaMLP(config)
+    lean = copy.deepcopy(plain)
+    use_lean_body(lean)
+    results = []
+    for module in (lean, plain):
+        x = (random(3, 5, 24) * scale).requires_grad_()
+        y = module(x)
+        (y * random(3, 5, 24, seed=1)).sum().backward()
+        results.append([y, x.grad, *(each.grad for each in module.parameters())])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5 * scale, rtol=1e-5)
+
+
+def test_a_students_copy_computes_with_its_own_weights(tiny_llama_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
+    plain = copy.deepcopy(model)
+    use_lean_body(model)
+    twin, tokens = copy.deepcopy(model), torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    # four layers on, rounding has added up
+    torch.testing.assert_close(twin(tokens).logits, plain(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert not model(tokens).logits.any()

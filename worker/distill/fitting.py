@@ -25,6 +25,7 @@ from worker.distill.batches import Batch, collate
 from worker.distill.bodies import run_body
 from worker.distill.data import Example
 from worker.distill.layers import layer_counts, layer_stacks
+from worker.distill.lean_body import use_lean_body
 from worker.distill.packing import Packing, packing_of
 from worker.distill.shapes import read_config
 from worker.distill.short_attention import use_short_attention
@@ -94,6 +95,7 @@ def fit_student(
     start = load_model(recipe.start_dir).to(model.device).requires_grad_(False)
     pack_weights(start, dtype=rounds_to)
     use_short_attention(start)
+    use_lean_body(start)
     try:
         fit_layers(model, start, stacks, rows, on_progress)
     except NoPlainStream as e:

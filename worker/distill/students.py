@@ -12,6 +12,7 @@ from worker.distill.checkpoint import ADAPTERS
 from worker.distill.errors import InvalidStudent, StudentTooDeep
 from worker.distill.fresh import build_fresh, fresh_config
 from worker.distill.layers import first_and_last, keep_layers, layer_counts
+from worker.distill.lean_body import use_lean_body
 from worker.distill.lora import add_lora, load_lora_tensors
 from worker.distill.shapes import model_class, read_config, shape_of
 from worker.distill.short_attention import use_short_attention
@@ -126,6 +127,7 @@ def load_student(
         model = load_model(resume_dir / "model")
     use_onednn(model, rounds_to, but=model.get_output_embeddings())
     use_short_attention(model)
+    use_lean_body(model)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, seed=seed)
         if resume_dir is not None:

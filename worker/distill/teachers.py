@@ -22,6 +22,7 @@ from worker.distill.bodies import decoder_states, transform_of
 from worker.distill.cache import NAME_BYTES, RowCache, cache_bytes, open_cache
 from worker.distill.data import Example
 from worker.distill.heads import ExpectedRows, Head, TeacherRows, expected_rows, top_rows
+from worker.distill.lean_body import use_lean_body
 from worker.distill.parallel import Ranks
 from worker.distill.prefix import Prefix
 from worker.distill.topk import TopRows
@@ -50,6 +51,7 @@ class LiveTeacher:
     def __init__(self, model: PreTrainedModel, prefix: tuple[int, ...] = ()) -> None:
         self._model = model.eval()
         self._device = str(model.device)
+        use_lean_body(model)
         self._threads = ThreadPoolExecutor(
             torch.get_num_threads(), "teacher", initializer=torch.set_num_threads, initargs=(1,)
         )

@@ -1,4 +1,4 @@
-"""What lies between matrix products, compiled: a decoding step (step.c), the passes over a chunk's logits (loss.c).
+"""What lies between matrix products, compiled: a decoding step (step.c), a training step's layers (body.c) and logits (loss.c).
 
 In torch these are many small operations, which take as long as a step's products and a tenth of a training step
 (bench/LOG.md). The machine's C compiler builds them once. Without one, or elsewhere than on Linux with a torch of GNU's
@@ -22,7 +22,7 @@ from torch import Tensor
 log = structlog.get_logger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / "step.c", FOLDER / "loss.c"]
+SOURCES = [FOLDER / name for name in ("step.c", "body.c", "loss.c")]
 # sums may be reordered, so that they are done many at a time; infinities and NaN must stay what they are
 FLAGS = [
     "-O3",
@@ -41,6 +41,10 @@ SIGNATURES = {
     "add_norm": [POINTER, POINTER, KIND, POINTER, FLOAT, POINTER, KIND, WHOLE, WHOLE],
     "multiply": [POINTER, POINTER, KIND, WHOLE],
     "refine": [*[POINTER] * 4, *[WHOLE] * 3, FLOAT, WHOLE],
+    "norm": [POINTER, POINTER, FLOAT, POINTER, POINTER, WHOLE, WHOLE],
+    "norm_gradients": [*[POINTER] * 6, WHOLE, WHOLE],
+    "swiglu": [*[POINTER] * 3, WHOLE],
+    "swiglu_gradients": [*[POINTER] * 5, WHOLE],
     "distil": [*[POINTER] * 4, *[WHOLE] * 2, KIND, *[FLOAT] * 3],
     "attend": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 6, FLOAT],
 }
@@ -83,13 +87,9 @@ class Kernels:
 
     def refine(self, rounded_NV: Tensor, hidden_NE: Tensor, weight_VE: Tensor) -> Tensor:
         """Logits [N, V] in float32: the best of a row, up to MARGIN below the greatest, exact, the others as rounded to bfloat16."""
-        assert all(each.is_contiguous() for each in (rounded_NV, hidden_NE, weight_VE)), (
-            "C sees memory, not strides"
-        )
         out_NV = torch.empty(rounded_NV.shape)
         self._library.refine(
-            rounded_NV.data_ptr(), hidden_NE.data_ptr(), weight_VE.data_ptr(), out_NV.data_ptr(),
-            *rounded_NV.shape, hidden_NE.shape[-1], MARGIN, MOST_REFINED,
+            *_addresses(rounded_NV, hidden_NE, weight_VE, out_NV), *rounded_NV.shape, hidden_NE.shape[-1], MARGIN, MOST_REFINED,
         )  # fmt: skip
         return out_NV
 
@@ -107,16 +107,43 @@ class Kernels:
 
         Forward KL, or with a beta the Jensen-Shannon divergence, at temperature 1; all in float32.
         """
-        assert all(each.is_contiguous() for each in (student_NV, teacher_NV, targets_N)), (
-            "C sees memory, not strides"
-        )
         assert student_NV.shape == teacher_NV.shape, "both have a logit for every token"
         terms_N4 = torch.empty(len(targets_N), 4)
         self._library.distil(
-            student_NV.data_ptr(), teacher_NV.data_ptr(), targets_N.data_ptr(), terms_N4.data_ptr(), *student_NV.shape,
+            *_addresses(student_NV, teacher_NV, targets_N, terms_N4), *student_NV.shape,
             int(beta is not None), beta or 0.0, ce_weight, factor,
         )  # fmt: skip
         return terms_N4
+
+    def norm(self, x: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """The RMS norm of the states [..., E] times the weight, and each state's factor [N]; all in float32."""
+        out, scales_N = torch.empty_like(x), torch.empty(x.numel() // len(weight_E))
+        self._library.norm(
+            *_addresses(x, weight_E), eps, *_addresses(out, scales_N), len(scales_N), len(weight_E)
+        )
+        return out, scales_N
+
+    def norm_gradients(
+        self, grad: Tensor, x: Tensor, weight_E: Tensor, scales_N: Tensor, *, needs_weight: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """In x and, if asked for, in the weight."""
+        grad_x, grad_weight_E = torch.empty_like(x), torch.empty_like(weight_E) if needs_weight else None
+        self._library.norm_gradients(
+            *_addresses(grad, x, weight_E, scales_N, grad_x, grad_weight_E), len(scales_N), len(weight_E)
+        )
+        return grad_x, grad_weight_E
+
+    def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, in float32."""
+        out = torch.empty_like(gate)
+        self._library.swiglu(*_addresses(gate, up, out), out.numel())
+        return out
+
+    def swiglu_gradients(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """In gate and in up."""
+        grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+        self._library.swiglu_gradients(*_addresses(grad, gate, up, grad_gate, grad_up), grad.numel())
+        return grad_gate, grad_up
 
     def attend(
         self,
@@ -143,6 +170,12 @@ class Kernels:
             KINDS[keys.dtype], starts_N.data_ptr(), out_NE.data_ptr(), N, num_heads, K, D, width, column, scaling,
         )  # fmt: skip
         return out_NE
+
+
+def _addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Where the numbers lie; C sees memory, not strides."""
+    assert all(each is None or each.is_contiguous() for each in tensors)
+    return [None if each is None else each.data_ptr() for each in tensors]
 
 
 @cache

@@ -7,52 +7,68 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#include "exponential.h"
+#include "lanes.h"
 
+enum { BLOCK = 1024 };
 enum objective { FORWARD_KL = 0, JENSEN_SHANNON = 1 };
 
-static inline float greatest_of(const float *restrict z, int64_t V) {
-    float greatest = z[0];
-    for (int64_t v = 1; v < V; v++) greatest = z[v] > greatest ? z[v] : greatest;
-    return greatest;
+/* Where the greatest stands first; found block by block, many at a time. */
+static inline int64_t place_of(float greatest, const float *restrict z, int64_t V) {
+    int64_t start = 0;
+    while (start + BLOCK < V && greatest_of(z + start, BLOCK) != greatest) start += BLOCK;
+    while (start < V - 1 && z[start] != greatest) start++;
+    return start;
 }
 
-static inline float log_sum(const float *restrict z, float greatest, int64_t V) {
+/* Writes e^(z - greatest); gives their sum. */
+static inline float exponentials(float *restrict e, const float *restrict z, float greatest, int64_t V) {
     float total = 0.0f;
-    for (int64_t v = 0; v < V; v++) total += exp_of(z[v] - greatest);
-    return greatest + logf(total);
+    for (int64_t v = 0; v < V; v++) total += e[v] = exp_of(z[v] - greatest);
+    return total;
 }
 
-/* Writes over s what its derivative is, but for the targets; gives divergence and KL(p || q). Slope q - p. */
-static inline void forward_kl(float *restrict s, const float *restrict t, float log_s, float log_t, int64_t V, float ce_weight,
-                              float factor, float *divergence, float *kl) {
-    float sum = 0.0f, kept = 1.0f - ce_weight;
+/* One row's student or teacher: its logits, e^(z - top), what makes those probabilities, and the logarithm of all. */
+struct side {
+    float *z, *e, share, log_total;
+};
+
+static inline struct side side_of(float *z, float *e, float top, int64_t V) {
+    float total = exponentials(e, z, top, V);
+    return (struct side){z, e, 1.0f / total, top + logf(total)};
+}
+
+/* Writes over the student's logits what the derivative is, but for the targets; gives divergence and KL(p || q). Slope q - p. */
+static inline void forward_kl(struct side student, struct side teacher, int64_t V, float ce_weight, float factor,
+                              float *divergence, float *kl) {
+    float *restrict s = student.z;
+    const float *restrict t = teacher.z, *restrict e_s = student.e, *restrict e_t = teacher.e;
+    float sum = 0.0f, kept = 1.0f - ce_weight, apart = teacher.log_total - student.log_total;
     for (int64_t v = 0; v < V; v++) {
-        float log_q = s[v] - log_s, log_p = t[v] - log_t;
-        float q = exp_of(log_q), p = exp_of(log_p);
-        sum += p * (log_p - log_q);
+        float q = e_s[v] * student.share, p = e_t[v] * teacher.share;
+        sum += p * (t[v] - s[v] - apart);
         s[v] = factor * (q - kept * p);
     }
     *divergence = *kl = sum;
 }
 
 /* beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. Slope (1 - beta) q (log(q / m) - KL(q || m)). */
-static inline void jensen_shannon(float *restrict s, const float *restrict t, float log_s, float log_t, int64_t V, float beta,
-                                  float ce_weight, float factor, float *restrict all_q, float *restrict ratio,
-                                  float *divergence, float *kl) {
+static inline void jensen_shannon(struct side student, struct side teacher, int64_t V, float beta, float ce_weight,
+                                  float factor, float *divergence, float *kl) {
+    float *restrict s = student.z, *restrict e_s = student.e, *restrict ratio = teacher.e;
+    const float *restrict t = teacher.z;
     float p_part = 0.0f, q_part = 0.0f, sum = 0.0f;
     for (int64_t v = 0; v < V; v++) {
-        float log_q = s[v] - log_s, log_p = t[v] - log_t;
-        float q = exp_of(log_q), p = exp_of(log_p), m = q + beta * (p - q);
+        float log_q = s[v] - student.log_total, log_p = t[v] - teacher.log_total;
+        float q = e_s[v] * student.share, p = ratio[v] * teacher.share, m = q + beta * (p - q);
         float log_m = log_of(m < FLT_MIN ? FLT_MIN : m);
         sum += p * (log_p - log_q);
         p_part += p * (log_p - log_m);
         q_part += q * (log_q - log_m);
-        all_q[v] = q;
+        e_s[v] = q;
         ratio[v] = log_q - log_m;
     }
     float slope = factor * (1.0f - ce_weight) * (1.0f - beta), plain = factor * ce_weight;
-    for (int64_t v = 0; v < V; v++) s[v] = all_q[v] * (slope * (ratio[v] - q_part) + plain);
+    for (int64_t v = 0; v < V; v++) s[v] = e_s[v] * (slope * (ratio[v] - q_part) + plain);
     *divergence = beta * p_part + (1.0f - beta) * q_part;
     *kl = sum;
 }
@@ -63,21 +79,16 @@ void distil(float *student, const float *teacher, const int64_t *targets, float 
             float beta, float ce_weight, float factor) {
 #pragma omp parallel
     {
-        float *scratch = objective == JENSEN_SHANNON ? malloc(2 * V * sizeof(float)) : NULL;
+        float *scratch = malloc(2 * V * sizeof(float));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
-            float *s = student + n * V, divergence, kl;
-            const float *t = teacher + n * V;
+            float *s = student + n * V, *t = (float *)teacher + n * V, divergence, kl;
             float top_s = greatest_of(s, V), top_t = greatest_of(t, V);
-            int64_t likeliest = 0;
-            while (likeliest < V - 1 && t[likeliest] != top_t) likeliest++;
-            float is_agreed = s[likeliest] == top_s;
-            float log_s = log_sum(s, top_s, V), log_t = log_sum(t, top_t, V);
-            float ce = log_s - s[targets[n]];
-            if (objective == JENSEN_SHANNON)
-                jensen_shannon(s, t, log_s, log_t, V, beta, ce_weight, factor, scratch, scratch + V, &divergence, &kl);
-            else
-                forward_kl(s, t, log_s, log_t, V, ce_weight, factor, &divergence, &kl);
+            float is_agreed = s[place_of(top_t, t, V)] == top_s;
+            struct side q = side_of(s, scratch, top_s, V), p = side_of(t, scratch + V, top_t, V);
+            float ce = q.log_total - s[targets[n]];
+            if (objective == JENSEN_SHANNON) jensen_shannon(q, p, V, beta, ce_weight, factor, &divergence, &kl);
+            else forward_kl(q, p, V, ce_weight, factor, &divergence, &kl);
             s[targets[n]] -= factor * ce_weight;
             float *to = terms + 4 * n;
             to[0] = divergence + ce_weight * (ce - divergence);

@@ -8,9 +8,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "exponential.h"
+#include "lanes.h"
 
 enum kind { FLOAT32 = 0, BFLOAT16 = 1 };
+enum { BLOCK = 512 }; /* logits that are looked at together */
 
 static inline float widen(uint16_t half) {
     uint32_t bits = (uint32_t)half << 16;
@@ -134,8 +135,7 @@ void attend(const void *projected, int kind, const float *cos, const float *sin,
             }
             for (int64_t g = 0; g < G; g++) {
                 float *restrict s = score + g * W;
-                float greatest = s[0], total = 0.0f;
-                for (int64_t w = 1; w < W; w++) greatest = s[w] > greatest ? s[w] : greatest;
+                float greatest = greatest_of(s, W), total = 0.0f;
                 for (int64_t w = 0; w < W; w++) s[w] = exp_of(s[w] - greatest);
                 for (int64_t w = 0; w < W; w++) total += s[w];
                 for (int64_t w = 0; w < W; w++) s[w] /= total;
@@ -163,9 +163,9 @@ void refine(const uint16_t *rounded, const float *hidden, const float *weight, f
     for (int64_t n = 0; n < N; n++) {
         const uint16_t *restrict from = rounded + n * V;
         const float *restrict x = hidden + n * E;
-        float *restrict to = out + n * V, greatest = -INFINITY, least;
+        float *restrict to = out + n * V, greatest, least;
         for (int64_t v = 0; v < V; v++) to[v] = widen(from[v]);
-        for (int64_t v = 0; v < V; v++) greatest = to[v] > greatest ? to[v] : greatest;
+        greatest = greatest_of(to, V);
         int64_t near = most + 1;
         for (float m = margin; near > most && m > 0.01f; m /= 2) {
             least = greatest - m;
@@ -173,13 +173,17 @@ void refine(const uint16_t *rounded, const float *hidden, const float *weight, f
             for (int64_t v = 0; v < V; v++) near += to[v] >= least;
         }
         near = 0;
-        for (int64_t v = 0; v < V && near < most; v++)
-            if (to[v] >= least) {
-                const float *restrict row = weight + v * E;
-                float dot = 0.0f;
-                for (int64_t i = 0; i < E; i++) dot += x[i] * row[i];
-                to[v] = dot;
-                near++;
-            }
+        for (int64_t start = 0; start < V; start += BLOCK) {
+            int64_t stop = start + BLOCK < V ? start + BLOCK : V;
+            if (!(greatest_of(to + start, stop - start) >= least)) continue; /* nearly all blocks */
+            for (int64_t v = start; v < stop && near < most; v++)
+                if (to[v] >= least) {
+                    const float *restrict row = weight + v * E;
+                    float dot = 0.0f;
+                    for (int64_t i = 0; i < E; i++) dot += x[i] * row[i];
+                    to[v] = dot;
+                    near++;
+                }
+        }
     }
 }

@@ -1,0 +1,83 @@
+"""RMS norms and gated MLPs of a model in training: one compiled pass forward, one backward.
+
+In torch a norm is six passes over the states forward and more backward, the middle of a gated MLP four; on a CPU they took
+a tenth of a step (bench/LOG.md). Where there are no kernels, or in another float, a module does what it did.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+
+from worker.native import Kernels, kernels
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+# weight * x / sqrt(mean(x^2) + variance_epsilon), and down(act(gate(x)) * up(x)), nothing more
+RMS_NORMS = {*(f"{family}RMSNorm" for family in FAMILIES), "T5LayerNorm"}
+GATED_MLPS = {f"{family}MLP" for family in FAMILIES}
+
+
+def use_lean_body(model: PreTrainedModel) -> None:
+    """From now on the model's norms and gated MLPs are computed so, where they are of the kinds known here."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in RMS_NORMS:
+            module.forward = MethodType(_norm, module)
+        elif kind in GATED_MLPS and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+            module.forward = MethodType(_gated_mlp, module)
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:  # Any: a family's own class
+    if (does := _kernels_for(hidden_states)) is None:
+        return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+    # torch leaves apply untyped
+    return _Norm.apply(hidden_states, self.weight, self.variance_epsilon, does)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _gated_mlp(self: Any, x: Tensor) -> Tensor:
+    if (does := _kernels_for(x)) is None:
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
+    middle: Tensor = _SwiGlu.apply(self.gate_proj(x), self.up_proj(x), does)  # type: ignore[no-untyped-call]
+    return self.down_proj(middle)  # type: ignore[no-any-return]
+
+
+def _kernels_for(x: Tensor) -> Kernels | None:
+    is_float32 = x.dtype == torch.float32 and x.device.type == "cpu"
+    return kernels() if is_float32 and not torch.is_autocast_enabled("cpu") else None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_E: Tensor, eps: float, does: Kernels) -> Tensor:
+        # ctx is Any: torch does not type what a context carries
+        x = x.contiguous()
+        out, scales = does.norm(x, weight_E, eps)
+        ctx.save_for_backward(x, weight_E, scales)
+        ctx.does = does
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.does.norm_gradients(
+            grad.contiguous(), *ctx.saved_tensors, needs_weight=ctx.needs_input_grad[1]
+        )
+        return (*gradients, None, None)
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, does: Kernels) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.does = does
+        return does.swiglu(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ctx.does.swiglu_gradients(grad.contiguous(), *ctx.saved_tensors), None)
