@@ -9,7 +9,7 @@ from fastapi.security import HTTPBearer
 
 from app import auth
 from app.auth import Principal
-from app.db.session import transaction
+from app.db.session import reading
 
 __all__ = ["AskedPage", "Page", "Principal", "identify", "page", "require"]
 
@@ -32,7 +32,7 @@ def identify(request: Request) -> Principal:
     """Who asks; looked up once a request. Raises Unauthenticated."""
     known: Principal | None = getattr(request.state, "principal", None)
     if known is None:
-        with transaction() as session:
+        with reading() as session:
             known = auth.authenticate(session, request.headers.get("authorization"))
         request.state.principal = known
     return known

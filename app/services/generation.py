@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from app.contracts import GenerateRequest, Message, Sampling
 from app.db.ids import new_id
-from app.db.session import transaction
+from app.db.session import reading
 from app.errors import BadRequest
 from app.flow import Flow
 from app.schemas.answers import ChatAnswer, TextAnswer
@@ -105,7 +105,7 @@ async def find_model(project_id: str, model_id: str) -> Resolved:
     """What a model id means to a project now. Raises NotFound."""
 
     def look_up() -> Resolved:
-        with transaction() as session:
+        with reading() as session:
             return registry.resolve(session, project_id, model_id)
 
     return await run_in_threadpool(look_up)
