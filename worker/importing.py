@@ -6,14 +6,11 @@ Only checked files are read, and the result is loaded again and compared before 
 import argparse
 import logging
 import os
-import resource
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,6 +18,7 @@ from pydantic import BaseModel
 from transformers import AutoTokenizer, EncoderDecoderModel
 
 from app.settings import get_settings
+from worker.bounded import bounded
 from worker.distill.progress import ErrorLine, MessageLine, ProgressLine, ResultLine, Sink, StageLine
 from worker.distill.shapes import context_tokens, model_class, shape_of
 from worker.errors import BrokenFile, MissingFile, UnsupportedTokenizer, WorkerError
@@ -31,7 +29,6 @@ from worker.intake import read_safetensors_header, take_in, weight_files
 from worker.model_facts import chat_cost, model_facts, supported_config, writing_half
 
 SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
-TEMPLATE_SECONDS, TEMPLATE_BYTES = 10, 2**29  # what rendering a short chat may take
 MODEL, SOURCE = "model", "source"  # folders below the run's output folder
 UNSET_LENGTH = 10**9  # transformers' way to say that a tokenizer knows no longest text is far above this
 
@@ -201,27 +198,16 @@ def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped her
     if not tokenizer.chat_template:
         return
 
-    def give_up(_: int, __: FrameType | None) -> NoReturn:
-        raise TimeoutError("it does not end")
-
-    previous = signal.signal(signal.SIGALRM, give_up)
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + TEMPLATE_BYTES, limits[1]))
-    signal.alarm(TEMPLATE_SECONDS)
     try:
         # In the library's own immutable sandbox.
         messages = [{"role": "user", "content": "Hello"}]
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        chat_cost(tokenizer)  # every chat that is rendered later without a limit
+        with bounded():
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            chat_cost(tokenizer)  # every chat that is rendered later without a limit
     except Exception as error:
         raise BrokenFile(
             f"the chat template does not render a user message: {str(error)[:300] or type(error).__name__}"
         ) from error
-    finally:
-        signal.alarm(0)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.signal(signal.SIGALRM, previous)
 
 
 def _check_reload(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformers is untyped here

@@ -180,7 +180,7 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
 def test_a_chat_template_that_fails_escapes_or_never_ends_is_refused(
     folder: Path, tmp_path: Path, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.importing.TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr("worker.bounded.CPU_SECONDS", 1)
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(BrokenFile, match="chat template"):
         run_import(folder, tmp_path)

@@ -16,10 +16,22 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from worker.bounded import bounded
 from worker.distill.errors import InvalidTrainingFile
 from worker.distill.shapes import Shape
 
 MAX_VALIDATION_ROWS = 200
+# the template comes with the model: what it may raise, the limits on its time and memory included
+TEMPLATE_ERRORS = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    TimeoutError,
+    MemoryError,
+)
 
 
 @dataclass(frozen=True)
@@ -178,8 +190,11 @@ class Encoder:
             return self._plain_segments(row)
         try:
             return self._chat_segments(row)
-        except TemplateError as e:
-            raise InvalidTrainingFile(f"line {row.line} does not fit the model's chat template: {e}") from e
+        except TEMPLATE_ERRORS as e:
+            reason = str(e)[:300] or type(e).__name__
+            raise InvalidTrainingFile(
+                f"line {row.line} does not fit the model's chat template: {reason}"
+            ) from e
 
     def _text_segments(self, text: str) -> list[tuple[list[int], bool]]:
         ids = self._plain(text)
@@ -231,9 +246,11 @@ class Encoder:
         return [(ids + self._end(), True)], whole
 
     def _render(self, messages: list[dict[str, str]], *, is_question: bool) -> str:
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_question)
-        )
+        with bounded():
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=is_question
+            )
+        return str(text)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []

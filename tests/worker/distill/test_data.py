@@ -91,6 +91,32 @@ def test_a_template_that_refuses_a_row_is_reported_with_the_line(
         encoder.encode(rows[1])
 
 
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
+        (
+            "{% set all = namespace(text='eight...') %}"
+            "{% for i in range(60) %}{% set all.text = all.text + all.text %}{% endfor %}",
+            "MemoryError",
+        ),
+        ("{{ 1 + messages[0].content }}", "unsupported operand"),
+    ],
+)
+def test_a_strangers_template_cannot_hold_up_a_training(
+    encoder: Encoder,
+    write_rows: WriteRows,
+    monkeypatch: pytest.MonkeyPatch,
+    template: str,
+    reason: str,
+) -> None:
+    monkeypatch.setattr("worker.bounded.CPU_SECONDS", 0.3)
+    encoder.tokenizer.chat_template = template
+    (row,) = read_rows(write_rows([{"prompt": "a"}]))
+    with pytest.raises(InvalidTrainingFile, match=f"line 1 .*{reason}"):
+        encoder.encode(row)
+
+
 def test_a_prompt_alone_waits_for_an_answer(encoder: Encoder, write_rows: WriteRows) -> None:
     (row,) = read_rows(write_rows([{"prompt": "Who?"}]))
     example = encoder.encode(row)
