@@ -15,8 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from app.distillation import DivergenceName
 from worker.distill.lean_body import use_lean_body
 from worker.distill.objectives import TokenObjective
+from worker.gemm import HAS_BFLOAT16
 from worker.native import MARGIN, MOST_REFINED, Kernels, kernels
-from worker.serve.lean import LeanModel
+from worker.serve.lean import LeanModel, head_of
 from worker.serve.loading import load_model
 
 FLOATS = (torch.float32, torch.bfloat16)
@@ -143,6 +144,20 @@ def test_the_step_of_a_packed_model_is_made_of_them(does: Kernels, tiny_llama_di
         assert LeanModel(loaded.model)._kernels is does
     trained = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     assert LeanModel(trained)._kernels is None
+
+
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
+@pytest.mark.usefixtures("does")
+def test_a_rounded_head_reads_states_that_lie_apart(tiny_llama_dir: Path) -> None:
+    model = load_model(tiny_llama_dir, weights="bfloat16").model
+    head = head_of(model)
+    states_NQE = random(5, 7, model.config.hidden_size)
+    last_N1E = states_NQE[:, -1:]  # of prompts that are read together
+    found, exact = head(last_N1E), last_N1E @ model.get_output_embeddings().weight.T
+    assert found.shape == exact.shape
+    for n in range(5):
+        best = exact[n, 0].topk(8).indices
+        torch.testing.assert_close(found[n, 0, best], exact[n, 0, best], atol=1e-5, rtol=1e-5)
 
 
 def test_without_a_compiler_there_are_none() -> None:

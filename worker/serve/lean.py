@@ -66,7 +66,7 @@ def head_of(model: Model) -> Multiply:
         return exact
 
     def refined(hidden: Tensor) -> Tensor:
-        hidden_NE = hidden.reshape(-1, hidden.shape[-1])
+        hidden_NE = hidden.reshape(-1, hidden.shape[-1]).contiguous()  # prompts end at a stride
         logits_NV = does.refine(packed.product(hidden_NE, None), hidden_NE, head.weight)
         return logits_NV.view(*hidden.shape[:-1], -1)
 
