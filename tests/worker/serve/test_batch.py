@@ -15,7 +15,9 @@ from worker.serve.loading import LoadedModel, load_model
 
 Drive = Callable[..., float]
 CLOSE, FAR = 1e-4, 1e-2  # relative to a row's largest logit: float32 rounding, and a mistake
-ROUNDED = 0.15  # numbers of 8 bits, rounded at other places: .05; a row that saw what is not its own was off by 1.5
+ROUNDED = (
+    0.15  # numbers of 8 bits, rounded at other places: .05; a row that saw what is not its own was off by 1.5
+)
 WIDTH = 48
 
 pytestmark = pytest.mark.usefixtures("small_first_buffers")
