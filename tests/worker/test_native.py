@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -149,7 +150,7 @@ def test_the_step_of_a_packed_model_is_made_of_them(does: Kernels, tiny_llama_di
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
 @pytest.mark.usefixtures("does")
 def test_a_rounded_head_reads_states_that_lie_apart(tiny_llama_dir: Path) -> None:
-    model = load_model(tiny_llama_dir, weights="bfloat16").model
+    model: Any = load_model(tiny_llama_dir, weights="bfloat16").model  # Any: transformers is untyped here
     head = head_of(model)
     states_NQE = random(5, 7, model.config.hidden_size)
     last_N1E = states_NQE[:, -1:]  # of prompts that are read together
