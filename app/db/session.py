@@ -85,10 +85,18 @@ def engine() -> Engine:
     return make_engine(sqlalchemy_url(get_settings().database_url))
 
 
+@lru_cache(maxsize=2)
+def _sessions(made: Engine, *, autocommits: bool) -> "sessionmaker[Session]":
+    """Made once: making one takes as long as a short read."""
+    if autocommits:
+        made = made.execution_options(isolation_level="AUTOCOMMIT")
+    return sessionmaker(made, expire_on_commit=False)
+
+
 @contextmanager
 def transaction() -> Iterator[Session]:
     """One transaction: committed when the block ends, rolled back when it raises."""
-    with sessionmaker(engine(), expire_on_commit=False)() as session:
+    with _sessions(engine(), autocommits=False)() as session:
         try:
             yield session
             session.commit()
@@ -100,7 +108,5 @@ def transaction() -> Iterator[Session]:
 @contextmanager
 def reading() -> Iterator[Session]:
     """For a few reads of which each may see what is committed by then: one trip to the server each, where a transaction has three."""
-    with sessionmaker(
-        engine().execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False
-    )() as session:
+    with _sessions(engine(), autocommits=True)() as session:
         yield session
