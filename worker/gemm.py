@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from worker.native import TILE_DEPTH, Kernels, kernels
+
 CPU_INFO = Path("/proc/cpuinfo")
 # torch leaves is_available untyped
 HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -118,7 +120,7 @@ def pack_weights(
         weight_OI = module.weight_OI.contiguous()
         if HAS_ONEDNN and weight_OI.dtype == torch.float32 and weight_OI.device.type == "cpu":
             weight_OI = weight_OI.to(torch.float32 if module is but else dtype)
-            module.packed = PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS))
+            module.packed = _pack(weight_OI)
             num_bytes += weight_OI.nbytes
             if not keeps_plain and id(module.weight) not in shared:
                 release_weight(module)
@@ -135,7 +137,7 @@ PACKED_FOR_ROWS = 16  # a hint to oneDNN; layouts for 8 to 64 rows measure alike
 
 
 class PackedWeight:
-    """A weight in oneDNN's own layout. A copied model leaves it behind: torch cannot copy it, and a copy may change."""
+    """A weight in oneDNN's own layout, or another. A copied model leaves it behind: torch cannot copy it, and a copy may change."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -153,6 +155,29 @@ class PackedWeight:
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None
+
+
+class TiledWeight(PackedWeight):
+    """A weight in bfloat16 laid out for our own product by the processor's tiles: faster with few rows, and each row for itself."""
+
+    def __init__(self, tiles: Tensor, num_out: int, does: Kernels) -> None:
+        super().__init__(tiles)
+        self._num_out = num_out
+        self._does = does
+
+    def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
+        bias_O = None if bias_O is None else bias_O.float()
+        x = x.to(torch.bfloat16).contiguous()
+        return self._does.multiply_tiles(
+            x, self.tensor, self._num_out, bias_O, is_swish=activation == "swish"
+        )
+
+
+def _pack(weight_OI: Tensor) -> PackedWeight:
+    does = kernels() if weight_OI.dtype == torch.bfloat16 else None
+    if does is not None and does.has_tiles and weight_OI.shape[1] % TILE_DEPTH == 0:
+        return TiledWeight(does.make_tiles(weight_OI), len(weight_OI), does)
+    return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS))
 
 
 class OneDnnLinear(nn.Linear):

@@ -147,6 +147,37 @@ def test_the_step_of_a_packed_model_is_made_of_them(does: Kernels, tiny_llama_di
     assert LeanModel(trained)._kernels is None
 
 
+@pytest.mark.parametrize("num_rows", [1, 2, 15, 16, 17, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize(("num_in", "num_out"), [(32, 16), (96, 130), (576, 192)])
+def test_a_product_of_tiles_is_a_product_and_each_rows_own(
+    does: Kernels, num_rows: int, num_in: int, num_out: int
+) -> None:
+    if not does.has_tiles:
+        pytest.skip("this processor has no tiles")
+    weight, bias = random(num_out, num_in, dtype=torch.bfloat16), random(num_out, seed=1)
+    x = random(num_rows, num_in, seed=2, dtype=torch.bfloat16)
+    tiles, exact = does.make_tiles(weight), x.double() @ weight.double().T
+    exact += bias
+    found = does.multiply_tiles(x, tiles, num_out, bias, is_swish=False)
+    torch.testing.assert_close(found.double(), exact, atol=1e-3, rtol=2**-8)
+    swished = does.multiply_tiles(x, tiles, num_out, bias, is_swish=True)
+    torch.testing.assert_close(swished.double(), nn.functional.silu(exact), atol=1e-3, rtol=2**-8)
+    for n in range(num_rows):
+        alone = does.multiply_tiles(x[n : n + 1], tiles, num_out, bias, is_swish=False)
+        assert torch.equal(alone, found[n : n + 1])
+
+
+def test_tiles_leave_onednns_own_products_as_they_were(does: Kernels) -> None:
+    if not does.has_tiles:
+        pytest.skip("this processor has no tiles")
+    weight, x = random(96, 64, dtype=torch.bfloat16), random(40, 64, seed=1, dtype=torch.bfloat16)
+    tiles = does.make_tiles(weight)
+    before = x @ weight.T
+    for num_rows in (1, 7, 40):
+        does.multiply_tiles(x[:num_rows], tiles, 96, None, is_swish=False)
+        assert torch.equal(x @ weight.T, before)
+
+
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
 @pytest.mark.usefixtures("does")
 def test_a_rounded_head_reads_states_that_lie_apart(tiny_llama_dir: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 log = structlog.get_logger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("step.c", "body.c", "loss.c")]
+SOURCES = [FOLDER / name for name in ("product.c", "step.c", "body.c", "loss.c")]
 # sums may be reordered, so that they are done many at a time; infinities and NaN must stay what they are
 FLAGS = [
     "-O3",
@@ -41,6 +41,8 @@ SIGNATURES = {
     "add_norm": [POINTER, POINTER, KIND, POINTER, FLOAT, POINTER, KIND, WHOLE, WHOLE],
     "multiply": [POINTER, POINTER, KIND, WHOLE],
     "refine": [*[POINTER] * 4, *[WHOLE] * 3, FLOAT, WHOLE],
+    "make_tiles": [POINTER, POINTER, WHOLE, WHOLE],
+    "multiply_tiles": [*[POINTER] * 4, *[WHOLE] * 3, KIND],
     "norm": [POINTER, POINTER, FLOAT, POINTER, POINTER, WHOLE, WHOLE],
     "norm_gradients": [*[POINTER] * 6, WHOLE, WHOLE],
     "swiglu": [*[POINTER] * 3, WHOLE],
@@ -49,6 +51,7 @@ SIGNATURES = {
     "attend": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 6, FLOAT],
 }
 
+TILE_SIDE, TILE_DEPTH = 16, 32  # features and inputs of a tile of weights
 MARGIN = 4.0  # in nats: what lies below the best by more has a fiftieth of its weight
 MOST_REFINED = 1024  # of a row
 
@@ -61,6 +64,26 @@ class Kernels:
         for name, types in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, None
+        self.has_tiles = bool(library.has_tiles())
+
+    def make_tiles(self, weight_OI: Tensor) -> Tensor:
+        """A weight in bfloat16 as `multiply_tiles` reads it. I has to be a multiple of 32."""
+        num_out, num_in = weight_OI.shape
+        assert num_in % TILE_DEPTH == 0
+        tiles = torch.empty(-(-num_out // TILE_SIDE) * TILE_SIDE * num_in, dtype=torch.bfloat16)
+        self._library.make_tiles(*_addresses(weight_OI, tiles), num_out, num_in)
+        return tiles
+
+    def multiply_tiles(
+        self, x: Tensor, tiles: Tensor, num_out: int, bias_O: Tensor | None, *, is_swish: bool
+    ) -> Tensor:
+        """x W^T + bias [..., O] in bfloat16, then swish if asked; x in bfloat16, the bias in float32. A row's result depends on that row alone."""
+        out = torch.empty((*x.shape[:-1], num_out), dtype=torch.bfloat16)
+        num_in = x.shape[-1]
+        self._library.multiply_tiles(
+            *_addresses(x, tiles, bias_O, out), x.numel() // num_in, num_out, num_in, int(is_swish)
+        )
+        return out
 
     def add_norm(
         self, hidden_NE: Tensor, delta_NE: Tensor | None, weight_E: Tensor, eps: float, dtype: torch.dtype

@@ -51,11 +51,6 @@ void norm_gradients(const float *grad, const float *x, const float *weight, cons
     free(sums);
 }
 
-static inline float sigmoid(float x) {
-    float e = exp_of(x < 0.0f ? x : -x);
-    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
-}
-
 /* out = gate * sigmoid(gate) * up. */
 void swiglu(const float *gate, const float *up, float *out, int64_t count) {
 #pragma omp parallel for simd schedule(static) if (count > 16384)

@@ -1,7 +1,22 @@
-/* The greatest, e^x and ln x without branches, so that a compiler does them for many numbers at once; polynomials of Cephes. */
+/* What is done with single numbers, without branches, so that a compiler does it for many at once; polynomials of Cephes. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+static inline float widen(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+/* To the nearest, ties to even, as torch does; what is no number stays none. */
+static inline uint16_t narrow(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return value != value ? 0x7fc0 : (uint16_t)rounded;
+}
 
 /* e^x for x <= 0, to 2 units in the last place, without a branch so that it is done for many at once; NaN stays NaN.
  * 2^(whole part of x / ln 2) times a polynomial of what is left (Cephes' coefficients). */
@@ -20,6 +35,11 @@ static inline float exp_of(float x) {
     float scale;
     memcpy(&scale, &exponent, 4);
     return p * scale;
+}
+
+static inline float sigmoid(float x) {
+    float e = exp_of(x < 0.0f ? x : -x);
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
 /* ln x for normal x > 0, to 2 units in the last place: the exponent times ln 2, and a polynomial around 1 of the rest. */

@@ -13,21 +13,6 @@
 enum kind { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { BLOCK = 512 }; /* logits that are looked at together */
 
-static inline float widen(uint16_t half) {
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-/* To the nearest, ties to even, as torch does; what is no number stays none. */
-static inline uint16_t narrow(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return value != value ? 0x7fc0 : (uint16_t)rounded;
-}
-
 static inline void load(float *restrict to, const void *from, int64_t at, int kind, int64_t count) {
     if (kind == BFLOAT16)
         for (int64_t i = 0; i < count; i++) to[i] = widen(((const uint16_t *)from)[at + i]);

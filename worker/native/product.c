@@ -1,0 +1,201 @@
+/* x W^T of bfloat16 by the processor's tiles (AMX), for weights that are read once a step: see worker/gemm.py.
+ *
+ * M rows of x, N features out, K in, a multiple of 32. Sums are float32, in one order whatever M is, so a row's result does not depend
+ * on the rows beside it. With few rows the time is that of reading W: it lies in tiles of 16 features and 32 inputs, a feature
+ * group's tiles behind each other, and several groups are read side by side and fetched ahead, at twice the rate of one stream.
+ */
+#include <stdint.h>
+
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#include <immintrin.h>
+#include <omp.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "lanes.h"
+
+enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH, GROUPS = 4, AHEAD = 4 };
+enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of arch_prctl */
+enum activation { NONE = 0, SWISH = 1 };
+
+/* Whether the kernel of the operating system lets this process use them. */
+int has_tiles(void) { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0; }
+
+/* weight [N, K] into groups of 16 features, each K / 32 tiles [16 pairs of inputs, 16 features, 2]; what is missing is zero. */
+void make_tiles(const uint16_t *weight, uint16_t *tiles, int64_t N, int64_t K) {
+    int64_t depth = K / DEPTH, num_groups = (N + SIDE - 1) / SIDE;
+#pragma omp parallel for schedule(static)
+    for (int64_t g = 0; g < num_groups; g++)
+        for (int64_t d = 0; d < depth; d++)
+            for (int64_t pair = 0; pair < SIDE; pair++)
+                for (int64_t i = 0; i < SIDE; i++) {
+                    uint16_t *to = tiles + ((g * depth + d) * SIDE + pair) * DEPTH + 2 * i;
+                    const uint16_t *from = weight + (g * SIDE + i) * K + d * DEPTH + 2 * pair;
+                    int is_there = g * SIDE + i < N;
+                    to[0] = is_there ? from[0] : 0;
+                    to[1] = is_there ? from[1] : 0;
+                }
+}
+
+struct configuration {
+    uint8_t palette, start_row, unused[14];
+    uint16_t bytes_a_row[16];
+    uint8_t rows[16];
+} __attribute__((aligned(64)));
+
+/* Sums in tiles 0 to 3, rows of x in 4 and 5 of `rows` rows, weights in 6 and 7. */
+static inline void configure(int rows) {
+    struct configuration made = {.palette = 1};
+    for (int tile = 0; tile < 8; tile++) {
+        made.bytes_a_row[tile] = 64;
+        made.rows[tile] = tile < 6 ? rows : SIDE;
+    }
+    _tile_loadconfig(&made);
+}
+
+static inline void fetch(const uint16_t *tile) {
+    for (int line = 0; line < SIDE; line++) _mm_prefetch((const char *)(tile + line * DEPTH), _MM_HINT_T0);
+}
+
+/* Where the tile AHEAD lies, in this group or in that of the next round. */
+static inline const uint16_t *ahead(const uint16_t *group, int64_t d, int64_t depth, int64_t num_groups) {
+    int64_t next = d + AHEAD;
+    return group + (next < depth ? next : next + (num_groups - 1) * depth) * TILE;
+}
+
+/* Up to 16 rows and four groups: sums [16, 64]. */
+static void four_groups(const uint16_t *x, const uint16_t *tiles, int64_t depth, float *sums) {
+    const uint16_t *one = tiles, *two = one + depth * TILE, *three = two + depth * TILE, *four = three + depth * TILE;
+    int64_t stride = depth * DEPTH * 2;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t d = 0; d < depth; d++) {
+        fetch(ahead(one, d, depth, 4));
+        fetch(ahead(two, d, depth, 4));
+        fetch(ahead(three, d, depth, 4));
+        fetch(ahead(four, d, depth, 4));
+        _tile_loadd(4, x + d * DEPTH, stride);
+        _tile_loadd(6, one + d * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, two + d * TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, three + d * TILE, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, four + d * TILE, 64);
+        _tile_dpbf16ps(3, 4, 7);
+    }
+    _tile_stored(0, sums, 256);
+    _tile_stored(1, sums + 16, 256);
+    _tile_stored(2, sums + 32, 256);
+    _tile_stored(3, sums + 48, 256);
+}
+
+/* Up to 16 rows and one group: sums [16, 64], of which 16 columns are written. */
+static void one_group(const uint16_t *x, const uint16_t *tiles, int64_t depth, float *sums) {
+    _tile_zero(0);
+    for (int64_t d = 0; d < depth; d++) {
+        fetch(ahead(tiles, d, depth, 1));
+        _tile_loadd(4, x + d * DEPTH, depth * DEPTH * 2);
+        _tile_loadd(6, tiles + d * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+    }
+    _tile_stored(0, sums, 256);
+}
+
+/* Twice 16 rows and two groups: sums [32, 64], of which 32 columns are written. */
+static void two_by_two(const uint16_t *x, const uint16_t *y, const uint16_t *tiles, int64_t depth, int is_first, float *sums) {
+    const uint16_t *one = tiles, *two = one + depth * TILE;
+    int64_t stride = depth * DEPTH * 2;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t d = 0; d < depth; d++) {
+        if (is_first) {
+            fetch(ahead(one, d, depth, 2));
+            fetch(ahead(two, d, depth, 2));
+        }
+        _tile_loadd(4, x + d * DEPTH, stride);
+        _tile_loadd(6, one + d * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, two + d * TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, y + d * DEPTH, stride);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, sums, 256);
+    _tile_stored(1, sums + 16, 256);
+    _tile_stored(2, sums + 16 * 64, 256);
+    _tile_stored(3, sums + 16 * 64 + 16, 256);
+}
+
+/* Twice 16 rows and one group. */
+static void two_by_one(const uint16_t *x, const uint16_t *y, const uint16_t *tiles, int64_t depth, float *sums) {
+    one_group(x, tiles, depth, sums);
+    one_group(y, tiles, depth, sums + 16 * 64);
+}
+
+/* Rows of sums [rows, 64] to out [rows, N] from a column on: plus the bias (null: none), then the activation. */
+static inline void put(const float *sums, int64_t rows, uint16_t *out, int64_t N, int64_t column, int64_t count,
+                         const float *bias, int activation) {
+    for (int64_t m = 0; m < rows; m++) {
+        float values[64];
+        for (int64_t i = 0; i < count; i++) values[i] = sums[m * 64 + i] + (bias ? bias[column + i] : 0.0f);
+        if (activation == SWISH)
+            for (int64_t i = 0; i < count; i++) values[i] *= sigmoid(values[i]);
+        uint16_t *restrict to = out + m * N + column;
+        for (int64_t i = 0; i < count; i++) to[i] = narrow(values[i]);
+    }
+}
+
+/* The groups [first, last) of out [M, N]. */
+static void some_groups(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
+                        int activation, int64_t first, int64_t last) {
+    int64_t depth = K / DEPTH;
+    float sums[2 * SIDE * 64] __attribute__((aligned(64)));
+    int64_t most = M > SIDE ? 2 : GROUPS;
+    for (int64_t g = first; g < last;) {
+        int64_t taken = g + most <= last ? most : 1, column = g * SIDE;
+        int64_t count = column + taken * SIDE <= N ? taken * SIDE : N - column;
+        const uint16_t *from = tiles + g * depth * TILE;
+        if (M <= SIDE) {
+            if (taken == GROUPS) four_groups(x, from, depth, sums);
+            else one_group(x, from, depth, sums);
+            put(sums, M, out, N, column, count, bias, activation);
+        } else
+            for (int64_t m = 0; m < M; m += 2 * SIDE) {
+                /* the last rows are taken from the end: some of them are computed twice, alike */
+                int64_t a = M < 2 * SIDE ? 0 : (m + 2 * SIDE <= M ? m : M - 2 * SIDE);
+                int64_t b = M < 2 * SIDE ? M - SIDE : a + SIDE;
+                if (taken == 2) two_by_two(x + a * K, x + b * K, from, depth, m == 0, sums);
+                else two_by_one(x + a * K, x + b * K, from, depth, sums);
+                put(sums, SIDE, out + a * N, N, column, count, bias, activation);
+                put(sums + SIDE * 64, SIDE, out + b * N, N, column, count, bias, activation);
+            }
+        g += taken;
+    }
+}
+
+/* out [M, N] = activation(x [M, K] W^T + bias). oneDNN remembers what each thread's tiles are configured for: that is put back. */
+void multiply_tiles(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
+                    int activation) {
+    int64_t num_groups = (N + SIDE - 1) / SIDE;
+#pragma omp parallel
+    {
+        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        struct configuration before;
+        _tile_storeconfig(&before);
+        configure(M < SIDE ? (int)M : SIDE);
+        some_groups(x, tiles, bias, out, M, N, K, activation, num_groups * thread / threads, num_groups * (thread + 1) / threads);
+        _tile_loadconfig(&before);
+    }
+}
+#else
+int has_tiles(void) { return 0; }
+void make_tiles(const uint16_t *weight, uint16_t *tiles, int64_t N, int64_t K) {}
+void multiply_tiles(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
+                    int activation) {}
+#endif
