@@ -6,7 +6,7 @@
  */
 #include <stdint.h>
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__)
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 #include <omp.h>
 #include <sys/syscall.h>
@@ -140,15 +140,20 @@ static void two_by_one(const uint16_t *x, const uint16_t *y, const uint16_t *til
 
 /* Rows of sums [rows, 64] to out [rows, N] from a column on: plus the bias (null: none), then the activation. */
 static inline void put(const float *sums, int64_t rows, uint16_t *out, int64_t N, int64_t column, int64_t count,
-                         const float *bias, int activation) {
-    for (int64_t m = 0; m < rows; m++) {
-        float values[64];
-        for (int64_t i = 0; i < count; i++) values[i] = sums[m * 64 + i] + (bias ? bias[column + i] : 0.0f);
-        if (activation == SWISH)
-            for (int64_t i = 0; i < count; i++) values[i] *= sigmoid(values[i]);
-        uint16_t *restrict to = out + m * N + column;
-        for (int64_t i = 0; i < count; i++) to[i] = narrow(values[i]);
-    }
+                       const float *bias, int activation) {
+    for (int64_t m = 0; m < rows; m++)
+        for (int64_t start = 0; start < count; start += SIDE) {
+            float values[SIDE] __attribute__((aligned(64)));
+            __mmask16 there = (__mmask16)((1u << (count - start < SIDE ? count - start : SIDE)) - 1);
+            __m512 sum = _mm512_load_ps(sums + m * 64 + start);
+            if (bias) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(there, bias + column + start));
+            if (activation == SWISH) {
+                _mm512_store_ps(values, sum);
+                for (int i = 0; i < SIDE; i++) values[i] *= sigmoid(values[i]);
+                sum = _mm512_load_ps(values);
+            }
+            _mm256_mask_storeu_epi16(out + m * N + column + start, there, (__m256i)_mm512_cvtneps_pbh(sum));
+        }
 }
 
 /* The groups [first, last) of out [M, N]. */
