@@ -147,7 +147,7 @@ def test_the_step_of_a_packed_model_is_made_of_them(does: Kernels, tiny_llama_di
     assert LeanModel(trained)._kernels is None
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 15, 16, 17, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("num_rows", [1, 2, 15, 16, 17, 31, 32, 33, 64, 100, 460])
 @pytest.mark.parametrize(("num_in", "num_out"), [(32, 16), (96, 130), (576, 192)])
 def test_a_product_of_tiles_is_a_product_and_each_rows_own(
     does: Kernels, num_rows: int, num_in: int, num_out: int

@@ -49,6 +49,7 @@ SIGNATURES = {
     "swiglu_gradients": [*[POINTER] * 5, WHOLE],
     "distil": [*[POINTER] * 4, *[WHOLE] * 2, KIND, *[FLOAT] * 3],
     "attend": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 6, FLOAT],
+    "attend_prompts": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 7, FLOAT],
 }
 
 TILE_SIDE, TILE_DEPTH = 16, 32  # features and inputs of a tile of weights
@@ -193,6 +194,29 @@ class Kernels:
             KINDS[keys.dtype], starts_N.data_ptr(), out_NE.data_ptr(), N, num_heads, K, D, width, column, scaling,
         )  # fmt: skip
         return out_NE
+
+    def attend_prompts(
+        self,
+        projected_MP: Tensor,
+        rotations_MD: tuple[Tensor, Tensor] | None,
+        cache_NKWD: tuple[Tensor, Tensor],
+        starts_N: Tensor,
+        *,
+        num_heads: int,
+        column: int,
+        scaling: float,
+    ) -> Tensor:
+        """The same for M / N tokens a row, side by side, at columns from `column` on: [M, H * D]. Those before a row's start find zeros."""
+        keys, values = cache_NKWD
+        num_rows, (num_key_heads, width, head_width) = len(starts_N), keys.shape[1:]
+        num_tokens = len(projected_MP) // num_rows
+        out_ME = torch.empty((len(projected_MP), num_heads * head_width), dtype=projected_MP.dtype)
+        self._library.attend_prompts(
+            *_addresses(projected_MP), KINDS[projected_MP.dtype], *_addresses(*(rotations_MD or (None, None)), keys, values),
+            KINDS[keys.dtype], *_addresses(starts_N, out_ME), num_rows, num_tokens, num_heads, num_key_heads, head_width, width,
+            column, scaling,
+        )  # fmt: skip
+        return out_ME
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:

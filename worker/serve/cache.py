@@ -136,6 +136,12 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
         self._new_layer = partial(WindowedLayer, self.window, dtype)
         super().__init__(layer_class_to_replicate=self._new_layer)
 
+    def open_layers(self, num_layers: int, like_NKWD: Tensor) -> None:
+        """Makes the layers that are not there yet, for keys and values of such heads."""
+        while len(self.layers) < num_layers:
+            self.layers.append(self._new_layer())
+            self.layers[-1].lazy_initialization(like_NKWD, like_NKWD)
+
     def _first_size(self) -> tuple[int, int]:
         return min(FIRST_ROWS, self.max_rows), min(FIRST_WIDTH, self.max_width)
 

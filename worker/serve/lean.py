@@ -73,6 +73,9 @@ def head_of(model: Model) -> Multiply:
     return refined
 
 
+MOST_TOKENS = 256  # of a row that the kernels attend in one call: torch reads a longer prompt block by block
+
+
 class LeanModel:
     """Calls a model's layers one by one; the weights stay in the model, and may change."""
 
@@ -108,9 +111,7 @@ class LeanModel:
 
     def _compiled(self, does: Kernels, hidden_NQE: Tensor, call: Any) -> Tensor:
         """The same by kernels, up to the last norm: [N, num_logits, E]."""
-        attend = self._in_a_step(does, hidden_NQE, call)
-        if attend is None:
-            attend = self._over_prompts(hidden_NQE, call)
+        attend = self._over_tokens(does, hidden_NQE, call) or self._by_torch(hidden_NQE, call)
         hidden_ME = hidden_NQE.view(-1, hidden_NQE.shape[-1])
         norms = [layer.before_attention for layer in self._layers[1:]] + [self._norm]
         normed = _added(does, hidden_ME, None, self._layers[0].before_attention, self._layers[0].rounds_to)
@@ -122,13 +123,18 @@ class LeanModel:
             normed = _added(does, hidden_ME, more, norm, dtype)
         return normed.view_as(hidden_NQE)[:, -call.num_logits :]
 
-    def _in_a_step(self, does: Kernels, hidden_NQE: Tensor, call: Any) -> "_Attend | None":
-        """For one token a row, which sees all columns from its start on."""
-        is_fresh = len(call.cache.layers) < len(self._layers)  # a prompt of one token, before any other
-        if hidden_NQE.shape[1] > 1 or call.starts_N is None or is_fresh:
-            return None
+    def _over_tokens(self, does: Kernels, hidden_NQE: Tensor, call: Any) -> "_Attend | None":
+        """Attention by the kernels: of one token a row, or of prompts that are not long."""
+        num_tokens = hidden_NQE.shape[1]
         rotations = self._rotations(hidden_NQE, call)
-        return lambda projected, layer, index: does.attend(
+        if call.starts_N is None or rotations is None or num_tokens > MOST_TOKENS:
+            return None
+        attends = does.attend if num_tokens == 1 else does.attend_prompts
+        first = self._layers[0]
+        call.cache.open_layers(
+            len(self._layers), hidden_NQE.new_empty(1, first.num_heads[1], 1, first.head_width)
+        )
+        return lambda projected, layer, index: attends(
             projected,
             rotations if layer.is_rotated else None,
             call.cache.layers[index].whole,
@@ -138,7 +144,7 @@ class LeanModel:
             scaling=layer.scaling,
         )
 
-    def _over_prompts(self, hidden_NQE: Tensor, call: Any) -> "_Attend":
+    def _by_torch(self, hidden_NQE: Tensor, call: Any) -> "_Attend":
         seen = _see(call, self._rotary(hidden_NQE, call.positions_NQ), hidden_NQE.dtype)
         N, Q, _ = hidden_NQE.shape
 
@@ -149,17 +155,15 @@ class LeanModel:
 
         return attend
 
-    def _rotations(self, hidden_N1E: Tensor, call: Any) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [N, D], the first half of these negated: looked up where they depend on the position alone."""
-        positions_N1 = call.positions_NQ
+    def _rotations(self, hidden_NQE: Tensor, call: Any) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines [N * Q, D], the first half of these negated: looked up where they depend on the position alone."""
+        positions_M = call.positions_NQ.flatten()
+        if not self._is_fixed:
+            # of prompts the longest position decides, which is the caller's affair
+            return self._rotated_at(hidden_NQE, positions_M[None]) if hidden_NQE.shape[1] == 1 else None
         if self._table is None or call.cache.window.end > len(self._table[0]):
-            if self._is_fixed:
-                self._table = self._rotated_at(
-                    hidden_N1E, torch.arange(_table_size(call.cache.window.end))[None]
-                )
-            else:
-                return self._rotated_at(hidden_N1E, positions_N1.T)
-        cos, sin = (table[positions_N1[:, 0]] for table in self._table)
+            self._table = self._rotated_at(hidden_NQE, torch.arange(_table_size(call.cache.window.end))[None])
+        cos, sin = (table[positions_M] for table in self._table)
         return cos, sin
 
     def _rotated_at(self, like: Tensor, positions_1P: Tensor) -> tuple[Tensor, Tensor]:
