@@ -8,15 +8,14 @@
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <immintrin.h>
-#include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "lanes.h"
+#include "team.h"
 
 enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH, GROUPS = 4, AHEAD = 4 };
 enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of arch_prctl */
-enum activation { NONE = 0, SWISH = 1 };
 
 /* Whether the kernel of the operating system lets this process use them. */
 int has_tiles(void) { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0; }
@@ -37,21 +36,19 @@ void make_tiles(const uint16_t *weight, uint16_t *tiles, int64_t N, int64_t K) {
                 }
 }
 
-struct configuration {
-    uint8_t palette, start_row, unused[14];
-    uint16_t bytes_a_row[16];
-    uint8_t rows[16];
-} __attribute__((aligned(64)));
-
-/* Sums in tiles 0 to 3, rows of x in 4 and 5 of `rows` rows, weights in 6 and 7. */
-static inline void configure(int rows) {
-    struct configuration made = {.palette = 1};
+/* Sums in tiles 0 to 3, rows of x in 4 and 5, weights in 6 and 7. */
+struct configuration configure_tiles(int64_t M) {
+    struct configuration before, made = {.palette = 1};
+    _tile_storeconfig(&before);
     for (int tile = 0; tile < 8; tile++) {
         made.bytes_a_row[tile] = 64;
-        made.rows[tile] = tile < 6 ? rows : SIDE;
+        made.rows[tile] = tile < 6 && M < SIDE ? (uint8_t)M : SIDE;
     }
     _tile_loadconfig(&made);
+    return before;
 }
+
+void restore_tiles(struct configuration before) { _tile_loadconfig(&before); }
 
 static inline void fetch(const uint16_t *tile) {
     for (int line = 0; line < SIDE; line++) _mm_prefetch((const char *)(tile + line * DEPTH), _MM_HINT_T0);
@@ -132,12 +129,6 @@ static void two_by_two(const uint16_t *x, const uint16_t *y, const uint16_t *til
     _tile_stored(3, sums + 16 * 64 + 16, 256);
 }
 
-/* Twice 16 rows and one group. */
-static void two_by_one(const uint16_t *x, const uint16_t *y, const uint16_t *tiles, int64_t depth, float *sums) {
-    one_group(x, tiles, depth, sums);
-    one_group(y, tiles, depth, sums + 16 * 64);
-}
-
 /* Rows of sums [rows, 64] to out [rows, N] from a column on: plus the bias (null: none), then the activation. */
 static inline void put(const float *sums, int64_t rows, uint16_t *out, int64_t N, int64_t column, int64_t count,
                        const float *bias, int activation) {
@@ -156,46 +147,52 @@ static inline void put(const float *sums, int64_t rows, uint16_t *out, int64_t N
         }
 }
 
-/* The groups [first, last) of out [M, N]. */
+/* So many groups from the first on, of out [M, N]. */
 static void some_groups(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
-                        int activation, int64_t first, int64_t last) {
-    int64_t depth = K / DEPTH;
+                        int activation, int64_t first, int64_t taken) {
+    int64_t depth = K / DEPTH, column = first * SIDE, count = column + taken * SIDE <= N ? taken * SIDE : N - column;
+    const uint16_t *from = tiles + first * depth * TILE;
     float sums[2 * SIDE * 64] __attribute__((aligned(64)));
-    int64_t most = M > SIDE ? 2 : GROUPS;
-    for (int64_t g = first; g < last;) {
-        int64_t taken = g + most <= last ? most : 1, column = g * SIDE;
-        int64_t count = column + taken * SIDE <= N ? taken * SIDE : N - column;
-        const uint16_t *from = tiles + g * depth * TILE;
-        if (M <= SIDE) {
-            if (taken == GROUPS) four_groups(x, from, depth, sums);
-            else one_group(x, from, depth, sums);
-            put(sums, M, out, N, column, count, bias, activation);
-        } else
-            for (int64_t m = 0; m < M; m += 2 * SIDE) {
-                /* the last rows are taken from the end: some of them are computed twice, alike */
-                int64_t a = M < 2 * SIDE ? 0 : (m + 2 * SIDE <= M ? m : M - 2 * SIDE);
-                int64_t b = M < 2 * SIDE ? M - SIDE : a + SIDE;
-                if (taken == 2) two_by_two(x + a * K, x + b * K, from, depth, m == 0, sums);
-                else two_by_one(x + a * K, x + b * K, from, depth, sums);
-                put(sums, SIDE, out + a * N, N, column, count, bias, activation);
-                put(sums + SIDE * 64, SIDE, out + b * N, N, column, count, bias, activation);
-            }
-        g += taken;
+    if (M <= SIDE) {
+        if (taken == GROUPS) four_groups(x, from, depth, sums);
+        else
+            for (int64_t g = 0; g < taken; g++) one_group(x, from + g * depth * TILE, depth, sums + g * SIDE);
+        put(sums, M, out, N, column, count, bias, activation);
+        return;
+    }
+    for (int64_t m = 0; m < M; m += 2 * SIDE) {
+        /* the last rows are taken from the end: some of them are computed twice, alike */
+        int64_t a = M < 2 * SIDE ? 0 : (m + 2 * SIDE <= M ? m : M - 2 * SIDE);
+        int64_t b = M < 2 * SIDE ? M - SIDE : a + SIDE;
+        if (taken == 2) two_by_two(x + a * K, x + b * K, from, depth, m == 0, sums);
+        else {
+            one_group(x + a * K, from, depth, sums);
+            one_group(x + b * K, from, depth, sums + SIDE * 64);
+        }
+        put(sums, SIDE, out + a * N, N, column, count, bias, activation);
+        put(sums + SIDE * 64, SIDE, out + b * N, N, column, count, bias, activation);
     }
 }
 
-/* out [M, N] = activation(x [M, K] W^T + bias). oneDNN remembers what each thread's tiles are configured for: that is put back. */
+void multiply_groups(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
+                     int activation) {
+    int64_t num_groups = (N + SIDE - 1) / SIDE, most = M > SIDE ? 2 : GROUPS;
+    /* guided: long runs, for what is fetched ahead, and small ones at the end, for a thread whose core others wanted */
+#pragma omp for schedule(guided)
+    for (int64_t part = 0; part < (num_groups + most - 1) / most; part++) {
+        int64_t first = part * most;
+        some_groups(x, tiles, bias, out, M, N, K, activation, first, first + most <= num_groups ? most : num_groups - first);
+    }
+}
+
+/* out [M, N] = activation(x [M, K] W^T + bias). */
 void multiply_tiles(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
                     int activation) {
-    int64_t num_groups = (N + SIDE - 1) / SIDE;
 #pragma omp parallel
     {
-        int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        struct configuration before;
-        _tile_storeconfig(&before);
-        configure(M < SIDE ? (int)M : SIDE);
-        some_groups(x, tiles, bias, out, M, N, K, activation, num_groups * thread / threads, num_groups * (thread + 1) / threads);
-        _tile_loadconfig(&before);
+        struct configuration before = configure_tiles(M);
+        multiply_groups(x, tiles, bias, out, M, N, K, activation);
+        restore_tiles(before);
     }
 }
 #else

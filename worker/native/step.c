@@ -9,8 +9,8 @@
 #include <string.h>
 
 #include "lanes.h"
+#include "team.h"
 
-enum kind { FLOAT32 = 0, BFLOAT16 = 1 };
 enum { BLOCK = 512 }; /* logits that are looked at together */
 
 static inline void load(float *restrict to, const void *from, int64_t at, int kind, int64_t count) {
@@ -27,10 +27,9 @@ static inline void store(void *to, int64_t at, int kind, const float *restrict f
         memcpy((float *)to + at, from, count * sizeof(float));
 }
 
-/* hidden [N, E] += delta (null: nothing), then out = hidden / sqrt(mean(hidden^2) + eps) * weight. */
-void add_norm(float *hidden, const void *delta, int delta_kind, const float *weight, float eps, void *out, int out_kind,
-              int64_t N, int64_t E) {
-#pragma omp parallel for schedule(static) if (N * E > 8192)
+void norm_rows(float *hidden, const void *delta, int delta_kind, const float *weight, float eps, void *out, int out_kind,
+               int64_t N, int64_t E) {
+#pragma omp for schedule(static)
     for (int64_t n = 0; n < N; n++) {
         float *restrict row = hidden + n * E;
         if (delta && delta_kind == BFLOAT16) {
@@ -53,19 +52,31 @@ void add_norm(float *hidden, const void *delta, int delta_kind, const float *wei
     }
 }
 
-/* a *= b, elementwise. */
-void multiply(void *a, const void *b, int kind, int64_t count) {
+/* hidden [N, E] += delta (null: nothing), then out = hidden / sqrt(mean(hidden^2) + eps) * weight. */
+void add_norm(float *hidden, const void *delta, int delta_kind, const float *weight, float eps, void *out, int out_kind,
+              int64_t N, int64_t E) {
+#pragma omp parallel if (N * E > 8192)
+    norm_rows(hidden, delta, delta_kind, weight, eps, out, out_kind, N, E);
+}
+
+void multiply_all(void *a, const void *b, int kind, int64_t count) {
     if (kind == BFLOAT16) {
         uint16_t *restrict x = a;
         const uint16_t *restrict y = b;
-#pragma omp parallel for schedule(static) if (count > 16384)
+#pragma omp for schedule(static)
         for (int64_t i = 0; i < count; i++) x[i] = narrow(widen(x[i]) * widen(y[i]));
     } else {
         float *restrict x = a;
         const float *restrict y = b;
-#pragma omp parallel for schedule(static) if (count > 16384)
+#pragma omp for schedule(static)
         for (int64_t i = 0; i < count; i++) x[i] *= y[i];
     }
+}
+
+/* a *= b, elementwise. */
+void multiply(void *a, const void *b, int kind, int64_t count) {
+#pragma omp parallel if (count > 16384)
+    multiply_all(a, b, kind, count);
 }
 
 /* out = x * cos + (x's halves swapped) * sin, whose first half is negated already. */
@@ -84,15 +95,11 @@ static inline const float *row_of(const void *from, int64_t at, int kind, float 
     return wide;
 }
 
-/* One token a row: its key and value go into the cache at `column`, and its queries look at columns [start, column].
- *
- * projected [N, (H + 2K) * D] holds queries, keys and values; cos and sin [N, D] may be null: not rotated;
- * keys and values [rows, K, width, D] are the cache; starts [N]; out [N, H * D]. */
-void attend(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
-            int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
-            float scaling) {
+void attend_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
+                 int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t H, int64_t K, int64_t D, int64_t width,
+                 int64_t column, float scaling) {
     int64_t G = H / K, row_width = (H + 2 * K) * D;
-#pragma omp parallel for schedule(static) collapse(2)
+#pragma omp for schedule(dynamic) collapse(2)
     for (int64_t n = 0; n < N; n++)
         for (int64_t k = 0; k < K; k++) {
             int64_t start = starts[n], W = column + 1 - start, first = (n * K + k) * width * D;
@@ -136,6 +143,17 @@ void attend(const void *projected, int kind, const float *cos, const float *sin,
             store(out, (n * H + k * G) * D, kind, sum, G * D);
             free(query);
         }
+}
+
+/* One token a row: its key and value go into the cache at `column`, and its queries look at columns [start, column].
+ *
+ * projected [N, (H + 2K) * D] holds queries, keys and values; cos and sin [N, D] may be null: not rotated;
+ * keys and values [rows, K, width, D] are the cache; starts [N]; out [N, H * D]. */
+void attend(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
+            int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
+            float scaling) {
+#pragma omp parallel
+    attend_rows(projected, kind, cos, sin, keys, values, cache_kind, starts, out, N, H, K, D, width, column, scaling);
 }
 
 /* As many numbers as there are lanes, wherever they lie; a compiler makes of them the vectors that there are. */
