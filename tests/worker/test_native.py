@@ -18,6 +18,7 @@ from worker.distill.lean_body import use_lean_body
 from worker.distill.objectives import TokenObjective
 from worker.gemm import HAS_BFLOAT16
 from worker.native import MARGIN, MOST_REFINED, Kernels, kernels
+from worker.serve.batch import CursorBatch
 from worker.serve.lean import LeanModel, head_of
 from worker.serve.loading import load_model
 
@@ -190,6 +191,27 @@ def test_a_rounded_head_reads_states_that_lie_apart(tiny_llama_dir: Path) -> Non
     for n in range(5):
         best = exact[n, 0].topk(8).indices
         torch.testing.assert_close(found[n, 0, best], exact[n, 0, best], atol=1e-5, rtol=1e-5)
+
+
+def test_all_layers_in_one_call_are_the_same_numbers_as_part_by_part(
+    does: Kernels, tiny_llama_dir: Path
+) -> None:
+    if not does.has_tiles:
+        pytest.skip("this processor has no tiles")
+    model = load_model(tiny_llama_dir, weights="bfloat16", keeps_plain=False).model
+    logits = []
+    for is_whole in (True, False):
+        batch = CursorBatch(model, max_rows=4, max_width=64)
+        lean: Any = getattr(batch.family.forward, "__self__")  # noqa: B009  # the type tells of a plain function
+        assert lean._whole is not None
+        if not is_whole:
+            lean._whole = None
+        said = [batch.join([[5, 6, 7], [8, 9, 10, 11, 12]])]
+        said += [batch.advance([20 + step, 40 + step]) for step in range(5)]
+        batch.leave(0)
+        said.append(batch.advance([60]))
+        logits.append(torch.cat(said))
+    assert torch.equal(*logits)
 
 
 def test_without_a_compiler_there_are_none() -> None:

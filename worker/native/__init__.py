@@ -22,7 +22,7 @@ from torch import Tensor
 log = structlog.get_logger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("product.c", "step.c", "body.c", "loss.c")]
+SOURCES = [FOLDER / name for name in ("layers.c", "product.c", "step.c", "body.c", "loss.c")]
 # sums may be reordered, so that they are done many at a time; infinities and NaN must stay what they are
 FLAGS = [
     "-O3",
@@ -51,6 +51,27 @@ SIGNATURES = {
     "attend": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 6, FLOAT],
     "attend_prompts": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 7, FLOAT],
 }
+
+
+class Layer(ctypes.Structure):
+    """`struct layer` of layers.c: addresses of a layer's norms, tiles, biases (None: none), keys and values, and its numbers."""
+
+    WEIGHTS = ("qkv", "output", "gate", "up", "down")
+    _fields_ = [
+        *((name, POINTER) for name in ("attention_norm", "mlp_norm", *WEIGHTS, *(f"{w}_bias" for w in WEIGHTS))),
+        *((name, POINTER) for name in ("keys", "values")),
+        *((name, FLOAT) for name in ("attention_eps", "mlp_eps", "scaling")),
+        ("is_rotated", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class Sizes(ctypes.Structure):
+    """`struct sizes` of layers.c: rows, hidden size, query and key heads and their width, MLP's width, the cache's width and column."""
+
+    _fields_ = [(name, WHOLE) for name in ("M", "E", "H", "K", "D", "I", "width", "column")]
+
+
+SIGNATURES["step"] = [POINTER, WHOLE, Sizes, *[POINTER] * 5, FLOAT, POINTER, POINTER]
 
 TILE_SIDE, TILE_DEPTH = 16, 32  # features and inputs of a tile of weights
 MARGIN = 4.0  # in nats: what lies below the best by more has a fiftieth of its weight
@@ -215,6 +236,26 @@ class Kernels:
             *_addresses(projected_MP), KINDS[projected_MP.dtype], *_addresses(*(rotations_MD or (None, None)), keys, values),
             KINDS[keys.dtype], *_addresses(starts_N, out_ME), num_rows, num_tokens, num_heads, num_key_heads, head_width, width,
             column, scaling,
+        )  # fmt: skip
+        return out_ME
+
+    def step(
+        self,
+        layers: "ctypes.Array[Layer]",
+        sizes: Sizes,
+        hidden_ME: Tensor,
+        rotations_MD: tuple[Tensor, Tensor],
+        starts_M: Tensor,
+        norm_E: Tensor,
+        eps: float,
+    ) -> Tensor:
+        """One token a row through all layers, by one team of threads: the last norm of their states [M, E]. `hidden` is used up."""
+        num_numbers = 2 * sizes.E + (2 * sizes.H + 2 * sizes.K) * sizes.D + 2 * sizes.I
+        scratch = torch.empty(sizes.M * num_numbers, dtype=torch.bfloat16)
+        out_ME = torch.empty_like(hidden_ME)
+        self._library.step(
+            layers, len(layers), sizes, *_addresses(hidden_ME, *rotations_MD, starts_M, norm_E), eps,
+            *_addresses(scratch, out_ME),
         )  # fmt: skip
         return out_ME
 

@@ -6,13 +6,14 @@
  */
 #include <stdint.h>
 
+#include "team.h"
+
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "lanes.h"
-#include "team.h"
 
 enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH, GROUPS = 4, AHEAD = 4 };
 enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of arch_prctl */
@@ -198,6 +199,10 @@ void multiply_tiles(const uint16_t *x, const uint16_t *tiles, const float *bias,
 #else
 int has_tiles(void) { return 0; }
 void make_tiles(const uint16_t *weight, uint16_t *tiles, int64_t N, int64_t K) {}
+struct configuration configure_tiles(int64_t M) { return (struct configuration){0}; }
+void restore_tiles(struct configuration before) {}
+void multiply_groups(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
+                     int activation) {}
 void multiply_tiles(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
                     int activation) {}
 #endif

@@ -67,6 +67,13 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         keys, values = (buffer[self.window.rows] for buffer in self._buffers)
         return keys, values
 
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of the keys and values of the call's first row."""
+        keys, values = self._buffers
+        offset = self.window.rows.start * keys.stride(0) * keys.element_size()
+        return keys.data_ptr() + offset, values.data_ptr() + offset
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:

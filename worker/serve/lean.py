@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from worker.gemm import multiplier, packed_weight
 from worker.native import Kernels, kernels
+from worker.serve.whole import WholeStep
 
 FIRST_POSITIONS = 2048  # rotations made at once
 LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
@@ -88,6 +89,9 @@ class LeanModel:
         self._is_fixed = getattr(self._rotary, "rope_type", None) not in ("dynamic", "longrope")
         self._table: tuple[Tensor, Tensor] | None = None
         self._kernels = kernels() if all(layer.has_few_parts for layer in self._layers) else None
+        self._whole = None
+        if self._kernels is not None and WholeStep.knows(body.layers):
+            self._whole = WholeStep(self._kernels, body.layers, self._norm)
 
     @property
     def cache_dtype(self) -> torch.dtype | None:
@@ -111,8 +115,19 @@ class LeanModel:
 
     def _compiled(self, does: Kernels, hidden_NQE: Tensor, call: Any) -> Tensor:
         """The same by kernels, up to the last norm: [N, num_logits, E]."""
-        attend = self._over_tokens(does, hidden_NQE, call) or self._by_torch(hidden_NQE, call)
         hidden_ME = hidden_NQE.view(-1, hidden_NQE.shape[-1])
+        num_tokens, rotations = hidden_NQE.shape[1], self._rotations(hidden_NQE, call)
+        if rotations is None or call.starts_N is None or num_tokens > MOST_TOKENS:
+            attend = self._by_torch(hidden_NQE, call)
+        else:
+            first = self._layers[0]
+            like_NKWD = hidden_NQE.new_empty(1, first.num_heads[1], 1, first.head_width)
+            call.cache.open_layers(len(self._layers), like_NKWD)
+            if num_tokens == 1 and self._whole is not None:
+                return self._whole(hidden_ME, rotations, call).view_as(hidden_NQE)
+            attend = self._by_kernels(
+                does.attend if num_tokens == 1 else does.attend_prompts, rotations, call
+            )
         norms = [layer.before_attention for layer in self._layers[1:]] + [self._norm]
         normed = _added(does, hidden_ME, None, self._layers[0].before_attention, self._layers[0].rounds_to)
         for index, (layer, norm) in enumerate(zip(self._layers, norms, strict=True)):
@@ -123,20 +138,12 @@ class LeanModel:
             normed = _added(does, hidden_ME, more, norm, dtype)
         return normed.view_as(hidden_NQE)[:, -call.num_logits :]
 
-    def _over_tokens(self, does: Kernels, hidden_NQE: Tensor, call: Any) -> "_Attend | None":
-        """Attention by the kernels: of one token a row, or of prompts that are not long."""
-        num_tokens = hidden_NQE.shape[1]
-        rotations = self._rotations(hidden_NQE, call)
-        if call.starts_N is None or rotations is None or num_tokens > MOST_TOKENS:
-            return None
-        attends = does.attend if num_tokens == 1 else does.attend_prompts
-        first = self._layers[0]
-        call.cache.open_layers(
-            len(self._layers), hidden_NQE.new_empty(1, first.num_heads[1], 1, first.head_width)
-        )
+    def _by_kernels(
+        self, attends: Callable[..., Tensor], rotations_MD: tuple[Tensor, Tensor], call: Any
+    ) -> "_Attend":
         return lambda projected, layer, index: attends(
             projected,
-            rotations if layer.is_rotated else None,
+            rotations_MD if layer.is_rotated else None,
             call.cache.layers[index].whole,
             call.starts_N,
             num_heads=layer.num_rotated[0],
