@@ -88,61 +88,113 @@ static inline void rotate(float *restrict out, const float *restrict x, const fl
     }
 }
 
-/* D floats of a tensor where they are, or widened. */
-static inline const float *row_of(const void *from, int64_t at, int kind, float *wide, int64_t D) {
-    if (kind == FLOAT32) return (const float *)from + at;
-    for (int64_t d = 0; d < D; d++) wide[d] = widen(((const uint16_t *)from)[at + d]);
-    return wide;
+/* As many numbers as there are lanes, wherever they lie; a compiler makes of them the vectors that there are. */
+typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+
+typedef float eight __attribute__((vector_size(32)));
+typedef float four __attribute__((vector_size(16), aligned(sizeof(float))));
+typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
+typedef uint32_t words __attribute__((vector_size(LANES * 4)));
+
+enum { MOST_HEADS = 4, ROWS_AHEAD = 12 }; /* heads that look at a key while it is at hand; keys that are fetched before */
+
+/* A key or value of width D into the cache, line by line. */
+static inline void fetch(const void *from, int64_t at, int kind, int64_t D) {
+    const char *row = (const char *)from + at * (kind == BFLOAT16 ? 2 : 4);
+    for (int64_t byte = 0; byte < D * (kind == BFLOAT16 ? 2 : 4); byte += 64) __builtin_prefetch(row + byte);
+}
+
+/* Numbers of a tensor from a place on, zero behind the last of `count`. */
+static inline lanes lanes_of(const void *from, int64_t at, int kind, int64_t count) {
+    if (count >= LANES && kind == BFLOAT16)
+        return (lanes)(__builtin_convertvector(*(const halves *)((const uint16_t *)from + at), words) << 16);
+    if (count >= LANES) return *(const lanes *)((const float *)from + at);
+    float rest[LANES] = {0};
+    load(rest, from, at, kind, count);
+    return *(const lanes *)rest;
+}
+
+static inline four fold(lanes all) {
+    eight half = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
+                 __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+}
+
+/* What `heads` queries [heads, parts * LANES] find in W columns of keys and values of width D, as means like the queries. `parts` and
+ * `heads` are constants wherever this is put, so that sums stay in registers; score has room for 5 W numbers a head. */
+static inline __attribute__((always_inline)) void look(const float *queries, const void *keys, const void *values, int64_t first,
+                                                       int kind, int64_t W, int64_t D, float scaling, float *score, float *means,
+                                                       const int parts, const int heads) {
+    float *folded = score + heads * W;
+    for (int64_t w = 0; w < W; w++) {
+        lanes key[parts];
+        if (w + ROWS_AHEAD < W) fetch(keys, first + (w + ROWS_AHEAD) * D, kind, D);
+        fetch(values, first + w * D, kind, D); /* for the second pass */
+        for (int part = 0; part < parts; part++) key[part] = lanes_of(keys, first + w * D + part * LANES, kind, D - part * LANES);
+        for (int h = 0; h < heads; h++) {
+            const lanes *query = (const lanes *)(queries + h * parts * LANES);
+            lanes sum = query[0] * key[0];
+            for (int part = 1; part < parts; part++) sum += query[part] * key[part];
+            *(four *)(folded + (h * W + w) * 4) = fold(sum);
+        }
+    }
+    for (int h = 0; h < heads; h++) {
+        float *restrict s = score + h * W, total = 0.0f;
+        const float *restrict four_each = folded + h * W * 4;
+        for (int64_t w = 0; w < W; w++)
+            s[w] = (four_each[4 * w] + four_each[4 * w + 1] + four_each[4 * w + 2] + four_each[4 * w + 3]) * scaling;
+        float greatest = greatest_of(s, W);
+        for (int64_t w = 0; w < W; w++) s[w] = exp_of(s[w] - greatest);
+        for (int64_t w = 0; w < W; w++) total += s[w];
+        for (int64_t w = 0; w < W; w++) s[w] /= total;
+    }
+    lanes sums[heads][parts];
+    memset(sums, 0, sizeof sums);
+    for (int64_t w = 0; w < W; w++)
+        for (int part = 0; part < parts; part++) {
+            lanes value = lanes_of(values, first + w * D + part * LANES, kind, D - part * LANES);
+            for (int h = 0; h < heads; h++) sums[h][part] += score[h * W + w] * value;
+        }
+    memcpy(means, sums, sizeof sums);
+}
+
+static void look_by(const float *queries, const void *keys, const void *values, int64_t first, int kind, int64_t W, int64_t D,
+                    float scaling, float *score, float *means, int parts, int heads) {
+#define LOOK(PARTS, HEADS) look(queries, keys, values, first, kind, W, D, scaling, score, means, PARTS, HEADS)
+#define LOOK_HEADS(PARTS) (heads == 4 ? LOOK(PARTS, 4) : heads == 3 ? LOOK(PARTS, 3) : heads == 2 ? LOOK(PARTS, 2) : LOOK(PARTS, 1))
+    if (parts == 4) LOOK_HEADS(4);
+    else if (parts == 8) LOOK_HEADS(8);
+    else LOOK(parts, heads);
 }
 
 void attend_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
                  int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t H, int64_t K, int64_t D, int64_t width,
                  int64_t column, float scaling) {
-    int64_t G = H / K, row_width = (H + 2 * K) * D;
+    int64_t G = H / K, row_width = (H + 2 * K) * D, parts = (D + LANES - 1) / LANES, room = parts * LANES;
+    float *queries = malloc((2 * G * room + 2 * D + 5 * MOST_HEADS * (column + 1)) * sizeof(float)); /* each thread's own */
+    float *means = queries + G * room, *raw = means + G * room, *turned = raw + D, *score = turned + D;
+    memset(queries, 0, G * room * sizeof(float));
 #pragma omp for schedule(dynamic) collapse(2)
     for (int64_t n = 0; n < N; n++)
         for (int64_t k = 0; k < K; k++) {
             int64_t start = starts[n], W = column + 1 - start, first = (n * K + k) * width * D;
-            float *query = malloc((2 * G * D + 2 * D + G * W) * sizeof(float));
-            float *sum = query + G * D, *raw = sum + G * D, *wide = raw + D, *score = wide + D;
+            for (int64_t w = start; w < column && w < start + ROWS_AHEAD; w++) fetch(keys, first + w * D, cache_kind, D);
             for (int64_t g = 0; g < G; g++) {
                 load(raw, projected, n * row_width + (k * G + g) * D, kind, D);
-                if (cos) rotate(query + g * D, raw, cos + n * D, sin + n * D, D);
-                else memcpy(query + g * D, raw, D * sizeof(float));
+                if (cos) rotate(queries + g * room, raw, cos + n * D, sin + n * D, D);
+                else memcpy(queries + g * room, raw, D * sizeof(float));
             }
             load(raw, projected, n * row_width + (H + k) * D, kind, D);
-            if (cos) rotate(wide, raw, cos + n * D, sin + n * D, D);
-            store(keys, first + column * D, cache_kind, cos ? wide : raw, D);
+            if (cos) rotate(turned, raw, cos + n * D, sin + n * D, D);
+            store(keys, first + column * D, cache_kind, cos ? turned : raw, D);
             load(raw, projected, n * row_width + (H + K + k) * D, kind, D);
             store(values, first + column * D, cache_kind, raw, D);
-
-            for (int64_t w = 0; w < W; w++) {
-                const float *restrict seen = row_of(keys, first + (start + w) * D, cache_kind, wide, D);
-                for (int64_t g = 0; g < G; g++) {
-                    const float *restrict asked = query + g * D;
-                    float dot = 0.0f;
-                    for (int64_t d = 0; d < D; d++) dot += asked[d] * seen[d];
-                    score[g * W + w] = dot * scaling;
-                }
-            }
-            for (int64_t g = 0; g < G; g++) {
-                float *restrict s = score + g * W;
-                float greatest = greatest_of(s, W), total = 0.0f;
-                for (int64_t w = 0; w < W; w++) s[w] = exp_of(s[w] - greatest);
-                for (int64_t w = 0; w < W; w++) total += s[w];
-                for (int64_t w = 0; w < W; w++) s[w] /= total;
-            }
-            memset(sum, 0, G * D * sizeof(float));
-            for (int64_t w = 0; w < W; w++) {
-                const float *restrict seen = row_of(values, first + (start + w) * D, cache_kind, wide, D);
-                for (int64_t g = 0; g < G; g++) {
-                    float share = score[g * W + w], *restrict to = sum + g * D;
-                    for (int64_t d = 0; d < D; d++) to[d] += share * seen[d];
-                }
-            }
-            store(out, (n * H + k * G) * D, kind, sum, G * D);
-            free(query);
+            for (int64_t g = 0; g < G; g += MOST_HEADS)
+                look_by(queries + g * room, keys, values, first + start * D, cache_kind, W, D, scaling, score, means + g * room, parts,
+                        G - g < MOST_HEADS ? G - g : MOST_HEADS);
+            for (int64_t g = 0; g < G; g++) store(out, (n * H + k * G + g) * D, kind, means + g * room, D);
         }
+    free(queries);
 }
 
 /* One token a row: its key and value go into the cache at `column`, and its queries look at columns [start, column].
@@ -155,9 +207,6 @@ void attend(const void *projected, int kind, const float *cos, const float *sin,
 #pragma omp parallel
     attend_rows(projected, kind, cos, sin, keys, values, cache_kind, starts, out, N, H, K, D, width, column, scaling);
 }
-
-/* As many numbers as there are lanes, wherever they lie; a compiler makes of them the vectors that there are. */
-typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
 /* A query's scores of one block of columns. */
 static inline void scores_of(float *scores, const float *query, const float *block, int64_t D, float scaling) {
