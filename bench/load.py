@@ -57,12 +57,20 @@ async def _drive(
 
         async def call(caller: int) -> list[Answer]:
             mine = [prompts[(caller + i * num_callers) % len(prompts)] for i in range(requests_each)]
-            return [await ask(client, target, prompt, max_tokens) for prompt in mine]
+            return [await ask_anew(client, target, prompt, max_tokens) for prompt in mine]
 
         began = time.perf_counter()
         answers = await asyncio.gather(*(call(caller) for caller in range(num_callers)))
         seconds = time.perf_counter() - began
     return Load(tuple(answer for mine in answers for answer in mine), seconds)
+
+
+async def ask_anew(client: httpx.AsyncClient, target: Target, prompt: str, max_tokens: int) -> Answer:
+    """`ask`, once more where a server ended a kept connection just then (llama.cpp's does)."""
+    try:
+        return await ask(client, target, prompt, max_tokens)
+    except httpx.RemoteProtocolError:
+        return await ask(client, target, prompt, max_tokens)
 
 
 async def ask(client: httpx.AsyncClient, target: Target, prompt: str, max_tokens: int) -> Answer:

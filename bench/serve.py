@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import httpx
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -117,7 +118,7 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
             try:
                 with serving(server, model_dir, arguments.work, arguments.threads) as target:
                     runs.setdefault(server.name, []).append(loads(target, arguments.callers, tokenizer))
-            except (ChildFailed, RuntimeError) as e:
+            except (ChildFailed, RuntimeError, httpx.HTTPError) as e:
                 (skipped if isinstance(e, NotInstalled) else failed)[server.name] = str(e)
                 print(f"{server.name} left out: {e}", flush=True)
                 continue

@@ -66,12 +66,12 @@ class Layer(ctypes.Structure):
 
 
 class Sizes(ctypes.Structure):
-    """`struct sizes` of layers.c: rows, hidden size, query and key heads and their width, MLP's width, the cache's width and column."""
+    """`struct sizes` of layers.c: rows, tokens of each, hidden size, query and key heads and their width, MLP's width, the cache's width and column."""
 
-    _fields_ = [(name, WHOLE) for name in ("M", "E", "H", "K", "D", "I", "width", "column")]
+    _fields_ = [(name, WHOLE) for name in ("N", "Q", "E", "H", "K", "D", "I", "width", "column")]
 
 
-SIGNATURES["step"] = [POINTER, WHOLE, Sizes, *[POINTER] * 5, FLOAT, POINTER, POINTER]
+SIGNATURES["forward"] = [POINTER, WHOLE, Sizes, *[POINTER] * 5, FLOAT, POINTER, POINTER]
 
 TILE_SIDE, TILE_DEPTH = 16, 32  # features and inputs of a tile of weights
 MARGIN = 4.0  # in nats: what lies below the best by more has a fiftieth of its weight
@@ -239,22 +239,22 @@ class Kernels:
         )  # fmt: skip
         return out_ME
 
-    def step(
+    def forward(
         self,
         layers: "ctypes.Array[Layer]",
         sizes: Sizes,
         hidden_ME: Tensor,
         rotations_MD: tuple[Tensor, Tensor],
-        starts_M: Tensor,
+        starts_N: Tensor,
         norm_E: Tensor,
         eps: float,
     ) -> Tensor:
-        """One token a row through all layers, by one team of threads: the last norm of their states [M, E]. `hidden` is used up."""
+        """Rows of Q tokens, M in all, through all layers by one team of threads: the last norm of their states [M, E]. `hidden` is used up."""
         num_numbers = 2 * sizes.E + (2 * sizes.H + 2 * sizes.K) * sizes.D + 2 * sizes.I
-        scratch = torch.empty(sizes.M * num_numbers, dtype=torch.bfloat16)
+        scratch = torch.empty(len(hidden_ME) * num_numbers, dtype=torch.bfloat16)
         out_ME = torch.empty_like(hidden_ME)
-        self._library.step(
-            layers, len(layers), sizes, *_addresses(hidden_ME, *rotations_MD, starts_M, norm_E), eps,
+        self._library.forward(
+            layers, len(layers), sizes, *_addresses(hidden_ME, *rotations_MD, starts_N, norm_E), eps,
             *_addresses(scratch, out_ME),
         )  # fmt: skip
         return out_ME

@@ -1,6 +1,6 @@
-/* All layers of one decoding step by one team of threads: making a team for each part took as long as the parts of a small model.
+/* All layers of one call by one team of threads: making a team for each part took as long as the parts of a small model.
  *
- * M rows, one token each; E hidden size, H query heads, K key heads of width D, I width of the MLP. Weights are tiles of bfloat16
+ * N rows of Q tokens each, M = N * Q; E hidden size, H query heads, K key heads of width D, I width of the MLP. Weights are tiles of bfloat16
  * (product.c), what lies between products bfloat16, the hidden states float32: the same numbers as by a call for each part.
  */
 #include "team.h"
@@ -15,13 +15,13 @@ struct layer {
 };
 
 struct sizes {
-    int64_t M, E, H, K, D, I, width, column;
+    int64_t N, Q, E, H, K, D, I, width, column;
 };
 
 /* Rows of `hidden` [M, E] go through; out [M, E] is their last norm in float32. scratch: 2 E + (2 H + 2 K) D + 2 I numbers a row. */
-void step(const struct layer *layers, int64_t num_layers, struct sizes of, float *hidden, const float *cos, const float *sin,
+void forward(const struct layer *layers, int64_t num_layers, struct sizes of, float *hidden, const float *cos, const float *sin,
           const int64_t *starts, const float *last_norm, float last_eps, uint16_t *scratch, float *out) {
-    int64_t M = of.M, E = of.E, heads = of.H * of.D, all_heads = (of.H + 2 * of.K) * of.D;
+    int64_t M = of.N * of.Q, E = of.E, heads = of.H * of.D, all_heads = (of.H + 2 * of.K) * of.D;
     uint16_t *normed = scratch, *more = normed + M * E, *projected = more + M * E, *attended = projected + M * all_heads;
     uint16_t *gate = attended + M * heads, *up = gate + M * of.I;
 #pragma omp parallel
@@ -31,8 +31,13 @@ void step(const struct layer *layers, int64_t num_layers, struct sizes of, float
             const struct layer *is = layers + l;
             norm_rows(hidden, l ? more : 0, BFLOAT16, is->attention_norm, is->attention_eps, normed, BFLOAT16, M, E);
             multiply_groups(normed, is->qkv, is->qkv_bias, projected, M, all_heads, E, NONE);
-            attend_rows(projected, BFLOAT16, is->is_rotated ? cos : 0, is->is_rotated ? sin : 0, is->keys, is->values, BFLOAT16,
-                        starts, attended, M, of.H, of.K, of.D, of.width, of.column, is->scaling);
+            const float *turn = is->is_rotated ? cos : 0, *slant = is->is_rotated ? sin : 0;
+            if (of.Q == 1)
+                attend_rows(projected, BFLOAT16, turn, slant, is->keys, is->values, BFLOAT16, starts, attended, of.N, of.H, of.K, of.D,
+                            of.width, of.column, is->scaling);
+            else
+                attend_prompt_rows(projected, BFLOAT16, turn, slant, is->keys, is->values, BFLOAT16, starts, attended, of.N, of.Q,
+                                   of.H, of.K, of.D, of.width, of.column, is->scaling);
             multiply_groups(attended, is->output, is->output_bias, more, M, E, heads, NONE);
             norm_rows(hidden, more, BFLOAT16, is->mlp_norm, is->mlp_eps, normed, BFLOAT16, M, E);
             multiply_groups(normed, is->gate, is->gate_bias, gate, M, of.I, E, SWISH);

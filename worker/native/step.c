@@ -232,16 +232,11 @@ static inline void mean_of(float *mean, const float *shares, const float *values
         for (int64_t rest = d; rest < D; rest++) mean[rest] += shares[w] * values[w * D + rest];
 }
 
-/* The same for Q tokens a row, which stand at columns column + q and see those from the row's start to their own. Tokens before the
- * start are padding: nothing of them is kept, and they find zeros.
- *
- * projected [N, Q, (H + 2K) * D]; cos and sin [N, Q, D] or null; out [N, Q, H * D]. Keys are laid out in blocks of
- * columns, number by number, so that a query's scores are computed side by side. */
-void attend_prompts(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
+void attend_prompt_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
                     int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D,
                     int64_t width, int64_t column, float scaling) {
     int64_t G = H / K, row_width = (H + 2 * K) * D;
-#pragma omp parallel for schedule(dynamic) collapse(2)
+#pragma omp for schedule(dynamic) collapse(2)
     for (int64_t n = 0; n < N; n++)
         for (int64_t k = 0; k < K; k++) {
             int64_t start = starts[n], W = column + Q - start, first = (n * K + k) * width * D;
@@ -283,6 +278,18 @@ void attend_prompts(const void *projected, int kind, const float *cos, const flo
                 }
             free(blocks);
         }
+}
+
+/* The same for Q tokens a row, which stand at columns column + q and see those from the row's start to their own. Tokens before the
+ * start are padding: nothing of them is kept, and they find zeros.
+ *
+ * projected [N, Q, (H + 2K) * D]; cos and sin [N, Q, D] or null; out [N, Q, H * D]. Keys are laid out in blocks of
+ * columns, number by number, so that a query's scores are computed side by side. */
+void attend_prompts(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
+                    int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D,
+                    int64_t width, int64_t column, float scaling) {
+#pragma omp parallel
+    attend_prompt_rows(projected, kind, cos, sin, keys, values, cache_kind, starts, out, N, Q, H, K, D, width, column, scaling);
 }
 
 /* Logits whose best are exact: those within `margin` of the greatest rounded one are computed anew, hidden . weight[v].

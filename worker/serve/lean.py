@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from worker.gemm import multiplier, packed_weight
 from worker.native import Kernels, kernels
-from worker.serve.whole import WholeStep
+from worker.serve.whole import WholeBody
 
 FIRST_POSITIONS = 2048  # rotations made at once
 LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
@@ -90,8 +90,8 @@ class LeanModel:
         self._table: tuple[Tensor, Tensor] | None = None
         self._kernels = kernels() if all(layer.has_few_parts for layer in self._layers) else None
         self._whole = None
-        if self._kernels is not None and WholeStep.knows(body.layers):
-            self._whole = WholeStep(self._kernels, body.layers, self._norm)
+        if self._kernels is not None and WholeBody.knows(body.layers):
+            self._whole = WholeBody(self._kernels, body.layers, self._norm)
 
     @property
     def cache_dtype(self) -> torch.dtype | None:
@@ -123,8 +123,8 @@ class LeanModel:
             first = self._layers[0]
             like_NKWD = hidden_NQE.new_empty(1, first.num_heads[1], 1, first.head_width)
             call.cache.open_layers(len(self._layers), like_NKWD)
-            if num_tokens == 1 and self._whole is not None:
-                return self._whole(hidden_ME, rotations, call).view_as(hidden_NQE)
+            if self._whole is not None:
+                return self._whole(hidden_ME, rotations, call).view_as(hidden_NQE)[:, -call.num_logits :]
             attend = self._by_kernels(
                 does.attend if num_tokens == 1 else does.attend_prompts, rotations, call
             )

@@ -1,6 +1,6 @@
-"""A decoding step's layers in one call: of weights that lie in tiles, with keys and values in bfloat16.
+"""All layers in one call: of weights that lie in tiles, with keys and values in bfloat16.
 
-M rows, one token each; E hidden size, D width of a head.
+N rows of Q tokens each, M = N * Q; E hidden size, D width of a head.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from worker.gemm import TiledWeight, packed_weight
 from worker.native import Kernels, Layer, Sizes
 
 
-class WholeStep:
+class WholeBody:
     """The layers as C reads them; the tensors behind the addresses belong to the model, or are kept here."""
 
     def __init__(self, does: Kernels, layers: Sequence[Any], norm: Any) -> None:  # Any: a family's own
@@ -39,8 +39,10 @@ class WholeStep:
         for layer, kept in zip(self._layers, call.cache.layers, strict=True):
             layer.keys, layer.values = kept.addresses
         window, sizes = call.cache.window, self._sizes
-        sizes.M, sizes.width, sizes.column = len(hidden_ME), window.width, window.column
-        return self._does.step(
+        sizes.N = len(call.starts_N)
+        sizes.Q = len(hidden_ME) // sizes.N
+        sizes.width, sizes.column = window.width, window.column
+        return self._does.forward(
             self._layers,
             sizes,
             hidden_ME,
