@@ -4,6 +4,7 @@ import copy
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,29 @@ def test_attend_is_plain_attention_over_what_each_row_may_see(
         torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
     exact = torch.stack(expected).view(N, -1).to(dtype)
     torch.testing.assert_close(found, exact, atol=1e-5, rtol=RELATIVE[dtype])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_tokens_read_together_find_what_they_find_one_by_one(does: Kernels, dtype: torch.dtype) -> None:
+    rows, tokens, heads, key_heads, width, column = 3, 7, 6, 2, 20, 4
+    projected = random(rows * tokens, (heads + 2 * key_heads) * 16, dtype=dtype)
+    rotations = random(rows * tokens, 16, seed=1), random(rows * tokens, 16, seed=2)
+    starts = torch.tensor([0, column + 2, column])  # the second row begins with two tokens of padding
+    keys, values = (random(rows, key_heads, width, 16, seed=seed, dtype=dtype) for seed in (3, 4))
+    attend = partial(does.attend, num_heads=heads, scaling=0.3)
+    kept = keys.clone(), values.clone()
+    together = attend(projected, rotations, kept, starts, column=column)
+    alone = torch.zeros_like(together)
+    for n in range(rows):
+        for q in range(tokens):
+            at, cache = slice(n * tokens + q, n * tokens + q + 1), (keys[n : n + 1], values[n : n + 1])
+            if column + q >= starts[n]:
+                turned = rotations[0][at], rotations[1][at]
+                alone[at] = attend(projected[at], turned, cache, starts[n : n + 1], column=column + q)
+    assert torch.equal(together, alone)
+    assert torch.equal(torch.stack(kept), torch.stack((keys, values)))
+    assert not together[tokens : tokens + 2].any()
+    assert together[tokens + 2 :].any(dim=1).all()
 
 
 def test_a_row_that_is_no_number_spoils_no_other(does: Kernels) -> None:

@@ -48,8 +48,7 @@ SIGNATURES = {
     "swiglu": [*[POINTER] * 3, WHOLE],
     "swiglu_gradients": [*[POINTER] * 5, WHOLE],
     "distil": [*[POINTER] * 4, *[WHOLE] * 2, KIND, *[FLOAT] * 3],
-    "attend": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 6, FLOAT],
-    "attend_prompts": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 7, FLOAT],
+    "attend": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 7, FLOAT],
 }
 
 
@@ -192,32 +191,6 @@ class Kernels:
 
     def attend(
         self,
-        projected_NP: Tensor,
-        rotations_ND: tuple[Tensor, Tensor] | None,
-        cache_RKWD: tuple[Tensor, Tensor],
-        starts_N: Tensor,
-        *,
-        num_heads: int,
-        column: int,
-        scaling: float,
-    ) -> Tensor:
-        """One token a row: writes its key and value at the column, gives what its queries find there [N, H * D].
-
-        projected: queries, keys and values [N, (H + 2K) * D]; rotations: cosines and sines, the latter's first half negated; the
-        cache: keys and values of the batch's rows from the first on, of which row n sees columns starts[n] to `column`.
-        """
-        keys, values = cache_RKWD
-        N, (K, width, D) = len(projected_NP), keys.shape[1:]
-        out_NE = torch.empty((N, num_heads * D), dtype=projected_NP.dtype)
-        cos, sin = (None, None) if rotations_ND is None else (each.data_ptr() for each in rotations_ND)
-        self._library.attend(
-            projected_NP.data_ptr(), KINDS[projected_NP.dtype], cos, sin, keys.data_ptr(), values.data_ptr(),
-            KINDS[keys.dtype], starts_N.data_ptr(), out_NE.data_ptr(), N, num_heads, K, D, width, column, scaling,
-        )  # fmt: skip
-        return out_NE
-
-    def attend_prompts(
-        self,
         projected_MP: Tensor,
         rotations_MD: tuple[Tensor, Tensor] | None,
         cache_NKWD: tuple[Tensor, Tensor],
@@ -227,12 +200,17 @@ class Kernels:
         column: int,
         scaling: float,
     ) -> Tensor:
-        """The same for M / N tokens a row, side by side, at columns from `column` on: [M, H * D]. Those before a row's start find zeros."""
+        """M / N tokens a row: writes keys and values from the column on, gives what each one's queries find up to its own [M, H * D].
+
+        projected: queries, keys and values [M, (H + 2K) * D]; rotations: cosines and sines, the latter's first half negated; the
+        cache: keys and values of the batch's rows from the first on, of which row n sees columns from starts[n] on. Tokens before
+        a row's start find zeros.
+        """
         keys, values = cache_NKWD
         num_rows, (num_key_heads, width, head_width) = len(starts_N), keys.shape[1:]
         num_tokens = len(projected_MP) // num_rows
         out_ME = torch.empty((len(projected_MP), num_heads * head_width), dtype=projected_MP.dtype)
-        self._library.attend_prompts(
+        self._library.attend(
             *_addresses(projected_MP), KINDS[projected_MP.dtype], *_addresses(*(rotations_MD or (None, None)), keys, values),
             KINDS[keys.dtype], *_addresses(starts_N, out_ME), num_rows, num_tokens, num_heads, num_key_heads, head_width, width,
             column, scaling,

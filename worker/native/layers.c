@@ -31,13 +31,8 @@ void forward(const struct layer *layers, int64_t num_layers, struct sizes of, fl
             const struct layer *is = layers + l;
             norm_rows(hidden, l ? more : 0, BFLOAT16, is->attention_norm, is->attention_eps, normed, BFLOAT16, M, E);
             multiply_groups(normed, is->qkv, is->qkv_bias, projected, M, all_heads, E, NONE);
-            const float *turn = is->is_rotated ? cos : 0, *slant = is->is_rotated ? sin : 0;
-            if (of.Q == 1)
-                attend_rows(projected, BFLOAT16, turn, slant, is->keys, is->values, BFLOAT16, starts, attended, of.N, of.H, of.K, of.D,
-                            of.width, of.column, is->scaling);
-            else
-                attend_prompt_rows(projected, BFLOAT16, turn, slant, is->keys, is->values, BFLOAT16, starts, attended, of.N, of.Q,
-                                   of.H, of.K, of.D, of.width, of.column, is->scaling);
+            attend_rows(projected, BFLOAT16, is->is_rotated ? cos : 0, is->is_rotated ? sin : 0, is->keys, is->values, BFLOAT16,
+                        starts, attended, of.N, of.Q, of.H, of.K, of.D, of.width, of.column, is->scaling);
             multiply_groups(attended, is->output, is->output_bias, more, M, E, heads, NONE);
             norm_rows(hidden, more, BFLOAT16, is->mlp_norm, is->mlp_eps, normed, BFLOAT16, M, E);
             multiply_groups(normed, is->gate, is->gate_bias, gate, M, of.I, E, SWISH);

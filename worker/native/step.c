@@ -167,129 +167,66 @@ static void look_by(const float *queries, const void *keys, const void *values, 
     else LOOK(parts, heads);
 }
 
-void attend_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
-                 int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t H, int64_t K, int64_t D, int64_t width,
+/* One token's key and value into the cache; raw and turned have room for D numbers. */
+static inline void keep(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
+                        int64_t token, int64_t at, int64_t H, int64_t K, int64_t k, int64_t D, float *raw, float *turned) {
+    int64_t row_width = (H + 2 * K) * D;
+    load(raw, projected, token * row_width + (H + k) * D, kind, D);
+    if (cos) rotate(turned, raw, cos + token * D, sin + token * D, D);
+    store(keys, at, cache_kind, cos ? turned : raw, D);
+    load(raw, projected, token * row_width + (H + K + k) * D, kind, D);
+    store(values, at, cache_kind, raw, D);
+}
+
+void attend_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
+                 const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width,
                  int64_t column, float scaling) {
     int64_t G = H / K, row_width = (H + 2 * K) * D, parts = (D + LANES - 1) / LANES, room = parts * LANES;
-    float *queries = malloc((2 * G * room + 2 * D + 5 * MOST_HEADS * (column + 1)) * sizeof(float)); /* each thread's own */
+    float *queries = malloc((2 * G * room + 2 * D + 5 * MOST_HEADS * (column + Q)) * sizeof(float)); /* each thread's own */
     float *means = queries + G * room, *raw = means + G * room, *turned = raw + D, *score = turned + D;
     memset(queries, 0, G * room * sizeof(float));
-#pragma omp for schedule(dynamic) collapse(2)
+    if (Q > 1) { /* later tokens look at them: all are kept first */
+#pragma omp for schedule(static) collapse(2)
+        for (int64_t n = 0; n < N; n++)
+            for (int64_t q = 0; q < Q; q++)
+                for (int64_t k = 0; k < K; k++)
+                    if (column + q >= starts[n])
+                        keep(projected, kind, cos, sin, keys, values, cache_kind, n * Q + q, ((n * K + k) * width + column + q) * D, H,
+                             K, k, D, raw, turned);
+    }
+#pragma omp for schedule(dynamic) collapse(3)
     for (int64_t n = 0; n < N; n++)
-        for (int64_t k = 0; k < K; k++) {
-            int64_t start = starts[n], W = column + 1 - start, first = (n * K + k) * width * D;
-            for (int64_t w = start; w < column && w < start + ROWS_AHEAD; w++) fetch(keys, first + w * D, cache_kind, D);
-            for (int64_t g = 0; g < G; g++) {
-                load(raw, projected, n * row_width + (k * G + g) * D, kind, D);
-                if (cos) rotate(queries + g * room, raw, cos + n * D, sin + n * D, D);
-                else memcpy(queries + g * room, raw, D * sizeof(float));
+        for (int64_t k = 0; k < K; k++)
+            for (int64_t q = 0; q < Q; q++) {
+                int64_t start = starts[n], token = n * Q + q, first = (n * K + k) * width * D, W = column + q + 1 - start;
+                if (W <= 0) memset(means, 0, G * room * sizeof(float));
+                for (int64_t w = start; w < column && w < start + ROWS_AHEAD; w++) fetch(keys, first + w * D, cache_kind, D);
+                for (int64_t g = 0; g < G; g++) {
+                    load(raw, projected, token * row_width + (k * G + g) * D, kind, D);
+                    if (cos) rotate(queries + g * room, raw, cos + token * D, sin + token * D, D);
+                    else memcpy(queries + g * room, raw, D * sizeof(float));
+                }
+                if (Q == 1)
+                    keep(projected, kind, cos, sin, keys, values, cache_kind, token, first + column * D, H, K, k, D, raw, turned);
+                for (int64_t g = 0; g < G && W > 0; g += MOST_HEADS)
+                    look_by(queries + g * room, keys, values, first + start * D, cache_kind, W, D, scaling, score, means + g * room,
+                            parts, G - g < MOST_HEADS ? G - g : MOST_HEADS);
+                for (int64_t g = 0; g < G; g++) store(out, (token * H + k * G + g) * D, kind, means + g * room, D);
             }
-            load(raw, projected, n * row_width + (H + k) * D, kind, D);
-            if (cos) rotate(turned, raw, cos + n * D, sin + n * D, D);
-            store(keys, first + column * D, cache_kind, cos ? turned : raw, D);
-            load(raw, projected, n * row_width + (H + K + k) * D, kind, D);
-            store(values, first + column * D, cache_kind, raw, D);
-            for (int64_t g = 0; g < G; g += MOST_HEADS)
-                look_by(queries + g * room, keys, values, first + start * D, cache_kind, W, D, scaling, score, means + g * room, parts,
-                        G - g < MOST_HEADS ? G - g : MOST_HEADS);
-            for (int64_t g = 0; g < G; g++) store(out, (n * H + k * G + g) * D, kind, means + g * room, D);
-        }
     free(queries);
 }
 
-/* One token a row: its key and value go into the cache at `column`, and its queries look at columns [start, column].
+/* Q tokens a row: their keys and values go into the cache from `column` on, and each one's queries look at the columns from the row's
+ * start to its own. The numbers of a token are the same whatever stands beside or is read with it. Tokens before the start are padding:
+ * nothing of them is kept, and they find zeros.
  *
- * projected [N, (H + 2K) * D] holds queries, keys and values; cos and sin [N, D] may be null: not rotated;
- * keys and values [rows, K, width, D] are the cache; starts [N]; out [N, H * D]. */
-void attend(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
-            int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
+ * projected [N, Q, (H + 2K) * D] holds queries, keys and values; cos and sin [N, Q, D] may be null: not rotated;
+ * keys and values [rows, K, width, D] are the cache; starts [N]; out [N, Q, H * D]. */
+void attend(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
+            const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
             float scaling) {
 #pragma omp parallel
-    attend_rows(projected, kind, cos, sin, keys, values, cache_kind, starts, out, N, H, K, D, width, column, scaling);
-}
-
-/* A query's scores of one block of columns. */
-static inline void scores_of(float *scores, const float *query, const float *block, int64_t D, float scaling) {
-    lanes even = {0}, odd = {0};
-    for (int64_t d = 0; d < D / 2; d++) {
-        even += query[2 * d] * *(const lanes *)(block + 2 * d * LANES);
-        odd += query[2 * d + 1] * *(const lanes *)(block + (2 * d + 1) * LANES);
-    }
-    if (D % 2) even += query[D - 1] * *(const lanes *)(block + (D - 1) * LANES);
-    *(lanes *)scores = (even + odd) * scaling;
-}
-
-/* The sum of W values [W, D], each times its share. */
-static inline void mean_of(float *mean, const float *shares, const float *values, int64_t W, int64_t D) {
-    int64_t d = 0;
-    for (; d + 4 * LANES <= D; d += 4 * LANES) {
-        lanes sums[4] = {{0}, {0}, {0}, {0}};
-        for (int64_t w = 0; w < W; w++)
-            for (int part = 0; part < 4; part++) sums[part] += shares[w] * *(const lanes *)(values + w * D + d + part * LANES);
-        memcpy(mean + d, sums, sizeof sums);
-    }
-    for (int64_t w = 0; w < W; w++)
-        for (int64_t rest = d; rest < D; rest++) mean[rest] += shares[w] * values[w * D + rest];
-}
-
-void attend_prompt_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
-                    int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D,
-                    int64_t width, int64_t column, float scaling) {
-    int64_t G = H / K, row_width = (H + 2 * K) * D;
-#pragma omp for schedule(dynamic) collapse(2)
-    for (int64_t n = 0; n < N; n++)
-        for (int64_t k = 0; k < K; k++) {
-            int64_t start = starts[n], W = column + Q - start, first = (n * K + k) * width * D;
-            int64_t padding = start > column ? start - column : 0;
-            int64_t room = (W + LANES - 1) / LANES * LANES; /* whole blocks */
-            float *blocks = calloc(room * D + W * D + room + 3 * D, sizeof(float));
-            float *by_column = blocks + room * D, *score = by_column + W * D;
-            float *raw = score + room, *turned = raw + D, *sum = turned + D;
-            for (int64_t q = padding; q < Q; q++) {
-                int64_t token = n * Q + q, at = first + (column + q) * D;
-                load(raw, projected, token * row_width + (H + k) * D, kind, D);
-                if (cos) rotate(turned, raw, cos + token * D, sin + token * D, D);
-                store(keys, at, cache_kind, cos ? turned : raw, D);
-                load(raw, projected, token * row_width + (H + K + k) * D, kind, D);
-                store(values, at, cache_kind, raw, D);
-            }
-            for (int64_t w = 0; w < W; w++) {
-                load(raw, keys, first + (start + w) * D, cache_kind, D);
-                for (int64_t d = 0; d < D; d++) blocks[(w / LANES * D + d) * LANES + w % LANES] = raw[d];
-            }
-            load(by_column, values, first + start * D, cache_kind, W * D);
-            for (int64_t q = 0; q < Q; q++)
-                for (int64_t g = 0; g < G; g++) {
-                    int64_t token = n * Q + q, head = k * G + g, seen = column + q - start + 1;
-                    memset(sum, 0, D * sizeof(float));
-                    if (q >= padding) {
-                        load(raw, projected, token * row_width + head * D, kind, D);
-                        if (cos) rotate(turned, raw, cos + token * D, sin + token * D, D);
-                        const float *restrict query = cos ? turned : raw;
-                        float *restrict s = score;
-                        for (int64_t w = 0; w < seen; w += LANES) scores_of(s + w, query, blocks + w * D, D, scaling);
-                        float greatest = greatest_of(s, seen), total = 0.0f;
-                        for (int64_t w = 0; w < seen; w++) s[w] = exp_of(s[w] - greatest);
-                        for (int64_t w = 0; w < seen; w++) total += s[w];
-                        for (int64_t w = 0; w < seen; w++) s[w] /= total;
-                        mean_of(sum, s, by_column, seen, D);
-                    }
-                    store(out, (token * H + head) * D, kind, sum, D);
-                }
-            free(blocks);
-        }
-}
-
-/* The same for Q tokens a row, which stand at columns column + q and see those from the row's start to their own. Tokens before the
- * start are padding: nothing of them is kept, and they find zeros.
- *
- * projected [N, Q, (H + 2K) * D]; cos and sin [N, Q, D] or null; out [N, Q, H * D]. Keys are laid out in blocks of
- * columns, number by number, so that a query's scores are computed side by side. */
-void attend_prompts(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values,
-                    int cache_kind, const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D,
-                    int64_t width, int64_t column, float scaling) {
-#pragma omp parallel
-    attend_prompt_rows(projected, kind, cos, sin, keys, values, cache_kind, starts, out, N, Q, H, K, D, width, column, scaling);
+    attend_rows(projected, kind, cos, sin, keys, values, cache_kind, starts, out, N, Q, H, K, D, width, column, scaling);
 }
 
 /* Logits whose best are exact: those within `margin` of the greatest rounded one are computed anew, hidden . weight[v].

@@ -74,7 +74,7 @@ def head_of(model: Model) -> Multiply:
     return refined
 
 
-MOST_TOKENS = 256  # of a row that the kernels attend in one call: torch reads a longer prompt block by block
+MOST_TOKENS = 1024  # of a row that the kernels attend in one call: torch reads a longer prompt block by block
 
 
 class LeanModel:
@@ -125,9 +125,7 @@ class LeanModel:
             call.cache.open_layers(len(self._layers), like_NKWD)
             if self._whole is not None:
                 return self._whole(hidden_ME, rotations, call).view_as(hidden_NQE)[:, -call.num_logits :]
-            attend = self._by_kernels(
-                does.attend if num_tokens == 1 else does.attend_prompts, rotations, call
-            )
+            attend = self._by_kernels(does, rotations, call)
         norms = [layer.before_attention for layer in self._layers[1:]] + [self._norm]
         normed = _added(does, hidden_ME, None, self._layers[0].before_attention, self._layers[0].rounds_to)
         for index, (layer, norm) in enumerate(zip(self._layers, norms, strict=True)):
@@ -138,10 +136,8 @@ class LeanModel:
             normed = _added(does, hidden_ME, more, norm, dtype)
         return normed.view_as(hidden_NQE)[:, -call.num_logits :]
 
-    def _by_kernels(
-        self, attends: Callable[..., Tensor], rotations_MD: tuple[Tensor, Tensor], call: Any
-    ) -> "_Attend":
-        return lambda projected, layer, index: attends(
+    def _by_kernels(self, does: Kernels, rotations_MD: tuple[Tensor, Tensor], call: Any) -> "_Attend":
+        return lambda projected, layer, index: does.attend(
             projected,
             rotations_MD if layer.is_rotated else None,
             call.cache.layers[index].whole,
