@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from worker.native import kernels
+from worker.serve.batch import CursorBatch
 from worker.serve.errors import BadLogits, PromptTooLong
 from worker.serve.loading import LoadedModel, load_model
 from worker.serve.offline import Continuation, generate_all
@@ -40,6 +42,27 @@ def test_sampling_does_not_depend_on_the_neighbours(loaded: LoadedModel) -> None
         for index, prompt in enumerate(PROMPTS)
     ]
     assert together == alone
+
+
+def test_in_bfloat16_by_tiles_a_row_is_the_same_to_the_bit_whatever_runs_beside_it(
+    tiny_llama_dir: Path,
+) -> None:
+    does = kernels()
+    if does is None or not does.has_tiles:
+        pytest.skip("this processor has no tiles")
+    model = load_model(tiny_llama_dir, weights="bfloat16", keeps_plain=False).model
+    crowd = CursorBatch(model, max_rows=32, max_width=64)
+    rows = [[token, *prompt] for token in range(10, 13) for prompt in PROMPTS]
+    said = [crowd.join(rows[:7]), crowd.join(rows[7:])]
+    together = [torch.cat(said), *(crowd.advance([step] * len(rows)) for step in range(5, 9))]
+    for number, row in enumerate(rows):
+        alone = CursorBatch(model, max_rows=32, max_width=64)
+        first = alone.join([row[:1]])
+        for token in row[1:]:
+            first = alone.advance([token])
+        assert torch.equal(first[0], together[0][number])
+        for step in range(5, 9):
+            assert torch.equal(alone.advance([step])[0], together[step - 4][number])
 
 
 def test_seeds_may_be_given_one_by_one(llama: LoadedModel) -> None:
