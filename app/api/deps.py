@@ -1,10 +1,11 @@
 """What routes share: who asks, and which page they want."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPBearer
 
 from app import auth
@@ -17,11 +18,13 @@ __all__ = ["AskedPage", "Page", "Principal", "identify", "page", "require"]
 BEARER = HTTPBearer(auto_error=False, scheme_name="api_key", description="A key `sk-sh-{id}-{secret}`")
 
 
-def require(scope: str) -> Callable[..., Principal]:
+def require(scope: str) -> Callable[..., Coroutine[Any, Any, Principal]]:  # Any: as coroutines have it
     """A dependency that gives the principal, or refuses with 401 or 403."""
 
-    def principal(request: Request, documented: Annotated[object, Depends(BEARER)]) -> Principal:
-        found = identify(request)
+    async def principal(request: Request, documented: Annotated[object, Depends(BEARER)]) -> Principal:
+        found: Principal | None = getattr(request.state, "principal", None)  # no thread for what is known
+        if found is None:
+            found = await run_in_threadpool(identify, request)
         found.demand(scope)
         return found
 
