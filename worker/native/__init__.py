@@ -1,4 +1,5 @@
-"""What lies between matrix products, compiled: a decoding step (step.c), a training step's layers (body.c) and logits (loss.c).
+"""What torch does not do fast, compiled: what lies between a step's products (step.c), products of weights that are read once
+a step (product.c), all layers in one call (layers.c), a training step's layers (body.c) and logits (loss.c).
 
 In torch these are many small operations, which take as long as a step's products and a tenth of a training step
 (bench/LOG.md). The machine's C compiler builds them once. Without one, or elsewhere than on Linux with a torch of GNU's
