@@ -10,12 +10,13 @@ from types import FrameType
 from typing import NoReturn
 
 CPU_SECONDS, MEMORY_BYTES = 10.0, 2**29
+STATM = Path("/proc/self/statm")
 
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Raises TimeoutError or MemoryError inside the block. Time can only be limited on the main thread: elsewhere nothing is."""
-    if threading.current_thread() is not threading.main_thread():
+    """Raises TimeoutError or MemoryError inside the block. Time can only be limited on Linux's main thread: elsewhere nothing is."""
+    if threading.current_thread() is not threading.main_thread() or not STATM.exists():
         yield
         return
 
@@ -24,11 +25,12 @@ def bounded() -> Iterator[None]:
 
     previous = signal.signal(signal.SIGVTALRM, give_up)
     limits = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, limits[1]))
-    signal.setitimer(
-        signal.ITIMER_VIRTUAL, CPU_SECONDS
-    )  # a machine that stands still is not the template's fault
+    used = int(STATM.read_text().split()[0]) * resource.getpagesize()
+    # no more than the process may have anyway
+    most = min(each for each in (used + MEMORY_BYTES, *limits) if each != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+    # of CPU: a machine that stands still is not the template's fault
+    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
     try:
         yield
     finally:

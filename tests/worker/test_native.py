@@ -68,11 +68,12 @@ def test_multiply_rounds_as_torch_does(does: Kernels, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("is_rotated", [True, False])
-@pytest.mark.parametrize(("num_heads", "num_key_heads"), [(6, 2), (3, 3), (4, 1)])
+@pytest.mark.parametrize("D", [16, 24, 64, 128])  # one part, a broken one, and the two that are compiled for
+@pytest.mark.parametrize(("num_heads", "num_key_heads"), [(6, 2), (3, 3), (4, 1), (14, 2)])
 def test_attend_is_plain_attention_over_what_each_row_may_see(
-    does: Kernels, dtype: torch.dtype, is_rotated: bool, num_heads: int, num_key_heads: int
+    does: Kernels, dtype: torch.dtype, is_rotated: bool, D: int, num_heads: int, num_key_heads: int
 ) -> None:
-    N, D, width, column = 3, 16, 50, 37
+    N, width, column = 3, 50, 37
     projected = random(N, (num_heads + 2 * num_key_heads) * D, dtype=dtype)
     cache = (random(5, num_key_heads, width, D, seed=1), random(5, num_key_heads, width, D, seed=2))
     before = [each.clone() for each in cache]
