@@ -1,11 +1,12 @@
-"""Float32 matrix products on a CPU by oneDNN instead of the BLAS that torch was built with.
+"""Float32 matrix products on a CPU by whatever is fastest there, where torch would take the BLAS that it was built with.
 
 torch sends float32 products to MKL, which reaches a third to a half of oneDNN's rate on AMD processors; on Intel's it is
-the faster one, by a quarter in gradients, where nothing is packed (bench/LOG.md). The sums are float32 either way; only
-their order differs. Everywhere else (another device, another float, a torch without the operator) the same calls fall
-back to torch's own product. A processor that
-multiplies bfloat16 itself does so twice as fast: layers may be told to round what they multiply to it, as autocast
-does; sums, weights, gradients and all between the layers stay float32.
+the faster one, by a quarter in gradients, where nothing is packed (bench/LOG.md). Where the processor has tiles (AMX),
+large products are our own, half as fast again: each number as three of bfloat16, as exact as float32 (split.c). The sums are
+float32 in every case; only their order differs. Everywhere else (another device, another float, a torch without the
+operator) the same calls fall back to torch's own product. A processor that multiplies bfloat16 itself does so several
+times as fast: layers may be told to round what they multiply to it, as autocast does; sums, weights, gradients and all
+between the layers stay float32.
 
 N rows, I and O features in and out.
 """
@@ -35,24 +36,61 @@ HAS_FAST_BFLOAT16: bool = HAS_BFLOAT16 and (
     torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 )
 Activation = Literal["none", "swish"]
+# of a float32 product by tiles: 1 / (1 / rows + 1 / columns), and what is summed
+LEAST_SIDE, LEAST_DEPTH = 100, 64
 
 
-def product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """a b^T + bias, not differentiable; b may have any strides."""
+def product(
+    a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None, room_NO: Tensor | None = None
+) -> Tensor:
+    """a b^T + bias, not differentiable; b may have any strides. Room is memory that the result may be written to."""
+    if (does := _splits(a_NI, b_OI)) is not None:
+        rows_NI = a_NI.reshape(-1, a_NI.shape[-1])
+        product_NO = does.multiply_split(_in_order(rows_NI), _in_order(b_OI), room_NO)
+        product_NO = product_NO.view(*a_NI.shape[:-1], len(b_OI))
+        return product_NO if bias_O is None else product_NO.add_(bias_O)
     if PREFERS_ONEDNN and _is_fast(a_NI, b_OI):
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, bias_O, "none", [], "")
-        return out
+        return onednn_product(a_NI, b_OI, bias_O)
+    if room_NO is not None and bias_O is None:
+        return torch.mm(a_NI, b_OI.t(), out=room_NO)
     return nn.functional.linear(a_NI, b_OI, bias_O)
 
 
-def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
-    """grad^T x, not differentiable: the gradient in the weight of a linear layer."""
-    is_fast = PREFERS_ONEDNN and _is_fast(grad_NO, x_NI)
-    return _weight_gradient(grad_NO, x_NI) if is_fast else grad_NO.t() @ x_NI
+def weight_gradient(grad_NO: Tensor, x_NI: Tensor, onto_OI: Tensor | None = None) -> Tensor:
+    """grad^T x, not differentiable: the gradient in the weight of a linear layer; added to what there is of it, if given."""
+    if (does := _splits(grad_NO.t(), x_NI.t())) is not None:
+        operands = (_in_order(grad_NO.t()), _in_order(x_NI.t()))
+        return does.multiply_split(*operands, onto_OI, adds=onto_OI is not None)
+    if PREFERS_ONEDNN and _is_fast(grad_NO, x_NI):
+        gradient_OI = onednn_weight_gradient(grad_NO, x_NI)
+        return gradient_OI if onto_OI is None else onto_OI.add_(gradient_OI)
+    return grad_NO.t() @ x_NI if onto_OI is None else onto_OI.addmm_(grad_NO.t(), x_NI)
 
 
-def _weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
-    """In float32, whatever the two are; a primitive of its own: a product would copy the transposed gradient first."""
+def _splits(a: Tensor, b: Tensor) -> Kernels | None:
+    """Who multiplies a [..., K] by b^T [K, N] by tiles, if that is faster: laying the two out has to pay."""
+    if not _is_fast(a, b) or a.shape[-1] < LEAST_DEPTH or b.numel() == 0:
+        return None
+    num_rows, num_columns = a.numel() // a.shape[-1], len(b)
+    if num_rows * num_columns < LEAST_SIDE * (num_rows + num_columns):
+        return None
+    does = kernels()
+    return does if does is not None and does.has_tiles else None
+
+
+def _in_order(matrix: Tensor) -> Tensor:
+    """Contiguous one way or the other."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def onednn_product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`product`, by oneDNN."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, bias_O, "none", [], "")
+    return out
+
+
+def onednn_weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """`weight_gradient`, by oneDNN: in float32, whatever the two are; a primitive of its own, where a product would copy the transposed gradient first."""
     operands = (grad_NO.contiguous().to_mkldnn(), x_NI.contiguous().to_mkldnn())
     out: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(*operands, _any_weight(), False)[0]
     return out.to_dense()
@@ -77,7 +115,8 @@ def linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """`torch.nn.functional.linear`, differentiable, all three products by the faster library; what they multiply is rounded to dtype."""
-    if not _is_fast(x, weight_OI) or (dtype == torch.float32 and not PREFERS_ONEDNN):
+    is_plain = dtype == torch.float32 and not PREFERS_ONEDNN and _splits(x, weight_OI) is None
+    if is_plain or not _is_fast(x, weight_OI):
         return nn.functional.linear(x, weight_OI, bias_O)
     if not torch.is_grad_enabled():
         return _product(x.to(dtype), weight_OI.to(dtype), bias_O)
@@ -262,9 +301,10 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         rounded_NO = grad_NO.to(x.dtype)
+        in_weight = weight_gradient if x.dtype == torch.float32 else onednn_weight_gradient
         return (
             _product(rounded_NO, weight_OI.t()).view(x.shape) if needs_x else None,
-            _weight_gradient(rounded_NO, x_NI) if needs_weight else None,
+            in_weight(rounded_NO, x_NI) if needs_weight else None,
             grad_NO.sum(dim=0) if needs_bias else None,
             None,
         )

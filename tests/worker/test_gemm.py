@@ -1,6 +1,7 @@
-"""oneDNN's products against torch's own: float32 sums in another order, so equal to a few units in the last place."""
+"""oneDNN's products and those by tiles against torch's own: float32 sums in another order, so equal to a few units in the last place."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from worker import gemm
+from worker.native import kernels
 
 
 def assert_close(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> None:
@@ -23,10 +25,15 @@ def one_thread() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True, params=["onednn", "mkl"])
+@pytest.fixture(autouse=True, params=["onednn", "mkl", "tiles"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever this processor would choose."""
+    does = kernels()
+    if request.param == "tiles" and not (does and does.has_tiles):
+        pytest.skip("this CPU has no tiles")
     monkeypatch.setattr(gemm, "PREFERS_ONEDNN", gemm.HAS_ONEDNN and request.param == "onednn")
+    monkeypatch.setattr(gemm, "LEAST_SIDE", 0 if request.param == "tiles" else math.inf)
+    monkeypatch.setattr(gemm, "LEAST_DEPTH", 0)
 
 
 @pytest.mark.parametrize("shape", [(1, 24), (7, 24), (3, 5, 24), (2, 0, 24)])
@@ -54,6 +61,17 @@ def test_a_weights_gradient_is_the_same_to_the_bit_every_time() -> None:
         first, grad_NO.t() @ x_NI, atol=1e-4, rtol=1e-4
     )  # sums of 301 in another order
     assert all(torch.equal(gemm.weight_gradient(grad_NO, x_NI), first) for _ in range(10))
+
+
+def test_a_result_goes_where_there_is_room_or_onto_what_there_is() -> None:
+    a, b, bias, room = torch.randn(9, 40), torch.randn(33, 40), torch.randn(33), torch.empty(9, 33)
+    assert_close(gemm.product(a, b, room_NO=room), a @ b.t())
+    assert_close(gemm.product(a, b, bias, room), a @ b.t() + bias)
+    assert_close(gemm.product(a, torch.randn(40, 33).t().copy_(b), room_NO=room), a @ b.t())
+    onto = torch.randn(33, 40)
+    grad, expected = torch.randn(9, 33), onto.clone()
+    assert gemm.weight_gradient(grad, a, onto_OI=onto) is onto
+    assert_close(onto, expected + grad.t() @ a)
 
 
 def test_a_frozen_weight_gets_no_gradient_and_its_input_does() -> None:

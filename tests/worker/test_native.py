@@ -193,6 +193,45 @@ def test_a_product_of_tiles_is_a_product_and_each_rows_own(
         assert torch.equal(alone, found[n : n + 1])
 
 
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (33, 70, 31), (128, 64, 600), (32, 40_000, 65), (1300, 1000, 577)]
+)
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
+def test_a_split_product_is_as_exact_as_one_in_float32(
+    does: Kernels, shape: tuple[int, int, int], turned: tuple[bool, bool]
+) -> None:
+    """Edges, more rows than columns and fewer, results that the cache holds and others, both ways to lie."""
+    if not does.has_tiles:
+        pytest.skip("this CPU has no tiles")
+    num_rows, num_columns, depth = shape
+    a, b = random(num_rows, depth), random(num_columns, depth, seed=1)
+    exact = a.double() @ b.double().t()
+    size = a.double().abs() @ b.double().abs().t()
+    a, b = (x.t().contiguous().t() if turns else x for x, turns in zip((a, b), turned, strict=True))
+    out = does.multiply_split(a, b)
+    # float32's own products round by 2^-24 of each term, and their sums again
+    assert ((out - exact).abs() / size).max() < 2**-22
+    onto = random(num_rows, num_columns, seed=2)
+    expected = exact + onto
+    assert ((does.multiply_split(a, b, onto, adds=True) - expected).abs() / (size + 1)).max() < 2**-22
+    few = a[:5].contiguous()
+    assert torch.equal(does.multiply_split(few, b), out[:5])
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e-10, 1e10, 1e18])
+def test_a_split_product_keeps_large_and_small_numbers(does: Kernels, scale: float) -> None:
+    if not does.has_tiles:
+        pytest.skip("this CPU has no tiles")
+    a, b = random(40, 64), random(48, 64, seed=1)
+    torch.testing.assert_close(does.multiply_split(a * scale, b / scale), a @ b.t(), rtol=1e-5, atol=1e-5)
+    a[3, 7], a[5, 2] = torch.nan, torch.inf
+    out = does.multiply_split(a, b)
+    assert not out[3].isfinite().any()
+    assert not out[5].isfinite().any()
+    assert out[:3].isfinite().all()
+    assert out[6:].isfinite().all()
+
+
 def test_tiles_leave_onednns_own_products_as_they_were(does: Kernels) -> None:
     if not does.has_tiles:
         pytest.skip("this processor has no tiles")

@@ -213,14 +213,8 @@ def top_rows(hidden_NH: Tensor, head: Head, k: int, *, chunk_rows: int | None = 
 def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
     """Logits of a chunk, in the first rows of the scratch where torch's product writes them."""
     z_CV = scratch_CV[: len(hidden_CH)]
-    if (
-        head.weight_VH.dtype == z_CV.dtype == torch.float32
-        and gemm.PREFERS_ONEDNN
-        and z_CV.device.type == "cpu"
-    ):
-        z_CV = gemm.product(hidden_CH.to(z_CV.dtype), head.weight_VH)  # its own memory: oneDNN has no out=
-    elif head.weight_VH.dtype == z_CV.dtype:
-        torch.mm(hidden_CH.to(z_CV.dtype), head.weight_VH.t(), out=z_CV)
+    if head.weight_VH.dtype == z_CV.dtype:
+        z_CV = gemm.product(hidden_CH.to(z_CV.dtype), head.weight_VH, room_NO=z_CV)  # oneDNN takes its own
     else:
         z_CV.copy_(hidden_CH.to(head.weight_VH.dtype) @ head.weight_VH.t())
     if head.bias_V is not None:
@@ -238,10 +232,7 @@ def matmul(slope_CV: Tensor, weight_VH: Tensor) -> Tensor:
 
 
 class HeadGradient:
-    """The gradient in a head's matrix: sum of slope^T h over chunks, in `dtype`.
-
-    Where oneDNN is the faster one its product and an addition take half the time of MKL's addmm_ (bench/LOG.md).
-    """
+    """The gradient in a head's matrix: sum of slope^T h over chunks, in `dtype`."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -251,10 +242,10 @@ class HeadGradient:
         slope_CV = slope_CV.to(hidden_CH.dtype)
         if self._sum_VH is None:
             self._sum_VH = gemm.weight_gradient(slope_CV, hidden_CH).to(self._dtype)
-        elif gemm.PREFERS_ONEDNN or self._dtype != hidden_CH.dtype:
+        elif self._dtype != hidden_CH.dtype:
             self._sum_VH.add_(gemm.weight_gradient(slope_CV, hidden_CH))
         else:
-            self._sum_VH.addmm_(slope_CV.t(), hidden_CH)
+            gemm.weight_gradient(slope_CV, hidden_CH, onto_OI=self._sum_VH)
 
     def of(self, weight_VH: Tensor) -> Tensor:
         """The sum, as the gradient of this weight."""

@@ -1,5 +1,5 @@
 """What torch does not do fast, compiled: what lies between a step's products (step.c), products of weights that are read once
-a step (product.c), all layers in one call (layers.c), a training step's layers (body.c) and logits (loss.c).
+a step (product.c), all layers in one call (layers.c), a training step's products (split.c), layers (body.c) and logits (loss.c).
 
 In torch these are many small operations, which take as long as a step's products and a tenth of a training step
 (bench/LOG.md). The machine's C compiler builds them once. Without one, or elsewhere than on Linux with a torch of GNU's
@@ -23,7 +23,7 @@ from torch import Tensor
 log = structlog.get_logger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("layers.c", "product.c", "step.c", "body.c", "loss.c")]
+SOURCES = [FOLDER / name for name in ("layers.c", "product.c", "split.c", "step.c", "body.c", "loss.c")]
 # sums may be reordered, so that they are done many at a time; infinities and NaN must stay what they are
 FLAGS = [
     "-O3",
@@ -44,6 +44,7 @@ SIGNATURES = {
     "refine": [*[POINTER] * 4, *[WHOLE] * 3, FLOAT, WHOLE],
     "make_tiles": [POINTER, POINTER, WHOLE, WHOLE],
     "multiply_tiles": [*[POINTER] * 4, *[WHOLE] * 3, KIND],
+    "multiply_split": [*[POINTER, WHOLE, WHOLE] * 2, POINTER, *[WHOLE] * 3, KIND],
     "norm": [POINTER, POINTER, FLOAT, POINTER, POINTER, WHOLE, WHOLE],
     "norm_gradients": [*[POINTER] * 6, WHOLE, WHOLE],
     "swiglu": [*[POINTER] * 3, WHOLE],
@@ -85,7 +86,7 @@ class Kernels:
         self._library = library
         for name, types in SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = types, None
+            function.argtypes, function.restype = types, KIND if name == "multiply_split" else None
         self.has_tiles = bool(library.has_tiles())
 
     def make_tiles(self, weight_OI: Tensor) -> Tensor:
@@ -106,6 +107,27 @@ class Kernels:
             *_addresses(x, tiles, bias_O, out), x.numel() // num_in, num_out, num_in, int(is_swish)
         )
         return out
+
+    def multiply_split(
+        self, a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None, *, adds: bool = False
+    ) -> Tensor:
+        """a b^T in float32, as exact as float32 products are; written into, or added to, `out` if there is one.
+
+        By tiles, so only where `has_tiles`. Each operand is contiguous, or the transposed of what is. A row's result
+        depends on that row and b alone.
+        """
+        (num_rows, depth), num_columns = a_MK.shape, len(b_NK)
+        out_MN = torch.empty(num_rows, num_columns) if out_MN is None else out_MN
+        assert min(num_rows, depth, num_columns) > 0
+        assert out_MN.is_contiguous()
+        assert all(1 in each.stride() for each in (a_MK, b_NK))
+        has_failed = self._library.multiply_split(
+            a_MK.data_ptr(), *a_MK.stride(), b_NK.data_ptr(), *b_NK.stride(), out_MN.data_ptr(),
+            num_rows, num_columns, depth, int(adds),
+        )  # fmt: skip
+        if has_failed:
+            raise MemoryError("no memory to lay the operands of a product out in")
+        return out_MN
 
     def add_norm(
         self, hidden_NE: Tensor, delta_NE: Tensor | None, weight_E: Tensor, eps: float, dtype: torch.dtype

@@ -15,7 +15,7 @@
 
 #include "lanes.h"
 
-enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH, GROUPS = 4, AHEAD = 4 };
+enum { GROUPS = 4, AHEAD = 4 };
 enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of arch_prctl */
 
 /* Whether the kernel of the operating system lets this process use them. */
@@ -51,10 +51,6 @@ struct configuration configure_tiles(int64_t M) {
 
 void restore_tiles(struct configuration before) { _tile_loadconfig(&before); }
 
-static inline void fetch(const uint16_t *tile) {
-    for (int line = 0; line < SIDE; line++) _mm_prefetch((const char *)(tile + line * DEPTH), _MM_HINT_T0);
-}
-
 /* Where the tile AHEAD lies, in this group or in that of the next round. */
 static inline const uint16_t *ahead(const uint16_t *group, int64_t d, int64_t depth, int64_t num_groups) {
     int64_t next = d + AHEAD;
@@ -70,10 +66,10 @@ static void four_groups(const uint16_t *x, const uint16_t *tiles, int64_t depth,
     _tile_zero(2);
     _tile_zero(3);
     for (int64_t d = 0; d < depth; d++) {
-        fetch(ahead(one, d, depth, 4));
-        fetch(ahead(two, d, depth, 4));
-        fetch(ahead(three, d, depth, 4));
-        fetch(ahead(four, d, depth, 4));
+        fetch_tile(ahead(one, d, depth, 4));
+        fetch_tile(ahead(two, d, depth, 4));
+        fetch_tile(ahead(three, d, depth, 4));
+        fetch_tile(ahead(four, d, depth, 4));
         _tile_loadd(4, x + d * DEPTH, stride);
         _tile_loadd(6, one + d * TILE, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -94,7 +90,7 @@ static void four_groups(const uint16_t *x, const uint16_t *tiles, int64_t depth,
 static void one_group(const uint16_t *x, const uint16_t *tiles, int64_t depth, float *sums) {
     _tile_zero(0);
     for (int64_t d = 0; d < depth; d++) {
-        fetch(ahead(tiles, d, depth, 1));
+        fetch_tile(ahead(tiles, d, depth, 1));
         _tile_loadd(4, x + d * DEPTH, depth * DEPTH * 2);
         _tile_loadd(6, tiles + d * TILE, 64);
         _tile_dpbf16ps(0, 4, 6);
@@ -112,8 +108,8 @@ static void two_by_two(const uint16_t *x, const uint16_t *y, const uint16_t *til
     _tile_zero(3);
     for (int64_t d = 0; d < depth; d++) {
         if (is_first) {
-            fetch(ahead(one, d, depth, 2));
-            fetch(ahead(two, d, depth, 2));
+            fetch_tile(ahead(one, d, depth, 2));
+            fetch_tile(ahead(two, d, depth, 2));
         }
         _tile_loadd(4, x + d * DEPTH, stride);
         _tile_loadd(6, one + d * TILE, 64);
