@@ -145,7 +145,7 @@ def pack_weights(
 ) -> int:
     """Lays the linear layers' weights out for oneDNN, for a model that will not be trained; returns the bytes it took.
 
-    The plain weights stay, for whoever reads them; a later change of theirs is not seen by the forward. Else only those
+    The plain weights stay, for whoever reads them, and must not change: few rows are multiplied by what was laid out. Else only those
     stay that other modules share (embeddings): the model can be called and nothing more. With bfloat16 all layers but
     one round weights, inputs and results to it, and sum in float32.
     """
@@ -271,6 +271,8 @@ def multiplier(module: nn.Module, activation: Activation = "none") -> Callable[[
 def _apply(x: Tensor, layer: OneDnnLinear | OneDnnConv1D, weight_OI: Tensor) -> Tensor:
     bias_O: Tensor | None = layer.bias
     if layer.packed is not None and _is_fast(x) and not x.requires_grad:
+        if layer.packed.dtype == torch.float32 and _splits(x, weight_OI) is not None:
+            return product(x, weight_OI, bias_O)
         return layer.packed.product(x, bias_O).float()
     return linear(x, weight_OI, bias_O, layer.rounds_to)
 

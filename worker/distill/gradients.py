@@ -16,6 +16,7 @@ from worker.distill.objectives import TokenObjective
 from worker.distill.parallel import Ranks
 from worker.distill.rollouts import Piece
 from worker.distill.teachers import CachedTeacher
+from worker.distill.tied import gathering
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Gradients:
         names = ("loss_sum", *compared, *(self.features.names if self.features else ()))
         values = dict.fromkeys(names, 0.0)
         for piece in pieces:
-            for name, value in self._backward(piece, objective, num_targets).items():
+            with gathering(self.model, self.head.weight_VH):
+                found = self._backward(piece, objective, num_targets)
+            for name, value in found.items():
                 values[name] += value
         self.ranks.sum_gradients(parameters)
         summed = self.ranks.sum(*values.values())

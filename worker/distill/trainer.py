@@ -214,13 +214,18 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums = self.gradients.add(pieces, self._objective(), self._trained_parameters())
-        norm = float(nn.utils.clip_grad_norm_(self._trained_parameters(), h.max_grad_norm))
+        norm = float(
+            nn.utils.get_total_norm([p.grad for p in self._trained_parameters() if p.grad is not None])
+        )
         loss = sums.values["loss_sum"] / sums.num_targets
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NanLoss(
                 f"loss {loss} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or begin "
                 "with forward_kl (the last checkpoint is good)"
             )
+        # a fused step divides the gradients by it on its way: to clip them first would be a pass of its own
+        is_long = norm > h.max_grad_norm
+        self.optimizer.grad_scale = torch.tensor(norm / h.max_grad_norm) if is_long else None  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         num_batches = len(self.plan.epoch(self.state.epoch))

@@ -300,3 +300,16 @@ def test_the_first_step_has_the_loss_and_gradient_of_full_logits(
     norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
     assert series(sink, "train_loss") == [pytest.approx(float(loss.detach()), rel=1e-4)]
     assert series(sink, "grad_norm") == [pytest.approx(float(norm), rel=1e-3)]
+
+
+@pytest.mark.parametrize("limit", [0.01, 100.0])
+def test_a_gradient_is_no_longer_than_it_may_be(
+    run: Run, make_spec: MakeSpec, series: Series, tmp_path: Path, limit: float
+) -> None:
+    sink = run(make_spec(batch_tokens=100_000, max_steps=1, max_grad_norm=limit))
+    (norm,) = series(sink, "grad_norm")
+    moments = load_file(tmp_path / "out" / "step-1" / "optimizer.safetensors")
+    first = torch.cat([each.flatten() for name, each in moments.items() if name.endswith(".exp_avg")])
+    # after one step a first moment is 1 - .9 of the gradient
+    assert float(first.norm()) == pytest.approx(0.1 * min(norm, limit), rel=1e-4)
+    assert 0.01 < norm < 100.0
