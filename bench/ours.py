@@ -29,7 +29,7 @@ from worker.distill.signals import Signal
 from worker.distill.students import load_model, plan_student
 from worker.distill.teachers import CachedTeacher, Keeps, LiveTeacher, cached_teacher
 from worker.distill.trainer import Setup, Trainer
-from worker.gemm import pack_weights
+from worker.gemm import pack_weights, parts_beside
 from worker.run import EngineSampler
 
 CACHE_BYTES = 20 * 2**30
@@ -192,7 +192,7 @@ def _teacher(task: Entry, examples: list[Example], *, keeps: Keeps) -> CachedTea
     is_live = task["contender"]["teacher"] == "live"
     return cached_teacher(
         load,
-        load_head(folder, task["num_tokens"]),
+        replace(load_head(folder, task["num_tokens"]), num_parts=parts_beside(_floats(task))),
         folder=Path(task["cache_dir"]),
         budget_bytes=0 if is_live else CACHE_BYTES,
         identity=f"{folder}:{len(prefix)}",

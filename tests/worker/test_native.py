@@ -216,6 +216,9 @@ def test_a_split_product_is_as_exact_as_one_in_float32(
     assert ((does.multiply_split(a, b, onto, adds=True) - expected).abs() / (size + 1)).max() < 2**-22
     few = a[:5].contiguous()
     assert torch.equal(does.multiply_split(few, b), out[:5])
+    half = does.multiply_split(a, b, num_parts=2)
+    assert ((half - exact).abs() / size).max() < 2**-15
+    assert not torch.equal(half, out)
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-10, 1e10, 1e18])

@@ -147,7 +147,7 @@ class _FusedLoss(torch.autograd.Function):
         dtype = scratch_dtype(job.head)
         sums_of = _Gradients(
             hidden_NH=torch.empty_like(hidden_NH) if needs_hidden else None,
-            weight=HeadGradient(dtype) if needs_weight else None,
+            weight=HeadGradient(dtype, job.head.num_parts) if needs_weight else None,
             bias_V=torch.zeros_like(bias_V, dtype=dtype) if needs_bias and bias_V is not None else None,
         )
         chunks = split_rows(len(hidden_NH), job.head, job.chunk_rows)
@@ -194,7 +194,7 @@ class _Gradients:
     def add(self, head: Head, hidden_CH: Tensor, rows: slice, slope_CV: Tensor) -> None:
         """Carry a chunk's gradient in h W^T + b on to h, W and b."""
         if self.hidden_NH is not None:
-            self.hidden_NH[rows] = matmul(slope_CV, head.weight_VH)
+            self.hidden_NH[rows] = matmul(slope_CV, head)
         if self.bias_V is not None:
             self.bias_V.add_(slope_CV.sum(dim=0))
         if self.weight is not None:

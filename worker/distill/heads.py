@@ -28,12 +28,16 @@ BART_BIAS = "final_logits_bias"  # a buffer beside the head, [1, V], never train
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: cap * tanh(scale * (h W^T + b) / cap), the usual head having neither."""
+    """What turns hidden states into logits: cap * tanh(scale * (h W^T + b) / cap), the usual head having neither.
+
+    `num_parts` says how exactly float32 numbers are multiplied (worker.gemm.product).
+    """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    num_parts: int = gemm.FLOAT32_PARTS
 
     @property
     def num_tokens(self) -> int:
@@ -182,7 +186,7 @@ def expected_rows(hidden_NH: Tensor, head: Head, *, chunk_rows: int | None = Non
             expected.neg_entropy_N[rows][group] = row_dot(p_GV, log_p_GV)
             if head.bias_V is not None:
                 expected.neg_entropy_N[rows][group] -= head.scale * (p_GV @ head.bias_V.to(dtype))
-        expected.head_NH[rows] = matmul(p_CV, head.weight_VH).mul_(head.scale)
+        expected.head_NH[rows] = matmul(p_CV, head).mul_(head.scale)
     return expected
 
 
@@ -214,7 +218,8 @@ def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
     """Logits of a chunk, in the first rows of the scratch where torch's product writes them."""
     z_CV = scratch_CV[: len(hidden_CH)]
     if head.weight_VH.dtype == z_CV.dtype:
-        z_CV = gemm.product(hidden_CH.to(z_CV.dtype), head.weight_VH, room_NO=z_CV)  # oneDNN takes its own
+        hidden_CH = hidden_CH.to(z_CV.dtype)
+        z_CV = gemm.product(hidden_CH, head.weight_VH, room_NO=z_CV, num_parts=head.num_parts)
     else:
         z_CV.copy_(hidden_CH.to(head.weight_VH.dtype) @ head.weight_VH.t())
     if head.bias_V is not None:
@@ -226,26 +231,31 @@ def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
     return z_CV
 
 
-def matmul(slope_CV: Tensor, weight_VH: Tensor) -> Tensor:
-    """Product in the weight's precision."""
-    return gemm.product(slope_CV.to(weight_VH.dtype), weight_VH.t())
+def matmul(slope_CV: Tensor, head: Head) -> Tensor:
+    """Product with the head's matrix, [C, H], in its precision."""
+    weight_VH = head.weight_VH
+    return gemm.product(slope_CV.to(weight_VH.dtype), weight_VH.t(), num_parts=head.num_parts)
 
 
 class HeadGradient:
     """The gradient in a head's matrix: sum of slope^T h over chunks, in `dtype`."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, num_parts: int = gemm.FLOAT32_PARTS) -> None:
         self._dtype = dtype
+        self._num_parts = num_parts
         self._sum_VH: Tensor | None = None
 
     def add(self, slope_CV: Tensor, hidden_CH: Tensor) -> None:
         slope_CV = slope_CV.to(hidden_CH.dtype)
         if self._sum_VH is None:
-            self._sum_VH = gemm.weight_gradient(slope_CV, hidden_CH).to(self._dtype)
+            self._sum_VH = self._product(slope_CV, hidden_CH).to(self._dtype)
         elif self._dtype != hidden_CH.dtype:
-            self._sum_VH.add_(gemm.weight_gradient(slope_CV, hidden_CH))
+            self._sum_VH.add_(self._product(slope_CV, hidden_CH))
         else:
-            gemm.weight_gradient(slope_CV, hidden_CH, onto_OI=self._sum_VH)
+            self._product(slope_CV, hidden_CH, onto_VH=self._sum_VH)
+
+    def _product(self, slope_CV: Tensor, hidden_CH: Tensor, onto_VH: Tensor | None = None) -> Tensor:
+        return gemm.weight_gradient(slope_CV, hidden_CH, onto_OI=onto_VH, num_parts=self._num_parts)
 
     def of(self, weight_VH: Tensor) -> Tensor:
         """The sum, as the gradient of this weight."""

@@ -28,7 +28,7 @@ from worker.distill.spec import RunSpec
 from worker.distill.students import StudentRecipe, load_model, plan_student
 from worker.distill.teachers import CachedTeacher, LiveTeacher, Teacher, cached_teacher
 from worker.distill.trainer import CPU_BATCH_TOKENS
-from worker.gemm import pack_weights
+from worker.gemm import pack_weights, parts_beside
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,8 @@ class Teaching:
         aligned = self._aligned(rows)
         head = load_head(self.teacher_dir, len(self.teacher.tokenizer))
         bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
-        head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V)
+        num_parts = parts_beside(self.card.rounds_to)
+        head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V, num_parts=num_parts)
         placed = self.placement
         examples = rows.teacher if aligned is None else aligned.examples
         is_causal = shape_of(self.teacher.config) == "causal" and placed.teacher_device == "cpu"

@@ -6,7 +6,7 @@ N rows (completion positions of a batch), H hidden width.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from worker.distill.rollouts import Piece, RolloutPlan, Rollouts
 from worker.distill.signals import Signal
 from worker.distill.students import StudentRecipe, load_student
 from worker.distill.teachers import CachedTeacher
+from worker.gemm import parts_beside
 
 CPU_BATCH_TOKENS = 1024  # 8 rows of 128: more do not use a CPU better
 EVALS_PER_RUN = 10  # eval_steps and checkpoint_steps "auto"
@@ -125,7 +126,7 @@ class Trainer:
         self.best_dir = setup.best_dir
         model = load_student(setup.recipe, setup.resume_dir, seed=setup.seed, rounds_to=setup.rounds_to)
         self.model = model.to(setup.device)
-        self.head = head_of(self.model, setup.num_tokens)
+        self.head = replace(head_of(self.model, setup.num_tokens), num_parts=parts_beside(setup.rounds_to))
         self.features = Features(setup.features, self.model) if setup.features else None
         self.gradients = Gradients(
             self.model,

@@ -44,7 +44,7 @@ SIGNATURES = {
     "refine": [*[POINTER] * 4, *[WHOLE] * 3, FLOAT, WHOLE],
     "make_tiles": [POINTER, POINTER, WHOLE, WHOLE],
     "multiply_tiles": [*[POINTER] * 4, *[WHOLE] * 3, KIND],
-    "multiply_split": [*[POINTER, WHOLE, WHOLE] * 2, POINTER, *[WHOLE] * 3, KIND],
+    "multiply_split": [*[POINTER, WHOLE, WHOLE] * 2, POINTER, *[WHOLE] * 3, KIND, KIND],
     "norm": [POINTER, POINTER, FLOAT, POINTER, POINTER, WHOLE, WHOLE],
     "norm_gradients": [*[POINTER] * 6, WHOLE, WHOLE],
     "swiglu": [*[POINTER] * 3, WHOLE],
@@ -109,9 +109,17 @@ class Kernels:
         return out
 
     def multiply_split(
-        self, a_MK: Tensor, b_NK: Tensor, out_MN: Tensor | None = None, *, adds: bool = False
+        self,
+        a_MK: Tensor,
+        b_NK: Tensor,
+        out_MN: Tensor | None = None,
+        *,
+        num_parts: int = 3,
+        adds: bool = False,
     ) -> Tensor:
-        """a b^T in float32, as exact as float32 products are; written into, or added to, `out` if there is one.
+        """a b^T in float32, as exact as float32 products are, or with two parts of each number to 16 bits of its 24.
+
+        Written into, or added to, `out` if there is one.
 
         By tiles, so only where `has_tiles`. Each operand is contiguous, or the transposed of what is. A row's result
         depends on that row and b alone.
@@ -123,7 +131,7 @@ class Kernels:
         assert all(1 in each.stride() for each in (a_MK, b_NK))
         has_failed = self._library.multiply_split(
             a_MK.data_ptr(), *a_MK.stride(), b_NK.data_ptr(), *b_NK.stride(), out_MN.data_ptr(),
-            num_rows, num_columns, depth, int(adds),
+            num_rows, num_columns, depth, num_parts, int(adds),
         )  # fmt: skip
         if has_failed:
             raise MemoryError("no memory to lay the operands of a product out in")

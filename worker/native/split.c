@@ -1,8 +1,9 @@
 /* Float32 products by the processor's tiles of bfloat16 (AMX): see worker/gemm.py.
  *
- * A number is the sum of three in bfloat16, which have 8 of its 24 bits each: hi + mid + lo, exactly. Of the nine products of two
- * such sums six are computed, smallest first, and summed in float32; the other three are below 2^-24 of |a||b|, the rounding of
- * a float32 product (Henry, Tang and Heinecke 2019, arXiv:1904.06376). Sixteen times as fast a multiplier leaves a gain.
+ * A number is the sum of three in bfloat16, which have 8 of its 24 bits each: high + middle + low, exactly. Of the nine products of
+ * two such sums six are computed and summed in float32; the other three are below 2^-24 of |a||b|, the rounding of a float32
+ * product (Henry, Tang and Heinecke 2019, arXiv:1904.06376). Sixteen times as fast a multiplier leaves a gain. With two parts,
+ * 16 bits, there are three products, and what is left out is below 2^-16.
  *
  * out [M, N] = A [M, K] B [K, N]. What is longer, A's rows or B's columns, is dealt out to the threads ("own"); the other operand
  * is laid out once for all ("shared"). Sums go along K in one order whatever M, N and the number of threads are, so that a
@@ -17,7 +18,6 @@
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <immintrin.h>
 
-enum { PARTS = 3, CELL = PARTS * TILE };
 enum { BLOCK = 2 * SIDE, CACHED = 1 << 20 };
 
 /* An operand: where its numbers lie, and how far apart along its own side (A's rows, B's columns) and along K; one of them is 1. */
@@ -70,9 +70,9 @@ static inline void transpose(__m512 rows[SIDE]) {
     for (int i = 0; i < SIDE; i++) rows[i] = _mm512_castsi512_ps(r[i]);
 }
 
-/* 16 of an operand's side and 32 along K into three tiles; what is missing is zero. In a tile of A a row is one of the side, in one of B
+/* 16 of an operand's side and 32 along K into a tile for each part; what is missing is zero. In a tile of A a row is one of the side, in one of B
  * a pair along K; the pairs are (0, 16), (1, 17), ..., which is as good as neighbours where both operands have it so. */
-static void lay_cell(struct operand from, int64_t side, int64_t k, int64_t K, int is_b, uint16_t *to) {
+static void lay_cell(struct operand from, int64_t side, int64_t k, int64_t K, int is_b, int parts, uint16_t *to) {
     const float *numbers = from.numbers + side * from.side_step + k * from.k_step;
     int lies_along_k = from.k_step == 1;
     int64_t there = from.count - side, depth = K - k, num_rows = lies_along_k ? there : depth;
@@ -94,25 +94,38 @@ static void lay_cell(struct operand from, int64_t side, int64_t k, int64_t K, in
     for (int i = 0; i < SIDE; i++, to += DEPTH) {
         store_pair(to, part_of(&x[i]), part_of(&y[i]));
         store_pair(to + TILE, part_of(&x[i]), part_of(&y[i]));
+        if (parts == 2) continue;
         /* all that is left, as it is: NaN stays NaN */
         store_pair(to + 2 * TILE, _mm512_castps_si512(x[i]), upper_halves(_mm512_castps_si512(y[i])));
     }
 }
 
 enum { HIGH, MIDDLE, LOW };
-#define LOAD(tile, panel, part) _tile_loadd(tile, (panel) + d * CELL + (part) * TILE, 64)
-#define FETCH(panel, part)                                  \
-    fetch_tile(panel + (d + 1) * CELL + (part) * TILE);          \
-    fetch_tile(panel##_two + (d + 1) * CELL + (part) * TILE)
-#define MULTIPLY()             \
-    _tile_dpbf16ps(0, 4, 6);   \
-    _tile_dpbf16ps(1, 4, 7);   \
-    _tile_dpbf16ps(2, 5, 6);   \
+#define LOAD(tile, panel, part) _tile_loadd(tile, panel + d * parts * TILE + (part) * TILE, 64)
+#define MULTIPLY()               \
+    _tile_dpbf16ps(0, 4, 6);     \
+    _tile_dpbf16ps(1, 4, 7);     \
+    _tile_dpbf16ps(2, 5, 6);     \
     _tile_dpbf16ps(3, 5, 7)
+#define MULTIPLY_THEN_A(part)    \
+    _tile_dpbf16ps(0, 4, 6);     \
+    _tile_dpbf16ps(1, 4, 7);     \
+    LOAD(4, a, part);            \
+    _tile_dpbf16ps(2, 5, 6);     \
+    _tile_dpbf16ps(3, 5, 7);     \
+    LOAD(5, a_two, part)
+#define MULTIPLY_THEN_B(part)    \
+    _tile_dpbf16ps(0, 4, 6);     \
+    _tile_dpbf16ps(2, 5, 6);     \
+    LOAD(6, b, part);            \
+    _tile_dpbf16ps(1, 4, 7);     \
+    _tile_dpbf16ps(3, 5, 7);     \
+    LOAD(7, b_two, part)
 
 /* sums [32, 32], `step` numbers a row, += two panels of A times two of B. */
-static void multiply_block(const uint16_t *a, const uint16_t *b, int64_t depth, int is_first, float *sums, int64_t step) {
-    const uint16_t *a_two = a + depth * CELL, *b_two = b + depth * CELL;
+static inline void multiply_parts(const uint16_t *a, const uint16_t *b, int64_t depth, const int parts, int is_first, float *sums,
+                                  int64_t step) {
+    const uint16_t *a_two = a + depth * parts * TILE, *b_two = b + depth * parts * TILE;
     float *below = sums + SIDE * step;
     if (is_first) {
         _tile_zero(0);
@@ -126,32 +139,22 @@ static void multiply_block(const uint16_t *a, const uint16_t *b, int64_t depth, 
         _tile_loadd(3, below + SIDE, step * 4);
     }
     for (int64_t d = 0; d < depth; d++) {
+        /* each tile is loaded as soon as nothing needs the one before it */
         LOAD(4, a, HIGH);
+        LOAD(6, b, parts - 1);
         LOAD(5, a_two, HIGH);
-        LOAD(6, b, LOW);
-        LOAD(7, b_two, LOW);
+        LOAD(7, b_two, parts - 1);
+        if (parts == 3) {
+            MULTIPLY_THEN_B(MIDDLE);
+            MULTIPLY_THEN_A(MIDDLE);
+            MULTIPLY_THEN_B(HIGH);
+            MULTIPLY_THEN_A(LOW);
+            MULTIPLY_THEN_A(HIGH);
+        } else {
+            MULTIPLY_THEN_B(HIGH);
+            MULTIPLY_THEN_A(MIDDLE);
+        }
         MULTIPLY();
-        FETCH(a, HIGH);
-        LOAD(6, b, MIDDLE);
-        LOAD(7, b_two, MIDDLE);
-        MULTIPLY();
-        FETCH(b, LOW);
-        LOAD(4, a, MIDDLE);
-        LOAD(5, a_two, MIDDLE);
-        MULTIPLY();
-        FETCH(b, MIDDLE);
-        LOAD(6, b, HIGH);
-        LOAD(7, b_two, HIGH);
-        MULTIPLY();
-        FETCH(a, MIDDLE);
-        LOAD(4, a, LOW);
-        LOAD(5, a_two, LOW);
-        MULTIPLY();
-        FETCH(b, HIGH);
-        LOAD(4, a, HIGH);
-        LOAD(5, a_two, HIGH);
-        MULTIPLY();
-        FETCH(a, LOW);
     }
     _tile_stored(0, sums, step * 4);
     _tile_stored(1, sums + SIDE, step * 4);
@@ -159,13 +162,18 @@ static void multiply_block(const uint16_t *a, const uint16_t *b, int64_t depth, 
     _tile_stored(3, below + SIDE, step * 4);
 }
 
+static void multiply_block(const uint16_t *a, const uint16_t *b, int64_t depth, int parts, int is_first, float *sums, int64_t step) {
+    if (parts == 3) multiply_parts(a, b, depth, 3, is_first, sums, step);
+    else multiply_parts(a, b, depth, 2, is_first, sums, step);
+}
+
 /* The same for a block that reaches over the edge of out. */
-static void multiply_edge(const uint16_t *a, const uint16_t *b, int64_t depth, int is_first, float *out, int64_t N, int64_t rows,
-                          int64_t columns) {
+static void multiply_edge(const uint16_t *a, const uint16_t *b, int64_t depth, int parts, int is_first, float *out, int64_t N,
+                          int64_t rows, int64_t columns) {
     float sums[BLOCK * BLOCK] __attribute__((aligned(64)));
     if (!is_first)
         for (int64_t m = 0; m < rows; m++) memcpy(sums + m * BLOCK, out + m * N, columns * sizeof(float));
-    multiply_block(a, b, depth, is_first, sums, BLOCK);
+    multiply_block(a, b, depth, parts, is_first, sums, BLOCK);
     for (int64_t m = 0; m < rows; m++) memcpy(out + m * N, sums + m * BLOCK, columns * sizeof(float));
 }
 
@@ -183,48 +191,49 @@ static uint16_t *room_for(int64_t count, int which) {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* A's steps are those from row to row and along K, B's those from column to column and along K; in each pair one is 1. With `adds`
- * out += A B. Gives 0, or 1 if there was no memory. */
+/* A's steps are those from row to row and along K, B's those from column to column and along K; in each pair one is 1. Three
+ * parts or two; with `adds` out += A B. Gives 0, or 1 if there was no memory. */
 int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float *b, int64_t b_step, int64_t b_k_step, float *out,
-                   int64_t M, int64_t N, int64_t K, int adds) {
+                   int64_t M, int64_t N, int64_t K, int parts, int adds) {
     struct operand rows = {a, M, a_step, a_k_step}, columns = {b, N, b_step, b_k_step};
     int owns_rows = M >= N, has_failed = 0;
     struct operand own = owns_rows ? rows : columns, shared = owns_rows ? columns : rows;
+    int64_t cell = parts * TILE;
     /* an out that the cache does not hold is gone through as seldom as can be, and what is shared with it; else less lies about */
     int is_large = M * N > CACHED;
     int64_t own_block = (is_large ? 8 : 2) * BLOCK, most_depth = is_large ? 18 : 12;
     int64_t num_panels = (shared.count + BLOCK - 1) / BLOCK * 2, cells = (K + DEPTH - 1) / DEPTH;
     int64_t num_rounds = (cells + most_depth - 1) / most_depth, most = (cells + num_rounds - 1) / num_rounds;
-    uint16_t *laid = room_for(num_panels * most * CELL, 0);
+    uint16_t *laid = room_for(num_panels * most * cell, 0);
     if (!laid) return 1;
 #pragma omp parallel
     {
         struct configuration before = configure_tiles(SIDE);
-        uint16_t *mine = room_for(own_block / SIDE * most * CELL, 1);
+        uint16_t *mine = room_for(own_block / SIDE * most * cell, 1);
         if (!mine) {
 #pragma omp atomic write
             has_failed = 1;
         }
         for (int64_t k = 0; k < K; k += most * DEPTH) {
-            int64_t depth = least((K - k + DEPTH - 1) / DEPTH, most), panel = depth * CELL;
+            int64_t depth = least((K - k + DEPTH - 1) / DEPTH, most), panel = depth * cell;
             if (shared.k_step == 1) {
 #pragma omp for schedule(static)
                 for (int64_t p = 0; p < num_panels; p++)
                     for (int64_t d = 0; d < depth; d++)
-                        lay_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, laid + p * panel + d * CELL);
+                        lay_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, laid + p * panel + d * cell);
             } else {
 #pragma omp for schedule(static)
                 for (int64_t d = 0; d < depth; d++)
                     for (int64_t p = 0; p < num_panels; p++)
-                        lay_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, laid + p * panel + d * CELL);
+                        lay_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, laid + p * panel + d * cell);
             }
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
             for (int64_t o = 0; o < (own.count + own_block - 1) / own_block; o++) {
                 if (!mine) continue;
                 int64_t start = o * own_block, end = least(start + own_block, own.count);
                 for (int64_t d = 0; d < depth; d++)
                     for (int64_t p = 0; p < (end - start + BLOCK - 1) / BLOCK * 2; p++)
-                        lay_cell(own, start + p * SIDE, k + d * DEPTH, K, !owns_rows, mine + p * panel + d * CELL);
+                        lay_cell(own, start + p * SIDE, k + d * DEPTH, K, !owns_rows, parts, mine + p * panel + d * cell);
                 for (int64_t s = 0; s < shared.count; s += BLOCK)
                     for (int64_t i = start; i < end; i += BLOCK) {
                         const uint16_t *m = mine + (i - start) / SIDE * panel, *l = laid + s / SIDE * panel;
@@ -233,8 +242,8 @@ int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float
                         float *to = out + row * N + column;
                         int is_first = k == 0 && !adds;
                         if (num_rows == BLOCK && num_columns == BLOCK)
-                            multiply_block(owns_rows ? m : l, owns_rows ? l : m, depth, is_first, to, N);
-                        else multiply_edge(owns_rows ? m : l, owns_rows ? l : m, depth, is_first, to, N, num_rows, num_columns);
+                            multiply_block(owns_rows ? m : l, owns_rows ? l : m, depth, parts, is_first, to, N);
+                        else multiply_edge(owns_rows ? m : l, owns_rows ? l : m, depth, parts, is_first, to, N, num_rows, num_columns);
                     }
             }
         }
@@ -244,7 +253,7 @@ int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float
 }
 #else
 int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float *b, int64_t b_step, int64_t b_k_step, float *out,
-                   int64_t M, int64_t N, int64_t K, int adds) {
+                   int64_t M, int64_t N, int64_t K, int parts, int adds) {
     return 1;
 }
 #endif
