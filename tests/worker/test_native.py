@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
 
 from app.distillation import DivergenceName
 from worker.distill.lean_body import use_lean_body
@@ -332,6 +332,17 @@ def test_a_norms_gradients_are_torchs(shape: tuple[int, ...], trains_weight: boo
         results.append([y, x.grad, module.weight.grad])
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)  # sums of 300 in another order
+
+
+@pytest.mark.parametrize("num_places", [1, 3])  # angles for all rows, or each row's own
+def test_a_rotations_gradients_are_torchs(does: Kernels, num_places: int) -> None:
+    x, slope = random(3, 7, 4, 24), random(3, 7, 4, 24, seed=1)
+    cos, sin = random(num_places, 7, 24, seed=2), random(num_places, 7, 24, seed=3)  # halves that differ
+    theirs = x.clone().requires_grad_()
+    expected, _ = apply_rotary_pos_emb(theirs, theirs, cos, sin, unsqueeze_dim=2)
+    (expected * slope).sum().backward()
+    torch.testing.assert_close(does.rotate(x, cos, sin), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(does.rotate(slope, cos, sin, is_back=True), theirs.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [1.0, 50.0])  # far out e^-x is 0 in float32

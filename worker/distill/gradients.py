@@ -95,3 +95,18 @@ class Gradients:
         if self.features:
             return self.features.read(piece.batch, piece.rollouts)
         return hidden_rows_alone(self.model, piece.batch), None
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
+    """Of all their gradients together."""
+    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, norm: float, max_norm: float) -> None:
+    """A step of a fused optimizer with gradients of this norm, which are shortened to the greatest on its way.
+
+    To clip them first would be a pass over all of them.
+    """
+    is_long = norm > max_norm
+    optimizer.grad_scale = torch.tensor(norm / max_norm) if is_long else None  # type: ignore[attr-defined]
+    optimizer.step()

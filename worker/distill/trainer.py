@@ -28,7 +28,7 @@ from worker.distill.errors import NanLoss
 from worker.distill.evaluate import HeldOut, HeldOutRows
 from worker.distill.features import FeaturePlan, Features
 from worker.distill.fitting import fit_student
-from worker.distill.gradients import Gradients
+from worker.distill.gradients import Gradients, clipped_step, gradient_norm
 from worker.distill.heads import head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Means, Pace, Throttle
@@ -215,19 +215,14 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums = self.gradients.add(pieces, self._objective(), self._trained_parameters())
-        norm = float(
-            nn.utils.get_total_norm([p.grad for p in self._trained_parameters() if p.grad is not None])
-        )
+        norm = gradient_norm(self._trained_parameters())
         loss = sums.values["loss_sum"] / sums.num_targets
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NanLoss(
                 f"loss {loss} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or begin "
                 "with forward_kl (the last checkpoint is good)"
             )
-        # a fused step divides the gradients by it on its way: to clip them first would be a pass of its own
-        is_long = norm > h.max_grad_norm
-        self.optimizer.grad_scale = torch.tensor(norm / h.max_grad_norm) if is_long else None  # type: ignore[attr-defined]
-        self.optimizer.step()
+        clipped_step(self.optimizer, norm, h.max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         num_batches = len(self.plan.epoch(self.state.epoch))
         is_border = self.state.batch + 1 == num_batches

@@ -1,5 +1,5 @@
 """What torch does not do fast, compiled: what lies between a step's products (step.c), products of weights that are read once
-a step (product.c), all layers in one call (layers.c), a training step's products (split.c), layers (body.c) and logits (loss.c).
+a step (product.c), all layers in one call (layers.c), a training step's products (split.c), layers (body.c, attention.c) and logits (loss.c).
 
 In torch these are many small operations, which take as long as a step's products and a tenth of a training step
 (bench/LOG.md). The machine's C compiler builds them once. Without one, or elsewhere than on Linux with a torch of GNU's
@@ -7,34 +7,13 @@ OpenMP, `kernels` gives None and the same is done in torch.
 """
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from functools import cache
-from pathlib import Path
 
-import structlog
 import torch
 from torch import Tensor
 
-log = structlog.get_logger(__name__)
+from worker.native.building import load_library
 
-FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("layers.c", "product.c", "split.c", "step.c", "body.c", "loss.c")]
-# sums may be reordered, so that they are done many at a time; infinities and NaN must stay what they are
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fassociative-math",
-    "-fno-signed-zeros",
-]
-FLAGS += ["-fopenmp", "-shared", "-fPIC"]
-BUILD_SECONDS = 120
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 POINTER, WHOLE, KIND, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -49,6 +28,9 @@ SIGNATURES = {
     "norm_gradients": [*[POINTER] * 6, WHOLE, WHOLE],
     "swiglu": [*[POINTER] * 3, WHOLE],
     "swiglu_gradients": [*[POINTER] * 5, WHOLE],
+    "rotate": [*[POINTER] * 4, *[WHOLE] * 4, KIND],
+    "attend_causally": [*[POINTER] * 5, *[WHOLE] * 5, FLOAT],
+    "attention_gradients": [*[POINTER] * 8, *[WHOLE] * 5, FLOAT],
     "distil": [*[POINTER] * 4, *[WHOLE] * 2, KIND, *[FLOAT] * 3],
     "attend": [POINTER, KIND, *[POINTER] * 4, KIND, *[POINTER] * 2, *[WHOLE] * 7, FLOAT],
 }
@@ -220,6 +202,40 @@ class Kernels:
         self._library.swiglu_gradients(*_addresses(grad, gate, up, grad_gate, grad_up), grad.numel())
         return grad_gate, grad_up
 
+    def rotate(self, x_BTHD: Tensor, cos_PTD: Tensor, sin_PTD: Tensor, *, is_back: bool = False) -> Tensor:
+        """Rotary positions, of P = B rows or one for all; or the gradient in what was turned."""
+        out_BTHD = torch.empty_like(x_BTHD)
+        B, T, heads, D = x_BTHD.shape
+        self._library.rotate(
+            *_addresses(x_BTHD, cos_PTD, sin_PTD, out_BTHD),
+            B * T,
+            cos_PTD.numel() // D,
+            heads,
+            D,
+            int(is_back),
+        )
+        return out_BTHD
+
+    def attend_causally(
+        self, query_BTHD: Tensor, key_BTKD: Tensor, value_BTKD: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        """What each token finds up to itself [B, T, H, D], and the weights [B, H, T, W] for `attention_gradients`; float32, D a multiple of 16."""
+        (B, T, H, D), K = query_BTHD.shape, key_BTKD.shape[2]
+        out_BTHD, weights = torch.empty_like(query_BTHD), torch.empty(B, H, T, -(-T // 16) * 16)
+        operands = _addresses(query_BTHD, key_BTKD, value_BTKD, out_BTHD, weights)
+        self._library.attend_causally(*operands, B, T, H, K, D, scaling)
+        return out_BTHD, weights
+
+    def attention_gradients(
+        self, grad_BTHD: Tensor, operands: tuple[Tensor, Tensor, Tensor], weights: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """In queries, keys and values, shaped like them."""
+        (B, T, H, D), K = grad_BTHD.shape, operands[1].shape[2]
+        grads = torch.empty_like(operands[0]), torch.empty_like(operands[1]), torch.empty_like(operands[2])
+        pointers = _addresses(grad_BTHD, *operands, weights, *grads)
+        self._library.attention_gradients(*pointers, B, T, H, K, D, scaling)
+        return grads
+
     def attend(
         self,
         projected_MP: Tensor,
@@ -277,42 +293,6 @@ def _addresses(*tensors: Tensor | None) -> list[int | None]:
 
 @cache
 def kernels() -> Kernels | None:
-    """Builds and loads them at the first call; None where that cannot be done, which is logged."""
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
-    if platform.system() != "Linux" or compiler is None or not openmp:
-        log.info("kernels_absent", compiler=compiler, has_openmp=bool(openmp))
-        return None
-    try:
-        return Kernels(_load([compiler, *FLAGS, *map(str, SOURCES), str(openmp[0]), "-lm"]))
-    except (OSError, subprocess.SubprocessError) as error:
-        errors = getattr(error, "stderr", None) or b""
-        log.warning("kernels_failed", reason=str(error), errors=errors.decode(errors="replace")[-500:])
-        return None
-
-
-def _load(command: list[str]) -> ctypes.CDLL:
-    """Kept beside the bytecode under a name that tells processor and source; where nothing can be kept, for this process alone."""
-    cpu = [
-        line
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith(("flags", "Features"))
-    ]
-    texts = [path.read_text() for path in sorted(FOLDER.glob("*.[ch]"))]
-    made_of = [*command, cpu[0] if cpu else platform.machine(), *texts]
-    name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
-    kept = FOLDER / "__pycache__" / name
-    try:
-        kept.parent.mkdir(exist_ok=True)
-        if not kept.exists():
-            with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-                os.replace(_compile(command, Path(scratch) / name), kept)
-        return ctypes.CDLL(str(kept))
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
-            return ctypes.CDLL(str(_compile(command, Path(scratch) / name)))
-
-
-def _compile(command: list[str], target: Path) -> Path:
-    subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, timeout=BUILD_SECONDS)
-    return target
+    """Built and loaded at the first call; None where that cannot be done, which is logged."""
+    library = load_library()
+    return None if library is None else Kernels(library)

@@ -8,12 +8,14 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tests.tiny import save_tiny
+from worker.distill import short_attention
 from worker.distill.batches import collate
 from worker.distill.bodies import hidden_rows
 from worker.distill.data import Example
 from worker.distill.shapes import CAUSAL, SEQ2SEQ
 from worker.distill.short_attention import MOST_KEYS, NAME, attend, use_short_attention
 from worker.distill.students import load_model
+from worker.native import kernels
 
 B, H, K, T, S, D = 2, 6, 2, 5, 7, 8
 
@@ -63,6 +65,32 @@ def test_values_and_gradients_are_those_of_torchs_kernel(
         torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("length", [1, 5, 16, 77, 128])
+@pytest.mark.parametrize(("num_heads", "num_key_heads"), [(4, 4), (9, 3), (3, 1)])
+@pytest.mark.parametrize("width", [16, 48, 64])
+def test_a_compiled_causal_layer_is_torchs(
+    length: int, num_heads: int, num_key_heads: int, width: int
+) -> None:
+    """Lengths that are whole blocks and others, heads that share keys, widths of one lane and of several."""
+    if kernels() is None:
+        pytest.skip("no C compiler here")
+    generator = torch.Generator().manual_seed(length)
+    heads = (num_heads, num_key_heads, num_key_heads)
+    found = []
+    tensors = [torch.randn(B, length, each, width, generator=generator) for each in heads]
+    slope = torch.randn(B, length, num_heads, width, generator=generator)
+    for way in (attend, sdpa_attention_forward):
+        own = [each.clone().requires_grad_() for each in tensors]
+        layer = Layer(is_causal=True, num_key_value_groups=num_heads // num_key_heads)
+        query, key, value = (each.transpose(1, 2) for each in own)
+        out, _ = way(layer, query, key, value, None, scaling=0.2)
+        assert (type(out.grad_fn).__name__ == "_CausalAttentionBackward") == (way is attend)
+        (out * slope).sum().backward()
+        found.append((out, *(each.grad for each in own)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)  # sums of 128 in another order
+
+
 @pytest.mark.parametrize("family", sorted((*CAUSAL, *SEQ2SEQ)))
 def test_a_model_gives_the_same_rows_and_gradients(family: str, tmp_path: Path) -> None:
     is_seq2seq = family in SEQ2SEQ
@@ -87,7 +115,12 @@ def test_a_model_gives_the_same_rows_and_gradients(family: str, tmp_path: Path) 
         torch.testing.assert_close(short_gradients[name], gradient, atol=atol, rtol=1e-4)
 
 
-def test_a_llama_attends_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_a_llama_attends_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_kernels: bool) -> None:
+    if has_kernels and kernels() is None:
+        pytest.skip("no C compiler here")
+    if not has_kernels:
+        monkeypatch.setattr(short_attention, "kernels", lambda: None)
     model = load_model(save_tiny(tmp_path, "llama", num_layers=1))
     use_short_attention(model)
     rows_NH = model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False).logits
@@ -98,7 +131,7 @@ def test_a_llama_attends_so(tmp_path: Path) -> None:
         names.add(node.name())
         edges += [parent for parent, _ in node.next_functions if parent is not None]
     assert model.config._attn_implementation == NAME
-    assert "_AttentionBackward" in names
+    assert ("_CausalAttentionBackward" if has_kernels else "_AttentionBackward") in names
     assert "_attn_implementation" not in model.config.to_dict()
 
 
