@@ -19,7 +19,7 @@ from worker.distill.objectives import row_dot
 from worker.distill.shapes import bare_model, read_config
 from worker.distill.topk import TopRows
 
-CPU_CHUNK_BYTES = 2**26  # of one chunk's logits: fewer starve the product, more only take memory
+CPU_CHUNK_BYTES = 2**27  # of one chunk's logits: fewer starve the product, more only take memory
 DEVICE_CHUNK_BYTES = 2**28  # the same on a GPU
 LEAST_CHUNK_ROWS = 64
 CPU_GROUP_BYTES = 2**21  # logits that the elementwise passes take at a time, so that they stay in the cache
