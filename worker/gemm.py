@@ -38,7 +38,7 @@ HAS_FAST_BFLOAT16: bool = HAS_BFLOAT16 and (
 Activation = Literal["none", "swish"]
 FLOAT32_PARTS, HALF_PARTS = 3, 2  # of bfloat16, in a number of a product by tiles
 # of a float32 product by tiles: 1 / (1 / rows + 1 / columns), and what is summed
-LEAST_SIDE, LEAST_DEPTH = 100, 64
+LEAST_SIDE, LEAST_DEPTH = 130, 64
 
 
 def parts_beside(dtype: torch.dtype) -> int:
