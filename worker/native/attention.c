@@ -11,7 +11,12 @@
 #include "lanes.h"
 
 typedef float sixteen __attribute__((vector_size(64), aligned(4)));
+/* as many sums at once as there are registers for */
+#ifdef __AVX512F__
 enum { ROWS = 4, GROUPS = 4 };
+#else
+enum { ROWS = 4, GROUPS = 1 };
+#endif
 
 /* c [rows, 16 * groups] (+)= sum over k of a[m, k] b[k, :]; a's steps are free, b's and c's last ones 1. */
 static inline __attribute__((always_inline)) void multiply_block(const float *a, int64_t a_step, int64_t a_k_step, const float *b,
