@@ -4,10 +4,12 @@ import copy
 import shutil
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -219,6 +221,23 @@ def test_a_split_product_is_as_exact_as_one_in_float32(
     half = does.multiply_split(a, b, num_parts=2)
     assert ((half - exact).abs() / size).max() < 2**-15
     assert not torch.equal(half, out)
+
+
+def test_a_thread_that_ends_leaves_no_memory_of_its_products(does: Kernels) -> None:
+    if not does.has_tiles:
+        pytest.skip("this CPU has no tiles")
+    a, b = random(300, 600), random(1024, 600, seed=1)
+
+    def grown_by(num_threads: int) -> int:
+        before = psutil.Process().memory_info().rss
+        for _ in range(num_threads):
+            thread = threading.Thread(target=does.multiply_split, args=(a, b))
+            thread.start()
+            thread.join()
+        return psutil.Process().memory_info().rss - before
+
+    grown_by(5)
+    assert grown_by(80) < 20_000_000  # each lays out two thirds of a megabyte
 
 
 @pytest.mark.parametrize("scale", [1e-18, 1e-10, 1e10, 1e18])

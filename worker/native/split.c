@@ -17,6 +17,7 @@
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #include <immintrin.h>
+#include <pthread.h>
 
 enum { BLOCK = 2 * SIDE, CACHED = 1 << 20 };
 
@@ -177,16 +178,36 @@ static void multiply_edge(const uint16_t *a, const uint16_t *b, int64_t depth, i
     for (int64_t m = 0; m < rows; m++) memcpy(out + m * N, sums + m * BLOCK, columns * sizeof(float));
 }
 
-/* Memory of this thread, for the next call too: fresh memory would cost as much as what is written to it. */
+/* Memory of this thread, for its next call too: fresh memory would cost as much as what is written to it. It ends with the thread. */
+struct room {
+    uint16_t *numbers;
+    int64_t count;
+};
+enum { SHARED, OWN, NUM_ROOMS };
+static pthread_key_t kept;
+static pthread_once_t is_made = PTHREAD_ONCE_INIT;
+
+static void release(void *rooms) {
+    for (int which = 0; which < NUM_ROOMS; which++) free(((struct room *)rooms)[which].numbers);
+    free(rooms);
+}
+
+static void make_key(void) { pthread_key_create(&kept, release); }
+
 static uint16_t *room_for(int64_t count, int which) {
-    static _Thread_local uint16_t *rooms[2];
-    static _Thread_local int64_t counts[2];
-    if (counts[which] < count) {
-        free(rooms[which]);
-        rooms[which] = aligned_alloc(64, count * sizeof(uint16_t));
-        counts[which] = rooms[which] ? count : 0;
+    pthread_once(&is_made, make_key);
+    struct room *rooms = pthread_getspecific(kept);
+    if (!rooms) {
+        rooms = calloc(NUM_ROOMS, sizeof(struct room));
+        if (!rooms || pthread_setspecific(kept, rooms)) return NULL;
     }
-    return rooms[which];
+    struct room *room = rooms + which;
+    if (room->count < count) {
+        free(room->numbers);
+        room->numbers = aligned_alloc(64, count * sizeof(uint16_t));
+        room->count = room->numbers ? count : 0;
+    }
+    return room->numbers;
 }
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -204,12 +225,12 @@ int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float
     int64_t own_block = (is_large ? 8 : 2) * BLOCK, most_depth = is_large ? 18 : 12;
     int64_t num_panels = (shared.count + BLOCK - 1) / BLOCK * 2, cells = (K + DEPTH - 1) / DEPTH;
     int64_t num_rounds = (cells + most_depth - 1) / most_depth, most = (cells + num_rounds - 1) / num_rounds;
-    uint16_t *laid = room_for(num_panels * most * cell, 0);
+    uint16_t *laid = room_for(num_panels * most * cell, SHARED);
     if (!laid) return 1;
 #pragma omp parallel
     {
         struct configuration before = configure_tiles(SIDE);
-        uint16_t *mine = room_for(own_block / SIDE * most * cell, 1);
+        uint16_t *mine = room_for(own_block / SIDE * most * cell, OWN);
         if (!mine) {
 #pragma omp atomic write
             has_failed = 1;
