@@ -223,6 +223,32 @@ def test_a_split_product_is_as_exact_as_one_in_float32(
     assert not torch.equal(half, out)
 
 
+def test_a_step_has_the_same_bits_every_time_and_on_any_number_of_threads(does: Kernels) -> None:
+    """Which a resumed training relies on, though the threads take what there is to do as they come."""
+    query, value = random(3, 77, 9, 32), random(3, 77, 3, 32, seed=1)
+    shapes = [(700, 900, 600), (300, 200, 5000)] if does.has_tiles else []
+    operands = [(random(m, k), random(n, k, seed=1)) for m, n, k in shapes]
+
+    def results() -> list[Tensor]:
+        out, weights = does.attend_causally(query, value, value, 0.2)
+        gradients = does.attention_gradients(out, (query, value, value), weights, 0.2)
+        return [
+            out,
+            *gradients,
+            *(does.multiply_split(a, b, num_parts=n) for a, b in operands for n in (2, 3)),
+        ]
+
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = results()
+        for count in (2, 2, 2, 3):
+            torch.set_num_threads(count)
+            assert all(map(torch.equal, results(), alone))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def test_a_thread_that_ends_leaves_no_memory_of_its_products(does: Kernels) -> None:
     if not does.has_tiles:
         pytest.skip("this CPU has no tiles")

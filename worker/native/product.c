@@ -51,6 +51,11 @@ struct configuration configure_tiles(int64_t M) {
 
 void restore_tiles(struct configuration before) { _tile_loadconfig(&before); }
 
+/* Into the nearest cache. */
+static inline void fetch_tile(const uint16_t *tile) {
+    for (int line = 0; line < SIDE; line++) __builtin_prefetch(tile + line * DEPTH, 0, 3);
+}
+
 /* Where the tile AHEAD lies, in this group or in that of the next round. */
 static inline const uint16_t *ahead(const uint16_t *group, int64_t d, int64_t depth, int64_t num_groups) {
     int64_t next = d + AHEAD;

@@ -15,11 +15,6 @@ void multiply_all(void *a, const void *b, int kind, int64_t count);
 /* A tile of bfloat16: rows of an operand and what is summed along. */
 enum { SIDE = 16, DEPTH = 32, TILE = SIDE * DEPTH };
 
-/* Into the nearest cache. */
-static inline void fetch_tile(const uint16_t *tile) {
-    for (int line = 0; line < SIDE; line++) __builtin_prefetch(tile + line * DEPTH, 0, 3);
-}
-
 /* As multiply_tiles in product.c, on threads whose tiles are configured for M rows. */
 struct configuration {
     uint8_t palette, start_row, unused[14];
