@@ -69,7 +69,7 @@ def create_key(
     return f"sk-sh-{key_id}-{secret}"
 
 
-def authenticate(session: Session, authorization: str | None) -> Principal:
+def authenticate(authorization: str | None) -> Principal:
     """The principal of an `Authorization: Bearer …` header; raises Unauthenticated."""
     if not authorization:
         raise Unauthenticated(
@@ -80,13 +80,13 @@ def authenticate(session: Session, authorization: str | None) -> Principal:
     if scheme.lower() != "bearer" or match is None:
         raise Unauthenticated("the API key is malformed: it looks like sk-sh-{id}-{secret}")
     key_id, secret = match.groups()
-    row = keys.find_key(session, key_id)
-    is_equal = hmac.compare_digest(secret_hmac(secret), row.secret_hmac if row else UNKNOWN_HMAC)
-    if row is None or not is_equal or row.revoked_at is not None:
+    key = keys.read_key(key_id)
+    is_equal = hmac.compare_digest(secret_hmac(secret), key.secret_hmac if key else UNKNOWN_HMAC)
+    if key is None or not is_equal or key.revoked_at is not None:
         raise Unauthenticated("the API key is wrong or revoked")
-    if row.expires_at is not None and row.expires_at <= datetime.now(UTC):
+    if key.expires_at is not None and key.expires_at <= datetime.now(UTC):
         raise Unauthenticated("the API key has expired")
-    return Principal(row.project_id, row.id, frozenset(row.scopes))
+    return Principal(key.project_id, key_id, frozenset(key.scopes))
 
 
 def secret_hmac(secret: str) -> bytes:

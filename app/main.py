@@ -41,7 +41,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.batch_runner = BatchRunner(app.state.switchboard)
     app.state.pin_teller = PinTeller(app.state.switchboard)
     errors.install(app)
-    for module in (files, jobs, models, serving, completions, batches, health):
+    # Routes are tried in turn, and nobody waits as closely as for a first token.
+    for module in (completions, health, files, jobs, models, serving, batches):
         app.include_router(module.router)
     app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
     return app

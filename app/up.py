@@ -136,11 +136,11 @@ def _service_environment(settings: Settings) -> dict[str, str]:
 def _ensure_api_key(settings: Settings) -> Path:
     """The key of the project `default` in <data-dir>/api_key (mode 600); a new one if that no longer counts."""
     path = settings.data_dir / "api_key"
+    if path.exists():
+        with contextlib.suppress(Unauthenticated):
+            auth.authenticate(f"Bearer {path.read_text().strip()}")
+            return path
     with transaction() as session:
-        if path.exists():
-            with contextlib.suppress(Unauthenticated):
-                auth.authenticate(session, f"Bearer {path.read_text().strip()}")
-                return path
         key = auth.create_key(session, "default")
     write_private(path, key + "\n")
     return path

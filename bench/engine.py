@@ -41,7 +41,7 @@ def first_token_seconds(loaded: LoadedModel, prompts: list[str], max_tokens: int
     )
     seconds = []
     for number, prompt in enumerate(prompts):
-        request = _request(number, prompt, max_tokens)
+        request = request_for(number, prompt, max_tokens)
         began = time.perf_counter()
         engine.add(request)
         while not any(isinstance(reply, Delta) and reply.text for reply in engine.step()):
@@ -57,7 +57,7 @@ def step_seconds(loaded: LoadedModel, num_rows: int, prompts: list[str]) -> floa
         loaded.model, loaded.tokenizer, max_running=num_rows, max_context_tokens=MAX_CONTEXT_TOKENS
     )
     for number in range(num_rows):
-        engine.add(_request(number, prompts[number % len(prompts)], NUM_STEPS))
+        engine.add(request_for(number, prompts[number % len(prompts)], NUM_STEPS))
     while engine.num_running < num_rows:
         engine.step()
     seconds = []
@@ -68,7 +68,7 @@ def step_seconds(loaded: LoadedModel, num_rows: int, prompts: list[str]) -> floa
     return median(seconds)
 
 
-def _request(number: int, prompt: str, max_tokens: int) -> GenerateRequest:
+def request_for(number: int, prompt: str, max_tokens: int) -> GenerateRequest:
     return GenerateRequest(
         id=str(number),
         reply_to="bench",

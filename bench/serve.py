@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 from bench.cases import Entry
 from bench.children import ChildFailed, ask_child, module
 from bench.distill import machine
+from bench.first_token import first_tokens
 from bench.load import Load, Target, drive
 from bench.pair_models import THINGS
 from bench.servers import NotInstalled, Server, peak_bytes_of_children, serving
@@ -52,6 +53,7 @@ MODELS = {"smollm2": "teacher_dir", "smollm2-12": "student_dir"}
 CALLERS, QUICK_CALLERS = (1, 8, 32, 64), (1, 8, 32)
 RATIO_CALLERS = (1, 8, 32)
 FLOOR_CALLERS = 32
+NUM_PAIRS = 36  # of first tokens over HTTP and in process
 LEAST_REQUESTS = 8  # of one load, so that few callers still tell something
 MAX_TOKENS = 64
 ASKED = (
@@ -111,6 +113,7 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
     runs: dict[str, list[Entry]] = {}
     failed: dict[str, str] = {}
     skipped: dict[str, str] = {}
+    first: list[Entry] = []
     for turn in range(arguments.turns):
         for server in servers if turn % 2 == 0 else servers[::-1]:
             if server.name in failed | skipped:
@@ -118,6 +121,9 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
             try:
                 with serving(server, model_dir, arguments.work, arguments.threads) as target:
                     runs.setdefault(server.name, []).append(loads(target, arguments.callers, tokenizer))
+                    if server is OURS:
+                        options = {"max_tokens": MAX_TOKENS, "num_threads": arguments.threads}
+                        first.append(first_tokens(target, model_dir, PROMPTS[:NUM_PAIRS], **options))
             except (ChildFailed, RuntimeError, httpx.HTTPError) as e:
                 (skipped if isinstance(e, NotInstalled) else failed)[server.name] = str(e)
                 print(f"{server.name} left out: {e}", flush=True)
@@ -130,9 +136,10 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
     inside = ask_child(module("engine"), task, keeps_memory=True)
     contenders = {name: over(turns) for name, turns in runs.items()}
     return {
-        "figures": figures(contenders, inside),
+        "figures": figures(contenders, inside) | {"ttft_overhead_ms_p50": overhead_ms(first)},
         "contenders": contenders,
         "in_process": inside,
+        "first_tokens": first,
         "failed": failed,
         "skipped": skipped,
         "turns": runs,
@@ -200,9 +207,12 @@ def figures(contenders: Entry, inside: Entry) -> Entry:
         )
     seconds_a_step = FLOOR_CALLERS / ours[str(FLOOR_CALLERS)]["tokens_per_second"]
     found["fraction_of_gemm_floor_32"] = round(inside["step_floor_ms"] / 1000 / seconds_a_step, 3)
-    overhead = ours["1"]["first_token_ms_p50"] - inside["first_token_ms_p50"]
-    found["ttft_overhead_ms_p50"] = round(overhead, 1)
     return found
+
+
+def overhead_ms(first: list[Entry]) -> float | None:
+    """The median over the turns, of which none is where our own service failed."""
+    return round(median(turn["overhead_ms_p50"] for turn in first), 1) if first else None
 
 
 def told(run: Entry) -> str:

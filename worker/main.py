@@ -104,7 +104,7 @@ def serve(settings: Settings) -> int:
     )
     worker = ServeWorker(host, options, on_end=lambda is_as_asked: stop_consuming(0 if is_as_asked else 1))
     queue = serve_queue(worker_id)
-    app = make_app(settings, queue)
+    app = make_app(settings, queue, no_ack=True)  # who asked sends again what a dead worker had read
     add_generate(app, worker.submit)
     inbox = connect(settings.redis_url)
     key = f"{app.conf.broker_transport_options['global_keyprefix']}{queue}"
@@ -119,11 +119,16 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> s
     return "cuda" if has_cuda and asked != "cpu" else "cpu"
 
 
-def make_app(settings: Settings, queue: str) -> Celery:
-    """A Celery app that consumes one queue; what a dead worker leaves of it in Redis goes away by itself."""
+def make_app(settings: Settings, queue: str, *, no_ack: bool = False) -> Celery:
+    """A Celery app that consumes one queue; what a dead worker leaves of it in Redis goes away by itself.
+
+    `no_ack` saves each message two trips to Redis, which keeps no copy of it then while it is worked on.
+    """
     app = Celery("stillhouse")
     app.conf.update(celery_settings(settings))
-    app.conf.task_queues = (Queue(queue, Exchange(queue), routing_key=queue, expires=QUEUE_SECONDS),)
+    app.conf.task_queues = (
+        Queue(queue, Exchange(queue), routing_key=queue, expires=QUEUE_SECONDS, no_ack=no_ack),
+    )
     app.conf.task_default_queue = queue
     return app
 

@@ -130,17 +130,18 @@ class EventStream(Response):
         """All chunks that wait go out in one write."""
         news = self._first
         try:
-            yield events(self._answer.opening())
+            part = events(self._answer.opening())
             while news:
-                if part := events(self._answer.chunks(news)):
+                if part := part + events(self._answer.chunks(news)):
                     yield part
+                part = b""
                 while (news_or_none := await self._take_or_ping()) is None:
                     yield PING
                 news = news_or_none
         except StillhouseError as error:
             yield events([envelope(error)])
             return
-        yield events(self._answer.closing()) + b"data: [DONE]\n\n"
+        yield part + events(self._answer.closing()) + b"data: [DONE]\n\n"
 
     async def _take_or_ping(self) -> News | None:
         try:

@@ -10,7 +10,6 @@ from fastapi.security import HTTPBearer
 
 from app import auth
 from app.auth import Principal
-from app.db.session import reading
 
 __all__ = ["AskedPage", "Page", "Principal", "identify", "page", "require"]
 
@@ -35,8 +34,7 @@ def identify(request: Request) -> Principal:
     """Who asks; looked up once a request. Raises Unauthenticated."""
     known: Principal | None = getattr(request.state, "principal", None)
     if known is None:
-        with reading() as session:
-            known = auth.authenticate(session, request.headers.get("authorization"))
+        known = auth.authenticate(request.headers.get("authorization"))
         request.state.principal = known
     return known
 

@@ -45,6 +45,7 @@ class _Exchange:
         self.id = f"req_{secrets.token_hex(12)}"
         self.began = time.perf_counter()
         self.status = 0
+        self.seconds: float | None = None  # to the first byte
         self.num_bytes = 0
         self.is_capped = not (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH)
         scope.setdefault("state", {})["request_id"] = self.id
@@ -100,11 +101,9 @@ class _Exchange:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.id
-            headers["openai-processing-ms"] = str(round((time.perf_counter() - self.began) * 1000))
             headers["x-content-type-options"] = "nosniff"
-            request_seconds.labels(self.scope["method"], self.route()).observe(
-                time.perf_counter() - self.began
-            )
+            self.seconds = time.perf_counter() - self.began
+            headers["openai-processing-ms"] = str(round(self.seconds * 1000))
         await self._send(message)
 
     def route(self) -> str:
@@ -112,4 +111,6 @@ class _Exchange:
         return str(getattr(self.scope.get("route"), "path", "unmatched"))
 
     def count(self) -> None:
+        if self.seconds is not None:
+            request_seconds.labels(self.scope["method"], self.route()).observe(self.seconds)
         requests_total.labels(self.scope["method"], self.route(), str(self.status)).inc()

@@ -1,11 +1,13 @@
 """API keys."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from datetime import datetime
 
-from sqlalchemy import func, select, update
+from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.orm import Session
 
+from app.db.session import read_row
 from app.db.tables import ApiKey
 
 
@@ -26,9 +28,26 @@ def insert_key(
     return row
 
 
-def find_key(session: Session, key_id: str) -> ApiKey | None:
-    """The key with this id, whether or not it may still be used."""
-    return session.get(ApiKey, key_id)
+@dataclass(frozen=True)
+class KeyFacts:
+    """What a key opens, and whether it still does."""
+
+    project_id: str
+    secret_hmac: bytes
+    scopes: Sequence[str]
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+_FACTS = select(*(getattr(ApiKey, field.name) for field in fields(KeyFacts))).where(
+    ApiKey.id == bindparam("key_id")
+)
+
+
+def read_key(key_id: str) -> KeyFacts | None:
+    """The committed key with this id, whether or not it may still be used."""
+    row = read_row(_FACTS, key_id=key_id)
+    return None if row is None else KeyFacts(*row)
 
 
 def list_keys(session: Session, project_id: str | None = None) -> list[ApiKey]:

@@ -1,13 +1,16 @@
 """Registered models, their aliases and their servable checkpoints."""
 
+from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Select, String, bindparam, delete, func, or_, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.contracts import TERMINAL
-from app.db.tables import Alias, Checkpoint, Job, Model, Pin
+from app.db.session import read_row
+from app.db.tables import Alias, Checkpoint, Job, Json, Model, Pin
 
 
 def insert_model(session: Session, **columns: Any) -> Model | None:  # Any: the columns of Model, by name
@@ -19,6 +22,32 @@ def insert_model(session: Session, **columns: Any) -> Model | None:  # Any: the 
 def find_model(session: Session, project_id: str, model_id: str) -> Model | None:
     """The project's own model, or a shared one."""
     return session.scalars(select(Model).where(Model.id == model_id, _sees(project_id))).one_or_none()
+
+
+@dataclass(frozen=True)
+class ServedRow:
+    """What serving has to know of a model."""
+
+    id: str
+    store_key: str
+    bytes: int
+    manifest_sha256: str
+    facts: Json
+    serving: Json | None
+
+
+def read_served(project_id: str, asked: str) -> ServedRow | None:
+    """The committed model with this id or behind this alias, if the project sees it."""
+    row = read_row(_served(), project_id=project_id, asked=asked)
+    return None if row is None else ServedRow(*row)
+
+
+@lru_cache
+def _served() -> Select[Any]:  # Any: the columns of ServedRow
+    project_id, asked = bindparam("project_id", type_=String), bindparam("asked", type_=String)
+    meant = select(Alias.model_id).where(Alias.project_id == project_id, Alias.id == asked).scalar_subquery()
+    columns = (getattr(Model, field.name) for field in fields(ServedRow))
+    return select(*columns).where(Model.id == func.coalesce(meant, asked), _sees(project_id))
 
 
 def is_name_taken(session: Session, name: str) -> bool:
@@ -122,5 +151,5 @@ def aliases_of_models(session: Session, project_id: str) -> dict[str, list[str]]
     return found
 
 
-def _sees(project_id: str) -> ColumnElement[bool]:
+def _sees(project_id: str | ColumnElement[str]) -> ColumnElement[bool]:
     return or_(Model.project_id == project_id, Model.project_id.is_(None))

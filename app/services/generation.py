@@ -8,7 +8,6 @@ from fastapi.concurrency import run_in_threadpool
 
 from app.contracts import GenerateRequest, Message, Sampling
 from app.db.ids import new_id
-from app.db.session import reading
 from app.errors import BadRequest
 from app.flow import Flow
 from app.schemas.answers import ChatAnswer, TextAnswer
@@ -103,12 +102,7 @@ def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
 
 async def find_model(project_id: str, model_id: str) -> Resolved:
     """What a model id means to a project now. Raises NotFound."""
-
-    def look_up() -> Resolved:
-        with reading() as session:
-            return registry.resolve(session, project_id, model_id)
-
-    return await run_in_threadpool(look_up)
+    return await run_in_threadpool(registry.resolve_at_once, project_id, model_id)
 
 
 def estimated_tokens(prompt: Prompt) -> int:

@@ -33,6 +33,17 @@ class Resolved:
         return Served(model=self.model_id, weights=self.ref, serving=self.serving)
 
 
+def resolve_at_once(project_id: str, model_id: str) -> Resolved:
+    """`resolve` for a generation request, in one trip to the database for a model or an alias. Raises NotFound."""
+    row = models.read_served(project_id, model_id.replace("\x00", "\ufffd"))
+    if row is None:  # a checkpoint, or nothing
+        with transaction() as session:
+            return resolve(session, project_id, model_id)
+    ref = ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.manifest_sha256)
+    facts = ModelFacts.model_validate(row.facts)
+    return Resolved(row.id, ref, facts, ServingOptions.model_validate(row.serving or {}))
+
+
 def resolve(session: Session, project_id: str, model_id: str, *, param: str = "model") -> Resolved:
     """The folder behind a model id, an alias `name@alias` or a checkpoint `…:ckpt-step-n`; raises NotFound."""
     model_id = model_id.replace("\x00", "\ufffd")  # Postgres holds no NUL: such a model does not exist

@@ -24,8 +24,7 @@ def new_key(**options: object) -> str:
 
 
 def authenticate(header: str | None) -> auth.Principal:
-    with transaction() as session:
-        return auth.authenticate(session, header)
+    return auth.authenticate(header)
 
 
 def test_a_new_key_opens_its_project_with_its_scopes() -> None:
