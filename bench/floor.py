@@ -80,7 +80,7 @@ def seconds_of(kind: Kind) -> Entry:
         ways["onednn"] = lambda: gemm.onednn_weight_gradient(a.t(), b.t())
     else:
         ways["onednn"] = lambda: gemm.onednn_product(a, b)
-    if (does := kernels()) is not None and does.has_tiles:
+    if (does := kernels()) is not None and does.has_splits:
         ways["tiles"] = lambda: does.multiply_split(a, b)
     return {way: best_seconds(multiply) for way, multiply in ways.items()}
 

@@ -91,7 +91,7 @@ def _splits(a: Tensor, b: Tensor) -> Kernels | None:
     if num_rows * num_columns < LEAST_SIDE * (num_rows + num_columns):
         return None
     does = kernels()
-    return does if does is not None and does.has_tiles else None
+    return does if does is not None and does.has_splits else None
 
 
 def _in_order(matrix: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class PackedWeight:
 
 
 class TiledWeight(PackedWeight):
-    """A weight in bfloat16 laid out for our own product by the processor's tiles: faster with few rows, and each row for itself."""
+    """A weight in bfloat16 laid out for our own product (product.c): faster with few rows, and each row for itself."""
 
     def __init__(self, tiles: Tensor, num_out: int, does: Kernels) -> None:
         super().__init__(tiles)

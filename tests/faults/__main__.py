@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from tests.faults import disk, killing, outages
 from tests.faults.checker import unreadable_checkpoints
+from tests.faults.lanes import Json, pack, run_lanes
 from tests.faults.system import System
 from tests.faults.trial import Figures, Trial
 
@@ -22,34 +23,36 @@ SETTLE_SECONDS: Final = 240.0
 
 @dataclass(frozen=True)
 class Promise:
-    """A row of the table. `share` is its part of the minutes, `short` the faults of the short form."""
+    """A row of the table. `minutes` is about what its target takes beside three others on two cores, `short` the faults of
+    the short form."""
 
     name: str
     says: str
     target: int
-    share: float
+    minutes: float
     short: int
     run: Callable[[Trial], None]
 
 
 PROMISES: Final = (
-    Promise("kills", "one terminal state under kill -9 of any process", 500, 5, 6, killing.kills),
-    Promise("crash_points", "every crash point", 20 * len(killing.ALL_POINTS), 5, 5, killing.crash_points),
-    Promise("valkey", "Valkey killed without its log, flushed, down", 140, 3, 3, outages.valkey),
-    Promise("postgres", "Postgres restarts, ended backends, no false reap", 260, 4, 4, outages.postgres),
-    Promise("idempotency", "one key fifty times at once", 200, 2, 2, killing.idempotency),
-    Promise("cancels", "a cancel at any moment ends the job in 30 s", 300, 3, 4, killing.cancels),
-    Promise("duplicates", "every message five times", 1000, 2, 10, killing.duplicates),
-    Promise("zombies", "a zombie's writes are refused", 100, 4, 1, killing.zombies),
-    Promise("links", "a link swallows, resets, cuts, delays", 200 * len(outages.LINKS), 4, 4, outages.links),
+    Promise("kills", "one terminal state under kill -9 of any process", 500, 16, 6, killing.kills),
+    Promise("crash_points", "every crash point", 20 * len(killing.ALL_POINTS), 32, 5, killing.crash_points),
+    Promise("valkey", "Valkey killed without its log, flushed, down", 140, 32, 3, outages.valkey),
+    Promise("postgres", "Postgres restarts, ended backends, no false reap", 260, 10, 4, outages.postgres),
+    Promise("idempotency", "one key fifty times at once", 200, 4, 2, killing.idempotency),
+    Promise("cancels", "a cancel at any moment ends the job in 30 s", 300, 8, 4, killing.cancels),
+    Promise("duplicates", "every message five times", 1000, 4, 10, killing.duplicates),
+    Promise("zombies", "a zombie's writes are refused", 100, 48, 1, killing.zombies),
+    Promise("links", "a link swallows, resets, cuts, delays", 200 * len(outages.LINKS), 56, 4, outages.links),
 )
+ORDER: Final = [*(promise.name for promise in PROMISES), *disk.SAYS]
 
 
 def run_promises(
     system: System, promises: Sequence[Promise], *, seed: int, seconds: float, is_short: bool
 ) -> list[Figures]:
     """One after the other on the same system; each with its own dice, so that one alone repeats."""
-    total = sum(promise.share for promise in promises)
+    total = sum(promise.minutes for promise in promises)
     found = []
     for promise in promises:
         print(f"{time.strftime('%H:%M:%S')} {promise.name}", file=sys.stderr, flush=True)
@@ -58,7 +61,7 @@ def run_promises(
             system,
             random.Random(f"{seed}-{promise.name}"),
             promise.short if is_short else promise.target,
-            seconds * promise.share / total,
+            seconds * promise.minutes / total,
         )
         try:
             promise.run(trial)
@@ -72,65 +75,84 @@ def run_promises(
     return found
 
 
-def table(found: Sequence[Figures]) -> str:
+def table(rows: Sequence[Json]) -> str:
     """Markdown: what was injected beside what a full run wants."""
     says = {promise.name: promise.says for promise in PROMISES} | disk.SAYS
     lines = [
         "| promise | faults | target | accepted | lost | duplicated | recovered p50 / p95, s | kept |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for figures in found:
-        row = figures.as_json()
+    for row in rows:
         recovered = f"{row['recovered_p50_s'] or '–'} / {row['recovered_p95_s'] or '–'}"
         lines.append(
-            f"| {says[figures.promise]} | {figures.faults} | {figures.target} | {figures.accepted} "
-            f"| {figures.lost} | {figures.duplicated} | {recovered} | {'yes' if figures.is_kept else '**no**'} |"
+            f"| {says[row['promise']]} | {row['faults']} | {row['target']} | {row['accepted']} "
+            f"| {row['lost']} | {row['duplicated']} | {recovered} | {'yes' if row['is_kept'] else '**no**'} |"
         )
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a handful of each")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--only", nargs="+", metavar="PROMISE", help="these alone")
-    parser.add_argument("--minutes", type=float, default=60.0, help="for all of them together")
-    parser.add_argument("--json", type=Path, help="where the figures go")
-    parser.add_argument("--folder", type=Path, help="keep logs and data here")
-    asked = parser.parse_args()
-    names = asked.only or [*(promise.name for promise in PROMISES), *disk.SAYS]
-    unknown = set(names) - {promise.name for promise in PROMISES} - set(disk.SAYS)
-    if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    asked = parse()
     folder = asked.folder or Path(tempfile.mkdtemp(prefix="still-faults-", dir="/tmp"))
     folder.mkdir(parents=True, exist_ok=True)
     folder.chmod(0o755)
-    found = []
-    wanted = [promise for promise in PROMISES if promise.name in names]
-    if wanted:
-        with System(folder) as system:
-            found += run_promises(
-                system, wanted, seed=asked.seed, seconds=60 * asked.minutes, is_short=asked.short
-            )
-    for name in disk.SAYS:
-        if name in names:
-            found.append(disk.run(name, folder, seed=asked.seed, is_short=asked.short))
-    report: dict[str, Any] = {  # Any: JSON
+    shares = {promise.name: promise.minutes for promise in PROMISES} | disk.MINUTES
+    lanes = pack({name: shares[name] for name in asked.only}, asked.lanes)
+    if len(lanes) > 1:
+        rows = run_lanes(lanes, folder, seed=asked.seed, minutes=asked.minutes)
+    else:
+        rows = run_lane(asked, folder)
+    rows.sort(key=lambda row: ORDER.index(row["promise"]))
+    report: Json = {
         "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         "seed": asked.seed,
         "minutes": asked.minutes,
+        "lanes": len(lanes),
         "machine": f"{platform.machine()}, {_num_cores()} cores, Python {platform.python_version()}",
-        "promises": [figures.as_json() for figures in found],
+        "promises": rows,
     }
     if asked.json:
         asked.json.parent.mkdir(parents=True, exist_ok=True)
         asked.json.write_text(json.dumps(report, indent=1))
-    print(table(found))
-    for figures in found:
-        for wrong in figures.wrongs[:10]:
-            print(f"{figures.promise}: {wrong}")
+    print(table(rows))
+    for row in rows:
+        for wrong in row["wrongs"][:10]:
+            print(f"{row['promise']}: {wrong}")
     print(f"seed {asked.seed}; logs in {folder}")
-    return 0 if all(figures.is_kept for figures in found) else 1
+    return 0 if all(row["is_kept"] for row in rows) else 1
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--short", action="store_true", help="a handful of each, one after the other")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", nargs="+", metavar="PROMISE", choices=ORDER, default=ORDER)
+    parser.add_argument("--minutes", type=float, default=60.0, help="for all of them together")
+    parser.add_argument("--lanes", type=int, default=4, help="systems side by side")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    parser.add_argument("--folder", type=Path, help="keep logs and data here")
+    asked = parser.parse_args()
+    if asked.short:
+        asked.lanes = 1
+    return asked
+
+
+def run_lane(asked: argparse.Namespace, folder: Path) -> list[Json]:
+    """All that is asked for, on one system and one after the other."""
+    found = []
+    wanted = [promise for promise in PROMISES if promise.name in asked.only]
+    if wanted:
+        minutes = sum(promise.minutes for promise in wanted)
+        disks = sum(
+            disk.MINUTES[name] for name in disk.SAYS if name in asked.only
+        )  # which end by their counts
+        seconds = 60 * asked.minutes * minutes / (minutes + disks)
+        with System(folder) as system:
+            found += run_promises(system, wanted, seed=asked.seed, seconds=seconds, is_short=asked.short)
+    for name in disk.SAYS:
+        if name in asked.only:
+            found.append(disk.run(name, folder, seed=asked.seed, is_short=asked.short))
+    return [figures.as_json() for figures in found]
 
 
 def _num_cores() -> int:

@@ -26,6 +26,7 @@ SAYS: Final = {
     "disk_full": "a full disk while a checkpoint is written",
 }
 TARGETS: Final = {"checkpoint_kills": 300, "corruption": 50, "disk_full": 50}
+MINUTES: Final = {"checkpoint_kills": 4.0, "corruption": 1.0, "disk_full": 3.0}
 SHORT: Final = {"checkpoint_kills": 30, "corruption": 15, "disk_full": 8}
 DISK_MIB: Final = 24
 

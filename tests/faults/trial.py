@@ -45,6 +45,7 @@ class Figures:
             "duplicated": self.duplicated,
             "recovered_p50_s": percentile(self.recovered_seconds, 50),
             "recovered_p95_s": percentile(self.recovered_seconds, 95),
+            "is_kept": self.is_kept,
             "wrongs": self.wrongs[:20],
             "seconds": round(self.seconds, 1),
             "notes": self.notes,

@@ -29,7 +29,7 @@ def one_thread() -> None:
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever this processor would choose."""
     does = kernels()
-    if request.param == "tiles" and not (does and does.has_tiles):
+    if request.param == "tiles" and not (does and does.has_splits):
         pytest.skip("this CPU has no tiles")
     monkeypatch.setattr(gemm, "PREFERS_ONEDNN", gemm.HAS_ONEDNN and request.param == "onednn")
     monkeypatch.setattr(gemm, "LEAST_SIDE", 0 if request.param == "tiles" else math.inf)

@@ -69,7 +69,8 @@ class Kernels:
         for name, types in SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = types, KIND if name == "multiply_split" else None
-        self.has_tiles = bool(library.has_tiles())
+        self.has_tiles = bool(library.has_tiles())  # products of bfloat16, by AMX or AVX-512
+        self.has_splits = bool(library.has_splits())  # of float32, by AMX alone
 
     def make_tiles(self, weight_OI: Tensor) -> Tensor:
         """A weight in bfloat16 as `multiply_tiles` reads it. I has to be a multiple of 32."""
@@ -103,7 +104,7 @@ class Kernels:
 
         Written into, or added to, `out` if there is one.
 
-        By tiles, so only where `has_tiles`. Each operand is contiguous, or the transposed of what is. A row's result
+        Only where `has_splits`. Each operand is contiguous, or the transposed of what is. A row's result
         depends on that row and b alone.
         """
         (num_rows, depth), num_columns = a_MK.shape, len(b_NK)

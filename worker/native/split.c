@@ -21,6 +21,8 @@
 
 enum { BLOCK = 2 * SIDE, CACHED = 1 << 20 };
 
+int has_splits(void) { return has_tiles(); }
+
 /* An operand: where its numbers lie, and how far apart along its own side (A's rows, B's columns) and along K; one of them is 1. */
 struct operand {
     const float *numbers;
@@ -273,6 +275,7 @@ int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float
     return has_failed;
 }
 #else
+int has_splits(void) { return 0; }
 int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float *b, int64_t b_step, int64_t b_k_step, float *out,
                    int64_t M, int64_t N, int64_t K, int parts, int adds) {
     return 1;

@@ -21,6 +21,7 @@ struct configuration {
     uint16_t bytes_a_row[16];
     uint8_t rows[16];
 } __attribute__((aligned(64)));
+int has_tiles(void);
 struct configuration configure_tiles(int64_t M); /* gives what was before, */
 void restore_tiles(struct configuration before); /* which oneDNN remembers */
 void multiply_groups(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
