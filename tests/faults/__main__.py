@@ -19,11 +19,12 @@ from tests.faults.system import System
 from tests.faults.trial import Figures, Trial
 
 SETTLE_SECONDS: Final = 240.0
+NUM_LANES: Final = 5
 
 
 @dataclass(frozen=True)
 class Promise:
-    """A row of the table. `minutes` is about what its target takes beside three others on two cores, `short` the faults of
+    """A row of the table. `minutes` is about what its target takes beside four others on two cores, `short` the faults of
     the short form."""
 
     name: str
@@ -39,11 +40,19 @@ PROMISES: Final = (
     Promise("crash_points", "every crash point", 20 * len(killing.ALL_POINTS), 32, 5, killing.crash_points),
     Promise("valkey", "Valkey killed without its log, flushed, down", 140, 32, 3, outages.valkey),
     Promise("postgres", "Postgres restarts, ended backends, no false reap", 260, 10, 4, outages.postgres),
-    Promise("idempotency", "one key fifty times at once", 200, 4, 2, killing.idempotency),
+    Promise("idempotency", "one key fifty times at once", 200, 5, 2, killing.idempotency),
     Promise("cancels", "a cancel at any moment ends the job in 30 s", 300, 8, 4, killing.cancels),
     Promise("duplicates", "every message five times", 1000, 4, 10, killing.duplicates),
-    Promise("zombies", "a zombie's writes are refused", 100, 48, 1, killing.zombies),
-    Promise("links", "a link swallows, resets, cuts, delays", 200 * len(outages.LINKS), 56, 4, outages.links),
+    Promise("zombies", "a zombie's writes are refused", 100, 60, 1, killing.zombies),
+    Promise(
+        "data_links",
+        "a link to Postgres or of a client swallows, resets, cuts, delays",
+        600,
+        62,
+        2,
+        outages.data_links,
+    ),
+    Promise("message_links", "a link to Valkey does", 600, 62, 2, outages.message_links),
 )
 ORDER: Final = [*(promise.name for promise in PROMISES), *disk.SAYS]
 
@@ -127,8 +136,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help="a handful of each, one after the other")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="+", metavar="PROMISE", choices=ORDER, default=ORDER)
-    parser.add_argument("--minutes", type=float, default=60.0, help="for all of them together")
-    parser.add_argument("--lanes", type=int, default=4, help="systems side by side")
+    parser.add_argument("--minutes", type=float, default=65.0, help="for all of them together")
+    parser.add_argument("--lanes", type=int, default=NUM_LANES, help="systems side by side")
     parser.add_argument("--json", type=Path, help="where the figures go")
     parser.add_argument("--folder", type=Path, help="keep logs and data here")
     asked = parser.parse_args()

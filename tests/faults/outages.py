@@ -1,6 +1,7 @@
 """Faults of what the processes talk through: Valkey, Postgres, and each link between them and a client."""
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -8,9 +9,8 @@ from tests.faults.system import LEASE_SECONDS
 from tests.faults.trial import Trial
 
 LONG_OUTAGE_SECONDS: Final = 1.5 * LEASE_SECONDS
-LINKS: Final = (
-    "api-postgres", "api-valkey", "train-postgres", "train-valkey", "serve-valkey", "client-api-1",
-)  # fmt: skip
+DATA_LINKS: Final = ("api-postgres", "train-postgres", "client-api-1")
+MESSAGE_LINKS: Final = ("api-valkey", "train-valkey", "serve-valkey")
 
 
 def valkey(trial: Trial) -> None:
@@ -83,10 +83,20 @@ def _restart(trial: Trial, seconds: float) -> None:
         trial.recovered_seconds.append(time.monotonic() - began)
 
 
-def links(trial: Trial) -> None:
+def data_links(trial: Trial) -> None:
+    """The links to Postgres and of a client."""
+    _links(trial, DATA_LINKS)
+
+
+def message_links(trial: Trial) -> None:
+    """The links to Valkey."""
+    _links(trial, MESSAGE_LINKS)
+
+
+def _links(trial: Trial, names: Sequence[str]) -> None:
     """Each link in turn swallows everything, resets everything, or is slow, for a shorter or longer time."""
     faults = ("blackhole", "reset", "cut", "delay")
-    pairs = [(name, fault) for name in LINKS for fault in faults]
+    pairs = [(name, fault) for name in names for fault in faults]
     while not trial.is_over:
         trial.rng.shuffle(pairs)
         for name, fault in pairs:

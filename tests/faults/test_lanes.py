@@ -3,16 +3,18 @@
 from pathlib import Path
 
 from tests.faults import disk
-from tests.faults.__main__ import ORDER, PROMISES, table
+from tests.faults.__main__ import NUM_LANES, ORDER, PROMISES, table
 from tests.faults.lanes import pack, run_lanes
 
 MINUTES = {promise.name: promise.minutes for promise in PROMISES} | disk.MINUTES
 
 
 def test_lanes_share_all_promises_out() -> None:
-    lanes = pack(MINUTES, 4)
+    lanes = pack(MINUTES, NUM_LANES)
     assert sorted(name for lane in lanes for name in lane) == sorted(ORDER)
-    assert max(sum(MINUTES[name] for name in lane) for lane in lanes) <= 60  # `make faults` takes an hour
+    assert (
+        max(sum(MINUTES[name] for name in lane) for lane in lanes) <= 65
+    )  # `make faults` takes about an hour
     assert pack({"kills": 1.0}, 4) == [["kills"]]
 
 
