@@ -15,7 +15,8 @@ log = structlog.get_logger(__name__)
 
 MISSES = 2  # looks without a heartbeat until a worker counts as dead; one may be a restart of Redis
 STALLED_SECONDS = 15.0  # a worker that has had work for so long without a forward pass is not well
-FAULTS = (RedisError, OSError)
+# RuntimeError: uvloop's, for a write on a connection that was closed a moment before
+FAULTS = (RedisError, OSError, RuntimeError)
 
 
 @dataclass

@@ -108,9 +108,9 @@ class Switchboard:
 
     async def start(self) -> None:
         """Begins to listen and to watch; goes on without Redis until it comes."""
-        self._spawn(self._listen())
+        self._spawn(self._forever(self._listen))
         await self._fleet.look()
-        self._spawn(self._watch())
+        self._spawn(self._forever(self._watch))
 
     async def stop(self) -> None:
         """Fails what still runs, and cancels it on the workers."""
@@ -186,6 +186,15 @@ class Switchboard:
             kind = _kind_of_worker(leg.request.serving.engine)
             raise no_worker(f"no {kind} is running; start one, or try again soon")
         return worker_id
+
+    async def _forever(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
+        """Without the two that listen and watch no prompt would ever be answered: whatever ends one, it begins anew."""
+        while True:
+            try:
+                await work()
+            except Exception:
+                log.exception("switchboard_begins_anew")
+            await asyncio.sleep(RELISTEN_SECONDS)
 
     async def _listen(self) -> None:
         while True:

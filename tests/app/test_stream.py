@@ -292,6 +292,36 @@ def test_a_cut_reply_channel_fails_begun_answers_and_repeats_the_others(play: Pl
     play(scene)
 
 
+@pytest.mark.parametrize("broken", ["pubsub", "scan_iter"])
+@pytest.mark.parametrize("error", [RuntimeError("the handler is closed"), KeyError("who knows")])
+def test_listening_and_watching_outlive_any_error(
+    play: Play, monkeypatch: pytest.MonkeyPatch, broken: str, error: Exception
+) -> None:
+    """uvloop raises a RuntimeError for a write on a connection that was closed just then; it ended the loop for good."""
+
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        with monkeypatch.context() as patched:
+
+            def fail(*_: object, **__: object) -> None:
+                raise error
+
+            patched.setattr(stage.board._redis, broken, fail)
+            await stage.control.aclose()
+            await stage.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")  # it has to listen anew
+            await asyncio.sleep(0.4)
+        await asyncio.sleep(0.6)
+        await stage.die("a")
+        await stage.beat("b")
+        await asyncio.sleep(0.3)
+        assert [worker.worker_id for worker in stage.board.workers] == ["b"]
+        flow = await stage.open()
+        await stage.say(delta("r0.1", "heard"))
+        assert len(await flow.take()) == 1
+
+    play(scene)
+
+
 def test_a_draining_worker_hands_its_request_on(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         await stage.beat("a")

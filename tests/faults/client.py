@@ -18,6 +18,8 @@ from tests.faults.system import TEACHER, System
 ACCEPT_SECONDS: Final = 60.0
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 Json = dict[str, Any]  # Any: JSON bodies of the public API
+NUM_ROWS: Final = {"kept": 16, "many": 800}  # 1000 epochs are most: of few rows they were over in 20 minutes
+FILES: Final = {"short": "gone", "long": "many"}
 
 
 @dataclass(frozen=True)
@@ -143,14 +145,16 @@ class Client:
 
     def prepare(self) -> None:
         """Uploads the training files while nothing is broken yet."""
-        for kind in ("kept", "gone"):
+        for kind in ("kept", "many", "gone"):
             answer = self.call(
                 "POST",
                 "/v1/files",
                 files={
                     "file": (
                         f"{kind}.jsonl",
-                        _rows(16) if kind == "kept" else b'{"prompt": "a", "completion": "b"}\n',
+                        _rows(NUM_ROWS[kind])
+                        if kind in NUM_ROWS
+                        else b'{"prompt": "a", "completion": "b"}\n',
                     )
                 },
                 data={"purpose": "fine-tune"},
@@ -181,7 +185,7 @@ class Client:
         }
         return {
             "model": TEACHER,
-            "training_file": self._files["gone" if kind == "short" else "kept"],
+            "training_file": self._files[FILES.get(kind, "kept")],
             "method": {"type": "distillation", "distillation": block},
             "metadata": {"key": key},
             "seed": 3,
