@@ -68,7 +68,7 @@ class Settings(BaseSettings):
         description="Float of models whose weights option is auto, on a CPU; auto: bfloat16 if it multiplies that itself",
     )
     max_running_sequences: int = Field(
-        32, ge=1, le=1024, description="Sequences decoded together by a serve worker"
+        64, ge=1, le=1024, description="Sequences decoded together by a serve worker"
     )
     max_waiting_requests: int = Field(
         256, ge=0, description="Generation requests admitted and not finished, per API"

@@ -16,8 +16,6 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeVar
 from uuid import uuid4
 
-import anyio
-import anyio.to_thread
 import structlog
 from pydantic import ValidationError
 from redis.asyncio import Redis
@@ -42,7 +40,7 @@ from app.control import Keep, Load, Unload
 from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
 from app.fleet import FAULTS, Fleet
 from app.flow import Flow, Leg
-from app.queue import NotSent, queue_key, send_generate
+from app.queue import NotSent, Outbox, queue_key
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -91,7 +89,7 @@ class Switchboard:
         self._legs: dict[str, Leg] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._is_listening = asyncio.Event()
-        self._senders = anyio.CapacityLimiter(8)
+        self._outbox = Outbox(settings.redis_url or NOWHERE)
         # No retries: a reconnect behind our back would hide that replies were missed.
         self._redis: Redis = Redis.from_url(
             settings.redis_url or NOWHERE,
@@ -122,6 +120,7 @@ class Switchboard:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=0.1)
         await self._redis.aclose()
+        await self._outbox.aclose()
 
     async def open(self, requests: Sequence[GenerateRequest], on_end: Callable[[], None]) -> Flow:
         """Hands the prompts to workers; `on_end` is called once, when the flow ends. Raises Unavailable."""
@@ -170,7 +169,7 @@ class Switchboard:
         self._legs[leg.wire_id] = leg
         message = leg.request.model_copy(update={"id": leg.wire_id, "reply_to": self.api_id})
         try:
-            await anyio.to_thread.run_sync(send_generate, leg.worker_id, message, limiter=self._senders)
+            await self._outbox.send(leg.worker_id, message)
         except NotSent:
             raise no_worker("the message queue cannot be reached; try again soon") from None
 

@@ -34,6 +34,7 @@ from app.contracts import (
 )
 from app.control import CONTROL, Keep
 from worker.serve.models import HostStatus, ModelHost
+from worker.slices import take_long_slices
 
 log = structlog.get_logger(__name__)
 
@@ -117,6 +118,7 @@ class ServeWorker:
 
     def _serve(self) -> None:
         is_as_asked = False
+        take_long_slices()
         try:
             while not self._is_drained():
                 self._host.wait_for_work(WAIT_SECONDS)

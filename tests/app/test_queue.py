@@ -1,17 +1,21 @@
 """What the producer puts into Valkey, and what it does when there is none."""
 
+import asyncio
 import base64
 import json
 import socket
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 import redis
+from celery import Celery
 
-from app.contracts import ArtifactRef, GenerateRequest
-from app.queue import NotSent, queue_key, ring, send_generate
-from app.settings import Settings
+from app.contracts import GENERATE_TASK, ArtifactRef, GenerateRequest
+from app.queue import NotSent, Outbox, queue_key, ring
+from app.settings import Settings, celery_settings
 
 SECRET = "a prompt that no log may show"
 
@@ -30,8 +34,48 @@ def test_a_doorbell_lands_in_the_train_queue(valkey: str) -> None:
         assert client.keys("*binding*") == []
 
 
+def send_generate(redis_url: str) -> None:
+    async def send() -> None:
+        outbox = Outbox(redis_url)
+        try:
+            await outbox.send("w1", request())
+        finally:
+            await outbox.aclose()
+
+    asyncio.run(send())
+
+
+def without_ids(raw: bytes) -> dict[str, Any]:  # Any: as JSON has it
+    """A message less what is new in each; the headers' origin names the process and its thread."""
+    message: dict[str, Any] = json.loads(raw)
+    for new in ("id", "root_id", "expires", "origin"):
+        message["headers"].pop(new)
+    for new in ("correlation_id", "delivery_tag"):
+        message["properties"].pop(new)
+    for unread in ("reply_to", "argsrepr", "kwargsrepr", "expiration"):  # the headers have what is read
+        message["properties"].pop(unread, None)
+    message["body"] = json.loads(base64.b64decode(message["body"]))
+    message["body"][0][0].pop("deadline_at")
+    return message
+
+
+def test_a_request_is_the_message_that_celery_itself_would_send(valkey: str) -> None:
+    send_generate(valkey)
+    slow = Celery("slow", set_as_current=False)
+    slow.conf.update(celery_settings(Settings(redis_url=valkey)))
+    with redis.Redis.from_url(valkey) as client:
+        (ours,) = client.lrange(queue_key("w1"), 0, -1)
+        client.delete(queue_key("w1"))
+        body = request().model_dump(mode="json", exclude_defaults=True)
+        soon = datetime.now(UTC) + timedelta(minutes=1)
+        options: dict[str, Any] = {"queue": "serve.w1", "declare": [], "argsrepr": "()", "kwargsrepr": "{}"}
+        slow.send_task(GENERATE_TASK, args=(body,), expires=soon, **options)
+        (celerys,) = client.lrange(queue_key("w1"), 0, -1)
+    assert without_ids(ours) == without_ids(celerys)
+
+
 def test_a_request_lands_in_its_workers_own_queue_with_its_prompt_in_the_body_only(valkey: str) -> None:
-    send_generate("w1", request())
+    send_generate(valkey)
     with redis.Redis.from_url(valkey) as client:
         (raw,) = client.lrange(queue_key("w1"), 0, -1)
     message = json.loads(raw)
@@ -57,9 +101,9 @@ def test_without_redis_a_doorbell_gives_up_quickly_and_a_request_says_so(
         listener.bind(("127.0.0.1", 0))
         if kind == "silent":
             listener.listen(16)  # connects, then never answers
-        settings_env(redis_url=f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
+        settings = settings_env(redis_url=f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
         began = time.monotonic()
         assert not ring()
         assert time.monotonic() - began < 2.5
         with pytest.raises(NotSent):
-            send_generate("w1", request())
+            send_generate(settings.redis_url)

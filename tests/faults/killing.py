@@ -182,7 +182,8 @@ def _written(trial: Trial, job: Accepted) -> object:
         "SELECT status, attempt, lease_token, num_losses, result_model_id FROM jobs WHERE id = %s",
         "SELECT count(*) FROM job_events WHERE job_id = %s AND type IN ('metrics', 'checkpoint')",
         "SELECT count(*), max(created_at)::text FROM job_metrics WHERE job_id = %s",
-        "SELECT count(*) FROM checkpoints WHERE job_id = %s",
+        # those that a later one has replaced are taken away by the garbage collector, at its own time
+        "SELECT count(*) FROM checkpoints WHERE job_id = %s AND status <> 'deleting'",
         "SELECT count(*) FROM models WHERE source_job_id = %s",
     )
     return [trial.query(text, job.job_id) for text in queries]
