@@ -163,11 +163,7 @@ def distil(client: httpx.Client, console: Console) -> Json:
                 "teacher": TEACHER,
                 "student": {"init": "layers", "num_layers": NUM_LAYERS},
                 "data": {"completions": "teacher", "max_new_tokens": 96, "temperature": 0.0},
-                "hyperparameters": {
-                    "n_epochs": 2,
-                    "batch_tokens": 512,
-                    "eval_steps": 100,
-                },
+                "hyperparameters": {"n_epochs": 2, "batch_tokens": 512, "eval_steps": 100},
                 "evaluation": {"num_samples": 6},
             },
         },

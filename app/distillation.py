@@ -23,14 +23,7 @@ Size = Annotated[int, Field(ge=8, le=65_536)]
 
 Precision = Literal["float32", "bfloat16"]
 DivergenceName = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "tvd",
-    "alpha_beta",
-    "logit_mse",
+    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse"
 ]
 FreshFamily = Literal["gpt2", "llama", "bloom", "t5", "encoder-decoder"]
 TeacherSignal = Literal["logits", "conditional_mlm", "hidden", "text", "uld"]

@@ -3,6 +3,7 @@
 import base64
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import Any, Final
 from uuid import uuid4
 
 import orjson
@@ -22,6 +23,12 @@ log = structlog.get_logger(__name__)
 
 KEY_PREFIX = "stillhouse:"  # `global_keyprefix` of `celery_settings`
 SEND_SECONDS = 0.5  # to connect or to write; a send waits at most about twice that when Redis is gone
+# Any: options of several kinds
+SOCKET: Final[dict[str, Any]] = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), SEND_SECONDS)
+ONCE_MORE: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
+# As kombu lays a message of Celery's into a list of Redis.
+LAID: Final = {"delivery_mode": 2, "priority": 0, "body_encoding": "base64"}
+CONTENT: Final = {"content-encoding": "utf-8", "content-type": "application/json"}
 # RuntimeError: uvloop's, for a write on a connection that was closed a moment before
 FAULTS = (CeleryError, KombuError, RedisError, OSError, RuntimeError)
 
@@ -37,21 +44,10 @@ def _producer(redis_url: str) -> Celery:
     conf["broker_url"] = redis_url
     conf["broker_connection_timeout"] = SEND_SECONDS
     conf["broker_pool_acquire_timeout"] = SEND_SECONDS
-    conf["broker_transport_options"] |= {
-        "socket_timeout": SEND_SECONDS,
-        "socket_connect_timeout": SEND_SECONDS,
-        "max_retries": 1,
-        "interval_start": 0,
-        "interval_step": 0,
-    }
+    conf["broker_transport_options"] |= {**SOCKET, **ONCE_MORE}
     # A pooled connection may be stale after a restart of Redis: one more try, at once, on a fresh one.
     conf["task_publish_retry"] = True
-    conf["task_publish_retry_policy"] = {
-        "max_retries": 1,
-        "interval_start": 0,
-        "interval_step": 0,
-        "interval_max": 0,
-    }
+    conf["task_publish_retry_policy"] = {**ONCE_MORE, "interval_max": 0}
     producer.conf.update(conf)
     return producer
 
@@ -78,12 +74,8 @@ class Outbox:
 
     def __init__(self, redis_url: str) -> None:
         self._amqp = _producer(redis_url).amqp
-        self._redis = AsyncRedis.from_url(
-            redis_url,
-            socket_timeout=SEND_SECONDS,
-            socket_connect_timeout=SEND_SECONDS,
-            retry=Retry(NoBackoff(), 1),  # a connection may be stale after a restart of Redis
-        )
+        # once more: a connection may be stale after a restart of Redis
+        self._redis = AsyncRedis.from_url(redis_url, **SOCKET, retry=Retry(NoBackoff(), 1))
 
     async def send(self, worker_id: str, request: GenerateRequest) -> None:
         """Puts the request into the worker's own queue. Raises NotSent."""
@@ -96,7 +88,6 @@ class Outbox:
         await self._redis.aclose()
 
     def _message(self, queue: str, request: GenerateRequest) -> bytes:
-        """As Celery and kombu put it into a list of Redis."""
         task = self._amqp.as_task_v2(
             uuid4().hex,
             GENERATE_TASK,
@@ -106,19 +97,7 @@ class Outbox:
             kwargsrepr="{}",
             ignore_result=None,
         )
-        delivery = {
-            "delivery_mode": 2,
-            "delivery_info": {"exchange": "", "routing_key": queue},
-            "delivery_tag": uuid4().hex,
-            "priority": 0,
-            "body_encoding": "base64",
-        }
-        return orjson.dumps(
-            {
-                "body": base64.b64encode(orjson.dumps(task.body)).decode(),
-                "content-encoding": "utf-8",
-                "content-type": "application/json",
-                "headers": task.headers,
-                "properties": {**task.properties, **delivery},
-            }
-        )
+        place = {"delivery_info": {"exchange": "", "routing_key": queue}, "delivery_tag": uuid4().hex}
+        body = base64.b64encode(orjson.dumps(task.body)).decode()
+        properties = {**task.properties, **LAID, **place}
+        return orjson.dumps({**CONTENT, "body": body, "headers": task.headers, "properties": properties})

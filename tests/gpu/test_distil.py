@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.worker.memory_sink import MemorySink
 from worker.distill import devices
 from worker.distill.batches import collate
 from worker.distill.bodies import hidden_rows
 from worker.distill.data import Example
 from worker.distill.devices import Device, Needs, Placement, autocast
 from worker.distill.pipeline import distil
-from worker.distill.progress import MemorySink, MessageLine, MetricsLine
+from worker.distill.progress import MessageLine, MetricsLine
 from worker.distill.spec import RunSpec
 from worker.distill.students import load_model
 from worker.distill.trainer import Stopped

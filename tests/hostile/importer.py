@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from worker.distill.progress import MemorySink
+from tests.worker.memory_sink import MemorySink
 from worker.errors import WorkerError
 from worker.import_spec import ImportSpec
 from worker.importing import import_model

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from worker.distill.progress import MemorySink, ResultLine
+from tests.worker.memory_sink import MemorySink
+from worker.distill.progress import ResultLine
 from worker.errors import BrokenFile, UnsupportedModel, UnsupportedTokenizer, WorkerError
 from worker.gguf import check_gguf, read_gguf_header
 from worker.import_spec import ImportSpec

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import save_tiny
-from worker.distill.progress import ErrorLine, MemorySink, ResultLine, RunLine, run_line
+from tests.worker.memory_sink import MemorySink
+from worker.distill.progress import ErrorLine, ResultLine, RunLine, run_line
 from worker.distill.shapes import SUPPORTED, model_class, read_config, shape_of
 from worker.errors import BrokenFile, UnsafeFile, UnsupportedModel, WorkerError
 from worker.import_spec import ImportSpec

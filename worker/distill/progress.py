@@ -111,13 +111,3 @@ class Sink(Protocol):
     """Takes a run's lines; the process's own writes them to its standard output."""
 
     def __call__(self, line: RunLine, /) -> None: ...
-
-
-class MemorySink:
-    """Keeps the lines in a list."""
-
-    def __init__(self) -> None:
-        self.lines: list[RunLine] = []
-
-    def __call__(self, line: RunLine, /) -> None:
-        self.lines.append(line)

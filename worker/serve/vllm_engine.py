@@ -215,11 +215,7 @@ def load_vllm(
     if config.model_type in SEQ2SEQ:
         raise UnsupportedModel("vLLM serves decoders only; serve an encoder-decoder with engine transformers")
     limit = getattr(config, "max_position_embeddings", None) or max_context_tokens
-    core = _make_core(
-        folder,
-        max_num_seqs=max_running,
-        max_model_len=min(max_context_tokens, limit),
-    )
+    core = _make_core(folder, max_num_seqs=max_running, max_model_len=min(max_context_tokens, limit))
     configs = [config]
     if (folder / "generation_config.json").exists():
         configs.append(GenerationConfig.from_pretrained(folder, local_files_only=True))

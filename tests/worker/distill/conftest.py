@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tests.worker.memory_sink import MemorySink
 from worker.distill.pipeline import distil
-from worker.distill.progress import MemorySink, MetricsLine
+from worker.distill.progress import MetricsLine
 from worker.distill.spec import RunSpec
 from worker.run import EngineSampler
 

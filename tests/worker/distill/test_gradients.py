@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.worker.memory_sink import MemorySink
 from worker.distill.batches import collate
 from worker.distill.data import Example
 from worker.distill.devices import Placement
@@ -12,7 +13,6 @@ from worker.distill.gradients import Gradients, Sums
 from worker.distill.heads import head_of
 from worker.distill.objectives import TokenObjective
 from worker.distill.parallel import ALONE
-from worker.distill.progress import MemorySink
 from worker.distill.rollouts import Piece
 from worker.distill.spec import RunSpec
 from worker.distill.students import load_model

@@ -10,17 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.worker.memory_sink import MemorySink
 from worker.distill.checkpoint import load_state
 from worker.distill.errors import GateFailed, NanLoss, StudentTooDeep
 from worker.distill.pipeline import Outcome, distil
-from worker.distill.progress import (
-    CheckpointLine,
-    MemorySink,
-    MessageLine,
-    MetricsLine,
-    ProgressLine,
-    StageLine,
-)
+from worker.distill.progress import CheckpointLine, MessageLine, MetricsLine, ProgressLine, StageLine
 from worker.distill.spec import RunSpec
 from worker.distill.trainer import Stopped
 from worker.run import EngineSampler

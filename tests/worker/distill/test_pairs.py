@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, EncoderDecoderModel
 
 from tests.tiny import save_tiny
+from tests.worker.memory_sink import MemorySink
 from worker.distill.checkpoint import load_state
 from worker.distill.errors import InvalidStudent, TokenizerMismatch, UnsupportedModel
 from worker.distill.pipeline import Outcome, distil
-from worker.distill.progress import MemorySink, MessageLine, ProgressLine, StageLine
+from worker.distill.progress import MessageLine, ProgressLine, StageLine
 from worker.distill.spec import RunSpec
 from worker.distill.trainer import Stopped
 from worker.run import EngineSampler

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from tests.worker.memory_sink import MemorySink
 from worker.distill.errors import InvalidTrainingFile, TokenizerMismatch
 from worker.distill.pipeline import distil
-from worker.distill.progress import MemorySink, MessageLine, ProgressLine, StageLine
+from worker.distill.progress import MessageLine, ProgressLine, StageLine
 from worker.distill.spec import RunSpec
 from worker.distill.students import load_model
 from worker.distill.trainer import Stopped

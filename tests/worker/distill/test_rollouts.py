@@ -11,12 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.distillation import Data, Distillation
 from tests.tiny import save_tiny
+from tests.worker.memory_sink import MemorySink
 from worker.distill.checkpoint import TrainState, load_state
 from worker.distill.data import Encoder, Example, Row
 from worker.distill.errors import InvalidTrainingFile, UnsupportedModel
 from worker.distill.evaluate import HeldOut
 from worker.distill.pipeline import Outcome, distil
-from worker.distill.progress import MemorySink
 from worker.distill.rollouts import Piece, RolloutPlan, Rollouts, check_rollouts
 from worker.distill.sampler import Generation
 from worker.distill.signals import Signal

@@ -11,18 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from tests.worker.memory_sink import MemorySink
 from worker.distill.checkpoint import load_state
 from worker.distill.data import Encoder, read_rows, split_rows
 from worker.distill.errors import NanLoss
 from worker.distill.layers import keep_layers
-from worker.distill.progress import (
-    CheckpointLine,
-    MemorySink,
-    MessageLine,
-    MetricsLine,
-    ProgressLine,
-    RunLine,
-)
+from worker.distill.progress import CheckpointLine, MessageLine, MetricsLine, ProgressLine, RunLine
 from worker.distill.rates import scheduled
 from worker.distill.spec import RunSpec
 from worker.distill.students import freeze_head, load_model

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from tests.tiny import save_tiny
+from tests.worker.memory_sink import MemorySink
 from worker.distill.data import Encoder, read_rows, split_rows
 from worker.distill.errors import TokenizerMismatch
 from worker.distill.pipeline import Outcome, distil
-from worker.distill.progress import MemorySink, MessageLine, MetricsLine
+from worker.distill.progress import MessageLine, MetricsLine
 from worker.distill.spec import RunSpec
 from worker.distill.students import load_model
 from worker.distill.trainer import Stopped
