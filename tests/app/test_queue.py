@@ -93,6 +93,22 @@ def test_a_stale_connection_is_replaced_at_once(valkey: str) -> None:
         assert client.llen("stillhouse:train") == 2
 
 
+def test_a_request_goes_out_though_its_connection_went_stale(valkey: str) -> None:
+    async def send_twice() -> None:
+        outbox = Outbox(valkey)
+        try:
+            await outbox.send("w1", request())
+            with redis.Redis.from_url(valkey) as client:
+                client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            await outbox.send("w1", request())
+        finally:
+            await outbox.aclose()
+
+    asyncio.run(send_twice())
+    with redis.Redis.from_url(valkey) as client:
+        assert client.llen(queue_key("w1")) == 2
+
+
 @pytest.mark.parametrize("kind", ["refusing", "silent"])
 def test_without_redis_a_doorbell_gives_up_quickly_and_a_request_says_so(
     settings_env: Callable[..., Settings], kind: str
