@@ -3,6 +3,7 @@
 import hashlib
 from enum import StrEnum
 from typing import Annotated, Any, Literal
+from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -257,8 +258,9 @@ Reply = Annotated[Delta | Done | Failure, Field(discriminator="kind")]
 
 
 class ReplyBatch(Contract):
-    """One publish: everything one engine step has for one API process."""
+    """One publish: everything one engine step has for one API process. A publish that is tried again may come twice."""
 
+    id: str = Field(default_factory=lambda: uuid4().hex)
     replies: tuple[Reply, ...]
 
 
@@ -289,7 +291,7 @@ class ModelState(Contract):
 
 
 class ServeWorkerStatus(Contract):
-    """A serve worker's heartbeat. `engines` are those whose packages it has.
+    """A serve worker's heartbeat. `engines` are those whose packages it has, `requests` those whose end it has not told.
 
     last_step_at is the end of the last forward pass, or None before the first; stalled_seconds is how long there has been
     work without one.
@@ -302,6 +304,7 @@ class ServeWorkerStatus(Contract):
     models: tuple[ModelState, ...] = ()
     num_running: int = 0
     num_waiting: int = 0
+    requests: frozenset[str] = frozenset()
     max_running: int
     is_draining: bool = False
     last_step_at: float | None = None

@@ -68,7 +68,7 @@ class Leg:
     wire_id: str = ""
     worker_id: str = ""
     num_sends: int = 0
-    sent_at: float = 0.0
+    seen_at: float = 0.0  # sent, heard, or in its worker's heartbeat
     is_heard: bool = False
 
     def hang_up(self) -> None:

@@ -49,6 +49,8 @@ T = TypeVar("T")
 NOWHERE = "unix:///nonexistent/redis.sock"  # an unset URL is like a Redis that is down
 MAX_SENDS = 3  # a prompt that has outlived three workers may be what kills them
 LOST_SECONDS = 5.0  # an idle worker that has said nothing about a leg for this long never got it
+FORGOTTEN_SECONDS = 15.0  # nor has a busy one it, or its end was lost on the way
+MAX_KNOWN_BATCHES = 4096  # of replies, so that one that comes twice, and late, is known
 DEADLINE_SLACK_SECONDS = 5.0  # a worker ends a late request itself; this is for one that cannot
 LISTEN_SECONDS = 2.0  # how long a request waits for the reply channel to be open
 RELISTEN_SECONDS = 0.25
@@ -87,6 +89,7 @@ class Switchboard:
             max_requests_per_key=settings.max_requests_per_key,
         )
         self._legs: dict[str, Leg] = {}
+        self._known_batches: dict[str, None] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._is_listening = asyncio.Event()
         self._outbox = Outbox(settings.redis_url or NOWHERE)
@@ -165,7 +168,7 @@ class Switchboard:
             return
         leg.num_sends += 1
         leg.wire_id = f"{leg.request.id}.{leg.num_sends}"
-        leg.sent_at = time.monotonic()
+        leg.seen_at = time.monotonic()
         self._legs[leg.wire_id] = leg
         message = leg.request.model_copy(update={"id": leg.wire_id, "reply_to": self.api_id})
         try:
@@ -233,6 +236,11 @@ class Switchboard:
         except ValidationError:
             log.warning("reply_malformed", num_bytes=len(data))
             return
+        if batch.id in self._known_batches:
+            return
+        self._known_batches[batch.id] = None
+        if len(self._known_batches) > MAX_KNOWN_BATCHES:
+            del self._known_batches[next(iter(self._known_batches))]
         for reply in batch.replies:
             if (leg := self._legs.get(reply.id)) is not None:
                 self._advance(leg, reply)
@@ -245,7 +253,7 @@ class Switchboard:
             else:
                 leg.flow.fail(error_of(reply))
             return
-        leg.is_heard = True
+        leg.is_heard, leg.seen_at = True, time.monotonic()
         leg.flow.put(leg.index, reply)
         if isinstance(reply, Done):
             self._legs.pop(leg.wire_id, None)
@@ -285,16 +293,15 @@ class Switchboard:
 
     def _check(self, leg: Leg, can_judge: bool) -> None:
         idle_since = self._fleet.idle_since(leg.worker_id)
+        if self._fleet.has(leg.worker_id, leg.wire_id):
+            leg.seen_at = time.monotonic()
+        patience = FORGOTTEN_SECONDS if idle_since is None else LOST_SECONDS
         if time.time() > leg.request.deadline_at + DEADLINE_SLACK_SECONDS:
             leg.flow.fail(TimedOut("the answer took too long; ask for fewer tokens or try again"))
         elif can_judge and not self._fleet.is_known(leg.worker_id):
             self._recover(leg, "it stopped answering")
-        elif (
-            can_judge
-            and idle_since is not None
-            and time.monotonic() - max(idle_since, leg.sent_at) > LOST_SECONDS
-        ):
-            self._recover(leg, "the request never reached it")
+        elif can_judge and time.monotonic() - max(idle_since or 0.0, leg.seen_at) > patience:
+            self._recover(leg, "it no longer has the request")
 
     async def _cancel(self, worker_id: str, wire_id: str) -> None:
         """Tells the worker to stop; again while it lives and does not hear, for it may be reconnecting."""

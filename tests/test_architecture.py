@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "worker")
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 60
-MAX_PLANE_LINES = {"app": 11_200, "worker": 17_100}  # docs/decisions/0015-float32-from-bfloat16.md
+MAX_PLANE_LINES = {"app": 11_450, "worker": 17_250}  # docs/decisions/0019-what-a-review-found.md
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 
 

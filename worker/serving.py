@@ -128,7 +128,7 @@ class ServeWorker:
                 503, "draining", "the worker was stopped before the answer was complete; try again"
             )
             is_as_asked = True
-        except Exception:  # whatever the engine broke on, nobody may wait for it in vain
+        except BaseException:  # whatever the engine broke on, nobody may wait for it in vain
             log.exception("engine_thread_failed")
             self._fail_all(500, "internal_error", "the engine failed on this request or on one beside it")
         self._has_ended.set()
@@ -187,11 +187,16 @@ class ServeWorker:
             num_running=host.num_running,
             num_waiting=len(self._homes) if is_unplaced else host.num_waiting,
             max_running=self._options.max_running,
+            requests=self._open(),
             is_draining=self._drain_until is not None,
             last_step_at=host.last_step_at,
             stalled_seconds=self._stalled_seconds(host),
             beat_at=time.time(),
         )
+
+    def _open(self) -> frozenset[str]:
+        with self._lock:
+            return frozenset(self._homes)
 
     def _stalled_seconds(self, host: HostStatus) -> float:
         """How long the engine thread has not come round, or has had sequences without a forward pass."""

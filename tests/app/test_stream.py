@@ -352,6 +352,44 @@ def test_a_request_that_an_idle_worker_never_got_is_sent_again(
     play(scene)
 
 
+def test_a_request_that_a_busy_worker_does_not_have_is_sent_again_and_a_begun_one_fails(
+    play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "FORGOTTEN_SECONDS", 0.4)
+
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a", num_running=1, requests=["q0.1", "r0.1"])
+        unread, begun = await stage.open("q"), await stage.open("r")
+        await stage.say(delta("r0.1", "so"))
+        await asyncio.sleep(0.6)
+        assert await stage.num_queued("a") == 2, "the worker says that it has them"
+        await stage.beat("a", num_running=1)
+        await stage.until_queued("a", 3)
+        await stage.say(delta("q0.1", "late"), done("q0.2"))
+        assert [type(reply) for _, reply in await unread.take()] == [Done]
+        assert (await failure_of(begun)).code == "worker_lost"
+
+    play(scene)
+
+
+def test_replies_that_come_twice_are_heard_once(play: Play) -> None:
+    """A publish whose answer was lost is tried again, though it may have been heard."""
+
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a")
+        flow = await stage.open()
+        message = ReplyBatch(replies=(delta("r0.1", "one"),)).model_dump_json()
+        for _ in range(2):
+            await stage.redis.publish(reply_channel(stage.board.api_id), message)
+        await stage.say(delta("r0.1", "two"), done("r0.1"))
+        texts = []
+        while replies := await flow.take():
+            texts += [reply.text for _, reply in replies if isinstance(reply, Delta)]
+        assert texts == ["one", "two"]
+
+    play(scene)
+
+
 def test_a_request_that_its_worker_does_not_end_in_time_is_ended_here(
     play: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -293,6 +293,28 @@ def test_a_tokenizer_that_gives_up_ends_its_own_requests_only(
         client.fine_tuning.jobs.create(model="panics", training_file=file.id, method=method)
 
 
+def test_a_decoder_that_gives_up_ends_its_own_requests_only(
+    place: Place, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    """The same on the way back to text, in the thread of all engines."""
+    folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
+    state = json.loads((folder / "tokenizer.json").read_text())
+    # what looks ahead is beyond Rust's own patterns, and goes to a library that counts its steps
+    replace = {"type": "Replace", "pattern": {"Regex": "(x+x+)+(?=y)"}, "content": ""}
+    state["decoder"] = {"type": "Sequence", "decoders": [state["decoder"], {"type": "Fuse"}, replace]}
+    (folder / "tokenizer.json").write_text(json.dumps(state))
+    place.service.cli("models", "import", str(folder), "--name", "garbler")
+    client = place.service.client(max_retries=0)
+    worker = place.only("worker.main", "serve")
+    letter = state["model"]["vocab"]["x"]
+    for _ in range(2):
+        with pytest.raises(openai.InternalServerError, match="tokenizer"):
+            client.completions.create(model="garbler", prompt=[letter] * 60, max_tokens=2)
+    assert client.completions.create(model="garbler", prompt="Hello", max_tokens=2).choices
+    assert client.completions.create(model=TEACHER, prompt="Hello", max_tokens=2).choices
+    assert worker.is_running()
+
+
 def test_no_log_holds_a_key_a_prompt_or_a_row(place: Place) -> None:
     """A session with errors in every corner, then every log of every process."""
     key, prompt, row, wrong = place.service.key, "canary-prompt-7391", "canary-row-5512", "canary-wrong-8816"

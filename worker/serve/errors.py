@@ -107,6 +107,12 @@ class DeadlinePassed(ServeError):
     status = 504
 
 
+def raise_unless_panic(error: BaseException) -> None:
+    """Raises it again, unless a Rust library panicked: that is no Exception, and would end the thread of all engines."""
+    if type(error).__name__ != "PanicException":
+        raise error
+
+
 def failure_of(request_id: str, error: ServeError) -> Failure:
     """The reply that tells a caller about an error."""
     return Failure(id=request_id, status=error.status, code=error.code, message=str(error), param=error.param)

@@ -10,6 +10,7 @@ from worker.serve.errors import (
     MessagesTooLong,
     NoChatTemplate,
     PromptTooLong,
+    raise_unless_panic,
 )
 from worker.serve.families import Context
 from worker.serve.rendering import RENDERER
@@ -104,8 +105,7 @@ def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) 
     try:
         return tuple(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the Rust library, and no Exception
-            raise
+        raise_unless_panic(error)
         raise InvalidPrompt("the model's tokenizer cannot split this text; send another") from error
 
 

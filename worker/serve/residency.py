@@ -134,7 +134,7 @@ class Residency:
             del self._loads[key]
             try:
                 self._take_in(load, load.future.result(), is_awaited(key))
-            except Exception as error:  # whatever a loader may raise
+            except BaseException as error:  # whatever a loader may raise, a panic too
                 log.error("model_load_failed", residence=key, exc_info=error)
                 shown = (
                     error if isinstance(error, ServeError)

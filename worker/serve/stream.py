@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.contracts import TokenLogprob
+from worker.serve.errors import ServeError, raise_unless_panic
 from worker.serve.sampling import Pick
 
 REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no whole character, so far or ever
@@ -24,9 +25,13 @@ class TokenText:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text without special tokens, every space kept."""
-        text: str = self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        try:
+            text: str = self._tokenizer.decode(
+                list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        except BaseException as error:
+            raise_unless_panic(error)
+            raise ServeError("the model's tokenizer cannot turn its own tokens into text") from error
         return text
 
     def bytes_of(self, token: int) -> bytes:
