@@ -54,7 +54,8 @@ class Store:
     def __init__(self, root: str) -> None:
         # Any: fsspec is untyped
         self._fs: Any
-        self._fs, self._root = fsspec.core.url_to_fs(root)
+        # A kept listing would miss what other processes have put since.
+        self._fs, self._root = fsspec.core.url_to_fs(root, use_listings_cache=False)
         self.is_local = isinstance(self._fs, fsspec.get_filesystem_class("file"))
         if self.is_local:
             (Path(self._root) / INCOMING).mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,12 @@ def insert_model(session: Session, **columns: Any) -> Model | None:  # Any: the 
     return session.scalars(fresh).one_or_none()
 
 
-def find_model(session: Session, project_id: str, model_id: str) -> Model | None:
-    """The project's own model, or a shared one."""
-    return session.scalars(select(Model).where(Model.id == model_id, _sees(project_id))).one_or_none()
+def find_model(session: Session, project_id: str, model_id: str, *, lock: bool = False) -> Model | None:
+    """The project's own model, or a shared one; `lock` keeps it until the transaction ends."""
+    query = select(Model).where(Model.id == model_id, _sees(project_id))
+    if lock:
+        query = query.with_for_update(read=True, key_share=True)
+    return session.scalars(query).one_or_none()
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,12 @@ def delete_model(session: Session, project_id: str, model_id: str) -> bool:
 
 
 def users_of_model(session: Session, project_id: str, model: Model) -> list[str]:
-    """What needs the model: aliases of the project, models that it is the draft of, and jobs that read it and have not ended."""
+    """What needs the model: aliases, models that it is the draft of, and living jobs that read it or its checkpoints."""
     aliases = select(Alias.id).where(Alias.project_id == project_id, Alias.model_id == model.id)
-    read = or_(
-        Job.spec["teacher"]["key"].astext == model.store_key,
-        Job.spec["start"]["key"].astext == model.store_key,
-    )
-    jobs = select(Job.id).where(Job.status.not_in(TERMINAL), read)
+    keys = [Job.spec[side]["key"].astext for side in ("teacher", "start")]
+    read = [key == model.store_key for key in keys]
+    read += [key.startswith(f"checkpoints/{model.source_job_id}/") for key in keys]
+    jobs = select(Job.id).where(Job.status.not_in(TERMINAL), or_(*read))
     drafted = select(Model.id).where(Model.serving["draft"]["model"].astext == model.id)
     return [
         *session.scalars(aliases.order_by(Alias.id)),

@@ -115,7 +115,10 @@ def _write_unanswered(batch: Batch, file: _ResultFile, status: BatchStatus, sett
     code, message = NEVER_RUN[status]
     with transaction() as session:
         answered = batches.answered_lines(session, batch.id)
-    for number, raw in numbered_lines(batch.input_key, settings.max_line_bytes):
-        if number not in answered:
-            error = {"code": code, "message": message}
-            file.write(output_line(parse_request(raw).custom_id, error=error))
+    try:
+        for number, raw in numbered_lines(batch.input_key, settings.max_line_bytes):
+            if number not in answered:
+                error = {"code": code, "message": message}
+                file.write(output_line(parse_request(raw).custom_id, error=error))
+    except FileNotFoundError:  # nobody knows their ids any more, and the batch must end
+        log.warning("batch_input_lost", batch=batch.id)

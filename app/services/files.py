@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from app.auth import Principal
 from app.db import files
 from app.db.locks import lock_project
-from app.db.session import Session, transaction
+from app.db.session import PoolExhausted, Session, transaction
 from app.db.tables import File
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, StillhouseError, TooLarge, Unavailable
 from app.services.rows import RowChecker
@@ -80,8 +80,7 @@ class Upload:
         except StillhouseError as error:
             self.fault = error
         except OSError as error:
-            log.warning("upload_not_written", reason=str(error))
-            self.fault = Unavailable("the store cannot take the file now; try again later", "storage_error")
+            self.fault = _not_written(error)
         if self.fault is not None:
             self.abandon()
 
@@ -92,6 +91,8 @@ class Upload:
                 return self._finish()
         except StillhouseError as error:
             self.fault = error
+        except OSError as error:
+            self.fault = _not_written(error)
         except BaseException:
             self.abandon()
             raise
@@ -102,7 +103,8 @@ class Upload:
         """Takes back whatever was written."""
         if self._file is not None:
             self._file = None
-            self._cleanup.__exit__(BadRequest, BadRequest("abandoned"), None)
+            with suppress(OSError):  # what is still in its buffer may not fit on the disk
+                self._cleanup.__exit__(BadRequest, BadRequest("abandoned"), None)
 
     def _finish(self) -> File:
         if not self._is_complete:
@@ -137,7 +139,9 @@ class Upload:
                     max_row_bytes=self._checker.max_row_bytes if is_training else None,
                     expires_at=expires_at,
                 )
-        except BaseException:
+        except (StillhouseError, PoolExhausted):
+            # Certain to come before the commit. After any other fault the row may be there; if it is not, the
+            # bytes go after a day (services/garbage.py).
             store().delete(self.store_key)
             raise
 
@@ -215,6 +219,7 @@ class Upload:
         self._num_bytes += len(piece)
         if self._num_bytes > self._settings.max_file_bytes:
             raise too_large(self._settings)
+        demand_disk(self._settings)  # again: other uploads fill it meanwhile
         self._sha256.update(piece)
         self._file.write(piece)
         purpose = self._fields.get("purpose", b"fine-tune").decode(errors="replace")
@@ -231,6 +236,11 @@ def demand_disk(settings: Settings) -> None:
         raise Unavailable(
             "the store is full; delete files or models, or try again later", "insufficient_storage"
         )
+
+
+def _not_written(error: OSError) -> Unavailable:
+    log.warning("upload_not_written", reason=str(error))
+    return Unavailable("the store cannot take the file now; try again later", "storage_error")
 
 
 def too_large(settings: Settings) -> TooLarge:
@@ -278,7 +288,13 @@ def delete_file(project_id: str, file_id: str) -> None:
 
 
 def read_content(row: File) -> Iterator[bytes]:
-    """The bytes of a file in pieces."""
-    with store().open(row.store_key) as file:
+    """The bytes of a file in pieces; raises NotFound before the first is asked for."""
+    if not store().exists(row.store_key):
+        raise NotFound(f"the store has lost the file {row.id!r}; upload it again", param="file_id")
+    return _pieces(row.store_key)
+
+
+def _pieces(store_key: str) -> Iterator[bytes]:
+    with store().open(store_key) as file:
         while piece := file.read(READ_BYTES):
             yield piece

@@ -44,24 +44,19 @@ def resolve_at_once(project_id: str, model_id: str) -> Resolved:
     return Resolved(row.id, ref, facts, ServingOptions.model_validate(row.serving or {}))
 
 
-def resolve(session: Session, project_id: str, model_id: str, *, param: str = "model") -> Resolved:
+def resolve(
+    session: Session, project_id: str, model_id: str, *, param: str = "model", lock: bool = False
+) -> Resolved:
     """The folder behind a model id, an alias `name@alias` or a checkpoint `…:ckpt-step-n`; raises NotFound."""
     model_id = model_id.replace("\x00", "\ufffd")  # Postgres holds no NUL: such a model does not exist
     match = CHECKPOINT_PATTERN.fullmatch(model_id)
-    if match:
+    if match:  # the model first: whoever waited for its end then sees that of its checkpoints, too
+        registered = models.find_model(session, project_id, match["model"], lock=lock)
         found = models.find_checkpoint(session, project_id, match["model"], int(match["step"]))
         if found is not None:
-            registered = models.find_model(session, project_id, match["model"])
             facts = ModelFacts.model_validate(registered.facts) if registered else None
             return Resolved(model_id, ArtifactRef(key=f"{found.store_key}/model", bytes=found.bytes), facts)
-    alias = models.find_alias(session, project_id, model_id) if "@" in model_id else None
-    row = models.find_model(session, project_id, alias.model_id if alias else model_id)
-    if row is None:
-        raise NotFound(
-            f"the model {model_id!r} does not exist; GET /v1/models lists those you may use",
-            "model_not_found",
-            param,
-        )
+    row = get_model(session, project_id, model_id, param=param, lock=lock)
     return Resolved(row.id, artifact(row), ModelFacts.model_validate(row.facts), options_of(row))
 
 
@@ -73,12 +68,15 @@ def artifact(row: Model) -> ArtifactRef:
     return ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.manifest_sha256)
 
 
-def get_model(session: Session, project_id: str, model_id: str, *, param: str = "model") -> Model:
+def get_model(
+    session: Session, project_id: str, model_id: str, *, param: str = "model", lock: bool = False
+) -> Model:
     """The version with this id, or the one an alias points at; raises NotFound."""
     alias = models.find_alias(session, project_id, model_id) if "@" in model_id else None
-    row = models.find_model(session, project_id, alias.model_id if alias else model_id)
+    row = models.find_model(session, project_id, alias.model_id if alias else model_id, lock=lock)
     if row is None:
-        raise NotFound(f"the model {model_id!r} does not exist", "model_not_found", param)
+        message = f"the model {model_id!r} does not exist; GET /v1/models lists those you may use"
+        raise NotFound(message, "model_not_found", param)
     return row
 
 
@@ -109,7 +107,7 @@ def set_alias(principal: Principal, name: str, alias: str, *, model_id: str) -> 
                 f"{param} is 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit", param=param
             )
     with transaction() as session:
-        target = get_model(session, principal.project_id, model_id)
+        target = get_model(session, principal.project_id, model_id, lock=True)
         return models.set_alias(session, principal.project_id, f"{name}@{alias}", target.id)
 
 

@@ -61,10 +61,7 @@ def _refuse_beside_vllm(asked: SetServing, facts: ModelFacts) -> None:
 
 def _find_draft(session: Session, project_id: str, row: Model, draft_id: str) -> Model:
     """The drafter, locked so that it cannot be deleted meanwhile. Raises BadRequest and NotFound."""
-    found = registry.get_model(session, project_id, draft_id, param="draft.model")
-    drafter = models.lock_model(session, found.id)
-    if drafter is None:
-        raise NotFound(f"the model {draft_id!r} does not exist", "model_not_found", "draft.model")
+    drafter = registry.get_model(session, project_id, draft_id, param="draft.model", lock=True)
     ours, theirs = ModelFacts.model_validate(row.facts), ModelFacts.model_validate(drafter.facts)
     reason = None
     if drafter.id == row.id:

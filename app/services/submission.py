@@ -52,10 +52,10 @@ class Reader:
 
 
 def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> Plan:
-    """Resolves what the request names; raises BadRequest or NotFound that says what does not fit."""
+    """Resolves and locks what the request names; raises BadRequest or NotFound that says what does not fit."""
     block = asked.method.distillation
-    teacher = registry.resolve(session, project_id, block.teacher, param=f"{BLOCK}.teacher")
-    start = registry.resolve(session, project_id, asked.model)
+    teacher = registry.resolve(session, project_id, block.teacher, param=f"{BLOCK}.teacher", lock=True)
+    start = registry.resolve(session, project_id, asked.model, lock=True)
     if teacher.facts is None or start.facts is None:
         raise BadRequest(
             "a job can only begin from models of jobs that have succeeded", "model_not_ready", "model"

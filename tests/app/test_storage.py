@@ -2,6 +2,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -195,6 +196,24 @@ def test_what_a_killed_writer_left_is_swept_after_a_while(tmp_path: Path) -> Non
     os.utime(leftover, (0, 0))
     assert store.sweep_incoming(3600) == 1
     assert not leftover.exists()
+
+
+def test_what_another_process_put_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    system = fsspec.get_filesystem_class("memory")
+    look = system.ls
+
+    def ls(self: Any, path: str, **options: Any) -> Any:  # Any: fsspec is untyped
+        """Remembers listings, as the file system of an object store does."""
+        found = self.dircache.get(path) or look(self, path, **options)
+        self.dircache[path] = found
+        return found
+
+    monkeypatch.setattr(system, "ls", ls)
+    store, other = Store("memory://store"), fsspec.filesystem("memory")
+    for names in (["a"], ["a", "b"]):
+        other.pipe_file(f"/store/listed/{names[-1]}", b"x")
+        assert store.children("listed") == names
+    store.delete("listed")
 
 
 def test_free_space_is_known_of_a_folder_only(tmp_path: Path) -> None:

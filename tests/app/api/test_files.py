@@ -7,6 +7,7 @@ import openai
 import pytest
 
 from app.settings import get_settings
+from app.storage import store
 
 ROW = {"prompt": "What is a still?", "completion": "A vessel."}
 
@@ -61,6 +62,15 @@ def test_a_deleted_file_is_gone_with_its_bytes(client: openai.OpenAI) -> None:
     assert stored_files() == []
     with pytest.raises(openai.NotFoundError):
         client.files.retrieve(made.id)
+
+
+def test_a_file_whose_content_is_lost_is_said_so(client: openai.OpenAI) -> None:
+    made = send(client, lines(ROW))
+    store().delete(f"files/{made.id}")
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.files.content(made.id)
+    assert refused.value.param == "file_id"
+    assert "upload it again" in refused.value.message
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,33 @@
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from sqlalchemy import text
 
 from app.contracts import ArtifactRef
 from app.db import leases
-from app.db.session import transaction
+from app.db import models as model_rows
+from app.db.session import Session, transaction
 from app.errors import NotFound
 from app.services import registry
 from app.storage import store
+from tests.serve_worker import wait_for
 
 Register = Callable[..., str]
+
+
+def wait_until_stuck(session: Session, *asked: Future[Any]) -> None:  # Any: whatever they give
+    """Until each waits for a lock, if it is not done."""
+    waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    wait_for(
+        lambda: (session.scalar(waiting) or 0) + sum(one.done() for one in asked) >= len(asked),
+        4,  # less than a lock is waited for
+        "something else goes on",
+    )
 
 
 def test_models_are_listed_with_what_they_are_made_of(client: openai.OpenAI, register: Register) -> None:
@@ -51,6 +65,44 @@ def test_a_model_that_something_needs_stays(
     assert refused.value.code == "resource_in_use"
     assert job.id in refused.value.message
     assert store().exists("models/tiny")
+
+
+def test_a_job_that_is_just_being_queued_keeps_its_model(
+    client: openai.OpenAI, register: Register, upload: Register
+) -> None:
+    register("tiny")
+    asked: Any = {"method": {"type": "distillation", "distillation": {"teacher": "tiny"}}, "model": "tiny"}
+    asked["training_file"] = upload(client, [{"prompt": "a", "completion": "b"}])
+    with ThreadPoolExecutor() as pool:
+        with transaction() as session:
+            session.execute(
+                text("LOCK TABLE job_events IN SHARE MODE")
+            )  # so that it is inserted, not committed
+            made = pool.submit(client.fine_tuning.jobs.create, **asked)
+            wait_until_stuck(session, made)
+            deleted = pool.submit(client.models.delete, "tiny")
+            wait_until_stuck(session, made, deleted)
+        with pytest.raises(openai.ConflictError) as refused:
+            deleted.result()
+    assert made.result().id in refused.value.message
+    assert store().exists("models/tiny")
+
+
+def test_a_model_that_is_just_being_deleted_gets_no_alias_and_no_job(
+    http: httpx.Client, client: openai.OpenAI, register: Register, upload: Register
+) -> None:
+    register("tiny")
+    asked: Any = {"method": {"type": "distillation", "distillation": {"teacher": "tiny"}}, "model": "tiny"}
+    asked["training_file"] = upload(client, [{"prompt": "a", "completion": "b"}])
+    with ThreadPoolExecutor() as pool:
+        with transaction() as session:
+            assert model_rows.delete_model(session, "acme", "tiny")
+            alias = pool.submit(http.put, "/v1/models/support/aliases/prod", json={"model": "tiny"})
+            job = pool.submit(http.post, "/v1/fine_tuning/jobs", json=asked)
+            wait_until_stuck(session, alias, job)
+        answers = [answer.result() for answer in (alias, job)]
+    assert [answer.status_code for answer in answers] == [404, 404]
+    assert {answer.json()["error"]["code"] for answer in answers} == {"model_not_found"}
 
 
 def test_another_projects_model_does_not_exist(
@@ -127,6 +179,40 @@ def test_a_checkpoint_of_a_running_job_can_be_served(
             registry.resolve(session, "acme", f"{job.model_id}:ckpt-step-11")
         with pytest.raises(NotFound):
             registry.resolve(session, "rival", name)
+
+
+def test_a_checkpoint_goes_with_its_model(
+    client: openai.OpenAI, register: Register, upload: Register
+) -> None:
+    register("tiny")
+    method: Any = {"type": "distillation", "distillation": {"teacher": "tiny"}}
+    file_id = upload(client, [{"prompt": "a", "completion": "b"}])
+    client.fine_tuning.jobs.create(model="tiny", training_file=file_id, method=method)
+    with transaction() as session:
+        job = leases.claim(session, "worker/1", 90.0)
+        tiny = model_rows.find_model(session, "acme", "tiny")
+        assert job is not None
+        assert job.lease_token is not None
+        assert tiny is not None
+        ref = ArtifactRef(key="checkpoints/a/1/step-10", bytes=5, sha256="c" * 64)
+        leases.insert_checkpoint(session, job.id, job.lease_token, step=10, ref=ref, metrics={}, is_best=True)
+        columns: Any = {"store_key": "models/a", "bytes": 5, "manifest_sha256": "c" * 64, "facts": tiny.facts}
+        columns |= {"project_id": "acme", "origin": "distilled", "source_job_id": job.id}
+        model_rows.insert_model(session, id=job.model_id, **columns)
+    name = job.model_id
+
+    def resolve() -> registry.Resolved:
+        with transaction() as session:
+            return registry.resolve(session, "acme", f"{name}:ckpt-step-10", lock=True)
+
+    assert resolve().facts is not None
+    with ThreadPoolExecutor() as pool:
+        with transaction() as session:
+            assert model_rows.delete_model(session, "acme", name)
+            found = pool.submit(resolve)
+            wait_until_stuck(session, found)
+        with pytest.raises(NotFound):
+            found.result()
 
 
 def test_an_import_is_a_job_with_events(http: httpx.Client) -> None:

@@ -85,6 +85,17 @@ def test_what_comes_next_freezes_the_results(session: Session, batch: Batch, end
     assert frozen.status == ("cancelling" if ending == "cancel" else "finalizing")
 
 
+def test_a_batch_whose_time_was_up_before_it_was_taken_needs_only_its_files(
+    session: Session, batch: Batch
+) -> None:
+    claim(session)
+    expire_lease(session)
+    session.execute(text("UPDATE batches SET expires_at = now()"))
+    claimed = batches.claim(session, 60)
+    assert claimed is not None
+    assert claimed.status == "finalizing"
+
+
 def test_a_batch_that_is_cancelled_before_it_began_needs_only_its_files(
     session: Session, batch: Batch
 ) -> None:

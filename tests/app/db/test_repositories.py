@@ -114,6 +114,20 @@ def test_a_model_is_in_use_by_aliases_and_jobs(session: Session, add_job: AddJob
     assert models.users_of_model(session, "p", model) == ["a@live", "as-start", "as-teacher"]
 
 
+def test_a_model_is_in_use_by_jobs_that_read_a_checkpoint_of_its_training(
+    session: Session, add_job: AddJob
+) -> None:
+    add_job("trained")
+    move(session, "trained", JobStatus.cancelled, message="x")
+    model = add_model(session, "m", source_job_id="trained")
+    assert model is not None
+    own, other = "checkpoints/trained/7/step-5/model", "checkpoints/trained-2/7/step-5/model"
+    add_job("as-teacher", spec={"teacher": {"key": own}, "start": {"key": other}})
+    add_job("as-start", spec={"teacher": {"key": other}, "start": {"key": own}})
+    add_job("beside", spec={"teacher": {"key": other}, "start": {"key": other}})
+    assert models.users_of_model(session, "p", model) == ["as-start", "as-teacher"]
+
+
 def test_deleting_a_model_dooms_its_checkpoints(session: Session, add_job: AddJob) -> None:
     add_job("ftjob-1")
     job = leases.claim(session, "w", 60)

@@ -11,11 +11,13 @@ from app.settings import get_settings
 from app.storage import store
 
 
-def frozen_batch() -> Batch:
-    """A batch of two requests, one answered and one failed, that waits for its files."""
+def frozen_batch(num_requests: int = 2) -> Batch:
+    """A batch of which one request is answered and one failed, that waits for its files; its input is lost."""
     columns: dict[str, Any] = {"endpoint": "/v1/completions", "input_file_id": "f", "input_key": "files/f"}
     with transaction() as session:
-        batches.insert_batch(session, id="batch_1", project_id="p", num_requests=2, errors=[], **columns)
+        batches.insert_batch(
+            session, id="batch_1", project_id="p", num_requests=num_requests, errors=[], **columns
+        )
         claimed = batches.claim(session, 60)
         assert claimed is not None
         assert claimed.lease_token is not None
@@ -50,3 +52,16 @@ def test_only_the_holder_of_the_lease_ends_a_batch_and_nobody_elses_files_stay(d
         with store().open(file.store_key) as content:
             raw = content.read()
         assert (file.bytes, json.loads(raw)["custom_id"]) == (len(raw), f"q-{number}")
+
+
+def test_a_batch_whose_input_is_lost_ends_with_what_it_has(database: str) -> None:
+    batch = frozen_batch(num_requests=3)
+    assert end_batch(batch, batch.lease_token or 0, get_settings())
+    with transaction() as session:
+        ended = batches.find_batch(session, "p", "batch_1")
+        assert ended is not None
+        assert ended.status == "expired"
+        errors = files.find_file(session, "p", ended.error_file_id or "")
+    assert errors is not None
+    with store().open(errors.store_key) as content:
+        assert [json.loads(raw)["custom_id"] for raw in content] == ["q-2"]
