@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from app import auth, queue
 from app.api import batches, completions, errors, files, health, jobs, models, serving
@@ -45,6 +46,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for module in (completions, health, files, jobs, models, serving, batches):
         app.include_router(module.router)
     app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
+    if settings.allowed_origins:
+        origins = settings.allowed_origins.split()
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods="*", allow_headers="*", expose_headers="*"
+        )
     return app
 
 
@@ -72,7 +78,7 @@ class ReconcilerThread(threading.Thread):
     def __init__(self, every_seconds: float) -> None:
         super().__init__(name="reconciler", daemon=True)
         self._every_seconds = every_seconds
-        self._reconciler = Reconciler(ring)
+        self._reconciler = Reconciler(queue.ring_again)
         self._is_stopping = threading.Event()
 
     def run(self) -> None:
@@ -87,7 +93,3 @@ class ReconcilerThread(threading.Thread):
     def stop(self) -> None:
         self._is_stopping.set()
         self.join(JOIN_SECONDS)
-
-
-def ring() -> None:
-    queue.ring()

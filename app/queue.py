@@ -1,6 +1,7 @@
 """The Celery producer: doorbells to train workers and requests to serve workers, sent by task name."""
 
 import base64
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -22,6 +23,7 @@ from app.settings import celery_settings, get_settings
 log = structlog.get_logger(__name__)
 
 KEY_PREFIX = "stillhouse:"  # `global_keyprefix` of `celery_settings`
+MAX_WAITING_RINGS = 100
 SEND_SECONDS = 0.5  # to connect or to write; a send waits at most about twice that when Redis is gone
 # Any: options of several kinds
 SOCKET: Final[dict[str, Any]] = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), SEND_SECONDS)
@@ -67,6 +69,15 @@ def ring() -> bool:
         log.warning("ring_failed", reason=type(fault).__name__)
         return False
     return True
+
+
+def ring_again() -> None:
+    """Rings, unless enough bells wait for busy workers, who look for themselves when they are done. Never raises."""
+    num_waiting = 0
+    with suppress(*FAULTS), _producer(get_settings().redis_url).connection_or_acquire() as line:
+        num_waiting = line.default_channel.queue_declare(TRAIN_QUEUE).message_count
+    if num_waiting < MAX_WAITING_RINGS:
+        ring()
 
 
 class Outbox:

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from app.contracts import ArtifactRef, DistillationJob, ImportJob, JobFailure, JobSpec, JobStatus, ModelFacts
 from app.crash import crash_point
-from app.db import jobs, leases
+from app.db import jobs, leases, sweeps
 from app.db.lifecycle import add_event, begin_stage
 from app.db.session import DatabaseUnavailable, Session, transaction
 from app.db.tables import Checkpoint, Job, Metric
@@ -86,12 +86,10 @@ def tried_again(call: Callable[P, R]) -> Callable[P, R]:
 
 def claim(worker_id: str) -> Lease | None:
     """The next due job with the right to run it; None if nothing is due."""
-    owner = f"{worker_id[:100]}/{secrets.token_hex(6)}"
     while True:
-        taken = _claim(owner)
+        taken = _claim(f"{worker_id[:100]}/{secrets.token_hex(6)}")
         if taken is None or isinstance(taken, Lease):
             return taken
-        owner = f"{worker_id[:100]}/{secrets.token_hex(6)}"
 
 
 @tried_again
@@ -141,10 +139,7 @@ def record(lease: Lease, lines: Sequence[RunLine]) -> None:
                     columns["progress"] = line.model_dump(exclude={"type"}, exclude_none=True)
                 case MetricsLine():
                     values = {"step": line.step, **line.values}
-                    columns["latest_metrics"] = {
-                        **columns.get("latest_metrics", job.latest_metrics),
-                        **values,
-                    }
+                    columns["latest_metrics"] = columns.get("latest_metrics", job.latest_metrics) | values
                     leases.write_metrics(session, job.id, line.step, line.values)
                     add_event(session, job.id, _sentence(line), type="metrics", data=values)
                 case MessageLine():
@@ -199,10 +194,9 @@ def finish(
 
     False: the job was cancelled meanwhile or the id was taken, nothing refers to what was stored, delete it.
     """
-    is_distilled = isinstance(lease.spec, DistillationJob)
     model = {
         "id": model_id,
-        "origin": "distilled" if is_distilled else "imported",
+        "origin": "distilled" if isinstance(lease.spec, DistillationJob) else "imported",
         "store_key": ref.key,
         "bytes": ref.bytes,
         "manifest_sha256": ref.sha256,
@@ -275,6 +269,12 @@ def lost(lease: Lease, reason: str, error_code: str = "worker_lost") -> None:
         job = leases.lose(session, lease.job_id, lease.token, losses, reason=reason, error_code=error_code)
         if job is None:
             _demand_outcome(session, lease, "lost", "out_of_memory", "paused", "cancelled")
+
+
+def ended(names: Sequence[str]) -> list[str]:
+    """Those of the names that are jobs which have ended, so that nobody runs them again."""
+    with transaction() as session:
+        return [name for name, job in sweeps.stored_jobs(session, names).items() if job.has_ended]
 
 
 def _demand(session: Session, lease: Lease, job: Job | None) -> Job:

@@ -1,5 +1,6 @@
 """A run as a process group of its own: its lines, its end, and why it died."""
 
+import contextlib
 import os
 import queue
 import signal
@@ -54,8 +55,10 @@ class RunProcess:
     @property
     def is_over(self) -> bool:
         """Whether it has ended and all it said was taken; a child of its own may hold the pipe open for ever."""
+        if self._process.returncode is None and self._process.poll() is not None:
+            self._heard_at = time.monotonic()  # the end is news: if we stood still, the rest is not read yet
         is_read = not self._reader.is_alive() or self.silent_seconds > PIPE_SECONDS
-        return self._process.poll() is not None and is_read and self._lines.empty()
+        return self._process.returncode is not None and is_read and self._lines.empty()
 
     @property
     def silent_seconds(self) -> float:
@@ -64,12 +67,11 @@ class RunProcess:
     def take_lines(self, timeout_seconds: float) -> list[RunLine]:
         """What it has said; waits that long for a first line."""
         lines: list[RunLine] = []
-        try:
+        with contextlib.suppress(queue.Empty):
             lines.append(self._lines.get(timeout=timeout_seconds))
+            self._heard_at = time.monotonic()  # what comes next may have waited for room
             while len(lines) < MAX_WAITING_LINES:
                 lines.append(self._lines.get_nowait())
-        except queue.Empty:
-            pass
         return lines
 
     def ask_to_stop(self) -> None:
@@ -96,10 +98,8 @@ class RunProcess:
         return f"The run ended with status {status} and without a result.", "worker_lost"
 
     def _signal(self, number: signal.Signals) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):  # the whole group is gone already
             os.killpg(self.pid, number)
-        except ProcessLookupError:  # the whole group is gone already
-            return
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -116,11 +116,9 @@ class RunProcess:
 
     def _put(self, line: RunLine) -> bool:
         while not self._is_closed.is_set():
-            try:
+            with contextlib.suppress(queue.Full):
                 self._lines.put(line, timeout=0.5)
-            except queue.Full:
-                continue
-            return True
+                return True
         return False
 
 

@@ -4,12 +4,11 @@ The run knows neither the queue nor the database; what it prints becomes the job
 through the lease, so a supervisor that was given up for dead writes nothing and kills its run.
 """
 
-import contextlib
 import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -53,6 +52,7 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
     """Runs due jobs one after the other; gives their number. Returns early when the worker drains."""
     num_runs = 0
     while not should_drain():
+        free_ended()
         try:
             lease = ledger.claim(worker_id)
         except DATABASE_AWAY as error:
@@ -65,6 +65,18 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
         crash_point("claim.committed")
         run_job(lease, should_drain)
     return num_runs
+
+
+def free_ended() -> None:
+    """Frees what a killed worker left here of jobs that have ended: no attempt of theirs comes to do it."""
+    root = get_settings().work_root()
+    try:
+        for job_id in ledger.ended([path.name for path in root.glob("*")]):
+            shutil.rmtree(root / job_id, ignore_errors=True)
+            if (root / job_id).exists():
+                log.warning("work_folder_stays", job=job_id)
+    except Exception:
+        log.exception("free_ended_failed")  # whatever it is, jobs can still be run
 
 
 def run_job(lease: Lease, should_drain: Callable[[], bool]) -> None:
@@ -91,7 +103,7 @@ class Attempt:
     ) -> None:
         self.lease, self.heart, self.should_drain, self.settings = lease, heart, should_drain, settings
         self.folder = settings.work_root() / lease.job_id / str(lease.token)
-        self.out = self.folder / "out"
+        self.out, self.fetched = self.folder / "out", settings.work_root() / "fetched"
         self.process: RunProcess | None = None
         self.stop_deadline: float | None = None
         self.is_done = False
@@ -99,13 +111,17 @@ class Attempt:
         self._recorded_at = 0.0
 
     def run(self) -> None:
+        for stale in self.folder.parent.glob("*"):
+            shutil.rmtree(stale, ignore_errors=True)  # of a worker that was killed: its lease is over
+        resume_dir = self._good_checkpoint()
         try:
-            arguments = self._lay()
+            spec = self._spec(self.lease.spec, resume_dir)
         except (FileNotFoundError, CorruptArtifact) as error:
             log.warning("inputs_missing", job=self.lease.job_id, error=str(error))
             message = "an input of the job is gone from the store or damaged; upload it again and submit anew"
             self._write(ledger.fail, self.lease, JobFailure(code="input_missing", message=message))
             return
+        arguments = self._lay(spec)
         crash_point("inputs.laid")
         environment = child_environment(self.lease.spec, self.settings)
         self.process = process = RunProcess(arguments, self.folder, environment)
@@ -132,70 +148,51 @@ class Attempt:
     def clean_up(self) -> None:
         self._kill()
         shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another attempt may have its folder there by now
-            self.folder.parent.rmdir()
 
-    def _lay(self) -> list[str]:
-        """Lays inputs and spec into the work folder; gives the module and arguments of the process."""
-        parent = self.folder.parent
-        for stale in parent.iterdir() if parent.exists() else ():
-            shutil.rmtree(stale, ignore_errors=True)  # of a worker that was killed: its lease is over
-        self.folder.mkdir(parents=True, mode=0o700)
-        spec_path = self.folder / "spec.json"
-        spec = self.lease.spec
-        if isinstance(spec, DistillationJob):
-            spec_path.write_text(self._run_spec(spec).model_dump_json())
-            module = "worker.run"
-        else:
-            spec_path.write_text(self._import_spec(spec))
-            module = "worker.importing"
-        return [module, str(spec_path), "--out", str(self.out)]
-
-    def _run_spec(self, job: DistillationJob) -> RunSpec:
-        settings, cache_dir = self.settings, self._fetch_dir()
+    def _spec(self, job: DistillationJob | ImportJob, resume_dir: Path | None) -> RunSpec | ImportSpec:
+        """What the run is told, with its inputs fetched. Raises FileNotFoundError and CorruptArtifact."""
+        settings, threads = self.settings, self.settings.num_threads
+        if isinstance(job, ImportJob):
+            source = None
+            if job.staged is not None:
+                fetch = store().fetch_file if job.format == "gguf" else store().fetch_folder
+                source = fetch(job.staged, self.fetched)
+            return ImportSpec(format=job.format, source_path=source, hub=job.hub, num_threads=threads)
         validation = job.validation_file
         return RunSpec(
             distillation=job.distillation,
-            teacher_dir=store().fetch_folder(job.teacher, cache_dir),
-            start_dir=store().fetch_folder(job.start, cache_dir),
-            training_path=store().fetch_file(job.training_file, cache_dir),
-            validation_path=store().fetch_file(validation, cache_dir) if validation else None,
+            teacher_dir=store().fetch_folder(job.teacher, self.fetched),
+            start_dir=store().fetch_folder(job.start, self.fetched),
+            training_path=store().fetch_file(job.training_file, self.fetched),
+            validation_path=store().fetch_file(validation, self.fetched) if validation else None,
             cache_dir=settings.work_root() / "cache",
             cache_bytes=settings.teacher_cache_bytes,
-            resume_dir=self._good_checkpoint(),
+            resume_dir=resume_dir,
             seed=job.seed,
-            num_threads=settings.num_threads,
+            num_threads=threads,
             num_processes=settings.num_processes,
             keep_checkpoints=settings.keep_checkpoints,
         )
 
-    def _import_spec(self, job: ImportJob) -> str:
-        source = None
-        if job.staged is not None:
-            fetch = store().fetch_file if job.format == "gguf" else store().fetch_folder
-            source = fetch(job.staged, self._fetch_dir())
-        threads = self.settings.num_threads
-        return ImportSpec(
-            format=job.format, source_path=source, hub=job.hub, num_threads=threads
-        ).model_dump_json()
+    def _lay(self, spec: RunSpec | ImportSpec) -> list[str]:
+        """Lays the spec into the work folder; gives the module and arguments of the process."""
+        self.folder.mkdir(parents=True, mode=0o700)
+        spec_path = self.folder / "spec.json"
+        spec_path.write_text(spec.model_dump_json())
+        module = "worker.run" if isinstance(spec, RunSpec) else "worker.importing"
+        return [module, str(spec_path), "--out", str(self.out)]
 
     def _good_checkpoint(self) -> Path | None:
         """The newest checkpoint that is still what was stored; damaged ones are marked and passed over."""
         resume = self.lease.resume
         while resume is not None:
             if store().verify_folder(resume.store_key, resume.manifest_sha256):
-                folder = store().fetch_folder(resume.artifact, self._fetch_dir())
                 message = f"The run resumes from the checkpoint at step {resume.step}."
-                self._write(
-                    ledger.record, self.lease, [MessageLine(message=message, data={"step": resume.step})]
-                )
-                return folder
+                self._gathered.append(MessageLine(message=message, data={"step": resume.step}))
+                return store().fetch_folder(resume.artifact, self.fetched)
             log.warning("checkpoint_corrupt", job=self.lease.job_id, key=resume.store_key)
             resume = self._write(ledger.mark_corrupt, self.lease, resume.id)
         return None
-
-    def _fetch_dir(self) -> Path:
-        return self.settings.work_root() / "fetched"
 
     def _demand_authority(self) -> None:
         if self.heart.is_lost:
@@ -262,8 +259,7 @@ class Attempt:
         crash_point("checkpoint.stored")
         freed = self._write(ledger.commit_checkpoint, self.lease, line.step, ref, line.metrics, line.is_best)
         crash_point("checkpoint.committed")
-        for old in freed:
-            store().delete(old)
+        _delete(freed)
 
     def _end(self, line: ResultLine | ErrorLine | StoppedLine) -> None:
         if isinstance(line, ResultLine):
@@ -292,8 +288,7 @@ class Attempt:
         is_registered = self._write(self._register, ref, line, files)
         crash_point("model.registered")
         if not is_registered:
-            for stored in (key, *(file["store_key"] for file in files)):
-                store().delete(stored)
+            _delete([key, *(file["store_key"] for file in files)])
 
     def _end_with_error(self, failure: JobFailure) -> None:
         if failure.code == DiskFull.code and isinstance(self.lease.spec, DistillationJob):
@@ -342,3 +337,12 @@ class Attempt:
 
 def _reason(error: Exception) -> str:
     return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
+
+
+def _delete(keys: Iterable[str]) -> None:
+    """What stays is the garbage collector's: a row calls it `deleting`, or none refers to it."""
+    for key in keys:
+        try:
+            store().delete(key)
+        except Exception:
+            log.exception("not_deleted", key=key)  # no fault of a store is worth a run

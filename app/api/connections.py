@@ -1,5 +1,6 @@
 """HTTP connections whose request lines and headers end soon: uvicorn keeps whatever comes, before anybody is asked for a key."""
 
+import asyncio
 from typing import Any
 
 import orjson
@@ -8,16 +9,29 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from app.errors import BadRequest, envelope
 
 MAX_HEADER_BYTES = 64 * 2**10  # as most servers have it
+HEADER_SECONDS = 30.0  # for whoever connects without a key, and says nothing
 HEADER_COST = 32  # bytes of memory that a header takes beside its text, at least
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Ends a connection with 431 when line, headers, trailers or what is around chunks grow beyond the limit."""
+    """Ends a connection with 431 when line, headers, trailers or what is around chunks grow beyond the limit.
+
+    One whose headers do not come to their end in time is closed.
+    """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:  # Any: uvicorn's own
         super().__init__(*arguments, **options)
         self._num_header_bytes = 0
         self._num_silent_bytes = 0  # taken in since the parser last gave something out
+        self._patience: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own narrowing
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         self._num_silent_bytes += len(data)
@@ -35,7 +49,12 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._num_header_bytes = self._num_silent_bytes = 0
+        self._wait_for_headers()
         super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        self._stop_waiting()
+        super().on_headers_complete()
 
     def on_url(self, url: bytes) -> None:
         self._count(len(url))
@@ -48,6 +67,14 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._num_silent_bytes = 0
         super().on_body(body)
+
+    def _wait_for_headers(self) -> None:
+        self._stop_waiting()
+        self._patience = self.loop.call_later(HEADER_SECONDS, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
 
     def _count(self, num_bytes: int) -> None:
         self._num_silent_bytes = 0

@@ -2,9 +2,8 @@
 
 from collections.abc import AsyncIterator
 
-import anyio
+import anyio.to_thread
 import structlog
-from starlette.concurrency import run_in_threadpool
 
 from app.contracts import TERMINAL
 from app.db import jobs
@@ -19,6 +18,7 @@ POLL_SECONDS = 0.5
 PING_SECONDS = 10.0
 PING = b": ping\n"  # one newline: with two, the SDK would take an empty event
 BATCH = 200
+LOOKS = anyio.CapacityLimiter(8)  # however many streams there are, they leave threads to those who ask
 
 
 def start_after(job_id: str, after: str | None) -> int:
@@ -37,7 +37,7 @@ async def stream_events(job_id: str, seq: int) -> AsyncIterator[bytes]:
     silent_seconds = 0.0
     while True:
         try:
-            events, has_ended = await run_in_threadpool(_look, job_id, seq)
+            events, has_ended = await anyio.to_thread.run_sync(_look, job_id, seq, limiter=LOOKS)
         except (DatabaseUnavailable, PoolExhausted) as fault:
             log.warning("events_delayed", reason=type(fault).__name__)
             events, has_ended = [], False  # the stream outlives a restart of the database

@@ -2,10 +2,14 @@
 
 from typing import Final
 
+import structlog
+
 from app.contracts import JobStatus
 from app.db import sweeps
 from app.db.session import transaction
 from app.storage import Store
+
+log = structlog.get_logger(__name__)
 
 DAY_SECONDS: Final = 86_400.0  # an upload or a copy may be under way for less than this
 CHECKPOINTS, MODELS, IMPORTS, FILES = "checkpoints", "models", "imports", "files"
@@ -24,20 +28,17 @@ def collect(store: Store) -> int:
 def _delete_retired(store: Store) -> int:
     with transaction() as session:
         doomed = sweeps.doom_checkpoints(session)
-    for _, key in doomed:
-        store.delete(key)
+    gone = [checkpoint_id for checkpoint_id, key in doomed if _delete(store, key)]
     with transaction() as session:  # the rows last: without them nobody would know the bytes
-        sweeps.forget_checkpoints(session, [checkpoint_id for checkpoint_id, _ in doomed])
-    return len(doomed)
+        sweeps.forget_checkpoints(session, gone)
+    return len(gone)
 
 
 def _delete_expired(store: Store) -> int:
     with transaction() as session:
         keys = sweeps.forget_expired_files(session)
         sweeps.forget_expired_keys(session)
-    for key in keys:
-        store.delete(key)
-    return len(keys)
+    return sum(_delete(store, key) for key in keys)
 
 
 def _delete_of_jobs(store: Store, prefix: str) -> int:
@@ -53,8 +54,7 @@ def _delete_of_jobs(store: Store, prefix: str) -> int:
         for job_id, job in jobs.items():
             root = f"{prefix}/{job_id}"
             for key in _garbage_of(root, listed[job_id], job, is_fenced=prefix == CHECKPOINTS):
-                store.delete(key)
-                num_deleted += 1
+                num_deleted += _delete(store, key)
     return num_deleted
 
 
@@ -96,10 +96,7 @@ def _delete_spent_imports(store: Store) -> int:
         return 0
     with transaction() as session:
         spent = {key.split("/")[1] for key in sweeps.spent_imports(session) if key.startswith(f"{IMPORTS}/")}
-    doomed = [name for name in names if name in spent]
-    for name in doomed:
-        store.delete(f"{IMPORTS}/{name}")
-    return len(doomed)
+    return sum(_delete(store, f"{IMPORTS}/{name}") for name in names if name in spent)
 
 
 def _delete_unknown_files(store: Store) -> int:
@@ -109,9 +106,18 @@ def _delete_unknown_files(store: Store) -> int:
             unknown = sweeps.unknown_files(session, batch)
         for key in sorted(unknown):
             if store.age_seconds(key) > DAY_SECONDS:
-                store.delete(key)
-                num_deleted += 1
+                num_deleted += _delete(store, key)
     return num_deleted
+
+
+def _delete(store: Store, key: str) -> bool:
+    """Whether it is gone now. What cannot be deleted must not keep the rest."""
+    try:
+        store.delete(key)
+    except OSError:
+        log.exception("garbage_not_deleted", key=key)
+        return False
+    return True
 
 
 def _batches(names: list[str]) -> list[list[str]]:

@@ -64,7 +64,7 @@ class Reconciler:
             self._ring()
         if report.is_leader and self._is_time_to_collect():
             report = replace(report, num_collected=collect(store()))
-            self._last_collected = self._clock()
+            self._last_collected = self._last_seen = self._clock()  # it spoke with the database to the end
         if report not in {Report(), Report(is_leader=True)}:
             log.info("reconciled", **asdict(report))
         return report

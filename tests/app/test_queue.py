@@ -13,8 +13,9 @@ import pytest
 import redis
 from celery import Celery
 
+from app import queue
 from app.contracts import GENERATE_TASK, ArtifactRef, GenerateRequest
-from app.queue import NotSent, Outbox, queue_key, ring
+from app.queue import NotSent, Outbox, queue_key, ring, ring_again
 from app.settings import Settings, celery_settings
 
 SECRET = "a prompt that no log may show"
@@ -32,6 +33,18 @@ def test_a_doorbell_lands_in_the_train_queue(valkey: str) -> None:
     with redis.Redis.from_url(valkey) as client:
         assert client.llen("stillhouse:train") == 1
         assert client.keys("*binding*") == []
+
+
+def test_bells_that_nobody_answers_do_not_pile_up(valkey: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "MAX_WAITING_RINGS", 3)
+    with redis.Redis.from_url(valkey) as client:
+        for _ in range(5):
+            ring_again()
+        assert client.llen("stillhouse:train") == 3
+        assert client.keys("*binding*") == []
+        client.lpop("stillhouse:train")
+        ring_again()
+        assert client.llen("stillhouse:train") == 3
 
 
 def send_generate(redis_url: str) -> None:

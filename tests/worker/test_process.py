@@ -34,6 +34,16 @@ def start(tmp_path: Path) -> Iterator[Start]:
         process.kill()
 
 
+@pytest.fixture
+def standstill(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """While one thread computes no other gets a turn, as when the worker stands still; and the pipe has less time."""
+    monkeypatch.setattr("worker.process.PIPE_SECONDS", 0.5)
+    seconds = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    yield
+    sys.setswitchinterval(seconds)
+
+
 def wait_until(is_true: Callable[[], bool], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not is_true():
@@ -67,6 +77,24 @@ def test_more_lines_than_anybody_waits_for_all_arrive(start: Start) -> None:
     time.sleep(1)
     messages = [line.message for line in lines_until_over(process) if isinstance(line, MessageLine)]
     assert messages == [str(i) for i in range(5000)]
+
+
+@pytest.mark.usefixtures("standstill")
+def test_a_worker_that_stood_still_misses_no_line(start: Start) -> None:
+    process = start('print(\'{"type":"message","message":"the last"}\')')
+    stands_until = time.monotonic() + 3
+    while time.monotonic() < stands_until:  # the run ends meanwhile, and nobody reads
+        pass
+    assert lines_until_over(process) == [MessageLine(message="the last")]
+
+
+@pytest.mark.usefixtures("standstill")
+def test_lines_that_waited_for_room_are_not_lost(start: Start) -> None:
+    process = start('for i in range(1500): print(\'{"type":"message","message":"%d"}\' % i)')
+    for _ in range(2):  # the run ends, which is seen, and more wait than there is room for
+        time.sleep(1.5)
+        assert not process.is_over
+    assert len(lines_until_over(process)) == 1500
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import structlog
 
 from app.contracts import ArtifactRef, DistillationJob, ImportJob
 from app.db import jobs, leases, models, sweeps
@@ -202,6 +203,7 @@ def test_an_import_registers_a_model_that_can_be_fetched(tiny_llama_dir: Path) -
     assert (model.origin, model.facts["num_layers"], model.source_job_id) == ("imported", 4, job_id)
     assert store().verify_folder(model.store_key)
     assert nothing_is_left(job_id)
+    assert not (get_settings().work_root() / job_id).exists()
 
 
 def test_an_import_that_is_refused_fails_with_its_reason_and_leaves_no_model(
@@ -226,6 +228,53 @@ def test_an_input_that_is_gone_fails_the_job_at_once(tiny_llama_dir: Path) -> No
     run_all()
     done = job(job_id)
     assert (done.status, done.error and done.error["code"], done.attempt) == ("failed", "input_missing", 1)
+
+
+def test_what_a_killed_worker_left_is_freed_once_its_job_has_ended(tiny_llama_dir: Path) -> None:
+    ended, resting = add_import(tiny_llama_dir, "import-ended"), add_import(tiny_llama_dir, "import-resting")
+    with transaction() as session:
+        jobs.request_cancel(session, ended)
+        jobs.request_pause(session, resting)
+    root = get_settings().work_root()
+    for name in (ended, resting, "fetched"):
+        (root / name / "1").mkdir(parents=True)
+        (root / name / "1" / "spec.json").write_text("{}")
+    run_all()
+    assert {path.name for path in root.iterdir()} == {resting, "fetched"}
+
+
+def test_what_cannot_be_freed_is_told_and_stops_nothing(tiny_llama_dir: Path) -> None:
+    ended = [add_import(tiny_llama_dir, f"import-{i}") for i in range(3)]
+    root = get_settings().work_root()
+    with transaction() as session:
+        for job_id in ended:
+            jobs.request_cancel(session, job_id)
+            (root / job_id).mkdir(parents=True)
+    (root / ended[1]).rmdir()
+    (root / ended[1]).write_text("no folder")
+    with structlog.testing.capture_logs() as events:
+        run_all()
+    assert [path.name for path in root.iterdir()] == [ended[1]]
+    assert [event["job"] for event in events if event["event"] == "work_folder_stays"] == [ended[1]]
+
+
+def test_a_worker_without_a_database_takes_nothing_and_lives_on(
+    settings_env: Callable[..., Settings],
+) -> None:
+    settings = settings_env(database_url="postgresql://nobody@127.0.0.1:9/none")
+    (settings.work_root() / "import-1").mkdir(parents=True)
+    assert run_until_idle("test", lambda: False) == 0
+
+
+def test_a_work_folder_that_cannot_be_made_is_a_loss_and_no_missing_input(
+    tiny_llama_dir: Path, settings_env: Callable[..., Settings]
+) -> None:
+    job_id = add_import(tiny_llama_dir)
+    settings_env(
+        work_dir="/proc/nowhere"
+    )  # the kernel says ENOENT, as when a folder goes while one is laid in it
+    run_all()
+    assert (job(job_id).status, job(job_id).num_losses) == ("retry_wait", 1)
 
 
 def test_a_worker_that_drains_claims_nothing(tiny_llama_dir: Path) -> None:
@@ -297,6 +346,25 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tiny_llama_dir: Pa
     assert f"The checkpoint at step {newest.step} is damaged" in text
     assert "resumes from the checkpoint" in text
     assert f"resumes from the checkpoint at step {newest.step}." not in text
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_the_run_nothing(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=1200, checkpoint_steps=200)
+    with supervised(job_id) as watched:
+        watched.wait_for(lambda: len(checkpoint_steps(job_id)) >= 2)
+        with transaction() as session:
+            keys = [row.store_key for row in jobs.page_checkpoints(session, job_id)[0]]
+        for i, key in enumerate(keys):
+            folder = store().fetch_folder(ArtifactRef(key=key, bytes=0), tmp_path)
+            folder.symlink_to(folder.rename(tmp_path / f"moved-{i}"))  # rmtree refuses a link
+    done = job(job_id)
+    assert (done.status, done.attempt, done.num_losses) == ("succeeded", 1, 0)
+    with transaction() as session:
+        assert set(keys) <= {
+            key for _, key in sweeps.doom_checkpoints(session)
+        }  # the collector's from now on
 
 
 def test_a_cancelled_run_is_killed_and_leaves_no_model(tiny_llama_dir: Path, tmp_path: Path) -> None:

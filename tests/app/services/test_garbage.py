@@ -184,6 +184,27 @@ def test_expired_idempotency_keys_go(store: Store) -> None:
         assert connection.execute(text("SELECT key FROM idempotency_keys")).scalars().all() == ["new"]
 
 
+def test_what_cannot_be_deleted_keeps_nothing_else(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = []
+    for number in range(2):
+        (tmp_path / "f").write_bytes(b"x")
+        keys.append(f"files/file-{number}")
+        store.put_file(tmp_path / "f", keys[-1])
+        os.utime(store.fetch_file(ArtifactRef(key=keys[-1], bytes=1), tmp_path), (0, 0))
+    delete = store.delete
+
+    def fail_once(key: str) -> None:
+        if key == keys[0]:
+            raise OSError("a file server keeps it")
+        delete(key)
+
+    monkeypatch.setattr(store, "delete", fail_once)
+    collect(store)
+    assert [store.exists(key) for key in keys] == [True, False]
+
+
 def succeed(job_id: str, token: int, ref: ArtifactRef) -> None:
     model = {"id": "ds:small", "origin": "distilled", "store_key": ref.key, "bytes": ref.bytes}
     with transaction() as session:

@@ -12,8 +12,10 @@ from sqlalchemy import text
 from app.db import jobs, leases, sweeps
 from app.db.session import DatabaseUnavailable, transaction
 from app.db.tables import Job
+from app.services import garbage, reconcile
 from app.services.reconcile import Reconciler, Report
 from app.settings import Settings
+from app.storage import Store
 
 LEASE_SECONDS = 60.0  # by the database's clock; tests move what the rows say instead of waiting
 
@@ -182,6 +184,25 @@ def test_nothing_is_reaped_after_a_gap_in_which_no_worker_could_renew(
         clock.now += 0.004
         report = one.step()
     assert report.num_lost == 1
+
+
+def test_a_long_round_of_deleting_is_no_gap(
+    clock: Clock, bell: Bell, quick_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a store whose rounds take longer than half a lease would end the reaping for good."""
+
+    def collect_slowly(store: Store) -> int:
+        clock.now += 3600
+        return garbage.collect(store)
+
+    monkeypatch.setattr(reconcile, "collect", collect_slowly)
+    quick_settings(lease_seconds=0.01)
+    add_job()
+    claim(lease_seconds=-1)
+    one = Reconciler(bell, clock=clock)
+    assert one.step().num_lost == 0
+    clock.now += 0.004
+    assert one.step().num_lost == 1
 
 
 def test_a_young_server_reaps_nothing(
