@@ -36,23 +36,23 @@ class Promise:
 
 
 PROMISES: Final = (
-    Promise("kills", "one terminal state under kill -9 of any process", 500, 16, 6, killing.kills),
-    Promise("crash_points", "every crash point", 20 * len(killing.ALL_POINTS), 32, 5, killing.crash_points),
-    Promise("valkey", "Valkey killed without its log, flushed, down", 140, 32, 3, outages.valkey),
-    Promise("postgres", "Postgres restarts, ended backends, no false reap", 260, 10, 4, outages.postgres),
+    Promise("kills", "one terminal state under kill -9 of any process", 500, 17, 6, killing.kills),
+    Promise("crash_points", "every crash point", 20 * len(killing.ALL_POINTS), 52, 5, killing.crash_points),
+    Promise("valkey", "Valkey killed without its log, flushed, down", 140, 31, 3, outages.valkey),
+    Promise("postgres", "Postgres restarts, ended backends, no false reap", 260, 8, 4, outages.postgres),
     Promise("idempotency", "one key fifty times at once", 200, 5, 2, killing.idempotency),
     Promise("cancels", "a cancel at any moment ends the job in 30 s", 300, 8, 4, killing.cancels),
-    Promise("duplicates", "every message five times", 1000, 4, 10, killing.duplicates),
-    Promise("zombies", "a zombie's writes are refused", 100, 60, 1, killing.zombies),
+    Promise("duplicates", "every message five times", 1000, 8, 10, killing.duplicates),
+    Promise("zombies", "a zombie's writes are refused", 100, 65, 1, killing.zombies),
     Promise(
         "data_links",
         "a link to Postgres or of a client swallows, resets, cuts, delays",
         600,
-        62,
+        36,
         2,
         outages.data_links,
     ),
-    Promise("message_links", "a link to Valkey does", 600, 62, 2, outages.message_links),
+    Promise("message_links", "a link to Valkey does", 600, 34, 2, outages.message_links),
 )
 ORDER: Final = [*(promise.name for promise in PROMISES), *disk.SAYS]
 

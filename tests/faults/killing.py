@@ -2,21 +2,20 @@
 
 import itertools
 import signal
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
-import httpx
 import psutil
 from celery import Celery
 
 from app.contracts import RING_TASK, TRAIN_QUEUE
 from app.settings import Settings, celery_settings
 from tests.faults.client import TERMINAL, Accepted
-from tests.faults.system import TEACHER, Program, wait_until
+from tests.faults.prompts import prompts_asked
+from tests.faults.system import Program, wait_until
 from tests.faults.trial import Trial
 
 SUBMIT_POINTS: Final = ("submit.inserted", "submit.committed", "submit.rung")
@@ -36,54 +35,29 @@ COPIES: Final = 5
 POINTS_AT_ONCE: Final = 8  # for two jobs: each loss doubles the wait before the next attempt
 MOST_OPEN: Final = 40
 CANCEL_SECONDS: Final = 30.0
-HANG_SECONDS: Final = 60.0
 
 
 def kills(trial: Trial) -> None:
     """SIGKILL of a random process at a random time, while jobs come in and prompts are answered."""
-    is_over = threading.Event()
-    prompts = threading.Thread(target=_ask, args=(trial, is_over), daemon=True)
-    prompts.start()
     numbers = itertools.count()
-    while not trial.is_over:
-        for _ in range(JOBS_A_KILL if _num_open(trial) < MOST_OPEN else 0):
-            trial.client.submit("trained" if next(numbers) % 20 == 0 else "short")
-        time.sleep(trial.rng.uniform(0.1, 2.0))
-        role = trial.rng.choices(("train", "run", "api", "serve"), (4, 3, 2, 1))[0]
-        victim = trial.rng.choice(trial.system.named("train" if role == "run" else role))
-        if role == "run":
-            run = victim.run_process()
-            if run is not None:
-                run.kill()
-                trial.note(role)
-        elif victim.send(signal.SIGKILL):
+    with prompts_asked(trial):
+        while not trial.is_over:
+            for _ in range(JOBS_A_KILL if _num_open(trial) < MOST_OPEN else 0):
+                trial.client.submit("trained" if next(numbers) % 20 == 0 else "short")
+            time.sleep(trial.rng.uniform(0.1, 2.0))
+            _kill_one(trial)
+
+
+def _kill_one(trial: Trial) -> None:
+    role = trial.rng.choices(("train", "run", "api", "serve"), (4, 3, 2, 1))[0]
+    victim = trial.rng.choice(trial.system.named("train" if role == "run" else role))
+    if role == "run":
+        run = victim.run_process()
+        if run is not None:
+            run.kill()
             trial.note(role)
-    is_over.set()
-    prompts.join(HANG_SECONDS + 10)
-
-
-def _ask(trial: Trial, is_over: threading.Event) -> None:
-    """Prompts one after the other; an answer or an error must come, whatever dies."""
-    told = {"answered": 0, "refused": 0, "cut": 0}
-    with httpx.Client(
-        headers={"Authorization": f"Bearer {trial.system.key}"}, timeout=HANG_SECONDS
-    ) as client:
-        for number in itertools.count():
-            if is_over.is_set():
-                break
-            url = trial.system.api_urls[number % len(trial.system.api_urls)]
-            try:
-                answer = client.post(
-                    f"{url}/v1/completions",
-                    json={"model": TEACHER, "prompt": f"What is {number}?", "max_tokens": 8},
-                )
-                told["answered" if answer.status_code == 200 else "refused"] += 1
-            except httpx.ReadTimeout:
-                trial.wrongs.append(f"a prompt was not answered in {HANG_SECONDS:.0f} s")
-            except httpx.TransportError:
-                told["cut"] += 1
-            is_over.wait(0.3)
-    trial.notes["prompts"] = told
+    elif victim.send(signal.SIGKILL):
+        trial.note(role)
 
 
 def crash_points(trial: Trial) -> None:

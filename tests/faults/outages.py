@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
+from tests.faults.prompts import prompts_asked
 from tests.faults.system import LEASE_SECONDS
 from tests.faults.trial import Trial
 
@@ -89,8 +90,9 @@ def data_links(trial: Trial) -> None:
 
 
 def message_links(trial: Trial) -> None:
-    """The links to Valkey."""
-    _links(trial, MESSAGE_LINKS)
+    """The links to Valkey, with prompts on their way."""
+    with prompts_asked(trial):
+        _links(trial, MESSAGE_LINKS)
 
 
 def _links(trial: Trial, names: Sequence[str]) -> None:
