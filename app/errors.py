@@ -107,6 +107,7 @@ class TimedOut(StillhouseError):
     status = 504
     type = "server_error"
     code = "request_timeout"
+    should_retry = False  # it took all its time, and would again
 
 
 def envelope(error: StillhouseError) -> dict[str, dict[str, str | None]]:

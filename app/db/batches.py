@@ -41,6 +41,19 @@ def find_batch(session: Session, project_id: str, batch_id: str) -> Batch | None
     return session.scalars(query).one_or_none()
 
 
+def find_recent(
+    session: Session, project_id: str, file_id: str, endpoint: str, seconds: float
+) -> Batch | None:
+    """The newest batch of this file that was made within the last `seconds`."""
+    query = select(Batch).where(
+        Batch.project_id == project_id,
+        Batch.input_file_id == file_id,
+        Batch.endpoint == endpoint,
+        Batch.created_at > func.now() - timedelta(seconds=seconds),
+    )
+    return session.scalars(query.order_by(Batch.created_at.desc()).limit(1)).one_or_none()
+
+
 def page_batches(
     session: Session, project_id: str, *, after: str | None, limit: int, order: Order
 ) -> tuple[list[Batch], bool]:
@@ -74,13 +87,13 @@ def claim(session: Session, lease_seconds: float, *, only_ending: bool = False) 
     batch = session.scalars(due.limit(1).with_for_update(skip_locked=True, key_share=True)).one_or_none()
     if batch is None:
         return None
-    columns: dict[str, Any] = {  # Any: columns of Batch, by name
-        "lease_token": session.scalar(lease_tokens),
-        "lease_expires_at": func.now() + timedelta(seconds=lease_seconds),
-    }
+    token = session.scalar(lease_tokens)
+    assert token is not None
+    columns: dict[str, Any] = {"lease_token": token, "lease_expires_at": func.now()}  # Any: columns of Batch
     if batch.status == BatchStatus.validating:
         columns |= {"status": BatchStatus.in_progress, "in_progress_at": func.now()}
-    return _changed(session, update(Batch).where(Batch.id == batch.id).values(**columns))
+    session.execute(update(Batch).where(Batch.id == batch.id).values(**columns))
+    return renew(session, batch.id, token, lease_seconds)  # which ends it if it is time
 
 
 def renew(session: Session, batch_id: str, token: int, lease_seconds: float) -> Batch | None:

@@ -24,6 +24,7 @@ Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)]
 MinTokens = Annotated[int, Field(ge=0, le=1_000_000)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TINY = 1e-9
 Unused = Any  # a parameter of OpenAI that is accepted and changes nothing here
 Unsupported = Any  # a parameter that is refused unless it has a value without effect
 
@@ -45,7 +46,7 @@ class GenerationBody(BaseModel):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     frequency_penalty: Penalty | None = None
@@ -64,6 +65,7 @@ class GenerationBody(BaseModel):
     safety_identifier: Unused = None
     prompt_cache_key: Unused = None
     prompt_cache_retention: Unused = None
+    prompt_cache_options: Unused = None
     service_tier: Unused = None
 
     # The field stands in the subclasses, behind those it is compared with: validators see what comes before.
@@ -102,7 +104,7 @@ class GenerationBody(BaseModel):
             fits_context=fits_context,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=1.0 if self.top_p is None else max(self.top_p, TINY),  # 0 keeps the best token, as any does
             min_p=self.min_p or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -174,16 +176,19 @@ class TextPart(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Unused = None
 
 
 class ChatMessage(BaseModel):
-    """A message; the fields that must be null are those an answer of ours carries when it is sent back."""
+    """A message; the fields that must be empty are those that a client's answer carries when it is sent back."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
+    name: Unused = None
     refusal: None = None
-    annotations: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    parsed: None = None
     audio: None = None
     function_call: None = None
     tool_calls: None = None
@@ -211,6 +216,7 @@ class ChatBody(GenerationBody):
         "web_search_options": (),
         "reasoning_effort": ("none",),
         "verbosity": ("medium",),
+        "moderation": (),
     }
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
@@ -230,6 +236,7 @@ class ChatBody(GenerationBody):
     web_search_options: Unsupported = None
     reasoning_effort: Unsupported = None
     verbosity: Unsupported = None
+    moderation: Unsupported = None
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> "ChatBody":

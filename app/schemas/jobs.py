@@ -194,6 +194,12 @@ class EventObject(BaseModel):
         )
 
 
+def openai_metrics(ours: Json) -> Json:
+    """OpenAI's names for what all held-out rows say; agreement is with the teacher, where theirs is with the row."""
+    names = {"full_valid_loss": "valid_loss", "full_valid_mean_token_accuracy": "valid_agreement"}
+    return {theirs: ours[name] for theirs, name in names.items() if name in ours}
+
+
 class CheckpointObject(BaseModel):
     """A checkpoint that can be served under `fine_tuned_model_checkpoint`."""
 
@@ -214,7 +220,7 @@ class CheckpointObject(BaseModel):
             created_at=int(row.created_at.timestamp()),
             fine_tuned_model_checkpoint=f"{model_id}:ckpt-step-{row.step}",
             fine_tuning_job_id=row.job_id,
-            metrics={"step": row.step, **row.metrics},
+            metrics={"step": row.step, **openai_metrics(row.metrics), **row.metrics},
             step_number=row.step,
             is_best=row.is_best,
             bytes=row.bytes,

@@ -5,6 +5,7 @@ lines that have no answer yet, and makes the files when none is left.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -35,6 +36,7 @@ BEAT_SECONDS: Final = 1.0  # how soon a run hears of a cancel
 RETRY_SECONDS: Final = 2.0
 POSTPONE_SECONDS: Final = 10.0  # after a fault of the database, of the store, or of ours
 PASSING: Final = frozenset({429, 503})
+LOAD_FAULTS: Final = frozenset({"model_load_failed", "model_too_large", "serving_option_unavailable"})
 NO_DATABASE: Final = (DatabaseUnavailable, PoolExhausted)
 
 
@@ -110,6 +112,7 @@ class BatchRun:
         self._board = board
         self._room = room
         self._settings: Settings = board.settings
+        self._unloadable_since: dict[str, float] = {}  # by model
 
     async def run(self) -> None:
         """Answers, ends and files the batch, as far as it gets; gives the lease back if that is not to the end."""
@@ -166,11 +169,14 @@ class BatchRun:
         num_losses = 0
         while True:
             try:
-                return 200, await self._ask(request)
+                answer = await self._ask(request)
+                self._unloadable_since.pop(request.body["model"], None)
+                return 200, answer
             except StillhouseError as error:
                 # A request that kills its workers would kill all of them, one after the other.
                 num_losses += error.code == "worker_lost"
-                if error.status not in PASSING or num_losses >= self._settings.max_losses:
+                is_hopeless = num_losses >= self._settings.max_losses or self._is_never_loaded(request, error)
+                if error.status not in PASSING or is_hopeless:
                     return error.status, envelope(error)
                 await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
             except NO_DATABASE:
@@ -179,6 +185,15 @@ class BatchRun:
                 log.exception("batch_request_failed", batch=self._batch.id)
                 opaque = StillhouseError(f"something went wrong on our side; quote {self._batch.id}")
                 return opaque.status, envelope(opaque)
+
+    def _is_never_loaded(self, request: BatchRequest, error: StillhouseError) -> bool:
+        """Whether the model has not come up for as long as a request may take: a store that is away comes back,
+        broken files stay broken."""
+        if error.code not in LOAD_FAULTS:
+            return False
+        now = time.monotonic()
+        since = self._unloadable_since.setdefault(request.body["model"], now)
+        return now - since > self._settings.request_timeout_seconds
 
     async def _ask(self, request: BatchRequest) -> Json:
         body = body_of(request, self._batch.endpoint)

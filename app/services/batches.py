@@ -9,7 +9,15 @@ from app.db.tables import Batch, BatchStatus, File
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded
 from app.schemas.batches import BatchObject, CreateBatch
 from app.services.batch_lines import find_faults
-from app.services.jobs import Accepted, Attempted, claim, find_replay, fingerprint, remember
+from app.services.jobs import (
+    DUPLICATE_SECONDS,
+    Accepted,
+    Attempted,
+    claim,
+    find_replay,
+    fingerprint,
+    remember,
+)
 from app.settings import get_settings
 
 ROUTE = "POST /v1/batches"
@@ -23,11 +31,21 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: Attempted)
         return replay
     settings = get_settings()
     with transaction() as session:
+        if attempted.retry_count and attempted.idempotency_key is None:
+            same = batches.find_recent(
+                session, principal.project_id, asked.input_file_id, asked.endpoint, DUPLICATE_SECONDS
+            )
+            if same is not None:
+                return Accepted(BatchObject.of(same).model_dump(mode="json"), is_replay=True)
         demand_room(session, principal.project_id)
         file = input_file(session, principal.project_id, asked.input_file_id)
-    num_requests, faults = find_faults(
-        file.store_key, project_id=principal.project_id, endpoint=asked.endpoint, settings=settings
-    )
+    try:
+        num_requests, faults = find_faults(
+            file.store_key, project_id=principal.project_id, endpoint=asked.endpoint, settings=settings
+        )
+    except FileNotFoundError:
+        message = f"the content of the file {file.id!r} is no longer in the store; upload it again"
+        raise BadRequest(message, "invalid_file", "input_file_id") from None
     with transaction() as session:
         stored = claim(session, principal, ROUTE, attempted, sha256)
         if stored is not None:

@@ -8,6 +8,7 @@ from app.errors import BadRequest
 BOM = b"\xef\xbb\xbf"
 UNANSWERED = frozenset({"prompt", "input", "chat_prompt"})  # the teacher writes the completions
 CONVERSATIONS = frozenset({"chat", "chat_prompt"})
+OPTIONAL = frozenset({"name", "weight"})  # of a message; the name is not read, weight 0 is not learned from
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FORMATS = {
     "chat": frozenset({"messages"}),
@@ -130,16 +131,24 @@ def _check_messages(messages: object) -> str:
     roles = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
-        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
-            raise InvalidRow(f"wrong: {where} must be an object with exactly role and content")
+        if not isinstance(message, dict) or message.keys() - OPTIONAL != {"role", "content"}:
+            raise InvalidRow(
+                f"wrong: {where} must be an object with role and content, and of others weight and name alone"
+            )
         if message["role"] not in ROLES:
             raise InvalidRow(f"wrong: {where}.role must be one of {', '.join(ROLES)}")
         _check_text(message["content"], f"{where}.content")
+        if message.get("weight", 1) not in (0, 1) or not isinstance(message.get("name", ""), str):
+            raise InvalidRow(
+                f"wrong: {where} has a weight that is neither 0 nor 1, or a name that is no string"
+            )
         roles.append(message["role"])
     if "user" not in roles[:-1] and roles[-1] != "user":
         raise InvalidRow("wrong: messages holds no user's turn")
     if roles[-1] not in ("user", "assistant", "tool"):
         raise InvalidRow("wrong: the last message must be an answer or something to answer")
+    if roles[-1] == "assistant" and not messages[-1].get("weight", 1):
+        raise InvalidRow("wrong: the last answer has weight 0; leave it out, or give it weight 1")
     return "chat" if roles[-1] == "assistant" else "chat_prompt"
 
 

@@ -9,7 +9,7 @@ encoder reads as one sequence, an encoder-decoder reads as a source and an answe
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Row:
     line: int
     messages: tuple[dict[str, str], ...] = ()
     text: str | None = None
+    unlearned: frozenset[int] = frozenset()  # answers of weight 0, by their place in messages
 
     @property
     def is_answered(self) -> bool:
@@ -49,7 +50,7 @@ class Row:
     @property
     def question(self) -> "Row":
         """The row without its last answer."""
-        return Row(self.line, self.messages[:-1]) if self.is_answered else self
+        return replace(self, messages=self.messages[:-1]) if self.is_answered else self
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def _row(number: int, fields: dict[str, Any]) -> Row:  # Any: open-ended JSON
         turns = tuple({"role": _text(m["role"]), "content": _text(m["content"])} for m in fields["messages"])
         if all(turn["role"] in ("system", "developer", "assistant") for turn in turns):
             raise ValueError("messages has no user's turn")
-        return Row(number, turns)
+        unlearned = frozenset(i for i, m in enumerate(fields["messages"]) if m.get("weight") == 0)
+        return Row(number, turns, unlearned=unlearned)
     for asked, answer in (("prompt", "completion"), ("input", "target")):
         if asked in fields:
             user = {"role": "user", "content": _text(fields[asked])}
@@ -230,7 +232,7 @@ class Encoder:
             segments.append((self._ids(prefix[len(done) :]), False))
             if i < len(messages):
                 pieces, done = self._answer(messages, i, prefix)
-                segments += pieces
+                segments += [(ids, is_target and i not in row.unlearned) for ids, is_target in pieces]
         return segments
 
     def _answer(

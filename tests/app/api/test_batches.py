@@ -17,7 +17,8 @@ import pytest
 from openai.types import Batch
 
 from app.local import free_port
-from app.settings import Settings
+from app.settings import Settings, get_settings
+from app.storage import store
 from tests.app.api.conftest import PROJECT, Service, jsonl
 from tests.serve_worker import ROOT, WorkerProcess, wait_for
 
@@ -309,6 +310,15 @@ def test_only_a_file_of_the_project_with_the_purpose_batch_is_taken(
     assert client.batches.list().data == []
 
 
+def test_an_input_file_whose_content_is_lost_is_refused(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("r.jsonl", jsonl([line(0)])), purpose="batch")
+    store().delete(f"files/{file.id}")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.batches.create(input_file_id=file.id, endpoint=COMPLETIONS, completion_window="24h")
+    assert (refused.value.code, refused.value.param) == ("invalid_file", "input_file_id")
+    assert "upload it again" in refused.value.message
+
+
 def test_a_batch_is_its_projects_own_and_listed_in_pages(
     client: openai.OpenAI, stranger: openai.OpenAI, service: Service
 ) -> None:
@@ -332,3 +342,31 @@ def test_a_batch_asked_for_twice_with_one_key_is_made_once(client: openai.OpenAI
     first, again = (client.batches.create(**asked, extra_headers=headers) for _ in range(2))
     assert first == again
     assert len(client.batches.list().data) == 1
+
+
+def test_a_batch_that_the_sdk_sends_again_is_made_once(client: openai.OpenAI) -> None:
+    file = client.files.create(file=("r.jsonl", jsonl([line(0, model="none")])), purpose="batch")
+    asked: Json = {"input_file_id": file.id, "endpoint": COMPLETIONS, "completion_window": "24h"}
+    first = client.batches.create(**asked)
+    retried = client.batches.create(**asked, extra_headers={"x-stainless-retry-count": "1"})
+    assert retried.id == first.id
+    assert client.batches.create(**asked).id != first.id, "a second one that was asked for"
+
+
+@pytest.fixture
+def impatient_service(settings_env: Callable[..., Settings]) -> None:
+    settings_env(request_timeout_seconds=4, serve_heartbeat_seconds=0.2)
+
+
+def test_a_model_that_never_loads_ends_its_requests_with_the_reason(
+    impatient_service: None, worker: WorkerProcess, client: openai.OpenAI, register: Callable[..., str]
+) -> None:
+    register("broken")
+    weights = get_settings().store_root() + "/models/broken/model.safetensors"
+    Path(weights).write_bytes(b"no weights")
+    batch = wait_for_end(client, submit(client, [line(0, model="broken"), line(1)]).id)
+    assert batch.status == "completed"
+    (failed,) = read(client, batch.error_file_id)
+    assert (failed["custom_id"], failed["response"]["status_code"]) == ("q-0", 503)
+    assert failed["response"]["body"]["error"]["code"] == "model_load_failed"
+    assert [answer["custom_id"] for answer in read(client, batch.output_file_id)] == ["q-1"]

@@ -296,7 +296,18 @@ def test_parameters_without_effect_are_accepted(worker: WorkerProcess, client: o
     said: Any = first.choices[0].message.model_dump()
     answer = client.chat.completions.create(
         model="tiny",
-        messages=[{"role": "developer", "content": [{"type": "text", "text": "Be short."}]}, said],
+        messages=[
+            {
+                "role": "developer",
+                "content": [
+                    {"type": "text", "text": "Be short.", "prompt_cache_breakpoint": {"mode": "explicit"}}
+                ],
+                "name": "boss",
+            },
+            said | {"annotations": [], "parsed": None},  # as replies of OpenAI have, and the SDK's streams
+        ],
+        prompt_cache_options={"mode": "explicit"},
+        moderation=None,
         max_completion_tokens=4,
         store=True,
         metadata={"a": "b"},
@@ -308,6 +319,12 @@ def test_parameters_without_effect_are_accepted(worker: WorkerProcess, client: o
         tool_choice="none",
     )
     assert answer.choices[0].finish_reason in {"stop", "length"}
+
+
+def test_top_p_0_takes_the_best_token(worker: WorkerProcess, client: openai.OpenAI) -> None:
+    asked: Any = {"model": "tiny", "prompt": "What is a still?", "max_tokens": 12}
+    greedy = client.completions.create(**asked, temperature=0).choices[0].text
+    assert client.completions.create(**asked, temperature=2, top_p=0).choices[0].text == greedy
 
 
 def test_the_models_of_another_project_do_not_exist(service: Any, register: Callable[..., str]) -> None:

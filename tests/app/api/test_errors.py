@@ -8,6 +8,8 @@ import openai
 import psycopg
 import pytest
 
+from app.api.errors import error_response
+from app.errors import TimedOut
 from app.settings import Settings
 
 ENVELOPE = {"message", "type", "param", "code"}
@@ -80,6 +82,28 @@ def test_every_answer_tells_its_request_and_its_time(client: openai.OpenAI) -> N
     answer = client.files.with_raw_response.list()
     assert answer.headers["openai-processing-ms"].isdigit()
     assert answer.headers["x-request-id"] == answer.parse()._request_id
+
+
+def test_a_page_of_another_origin_may_ask_with_its_key(http: httpx.Client) -> None:
+    """As the OpenAI client does in a browser: asked for leave first, with headers of its own."""
+    asked = {
+        "origin": "https://app.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,x-stainless-lang",
+    }
+    leave = http.options("/v1/chat/completions", headers=asked)
+    assert leave.status_code == 200
+    assert leave.headers["access-control-allow-origin"] == "*"
+    assert "x-stainless-lang" in leave.headers["access-control-allow-headers"]
+    for key in (http.headers["authorization"], "Bearer wrong"):
+        answer = http.get("/v1/files", headers={"origin": "https://app.example", "authorization": key})
+        assert answer.headers["access-control-allow-origin"] == "*"
+        assert answer.headers["access-control-expose-headers"] == "*"
+    assert "access-control-allow-credentials" not in leave.headers
+
+
+def test_a_request_that_took_all_its_time_is_not_to_be_tried_again() -> None:
+    assert error_response(TimedOut("too late")).headers["x-should-retry"] == "false"
 
 
 def test_a_fault_of_ours_is_opaque_and_quotes_the_request(http: httpx.Client, database: str) -> None:

@@ -491,7 +491,7 @@ def test_checkpoints_are_listed_under_names_that_can_be_served(bench: Bench) -> 
             token,
             step=10,
             ref=ArtifactRef(key="checkpoints/a/1/step-10", bytes=5, sha256="c" * 64),
-            metrics={"valid_loss": 2.0},
+            metrics={"valid_loss": 2.0, "valid_agreement": 0.5},
             is_best=True,
         )
     (checkpoint,) = bench.client.fine_tuning.jobs.checkpoints.list(job.id)
@@ -501,7 +501,8 @@ def test_checkpoints_are_listed_under_names_that_can_be_served(bench: Bench) -> 
         job.id,
     )
     assert re.fullmatch(r"ds:tiny::[0-9a-f]{8}:ckpt-step-10", checkpoint.fine_tuned_model_checkpoint)
-    assert checkpoint.metrics.valid_loss == 2.0
+    assert checkpoint.metrics.valid_loss == checkpoint.metrics.full_valid_loss == 2.0
+    assert checkpoint.metrics.full_valid_mean_token_accuracy == 0.5
 
 
 def test_another_projects_job_does_not_exist(bench: Bench, stranger: openai.OpenAI) -> None:

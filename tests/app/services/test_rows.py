@@ -1,6 +1,7 @@
 import json
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -43,6 +44,23 @@ def test_a_line_without_end_is_cut_off_before_it_fills_the_memory() -> None:
 
 def test_a_last_line_may_lack_its_newline() -> None:
     assert outcome(CONTENT, []) == outcome(CONTENT + b"\n", [])
+
+
+@pytest.mark.parametrize(
+    ("extra", "fault"),
+    [
+        ({"weight": 1, "name": "still"}, None),
+        ({"weight": 0}, "the last answer has weight 0"),
+        ({"weight": 0.5}, "messages[1] has a weight"),
+        ({"name": 1}, "messages[1] has a weight that is neither 0 nor 1, or a name that is no string"),
+        ({"tool_calls": []}, "messages[1] must be an object"),
+    ],
+)
+def test_an_answer_may_have_a_weight_and_a_name(extra: dict[str, object], fault: str | None) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"} | extra]
+    checker = RowChecker(1000, 10)
+    checker.feed(json.dumps({"messages": messages}).encode() + b"\n")
+    assert (checker.fault is None) if fault is None else (fault in (checker.fault or ""))
 
 
 def test_conversations_are_told_apart_by_who_speaks_last() -> None:

@@ -43,6 +43,13 @@ def test_every_assistant_turn_is_a_target_and_ends_with_the_end_token(
     assert targets(encoder, row) == ["The student.<|im_end|>", "The still.<|im_end|>"]
 
 
+def test_an_answer_of_weight_0_is_read_and_not_learned_from(encoder: Encoder, write_rows: WriteRows) -> None:
+    silent, told = [turn | {"weight": 0} for turn in CHAT["messages"][:-1]], CHAT["messages"][-1]
+    weighted, plain = read_rows(write_rows([{"messages": [*silent, told]}, CHAT]))
+    assert encoder.encode(weighted).token_ids == encoder.encode(plain).token_ids
+    assert targets(encoder, weighted) == ["The still.<|im_end|>"]
+
+
 def test_a_prompt_is_what_the_chat_template_gives_a_server(encoder: Encoder, write_rows: WriteRows) -> None:
     (row,) = read_rows(write_rows([CHAT]))
     served = encoder.tokenizer.apply_chat_template(
