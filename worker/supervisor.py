@@ -112,7 +112,10 @@ class Attempt:
 
     def run(self) -> None:
         for stale in self.folder.parent.glob("*"):
-            shutil.rmtree(stale, ignore_errors=True)  # of a worker that was killed: its lease is over
+            if (
+                not stale.name.isdigit() or int(stale.name) <= self.lease.token
+            ):  # one with a higher is our successor
+                shutil.rmtree(stale, ignore_errors=True)  # of a worker that was killed: its lease is over
         resume_dir = self._good_checkpoint()
         try:
             spec = self._spec(self.lease.spec, resume_dir)

@@ -42,10 +42,12 @@ def kills(trial: Trial) -> None:
     numbers = itertools.count()
     with prompts_asked(trial):
         while not trial.is_over:
-            for _ in range(JOBS_A_KILL if _num_open(trial) < MOST_OPEN else 0):
+            for _ in range(JOBS_A_KILL):
                 trial.client.submit("trained" if next(numbers) % 20 == 0 else "short")
             time.sleep(trial.rng.uniform(0.1, 2.0))
             _kill_one(trial)
+            while _num_open(trial) > MOST_OPEN and not trial.is_over:
+                time.sleep(0.2)  # so that as many jobs come as are wanted, and the workers get to them
 
 
 def _kill_one(trial: Trial) -> None:

@@ -191,6 +191,8 @@ class ModelHost:
         resident.used_at = self.clock()
         try:
             resident.engine.add(request)
+        except ServeError as error:
+            self._fail(request, error)
         except Exception as error:  # the engine thread's edge: one request must not end the others
             log.error("request_refused", request=request.id, exc_info=error)
             self._fail(request, ServeError("the engine could not take this request; its log has the reason"))
