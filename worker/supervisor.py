@@ -111,11 +111,9 @@ class Attempt:
         self._recorded_at = 0.0
 
     def run(self) -> None:
-        for stale in self.folder.parent.glob("*"):
-            if (
-                not stale.name.isdigit() or int(stale.name) <= self.lease.token
-            ):  # one with a higher is our successor
-                shutil.rmtree(stale, ignore_errors=True)  # of a worker that was killed: its lease is over
+        for stale in self.folder.parent.glob("*"):  # of workers that were killed: their leases are over
+            if int(stale.name) <= self.lease.token:  # else we are the one that is over
+                shutil.rmtree(stale, ignore_errors=True)
         resume_dir = self._good_checkpoint()
         try:
             spec = self._spec(self.lease.spec, resume_dir)
