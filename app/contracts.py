@@ -304,7 +304,7 @@ class ServeWorkerStatus(Contract):
     models: tuple[ModelState, ...] = ()
     num_running: int = 0
     num_waiting: int = 0
-    requests: frozenset[str] = frozenset()
+    requests: frozenset[str] | None = None  # None: a worker of before does not say
     max_running: int
     is_draining: bool = False
     last_step_at: float | None = None

@@ -44,10 +44,11 @@ class Fleet:
     def is_known(self, worker_id: str) -> bool:
         return worker_id in self._sightings
 
-    def has(self, worker_id: str, request_id: str) -> bool:
-        """Whether the worker said at its last beat that it has the request, whose end it will tell."""
+    def has(self, worker_id: str, request_id: str) -> bool | None:
+        """Whether the worker said at its last beat that it has the request, whose end it will tell; None: it says not."""
         sighting = self._sightings.get(worker_id)
-        return sighting is not None and request_id in sighting.status.requests
+        requests = sighting.status.requests if sighting else None
+        return None if requests is None else request_id in requests
 
     def idle_since(self, worker_id: str) -> float | None:
         sighting = self._sightings.get(worker_id)

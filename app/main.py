@@ -47,7 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(module.router)
     app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
     if settings.allowed_origins:
-        origins = settings.allowed_origins.split()
+        origins = settings.allowed_origins.replace(",", " ").split()
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods="*", allow_headers="*", expose_headers="*"
         )

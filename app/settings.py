@@ -29,7 +29,8 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address the API listens on")
     port: int = Field(8400, ge=0, le=65535, description="Port the API listens on")
     allowed_origins: str = Field(
-        "*", description="Origins whose web pages may call the API, with a key; empty: none"
+        "*",
+        description="Origins, by blanks or commas, whose web pages may call the API, with a key; empty: none",
     )
     log_level: str = Field("info", description="debug, info, warning or error")
 

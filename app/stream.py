@@ -10,6 +10,7 @@ flow fails. Late replies to an old wire id find no leg and are dropped.
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
@@ -293,9 +294,13 @@ class Switchboard:
 
     def _check(self, leg: Leg, can_judge: bool) -> None:
         idle_since = self._fleet.idle_since(leg.worker_id)
-        if self._fleet.has(leg.worker_id, leg.wire_id):
+        is_named = self._fleet.has(leg.worker_id, leg.wire_id)
+        if is_named:
             leg.seen_at = time.monotonic()
-        patience = FORGOTTEN_SECONDS if idle_since is None else LOST_SECONDS
+        patience = max(
+            LOST_SECONDS if idle_since is not None else math.inf if is_named is None else FORGOTTEN_SECONDS,
+            3 * self.settings.serve_heartbeat_seconds,  # it may not have been seen yet
+        )
         if time.time() > leg.request.deadline_at + DEADLINE_SLACK_SECONDS:
             leg.flow.fail(TimedOut("the answer took too long; ask for fewer tokens or try again"))
         elif can_judge and not self._fleet.is_known(leg.worker_id):

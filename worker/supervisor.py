@@ -52,8 +52,8 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
     """Runs due jobs one after the other; gives their number. Returns early when the worker drains."""
     num_runs = 0
     while not should_drain():
-        free_ended()
         try:
+            free_ended()
             lease = ledger.claim(worker_id)
         except DATABASE_AWAY as error:
             log.warning("claim_failed", error=type(error).__name__)
@@ -75,8 +75,8 @@ def free_ended() -> None:
             shutil.rmtree(root / job_id, ignore_errors=True)
             if (root / job_id).exists():
                 log.warning("work_folder_stays", job=job_id)
-    except Exception:
-        log.exception("free_ended_failed")  # whatever it is, jobs can still be run
+    except OSError:
+        log.exception("free_ended_failed")  # jobs can still be run
 
 
 def run_job(lease: Lease, should_drain: Callable[[], bool]) -> None:
@@ -112,7 +112,7 @@ class Attempt:
 
     def run(self) -> None:
         for stale in self.folder.parent.glob("*"):  # of workers that were killed: their leases are over
-            if int(stale.name) <= self.lease.token:  # else we are the one that is over
+            if not stale.name.isdigit() or int(stale.name) <= self.lease.token:  # else ours is over
                 shutil.rmtree(stale, ignore_errors=True)
         resume_dir = self._good_checkpoint()
         try:

@@ -36,6 +36,10 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._num_silent_bytes += len(data)
         super().data_received(data)
+        # What came may be half a request, or nothing of one: uvicorn's own timer ends with the first byte.
+        is_idle = self.cycle is None or self.cycle.response_complete
+        if is_idle and self._patience is None and self.timeout_keep_alive_task is None:
+            self._wait_for_headers()
         is_over = max(self._num_silent_bytes, self._num_header_bytes) > MAX_HEADER_BYTES
         if is_over and not self.transport.is_closing():
             error = BadRequest(f"the headers are longer than {MAX_HEADER_BYTES:,} bytes", "headers_too_large")
@@ -49,7 +53,6 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._num_header_bytes = self._num_silent_bytes = 0
-        self._wait_for_headers()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -69,12 +72,12 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def _wait_for_headers(self) -> None:
-        self._stop_waiting()
         self._patience = self.loop.call_later(HEADER_SECONDS, self.transport.close)
 
     def _stop_waiting(self) -> None:
         if self._patience is not None:
             self._patience.cancel()
+            self._patience = None
 
     def _count(self, num_bytes: int) -> None:
         self._num_silent_bytes = 0

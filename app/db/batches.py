@@ -41,17 +41,13 @@ def find_batch(session: Session, project_id: str, batch_id: str) -> Batch | None
     return session.scalars(query).one_or_none()
 
 
-def find_recent(
-    session: Session, project_id: str, file_id: str, endpoint: str, seconds: float
-) -> Batch | None:
-    """The newest batch of this file that was made within the last `seconds`."""
-    query = select(Batch).where(
-        Batch.project_id == project_id,
-        Batch.input_file_id == file_id,
-        Batch.endpoint == endpoint,
-        Batch.created_at > func.now() - timedelta(seconds=seconds),
+def find_recent(session: Session, seconds: float, **columns: Any) -> Batch | None:  # Any: columns of Batch
+    """The newest batch with these columns that was made within the last `seconds`, and that nobody has cancelled."""
+    query = (
+        select(Batch).filter_by(**columns).where(Batch.created_at > func.now() - timedelta(seconds=seconds))
     )
-    return session.scalars(query.order_by(Batch.created_at.desc()).limit(1)).one_or_none()
+    query = query.where(Batch.cancelling_at.is_(None)).order_by(Batch.created_at.desc())
+    return session.scalars(query.limit(1)).one_or_none()
 
 
 def page_batches(

@@ -35,6 +35,7 @@ MAX_RUNS: Final = 4  # batches that one process answers at once; they share the 
 BEAT_SECONDS: Final = 1.0  # how soon a run hears of a cancel
 RETRY_SECONDS: Final = 2.0
 POSTPONE_SECONDS: Final = 10.0  # after a fault of the database, of the store, or of ours
+FORGET_SECONDS: Final = 120.0  # after which a fault of a load begins a new row of them
 PASSING: Final = frozenset({429, 503})
 LOAD_FAULTS: Final = frozenset({"model_load_failed", "model_too_large", "serving_option_unavailable"})
 NO_DATABASE: Final = (DatabaseUnavailable, PoolExhausted)
@@ -112,7 +113,7 @@ class BatchRun:
         self._board = board
         self._room = room
         self._settings: Settings = board.settings
-        self._unloadable_since: dict[str, float] = {}  # by model
+        self._unloadable: dict[str, tuple[float, float]] = {}  # by model
 
     async def run(self) -> None:
         """Answers, ends and files the batch, as far as it gets; gives the lease back if that is not to the end."""
@@ -170,7 +171,7 @@ class BatchRun:
         while True:
             try:
                 answer = await self._ask(request)
-                self._unloadable_since.pop(request.body["model"], None)
+                self._unloadable.pop(request.body["model"], None)
                 return 200, answer
             except StillhouseError as error:
                 # A request that kills its workers would kill all of them, one after the other.
@@ -192,8 +193,10 @@ class BatchRun:
         if error.code not in LOAD_FAULTS:
             return False
         now = time.monotonic()
-        since = self._unloadable_since.setdefault(request.body["model"], now)
-        return now - since > self._settings.request_timeout_seconds
+        first, last = self._unloadable.get(request.body["model"], (now, now))
+        first = now if now - last > FORGET_SECONDS else first
+        self._unloadable[request.body["model"]] = first, now
+        return now - first > self._settings.request_timeout_seconds
 
     async def _ask(self, request: BatchRequest) -> Json:
         body = body_of(request, self._batch.endpoint)

@@ -1,12 +1,15 @@
 """Batches: accepted once, with all that is wrong with their lines told at once; read, and asked to stop."""
 
+import threading
+from typing import Any
+
 from app.auth import Principal
 from app.db import batches, files
 from app.db.ids import new_id
 from app.db.locks import lock_project
 from app.db.session import Session, transaction
 from app.db.tables import Batch, BatchStatus, File
-from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded
+from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, TooManyRequests
 from app.schemas.batches import BatchObject, CreateBatch
 from app.services.batch_lines import find_faults
 from app.services.jobs import (
@@ -21,6 +24,8 @@ from app.services.jobs import (
 from app.settings import get_settings
 
 ROUTE = "POST /v1/batches"
+# A file takes seconds, and the threads that read it are those that answer everybody.
+JUDGES = threading.BoundedSemaphore(8)
 
 
 def create_batch(principal: Principal, asked: CreateBatch, attempted: Attempted) -> Accepted:
@@ -29,16 +34,12 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: Attempted)
     replay = find_replay(principal, ROUTE, attempted, sha256)
     if replay is not None:
         return replay
-    settings = get_settings()
+    settings, expiry = get_settings(), asked.output_expires_after
     with transaction() as session:
-        if attempted.retry_count and attempted.idempotency_key is None:
-            same = batches.find_recent(
-                session, principal.project_id, asked.input_file_id, asked.endpoint, DUPLICATE_SECONDS
-            )
-            if same is not None:
-                return Accepted(BatchObject.of(same).model_dump(mode="json"), is_replay=True)
         demand_room(session, principal.project_id)
         file = input_file(session, principal.project_id, asked.input_file_id)
+    if not JUDGES.acquire(blocking=False):
+        raise TooManyRequests("other batches are being read; try again in a moment")
     try:
         num_requests, faults = find_faults(
             file.store_key, project_id=principal.project_id, endpoint=asked.endpoint, settings=settings
@@ -46,24 +47,34 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: Attempted)
     except FileNotFoundError:
         message = f"the content of the file {file.id!r} is no longer in the store; upload it again"
         raise BadRequest(message, "invalid_file", "input_file_id") from None
+    finally:
+        JUDGES.release()
     with transaction() as session:
         stored = claim(session, principal, ROUTE, attempted, sha256)
         if stored is not None:
             return Accepted(stored, is_replay=True)
+        columns: dict[str, Any] = {  # Any: columns of Batch, by name
+            "project_id": principal.project_id,
+            "endpoint": asked.endpoint,
+            "batch_metadata": asked.metadata or {},
+            "input_file_id": file.id,
+            "output_expires_seconds": expiry.seconds if expiry else None,
+        }
+        lock_project(session, principal.project_id)
+        if attempted.retry_count and attempted.idempotency_key is None:
+            same = batches.find_recent(session, DUPLICATE_SECONDS, **columns)
+            if same is not None:
+                return Accepted(BatchObject.of(same).model_dump(mode="json"), is_replay=True)
         demand_room(session, principal.project_id)
         # Once more, because it may have been deleted meanwhile; from here on it cannot be.
         input_file(session, principal.project_id, asked.input_file_id)
         batch = batches.insert_batch(
             session,
             id=new_id("batch_"),
-            project_id=principal.project_id,
-            endpoint=asked.endpoint,
-            batch_metadata=asked.metadata or {},
-            input_file_id=file.id,
             input_key=file.store_key,
-            output_expires_seconds=asked.output_expires_after.seconds if asked.output_expires_after else None,
             num_requests=0 if faults else num_requests,
             errors=[fault.model_dump() for fault in faults],
+            **columns,
         )
         body = BatchObject.of(batch).model_dump(mode="json")
         remember(session, principal, ROUTE, attempted, body)

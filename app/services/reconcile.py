@@ -63,8 +63,11 @@ class Reconciler:
         for _ in range(report.num_rung):
             self._ring()
         if report.is_leader and self._is_time_to_collect():
-            report = replace(report, num_collected=collect(store()))
-            self._last_collected = self._last_seen = self._clock()  # it spoke with the database to the end
+            try:
+                report = replace(report, num_collected=collect(store()))
+                self._last_seen = self._clock()  # a long round is no outage
+            finally:
+                self._last_collected = self._clock()
         if report not in {Report(), Report(is_leader=True)}:
             log.info("reconciled", **asdict(report))
         return report

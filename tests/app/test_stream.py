@@ -364,6 +364,9 @@ def test_a_request_that_a_busy_worker_does_not_have_is_sent_again_and_a_begun_on
         await asyncio.sleep(0.6)
         assert await stage.num_queued("a") == 2, "the worker says that it has them"
         await stage.beat("a", num_running=1)
+        await asyncio.sleep(0.6)
+        assert await stage.num_queued("a") == 2, "a worker of before does not say"
+        await stage.beat("a", num_running=1, requests=[])
         await stage.until_queued("a", 3)
         await stage.say(delta("q0.1", "late"), done("q0.2"))
         assert [type(reply) for _, reply in await unread.take()] == [Done]

@@ -40,6 +40,8 @@ def prompts_asked(trial: Trial) -> Iterator[None]:
     finally:
         is_over.set()
         asking.join(HANG_SECONDS + 10)
+        if "prompts" not in trial.notes:
+            trial.wrongs.append("prompts were not asked to the end")
 
 
 def _ask(trial: Trial, text: str, is_over: threading.Event) -> None:

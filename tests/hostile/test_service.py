@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -302,14 +303,22 @@ def test_a_decoder_that_gives_up_ends_its_own_requests_only(
     # what looks ahead is beyond Rust's own patterns, and goes to a library that counts its steps
     replace = {"type": "Replace", "pattern": {"Regex": "(x+x+)+(?=y)"}, "content": ""}
     state["decoder"] = {"type": "Sequence", "decoders": [state["decoder"], {"type": "Fuse"}, replace]}
+    vocab, last = state["model"]["vocab"], "".join(state["model"]["merges"].pop())
+    vocab["x" * 40] = swollen = vocab.pop(last)  # a token that a request can force
     (folder / "tokenizer.json").write_text(json.dumps(state))
     place.service.cli("models", "import", str(folder), "--name", "garbler")
     client = place.service.client(max_retries=0)
     worker = place.only("worker.main", "serve")
-    letter = state["model"]["vocab"]["x"]
     for _ in range(2):
         with pytest.raises(openai.InternalServerError, match="tokenizer"):
-            client.completions.create(model="garbler", prompt=[letter] * 60, max_tokens=2)
+            client.completions.create(model="garbler", prompt=[vocab["x"]] * 60, max_tokens=2)
+    beside: Json = {"model": "garbler", "prompt": "Hello", "max_tokens": 150, "temperature": 0}
+    forced = {str(swollen): 100}
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: client.completions.create(**beside, extra_body={"ignore_eos": True}))
+        with pytest.raises(openai.InternalServerError, match="tokenizer"):
+            client.completions.create(model="garbler", prompt="Hi", max_tokens=20, logit_bias=forced)
+        assert other.result().choices[0].finish_reason == "length"
     assert client.completions.create(model="garbler", prompt="Hello", max_tokens=2).choices
     assert client.completions.create(model=TEACHER, prompt="Hello", max_tokens=2).choices
     assert worker.is_running()

@@ -209,9 +209,9 @@ def test_the_heartbeat_tells_what_is_loaded_and_goes_away_at_the_end(bench: Benc
     ear.listen(lambda: "a" in ear.ended())
     wait_for(lambda: (now := status()) and now.resident == ("models/tiny",), 2, "the model is not shown")
     bench.worker.submit(request("b", max_tokens=240, n=64))
-    wait_for(lambda: (now := status()) and now.requests == {"b"}, 2, "the request is not shown")
+    wait_for(lambda: (now := status()) and now.requests == frozenset({"b"}), 2, "the request is not shown")
     bench.worker.cancel("b")
-    wait_for(lambda: (now := status()) and not now.requests, 2, "it is shown for ever")
+    wait_for(lambda: (now := status()) and now.requests == frozenset(), 2, "it is shown for ever")
     lifetime = ear.redis.pttl(serve_worker_key("w1"))
     assert isinstance(lifetime, int)
     assert 0 < lifetime <= 2000

@@ -232,7 +232,8 @@ class Encoder:
             segments.append((self._ids(prefix[len(done) :]), False))
             if i < len(messages):
                 pieces, done = self._answer(messages, i, prefix)
-                segments += [(ids, is_target and i not in row.unlearned) for ids, is_target in pieces]
+                is_learned = row.is_answered and i not in row.unlearned  # else the answer to come alone is
+                segments += [(ids, is_target and is_learned) for ids, is_target in pieces]
         return segments
 
     def _answer(

@@ -202,7 +202,8 @@ class Preparation:
             return teacher.answered(tokens), student.answered(tokens)
         text = str(self.teacher.tokenizer.decode(answer.tokens, skip_special_tokens=True))
         turn = {"role": "assistant", "content": text}
-        student = self._long_encoder.encode(replace(row, messages=(*row.messages, turn)))
+        whole = replace(row, messages=(*row.messages, turn), unlearned=frozenset(range(len(row.messages))))
+        student = self._long_encoder.encode(whole)
         room = self._max_tokens - len(student.token_ids) + len(student.completion_ids)
         if len(student.completion_ids) > room:  # the student may need more tokens for the same text
             return teacher.answered(answer.tokens), student.answered(student.completion_ids[: max(1, room)])

@@ -155,7 +155,10 @@ class TransformersEngine:
             bad = BadLogits("the model computed values that are not numbers; its weights are bad")
             return [self._fail(answer, bad)]
         reason = sequence.finish_reason
-        taken = answer.take(sequence.choice, pick, reason)
+        try:
+            taken = answer.take(sequence.choice, pick, reason)
+        except ServeError as error:  # the way back to text
+            return [self._fail(answer, error)]
         if taken.is_choice_over and reason is None:
             self._decoder.drop(lambda other: other is sequence)
         if taken.is_over:

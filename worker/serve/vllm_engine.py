@@ -169,7 +169,10 @@ class VllmEngine:
         last = len(completion.token_ids) - 1
         for at, token in enumerate(completion.token_ids):
             pick = _pick(token, completion.logprobs[at] if completion.logprobs else None, answer.request)
-            taken = answer.take(choice, pick, FINISH_REASONS[reason] if reason and at == last else None)
+            try:
+                taken = answer.take(choice, pick, FINISH_REASONS[reason] if reason and at == last else None)
+            except ServeError as error:  # the way back to text
+                return [*replies, self._fail(answer, error)]
             replies += taken.replies
             if taken.is_choice_over:
                 if reason is None:

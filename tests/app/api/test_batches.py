@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ import pytest
 from openai.types import Batch
 
 from app.local import free_port
+from app.services import batches
 from app.settings import Settings, get_settings
 from app.storage import store
 from tests.app.api.conftest import PROJECT, Service, jsonl
@@ -351,6 +353,17 @@ def test_a_batch_that_the_sdk_sends_again_is_made_once(client: openai.OpenAI) ->
     retried = client.batches.create(**asked, extra_headers={"x-stainless-retry-count": "1"})
     assert retried.id == first.id
     assert client.batches.create(**asked).id != first.id, "a second one that was asked for"
+
+
+def test_batches_that_are_judged_leave_threads_to_the_others(client: openai.OpenAI) -> None:
+    with ExitStack() as judging:
+        for _ in range(8):
+            judging.enter_context(batches.JUDGES)
+        with pytest.raises(openai.RateLimitError) as refused:
+            submit(client, [line(0, model="none")])
+        assert refused.value.response.headers["retry-after"]
+    for _ in range(9):
+        assert submit(client, [line(0, model="none")]).status == "failed"
 
 
 @pytest.fixture

@@ -36,12 +36,15 @@ def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 
 @pytest.mark.parametrize(
-    "said", [b"", REQUEST[:20], REQUEST + REQUEST[:20]], ids=["silent", "half", "second half"]
+    "said",
+    [b"", REQUEST[:20], REQUEST + REQUEST[:20], REQUEST + b"\r\n"],
+    ids=["silent", "half", "second half", "a blank line behind"],
 )
 def test_a_connection_without_whole_headers_is_closed(port: int, said: bytes) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
-        connection.sendall(said)
-        heard = b""
+        connection.sendall(said[: len(REQUEST)])
+        heard = connection.recv(4096) if said.startswith(REQUEST) else b""
+        connection.sendall(said[len(REQUEST) :])
         while piece := connection.recv(4096):
             heard += piece
     assert heard.count(b"204") == said.count(REQUEST)

@@ -50,6 +50,17 @@ def test_an_answer_of_weight_0_is_read_and_not_learned_from(encoder: Encoder, wr
     assert targets(encoder, weighted) == ["The still.<|im_end|>"]
 
 
+def test_a_conversation_that_waits_for_an_answer_has_no_targets_yet(
+    encoder: Encoder, write_rows: WriteRows
+) -> None:
+    """Else the teacher would not be asked, and the row's earlier answers be learned instead."""
+    (row,) = read_rows(write_rows([CHAT]))
+    waiting, answered = encoder.encode(row.question), encoder.encode(row)
+    assert waiting.spans == ()
+    assert waiting.prompt_ids == answered.prompt_ids
+    assert waiting.answered(answered.completion_ids).spans == answered.spans[-1:]
+
+
 def test_a_prompt_is_what_the_chat_template_gives_a_server(encoder: Encoder, write_rows: WriteRows) -> None:
     (row,) = read_rows(write_rows([CHAT]))
     served = encoder.tokenizer.apply_chat_template(
