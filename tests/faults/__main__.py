@@ -36,7 +36,7 @@ class Promise:
 
 
 PROMISES: Final = (
-    Promise("kills", "one terminal state under kill -9 of any process", 500, 17, 6, killing.kills),
+    Promise("kills", "one terminal state under kill -9 of any process", 500, 29, 6, killing.kills),
     Promise("crash_points", "every crash point", 20 * len(killing.ALL_POINTS), 52, 5, killing.crash_points),
     Promise("valkey", "Valkey killed without its log, flushed, down", 140, 31, 3, outages.valkey),
     Promise("postgres", "Postgres restarts, ended backends, no false reap", 260, 8, 4, outages.postgres),
