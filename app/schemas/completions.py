@@ -30,7 +30,7 @@ Unsupported = Any  # a parameter that is refused unless it has a value without e
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
@@ -38,7 +38,7 @@ class StreamOptions(BaseModel):
 class GenerationBody(BaseModel):
     """What both routes take."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
     default_tokens: ClassVar[int]
 
