@@ -11,9 +11,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "worker")
-MAX_FILE_LINES = 350
+MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_PLANE_LINES = {"app": 11_450, "worker": 17_250}  # docs/decisions/0019-what-a-review-found.md
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 
 
@@ -49,11 +48,6 @@ def test_no_function_is_longer_than_its_budget() -> None:
         and (node.end_lineno or node.lineno) - node.lineno + 1 > MAX_FUNCTION_LINES
     ]
     assert long == []
-
-
-@pytest.mark.parametrize("package", PACKAGES)
-def test_a_plane_stays_within_its_budget(package: str) -> None:
-    assert sum(len(p.read_text().splitlines()) for p in sources(package)) <= MAX_PLANE_LINES[package]
 
 
 def test_no_module_has_a_vague_name() -> None:
