@@ -61,6 +61,12 @@ class Settings(BaseSettings):
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept beside the best one")
     teacher_cache_bytes: int = Field(20 * 2**30, ge=0, description="Disk for teacher caches and answers")
     num_threads: int = Field(0, ge=0, description="Compute threads of a trainer or engine; 0: all cores")
+    training_cpu_share: float = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="Share of the CPU time that training gets while a serve worker on the same cores is busy; 1: no turns",
+    )
     num_processes: int = Field(0, ge=0, description="Processes that train one student; 0: one a CUDA device")
     work_dir: str = Field("", description="Where runs lay their work folders; empty: <data-dir>/work")
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from bench.beside_training import measure_beside_training, table
 from bench.cases import Entry
 from bench.children import ChildFailed, ask_child, module
 from bench.distill import machine
@@ -79,6 +80,8 @@ def main() -> int:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["bench/serve.py", *sys.argv[1:]]),
     }
+    if arguments.beside_training:
+        return beside_training(work, report, arguments)
     folders = prepare(work, "smollm2-12", num_threads=arguments.threads)
     for name, key in list(MODELS.items())[: 1 if arguments.quick else None]:
         report["models"][name] = measure(Path(folders[key]), servers, arguments)
@@ -92,10 +95,38 @@ def main() -> int:
     return 1 if any(model["failed"] for model in report["models"].values()) else 0
 
 
+def beside_training(work: Path, report: Entry, arguments: argparse.Namespace) -> int:
+    """Our service alone and beside a training job; writes and prints the figures."""
+    model_dir = Path(prepare(work, "smollm2-12", num_threads=arguments.threads)["teacher_dir"])
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    with serving(OURS, model_dir, work, arguments.threads) as target:
+        report |= measure_beside_training(
+            target, PROMPTS, max_tokens=MAX_TOKENS, summary=lambda load: summary(load, tokenizer)
+        )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report, indent=1))
+    headings = (
+        "callers",
+        "tokens/s alone",
+        "beside training",
+        "first token p50, ms",
+        "beside training",
+        "steps/s",
+    )
+    shown = Table(*headings, title=f"steps/s while nobody asks: {report['steps_per_second_alone']}")
+    for row in table(report):
+        shown.add_row(*row)
+    Console(width=130).print(shown)
+    return 0
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/serve.py", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="one model, one turn, fewer callers")
     parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument(
+        "--beside-training", action="store_true", help="ours alone, without and with a job that trains"
+    )
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=PEERS, help="none: ours alone")
     parser.add_argument("--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs")
     parser.add_argument("--threads", type=int, default=2)

@@ -77,6 +77,7 @@ def serve(settings: Settings) -> int:
     from transformers.utils import logging as transformers_logging
 
     from app.storage import store
+    from worker.core_sharing import shared_cores
     from worker.serve.models import ModelHost
     from worker.serve.vllm_engine import has_vllm
     from worker.serving import FAULTS, ServeOptions, ServeWorker, connect
@@ -101,6 +102,8 @@ def serve(settings: Settings) -> int:
         max_running=settings.max_running_sequences,
         heartbeat_seconds=settings.serve_heartbeat_seconds,
         engines=("transformers", "vllm") if has_vllm() else ("transformers",),
+        shared_cores=shared_cores(settings) if host.device == "cpu" else None,
+        training_share=settings.training_cpu_share,
     )
     worker = ServeWorker(host, options, on_end=lambda is_as_asked: stop_consuming(0 if is_as_asked else 1))
     queue = serve_queue(worker_id)

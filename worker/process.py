@@ -16,6 +16,7 @@ from pydantic import ValidationError
 
 from app.contracts import DistillationJob, ImportJob
 from app.settings import Settings
+from worker.core_sharing import SharedRun
 from worker.distill.progress import RunLine, run_line
 
 log = structlog.get_logger(__name__)
@@ -30,7 +31,13 @@ WITHHELD = ("STILLHOUSE_DATABASE_URL", "STILLHOUSE_REDIS_URL", "STILLHOUSE_KEY_P
 class RunProcess:
     """`python -m module …` in its own session; it dies with this process, whatever kills that."""
 
-    def __init__(self, arguments: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        shared_cores: Path | None = None,
+    ) -> None:
         self._error_path = folder / "stderr.log"
         self._oom_kills = num_oom_kills()
         with self._error_path.open("wb") as errors:
@@ -47,6 +54,7 @@ class RunProcess:
         self._is_closed = threading.Event()
         self._reader = threading.Thread(target=self._read, name=f"lines-{self.pid}", daemon=True)
         self._reader.start()
+        self._shared = SharedRun(shared_cores, self.pid) if shared_cores is not None else None
 
     @property
     def pid(self) -> int:
@@ -84,6 +92,8 @@ class RunProcess:
             self._signal(signal.SIGKILL)
         self._process.wait()
         self._reader.join(timeout=PIPE_SECONDS)
+        if self._shared is not None:
+            self._shared.close()
 
     def describe_death(self) -> tuple[str, str]:
         """(sentence, error code) for a run that ended without a verdict."""

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import redis
 import structlog
@@ -33,6 +34,7 @@ from app.contracts import (
     serve_worker_key,
 )
 from app.control import CONTROL, Keep
+from worker.core_sharing import CoreTurns
 from worker.serve.models import HostStatus, ModelHost
 from worker.slices import take_long_slices
 
@@ -56,6 +58,8 @@ class ServeOptions:
     heartbeat_seconds: float
     engines: tuple[EngineName, ...] = ("transformers",)
     drain_seconds: float = DRAIN_SECONDS
+    shared_cores: Path | None = None  # where training runs on the same cores announce themselves
+    training_share: float = 0.0
 
 
 def connect(url: str) -> "redis.Redis":
@@ -82,6 +86,8 @@ class ServeWorker:
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         self._drain_until: float | None = None
         self._has_ended = threading.Event()
+        folder = options.shared_cores
+        self._turns = CoreTurns(folder, options.training_share) if folder is not None else None
         self._turned_at = time.monotonic()
 
     def start(self) -> None:
@@ -121,7 +127,7 @@ class ServeWorker:
         take_long_slices()
         try:
             while not self._is_drained():
-                self._host.wait_for_work(WAIT_SECONDS)
+                self._wait_for_turn()
                 self._turned_at = time.monotonic()
                 self._publish(addressed.reply for addressed in self._host.step_all())
             self._fail_all(
@@ -131,8 +137,21 @@ class ServeWorker:
         except BaseException:  # whatever the engine broke on, nobody may wait for it in vain
             log.exception("engine_thread_failed")
             self._fail_all(500, "internal_error", "the engine failed on this request or on one beside it")
+        if self._turns is not None:
+            self._turns.release()
         self._has_ended.set()
         self._on_end(is_as_asked)
+
+    def _wait_for_turn(self) -> None:
+        """Sleeps until there is something to step, at most for WAIT_SECONDS, and takes the cores if there is."""
+        if self._turns is None:
+            self._host.wait_for_work(WAIT_SECONDS)
+            return
+        if not self._host.wait_for_work(0.0):
+            self._turns.release()
+            if not self._host.wait_for_work(WAIT_SECONDS):
+                return
+        self._turns.take()
 
     def _is_drained(self) -> bool:
         if self._drain_until is None:

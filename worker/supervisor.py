@@ -19,6 +19,7 @@ from app.crash import crash_point
 from app.settings import Settings, get_settings
 from app.storage import CorruptArtifact, StorageError, store
 from worker import ledger
+from worker.core_sharing import shared_cores
 from worker.distill.errors import DiskFull
 from worker.distill.progress import (
     CheckpointLine,
@@ -125,7 +126,9 @@ class Attempt:
         arguments = self._lay(spec)
         crash_point("inputs.laid")
         environment = child_environment(self.lease.spec, self.settings)
-        self.process = process = RunProcess(arguments, self.folder, environment)
+        self.process = process = RunProcess(
+            arguments, self.folder, environment, shared_cores=shared_cores(self.settings)
+        )
         while not self.is_done:
             self._demand_authority()
             self._obey(process)
