@@ -12,11 +12,12 @@ from worker.export import Kind, export_gguf
 SOURCES = (
     "llama-cpp-python"  # its own server answers one request at a time; llama.cpp's, which it carries, batches
 )
+QUANTIZE = "llama-quantize"
 NUM_SLOTS, SLOT_TOKENS = (
     64,
     512,
 )  # as many answers at once as the bench has callers; prompt and answer in each
-KIND_OF: dict[str, Kind] = {"float32": "f32", "float16": "f16"}
+KIND_OF: dict[str, Kind] = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
 SETTINGS = (
     "BUILD_SHARED_LIBS",
     "LLAMA_OPENSSL",
@@ -46,21 +47,36 @@ def build(folder: Path) -> Path:
     off = [f"-D{setting}=OFF" for setting in SETTINGS]
     run(["cmake", "-S", str(sources), "-B", str(made), "-DCMAKE_BUILD_TYPE=Release", *off])
     cores = str(len(os.sched_getaffinity(0)))
-    run(["cmake", "--build", str(made), "--target", "llama-server", "--parallel", cores])
+    run(["cmake", "--build", str(made), "--target", "llama-server", QUANTIZE, "--parallel", cores])
+    (made / "bin" / QUANTIZE).rename(folder / QUANTIZE)
     (made / "bin" / "llama-server").rename(program)
     shutil.rmtree(made)
     shutil.rmtree(sources)
     return program
 
 
+def make_weights(program: Path, model_dir: Path, dtype: str) -> None:
+    """Writes our own GGUF export of the model, the first time; llama.cpp's own tool quantises the kinds that we do not write."""
+    weights = path_of_weights(model_dir, dtype)
+    if weights.exists():
+        return
+    partial = weights.with_suffix(".partial")
+    if dtype in KIND_OF:
+        export_gguf(model_dir, partial, kind=KIND_OF[dtype])
+    else:
+        make_weights(program, model_dir, "float16")
+        source = path_of_weights(model_dir, "float16")
+        run([str(program.with_name(QUANTIZE)), str(source), str(partial), dtype.upper()])
+    partial.rename(weights)
+
+
+def path_of_weights(model_dir: Path, dtype: str) -> Path:
+    return model_dir.with_name(f"{model_dir.name}-{KIND_OF.get(dtype, dtype)}.gguf")
+
+
 def command(program: Path, model_dir: Path, dtype: str, port: int, num_threads: int) -> list[str]:
-    """Serves our own GGUF export of the model, which is made the first time."""
-    kind = KIND_OF[dtype]
-    weights = model_dir.with_name(f"{model_dir.name}-{kind}.gguf")
-    if not weights.exists():
-        partial = weights.with_suffix(".partial")
-        export_gguf(model_dir, partial, kind=kind)
-        partial.rename(weights)
+    """Serves the weights that `make_weights` has written."""
+    weights = path_of_weights(model_dir, dtype)
     options = ["--parallel", str(NUM_SLOTS), "--ctx-size", str(NUM_SLOTS * SLOT_TOKENS), "--no-ui"]
     options += ["--threads", str(num_threads), "--threads-batch", str(num_threads)]
     return [str(program), "--model", str(weights), *options, "--host", "127.0.0.1", "--port", str(port)]

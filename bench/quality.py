@@ -68,6 +68,7 @@ def _turn(task: Entry, seed: int, budget_seconds: float, shares: tuple[float, ..
             "budget_seconds": budget_seconds,
             "student_out": str(out),
         },
+        keeps_memory=True,  # its steps are faster so
     )
     theirs |= _judge(task, out)
     _tell("TRL", theirs)

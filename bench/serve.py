@@ -30,25 +30,29 @@ from bench.distill import machine
 from bench.first_token import first_tokens
 from bench.load import Load, Target, drive
 from bench.pair_models import THINGS
-from bench.servers import NotInstalled, Server, peak_bytes_of_children, serving
+from bench.servers import NotInstalled, Server, peak_bytes_of_children, serving, settings
 from bench.steps import prepare
 
 OURS = Server("ours")
-SERVERS = (
-    OURS,
-    Server("transformers_serve", "float32"),
-    Server("transformers_serve", "bfloat16"),
-    Server("vllm", "float32"),
-    Server("vllm", "bfloat16"),
-    Server("llama_cpp", "float32"),
-    Server("llama_cpp", "float16"),
-)
+OURS_INT8 = Server("ours", "int8")
 QUICK_SERVERS = (
     OURS,
-    Server("transformers_serve", "float32"),
+    OURS_INT8,
     Server("transformers_serve", "bfloat16"),
     Server("vllm", "bfloat16"),
+    Server("vllm", "bfloat16", is_eager=True),
+    Server("llama_cpp", "float16"),
+    Server("llama_cpp", "q8_0"),
+    Server("llama_cpp", "q4_k_m"),
 )
+SERVERS = (
+    *QUICK_SERVERS,
+    Server("transformers_serve", "float32"),
+    Server("vllm", "float32"),
+    Server("llama_cpp", "float32"),
+)
+QUANTISED = {OURS_INT8.name, "llama_cpp-q8_0", "llama_cpp-q4_k_m"}  # compared with one another only
+INT8_PAIR = (OURS_INT8.name, "llama_cpp-q8_0")
 PEERS = ("transformers_serve", "vllm", "llama_cpp")
 MODELS = {"smollm2": "teacher_dir", "smollm2-12": "student_dir"}
 CALLERS, QUICK_CALLERS = (1, 8, 32, 64), (1, 8, 32)
@@ -170,6 +174,7 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
         "figures": figures(contenders, inside) | {"ttft_overhead_ms_p50": overhead_ms(first)},
         "contenders": contenders,
         "in_process": inside,
+        "settings": {server.name: settings(server) for server in servers},
         "first_tokens": first,
         "failed": failed,
         "skipped": skipped,
@@ -223,11 +228,16 @@ def over(turns: list[Entry]) -> Entry:
 
 
 def figures(contenders: Entry, inside: Entry) -> Entry:
-    """Against the better float of each peer; None where the peer was not measured."""
+    """Against the best configuration of each peer whose weights are not quantised, and `int8` against Q8_0.
+
+    None where one of the two was not measured.
+    """
     ours = contenders["ours"]["loads"]
     found: Entry = {}
     for peer in PEERS:
-        theirs = [c["loads"] for name, c in contenders.items() if name.startswith(peer)]
+        theirs = [
+            c["loads"] for name, c in contenders.items() if name.startswith(peer) and name not in QUANTISED
+        ]
         for n in map(str, RATIO_CALLERS):
             best = max((loads[n]["tokens_per_second"] for loads in theirs), default=None)
             ratio = None if best is None else round(ours[n]["tokens_per_second"] / best, 2)
@@ -236,6 +246,11 @@ def figures(contenders: Entry, inside: Entry) -> Entry:
         found[f"first_token_ratio_vs_{peer}_32"] = (
             None if least is None else round(ours["32"]["first_token_ms_p50"] / least, 2)
         )
+    int8, q8_0 = (contenders.get(name, {}).get("loads") for name in INT8_PAIR)
+    for n in map(str, RATIO_CALLERS):
+        is_there = int8 is not None and q8_0 is not None
+        rates = [loads[n]["tokens_per_second"] for loads in (int8, q8_0)] if is_there else None
+        found[f"ratio_int8_vs_q8_0_{n}"] = None if rates is None else round(rates[0] / rates[1], 2)
     seconds_a_step = FLOOR_CALLERS / ours[str(FLOOR_CALLERS)]["tokens_per_second"]
     found["fraction_of_gemm_floor_32"] = round(inside["step_floor_ms"] / 1000 / seconds_a_step, 3)
     return found
@@ -260,6 +275,8 @@ def show(console: Console, name: str, model: Entry) -> None:
             rate, gap = f"{load['tokens_per_second']:.0f}", f"{load['gap_ms_p95']:.0f}"
             table.add_row(server, n, rate, first, gap, f"{contender['peak_bytes'] / 1e9:.1f}")
     console.print(table)
+    for name, how in model["settings"].items():
+        console.print(f"{name}: {how}", highlight=False)
     for key, value in model["figures"].items():
         console.print(f"{key}: {value}", highlight=False)
 

@@ -22,6 +22,7 @@ from bench.children import ChildFailed, run
 from bench.load import Target
 
 Peer = Literal["ours", "transformers_serve", "vllm", "llama_cpp"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8", "q8_0", "q4_k_m"]
 START_SECONDS = 300.0
 STOP_SECONDS = 30.0
 KV_CACHE_GIB = "2"  # vLLM on a CPU takes so much at once
@@ -40,28 +41,29 @@ class NotInstalled(ChildFailed):
 
 @dataclass(frozen=True)
 class Server:
-    """One contender: a peer in one float."""
+    """One contender: a server with one dtype of the weights. `auto` is our own default; `is_eager` is for vLLM alone."""
 
     peer: Peer
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "auto"
+    is_eager: bool = False
 
     @property
     def name(self) -> str:
-        return self.peer if self.peer == "ours" else f"{self.peer}-{self.dtype}"
+        return self.peer if self.dtype == "auto" else f"{self.peer}-{self.dtype}{'-eager' * self.is_eager}"
 
 
 @contextmanager
 def serving(server: Server, model_dir: Path, work: Path, num_threads: int) -> Iterator[Target]:
     """The server, ready to answer, until the block ends. Raises NotInstalled, or ChildFailed if it does not start."""
     if server.peer == "ours":
-        with _our_service(model_dir, work, num_threads) as target:
+        with _our_service(model_dir, work, num_threads, server.dtype) as target:
             yield target
         return
     program = install(server.peer, work)
     port = free_port()
+    if server.peer == "llama_cpp":
+        llama_cpp.make_weights(program, model_dir, server.dtype)
     command, environment = _command(server, program, model_dir, port, num_threads)
-    threads = str(num_threads)
-    environment |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     log_path = work / f"{server.name}.log"
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -81,35 +83,45 @@ def serving(server: Server, model_dir: Path, work: Path, num_threads: int) -> It
 def _command(
     server: Server, program: Path, model_dir: Path, port: int, num_threads: int
 ) -> tuple[list[str], dict[str, str]]:
+    threads = str(num_threads)
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
     if server.peer == "transformers_serve":
         options = ["--continuous-batching", "--dtype", server.dtype, "--device", "cpu"]
         options += ["--cb-num-blocks", NUM_BLOCKS, "--cb-block-size", BLOCK_TOKENS]
         options += ["--host", "127.0.0.1", "--port", str(port)]
-        return [str(program.with_name("transformers")), "serve", str(model_dir), *options], {}
+        return [str(program.with_name("transformers")), "serve", str(model_dir), *options], environment
     if server.peer == "llama_cpp":
-        return llama_cpp.command(program, model_dir, server.dtype, port, num_threads), {}
+        return llama_cpp.command(program, model_dir, server.dtype, port, num_threads), environment
     options = [
         "--model",
         str(model_dir),
         "--dtype",
         server.dtype,
-        "--enforce-eager",
         "--max-model-len",
         "2048",
         "--max-num-seqs",
         MAX_SEQUENCES,
     ]
+    options += ["--enforce-eager"] * server.is_eager
     options += ["--host", "127.0.0.1", "--port", str(port)]
     module = "vllm.entrypoints.openai.api_server"  # the wheel for CPUs lacks what `vllm serve` looks for
     # Its threads spin for one another. Bound to cores, as it has them left to itself, they do so while the API, the
     # engine and the load generator want the same cores: 1 to 5 tokens a second were seen on two busy ones.
-    environment = {
+    environment |= {
         "VLLM_CPU_KVCACHE_SPACE": KV_CACHE_GIB,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_NO_USAGE_STATS": "1",
     }
     return [str(program), "-m", module, *options], environment
+
+
+def settings(server: Server) -> str:
+    """The command and environment variables of a peer, without folders and ports; of ours, what differs from the defaults."""
+    if server.peer == "ours":
+        return f"stillhouse up, weights: {server.dtype}"
+    command, environment = _command(server, Path(server.peer), Path("MODEL"), 0, 2)
+    return " ".join([*(f"{name}={value}" for name, value in environment.items()), *command])
 
 
 def install(peer: Peer, work: Path) -> Path:
@@ -135,7 +147,7 @@ def _environment(peer: Peer, work: Path) -> Path:
 
 
 @contextmanager
-def _our_service(model_dir: Path, work: Path, num_threads: int) -> Iterator[Target]:
+def _our_service(model_dir: Path, work: Path, num_threads: int, dtype: Dtype) -> Iterator[Target]:
     os.environ["STILLHOUSE_NUM_THREADS"] = str(num_threads)
     data_dir = work / "service"
     name = model_dir.name
@@ -143,6 +155,10 @@ def _our_service(model_dir: Path, work: Path, num_threads: int) -> Iterator[Targ
         if all(model["id"] != name for model in client.get("/v1/models").json()["data"]):
             command = [sys.executable, "-m", "app.cli", "models", "import", str(model_dir), "--name", name]
             run([*command, "--data-dir", str(data_dir)])
+        options = {"weights": dtype}
+        response = client.put(f"/v1/models/{name}/serving", json=options)
+        if response.is_error:
+            raise ChildFailed(f"the model cannot be served with {options}: {response.text[:300]}")
         wait_until_answering(client, name)
         yield Target(str(client.base_url).rstrip("/"), name, (data_dir / "api_key").read_text().strip())
 

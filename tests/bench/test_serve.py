@@ -32,8 +32,21 @@ def test_ratios_are_against_the_better_float_of_a_peer_at_each_number_of_callers
     assert found["first_token_ratio_vs_vllm_32"] == pytest.approx(0.5)
     assert found["ratio_vs_transformers_serve_32"] is None  # it was not measured
     assert found["fraction_of_gemm_floor_32"] == pytest.approx(0.2)  # a step of 32 tokens takes 100 ms
+    assert found["ratio_int8_vs_q8_0_1"] is None
     assert overhead_ms([{"overhead_ms_p50": ms} for ms in (8.0, 12.0, 9.0)]) == 9.0
     assert overhead_ms([]) is None  # our own service failed
+
+
+def test_quantised_weights_are_compared_with_quantised_weights() -> None:
+    contenders = {
+        "ours": {"loads": loads(100.0, 500.0, 1000.0)},
+        "ours-int8": {"loads": loads(180.0, 600.0, 1000.0)},
+        "llama_cpp-float16": {"loads": loads(80.0, 250.0, 500.0)},
+        "llama_cpp-q8_0": {"loads": loads(150.0, 300.0, 400.0)},
+    }
+    found = figures(contenders, {"step_floor_ms": 20.0})
+    assert found["ratio_vs_llama_cpp_1"] == pytest.approx(1.25)
+    assert found["ratio_int8_vs_q8_0_1"] == pytest.approx(1.2)
 
 
 def test_tokens_are_counted_in_the_texts(tiny_llama_dir: Path) -> None:
