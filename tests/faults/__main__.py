@@ -88,13 +88,13 @@ def table(rows: Sequence[Json]) -> str:
     """Markdown: what was injected beside what a full run wants."""
     says = {promise.name: promise.says for promise in PROMISES} | disk.SAYS
     lines = [
-        "| promise | faults | target | accepted | lost | duplicated | recovered p50 / p95, s | kept |",
-        "|---|---|---|---|---|---|---|---|",
+        "| promise | faults | target | accepted | trained | lost | duplicated | recovered p50 / p95, s | kept |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         recovered = f"{row['recovered_p50_s'] or '–'} / {row['recovered_p95_s'] or '–'}"
         lines.append(
-            f"| {says[row['promise']]} | {row['faults']} | {row['target']} | {row['accepted']} "
+            f"| {says[row['promise']]} | {row['faults']} | {row['target']} | {row['accepted']} | {row['trained']} "
             f"| {row['lost']} | {row['duplicated']} | {recovered} | {'yes' if row['is_kept'] else '**no**'} |"
         )
     return "\n".join(lines)

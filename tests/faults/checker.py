@@ -26,6 +26,7 @@ class Verdict:
     """What became of what was accepted."""
 
     accepted: int = 0
+    trained: int = 0  # accepted jobs that made at least one training step; the others end without a trainer
     lost: list[str] = field(default_factory=list)
     duplicated: list[str] = field(default_factory=list)
     attempts: int = 0
@@ -85,6 +86,10 @@ def check(system: System, ledger: Ledger, client: Client, faults_at: list[float]
             "WHERE metadata->>'key' = ANY(%s) GROUP BY 1",
             list(ledger.asked),
         )
+        verdict.trained = rows(
+            "SELECT count(DISTINCT job_id) AS num FROM job_metrics WHERE name = 'train_loss' AND job_id = ANY(%s)",
+            ids,
+        )[0]["num"]
     verdict.duplicated += [f"{row['key']}: {row['num']} jobs of one key" for row in of_key if row["num"] > 1]
     verdict.duplicated += [f"{key}: one key was answered with two jobs" for key in ledger.contradictions]
     for accepted in ledger.accepted:

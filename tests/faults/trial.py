@@ -24,6 +24,7 @@ class Figures:
     faults: int = 0
     target: int = 0
     accepted: int = 0
+    trained: int = 0
     lost: int = 0
     duplicated: int = 0
     recovered_seconds: list[float] = field(default_factory=list)
@@ -41,6 +42,7 @@ class Figures:
             "faults": self.faults,
             "target": self.target,
             "accepted": self.accepted,
+            "trained": self.trained,
             "lost": self.lost,
             "duplicated": self.duplicated,
             "recovered_p50_s": percentile(self.recovered_seconds, 50),
@@ -148,6 +150,7 @@ class Trial:
             faults=self.faults.total(),
             target=self.target,
             accepted=verdict.accepted,
+            trained=verdict.trained,
             lost=len(verdict.lost),
             duplicated=len(verdict.duplicated),
             recovered_seconds=self.recovered_seconds or verdict.recovered_seconds,
