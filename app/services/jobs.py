@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app import queue
-from app.auth import Principal
+from app.auth import HUB_TOKEN_SCOPE, Principal
 from app.contracts import ImportJob
 from app.crash import crash_point
 from app.db import idempotency, jobs, models
@@ -84,7 +84,7 @@ def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> 
 
 
 def create_import(principal: Principal, asked: ImportModel, attempted: Attempted) -> Accepted:
-    """Queues the import of a model from the hub."""
+    """Queues the import of a model from the hub, with the hub token only if the key has the scope for it."""
     if ".." in asked.source:
         raise BadRequest("source is hf:org/name@revision", param="source")
     sha256 = fingerprint(asked.model_dump(mode="json"))
@@ -95,7 +95,12 @@ def create_import(principal: Principal, asked: ImportModel, attempted: Attempted
     if submitted.job is not None:
         return replayed(submitted.job)
     hub = asked.source.removeprefix("hf:")
-    spec = ImportJob(output_model=asked.name, hub=hub if "@" in hub else f"{hub}@main", format="hub")
+    spec = ImportJob(
+        output_model=asked.name,
+        hub=hub if "@" in hub else f"{hub}@main",
+        uses_hub_token=principal.has(HUB_TOKEN_SCOPE),
+        format="hub",
+    )
     with transaction() as session:
         stored = claim(session, principal, IMPORTS_ROUTE, attempted, sha256)
         if stored is not None:
