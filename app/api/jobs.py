@@ -5,7 +5,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.requests import ClientDisconnect
 
 from app.api.body import StrictRoute
 from app.api.deps import AskedPage, Page, Principal, require
@@ -26,19 +25,11 @@ METADATA_FILTER = re.compile(r"metadata\[(.{1,64})\]")
 EVENT_STREAM = "text/event-stream"
 
 
-async def attempted(
-    request: Request,
+def attempted(
     idempotency_key: Annotated[str | None, Header()] = None,
     x_stainless_retry_count: Annotated[int, Header(ge=0)] = 0,
     x_stainless_read_timeout: Annotated[float, Header(gt=0)] = DEFAULT_TIMEOUT_SECONDS,
 ) -> Attempted:
-    """Returns what identifies the attempt. Raises ClientDisconnect.
-
-    A request may arrive after its client has given up and retried, for example when this process was
-    stopped for a while. Nobody reads its answer, and the retry has created what it asks for.
-    """
-    if await request.is_disconnected():
-        raise ClientDisconnect
     return Attempted(idempotency_key, x_stainless_retry_count, x_stainless_read_timeout)
 
 

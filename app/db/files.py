@@ -5,8 +5,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.orm import Session
 
+from app.db.conditions import HAS_NOT_ENDED
 from app.db.paging import Order, keyset_page
-from app.db.tables import ENDED_BATCHES, HAS_NOT_ENDED, Batch, File, Job
+from app.db.tables import ENDED_BATCHES, Batch, File, Job
 
 
 def insert_file(session: Session, **columns: Any) -> File:  # Any: the columns of File, by name

@@ -10,9 +10,10 @@ from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from app.contracts import TERMINAL, JobStatus
+from app.db.conditions import HAS_NOT_ENDED, IS_IN_QUEUE
 from app.db.lifecycle import add_event, lock_job, move
 from app.db.paging import Order, UnknownCursor, keyset_page
-from app.db.tables import HAS_NOT_ENDED, IS_IN_QUEUE, Checkpoint, Event, Job, JobCount, Metric
+from app.db.tables import Checkpoint, Event, Job, JobCount, Metric
 
 __all__ = ["UnknownCursor", "add_event"]  # what readers of jobs need too
 

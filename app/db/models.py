@@ -8,8 +8,9 @@ from sqlalchemy import ColumnElement, Select, String, bindparam, delete, func, o
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from app.db.conditions import HAS_NOT_ENDED
 from app.db.session import read_row
-from app.db.tables import HAS_NOT_ENDED, Alias, Checkpoint, Job, Json, Model, Pin
+from app.db.tables import Alias, Checkpoint, Job, Json, Model, Pin
 
 
 def insert_model(session: Session, **columns: Any) -> Model | None:  # Any: the columns of Model, by name

@@ -1,6 +1,5 @@
 """ORM classes. The schema itself changes only by migrations; these mirror it."""
 
-from collections.abc import Iterable
 from datetime import datetime
 from enum import StrEnum
 from typing import Any
@@ -9,7 +8,6 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
-    ColumnElement,
     DateTime,
     Float,
     ForeignKey,
@@ -22,13 +20,10 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     func,
-    literal,
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-
-from app.contracts import TERMINAL, JobStatus
 
 Json = dict[str, Any]  # Any: open-ended JSON documents
 
@@ -204,15 +199,6 @@ class Job(Table):
         Index("ix_jobs_imports", "id", postgresql_where=text("kind = 'import'")),
         Index("ix_jobs_model_id", "model_id"),
     )
-
-
-def _job_status_in(statuses: Iterable[JobStatus]) -> ColumnElement[bool]:
-    """Condition with literals: a plan that is kept for all values of a parameter uses no partial index."""
-    return Job.status.in_([literal(status.value, literal_execute=True) for status in sorted(statuses)])
-
-
-HAS_NOT_ENDED = ~_job_status_in(TERMINAL)
-IS_IN_QUEUE = _job_status_in([JobStatus.queued, JobStatus.retry_wait])
 
 
 class JobCount(Table):
