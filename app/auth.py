@@ -1,9 +1,11 @@
 """API keys: `sk-sh-{key_id}-{secret}`, found by id and compared by HMAC in constant time."""
 
+import contextlib
 import hmac
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +18,7 @@ from app.db.session import Session
 from app.errors import BadRequest, Forbidden, Unauthenticated
 from app.settings import Settings, get_settings
 
+HUB_TOKEN_SCOPE = "hub:token"  # imports may use the hub token of the service
 SCOPES = (
     "jobs:read",
     "jobs:write",
@@ -24,8 +27,10 @@ SCOPES = (
     "models:read",
     "models:write",
     "inference",
+    HUB_TOKEN_SCOPE,
     "admin",
 )
+TENANT_SCOPES = tuple(scope for scope in SCOPES if scope not in {"admin", HUB_TOKEN_SCOPE})
 KEY_PATTERN = re.compile(r"sk-sh-([0-9a-f]{16})-([A-Za-z0-9_-]{20,80})")
 PROJECT_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 UNKNOWN_HMAC = bytes(32)  # compared with when no such key exists, so that both answers cost the same
@@ -39,16 +44,27 @@ class Principal:
     key_id: str
     scopes: frozenset[str]
 
+    def has(self, scope: str) -> bool:
+        """Returns whether the key has the scope; `admin` includes all others."""
+        return scope in self.scopes or "admin" in self.scopes
+
     def demand(self, scope: str) -> None:
-        """Raises Forbidden unless the key has the scope; `admin` has them all."""
-        if scope not in self.scopes and "admin" not in self.scopes:
+        """Raises Forbidden unless the key has the scope."""
+        if not self.has(scope):
             raise Forbidden(f"this key lacks the scope {scope!r}; ask for a key that has it")
 
 
 def create_key(
-    session: Session, project_id: str, *, scopes: Iterable[str] = SCOPES, expires_at: datetime | None = None
+    session: Session,
+    project_id: str,
+    *,
+    scopes: Iterable[str] = TENANT_SCOPES,
+    expires_at: datetime | None = None,
 ) -> str:
-    """A new key in plain text; only an HMAC of its secret is kept, so it cannot be shown again."""
+    """Creates a key and returns it in plain text; only an HMAC of its secret is kept.
+
+    Raises BadRequest.
+    """
     wanted = sorted(set(scopes))
     unknown = [scope for scope in wanted if scope not in SCOPES]
     if unknown or not wanted:
@@ -94,15 +110,22 @@ def secret_hmac(secret: str) -> bytes:
 
 
 def key_pepper(settings: Settings) -> bytes:
-    """The secret mixed into every key's hash; raises RuntimeError if the service has none."""
+    """Returns the secret mixed into every key's hash. Raises RuntimeError if the service has none."""
     if settings.key_pepper:
         return settings.key_pepper.encode()
+    path = settings.data_dir / "pepper"
     try:
-        return read_pepper(settings.data_dir / "pepper")
+        pepper = read_pepper(path)
     except FileNotFoundError:
         raise RuntimeError(
             "no pepper for API keys: set STILLHOUSE_KEY_PEPPER, or run `stillhouse up`"
         ) from None
+    if not pepper:
+        raise RuntimeError(
+            f"the pepper file {path} is empty: restore it from a backup, or delete it, run `stillhouse up` and "
+            "create new API keys, because the old ones are no longer valid"
+        )
+    return pepper
 
 
 @lru_cache
@@ -111,13 +134,17 @@ def read_pepper(path: Path) -> bytes:
 
 
 def ensure_pepper(settings: Settings) -> None:
-    """Makes the pepper of a data folder (mode 600) unless one is set or there already."""
-    if settings.key_pepper:
+    """Creates the pepper of a data folder (mode 600) unless one is set or exists already."""
+    path = settings.data_dir / "pepper"
+    if settings.key_pepper or path.exists():
         return
     settings.data_dir.mkdir(parents=True, exist_ok=True)
+    # Written elsewhere first: a crash leaves no empty pepper, and a second process does not replace this one.
+    handle, name = tempfile.mkstemp(prefix="pepper.", dir=settings.data_dir)
     try:
-        descriptor = os.open(settings.data_dir / "pepper", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_urlsafe(32))
+        with open(handle, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+        with contextlib.suppress(FileExistsError):
+            os.link(name, path)
+    finally:
+        os.unlink(name)

@@ -132,7 +132,9 @@ def demo(data_dir: DataDir = None) -> None:
 @keys.command("create")
 def create_key(
     project: Annotated[str, typer.Option(help="The project that owns what the key makes.")],
-    scopes: Annotated[list[str] | None, typer.Option(help="Repeat it for more; default: all.")] = None,
+    scopes: Annotated[
+        list[str] | None, typer.Option(help="Repeat it for more; default: all but admin and hub:token.")
+    ] = None,
     expires_days: Annotated[float | None, typer.Option(min=0.0, help="Days until the key ends.")] = None,
     data_dir: DataDir = None,
 ) -> None:
@@ -143,7 +145,7 @@ def create_key(
     settings = use_service(data_dir)
     if settings.data_dir.is_dir():
         auth.ensure_pepper(settings)
-    wanted = [scope for word in scopes or auth.SCOPES for scope in word.split(",") if scope]
+    wanted = [scope for word in scopes or auth.TENANT_SCOPES for scope in word.split(",") if scope]
     expires_at = datetime.now(UTC) + timedelta(days=expires_days) if expires_days is not None else None
     with transaction() as session:
         key = auth.create_key(session, project, scopes=wanted, expires_at=expires_at)

@@ -75,12 +75,16 @@ class DistillationJob(Contract):
 
 
 class ImportJob(Contract):
-    """Spec of a job of kind `import`: `staged` was copied into the store, `hub` is org/name@revision."""
+    """Spec of a job of kind `import`: `staged` was copied into the store, `hub` is org/name@revision.
+
+    `uses_hub_token` is true by default for jobs that were queued before the field existed.
+    """
 
     kind: Literal["import"] = "import"
     output_model: str
     staged: ArtifactRef | None = None
     hub: str | None = None
+    uses_hub_token: bool = True
     format: Literal["folder", "gguf", "hub"]
 
 

@@ -38,6 +38,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.settings = settings
+    app.state.database_check = health.DatabaseCheck()
     app.state.switchboard = Switchboard(settings)
     app.state.batch_runner = BatchRunner(app.state.switchboard)
     app.state.pin_teller = PinTeller(app.state.switchboard)

@@ -105,7 +105,9 @@ class Settings(BaseSettings):
     hf_endpoint: str = Field(
         "", description="Hub that `hf:` imports are fetched from; empty: the Hugging Face hub"
     )
-    hf_token: str = Field("", description="Token for the hub")
+    hf_token: str = Field(
+        "", description="Token for the hub, for imports by keys with the scope `hub:token` or `admin`"
+    )
     crash_dir: str = Field(
         "", description="For fault tests only: where crash points are armed; empty: nowhere"
     )

@@ -141,7 +141,7 @@ def _ensure_api_key(settings: Settings) -> Path:
             auth.authenticate(f"Bearer {path.read_text().strip()}")
             return path
     with transaction() as session:
-        key = auth.create_key(session, "default")
+        key = auth.create_key(session, "default", scopes=auth.SCOPES)  # the operator's own
     write_private(path, key + "\n")
     return path
 

@@ -65,11 +65,11 @@ def fetch_from_hub(
                     hf_hub_download(repository, name, revision=commit, token=token or False, **where)
     except GatedRepoError as error:
         raise HubFailed(
-            f"{repository} is gated: accept its terms on the hub and set STILLHOUSE_HF_TOKEN on the train worker"
+            f"{repository} is gated: accept its terms on the hub; {_token_advice(token)}"
         ) from error
     except RepositoryNotFoundError as error:
         raise HubFailed(
-            f"the hub has no model {repository}, or STILLHOUSE_HF_TOKEN may not see it"
+            f"the hub has no model {repository}, or the import may not see it: {_token_advice(token)}"
         ) from error
     except RevisionNotFoundError as error:
         raise HubFailed(
@@ -86,6 +86,12 @@ def fetch_from_hub(
         ) from error
     shutil.rmtree(folder / ".cache", ignore_errors=True)
     return commit
+
+
+def _token_advice(token: str | None) -> str:
+    if token:
+        return "STILLHOUSE_HF_TOKEN of the train worker must have access to it"
+    return "set STILLHOUSE_HF_TOKEN on the train worker, and use an API key with the scope hub:token"
 
 
 @contextmanager

@@ -157,7 +157,10 @@ def _memory_event_files() -> list[Path]:
 
 
 def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> dict[str, str]:
-    """This process's environment without its secrets, and offline unless the job is to fetch something."""
+    """Returns the environment of a run: without secrets, and offline unless the job fetches a model.
+
+    Only an import that may use the hub token gets it.
+    """
     is_online = isinstance(spec, ImportJob) and spec.hub is not None
     environment = {name: value for name, value in os.environ.items() if name not in WITHHELD}
     environment |= {
@@ -170,7 +173,7 @@ def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> 
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
-    if is_online:
+    if isinstance(spec, ImportJob) and spec.hub is not None and spec.uses_hub_token:
         environment["STILLHOUSE_HF_TOKEN"] = settings.hf_token
     if settings.num_threads:
         environment |= {name: str(settings.num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}

@@ -1,15 +1,19 @@
-"""Is the process alive, can it work, and what has it counted."""
+"""Routes for health checks and metrics."""
 
+import asyncio
+import time
 from typing import Annotated, Literal
 
 import structlog
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
 from pydantic import BaseModel
 
 from app.api.deps import Principal, require
 from app.api.openapi import TEXT
 from app.db import jobs
+from app.db.checks import ping
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
 from app.fleet import STALLED_SECONDS
 from app.stream import Switchboard
@@ -18,6 +22,41 @@ router = APIRouter(tags=["health"])
 log = structlog.get_logger(__name__)
 jobs_by_status = Gauge("stillhouse_jobs", "Jobs by status", ["status"])
 serve_workers = Gauge("stillhouse_serve_workers", "Serve workers that were alive at the last look")
+
+
+CHECK_SECONDS = 1.0  # for which one answer of the database serves all callers
+
+
+class DatabaseCheck:
+    """Checks whether the database answers: one check at a time and at most one per second.
+
+    `/health/ready` needs no key, so any number of strangers must cost no more than one cheap statement.
+    """
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[bool] | None = None
+        self._checked_at = 0.0
+
+    async def is_available(self) -> bool:
+        is_old = time.monotonic() - self._checked_at >= CHECK_SECONDS
+        if self._task is None or (self._task.done() and is_old):
+            self._task = asyncio.create_task(self._check())
+        return await asyncio.shield(self._task)  # one caller that leaves must not end it for the others
+
+    async def _check(self) -> bool:
+        try:
+            return await run_in_threadpool(self._ping)
+        finally:
+            self._checked_at = time.monotonic()
+
+    def _ping(self) -> bool:
+        try:
+            with transaction() as session:
+                ping(session)
+        except (DatabaseUnavailable, PoolExhausted) as error:
+            log.warning("database_unavailable", reason=type(error).__name__)
+            return False
+        return True
 
 
 class Readiness(BaseModel):
@@ -44,8 +83,11 @@ async def live() -> Liveness:
 
 
 @router.get("/health/ready", responses={503: {"model": Readiness}})
-def ready(request: Request, response: Response) -> Readiness:
-    """503 only without the database: everything but generation works without Redis and without workers."""
+async def ready(request: Request, response: Response) -> Readiness:
+    """503 only without the database: everything but generation works without Redis and without workers.
+
+    Whether the database answers is up to a second old.
+    """
     board: Switchboard = request.app.state.switchboard
     workers = board.workers
     num_stalled = sum(worker.stalled_seconds > STALLED_SECONDS for worker in workers)
@@ -56,11 +98,7 @@ def ready(request: Request, response: Response) -> Readiness:
         "stalled_serve_workers": num_stalled,
         "last_forward_seconds": round(max(0.0, min(ages)), 3) if ages else None,
     }
-    try:
-        with transaction() as session:
-            jobs.count_by_status(session)
-    except (DatabaseUnavailable, PoolExhausted) as fault:
-        log.warning("database_unavailable", reason=type(fault).__name__)
+    if not await request.app.state.database_check.is_available():
         response.status_code = 503
         return Readiness.model_validate({"status": "unavailable", "database": False, **found})
     is_ready = len(workers) > num_stalled

@@ -15,7 +15,7 @@ from app.db.session import transaction
 from app.schemas.jobs import CheckpointObject, CreateJob, EventObject, JobObject, MetricsObject, Point, Series
 from app.schemas.listing import Listing, ends
 from app.services import jobs
-from app.services.jobs import Attempted
+from app.services.retries import DEFAULT_TIMEOUT_SECONDS, Attempted
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs", tags=["jobs"])
 Reader = Annotated[Principal, Depends(require("jobs:read"))]
@@ -28,8 +28,9 @@ EVENT_STREAM = "text/event-stream"
 def attempted(
     idempotency_key: Annotated[str | None, Header()] = None,
     x_stainless_retry_count: Annotated[int, Header(ge=0)] = 0,
+    x_stainless_read_timeout: Annotated[float, Header(gt=0)] = DEFAULT_TIMEOUT_SECONDS,
 ) -> Attempted:
-    return Attempted(idempotency_key, x_stainless_retry_count)
+    return Attempted(idempotency_key, x_stainless_retry_count, x_stainless_read_timeout)
 
 
 Repetition = Annotated[Attempted, Depends(attempted)]

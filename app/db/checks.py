@@ -1,4 +1,4 @@
-"""What `stillhouse doctor` asks the database."""
+"""Health checks of the database."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,6 +18,11 @@ class ServerFacts:
     version: str
     is_durable: bool
     num_running: int
+
+
+def ping(session: Session) -> None:
+    """Sends the cheapest statement there is. Raises DatabaseUnavailable if no answer comes."""
+    session.execute(text("SELECT 1"))
 
 
 def server_facts(session: Session) -> ServerFacts:

@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.orm import Session
 
-from app.contracts import TERMINAL
+from app.db.conditions import HAS_NOT_ENDED
 from app.db.paging import Order, keyset_page
 from app.db.tables import ENDED_BATCHES, Batch, File, Job
 
@@ -61,7 +61,7 @@ def readers_of_file(session: Session, project_id: str, file_id: str) -> list[str
     jobs = select(Job.id).where(
         Job.project_id == project_id,
         or_(Job.training_file_id == file_id, Job.validation_file_id == file_id),
-        Job.status.not_in(TERMINAL),
+        HAS_NOT_ENDED,
     )
     batches = select(Batch.id).where(
         Batch.project_id == project_id, Batch.input_file_id == file_id, Batch.status.not_in(ENDED_BATCHES)

@@ -4,16 +4,16 @@ What a running attempt writes is in `leases`; what the reconciler does in `sweep
 """
 
 from collections.abc import Collection, Mapping
-from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from app.contracts import TERMINAL, JobStatus
+from app.db.conditions import HAS_NOT_ENDED, IS_IN_QUEUE
 from app.db.lifecycle import add_event, lock_job, move
 from app.db.paging import Order, UnknownCursor, keyset_page
-from app.db.tables import Checkpoint, Event, Job, Metric
+from app.db.tables import Checkpoint, Event, Job, JobCount, Metric
 
 __all__ = ["UnknownCursor", "add_event"]  # what readers of jobs need too
 
@@ -62,39 +62,34 @@ def page_jobs(
     return keyset_page(session, query, Job, after=after, limit=limit, order=order)
 
 
-def find_recent_duplicate(
-    session: Session, project_id: str, request_sha256: str, seconds: float
-) -> Job | None:
-    """The newest job that the same request made within the last `seconds`."""
-    query = select(Job).where(
-        Job.project_id == project_id,
-        Job.request_sha256 == request_sha256,
-        Job.created_at > func.now() - timedelta(seconds=seconds),
-    )
-    return session.scalars(query.order_by(Job.created_at.desc(), Job.id.desc()).limit(1)).one_or_none()
-
-
 def count_active(session: Session, project_id: str) -> int:
-    """Jobs of the project that have not ended."""
-    query = select(func.count()).select_from(Job)
-    return session.scalar(query.where(Job.project_id == project_id, Job.status.not_in(TERMINAL))) or 0
+    """Returns how many jobs of the project have not ended."""
+    query = select(func.count()).select_from(Job).where(Job.project_id == project_id, HAS_NOT_ENDED)
+    return session.scalar(query) or 0
 
 
 def count_by_status(session: Session) -> dict[str, int]:
-    """How many jobs of all projects are in each state, zeros included."""
+    """Returns how many jobs of all projects are in each state, zeros included."""
     counts = {status.value: 0 for status in JobStatus}
-    for status, count in session.execute(select(Job.status, func.count()).group_by(Job.status)):
-        counts[status] = count
+    sums = select(JobCount.status, func.sum(JobCount.delta)).group_by(JobCount.status)
+    for status, count in session.execute(sums):
+        counts[status] = int(count)
     return counts
+
+
+def fold_counts(session: Session) -> None:
+    """Replaces the changes that triggers have recorded by one row per state."""
+    removed = delete(JobCount).returning(JobCount.status, JobCount.delta).cte("removed")
+    total = func.sum(removed.c.delta)
+    sums = select(removed.c.status, total).group_by(removed.c.status).having(total != 0)
+    session.execute(insert(JobCount).from_select([JobCount.status, JobCount.delta], sums))
 
 
 def queue_position(session: Session, job: Job) -> tuple[int, int] | None:
     """(position, depth): position 1 is served next, depth jobs wait in all. None if the job does not wait."""
     if job.status not in {JobStatus.queued, JobStatus.retry_wait}:
         return None
-    waiting = (
-        select(func.count()).select_from(Job).where(Job.status.in_([JobStatus.queued, JobStatus.retry_wait]))
-    )
+    waiting = select(func.count()).select_from(Job).where(IS_IN_QUEUE)
     before = waiting.where(
         (Job.run_after < job.run_after) | ((Job.run_after == job.run_after) & (Job.id < job.id))
     )

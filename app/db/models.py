@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, Select, String, bindparam, delete, func, o
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app.contracts import TERMINAL
+from app.db.conditions import HAS_NOT_ENDED
 from app.db.session import read_row
 from app.db.tables import Alias, Checkpoint, Job, Json, Model, Pin
 
@@ -56,7 +56,7 @@ def _served() -> Select[Any]:  # Any: the columns of ServedRow
 def is_name_taken(session: Session, name: str) -> bool:
     """Whether a model has this id, in any project, or a job that has not ended will register it."""
     model = session.scalar(select(Model.id).where(Model.id == name))
-    job = session.scalar(select(Job.id).where(Job.model_id == name, Job.status.not_in(TERMINAL)).limit(1))
+    job = session.scalar(select(Job.id).where(Job.model_id == name, HAS_NOT_ENDED).limit(1))
     return model is not None or job is not None
 
 
@@ -86,7 +86,7 @@ def users_of_model(session: Session, project_id: str, model: Model) -> list[str]
     keys = [Job.spec[side]["key"].astext for side in ("teacher", "start")]
     read = [key == model.store_key for key in keys]
     read += [key.startswith(f"checkpoints/{model.source_job_id}/") for key in keys]
-    jobs = select(Job.id).where(Job.status.not_in(TERMINAL), or_(*read))
+    jobs = select(Job.id).where(HAS_NOT_ENDED, or_(*read))
     drafted = select(Model.id).where(Model.serving["draft"]["model"].astext == model.id)
     return [
         *session.scalars(aliases.order_by(Alias.id)),

@@ -35,6 +35,7 @@ naming = {
     "pk": "pk_%(table_name)s",
 }
 Timestamp = DateTime(timezone=True)
+JOB_IS_ACTIVE = text("status NOT IN ('succeeded', 'failed', 'cancelled')")
 
 
 class Table(DeclarativeBase):
@@ -71,7 +72,11 @@ class File(Table):
     max_row_bytes: Mapped[int | None] = mapped_column(BigInteger)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
-    __table_args__ = (Index("ix_files_page", "project_id", "created_at", "id"),)
+    __table_args__ = (
+        Index("ix_files_page", "project_id", "created_at", "id"),
+        Index("ix_files_store_key", "store_key"),
+        Index("ix_files_expires_at", "expires_at", postgresql_where=text("expires_at IS NOT NULL")),
+    )
 
 
 class Model(Table):
@@ -175,8 +180,38 @@ class Job(Table):
         Index("ix_jobs_page", "project_id", "created_at", "id"),
         Index("ix_jobs_due", "run_after", "id", postgresql_where=text("status = 'queued'")),
         Index("ix_jobs_waiting", "run_after", postgresql_where=text("status = 'retry_wait'")),
-        Index("ix_jobs_leases", "lease_expires_at", postgresql_where=text("status = 'running'")),
+        # Without lease_expires_at, so that a heartbeat changes no index.
+        Index("ix_jobs_running", "id", postgresql_where=text("status = 'running'")),
+        Index("ix_jobs_active", "project_id", postgresql_where=JOB_IS_ACTIVE),
+        Index(
+            "ix_jobs_in_queue",
+            "run_after",
+            "id",
+            postgresql_where=text("status IN ('queued', 'retry_wait')"),
+        ),
+        Index(
+            "ix_jobs_cancel_requested",
+            "cancel_requested_at",
+            postgresql_where=text(f"cancel_requested_at IS NOT NULL AND {JOB_IS_ACTIVE.text}"),
+        ),
+        Index("ix_jobs_active_training_file", "training_file_id", postgresql_where=JOB_IS_ACTIVE),
+        Index("ix_jobs_active_validation_file", "validation_file_id", postgresql_where=JOB_IS_ACTIVE),
+        Index("ix_jobs_imports", "id", postgresql_where=text("kind = 'import'")),
+        Index("ix_jobs_model_id", "model_id"),
     )
+
+
+class JobCount(Table):
+    """Changes of the number of jobs in a state; the number is their sum.
+
+    A trigger of the table `jobs` adds rows, so transactions that move jobs never wait for each other.
+    `fold_counts` replaces the rows by their sums.
+    """
+
+    __tablename__ = "job_counts"
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
+    status: Mapped[str] = mapped_column(String(16))
+    delta: Mapped[int] = mapped_column(BigInteger)
 
 
 class Attempt(Table):
@@ -237,6 +272,7 @@ class Checkpoint(Table):
     __table_args__ = (
         UniqueConstraint("job_id", "lease_token", "step"),
         CheckConstraint("status IN ('committed', 'corrupt', 'deleting')", name="status"),
+        Index("ix_checkpoints_deleting", "created_at", postgresql_where=text("status = 'deleting'")),
     )
 
 
@@ -304,7 +340,7 @@ class Batch(Table):
         Index(
             "ix_batches_active",
             "created_at",
-            postgresql_where=text("status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"),
+            postgresql_where=text("status NOT IN ('completed', 'failed', 'expired', 'cancelled')"),
         ),
     )
 
@@ -327,4 +363,22 @@ class IdempotencyKey(Table):
     request_sha256: Mapped[str] = mapped_column(String(64))
     response: Mapped[Json | None] = mapped_column(JSONB)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
-    expires_at: Mapped[datetime] = mapped_column(Timestamp)
+    expires_at: Mapped[datetime] = mapped_column(Timestamp, index=True)
+
+
+class Submission(Table):
+    """A submission without an idempotency key; retries of a client are matched to it.
+
+    `attempted_at` and `retry_count` are those of its newest attempt; `job_id` is the job that it created.
+    """
+
+    __tablename__ = "submissions"
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
+    project_id: Mapped[str] = mapped_column(String(64))
+    key_id: Mapped[str] = mapped_column(String(32))
+    route: Mapped[str] = mapped_column(String(128))
+    request_sha256: Mapped[str] = mapped_column(String(64))
+    retry_count: Mapped[int] = mapped_column(Integer)
+    attempted_at: Mapped[datetime] = mapped_column(Timestamp, index=True, server_default=func.now())
+    job_id: Mapped[str | None] = mapped_column(String(64))
+    __table_args__ = (Index("ix_submissions_match", "project_id", "request_sha256", "attempted_at"),)

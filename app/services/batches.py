@@ -15,12 +15,12 @@ from app.services.batch_lines import find_faults
 from app.services.jobs import (
     DUPLICATE_SECONDS,
     Accepted,
-    Attempted,
     claim,
     find_replay,
     fingerprint,
     remember,
 )
+from app.services.retries import Attempted
 from app.settings import get_settings
 
 ROUTE = "POST /v1/batches"

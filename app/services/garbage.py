@@ -5,7 +5,7 @@ from typing import Final
 import structlog
 
 from app.contracts import JobStatus
-from app.db import sweeps
+from app.db import jobs, submissions, sweeps
 from app.db.session import transaction
 from app.storage import Store
 
@@ -38,6 +38,8 @@ def _delete_expired(store: Store) -> int:
     with transaction() as session:
         keys = sweeps.forget_expired_files(session)
         sweeps.forget_expired_keys(session)
+        submissions.forget_old(session)
+        jobs.fold_counts(session)
     return sum(_delete(store, key) for key in keys)
 
 
@@ -50,8 +52,8 @@ def _delete_of_jobs(store: Store, prefix: str) -> int:
     num_deleted = 0
     for batch in _batches(list(listed)):
         with transaction() as session:
-            jobs = sweeps.stored_jobs(session, batch)
-        for job_id, job in jobs.items():
+            stored = sweeps.stored_jobs(session, batch)
+        for job_id, job in stored.items():
             root = f"{prefix}/{job_id}"
             for key in _garbage_of(root, listed[job_id], job, is_fenced=prefix == CHECKPOINTS):
                 num_deleted += _delete(store, key)

@@ -61,7 +61,8 @@ def _spec(source: str, name: str, job_id: str) -> ImportJob:
         if match is None or ".." in source:
             raise BadRequest(f"{source!r} names no model; write hf:org/name@revision", param="source")
         hub = match["source"]
-        return ImportJob(output_model=name, hub=hub if "@" in hub else f"{hub}@main", format="hub")
+        hub = hub if "@" in hub else f"{hub}@main"
+        return ImportJob(output_model=name, hub=hub, uses_hub_token=True, format="hub")
     path = Path(source)
     if path.is_dir():
         return ImportJob(output_model=name, staged=_stage_folder(path, job_id), format="folder")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app import queue
-from app.auth import Principal
+from app.auth import HUB_TOKEN_SCOPE, Principal
 from app.contracts import ImportJob
 from app.crash import crash_point
 from app.db import idempotency, jobs, models
@@ -18,21 +18,14 @@ from app.errors import BadRequest, Conflict, InProgress, NotFound, QuotaExceeded
 from app.schemas.jobs import CreateJob, ImportObject, JobObject
 from app.schemas.models import ImportModel
 from app.services import submission
+from app.services.retries import Attempted, find_created, record_attempt, remember_job
 from app.settings import get_settings
 
 IDEMPOTENCY_KEY_LENGTH = 255
-DUPLICATE_SECONDS = 600  # an SDK's retry of a request it believes lost comes well within this
+DUPLICATE_SECONDS = 600  # within which a batch is taken for the one that a retry of the client repeats
 JOBS_ROUTE = "POST /v1/fine_tuning/jobs"
 IMPORTS_ROUTE = "POST /v1/models/import"
 Json = dict[str, Any]  # Any: a stored response is whatever JSON was answered
-
-
-@dataclass(frozen=True)
-class Attempted:
-    """What marks a request as a repetition: the caller's key, or the SDK's own count of retries."""
-
-    idempotency_key: str | None = None
-    retry_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,6 +40,9 @@ def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> 
     replay = find_replay(principal, JOBS_ROUTE, attempted, sha256)
     if replay is not None:
         return replay
+    submitted = record_attempt(principal, JOBS_ROUTE, attempted, sha256)
+    if submitted.job is not None:
+        return replayed(submitted.job)
     settings = get_settings()
     job_id = f"ftjob-{secrets.token_hex(12)}"
     with transaction() as session:
@@ -57,6 +53,9 @@ def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> 
         stored = claim(session, principal, JOBS_ROUTE, attempted, sha256)
         if stored is not None:
             return Accepted(stored, is_replay=True)
+        lock_project(session, principal.project_id)
+        if (created := find_created(session, submitted)) is not None:
+            return Accepted(body_of(session, created), is_replay=True)
         demand_room(session, principal.project_id)
         # Once more, because what it names may have been deleted meanwhile; from here on it cannot be.
         plan = submission.plan(session, principal.project_id, asked, short=job_id[-8:])
@@ -74,8 +73,9 @@ def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> 
             request_sha256=sha256,
             created_by_key_id=principal.key_id,
         )
-        body = JobObject.of(job, jobs.queue_position(session, job)).model_dump(mode="json")
+        body = body_of(session, job)
         remember(session, principal, JOBS_ROUTE, attempted, body)
+        remember_job(session, submitted, job)
         crash_point("submit.inserted")
     crash_point("submit.committed")
     queue.ring()
@@ -84,19 +84,30 @@ def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> 
 
 
 def create_import(principal: Principal, asked: ImportModel, attempted: Attempted) -> Accepted:
-    """Queues the import of a model from the hub."""
+    """Queues the import of a model from the hub, with the hub token only if the key has the scope for it."""
     if ".." in asked.source:
         raise BadRequest("source is hf:org/name@revision", param="source")
     sha256 = fingerprint(asked.model_dump(mode="json"))
     replay = find_replay(principal, IMPORTS_ROUTE, attempted, sha256)
     if replay is not None:
         return replay
+    submitted = record_attempt(principal, IMPORTS_ROUTE, attempted, sha256)
+    if submitted.job is not None:
+        return replayed(submitted.job)
     hub = asked.source.removeprefix("hf:")
-    spec = ImportJob(output_model=asked.name, hub=hub if "@" in hub else f"{hub}@main", format="hub")
+    spec = ImportJob(
+        output_model=asked.name,
+        hub=hub if "@" in hub else f"{hub}@main",
+        uses_hub_token=principal.has(HUB_TOKEN_SCOPE),
+        format="hub",
+    )
     with transaction() as session:
         stored = claim(session, principal, IMPORTS_ROUTE, attempted, sha256)
         if stored is not None:
             return Accepted(stored, is_replay=True)
+        lock_project(session, principal.project_id)
+        if (created := find_created(session, submitted)) is not None:
+            return Accepted(body_of(session, created), is_replay=True)
         demand_room(session, principal.project_id)
         if models.is_name_taken(session, asked.name):
             raise Conflict(f"the name {asked.name!r} is taken; choose another", "resource_in_use", "name")
@@ -111,8 +122,9 @@ def create_import(principal: Principal, asked: ImportModel, attempted: Attempted
             request_sha256=sha256,
             created_by_key_id=principal.key_id,
         )
-        body = ImportObject.of(job).model_dump(mode="json")
+        body = body_of(session, job)
         remember(session, principal, IMPORTS_ROUTE, attempted, body)
+        remember_job(session, submitted, job)
     queue.ring()
     return Accepted(body, is_replay=False)
 
@@ -122,24 +134,28 @@ def fingerprint(body: Json) -> str:
 
 
 def find_replay(principal: Principal, route: str, attempted: Attempted, sha256: str) -> Accepted | None:
-    """What this request was answered before, if it is a repetition; raises Unprocessable or InProgress."""
+    """Returns what the first request with this idempotency key was answered; None if there was none.
+
+    Raises BadRequest, Unprocessable or InProgress.
+    """
     key = attempted.idempotency_key
-    if key is not None and not (
-        0 < len(key) <= IDEMPOTENCY_KEY_LENGTH and key.isascii() and key.isprintable()
-    ):
+    if key is None:
+        return None
+    if not (0 < len(key) <= IDEMPOTENCY_KEY_LENGTH and key.isascii() and key.isprintable()):
         raise BadRequest("Idempotency-Key is 1 to 255 printable ASCII characters", param="Idempotency-Key")
     with transaction() as session:
-        if key is not None:
-            found = idempotency.find_key(session, principal.project_id, route, key)
-            return Accepted(response_of(found, sha256), is_replay=True) if found else None
-        if attempted.retry_count == 0 or route != JOBS_ROUTE:
-            return None
-        job = jobs.find_recent_duplicate(session, principal.project_id, sha256, DUPLICATE_SECONDS)
-        if job is None or job.created_by_key_id != principal.key_id:
-            return None
-        return Accepted(
-            JobObject.of(job, jobs.queue_position(session, job)).model_dump(mode="json"), is_replay=True
-        )
+        found = idempotency.find_key(session, principal.project_id, route, key)
+    return Accepted(response_of(found, sha256), is_replay=True) if found else None
+
+
+def replayed(job: Job) -> Accepted:
+    with transaction() as session:
+        return Accepted(body_of(session, job), is_replay=True)
+
+
+def body_of(session: Session, job: Job) -> Json:
+    answer = ImportObject.of(job) if job.kind == "import" else job_object(session, job)
+    return answer.model_dump(mode="json")
 
 
 def claim(

@@ -42,6 +42,14 @@ def test_admin_has_every_scope() -> None:
         principal.demand(scope)
 
 
+def test_a_new_key_has_neither_admin_nor_the_hub_token_unless_asked() -> None:
+    principal = authenticate(f"Bearer {new_key()}")
+    assert principal.has("jobs:write")
+    assert not principal.has("admin")
+    assert not principal.has("hub:token")
+    assert authenticate(f"Bearer {new_key(scopes=['hub:token'])}").has("hub:token")
+
+
 def test_the_secret_is_not_kept() -> None:
     key = new_key()
     secret = key.split("-", 3)[3]
@@ -107,3 +115,13 @@ def test_a_pepper_is_made_once_and_for_the_owner_only(settings_env: Callable[...
     auth.ensure_pepper(get_settings())
     assert auth.key_pepper(get_settings()) == first
     assert stat.S_IMODE((get_settings().data_dir / "pepper").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_an_empty_pepper_file_is_refused(settings_env: Callable[..., Settings], content: str) -> None:
+    settings = settings_env(key_pepper="")
+    settings.data_dir.mkdir(parents=True)
+    (settings.data_dir / "pepper").write_text(content)
+    auth.ensure_pepper(settings)
+    with pytest.raises(RuntimeError, match="is empty"):
+        auth.key_pepper(settings)

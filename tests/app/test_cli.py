@@ -127,6 +127,12 @@ def test_keys_are_made_listed_and_revoked(up: Up) -> None:
     assert key.split("-")[2] in up.cli("keys", "list").stdout
     assert up.cli("keys", "revoke", key.split("-")[2]).returncode == 0
     assert httpx.get(url, headers=headers).status_code == 401
+    tenant = up.cli("keys", "create", "--project", "p2").stdout.split()[-1]
+    tenant_headers = {"Authorization": f"Bearer {tenant}"}
+    assert httpx.get(url, headers=tenant_headers).status_code == 200
+    metrics = f"http://127.0.0.1:{up.port}/metrics"
+    assert httpx.get(metrics, headers=tenant_headers).status_code == 403
+    assert up.get("/metrics").status_code == 200
     unknown = up.cli("keys", "revoke", "nobody")
     assert (unknown.returncode, "no such key" in unknown.stderr) == (1, True)
     wrong = up.cli("keys", "create", "--project", "p2", "--scopes", "everything")

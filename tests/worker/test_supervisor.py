@@ -503,3 +503,13 @@ def test_a_run_gets_no_secret_and_no_network(monkeypatch: pytest.MonkeyPatch, wo
     online = child_environment(ImportJob(output_model="m", hub="o/n@main", format="hub"), settings)
     assert (online["HF_HUB_OFFLINE"], online["STILLHOUSE_HF_TOKEN"]) == ("0", "token-canary")
     assert "pepper-canary" not in online.values()
+
+
+def test_only_an_import_that_may_use_the_hub_token_gets_it(
+    monkeypatch: pytest.MonkeyPatch, work: Settings
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_HF_TOKEN", "token-canary")
+    spec = ImportJob(output_model="m", hub="o/n@main", uses_hub_token=False, format="hub")
+    environment = child_environment(spec, Settings())
+    assert environment["HF_HUB_OFFLINE"] == "0"
+    assert "token-canary" not in environment.values()

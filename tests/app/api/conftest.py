@@ -13,7 +13,7 @@ import openai
 import pytest
 import uvicorn
 
-from app.auth import create_key
+from app.auth import SCOPES, create_key
 from app.contracts import ModelFacts
 from app.db import models
 from app.db.session import transaction
@@ -34,7 +34,7 @@ class Service:
 
     def new_key(self, project_id: str = PROJECT, **options: Any) -> str:  # Any: create_key's own options
         with transaction() as session:
-            return create_key(session, project_id, **options)
+            return create_key(session, project_id, **{"scopes": SCOPES, **options})
 
     def client(self, key: str | None = None, *, max_retries: int = 0) -> openai.OpenAI:
         return openai.OpenAI(

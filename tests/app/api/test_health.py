@@ -1,10 +1,16 @@
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import redis
+from sqlalchemy import event
 
+from app.api import health
 from app.contracts import ServeWorkerStatus, serve_worker_key
+from app.db.session import engine
+from tests.app.api.conftest import Service
 from tests.serve_worker import wait_for
 
 
@@ -19,6 +25,23 @@ def test_without_a_serve_worker_the_service_is_degraded_but_ready(http: httpx.Cl
         "stalled_serve_workers": 0,
         "last_forward_seconds": None,
     }
+
+
+def test_readiness_costs_strangers_no_query_on_jobs_and_few_on_the_database(service: Service) -> None:
+    statements: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:  # Any: SQLAlchemy's
+        if threading.current_thread().name != "reconciler":
+            statements.append(statement)
+
+    began = time.monotonic()
+    event.listen(engine(), "before_cursor_execute", note)
+    with ThreadPoolExecutor(8) as pool, httpx.Client(base_url=service.url) as stranger:
+        answers = list(pool.map(lambda _: stranger.get("/health/ready").status_code, range(200)))
+    event.remove(engine(), "before_cursor_execute", note)
+    assert set(answers) == {200}
+    assert [statement for statement in statements if "job" in statement] == []
+    assert 1 <= statements.count("SELECT 1") <= 1 + (time.monotonic() - began) / health.CHECK_SECONDS
 
 
 def test_a_worker_that_computes_nothing_of_what_it_has_does_not_count(

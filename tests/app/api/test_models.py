@@ -9,12 +9,14 @@ import pytest
 from sqlalchemy import text
 
 from app.contracts import ArtifactRef
+from app.db import jobs as job_rows
 from app.db import leases
 from app.db import models as model_rows
 from app.db.session import Session, transaction
 from app.errors import NotFound
 from app.services import registry
 from app.storage import store
+from tests.app.api.conftest import Service
 from tests.serve_worker import wait_for
 
 Register = Callable[..., str]
@@ -231,6 +233,22 @@ def test_an_import_is_a_job_with_events(http: httpx.Client) -> None:
     stream = http.get(f"{url}/events", headers={"accept": "text/event-stream"}).text
     assert re.findall(r"^data: \[DONE\]$", stream, re.MULTILINE)
     assert http.get(f"/v1/fine_tuning/jobs/{made['id']}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("scopes", "is_allowed"),
+    [(["models:write"], False), (["models:write", "hub:token"], True), (["admin"], True)],
+)
+def test_an_import_uses_the_hub_token_only_for_a_key_with_its_scope(
+    service: Service, scopes: list[str], is_allowed: bool
+) -> None:
+    with service.http(service.new_key(scopes=scopes)) as http:
+        created = http.post("/v1/models/import", json={"source": "hf:org/name", "name": "imported"})
+    assert created.status_code == 200, created.text
+    with transaction() as session:
+        row = job_rows.load_job(session, created.json()["id"])
+    assert row is not None
+    assert row.spec["uses_hub_token"] is is_allowed
 
 
 def test_a_name_is_given_once(http: httpx.Client, register: Register) -> None:

@@ -257,16 +257,6 @@ def test_another_projects_job_is_not_found(session: Session, add_job: AddJob) ->
     assert jobs.find_job(session, "other", job.id) is None
 
 
-def test_a_recent_duplicate_is_of_the_same_project_and_request(session: Session, add_job: AddJob) -> None:
-    add_job("old", request_sha256="a", created_at=func.now() - timedelta(hours=1))
-    add_job("new", request_sha256="a")
-    found = jobs.find_recent_duplicate(session, "p", "a", 60)
-    assert found is not None
-    assert found.id == "new"
-    assert jobs.find_recent_duplicate(session, "other", "a", 60) is None
-    assert jobs.find_recent_duplicate(session, "p", "b", 60) is None
-
-
 def test_events_are_paged_and_followed_by_their_order(session: Session, add_job: AddJob) -> None:
     job = add_job()
     for number in range(5):

@@ -1,0 +1,17 @@
+"""Conditions on the status of jobs that match the predicates of partial indexes."""
+
+from collections.abc import Iterable
+
+from sqlalchemy import ColumnElement, literal
+
+from app.contracts import TERMINAL, JobStatus
+from app.db.tables import Job
+
+
+def _status_in(statuses: Iterable[JobStatus]) -> ColumnElement[bool]:
+    """Returns a condition with literals: a plan for any value of a parameter uses no partial index."""
+    return Job.status.in_([literal(status.value, literal_execute=True) for status in sorted(statuses)])
+
+
+HAS_NOT_ENDED = ~_status_in(TERMINAL)
+IS_IN_QUEUE = _status_in([JobStatus.queued, JobStatus.retry_wait])
