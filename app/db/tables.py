@@ -130,6 +130,7 @@ class Job(Table):
     model_id: Mapped[str] = mapped_column(String(200))
     training_file_id: Mapped[str | None] = mapped_column(String(64))
     validation_file_id: Mapped[str | None] = mapped_column(String(64))
+    test_file_id: Mapped[str | None] = mapped_column(String(64))
     request_sha256: Mapped[str | None] = mapped_column(String(64))
     created_by_key_id: Mapped[str | None] = mapped_column(String(32))
 
