@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.distillation import Distillation
 
+SPLIT_VERSION = 2  # how held-out rows are chosen, see worker/distill/held_out.py
 RING_TASK = "train.ring"
 GENERATE_TASK = "serve.generate"
 TRAIN_QUEUE = "train"
@@ -70,6 +71,8 @@ class DistillationJob(Contract):
     start: ArtifactRef
     training_file: ArtifactRef
     validation_file: ArtifactRef | None = None
+    test_file: ArtifactRef | None = None
+    split_version: int = 1  # jobs submitted before there were versions keep their held-out rows
     output_model: str
     seed: int
 

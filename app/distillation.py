@@ -6,7 +6,7 @@ and how it is judged.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 
 class Block(BaseModel):
@@ -20,6 +20,9 @@ Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
 NumLayers = Annotated[int, Field(ge=1, le=1024)]
 LayerNumber = Annotated[int, Field(ge=0, le=1023)]
 Size = Annotated[int, Field(ge=8, le=65_536)]
+
+NO_NUL = r"^[^\x00]*$"  # Postgres holds no NUL in text
+FileId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]
 
 Precision = Literal["float32", "bfloat16"]
 DivergenceName = Literal[
@@ -265,6 +268,9 @@ class Evaluation(Block):
 
     Without a gate every student passes. A single student that fails its gate fails the job; of a ladder, `choose` says
     which is registered.
+
+    Checkpoints, gates and ladders are decided on the held-out rows. `test_file` is an uploaded file of rows that decide
+    nothing: they are judged once, at the end, and the result's figures are then those of the test rows.
     """
 
     metrics: tuple[Metric, ...] = ("perplexity", "agreement", "rouge_l", "exact_match", "speed")
@@ -272,6 +278,8 @@ class Evaluation(Block):
     ce_baseline: bool = False  # also train the same student on the text alone, to compare
     gate: Gate | None = None
     choose: Literal["smallest_passing", "best"] = "smallest_passing"
+    # left out of the JSON where there is none, so that requests of before keep their fingerprints
+    test_file: Annotated[FileId | None, Field(exclude_if=lambda value: value is None)] = None
 
 
 ExportFormat = Literal["gguf_f16", "gguf_q8_0"]

@@ -162,13 +162,15 @@ class Attempt:
                 fetch = store().fetch_file if job.format == "gguf" else store().fetch_folder
                 source = fetch(job.staged, self.fetched)
             return ImportSpec(format=job.format, source_path=source, hub=job.hub, num_threads=threads)
-        validation = job.validation_file
+        validation, test = job.validation_file, job.test_file
         return RunSpec(
             distillation=job.distillation,
             teacher_dir=store().fetch_folder(job.teacher, self.fetched),
             start_dir=store().fetch_folder(job.start, self.fetched),
             training_path=store().fetch_file(job.training_file, self.fetched),
             validation_path=store().fetch_file(validation, self.fetched) if validation else None,
+            test_path=store().fetch_file(test, self.fetched) if test else None,
+            split_version=job.split_version,
             cache_dir=settings.work_root() / "cache",
             cache_bytes=settings.teacher_cache_bytes,
             resume_dir=resume_dir,

@@ -60,7 +60,11 @@ def readers_of_file(session: Session, project_id: str, file_id: str) -> list[str
     """Ids of the jobs and batches that have not ended and read this file."""
     jobs = select(Job.id).where(
         Job.project_id == project_id,
-        or_(Job.training_file_id == file_id, Job.validation_file_id == file_id),
+        or_(
+            Job.training_file_id == file_id,
+            Job.validation_file_id == file_id,
+            Job.test_file_id == file_id,
+        ),
         HAS_NOT_ENDED,
     )
     batches = select(Batch.id).where(

@@ -144,7 +144,10 @@ def forget_checkpoints(session: Session, ids: Collection[str]) -> None:
 def forget_expired_files(session: Session) -> list[str]:
     """Drops the rows of expired files that no job and no batch still reads; gives their store keys."""
     jobs = select(Job.id).where(
-        Job.status.not_in(TERMINAL), (Job.training_file_id == File.id) | (Job.validation_file_id == File.id)
+        Job.status.not_in(TERMINAL),
+        (Job.training_file_id == File.id)
+        | (Job.validation_file_id == File.id)
+        | (Job.test_file_id == File.id),
     )
     batches = select(Batch.id).where(Batch.status.not_in(ENDED_BATCHES), Batch.input_file_id == File.id)
     expired = select(File.id).where(

@@ -135,6 +135,7 @@ class Job(Table):
     model_id: Mapped[str] = mapped_column(String(200))
     training_file_id: Mapped[str | None] = mapped_column(String(64))
     validation_file_id: Mapped[str | None] = mapped_column(String(64))
+    test_file_id: Mapped[str | None] = mapped_column(String(64))
     request_sha256: Mapped[str | None] = mapped_column(String(64))
     created_by_key_id: Mapped[str | None] = mapped_column(String(32))
 
@@ -196,6 +197,7 @@ class Job(Table):
         ),
         Index("ix_jobs_active_training_file", "training_file_id", postgresql_where=JOB_IS_ACTIVE),
         Index("ix_jobs_active_validation_file", "validation_file_id", postgresql_where=JOB_IS_ACTIVE),
+        Index("ix_jobs_active_test_file", "test_file_id", postgresql_where=JOB_IS_ACTIVE),
         Index("ix_jobs_imports", "id", postgresql_where=text("kind = 'import'")),
         Index("ix_jobs_model_id", "model_id"),
     )

@@ -8,12 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.contracts import DistillationJob, JobFailure, JobStatus
 from app.db.tables import Checkpoint, Event, Job
-from app.distillation import Auto, Distillation
+from app.distillation import NO_NUL, Auto, Distillation, FileId
 
 Json = dict[str, Any]  # Any: metrics, results and event data are open-ended JSON
-NO_NUL = r"^[^\x00]*$"  # Postgres holds no NUL in text
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=NO_NUL)]
-FileId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]
 Suffix = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)]

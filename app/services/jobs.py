@@ -70,6 +70,7 @@ def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> 
             model_id=plan.spec.output_model,
             training_file_id=asked.training_file,
             validation_file_id=asked.validation_file,
+            test_file_id=asked.method.distillation.evaluation.test_file,
             request_sha256=sha256,
             created_by_key_id=principal.key_id,
         )

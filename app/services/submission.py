@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from tokenizers import Tokenizer
 
-from app.contracts import ArtifactRef, ChatCost, DistillationJob, ModelFacts, ModelFamily
+from app.contracts import SPLIT_VERSION, ArtifactRef, ChatCost, DistillationJob, ModelFacts, ModelFamily
 from app.db import files
 from app.db.session import Session
 from app.db.tables import File
@@ -27,6 +27,7 @@ STUDENT_COPIES = (
 MAX_ROWS_COUNTED = 256  # the longest rows of a file, which are tokenised to see whether they fit
 MAX_BYTES_COUNTED = 16 * 2**20
 UNBOUNDED_CONTEXT = 2048  # of models whose positions have no end, as worker/distill/shapes.py has it
+TEST_FILE = f"{BLOCK}.evaluation.test_file"
 NO_TEMPLATE = ChatCost(first=0, end=1, user=0, assistant=0, system=0)
 
 
@@ -39,6 +40,7 @@ class Plan:
     start: ModelFacts
     training: File
     validation: File | None
+    test: File | None
     max_tokens: int
 
 
@@ -61,14 +63,12 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
             "a job can only begin from models of jobs that have succeeded", "model_not_ready", "model"
         )
     training = training_file(session, project_id, asked.training_file, "training_file")
-    validation = None
+    validation = test = None
     if asked.validation_file is not None:
-        validation = training_file(session, project_id, asked.validation_file, "validation_file")
-        if validation.format != training.format:
-            raise BadRequest(
-                f"the validation file has the format {validation.format}, the training file {training.format}",
-                param="validation_file",
-            )
+        validation = file_like(session, training, asked.validation_file, "validation_file")
+    if block.evaluation.test_file is not None:
+        test = file_like(session, training, block.evaluation.test_file, TEST_FILE)
+        refuse_known_rows(test, training, validation)
     pair = Pair(teacher.facts, start.facts, teacher.model_id == start.model_id, training.format)
     block = settle(block.model_copy(update={"teacher": teacher.model_id}), asked, pair)
     spec = DistillationJob(
@@ -77,6 +77,8 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
         start=start.ref,
         training_file=artifact(training),
         validation_file=artifact(validation) if validation else None,
+        test_file=artifact(test) if test else None,
+        split_version=SPLIT_VERSION,
         output_model=output_id(start.model_id, asked.suffix, short),
         seed=asked.seed or 0,
     )
@@ -85,7 +87,7 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
         teacher.facts.context_tokens,
         start.facts.context_tokens if (sizes := block.student.config) is None else context_of(sizes),
     )
-    return Plan(spec, teacher.facts, start.facts, training, validation, max_tokens)
+    return Plan(spec, teacher.facts, start.facts, training, validation, test, max_tokens)
 
 
 def training_file(session: Session, project_id: str, file_id: str, param: str) -> File:
@@ -99,6 +101,26 @@ def training_file(session: Session, project_id: str, file_id: str, param: str) -
             param,
         )
     return row
+
+
+def file_like(session: Session, training: File, file_id: str, param: str) -> File:
+    """Returns another file of the project with rows of the same format. Raises BadRequest or NotFound."""
+    row = training_file(session, training.project_id, file_id, param)
+    if row.format != training.format:
+        name = "validation" if param == "validation_file" else "test"
+        raise BadRequest(
+            f"the {name} file has the format {row.format}, the training file {training.format}", param=param
+        )
+    return row
+
+
+def refuse_known_rows(test: File, training: File, validation: File | None) -> None:
+    """Raises BadRequest if the test file has the content of a file that the training sees."""
+    for row, name in ((training, "training"), (validation, "validation")):
+        if row is not None and row.sha256 == test.sha256:
+            raise BadRequest(
+                f"the test file is the {name} file; name rows that the training does not see", param=TEST_FILE
+            )
 
 
 def settle(block: Distillation, asked: CreateJob, pair: Pair) -> Distillation:
@@ -136,6 +158,8 @@ def inspect(plan: Plan, settings: Settings) -> None:
     check_lengths(plan, plan.training, "training_file")
     if plan.validation is not None:
         check_lengths(plan, plan.validation, "validation_file")
+    if plan.test is not None:
+        check_lengths(plan, plan.test, TEST_FILE)
 
 
 def check_disk(start: ModelFacts, settings: Settings) -> None:

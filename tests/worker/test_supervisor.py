@@ -127,7 +127,11 @@ def add_import(source: Path, job_id: str = "import-1") -> str:
 
 
 def add_distillation(
-    teacher: Path, tmp_path: Path, job_id: str = "ftjob-1", **hyperparameters: object
+    teacher: Path,
+    tmp_path: Path,
+    job_id: str = "ftjob-1",
+    test_file: ArtifactRef | None = None,
+    **hyperparameters: object,
 ) -> str:
     if not store().exists("models/teacher"):
         store().put_folder(teacher, "models/teacher")
@@ -154,6 +158,7 @@ def add_distillation(
             "teacher": ref,
             "start": ref,
             "training_file": ArtifactRef(key="files/rows", bytes=1),
+            "test_file": test_file,
             "output_model": f"model-{job_id}",
             "seed": 3,
         }
@@ -306,6 +311,16 @@ def test_a_distillation_leaves_a_model_metrics_stages_and_few_checkpoints(
     (token,) = store().children(f"checkpoints/{job_id}")
     assert set(store().children(f"checkpoints/{job_id}/{token}")) == stored
     assert nothing_is_left(job_id)
+
+
+def test_a_test_file_judges_the_student(tiny_llama_dir: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "test.jsonl"
+    rows.write_text('{"prompt": "Other?", "completion": "Yes."}\n' * 3)
+    ref = store().put_file(rows, "files/test")
+    job_id = add_distillation(tiny_llama_dir, tmp_path, test_file=ref, max_steps=1)
+    run_all()
+    result = job(job_id).result or {}
+    assert (result["judged_on"], result["num_test_rows"]) == ("test", 3)
 
 
 def test_a_killed_run_resumes_and_ends_with_the_weights_of_an_uninterrupted_one(

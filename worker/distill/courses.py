@@ -26,6 +26,7 @@ from worker.distill.trainer import Setup, Stopped, Trainer
 
 NUM_CALIBRATION = 8  # rows by which the parts of a width are judged
 TAUGHT_PERCENT = 95.0  # of the run that is done when every student is trained and judged
+TEST_READY_PERCENT = 97.0  # the teacher has answered the test rows
 JUDGED_PERCENT = 99.0
 TRAINING_SHARE = 0.93  # of a course; the rest is its student's judgement
 
@@ -33,6 +34,7 @@ STUDENT = "student"  # the label of a single one
 TRAINED = ("num_steps", "num_planned_steps", "best_step", "train_seconds", "stopped_early")
 
 Entry = dict[str, Any]  # Any: open-ended JSON
+JudgeFor = Callable[[Tell], Judge]
 
 
 @dataclass(frozen=True)
@@ -97,17 +99,23 @@ class Courses:
         state: TrainState,
         *,
         evaluation: Evaluation,
-        judge_for: Callable[[Tell], Judge],
+        judge_for: JudgeFor,
+        test_judge_for: JudgeFor | None = None,
         sink: Sink,
         should_stop: Callable[[], bool],
         trains_from: float,
     ) -> None:
-        """`setup` is that of the course that is resumed, if any; `trains_from` is the percentage of the run so far."""
+        """`setup` is that of the course that is resumed, if any; `trains_from` is the percentage of the run so far.
+
+        `judge_for` gives the judge of the held-out rows, which decide; `test_judge_for` that of the test rows, if there
+        are any. It is called when nothing is left to decide.
+        """
         self.courses = courses
         self.setup = setup
         self.state = state
         self.evaluation = evaluation
         self.judge = judge_for(self._tell_judging)
+        self._test_judge_for = test_judge_for
         self.sink = sink
         self.should_stop = should_stop
         self.num_courses = len(courses) + evaluation.ce_baseline
@@ -142,9 +150,39 @@ class Courses:
             self.trained_tokens += state.trained_tokens
         self._enter("evaluating", TAUGHT_PERCENT, JUDGED_PERCENT)
         recipe = self.courses[chosen].recipe
-        result = self.setup.ranks.from_first(lambda: self.judge.report(recipe, folder, answers, baseline_dir))
         ladder = [{**entry, "chosen": number == chosen} for number, entry in enumerate(entries)]
-        return Graduate(folder, {**result, **{name: entries[chosen][name] for name in TRAINED}}, ladder)
+        if self._test_judge_for is None:
+            result = self.setup.ranks.from_first(
+                lambda: self.judge.report(recipe, folder, answers, baseline_dir)
+            )
+        else:
+            tested = self.setup.ranks.from_first(lambda: self._test(recipe, chosen, answers, baseline_dir))
+            result = {**tested["result"], "validation": {"student": _figures(entries[chosen])}}
+            ladder = [{**entry, "test": test} for entry, test in zip(ladder, tested["ladder"], strict=True)]
+        has_test = self._test_judge_for is not None
+        judged = {"judged_on": "test" if has_test else "validation", "is_chosen_on_judged_rows": not has_test}
+        trained = {name: entries[chosen][name] for name in TRAINED}
+        return Graduate(folder, {**result, **judged, **trained}, ladder)
+
+    def _test(
+        self, recipe: StudentRecipe, chosen: int, answers: AnswerFile, baseline_dir: Path | None
+    ) -> Entry:
+        """Returns the report on the test rows, and an entry for each student of the ladder."""
+        assert self._test_judge_for is not None
+        self._enter("evaluating", TAUGHT_PERCENT, TEST_READY_PERCENT)
+        judge = self._test_judge_for(self._tell_judging)
+        folders = self._finished_dirs
+        percents = [
+            TEST_READY_PERCENT + (JUDGED_PERCENT - TEST_READY_PERCENT) * i / (len(folders) + 1)
+            for i in range(len(folders) + 2)
+        ]
+        ladder = []
+        for i, folder in enumerate(folders):
+            self._enter("evaluating", percents[i], percents[i + 1])
+            ladder.append(judge.entry(folder, answers))
+        self._enter("evaluating", percents[-2], percents[-1])
+        result = judge.report(recipe, folders[chosen], answers, baseline_dir)
+        return {"result": {**result, "num_test_rows": len(judge.valid_rows)}, "ladder": ladder}
 
     @property
     def _finished_dirs(self) -> tuple[Path, ...]:
@@ -225,6 +263,12 @@ class Courses:
             percent, until = self._span
             percent = round(percent + (until - percent) * share, 1)
             self.sink(ProgressLine(percent=percent, step=self.state.job_step))
+
+
+def _figures(entry: Entry) -> Entry:
+    """A finished student's entry as its judge gave it."""
+    others = {"label", "passed", "trained_tokens", *TRAINED}
+    return {name: value for name, value in entry.items() if name not in others}
 
 
 def _why(gate: Gate, entries: Sequence[Entry]) -> str:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from worker.distill.answers import AnswerFile
 from worker.distill.checkpoint import TrainState, link_folder, load_state
-from worker.distill.courses import Courses, Graduate, calibrated, plan_courses
+from worker.distill.courses import Courses, Graduate, JudgeFor, calibrated, plan_courses
 from worker.distill.data import Example
 from worker.distill.devices import find_device
 from worker.distill.evaluate import HeldOut, HeldOutRows
@@ -103,7 +104,8 @@ class Pipeline:
         teacher = self.pair.cached_teacher(rows, courses[0].recipe)
         for note in teacher.notes:
             self.sink(MessageLine(message=note))
-        try:
+        with ExitStack() as open_teachers:
+            open_teachers.callback(teacher.close)
             setup = self._setup(rows, courses[0].recipe, teacher, state)
             self._check_resumed(state, setup)
             self._place_teacher(teacher)
@@ -119,6 +121,7 @@ class Pipeline:
                 state.model_copy(update=now),
                 evaluation=self.block.evaluation,
                 judge_for=lambda tell: self._judge(rows, teacher, tell),
+                test_judge_for=self._test_judge_for(courses[0].recipe, teacher, open_teachers),
                 sink=self.sink,
                 should_stop=self.should_stop,
                 trains_from=ANSWERED_PERCENT
@@ -126,33 +129,37 @@ class Pipeline:
                 else LOADED_PERCENT,
             )
             graduate = taught.run(rows.answers)
-        finally:
-            teacher.close()
         self.sink(StageLine(name="exporting"))
         num_computed = int(self.ranks.sum(teacher.num_computed)[0])
         if not self.ranks.is_first:
             return Outcome("student", graduate.result, taught.trained_tokens)
         link_folder(graduate.folder, self.out / "student")
-        counts = {"num_train_rows": len(rows.train), "num_validation_rows": len(rows.valid)}
-        passes = round(num_computed / len(rows.teacher), 3)
-        used = {"num_teacher_rows_computed": num_computed, "teacher_passes": passes}
+        result = self._result(rows, graduate, num_computed)
+        files = self._draw(graduate) if self.block.student.ladder else ()
+        return Outcome("student", result, taught.trained_tokens, files)
+
+    def _result(self, rows: Rows, graduate: Graduate, num_computed: int) -> dict[str, Any]:
+        """The public result: the judgement, and what the student was made of."""
         result = {
             **graduate.result,
-            **counts,
-            "teacher_signal": signal.name,
-            "teacher_signal_reason": signal.reason,
-            **used,
+            "num_train_rows": len(rows.train),
+            "num_validation_rows": len(rows.valid),
+            **rows.shared,
+            "teacher_signal": self.pair.signal.name,
+            "teacher_signal_reason": self.pair.signal.reason,
+            "num_teacher_rows_computed": num_computed,
+            "teacher_passes": round(num_computed / len(rows.teacher), 3),
         }
-        if not self.block.student.ladder:
-            return Outcome("student", result, taught.trained_tokens)
-        result["ladder"] = graduate.ladder
-        return Outcome("student", result, taught.trained_tokens, self._draw(graduate))
+        return {**result, "ladder": graduate.ladder} if self.block.student.ladder else result
 
     def _draw(self, graduate: Graduate) -> tuple[str, ...]:
         """The ladder as files of the run's folder."""
         from worker.distill.ladder_plot import Rung, write_ladder  # loads matplotlib, which few jobs need
 
-        rungs = [Rung(entry["label"], entry, entry["passed"], entry["chosen"]) for entry in graduate.ladder]
+        rungs = [
+            Rung(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])
+            for entry in graduate.ladder
+        ]
         teacher = Rung(self.block.teacher, graduate.result["teacher"])
         paths = write_ladder(rungs, teacher, self.out, self.block.evaluation.gate)
         return tuple(path.name for path in paths)
@@ -321,8 +328,29 @@ class Pipeline:
             warn=self._warn,
         )
 
+    def _test_judge_for(
+        self, recipe: StudentRecipe, teacher: CachedTeacher, open_teachers: ExitStack
+    ) -> JudgeFor | None:
+        """Returns what prepares the test rows and gives their judge; None without a test file."""
+        if self.spec.test_path is None:
+            return None
+
+        def prepare(tell: Tell) -> Judge:
+            teacher.release()  # its rows are no longer needed, and there may be no room for two
+            rows = self._preparation().test_rows(lambda share: tell(share / 2))
+            test_teacher = self.pair.cached_teacher(rows, recipe)
+            open_teachers.callback(test_teacher.close)
+            if test_teacher.is_cached:
+                tokens = batch_tokens_of(self.block.hyperparameters)
+                test_teacher.fill(ALONE, tokens, lambda done, wanted: tell((1 + done / wanted) / 2))
+            return self._judge(rows, test_teacher, tell)
+
+        return prepare
+
     def _inputs_sha256(self, rows: Rows) -> str:
-        parts = [self.block.model_dump(mode="json"), self.spec.seed]
+        """Hash of what the training depends on; test rows are no part of it."""
+        block = self.block.model_dump(mode="json", exclude={"evaluation": {"test_file"}})
+        parts = [block, self.spec.seed]
         parts += [[row.token_ids, row.spans] for row in (*rows.train, *rows.valid)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

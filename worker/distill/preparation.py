@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from app.distillation import Distillation
-from worker.distill.answers import AnswerFile, Asking, ask
-from worker.distill.data import Encoder, Example, Row, read_rows, split_rows, without_questions_of
+from worker.distill.answers import AnswerFile, Asking, OnProgress, ask
+from worker.distill.data import Encoder, Example, Row, read_rows
 from worker.distill.errors import InvalidTrainingFile, UnsupportedModel
+from worker.distill.held_out import Split, count_sharing, hold_out, keep_apart
 from worker.distill.pace import Throttle
 from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine
 from worker.distill.rejects import is_rejected
@@ -37,6 +38,7 @@ class Rows:
     answers: AnswerFile
     answer_keys: tuple[str, ...] = ()
     max_tokens: int = 512  # that a row may have in either view
+    shared: dict[str, int] = field(default_factory=dict)  # for the result: rows that share a question
 
     @property
     def num_answered(self) -> int:
@@ -91,20 +93,42 @@ class Preparation:
     check_stop: Callable[[], None]
 
     def rows(self) -> Rows:
-        """Raises InvalidTrainingFile, TeacherGenerationFailed."""
-        train_rows, valid_rows = self._split()
+        """Returns the training and the held-out rows; test rows are only checked.
+
+        Raises:
+            InvalidTrainingFile: A row cannot be used.
+            TeacherGenerationFailed: The teacher did not answer.
+        """
+        split = self._split()
+        shared = {
+            "num_train_rows_left_out": split.num_left_out,
+            "num_shared_validation_rows": split.num_shared,
+        }
+        if self.spec.test_path is not None:
+            shared["num_shared_test_rows"] = self._check_test_rows(split)
+        return replace(self._completed(split.train, split.valid), shared=shared)
+
+    def test_rows(self, tell: Callable[[float], None]) -> Rows:
+        """Returns the test rows as held-out rows of no training; `tell` takes the share that the teacher has answered.
+
+        A row that the teacher answers with nothing is left out, because nothing can be judged on it.
+        """
+        assert self.spec.test_path is not None
+        return self._completed([], read_rows(self.spec.test_path), tell)
+
+    def _completed(
+        self, train_rows: list[Row], valid_rows: list[Row], tell: Callable[[float], None] | None = None
+    ) -> Rows:
+        """The rows in both views, with the teacher's answers; with `tell` they are those of a test."""
         rows = [_as_asked(row, self.spec.distillation) for row in (*train_rows, *valid_rows)]
         teachers = [self._teacher_encoder.encode(row) for row in rows]
         students = teachers if self._reads_alike else [self._student_encoder.encode(row) for row in rows]
         if self.spec.resume_dir is not None and (self.spec.resume_dir / "answers.jsonl").exists():
             self.answers.merge(self.spec.resume_dir / "answers.jsonl")
-        answers, keys = self._answers(teachers)
+        answers, keys = self._answers(teachers, tell)
         num_train = len(train_rows)
-        views = [
-            self._answered(row, teacher, student, answers.get(i))
-            for i, (row, teacher, student) in enumerate(zip(rows, teachers, students, strict=True))
-        ]
         kept = self._kept(answers, num_train, len(rows))
+        views = {i: self._answered(rows[i], teachers[i], students[i], answers.get(i)) for i in kept}
         return Rows(
             train=[views[i][1] for i in kept if i < num_train],
             valid=[views[i][1] for i in kept if i >= num_train],
@@ -140,34 +164,64 @@ class Preparation:
         """The student's, for answers that are cut afterwards."""
         return self.student.encoder(max_tokens=UNCUT_TOKENS, is_last_only=self._is_last_only)
 
-    def _split(self) -> tuple[list[Row], list[Row]]:
-        rows = read_rows(self.spec.training_path)
+    def _split(self) -> Split:
+        rows, version = read_rows(self.spec.training_path), self.spec.split_version
         if self.spec.validation_path is None:
-            return split_rows(rows)
-        valid_rows = read_rows(self.spec.validation_path)
-        kept = without_questions_of(rows, valid_rows)
-        if not kept:
-            raise InvalidTrainingFile("every training row asks what a validation row asks; keep them apart")
-        if len(kept) < len(rows):
-            self._warn(f"{len(rows) - len(kept)} training rows ask what a validation row asks: left out")
-        return kept, valid_rows
+            split = hold_out(rows, version)
+        else:
+            split = keep_apart(rows, read_rows(self.spec.validation_path), version)
+        for message in split.warnings:
+            self._warn(message, num_shared=split.num_shared, num_left_out=split.num_left_out)
+        return split
+
+    def _check_test_rows(self, split: Split) -> int:
+        """Returns how many test rows share a question with rows that the training sees, and warns of them.
+
+        Raises InvalidTrainingFile for rows that could not be judged, hours before they are.
+        """
+        assert self.spec.test_path is not None
+        try:
+            rows = read_rows(self.spec.test_path)
+            for row in rows:
+                asked = _as_asked(row, self.spec.distillation)
+                self._demand_completion(self._teacher_encoder.encode(asked))
+                if not self._reads_alike:
+                    self._student_encoder.encode(asked)
+        except InvalidTrainingFile as e:
+            raise InvalidTrainingFile(f"evaluation.test_file: {e}") from e
+        num_train, num_shared = (
+            count_sharing(rows, others) for others in (split.train, [*split.train, *split.valid])
+        )
+        if num_shared:
+            self._warn(
+                f"{num_shared} of {len(rows)} test rows share a question with training or held-out rows ({num_train} with "
+                "training rows): their figures are too optimistic",
+                num_shared=num_shared,
+                num_shared_with_training=num_train,
+            )
+        return num_shared
+
+    def _demand_completion(self, example: Example) -> None:
+        """Raises InvalidTrainingFile for a row that waits for an answer of a teacher that writes none."""
+        if not example.spans and shape_of(self.teacher.config) == "masked":
+            raise InvalidTrainingFile(
+                f"line {example.line} has no completion, and {self.teacher.config.model_type} writes none: give "
+                "completions, or another teacher"
+            )
 
     @property
     def _max_tokens(self) -> int:
         contexts = [context_tokens(reader.config) for reader in (self.teacher, self.student)]
         return min(self.spec.distillation.hyperparameters.max_sequence_tokens, *contexts)
 
-    def _answers(self, examples: list[Example]) -> tuple[dict[int, Generation], tuple[str, ...]]:
-        """What the teacher answers to the rows that have no completion, by row."""
+    def _answers(
+        self, examples: list[Example], tell: Callable[[float], None] | None
+    ) -> tuple[dict[int, Generation], tuple[str, ...]]:
+        """Returns what the teacher answers to the rows that have no completion, by row."""
         waiting = [i for i, example in enumerate(examples) if not example.spans]
         if not waiting:
             return {}, ()
-        shape = shape_of(self.teacher.config)
-        if shape == "masked":
-            raise InvalidTrainingFile(
-                f"line {examples[waiting[0]].line} has no completion, and {self.teacher.config.model_type} writes none: "
-                "give completions, or another teacher"
-            )
+        self._demand_completion(examples[waiting[0]])
         data = self.spec.distillation.data
         how = Asking(
             data.max_new_tokens,
@@ -175,14 +229,19 @@ class Preparation:
             data.temperature,
             data.top_p,
             self.spec.seed,
-            is_prompt_apart=shape == "seq2seq",
+            is_prompt_apart=shape_of(self.teacher.config) == "seq2seq",
         )
-        self.sink(StageLine(name="generating_teacher_data"))
         prompts = [examples[i].prompt_ids for i in waiting]
-        made = ask(prompts, how, self.answers, self.sampler, _Labelling(self.sink, self.check_stop))
+        on_progress: OnProgress
+        if tell is None:
+            self.sink(StageLine(name="generating_teacher_data"))
+            on_progress = _Labelling(self.sink, self.check_stop)
+        else:
+            on_progress = _sharing(tell)
+        made = ask(prompts, how, self.answers, self.sampler, on_progress)
         self._warn_of_cut(made)
         for i, answer in zip(waiting, made, strict=True):
-            if not answer.tokens:
+            if not answer.tokens and tell is None:
                 raise InvalidTrainingFile(
                     f"the teacher answers line {examples[i].line} with nothing; leave it out"
                 )
@@ -212,14 +271,15 @@ class Preparation:
         return teacher.answered(answer.tokens), student
 
     def _kept(self, answers: dict[int, Generation], num_train: int, num_rows: int) -> list[int]:
-        """The rows whose answers the reject rules let pass."""
+        """Returns the numbers of the rows whose answers pass the reject rules; an empty answer never does."""
         rules = self.spec.distillation.data.reject
         rejected = {i for i, answer in answers.items() if is_rejected(answer, rules)}
         if rejected:
             self._warn(f"{len(rejected)} of {len(answers)} answers rejected", num_rejected=len(rejected))
         kept = [i for i in range(num_rows) if i not in rejected]
-        if not (any(i < num_train for i in kept) and any(i >= num_train for i in kept)):
-            raise InvalidTrainingFile("data.reject leaves no training or no held-out rows; loosen its rules")
+        if (num_train and not any(i < num_train for i in kept)) or not any(i >= num_train for i in kept):
+            names = "training or no held-out" if num_train else "test"
+            raise InvalidTrainingFile(f"data.reject leaves no {names} rows; loosen its rules")
         return kept
 
     def _warn_of_cut(self, made: list[Generation]) -> None:
@@ -233,6 +293,10 @@ class Preparation:
 
     def _warn(self, message: str, **data: object) -> None:
         self.sink(MessageLine(level="warn", message=message, data=data))
+
+
+def _sharing(tell: Callable[[float], None]) -> OnProgress:
+    return lambda num_done, num_wanted, num_tokens: tell(num_done / num_wanted)
 
 
 class _Labelling:

@@ -21,6 +21,7 @@ from worker.distill.figures import (
     held_out_figures,
     with_intervals,
 )
+from worker.distill.held_out import groups_of
 from worker.distill.sampler import Generation, Sampler
 from worker.distill.shapes import context_tokens, shape_of
 from worker.distill.spec import RunSpec
@@ -100,6 +101,7 @@ class Judge:
                 if name != "student"
             },
             "compression": _compression(entries),
+            "num_judged_questions": max(self.groups) + 1,
             "samples": self._samples({name: model.texts for name, model in judged.items() if model.texts}),
         }
 
@@ -131,6 +133,14 @@ class Judge:
         return labels
 
     @cached_property
+    def groups(self) -> list[int]:
+        """The group of each held-out row: rows that share a question are drawn together by the bootstrap."""
+        groups = groups_of(self.valid_rows)
+        if len(groups) > 1 and max(groups) == 0:
+            self.warn("the rows that are judged ask a single question, so the intervals have no width")
+        return groups
+
+    @cached_property
     def numbers(self) -> list[int]:
         """Which held-out rows are answered: the first ones that ask different things."""
         asked: dict[tuple[int, ...], int] = {}
@@ -158,7 +168,7 @@ class Judge:
         view = self.teacher_view if is_teacher else self.student_view
         model = build().to(self.device).requires_grad_(False)
         pack_weights(model)
-        figures = held_out_figures(view.measure(model), self.metrics)
+        figures = held_out_figures(view.measure(model), self.metrics, self.groups)
         entry: Entry = size_of(model)
         tell(0.3)
         texts = None
@@ -169,8 +179,9 @@ class Judge:
             texts = [str(view.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for answer in made]
             teachers = texts if is_teacher else self._teacher.texts if self._teacher else None
             references = [reference_of(self.valid_rows[i]) for i in self.numbers]
-            figures |= answer_figures(texts, teachers, references, self.labels, self.metrics)
-            figures["answer_tokens"] = mean([len(answer.tokens) for answer in made])
+            groups = [self.groups[i] for i in self.numbers]
+            figures |= answer_figures(texts, teachers, references, self.labels, self.metrics, groups)
+            figures["answer_tokens"] = mean([len(answer.tokens) for answer in made]).grouped(groups)
         if "speed" in self.metrics and shape_of(model.config) != "masked":
             entry |= _speed_fields(measure_speed(self.sampler_for(model), self._prompts(view)))
         del model

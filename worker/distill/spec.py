@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from app.contracts import SPLIT_VERSION
 from app.distillation import Distillation
 
 
@@ -17,6 +18,8 @@ class RunSpec(BaseModel):
     start_dir: Path
     training_path: Path
     validation_path: Path | None = None
+    test_path: Path | None = None  # rows that are judged at the end only
+    split_version: int = SPLIT_VERSION
     cache_dir: Path
     cache_bytes: int = 20 * 2**30
     resume_dir: Path | None = None

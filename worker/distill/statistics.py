@@ -1,13 +1,15 @@
 """How sure a figure of the held-out rows is: bootstrap intervals, and those of the difference of two models.
 
-Rows are drawn, not tokens: the tokens of a row are not independent. A figure is therefore written as a function of how
-often each row is drawn; with the same seed two figures see the same draws, so that their difference is a paired one.
-D draws, R rows.
-Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13 (percentile intervals).
+Groups of rows are drawn, not tokens and not rows: the tokens of a row are not independent, nor are rows that share a
+question. A figure is therefore a function of how often each row is drawn. With the same seed two figures of the same
+rows see the same draws, so that their difference is a paired one.
+D draws, R rows, G groups.
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13 (percentile intervals); Cameron, Gelbach
+and Miller, Review of Economics and Statistics 90(3) (2008), section III.A (pairs cluster bootstrap).
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,10 +23,14 @@ MAX_LOG = 700.0  # the exponential of more overflows
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of R rows: `of` gives it for each draw [D] from how often each row was drawn [D, R]."""
+    """A figure of R rows: `of` gives it for each draw [D] from how often each row was drawn [D, R].
+
+    `groups` has the number of each row's group, from 0 without gaps; None makes each row a group of its own.
+    """
 
     num_rows: int
     of: Callable[[Array], Array]
+    groups: tuple[int, ...] | None = None
 
     @property
     def value(self) -> float:
@@ -34,14 +40,23 @@ class Figure:
     def interval(self, *, seed: int = 0, num_draws: int = NUM_DRAWS, confidence: float = 0.95) -> Interval:
         """Percentile bootstrap interval."""
         tail = 50 * (1 - confidence)
-        drawn_D = np.concatenate([self.of(counts_DR) for counts_DR in _draws(self.num_rows, num_draws, seed)])
+        groups_R = np.arange(self.num_rows) if self.groups is None else np.asarray(self.groups)
+        drawn_D = np.concatenate([self.of(counts_DR) for counts_DR in _draws(groups_R, num_draws, seed)])
         low, high = np.percentile(drawn_D, [tail, 100 - tail])
         return float(low), float(high)
 
     def minus(self, other: "Figure") -> "Figure":
         """The difference of two figures of the same rows."""
-        assert self.num_rows == other.num_rows
-        return Figure(self.num_rows, lambda counts_DR: self.of(counts_DR) - other.of(counts_DR))
+        assert (self.num_rows, self.groups) == (other.num_rows, other.groups)
+        return replace(self, of=lambda counts_DR: self.of(counts_DR) - other.of(counts_DR))
+
+    def grouped(self, groups: Sequence[int] | None) -> "Figure":
+        """Returns the same figure with these groups of rows, whatever numbers they have."""
+        if groups is None:
+            return self
+        assert len(groups) == self.num_rows
+        numbers: dict[int, int] = {}
+        return replace(self, groups=tuple(numbers.setdefault(group, len(numbers)) for group in groups))
 
 
 def mean(values: ArrayLike, weights: ArrayLike | None = None) -> Figure:
@@ -58,7 +73,7 @@ def mean(values: ArrayLike, weights: ArrayLike | None = None) -> Figure:
 
 def exponential(figure: Figure) -> Figure:
     """Perplexity of a mean cross-entropy; capped, since an untrained student must not overflow a report."""
-    return Figure(figure.num_rows, lambda counts_DR: np.exp(np.minimum(figure.of(counts_DR), MAX_LOG)))
+    return replace(figure, of=lambda counts_DR: np.exp(np.minimum(figure.of(counts_DR), MAX_LOG)))
 
 
 def macro_f1(predicted: Sequence[str], actual: Sequence[str], classes: Sequence[str]) -> Figure:
@@ -80,11 +95,15 @@ def _one_hot(labels: Sequence[str], classes: Sequence[str]) -> Array:
     return np.array([[label == name for name in classes] for label in labels], dtype=np.float64)
 
 
-def _draws(num_rows: int, num_draws: int, seed: int) -> Iterator[Array]:
-    """How often each row comes up in each draw of R rows, in blocks: the same for the same numbers and seed."""
+def _draws(groups_R: NDArray[np.int64], num_draws: int, seed: int) -> Iterator[Array]:
+    """Yields how often each row comes up in each draw of G groups, in blocks of draws.
+
+    The same numbers and seed give the same draws.
+    """
     random = np.random.default_rng(seed)
-    shares_R = np.full(num_rows, 1 / num_rows)
-    block = max(1, BLOCK_COUNTS // num_rows)
+    num_groups = int(groups_R.max()) + 1
+    shares_G = np.full(num_groups, 1 / num_groups)
+    block = max(1, BLOCK_COUNTS // len(groups_R))
     for start in range(0, num_draws, block):
-        counts_DR = random.multinomial(num_rows, shares_R, size=min(block, num_draws - start))
-        yield counts_DR.astype(np.float64)
+        counts_DG = random.multinomial(num_groups, shares_G, size=min(block, num_draws - start))
+        yield counts_DG[:, groups_R].astype(np.float64)

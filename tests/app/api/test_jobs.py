@@ -10,7 +10,7 @@ import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 
-from app.contracts import ArtifactRef, JobFailure
+from app.contracts import SPLIT_VERSION, ArtifactRef, DistillationJob, JobFailure
 from app.db import jobs as job_rows
 from app.db import leases
 from app.db.session import transaction
@@ -105,6 +105,13 @@ def test_the_openai_place_for_epochs_is_honoured(bench: Bench) -> None:
         ({"teacher": "a\x00b"}, {}, 404, "model_not_found", "method.distillation.teacher"),
         ({}, {"training_file": "file-gone"}, 404, "resource_not_found", "training_file"),
         ({}, {"validation_file": "file-gone"}, 404, "resource_not_found", "validation_file"),
+        (
+            {"evaluation": {"test_file": "file-gone"}},
+            {},
+            404,
+            "resource_not_found",
+            "method.distillation.evaluation.test_file",
+        ),
         ({"student": {"num_layers": 5}}, {}, 400, "invalid_value", "method.distillation.student.num_layers"),
         ({"student": {"layers": [0, 4]}}, {}, 400, "invalid_value", "method.distillation.student.layers"),
         ({"student": {"layers": [1, 0]}}, {}, 400, "invalid_value", "method.distillation.student"),
@@ -240,6 +247,42 @@ def test_a_file_for_another_purpose_is_refused(bench: Bench) -> None:
 
 def test_a_validation_file_of_another_format_is_refused(bench: Bench) -> None:
     assert bench.refused(validation_file=bench.upload(CHAT)).param == "validation_file"
+
+
+@pytest.mark.parametrize(
+    ("rows", "code"),
+    [
+        (CHAT, "invalid_value"),  # another format
+        (ROWS, "invalid_value"),  # the training file itself
+        ([{"prompt": "zq" * 200, "completion": "yes"}], "context_length_exceeded"),
+    ],
+)
+def test_a_test_file_that_does_not_fit_is_refused(bench: Bench, rows: list[Any], code: str) -> None:
+    error = bench.refused({"evaluation": {"test_file": bench.upload(rows)}})
+    assert (error.code, error.param) == (code, "method.distillation.evaluation.test_file")
+
+
+def test_a_test_file_of_another_project_is_refused(
+    bench: Bench, stranger: openai.OpenAI, upload: Callable[..., str]
+) -> None:
+    block = {"evaluation": {"test_file": upload(stranger, PROMPTS)}}
+    assert bench.refused(block).param == "method.distillation.evaluation.test_file"
+
+
+def test_a_test_file_is_kept_for_its_job(bench: Bench) -> None:
+    test_file = bench.upload([{"prompt": "Other?", "completion": "yes"}])
+    job = bench.submit({"evaluation": {"test_file": test_file}})
+    with pytest.raises(openai.ConflictError):
+        bench.client.files.delete(test_file)
+    with transaction() as session:
+        row = job_rows.load_job(session, job.id)
+    assert row is not None
+    spec = DistillationJob.model_validate(row.spec)
+    assert spec.test_file is not None
+    assert spec.test_file.key == f"files/{test_file}"
+    assert spec.split_version == SPLIT_VERSION
+    block = job.to_dict()["method"]["distillation"]  # type: ignore[index] # open JSON
+    assert block["evaluation"]["test_file"] == test_file
 
 
 def test_a_row_longer_than_the_context_is_refused_with_its_line(bench: Bench) -> None:

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import func, text
 
 from app.contracts import JobStatus
-from app.db import files, idempotency, jobs, keys, leases, models
+from app.db import files, idempotency, jobs, keys, leases, models, sweeps
 from app.db.lifecycle import move
 from app.db.session import Session, transaction
 from app.db.tables import File, Job, Model
@@ -62,9 +62,21 @@ def test_an_expired_file_is_gone(session: Session) -> None:
 def test_a_file_is_in_use_until_its_jobs_have_ended(session: Session, add_job: AddJob) -> None:
     add_job("trains", training_file_id="f")
     add_job("validates", validation_file_id="f")
-    assert files.readers_of_file(session, "p", "f") == ["trains", "validates"]
+    add_job("tests", test_file_id="f")
+    assert files.readers_of_file(session, "p", "f") == ["tests", "trains", "validates"]
     move(session, "trains", JobStatus.cancelled, message="x")
-    assert files.readers_of_file(session, "p", "f") == ["validates"]
+    assert files.readers_of_file(session, "p", "f") == ["tests", "validates"]
+
+
+@pytest.mark.parametrize("column", ["training_file_id", "validation_file_id", "test_file_id"])
+def test_an_expired_file_is_kept_until_its_job_has_ended(
+    session: Session, add_job: AddJob, column: str
+) -> None:
+    add_file(session, "f", expires_at=func.now() - timedelta(seconds=1))
+    add_job("reads", **{column: "f"})
+    assert sweeps.forget_expired_files(session) == []
+    move(session, "reads", JobStatus.cancelled, message="x")
+    assert len(sweeps.forget_expired_files(session)) == 1
 
 
 def test_a_model_id_is_taken_once(session: Session, add_job: AddJob) -> None:

@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from app.contracts import ModelFacts
+from app.contracts import DistillationJob, ModelFacts
 from app.distillation import Distillation
 from app.errors import BadRequest
 from app.schemas.jobs import CreateJob
@@ -32,6 +32,22 @@ def settle(request: CreateJob, start_id: str = "t", row_format: str = "prompt_co
     )
     pair = Pair(facts, facts, is_same=start_id == "t", row_format=row_format)
     return submission.settle(request.method.distillation, request, pair)
+
+
+def test_a_request_without_a_test_file_keeps_its_fingerprint() -> None:
+    """Else a repetition over an upgrade would not be known, and a resumed run would take its inputs for changed."""
+    evaluation = asked().model_dump(mode="json")["method"]["distillation"]["evaluation"]
+    assert "test_file" not in evaluation
+    named = asked(evaluation={"test_file": "file-2"}).model_dump(mode="json")["method"]["distillation"]
+    assert named["evaluation"]["test_file"] == "file-2"
+
+
+def test_a_stored_job_of_before_keeps_the_first_split() -> None:
+    ref = {"key": "k", "bytes": 1}
+    block = asked().method.distillation.model_dump(mode="json")
+    stored = {"distillation": block, "teacher": ref, "start": ref, "training_file": ref}
+    job = DistillationJob.model_validate({**stored, "output_model": "m", "seed": 0})
+    assert (job.split_version, job.test_file) == (1, None)
 
 
 @pytest.mark.parametrize(

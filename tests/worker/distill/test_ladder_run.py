@@ -56,6 +56,31 @@ def lines(sink: MemorySink, kind: type[Any]) -> list[Any]:  # Any: lines of that
     return [line for line in sink.lines if isinstance(line, kind)]
 
 
+def test_a_ladder_is_chosen_on_held_out_rows_and_judged_on_test_rows(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(f'{{"prompt": "Other {i}?", "completion": "Jar {i}."}}\n' for i in range(5)))
+    block = ladder(1, 2, choose="best", ce_baseline=True)
+    plain, _ = run_job(make_spec(block, **STEPS), out="plain")
+    outcome, sink = run_job(make_spec(block, spec={"test_path": path}, **STEPS))
+    result = json.loads(json.dumps(outcome.result))
+    tests = [entry.pop("test") for entry in result["ladder"]]
+    seconds = {"train_seconds"}
+    assert [{k: v for k, v in e.items() if k not in seconds} for e in result["ladder"]] == [
+        {k: v for k, v in e.items() if k not in seconds}
+        for e in json.loads(json.dumps(plain.result["ladder"]))
+    ]
+    (chosen,) = [i for i, entry in enumerate(result["ladder"]) if entry["chosen"]]
+    assert result["student"] == tests[chosen]
+    assert result["validation"]["student"].items() <= result["ladder"][chosen].items()
+    assert set(result["differences"]) == {"untrained", "ce_baseline"}
+    percents = [line.percent for line in lines(sink, ProgressLine)]
+    assert percents == sorted(percents)
+    plotted = json.loads((tmp_path / "out" / "ladder.json").read_text())["students"]
+    assert [rung["figures"]["kl"] for rung in plotted] == [entry["kl"] for entry in tests]
+
+
 def test_a_ladder_is_taught_by_one_pass_of_its_teacher(
     run_job: Run, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

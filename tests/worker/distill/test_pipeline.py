@@ -8,9 +8,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.worker.memory_sink import MemorySink
+from worker.distill.checkpoint import load_state
 from worker.distill.errors import InvalidTrainingFile, TokenizerMismatch
 from worker.distill.pipeline import distil
-from worker.distill.progress import MessageLine, ProgressLine, StageLine
+from worker.distill.progress import CheckpointLine, MessageLine, ProgressLine, RunLine, StageLine
 from worker.distill.spec import RunSpec
 from worker.distill.students import load_model
 from worker.distill.trainer import Stopped
@@ -27,6 +28,10 @@ SHORT = {"data": {"max_new_tokens": 8}}
 def asking(make_spec: MakeSpec, write_rows: WriteRows) -> RunSpec:
     """A run whose completions the teacher writes."""
     return make_spec(SHORT, spec={"training_path": write_rows(QUESTIONS)}, n_epochs=1)
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def stages(sink: MemorySink) -> list[str]:
@@ -115,7 +120,104 @@ def test_a_validation_file_is_held_out_and_its_questions_are_not_trained_on(
     spec = make_spec(spec={"validation_path": held_out}, n_epochs=1)
     result = distil(spec, tmp_path / "out", sink, EngineSampler, lambda: False).result
     assert (result["num_train_rows"], result["num_validation_rows"]) == (37, 4)
+    assert (result["num_shared_validation_rows"], result["num_train_rows_left_out"]) == (3, 3)
     assert any("3 training rows" in message for message in messages(sink))
+    assert (result["judged_on"], result["is_chosen_on_judged_rows"]) == ("validation", True)
+
+
+def test_a_test_file_decides_nothing_and_is_what_the_student_is_judged_on(
+    tmp_path: Path, make_spec: MakeSpec, write_rows: WriteRows, answered_rows: list[dict[str, str]]
+) -> None:
+    rows = [*answered_rows[:1], *({"prompt": f"Other {i}?", "completion": f"Jar {i}."} for i in range(5))]
+    judged = {"metrics": ["agreement", "rouge_l"], "num_samples": 1}
+    spec = make_spec({"evaluation": judged}, n_epochs=1)
+    with_test = make_spec(
+        {"evaluation": {**judged, "test_file": "file-1"}},
+        spec={"test_path": write_rows(rows, "test.jsonl")},
+        n_epochs=1,
+    )
+    sink = MemorySink()
+    plain = distil(spec, tmp_path / "plain", MemorySink(), EngineSampler, lambda: False).result
+    tested = distil(with_test, tmp_path / "tested", sink, EngineSampler, lambda: False).result
+    one, other = (tmp_path / name / "student" / "model.safetensors" for name in ("plain", "tested"))
+    assert one.read_bytes() == other.read_bytes()
+    (state,) = {
+        load_state(max((tmp_path / name).glob("step-*"), key=lambda path: path.stat().st_mtime)).inputs_sha256
+        for name in ("plain", "tested")
+    }
+    assert state
+    assert (tested["judged_on"], tested["is_chosen_on_judged_rows"]) == ("test", False)
+    assert (tested["num_test_rows"], tested["num_shared_test_rows"]) == (6, 1)
+    assert tested["validation"]["student"]["kl"] == plain["student"]["kl"]
+    assert {tested[name]["kl"] != plain[name]["kl"] for name in ("teacher", "untrained", "student")} == {True}
+    assert set(tested["student"]["intervals"]) == set(plain["student"]["intervals"])
+    assert any("1 of 6 test rows share a question" in message for message in messages(sink))
+
+
+def test_the_teacher_answers_test_rows_after_the_last_checkpoint(
+    tmp_path: Path, make_spec: MakeSpec, write_rows: WriteRows
+) -> None:
+    tests = write_rows([{"prompt": f"Other {i}?"} for i in range(7)], "test.jsonl")
+    spec = make_spec(SHORT, spec={"training_path": write_rows(QUESTIONS), "test_path": tests}, n_epochs=1)
+    num_answers = []
+
+    class Counting(MemorySink):
+        def __call__(self, line: RunLine) -> None:
+            super().__call__(line)
+            if isinstance(line, CheckpointLine):
+                (path,) = (spec.cache_dir / "answers").glob("*.jsonl")
+                num_answers.append(len(path.read_text().split()))
+
+    sink = Counting()
+    result = distil(spec, tmp_path / "out", sink, EngineSampler, lambda: False).result
+    assert result["num_test_rows"] == 7
+    assert set(num_answers) == {100}
+    assert stages(sink) == [
+        "loading_models",
+        "generating_teacher_data",
+        "training",
+        "evaluating",
+        "exporting",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a" * 900, "completion": "b"}, "line 2 has"),
+        ({"other": "b"}, "line 2 is not a training row"),
+    ],
+)
+def test_a_test_row_that_cannot_be_judged_is_refused_before_the_training(
+    run: Run, make_spec: MakeSpec, write_rows: WriteRows, row: dict[str, str], message: str
+) -> None:
+    path = write_rows([{"prompt": "c", "completion": "d"}, row], "test.jsonl")
+    sink = MemorySink()
+    with pytest.raises(InvalidTrainingFile, match=f"evaluation.test_file: {message}"):
+        run(make_spec(spec={"test_path": path}), sink=sink)
+    assert stages(sink) == ["loading_models"]
+
+
+def test_a_job_of_before_keeps_its_split(
+    run: Run, make_spec: MakeSpec, write_rows: WriteRows, tmp_path: Path
+) -> None:
+    rows = [{"messages": turns(f"u{i // 2}", "a", *(("u", "b") if i % 2 else ()))} for i in range(40)]
+    path = write_rows(rows)
+    hashes = []
+    for version in (1, 2):
+        run(make_spec(spec={"training_path": path, "split_version": version}, n_epochs=1), out=f"v{version}")
+        newest = max((tmp_path / f"v{version}").glob("step-*"), key=lambda path: path.stat().st_mtime)
+        hashes.append(load_state(newest).inputs_sha256)
+    assert hashes[0] != hashes[1]
+    resumed = make_spec(
+        spec={
+            "training_path": path,
+            "split_version": 1,
+            "resume_dir": next((tmp_path / "v1").glob("step-*")),
+        },
+        n_epochs=1,
+    )
+    assert not any("inputs have changed" in message for message in messages(run(resumed, out="resumed")))
 
 
 def test_logits_of_models_with_different_tokenizers_are_not_compared(

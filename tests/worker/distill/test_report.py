@@ -123,6 +123,20 @@ def test_every_figure_has_an_interval_around_it(make_bench: MakeBench, student_d
     assert low < high
 
 
+def test_rows_that_ask_the_same_make_no_figure_more_certain(make_bench: MakeBench, student_dir: Path) -> None:
+    once = make_bench(LONG, metrics=["agreement", "rouge_l"]).report(student_dir)["untrained"]
+    twice = make_bench([*LONG, *LONG], metrics=["agreement", "rouge_l"]).report(student_dir)
+    assert twice["num_judged_questions"] == 6
+    for name, interval in once["intervals"].items():
+        assert twice["untrained"]["intervals"][name] == pytest.approx(interval), name
+
+
+def test_intervals_of_a_single_question_come_with_a_warning(make_bench: MakeBench, student_dir: Path) -> None:
+    bench = make_bench([{"prompt": "Who?", "completion": f"Number {i}."} for i in range(3)], metrics=[])
+    bench.report(student_dir)
+    assert ["a single question" in warning for warning in bench.warnings] == [True]
+
+
 def test_answers_are_compared_with_the_teachers_and_with_the_references(
     make_bench: MakeBench, student_dir: Path
 ) -> None:

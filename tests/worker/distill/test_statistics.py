@@ -30,6 +30,35 @@ def test_an_interval_is_that_of_a_loop_over_draws_and_rows() -> None:
     assert found == pytest.approx(np.percentile(expected, [2.5, 97.5]))
 
 
+def slow_group_draws(groups: Sequence[int], seed: int, num_draws: int) -> list[list[int]]:
+    """The numbers of the rows in each draw: all rows of one drawn group after the other."""
+    names = list(dict.fromkeys(groups))
+    return [
+        [row for place in draw for row, group in enumerate(groups) if group == names[place]]
+        for draw in slow_draws(len(names), seed, num_draws)
+    ]
+
+
+def test_an_interval_over_groups_is_that_of_a_loop_over_draws_groups_and_rows() -> None:
+    groups = [7, 3, 7, 9, 3, 3]
+    found = mean(VALUES, TOKENS).grouped(groups).interval(seed=3, num_draws=200)
+    expected = [slow_mean(rows) for rows in slow_group_draws(groups, 3, 200)]
+    assert found == pytest.approx(np.percentile(expected, [2.5, 97.5]))
+
+
+def test_groups_of_one_row_change_nothing() -> None:
+    assert mean(VALUES, TOKENS).grouped(range(6)).interval() == mean(VALUES, TOKENS).interval()
+
+
+def test_a_difference_and_an_exponential_keep_the_groups() -> None:
+    groups = [0, 0, 1, 1, 2, 2]
+    figure = mean(VALUES, TOKENS).grouped(groups)
+    other = mean([2.0, 1.0, 3.5, 1.0, 6.0, 2.0], TOKENS).grouped(groups)
+    assert exponential(figure).groups == figure.minus(other).groups == tuple(groups)
+    with pytest.raises(AssertionError):
+        figure.minus(mean(VALUES, TOKENS))
+
+
 def test_a_difference_is_of_the_same_rows_in_both() -> None:
     others = [2.0, 1.0, 3.5, 1.0, 6.0, 2.0]
     found = mean(VALUES, TOKENS).minus(mean(others, TOKENS))
@@ -75,6 +104,20 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         low, high = mean(sums_R, tokens_R).interval()
         num_covered += low <= 2.0 <= high
     assert 0.90 <= num_covered / 200 <= 0.98
+
+
+def test_only_intervals_over_groups_cover_the_truth_where_rows_share_a_question() -> None:
+    """Forty questions of five rows each, whose values share a level; the true mean is 2."""
+    random = np.random.default_rng(8)
+    groups = np.repeat(np.arange(40), 5)
+    num_covered = {"groups": 0, "rows": 0}
+    for _ in range(200):
+        figure = mean(random.gamma(4.0, 0.5, size=40)[groups] + random.normal(0.0, 0.1, size=200))
+        for name, of in (("groups", figure.grouped(list(groups))), ("rows", figure)):
+            low, high = of.interval(num_draws=400)
+            num_covered[name] += low <= 2.0 <= high
+    assert 0.89 <= num_covered["groups"] / 200 <= 0.98
+    assert num_covered["rows"] / 200 < 0.75
 
 
 def slow_macro_f1(predicted: Sequence[str], actual: Sequence[str]) -> float:
