@@ -169,6 +169,8 @@ def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> 
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(settings.work_root() / "hub"),
         "TOKENIZERS_PARALLELISM": "false",
+        # A thread at a barrier sleeps: while it spins, the thread that it waits for may lack a core.
+        "OMP_WAIT_POLICY": environment.get("OMP_WAIT_POLICY", "PASSIVE"),
         # glibc keeps freed memory: large tensors that come and go each step would fault their pages in again
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**33),

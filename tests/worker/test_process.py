@@ -12,8 +12,10 @@ from textwrap import dedent
 import psutil
 import pytest
 
+from app.contracts import ArtifactRef, ImportJob
+from app.settings import Settings
 from worker.distill.progress import MessageLine, RunLine
-from worker.process import RunProcess, num_oom_kills
+from worker.process import RunProcess, child_environment, num_oom_kills
 
 Start = Callable[[str], RunProcess]
 
@@ -204,3 +206,13 @@ def test_a_run_dies_with_its_supervisor_however_that_dies(tmp_path: Path) -> Non
         supervisor.send_signal(signal.SIGKILL)
         supervisor.wait()
     wait_until(lambda: not run.is_running() or run.status() == "zombie")
+
+
+def test_threads_of_a_run_sleep_at_barriers_unless_the_operator_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = ImportJob(output_model="m", staged=ArtifactRef(key="k", bytes=1), format="folder")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert child_environment(job, Settings())["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert child_environment(job, Settings())["OMP_WAIT_POLICY"] == "ACTIVE"
