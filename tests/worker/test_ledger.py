@@ -1,12 +1,16 @@
 """The supervisor's transactions, against a real Postgres, with several holders of one job."""
 
+import contextlib
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 import pytest
+from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import text
 
 from app.contracts import ArtifactRef, DistillationJob, ImportJob, JobFailure, ModelFacts
@@ -137,7 +141,7 @@ def test_lines_become_stage_progress_series_and_history() -> None:
         MessageLine(level="warn", message="3 answers did not end", data={"rows": 3}),
         StoppedLine(step=2),
     ]
-    ledger.record(lease, lines)
+    ledger.record(lease, 1, lines)
     job = load()
     assert job.stage == "training"
     assert [(stage["name"], stage["status"]) for stage in job.stages] == [
@@ -205,7 +209,7 @@ def test_orders_come_with_the_heartbeat() -> None:
 def test_a_finished_job_has_registered_its_model() -> None:
     add_job()
     lease = claim()
-    ledger.record(lease, [StageLine(name="exporting")])
+    ledger.record(lease, 1, [StageLine(name="exporting")])
     assert finish(lease)
     job = load()
     assert (job.status, job.result, job.result_model_id, job.trained_tokens) == (
@@ -275,7 +279,7 @@ ENDINGS: dict[str, Callable[[Lease], object]] = {
 WRITES: dict[str, Callable[[Lease], object]] = {
     **ENDINGS,
     "heartbeat": ledger.heartbeat,
-    "record": lambda lease: ledger.record(lease, [MessageLine(message="boo")]),
+    "record": lambda lease: ledger.record(lease, 1, [MessageLine(message="boo")]),
     "commit": lambda lease: ledger.commit_checkpoint(lease, 1, ref("c/1"), {}, True),
     "mark_corrupt": lambda lease: ledger.mark_corrupt(lease, "ftckpt_x"),
 }
@@ -383,7 +387,7 @@ def test_cut_connections_are_survived(database: str) -> None:
     try:
         for step in range(15):
             try:
-                ledger.record(lease, [MetricsLine(step=step, values={"loss": float(step)})])
+                ledger.record(lease, step + 1, [MetricsLine(step=step, values={"loss": float(step)})])
             except DatabaseUnavailable:
                 continue
             accepted.add(step)
@@ -394,6 +398,99 @@ def test_cut_connections_are_survived(database: str) -> None:
     with transaction() as session:
         assert accepted <= {row.step for row in jobs.metric_series(session, lease.job_id)}
     assert finish(lease)
+
+
+class LostAnswers:
+    """A proxy to Postgres that cuts the connection instead of passing on the next answer to a COMMIT."""
+
+    def __init__(self, database_url: str) -> None:
+        place = conninfo_to_dict(database_url)
+        self._host, self._port = str(place["host"]), int(place.get("port") or 5432)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        account = quote(str(place["user"])) + (f":{quote(str(p))}" if (p := place.get("password")) else "")
+        port = self._listener.getsockname()[1]
+        self.url = f"postgresql://{account}@127.0.0.1:{port}/{place['dbname']}"
+        self.is_armed = threading.Event()
+        self.num_lost = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = self._connect()
+                for source, target in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(source, target, far), daemon=True).start()
+
+    def _connect(self) -> socket.socket:
+        if not self._host.startswith("/"):
+            return socket.create_connection((self._host, self._port))
+        far = socket.socket(socket.AF_UNIX)
+        far.connect(f"{self._host}/.s.PGSQL.{self._port}")
+        return far
+
+    def _pump(self, source: socket.socket, target: socket.socket, far: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while chunk := source.recv(65536):
+                if source is far and b"COMMIT\0" in chunk and self.is_armed.is_set():
+                    self.is_armed.clear()
+                    self.num_lost += 1
+                    break
+                target.sendall(chunk)
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def lost_answers(database: str, settings_env: Callable[..., Settings]) -> Iterator[LostAnswers]:
+    proxy = LostAnswers(database)
+    settings_env(database_url=proxy.url)
+    yield proxy
+    settings_env(database_url=database)
+    proxy.close()
+
+
+def test_a_record_whose_commit_was_not_answered_is_written_once(lost_answers: LostAnswers) -> None:
+    add_job()
+    lease = claim()
+    lines: list[RunLine] = [
+        StageLine(name="loading_models"),
+        StageLine(name="training"),
+        MetricsLine(step=1, values={"train_loss": 2.0}),
+        MessageLine(level="warn", message="3 answers did not end"),
+    ]
+    ledger.record(lease, 1, [MessageLine(message="hello")])
+    lost_answers.is_armed.set()
+    ledger.record(lease, 2, lines)
+    ledger.record(lease, 3, [MetricsLine(step=2, values={"train_loss": 1.0})])
+    assert lost_answers.num_lost == 1
+    assert [stage["name"] for stage in load().stages] == ["loading_models", "training"]
+    with transaction() as session:
+        events = [event.type for event in jobs.events_since(session, lease.job_id, 0)]
+        series = jobs.metric_series(session, lease.job_id)
+    assert events == ["state", "state", "message", "stage", "stage", "metrics", "message", "metrics"]
+    assert [(row.step, row.value) for row in series] == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_checkpoint_whose_commit_was_not_answered_is_committed_and_marked_once(
+    lost_answers: LostAnswers,
+) -> None:
+    add_job()
+    lease = claim()
+    lost_answers.is_armed.set()
+    ledger.commit_checkpoint(lease, 1, ref("c/1"), {}, True)
+    with transaction() as session:
+        (checkpoint,), _ = jobs.page_checkpoints(session, lease.job_id)
+    lost_answers.is_armed.set()
+    assert ledger.mark_corrupt(lease, checkpoint.id) is None
+    assert lost_answers.num_lost == 2
+    with transaction() as session:
+        events = [event.type for event in jobs.events_since(session, lease.job_id, 0)]
+    assert events == ["state", "state", "checkpoint", "message"]
 
 
 def count_events() -> int:
