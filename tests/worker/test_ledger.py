@@ -1,16 +1,12 @@
 """The supervisor's transactions, against a real Postgres, with several holders of one job."""
 
-import contextlib
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import quote
 
 import psycopg
 import pytest
-from psycopg.conninfo import conninfo_to_dict
 from sqlalchemy import text
 
 from app.contracts import ArtifactRef, DistillationJob, ImportJob, JobFailure, ModelFacts
@@ -19,6 +15,7 @@ from app.db.session import DatabaseUnavailable, engine, transaction
 from app.db.tables import Job
 from app.distillation import Distillation
 from app.settings import Settings
+from tests.worker.lost_answers import LostAnswers
 from worker import ledger
 from worker.distill.progress import MessageLine, MetricsLine, ProgressLine, RunLine, StageLine, StoppedLine
 from worker.ledger import AuthorityLost, Lease
@@ -398,51 +395,6 @@ def test_cut_connections_are_survived(database: str) -> None:
     with transaction() as session:
         assert accepted <= {row.step for row in jobs.metric_series(session, lease.job_id)}
     assert finish(lease)
-
-
-class LostAnswers:
-    """A proxy to Postgres that cuts the connection instead of passing on the next answer to a COMMIT."""
-
-    def __init__(self, database_url: str) -> None:
-        place = conninfo_to_dict(database_url)
-        self._host, self._port = str(place["host"]), int(place.get("port") or 5432)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        account = quote(str(place["user"])) + (f":{quote(str(p))}" if (p := place.get("password")) else "")
-        port = self._listener.getsockname()[1]
-        self.url = f"postgresql://{account}@127.0.0.1:{port}/{place['dbname']}"
-        self.is_armed = threading.Event()
-        self.num_lost = 0
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = self._connect()
-                for source, target in ((near, far), (far, near)):
-                    threading.Thread(target=self._pump, args=(source, target, far), daemon=True).start()
-
-    def _connect(self) -> socket.socket:
-        if not self._host.startswith("/"):
-            return socket.create_connection((self._host, self._port))
-        far = socket.socket(socket.AF_UNIX)
-        far.connect(f"{self._host}/.s.PGSQL.{self._port}")
-        return far
-
-    def _pump(self, source: socket.socket, target: socket.socket, far: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while chunk := source.recv(65536):
-                if source is far and b"COMMIT\0" in chunk and self.is_armed.is_set():
-                    self.is_armed.clear()
-                    self.num_lost += 1
-                    break
-                target.sendall(chunk)
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
