@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, TypeVarTuple
+from typing import Any, Final, TypeVarTuple
 
 from sqlalchemy import ScalarSelect, Select, delete, func, select, text, update
 from sqlalchemy.orm import Session
@@ -139,7 +139,7 @@ def end_overdue(session: Session, max_runtime_seconds: float, grace_seconds: flo
     return len(stopped) - stopped.count(None)
 
 
-def _runtime() -> ScalarSelect[timedelta | None]:
+def _runtime() -> ScalarSelect[Any]:  # Any: an interval, whose type SQLAlchemy does not infer
     """How long the attempts of a `Job` have run since its last resume, in all."""
     ended_at = func.coalesce(Attempt.ended_at, func.now())
     started_at = func.greatest(Attempt.started_at, Job.resumed_at)  # ignores nulls

@@ -83,7 +83,7 @@ def check(system: System, ledger: Ledger, client: Client, faults_at: list[float]
         )
         models = _by_job(rows("SELECT * FROM models WHERE source_job_id = ANY(%s)", ids), "source_job_id")
         checkpoints = _by_job(rows("SELECT * FROM checkpoints WHERE job_id = ANY(%s)", ids), "job_id")
-        told = histories(connection, ids)
+        told_by_job = histories(connection, ids)
         of_key = rows(
             "SELECT metadata->>'key' AS key, count(*) AS num FROM jobs "
             "WHERE metadata->>'key' = ANY(%s) GROUP BY 1",
@@ -91,7 +91,7 @@ def check(system: System, ledger: Ledger, client: Client, faults_at: list[float]
         )
     verdict.duplicated += [f"{row['key']}: {row['num']} jobs of one key" for row in of_key if row["num"] > 1]
     verdict.duplicated += [f"{key}: one key was answered with two jobs" for key in ledger.contradictions]
-    for history in told:
+    for history in told_by_job:
         history.judge()
         verdict.lost += history.lost
         verdict.duplicated += history.duplicated

@@ -64,7 +64,9 @@ class History:
 
     def _judge_states(self) -> None:
         states = [event["data"]["status"] for event in self._of_type("state")]
-        illegal = [pair for pair in itertools.pairwise(states) if pair[1] not in FOLLOWING[pair[0]]]
+        illegal: list[tuple[str, ...]] = [
+            pair for pair in itertools.pairwise(states) if pair[1] not in FOLLOWING[pair[0]]
+        ]
         # twice `queued` is a lost worker and the end of the wait after it; once more is a duplicate
         illegal += [
             run for run in zip(states, states[1:], states[2:], strict=False) if set(run) == {"queued"}

@@ -89,8 +89,9 @@ def job(database: str, settings_env: Callable[..., Settings]) -> str:
         jobs.resume(session, JOB)
     second = claim()
     train(second, 3)
-    model = {"model_id": "ds:small", "ref": ref("models/j/2"), "facts": FACTS}
-    assert ledger.finish(second, **model, result={}, trained_tokens=1)
+    assert ledger.finish(
+        second, model_id="ds:small", ref=ref("models/j/2"), facts=FACTS, result={}, trained_tokens=1
+    )
     return database
 
 

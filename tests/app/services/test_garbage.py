@@ -122,7 +122,8 @@ def test_what_a_resumed_attempt_writes_is_safe_from_a_round_that_saw_the_failure
     put_checkpoint(store, tmp_path / "c", job_id, old, 1, commit=True)
     orphan = store.put_folder(tmp_path / "c", f"models/{job_id}/{old}")
     fail(job_id, old)
-    delete, written = store.delete, []
+    delete = store.delete
+    written: list[str] = []
 
     def resume_before_deleting(key: str) -> None:
         if not written:
