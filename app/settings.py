@@ -57,7 +57,9 @@ class Settings(BaseSettings):
         5.0, ge=0, description="Wait after a lost worker; doubles with each loss"
     )
     max_losses: int = Field(3, ge=1, description="Lost workers after which a job fails")
-    max_runtime_seconds: float = Field(24 * 3600.0, gt=0, description="Longest life of a running job")
+    max_runtime_seconds: float = Field(
+        24 * 3600.0, gt=0, description="Running time after which a job is paused; a resume starts it anew"
+    )
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept beside the best one")
     teacher_cache_bytes: int = Field(20 * 2**30, ge=0, description="Disk for teacher caches and answers")
     num_threads: int = Field(0, ge=0, description="Compute threads of a trainer or engine; 0: all cores")

@@ -121,11 +121,17 @@ def heartbeat(lease: Lease) -> Orders:
 
 
 @tried_again
-def record(lease: Lease, lines: Sequence[RunLine]) -> None:
-    """Puts stages, progress, metrics and messages into the job, its series and its history; skips other lines."""
+def record(lease: Lease, number: int, lines: Sequence[RunLine]) -> None:
+    """Writes stages, progress, metrics and messages into the job, its series and its history; skips other lines.
+
+    `number` rises with each record of an attempt. A record that is repeated with its number, because the answer to
+    its COMMIT was lost, changes nothing.
+    """
     crash_point("record.begun")
     with transaction() as session:
         job = _demand(session, lease, leases.hold(session, lease.job_id, lease.token))
+        if not leases.begin_record(session, lease.token, number):
+            return
         columns: dict[str, Any] = {}  # Any: columns of Job, by name
         for line in lines:
             match line:
@@ -272,7 +278,7 @@ def lost(lease: Lease, reason: str, error_code: str = "worker_lost") -> None:
 
 
 def ended(names: Sequence[str]) -> list[str]:
-    """Those of the names that are jobs which have ended, so that nobody runs them again."""
+    """Returns those of the names that are jobs which have ended; a failed one may be resumed later."""
     with transaction() as session:
         return [name for name, job in sweeps.stored_jobs(session, names).items() if job.has_ended]
 

@@ -4,6 +4,7 @@ The run knows neither the queue nor the database; what it prints becomes the job
 through the lease, so a supervisor that was given up for dead writes nothing and kills its run.
 """
 
+import contextlib
 import errno
 import os
 import shutil
@@ -69,11 +70,19 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
 
 
 def free_ended() -> None:
-    """Frees what a killed worker left here of jobs that have ended: no attempt of theirs comes to do it."""
+    """Deletes the work folders that killed workers left of jobs that have ended.
+
+    The folders of attempts are listed before the jobs are looked up: a failed job may be resumed meanwhile, and the
+    folder of its new attempt must stay.
+    """
     root = get_settings().work_root()
     try:
-        for job_id in ledger.ended([path.name for path in root.glob("*")]):
-            shutil.rmtree(root / job_id, ignore_errors=True)
+        attempts = {path.name: list(path.glob("*")) for path in root.glob("*")}
+        for job_id in ledger.ended(list(attempts)):
+            for folder in attempts[job_id]:
+                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                (root / job_id).rmdir()
             if (root / job_id).exists():
                 log.warning("work_folder_stays", job=job_id)
     except OSError:
@@ -109,6 +118,7 @@ class Attempt:
         self.stop_deadline: float | None = None
         self.is_done = False
         self._gathered: list[RunLine] = []
+        self._num_records = 0
         self._recorded_at = 0.0
 
     def run(self) -> None:
@@ -247,7 +257,8 @@ class Attempt:
 
     def _record_gathered(self) -> None:
         if self._gathered:
-            self._write(ledger.record, self.lease, self._gathered)
+            self._num_records += 1
+            self._write(ledger.record, self.lease, self._num_records, self._gathered)
             self._gathered = []
         self._recorded_at = time.monotonic()
 

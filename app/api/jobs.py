@@ -12,6 +12,7 @@ from app.api.events import start_after, stream_events
 from app.api.openapi import EVENTS
 from app.db import jobs as job_rows
 from app.db.session import transaction
+from app.schemas.files import Deleted
 from app.schemas.jobs import CheckpointObject, CreateJob, EventObject, JobObject, MetricsObject, Point, Series
 from app.schemas.listing import Listing, ends
 from app.services import jobs
@@ -77,6 +78,13 @@ def get_job(job_id: str, principal: Reader) -> JobObject:
         return jobs.job_object(session, jobs.get_job(session, principal.project_id, job_id))
 
 
+@router.delete("/{job_id}")
+def delete_job(job_id: str, principal: Writer) -> Deleted:
+    """Deletes a job that has ended, with its history and checkpoints; its model must be deleted before."""
+    jobs.delete_job(principal.project_id, job_id)
+    return Deleted(id=job_id, object="fine_tuning.job")
+
+
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, principal: Writer) -> JobObject:
     return JobObject.of(jobs.cancel_job(principal.project_id, job_id))
@@ -89,6 +97,7 @@ def pause_job(job_id: str, principal: Writer) -> JobObject:
 
 @router.post("/{job_id}/resume")
 def resume_job(job_id: str, principal: Writer) -> JobObject:
+    """Queues a paused job, or a failed one that has a checkpoint; it gets the full time limit again."""
     return JobObject.of(jobs.resume_job(principal.project_id, job_id))
 
 

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.contracts import TERMINAL, JobStatus
 from app.db.conditions import HAS_NOT_ENDED, IS_IN_QUEUE
+from app.db.leases import newest_checkpoint
 from app.db.lifecycle import add_event, lock_job, move
 from app.db.paging import Order, UnknownCursor, keyset_page
 from app.db.tables import Checkpoint, Event, Job, JobCount, Metric
@@ -31,7 +32,9 @@ def insert_job(session: Session, **columns: Any) -> Job:  # Any: the columns of 
 
 
 def find_job(session: Session, project_id: str, job_id: str) -> Job | None:
-    return session.scalars(select(Job).where(Job.id == job_id, Job.project_id == project_id)).one_or_none()
+    """The project's job with this id, unless it was deleted."""
+    query = select(Job).where(Job.id == job_id, Job.project_id == project_id, Job.deleted_at.is_(None))
+    return session.scalars(query).one_or_none()
 
 
 def load_job(session: Session, job_id: str) -> Job | None:
@@ -54,7 +57,7 @@ def page_jobs(
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[list[Job], bool]:
     """A page of the project's jobs that carry all of `metadata`, and whether more follow. Raises UnknownCursor."""
-    query = select(Job).where(Job.project_id == project_id)
+    query = select(Job).where(Job.project_id == project_id, Job.deleted_at.is_(None))
     if kind is not None:
         query = query.where(Job.kind == kind)
     if metadata:
@@ -118,37 +121,71 @@ def request_cancel(session: Session, job_id: str) -> Job | None:
     return _set(session, job_id, cancel_requested_at=func.now())
 
 
-def request_pause(session: Session, job_id: str) -> Job | None:
-    """Pauses a waiting job now and asks a running one to stop at a checkpoint; None if it may not pause."""
+def request_pause(session: Session, job_id: str, *, reason: str | None = None) -> Job | None:
+    """Pauses a waiting job now and asks a running one to stop at a checkpoint; None if it may not pause.
+
+    reason: why the service asks for the pause; None if the job's owner does.
+    """
     job = lock_job(session, job_id)
     if job is None or job.status in TERMINAL or job.cancel_requested_at is not None:
         return None
     if job.status == JobStatus.paused or job.pause_requested_at is not None:
         return job
     if job.status != JobStatus.running:
-        return move(session, job_id, JobStatus.paused, message="The job is paused.")
-    add_event(session, job_id, "Pausing: the worker stops the run at a checkpoint.")
-    return _set(session, job_id, pause_requested_at=func.now())
+        return move(session, job_id, JobStatus.paused, message="The job is paused.", pause_reason=reason)
+    message = "Pausing: the worker stops the run at a checkpoint." + (f" Reason: {reason}" if reason else "")
+    add_event(session, job_id, message)
+    return _set(session, job_id, pause_requested_at=func.now(), pause_reason=reason)
 
 
 def resume(session: Session, job_id: str) -> Job | None:
-    """Queues a paused job, or takes back a pause that is under way; None if there is nothing to resume."""
+    """Queues a paused job, or a failed one that has a checkpoint; withdraws a pause that is under way.
+
+    Lost workers and runtime are counted anew from here. None if there is nothing to resume.
+    """
     job = lock_job(session, job_id)
-    if job is None:
+    if job is None or job.deleted_at is not None:
         return None
     if job.status == JobStatus.running and job.pause_requested_at is not None:
         add_event(session, job_id, "The pause is taken back.")
-        return _set(session, job_id, pause_requested_at=None)
+        return _set(
+            session,
+            job_id,
+            pause_requested_at=None,
+            pause_reason=None,
+            num_losses=0,
+            resumed_at=func.now(),
+        )
+    checkpoint = newest_checkpoint(session, job_id)
+    if job.status == JobStatus.failed and checkpoint is None:
+        return None
+    start = f" It continues from the checkpoint at step {checkpoint.step}." if checkpoint else ""
     return move(
         session,
         job_id,
         JobStatus.queued,
-        sources={JobStatus.paused},
-        message="The job is queued again.",
+        sources={JobStatus.paused, JobStatus.failed},
+        message=f"The job is queued again.{start}",
+        num_losses=0,
+        resumed_at=func.now(),
+        cancel_requested_at=None,
         pause_requested_at=None,
         run_after=func.now(),
         last_rung_at=None,
     )
+
+
+def delete_job(session: Session, job_id: str) -> Job | None:
+    """Hides a job that has ended, and leaves its checkpoints and its row to the garbage collector.
+
+    None if the job has not ended.
+    """
+    job = lock_job(session, job_id)
+    if job is None or job.status not in TERMINAL:
+        return None
+    checkpoints = update(Checkpoint).where(Checkpoint.job_id == job_id)
+    session.execute(checkpoints.values(status="deleting"))
+    return _set(session, job_id, deleted_at=func.now())
 
 
 def seq_of_event(session: Session, job_id: str, event_id: str) -> int | None:

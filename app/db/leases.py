@@ -1,6 +1,6 @@
 """What the holder of a job's lease may do. Every write is fenced: it counts only while the token is the job's.
 
-A function that gives None (or False) has changed nothing, because the lease belongs to somebody else by now.
+A function that returns None (or False) has changed nothing, because the lease belongs to somebody else by now.
 """
 
 import math
@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session
 from app.contracts import ArtifactRef, JobFailure, JobStatus
 from app.db.files import insert_file
 from app.db.ids import new_id
-from app.db.json_values import clean
-from app.db.lifecycle import add_event, move
+from app.db.json_values import clean, clean_text
+from app.db.lifecycle import Level, add_event, move
 from app.db.models import insert_model
 from app.db.tables import Attempt, Checkpoint, Job, Json, Metric, lease_tokens
 
@@ -87,6 +87,16 @@ def hold(session: Session, job_id: str, token: int) -> Job | None:
     query = select(Job).where(Job.id == job_id, Job.status == JobStatus.running, Job.lease_token == token)
     query = query.with_for_update(key_share=True)
     return session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
+
+
+def begin_record(session: Session, token: int, number: int) -> bool:
+    """Notes that the attempt's record with this number is being written; False if it was committed before.
+
+    Numbers rise within an attempt. Call `hold` before.
+    """
+    noted = update(Attempt).where(Attempt.lease_token == token, Attempt.num_records < number)
+    noted = noted.values(num_records=number).returning(Attempt.num_records)
+    return session.scalar(noted) is not None
 
 
 def write_progress(session: Session, job_id: str, token: int, **columns: Any) -> Job | None:
@@ -162,11 +172,15 @@ def note_resumed_from(session: Session, token: int, step: int | None) -> None:
 
 
 def mark_corrupt(session: Session, job_id: str, token: int, checkpoint_id: str) -> bool:
-    """Takes a checkpoint out of use, with a warning in the history."""
+    """Takes a checkpoint out of use, with a warning in the history; doing it again changes nothing."""
     if hold(session, job_id, token) is None:
         return False
-    mark = update(Checkpoint).where(Checkpoint.id == checkpoint_id, Checkpoint.job_id == job_id)
+    mark = update(Checkpoint).where(
+        Checkpoint.id == checkpoint_id, Checkpoint.job_id == job_id, Checkpoint.status == "committed"
+    )
     step = session.scalar(mark.values(status="corrupt", is_best=False).returning(Checkpoint.step))
+    if step is None:
+        return True
     message = f"The checkpoint at step {step} is damaged; the run goes on from an older one."
     add_event(session, job_id, message, level="warn", data={"step": step, "checkpoint_id": checkpoint_id})
     return True
@@ -222,7 +236,14 @@ def fail(
     outcome: str = "failed",
     **columns: Any,
 ) -> Job | None:  # Any: more columns of Job, by name
-    """Ends the job with a reason; without a token, for the reconciler."""
+    """Ends the job with a reason; without a token, for the reconciler.
+
+    The message says so if a checkpoint is kept from which the job can be resumed.
+    """
+    checkpoint = newest_checkpoint(session, job_id)
+    if checkpoint is not None:
+        message = f"{failure.message.rstrip('.')}. {_kept_notice(job_id, checkpoint.step)}"
+        failure = failure.model_copy(update={"message": message})
     return move(
         session,
         job_id,
@@ -241,7 +262,7 @@ def lose(
 ) -> Job | None:
     """Counts a lost worker: the job waits and is tried again, or fails when it has lost too many.
 
-    What was asked meanwhile is done instead: a cancelled job ends, a paused one rests.
+    A cancel or a pause that was requested meanwhile is carried out instead.
     """
     job = hold(session, job_id, token)
     if job is None:
@@ -252,12 +273,12 @@ def lose(
         return move(
             session, job_id, JobStatus.cancelled, token=token, message="The job is cancelled.", outcome="lost"
         )
+    if job.pause_requested_at is not None:
+        return pause(session, job_id, token, prefix=f"{reason} ", num_losses=num_losses)
     if num_losses >= losses.most:
         message = f"{reason} This was loss {num_losses} of at most {losses.most}."
         failure = JobFailure(code=error_code, message=message)
         return fail(session, job_id, token, failure, outcome=outcome, num_losses=num_losses)
-    if job.pause_requested_at is not None:
-        return pause(session, job_id, token, message=f"{reason} The job is paused.", num_losses=num_losses)
     wait = losses.backoff_seconds * 2 ** min(num_losses - 1, MAX_DOUBLINGS)
     return move(
         session,
@@ -277,9 +298,12 @@ def cancel(session: Session, job_id: str, token: int) -> Job | None:
 
 
 def pause(
-    session: Session, job_id: str, token: int, *, message: str = "The job is paused.", **columns: Any
+    session: Session, job_id: str, token: int, *, prefix: str = "", **columns: Any
 ) -> Job | None:  # Any: more columns of Job, by name
-    """Puts the job to rest; back into the queue if the pause was taken back meanwhile."""
+    """Pauses the job as requested; queues it again if the request was withdrawn meanwhile.
+
+    prefix: a sentence for the event, in front of the reason of the pause.
+    """
     job = hold(session, job_id, token)
     if job is None:
         return None
@@ -288,18 +312,28 @@ def pause(
     if job.pause_requested_at is None:
         return release(session, job_id, token, reason="The pause was taken back.")
     columns |= {"pause_requested_at": None}
-    return move(session, job_id, JobStatus.paused, token=token, message=message, **columns)
+    message = f"{prefix}The job is paused" + (f": {job.pause_reason}" if job.pause_reason else ".")
+    level: Level = "warn" if job.pause_reason else "info"
+    return move(session, job_id, JobStatus.paused, token=token, level=level, message=message, **columns)
 
 
 def rest(session: Session, job_id: str, token: int, *, message: str) -> Job | None:
-    """Pauses a job for want of something that its owner can give, and then resume it; a cancelled one ends."""
+    """Pauses a job that lacks something which its owner can provide before resuming it; a cancelled one ends."""
     job = hold(session, job_id, token)
     if job is None:
         return None
     if job.cancel_requested_at is not None:
         return cancel(session, job_id, token)
-    paused = JobStatus.paused
-    return move(session, job_id, paused, token=token, level="error", message=message, pause_requested_at=None)
+    return move(
+        session,
+        job_id,
+        JobStatus.paused,
+        token=token,
+        level="error",
+        message=message,
+        pause_requested_at=None,
+        pause_reason=clean_text(message.removeprefix("The job is paused: ")),
+    )
 
 
 def release(session: Session, job_id: str, token: int, *, reason: str) -> Job | None:
@@ -326,6 +360,14 @@ def release(session: Session, job_id: str, token: int, *, reason: str) -> Job | 
 def outcome_of(session: Session, token: int) -> str | None:
     """How the attempt with this token ended; None while it runs. Tells a repeated ending from a lost lease."""
     return session.scalar(select(Attempt.outcome).where(Attempt.lease_token == token))
+
+
+def _kept_notice(job_id: str, step: int) -> str:
+    url = f"/v1/fine_tuning/jobs/{job_id}"
+    return (
+        f"The checkpoint at step {step} is kept: once the cause is removed, resume the job with "
+        f"POST {url}/resume, or delete it and its checkpoints with DELETE {url}."
+    )
 
 
 def _write(session: Session, job_id: str, token: int, **columns: Any) -> Job | None:  # Any: columns of Job

@@ -1,14 +1,14 @@
 """The states of a job: which follow which, and the one statement that moves a job on.
 
-Each move is a single guarded UPDATE with its event in the same transaction. A state that has ended absorbs:
-no later write changes it. A move out of `running` drops the lease, so the worker that had it can write no more.
+Each move is a single guarded UPDATE with its event in the same transaction. `succeeded` and `cancelled` are final;
+a `failed` job can only be resumed. A move out of `running` drops the lease, so the worker that had it can write no more.
 """
 
 import time
 from collections.abc import Collection
 from typing import Any, Final, Literal
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, null, select, update
 from sqlalchemy.orm import Session
 
 from app.contracts import TERMINAL, JobStatus
@@ -37,7 +37,7 @@ LEGAL: Final[dict[JobStatus, frozenset[JobStatus]]] = {
     ),
     JobStatus.paused: frozenset({JobStatus.queued, JobStatus.cancelled}),
     JobStatus.succeeded: frozenset(),
-    JobStatus.failed: frozenset(),
+    JobStatus.failed: frozenset({JobStatus.queued}),
     JobStatus.cancelled: frozenset(),
 }
 
@@ -74,8 +74,12 @@ def move(
         columns |= {"lease_token": None, "lease_owner": None, "lease_expires_at": None}
     if to in TERMINAL:
         columns |= {"finished_at": func.now()}
+    elif before.status in TERMINAL:
+        columns |= {"finished_at": None, "error": null()}
     if to != JobStatus.running:
         columns |= {"stage": None}
+    if to != JobStatus.paused:
+        columns |= {"pause_reason": None}
     change = update(Job).where(Job.id == job_id, Job.status.in_(allowed))
     if token is not None:
         change = change.where(Job.lease_token == token)

@@ -95,6 +95,26 @@ def users_of_model(session: Session, project_id: str, model: Model) -> list[str]
     ]
 
 
+def lock_artifact(session: Session, store_key: str) -> bool:
+    """Keeps the model or checkpoint with these bytes until the transaction ends; False if it is gone."""
+    is_checkpoint = store_key.startswith("checkpoints/")
+    owner = Model.source_job_id == store_key.split("/")[1] if is_checkpoint else Model.store_key == store_key
+    model = select(Model.id).where(owner).with_for_update(read=True, key_share=True)
+    if session.scalar(model) is None:
+        return False
+    if not is_checkpoint:
+        return True
+    checkpoint = select(Checkpoint.id).where(
+        Checkpoint.store_key == store_key.removesuffix("/model"), Checkpoint.status == "committed"
+    )
+    return session.scalar(checkpoint) is not None
+
+
+def model_of_job(session: Session, job_id: str) -> str | None:
+    """Id of the model that the job has registered, if it still exists."""
+    return session.scalar(select(Model.id).where(Model.source_job_id == job_id))
+
+
 def lock_model(session: Session, model_id: str) -> Model | None:
     """The row, which nobody else changes or removes before this transaction ends."""
     return session.scalars(select(Model).where(Model.id == model_id).with_for_update()).one_or_none()

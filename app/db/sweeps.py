@@ -3,13 +3,14 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Final, TypeVarTuple
+from typing import Any, Final, TypeVarTuple
 
-from sqlalchemy import Select, delete, func, select, text, update
+from sqlalchemy import ScalarSelect, Select, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from app.contracts import TERMINAL, JobFailure, JobStatus
-from app.db import leases
+from app.db import jobs, leases
+from app.db.conditions import HAS_NOT_ENDED
 from app.db.lifecycle import move
 from app.db.tables import ENDED_BATCHES, Attempt, Batch, Checkpoint, File, IdempotencyKey, Job, Model
 
@@ -28,11 +29,22 @@ class StoredJob:
 
     status: str
     lease_token: int | None
+    is_deleted: bool
     kept_keys: frozenset[str]
 
     @property
     def has_ended(self) -> bool:
         return self.status in TERMINAL
+
+    @property
+    def can_run_again(self) -> bool:
+        """Whether another attempt may write to the store, now or after a resume."""
+        return not self.has_ended or (self.status == JobStatus.failed and not self.is_deleted)
+
+    @property
+    def is_discarded(self) -> bool:
+        """Whether nothing of the job is kept."""
+        return self.is_deleted or self.status == JobStatus.cancelled
 
 
 def try_lead(session: Session) -> bool:
@@ -111,25 +123,51 @@ def wake(session: Session) -> int:
     return len(moved) - moved.count(None)
 
 
-def end_overdue(session: Session, max_runtime_seconds: float) -> int:
-    """Fails running jobs whose attempts together have run for too long."""
-    runtime = select(func.sum(func.coalesce(Attempt.ended_at, func.now()) - Attempt.started_at))
-    runtime = runtime.where(Attempt.job_id == Job.id).correlate(Job)
+def end_overdue(session: Session, max_runtime_seconds: float, grace_seconds: float) -> int:
+    """Stops running jobs whose attempts since the last resume have together run for too long.
+
+    A distillation is asked to pause at a checkpoint; after `grace_seconds` it is paused without its worker.
+    An import has no checkpoints, and fails.
+    """
     overdue = select(Job).where(
-        Job.status == JobStatus.running, runtime.scalar_subquery() > timedelta(seconds=max_runtime_seconds)
+        Job.status == JobStatus.running,
+        Job.cancel_requested_at.is_(None),
+        Job.pause_requested_at.is_(None)
+        | (Job.pause_requested_at < func.now() - timedelta(seconds=grace_seconds)),
+        _runtime() > timedelta(seconds=max_runtime_seconds),
     )
-    failure = JobFailure(
-        code="max_runtime_exceeded",
-        message=f"the job has run for more than {max_runtime_seconds:.0f} s; ask for fewer steps or raise the limit",
-    )
-    ended = [leases.fail(session, job.id, job.lease_token, failure) for job in _jobs(session, overdue)]
-    return len(ended) - ended.count(None)
+    stopped = [_stop(session, job, max_runtime_seconds) for job in _jobs(session, overdue)]
+    return len(stopped) - stopped.count(None)
+
+
+def _runtime() -> ScalarSelect[Any]:  # Any: an interval, whose type SQLAlchemy does not infer
+    """How long the attempts of a `Job` have run since its last resume, in all."""
+    ended_at = func.coalesce(Attempt.ended_at, func.now())
+    started_at = func.greatest(Attempt.started_at, Job.resumed_at)  # ignores nulls
+    runtime = select(func.sum(ended_at - started_at)).where(Attempt.job_id == Job.id, ended_at > started_at)
+    return runtime.correlate(Job).scalar_subquery()
+
+
+def _stop(session: Session, job: Job, max_runtime_seconds: float) -> Job | None:
+    limit = f"{max_runtime_seconds:.0f} s, the limit that STILLHOUSE_MAX_RUNTIME_SECONDS sets"
+    if job.kind != "distillation":
+        message = f"the job has run for more than {limit}; raise the limit and submit the job again"
+        failure = JobFailure(code="max_runtime_exceeded", message=message)
+        return leases.fail(session, job.id, job.lease_token, failure)
+    if job.pause_requested_at is None:
+        reason = (
+            f"it has run for more than {limit}. Its checkpoints are kept. To continue from the newest one, with as "
+            f"much time again, resume the job with POST /v1/fine_tuning/jobs/{job.id}/resume."
+        )
+        return jobs.request_pause(session, job.id, reason=reason)
+    assert job.lease_token is not None, "the job is running"
+    return leases.pause(session, job.id, job.lease_token, prefix="The worker has not stopped the run. ")
 
 
 def doom_checkpoints(session: Session) -> list[tuple[str, str]]:
-    """(id, store key) of checkpoints to delete: retired ones, and all of jobs that gave no model."""
-    fruitless = select(Job.id).where(Job.status.in_([JobStatus.failed, JobStatus.cancelled]))
-    doomed = update(Checkpoint).where(Checkpoint.status != "deleting", Checkpoint.job_id.in_(fruitless))
+    """(id, store key) of checkpoints to delete: retired ones, and all of cancelled or deleted jobs."""
+    discarded = select(Job.id).where((Job.status == JobStatus.cancelled) | Job.deleted_at.is_not(None))
+    doomed = update(Checkpoint).where(Checkpoint.status != "deleting", Checkpoint.job_id.in_(discarded))
     session.execute(doomed.values(status="deleting").execution_options(synchronize_session=False))
     query = select(Checkpoint.id, Checkpoint.store_key).where(Checkpoint.status == "deleting")
     return [
@@ -141,10 +179,25 @@ def forget_checkpoints(session: Session, ids: Collection[str]) -> None:
     session.execute(delete(Checkpoint).where(Checkpoint.id.in_(ids), Checkpoint.status == "deleting"))
 
 
+def deleted_jobs(session: Session, older_than_seconds: float) -> list[str]:
+    """Ids of jobs that were deleted at least so long ago and have no checkpoints left."""
+    checkpoints = select(Checkpoint.id).where(Checkpoint.job_id == Job.id).correlate(Job)
+    models = select(Model.id).where(Model.source_job_id == Job.id).correlate(Job)
+    query = select(Job.id).where(Job.deleted_at < func.now() - timedelta(seconds=older_than_seconds))
+    query = query.where(~checkpoints.exists(), ~models.exists()).order_by(Job.deleted_at)
+    return list(session.scalars(query.limit(BATCH)))
+
+
+def forget_jobs(session: Session, ids: Collection[str]) -> None:
+    """Removes the rows of deleted jobs, with their attempts, events and metrics."""
+    gone = delete(Job).where(Job.id.in_(ids), Job.deleted_at.is_not(None))
+    session.execute(gone.execution_options(synchronize_session=False))
+
+
 def forget_expired_files(session: Session) -> list[str]:
     """Drops the rows of expired files that no job and no batch still reads; gives their store keys."""
     jobs = select(Job.id).where(
-        Job.status.not_in(TERMINAL),
+        HAS_NOT_ENDED,
         (Job.training_file_id == File.id)
         | (Job.validation_file_id == File.id)
         | (Job.test_file_id == File.id),
@@ -166,17 +219,19 @@ def forget_expired_keys(session: Session) -> int:
 
 
 def stored_jobs(session: Session, job_ids: Collection[str]) -> dict[str, StoredJob]:
-    """Of each of these jobs, its state and the store keys that rows refer to."""
+    """The state of each of these jobs, and the store keys that rows refer to."""
     kept: dict[str, set[str]] = {}
     checkpoints = select(Checkpoint.job_id, Checkpoint.store_key).where(Checkpoint.job_id.in_(job_ids))
     for job_id, key in session.execute(checkpoints):
         kept.setdefault(job_id, set()).add(key)
     for model in session.scalars(select(Model).where(Model.source_job_id.in_(job_ids))):
         kept.setdefault(model.source_job_id or "", set()).add(model.store_key)
-    jobs = select(Job.id, Job.status, Job.lease_token).where(Job.id.in_(job_ids))
+    columns = (Job.id, Job.status, Job.lease_token, Job.deleted_at)
     return {
-        row.id: StoredJob(row.status, row.lease_token, frozenset(kept.get(row.id, ())))
-        for row in session.execute(jobs)
+        row.id: StoredJob(
+            row.status, row.lease_token, row.deleted_at is not None, frozenset(kept.get(row.id, ()))
+        )
+        for row in session.execute(select(*columns).where(Job.id.in_(job_ids)))
     }
 
 

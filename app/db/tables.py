@@ -122,7 +122,12 @@ class Pin(Table):
 
 
 class Job(Table):
-    """A job of kind `distillation` or `import`. Every write of a running attempt is fenced by lease_token."""
+    """A job of kind `distillation` or `import`. Every write of a running attempt is fenced by lease_token.
+
+    num_losses, and the runtime that is compared with the limit, count from resumed_at on.
+    pause_reason is null for a pause that the job's owner asked for.
+    A row with deleted_at is hidden from its owner; the garbage collector removes it.
+    """
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -149,6 +154,8 @@ class Job(Table):
     last_rung_at: Mapped[datetime | None] = mapped_column(Timestamp)
     cancel_requested_at: Mapped[datetime | None] = mapped_column(Timestamp)
     pause_requested_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    pause_reason: Mapped[str | None] = mapped_column(Text)
+    resumed_at: Mapped[datetime | None] = mapped_column(Timestamp)
 
     stage: Mapped[str | None] = mapped_column(String(48))
     stages: Mapped[list[Json]] = mapped_column(JSONB, server_default=text("'[]'"))
@@ -163,6 +170,7 @@ class Job(Table):
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     started_at: Mapped[datetime | None] = mapped_column(Timestamp)
     finished_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    deleted_at: Mapped[datetime | None] = mapped_column(Timestamp)
     __table_args__ = (
         CheckConstraint(
             "status IN ('queued', 'running', 'retry_wait', 'paused', 'succeeded', 'failed', 'cancelled')",
@@ -200,6 +208,7 @@ class Job(Table):
         Index("ix_jobs_active_test_file", "test_file_id", postgresql_where=JOB_IS_ACTIVE),
         Index("ix_jobs_imports", "id", postgresql_where=text("kind = 'import'")),
         Index("ix_jobs_model_id", "model_id"),
+        Index("ix_jobs_deleted", "deleted_at", postgresql_where=text("deleted_at IS NOT NULL")),
     )
 
 
@@ -217,7 +226,10 @@ class JobCount(Table):
 
 
 class Attempt(Table):
-    """One run of a job by one worker; worker_id names the claim too."""
+    """One run of a job by one worker; worker_id names the claim too.
+
+    num_records is the number of the last record of the run that was committed, so that a retry adds nothing.
+    """
 
     __tablename__ = "job_attempts"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
@@ -228,6 +240,7 @@ class Attempt(Table):
     ended_at: Mapped[datetime | None] = mapped_column(Timestamp)
     outcome: Mapped[str | None] = mapped_column(String(32))
     resumed_from: Mapped[int | None] = mapped_column(BigInteger)
+    num_records: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
 class Event(Table):

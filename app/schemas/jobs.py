@@ -97,6 +97,7 @@ class JobObject(BaseModel):
     heartbeat_at: int | None
     cancel_requested_at: int | None
     pause_requested_at: int | None
+    pause_reason: str | None
     latest_metrics: Json
     result: Json | None
     usage: Json
@@ -124,6 +125,7 @@ class JobObject(BaseModel):
             trained_tokens=row.trained_tokens,
             error=JobFailure.model_validate(row.error) if row.error else None,
             queue=QueuePlace(position=queue[0], depth=queue[1]) if queue else None,
+            pause_reason=row.pause_reason,
             result=row.result,
             result_files=row.result_file_ids,
             usage={"trained_tokens": row.trained_tokens},

@@ -4,7 +4,6 @@ from typing import Final
 
 import structlog
 
-from app.contracts import JobStatus
 from app.db import jobs, submissions, sweeps
 from app.db.session import transaction
 from app.storage import Store
@@ -13,7 +12,6 @@ log = structlog.get_logger(__name__)
 
 DAY_SECONDS: Final = 86_400.0  # an upload or a copy may be under way for less than this
 CHECKPOINTS, MODELS, IMPORTS, FILES = "checkpoints", "models", "imports", "files"
-NO_MODEL: Final = frozenset({JobStatus.failed, JobStatus.cancelled})
 NUM_NAMES: Final = 500  # store names looked up in one statement
 
 
@@ -22,6 +20,7 @@ def collect(store: Store) -> int:
     num_deleted = _delete_retired(store) + _delete_expired(store)
     num_deleted += sum(_delete_of_jobs(store, prefix) for prefix in (CHECKPOINTS, MODELS))
     num_deleted += _delete_spent_imports(store) + _delete_unknown_files(store)
+    _forget_deleted_jobs(store)
     return num_deleted + store.sweep_incoming(DAY_SECONDS)
 
 
@@ -44,9 +43,9 @@ def _delete_expired(store: Store) -> int:
 
 
 def _delete_of_jobs(store: Store, prefix: str) -> int:
-    """What lies below `prefix/{job}` without a row: left by lost leases, failures and deleted models.
+    """Deletes what lies below `prefix/{job}` without a row: left by lost leases, failures and deletions.
 
-    The store is listed before the rows are read, so what a run adds meanwhile is not in question.
+    The store is listed before the rows are read, so what a run adds meanwhile is not considered.
     """
     listed = {job_id: _below(store, f"{prefix}/{job_id}") for job_id in store.children(prefix)}
     num_deleted = 0
@@ -70,15 +69,16 @@ def _garbage_of(
 ) -> list[str]:
     """Keys at or below `root` that nobody will ever ask for.
 
-    is_fenced: what lies below carries the lease token in its path, so that only the token of now can still grow.
-    Without it nothing is said of a job that has not ended.
+    is_fenced: what lies below has the lease token in its path, so only the current token's folder can still grow.
+    Without it nothing is garbage before the job has ended.
+    `root` itself is garbage only if no attempt can write there any more: a failed job may be resumed at any time.
     """
-    if job.status in NO_MODEL:
+    if job.is_discarded:
         return [root]
     if root in job.kept_keys or not (is_fenced or job.has_ended):
         return []
     kept = [key for key in job.kept_keys if key.startswith(f"{root}/")]
-    if not kept and job.has_ended:
+    if not kept and not job.can_run_again:
         return [root]
     garbage = []
     for name, children in below.items():
@@ -90,6 +90,20 @@ def _garbage_of(
         else:
             garbage.append(key)
     return garbage
+
+
+def _forget_deleted_jobs(store: Store) -> None:
+    """Removes the rows of deleted jobs, a day later, so that what a late writer leaves is still found by them."""
+    with transaction() as session:
+        deleted = sweeps.deleted_jobs(session, DAY_SECONDS)
+    emptied = [
+        job_id
+        for job_id in deleted
+        if not any(store.exists(f"{prefix}/{job_id}") for prefix in (CHECKPOINTS, MODELS))
+    ]
+    if emptied:
+        with transaction() as session:
+            sweeps.forget_jobs(session, emptied)
 
 
 def _delete_spent_imports(store: Store) -> int:

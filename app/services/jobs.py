@@ -8,9 +8,9 @@ from typing import Any
 
 from app import queue
 from app.auth import HUB_TOKEN_SCOPE, Principal
-from app.contracts import ImportJob
+from app.contracts import DistillationJob, ImportJob, JobStatus
 from app.crash import crash_point
-from app.db import idempotency, jobs, models
+from app.db import files, idempotency, jobs, models
 from app.db.locks import lock_project
 from app.db.session import Session, transaction
 from app.db.tables import Job
@@ -209,7 +209,8 @@ def cancel_job(project_id: str, job_id: str, kind: str = "distillation") -> Job:
         job = get_job(session, project_id, job_id, kind)
         after = jobs.request_cancel(session, job.id)
         if after is None:
-            raise Conflict(f"the job has already {job.status}; it can no longer be cancelled")
+            hint = "; to free its checkpoints, delete the job" if job.status == JobStatus.failed else ""
+            raise Conflict(f"the job has already {job.status}; it can no longer be cancelled{hint}")
         return after
 
 
@@ -224,11 +225,60 @@ def pause_job(project_id: str, job_id: str) -> Job:
 
 
 def resume_job(project_id: str, job_id: str) -> Job:
-    """Queues a paused job again; it goes on from its newest checkpoint."""
+    """Queues a paused or failed job again; it continues from its newest checkpoint.
+
+    Raises Conflict if there is nothing to resume, QuotaExceeded if the project has no room for another active job.
+    """
     with transaction() as session:
         job = get_job(session, project_id, job_id)
+        has_failed = job.status == JobStatus.failed
+        if has_failed:
+            demand_room(session, project_id)
         after = jobs.resume(session, job.id)
         if after is None:
-            raise Conflict(f"the job is {job.status}; only a paused job can be resumed")
+            raise Conflict(_why_not_resumed(job))
+        if has_failed:
+            _demand_inputs(session, after)
     queue.ring()
     return after
+
+
+def delete_job(project_id: str, job_id: str) -> None:
+    """Deletes a job that has ended; its checkpoints go with the next garbage collection. Raises Conflict."""
+    with transaction() as session:
+        job = get_job(session, project_id, job_id)
+        model_id = models.model_of_job(session, job.id)
+        if model_id is not None:
+            message = (
+                f"the job's model {model_id!r} exists; delete it first with DELETE /v1/models/{model_id}"
+            )
+            raise Conflict(message, "resource_in_use", "job_id")
+        if jobs.delete_job(session, job.id) is None:
+            raise Conflict(f"the job is {job.status}; cancel it first, then delete it")
+
+
+def _why_not_resumed(job: Job) -> str:
+    if job.status == JobStatus.failed:
+        return "the job failed before its first checkpoint, so there is nothing to resume; submit it again"
+    return f"the job is {job.status}; only a paused or failed job can be resumed"
+
+
+def _demand_inputs(session: Session, job: Job) -> None:
+    """Locks the inputs of a job that was queued in this transaction; raises Conflict if one was deleted.
+
+    Files and models of a failed job may be deleted, those of a queued one may not.
+    """
+    for param, file_id in (
+        ("training_file", job.training_file_id),
+        ("validation_file", job.validation_file_id),
+    ):
+        if file_id is not None and files.find_file(session, job.project_id or "", file_id, lock=True) is None:
+            message = (
+                f"the {param} {file_id!r} has been deleted, so the job cannot be resumed; submit a new job"
+            )
+            raise Conflict(message, "input_missing", param)
+    spec = DistillationJob.model_validate(job.spec)
+    for param, ref in (("teacher", spec.teacher), ("model", spec.start)):
+        if not models.lock_artifact(session, ref.key):
+            message = f"the {param} of the job has been deleted, so it cannot be resumed; submit a new job"
+            raise Conflict(message, "input_missing", param)

@@ -22,6 +22,7 @@ log = structlog.get_logger(__name__)
 
 RINGS_A_PASS: Final = 8
 CANCEL_HEARTBEATS: Final = 2  # a worker that has not obeyed by then is not waited for
+PAUSE_GRACE_SECONDS: Final = 600.0  # for a worker to write and store the checkpoint of an overdue job
 GARBAGE_SECONDS: Final = 60.0
 
 
@@ -81,7 +82,7 @@ class Reconciler:
         losses = Losses(settings.max_losses, settings.retry_backoff_seconds)
         num_lost = sweeps.reap(session, losses) if may_reap else 0
         num_cancelled = sweeps.finish_cancels(session, CANCEL_HEARTBEATS * settings.heartbeat_seconds)
-        num_overdue = sweeps.end_overdue(session, settings.max_runtime_seconds)
+        num_overdue = sweeps.end_overdue(session, settings.max_runtime_seconds, PAUSE_GRACE_SECONDS)
         num_woken = sweeps.wake(session)
         num_rung = sweeps.ring_due(session, settings.ring_again_seconds, RINGS_A_PASS)
         return Report(True, num_rung, num_lost, num_cancelled, num_woken, num_overdue)

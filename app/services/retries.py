@@ -67,7 +67,7 @@ def record_attempt(principal: Principal, route: str, attempted: Attempted, sha25
 
 def has_no_result(job: Job) -> bool:
     is_cancelled = job.status == JobStatus.cancelled or job.cancel_requested_at is not None
-    return is_cancelled or job.status == JobStatus.failed
+    return is_cancelled or job.status == JobStatus.failed or job.deleted_at is not None
 
 
 def find_created(session: Session, submitted: Submitted) -> Job | None:

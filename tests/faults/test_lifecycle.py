@@ -58,11 +58,15 @@ class Expected:
     num_losses: int = 0
     is_cancelling: bool = False
     is_pausing: bool = False
+    has_checkpoint: bool = False
+    num_failures: int = 0
+    num_records: int = 0
     outcomes: dict[int, str] = field(default_factory=dict)
 
     def end(self, status: str, outcome: str | None = None) -> None:
         assert self.token is not None
         self.outcomes[self.token] = outcome or status
+        self.num_failures += status == "failed"
         self.status, self.token = status, None
 
     def lose(self) -> None:
@@ -70,10 +74,10 @@ class Expected:
         if self.is_cancelling:
             self.num_losses -= 1  # no loss is counted where nothing is tried again
             self.end("cancelled", "lost")
-        elif self.num_losses >= MOST_LOSSES:
-            self.end("failed", "lost")
         elif self.is_pausing:
             self.rest()
+        elif self.num_losses >= MOST_LOSSES:
+            self.end("failed", "lost")
         else:
             self.end("retry_wait", "lost")
 
@@ -177,7 +181,9 @@ class Lifecycle(RuleBasedStateMachine):
         lease = self.pick_lease(pick)
 
         def record() -> None:
-            ledger.record(lease, [MetricsLine(step=step, values={"loss": float(lease.token)})])
+            self.expected[lease.job_id].num_records += 1
+            number = self.expected[lease.job_id].num_records
+            ledger.record(lease, number, [MetricsLine(step=step, values={"loss": float(lease.token)})])
 
         record() if self.is_live(lease) else self.refused(record)
 
@@ -190,7 +196,11 @@ class Lifecycle(RuleBasedStateMachine):
             key = f"checkpoints/{lease.job_id}/{lease.token}/step-{step}"
             ledger.commit_checkpoint(lease, step, ref(key), {}, is_best)
 
-        commit() if self.is_live(lease) else self.refused(commit)
+        if self.is_live(lease):
+            commit()
+            self.expected[lease.job_id].has_checkpoint = True
+        else:
+            self.refused(commit)
 
     @has_leases
     @rule(pick=PICKS)
@@ -288,11 +298,20 @@ class Lifecycle(RuleBasedStateMachine):
         job = self.expected[job_id]
         with transaction() as session:
             found = jobs.resume(session, job_id)
-        assert (found is not None) == (job.status == "paused" or (job.status == "running" and job.is_pausing))
-        if job.status == "paused":
-            job.status = "queued"
-        elif job.status == "running":
+        can_be_resumed = (
+            job.status == "paused"
+            or (job.status == "running" and job.is_pausing)
+            or (job.status == "failed" and job.has_checkpoint)
+        )
+        assert (found is not None) == can_be_resumed
+        if not can_be_resumed:
+            return
+        job.num_losses = 0
+        if job.status == "running":
             job.is_pausing = False
+        else:
+            self.ended.pop(job_id, None)
+            job.status, job.is_cancelling, job.is_pausing = "queued", False, False
 
     @has_jobs
     @rule(pick=PICKS)
@@ -364,7 +383,8 @@ class Lifecycle(RuleBasedStateMachine):
             assert {a["lease_token"]: a["outcome"] for a in mine if a["ended_at"]} == job.outcomes
             registered = [model["store_key"] for model in models if model["source_job_id"] == job_id]
             assert registered == ([f"models/{job_id}/{tokens[-1]}"] if job.status == "succeeded" else [])
-            assert sum(end["job_id"] == job_id for end in ends) == (job.status in TERMINAL)
+            is_final = job.status in {"succeeded", "cancelled"}
+            assert sum(end["job_id"] == job_id for end in ends) == job.num_failures + is_final
             if job.status in TERMINAL:
                 assert self.ended.setdefault(job_id, row) == row
 

@@ -1,7 +1,7 @@
 """The supervisor's transactions, against a real Postgres, with several holders of one job."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ from app.db.session import DatabaseUnavailable, engine, transaction
 from app.db.tables import Job
 from app.distillation import Distillation
 from app.settings import Settings
+from tests.worker.lost_answers import LostAnswers
 from worker import ledger
 from worker.distill.progress import MessageLine, MetricsLine, ProgressLine, RunLine, StageLine, StoppedLine
 from worker.ledger import AuthorityLost, Lease
@@ -137,7 +138,7 @@ def test_lines_become_stage_progress_series_and_history() -> None:
         MessageLine(level="warn", message="3 answers did not end", data={"rows": 3}),
         StoppedLine(step=2),
     ]
-    ledger.record(lease, lines)
+    ledger.record(lease, 1, lines)
     job = load()
     assert job.stage == "training"
     assert [(stage["name"], stage["status"]) for stage in job.stages] == [
@@ -205,7 +206,7 @@ def test_orders_come_with_the_heartbeat() -> None:
 def test_a_finished_job_has_registered_its_model() -> None:
     add_job()
     lease = claim()
-    ledger.record(lease, [StageLine(name="exporting")])
+    ledger.record(lease, 1, [StageLine(name="exporting")])
     assert finish(lease)
     job = load()
     assert (job.status, job.result, job.result_model_id, job.trained_tokens) == (
@@ -275,7 +276,7 @@ ENDINGS: dict[str, Callable[[Lease], object]] = {
 WRITES: dict[str, Callable[[Lease], object]] = {
     **ENDINGS,
     "heartbeat": ledger.heartbeat,
-    "record": lambda lease: ledger.record(lease, [MessageLine(message="boo")]),
+    "record": lambda lease: ledger.record(lease, 1, [MessageLine(message="boo")]),
     "commit": lambda lease: ledger.commit_checkpoint(lease, 1, ref("c/1"), {}, True),
     "mark_corrupt": lambda lease: ledger.mark_corrupt(lease, "ftckpt_x"),
 }
@@ -383,7 +384,7 @@ def test_cut_connections_are_survived(database: str) -> None:
     try:
         for step in range(15):
             try:
-                ledger.record(lease, [MetricsLine(step=step, values={"loss": float(step)})])
+                ledger.record(lease, step + 1, [MetricsLine(step=step, values={"loss": float(step)})])
             except DatabaseUnavailable:
                 continue
             accepted.add(step)
@@ -394,6 +395,54 @@ def test_cut_connections_are_survived(database: str) -> None:
     with transaction() as session:
         assert accepted <= {row.step for row in jobs.metric_series(session, lease.job_id)}
     assert finish(lease)
+
+
+@pytest.fixture
+def lost_answers(database: str, settings_env: Callable[..., Settings]) -> Iterator[LostAnswers]:
+    proxy = LostAnswers(database)
+    settings_env(database_url=proxy.url)
+    yield proxy
+    settings_env(database_url=database)
+    proxy.close()
+
+
+def test_a_record_whose_commit_was_not_answered_is_written_once(lost_answers: LostAnswers) -> None:
+    add_job()
+    lease = claim()
+    lines: list[RunLine] = [
+        StageLine(name="loading_models"),
+        StageLine(name="training"),
+        MetricsLine(step=1, values={"train_loss": 2.0}),
+        MessageLine(level="warn", message="3 answers did not end"),
+    ]
+    ledger.record(lease, 1, [MessageLine(message="hello")])
+    lost_answers.is_armed.set()
+    ledger.record(lease, 2, lines)
+    ledger.record(lease, 3, [MetricsLine(step=2, values={"train_loss": 1.0})])
+    assert lost_answers.num_lost == 1
+    assert [stage["name"] for stage in load().stages] == ["loading_models", "training"]
+    with transaction() as session:
+        events = [event.type for event in jobs.events_since(session, lease.job_id, 0)]
+        series = jobs.metric_series(session, lease.job_id)
+    assert events == ["state", "state", "message", "stage", "stage", "metrics", "message", "metrics"]
+    assert [(row.step, row.value) for row in series] == [(1, 2.0), (2, 1.0)]
+
+
+def test_a_checkpoint_whose_commit_was_not_answered_is_committed_and_marked_once(
+    lost_answers: LostAnswers,
+) -> None:
+    add_job()
+    lease = claim()
+    lost_answers.is_armed.set()
+    ledger.commit_checkpoint(lease, 1, ref("c/1"), {}, True)
+    with transaction() as session:
+        (checkpoint,), _ = jobs.page_checkpoints(session, lease.job_id)
+    lost_answers.is_armed.set()
+    assert ledger.mark_corrupt(lease, checkpoint.id) is None
+    assert lost_answers.num_lost == 2
+    with transaction() as session:
+        events = [event.type for event in jobs.events_since(session, lease.job_id, 0)]
+    assert events == ["state", "state", "checkpoint", "message"]
 
 
 def count_events() -> int:

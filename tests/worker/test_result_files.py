@@ -74,7 +74,7 @@ def load() -> Job:
 
 
 def record(lease: Lease, step: int, **values: float) -> None:
-    ledger.record(lease, [MetricsLine(step=step, values=values)])
+    ledger.record(lease, step + 1, [MetricsLine(step=step, values=values)])
 
 
 @pytest.fixture

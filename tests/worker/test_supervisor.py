@@ -23,12 +23,13 @@ from app.contracts import ArtifactRef, DistillationJob, ImportJob
 from app.db import jobs, leases, models, sweeps
 from app.db.session import transaction
 from app.db.tables import Job, Model
+from app.services import garbage
 from app.settings import Settings, get_settings
 from app.storage import store
 from worker import ledger
 from worker.heart import Heart
 from worker.process import child_environment
-from worker.supervisor import Attempt, run_until_idle
+from worker.supervisor import Attempt, free_ended, run_until_idle
 
 PROJECT = "p"
 
@@ -503,6 +504,53 @@ def test_a_run_that_always_dies_fails_at_the_cap_and_harms_no_other(
     other = add_import(tiny_llama_dir)
     run_all()
     assert job(other).status == "succeeded"
+
+
+def test_a_job_that_failed_late_keeps_its_work_and_is_resumed_to_the_same_weights(
+    tiny_llama_dir: Path, tmp_path: Path, settings_env: Callable[..., Settings]
+) -> None:
+    calm = add_distillation(tiny_llama_dir, tmp_path, "ftjob-calm")
+    run_all()
+    settings_env(max_losses=1)
+    failing = add_distillation(tiny_llama_dir, tmp_path, "ftjob-failing")
+    with supervised(failing) as watched:
+        watched.wait_for_checkpoint()
+        watched.run_process().send_signal(signal.SIGKILL)
+    failed = job(failing)
+    assert (failed.status, failed.num_losses) == ("failed", 1)
+    assert failed.error is not None
+    assert "is kept" in failed.error["message"]
+    garbage.collect(store())
+    free_ended()
+    steps = checkpoint_steps(failing)
+    assert steps
+    with transaction() as session:
+        jobs.resume(session, failing)
+    run_all()
+    done = job(failing)
+    assert (done.status, done.attempt, done.num_losses) == ("succeeded", 2, 0)
+    assert f"resumes from the checkpoint at step {max(steps)}" in messages(failing)
+    assert weights_sha256(failing) == weights_sha256(calm)
+
+
+def test_a_run_over_the_time_limit_stops_at_a_checkpoint_and_goes_on_after_a_resume(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    job_id = add_distillation(
+        tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=1200, checkpoint_steps=10_000
+    )
+    with supervised(job_id) as watched:
+        watched.wait_for(lambda: job(job_id).progress.get("step"))
+        with transaction() as session:
+            assert sweeps.end_overdue(session, 0.0, 600.0) == 1
+    paused = job(job_id)
+    assert (paused.status, paused.error, len(checkpoint_steps(job_id))) == ("paused", None, 1)
+    assert paused.pause_reason is not None
+    assert "limit" in paused.pause_reason
+    with transaction() as session:
+        jobs.resume(session, job_id)
+    run_all()
+    assert (job(job_id).status, job(job_id).attempt) == ("succeeded", 2)
 
 
 def test_a_run_gets_no_secret_and_no_network(monkeypatch: pytest.MonkeyPatch, work: Settings) -> None:

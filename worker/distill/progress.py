@@ -50,7 +50,10 @@ class MetricsLine(Line):
 
 
 class CheckpointLine(Line):
-    """A complete, fsynced checkpoint lies in `folder` (relative to the run's output folder)."""
+    """A complete, fsynced checkpoint lies in `folder` (relative to the run's output folder).
+
+    `metrics` are those of the evaluation at this step; empty if the step was not evaluated.
+    """
 
     type: Literal["checkpoint"] = "checkpoint"
     step: int

@@ -147,6 +147,7 @@ class Trainer:
         self.rollouts = Rollouts(plan, self.model, self.total_steps, batch_tokens, setup.resume_dir)
         self._saved_step = state.step if setup.resume_dir is not None else 0
         self._saved_at = time.monotonic()
+        self._evaluated_step: int | None = None  # the step that `state.metrics` belongs to
         # one more than there are steps, so that no two metrics of a name share a step
         num_steps_after = setup.num_courses_after * (self.total_steps + 1)
         self.num_job_steps = state.first_step + self.total_steps + num_steps_after
@@ -252,6 +253,7 @@ class Trainer:
         values = held_out.series()
         self._update(**self.rollouts.observe(self.state, held_out))
         self.sink(MetricsLine(step=self.state.job_step, values=values))
+        self._evaluated_step = self.state.step
         early = self.setup.hyperparameters.early_stopping
         score = _score(held_out, early, self.setup.signal)
         if not math.isfinite(score):
@@ -309,9 +311,8 @@ class Trainer:
         keep_step = None if best_step is None else self.state.first_step + best_step
         if is_first:
             prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=keep_step)
-        self.sink(
-            CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=self.state.metrics)
-        )
+        metrics = self.state.metrics if self._evaluated_step == step else {}
+        self.sink(CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=metrics))
 
     def _stop_if_asked(self) -> None:
         if self.setup.ranks.any(self.should_stop()):

@@ -427,6 +427,101 @@ def test_a_failed_job_says_why(bench: Bench) -> None:
     assert (error.code, error.message) == ("nan_loss", "lower the learning rate")
 
 
+def fail_late(job_id: str) -> None:
+    """Fails the job after its first checkpoint."""
+    token = claim(job_id)
+    ref = ArtifactRef(key=f"checkpoints/{job_id}/{token}/step-10", bytes=5, sha256="c" * 64)
+    with transaction() as session:
+        leases.insert_checkpoint(session, job_id, token, step=10, ref=ref, metrics={}, is_best=True)
+        leases.fail(session, job_id, token, JobFailure(code="out_of_memory", message="the memory is full"))
+
+
+def test_a_job_that_failed_after_a_checkpoint_can_be_resumed(bench: Bench) -> None:
+    job = bench.submit()
+    fail_late(job.id)
+    error = bench.client.fine_tuning.jobs.retrieve(job.id).error
+    assert error is not None
+    assert f"POST /v1/fine_tuning/jobs/{job.id}/resume" in error.message
+    resumed = bench.client.fine_tuning.jobs.resume(job.id)
+    assert (resumed.status, resumed.error, resumed.finished_at) == ("queued", None, None)
+    with pytest.raises(openai.ConflictError):
+        bench.client.files.delete(job.training_file)
+
+
+def test_a_job_that_failed_before_its_first_checkpoint_is_not_resumed(bench: Bench) -> None:
+    job = bench.submit()
+    token = claim(job.id)
+    with transaction() as session:
+        leases.fail(session, job.id, token, JobFailure(code="nan_loss", message="lower the learning rate"))
+    with pytest.raises(openai.ConflictError, match="submit it again") as refused:
+        bench.client.fine_tuning.jobs.resume(job.id)
+    assert refused.value.code == "invalid_state_transition"
+
+
+def test_a_failed_job_whose_inputs_were_deleted_is_not_resumed(bench: Bench) -> None:
+    of_file, of_model = bench.submit(), bench.submit(model=bench.register("small", num_layers=2))
+    for job in (of_file, of_model):
+        fail_late(job.id)
+    bench.client.files.delete(of_file.training_file)
+    bench.client.models.delete("small")
+    for job, param in ((of_file, "training_file"), (of_model, "model")):
+        with pytest.raises(openai.ConflictError, match="submit a new job") as refused:
+            bench.client.fine_tuning.jobs.resume(job.id)
+        assert (refused.value.code, refused.value.param) == ("input_missing", param)
+        assert bench.client.fine_tuning.jobs.retrieve(job.id).status == "failed"
+
+
+def test_a_resumed_failure_counts_against_the_quota(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = bench.submit()
+    fail_late(job.id)
+    monkeypatch.setenv("STILLHOUSE_MAX_ACTIVE_JOBS_PER_PROJECT", "1")
+    get_settings.cache_clear()
+    bench.submit()
+    with pytest.raises(openai.RateLimitError) as refused:
+        bench.client.fine_tuning.jobs.resume(job.id)
+    assert refused.value.code == "quota_exceeded"
+
+
+def test_a_job_that_has_ended_can_be_deleted_with_its_checkpoints(bench: Bench, http: httpx.Client) -> None:
+    job = bench.submit()
+    url = f"/v1/fine_tuning/jobs/{job.id}"
+    refused = http.delete(url)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "invalid_state_transition")
+    assert "cancel it first" in refused.json()["error"]["message"]
+    fail_late(job.id)
+    with pytest.raises(openai.ConflictError, match="delete the job"):
+        bench.client.fine_tuning.jobs.cancel(job.id)
+    assert http.delete(url).json() == {"id": job.id, "object": "fine_tuning.job", "deleted": True}
+    assert [http.get(url).status_code, http.delete(url).status_code] == [404, 404]
+    assert bench.client.fine_tuning.jobs.list().data == []
+    with transaction() as session:
+        assert job_rows.page_checkpoints(session, job.id) == ([], False)
+        assert job_rows.resume(session, job.id) is None
+
+
+def test_a_job_is_deleted_after_its_model(bench: Bench, http: httpx.Client) -> None:
+    job = bench.submit()
+    token = claim(job.id)
+    model = {"id": "ds:tiny", "origin": "distilled", "store_key": f"models/{job.id}", "bytes": 1}
+    with transaction() as session:
+        model |= {"manifest_sha256": "", "facts": {}}
+        assert leases.succeed(session, job.id, token, model=model, result={}, trained_tokens=1)
+    refused = http.delete(f"/v1/fine_tuning/jobs/{job.id}")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "resource_in_use")
+    bench.client.models.delete("ds:tiny")
+    assert http.delete(f"/v1/fine_tuning/jobs/{job.id}").status_code == 200
+
+
+def test_a_paused_job_says_why(bench: Bench) -> None:
+    job = bench.submit()
+    token = claim(job.id)
+    with transaction() as session:
+        leases.rest(session, job.id, token, message="The job is paused: the disk is full")
+    paused = bench.client.fine_tuning.jobs.retrieve(job.id).to_dict()
+    assert (paused["status"], paused["pause_reason"]) == ("paused", "the disk is full")
+    assert bench.client.fine_tuning.jobs.resume(job.id).to_dict()["pause_reason"] is None
+
+
 def test_a_file_of_a_waiting_job_cannot_be_deleted(bench: Bench) -> None:
     job = bench.submit()
     with pytest.raises(openai.ConflictError) as refused:
@@ -555,6 +650,7 @@ def test_another_projects_job_does_not_exist(bench: Bench, stranger: openai.Open
         stranger.fine_tuning.jobs.cancel,
         stranger.fine_tuning.jobs.pause,
         stranger.fine_tuning.jobs.resume,
+        lambda job_id: stranger.delete(f"/fine_tuning/jobs/{job_id}", cast_to=httpx.Response),
         stranger.fine_tuning.jobs.list_events,
         stranger.fine_tuning.jobs.checkpoints.list,
         lambda job_id: list(follow(stranger, job_id)),

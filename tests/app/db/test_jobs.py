@@ -1,3 +1,4 @@
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from itertools import product
@@ -53,9 +54,13 @@ def test_only_legal_moves_are_made(
     assert len(jobs.events_since(session, job.id, 0)) == events + (moved is not None)
 
 
-def test_no_state_that_has_ended_is_left() -> None:
-    assert all(not LEGAL[status] for status in TERMINAL)
-    assert all(not sources_of(status) & TERMINAL for status in JobStatus)
+def test_of_the_states_that_have_ended_only_a_failure_is_left_and_only_for_the_queue() -> None:
+    assert {status: LEGAL[status] for status in TERMINAL} == {
+        JobStatus.succeeded: frozenset(),
+        JobStatus.cancelled: frozenset(),
+        JobStatus.failed: frozenset({JobStatus.queued}),
+    }
+    assert [status for status in JobStatus if sources_of(status) & TERMINAL] == [JobStatus.queued]
 
 
 def test_claims_take_the_oldest_due_job_and_never_one_twice(session: Session, add_job: AddJob) -> None:
@@ -160,6 +165,64 @@ def test_pausing_and_resuming_a_waiting_job(session: Session, add_job: AddJob) -
     assert resumed is not None
     assert resumed.status == "queued"
     assert held(leases.claim(session, "w", 60))
+
+
+def test_a_failed_job_keeps_its_checkpoints_and_its_error_says_how_to_go_on(
+    session: Session, add_job: AddJob
+) -> None:
+    add_job()
+    job_id, token = held(leases.claim(session, "w", 60))
+    for step in (1, 2):
+        commit(session, job_id, token, step, is_best=step == 1)
+    failed = leases.fail(session, job_id, token, JobFailure(code="out_of_memory", message="use less memory"))
+    assert failed is not None
+    assert failed.error is not None
+    assert failed.error["message"].startswith("use less memory. The checkpoint at step 2 is kept")
+    assert f"POST /v1/fine_tuning/jobs/{job_id}/resume" in failed.error["message"]
+    assert len(jobs.page_checkpoints(session, job_id)[0]) == 2
+
+
+def test_a_resumed_failure_counts_its_losses_anew(session: Session, add_job: AddJob) -> None:
+    add_job()
+    losses = leases.Losses(1, 0.0)
+    job_id, token = held(leases.claim(session, "w", 60))
+    commit(session, job_id, token, 1)
+    jobs.request_cancel(session, job_id)
+    assert leases.fail(session, job_id, token, JobFailure(code="x", message="y"))
+    for _ in range(2):
+        resumed = jobs.resume(session, job_id)
+        assert resumed is not None
+        assert (resumed.status, resumed.error, resumed.finished_at, resumed.num_losses) == (
+            "queued",
+            None,
+            None,
+            0,
+        )
+        assert resumed.cancel_requested_at is None
+        job_id, token = held(leases.claim(session, f"w{time.monotonic_ns()}", 60))
+        lost = leases.lose(session, job_id, token, losses, reason="Silent.", error_code="worker_lost")
+        assert lost is not None
+        assert (lost.status, lost.num_losses) == ("failed", 1)
+
+
+def test_a_job_that_failed_before_its_first_checkpoint_cannot_be_resumed(
+    session: Session, add_job: AddJob
+) -> None:
+    put_into(session, job := add_job(), JobStatus.failed)
+    assert jobs.resume(session, job.id) is None
+
+
+def test_a_worker_that_is_lost_on_the_way_to_a_pause_fails_nothing(session: Session, add_job: AddJob) -> None:
+    add_job()
+    job_id, token = held(leases.claim(session, "w", 60))
+    jobs.request_pause(session, job_id, reason="it has run for too long.")
+    after = leases.lose(
+        session, job_id, token, leases.Losses(1, 0.0), reason="It died.", error_code="worker_lost"
+    )
+    assert after is not None
+    assert (after.status, after.pause_reason) == ("paused", "it has run for too long.")
+    last = jobs.events_since(session, job_id, 0)[-1]
+    assert (last.level, last.message) == ("warn", "It died. The job is paused: it has run for too long.")
 
 
 def test_a_pause_that_was_taken_back_queues_the_job_again(session: Session, add_job: AddJob) -> None:
@@ -353,3 +416,5 @@ def test_a_damaged_checkpoint_is_passed_over(session: Session, add_job: AddJob) 
     assert older.step == 1
     warnings = [event.level for event in jobs.events_since(session, job_id, 0) if "damaged" in event.message]
     assert warnings == ["warn"]
+    assert leases.mark_corrupt(session, job_id, token, newest.id)
+    assert len([event for event in jobs.events_since(session, job_id, 0) if event.level == "warn"]) == 1

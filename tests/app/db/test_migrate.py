@@ -40,6 +40,23 @@ def test_a_migration_can_be_taken_back_and_made_again(database: str) -> None:
     test_the_migrated_schema_is_the_one_the_tables_describe(database)
 
 
+def test_older_checkpoints_lose_metrics_that_are_not_of_their_step(database: str) -> None:
+    downgrade(database, "0004")
+    with engine().begin() as connection:
+        connection.execute(
+            text(
+                "INSERT INTO jobs (id, kind, spec, model_id) VALUES ('j', 'distillation', '{}', 'm');"
+                "INSERT INTO job_metrics (job_id, name, step, value) VALUES ('j', 'valid_kl', 4, 1), ('j', 'lr', 5, 1);"
+                "INSERT INTO checkpoints (id, job_id, lease_token, step, store_key, bytes, manifest_sha256, metrics) "
+                "SELECT step::text, 'j', 1, step, 'k', 1, '', '{\"valid_kl\": 1}' FROM generate_series(4, 5) step"
+            )
+        )
+    upgrade(database)
+    with engine().connect() as connection:
+        rows = connection.execute(text("SELECT step, metrics FROM checkpoints ORDER BY step")).all()
+    assert [tuple(row) for row in rows] == [(4, {"valid_kl": 1}), (5, {})]
+
+
 def test_migrating_twice_changes_nothing(database: str) -> None:
     upgrade(database)
     test_the_migrated_schema_is_the_one_the_tables_describe(database)

@@ -69,22 +69,91 @@ def test_checkpoints_of_lost_leases_are_collected_and_committed_ones_kept(
     assert [store.exists(key) for key in (kept, orphan, fresh)] == [True, False, True]
 
 
-@pytest.mark.parametrize("status", ["failed", "cancelled"])
-def test_a_job_without_a_model_leaves_nothing_in_the_store(store: Store, tmp_path: Path, status: str) -> None:
+def fail(job_id: str, token: int) -> None:
+    with transaction() as session:
+        leases.fail(session, job_id, token, JobFailure(code="x", message="y"))
+
+
+def test_a_cancelled_job_leaves_nothing_in_the_store(store: Store, tmp_path: Path) -> None:
     add_job()
     job_id, token = claim()
     put_checkpoint(store, tmp_path / "c", job_id, token, 1, commit=True)
     put_checkpoint(store, tmp_path / "c", job_id, token, 2, commit=False)
     store.put_folder(tmp_path / "c", f"models/{job_id}")
     with transaction() as session:
-        if status == "failed":
-            leases.fail(session, job_id, token, JobFailure(code="x", message="y"))
-        else:
-            leases.cancel(session, job_id, token)
+        leases.cancel(session, job_id, token)
     collect(store)
     assert store.children("checkpoints") == store.children("models") == []
     with transaction() as session:
         assert session.execute(text("SELECT count(*) FROM checkpoints")).scalar() == 0
+
+
+def test_a_failed_job_keeps_its_checkpoints_until_it_is_deleted(store: Store, tmp_path: Path) -> None:
+    add_job()
+    job_id, token = claim()
+    kept = [put_checkpoint(store, tmp_path / "c", job_id, token, step, commit=True) for step in (1, 2)]
+    orphan = put_checkpoint(store, tmp_path / "c", job_id, token, 3, commit=False)
+    unfinished = store.put_folder(tmp_path / "c", f"models/{job_id}/{token}")
+    fail(job_id, token)
+    for _ in range(2):
+        collect(store)
+        assert all(store.verify_folder(key) for key in kept)
+        assert not store.exists(orphan)
+        assert not store.exists(unfinished.key)
+    with transaction() as session:
+        assert jobs.delete_job(session, job_id)
+        assert jobs.find_job(session, "p", job_id) is None
+        assert jobs.page_jobs(session, "p") == ([], False)
+    collect(store)
+    assert store.children("checkpoints") == store.children("models") == []
+    with transaction() as session:
+        assert jobs.load_job(session, job_id), "a late writer's leavings must still be found"
+    change("UPDATE jobs SET deleted_at = now() - interval '25 h'")
+    collect(store)
+    with transaction() as session:
+        assert jobs.load_job(session, job_id) is None
+
+
+def test_what_a_resumed_attempt_writes_is_safe_from_a_round_that_saw_the_failure(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_job()
+    job_id, old = claim()
+    put_checkpoint(store, tmp_path / "c", job_id, old, 1, commit=True)
+    orphan = store.put_folder(tmp_path / "c", f"models/{job_id}/{old}")
+    fail(job_id, old)
+    delete = store.delete
+    written: list[str] = []
+
+    def resume_before_deleting(key: str) -> None:
+        if not written:
+            with transaction() as session:
+                assert jobs.resume(session, job_id)
+            _, new = claim()
+            written.append(store.put_folder(tmp_path / "c", f"models/{job_id}/{new}").key)
+        delete(key)
+
+    monkeypatch.setattr(store, "delete", resume_before_deleting)
+    collect(store)
+    assert not store.exists(orphan.key)
+    assert store.verify_folder(written[0])
+
+
+def test_checkpoints_of_a_job_that_failed_under_an_older_version_stay_if_they_are_still_committed(
+    store: Store, tmp_path: Path
+) -> None:
+    add_job()
+    job_id, token = claim()
+    doomed, kept = (
+        put_checkpoint(store, tmp_path / "c", job_id, token, step, commit=True) for step in (1, 2)
+    )
+    fail(job_id, token)
+    change('UPDATE jobs SET error = \'{"code": "x", "message": "y"}\'')
+    change("UPDATE checkpoints SET status = 'deleting' WHERE step = 1")
+    collect(store)
+    assert (store.exists(doomed), store.exists(kept)) == (False, True)
+    with transaction() as session:
+        assert jobs.resume(session, job_id)
 
 
 def test_a_model_and_its_checkpoints_stay_until_it_is_deleted(store: Store, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_a_cancel_that_no_worker_obeys_is_done_all_the_same(reconciler: Reconcil
         assert leases.heartbeat(session, "ftjob-1", token, 60) is None
 
 
-def test_a_job_that_runs_too_long_in_all_fails(
+def test_a_job_that_runs_too_long_in_all_is_asked_to_pause_and_goes_on_with_as_much_time_again(
     reconciler: Reconciler, quick_settings: Callable[..., Settings]
 ) -> None:
     quick_settings(max_runtime_seconds=100)
@@ -272,10 +272,70 @@ def test_a_job_that_runs_too_long_in_all_fails(
     claim()
     assert reconciler.step().num_overdue == 0
     change("UPDATE job_attempts SET started_at = now() - interval '60 s' WHERE attempt = 2")
-    assert reconciler.step().num_overdue == 1
+    assert [reconciler.step().num_overdue for _ in range(2)] == [1, 0]
     job = load("overdue")
-    assert job.error is not None
-    assert job.error["code"] == "max_runtime_exceeded"
+    assert (job.status, job.error) == ("running", None)
+    assert job.pause_requested_at is not None
+    with transaction() as session:
+        assert job.lease_token is not None
+        leases.pause(session, "overdue", job.lease_token)
+        events = jobs.events_since(session, "overdue", 0)
+    assert load("overdue").status == "paused"
+    assert events[-1].level == "warn"
+    for words in ("more than 100 s", "checkpoints are kept", "POST /v1/fine_tuning/jobs/overdue/resume"):
+        assert words in events[-1].message
+    with transaction() as session:
+        jobs.resume(session, "overdue")
+    claim()
+    assert reconciler.step().num_overdue == 0
+    change("UPDATE jobs SET resumed_at = now() - interval '101 s'")
+    change("UPDATE job_attempts SET started_at = now() - interval '101 s' WHERE attempt = 3")
+    assert reconciler.step().num_overdue == 1
+
+
+def test_a_pause_for_the_time_limit_that_is_taken_back_gives_as_much_time_again(
+    reconciler: Reconciler, quick_settings: Callable[..., Settings]
+) -> None:
+    quick_settings(max_runtime_seconds=100)
+    add_job()
+    claim()
+    change("UPDATE job_attempts SET started_at = now() - interval '101 s'")
+    assert reconciler.step().num_overdue == 1
+    with transaction() as session:
+        jobs.resume(session, "ftjob-1")
+    assert reconciler.step().num_overdue == 0
+    job = load()
+    assert (job.status, job.pause_requested_at, job.pause_reason) == ("running", None, None)
+
+
+def test_an_overdue_job_whose_worker_does_not_stop_is_paused_all_the_same(
+    reconciler: Reconciler, quick_settings: Callable[..., Settings]
+) -> None:
+    quick_settings(max_runtime_seconds=100)
+    add_job()
+    job_id, token = claim()
+    change("UPDATE job_attempts SET started_at = now() - interval '101 s'")
+    reconciler.step()
+    change("UPDATE jobs SET pause_requested_at = now() - interval '601 s'")
+    assert reconciler.step().num_overdue == 1
+    job = load()
+    assert (job.status, job.num_losses) == ("paused", 0)
+    assert job.pause_reason is not None
+    with transaction() as session:
+        assert leases.heartbeat(session, job_id, token, 60) is None
+
+
+def test_an_import_that_runs_too_long_fails(
+    reconciler: Reconciler, quick_settings: Callable[..., Settings]
+) -> None:
+    quick_settings(max_runtime_seconds=100)
+    add_job(kind="import")
+    claim()
+    change("UPDATE job_attempts SET started_at = now() - interval '101 s'")
+    assert reconciler.step().num_overdue == 1
+    error = load().error
+    assert error is not None
+    assert error["code"] == "max_runtime_exceeded"
 
 
 def test_a_second_pass_finds_nothing_to_do(reconciler: Reconciler) -> None:

@@ -64,6 +64,18 @@ def stop_after(run: Run, spec: RunSpec, num_steps: int, out: str) -> None:
     assert stopped.value.step == num_steps
 
 
+def test_a_checkpoint_carries_the_metrics_of_its_own_step_or_none(run: Run, make_spec: MakeSpec) -> None:
+    sink = run(make_spec(n_epochs=20, max_steps=6, batch_tokens=512, eval_steps=4, checkpoint_steps=1))
+    evaluations = {
+        line.step: line.values
+        for line in sink.lines
+        if isinstance(line, MetricsLine) and "valid_kl" in line.values
+    }
+    assert set(evaluations) == {0, 4, 6}
+    metrics = {line.step: line.metrics for line in checkpoints(sink)}
+    assert metrics == {step: evaluations.get(step, {}) for step in range(1, 7)}
+
+
 def test_the_student_learns(run: Run, make_spec: MakeSpec, series: Series) -> None:
     kl = series(run(make_spec(n_epochs=6)), "valid_kl")
     assert kl[-1] < 0.5 * kl[0]
