@@ -13,7 +13,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Final, TypedDict
@@ -28,6 +28,7 @@ MANIFEST: Final = "_manifest.json"
 INCOMING: Final = ".incoming"  # half-written things of a local store; no key can reach it
 CHUNK_BYTES: Final = 4 * 2**20
 KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@:+=-]*(/[A-Za-z0-9_][A-Za-z0-9._@:+=-]*)*")
+MAX_KEY_LENGTH: Final = 255
 
 
 class StorageError(Exception):
@@ -181,25 +182,30 @@ class Store:
         return bool(self._fs.exists(self._path(key)))
 
     def children(self, key: str) -> list[str]:
-        """Names directly below a key; empty if there is nothing."""
+        """Returns the names directly below a key; empty if there is nothing.
+
+        Names that are not part of a key are left out: `.DS_Store` and the like were not stored by us.
+        """
         try:
-            found: list[str] = self._fs.ls(self._path(key), detail=False)
+            paths: list[str] = self._fs.ls(self._path(key), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        return sorted(name for name in names if _is_key(f"{key}/{name}"))
 
     def age_seconds(self, key: str) -> float:
         """Time since the file was last written. Raises FileNotFoundError."""
         return time.time() - float(self._fs.modified(self._path(key)).timestamp())
 
     def sweep_incoming(self, older_than_seconds: float) -> int:
-        """Removes half-written things that a killed process left in a local store; says how many."""
+        """Removes incomplete files that a killed process left in a local store; returns their number."""
         num_removed = 0
         folder = Path(self._root) / INCOMING
         for path in folder.iterdir() if self.is_local else ():
-            if time.time() - path.lstat().st_mtime > older_than_seconds:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-                num_removed += 1
+            with suppress(OSError):  # published or deleted since it was listed
+                if time.time() - path.lstat().st_mtime > older_than_seconds:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                    num_removed += 1
         return num_removed
 
     def free_bytes(self) -> int | None:
@@ -207,7 +213,7 @@ class Store:
         return shutil.disk_usage(self._root).free if self.is_local else None
 
     def _path(self, key: str) -> str:
-        if not KEY.fullmatch(key) or len(key) > 255:
+        if not _is_key(key):
             raise StorageError(f"{key!r} is not a store key")
         return f"{self._root}/{key}"
 
@@ -272,6 +278,10 @@ class Store:
 def store() -> Store:
     """The store that the settings name."""
     return Store(get_settings().store_root())
+
+
+def _is_key(key: str) -> bool:
+    return KEY.fullmatch(key) is not None and len(key) <= MAX_KEY_LENGTH
 
 
 def _plain_files(folder: Path) -> list[Path]:

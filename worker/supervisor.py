@@ -68,10 +68,12 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
 
 
 def free_ended() -> None:
-    """Frees what a killed worker left here of jobs that have ended: no attempt of theirs comes to do it."""
+    """Deletes the work folders of jobs that have ended, which a killed worker has left here."""
     root = get_settings().work_root()
     try:
-        for job_id in ledger.ended([path.name for path in root.glob("*")]):
+        # A name that is not ASCII is no job's, and the database refuses one that is not UTF-8.
+        names = [path.name for path in root.glob("*") if path.name.isascii()]
+        for job_id in ledger.ended(names):
             shutil.rmtree(root / job_id, ignore_errors=True)
             if (root / job_id).exists():
                 log.warning("work_folder_stays", job=job_id)
@@ -112,7 +114,7 @@ class Attempt:
 
     def run(self) -> None:
         for stale in self.folder.parent.glob("*"):  # of workers that were killed: their leases are over
-            if not stale.name.isdigit() or int(stale.name) <= self.lease.token:  # else ours is over
+            if not stale.name.isdecimal() or int(stale.name) <= self.lease.token:  # else ours is over
                 shutil.rmtree(stale, ignore_errors=True)
         resume_dir = self._good_checkpoint()
         try:

@@ -1,5 +1,6 @@
 """Deletes what no row refers to any more. Killed at any point, the next round finds the rest."""
 
+from contextlib import suppress
 from typing import Final
 
 import structlog
@@ -7,7 +8,7 @@ import structlog
 from app.contracts import JobStatus
 from app.db import sweeps
 from app.db.session import transaction
-from app.storage import Store
+from app.storage import StorageError, Store
 
 log = structlog.get_logger(__name__)
 
@@ -42,11 +43,16 @@ def _delete_expired(store: Store) -> int:
 
 
 def _delete_of_jobs(store: Store, prefix: str) -> int:
-    """What lies below `prefix/{job}` without a row: left by lost leases, failures and deleted models.
+    """Deletes what lies below `prefix/{job}` without a row: left by lost leases, failures and deleted models.
 
-    The store is listed before the rows are read, so what a run adds meanwhile is not in question.
+    The store is listed before the rows are read, so that files which a run adds meanwhile stay.
     """
-    listed = {job_id: _below(store, f"{prefix}/{job_id}") for job_id in store.children(prefix)}
+    listed = {}
+    for job_id in store.children(prefix):
+        try:
+            listed[job_id] = _below(store, f"{prefix}/{job_id}")
+        except OSError:
+            log.exception("garbage_not_listed", key=f"{prefix}/{job_id}")
     num_deleted = 0
     for batch in _batches(list(listed)):
         with transaction() as session:
@@ -105,16 +111,17 @@ def _delete_unknown_files(store: Store) -> int:
         with transaction() as session:
             unknown = sweeps.unknown_files(session, batch)
         for key in sorted(unknown):
-            if store.age_seconds(key) > DAY_SECONDS:
-                num_deleted += _delete(store, key)
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                if store.age_seconds(key) > DAY_SECONDS:
+                    num_deleted += _delete(store, key)
     return num_deleted
 
 
 def _delete(store: Store, key: str) -> bool:
-    """Whether it is gone now. What cannot be deleted must not keep the rest."""
+    """Deletes a key and returns whether it is gone; an error is logged, so that the round goes on."""
     try:
         store.delete(key)
-    except OSError:
+    except (OSError, StorageError):
         log.exception("garbage_not_deleted", key=key)
         return False
     return True

@@ -121,12 +121,12 @@ def open_cache(
 
 
 def enforce_budget(folder: Path, budget_bytes: int) -> None:
-    """Delete caches, the least recently used first, until they fit; those in use stay."""
+    """Deletes caches, the least recently used first, until they fit; those in use stay."""
     caches = []
     for path in folder.iterdir():
         try:
             used_at, num_bytes = path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir())
-        except FileNotFoundError:  # evicted by another run just now
+        except (FileNotFoundError, NotADirectoryError):  # evicted by another run just now, or not a cache
             continue
         if not path.name.startswith("."):
             caches.append((used_at, num_bytes, path))
