@@ -1,7 +1,7 @@
 """Start-up of the whole service: it is complete when the API answers and a worker of each role is alive."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 import httpx
@@ -25,7 +25,7 @@ class Startup:
         self,
         url: str,
         api: Kept,
-        workers: dict[str, Sequence[Kept]],
+        workers: Mapping[str, Sequence[Kept]],
         say: Say,
         *,
         clock: Callable[[], float] = time.monotonic,

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,7 @@ import fsspec
 
 from app.contracts import ArtifactRef
 from app.durable import hash_file, publish, sync_folder, write_synced
+from app.local_copies import partial_copy
 from app.settings import get_settings
 
 MANIFEST: Final = "_manifest.json"
@@ -29,6 +30,8 @@ INCOMING: Final = ".incoming"  # half-written things of a local store; no key ca
 CHUNK_BYTES: Final = 4 * 2**20
 KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@:+=-]*(/[A-Za-z0-9_][A-Za-z0-9._@:+=-]*)*")
 MAX_KEY_LENGTH: Final = 255
+
+MakeRoom = Callable[[int], None]  # called with the number of bytes that are about to be written
 
 
 class StorageError(Exception):
@@ -121,10 +124,11 @@ class Store:
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
-    def fetch_folder(self, ref: ArtifactRef, cache_dir: Path) -> Path:
+    def fetch_folder(self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None) -> Path:
         """A local folder with the artifact: the store's own, or a verified copy kept in `cache_dir`.
 
-        A folder inside a stored folder can be had too. Never change what it returns.
+        A folder inside a stored folder can be had too. Never change what it returns. `make_room` is called
+        with the size of a copy before it is made.
         Raises FileNotFoundError and CorruptArtifact.
         """
         manifest, inside = self._checked_manifest(ref)
@@ -133,17 +137,22 @@ class Store:
         target = cache_dir / hashlib.sha256(f"{inside}\n".encode() + manifest).hexdigest()
         if target.exists():
             return target
-        fetching = cache_dir / f"{target.name}.{uuid.uuid4().hex}"
-        try:
-            for entry in _entries(manifest, inside):
-                self._download(f"{ref.key}/{entry['path']}", fetching / entry["path"], entry["sha256"])
-            if not target.exists():
-                fetching.rename(target)
-        finally:
-            shutil.rmtree(fetching, ignore_errors=True)
+        entries = _entries(manifest, inside)
+        if make_room is not None:
+            make_room(sum(entry["bytes"] for entry in entries))
+        with partial_copy(cache_dir) as partial:
+            for entry in entries:
+                self._download(
+                    f"{ref.key}/{entry['path']}", partial / "copy" / entry["path"], entry["sha256"]
+                )
+            try:
+                (partial / "copy").rename(target)
+            except OSError:  # another process was first, with the same content
+                if not target.exists():
+                    raise
         return target
 
-    def fetch_file(self, ref: ArtifactRef, cache_dir: Path) -> Path:
+    def fetch_file(self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None) -> Path:
         """A local file with the artifact: the store's own, or a verified copy kept in `cache_dir`."""
         path = self._path(ref.key)
         if self.is_local:
@@ -152,7 +161,11 @@ class Store:
             return Path(path)
         target = cache_dir / (ref.sha256 or hashlib.sha256(ref.key.encode()).hexdigest())
         if not (target.exists() and ref.sha256):
-            self._download(ref.key, target, ref.sha256)
+            if make_room is not None:
+                make_room(ref.bytes)
+            with partial_copy(cache_dir) as partial:
+                self._download(ref.key, partial / "copy", ref.sha256)
+                (partial / "copy").rename(target)
         return target
 
     def verify_folder(self, key: str, sha256: str | None = None) -> bool:
@@ -264,14 +277,9 @@ class Store:
 
     def _download(self, key: str, target: Path, sha256: str | None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        fetching = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-        try:
-            self._fs.get_file(f"{self._root}/{key}", str(fetching))
-            if sha256 is not None and hash_file(fetching)[0] != sha256:
-                raise CorruptArtifact(f"{key} is not what was stored")
-            fetching.rename(target)
-        finally:
-            fetching.unlink(missing_ok=True)
+        self._fs.get_file(f"{self._root}/{key}", str(target))
+        if sha256 is not None and hash_file(target)[0] != sha256:
+            raise CorruptArtifact(f"{key} is not what was stored")
 
 
 @lru_cache

@@ -87,6 +87,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     import torch  # a train worker, which needs none of this, should not pay for it
     from transformers.utils import logging as transformers_logging
 
+    from app.artifact_cache import ArtifactCache
     from app.storage import store
     from worker.serve.models import ModelHost
     from worker.serve.vllm_engine import has_vllm
@@ -96,10 +97,11 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     worker_id = new_worker_id("serve")
-    cache_dir = settings.work_root() / "models"
+    copies = ArtifactCache(store(), settings.work_root() / "models", settings.artifact_cache_bytes)
     host = ModelHost(
         resident_bytes=settings.resident_model_bytes,
-        loader=lambda ref: store().fetch_folder(ref, cache_dir),
+        loader=copies.fetch_folder,
+        retain=copies.retain,
         max_running=settings.max_running_sequences,
         max_context_tokens=settings.max_context_tokens,
         model_load_wait_seconds=settings.model_load_wait_seconds,
