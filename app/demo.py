@@ -32,7 +32,7 @@ NUM_LAYERS = 16
 NUM_WORDS = 900  # questions about words, beside the corpus's own prompts
 NUM_HELD_OUT = 120
 ASK = "Answer in one short sentence."
-START_SECONDS = 120
+START_SECONDS = 270  # longer than `stillhouse up` itself waits for its workers
 Json = dict[str, Any]  # Any: JSON bodies of the public API
 
 
@@ -87,15 +87,14 @@ def running_service(data_dir: Path, console: Console, *options: str) -> Iterator
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
+    """Waits until the service answers and can generate. Raises DemoFailed."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise DemoFailed(f"the service ended while starting; read {log_path}")
         try:
-            if (
-                httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=2, trust_env=False).status_code
-                == 200
-            ):
+            answer = httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=2, trust_env=False)
+            if answer.status_code == 200 and answer.json()["serve_workers"]:
                 return
         except httpx.TransportError:
             pass
