@@ -22,7 +22,7 @@ Json = dict[str, Any]  # Any: the report
 # Small limits, so that models are evicted and teacher caches deleted all along.
 SETTINGS: Final = {
     "STILLHOUSE_RESIDENT_MODEL_BYTES": "6000000",
-    "STILLHOUSE_TEACHER_CACHE_BYTES": "5000000",
+    "STILLHOUSE_TEACHER_CACHE_BYTES": "500000",
 }
 MAKE_TEACHER: Final = "import sys; from pathlib import Path; from tests.tiny import save_tiny; save_tiny(Path(sys.argv[1]), 'llama')"
 
@@ -61,7 +61,7 @@ def row_of(figure: Figure, trend: Trend | None) -> Json:
     if trend is None:
         verdict = "too few samples"
     elif figure.tolerance is None:
-        verdict = "not judged: history is kept"
+        verdict = f"not judged: {figure.why_not_judged}"
     else:
         verdict = "grows" if trend.grows(figure.tolerance) else "does not grow"
     return asdict(figure) | {"trend": asdict(trend) if trend else None, "verdict": verdict}
