@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo titles up test faults fuzz check fix bench-distill gpu-check clean
+.PHONY: install demo titles up test faults soak fuzz check fix bench-distill gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -46,6 +46,10 @@ test: install
 # Every promise of docs/reliability.md under its faults; about an hour. `make faults ARGS="--short"` for a look.
 faults: install
 	$(BIN)/python -m tests.faults --json .stillhouse/faults.json $(ARGS)
+
+# An hour of mixed load on a whole service: does anything grow? `make soak ARGS="--minutes 5"` for a look.
+soak: install
+	$(BIN)/python -m tests.soak --json .stillhouse/soak.json $(ARGS)
 
 # Ten thousand cases of schemathesis against a whole service; about ten minutes.
 fuzz: install

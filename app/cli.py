@@ -19,6 +19,7 @@ from app.db.session import DatabaseUnavailable
 from app.errors import StillhouseError
 from app.local import apply_environment
 from app.processes import set_environment
+from app.progress_lines import ProgressLines
 from app.settings import Settings, get_settings
 from app.storage import StorageError
 
@@ -257,6 +258,7 @@ def follow_import(job_id: str, name: str) -> None:
     from app.services.imports import load_import
 
     began, stage, is_explained = time.monotonic(), "", False
+    lines = ProgressLines(console)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("waiting for a worker", total=100)
@@ -266,7 +268,9 @@ def follow_import(job_id: str, name: str) -> None:
                 bar.update(task, description=stage)
                 if not console.is_terminal:
                     console.print(f"{name}: {stage}")
-            bar.update(task, completed=job.progress.get("percent", 0))
+            percent = job.progress.get("percent", 0)
+            bar.update(task, completed=percent)
+            lines.tell(f"{name}: {stage or 'waiting for a worker'}  {percent:.0f}%")
             if job.attempt == 0 and not is_explained and time.monotonic() - began > PATIENCE_SECONDS:
                 is_explained = True
                 console.print(

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.demo_report import show_comparison, show_next_commands, show_samples
 from app.local import free_port
+from app.progress_lines import LINE_SECONDS, ProgressLines
 from app.tether import tethered
 
 TEACHER = "smollm2-135m-instruct"
@@ -31,7 +32,7 @@ NUM_LAYERS = 16
 NUM_WORDS = 900  # questions about words, beside the corpus's own prompts
 NUM_HELD_OUT = 120
 ASK = "Answer in one short sentence."
-START_SECONDS = 120
+START_SECONDS = 270  # longer than `stillhouse up` itself waits for its workers
 Json = dict[str, Any]  # Any: JSON bodies of the public API
 
 
@@ -86,15 +87,14 @@ def running_service(data_dir: Path, console: Console, *options: str) -> Iterator
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
+    """Waits until the service answers and can generate. Raises DemoFailed."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise DemoFailed(f"the service ended while starting; read {log_path}")
         try:
-            if (
-                httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=2, trust_env=False).status_code
-                == 200
-            ):
+            answer = httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=2, trust_env=False)
+            if answer.status_code == 200 and answer.json()["serve_workers"]:
                 return
         except httpx.TransportError:
             pass
@@ -182,8 +182,17 @@ def upload(client: httpx.Client, name: str, prompts: list[str]) -> str:
     return file_id
 
 
-def follow(client: httpx.Client, job_id: str, console: Console) -> Json:
-    """Shows the job's progress until it ends; a stage that is over stays on the screen as a line."""
+def follow(
+    client: httpx.Client, job_id: str, console: Console, *, line_seconds: float = LINE_SECONDS
+) -> Json:
+    """Shows the job's progress until it succeeds, and returns it; each stage leaves a line on the screen.
+
+    Without a terminal there is no progress bar: a line is printed every `line_seconds` instead.
+
+    Raises:
+        DemoFailed: The job failed or was cancelled.
+    """
+    lines = ProgressLines(console, line_seconds)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[detail]}"), console=console) as bar:
         task = bar.add_task("queued", total=100, detail="")
@@ -196,12 +205,20 @@ def follow(client: httpx.Client, job_id: str, console: Console) -> Json:
                 stage = job["stage"]
                 bar.update(task, description=stage.replace("_", " "))
                 console.print(f"[dim]{time.strftime('%H:%M:%S')}  {stage.replace('_', ' ')}[/dim]")
+            lines.tell(progress_line(job))
             if job["status"] in {"failed", "cancelled"}:
                 raise DemoFailed(f"the job {job['status']}: {json.dumps(job['error'])}")
             if job["status"] == "succeeded":
                 bar.update(task, completed=100, detail="")
                 return job
             time.sleep(1)
+
+
+def progress_line(job: Json) -> str:
+    """The stage, its percentage and its counters in one line."""
+    percent = (job["progress"] or {}).get("percent") or 0
+    parts = [(job["stage"] or job["status"]).replace("_", " "), f"{percent:.0f}%", detail(job)]
+    return "  ".join(part for part in parts if part)
 
 
 def detail(job: Json) -> str:

@@ -306,6 +306,7 @@ def _valkey_config(port: int, password: str) -> bytes:
         "dir .",
         "appendonly yes",
         "appendfsync everysec",
+        "auto-aof-rewrite-min-size 8mb",  # the data is far smaller than Valkey's default of 64 MB
         'save ""',
         "maxmemory 512mb",
         "maxmemory-policy noeviction",

@@ -1,5 +1,6 @@
 """Child processes that are kept running: each with its log, started again when it dies, drained at the end."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -19,12 +20,19 @@ Say = Callable[[str], None]
 
 
 class Kept:
-    """One process that is to run until told otherwise."""
+    """One process that is started again whenever it dies.
 
-    def __init__(self, name: str, command: Sequence[str], log_dir: Path) -> None:
+    announces: The command takes `--ready-fd N` and writes a byte to that descriptor once it can work.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], log_dir: Path, *, announces: bool = False) -> None:
         self.name = name
         self.log_path = log_dir / f"{name}.log"
+        self.num_starts = 0
         self._command = command
+        self._announces = announces
+        self._has_announced = False
+        self._ready_fd: int | None = None  # open until the process announces itself or ends
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._start_at = 0.0
@@ -34,19 +42,42 @@ class Kept:
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the process runs and has announced that it can work."""
+        if self._ready_fd is not None:
+            with contextlib.suppress(BlockingIOError):
+                self._has_announced = bool(os.read(self._ready_fd, 1))
+                self._close_ready_fd()
+        return self._has_announced and self.is_running
+
     def start(self) -> None:
-        """Call it from the thread that lives longest: the process dies with the thread that started it."""
+        """Starts the process. Call it from the thread that lives longest: the process ends with that thread."""
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists() and self.log_path.stat().st_size > MAX_LOG_BYTES:
             self.log_path.replace(self.log_path.with_suffix(".log.old"))
-        with self.log_path.open("ab") as output:
-            self._process = subprocess.Popen(
-                tethered(self._command),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a terminal's Ctrl-C is for us, and we drain
-            )
+        self._close_ready_fd()
+        self._has_announced = False
+        command, passed = list(self._command), []
+        if self._announces:
+            self._ready_fd, write_fd = os.pipe()
+            os.set_blocking(self._ready_fd, False)
+            command += ["--ready-fd", str(write_fd)]
+            passed = [write_fd]
+        try:
+            with self.log_path.open("ab") as output:
+                self._process = subprocess.Popen(
+                    tethered(command),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a terminal's Ctrl-C is for us, and we drain
+                    pass_fds=passed,
+                )
+        finally:
+            for descriptor in passed:
+                os.close(descriptor)
+        self.num_starts += 1
         self._started_at = time.monotonic()
 
     def keep(self, say: Say) -> None:
@@ -75,6 +106,11 @@ class Kept:
         self.signal(signal.SIGKILL)
         if self._process is not None:
             self._process.wait()
+
+    def _close_ready_fd(self) -> None:
+        if self._ready_fd is not None:
+            os.close(self._ready_fd)
+            self._ready_fd = None
 
     def log_tail(self, num_bytes: int = 2000) -> str:
         if not self.log_path.exists():

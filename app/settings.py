@@ -62,6 +62,11 @@ class Settings(BaseSettings):
     )
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept beside the best one")
     teacher_cache_bytes: int = Field(20 * 2**30, ge=0, description="Disk for teacher caches and answers")
+    artifact_cache_bytes: int = Field(
+        50 * 2**30,
+        ge=0,
+        description="Disk for a worker's local copies of artifacts of a remote store; copies in use may exceed it",
+    )
     num_threads: int = Field(0, ge=0, description="Compute threads of a trainer or engine; 0: all cores")
     training_cpu_share: float = Field(
         0.4,

@@ -12,8 +12,8 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Final, TypedDict
@@ -22,12 +22,16 @@ import fsspec
 
 from app.contracts import ArtifactRef
 from app.durable import hash_file, publish, sync_folder, write_synced
+from app.local_copies import partial_copy
 from app.settings import get_settings
 
 MANIFEST: Final = "_manifest.json"
 INCOMING: Final = ".incoming"  # half-written things of a local store; no key can reach it
 CHUNK_BYTES: Final = 4 * 2**20
 KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@:+=-]*(/[A-Za-z0-9_][A-Za-z0-9._@:+=-]*)*")
+MAX_KEY_LENGTH: Final = 255
+
+MakeRoom = Callable[[int], None]  # called with the number of bytes that are about to be written
 
 
 class StorageError(Exception):
@@ -120,10 +124,11 @@ class Store:
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
-    def fetch_folder(self, ref: ArtifactRef, cache_dir: Path) -> Path:
+    def fetch_folder(self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None) -> Path:
         """A local folder with the artifact: the store's own, or a verified copy kept in `cache_dir`.
 
-        A folder inside a stored folder can be had too. Never change what it returns.
+        A folder inside a stored folder can be had too. Never change what it returns. `make_room` is called
+        with the size of a copy before it is made.
         Raises FileNotFoundError and CorruptArtifact.
         """
         manifest, inside = self._checked_manifest(ref)
@@ -132,17 +137,22 @@ class Store:
         target = cache_dir / hashlib.sha256(f"{inside}\n".encode() + manifest).hexdigest()
         if target.exists():
             return target
-        fetching = cache_dir / f"{target.name}.{uuid.uuid4().hex}"
-        try:
-            for entry in _entries(manifest, inside):
-                self._download(f"{ref.key}/{entry['path']}", fetching / entry["path"], entry["sha256"])
-            if not target.exists():
-                fetching.rename(target)
-        finally:
-            shutil.rmtree(fetching, ignore_errors=True)
+        entries = _entries(manifest, inside)
+        if make_room is not None:
+            make_room(sum(entry["bytes"] for entry in entries))
+        with partial_copy(cache_dir) as partial:
+            for entry in entries:
+                self._download(
+                    f"{ref.key}/{entry['path']}", partial / "copy" / entry["path"], entry["sha256"]
+                )
+            try:
+                (partial / "copy").rename(target)
+            except OSError:  # another process was first, with the same content
+                if not target.exists():
+                    raise
         return target
 
-    def fetch_file(self, ref: ArtifactRef, cache_dir: Path) -> Path:
+    def fetch_file(self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None) -> Path:
         """A local file with the artifact: the store's own, or a verified copy kept in `cache_dir`."""
         path = self._path(ref.key)
         if self.is_local:
@@ -151,7 +161,11 @@ class Store:
             return Path(path)
         target = cache_dir / (ref.sha256 or hashlib.sha256(ref.key.encode()).hexdigest())
         if not (target.exists() and ref.sha256):
-            self._download(ref.key, target, ref.sha256)
+            if make_room is not None:
+                make_room(ref.bytes)
+            with partial_copy(cache_dir) as partial:
+                self._download(ref.key, partial / "copy", ref.sha256)
+                (partial / "copy").rename(target)
         return target
 
     def verify_folder(self, key: str, sha256: str | None = None) -> bool:
@@ -181,25 +195,30 @@ class Store:
         return bool(self._fs.exists(self._path(key)))
 
     def children(self, key: str) -> list[str]:
-        """Names directly below a key; empty if there is nothing."""
+        """Returns the names directly below a key; empty if there is nothing.
+
+        Names that are not part of a key are left out: `.DS_Store` and the like were not stored by us.
+        """
         try:
-            found: list[str] = self._fs.ls(self._path(key), detail=False)
+            paths: list[str] = self._fs.ls(self._path(key), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in found)
+        names = (path.rstrip("/").rsplit("/", 1)[-1] for path in paths)
+        return sorted(name for name in names if _is_key(f"{key}/{name}"))
 
     def age_seconds(self, key: str) -> float:
         """Time since the file was last written. Raises FileNotFoundError."""
         return time.time() - float(self._fs.modified(self._path(key)).timestamp())
 
     def sweep_incoming(self, older_than_seconds: float) -> int:
-        """Removes half-written things that a killed process left in a local store; says how many."""
+        """Removes incomplete files that a killed process left in a local store; returns their number."""
         num_removed = 0
         folder = Path(self._root) / INCOMING
         for path in folder.iterdir() if self.is_local else ():
-            if time.time() - path.lstat().st_mtime > older_than_seconds:
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-                num_removed += 1
+            with suppress(OSError):  # published or deleted since it was listed
+                if time.time() - path.lstat().st_mtime > older_than_seconds:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
+                    num_removed += 1
         return num_removed
 
     def free_bytes(self) -> int | None:
@@ -207,7 +226,7 @@ class Store:
         return shutil.disk_usage(self._root).free if self.is_local else None
 
     def _path(self, key: str) -> str:
-        if not KEY.fullmatch(key) or len(key) > 255:
+        if not _is_key(key):
             raise StorageError(f"{key!r} is not a store key")
         return f"{self._root}/{key}"
 
@@ -258,20 +277,19 @@ class Store:
 
     def _download(self, key: str, target: Path, sha256: str | None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        fetching = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-        try:
-            self._fs.get_file(f"{self._root}/{key}", str(fetching))
-            if sha256 is not None and hash_file(fetching)[0] != sha256:
-                raise CorruptArtifact(f"{key} is not what was stored")
-            fetching.rename(target)
-        finally:
-            fetching.unlink(missing_ok=True)
+        self._fs.get_file(f"{self._root}/{key}", str(target))
+        if sha256 is not None and hash_file(target)[0] != sha256:
+            raise CorruptArtifact(f"{key} is not what was stored")
 
 
 @lru_cache
 def store() -> Store:
     """The store that the settings name."""
     return Store(get_settings().store_root())
+
+
+def _is_key(key: str) -> bool:
+    return KEY.fullmatch(key) is not None and len(key) <= MAX_KEY_LENGTH
 
 
 def _plain_files(folder: Path) -> list[Path]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import httpx
 from rich.console import Console
 
 from app import auth
@@ -23,8 +22,8 @@ from app.errors import Unauthenticated
 from app.local import LocalPostgres, LocalValkey, remove_service, write_service
 from app.processes import Kept, set_environment, stop_all
 from app.settings import Settings, get_settings
+from app.startup import Startup
 
-READY_SECONDS = 60.0
 DRAIN_SECONDS = 90.0  # a trainer gets 60 s to write its checkpoint
 TURN_SECONDS = 0.2
 
@@ -59,7 +58,10 @@ class Stop:
 
 
 def run_up(options: UpOptions, console: Console) -> None:
-    """Starts everything, keeps it running and drains it. Raises LocalServiceError if it cannot start."""
+    """Starts everything, keeps it running and drains it. Raises LocalServiceError if it cannot start.
+
+    The URL is printed when the API answers and a worker of each role is alive.
+    """
     _demand_worker_packages(options)
     _demand_free_port(options)
     stop = Stop()
@@ -77,10 +79,11 @@ def run_up(options: UpOptions, console: Console) -> None:
         stack.callback(_drain, kept, stop, console)
         for process in kept:
             process.start()
-        _wait_until_ready(options, kept[0], stop)
-        if not stop.is_asked:
-            _greet(options, key_path, console)
+        startup: Startup | None = _startup(options, kept, console)
         while not stop.is_asked:
+            if startup is not None and startup.is_complete():
+                startup = None
+                _greet(options, key_path, console)
             for database in databases:
                 if not database.is_running():
                     _say(console, f"{database.name} has died and is started again")
@@ -114,12 +117,12 @@ def _start_databases(stack: contextlib.ExitStack, options: UpOptions, console: C
 
 
 def _processes(options: UpOptions) -> list[Kept]:
-    """The API first, then the workers."""
+    """The API first, then the train workers, then the serve workers."""
     logs = options.data_dir / "logs"
     kept = [Kept("api", [sys.executable, "-m", "app.cli", "api"], logs)]
     for role, count in (("train", options.train_workers), ("serve", options.serve_workers)):
         command = [sys.executable, "-m", "worker.main", role]
-        kept += [Kept(f"{role}-worker-{i + 1}", command, logs) for i in range(count)]
+        kept += [Kept(f"{role}-worker-{i + 1}", command, logs, announces=True) for i in range(count)]
     return kept
 
 
@@ -146,17 +149,12 @@ def _ensure_api_key(settings: Settings) -> Path:
     return path
 
 
-def _wait_until_ready(options: UpOptions, api: Kept, stop: Stop) -> None:
-    deadline = time.monotonic() + READY_SECONDS
-    while not stop.is_asked:
-        if not api.is_running or time.monotonic() > deadline:
-            raise LocalServiceError(f"the API does not start; {api.log_path} ends with:\n{api.log_tail()}")
-        try:
-            if httpx.get(f"{_url(options)}/health/ready", timeout=2, trust_env=False).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(TURN_SECONDS)
+def _startup(options: UpOptions, kept: list[Kept], console: Console) -> Startup:
+    api, *workers = kept
+    num_train = options.train_workers
+    by_role = {"train": workers[:num_train], "serve": workers[num_train:]}
+    _say(console, f"Starting the API, {num_train} train and {options.serve_workers} serve workers")
+    return Startup(_url(options), api, by_role, lambda text: _say(console, text))
 
 
 def _greet(options: UpOptions, key_path: Path, console: Console) -> None:

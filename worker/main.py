@@ -1,5 +1,6 @@
 """The worker process: `python -m worker.main train|serve`. The first SIGTERM or SIGINT drains it."""
 
+import argparse
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Literal
 from uuid import uuid4
@@ -34,17 +36,25 @@ QUEUE_SECONDS = 600  # life of a queue that nobody reads
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a worker until it is told to go; gives the exit status."""
-    if arguments not in (["train"], ["serve"]):
-        print("usage: python -m worker.main train|serve", file=sys.stderr)
-        return 2
+    """Runs a worker until it is told to go; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m worker.main", description=__doc__)
+    parser.add_argument("role", choices=("train", "serve"))
+    parser.add_argument("--ready-fd", type=int, help="descriptor that gets a byte when the worker can work")
+    parsed = parser.parse_args(arguments)
     settings = get_settings()
     configure_logging(settings.log_level)
     crash.arm(settings.crash_dir)
-    return train(settings) if arguments == ["train"] else serve(settings)
+
+    def announce() -> None:
+        if parsed.ready_fd is not None:
+            with suppress(BrokenPipeError):  # nobody listens any more
+                os.write(parsed.ready_fd, b"\n")
+            os.close(parsed.ready_fd)
+
+    return train(settings, announce) if parsed.role == "train" else serve(settings, announce)
 
 
-def train(settings: Settings) -> int:
+def train(settings: Settings, announce: Callable[[], None]) -> int:
     """One job at a time, each in a process of its own."""
     from worker.supervisor import run_until_idle  # a serve worker needs neither it nor the database
 
@@ -62,6 +72,7 @@ def train(settings: Settings) -> int:
 
     def ready() -> None:
         app.send_task(RING_TASK, queue=TRAIN_QUEUE)  # for jobs that were submitted while no worker was there
+        announce()
 
     add_ring(app, turns.ring)
     with turns:
@@ -71,11 +82,12 @@ def train(settings: Settings) -> int:
             is_draining.set()  # however the consumer ended: a turn without a doorbell may be under way
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, announce: Callable[[], None]) -> int:
     """Generates; drains by refusing newcomers while what is being written is finished."""
     import torch  # a train worker, which needs none of this, should not pay for it
     from transformers.utils import logging as transformers_logging
 
+    from app.artifact_cache import ArtifactCache
     from app.storage import store
     from worker.core_sharing import shared_cores
     from worker.serve.models import ModelHost
@@ -86,10 +98,11 @@ def serve(settings: Settings) -> int:
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
     worker_id = new_worker_id("serve")
-    cache_dir = settings.work_root() / "models"
+    copies = ArtifactCache(store(), settings.work_root() / "models", settings.artifact_cache_bytes)
     host = ModelHost(
         resident_bytes=settings.resident_model_bytes,
-        loader=lambda ref: store().fetch_folder(ref, cache_dir),
+        loader=copies.fetch_folder,
+        retain=copies.retain,
         max_running=settings.max_running_sequences,
         max_context_tokens=settings.max_context_tokens,
         model_load_wait_seconds=settings.model_load_wait_seconds,
@@ -112,7 +125,12 @@ def serve(settings: Settings) -> int:
     inbox = connect(settings.redis_url)
     key = f"{app.conf.broker_transport_options['global_keyprefix']}{queue}"
     Inbox(lambda: inbox.lindex(key, -1), give_up, faults=FAULTS).start()
-    return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=worker.start, drain=worker.drain)
+
+    def ready() -> None:
+        worker.start()
+        announce()
+
+    return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=ready, drain=worker.drain)
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> str:

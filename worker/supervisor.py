@@ -15,6 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import structlog
 
+from app.artifact_cache import ArtifactCache
 from app.contracts import ArtifactRef, DistillationJob, ImportJob, JobFailure, ModelFacts
 from app.crash import crash_point
 from app.settings import Settings, get_settings
@@ -77,7 +78,8 @@ def free_ended() -> None:
     """
     root = get_settings().work_root()
     try:
-        attempts = {path.name: list(path.glob("*")) for path in root.glob("*")}
+        # A name that is not ASCII is no job's, and the database refuses one that is not UTF-8.
+        attempts = {path.name: list(path.glob("*")) for path in root.glob("*") if path.name.isascii()}
         for job_id in ledger.ended(list(attempts)):
             for folder in attempts[job_id]:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -113,7 +115,9 @@ class Attempt:
     ) -> None:
         self.lease, self.heart, self.should_drain, self.settings = lease, heart, should_drain, settings
         self.folder = settings.work_root() / lease.job_id / str(lease.token)
-        self.out, self.fetched = self.folder / "out", settings.work_root() / "fetched"
+        self.out = self.folder / "out"
+        # The run reads these copies in place; it ends with this process, and so do their locks.
+        self.copies = ArtifactCache(store(), settings.work_root() / "fetched", settings.artifact_cache_bytes)
         self.process: RunProcess | None = None
         self.stop_deadline: float | None = None
         self.is_done = False
@@ -123,7 +127,7 @@ class Attempt:
 
     def run(self) -> None:
         for stale in self.folder.parent.glob("*"):  # of workers that were killed: their leases are over
-            if not stale.name.isdigit() or int(stale.name) <= self.lease.token:  # else ours is over
+            if not stale.name.isdecimal() or int(stale.name) <= self.lease.token:  # else ours is over
                 shutil.rmtree(stale, ignore_errors=True)
         resume_dir = self._good_checkpoint()
         try:
@@ -161,6 +165,7 @@ class Attempt:
 
     def clean_up(self) -> None:
         self._kill()
+        self.copies.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _spec(self, job: DistillationJob | ImportJob, resume_dir: Path | None) -> RunSpec | ImportSpec:
@@ -169,17 +174,18 @@ class Attempt:
         if isinstance(job, ImportJob):
             source = None
             if job.staged is not None:
-                fetch = store().fetch_file if job.format == "gguf" else store().fetch_folder
-                source = fetch(job.staged, self.fetched)
+                is_file = job.format == "gguf"
+                fetch = self.copies.fetch_file if is_file else self.copies.fetch_folder
+                source = fetch(job.staged)
             return ImportSpec(format=job.format, source_path=source, hub=job.hub, num_threads=threads)
         validation, test = job.validation_file, job.test_file
         return RunSpec(
             distillation=job.distillation,
-            teacher_dir=store().fetch_folder(job.teacher, self.fetched),
-            start_dir=store().fetch_folder(job.start, self.fetched),
-            training_path=store().fetch_file(job.training_file, self.fetched),
-            validation_path=store().fetch_file(validation, self.fetched) if validation else None,
-            test_path=store().fetch_file(test, self.fetched) if test else None,
+            teacher_dir=self.copies.fetch_folder(job.teacher),
+            start_dir=self.copies.fetch_folder(job.start),
+            training_path=self.copies.fetch_file(job.training_file),
+            validation_path=self.copies.fetch_file(validation) if validation else None,
+            test_path=self.copies.fetch_file(test) if test else None,
             split_version=job.split_version,
             cache_dir=settings.work_root() / "cache",
             cache_bytes=settings.teacher_cache_bytes,
@@ -205,7 +211,7 @@ class Attempt:
             if store().verify_folder(resume.store_key, resume.manifest_sha256):
                 message = f"The run resumes from the checkpoint at step {resume.step}."
                 self._gathered.append(MessageLine(message=message, data={"step": resume.step}))
-                return store().fetch_folder(resume.artifact, self.fetched)
+                return self.copies.fetch_folder(resume.artifact)
             log.warning("checkpoint_corrupt", job=self.lease.job_id, key=resume.store_key)
             resume = self._write(ledger.mark_corrupt, self.lease, resume.id)
         return None

@@ -1,12 +1,13 @@
 """Deletes what no row refers to any more. Killed at any point, the next round finds the rest."""
 
+from contextlib import suppress
 from typing import Final
 
 import structlog
 
 from app.db import jobs, submissions, sweeps
 from app.db.session import transaction
-from app.storage import Store
+from app.storage import StorageError, Store
 
 log = structlog.get_logger(__name__)
 
@@ -47,7 +48,12 @@ def _delete_of_jobs(store: Store, prefix: str) -> int:
 
     The store is listed before the rows are read, so what a run adds meanwhile is not considered.
     """
-    listed = {job_id: _below(store, f"{prefix}/{job_id}") for job_id in store.children(prefix)}
+    listed = {}
+    for job_id in store.children(prefix):
+        try:
+            listed[job_id] = _below(store, f"{prefix}/{job_id}")
+        except OSError:
+            log.exception("garbage_not_listed", key=f"{prefix}/{job_id}")
     num_deleted = 0
     for batch in _batches(list(listed)):
         with transaction() as session:
@@ -121,16 +127,17 @@ def _delete_unknown_files(store: Store) -> int:
         with transaction() as session:
             unknown = sweeps.unknown_files(session, batch)
         for key in sorted(unknown):
-            if store.age_seconds(key) > DAY_SECONDS:
-                num_deleted += _delete(store, key)
+            with suppress(FileNotFoundError):  # deleted since it was listed
+                if store.age_seconds(key) > DAY_SECONDS:
+                    num_deleted += _delete(store, key)
     return num_deleted
 
 
 def _delete(store: Store, key: str) -> bool:
-    """Whether it is gone now. What cannot be deleted must not keep the rest."""
+    """Deletes a key and returns whether it is gone; an error is logged, so that the round goes on."""
     try:
         store.delete(key)
-    except OSError:
+    except (OSError, StorageError):
         log.exception("garbage_not_deleted", key=key)
         return False
     return True

@@ -50,7 +50,7 @@ def wait_until(is_true: Callable[[], object], seconds: float = 60) -> None:
 class Up:
     """One `stillhouse up`."""
 
-    def __init__(self, data_dir: Path) -> None:
+    def __init__(self, data_dir: Path, *, is_awaited: bool = True, **extra: str) -> None:
         self.data_dir, self.port = data_dir, free_port()
         data_dir.mkdir(exist_ok=True)
         self.log = data_dir / "up.log"
@@ -66,12 +66,13 @@ class Up:
                     "--port",
                     str(self.port),
                 ],
-                env=environment(),
+                env=environment(**extra),
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
             )
-        wait_until(self.is_ready)
+        if is_awaited:
+            wait_until(self.is_ready)
 
     def is_ready(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
@@ -217,6 +218,46 @@ def test_models_and_keys_outlive_a_restart_and_a_kill_leaves_nothing_running(
         assert [model["id"] for model in service.get("/v1/models").json()["data"]] == ["tiny"]
     finally:
         service.stop()
+
+
+def test_the_url_is_printed_when_both_workers_are_alive(service_dir: Path) -> None:
+    service = Up(service_dir / "alive", is_awaited=False)
+    try:
+        wait_until(lambda: "is up at" in service.log.read_text())
+        assert service.get("/health/ready").json()["serve_workers"] == 1
+        assert "worker_ready" in (service.data_dir / "logs" / "train-worker-1.log").read_text()
+    finally:
+        service.stop()
+
+
+def torch_that(does: str, folder: Path) -> dict[str, str]:
+    """Variables that put another `torch` first on the path: only serve workers import it."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text(does)
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_a_serve_worker_that_cannot_start_ends_it_with_the_path_of_its_log(
+    service_dir: Path, tmp_path: Path
+) -> None:
+    broken = torch_that("raise ImportError('no such library')", tmp_path)
+    service = Up(service_dir / "broken", is_awaited=False, **broken)
+    assert service.process.wait(100) == 1
+    told = service.log.read_text()
+    assert "is up at" not in told
+    assert str(service.data_dir / "logs" / "serve-worker-1.log") in told.partition("stillhouse: ")[2]
+    assert "ImportError: no such library" in told
+
+
+def test_ctrl_c_ends_it_while_a_worker_is_awaited(service_dir: Path, tmp_path: Path) -> None:
+    slow = torch_that("import time; time.sleep(600)", tmp_path)
+    service = Up(service_dir / "slow", is_awaited=False, **slow)
+    try:
+        wait_until(lambda: "A train worker is ready" in service.log.read_text())
+        assert service.stop() == 0
+        assert "is up at" not in service.log.read_text()
+    finally:
+        service.stop(signal.SIGKILL)
 
 
 def test_the_command_line_leaves_torch_out() -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +197,31 @@ def test_what_a_killed_writer_left_is_swept_after_a_while(tmp_path: Path) -> Non
     os.utime(leftover, (0, 0))
     assert store.sweep_incoming(3600) == 1
     assert not leftover.exists()
+
+
+def test_sweeping_goes_on_when_a_file_is_published_meanwhile(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+
+    def write_files() -> None:
+        for number in range(1000):
+            with store.writer(f"files/file-{number}") as file:
+                file.write(b"x")
+
+    with ThreadPoolExecutor() as pool:
+        writing = pool.submit(write_files)
+        while not writing.done():
+            store.sweep_incoming(3600)
+    writing.result()
+    assert len(store.children("files")) == 1000
+
+
+def test_names_that_are_no_keys_are_not_listed(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "store"))
+    folder = tmp_path / "store" / "files"
+    folder.mkdir()
+    for name in (".DS_Store", ".nfs0000000000000012", "a name", "file-1"):
+        (folder / name).write_bytes(b"x")
+    assert store.children("files") == ["file-1"]
 
 
 def test_what_another_process_put_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import signal
 import threading
@@ -247,6 +248,30 @@ def test_what_a_killed_worker_left_is_freed_once_its_job_has_ended(tiny_llama_di
         (root / name / "1" / "spec.json").write_text("{}")
     run_all()
     assert {path.name for path in root.iterdir()} == {resting, "fetched"}
+
+
+def test_inputs_fetched_from_a_remote_store_stay_within_their_budget(
+    tiny_llama_dir: Path, settings_env: Callable[..., Settings]
+) -> None:
+    settings = settings_env(store_url="memory://supervisor", artifact_cache_bytes=1)
+    for number in range(2):
+        folder = Path(shutil.copytree(tiny_llama_dir, settings.data_dir / f"model-{number}"))
+        (folder / "README.md").write_text(str(number))
+        job_id = add_import(folder, f"import-{number}")
+        run_all()
+        assert job(job_id).status == "succeeded"
+    assert len(list((settings.work_root() / "fetched").iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", [b".DS_Store", b"\xff\xfe"])
+def test_a_strange_name_in_the_work_folder_stops_no_worker(tiny_llama_dir: Path, name: bytes) -> None:
+    job_id, root = add_import(tiny_llama_dir), get_settings().work_root()
+    for folder in (root, root / job_id):
+        folder.mkdir(parents=True, exist_ok=True)
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"strange")
+    (root / job_id / "1²").mkdir()  # isdigit() holds for this name, and int() refuses it
+    run_all()
+    assert job(job_id).status == "succeeded"
 
 
 def test_what_cannot_be_freed_is_told_and_stops_nothing(tiny_llama_dir: Path) -> None:

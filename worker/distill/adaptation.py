@@ -84,10 +84,17 @@ def adapt(adaptation: Adaptation, folder: Path, on_step: Callable[[int, int], No
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     target.touch()  # the time that pruning goes by
-    kept = sorted((path for path in folder.iterdir() if path.name[0] != "."), key=lambda p: p.stat().st_mtime)
+    kept = sorted((path for path in folder.iterdir() if path.name[0] != "."), key=_modified_at)
     for old in kept[:-NUM_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
     return target
+
+
+def _modified_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # pruned by another run since it was listed
+        return 0.0
 
 
 def _publish(partial: Path, target: Path) -> None:

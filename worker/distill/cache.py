@@ -23,6 +23,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from app.local_copies import lock_path
+
 MARK_BYTES = 8
 NAME_BYTES = 16
 RECORD = struct.Struct(f"<{NAME_BYTES}sQ")  # of the index
@@ -105,7 +107,7 @@ def open_cache(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{family}-{hashlib.sha256(b''.join(names)).hexdigest()[:32]}"
     while True:
-        lock = _lock_folder(path, fcntl.LOCK_SH)
+        lock = lock_path(path, fcntl.LOCK_SH)
         if lock is not None:
             return RowCache(path, lock, sizes)
         if path.exists():  # being evicted at this moment
@@ -121,12 +123,12 @@ def open_cache(
 
 
 def enforce_budget(folder: Path, budget_bytes: int) -> None:
-    """Delete caches, the least recently used first, until they fit; those in use stay."""
+    """Deletes caches, the least recently used first, until they fit; those in use stay."""
     caches = []
     for path in folder.iterdir():
         try:
             used_at, num_bytes = path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir())
-        except FileNotFoundError:  # evicted by another run just now
+        except (FileNotFoundError, NotADirectoryError):  # evicted by another run just now, or not a cache
             continue
         if not path.name.startswith("."):
             caches.append((used_at, num_bytes, path))
@@ -136,7 +138,7 @@ def enforce_budget(folder: Path, budget_bytes: int) -> None:
     for _, num_bytes, path in sorted(caches):
         if total_bytes <= budget_bytes:
             return
-        lock = _lock_folder(path, fcntl.LOCK_EX)
+        lock = lock_path(path, fcntl.LOCK_EX)
         if lock is not None:
             doomed = path.with_name(f".{path.name}.{os.getpid()}.evicted")
             path.rename(doomed)  # at once gone for others, however long the deletion takes
@@ -171,7 +173,7 @@ def _create(path: Path, names: Sequence[bytes], sizes: Sequence[int]) -> None:
 def _copy_family(path: Path, cache: RowCache, numbers: dict[bytes, int], sizes: Sequence[int]) -> None:
     """Stores what the family of `path` has of the rows with these names."""
     for sibling in sorted(path.parent.glob(f"{path.name.partition('-')[0]}-*")):
-        lock = _lock_folder(sibling, fcntl.LOCK_SH)
+        lock = lock_path(sibling, fcntl.LOCK_SH)
         if lock is None:
             continue
         index = (sibling / "index.bin").read_bytes()
@@ -186,22 +188,6 @@ def _copy_family(path: Path, cache: RowCache, numbers: dict[bytes, int], sizes: 
                 if blob is not None:
                     cache.put(number, blob)
                     del numbers[name]
-
-
-def _lock_folder(path: Path, kind: int) -> int | None:
-    """A descriptor that holds the lock; None if there is no such folder or others stand in the way."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(descriptor).st_ino:  # not evicted and made anew in between
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(descriptor)
-    return None
 
 
 def _mark(data: memoryview | bytes) -> bytes:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import structlog
 
-from app.contracts import Delta, GenerateRequest, ModelState, Reply
+from app.contracts import ArtifactRef, Delta, GenerateRequest, ModelState, Reply
 from app.control import Keep, Load, Served, Unload
 from worker.serve.engine import Engine
 from worker.serve.engines import EngineLimits, Fetch, Precision
@@ -58,6 +58,7 @@ class ModelHost:
 
     `submit`, `abort`, `tell`, `status`, `has_work` and `wait_for_work` may be called from any thread; `step_all`
     and `close` belong to one. `loader` gives the local folder of an artifact and runs in the loading thread.
+    `retain` is called with all artifacts that are loaded or being loaded whenever they change.
     """
 
     resident_bytes: int
@@ -68,6 +69,7 @@ class ModelHost:
     device: str = "cpu"
     precision: Precision = "float32"
     clock: Callable[[], float] = time.time
+    retain: Callable[[frozenset[ArtifactRef]], None] = lambda artifacts: None
     _inbox: "queue.SimpleQueue[GenerateRequest | str | Load | Unload | Keep]" = field(
         default_factory=queue.SimpleQueue, init=False
     )
@@ -76,6 +78,7 @@ class ModelHost:
     _requests: dict[str, GenerateRequest] = field(default_factory=dict, init=False)
     _outbox: list[Addressed] = field(default_factory=list, init=False)
     _last_step_at: float | None = field(default=None, init=False)
+    _held: frozenset[str] = field(default=frozenset(), init=False)  # residences whose artifacts are retained
 
     def __post_init__(self) -> None:
         limits = EngineLimits(
@@ -123,6 +126,7 @@ class ModelHost:
             if resident.engine.has_work():
                 resident.used_at = self.clock()
                 self._step(residence, resident.engine)
+        self._retain_artifacts()
         replies, self._outbox = self._outbox, []
         self._status = self._snapshot()
         return replies
@@ -217,6 +221,12 @@ class ModelHost:
             self._outbox.append(Addressed(request.reply_to, reply))
             if not isinstance(reply, Delta):
                 del self._requests[reply.id]
+
+    def _retain_artifacts(self) -> None:
+        held = self._residency.residences()
+        if held != self._held:
+            self._held = held
+            self.retain(self._residency.artifacts())
 
     def _fail(self, request: GenerateRequest, error: ServeError) -> None:
         self._requests.pop(request.id, None)

@@ -7,7 +7,7 @@ from functools import partial
 
 import structlog
 
-from app.contracts import LoadedWeights, ModelState
+from app.contracts import ArtifactRef, LoadedWeights, ModelState
 from app.control import Served
 from worker.serve.engine import Engine
 from worker.serve.engines import EngineLimits, Fetch, LoadProgress, Ready, make_ready, watch_loads
@@ -170,6 +170,17 @@ class Residency:
         """Forgets an engine, at once."""
         self._residents.pop(residence, None)
         self._leaving.discard(residence)
+
+    def residences(self) -> frozenset[str]:
+        """Names of the engines that are loaded or being loaded."""
+        return frozenset(self._residents) | frozenset(self._loads)
+
+    def artifacts(self) -> frozenset[ArtifactRef]:
+        """What those engines were or are loaded from, drafts included."""
+        served = [resident.served for resident in self._residents.values()]
+        served += [load.served for load in self._loads.values()]
+        drafts = [each.serving.draft.weights for each in served if each.serving.draft is not None]
+        return frozenset([*(each.weights for each in served), *drafts])
 
     def states(self) -> tuple[ModelState, ...]:
         found = [

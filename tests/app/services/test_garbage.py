@@ -12,6 +12,7 @@ from app.contracts import ArtifactRef, JobFailure
 from app.db import files, jobs, leases, models
 from app.db.session import engine, transaction
 from app.services.garbage import collect
+from app.settings import get_settings
 from app.storage import Store
 from app.storage import store as make_store
 
@@ -272,6 +273,56 @@ def test_what_cannot_be_deleted_keeps_nothing_else(
     monkeypatch.setattr(store, "delete", fail_once)
     collect(store)
     assert [store.exists(key) for key in keys] == [True, False]
+
+
+ODD_NAMES = (b".DS_Store", b".nfs000000000012", b"with a blank", b"\xff\xfe")
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/{job}", "models", "files"])
+def test_a_name_that_is_no_key_does_not_end_the_round(store: Store, tmp_path: Path, place: str) -> None:
+    add_job()
+    job_id, token = claim()
+    kept = put_checkpoint(store, tmp_path / "c", job_id, token, 1, commit=True)
+    folder = Path(get_settings().store_root()) / place.format(job=job_id)
+    folder.mkdir(exist_ok=True)
+    for name in ODD_NAMES:
+        Path(os.fsdecode(os.fsencode(folder) + b"/" + name)).write_bytes(b"odd")
+    stale = put_stale_file(store, tmp_path, "files/stale")
+    assert collect(store) == 1
+    assert [store.exists(key) for key in (kept, stale)] == [True, False]
+
+
+def test_a_job_folder_that_cannot_be_listed_does_not_end_the_round(store: Store, tmp_path: Path) -> None:
+    folder = Path(get_settings().store_root()) / "checkpoints"
+    folder.mkdir()
+    (folder / "ftjob-loop").symlink_to(folder / "ftjob-loop")
+    stale = put_stale_file(store, tmp_path, "files/stale")
+    assert collect(store) == 1
+    assert not store.exists(stale)
+
+
+class ChangingStore(Store):
+    """A store in which a file disappears right after its folder was listed."""
+
+    def children(self, key: str) -> list[str]:
+        names = super().children(key)
+        if key == "files":
+            self.delete(f"files/{names[0]}")
+        return names
+
+
+def test_a_file_deleted_after_it_was_listed_does_not_end_the_round(store: Store, tmp_path: Path) -> None:
+    keys = [put_stale_file(store, tmp_path, f"files/stale-{number}") for number in range(2)]
+    assert collect(ChangingStore(get_settings().store_root())) == 1
+    assert not any(store.exists(key) for key in keys)
+
+
+def put_stale_file(store: Store, tmp_path: Path, key: str) -> str:
+    """Stores an old file that no row refers to."""
+    (tmp_path / "stale").write_bytes(b"x")
+    store.put_file(tmp_path / "stale", key)
+    os.utime(store.fetch_file(ArtifactRef(key=key, bytes=1), tmp_path), (0, 0))
+    return key
 
 
 def succeed(job_id: str, token: int, ref: ArtifactRef) -> None:

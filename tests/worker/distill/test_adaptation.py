@@ -100,6 +100,13 @@ def test_a_stop_leaves_nothing_behind(adaptation: Adaptation, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_disappears_while_old_ones_are_pruned_stops_no_run(
+    adaptation: Adaptation, tmp_path: Path
+) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")  # listed, and stat() does not find it
+    assert adapt(adaptation, tmp_path, silent).exists()
+
+
 def test_only_the_latest_adapted_teachers_are_kept(adaptation: Adaptation, tmp_path: Path) -> None:
     folders = [adapt(replace(adaptation, steps=1, seed=seed), tmp_path, silent) for seed in range(6)]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folders[2:]}

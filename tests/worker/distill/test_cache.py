@@ -123,6 +123,15 @@ def test_the_least_recently_used_cache_is_evicted_first(tmp_path: Path) -> None:
     assert families(tmp_path) == ["new", "old"]
 
 
+def test_a_file_beside_the_caches_does_not_keep_a_cache_from_being_made(tmp_path: Path) -> None:
+    for name in (".DS_Store", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+        os.utime(tmp_path / name, (0, 0))
+    with opened(tmp_path, budget_bytes=1) as cache:
+        cache.put(0, blob(0))
+        assert is_stored(cache, 0)
+
+
 def test_a_new_cache_makes_its_room(tmp_path: Path) -> None:
     opened(tmp_path, "a").close()
     opened(tmp_path, "b", budget_bytes=cache_bytes(SIZES) + 1).close()

@@ -125,6 +125,23 @@ def test_requests_of_two_models_are_answered_each_by_its_own(
     assert texts["a"] != texts["b"]
 
 
+def test_the_artifacts_of_loaded_models_are_retained_and_let_go_with_them(
+    make_host: Callable[..., ModelHost],
+) -> None:
+    retained: list[frozenset[ArtifactRef]] = []
+    host = make_host(retain=retained.append)
+    drafted = ServingOptions.model_validate({"draft": {"model": "twin", "weights": ref("twin")}})
+    model = Served(model="llama", weights=ref("llama"), serving=drafted)
+    host.tell(Load(served=model))
+    settle(host)
+    host.tell(Load(served=served("gpt2")))
+    settle(host)
+    host.tell(Unload(residence=model.residence))
+    settle(host)
+    with_draft = {ref("llama"), ref("twin")}
+    assert retained == [with_draft, with_draft | {ref("gpt2")}, {ref("gpt2")}]
+
+
 def test_a_model_is_loaded_once(
     make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
 ) -> None:
