@@ -204,3 +204,10 @@ def test_a_run_dies_with_its_supervisor_however_that_dies(tmp_path: Path) -> Non
         supervisor.send_signal(signal.SIGKILL)
         supervisor.wait()
     wait_until(lambda: not run.is_running() or run.status() == "zombie")
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT"])
+def test_a_run_that_died_of_a_full_disk_is_told_from_a_lost_one(start: Start, number: str) -> None:
+    process = start(f"import errno, os; raise OSError(errno.{number}, os.strerror(errno.{number}))")
+    lines_until_over(process)
+    assert process.describe_death()[1] == "disk_full"

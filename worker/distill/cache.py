@@ -23,6 +23,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from worker.disk import is_disk_full
+
 MARK_BYTES = 8
 NAME_BYTES = 16
 RECORD = struct.Struct(f"<{NAME_BYTES}sQ")  # of the index
@@ -115,7 +117,7 @@ def open_cache(
         try:
             _create(path, names, sizes)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if is_disk_full(error):
                 return None
             raise
 
