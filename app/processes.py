@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from app.settings import get_settings
 from app.tether import tethered
@@ -21,8 +22,16 @@ Say = Callable[[str], None]
 class Kept:
     """One process that is to run until told otherwise."""
 
-    def __init__(self, name: str, command: Sequence[str], log_dir: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log_dir: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """`environment` is set on top of this process's own."""
         self.name = name
+        self.environment = environment
         self.log_path = log_dir / f"{name}.log"
         self._command = command
         self._process: subprocess.Popen[bytes] | None = None
@@ -45,6 +54,7 @@ class Kept:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env=os.environ | self.environment,
                 start_new_session=True,  # a terminal's Ctrl-C is for us, and we drain
             )
         self._started_at = time.monotonic()
