@@ -181,5 +181,5 @@ def test_a_full_disk_under_any_process_is_said(spec: Json, tmp_path: Path, folde
         other = next(rank for rank in ranks if rank.cmdline()[-2:] == ["--rank", "1"])
         other.rlimit(psutil.RLIMIT_FSIZE, (64, 64))  # the kernel refuses as it does on a full disk
         lines = finish(process)
-    assert process.returncode == 1
+    assert process.returncode != 0
     assert [line.code for line in lines if isinstance(line, ErrorLine)] == ["disk_full"]
