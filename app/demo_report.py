@@ -38,13 +38,17 @@ def show_comparison(console: Console, result: Json) -> None:
     for _, heading in MODELS:
         table.add_column(heading, justify="right")
     for heading, name, form in rows:
-        table.add_row(heading, *(row_value(result[model], name, form) for model, _ in MODELS))
+        table.add_row(heading, *(row_value(result.get(model, {}), name, form) for model, _ in MODELS))
     console.print(table)
     console.print(
         "KL in nats a token, agreement, and perplexity of the teacher's own greedy answers, token by token; ROUGE-L of the "
         "answers the models give by themselves. Speeds by this machine's engine, the same number of tokens for each."
     )
-    compression = result["compression"]
+    for part in result.get("missing", []):
+        console.print(f"{part['part']} is missing: {part['message']}", markup=False)
+    compression = result.get("compression", {})
+    if "speedup" not in compression:
+        return
     console.print(
         f"The student is {compression['parameters']:.2f}x smaller, and faster than the teacher by "
         f"{compression['speedup']:.2f}x alone and {compression['speedup_batched']:.2f}x with eight requests at once."
@@ -53,7 +57,7 @@ def show_comparison(console: Console, result: Json) -> None:
 
 def show_samples(console: Console, result: Json) -> None:
     console.print("\n[bold]Greedy answers to held-out prompts, as they came[/bold]")
-    for sample in result["samples"]:
+    for sample in result.get("samples", []):
         console.print(f"\n[bold]{sample['prompt']}[/bold]", highlight=False)
         for model, heading in MODELS:
             answer = " ".join(str(sample[model]).split())

@@ -7,6 +7,7 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from app.settings import get_settings
 from app.tether import tethered
@@ -23,10 +24,20 @@ class Kept:
     """One process that is started again whenever it dies.
 
     announces: The command takes `--ready-fd N` and writes a byte to that descriptor once it can work.
+    environment: Variables that are set on top of this process's own.
     """
 
-    def __init__(self, name: str, command: Sequence[str], log_dir: Path, *, announces: bool = False) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log_dir: Path,
+        *,
+        announces: bool = False,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.name = name
+        self.environment = environment
         self.log_path = log_dir / f"{name}.log"
         self.num_starts = 0
         self._command = command
@@ -71,6 +82,7 @@ class Kept:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
+                    env=os.environ | self.environment,
                     start_new_session=True,  # a terminal's Ctrl-C is for us, and we drain
                     pass_fds=passed,
                 )

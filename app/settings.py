@@ -7,6 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+CUDA_DEVICES = r"^([\w/-]+(,[\w/-]+)*)?$"  # numbers or UUIDs, separated by commas
+
 
 class Settings(BaseSettings):
     """Read once per process by `get_settings()`; the README lists each field with its meaning."""
@@ -77,6 +79,16 @@ class Settings(BaseSettings):
     num_processes: int = Field(0, ge=0, description="Processes that train one student; 0: one a CUDA device")
     work_dir: str = Field("", description="Where runs lay their work folders; empty: <data-dir>/work")
 
+    train_cuda_devices: str = Field(
+        "",
+        pattern=CUDA_DEVICES,
+        description="CUDA devices of the train workers, as in CUDA_VISIBLE_DEVICES; empty: all that are visible",
+    )
+    serve_cuda_devices: str = Field(
+        "",
+        pattern=CUDA_DEVICES,
+        description="The same for the serve workers, each of which uses its first device",
+    )
     serve_device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="What our engine runs on; auto: a CUDA device if there is one"
     )

@@ -118,12 +118,29 @@ def _start_databases(stack: contextlib.ExitStack, options: UpOptions, console: C
 
 def _processes(options: UpOptions) -> list[Kept]:
     """The API first, then the train workers, then the serve workers."""
-    logs = options.data_dir / "logs"
+    logs, settings = options.data_dir / "logs", get_settings()
     kept = [Kept("api", [sys.executable, "-m", "app.cli", "api"], logs)]
-    for role, count in (("train", options.train_workers), ("serve", options.serve_workers)):
-        command = [sys.executable, "-m", "worker.main", role]
-        kept += [Kept(f"{role}-worker-{i + 1}", command, logs, announces=True) for i in range(count)]
+    for role, count, devices in (
+        ("train", options.train_workers, settings.train_cuda_devices),
+        ("serve", options.serve_workers, settings.serve_cuda_devices),
+    ):
+        command, setting = (
+            [sys.executable, "-m", "worker.main", role],
+            f"STILLHOUSE_{role.upper()}_CUDA_DEVICES",
+        )
+        for i in range(count):
+            environment = {setting: cuda_share(devices, i, count)}
+            name = f"{role}-worker-{i + 1}"
+            kept.append(Kept(name, command, logs, announces=True, environment=environment))
     return kept
+
+
+def cuda_share(devices: str, number: int, count: int) -> str:
+    """Returns the devices of one of `count` workers: an equal part, or one that others use too if there are too few."""
+    listed = devices.split(",")
+    if len(listed) < count:
+        return listed[number % len(listed)]
+    return ",".join(listed[number * len(listed) // count : (number + 1) * len(listed) // count])
 
 
 def _service_environment(settings: Settings) -> dict[str, str]:

@@ -77,9 +77,10 @@ def fetch_from_hub(
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         if getattr(error, "errno", None) == errno.EFBIG:
+            # `from None`: EFBIG as a cause would read as a full disk, and the limit is our own
             raise HubFailed(
                 f"{repository} delivers larger files than it announces; it is not fetched"
-            ) from error
+            ) from None
         raise HubFailed(
             f"{endpoint or 'the hub'} does not deliver {repository} ({type(error).__name__}); "
             "check the connection, or download the model elsewhere and import the folder"

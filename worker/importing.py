@@ -19,6 +19,8 @@ from transformers import AutoTokenizer, EncoderDecoderModel
 
 from app.settings import get_settings
 from worker.bounded import bounded
+from worker.disk import is_disk_full
+from worker.distill.errors import DiskFull
 from worker.distill.progress import ErrorLine, MessageLine, ProgressLine, ResultLine, Sink, StageLine
 from worker.distill.shapes import context_tokens, model_class, shape_of
 from worker.errors import BrokenFile, MissingFile, UnsupportedTokenizer, WorkerError
@@ -252,13 +254,25 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
         import_model(spec, arguments.out, sink)
-    except WorkerError as error:
-        sink(ErrorLine(code=error.code, message=str(error)))
-        return 1
-    except FileNotFoundError as error:
-        sink(ErrorLine(code=MissingFile.code, message=f"{error.filename} is missing"))
+    except (WorkerError, OSError) as error:
+        line = _error_line(error)
+        if line is None:
+            raise
+        sink(line)
         return 1
     return 0
+
+
+def _error_line(error: WorkerError | OSError) -> ErrorLine | None:
+    """Returns how the import failed, or None for an error that a retry may cure."""
+    if is_disk_full(error):
+        message = "the worker's disk is full; free some disk, then import the model again"
+        return ErrorLine(code=DiskFull.code, message=message)
+    if isinstance(error, WorkerError):
+        return ErrorLine(code=error.code, message=str(error))
+    if isinstance(error, FileNotFoundError):
+        return ErrorLine(code=MissingFile.code, message=f"{error.filename} is missing")
+    return None
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from structlog.types import Processor
 from app import crash
 from app.contracts import RING_TASK, TRAIN_QUEUE, serve_queue
 from app.settings import Settings, celery_settings, get_settings
+from worker import cuda
 from worker.tasks import add_generate, add_ring
 from worker.watchdog import Inbox, Turns
 
@@ -58,6 +59,9 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
     """One job at a time, each in a process of its own."""
     from worker.supervisor import run_until_idle  # a serve worker needs neither it nor the database
 
+    if settings.train_cuda_devices:
+        cuda.restrict_to(settings.train_cuda_devices)
+        cuda.require(settings.train_cuda_devices, cuda.count_in_child(), "STILLHOUSE_TRAIN_CUDA_DEVICES")
     is_draining = threading.Event()
     worker_id = new_worker_id("train")
     app = make_app(settings, TRAIN_QUEUE)
@@ -84,6 +88,8 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
 
 def serve(settings: Settings, announce: Callable[[], None]) -> int:
     """Generates; drains by refusing newcomers while what is being written is finished."""
+    cuda.restrict_to(settings.serve_cuda_devices)  # before torch, which asks CUDA once
+
     import torch  # a train worker, which needs none of this, should not pay for it
     from transformers.utils import logging as transformers_logging
 
@@ -94,6 +100,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     from worker.serve.vllm_engine import has_vllm
     from worker.serving import FAULTS, ServeOptions, ServeWorker, connect
 
+    cuda.require(settings.serve_cuda_devices, torch.cuda.device_count(), "STILLHOUSE_SERVE_CUDA_DEVICES")
     transformers_logging.disable_progress_bar()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)

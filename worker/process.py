@@ -17,6 +17,8 @@ from pydantic import ValidationError
 from app.contracts import DistillationJob, ImportJob
 from app.settings import Settings
 from worker.core_sharing import SharedRun
+from worker.disk import mentions_full_disk
+from worker.distill.errors import DiskFull
 from worker.distill.progress import RunLine, run_line
 
 log = structlog.get_logger(__name__)
@@ -96,13 +98,15 @@ class RunProcess:
             self._shared.close()
 
     def describe_death(self) -> tuple[str, str]:
-        """(sentence, error code) for a run that ended without a verdict."""
+        """Returns a sentence and an error code for a run that ended without a result or an error."""
         status = self._process.wait()
         tail = self._error_path.read_bytes()[-4000:].decode(errors="replace")
         log.warning("run_died", pid=self.pid, status=status, stderr=tail)
         is_oom_kill = status == -signal.SIGKILL and num_oom_kills() > self._oom_kills
         if is_oom_kill or (status != 0 and any(word in tail for word in MEMORY_WORDS)):
             return "The run ran out of memory.", "out_of_memory"
+        if status != 0 and mentions_full_disk(tail):
+            return "The run found its disk full.", DiskFull.code
         if status < 0:
             return f"The run was killed by {signal.Signals(-status).name}.", "worker_lost"
         return f"The run ended with status {status} and without a result.", "worker_lost"

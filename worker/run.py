@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -22,7 +23,9 @@ from transformers import PreTrainedModel
 from app import crash
 from app.distillation import ExportFormat
 from app.settings import get_settings
-from worker.distill.errors import DistillError, TeacherGenerationFailed
+from worker.disk import is_disk_full
+from worker.distill.errors import DiskFull, DistillError, TeacherGenerationFailed
+from worker.distill.missing import MissingPart, attempt
 from worker.distill.parallel import ALONE, Ranks, join, leave
 from worker.distill.pipeline import distil
 from worker.distill.progress import ErrorLine, ResultLine, RunLine, StoppedLine
@@ -37,6 +40,7 @@ from worker.model_facts import model_facts
 from worker.serve.errors import ServeError
 from worker.serve.offline import Continuation, generate_all
 
+Json = dict[str, Any]  # Any: part of the public result
 KIND_OF: dict[ExportFormat, Kind] = {"gguf_f16": "f16", "gguf_q8_0": "q8_0"}
 MAX_RUNNING = 64  # sequences decoded together: a third more tokens a second than 32 on two cores
 
@@ -117,27 +121,41 @@ def run(
         if not ranks.is_first:
             return 0
         facts = model_facts(out / outcome.folder)
-        exports = export(spec, out, outcome.folder)
+        exports, missing = export(spec, out, outcome.folder, sink)
     except Stopped as stopped:
         sink(StoppedLine(step=stopped.step))
         return 0
-    except (DistillError, WorkerError) as e:
-        sink(ErrorLine(code=e.code, message=str(e)))
+    except Exception as error:
+        line = error_line(error)
+        if line is None:
+            raise
+        sink(line)
         return 1
-    except torch.OutOfMemoryError as e:
-        message = f"the device ran out of memory ({e}); lower batch_tokens or max_sequence_tokens"
-        sink(ErrorLine(code="out_of_memory", message=message))
-        return 1
+    missing = [*outcome.result.get("missing", []), *missing]
+    parts = {name: part for name, part in (("exports", exports), ("missing", missing)) if part}
     sink(
         ResultLine(
             folder=outcome.folder,
             facts=facts.model_dump(mode="json"),
-            result={**outcome.result, "exports": exports} if exports else outcome.result,
+            result={**outcome.result, **parts},
             trained_tokens=outcome.trained_tokens,
             files=(*outcome.files, *(made["file"] for made in exports)),
         )
     )
     return 0
+
+
+def error_line(error: Exception) -> ErrorLine | None:
+    """Returns how the run failed, or None for an error that a retry may cure."""
+    if is_disk_full(error) and not isinstance(error, DiskFull):
+        message = "the worker's disk is full; free some disk, then resume the job"
+        return ErrorLine(code=DiskFull.code, message=message)
+    if isinstance(error, DistillError | WorkerError):
+        return ErrorLine(code=error.code, message=str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        message = f"the device ran out of memory ({error}); lower batch_tokens or max_sequence_tokens"
+        return ErrorLine(code="out_of_memory", message=message)
+    return None
 
 
 def check_exports(spec: RunSpec) -> None:
@@ -149,15 +167,24 @@ def check_exports(spec: RunSpec) -> None:
         check_exportable(spec.start_dir)
 
 
-def export(spec: RunSpec, out: Path, student: str) -> list[dict[str, Any]]:  # Any: part of the public result
-    """Writes the student in every format that was asked for; says in which files of `out`. Raises WorkerError."""
-    exports = []
+def export(
+    spec: RunSpec, out: Path, student: str, sink: Callable[[RunLine], None]
+) -> tuple[list[Json], list[Json]]:
+    """Writes the student in every requested format.
+
+    Returns an entry per file of `out` that was written, and the formats that could not be.
+    """
+    exports, missing = [], []
     for name in dict.fromkeys(spec.distillation.export):
         kind = KIND_OF[name]
-        file = f"student-{kind}.gguf"
-        made = export_gguf(out / student, out / file, kind=kind)
-        exports.append({"format": name, "file": file, "bytes": made.bytes})
-    return exports
+        path = out / f"student-{kind}.gguf"
+        facts = attempt(name, "export_failed", partial(export_gguf, out / student, path, kind=kind))
+        if isinstance(facts, MissingPart):
+            sink(facts.event("the student is registered without it"))
+            missing.append(facts.model_dump())
+        else:
+            exports.append({"format": name, "file": path.name, "bytes": facts.bytes})
+    return exports, missing
 
 
 def main() -> int:
@@ -185,7 +212,8 @@ def main() -> int:
     ranks = join(arguments.rank, arguments.of, arguments.meeting) if arguments.of else ALONE
 
     def write(line: RunLine) -> None:
-        if ranks.is_first or (isinstance(line, ErrorLine) and line.code == "out_of_memory"):
+        # every process has its own memory and its own writes
+        if ranks.is_first or (isinstance(line, ErrorLine) and line.code in ("out_of_memory", DiskFull.code)):
             lines.write(line.model_dump_json() + "\n")
 
     # the first decides for all when to stop

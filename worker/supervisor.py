@@ -5,7 +5,6 @@ through the lease, so a supervisor that was given up for dead writes nothing and
 """
 
 import contextlib
-import errno
 import os
 import shutil
 import time
@@ -22,6 +21,7 @@ from app.settings import Settings, get_settings
 from app.storage import CorruptArtifact, StorageError, store
 from worker import ledger
 from worker.core_sharing import shared_cores
+from worker.disk import is_disk_full
 from worker.distill.errors import DiskFull
 from worker.distill.progress import (
     CheckpointLine,
@@ -45,7 +45,6 @@ RECORD_SECONDS = 1.0  # lines are gathered for so long before they go into the d
 GRACE_SECONDS = 60.0  # for a run that was asked to stop to write its checkpoint
 SILENCE_SECONDS = 3600.0  # a run that says nothing for so long hangs
 DATABASE_RETRY_SECONDS = 1.0
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -152,12 +151,14 @@ class Attempt:
                 self._end_without_verdict(process)
 
     def give_up(self, fault: Exception) -> None:
-        """Counts a loss after a fault of ours, or pauses for want of disk; if that fails, the lease runs out."""
+        """Counts a loss after an error of the worker, or pauses the job if the disk is full.
+
+        If the database cannot be reached either, the lease expires.
+        """
         try:
             self._kill()
-            if isinstance(fault, OSError) and fault.errno in NO_ROOM:
-                message = "there is no room where the worker works; free some disk, then resume the job"
-                self._end_with_error(JobFailure(code=DiskFull.code, message=message))
+            if is_disk_full(fault):
+                self._end_without_disk("the worker's disk is full")
             else:
                 ledger.lost(self.lease, "The worker could not run the job.")
         except (AuthorityLost, *DATABASE_AWAY) as error:
@@ -255,6 +256,7 @@ class Attempt:
                     self._commit(line)
                 else:
                     self._end(line)
+                if self.is_done:
                     return
             else:
                 self._gathered.append(line)
@@ -274,8 +276,13 @@ class Attempt:
         try:
             ref = store().put_folder(self.out / line.folder, key, link=True)
         except (OSError, StorageError) as error:
-            # The run goes on, and the checkpoint before this one stays the place to resume from.
             log.warning("checkpoint_not_stored", job=self.lease.job_id, step=line.step, error=str(error))
+            if is_disk_full(error):  # a run that went on could lose everything after its last checkpoint
+                self._kill()
+                self._end_without_disk(f"the store has no room for the checkpoint at step {line.step}")
+                self.is_done = True
+                return
+            # The run goes on, and the checkpoint before this one stays the place to resume from.
             message = f"The checkpoint at step {line.step} could not be stored ({_reason(error)})."
             self._gathered.append(MessageLine(level="warn", message=message, data={"step": line.step}))
             return
@@ -301,9 +308,8 @@ class Attempt:
             files = self._upload_results(line)
         except (OSError, StorageError) as error:
             log.warning("model_not_stored", job=self.lease.job_id, error=str(error))
-            if isinstance(error, OSError) and error.errno in NO_ROOM:
-                message = "there is no room in the store for the model; free some disk, then resume the job"
-                self._end_with_error(JobFailure(code=DiskFull.code, message=message))
+            if is_disk_full(error):
+                self._end_without_disk("the store has no room for the model")
             else:
                 self._write(ledger.lost, self.lease, "The model could not be stored.")
             return
@@ -312,6 +318,10 @@ class Attempt:
         crash_point("model.registered")
         if not is_registered:
             _delete([key, *(file["store_key"] for file in files)])
+
+    def _end_without_disk(self, reason: str) -> None:
+        message = f"{reason}; free some disk, then resume the job"
+        self._end_with_error(JobFailure(code=DiskFull.code, message=message))
 
     def _end_with_error(self, failure: JobFailure) -> None:
         if failure.code == DiskFull.code and isinstance(self.lease.spec, DistillationJob):
@@ -350,7 +360,10 @@ class Attempt:
             self._end_stopped()
         else:
             reason, code = process.describe_death()
-            self._write(ledger.lost, self.lease, reason, code)
+            if code == DiskFull.code:
+                self._end_without_disk("the worker's disk is full")
+            else:
+                self._write(ledger.lost, self.lease, reason, code)
         self.is_done = True
 
     def _kill(self) -> None:

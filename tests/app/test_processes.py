@@ -113,3 +113,14 @@ def test_a_killed_keeper_leaves_nobody_behind(tmp_path: Path) -> None:
         keeper.send_signal(signal.SIGKILL)
         keeper.wait()
     wait_until(lambda: not child.is_running() or child.status() == "zombie")
+
+
+def test_a_kept_process_has_its_own_environment_on_top_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OURS", "kept")
+    program = "import os; print(os.environ['OURS'], os.environ['OWN'])"
+    kept = Kept("program", [sys.executable, "-c", program], tmp_path, environment={"OWN": "added"})
+    kept.start()
+    wait_until(lambda: not kept.is_running)
+    assert kept.log_tail() == "kept added"

@@ -193,11 +193,13 @@ def test_a_broken_tokenizer_is_a_reason_not_a_crash(folder: Path, tmp_path: Path
         run_import(folder, tmp_path)
 
 
-def run_process(spec: dict[str, object], out: Path) -> tuple[int, list[RunLine]]:
+def run_process(
+    spec: dict[str, object], out: Path, prefix: tuple[str, ...] = ()
+) -> tuple[int, list[RunLine]]:
     path = out.with_suffix(".json")
     path.write_text(json.dumps(spec))
     done = subprocess.run(
-        [sys.executable, "-m", "worker.importing", str(path), "--out", str(out)],
+        [*prefix, sys.executable, "-m", "worker.importing", str(path), "--out", str(out)],
         capture_output=True,
         text=True,
         check=False,
@@ -215,6 +217,15 @@ def test_the_process_says_only_lines_and_ends_with_its_verdict(folder: Path, tmp
     assert status == 1
     assert isinstance(lines[-1], ErrorLine)
     assert (lines[-1].code, "pytorch_model.bin" in lines[-1].message) == ("unsafe_file", True)
+
+
+def test_an_import_that_fills_the_disk_does_not_blame_the_model(folder: Path, tmp_path: Path) -> None:
+    spec: dict[str, object] = {"format": "folder", "source_path": str(folder), "num_threads": 1}
+    limit = ("prlimit", "--fsize=4096")  # the kernel refuses longer files as it does on a full disk
+    status, lines = run_process(spec, tmp_path / "out", limit)
+    assert status == 1
+    assert isinstance(lines[-1], ErrorLine)
+    assert (lines[-1].code, "free some disk" in lines[-1].message) == ("disk_full", True)
 
 
 def test_a_bert_with_no_more_than_a_vocabulary_is_taken(tiny_bert_dir: Path, tmp_path: Path) -> None:

@@ -172,3 +172,14 @@ def test_what_is_wrong_is_said_once(spec: Json, tmp_path: Path) -> None:
         lines = finish(process)
     assert process.returncode == 1
     assert [line.code for line in lines if isinstance(line, ErrorLine)] == ["invalid_training_file"]
+
+
+def test_a_full_disk_under_any_process_is_said(spec: Json, tmp_path: Path, folder: Path) -> None:
+    with start(spec | {"cache_dir": str(tmp_path / "cache")}, tmp_path / "out") as process:
+        read_until(process, StageLine)
+        ranks = psutil.Process(process.pid).children()
+        other = next(rank for rank in ranks if rank.cmdline()[-2:] == ["--rank", "1"])
+        other.rlimit(psutil.RLIMIT_FSIZE, (64, 64))  # the kernel refuses as it does on a full disk
+        lines = finish(process)
+    assert process.returncode != 0
+    assert [line.code for line in lines if isinstance(line, ErrorLine)] == ["disk_full"]

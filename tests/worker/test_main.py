@@ -85,3 +85,15 @@ def test_the_engine_runs_on_a_card_where_there_is_one() -> None:
     assert choose_device("auto", has_cuda=False) == choose_device("cpu", has_cuda=True) == "cpu"
     with pytest.raises(SystemExit, match="STILLHOUSE_SERVE_DEVICE"):
         choose_device("cuda", has_cuda=False)
+
+
+@pytest.mark.parametrize("role", ["train", "serve"])
+def test_a_worker_that_is_given_a_device_that_is_not_there_says_so(
+    monkeypatch: pytest.MonkeyPatch, role: str
+) -> None:
+    name = f"STILLHOUSE_{role.upper()}_CUDA_DEVICES"
+    monkeypatch.setenv(name, "7000")
+    command = [sys.executable, "-m", "worker.main", role]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert f"{name} is 7000" in done.stderr

@@ -216,3 +216,10 @@ def test_threads_of_a_run_sleep_at_barriers_unless_the_operator_says_otherwise(
     assert child_environment(job, Settings())["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert child_environment(job, Settings())["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT"])
+def test_a_run_that_died_of_a_full_disk_is_told_from_a_lost_one(start: Start, number: str) -> None:
+    process = start(f"import errno, os; raise OSError(errno.{number}, os.strerror(errno.{number}))")
+    lines_until_over(process)
+    assert process.describe_death()[1] == "disk_full"

@@ -1,13 +1,19 @@
 import json
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
+import torch
 
 from tests.tiny import save_tiny
+from tests.worker.memory_sink import FaultAtStage, MemorySink
+from worker.distill.checkpoint import load_state
 from worker.distill.progress import (
     CheckpointLine,
     ErrorLine,
@@ -17,8 +23,11 @@ from worker.distill.progress import (
     StoppedLine,
     run_line,
 )
+from worker.distill.spec import RunSpec
 from worker.gguf import check_gguf
 from worker.model_facts import model_facts
+from worker.run import run
+from worker.serve.loading import load_model
 
 Json = dict[str, Any]  # Any: open-ended JSON
 
@@ -136,3 +145,107 @@ def test_a_crash_has_no_error_line(spec: Json, tmp_path: Path) -> None:
     lines = finish(process)
     assert process.returncode not in (0, None)
     assert not [line for line in lines if isinstance(line, ErrorLine)]
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A run sets these for its process; the other tests of this one must not see it."""
+    num_threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    torch.set_num_threads(num_threads)
+    torch.use_deterministic_algorithms(is_deterministic)
+
+
+def result_of(sink: MemorySink) -> Json:
+    (line,) = [line for line in sink.lines if isinstance(line, ResultLine)]
+    return line.result
+
+
+def run_with_fault(spec: Json, out: Path, stage: str, break_it: Callable[[], object]) -> FaultAtStage:
+    """Runs the spec in this process, with a fault that begins with a stage."""
+    sink = FaultAtStage(stage, break_it)
+    run(RunSpec.model_validate(spec), out, sink, lambda: False)
+    return sink
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize(
+    "stage", ["loading_models", "generating_teacher_data", "training", "evaluating", "exporting"]
+)
+def test_a_full_disk_ends_every_stage_with_the_same_error(spec: Json, tmp_path: Path, stage: str) -> None:
+    questions = [{"prompt": f"Who keeps house number {i}?"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in questions))
+    spec["distillation"]["export"] = ["gguf_f16"]
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill_disk() -> None:  # the kernel refuses longer files as it does on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+
+    sink = run_with_fault(spec, tmp_path / "out", stage, fill_disk)
+    (error,) = [line for line in sink.lines if isinstance(line, ErrorLine)]
+    assert (error.code, sink.lines[-1]) == ("disk_full", error)
+    assert "free some disk" in error.message
+    assert not [line for line in sink.lines if isinstance(line, ResultLine)]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_failed_evaluation_leaves_the_student_and_the_result_names_what_is_missing(
+    spec: Json, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    teacher = shutil.copytree(tiny_llama_dir, tmp_path / "teacher")
+    spec |= {"teacher_dir": str(teacher), "start_dir": str(teacher)}
+
+    def damage_teacher() -> None:
+        (teacher / "model.safetensors").write_bytes(b"damaged")
+
+    sink = run_with_fault(spec, tmp_path / "out", "evaluating", damage_teacher)
+    (missing,) = result_of(sink)["missing"]
+    assert (missing["part"], missing["code"]) == ("evaluation", "evaluation_failed")
+    assert result_of(sink)["num_steps"] > 0
+    (warning,) = [line for line in sink.warnings if line.data.get("part") == "evaluation"]
+    assert "the student is registered without" in warning.message
+    assert load_model(tmp_path / "out" / "student").num_bytes > 0
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_gate_is_not_passed_without_an_evaluation(spec: Json, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    teacher = shutil.copytree(tiny_llama_dir, tmp_path / "teacher")
+    spec |= {"teacher_dir": str(teacher), "start_dir": str(teacher)}
+    spec["distillation"]["evaluation"]["gate"] = {"metric": "kl", "at_most": 1e9}
+    weights = (teacher / "model.safetensors").read_bytes()
+
+    def damage_teacher() -> None:
+        (teacher / "model.safetensors").write_bytes(b"damaged")
+
+    sink = run_with_fault(spec, tmp_path / "out", "evaluating", damage_teacher)
+    error = sink.lines[-1]
+    assert isinstance(error, ErrorLine)
+    assert error.code == "evaluation_failed"
+    assert "resume the job" in error.message
+    assert any("counts as not passed" in warning.message for warning in sink.warnings)
+    (teacher / "model.safetensors").write_bytes(weights)  # the cause is gone: the job is resumed
+    newest = max((tmp_path / "out").glob("step-*"), key=lambda folder: load_state(folder).job_step)
+    again = MemorySink()
+    assert run(RunSpec.model_validate(spec | {"resume_dir": newest}), tmp_path / "again", again, never) == 0
+    assert isinstance(again.lines[-1], ResultLine)
+    assert again.lines[-1].result["student"]["kl"] > 0
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_failed_export_leaves_the_student_and_the_other_exports(spec: Json, tmp_path: Path) -> None:
+    spec["distillation"]["export"] = ["gguf_f16", "gguf_q8_0"]
+    sink = run_with_fault(
+        spec, tmp_path / "out", "exporting", lambda: (tmp_path / "out" / "student-f16.gguf").mkdir()
+    )
+    (missing,) = result_of(sink)["missing"]
+    assert (missing["part"], missing["code"]) == ("gguf_f16", "export_failed")
+    assert [made["format"] for made in result_of(sink)["exports"]] == ["gguf_q8_0"]
+    assert isinstance(sink.lines[-1], ResultLine)
+    assert sink.lines[-1].files == ("student-q8_0.gguf",)
+    assert [line.data.get("part") for line in sink.warnings] == ["gguf_f16"]
+
+
+def never() -> bool:
+    return False

@@ -455,6 +455,26 @@ def test_a_run_without_disk_is_paused_with_its_checkpoints_and_can_be_resumed(
     assert (job(job_id).status, job(job_id).attempt) == ("succeeded", 2)
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_store_without_room_for_a_checkpoint_pauses_the_job(
+    tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(number, "refused")
+
+    job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=600, checkpoint_steps=100)
+    with supervised(job_id) as watched:
+        watched.wait_for_checkpoint()
+        monkeypatch.setattr("os.fsync", refuse)  # of this process, which only writes into the store
+    monkeypatch.undo()
+    paused = job(job_id)
+    assert (paused.status, paused.num_losses, paused.error) == ("paused", 0, None)
+    assert "no room for the checkpoint at step" in messages(job_id)
+    assert "free some disk, then resume" in messages(job_id)
+    assert checkpoint_steps(job_id)
+    assert nothing_is_left(job_id)
+
+
 def test_a_worker_without_disk_counts_no_loss(tiny_llama_dir: Path, tmp_path: Path) -> None:
     job_id = add_distillation(tiny_llama_dir, tmp_path)
     lease = ledger.claim("test")

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from app.local_copies import lock_path
+from worker.disk import is_disk_full
 
 MARK_BYTES = 8
 NAME_BYTES = 16
@@ -117,7 +118,7 @@ def open_cache(
         try:
             _create(path, names, sizes)
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if is_disk_full(error):
                 return None
             raise
 

@@ -6,7 +6,6 @@
 is written under another name, synced, and renamed.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from app.crash import crash_point
 from app.distillation import Precision
+from worker.disk import is_disk_full
 from worker.distill.errors import CorruptCheckpoint, DiskFull
 from worker.distill.lora import lora_tensors, merged
 
@@ -32,7 +32,6 @@ ADAPTERS = "adapters.safetensors"  # of a LoRA student, whose model folder has t
 PROJECTIONS = "projections.safetensors"  # between layers of unequal width, no part of the student
 SPARE_BYTES = 32 * 2**20  # tokenizer, configuration, state, and what the file system wants for itself
 REPLAY = "replay.jsonl"  # the newest of the student's own answers
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last is a limit of ours on the size of a file
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -112,7 +111,7 @@ def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
         crash_point("trainer.synced")
     except Exception as e:
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_for_want_of_room(e):
+        if is_disk_full(e):
             raise DiskFull(f"no room for a checkpoint in {out}; free some disk, then resume the job") from e
         raise
     return folder
@@ -152,14 +151,21 @@ def load_optimizer(
     model: PreTrainedModel,
     projections: nn.Module | None = None,
 ) -> None:
-    """Puts back the moments of AdamW, the projections and the random state."""
+    """Restores AdamW's step and moments, the projections and the random state.
+
+    Fused and capturable optimizers want `step` on the parameter's device, others want it on the CPU.
+    """
     if projections is not None and (folder / PROJECTIONS).exists():
         projections.load_state_dict(load_file(folder / PROJECTIONS))
     tensors = load_file(folder / "optimizer.safetensors")
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in _trained(model, projections):
         if f"{name}.step" in tensors:
+            group = groups[parameter]
+            is_on_device = group["fused"] or group["capturable"]
+            step = tensors[f"{name}.step"].to(parameter.device if is_on_device else "cpu", torch.float32)
             moments = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in MOMENTS}
-            optimizer.state[parameter] = {"step": tensors[f"{name}.step"], **moments}
+            optimizer.state[parameter] = {"step": step, **moments}
     random = load_file(folder / "rng.safetensors")
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
@@ -248,13 +254,6 @@ def _require_room(out: Path, snapshot: Snapshot) -> None:
             f"a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; free some disk, then "
             "resume the job"
         )
-
-
-def _is_for_want_of_room(error: Exception) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in NO_ROOM
-    # safetensors and tokenizers (a bare Exception) tell the system's error number in their text and nowhere else
-    return any(f"(os error {number})" in str(error) for number in NO_ROOM)
 
 
 def _link(source: str, target: str) -> str:

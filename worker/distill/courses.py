@@ -14,11 +14,14 @@ from app.distillation import Evaluation, Gate, Objective
 from worker.distill.answers import AnswerFile
 from worker.distill.checkpoint import TrainState, link_folder
 from worker.distill.data import Example
-from worker.distill.errors import GateFailed
+from worker.distill.errors import EvaluationFailed, GateFailed
+from worker.distill.evaluate import size_of
 from worker.distill.ladder import LESS_IS_BETTER, choose, passes
+from worker.distill.missing import MissingPart, attempt
 from worker.distill.pace import Throttle
 from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine, StageName
 from worker.distill.report import Judge, Tell
+from worker.distill.shapes import bare_model, read_config
 from worker.distill.signals import Signal
 from worker.distill.spec import RunSpec
 from worker.distill.students import StudentRecipe, plan_student
@@ -129,12 +132,13 @@ class Courses:
                 link_folder(setup.resume_dir / "finished" / str(number), folder)
 
     def run(self, answers: AnswerFile) -> Graduate:
-        """Raises GateFailed if no student passes, and what a training raises."""
+        """Raises GateFailed if no student passes, EvaluationFailed if that is unknown, and what a training raises."""
         gate = self.evaluation.gate
         if gate is not None and gate.metric in ("accuracy", "macro_f1") and self.judge.labels is None:
             raise GateFailed(
                 f"the targets are no labels, so there is no {gate.metric}; gate on rouge_l or kl"
             )
+        self._evaluate_again(answers)
         for number in range(len(self.state.finished), len(self.courses)):
             self._take(number, answers)
         entries = self.state.finished
@@ -142,32 +146,50 @@ class Courses:
         chosen = choose(entries, self.evaluation)
         if chosen is None:
             assert gate is not None
-            raise GateFailed(_why(gate, entries))
-        folder, baseline_dir = self._finished_dirs[chosen], None
-        if self.evaluation.ce_baseline:
-            baseline = replace(self.courses[chosen], is_baseline=True)
-            state, baseline_dir, _ = self._train(len(self.courses), baseline)
-            self.trained_tokens += state.trained_tokens
-        self._enter("evaluating", TAUGHT_PERCENT, JUDGED_PERCENT)
-        recipe = self.courses[chosen].recipe
+            raise _not_passed(gate, entries)
+        result = self._compare(chosen, answers)
         ladder = [{**entry, "chosen": number == chosen} for number, entry in enumerate(entries)]
-        if self._test_judge_for is None:
-            result = self.setup.ranks.from_first(
-                lambda: self.judge.report(recipe, folder, answers, baseline_dir)
-            )
-        else:
-            tested = self.setup.ranks.from_first(lambda: self._test(recipe, chosen, answers, baseline_dir))
-            result = {**tested["result"], "validation": {"student": _figures(entries[chosen])}}
-            ladder = [{**entry, "test": test} for entry, test in zip(ladder, tested["ladder"], strict=True)]
         has_test = self._test_judge_for is not None
+        if has_test:
+            result["validation"] = {"student": _figures(entries[chosen])}
+            tests = result.pop("test_ladder", None)  # None: the evaluation on the test rows failed
+            if tests is not None:
+                ladder = [{**entry, "test": test} for entry, test in zip(ladder, tests, strict=True)]
         judged = {"judged_on": "test" if has_test else "validation", "is_chosen_on_judged_rows": not has_test}
         trained = {name: entries[chosen][name] for name in TRAINED}
-        return Graduate(folder, {**result, **judged, **trained}, ladder)
+        return Graduate(self._finished_dirs[chosen], {**result, **judged, **trained}, ladder)
+
+    def _compare(self, chosen: int, answers: AnswerFile) -> Entry:
+        """Returns the report on the chosen student; `missing` lists what could not be made."""
+        baseline_dir, missing = None, list(self.state.finished[chosen].get("missing", []))
+        if self.evaluation.ce_baseline:
+            made = self._train_baseline(chosen)
+            if isinstance(made, MissingPart):
+                missing.append(self._warn_of(made, "the student is registered without it"))
+            else:
+                baseline_dir = made
+        recipe, folder = self.courses[chosen].recipe, self._finished_dirs[chosen]
+        if any(entry["part"] == "evaluation" for entry in missing):
+            return {**self.judge.entries(folder), "missing": missing}
+
+        def judge() -> Entry:
+            if self._test_judge_for is not None:
+                return self._test(recipe, chosen, answers, baseline_dir)
+            self._enter("evaluating", TAUGHT_PERCENT, JUDGED_PERCENT)
+            return self.judge.report(recipe, folder, answers, baseline_dir)
+
+        def report() -> Entry:
+            result = self._evaluated(judge, "the student is registered without the comparison")
+            return {**self.judge.entries(folder), **result} if "missing" in result else result
+
+        result = self.setup.ranks.from_first(report)
+        missing += result.get("missing", [])
+        return {**result, "missing": missing} if missing else result
 
     def _test(
         self, recipe: StudentRecipe, chosen: int, answers: AnswerFile, baseline_dir: Path | None
     ) -> Entry:
-        """Returns the report on the test rows, and an entry for each student of the ladder."""
+        """Returns the report on the test rows; `test_ladder` holds an entry for each student."""
         assert self._test_judge_for is not None
         self._enter("evaluating", TAUGHT_PERCENT, TEST_READY_PERCENT)
         judge = self._test_judge_for(self._tell_judging)
@@ -182,7 +204,51 @@ class Courses:
             ladder.append(judge.entry(folder, answers))
         self._enter("evaluating", percents[-2], percents[-1])
         result = judge.report(recipe, folders[chosen], answers, baseline_dir)
-        return {"result": {**result, "num_test_rows": len(judge.valid_rows)}, "ladder": ladder}
+        return {**result, "num_test_rows": len(judge.valid_rows), "test_ladder": ladder}
+
+    def _train_baseline(self, chosen: int) -> Path | MissingPart:
+        def train() -> Path:
+            baseline = replace(self.courses[chosen], is_baseline=True)
+            state, folder, _ = self._train(len(self.courses), baseline)
+            self.trained_tokens += state.trained_tokens
+            return folder
+
+        if self.setup.ranks.count > 1:  # after an error in one process the others wait for it
+            return train()
+        return attempt("ce_baseline", "baseline_failed", train)
+
+    def _evaluate(self, folder: Path, answers: AnswerFile) -> Entry:
+        """Returns a student's entry; if its evaluation fails, an entry of its size that says so."""
+        decision = "there is no gate, so the student is registered without its metrics"
+        if self.evaluation.gate is not None:
+            decision = "the gate counts as not passed"
+
+        def evaluate() -> Entry:
+            entry = self._evaluated(lambda: self.judge.entry(folder, answers), decision)
+            return {**size_of(bare_model(read_config(folder))), **entry} if "missing" in entry else entry
+
+        return self.setup.ranks.from_first(evaluate)
+
+    def _evaluate_again(self, answers: AnswerFile) -> None:
+        """Repeats evaluations that failed before the job was resumed."""
+        finished = list(self.state.finished)
+        for number, (entry, folder) in enumerate(zip(finished, self._finished_dirs, strict=True)):
+            if "missing" in entry:
+                kept = {name: entry[name] for name in (*TRAINED, "label", "trained_tokens")}
+                evaluation = self._evaluate(folder, answers)
+                finished[number] = {**evaluation, **kept, "passed": passes(self.evaluation.gate, evaluation)}
+        self.state = self.state.model_copy(update={"finished": tuple(finished)})
+
+    def _evaluated(self, evaluate: Callable[[], Entry], decision: str) -> Entry:
+        """Returns the evaluation, or an entry that names what is missing after an event with the decision."""
+        evaluation = attempt("evaluation", EvaluationFailed.code, evaluate)
+        if not isinstance(evaluation, MissingPart):
+            return evaluation
+        return {"missing": [self._warn_of(evaluation, decision)]}
+
+    def _warn_of(self, missing: MissingPart, decision: str) -> Entry:
+        self.sink(missing.event(decision))
+        return missing.model_dump()
 
     @property
     def _finished_dirs(self) -> tuple[Path, ...]:
@@ -196,11 +262,9 @@ class Courses:
         middle = self._percent(number, TRAINING_SHARE)
         self._enter("evaluating", middle, self._percent(number, 1.0))
 
-        def judge() -> Entry:
+        if self.setup.ranks.is_first:
             link_folder(best_dir, folder)  # outlives its checkpoint
-            return self.judge.entry(folder, answers)
-
-        entry = self.setup.ranks.from_first(judge)
+        entry = self._evaluate(folder, answers)
         entry = {
             "label": course.label,
             **entry,
@@ -267,8 +331,20 @@ class Courses:
 
 def _figures(entry: Entry) -> Entry:
     """A finished student's entry as its judge gave it."""
-    others = {"label", "passed", "trained_tokens", *TRAINED}
+    others = {"label", "passed", "trained_tokens", "missing", *TRAINED}
     return {name: value for name, value in entry.items() if name not in others}
+
+
+def _not_passed(gate: Gate, entries: Sequence[Entry]) -> GateFailed | EvaluationFailed:
+    """Returns the error for a job of which no student is known to pass."""
+    failed = [entry for entry in entries if "missing" in entry]
+    if not failed:
+        return GateFailed(_why(gate, entries))
+    labels, message = ", ".join(entry["label"] for entry in failed), failed[0]["missing"][0]["message"]
+    return EvaluationFailed(
+        f"the evaluation failed ({labels}; {message}), so the gate on {gate.metric} could not be checked and no student "
+        "is registered; the checkpoints are kept: remove the cause, then resume the job"
+    )
 
 
 def _why(gate: Gate, entries: Sequence[Entry]) -> str:

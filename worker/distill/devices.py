@@ -82,6 +82,13 @@ class Placement:
     is_tight: bool = False
 
     @property
+    def beside_student(self) -> tuple[str, torch.dtype]:
+        """Device and dtype of a model of the teacher's size that is loaded while the student is on its device."""
+        if self.is_teacher_first:
+            return "cpu", torch.float32
+        return self.teacher_device, self.teacher_dtype
+
+    @property
     def message(self) -> str:
         """For the job's events; empty where there was nothing to choose."""
         if self.device.name == "cpu":
@@ -97,6 +104,9 @@ class Placement:
         tight = "; by estimate the student alone is too large for the card" if self.is_tight else ""
         free = f"{self.device.free_bytes / GIB:.1f} GiB free"
         return f"device: {self.device.card} ({free}); student in {floats}; teacher in {dtype}, {where}{tight}"
+
+
+ON_CPU = Placement()
 
 
 def find_device(number: int = 0, precision: Precision | Auto = "auto") -> Device:

@@ -39,6 +39,12 @@ class GateFailed(DistillError):
     code = "gate_failed"
 
 
+class EvaluationFailed(DistillError):
+    """A gate could not be checked because the evaluation failed."""
+
+    code = "evaluation_failed"
+
+
 class DiskFull(DistillError):
     code = "disk_full"
 

@@ -106,14 +106,19 @@ class HeldOutRows:
         objective: TokenObjective,
         on_batch: Callable[[], None] = lambda: None,
     ) -> HeldOut:
-        """Teacher-forced, so every model sees the same prefixes. Without a teacher there is cross-entropy alone."""
+        """Measures a model under teacher forcing, so that every model sees the same prefixes.
+
+        Without a teacher there is cross-entropy alone. The loss is computed on the head's device and in its dtype,
+        whatever those of the model are.
+        """
 
         def measure_batch(batch: Batch) -> RowStats:
             numbers = [self.first_index + i for i in batch.indices]
             rows = None if teacher is None else teacher.rows(numbers)
-            hidden_NH = hidden_rows_alone(model, batch)
+            hidden_NH = hidden_rows_alone(model, batch).to(head.weight_VH)
+            targets_N = batch.targets_N.to(head.weight_VH.device)
             _, stats = fused_distillation_loss(
-                hidden_NH, head, batch.targets_N, rows, objective, denominator=1.0, keeps_rows=True
+                hidden_NH, head, targets_N, rows, objective, denominator=1.0, keeps_rows=True
             )
             on_batch()
             return stats
@@ -126,8 +131,9 @@ class HeldOutRows:
         def measure_batch(batch: Batch) -> RowStats:
             rows = teacher.rows([self.first_index + i for i in batch.indices])
             assert rows.hidden_NH is not None
+            targets_N = batch.targets_N.to(rows.hidden_NH.device)
             _, stats = fused_distillation_loss(
-                rows.hidden_NH, rows.head, batch.targets_N, rows, objective, denominator=1.0, keeps_rows=True
+                rows.hidden_NH, rows.head, targets_N, rows, objective, denominator=1.0, keeps_rows=True
             )
             return stats
 

@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from worker.distill.batches import Batch, collate
 from worker.distill.bodies import run_body
 from worker.distill.data import Example
+from worker.distill.devices import ON_CPU, Placement
 from worker.distill.layers import layer_counts, layer_stacks
 from worker.distill.lean_body import use_lean_body
 from worker.distill.packing import Packing, packing_of
@@ -39,7 +40,9 @@ RIDGE = 0.3  # of the mean square of an input: measured from 0.03 to 1
 WRITERS = frozenset(
     ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2", "o", "wo")
 )  # as the families call them
-MOST_OFF = 1e-3  # of the stream, where a layer ends, against the sum of what its writers wrote: rounding is far below
+# of the stream, where a layer ends, against the sum of what its writers wrote: rounding is far below it in float32
+MOST_OFF = 1e-3
+ROUNDINGS = 4  # of a lower dtype that this difference may reach
 NOT_PLAIN = "this family's layers do more with their states than add to them"
 
 Site = tuple[str, int, int]  # a stack of layers, a layer of it, one of that layer's writers
@@ -84,15 +87,20 @@ def fit_student(
     rows: Sequence[Example],
     rounds_to: torch.dtype,
     on_progress: Callable[[], None],
+    *,
+    placement: Placement = ON_CPU,
 ) -> Fit:
-    """Fits the model on the first of these rows. On a CPU the start's products round as the student's do."""
+    """Fits the model on the first of these rows. On a CPU the start's matmuls round as the student's do.
+
+    The start has the size of a teacher, so it is loaded where the placement has room for one beside the student.
+    """
     stacks = stacks_to_fit(recipe, model, read_config(recipe.start_dir))
     if not stacks:
         return Fit()
     begun = time.monotonic()
     asked = AUTO_ROWS if recipe.student.fit_rows == "auto" else recipe.student.fit_rows
     rows = rows[: rows_that_fit(rows[:asked], stacks, model)]
-    start = load_model(recipe.start_dir).to(model.device).requires_grad_(False)
+    start = load_start(recipe, placement)
     pack_weights(start, dtype=rounds_to)
     use_short_attention(start)
     use_lean_body(start)
@@ -101,6 +109,13 @@ def fit_student(
     except NoPlainStream as e:
         return Fit(why_not=str(e))
     return Fit(sum(len(stack.fitted) for stack in stacks), len(rows), time.monotonic() - begun)
+
+
+def load_start(recipe: StudentRecipe, placement: Placement) -> PreTrainedModel:
+    """Loads the model that the student's layers come from, beside the student."""
+    device, dtype = placement.beside_student
+    start: PreTrainedModel = load_model(recipe.start_dir, dtype).to(device)
+    return start.requires_grad_(False)
 
 
 def stacks_to_fit(recipe: StudentRecipe, student: PreTrainedModel, start: PretrainedConfig) -> list[Stack]:
@@ -148,16 +163,20 @@ def fit_layers(
     `on_progress` is called at every writer, and may raise. Raises NoPlainStream before anything is moved.
     """
     batch = collate(rows, range(len(rows)), str(student.device))
-    packing = packing_of(student, batch, most_scores=MOST_SCORES)
+    start_batch, packing = batch, None
+    if (start.device, start.dtype) == (student.device, student.dtype):
+        packing = packing_of(student, batch, most_scores=MOST_SCORES)
+    else:  # both run the padded batch, so that their positions meet
+        start_batch = collate(rows, range(len(rows)), str(start.device))
     counts = _positions_that_count(student, batch, packing)
     wanted: dict[Site, Tensor] = {}
 
     def hear(site: Site, writer: nn.Module, inputs_PI: Tensor, stream_PH: Tensor) -> None:
-        wanted[site] = stream_PH[counts[site[0]]]
+        wanted[site] = stream_PH.to(student.device, student.dtype)[counts[site[0]]]
         on_progress()
 
     with _followed(start, {stack.name: stack.fitted.values() for stack in stacks}, hear):
-        run_body(start, batch, packing)
+        run_body(start, start_batch, packing)
     stands_for = {stack.name: stack.fitted for stack in stacks}
 
     def fit(site: Site, writer: nn.Module, inputs_PI: Tensor, stream_PH: Tensor) -> Tensor:
@@ -244,7 +263,8 @@ def _follow_layer(layer: nn.Module, name: str, number: int, visit: Visit) -> Ite
 
     def end(module: nn.Module, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
         out_PH = _flat(out if isinstance(out, Tensor) else out[0])
-        if (out_PH - stream_PH).norm() > MOST_OFF * out_PH.norm():
+        most_off = max(MOST_OFF, ROUNDINGS * torch.finfo(out_PH.dtype).eps)
+        if (out_PH - stream_PH).norm() > most_off * out_PH.norm():
             raise NoPlainStream(NOT_PLAIN)
 
     yield layer.register_forward_pre_hook(begin, with_kwargs=True)

@@ -1,5 +1,6 @@
 """A ladder of students: which of them pass the gate, and which one is registered."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,17 +23,19 @@ def passes(gate: Gate | None, figures: Figures) -> bool:
 
 
 def choose(ladder: Sequence[Figures], evaluation: Evaluation) -> int | None:
-    """The number of the student to register, None if none passes.
+    """Returns the number of the student to register, or None if no student passes.
 
-    The best is so by the gate's metric, without a gate by KL, or by loss where there is no KL; among equals the smallest.
+    The best student is the best by the gate's metric; without a gate by KL, or by loss where there is no KL. Among
+    equals the smallest is chosen. A student whose evaluation failed is chosen as the best only if no other passes.
     """
     passing = [i for i, figures in enumerate(ladder) if passes(evaluation.gate, figures)]
-    has_kl = all("kl" in figures for figures in ladder)
+    has_kl = all("kl" in figures for figures in ladder if "loss" in figures)
     metric = evaluation.gate.metric if evaluation.gate is not None else "kl" if has_kl else "loss"
     sign = 1 if metric in LESS_IS_BETTER else -1
 
     def rank(i: int) -> tuple[float, float]:
         size = ladder[i]["num_parameters"]
-        return (size, 0.0) if evaluation.choose == "smallest_passing" else (sign * ladder[i][metric], size)
+        value = sign * ladder[i][metric] if metric in ladder[i] else math.inf
+        return (size, 0.0) if evaluation.choose == "smallest_passing" else (value, size)
 
     return min(passing, key=rank, default=None)

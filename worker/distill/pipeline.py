@@ -18,6 +18,7 @@ from worker.distill.data import Example
 from worker.distill.devices import find_device
 from worker.distill.evaluate import HeldOut, HeldOutRows
 from worker.distill.heads import head_of
+from worker.distill.missing import MissingPart, attempt
 from worker.distill.objectives import TokenObjective
 from worker.distill.pace import Throttle
 from worker.distill.parallel import ALONE, Ranks
@@ -101,7 +102,8 @@ class Pipeline:
         rows = self.ranks.first_then_others(lambda: self._preparation().rows())
         self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
         courses = calibrated(courses, rows.train)
-        teacher = self.pair.cached_teacher(rows, courses[0].recipe)
+        # all processes have the cache that the first could make, or none has it
+        teacher = self.ranks.first_then_others(lambda: self.pair.cached_teacher(rows, courses[0].recipe))
         for note in teacher.notes:
             self.sink(MessageLine(message=note))
         with ExitStack() as open_teachers:
@@ -135,12 +137,11 @@ class Pipeline:
             return Outcome("student", graduate.result, taught.trained_tokens)
         link_folder(graduate.folder, self.out / "student")
         result = self._result(rows, graduate, num_computed)
-        files = self._draw(graduate) if self.block.student.ladder else ()
-        return Outcome("student", result, taught.trained_tokens, files)
+        return Outcome("student", result, taught.trained_tokens, self._ladder_files(graduate, result))
 
     def _result(self, rows: Rows, graduate: Graduate, num_computed: int) -> dict[str, Any]:
         """The public result: the judgement, and what the student was made of."""
-        result = {
+        return {
             **graduate.result,
             "num_train_rows": len(rows.train),
             "num_validation_rows": len(rows.valid),
@@ -150,7 +151,18 @@ class Pipeline:
             "num_teacher_rows_computed": num_computed,
             "teacher_passes": round(num_computed / len(rows.teacher), 3),
         }
-        return {**result, "ladder": graduate.ladder} if self.block.student.ladder else result
+
+    def _ladder_files(self, graduate: Graduate, result: dict[str, Any]) -> tuple[str, ...]:
+        """Adds the ladder, if any, to the result; returns its files."""
+        if not self.block.student.ladder:
+            return ()
+        result["ladder"] = graduate.ladder
+        files = attempt("ladder_plot", "plot_failed", lambda: self._draw(graduate))
+        if not isinstance(files, MissingPart):
+            return files
+        self.sink(files.event("the student is registered without it"))
+        result["missing"] = [*result.get("missing", []), files.model_dump()]
+        return ()
 
     def _draw(self, graduate: Graduate) -> tuple[str, ...]:
         """The ladder as files of the run's folder."""
@@ -160,7 +172,7 @@ class Pipeline:
             Rung(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])
             for entry in graduate.ladder
         ]
-        teacher = Rung(self.block.teacher, graduate.result["teacher"])
+        teacher = Rung(self.block.teacher, graduate.result.get("teacher", {}))
         paths = write_ladder(rungs, teacher, self.out, self.block.evaluation.gate)
         return tuple(path.name for path in paths)
 
@@ -293,6 +305,7 @@ class Pipeline:
             ranks=self.ranks,
             autocast=self.pair.card.autocast,
             rounds_to=self.pair.card.rounds_to,
+            placement=self.pair.placement,
             rollouts=plan_rollouts(self.spec, rows, len(tokenizer), self.sampler_for),
             features=self.pair.features(rows),
         )
@@ -301,10 +314,11 @@ class Pipeline:
         objective = TokenObjective.from_objective(self.block.objective)
         tokens, num_train = batch_tokens_of(self.block.hyperparameters), len(rows.train)
 
-        def held_out(examples: list[Example]) -> HeldOutRows:
-            return HeldOutRows(examples, first_index=num_train, batch_tokens=tokens, device=self.device)
+        def held_out(examples: list[Example], device: str) -> HeldOutRows:
+            return HeldOutRows(examples, first_index=num_train, batch_tokens=tokens, device=device)
 
-        valid, teachers_valid = held_out(rows.valid), held_out(rows.teacher[num_train:])
+        valid = held_out(rows.valid, self.device)
+        teachers_valid = held_out(rows.teacher[num_train:], self.pair.placement.teacher_device)
 
         def measure(model: PreTrainedModel) -> HeldOut:
             head = head_of(model, len(self.pair.student.tokenizer))
@@ -314,6 +328,11 @@ class Pipeline:
             if shape_of(model.config) == "masked":
                 return teachers_valid.measure_teacher(teacher, objective)
             head = head_of(model, len(self.pair.teacher.tokenizer))
+            if (head.weight_VH.device, head.weight_VH.dtype) != (
+                teacher.head.weight_VH.device,
+                torch.float32,
+            ):
+                head = teacher.head
             rows = None if self.pair.signal.has_ranks else teacher  # those are of some targets alone
             return teachers_valid.measure(model, head, rows, objective)
 
@@ -323,6 +342,7 @@ class Pipeline:
             teacher_view=View(teachers_valid.examples, self.pair.teacher.tokenizer, measure_teacher),
             valid_rows=rows.valid_rows,
             device=self.device,
+            load_teacher=self.pair.load_evaluated_teacher,
             sampler_for=self.sampler_for,
             on_progress=tell,
             warn=self._warn,

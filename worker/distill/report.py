@@ -59,8 +59,8 @@ class Judged:
 class Judge:
     """Judges models by the same rows and prompts, one after the other, so that one is in memory at a time.
 
-    The teacher is judged once, however many students are reported on. `on_progress` takes the share that is done and may
-    raise to stop; `warn` tells the user something.
+    The teacher is judged once, however many students are reported on. `load_teacher` puts it on the device and in the
+    dtype of the run's placement. `on_progress` takes the share that is done and may raise to stop; `warn` writes an event.
     """
 
     spec: RunSpec
@@ -68,6 +68,7 @@ class Judge:
     teacher_view: View
     valid_rows: Sequence[Row]
     device: str
+    load_teacher: Build
     sampler_for: Callable[[PreTrainedModel], Sampler]
     on_progress: Tell
     warn: Callable[[str], None]
@@ -90,7 +91,9 @@ class Judge:
         for number, (name, folder) in enumerate(students.items(), start=1):
             tell = self._tell_of(number, num_models)
             judged[name] = (
-                self._judge(recipe.build, tell) if folder is None else self._judge_folder(folder, tell)
+                self._judge(lambda: recipe.build().to(self.device), tell)
+                if folder is None
+                else self._judge_folder(folder, tell)
             )
         entries = {name: model.entry for name, model in judged.items()}
         return {
@@ -109,6 +112,11 @@ class Judge:
         """A student's own entry; it, and the teacher, will not be judged again."""
         self._judge_teacher(self._tell_of(0, 2), answers)
         return self._judge_folder(best_dir, self._tell_of(1, 2)).entry
+
+    def entries(self, best_dir: Path) -> Entry:
+        """Returns the entries that exist so far, for a report that failed."""
+        judged = {"teacher": self._teacher, "student": self._folders.get(best_dir)}
+        return {name: model.entry for name, model in judged.items() if model is not None}
 
     @cached_property
     def metrics(self) -> frozenset[str]:
@@ -153,12 +161,12 @@ class Judge:
 
     def _judge_teacher(self, tell: Tell, answers: AnswerFile) -> Judged:
         if self._teacher is None:
-            self._teacher = self._judge(lambda: load_model(self.spec.teacher_dir), tell, answers)
+            self._teacher = self._judge(self.load_teacher, tell, answers)
         return self._teacher
 
     def _judge_folder(self, folder: Path, tell: Tell) -> Judged:
         if folder not in self._folders:
-            self._folders[folder] = self._judge(lambda: load_model(folder), tell)
+            self._folders[folder] = self._judge(lambda: load_model(folder).to(self.device), tell)
         tell(1.0)
         return self._folders[folder]
 
@@ -166,7 +174,7 @@ class Judge:
         """Only the teacher has a file of answers."""
         is_teacher = teachers_file is not None
         view = self.teacher_view if is_teacher else self.student_view
-        model = build().to(self.device).requires_grad_(False)
+        model = build().requires_grad_(False)
         pack_weights(model)
         figures = held_out_figures(view.measure(model), self.metrics, self.groups)
         entry: Entry = size_of(model)

@@ -175,6 +175,11 @@ class CachedTeacher:
         self.num_computed = 0
 
     @property
+    def head(self) -> Head:
+        """The teacher's head in float32, where the loss is computed."""
+        return self._head
+
+    @property
     def is_cached(self) -> bool:
         """Whether there is room for all rows on disk."""
         return self._cache is not None
@@ -276,6 +281,8 @@ def cached_teacher(
         if cache_bytes(sizes) <= budget_bytes:
             family, names = _family(identity, row_format, head), [_name(example) for example in examples]
             cache = open_cache(folder, family, names, sizes, budget_bytes=budget_bytes)
+            if cache is None:
+                note = "the disk has no room for the teacher's rows: it runs at every step, which is slower"
             return CachedTeacher(load, head, examples, cache, row_format, note, masks)
     note = "the teacher's rows do not fit in the cache's budget: it runs at every step, which is slower"
     return CachedTeacher(load, head, examples, None, None, note, masks)

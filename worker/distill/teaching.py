@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -129,10 +130,30 @@ class Teaching:
             return Placement(self.card, "cuda", dtype, is_tight=True)
         return placed
 
+    def load_evaluated_teacher(self) -> PreTrainedModel:
+        """Returns the teacher for the evaluation, on the placement's device and in its dtype.
+
+        On a CPU it is loaded again, because the copy that teaches may round its matmuls to bfloat16.
+        """
+        if self.card.name != "cpu":
+            return self._load()
+        placed = self.placement
+        teacher: PreTrainedModel = load_model(self.spec.teacher_dir, placed.teacher_dtype)
+        return teacher.to(placed.teacher_device)
+
+    @cached_property
+    def _loaded(self) -> WeakValueDictionary[str, PreTrainedModel]:
+        """The teacher, for as long as somebody uses it."""
+        return WeakValueDictionary()
+
     def _load(self) -> PreTrainedModel:
         placed = self.placement
+        loaded = self._loaded.get("teacher")
+        if loaded is not None and self.card.name != "cpu":  # a card has no room for two
+            return loaded
         teacher = load_model(self.teacher_dir, placed.teacher_dtype).to(placed.teacher_device)
         pack_weights(teacher, dtype=self.card.rounds_to, but=teacher.get_output_embeddings())
+        self._loaded["teacher"] = teacher
         return teacher.requires_grad_(False)
 
     @property

@@ -24,6 +24,7 @@ from worker.distill.checkpoint import (
     save_checkpoint,
 )
 from worker.distill.data import Example
+from worker.distill.devices import ON_CPU, Placement
 from worker.distill.errors import NanLoss
 from worker.distill.evaluate import HeldOut, HeldOutRows
 from worker.distill.features import FeaturePlan, Features
@@ -84,6 +85,7 @@ class Setup:
     ranks: Ranks = ALONE
     autocast: torch.dtype | None = None  # what the student's body trains in, if not in its weights' float32
     rounds_to: torch.dtype = torch.float32  # the same of its products, on a CPU
+    placement: Placement = ON_CPU  # of the teacher, and of a model of its size beside the student
 
 
 def batch_tokens_of(h: Hyperparameters) -> int:
@@ -182,7 +184,14 @@ class Trainer:
         """The layers of a student that lost some, before its first step."""
         order = chain.from_iterable(reversed(self.plan.epoch(0)))  # a short training never sees those
         rows = [self.setup.train[number] for number in order]
-        fit = fit_student(self.model, self.setup.recipe, rows, self.setup.rounds_to, self._while_working)
+        fit = fit_student(
+            self.model,
+            self.setup.recipe,
+            rows,
+            self.setup.rounds_to,
+            self._while_working,
+            placement=self.setup.placement,
+        )
         self._update(num_fitted_layers=fit.num_layers)
         if fit.message:
             self.sink(MessageLine(message=fit.message))

@@ -154,11 +154,12 @@ def test_leftovers_of_dead_runs_are_removed_after_an_hour(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == [".fresh.1"]
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_gives_no_cache_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def full(descriptor: int, offset: int, length: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, "refused")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     assert open_cache(tmp_path, "a", NAMES, SIZES, budget_bytes=2**20) is None

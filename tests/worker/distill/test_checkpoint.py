@@ -190,3 +190,26 @@ def test_the_best_student_outlives_its_own_checkpoint(make_snapshot: MakeSnapsho
     shutil.rmtree(best.parent)
     load_state(later)
     assert (later / "best" / "model.safetensors").read_bytes() == weights
+
+
+@pytest.mark.parametrize("kind", ["fused", "capturable"])
+def test_a_loaded_optimizer_lies_where_torch_wants_it(
+    make_snapshot: MakeSnapshot, tmp_path: Path, kind: str
+) -> None:
+    folder = save_checkpoint(tmp_path, make_snapshot())
+    model = make_snapshot().model.to("meta")  # stands for a card
+    optimizer = torch.optim.AdamW(model.parameters(), fused=kind == "fused", capturable=kind == "capturable")
+    load_optimizer(folder, optimizer, model)
+    assert optimizer.state
+    for parameter, state in optimizer.state.items():
+        assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
+        assert {tensor.device for tensor in state.values()} == {parameter.device}
+        assert state["step"].dtype == torch.float32
+
+
+def test_a_plain_optimizer_counts_its_steps_on_the_cpu(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path, make_snapshot())
+    model = make_snapshot().model.to("meta")
+    optimizer = torch.optim.AdamW(model.parameters())
+    load_optimizer(folder, optimizer, model)
+    assert {state["step"].device.type for state in optimizer.state.values()} == {"cpu"}

@@ -15,6 +15,7 @@ from tests.tiny import save_tiny
 from worker.distill.batches import collate
 from worker.distill.bodies import decoder_states
 from worker.distill.data import Example
+from worker.distill.devices import Device, Placement
 from worker.distill.fitting import (
     RIDGE,
     WRITERS,
@@ -22,6 +23,7 @@ from worker.distill.fitting import (
     NoPlainStream,
     fit_layers,
     fit_student,
+    load_start,
     ridge,
     rows_that_fit,
     stacks_to_fit,
@@ -264,3 +266,27 @@ def test_a_model_of_another_kind_says_so_before_anything_moves(tmp_path: Path) -
         fit_layers(
             model, start, stacks_to_fit(recipe, model, model.config), rows_for("bart", 4), lambda: None
         )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_start_in_bfloat16_fits_nearly_as_well(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / family, family)
+    recipe, rows, start = planned(folder), rows_for(family, 24), load_model(folder)
+    plain, exact, rounded = (load_student(recipe, None, seed=0) for _ in range(3))
+    fit(exact, recipe, rows)
+    placement = Placement(teacher_dtype=torch.bfloat16)
+    done = fit_student(rounded, recipe, rows, torch.float32, lambda: None, placement=placement)
+    assert done.num_layers > 0
+    distances = [distance(model, start, rows) for model in (plain, exact, rounded)]
+    assert distances[2] - distances[1] < 0.1 * (distances[0] - distances[1])
+
+
+@pytest.mark.parametrize(
+    ("is_teacher_first", "wanted"), [(False, ("meta", torch.bfloat16)), (True, ("cpu", torch.float32))]
+)
+def test_the_start_is_loaded_where_there_is_room_beside_the_student(
+    tiny_llama_dir: Path, *, is_teacher_first: bool, wanted: tuple[str, torch.dtype]
+) -> None:
+    placement = Placement(Device("cuda"), "meta", torch.bfloat16, is_teacher_first=is_teacher_first)
+    start = load_start(planned(tiny_llama_dir), placement)
+    assert {(p.device.type, p.dtype) for p in start.parameters()} == {wanted}

@@ -45,3 +45,11 @@ def test_the_smallest_passing_or_the_best_is_chosen(evaluation: dict[str, Any], 
 def test_without_kl_the_best_is_the_one_with_the_least_loss() -> None:
     ladder = [{"num_parameters": 1, "loss": 2.0}, {"num_parameters": 2, "loss": 1.0}]
     assert choose(ladder, Evaluation(choose="best")) == 1
+
+
+def test_a_student_without_an_evaluation_is_not_the_best() -> None:
+    unmeasured = {"num_parameters": 100, "missing": [{"part": "evaluation"}]}
+    assert choose([unmeasured, *LADDER], Evaluation(choose="best")) == 3
+    gate = Gate(metric="kl", at_most=9.0)
+    assert choose([unmeasured, *LADDER], Evaluation(gate=gate)) == 2
+    assert choose([unmeasured], Evaluation(choose="best")) == 0

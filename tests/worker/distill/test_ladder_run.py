@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.worker.memory_sink import MemorySink
+from tests.worker.memory_sink import FaultAtStage, MemorySink
 from worker.distill.checkpoint import load_state
-from worker.distill.errors import GateFailed, NanLoss, StudentTooDeep
+from worker.distill.errors import EvaluationFailed, GateFailed, NanLoss, StudentTooDeep
 from worker.distill.pipeline import Outcome, distil
 from worker.distill.progress import CheckpointLine, MessageLine, MetricsLine, ProgressLine, StageLine
 from worker.distill.spec import RunSpec
@@ -246,3 +246,46 @@ def test_a_loss_that_is_no_number_in_a_later_course_leaves_the_last_checkpoint(
     last = lines(sink, CheckpointLine)[-1]
     assert last.step == 6
     assert load_state(tmp_path / "out" / last.folder).step == 6
+
+
+def test_evaluations_that_failed_are_repeated_when_the_job_is_resumed(
+    run_job: Run, make_spec: MakeSpec, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny_llama_dir, tmp_path / "teacher")
+    block = ladder(1, 2, gate={"metric": "kl", "at_most": 1e9})
+    folders = {"teacher_dir": teacher, "start_dir": tiny_llama_dir}
+    spec = make_spec(block, spec=folders, **STEPS)
+    teachers_weights = teacher / "model.safetensors"
+    content = teachers_weights.read_bytes()
+    sink = FaultAtStage("evaluating", lambda: teachers_weights.write_bytes(b"damaged"))
+    with pytest.raises(EvaluationFailed, match="1 layer, 2 layers"):
+        run_job(spec, sink=sink)
+    teachers_weights.write_bytes(content)
+    newest = max((tmp_path / "out").glob("step-*"), key=lambda folder: load_state(folder).job_step)
+    resumed, _ = run_job(spec.model_copy(update={"resume_dir": newest}), out="resumed")
+    assert [entry["passed"] for entry in resumed.result["ladder"]] == [True, True]
+    assert all(entry["kl"] > 0 for entry in resumed.result["ladder"])
+    assert "missing" not in resumed.result
+
+
+def test_a_baseline_that_fails_leaves_the_student(run_job: Run, make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec({"evaluation": {**JUDGED, "ce_baseline": True}}, **STEPS)
+    sink = BreakBaseline(tmp_path / "out")
+    outcome, _ = run_job(spec, sink=sink)
+    (missing,) = outcome.result["missing"]
+    assert (missing["part"], missing["code"]) == ("ce_baseline", "baseline_failed")
+    assert outcome.result["student"]["kl"] > 0
+    assert weights(tmp_path / "out" / "student")
+
+
+class BreakBaseline(MemorySink):
+    """Puts a file where the baseline's first checkpoint is to be written."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.out = out
+
+    def __call__(self, line: Any, /) -> None:  # Any: a RunLine
+        super().__call__(line)
+        if isinstance(line, MessageLine) and "baseline" in line.message:
+            (self.out / ".step-10.partial").write_text("in the way")

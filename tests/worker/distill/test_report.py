@@ -58,6 +58,7 @@ class Bench:
             teacher_view=View(self.examples, tokenizer, self.measure),
             valid_rows=rows,
             device="cpu",
+            load_teacher=lambda: load_model(spec.teacher_dir),
             sampler_for=lambda model: Counting(EngineSampler(model), self.asked),
             on_progress=self.shares.append,
             warn=self.warnings.append,
@@ -244,7 +245,7 @@ def test_encoder_decoders_are_judged_by_their_answers_to_the_source(
 
 def test_a_masked_teacher_is_not_asked(make_bench: MakeBench, student_dir: Path, tiny_bert_dir: Path) -> None:
     bench = make_bench(LONG)
-    bench.judge.spec = bench.spec.model_copy(update={"teacher_dir": tiny_bert_dir})
+    bench.judge.load_teacher = lambda: load_model(tiny_bert_dir)
     zeros = HeldOut(torch.zeros(6, 4, dtype=torch.float64), torch.ones(6, dtype=torch.int64))
     bench.judge.teacher_view = replace(bench.judge.teacher_view, measure=lambda model: zeros)
     report = bench.report(student_dir)

@@ -1,0 +1,33 @@
+"""Which CUDA devices a worker, and every process that it starts, may use.
+
+CUDA_VISIBLE_DEVICES restricts them. The settings STILLHOUSE_TRAIN_CUDA_DEVICES and STILLHOUSE_SERVE_CUDA_DEVICES
+replace it for the workers of a role. Numbers in them are those of nvidia-smi.
+"""
+
+import subprocess
+import sys
+
+from app.processes import set_environment
+
+
+def restrict_to(devices: str) -> None:
+    """Hides all other devices from this process and its children. To be called before CUDA is initialised."""
+    if devices:
+        set_environment({"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
+
+
+def require(devices: str, num_visible: int, setting: str) -> None:
+    """Exits if a listed device does not exist: CUDA would ignore it and those after it, without an error."""
+    num_listed = len(devices.split(",")) if devices else 0
+    if num_listed > num_visible:
+        sys.exit(
+            f"{setting} is {devices}, and torch sees {num_visible} of these {num_listed} CUDA devices here; "
+            "name devices that nvidia-smi -L lists, each of them once"
+        )
+
+
+def count_in_child() -> int:
+    """Returns the number of visible devices, without importing torch into this process."""
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout)
