@@ -16,7 +16,7 @@ NUM_SLOTS, SLOT_TOKENS = (
     64,
     512,
 )  # as many answers at once as the bench has callers; prompt and answer in each
-KIND_OF: dict[str, Kind] = {"float32": "f32", "float16": "f16"}
+KIND_OF: dict[str, Kind] = {"float32": "f32", "float16": "f16", "int8": "q8_0"}
 SETTINGS = (
     "BUILD_SHARED_LIBS",
     "LLAMA_OPENSSL",

@@ -32,18 +32,21 @@ from bench.pair_models import THINGS
 from bench.servers import NotInstalled, Server, peak_bytes_of_children, serving
 from bench.steps import prepare
 
-OURS = Server("ours")
+OURS, OURS_INT8 = Server("ours"), Server("ours", "int8")
 SERVERS = (
     OURS,
+    OURS_INT8,
     Server("transformers_serve", "float32"),
     Server("transformers_serve", "bfloat16"),
     Server("vllm", "float32"),
     Server("vllm", "bfloat16"),
     Server("llama_cpp", "float32"),
     Server("llama_cpp", "float16"),
+    Server("llama_cpp", "int8"),
 )
 QUICK_SERVERS = (
     OURS,
+    OURS_INT8,
     Server("transformers_serve", "float32"),
     Server("transformers_serve", "bfloat16"),
     Server("vllm", "bfloat16"),
@@ -192,11 +195,15 @@ def over(turns: list[Entry]) -> Entry:
 
 
 def figures(contenders: Entry, inside: Entry) -> Entry:
-    """Against the better float of each peer; None where the peer was not measured."""
+    """Ratios to the faster float dtype of each peer, and of our int8 to llama.cpp's; None if the peer was not measured."""
     ours = contenders["ours"]["loads"]
-    found: Entry = {}
+    found: Entry = int8_figures(contenders)
     for peer in PEERS:
-        theirs = [c["loads"] for name, c in contenders.items() if name.startswith(peer)]
+        theirs = [
+            c["loads"]
+            for name, c in contenders.items()
+            if name.startswith(peer) and not name.endswith("int8")
+        ]
         for n in map(str, RATIO_CALLERS):
             best = max((loads[n]["tokens_per_second"] for loads in theirs), default=None)
             ratio = None if best is None else round(ours[n]["tokens_per_second"] / best, 2)
@@ -207,6 +214,20 @@ def figures(contenders: Entry, inside: Entry) -> Entry:
         )
     seconds_a_step = FLOOR_CALLERS / ours[str(FLOOR_CALLERS)]["tokens_per_second"]
     found["fraction_of_gemm_floor_32"] = round(inside["step_floor_ms"] / 1000 / seconds_a_step, 3)
+    return found
+
+
+def int8_figures(contenders: Entry) -> Entry:
+    """Tokens/s of our int8 model over those of llama.cpp's Q8_0, and over those of our default."""
+    found: Entry = {}
+    for key, name in (("llama_cpp_q8_0", "llama_cpp-int8"), ("ours", "ours")):
+        for n in map(str, RATIO_CALLERS):
+            rates = [
+                contenders[each]["loads"][n]["tokens_per_second"]
+                for each in ("ours-int8", name)
+                if each in contenders
+            ]
+            found[f"ratio_int8_vs_{key}_{n}"] = round(rates[0] / rates[1], 2) if len(rates) == 2 else None
     return found
 
 

@@ -40,21 +40,21 @@ class NotInstalled(ChildFailed):
 
 @dataclass(frozen=True)
 class Server:
-    """One contender: a peer in one float."""
+    """One contender: a server and the dtype of its weights; "auto" is ours alone, and what it serves by default."""
 
     peer: Peer
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
 
     @property
     def name(self) -> str:
-        return self.peer if self.peer == "ours" else f"{self.peer}-{self.dtype}"
+        return self.peer if self.dtype == "auto" else f"{self.peer}-{self.dtype}"
 
 
 @contextmanager
 def serving(server: Server, model_dir: Path, work: Path, num_threads: int) -> Iterator[Target]:
     """The server, ready to answer, until the block ends. Raises NotInstalled, or ChildFailed if it does not start."""
     if server.peer == "ours":
-        with _our_service(model_dir, work, num_threads) as target:
+        with _our_service(server, model_dir, work, num_threads) as target:
             yield target
         return
     program = install(server.peer, work)
@@ -135,13 +135,15 @@ def _environment(peer: Peer, work: Path) -> Path:
 
 
 @contextmanager
-def _our_service(model_dir: Path, work: Path, num_threads: int) -> Iterator[Target]:
+def _our_service(server: Server, model_dir: Path, work: Path, num_threads: int) -> Iterator[Target]:
     os.environ["STILLHOUSE_NUM_THREADS"] = str(num_threads)
     data_dir = work / "service"
-    name = model_dir.name
+    name = model_dir.name if server.dtype == "auto" else f"{model_dir.name}-{server.dtype}"
     with running_service(data_dir, Console(quiet=True), "--train-workers", "1") as client:
         if all(model["id"] != name for model in client.get("/v1/models").json()["data"]):
             command = [sys.executable, "-m", "app.cli", "models", "import", str(model_dir), "--name", name]
+            run([*command, "--data-dir", str(data_dir)])
+            command = [sys.executable, "-m", "app.cli", "models", "serving", name, "--weights", server.dtype]
             run([*command, "--data-dir", str(data_dir)])
         wait_until_answering(client, name)
         yield Target(str(client.base_url).rstrip("/"), name, (data_dir / "api_key").read_text().strip())

@@ -36,7 +36,7 @@ def int8_kernels(num_inputs: int) -> Kernels | None:
 
 def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     """Returns integers from -127 to 127 [O, I] as int8, and the scales [O, B] in bfloat16."""
-    blocks_OBK = _padded(weight_OI.float(), 1, BLOCK_INPUTS).unflatten(1, (-1, BLOCK_INPUTS))
+    blocks_OBK = _padded(weight_OI.float(), 1, BLOCK_INPUTS).view(len(weight_OI), -1, BLOCK_INPUTS)
     tiny = torch.finfo(torch.bfloat16).tiny
     scale_OB = (blocks_OBK.abs().amax(-1) / LARGEST).clamp_(min=tiny).bfloat16()
     # a scale that was rounded down would take the largest weight out of range
@@ -47,7 +47,7 @@ def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 def pack_int8(weight_OI: Tensor) -> Tensor:
     """Quantises a weight and returns the bytes that `worker/native/int8.c` reads: [P, bytes of a panel]."""
     assert weight_OI.shape[1] % TILE_DEPTH == 0
-    return torch.cat([_pack_features(some_OI) for some_OI in weight_OI.split(PACKED_AT_ONCE)])
+    return torch.cat([_pack_features(some_OI) for some_OI in torch.split(weight_OI, PACKED_AT_ONCE)])
 
 
 def _pack_features(weight_OI: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _pack_features(weight_OI: Tensor) -> Tensor:
     # [panel, half of it, quarter of a line, feature, line, pair, input] becomes [panel, line, half, quarter, pair, feature, input].
     sizes = (num_panels, 2, 4, 4, num_in // 4, 2, 2)
     lines_PLB = bytes_OI.view(sizes).permute(0, 4, 1, 2, 5, 3, 6).reshape(num_panels, num_in // 4, -1)
-    blocks = lines_PLB.split(BLOCK_INPUTS // 4, dim=1)
+    blocks = torch.split(lines_PLB, BLOCK_INPUTS // 4, dim=1)
     parts = [
         part
         for number, block in enumerate(blocks)

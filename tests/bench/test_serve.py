@@ -36,6 +36,21 @@ def test_ratios_are_against_the_better_float_of_a_peer_at_each_number_of_callers
     assert overhead_ms([]) is None  # our own service failed
 
 
+def test_the_int8_ratios_are_to_llama_cpps_int8_and_to_our_default() -> None:
+    contenders = {
+        "ours": {"loads": loads(100.0, 500.0, 1000.0)},
+        "ours-int8": {"loads": loads(180.0, 800.0, 1100.0)},
+        "llama_cpp-float16": {"loads": loads(80.0, 160.0, 200.0)},
+        "llama_cpp-int8": {"loads": loads(150.0, 250.0, 440.0)},
+    }
+    found = figures(contenders, {"step_floor_ms": 20.0})
+    assert [found[f"ratio_int8_vs_llama_cpp_q8_0_{n}"] for n in (1, 8, 32)] == [1.2, 3.2, 2.5]
+    assert [found[f"ratio_int8_vs_ours_{n}"] for n in (1, 8, 32)] == [1.8, 1.6, 1.1]
+    assert found["ratio_vs_llama_cpp_1"] == pytest.approx(1.25)  # to its float16
+    del contenders["llama_cpp-int8"]
+    assert figures(contenders, {"step_floor_ms": 20.0})["ratio_int8_vs_llama_cpp_q8_0_1"] is None
+
+
 def test_tokens_are_counted_in_the_texts(tiny_llama_dir: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_llama_dir)
     texts = ("the student keeps the house", "the jar")

@@ -33,11 +33,11 @@ def load_model(
     weights: LoadedWeights = "plain",
     keeps_plain: bool = True,
 ) -> LoadedModel:
-    """float32 on a CPU, the checkpoint's own type elsewhere.
+    """Loads a model in float32 on a CPU, in the checkpoint's own dtype elsewhere.
 
-    Without its plain weights a model takes half the memory on a CPU, and only an engine can call it. In bfloat16, but for
-    the best logits or the head, it takes half of that, and is faster on a CPU that multiplies such numbers itself; weights
-    of 8 bits, on a CPU alone, take a quarter. Both answer a little differently (bench/LOG.md), and no plain ones stay beside.
+    Without its plain weights a model takes half the memory on a CPU, and only an engine can call it. bfloat16 weights take
+    half of the float32 ones, int8 weights (on a CPU alone) a quarter; both are faster on a CPU with instructions for them. The
+    best logits are still computed in float32. Both answer a little differently (bench/LOG.md), and keep no plain weights.
 
     Raises ModelLoadFailed for folders that carry code or lack weights, UnsupportedModel for other families.
     """
