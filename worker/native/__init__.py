@@ -1,5 +1,5 @@
 """What torch does not do fast, compiled: what lies between a step's products (step.c), products of weights that are read once
-a step (product.c), all layers in one call (layers.c), a training step's products (split.c), layers (body.c, attention.c) and logits (loss.c).
+a step (product.c, int8.c), all layers in one call (layers.c), a training step's products (split.c), layers (body.c, attention.c) and logits (loss.c).
 
 In torch these are many small operations, which take as long as a step's products and a tenth of a training step
 (bench/LOG.md). The machine's C compiler builds them once. Without one, or elsewhere than on Linux with a torch of GNU's
@@ -23,6 +23,7 @@ SIGNATURES = {
     "refine": [*[POINTER] * 4, *[WHOLE] * 3, FLOAT, WHOLE],
     "make_tiles": [POINTER, POINTER, WHOLE, WHOLE],
     "multiply_tiles": [*[POINTER] * 4, *[WHOLE] * 3, KIND],
+    "multiply_int8": [*[POINTER] * 4, *[WHOLE] * 3, KIND],
     "multiply_split": [*[POINTER, WHOLE, WHOLE] * 2, POINTER, *[WHOLE] * 3, KIND, KIND],
     "norm": [POINTER, POINTER, FLOAT, POINTER, POINTER, WHOLE, WHOLE],
     "norm_gradients": [*[POINTER] * 6, WHOLE, WHOLE],
@@ -49,9 +50,9 @@ class Layer(ctypes.Structure):
 
 
 class Sizes(ctypes.Structure):
-    """`struct sizes` of layers.c: rows, tokens of each, hidden size, query and key heads and their width, MLP's width, the cache's width and column."""
+    """`struct sizes` of layers.c: rows, tokens of each, hidden size, query and key heads and their width, MLP's width, the cache's width and column, whether weights are int8."""
 
-    _fields_ = [(name, WHOLE) for name in ("N", "Q", "E", "H", "K", "D", "I", "width", "column")]
+    _fields_ = [(name, WHOLE) for name in ("N", "Q", "E", "H", "K", "D", "I", "width", "column", "is_int8")]
 
 
 SIGNATURES["forward"] = [POINTER, WHOLE, Sizes, *[POINTER] * 5, FLOAT, POINTER, POINTER]
@@ -70,6 +71,7 @@ class Kernels:
             function = getattr(library, name)
             function.argtypes, function.restype = types, KIND if name == "multiply_split" else None
         self.has_tiles = bool(library.has_tiles())  # products of bfloat16, by AMX or AVX-512
+        self.has_int8 = bool(library.has_int8())  # int8 weights, by AVX-512
         self.has_splits = bool(library.has_splits())  # of float32, by AMX alone
 
     def make_tiles(self, weight_OI: Tensor) -> Tensor:
@@ -88,6 +90,20 @@ class Kernels:
         num_in = x.shape[-1]
         self._library.multiply_tiles(
             *_addresses(x, tiles, bias_O, out), x.numel() // num_in, num_out, num_in, int(is_swish)
+        )
+        return out
+
+    def multiply_int8(
+        self, x: Tensor, packed: Tensor, num_out: int, bias_O: Tensor | None, *, is_swish: bool
+    ) -> Tensor:
+        """Returns x W^T + bias [..., O] in bfloat16, followed by swish on request.
+
+        x is bfloat16, the bias float32, and `packed` comes from `worker.int8.pack_int8`. A row's result depends on that row alone.
+        """
+        out = torch.empty((*x.shape[:-1], num_out), dtype=torch.bfloat16)
+        num_in = x.shape[-1]
+        self._library.multiply_int8(
+            *_addresses(x, packed, bias_O, out), x.numel() // num_in, num_out, num_in, int(is_swish)
         )
         return out
 

@@ -17,7 +17,7 @@ log = structlog.get_logger(__name__)
 FOLDER = Path(__file__).parent
 SOURCES = [
     FOLDER / name
-    for name in ("layers.c", "product.c", "split.c", "step.c", "body.c", "attention.c", "loss.c")
+    for name in ("layers.c", "product.c", "int8.c", "split.c", "step.c", "body.c", "attention.c", "loss.c")
 ]
 # sums may be reordered, so that they are done many at a time; infinities and NaN must stay what they are
 FLAGS = [

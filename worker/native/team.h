@@ -26,3 +26,7 @@ struct configuration configure_tiles(int64_t M); /* gives what was before, */
 void restore_tiles(struct configuration before); /* which oneDNN remembers */
 void multiply_groups(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
                      int activation);
+
+/* As multiply_int8 in int8.c. */
+void multiply_int8_panels(const uint16_t *x, const uint8_t *weights, const float *bias, uint16_t *out,
+                          int64_t M, int64_t N, int64_t K, int activation);

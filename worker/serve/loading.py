@@ -10,7 +10,7 @@ from torch import nn
 
 from app.contracts import LoadedWeights
 from worker.gemm import HAS_BFLOAT16, pack_weights
-from worker.int8 import HAS_INT8, quantize_weights
+from worker.int8 import HAS_INT8, int8_kernels, quantize_weights
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable
 from worker.serve.families import SEQ2SEQ, family_of, refuse_unlisted
 from worker.serve.lean import fuse_projections, has_refined_head, is_lean
@@ -33,11 +33,11 @@ def load_model(
     weights: LoadedWeights = "plain",
     keeps_plain: bool = True,
 ) -> LoadedModel:
-    """float32 on a CPU, the checkpoint's own type elsewhere.
+    """Loads a model in float32 on a CPU, in the checkpoint's own dtype elsewhere.
 
-    Without its plain weights a model takes half the memory on a CPU, and only an engine can call it. In bfloat16, but for
-    the best logits or the head, it takes half of that, and is faster on a CPU that multiplies such numbers itself; weights
-    of 8 bits, on a CPU alone, take a quarter. Both answer a little differently (bench/LOG.md), and no plain ones stay beside.
+    Without its plain weights a model takes half the memory on a CPU, and only an engine can call it. bfloat16 weights take
+    half of the float32 ones, int8 weights (on a CPU alone) a quarter; both are faster on a CPU with instructions for them. The
+    best logits are still computed in float32. Both answer a little differently (bench/LOG.md), and keep no plain weights.
 
     Raises ModelLoadFailed for folders that carry code or lack weights, UnsupportedModel for other families.
     """
@@ -80,18 +80,26 @@ def load_model(
 
 
 def _pack(model: Any, weights: LoadedWeights, *, keeps_plain: bool) -> int:
-    """Lays the layers out for their products. A rounded head would be seen in every token: its best logits are exact, or all."""
+    """Packs the linear layers for their matmuls and returns the bytes that they take.
+
+    Rounding the LM head would show in every token: either its best logits are computed again with the float32 weights, or it
+    is not rounded.
+    """
+    if weights == "plain":
+        return pack_weights(model, keeps_plain=keeps_plain)
     head = model.get_output_embeddings()
-    if weights == "bfloat16":
-        exact, is_refined = head.weight, has_refined_head(model)
-        num_bytes = pack_weights(
-            model, keeps_plain=False, dtype=torch.bfloat16, but=None if is_refined else head
-        )
-        if is_refined:
-            head.weight = exact
-        return num_bytes
-    num_bytes = quantize_weights(model, but=head) if weights == "int8" else 0
-    return num_bytes + pack_weights(model, keeps_plain=keeps_plain)
+    exact, is_refined = head.weight, has_refined_head(model)
+    if weights == "int8":
+        is_refined = is_refined and int8_kernels(exact.shape[1]) is not None
+        num_bytes = quantize_weights(model, but=None if is_refined else head)
+        if not is_refined:
+            num_bytes += pack_weights(model, keeps_plain=keeps_plain)
+    else:
+        skipped = None if is_refined else head
+        num_bytes = pack_weights(model, keeps_plain=False, dtype=torch.bfloat16, but=skipped)
+    if is_refined:
+        head.weight = exact
+    return num_bytes
 
 
 def _refuse_unavailable(weights: LoadedWeights, device: str) -> None:

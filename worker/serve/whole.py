@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from worker.gemm import TiledWeight, packed_weight
+from worker.int8 import TiledInt8Weight
 from worker.native import Kernels, Layer, Sizes
 
 
@@ -27,12 +28,16 @@ class WholeBody:
             K=config.num_key_value_heads,
             D=attention.head_dim,
             I=mlp.gate_proj.out_features,
+            is_int8=isinstance(packed_weight(mlp.gate_proj), TiledInt8Weight),
         )
 
     @staticmethod
     def knows(layers: Sequence[Any]) -> bool:
-        """Whether all weights lie in tiles, queries, keys and values in one."""
-        return all(isinstance(packed_weight(part), TiledWeight) for layer in layers for part in _parts(layer))
+        """Whether all weights are tiled with one dtype, and queries, keys and values share one weight."""
+        weights = [packed_weight(part) for layer in layers for part in _parts(layer)]
+        return (
+            all(isinstance(weight, TiledWeight) for weight in weights) and len(set(map(type, weights))) == 1
+        )
 
     def __call__(self, hidden_ME: Tensor, rotations_MD: tuple[Tensor, Tensor], call: Any) -> Tensor:
         """The last norm [M, E] of the states, which are used up."""
