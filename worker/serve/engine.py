@@ -130,6 +130,7 @@ class TransformersEngine:
                 processor=processor_for(sampling, context=context, end_ids=end_ids),
             ),
             choice=choice,
+            tenant=request.tenant,
         )
 
     def abort(self, request_id: str) -> None:
