@@ -13,7 +13,7 @@ from worker.serve.answer import Answer, begin_answer, num_logprobs_of, seed_of
 from worker.serve.decoder import Decoder, Sequence
 from worker.serve.errors import BadLogits, DeadlinePassed, EchoUnsupported, ServeError, failure_of
 from worker.serve.logits import processor_for, refuse_unknown_tokens
-from worker.serve.prompt_size import max_bytes_per_token
+from worker.serve.prompt_size import size_bound
 from worker.serve.prompts import end_id_of, prompt_tokens
 from worker.serve.sampling import Chooser, Pick, seeded_generator
 from worker.serve.stream import TokenText
@@ -72,7 +72,7 @@ class TransformersEngine:
         self.model.eval()
         self._decoder = self._make_decoder()
         self._text = TokenText(self.tokenizer)
-        self._bytes_per_token = max_bytes_per_token(self.tokenizer, end_id_of(self.tokenizer))
+        self._size_bound = size_bound(self.tokenizer, end_id_of(self.tokenizer))
         self._end_ids = end_ids(self.model, self.tokenizer)
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]  # a method, typed as a tensor
         self._vocab_size: int = embeddings.num_embeddings
@@ -99,7 +99,7 @@ class TransformersEngine:
             self.tokenizer,
             vocab_size=self._vocab_size,
             context=self._decoder.context,
-            bytes_per_token=self._bytes_per_token,
+            bound=self._size_bound,
         )
 
     def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:

@@ -1,9 +1,10 @@
 """Lower bounds on the number of tokens of a text, so that a prompt that cannot fit is refused before it is tokenised."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import pre_tokenizers
+from worker.serve.stream import BYTE_OF_LETTER
 
 Json = dict[str, Any]  # Any: parts of tokenizer.json
 
@@ -11,15 +12,32 @@ NFC_SHRINKAGE = 4  # composed text has at least a quarter of the bytes
 KEEPING_SPLITS = frozenset({"Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"})
 
 
-def max_bytes_per_token(
+@dataclass(frozen=True)
+class SizeBound:
+    """No token stands for more than `max_bytes` bytes of text; bytes in `dropped` have no tokens."""
+
+    max_bytes: int
+    dropped: bytes
+    ending: str | None
+
+    def least_tokens(self, text: str) -> int:
+        """Returns a lower bound on the tokens of a text, less the endings behind it, which are not counted as tokens."""
+        stop = len(text)
+        while self.ending and text.endswith(self.ending, 0, stop):
+            stop -= len(self.ending)
+        kept = text[:stop].encode(errors="surrogatepass").translate(None, self.dropped)
+        return -(-len(kept) // self.max_bytes)
+
+
+def size_bound(
     tokenizer: Any,  # transformers is untyped here
     end_id: int | None,
-) -> int | None:
-    """Returns how many bytes of text one token stands for at most, or None if there is no such number that we know.
+) -> SizeBound | None:
+    """Returns the bound for texts of a tokenizer, or None if there is none that we know.
 
-    There is one for byte-level BPE, and for BPE that falls back to bytes: they drop nothing of a text. Other tokenizers
-    may remove accents and spaces, or make one unknown token of a long word. The end token must be one that a text
-    contains literally, since prompts are cut where they end with it.
+    There is one for byte-level BPE, and for BPE that falls back to bytes: they keep every byte that they have a token
+    for. Other tokenizers may remove accents and spaces, or make one unknown token of a long word. The end token must be
+    one that a text contains literally, since prompts are cut where they end with it.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -36,24 +54,20 @@ def max_bytes_per_token(
     if not is_end_literal or any(token["lstrip"] or token["rstrip"] for token in added):
         return None  # they take any number of spaces
     pieces: dict[str, int] = state["model"]["vocab"]
+    dropped = b""
     if _is_byte_level(state["pre_tokenizer"]):
-        has_all_bytes = all(letter in pieces for letter in pre_tokenizers.ByteLevel.alphabet())
+        dropped = bytes(byte for letter, byte in BYTE_OF_LETTER.items() if letter not in pieces)
         longest = max(map(len, pieces), default=0)  # a letter is a byte
     else:
-        has_all_bytes = bool(state["model"].get("byte_fallback")) and all(
-            f"<0x{byte:02X}>" in pieces for byte in range(256)
-        )
+        has_fallback = bool(state["model"].get("byte_fallback"))
+        if not has_fallback or not all(f"<0x{byte:02X}>" in pieces for byte in range(256)):
+            return None
         longest = max((len(piece.encode()) for piece in pieces), default=0)
     longest_added = max((len(token["content"].encode()) for token in added), default=0)
-    return shrinkage * max(longest, longest_added) if has_all_bytes else None
-
-
-def num_bytes_of(text: str, ending: str | None) -> int:
-    """Returns the bytes of a text, less the endings behind it, which are not counted as tokens."""
-    stop = len(text)
-    while ending and text.endswith(ending, 0, stop):
-        stop -= len(ending)
-    return len(text[:stop].encode(errors="surrogatepass"))
+    if dropped and shrinkage > 1:
+        return None  # bytes are dropped after normalisation, and counted before
+    ending = ends[0]["content"] if ends else None
+    return SizeBound(max(1, shrinkage * max(longest, longest_added)), dropped, ending)
 
 
 def _parts(step: Json | None, name: str) -> list[Json]:

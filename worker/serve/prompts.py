@@ -13,7 +13,7 @@ from worker.serve.errors import (
     raise_unless_panic,
 )
 from worker.serve.families import Context
-from worker.serve.prompt_size import num_bytes_of
+from worker.serve.prompt_size import SizeBound
 from worker.serve.rendering import RENDERER
 
 Tokenizer = Any  # transformers is untyped here
@@ -27,11 +27,11 @@ def prompt_tokens(
     *,
     vocab_size: int,
     context: Context,
-    bytes_per_token: int | None = None,
+    bound: SizeBound | None = None,
 ) -> tuple[int, ...]:
     """Returns tokens that leave room for max_tokens, or for one if the request takes what fits.
 
-    A text that cannot fit, because no token stands for more than `bytes_per_token`, is refused before it is tokenised.
+    A long text that cannot fit by the size bound of its tokens is refused before it is tokenised.
 
     Raises InvalidPrompt, InvalidMessages, NoChatTemplate, PromptTooLong or AnswerTooLong.
     """
@@ -39,9 +39,8 @@ def prompt_tokens(
     if tokens is None:
         is_chat = request.messages is not None
         text = chat_text(request.messages, tokenizer) if request.messages is not None else request.text or ""
-        if bytes_per_token is not None and len(text) > SHORT_CHARACTERS:
-            least = -(-num_bytes_of(text, _end_of(tokenizer)) // bytes_per_token)
-            refuse_too_long(request, least, context, is_least=True)
+        if bound is not None and len(text) > SHORT_CHARACTERS:
+            refuse_too_long(request, bound.least_tokens(text), context, is_least=True)
         if is_chat:
             tokens = encode(text, tokenizer, add_special_tokens=False)
         else:
@@ -102,11 +101,6 @@ def end_id_of(tokenizer: Tokenizer) -> int | None:
     """The token that ends an answer: BERT's tokenizers have a separator only."""
     end: int | None = getattr(tokenizer, "eos_token_id", None)
     return getattr(tokenizer, "sep_token_id", None) if end is None else end
-
-
-def _end_of(tokenizer: Tokenizer) -> str | None:
-    end = end_id_of(tokenizer)
-    return None if end is None else str(tokenizer.convert_ids_to_tokens(end))
 
 
 def chat_text(messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:

@@ -30,7 +30,7 @@ from worker.serve.fair_queue import FairQueue
 from worker.serve.families import SEQ2SEQ, Context
 from worker.serve.loading import refuse_code
 from worker.serve.logits import refuse_unknown_tokens
-from worker.serve.prompt_size import max_bytes_per_token
+from worker.serve.prompt_size import size_bound
 from worker.serve.prompts import end_id_of, prompt_tokens
 from worker.serve.sampling import Pick
 from worker.serve.stream import TokenText
@@ -78,7 +78,7 @@ class VllmEngine:
         self._core = core
         self._tokenizer = tokenizer
         self._text = TokenText(tokenizer)
-        self._bytes_per_token = max_bytes_per_token(tokenizer, end_id_of(tokenizer))
+        self._size_bound = size_bound(tokenizer, end_id_of(tokenizer))
         self._end_ids = end_ids
         self._clock = clock
         self._context = Context(core.model_config.max_model_len)
@@ -109,7 +109,7 @@ class VllmEngine:
             self._tokenizer,
             vocab_size=self._vocab_size,
             context=self._context,
-            bytes_per_token=self._bytes_per_token,
+            bound=self._size_bound,
         )
 
     def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
