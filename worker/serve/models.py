@@ -75,6 +75,7 @@ class ModelHost:
     )
     _bell: threading.Event = field(default_factory=threading.Event, init=False)
     _parked: dict[str, _Parked] = field(default_factory=dict, init=False)
+    _load_turns: dict[str, int] = field(default_factory=dict, init=False)  # number of a tenant's last load
     _requests: dict[str, GenerateRequest] = field(default_factory=dict, init=False)
     _outbox: list[Addressed] = field(default_factory=list, init=False)
     _last_step_at: float | None = field(default=None, init=False)
@@ -182,8 +183,11 @@ class ModelHost:
         return any(parked.request.residence == residence for parked in self._parked.values())
 
     def _place_parked(self) -> None:
+        """Has prompts tokenised, and models loaded: first for the tenant whose last load was started longest ago."""
         now = self.clock()
-        for parked in list(self._parked.values()):
+        if not self._parked:
+            self._load_turns.clear()
+        for parked in sorted(self._parked.values(), key=lambda p: self._load_turns.get(p.request.tenant, 0)):
             request = parked.request
             if request.deadline_at < now:
                 self._fail(request, DeadlinePassed("the request's time is up; retry"))
@@ -199,7 +203,8 @@ class ModelHost:
     def _wait(self, parked: _Parked, now: float) -> None:
         request = parked.request
         try:
-            self._residency.ask(served_of(request))
+            if self._residency.ask(served_of(request)):
+                self._load_turns[request.tenant] = max(self._load_turns.values(), default=0) + 1
         except ModelTooLarge as error:
             self._fail(request, error)
         else:

@@ -91,19 +91,24 @@ class Residency:
         resident = self._residents.get(residence)
         return resident.engine if resident else None
 
-    def ask(self, served: Served) -> None:
-        """Begins to load as soon as there is room; asked for again and again. Raises ModelTooLarge."""
+    def ask(self, served: Served) -> bool:
+        """Starts to load if there is room and no other load is under way; called again until the model is there.
+
+        Returns whether the load was started now. Raises ModelTooLarge.
+        """
         key, num_bytes = served.residence, self._expected_bytes(served)
         if key in self._residents or key in self._loads:
-            return
+            return False
         kept = sum(map(self._expected_bytes, (p for other, p in self._pinned.items() if other != key)))
         if num_bytes > self.resident_bytes - kept:
             limit = f"the limit of {self.resident_bytes}" + (
                 f", less {kept} of pinned models" if kept else ""
             )
             raise ModelTooLarge(f"its {num_bytes} bytes exceed {limit}")
-        if self._make_room(num_bytes):
-            self._start(served, num_bytes)
+        if self._loads or not self._make_room(num_bytes):
+            return False
+        self._start(served, num_bytes)
+        return True
 
     def want(self, served: Served) -> None:
         """Loads without a request that waits for it, now or when there is room."""

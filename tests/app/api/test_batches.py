@@ -189,6 +189,7 @@ def test_the_batches_of_a_project_are_one_tenant_and_each_of_its_keys_is_another
     def take_requests(redis_client: "redis.Redis") -> bool:
         redis_client.set(serve_worker_key("w1"), heartbeat.model_dump_json())
         while raw := redis_client.rpop(queue_key("w1")):
+            assert isinstance(raw, bytes)
             (body,), _, _ = json.loads(base64.b64decode(json.loads(raw)["body"]))
             tenants.add(GenerateRequest.model_validate(body).tenant)
         return len(tenants) == 3

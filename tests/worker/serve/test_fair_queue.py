@@ -1,7 +1,9 @@
 """The fair queue: turns, costs, and what idle time is worth."""
 
+import operator
 import random
 from collections import defaultdict
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -143,6 +145,6 @@ def test_every_schedule_is_that_of_the_plain_rules(seed: int) -> None:
             queue.finish(item)
         elif move == "remove" and reference.waiting and rng.random() < 0.3:
             unwanted = rng.choice(reference.waiting)
-            assert queue.remove(lambda item, unwanted=unwanted: item is unwanted) == [unwanted]
+            assert queue.remove(partial(operator.is_, unwanted)) == [unwanted]
             reference.waiting.remove(unwanted)
         assert len(queue) == len(reference.waiting)

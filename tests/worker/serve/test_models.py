@@ -518,6 +518,24 @@ def test_a_model_stays_while_a_prompt_for_it_is_tokenised(
     assert shelf.asked == ["llama", "gpt2"]
 
 
+def test_a_tenant_does_not_wait_for_all_the_models_that_another_asks_for(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    for name in ("first", "second", "third"):
+        shelf.folders[name] = shelf.folders["llama"]
+        shelf.gates[name] = threading.Event()
+    host = make_host()
+    for name in ("first", "second", "third"):
+        host.submit(make_request(name, tenant="a", weights=ref(name)))
+    host.step_all()
+    host.submit(make_request("b", tenant="b", weights=ref("gpt2")))
+    host.step_all()
+    for gate in shelf.gates.values():
+        gate.set()
+    assert ends(run(host)).keys() == {"first", "second", "third", "b"}
+    assert shelf.asked == ["first", "gpt2", "second", "third"]
+
+
 def test_a_model_served_another_way_is_loaded_beside(
     make_host: Callable[..., ModelHost], make_request: Make
 ) -> None:
