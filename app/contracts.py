@@ -191,10 +191,12 @@ class GenerateRequest(Contract):
     """One prompt for a serve worker; exactly one of text, tokens and messages is given.
 
     Choice i of n, or of best_of, samples with seed + i. deadline_at is in seconds since the epoch.
+    tenant: whose request it is; a worker serves tenants fairly. An API process of an older version leaves it out.
     """
 
     id: str
     reply_to: str
+    tenant: str = ""
     model: str
     weights: ArtifactRef
     serving: ServingOptions = ServingOptions()

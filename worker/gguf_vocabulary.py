@@ -10,6 +10,7 @@ from gguf import GGUFWriter, TokenType
 from transformers import AutoTokenizer
 
 from worker.errors import BrokenFile, UnsupportedTokenizer
+from worker.vocabulary import num_token_ids
 
 Json = dict[str, Any]  # Any: parts of tokenizer.json
 
@@ -61,8 +62,10 @@ def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if not tokenizer.is_fast:
         raise UnsupportedTokenizer("the tokenizer has no fast form (tokenizer.json), which GGUF is made from")
-    if len(tokenizer) > num_rows:
-        raise BrokenFile(f"the tokenizer has {len(tokenizer)} tokens but the model only {num_rows} rows")
+    if (num_ids := num_token_ids(tokenizer)) > num_rows:
+        raise BrokenFile(
+            f"the tokenizer has token ids up to {num_ids - 1} but the model only {num_rows} rows"
+        )
     state: Json = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"]["type"] != "BPE":
         raise UnsupportedTokenizer(

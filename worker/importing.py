@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from worker.hub import fetch_from_hub
 from worker.import_spec import ImportSpec
 from worker.intake import read_safetensors_header, take_in, weight_files
 from worker.model_facts import chat_cost, model_facts, supported_config, writing_half
+from worker.vocabulary import num_token_ids
 
 SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
 MODEL, SOURCE = "model", "source"  # folders below the run's output folder
@@ -159,10 +161,12 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformer
             "the tokenizer has no fast form (tokenizer.json); save it as one and import again"
         )
     rows = min(model.get_input_embeddings().weight.shape[0], writing_half(model.config).vocab_size)
-    if len(tokenizer) > rows:
+    if (num_ids := num_token_ids(tokenizer)) > rows:
         raise BrokenFile(
-            f"the tokenizer has {len(tokenizer)} tokens but the model only {rows} embedding rows"
+            f"the tokenizer has token ids up to {num_ids - 1} but the model only {rows} embedding rows"
         )
+    if (shared := _shared_id(tokenizer)) is not None:
+        raise BrokenFile(f"the tokenizer gives the id {shared} to two tokens; number its tokens anew")
     bad = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
     if bad:
         raise BrokenFile(f"the weights of {bad[0]} hold NaN or infinity; the export is damaged")
@@ -177,6 +181,12 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformer
         tokenizer.save_pretrained(target)
     except (ValueError, StrictDataclassError) as error:  # such as a generation config that contradicts itself
         raise BrokenFile(f"the model cannot be saved again: {str(error)[:300]}") from error
+
+
+def _shared_id(tokenizer: Any) -> int | None:  # Any: transformers is untyped here
+    """Returns an id that two tokens have: libraries number added tokens by count, which may be taken where ids have gaps."""
+    counts = Counter(tokenizer.get_vocab().values())
+    return next((token_id for token_id, count in counts.items() if count > 1), None)
 
 
 def _name_start(model: Any) -> None:  # Any: transformers is untyped here

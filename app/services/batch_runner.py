@@ -204,7 +204,15 @@ class BatchRun:
         model = await generation.find_model(self._batch.project_id, body.model)
         answer.model = model.model_id
         # Under the batch's name, so that it takes nothing of what its key may have at once.
-        order = Order(answer.id, self._batch.id, model, prompts, body.num_choices, body.sampling())
+        order = Order(
+            answer.id,
+            self._batch.id,
+            model,
+            prompts,
+            body.num_choices,
+            body.sampling(),
+            tenant=self._batch.project_id,
+        )
         num_sequences = sequences_of(body)
         while any(worker.num_waiting for worker in self._board.workers):  # clients go first
             await asyncio.sleep(self._settings.serve_heartbeat_seconds)

@@ -32,7 +32,10 @@ Prompt = str | tuple[int, ...] | Conversation
 
 @dataclass(frozen=True)
 class Order:
-    """One client request: the same model and sampling for all its prompts."""
+    """One client request: the same model and sampling for all its prompts.
+
+    Workers serve tenants fairly. The tenant is the API key unless another one is named.
+    """
 
     id: str
     key_id: str
@@ -40,6 +43,7 @@ class Order:
     prompts: Sequence[Prompt]
     num_choices: int
     sampling: Sampling
+    tenant: str = ""
 
 
 async def begin(board: Switchboard, order: Order) -> Flow:
@@ -86,6 +90,7 @@ def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
         GenerateRequest(
             id=f"{order.id}-{number}",
             reply_to="",
+            tenant=order.tenant or order.key_id,
             model=order.model.model_id,
             weights=order.model.ref,
             serving=order.model.serving,

@@ -177,10 +177,11 @@ def check_vocabulary(plan: Plan) -> None:
     sizes = plan.spec.distillation.student.config
     if sizes is None or sizes.vocab_size is None:
         return
-    num_tokens = load_tokenizer(plan.spec.teacher.key).get_vocab_size()
-    if sizes.vocab_size < num_tokens:
+    vocabulary = load_tokenizer(plan.spec.teacher.key).get_vocab()
+    num_ids = 1 + max(vocabulary.values(), default=-1)  # ids may have gaps
+    if sizes.vocab_size < num_ids:
         raise BadRequest(
-            f"vocab_size is {sizes.vocab_size}, but the teacher's tokenizer has {num_tokens} tokens; leave it out, or ask "
+            f"vocab_size is {sizes.vocab_size}, but the teacher's tokenizer has {num_ids} token ids; leave it out, or ask "
             "for at least as many",
             param=f"{BLOCK}.student.config.vocab_size",
         )

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from worker.errors import BrokenFile, UnsafeFile, UnsupportedModel, WorkerError
 from worker.import_spec import ImportSpec
 from worker.importing import SENTENCE, import_model
 from worker.model_facts import model_facts
+from worker.vocabulary import num_token_ids
 
 
 @pytest.fixture
@@ -163,6 +165,44 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
     tokenizer.add_tokens([f"<more-{i}>" for i in range(8)])
     tokenizer.save_pretrained(folder)
     with pytest.raises(BrokenFile, match="embedding rows"):
+        run_import(folder, tmp_path)
+
+
+def leave_out_ids(folder: Path, *, num_ids: int) -> None:
+    """Moves the last tokens of the model's own vocabulary to ids further up."""
+    path = folder / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    for token, token_id in vocabulary.items():
+        if token_id >= len(vocabulary) - 4:
+            vocabulary[token] = token_id + num_ids
+    path.write_text(json.dumps(tokenizer))
+
+
+def test_a_token_id_beyond_the_embedding_rows_is_refused_although_there_are_rows_enough(
+    folder: Path, tmp_path: Path
+) -> None:
+    leave_out_ids(folder, num_ids=3)
+    with pytest.raises(BrokenFile, match="token ids up to 386 but the model only 384 embedding rows"):
+        run_import(folder, tmp_path)
+
+
+def test_ids_that_are_left_out_below_the_embedding_rows_are_taken(folder: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(400)
+    model.save_pretrained(folder)
+    leave_out_ids(folder, num_ids=3)
+    run_import(folder, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert (len(tokenizer), num_token_ids(tokenizer)) == (384, 387)
+
+
+def test_two_tokens_with_one_id_are_refused(folder: Path, tmp_path: Path) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary.update({token: 383 for token, token_id in vocabulary.items() if token_id == 382})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(BrokenFile, match="to two tokens"):
         run_import(folder, tmp_path)
 
 

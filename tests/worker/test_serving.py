@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -231,6 +232,33 @@ def test_a_draining_worker_refuses_newcomers_and_finishes_what_it_has(bench: Ben
     assert isinstance(by_id["new"], Failure)
     assert by_id["new"].code == "draining"
     assert bench.has_ended.wait(5)
+
+
+def test_a_draining_worker_waits_for_a_prompt_that_is_being_tokenised(bench: Bench, ear: Ear) -> None:
+    bench.worker.submit(request("first"))
+    ear.listen(lambda: "first" in ear.ended())
+    engine: Any = bench.host._residency.engine_of(WEIGHTS.key)  # Any: reaches into the engine on purpose
+    gate, has_begun, tokenizer = threading.Event(), threading.Event(), engine.tokenizer
+
+    class Slow:
+        def __call__(self, text: str, **options: Any) -> Any:  # Any: transformers is untyped here
+            has_begun.set()
+            assert gate.wait(10)
+            return tokenizer(text, **options)
+
+        def __getattr__(self, name: str) -> Any:  # Any: whatever the tokenizer has
+            return getattr(tokenizer, name)
+
+    engine.tokenizer = Slow()
+    bench.worker.submit(request("slow"))
+    assert has_begun.wait(5)
+    bench.worker.drain()
+    assert not bench.has_ended.wait(0.3)
+    gate.set()
+    ear.listen(lambda: "slow" in ear.ended())
+    assert bench.has_ended.wait(5)
+    assert isinstance(ear.replies[-1], Done)
+    assert bench.ends == [True]
 
 
 def test_a_drain_that_takes_too_long_fails_what_is_left(valkey: str, tiny_llama_dir: Path, ear: Ear) -> None:

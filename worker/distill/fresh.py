@@ -23,6 +23,7 @@ from transformers import (
 
 from app.distillation import FreshConfig
 from worker.distill.errors import InvalidStudent
+from worker.vocabulary import num_token_ids
 
 CLASSES: dict[str, type[PreTrainedModel]] = {
     "bloom": BloomForCausalLM,
@@ -36,9 +37,10 @@ Ids = dict[str, int | None]
 
 def fresh_config(sizes: FreshConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """The configuration of these sizes; no dropout, the head tied to the embedding. Raises InvalidStudent."""
-    if sizes.vocab_size is not None and sizes.vocab_size < len(tokenizer):
+    num_ids = num_token_ids(tokenizer)
+    if sizes.vocab_size is not None and sizes.vocab_size < num_ids:
         raise InvalidStudent(
-            f"student.config.vocab_size is {sizes.vocab_size}, but the tokenizer has {len(tokenizer)} tokens; "
+            f"student.config.vocab_size is {sizes.vocab_size}, but the tokenizer has {num_ids} token ids; "
             "leave vocab_size out or ask for at least as many"
         )
     makers: dict[str, Callable[[FreshConfig, int, Ids], PretrainedConfig]] = {
@@ -48,7 +50,7 @@ def fresh_config(sizes: FreshConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
         "llama": _llama,
         "t5": _t5,
     }
-    return makers[sizes.family](sizes, sizes.vocab_size or len(tokenizer), special_ids(tokenizer))
+    return makers[sizes.family](sizes, sizes.vocab_size or num_ids, special_ids(tokenizer))
 
 
 def build_fresh(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:

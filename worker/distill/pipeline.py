@@ -33,6 +33,7 @@ from worker.distill.students import StudentRecipe
 from worker.distill.teachers import CachedTeacher
 from worker.distill.teaching import Teaching
 from worker.distill.trainer import Setup, Stopped, batch_tokens_of
+from worker.vocabulary import num_token_ids
 
 SamplerFor = Callable[[PreTrainedModel], Sampler]
 
@@ -291,7 +292,7 @@ class Pipeline:
             keep_checkpoints=self.spec.keep_checkpoints,
             recipe=recipe,
             tokenizer=tokenizer,
-            num_tokens=len(tokenizer),
+            num_tokens=num_token_ids(tokenizer),
             train=rows.train,
             valid=rows.valid,
             teacher=teacher,
@@ -306,7 +307,7 @@ class Pipeline:
             autocast=self.pair.card.autocast,
             rounds_to=self.pair.card.rounds_to,
             placement=self.pair.placement,
-            rollouts=plan_rollouts(self.spec, rows, len(tokenizer), self.sampler_for),
+            rollouts=plan_rollouts(self.spec, rows, num_token_ids(tokenizer), self.sampler_for),
             features=self.pair.features(rows),
         )
 

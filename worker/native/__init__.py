@@ -8,6 +8,7 @@ OpenMP, `kernels` gives None and the same is done in torch.
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,19 +58,46 @@ class Sizes(ctypes.Structure):
 
 SIGNATURES["forward"] = [POINTER, WHOLE, Sizes, *[POINTER] * 5, FLOAT, POINTER, POINTER]
 
+CAN_FAIL = frozenset(
+    {
+        "multiply_split",
+        "norm_gradients",
+        "attend_causally",
+        "attention_gradients",
+        "distil",
+        "attend",
+        "forward",
+    }
+)
+NO_MEMORY, BAD_TARGET = 1, 2  # what they return beside 0
+
 TILE_SIDE, TILE_DEPTH = 16, 32  # features and inputs of a tile of weights
 MARGIN = 4.0  # in nats: what lies below the best by more has a fiftieth of its weight
 MOST_REFINED = 1024  # of a row
 
 
+def _raise_failure(code: int, function: Any, arguments: tuple[Any, ...]) -> int:  # Any: as ctypes has it
+    """Raises MemoryError or IndexError for what a C function returned."""
+    if code == NO_MEMORY:
+        raise MemoryError(f"no memory for the working space of {function.__name__}")
+    if code == BAD_TARGET:
+        raise IndexError("a target token is outside the vocabulary")
+    return code
+
+
 class Kernels:
-    """The compiled functions over tensors: contiguous ones on the CPU, in float32 or bfloat16."""
+    """The compiled functions over tensors: contiguous ones on the CPU, in float32 or bfloat16.
+
+    Functions that need memory beside their tensors raise MemoryError when there is none.
+    """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
         for name, types in SIGNATURES.items():
             function = getattr(library, name)
-            function.argtypes, function.restype = types, KIND if name == "multiply_split" else None
+            function.argtypes, function.restype = types, ctypes.c_int if name in CAN_FAIL else None
+            if name in CAN_FAIL:
+                function.errcheck = _raise_failure
         self.has_tiles = bool(library.has_tiles())  # products of bfloat16, by AMX or AVX-512
         self.has_int8 = bool(library.has_int8())  # int8 weights, by AVX-512
         self.has_splits = bool(library.has_splits())  # of float32, by AMX alone
@@ -128,12 +156,10 @@ class Kernels:
         assert min(num_rows, depth, num_columns) > 0
         assert out_MN.is_contiguous()
         assert all(1 in each.stride() for each in (a_MK, b_NK))
-        has_failed = self._library.multiply_split(
+        self._library.multiply_split(
             a_MK.data_ptr(), *a_MK.stride(), b_NK.data_ptr(), *b_NK.stride(), out_MN.data_ptr(),
             num_rows, num_columns, depth, num_parts, int(adds),
         )  # fmt: skip
-        if has_failed:
-            raise MemoryError("no memory to lay the operands of a product out in")
         return out_MN
 
     def add_norm(
@@ -177,11 +203,18 @@ class Kernels:
         ce_weight: float,
         factor: float,
     ) -> Tensor:
-        """Loss, KL, cross-entropy and agreement of each row [N, 4]; the student's logits become factor times the loss's derivative.
+        """Returns loss, KL, cross-entropy and agreement per row [N, 4].
 
-        Forward KL, or with a beta the Jensen-Shannon divergence, at temperature 1; all in float32.
+        The student's logits are replaced by factor times the loss's derivative. The divergence is forward KL, or with a
+        beta the Jensen-Shannon divergence, at temperature 1; all in float32. Every row has a target: there is no
+        ignore index.
+
+        Raises:
+            IndexError: A target is not in the vocabulary. The logits are left as they are.
         """
         assert student_NV.shape == teacher_NV.shape, "both have a logit for every token"
+        assert targets_N.shape == student_NV.shape[:1], "each row has a target"
+        assert targets_N.dtype == torch.int64
         terms_N4 = torch.empty(len(targets_N), 4)
         self._library.distil(
             *_addresses(student_NV, teacher_NV, targets_N, terms_N4), *student_NV.shape,

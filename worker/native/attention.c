@@ -75,15 +75,21 @@ static void soften(float *row, int64_t count, int64_t W, float scaling) {
     memset(row + count, 0, (W - count) * sizeof(float));
 }
 
-/* Gives what each token's queries find [B, T, H, D], and the weights, for the backward. */
-void attend_causally(const float *q, const float *k, const float *v, float *out, float *weights, int64_t B, int64_t T, int64_t H,
-                     int64_t K, int64_t D, float scaling) {
+/* Gives what each token's queries find [B, T, H, D], and the weights, for the backward. Returns 0, or 1 if there was no memory. */
+int attend_causally(const float *q, const float *k, const float *v, float *out, float *weights, int64_t B, int64_t T, int64_t H,
+                    int64_t K, int64_t D, float scaling) {
     int64_t W = whole(T), G = H / K, q_step = H * D, k_step = K * D;
+    int has_failed = 0;
 #pragma omp parallel
     {
         float *keys = malloc(D * W * sizeof(float));
+        if (!keys) {
+#pragma omp atomic write
+            has_failed = 1;
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < B * K; unit++) {
+            if (!keys) continue;
             int64_t b = unit / K, head = unit % K;
             const float *values = v + b * T * k_step + head * D;
             turn(k + b * T * k_step + head * D, k_step, keys, T, D, W);
@@ -98,6 +104,7 @@ void attend_causally(const float *q, const float *k, const float *v, float *out,
         }
         free(keys);
     }
+    return has_failed;
 }
 
 /* Gradients in weights to gradients in scores: scaling * w * (g - sum of w * g). */
@@ -108,15 +115,22 @@ static void soften_gradient(const float *row, float *grad, int64_t count, int64_
     memset(grad + count, 0, (W - count) * sizeof(float));
 }
 
-/* The gradients in queries, keys and values. */
-void attention_gradients(const float *grad, const float *q, const float *k, const float *v, const float *weights, float *grad_q,
-                         float *grad_k, float *grad_v, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, float scaling) {
+/* The gradients in queries, keys and values. Returns 0, or 1 if there was no memory. */
+int attention_gradients(const float *grad, const float *q, const float *k, const float *v, const float *weights, float *grad_q,
+                        float *grad_k, float *grad_v, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, float scaling) {
     int64_t W = whole(T), G = H / K, q_step = H * D, k_step = K * D;
+    int has_failed = 0;
 #pragma omp parallel
     {
-        float *values = malloc((D + T) * W * sizeof(float)), *slopes = values + D * W;
+        float *values = malloc((D + T) * W * sizeof(float));
+        if (!values) {
+#pragma omp atomic write
+            has_failed = 1;
+        }
 #pragma omp for schedule(dynamic)
         for (int64_t unit = 0; unit < B * K; unit++) {
+            if (!values) continue;
+            float *slopes = values + D * W;
             int64_t b = unit / K, head = unit % K, own = b * T * k_step + head * D;
             turn(v + own, k_step, values, T, D, W);
             for (int64_t h = head * G; h < (head + 1) * G; h++) {
@@ -138,6 +152,7 @@ void attention_gradients(const float *grad, const float *q, const float *k, cons
         }
         free(values);
     }
+    return has_failed;
 }
 
 /* Rotary positions of x [N, heads, D]: x cos + (-x's second half, x's first half) sin, or with `is_back` the transposed of that. Row n has

@@ -24,11 +24,13 @@ void norm(const float *x, const float *weight, float eps, float *out, float *sca
 }
 
 /* With g the gradient in out: grad_x = scale * (g * weight - x * scale^2 * mean(g * weight * x)), and grad_weight (null: not asked
- * for) = sum over rows of g * x * scale. Each thread sums its own rows, and the threads' sums are added in order. */
-void norm_gradients(const float *grad, const float *x, const float *weight, const float *scales, float *grad_x, float *grad_weight,
-                    int64_t N, int64_t E) {
+ * for) = sum over rows of g * x * scale. Each thread sums its own rows, and the threads' sums are added in order. Returns 0, or 1 if
+ * there was no memory. */
+int norm_gradients(const float *grad, const float *x, const float *weight, const float *scales, float *grad_x, float *grad_weight,
+                   int64_t N, int64_t E) {
     int most = omp_get_max_threads();
     float *sums = grad_weight ? calloc((size_t)most * E, sizeof(float)) : NULL;
+    if (grad_weight && !sums) return 1;
 #pragma omp parallel num_threads(most)
     {
         float *restrict sum = sums ? sums + (int64_t)omp_get_thread_num() * E : NULL;
@@ -44,11 +46,12 @@ void norm_gradients(const float *grad, const float *x, const float *weight, cons
                 for (int64_t i = 0; i < E; i++) sum[i] += g[i] * (row[i] * scale);
         }
     }
-    if (!sums) return;
+    if (!sums) return 0;
     memcpy(grad_weight, sums, E * sizeof(float));
     for (int thread = 1; thread < most; thread++)
         for (int64_t i = 0; i < E; i++) grad_weight[i] += sums[(int64_t)thread * E + i];
     free(sums);
+    return 0;
 }
 
 /* out = gate * sigmoid(gate) * up. */

@@ -24,21 +24,24 @@ static void multiply_weights(int64_t is_int8, const uint16_t *x, const void *wei
     else multiply_groups(x, weights, bias, out, M, N, K, activation);
 }
 
-/* Rows of `hidden` [M, E] go through; out [M, E] is their last norm in float32. scratch: 2 E + (2 H + 2 K) D + 2 I numbers a row. */
-void forward(const struct layer *layers, int64_t num_layers, struct sizes of, float *hidden, const float *cos, const float *sin,
-          const int64_t *starts, const float *last_norm, float last_eps, uint16_t *scratch, float *out) {
+/* Rows of `hidden` [M, E] go through; out [M, E] is their last norm in float32. scratch: 2 E + (2 H + 2 K) D + 2 I numbers a row.
+ * Returns 0, or 1 if there was no memory. */
+int forward(const struct layer *layers, int64_t num_layers, struct sizes of, float *hidden, const float *cos, const float *sin,
+            const int64_t *starts, const float *last_norm, float last_eps, uint16_t *scratch, float *out) {
     int64_t M = of.N * of.Q, E = of.E, heads = of.H * of.D, all_heads = (of.H + 2 * of.K) * of.D;
     uint16_t *normed = scratch, *more = normed + M * E, *projected = more + M * E, *attended = projected + M * all_heads;
     uint16_t *gate = attended + M * heads, *up = gate + M * of.I;
-#pragma omp parallel
+    int has_failed = 0;
+#pragma omp parallel reduction(| : has_failed)
     {
         struct configuration before = configure_tiles(M);
         for (int64_t l = 0; l < num_layers; l++) {
             const struct layer *is = layers + l;
             norm_rows(hidden, l ? more : 0, BFLOAT16, is->attention_norm, is->attention_eps, normed, BFLOAT16, M, E);
             multiply_weights(of.is_int8, normed, is->qkv, is->qkv_bias, projected, M, all_heads, E, NONE);
-            attend_rows(projected, BFLOAT16, is->is_rotated ? cos : 0, is->is_rotated ? sin : 0, is->keys, is->values, BFLOAT16,
-                        starts, attended, of.N, of.Q, of.H, of.K, of.D, of.width, of.column, is->scaling);
+            has_failed |=
+                attend_rows(projected, BFLOAT16, is->is_rotated ? cos : 0, is->is_rotated ? sin : 0, is->keys, is->values, BFLOAT16,
+                            starts, attended, of.N, of.Q, of.H, of.K, of.D, of.width, of.column, is->scaling);
             multiply_weights(of.is_int8, attended, is->output, is->output_bias, more, M, E, heads, NONE);
             norm_rows(hidden, more, BFLOAT16, is->mlp_norm, is->mlp_eps, normed, BFLOAT16, M, E);
             multiply_weights(of.is_int8, normed, is->gate, is->gate_bias, gate, M, of.I, E, SWISH);
@@ -49,4 +52,5 @@ void forward(const struct layer *layers, int64_t num_layers, struct sizes of, fl
         norm_rows(hidden, more, BFLOAT16, last_norm, last_eps, out, FLOAT32, M, E);
         restore_tiles(before);
     }
+    return has_failed;
 }

@@ -74,14 +74,24 @@ static inline void jensen_shannon(struct side student, struct side teacher, int6
 }
 
 /* Of each row the loss, KL(p || q), cross-entropy with the target and whether both find the same token likeliest, as terms [N, 4]; the
- * student's logits [N, V] become `factor` times the loss's derivative in them. */
-void distil(float *student, const float *teacher, const int64_t *targets, float *terms, int64_t N, int64_t V, int objective,
-            float beta, float ce_weight, float factor) {
+ * student's logits [N, V] become `factor` times the loss's derivative in them.
+ *
+ * Returns 0, or 1 if there was no memory, or 2 and touches nothing if a target is not in [0, V). */
+int distil(float *student, const float *teacher, const int64_t *targets, float *terms, int64_t N, int64_t V, int objective,
+           float beta, float ce_weight, float factor) {
+    int has_failed = 0;
+    for (int64_t n = 0; n < N; n++)
+        if (targets[n] < 0 || targets[n] >= V) return 2;
 #pragma omp parallel
     {
         float *scratch = malloc(2 * V * sizeof(float));
+        if (!scratch) {
+#pragma omp atomic write
+            has_failed = 1;
+        }
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
+            if (!scratch) continue;
             float *s = student + n * V, *t = (float *)teacher + n * V, divergence, kl;
             float top_s = greatest_of(s, V), top_t = greatest_of(t, V);
             float is_agreed = s[place_of(top_t, t, V)] == top_s;
@@ -98,4 +108,5 @@ void distil(float *student, const float *teacher, const int64_t *targets, float 
         }
         free(scratch);
     }
+    return has_failed;
 }

@@ -188,20 +188,25 @@ struct room {
 enum { SHARED, OWN, NUM_ROOMS };
 static pthread_key_t kept;
 static pthread_once_t is_made = PTHREAD_ONCE_INIT;
+static int has_key;
 
 static void release(void *rooms) {
     for (int which = 0; which < NUM_ROOMS; which++) free(((struct room *)rooms)[which].numbers);
     free(rooms);
 }
 
-static void make_key(void) { pthread_key_create(&kept, release); }
+static void make_key(void) { has_key = !pthread_key_create(&kept, release); }
 
 static uint16_t *room_for(int64_t count, int which) {
     pthread_once(&is_made, make_key);
+    if (!has_key) return NULL;
     struct room *rooms = pthread_getspecific(kept);
     if (!rooms) {
         rooms = calloc(NUM_ROOMS, sizeof(struct room));
-        if (!rooms || pthread_setspecific(kept, rooms)) return NULL;
+        if (!rooms || pthread_setspecific(kept, rooms)) {
+            free(rooms);
+            return NULL;
+        }
     }
     struct room *room = rooms + which;
     if (room->count < count) {

@@ -178,19 +178,21 @@ static inline void keep(const void *projected, int kind, const float *cos, const
     store(values, at, cache_kind, raw, D);
 }
 
-void attend_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
-                 const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width,
-                 int64_t column, float scaling) {
+int attend_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
+                const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width,
+                int64_t column, float scaling) {
     int64_t G = H / K, row_width = (H + 2 * K) * D, parts = (D + LANES - 1) / LANES, room = parts * LANES;
     float *queries = malloc((2 * G * room + 2 * D + 5 * MOST_HEADS * (column + Q)) * sizeof(float)); /* each thread's own */
-    float *means = queries + G * room, *raw = means + G * room, *turned = raw + D, *score = turned + D;
-    memset(queries, 0, G * room * sizeof(float));
+    int has_room = queries != NULL; /* without it a thread takes part in the loops and does nothing */
+    float *means = has_room ? queries + G * room : NULL, *raw = has_room ? means + G * room : NULL;
+    float *turned = has_room ? raw + D : NULL, *score = has_room ? turned + D : NULL;
+    if (has_room) memset(queries, 0, G * room * sizeof(float));
     if (Q > 1) { /* later tokens look at them: all are kept first */
 #pragma omp for schedule(static) collapse(2)
         for (int64_t n = 0; n < N; n++)
             for (int64_t q = 0; q < Q; q++)
                 for (int64_t k = 0; k < K; k++)
-                    if (column + q >= starts[n])
+                    if (has_room && column + q >= starts[n])
                         keep(projected, kind, cos, sin, keys, values, cache_kind, n * Q + q, ((n * K + k) * width + column + q) * D, H,
                              K, k, D, raw, turned);
     }
@@ -198,6 +200,7 @@ void attend_rows(const void *projected, int kind, const float *cos, const float 
     for (int64_t n = 0; n < N; n++)
         for (int64_t k = 0; k < K; k++)
             for (int64_t q = 0; q < Q; q++) {
+                if (!has_room) continue;
                 int64_t start = starts[n], token = n * Q + q, first = (n * K + k) * width * D, W = column + q + 1 - start;
                 if (W <= 0) memset(means, 0, G * room * sizeof(float));
                 for (int64_t w = start; w < column && w < start + ROWS_AHEAD; w++) fetch(keys, first + w * D, cache_kind, D);
@@ -214,6 +217,7 @@ void attend_rows(const void *projected, int kind, const float *cos, const float 
                 for (int64_t g = 0; g < G; g++) store(out, (token * H + k * G + g) * D, kind, means + g * room, D);
             }
     free(queries);
+    return !has_room;
 }
 
 /* Q tokens a row: their keys and values go into the cache from `column` on, and each one's queries look at the columns from the row's
@@ -221,12 +225,15 @@ void attend_rows(const void *projected, int kind, const float *cos, const float 
  * nothing of them is kept, and they find zeros.
  *
  * projected [N, Q, (H + 2K) * D] holds queries, keys and values; cos and sin [N, Q, D] may be null: not rotated;
- * keys and values [rows, K, width, D] are the cache; starts [N]; out [N, Q, H * D]. */
-void attend(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
-            const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
-            float scaling) {
-#pragma omp parallel
-    attend_rows(projected, kind, cos, sin, keys, values, cache_kind, starts, out, N, Q, H, K, D, width, column, scaling);
+ * keys and values [rows, K, width, D] are the cache; starts [N]; out [N, Q, H * D]. Returns 0, or 1 if there was no memory. */
+int attend(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
+           const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
+           float scaling) {
+    int has_failed = 0;
+#pragma omp parallel reduction(| : has_failed)
+    has_failed |=
+        attend_rows(projected, kind, cos, sin, keys, values, cache_kind, starts, out, N, Q, H, K, D, width, column, scaling);
+    return has_failed;
 }
 
 /* Logits whose best are exact: those within `margin` of the greatest rounded one are computed anew, hidden . weight[v].

@@ -7,9 +7,10 @@ enum activation { NONE = 0, SWISH = 1 };
 /* As add_norm, attend and multiply in step.c, which make a team for it. */
 void norm_rows(float *hidden, const void *delta, int delta_kind, const float *weight, float eps, void *out, int out_kind, int64_t N,
                int64_t E);
-void attend_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
-                 const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width,
-                 int64_t column, float scaling);
+/* Returns 0, or 1 if this thread had no memory. */
+int attend_rows(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
+                const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width,
+                int64_t column, float scaling);
 void multiply_all(void *a, const void *b, int kind, int64_t count);
 
 /* A tile of bfloat16: rows of an operand and what is summed along. */

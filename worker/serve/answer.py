@@ -89,13 +89,16 @@ def begin_answer(
         stop=sampling.stop,
         min_tokens=sampling.min_tokens,
     )
-    shown = request.text if request.text is not None else text.decode(prompt)
+    echoes: dict[int, str] = {}
+    if sampling.echo:
+        shown = request.text if request.text is not None else text.decode(prompt)
+        echoes = dict.fromkeys(range(num_sequences), shown)
     return Answer(
         request,
         len(prompt),
         text,
         streams=[stream_of() for _ in range(num_sequences)],
-        echoes=dict.fromkeys(range(num_sequences), shown) if sampling.echo else {},
+        echoes=echoes,
         best_of=BestOf(num_sequences) if num_sequences > request.n else None,
         num_open=num_sequences,
     )

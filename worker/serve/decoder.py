@@ -18,7 +18,7 @@ PREFILL_BUDGET = 1024  # tokens of one prefill call, padding included: bounds ho
 class Sequence:
     """One choice of one request. `tokens` grows with each step; an end token is its last one.
 
-    The prompt is what the model's encoder reads, if it has one.
+    The prompt is what the model's encoder reads, if it has one. Tenants share the batch fairly.
     """
 
     request_id: str
@@ -27,6 +27,7 @@ class Sequence:
     end_ids: frozenset[int]
     chooser: Chooser
     choice: int = 0
+    tenant: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
@@ -130,6 +131,7 @@ class Decoder:
             self._leave(row, is_poisoned=True)
             return
         sequence.tokens.append(pick.token)
+        self._waiting.charge_token(sequence)
         if pick.token in sequence.end_ids:
             sequence.finish_reason = "stop"
         elif len(sequence.tokens) >= sequence.max_tokens:
@@ -139,6 +141,7 @@ class Decoder:
 
     def _leave(self, row: int, *, is_poisoned: bool = False) -> None:
         self.batch.leave(row, is_poisoned=is_poisoned)
+        self._waiting.finish(self._rows[row])
         last = self._rows.pop()
         if row < len(self._rows):
             self._rows[row] = last

@@ -13,13 +13,14 @@ from worker.serve.answer import Answer, begin_answer, num_logprobs_of, seed_of
 from worker.serve.decoder import Decoder, Sequence
 from worker.serve.errors import BadLogits, DeadlinePassed, EchoUnsupported, ServeError, failure_of
 from worker.serve.logits import processor_for, refuse_unknown_tokens
+from worker.serve.prompt_size import size_bound
 from worker.serve.prompts import end_id_of, prompt_tokens
 from worker.serve.sampling import Chooser, Pick, seeded_generator
 from worker.serve.stream import TokenText
 
 
 class Engine(Protocol):
-    """Generates for many requests at once. One thread owns it; nothing here blocks longer than a step."""
+    """Generates for many requests at once. One thread owns it; nothing but `prompt_of` blocks longer than a step."""
 
     @property
     def num_running(self) -> int:
@@ -35,8 +36,15 @@ class Engine(Protocol):
         """Whether `step` would give or compute anything."""
         ...
 
-    def add(self, request: GenerateRequest) -> None:
-        """Takes a request; what is wrong with it comes as a Failure from the next step."""
+    def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
+        """Returns the tokens of a request's prompt. May be called from any thread. Raises ServeError."""
+        ...
+
+    def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
+        """Takes a request, with what `prompt_of` returned for it if that was called.
+
+        What is wrong with the request comes as a Failure from the next step.
+        """
         ...
 
     def abort(self, request_id: str) -> None:
@@ -64,6 +72,7 @@ class TransformersEngine:
         self.model.eval()
         self._decoder = self._make_decoder()
         self._text = TokenText(self.tokenizer)
+        self._size_bound = size_bound(self.tokenizer, end_id_of(self.tokenizer))
         self._end_ids = end_ids(self.model, self.tokenizer)
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]  # a method, typed as a tensor
         self._vocab_size: int = embeddings.num_embeddings
@@ -84,14 +93,18 @@ class TransformersEngine:
     def has_work(self) -> bool:
         return bool(self._outbox) or self._decoder.has_work()
 
-    def add(self, request: GenerateRequest) -> None:
+    def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
+        return prompt_tokens(
+            request,
+            self.tokenizer,
+            vocab_size=self._vocab_size,
+            context=self._decoder.context,
+            bound=self._size_bound,
+        )
+
+    def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
         try:
-            prompt = prompt_tokens(
-                request,
-                self.tokenizer,
-                vocab_size=self._vocab_size,
-                context=self._decoder.context,
-            )
+            prompt = self.prompt_of(request) if prompt is None else prompt
             refuse_unknown_tokens(request.sampling, self._num_logits)
             if request.sampling.echo and self._has_encoder:
                 raise EchoUnsupported(
@@ -130,6 +143,7 @@ class TransformersEngine:
                 processor=processor_for(sampling, context=context, end_ids=end_ids),
             ),
             choice=choice,
+            tenant=request.tenant,
         )
 
     def abort(self, request_id: str) -> None:

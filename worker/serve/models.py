@@ -14,7 +14,8 @@ from app.control import Keep, Load, Served, Unload
 from worker.serve.engine import Engine
 from worker.serve.engines import EngineLimits, Fetch, Precision
 from worker.serve.errors import DeadlinePassed, ModelLoading, ModelTooLarge, ServeError, failure_of
-from worker.serve.residency import Residency, Resident
+from worker.serve.residency import Residency
+from worker.serve.tokenising import PromptThreads, Tokens
 
 log = structlog.get_logger()
 
@@ -46,10 +47,11 @@ class HostStatus:
 
 @dataclass
 class _Parked:
-    """A request whose model is not loaded yet."""
+    """A request that is not in an engine yet: its model is not loaded, or its prompt is being tokenised."""
 
     request: GenerateRequest
     waits_until: float
+    is_tokenising: bool = False
 
 
 @dataclass
@@ -75,6 +77,7 @@ class ModelHost:
     )
     _bell: threading.Event = field(default_factory=threading.Event, init=False)
     _parked: dict[str, _Parked] = field(default_factory=dict, init=False)
+    _load_turns: dict[str, int] = field(default_factory=dict, init=False)  # number of a tenant's last load
     _requests: dict[str, GenerateRequest] = field(default_factory=dict, init=False)
     _outbox: list[Addressed] = field(default_factory=list, init=False)
     _last_step_at: float | None = field(default=None, init=False)
@@ -84,7 +87,10 @@ class ModelHost:
         limits = EngineLimits(
             self.max_running, self.max_context_tokens, self.device, self.clock, self.precision
         )
-        self._residency = Residency(self.resident_bytes, self.loader, limits, ring=self._bell.set)
+        self._residency = Residency(
+            self.resident_bytes, self.loader, limits, ring=self._bell.set, has_newcomers=self._is_tokenising
+        )
+        self._prompts = PromptThreads(self._bell.set)
         self._status = HostStatus()
 
     def submit(self, request: GenerateRequest) -> None:
@@ -120,6 +126,7 @@ class ModelHost:
         for residence, error in self._residency.collect(self._is_awaited):
             for parked in [p for p in self._parked.values() if p.request.residence == residence]:
                 self._fail(parked.request, error)
+        self._place_tokenised()
         self._place_parked()
         self._residency.tidy()
         for residence, resident in self._residency:
@@ -132,7 +139,8 @@ class ModelHost:
         return replies
 
     def close(self) -> None:
-        """Ends the loading thread; requests under way are forgotten."""
+        """Ends the other threads; requests under way are forgotten."""
+        self._prompts.close()
         self._residency.close()
 
     def _put(self, message: GenerateRequest | str | Load | Unload | Keep) -> None:
@@ -141,7 +149,8 @@ class ModelHost:
 
     def _can_step(self) -> bool:
         is_stepping = any(resident.engine.has_work() for _, resident in self._residency)
-        return is_stepping or self._residency.has_loaded() or not self._inbox.empty()
+        has_news = self._residency.has_loaded() or self._prompts.has_result() or not self._inbox.empty()
+        return is_stepping or has_news
 
     def _read_inbox(self) -> None:
         while not self._inbox.empty():
@@ -162,39 +171,65 @@ class ModelHost:
 
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id, None)
-        self._parked.pop(request_id, None)
+        self._unpark(request_id)
         if request is not None and (engine := self._residency.engine_of(request.residence)) is not None:
             engine.abort(request_id)
+
+    def _unpark(self, request_id: str) -> None:
+        parked = self._parked.pop(request_id, None)
+        if parked is not None and parked.is_tokenising:
+            self._prompts.cancel(request_id)
+
+    def _is_tokenising(self, residence: str) -> bool:
+        return any(p.is_tokenising and p.request.residence == residence for p in self._parked.values())
 
     def _is_awaited(self, residence: str) -> bool:
         return any(parked.request.residence == residence for parked in self._parked.values())
 
     def _place_parked(self) -> None:
+        """Has prompts tokenised, and models loaded: first for the tenant whose last load was started longest ago."""
         now = self.clock()
-        for parked in list(self._parked.values()):
+        if not self._parked:
+            self._load_turns.clear()
+        for parked in sorted(self._parked.values(), key=lambda p: self._load_turns.get(p.request.tenant, 0)):
             request = parked.request
-            if (resident := self._residency.find(request.residence)) is not None:
-                del self._parked[request.id]
-                self._add(resident, request)
-            elif request.deadline_at < now:
+            if request.deadline_at < now:
                 self._fail(request, DeadlinePassed("the request's time is up; retry"))
+            elif parked.is_tokenising:
+                continue
+            elif (resident := self._residency.find(request.residence)) is not None:
+                parked.is_tokenising = True
+                resident.used_at = now
+                self._prompts.add(request, resident.engine.prompt_of)
             else:
                 self._wait(parked, now)
 
     def _wait(self, parked: _Parked, now: float) -> None:
         request = parked.request
         try:
-            self._residency.ask(served_of(request))
+            if self._residency.ask(served_of(request)):
+                self._load_turns[request.tenant] = max(self._load_turns.values(), default=0) + 1
         except ModelTooLarge as error:
             self._fail(request, error)
         else:
             if parked.waits_until <= now:  # the load goes on, for those who come again
                 self._fail(request, ModelLoading(f"model {request.model} is still loading; retry shortly"))
 
-    def _add(self, resident: Resident, request: GenerateRequest) -> None:
-        resident.used_at = self.clock()
+    def _place_tokenised(self) -> None:
+        for request, result in self._prompts.take():
+            parked = self._parked.get(request.id)
+            if parked is None or parked.request is not request:
+                continue  # cancelled meanwhile
+            parked.is_tokenising = False
+            if isinstance(result, ServeError):
+                self._fail(request, result)
+            elif (engine := self._residency.engine_of(request.residence)) is not None:
+                del self._parked[request.id]
+                self._add(engine, request, result)
+
+    def _add(self, engine: Engine, request: GenerateRequest, prompt: Tokens) -> None:
         try:
-            resident.engine.add(request)
+            engine.add(request, prompt)
         except ServeError as error:
             self._fail(request, error)
         except Exception as error:  # the engine thread's edge: one request must not end the others
@@ -230,7 +265,7 @@ class ModelHost:
 
     def _fail(self, request: GenerateRequest, error: ServeError) -> None:
         self._requests.pop(request.id, None)
-        self._parked.pop(request.id, None)
+        self._unpark(request.id)
         self._outbox.append(Addressed(request.reply_to, failure_of(request.id, error)))
 
     def _snapshot(self) -> HostStatus:

@@ -13,51 +13,73 @@ from worker.serve.errors import (
     raise_unless_panic,
 )
 from worker.serve.families import Context
+from worker.serve.prompt_size import SizeBound
 from worker.serve.rendering import RENDERER
 
 Tokenizer = Any  # transformers is untyped here
 
+SHORT_CHARACTERS = 16_384  # texts up to here are tokenised in any case, so that an error tells exact numbers
+
 
 def prompt_tokens(
-    request: GenerateRequest, tokenizer: Tokenizer, *, vocab_size: int, context: Context
+    request: GenerateRequest,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    context: Context,
+    bound: SizeBound | None = None,
 ) -> tuple[int, ...]:
-    """Tokens that leave room for max_tokens, or for one if the request takes what fits.
+    """Returns tokens that leave room for max_tokens, or for one if the request takes what fits.
+
+    A long text that cannot fit by the size bound of its tokens is refused before it is tokenised.
 
     Raises InvalidPrompt, InvalidMessages, NoChatTemplate, PromptTooLong or AnswerTooLong.
     """
-    if request.messages is not None:
-        tokens = chat_tokens(request.messages, tokenizer)
-    elif request.tokens is not None:
-        tokens = request.tokens
-    else:
-        tokens = text_tokens(request.text or "", tokenizer, has_encoder=context.source_tokens is not None)
+    tokens = request.tokens
+    if tokens is None:
+        is_chat = request.messages is not None
+        text = chat_text(request.messages, tokenizer) if request.messages is not None else request.text or ""
+        if bound is not None and len(text) > SHORT_CHARACTERS:
+            refuse_too_long(request, bound.least_tokens(text), context, is_least=True)
+        if is_chat:
+            tokens = encode(text, tokenizer, add_special_tokens=False)
+        else:
+            tokens = text_tokens(text, tokenizer, has_encoder=context.source_tokens is not None)
     if not tokens:
         tokens = _start_token(tokenizer)
+    refuse_too_long(request, len(tokens), context)
     unknown = [token for token in tokens if not 0 <= token < vocab_size]
     if unknown:
         raise InvalidPrompt(
             f"token {unknown[0]} is not in the vocabulary; give tokens from 0 to {vocab_size - 1}"
         )
-    num_answer = 1 if request.sampling.fits_context else request.sampling.max_tokens
-    if num_answer > context.room_for(len(tokens)):
-        raise _too_long(len(tokens), num_answer, context, is_chat=request.messages is not None)
     return tokens
 
 
-def _too_long(num_prompt: int, num_answer: int, context: Context, *, is_chat: bool) -> PromptTooLong:
-    error = MessagesTooLong if is_chat else PromptTooLong
+def refuse_too_long(
+    request: GenerateRequest, num_prompt: int, context: Context, *, is_least: bool = False
+) -> None:
+    """Raises PromptTooLong or AnswerTooLong if prompt and answer do not fit.
+
+    With `is_least`, num_prompt is a lower bound on the prompt's tokens.
+    """
+    num_answer = 1 if request.sampling.fits_context else request.sampling.max_tokens
+    if num_answer <= context.room_for(num_prompt):
+        return
+    error = MessagesTooLong if request.messages is not None else PromptTooLong
+    bound = "at least " if is_least else ""
     if context.source_tokens is None:
-        return error(
-            f"This model's maximum context length is {context.tokens} tokens, but {num_prompt + num_answer} "
-            f"were asked for ({num_prompt} in the prompt, {num_answer} for the answer); "
-            "shorten the prompt or lower max_tokens"
+        raise error(
+            f"This model's maximum context length is {context.tokens} tokens, but {bound}"
+            f"{num_prompt + num_answer} were asked for ({bound}{num_prompt} in the prompt, {num_answer} for the "
+            "answer); shorten the prompt or lower max_tokens"
         )
     if num_prompt > context.source_tokens:
-        return error(
-            f"This model's encoder reads at most {context.source_tokens} tokens, but the prompt has "
+        raise error(
+            f"This model's encoder reads at most {context.source_tokens} tokens, but the prompt has {bound}"
             f"{num_prompt}; shorten it"
         )
-    return AnswerTooLong(
+    raise AnswerTooLong(
         f"This model's answers have at most {context.tokens} tokens, but max_tokens is {num_answer}; lower it"
     )
 
@@ -81,8 +103,8 @@ def end_id_of(tokenizer: Tokenizer) -> int | None:
     return getattr(tokenizer, "sep_token_id", None) if end is None else end
 
 
-def chat_tokens(messages: tuple[Message, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The chat template's rendering with the assistant's turn opened.
+def chat_text(messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:
+    """Returns the chat template's rendering with the assistant's turn opened.
 
     The template comes with the model, so it is untrusted: an immutable sandbox in a process of its own renders it.
     """
@@ -96,8 +118,7 @@ def chat_tokens(messages: tuple[Message, ...], tokenizer: Tokenizer) -> tuple[in
         chosen = tokenizer.get_chat_template()
     except ValueError as error:
         raise InvalidMessages(f"the model has no default chat template: {error}") from error
-    text = RENDERER.render(chosen, turns, tokenizer.special_tokens_map)
-    return encode(text, tokenizer, add_special_tokens=False)
+    return RENDERER.render(chosen, turns, tokenizer.special_tokens_map)
 
 
 def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) -> tuple[int, ...]:

@@ -57,12 +57,16 @@ class _Failed:
 
 @dataclass
 class Residency:
-    """Engines by residence, within so many bytes. One thread owns it; `ring` is called from the loading thread."""
+    """Engines by residence, within so many bytes. One thread owns it; `ring` is called from the loading thread.
+
+    `has_newcomers` tells whether requests are about to be added to the engine of a residence, which therefore stays.
+    """
 
     resident_bytes: int
     fetch: Fetch
     limits: EngineLimits
     ring: Callable[[], None]
+    has_newcomers: Callable[[str], bool]
     _residents: dict[str, Resident] = field(default_factory=dict, init=False)
     _loads: dict[str, _Load] = field(default_factory=dict, init=False)
     _wanted: dict[str, Served] = field(default_factory=dict, init=False)  # asked for, and not begun
@@ -87,19 +91,24 @@ class Residency:
         resident = self._residents.get(residence)
         return resident.engine if resident else None
 
-    def ask(self, served: Served) -> None:
-        """Begins to load as soon as there is room; asked for again and again. Raises ModelTooLarge."""
+    def ask(self, served: Served) -> bool:
+        """Starts to load if there is room and no other load is under way; called again until the model is there.
+
+        Returns whether the load was started now. Raises ModelTooLarge.
+        """
         key, num_bytes = served.residence, self._expected_bytes(served)
         if key in self._residents or key in self._loads:
-            return
+            return False
         kept = sum(map(self._expected_bytes, (p for other, p in self._pinned.items() if other != key)))
         if num_bytes > self.resident_bytes - kept:
             limit = f"the limit of {self.resident_bytes}" + (
                 f", less {kept} of pinned models" if kept else ""
             )
             raise ModelTooLarge(f"its {num_bytes} bytes exceed {limit}")
-        if self._make_room(num_bytes):
-            self._start(served, num_bytes)
+        if self._loads or not self._make_room(num_bytes):
+            return False
+        self._start(served, num_bytes)
+        return True
 
     def want(self, served: Served) -> None:
         """Loads without a request that waits for it, now or when there is room."""
@@ -148,7 +157,7 @@ class Residency:
         """Lets those go that are to leave, and loads what is wanted or pinned as far as there is room."""
         for key in list(self._leaving):
             resident = self._residents.get(key)
-            if resident is not None and not resident.engine.has_work():
+            if resident is not None and not self._is_busy(key):
                 self.drop(key)
                 log.info("model_unloaded", residence=key)
         if self._taken_bytes() > self.resident_bytes:
@@ -253,12 +262,13 @@ class Residency:
             load.num_bytes for load in self._loads.values()
         )
 
+    def _is_busy(self, residence: str) -> bool:
+        return self._residents[residence].engine.has_work() or self.has_newcomers(residence)
+
     def _make_room(self, num_bytes: int) -> bool:
         """Evicts idle models until so many bytes fit; gives whether they do."""
         taken = self._taken_bytes()
-        idle = [
-            key for key, r in self._residents.items() if key not in self._pinned and not r.engine.has_work()
-        ]
+        idle = [key for key in self._residents if key not in self._pinned and not self._is_busy(key)]
         idle.sort(key=lambda key: self._residents[key].used_at)
         reclaimable = sum(self._residents[key].num_bytes for key in idle)
         if taken - reclaimable + num_bytes > self.resident_bytes:

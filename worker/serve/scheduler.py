@@ -1,15 +1,18 @@
-"""Who joins the batch next: first come, first served, within free rows and a prefill budget. No torch here."""
+"""Scheduler of prefills: tenants in turn, within free rows and a prefill budget. No torch here."""
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
 
+from worker.serve.fair_queue import FairQueue
+
 
 class Waiting(Protocol):
-    """What the queue must know of a sequence; choices of one request share their prompt and its prefill."""
+    """What the scheduler must know of a sequence; choices of one request share their prompt and its prefill."""
 
     @property
     def request_id(self) -> str: ...
+    @property
+    def tenant(self) -> str: ...
     @property
     def prompt(self) -> Sequence[int]: ...
 
@@ -18,42 +21,46 @@ T = TypeVar("T", bound=Waiting)
 
 
 class Scheduler(Generic[T]):
-    """A queue that hands out prefills of at most `prefill_budget` tokens, padding included.
+    """A fair queue that hands out prefills of at most `prefill_budget` tokens, padding included.
 
-    `num_to_read` tells how many tokens of a prompt are not known from others.
+    A tenant is charged for the tokens of its prefills and for each token of an answer. `num_to_read` returns how many
+    tokens of a prompt have to be prefilled, because no cached prefix has them.
     """
 
     def __init__(self, *, prefill_budget: int, num_to_read: Callable[[Sequence[int]], int] = len) -> None:
         self.prefill_budget = prefill_budget
         self._num_to_read = num_to_read
-        self._waiting: deque[T] = deque()
+        self._waiting: FairQueue[T] = FairQueue(lambda item: item.tenant)
 
     def __len__(self) -> int:
         return len(self._waiting)
 
     def add(self, item: T) -> None:
-        self._waiting.append(item)
+        self._waiting.add(item)
 
     def admit(self, num_free_rows: int) -> list[list[T]]:
-        """The next newcomers, grouped by shared prompt; a prompt over the budget goes alone."""
-        groups: list[list[T]] = []
+        """Returns the next sequences, grouped by request; a prompt over the budget goes alone."""
+        groups: dict[str, list[T]] = {}
         longest = 0
-        while self._waiting and num_free_rows:
-            item = self._waiting[0]
-            if groups and groups[-1][0].request_id == item.request_id:
-                groups[-1].append(item)
-            else:
-                longest = max(longest, self._num_to_read(item.prompt))
+        while num_free_rows and (item := self._waiting.peek()) is not None:
+            num_read = 0
+            if item.request_id not in groups:
+                num_read = self._num_to_read(item.prompt)
+                longest = max(longest, num_read)
                 if groups and (len(groups) + 1) * longest > self.prefill_budget:
-                    break
-                groups.append([item])
-            self._waiting.popleft()
+                    break  # it stays the next one
+            groups.setdefault(item.request_id, []).append(self._waiting.take(num_read))
             num_free_rows -= 1
-        return groups
+        return list(groups.values())
+
+    def charge_token(self, item: T) -> None:
+        """Counts a token of the answer of an admitted sequence."""
+        self._waiting.charge(item, 1)
+
+    def finish(self, item: T) -> None:
+        """Ends a sequence that was admitted."""
+        self._waiting.finish(item)
 
     def remove(self, is_unwanted: Callable[[T], bool]) -> list[T]:
-        """Takes out and returns the waiting items for which the test holds."""
-        removed = [item for item in self._waiting if is_unwanted(item)]
-        if removed:
-            self._waiting = deque(item for item in self._waiting if not is_unwanted(item))
-        return removed
+        """Removes and returns the waiting items for which the test holds."""
+        return self._waiting.remove(is_unwanted)

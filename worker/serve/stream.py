@@ -20,7 +20,7 @@ class TokenText:
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
-        self._bytes_of_letter = _byte_level_letters() if '"ByteLevel"' in json.dumps(decoder) else {}
+        self._bytes_of_letter = BYTE_OF_LETTER if '"ByteLevel"' in json.dumps(decoder) else {}
         self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -66,6 +66,9 @@ def _byte_level_letters() -> dict[str, int]:
     hidden = [byte for byte in range(256) if byte not in set(printable)]
     letters = {chr(byte): byte for byte in printable}
     return letters | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
+
+
+BYTE_OF_LETTER = _byte_level_letters()
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import logging
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,12 @@ from worker.serve.errors import (
     UnsupportedModel,
     failure_of,
 )
+from worker.serve.fair_queue import FairQueue
 from worker.serve.families import SEQ2SEQ, Context
 from worker.serve.loading import refuse_code
 from worker.serve.logits import refuse_unknown_tokens
-from worker.serve.prompts import prompt_tokens
+from worker.serve.prompt_size import size_bound
+from worker.serve.prompts import end_id_of, prompt_tokens
 from worker.serve.sampling import Pick
 from worker.serve.stream import TokenText
 
@@ -42,6 +45,20 @@ Vllm = Any  # vLLM is not installed where this is type-checked
 def has_vllm() -> bool:
     """Whether this environment can serve with vLLM."""
     return find_spec("vllm") is not None
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """One choice of a request."""
+
+    request: GenerateRequest
+    prompt: tuple[int, ...]
+    number: int
+
+    @property
+    def name(self) -> str:
+        """vLLM's request id."""
+        return f"{self.request.id}/{self.number}"
 
 
 class VllmEngine:
@@ -61,12 +78,16 @@ class VllmEngine:
         self._core = core
         self._tokenizer = tokenizer
         self._text = TokenText(tokenizer)
+        self._size_bound = size_bound(tokenizer, end_id_of(tokenizer))
         self._end_ids = end_ids
         self._clock = clock
         self._context = Context(core.model_config.max_model_len)
         self._vocab_size: int = core.model_config.get_vocab_size()
         self._answers: dict[str, Answer] = {}
-        self._choices: dict[str, tuple[str, int]] = {}  # vLLM's request id -> ours, and the choice
+        # Choices are handed over in turn and no more than vLLM runs at a time: it serves first come, first served.
+        self._waiting: FairQueue[_Choice] = FairQueue(lambda choice: choice.request.tenant)
+        self._max_running: int = core.vllm_config.scheduler_config.max_num_seqs
+        self._choices: dict[str, _Choice] = {}  # by vLLM's request id
         self._begun: set[str] = set()  # vLLM's request ids that have tokens
         self._outbox: list[Reply] = []
         weakref.finalize(self, _release, core)
@@ -77,33 +98,52 @@ class VllmEngine:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._choices) - len(self._begun)
+        return len(self._waiting) + len(self._choices) - len(self._begun)
 
     def has_work(self) -> bool:
-        return bool(self._outbox or self._choices)
+        return bool(self._outbox or self._choices or self._waiting)
 
-    def add(self, request: GenerateRequest) -> None:
+    def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
+        return prompt_tokens(
+            request,
+            self._tokenizer,
+            vocab_size=self._vocab_size,
+            context=self._context,
+            bound=self._size_bound,
+        )
+
+    def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
         try:
-            prompt = prompt_tokens(
-                request, self._tokenizer, vocab_size=self._vocab_size, context=self._context
-            )
+            prompt = self.prompt_of(request) if prompt is None else prompt
             refuse_unknown_tokens(request.sampling, self._vocab_size)
-            self._answers[request.id] = begin_answer(request, prompt, self._text, is_continued=True)
-            for choice in range(request.num_sequences):
-                self._add_choice(request, prompt, choice)
         except ServeError as error:
-            self.abort(request.id)
             self._outbox.append(failure_of(request.id, error))
+            return
+        self._answers[request.id] = begin_answer(request, prompt, self._text, is_continued=True)
+        for number in range(request.num_sequences):
+            self._waiting.add(_Choice(request, prompt, number))
 
-    def _add_choice(self, request: GenerateRequest, prompt: tuple[int, ...], choice: int) -> None:
+    def _hand_over(self) -> None:
+        """Gives vLLM the next choices, as far as it has room."""
+        while len(self._choices) < self._max_running and (choice := self._waiting.peek()) is not None:
+            # the choices of a request share the prompt's cache blocks
+            self._waiting.take(0 if choice.number else len(choice.prompt))
+            self._choices[choice.name] = choice
+            try:
+                self._start(choice)
+            except ServeError as error:
+                self._forget([choice.name])
+                failure = self._fail(self._answers[choice.request.id], error)
+                self._outbox.append(failure)
+
+    def _start(self, choice: "_Choice") -> None:
         from vllm.inputs.engine import tokens_input
 
-        name = f"{request.id}/{choice}"
+        params = self._params(choice.request, choice.prompt, choice.number)
         try:
-            self._core.add_request(name, tokens_input(list(prompt)), self._params(request, prompt, choice))
+            self._core.add_request(choice.name, tokens_input(list(choice.prompt)), params)
         except ValueError as error:
             raise InvalidSampling(f"vLLM refuses this request: {error}") from error
-        self._choices[name] = (request.id, choice)
 
     def _params(self, request: GenerateRequest, prompt: tuple[int, ...], choice: int) -> Vllm:
         from vllm import SamplingParams
@@ -135,16 +175,18 @@ class VllmEngine:
     def abort(self, request_id: str) -> None:
         self._outbox = [reply for reply in self._outbox if reply.id != request_id]
         if self._answers.pop(request_id, None) is not None:
-            names = [name for name, (owner, _) in self._choices.items() if owner == request_id]
+            self._waiting.remove(lambda choice: choice.request.id == request_id)
+            names = [name for name, choice in self._choices.items() if choice.request.id == request_id]
             self._core.abort_request(names)
             self._forget(names)
 
     def _forget(self, names: list[str]) -> None:
         self._begun.difference_update(names)
         for name in names:
-            del self._choices[name]
+            self._waiting.finish(self._choices.pop(name))
 
     def step(self) -> list[Reply]:
+        self._hand_over()
         replies, self._outbox = self._outbox, []
         now = self._clock()
         for answer in [a for a in self._answers.values() if a.request.deadline_at < now]:
@@ -159,18 +201,21 @@ class VllmEngine:
         name, (completion,) = output.request_id, output.outputs
         if name not in self._choices:
             return []
-        request_id, choice = self._choices[name]
-        answer = self._answers[request_id]
+        choice = self._choices[name]
+        answer = self._answers[choice.request.id]
         reason = completion.finish_reason
         if reason is not None and (reason not in FINISH_REASONS or not completion.token_ids):
             return [self._fail(answer, ServeError(f"vLLM gave up on this request ({reason}); retry"))]
         self._begun.add(name)
         replies: list[Reply] = []
+        self._waiting.charge(choice, len(completion.token_ids))
         last = len(completion.token_ids) - 1
         for at, token in enumerate(completion.token_ids):
             pick = _pick(token, completion.logprobs[at] if completion.logprobs else None, answer.request)
             try:
-                taken = answer.take(choice, pick, FINISH_REASONS[reason] if reason and at == last else None)
+                taken = answer.take(
+                    choice.number, pick, FINISH_REASONS[reason] if reason and at == last else None
+                )
             except ServeError as error:  # the way back to text
                 return [*replies, self._fail(answer, error)]
             replies += taken.replies
@@ -180,7 +225,7 @@ class VllmEngine:
                 self._forget([name])
                 break
         if answer.num_open == 0:
-            del self._answers[request_id]
+            del self._answers[answer.request.id]
         return replies
 
     def _fail(self, answer: Answer, error: ServeError) -> Reply:

@@ -17,7 +17,7 @@ from app.services import registry
 from app.services.generation import Order, refuse_hopeless
 from app.settings import get_settings
 from tests.app.api.conftest import PROJECT
-from tests.serve_worker import WorkerProcess
+from tests.serve_worker import WorkerProcess, wait_for
 
 PROMPT = "What does a lantern mean?"
 
@@ -80,6 +80,19 @@ def test_choices_with_a_seed_are_reproducible_and_differ(
     assert len({choice.text for choice in first.choices}) == 6
     alone = client.completions.create(**asked | {"n": 1, "prompt": "The still"})
     assert alone.choices[0].text == first.choices[3].text
+
+
+def test_a_key_does_not_wait_for_all_that_another_has_waiting(
+    worker: WorkerProcess, client: openai.OpenAI, service: Any
+) -> None:
+    many: Any = {"model": "tiny", "prompt": [PROMPT] * 4, "n": 128, "max_tokens": 200}
+    stream = client.completions.create(**many, stream=True, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    with service.client() as other:
+        answer = other.completions.create(model="tiny", prompt=PROMPT, max_tokens=8)
+    assert answer.choices[0].finish_reason is not None
+    wait_for(lambda: worker.status().num_waiting > 128, 1, "it waited for the other key's sequences")
+    stream.close()
 
 
 def test_token_prompts_are_taken_as_they_are(worker: WorkerProcess, client: openai.OpenAI) -> None:

@@ -3,6 +3,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from app.distillation import FreshConfig
 from tests.tiny import tiny_tokenizer
@@ -110,7 +113,7 @@ def test_a_wider_vocabulary_than_the_tokenizers_is_given() -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("gpt2", {"vocab_size": 300}, r"vocab_size is 300.*384 tokens"),
+        ("gpt2", {"vocab_size": 300}, r"vocab_size is 300.*384 token ids"),
         ("llama", {"hidden_size": 36, "num_heads": 4}, "even head width"),
         ("bloom", {"intermediate_size": 100}, "always 4 x hidden_size"),
     ],
@@ -118,6 +121,12 @@ def test_a_wider_vocabulary_than_the_tokenizers_is_given() -> None:
 def test_impossible_sizes_are_refused(family: str, changes: dict[str, int], message: str) -> None:
     with pytest.raises(InvalidStudent, match=message):
         fresh_config(sizes(family, **changes), tiny_tokenizer())
+
+
+def test_ids_that_a_tokenizer_leaves_out_have_rows_too() -> None:
+    pieces = {"<s>": 0, "a": 1, "b": 9}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(pieces, [])), eos_token="<s>")
+    assert fresh_config(sizes("gpt2"), tokenizer).vocab_size == 10
 
 
 def test_a_tokenizer_without_an_end_is_refused() -> None:

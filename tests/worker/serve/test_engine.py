@@ -144,6 +144,19 @@ def test_more_choices_than_rows_are_all_served(
     ]
 
 
+def test_a_tenant_does_not_wait_for_all_that_another_has_waiting(
+    loaded: LoadedModel, make_engine: Callable[..., TransformersEngine], make_request: Make, drain: Drain
+) -> None:
+    engine = make_engine(loaded, max_running=2)
+    engine.add(make_request("many", tenant="a", n=12, max_tokens=8, ignore_eos=True))
+    for number in range(8):
+        engine.add(make_request(f"a{number}", tenant="a", max_tokens=8, ignore_eos=True))
+    replies = engine.step()
+    engine.add(make_request("b", tenant="b", max_tokens=8, ignore_eos=True))
+    ended = [reply.id for reply in [*replies, *drain(engine)] if isinstance(reply, Done)]
+    assert ended == ["b", "many", *(f"a{number}" for number in range(8))]
+
+
 def test_a_stop_string_ends_the_text_before_it_and_frees_the_row(
     llama: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain, text_of: TextOf
 ) -> None:

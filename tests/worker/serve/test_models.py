@@ -424,6 +424,135 @@ def test_an_unloaded_model_first_finishes_what_it_has(
     assert host.status().models == ()
 
 
+class PanicException(BaseException):
+    """What a panic of a Rust library is in Python."""
+
+
+class Gated:
+    """A tokenizer that takes its time for a text with "slow" in it, and panics for one with "panic"."""
+
+    def __init__(self, tokenizer: Any) -> None:  # Any: transformers is untyped here
+        self._tokenizer = tokenizer
+        self.gate = threading.Event()
+        self.num_begun = 0
+
+    def __call__(self, text: str, **options: Any) -> Any:  # Any: transformers is untyped here
+        if "slow" in text:
+            self.num_begun += 1
+            assert self.gate.wait(10)
+        if "panic" in text:
+            raise PanicException("called `Option::unwrap()` on a `None` value")
+        return self._tokenizer(text, **options)
+
+    def __getattr__(self, name: str) -> Any:  # Any: whatever the tokenizer has
+        return getattr(self._tokenizer, name)
+
+
+@pytest.fixture
+def gated(
+    make_host: Callable[..., ModelHost], true_bytes: dict[str, int]
+) -> Iterator[tuple[ModelHost, Gated]]:
+    """A host with room for one model, which is loaded."""
+    host = make_host(resident_bytes=true_bytes["llama"] + true_bytes["gpt2"] - 1)
+    host.tell(Load(served=served("llama", true_bytes["llama"])))
+    settle(host)
+    engine: Any = host._residency.engine_of("llama")  # Any: reaches into the engine on purpose
+    engine.tokenizer = Gated(engine.tokenizer)
+    yield host, engine.tokenizer
+    engine.tokenizer.gate.set()
+
+
+def test_streams_and_other_tenants_go_on_while_a_long_prompt_is_tokenised(
+    gated: tuple[ModelHost, Gated], make_request: Make
+) -> None:
+    host, tokenizer = gated
+    host.submit(make_request("running", weights=ref("llama"), max_tokens=100, ignore_eos=True))
+    run(host, until=bool)
+    host.submit(make_request("a1", tenant="a", weights=ref("llama"), text="slow"))
+    host.submit(make_request("a2", tenant="a", weights=ref("llama")))
+    host.submit(make_request("b", tenant="b", weights=ref("llama")))
+    found = run(host, until=lambda found: ends(found).keys() >= {"running", "b"})
+    assert list(ends(found)) == ["b", "running"]
+    assert host.status().num_waiting == 2
+    assert not host.wait_for_work(0.01)
+    tokenizer.gate.set()
+    assert list(ends(run(host))) == ["a1", "a2"]
+
+
+def test_a_cancelled_request_is_forgotten_while_its_prompt_is_tokenised(
+    gated: tuple[ModelHost, Gated], make_request: Make
+) -> None:
+    host, tokenizer = gated
+    for name in ("begun", "waiting"):
+        host.submit(make_request(name, weights=ref("llama"), text="slow"))
+    host.step_all()
+    for name in ("begun", "waiting"):
+        host.abort(name)
+    host.step_all()
+    assert (host.has_work(), host.status().num_waiting) == (False, 0)
+    tokenizer.gate.set()
+    host.submit(make_request("next", weights=ref("llama")))
+    assert list(ends(run(host))) == ["next"]
+    assert tokenizer.num_begun == 1
+
+
+def test_a_deadline_counts_while_a_prompt_is_tokenised(
+    gated: tuple[ModelHost, Gated], make_request: Make
+) -> None:
+    host, _ = gated
+    host.submit(make_request("a", weights=ref("llama"), text="slow", deadline_at=time.time() + 0.2))
+    failure = ends(run(host))["a"]
+    assert isinstance(failure, Failure)
+    assert failure.status == 504
+
+
+def test_a_panic_of_a_tokenizer_ends_that_request_only(
+    gated: tuple[ModelHost, Gated], make_request: Make
+) -> None:
+    host, _ = gated
+    host.submit(make_request("bad", weights=ref("llama"), text="panic"))
+    host.submit(make_request("good", weights=ref("llama")))
+    found = ends(run(host))
+    failure = found["bad"]
+    assert isinstance(failure, Failure)
+    assert (failure.status, failure.code) == (400, "invalid_value")
+    assert isinstance(found["good"], Done)
+
+
+def test_a_model_stays_while_a_prompt_for_it_is_tokenised(
+    gated: tuple[ModelHost, Gated], make_request: Make, shelf: Shelf, true_bytes: dict[str, int]
+) -> None:
+    host, tokenizer = gated
+    host.submit(make_request("a", weights=ref("llama"), text="slow"))
+    host.step_all()
+    host.submit(make_request("b", weights=ref("gpt2", true_bytes["gpt2"])))
+    host.step_all()
+    host.tell(Unload(residence="llama"))
+    host.step_all()
+    assert host.status().resident == ("llama",)
+    tokenizer.gate.set()
+    assert list(ends(run(host))) == ["a", "b"]
+    assert shelf.asked == ["llama", "gpt2"]
+
+
+def test_a_tenant_does_not_wait_for_all_the_models_that_another_asks_for(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    for name in ("first", "second", "third"):
+        shelf.folders[name] = shelf.folders["llama"]
+        shelf.gates[name] = threading.Event()
+    host = make_host()
+    for name in ("first", "second", "third"):
+        host.submit(make_request(name, tenant="a", weights=ref(name)))
+    host.step_all()
+    host.submit(make_request("b", tenant="b", weights=ref("gpt2")))
+    host.step_all()
+    for gate in shelf.gates.values():
+        gate.set()
+    assert ends(run(host)).keys() == {"first", "second", "third", "b"}
+    assert shelf.asked == ["first", "gpt2", "second", "third"]
+
+
 def test_a_model_served_another_way_is_loaded_beside(
     make_host: Callable[..., ModelHost], make_request: Make
 ) -> None:

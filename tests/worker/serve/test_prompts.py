@@ -8,6 +8,7 @@ from app.contracts import GenerateRequest, Message
 from tests.tiny import tiny_tokenizer
 from worker.serve.errors import InvalidMessages, InvalidPrompt, MessagesTooLong, NoChatTemplate, PromptTooLong
 from worker.serve.families import Context
+from worker.serve.prompt_size import size_bound
 from worker.serve.prompts import end_id_of, prompt_tokens, text_tokens
 
 Make = Callable[..., GenerateRequest]
@@ -92,6 +93,30 @@ def test_one_token_more_than_the_context_is_refused_with_the_numbers(make_reques
         "context_length_exceeded",
         "prompt",
     )
+
+
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenised(make_request: Make) -> None:
+    request, tokenizer = make_request(text="The still " * 10_000), tiny_tokenizer()
+    bound = size_bound(tokenizer, end_id_of(tokenizer))
+    assert bound is not None
+    least = -(-100_000 // bound.max_bytes)
+    with pytest.raises(
+        PromptTooLong, match=rf"\(at least {least} in the prompt, 4 for the answer\)"
+    ) as caught:
+        prompt_tokens(request, tokenizer, vocab_size=384, context=Context(64), bound=bound)
+    assert (caught.value.status, caught.value.code, caught.value.param) == (
+        400,
+        "context_length_exceeded",
+        "prompt",
+    )
+
+
+def test_a_text_of_end_tokens_is_no_long_prompt(make_request: Make) -> None:
+    tokenizer = tiny_tokenizer()
+    request = make_request(text="The still" + tokenizer.eos_token * 10_000)
+    bound = size_bound(tokenizer, end_id_of(tokenizer))
+    found = prompt_tokens(request, tokenizer, vocab_size=384, context=Context(64), bound=bound)
+    assert found == tuple(tokenizer("The still").input_ids)
 
 
 def test_too_long_messages_name_the_messages(make_request: Make) -> None:

@@ -9,6 +9,7 @@ from worker.serve.scheduler import Scheduler
 class Item:
     request_id: str
     prompt: tuple[int, ...]
+    tenant: str = ""
 
 
 def queue_of(*items: tuple[str, int], budget: int = 100) -> Scheduler[Item]:
@@ -61,3 +62,31 @@ def test_removed_items_do_not_come_up() -> None:
     scheduler = queue_of(("a", 5), ("b", 5))
     assert [item.request_id for item in scheduler.remove(lambda item: item.request_id == "a")] == ["a"]
     assert names(scheduler.admit(8)) == [["b"]]
+
+
+def test_tenants_take_turns_and_each_is_served_in_order() -> None:
+    scheduler = queue_of(("a1", 5), ("a2", 5), ("a3", 5))
+    scheduler.add(Item("b1", (1,) * 5, "b"))
+    assert names(scheduler.admit(3)) == [["a1"], ["b1"], ["a2"]]
+
+
+def test_choices_of_one_request_share_a_prefill_although_another_tenant_joins_between() -> None:
+    scheduler = queue_of(("a", 5), ("a", 5), ("a", 5))
+    scheduler.add(Item("b", (1,) * 5, "b"))
+    assert names(scheduler.admit(8)) == [["a", "a", "a"], ["b"]]
+
+
+def test_a_tenant_with_many_rows_waits_for_one_with_few() -> None:
+    scheduler = queue_of(*[(f"a{number}", 5) for number in range(9)])
+    scheduler.admit(4)
+    for number in range(3):
+        scheduler.add(Item(f"b{number}", (1,) * 5, "b"))
+    assert names(scheduler.admit(3)) == [["b0"], ["b1"], ["b2"]]
+
+
+def test_a_prompt_that_found_no_budget_is_the_next_one() -> None:
+    scheduler = queue_of(("a1", 5), ("a2", 5))
+    scheduler.add(Item("b", (1,) * 90, "b"))
+    assert names(scheduler.admit(8)) == [["a1"]]
+    assert names(scheduler.admit(8)) == [["b"]]
+    assert names(scheduler.admit(8)) == [["a2"]]

@@ -189,6 +189,17 @@ def test_an_aborted_request_is_heard_of_no_more_and_leaves_the_others_alone(
 
 
 @needs_vllm
+def test_a_tenant_does_not_wait_for_all_that_another_has_waiting(
+    engine: VllmEngine, make_request: Make, drain: Drain
+) -> None:
+    engine.add(make_request("many", tenant="a", n=60, max_tokens=8, ignore_eos=True))
+    replies = engine.step()
+    engine.add(make_request("b", tenant="b", max_tokens=8, ignore_eos=True))
+    ended = [reply.id for reply in [*replies, *drain(engine)] if isinstance(reply, Done)]
+    assert ended == ["b", "many"]
+
+
+@needs_vllm
 def test_what_cannot_be_served_is_refused(engine: VllmEngine, make_request: Make, drain: Drain) -> None:
     engine.add(make_request("long", tokens=(5,) * 250, max_tokens=20))
     engine.add(make_request("unknown", logit_bias=((100_000, 1.0),)))
