@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -183,10 +184,11 @@ def test_the_batches_of_a_project_are_one_tenant_and_each_of_its_keys_is_another
     valkey: str,
 ) -> None:
     register()
-    heartbeat = ServeWorkerStatus(worker_id="w1", max_running=4, beat_at=time.time())
     tenants: set[str] = set()
+    has_seen_all = threading.Event()
 
     def take_requests(redis_client: "redis.Redis") -> bool:
+        heartbeat = ServeWorkerStatus(worker_id="w1", max_running=4, beat_at=time.time())
         redis_client.set(serve_worker_key("w1"), heartbeat.model_dump_json())
         while raw := redis_client.rpop(queue_key("w1")):
             assert isinstance(raw, bytes)
@@ -195,14 +197,18 @@ def test_the_batches_of_a_project_are_one_tenant_and_each_of_its_keys_is_another
         return len(tenants) == 3
 
     def ask(client: openai.OpenAI) -> None:
-        with suppress(openai.OpenAIError):
-            client.with_options(timeout=5).completions.create(model="tiny", prompt="x")
+        while not has_seen_all.is_set():  # the API does not know the worker at once
+            with suppress(openai.OpenAIError):
+                client.with_options(timeout=1).completions.create(model="tiny", prompt="x")
 
     with service.client() as one, service.client() as other, redis.Redis.from_url(valkey) as redis_client:
         batches = [submit(client, [line(0)]) for client in (one, other)]
         with ThreadPoolExecutor(2) as pool:
             pool.map(ask, (one, other))
-            wait_for(lambda: take_requests(redis_client), 10, "not all requests came")
+            try:
+                wait_for(lambda: take_requests(redis_client), 15, "not all requests came")
+            finally:
+                has_seen_all.set()
         for batch in batches:
             one.batches.cancel(batch.id)
     assert PROJECT in tenants
