@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.body import StrictRoute
 from app.api.deps import Principal, require
 from app.api.openapi import whole_or_streamed
+from app.auth import claimed_key_id
 from app.contracts import Delta, Done
 from app.errors import StillhouseError, envelope
 from app.flow import Flow
@@ -25,7 +26,10 @@ from app.stream import Switchboard
 
 
 class CrowdedRoute(StrictRoute):
-    """Refuses while the server is full, before anybody is looked up or read; the admission itself judges the rest."""
+    """Refuses keys beyond their share of a full server before the key is verified and the body is read.
+
+    A caller who claims another's key gains nothing: it is refused here, or by the verification that follows.
+    """
 
     def get_route_handler(
         self,
@@ -34,7 +38,7 @@ class CrowdedRoute(StrictRoute):
 
         async def turn_away(request: Request) -> Response:
             board: Switchboard = request.app.state.switchboard
-            board.admission.demand_room()
+            board.admission.demand_room(claimed_key_id(request.headers.get("authorization")))
             return await handle(request)
 
         return turn_away
