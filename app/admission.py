@@ -1,11 +1,11 @@
-"""How much generation one API process takes on; the rest is told to come back."""
+"""Admission control: how much generation one API process accepts, and how it is divided among keys."""
 
 import math
 import time
 from collections import Counter
 from collections.abc import Callable
 
-from app.errors import BadRequest, TooManyRequests, Unavailable
+from app.errors import BadRequest, StillhouseError, TooManyRequests, Unavailable
 
 RETURNS_A_SECOND = (
     100.0  # of those turned away: more than become free, and few enough to be turned away cheaply
@@ -39,9 +39,12 @@ class Crowd:
 
 
 class Admission:
-    """Room for generation requests of one API process, taken before any of the work is done.
+    """Room for generation requests of one API process, reserved before any of the work is done.
 
-    Counts prompts and tokens, so that neither many small requests nor few huge ones can fill the memory.
+    Counts prompts and tokens, so that neither many small requests nor few huge ones can fill the memory. A key
+    that is alone may take all the room. With k keys at work, a key is always admitted up to its fair share, a
+    k-th of the room, even if the others have left none. Beyond its share it gets only what is free. At most
+    room * (1 + 1/2 + ... + 1/k) is reserved in this way, and the keys above their share give it back first.
     """
 
     def __init__(self, *, max_requests: int, max_tokens: int, max_requests_per_key: int) -> None:
@@ -50,55 +53,77 @@ class Admission:
         self._max_requests_per_key = max_requests_per_key
         self.num_requests = 0
         self.num_tokens = 0
-        self._per_key: Counter[str] = Counter()
+        self._requests_of: Counter[str] = Counter()
+        self._tokens_of: Counter[str] = Counter()
         self._crowd = Crowd()
 
     def reserve(self, key_id: str, *, num_requests: int, num_tokens: int) -> Callable[[], None]:
-        """Takes the room, and gives what hands it back, once.
+        """Reserves the room and returns the function that gives it back; calling it twice does no harm.
 
-        Raises BadRequest for what would never fit, TooManyRequests when the key has used its share, and
-        Unavailable when the server is full.
+        Raises:
+            BadRequest: The request would never fit.
+            TooManyRequests: The key has used its share.
+            Unavailable: The server is full.
         """
-        if (
-            num_requests > min(self._max_requests_per_key, self._max_requests)
-            or num_tokens > self._max_tokens
-        ):
+        most_requests = min(self._max_requests_per_key, self._max_requests)
+        if num_requests > most_requests or num_tokens > self._max_tokens:
             raise BadRequest(
                 f"too much for one request: {num_requests} prompts and about {num_tokens} tokens, at most "
-                f"{min(self._max_requests_per_key, self._max_requests)} and {self._max_tokens}; send it in parts",
+                f"{most_requests} and {self._max_tokens}; send it in parts",
                 "request_too_large",
                 "prompt",
             )
-        if self._per_key[key_id] + num_requests > self._max_requests_per_key:
+        if self._requests_of[key_id] + num_requests > self._max_requests_per_key:
             raise TooManyRequests(
-                f"this key has {self._per_key[key_id]} generation requests running, at most "
+                f"this key has {self._requests_of[key_id]} generation requests running, at most "
                 f"{self._max_requests_per_key} are allowed; wait for some to end"
             )
-        self.demand_room(num_requests, num_tokens)
+        self.demand_room(key_id, num_requests, num_tokens)
         self._add(key_id, num_requests, num_tokens)
-        is_taken = True
+        is_reserved = True
 
         def give_back() -> None:
-            nonlocal is_taken
-            if is_taken:
-                is_taken = False
+            nonlocal is_reserved
+            if is_reserved:
+                is_reserved = False
                 self._add(key_id, -num_requests, -num_tokens)
 
         return give_back
 
-    def demand_room(self, num_requests: int = 1, num_tokens: int = 1) -> None:
-        """Raises Unavailable if so much does not fit now. Costs nothing: a crowd is turned away before anything is looked up."""
-        if (
+    def demand_room(self, key_id: str, num_requests: int = 1, num_tokens: int = 1) -> None:
+        """Raises TooManyRequests or Unavailable if the key cannot have so much now.
+
+        Looks nothing up, so that many callers can be turned away cheaply, even before the key is verified.
+        """
+        is_full = (
             self.num_requests + num_requests > self._max_requests
             or self.num_tokens + num_tokens > self._max_tokens
-        ):
-            full = Unavailable("the server has as many generation requests as it can hold; try again soon")
-            full.retry_after_seconds = self._crowd.pause_seconds()
-            raise full
+        )
+        if not is_full:
+            return
+        num_keys = len(self._requests_of) + (key_id not in self._requests_of)
+        share_requests = max(1, self._max_requests // num_keys)
+        share_tokens = self._max_tokens // num_keys
+        key_requests, key_tokens = self._requests_of.get(key_id, 0), self._tokens_of.get(key_id, 0)
+        if key_requests + num_requests <= share_requests and key_tokens + num_tokens <= share_tokens:
+            return
+        refusal: StillhouseError
+        if num_keys == 1:
+            refusal = Unavailable("the server has as many generation requests as it can hold; try again soon")
+        else:
+            refusal = TooManyRequests(
+                f"the server is full, and this key would have more than its share: it has {key_requests} prompts "
+                f"and {key_tokens} tokens reserved and asks for {num_requests} and {num_tokens} more; while "
+                f"{num_keys} keys share the server, each may reserve {share_requests} and {share_tokens}; try again "
+                "when some requests have ended"
+            )
+        refusal.retry_after_seconds = self._crowd.pause_seconds()
+        raise refusal
 
     def _add(self, key_id: str, num_requests: int, num_tokens: int) -> None:
         self.num_requests += num_requests
         self.num_tokens += num_tokens
-        self._per_key[key_id] += num_requests
-        if not self._per_key[key_id]:
-            del self._per_key[key_id]
+        self._requests_of[key_id] += num_requests
+        self._tokens_of[key_id] += num_tokens
+        if not self._requests_of[key_id]:
+            del self._requests_of[key_id], self._tokens_of[key_id]

@@ -105,6 +105,12 @@ def authenticate(authorization: str | None) -> Principal:
     return Principal(key.project_id, key_id, frozenset(key.scopes))
 
 
+def claimed_key_id(authorization: str | None) -> str:
+    """The id of the key that a header claims to be, not verified; empty if it names none."""
+    match = KEY_PATTERN.fullmatch((authorization or "").partition(" ")[2].strip())
+    return match[1] if match else ""
+
+
 def secret_hmac(secret: str) -> bytes:
     return hmac.digest(key_pepper(get_settings()), secret.encode(), sha256)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -244,6 +244,11 @@ class Delta(Contract):
     logprobs: tuple[TokenLogprob, ...] | None = None
     finish_reason: Literal["stop", "length"] | None = None
 
+    @property
+    def num_entries(self) -> int:
+        """The tokens and log-probabilities it holds, plus one: how much work it is to parse and to serialise."""
+        return 1 + len(self.tokens) + sum(1 + len(entry.top) for entry in self.logprobs or ())
+
 
 class Done(Contract):
     kind: Literal["done"] = "done"
@@ -265,9 +270,15 @@ class Failure(Contract):
 
 Reply = Annotated[Delta | Done | Failure, Field(discriminator="kind")]
 
+# The event loop of an API process stands still while it parses a batch of replies, which takes about 3 us per entry.
+MAX_ENTRIES_PER_BATCH: Final = 2048
+
 
 class ReplyBatch(Contract):
-    """One publish: everything one engine step has for one API process. A publish that is tried again may come twice."""
+    """One publish: what one engine step has for one API process, or a part of it if that is large.
+
+    A publish that is tried again may come twice.
+    """
 
     id: str = Field(default_factory=lambda: uuid4().hex)
     replies: tuple[Reply, ...]

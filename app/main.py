@@ -1,5 +1,6 @@
 """The FastAPI application: routes, error envelope, and what runs beside them."""
 
+import gc
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -64,6 +65,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     await app.state.switchboard.start()
     await app.state.batch_runner.start()
     await app.state.pin_teller.start()
+    # A collection of what was imported takes longer than any request may block the event loop.
+    gc.collect()
+    gc.freeze()
     try:
         yield
     finally:

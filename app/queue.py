@@ -102,7 +102,7 @@ class Outbox:
         task = self._amqp.as_task_v2(
             uuid4().hex,
             GENERATE_TASK,
-            args=(request.model_dump(mode="json", exclude_defaults=True),),
+            args=(orjson.Fragment(request.model_dump_json(exclude_defaults=True)),),
             expires=datetime.fromtimestamp(request.deadline_at, UTC),
             argsrepr="()",  # Celery puts it into headers and logs, where no prompt may appear
             kwargsrepr="{}",

@@ -105,6 +105,9 @@ class Settings(BaseSettings):
     max_waiting_tokens: int = Field(
         400_000, ge=1, description="Tokens reserved by admitted requests, per API"
     )
+    max_answer_bytes: int = Field(
+        16 * 2**20, ge=1, description="Largest answer that is not streamed, by an estimate before it is begun"
+    )
     max_requests_per_key: int = Field(64, ge=1, description="Generation requests of one key at once, per API")
     max_batch_sequences: int = Field(
         8, ge=1, le=256, description="Sequences that batches have in the engine at once, per API"

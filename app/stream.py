@@ -57,7 +57,7 @@ LISTEN_SECONDS = 2.0  # how long a request waits for the reply channel to be ope
 RELISTEN_SECONDS = 0.25
 NUM_CANCELS = 8
 PING_SECONDS = 2.0
-SILENCE_SECONDS = 6.0  # three pings without an answer: the connection is half open
+MAX_EMPTY_POLLS = 6  # of a second each, with three pings unanswered: the connection is half open
 ERRORS = {400: BadRequest, 404: NotFound, 429: TooManyRequests, 503: Unavailable, 504: TimedOut}
 
 
@@ -214,18 +214,25 @@ class Switchboard:
             await asyncio.sleep(RELISTEN_SECONDS)
 
     async def _hear(self, pubsub: PubSub) -> None:
-        """Delivers until the channel was interrupted."""
-        heard_at = pinged_at = time.monotonic()
-        while time.monotonic() - heard_at < SILENCE_SECONDS:
+        """Delivers until the channel was interrupted.
+
+        Silence is counted in polls, not by the clock: if the event loop was blocked, the replies of that time
+        are still to be read.
+        """
+        pinged_at = time.monotonic()
+        num_empty_polls = 0
+        while num_empty_polls < MAX_EMPTY_POLLS:
             if time.monotonic() - pinged_at > PING_SECONDS:
                 pinged_at = time.monotonic()
                 await pubsub.ping()
             message = await pubsub.get_message(timeout=1.0)
             if message is None:
+                num_empty_polls += 1
                 continue
-            heard_at = time.monotonic()
+            num_empty_polls = 0
             if message["type"] == "message":
                 self._deliver(message["data"])
+                await asyncio.sleep(0)  # many messages may have come; others have their turn between two
             elif message["type"] == "subscribe" and self._is_listening.is_set():
                 return  # subscribed anew: the client reconnected by itself, and replies may be missing
             elif message["type"] == "subscribe":

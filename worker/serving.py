@@ -27,7 +27,6 @@ from app.contracts import (
     Failure,
     GenerateRequest,
     Reply,
-    ReplyBatch,
     ServeWorkerStatus,
     control_channel,
     reply_channel,
@@ -35,6 +34,7 @@ from app.contracts import (
 )
 from app.control import CONTROL, Keep
 from worker.core_sharing import CoreTurns
+from worker.reply_batches import reply_batches
 from worker.serve.models import HostStatus, ModelHost
 from worker.slices import take_long_slices
 
@@ -171,14 +171,15 @@ class ServeWorker:
             if not self._send(home, batch):
                 self._abandon(home)
 
-    def _send(self, home: str, batch: list[Reply]) -> bool:
-        """Whether anyone heard."""
+    def _send(self, home: str, replies: list[Reply]) -> bool:
+        """Returns whether the API process has received all of them."""
+        channel = reply_channel(home)
         try:
-            return bool(
-                self._redis.publish(reply_channel(home), ReplyBatch(replies=tuple(batch)).model_dump_json())
+            return all(
+                self._redis.publish(channel, batch.model_dump_json()) for batch in reply_batches(replies)
             )
         except FAULTS as fault:
-            log.warning("replies_unsent", reason=type(fault).__name__, num_replies=len(batch))
+            log.warning("replies_unsent", reason=type(fault).__name__, num_replies=len(replies))
             return False
 
     def _abandon(self, home: str) -> None:

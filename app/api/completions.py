@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from app.api.body import StrictRoute
 from app.api.deps import Principal, require
 from app.api.openapi import whole_or_streamed
+from app.auth import claimed_key_id
 from app.contracts import Delta, Done
 from app.errors import StillhouseError, envelope
 from app.flow import Flow
@@ -25,7 +26,10 @@ from app.stream import Switchboard
 
 
 class CrowdedRoute(StrictRoute):
-    """Refuses while the server is full, before anybody is looked up or read; the admission itself judges the rest."""
+    """Refuses keys beyond their share of a full server before the key is verified and the body is read.
+
+    A caller who claims another's key gains nothing: it is refused here, or by the verification that follows.
+    """
 
     def get_route_handler(
         self,
@@ -34,7 +38,7 @@ class CrowdedRoute(StrictRoute):
 
         async def turn_away(request: Request) -> Response:
             board: Switchboard = request.app.state.switchboard
-            board.admission.demand_room()
+            board.admission.demand_room(claimed_key_id(request.headers.get("authorization")))
             return await handle(request)
 
         return turn_away
@@ -47,6 +51,7 @@ T = TypeVar("T")
 News = list[tuple[int, Delta | Done]]
 
 SLOW_CLIENT_SECONDS = 60.0  # a client that takes in nothing for this long is dropped
+PIECE_BYTES = 256 * 1024
 PING_SECONDS = 15.0
 PING = b": ping\n"  # one newline: a blank line after it would make the openai client dispatch an empty event
 CLIENT_CLOSED_REQUEST = 499  # nobody is there to read it; it is for our own counters
@@ -69,30 +74,74 @@ async def create_chat_completion(body: ChatBody, request: Request, caller: Calle
 async def respond(request: Request, caller: Principal, body: CompletionBody | ChatBody) -> Response:
     """The answer of either route. What fails before the first token is a plain HTTP error."""
     generation.refuse_unsupported(body)
+    await asyncio.sleep(0)  # the body of a large request was validated a moment ago
     answer, prompts = generation.begin_answer(body)
     model = await generation.find_model(caller.project_id, body.model)
     answer.model = model.model_id
-    order = Order(answer.id, caller.key_id, model, prompts, body.num_choices, body.sampling())
+    is_streamed = bool(body.stream)
+    order = Order(
+        answer.id, caller.key_id, model, prompts, body.num_choices, body.sampling(), is_streamed=is_streamed
+    )
     board: Switchboard = request.app.state.switchboard
     try:
-        return await unless_gone(request.receive, begin(board, order, answer, is_streamed=bool(body.stream)))
+        return await unless_gone(request.receive, begin(board, order, answer))
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def begin(
-    board: Switchboard, order: Order, answer: TextAnswer | ChatAnswer, *, is_streamed: bool
-) -> Response:
+async def begin(board: Switchboard, order: Order, answer: TextAnswer | ChatAnswer) -> Response:
     flow = await generation.begin(board, order)
     try:
-        if is_streamed:
+        if order.is_streamed:
             return EventStream(flow, await flow.take(), answer)
         while news := await flow.take():
             answer.add(news)
-        return Response(orjson.dumps(answer.whole()), media_type="application/json")
+        return JsonParts(await generation.whole_json(answer))
     except BaseException:
         flow.close()
         raise
+
+
+class JsonParts(Response):
+    """A JSON body that is written in pieces: a large one neither blocks the event loop nor fills its buffers."""
+
+    media_type = "application/json"
+
+    def __init__(self, parts: list[bytes]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers({"content-length": str(sum(map(len, parts)))})
+        self._body_parts = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        with suppress(ClientGone):
+            await send_parts(send, self._pieces(), scope["path"])
+
+    async def _pieces(self) -> AsyncIterator[bytes]:
+        """The body in pieces of about PIECE_BYTES."""
+        piece = bytearray()
+        for part in self._body_parts:
+            for begin in range(0, len(part), PIECE_BYTES):
+                piece += part[begin : begin + PIECE_BYTES]
+                if len(piece) >= PIECE_BYTES:
+                    yield bytes(piece)
+                    piece.clear()
+                    await asyncio.sleep(0)
+        if piece:
+            yield bytes(piece)
+
+
+async def send_parts(send: Send, parts: AsyncIterator[bytes], name: str) -> None:
+    """Sends the body of a response. Raises ClientGone if the client takes nothing in for too long."""
+    try:
+        async for part in parts:
+            async with asyncio.timeout(SLOW_CLIENT_SECONDS):
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+    except TimeoutError:
+        log.info("slow_client_dropped", id=name)
+        raise ClientGone from None
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class EventStream(Response):
@@ -117,14 +166,7 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        try:
-            async for part in self._parts():
-                async with asyncio.timeout(SLOW_CLIENT_SECONDS):
-                    await send({"type": "http.response.body", "body": part, "more_body": True})
-        except TimeoutError:
-            log.info("slow_client_dropped", id=self._answer.id)
-            raise ClientGone from None
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await send_parts(send, self._parts(), self._answer.id)
 
     async def _parts(self) -> AsyncIterator[bytes]:
         """All chunks that wait go out in one write."""

@@ -132,10 +132,27 @@ def begin_finalizing(session: Session, batch_id: str, token: int) -> Batch | Non
     return session.scalars(select(Batch).where(*_is_ours(batch_id, token))).one_or_none()
 
 
-def results_after(session: Session, batch_id: str, line: int, *, limit: int) -> list[BatchResult]:
-    """The results of lines behind `line`, in their order."""
-    query = select(BatchResult).where(BatchResult.batch_id == batch_id, BatchResult.line > line)
-    return list(session.scalars(query.order_by(BatchResult.line).limit(limit)))
+def results_after(
+    session: Session, batch_id: str, line: int, *, max_rows: int, max_bytes: int
+) -> list[BatchResult]:
+    """A page of the results of lines after `line`, in order: at most so many rows and bytes of output.
+
+    A single result of more bytes than that is a page of its own.
+    """
+    size = func.octet_length(BatchResult.output)  # PostgreSQL knows it without reading the text
+    sizes = (
+        select(BatchResult.line, size.label("size"))
+        .where(BatchResult.batch_id == batch_id, BatchResult.line > line)
+        .order_by(BatchResult.line)
+        .limit(max_rows)
+        .subquery()
+    )
+    total = func.sum(sizes.c.size).over(order_by=sizes.c.line)
+    sums = select(sizes.c.line, sizes.c.size, total.label("total")).subquery()
+    is_first = sums.c.total == sums.c.size
+    last = select(func.max(sums.c.line)).where(or_(sums.c.total <= max_bytes, is_first)).scalar_subquery()
+    page = select(BatchResult).where(BatchResult.batch_id == batch_id, BatchResult.line > line)
+    return list(session.scalars(page.where(BatchResult.line <= last).order_by(BatchResult.line)))
 
 
 def finish(

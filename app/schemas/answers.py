@@ -4,8 +4,10 @@ An answer counts choices over all prompts: choice j of prompt i is number i * n 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+
+import orjson
 
 from app.contracts import Delta, Done, TokenLogprob
 from app.schemas.completions import ChatBody, CompletionBody, GenerationBody
@@ -14,12 +16,26 @@ Json = dict[str, object]
 News = Iterable[tuple[int, Delta | Done]]
 
 
+class JsonArray:
+    """A JSON array that is serialised as it grows, so that a large one is never serialised at once."""
+
+    def __init__(self) -> None:
+        self._items = bytearray()
+
+    def extend(self, items: Sequence[object]) -> None:
+        if items:
+            self._items += b"," * bool(self._items) + orjson.dumps(items)[1:-1]
+
+    def fragment(self) -> orjson.Fragment:
+        return orjson.Fragment(b"[" + self._items + b"]")
+
+
 @dataclass
 class Choice:
-    """What has come of one choice; num_characters are those of the log-probabilities already given out."""
+    """What has come of one choice; `num_characters` are those of the log-probabilities already given out."""
 
     text: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
+    logprobs: dict[str, JsonArray] = field(default_factory=dict)
     finish_reason: str | None = None
     num_characters: int = 0
 
@@ -45,13 +61,17 @@ class Answer(ABC):
                 continue
             choice = self._choices[self._index(prompt, reply)]
             choice.text.append(reply.text)
-            choice.logprobs += reply.logprobs or ()
             choice.finish_reason = reply.finish_reason or choice.finish_reason
+            for name, items in self._columns(choice, reply.logprobs or ()).items():
+                choice.logprobs.setdefault(name, JsonArray()).extend(items)
 
-    def whole(self) -> Json:
-        return self._envelope(
-            self._object(), [self._whole_choice(i, c) for i, c in enumerate(self._choices)]
-        ) | {"usage": self._usage()}
+    def whole(self) -> Iterator[bytes]:
+        """The JSON of the whole answer in parts, about one for each choice."""
+        envelope = orjson.dumps(self._envelope(self._object(), []))
+        yield envelope.removesuffix(b"]}")
+        for index, choice in enumerate(self._choices):
+            yield b"," * bool(index) + orjson.dumps(self._whole_choice(index, choice))
+        yield b'],"usage":' + orjson.dumps(self._usage()) + b"}"
 
     def opening(self) -> list[Json]:
         """The chunks before any text."""
@@ -76,6 +96,10 @@ class Answer(ABC):
 
     @abstractmethod
     def _whole_choice(self, index: int, choice: Choice) -> Json: ...
+
+    @abstractmethod
+    def _columns(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, list[object]]:
+        """The arrays of a `logprobs` object for these tokens of the choice."""
 
     @abstractmethod
     def _parts(self, index: int, delta: Delta) -> list[Json]:
@@ -120,19 +144,23 @@ class TextAnswer(Answer):
         return "text_completion"
 
     def _whole_choice(self, index: int, choice: Choice) -> Json:
-        return self._entry(index, "".join(choice.text), choice.logprobs, choice.finish_reason)
+        columns = {name: array.fragment() for name, array in choice.logprobs.items()}
+        empty = self._columns(choice, ())
+        return self._entry(index, "".join(choice.text), choice.finish_reason) | {
+            "logprobs": empty | columns if self._has_logprobs else None
+        }
 
     def _parts(self, index: int, delta: Delta) -> list[Json]:
-        return [self._entry(index, delta.text, delta.logprobs or (), delta.finish_reason)]
+        columns = self._columns(self._choices[index], delta.logprobs or ())
+        return [self._entry(index, delta.text, delta.finish_reason) | {"logprobs": columns or None}]
 
-    def _entry(
-        self, index: int, text: str, logprobs: Sequence[TokenLogprob], finish_reason: str | None
-    ) -> Json:
-        given = self._logprobs(self._choices[index], logprobs) if self._has_logprobs else None
-        return {"index": index, "text": text, "logprobs": given, "finish_reason": finish_reason}
+    def _entry(self, index: int, text: str, finish_reason: str | None) -> Json:
+        return {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason}
 
-    def _logprobs(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> Json:
-        offsets = []
+    def _columns(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, list[object]]:
+        if not self._has_logprobs:
+            return {}
+        offsets: list[object] = []
         for entry in logprobs:
             offsets.append(choice.num_characters)
             choice.num_characters += len(entry.token)
@@ -156,10 +184,11 @@ class ChatAnswer(Answer):
 
     def _whole_choice(self, index: int, choice: Choice) -> Json:
         message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        content = choice.logprobs.get("content", JsonArray()).fragment()
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(choice.logprobs),
+            "logprobs": {"content": content, "refusal": None} if self._has_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
 
@@ -170,7 +199,9 @@ class ChatAnswer(Answer):
     def _parts(self, index: int, delta: Delta) -> list[Json]:
         made = []
         if delta.text or delta.logprobs:
-            made.append(self._entry(index, {"content": delta.text}, self._logprobs(delta.logprobs or ())))
+            columns = self._columns(self._choices[index], delta.logprobs or ())
+            logprobs: Json | None = {**columns, "refusal": None} if columns else None
+            made.append(self._entry(index, {"content": delta.text}, logprobs))
         if delta.finish_reason:
             made.append(self._entry(index, {}) | {"finish_reason": delta.finish_reason})
         return made
@@ -178,10 +209,10 @@ class ChatAnswer(Answer):
     def _entry(self, index: int, delta: Json, logprobs: Json | None = None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
 
-    def _logprobs(self, logprobs: Sequence[TokenLogprob]) -> Json | None:
+    def _columns(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, list[object]]:
         if not self._has_logprobs:
-            return None
-        content = [
+            return {}
+        content: list[object] = [
             _token(entry.token, entry.logprob, entry.bytes)
             | {
                 "top_logprobs": [
@@ -190,7 +221,7 @@ class ChatAnswer(Answer):
             }
             for entry in logprobs
         ]
-        return {"content": content, "refusal": None}
+        return {"content": content}
 
 
 def _token(token: str, logprob: float, data: tuple[int, ...]) -> Json:

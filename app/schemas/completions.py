@@ -17,7 +17,8 @@ from app.contracts import Message, Sampling
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-TokenPrompt = Annotated[list[Token], Field(min_length=1)]
+# fail_fast: a list of wrong items would make an error for each of them, and block the event loop for seconds.
+TokenPrompt = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 TextPrompt = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
@@ -125,8 +126,8 @@ class CompletionBody(GenerationBody):
     prompt: (
         TextPrompt
         | TokenPrompt
-        | Annotated[list[TextPrompt], Field(min_length=1)]
-        | Annotated[list[TokenPrompt], Field(min_length=1)]
+        | Annotated[list[TextPrompt], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[TokenPrompt], Field(min_length=1, fail_fast=True)]
     )
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     min_tokens: MinTokens | None = None
@@ -156,7 +157,7 @@ class CompletionBody(GenerationBody):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [tuple(token for token in self.prompt if isinstance(token, int))]
+            return [tuple(self.prompt)]
         return [
             part if isinstance(part, str) else tuple(part)
             for part in self.prompt
@@ -184,7 +185,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
     name: Unused = None
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -219,7 +220,7 @@ class ChatBody(GenerationBody):
         "moderation": (),
     }
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     min_tokens: MinTokens | None = None
     logprobs: bool | None = None

@@ -18,7 +18,8 @@ from app.settings import Settings
 from app.storage import store
 
 log = structlog.get_logger(__name__)
-NUM_ROWS: Final = 500  # results read in one statement
+PAGE_ROWS: Final = 500  # results read in one statement
+PAGE_BYTES: Final = 4 * 2**20
 NEVER_RUN: Final = {
     BatchStatus.cancelled: ("batch_cancelled", "the batch was cancelled before this request was answered"),
     BatchStatus.expired: ("batch_expired", "the batch expired before this request was answered"),
@@ -104,7 +105,7 @@ def _results(batch: Batch) -> Iterator[BatchResult]:
     line = 0
     while True:
         with transaction() as session:
-            rows = batches.results_after(session, batch.id, line, limit=NUM_ROWS)
+            rows = batches.results_after(session, batch.id, line, max_rows=PAGE_ROWS, max_bytes=PAGE_BYTES)
         yield from rows
         if not rows:
             return

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from app.db.session import transaction
 from app.errors import BadRequest, StillhouseError
 from app.faults import bad_request
+from app.json_limits import parse_limited, refuse_crowded
 from app.schemas.batches import BatchError, BatchRequest
 from app.schemas.completions import ChatBody, CompletionBody
 from app.services import generation, registry
@@ -59,9 +60,10 @@ def numbered_lines(key: str, max_line_bytes: int) -> Iterator[tuple[int, bytes]]
 def parse_request(raw: bytes) -> BatchRequest:
     """The request on a line, its body not yet judged; raises BadRequest."""
     try:
-        content = orjson.loads(raw)
+        content = parse_limited(raw)
     except orjson.JSONDecodeError as error:
         raise BadRequest(f"the line is not valid JSON: {error.msg}", "invalid_json_line") from None
+    refuse_crowded(content)
     return _validated(BatchRequest, content)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Final
 
+import orjson
 import structlog
 from fastapi.concurrency import run_in_threadpool
 
@@ -161,11 +162,11 @@ class BatchRun:
             number, request = line
             status, body = await self._outcome(request)
             response = {"status_code": status, "request_id": new_id("req_"), "body": body}
-            output = output_line(request.custom_id, response=response)
+            output = await run_in_threadpool(output_line, request.custom_id, response=response)
             if not await run_in_threadpool(self._record, number, output, status != 200):
                 return
 
-    async def _outcome(self, request: BatchRequest) -> tuple[int, Json]:
+    async def _outcome(self, request: BatchRequest) -> tuple[int, Json | orjson.Fragment]:
         """What the route would answer, except that 429 and 503 mean another try."""
         num_losses = 0
         while True:
@@ -198,8 +199,8 @@ class BatchRun:
         self._unloadable[request.body["model"]] = first, now
         return now - first > self._settings.request_timeout_seconds
 
-    async def _ask(self, request: BatchRequest) -> Json:
-        body = body_of(request, self._batch.endpoint)
+    async def _ask(self, request: BatchRequest) -> orjson.Fragment:
+        body = await run_in_threadpool(body_of, request, self._batch.endpoint)
         answer, prompts = begin_answer(body)
         model = await generation.find_model(self._batch.project_id, body.model)
         answer.model = model.model_id
@@ -226,7 +227,7 @@ class BatchRun:
                 flow.close()
         finally:
             self._room.give_back(num_sequences)
-        return answer.whole()
+        return orjson.Fragment(b"".join(await generation.whole_json(answer)))
 
     def _answered(self) -> set[int]:
         with transaction() as session:
@@ -285,7 +286,7 @@ class PendingLines:
                 self._read.extend((number, raw) for number, raw in numbered if number not in self._answered)
                 self._number += len(lines)
             number, raw = self._read.popleft()
-        return number, parse_request(raw)
+        return number, await run_in_threadpool(parse_request, raw)
 
 
 class Room:

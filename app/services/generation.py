@@ -1,5 +1,6 @@
 """Generation requests: which model they mean, whether there is room for them, and who answers them."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from app.stream import Switchboard
 
 BYTES_PER_TOKEN = 3  # on the safe side for English text in the tokenizers we know
 MESSAGE_TOKENS = 8  # what a chat template puts around one message, about
+# Of an answer's JSON, about: per token of text, per token or alternative with its log-probability, and the
+# bytes of log-probabilities that take as much room in the admission as a token.
+TEXT_BYTES, LOGPROB_BYTES, LOGPROB_BYTES_PER_TOKEN = 8, 80, 256
 PROMPT_AND_ANSWER = "prompt and answer together have"
 
 
@@ -44,17 +48,23 @@ class Order:
     num_choices: int
     sampling: Sampling
     tenant: str = ""
+    is_streamed: bool = False
 
 
 async def begin(board: Switchboard, order: Order) -> Flow:
     """Reserves room and hands the prompts to workers. Raises BadRequest, TooManyRequests or Unavailable."""
     refuse_hopeless(order, board.settings)
+    refuse_large_answer(order, board.settings.max_answer_bytes)
     num_tokens = sum(map(estimated_tokens, order.prompts))
     num_written = max(order.num_choices, order.sampling.best_of or 1)
     num_tokens += len(order.prompts) * num_written * order.sampling.max_tokens
+    if not order.is_streamed:
+        num_tokens += logprob_bytes(order) // LOGPROB_BYTES_PER_TOKEN
     give_back = board.admission.reserve(order.key_id, num_requests=len(order.prompts), num_tokens=num_tokens)
     try:
-        return await board.open(requests_of(order, board.settings), give_back)
+        requests = requests_of(order, board.settings)
+        await asyncio.sleep(0)  # building and sending large prompts takes milliseconds each
+        return await board.open(requests, give_back)
     except BaseException:
         give_back()
         raise
@@ -72,6 +82,13 @@ def refuse_hopeless(order: Order, settings: Settings) -> None:
         message = f"the model {order.model.model_id!r} has no chat template; use /v1/completions"
         raise BadRequest(message, "no_chat_template", "messages")
     context_tokens = min(facts.context_tokens, settings.max_context_tokens)
+    longest = max((len(prompt) for prompt in order.prompts if isinstance(prompt, tuple)), default=0)
+    if longest > context_tokens:
+        raise BadRequest(
+            f"the prompt has {longest:,} tokens, but this model takes at most {context_tokens:,}",
+            "context_length_exceeded",
+            "prompt",
+        )
     # An encoder-decoder's prompt is not part of the sequence that it writes.
     is_apart = facts.family == "seq2seq"
     if order.sampling.max_tokens >= context_tokens + is_apart and not order.sampling.fits_context:
@@ -81,6 +98,47 @@ def refuse_hopeless(order: Order, settings: Settings) -> None:
             "context_length_exceeded",
             "max_tokens",
         )
+
+
+def logprob_bytes(order: Order) -> int:
+    """About how many bytes of JSON the log-probabilities of the answer may have."""
+    if order.sampling.logprobs is None:
+        return 0
+    num_tokens = len(order.prompts) * order.num_choices * order.sampling.max_tokens
+    return num_tokens * LOGPROB_BYTES * (1 + order.sampling.logprobs)
+
+
+def refuse_large_answer(order: Order, max_bytes: int) -> None:
+    """Refuses a request whose answer may become too large, before anything of it is built.
+
+    A stream keeps nothing of its answer, but an echoed prompt comes in one piece.
+    """
+    num_bytes = 0
+    if order.sampling.echo:
+        num_bytes += BYTES_PER_TOKEN * sum(map(estimated_tokens, order.prompts)) * order.num_choices
+    if not order.is_streamed:
+        num_tokens = len(order.prompts) * order.num_choices * order.sampling.max_tokens
+        num_bytes += num_tokens * TEXT_BYTES + logprob_bytes(order)
+    if num_bytes <= max_bytes:
+        return
+    is_chat = isinstance(order.prompts[0], Conversation)
+    name = "top_logprobs" if is_chat else "logprobs"
+    param = name if order.sampling.logprobs is not None else "echo" if order.sampling.echo else "n"
+    raise BadRequest(
+        f"the answer may have {num_bytes:,} bytes, at most {max_bytes:,} are allowed; reduce n, max_tokens, "
+        f"{name}{'' if is_chat else ', echo'} or the number of prompts, or stream the answer",
+        "answer_too_large",
+        param,
+    )
+
+
+async def whole_json(answer: ChatAnswer | TextAnswer) -> list[bytes]:
+    """The JSON of a whole answer in parts, built with a turn for other coroutines between two of them."""
+    parts = []
+    for part in answer.whole():
+        parts.append(part)
+        await asyncio.sleep(0)
+    return parts
 
 
 def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:

@@ -1,13 +1,9 @@
 """What can be refused before a job is queued: missing things, things that do not fit, too little disk."""
 
-import heapq
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
-from tokenizers import Tokenizer
-
-from app.contracts import SPLIT_VERSION, ArtifactRef, ChatCost, DistillationJob, ModelFacts, ModelFamily
+from app.contracts import SPLIT_VERSION, ArtifactRef, DistillationJob, ModelFacts
 from app.db import files
 from app.db.session import Session
 from app.db.tables import File
@@ -17,18 +13,16 @@ from app.schemas.jobs import CreateJob
 from app.services import pairs, registry
 from app.services.files import TRAINING_PURPOSES
 from app.services.pairs import BLOCK, Pair
-from app.services.rows import UNANSWERED, Row, parse_row
+from app.services.row_lengths import NO_TEMPLATE, LengthCheck, Reader, VocabularyCheck, ask
+from app.services.rows import UNANSWERED
 from app.settings import Settings
 from app.storage import store
 
 STUDENT_COPIES = (
     6  # weights, two Adam moments and three checkpoints' worth of them, in units of the start's weights
 )
-MAX_ROWS_COUNTED = 256  # the longest rows of a file, which are tokenised to see whether they fit
-MAX_BYTES_COUNTED = 16 * 2**20
 UNBOUNDED_CONTEXT = 2048  # of models whose positions have no end, as worker/distill/shapes.py has it
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
-NO_TEMPLATE = ChatCost(first=0, end=1, user=0, assistant=0, system=0)
 
 
 @dataclass(frozen=True)
@@ -42,15 +36,6 @@ class Plan:
     validation: File | None
     test: File | None
     max_tokens: int
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How a model of a job reads rows: its tokenizer's folder in the store, its family and chat template."""
-
-    key: str
-    family: ModelFamily
-    cost: ChatCost = NO_TEMPLATE
 
 
 def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> Plan:
@@ -177,8 +162,7 @@ def check_vocabulary(plan: Plan) -> None:
     sizes = plan.spec.distillation.student.config
     if sizes is None or sizes.vocab_size is None:
         return
-    vocabulary = load_tokenizer(plan.spec.teacher.key).get_vocab()
-    num_ids = 1 + max(vocabulary.values(), default=-1)  # ids may have gaps
+    num_ids = ask(VocabularyCheck(model_key=plan.spec.teacher.key)).num_tokens or 0
     if sizes.vocab_size < num_ids:
         raise BadRequest(
             f"vocab_size is {sizes.vocab_size}, but the teacher's tokenizer has {num_ids} token ids; leave it out, or ask "
@@ -198,38 +182,29 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
     over_bytes = plan.max_tokens - added
     if (row.max_row_bytes or 0) <= over_bytes:
         return
-    is_answered = has_answers(plan, row)
-    num_bytes = 0
-    try:
-        longest = longest_rows(row.store_key, over_bytes=over_bytes)
-    except FileNotFoundError:
+    question = LengthCheck(
+        store_key=row.store_key,
+        over_bytes=over_bytes,
+        max_tokens=plan.max_tokens,
+        is_answered=has_answers(plan, row),
+        readers=readers,
+    )
+    answer = ask(question)
+    if answer.is_lost:
         message = f"the content of the file {row.id!r} is no longer in the store; upload it again"
-        raise BadRequest(message, "invalid_file", param) from None
-    for size, line_number, line in longest:
-        num_bytes += size
-        if num_bytes > MAX_BYTES_COUNTED:
-            return
-        parsed = parse_row(line)
-        try:
-            num_tokens = max(
-                count_tokens(parsed, load_tokenizer(reader.key), reader, is_answered=is_answered)
-                for reader in readers
-            )
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of the Rust library, and no Exception
-                raise
-            message = (
-                f"line {line_number} cannot be split into tokens by a model's tokenizer; change the line"
-            )
-            raise BadRequest(message, "invalid_file", param) from error
-        if num_tokens > plan.max_tokens:
-            raise BadRequest(
-                f"line {line_number} has {num_tokens:,} tokens, chat template and end included, more than the "
-                f"{plan.max_tokens:,} that fit (max_sequence_tokens and the models' context); shorten it or raise "
-                "max_sequence_tokens",
-                "context_length_exceeded",
-                param,
-            )
+        raise BadRequest(message, "invalid_file", param)
+    if answer.line is None:
+        return
+    if answer.num_tokens is None:
+        message = f"line {answer.line} cannot be split into tokens by a model's tokenizer; change the line"
+        raise BadRequest(message, "invalid_file", param)
+    raise BadRequest(
+        f"line {answer.line} has {answer.num_tokens:,} tokens, chat template and end included, more than the "
+        f"{plan.max_tokens:,} that fit (max_sequence_tokens and the models' context); shorten it or raise "
+        "max_sequence_tokens",
+        "context_length_exceeded",
+        param,
+    )
 
 
 def readers_of(plan: Plan) -> tuple[Reader, ...]:
@@ -246,56 +221,3 @@ def readers_of(plan: Plan) -> tuple[Reader, ...]:
 def has_answers(plan: Plan, row: File) -> bool:
     """Whether the run takes the rows' own answers."""
     return plan.spec.distillation.data.completions != "teacher" and row.format not in UNANSWERED
-
-
-def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered: bool) -> int:
-    """Tokens of the sequence that the run makes of a row; an answer still to come counts as one.
-
-    An encoder-decoder has two sequences, and the longer one counts.
-    """
-    cost = reader.cost
-    if "messages" in row:
-        return count_chat(row["messages"], tokenizer, cost, is_answered=is_answered)
-    has_template = cost is not NO_TEMPLATE
-    asked, *answer = [
-        str(row[key]) for key in ("prompt", "input", "text", "completion", "target") if key in row
-    ]
-    num_asked = len(tokenizer.encode(asked, add_special_tokens="text" in row or not has_template).ids)
-    num_answer = 1
-    if "text" in row:
-        if reader.family == "seq2seq":  # its second half answers the first
-            num_asked, num_answer = num_asked // 2, num_asked - num_asked // 2 + 1
-    else:
-        num_asked += cost.first
-        if is_answered:
-            num_answer = cost.end + len(tokenizer.encode(answer[0], add_special_tokens=False).ids)
-    return max(num_asked, 1 + num_answer) if reader.family == "seq2seq" else num_asked + num_answer
-
-
-def count_chat(
-    messages: list[dict[str, str]], tokenizer: Tokenizer, cost: ChatCost, *, is_answered: bool
-) -> int:
-    if not is_answered and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    roles = [message["role"] for message in messages]
-    num_assistant = roles.count("assistant")
-    num_further = len(roles) - roles.count("system") - num_assistant - 1
-    added = cost.first + cost.user * num_further + cost.assistant * (num_assistant - is_answered)
-    added += (cost.system if "system" in roles else 0) + (cost.end if is_answered else 1)
-    return added + sum(len(tokenizer.encode(m["content"], add_special_tokens=False).ids) for m in messages)
-
-
-def longest_rows(store_key: str, *, over_bytes: int) -> list[tuple[int, int, bytes]]:
-    """(bytes, line number, line) of the longest lines over a size, longest first."""
-    with store().open(store_key) as file:
-        sizes = ((len(line), number) for number, line in enumerate(file, 1) if len(line) > over_bytes)
-        wanted = {number: size for size, number in heapq.nlargest(MAX_ROWS_COUNTED, sizes)}
-    with store().open(store_key) as file:
-        found = [(wanted[number], number, line) for number, line in enumerate(file, 1) if number in wanted]
-    return sorted(found, reverse=True)
-
-
-@lru_cache(maxsize=8)
-def load_tokenizer(model_key: str) -> Tokenizer:
-    with store().open(f"{model_key}/tokenizer.json") as file:
-        return Tokenizer.from_buffer(file.read())

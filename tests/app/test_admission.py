@@ -20,12 +20,38 @@ def test_a_key_over_its_share_waits_and_another_does_not() -> None:
     room.reserve("b", num_requests=1, num_tokens=10)
 
 
-@pytest.mark.parametrize(("num_requests", "num_tokens"), [(2, 10), (1, 600)], ids=["requests", "tokens"])
-def test_a_full_server_refuses(num_requests: int, num_tokens: int) -> None:
+@pytest.mark.parametrize(("num_requests", "num_tokens"), [(3, 10), (1, 600)], ids=["requests", "tokens"])
+def test_a_full_server_refuses_a_key_beyond_its_share(num_requests: int, num_tokens: int) -> None:
     room = admission()
     room.reserve("a", num_requests=3, num_tokens=500)
-    with pytest.raises(Unavailable):
+    with pytest.raises(TooManyRequests) as refusal:
         room.reserve("b", num_requests=num_requests, num_tokens=num_tokens)
+    assert refusal.value.retry_after_seconds
+    assert "each may reserve 2 and 500" in refusal.value.message
+
+
+def test_a_key_alone_takes_everything_and_each_newcomer_still_gets_a_fair_share() -> None:
+    room = Admission(max_requests=4, max_tokens=1000, max_requests_per_key=4)
+    room.reserve("a", num_requests=3, num_tokens=1000)
+    with pytest.raises(Unavailable):
+        room.reserve("a", num_requests=1, num_tokens=1)
+    room.reserve("b", num_requests=1, num_tokens=500)
+    with pytest.raises(TooManyRequests):
+        room.reserve("b", num_requests=1, num_tokens=1)
+    room.reserve("c", num_requests=1, num_tokens=333)
+
+
+def test_keys_above_their_share_wait_until_the_others_have_theirs() -> None:
+    room = Admission(max_requests=8, max_tokens=1000, max_requests_per_key=8)
+    returns = [room.reserve("a", num_requests=1, num_tokens=250) for _ in range(4)]
+    room.reserve("b", num_requests=1, num_tokens=500)
+    for give_back in returns[:2]:
+        give_back()
+    with pytest.raises(TooManyRequests):
+        room.reserve("a", num_requests=1, num_tokens=250)
+    returns[2]()
+    room.reserve("a", num_requests=1, num_tokens=250)
+    assert room.num_tokens == 1000
 
 
 def test_what_never_fits_is_not_worth_a_retry() -> None:
@@ -37,8 +63,8 @@ def test_what_never_fits_is_not_worth_a_retry() -> None:
 def test_a_refusal_takes_nothing_and_room_comes_back_once() -> None:
     room = admission()
     give_back = room.reserve("a", num_requests=3, num_tokens=1000)
-    with pytest.raises(Unavailable):
-        room.reserve("b", num_requests=1, num_tokens=1)
+    with pytest.raises(TooManyRequests):
+        room.reserve("b", num_requests=1, num_tokens=501)
     give_back()
     give_back()
     assert (room.num_requests, room.num_tokens) == (0, 0)

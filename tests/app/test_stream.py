@@ -412,7 +412,7 @@ def test_a_client_that_does_not_read_is_dropped_before_its_backlog_grows(play: P
     async def scene(stage: Stage) -> None:
         await stage.beat("a")
         flow = await stage.open()
-        for _ in range(22):
+        for _ in range(170):
             await stage.say(*(delta("r0.1", "x") for _ in range(100)))
         assert await stage.cancelled() == "r0.1"
         assert (await failure_of(flow)).code == "slow_client"

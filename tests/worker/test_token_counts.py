@@ -8,8 +8,8 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from app.services.row_lengths import NO_TEMPLATE, Reader, count_tokens
 from app.services.rows import UNANSWERED
-from app.services.submission import NO_TEMPLATE, Reader, count_tokens
 from worker.distill.data import Encoder, Example, read_rows
 from worker.model_facts import model_facts
 

@@ -378,3 +378,19 @@ def test_an_encoder_decoders_answer_may_fill_a_context_of_its_own(
         refuse_hopeless(order("tiny", 256), settings)
     with pytest.raises(BadRequest, match="an answer has at most 256"):
         refuse_hopeless(order("t5", 257), settings)
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_an_answer_that_would_be_too_large_is_refused_before_it_is_begun(
+    worker: WorkerProcess, http: httpx.Client, path: str
+) -> None:
+    is_chat = path.startswith("chat")
+    name = "top_logprobs" if is_chat else "logprobs"
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}], "logprobs": True}
+    body = {"model": "tiny", "max_tokens": 200, "n": 60, **(asked if is_chat else {"prompt": "a"}), name: 20}
+    answer = http.post(f"/v1/{path}", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("answer_too_large", name)
+    assert all(word in error["message"] for word in ("16,777,216", "max_tokens", "n,", name))
+    assert http.post(f"/v1/{path}", json=body | {"n": 1, "stream": True, "max_tokens": 2}).status_code == 200

@@ -7,7 +7,7 @@ from sqlalchemy import text
 
 from app.db import batches, files, sweeps
 from app.db.session import Session
-from app.db.tables import Batch, BatchStatus
+from app.db.tables import Batch, BatchResult, BatchStatus
 
 
 @pytest.fixture
@@ -35,8 +35,12 @@ def counts(session: Session) -> tuple[int, int]:
     return found.num_completed, found.num_failed
 
 
+def page(session: Session, line: int, *, max_rows: int = 10, max_bytes: int = 1000) -> list[BatchResult]:
+    return batches.results_after(session, "batch_1", line, max_rows=max_rows, max_bytes=max_bytes)
+
+
 def results(session: Session) -> list[tuple[int, str]]:
-    return [(row.line, row.output) for row in batches.results_after(session, "batch_1", 0, limit=10)]
+    return [(row.line, row.output) for row in page(session, 0)]
 
 
 def expire_lease(session: Session) -> None:
@@ -131,3 +135,15 @@ def test_an_expired_input_file_is_kept_until_its_batch_has_ended(session: Sessio
     assert sweeps.forget_expired_files(session) == []
     session.execute(text("UPDATE batches SET status = 'cancelled'"))
     assert sweeps.forget_expired_files(session) == ["files/f"]
+
+
+def test_results_are_read_in_pages_of_bytes_and_a_large_one_alone(session: Session, batch: Batch) -> None:
+    token = claim(session)
+    for line, num_characters in enumerate((40, 50, 30, 500, 10, 10), 1):
+        answer(session, token, line, "é" * num_characters)
+    pages, line = [], 0
+    while rows := page(session, line, max_bytes=200):
+        pages.append([row.line for row in rows])
+        line = rows[-1].line
+    assert pages == [[1, 2], [3], [4], [5, 6]]
+    assert [row.line for row in page(session, 0, max_rows=1)] == [1]

@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 import pytest
 
 from app.contracts import DistillationJob, ModelFacts
@@ -8,8 +6,6 @@ from app.errors import BadRequest
 from app.schemas.jobs import CreateJob
 from app.services import submission
 from app.services.pairs import Pair
-from app.settings import Settings
-from app.storage import store
 
 
 def asked(**block: object) -> CreateJob:
@@ -100,10 +96,3 @@ def test_epochs_given_twice_must_agree() -> None:
     assert settle(agreed).hyperparameters.n_epochs == 2
     with pytest.raises(BadRequest):
         settle(CreateJob.model_validate(body | {"hyperparameters": {"n_epochs": 3}}))
-
-
-def test_the_longest_rows_come_first_with_their_lines(settings_env: Callable[..., Settings]) -> None:
-    with store().writer("files/rows") as file:
-        file.write(b"".join(b"x" * size + b"\n" for size in (5, 50, 20, 50, 1)))
-    found = submission.longest_rows("files/rows", over_bytes=15)
-    assert [(size, line_number) for size, line_number, _ in found] == [(51, 4), (51, 2), (21, 3)]

@@ -1,0 +1,200 @@
+"""Counts the tokens of a file's longest rows, in a process of its own: `python -m app.services.row_lengths`.
+
+Loading a tokenizer and tokenising a long row hold the interpreter lock for seconds, in any thread. In the API
+process the event loop, and with it every stream, would stand still.
+"""
+
+import heapq
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import structlog
+from pydantic import TypeAdapter
+from tokenizers import Tokenizer
+
+from app.contracts import ChatCost, Contract, ModelFamily
+from app.errors import StillhouseError, TooManyRequests
+from app.services.rows import Row, parse_row
+from app.storage import store
+from app.tether import tethered
+
+log = structlog.get_logger(__name__)
+
+MAX_ROWS_COUNTED: Final = 256  # the longest rows of a file, which are tokenised to see whether they fit
+MAX_BYTES_COUNTED: Final = 16 * 2**20  # of those rows; the rest of the file is never kept
+NO_TEMPLATE: Final = ChatCost(first=0, end=1, user=0, assistant=0, system=0)
+CHECK_SECONDS: Final = 300.0
+CHECKS: Final = threading.BoundedSemaphore(
+    4
+)  # each takes a core, and one of the threads that answer everybody
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a model of a job reads rows: its tokenizer's folder in the store, its family and chat template."""
+
+    key: str
+    family: ModelFamily
+    cost: ChatCost = NO_TEMPLATE
+
+
+class LengthCheck(Contract):
+    """Asks for a row of a stored file that has more than `max_tokens` tokens for one of the readers."""
+
+    store_key: str
+    over_bytes: int  # shorter rows are known to fit
+    max_tokens: int
+    is_answered: bool
+    readers: tuple[Reader, ...]
+
+
+class VocabularyCheck(Contract):
+    """Asks how many token ids a stored model's tokenizer needs rows for: the highest one plus 1."""
+
+    model_key: str
+
+
+class CheckResult(Contract):
+    """What was found. Of a row that is too long, its line and tokens; no tokens if no tokenizer can split it."""
+
+    line: int | None = None
+    num_tokens: int | None = None
+    is_lost: bool = False  # the file is no longer in the store
+
+
+QUESTION: Final[TypeAdapter[LengthCheck | VocabularyCheck]] = TypeAdapter(LengthCheck | VocabularyCheck)
+
+
+def ask(question: LengthCheck | VocabularyCheck) -> CheckResult:
+    """Returns what a process of its own finds. Raises TooManyRequests if several are at work."""
+    if not CHECKS.acquire(blocking=False):
+        raise TooManyRequests("the files of other jobs are being checked; try again in a moment")
+    try:
+        process = subprocess.run(
+            tethered([sys.executable, "-m", "app.services.row_lengths"]),
+            input=question.model_dump_json().encode(),
+            capture_output=True,
+            timeout=CHECK_SECONDS,
+            check=True,
+        )
+    except subprocess.CalledProcessError as fault:
+        log.error(
+            "row_check_failed", status=fault.returncode, stderr=fault.stderr[-2000:].decode(errors="replace")
+        )
+        raise StillhouseError("the rows of the file could not be checked; try again") from fault
+    except subprocess.TimeoutExpired as fault:
+        raise StillhouseError("checking the rows of the file took too long; try again") from fault
+    finally:
+        CHECKS.release()
+    return CheckResult.model_validate_json(process.stdout)
+
+
+def main() -> None:
+    """Reads a question from standard input and writes the result to standard output."""
+    question = QUESTION.validate_json(sys.stdin.buffer.read())
+    if isinstance(question, VocabularyCheck):
+        vocabulary = load_tokenizer(question.model_key).get_vocab()
+        result = CheckResult(num_tokens=1 + max(vocabulary.values(), default=-1))  # ids may have gaps
+    else:
+        result = find_too_long(question)
+    sys.stdout.write(result.model_dump_json())
+
+
+def find_too_long(check: LengthCheck) -> CheckResult:
+    """Looks for a row that is too long, or that no tokenizer can split, among the longest rows."""
+    try:
+        longest = longest_rows(check.store_key, over_bytes=check.over_bytes)
+    except FileNotFoundError:
+        return CheckResult(is_lost=True)
+    for _, line_number, line in longest:
+        row = parse_row(line)
+        try:
+            num_tokens = max(
+                count_tokens(row, load_tokenizer(reader.key), reader, is_answered=check.is_answered)
+                for reader in check.readers
+            )
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of the Rust library, and no Exception
+                raise
+            return CheckResult(line=line_number)
+        if num_tokens > check.max_tokens:
+            return CheckResult(line=line_number, num_tokens=num_tokens)
+    return CheckResult()
+
+
+def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered: bool) -> int:
+    """Tokens of the sequence that the run makes of a row; an answer still to come counts as one.
+
+    An encoder-decoder has two sequences, and the longer one counts.
+    """
+    cost = reader.cost
+    if "messages" in row:
+        return count_chat(row["messages"], tokenizer, cost, is_answered=is_answered)
+    has_template = cost != NO_TEMPLATE
+    asked, *answer = [
+        str(row[key]) for key in ("prompt", "input", "text", "completion", "target") if key in row
+    ]
+    num_asked = len(tokenizer.encode(asked, add_special_tokens="text" in row or not has_template).ids)
+    num_answer = 1
+    if "text" in row:
+        if reader.family == "seq2seq":  # its second half answers the first
+            num_asked, num_answer = num_asked // 2, num_asked - num_asked // 2 + 1
+    else:
+        num_asked += cost.first
+        if is_answered:
+            num_answer = cost.end + len(tokenizer.encode(answer[0], add_special_tokens=False).ids)
+    return max(num_asked, 1 + num_answer) if reader.family == "seq2seq" else num_asked + num_answer
+
+
+def count_chat(
+    messages: list[dict[str, str]], tokenizer: Tokenizer, cost: ChatCost, *, is_answered: bool
+) -> int:
+    if not is_answered and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    roles = [message["role"] for message in messages]
+    num_assistant = roles.count("assistant")
+    num_further = len(roles) - roles.count("system") - num_assistant - 1
+    added = cost.first + cost.user * num_further + cost.assistant * (num_assistant - is_answered)
+    added += (cost.system if "system" in roles else 0) + (cost.end if is_answered else 1)
+    return added + sum(len(tokenizer.encode(m["content"], add_special_tokens=False).ids) for m in messages)
+
+
+def longest_rows(store_key: str, *, over_bytes: int) -> list[tuple[int, int, bytes]]:
+    """Returns (bytes, line number, line) of the longest lines over a size, longest first.
+
+    Keeps at most MAX_ROWS_COUNTED lines and MAX_BYTES_COUNTED bytes.
+    """
+    rows: list[tuple[int, int, bytes]] = []
+    num_bytes = 0
+    with store().open(store_key) as file:
+        for size, number, offset in heapq.nlargest(MAX_ROWS_COUNTED, _sizes(file, over_bytes)):
+            num_bytes += size
+            if num_bytes > MAX_BYTES_COUNTED:
+                break
+            file.seek(offset)
+            rows.append((size, number, file.read(size)))
+    return rows
+
+
+def _sizes(file: Iterable[bytes], over_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """(bytes, line number, offset) of the lines over a size."""
+    offset = 0
+    for number, line in enumerate(file, 1):
+        if len(line) > over_bytes:
+            yield len(line), number, offset
+        offset += len(line)
+
+
+@lru_cache(maxsize=8)
+def load_tokenizer(model_key: str) -> Tokenizer:
+    with store().open(f"{model_key}/tokenizer.json") as file:
+        return Tokenizer.from_buffer(file.read())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""JSON that would take long to parse or to validate is refused before that."""
+
+import json
+
+import pytest
+
+from app.errors import BadRequest
+from app.json_limits import MAX_CONTAINERS, MAX_FIELDS, parse_limited, refuse_crowded
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[0] * 600_000, {str(number): 0 for number in range(101_000)}, [[]] * 61_000],
+    ids=["values", "fields", "lists"],
+)
+def test_too_much_is_refused_before_it_is_parsed(value: object) -> None:
+    with pytest.raises(BadRequest, match="more than"):
+        parse_limited(json.dumps(value).encode())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"a": [0, {str(number): 0 for number in range(MAX_FIELDS + 1)}]}, [0, [[{}] * (MAX_CONTAINERS - 1)]]],
+    ids=["fields", "containers"],
+)
+def test_crowded_values_are_refused_before_they_are_validated(value: object) -> None:
+    with pytest.raises(BadRequest, match="more than"):
+        refuse_crowded(value)
+
+
+def test_the_largest_prompts_pass() -> None:
+    for value in (
+        {"prompt": [1] * 400_000},
+        {"messages": [{"role": "user"}] * 4096},
+        {"prompt": "x," * 100_000},
+    ):
+        content = parse_limited(json.dumps(value).encode())
+        assert content == value
+        refuse_crowded(content)

@@ -1,0 +1,35 @@
+"""Splits the replies of an engine step into batches that an API process parses within milliseconds."""
+
+from collections.abc import Iterable, Iterator
+
+from app.contracts import MAX_ENTRIES_PER_BATCH, Delta, Reply, ReplyBatch
+
+
+def reply_batches(replies: Iterable[Reply]) -> Iterator[ReplyBatch]:
+    """Yields batches of all replies, in order; one exceeds the limit only where a token's entries do."""
+    batch: list[Reply] = []
+    num_entries = 0
+    for reply in replies:
+        for part in _parts(reply) if isinstance(reply, Delta) else (reply,):
+            size = part.num_entries if isinstance(part, Delta) else 1
+            if batch and num_entries + size > MAX_ENTRIES_PER_BATCH:
+                yield ReplyBatch(replies=tuple(batch))
+                batch, num_entries = [], 0
+            batch.append(part)
+            num_entries += size
+    if batch:
+        yield ReplyBatch(replies=tuple(batch))
+
+
+def _parts(delta: Delta) -> Iterator[Delta]:
+    """The delta itself, or several with its log-probabilities in turn; the last has the rest."""
+    logprobs = delta.logprobs or ()
+    if delta.num_entries <= MAX_ENTRIES_PER_BATCH or len(logprobs) < 2:
+        yield delta
+        return
+    num_tokens = max(1, MAX_ENTRIES_PER_BATCH * len(logprobs) // delta.num_entries)
+    last = (len(logprobs) - 1) // num_tokens * num_tokens
+    for begin in range(0, last, num_tokens):
+        part = logprobs[begin : begin + num_tokens]
+        yield Delta(id=delta.id, choice=delta.choice, text="", logprobs=part)
+    yield delta.model_copy(update={"logprobs": logprobs[last:]})
