@@ -22,14 +22,14 @@ def reply_batches(replies: Iterable[Reply]) -> Iterator[ReplyBatch]:
 
 
 def _parts(delta: Delta) -> Iterator[Delta]:
-    """The delta itself, or several with its log-probabilities in turn; the last has the rest."""
-    logprobs = delta.logprobs or ()
+    """The delta itself, or several with its tokens and log-probabilities in turn; the last has the rest."""
+    logprobs, tokens = delta.logprobs or (), delta.tokens
     if delta.num_entries <= MAX_ENTRIES_PER_BATCH or len(logprobs) < 2:
         yield delta
         return
-    num_tokens = max(1, MAX_ENTRIES_PER_BATCH * len(logprobs) // delta.num_entries)
-    last = (len(logprobs) - 1) // num_tokens * num_tokens
-    for begin in range(0, last, num_tokens):
-        part = logprobs[begin : begin + num_tokens]
-        yield Delta(id=delta.id, choice=delta.choice, text="", logprobs=part)
-    yield delta.model_copy(update={"logprobs": logprobs[last:]})
+    step = max(1, MAX_ENTRIES_PER_BATCH * len(logprobs) // delta.num_entries - 1)
+    last = (len(logprobs) - 1) // step * step
+    for begin in range(0, last, step):
+        part = slice(begin, begin + step)
+        yield Delta(id=delta.id, choice=delta.choice, text="", tokens=tokens[part], logprobs=logprobs[part])
+    yield delta.model_copy(update={"tokens": tokens[last:], "logprobs": logprobs[last:]})

@@ -292,6 +292,20 @@ def test_a_cut_reply_channel_fails_begun_answers_and_repeats_the_others(play: Pl
     play(scene)
 
 
+def test_a_blocked_event_loop_is_not_taken_for_a_lost_reply_channel(play: Play) -> None:
+    async def scene(stage: Stage) -> None:
+        await stage.beat("a", num_running=1)
+        flow = await stage.open()
+        await stage.say(delta("r0.1", "x"))
+        assert await flow.take()
+        time.sleep(6.5)  # longer than the silence after which the channel is lost
+        await asyncio.sleep(0.5)
+        await stage.say(delta("r0.1", "y"), done("r0.1"))
+        assert [reply.text for _, reply in await flow.take() if isinstance(reply, Delta)] == ["y"]
+
+    play(scene)
+
+
 @pytest.mark.parametrize("broken", ["pubsub", "scan_iter"])
 @pytest.mark.parametrize("error", [RuntimeError("the handler is closed"), KeyError("who knows")])
 def test_listening_and_watching_outlive_any_error(

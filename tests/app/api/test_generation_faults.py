@@ -141,32 +141,36 @@ def test_a_key_over_its_share_is_told_to_wait_while_others_are_served(
         busy.completions.create(model="tiny", prompt=PROMPT, max_tokens=1)
 
 
-def test_a_full_server_says_so(little_room: None, worker: WorkerProcess, service: Any) -> None:
+def test_a_full_server_refuses_a_newcomer_only_beyond_its_share(
+    little_room: None, worker: WorkerProcess, service: Any
+) -> None:
     with service.client() as one, service.client() as other:
         stream = one.completions.create(**LONG, stream=True)
         next(iter(stream))
-        with pytest.raises(openai.InternalServerError) as refused:
+        with pytest.raises(openai.RateLimitError, match="each may reserve 128 and 150") as refused:
             other.completions.create(**LONG)
-        assert (refused.value.status_code, refused.value.code) == (503, "engine_overloaded")
+        assert (refused.value.status_code, refused.value.code) == (429, "rate_limit_exceeded")
         assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
         with pytest.raises(openai.BadRequestError) as hopeless:
             other.completions.create(**LONG, n=2)
         assert hopeless.value.code == "request_too_large"
+        other.completions.create(model="tiny", prompt=PROMPT, max_tokens=100)
         stream.close()
 
 
-def test_a_full_server_turns_away_before_it_looks_up_who_comes(
+def test_a_full_server_turns_a_key_away_before_it_is_verified(
     one_request_in_all: None, worker: WorkerProcess, client: openai.OpenAI, service: Any
 ) -> None:
     body = {"model": "tiny", "prompt": PROMPT}
-    with service.http("no key of ours") as stranger:
+    with service.http(client.api_key[:-3] + "xyz") as forger, service.http("no key of ours") as stranger:
         stream = client.completions.create(**LONG, stream=True)
         next(iter(stream))
-        refused = stranger.post("/v1/completions", json=body)
+        refused = forger.post("/v1/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "engine_overloaded")
         assert 1 <= int(refused.headers["retry-after"]) <= 120
+        assert stranger.post("/v1/completions", json=body).status_code == 401
         stream.close()
-        wait_for(lambda: stranger.post("/v1/completions", json=body).status_code == 401, 5, "still full")
+        wait_for(lambda: forger.post("/v1/completions", json=body).status_code == 401, 5, "still full")
 
 
 def test_a_killed_worker_ends_a_begun_answer_with_an_error_chunk(
