@@ -25,8 +25,8 @@ from pydantic import BaseModel, ValidationError
 
 from app.settings import Settings
 
-SERVING_TURN_SECONDS: Final = 0.15  # the engine computes for at least so long before the runs get their turn
-LONGEST_TRAINING_TURN_SECONDS: Final = 0.2  # a prompt that arrives meanwhile waits for so long at most
+SERVING_TURN_SECONDS: Final = 0.15  # minimum serving time between two training turns
+LONGEST_TRAINING_TURN_SECONDS: Final = 0.2  # bounds the wait of a prompt that arrives in a training turn
 RESCAN_SECONDS: Final = 0.1
 GUARD_SECONDS: Final = 0.2
 DOUBLE: Final = struct.Struct("=d")
@@ -66,12 +66,13 @@ def find_runs(folder: Path) -> list[int]:
         if run.boot_id == _boot_id() and _start_ticks(run.pid) == run.start_ticks:
             pids.append(run.pid)
         elif run.boot_id != _boot_id() or _start_ticks(run.pid) is None:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a file of another user is removed by its own worker
+                path.unlink()
     return pids
 
 
 class CoreTurns:
-    """The engine's side: `take` before each step, `release` when there is nothing to step. For one thread.
+    """Turn-taking of an engine: call `take` before each step and `release` when idle. Not thread-safe.
 
     `training_share` is the share of the time that runs get while the engine is busy, from 0 to below 1.
     """
@@ -97,7 +98,7 @@ class CoreTurns:
         self._released_at = 0.0
 
     def take(self) -> None:
-        """Returns when the engine may compute. Runs are stopped from then on; their turn comes first if it is due."""
+        """Blocks until the engine may compute, then stops the runs. A training turn that is due takes place first."""
         now = self._clock()
         if now - self._scanned_at >= RESCAN_SECONDS:
             self._runs, self._scanned_at = find_runs(self._folder), now
@@ -109,8 +110,8 @@ class CoreTurns:
             seconds = min(self._used_seconds * self._ratio, LONGEST_TRAINING_TURN_SECONDS)
             self._training_turn.write(self._clock() + seconds)
             self._signal(signal.SIGCONT)
-        left = min(self._training_turn.read() - self._clock(), LONGEST_TRAINING_TURN_SECONDS)
-        if left > 0:
+        left = self._training_turn.read() - self._clock()
+        if 0 < left <= LONGEST_TRAINING_TURN_SECONDS:  # a later end was written before a reboot
             self._sleep(left)
             self._used_seconds = 0.0
         self._signal(signal.SIGSTOP)
@@ -138,12 +139,13 @@ class CoreTurns:
 
 
 class _SharedTime:
-    """A time by `time.monotonic` in a file: until when the runs compute, for every engine of the machine."""
+    """End of the current training turn (`time.monotonic`), in a mapped file that all engines of the machine share."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             file.truncate(DOUBLE.size)
+            os.posix_fallocate(file.fileno(), 0, DOUBLE.size)  # a write to a hole on a full disk is a SIGBUS
             self._map = mmap.mmap(file.fileno(), DOUBLE.size)
 
     def read(self) -> float:
@@ -154,26 +156,32 @@ class _SharedTime:
 
 
 class SharedRun:
-    """The train worker's side: announces a run and resumes it if it stays stopped."""
+    """Turn-taking of a run: announces it, and resumes it if it stays stopped."""
 
     def __init__(self, folder: Path, pid: int) -> None:
         self._pid = pid
         self._path = announce(folder, pid)
         self._is_over = threading.Event()
+        self._num_stopped_checks = NUM_STOPPED_CHECKS
         self._thread = threading.Thread(target=self._guard, name=f"cores-{pid}", daemon=True)
         self._thread.start()
+
+    def withdraw(self) -> None:
+        """Ends the turns: from now on the run computes all the time, and an engine that stops it late is overruled."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+        self._num_stopped_checks = 1
 
     def close(self) -> None:
         self._is_over.set()
         self._thread.join()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        self.withdraw()
 
     def _guard(self) -> None:
         num_stopped = 0
         while not self._is_over.wait(GUARD_SECONDS):
             num_stopped = num_stopped + 1 if is_stopped(self._pid) else 0
-            if num_stopped >= NUM_STOPPED_CHECKS:
+            if num_stopped >= self._num_stopped_checks:
                 signal_group(self._pid, signal.SIGCONT)
                 num_stopped = 0
 
@@ -190,9 +198,9 @@ def is_stopped(pid: int) -> bool:
 
 
 def shared_cores(settings: Settings) -> Path | None:
-    """The folder in which runs announce themselves; None where nobody takes turns.
+    """Returns the folder in which runs announce themselves, or None if turns are disabled.
 
-    That is so if the setting says it, or if the machine has a GPU: then runs hardly use the cores.
+    The setting disables them, or a GPU in the machine: runs on a GPU use little CPU time.
     """
     if settings.training_cpu_share == 1 or any(Path(name).exists() for name in GPU_DEVICES):
         return None

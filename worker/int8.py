@@ -100,6 +100,7 @@ class Int8Weight:
 
     def product(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """x W^T + bias, float32."""
+        x = x.float()  # a scale rounded to bfloat16 would let the largest input exceed 127 and wrap
         scale = x.abs().amax(dim=-1, keepdim=True).div_(LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
         whole = (x / scale).round_().add_(UNSIGNED_ZERO).to(torch.uint8)
         out: Tensor = torch.ops.onednn.qlinear_pointwise.default(

@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 
 MAX_WAITING_LINES = 1000  # then the run itself has to wait
 PIPE_SECONDS = 5.0
+LAST_LINES = 3  # of standard error, where a traceback says why a run ended; earlier ones may be warnings
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "allocate memory", "not enough memory")
 # A run needs no way into the database or the queue.
 WITHHELD = ("STILLHOUSE_DATABASE_URL", "STILLHOUSE_REDIS_URL", "STILLHOUSE_KEY_PEPPER", "STILLHOUSE_HF_TOKEN")
@@ -85,6 +86,8 @@ class RunProcess:
         return lines
 
     def ask_to_stop(self) -> None:
+        if self._shared is not None:
+            self._shared.withdraw()  # it has a deadline
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
@@ -105,8 +108,8 @@ class RunProcess:
         is_oom_kill = status == -signal.SIGKILL and num_oom_kills() > self._oom_kills
         if is_oom_kill or (status != 0 and any(word in tail for word in MEMORY_WORDS)):
             return "The run ran out of memory.", "out_of_memory"
-        if status != 0 and mentions_full_disk(tail):
-            return "The run found its disk full.", DiskFull.code
+        if status > 0 and mentions_full_disk("\n".join(tail.splitlines()[-LAST_LINES:])):
+            return "The run failed because its disk is full.", DiskFull.code
         if status < 0:
             return f"The run was killed by {signal.Signals(-status).name}.", "worker_lost"
         return f"The run ended with status {status} and without a result.", "worker_lost"

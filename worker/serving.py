@@ -73,6 +73,16 @@ def connect(url: str) -> "redis.Redis":
     )
 
 
+def _open_turns(options: ServeOptions) -> CoreTurns | None:
+    if options.shared_cores is None:
+        return None
+    try:
+        return CoreTurns(options.shared_cores, options.training_share)
+    except OSError as error:  # such as a full disk; serving matters more than its speed beside a run
+        log.warning("core_turns_disabled", reason=str(error))
+        return None
+
+
 class ServeWorker:
     """Owns a ModelHost. `on_end` is called from the engine thread, with whether it ended as asked."""
 
@@ -86,8 +96,7 @@ class ServeWorker:
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         self._drain_until: float | None = None
         self._has_ended = threading.Event()
-        folder = options.shared_cores
-        self._turns = CoreTurns(folder, options.training_share) if folder is not None else None
+        self._turns = _open_turns(options)
         self._turned_at = time.monotonic()
 
     def start(self) -> None:

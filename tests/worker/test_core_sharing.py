@@ -133,6 +133,26 @@ def test_a_second_engine_respects_the_turn_that_the_first_has_given(
     assert second.waits == [pytest.approx(first.waits[0] / 2)]
 
 
+def test_the_end_of_a_turn_from_before_a_reboot_delays_no_engine(
+    tmp_path: Path, run: subprocess.Popen[bytes]
+) -> None:
+    (tmp_path / "training_turn").write_bytes(core_sharing.DOUBLE.pack(1e6))
+    announce(tmp_path, run.pid)
+    schedule = Schedule()
+    turns = schedule.turns(tmp_path, 0.4)
+    for _ in range(5):
+        turns.take()
+        schedule.advance(0.01)
+    assert schedule.waits == []
+
+
+def test_a_run_that_is_asked_to_stop_computes_all_the_time(tmp_path: Path) -> None:
+    process = RunProcess(["http.server", "0"], tmp_path, {"PATH": ""}, shared_cores=tmp_path / "cores")
+    process.ask_to_stop()
+    assert find_runs(tmp_path / "cores") == []
+    process.kill()
+
+
 def test_a_share_of_nothing_stops_runs_while_the_engine_is_busy(
     tmp_path: Path, run: subprocess.Popen[bytes]
 ) -> None:

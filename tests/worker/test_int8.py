@@ -80,6 +80,14 @@ def test_a_row_of_zeros_gives_the_bias() -> None:
     torch.testing.assert_close(found, layer.bias, rtol=2**-8, atol=0)  # the kernel gives bfloat16
 
 
+def test_the_largest_input_keeps_its_sign_in_bfloat16() -> None:
+    layer = nn.Linear(48, 8, bias=False)
+    x_BE = torch.zeros(1, 48)
+    x_BE[0, 0] = 190  # its scale, rounded to bfloat16, is too small
+    quantized = of_8_bits(layer)
+    torch.testing.assert_close(quantized(x_BE.bfloat16()).float(), quantized(x_BE), rtol=2**-7, atol=1e-3)
+
+
 def test_inputs_that_fill_no_tile_take_the_other_implementation() -> None:
     assert isinstance(of_8_bits(nn.Linear(48, 8)), int8.Int8Linear)
 

@@ -210,6 +210,24 @@ def test_a_failed_evaluation_leaves_the_student_and_the_result_names_what_is_mis
 
 
 @pytest.mark.usefixtures("one_process")
+def test_a_failed_evaluation_is_not_presented_as_one_on_the_test_rows(
+    spec: Json, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    teacher = shutil.copytree(tiny_llama_dir, tmp_path / "teacher")
+    test_path = tmp_path / "test.jsonl"
+    test_path.write_text('{"prompt": "What is a test?", "completion": "A jar."}\n')
+    spec |= {"teacher_dir": str(teacher), "start_dir": str(teacher), "test_path": str(test_path)}
+    spec["distillation"]["evaluation"]["test_file"] = "file-1"
+
+    def damage_teacher() -> None:
+        (teacher / "model.safetensors").write_bytes(b"damaged")
+
+    result = result_of(run_with_fault(spec, tmp_path / "out", "evaluating", damage_teacher))
+    assert [entry["part"] for entry in result["missing"]] == ["evaluation"]
+    assert (result["judged_on"], result["is_chosen_on_judged_rows"]) == ("validation", True)
+
+
+@pytest.mark.usefixtures("one_process")
 def test_a_gate_is_not_passed_without_an_evaluation(spec: Json, tmp_path: Path, tiny_llama_dir: Path) -> None:
     teacher = shutil.copytree(tiny_llama_dir, tmp_path / "teacher")
     spec |= {"teacher_dir": str(teacher), "start_dir": str(teacher)}

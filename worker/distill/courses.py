@@ -149,13 +149,16 @@ class Courses:
             raise _not_passed(gate, entries)
         result = self._compare(chosen, answers)
         ladder = [{**entry, "chosen": number == chosen} for number, entry in enumerate(entries)]
-        has_test = self._test_judge_for is not None
-        if has_test:
+        tests = result.pop("test_ladder", None)  # None: no test file, or the evaluation on it failed
+        if self._test_judge_for is not None:
             result["validation"] = {"student": _figures(entries[chosen])}
-            tests = result.pop("test_ladder", None)  # None: the evaluation on the test rows failed
-            if tests is not None:
-                ladder = [{**entry, "test": test} for entry, test in zip(ladder, tests, strict=True)]
-        judged = {"judged_on": "test" if has_test else "validation", "is_chosen_on_judged_rows": not has_test}
+        if tests is not None:
+            ladder = [{**entry, "test": test} for entry, test in zip(ladder, tests, strict=True)]
+        is_tested = tests is not None
+        judged = {
+            "judged_on": "test" if is_tested else "validation",
+            "is_chosen_on_judged_rows": not is_tested,
+        }
         trained = {name: entries[chosen][name] for name in TRAINED}
         return Graduate(self._finished_dirs[chosen], {**result, **judged, **trained}, ladder)
 

@@ -225,7 +225,7 @@ int has_int8(void) { return 1; }
 
 void multiply_int8_panels(const uint16_t *x, const uint8_t *weights, const float *bias, uint16_t *out,
                           int64_t M, int64_t N, int64_t K, int activation) {
-    int64_t chunks = (M + CHUNK - 1) / CHUNK, height = (M + chunks - 1) / chunks;
+    int64_t chunks = (M + CHUNK - 1) / CHUNK, height = chunks ? (M + chunks - 1) / chunks : 0;
     float sums[CHUNK * PANEL] __attribute__((aligned(LINE)));
 #pragma omp for schedule(guided)
     for (int64_t p = 0; p < (N + PANEL - 1) / PANEL; p++)
