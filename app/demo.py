@@ -208,6 +208,8 @@ def follow(
             lines.tell(progress_line(job))
             if job["status"] in {"failed", "cancelled"}:
                 raise DemoFailed(f"the job {job['status']}: {json.dumps(job['error'])}")
+            if job["status"] == "paused":
+                raise DemoFailed(f"the job is paused: {job['pause_reason']}")
             if job["status"] == "succeeded":
                 bar.update(task, completed=100, detail="")
                 return job

@@ -320,7 +320,9 @@ class Attempt:
             _delete([key, *(file["store_key"] for file in files)])
 
     def _end_without_disk(self, reason: str) -> None:
-        message = f"{reason}; free some disk, then resume the job"
+        is_resumable = isinstance(self.lease.spec, DistillationJob)
+        advice = "resume the job" if is_resumable else "import the model again"
+        message = f"{reason}; free some disk, then {advice}"
         self._end_with_error(JobFailure(code=DiskFull.code, message=message))
 
     def _end_with_error(self, failure: JobFailure) -> None:

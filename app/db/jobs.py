@@ -16,7 +16,7 @@ from app.db.lifecycle import add_event, lock_job, move
 from app.db.paging import Order, UnknownCursor, keyset_page
 from app.db.tables import Checkpoint, Event, Job, JobCount, Metric
 
-__all__ = ["UnknownCursor", "add_event"]  # what readers of jobs need too
+__all__ = ["UnknownCursor", "add_event", "lock_job"]  # what readers of jobs need too
 
 MAX_POINTS = 100_000  # of all series together, in one answer
 

@@ -22,6 +22,8 @@ from app.db.models import insert_model
 from app.db.tables import Attempt, Checkpoint, Job, Json, Metric, lease_tokens
 
 MAX_DOUBLINGS: Final = 10
+# Failures that a resume meets again, because their cause is part of the job.
+FAILS_AGAIN: Final = frozenset({"invalid_spec", "input_missing", "model_id_taken", "gate_failed"})
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,8 @@ def fail(
     """
     checkpoint = newest_checkpoint(session, job_id)
     if checkpoint is not None:
-        message = f"{failure.message.rstrip('.')}. {_kept_notice(job_id, checkpoint.step)}"
+        notice = _kept_notice(job_id, checkpoint.step, can_be_resumed=failure.code not in FAILS_AGAIN)
+        message = f"{failure.message.rstrip('.')}. {notice}"
         failure = failure.model_copy(update={"message": message})
     return move(
         session,
@@ -362,8 +365,10 @@ def outcome_of(session: Session, token: int) -> str | None:
     return session.scalar(select(Attempt.outcome).where(Attempt.lease_token == token))
 
 
-def _kept_notice(job_id: str, step: int) -> str:
+def _kept_notice(job_id: str, step: int, *, can_be_resumed: bool) -> str:
     url = f"/v1/fine_tuning/jobs/{job_id}"
+    if not can_be_resumed:
+        return f"The checkpoint at step {step} is kept until you delete the job with DELETE {url}."
     return (
         f"The checkpoint at step {step} is kept: once the cause is removed, resume the job with "
         f"POST {url}/resume, or delete it and its checkpoints with DELETE {url}."

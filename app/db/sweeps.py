@@ -27,6 +27,7 @@ Columns = TypeVarTuple("Columns")
 class StoredJob:
     """What the garbage collector must know of a job that has something in the store."""
 
+    kind: str
     status: str
     lease_token: int | None
     is_deleted: bool
@@ -39,7 +40,10 @@ class StoredJob:
     @property
     def can_run_again(self) -> bool:
         """Whether another attempt may write to the store, now or after a resume."""
-        return not self.has_ended or (self.status == JobStatus.failed and not self.is_deleted)
+        can_be_resumed = (
+            self.kind == "distillation" and self.status == JobStatus.failed and not self.is_deleted
+        )
+        return not self.has_ended or can_be_resumed
 
     @property
     def is_discarded(self) -> bool:
@@ -226,10 +230,10 @@ def stored_jobs(session: Session, job_ids: Collection[str]) -> dict[str, StoredJ
         kept.setdefault(job_id, set()).add(key)
     for model in session.scalars(select(Model).where(Model.source_job_id.in_(job_ids))):
         kept.setdefault(model.source_job_id or "", set()).add(model.store_key)
-    columns = (Job.id, Job.status, Job.lease_token, Job.deleted_at)
+    columns = (Job.id, Job.kind, Job.status, Job.lease_token, Job.deleted_at)
     return {
         row.id: StoredJob(
-            row.status, row.lease_token, row.deleted_at is not None, frozenset(kept.get(row.id, ()))
+            row.kind, row.status, row.lease_token, row.deleted_at is not None, frozenset(kept.get(row.id, ()))
         )
         for row in session.execute(select(*columns).where(Job.id.in_(job_ids)))
     }

@@ -60,7 +60,9 @@ async def begin(board: Switchboard, order: Order) -> Flow:
     num_tokens += len(order.prompts) * num_written * order.sampling.max_tokens
     if not order.is_streamed:
         num_tokens += logprob_bytes(order) // LOGPROB_BYTES_PER_TOKEN
-    give_back = board.admission.reserve(order.key_id, num_requests=len(order.prompts), num_tokens=num_tokens)
+    give_back = board.admission.reserve(
+        order.tenant or order.key_id, num_requests=len(order.prompts), num_tokens=num_tokens
+    )
     try:
         requests = requests_of(order, board.settings)
         await asyncio.sleep(0)  # building and sending large prompts takes milliseconds each

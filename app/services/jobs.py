@@ -6,6 +6,8 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from app import queue
 from app.auth import HUB_TOKEN_SCOPE, Principal
 from app.contracts import DistillationJob, ImportJob, JobStatus
@@ -230,7 +232,11 @@ def resume_job(project_id: str, job_id: str) -> Job:
     Raises Conflict if there is nothing to resume, QuotaExceeded if the project has no room for another active job.
     """
     with transaction() as session:
-        job = get_job(session, project_id, job_id)
+        get_job(session, project_id, job_id)
+        lock_project(session, project_id)
+        job = jobs.lock_job(session, job_id)  # it may have ended since it was read
+        if job is None:
+            raise NotFound(f"the job {job_id!r} does not exist", param="job_id")
         has_failed = job.status == JobStatus.failed
         if has_failed:
             demand_room(session, project_id)
@@ -247,14 +253,15 @@ def delete_job(project_id: str, job_id: str) -> None:
     """Deletes a job that has ended; its checkpoints go with the next garbage collection. Raises Conflict."""
     with transaction() as session:
         job = get_job(session, project_id, job_id)
+        if jobs.delete_job(session, job.id) is None:
+            raise Conflict(f"the job is {job.status}; cancel it first, then delete it")
+        # After the job is locked: until then it may succeed and register a model.
         model_id = models.model_of_job(session, job.id)
         if model_id is not None:
             message = (
                 f"the job's model {model_id!r} exists; delete it first with DELETE /v1/models/{model_id}"
             )
             raise Conflict(message, "resource_in_use", "job_id")
-        if jobs.delete_job(session, job.id) is None:
-            raise Conflict(f"the job is {job.status}; cancel it first, then delete it")
 
 
 def _why_not_resumed(job: Job) -> str:
@@ -271,13 +278,18 @@ def _demand_inputs(session: Session, job: Job) -> None:
     for param, file_id in (
         ("training_file", job.training_file_id),
         ("validation_file", job.validation_file_id),
+        (submission.TEST_FILE, job.test_file_id),
     ):
         if file_id is not None and files.find_file(session, job.project_id or "", file_id, lock=True) is None:
             message = (
                 f"the {param} {file_id!r} has been deleted, so the job cannot be resumed; submit a new job"
             )
             raise Conflict(message, "input_missing", param)
-    spec = DistillationJob.model_validate(job.spec)
+    try:
+        spec = DistillationJob.model_validate(job.spec)
+    except ValidationError:
+        message = "this version cannot read the job's specification; submit a new job"
+        raise Conflict(message, "invalid_spec") from None
     for param, ref in (("teacher", spec.teacher), ("model", spec.start)):
         if not models.lock_artifact(session, ref.key):
             message = f"the {param} of the job has been deleted, so it cannot be resumed; submit a new job"

@@ -9,12 +9,14 @@ import httpx
 import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
+from sqlalchemy import text
 
 from app.contracts import SPLIT_VERSION, ArtifactRef, DistillationJob, JobFailure
 from app.db import jobs as job_rows
 from app.db import leases
 from app.db.session import transaction
 from app.db.tables import File
+from app.services.submission import TEST_FILE
 from app.settings import Settings, get_settings
 from app.storage import store
 
@@ -427,13 +429,13 @@ def test_a_failed_job_says_why(bench: Bench) -> None:
     assert (error.code, error.message) == ("nan_loss", "lower the learning rate")
 
 
-def fail_late(job_id: str) -> None:
+def fail_late(job_id: str, code: str = "out_of_memory") -> None:
     """Fails the job after its first checkpoint."""
     token = claim(job_id)
     ref = ArtifactRef(key=f"checkpoints/{job_id}/{token}/step-10", bytes=5, sha256="c" * 64)
     with transaction() as session:
         leases.insert_checkpoint(session, job_id, token, step=10, ref=ref, metrics={}, is_best=True)
-        leases.fail(session, job_id, token, JobFailure(code="out_of_memory", message="the memory is full"))
+        leases.fail(session, job_id, token, JobFailure(code=code, message="the memory is full"))
 
 
 def test_a_job_that_failed_after_a_checkpoint_can_be_resumed(bench: Bench) -> None:
@@ -459,12 +461,16 @@ def test_a_job_that_failed_before_its_first_checkpoint_is_not_resumed(bench: Ben
 
 
 def test_a_failed_job_whose_inputs_were_deleted_is_not_resumed(bench: Bench) -> None:
+    test_file = bench.upload([{"prompt": "Other?", "completion": "yes"}])
     of_file, of_model = bench.submit(), bench.submit(model=bench.register("small", num_layers=2))
-    for job in (of_file, of_model):
+    of_test = bench.submit({"evaluation": {"test_file": test_file}})
+    for job in (of_file, of_model, of_test):
         fail_late(job.id)
     bench.client.files.delete(of_file.training_file)
+    bench.client.files.delete(test_file)
     bench.client.models.delete("small")
-    for job, param in ((of_file, "training_file"), (of_model, "model")):
+    named = ((of_file, "training_file"), (of_model, "model"), (of_test, TEST_FILE))
+    for job, param in named:
         with pytest.raises(openai.ConflictError, match="submit a new job") as refused:
             bench.client.fine_tuning.jobs.resume(job.id)
         assert (refused.value.code, refused.value.param) == ("input_missing", param)
@@ -510,6 +516,42 @@ def test_a_job_is_deleted_after_its_model(bench: Bench, http: httpx.Client) -> N
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "resource_in_use")
     bench.client.models.delete("ds:tiny")
     assert http.delete(f"/v1/fine_tuning/jobs/{job.id}").status_code == 200
+
+
+def test_a_job_that_succeeds_while_it_is_deleted_keeps_its_model(bench: Bench, http: httpx.Client) -> None:
+    job = bench.submit()
+    token = claim(job.id)
+    model = {"id": "ds:tiny", "origin": "distilled", "store_key": f"models/{job.id}", "bytes": 1}
+    model |= {"manifest_sha256": "", "facts": {}}
+    with ThreadPoolExecutor(1) as pool:
+        with transaction() as session:
+            assert leases.succeed(session, job.id, token, model=model, result={}, trained_tokens=1)
+            answer = pool.submit(http.delete, f"/v1/fine_tuning/jobs/{job.id}")
+            time.sleep(0.5)  # the request waits for the row that this transaction holds
+            assert not answer.done()
+        assert answer.result().json()["error"]["code"] == "resource_in_use"
+    assert http.get(f"/v1/fine_tuning/jobs/{job.id}").json()["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(("code", "is_resumable"), [("out_of_memory", True), ("gate_failed", False)])
+def test_a_failure_that_a_resume_meets_again_does_not_advise_it(
+    bench: Bench, code: str, is_resumable: bool
+) -> None:
+    job = bench.submit()
+    fail_late(job.id, code)
+    error = bench.client.fine_tuning.jobs.retrieve(job.id).error
+    assert error is not None
+    assert ("/resume" in error.message, "DELETE" in error.message) == (is_resumable, True)
+
+
+def test_a_job_whose_specification_cannot_be_read_is_not_resumed(bench: Bench) -> None:
+    job = bench.submit()
+    fail_late(job.id)
+    with transaction() as session:
+        session.execute(text("UPDATE jobs SET spec = '{}'"))
+    with pytest.raises(openai.ConflictError, match="submit a new job") as refused:
+        bench.client.fine_tuning.jobs.resume(job.id)
+    assert refused.value.code == "invalid_spec"
 
 
 def test_a_paused_job_says_why(bench: Bench) -> None:

@@ -115,6 +115,33 @@ def test_a_failed_job_keeps_its_checkpoints_until_it_is_deleted(store: Store, tm
         assert jobs.load_job(session, job_id) is None
 
 
+def test_the_files_of_a_registered_model_outlive_the_deletion_of_its_job(
+    store: Store, tmp_path: Path
+) -> None:
+    add_job()
+    job_id, token = claim()
+    put_checkpoint(store, tmp_path / "c", job_id, token, 1, commit=True)
+    ref = store.put_folder(tmp_path / "c", f"models/{job_id}/{token}")
+    model = {"id": "ds:tiny", "origin": "distilled", "store_key": ref.key, "bytes": ref.bytes}
+    model |= {"manifest_sha256": ref.sha256, "facts": {}}
+    with transaction() as session:
+        assert leases.succeed(session, job_id, token, model=model, result={}, trained_tokens=1)
+        assert jobs.delete_job(session, job_id)
+    collect(store)
+    assert store.verify_folder(ref.key)
+    assert store.children("checkpoints") == []
+
+
+def test_a_failed_import_leaves_no_folder(store: Store, tmp_path: Path) -> None:
+    add_job("import-1", kind="import")
+    job_id, token = claim()
+    put_checkpoint(store, tmp_path / "c", "other", 1, 1, commit=False)
+    store.put_folder(tmp_path / "c", f"models/{job_id}/{token}")
+    fail(job_id, token)
+    collect(store)
+    assert store.children("models") == []
+
+
 def test_what_a_resumed_attempt_writes_is_safe_from_a_round_that_saw_the_failure(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
