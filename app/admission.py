@@ -112,10 +112,10 @@ class Admission:
             refusal = Unavailable("the server has as many generation requests as it can hold; try again soon")
         else:
             refusal = TooManyRequests(
-                f"the server is full, and this key would have more than its share: it has {key_requests} prompts "
-                f"and {key_tokens} tokens reserved and asks for {num_requests} and {num_tokens} more; while "
-                f"{num_keys} keys share the server, each may reserve {share_requests} and {share_tokens}; try again "
-                "when some requests have ended"
+                f"the server is full and the request exceeds this key's fair share: {key_requests} prompts and "
+                f"{key_tokens} tokens are reserved, {num_requests} and {num_tokens} more were requested, and the limit "
+                f"with {num_keys} active keys is {share_requests} and {share_tokens}; retry when earlier requests "
+                "have finished"
             )
         refusal.retry_after_seconds = self._crowd.pause_seconds()
         raise refusal

@@ -17,6 +17,10 @@ LONGEST_WAIT_SECONDS = 30.0
 STEADY_SECONDS = 60.0  # a process that lived so long is taken for healthy: waiting begins anew
 MAX_LOG_BYTES = 20 * 2**20  # a longer log is put aside when its process starts
 
+SECRETS = frozenset(
+    {"STILLHOUSE_DATABASE_URL", "STILLHOUSE_REDIS_URL", "STILLHOUSE_KEY_PEPPER", "STILLHOUSE_HF_TOKEN"}
+)
+
 Say = Callable[[str], None]
 
 
@@ -143,6 +147,14 @@ def stop_all(kept: Sequence[Kept], *, grace_seconds: float, is_urgent: Callable[
     for process in late:
         process.kill()
     return [process.name for process in late]
+
+
+def environment_without_secrets() -> dict[str, str]:
+    """Returns this process's environment for a child that needs no database, queue, API keys or hub token.
+
+    The variables of the artifact store stay, its credentials included.
+    """
+    return {name: value for name, value in os.environ.items() if name not in SECRETS}
 
 
 def set_environment(values: Mapping[str, str]) -> None:

@@ -60,7 +60,9 @@ class Settings(BaseSettings):
     )
     max_losses: int = Field(3, ge=1, description="Lost workers after which a job fails")
     max_runtime_seconds: float = Field(
-        24 * 3600.0, gt=0, description="Running time after which a job is paused; a resume starts it anew"
+        24 * 3600.0,
+        gt=0,
+        description="Maximum running time of a job before it is paused; resuming the job resets it",
     )
     keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept beside the best one")
     teacher_cache_bytes: int = Field(20 * 2**30, ge=0, description="Disk for teacher caches and answers")
@@ -74,7 +76,7 @@ class Settings(BaseSettings):
         0.4,
         ge=0.05,
         le=1,
-        description="Share of the CPU time that training gets while a serve worker on the same cores is busy; 1: no turns",
+        description="Share of the CPU time that training gets while a serve worker on the same cores is busy; 1 disables time-sharing",
     )
     num_processes: int = Field(0, ge=0, description="Processes that train one student; 0: one a CUDA device")
     work_dir: str = Field("", description="Where runs lay their work folders; empty: <data-dir>/work")
@@ -106,7 +108,9 @@ class Settings(BaseSettings):
         400_000, ge=1, description="Tokens reserved by admitted requests, per API"
     )
     max_answer_bytes: int = Field(
-        16 * 2**20, ge=1, description="Largest answer that is not streamed, by an estimate before it is begun"
+        16 * 2**20,
+        ge=1,
+        description="Maximum estimated size of a response that is not streamed, checked before generation starts",
     )
     max_requests_per_key: int = Field(64, ge=1, description="Generation requests of one key at once, per API")
     max_batch_sequences: int = Field(

@@ -78,8 +78,8 @@ class Startup:
             raise LocalServiceError(
                 f"the {role} worker {what} while it started; its log {workers[0].log_path} ends with:\n"
                 f"{workers[0].log_tail()}\n"
-                f"Correct what the log names and run `stillhouse up` again, or start without: "
-                f"--{role}-workers 0"
+                f"Fix the error shown in the log and run `stillhouse up` again, or start without this role: "
+                f"`--{role}-workers 0`."
             )
 
     def _note_what_is_awaited(self) -> None:

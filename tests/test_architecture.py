@@ -67,8 +67,8 @@ def test_sqlalchemy_is_imported_only_by_the_database_package() -> None:
 
 
 def test_the_environment_is_read_only_by_settings() -> None:
-    # These three hand their own environment on to child processes, changed; they decide nothing by it.
-    allowed = {"app/settings.py", "app/local.py", "app/processes.py", "worker/process.py"}
+    # The other two pass a changed environment on to child processes; nothing else depends on it.
+    allowed = {"app/settings.py", "app/local.py", "app/processes.py"}
     pattern = re.compile(r"os\.(environ|getenv)")
     found = {relative(p) for p in sources(*PACKAGES) if pattern.search(p.read_text())}
     assert found <= allowed

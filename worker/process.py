@@ -15,6 +15,7 @@ import structlog
 from pydantic import ValidationError
 
 from app.contracts import DistillationJob, ImportJob
+from app.processes import environment_without_secrets
 from app.settings import Settings
 from worker.core_sharing import SharedRun
 from worker.disk import mentions_full_disk
@@ -27,8 +28,6 @@ MAX_WAITING_LINES = 1000  # then the run itself has to wait
 PIPE_SECONDS = 5.0
 LAST_LINES = 3  # of standard error, where a traceback says why a run ended; earlier ones may be warnings
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "allocate memory", "not enough memory")
-# A run needs no way into the database or the queue.
-WITHHELD = ("STILLHOUSE_DATABASE_URL", "STILLHOUSE_REDIS_URL", "STILLHOUSE_KEY_PEPPER", "STILLHOUSE_HF_TOKEN")
 
 
 class RunProcess:
@@ -169,7 +168,7 @@ def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> 
     Only an import that may use the hub token gets it.
     """
     is_online = isinstance(spec, ImportJob) and spec.hub is not None
-    environment = {name: value for name, value in os.environ.items() if name not in WITHHELD}
+    environment = environment_without_secrets()
     environment |= {
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "0" if is_online else "1",

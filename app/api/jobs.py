@@ -16,7 +16,7 @@ from app.schemas.files import Deleted
 from app.schemas.jobs import CheckpointObject, CreateJob, EventObject, JobObject, MetricsObject, Point, Series
 from app.schemas.listing import Listing, ends
 from app.services import jobs
-from app.services.retries import DEFAULT_TIMEOUT_SECONDS, Attempted
+from app.services.retries import MAX_TIMEOUT_SECONDS, Attempted
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs", tags=["jobs"])
 Reader = Annotated[Principal, Depends(require("jobs:read"))]
@@ -29,9 +29,13 @@ EVENT_STREAM = "text/event-stream"
 def attempted(
     idempotency_key: Annotated[str | None, Header()] = None,
     x_stainless_retry_count: Annotated[int, Header(ge=0)] = 0,
-    x_stainless_read_timeout: Annotated[float, Header(gt=0)] = DEFAULT_TIMEOUT_SECONDS,
+    x_stainless_read_timeout: Annotated[float | None, Header(gt=0)] = None,
+    x_stainless_timeout: Annotated[float | None, Header(ge=0)] = None,
 ) -> Attempted:
-    return Attempted(idempotency_key, x_stainless_retry_count, x_stainless_read_timeout)
+    """Reads the headers of a retry. Python clients name their read timeout, others their timeout in whole seconds."""
+    timeouts = (x_stainless_read_timeout, x_stainless_timeout)
+    named = [seconds for seconds in timeouts if seconds is not None]
+    return Attempted(idempotency_key, x_stainless_retry_count, max(named, default=MAX_TIMEOUT_SECONDS))
 
 
 Repetition = Annotated[Attempted, Depends(attempted)]

@@ -147,7 +147,7 @@ def resume(session: Session, job_id: str) -> Job | None:
     if job is None or job.deleted_at is not None:
         return None
     if job.status == JobStatus.running and job.pause_requested_at is not None:
-        add_event(session, job_id, "The pause is taken back.")
+        add_event(session, job_id, "The pause request was withdrawn.")
         return _set(
             session,
             job_id,

@@ -313,7 +313,7 @@ def pause(
     if job.cancel_requested_at is not None:
         return cancel(session, job_id, token)
     if job.pause_requested_at is None:
-        return release(session, job_id, token, reason="The pause was taken back.")
+        return release(session, job_id, token, reason="The pause request was withdrawn.")
     columns |= {"pause_requested_at": None}
     message = f"{prefix}The job is paused" + (f": {job.pause_reason}" if job.pause_reason else ".")
     level: Level = "warn" if job.pause_reason else "info"

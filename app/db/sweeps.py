@@ -160,8 +160,8 @@ def _stop(session: Session, job: Job, max_runtime_seconds: float) -> Job | None:
         return leases.fail(session, job.id, job.lease_token, failure)
     if job.pause_requested_at is None:
         reason = (
-            f"it has run for more than {limit}. Its checkpoints are kept. To continue from the newest one, with as "
-            f"much time again, resume the job with POST /v1/fine_tuning/jobs/{job.id}/resume."
+            f"it has run for more than {limit}. Its checkpoints are kept. To continue from the newest "
+            f"checkpoint with a new time limit, resume the job with POST /v1/fine_tuning/jobs/{job.id}/resume."
         )
         return jobs.request_pause(session, job.id, reason=reason)
     assert job.lease_token is not None, "the job is running"

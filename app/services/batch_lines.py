@@ -1,6 +1,6 @@
 """The lines of a batch's input file: read in pieces, parsed, and judged as the routes would judge them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 import orjson
@@ -58,13 +58,25 @@ def numbered_lines(key: str, max_line_bytes: int) -> Iterator[tuple[int, bytes]]
 
 
 def parse_request(raw: bytes) -> BatchRequest:
-    """The request on a line, its body not yet judged; raises BadRequest."""
-    try:
-        content = parse_limited(raw)
-    except orjson.JSONDecodeError as error:
-        raise BadRequest(f"the line is not valid JSON: {error.msg}", "invalid_json_line") from None
+    """Returns the request on a line of an accepted batch; its body is not validated. Raises BadRequest.
+
+    The limits on the shape of JSON do not apply: the batch may have been accepted before they existed.
+    """
+    return _validated(BatchRequest, _json(raw, orjson.loads))
+
+
+def parse_new_request(raw: bytes) -> BatchRequest:
+    """As `parse_request`, for a batch that is not yet accepted: the limits on the shape of JSON apply."""
+    content = _json(raw, parse_limited)
     refuse_crowded(content)
     return _validated(BatchRequest, content)
+
+
+def _json(raw: bytes, parse: Callable[[bytes], object]) -> object:
+    try:
+        return parse(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the line is not valid JSON: {error.msg}", "invalid_json_line") from None
 
 
 def body_of(request: BatchRequest, endpoint: str) -> ChatBody | CompletionBody:
@@ -113,7 +125,7 @@ class _Judge:
             raise BadRequest(f"a batch has at most {MAX_REQUESTS:,} requests", "too_many_requests")
         if len(raw) > self._max_line_bytes:
             raise BadRequest(f"the line is longer than {self._max_line_bytes:,} bytes", "line_too_long")
-        request = parse_request(raw)
+        request = parse_new_request(raw)
         first = self._line_of.setdefault(request.custom_id, number)
         if first != number:
             message = f"the custom_id {request.custom_id!r} is already that of line {first}"

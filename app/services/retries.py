@@ -14,8 +14,7 @@ from app.db.locks import lock_project
 from app.db.session import Session, transaction
 from app.db.tables import Job
 
-DEFAULT_TIMEOUT_SECONDS: Final = 600.0  # of the OpenAI client, which names it in a header
-MAX_TIMEOUT_SECONDS: Final = 86_400.0
+MAX_TIMEOUT_SECONDS: Final = 86_400.0  # also that of a client that names none
 # The client waits up to 120 s before a retry; connecting and sending take some time too.
 RETRY_DELAY_SECONDS: Final = 150.0
 MAX_RETRY_COUNT: Final = 10_000  # higher counts are treated as this one
@@ -23,11 +22,14 @@ MAX_RETRY_COUNT: Final = 10_000  # higher counts are treated as this one
 
 @dataclass(frozen=True)
 class Attempted:
-    """What marks a request as a repetition: its idempotency key, or the client's count of retries."""
+    """What marks a request as a repetition: its idempotency key, or the client's count of retries.
+
+    timeout_seconds: How long the client waits for a response, as it says in a header.
+    """
 
     idempotency_key: str | None = None
     retry_count: int = 0
-    timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS
+    timeout_seconds: float = MAX_TIMEOUT_SECONDS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ import heapq
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -18,7 +20,8 @@ from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
 from app.contracts import ChatCost, Contract, ModelFamily
-from app.errors import StillhouseError, TooManyRequests
+from app.errors import BadRequest, StillhouseError, TooManyRequests
+from app.processes import environment_without_secrets
 from app.services.rows import Row, parse_row
 from app.storage import store
 from app.tether import tethered
@@ -28,10 +31,10 @@ log = structlog.get_logger(__name__)
 MAX_ROWS_COUNTED: Final = 256  # the longest rows of a file, which are tokenised to see whether they fit
 MAX_BYTES_COUNTED: Final = 16 * 2**20  # of those rows; the rest of the file is never kept
 NO_TEMPLATE: Final = ChatCost(first=0, end=1, user=0, assistant=0, system=0)
-CHECK_SECONDS: Final = 300.0
-CHECKS: Final = threading.BoundedSemaphore(
-    4
-)  # each takes a core, and one of the threads that answer everybody
+CHECK_SECONDS: Final = 60.0
+# Each check occupies a core and one of the threads that answer all requests of the API process.
+MAX_CHECKS: Final = 4
+MAX_PROJECT_CHECKS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -67,31 +70,73 @@ class CheckResult(Contract):
     is_lost: bool = False  # the file is no longer in the store
 
 
+class RunningChecks:
+    """Limits how many checks run at the same time, in total and per project."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_of: Counter[str] = Counter()  # by project
+
+    @contextmanager
+    def one_more(self, project_id: str) -> Iterator[None]:
+        """Counts a check of a project while it runs. Raises TooManyRequests at a limit."""
+        with self._lock:
+            if self._num_of[project_id] >= MAX_PROJECT_CHECKS:
+                raise TooManyRequests(
+                    f"this project has {MAX_PROJECT_CHECKS} file checks in progress, the most that are allowed; "
+                    "try again when one has finished"
+                )
+            if self._num_of.total() >= MAX_CHECKS:
+                raise TooManyRequests("the files of other jobs are being checked; try again in a moment")
+            self._num_of[project_id] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._num_of[project_id] -= 1
+                if not self._num_of[project_id]:
+                    del self._num_of[project_id]
+
+
+RUNNING: Final = RunningChecks()
 QUESTION: Final[TypeAdapter[LengthCheck | VocabularyCheck]] = TypeAdapter(LengthCheck | VocabularyCheck)
 
 
-def ask(question: LengthCheck | VocabularyCheck) -> CheckResult:
-    """Returns what a process of its own finds. Raises TooManyRequests if several are at work."""
-    if not CHECKS.acquire(blocking=False):
-        raise TooManyRequests("the files of other jobs are being checked; try again in a moment")
-    try:
-        process = subprocess.run(
-            tethered([sys.executable, "-m", "app.services.row_lengths"]),
-            input=question.model_dump_json().encode(),
-            capture_output=True,
-            timeout=CHECK_SECONDS,
-            check=True,
-        )
-    except subprocess.CalledProcessError as fault:
-        log.error(
-            "row_check_failed", status=fault.returncode, stderr=fault.stderr[-2000:].decode(errors="replace")
-        )
-        raise StillhouseError("the rows of the file could not be checked; try again") from fault
-    except subprocess.TimeoutExpired as fault:
-        raise StillhouseError("checking the rows of the file took too long; try again") from fault
-    finally:
-        CHECKS.release()
+def ask(question: LengthCheck | VocabularyCheck, project_id: str, *, param: str | None = None) -> CheckResult:
+    """Returns what a child process finds.
+
+    Raises:
+        BadRequest: The check took too long; `param` names the file.
+        TooManyRequests: Too many checks are running, of this project or of all.
+    """
+    with RUNNING.one_more(project_id):
+        try:
+            process = subprocess.run(
+                tethered([sys.executable, "-m", "app.services.row_lengths"]),
+                input=question.model_dump_json().encode(),
+                capture_output=True,
+                timeout=CHECK_SECONDS,
+                check=True,
+                env=environment_without_secrets(),
+            )
+        except subprocess.CalledProcessError as fault:
+            stderr = fault.stderr[-2000:].decode(errors="replace")
+            log.error("row_check_failed", status=fault.returncode, stderr=stderr)
+            raise StillhouseError("the rows of the file could not be checked; try again") from fault
+        except subprocess.TimeoutExpired as fault:
+            log.warning("row_check_timed_out", seconds=CHECK_SECONDS, question=question.model_dump())
+            raise _timed_out(question, param) from fault
     return CheckResult.model_validate_json(process.stdout)
+
+
+def _timed_out(question: LengthCheck | VocabularyCheck, param: str | None) -> BadRequest:
+    if isinstance(question, VocabularyCheck):
+        message = "loading the teacher's tokenizer took more than {:.0f} s; leave vocab_size out or use another teacher"
+        return BadRequest(message.format(CHECK_SECONDS), param=param)
+    message = (
+        "counting the tokens of the file's longest rows took more than {:.0f} s; shorten or split these rows"
+    )
+    return BadRequest(message.format(CHECK_SECONDS), "invalid_file", param)
 
 
 def main() -> None:

@@ -104,7 +104,8 @@ def refuse_known_rows(test: File, training: File, validation: File | None) -> No
     for row, name in ((training, "training"), (validation, "validation")):
         if row is not None and row.sha256 == test.sha256:
             raise BadRequest(
-                f"the test file is the {name} file; name rows that the training does not see", param=TEST_FILE
+                f"the test file has the same content as the {name} file; use rows that are not used for training",
+                param=TEST_FILE,
             )
 
 
@@ -162,12 +163,14 @@ def check_vocabulary(plan: Plan) -> None:
     sizes = plan.spec.distillation.student.config
     if sizes is None or sizes.vocab_size is None:
         return
-    num_ids = ask(VocabularyCheck(model_key=plan.spec.teacher.key)).num_tokens or 0
+    param = f"{BLOCK}.student.config.vocab_size"
+    question = VocabularyCheck(model_key=plan.spec.teacher.key)
+    num_ids = ask(question, plan.training.project_id, param=param).num_tokens or 0
     if sizes.vocab_size < num_ids:
         raise BadRequest(
             f"vocab_size is {sizes.vocab_size}, but the teacher's tokenizer has {num_ids} token ids; leave it out, or ask "
             "for at least as many",
-            param=f"{BLOCK}.student.config.vocab_size",
+            param=param,
         )
 
 
@@ -189,7 +192,7 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
         is_answered=has_answers(plan, row),
         readers=readers,
     )
-    answer = ask(question)
+    answer = ask(question, row.project_id, param=param)
     if answer.is_lost:
         message = f"the content of the file {row.id!r} is no longer in the store; upload it again"
         raise BadRequest(message, "invalid_file", param)

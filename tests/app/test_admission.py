@@ -27,7 +27,7 @@ def test_a_full_server_refuses_a_key_beyond_its_share(num_requests: int, num_tok
     with pytest.raises(TooManyRequests) as refusal:
         room.reserve("b", num_requests=num_requests, num_tokens=num_tokens)
     assert refusal.value.retry_after_seconds
-    assert "each may reserve 2 and 500" in refusal.value.message
+    assert "is 2 and 500" in refusal.value.message
 
 
 def test_a_key_alone_takes_everything_and_each_newcomer_still_gets_a_fair_share() -> None:

@@ -143,13 +143,13 @@ class Teaching:
 
     @cached_property
     def _loaded(self) -> WeakValueDictionary[str, PreTrainedModel]:
-        """The teacher, for as long as somebody uses it."""
+        """Weak reference to the loaded teacher, so that it is shared while in use."""
         return WeakValueDictionary()
 
     def _load(self) -> PreTrainedModel:
         placed = self.placement
         loaded = self._loaded.get("teacher")
-        if loaded is not None and self.card.name != "cpu":  # a card has no room for two
+        if loaded is not None and self.card.name != "cpu":  # two copies may not fit in GPU memory
             return loaded
         teacher = load_model(self.teacher_dir, placed.teacher_dtype).to(placed.teacher_device)
         pack_weights(teacher, dtype=self.card.rounds_to, but=teacher.get_output_embeddings())

@@ -1,9 +1,10 @@
-"""What torch does not do fast, compiled: what lies between a step's products (step.c), products of weights that are read once
-a step (product.c, int8.c), all layers in one call (layers.c), a training step's products (split.c), layers (body.c, attention.c) and logits (loss.c).
+"""C kernels for operations that PyTorch runs slowly on a CPU: element-wise operations (step.c), matmuls with packed
+weights (product.c, int8.c) and all layers of a decode step in one call (layers.c). For training: matmuls (split.c),
+layers (body.c, attention.c) and the loss from the logits (loss.c).
 
-In torch these are many small operations, which take as long as a step's products and a tenth of a training step
-(bench/LOG.md). The machine's C compiler builds them once. Without one, or elsewhere than on Linux with a torch of GNU's
-OpenMP, `kernels` gives None and the same is done in torch.
+PyTorch runs these as many small operations; bench/LOG.md has the timings. The machine's C compiler builds the kernels
+once. `kernels` returns None without a compiler, and on systems other than Linux with a PyTorch that uses GNU OpenMP;
+PyTorch then computes the same.
 """
 
 import ctypes

@@ -41,8 +41,9 @@ class _Job:
 
 
 class PromptThreads:
-    """Tokenises prompts in a fair order among tenants; those of one tenant one after the other, in order.
+    """Thread pool that tokenises prompts, so that a long prompt does not delay the decode steps of other requests.
 
+    The order is fair among tenants; the prompts of one tenant are tokenised one after the other.
     All methods may be called from any thread. `ring` is called when a result can be taken.
     """
 

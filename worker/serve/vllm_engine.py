@@ -84,7 +84,7 @@ class VllmEngine:
         self._context = Context(core.model_config.max_model_len)
         self._vocab_size: int = core.model_config.get_vocab_size()
         self._answers: dict[str, Answer] = {}
-        # Choices are handed over in turn and no more than vLLM runs at a time: it serves first come, first served.
+        # vLLM schedules first come, first served. It therefore gets no more choices than it can run, in fair order.
         self._waiting: FairQueue[_Choice] = FairQueue(lambda choice: choice.request.tenant)
         self._max_running: int = core.vllm_config.scheduler_config.max_num_seqs
         self._choices: dict[str, _Choice] = {}  # by vLLM's request id

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 import openai
 import pytest
+from sqlalchemy import text
 
 from app.db.locks import lock_project
 from app.db.session import transaction
@@ -136,3 +137,32 @@ def test_a_request_that_arrives_after_its_client_has_left_creates_no_job(
         late.sendall(b"".join(relay.requests))
     time.sleep(0.5)
     assert ids(client) == [created]
+
+
+@pytest.mark.parametrize(
+    ("timeout", "is_repetition"),
+    [
+        ({}, True),  # a client without a timeout names none
+        ({"x-stainless-timeout": "7200"}, True),
+        ({"x-stainless-timeout": "20"}, False),
+        ({"x-stainless-read-timeout": "20.5"}, False),
+    ],
+)
+def test_a_retry_repeats_a_submission_within_the_timeout_that_the_client_names(
+    timeout: dict[str, str],
+    is_repetition: bool,
+    service: Service,
+    client: openai.OpenAI,
+    upload: Callable[..., str],
+    register: Callable[..., str],
+) -> None:
+    model = register()
+    method = {"type": "distillation", "distillation": {"teacher": model}}
+    body = {"model": model, "training_file": upload(client, ROWS), "method": method}
+    with service.http() as http:
+        first = http.post("/v1/fine_tuning/jobs", json=body).json()
+        with transaction() as session:
+            session.execute(text("UPDATE submissions SET attempted_at = now() - interval '5000 seconds'"))
+        headers = {"x-stainless-retry-count": "1"} | timeout
+        again = http.post("/v1/fine_tuning/jobs", json=body, headers=headers).json()
+    assert (again["id"] == first["id"]) == is_repetition

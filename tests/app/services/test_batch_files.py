@@ -6,6 +6,7 @@ from typing import Any
 from app.db import batches, files
 from app.db.session import transaction
 from app.db.tables import Batch
+from app.json_limits import MAX_FIELDS
 from app.services.batch_files import end_batch, output_line
 from app.settings import get_settings
 from app.storage import store
@@ -65,3 +66,19 @@ def test_a_batch_whose_input_is_lost_ends_with_what_it_has(database: str) -> Non
     assert errors is not None
     with store().open(errors.store_key) as content:
         assert [json.loads(raw)["custom_id"] for raw in content] == ["q-2"]
+
+
+def test_a_batch_ends_with_an_unanswered_line_beyond_the_limits_of_today(database: str) -> None:
+    batch = frozen_batch(num_requests=3)
+    body = {"model": "m", "logit_bias": {str(n): 1 for n in range(MAX_FIELDS + 1)}}
+    request = {"custom_id": "q-3", "method": "POST", "url": batch.endpoint, "body": body}
+    with store().writer(batch.input_key) as file:
+        file.write(b"{}\n{}\n" + json.dumps(request).encode())
+    assert end_batch(batch, batch.lease_token or 0, get_settings())
+    with transaction() as session:
+        ended = batches.find_batch(session, "p", "batch_1")
+        assert ended is not None
+        errors = files.find_file(session, "p", ended.error_file_id or "")
+    assert errors is not None
+    with store().open(errors.store_key) as content:
+        assert [json.loads(raw)["custom_id"] for raw in content] == ["q-2", "q-3"]

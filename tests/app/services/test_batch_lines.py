@@ -4,6 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from app.json_limits import MAX_CONTAINERS
 from app.services import batch_lines
 from app.services.batch_lines import find_faults, numbered_lines
 from app.settings import Settings
@@ -45,3 +46,9 @@ def test_no_more_faults_are_told_than_anybody_reads(settings_env: Callable[..., 
     key = put(b"{}\n" * 1000)
     _, faults = find_faults(key, project_id="p", endpoint="/v1/completions", settings=settings_env())
     assert (len(faults), faults[-1].line) == (100, 100)
+
+
+def test_a_line_of_a_new_batch_beyond_the_limits_is_a_fault(settings_env: Callable[..., Settings]) -> None:
+    key = put(b'{"a": [' + b"[]," * MAX_CONTAINERS + b"[]]}\n")
+    _, faults = find_faults(key, project_id="p", endpoint="/v1/completions", settings=settings_env())
+    assert [fault.code for fault in faults] == ["json_too_complex"]
