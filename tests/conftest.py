@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import psycopg
 import pytest
 import redis
 from psycopg import sql
+from tqdm.std import tqdm  # type: ignore[import-untyped]  # it has no type hints
 
 from app.db.migrate import upgrade
 from app.db.session import engine
@@ -19,6 +21,9 @@ from app.settings import Settings, get_settings
 from app.storage import store
 
 pytest_plugins = ["tests.tiny"]
+
+# The default lock of progress bars is shared with forked processes: one that a test kills would block all others.
+tqdm.set_lock(threading.RLock())
 
 _database_numbers = itertools.count()
 

@@ -24,6 +24,7 @@ Precision = Literal["auto", "float32"]
 READ_PERCENT = 90.0  # the rest is packing the weights and the first pass
 WARM_UP_SECONDS = 120.0
 _thread = threading.local()  # .progress: of the load that the thread is busy with
+_TQDM_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,10 @@ def _watch(bar: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # Any: as t
 
 
 def watch_loads() -> None:
-    """Lets progress be seen: transformers tells it to its progress bars alone."""
+    """Reports the progress of loads: transformers passes it to its progress bars alone."""
+    from tqdm.std import tqdm  # type: ignore[import-untyped]  # it has no type hints
     from transformers.utils import logging  # seconds to import; only a worker that loads needs it
 
+    # The default lock is shared with forked processes: one that is killed while it holds it blocks every load.
+    tqdm.set_lock(_TQDM_LOCK)
     logging.set_tqdm_hook(_watch)
