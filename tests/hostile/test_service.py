@@ -311,7 +311,7 @@ def test_a_decoder_that_gives_up_ends_its_own_requests_only(
     worker = place.only("worker.main", "serve")
     for _ in range(2):
         with pytest.raises(openai.InternalServerError, match="tokenizer"):
-            client.completions.create(model="garbler", prompt=[vocab["x"]] * 60, max_tokens=2)
+            client.completions.create(model="garbler", prompt=[vocab["x"]] * 60, max_tokens=2, echo=True)
     beside: Json = {"model": "garbler", "prompt": "Hello", "max_tokens": 150, "temperature": 0}
     forced = {str(swollen): 100}
     with ThreadPoolExecutor(1) as pool:
