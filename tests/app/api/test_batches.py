@@ -206,7 +206,7 @@ def test_the_batches_of_a_project_are_one_tenant_and_each_of_its_keys_is_another
         with ThreadPoolExecutor(2) as pool:
             pool.map(ask, (one, other))
             try:
-                wait_for(lambda: take_requests(redis_client), 15, "not all requests came")
+                wait_for(lambda: take_requests(redis_client), 60, "not all requests came")
             finally:
                 has_seen_all.set()
         for batch in batches:
