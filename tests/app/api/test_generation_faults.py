@@ -147,7 +147,7 @@ def test_a_full_server_refuses_a_newcomer_only_beyond_its_share(
     with service.client() as one, service.client() as other:
         stream = one.completions.create(**LONG, stream=True)
         next(iter(stream))
-        with pytest.raises(openai.RateLimitError, match="each may reserve 128 and 150") as refused:
+        with pytest.raises(openai.RateLimitError, match="limit with 2 active keys is 128 and 150") as refused:
             other.completions.create(**LONG)
         assert (refused.value.status_code, refused.value.code) == (429, "rate_limit_exceeded")
         assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
