@@ -73,7 +73,7 @@ class Settings(BaseSettings):
     )
     num_threads: int = Field(0, ge=0, description="Compute threads of a trainer or engine; 0: all cores")
     training_cpu_share: float = Field(
-        0.4,
+        0.45,
         ge=0.05,
         le=1,
         description="Share of the CPU time that training gets while a serve worker on the same cores is busy; 1 disables time-sharing",

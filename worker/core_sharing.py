@@ -113,7 +113,7 @@ class CoreTurns:
         left = self._training_turn.read() - self._clock()
         if 0 < left <= LONGEST_TRAINING_TURN_SECONDS:  # a later end was written before a reboot
             self._sleep(left)
-            self._used_seconds = 0.0
+            self._repay(left)
         self._signal(signal.SIGSTOP)
         self._taken_at = self._clock()
 
@@ -123,6 +123,14 @@ class CoreTurns:
             self._count(self._clock())
             self._signal(signal.SIGCONT)
             self._taken_at, self._released_at = None, self._clock()
+
+    def _repay(self, training_seconds: float) -> None:
+        """Takes a training turn off the time used. What a long step leaves unpaid makes the next turn come sooner."""
+        if not self._ratio:
+            return
+        longest_debt = LONGEST_TRAINING_TURN_SECONDS / self._ratio
+        paid = training_seconds / self._ratio
+        self._used_seconds = min(max(0.0, self._used_seconds - paid), longest_debt)
 
     def _count(self, now: float) -> None:
         """Adds what the engine has used, or takes off what the runs have had since it was idle."""

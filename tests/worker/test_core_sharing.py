@@ -82,7 +82,7 @@ def test_an_unreadable_announcement_is_passed_over(tmp_path: Path, run: subproce
     assert find_runs(tmp_path) == [run.pid]
 
 
-@pytest.mark.parametrize("step_seconds", [0.003, 0.04, 0.13])
+@pytest.mark.parametrize("step_seconds", [0.003, 0.04, 0.13, 0.25])
 def test_a_busy_engine_leaves_runs_their_share(
     tmp_path: Path, run: subprocess.Popen[bytes], step_seconds: float
 ) -> None:
@@ -95,6 +95,19 @@ def test_a_busy_engine_leaves_runs_their_share(
         schedule.advance(step_seconds)
     assert schedule.training_seconds / schedule.now == pytest.approx(0.4, abs=0.02)
     assert max(schedule.waits) <= core_sharing.LONGEST_TRAINING_TURN_SECONDS
+
+
+def test_a_long_step_is_paid_for_in_the_next_training_turns(
+    tmp_path: Path, run: subprocess.Popen[bytes]
+) -> None:
+    """A prefill takes longer than a training turn may make up for."""
+    announce(tmp_path, run.pid)
+    schedule = Schedule()
+    turns = schedule.turns(tmp_path, 0.4)
+    for number in range(2000):
+        turns.take()
+        schedule.advance(0.4 if number % 50 == 0 else 0.02)
+    assert schedule.training_seconds / schedule.now == pytest.approx(0.4, abs=0.02)
 
 
 def test_runs_are_not_stopped_while_the_engine_is_idle(tmp_path: Path, run: subprocess.Popen[bytes]) -> None:
