@@ -111,7 +111,7 @@ class CoreTurns:
             self._training_turn.write(self._clock() + seconds)
             self._signal(signal.SIGCONT)
         left = self._training_turn.read() - self._clock()
-        if 0 < left <= LONGEST_TRAINING_TURN_SECONDS:  # a later end was written before a reboot
+        if 0 < left < 2 * LONGEST_TRAINING_TURN_SECONDS:  # a later end was written before a reboot
             self._sleep(left)
             self._repay(left)
         self._signal(signal.SIGSTOP)
