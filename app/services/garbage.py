@@ -44,7 +44,7 @@ def _delete_expired(store: Store) -> int:
 
 
 def _delete_of_jobs(store: Store, prefix: str) -> int:
-    """Deletes what lies below `prefix/{job}` without a row: left by lost leases, failures and deletions.
+    """Deletes objects below `prefix/{job}` that no row names: left by lost leases, failures and deletions.
 
     The store is listed before the rows are read, so what a run adds meanwhile is not considered.
     """
@@ -75,7 +75,7 @@ def _garbage_of(
 ) -> list[str]:
     """Keys at or below `root` that nobody will ever ask for.
 
-    is_fenced: what lies below has the lease token in its path, so only the current token's folder can still grow.
+    is_fenced: the paths below contain the lease token, so only the current token's folder can still grow.
     Without it nothing is garbage before the job has ended.
     `root` itself is garbage only if no attempt can write there any more: a failed job may be resumed at any time.
     """

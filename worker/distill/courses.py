@@ -221,7 +221,7 @@ class Courses:
         return attempt("ce_baseline", "baseline_failed", train)
 
     def _evaluate(self, folder: Path, answers: AnswerFile) -> Entry:
-        """Returns a student's entry; if its evaluation fails, an entry of its size that says so."""
+        """Returns a student's entry; if its evaluation fails, an entry with its size and the missing part."""
         decision = "there is no gate, so the student is registered without its metrics"
         if self.evaluation.gate is not None:
             decision = "the gate counts as not passed"

@@ -141,7 +141,7 @@ class Pipeline:
         return Outcome("student", result, taught.trained_tokens, self._ladder_files(graduate, result))
 
     def _result(self, rows: Rows, graduate: Graduate, num_computed: int) -> dict[str, Any]:
-        """The public result: the judgement, and what the student was made of."""
+        """Returns the public result: the evaluation, and the counts of rows it rests on."""
         return {
             **graduate.result,
             "num_train_rows": len(rows.train),
