@@ -1,29 +1,23 @@
 """Batches over real HTTP with the stock client: judged at once, answered by a real worker, resumed after a kill."""
 
-import base64
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
 import httpx
 import openai
 import pytest
-import redis
 from openai.types import Batch
 
-from app.contracts import GenerateRequest, ServeWorkerStatus, serve_worker_key
 from app.local import free_port
-from app.queue import queue_key
 from app.services import batches
 from app.settings import Settings, get_settings
 from app.storage import store
@@ -175,43 +169,6 @@ def test_a_batch_stays_back_while_requests_of_clients_wait(
     assert num_completed(client, batch.id) == 0
     stream.close()
     assert wait_for_end(client, batch.id).status == "completed"
-
-
-def test_the_batches_of_a_project_are_one_tenant_and_each_of_its_keys_is_another(
-    slow_batches: None,
-    service: Service,
-    register: Callable[..., str],
-    valkey: str,
-) -> None:
-    register()
-    tenants: set[str] = set()
-    has_seen_all = threading.Event()
-
-    def take_requests(redis_client: "redis.Redis") -> bool:
-        heartbeat = ServeWorkerStatus(worker_id="w1", max_running=4, beat_at=time.time())
-        redis_client.set(serve_worker_key("w1"), heartbeat.model_dump_json())
-        while raw := redis_client.rpop(queue_key("w1")):
-            assert isinstance(raw, bytes)
-            (body,), _, _ = json.loads(base64.b64decode(json.loads(raw)["body"]))
-            tenants.add(GenerateRequest.model_validate(body).tenant)
-        return len(tenants) == 3
-
-    def ask(client: openai.OpenAI) -> None:
-        while not has_seen_all.is_set():  # the API does not know the worker at once
-            with suppress(openai.OpenAIError):
-                client.with_options(timeout=1).completions.create(model="tiny", prompt="x")
-
-    with service.client() as one, service.client() as other, redis.Redis.from_url(valkey) as redis_client:
-        batches = [submit(client, [line(0)]) for client in (one, other)]
-        with ThreadPoolExecutor(2) as pool:
-            pool.map(ask, (one, other))
-            try:
-                wait_for(lambda: take_requests(redis_client), 60, "not all requests came")
-            finally:
-                has_seen_all.set()
-        for batch in batches:
-            one.batches.cancel(batch.id)
-    assert PROJECT in tenants
 
 
 @pytest.mark.parametrize(
