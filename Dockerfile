@@ -19,7 +19,7 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
 CMD ["stillhouse", "api"]
 
 FROM base AS worker
-# for the kernels of a serve worker on a CPU (worker/native)
+# for the kernels of a serve worker on a CPU (worker/cpu/kernels)
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY worker worker
 RUN pip install --editable '.[worker,s3]'

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from app.contracts import ArtifactRef
+from app.contracts.messages import ArtifactRef
 from app.local_copies import make_room, use_copy
 from app.storage import MakeRoom, Store
 

@@ -9,17 +9,18 @@ import structlog
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from app import auth, queue
+from app import auth
 from app.api import batches, completions, errors, files, health, jobs, models, serving
 from app.api.middleware import RequestFrame
 from app.api.openapi import ERRORS
 from app.db.session import DatabaseUnavailable, PoolExhausted
-from app.logs import configure_logging
-from app.services.batch_runner import BatchRunner
-from app.services.pins import PinTeller
-from app.services.reconcile import Reconciler
+from app.log_config import configure_logging
+from app.routing import task_queue
+from app.routing.router import Switchboard
+from app.services.batch.batch_runner import BatchRunner
+from app.services.pin_broadcaster import PinTeller
+from app.services.reconciler import Reconciler
 from app.settings import Settings, get_settings
-from app.stream import Switchboard
 
 log = structlog.get_logger(__name__)
 JOIN_SECONDS = 10.0
@@ -83,7 +84,7 @@ class ReconcilerThread(threading.Thread):
     def __init__(self, every_seconds: float) -> None:
         super().__init__(name="reconciler", daemon=True)
         self._every_seconds = every_seconds
-        self._reconciler = Reconciler(queue.ring_again)
+        self._reconciler = Reconciler(task_queue.ring_again)
         self._is_stopping = threading.Event()
 
     def run(self) -> None:

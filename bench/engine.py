@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from app.contracts import (
+from app.contracts.messages import (
     ArtifactRef,
     Delta,
     GenerateRequest,
@@ -24,9 +24,9 @@ from app.contracts import (
 )
 from bench.cases import Entry
 from bench.floor import best_seconds, layers_of
-from worker import gemm
+from worker.cpu import linear_ops
 from worker.serve.engine import TransformersEngine
-from worker.serve.engines import EngineLimits
+from worker.serve.host.engine_factory import EngineLimits
 from worker.serve.loading import LoadedModel, load_model
 
 MAX_CONTEXT_TOKENS = 2048
@@ -93,9 +93,9 @@ def step_floor_seconds(loaded: LoadedModel, num_rows: int, dtype: torch.dtype) -
 def _forward_seconds(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -> float:
     x_NI, weight_OI = torch.randn(rows, inputs).to(dtype), torch.randn(outputs, inputs).to(dtype)
     ways: list[Callable[[], Tensor]] = [lambda: torch.nn.functional.linear(x_NI, weight_OI)]
-    if gemm.HAS_ONEDNN:
+    if linear_ops.HAS_ONEDNN:
         multiply = torch.ops.mkldnn._linear_pointwise.default
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, gemm.PACKED_FOR_ROWS)
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, linear_ops.PACKED_FOR_ROWS)
         ways += [partial(multiply, x_NI, each, None, "none", [], "") for each in (weight_OI, packed)]
     return min(best_seconds(way) for way in ways)
 

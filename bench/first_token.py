@@ -13,12 +13,12 @@ from statistics import median
 import httpx
 import torch
 
-from app.contracts import Delta, ServingOptions
+from app.contracts.messages import Delta, ServingOptions
 from bench.cases import Entry
 from bench.engine import MAX_CONTEXT_TOKENS, request_for
 from bench.load import REQUEST_SECONDS, Target, ask
 from worker.serve.engine import TransformersEngine
-from worker.serve.engines import EngineLimits
+from worker.serve.host.engine_factory import EngineLimits
 from worker.serve.loading import load_model
 
 IN_A_ROW = 6

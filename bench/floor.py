@@ -23,8 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from bench.cases import Entry
 from bench.plain import load, tensors
-from worker import gemm
-from worker.native import kernels
+from worker.cpu import linear_ops
+from worker.cpu.kernels.bindings import kernels
 
 Shape = tuple[int, int, int]  # rows, inner, columns of one product
 Kind = tuple[str, Shape]
@@ -77,9 +77,9 @@ def seconds_of(kind: Kind) -> Entry:
     b = torch.randn(columns, inner) if name == "forward" else torch.randn(inner, columns).t()
     ways: dict[str, Callable[[], Tensor]] = {"mkl": lambda: a @ b.t()}
     if name == "gradient in W":
-        ways["onednn"] = lambda: gemm.onednn_weight_gradient(a.t(), b.t())
+        ways["onednn"] = lambda: linear_ops.onednn_weight_gradient(a.t(), b.t())
     else:
-        ways["onednn"] = lambda: gemm.onednn_product(a, b)
+        ways["onednn"] = lambda: linear_ops.onednn_product(a, b)
     if (does := kernels()) is not None and does.has_splits:
         ways["tiles"] = lambda: does.multiply_split(a, b)
     return {way: best_seconds(multiply) for way, multiply in ways.items()}

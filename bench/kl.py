@@ -17,9 +17,9 @@ from torch import Tensor
 
 from bench.cases import Entry
 from bench.serve import PROMPTS
-from worker.serve.batch import CursorBatch
+from worker.serve.batch_generate import generate_all
+from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.loading import LoadedModel, load_model
-from worker.serve.offline import generate_all
 
 
 def texts_of(loaded: LoadedModel, num_prompts: int, num_tokens: int) -> list[list[int]]:

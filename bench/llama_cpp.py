@@ -7,7 +7,7 @@ import tarfile
 from pathlib import Path
 
 from bench.children import ChildFailed, run
-from worker.export import Kind, export_gguf
+from worker.models.gguf_writer import Kind, export_gguf
 
 SOURCES = (
     "llama-cpp-python"  # its own server answers one request at a time; llama.cpp's, which it carries, batches

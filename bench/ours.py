@@ -13,24 +13,24 @@ from statistics import fmean
 import torch
 from transformers import AutoTokenizer
 
-from app.distillation import Hyperparameters, Objective, Student
+from app.contracts.distillation import Hyperparameters, Objective, Student
 from bench.cases import MAX_NEW_TOKENS, Entry
 from bench.process import peak_bytes, versions
-from worker.distill.batches import collate
-from worker.distill.checkpoint import TrainState
-from worker.distill.data import Example
-from worker.distill.evaluate import HeldOutRows, rouge_l
-from worker.distill.heads import head_of, load_head
-from worker.distill.objectives import TokenObjective
-from worker.distill.prefix import shared_prefix
-from worker.distill.progress import MetricsLine, RunLine, Sink
-from worker.distill.rollouts import Piece
-from worker.distill.signals import Signal
-from worker.distill.students import load_model, plan_student
-from worker.distill.teachers import CachedTeacher, Keeps, LiveTeacher, cached_teacher
-from worker.distill.trainer import Setup, Trainer
-from worker.gemm import pack_weights, parts_beside
-from worker.run import EngineSampler
+from worker.cpu.linear_ops import pack_weights, parts_beside
+from worker.distill.data.batching import collate
+from worker.distill.data.rows import Example
+from worker.distill.evaluation.held_out import HeldOutRows, rouge_l
+from worker.distill.forward.shared_prefix import shared_prefix
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.lm_head import head_of, load_head
+from worker.distill.students.recipe import load_model, plan_student
+from worker.distill.teachers.cached_teacher import CachedTeacher, Keeps, LiveTeacher, cached_teacher
+from worker.distill.teachers.signals import Signal
+from worker.distill.training.checkpoint import TrainState
+from worker.distill.training.rollouts import Piece
+from worker.distill.training.trainer import Setup, Trainer
+from worker.protocol.run_lines import MetricsLine, RunLine, Sink
+from worker.train import EngineSampler
 
 CACHE_BYTES = 20 * 2**30
 FOREVER = 1000  # epochs; max_steps says when a training ends

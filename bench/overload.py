@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import psutil
 from rich.console import Console
 
-from app.demo import running_service
-from app.local import read_service
+from app.commands.demo import running_service
+from app.local.embedded_servers import read_service
 from app.settings import Settings
 from bench.callers import Drop, Tally, drop_streams, press
 from bench.cases import Entry
@@ -89,7 +89,7 @@ def service(model_dir: Path, data_dir: Path, num_threads: int) -> Iterator[tuple
     name = model_dir.name.lower()
     os.environ["STILLHOUSE_NUM_THREADS"] = str(num_threads)
     with running_service(data_dir, Console(quiet=True)) as client:
-        cli = [sys.executable, "-m", "app.cli"]
+        cli = [sys.executable, "-m", "app.commands.cli"]
         if all(model["id"] != name for model in client.get("/v1/models").json()["data"]):
             run([*cli, "models", "import", str(model_dir), "--name", name, "--data-dir", str(data_dir)])
         wait_until_answering(client, name)
@@ -168,7 +168,14 @@ class Memory:
 
 def role_of(process: psutil.Process) -> str:
     line = " ".join(process.cmdline())
-    roles = ("app.cli up", "app.cli api", "worker.main train", "worker.main serve", "postgres", "valkey")
+    roles = (
+        "app.commands.cli up",
+        "app.commands.cli api",
+        "worker.main train",
+        "worker.main serve",
+        "postgres",
+        "valkey",
+    )
     return next((role for role in roles if role in line), process.name())
 
 

@@ -21,19 +21,19 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from app.distillation import FreshConfig
+from app.contracts.distillation import FreshConfig
 from bench.cases import Entry
-from worker.distill.batches import collate
-from worker.distill.bodies import hidden_rows
-from worker.distill.data import Encoder, Example, Row
-from worker.distill.fresh import build_fresh, fresh_config
-from worker.distill.fused import fused_distillation_loss
-from worker.distill.heads import head_of
-from worker.distill.masked import segments
-from worker.distill.objectives import TokenObjective
-from worker.distill.preparation import start_id_of
-from worker.distill.rates import scheduled
-from worker.distill.shapes import shape_of
+from worker.distill.data.batching import collate
+from worker.distill.data.dataset import start_id_of
+from worker.distill.data.rows import Encoder, Example, Row
+from worker.distill.forward.hidden_states import hidden_rows
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.fused_loss import fused_distillation_loss
+from worker.distill.losses.lm_head import head_of
+from worker.distill.students.fresh import build_fresh, fresh_config
+from worker.distill.teachers.masked_lm import segments
+from worker.distill.training.lr_schedule import scheduled
+from worker.models.architectures import shape_of
 
 THINGS = [
     "lantern",

@@ -23,7 +23,7 @@ import torch
 from openai.types.fine_tuning import FineTuningJob
 from rich.console import Console
 
-from app.demo import running_service
+from app.commands.demo import running_service
 from bench.cases import Entry
 from bench.distill import machine
 from bench.pair_models import MODELS, make_model, make_rows
@@ -137,7 +137,7 @@ def make_models(names: list[str], rows: list[Entry], folder: Path, console: Cons
 
 def import_models(names: list[str], folder: Path, data_dir: Path) -> None:
     """All at once: the service's workers take them one by one."""
-    command = [sys.executable, "-m", "app.cli", "models", "import"]
+    command = [sys.executable, "-m", "app.commands.cli", "models", "import"]
     imports = [
         subprocess.Popen(
             [*command, str(folder / name), "--name", name, "--data-dir", str(data_dir)],

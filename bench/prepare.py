@@ -22,15 +22,15 @@ from transformers import (
     T5Config,
 )
 
-from app.demo import demo_prompts
+from app.commands.demo import demo_prompts
 from bench.cases import MAX_NEW_TOKENS, Entry
-from worker.distill.data import Encoder, Row
-from worker.distill.layers import first_and_last, keep_layers
-from worker.distill.students import load_model
-from worker.gemm import pack_weights
-from worker.import_spec import ImportSpec
-from worker.importing import import_model
-from worker.run import EngineSampler
+from worker.cpu.linear_ops import pack_weights
+from worker.distill.data.rows import Encoder, Row
+from worker.distill.students.layer_dropping import first_and_last, keep_layers
+from worker.distill.students.recipe import load_model
+from worker.import_model import import_model
+from worker.protocol.import_spec import ImportSpec
+from worker.train import EngineSampler
 
 NUM_TRAIN, NUM_VALID = 720, 80
 SPECIAL = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}

@@ -15,7 +15,7 @@ from statistics import median
 from bench.cases import Contender, Entry
 from bench.children import ask_child, module, trl_program
 from bench.steps import prepare
-from worker.gemm import HAS_FAST_BFLOAT16
+from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
 
 SHARES = (0.12, 0.17, 0.21, 0.25, 0.35, 0.5, 1.0)  # of TRL's budget; the last is the quality in the same time
 QUICK_SHARES = (0.25, 0.5, 1.0)

@@ -3,7 +3,7 @@
     .venv/bin/python -m bench.recipes titles --teacher FOLDER --rows FOLDER [--seeds 3] [--only NAME ...] [--json FILE]
     .venv/bin/python -m bench.recipes smollm2 --teacher FOLDER --packages FOLDER
 
-Every run is a process of its own (`python -m worker.run`); teacher answers and hidden states are shared by all. `--start`
+Every run is a process of its own (`python -m worker.train`); teacher answers and hidden states are shared by all. `--start`
 names another model to start from (then as a checkpoint), `--init` another kind of student than the teacher's layers.
 All else is a job's defaults, the learning rate among them. Quality only: nothing here is timed. A run whose result is on file
 is not repeated.
@@ -90,7 +90,7 @@ def main() -> None:
 
 def demo_rows(folder: Path, packages: Path) -> Path:
     """The demo's prompts, shuffled; the teacher answers them in the first run."""
-    from app.demo import demo_prompts
+    from app.commands.demo import demo_prompts
 
     sys.path.append(str(packages))
     folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json
     asked, lines = json.dumps(spec), out / "lines.jsonl"
     if not (lines.exists() and (out / "spec.json").exists() and (out / "spec.json").read_text() == asked):
         (out / "spec.json").write_text(asked)
-        command = [sys.executable, "-m", "worker.run", str(out / "spec.json"), "--out", str(out)]
+        command = [sys.executable, "-m", "worker.train", str(out / "spec.json"), "--out", str(out)]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
         if done.returncode == 0:
             lines.write_bytes(done.stdout)

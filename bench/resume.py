@@ -3,7 +3,7 @@
     .venv/bin/python -m bench.resume [--kills 20] [--seed 0]
 
 A small Llama-like teacher and half of its layers, by plain forward KL and by a second phase on the student's own answers
-with a replay buffer, in turns. Each run is a process of its own (`python -m worker.run`), ended by SIGKILL when it has
+with a replay buffer, in turns. Each run is a process of its own (`python -m worker.train`), ended by SIGKILL when it has
 told of a random step, which is anywhere between two steps or amid a checkpoint by the time it dies. What must be equal,
 to the bit: the student's weights, and the loss of every step, which depends on its samples: none is skipped or repeated.
 Exit status 1 if anything differs.
@@ -123,7 +123,7 @@ def run(
     losses: dict[int, float] = {}
     checkpoints: dict[int, Path] = {}
     sha256 = None
-    command = [sys.executable, "-m", "worker.run", str(out / "spec.json"), "--out", str(out)]
+    command = [sys.executable, "-m", "worker.train", str(out / "spec.json"), "--out", str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         for line in lines_of(process.stdout):

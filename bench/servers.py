@@ -14,9 +14,9 @@ import httpx
 import psutil
 from rich.console import Console
 
-from app.demo import running_service
-from app.local import free_port
-from app.tether import tethered
+from app.commands.demo import running_service
+from app.local.embedded_servers import free_port
+from app.parent_death import tethered
 from bench import llama_cpp
 from bench.children import ChildFailed, run
 from bench.load import Target
@@ -153,7 +153,16 @@ def _our_service(model_dir: Path, work: Path, num_threads: int, dtype: Dtype) ->
     name = model_dir.name
     with running_service(data_dir, Console(quiet=True), "--train-workers", "1") as client:
         if all(model["id"] != name for model in client.get("/v1/models").json()["data"]):
-            command = [sys.executable, "-m", "app.cli", "models", "import", str(model_dir), "--name", name]
+            command = [
+                sys.executable,
+                "-m",
+                "app.commands.cli",
+                "models",
+                "import",
+                str(model_dir),
+                "--name",
+                name,
+            ]
             run([*command, "--data-dir", str(data_dir)])
         options = {"weights": dtype}
         response = client.put(f"/v1/models/{name}/serving", json=options)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from app.demo import demo_prompts
+from app.commands.demo import demo_prompts
 from bench.cases import Entry
 from bench.children import ROOT, ChildFailed, ask_child, model_packages, module
 from bench.distill import machine
@@ -117,7 +117,7 @@ def train(folder: Path, teacher_dir: Path, prompts: list[str], arguments: argpar
         "keep_checkpoints": 1,
     }
     (run / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-m", "worker.run", str(run / "spec.json"), "--out", str(run)]
+    command = [sys.executable, "-m", "worker.train", str(run / "spec.json"), "--out", str(run)]
     begun = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     last = json.loads(done.stdout.splitlines()[-1])

@@ -23,13 +23,13 @@ from rich.table import Table
 from sqlalchemy import text
 
 from app.auth import Principal
-from app.contracts import ModelFacts
+from app.contracts.messages import ModelFacts
 from app.db import files, jobs, models
-from app.db.checks import ping
-from app.db.migrate import upgrade
+from app.db.health_checks import ping
+from app.db.schema.migrate import upgrade
 from app.db.session import Session, engine, transaction
-from app.local import LocalPostgres, LocalValkey
-from app.processes import set_environment
+from app.local.embedded_servers import LocalPostgres, LocalValkey
+from app.local.process_manager import set_environment
 from app.schemas.jobs import CreateJob
 from app.services.jobs import create_job
 from app.services.retries import Attempted

@@ -3,8 +3,8 @@
 from alembic import context
 from sqlalchemy import create_engine, pool, text
 
+from app.db.schema.tables import Table
 from app.db.session import sqlalchemy_url
-from app.db.tables import Table
 from app.settings import get_settings
 
 LOCK_MILLISECONDS = 5000

@@ -14,9 +14,9 @@ import redis
 from psycopg import sql
 from tqdm.std import tqdm  # type: ignore[import-untyped]  # it has no type hints
 
-from app.db.migrate import upgrade
+from app.db.schema.migrate import upgrade
 from app.db.session import engine
-from app.local import LocalPostgres, LocalValkey
+from app.local.embedded_servers import LocalPostgres, LocalValkey
 from app.settings import Settings, get_settings
 from app.storage import store
 

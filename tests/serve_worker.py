@@ -10,7 +10,7 @@ from pathlib import Path
 
 import redis
 
-from app.contracts import ServeWorkerStatus, serve_worker_key
+from app.contracts.messages import ServeWorkerStatus, serve_worker_key
 
 START_SECONDS = 60
 SAME_TEXT = {"STILLHOUSE_SERVE_PRECISION": "float32"}  # as generate() writes, which texts are compared with

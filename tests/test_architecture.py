@@ -68,7 +68,7 @@ def test_sqlalchemy_is_imported_only_by_the_database_package() -> None:
 
 def test_the_environment_is_read_only_by_settings() -> None:
     # The other two pass a changed environment on to child processes; nothing else depends on it.
-    allowed = {"app/settings.py", "app/local.py", "app/processes.py"}
+    allowed = {"app/settings.py", "app/local/embedded_servers.py", "app/local/process_manager.py"}
     pattern = re.compile(r"os\.(environ|getenv)")
     found = {relative(p) for p in sources(*PACKAGES) if pattern.search(p.read_text())}
     assert found <= allowed
@@ -95,7 +95,14 @@ def test_public_functions_are_annotated_and_modules_say_what_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["app.main", "app.cli", "app.contracts", "app.services.reconcile", "worker.ledger"]
+    "module",
+    [
+        "app.main",
+        "app.commands.cli",
+        "app.contracts.messages",
+        "app.services.reconciler",
+        "worker.jobs.lease_client",
+    ],
 )
 def test_the_control_plane_leaves_torch_out(module: str) -> None:
     code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
@@ -104,7 +111,7 @@ def test_the_control_plane_leaves_torch_out(module: str) -> None:
 
 def test_the_pure_libraries_leave_queue_and_database_out() -> None:
     code = (
-        "import sys, worker.distill.trainer, worker.serve.engine;"
+        "import sys, worker.distill.training.trainer, worker.serve.engine;"
         "print([m for m in ('celery', 'redis', 'sqlalchemy', 'fastapi') if m in sys.modules])"
     )
     assert run_python(code) == "[]"

@@ -7,7 +7,7 @@ replace it for the workers of a role. Numbers in them are those of nvidia-smi.
 import subprocess
 import sys
 
-from app.processes import set_environment
+from app.local.process_manager import set_environment
 
 
 def restrict_to(devices: str) -> None:

@@ -22,8 +22,8 @@ from celery.worker import state
 from kombu import Exchange, Queue
 from structlog.types import Processor
 
-from app import crash
-from app.contracts import RING_TASK, TRAIN_QUEUE, serve_queue
+from app import crash_points
+from app.contracts.messages import RING_TASK, TRAIN_QUEUE, serve_queue
 from app.settings import Settings, celery_settings, get_settings
 from worker import cuda
 from worker.tasks import add_generate, add_ring
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     settings = get_settings()
     configure_logging(settings.log_level)
-    crash.arm(settings.crash_dir)
+    crash_points.arm(settings.crash_dir)
 
     def announce() -> None:
         if parsed.ready_fd is not None:
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 def train(settings: Settings, announce: Callable[[], None]) -> int:
     """One job at a time, each in a process of its own."""
-    from worker.supervisor import run_until_idle  # a serve worker needs neither it nor the database
+    from worker.jobs.supervisor import run_until_idle  # a serve worker needs neither it nor the database
 
     if settings.train_cuda_devices:
         cuda.restrict_to(settings.train_cuda_devices)
@@ -96,9 +96,9 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     from app.artifact_cache import ArtifactCache
     from app.storage import store
     from worker.core_sharing import shared_cores
-    from worker.serve.models import ModelHost
+    from worker.serve.host.model_host import ModelHost
     from worker.serve.vllm_engine import has_vllm
-    from worker.serving import FAULTS, ServeOptions, ServeWorker, connect
+    from worker.serve_worker import FAULTS, ServeOptions, ServeWorker, connect
 
     cuda.require(settings.serve_cuda_devices, torch.cuda.device_count(), "STILLHOUSE_SERVE_CUDA_DEVICES")
     transformers_logging.disable_progress_bar()

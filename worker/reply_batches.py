@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from app.contracts import MAX_ENTRIES_PER_BATCH, Delta, Reply, ReplyBatch
+from app.contracts.messages import MAX_ENTRIES_PER_BATCH, Delta, Reply, ReplyBatch
 
 
 def reply_batches(replies: Iterable[Reply]) -> Iterator[ReplyBatch]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from app.contracts import GENERATE_TASK, RING_TASK, GenerateRequest, JsonObject
+from app.contracts.messages import GENERATE_TASK, RING_TASK, GenerateRequest, JsonObject
 
 
 def add_generate(app: Celery, submit: Callable[[GenerateRequest], None]) -> None:

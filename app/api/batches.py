@@ -4,14 +4,14 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from app.api.body import StrictRoute
 from app.api.deps import AskedPage, Principal, require
 from app.api.jobs import Repetition
+from app.api.strict_route import StrictRoute
 from app.db import batches as batch_rows
 from app.db.session import transaction
 from app.schemas.batches import BatchObject, CreateBatch
 from app.schemas.listing import Listing, ends
-from app.services import batches
+from app.services.batch import batches
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/batches", tags=["batches"])
 Caller = Annotated[Principal, Depends(require("inference"))]

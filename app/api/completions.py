@@ -10,19 +10,19 @@ import structlog
 from fastapi import APIRouter, Depends, Request, Response
 from starlette.types import Receive, Scope, Send
 
-from app.api.body import StrictRoute
 from app.api.deps import Principal, require
 from app.api.openapi import whole_or_streamed
+from app.api.strict_route import StrictRoute
 from app.auth import claimed_key_id
-from app.contracts import Delta, Done
+from app.contracts.messages import Delta, Done
 from app.errors import StillhouseError, envelope
-from app.flow import Flow
+from app.routing.reply_stream import Flow
+from app.routing.router import Switchboard
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
 from app.schemas.generated import ChatCompletion, TextCompletion
 from app.services import generation
 from app.services.generation import Order
-from app.stream import Switchboard
 
 
 class CrowdedRoute(StrictRoute):

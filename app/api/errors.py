@@ -6,7 +6,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from app.db.paging import UnknownCursor
+from app.db.pagination import UnknownCursor
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.errors import (
     BadRequest,
@@ -18,7 +18,7 @@ from app.errors import (
     Unavailable,
     envelope,
 )
-from app.faults import bad_request
+from app.schemas.validation_errors import bad_request
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 

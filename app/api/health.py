@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from app.api.deps import Principal, require
 from app.api.openapi import TEXT
 from app.db import jobs
-from app.db.checks import ping
+from app.db.health_checks import ping
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
-from app.fleet import STALLED_SECONDS
-from app.stream import Switchboard
+from app.routing.router import Switchboard
+from app.routing.worker_registry import STALLED_SECONDS
 
 router = APIRouter(tags=["health"])
 log = structlog.get_logger(__name__)

@@ -6,10 +6,10 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from app.api.body import StrictRoute
 from app.api.deps import AskedPage, Page, Principal, require
-from app.api.events import start_after, stream_events
 from app.api.openapi import EVENTS
+from app.api.sse import start_after, stream_events
+from app.api.strict_route import StrictRoute
 from app.db import jobs as job_rows
 from app.db.session import transaction
 from app.schemas.files import Deleted

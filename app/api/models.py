@@ -4,17 +4,17 @@ from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
 
-from app.api.body import StrictRoute
 from app.api.deps import AskedPage, Principal, require
 from app.api.jobs import Repetition, Streamed, answer_events
 from app.api.openapi import EVENTS
+from app.api.strict_route import StrictRoute
 from app.db import models as model_rows
 from app.db.session import transaction
 from app.schemas.files import Deleted
 from app.schemas.jobs import EventObject, ImportObject
 from app.schemas.listing import Listing
 from app.schemas.models import AliasObject, ImportModel, ModelList, ModelObject, SetAlias
-from app.services import jobs, registry
+from app.services import jobs, model_registry
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/models", tags=["models"])
 Reader = Annotated[Principal, Depends(require("models:read"))]
@@ -62,7 +62,7 @@ def list_import_events(
 @router.get("/{model_id}")
 def get_model(model_id: str, principal: Reader) -> ModelObject:
     with transaction() as session:
-        row = registry.get_model(session, principal.project_id, model_id)
+        row = model_registry.get_model(session, principal.project_id, model_id)
         return ModelObject.of(
             row, model_rows.aliases_of_models(session, principal.project_id).get(row.id, [])
         )
@@ -70,17 +70,17 @@ def get_model(model_id: str, principal: Reader) -> ModelObject:
 
 @router.delete("/{model_id}")
 def delete_model(model_id: str, principal: Writer) -> Deleted:
-    registry.delete_model(principal, model_id)
+    model_registry.delete_model(principal, model_id)
     return Deleted(id=model_id, object="model")
 
 
 @router.put("/{name}/aliases/{alias}")
 def set_alias(name: str, alias: str, asked: SetAlias, principal: Writer) -> AliasObject:
     """Points `{name}@{alias}` at a version; requests for it go there from now on."""
-    return AliasObject.of(registry.set_alias(principal, name, alias, model_id=asked.model))
+    return AliasObject.of(model_registry.set_alias(principal, name, alias, model_id=asked.model))
 
 
 @router.delete("/{name}/aliases/{alias}")
 def delete_alias(name: str, alias: str, principal: Writer) -> Deleted:
-    registry.delete_alias(principal, name, alias)
+    model_registry.delete_alias(principal, name, alias)
     return Deleted(id=f"{name}@{alias}", object="model.alias")

@@ -5,14 +5,14 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 
-from app.api.body import StrictRoute
 from app.api.deps import Principal, require
-from app.control import Load, Unload
+from app.api.strict_route import StrictRoute
+from app.contracts.control import Load, Unload
 from app.db.session import transaction
+from app.routing.router import Switchboard
 from app.schemas.serving import ModelStatus, Serving, ServingObject, SetServing
-from app.services import registry, serving
-from app.services.pins import tell_pins
-from app.stream import Switchboard
+from app.services import model_registry, model_serving
+from app.services.pin_broadcaster import tell_pins
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/models/{model_id}", tags=["models"])
 Reader = Annotated[Principal, Depends(require("models:read"))]
@@ -31,55 +31,55 @@ Board = Annotated[Switchboard, Depends(switchboard)]
 @router.get("/serving")
 def get_serving(model_id: str, principal: Reader) -> ServingObject:
     with transaction() as session:
-        row = registry.get_model(session, principal.project_id, model_id)
-        options = Serving.of(registry.options_of(row))
+        row = model_registry.get_model(session, principal.project_id, model_id)
+        options = Serving.of(model_registry.options_of(row))
         return ServingObject(model=row.id, **options.model_dump())
 
 
 @router.put("/serving")
 def set_serving(model_id: str, asked: SetServing, principal: Writer) -> ServingObject:
     """Sets all options; requests from now on are served that way, those under way as they began."""
-    row = serving.set_options(principal, model_id, asked)
-    return ServingObject(model=row.id, **Serving.of(registry.options_of(row)).model_dump())
+    row = model_serving.set_options(principal, model_id, asked)
+    return ServingObject(model=row.id, **Serving.of(model_registry.options_of(row)).model_dump())
 
 
 @router.get("/status")
 def get_status(model_id: str, principal: Reader, board: Board) -> ModelStatus:
     with transaction() as session:
-        served = registry.resolve(session, principal.project_id, model_id).served
-    return serving.status_of(served, board.workers)  # after the transaction: it has one of its own
+        served = model_registry.resolve(session, principal.project_id, model_id).served
+    return model_serving.status_of(served, board.workers)  # after the transaction: it has one of its own
 
 
 @router.post("/load", status_code=202)
 async def load_model(model_id: str, principal: Writer, board: Board) -> ModelStatus:
     """Begins to load on every serve worker that can serve it, and goes on whether or not anyone waits."""
-    served = await run_in_threadpool(serving.to_load, principal, model_id)
+    served = await run_in_threadpool(model_serving.to_load, principal, model_id)
     told = await board.tell(Load(served=served), engine=served.serving.engine)
-    return await run_in_threadpool(serving.status_of, served, board.workers, told)
+    return await run_in_threadpool(model_serving.status_of, served, board.workers, told)
 
 
 @router.post("/unload", status_code=202)
 async def unload_model(model_id: str, principal: Writer, board: Board) -> ModelStatus:
     """Gives the memory back when the answers under way are written; the next request loads the model again."""
-    served = await run_in_threadpool(serving.to_unload, principal, model_id)
+    served = await run_in_threadpool(model_serving.to_unload, principal, model_id)
     await board.tell(Unload(residence=served.residence))
-    return await run_in_threadpool(serving.status_of, served, board.workers)
+    return await run_in_threadpool(model_serving.status_of, served, board.workers)
 
 
 @router.post("/pin", status_code=202)
 async def pin_model(model_id: str, principal: Operator, board: Board) -> ModelStatus:
     """Keeps the model, or whatever the alias points at, loaded on every serve worker."""
-    served = await run_in_threadpool(serving.pin, principal, model_id)
+    served = await run_in_threadpool(model_serving.pin, principal, model_id)
     if board.workers:
         await tell_pins(board)
     told = [worker.worker_id for worker in board.workers if served.serving.engine in worker.engines]
-    return await run_in_threadpool(serving.status_of, served, board.workers, told)
+    return await run_in_threadpool(model_serving.status_of, served, board.workers, told)
 
 
 @router.post("/unpin", status_code=202)
 async def unpin_model(model_id: str, principal: Operator, board: Board) -> ModelStatus:
     """Lets the model make room for others again."""
-    served = await run_in_threadpool(serving.unpin, principal, model_id)
+    served = await run_in_threadpool(model_serving.unpin, principal, model_id)
     if board.workers:
         await tell_pins(board)
-    return await run_in_threadpool(serving.status_of, served, board.workers)
+    return await run_in_threadpool(model_serving.status_of, served, board.workers)

@@ -13,9 +13,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.db.files import insert_file
-from app.db.json_values import clean
-from app.db.paging import Order, keyset_page
-from app.db.tables import ENDED_BATCHES, Batch, BatchResult, BatchStatus, Json, lease_tokens
+from app.db.pagination import Order, keyset_page
+from app.db.schema.json_values import clean
+from app.db.schema.tables import ENDED_BATCHES, Batch, BatchResult, BatchStatus, Json, lease_tokens
 
 LIFETIME: Final = timedelta(hours=24)  # the one completion window there is
 UNDER_WAY: Final = frozenset({BatchStatus.validating, BatchStatus.in_progress})

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from sqlalchemy import ColumnElement, literal
 
-from app.contracts import TERMINAL, JobStatus
-from app.db.tables import Job
+from app.contracts.messages import TERMINAL, JobStatus
+from app.db.schema.tables import Job
 
 
 def _status_in(statuses: Iterable[JobStatus]) -> ColumnElement[bool]:

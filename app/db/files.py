@@ -6,8 +6,8 @@ from sqlalchemy import ColumnElement, delete, func, or_, select
 from sqlalchemy.orm import Session
 
 from app.db.conditions import HAS_NOT_ENDED
-from app.db.paging import Order, keyset_page
-from app.db.tables import ENDED_BATCHES, Batch, File, Job
+from app.db.pagination import Order, keyset_page
+from app.db.schema.tables import ENDED_BATCHES, Batch, File, Job
 
 
 def insert_file(session: Session, **columns: Any) -> File:  # Any: the columns of File, by name

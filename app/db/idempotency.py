@@ -13,7 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from app.db.tables import IdempotencyKey, Json
+from app.db.schema.tables import IdempotencyKey, Json
 
 LIFETIME: Final = timedelta(hours=24)
 

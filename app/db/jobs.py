@@ -9,12 +9,12 @@ from typing import Any
 from sqlalchemy import delete, func, insert, select, update
 from sqlalchemy.orm import Session
 
-from app.contracts import TERMINAL, JobStatus
+from app.contracts.messages import TERMINAL, JobStatus
 from app.db.conditions import HAS_NOT_ENDED, IS_IN_QUEUE
+from app.db.job_states import add_event, lock_job, move
 from app.db.leases import newest_checkpoint
-from app.db.lifecycle import add_event, lock_job, move
-from app.db.paging import Order, UnknownCursor, keyset_page
-from app.db.tables import Checkpoint, Event, Job, JobCount, Metric
+from app.db.pagination import Order, UnknownCursor, keyset_page
+from app.db.schema.tables import Checkpoint, Event, Job, JobCount, Metric
 
 __all__ = ["UnknownCursor", "add_event", "lock_job"]  # what readers of jobs need too
 

@@ -7,8 +7,8 @@ from datetime import datetime
 from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.orm import Session
 
+from app.db.schema.tables import ApiKey
 from app.db.session import read_row
-from app.db.tables import ApiKey
 
 
 def insert_key(

@@ -13,13 +13,13 @@ from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app.contracts import ArtifactRef, JobFailure, JobStatus
+from app.contracts.messages import ArtifactRef, JobFailure, JobStatus
 from app.db.files import insert_file
-from app.db.ids import new_id
-from app.db.json_values import clean, clean_text
-from app.db.lifecycle import Level, add_event, move
+from app.db.job_states import Level, add_event, move
 from app.db.models import insert_model
-from app.db.tables import Attempt, Checkpoint, Job, Json, Metric, lease_tokens
+from app.db.schema.ids import new_id
+from app.db.schema.json_values import clean, clean_text
+from app.db.schema.tables import Attempt, Checkpoint, Job, Json, Metric, lease_tokens
 
 MAX_DOUBLINGS: Final = 10
 # Failures that a resume meets again, because their cause is part of the job.

@@ -9,8 +9,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.db.conditions import HAS_NOT_ENDED
+from app.db.schema.tables import Alias, Checkpoint, Job, Json, Model, Pin
 from app.db.session import read_row
-from app.db.tables import Alias, Checkpoint, Job, Json, Model, Pin
 
 
 def insert_model(session: Session, **columns: Any) -> Model | None:  # Any: the columns of Model, by name

@@ -7,7 +7,7 @@ from typing import Final
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from app.db.tables import Submission
+from app.db.schema.tables import Submission
 
 LIFETIME: Final = timedelta(hours=24)
 # Of submissions without a job: a caller whose requests are refused must not fill the table.

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, StringConstraints
 
-from app.db.tables import Batch
-from app.distillation import FileId
+from app.contracts.distillation import FileId
+from app.db.schema.tables import Batch
 from app.schemas.jobs import Body, Json, Metadata, seconds
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from app.contracts import Message, Sampling
+from app.contracts.messages import Message, Sampling
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-from app.db.tables import File
+from app.db.schema.tables import File
 
 
 class FileObject(BaseModel):

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from app.contracts import DistillationJob, JobFailure, JobStatus
-from app.db.tables import Checkpoint, Event, Job
-from app.distillation import NO_NUL, Auto, Distillation, FileId
+from app.contracts.distillation import NO_NUL, Auto, Distillation, FileId
+from app.contracts.messages import DistillationJob, JobFailure, JobStatus
+from app.db.schema.tables import Checkpoint, Event, Job
 
 Json = dict[str, Any]  # Any: metrics, results and event data are open-ended JSON
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=NO_NUL)]

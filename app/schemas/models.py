@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints
 
-from app.contracts import ModelFacts, ModelFamily, ServingOptions
-from app.db.tables import Alias, Model
+from app.contracts.messages import ModelFacts, ModelFamily, ServingOptions
+from app.db.schema.tables import Alias, Model
 from app.schemas.jobs import Body, ModelId
 from app.schemas.serving import Serving
 

@@ -14,10 +14,10 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from app.auth import Principal
 from app.db import files
 from app.db.locks import lock_project
+from app.db.schema.tables import File
 from app.db.session import PoolExhausted, Session, transaction
-from app.db.tables import File
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, StillhouseError, TooLarge, Unavailable
-from app.services.rows import RowChecker
+from app.services.training_rows import RowChecker
 from app.settings import Settings
 from app.storage import store
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from fastapi.concurrency import run_in_threadpool
 
-from app.contracts import GenerateRequest, Message, Sampling
-from app.db.ids import new_id
+from app.contracts.messages import GenerateRequest, Message, Sampling
+from app.db.schema.ids import new_id
 from app.errors import BadRequest
-from app.flow import Flow
+from app.routing.reply_stream import Flow
+from app.routing.router import Switchboard
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
-from app.services import registry
-from app.services.registry import Resolved
+from app.services import model_registry
+from app.services.model_registry import Resolved
 from app.settings import Settings
-from app.stream import Switchboard
 
 BYTES_PER_TOKEN = 3  # on the safe side for English text in the tokenizers we know
 MESSAGE_TOKENS = 8  # what a chat template puts around one message, about
@@ -167,7 +167,7 @@ def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
 
 async def find_model(project_id: str, model_id: str) -> Resolved:
     """What a model id means to a project now. Raises NotFound."""
-    return await run_in_threadpool(registry.resolve_at_once, project_id, model_id)
+    return await run_in_threadpool(model_registry.resolve_at_once, project_id, model_id)
 
 
 def estimated_tokens(prompt: Prompt) -> int:

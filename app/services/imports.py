@@ -4,12 +4,12 @@ import re
 import secrets
 from pathlib import Path
 
-from app import queue
-from app.contracts import ArtifactRef, ImportJob
+from app.contracts.messages import ArtifactRef, ImportJob
 from app.db import jobs, models
+from app.db.schema.tables import Job
 from app.db.session import transaction
-from app.db.tables import Job
 from app.errors import BadRequest, Conflict
+from app.routing import task_queue
 from app.settings import get_settings
 from app.storage import StorageError, store
 
@@ -38,7 +38,7 @@ def import_model(source: str, name: str, *, project_id: str | None = None) -> st
             request={"source": Path(source).name if spec.staged else source, "name": name},
             model_id=name,
         )
-    queue.ring()
+    task_queue.ring()
     return job_id
 
 

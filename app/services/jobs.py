@@ -8,15 +8,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app import queue
 from app.auth import HUB_TOKEN_SCOPE, Principal
-from app.contracts import DistillationJob, ImportJob, JobStatus
-from app.crash import crash_point
+from app.contracts.messages import DistillationJob, ImportJob, JobStatus
+from app.crash_points import crash_point
 from app.db import files, idempotency, jobs, models
 from app.db.locks import lock_project
+from app.db.schema.tables import Job
 from app.db.session import Session, transaction
-from app.db.tables import Job
 from app.errors import BadRequest, Conflict, InProgress, NotFound, QuotaExceeded, Unprocessable
+from app.routing import task_queue
 from app.schemas.jobs import CreateJob, ImportObject, JobObject
 from app.schemas.models import ImportModel
 from app.services import submission
@@ -81,7 +81,7 @@ def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> 
         remember_job(session, submitted, job)
         crash_point("submit.inserted")
     crash_point("submit.committed")
-    queue.ring()
+    task_queue.ring()
     crash_point("submit.rung")
     return Accepted(body, is_replay=False)
 
@@ -128,7 +128,7 @@ def create_import(principal: Principal, asked: ImportModel, attempted: Attempted
         body = body_of(session, job)
         remember(session, principal, IMPORTS_ROUTE, attempted, body)
         remember_job(session, submitted, job)
-    queue.ring()
+    task_queue.ring()
     return Accepted(body, is_replay=False)
 
 
@@ -245,7 +245,7 @@ def resume_job(project_id: str, job_id: str) -> Job:
             raise Conflict(_why_not_resumed(job))
         if has_failed:
             _demand_inputs(session, after)
-    queue.ring()
+    task_queue.ring()
     return after
 
 

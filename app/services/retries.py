@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Final
 
 from app.auth import Principal
-from app.contracts import JobStatus
+from app.contracts.messages import JobStatus
 from app.db import jobs, submissions
 from app.db.locks import lock_project
+from app.db.schema.tables import Job
 from app.db.session import Session, transaction
-from app.db.tables import Job
 
 MAX_TIMEOUT_SECONDS: Final = 86_400.0  # also that of a client that names none
 # The client waits up to 120 s before a retry; connecting and sending take some time too.

@@ -19,12 +19,12 @@ import structlog
 from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
-from app.contracts import ChatCost, Contract, ModelFamily
+from app.contracts.messages import ChatCost, Contract, ModelFamily
 from app.errors import BadRequest, StillhouseError, TooManyRequests
-from app.processes import environment_without_secrets
-from app.services.rows import Row, parse_row
+from app.local.process_manager import environment_without_secrets
+from app.parent_death import tethered
+from app.services.training_rows import Row, parse_row
 from app.storage import store
-from app.tether import tethered
 
 log = structlog.get_logger(__name__)
 

@@ -3,25 +3,25 @@
 import re
 from dataclasses import dataclass, replace
 
-from app.contracts import SPLIT_VERSION, ArtifactRef, DistillationJob, ModelFacts
+from app.contracts.distillation import Distillation, FreshConfig
+from app.contracts.messages import SPLIT_VERSION, ArtifactRef, DistillationJob, ModelFacts
 from app.db import files
+from app.db.schema.tables import File
 from app.db.session import Session
-from app.db.tables import File
-from app.distillation import Distillation, FreshConfig
 from app.errors import BadRequest, NotFound
 from app.schemas.jobs import CreateJob
-from app.services import pairs, registry
+from app.services import job_defaults, model_registry
 from app.services.files import TRAINING_PURPOSES
-from app.services.pairs import BLOCK, Pair
+from app.services.job_defaults import BLOCK, Pair
 from app.services.row_lengths import NO_TEMPLATE, LengthCheck, Reader, VocabularyCheck, ask
-from app.services.rows import UNANSWERED
+from app.services.training_rows import UNANSWERED
 from app.settings import Settings
 from app.storage import store
 
 STUDENT_COPIES = (
     6  # weights, two Adam moments and three checkpoints' worth of them, in units of the start's weights
 )
-UNBOUNDED_CONTEXT = 2048  # of models whose positions have no end, as worker/distill/shapes.py has it
+UNBOUNDED_CONTEXT = 2048  # of models whose positions have no end, as worker/models/architectures.py has it
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
 
 
@@ -41,8 +41,8 @@ class Plan:
 def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> Plan:
     """Resolves and locks what the request names; raises BadRequest or NotFound that says what does not fit."""
     block = asked.method.distillation
-    teacher = registry.resolve(session, project_id, block.teacher, param=f"{BLOCK}.teacher", lock=True)
-    start = registry.resolve(session, project_id, asked.model, lock=True)
+    teacher = model_registry.resolve(session, project_id, block.teacher, param=f"{BLOCK}.teacher", lock=True)
+    start = model_registry.resolve(session, project_id, asked.model, lock=True)
     if teacher.facts is None or start.facts is None:
         raise BadRequest(
             "a job can only begin from models of jobs that have succeeded", "model_not_ready", "model"
@@ -119,7 +119,7 @@ def settle(block: Distillation, asked: CreateJob, pair: Pair) -> Distillation:
                 "n_epochs is given twice, with different values", param="hyperparameters.n_epochs"
             )
         hyperparameters = hyperparameters.model_copy(update={"n_epochs": outer})
-    return pairs.settle(block.model_copy(update={"hyperparameters": hyperparameters}), pair)
+    return job_defaults.settle(block.model_copy(update={"hyperparameters": hyperparameters}), pair)
 
 
 def context_of(sizes: FreshConfig) -> int:
@@ -214,7 +214,7 @@ def readers_of(plan: Plan) -> tuple[Reader, ...]:
     """The teacher, and the student where it reads rows in another way; a fresh one has the teacher's tokenizer."""
     student = plan.spec.distillation.student
     teacher = Reader(plan.spec.teacher.key, plan.teacher.family, plan.teacher.chat_cost or NO_TEMPLATE)
-    family = pairs.outline_of(student, plan.start).family
+    family = job_defaults.outline_of(student, plan.start).family
     if plan.teacher.tokenizer_sha256 == plan.start.tokenizer_sha256:
         reader = replace(teacher, family=family)
         return (teacher,) if reader == teacher else (teacher, reader)

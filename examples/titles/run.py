@@ -17,9 +17,9 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from app.demo import DemoFailed, call, follow, running_service
-from app.demo_report import MODELS, row_value, show_samples
-from app.local import read_service
+from app.commands.demo import DemoFailed, call, follow, running_service
+from app.commands.demo_report import MODELS, row_value, show_samples
+from app.local.embedded_servers import read_service
 from examples.titles.prepare_teacher import EXAMPLE
 
 TEACHER = "titles"
@@ -107,7 +107,7 @@ def prepare(folder: Path) -> None:
 def import_teacher(client: httpx.Client, folder: Path, data_dir: Path) -> None:
     if all(model["id"] != TEACHER for model in call(client, "GET", "/v1/models")["data"]):
         source = str(folder / "teacher")
-        python("app.cli", "models", "import", source, "--name", TEACHER, "--data-dir", str(data_dir))
+        python("app.commands.cli", "models", "import", source, "--name", TEACHER, "--data-dir", str(data_dir))
 
 
 def python(module: str, *arguments: str) -> None:

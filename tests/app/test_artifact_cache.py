@@ -10,7 +10,7 @@ import fsspec
 import pytest
 
 from app.artifact_cache import ArtifactCache
-from app.contracts import ArtifactRef
+from app.contracts.messages import ArtifactRef
 from app.storage import CorruptArtifact, Store
 
 SIZE = 1000

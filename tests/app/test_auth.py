@@ -7,8 +7,8 @@ import pytest
 
 from app import auth
 from app.db import keys
+from app.db.schema.tables import ApiKey
 from app.db.session import transaction
-from app.db.tables import ApiKey
 from app.errors import BadRequest, Forbidden, Unauthenticated
 from app.settings import Settings, get_settings
 

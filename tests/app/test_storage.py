@@ -8,7 +8,7 @@ from typing import Any
 import fsspec
 import pytest
 
-from app.contracts import ArtifactRef
+from app.contracts.messages import ArtifactRef
 from app.storage import MANIFEST, AlreadyStored, CorruptArtifact, StorageError, Store
 
 

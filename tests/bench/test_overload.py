@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from app.contracts import Cancel, Delta, ReplyBatch, control_channel, reply_channel
-from app.control import Unload
+from app.contracts.control import Unload
+from app.contracts.messages import Cancel, Delta, ReplyBatch, control_channel, reply_channel
 from bench.callers import Drop, Wire, code_of
 from bench.overload import told_of_drops
 

@@ -12,7 +12,7 @@ import httpx
 import openai
 import psutil
 
-from app.local import free_port
+from app.local.embedded_servers import free_port
 
 TEACHER = "tiny-llama"
 FAST = {
@@ -51,7 +51,7 @@ class Service:
     def cli(self, *words: str) -> str:
         """Run a `stillhouse` command against this service and return what it prints."""
         done = subprocess.run(
-            [sys.executable, "-m", "app.cli", *words],
+            [sys.executable, "-m", "app.commands.cli", *words],
             env={**self.environment, "STILLHOUSE_DATA_DIR": str(self.data_dir)},
             capture_output=True,
             text=True,
@@ -92,7 +92,16 @@ def start_service(data_dir: Path, **extra: str) -> Service:
     port = free_port()
     with (data_dir / "up.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "app.cli", "up", "--data-dir", str(data_dir), "--port", str(port)],
+            [
+                sys.executable,
+                "-m",
+                "app.commands.cli",
+                "up",
+                "--data-dir",
+                str(data_dir),
+                "--port",
+                str(port),
+            ],
             env=environment,
             stdout=log,
             stderr=log,

@@ -52,8 +52,8 @@ def run(name: str, folder: Path, *, seed: int, is_short: bool) -> Figures:
 
 def kill_while_writing(folder: Path, rng: random.Random, count: int) -> dict[str, Any]:
     """Forks a writer of checkpoint after checkpoint and kills it; whatever has a name must be whole."""
-    from worker.distill.checkpoint import load_state, save_checkpoint
-    from worker.distill.errors import CorruptCheckpoint
+    from worker.distill.training.checkpoint import load_state, save_checkpoint
+    from worker.errors import CorruptCheckpoint
 
     make = _snapshots()
     wrongs, newest, num_partial = [], 0, 0
@@ -93,8 +93,8 @@ def kill_while_writing(folder: Path, rng: random.Random, count: int) -> dict[str
 def corrupt(folder: Path, rng: random.Random, count: int) -> dict[str, Any]:
     """Changes one stored checkpoint in some way, and asks both guards: the store's and the trainer's."""
     from app.storage import Store
-    from worker.distill.checkpoint import save_checkpoint, verify_checkpoint
-    from worker.distill.errors import CorruptCheckpoint
+    from worker.distill.training.checkpoint import save_checkpoint, verify_checkpoint
+    from worker.errors import CorruptCheckpoint
 
     store = Store(str(folder / "store"))
     good = save_checkpoint(folder, _snapshots()(1))
@@ -137,8 +137,8 @@ def _damage(path: Path, way: str, rng: random.Random, files: list[Path]) -> None
 
 def fill(folder: Path, rng: random.Random, count: int) -> dict[str, Any]:
     """Leaves a checkpoint too little room, at a random place of it; the one before must stay whole."""
-    from worker.distill import checkpoint
-    from worker.distill.errors import DiskFull
+    from worker.distill.training import checkpoint
+    from worker.errors import DiskFull
 
     make = _snapshots()
     out, ballast = folder / "out", folder / "ballast"
@@ -181,7 +181,7 @@ def _snapshots() -> Any:  # Any: a function of worker types, which must not be i
     import torch
 
     from tests.tiny import tiny_config, tiny_tokenizer
-    from worker.distill import checkpoint
+    from worker.distill.training import checkpoint
 
     _ORIGINAL["require_room"] = checkpoint._require_room
     import transformers

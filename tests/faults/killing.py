@@ -11,7 +11,7 @@ from typing import Final
 import psutil
 from celery import Celery
 
-from app.contracts import RING_TASK, TRAIN_QUEUE
+from app.contracts.messages import RING_TASK, TRAIN_QUEUE
 from app.settings import Settings, celery_settings
 from tests.faults.client import TERMINAL, Accepted
 from tests.faults.prompts import prompts_asked

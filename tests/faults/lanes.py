@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from app.tether import tethered
+from app.parent_death import tethered
 from tests.faults.system import ROOT
 from tests.faults.trial import Figures
 

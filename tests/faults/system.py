@@ -19,8 +19,8 @@ import psutil
 import psycopg
 import redis
 
-from app.local import LocalPostgres, LocalValkey, free_port
-from app.tether import tethered
+from app.local.embedded_servers import LocalPostgres, LocalValkey, free_port
+from app.parent_death import tethered
 from tests.faults.proxy import Network
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -228,7 +228,7 @@ class System:
 
     def cli(self, *words: str, **environment: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "app.cli", *words],
+            [sys.executable, "-m", "app.commands.cli", *words],
             cwd=ROOT,
             env=self._environment(**environment),
             capture_output=True,
@@ -251,7 +251,7 @@ class System:
         for i in range(1, self.num_api + 1):
             port = free_port()
             self.network.add(f"client-api-{i}", port)
-            self.add(f"api-{i}", ["app.cli", "api"], PORT=str(port), **self._urls("api"))
+            self.add(f"api-{i}", ["app.commands.cli", "api"], PORT=str(port), **self._urls("api"))
         for i in range(1, self.num_train + 1):
             self.add_train_worker(f"train-{i}")
         for i in range(1, self.num_serve + 1):

@@ -6,16 +6,16 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from app.contracts import ArtifactRef, DistillationJob, ModelFacts
+from app.contracts.distillation import Distillation
+from app.contracts.messages import ArtifactRef, DistillationJob, ModelFacts
 from app.db import jobs
 from app.db.session import transaction
-from app.distillation import Distillation
 from app.settings import Settings
 from tests.faults.checker import histories
 from tests.faults.history import History
-from worker import ledger
-from worker.distill.progress import MessageLine, MetricsLine, StageLine
-from worker.ledger import Lease
+from worker.jobs import lease_client
+from worker.jobs.lease_client import Lease
+from worker.protocol.run_lines import MessageLine, MetricsLine, StageLine
 
 JOB = "ftjob-1"
 FACTS = ModelFacts(
@@ -58,7 +58,7 @@ def add_job() -> None:
 
 
 def claim() -> Lease:
-    lease = ledger.claim("w")
+    lease = lease_client.claim("w")
     assert lease is not None
     return lease
 
@@ -67,11 +67,11 @@ def train(lease: Lease, first_step: int) -> None:
     """Two steps and a checkpoint, as a run reports them."""
     if lease.resume is not None:
         message = f"The run resumes from the checkpoint at step {lease.resume.step}."
-        ledger.record(lease, 1, [MessageLine(message=message, data={"step": lease.resume.step})])
-    ledger.record(lease, 2, [StageLine(name="loading_models"), StageLine(name="training")])
+        lease_client.record(lease, 1, [MessageLine(message=message, data={"step": lease.resume.step})])
+    lease_client.record(lease, 2, [StageLine(name="loading_models"), StageLine(name="training")])
     for step in (first_step, first_step + 1):
-        ledger.record(lease, 2 + step, [MetricsLine(step=step, values={"train_loss": 1.0 / step})])
-    ledger.commit_checkpoint(lease, first_step + 1, ref(f"c/{lease.token}/{first_step + 1}"), {}, True)
+        lease_client.record(lease, 2 + step, [MetricsLine(step=step, values={"train_loss": 1.0 / step})])
+    lease_client.commit_checkpoint(lease, first_step + 1, ref(f"c/{lease.token}/{first_step + 1}"), {}, True)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def job(database: str, settings_env: Callable[..., Settings]) -> str:
     add_job()
     first = claim()
     train(first, 1)
-    ledger.lost(first, "It died.")
+    lease_client.lost(first, "It died.")
     with psycopg.connect(database) as connection:
         connection.execute("UPDATE jobs SET run_after = now()")
     with transaction() as session:
@@ -89,7 +89,7 @@ def job(database: str, settings_env: Callable[..., Settings]) -> str:
         jobs.resume(session, JOB)
     second = claim()
     train(second, 3)
-    assert ledger.finish(
+    assert lease_client.finish(
         second, model_id="ds:small", ref=ref("models/j/2"), facts=FACTS, result={}, trained_tokens=1
     )
     return database

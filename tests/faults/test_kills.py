@@ -11,7 +11,7 @@ import openai
 import psutil
 import pytest
 
-from app.local import LocalValkey
+from app.local.embedded_servers import LocalValkey
 from tests.e2e.service import TEACHER, Service, start_service
 from tests.e2e.test_openai_client import extra, method, rows, wait
 
@@ -67,7 +67,7 @@ def wait_for_checkpoint(client: openai.OpenAI, job_id: str) -> None:
 
 
 def trainer(service: Service) -> psutil.Process:
-    (found,) = service.processes("worker.run")
+    (found,) = service.processes("worker.train")
     return found
 
 

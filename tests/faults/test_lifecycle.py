@@ -18,14 +18,14 @@ from hypothesis.stateful import (
 )
 from psycopg.rows import dict_row
 
-from app.contracts import ArtifactRef, DistillationJob, JobFailure, ModelFacts
-from app.db import jobs, leases, sweeps
+from app.contracts.distillation import Distillation
+from app.contracts.messages import ArtifactRef, DistillationJob, JobFailure, ModelFacts
+from app.db import jobs, leases, reconciliation
 from app.db.session import transaction
-from app.distillation import Distillation
 from app.settings import Settings
-from worker import ledger
-from worker.distill.progress import MetricsLine
-from worker.ledger import AuthorityLost, Lease
+from worker.jobs import lease_client
+from worker.jobs.lease_client import AuthorityLost, Lease
+from worker.protocol.run_lines import MetricsLine
 
 MOST_LOSSES = 5
 MOST_JOBS = 3  # that have not ended: few, so that many leases meet on one
@@ -141,7 +141,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule()
     def claim(self) -> None:
         """A doorbell, or one more delivery of it."""
-        lease = ledger.claim("worker")
+        lease = lease_client.claim("worker")
         waiting = [job_id for job_id, job in self.expected.items() if job.status == "queued"]
         if lease is None:
             assert waiting == []
@@ -170,10 +170,10 @@ class Lifecycle(RuleBasedStateMachine):
         lease = self.pick_lease(pick)
         job = self.expected[lease.job_id]
         if self.is_live(lease):
-            orders = ledger.heartbeat(lease)
+            orders = lease_client.heartbeat(lease)
             assert (orders.cancel, orders.pause) == (job.is_cancelling, job.is_pausing)
         else:
-            self.refused(lambda: ledger.heartbeat(lease))
+            self.refused(lambda: lease_client.heartbeat(lease))
 
     @has_leases
     @rule(pick=PICKS, step=st.integers(1, 4))
@@ -183,7 +183,7 @@ class Lifecycle(RuleBasedStateMachine):
         def record() -> None:
             self.expected[lease.job_id].num_records += 1
             number = self.expected[lease.job_id].num_records
-            ledger.record(lease, number, [MetricsLine(step=step, values={"loss": float(lease.token)})])
+            lease_client.record(lease, number, [MetricsLine(step=step, values={"loss": float(lease.token)})])
 
         record() if self.is_live(lease) else self.refused(record)
 
@@ -194,7 +194,7 @@ class Lifecycle(RuleBasedStateMachine):
 
         def commit() -> None:
             key = f"checkpoints/{lease.job_id}/{lease.token}/step-{step}"
-            ledger.commit_checkpoint(lease, step, ref(key), {}, is_best)
+            lease_client.commit_checkpoint(lease, step, ref(key), {}, is_best)
 
         if self.is_live(lease):
             commit()
@@ -210,7 +210,7 @@ class Lifecycle(RuleBasedStateMachine):
 
         def finish() -> bool:
             key = f"models/{lease.job_id}/{lease.token}"
-            return ledger.finish(
+            return lease_client.finish(
                 lease,
                 model_id=f"ds:{lease.job_id}",
                 ref=ref(key),
@@ -233,7 +233,7 @@ class Lifecycle(RuleBasedStateMachine):
         lease = self.pick_lease(pick)
 
         def fail() -> None:
-            ledger.fail(lease, JobFailure(code="nan_loss", message="the loss is not a number"))
+            lease_client.fail(lease, JobFailure(code="nan_loss", message="the loss is not a number"))
 
         self.ending(lease, fail, lambda job: job.end("failed"), "failed")
 
@@ -242,27 +242,29 @@ class Lifecycle(RuleBasedStateMachine):
     def lose(self, pick: int) -> None:
         lease = self.pick_lease(pick)
         said = {"lost", "out_of_memory", "paused", "cancelled"}
-        self.ending(lease, lambda: ledger.lost(lease, "It died."), Expected.lose, *said)
+        self.ending(lease, lambda: lease_client.lost(lease, "It died."), Expected.lose, *said)
 
     @has_leases
     @rule(pick=PICKS)
     def release(self, pick: int) -> None:
         lease = self.pick_lease(pick)
         said = {"released", "paused", "cancelled"}
-        self.ending(lease, lambda: ledger.release(lease, "Drained."), Expected.release, *said)
+        self.ending(lease, lambda: lease_client.release(lease, "Drained."), Expected.release, *said)
 
     @has_leases
     @rule(pick=PICKS)
     def stop_for_pause(self, pick: int) -> None:
         lease = self.pick_lease(pick)
         said = {"released", "paused", "cancelled"}
-        self.ending(lease, lambda: ledger.paused(lease), Expected.release, *said)
+        self.ending(lease, lambda: lease_client.paused(lease), Expected.release, *said)
 
     @has_leases
     @rule(pick=PICKS)
     def stop_for_cancel(self, pick: int) -> None:
         lease = self.pick_lease(pick)
-        self.ending(lease, lambda: ledger.cancelled(lease), lambda job: job.end("cancelled"), "cancelled")
+        self.ending(
+            lease, lambda: lease_client.cancelled(lease), lambda job: job.end("cancelled"), "cancelled"
+        )
 
     @has_jobs
     @rule(pick=PICKS)
@@ -339,7 +341,7 @@ class Lifecycle(RuleBasedStateMachine):
                 (job_id,),
             )
         with transaction() as session:
-            num_lost = sweeps.reap(session, leases.Losses(MOST_LOSSES, 0.0))
+            num_lost = reconciliation.reap(session, leases.Losses(MOST_LOSSES, 0.0))
         job = self.expected[job_id]
         assert num_lost == (job.status == "running")
         if job.status == "running":
@@ -347,7 +349,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     def wake(self) -> None:
         with transaction() as session:
-            sweeps.wake(session)
+            reconciliation.wake(session)
         for job in self.expected.values():
             if job.status == "retry_wait":
                 job.status = "queued"
@@ -355,7 +357,7 @@ class Lifecycle(RuleBasedStateMachine):
     @rule()
     def give_up_on_cancels(self) -> None:
         with transaction() as session:
-            sweeps.finish_cancels(session, 0.0)
+            reconciliation.finish_cancels(session, 0.0)
         for job in self.expected.values():
             if job.is_cancelling and job.status == "running":
                 job.end("cancelled")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from worker.distill.spec import RunSpec
+from worker.protocol.run_spec import RunSpec
 
 Json = dict[str, Any]  # Any: open-ended JSON
 

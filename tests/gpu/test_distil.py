@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import load_file
 
 from tests.worker.memory_sink import MemorySink
-from worker.distill import devices
-from worker.distill.batches import collate
-from worker.distill.bodies import hidden_rows
-from worker.distill.data import Example
-from worker.distill.devices import Device, Needs, Placement, autocast
+from worker.distill.data.batching import collate
+from worker.distill.data.rows import Example
+from worker.distill.forward.hidden_states import hidden_rows
 from worker.distill.pipeline import distil
-from worker.distill.progress import MessageLine, MetricsLine
-from worker.distill.spec import RunSpec
-from worker.distill.students import load_model
-from worker.distill.trainer import Stopped
-from worker.run import EngineSampler
+from worker.distill.students.recipe import load_model
+from worker.distill.training import devices
+from worker.distill.training.devices import Device, Needs, Placement, autocast
+from worker.distill.training.trainer import Stopped
+from worker.protocol.run_lines import MessageLine, MetricsLine
+from worker.protocol.run_spec import RunSpec
+from worker.train import EngineSampler
 
 pytestmark = pytest.mark.gpu
 MakeSpec = Callable[..., RunSpec]
@@ -56,7 +56,7 @@ def test_a_teacher_that_does_not_fit_beside_the_student_fills_the_cache_first(
     def alone(device: Device, needs: Needs) -> Placement:
         return Placement(device, "cuda", device.autocast or torch.float32, is_teacher_first=True)
 
-    monkeypatch.setattr("worker.distill.teaching.place", alone)
+    monkeypatch.setattr("worker.distill.model_pair.place", alone)
     kl = held_out_kl(run(make_spec(), tmp_path / "out"))
     assert kl[-1] < 0.5 * kl[0]
 
@@ -64,7 +64,7 @@ def test_a_teacher_that_does_not_fit_beside_the_student_fills_the_cache_first(
 def test_a_teacher_that_does_not_fit_at_all_works_on_the_cpu(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.distill.teaching.place", lambda device, needs: Placement(device))
+    monkeypatch.setattr("worker.distill.model_pair.place", lambda device, needs: Placement(device))
     for name, cache_bytes in (("cached", 2**30), ("live", 0)):
         kl = held_out_kl(run(make_spec(cache_bytes=cache_bytes), tmp_path / name))
         assert kl[-1] < 0.5 * kl[0]
@@ -121,7 +121,7 @@ def test_two_cards_train_what_one_trains(make_spec: MakeSpec, tmp_path: Path) ->
         path.write_text(make_spec(num_processes=count).model_dump_json())
         out = tmp_path / f"out-{count}"
         subprocess.run(
-            [sys.executable, "-m", "worker.run", str(path), "--out", str(out)], check=True, timeout=240
+            [sys.executable, "-m", "worker.train", str(path), "--out", str(out)], check=True, timeout=240
         )
         students.append(load_file(out / "student" / "model.safetensors"))
     for name, tensor in students[0].items():

@@ -3,10 +3,10 @@ from typing import get_args
 import pytest
 import torch
 
-from app.distillation import DivergenceName, Objective
-from worker.distill.fused import fused_distillation_loss
-from worker.distill.heads import Head, TeacherRows, expected_rows
-from worker.distill.objectives import TokenObjective
+from app.contracts.distillation import DivergenceName, Objective
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.fused_loss import fused_distillation_loss
+from worker.distill.losses.lm_head import Head, TeacherRows, expected_rows
 
 pytestmark = pytest.mark.gpu
 N, H, V = 300, 64, 1000  # several chunks

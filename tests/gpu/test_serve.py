@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.tiny import save_tiny
-from worker.distill.students import load_model
-from worker.serve.offline import generate_all
+from worker.distill.students.recipe import load_model
+from worker.serve.batch_generate import generate_all
 
 pytestmark = pytest.mark.gpu
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [12]]

@@ -16,8 +16,8 @@ import torch
 
 from tests.worker.memory_sink import MemorySink
 from worker.errors import WorkerError
-from worker.import_spec import ImportSpec
-from worker.importing import import_model
+from worker.import_model import import_model
+from worker.protocol.import_spec import ImportSpec
 from worker.serve.errors import ServeError
 from worker.serve.loading import load_model
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.hostile.artefacts import GGUFS, HARMLESS, REFUSED, canary_of
-from worker.intake import take_in
+from worker.models.artifact_checks import take_in
 
 MOST_MEGABYTES = 700  # a template may take a gigabyte of addresses before it is stopped
 Json = dict[str, Any]  # Any: JSON
@@ -105,9 +105,9 @@ def test_the_canary_is_one(tmp_path: Path) -> None:
 
 
 def test_a_file_swapped_for_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
-    from worker import intake
+    from worker.models import artifact_checks
 
     (folder / "vocab.json").symlink_to("/etc/passwd")
     with pytest.raises(OSError, match="symbolic"):
-        intake._copy_plain(folder / "vocab.json", tmp_path / "copied")
-    assert take_in is intake.take_in
+        artifact_checks._copy_plain(folder / "vocab.json", tmp_path / "copied")
+    assert take_in is artifact_checks.take_in

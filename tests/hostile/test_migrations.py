@@ -6,7 +6,7 @@ import psycopg
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from app.db.migrate import downgrade, revisions, upgrade
+from app.db.schema.migrate import downgrade, revisions, upgrade
 
 FIRST = "0001"
 INSERT = (

@@ -17,7 +17,7 @@ import openai
 import psutil
 import pytest
 
-from app.local import LocalValkey
+from app.local.embedded_servers import LocalValkey
 from tests.e2e.service import TEACHER, start_service
 from tests.hostile.artefacts import REFUSED
 from tests.hostile.fuzz import QUIET, make_objects, run_schemathesis
@@ -95,7 +95,7 @@ def pieces_of(name: str, num_bytes: int) -> Iterator[bytes]:
 def test_an_upload_without_end_leaves_the_api_small(
     place: Place, name: str, num_bytes: int, statuses: set[int]
 ) -> None:
-    api = place.only("app.cli", "api")
+    api = place.only("app.commands.cli", "api")
     before, most = api.memory_info().rss, 0
     with place.http() as http:
 
@@ -131,7 +131,7 @@ HEADERS = {
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_stranger_cannot_fill_the_memory_with_headers(place: Place, name: str) -> None:
     """Without a key: this is before anybody is asked for one."""
-    api = place.only("app.cli", "api")
+    api = place.only("app.commands.cli", "api")
     before = api.memory_info().rss
     begin, more = HEADERS[name]
     is_cut = False
@@ -381,7 +381,7 @@ def doctor(place: Place) -> tuple[int, list[Json]]:
         "STILLHOUSE_PORT": str(place.service.port),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "app.cli", "doctor", "--json"],
+        [sys.executable, "-m", "app.commands.cli", "doctor", "--json"],
         env={**place.service.environment, **settings},
         capture_output=True,
         text=True,

@@ -20,10 +20,10 @@ from tests.soak.trend import Point
 MIB: Final = 2**20
 # Words of a command line, and the group whose figures its processes are added to.
 GROUPS: Final = (
-    ("app.cli api", "api"),
+    ("app.commands.cli api", "api"),
     ("worker.main train", "train worker"),
     ("worker.main serve", "serve worker"),
-    ("worker.serve.rendering", "template renderer"),
+    ("worker.serve.text.template_process", "template renderer"),
     ("valkey-server", "valkey"),
     ("postgres", "postgres"),
 )
@@ -96,7 +96,9 @@ class Sampler:
 
     def num_runs(self) -> int:
         """Processes of jobs that are running now."""
-        return len(self._service.processes("worker.run")) + len(self._service.processes("worker.importing"))
+        return len(self._service.processes("worker.train")) + len(
+            self._service.processes("worker.import_model")
+        )
 
     def _run(self) -> None:
         while True:

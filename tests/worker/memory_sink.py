@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from worker.distill.progress import MessageLine, RunLine, StageLine
+from worker.protocol.run_lines import MessageLine, RunLine, StageLine
 
 
 class MemorySink:

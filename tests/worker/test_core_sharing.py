@@ -20,7 +20,7 @@ from worker.core_sharing import (
     is_stopped,
     shared_cores,
 )
-from worker.process import RunProcess
+from worker.jobs.run_process import RunProcess
 
 BUSY = "while True: pass"
 

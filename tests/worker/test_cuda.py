@@ -3,10 +3,10 @@ import sys
 
 import pytest
 
-from app.contracts import ArtifactRef, ImportJob
+from app.contracts.messages import ArtifactRef, ImportJob
 from app.settings import Settings
 from worker.cuda import require, restrict_to
-from worker.process import child_environment
+from worker.jobs.run_process import child_environment
 
 
 @pytest.fixture(autouse=True)

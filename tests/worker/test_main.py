@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from app.local import free_port
-from app.queue import ring
+from app.local.embedded_servers import free_port
+from app.routing.task_queue import ring
 from tests.serve_worker import ROOT, wait_for
 from worker.main import choose_device
 
@@ -67,7 +67,7 @@ def test_a_worker_that_waits_for_redis_ends_when_told(
 
 
 def test_a_train_worker_never_pays_for_torch() -> None:
-    code = "import sys, worker.main, worker.supervisor; print('torch' in sys.modules)"
+    code = "import sys, worker.main, worker.jobs.supervisor; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

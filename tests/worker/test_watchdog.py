@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from app.contracts import ArtifactRef, ImportJob
+from app.contracts.messages import ArtifactRef, ImportJob
 from app.db import jobs
 from app.db.session import transaction
 from app.settings import Settings

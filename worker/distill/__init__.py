@@ -1,1 +1,1 @@
-
+"""Distils a teacher into a student. Knows neither queue nor database."""

@@ -11,29 +11,28 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from worker.distill.answers import AnswerFile
-from worker.distill.checkpoint import TrainState, link_folder, load_state
-from worker.distill.courses import Courses, Graduate, JudgeFor, calibrated, plan_courses
-from worker.distill.data import Example
-from worker.distill.devices import find_device
-from worker.distill.evaluate import HeldOut, HeldOutRows
-from worker.distill.heads import head_of
-from worker.distill.missing import MissingPart, attempt
-from worker.distill.objectives import TokenObjective
-from worker.distill.pace import Throttle
-from worker.distill.parallel import ALONE, Ranks
-from worker.distill.preparation import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
-from worker.distill.progress import MessageLine, ProgressLine, Sink, StageLine
-from worker.distill.report import Judge, Tell, View
-from worker.distill.rollouts import check_rollouts, plan_rollouts
-from worker.distill.sampler import Sampler
-from worker.distill.shapes import shape_of
-from worker.distill.spec import RunSpec
-from worker.distill.students import StudentRecipe
-from worker.distill.teachers import CachedTeacher
-from worker.distill.teaching import Teaching
-from worker.distill.trainer import Setup, Stopped, batch_tokens_of
-from worker.vocabulary import num_token_ids
+from worker.distill.data.answer_cache import AnswerFile
+from worker.distill.data.dataset import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
+from worker.distill.data.rows import Example
+from worker.distill.data.sampler import Sampler
+from worker.distill.data_parallel import ALONE, Ranks
+from worker.distill.evaluation.held_out import HeldOut, HeldOutRows
+from worker.distill.evaluation.report import Judge, Tell, View
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.lm_head import head_of
+from worker.distill.missing_results import MissingPart, attempt
+from worker.distill.model_pair import Teaching
+from worker.distill.student_sweep import Courses, Graduate, JudgeFor, calibrated, plan_courses
+from worker.distill.students.recipe import StudentRecipe
+from worker.distill.teachers.cached_teacher import CachedTeacher
+from worker.distill.training.checkpoint import TrainState, link_folder, load_state
+from worker.distill.training.devices import find_device
+from worker.distill.training.rollouts import check_rollouts, plan_rollouts
+from worker.distill.training.trainer import Setup, Stopped, batch_tokens_of
+from worker.models.architectures import shape_of
+from worker.models.vocabulary import num_token_ids
+from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
+from worker.protocol.run_spec import RunSpec
 
 SamplerFor = Callable[[PreTrainedModel], Sampler]
 
@@ -167,7 +166,10 @@ class Pipeline:
 
     def _draw(self, graduate: Graduate) -> tuple[str, ...]:
         """The ladder as files of the run's folder."""
-        from worker.distill.ladder_plot import Rung, write_ladder  # loads matplotlib, which few jobs need
+        from worker.distill.evaluation.ladder_plot import (  # loads matplotlib, which few jobs need
+            Rung,
+            write_ladder,
+        )
 
         rungs = [
             Rung(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])

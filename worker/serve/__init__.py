@@ -1,1 +1,1 @@
-
+"""Generates text for many requests at once. Knows neither queue nor database."""

@@ -8,15 +8,15 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from app.contracts import GenerateRequest, Reply
-from worker.serve.answer import Answer, begin_answer, num_logprobs_of, seed_of
-from worker.serve.decoder import Decoder, Sequence
+from app.contracts.messages import GenerateRequest, Reply
+from worker.serve.decoding.decoder import Decoder, Sequence
+from worker.serve.decoding.logit_processors import processor_for, refuse_unknown_tokens
+from worker.serve.decoding.sampling import Chooser, Pick, seeded_generator
 from worker.serve.errors import BadLogits, DeadlinePassed, EchoUnsupported, ServeError, failure_of
-from worker.serve.logits import processor_for, refuse_unknown_tokens
-from worker.serve.prompt_size import size_bound
-from worker.serve.prompts import end_id_of, prompt_tokens
-from worker.serve.sampling import Chooser, Pick, seeded_generator
-from worker.serve.stream import TokenText
+from worker.serve.text.detokenizer import TokenText
+from worker.serve.text.prompt_size import size_bound
+from worker.serve.text.prompts import end_id_of, prompt_tokens
+from worker.serve.text.reply_builder import Answer, begin_answer, num_logprobs_of, seed_of
 
 
 class Engine(Protocol):

@@ -1,6 +1,6 @@
 """Errors of the serving library; each knows the reply its request ends with."""
 
-from app.contracts import Failure
+from app.contracts.messages import Failure
 
 
 class ServeError(Exception):

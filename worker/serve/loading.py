@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from app.contracts import LoadedWeights
-from worker.gemm import HAS_BFLOAT16, pack_weights
-from worker.int8 import HAS_INT8, int8_kernels, quantize_weights
+from app.contracts.messages import LoadedWeights
+from worker.cpu.int8 import HAS_INT8, int8_kernels, quantize_weights
+from worker.cpu.linear_ops import HAS_BFLOAT16, pack_weights
+from worker.cpu.llama_decoder import fuse_projections, has_refined_head, is_lean
+from worker.serve.decoding.families import SEQ2SEQ, family_of, refuse_unlisted
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable
-from worker.serve.families import SEQ2SEQ, family_of, refuse_unlisted
-from worker.serve.lean import fuse_projections, has_refined_head, is_lean
-from worker.serve.rendering import RENDERER
+from worker.serve.text.template_process import RENDERER
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from worker.serve.decoder import Decoder, Sequence
+from worker.serve.decoding.decoder import Decoder, Sequence
+from worker.serve.decoding.families import family_of
+from worker.serve.decoding.sampling import (
+    Chooser,
+    Pick,
+    choose_tokens,
+    draw,
+    pick_tokens,
+    probabilities,
+    uniform,
+)
+from worker.serve.decoding.speculative_batch import LookaheadBatch
 from worker.serve.engine import TransformersEngine
 from worker.serve.errors import DraftUnsupported
-from worker.serve.families import family_of
 from worker.serve.loading import LoadedModel
-from worker.serve.lookahead import LookaheadBatch
-from worker.serve.sampling import Chooser, Pick, choose_tokens, draw, pick_tokens, probabilities, uniform
 
 MAX_DRAFTING = 1  # rows: on two cores four with a draft are slower than four without (bench/LOG.md)
 MIN_CONFIDENCE = 0.4  # that the draft must give to its best token, or verifying it is not worth it

@@ -14,8 +14,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from app.contracts import GenerateRequest, Reply
-from worker.serve.answer import Answer, FinishReason, begin_answer, num_logprobs_of, seed_of
+from app.contracts.messages import GenerateRequest, Reply
+from worker.serve.decoding.fair_queue import FairQueue
+from worker.serve.decoding.families import SEQ2SEQ, Context
+from worker.serve.decoding.logit_processors import refuse_unknown_tokens
+from worker.serve.decoding.sampling import Pick
 from worker.serve.engine import ends_named_in
 from worker.serve.errors import (
     DeadlinePassed,
@@ -26,14 +29,11 @@ from worker.serve.errors import (
     UnsupportedModel,
     failure_of,
 )
-from worker.serve.fair_queue import FairQueue
-from worker.serve.families import SEQ2SEQ, Context
 from worker.serve.loading import refuse_code
-from worker.serve.logits import refuse_unknown_tokens
-from worker.serve.prompt_size import size_bound
-from worker.serve.prompts import end_id_of, prompt_tokens
-from worker.serve.sampling import Pick
-from worker.serve.stream import TokenText
+from worker.serve.text.detokenizer import TokenText
+from worker.serve.text.prompt_size import size_bound
+from worker.serve.text.prompts import end_id_of, prompt_tokens
+from worker.serve.text.reply_builder import Answer, FinishReason, begin_answer, num_logprobs_of, seed_of
 
 MAX_LOGPROBS = 20  # alternatives a request may ask for
 CACHE_SHARE = 0.5  # of what max_running whole contexts take; with more, vLLM makes the newest wait

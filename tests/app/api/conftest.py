@@ -14,7 +14,7 @@ import pytest
 import uvicorn
 
 from app.auth import SCOPES, create_key
-from app.contracts import ModelFacts
+from app.contracts.messages import ModelFacts
 from app.db import models
 from app.db.session import transaction
 from app.main import create_app

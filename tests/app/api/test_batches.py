@@ -17,8 +17,8 @@ import openai
 import pytest
 from openai.types import Batch
 
-from app.local import free_port
-from app.services import batches
+from app.local.embedded_servers import free_port
+from app.services.batch import batches
 from app.settings import Settings, get_settings
 from app.storage import store
 from tests.app.api.conftest import PROJECT, Service, jsonl
@@ -208,7 +208,7 @@ class OtherApi:
         self._log_path = log_path
         environment = dict(os.environ) | {"STILLHOUSE_PORT": str(port)} | environment
         with log_path.open("wb") as log:
-            command = [sys.executable, "-m", "app.cli", "api"]
+            command = [sys.executable, "-m", "app.commands.cli", "api"]
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
         wait_for(self._is_ready, 30, f"no answer; its log is {log_path}")
 

@@ -10,10 +10,10 @@ import httpx
 import openai
 import pytest
 
-from app.contracts import Sampling
+from app.contracts.messages import Sampling
 from app.db.session import transaction
 from app.errors import BadRequest
-from app.services import registry
+from app.services import model_registry
 from app.services.generation import Order, refuse_hopeless
 from app.settings import get_settings
 from tests.app.api.conftest import PROJECT
@@ -369,7 +369,7 @@ def test_an_encoder_decoders_answer_may_fill_a_context_of_its_own(
 
     def order(model_id: str, max_tokens: int) -> Order:
         with transaction() as session:
-            model = registry.resolve(session, PROJECT, model_id)
+            model = model_registry.resolve(session, PROJECT, model_id)
         return Order("id", "key", model, [PROMPT], 1, Sampling(max_tokens=max_tokens))
 
     settings = get_settings()

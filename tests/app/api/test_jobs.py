@@ -11,11 +11,11 @@ import pytest
 from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from sqlalchemy import text
 
-from app.contracts import SPLIT_VERSION, ArtifactRef, DistillationJob, JobFailure
+from app.contracts.messages import SPLIT_VERSION, ArtifactRef, DistillationJob, JobFailure
 from app.db import jobs as job_rows
 from app.db import leases
+from app.db.schema.tables import File
 from app.db.session import transaction
-from app.db.tables import File
 from app.services.submission import TEST_FILE
 from app.settings import Settings, get_settings
 from app.storage import store
@@ -613,7 +613,7 @@ def test_events_stream_until_the_job_has_ended(bench: Bench) -> None:
 def test_a_quiet_stream_is_kept_alive_in_a_way_the_sdk_can_read(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.api.events.PING_SECONDS", 0.5)
+    monkeypatch.setattr("app.api.sse.PING_SECONDS", 0.5)
     job = bench.submit()
     threading.Timer(1.6, bench.client.fine_tuning.jobs.cancel, [job.id]).start()
     with bench.client.fine_tuning.jobs.with_streaming_response.list_events(

@@ -15,7 +15,7 @@ import httpx
 import pytest
 import redis
 
-from app.contracts import (
+from app.contracts.messages import (
     Delta,
     Done,
     GenerateRequest,
@@ -25,9 +25,9 @@ from app.contracts import (
     reply_channel,
     serve_worker_key,
 )
+from app.db.schema.tables import File
 from app.db.session import transaction
-from app.db.tables import File
-from app.queue import queue_key
+from app.routing.task_queue import queue_key
 from app.settings import Settings
 from tests.app.api.conftest import PROJECT, Service
 from tests.serve_worker import ROOT, wait_for

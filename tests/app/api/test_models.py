@@ -8,13 +8,13 @@ import openai
 import pytest
 from sqlalchemy import text
 
-from app.contracts import ArtifactRef
+from app.contracts.messages import ArtifactRef
 from app.db import jobs as job_rows
 from app.db import leases
 from app.db import models as model_rows
 from app.db.session import Session, transaction
 from app.errors import NotFound
-from app.services import registry
+from app.services import model_registry
 from app.storage import store
 from tests.app.api.conftest import Service
 from tests.serve_worker import wait_for
@@ -137,7 +137,7 @@ def test_an_alias_can_be_moved_and_is_resolved(
         )
     assert client.models.retrieve("support@prod").id == "new"
     with transaction() as session:
-        found = registry.resolve(session, "acme", "support@prod")
+        found = model_registry.resolve(session, "acme", "support@prod")
     assert (found.model_id, found.ref.key) == ("new", "models/new")
     with pytest.raises(openai.ConflictError):
         client.models.delete("new")
@@ -175,12 +175,12 @@ def test_a_checkpoint_of_a_running_job_can_be_served(
         leases.insert_checkpoint(session, job_id, job.lease_token, step=10, ref=ref, metrics={}, is_best=True)
     name = f"{job.model_id}:ckpt-step-10"
     with transaction() as session:
-        found = registry.resolve(session, "acme", name)
+        found = model_registry.resolve(session, "acme", name)
         assert (found.model_id, found.ref.key) == (name, f"{ref.key}/model")
         with pytest.raises(NotFound):
-            registry.resolve(session, "acme", f"{job.model_id}:ckpt-step-11")
+            model_registry.resolve(session, "acme", f"{job.model_id}:ckpt-step-11")
         with pytest.raises(NotFound):
-            registry.resolve(session, "rival", name)
+            model_registry.resolve(session, "rival", name)
 
 
 def test_a_checkpoint_goes_with_its_model(
@@ -203,9 +203,9 @@ def test_a_checkpoint_goes_with_its_model(
         model_rows.insert_model(session, id=job.model_id, **columns)
     name = job.model_id
 
-    def resolve() -> registry.Resolved:
+    def resolve() -> model_registry.Resolved:
         with transaction() as session:
-            return registry.resolve(session, "acme", f"{name}:ckpt-step-10", lock=True)
+            return model_registry.resolve(session, "acme", f"{name}:ckpt-step-10", lock=True)
 
     assert resolve().facts is not None
     with ThreadPoolExecutor() as pool:

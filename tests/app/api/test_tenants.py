@@ -15,8 +15,8 @@ from contextlib import suppress
 import openai
 import redis
 
-from app.contracts import GenerateRequest, ServeWorkerStatus, serve_worker_key
-from app.queue import queue_key
+from app.contracts.messages import GenerateRequest, ServeWorkerStatus, serve_worker_key
+from app.routing.task_queue import queue_key
 from app.settings import Settings
 from tests.app.api.conftest import PROJECT, Service, jsonl
 from tests.serve_worker import wait_for

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from app.db import jobs
+from app.db.schema.tables import Job
 from app.db.session import Session, transaction
-from app.db.tables import Job
 
 
 @pytest.fixture

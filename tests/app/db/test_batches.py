@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from app.db import batches, files, sweeps
+from app.db import batches, files, reconciliation
+from app.db.schema.tables import Batch, BatchResult, BatchStatus
 from app.db.session import Session
-from app.db.tables import Batch, BatchResult, BatchStatus
 
 
 @pytest.fixture
@@ -132,9 +132,9 @@ def test_an_expired_input_file_is_kept_until_its_batch_has_ended(session: Sessio
     files.insert_file(session, id="f", project_id="p", store_key="files/f", **columns)
     session.execute(text("UPDATE files SET expires_at = now() - interval '1 s'"))
     assert files.readers_of_file(session, "p", "f") == ["batch_1"]
-    assert sweeps.forget_expired_files(session) == []
+    assert reconciliation.forget_expired_files(session) == []
     session.execute(text("UPDATE batches SET status = 'cancelled'"))
-    assert sweeps.forget_expired_files(session) == ["files/f"]
+    assert reconciliation.forget_expired_files(session) == ["files/f"]
 
 
 def test_results_are_read_in_pages_of_bytes_and_a_large_one_alone(session: Session, batch: Batch) -> None:

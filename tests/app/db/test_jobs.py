@@ -8,11 +8,11 @@ import pytest
 from sqlalchemy import func, text
 from sqlalchemy.exc import DatabaseError
 
-from app.contracts import TERMINAL, ArtifactRef, JobFailure, JobStatus
+from app.contracts.messages import TERMINAL, ArtifactRef, JobFailure, JobStatus
 from app.db import jobs, leases
-from app.db.lifecycle import LEGAL, add_event, move, sources_of
+from app.db.job_states import LEGAL, add_event, move, sources_of
+from app.db.schema.tables import Checkpoint, Job
 from app.db.session import Session
-from app.db.tables import Checkpoint, Job
 
 AddJob = Callable[..., Job]
 

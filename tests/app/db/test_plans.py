@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from sqlalchemy import event, text
 
-from app.contracts import JobStatus
-from app.db import batches, files, jobs, leases, models, sweeps
+from app.contracts.messages import JobStatus
+from app.db import batches, files, jobs, leases, models, reconciliation
+from app.db.schema.tables import Model
 from app.db.session import Session, engine, transaction
-from app.db.tables import Model
 
 FEW, MANY = 1_000, 20_000
 SPARE_BUFFERS = 12  # one more level of each index, and pages that other tests' settings leave half full
@@ -77,13 +77,13 @@ QUERIES: dict[str, Callable[[Session], object]] = {
     "readers_of_file": lambda session: files.readers_of_file(session, "p", "file-1"),
     "count_active_batches": lambda session: batches.count_active(session, "p"),
     "claim": lambda session: leases.claim(session, "owner", 60.0),
-    "ring_due": lambda session: sweeps.ring_due(session, 30.0, 8),
-    "reap": lambda session: sweeps.reap(session, LOSSES),
-    "finish_cancels": lambda session: sweeps.finish_cancels(session, 1.0),
-    "wake": sweeps.wake,
-    "forget_expired_files": sweeps.forget_expired_files,
-    "forget_expired_keys": sweeps.forget_expired_keys,
-    "unknown_files": lambda session: sweeps.unknown_files(session, ["files/1", "files/none"]),
+    "ring_due": lambda session: reconciliation.ring_due(session, 30.0, 8),
+    "reap": lambda session: reconciliation.reap(session, LOSSES),
+    "finish_cancels": lambda session: reconciliation.finish_cancels(session, 1.0),
+    "wake": reconciliation.wake,
+    "forget_expired_files": reconciliation.forget_expired_files,
+    "forget_expired_keys": reconciliation.forget_expired_keys,
+    "unknown_files": lambda session: reconciliation.unknown_files(session, ["files/1", "files/none"]),
 }
 
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from sqlalchemy import func, text
 
-from app.contracts import JobStatus
-from app.db import files, idempotency, jobs, keys, leases, models, sweeps
-from app.db.lifecycle import move
+from app.contracts.messages import JobStatus
+from app.db import files, idempotency, jobs, keys, leases, models, reconciliation
+from app.db.job_states import move
+from app.db.schema.tables import File, Job, Model
 from app.db.session import Session, transaction
-from app.db.tables import File, Job, Model
 
 AddJob = Callable[..., Job]
 
@@ -74,9 +74,9 @@ def test_an_expired_file_is_kept_until_its_job_has_ended(
 ) -> None:
     add_file(session, "f", expires_at=func.now() - timedelta(seconds=1))
     add_job("reads", **{column: "f"})
-    assert sweeps.forget_expired_files(session) == []
+    assert reconciliation.forget_expired_files(session) == []
     move(session, "reads", JobStatus.cancelled, message="x")
-    assert len(sweeps.forget_expired_files(session)) == 1
+    assert len(reconciliation.forget_expired_files(session)) == 1
 
 
 def test_a_model_id_is_taken_once(session: Session, add_job: AddJob) -> None:

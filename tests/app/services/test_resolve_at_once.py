@@ -5,7 +5,7 @@ import pytest
 from app.db import models
 from app.db.session import transaction
 from app.errors import NotFound
-from app.services import registry
+from app.services import model_registry
 
 FACTS = {
     "architecture": "LlamaForCausalLM", "num_layers": 2, "hidden_size": 8, "vocab_size": 10, "context_tokens": 64,
@@ -34,15 +34,15 @@ def registered(database: str) -> None:
 @pytest.mark.parametrize("asked", ["mine", "shared", "eight", "m@prod"])
 def test_a_model_or_an_alias_is_the_same_in_one_trip(asked: str) -> None:
     with transaction() as session:
-        expected = registry.resolve(session, "p", asked)
-    assert registry.resolve_at_once("p", asked) == expected
+        expected = model_registry.resolve(session, "p", asked)
+    assert model_registry.resolve_at_once("p", asked) == expected
 
 
 def test_an_alias_means_what_it_means_in_the_callers_project() -> None:
-    assert registry.resolve_at_once("q", "m@prod").model_id == "theirs"
+    assert model_registry.resolve_at_once("q", "m@prod").model_id == "theirs"
 
 
 @pytest.mark.parametrize("asked", ["theirs", "none", "none@prod", "mine:ckpt-step-3", "mi\x00ne", ""])
 def test_what_the_project_does_not_see_does_not_exist(asked: str) -> None:
     with pytest.raises(NotFound, match="does not exist"):
-        registry.resolve_at_once("p", asked)
+        model_registry.resolve_at_once("p", asked)

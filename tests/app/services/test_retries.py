@@ -8,11 +8,11 @@ import pytest
 from sqlalchemy import text
 
 from app.auth import Principal
-from app.contracts import JobFailure
+from app.contracts.messages import JobFailure
 from app.db import jobs, leases, submissions
 from app.db.locks import lock_project
+from app.db.schema.tables import Job
 from app.db.session import Session, transaction
-from app.db.tables import Job
 from app.errors import Conflict
 from app.schemas.models import ImportModel
 from app.services import retries

@@ -37,7 +37,7 @@ def checkers() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children()
-        if "app.services.row_lengths" in child.cmdline() and "app.tether" not in child.cmdline()
+        if "app.services.row_lengths" in child.cmdline() and "app.parent_death" not in child.cmdline()
     ]
 
 

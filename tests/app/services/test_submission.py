@@ -1,11 +1,11 @@
 import pytest
 
-from app.contracts import DistillationJob, ModelFacts
-from app.distillation import Distillation
+from app.contracts.distillation import Distillation
+from app.contracts.messages import DistillationJob, ModelFacts
 from app.errors import BadRequest
 from app.schemas.jobs import CreateJob
 from app.services import submission
-from app.services.pairs import Pair
+from app.services.job_defaults import Pair
 
 
 def asked(**block: object) -> CreateJob:

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.worker.memory_sink import MemorySink
 from worker.distill.pipeline import distil
-from worker.distill.progress import MetricsLine
-from worker.distill.spec import RunSpec
-from worker.run import EngineSampler
+from worker.protocol.run_lines import MetricsLine
+from worker.protocol.run_spec import RunSpec
+from worker.train import EngineSampler
 
 Json = dict[str, Any]  # Any: open-ended JSON
 gc.freeze()  # what the imports made is not walked by every gc.collect of a run

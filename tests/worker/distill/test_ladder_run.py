@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.worker.memory_sink import FaultAtStage, MemorySink
-from worker.distill.checkpoint import load_state
-from worker.distill.errors import EvaluationFailed, GateFailed, NanLoss, StudentTooDeep
 from worker.distill.pipeline import Outcome, distil
-from worker.distill.progress import CheckpointLine, MessageLine, MetricsLine, ProgressLine, StageLine
-from worker.distill.spec import RunSpec
-from worker.distill.trainer import Stopped
-from worker.run import EngineSampler
+from worker.distill.training.checkpoint import load_state
+from worker.distill.training.trainer import Stopped
+from worker.errors import EvaluationFailed, GateFailed, NanLoss, StudentTooDeep
+from worker.protocol.run_lines import CheckpointLine, MessageLine, MetricsLine, ProgressLine, StageLine
+from worker.protocol.run_spec import RunSpec
+from worker.train import EngineSampler
 
 Json = dict[str, Any]  # Any: open-ended JSON
 MakeSpec = Callable[..., RunSpec]
@@ -84,7 +84,7 @@ def test_a_ladder_is_chosen_on_held_out_rows_and_judged_on_test_rows(
 def test_a_ladder_is_taught_by_one_pass_of_its_teacher(
     run_job: Run, make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.distill.pace.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("worker.protocol.run_lines.PROGRESS_SECONDS", 0.0)
     outcome, sink = run_job(make_spec(ladder(3, 1, 2), **STEPS))
     result = json.loads(json.dumps(outcome.result))
     assert (result["num_teacher_rows_computed"], result["teacher_passes"]) == (40, 1.0)

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from tests.tiny import save_tiny
 from tests.worker.memory_sink import MemorySink
-from worker.distill.checkpoint import load_state
-from worker.distill.errors import InvalidStudent, TokenizerMismatch, UnsupportedModel
 from worker.distill.pipeline import Outcome, distil
-from worker.distill.progress import MessageLine, ProgressLine, StageLine
-from worker.distill.spec import RunSpec
-from worker.distill.trainer import Stopped
-from worker.run import EngineSampler
+from worker.distill.training.checkpoint import load_state
+from worker.distill.training.trainer import Stopped
+from worker.errors import InvalidStudent, TokenizerMismatch, UnsupportedModel
+from worker.protocol.run_lines import MessageLine, ProgressLine, StageLine
+from worker.protocol.run_spec import RunSpec
+from worker.train import EngineSampler
 
 Json = dict[str, Any]  # Any: open-ended JSON
 MakeSpec = Callable[..., RunSpec]
@@ -158,7 +158,7 @@ def test_projections_learn_with_the_student(make_pair: MakeSpec, run: Run, tmp_p
 def test_a_masked_teacher_is_adapted_once_and_its_rows_are_the_adapted_ones(
     make_pair: MakeSpec, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.distill.pace.PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("worker.protocol.run_lines.PROGRESS_SECONDS", 0.0)
     spec = make_pair("bert", fresh("t5"), {"adaptation_steps": 3}, max_steps=2, n_epochs=1)
     first, second = run(spec), run(spec, out="second")
     stages = [[line.name for line in sink.lines if isinstance(line, StageLine)] for sink in (first, second)]

@@ -8,14 +8,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from tests.worker.memory_sink import MemorySink
-from worker.distill.checkpoint import load_state
-from worker.distill.errors import InvalidTrainingFile, TokenizerMismatch
 from worker.distill.pipeline import distil
-from worker.distill.progress import CheckpointLine, MessageLine, ProgressLine, RunLine, StageLine
-from worker.distill.spec import RunSpec
-from worker.distill.students import load_model
-from worker.distill.trainer import Stopped
-from worker.run import EngineSampler
+from worker.distill.students.recipe import load_model
+from worker.distill.training.checkpoint import load_state
+from worker.distill.training.trainer import Stopped
+from worker.errors import InvalidTrainingFile, TokenizerMismatch
+from worker.protocol.run_lines import CheckpointLine, MessageLine, ProgressLine, RunLine, StageLine
+from worker.protocol.run_spec import RunSpec
+from worker.train import EngineSampler
 
 MakeSpec = Callable[..., RunSpec]
 Run = Callable[..., MemorySink]

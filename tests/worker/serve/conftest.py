@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.contracts import ArtifactRef, Delta, GenerateRequest, Reply, Sampling
-from worker.serve.batch import CursorBatch
+from app.contracts.messages import ArtifactRef, Delta, GenerateRequest, Reply, Sampling
+from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.loading import LoadedModel, load_model
 
@@ -197,5 +197,5 @@ def largest_difference(next_logits: NextLogits) -> Callable[..., float]:
 @pytest.fixture
 def small_first_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Buffers that start tiny, so that growing and sliding happen within a short test."""
-    monkeypatch.setattr("worker.serve.cache.FIRST_WIDTH", 16)
-    monkeypatch.setattr("worker.serve.cache.FIRST_ROWS", 2)
+    monkeypatch.setattr("worker.serve.decoding.kv_cache.FIRST_WIDTH", 16)
+    monkeypatch.setattr("worker.serve.decoding.kv_cache.FIRST_ROWS", 2)

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from app.contracts import Delta, Done, Failure, GenerateRequest, Message, Reply
+from app.contracts.messages import Delta, Done, Failure, GenerateRequest, Message, Reply
+from worker.serve.batch_generate import generate_all
 from worker.serve.engine import Engine, TransformersEngine, end_ids
 from worker.serve.errors import PromptTooLong
 from worker.serve.loading import LoadedModel
-from worker.serve.offline import generate_all
 
 Make = Callable[..., GenerateRequest]
 MakeEngine = Callable[..., TransformersEngine]

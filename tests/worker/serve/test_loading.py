@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from worker.gemm import HAS_ONEDNN
+from worker.cpu.linear_ops import HAS_ONEDNN
 from worker.serve.errors import ModelLoadFailed, UnsupportedModel
 from worker.serve.loading import LoadedModel, load_model
 

@@ -12,14 +12,23 @@ from typing import Any
 import pytest
 import torch
 
-from app.contracts import ArtifactRef, Delta, Done, Draft, Failure, GenerateRequest, Reply, ServingOptions
-from app.control import Served
+from app.contracts.control import Served
+from app.contracts.messages import (
+    ArtifactRef,
+    Delta,
+    Done,
+    Draft,
+    Failure,
+    GenerateRequest,
+    Reply,
+    ServingOptions,
+)
 from tests.tiny import save_tiny
+from worker.serve.decoding.sampling import Chooser, draw, probabilities, seeded_generator
 from worker.serve.engine import Engine, TransformersEngine
-from worker.serve.engines import EngineLimits, LoadProgress, make_ready
 from worker.serve.errors import DraftUnsupported
+from worker.serve.host.engine_factory import EngineLimits, LoadProgress, make_ready
 from worker.serve.loading import LoadedModel, load_model
-from worker.serve.sampling import Chooser, draw, probabilities, seeded_generator
 from worker.serve.speculative import DraftCounts, Proposal, SpeculativeEngine, accept_or_draw
 
 pytestmark = pytest.mark.usefixtures("small_first_buffers")

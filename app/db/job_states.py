@@ -1,0 +1,142 @@
+"""The states of a job: which follow which, and the one statement that moves a job on.
+
+Each move is a single guarded UPDATE with its event in the same transaction. `succeeded` and `cancelled` are final;
+a `failed` job can only be resumed. A move out of `running` drops the lease, so the worker that had it can write no more.
+"""
+
+import time
+from collections.abc import Collection
+from typing import Any, Final, Literal
+
+from sqlalchemy import func, null, select, update
+from sqlalchemy.orm import Session
+
+from app.contracts.messages import TERMINAL, JobStatus
+from app.db.schema.ids import new_id
+from app.db.schema.json_values import clean, clean_text
+from app.db.schema.tables import Attempt, Event, Job, Json
+
+Level = Literal["info", "warn", "error"]
+MESSAGE_CHARACTERS: Final = 4000
+KEPT_STAGES: Final = 60
+
+LEGAL: Final[dict[JobStatus, frozenset[JobStatus]]] = {
+    JobStatus.queued: frozenset({JobStatus.running, JobStatus.paused, JobStatus.cancelled, JobStatus.failed}),
+    JobStatus.running: frozenset(
+        {
+            JobStatus.succeeded,
+            JobStatus.failed,
+            JobStatus.cancelled,
+            JobStatus.paused,
+            JobStatus.queued,
+            JobStatus.retry_wait,
+        }
+    ),
+    JobStatus.retry_wait: frozenset(
+        {JobStatus.queued, JobStatus.paused, JobStatus.cancelled, JobStatus.failed}
+    ),
+    JobStatus.paused: frozenset({JobStatus.queued, JobStatus.cancelled}),
+    JobStatus.succeeded: frozenset(),
+    JobStatus.failed: frozenset({JobStatus.queued}),
+    JobStatus.cancelled: frozenset(),
+}
+
+
+def sources_of(status: JobStatus) -> frozenset[JobStatus]:
+    """The states that may be left for this one."""
+    return frozenset(source for source, targets in LEGAL.items() if status in targets)
+
+
+def move(
+    session: Session,
+    job_id: str,
+    to: JobStatus,
+    *,
+    message: str,
+    sources: Collection[JobStatus] | None = None,
+    token: int | None = None,
+    outcome: str | None = None,
+    level: Level = "info",
+    **columns: Any,  # Any: more columns of Job to set, by name
+) -> Job | None:
+    """Moves a job on and says so in an event; None if it may not go there (any more).
+
+    sources: fewer states than are legal. token: the move is only for the holder of this lease.
+    outcome: how the attempt that was running ends; the new state's name if not given.
+    """
+    before = lock_job(session, job_id)
+    allowed = sources_of(to) if sources is None else sources_of(to) & frozenset(sources)
+    if before is None or before.status not in allowed or (token is not None and before.lease_token != token):
+        return None
+    was_running = before.status == JobStatus.running
+    if was_running:
+        columns.setdefault("stages", end_stages(before.stages, outcome or to.value))
+        columns |= {"lease_token": None, "lease_owner": None, "lease_expires_at": None}
+    if to in TERMINAL:
+        columns |= {"finished_at": func.now()}
+    elif before.status in TERMINAL:
+        columns |= {"finished_at": None, "error": null()}
+    if to != JobStatus.running:
+        columns |= {"stage": None}
+    if to != JobStatus.paused:
+        columns |= {"pause_reason": None}
+    change = update(Job).where(Job.id == job_id, Job.status.in_(allowed))
+    if token is not None:
+        change = change.where(Job.lease_token == token)
+    change = change.values(status=to.value, **columns)
+    job = session.scalars(
+        change.returning(Job), execution_options={"populate_existing": True, "synchronize_session": False}
+    ).one_or_none()
+    if job is None:
+        return None
+    if was_running:
+        open_attempt = update(Attempt).where(Attempt.job_id == job_id, Attempt.ended_at.is_(None))
+        session.execute(open_attempt.values(ended_at=func.now(), outcome=outcome or to.value))
+    add_event(session, job_id, message, type="state", level=level, data={"status": public_name(to)})
+    return job
+
+
+def lock_job(session: Session, job_id: str) -> Job | None:
+    """The job as it is now; nobody else changes it or adds to its history until the transaction ends."""
+    query = select(Job).where(Job.id == job_id).with_for_update(key_share=True)
+    return session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
+
+
+def add_event(
+    session: Session,
+    job_id: str,
+    message: str,
+    *,
+    type: str = "message",  # noqa: A002  # the column's name
+    level: Level = "info",
+    data: Json | None = None,
+) -> Event:
+    """Appends to a job's history. Takes the job's lock, so that `seq` rises in the order of commits."""
+    lock_job(session, job_id)
+    event = Event(
+        id=new_id("ftevent-"),
+        job_id=job_id,
+        level=level,
+        type=type,
+        message=clean_text(message)[:MESSAGE_CHARACTERS],
+        data=clean(data or {}),
+    )
+    session.add(event)
+    session.flush()
+    return event
+
+
+def begin_stage(stages: list[Json], name: str) -> list[Json]:
+    """The stages with a new one running; the one before has succeeded. Times are seconds since the epoch."""
+    begun = {"name": name, "status": "running", "started_at": int(time.time()), "finished_at": None}
+    return [*end_stages(stages, "succeeded"), begun][-KEPT_STAGES:]
+
+
+def end_stages(stages: list[Json], status: str) -> list[Json]:
+    """The stages with none running any more."""
+    ended = {"status": status, "finished_at": int(time.time())}
+    return [{**stage, **ended} if stage["status"] == "running" else stage for stage in stages]
+
+
+def public_name(status: JobStatus) -> str:
+    return JobStatus.queued.value if status == JobStatus.retry_wait else status.value

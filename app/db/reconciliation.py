@@ -1,0 +1,261 @@
+"""What the reconciler reads and writes: due doorbells, dead leases, forgotten cancels, garbage."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, TypeVarTuple
+
+from sqlalchemy import ScalarSelect, Select, delete, func, select, text, update
+from sqlalchemy.orm import Session
+
+from app.contracts.messages import TERMINAL, JobFailure, JobStatus
+from app.db import jobs, leases
+from app.db.conditions import HAS_NOT_ENDED
+from app.db.job_states import move
+from app.db.schema.tables import ENDED_BATCHES, Attempt, Batch, Checkpoint, File, IdempotencyKey, Job, Model
+
+LEADER_LOCK: Final = 7_355_609  # any number that nothing else locks
+BATCH: Final = 100  # rows a rule takes in one pass; the rest comes with the next
+RING_BACKOFF: Final = (
+    10  # the doorbell of a job that nobody takes is rung this many times more seldom in the end
+)
+
+Columns = TypeVarTuple("Columns")
+
+
+@dataclass(frozen=True)
+class StoredJob:
+    """What the garbage collector must know of a job that has something in the store."""
+
+    kind: str
+    status: str
+    lease_token: int | None
+    is_deleted: bool
+    kept_keys: frozenset[str]
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status in TERMINAL
+
+    @property
+    def can_run_again(self) -> bool:
+        """Whether another attempt may write to the store, now or after a resume."""
+        can_be_resumed = (
+            self.kind == "distillation" and self.status == JobStatus.failed and not self.is_deleted
+        )
+        return not self.has_ended or can_be_resumed
+
+    @property
+    def is_discarded(self) -> bool:
+        """Whether nothing of the job is kept."""
+        return self.is_deleted or self.status == JobStatus.cancelled
+
+
+def try_lead(session: Session) -> bool:
+    """Whether this transaction may reconcile; the right ends with it."""
+    return bool(session.scalar(select(func.pg_try_advisory_xact_lock(LEADER_LOCK))))
+
+
+def server_age_seconds(session: Session) -> float:
+    """Time since the database server started, by its own clock."""
+    age = session.scalar(text("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())"))
+    return float(age or 0.0)
+
+
+def ring_due(session: Session, again_seconds: float, most: int) -> int:
+    """Notes that up to `most` due jobs are rung now, and says how many: those never rung, or not for a while."""
+    waited = (
+        Job.last_rung_at - Job.run_after
+    )  # as long again, so that the doorbell is rung more and more seldom
+    pause = func.least(
+        func.greatest(waited, timedelta(seconds=again_seconds)),
+        timedelta(seconds=RING_BACKOFF * again_seconds),
+    )
+    due = (
+        select(Job.id)
+        .where(Job.status == JobStatus.queued, Job.run_after <= func.now())
+        .where(Job.last_rung_at.is_(None) | (Job.last_rung_at < func.now() - pause))
+        .order_by(Job.last_rung_at.asc().nulls_first(), Job.run_after)
+    )
+    rung = update(Job).where(Job.id.in_(_batch(due, most)))
+    rung = rung.values(last_rung_at=func.now()).execution_options(synchronize_session=False)
+    return len(session.scalars(rung.returning(Job.id)).all())
+
+
+def reap(session: Session, losses: leases.Losses) -> int:
+    """Takes the jobs whose lease is over away from their workers."""
+    silent = select(Job).where(Job.status == JobStatus.running, Job.lease_expires_at < func.now())
+    reason = "The worker has stopped answering."
+    lost = [
+        leases.lose(session, job.id, job.lease_token, losses, reason=reason, error_code="worker_lost")
+        for job in _jobs(session, silent.order_by(Job.lease_expires_at))
+        if job.lease_token is not None
+    ]
+    return len(lost) - lost.count(None)
+
+
+def finish_cancels(session: Session, grace_seconds: float) -> int:
+    """Ends jobs that were asked to stop: waiting ones, and running ones whose worker has had its time."""
+    asked = select(Job).where(
+        Job.cancel_requested_at.is_not(None),
+        (Job.status.not_in([*TERMINAL, JobStatus.running]))
+        | (
+            (Job.status == JobStatus.running)
+            & (Job.cancel_requested_at < func.now() - timedelta(seconds=grace_seconds))
+        ),
+    )
+    message = "The job is cancelled."
+    moved = [move(session, job.id, JobStatus.cancelled, message=message) for job in _jobs(session, asked)]
+    return len(moved) - moved.count(None)
+
+
+def wake(session: Session) -> int:
+    """Queues the jobs that have waited long enough since they lost their worker."""
+    rested = select(Job).where(Job.status == JobStatus.retry_wait, Job.run_after <= func.now())
+    message = "The job is queued again."
+    moved = [
+        move(
+            session,
+            job.id,
+            JobStatus.queued,
+            sources={JobStatus.retry_wait},
+            message=message,
+            last_rung_at=None,
+        )
+        for job in _jobs(session, rested)
+    ]
+    return len(moved) - moved.count(None)
+
+
+def end_overdue(session: Session, max_runtime_seconds: float, grace_seconds: float) -> int:
+    """Stops running jobs whose attempts since the last resume have together run for too long.
+
+    A distillation is asked to pause at a checkpoint; after `grace_seconds` it is paused without its worker.
+    An import has no checkpoints, and fails.
+    """
+    overdue = select(Job).where(
+        Job.status == JobStatus.running,
+        Job.cancel_requested_at.is_(None),
+        Job.pause_requested_at.is_(None)
+        | (Job.pause_requested_at < func.now() - timedelta(seconds=grace_seconds)),
+        _runtime() > timedelta(seconds=max_runtime_seconds),
+    )
+    stopped = [_stop(session, job, max_runtime_seconds) for job in _jobs(session, overdue)]
+    return len(stopped) - stopped.count(None)
+
+
+def _runtime() -> ScalarSelect[Any]:  # Any: an interval, whose type SQLAlchemy does not infer
+    """How long the attempts of a `Job` have run since its last resume, in all."""
+    ended_at = func.coalesce(Attempt.ended_at, func.now())
+    started_at = func.greatest(Attempt.started_at, Job.resumed_at)  # ignores nulls
+    runtime = select(func.sum(ended_at - started_at)).where(Attempt.job_id == Job.id, ended_at > started_at)
+    return runtime.correlate(Job).scalar_subquery()
+
+
+def _stop(session: Session, job: Job, max_runtime_seconds: float) -> Job | None:
+    limit = f"{max_runtime_seconds:.0f} s, the limit that STILLHOUSE_MAX_RUNTIME_SECONDS sets"
+    if job.kind != "distillation":
+        message = f"the job has run for more than {limit}; raise the limit and submit the job again"
+        failure = JobFailure(code="max_runtime_exceeded", message=message)
+        return leases.fail(session, job.id, job.lease_token, failure)
+    if job.pause_requested_at is None:
+        reason = (
+            f"it has run for more than {limit}. Its checkpoints are kept. To continue from the newest "
+            f"checkpoint with a new time limit, resume the job with POST /v1/fine_tuning/jobs/{job.id}/resume."
+        )
+        return jobs.request_pause(session, job.id, reason=reason)
+    assert job.lease_token is not None, "the job is running"
+    return leases.pause(session, job.id, job.lease_token, prefix="The worker has not stopped the run. ")
+
+
+def doom_checkpoints(session: Session) -> list[tuple[str, str]]:
+    """(id, store key) of checkpoints to delete: retired ones, and all of cancelled or deleted jobs."""
+    discarded = select(Job.id).where((Job.status == JobStatus.cancelled) | Job.deleted_at.is_not(None))
+    doomed = update(Checkpoint).where(Checkpoint.status != "deleting", Checkpoint.job_id.in_(discarded))
+    session.execute(doomed.values(status="deleting").execution_options(synchronize_session=False))
+    query = select(Checkpoint.id, Checkpoint.store_key).where(Checkpoint.status == "deleting")
+    return [
+        (row.id, row.store_key) for row in session.execute(query.order_by(Checkpoint.created_at).limit(BATCH))
+    ]
+
+
+def forget_checkpoints(session: Session, ids: Collection[str]) -> None:
+    session.execute(delete(Checkpoint).where(Checkpoint.id.in_(ids), Checkpoint.status == "deleting"))
+
+
+def deleted_jobs(session: Session, older_than_seconds: float) -> list[str]:
+    """Ids of jobs that were deleted at least so long ago and have no checkpoints left."""
+    checkpoints = select(Checkpoint.id).where(Checkpoint.job_id == Job.id).correlate(Job)
+    models = select(Model.id).where(Model.source_job_id == Job.id).correlate(Job)
+    query = select(Job.id).where(Job.deleted_at < func.now() - timedelta(seconds=older_than_seconds))
+    query = query.where(~checkpoints.exists(), ~models.exists()).order_by(Job.deleted_at)
+    return list(session.scalars(query.limit(BATCH)))
+
+
+def forget_jobs(session: Session, ids: Collection[str]) -> None:
+    """Removes the rows of deleted jobs, with their attempts, events and metrics."""
+    gone = delete(Job).where(Job.id.in_(ids), Job.deleted_at.is_not(None))
+    session.execute(gone.execution_options(synchronize_session=False))
+
+
+def forget_expired_files(session: Session) -> list[str]:
+    """Drops the rows of expired files that no job and no batch still reads; gives their store keys."""
+    jobs = select(Job.id).where(
+        HAS_NOT_ENDED,
+        (Job.training_file_id == File.id)
+        | (Job.validation_file_id == File.id)
+        | (Job.test_file_id == File.id),
+    )
+    batches = select(Batch.id).where(Batch.status.not_in(ENDED_BATCHES), Batch.input_file_id == File.id)
+    expired = select(File.id).where(
+        File.expires_at <= func.now(), ~jobs.correlate(File).exists(), ~batches.correlate(File).exists()
+    )
+    gone = delete(File).where(File.id.in_(_batch(expired, BATCH)))
+    gone = gone.execution_options(synchronize_session=False)
+    return list(session.scalars(gone.returning(File.store_key)))
+
+
+def forget_expired_keys(session: Session) -> int:
+    """Drops idempotency keys whose day is over."""
+    gone = delete(IdempotencyKey).where(IdempotencyKey.expires_at <= func.now())
+    gone = gone.execution_options(synchronize_session=False)
+    return len(session.scalars(gone.returning(IdempotencyKey.key)).all())
+
+
+def stored_jobs(session: Session, job_ids: Collection[str]) -> dict[str, StoredJob]:
+    """The state of each of these jobs, and the store keys that rows refer to."""
+    kept: dict[str, set[str]] = {}
+    checkpoints = select(Checkpoint.job_id, Checkpoint.store_key).where(Checkpoint.job_id.in_(job_ids))
+    for job_id, key in session.execute(checkpoints):
+        kept.setdefault(job_id, set()).add(key)
+    for model in session.scalars(select(Model).where(Model.source_job_id.in_(job_ids))):
+        kept.setdefault(model.source_job_id or "", set()).add(model.store_key)
+    columns = (Job.id, Job.kind, Job.status, Job.lease_token, Job.deleted_at)
+    return {
+        row.id: StoredJob(
+            row.kind, row.status, row.lease_token, row.deleted_at is not None, frozenset(kept.get(row.id, ()))
+        )
+        for row in session.execute(select(*columns).where(Job.id.in_(job_ids)))
+    }
+
+
+def spent_imports(session: Session) -> set[str]:
+    """Store keys of staged models whose import jobs have all ended."""
+    staged = Job.spec["staged"]["key"].astext
+    query = select(staged).where(Job.kind == "import", staged.is_not(None)).group_by(staged)
+    return set(session.scalars(query.having(func.bool_and(Job.status.in_(TERMINAL)))))
+
+
+def unknown_files(session: Session, store_keys: Collection[str]) -> set[str]:
+    """Those of the store keys that no file row refers to."""
+    return set(store_keys) - set(
+        session.scalars(select(File.store_key).where(File.store_key.in_(store_keys)))
+    )
+
+
+def _batch(query: Select[*Columns], most: int) -> Select[*Columns]:
+    return query.limit(most).with_for_update(skip_locked=True, key_share=True)
+
+
+def _jobs(session: Session, query: Select[Job]) -> list[Job]:
+    return list(session.scalars(_batch(query, BATCH), execution_options={"populate_existing": True}))

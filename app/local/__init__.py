@@ -1,0 +1,1 @@
+"""The processes that `stillhouse up` starts and owns: Postgres, Valkey, the API and the workers."""

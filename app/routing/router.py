@@ -1,0 +1,338 @@
+"""Tokens on their way from serve workers to waiting coroutines.
+
+One `Switchboard` a process: it hands each prompt to a living worker and fans what comes back on the process's
+reply channel out to `Flow`s. Everything here runs on the event loop's thread.
+
+A prompt on a worker is a leg, with a wire id of its own each time it is sent. A leg whose worker dies, or whose
+replies may have been missed, is sent again under a new wire id as long as nothing of it was heard; otherwise its
+flow fails. Late replies to an old wire id find no leg and are dropped.
+"""
+
+import asyncio
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TypeVar
+from uuid import uuid4
+
+import structlog
+from pydantic import ValidationError
+from redis.asyncio import Redis
+from redis.asyncio.client import PubSub
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from app.contracts.control import Keep, Load, Unload
+from app.contracts.messages import (
+    Cancel,
+    Done,
+    EngineName,
+    Failure,
+    GenerateRequest,
+    Reply,
+    ReplyBatch,
+    ServeWorkerStatus,
+    control_channel,
+    reply_channel,
+)
+from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
+from app.routing.admission import Admission
+from app.routing.reply_stream import Flow, Leg
+from app.routing.task_queue import NotSent, Outbox, queue_key
+from app.routing.worker_registry import FAULTS, Fleet
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+NOWHERE = "unix:///nonexistent/redis.sock"  # an unset URL is like a Redis that is down
+MAX_SENDS = 3  # a prompt that has outlived three workers may be what kills them
+LOST_SECONDS = 5.0  # an idle worker that has said nothing about a leg for this long never got it
+FORGOTTEN_SECONDS = 15.0  # nor has a busy one it, or its end was lost on the way
+MAX_KNOWN_BATCHES = 4096  # of replies, so that one that comes twice, and late, is known
+DEADLINE_SLACK_SECONDS = 5.0  # a worker ends a late request itself; this is for one that cannot
+LISTEN_SECONDS = 2.0  # how long a request waits for the reply channel to be open
+RELISTEN_SECONDS = 0.25
+NUM_CANCELS = 8
+PING_SECONDS = 2.0
+MAX_EMPTY_POLLS = 6  # of a second each, with three pings unanswered: the connection is half open
+ERRORS = {400: BadRequest, 404: NotFound, 429: TooManyRequests, 503: Unavailable, 504: TimedOut}
+
+
+def error_of(failure: Failure) -> StillhouseError:
+    """What a worker's failure is to the client."""
+    error = ERRORS.get(failure.status, StillhouseError)(failure.message, failure.code, failure.param)
+    error.status = failure.status
+    return error
+
+
+def no_worker(message: str) -> Unavailable:
+    error = Unavailable(message, "no_worker")
+    error.retry_after_seconds = 5
+    return error
+
+
+def _kind_of_worker(engine: EngineName | None) -> str:
+    return "serve worker with vLLM" if engine == "vllm" else "serve worker"
+
+
+class Switchboard:
+    """Sends prompts to serve workers and brings their replies home."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.api_id = uuid4().hex[:12]
+        self.settings = settings
+        self.admission = Admission(
+            max_requests=settings.max_waiting_requests,
+            max_tokens=settings.max_waiting_tokens,
+            max_requests_per_key=settings.max_requests_per_key,
+        )
+        self._legs: dict[str, Leg] = {}
+        self._known_batches: dict[str, None] = {}
+        self._tasks: set[asyncio.Task[object]] = set()
+        self._is_listening = asyncio.Event()
+        self._outbox = Outbox(settings.redis_url or NOWHERE)
+        # No retries: a reconnect behind our back would hide that replies were missed.
+        self._redis: Redis = Redis.from_url(
+            settings.redis_url or NOWHERE,
+            socket_timeout=2.0,
+            socket_connect_timeout=1.0,
+            retry=Retry(NoBackoff(), 0),
+        )
+        self._fleet = Fleet(self._redis)
+
+    @property
+    def workers(self) -> list[ServeWorkerStatus]:
+        """The serve workers that were alive at the last look."""
+        return self._fleet.workers
+
+    async def start(self) -> None:
+        """Begins to listen and to watch; goes on without Redis until it comes."""
+        self._spawn(self._forever(self._listen))
+        await self._fleet.look()
+        self._spawn(self._forever(self._watch))
+
+    async def stop(self) -> None:
+        """Fails what still runs, and cancels it on the workers."""
+        for leg in list(self._legs.values()):
+            leg.flow.fail(Unavailable("the server is going down; try again", "draining"))
+        await asyncio.sleep(0.05)  # the cancellations just spawned get their turn
+        while self._tasks:  # again and again: redis-py swallows a cancellation that comes while it connects
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=0.1)
+        await self._redis.aclose()
+        await self._outbox.aclose()
+
+    async def open(self, requests: Sequence[GenerateRequest], on_end: Callable[[], None]) -> Flow:
+        """Hands the prompts to workers; `on_end` is called once, when the flow ends. Raises Unavailable."""
+        flow = Flow(sum(request.n for request in requests), on_end)
+        legs = [Leg(flow, self.drop, index, request) for index, request in enumerate(requests)]
+        flow.legs.update(legs)
+        try:
+            for leg in legs:
+                await self._send(leg)
+        except BaseException:
+            flow.close()
+            raise
+        return flow
+
+    async def tell(self, message: Load | Unload | Keep, engine: EngineName | None = None) -> list[str]:
+        """Says it to all workers, or to those with the engine; gives who heard. Raises Unavailable if nobody did."""
+        if not self.workers:
+            await asyncio.shield(self._spawn(self._fleet.look()))  # for the reason that stop() gives
+        able = [w.worker_id for w in self.workers if engine in (None, *w.engines) and not w.is_draining]
+        data = message.model_dump_json()
+        try:
+            told = [name for name in able if await self._redis.publish(control_channel(name), data)]
+        except FAULTS:
+            raise no_worker("the message queue cannot be reached; try again soon") from None
+        if not told:
+            raise no_worker(f"no {_kind_of_worker(engine)} is running; start one, or try again soon")
+        return told
+
+    def drop(self, leg: Leg) -> None:
+        """Stops listening to the leg, and tells its worker."""
+        if self._legs.pop(leg.wire_id, None) is not None:
+            self._spawn(self._cancel(leg.worker_id, leg.wire_id))
+
+    async def _send(self, leg: Leg) -> None:
+        try:
+            async with asyncio.timeout(LISTEN_SECONDS):
+                await self._is_listening.wait()
+        except TimeoutError:
+            raise no_worker("the message queue cannot be reached; try again soon") from None
+        leg.worker_id = await self._pick(leg)
+        if leg not in leg.flow.legs:  # closed meanwhile
+            return
+        leg.num_sends += 1
+        leg.wire_id = f"{leg.request.id}.{leg.num_sends}"
+        leg.seen_at = time.monotonic()
+        self._legs[leg.wire_id] = leg
+        message = leg.request.model_copy(update={"id": leg.wire_id, "reply_to": self.api_id})
+        try:
+            await self._outbox.send(leg.worker_id, message)
+        except NotSent:
+            raise no_worker("the message queue cannot be reached; try again soon") from None
+
+    async def _pick(self, leg: Leg) -> str:
+        ours: Counter[str] = Counter()
+        for sent in self._legs.values():
+            ours[sent.worker_id] += sent.request.num_sequences
+        worker_id = self._fleet.pick(leg.request, ours)
+        if worker_id is None:
+            await asyncio.shield(self._spawn(self._fleet.look()))  # for the reason that stop() gives
+            worker_id = self._fleet.pick(leg.request, ours)
+        if worker_id is None:
+            kind = _kind_of_worker(leg.request.serving.engine)
+            raise no_worker(f"no {kind} is running; start one, or try again soon")
+        return worker_id
+
+    async def _forever(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
+        """Without the two that listen and watch no prompt would ever be answered: whatever ends one, it begins anew."""
+        while True:
+            try:
+                await work()
+            except Exception:
+                log.exception("switchboard_begins_anew")
+            await asyncio.sleep(RELISTEN_SECONDS)
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with self._redis.pubsub() as pubsub:
+                    await pubsub.subscribe(reply_channel(self.api_id))
+                    await self._hear(pubsub)
+            except FAULTS as fault:
+                if self._is_listening.is_set():
+                    log.warning("reply_channel_lost", reason=type(fault).__name__)
+            self._is_listening.clear()
+            for leg in list(self._legs.values()):
+                self._recover(leg, "replies were lost on the way")
+            await asyncio.sleep(RELISTEN_SECONDS)
+
+    async def _hear(self, pubsub: PubSub) -> None:
+        """Delivers until the channel was interrupted.
+
+        Silence is counted in polls, not by the clock: if the event loop was blocked, the replies of that time
+        are still to be read.
+        """
+        pinged_at = time.monotonic()
+        num_empty_polls = 0
+        while num_empty_polls < MAX_EMPTY_POLLS:
+            if time.monotonic() - pinged_at > PING_SECONDS:
+                pinged_at = time.monotonic()
+                await pubsub.ping()
+            message = await pubsub.get_message(timeout=1.0)
+            if message is None:
+                num_empty_polls += 1
+                continue
+            num_empty_polls = 0
+            if message["type"] == "message":
+                self._deliver(message["data"])
+                await asyncio.sleep(0)  # many messages may have come; others have their turn between two
+            elif message["type"] == "subscribe" and self._is_listening.is_set():
+                return  # subscribed anew: the client reconnected by itself, and replies may be missing
+            elif message["type"] == "subscribe":
+                self._is_listening.set()
+
+    def _deliver(self, data: bytes) -> None:
+        try:
+            batch = ReplyBatch.model_validate_json(data)
+        except ValidationError:
+            log.warning("reply_malformed", num_bytes=len(data))
+            return
+        if batch.id in self._known_batches:
+            return
+        self._known_batches[batch.id] = None
+        if len(self._known_batches) > MAX_KNOWN_BATCHES:
+            del self._known_batches[next(iter(self._known_batches))]
+        for reply in batch.replies:
+            if (leg := self._legs.get(reply.id)) is not None:
+                self._advance(leg, reply)
+
+    def _advance(self, leg: Leg, reply: Reply) -> None:
+        if isinstance(reply, Failure):
+            del self._legs[leg.wire_id]  # its worker knows
+            if reply.code == "draining" and not leg.is_heard:
+                self._recover(leg, reply.message)
+            else:
+                leg.flow.fail(error_of(reply))
+            return
+        leg.is_heard, leg.seen_at = True, time.monotonic()
+        leg.flow.put(leg.index, reply)
+        if isinstance(reply, Done):
+            self._legs.pop(leg.wire_id, None)
+            leg.flow.legs.discard(leg)
+            if not leg.flow.legs:
+                leg.flow.close()
+
+    def _recover(self, leg: Leg, why: str) -> None:
+        """Sends an unheard leg again, to whoever lives; fails the flow of one that was heard."""
+        if leg not in leg.flow.legs:
+            return
+        self.drop(leg)
+        if leg.is_heard or leg.num_sends >= MAX_SENDS:
+            message = f"the worker that was writing this answer was lost ({why}); try again"
+            leg.flow.fail(Unavailable(message, "worker_lost"))
+        else:
+            log.info("request_sent_again", id=leg.request.id, reason=why)
+            self._spawn(self._send_again(leg))
+
+    async def _send_again(self, leg: Leg) -> None:
+        try:
+            await self._send(leg)
+        except StillhouseError as error:
+            leg.flow.fail(error)
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.serve_heartbeat_seconds)
+            dead = await self._fleet.look()
+            for worker_id in dead or ():
+                with contextlib.suppress(
+                    *FAULTS
+                ):  # its unread requests are nobody's; they are sent again below
+                    await self._redis.delete(queue_key(worker_id))
+            for leg in list(self._legs.values()):
+                self._check(leg, can_judge=dead is not None)
+
+    def _check(self, leg: Leg, can_judge: bool) -> None:
+        idle_since = self._fleet.idle_since(leg.worker_id)
+        is_named = self._fleet.has(leg.worker_id, leg.wire_id)
+        if is_named:
+            leg.seen_at = time.monotonic()
+        patience = max(
+            LOST_SECONDS if idle_since is not None else math.inf if is_named is None else FORGOTTEN_SECONDS,
+            3 * self.settings.serve_heartbeat_seconds,  # it may not have been seen yet
+        )
+        if time.time() > leg.request.deadline_at + DEADLINE_SLACK_SECONDS:
+            leg.flow.fail(TimedOut("the answer took too long; ask for fewer tokens or try again"))
+        elif can_judge and not self._fleet.is_known(leg.worker_id):
+            self._recover(leg, "it stopped answering")
+        elif can_judge and time.monotonic() - max(idle_since or 0.0, leg.seen_at) > patience:
+            self._recover(leg, "it no longer has the request")
+
+    async def _cancel(self, worker_id: str, wire_id: str) -> None:
+        """Tells the worker to stop; again while it lives and does not hear, for it may be reconnecting."""
+        message = Cancel(id=wire_id).model_dump_json()
+        for _ in range(NUM_CANCELS):
+            with contextlib.suppress(*FAULTS):
+                if await self._redis.publish(control_channel(worker_id), message):
+                    return
+            if not self._fleet.is_known(worker_id):
+                return
+            await asyncio.sleep(RELISTEN_SECONDS)
+
+    def _spawn(self, work: Coroutine[object, object, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("switchboard_task_failed", exc_info=error)

@@ -1,0 +1,112 @@
+"""The serve workers that live, as their heartbeats in Redis tell."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import structlog
+from pydantic import ValidationError
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from app.contracts.messages import GenerateRequest, ServeWorkerStatus, serve_worker_key
+
+log = structlog.get_logger(__name__)
+
+MISSES = 2  # looks without a heartbeat until a worker counts as dead; one may be a restart of Redis
+STALLED_SECONDS = 15.0  # a worker that has had work for so long without a forward pass is not well
+# RuntimeError: uvloop's, for a write on a connection that was closed a moment before
+FAULTS = (RedisError, OSError, RuntimeError)
+
+
+@dataclass
+class Sighting:
+    """What is known of a worker; idle_since is by our own monotonic clock, so that clocks may differ."""
+
+    status: ServeWorkerStatus
+    idle_since: float | None
+    num_misses: int = 0
+
+
+class Fleet:
+    """Which serve workers there are, and which one a prompt should go to."""
+
+    def __init__(self, redis: Redis) -> None:
+        self._redis = redis
+        self._sightings: dict[str, Sighting] = {}
+        self._is_seeing = True
+
+    @property
+    def workers(self) -> list[ServeWorkerStatus]:
+        """Those seen at the last look."""
+        return [sighting.status for sighting in self._sightings.values() if sighting.num_misses == 0]
+
+    def is_known(self, worker_id: str) -> bool:
+        return worker_id in self._sightings
+
+    def has(self, worker_id: str, request_id: str) -> bool | None:
+        """Whether the worker said at its last beat that it has the request, whose end it will tell; None: it says not."""
+        sighting = self._sightings.get(worker_id)
+        requests = sighting.status.requests if sighting else None
+        return None if requests is None else request_id in requests
+
+    def idle_since(self, worker_id: str) -> float | None:
+        sighting = self._sightings.get(worker_id)
+        return sighting.idle_since if sighting else None
+
+    async def look(self) -> list[str] | None:
+        """Reads the heartbeats; gives the workers found dead, or None when Redis did not answer.
+
+        Without an answer nobody counts as dead: an outage of Redis is not one of the workers.
+        """
+        try:
+            keys = [key async for key in self._redis.scan_iter(match=serve_worker_key("*"), count=1000)]
+            values = await self._redis.mget(keys) if keys else []
+        except FAULTS as fault:
+            if self._is_seeing:
+                log.warning("heartbeats_unread", reason=type(fault).__name__)
+            self._is_seeing = False
+            return None
+        self._is_seeing = True
+        seen = {status.worker_id: status for value in values if (status := _parse(value)) is not None}
+        now = time.monotonic()
+        for worker_id, status in seen.items():
+            known = self._sightings.get(worker_id)
+            is_idle = not (status.num_running or status.num_waiting or status.loading)
+            was_idle_since = known.idle_since if known else None
+            self._sightings[worker_id] = Sighting(status, (was_idle_since or now) if is_idle else None)
+        return [worker_id for worker_id in self._sightings.keys() - seen.keys() if self._is_dead(worker_id)]
+
+    def _is_dead(self, worker_id: str) -> bool:
+        sighting = self._sightings[worker_id]
+        sighting.num_misses += 1
+        if sighting.num_misses < MISSES:
+            return False
+        del self._sightings[worker_id]
+        log.warning("serve_worker_gone", worker=worker_id)
+        return True
+
+    def pick(self, request: GenerateRequest, ours: Mapping[str, int]) -> str | None:
+        """Of the workers with the model's engine, one that has it and free room, else the one with the least to do.
+
+        None without any. `ours` counts what this process has sent and not heard the end of, which heartbeats
+        may not show yet.
+        """
+
+        def rank(status: ServeWorkerStatus) -> tuple[bool, bool, int]:
+            load = max(status.num_running + status.num_waiting, ours.get(status.worker_id, 0))
+            has_model = request.residence in status.resident or request.residence in status.loading
+            is_stalled = status.stalled_seconds > STALLED_SECONDS
+            return is_stalled, not (has_model and load < status.max_running), load
+
+        engine = request.serving.engine
+        able = [status for status in self.workers if not status.is_draining and engine in status.engines]
+        return min(able, key=rank).worker_id if able else None
+
+
+def _parse(value: bytes | str | None) -> ServeWorkerStatus | None:
+    try:
+        return ServeWorkerStatus.model_validate_json(value) if value is not None else None
+    except ValidationError:  # a worker of another version: better unseen than all unseen
+        log.warning("heartbeat_malformed")
+        return None

@@ -1,0 +1,1 @@
+"""Batches of requests: input files, answering their lines, output files."""

@@ -1,0 +1,145 @@
+"""The lines of a batch's input file: read in pieces, parsed, and judged as the routes would judge them."""
+
+from collections.abc import Callable, Iterator
+from typing import Final, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from app.db.session import transaction
+from app.errors import BadRequest, StillhouseError
+from app.json_limits import parse_limited, refuse_crowded
+from app.schemas.batches import BatchError, BatchRequest
+from app.schemas.completions import ChatBody, CompletionBody
+from app.schemas.validation_errors import bad_request
+from app.services import generation, model_registry
+from app.settings import Settings
+from app.storage import store
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+PIECE_BYTES: Final = 2**20
+MAX_REQUESTS: Final = 50_000  # as at OpenAI
+MAX_FAULTS: Final = 100  # of a file that are told; nobody reads more
+BODIES: Final[dict[str, type[ChatBody] | type[CompletionBody]]] = {
+    "/v1/chat/completions": ChatBody,
+    "/v1/completions": CompletionBody,
+}
+
+
+def lines_from(key: str, offset: int, max_line_bytes: int) -> tuple[list[bytes], int]:
+    """Some whole lines of a stored file from an offset on, and the offset behind them; none at its end.
+
+    A line that is too long comes cut short, but still too long.
+    """
+    with store().open(key) as file:
+        file.seek(offset)
+        piece, end = b"", 0
+        while not end and len(piece) <= max_line_bytes:
+            more = file.read(PIECE_BYTES)
+            piece += more
+            end = piece.rfind(b"\n") + 1 if more else len(piece)
+            if not more:
+                break
+    piece = piece[: end or len(piece)]
+    return (piece.removesuffix(b"\n").split(b"\n") if piece else []), offset + len(piece)
+
+
+def numbered_lines(key: str, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
+    """All lines of a stored file, counted from 1."""
+    number = offset = 0
+    while True:
+        lines, offset = lines_from(key, offset, max_line_bytes)
+        if not lines:
+            return
+        for raw in lines:
+            number += 1
+            yield number, raw
+
+
+def parse_request(raw: bytes) -> BatchRequest:
+    """Returns the request on a line of an accepted batch; its body is not validated. Raises BadRequest.
+
+    The limits on the shape of JSON do not apply: the batch may have been accepted before they existed.
+    """
+    return _validated(BatchRequest, _json(raw, orjson.loads))
+
+
+def parse_new_request(raw: bytes) -> BatchRequest:
+    """As `parse_request`, for a batch that is not yet accepted: the limits on the shape of JSON apply."""
+    content = _json(raw, parse_limited)
+    refuse_crowded(content)
+    return _validated(BatchRequest, content)
+
+
+def _json(raw: bytes, parse: Callable[[bytes], object]) -> object:
+    try:
+        return parse(raw)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the line is not valid JSON: {error.msg}", "invalid_json_line") from None
+
+
+def body_of(request: BatchRequest, endpoint: str) -> ChatBody | CompletionBody:
+    """The body as the endpoint's route takes it; raises BadRequest."""
+    if request.method != "POST":
+        raise BadRequest("method must be POST", "invalid_method", "method")
+    if request.url != endpoint:
+        message = f"url must be the batch's endpoint, {endpoint}"
+        raise BadRequest(message, "mismatched_endpoint", "url")
+    body = _validated(BODIES[endpoint], request.body)
+    if body.stream:
+        raise BadRequest("a batch streams nothing; leave stream out", "unsupported_parameter", "stream")
+    generation.refuse_unsupported(body)
+    return body
+
+
+def find_faults(
+    key: str, *, project_id: str, endpoint: str, settings: Settings
+) -> tuple[int, list[BatchError]]:
+    """How many requests an input file holds, and what is wrong with it: at most one fault a line."""
+    judge = _Judge(project_id, endpoint, settings.max_line_bytes)
+    faults: list[BatchError] = []
+    number = 0
+    for number, raw in numbered_lines(key, settings.max_line_bytes):
+        try:
+            judge.demand_good(number, raw)
+        except StillhouseError as fault:
+            faults.append(BatchError(code=fault.code, line=number, message=fault.message, param=fault.param))
+        if number > MAX_REQUESTS or len(faults) == MAX_FAULTS:
+            break
+    return number, faults
+
+
+class _Judge:
+    """Refuses lines, some of them because of lines before."""
+
+    def __init__(self, project_id: str, endpoint: str, max_line_bytes: int) -> None:
+        self._project_id = project_id
+        self._endpoint = endpoint
+        self._max_line_bytes = max_line_bytes
+        self._line_of: dict[str, int] = {}
+        self._models: set[str] = set()
+
+    def demand_good(self, number: int, raw: bytes) -> None:
+        if number > MAX_REQUESTS:
+            raise BadRequest(f"a batch has at most {MAX_REQUESTS:,} requests", "too_many_requests")
+        if len(raw) > self._max_line_bytes:
+            raise BadRequest(f"the line is longer than {self._max_line_bytes:,} bytes", "line_too_long")
+        request = parse_new_request(raw)
+        first = self._line_of.setdefault(request.custom_id, number)
+        if first != number:
+            message = f"the custom_id {request.custom_id!r} is already that of line {first}"
+            raise BadRequest(message, "duplicate_custom_id", "custom_id")
+        model_id = body_of(request, self._endpoint).model
+        if model_id not in self._models:
+            with transaction() as session:
+                model_registry.resolve(session, self._project_id, model_id)
+            self._models.add(model_id)
+
+
+def _validated(schema: type[Schema], content: object) -> Schema:
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        details = [{**detail, "loc": ("body", *detail["loc"])} for detail in error.errors()]
+        raise bad_request(details, content) from None

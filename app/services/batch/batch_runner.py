@@ -1,0 +1,320 @@
+"""Runs batches beside the requests of clients, each by one API process at a time, and gives way to clients.
+
+What has been answered is in Postgres; all else may be lost at any moment. Whoever has a batch's lease answers the
+lines that have no answer yet, and makes the files when none is left.
+"""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import Final
+
+import orjson
+import structlog
+from fastapi.concurrency import run_in_threadpool
+
+from app.db import batches
+from app.db.schema.ids import new_id
+from app.db.schema.tables import Batch, BatchStatus
+from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
+from app.errors import StillhouseError, envelope
+from app.routing.router import Switchboard
+from app.schemas.batches import BatchRequest
+from app.schemas.completions import ChatBody, CompletionBody
+from app.schemas.jobs import Json
+from app.services import generation
+from app.services.batch.batch_input import body_of, lines_from, parse_request
+from app.services.batch.batch_output import end_batch, output_line
+from app.services.generation import Order, begin_answer
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+MAX_RUNS: Final = 4  # batches that one process answers at once; they share the room
+BEAT_SECONDS: Final = 1.0  # how soon a run hears of a cancel
+RETRY_SECONDS: Final = 2.0
+POSTPONE_SECONDS: Final = 10.0  # after a fault of the database, of the store, or of ours
+FORGET_SECONDS: Final = 120.0  # after which a fault of a load begins a new row of them
+PASSING: Final = frozenset({429, 503})
+LOAD_FAULTS: Final = frozenset({"model_load_failed", "model_too_large", "serving_option_unavailable"})
+NO_DATABASE: Final = (DatabaseUnavailable, PoolExhausted)
+
+
+class LeaseLost(Exception):
+    """Another process has the batch by now."""
+
+
+class BatchRunner:
+    """One API process's share of the batches. All but `wake` is for the event loop's thread."""
+
+    def __init__(self, board: Switchboard) -> None:
+        self._board = board
+        self._settings = board.settings
+        self._room = Room(board.settings.max_batch_sequences)
+        self._has_news = asyncio.Event()
+        self._runs: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._looking = self._loop.create_task(self._look())
+
+    async def stop(self) -> None:
+        """Gives the batches back; another process, or the next start, goes on with them."""
+        self._looking.cancel()
+        await asyncio.gather(self._looking, return_exceptions=True)
+        runs = list(self._runs)
+        for run in runs:
+            run.cancel()
+        await asyncio.gather(*runs, return_exceptions=True)
+
+    def wake(self) -> None:
+        """Looks for batches now. For any thread."""
+        self._loop.call_soon_threadsafe(self._has_news.set)
+
+    async def _look(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.reconcile_seconds):
+                    await self._has_news.wait()
+            self._has_news.clear()
+            try:
+                while (
+                    batch := await run_in_threadpool(self._claim, len(self._runs) >= MAX_RUNS)
+                ) is not None:
+                    self._start(batch)
+            except NO_DATABASE as fault:
+                log.warning("batches_not_seen", reason=type(fault).__name__)
+            except Exception:
+                log.exception("batches_not_seen")  # the looking must outlive any one fault
+
+    def _claim(self, only_ending: bool) -> Batch | None:
+        with transaction() as session:
+            return batches.claim(session, self._settings.lease_seconds, only_ending=only_ending)
+
+    def _start(self, batch: Batch) -> None:
+        log.info("batch_taken", batch=batch.id, status=batch.status)
+        run = self._loop.create_task(BatchRun(batch, self._board, self._room).run())
+        self._runs.add(run)
+        run.add_done_callback(self._reap)
+
+    def _reap(self, run: asyncio.Task[None]) -> None:
+        self._runs.discard(run)
+        self._has_news.set()
+
+
+class BatchRun:
+    """A batch while this process holds its lease."""
+
+    def __init__(self, batch: Batch, board: Switchboard, room: "Room") -> None:
+        assert batch.lease_token is not None, "it was claimed"
+        self._batch = batch
+        self._token = batch.lease_token
+        self._board = board
+        self._room = room
+        self._settings: Settings = board.settings
+        self._unloadable: dict[str, tuple[float, float]] = {}  # by model
+
+    async def run(self) -> None:
+        """Answers, ends and files the batch, as far as it gets; gives the lease back if that is not to the end."""
+        try:
+            if self._batch.status == BatchStatus.in_progress:
+                await self._while_held(self._answer_all(), BatchStatus.in_progress)
+            frozen = await run_in_threadpool(self._freeze)
+            ending = run_in_threadpool(end_batch, frozen, self._token, self._settings)
+            await self._while_held(ending, frozen.status)
+        except LeaseLost:
+            log.info("batch_let_go", batch=self._batch.id)
+        except asyncio.CancelledError:
+            await self._give_back()
+            raise
+        except Exception:
+            log.exception("batch_postponed", batch=self._batch.id)
+            await asyncio.sleep(POSTPONE_SECONDS)
+            await self._give_back()
+
+    async def _while_held(self, work: Coroutine[object, object, object], status: str) -> None:
+        """Does the work, renewing the lease, until it is done or the status another one. Raises LeaseLost."""
+        task = asyncio.ensure_future(work)
+        try:
+            while True:
+                await asyncio.wait({task}, timeout=BEAT_SECONDS)
+                if task.done():
+                    break
+                with suppress(*NO_DATABASE):  # down for everybody; should the lease run out, the fence holds
+                    if await run_in_threadpool(self._renew) != status:
+                        return
+            task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _answer_all(self) -> None:
+        """Answers the lines that have no answer, some at a time, until there are none or they cannot be kept."""
+        lines = PendingLines(self._batch.input_key, await run_in_threadpool(self._answered), self._settings)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._settings.max_batch_sequences):
+                group.create_task(self._answer_some(lines))
+
+    async def _answer_some(self, lines: "PendingLines") -> None:
+        while (line := await lines.take()) is not None:
+            number, request = line
+            status, body = await self._outcome(request)
+            response = {"status_code": status, "request_id": new_id("req_"), "body": body}
+            output = await run_in_threadpool(output_line, request.custom_id, response=response)
+            if not await run_in_threadpool(self._record, number, output, status != 200):
+                return
+
+    async def _outcome(self, request: BatchRequest) -> tuple[int, Json | orjson.Fragment]:
+        """What the route would answer, except that 429 and 503 mean another try."""
+        num_losses = 0
+        while True:
+            try:
+                answer = await self._ask(request)
+                self._unloadable.pop(request.body["model"], None)
+                return 200, answer
+            except StillhouseError as error:
+                # A request that kills its workers would kill all of them, one after the other.
+                num_losses += error.code == "worker_lost"
+                is_hopeless = num_losses >= self._settings.max_losses or self._is_never_loaded(request, error)
+                if error.status not in PASSING or is_hopeless:
+                    return error.status, envelope(error)
+                await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
+            except NO_DATABASE:
+                raise
+            except Exception:
+                log.exception("batch_request_failed", batch=self._batch.id)
+                opaque = StillhouseError(f"something went wrong on our side; quote {self._batch.id}")
+                return opaque.status, envelope(opaque)
+
+    def _is_never_loaded(self, request: BatchRequest, error: StillhouseError) -> bool:
+        """Whether the model has not come up for as long as a request may take: a store that is away comes back,
+        broken files stay broken."""
+        if error.code not in LOAD_FAULTS:
+            return False
+        now = time.monotonic()
+        first, last = self._unloadable.get(request.body["model"], (now, now))
+        first = now if now - last > FORGET_SECONDS else first
+        self._unloadable[request.body["model"]] = first, now
+        return now - first > self._settings.request_timeout_seconds
+
+    async def _ask(self, request: BatchRequest) -> orjson.Fragment:
+        body = await run_in_threadpool(body_of, request, self._batch.endpoint)
+        answer, prompts = begin_answer(body)
+        model = await generation.find_model(self._batch.project_id, body.model)
+        answer.model = model.model_id
+        # Under the batch's name, so that it takes nothing of what its key may have at once.
+        order = Order(
+            answer.id,
+            self._batch.id,
+            model,
+            prompts,
+            body.num_choices,
+            body.sampling(),
+            tenant=self._batch.project_id,
+        )
+        num_sequences = sequences_of(body)
+        while any(worker.num_waiting for worker in self._board.workers):  # clients go first
+            await asyncio.sleep(self._settings.serve_heartbeat_seconds)
+        await self._room.take(num_sequences)
+        try:
+            flow = await generation.begin(self._board, order)
+            try:
+                while news := await flow.take():
+                    answer.add(news)
+            finally:
+                flow.close()
+        finally:
+            self._room.give_back(num_sequences)
+        return orjson.Fragment(b"".join(await generation.whole_json(answer)))
+
+    def _answered(self) -> set[int]:
+        with transaction() as session:
+            return batches.answered_lines(session, self._batch.id)
+
+    def _record(self, number: int, output: str, is_error: bool) -> bool:
+        with transaction() as session:
+            return batches.record(
+                session, self._batch.id, self._token, line=number, output=output, is_error=is_error
+            )
+
+    def _renew(self) -> str:
+        """The batch's status."""
+        with transaction() as session:
+            batch = batches.renew(session, self._batch.id, self._token, self._settings.lease_seconds)
+        if batch is None:
+            raise LeaseLost
+        return batch.status
+
+    def _freeze(self) -> Batch:
+        with transaction() as session:
+            frozen = batches.begin_finalizing(session, self._batch.id, self._token)
+        if frozen is None:
+            raise LeaseLost
+        return frozen
+
+    async def _give_back(self) -> None:
+        def release() -> None:
+            with transaction() as session:
+                batches.release(session, self._batch.id, self._token)
+
+        with suppress(*NO_DATABASE):  # then the lease runs out
+            await run_in_threadpool(release)
+
+
+class PendingLines:
+    """The requests of an input file that have no answer yet, each with its line's number, to many takers."""
+
+    def __init__(self, key: str, answered: set[int], settings: Settings) -> None:
+        self._key = key
+        self._answered = answered
+        self._max_line_bytes = settings.max_line_bytes
+        self._turn = asyncio.Lock()
+        self._read: deque[tuple[int, bytes]] = deque()
+        self._number = self._offset = 0
+
+    async def take(self) -> tuple[int, BatchRequest] | None:
+        async with self._turn:
+            while not self._read:
+                lines, self._offset = await run_in_threadpool(
+                    lines_from, self._key, self._offset, self._max_line_bytes
+                )
+                if not lines:
+                    return None
+                numbered = enumerate(lines, self._number + 1)
+                self._read.extend((number, raw) for number, raw in numbered if number not in self._answered)
+                self._number += len(lines)
+            number, raw = self._read.popleft()
+        return number, await run_in_threadpool(parse_request, raw)
+
+
+class Room:
+    """How many sequences batches may have in the engine at once; whoever asks first is served first.
+
+    A request of more sequences than that goes alone.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._num_taken = 0
+        self._turn = asyncio.Lock()
+        self._has_room = asyncio.Event()
+
+    async def take(self, num_sequences: int) -> None:
+        async with self._turn:
+            while self._num_taken and self._num_taken + num_sequences > self._most:
+                self._has_room.clear()
+                await self._has_room.wait()
+            self._num_taken += num_sequences
+
+    def give_back(self, num_sequences: int) -> None:
+        self._num_taken -= num_sequences
+        self._has_room.set()
+
+
+def sequences_of(body: ChatBody | CompletionBody) -> int:
+    """How many sequences the engine writes for a body."""
+    if isinstance(body, CompletionBody):
+        return len(body.prompts) * max(body.num_choices, body.best_of or 1)
+    return body.num_choices

@@ -1,0 +1,122 @@
+"""Batches: accepted once, with all that is wrong with their lines told at once; read, and asked to stop."""
+
+import threading
+from typing import Any
+
+from app.auth import Principal
+from app.db import batches, files
+from app.db.locks import lock_project
+from app.db.schema.ids import new_id
+from app.db.schema.tables import Batch, BatchStatus, File
+from app.db.session import Session, transaction
+from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, TooManyRequests
+from app.schemas.batches import BatchObject, CreateBatch
+from app.services.batch.batch_input import find_faults
+from app.services.jobs import (
+    DUPLICATE_SECONDS,
+    Accepted,
+    claim,
+    find_replay,
+    fingerprint,
+    remember,
+)
+from app.services.retries import Attempted
+from app.settings import get_settings
+
+ROUTE = "POST /v1/batches"
+# A file takes seconds, and the threads that read it are those that answer everybody.
+JUDGES = threading.BoundedSemaphore(8)
+
+
+def create_batch(principal: Principal, asked: CreateBatch, attempted: Attempted) -> Accepted:
+    """Takes in a batch, or one that has failed for what is wrong with its lines."""
+    sha256 = fingerprint(asked.model_dump(mode="json"))
+    replay = find_replay(principal, ROUTE, attempted, sha256)
+    if replay is not None:
+        return replay
+    settings, expiry = get_settings(), asked.output_expires_after
+    with transaction() as session:
+        demand_room(session, principal.project_id)
+        file = input_file(session, principal.project_id, asked.input_file_id)
+    if not JUDGES.acquire(blocking=False):
+        raise TooManyRequests("other batches are being read; try again in a moment")
+    try:
+        num_requests, faults = find_faults(
+            file.store_key, project_id=principal.project_id, endpoint=asked.endpoint, settings=settings
+        )
+    except FileNotFoundError:
+        message = f"the content of the file {file.id!r} is no longer in the store; upload it again"
+        raise BadRequest(message, "invalid_file", "input_file_id") from None
+    finally:
+        JUDGES.release()
+    with transaction() as session:
+        stored = claim(session, principal, ROUTE, attempted, sha256)
+        if stored is not None:
+            return Accepted(stored, is_replay=True)
+        columns: dict[str, Any] = {  # Any: columns of Batch, by name
+            "project_id": principal.project_id,
+            "endpoint": asked.endpoint,
+            "batch_metadata": asked.metadata or {},
+            "input_file_id": file.id,
+            "output_expires_seconds": expiry.seconds if expiry else None,
+        }
+        lock_project(session, principal.project_id)
+        if attempted.retry_count and attempted.idempotency_key is None:
+            same = batches.find_recent(session, DUPLICATE_SECONDS, **columns)
+            if same is not None:
+                return Accepted(BatchObject.of(same).model_dump(mode="json"), is_replay=True)
+        demand_room(session, principal.project_id)
+        # Once more, because it may have been deleted meanwhile; from here on it cannot be.
+        input_file(session, principal.project_id, asked.input_file_id)
+        batch = batches.insert_batch(
+            session,
+            id=new_id("batch_"),
+            input_key=file.store_key,
+            num_requests=0 if faults else num_requests,
+            errors=[fault.model_dump() for fault in faults],
+            **columns,
+        )
+        body = BatchObject.of(batch).model_dump(mode="json")
+        remember(session, principal, ROUTE, attempted, body)
+    return Accepted(body, is_replay=False)
+
+
+def demand_room(session: Session, project_id: str) -> None:
+    lock_project(session, project_id)
+    most = get_settings().max_active_jobs_per_project
+    if batches.count_active(session, project_id) >= most:
+        raise QuotaExceeded(
+            f"the project has {most} batches that have not ended; wait for one, or cancel one"
+        )
+
+
+def input_file(session: Session, project_id: str, file_id: str) -> File:
+    """The project's file, kept from being deleted until the transaction ends; raises NotFound or BadRequest."""
+    row = files.find_file(session, project_id, file_id, lock=True)
+    if row is None:
+        message = f"the file {file_id!r} does not exist; upload it with POST /v1/files"
+        raise NotFound(message, param="input_file_id")
+    if row.purpose != "batch":
+        message = f"the file {file_id!r} has the purpose {row.purpose}; upload it again as batch"
+        raise BadRequest(message, "invalid_file", "input_file_id")
+    return row
+
+
+def get_batch(session: Session, project_id: str, batch_id: str) -> Batch:
+    """The project's batch with this id; raises NotFound."""
+    row = batches.find_batch(session, project_id, batch_id)
+    if row is None:
+        raise NotFound(f"the batch {batch_id!r} does not exist", param="batch_id")
+    return row
+
+
+def cancel_batch(project_id: str, batch_id: str) -> Batch:
+    """Asks a batch to stop, which it does within seconds; what was answered so far is kept."""
+    with transaction() as session:
+        before = get_batch(session, project_id, batch_id)
+        if before.status in {BatchStatus.cancelling, BatchStatus.cancelled}:
+            return before
+        after = batches.request_cancel(session, batch_id)
+        if after is None:
+            raise Conflict(f"the batch is {before.status}; it can no longer be cancelled")
+        return after

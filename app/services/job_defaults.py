@@ -1,0 +1,350 @@
+"""Which teacher, student, rows and objective go together: what was left open is decided, what cannot be is refused."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from app.contracts.distillation import (
+    Data,
+    Distillation,
+    FreshConfig,
+    HiddenTerm,
+    Objective,
+    Student,
+    TeacherSignal,
+)
+from app.contracts.messages import ModelFacts, ModelFamily
+from app.errors import BadRequest
+from app.services.training_rows import CONVERSATIONS, UNANSWERED
+
+BLOCK = "method.distillation"
+NARROWABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "t5")  # whose width can be sliced
+EXPORTABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")  # to GGUF
+SIGNAL = "objective.teacher_signal"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher, the model that the student starts from (the same one, perhaps), and the format of the rows."""
+
+    teacher: ModelFacts
+    start: ModelFacts
+    is_same: bool
+    row_format: str | None
+
+    @property
+    def has_one_tokenizer(self) -> bool:
+        return self.teacher.tokenizer_sha256 == self.start.tokenizer_sha256
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a student before it is built: of a ladder, the smallest one."""
+
+    architecture: str
+    family: ModelFamily
+    num_layers: int
+    num_encoder_layers: int | None
+
+
+def settle(block: Distillation, pair: Pair) -> Distillation:
+    """The block with what was left open decided by what goes with it. Raises BadRequest for what cannot work."""
+    student = settle_student(block.student, pair)
+    check_start(student, pair)
+    check_layers(student, pair.start)
+    outline = outline_of(student, pair.start)
+    objective = settle_objective(block.objective, pair, outline)
+    data = settle_data(block, objective, pair)
+    block = block.model_copy(update={"student": student, "data": data, "objective": objective})
+    check_terms(objective, pair, outline)
+    check_judgement(block, pair)
+    if block.export and outline.architecture not in EXPORTABLE:
+        refuse(
+            f"a {outline.architecture} student has no GGUF form here (those of {', '.join(EXPORTABLE)} have); "
+            "leave export out: safetensors are always written",
+            "export",
+        )
+    return block
+
+
+def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
+    raise BadRequest(message, code, param if param in ("model", "training_file") else f"{BLOCK}.{param}")
+
+
+def settle_student(student: Student, pair: Pair) -> Student:
+    said, decided = student.model_fields_set, dict[str, Any]()  # Any: fields of several types
+    init = student.init
+    if "init" not in said:
+        numbers = (student.num_layers, student.layers, student.num_encoder_layers, student.num_decoder_layers)
+        chooses_layers = any(number is not None for number in numbers) or student.fit_rows not in ("auto", 0)
+        init = decided["init"] = "layers" if pair.is_same or chooses_layers else "checkpoint"
+    if "freeze_head" not in said and init in ("checkpoint", "fresh", "lora"):
+        decided["freeze_head"] = False  # its head is not a copy of the teacher's
+    has_whole_encoder = student.num_encoder_layers in (None, pair.start.num_encoder_layers)
+    if "freeze_encoder" not in said:
+        decided["freeze_encoder"] = init == "layers" and pair.start.family == "seq2seq" and has_whole_encoder
+    return student.model_copy(update=decided)
+
+
+def check_start(student: Student, pair: Pair) -> None:
+    start = pair.start
+    if student.config is not None:
+        check_sizes(student.config)
+        if not pair.has_one_tokenizer or (start.family == "masked" and not pair.is_same):
+            refuse(
+                "a fresh student takes the teacher's tokenizer and nothing else; name the teacher as model, too",
+                "model",
+                "tokenizer_mismatch",
+            )
+        return
+    if start.family == "masked":
+        refuse(
+            f"a {start.architecture} model writes no text, so no student starts from it; use student.init = fresh with "
+            "student.config (family encoder-decoder is the nearest), or start from a causal or encoder-decoder model",
+            "model",
+        )
+    if student.init == "width" and start.architecture not in NARROWABLE:
+        refuse(
+            f"the width of a {start.architecture} model cannot be cut (that of {', '.join(NARROWABLE)} can); use "
+            "student.init = layers, or fresh with the sizes in student.config",
+            "student.init",
+        )
+    if (student.hidden_size or 0) > start.hidden_size:
+        refuse(
+            f"the model is {start.hidden_size} wide; init = width makes it narrower", "student.hidden_size"
+        )
+    for name in ("num_encoder_layers", "num_decoder_layers"):
+        if start.family != "seq2seq" and getattr(student, name) is not None:
+            refuse(f"a {start.architecture} model has one kind of layers; give num_layers", f"student.{name}")
+
+
+def check_sizes(sizes: FreshConfig) -> None:
+    head_size = sizes.hidden_size // sizes.num_heads
+    if sizes.family == "llama" and head_size % 2:
+        refuse(
+            f"rotary positions need an even head width, not {head_size}; change hidden_size or num_heads",
+            "student.config.num_heads",
+        )
+    if sizes.family == "bloom" and sizes.intermediate_size not in (None, 4 * sizes.hidden_size):
+        refuse(
+            "bloom's intermediate size is always 4 x hidden_size; leave it out",
+            "student.config.intermediate_size",
+        )
+    if not sizes.has_encoder and (sizes.num_encoder_layers or sizes.num_decoder_layers):
+        refuse(f"{sizes.family} has one kind of layers; give num_layers", "student.config.num_layers")
+
+
+def check_layers(student: Student, start: ModelFacts) -> None:
+    asked = student.num_layers if isinstance(student.num_layers, tuple) else (student.num_layers,)
+    wanted = {
+        "num_layers": (max(n or 0 for n in asked), start.num_layers),
+        "num_encoder_layers": (student.num_encoder_layers or 0, start.num_encoder_layers or 0),
+        "num_decoder_layers": (student.num_decoder_layers or 0, start.num_layers),
+        "layers": (1 + max(student.layers or (-1,)), start.num_layers),
+    }
+    for name, (number, available) in wanted.items():
+        if number > available:
+            what = f"layer {number - 1}, counted from 0," if name == "layers" else f"{number} layers"
+            refuse(f"the student asks for {what} but the model has {available}", f"student.{name}")
+    ways = {student.num_layers, student.num_decoder_layers, len(student.layers) if student.layers else None}
+    if len(ways - {None}) > 1:
+        refuse(
+            "num_layers, num_decoder_layers and layers all speak of the decoder; give one of them",
+            "student.num_decoder_layers",
+        )
+
+
+def outline_of(student: Student, start: ModelFacts) -> Outline:
+    if (sizes := student.config) is not None:
+        num_layers = sizes.num_decoder_layers or sizes.num_layers
+        if not sizes.has_encoder:
+            return Outline(sizes.family, "causal", num_layers, None)
+        return Outline(sizes.family, "seq2seq", num_layers, sizes.num_encoder_layers or sizes.num_layers)
+    smallest = student.ladder[0] if student.ladder else student.num_layers
+    number = len(student.layers) if student.layers else smallest or student.num_decoder_layers
+    default = max(1, start.num_layers // 2) if student.init == "layers" else start.num_layers
+    num_layers = number if isinstance(number, int) else default
+    num_encoder_layers = student.num_encoder_layers or start.num_encoder_layers
+    return Outline(start.architecture, start.family, num_layers, num_encoder_layers)
+
+
+def settle_objective(objective: Objective, pair: Pair, outline: Outline) -> Objective:
+    """What of the teacher is used, and what follows from it: text is learned by cross-entropy alone."""
+    signal = settle_signal(objective.teacher_signal, pair, outline)
+    if objective.adaptation_steps not in ("auto", 0) and pair.teacher.family != "masked":
+        refuse(
+            "only a masked teacher is adapted to the rows; leave adaptation_steps out",
+            "objective.adaptation_steps",
+        )
+    decided: dict[str, Any] = {"teacher_signal": signal}  # Any: fields of several types
+    if signal == "text":
+        decided["ce_weight"] = 1.0
+    if signal == "hidden" and objective.hidden is None and objective.attention is None:
+        decided["hidden"] = HiddenTerm()
+    return objective.model_copy(update=decided)
+
+
+def settle_signal(asked: str, pair: Pair, outline: Outline) -> TeacherSignal:
+    teacher = pair.teacher
+    if teacher.family == "masked":
+        if asked in ("logits", "uld", "text"):
+            refuse(
+                f"{teacher.architecture} has no next-token distribution; use objective.teacher_signal = conditional_mlm "
+                "or hidden",
+                SIGNAL,
+            )
+        if not pair.has_one_tokenizer:
+            refuse(
+                f"a {teacher.architecture} teacher and a student with another tokenizer have nothing to compare; use a "
+                "student with the teacher's tokenizer (student.init = fresh has it)",
+                "model",
+                "tokenizer_mismatch",
+            )
+        return "hidden" if asked == "hidden" else "conditional_mlm"
+    if asked == "conditional_mlm":
+        refuse(
+            f"conditional_mlm needs a masked teacher (bert, roberta), and {teacher.architecture} is none; use logits",
+            SIGNAL,
+        )
+    if pair.has_one_tokenizer:
+        return "logits" if asked == "auto" else asked  # type: ignore[return-value] # all others are signals
+    if asked in ("logits", "hidden"):
+        refuse(
+            f"student and teacher have different tokenizers, so {asked} cannot be compared token by token; use "
+            "objective.teacher_signal = uld or text, or a pair that shares a tokenizer",
+            SIGNAL,
+            "tokenizer_mismatch",
+        )
+    if asked == "auto":
+        return "uld" if teacher.family == outline.family else "text"
+    return asked  # type: ignore[return-value] # uld or text
+
+
+def settle_data(block: Distillation, objective: Objective, pair: Pair) -> Data:
+    data, row_format, teacher = block.data, pair.row_format, pair.teacher
+    where, is_unanswered = "data.completions", row_format in UNANSWERED
+    learns_text = objective.teacher_signal == "text" and data.completions is None
+    if teacher.family == "masked" and (is_unanswered or data.completions == "teacher"):
+        refuse(
+            f"{teacher.architecture} writes no text, so it cannot answer prompts; upload rows that have completions and "
+            "use data.completions = dataset",
+            where if data.completions is not None else "training_file",
+        )
+    if row_format in CONVERSATIONS and not (teacher.has_chat_template and pair.start.has_chat_template):
+        refuse(
+            "the rows are chats, but a model of the pair has no chat template; upload rows with prompt and completion",
+            "training_file",
+        )
+    if data.completions == "dataset" and is_unanswered:
+        refuse(
+            "the file has no completions; leave data.completions out, or upload rows that have them", where
+        )
+    sources = {where: data.completions}
+    if (then := objective.then) is not None:
+        sources["objective.then.completions"] = then.completions
+    for param, source in sources.items():
+        if source in ("student", "replay") and objective.teacher_signal != "logits":
+            refuse(
+                f"the student's answers are judged by the teacher's next-token distributions, and of this pair "
+                f"{objective.teacher_signal} is used; take completions from dataset or teacher",
+                param,
+            )
+    if row_format == "text":
+        for param, source in sources.items():
+            if source not in (None, "dataset"):
+                refuse(
+                    f"plain text has no prompts for the {'student' if source == 'replay' else source} to answer; upload "
+                    "rows with a prompt",
+                    param,
+                )
+        if learns_text:
+            refuse(
+                "plain text has no prompts for the teacher to answer, and its answers are all that this pair of "
+                "models can share; upload rows with a prompt",
+                "training_file",
+            )
+    if data.completions is None:
+        source = "teacher" if is_unanswered or learns_text else "dataset"
+        data = data.model_copy(update={"completions": source})
+    return data
+
+
+def check_terms(objective: Objective, pair: Pair, outline: Outline) -> None:
+    """The feature terms: layers that exist, and positions that mean the same in both models."""
+    hidden, attention = objective.hidden, objective.attention
+    for name, term in (("hidden", hidden), ("attention", attention)):
+        if term is not None and not pair.has_one_tokenizer:
+            refuse(
+                f"student and teacher have different tokenizers, so their states stand for different tokens; leave "
+                f"objective.{name} out",
+                f"objective.{name}",
+                "tokenizer_mismatch",
+            )
+    if hidden is not None and hidden.side == "encoder" and outline.family != "seq2seq":
+        refuse(
+            f"a {outline.architecture} student has no encoder; leave side out or use decoder",
+            "objective.hidden.side",
+        )
+    if hidden is not None and hidden.side == "encoder" and pair.teacher.family == "causal":
+        refuse(
+            f"a {pair.teacher.architecture} teacher has no encoder; leave side out or use decoder",
+            "objective.hidden.side",
+        )
+    heads = attention and attention.num_relation_heads
+    for facts in (pair.teacher, pair.start):
+        if heads and facts.hidden_size % heads:
+            refuse(
+                f"{heads} relation heads do not divide the {facts.hidden_size} features of {facts.architecture}; "
+                "leave num_relation_heads out",
+                "objective.attention.num_relation_heads",
+            )
+    for param, model, number, depth in layer_numbers(objective, pair.teacher, outline):
+        if not -depth <= number < depth:
+            refuse(
+                f"the {model} has no layer {number}: it has {depth}, counted from 0, or from -1 backwards",
+                param,
+            )
+
+
+def layer_numbers(
+    objective: Objective, teacher: ModelFacts, outline: Outline
+) -> Iterator[tuple[str, str, int, int]]:
+    """(parameter, whose layer, its number, how many there are) of all that the feature terms name."""
+    if (hidden := objective.hidden) is not None:
+        for mine, theirs in hidden.layer_map or ():
+            yield "objective.hidden.layer_map", "student", mine, depth_of(outline, hidden.side)
+            yield "objective.hidden.layer_map", "teacher", theirs, depth_of(teacher, hidden.side)
+    if (attention := objective.attention) is not None:
+        yield "objective.attention.student_layer", "student", attention.student_layer, depth_of(outline)
+        yield "objective.attention.teacher_layer", "teacher", attention.teacher_layer, depth_of(teacher)
+
+
+def depth_of(model: ModelFacts | Outline, side: str = "auto") -> int:
+    """Layers of a side; where the run is to choose the side, of the deeper one."""
+    encoder = model.num_encoder_layers or 0
+    if side == "encoder":
+        return encoder or model.num_layers
+    return model.num_layers if side == "decoder" else max(model.num_layers, encoder)
+
+
+def check_judgement(block: Distillation, pair: Pair) -> None:
+    gate, measured = block.evaluation.gate, {"kl", *block.evaluation.metrics}
+    if gate is None:
+        return
+    if gate.metric not in measured:
+        refuse(
+            f"the gate asks for {gate.metric}, which is not measured; add it to evaluation.metrics, or use one of "
+            f"{', '.join(sorted(measured - {'speed'}))}",
+            "evaluation.gate.metric",
+        )
+    if gate.metric in ("rouge_l", "exact_match") and pair.teacher.family == "masked":
+        refuse(
+            f"{pair.teacher.architecture} writes no answers to compare with; gate on kl, agreement or perplexity",
+            "evaluation.gate.metric",
+        )
+    if gate.metric in ("kl", "agreement") and not pair.has_one_tokenizer:
+        refuse(
+            f"{gate.metric} compares distributions over one vocabulary, and the tokenizers differ; use rouge_l or "
+            "perplexity",
+            "evaluation.gate.metric",
+        )

@@ -1,0 +1,117 @@
+"""The model registry: which bytes an id means, who may see and change it."""
+
+import re
+from dataclasses import dataclass, field
+
+from app.auth import Principal
+from app.contracts.control import Served
+from app.contracts.messages import ArtifactRef, ModelFacts, ServingOptions
+from app.db import models
+from app.db.schema.tables import Alias, Model
+from app.db.session import Session, transaction
+from app.errors import BadRequest, Conflict, Forbidden, NotFound
+from app.storage import store
+
+CHECKPOINT_PATTERN = re.compile(r"(?P<model>.+):ckpt-step-(?P<step>\d{1,12})")
+LABEL_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What an id stands for: a folder in the store with config, weights and tokenizer.
+
+    `facts` is None for a checkpoint of a job that has not ended.
+    """
+
+    model_id: str
+    ref: ArtifactRef
+    facts: ModelFacts | None
+    serving: ServingOptions = field(default_factory=ServingOptions)
+
+    @property
+    def served(self) -> Served:
+        return Served(model=self.model_id, weights=self.ref, serving=self.serving)
+
+
+def resolve_at_once(project_id: str, model_id: str) -> Resolved:
+    """`resolve` for a generation request, in one trip to the database for a model or an alias. Raises NotFound."""
+    row = models.read_served(project_id, model_id.replace("\x00", "\ufffd"))
+    if row is None:  # a checkpoint, or nothing
+        with transaction() as session:
+            return resolve(session, project_id, model_id)
+    ref = ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.manifest_sha256)
+    facts = ModelFacts.model_validate(row.facts)
+    return Resolved(row.id, ref, facts, ServingOptions.model_validate(row.serving or {}))
+
+
+def resolve(
+    session: Session, project_id: str, model_id: str, *, param: str = "model", lock: bool = False
+) -> Resolved:
+    """The folder behind a model id, an alias `name@alias` or a checkpoint `…:ckpt-step-n`; raises NotFound."""
+    model_id = model_id.replace("\x00", "\ufffd")  # Postgres holds no NUL: such a model does not exist
+    match = CHECKPOINT_PATTERN.fullmatch(model_id)
+    if match:  # the model first: whoever waited for its end then sees that of its checkpoints, too
+        registered = models.find_model(session, project_id, match["model"], lock=lock)
+        found = models.find_checkpoint(session, project_id, match["model"], int(match["step"]))
+        if found is not None:
+            facts = ModelFacts.model_validate(registered.facts) if registered else None
+            return Resolved(model_id, ArtifactRef(key=f"{found.store_key}/model", bytes=found.bytes), facts)
+    row = get_model(session, project_id, model_id, param=param, lock=lock)
+    return Resolved(row.id, artifact(row), ModelFacts.model_validate(row.facts), options_of(row))
+
+
+def options_of(row: Model) -> ServingOptions:
+    return ServingOptions.model_validate(row.serving or {})
+
+
+def artifact(row: Model) -> ArtifactRef:
+    return ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.manifest_sha256)
+
+
+def get_model(
+    session: Session, project_id: str, model_id: str, *, param: str = "model", lock: bool = False
+) -> Model:
+    """The version with this id, or the one an alias points at; raises NotFound."""
+    alias = models.find_alias(session, project_id, model_id) if "@" in model_id else None
+    row = models.find_model(session, project_id, alias.model_id if alias else model_id, lock=lock)
+    if row is None:
+        message = f"the model {model_id!r} does not exist; GET /v1/models lists those you may use"
+        raise NotFound(message, "model_not_found", param)
+    return row
+
+
+def delete_model(principal: Principal, model_id: str) -> None:
+    """Forgets a model of the caller's project and then its bytes; raises Conflict while something needs it."""
+    with transaction() as session:
+        row = models.find_model(session, principal.project_id, model_id)
+        if row is None:
+            raise NotFound(f"the model {model_id!r} does not exist", "model_not_found", "model")
+        if row.project_id is None:
+            raise Forbidden(f"the model {model_id!r} is shared by all projects; only an operator removes it")
+        models.lock_model(session, row.id)  # nobody may begin to need it now
+        users = models.users_of_model(session, principal.project_id, row)
+        if users:
+            raise Conflict(
+                f"the model {model_id!r} is in use by {', '.join(users)}", "resource_in_use", "model"
+            )
+        store_key = row.store_key
+        models.delete_model(session, principal.project_id, model_id)
+    store().delete(store_key)
+
+
+def set_alias(principal: Principal, name: str, alias: str, *, model_id: str) -> Alias:
+    """Points `name@alias` at a version that the caller sees."""
+    for param, label in (("name", name), ("alias", alias)):
+        if not LABEL_PATTERN.fullmatch(label):
+            raise BadRequest(
+                f"{param} is 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit", param=param
+            )
+    with transaction() as session:
+        target = get_model(session, principal.project_id, model_id, lock=True)
+        return models.set_alias(session, principal.project_id, f"{name}@{alias}", target.id)
+
+
+def delete_alias(principal: Principal, name: str, alias: str) -> None:
+    with transaction() as session:
+        if not models.delete_alias(session, principal.project_id, f"{name}@{alias}"):
+            raise NotFound(f"the alias {name}@{alias} does not exist", "model_not_found", "alias")

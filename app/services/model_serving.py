@@ -1,0 +1,171 @@
+"""How models are served and which are kept loaded: options, pins, and what the serve workers say of a model."""
+
+from collections.abc import Collection
+
+from app.auth import Principal
+from app.contracts.control import Served
+from app.contracts.messages import Draft, ModelFacts, ModelState, ServeWorkerStatus, ServingOptions
+from app.db import models
+from app.db.schema.tables import Model
+from app.db.session import Session, transaction
+from app.errors import BadRequest, Conflict, Forbidden, NotFound
+from app.schemas.serving import LoadState, ModelStatus, SetServing, WorkerState
+from app.services import model_registry
+from app.settings import get_settings
+
+STATES: tuple[LoadState, ...] = ("resident", "loading", "failed", "absent")
+
+
+def set_options(principal: Principal, model_id: str, asked: SetServing) -> Model:
+    """Decides how a model is served from the next request on. Raises BadRequest for what cannot be, NotFound, Forbidden."""
+    with transaction() as session:
+        row = model_registry.get_model(session, principal.project_id, model_id)
+        _refuse_strangers(principal, row)
+        facts = ModelFacts.model_validate(row.facts)
+        _refuse_mute(row.id, facts)
+        if asked.engine == "vllm":
+            _refuse_beside_vllm(asked, facts)
+        draft = None
+        if asked.draft is not None:
+            drafter = _find_draft(session, principal.project_id, row, asked.draft.model)
+            weights = model_registry.artifact(drafter)
+            draft = Draft(model=drafter.id, weights=weights, num_tokens=asked.draft.num_tokens)
+        options = ServingOptions(engine=asked.engine, weights=asked.weights, draft=draft)
+        row.serving = None if options == ServingOptions() else options.model_dump(mode="json")
+        return row
+
+
+def _refuse_strangers(principal: Principal, row: Model) -> None:
+    if row.project_id is None and "admin" not in principal.scopes:
+        message = f"the model {row.id!r} is shared by all projects; only a key with the scope 'admin' decides about it"
+        raise Forbidden(message)
+
+
+def _refuse_mute(model_id: str, facts: ModelFacts | None) -> None:
+    if facts is not None and facts.family == "masked":
+        message = f"{model_id!r} is a {facts.architecture} model, which writes no text"
+        raise BadRequest(message, "model_not_servable", "model")
+
+
+def _refuse_beside_vllm(asked: SetServing, facts: ModelFacts) -> None:
+    if facts.family != "causal":
+        message = f"vLLM serves no {facts.architecture} models; choose the engine transformers"
+        raise BadRequest(message, "incompatible_options", "engine")
+    if asked.weights not in ("auto", "plain"):
+        message = "vLLM serves the weights as they are; leave weights out, or choose the engine transformers"
+        raise BadRequest(message, "incompatible_options", "weights")
+    if asked.draft is not None:
+        message = "a draft needs the engine transformers; leave draft or engine out"
+        raise BadRequest(message, "incompatible_options", "draft")
+
+
+def _find_draft(session: Session, project_id: str, row: Model, draft_id: str) -> Model:
+    """The drafter, locked so that it cannot be deleted meanwhile. Raises BadRequest and NotFound."""
+    drafter = model_registry.get_model(session, project_id, draft_id, param="draft.model", lock=True)
+    ours, theirs = ModelFacts.model_validate(row.facts), ModelFacts.model_validate(drafter.facts)
+    reason = None
+    if drafter.id == row.id:
+        reason = "a model cannot be its own draft; choose a smaller one, such as its student"
+    elif row.project_id is None and drafter.project_id is not None:
+        reason = f"{row.id!r} is shared by all projects, and its draft must be, too"
+    elif not ours.family == theirs.family == "causal":
+        reason = f"both must be decoders; they are {ours.architecture} and {theirs.architecture}"
+    elif (ours.tokenizer_sha256, ours.vocab_size) != (theirs.tokenizer_sha256, theirs.vocab_size):
+        reason = (
+            f"{drafter.id!r} has another tokenizer than {row.id!r}; a student that kept its teacher's fits"
+        )
+    if reason is not None:
+        raise BadRequest(reason, "incompatible_draft", "draft.model")
+    return drafter
+
+
+def pinned(session: Session) -> tuple[Served, ...]:
+    """All that is pinned, as it is to be served now; each once."""
+    found: dict[str, Served] = {}
+    for pin in models.list_pins(session):
+        try:
+            served = model_registry.resolve(session, pin.project_id, pin.id).served
+        except NotFound:
+            continue  # what it named is gone
+        found[served.residence] = served
+    return tuple(found.values())
+
+
+def all_pinned() -> tuple[Served, ...]:
+    with transaction() as session:
+        return pinned(session)
+
+
+def pin(principal: Principal, target_id: str) -> Served:
+    """Keeps a model, or what an alias points at from time to time, on every worker. Raises NotFound, BadRequest, Conflict."""
+    with transaction() as session:
+        found = model_registry.resolve(session, principal.project_id, target_id)
+        _refuse_mute(target_id, found.facts)
+        is_alias = models.find_alias(session, principal.project_id, target_id) is not None
+        models.pin(session, principal.project_id, target_id if is_alias else found.model_id)
+        num_bytes = sum(kept.stored_bytes for kept in pinned(session))
+        limit = get_settings().resident_model_bytes
+        if num_bytes > limit:
+            message = f"with this one, pinned models have {num_bytes} bytes; a worker keeps {limit}; unpin another first"
+            raise Conflict(message, "pins_exceed_memory", "model")
+        return found.served
+
+
+def unpin(principal: Principal, target_id: str) -> Served:
+    """Lets a model make room again, if nothing else pins it. Raises NotFound."""
+    with transaction() as session:
+        served = model_registry.resolve(session, principal.project_id, target_id).served
+        models.unpin(session, principal.project_id, target_id)
+        return served
+
+
+def to_load(principal: Principal, model_id: str) -> Served:
+    """What a worker has to load for a model. Raises NotFound, and BadRequest for a model that writes no text."""
+    with transaction() as session:
+        found = model_registry.resolve(session, principal.project_id, model_id)
+    _refuse_mute(model_id, found.facts)
+    return found.served
+
+
+def to_unload(principal: Principal, model_id: str) -> Served:
+    """What a worker has to let go. Raises NotFound, Forbidden, and Conflict while it is pinned."""
+    with transaction() as session:
+        found = model_registry.resolve(session, principal.project_id, model_id)
+        row = models.find_model(session, principal.project_id, found.model_id)
+        if row is not None:
+            _refuse_strangers(principal, row)
+        if any(kept.residence == found.served.residence for kept in pinned(session)):
+            raise Conflict(f"the model {model_id!r} is pinned; unpin it first", "model_pinned", "model")
+        return found.served
+
+
+def status_of(
+    served: Served, workers: Collection[ServeWorkerStatus], just_told: Collection[str] = ()
+) -> ModelStatus:
+    """What the workers say of a model; those that were just told to load it may not have said so yet."""
+    shown = []
+    for worker in sorted(workers, key=lambda worker: worker.worker_id):
+        state = next((model for model in worker.models if model.residence == served.residence), None)
+        if worker.worker_id in just_told and (state is None or state.state == "failed"):
+            state = ModelState(residence=served.residence, state="loading", bytes=served.stored_bytes)
+        shown.append(_worker_state(worker.worker_id, state))
+    best = min((worker.state for worker in shown), key=STATES.index, default="absent")
+    is_pinned = any(kept.residence == served.residence for kept in all_pinned())
+    return ModelStatus(model=served.model, state=best, is_pinned=is_pinned, workers=shown)
+
+
+def _worker_state(worker_id: str, state: ModelState | None) -> WorkerState:
+    if state is None:
+        return WorkerState(worker=worker_id, state="absent")
+    first_token, accepted = state.first_token_seconds, state.acceptance_rate
+    return WorkerState(
+        worker=worker_id,
+        state=state.state,
+        bytes=state.bytes,
+        percent=round(state.percent, 1),
+        weights=state.weights,
+        load_seconds=state.load_seconds,
+        first_token_ms=None if first_token is None else round(1000 * first_token, 2),
+        acceptance_rate=None if accepted is None else round(accepted, 3),
+        error=state.error,
+    )

@@ -1,0 +1,48 @@
+"""Tells every serve worker what is pinned, again and again: workers come, go and forget."""
+
+import asyncio
+
+import structlog
+from fastapi.concurrency import run_in_threadpool
+
+from app.contracts.control import Keep
+from app.db.session import DatabaseUnavailable, PoolExhausted
+from app.errors import Unavailable
+from app.routing.router import Switchboard
+from app.services import model_serving
+
+log = structlog.get_logger(__name__)
+
+
+async def tell_pins(board: Switchboard) -> None:
+    """Says what is pinned now. Raises Unavailable if nobody could be told."""
+    await board.tell(Keep(models=await run_in_threadpool(model_serving.all_pinned)))
+
+
+class PinTeller:
+    """One API process's share of the telling; more than one harms nobody."""
+
+    def __init__(self, board: Switchboard) -> None:
+        self._board = board
+
+    async def start(self) -> None:
+        self._telling = asyncio.get_running_loop().create_task(self._tell())
+
+    async def stop(self) -> None:
+        self._telling.cancel()
+        await asyncio.gather(self._telling, return_exceptions=True)
+
+    async def _tell(self) -> None:
+        could_tell = True  # an outage is one line in the log
+        while True:
+            await asyncio.sleep(self._board.settings.reconcile_seconds)
+            try:
+                if self._board.workers:
+                    await tell_pins(self._board)
+                could_tell = True
+            except (Unavailable, DatabaseUnavailable, PoolExhausted) as fault:
+                if could_tell:
+                    log.warning("pins_not_told", reason=type(fault).__name__)
+                could_tell = False
+            except Exception:
+                log.exception("pins_not_told")  # the telling must outlive any one fault

@@ -1,0 +1,82 @@
+"""What the C kernels do when there is no memory, or a token that does not exist."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from worker.cpu.kernels import build
+from worker.cpu.kernels.bindings import kernels
+
+NO_MEMORY = """
+#include <stddef.h>
+void *no_malloc(size_t size) { return NULL; }
+void *no_calloc(size_t count, size_t size) { return NULL; }
+void *no_aligned_alloc(size_t alignment, size_t size) { return NULL; }
+"""
+CALLS = """
+import ctypes, sys, torch
+from worker.cpu.kernels.bindings import Kernels
+
+torch.set_num_threads(2)
+does = Kernels(ctypes.CDLL(sys.argv[1]))
+x = torch.zeros(1, 4, 2, 16)
+calls = {
+    "distil": lambda: does.distil(
+        torch.zeros(3, 5), torch.zeros(3, 5), torch.zeros(3, dtype=torch.long), beta=None, ce_weight=0.5, factor=1.0
+    ),
+    "attend_causally": lambda: does.attend_causally(x, x, x, 0.2),
+    "attention_gradients": lambda: does.attention_gradients(x, (x, x, x), torch.zeros(1, 2, 4, 16), 0.2),
+    "norm_gradients": lambda: does.norm_gradients(
+        torch.zeros(3, 8), torch.zeros(3, 8), torch.ones(8), torch.ones(3), needs_weight=True
+    ),
+    "attend": lambda: does.attend(
+        torch.zeros(6, 64), None, (torch.zeros(3, 1, 8, 16), torch.zeros(3, 1, 8, 16)),
+        torch.zeros(3, dtype=torch.long), num_heads=2, column=2, scaling=0.2,
+    ),
+    "multiply_split": lambda: does.multiply_split(torch.zeros(3, 8), torch.zeros(5, 8)),
+}
+for name, call in calls.items():
+    try:
+        call()
+    except MemoryError:
+        print(name)
+"""
+
+
+@pytest.mark.skipif(kernels() is None, reason="no C compiler here")
+def test_a_kernel_without_memory_raises_and_the_process_lives(tmp_path: Path) -> None:
+    source, library = tmp_path / "no_memory.c", tmp_path / "kernels.so"
+    source.write_text(NO_MEMORY)
+    openmp = next(Path(torch.__file__).parent.glob("lib/libgomp*"))
+    renamed = [f"-D{name}=no_{name}" for name in ("malloc", "calloc", "aligned_alloc")]
+    sources = [*map(str, build.SOURCES), str(source), str(openmp), "-lm"]
+    compiler = shutil.which("gcc") or "cc"
+    build._compile([compiler, *build.FLAGS, "-O0", *renamed, *sources], library)
+    child = subprocess.run(
+        [sys.executable, "-c", CALLS, library], capture_output=True, text=True, timeout=120
+    )
+    assert child.returncode == 0, child.stderr
+    assert child.stdout.split() == [
+        "distil",
+        "attend_causally",
+        "attention_gradients",
+        "norm_gradients",
+        "attend",
+        "multiply_split",
+    ]
+
+
+@pytest.mark.parametrize("target", [-100, -1, 5, 2**40])
+def test_a_target_outside_the_vocabulary_is_refused_and_nothing_is_written(target: int) -> None:
+    does = kernels()
+    if does is None:
+        pytest.skip("no C compiler here")
+    student, targets = torch.randn(3, 5), torch.tensor([0, target, 4])
+    before = student.clone()
+    with pytest.raises(IndexError, match="outside the vocabulary"):
+        does.distil(student, torch.randn(3, 5), targets, beta=None, ce_weight=0.5, factor=1.0)
+    assert torch.equal(student, before)

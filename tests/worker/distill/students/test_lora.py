@@ -1,0 +1,140 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from app.contracts.distillation import Lora
+from worker.cpu.linear_ops import pack_weights, use_onednn
+from worker.distill.students.lora import add_lora, load_lora_tensors, lora_tensors, merged
+from worker.distill.students.recipe import load_model
+from worker.errors import CorruptCheckpoint
+from worker.models.architectures import layer_counts
+
+FAMILIES = ("llama", "gpt2", "bloom", "opt", "gpt_neox", "t5", "bart", "bert2bert")
+TOKENS_BT = torch.arange(3, 23).view(2, 10)
+RANK_4 = Lora(rank=4, alpha=8.0)
+
+
+def load(request: pytest.FixtureRequest, family: str) -> PreTrainedModel:
+    return load_model(request.getfixturevalue(f"tiny_{family}_dir"))
+
+
+def run(model: Any) -> Tensor:  # Any: transformers is untyped here
+    inputs = {"input_ids": TOKENS_BT, "attention_mask": torch.ones_like(TOKENS_BT)}
+    if layer_counts(model.config)[0]:
+        inputs["decoder_input_ids"] = TOKENS_BT.flip(1)
+    found: Tensor = model(**inputs, use_cache=False).logits
+    return found
+
+
+@torch.no_grad()
+def trained(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
+    """With adapters that have moved."""
+    add_lora(model, RANK_4, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in lora_tensors(model).values():
+        tensor.normal_(0.0, 0.05, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()  # attention takes another path where a position bias has a gradient
+def test_untrained_adapters_change_nothing(request: pytest.FixtureRequest, family: str) -> None:
+    model = load(request, family)
+    use_onednn(model)
+    before = run(model)
+    add_lora(model, RANK_4, seed=0)
+    torch.testing.assert_close(run(model), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_adapters_are_trained_and_all_of_them(request: pytest.FixtureRequest, family: str) -> None:
+    model = trained(load(request, family))
+    run(model).square().mean().backward()
+    moved = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    assert moved == lora_tensors(model).keys()
+
+
+def test_every_linear_layer_but_the_head_is_adapted(tiny_llama_dir: Path) -> None:
+    model = load_model(tiny_llama_dir)
+    add_lora(model, RANK_4, seed=0)
+    layers = {name.split(".", 3)[3].rpartition(".")[0] for name in lora_tensors(model)}
+    attention = {f"self_attn.{letter}_proj" for letter in "qkvo"}
+    assert layers == attention | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    assert len(lora_tensors(model)) == 2 * 4 * 7
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_computes_what_the_adapters_do(
+    request: pytest.FixtureRequest, family: str, tmp_path: Path
+) -> None:
+    model = trained(load(request, family))
+    with_adapters = run(model)
+    assert not torch.allclose(with_adapters, run(load(request, family)), atol=1e-2)
+    with merged(model) as plain:
+        torch.testing.assert_close(run(plain), with_adapters, rtol=1e-4, atol=1e-4)
+        plain.save_pretrained(tmp_path)
+    torch.testing.assert_close(run(load_model(tmp_path)), with_adapters, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_becomes_what_it_was_to_the_bit(request: pytest.FixtureRequest, family: str) -> None:
+    model = trained(load(request, family))
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameters = list(model.parameters())
+    before = run(model)
+    with pytest.raises(KeyboardInterrupt), merged(model):
+        raise KeyboardInterrupt
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == weights.keys()
+    assert torch.equal(run(model), before)
+    # an optimizer made before still holds the model's own parameters, in the same order
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+
+
+def test_a_model_is_resumed_exactly_from_its_adapters(tiny_gpt2_dir: Path) -> None:
+    model, resumed = trained(load_model(tiny_gpt2_dir)), load_model(tiny_gpt2_dir)
+    add_lora(resumed, RANK_4, seed=7)
+    load_lora_tensors(resumed, lora_tensors(model))
+    assert torch.equal(run(resumed), run(model))
+
+
+def test_adapters_of_another_rank_are_refused(tiny_gpt2_dir: Path) -> None:
+    model, other = load_model(tiny_gpt2_dir), load_model(tiny_gpt2_dir)
+    add_lora(model, RANK_4, seed=0)
+    add_lora(other, Lora(rank=8), seed=0)
+    with pytest.raises(CorruptCheckpoint, match="start the job anew"):
+        load_lora_tensors(model, lora_tensors(other))
+
+
+def test_the_seed_decides_the_adapters(tiny_llama_dir: Path) -> None:
+    def adapters(seed: int) -> dict[str, Tensor]:
+        model = load_model(tiny_llama_dir)
+        add_lora(model, RANK_4, seed=seed)
+        return lora_tensors(model)
+
+    one, same, other = adapters(1), adapters(1), adapters(2)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("swap", [use_onednn, pack_weights])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_onednn_layers_keep_their_adapters(
+    request: pytest.FixtureRequest, family: str, swap: Any
+) -> None:  # Any: one returns the bytes it took
+    model = trained(load(request, family))
+    before = run(model)
+    swap(model)
+    with torch.no_grad():
+        torch.testing.assert_close(run(model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_without_adapters_is_merged_already(tiny_llama_dir: Path) -> None:
+    model = load_model(tiny_llama_dir)
+    before = run(model)
+    with merged(model) as plain:
+        assert torch.equal(run(plain), before)

@@ -1,0 +1,174 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.contracts.distillation import DivergenceName, Objective, Student
+from tests.tiny import save_tiny
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.fused_loss import fused_distillation_loss
+from worker.distill.losses.lm_head import Head, TeacherRows
+from worker.distill.students.recipe import plan_student
+from worker.distill.training.devices import (
+    GIB,
+    LOSS_BYTES,
+    Device,
+    Needs,
+    Placement,
+    autocast,
+    find_device,
+    find_needs,
+    place,
+    planned_config,
+)
+from worker.models.architectures import read_config
+
+BILLION = 10**9
+NEW_CARD = Device("cuda", "a card", 80 * GIB, has_bfloat16=True)  # of which 72 are planned with
+OLD_CARD = Device("cuda", "an old card", 16 * GIB)  # 14.4
+
+
+def needs(student_gib: float, teacher_billions: float, *, can_cache: bool = True) -> Needs:
+    return Needs(int(student_gib * GIB), int(teacher_billions * BILLION), 0, can_cache)
+
+
+@pytest.mark.parametrize(
+    ("device", "wanted", "teacher"),
+    [
+        pytest.param(Device(), needs(1, 1), ("cpu", torch.float32, False), id="no card"),
+        pytest.param(NEW_CARD, needs(10, 7), ("cuda", torch.bfloat16, False), id="beside"),
+        pytest.param(NEW_CARD, needs(65, 7), ("cuda", torch.bfloat16, True), id="alone first"),
+        pytest.param(
+            NEW_CARD, needs(65, 7, can_cache=False), ("cpu", torch.float32, False), id="no room on disk"
+        ),
+        pytest.param(NEW_CARD, needs(10, 70), ("cpu", torch.float32, False), id="not even alone"),
+        pytest.param(OLD_CARD, needs(4, 1), ("cuda", torch.float32, False), id="old: beside"),
+        pytest.param(OLD_CARD, needs(12, 3), ("cuda", torch.float32, True), id="old: alone first"),
+        pytest.param(OLD_CARD, needs(4, 5), ("cuda", torch.float16, False), id="old: beside in half"),
+        pytest.param(OLD_CARD, needs(12, 7), ("cuda", torch.float16, True), id="old: alone in half"),
+        pytest.param(
+            OLD_CARD, needs(12, 3, can_cache=False), ("cpu", torch.float32, False), id="old: live on CPU"
+        ),
+        pytest.param(OLD_CARD, needs(4, 10), ("cpu", torch.float32, False), id="old: on the CPU"),
+    ],
+)
+def test_the_teacher_goes_where_it_fits(
+    device: Device, wanted: Needs, teacher: tuple[str, torch.dtype, bool]
+) -> None:
+    placed = place(device, wanted)
+    assert (placed.teacher_device, placed.teacher_dtype, placed.is_teacher_first) == teacher
+    assert placed.device == device
+
+
+def test_only_a_new_card_trains_under_autocast() -> None:
+    assert [device.autocast for device in (Device(), OLD_CARD, NEW_CARD)] == [None, None, torch.bfloat16]
+    assert NEW_CARD.rounds_to == torch.float32  # autocast does it there
+
+
+def test_a_student_that_is_too_large_by_estimate_is_said_to_be() -> None:
+    placed = place(NEW_CARD, needs(100, 7))
+    assert placed.is_tight
+    assert "too large" in placed.message
+
+
+def test_the_message_names_card_floats_and_place() -> None:
+    assert place(Device(), needs(1, 1)).message == ""
+    said = place(NEW_CARD, needs(65, 7)).message
+    assert said == (
+        "device: a card (80.0 GiB free); student in float32 weights under bfloat16 autocast; teacher in bfloat16, "
+        "alone before the training, which reads its states from the cache"
+    )
+    assert "does not fit" in place(OLD_CARD, needs(4, 10)).message
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_without_a_card_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch, *, has_bfloat16: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("worker.distill.training.devices.HAS_FAST_BFLOAT16", has_bfloat16)
+    found = find_device()
+    assert found == Device(has_bfloat16=has_bfloat16)
+    assert found == find_device(precision="bfloat16")  # what a processor cannot do is not asked of it
+    assert found.autocast is None
+    assert found.rounds_to == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    assert bool(place(found, needs(1, 1)).message) == has_bfloat16
+    assert find_device(precision="float32") == Device() == Placement().device
+    assert Device().rounds_to == torch.float32
+
+
+def test_a_students_bytes_are_its_parameters_and_what_training_adds(tiny_gpt2_dir: Path) -> None:
+    config = read_config(tiny_gpt2_dir)
+    layers = Student(init="layers", num_layers=2, freeze_head=False)
+    recipe = plan_student(tiny_gpt2_dir, tiny_gpt2_dir, layers)
+    found = find_needs(Device("cuda"), recipe, config, config, batch_tokens=100, can_cache=True)
+    student, width, num_tokens = recipe.build(), config.hidden_size, config.vocab_size
+    num_parameters = sum(p.numel() for p in student.parameters())
+    activations = 100 * 2 * (10 * width + 4 * 4 * width) * 4
+    heads = (
+        2 * 4 * num_tokens * width
+    )  # the trained head's second gradient, and the teacher's head for the loss
+    assert found.student_bytes == 16 * num_parameters + activations + heads + LOSS_BYTES
+    assert found.teacher_bytes(torch.bfloat16) < found.teacher_bytes(torch.float32)
+
+
+def test_what_is_frozen_needs_no_moments_and_autocast_keeps_a_copy(tiny_llama_dir: Path) -> None:
+    config = read_config(tiny_llama_dir)
+    trained, frozen, lora = (
+        find_needs(
+            device,
+            plan_student(tiny_llama_dir, tiny_llama_dir, student),
+            config,
+            config,
+            batch_tokens=1,
+            can_cache=True,
+        ).student_bytes
+        for device, student in [
+            (Device("cuda"), Student(init="layers", num_layers=2, freeze_head=False)),
+            (Device("cuda"), Student(init="layers", num_layers=2, freeze_head=True)),
+            (Device("cuda"), Student(init="lora")),
+        ]
+    )
+    head = config.vocab_size * config.hidden_size
+    assert trained - frozen == 16 * head
+    assert lora < frozen
+    recipe = plan_student(tiny_llama_dir, tiny_llama_dir, Student(init="layers", num_layers=2))
+    new = find_needs(NEW_CARD, recipe, config, config, batch_tokens=0, can_cache=True).student_bytes
+    old = find_needs(OLD_CARD, recipe, config, config, batch_tokens=0, can_cache=True).student_bytes
+    assert new - old == 2 * sum(p.numel() for p in recipe.build().parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart", "encoder-decoder"])
+def test_the_planned_configuration_is_the_built_students(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / family, family)
+    kinds = [Student(init="checkpoint"), Student(init="layers", num_layers=2)]
+    if family in ("llama", "gpt2", "t5"):
+        kinds.append(Student(init="width", intermediate_size=32, num_layers=3))
+    for student in kinds:
+        recipe = plan_student(folder, folder, student)
+        planned, built = planned_config(recipe, read_config(folder)), recipe.build()
+        bare = find_needs(
+            Device("cuda"), recipe, read_config(folder), planned, batch_tokens=1, can_cache=True
+        )
+        assert bare.num_teacher_parameters == sum(p.numel() for p in built.parameters())
+
+
+def test_autocast_lowers_a_body_only_where_asked() -> None:
+    layer, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
+    with autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with autocast("cpu", None):
+        assert layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "tvd"])
+def test_the_loss_and_its_gradient_are_the_same_under_autocast(divergence: DivergenceName) -> None:
+    torch.manual_seed(0)
+    head = Head(torch.randn(50, 16, requires_grad=True))
+    teacher = TeacherRows(Head(torch.randn(50, 16)), hidden_NH=torch.randn(9, 16))
+    hidden_NH, targets_N = torch.randn(9, 16, requires_grad=True), torch.arange(9)
+    objective = TokenObjective.from_objective(Objective(divergence=divergence))
+    found = []
+    for dtype in (None, torch.bfloat16):
+        with autocast("cpu", dtype):
+            loss, _ = fused_distillation_loss(hidden_NH, head, targets_N, teacher, objective, denominator=9)
+        found.append([loss, *torch.autograd.grad(loss, [hidden_NH, head.weight_VH])])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

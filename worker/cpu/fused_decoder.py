@@ -1,0 +1,84 @@
+"""All layers in one call: of weights that lie in tiles, with keys and values in bfloat16.
+
+N rows of Q tokens each, M = N * Q; E hidden size, D width of a head.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from worker.cpu.int8 import TiledInt8Weight
+from worker.cpu.kernels.bindings import Kernels, Layer, Sizes
+from worker.cpu.linear_ops import TiledWeight, packed_weight
+
+
+class WholeBody:
+    """The layers as C reads them; the tensors behind the addresses belong to the model, or are kept here."""
+
+    def __init__(self, does: Kernels, layers: Sequence[Any], norm: Any) -> None:  # Any: a family's own
+        self._does, self._norm = does, norm
+        self._kept: list[Tensor] = []
+        self._layers = (Layer * len(layers))(*(self._layer(layer) for layer in layers))
+        attention: Any = layers[0].self_attn
+        config, mlp = attention.config, layers[0].mlp
+        self._sizes = Sizes(
+            E=config.hidden_size,
+            H=config.num_key_value_heads * attention.num_key_value_groups,
+            K=config.num_key_value_heads,
+            D=attention.head_dim,
+            I=mlp.gate_proj.out_features,
+            is_int8=isinstance(packed_weight(mlp.gate_proj), TiledInt8Weight),
+        )
+
+    @staticmethod
+    def knows(layers: Sequence[Any]) -> bool:
+        """Whether all weights are tiled with one dtype, and queries, keys and values share one weight."""
+        weights = [packed_weight(part) for layer in layers for part in _parts(layer)]
+        return (
+            all(isinstance(weight, TiledWeight) for weight in weights) and len(set(map(type, weights))) == 1
+        )
+
+    def __call__(self, hidden_ME: Tensor, rotations_MD: tuple[Tensor, Tensor], call: Any) -> Tensor:
+        """The last norm [M, E] of the states, which are used up."""
+        for layer, kept in zip(self._layers, call.cache.layers, strict=True):
+            layer.keys, layer.values = kept.addresses
+        window, sizes = call.cache.window, self._sizes
+        sizes.N = len(call.starts_N)
+        sizes.Q = len(hidden_ME) // sizes.N
+        sizes.width, sizes.column = window.width, window.column
+        return self._does.forward(
+            self._layers,
+            sizes,
+            hidden_ME,
+            rotations_MD,
+            call.starts_N,
+            self._norm.weight,
+            self._norm.variance_epsilon,
+        )
+
+    def _layer(self, layer: Any) -> Layer:
+        before, between = layer.input_layernorm, layer.post_attention_layernorm
+        made = Layer(
+            attention_norm=before.weight.data_ptr(),
+            mlp_norm=between.weight.data_ptr(),
+            attention_eps=before.variance_epsilon,
+            mlp_eps=between.variance_epsilon,
+            scaling=layer.self_attn.scaling,
+            is_rotated=getattr(layer.self_attn, "use_rope", True),
+        )
+        for name, part in zip(Layer.WEIGHTS, _parts(layer), strict=True):
+            setattr(made, name, self._address(part.packed.tensor))
+            if part.bias is not None:
+                setattr(made, f"{name}_bias", self._address(part.bias.float()))
+        return made
+
+    def _address(self, tensor: Tensor) -> int:
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _parts(layer: Any) -> tuple[Any, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = getattr(attention, "qkv_proj", None)
+    return (qkv, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)

@@ -1,0 +1,1 @@
+"""C kernels, how they are built, and their Python bindings."""

@@ -1,0 +1,328 @@
+"""Float32 matrix products on a CPU by whatever is fastest there, where torch would take the BLAS that it was built with.
+
+torch sends float32 products to MKL, which reaches a third to a half of oneDNN's rate on AMD processors; on Intel's it is
+the faster one, by a quarter in gradients, where nothing is packed (bench/LOG.md). Where the processor has tiles (AMX),
+large products are our own, half as fast again: each number as three of bfloat16, as exact as float32 (split.c). The sums are
+float32 in every case; only their order differs. Everywhere else (another device, another float, a torch without the
+operator) the same calls fall back to torch's own product. A processor that multiplies bfloat16 itself does so several
+times as fast: layers may be told to round what they multiply to it, as autocast does; sums, weights, gradients and all
+between the layers stay float32.
+
+N rows, I and O features in and out.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+from worker.cpu.kernels.bindings import TILE_DEPTH, Kernels, kernels
+
+CPU_INFO = Path("/proc/cpuinfo")
+# torch leaves is_available untyped
+HAS_ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+HAS_ONEDNN = HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+HAS_BFLOAT16: bool = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+IS_INTEL = "GenuineIntel" in CPU_INFO.read_text() if CPU_INFO.exists() else False
+HAS_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # as above
+PREFERS_ONEDNN = HAS_ONEDNN and not (IS_INTEL and HAS_MKL)  # for float32 that lies as it is
+# in instructions of its own, not emulated
+HAS_FAST_BFLOAT16: bool = HAS_BFLOAT16 and (
+    torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+)
+Activation = Literal["none", "swish"]
+FLOAT32_PARTS, HALF_PARTS = 3, 2  # of bfloat16, in a number of a product by tiles
+# of a float32 product by tiles: 1 / (1 / rows + 1 / columns), and what is summed
+LEAST_SIDE, LEAST_DEPTH = 130, 64
+
+
+def parts_beside(dtype: torch.dtype) -> int:
+    """How exactly a head has to multiply float32 numbers whose body rounds what it multiplies to dtype."""
+    return HALF_PARTS if dtype == torch.bfloat16 else FLOAT32_PARTS
+
+
+def product(
+    a_NI: Tensor,
+    b_OI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    room_NO: Tensor | None = None,
+    num_parts: int = FLOAT32_PARTS,
+) -> Tensor:
+    """a b^T + bias, not differentiable; b may have any strides. Room is memory that the result may be written to.
+
+    With HALF_PARTS 16 of a number's 24 bits are enough, where that is faster.
+    """
+    if (does := _splits(a_NI, b_OI)) is not None:
+        rows_NI = a_NI.reshape(-1, a_NI.shape[-1])
+        product_NO = does.multiply_split(_in_order(rows_NI), _in_order(b_OI), room_NO, num_parts=num_parts)
+        product_NO = product_NO.view(*a_NI.shape[:-1], len(b_OI))
+        return product_NO if bias_O is None else product_NO.add_(bias_O)
+    if PREFERS_ONEDNN and _is_fast(a_NI, b_OI):
+        return onednn_product(a_NI, b_OI, bias_O)
+    if room_NO is not None and bias_O is None:
+        return torch.mm(a_NI, b_OI.t(), out=room_NO)
+    return nn.functional.linear(a_NI, b_OI, bias_O)
+
+
+def weight_gradient(
+    grad_NO: Tensor, x_NI: Tensor, *, onto_OI: Tensor | None = None, num_parts: int = FLOAT32_PARTS
+) -> Tensor:
+    """grad^T x, not differentiable: the gradient in the weight of a linear layer; added to what there is of it, if given."""
+    if (does := _splits(grad_NO.t(), x_NI.t())) is not None:
+        operands = (_in_order(grad_NO.t()), _in_order(x_NI.t()))
+        return does.multiply_split(*operands, onto_OI, num_parts=num_parts, adds=onto_OI is not None)
+    if PREFERS_ONEDNN and _is_fast(grad_NO, x_NI):
+        gradient_OI = onednn_weight_gradient(grad_NO, x_NI)
+        return gradient_OI if onto_OI is None else onto_OI.add_(gradient_OI)
+    return grad_NO.t() @ x_NI if onto_OI is None else onto_OI.addmm_(grad_NO.t(), x_NI)
+
+
+def _splits(a: Tensor, b: Tensor) -> Kernels | None:
+    """Who multiplies a [..., K] by b^T [K, N] by tiles, if that is faster: laying the two out has to pay."""
+    if not _is_fast(a, b) or a.shape[-1] < LEAST_DEPTH or b.numel() == 0:
+        return None
+    num_rows, num_columns = a.numel() // a.shape[-1], len(b)
+    if num_rows * num_columns < LEAST_SIDE * (num_rows + num_columns):
+        return None
+    does = kernels()
+    return does if does is not None and does.has_splits else None
+
+
+def _in_order(matrix: Tensor) -> Tensor:
+    """Contiguous one way or the other."""
+    return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def onednn_product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`product`, by oneDNN."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, bias_O, "none", [], "")
+    return out
+
+
+def onednn_weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """`weight_gradient`, by oneDNN: in float32, whatever the two are; a primitive of its own, where a product would copy the transposed gradient first."""
+    operands = (grad_NO.contiguous().to_mkldnn(), x_NI.contiguous().to_mkldnn())
+    out: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(*operands, _any_weight(), False)[0]
+    return out.to_dense()
+
+
+def _product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """Of two bfloat16 tensors too, in float32."""
+    if a_NI.dtype == torch.float32:
+        return product(a_NI, b_OI, bias_O)
+    out_NO: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, None, "none", [], "").float()
+    return out_NO if bias_O is None else out_NO.add_(bias_O)
+
+
+@cache
+def _any_weight() -> Tensor:
+    """What the operator takes its result's kind from, and nothing else."""
+    weight: Tensor = torch.empty(1, 1).to_mkldnn()
+    return weight
+
+
+def linear(
+    x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`torch.nn.functional.linear`, differentiable, all three products by the faster library; what they multiply is rounded to dtype."""
+    is_plain = dtype == torch.float32 and not PREFERS_ONEDNN and _splits(x, weight_OI) is None
+    if is_plain or not _is_fast(x, weight_OI):
+        return nn.functional.linear(x, weight_OI, bias_O)
+    if not torch.is_grad_enabled():
+        return _product(x.to(dtype), weight_OI.to(dtype), bias_O)
+    # torch leaves apply untyped
+    out: Tensor = _Linear.apply(x, weight_OI, bias_O, dtype)  # type: ignore[no-untyped-call]
+    return out
+
+
+def use_onednn(model: nn.Module, dtype: torch.dtype = torch.float32, but: nn.Module | None = None) -> None:
+    """From now on the model's linear layers multiply by oneDNN, forward and backward, all but one rounding to dtype."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = OneDnnLinear
+        elif type(module) is Conv1D:
+            module.__class__ = OneDnnConv1D
+        if isinstance(module, OneDnnLinear | OneDnnConv1D) and module is not but:
+            module.rounds_to = dtype
+
+
+def pack_weights(
+    model: nn.Module,
+    *,
+    keeps_plain: bool = True,
+    dtype: torch.dtype = torch.float32,
+    but: nn.Module | None = None,
+) -> int:
+    """Lays the linear layers' weights out for oneDNN, for a model that will not be trained; returns the bytes it took.
+
+    The plain weights stay, for whoever reads them, and must not change: few rows are multiplied by what was laid out. Else only those
+    stay that other modules share (embeddings): the model can be called and nothing more. With bfloat16 all layers but
+    one round weights, inputs and results to it, and sum in float32.
+    """
+    use_onednn(model)
+    linears = [module for module in model.modules() if isinstance(module, OneDnnLinear | OneDnnConv1D)]
+    others = (module for module in model.modules() if not isinstance(module, OneDnnLinear | OneDnnConv1D))
+    shared = {id(weight) for module in others for weight in module.parameters(recurse=False)}
+    num_bytes = 0
+    for module in linears:
+        module.requires_grad_(False)
+        weight_OI = module.weight_OI.contiguous()
+        if HAS_ONEDNN and weight_OI.dtype == torch.float32 and weight_OI.device.type == "cpu":
+            weight_OI = weight_OI.to(torch.float32 if module is but else dtype)
+            module.packed = _pack(weight_OI)
+            num_bytes += weight_OI.nbytes
+            if not keeps_plain and id(module.weight) not in shared:
+                release_weight(module)
+    return num_bytes
+
+
+def release_weight(module: nn.Module) -> None:
+    """Leaves of a layer's weight its shape and float alone; another layer that shares it keeps it."""
+    weight = module.get_parameter("weight")
+    module.register_parameter("weight", nn.Parameter(torch.empty_like(weight, device="meta"), False))
+
+
+PACKED_FOR_ROWS = 16  # a hint to oneDNN; layouts for 8 to 64 rows measure alike
+
+
+class PackedWeight:
+    """A weight in oneDNN's own layout, or another. A copied model leaves it behind: torch cannot copy it, and a copy may change."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
+        """x W^T + bias, then the activation, in the weight's float, not differentiable."""
+        bias_O = None if bias_O is None else bias_O.to(self.dtype)
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        out: Tensor = multiply(x.to(self.dtype), self.tensor, bias_O, activation, [], "")
+        return out
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        return None
+
+
+class TiledWeight(PackedWeight):
+    """A weight in bfloat16 laid out for our own product (product.c): faster with few rows, and each row for itself."""
+
+    def __init__(self, tiles: Tensor, num_out: int, does: Kernels) -> None:
+        super().__init__(tiles)
+        self._num_out = num_out
+        self._does = does
+
+    def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
+        bias_O = None if bias_O is None else bias_O.float()
+        x = x.to(torch.bfloat16).contiguous()
+        return self._does.multiply_tiles(
+            x, self.tensor, self._num_out, bias_O, is_swish=activation == "swish"
+        )
+
+
+def _pack(weight_OI: Tensor) -> PackedWeight:
+    does = kernels() if weight_OI.dtype == torch.bfloat16 else None
+    if does is not None and does.has_tiles and weight_OI.shape[1] % TILE_DEPTH == 0:
+        return TiledWeight(does.make_tiles(weight_OI), len(weight_OI), does)
+    return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS))
+
+
+class OneDnnLinear(nn.Linear):
+    """An nn.Linear whose class was swapped, so that its weights, name and ties stay what they were."""
+
+    packed: PackedWeight | None = None
+    rounds_to: torch.dtype = torch.float32
+
+    @property
+    def weight_OI(self) -> Tensor:
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _apply(x, self, self.weight)
+
+
+class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
+    """GPT-2's linear layer, whose weight lies the other way round."""
+
+    packed: PackedWeight | None = None
+    rounds_to: torch.dtype = torch.float32
+
+    @property
+    def weight_OI(self) -> Tensor:
+        weight_IO: Tensor = self.weight
+        return weight_IO.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _apply(x, self, self.weight_OI)
+
+
+def packed_weight(module: nn.Module) -> PackedWeight | None:
+    """What a layer multiplies by, if it is laid out for oneDNN."""
+    return module.packed if isinstance(module, OneDnnLinear | OneDnnConv1D) else None
+
+
+def multiplier(module: nn.Module, activation: Activation = "none") -> Callable[[Tensor], Tensor]:
+    """What a linear layer gives, then swish (also called SiLU) if asked; packed weights without the call of a module.
+
+    For whoever multiplies by one layer many times, with the layer in the same state and without gradients. Packed weights
+    give what they multiply in: float32 or bfloat16.
+    """
+    packed = packed_weight(module)
+    if packed is not None:
+        bias_O: Any = module.bias
+        return lambda x: packed.product(x, bias_O, activation)
+    if activation == "none":
+        return module
+    return lambda x: nn.functional.silu(module(x))
+
+
+def _apply(x: Tensor, layer: OneDnnLinear | OneDnnConv1D, weight_OI: Tensor) -> Tensor:
+    bias_O: Tensor | None = layer.bias
+    if layer.packed is not None and _is_fast(x) and not x.requires_grad:
+        if layer.packed.dtype == torch.float32 and _splits(x, weight_OI) is not None:
+            return product(x, weight_OI, bias_O)
+        return layer.packed.product(x, bias_O).float()
+    return linear(x, weight_OI, bias_O, layer.rounds_to)
+
+
+def _is_fast(a: Tensor, b: Tensor | None = None) -> bool:
+    return (
+        HAS_ONEDNN
+        and a.dtype == torch.float32
+        and a.device.type == "cpu"
+        and (b is None or (b.dtype == torch.float32 and b.device.type == "cpu"))
+        and a.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+        # ctx is Any: torch does not type what a context carries
+        x, weight_OI = x.to(dtype), weight_OI.to(dtype)
+        ctx.save_for_backward(x, weight_OI)
+        return _product(x, weight_OI, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        rounded_NO = grad_NO.to(x.dtype)
+        in_weight = weight_gradient if x.dtype == torch.float32 else onednn_weight_gradient
+        return (
+            _product(rounded_NO, weight_OI.t()).view(x.shape) if needs_x else None,
+            in_weight(rounded_NO, x_NI) if needs_weight else None,
+            grad_NO.sum(dim=0) if needs_bias else None,
+            None,
+        )

@@ -1,0 +1,126 @@
+"""RMS norms, gated MLPs and rotary positions of a model in training: one compiled pass forward, one backward.
+
+In torch a norm is six passes over the states forward and more backward, the middle of a gated MLP and a rotation four; on
+a CPU they took a tenth of a step (bench/LOG.md). Where there are no kernels, or in another float, a module does what it did.
+
+B rows, T tokens, D width of a head.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+
+from worker.cpu.kernels.bindings import Kernels, kernels
+from worker.cpu.short_attention import NAME as SHORT_ATTENTION
+from worker.cpu.short_attention import attend
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+# weight * x / sqrt(mean(x^2) + variance_epsilon), and down(act(gate(x)) * up(x)), nothing more
+RMS_NORMS = {*(f"{family}RMSNorm" for family in FAMILIES), "T5LayerNorm"}
+GATED_MLPS = {f"{family}MLP" for family in FAMILIES}
+# projections, rotation by all of a head's width, attention, a projection, nothing more
+ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
+
+
+def use_lean_body(model: PreTrainedModel) -> None:
+    """From now on the model's norms, gated MLPs and rotations are computed so, where they are of the kinds known here."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind in RMS_NORMS:
+            module.forward = MethodType(_norm, module)
+        elif kind in GATED_MLPS and isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+            module.forward = MethodType(_gated_mlp, module)
+        elif kind in ATTENTIONS:
+            module.forward = MethodType(_attention, module)
+
+
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:  # Any: a family's own class
+    if (does := _kernels_for(hidden_states)) is None:
+        return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
+    # torch leaves apply untyped
+    return _Norm.apply(hidden_states, self.weight, self.variance_epsilon, does)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _gated_mlp(self: Any, x: Tensor) -> Tensor:
+    if (does := _kernels_for(x)) is None:
+        return type(self).forward(self, x)  # type: ignore[no-any-return]
+    middle: Tensor = _SwiGlu.apply(self.gate_proj(x), self.up_proj(x), does)  # type: ignore[no-untyped-call]
+    return self.down_proj(middle)  # type: ignore[no-any-return]
+
+
+def _attention(self: Any, hidden_states: Tensor, *others: Any, **more: Any) -> tuple[Tensor, Tensor | None]:
+    positions = more.get("position_embeddings")
+    is_stored = more.get("cache") is not None or more.get("past_key_values") is not None
+    is_known = (
+        not others and not is_stored and positions is not None and positions[0].shape[-1] == self.head_dim
+    )
+    is_known = is_known and self.config._attn_implementation == SHORT_ATTENTION
+    if not is_known or (does := _kernels_for(hidden_states)) is None:
+        return type(self).forward(self, hidden_states, *others, **more)  # type: ignore[no-any-return]
+    shape_BTHD = (*hidden_states.shape[:-1], -1, self.head_dim)
+    cos_PTD, sin_PTD = (angles.contiguous() for angles in positions)  # type: ignore[union-attr]
+    query, key = (
+        _Rotation.apply(project(hidden_states).view(shape_BTHD), cos_PTD, sin_PTD, does).transpose(1, 2)  # type: ignore[no-untyped-call]
+        for project in (self.q_proj, self.k_proj)
+    )
+    value = self.v_proj(hidden_states).view(shape_BTHD).transpose(1, 2)
+    dropout = self.attention_dropout if self.training else 0.0
+    mask = more.get("attention_mask")
+    out_BTHD, _ = attend(self, query, key, value, mask, scaling=self.scaling, dropout=dropout)
+    return self.o_proj(out_BTHD.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def _kernels_for(x: Tensor) -> Kernels | None:
+    is_float32 = x.dtype == torch.float32 and x.device.type == "cpu"
+    return kernels() if is_float32 and not torch.is_autocast_enabled("cpu") else None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_E: Tensor, eps: float, does: Kernels) -> Tensor:
+        # ctx is Any: torch does not type what a context carries
+        x = x.contiguous()
+        out, scales = does.norm(x, weight_E, eps)
+        ctx.save_for_backward(x, weight_E, scales)
+        ctx.does = does
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.does.norm_gradients(
+            grad.contiguous(), *ctx.saved_tensors, needs_weight=ctx.needs_input_grad[1]
+        )
+        return (*gradients, None, None)
+
+
+class _SwiGlu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, does: Kernels) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.does = does
+        return does.swiglu(gate, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (*ctx.does.swiglu_gradients(grad.contiguous(), *ctx.saved_tensors), None)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTHD: Tensor, cos_PTD: Tensor, sin_PTD: Tensor, does: Kernels) -> Tensor:
+        ctx.save_for_backward(cos_PTD, sin_PTD)
+        ctx.does = does
+        return does.rotate(x_BTHD.contiguous(), cos_PTD, sin_PTD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.does.rotate(grad_BTHD.contiguous(), *ctx.saved_tensors, is_back=True), None, None, None

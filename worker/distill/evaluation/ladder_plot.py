@@ -1,0 +1,152 @@
+"""A ladder of students as one picture of quality, size and speed, and the same as JSON."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+
+from app.contracts.distillation import Gate
+
+CHOSEN, PASSED, FAILED, TEACHER = "#c8501e", "#2b5f8a", "#6f7981", "#4a4a4a"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One student of a ladder (or its teacher): `figures` is its public entry, see report.py."""
+
+    label: str
+    figures: Mapping[str, Any]  # Any: open-ended JSON
+    passed: bool = True
+    is_chosen: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    metric: str
+    title: str
+    axis: str
+    scale: float = 1.0
+    most: float = 1.0
+
+
+PANELS = (
+    Panel("kl", "Distance from the teacher (less is better)", "KL, nats a token", most=math.inf),
+    Panel("perplexity", "Surprise at held-out text (less is better)", "perplexity", most=math.inf),
+    Panel("agreement", "Same most likely token (more is better)", "agreement, %", 100.0),
+    Panel("rouge_l", "Answers like the teacher's (more is better)", "ROUGE-L"),
+    Panel("accuracy", "Right labels (more is better)", "accuracy, %", 100.0),
+    Panel("tokens_per_second", "Speed, one request (more is better)", "tokens a second", most=math.inf),
+)
+
+
+def write_ladder(
+    rungs: Sequence[Rung], teacher: Rung, out: Path, gate: Gate | None = None
+) -> tuple[Path, Path]:
+    """Writes ladder.png and ladder.json into `out`."""
+    rungs = sorted(rungs, key=lambda rung: float(rung.figures["num_parameters"]))
+    out.mkdir(parents=True, exist_ok=True)
+    png_path, json_path = out / "ladder.png", out / "ladder.json"
+    block = None if gate is None else gate.model_dump()
+    fields = {"teacher": asdict(teacher), "students": [asdict(rung) for rung in rungs], "gate": block}
+    json_path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+    figure = draw_ladder(rungs, teacher, gate)
+    FigureCanvasAgg(figure)  # a canvas of its own: pyplot keeps global state
+    figure.savefig(png_path)
+    return png_path, json_path
+
+
+def draw_ladder(rungs: Sequence[Rung], teacher: Rung, gate: Gate | None = None) -> Figure:
+    """A panel for each metric the students have, over their size; the teacher is a line across."""
+    there = {metric for rung in rungs for metric in rung.figures}
+    panels = [
+        panel for panel in PANELS if panel.metric in there - ({"perplexity"} if "kl" in there else set())
+    ]
+    num_columns = 2 if len(panels) > 1 else 1
+    num_rows = -(-len(panels) // num_columns)
+    figure = Figure(figsize=(5.2 * num_columns, 0.8 + 3.3 * num_rows), dpi=120, layout="constrained")
+    grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for panel, axes in zip(panels, grid, strict=False):
+        _draw_panel(axes, panel, rungs, teacher, gate)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    figure.legend(handles=_legend(rungs, gate), loc="outside lower center", ncols=5, frameon=False)
+    chosen = [rung.label for rung in rungs if rung.is_chosen]
+    figure.suptitle(f"Students of {teacher.label}, chosen: {chosen[0] if chosen else 'none'}")
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel, rungs: Sequence[Rung], teacher: Rung, gate: Gate | None) -> None:
+    have = [rung for rung in rungs if panel.metric in rung.figures]
+    sizes = [rung.figures["num_parameters"] / 1e6 for rung in have]
+    values = [panel.scale * rung.figures[panel.metric] for rung in have]
+    axes.plot(sizes, values, color="#c9d1d8", linewidth=1.2, zorder=1)
+    for rung, x, y in zip(have, sizes, values, strict=True):
+        _draw_rung(axes, panel, rung, x, y)
+    if panel.metric in teacher.figures:
+        axes.axhline(panel.scale * teacher.figures[panel.metric], color=TEACHER, linestyle="--", linewidth=1)
+    if gate is not None and gate.metric == panel.metric:
+        bound = gate.at_least if gate.at_least is not None else gate.at_most
+        assert bound is not None
+        axes.axhline(panel.scale * bound, color=CHOSEN, linestyle=":", linewidth=1.2)
+    axes.set_title(panel.title, fontsize=10)
+    axes.set_xlabel("parameters, millions")
+    axes.set_ylabel(panel.axis)
+    axes.margins(x=0.12, y=0.16)
+    bottom, top = (
+        axes.get_ylim()
+    )  # no room for what cannot be, but the teacher's line is not to lie on a border
+    top = min(top, 1.04 * panel.scale * panel.most)
+    axes.set_ylim(bottom=max(bottom, -0.04 * top), top=top)
+    axes.grid(visible=True, color="#eceff1", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_rung(axes: Axes, panel: Panel, rung: Rung, x: float, y: float) -> None:
+    color = CHOSEN if rung.is_chosen else PASSED if rung.passed else FAILED
+    interval = rung.figures.get("intervals", {}).get(panel.metric)
+    low, high = (y, y) if interval is None else (panel.scale * bound for bound in interval)
+    if interval is not None:
+        # a percentile interval need not hold the value itself
+        sides = [[max(0.0, y - low)], [max(0.0, high - y)]]
+        axes.errorbar(x, y, yerr=sides, color=color, capsize=3, zorder=2)
+    axes.plot(x, y, linestyle="", zorder=3, **_marker(color, is_filled=rung.passed, is_chosen=rung.is_chosen))
+    label = axes.annotate(
+        rung.label, (x, max(y, high)), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5
+    )
+    label.set(color=color, zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
+
+
+def _marker(color: str, *, is_filled: bool, is_chosen: bool) -> dict[str, Any]:  # Any: matplotlib's keywords
+    return {
+        "marker": "D" if is_chosen else "o",
+        "markersize": 8 if is_chosen else 6.5,
+        "markeredgecolor": color,
+        "markerfacecolor": color if is_filled else "white",
+        "color": color,
+    }
+
+
+def _legend(rungs: Sequence[Rung], gate: Gate | None) -> list[Line2D]:
+    """Only of what is in the picture."""
+    handles = [Line2D([], [], color=TEACHER, linestyle="--", label="teacher")]
+    if gate is not None:
+        handles.append(Line2D([], [], color=CHOSEN, linestyle=":", label="gate"))
+    kinds = (
+        ("chosen", CHOSEN, True, True),
+        ("passes" if gate is not None else "student", PASSED, True, False),
+        ("does not pass", FAILED, False, False),
+    )
+    for label, color, is_passed, is_chosen in kinds:
+        if any((rung.is_chosen, rung.passed) == (is_chosen, is_passed) for rung in rungs):
+            marker = _marker(color, is_filled=is_passed, is_chosen=is_chosen)
+            handles.append(Line2D([], [], linestyle="", label=label, **marker))
+    return handles

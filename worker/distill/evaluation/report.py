@@ -1,0 +1,270 @@
+"""Teacher, untrained student, distilled student and a baseline side by side: the public result of a job."""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from worker.cpu.linear_ops import pack_weights
+from worker.distill.data.answer_cache import AnswerFile, Asking, ask
+from worker.distill.data.rows import Example, Row
+from worker.distill.data.sampler import Generation, Sampler
+from worker.distill.data.split import groups_of
+from worker.distill.evaluation.bootstrap import mean
+from worker.distill.evaluation.held_out import NUM_ANSWERED, HeldOut, Speed, measure_speed, size_of
+from worker.distill.evaluation.label_metrics import Labels, find_labels, read_labels
+from worker.distill.evaluation.metrics import (
+    ANSWER_METRICS,
+    Entry,
+    Figures,
+    answer_figures,
+    difference,
+    held_out_figures,
+    with_intervals,
+)
+from worker.distill.students.recipe import StudentRecipe, load_model
+from worker.models.architectures import context_tokens, shape_of
+from worker.protocol.run_spec import RunSpec
+
+MAX_SAMPLE_CHARACTERS = 2000
+NUM_CLASSIFIED = 200  # held-out prompts answered where answers are labels: short, and each says little
+TOKENS_BEYOND_A_LABEL = 8  # whoever goes on for longer has not answered with a label
+
+Build = Callable[[], PreTrainedModel]
+Tell = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class View:
+    """The held-out rows as one kind of model reads them, and what measures it on them."""
+
+    examples: Sequence[Example]
+    tokenizer: PreTrainedTokenizerBase
+    measure: Callable[[PreTrainedModel], HeldOut]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A model's public entry, what its figures are made of, and its answers: None if it was not asked."""
+
+    entry: Entry
+    figures: Figures
+    texts: list[str] | None
+
+
+@dataclass
+class Judge:
+    """Judges models by the same rows and prompts, one after the other, so that one is in memory at a time.
+
+    The teacher is judged once, however many students are reported on. `load_teacher` puts it on the device and in the
+    dtype of the run's placement. `on_progress` takes the share that is done and may raise to stop; `warn` writes an event.
+    """
+
+    spec: RunSpec
+    student_view: View
+    teacher_view: View
+    valid_rows: Sequence[Row]
+    device: str
+    load_teacher: Build
+    sampler_for: Callable[[PreTrainedModel], Sampler]
+    on_progress: Tell
+    warn: Callable[[str], None]
+    _teacher: Judged | None = field(default=None, init=False)
+    _folders: dict[Path, Judged] = field(default_factory=dict, init=False)
+
+    def report(
+        self, recipe: StudentRecipe, best_dir: Path, answers: AnswerFile, baseline_dir: Path | None = None
+    ) -> Entry:
+        """An entry a model, `differences` (the student's figures less theirs), `compression` and `samples`.
+
+        `answers` is the teacher's file; `baseline_dir` holds the same student trained on the text alone.
+        """
+        students: dict[str, Path | None] = {"untrained": None}
+        if baseline_dir is not None:
+            students["ce_baseline"] = baseline_dir
+        students["student"] = best_dir
+        num_models = 1 + len(students)
+        judged = {"teacher": self._judge_teacher(self._tell_of(0, num_models), answers)}
+        for number, (name, folder) in enumerate(students.items(), start=1):
+            tell = self._tell_of(number, num_models)
+            judged[name] = (
+                self._judge(lambda: recipe.build().to(self.device), tell)
+                if folder is None
+                else self._judge_folder(folder, tell)
+            )
+        entries = {name: model.entry for name, model in judged.items()}
+        return {
+            **entries,
+            "differences": {
+                name: difference(judged["student"].figures, judged[name].figures)
+                for name in students
+                if name != "student"
+            },
+            "compression": _compression(entries),
+            "num_judged_questions": max(self.groups) + 1,
+            "samples": self._samples({name: model.texts for name, model in judged.items() if model.texts}),
+        }
+
+    def entry(self, best_dir: Path, answers: AnswerFile) -> Entry:
+        """A student's own entry; it, and the teacher, will not be judged again."""
+        self._judge_teacher(self._tell_of(0, 2), answers)
+        return self._judge_folder(best_dir, self._tell_of(1, 2)).entry
+
+    def entries(self, best_dir: Path) -> Entry:
+        """Returns the entries that exist so far, for a report that failed."""
+        judged = {"teacher": self._teacher, "student": self._folders.get(best_dir)}
+        return {name: model.entry for name, model in judged.items() if model is not None}
+
+    @cached_property
+    def metrics(self) -> frozenset[str]:
+        """Those asked for, and what the gate looks at."""
+        evaluation = self.spec.distillation.evaluation
+        return frozenset((*evaluation.metrics, *([evaluation.gate.metric] if evaluation.gate else [])))
+
+    @cached_property
+    def labels(self) -> Labels | None:
+        """The targets' labels where the data are, or are said to be, of classification."""
+        if not self.metrics & ANSWER_METRICS:
+            return None
+        references = [text for row in self.valid_rows if (text := reference_of(row)) is not None]
+        encode = self.student_view.tokenizer.encode
+        lengths = [len(encode(text, add_special_tokens=False)) for text in references]
+        if not self.metrics & {"accuracy", "macro_f1"}:
+            return find_labels(references, lengths)
+        labels = read_labels(references, lengths)
+        if labels is None:
+            why = "hardly repeat, so they are no classes" if references else "are not in the file"
+            self.warn(f"accuracy and macro_f1 are left out: the held-out rows' targets {why}")
+        return labels
+
+    @cached_property
+    def groups(self) -> list[int]:
+        """The group of each held-out row: rows that share a question are drawn together by the bootstrap."""
+        groups = groups_of(self.valid_rows)
+        if len(groups) > 1 and max(groups) == 0:
+            self.warn("the rows that are judged ask a single question, so the intervals have no width")
+        return groups
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """Which held-out rows are answered: the first ones that ask different things."""
+        asked: dict[tuple[int, ...], int] = {}
+        for i, example in enumerate(self.student_view.examples):
+            asked.setdefault(prompt_of(example), i)
+        return list(asked.values())[: NUM_CLASSIFIED if self.labels else NUM_ANSWERED]
+
+    def _tell_of(self, number: int, num_models: int) -> Tell:
+        return lambda share: self.on_progress((number + share) / num_models)
+
+    def _judge_teacher(self, tell: Tell, answers: AnswerFile) -> Judged:
+        if self._teacher is None:
+            self._teacher = self._judge(self.load_teacher, tell, answers)
+        return self._teacher
+
+    def _judge_folder(self, folder: Path, tell: Tell) -> Judged:
+        if folder not in self._folders:
+            self._folders[folder] = self._judge(lambda: load_model(folder).to(self.device), tell)
+        tell(1.0)
+        return self._folders[folder]
+
+    def _judge(self, build: Build, tell: Tell, teachers_file: AnswerFile | None = None) -> Judged:
+        """Only the teacher has a file of answers."""
+        is_teacher = teachers_file is not None
+        view = self.teacher_view if is_teacher else self.student_view
+        model = build().requires_grad_(False)
+        pack_weights(model)
+        figures = held_out_figures(view.measure(model), self.metrics, self.groups)
+        entry: Entry = size_of(model)
+        tell(0.3)
+        texts = None
+        if self._wants_answers and shape_of(model.config) != "masked":
+            made = self._ask(
+                model, view, teachers_file or AnswerFile(None), lambda share: tell(0.3 + 0.5 * share)
+            )
+            texts = [str(view.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for answer in made]
+            teachers = texts if is_teacher else self._teacher.texts if self._teacher else None
+            references = [reference_of(self.valid_rows[i]) for i in self.numbers]
+            groups = [self.groups[i] for i in self.numbers]
+            figures |= answer_figures(texts, teachers, references, self.labels, self.metrics, groups)
+            figures["answer_tokens"] = mean([len(answer.tokens) for answer in made]).grouped(groups)
+        if "speed" in self.metrics and shape_of(model.config) != "masked":
+            entry |= _speed_fields(measure_speed(self.sampler_for(model), self._prompts(view)))
+        del model
+        gc.collect()
+        tell(1.0)
+        return Judged(with_intervals(figures) | entry, figures, texts)
+
+    @property
+    def _wants_answers(self) -> bool:
+        return bool(self.metrics & ANSWER_METRICS or self.spec.distillation.evaluation.num_samples)
+
+    def _prompts(self, view: View) -> list[tuple[int, ...]]:
+        return [prompt_of(view.examples[i]) for i in self.numbers]
+
+    def _ask(self, model: PreTrainedModel, view: View, file: AnswerFile, tell: Tell) -> list[Generation]:
+        """Greedy answers to the prompts; the teacher's are kept on file."""
+        prompts = self._prompts(view)
+        room, context = self.spec.distillation.data.max_new_tokens, context_tokens(model.config)
+        if self.labels:
+            room = min(room, self.labels.max_tokens + TOKENS_BEYOND_A_LABEL)
+        longest = max(len(prompt) for prompt in prompts)
+        if shape_of(model.config) == "seq2seq":  # an answer does not share the positions of its prompt
+            how = Asking(min(room, context), longest + room, temperature=0.0)
+        else:
+            how = Asking(room, min(longest + room, context), temperature=0.0)
+
+        def progress(num_done: int, num_wanted: int, _: int) -> None:
+            tell(num_done / num_wanted)
+
+        return ask(prompts, how, file, lambda: self.sampler_for(model), progress)
+
+    def _samples(self, texts: dict[str, list[str]]) -> list[Entry]:
+        samples = []
+        for place, i in enumerate(self.numbers[: self.spec.distillation.evaluation.num_samples]):
+            row = self.valid_rows[i]
+            said = {"prompt": row.text if row.text is not None else row.question.messages[-1]["content"]}
+            if (reference := reference_of(row)) is not None:
+                said["reference"] = reference
+            said |= {name: answers[place] for name, answers in texts.items()}
+            samples.append({name: text[:MAX_SAMPLE_CHARACTERS] for name, text in said.items()})
+        return samples
+
+
+def prompt_of(example: Example) -> tuple[int, ...]:
+    """What a model is given to go on from: of plain text, which asks nothing, the first half."""
+    prompt = example.prompt_ids
+    if example.source_ids or len(prompt) > 1:
+        return prompt
+    return example.token_ids[: max(1, len(example.token_ids) // 2)]
+
+
+def reference_of(row: Row) -> str | None:
+    """The file's own answer."""
+    return row.messages[-1]["content"] if row.text is None and row.is_answered else None
+
+
+def _speed_fields(speed: Speed) -> Entry:
+    return {
+        "tokens_per_second": round(speed.alone, 2),
+        "tokens_per_second_batched": round(speed.batched, 2),
+        "num_batched": speed.num_batched,
+    }
+
+
+def _compression(entries: dict[str, Entry]) -> Entry:
+    teacher, student = entries["teacher"], entries["student"]
+    fields = {
+        "parameters": teacher["num_parameters"] / student["num_parameters"],
+        "weights_bytes": teacher["weights_bytes"] / student["weights_bytes"],
+        "layers": teacher["num_layers"] / student["num_layers"],
+    }
+    for name, field_name in (
+        ("speedup", "tokens_per_second"),
+        ("speedup_batched", "tokens_per_second_batched"),
+    ):
+        if field_name in teacher:
+            fields[name] = student[field_name] / teacher[field_name]
+    return {name: round(value, 3) for name, value in fields.items()}

@@ -1,0 +1,1 @@
+"""Forward passes up to the hidden states that a loss needs."""

@@ -1,0 +1,98 @@
+"""Queries, keys and values of a layer in every family, and how alike two models relate them (MiniLMv2).
+
+B batch, P aligned positions, D width of all heads together, A relation heads.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from worker.errors import UnsupportedModel
+
+APART = (  # of a layer: queries, keys, values
+    ("attention.self.query", "attention.self.key", "attention.self.value"),  # BERT, RoBERTa
+    ("layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v"),  # T5
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),  # Llama and its like, OPT, BART
+)
+IN_THIRDS = "attn.c_attn"  # GPT-2: all queries, all keys, all values
+BY_HEAD = (
+    "self_attention.query_key_value",
+    "attention.query_key_value",
+)  # BLOOM, NeoX: all three of each head
+NO_KEY = -1e9  # a score that leaves a softmax out, and differs from itself by 0
+
+
+@dataclass(frozen=True)
+class SelfAttention:
+    """The linear layers that make queries, keys and values, as they are before norms and rotations."""
+
+    modules: tuple[nn.Module, ...]
+    num_fused_heads: int | None = (
+        None  # of layers that put out all three of each head; 1 if heads are not told apart
+    )
+
+    def split(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [..., D] each, from what the modules put out. Shared key heads are not repeated."""
+        if self.num_fused_heads is None:
+            queries, keys, values = outputs
+            return queries, keys, values
+        fused = outputs[0]
+        by_head = fused.view(*fused.shape[:-1], self.num_fused_heads, 3, -1)
+        queries, keys, values = (part.flatten(-2) for part in by_head.unbind(-2))
+        return queries, keys, values
+
+    @property
+    def widths(self) -> set[int]:
+        """Those of queries, keys and values."""
+        if self.num_fused_heads is not None:
+            return {_width(self.modules[0]) // 3}
+        return {_width(module) for module in self.modules}
+
+
+def self_attention(layer: nn.Module, num_heads: int) -> SelfAttention:
+    """Of a layer of any supported family. Raises UnsupportedModel."""
+    modules = dict(layer.named_modules())
+    for names in APART:
+        if all(name in modules for name in names):
+            return SelfAttention(tuple(modules[name] for name in names))
+    for name, num_fused_heads in ((IN_THIRDS, 1), *((name, num_heads) for name in BY_HEAD)):
+        if name in modules:
+            return SelfAttention((modules[name],), num_fused_heads)
+    raise UnsupportedModel(f"cannot tell queries, keys and values of a {type(layer).__name__} apart")
+
+
+def choose_relation_heads(asked: int | None, teacher_heads: int, widths: set[int]) -> int:
+    """Relation heads that divide every width: the teacher's own number, or what comes near. Raises UnsupportedModel."""
+    if asked is None:
+        return math.gcd(teacher_heads, *widths)
+    if any(width % asked for width in widths):
+        raise UnsupportedModel(
+            f"objective.attention.num_relation_heads is {asked}, which does not divide the models' attention widths "
+            f"{sorted(widths)}; use a divisor of {math.gcd(*widths)}, or leave it out"
+        )
+    return asked
+
+
+def relation_kl(student_BPD: Tensor, teacher_BPD: Tensor, mask_BP: Tensor, *, num_heads: int) -> Tensor:
+    """Mean KL(teacher || student) of how a position relates to all others, over relation heads and real positions.
+
+    The two widths may differ. A relation is softmax(x x^T / sqrt(D / A)). Source: Wang et al., arXiv:2012.15828.
+    """
+    log_q_BAPP = _relations(student_BPD, mask_BP, num_heads)
+    log_p_BAPP = _relations(teacher_BPD, mask_BP, num_heads)
+    kl_BAP = (log_p_BAPP.exp() * (log_p_BAPP - log_q_BAPP)).sum(dim=-1)
+    return kl_BAP.transpose(1, 2)[mask_BP].mean()
+
+
+def _relations(x_BPD: Tensor, mask_BP: Tensor, num_heads: int) -> Tensor:
+    x_BAPD = x_BPD.view(*x_BPD.shape[:-1], num_heads, -1).transpose(1, 2)
+    scores_BAPP = x_BAPD @ x_BAPD.transpose(2, 3) / math.sqrt(x_BAPD.shape[-1])
+    return torch.log_softmax(scores_BAPP.masked_fill(~mask_BP[:, None, None, :], NO_KEY), dim=-1)
+
+
+def _width(module: Any) -> int:  # Any: Conv1D is untyped
+    return int(module.out_features if isinstance(module, nn.Linear) else module.nf)

@@ -1,0 +1,125 @@
+"""What a model's head multiplies: its decoder's last states, for every kind of model.
+
+B batch, T tokens, S source tokens, N rows (completion positions in the order of hidden_BTH[keep_BT]), H hidden width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from worker.distill.data.batching import Batch
+from worker.distill.forward.packing import Packing, attending_packed, packing_of
+from worker.models.architectures import shape_of
+
+MOST_KEPT = 0.9  # of a batch's positions: above it, running at fewer saves nothing
+
+
+def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The head's inputs where the model predicts targets, [N, H]."""
+    return transform_of(model)(decoder_states(model, batch)[batch.keep_BT])
+
+
+def hidden_rows_alone(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """`hidden_rows` for whoever reads nothing else: the last layer's MLP runs at those positions alone.
+
+    It works position by position, and after it nothing reads the others. What the rows begin with alike runs once
+    where it can (worker.distill.forward.packing).
+    """
+    packing = packing_of(model, batch)
+    keep_BT = batch.keep_BT if packing is None else packing.packed(batch.keep_BT)
+    mlp = last_mlp(decoder_of(model))
+    runs_apart = mlp is not None and batch.num_targets <= MOST_KEPT * keep_BT.numel()
+    with _run_at(mlp, keep_BT) if mlp is not None and runs_apart else nullcontext():
+        return transform_of(model)(run_body(model, batch, packing)[keep_BT])
+
+
+def run_body(model: PreTrainedModel, batch: Batch, packing: Packing | None) -> Tensor:
+    """The decoder's last states, [B, T, H], or those of a packed batch, [1, P, H]."""
+    if packing is None:
+        return decoder_states(model, batch)
+    ids_1P, positions_1P = packing.packed(batch.input_ids_BT), packing.position_ids_1P
+    with attending_packed(packing):
+        output = decoder_of(model)(input_ids=ids_1P, position_ids=positions_1P, use_cache=False)
+    states_1PH: Tensor = output.last_hidden_state
+    return states_1PH
+
+
+def last_mlp(decoder: nn.Module) -> nn.Module | None:
+    """The last layer's MLP, where it is a module that maps states to states; None of OPT, BART and BERT."""
+    for name in ("layers", "h", "block"):
+        layers = getattr(decoder, name, None)
+        if isinstance(layers, nn.ModuleList):
+            parts = getattr(layers[-1], "layer", None)  # T5: the last of a layer's parts
+            return parts[-1] if isinstance(parts, nn.ModuleList) else getattr(layers[-1], "mlp", None)
+    return None
+
+
+@contextmanager
+def _run_at(mlp: nn.Module, keep_BT: Tensor) -> Iterator[None]:
+    """While it lasts the module sees the kept positions as rows, and its result is zero at the others."""
+
+    def take(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(state_BTH[keep_BT] for state_BTH in states)
+
+    def put(module: nn.Module, states: tuple[Tensor, ...], out_NH: Tensor) -> Tensor:
+        out_BTH = out_NH.new_zeros((*keep_BT.shape, out_NH.shape[-1]))
+        out_BTH[keep_BT] = out_NH
+        return out_BTH
+
+    handles = (mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def decoder_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The decoder's last states, [B, T, H]. Right padding follows every real token, so causal decoders need no mask."""
+    if shape_of(model.config) == "seq2seq":
+        encoder_BSH = encoder_states(model, batch)
+        output = decoder_of(model)(
+            input_ids=batch.input_ids_BT,
+            encoder_hidden_states=encoder_BSH,
+            encoder_attention_mask=batch.source_mask_BS,
+            use_cache=False,
+        )
+    else:
+        output = decoder_of(model)(input_ids=batch.input_ids_BT, use_cache=False)
+    states_BTH: Tensor = output.last_hidden_state
+    return states_BTH
+
+
+def encoder_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """An encoder-decoder's source as its decoder sees it, [B, S, H]."""
+    encoder = model.get_encoder()
+    states_BSH: Tensor = encoder(
+        input_ids=batch.source_ids_BS, attention_mask=batch.source_mask_BS
+    ).last_hidden_state
+    widen = getattr(model, "enc_to_dec_proj", None)  # of an encoder-decoder whose halves differ in width
+    return states_BSH if widen is None else widen(states_BSH)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The transformer that the head stands on: a causal model's body, or the second half of an encoder-decoder."""
+    if model.config.model_type == "encoder-decoder":
+        body: nn.Module = model.decoder.base_model
+    elif shape_of(model.config) == "seq2seq":
+        body = model.get_decoder()
+    else:
+        body = model.base_model
+    return body
+
+
+def transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """What stands between the last states and the head's matrix: BERT and RoBERTa have a layer there."""
+    language_model = model.decoder if model.config.model_type == "encoder-decoder" else model
+    if hasattr(language_model, "cls"):
+        transform: Callable[[Tensor], Tensor] = language_model.cls.predictions.transform
+        return transform
+    if hasattr(getattr(language_model, "lm_head", None), "layer_norm"):  # RoBERTa's head is three layers
+        head = language_model.lm_head
+        return lambda states: head.layer_norm(nn.functional.gelu(head.dense(states)))
+    return lambda states: states

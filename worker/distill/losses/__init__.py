@@ -1,0 +1,1 @@
+"""Divergences between teacher and student, computed in chunks from hidden states."""

@@ -1,0 +1,93 @@
+"""Universal logit distillation between two tokenizers: sorted distributions compared where tokens begin together.
+
+Source: Boizard et al., arXiv:2402.12030, at aligned tokens in place of equal positions.
+N rows (a batch's targets, as the student reads them), M those of them that are aligned, H hidden width.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from worker.distill.data.dataset import Reader, Rows
+from worker.distill.data.rows import Example
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.fused_loss import RowStats, fused_distillation_loss
+from worker.distill.losses.lm_head import Head, TeacherRows
+from worker.distill.losses.token_alignment import TokenBytes, align
+from worker.errors import TokenizerMismatch
+
+DEFAULT_CE_WEIGHT = 0.5  # ranks do not say which token is meant: without the text nothing is learnt
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """Rows as the teacher reads them, cut down to the targets that begin where one of the student's does."""
+
+    examples: list[Example]
+    masks: list[Tensor]  # a row: of each of the student's targets, whether it has a partner
+
+    @property
+    def share(self) -> float:
+        """Of the student's targets."""
+        return float(torch.cat(self.masks).double().mean())
+
+
+def align_rows(rows: Rows, student: Reader, teacher: Reader, *, has_one_tokenizer: bool) -> Aligned:
+    """Raises TokenizerMismatch if no token of the student's begins where one of the teacher's does."""
+    students = [*rows.train, *rows.valid]
+    if has_one_tokenizer:  # both views have the same targets
+        return Aligned(
+            rows.teacher, [torch.ones(example.num_targets, dtype=torch.bool) for example in students]
+        )
+    of_student, of_teacher = TokenBytes(student.tokenizer), TokenBytes(teacher.tokenizer)
+    examples, masks = [], []
+    for read, taught in zip(students, rows.teacher, strict=True):
+        numbers, positions = align(read, taught, of_student, of_teacher)
+        mask = torch.zeros(read.num_targets, dtype=torch.bool)
+        mask[numbers] = True
+        masks.append(mask)
+        examples.append(replace(taught, spans=tuple((p, p + 1) for p in positions)))
+    aligned = Aligned(examples, masks)
+    if aligned.share == 0.0:
+        raise TokenizerMismatch(
+            "no token of the student's tokenizer begins where one of the teacher's does, so uld has nothing to compare; "
+            'use objective.teacher_signal = "text"'
+        )
+    return aligned
+
+
+def taught_loss(
+    student_hidden_NH: Tensor,
+    head: Head,
+    targets_N: Tensor,
+    teacher: TeacherRows | None,
+    objective: TokenObjective,
+    *,
+    denominator: float,
+) -> tuple[Tensor, RowStats]:
+    """fused_distillation_loss; of a teacher with some of the rows the others have cross-entropy alone.
+
+    Each row goes through the student's head once.
+    """
+    if teacher is None or teacher.mask_N is None:
+        return fused_distillation_loss(
+            student_hidden_NH, head, targets_N, teacher, objective, denominator=denominator
+        )
+    at_M, others = teacher.mask_N.nonzero()[:, 0], (~teacher.mask_N).nonzero()[:, 0]
+    loss, stats = fused_distillation_loss(
+        student_hidden_NH[at_M], head, targets_N[at_M], teacher, objective, denominator=denominator
+    )
+    if not objective.ce_weight or not len(others):
+        return loss, stats
+    text_loss, text_stats = fused_distillation_loss(
+        student_hidden_NH[others],
+        head,
+        targets_N[others],
+        None,
+        objective,
+        denominator=denominator / objective.ce_weight,
+    )
+    sums = text_stats.sums.clone()
+    sums[0] *= objective.ce_weight
+    return loss + text_loss, stats + RowStats(text_stats.num_rows, sums)

@@ -1,0 +1,304 @@
+"""The pair of models of a run: how each reads, what of the teacher is used, and the teacher at work."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from app.contracts.distillation import HiddenTerm, Objective
+from worker.cpu.linear_ops import pack_weights, parts_beside
+from worker.distill.data.dataset import Reader, Rows
+from worker.distill.forward.shared_prefix import shared_prefix
+from worker.distill.losses.lm_head import Head, load_head
+from worker.distill.losses.uld import DEFAULT_CE_WEIGHT, Aligned, align_rows
+from worker.distill.students.fresh import fresh_config
+from worker.distill.students.recipe import StudentRecipe, load_model, plan_student
+from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher, Teacher, cached_teacher
+from worker.distill.teachers.masked_lm import MaskedTeacher
+from worker.distill.teachers.signals import Signal, choose_signal
+from worker.distill.training.checkpoint import file_sha256
+from worker.distill.training.devices import CPU, Device, Placement, find_needs, place
+from worker.distill.training.feature_losses import FeaturePlan
+from worker.distill.training.teacher_adaptation import Adaptation, adapt
+from worker.distill.training.trainer import CPU_BATCH_TOKENS
+from worker.errors import TokenizerMismatch, UnsupportedModel, VocabMismatch
+from worker.models.architectures import read_config, shape_of
+from worker.protocol.run_spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What is known of teacher and student before anything is computed, and the teacher once it is wanted."""
+
+    spec: RunSpec
+    device: str
+    adapted_dir: Path | None = None
+    card: Device = CPU
+
+    @property
+    def teacher_dir(self) -> Path:
+        """Where the teacher's weights are: its own folder, or that of a copy adapted to the job's rows."""
+        return self.adapted_dir or self.spec.teacher_dir
+
+    @cached_property
+    def teacher(self) -> Reader:
+        return Reader(read_config(self.spec.teacher_dir), _tokenizer(self.spec.teacher_dir))
+
+    @cached_property
+    def student(self) -> Reader:
+        fresh = self.spec.distillation.student.config
+        if fresh is not None:
+            tokenizer = self.teacher.tokenizer
+            return Reader(fresh_config(fresh, tokenizer), tokenizer)
+        return Reader(read_config(self.spec.start_dir), _tokenizer(self.spec.start_dir))
+
+    @cached_property
+    def has_one_tokenizer(self) -> bool:
+        """Equal widths are no proof: the vocabularies are compared."""
+        return bool(self.teacher.tokenizer.get_vocab() == self.student.tokenizer.get_vocab())
+
+    @cached_property
+    def signal(self) -> Signal:
+        """Raises UnsupportedModel or TokenizerMismatch for what the pair cannot do."""
+        return choose_signal(
+            self.spec.distillation.objective.teacher_signal,
+            shape_of(self.teacher.config),
+            shape_of(self.student.config),
+            has_one_tokenizer=self.has_one_tokenizer,
+        )
+
+    @cached_property
+    def objective(self) -> Objective:
+        """As asked for, with what was left open settled."""
+        asked = self.spec.distillation.objective
+        settled: dict[str, object] = {"teacher_signal": self.signal.name}
+        if self.signal.has_ranks and not asked.ce_weight:
+            settled["ce_weight"] = DEFAULT_CE_WEIGHT
+        return asked.model_copy(update=settled)
+
+    @cached_property
+    def identity(self) -> str:
+        """Whose answers and hidden states are on file."""
+        return f"{folder_sha256(self.teacher_dir)}:{tokenizer_sha256(self.teacher.tokenizer)}"
+
+    @property
+    def answers_path(self) -> Path:
+        """Where the teacher's answers are kept for all jobs that ask it."""
+        name = hashlib.sha256(self.identity.encode()).hexdigest()[:32]
+        return self.spec.cache_dir / "answers" / f"{name}.jsonl"
+
+    def load_teacher(self) -> PreTrainedModel:
+        if self.has_features:  # it stays for them, and serves all who ask for it
+            return self._resident_teacher
+        return self._load()
+
+    @cached_property
+    def _resident_teacher(self) -> PreTrainedModel:
+        return self._load()
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where the teacher goes, as if all its rows fit in the cache's budget."""
+        return self._place(can_cache=self.spec.cache_bytes > 0)
+
+    def _place(self, *, can_cache: bool) -> Placement:
+        """Beside the student, or the largest of a ladder, or where it fits. Features need it beside, come what may."""
+        if self.card.name == "cpu":
+            return Placement(self.card, teacher_device=self.device)
+        block = self.spec.distillation
+        num_layers = max(block.student.ladder) if block.student.ladder else None
+        recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, block.student, num_layers)
+        then, tokens = block.objective.then, block.hyperparameters.batch_tokens
+        sources = {block.data.completions, then.completions if then else None}
+        needs = find_needs(
+            self.card,
+            recipe,
+            self.student.config,
+            self.teacher.config,
+            batch_tokens=CPU_BATCH_TOKENS if tokens == "auto" else tokens,
+            can_cache=can_cache and not sources & {"student", "replay"},  # whose rows no cache has
+        )
+        placed = place(self.card, needs)
+        if self.has_features and (placed.teacher_device == "cpu" or placed.is_teacher_first):
+            dtype = self.card.autocast or torch.float32
+            return Placement(self.card, "cuda", dtype, is_tight=True)
+        return placed
+
+    def load_evaluated_teacher(self) -> PreTrainedModel:
+        """Returns the teacher for the evaluation, on the placement's device and in its dtype.
+
+        On a CPU it is loaded again, because the copy that teaches may round its matmuls to bfloat16.
+        """
+        if self.card.name != "cpu":
+            return self._load()
+        placed = self.placement
+        teacher: PreTrainedModel = load_model(self.spec.teacher_dir, placed.teacher_dtype)
+        return teacher.to(placed.teacher_device)
+
+    @cached_property
+    def _loaded(self) -> WeakValueDictionary[str, PreTrainedModel]:
+        """Weak reference to the loaded teacher, so that it is shared while in use."""
+        return WeakValueDictionary()
+
+    def _load(self) -> PreTrainedModel:
+        placed = self.placement
+        loaded = self._loaded.get("teacher")
+        if loaded is not None and self.card.name != "cpu":  # two copies may not fit in GPU memory
+            return loaded
+        teacher = load_model(self.teacher_dir, placed.teacher_dtype).to(placed.teacher_device)
+        pack_weights(teacher, dtype=self.card.rounds_to, but=teacher.get_output_embeddings())
+        self._loaded["teacher"] = teacher
+        return teacher.requires_grad_(False)
+
+    @property
+    def has_features(self) -> bool:
+        """Whether hidden states or attention relations are compared."""
+        objective = self.spec.distillation.objective
+        asked = objective.hidden is not None or objective.attention is not None
+        return asked or self.signal.name == "hidden"
+
+    def features(self, rows: Rows) -> FeaturePlan | None:
+        """What is compared beside distributions. Raises TokenizerMismatch."""
+        objective = self.spec.distillation.objective
+        if not self.has_features:
+            return None
+        if not self.has_one_tokenizer:
+            raise TokenizerMismatch(
+                "student and teacher have different tokenizers, so their states stand for different tokens; leave "
+                "objective.hidden and objective.attention out, or use a pair that shares a tokenizer"
+            )
+        hidden = objective.hidden or (None if objective.attention else HiddenTerm())
+        return FeaturePlan(hidden, objective.attention, self.load_teacher, rows.teacher, self.spec.seed)
+
+    def adapted(self, rows: Rows, batch_tokens: int, on_step: Callable[[int, int], None]) -> "Teaching":
+        """The pair with its teacher adapted to the training rows, if it is a masked one and is to be; else itself."""
+        steps = self.spec.distillation.objective.adaptation_steps
+        if steps == 0 or (steps == "auto" and self.signal.name != "conditional_mlm"):
+            return self
+        if shape_of(self.teacher.config) != "masked":
+            raise UnsupportedModel(
+                f"adaptation_steps are for masked teachers (bert, roberta), and {self.teacher.config.model_type} is none; "
+                "leave them out"
+            )
+        adaptation = Adaptation(
+            teacher_dir=self.spec.teacher_dir,
+            identity=self.identity,
+            mask_id=self.teacher.tokenizer.mask_token_id,
+            rows=rows.teacher[: len(rows.train)],
+            steps=steps,
+            batch_tokens=batch_tokens,
+            seed=self.spec.seed,
+            device=self.device,
+        )
+        return replace(self, adapted_dir=adapt(adaptation, self.spec.cache_dir / "adapted", on_step))
+
+    def live_teacher(self, prefix: tuple[int, ...] = ()) -> Teacher:
+        """`prefix` is what all of its rows begin with."""
+        model = self.load_teacher()
+        if shape_of(model.config) == "masked":
+            return MaskedTeacher(model, self.teacher.tokenizer.mask_token_id)
+        return LiveTeacher(model, prefix)
+
+    def _aligned(self, rows: Rows) -> Aligned | None:
+        if not self.signal.has_ranks:
+            return None
+        return align_rows(rows, self.student, self.teacher, has_one_tokenizer=self.has_one_tokenizer)
+
+    def cached_teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher:
+        """The teacher of all students that are made as `recipe` says, whatever their size. Raises TokenizerMismatch."""
+        aligned = self._aligned(rows)
+        head = load_head(self.teacher_dir, len(self.teacher.tokenizer))
+        bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
+        num_parts = parts_beside(self.card.rounds_to)
+        head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V, num_parts=num_parts)
+        placed = self.placement
+        examples = rows.teacher if aligned is None else aligned.examples
+        is_causal = shape_of(self.teacher.config) == "causal" and placed.teacher_device == "cpu"
+        prefix = shared_prefix(examples) if is_causal else ()
+        identity = f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}"
+        if self.card.rounds_to != torch.float32:
+            identity += f":{self.card.precision}"
+        teacher = cached_teacher(
+            partial(self.live_teacher, prefix),
+            head,
+            folder=self.spec.cache_dir / "teacher",
+            budget_bytes=self.spec.cache_bytes,
+            identity=f"{identity}:{len(prefix)}" if prefix else identity,
+            examples=examples,
+            keeps="expected" if self._is_expectation_enough(recipe, head) else "hidden",
+            may_keep_top=self._are_top_tokens_enough,
+            hidden_dtype=placed.teacher_dtype,
+            masks=None if aligned is None else aligned.masks,
+        )
+        teacher.notes = [*self._notes(aligned), *teacher.notes]
+        if placed.is_teacher_first and not teacher.is_cached:
+            vars(self)["placement"] = self._place(can_cache=False)  # it has to be there all the time
+        return teacher
+
+    def _notes(self, aligned: Aligned | None) -> list[str]:
+        notes = []
+        if aligned is not None:
+            notes.append(
+                f"{aligned.share:.0%} of the student's tokens begin where one of the teacher's does: distributions are "
+                "compared there, and the others are learnt from the text alone"
+            )
+        if self.objective.ce_weight != self.spec.distillation.objective.ce_weight:
+            notes.append(
+                f"objective.ce_weight is {self.objective.ce_weight}, because uld compares probabilities by rank, which do "
+                "not say whose they are; set it to another number above 0 to weigh the text otherwise"
+            )
+        return notes
+
+    @property
+    def _are_top_tokens_enough(self) -> bool:
+        objective = self.spec.distillation.objective
+        divergences = {objective.divergence, objective.then.divergence if objective.then else None}
+        return self.signal.name == "logits" and "logit_mse" not in divergences
+
+    def _is_expectation_enough(self, recipe: StudentRecipe, head: Head) -> bool:
+        objective = self.spec.distillation.objective
+        if self.signal.name != "logits":
+            return False
+        is_kl = objective.divergence == "forward_kl" and objective.temperature == 1.0
+        is_kl = is_kl and objective.temperature_end in (None, 1.0)
+        is_kl = is_kl and (objective.then is None or objective.then.divergence == "forward_kl")
+        is_copied = recipe.freeze_head and head.softcap is None
+        return is_kl and is_copied and _is_head_of(recipe.start_dir, head)
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return loaded
+
+
+def _is_head_of(folder: Path, head: Head) -> bool:
+    try:
+        own = load_head(folder, head.num_tokens)
+    except VocabMismatch:
+        return False
+    if own.weight_VH.shape != head.weight_VH.shape or (own.bias_V is None) != (head.bias_V is None):
+        return False
+    if own.scale != head.scale:
+        return False
+    is_bias_equal = own.bias_V is None or head.bias_V is None or torch.equal(own.bias_V, head.bias_V)
+    return is_bias_equal and torch.equal(own.weight_VH, head.weight_VH.cpu())
+
+
+def folder_sha256(folder: Path) -> str:
+    """Of a model's configuration and weights."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

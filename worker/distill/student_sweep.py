@@ -1,0 +1,362 @@
+"""The courses of a job: trainings of one student each, one after the other, that share rows and the teacher's answers.
+
+A ladder has a course for each size, the smallest first, because it is the first to be done. A baseline is one more: the
+chosen student again, trained on the text alone.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from app.contracts.distillation import Evaluation, Gate, Objective
+from worker.distill.data.answer_cache import AnswerFile
+from worker.distill.data.rows import Example
+from worker.distill.evaluation.held_out import size_of
+from worker.distill.evaluation.model_selection import LESS_IS_BETTER, choose, passes
+from worker.distill.evaluation.report import Judge, Tell
+from worker.distill.missing_results import MissingPart, attempt
+from worker.distill.students.recipe import StudentRecipe, plan_student
+from worker.distill.teachers.signals import Signal
+from worker.distill.training.checkpoint import TrainState, link_folder
+from worker.distill.training.trainer import Setup, Stopped, Trainer
+from worker.errors import EvaluationFailed, GateFailed
+from worker.models.architectures import bare_model, read_config
+from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, StageName, Throttle
+from worker.protocol.run_spec import RunSpec
+
+NUM_CALIBRATION = 8  # rows by which the parts of a width are judged
+TAUGHT_PERCENT = 95.0  # of the run that is done when every student is trained and judged
+TEST_READY_PERCENT = 97.0  # the teacher has answered the test rows
+JUDGED_PERCENT = 99.0
+TRAINING_SHARE = 0.93  # of a course; the rest is its student's judgement
+
+STUDENT = "student"  # the label of a single one
+TRAINED = ("num_steps", "num_planned_steps", "best_step", "train_seconds", "stopped_early")
+
+Entry = dict[str, Any]  # Any: open-ended JSON
+JudgeFor = Callable[[Tell], Judge]
+
+
+@dataclass(frozen=True)
+class Course:
+    """One student to be trained; a baseline learns from the text alone."""
+
+    label: str
+    recipe: StudentRecipe
+    is_baseline: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.is_baseline:
+            return "the baseline on the text alone"
+        return self.label if self.label == STUDENT else f"{STUDENT} of {self.label}"
+
+    def setup(self, setup: Setup) -> Setup:
+        """The job's setup as this course has it."""
+        setup = replace(setup, recipe=self.recipe)
+        if not self.is_baseline:
+            return setup
+        objective = Objective(teacher_signal="text")
+        signal = Signal("text", "the baseline has no teacher")
+        recipe = replace(self.recipe, fits_layers=False)  # by the teacher's states
+        return replace(setup, recipe=recipe, objective=objective, signal=signal, features=None)
+
+
+def plan_courses(spec: RunSpec) -> list[Course]:
+    """A course for each student of the job, the smallest first. Raises what plan_student does for any of them."""
+    student = spec.distillation.student
+    return [
+        Course(
+            STUDENT if size is None else f"{size} layer{'s' if size > 1 else ''}",
+            plan_student(spec.teacher_dir, spec.start_dir, student, size, seed=spec.seed),
+        )
+        for size in (student.ladder or (None,))
+    ]
+
+
+def calibrated(courses: Sequence[Course], rows: Sequence[Example]) -> list[Course]:
+    """The courses with what a narrower student's parts are judged by."""
+    sequences = [ids for row in rows[:NUM_CALIBRATION] for ids in (row.source_ids, row.token_ids) if ids]
+    return [replace(c, recipe=replace(c.recipe, calibration=tuple(sequences))) for c in courses]
+
+
+@dataclass(frozen=True)
+class Graduate:
+    """The chosen student's folder, what the public result says of it, and an entry for each that was trained."""
+
+    folder: Path
+    result: Entry
+    ladder: list[Entry]
+
+
+class Courses:
+    """Trains and judges the students of a job; goes on in the course, and from the step, that `state` says."""
+
+    def __init__(
+        self,
+        courses: Sequence[Course],
+        setup: Setup,
+        state: TrainState,
+        *,
+        evaluation: Evaluation,
+        judge_for: JudgeFor,
+        test_judge_for: JudgeFor | None = None,
+        sink: Sink,
+        should_stop: Callable[[], bool],
+        trains_from: float,
+    ) -> None:
+        """`setup` is that of the course that is resumed, if any; `trains_from` is the percentage of the run so far.
+
+        `judge_for` gives the judge of the held-out rows, which decide; `test_judge_for` that of the test rows, if there
+        are any. It is called when nothing is left to decide.
+        """
+        self.courses = courses
+        self.setup = setup
+        self.state = state
+        self.evaluation = evaluation
+        self.judge = judge_for(self._tell_judging)
+        self._test_judge_for = test_judge_for
+        self.sink = sink
+        self.should_stop = should_stop
+        self.num_courses = len(courses) + evaluation.ce_baseline
+        self.trained_tokens = 0
+        self._trains_from = trains_from
+        self._span = (trains_from, trains_from)  # percentages between which a judgement is
+        self._stage: StageName | None = None
+        self._throttle = Throttle()
+        if setup.resume_dir is not None and setup.ranks.is_first:
+            for number, folder in enumerate(self._finished_dirs):
+                link_folder(setup.resume_dir / "finished" / str(number), folder)
+
+    def run(self, answers: AnswerFile) -> Graduate:
+        """Raises GateFailed if no student passes, EvaluationFailed if that is unknown, and what a training raises."""
+        gate = self.evaluation.gate
+        if gate is not None and gate.metric in ("accuracy", "macro_f1") and self.judge.labels is None:
+            raise GateFailed(
+                f"the targets are no labels, so there is no {gate.metric}; gate on rouge_l or kl"
+            )
+        self._evaluate_again(answers)
+        for number in range(len(self.state.finished), len(self.courses)):
+            self._take(number, answers)
+        entries = self.state.finished
+        self.trained_tokens = sum(entry["trained_tokens"] for entry in entries)
+        chosen = choose(entries, self.evaluation)
+        if chosen is None:
+            assert gate is not None
+            raise _not_passed(gate, entries)
+        result = self._compare(chosen, answers)
+        ladder = [{**entry, "chosen": number == chosen} for number, entry in enumerate(entries)]
+        tests = result.pop("test_ladder", None)  # None: no test file, or the evaluation on it failed
+        if self._test_judge_for is not None:
+            result["validation"] = {"student": _figures(entries[chosen])}
+        if tests is not None:
+            ladder = [{**entry, "test": test} for entry, test in zip(ladder, tests, strict=True)]
+        is_tested = tests is not None
+        judged = {
+            "judged_on": "test" if is_tested else "validation",
+            "is_chosen_on_judged_rows": not is_tested,
+        }
+        trained = {name: entries[chosen][name] for name in TRAINED}
+        return Graduate(self._finished_dirs[chosen], {**result, **judged, **trained}, ladder)
+
+    def _compare(self, chosen: int, answers: AnswerFile) -> Entry:
+        """Returns the report on the chosen student; `missing` lists what could not be made."""
+        baseline_dir, missing = None, list(self.state.finished[chosen].get("missing", []))
+        if self.evaluation.ce_baseline:
+            made = self._train_baseline(chosen)
+            if isinstance(made, MissingPart):
+                missing.append(self._warn_of(made, "the student is registered without it"))
+            else:
+                baseline_dir = made
+        recipe, folder = self.courses[chosen].recipe, self._finished_dirs[chosen]
+        if any(entry["part"] == "evaluation" for entry in missing):
+            return {**self.judge.entries(folder), "missing": missing}
+
+        def judge() -> Entry:
+            if self._test_judge_for is not None:
+                return self._test(recipe, chosen, answers, baseline_dir)
+            self._enter("evaluating", TAUGHT_PERCENT, JUDGED_PERCENT)
+            return self.judge.report(recipe, folder, answers, baseline_dir)
+
+        def report() -> Entry:
+            result = self._evaluated(judge, "the student is registered without the comparison")
+            return {**self.judge.entries(folder), **result} if "missing" in result else result
+
+        result = self.setup.ranks.from_first(report)
+        missing += result.get("missing", [])
+        return {**result, "missing": missing} if missing else result
+
+    def _test(
+        self, recipe: StudentRecipe, chosen: int, answers: AnswerFile, baseline_dir: Path | None
+    ) -> Entry:
+        """Returns the report on the test rows; `test_ladder` holds an entry for each student."""
+        assert self._test_judge_for is not None
+        self._enter("evaluating", TAUGHT_PERCENT, TEST_READY_PERCENT)
+        judge = self._test_judge_for(self._tell_judging)
+        folders = self._finished_dirs
+        percents = [
+            TEST_READY_PERCENT + (JUDGED_PERCENT - TEST_READY_PERCENT) * i / (len(folders) + 1)
+            for i in range(len(folders) + 2)
+        ]
+        ladder = []
+        for i, folder in enumerate(folders):
+            self._enter("evaluating", percents[i], percents[i + 1])
+            ladder.append(judge.entry(folder, answers))
+        self._enter("evaluating", percents[-2], percents[-1])
+        result = judge.report(recipe, folders[chosen], answers, baseline_dir)
+        return {**result, "num_test_rows": len(judge.valid_rows), "test_ladder": ladder}
+
+    def _train_baseline(self, chosen: int) -> Path | MissingPart:
+        def train() -> Path:
+            baseline = replace(self.courses[chosen], is_baseline=True)
+            state, folder, _ = self._train(len(self.courses), baseline)
+            self.trained_tokens += state.trained_tokens
+            return folder
+
+        if self.setup.ranks.count > 1:  # after an error in one process the others wait for it
+            return train()
+        return attempt("ce_baseline", "baseline_failed", train)
+
+    def _evaluate(self, folder: Path, answers: AnswerFile) -> Entry:
+        """Returns a student's entry; if its evaluation fails, an entry with its size and the missing part."""
+        decision = "there is no gate, so the student is registered without its metrics"
+        if self.evaluation.gate is not None:
+            decision = "the gate counts as not passed"
+
+        def evaluate() -> Entry:
+            entry = self._evaluated(lambda: self.judge.entry(folder, answers), decision)
+            return {**size_of(bare_model(read_config(folder))), **entry} if "missing" in entry else entry
+
+        return self.setup.ranks.from_first(evaluate)
+
+    def _evaluate_again(self, answers: AnswerFile) -> None:
+        """Repeats evaluations that failed before the job was resumed."""
+        finished = list(self.state.finished)
+        for number, (entry, folder) in enumerate(zip(finished, self._finished_dirs, strict=True)):
+            if "missing" in entry:
+                kept = {name: entry[name] for name in (*TRAINED, "label", "trained_tokens")}
+                evaluation = self._evaluate(folder, answers)
+                finished[number] = {**evaluation, **kept, "passed": passes(self.evaluation.gate, evaluation)}
+        self.state = self.state.model_copy(update={"finished": tuple(finished)})
+
+    def _evaluated(self, evaluate: Callable[[], Entry], decision: str) -> Entry:
+        """Returns the evaluation, or an entry that names what is missing after an event with the decision."""
+        evaluation = attempt("evaluation", EvaluationFailed.code, evaluate)
+        if not isinstance(evaluation, MissingPart):
+            return evaluation
+        return {"missing": [self._warn_of(evaluation, decision)]}
+
+    def _warn_of(self, missing: MissingPart, decision: str) -> Entry:
+        self.sink(missing.event(decision))
+        return missing.model_dump()
+
+    @property
+    def _finished_dirs(self) -> tuple[Path, ...]:
+        return tuple(self.setup.out / "finished" / str(number) for number in range(len(self.state.finished)))
+
+    def _take(self, number: int, answers: AnswerFile) -> None:
+        """Trains and judges one student, and goes on behind it."""
+        course = self.courses[number]
+        state, best_dir, num_planned = self._train(number, course)
+        folder = self.setup.out / "finished" / str(number)
+        middle = self._percent(number, TRAINING_SHARE)
+        self._enter("evaluating", middle, self._percent(number, 1.0))
+
+        if self.setup.ranks.is_first:
+            link_folder(best_dir, folder)  # outlives its checkpoint
+        entry = self._evaluate(folder, answers)
+        entry = {
+            "label": course.label,
+            **entry,
+            "passed": passes(self.evaluation.gate, entry),
+            "num_steps": state.step,
+            "num_planned_steps": num_planned,
+            "best_step": state.first_step + (state.best_step or 0),
+            "train_seconds": round(state.trained_seconds, 1),
+            "stopped_early": state.is_done,
+            "trained_tokens": state.trained_tokens,
+        }
+        self.state = TrainState(
+            first_step=state.first_step + num_planned + 1,
+            num_threads=state.num_threads,
+            num_processes=state.num_processes,
+            precision=state.precision,
+            inputs_sha256=state.inputs_sha256,
+            finished=(*state.finished, entry),
+        )
+        self.setup = replace(self.setup, resume_dir=None, best_dir=None)
+
+    def _train(self, number: int, course: Course) -> tuple[TrainState, Path, int]:
+        """The state at the end, the folder of the best student, and how many steps there were to be."""
+        self._enter("training", 0.0, 0.0)
+        if self.num_courses > 1:
+            self.sink(MessageLine(message=f"training {course.name} ({number + 1} of {self.num_courses})"))
+        setup = replace(
+            course.setup(self.setup),
+            finished_dirs=self._finished_dirs,
+            num_courses_after=self.num_courses - number - 1,
+        )
+        trainer = Trainer(
+            setup,
+            self.state,
+            self.sink,
+            self.should_stop,
+            report=lambda share: self._percent(number, TRAINING_SHARE * share),
+        )
+        self.state, best_dir = trainer.run()
+        num_planned = trainer.total_steps
+        del trainer
+        gc.collect()  # modules refer to each other in cycles; their memory is wanted for the judgement
+        return self.state, best_dir, num_planned
+
+    def _enter(self, stage: StageName, percent: float, until: float) -> None:
+        self._span = (percent, until)
+        if stage != self._stage:
+            self._stage = stage
+            self.sink(StageLine(name=stage))
+
+    def _percent(self, number: int, share: float) -> float:
+        """Of the run, when that share of that course is done."""
+        done = (number + share) / self.num_courses
+        return round(self._trains_from + (TAUGHT_PERCENT - self._trains_from) * done, 1)
+
+    def _tell_judging(self, share: float) -> None:
+        if self.should_stop():
+            raise Stopped(self.state.job_step)
+        if self._throttle.is_due():
+            percent, until = self._span
+            percent = round(percent + (until - percent) * share, 1)
+            self.sink(ProgressLine(percent=percent, step=self.state.job_step))
+
+
+def _figures(entry: Entry) -> Entry:
+    """A finished student's entry as its judge gave it."""
+    others = {"label", "passed", "trained_tokens", "missing", *TRAINED}
+    return {name: value for name, value in entry.items() if name not in others}
+
+
+def _not_passed(gate: Gate, entries: Sequence[Entry]) -> GateFailed | EvaluationFailed:
+    """Returns the error for a job of which no student is known to pass."""
+    failed = [entry for entry in entries if "missing" in entry]
+    if not failed:
+        return GateFailed(_why(gate, entries))
+    labels, message = ", ".join(entry["label"] for entry in failed), failed[0]["missing"][0]["message"]
+    return EvaluationFailed(
+        f"the evaluation failed ({labels}; {message}), so the gate on {gate.metric} could not be checked and no student "
+        "is registered; the checkpoints are kept: remove the cause, then resume the job"
+    )
+
+
+def _why(gate: Gate, entries: Sequence[Entry]) -> str:
+    """Why no student passes, and what to change."""
+    sign, bound = ("at least", gate.at_least) if gate.at_least is not None else ("at most", gate.at_most)
+    measured = [(entry[gate.metric], entry["label"]) for entry in entries if gate.metric in entry]
+    if not measured:
+        return f"{gate.metric}, which the gate asks for, could not be measured; gate on another metric"
+    value, label = (min if gate.metric in LESS_IS_BETTER else max)(measured)
+    return (
+        f"no student passes the gate: {gate.metric} is to be {sign} {bound:g}, and the best is {value:.4g} ({label}); "
+        "train for more epochs, ask for a larger student, or loosen the gate (the last checkpoint is kept)"
+    )

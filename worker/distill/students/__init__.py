@@ -1,0 +1,1 @@
+"""Builds students: by dropping layers, by narrowing them, from scratch, or with LoRA."""

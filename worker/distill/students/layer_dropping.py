@@ -1,0 +1,124 @@
+"""Students made of some of a model's layers: copies of those, and of everything that is not a layer."""
+
+import copy
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from worker.errors import StudentTooDeep, UnsupportedModel
+from worker.models.architectures import shape_of
+
+PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a configuration with one entry a layer
+T5_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
+
+
+def first_and_last(num_available: int, num_kept: int) -> tuple[int, ...]:
+    """The first half and the last half, the odd one going to the first: the best start of those measured.
+
+    Raises StudentTooDeep if more layers are wanted than there are.
+    """
+    if num_kept > num_available:
+        raise StudentTooDeep(
+            f"the student asks for {num_kept} layers, but the model it starts from has {num_available}; ask for fewer"
+        )
+    num_first = -(-num_kept // 2)
+    return (*range(num_first), *range(num_available - (num_kept - num_first), num_available))
+
+
+def keep_layers(
+    teacher: PreTrainedModel, layers: Sequence[int], encoder_layers: Sequence[int] | None = None
+) -> PreTrainedModel:
+    """A model of the same family that holds copies of the given layers and of everything that is not a layer.
+
+    Of an encoder-decoder, `layers` are the decoder's; without encoder_layers its encoder stays whole. T5's relative
+    position bias lies in the first block of either side, and is moved to the first one that is kept.
+    """
+    kept = [layers] if shape_of(teacher.config) != "seq2seq" else [encoder_layers, layers]
+    stacks = layer_stacks(teacher)
+    weights = teacher.state_dict()
+    for prefix, numbers in zip(stacks, kept, strict=True):
+        if numbers is not None:
+            weights = _renumber(weights, prefix, numbers)
+    return rebuild(teacher, cut_config(teacher.config, layers, encoder_layers), weights)
+
+
+def rebuild(
+    teacher: PreTrainedModel, config: PretrainedConfig, weights: dict[str, Tensor]
+) -> PreTrainedModel:
+    """A model of the teacher's own class (an EncoderDecoderModel has no auto class) with these sizes and weights."""
+    student: PreTrainedModel = type(teacher)(config).float()
+    _untie_head_like(teacher, student)
+    student.load_state_dict(weights)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
+    return student.eval()
+
+
+def layer_stacks(model: PreTrainedModel) -> list[str]:
+    """Names of the lists of layers: the encoder's and the decoder's, or the only one. Raises UnsupportedModel."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    found = [name for name in lists if not re.search(r"\.\d+(\.|$)", name)]
+    if len(found) != (2 if shape_of(model.config) == "seq2seq" else 1):
+        raise UnsupportedModel(f"cannot tell the layers of a {model.config.model_type} model apart")
+    return found
+
+
+def cut_config(
+    config: PretrainedConfig, layers: Sequence[int], encoder_layers: Sequence[int] | None
+) -> PretrainedConfig:
+    """The configuration of a model of these layers."""
+    if config.model_type == "encoder-decoder":
+        both = copy.deepcopy(config)
+        both.decoder = cut_config(config.decoder, layers, None)
+        if encoder_layers is not None:
+            both.encoder = cut_config(config.encoder, encoder_layers, None)
+        return both
+    values: dict[str, Any] = config.to_dict()  # Any: open-ended JSON
+    for name in PER_LAYER:
+        if isinstance(values.get(name), list):
+            values[name] = [values[name][i] for i in layers]
+    if shape_of(config) == "seq2seq":
+        decoder_field, encoder_field = (
+            ("num_decoder_layers", "num_layers")
+            if config.model_type == "t5"
+            else ("decoder_layers", "encoder_layers")
+        )
+        values[decoder_field] = len(layers)
+        if encoder_layers is not None:
+            values[encoder_field] = len(encoder_layers)
+    else:
+        values[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+    return type(config).from_dict(values)
+
+
+def _renumber(weights: dict[str, Tensor], prefix: str, layers: Sequence[int]) -> dict[str, Tensor]:
+    inside = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    new_number = {old: new for new, old in enumerate(layers)}
+    kept = {}
+    for name, tensor in weights.items():
+        found = inside.match(name)
+        if found is None:
+            kept[name] = tensor
+        elif name[found.end() :] == T5_BIAS:
+            kept[f"{prefix}.0.{T5_BIAS}"] = tensor
+        elif (old := int(found[1])) in new_number:
+            kept[f"{prefix}.{new_number[old]}.{name[found.end() :]}"] = tensor
+    return kept
+
+
+def _untie_head_like(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
+    """T5 of the 1.1 family has a head of its own, though T5Config calls every model tied.
+
+    Such a student would be built tied, and its head loaded over the embedding.
+    """
+    if teacher.config.model_type == "t5" and not is_tied(teacher):
+        head: Any = student.get_output_embeddings()
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head's weight is the embedding's of the side that writes."""
+    writer: Any = model.decoder if model.config.model_type == "encoder-decoder" else model
+    return bool(writer.get_output_embeddings().weight is writer.get_input_embeddings().weight)

@@ -1,0 +1,115 @@
+"""LoRA: low-rank adapters on the linear layers of a model (arXiv:2106.09685), merged into it whenever it is saved.
+
+An adapted layer keeps its name and its weight, and gets two small parameters beside it; its class is swapped for one
+whose forward adds B A x. So optimizers, checkpoints and oneDNN's layers see nothing new. The `peft` package was left
+out: it renames every layer, and its un-merging subtracts, which does not give back the same bits.
+
+R rank, I and O features in and out.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from app.contracts.distillation import Lora
+from worker.cpu.linear_ops import OneDnnConv1D, OneDnnLinear, linear
+from worker.distill.students.layer_dropping import layer_stacks
+from worker.errors import CorruptCheckpoint
+
+NAMES = ("lora_a_RI", "lora_b_OR")
+ADAPTERS = "adapters.safetensors"  # their file, beside a model folder into which they are merged
+
+
+class Adapted(nn.Module):
+    """What an adapted layer has beside its own weight; comes before the layer's class."""
+
+    plain: Any  # Any: the class that it was; no superclass of Adapted
+    weight: Tensor
+    lora_a_RI: nn.Parameter
+    lora_b_OR: nn.Parameter
+    lora_scale: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        return out + self.lora_scale * linear(linear(x, self.lora_a_RI), self.lora_b_OR)
+
+    def delta_like_weight(self) -> Tensor:
+        delta_OI = self.lora_scale * (self.lora_b_OR @ self.lora_a_RI)
+        return delta_OI.t() if isinstance(self, Conv1D) else delta_OI
+
+
+class LoraLinear(Adapted, OneDnnLinear):
+    plain = OneDnnLinear
+
+
+class LoraConv1D(Adapted, OneDnnConv1D):
+    plain = OneDnnConv1D
+
+
+def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> None:
+    """Adapters on every linear layer inside the model's layers; they alone are trained from now on.
+
+    The head is none of those. B is zero at first, so that the model still is what it was.
+    """
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    stacks = tuple(f"{prefix}." for prefix in layer_stacks(model))
+    for name, module in model.named_modules():
+        if name.startswith(stacks) and isinstance(module, nn.Linear | Conv1D):
+            _adapt(module, lora, generator)
+
+
+@contextmanager
+def merged(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """The model as a plain one, adapters added into its weights, to be saved or served; afterwards as it was, to the bit.
+
+    Takes the memory of the adapted weights once more. Without adapters, the model itself.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Adapted)]
+    weights = [layer.weight.data for layer in layers]
+    adapters = [[layer._parameters[name] for name in NAMES] for layer in layers]
+    try:
+        for layer in layers:
+            layer.weight.data = layer.weight.data + layer.delta_like_weight().detach()
+            for name in NAMES:
+                del layer._parameters[name]
+            layer.__class__ = layer.plain
+        yield model
+    finally:
+        for layer, weight, pair in zip(layers, weights, adapters, strict=True):
+            layer.weight.data = weight
+            layer._parameters.update(zip(NAMES, pair, strict=True))
+            layer.__class__ = LoraConv1D if isinstance(layer, Conv1D) else LoraLinear
+
+
+def lora_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapters by name: with the start they give the student exactly."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if name.endswith(NAMES)}
+
+
+@torch.no_grad()
+def load_lora_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Puts adapters back into a model that add_lora has prepared. Raises CorruptCheckpoint."""
+    own = lora_tensors(model)
+    if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in tensors.items()}:
+        raise CorruptCheckpoint("the checkpoint's adapters are not those of this student; start the job anew")
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
+
+
+def _adapt(module: Any, lora: Lora, generator: torch.Generator) -> None:  # Any: Conv1D is untyped
+    layer: type[Adapted] = LoraConv1D if isinstance(module, Conv1D) else LoraLinear
+    weight: Tensor = module.weight
+    O, I = weight.t().shape if isinstance(module, Conv1D) else weight.shape  # noqa: E741
+    a_RI = torch.empty(lora.rank, I)
+    nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+    module.__class__ = layer
+    module.register_parameter("lora_a_RI", nn.Parameter(a_RI.to(weight)))
+    module.register_parameter("lora_b_OR", nn.Parameter(weight.new_zeros(O, lora.rank)))
+    module.lora_scale = lora.alpha / lora.rank

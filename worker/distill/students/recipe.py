@@ -1,0 +1,225 @@
+"""Where the student comes from: the start's layers, its width made narrower, itself, adapters on it, or sizes alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from app.contracts.distillation import Lora, Student
+from worker.cpu.linear_ops import use_onednn
+from worker.cpu.short_attention import use_short_attention
+from worker.cpu.training_ops import use_lean_body
+from worker.distill.students.fresh import build_fresh, fresh_config
+from worker.distill.students.layer_dropping import first_and_last, keep_layers
+from worker.distill.students.lora import ADAPTERS, add_lora, load_lora_tensors
+from worker.distill.students.width_pruning import narrow_config, sizes_of, slice_width
+from worker.errors import InvalidStudent, StudentTooDeep
+from worker.models.architectures import layer_counts, model_class, read_config, shape_of
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """The student of a run, fit to be built again from folders.
+
+    `layers` are those kept of `num_available`, None where the student keeps all of its start's; of an encoder-decoder
+    they are the decoder's, and `encoder_layers` None means that the encoder stays whole. `calibration` holds token ids
+    by which a width's parts are judged; without it their weights' norms decide. `fits_layers`: a trainer begins by that
+    (worker.distill.training.layer_fitting); the built student is the plain one.
+    """
+
+    student: Student
+    start_dir: Path
+    tokenizer_dir: Path
+    num_available: int
+    layers: tuple[int, ...] | None = None
+    encoder_layers: tuple[int, ...] | None = None
+    freeze_head: bool = False
+    freeze_encoder: bool = False
+    fits_layers: bool = False
+    seed: int = 0
+    calibration: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters that a trainer puts on the built student, if any: untrained ones change nothing."""
+        return (self.student.lora or Lora()) if self.student.init == "lora" else None
+
+    def build(self) -> PreTrainedModel:
+        """The untrained student, in float32 and without dropout; the same bits each time."""
+        if self.student.config is not None:
+            return build_fresh(
+                fresh_config(self.student.config, _tokenizer(self.tokenizer_dir)), seed=self.seed
+            )
+        model = load_model(self.start_dir)
+        if self.layers is not None:
+            model = keep_layers(model, self.layers, self.encoder_layers)
+        if self.student.init == "width":
+            return slice_width(model, sizes_of(self.student, model.config), self.calibration)
+        return model
+
+
+def plan_student(
+    teacher_dir: Path,
+    start_dir: Path,
+    student: Student,
+    num_layers: int | None = None,
+    *,
+    seed: int = 0,
+    calibration: tuple[tuple[int, ...], ...] = (),
+) -> StudentRecipe:
+    """What is kept of which model, checked against that model; num_layers is the rung of a ladder.
+
+    Copied parts are frozen only where they are the teacher's own, or copied whole: an encoder that lost layers or
+    width has to be trained. Raises UnsupportedModel, StudentTooDeep, InvalidStudent.
+    """
+    if student.config is not None:
+        fresh_config(student.config, _tokenizer(teacher_dir))  # raises what would fail after an hour
+        num_fresh = student.config.num_decoder_layers or student.config.num_layers
+        return StudentRecipe(student, start_dir, teacher_dir, num_fresh, seed=seed)
+    config = read_config(start_dir)
+    if shape_of(config) == "masked":
+        raise InvalidStudent(
+            f"a {config.model_type} model cannot write text, so no student starts from it; use student.init=fresh "
+            "(encoder-decoder is its nearest kind), or start from a causal or encoder-decoder model"
+        )
+    _, num_available = layer_counts(config)
+    layers, encoder_layers = (None, None)
+    if student.init == "layers" or (student.init == "width" and (num_layers or _names_layers(student))):
+        layers, encoder_layers = _choose_layers(student, config, num_layers)
+    if student.init == "width":
+        narrow_config(config, sizes_of(student, config))  # raises what would fail after an hour
+    return StudentRecipe(
+        student=student,
+        start_dir=start_dir,
+        tokenizer_dir=start_dir,
+        num_available=num_available,
+        layers=layers,
+        encoder_layers=encoder_layers,
+        freeze_head=_freezes_head(student, config, teacher_dir, start_dir),
+        freeze_encoder=_freezes_encoder(student, config, encoder_layers, teacher_dir, start_dir),
+        fits_layers=student.init == "layers" and student.fit_rows != 0,
+        seed=seed,
+        calibration=calibration,
+    )
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of any supported family, in eval mode, which also keeps its dropout out of training."""
+    model: PreTrainedModel = model_class(read_config(folder)).from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    return model.eval()
+
+
+def load_student(
+    recipe: StudentRecipe, resume_dir: Path | None, *, seed: int, rounds_to: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """The student as a training begins with it, or as it was in a checkpoint; what is not to be trained is frozen.
+
+    `rounds_to` is what the linear layers of its body multiply in on a CPU.
+    """
+    if resume_dir is None or recipe.lora is not None:  # a checkpoint's model folder has adapters merged in
+        model = recipe.build()
+    else:
+        model = load_model(resume_dir / "model")
+    use_onednn(model, rounds_to, but=model.get_output_embeddings())
+    use_short_attention(model)
+    use_lean_body(model)
+    if recipe.lora is not None:
+        add_lora(model, recipe.lora, seed=seed)
+        if resume_dir is not None:
+            load_lora_tensors(model, load_file(resume_dir / ADAPTERS))
+    if recipe.freeze_head:
+        freeze_head(model)
+    if recipe.freeze_encoder:
+        freeze_encoder(model)
+    return model
+
+
+def freeze_head(model: PreTrainedModel) -> None:
+    """Leaves the head, and the embedding tied to it, as they are."""
+    model.get_output_embeddings().requires_grad_(False)
+
+
+def freeze_encoder(model: PreTrainedModel) -> None:
+    """Leaves the encoder, and the embedding that a decoder shares with it, as they are: its outputs stay the same."""
+    model.get_encoder().requires_grad_(False)
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    """Parameters, those shared counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def _names_layers(student: Student) -> bool:
+    named = (student.num_layers, student.layers, student.num_encoder_layers, student.num_decoder_layers)
+    return any(value is not None for value in named)
+
+
+def _choose_layers(
+    student: Student, config: PretrainedConfig, num_layers: int | None
+) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+    """Layers of the decoder (or the only ones), and of the encoder if it does not stay whole."""
+    num_encoder, num_decoder = layer_counts(config)
+    if num_encoder == 0 and (student.num_encoder_layers or student.num_decoder_layers):
+        raise InvalidStudent(
+            f"a {config.model_type} model has one kind of layers: give student.num_layers, not num_encoder_layers or "
+            "num_decoder_layers"
+        )
+    asked = num_layers or (student.num_layers if isinstance(student.num_layers, int) else None)
+    counts = {asked, student.num_decoder_layers, len(student.layers) if student.layers else None} - {None}
+    if len(counts) > 1:
+        raise InvalidStudent(
+            "student.num_layers, num_decoder_layers and layers speak of the decoder: give one"
+        )
+    count = next(iter(counts), None) or max(1, num_decoder // 2)
+    layers = student.layers or first_and_last(num_decoder, count)
+    if max(layers) >= num_decoder:
+        raise StudentTooDeep(
+            f"student.layers asks for layer number {max(layers)}, but the model it starts from has {num_decoder} "
+            f"(0 to {num_decoder - 1}); ask for fewer"
+        )
+    if student.num_encoder_layers is None or student.num_encoder_layers == num_encoder:
+        return tuple(layers), None
+    return tuple(layers), first_and_last(num_encoder, student.num_encoder_layers)
+
+
+def _freezes_head(student: Student, config: PretrainedConfig, teacher_dir: Path, start_dir: Path) -> bool:
+    if student.init == "lora":
+        return True  # adapters leave it alone
+    if student.init == "width" and sizes_of(student, config).hidden_size != config.hidden_size:
+        return False
+    if student.init == "checkpoint" and student.freeze_head:
+        return start_dir.resolve() == teacher_dir.resolve() or _have_one_head(teacher_dir, start_dir)
+    return student.freeze_head
+
+
+def _freezes_encoder(
+    student: Student,
+    config: PretrainedConfig,
+    encoder_layers: tuple[int, ...] | None,
+    teacher_dir: Path,
+    start_dir: Path,
+) -> bool:
+    if shape_of(config) != "seq2seq" or not student.freeze_encoder or encoder_layers is not None:
+        return False
+    is_whole = student.init == "layers"
+    return is_whole or (student.init == "checkpoint" and start_dir.resolve() == teacher_dir.resolve())
+
+
+def _have_one_head(one: Path, other: Path) -> bool:
+    heads = [load_model(folder).get_output_embeddings() for folder in (one, other)]
+    if any(head is None for head in heads):
+        return False
+    return heads[0].weight.shape == heads[1].weight.shape and bool(
+        torch.equal(heads[0].weight, heads[1].weight)
+    )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
+    return tokenizer

@@ -1,0 +1,1 @@
+"""What a teacher gives: hidden states or top-k rows, cached on disk or computed per batch."""

@@ -1,0 +1,335 @@
+"""The teacher's side of the loss: its last hidden states where targets are predicted, computed once and kept on disk.
+
+N rows (targets, in the order of the examples), T targets of one example, H hidden width.
+"""
+
+import gc
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from worker.cpu.training_ops import use_lean_body
+from worker.distill.data.batching import collate, cut_batches
+from worker.distill.data.rows import Example
+from worker.distill.data_parallel import Ranks
+from worker.distill.forward.hidden_states import decoder_states, transform_of
+from worker.distill.forward.shared_prefix import Prefix
+from worker.distill.losses.lm_head import ExpectedRows, Head, TeacherRows, expected_rows, top_rows
+from worker.distill.losses.top_k import TopRows
+from worker.distill.teachers.row_cache import NAME_BYTES, RowCache, cache_bytes, open_cache
+
+Keeps = Literal["hidden", "expected", "top"]
+TOP_K = 64  # likeliest tokens kept of a row; what they miss of a peaked distribution is little
+
+
+class Teacher(Protocol):
+    """What is run on the rows one asks for."""
+
+    def hidden(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Of each example the head's inputs at its targets, [T, H]."""
+        ...
+
+
+class LiveTeacher:
+    """A teacher that predicts from left to right, with or without an encoder.
+
+    On a CPU each sequence is computed alone and without padding, on one thread, as many at once as there are threads:
+    as fast as a padded batch (bench/LOG.md), and a row's bits depend on nothing but the row, so a run that resumes, or
+    finds its cache half filled, computes what it would have read. What all rows of a data set begin with is computed
+    once (its length is part of the cache's name, because it changes the last bits).
+    """
+
+    def __init__(self, model: PreTrainedModel, prefix: tuple[int, ...] = ()) -> None:
+        self._model = model.eval()
+        self._device = str(model.device)
+        use_lean_body(model)
+        self._threads = ThreadPoolExecutor(
+            torch.get_num_threads(), "teacher", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._prefix: Prefix | None = None
+        window = getattr(model.config, "sliding_window", None)
+        if prefix and self._device == "cpu" and (window is None or window > len(prefix)):
+            self._prefix = self._threads.submit(Prefix, model, prefix).result()
+
+    def hidden(self, examples: Sequence[Example]) -> list[Tensor]:
+        if self._device != "cpu":
+            return self._batch(examples)
+        longest_first = sorted(range(len(examples)), key=lambda i: -examples[i].num_tokens)
+        running = {i: self._threads.submit(self._row, examples[i]) for i in longest_first}
+        return [running[i].result() for i in range(len(examples))]
+
+    @torch.no_grad()
+    def _row(self, example: Example) -> Tensor:
+        if self._prefix is None or not self._prefix.begins(example):
+            return self._batch([example])[0]
+        return transform_of(self._model)(self._prefix.states(example))
+
+    @torch.no_grad()
+    def _batch(self, examples: Sequence[Example]) -> list[Tensor]:
+        batch = collate(examples, range(len(examples)), self._device)
+        states_BTH = decoder_states(self._model, batch)
+        transform = transform_of(self._model)
+        return [transform(h_TH[keep_T]) for h_TH, keep_T in zip(states_BTH, batch.keep_BT, strict=True)]
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a row's tensors become a blob, one column after the other.
+
+    hidden: hidden states; expected: KL constants, top tokens, expected head rows; top: the likeliest tokens, their
+    log-probabilities, and that of all the others.
+    """
+
+    keeps: Keeps
+    width: int  # of a hidden state, or the number of tokens kept
+    dtype: torch.dtype
+
+    @property
+    def columns(self) -> tuple[tuple[int, torch.dtype], ...]:
+        """Of each column the numbers a position, and their type."""
+        match self.keeps:
+            case "hidden":
+                return ((self.width, self.dtype),)
+            case "expected":
+                return (1, torch.float32), (1, torch.int32), (self.width, self.dtype)
+            case "top":
+                return (self.width, torch.int32), (self.width, self.dtype), (1, self.dtype)
+
+    def blob_bytes(self, num_positions: int) -> int:
+        return num_positions * sum(width * dtype.itemsize for width, dtype in self.columns)
+
+    def pack(self, hidden_TH: Tensor, head: Head) -> Tensor:
+        tensors: tuple[Tensor, ...]
+        if self.keeps == "hidden":
+            tensors = (hidden_TH,)
+        elif self.keeps == "expected":
+            expected = expected_rows(hidden_TH, head)
+            tensors = expected.neg_entropy_N, expected.top_N, expected.head_NH
+        else:
+            top = top_rows(hidden_TH, head, self.width)
+            tensors = top.ids_NK, top.log_p_NK, top.log_rest_N
+        return torch.cat(
+            [_bytes(tensor, dtype) for tensor, (_, dtype) in zip(tensors, self.columns, strict=True)]
+        )
+
+    def unpack(self, blobs: Sequence[Tensor], head: Head) -> TeacherRows:
+        tensors = [matrix.to(head.weight_VH.device) for matrix in self._matrices(blobs)]
+        if self.keeps == "hidden":
+            return TeacherRows(head, hidden_NH=tensors[0])
+        if self.keeps == "expected":
+            constants_N1, top_N1, head_NH = tensors
+            return TeacherRows(head, expected=ExpectedRows(head_NH, constants_N1[:, 0], top_N1[:, 0].long()))
+        ids_NK, log_p_NK, rest_N1 = tensors
+        return TeacherRows(head, top=TopRows(ids_NK.long(), log_p_NK, rest_N1[:, 0]))
+
+    def _matrices(self, blobs: Sequence[Tensor]) -> list[Tensor]:
+        """A matrix a column, over the positions of all blobs."""
+        lengths = [len(blob) // self.blob_bytes(1) for blob in blobs]
+        matrices = []
+        starts = [0] * len(blobs)
+        for width, dtype in self.columns:
+            stops = [start + n * width * dtype.itemsize for start, n in zip(starts, lengths, strict=True)]
+            parts = [blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)]
+            matrices.append(torch.cat([part.view(dtype).view(-1, width) for part in parts]))
+            starts = stops
+        return matrices
+
+
+class CachedTeacher:
+    """Teacher rows from the cache; a missing one is computed by the live teacher and stored.
+
+    `examples` are the rows as the teacher reads them, which may differ from how the student does; the targets are the
+    same. What training sees has been through the cache's precision either way, so it never depends on who came first.
+    The live teacher is loaded when a row is missing and let go when none is.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Teacher],
+        head: Head,
+        examples: Sequence[Example],
+        cache: RowCache | None,
+        row_format: RowFormat | None,
+        note: str | None = None,
+        masks: Sequence[Tensor] | None = None,
+    ) -> None:
+        """`note` says what the rows lose; `masks` which of the student's targets they are for, all if there are none."""
+        self.notes = [note] if note else []  # for the user to know
+        self._masks = masks
+        self._load = load
+        self._head = head
+        self._examples = examples
+        self._cache = cache
+        self._format = row_format
+        self._live: Teacher | None = None
+        self._is_kept = False
+        self.num_computed = 0
+
+    @property
+    def head(self) -> Head:
+        """The teacher's head in float32, where the loss is computed."""
+        return self._head
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether there is room for all rows on disk."""
+        return self._cache is not None
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the live teacher takes memory now."""
+        return self._live is not None
+
+    def rows(self, indices: Sequence[int]) -> TeacherRows:
+        """The rows of the examples with these numbers."""
+        rows = self._rows(indices)
+        if self._masks is None:
+            return rows
+        mask_N = torch.cat([self._masks[i] for i in indices]).to(self._head.weight_VH.device)
+        return replace(rows, mask_N=mask_N)
+
+    def _rows(self, indices: Sequence[int]) -> TeacherRows:
+        if self._format is None:
+            return self.rows_of([self._examples[i] for i in indices])
+        found = {i: blob for i in indices if self._cache and (blob := self._cache.get(i)) is not None}
+        missing = [i for i in dict.fromkeys(indices) if i not in found]
+        if missing:
+            for i, hidden_TH in zip(
+                missing, self._compute([self._examples[i] for i in missing]), strict=True
+            ):
+                found[i] = self._format.pack(hidden_TH, self._head)
+                if self._cache:
+                    self._cache.put(i, found[i])
+        if self._cache and self._cache.num_missing == 0 and self._live and not self._is_kept:
+            self.release()
+        return self._format.unpack([found[i] for i in indices], self._head)
+
+    def rows_of(self, examples: Sequence[Example]) -> TeacherRows:
+        """The rows of examples that are not in the cache and will not be: a student's own answers.
+
+        There will be more of them, so the live teacher stays until it is released.
+        """
+        self._is_kept = True
+        return TeacherRows(self._head, hidden_NH=torch.cat(self._compute(examples)))
+
+    def _compute(self, examples: Sequence[Example]) -> list[Tensor]:
+        if self._live is None:
+            self._live = self._load()
+        self.num_computed += len(examples)
+        device = self._head.weight_VH.device  # the teacher itself may be elsewhere
+        return [hidden_TH.to(device) for hidden_TH in self._live.hidden(examples)]
+
+    def fill(self, ranks: Ranks, batch_tokens: int, on_batch: Callable[[int, int], None]) -> None:
+        """Stores what the cache lacks, each rank its share, and lets the live teacher go; tells how many of how many."""
+        assert self._cache is not None
+        missing = self._cache.look()
+        ranks.wait()  # nobody stores anything before all have looked
+        lengths = [example.num_tokens for example in self._examples]
+        mine = sorted(ranks.share(missing, lengths), key=lengths.__getitem__)
+        num_done = 0
+        for indices in cut_batches(mine, lengths, batch_tokens):
+            self.rows(indices)
+            num_done += len(indices)
+            on_batch(num_done, len(mine))
+        ranks.wait()
+        self._cache.look()
+        self.release()
+
+    def release(self) -> None:
+        """Lets the live teacher go until it is needed again."""
+        self._live, self._is_kept = None, False
+        gc.collect()  # modules refer to each other in cycles; their memory is wanted now
+
+    def close(self) -> None:
+        if self._cache:
+            self._cache.close()
+        self._cache = None
+        self._live = None
+
+
+def cached_teacher(
+    load: Callable[[], Teacher],
+    head: Head,
+    *,
+    folder: Path,
+    budget_bytes: int,
+    identity: str,
+    examples: Sequence[Example],
+    keeps: Keeps = "hidden",
+    may_keep_top: bool = False,
+    hidden_dtype: torch.dtype = torch.float32,
+    masks: Sequence[Tensor] | None = None,
+) -> CachedTeacher:
+    """A teacher for these rows, cached under `folder` in the finest format that the budget allows.
+
+    That is `hidden_dtype`, the body's own (float32 on a CPU), else bfloat16, else with `may_keep_top` the likeliest tokens;
+    with room for none, the teacher runs every time. `identity` says whose rows they are: hashes of the teacher's
+    weights and its tokenizer. keeps="expected" needs a student whose frozen head is the teacher's, and forward KL at
+    temperature 1 throughout; the likeliest tokens serve all divergences but those of ranks and of raw logits.
+    """
+    for row_format, note in _formats(keeps, head, hidden_dtype, may_keep_top=may_keep_top):
+        sizes = [row_format.blob_bytes(example.num_targets) for example in examples]
+        if cache_bytes(sizes) <= budget_bytes:
+            family, names = _family(identity, row_format, head), [_name(example) for example in examples]
+            cache = open_cache(folder, family, names, sizes, budget_bytes=budget_bytes)
+            if cache is None:
+                note = "the disk has no room for the teacher's rows: it runs at every step, which is slower"
+            return CachedTeacher(load, head, examples, cache, row_format, note, masks)
+    note = "the teacher's rows do not fit in the cache's budget: it runs at every step, which is slower"
+    return CachedTeacher(load, head, examples, None, None, note, masks)
+
+
+def _formats(
+    keeps: Keeps, head: Head, hidden_dtype: torch.dtype, *, may_keep_top: bool
+) -> Iterator[tuple[RowFormat, str | None]]:
+    """From the finest, with what is lost in it."""
+    hidden_size = head.weight_VH.shape[1]
+    dtype = (
+        hidden_dtype if keeps == "hidden" else head.weight_VH.dtype
+    )  # expected rows are sums over the head's
+    if keeps != "top":
+        yield RowFormat(keeps, hidden_size, dtype), None
+        if dtype != torch.bfloat16:
+            note = "the teacher's rows are cached in bfloat16, since in float32 they would not fit in the cache's budget"
+            yield RowFormat(keeps, hidden_size, torch.bfloat16), note
+    if (may_keep_top or keeps == "top") and head.num_tokens > TOP_K:
+        note = (
+            f"of the teacher's rows the {TOP_K} likeliest tokens are cached, since the whole would not fit in the "
+            "cache's budget: the others count as one, and KL is a lower bound"
+        )
+        yield RowFormat("top", TOP_K, torch.float32), note
+
+
+def _family(identity: str, row_format: RowFormat, head: Head) -> str:
+    """Hash of all but the rows that determines the cached bytes; threads and device do, by the order of their sums."""
+    settings = {
+        "identity": identity,
+        "keeps": row_format.keeps,
+        "width": row_format.width,
+        "dtype": str(row_format.dtype),
+        "head": [*head.weight_VH.shape, str(head.weight_VH.dtype)],
+        "device": head.weight_VH.device.type,
+        "num_threads": torch.get_num_threads(),
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _name(example: Example) -> bytes:
+    """Hash of all that the teacher's rows depend on."""
+    digest = hashlib.blake2b(digest_size=NAME_BYTES)
+    for ids in (example.source_ids, example.token_ids, example.target_positions):
+        digest.update(array("q", [len(ids), *ids]).tobytes())
+    return digest.digest()
+
+
+def _bytes(values: Tensor, dtype: torch.dtype) -> Tensor:
+    return values.to("cpu", dtype).contiguous().view(-1).view(torch.uint8)

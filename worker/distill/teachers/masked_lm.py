@@ -1,0 +1,56 @@
+"""BERT and RoBERTa as teachers of generation: conditional masked language modelling.
+
+Such a model has no next-token distribution, but it has one for a masked target that sees the source and both sides of
+the target: that is the soft label of the student's decoder at this place.
+Source: Chen et al., arXiv:1911.03829.
+
+K passes, L tokens of source and target, T targets of one example, H hidden width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from worker.distill.data.rows import Example
+from worker.distill.forward.hidden_states import transform_of
+
+NUM_PASSES = 4  # in each a quarter of the targets is hidden, so that the others are there to see
+
+
+class MaskedTeacher:
+    """Gives the head's inputs at targets that the model cannot see.
+
+    An example is computed alone, as K copies of equal length: its bits depend on nothing but itself.
+    """
+
+    def __init__(self, model: PreTrainedModel, mask_id: int, *, num_passes: int = NUM_PASSES) -> None:
+        self._model = model.eval()
+        self._mask_id = mask_id
+        self._num_passes = num_passes
+
+    @torch.no_grad()
+    def hidden(self, examples: Sequence[Example]) -> list[Tensor]:
+        return [self._hidden(example) for example in examples]
+
+    def _hidden(self, example: Example) -> Tensor:
+        targets_T = torch.tensor(example.target_positions, device=self._model.device)
+        passes_T = torch.arange(len(targets_T), device=self._model.device) % self._num_passes
+        ids_KL = torch.tensor(example.token_ids, device=self._model.device).repeat(self._num_passes, 1)
+        ids_KL[passes_T, targets_T] = self._mask_id
+        states_KLH: Tensor = self._model.base_model(
+            input_ids=ids_KL,
+            attention_mask=torch.ones_like(ids_KL),
+            **segments(self._model, [example], ids_KL.shape[1]),
+        ).last_hidden_state
+        return transform_of(self._model)(states_KLH[passes_T, targets_T])
+
+
+def segments(model: PreTrainedModel, examples: Sequence[Example], num_tokens: int) -> dict[str, Tensor]:
+    """BERT's second segment begins with a row's first target; RoBERTa has one segment only."""
+    if model.config.type_vocab_size < 2:
+        return {}
+    firsts_B = torch.tensor([example.target_positions[0] for example in examples], device=model.device)
+    types_BL = torch.arange(num_tokens, device=model.device) >= firsts_B[:, None]
+    return {"token_type_ids": types_BL.long()}

@@ -1,0 +1,68 @@
+"""What of the teacher a pair of models can use, and what `auto` makes of it."""
+
+from dataclasses import dataclass
+
+from app.contracts.distillation import TeacherSignal
+from worker.errors import TokenizerMismatch, UnsupportedModel
+from worker.models.architectures import Shape
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What is used of the teacher, and why."""
+
+    name: TeacherSignal
+    reason: str
+
+    @property
+    def has_distribution(self) -> bool:
+        """Whether the teacher's distributions are compared with the student's."""
+        return self.name in ("logits", "conditional_mlm", "uld")
+
+    @property
+    def has_ranks(self) -> bool:
+        """Whether they are over two vocabularies, and only compared where tokens begin alike."""
+        return self.name == "uld"
+
+
+def choose_signal(
+    asked: TeacherSignal | str, teacher: Shape, student: Shape, *, has_one_tokenizer: bool
+) -> Signal:
+    """Raises UnsupportedModel or TokenizerMismatch for what the pair cannot do."""
+    if asked == "auto":
+        return _best_signal(teacher, student, has_one_tokenizer=has_one_tokenizer)
+    if asked in ("logits", "uld", "text") and teacher == "masked":
+        raise UnsupportedModel(
+            "a masked language model has no next-token distribution and writes no text; use "
+            'objective.teacher_signal = "conditional_mlm" or "hidden"'
+        )
+    if asked == "conditional_mlm" and teacher != "masked":
+        raise UnsupportedModel(
+            f'conditional_mlm takes a masked language model (BERT, RoBERTa) as teacher; use "logits" for a {teacher} one'
+        )
+    if not has_one_tokenizer and asked not in ("text", "uld"):
+        raise TokenizerMismatch(
+            f'student and teacher have different tokenizers, so {asked} cannot be compared token by token; use "uld" or '
+            '"text", or a pair that shares a tokenizer'
+        )
+    best = _best_signal(teacher, student, has_one_tokenizer=has_one_tokenizer)
+    if asked == best.name:  # auto may have been settled at submission
+        return best
+    return Signal(asked, "asked for")  # type: ignore[arg-type]  # what is not auto is a TeacherSignal
+
+
+def _best_signal(teacher: Shape, student: Shape, *, has_one_tokenizer: bool) -> Signal:
+    if teacher == "masked":
+        if not has_one_tokenizer:
+            raise TokenizerMismatch(
+                "a masked teacher and a student with another tokenizer share nothing; use a student with the teacher's "
+                'tokenizer (student.init = "fresh" has it)'
+            )
+        return Signal("conditional_mlm", "a masked teacher predicts a target from both its sides")
+    if has_one_tokenizer:
+        return Signal("logits", "both models share a tokenizer")
+    if teacher == student:
+        return Signal(
+            "uld", "the tokenizers differ, so distributions are compared by rank where tokens begin alike"
+        )
+    return Signal("text", "tokenizers and kinds of model differ, so the student learns the teacher's text")

@@ -1,0 +1,271 @@
+"""Checkpoints: a folder that either is complete and says so, or does not exist.
+
+`step-N/` holds `model/` (a Hugging Face folder, fit to be served), `optimizer.safetensors`, `rng.safetensors`,
+`state.json`, `answers.jsonl` if the teacher wrote the completions, `best/` if an earlier step is the best so far,
+`finished/` with the students of the job's earlier courses, and `manifest.json` with the SHA-256 of every other file. It
+is written under another name, synced, and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from app.contracts.distillation import Precision
+from app.crash_points import crash_point
+from worker.disk import is_disk_full
+from worker.distill.students.lora import ADAPTERS, lora_tensors, merged
+from worker.errors import CorruptCheckpoint, DiskFull
+
+MANIFEST = "manifest.json"
+PROJECTIONS = "projections.safetensors"  # between layers of unequal width, no part of the student
+SPARE_BYTES = 32 * 2**20  # tokenizer, configuration, state, and what the file system wants for itself
+REPLAY = "replay.jsonl"  # the newest of the student's own answers
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TrainState(BaseModel):
+    """Where a training is: everything beside the tensors that the next step depends on.
+
+    Steps are the course's own; those of a job's courses follow each other, and `first_step` is this course's first.
+    `finished` has the entries of the courses before, see courses.py.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    first_step: int = 0
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    trained_tokens: int = 0
+    trained_seconds: float = 0.0
+    best_step: int | None = None
+    best_score: float | None = None
+    num_bad_evals: int = 0
+    is_done: bool = False
+    metrics: dict[str, float] = {}
+    best_metrics: dict[str, float] = {}
+    untrained_metrics: dict[str, float] = {}
+    num_threads: int = 1
+    num_processes: int = 1
+    precision: Precision | None = None  # None: not told, as in older checkpoints
+    inputs_sha256: str = ""
+    num_fitted_layers: int = 0  # in closed form, before the first step
+    replay_phi: float = 0.0
+    replay_loss: float | None = None  # held-out, of the evaluation before
+    finished: tuple[dict[str, Any], ...] = ()  # Any: open-ended JSON
+
+    @property
+    def job_step(self) -> int:
+        """The step's number within the job, by which checkpoints and metrics are known."""
+        return self.first_step + self.step
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that goes into a checkpoint. best_dir is the best student's model folder if that is an earlier one."""
+
+    state: TrainState
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    best_dir: Path | None = None
+    answers_path: Path | None = None
+    replay_jsonl: bytes = b""
+    projections: nn.Module | None = None
+    finished_dirs: tuple[Path, ...] = ()
+
+
+def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
+    """Writes `out/step-N`, which on return will survive a power cut.
+
+    Raises DiskFull, after removing what it had written; earlier checkpoints stay.
+    """
+    folder = out / f"step-{snapshot.state.job_step}"
+    partial = out / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    _require_room(out, snapshot)
+    try:
+        partial.mkdir()
+        crash_point("trainer.begun")
+        _write_parts(partial, snapshot)
+        crash_point("trainer.written")
+        _write_manifest(partial)
+        crash_point("trainer.listed")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+        crash_point("trainer.renamed")
+        _sync(out)
+        crash_point("trainer.synced")
+    except Exception as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(e):
+            raise DiskFull(f"no room for a checkpoint in {out}; free some disk, then resume the job") from e
+        raise
+    return folder
+
+
+def load_state(folder: Path) -> TrainState:
+    """The state of a checkpoint whose every file has been verified. Raises CorruptCheckpoint."""
+    verify_checkpoint(folder)
+    try:
+        return TrainState.model_validate_json((folder / "state.json").read_bytes())
+    except ValidationError as e:
+        raise CorruptCheckpoint(f"{folder.name}/state.json cannot be read: {e}") from e
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compares every file with the manifest. Raises CorruptCheckpoint."""
+    try:
+        files = json.loads((folder / MANIFEST).read_bytes())["files"]
+        expected = {entry["path"]: entry["sha256"] for entry in files}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CorruptCheckpoint(
+            f"{folder.name} has no readable manifest; go on from an older checkpoint"
+        ) from e
+    missing = {"state.json", "optimizer.safetensors", "model/config.json"} - expected.keys()
+    if missing:
+        raise CorruptCheckpoint(f"{folder.name} lacks {sorted(missing)}; go on from an older checkpoint")
+    for path, sha256 in expected.items():
+        if not (folder / path).is_file() or file_sha256(folder / path) != sha256:
+            raise CorruptCheckpoint(
+                f"{folder.name}/{path} is not what was written; go on from an older checkpoint"
+            )
+
+
+def load_optimizer(
+    folder: Path,
+    optimizer: torch.optim.Optimizer,
+    model: PreTrainedModel,
+    projections: nn.Module | None = None,
+) -> None:
+    """Restores AdamW's step and moments, the projections and the random state.
+
+    Fused and capturable optimizers want `step` on the parameter's device, others want it on the CPU.
+    """
+    if projections is not None and (folder / PROJECTIONS).exists():
+        projections.load_state_dict(load_file(folder / PROJECTIONS))
+    tensors = load_file(folder / "optimizer.safetensors")
+    groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in _trained(model, projections):
+        if f"{name}.step" in tensors:
+            group = groups[parameter]
+            is_on_device = group["fused"] or group["capturable"]
+            step = tensors[f"{name}.step"].to(parameter.device if is_on_device else "cpu", torch.float32)
+            moments = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in MOMENTS}
+            optimizer.state[parameter] = {"step": step, **moments}
+    random = load_file(folder / "rng.safetensors")
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random["cuda"])
+
+
+def prune_checkpoints(out: Path, *, keep_newest: int, keep_step: int | None) -> None:
+    """Removes all but the newest ones and the one of `keep_step`."""
+    steps = sorted(int(p.name.removeprefix("step-")) for p in out.glob("step-*"))
+    for step in steps[:-keep_newest]:
+        if step != keep_step:
+            shutil.rmtree(out / f"step-{step}", ignore_errors=True)
+
+
+def link_folder(source: Path, target: Path) -> Path:
+    """The same files under another name, without copying where the file system can."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=_link)
+    return target
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_parts(folder: Path, snapshot: Snapshot) -> None:
+    with merged(snapshot.model) as plain:
+        plain.save_pretrained(folder / "model")
+    if adapters := lora_tensors(snapshot.model):
+        save_file({name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS)
+    if snapshot.projections is not None and (projections := snapshot.projections.state_dict()):
+        save_file(projections, folder / PROJECTIONS)
+    snapshot.tokenizer.save_pretrained(folder / "model")
+    crash_point("trainer.halfway")
+    save_file(dict(_optimizer_tensors(snapshot)), folder / "optimizer.safetensors")
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        random["cuda"] = torch.cuda.get_rng_state()
+    save_file(random, folder / "rng.safetensors")
+    (folder / "state.json").write_text(snapshot.state.model_dump_json(indent=1))
+    if snapshot.best_dir is not None:
+        link_folder(snapshot.best_dir, folder / "best")
+    for number, finished_dir in enumerate(snapshot.finished_dirs):
+        link_folder(finished_dir, folder / "finished" / str(number))
+    if snapshot.answers_path is not None and snapshot.answers_path.exists():
+        shutil.copyfile(snapshot.answers_path, folder / "answers.jsonl")
+    if snapshot.replay_jsonl:
+        (folder / REPLAY).write_bytes(snapshot.replay_jsonl)
+
+
+def _optimizer_tensors(snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in _trained(snapshot.model, snapshot.projections):
+        state = snapshot.optimizer.state.get(parameter, {})
+        for key, tensor in state.items():
+            yield f"{name}.{key}", tensor.detach().cpu().contiguous()
+
+
+def _trained(model: PreTrainedModel, projections: nn.Module | None) -> Iterator[tuple[str, nn.Parameter]]:
+    yield from model.named_parameters()
+    if projections is not None:
+        yield from projections.named_parameters(prefix="projections")
+
+
+def _write_manifest(folder: Path) -> None:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    entries = []
+    for path in paths:
+        _sync(path)
+        name = path.relative_to(folder).as_posix()
+        entries.append({"path": name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+    (folder / MANIFEST).write_text(json.dumps({"files": entries}, indent=1))
+    _sync(folder / MANIFEST)
+    for inner in [path for path in folder.rglob("*") if path.is_dir()]:
+        _sync(inner)
+    _sync(folder)
+
+
+def _require_room(out: Path, snapshot: Snapshot) -> None:
+    needed = SPARE_BYTES + len(snapshot.replay_jsonl)
+    for parameter in snapshot.model.parameters():
+        needed += parameter.nbytes * (1 + len(MOMENTS) * parameter.requires_grad)
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise DiskFull(
+            f"a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; free some disk, then "
+            "resume the job"
+        )
+
+
+def _link(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)
+    return target
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,208 @@
+"""Where a run computes, in which floats, and where the teacher is put, by estimates of memory.
+
+On a GPU with bfloat16 the student's weights and moments are float32, its body runs forward and backward under bfloat16
+autocast, and the teacher's body is bfloat16. A CPU that multiplies bfloat16 itself does so in the linear layers of both
+(worker.cpu.linear_ops). Without it everything is float32. The loss is float32 on any device.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from app.contracts.distillation import Auto, Precision
+from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
+from worker.distill.losses.lm_head import DEVICE_CHUNK_BYTES
+from worker.distill.students.layer_dropping import cut_config
+from worker.distill.students.recipe import StudentRecipe, freeze_encoder, freeze_head
+from worker.distill.students.width_pruning import narrow_config, sizes_of
+from worker.models.architectures import bare_model, layer_counts
+
+PLANNED_SHARE = 0.9  # of the free memory; allocators leave gaps
+LOSS_BYTES = (
+    6 * DEVICE_CHUNK_BYTES
+)  # a chunk's logits of both models, and what elementwise passes make of them
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a process computes on: "cpu", or "cuda", which is this process's own card."""
+
+    name: str = "cpu"
+    card: str = ""
+    free_bytes: int = 0
+    has_bfloat16: bool = False
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """What the student's body runs in, if not in its weights' float32."""
+        return torch.bfloat16 if self.name == "cuda" and self.has_bfloat16 else None
+
+    @property
+    def rounds_to(self) -> torch.dtype:
+        """What a body's linear layers multiply in on a CPU."""
+        return torch.bfloat16 if self.name == "cpu" and self.has_bfloat16 else torch.float32
+
+    @property
+    def precision(self) -> Precision:
+        return "bfloat16" if self.has_bfloat16 else "float32"
+
+    @property
+    def planned_bytes(self) -> int:
+        return int(PLANNED_SHARE * self.free_bytes)
+
+
+CPU = Device()
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a run's models take on a GPU, and whether all teacher rows can wait on disk for the training."""
+
+    student_bytes: int
+    num_teacher_parameters: int
+    teacher_work_bytes: int
+    can_cache: bool
+
+    def teacher_bytes(self, dtype: torch.dtype) -> int:
+        return self.num_teacher_parameters * dtype.itemsize + self.teacher_work_bytes
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The decision. is_teacher_first: the teacher fills the cache alone, and is gone when the student comes."""
+
+    device: Device = CPU
+    teacher_device: str = "cpu"
+    teacher_dtype: torch.dtype = torch.float32
+    is_teacher_first: bool = False
+    is_tight: bool = False
+
+    @property
+    def beside_student(self) -> tuple[str, torch.dtype]:
+        """Device and dtype of a model of the teacher's size that is loaded while the student is on its device."""
+        if self.is_teacher_first:
+            return "cpu", torch.float32
+        return self.teacher_device, self.teacher_dtype
+
+    @property
+    def message(self) -> str:
+        """For the job's events; empty where there was nothing to choose."""
+        if self.device.name == "cpu":
+            is_rounded = self.device.has_bfloat16
+            return "device: CPU; student and teacher multiply in bfloat16" if is_rounded else ""
+        floats = "float32" if self.device.autocast is None else "float32 weights under bfloat16 autocast"
+        where = "beside the student"
+        if self.is_teacher_first:
+            where = "alone before the training, which reads its states from the cache"
+        elif self.teacher_device == "cpu":
+            where = "on the CPU, because it does not fit on the card"
+        dtype = str(self.teacher_dtype).removeprefix("torch.")
+        tight = "; by estimate the student alone is too large for the card" if self.is_tight else ""
+        free = f"{self.device.free_bytes / GIB:.1f} GiB free"
+        return f"device: {self.device.card} ({free}); student in {floats}; teacher in {dtype}, {where}{tight}"
+
+
+ON_CPU = Placement()
+
+
+def find_device(number: int = 0, precision: Precision | Auto = "auto") -> Device:
+    """The card with this number, from now on this process's "cuda"; the CPU where there is none.
+
+    Its bfloat16 is there for use if it has it and the precision is not another.
+    """
+    if not torch.cuda.is_available():
+        return Device(has_bfloat16=HAS_FAST_BFLOAT16 and precision != "float32")
+    torch.cuda.set_device(number % torch.cuda.device_count())
+    free_bytes, _ = torch.cuda.mem_get_info()
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) and precision != "float32"
+    if has_bfloat16:  # the loss's products may use TF32, which is finer than the body's bfloat16
+        torch.set_float32_matmul_precision("high")
+    return Device("cuda", torch.cuda.get_device_name(), free_bytes, has_bfloat16)
+
+
+def place(device: Device, needs: Needs) -> Placement:
+    """The first of these that fits: the teacher beside the student; alone, filling the cache; the same in half the
+    bytes, if the card has no bfloat16 anyway; on the CPU.
+    """
+    if device.name == "cpu":
+        return Placement(device)
+    is_tight = needs.student_bytes > device.planned_bytes
+    dtypes = (torch.bfloat16,) if device.has_bfloat16 else (torch.float32, torch.float16)
+    for dtype in dtypes:
+        teacher_bytes = needs.teacher_bytes(dtype)
+        if needs.student_bytes + teacher_bytes <= device.planned_bytes:
+            return Placement(device, "cuda", dtype)
+        if needs.can_cache and teacher_bytes <= device.planned_bytes:
+            return Placement(device, "cuda", dtype, is_teacher_first=True, is_tight=is_tight)
+    return Placement(device, is_tight=is_tight)
+
+
+@contextmanager
+def autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Runs a body in dtype; None: in its weights' own."""
+    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None):
+        yield
+
+
+def find_needs(
+    device: Device,
+    recipe: StudentRecipe,
+    start: PretrainedConfig,
+    teacher: PretrainedConfig,
+    *,
+    batch_tokens: int,
+    can_cache: bool,
+) -> Needs:
+    """Estimates by configuration alone; no weights are read. `start` is what the student is made from.
+
+    Student: 4 bytes a parameter, 12 more if it is trained (gradient and AdamW's two moments), 2 for autocast's copy, the
+    activations that wait for the backward, the head's second gradient, and the loss's chunks. Teacher: its weights, the
+    activations of one layer, and its head once more in float32 for the loss.
+    Activations of a layer are 10 H + 4 F values a token (H hidden, F feed-forward width): norms, queries, keys, values,
+    attention and both sides of a gated feed-forward. Attention scores are not kept by torch's fused attention.
+    """
+    value_bytes = 4 if device.autocast is None else device.autocast.itemsize
+    student = bare_model(planned_config(recipe, start))
+    if recipe.freeze_head:
+        freeze_head(student)
+    if recipe.freeze_encoder:
+        freeze_encoder(student)
+    counts = [(p.numel(), p.requires_grad and recipe.lora is None) for p in student.parameters()]
+    head = student.get_output_embeddings().weight
+    student_bytes = sum(n * (4 + 12 * is_trained) for n, is_trained in counts)
+    if device.autocast is not None:
+        student_bytes += value_bytes * sum(n for n, _ in counts)
+    student_bytes += 4 * head.numel() * (head.requires_grad and recipe.lora is None) + LOSS_BYTES
+    num_layers = sum(layer_counts(student.config))
+    student_bytes += batch_tokens * num_layers * layer_values(student.config) * value_bytes
+    big = bare_model(teacher)
+    return Needs(
+        student_bytes=student_bytes + 4 * big.get_output_embeddings().weight.numel(),
+        num_teacher_parameters=sum(p.numel() for p in big.parameters()),
+        teacher_work_bytes=batch_tokens * layer_values(teacher) * value_bytes,
+        can_cache=can_cache,
+    )
+
+
+def layer_values(config: PretrainedConfig) -> int:
+    """Values a token that a layer leaves for the backward; of an encoder-decoder, of its wider half."""
+    if config.model_type == "encoder-decoder":
+        return max(layer_values(config.encoder), layer_values(config.decoder))
+    hidden = int(config.hidden_size)
+    names = ("intermediate_size", "d_ff", "ffn_dim", "decoder_ffn_dim", "n_inner")
+    wide = next((int(n) for name in names if (n := getattr(config, name, None))), 4 * hidden)
+    return 10 * hidden + 4 * wide
+
+
+def planned_config(recipe: StudentRecipe, start: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of the model that the recipe builds from that start, or from sizes alone."""
+    config = start
+    if recipe.layers is not None:
+        config = cut_config(config, recipe.layers, recipe.encoder_layers)
+    return (
+        narrow_config(config, sizes_of(recipe.student, config)) if recipe.student.init == "width" else config
+    )

@@ -1,0 +1,319 @@
+"""Feature terms: the student's hidden states and attention relations drawn to the teacher's.
+
+The teacher runs at every step, without gradient, on the batch that the student reads: same batch, same bits. What a
+layer puts out is compared as it is, the last one's before the final norm. Projections between unequal widths are
+trained with the student and thrown away.
+B batch, T tokens, N aligned positions (of all rows, in their order), P those of one row, H and D widths.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig, PreTrainedModel
+
+from app.contracts.distillation import AttentionTerm, HiddenTerm
+from worker.distill.data.batching import Batch, collate, pad
+from worker.distill.data.rows import Example
+from worker.distill.forward.attention_relations import (
+    SelfAttention,
+    choose_relation_heads,
+    relation_kl,
+    self_attention,
+)
+from worker.distill.forward.hidden_states import decoder_states, encoder_states, hidden_rows
+from worker.distill.students.layer_dropping import layer_stacks
+from worker.distill.teachers.masked_lm import segments
+from worker.errors import InvalidStudent, UnsupportedModel
+from worker.models.architectures import Shape, shape_of
+
+Side = Literal["encoder", "decoder"]
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """What is asked for, and the teacher with the training rows as it reads them."""
+
+    hidden: HiddenTerm | None
+    attention: AttentionTerm | None
+    load_teacher: Callable[[], PreTrainedModel]
+    teacher_rows: Sequence[Example]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The weighted sum of the feature terms, and each by its metric's name."""
+
+    loss: Tensor
+    values: dict[str, float]
+
+
+class Features:
+    """The feature terms of one training. `projections` have parameters only where widths differ."""
+
+    def __init__(self, plan: FeaturePlan, student: PreTrainedModel) -> None:
+        """Raises UnsupportedModel or InvalidStudent for what the pair cannot do."""
+        self.plan = plan
+        self.student = student
+        self.teacher = plan.load_teacher().eval()
+        self._terms: list[_HiddenLoss | _AttentionLoss] = []
+        sides = [choose_side(s, self.teacher, student) for s in self._asked_sides()]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.seed)
+            if plan.hidden is not None:
+                self._terms.append(_HiddenLoss(plan.hidden, sides[0], student, self.teacher))
+            if plan.attention is not None:
+                self._terms.append(_AttentionLoss(plan.attention, sides[-1], student, self.teacher))
+        projections = [term.projections for term in self._terms if isinstance(term, _HiddenLoss)]
+        self.projections = (projections[0] if projections else nn.ModuleList()).to(student.device)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the metrics that `read` gives."""
+        return tuple(term.name for term in self._terms)
+
+    def _asked_sides(self) -> list[str]:
+        hidden = [] if self.plan.hidden is None else [self.plan.hidden.side]
+        return [*hidden, *([] if self.plan.attention is None else ["auto"])]
+
+    def read(self, batch: Batch, rollouts: Sequence[Example] = ()) -> tuple[Tensor, Terms]:
+        """The student's `hidden_rows` of the batch, and the terms from the same forward.
+
+        `rollouts` are rows that are not of the data, as the teacher reads them.
+        """
+        examples = rollouts or [self.plan.teacher_rows[i] for i in batch.indices]
+        taps = [Tap(term.student_modules) for term in self._terms]
+        with Taps(taps):
+            rows_NH = hidden_rows(self.student, batch)
+        loss, values = torch.zeros((), device=rows_NH.device), {}
+        for side in dict.fromkeys(term.side for term in self._terms):
+            terms = [(term, tap) for term, tap in zip(self._terms, taps, strict=True) if term.side == side]
+            teachers = [Tap(term.teacher_modules) for term, _ in terms]
+            with Taps(teachers):
+                teacher_keep_BT = run_teacher(
+                    self.teacher, side, batch, examples, shape_of(self.student.config)
+                )
+            keep_BT = student_positions(batch, side, self.teacher, self.student)
+            with torch.autocast(rows_NH.device.type, enabled=False):  # losses in float32, always
+                for (term, tap), teacher in zip(terms, teachers, strict=True):
+                    value = term.weight * term(tap.outputs, keep_BT, teacher.outputs, teacher_keep_BT)
+                    loss = loss + value
+                    values[term.name] = value.item()
+        return rows_NH, Terms(loss, values)
+
+
+def choose_side(asked: str, teacher: PreTrainedModel, student: PreTrainedModel) -> Side:
+    """Whose layers are compared: the encoders' if both models have one that could learn, else the decoders'."""
+    mine, theirs = shape_of(student.config), shape_of(teacher.config)
+    has_encoders = mine == "seq2seq" and theirs != "causal"
+    is_trained = mine == "seq2seq" and any(p.requires_grad for p in student.get_encoder().parameters())
+    if asked == "auto":
+        return "encoder" if has_encoders and is_trained else "decoder"
+    if asked == "decoder":
+        return "decoder"
+    if not has_encoders:
+        name = student.config.model_type if mine != "seq2seq" else teacher.config.model_type
+        raise UnsupportedModel(
+            f'a {name} model has no encoder to compare; use objective.hidden.side = "decoder"'
+        )
+    if not is_trained:
+        raise InvalidStudent(
+            "the student's encoder is frozen, so its hidden states cannot move; use student.freeze_encoder = false, or "
+            'objective.hidden.side = "decoder"'
+        )
+    return "encoder"
+
+
+def reads_alike(teacher: Shape, student: Shape) -> bool:
+    """Whether both read the same tokens at the same places, of prompt and answer or of the answer's decoder."""
+    return teacher == student or (teacher == "masked" and student == "causal")
+
+
+def student_positions(batch: Batch, side: Side, teacher: PreTrainedModel, student: PreTrainedModel) -> Tensor:
+    """Where the student's states are compared: all that it reads, or where it predicts targets. [B, T], true or false."""
+    if side == "encoder":
+        assert batch.source_mask_BS is not None
+        return batch.source_mask_BS.bool()
+    is_all = reads_alike(shape_of(teacher.config), shape_of(student.config))
+    return batch.attention_mask_BT.bool() if is_all else batch.keep_BT
+
+
+@torch.no_grad()
+def run_teacher(
+    teacher: PreTrainedModel, side: Side, batch: Batch, examples: Sequence[Example], student: Shape
+) -> Tensor:
+    """Runs the teacher on what the student reads; gives the positions that fit the student's, [B, T]."""
+    theirs = collate(examples, range(len(examples)), str(batch.keep_BT.device))
+    shape = shape_of(teacher.config)
+    keep_BT = theirs.attention_mask_BT.bool() if reads_alike(shape, student) else theirs.keep_BT
+    if shape == "masked" and side == "encoder":
+        assert batch.source_mask_BS is not None
+        teacher.base_model(input_ids=batch.source_ids_BS, attention_mask=batch.source_mask_BS)
+        return batch.source_mask_BS.bool()
+    if (
+        shape == "masked"
+    ):  # it also reads the last token, which those that predict from left to right leave out
+        ids_BT, mask_BT = (t.to(keep_BT.device) for t in pad([example.token_ids for example in examples]))
+        types = segments(teacher, examples, ids_BT.shape[1])
+        teacher.base_model(input_ids=ids_BT, attention_mask=mask_BT, **types)
+        return nn.functional.pad(keep_BT, (0, 1))
+    if side == "encoder":
+        encoder_states(teacher, theirs)
+        assert theirs.source_mask_BS is not None
+        return theirs.source_mask_BS.bool()
+    decoder_states(teacher, theirs)
+    return keep_BT
+
+
+def pair_layers(term: HiddenTerm, num_student: int, num_teacher: int) -> list[tuple[int, int]]:
+    """[student layer, teacher layer], both from 0: as asked, or spread evenly, the last on the last."""
+    if term.layer_map is None:
+        return [(i, max(0, (i + 1) * num_teacher // num_student - 1)) for i in range(num_student)]
+    where = "objective.hidden.layer_map"
+    return [
+        (
+            number_of(mine, num_student, f"{where}: the student"),
+            number_of(theirs, num_teacher, f"{where}: the teacher"),
+        )
+        for mine, theirs in term.layer_map
+    ]
+
+
+def number_of(layer: int, num_layers: int, whose: str) -> int:
+    """A layer counted from 0, or from -1 backwards. Raises InvalidStudent."""
+    if not -num_layers <= layer < num_layers:
+        raise InvalidStudent(f"{whose} has no layer {layer}: it has {num_layers} there, counted from 0")
+    return layer % num_layers
+
+
+def layers_of(model: PreTrainedModel, side: Side) -> list[nn.Module]:
+    stacks = layer_stacks(model)
+    return list(model.get_submodule(stacks[0 if side == "encoder" else -1]).children())
+
+
+def side_config(config: PretrainedConfig, side: Side) -> PretrainedConfig:
+    """Of one half of an encoder-decoder that is put together from two models; else of the whole."""
+    return getattr(config, side) if config.model_type == "encoder-decoder" else config
+
+
+class _HiddenLoss:
+    name = "train_hidden"
+
+    def __init__(
+        self, term: HiddenTerm, side: Side, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> None:
+        self.kind, self.weight, self.side = term.kind, term.weight, side
+        mine, theirs = layers_of(student, side), layers_of(teacher, side)
+        pairs = pair_layers(term, len(mine), len(theirs))
+        self.student_modules = [mine[i] for i, _ in pairs]
+        self.teacher_modules = [theirs[j] for _, j in pairs]
+        narrow, wide = (int(side_config(m.config, side).hidden_size) for m in (student, teacher))
+        projections = [nn.Identity() if narrow == wide else nn.Linear(narrow, wide) for _ in pairs]
+        self.projections = nn.ModuleList(projections)
+
+    def __call__(
+        self,
+        students_BTH: Sequence[Tensor],
+        keep_BT: Tensor,
+        teachers_BTH: Sequence[Tensor],
+        teacher_keep_BT: Tensor,
+    ) -> Tensor:
+        losses = []
+        for projection, mine_BTH, theirs_BTH in zip(
+            self.projections, students_BTH, teachers_BTH, strict=True
+        ):
+            mine_NH, theirs_NH = projection(mine_BTH[keep_BT].float()), theirs_BTH[teacher_keep_BT].float()
+            if self.kind == "mse":
+                losses.append((mine_NH - theirs_NH).square().mean())
+            else:
+                losses.append(1 - nn.functional.cosine_similarity(mine_NH, theirs_NH, dim=-1).mean())
+        return torch.stack(losses).mean()
+
+
+class _AttentionLoss:
+    name = "train_attention"
+
+    def __init__(
+        self, term: AttentionTerm, side: Side, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> None:
+        self.weight, self.side = term.weight, side
+        self._student = attention_of(student, side, term.student_layer, "objective.attention: the student")
+        self._teacher = attention_of(teacher, side, term.teacher_layer, "objective.attention: the teacher")
+        self.student_modules, self.teacher_modules = self._student.modules, self._teacher.modules
+        heads = int(side_config(teacher.config, side).num_attention_heads)
+        widths = self._student.widths | self._teacher.widths
+        self.num_heads = choose_relation_heads(term.num_relation_heads, heads, widths)
+
+    def __call__(
+        self,
+        students_BTD: Sequence[Tensor],
+        keep_BT: Tensor,
+        teachers_BTD: Sequence[Tensor],
+        teacher_keep_BT: Tensor,
+    ) -> Tensor:
+        lengths_B = keep_BT.sum(dim=1)
+        mask_BP = torch.arange(int(lengths_B.max()), device=keep_BT.device) < lengths_B[:, None]
+        mine, theirs = self._student.split(students_BTD), self._teacher.split(teachers_BTD)
+        losses = [
+            relation_kl(_kept(s, keep_BT), _kept(t, teacher_keep_BT), mask_BP, num_heads=self.num_heads)
+            for s, t in zip(mine, theirs, strict=True)
+        ]
+        return torch.stack(losses).sum()
+
+
+def attention_of(model: PreTrainedModel, side: Side, layer: int, whose: str) -> SelfAttention:
+    layers = layers_of(model, side)
+    heads = int(side_config(model.config, side).num_attention_heads)
+    return self_attention(layers[number_of(layer, len(layers), whose)], heads)
+
+
+def _kept(x_BTD: Tensor, keep_BT: Tensor) -> Tensor:
+    """Each row's kept positions, padded behind: [B, P, D]."""
+    rows = [x_TD[keep_T].float() for x_TD, keep_T in zip(x_BTD, keep_BT, strict=True)]
+    return pad_sequence(rows, batch_first=True)
+
+
+class Tap:
+    """What modules put out in the forward that runs while it is open."""
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self.modules = modules
+        self._outputs: dict[int, Tensor] = {}
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """In the order of the modules, of which one may come twice."""
+        return [self._outputs[id(module)] for module in self.modules]
+
+    def open(self) -> list[RemovableHandle]:
+        return [
+            module.register_forward_hook(self._keep) for module in {id(m): m for m in self.modules}.values()
+        ]
+
+    def _keep(
+        self, module: nn.Module, _: Any, output: Any
+    ) -> None:  # Any: a layer gives a tensor or a tuple of them
+        self._outputs[id(module)] = output[0] if isinstance(output, tuple) else output
+
+
+class Taps:
+    """Several taps, open within a `with`."""
+
+    def __init__(self, taps: Sequence[Tap]) -> None:
+        self.taps = taps
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        self._handles = [handle for tap in self.taps for handle in tap.open()]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()

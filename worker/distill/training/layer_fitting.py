@@ -1,0 +1,279 @@
+"""Layers fitted in closed form before the training: what a student lost with some layers, those it kept make good.
+
+A kept layer stands for itself and for the layers dropped behind it. The matrices by which it adds to the residual stream
+(its writers) are moved by ridge regression, so that the stream comes as near as it can to where the start has it after
+the same writer of the last of those; layer by layer, each on what the fitted ones before it put out. Layers before the
+first gap stay as they are. Least squares in place of dropped blocks: ReplaceMe (arXiv:2505.02819), which puts one map
+into one gap.
+
+P positions of a batch, N those that count, I inputs and H outputs of a writer (the width of the stream).
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from worker.cpu.linear_ops import pack_weights, product, weight_gradient
+from worker.cpu.short_attention import use_short_attention
+from worker.cpu.training_ops import use_lean_body
+from worker.distill.data.batching import Batch, collate
+from worker.distill.data.rows import Example
+from worker.distill.forward.hidden_states import run_body
+from worker.distill.forward.packing import Packing, packing_of
+from worker.distill.students.layer_dropping import layer_stacks
+from worker.distill.students.recipe import StudentRecipe, load_model
+from worker.distill.training.devices import ON_CPU, Placement
+from worker.models.architectures import layer_counts, read_config
+
+AUTO_ROWS = 192  # more still help, but less than the steps that their time is worth (bench/LOG.md)
+MOST_BYTES = 2**30  # of the start's streams
+MOST_SCORES = 2**27  # of a layer's attention over all rows at once
+RIDGE = 0.3  # of the mean square of an input: measured from 0.03 to 1
+WRITERS = frozenset(
+    ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2", "o", "wo")
+)  # as the families call them
+# of the stream, where a layer ends, against the sum of what its writers wrote: rounding is far below it in float32
+MOST_OFF = 1e-3
+ROUNDINGS = 4  # of a lower dtype that this difference may reach
+NOT_PLAIN = "this family's layers do more with their states than add to them"
+
+Site = tuple[str, int, int]  # a stack of layers, a layer of it, one of that layer's writers
+Visit = Callable[[Site, nn.Module, Tensor, Tensor], Tensor | None]
+
+
+class NoPlainStream(Exception):
+    """A layer does more with the stream than add to it."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Layers of a student: by number those to be fitted, with that of its start whose stream each is to have."""
+
+    name: str
+    fitted: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What came of it; without fitted layers `why_not` says why, if there were any to fit."""
+
+    num_layers: int = 0
+    num_rows: int = 0
+    seconds: float = 0.0
+    why_not: str | None = None
+
+    @property
+    def message(self) -> str:
+        """For the job's events; empty where there was nothing to fit."""
+        if self.why_not is not None:
+            return f"no layers are fitted in closed form: {self.why_not}"
+        fitted = (
+            f"fitted {self.num_layers} layers in closed form on {self.num_rows} rows in {self.seconds:.0f} s"
+        )
+        return fitted if self.num_layers else ""
+
+
+def fit_student(
+    model: PreTrainedModel,
+    recipe: StudentRecipe,
+    rows: Sequence[Example],
+    rounds_to: torch.dtype,
+    on_progress: Callable[[], None],
+    *,
+    placement: Placement = ON_CPU,
+) -> Fit:
+    """Fits the model on the first of these rows. On a CPU the start's matmuls round as the student's do.
+
+    The start has the size of a teacher, so it is loaded where the placement has room for one beside the student.
+    """
+    stacks = stacks_to_fit(recipe, model, read_config(recipe.start_dir))
+    if not stacks:
+        return Fit()
+    begun = time.monotonic()
+    asked = AUTO_ROWS if recipe.student.fit_rows == "auto" else recipe.student.fit_rows
+    rows = rows[: rows_that_fit(rows[:asked], stacks, model)]
+    start = load_start(recipe, placement)
+    pack_weights(start, dtype=rounds_to)
+    use_short_attention(start)
+    use_lean_body(start)
+    try:
+        fit_layers(model, start, stacks, rows, on_progress)
+    except NoPlainStream as e:
+        return Fit(why_not=str(e))
+    return Fit(sum(len(stack.fitted) for stack in stacks), len(rows), time.monotonic() - begun)
+
+
+def load_start(recipe: StudentRecipe, placement: Placement) -> PreTrainedModel:
+    """Loads the model that the student's layers come from, beside the student."""
+    device, dtype = placement.beside_student
+    start: PreTrainedModel = load_model(recipe.start_dir, dtype).to(device)
+    return start.requires_grad_(False)
+
+
+def stacks_to_fit(recipe: StudentRecipe, student: PreTrainedModel, start: PretrainedConfig) -> list[Stack]:
+    """Of the encoder and the decoder, or of the only stack, those that lost layers; none if the recipe says so."""
+    if not recipe.fits_layers or recipe.layers is None:
+        return []
+    names = layer_stacks(student)
+    both = list(zip((recipe.encoder_layers, recipe.layers), layer_counts(start), strict=True))
+    stacks: list[Stack] = []
+    for name, (numbers, num_available) in zip(names, both[-len(names) :], strict=True):
+        if numbers is None:
+            continue
+        stands_for = [*(number - 1 for number in numbers[1:]), num_available - 1]
+        moved = (
+            j for j, (own, last) in enumerate(zip(numbers, stands_for, strict=True)) if not own == last == j
+        )
+        first = 0 if stacks else next(moved, len(numbers))  # behind a fitted encoder nothing stays as it was
+        if first < len(numbers):
+            stacks.append(Stack(name, {j: stands_for[j] for j in range(first, len(numbers))}))
+    return stacks
+
+
+def rows_that_fit(rows: Sequence[Example], stacks: Sequence[Stack], model: PreTrainedModel) -> int:
+    """How many of them have streams within MOST_BYTES, with two writers a layer, as most families have."""
+    hidden_size = int(model.config.get_text_config(decoder=True).hidden_size)
+    bytes_per_token = sum(2 * 4 * hidden_size * len(stack.fitted) for stack in stacks)
+    num_bytes = 0
+    for number, row in enumerate(rows):
+        num_bytes += row.num_tokens * bytes_per_token
+        if num_bytes > MOST_BYTES:
+            return max(1, number)
+    return len(rows)
+
+
+@torch.no_grad()
+def fit_layers(
+    student: PreTrainedModel,
+    start: PreTrainedModel,
+    stacks: Sequence[Stack],
+    rows: Sequence[Example],
+    on_progress: Callable[[], None],
+) -> None:
+    """Moves the student's writers in place.
+
+    `on_progress` is called at every writer, and may raise. Raises NoPlainStream before anything is moved.
+    """
+    batch = collate(rows, range(len(rows)), str(student.device))
+    start_batch, packing = batch, None
+    if (start.device, start.dtype) == (student.device, student.dtype):
+        packing = packing_of(student, batch, most_scores=MOST_SCORES)
+    else:  # both run the padded batch, so that their positions meet
+        start_batch = collate(rows, range(len(rows)), str(start.device))
+    counts = _positions_that_count(student, batch, packing)
+    wanted: dict[Site, Tensor] = {}
+
+    def hear(site: Site, writer: nn.Module, inputs_PI: Tensor, stream_PH: Tensor) -> None:
+        wanted[site] = stream_PH.to(student.device, student.dtype)[counts[site[0]]]
+        on_progress()
+
+    with _followed(start, {stack.name: stack.fitted.values() for stack in stacks}, hear):
+        run_body(start, start_batch, packing)
+    stands_for = {stack.name: stack.fitted for stack in stacks}
+
+    def fit(site: Site, writer: nn.Module, inputs_PI: Tensor, stream_PH: Tensor) -> Tensor:
+        name, layer, number = site
+        goal_NH = wanted.pop((name, stands_for[name][layer], number))
+        weights_N = goal_NH.pow(2).mean(dim=1).reciprocal()  # after a norm every position counts alike
+        bias_H = writer.bias if isinstance(writer.bias, Tensor) else None
+        left_NH = goal_NH - stream_PH[counts[name]]
+        D_HI, b_H = ridge(inputs_PI[counts[name]], left_NH, weights_N, has_bias=bias_H is not None)
+        writer.get_parameter("weight").add_(D_HI.t() if isinstance(writer, Conv1D) else D_HI)
+        if bias_H is not None:
+            bias_H.add_(b_H)
+        on_progress()
+        return product(inputs_PI, D_HI, b_H)
+
+    with _followed(student, stands_for, fit):
+        run_body(student, batch, packing)
+
+
+def ridge(
+    inputs_NI: Tensor, wanted_NH: Tensor, weights_N: Tensor, *, has_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """D [H, I] and b [H] of least weighted squares of wanted - inputs Dᵀ - b, plus RIDGE times the mean square of an
+    input times the squares of D. b is zero unless it may be used. Sums in float32, solved in float64; where there is no
+    solution (inputs all zero, or not all finite) both are zero.
+    """
+    weights_N1 = (weights_N / weights_N.sum())[:, None]
+    mean_I, mean_H = inputs_NI.new_zeros(inputs_NI.shape[1]), wanted_NH.new_zeros(wanted_NH.shape[1])
+    if has_bias:
+        mean_I, mean_H = (weights_N1 * inputs_NI).sum(dim=0), (weights_N1 * wanted_NH).sum(dim=0)
+        inputs_NI, wanted_NH = inputs_NI - mean_I, wanted_NH - mean_H
+    weighted_NI = inputs_NI * weights_N1
+    gram_II = weight_gradient(weighted_NI, inputs_NI).double()
+    moments_HI = weight_gradient(wanted_NH, weighted_NI).double()
+    gram_II.diagonal().add_(RIDGE * gram_II.diagonal().mean())
+    factor_II, num_bad = torch.linalg.cholesky_ex(gram_II)
+    D_HI = torch.cholesky_solve(moments_HI.t(), factor_II).t().to(inputs_NI.dtype).contiguous()
+    if num_bad or not D_HI.isfinite().all():
+        return torch.zeros_like(D_HI), torch.zeros_like(mean_H)
+    return D_HI, mean_H - D_HI @ mean_I
+
+
+def _positions_that_count(model: PreTrainedModel, batch: Batch, packing: Packing | None) -> dict[str, Tensor]:
+    """By stack, [P]: no padding, and not a causal model's first token, which draws attention and nothing else."""
+    *encoder, decoder = layer_stacks(model)
+    counts_BT = batch.attention_mask_BT.bool()
+    if batch.source_mask_BS is not None:
+        return {encoder[0]: batch.source_mask_BS.bool().flatten(), decoder: counts_BT.flatten()}
+    counts_BT[:, 0] = False
+    return {decoder: counts_BT.flatten() if packing is None else packing.packed(counts_BT)[0]}
+
+
+@contextmanager
+def _followed(model: PreTrainedModel, layers: Mapping[str, Iterable[int]], visit: Visit) -> Iterator[None]:
+    """While it lasts `visit` sees what each writer of these layers reads, and the stream after it, [P, I] and [P, H];
+    what it gives is added to what the writer wrote.
+    """
+    with ExitStack() as hooks:
+        for name, numbers in layers.items():
+            stack = model.get_submodule(name)
+            for number in numbers:
+                for handle in _follow_layer(stack.get_submodule(str(number)), name, number, visit):
+                    hooks.callback(handle.remove)
+        yield
+
+
+def _follow_layer(layer: nn.Module, name: str, number: int, visit: Visit) -> Iterator[RemovableHandle]:
+    stream_PH: Tensor
+
+    def begin(module: nn.Module, args: tuple[Tensor, ...], more: dict[str, Tensor]) -> None:
+        nonlocal stream_PH
+        stream_PH = _flat(args[0] if args else more["hidden_states"])
+
+    def write(which: int, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        nonlocal stream_PH
+        out_PH = _flat(out)
+        if out_PH.shape != stream_PH.shape:
+            raise NoPlainStream(NOT_PLAIN)
+        added_PH = visit((name, number, which), module, _flat(args[0]), stream_PH + out_PH)
+        if added_PH is not None:
+            out_PH = out_PH + added_PH
+        stream_PH = stream_PH + out_PH
+        return out_PH.view(out.shape)
+
+    def end(module: nn.Module, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
+        out_PH = _flat(out if isinstance(out, Tensor) else out[0])
+        most_off = max(MOST_OFF, ROUNDINGS * torch.finfo(out_PH.dtype).eps)
+        if (out_PH - stream_PH).norm() > most_off * out_PH.norm():
+            raise NoPlainStream(NOT_PLAIN)
+
+    yield layer.register_forward_pre_hook(begin, with_kwargs=True)
+    writers = [m for path, m in layer.named_modules() if path.rpartition(".")[2] in WRITERS]
+    for which, writer in enumerate(writers):
+        if isinstance(writer, nn.Linear | Conv1D):
+            yield writer.register_forward_hook(partial(write, which))
+    yield layer.register_forward_hook(end)
+
+
+def _flat(states: Tensor) -> Tensor:
+    return states.reshape(-1, states.shape[-1])

@@ -1,0 +1,112 @@
+"""The gradient of a step: of its pieces, and with several ranks of the shares that they have of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from worker.distill.data_parallel import Ranks
+from worker.distill.forward.hidden_states import hidden_rows_alone
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.lm_head import Head
+from worker.distill.losses.uld import taught_loss
+from worker.distill.teachers.cached_teacher import CachedTeacher
+from worker.distill.training.devices import autocast
+from worker.distill.training.feature_losses import Features, Terms
+from worker.distill.training.rollouts import Piece
+from worker.distill.training.tied_embedding import gathering
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of a whole step. `values` has sums over targets, by the names of Means, and the feature terms, which are means."""
+
+    num_targets: int
+    num_tokens: int
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What gradients are made from; the teacher is None where its distribution is not used."""
+
+    model: PreTrainedModel
+    head: Head
+    teacher: CachedTeacher | None
+    features: Features | None
+    autocast: torch.dtype | None
+    ranks: Ranks
+
+    def add(
+        self, pieces: Sequence[Piece], objective: TokenObjective, parameters: Sequence[nn.Parameter]
+    ) -> Sums:
+        """Leaves the gradient of all ranks' pieces in the parameters of every rank. A rank may have none.
+
+        A token weighs the same wherever it is, because all divide by the targets of the whole step.
+        """
+        counts = [
+            sum(getattr(piece.batch, name) for piece in pieces) for name in ("num_targets", "num_tokens")
+        ]
+        num_targets, num_tokens = (int(count) for count in self.ranks.sum(*counts))
+        compared = ("kl_sum", "num_agreeing") if self._compares_tokens(objective) else ()
+        names = ("loss_sum", *compared, *(self.features.names if self.features else ()))
+        values = dict.fromkeys(names, 0.0)
+        for piece in pieces:
+            with gathering(self.model, self.head.weight_VH):
+                found = self._backward(piece, objective, num_targets)
+            for name, value in found.items():
+                values[name] += value
+        self.ranks.sum_gradients(parameters)
+        summed = self.ranks.sum(*values.values())
+        return Sums(num_targets, num_tokens, dict(zip(values, summed, strict=True)))
+
+    def _backward(self, piece: Piece, objective: TokenObjective, num_targets: int) -> dict[str, float]:
+        """Adds a piece's gradient. Feature terms are means over the piece, which weighs by its targets."""
+        batch = piece.batch
+        teacher = piece.teacher_rows(self.teacher) if self.teacher else None
+        with autocast(batch.targets_N.device.type, self.autocast):
+            hidden_NH, terms = self._read(piece)
+        loss, stats = taught_loss(
+            hidden_NH.to(self.head.weight_VH.dtype),
+            self.head,
+            batch.targets_N,
+            teacher,
+            objective,
+            denominator=num_targets,
+        )
+        values = {"loss_sum": stats.loss_sum}
+        if self._compares_tokens(objective):
+            values |= {"kl_sum": stats.kl_sum, "num_agreeing": float(stats.num_agreeing)}
+        if terms is not None:
+            share = batch.num_targets / num_targets
+            loss = loss + terms.loss * share
+            values |= {name: value * share for name, value in terms.values.items()}
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return values
+
+    def _compares_tokens(self, objective: TokenObjective) -> bool:
+        """Whether there is a KL to tell: without the teacher's distribution over one vocabulary there is none."""
+        return self.teacher is not None and objective.matches == "token"
+
+    def _read(self, piece: Piece) -> tuple[Tensor, Terms | None]:
+        """The head's inputs, and the feature terms if any are asked for."""
+        if self.features:
+            return self.features.read(piece.batch, piece.rollouts)
+        return hidden_rows_alone(self.model, piece.batch), None
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
+    """Of all their gradients together."""
+    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, norm: float, max_norm: float) -> None:
+    """A step of a fused optimizer with gradients of this norm, which are shortened to the greatest on its way.
+
+    To clip them first would be a pass over all of them.
+    """
+    is_long = norm > max_norm
+    optimizer.grad_scale = torch.tensor(norm / max_norm) if is_long else None  # type: ignore[attr-defined]
+    optimizer.step()

@@ -1,0 +1,146 @@
+"""A masked teacher adapted to the job's rows before it labels them: conditional masked language modelling.
+
+Some of a row's targets are hidden, and the model learns to predict them from the source and from both sides; as large a
+share as labelling will hide. The adapted model is kept on disk by the hash of all that determines it.
+Source: Chen et al., arXiv:1911.03829.
+B batch, T tokens, N hidden targets of a batch, H hidden width.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from tempfile import mkdtemp
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from app.contracts.distillation import Auto
+from worker.cpu.linear_ops import use_onednn
+from worker.distill.data.batching import BatchPlan, pad
+from worker.distill.data.rows import Example
+from worker.distill.forward.hidden_states import transform_of
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.fused_loss import fused_distillation_loss
+from worker.distill.losses.lm_head import head_of
+from worker.distill.students.recipe import load_model
+from worker.distill.teachers.masked_lm import NUM_PASSES, segments
+from worker.distill.training.lr_schedule import parameter_groups, scheduled
+
+MAX_AUTO_STEPS = 300  # "auto" is one pass over the rows, but no more than this
+LEARNING_RATE = 5e-5  # as BERT is fine-tuned
+WARMUP_RATIO = 0.1
+NUM_KEPT = 4  # adapted teachers on disk, the latest used ones
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """What a teacher is adapted with. `identity` says whose weights it begins from; rows are read as it reads them."""
+
+    teacher_dir: Path
+    identity: str
+    mask_id: int
+    rows: Sequence[Example]
+    steps: int | Auto
+    batch_tokens: int
+    seed: int
+    device: str
+
+    @property
+    def plan(self) -> BatchPlan:
+        return BatchPlan(
+            [row.num_tokens for row in self.rows], batch_tokens=self.batch_tokens, seed=self.seed
+        )
+
+    @property
+    def num_steps(self) -> int:
+        return min(len(self.plan.epoch(0)), MAX_AUTO_STEPS) if self.steps == "auto" else self.steps
+
+    @property
+    def key(self) -> str:
+        """Hash of all that determines the weights; threads and device do, by the order of their sums."""
+        settings = [self.identity, self.mask_id, self.num_steps, self.batch_tokens, self.seed, self.device]
+        settings += [LEARNING_RATE, WARMUP_RATIO, NUM_PASSES, torch.get_num_threads()]
+        rows = [[row.token_ids, row.spans] for row in self.rows]
+        return hashlib.sha256(json.dumps([settings, rows]).encode()).hexdigest()
+
+
+def adapt(adaptation: Adaptation, folder: Path, on_step: Callable[[int, int], None]) -> Path:
+    """The folder within `folder` that holds the adapted teacher, from an earlier job if one has made it.
+
+    `on_step` is told the steps done and all there are, and may raise to stop; nothing is kept then.
+    """
+    target = folder / adaptation.key[:32]
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = Path(mkdtemp(dir=folder, prefix="."))
+        try:
+            adapted_model(adaptation, on_step).save_pretrained(partial)
+            _publish(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    target.touch()  # the time that pruning goes by
+    kept = sorted((path for path in folder.iterdir() if path.name[0] != "."), key=_modified_at)
+    for old in kept[:-NUM_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _modified_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # pruned by another run since it was listed
+        return 0.0
+
+
+def _publish(partial: Path, target: Path) -> None:
+    try:
+        partial.rename(target)
+    except OSError:  # another run was first, with the same bits
+        if not target.exists():
+            raise
+
+
+def adapted_model(adaptation: Adaptation, on_step: Callable[[int, int], None]) -> PreTrainedModel:
+    """The teacher after its steps of AdamW; the same bits each time."""
+    model = load_model(adaptation.teacher_dir).to(adaptation.device)
+    use_onednn(model)
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=0.0, fused=True)
+    plan, num_steps, step, epoch = adaptation.plan, adaptation.num_steps, 0, 0
+    while step < num_steps:
+        for numbers in plan.epoch(epoch)[: num_steps - step]:
+            on_step(step, num_steps)
+            random = Random(f"{adaptation.seed}:{step}")
+            loss = masked_loss(model, [adaptation.rows[i] for i in numbers], adaptation.mask_id, random)
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = scheduled(step, num_steps, peak=LEARNING_RATE, warmup=WARMUP_RATIO)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+        epoch += 1
+    return model
+
+
+def masked_loss(model: PreTrainedModel, rows: Sequence[Example], mask_id: int, random: Random) -> Tensor:
+    """Mean cross-entropy of the targets that are hidden: of each row a share 1 / NUM_PASSES, at least one."""
+    ids_BT, mask_BT = (tensor.to(model.device) for tensor in pad([row.token_ids for row in rows]))
+    is_hidden_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
+    for is_hidden_T, row in zip(is_hidden_BT, rows, strict=True):
+        num_hidden = max(1, round(row.num_targets / NUM_PASSES))
+        is_hidden_T[random.sample(row.target_positions, num_hidden)] = True
+    states_BTH = model.base_model(
+        input_ids=ids_BT.masked_fill(is_hidden_BT, mask_id),
+        attention_mask=mask_BT,
+        **segments(model, rows, ids_BT.shape[1]),
+    ).last_hidden_state
+    hidden_NH, targets_N = transform_of(model)(states_BTH[is_hidden_BT]), ids_BT[is_hidden_BT]
+    loss, _ = fused_distillation_loss(
+        hidden_NH, head_of(model), targets_N, None, TokenObjective(), denominator=len(targets_N)
+    )
+    return loss

@@ -1,0 +1,359 @@
+"""The training loop: plan, batch, teacher's rows, student's rows, fused loss, step; evaluate, checkpoint, go on.
+
+N rows (completion positions of a batch), H hidden width.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from app.contracts.distillation import EarlyStopping, Hyperparameters, Objective
+from worker.cpu.linear_ops import parts_beside
+from worker.distill.data.batching import BatchPlan, collate
+from worker.distill.data.rows import Example
+from worker.distill.data_parallel import ALONE, Ranks
+from worker.distill.evaluation.held_out import HeldOut, HeldOutRows
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.lm_head import head_of
+from worker.distill.students.recipe import StudentRecipe, load_student
+from worker.distill.teachers.cached_teacher import CachedTeacher
+from worker.distill.teachers.signals import Signal
+from worker.distill.training.checkpoint import (
+    Snapshot,
+    TrainState,
+    load_optimizer,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from worker.distill.training.devices import ON_CPU, Placement
+from worker.distill.training.feature_losses import FeaturePlan, Features
+from worker.distill.training.layer_fitting import fit_student
+from worker.distill.training.lr_schedule import parameter_groups, peak_learning_rate, scheduled
+from worker.distill.training.rollouts import Piece, RolloutPlan, Rollouts
+from worker.distill.training.step_gradients import Gradients, clipped_step, gradient_norm
+from worker.distill.training.throughput import Means, Pace
+from worker.errors import NanLoss
+from worker.protocol.run_lines import CheckpointLine, MessageLine, MetricsLine, ProgressLine, Sink, Throttle
+
+CPU_BATCH_TOKENS = 1024  # 8 rows of 128: more do not use a CPU better
+EVALS_PER_RUN = 10  # eval_steps and checkpoint_steps "auto"
+CHECKPOINT_SECONDS = 600.0  # with checkpoint_steps "auto", no more work than this is lost
+METRIC_POINTS = 500  # a series of a long run has about so many
+
+
+class Stopped(Exception):  # no error: the run does as it was told
+    """The run was asked to stop, and everything worth keeping is on disk."""
+
+    @property
+    def step(self) -> int:
+        return int(self.args[0])
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything a training needs, ready to use. The teacher's cache holds train's rows, then valid's."""
+
+    out: Path
+    objective: Objective
+    hyperparameters: Hyperparameters
+    seed: int
+    keep_checkpoints: int
+    recipe: StudentRecipe
+    tokenizer: PreTrainedTokenizerBase
+    num_tokens: int
+    train: list[Example]
+    valid: list[Example]
+    teacher: CachedTeacher
+    signal: Signal
+    has_one_tokenizer: bool
+    answers_path: Path | None
+    inputs_sha256: str
+    device: str
+    resume_dir: Path | None = None
+    best_dir: Path | None = None
+    rollouts: RolloutPlan | None = None
+    features: FeaturePlan | None = None
+    finished_dirs: tuple[Path, ...] = ()  # students of the job's earlier courses
+    num_courses_after: int = 0  # they are as many steps long as this one
+    ranks: Ranks = ALONE
+    autocast: torch.dtype | None = None  # what the student's body trains in, if not in its weights' float32
+    rounds_to: torch.dtype = torch.float32  # the same of its products, on a CPU
+    placement: Placement = ON_CPU  # of the teacher, and of a model of its size beside the student
+
+
+def batch_tokens_of(h: Hyperparameters) -> int:
+    """Tokens of a batch, padding included."""
+    return CPU_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
+
+
+class Trainer:
+    """One student's training; `state` is where it is."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        state: TrainState,
+        sink: Sink,
+        should_stop: Callable[[], bool],
+        report: Callable[[float], float],
+    ) -> None:
+        """`report` turns the share of the training that is done into the percentage of the whole run."""
+        self.setup = setup
+        self.state = state
+        self.sink = sink
+        self.should_stop = should_stop
+        self.report = report
+        h = setup.hyperparameters
+        batch_tokens = batch_tokens_of(h)
+        lengths = [example.num_tokens for example in setup.train]
+        self.plan = BatchPlan(lengths, batch_tokens=batch_tokens, seed=setup.seed)
+        self.total_steps = self.plan.num_steps(h.n_epochs, at_most=h.max_steps)
+        auto_steps = max(1, -(-self.total_steps // EVALS_PER_RUN))
+        self.eval_steps = auto_steps if h.eval_steps == "auto" else h.eval_steps
+        self.checkpoint_steps = self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
+        self.valid = HeldOutRows(
+            setup.valid,
+            first_index=len(setup.train),
+            batch_tokens=batch_tokens,
+            device=setup.device,
+            ranks=setup.ranks,
+        )
+        self.best_dir = setup.best_dir
+        model = load_student(setup.recipe, setup.resume_dir, seed=setup.seed, rounds_to=setup.rounds_to)
+        self.model = model.to(setup.device)
+        self.head = replace(head_of(self.model, setup.num_tokens), num_parts=parts_beside(setup.rounds_to))
+        self.features = Features(setup.features, self.model) if setup.features else None
+        self.gradients = Gradients(
+            self.model,
+            self.head,
+            setup.teacher if setup.signal.has_distribution else None,
+            self.features,
+            setup.autocast,
+            setup.ranks,
+        )
+        groups = parameter_groups(self.model, h.weight_decay)
+        if self._projections is not None:
+            groups.append({"params": list(self._projections.parameters()), "weight_decay": 0.0})
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+        torch.manual_seed(setup.seed)
+        if setup.resume_dir is not None:
+            load_optimizer(setup.resume_dir, self.optimizer, self.model, self._projections)
+        plan = setup.rollouts if setup.signal.has_distribution else None  # its own text alone teaches nothing
+        self.rollouts = Rollouts(plan, self.model, self.total_steps, batch_tokens, setup.resume_dir)
+        self._saved_step = state.step if setup.resume_dir is not None else 0
+        self._saved_at = time.monotonic()
+        self._evaluated_step: int | None = None  # the step that `state.metrics` belongs to
+        # one more than there are steps, so that no two metrics of a name share a step
+        num_steps_after = setup.num_courses_after * (self.total_steps + 1)
+        self.num_job_steps = state.first_step + self.total_steps + num_steps_after
+        self._pace = Pace(state, self.total_steps + num_steps_after)
+        self._means = Means()
+        self._throttle = Throttle()
+
+    def run(self) -> tuple[TrainState, Path]:
+        """Trains until the steps are done or it no longer helps; the best student lies in the folder.
+
+        Raises Stopped, NanLoss, DiskFull.
+        """
+        if self.setup.resume_dir is None:
+            self.fit()
+        if not self.state.untrained_metrics:
+            held_out = self.measure()
+            self._update(untrained_metrics=held_out.series(), **self.rollouts.observe(self.state, held_out))
+            self.sink(MetricsLine(step=self.state.job_step, values=self.state.untrained_metrics))
+        while self.state.step < self.total_steps and not self.state.is_done:
+            self._stop_if_asked()
+            self._step(self._next_pieces())
+            is_last = self.state.step == self.total_steps
+            if is_last or self.state.step % self.eval_steps == 0:
+                self._evaluate()
+            self._checkpoint_if_due(is_last=is_last or self.state.is_done)
+        if self.rollouts.plan:
+            self.setup.teacher.release()  # there are no more answers for it to judge
+        assert self.best_dir is not None  # the last step is evaluated, so one was the best
+        return self.state, self.best_dir
+
+    def fit(self) -> None:
+        """The layers of a student that lost some, before its first step."""
+        order = chain.from_iterable(reversed(self.plan.epoch(0)))  # a short training never sees those
+        rows = [self.setup.train[number] for number in order]
+        fit = fit_student(
+            self.model,
+            self.setup.recipe,
+            rows,
+            self.setup.rounds_to,
+            self._while_working,
+            placement=self.setup.placement,
+        )
+        self._update(num_fitted_layers=fit.num_layers)
+        if fit.message:
+            self.sink(MessageLine(message=fit.message))
+
+    def measure(self) -> HeldOut:
+        """The student on the held-out rows, as it is now."""
+        teacher = self.setup.teacher if self.setup.has_one_tokenizer else None
+        return self.valid.measure(self.model, self.head, teacher, self._objective(), on_batch=self._tell)
+
+    def _next_pieces(self) -> list[Piece]:
+        numbers = self.plan.epoch(self.state.epoch)[self.state.batch]
+        own = self.rollouts.pieces(self.state, numbers, self._while_working)
+        numbers = self.setup.ranks.share(numbers, self.plan.lengths)
+        return own or ([Piece(collate(self.setup.train, numbers, self.setup.device))] if numbers else [])
+
+    def _while_working(self) -> None:
+        self._stop_if_asked()
+        self._tell()
+
+    def _objective(self) -> TokenObjective:
+        objective = self.setup.objective
+        then = objective.then
+        is_second = then is not None and self.state.step >= then.at * self.total_steps
+        share = self.state.step / max(1, self.total_steps)
+        return TokenObjective.from_objective(objective, then if is_second else None, share)
+
+    def _step(self, pieces: list[Piece]) -> None:
+        h = self.setup.hyperparameters
+        peak = peak_learning_rate(h, self.setup.recipe, self.model, self.state.num_fitted_layers)
+        rate = scheduled(self.state.step, self.total_steps, peak=peak, warmup=h.warmup_ratio)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        sums = self.gradients.add(pieces, self._objective(), self._trained_parameters())
+        norm = gradient_norm(self._trained_parameters())
+        loss = sums.values["loss_sum"] / sums.num_targets
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NanLoss(
+                f"loss {loss} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or begin "
+                "with forward_kl (the last checkpoint is good)"
+            )
+        clipped_step(self.optimizer, norm, h.max_grad_norm)
+        self.optimizer.zero_grad(set_to_none=True)
+        num_batches = len(self.plan.epoch(self.state.epoch))
+        is_border = self.state.batch + 1 == num_batches
+        self._update(
+            step=self.state.step + 1,
+            epoch=self.state.epoch + is_border,
+            batch=0 if is_border else self.state.batch + 1,
+            trained_tokens=self.state.trained_tokens + sums.num_tokens,
+        )
+        self._means.add(sums.num_targets, **sums.values)
+        self._pace.count(sums.num_tokens, seconds_left_out=self.rollouts.seconds)
+        if self.state.step % max(1, self.total_steps // METRIC_POINTS) == 0:
+            values = {**self._means.take(), "learning_rate": rate, "grad_norm": norm}
+            values |= self.rollouts.take_metrics(self.state)
+            self.sink(MetricsLine(step=self.state.job_step, values=values))
+        self._tell()
+
+    @property
+    def _projections(self) -> nn.Module | None:
+        return self.features.projections if self.features else None
+
+    def _trained_parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _evaluate(self) -> None:
+        held_out = self.measure()
+        values = held_out.series()
+        self._update(**self.rollouts.observe(self.state, held_out))
+        self.sink(MetricsLine(step=self.state.job_step, values=values))
+        self._evaluated_step = self.state.step
+        early = self.setup.hyperparameters.early_stopping
+        score = _score(held_out, early, self.setup.signal)
+        if not math.isfinite(score):
+            raise NanLoss(
+                f"the held-out score is {score} at step {self.state.job_step}; lower the learning rate"
+            )
+        best = self.state.best_score
+        if best is None or score < best:
+            self._update(
+                best_score=score,
+                best_step=self.state.step,
+                best_metrics=values,
+                num_bad_evals=0,
+                metrics=values,
+            )
+            return
+        num_bad_evals = self.state.num_bad_evals + 1
+        is_done = early is not None and num_bad_evals >= early.patience
+        self._update(num_bad_evals=num_bad_evals, is_done=is_done, metrics=values)
+
+    def _checkpoint_if_due(self, *, is_last: bool) -> None:
+        is_best = self.state.best_step == self.state.step
+        is_late = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
+        if self.setup.hyperparameters.checkpoint_steps != "auto":
+            is_late = False
+        if is_last or is_best or is_late or self.state.step % self.checkpoint_steps == 0:
+            self._checkpoint()
+
+    def _checkpoint(self) -> None:
+        step = self.state.step
+        if step == self._saved_step:
+            return
+        self._update(trained_seconds=self._pace.seconds)
+        is_best = self.state.best_step == step
+        setup = self.setup
+        snapshot = Snapshot(
+            state=self.state,
+            model=self.model,
+            tokenizer=setup.tokenizer,
+            optimizer=self.optimizer,
+            best_dir=None if is_best else self.best_dir,
+            answers_path=setup.answers_path,
+            replay_jsonl=self.rollouts.buffer.to_jsonl(),
+            projections=self._projections,
+            finished_dirs=setup.finished_dirs,
+        )
+        job_step, best_step = self.state.job_step, self.state.best_step
+        is_first = setup.ranks.is_first
+        folder = save_checkpoint(setup.out, snapshot) if is_first else setup.out / f"step-{job_step}"
+        if is_best:
+            self.best_dir = folder / "model"
+        elif self.best_dir is not None:
+            self.best_dir = folder / "best"
+        self._saved_step, self._saved_at = step, time.monotonic()
+        keep_step = None if best_step is None else self.state.first_step + best_step
+        if is_first:
+            prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=keep_step)
+        metrics = self.state.metrics if self._evaluated_step == step else {}
+        self.sink(CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=metrics))
+
+    def _stop_if_asked(self) -> None:
+        if self.setup.ranks.any(self.should_stop()):
+            self._checkpoint()
+            raise Stopped(self.state.job_step)
+
+    def _update(self, **changes: object) -> None:
+        self.state = self.state.model_copy(update=changes)
+
+    def _tell(self) -> None:
+        if not self._throttle.is_due():
+            return
+        done = self.state.step / self.total_steps
+        self.sink(
+            ProgressLine(
+                percent=self.report(done),
+                step=self.state.job_step,
+                total_steps=self.num_job_steps,
+                epoch=round(self.state.epoch + self.state.batch / len(self.plan.epoch(self.state.epoch)), 3),
+                tokens_per_second=self._pace.tokens_per_second,
+                seconds_remaining=self._pace.seconds_remaining,
+            )
+        )
+
+
+def _score(held_out: HeldOut, early: EarlyStopping | None, signal: Signal) -> float:
+    """Smaller is better."""
+    wanted = early.metric if early is not None else "perplexity" if signal.name == "hidden" else "kl"
+    match wanted if held_out.has_teacher else "perplexity":
+        case "kl":
+            return held_out.kl
+        case "perplexity":
+            return held_out.cross_entropy
+        case "agreement":
+            return -held_out.agreement

@@ -1,0 +1,288 @@
+"""`python -m worker.import_model SPEC.json --out DIR`: a foreign model to a plain checkpoint that we can train and serve.
+
+Only checked files are read, and the result is loaded again and compared before it counts.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel
+from transformers import AutoTokenizer, EncoderDecoderModel
+
+from app.settings import get_settings
+from worker.disk import is_disk_full
+from worker.errors import BrokenFile, DiskFull, MissingFile, UnsupportedTokenizer, WorkerError
+from worker.models.architectures import context_tokens, model_class, shape_of
+from worker.models.artifact_checks import read_safetensors_header, take_in, weight_files
+from worker.models.gguf_reader import check_gguf, load_gguf_model, load_gguf_tokenizer
+from worker.models.hub import fetch_from_hub
+from worker.models.model_facts import chat_cost, model_facts, supported_config, writing_half
+from worker.models.template_limits import bounded
+from worker.models.vocabulary import num_token_ids
+from worker.protocol.import_spec import ImportSpec
+from worker.protocol.run_lines import ErrorLine, MessageLine, ProgressLine, ResultLine, Sink, StageLine
+
+SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
+MODEL, SOURCE = "model", "source"  # folders below the run's output folder
+UNSET_LENGTH = 10**9  # transformers' way to say that a tokenizer knows no longest text is far above this
+
+
+@contextmanager
+def strangers_files() -> Iterator[None]:
+    """What the libraries raise for files that contradict themselves is not ours to tell apart: all of it is BrokenFile."""
+    try:
+        yield
+    except (WorkerError, FileNotFoundError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # tokenizers' own
+            raise
+        raise BrokenFile(
+            f"transformers cannot load the model: {type(error).__name__}: {str(error)[:500]}"
+        ) from error
+
+
+@strangers_files()
+def import_model(spec: ImportSpec, out: Path, sink: Sink) -> None:
+    """Writes the checkpoint to out/model and says so. Raises WorkerError."""
+    source: dict[str, str] = {"format": spec.format}
+    if spec.format == "gguf":
+        assert spec.source_path is not None
+        _convert_gguf(spec.source_path, out / MODEL, sink)
+    else:
+        folder = spec.source_path
+        if spec.hub is not None:
+            folder = out / "fetched"
+            source |= {"hub": spec.hub, "commit": _fetch(spec.hub, folder, sink)}
+        assert folder is not None
+        sink(StageLine(name="converting"))
+        sink(ProgressLine(percent=42))
+        take_in(folder, out / SOURCE)
+        _convert_folder(out / SOURCE, out / MODEL, sink)
+    sink(ProgressLine(percent=95))
+    facts = model_facts(out / MODEL)
+    sink(ProgressLine(percent=100))
+    sink(
+        ResultLine(
+            folder=MODEL, facts=facts.model_dump(), result={"source": source, "max_logit_difference": 0.0}
+        )
+    )
+
+
+def _fetch(hub: str, folder: Path, sink: Sink) -> str:
+    sink(StageLine(name="fetching"))
+    settings = get_settings()
+
+    def report(done: int, total: int) -> None:
+        sink(ProgressLine(percent=40 * done / max(total, 1)))
+
+    commit = fetch_from_hub(
+        hub,
+        folder,
+        endpoint=settings.hf_endpoint or None,
+        token=settings.hf_token or None,
+        on_progress=report,
+    )
+    sink(MessageLine(message=f"fetched {hub} at commit {commit}", data={"commit": commit}))
+    return commit
+
+
+def _convert_gguf(path: Path, target: Path, sink: Sink) -> None:
+    sink(StageLine(name="converting"))
+    header = check_gguf(path)
+    sink(
+        MessageLine(
+            message="converting the GGUF file to float32 takes a while", data={"bytes": path.stat().st_size}
+        )
+    )
+    sink(ProgressLine(percent=5))
+    tokenizer = load_gguf_tokenizer(path, header)
+    sink(ProgressLine(percent=25))
+    loaded, plain = load_gguf_model(path)
+    sink(ProgressLine(percent=75))
+    _save(plain, tokenizer, target)
+    del plain
+    sink(ProgressLine(percent=85))
+    _check_reload(loaded, tokenizer, target)
+
+
+def _convert_folder(source: Path, target: Path, sink: Sink) -> None:
+    config = supported_config(source)
+    _check_size(config, source)
+    tokenizer = AutoTokenizer.from_pretrained(
+        source, trust_remote_code=False, local_files_only=True, use_fast=True
+    )
+    sink(ProgressLine(percent=50))
+    model, report = model_class(config).from_pretrained(
+        source,
+        dtype="auto",
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if report["missing_keys"]:
+        raise BrokenFile(
+            f"the weights lack {', '.join(sorted(report['missing_keys'])[:3])}; the export is incomplete"
+        )
+    sink(ProgressLine(percent=70))
+    _save(model, tokenizer, target)
+    sink(ProgressLine(percent=80))
+    _check_reload(model, tokenizer, target)
+
+
+def _check_size(config: Any, source: Path) -> None:  # Any: transformers is untyped here
+    """A configuration that asks for far more than the files hold would fill the memory with random numbers."""
+    with torch.device("meta"):
+        kind = model_class(config)
+        empty = kind(config=config) if kind is EncoderDecoderModel else kind.from_config(config)
+        claimed = sum(p.numel() for p in empty.parameters())
+    sizes = [t.num_elements for file in weight_files(source) for t in read_safetensors_header(file).values()]
+    held = sum(sizes)
+    if claimed > held + max(sizes, default=0):  # a head that is the embedding again
+        raise BrokenFile(
+            f"config.json describes {claimed} parameters, the weights hold {held}; they do not belong together"
+        )
+
+
+def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformers is untyped here
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnsupportedTokenizer(
+            "the tokenizer has no fast form (tokenizer.json); save it as one and import again"
+        )
+    rows = min(model.get_input_embeddings().weight.shape[0], writing_half(model.config).vocab_size)
+    if (num_ids := num_token_ids(tokenizer)) > rows:
+        raise BrokenFile(
+            f"the tokenizer has token ids up to {num_ids - 1} but the model only {rows} embedding rows"
+        )
+    if (shared := _shared_id(tokenizer)) is not None:
+        raise BrokenFile(f"the tokenizer gives the id {shared} to two tokens; number its tokens anew")
+    bad = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+    if bad:
+        raise BrokenFile(f"the weights of {bad[0]} hold NaN or infinity; the export is damaged")
+    if tokenizer.model_max_length > UNSET_LENGTH:
+        tokenizer.model_max_length = context_tokens(model.config)
+    _name_start(model)
+    _check_template(tokenizer)
+    for name in ("is_local", "local_files_only"):  # how it was loaded is no property of the tokenizer
+        tokenizer.init_kwargs.pop(name, None)
+    try:
+        model.save_pretrained(target, max_shard_size="1000GB")
+        tokenizer.save_pretrained(target)
+    except (ValueError, StrictDataclassError) as error:  # such as a generation config that contradicts itself
+        raise BrokenFile(f"the model cannot be saved again: {str(error)[:300]}") from error
+
+
+def _shared_id(tokenizer: Any) -> int | None:  # Any: transformers is untyped here
+    """Returns an id that two tokens have: libraries number added tokens by count, which may be taken where ids have gaps."""
+    counts = Counter(tokenizer.get_vocab().values())
+    return next((token_id for token_id, count in counts.items() if count > 1), None)
+
+
+def _name_start(model: Any) -> None:  # Any: transformers is untyped here
+    """An encoder-decoder's answers begin behind a token that its own configuration has to name."""
+    if shape_of(model.config) != "seq2seq":
+        return
+    places = (model.config, model.generation_config, writing_half(model.config))
+    start = next(
+        (token for place in places if (token := getattr(place, "decoder_start_token_id", None)) is not None),
+        None,
+    )
+    if not isinstance(start, int) or not 0 <= start < writing_half(model.config).vocab_size:
+        raise BrokenFile(
+            f"config.json gives {start} as decoder_start_token_id; name the token that answers begin behind"
+        )
+    model.config.decoder_start_token_id = start
+
+
+def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped here
+    """A template that fails or never ends is found here, in a process that may be killed."""
+    if not tokenizer.chat_template:
+        return
+
+    try:
+        # In the library's own immutable sandbox.
+        messages = [{"role": "user", "content": "Hello"}]
+        with bounded():
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            chat_cost(tokenizer)  # every chat that is rendered later without a limit
+    except Exception as error:
+        raise BrokenFile(
+            f"the chat template does not render a user message: {str(error)[:300] or type(error).__name__}"
+        ) from error
+
+
+def _check_reload(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformers is untyped here
+    """What was saved gives the very logits of what was loaded, on one sentence."""
+    again = AutoTokenizer.from_pretrained(target, trust_remote_code=False, local_files_only=True)
+    tokens = tokenizer(SENTENCE, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if again(SENTENCE, add_special_tokens=False)["input_ids"] != tokens[0].tolist() or not tokens.numel():
+        raise UnsupportedTokenizer(
+            "the tokenizer gives other tokens after being saved; it cannot be imported faithfully"
+        )
+    saved = model_class(model.config).from_pretrained(
+        target, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    inputs = {"input_ids": tokens}
+    if shape_of(model.config) == "seq2seq":
+        inputs["decoder_input_ids"] = tokens
+    with torch.inference_mode():
+        difference = (model.eval()(**inputs).logits - saved.eval()(**inputs).logits).abs().max().item()
+    if difference != 0.0:
+        raise BrokenFile(
+            f"the saved model differs from the source (largest logit difference {difference:.3g})"
+        )
+
+
+def main() -> int:
+    """Lines on standard output, everything else on standard error; 0 with a result, 1 with a reason."""
+    parser = argparse.ArgumentParser(prog="python -m worker.import_model")
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    # Libraries print; the pipe is for lines only.
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
+
+    def sink(line: BaseModel) -> None:
+        lines.write(line.model_dump_json() + "\n")
+
+    spec = ImportSpec.model_validate_json(arguments.spec.read_text())
+    if spec.num_threads:
+        torch.set_num_threads(spec.num_threads)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        import_model(spec, arguments.out, sink)
+    except (WorkerError, OSError) as error:
+        line = _error_line(error)
+        if line is None:
+            raise
+        sink(line)
+        return 1
+    return 0
+
+
+def _error_line(error: WorkerError | OSError) -> ErrorLine | None:
+    """Returns how the import failed, or None for an error that a retry may cure."""
+    if is_disk_full(error):
+        message = "the worker's disk is full; free some disk, then import the model again"
+        return ErrorLine(code=DiskFull.code, message=message)
+    if isinstance(error, WorkerError):
+        return ErrorLine(code=error.code, message=str(error))
+    if isinstance(error, FileNotFoundError):
+        return ErrorLine(code=MissingFile.code, message=f"{error.filename} is missing")
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The files that a finished job leaves for its owner: what the run names, and its metrics as a table."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from app.contracts.messages import ArtifactRef
+from app.db.schema.ids import new_id
+from app.db.schema.tables import Metric
+from app.storage import StorageError, store
+
+FileColumns = dict[str, Any]  # Any: columns of File, by name
+
+PURPOSE: Final = "fine-tune-results"
+METRICS_CSV: Final = "metrics.csv"
+# OpenAI's columns, and our series that tells the same: agreement is with the teacher, where theirs is with the row.
+OPENAI_COLUMNS: Final = {
+    "train_loss": "train_loss",
+    "train_accuracy": "train_agreement",
+    "valid_loss": "valid_loss",
+    "valid_mean_token_accuracy": "valid_agreement",
+}
+
+
+def metrics_csv(series: Iterable[Metric]) -> str:
+    """A line for each step: OpenAI's columns first, then all series by name; empty where a step has no value."""
+    steps: dict[int, dict[str, float]] = {}
+    for point in series:
+        steps.setdefault(point.step, {})[point.name] = point.value
+    names = sorted({name for values in steps.values() for name in values} - set(OPENAI_COLUMNS))
+    lines = io.StringIO()
+    table = csv.writer(lines, lineterminator="\n")
+    table.writerow(["step", *OPENAI_COLUMNS, *names])
+    for step, values in sorted(steps.items()):
+        theirs = [values.get(column, values.get(ours, "")) for column, ours in OPENAI_COLUMNS.items()]
+        table.writerow([step, *theirs, *(values.get(name, "") for name in names)])
+    return lines.getvalue()
+
+
+def upload_results(folder: Path, names: Sequence[str], series: Iterable[Metric]) -> list[FileColumns]:
+    """Puts the metrics and the named files of the run's folder into the store; gives the rows to insert.
+
+    Until a row refers to it, an upload is garbage that the collector knows by its place. Raises StorageError.
+    """
+    (folder / METRICS_CSV).write_text(metrics_csv(series))
+    rows = []
+    for name in (METRICS_CSV, *names):
+        path = folder / name
+        if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+            raise StorageError(f"the run names the result file {name!r}, which is no file of its folder")
+        file_id = new_id("file-")
+        ref: ArtifactRef = store().put_file(path, f"files/{file_id}")
+        rows.append(
+            {
+                "id": file_id,
+                "filename": path.name[:255],
+                "purpose": PURPOSE,
+                "bytes": ref.bytes,
+                "sha256": ref.sha256,
+                "store_key": ref.key,
+            }
+        )
+    return rows

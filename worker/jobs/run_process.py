@@ -1,0 +1,196 @@
+"""A run as a process group of its own: its lines, its end, and why it died."""
+
+import contextlib
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import structlog
+from pydantic import ValidationError
+
+from app.contracts.messages import DistillationJob, ImportJob
+from app.local.process_manager import environment_without_secrets
+from app.settings import Settings
+from worker.core_sharing import SharedRun
+from worker.disk import mentions_full_disk
+from worker.errors import DiskFull
+from worker.protocol.run_lines import RunLine, run_line
+
+log = structlog.get_logger(__name__)
+
+MAX_WAITING_LINES = 1000  # then the run itself has to wait
+PIPE_SECONDS = 5.0
+LAST_LINES = 3  # of standard error, where a traceback says why a run ended; earlier ones may be warnings
+MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "allocate memory", "not enough memory")
+
+
+class RunProcess:
+    """`python -m module …` in its own session; it dies with this process, whatever kills that."""
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        shared_cores: Path | None = None,
+    ) -> None:
+        self._error_path = folder / "stderr.log"
+        self._oom_kills = num_oom_kills()
+        with self._error_path.open("wb") as errors:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "app.parent_death",
+                    str(os.getpid()),
+                    sys.executable,
+                    "-m",
+                    *arguments,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=dict(environment),
+                start_new_session=True,
+            )
+        self._lines: queue.Queue[RunLine] = queue.Queue(MAX_WAITING_LINES)
+        self._heard_at = time.monotonic()
+        self._is_closed = threading.Event()
+        self._reader = threading.Thread(target=self._read, name=f"lines-{self.pid}", daemon=True)
+        self._reader.start()
+        self._shared = SharedRun(shared_cores, self.pid) if shared_cores is not None else None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended and all it said was taken; a child of its own may hold the pipe open for ever."""
+        if self._process.returncode is None and self._process.poll() is not None:
+            self._heard_at = time.monotonic()  # the end is news: if we stood still, the rest is not read yet
+        is_read = not self._reader.is_alive() or self.silent_seconds > PIPE_SECONDS
+        return self._process.returncode is not None and is_read and self._lines.empty()
+
+    @property
+    def silent_seconds(self) -> float:
+        return time.monotonic() - self._heard_at
+
+    def take_lines(self, timeout_seconds: float) -> list[RunLine]:
+        """What it has said; waits that long for a first line."""
+        lines: list[RunLine] = []
+        with contextlib.suppress(queue.Empty):
+            lines.append(self._lines.get(timeout=timeout_seconds))
+            self._heard_at = time.monotonic()  # what comes next may have waited for room
+            while len(lines) < MAX_WAITING_LINES:
+                lines.append(self._lines.get_nowait())
+        return lines
+
+    def ask_to_stop(self) -> None:
+        if self._shared is not None:
+            self._shared.withdraw()  # it has a deadline
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends the whole group at once and forgets what it had left to say."""
+        self._is_closed.set()
+        if self._process.poll() is None or self._reader.is_alive():
+            self._signal(signal.SIGKILL)
+        self._process.wait()
+        self._reader.join(timeout=PIPE_SECONDS)
+        if self._shared is not None:
+            self._shared.close()
+
+    def describe_death(self) -> tuple[str, str]:
+        """Returns a sentence and an error code for a run that ended without a result or an error."""
+        status = self._process.wait()
+        tail = self._error_path.read_bytes()[-4000:].decode(errors="replace")
+        log.warning("run_died", pid=self.pid, status=status, stderr=tail)
+        is_oom_kill = status == -signal.SIGKILL and num_oom_kills() > self._oom_kills
+        if is_oom_kill or (status != 0 and any(word in tail for word in MEMORY_WORDS)):
+            return "The run ran out of memory.", "out_of_memory"
+        if status > 0 and mentions_full_disk("\n".join(tail.splitlines()[-LAST_LINES:])):
+            return "The run failed because its disk is full.", DiskFull.code
+        if status < 0:
+            return f"The run was killed by {signal.Signals(-status).name}.", "worker_lost"
+        return f"The run ended with status {status} and without a result.", "worker_lost"
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):  # the whole group is gone already
+            os.killpg(self.pid, number)
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as pipe:
+            for raw in pipe:
+                self._heard_at = time.monotonic()
+                try:
+                    line = run_line.validate_json(raw)
+                except ValidationError:
+                    log.warning("unreadable_line", pid=self.pid, num_bytes=len(raw))
+                    continue
+                if not self._put(line):
+                    return
+
+    def _put(self, line: RunLine) -> bool:
+        while not self._is_closed.is_set():
+            with contextlib.suppress(queue.Full):
+                self._lines.put(line, timeout=0.5)
+                return True
+        return False
+
+
+def num_oom_kills() -> int:
+    """Processes that the kernel has killed for want of memory, in our control group and on the machine."""
+    return sum(
+        int(words[1])
+        for path in (Path("/proc/vmstat"), *_memory_event_files())
+        if path.is_file()
+        for line in path.read_text().splitlines()
+        if (words := line.split())[0] == "oom_kill"
+    )
+
+
+def _memory_event_files() -> list[Path]:
+    """Where control groups of version 2 and version 1 count."""
+    membership = Path("/proc/self/cgroup")
+    files = []
+    for line in membership.read_text().splitlines() if membership.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            files.append(Path("/sys/fs/cgroup") / path.lstrip("/") / "memory.events")
+        elif "memory" in controllers.split(","):
+            files.append(Path("/sys/fs/cgroup/memory") / path.lstrip("/") / "memory.oom_control")
+    return files
+
+
+def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> dict[str, str]:
+    """Returns the environment of a run: without secrets, and offline unless the job fetches a model.
+
+    Only an import that may use the hub token gets it.
+    """
+    is_online = isinstance(spec, ImportJob) and spec.hub is not None
+    environment = environment_without_secrets()
+    environment |= {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "0" if is_online else "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HOME": str(settings.work_root() / "hub"),
+        "TOKENIZERS_PARALLELISM": "false",
+        # A thread at a barrier sleeps: while it spins, the thread that it waits for may lack a core.
+        "OMP_WAIT_POLICY": environment.get("OMP_WAIT_POLICY", "PASSIVE"),
+        # glibc keeps freed memory: large tensors that come and go each step would fault their pages in again
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    }
+    if isinstance(spec, ImportJob) and spec.hub is not None and spec.uses_hub_token:
+        environment["STILLHOUSE_HF_TOKEN"] = settings.hf_token
+    if settings.num_threads:
+        environment |= {name: str(settings.num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return environment

@@ -1,0 +1,1 @@
+"""What a model folder is: architectures, checks, downloads and file formats."""

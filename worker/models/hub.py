@@ -1,0 +1,136 @@
+"""Fetching a model from a Hugging Face hub: only the files that may come in, at one pinned commit."""
+
+import errno
+import re
+import resource
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from worker.errors import HubFailed
+from worker.models.artifact_checks import accepted_names
+
+SOURCE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
+DISK_RESERVE_BYTES = 2**30
+SLACK_BYTES = 2**20  # for what the library writes beside a file
+
+
+def fetch_from_hub(
+    source: str,
+    folder: Path,
+    *,
+    endpoint: str | None,
+    token: str | None,
+    on_progress: Callable[[int, int], None],
+) -> str:
+    """Fetches `org/name@revision` into the new folder and returns the commit that it stands for.
+
+    Without an endpoint, from the Hugging Face hub.
+    `on_progress(bytes_done, bytes_total)` is called about once a second.
+    Raises HubFailed, UnsafeFile, MissingFile.
+    """
+    match = SOURCE.fullmatch(source)
+    if match is None:
+        raise HubFailed(f"{source[:100]!r} names no model; write hf:org/name@revision")
+    repository, revision = match["repository"], match["revision"] or "main"
+    folder.mkdir(parents=True)
+    try:
+        info = HfApi(endpoint=endpoint, token=token or False).model_info(
+            repository, revision=revision, files_metadata=True, timeout=30
+        )
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if "/" not in file.rfilename}
+        names, commit = accepted_names(sizes), info.sha or revision
+        total = sum(sizes[name] for name in names)
+        if shutil.disk_usage(folder).free < 3 * total + DISK_RESERVE_BYTES:
+            raise HubFailed(
+                f"{repository} has {total / 1e9:.1f} GB; there is not enough disk to fetch and convert it"
+            )
+        with _Watch(folder, total, on_progress):
+            for name in names:
+                with _files_up_to(sizes[name] + SLACK_BYTES):
+                    where: dict[str, Any] = {"local_dir": folder, "endpoint": endpoint}  # Any: two types
+                    hf_hub_download(repository, name, revision=commit, token=token or False, **where)
+    except GatedRepoError as error:
+        raise HubFailed(
+            f"{repository} is gated: accept its terms on the hub; {_token_advice(token)}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise HubFailed(
+            f"the hub has no model {repository}, or the import may not see it: {_token_advice(token)}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise HubFailed(
+            f"{repository} has no revision {revision}; give a branch, a tag or a commit"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
+        if getattr(error, "errno", None) == errno.EFBIG:
+            # `from None`: EFBIG as a cause would read as a full disk, and the limit is our own
+            raise HubFailed(
+                f"{repository} delivers larger files than it announces; it is not fetched"
+            ) from None
+        raise HubFailed(
+            f"{endpoint or 'the hub'} does not deliver {repository} ({type(error).__name__}); "
+            "check the connection, or download the model elsewhere and import the folder"
+        ) from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return commit
+
+
+def _token_advice(token: str | None) -> str:
+    if token:
+        return "STILLHOUSE_HF_TOKEN of the train worker must have access to it"
+    return "set STILLHOUSE_HF_TOKEN on the train worker, and use an API key with the scope hub:token"
+
+
+@contextmanager
+def _files_up_to(num_bytes: int) -> Iterator[None]:
+    """Lets this process write no longer file meanwhile: what a hub says of sizes was checked against the disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+class _Watch:
+    """Reports how many bytes lie in the folder while files are fetched into it."""
+
+    def __init__(self, folder: Path, total: int, on_progress: Callable[[int, int], None]) -> None:
+        self.folder, self.total, self.on_progress = folder, total, on_progress
+        self.is_over = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.is_over.set()
+        self.thread.join()
+
+    def _look(self) -> None:
+        while not self.is_over.wait(1):
+            self._report()
+        self._report()
+
+    def _report(self) -> None:
+        done = 0
+        for path in self.folder.rglob("*"):
+            try:
+                done += path.stat().st_size
+            except FileNotFoundError:  # renamed while we looked
+                continue
+        self.on_progress(min(done, self.total), self.total)

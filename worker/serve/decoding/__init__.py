@@ -1,0 +1,1 @@
+"""Batched decode steps: scheduling, KV cache, model families and sampling."""

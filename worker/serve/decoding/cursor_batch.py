@@ -1,0 +1,221 @@
+"""The shared-cursor batch: all running rows write their next key and value in one common column.
+
+A newcomer's prompt of n tokens is laid at columns [cursor - n, cursor) of its own row, so joining copies
+nothing of the others. One integer a row, its start, gives mask (column >= start) and position
+(column - start). When the cursor reaches the width everything slides left; a prompt longer than the
+cursor slides everyone right. Leaving moves the last row into the hole.
+
+A row of an encoder-decoder begins with the start token alone; its prompt is encoded once, and what its
+decoder looks at (keys and values of the encoder's output) lies beside, at columns [0, n) of a cache of its own.
+"""
+
+# N rows, K newcomers, Q tokens a row in this call, W columns of the window, S source tokens, H hidden size,
+# V vocabulary
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import EncoderDecoderCache
+
+from worker.serve.decoding.families import Call, Family, family_of
+from worker.serve.decoding.kv_cache import WindowedCache
+from worker.serve.decoding.prefix_cache import Prefixes
+
+
+class Sources:
+    """Keys and values of each row's encoded prompt, computed when it joins and never again."""
+
+    def __init__(self, past: WindowedCache, *, max_rows: int, max_width: int) -> None:
+        self.cache = WindowedCache(max_rows=max_rows, max_width=max_width)
+        self.with_past = EncoderDecoderCache(past, self.cache)
+        self.lengths: list[int] = []
+
+    def add(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Makes room for newcomers; gives their tokens and mask, padded behind [K, S]."""
+        first_row = len(self.lengths)
+        self.lengths += [len(prompt) for prompt in prompts]
+        self.cache.reserve(len(self.lengths), max(self.lengths[first_row:]))
+        mask_KS = self._mask(slice(first_row, len(self.lengths)))
+        padded = [[*prompt, *[0] * (mask_KS.shape[1] - len(prompt))] for prompt in prompts]
+        return torch.tensor(padded), mask_KS
+
+    def shown_to(self, call: Call, rows: slice, states_KSH: Tensor | None) -> Call:
+        """The call with what its rows look at: the states of newcomers, what the cache holds of the others."""
+        mask_NS = self._mask(rows).to(call.tokens_NQ.device)
+        self.cache.window.open(rows, low=0, column=0, end=mask_NS.shape[1])
+        if states_KSH is None:
+            states_KSH = self.cache.layers[0].keys[:, 0, :, :1]  # read for its size and float alone
+        else:
+            self.with_past.is_updated.clear()  # has the model fill the cache
+        return replace(call, cache=self.with_past, states_NSH=states_KSH, source_mask_NS=mask_NS)
+
+    def fork(self, row: int) -> None:
+        self.cache.reserve(len(self.lengths) + 1, self.lengths[row])
+        self._copy(row, len(self.lengths))
+        self.lengths.append(self.lengths[row])
+
+    def leave(self, row: int, *, is_poisoned: bool) -> None:
+        if is_poisoned:
+            self.cache.wipe_row(row)
+        last = len(self.lengths) - 1
+        if row != last:
+            self._copy(last, row)
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
+        if not self.lengths:
+            self.cache.shrink()
+
+    def _mask(self, rows: slice) -> Tensor:
+        lengths_N1 = torch.tensor(self.lengths[rows])[:, None]
+        return (torch.arange(int(lengths_N1.max())) < lengths_N1).long()
+
+    def _copy(self, source: int, target: int) -> None:
+        self.cache.copy_row(source, target, slice(0, self.lengths[source]))
+
+
+class CursorBatch:
+    """Rows of one model in step. Row numbers are 0 … num_rows - 1; `leave` renumbers the last one."""
+
+    def __init__(self, model: nn.Module, *, max_rows: int, max_width: int, max_source_width: int = 0) -> None:
+        self.model = model
+        self.family: Family = family_of(model)
+        self.device = next(model.parameters()).device
+        self.max_rows = max_rows
+        self.max_width = max_width
+        self.cursor = 0
+        self.starts: list[int] = []
+        self.cache = WindowedCache(max_rows=max_rows, max_width=max_width, dtype=self.family.cache_dtype)
+        self.prefixes = Prefixes(max_tokens=max_width)
+        self.sources: Sources | None = None
+        if self.family.has_encoder:
+            self.sources = Sources(self.cache, max_rows=max_rows, max_width=max_source_width)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts)
+
+    @property
+    def low(self) -> int:
+        return min(self.starts, default=self.cursor)
+
+    def num_to_read(self, prompt: Sequence[int]) -> int:
+        """The tokens of a prompt that go through the model when it joins; an encoder reads all."""
+        return len(prompt) - self.prefixes.find(prompt)[1]
+
+    @torch.no_grad()
+    def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Prefills prompts as new rows at the end; gives each one's next-token logits [K, V], float32."""
+        if self.sources is not None:
+            return self._join_encoded(prompts, self.sources)
+        if self.family.can_pad_prompts:
+            return self._join(prompts)
+        return torch.cat([self._join([prompt]) for prompt in prompts])
+
+    def _join_encoded(self, prompts: Sequence[Sequence[int]], sources: Sources) -> Tensor:
+        tokens_KS, mask_KS = sources.add(prompts)
+        states_KSH = self.family.encode(self.model, tokens_KS.to(self.device), mask_KS.to(self.device))
+        return self._join([[self.family.start_token]] * len(prompts), states_KSH)
+
+    def _join(self, prompts: Sequence[Sequence[int]], states_KSH: Tensor | None = None) -> Tensor:
+        longest = max(len(prompt) for prompt in prompts)
+        self.cache.reserve(self.num_rows + len(prompts), longest)
+        if longest > self.cursor:
+            self._slide(longest - self.cursor)
+        first_row, known = self.num_rows, [self.prefixes.find(prompt) for prompt in prompts]
+        self.starts += [self.cursor - len(prompt) for prompt in prompts]
+        num_read = max(len(prompt) - num for prompt, (_, num) in zip(prompts, known, strict=True))
+        for row, (prompt, (prefix, _)) in enumerate(zip(prompts, known, strict=True), first_row):
+            if prefix is not None and len(prompt) > num_read:
+                self.cache.write(row, self.starts[row], prefix.layers, len(prompt) - num_read)
+        # a row that knows more than others reads some of it again, so that all end at the cursor
+        padded = [[0] * (num_read - len(prompt)) + list(prompt[-num_read:]) for prompt in prompts]
+        low, column = self.cursor - longest, self.cursor - num_read
+        logits = self._forward(torch.tensor(padded), first_row, low=low, column=column, states_KSH=states_KSH)
+        if self.sources is None:
+            for row, prompt in enumerate(prompts, first_row):
+                self.prefixes.keep(prompt, self.cache, row, slice(self.starts[row], self.cursor))
+        return logits
+
+    def fork(self, row: int) -> int:
+        """A new last row with the same past as `row`."""
+        self.cache.reserve(self.num_rows + 1, self.cursor)
+        self._copy_row(row, self.num_rows)
+        self.starts.append(self.starts[row])
+        if self.sources is not None:
+            self.sources.fork(row)
+        return self.num_rows - 1
+
+    @torch.no_grad()
+    def advance(self, tokens: Sequence[int]) -> Tensor:
+        """Appends one token to every row; gives the next-token logits [N, V], float32."""
+        if self.cursor == self.cache.window.width:
+            self._make_room()
+        logits_NV = self._forward(torch.tensor(tokens)[:, None], 0, low=self.low, column=self.cursor)
+        self.cursor += 1
+        return logits_NV
+
+    def leave(self, row: int, *, is_poisoned: bool = False) -> None:
+        """Frees a row; the last row takes its number. A poisoned row's NaNs are wiped, or they would spread."""
+        last = self.num_rows - 1
+        if is_poisoned:
+            self.cache.wipe_row(row)
+        if self.sources is not None:
+            self.sources.leave(row, is_poisoned=is_poisoned)
+        if row != last:
+            self._copy_row(last, row)
+            self.starts[row] = self.starts[last]
+        self.starts.pop()
+        if not self.starts:
+            self.cursor = 0
+            self.cache.shrink()
+
+    def _copy_row(self, source: int, target: int) -> None:
+        self.cache.copy_row(source, target, slice(self.starts[source], self.cursor))
+
+    def _make_room(self) -> None:
+        width = self.cache.window.width
+        is_worth_sliding = self.low >= width // 4 or width == self.max_width
+        if self.low and is_worth_sliding:
+            self._slide(-self.low)
+        else:
+            self.cache.reserve(self.num_rows, width + 1)
+
+    def _slide(self, by: int) -> None:
+        if self.starts:
+            self.cache.move_columns(self.num_rows, slice(self.low, self.cursor), by)
+        self.starts = [start + by for start in self.starts]
+        self.cursor += by
+
+    def _forward(
+        self,
+        tokens_NQ: Tensor,
+        first_row: int,
+        *,
+        low: int,
+        column: int,
+        states_KSH: Tensor | None = None,
+        num_logits: int = 1,
+    ) -> Tensor:
+        num_rows, num_tokens = tokens_NQ.shape
+        rows = slice(first_row, first_row + num_rows)
+        self.cache.window.open(rows, low=low, column=column, end=column + num_tokens)
+        starts_N1 = torch.tensor(self.starts[rows])[:, None]
+        columns_W = torch.arange(low, column + num_tokens)
+        call = Call(
+            tokens_NQ.to(self.device),
+            self._mask(columns_W, starts_N1).to(self.device),
+            self._positions(columns_W[-num_tokens:], starts_N1).to(self.device),
+            self.cache,
+            num_logits=num_logits,
+            starts_N=starts_N1[:, 0],
+        )
+        if self.sources is not None:
+            call = self.sources.shown_to(call, rows, states_KSH)
+        return self.family.forward(self.model, call).float()
+
+    def _mask(self, columns_W: Tensor, starts_N1: Tensor) -> Tensor:
+        return (columns_W >= starts_N1).long()
+
+    def _positions(self, columns_Q: Tensor, starts_N1: Tensor) -> Tensor:
+        return (columns_Q - starts_N1).clamp(min=0)

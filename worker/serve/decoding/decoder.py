@@ -1,0 +1,147 @@
+"""Steps many token sequences through one model; knows nothing of text, requests or replies."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from worker.serve.decoding.cursor_batch import CursorBatch
+from worker.serve.decoding.sampling import Chooser, Pick, pick_tokens
+from worker.serve.decoding.scheduler import Scheduler
+
+PREFILL_BUDGET = 1024  # tokens of one prefill call, padding included: bounds how long the running rows wait
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One choice of one request. `tokens` grows with each step; an end token is its last one.
+
+    The prompt is what the model's encoder reads, if it has one. Tenants share the batch fairly.
+    """
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int
+    end_ids: frozenset[int]
+    chooser: Chooser
+    choice: int = 0
+    tenant: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class Decoder:
+    """Continuous batching: each step either prefills newcomers or advances every running sequence."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_running: int,
+        max_context_tokens: int,
+        prefill_budget: int = PREFILL_BUDGET,
+        min_joining: int = 1,
+        batch: CursorBatch | None = None,
+    ) -> None:
+        """`min_joining` newcomers wait for each other where throughput matters more than the first token.
+
+        `batch` is one of the model's own that can do more.
+        """
+        self.max_running = max_running
+        self.min_joining = min_joining
+        self.batch = batch or CursorBatch(
+            model, max_rows=max_running, max_width=max_context_tokens, max_source_width=max_context_tokens
+        )
+        self.context = self.batch.family.context(max_context_tokens)
+        self._waiting: Scheduler[Sequence] = Scheduler(
+            prefill_budget=prefill_budget, num_to_read=self.batch.num_to_read
+        )
+        self._rows: list[Sequence] = []  # row i of the batch is sequence i
+        self._has_prefilled = False
+
+    @property
+    def num_running(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def has_work(self) -> bool:
+        return bool(self._rows or self.num_waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence; prompt and max_tokens must fit the context."""
+        assert sequence.prompt, "the caller refuses empty prompts"
+        assert sequence.max_tokens <= self.context.room_for(len(sequence.prompt)), (
+            "the caller checks the context"
+        )
+        self._waiting.add(sequence)
+
+    def drop(self, is_unwanted: Callable[[Sequence], bool]) -> None:
+        """Forgets the waiting and running sequences for which the test holds; their rows are free at once."""
+        self._waiting.remove(is_unwanted)
+        for row in reversed(range(len(self._rows))):
+            if is_unwanted(self._rows[row]):
+                self._leave(row)
+
+    def step(self) -> Iterable[tuple[Sequence, Pick]]:
+        """One model call and the token it gave each sequence; finished sequences have left when it returns.
+
+        A prefill is followed by a step for everyone, so that arrivals cannot starve the running rows.
+        """
+        groups = self._waiting.admit(self.max_running - len(self._rows)) if self._may_join() else []
+        self._has_prefilled = bool(groups)
+        if groups:
+            sequences, logits_NV = self._prefill(groups)
+        elif self._rows:
+            sequences = list(self._rows)
+            logits_NV = self.batch.advance([sequence.tokens[-1] for sequence in sequences])
+        else:
+            return []
+        picks = pick_tokens(logits_NV, [sequence.chooser for sequence in sequences])
+        first_row = len(self._rows) - len(sequences)
+        for row, pick in reversed(list(enumerate(picks, first_row))):
+            self._take(row, pick)
+        return list(zip(sequences, picks, strict=True))
+
+    def _may_join(self) -> bool:
+        if not self._rows:
+            return True
+        num_joining = min(self.max_running - len(self._rows), self.num_waiting)
+        return not self._has_prefilled and num_joining >= min(self.min_joining, self.num_waiting)
+
+    def _prefill(self, groups: list[list[Sequence]]) -> tuple[list[Sequence], Tensor]:
+        first_row = self.batch.num_rows
+        logits_KV = self.batch.join([group[0].prompt for group in groups])
+        sequences, sources = [group[0] for group in groups], list(range(len(groups)))
+        for index, group in enumerate(groups):
+            for sequence in group[1:]:
+                self.batch.fork(first_row + index)
+                sequences.append(sequence)
+                sources.append(index)
+        self._rows += sequences
+        return sequences, logits_KV[torch.tensor(sources, device=logits_KV.device)]
+
+    def _take(self, row: int, pick: Pick) -> None:
+        sequence = self._rows[row]
+        if pick.token is None:
+            self._leave(row, is_poisoned=True)
+            return
+        sequence.tokens.append(pick.token)
+        self._waiting.charge_token(sequence)
+        if pick.token in sequence.end_ids:
+            sequence.finish_reason = "stop"
+        elif len(sequence.tokens) >= sequence.max_tokens:
+            sequence.finish_reason = "length"
+        if sequence.finish_reason:
+            self._leave(row)
+
+    def _leave(self, row: int, *, is_poisoned: bool = False) -> None:
+        self.batch.leave(row, is_poisoned=is_poisoned)
+        self._waiting.finish(self._rows[row])
+        last = self._rows.pop()
+        if row < len(self._rows):
+            self._rows[row] = last

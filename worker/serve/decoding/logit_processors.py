@@ -1,0 +1,121 @@
+"""What a request's logit_bias, penalties and min_tokens change in the raw logits, before temperature.
+
+Only the logits they touch are read and written, for all rows at once; a step in which no row asks costs nothing.
+"""
+
+# N rows, V vocabulary, K touched logits of all rows, R of one row, C as many as one row can ever touch
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.contracts.messages import Sampling
+from worker.serve.errors import InvalidLogitBias
+
+MIN_REPETITION_PENALTY = 1e-20  # logits over less overflow, and long before only the best token has any mass
+NOTHING = (0.0, 1.0, 0.0)
+BIAS, REPETITION, PENALTY = range(3)
+
+
+class LogitsProcessor:
+    """What one row asks for, and its memory of the tokens it has read and written.
+
+    In this order: logit_bias is added; logits of tokens in prompt or answer are divided by repetition_penalty
+    where positive and multiplied by it elsewhere (Keskar et al., arXiv:1909.05858); presence_penalty, and
+    frequency_penalty times the count, are subtracted for tokens of the answer; end tokens get no probability
+    before min_tokens.
+    """
+
+    def __init__(self, sampling: Sampling, *, context: Sequence[int], end_ids: frozenset[int]) -> None:
+        """`context` holds the tokens that the answer continues."""
+        self._sampling = sampling
+        self._repetition = max(sampling.repetition_penalty, MIN_REPETITION_PENALTY)
+        self._counts: Counter[int] = Counter()
+        self._num_tokens = 0
+        self._biases = dict(sampling.logit_bias)
+        self._banned = sorted(end_ids) if sampling.min_tokens else []
+        is_repetition_penalised = sampling.repetition_penalty != 1.0
+        seen = context if is_repetition_penalised else ()
+        touched = list(dict.fromkeys([*self._biases, *self._banned, *seen]))
+        self._slots = {token: slot for slot, token in enumerate(touched)}
+        is_counting = is_repetition_penalised or sampling.frequency_penalty or sampling.presence_penalty
+        self._max_new = sampling.max_tokens if is_counting else 0
+        self._tokens_C = torch.tensor(touched + [0] * self._max_new)
+        self._changes_3C = torch.tensor(NOTHING)[:, None].repeat(1, len(self._tokens_C))
+        self._changes_3C[BIAS, : len(touched)] = torch.tensor([self._bias_of(token) for token in touched])
+        self._changes_3C[REPETITION, [self._slots[token] for token in seen]] = self._repetition
+
+    def changes(self) -> tuple[Tensor, Tensor]:
+        """The tokens touched now [R], and for each what is added, what divides and what is subtracted [3, R]."""
+        num_touched = len(self._slots)
+        return self._tokens_C[:num_touched], self._changes_3C[:, :num_touched]
+
+    def record(self, token: int) -> None:
+        """Takes note of the row's next token."""
+        self._num_tokens += 1
+        if self._num_tokens == self._sampling.min_tokens:
+            for end_id in self._banned:
+                self._changes_3C[BIAS, self._slots[end_id]] = self._bias_of(end_id)
+        if not self._max_new:
+            return
+        self._counts[token] += 1
+        slot = self._slots.setdefault(token, len(self._slots))
+        penalty = self._sampling.presence_penalty + self._sampling.frequency_penalty * self._counts[token]
+        self._tokens_C[slot] = token
+        self._changes_3C[REPETITION, slot] = self._repetition
+        self._changes_3C[PENALTY, slot] = penalty
+
+    def _bias_of(self, token: int) -> float:
+        is_banned = self._num_tokens < self._sampling.min_tokens and token in self._banned
+        return -torch.inf if is_banned else self._biases.get(token, 0.0)
+
+
+def processor_for(
+    sampling: Sampling, *, context: Sequence[int], end_ids: frozenset[int]
+) -> LogitsProcessor | None:
+    """A processor for one row; None if the request leaves the logits as they are."""
+    has_penalties = sampling.frequency_penalty or sampling.presence_penalty
+    is_asked = has_penalties or sampling.repetition_penalty != 1.0 or sampling.logit_bias
+    if not is_asked and not (sampling.min_tokens and end_ids):
+        return None
+    return LogitsProcessor(sampling, context=context, end_ids=end_ids)
+
+
+def refuse_unknown_tokens(sampling: Sampling, vocab_size: int) -> None:
+    """Raises InvalidLogitBias if the bias names a token that the model cannot write."""
+    for token, _ in sampling.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise InvalidLogitBias(
+                f"token {token} of logit_bias is not in the vocabulary; give tokens from 0 to {vocab_size - 1}"
+            )
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Where logits were changed, and what they were."""
+
+    rows_K: Tensor
+    tokens_K: Tensor
+    raw_K: Tensor
+
+    def put_back(self, logits_NV: Tensor) -> None:
+        logits_NV[self.rows_K, self.tokens_K] = self.raw_K
+
+
+def process_logits(logits_NV: Tensor, processors: Sequence[LogitsProcessor | None]) -> Changed | None:
+    """Changes the logits of the rows that ask for it, in place; None if none does."""
+    asked = [(row, *processor.changes()) for row, processor in enumerate(processors) if processor is not None]
+    if not asked:
+        return None
+    rows, tokens, changes = zip(*asked, strict=True)
+    sizes = torch.tensor([len(tokens_R) for tokens_R in tokens])
+    rows_K = torch.tensor(rows).repeat_interleave(sizes).to(logits_NV.device)
+    tokens_K = torch.cat(tokens).to(logits_NV.device)
+    bias_K, repetition_K, penalty_K = torch.cat(changes, dim=1).to(logits_NV.device)
+    raw_K = logits_NV[rows_K, tokens_K]
+    biased_K = raw_K + bias_K
+    divided_K = torch.where(biased_K > 0, biased_K / repetition_K, biased_K * repetition_K)
+    logits_NV[rows_K, tokens_K] = divided_K - penalty_K
+    return Changed(rows_K, tokens_K, raw_K)

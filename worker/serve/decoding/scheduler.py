@@ -1,0 +1,66 @@
+"""Scheduler of prefills: tenants in turn, within free rows and a prefill budget. No torch here."""
+
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from worker.serve.decoding.fair_queue import FairQueue
+
+
+class Waiting(Protocol):
+    """What the scheduler must know of a sequence; choices of one request share their prompt and its prefill."""
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def prompt(self) -> Sequence[int]: ...
+
+
+T = TypeVar("T", bound=Waiting)
+
+
+class Scheduler(Generic[T]):
+    """A fair queue that hands out prefills of at most `prefill_budget` tokens, padding included.
+
+    A tenant is charged for the tokens of its prefills and for each token of an answer. `num_to_read` returns how many
+    tokens of a prompt have to be prefilled, because no cached prefix has them.
+    """
+
+    def __init__(self, *, prefill_budget: int, num_to_read: Callable[[Sequence[int]], int] = len) -> None:
+        self.prefill_budget = prefill_budget
+        self._num_to_read = num_to_read
+        self._waiting: FairQueue[T] = FairQueue(lambda item: item.tenant)
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, item: T) -> None:
+        self._waiting.add(item)
+
+    def admit(self, num_free_rows: int) -> list[list[T]]:
+        """Returns the next sequences, grouped by request; a prompt over the budget goes alone."""
+        groups: dict[str, list[T]] = {}
+        longest = 0
+        while num_free_rows and (item := self._waiting.peek()) is not None:
+            num_read = 0
+            if item.request_id not in groups:
+                num_read = self._num_to_read(item.prompt)
+                longest = max(longest, num_read)
+                if groups and (len(groups) + 1) * longest > self.prefill_budget:
+                    break  # it stays the next one
+            groups.setdefault(item.request_id, []).append(self._waiting.take(num_read))
+            num_free_rows -= 1
+        return list(groups.values())
+
+    def charge_token(self, item: T) -> None:
+        """Counts a token of the answer of an admitted sequence."""
+        self._waiting.charge(item, 1)
+
+    def finish(self, item: T) -> None:
+        """Ends a sequence that was admitted."""
+        self._waiting.finish(item)
+
+    def remove(self, is_unwanted: Callable[[T], bool]) -> list[T]:
+        """Removes and returns the waiting items for which the test holds."""
+        return self._waiting.remove(is_unwanted)

@@ -1,0 +1,1 @@
+"""Loads, keeps and unloads models, and runs one engine per model."""

@@ -1,0 +1,199 @@
+"""Makes engines: which folders are read, what kind of engine serves them, and how far that has come."""
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from app.contracts.control import Served
+from app.contracts.messages import (
+    ArtifactRef,
+    Done,
+    Failure,
+    GenerateRequest,
+    LoadedWeights,
+    Sampling,
+    ServingOptions,
+)
+from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
+from worker.serve.engine import Engine, TransformersEngine
+from worker.serve.errors import OptionUnavailable
+from worker.serve.loading import LoadedModel, load_model
+from worker.serve.speculative import SpeculativeEngine
+from worker.serve.vllm_engine import load_vllm
+
+T = TypeVar("T")
+Fetch = Callable[[ArtifactRef], Path]
+Precision = Literal["auto", "float32"]
+
+READ_PERCENT = 90.0  # the rest is packing the weights and the first pass
+WARM_UP_SECONDS = 120.0
+_thread = threading.local()  # .progress: of the load that the thread is busy with
+_TQDM_LOCK = threading.RLock()
+
+
+@dataclass(frozen=True)
+class EngineLimits:
+    """What every engine of a worker gets; `clock` gives seconds since the epoch, `precision` is for weights left at auto."""
+
+    max_running: int
+    max_context_tokens: int
+    device: str
+    clock: Callable[[], float]
+    precision: Precision = "float32"
+
+    def weights_for(self, options: ServingOptions) -> LoadedWeights:
+        """What the weights are loaded as. A draft may change no text, and in bfloat16 near ties are more frequent."""
+        if options.weights != "auto":
+            return options.weights
+        is_rounded = self.precision == "auto" and self.device == "cpu" and HAS_FAST_BFLOAT16
+        return "bfloat16" if is_rounded and options.draft is None else "plain"
+
+
+@dataclass
+class LoadProgress:
+    """Written by the loading thread, read by others."""
+
+    total_bytes: int
+    _done_bytes: float = field(default=0.0, init=False)
+    _folder_bytes: int = field(default=0, init=False)
+    _fraction: float = field(default=0.0, init=False)  # of the folder that is being read
+
+    @property
+    def percent(self) -> float:
+        read = self._done_bytes + self._fraction * self._folder_bytes
+        return READ_PERCENT * min(1.0, read / max(1, self.total_bytes))
+
+    @contextmanager
+    def reading(self, num_bytes: int) -> Iterator[None]:
+        """While a folder of so many bytes is read by this thread."""
+        self._folder_bytes, _thread.progress = num_bytes, self
+        try:
+            yield
+        finally:
+            _thread.progress = None
+            self._fraction = 0.0
+            self._done_bytes += num_bytes
+
+    def counted(self, things: Iterable[T], total: int) -> Iterator[T]:
+        for number, thing in enumerate(things):
+            self._fraction = number / total
+            yield thing
+
+
+class Ready(NamedTuple):
+    """An engine that has generated already. first_token_seconds is None if its model writes nothing sensible."""
+
+    engine: Engine
+    num_bytes: int
+    load_seconds: float
+    first_token_seconds: float | None
+    weights: LoadedWeights
+
+
+def make_ready(served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress) -> Ready:
+    """The engine for a model, loaded and warmed up. Raises ServeError."""
+    began = time.perf_counter()
+    engine, num_bytes = engine_for(served, fetch, limits, progress)
+    load_seconds = time.perf_counter() - began
+    first_token = first_token_seconds(engine, served, limits.clock)
+    return Ready(engine, num_bytes, load_seconds, first_token, limits.weights_for(served.serving))
+
+
+def engine_for(
+    served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
+) -> tuple[Engine, int]:
+    """The engine that the options ask for, and the bytes it takes. Raises ServeError."""
+    options = served.serving
+    if options.engine == "vllm":
+        return _in_vllm(served, fetch, limits, progress)
+    loaded = _load(served.weights, fetch, limits, progress, limits.weights_for(options))
+    given: dict[str, Any] = {  # Any: fields of an engine
+        "clock": limits.clock,
+        "max_running": limits.max_running,
+        "max_context_tokens": limits.max_context_tokens,
+    }
+    if options.draft is None:
+        return TransformersEngine(loaded.model, loaded.tokenizer, **given), loaded.num_bytes
+    draft = _load(options.draft.weights, fetch, limits, progress)
+    num_draft_tokens = options.draft.num_tokens
+    engine = SpeculativeEngine(
+        loaded.model, loaded.tokenizer, draft=draft, num_draft_tokens=num_draft_tokens, **given
+    )
+    return engine, loaded.num_bytes + draft.num_bytes
+
+
+def _in_vllm(
+    served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
+) -> tuple[Engine, int]:
+    if served.serving.weights not in ("auto", "plain") or served.serving.draft is not None:
+        raise OptionUnavailable("vLLM is given plain weights and no draft; serve the model without them")
+    folder = fetch(served.weights)
+    with progress.reading(served.weights.bytes):
+        return load_vllm(
+            folder,
+            max_running=limits.max_running,
+            max_context_tokens=limits.max_context_tokens,
+            clock=limits.clock,
+        )
+
+
+def _load(
+    ref: ArtifactRef,
+    fetch: Fetch,
+    limits: EngineLimits,
+    progress: LoadProgress,
+    weights: LoadedWeights = "plain",
+) -> LoadedModel:
+    folder = fetch(ref)
+    with progress.reading(ref.bytes):
+        return load_model(
+            folder, device=limits.device, weights=weights, keeps_plain=False
+        )  # it is only called
+
+
+def first_token_seconds(engine: Engine, served: Served, clock: Callable[[], float]) -> float | None:
+    """From a short prompt to its first token, with nothing else in the engine; a first pass, which warms up, is not counted."""
+    seconds = 0.0
+    for name in ("warm-up", "measured"):
+        began = time.perf_counter()
+        engine.add(
+            GenerateRequest(
+                id=name,
+                reply_to="",
+                model=served.model,
+                weights=served.weights,
+                serving=served.serving,
+                text="Once upon a time",
+                sampling=Sampling(max_tokens=1, temperature=0.0, ignore_eos=True),
+                deadline_at=clock() + WARM_UP_SECONDS,
+            )
+        )
+        while not (ends := [reply for reply in engine.step() if isinstance(reply, Done | Failure)]):
+            if time.perf_counter() - began > WARM_UP_SECONDS:
+                engine.abort(name)
+                return None
+        if isinstance(ends[0], Failure):
+            return None
+        seconds = time.perf_counter() - began
+    return seconds
+
+
+def _watch(bar: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # Any: as transformers' hook has it
+    progress: LoadProgress | None = getattr(_thread, "progress", None)
+    if progress is None or kwargs.get("desc") != "Loading weights":
+        return bar(*args, **kwargs)
+    return bar(progress.counted(args[0], len(args[0])), *args[1:], **{"total": len(args[0]), **kwargs})
+
+
+def watch_loads() -> None:
+    """Reports the progress of loads: transformers passes it to its progress bars alone."""
+    from tqdm.std import tqdm  # type: ignore[import-untyped]  # it has no type hints
+    from transformers.utils import logging  # seconds to import; only a worker that loads needs it
+
+    # The default lock is shared with forked processes: one that is killed while it holds it blocks every load.
+    tqdm.set_lock(_TQDM_LOCK)
+    logging.set_tqdm_hook(_watch)

@@ -1,0 +1,292 @@
+"""Which engines a worker keeps: loading, pinning, unloading, and the least recently used making room."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import structlog
+
+from app.contracts.control import Served
+from app.contracts.messages import ArtifactRef, LoadedWeights, ModelState
+from worker.serve.engine import Engine
+from worker.serve.errors import ModelLoadFailed, ModelTooLarge, ServeError
+from worker.serve.host.engine_factory import EngineLimits, Fetch, LoadProgress, Ready, make_ready, watch_loads
+from worker.serve.speculative import SpeculativeEngine
+
+log = structlog.get_logger()
+
+RETRY_SECONDS = 60.0  # until a pinned model that failed to load is tried again
+MAX_FAILURES = 16  # that are remembered, for the status alone
+
+
+@dataclass
+class Resident:
+    """An engine that can take requests."""
+
+    served: Served
+    engine: Engine
+    num_bytes: int
+    load_seconds: float
+    first_token_seconds: float | None
+    weights: LoadedWeights
+    used_at: float
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Of the draft's tokens so far."""
+        if not isinstance(self.engine, SpeculativeEngine) or not self.engine.draft_counts.num_proposed:
+            return None
+        return self.engine.draft_counts.acceptance_rate
+
+
+@dataclass
+class _Load:
+    served: Served
+    progress: LoadProgress
+    future: "Future[Ready]"
+    num_bytes: int  # what it is expected to take
+
+
+@dataclass
+class _Failed:
+    served: Served
+    error: ServeError
+    at: float
+
+
+@dataclass
+class Residency:
+    """Engines by residence, within so many bytes. One thread owns it; `ring` is called from the loading thread.
+
+    `has_newcomers` tells whether requests are about to be added to the engine of a residence, which therefore stays.
+    """
+
+    resident_bytes: int
+    fetch: Fetch
+    limits: EngineLimits
+    ring: Callable[[], None]
+    has_newcomers: Callable[[str], bool]
+    _residents: dict[str, Resident] = field(default_factory=dict, init=False)
+    _loads: dict[str, _Load] = field(default_factory=dict, init=False)
+    _wanted: dict[str, Served] = field(default_factory=dict, init=False)  # asked for, and not begun
+    _pinned: dict[str, Served] = field(default_factory=dict, init=False)
+    _leaving: set[str] = field(default_factory=set, init=False)
+    _failed: dict[str, _Failed] = field(default_factory=dict, init=False)
+    _true_bytes: dict[str, int] = field(default_factory=dict, init=False)  # of what was loaded once
+
+    def __post_init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="load")
+
+    def __iter__(self) -> Iterator[tuple[str, Resident]]:
+        """All engines, those that leave included: what they have begun is finished."""
+        return iter(list(self._residents.items()))
+
+    def find(self, residence: str) -> Resident | None:
+        """The engine for a new request; one that is leaving takes none."""
+        return None if residence in self._leaving else self._residents.get(residence)
+
+    def engine_of(self, residence: str) -> Engine | None:
+        """The engine that has begun requests, leaving or not."""
+        resident = self._residents.get(residence)
+        return resident.engine if resident else None
+
+    def ask(self, served: Served) -> bool:
+        """Starts to load if there is room and no other load is under way; called again until the model is there.
+
+        Returns whether the load was started now. Raises ModelTooLarge.
+        """
+        key, num_bytes = served.residence, self._expected_bytes(served)
+        if key in self._residents or key in self._loads:
+            return False
+        kept = sum(map(self._expected_bytes, (p for other, p in self._pinned.items() if other != key)))
+        if num_bytes > self.resident_bytes - kept:
+            limit = f"the limit of {self.resident_bytes}" + (
+                f", less {kept} of pinned models" if kept else ""
+            )
+            raise ModelTooLarge(f"its {num_bytes} bytes exceed {limit}")
+        if self._loads or not self._make_room(num_bytes):
+            return False
+        self._start(served, num_bytes)
+        return True
+
+    def want(self, served: Served) -> None:
+        """Loads without a request that waits for it, now or when there is room."""
+        self._leaving.discard(served.residence)
+        if (resident := self._residents.get(served.residence)) is not None:
+            resident.used_at = self.limits.clock()
+        elif served.residence not in self._loads:
+            self._wanted[served.residence] = served
+
+    def unload(self, residence: str) -> None:
+        """Lets an engine go when it has finished what it has; a load under way is let go at its end."""
+        self._wanted.pop(residence, None)
+        self._failed.pop(residence, None)
+        if residence in self._residents or residence in self._loads:
+            self._leaving.add(residence)
+
+    def keep(self, models: tuple[Served, ...]) -> None:
+        """Pins these, and no others."""
+        self._pinned = {served.residence: served for served in models}
+        self._leaving -= self._pinned.keys()
+
+    def has_loaded(self) -> bool:
+        """Whether `collect` would find something; for any thread."""
+        return any(load.future.done() for load in list(self._loads.values()))
+
+    def collect(self, is_awaited: Callable[[str], bool]) -> list[tuple[str, ServeError]]:
+        """Takes in the loads that have ended; gives those that failed, and why."""
+        failures = []
+        for key, load in list(self._loads.items()):
+            if not load.future.done():
+                continue
+            del self._loads[key]
+            try:
+                self._take_in(load, load.future.result(), is_awaited(key))
+            except BaseException as error:  # whatever a loader may raise, a panic too
+                log.error("model_load_failed", residence=key, exc_info=error)
+                shown = (
+                    error if isinstance(error, ServeError)
+                    else ModelLoadFailed(f"the model cannot be loaded: {error}")
+                )  # fmt: skip
+                self._note(load.served, shown)
+                failures.append((key, shown))
+        return failures
+
+    def tidy(self) -> None:
+        """Lets those go that are to leave, and loads what is wanted or pinned as far as there is room."""
+        for key in list(self._leaving):
+            resident = self._residents.get(key)
+            if resident is not None and not self._is_busy(key):
+                self.drop(key)
+                log.info("model_unloaded", residence=key)
+        if self._taken_bytes() > self.resident_bytes:
+            self._make_room(0)
+        now = self.limits.clock()
+        for key, served in [*self._wanted.items(), *self._pinned.items()]:
+            failed = self._failed.get(key)
+            if key not in self._wanted and failed is not None and now - failed.at < RETRY_SECONDS:
+                continue
+            try:
+                self.ask(served)
+            except ModelTooLarge as error:
+                self._note(served, error)
+                self._wanted.pop(key, None)
+            if key in self._loads or key in self._residents:
+                self._wanted.pop(key, None)
+
+    def drop(self, residence: str) -> None:
+        """Forgets an engine, at once."""
+        self._residents.pop(residence, None)
+        self._leaving.discard(residence)
+
+    def residences(self) -> frozenset[str]:
+        """Names of the engines that are loaded or being loaded."""
+        return frozenset(self._residents) | frozenset(self._loads)
+
+    def artifacts(self) -> frozenset[ArtifactRef]:
+        """What those engines were or are loaded from, drafts included."""
+        served = [resident.served for resident in self._residents.values()]
+        served += [load.served for load in self._loads.values()]
+        drafts = [each.serving.draft.weights for each in served if each.serving.draft is not None]
+        return frozenset([*(each.weights for each in served), *drafts])
+
+    def states(self) -> tuple[ModelState, ...]:
+        found = [
+            ModelState(
+                residence=key,
+                state="resident",
+                bytes=resident.num_bytes,
+                percent=100.0,
+                weights=resident.weights,
+                load_seconds=resident.load_seconds,
+                first_token_seconds=resident.first_token_seconds,
+                acceptance_rate=resident.acceptance_rate,
+                is_pinned=key in self._pinned,
+            )
+            for key, resident in self._residents.items()
+        ]
+        loads = [(key, load.served, load.progress.percent) for key, load in self._loads.items()]
+        loads += [(key, served, 0.0) for key, served in self._wanted.items()]
+        for key, served, percent in loads:
+            is_pinned = key in self._pinned
+            state = ModelState(residence=key, state="loading", bytes=served.stored_bytes, is_pinned=is_pinned)
+            found.append(state.model_copy(update={"percent": percent}))
+        for key, failed in self._failed.items():
+            size, is_pinned = failed.served.stored_bytes, key in self._pinned
+            state = ModelState(residence=key, state="failed", bytes=size, is_pinned=is_pinned)
+            found.append(state.model_copy(update={"error": str(failed.error)}))
+        return tuple(found)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, served: Served, num_bytes: int) -> None:
+        log.info("model_loading", residence=served.residence, num_bytes=num_bytes)
+        progress = LoadProgress(served.stored_bytes)
+        future = self._pool.submit(
+            _in_a_thread, partial(make_ready, served, self.fetch, self.limits, progress)
+        )
+        self._loads[served.residence] = _Load(served, progress, future, num_bytes)
+        self._failed.pop(served.residence, None)
+        future.add_done_callback(lambda _: self.ring())
+
+    def _take_in(self, load: _Load, ready: Ready, is_awaited: bool) -> None:
+        key = load.served.residence
+        self._true_bytes[key] = ready.num_bytes
+        if key in self._leaving:
+            self._leaving.discard(key)
+            if not is_awaited:
+                return
+        if ready.num_bytes > self.resident_bytes:
+            raise ModelTooLarge(
+                f"loaded, it takes {ready.num_bytes} bytes; the limit is {self.resident_bytes}"
+            )
+        self._make_room(ready.num_bytes)
+        self._residents[key] = Resident(load.served, *ready, used_at=self.limits.clock())
+        log.info(
+            "model_loaded", residence=key, num_bytes=ready.num_bytes, seconds=round(ready.load_seconds, 3)
+        )
+
+    def _note(self, served: Served, error: ServeError) -> None:
+        self._failed.pop(served.residence, None)
+        self._failed[served.residence] = _Failed(served, error, self.limits.clock())
+        while len(self._failed) > MAX_FAILURES:
+            del self._failed[next(iter(self._failed))]
+
+    def _expected_bytes(self, served: Served) -> int:
+        return self._true_bytes.get(served.residence, served.stored_bytes)
+
+    def _taken_bytes(self) -> int:
+        return sum(resident.num_bytes for resident in self._residents.values()) + sum(
+            load.num_bytes for load in self._loads.values()
+        )
+
+    def _is_busy(self, residence: str) -> bool:
+        return self._residents[residence].engine.has_work() or self.has_newcomers(residence)
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Evicts idle models until so many bytes fit; gives whether they do."""
+        taken = self._taken_bytes()
+        idle = [key for key in self._residents if key not in self._pinned and not self._is_busy(key)]
+        idle.sort(key=lambda key: self._residents[key].used_at)
+        reclaimable = sum(self._residents[key].num_bytes for key in idle)
+        if taken - reclaimable + num_bytes > self.resident_bytes:
+            return False  # busy models stay, so evicting idle ones would not help
+        for key in idle:
+            if taken + num_bytes <= self.resident_bytes:
+                break
+            taken -= self._residents[key].num_bytes
+            self.drop(key)
+            log.info("model_evicted", residence=key)
+        return True
+
+
+def _in_a_thread(work: Callable[[], Ready]) -> Ready:
+    """Done by a thread that ends with it, and its OpenMP threads with it.
+
+    While more of these live than there are cores, libgomp lets none of them spin, and every step of the engine's thread takes
+    up to twice as long (bench/LOG.md).
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="load", initializer=watch_loads) as pool:
+        return pool.submit(work).result()

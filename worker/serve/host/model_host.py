@@ -1,0 +1,283 @@
+"""Hands requests to the engines of their models and steps them all; loading never holds the stepping up."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import structlog
+
+from app.contracts.control import Keep, Load, Served, Unload
+from app.contracts.messages import ArtifactRef, Delta, GenerateRequest, ModelState, Reply
+from worker.serve.engine import Engine
+from worker.serve.errors import DeadlinePassed, ModelLoading, ModelTooLarge, ServeError, failure_of
+from worker.serve.host.engine_factory import EngineLimits, Fetch, Precision
+from worker.serve.host.model_cache import Residency
+from worker.serve.text.tokenizer_threads import PromptThreads, Tokens
+
+log = structlog.get_logger()
+
+
+class Addressed(NamedTuple):
+    """A reply and the API process that waits for it."""
+
+    reply_to: str
+    reply: Reply
+
+
+@dataclass(frozen=True)
+class HostStatus:
+    """A snapshot for the heartbeat; models are named by their residence. last_step_at: end of the last forward pass."""
+
+    models: tuple[ModelState, ...] = ()
+    num_running: int = 0
+    num_waiting: int = 0
+    last_step_at: float | None = None
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        return tuple(model.residence for model in self.models if model.state == "resident")
+
+    @property
+    def loading(self) -> tuple[str, ...]:
+        return tuple(model.residence for model in self.models if model.state == "loading")
+
+
+@dataclass
+class _Parked:
+    """A request that is not in an engine yet: its model is not loaded, or its prompt is being tokenised."""
+
+    request: GenerateRequest
+    waits_until: float
+    is_tokenising: bool = False
+
+
+@dataclass
+class ModelHost:
+    """Engines by residence, and the requests that go to them.
+
+    `submit`, `abort`, `tell`, `status`, `has_work` and `wait_for_work` may be called from any thread; `step_all`
+    and `close` belong to one. `loader` gives the local folder of an artifact and runs in the loading thread.
+    `retain` is called with all artifacts that are loaded or being loaded whenever they change.
+    """
+
+    resident_bytes: int
+    loader: Fetch
+    max_running: int = 32
+    max_context_tokens: int = 2048
+    model_load_wait_seconds: float = 30.0
+    device: str = "cpu"
+    precision: Precision = "float32"
+    clock: Callable[[], float] = time.time
+    retain: Callable[[frozenset[ArtifactRef]], None] = lambda artifacts: None
+    _inbox: "queue.SimpleQueue[GenerateRequest | str | Load | Unload | Keep]" = field(
+        default_factory=queue.SimpleQueue, init=False
+    )
+    _bell: threading.Event = field(default_factory=threading.Event, init=False)
+    _parked: dict[str, _Parked] = field(default_factory=dict, init=False)
+    _load_turns: dict[str, int] = field(default_factory=dict, init=False)  # number of a tenant's last load
+    _requests: dict[str, GenerateRequest] = field(default_factory=dict, init=False)
+    _outbox: list[Addressed] = field(default_factory=list, init=False)
+    _last_step_at: float | None = field(default=None, init=False)
+    _held: frozenset[str] = field(default=frozenset(), init=False)  # residences whose artifacts are retained
+
+    def __post_init__(self) -> None:
+        limits = EngineLimits(
+            self.max_running, self.max_context_tokens, self.device, self.clock, self.precision
+        )
+        self._residency = Residency(
+            self.resident_bytes, self.loader, limits, ring=self._bell.set, has_newcomers=self._is_tokenising
+        )
+        self._prompts = PromptThreads(self._bell.set)
+        self._status = HostStatus()
+
+    def submit(self, request: GenerateRequest) -> None:
+        """Takes a request; loads its model if need be. Everything that goes wrong comes as a Failure."""
+        self._put(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request without a reply at the next `step_all`."""
+        self._put(request_id)
+
+    def tell(self, message: Load | Unload | Keep) -> None:
+        """Loads, unloads and pins models; what comes of it is seen in the status."""
+        self._put(message)
+
+    def status(self) -> HostStatus:
+        """As it was at the end of the last `step_all`."""
+        return self._status
+
+    def has_work(self) -> bool:
+        """Whether a request is under way, or a message or a finished load waits."""
+        return bool(self._requests) or self._can_step()
+
+    def wait_for_work(self, timeout_seconds: float) -> bool:
+        """Sleeps until there is something to step, or the time is up; gives whether there is."""
+        if not self._can_step():
+            self._bell.wait(timeout_seconds)
+        return self._can_step()
+
+    def step_all(self) -> list[Addressed]:
+        """One step of every engine with work, and all replies that are due."""
+        self._bell.clear()
+        self._read_inbox()
+        for residence, error in self._residency.collect(self._is_awaited):
+            for parked in [p for p in self._parked.values() if p.request.residence == residence]:
+                self._fail(parked.request, error)
+        self._place_tokenised()
+        self._place_parked()
+        self._residency.tidy()
+        for residence, resident in self._residency:
+            if resident.engine.has_work():
+                resident.used_at = self.clock()
+                self._step(residence, resident.engine)
+        self._retain_artifacts()
+        replies, self._outbox = self._outbox, []
+        self._status = self._snapshot()
+        return replies
+
+    def close(self) -> None:
+        """Ends the other threads; requests under way are forgotten."""
+        self._prompts.close()
+        self._residency.close()
+
+    def _put(self, message: GenerateRequest | str | Load | Unload | Keep) -> None:
+        self._inbox.put(message)
+        self._bell.set()
+
+    def _can_step(self) -> bool:
+        is_stepping = any(resident.engine.has_work() for _, resident in self._residency)
+        has_news = self._residency.has_loaded() or self._prompts.has_result() or not self._inbox.empty()
+        return is_stepping or has_news
+
+    def _read_inbox(self) -> None:
+        while not self._inbox.empty():
+            match self._inbox.get():
+                case GenerateRequest() as request:
+                    if request.id not in self._requests:  # else delivered twice
+                        self._requests[request.id] = request
+                        waits_until = self.clock() + self.model_load_wait_seconds
+                        self._parked[request.id] = _Parked(request, waits_until)
+                case Load(served=served):
+                    self._residency.want(served)
+                case Unload(residence=residence):
+                    self._residency.unload(residence)
+                case Keep(models=models):
+                    self._residency.keep(models)
+                case request_id:
+                    self._forget(request_id)
+
+    def _forget(self, request_id: str) -> None:
+        request = self._requests.pop(request_id, None)
+        self._unpark(request_id)
+        if request is not None and (engine := self._residency.engine_of(request.residence)) is not None:
+            engine.abort(request_id)
+
+    def _unpark(self, request_id: str) -> None:
+        parked = self._parked.pop(request_id, None)
+        if parked is not None and parked.is_tokenising:
+            self._prompts.cancel(request_id)
+
+    def _is_tokenising(self, residence: str) -> bool:
+        return any(p.is_tokenising and p.request.residence == residence for p in self._parked.values())
+
+    def _is_awaited(self, residence: str) -> bool:
+        return any(parked.request.residence == residence for parked in self._parked.values())
+
+    def _place_parked(self) -> None:
+        """Has prompts tokenised, and models loaded: first for the tenant whose last load was started longest ago."""
+        now = self.clock()
+        if not self._parked:
+            self._load_turns.clear()
+        for parked in sorted(self._parked.values(), key=lambda p: self._load_turns.get(p.request.tenant, 0)):
+            request = parked.request
+            if request.deadline_at < now:
+                self._fail(request, DeadlinePassed("the request's time is up; retry"))
+            elif parked.is_tokenising:
+                continue
+            elif (resident := self._residency.find(request.residence)) is not None:
+                parked.is_tokenising = True
+                resident.used_at = now
+                self._prompts.add(request, resident.engine.prompt_of)
+            else:
+                self._wait(parked, now)
+
+    def _wait(self, parked: _Parked, now: float) -> None:
+        request = parked.request
+        try:
+            if self._residency.ask(served_of(request)):
+                self._load_turns[request.tenant] = max(self._load_turns.values(), default=0) + 1
+        except ModelTooLarge as error:
+            self._fail(request, error)
+        else:
+            if parked.waits_until <= now:  # the load goes on, for those who come again
+                self._fail(request, ModelLoading(f"model {request.model} is still loading; retry shortly"))
+
+    def _place_tokenised(self) -> None:
+        for request, result in self._prompts.take():
+            parked = self._parked.get(request.id)
+            if parked is None or parked.request is not request:
+                continue  # cancelled meanwhile
+            parked.is_tokenising = False
+            if isinstance(result, ServeError):
+                self._fail(request, result)
+            elif (engine := self._residency.engine_of(request.residence)) is not None:
+                del self._parked[request.id]
+                self._add(engine, request, result)
+
+    def _add(self, engine: Engine, request: GenerateRequest, prompt: Tokens) -> None:
+        try:
+            engine.add(request, prompt)
+        except ServeError as error:
+            self._fail(request, error)
+        except Exception as error:  # the engine thread's edge: one request must not end the others
+            log.error("request_refused", request=request.id, exc_info=error)
+            self._fail(request, ServeError("the engine could not take this request; its log has the reason"))
+
+    def _step(self, residence: str, engine: Engine) -> None:
+        is_pass = engine.num_running + engine.num_waiting > 0
+        try:
+            replies = engine.step()
+        except Exception as error:  # the engine thread's edge: one model must not end the others
+            log.error("engine_failed", residence=residence, exc_info=error)
+            self._residency.drop(
+                residence
+            )  # its batch is in an unknown state; the next request loads it anew
+            begun = [request for request in self._requests.values() if request.id not in self._parked]
+            for request in [request for request in begun if request.residence == residence]:
+                self._fail(request, ServeError("the engine failed on this batch; retry"))
+            return
+        if is_pass:
+            self._last_step_at = self.clock()
+        for reply in replies:
+            request = self._requests[reply.id]
+            self._outbox.append(Addressed(request.reply_to, reply))
+            if not isinstance(reply, Delta):
+                del self._requests[reply.id]
+
+    def _retain_artifacts(self) -> None:
+        held = self._residency.residences()
+        if held != self._held:
+            self._held = held
+            self.retain(self._residency.artifacts())
+
+    def _fail(self, request: GenerateRequest, error: ServeError) -> None:
+        self._requests.pop(request.id, None)
+        self._unpark(request.id)
+        self._outbox.append(Addressed(request.reply_to, failure_of(request.id, error)))
+
+    def _snapshot(self) -> HostStatus:
+        engines = [resident.engine for _, resident in self._residency]
+        return HostStatus(
+            models=self._residency.states(),
+            num_running=sum(engine.num_running for engine in engines),
+            num_waiting=sum(engine.num_waiting for engine in engines) + len(self._parked),
+            last_step_at=self._last_step_at,
+        )
+
+
+def served_of(request: GenerateRequest) -> Served:
+    """What has to be loaded for a request."""
+    return Served(model=request.model, weights=request.weights, serving=request.serving)

@@ -1,0 +1,161 @@
+"""Makes certain text from tokens: whole characters only, and nothing that may turn out to be a stop string."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from app.contracts.messages import TokenLogprob
+from worker.serve.decoding.sampling import Pick
+from worker.serve.errors import ServeError, raise_unless_panic
+
+REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no whole character, so far or ever
+NUM_CONTEXT_TOKENS = 4  # prompt tokens decoded along, so that a first word keeps its leading space
+
+
+class TokenText:
+    """A tokenizer's way back to text and bytes."""
+
+    def __init__(self, tokenizer: Any) -> None:  # Any: transformers is untyped here
+        self._tokenizer = tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
+        self._bytes_of_letter = BYTE_OF_LETTER if '"ByteLevel"' in json.dumps(decoder) else {}
+        self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text without special tokens, every space kept."""
+        try:
+            text: str = self._tokenizer.decode(
+                list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+        except BaseException as error:
+            raise_unless_panic(error)
+            raise ServeError("the model's tokenizer cannot turn its own tokens into text") from error
+        return text
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes one token stands for, which need not be whole characters."""
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:
+            return b""  # a padded vocabulary has rows no token stands for
+        if self._bytes_of_letter and all(letter in self._bytes_of_letter for letter in piece):
+            return bytes(self._bytes_of_letter[letter] for letter in piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return str(piece).replace("▁", " ").encode()  # ▁ is how SentencePiece writes a space
+
+    def logprob_of(self, pick: Pick) -> TokenLogprob | None:
+        """The public form of a pick's log-probabilities, if it has any."""
+        if pick.token is None or pick.logprob is None:
+            return None
+        data = self.bytes_of(pick.token)
+        return TokenLogprob(
+            token=data.decode(errors="replace"),
+            logprob=pick.logprob,
+            bytes=tuple(data),
+            top=tuple((self.bytes_of(t).decode(errors="replace"), value) for t, value in pick.top),
+        )
+
+
+def _byte_level_letters() -> dict[str, int]:
+    # GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 onwards
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in set(printable)]
+    letters = {chr(byte): byte for byte in printable}
+    return letters | {chr(0x100 + index): byte for index, byte in enumerate(hidden)}
+
+
+BYTE_OF_LETTER = _byte_level_letters()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What became certain: text, and the picks whose text lies in it. After is_stopped nothing follows."""
+
+    text: str = ""
+    picks: tuple[Pick, ...] = ()
+    is_stopped: bool = False
+
+
+@dataclass
+class _Placed:
+    pick: Pick
+    begin: int
+    end: int
+
+
+class TextStream:
+    """The text of one choice as it grows. Positions count characters from the start of the answer.
+
+    Stop strings are looked for behind the text of the first `min_tokens` tokens.
+    """
+
+    def __init__(
+        self, text: TokenText, *, prompt: Sequence[int], stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
+        self._codec = text
+        self._stop = tuple(string for string in stop if string)
+        self._num_unstoppable = min_tokens
+        tail = list(prompt[-NUM_CONTEXT_TOKENS:])
+        self._window = [] if text.decode(tail).endswith(REPLACEMENT) else tail
+        self._num_read = len(self._window)  # tokens of the window whose text is in _pending or sent
+        self._undecoded: list[Pick] = []
+        self._placed: list[_Placed] = []
+        self._pending = ""
+        self._num_sent = 0
+
+    def push(self, pick: Pick, *, is_last: bool = False) -> Piece:
+        """Adds one token; gives what is certain now, everything if it is the last."""
+        assert pick.token is not None, "a row without numbers has no text"
+        self._window.append(pick.token)
+        self._undecoded.append(pick)
+        self._decode(is_last=is_last)
+        if self._num_unstoppable:
+            self._num_unstoppable -= 1
+            return self._release(is_last=is_last, stop=())
+        return self._release(is_last=is_last, stop=self._stop)
+
+    def end(self) -> Piece:
+        """Gives what was held back, when the sequence ended on a token that is not part of its text."""
+        self._decode(is_last=True)
+        return self._release(is_last=True, stop=self._stop)
+
+    def _decode(self, *, is_last: bool) -> None:
+        if not self._undecoded:
+            return
+        known = self._codec.decode(self._window[: self._num_read])
+        text = self._codec.decode(self._window)
+        if text.endswith(REPLACEMENT) and not is_last:
+            return
+        begin = self._num_sent + len(self._pending)
+        self._pending += text[len(known) :]
+        end = self._num_sent + len(self._pending)
+        self._placed += [_Placed(pick, begin, end) for pick in self._undecoded]
+        self._undecoded = []
+        self._window = self._window[max(0, self._num_read - NUM_CONTEXT_TOKENS) :]
+        self._num_read = len(self._window)
+
+    def _release(self, *, is_last: bool, stop: Sequence[str]) -> Piece:
+        found = [at for at in (self._pending.find(string) for string in stop) if at >= 0]
+        if found:
+            cut = self._num_sent + min(found)
+            picks = tuple(placed.pick for placed in self._placed if placed.begin < cut)
+            return Piece(self._pending[: min(found)], picks, is_stopped=True)
+        num_held = 0 if is_last else self._num_held(stop)
+        text = self._pending[: len(self._pending) - num_held]
+        self._pending = self._pending[len(text) :]
+        self._num_sent += len(text)
+        picks = tuple(placed.pick for placed in self._placed if placed.end <= self._num_sent)
+        self._placed = self._placed[len(picks) :]
+        return Piece(text, picks)
+
+    def _num_held(self, stop: Sequence[str]) -> int:
+        longest = max((len(string) - 1 for string in stop), default=0)
+        for length in range(min(longest, len(self._pending)), 0, -1):
+            tail = self._pending[-length:]
+            if any(string.startswith(tail) for string in stop):
+                return length
+        return 0

@@ -1,0 +1,136 @@
+"""Turns what a request carries (text, tokens or messages) into prompt tokens that fit the context."""
+
+from typing import Any
+
+from app.contracts.messages import GenerateRequest, Message
+from worker.serve.decoding.families import Context
+from worker.serve.errors import (
+    AnswerTooLong,
+    InvalidMessages,
+    InvalidPrompt,
+    MessagesTooLong,
+    NoChatTemplate,
+    PromptTooLong,
+    raise_unless_panic,
+)
+from worker.serve.text.prompt_size import SizeBound
+from worker.serve.text.template_process import RENDERER
+
+Tokenizer = Any  # transformers is untyped here
+
+SHORT_CHARACTERS = 16_384  # texts up to here are tokenised in any case, so that an error tells exact numbers
+
+
+def prompt_tokens(
+    request: GenerateRequest,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    context: Context,
+    bound: SizeBound | None = None,
+) -> tuple[int, ...]:
+    """Returns tokens that leave room for max_tokens, or for one if the request takes what fits.
+
+    A long text that cannot fit by the size bound of its tokens is refused before it is tokenised.
+
+    Raises InvalidPrompt, InvalidMessages, NoChatTemplate, PromptTooLong or AnswerTooLong.
+    """
+    tokens = request.tokens
+    if tokens is None:
+        is_chat = request.messages is not None
+        text = chat_text(request.messages, tokenizer) if request.messages is not None else request.text or ""
+        if bound is not None and len(text) > SHORT_CHARACTERS:
+            refuse_too_long(request, bound.least_tokens(text), context, is_least=True)
+        if is_chat:
+            tokens = encode(text, tokenizer, add_special_tokens=False)
+        else:
+            tokens = text_tokens(text, tokenizer, has_encoder=context.source_tokens is not None)
+    if not tokens:
+        tokens = _start_token(tokenizer)
+    refuse_too_long(request, len(tokens), context)
+    unknown = [token for token in tokens if not 0 <= token < vocab_size]
+    if unknown:
+        raise InvalidPrompt(
+            f"token {unknown[0]} is not in the vocabulary; give tokens from 0 to {vocab_size - 1}"
+        )
+    return tokens
+
+
+def refuse_too_long(
+    request: GenerateRequest, num_prompt: int, context: Context, *, is_least: bool = False
+) -> None:
+    """Raises PromptTooLong or AnswerTooLong if prompt and answer do not fit.
+
+    With `is_least`, num_prompt is a lower bound on the prompt's tokens.
+    """
+    num_answer = 1 if request.sampling.fits_context else request.sampling.max_tokens
+    if num_answer <= context.room_for(num_prompt):
+        return
+    error = MessagesTooLong if request.messages is not None else PromptTooLong
+    bound = "at least " if is_least else ""
+    if context.source_tokens is None:
+        raise error(
+            f"This model's maximum context length is {context.tokens} tokens, but {bound}"
+            f"{num_prompt + num_answer} were asked for ({bound}{num_prompt} in the prompt, {num_answer} for the "
+            "answer); shorten the prompt or lower max_tokens"
+        )
+    if num_prompt > context.source_tokens:
+        raise error(
+            f"This model's encoder reads at most {context.source_tokens} tokens, but the prompt has {bound}"
+            f"{num_prompt}; shorten it"
+        )
+    raise AnswerTooLong(
+        f"This model's answers have at most {context.tokens} tokens, but max_tokens is {num_answer}; lower it"
+    )
+
+
+def text_tokens(text: str, tokenizer: Tokenizer, *, has_encoder: bool) -> tuple[int, ...]:
+    """As students are trained: an encoder, and a model whose end token separates, sees what the tokenizer adds.
+
+    Any other model would take an end token behind the prompt for the end of the answer.
+    """
+    tokens = list(encode(text, tokenizer))
+    end = end_id_of(tokenizer)
+    if not has_encoder and end != tokenizer.sep_token_id:
+        while tokens and tokens[-1] == end:
+            tokens.pop()
+    return tuple(tokens)
+
+
+def end_id_of(tokenizer: Tokenizer) -> int | None:
+    """The token that ends an answer: BERT's tokenizers have a separator only."""
+    end: int | None = getattr(tokenizer, "eos_token_id", None)
+    return getattr(tokenizer, "sep_token_id", None) if end is None else end
+
+
+def chat_text(messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:
+    """Returns the chat template's rendering with the assistant's turn opened.
+
+    The template comes with the model, so it is untrusted: an immutable sandbox in a process of its own renders it.
+    """
+    template = tokenizer.chat_template
+    if not template:
+        raise NoChatTemplate("this model has no chat template; use /v1/completions")
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    if "developer" not in str(template):
+        turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+    try:
+        chosen = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InvalidMessages(f"the model has no default chat template: {error}") from error
+    return RENDERER.render(chosen, turns, tokenizer.special_tokens_map)
+
+
+def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+    """The tokens of a text. Raises InvalidPrompt where the model's own patterns give up on it."""
+    try:
+        return tuple(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+    except BaseException as error:
+        raise_unless_panic(error)
+        raise InvalidPrompt("the model's tokenizer cannot split this text; send another") from error
+
+
+def _start_token(tokenizer: Tokenizer) -> tuple[int, ...]:
+    if tokenizer.bos_token_id is None:
+        raise InvalidPrompt("the prompt is empty and this model has no start token; give at least one token")
+    return (tokenizer.bos_token_id,)

@@ -1,0 +1,120 @@
+"""Chat templates rendered in a process of their own: a stranger's template may loop or swell, and only that process ends.
+
+`python -m worker.serve.text.template_process` is that process: one JSON object a line in, one a line out, until its input closes.
+"""
+
+import atexit
+import json
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from worker.serve.errors import InvalidMessages
+
+CPU_SECONDS = 2.0  # of one rendering; real templates take about a millisecond
+MEMORY_BYTES = 512 * 2**20  # beyond what the process has when it is ready
+MOST_ENDS = 3  # children that one template may end before it is refused unseen
+MAX_CHARACTERS = 16 * 2**20
+Turns = Sequence[Mapping[str, str]]
+Json = dict[str, Any]  # Any: JSON
+
+
+class TemplateRenderer:
+    """Renders for one process; its child starts with the first template, or with `start`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._num_ends: Counter[str] = Counter()  # children that a template has ended
+
+    def start(self) -> None:
+        """Starts the child ahead of need; it takes two seconds to be ready."""
+        with self._lock:
+            self._running()
+
+    def render(self, template: str, turns: Turns, names: Mapping[str, object]) -> str:
+        """The text with the assistant's turn opened. Raises InvalidMessages."""
+        line = json.dumps({"template": template, "turns": list(turns), "names": dict(names)}).encode()
+        with self._lock:
+            answer = None
+            if self._num_ends[template] < MOST_ENDS:
+                answer = self._exchange(line + b"\n")
+                self._num_ends[template] += answer is None
+            if answer is None:
+                raise InvalidMessages(
+                    "the model's chat template takes too long or too much memory; import a model with a plain one"
+                )
+        if "error" in answer:
+            raise InvalidMessages(f"the model's chat template refuses these messages: {answer['error']}")
+        return str(answer["text"])
+
+    def close(self) -> None:
+        """Ends the child."""
+        if self._child is not None:
+            self._child.communicate()
+            self._child = None
+
+    def _exchange(self, line: bytes) -> Json | None:
+        """None if the child ended before it answered."""
+        child = self._running()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(line)
+            child.stdin.flush()
+            answer: Json | None = json.loads(child.stdout.readline() or b"null")
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            child.communicate()
+            self._child = None
+        return answer
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._child is None or self._child.poll() is not None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "worker.serve.text.template_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # a terminal's Ctrl-C is for the worker; the closing pipe ends this one
+            )
+        return self._child
+
+
+def serve() -> None:
+    """Answers until the input closes; dies by signal when a template takes too long."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # seconds, and none of torch
+
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
+        try:
+            (text,), _ = render_jinja_template(
+                conversations=[asked["turns"]],
+                chat_template=asked["template"],
+                add_generation_prompt=True,
+                **asked["names"],
+            )
+            if len(text) > MAX_CHARACTERS:
+                raise ValueError(f"it writes {len(text)} characters")
+            answer = {"text": text}
+        except Exception as error:  # noqa: BLE001  # this process's edge: a template may raise anything
+            answer = {"error": str(error)[:300] or type(error).__name__}
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+RENDERER = TemplateRenderer()
+atexit.register(RENDERER.close)
+
+if __name__ == "__main__":
+    serve()
