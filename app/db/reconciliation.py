@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, TypeVarTuple
 
-from sqlalchemy import ScalarSelect, Select, delete, func, select, text, update
+from sqlalchemy import ScalarSelect, Select, delete, func, select, text, union_all, update
 from sqlalchemy.orm import Session
 
 from app.contracts.messages import TERMINAL, JobFailure, JobStatus
@@ -223,19 +223,21 @@ def forget_expired_keys(session: Session) -> int:
 
 
 def stored_jobs(session: Session, job_ids: Collection[str]) -> dict[str, StoredJob]:
-    """The state of each of these jobs, and the store keys that rows refer to."""
-    kept: dict[str, set[str]] = {}
-    checkpoints = select(Checkpoint.job_id, Checkpoint.store_key).where(Checkpoint.job_id.in_(job_ids))
-    for job_id, key in session.execute(checkpoints):
-        kept.setdefault(job_id, set()).add(key)
-    for model in session.scalars(select(Model).where(Model.source_job_id.in_(job_ids))):
-        kept.setdefault(model.source_job_id or "", set()).add(model.store_key)
-    columns = (Job.id, Job.kind, Job.status, Job.lease_token, Job.deleted_at)
+    """Returns the state of each of these jobs, and the store keys that rows refer to.
+
+    Everything is read in one statement, hence from one snapshot. With two, a job could succeed in between: it would
+    count as ended, without the model that it registered in the same transaction.
+    """
+    kept_keys = union_all(
+        select(Checkpoint.store_key).where(Checkpoint.job_id == Job.id),
+        select(Model.store_key).where(Model.source_job_id == Job.id),
+    )
+    query = select(
+        Job.id, Job.kind, Job.status, Job.lease_token, Job.deleted_at, func.array(kept_keys.scalar_subquery())
+    ).where(Job.id.in_(job_ids))
     return {
-        row.id: StoredJob(
-            row.kind, row.status, row.lease_token, row.deleted_at is not None, frozenset(kept.get(row.id, ()))
-        )
-        for row in session.execute(select(*columns).where(Job.id.in_(job_ids)))
+        job_id: StoredJob(kind, status, lease_token, deleted_at is not None, frozenset(kept))
+        for job_id, kind, status, lease_token, deleted_at, kept in session.execute(query)
     }
 
 

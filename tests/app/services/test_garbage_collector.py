@@ -1,12 +1,13 @@
 """Garbage collection: a real Postgres, a real store, and what each row's end leaves in it."""
 
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from app.contracts.messages import ArtifactRef, JobFailure
 from app.db import files, jobs, leases, models
@@ -122,14 +123,47 @@ def test_the_files_of_a_registered_model_outlive_the_deletion_of_its_job(
     job_id, token = claim()
     put_checkpoint(store, tmp_path / "c", job_id, token, 1, commit=True)
     ref = store.put_folder(tmp_path / "c", f"models/{job_id}/{token}")
-    model = {"id": "ds:tiny", "origin": "distilled", "store_key": ref.key, "bytes": ref.bytes}
-    model |= {"manifest_sha256": ref.sha256, "facts": {}}
+    succeed(job_id, token, ref)
     with transaction() as session:
-        assert leases.succeed(session, job_id, token, model=model, result={}, trained_tokens=1)
         assert jobs.delete_job(session, job_id)
     collect(store)
     assert store.verify_folder(ref.key)
     assert store.children("checkpoints") == []
+
+
+@pytest.mark.parametrize("num_statements", range(1, 17))
+def test_a_job_that_succeeds_during_a_round_keeps_its_model(
+    store: Store, tmp_path: Path, num_statements: int
+) -> None:
+    """The job succeeds after so many statements of the round, whatever they read."""
+    add_job()
+    job_id, token = claim()
+    put_checkpoint(store, tmp_path / "c", job_id, token, 1, commit=True)
+    ref = store.put_folder(tmp_path / "c", f"models/{job_id}/{token}")
+    success = threading.Thread(target=succeed, args=(job_id, token, ref))
+    collecting_thread, num_seen = threading.get_ident(), 0
+
+    def count(*_: object) -> None:
+        nonlocal num_seen
+        if threading.get_ident() == collecting_thread:
+            num_seen += 1
+            if num_seen == num_statements:
+                success.start()
+                success.join(2)  # a lock of the round may hold it up
+
+    event.listen(engine(), "after_cursor_execute", count)
+    try:
+        collect(store)
+    finally:
+        event.remove(engine(), "after_cursor_execute", count)
+    if num_seen < num_statements:
+        success.start()  # after the round
+    success.join()
+    with transaction() as session:
+        job = jobs.load_job(session, job_id)
+        assert job is not None
+        assert job.status == "succeeded"
+    assert store.verify_folder(ref.key)
 
 
 def test_a_failed_import_leaves_no_folder(store: Store, tmp_path: Path) -> None:
