@@ -33,7 +33,9 @@ SCOPES = (
 TENANT_SCOPES = tuple(scope for scope in SCOPES if scope not in {"admin", HUB_TOKEN_SCOPE})
 KEY_PATTERN = re.compile(r"sk-sh-([0-9a-f]{16})-([A-Za-z0-9_-]{20,80})")
 PROJECT_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-UNKNOWN_HMAC = bytes(32)  # compared with when no such key exists, so that both answers cost the same
+UNKNOWN_HMAC = bytes(
+    32
+)  # compared with when no such key exists, so that both answers cost the same
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,13 @@ def create_key(
     wanted = sorted(set(scopes))
     unknown = [scope for scope in wanted if scope not in SCOPES]
     if unknown or not wanted:
-        raise BadRequest(f"unknown scopes {unknown}; choose from {', '.join(SCOPES)}", param="scopes")
+        raise BadRequest(
+            f"unknown scopes {unknown}; choose from {', '.join(SCOPES)}", param="scopes"
+        )
     if not PROJECT_PATTERN.fullmatch(project_id):
         raise BadRequest(
-            "a project is 1 to 64 of a-z 0-9 . _ - and begins with a letter or digit", param="project"
+            "a project is 1 to 64 of a-z 0-9 . _ - and begins with a letter or digit",
+            param="project",
         )
     key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     keys.insert_key(

@@ -112,5 +112,10 @@ class TimedOut(StillhouseError):
 
 def envelope(error: StillhouseError) -> dict[str, dict[str, str | None]]:
     return {
-        "error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code},
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        },
     }

@@ -106,5 +106,7 @@ def _num_bytes(path: Path) -> int:
     if not path.is_dir():
         return path.stat().st_size
     return sum(
-        os.lstat(os.path.join(root, name)).st_size for root, _, names in os.walk(path) for name in names
+        os.lstat(os.path.join(root, name)).st_size
+        for root, _, names in os.walk(path)
+        for name in names
     )

@@ -16,9 +16,9 @@ from app.api.openapi import ERRORS
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.log_config import configure_logging
 from app.routing import task_queue
-from app.routing.router import Switchboard
+from app.routing.router import RequestRouter
 from app.services.batch.batch_runner import BatchRunner
-from app.services.pin_broadcaster import PinTeller
+from app.services.pin_broadcaster import PinBroadcaster
 from app.services.reconciler import Reconciler
 from app.settings import Settings, get_settings
 
@@ -41,9 +41,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.database_check = health.DatabaseCheck()
-    app.state.switchboard = Switchboard(settings)
+    app.state.switchboard = RequestRouter(settings)
     app.state.batch_runner = BatchRunner(app.state.switchboard)
-    app.state.pin_teller = PinTeller(app.state.switchboard)
+    app.state.pin_teller = PinBroadcaster(app.state.switchboard)
     errors.install(app)
     # Routes are tried in turn, and nobody waits as closely as for a first token.
     for module in (completions, health, files, jobs, models, serving, batches):
@@ -52,7 +52,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     if settings.allowed_origins:
         origins = settings.allowed_origins.replace(",", " ").split()
         app.add_middleware(
-            CORSMiddleware, allow_origins=origins, allow_methods="*", allow_headers="*", expose_headers="*"
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods="*",
+            allow_headers="*",
+            expose_headers="*",
         )
     return app
 
@@ -73,7 +77,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
     finally:
         await app.state.pin_teller.stop()
-        await app.state.batch_runner.stop()  # first, so that what it stops is cancelled on the workers
+        await (
+            app.state.batch_runner.stop()
+        )  # first, so that what it stops is cancelled on the workers
         await app.state.switchboard.stop()
         reconciler.stop()
 
@@ -84,7 +90,7 @@ class ReconcilerThread(threading.Thread):
     def __init__(self, every_seconds: float) -> None:
         super().__init__(name="reconciler", daemon=True)
         self._every_seconds = every_seconds
-        self._reconciler = Reconciler(task_queue.ring_again)
+        self._reconciler = Reconciler(task_queue.notify_workers_again)
         self._is_stopping = threading.Event()
 
     def run(self) -> None:

@@ -15,7 +15,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="STILLHOUSE_", extra="ignore", frozen=True)
 
-    data_dir: Path = Field(Path(".stillhouse"), description="Where `stillhouse up` keeps everything it owns")
+    data_dir: Path = Field(
+        Path(".stillhouse"), description="Where `stillhouse up` keeps everything it owns"
+    )
     database_url: str = Field(
         "", description="PostgreSQL URL; empty: `stillhouse up` starts one in the data dir"
     )
@@ -39,15 +41,21 @@ class Settings(BaseSettings):
     max_file_bytes: int = Field(512 * 2**20, gt=0, description="Largest upload")
     max_line_bytes: int = Field(2**20, gt=0, description="Longest line of an uploaded JSONL file")
     max_rows_per_file: int = Field(2_000_000, gt=0, description="Rows of an uploaded training file")
-    max_bytes_per_project: int = Field(100 * 2**30, gt=0, description="Bytes of files a project may keep")
+    max_bytes_per_project: int = Field(
+        100 * 2**30, gt=0, description="Bytes of files a project may keep"
+    )
     max_files_per_project: int = Field(10_000, gt=0, description="Files a project may keep")
     max_active_jobs_per_project: int = Field(
         100, gt=0, description="Jobs, and batches, of a project that have not ended"
     )
     max_body_bytes: int = Field(4 * 2**20, gt=0, description="Largest JSON request body")
-    min_free_bytes: int = Field(2**30, ge=0, description="Disk that must stay free beside what a job needs")
+    min_free_bytes: int = Field(
+        2**30, ge=0, description="Disk that must stay free beside what a job needs"
+    )
 
-    heartbeat_seconds: float = Field(10.0, gt=0, description="How often a train worker renews its lease")
+    heartbeat_seconds: float = Field(
+        10.0, gt=0, description="How often a train worker renews its lease"
+    )
     lease_seconds: float = Field(
         90.0, gt=0, description="Silence after which another may take the job, or the batch"
     )
@@ -64,22 +72,32 @@ class Settings(BaseSettings):
         gt=0,
         description="Maximum running time of a job before it is paused; resuming the job resets it",
     )
-    keep_checkpoints: int = Field(2, ge=2, description="Newest checkpoints kept beside the best one")
-    teacher_cache_bytes: int = Field(20 * 2**30, ge=0, description="Disk for teacher caches and answers")
+    keep_checkpoints: int = Field(
+        2, ge=2, description="Newest checkpoints kept beside the best one"
+    )
+    teacher_cache_bytes: int = Field(
+        20 * 2**30, ge=0, description="Disk for teacher caches and answers"
+    )
     artifact_cache_bytes: int = Field(
         50 * 2**30,
         ge=0,
         description="Disk for a worker's local copies of artifacts of a remote store; copies in use may exceed it",
     )
-    num_threads: int = Field(0, ge=0, description="Compute threads of a trainer or engine; 0: all cores")
+    num_threads: int = Field(
+        0, ge=0, description="Compute threads of a trainer or engine; 0: all cores"
+    )
     training_cpu_share: float = Field(
         0.45,
         ge=0.05,
         le=1,
         description="Share of the CPU time that training gets while a serve worker on the same cores is busy; 1 disables time-sharing",
     )
-    num_processes: int = Field(0, ge=0, description="Processes that train one student; 0: one a CUDA device")
-    work_dir: str = Field("", description="Where runs lay their work folders; empty: <data-dir>/work")
+    num_processes: int = Field(
+        0, ge=0, description="Processes that train one student; 0: one a CUDA device"
+    )
+    work_dir: str = Field(
+        "", description="Where runs lay their work folders; empty: <data-dir>/work"
+    )
 
     train_cuda_devices: str = Field(
         "",
@@ -112,7 +130,9 @@ class Settings(BaseSettings):
         ge=1,
         description="Maximum estimated size of a response that is not streamed, checked before generation starts",
     )
-    max_requests_per_key: int = Field(64, ge=1, description="Generation requests of one key at once, per API")
+    max_requests_per_key: int = Field(
+        64, ge=1, description="Generation requests of one key at once, per API"
+    )
     max_batch_sequences: int = Field(
         8, ge=1, le=256, description="Sequences that batches have in the engine at once, per API"
     )
@@ -122,17 +142,22 @@ class Settings(BaseSettings):
     model_load_wait_seconds: float = Field(
         30.0, ge=0, description="How long a request waits for a loading model"
     )
-    resident_model_bytes: int = Field(4 * 2**30, gt=0, description="Weights a serve worker keeps loaded")
+    resident_model_bytes: int = Field(
+        4 * 2**30, gt=0, description="Weights a serve worker keeps loaded"
+    )
     max_context_tokens: int = Field(
         2048, ge=16, description="Longest prompt plus answer the engine keeps room for"
     )
-    serve_heartbeat_seconds: float = Field(1.0, gt=0, description="How often a serve worker says it lives")
+    serve_heartbeat_seconds: float = Field(
+        1.0, gt=0, description="How often a serve worker says it lives"
+    )
 
     hf_endpoint: str = Field(
         "", description="Hub that `hf:` imports are fetched from; empty: the Hugging Face hub"
     )
     hf_token: str = Field(
-        "", description="Token for the hub, for imports by keys with the scope `hub:token` or `admin`"
+        "",
+        description="Token for the hub, for imports by keys with the scope `hub:token` or `admin`",
     )
     crash_dir: str = Field(
         "", description="For fault tests only: where crash points are armed; empty: nowhere"
@@ -150,7 +175,9 @@ def get_settings() -> Settings:
     return Settings()
 
 
-def celery_settings(settings: Settings) -> dict[str, Any]:  # Any: Celery's own untyped configuration
+def celery_settings(
+    settings: Settings,
+) -> dict[str, Any]:  # Any: Celery's own untyped configuration
     """Celery configuration shared by the producer and the workers.
 
     Messages are doorbells and hand-overs, acknowledged at once: Postgres is the truth about jobs, so

@@ -69,7 +69,9 @@ class Store:
         """A binary file that appears under the key when the block ends, and never if it raises."""
         path = self._path(key)
         if not self.is_local:
-            with tempfile.NamedTemporaryFile() as spool:  # object stores show an object only when it is whole
+            with (
+                tempfile.NamedTemporaryFile() as spool
+            ):  # object stores show an object only when it is whole
                 yield spool
                 spool.flush()
                 self._fs.put_file(spool.name, path)
@@ -124,7 +126,9 @@ class Store:
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
 
-    def fetch_folder(self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None) -> Path:
+    def fetch_folder(
+        self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None
+    ) -> Path:
         """A local folder with the artifact: the store's own, or a verified copy kept in `cache_dir`.
 
         A folder inside a stored folder can be had too. Never change what it returns. `make_room` is called
@@ -152,7 +156,9 @@ class Store:
                     raise
         return target
 
-    def fetch_file(self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None) -> Path:
+    def fetch_file(
+        self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None
+    ) -> Path:
         """A local file with the artifact: the store's own, or a verified copy kept in `cache_dir`."""
         path = self._path(ref.key)
         if self.is_local:
@@ -171,9 +177,12 @@ class Store:
     def verify_folder(self, key: str, sha256: str | None = None) -> bool:
         """Reads everything: whether each file is there and as it was put. `sha256` is the manifest's."""
         try:
-            entries = _entries(*self._checked_manifest(ArtifactRef(key=key, bytes=0, sha256=sha256)))
+            entries = _entries(
+                *self._checked_manifest(ArtifactRef(key=key, bytes=0, sha256=sha256))
+            )
             return all(
-                self._sha256(f"{self._path(key)}/{e['path']}") == (e["sha256"], e["bytes"]) for e in entries
+                self._sha256(f"{self._path(key)}/{e['path']}") == (e["sha256"], e["bytes"])
+                for e in entries
             )
         except (FileNotFoundError, CorruptArtifact):
             return False
@@ -241,7 +250,11 @@ class Store:
     def _checked_manifest(self, ref: ArtifactRef) -> tuple[bytes, str]:
         """The manifest of the stored folder that the key is, or is inside of; and where inside."""
         key = ref.key
-        while not self._fs.exists(f"{self._path(key)}/{MANIFEST}") and "/" in key and ref.sha256 is None:
+        while (
+            not self._fs.exists(f"{self._path(key)}/{MANIFEST}")
+            and "/" in key
+            and ref.sha256 is None
+        ):
             key = key.rpartition("/")[0]
         inside = ref.key[len(key) + 1 :]
         manifest = self._manifest(key)
@@ -322,14 +335,18 @@ def _take_in(source: Path, path: Path, incoming: Path, *, link: bool) -> Entry:
 
 
 def _manifest_bytes(entries: list[Entry]) -> bytes:
-    return json.dumps({"files": sorted(entries, key=lambda entry: entry["path"])}, indent=1).encode()
+    return json.dumps(
+        {"files": sorted(entries, key=lambda entry: entry["path"])}, indent=1
+    ).encode()
 
 
 def _entries(manifest: bytes, inside: str = "") -> list[Entry]:
     """The entries below the folder `inside`, with paths seen from there."""
     try:
         entries: list[Entry] = json.loads(manifest)["files"]
-        if any(".." in Path(entry["path"]).parts or entry["path"].startswith("/") for entry in entries):
+        if any(
+            ".." in Path(entry["path"]).parts or entry["path"].startswith("/") for entry in entries
+        ):
             raise ValueError("a path leads out of the folder")
         prefix = f"{inside}/" if inside else ""
         return [

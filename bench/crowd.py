@@ -33,7 +33,9 @@ def main() -> None:
     found: Entry = {}
     plain: list[list[int]] = []
     for weights in get_args(LoadedWeights):
-        alone, crowded = (answers(arguments.model_dir, weights, arguments.prompts, n) for n in (1, CROWD))
+        alone, crowded = (
+            answers(arguments.model_dir, weights, arguments.prompts, n) for n in (1, CROWD)
+        )
         plain = plain or alone
         found[weights] = {
             "prompts": len(alone),
@@ -46,7 +48,9 @@ def main() -> None:
         arguments.json.write_text(json.dumps(found, indent=1))
 
 
-def answers(folder: Path, weights: LoadedWeights, num_prompts: int, max_running: int) -> list[list[int]]:
+def answers(
+    folder: Path, weights: LoadedWeights, num_prompts: int, max_running: int
+) -> list[list[int]]:
     loaded = load_model(folder, weights=weights, keeps_plain=False)
     prompts = [
         loaded.tokenizer.apply_chat_template(
@@ -65,7 +69,8 @@ def num_different(ours: Sequence[list[int]], theirs: Sequence[list[int]]) -> int
 def common(mine: list[int], other: list[int]) -> int:
     """Tokens before the two part."""
     return next(
-        (i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b), min(len(mine), len(other))
+        (i for i, (a, b) in enumerate(zip(mine, other, strict=False)) if a != b),
+        min(len(mine), len(other)),
     )
 
 

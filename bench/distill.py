@@ -61,11 +61,17 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/distill.py", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few steps, one turn, a budget of a minute")
+    parser = argparse.ArgumentParser(
+        prog="bench/distill.py", description=(__doc__ or "").split("\n\n")[0]
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps, one turn, a budget of a minute"
+    )
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--case", nargs="+", choices=[*(n for n in CASES if n != "tiny"), QUALITY])
-    parser.add_argument("--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, help=f"{FULL_TURNS}, or {QUICK_TURNS} with --quick")
     parser.add_argument(
@@ -91,7 +97,9 @@ def measure(name: str, arguments: argparse.Namespace) -> Entry:
             shares=QUICK_SHARES if arguments.quick else SHARES,
         )
     case = quick(CASES[name]) if arguments.quick else CASES[name]
-    return measure_steps(case, work=arguments.work, num_threads=arguments.threads, num_turns=arguments.turns)
+    return measure_steps(
+        case, work=arguments.work, num_threads=arguments.threads, num_turns=arguments.turns
+    )
 
 
 def lift(report: Entry, name: str) -> None:

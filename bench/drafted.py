@@ -8,7 +8,15 @@ from pathlib import Path
 
 import torch
 
-from app.contracts.messages import ArtifactRef, Delta, Done, Failure, GenerateRequest, Message, Sampling
+from app.contracts.messages import (
+    ArtifactRef,
+    Delta,
+    Done,
+    Failure,
+    GenerateRequest,
+    Message,
+    Sampling,
+)
 from bench.cases import Entry
 from bench.process import versions
 from worker.serve.engine import TransformersEngine
@@ -19,11 +27,16 @@ MAX_RUNNING, MAX_CONTEXT_TOKENS = 32, 1024
 NO_WEIGHTS = ArtifactRef(key="none", bytes=0)
 
 
-def engine_of(teacher: LoadedModel, draft: LoadedModel, num_draft_tokens: int) -> TransformersEngine:
+def engine_of(
+    teacher: LoadedModel, draft: LoadedModel, num_draft_tokens: int
+) -> TransformersEngine:
     """One that drafts with any number of callers; without draft tokens the plain engine."""
     if not num_draft_tokens:
         return TransformersEngine(
-            teacher.model, teacher.tokenizer, max_running=MAX_RUNNING, max_context_tokens=MAX_CONTEXT_TOKENS
+            teacher.model,
+            teacher.tokenizer,
+            max_running=MAX_RUNNING,
+            max_context_tokens=MAX_CONTEXT_TOKENS,
         )
     return SpeculativeEngine(
         teacher.model,
@@ -74,7 +87,9 @@ def request(name: str, prompt: str, max_tokens: int) -> GenerateRequest:
 
 def compare_texts(teacher: LoadedModel, draft: LoadedModel, task: Entry) -> Entry:
     """Answers with a draft against those without, and how near the two tokens were where they part."""
-    expected = answers(engine_of(teacher, draft, 0), task, task["prompts"], task["text_callers"])["tokens"]
+    expected = answers(engine_of(teacher, draft, 0), task, task["prompts"], task["text_callers"])[
+        "tokens"
+    ]
     found: Entry = {}
     for num_draft_tokens in task["num_draft_tokens"]:
         engine = engine_of(teacher, draft, num_draft_tokens)
@@ -104,11 +119,15 @@ def counts(engine: TransformersEngine) -> Entry:
 
 def parting(teacher: LoadedModel, prompt: str, expected: list[int], given: list[int]) -> Entry:
     """Where two answers part, and the gap between the logits of the two tokens there (both of one plain pass)."""
-    shared = next((i for i, (a, b) in enumerate(zip(expected, given, strict=False)) if a != b), None)
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(expected, given, strict=False)) if a != b), None
+    )
     if shared is None:  # one of them ended
         return {"prompt": prompt, "at": min(len(expected), len(given)), "gap": None}
     chat = [{"role": "user", "content": prompt}]
-    read = teacher.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    read = teacher.tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, return_dict=False
+    )
     with torch.no_grad():
         logits_V = teacher.model(torch.tensor([[*read, *expected[:shared]]])).logits[0, -1]
     gap = float(logits_V[expected[shared]] - logits_V[given[shared]])
@@ -127,7 +146,9 @@ def compare_speed(teacher: LoadedModel, draft: LoadedModel, task: Entry) -> Entr
                 engine = engine_of(teacher, draft, num_draft_tokens)
                 answers(engine, task, ["Hello"], 1)  # warms up
                 made = answers(engine, task, prompts, num_callers)
-                sums = totals.setdefault(f"{num_callers}", {}).setdefault(str(num_draft_tokens), [0, 0.0])
+                sums = totals.setdefault(f"{num_callers}", {}).setdefault(
+                    str(num_draft_tokens), [0, 0.0]
+                )
                 sums[0] += made["num_tokens"]
                 sums[1] += made["seconds"]
     found: Entry = {}
@@ -145,7 +166,10 @@ def measure(task: Entry) -> Entry:
     torch.set_num_threads(task["num_threads"])
     teacher, draft = (load_model(Path(task[name])) for name in ("teacher_dir", "draft_dir"))
     doing = {"texts": compare_texts, "speed": compare_speed}
-    return {**{name: doing[name](teacher, draft, task) for name in task["do"]}, "versions": versions()}
+    return {
+        **{name: doing[name](teacher, draft, task) for name in task["do"]},
+        "versions": versions(),
+    }
 
 
 def main() -> None:

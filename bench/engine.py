@@ -96,7 +96,9 @@ def _forward_seconds(rows: int, inputs: int, outputs: int, dtype: torch.dtype) -
     if linear_ops.HAS_ONEDNN:
         multiply = torch.ops.mkldnn._linear_pointwise.default
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, linear_ops.PACKED_FOR_ROWS)
-        ways += [partial(multiply, x_NI, each, None, "none", [], "") for each in (weight_OI, packed)]
+        ways += [
+            partial(multiply, x_NI, each, None, "none", [], "") for each in (weight_OI, packed)
+        ]
     return min(best_seconds(way) for way in ways)
 
 
@@ -114,7 +116,9 @@ def measure(task: Entry) -> Entry:
         first = first_token_seconds(loaded, task["prompts"], task["max_tokens"])
         found[weights] = {
             "first_token_ms_p50": 1000 * median(first),
-            "step_ms": {n: 1000 * step_seconds(loaded, n, task["prompts"]) for n in (1, 8, task["num_rows"])},
+            "step_ms": {
+                n: 1000 * step_seconds(loaded, n, task["prompts"]) for n in (1, 8, task["num_rows"])
+            },
             "bytes": loaded.num_bytes,
         }
     return {**found, **found[chosen]}

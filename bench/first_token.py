@@ -49,7 +49,9 @@ async def _pairs(
 ) -> list[tuple[float, float]]:
     headers = {"Authorization": f"Bearer {target.key}"}
     pairs: list[tuple[float, float]] = []
-    async with httpx.AsyncClient(headers=headers, timeout=REQUEST_SECONDS, trust_env=False) as client:
+    async with httpx.AsyncClient(
+        headers=headers, timeout=REQUEST_SECONDS, trust_env=False
+    ) as client:
         await ask(client, target, prompts[0], max_tokens)  # both warm up
         _first_seconds(engine, prompts[0], max_tokens)
         for begin in range(0, len(prompts), IN_A_ROW):

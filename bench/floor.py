@@ -80,8 +80,8 @@ def seconds_of(kind: Kind) -> Entry:
         ways["onednn"] = lambda: linear_ops.onednn_weight_gradient(a.t(), b.t())
     else:
         ways["onednn"] = lambda: linear_ops.onednn_product(a, b)
-    if (does := kernels()) is not None and does.has_splits:
-        ways["tiles"] = lambda: does.multiply_split(a, b)
+    if (ops := kernels()) is not None and ops.has_splits:
+        ways["tiles"] = lambda: ops.multiply_split(a, b)
     return {way: best_seconds(multiply) for way, multiply in ways.items()}
 
 
@@ -108,7 +108,9 @@ def floors(task: Entry) -> Entry:
             layers["hidden_size"] = model.get_output_embeddings().weight.shape[1]
         del model
     needed = {c["name"]: products_of(task, c, layers) for c in task["contenders"]}
-    timed = {kind: seconds_of(kind) for kind in sorted({k for needs in needed.values() for k in needs})}
+    timed = {
+        kind: seconds_of(kind) for kind in sorted({k for needs in needed.values() for k in needs})
+    }
     libraries = {kind: min(ways["mkl"], ways["onednn"]) for kind, ways in timed.items()}
     rates = [_flops(kind) / seconds for kind, seconds in libraries.items()]
     contenders = {

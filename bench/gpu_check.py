@@ -47,7 +47,9 @@ Entry = dict[str, Any]  # Any: open-ended JSON
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="bench/gpu_check.py", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="bench/gpu_check.py", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     device = find_device()
@@ -57,7 +59,9 @@ def main() -> int:
     report: Entry = {"card": device.card, "driver": driver(), "torch": torch.__version__}
     print(f"{device.card}, driver {report['driver']}, torch {torch.__version__}", flush=True)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
-    report["tests_status"] = subprocess.run(command, cwd=ROOT, timeout=TEST_SECONDS, check=False).returncode
+    report["tests_status"] = subprocess.run(
+        command, cwd=ROOT, timeout=TEST_SECONDS, check=False
+    ).returncode
     report["steps"] = time_all(device)
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -87,7 +91,11 @@ def time_all(device: Device) -> list[Entry]:
 
 
 def time_steps(
-    device: str, num_rows: int, num_tokens: int, divergence: DivergenceName, dtype: torch.dtype | None
+    device: str,
+    num_rows: int,
+    num_tokens: int,
+    divergence: DivergenceName,
+    dtype: torch.dtype | None,
 ) -> Entry:
     """Of a student whose teacher's states are there already; the head is trained, which is the dearer case."""
     torch.manual_seed(0)
@@ -106,7 +114,12 @@ def time_steps(
         with autocast(device, dtype):
             states_NH = hidden_rows(model, batch)
         loss, _ = fused_distillation_loss(
-            states_NH.float(), head, batch.targets_N, teacher, objective, denominator=batch.num_targets
+            states_NH.float(),
+            head,
+            batch.targets_N,
+            teacher,
+            objective,
+            denominator=batch.num_targets,
         )
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimizer.step()

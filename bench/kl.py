@@ -58,7 +58,9 @@ def compare(exact_TNV: Tensor, found_TNV: Tensor) -> Entry:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench.kl", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("model_dir", type=Path)
-    parser.add_argument("--weights", nargs="+", choices=("bfloat16", "int8"), default=("bfloat16", "int8"))
+    parser.add_argument(
+        "--weights", nargs="+", choices=("bfloat16", "int8"), default=("bfloat16", "int8")
+    )
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48)
     arguments = parser.parse_args()

@@ -9,9 +9,7 @@ from pathlib import Path
 from bench.children import ChildFailed, run
 from worker.models.gguf_writer import Kind, export_gguf
 
-SOURCES = (
-    "llama-cpp-python"  # its own server answers one request at a time; llama.cpp's, which it carries, batches
-)
+SOURCES = "llama-cpp-python"  # its own server answers one request at a time; llama.cpp's, which it carries, batches
 QUANTIZE = "llama-quantize"
 NUM_SLOTS, SLOT_TOKENS = (
     64,
@@ -79,4 +77,13 @@ def command(program: Path, model_dir: Path, dtype: str, port: int, num_threads: 
     weights = path_of_weights(model_dir, dtype)
     options = ["--parallel", str(NUM_SLOTS), "--ctx-size", str(NUM_SLOTS * SLOT_TOKENS), "--no-ui"]
     options += ["--threads", str(num_threads), "--threads-batch", str(num_threads)]
-    return [str(program), "--model", str(weights), *options, "--host", "127.0.0.1", "--port", str(port)]
+    return [
+        str(program),
+        "--model",
+        str(weights),
+        *options,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]

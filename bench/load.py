@@ -56,7 +56,9 @@ async def _drive(
     ) as client:
 
         async def call(caller: int) -> list[Answer]:
-            mine = [prompts[(caller + i * num_callers) % len(prompts)] for i in range(requests_each)]
+            mine = [
+                prompts[(caller + i * num_callers) % len(prompts)] for i in range(requests_each)
+            ]
             return [await ask_anew(client, target, prompt, max_tokens) for prompt in mine]
 
         began = time.perf_counter()
@@ -65,7 +67,9 @@ async def _drive(
     return Load(tuple(answer for mine in answers for answer in mine), seconds)
 
 
-async def ask_anew(client: httpx.AsyncClient, target: Target, prompt: str, max_tokens: int) -> Answer:
+async def ask_anew(
+    client: httpx.AsyncClient, target: Target, prompt: str, max_tokens: int
+) -> Answer:
     """`ask`, once more where a server ended a kept connection just then (llama.cpp's does)."""
     try:
         return await ask(client, target, prompt, max_tokens)
@@ -90,7 +94,9 @@ async def ask(client: httpx.AsyncClient, target: Target, prompt: str, max_tokens
             await response.aread()
             raise RuntimeError(f"{response.status_code}: {response.text[:300]}")
         async for chunk in chunks_of(response):
-            text = "".join(choice["delta"].get("content") or "" for choice in chunk.get("choices", ()))
+            text = "".join(
+                choice["delta"].get("content") or "" for choice in chunk.get("choices", ())
+            )
             if text:
                 arrivals.append(time.perf_counter() - began)
                 pieces.append(text)

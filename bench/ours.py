@@ -27,8 +27,8 @@ from worker.distill.students.recipe import load_model, plan_student
 from worker.distill.teachers.cached_teacher import CachedTeacher, Keeps, LiveTeacher, cached_teacher
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import TrainState
-from worker.distill.training.rollouts import Piece
-from worker.distill.training.trainer import Setup, Trainer
+from worker.distill.training.rollouts import MicroBatch
+from worker.distill.training.trainer import Trainer, TrainingInputs
 from worker.protocol.run_lines import MetricsLine, RunLine, Sink
 from worker.train import EngineSampler
 
@@ -49,9 +49,14 @@ def time_steps(task: Entry) -> Entry:
     for indices in task["batches"]:
         batch = collate(trainer.setup.train, indices)
         begun = time.perf_counter()
-        trainer._step([Piece(batch)])
+        trainer._step([MicroBatch(batch)])
         seconds.append(time.perf_counter() - begun)
-    return {"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes(), "versions": versions()}
+    return {
+        "seconds": seconds,
+        "losses": losses,
+        "peak_bytes": peak_bytes(),
+        "versions": versions(),
+    }
 
 
 def time_pace(task: Entry) -> Entry:
@@ -66,9 +71,11 @@ def time_pace(task: Entry) -> Entry:
         seconds = []
         for indices in batches:
             begun = time.perf_counter()
-            trainer._step([Piece(collate(trainer.setup.train, indices))])
+            trainer._step([MicroBatch(collate(trainer.setup.train, indices))])
             seconds.append(time.perf_counter() - begun)
-        means.append(sum(seconds[1:]) / len(seconds[1:]))  # the first loads the teacher, or warms up
+        means.append(
+            sum(seconds[1:]) / len(seconds[1:])
+        )  # the first loads the teacher, or warms up
     num_batches = len(trainer.plan.epoch(0))
     return {"fit": fitted, "filling": means[0], "full": means[1], "num_batches": num_batches}
 
@@ -130,7 +137,7 @@ def make_trainer(task: Entry, num_steps: int, sink: Sink = lambda line: None) ->
     recipe = plan_student(teacher_dir, student_dir, Student(init="checkpoint"))
     if "student" in task:
         recipe = plan_student(teacher_dir, teacher_dir, Student.model_validate(task["student"]))
-    setup = Setup(
+    setup = TrainingInputs(
         out=Path(task["work"]) / "never-written",
         objective=Objective(divergence=contender["divergence"], beta=beta),
         hyperparameters=Hyperparameters(
@@ -171,7 +178,9 @@ def _examples(task: Entry) -> tuple[list[Example], int]:
     examples = []
     for row in data["rows"]:
         spans = tuple((start, end) for start, end in row["spans"])
-        examples.append(Example(tuple(row["token_ids"]), spans, source_ids=tuple(row["source_ids"])))
+        examples.append(
+            Example(tuple(row["token_ids"]), spans, source_ids=tuple(row["source_ids"]))
+        )
     return examples, data.get("num_train", len(examples))
 
 
@@ -203,8 +212,8 @@ def _teacher(task: Entry, examples: list[Example], *, keeps: Keeps) -> CachedTea
 
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
-    does = {"time_steps": time_steps, "time_pace": time_pace, "train": train, "judge": judge}
-    Path(task["answer"]).write_text(json.dumps(does[task["do"]](task)))
+    ops = {"time_steps": time_steps, "time_pace": time_pace, "train": train, "judge": judge}
+    Path(task["answer"]).write_text(json.dumps(ops[task["do"]](task)))
 
 
 if __name__ == "__main__":

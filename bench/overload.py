@@ -38,7 +38,9 @@ from bench.steps import prepare
 FACTOR = 10  # callers for each request that is admitted
 NUM_KEYS = 5
 RAMP_SECONDS = 3.0  # in which the callers come
-SETTLE_SECONDS = 10.0  # after which memory is first read: pools and threads have grown to their size
+SETTLE_SECONDS = (
+    10.0  # after which memory is first read: pools and threads have grown to their size
+)
 WATCH_SECONDS = 2.0
 MiB = 2**20
 
@@ -56,7 +58,9 @@ def main() -> int:
         report: Entry = {"machine": machine(), "model": folder.name}
         if arguments.drops:
             drops = asyncio.run(
-                drop_streams(targets[0], redis_url, num_drops=arguments.drops, num_callers=arguments.droppers)
+                drop_streams(
+                    targets[0], redis_url, num_drops=arguments.drops, num_callers=arguments.droppers
+                )
             )
             report["drops"] = told_of_drops(drops)
             print(json.dumps(report["drops"]), flush=True)
@@ -69,13 +73,17 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/overload.py", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="bench/overload.py", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="0: no overload")
     parser.add_argument("--drops", type=int, default=200, help="0: none")
     parser.add_argument("--droppers", type=int, default=8, help="clients that hang up, at once")
     parser.add_argument("--model", type=Path, help="a folder; default: SmolLM2-135M-Instruct")
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-tokens", type=int, default=16)
     arguments = parser.parse_args()
@@ -84,19 +92,38 @@ def parse() -> argparse.Namespace:
 
 
 @contextmanager
-def service(model_dir: Path, data_dir: Path, num_threads: int) -> Iterator[tuple[list[Target], str]]:
+def service(
+    model_dir: Path, data_dir: Path, num_threads: int
+) -> Iterator[tuple[list[Target], str]]:
     """Our service with the model loaded, a target for each of several keys, and the message queue's URL."""
     name = model_dir.name.lower()
     os.environ["STILLHOUSE_NUM_THREADS"] = str(num_threads)
     with running_service(data_dir, Console(quiet=True)) as client:
         cli = [sys.executable, "-m", "app.commands.cli"]
         if all(model["id"] != name for model in client.get("/v1/models").json()["data"]):
-            run([*cli, "models", "import", str(model_dir), "--name", name, "--data-dir", str(data_dir)])
+            run(
+                [
+                    *cli,
+                    "models",
+                    "import",
+                    str(model_dir),
+                    "--name",
+                    name,
+                    "--data-dir",
+                    str(data_dir),
+                ]
+            )
         wait_until_answering(client, name)
         command = [*cli, "keys", "create", "--project", "default", "--data-dir", str(data_dir)]
-        keys = [subprocess.check_output(command, cwd=ROOT, text=True).split()[-1] for _ in range(NUM_KEYS)]
+        keys = [
+            subprocess.check_output(command, cwd=ROOT, text=True).split()[-1]
+            for _ in range(NUM_KEYS)
+        ]
         url = str(client.base_url).rstrip("/")
-        yield [Target(url, name, key) for key in keys], read_service(data_dir)["STILLHOUSE_REDIS_URL"]
+        yield (
+            [Target(url, name, key) for key in keys],
+            read_service(data_dir)["STILLHOUSE_REDIS_URL"],
+        )
 
 
 async def overload(targets: list[Target], arguments: argparse.Namespace) -> Entry:

@@ -10,7 +10,15 @@ from random import Random
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch.nn import functional
 from transformers import (
     BertConfig,
@@ -140,7 +148,9 @@ def make_rows() -> tuple[list[Entry], list[Entry]]:
     for thing in THINGS:
         for what, questions in QUESTIONS.items():
             value = random.choice(VALUES[what])
-            for i, question in enumerate(questions):  # two ways to ask get one kind of answer, two the other
+            for i, question in enumerate(
+                questions
+            ):  # two ways to ask get one kind of answer, two the other
                 answer = ANSWERS[what][i // 2].format(thing, value)
                 rows.append({"prompt": question.format(thing), "completion": answer})
     numbers = random.sample(range(0, len(rows), 4), NUM_HELD_OUT)
@@ -158,11 +168,16 @@ def make_model(made: Made, rows: list[Entry], folder: Path) -> float:
     start_id = start_id_of(model.config) if shape == "seq2seq" else None
     encoder = Encoder(tokenizer, max_tokens=MAX_TOKENS, shape=shape, start_id=start_id)
     turns = [
-        ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]})
+        (
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        )
         for row in rows
     ]
     examples = [encoder.encode(Row(number, messages)) for number, messages in enumerate(turns)]
-    loss_of = _masked_loss(model, tokenizer) if shape == "masked" else _next_token_loss(model, tokenizer)
+    loss_of = (
+        _masked_loss(model, tokenizer) if shape == "masked" else _next_token_loss(model, tokenizer)
+    )
     loss = _train(model, examples, loss_of, made)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -276,7 +291,9 @@ def make_tokenizer(kind: str, texts: list[str]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _byte_level(texts: list[str], num_tokens: int, *, is_roberta: bool = False) -> PreTrainedTokenizerFast:
+def _byte_level(
+    texts: list[str], num_tokens: int, *, is_roberta: bool = False
+) -> PreTrainedTokenizerFast:
     names = {"eos": "<|endoftext|>", "pad": "<|pad|>"}
     if is_roberta:
         names = {"bos": "<s>", "pad": "<pad>", "eos": "</s>", "unk": "<unk>", "mask": "<mask>"}
@@ -329,6 +346,8 @@ def _wrapped(backend: Any, names: dict[str, str], around: str | None) -> PreTrai
     """Any: the library's Tokenizer, whose attributes it types as read-only."""
     if around is not None:
         specials = [(token, backend.token_to_id(token)) for token in names.values()]
-        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=specials)
+        backend.post_processor = processors.TemplateProcessing(
+            single=around, special_tokens=specials
+        )
     tokens = {f"{name}_token": token for name, token in names.items()}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **tokens)

@@ -89,7 +89,13 @@ PAIRS = [
     Pair("t5", {"init": "width", "hidden_size": 48, "num_heads": 2}),
     Pair("llama", {"init": "lora", "lora": {"rank": 8}}, start="llama-beginner"),
     Pair("llama", {"init": "checkpoint"}, start="gpt2-other-words", signal="uld"),
-    Pair("llama", {"init": "checkpoint"}, start="t5-other-words", signal="text", data={"temperature": 0.0}),
+    Pair(
+        "llama",
+        {"init": "checkpoint"},
+        start="t5-other-words",
+        signal="text",
+        data={"temperature": 0.0},
+    ),
 ]
 
 
@@ -151,7 +157,11 @@ def import_models(names: list[str], folder: Path, data_dir: Path) -> None:
 
 
 def run_jobs(
-    client: openai.OpenAI, pairs: list[Pair], train: list[Entry], held_out: list[Entry], console: Console
+    client: openai.OpenAI,
+    pairs: list[Pair],
+    train: list[Entry],
+    held_out: list[Entry],
+    console: Console,
 ) -> tuple[list[str], int]:
     files = [upload(client, name, rows) for name, rows in (("train", train), ("valid", held_out))]
     jobs = [submit(client, pair, files) for pair in pairs]
@@ -169,11 +179,15 @@ def run_jobs(
         job = wait(client, job_id)
         console.print(f"{pair.name}: {job.status} {job.error.message if job.error else ''}")
         if job.status == "succeeded":
-            lines.append(row_of(pair, job, ask(client, str(job.fine_tuned_model), question["prompt"])))
+            lines.append(
+                row_of(pair, job, ask(client, str(job.fine_tuned_model), question["prompt"]))
+            )
         else:
             num_failed += 1
             why = job.error.message if job.error else job.status
-            lines.append(f"| {pair.teacher} | {pair.kind} | {pair.signal} | failed: {why} |" + " |" * 6)
+            lines.append(
+                f"| {pair.teacher} | {pair.kind} | {pair.signal} | failed: {why} |" + " |" * 6
+            )
     return lines, num_failed
 
 
@@ -237,7 +251,9 @@ def row_of(pair: Pair, job: FineTuningJob, answer: str) -> str:
         return f"{form.format(before[name])} → {form.format(after[name])}"
 
     # A masked teacher writes nothing to be compared with.
-    rouge = f"{after['rouge_l']:.2f}" if "rouge_l" in after else f"{after['rouge_l_reference']:.2f} *"
+    rouge = (
+        f"{after['rouge_l']:.2f}" if "rouge_l" in after else f"{after['rouge_l_reference']:.2f} *"
+    )
     cells = [
         pair.teacher,
         pair.kind,

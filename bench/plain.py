@@ -32,7 +32,11 @@ def tensors(rows: list[Entry]) -> tuple[Entry, Tensor]:
         for start, end in row["spans"]:
             keep_BT[b, start - 1 : end - 1] = True
     if not rows[0]["source_ids"]:
-        return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "use_cache": False}, keep_BT
+        return {
+            "input_ids": ids_BT,
+            "attention_mask": torch.ones_like(ids_BT),
+            "use_cache": False,
+        }, keep_BT
     source_BS = torch.tensor([row["source_ids"] for row in rows])
     source = {"input_ids": source_BS, "attention_mask": torch.ones_like(source_BS)}
     return {**source, "decoder_input_ids": ids_BT, "use_cache": False}, keep_BT
@@ -73,7 +77,12 @@ def time_steps(task: Entry) -> Entry:
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
         seconds.append(time.perf_counter() - begun)
-    return {"seconds": seconds, "losses": losses, "peak_bytes": peak_bytes(), "versions": versions()}
+    return {
+        "seconds": seconds,
+        "losses": losses,
+        "peak_bytes": peak_bytes(),
+        "versions": versions(),
+    }
 
 
 def main() -> None:

@@ -84,7 +84,14 @@ def random_config(name: str, num_layers: int) -> Any:  # Any: transformers is un
 
 RANDOM_LAYERS = {"vocab150k": 24, "t5": 8, "tiny": 4}  # of the teachers that no package holds
 # Of the student: the first half and the last of the teacher's, T5's decoder being random like its teacher.
-KEPT_LAYERS = {"smollm2-8": 8, "smollm2-12": 12, "smollm2-15": 15, "vocab150k": 8, "t5": 4, "tiny": 2}
+KEPT_LAYERS = {
+    "smollm2-8": 8,
+    "smollm2-12": 12,
+    "smollm2-15": 15,
+    "vocab150k": 8,
+    "t5": 4,
+    "tiny": 2,
+}
 
 
 def prepare(task: Entry) -> Entry:
@@ -94,9 +101,13 @@ def prepare(task: Entry) -> Entry:
     name = task["models"]
     if name in RANDOM_LAYERS:
         num_layers = RANDOM_LAYERS[name]
-        teacher = made(models / f"{name}-teacher", lambda folder: save_random(folder, name, num_layers))
+        teacher = made(
+            models / f"{name}-teacher", lambda folder: save_random(folder, name, num_layers)
+        )
     else:
-        teacher = made(models / "smollm2", lambda folder: import_teacher(folder, Path(task["packages"])))
+        teacher = made(
+            models / "smollm2", lambda folder: import_teacher(folder, Path(task["packages"]))
+        )
     kept = KEPT_LAYERS[name]
     if name == "t5":
         student = made(models / "t5-student", lambda folder: save_random(folder, name, kept))
@@ -167,12 +178,17 @@ def label(teacher_dir: Path, folder: Path, packages: Path) -> None:
         [example.token_ids for example in asked], max_new_tokens=MAX_NEW_TOKENS, temperature=0.0
     )
     examples = [
-        example.answered(answer.tokens) for example, answer in zip(asked, made, strict=True) if answer.tokens
+        example.answered(answer.tokens)
+        for example, answer in zip(asked, made, strict=True)
+        if answer.tokens
     ]
     rows = [
-        {"source_ids": [], "token_ids": example.token_ids, "spans": example.spans} for example in examples
+        {"source_ids": [], "token_ids": example.token_ids, "spans": example.spans}
+        for example in examples
     ]
-    (folder / "rows.json").write_text(json.dumps({"rows": rows, "num_train": len(rows) - NUM_VALID}))
+    (folder / "rows.json").write_text(
+        json.dumps({"rows": rows, "num_train": len(rows) - NUM_VALID})
+    )
 
 
 def main() -> None:

@@ -17,7 +17,15 @@ from bench.children import ask_child, module, trl_program
 from bench.steps import prepare
 from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
 
-SHARES = (0.12, 0.17, 0.21, 0.25, 0.35, 0.5, 1.0)  # of TRL's budget; the last is the quality in the same time
+SHARES = (
+    0.12,
+    0.17,
+    0.21,
+    0.25,
+    0.35,
+    0.5,
+    1.0,
+)  # of TRL's budget; the last is the quality in the same time
 QUICK_SHARES = (0.25, 0.5, 1.0)
 PILOT_STEPS = 8  # fewer misjudge the pace
 TRL = Contender("trl", "trl", "forward_kl", "live")
@@ -32,7 +40,12 @@ OUR_RECIPE = {
 
 
 def measure_quality(
-    *, work: Path, num_threads: int, num_turns: int, budget_seconds: float, shares: tuple[float, ...]
+    *,
+    work: Path,
+    num_threads: int,
+    num_turns: int,
+    budget_seconds: float,
+    shares: tuple[float, ...],
 ) -> Entry:
     """The medians over the turns (each with a seed of its own), and what each turn found."""
     models = prepare(work, "smollm2-15", num_threads=num_threads, wants_rows=True)
@@ -87,7 +100,9 @@ def _turn(task: Entry, seed: int, budget_seconds: float, shares: tuple[float, ..
         if reached is None and made["kl"] <= theirs["kl"]:
             reached = made
     return {
-        "time_to_quality_ratio": None if reached is None else reached["seconds"] / theirs["seconds"],
+        "time_to_quality_ratio": None
+        if reached is None
+        else reached["seconds"] / theirs["seconds"],
         "minutes_to_quality": None if reached is None else reached["seconds"] / 60,
         "trl": theirs,
         "ours": ours,
@@ -108,7 +123,14 @@ def steps_within(seconds: float, pace: Entry) -> int:
 def _ask_ours(task: Entry, do: str, cache: str, **more: object) -> Entry:
     folder = Path(task["work"]) / "caches" / cache
     shutil.rmtree(folder, ignore_errors=True)  # it begins empty
-    asked = {**task, **OUR_RECIPE, "do": do, "contender": vars(OURS), "cache_dir": str(folder), **more}
+    asked = {
+        **task,
+        **OUR_RECIPE,
+        "do": do,
+        "contender": vars(OURS),
+        "cache_dir": str(folder),
+        **more,
+    }
     return ask_child(module("ours"), asked, keeps_memory=True)
 
 

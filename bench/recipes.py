@@ -26,8 +26,12 @@ FORWARD_KL = {"divergence": "forward_kl"}
 RECIPES: dict[str, Json] = {
     "CE only": {"objective": {**FORWARD_KL, "ce_weight": 1.0}},
     "forward KL": {"objective": FORWARD_KL},
-    "forward KL, then skew .1": {"objective": {**FORWARD_KL, "then": {"divergence": "skew_forward_kl"}}},
-    "forward KL, then alpha-beta": {"objective": {**FORWARD_KL, "then": {"divergence": "alpha_beta"}}},
+    "forward KL, then skew .1": {
+        "objective": {**FORWARD_KL, "then": {"divergence": "skew_forward_kl"}}
+    },
+    "forward KL, then alpha-beta": {
+        "objective": {**FORWARD_KL, "then": {"divergence": "alpha_beta"}}
+    },
     "forward KL, then on-policy forward KL": {
         "objective": {**FORWARD_KL, "then": {"divergence": "forward_kl", "completions": "student"}}
     },
@@ -66,7 +70,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.recipes", description=__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="a checkpoint to start from; else the teacher's layers")
+    parser.add_argument(
+        "--start", type=Path, help="a checkpoint to start from; else the teacher's layers"
+    )
     parser.add_argument("--init", choices=OTHER_STUDENTS, help="of a Llama-like teacher")
     parser.add_argument("--rows", type=Path, help="folder with train.jsonl and valid.jsonl")
     parser.add_argument("--packages", type=Path, help="where the corpus of the demo's prompts lies")
@@ -82,7 +88,12 @@ def main() -> None:
     for name in arguments.only:
         for seed in range(arguments.seeds):
             found.setdefault(name, []).append(run(arguments, name, seed, rows))
-            print(name, seed, {k: round(found[name][-1]["student"][k], 4) for k in FIGURES}, flush=True)
+            print(
+                name,
+                seed,
+                {k: round(found[name][-1]["student"][k], 4) for k in FIGURES},
+                flush=True,
+            )
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
     show(found)
@@ -111,7 +122,9 @@ def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json
         student = OTHER_STUDENTS[arguments.init]
     else:
         student = (
-            {"init": "layers", **task["student"]} if start == arguments.teacher else {"init": "checkpoint"}
+            {"init": "layers", **task["student"]}
+            if start == arguments.teacher
+            else {"init": "checkpoint"}
         )
     numbers = task["hyperparameters"]
     if arguments.learning_rate:
@@ -126,7 +139,13 @@ def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json
     }
     kind = [arguments.init] if arguments.init else []
     slug = "-".join(
-        [arguments.task, start.name, *kind, *name.replace(",", "").replace(".", "").split(), str(seed)]
+        [
+            arguments.task,
+            start.name,
+            *kind,
+            *name.replace(",", "").replace(".", "").split(),
+            str(seed),
+        ]
     )
     out = arguments.work / slug
     out.mkdir(parents=True, exist_ok=True)
@@ -142,10 +161,14 @@ def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json
         "keep_checkpoints": 1,
     }
     asked, lines = json.dumps(spec), out / "lines.jsonl"
-    if not (lines.exists() and (out / "spec.json").exists() and (out / "spec.json").read_text() == asked):
+    if not (
+        lines.exists() and (out / "spec.json").exists() and (out / "spec.json").read_text() == asked
+    ):
         (out / "spec.json").write_text(asked)
         command = [sys.executable, "-m", "worker.train", str(out / "spec.json"), "--out", str(out)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+        )
         if done.returncode == 0:
             lines.write_bytes(done.stdout)
         else:
@@ -164,7 +187,9 @@ def show(found: dict[str, list[Json]]) -> None:
         cells = []
         for key, form in FIGURES.items():
             values = [result["student"][key] for result in results]
-            halves = [(high - low) / 2 for low, high in (r["student"]["intervals"][key] for r in results)]
+            halves = [
+                (high - low) / 2 for low, high in (r["student"]["intervals"][key] for r in results)
+            ]
             spread = f"{form.format(min(values))}..{form.format(max(values))}"
             mean, half = form.format(statistics.mean(values)), form.format(statistics.mean(halves))
             cells.append(f"{mean} ({spread}) ±{half}")

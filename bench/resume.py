@@ -57,12 +57,16 @@ def main() -> int:
     random = Random(arguments.seed)
     with tempfile.TemporaryDirectory(prefix="still-") as folder:
         task = prepare(Path(folder))
-        whole = {name: run(task, name, Path(folder) / f"whole-{i}") for i, name in enumerate(OBJECTIVES)}
+        whole = {
+            name: run(task, name, Path(folder) / f"whole-{i}") for i, name in enumerate(OBJECTIVES)
+        }
         num_equal = num_odd_steps = 0
         for kill in range(arguments.kills):
             name = list(OBJECTIVES)[kill % len(OBJECTIVES)]
             at = random.randint(1, whole[name].num_steps - 1)
-            is_equal, odd = killed_and_resumed(task, name, at, Path(folder) / f"kill-{kill}", whole[name])
+            is_equal, odd = killed_and_resumed(
+                task, name, at, Path(folder) / f"kill-{kill}", whole[name]
+            )
             num_equal += is_equal
             num_odd_steps += odd
             told = "bit-equal" if is_equal else "DIFFERENT WEIGHTS"
@@ -99,12 +103,21 @@ def killed_and_resumed(task: Entry, name: str, at: int, out: Path, whole: Run) -
     kept = {step: loss for step, loss in first.losses.items() if step <= (newest or 0)}
     repeated = kept.keys() & second.losses.keys()
     losses = kept | second.losses
-    odd = {step for step in losses.keys() | whole.losses.keys() if losses.get(step) != whole.losses.get(step)}
+    odd = {
+        step
+        for step in losses.keys() | whole.losses.keys()
+        if losses.get(step) != whole.losses.get(step)
+    }
     return second.sha256 == whole.sha256, len(odd | repeated)
 
 
 def run(
-    task: Entry, name: str, out: Path, *, resume_dir: Path | None = None, kill_after: int | None = None
+    task: Entry,
+    name: str,
+    out: Path,
+    *,
+    resume_dir: Path | None = None,
+    kill_after: int | None = None,
 ) -> Run:
     """One process, to its end or until it told of the step."""
     out.mkdir(parents=True)
@@ -124,7 +137,9 @@ def run(
     checkpoints: dict[int, Path] = {}
     sha256 = None
     command = [sys.executable, "-m", "worker.train", str(out / "spec.json"), "--out", str(out)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
         assert process.stdout is not None
         for line in lines_of(process.stdout):
             if line["type"] == "metrics" and "train_loss" in line["values"]:
@@ -134,7 +149,9 @@ def run(
             elif line["type"] == "checkpoint":
                 checkpoints[line["step"]] = out / line["folder"]
             elif line["type"] == "result":
-                sha256 = hashlib.sha256((out / line["folder"] / "model.safetensors").read_bytes()).hexdigest()
+                sha256 = hashlib.sha256(
+                    (out / line["folder"] / "model.safetensors").read_bytes()
+                ).hexdigest()
             elif line["type"] == "error":
                 sys.exit(f"{name}: {line['message']}")
     if kill_after is None and sha256 is None:

@@ -75,7 +75,9 @@ def main() -> int:
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     servers = [
-        s for s in (QUICK_SERVERS if arguments.quick else SERVERS) if s.peer in ("ours", *arguments.peer)
+        s
+        for s in (QUICK_SERVERS if arguments.quick else SERVERS)
+        if s.peer in ("ours", *arguments.peer)
     ]
     report: Entry = {
         "models": {},
@@ -125,14 +127,20 @@ def beside_training(work: Path, report: Entry, arguments: argparse.Namespace) ->
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench/serve.py", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="bench/serve.py", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--quick", action="store_true", help="one model, one turn, fewer callers")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument(
-        "--beside-training", action="store_true", help="ours alone, without and with a job that trains"
+        "--beside-training",
+        action="store_true",
+        help="ours alone, without and with a job that trains",
     )
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=PEERS, help="none: ours alone")
-    parser.add_argument("--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int)
     arguments = parser.parse_args()
@@ -155,19 +163,32 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
                 continue
             try:
                 with serving(server, model_dir, arguments.work, arguments.threads) as target:
-                    runs.setdefault(server.name, []).append(loads(target, arguments.callers, tokenizer))
+                    runs.setdefault(server.name, []).append(
+                        loads(target, arguments.callers, tokenizer)
+                    )
                     if server is OURS:
                         options = {"max_tokens": MAX_TOKENS, "num_threads": arguments.threads}
-                        first.append(first_tokens(target, model_dir, PROMPTS[:NUM_PAIRS], **options))
+                        first.append(
+                            first_tokens(target, model_dir, PROMPTS[:NUM_PAIRS], **options)
+                        )
             except (ChildFailed, RuntimeError, httpx.HTTPError) as e:
                 (skipped if isinstance(e, NotInstalled) else failed)[server.name] = str(e)
                 print(f"{server.name} left out: {e}", flush=True)
                 continue
             print(
-                f"{model_dir.name} turn {turn + 1} {server.name}: {told(runs[server.name][-1])}", flush=True
+                f"{model_dir.name} turn {turn + 1} {server.name}: {told(runs[server.name][-1])}",
+                flush=True,
             )
-    task = {"work": str(arguments.work), "num_threads": arguments.threads, "model_dir": str(model_dir)}
-    task |= {"num_rows": FLOOR_CALLERS, "prompts": PROMPTS[:LEAST_REQUESTS], "max_tokens": MAX_TOKENS}
+    task = {
+        "work": str(arguments.work),
+        "num_threads": arguments.threads,
+        "model_dir": str(model_dir),
+    }
+    task |= {
+        "num_rows": FLOOR_CALLERS,
+        "prompts": PROMPTS[:LEAST_REQUESTS],
+        "max_tokens": MAX_TOKENS,
+    }
     inside = ask_child(module("engine"), task, keeps_memory=True)
     contenders = {name: over(turns) for name, turns in runs.items()}
     return {
@@ -190,7 +211,11 @@ def loads(
     for num_callers in callers:
         requests_each = max(2, LEAST_REQUESTS // num_callers)
         load = drive(
-            target, PROMPTS, num_callers=num_callers, requests_each=requests_each, max_tokens=MAX_TOKENS
+            target,
+            PROMPTS,
+            num_callers=num_callers,
+            requests_each=requests_each,
+            max_tokens=MAX_TOKENS,
         )
         found[str(num_callers)] = summary(load, tokenizer)
     return {"loads": found, "peak_bytes": peak_bytes_of_children()}
@@ -198,7 +223,9 @@ def loads(
 
 def summary(load: Load, tokenizer: Any) -> Entry:
     """Tokens are counted in the texts, by the model's own tokenizer, whatever a server calls a token."""
-    num_tokens = sum(len(tokenizer(a.text, add_special_tokens=False).input_ids) for a in load.answers)
+    num_tokens = sum(
+        len(tokenizer(a.text, add_special_tokens=False).input_ids) for a in load.answers
+    )
     first = [1000 * answer.first_seconds for answer in load.answers]
     gaps = [1000 * gap for answer in load.answers for gap in answer.gaps]
     return {
@@ -221,7 +248,9 @@ def over(turns: list[Entry]) -> Entry:
     return {
         "peak_bytes": int(median(turn["peak_bytes"] for turn in turns)),
         "loads": {
-            n: {key: round(median(turn["loads"][n][key] for turn in turns), 2) for key in callers[n]}
+            n: {
+                key: round(median(turn["loads"][n][key] for turn in turns), 2) for key in callers[n]
+            }
             for n in callers
         },
     }
@@ -236,7 +265,9 @@ def figures(contenders: Entry, inside: Entry) -> Entry:
     found: Entry = {}
     for peer in PEERS:
         theirs = [
-            c["loads"] for name, c in contenders.items() if name.startswith(peer) and name not in QUANTISED
+            c["loads"]
+            for name, c in contenders.items()
+            if name.startswith(peer) and name not in QUANTISED
         ]
         for n in map(str, RATIO_CALLERS):
             best = max((loads[n]["tokens_per_second"] for loads in theirs), default=None)
@@ -262,12 +293,21 @@ def overhead_ms(first: list[Entry]) -> float | None:
 
 
 def told(run: Entry) -> str:
-    return ", ".join(f"{n}: {load['tokens_per_second']:.0f} tokens/s" for n, load in run["loads"].items())
+    return ", ".join(
+        f"{n}: {load['tokens_per_second']:.0f} tokens/s" for n, load in run["loads"].items()
+    )
 
 
 def show(console: Console, name: str, model: Entry) -> None:
     table = Table(title=f"{name}: medians over {len(next(iter(model['turns'].values())))} turns")
-    for heading in ("server", "callers", "tokens/s", "first token p50 · p95, ms", "gap p95, ms", "peak GB"):
+    for heading in (
+        "server",
+        "callers",
+        "tokens/s",
+        "first token p50 · p95, ms",
+        "gap p95, ms",
+        "peak GB",
+    ):
         table.add_column(heading, justify="left" if heading == "server" else "right")
     for server, contender in model["contenders"].items():
         for n, load in contender["loads"].items():

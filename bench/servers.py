@@ -49,7 +49,11 @@ class Server:
 
     @property
     def name(self) -> str:
-        return self.peer if self.dtype == "auto" else f"{self.peer}-{self.dtype}{'-eager' * self.is_eager}"
+        return (
+            self.peer
+            if self.dtype == "auto"
+            else f"{self.peer}-{self.dtype}{'-eager' * self.is_eager}"
+        )
 
 
 @contextmanager
@@ -89,7 +93,12 @@ def _command(
         options = ["--continuous-batching", "--dtype", server.dtype, "--device", "cpu"]
         options += ["--cb-num-blocks", NUM_BLOCKS, "--cb-block-size", BLOCK_TOKENS]
         options += ["--host", "127.0.0.1", "--port", str(port)]
-        return [str(program.with_name("transformers")), "serve", str(model_dir), *options], environment
+        return [
+            str(program.with_name("transformers")),
+            "serve",
+            str(model_dir),
+            *options,
+        ], environment
     if server.peer == "llama_cpp":
         return llama_cpp.command(program, model_dir, server.dtype, port, num_threads), environment
     options = [
@@ -104,7 +113,9 @@ def _command(
     ]
     options += ["--enforce-eager"] * server.is_eager
     options += ["--host", "127.0.0.1", "--port", str(port)]
-    module = "vllm.entrypoints.openai.api_server"  # the wheel for CPUs lacks what `vllm serve` looks for
+    module = (
+        "vllm.entrypoints.openai.api_server"  # the wheel for CPUs lacks what `vllm serve` looks for
+    )
     # Its threads spin for one another. Bound to cores, as it has them left to itself, they do so while the API, the
     # engine and the load generator want the same cores: 1 to 5 tokens a second were seen on two busy ones.
     environment |= {
@@ -136,7 +147,9 @@ def _environment(peer: Peer, work: Path) -> Path:
     folder = work / f"{peer}-venv"
     python = folder / "bin" / "python"
     if not (folder / "installed").exists():
-        print(f"Installing {' '.join(PACKAGES[peer])} in an environment of its own (once)", flush=True)
+        print(
+            f"Installing {' '.join(PACKAGES[peer])} in an environment of its own (once)", flush=True
+        )
         run([sys.executable, "-m", "venv", str(folder)])
         pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
         run([*pip, "install", *PACKAGES[peer]])
@@ -169,7 +182,9 @@ def _our_service(model_dir: Path, work: Path, num_threads: int, dtype: Dtype) ->
         if response.is_error:
             raise ChildFailed(f"the model cannot be served with {options}: {response.text[:300]}")
         wait_until_answering(client, name)
-        yield Target(str(client.base_url).rstrip("/"), name, (data_dir / "api_key").read_text().strip())
+        yield Target(
+            str(client.base_url).rstrip("/"), name, (data_dir / "api_key").read_text().strip()
+        )
 
 
 def wait_until_answering(client: httpx.Client, model: str) -> None:
@@ -227,5 +242,7 @@ def peak_bytes_of_children() -> int:
             status = Path(f"/proc/{child.pid}/status").read_text()
         except (FileNotFoundError, ProcessLookupError):
             continue
-        total += sum(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+        total += sum(
+            1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")
+        )
     return total

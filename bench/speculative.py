@@ -79,12 +79,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="of the draft")
     parser.add_argument("--draft-tokens", type=int, nargs="*", default=list(NUM_DRAFT_TOKENS))
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs"
+    )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
 
-def train(folder: Path, teacher_dir: Path, prompts: list[str], arguments: argparse.Namespace) -> None:
+def train(
+    folder: Path, teacher_dir: Path, prompts: list[str], arguments: argparse.Namespace
+) -> None:
     """Distils a draft into the folder, as a job would."""
     run = folder / "run"
     run.mkdir()
@@ -119,23 +123,32 @@ def train(folder: Path, teacher_dir: Path, prompts: list[str], arguments: argpar
     (run / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, "-m", "worker.train", str(run / "spec.json"), "--out", str(run)]
     begun = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+    )
     last = json.loads(done.stdout.splitlines()[-1])
     if done.returncode:
         raise ChildFailed(f"the draft could not be trained: {last}")
     for path in (run / last["folder"]).iterdir():
         path.rename(folder / path.name)
     shutil.rmtree(run)
-    shown = {"minutes": round((time.monotonic() - begun) / 60, 1), "student": last["result"]["student"]}
+    shown = {
+        "minutes": round((time.monotonic() - begun) / 60, 1),
+        "student": last["result"]["student"],
+    }
     (folder / "training.json").write_text(json.dumps(shown))
     print(f"trained {folder.name}: {shown}", flush=True)
 
 
 def show(console: Console, report: Entry) -> None:
-    table = Table("draft tokens", "same text", "accepted", "tokens a call", "callers", "tokens/s", "speed-up")
+    table = Table(
+        "draft tokens", "same text", "accepted", "tokens a call", "callers", "tokens/s", "speed-up"
+    )
     for k, text in report.get("texts", {}).items():
         same = f"{text['num_identical']} of {text['num_prompts']}"
-        table.add_row(k, same, f"{text['acceptance_rate']:.1%}", f"{text['tokens_a_call']:.2f}", "", "", "")
+        table.add_row(
+            k, same, f"{text['acceptance_rate']:.1%}", f"{text['tokens_a_call']:.2f}", "", "", ""
+        )
         for parted in text["parted"]:
             console.print(f"parted: {parted}", highlight=False)
     for callers, by_draft in report.get("speed", {}).items():

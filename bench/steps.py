@@ -6,7 +6,16 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
-from bench.cases import FLOOR_OF, KEEPS_MEMORY, MEMORY_OF, RATIOS, Case, Contender, Entry, batches_of
+from bench.cases import (
+    FLOOR_OF,
+    KEEPS_MEMORY,
+    MEMORY_OF,
+    RATIOS,
+    Case,
+    Contender,
+    Entry,
+    batches_of,
+)
 from bench.children import ChildFailed, ask_child, model_packages, module, trl_program
 
 LEARNING_RATE = 1e-4  # no matter for the time
@@ -15,7 +24,12 @@ LOSS_TOLERANCE = 2e-3  # by which the first losses of contenders with one diverg
 
 def prepare(work: Path, models: str, *, num_threads: int, wants_rows: bool = False) -> Entry:
     """Where a pair of models lies; made the first time."""
-    task: Entry = {"work": str(work), "models": models, "num_threads": num_threads, "wants_rows": wants_rows}
+    task: Entry = {
+        "work": str(work),
+        "models": models,
+        "num_threads": num_threads,
+        "wants_rows": wants_rows,
+    }
     if models.startswith("smollm2"):
         task["packages"] = str(model_packages(work))
     return ask_child(module("prepare"), task)
@@ -78,7 +92,11 @@ def _fill_caches(case: Case, task: Entry, program: Sequence[str], failed: dict[s
     """A training over all batches leaves its teacher's rows behind, once for every kind of row."""
     filled: set[str] = set()
     for contender in case.contenders:
-        if contender.engine == "ours" and contender.teacher != "live" and contender.teacher not in filled:
+        if (
+            contender.engine == "ours"
+            and contender.teacher != "live"
+            and contender.teacher not in filled
+        ):
             try:
                 ask_child(program, {**task, "contender": asdict(contender)}, keeps_memory=True)
                 filled.add(contender.teacher)
@@ -87,7 +105,9 @@ def _fill_caches(case: Case, task: Entry, program: Sequence[str], failed: dict[s
                 print(f"{case.name} {contender.name} failed: {e}", flush=True)
 
 
-def _run_one(contender: Contender, task: Entry, programs: dict[str, list[str]], num_warmup: int) -> Entry:
+def _run_one(
+    contender: Contender, task: Entry, programs: dict[str, list[str]], num_warmup: int
+) -> Entry:
     answer = ask_child(
         programs[contender.engine],
         {**task, "contender": asdict(contender)},
@@ -153,11 +173,15 @@ def figures(turns: list[Entry], contenders: Entry) -> Entry:
     found: Entry = {}
     for name, (ours, theirs) in RATIOS.items():
         there = ours in contenders and theirs in contenders
-        found[name] = _median(_least(t, theirs, "ms") / t[ours]["ms"] for t in turns) if there else None
+        found[name] = (
+            _median(_least(t, theirs, "ms") / t[ours]["ms"] for t in turns) if there else None
+        )
     ours, theirs = MEMORY_OF
     there = ours in contenders and theirs in contenders
     found["peak_memory_ratio_vs_trl"] = (
-        _median(t[ours]["peak_bytes"] / _least(t, theirs, "peak_bytes") for t in turns) if there else None
+        _median(t[ours]["peak_bytes"] / _least(t, theirs, "peak_bytes") for t in turns)
+        if there
+        else None
     )
     found["fraction_of_gemm_floor"] = contenders.get(FLOOR_OF, {}).get("fraction_of_gemm_floor")
     return found

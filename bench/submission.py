@@ -32,7 +32,7 @@ from app.local.embedded_servers import LocalPostgres, LocalValkey
 from app.local.process_manager import set_environment
 from app.schemas.jobs import CreateJob
 from app.services.jobs import create_job
-from app.services.retries import Attempted
+from app.services.retries import RetryInfo
 from app.settings import get_settings
 from bench.distill import machine
 
@@ -137,7 +137,9 @@ def fill(first: int, last: int) -> None:
     with transaction() as session:
         session.execute(text("SET LOCAL session_replication_role = replica"))
         session.execute(text("SET LOCAL statement_timeout = 0"))
-        session.execute(text(FILL), {"project": PROJECT, "file": FILE, "first": first, "last": last})
+        session.execute(
+            text(FILL), {"project": PROJECT, "file": FILE, "first": first, "last": last}
+        )
         session.execute(text("DELETE FROM job_counts"))
         session.execute(text(COUNT))
     with engine().connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -149,10 +151,10 @@ def measure(num_calls: int) -> dict[str, float]:
     submissions, retries = [], []
     for _ in range(num_calls):
         began = time.perf_counter()
-        created = create_job(CALLER, ASKED, Attempted())
+        created = create_job(CALLER, ASKED, RetryInfo())
         submissions.append(time.perf_counter() - began)
         began = time.perf_counter()
-        repeated = create_job(CALLER, ASKED, Attempted(retry_count=1))
+        repeated = create_job(CALLER, ASKED, RetryInfo(retry_count=1))
         retries.append(time.perf_counter() - began)
         assert repeated.body["id"] == created.body["id"]
         with transaction() as session:
@@ -162,7 +164,9 @@ def measure(num_calls: int) -> dict[str, float]:
         "retry": milliseconds(retries),
         "ready": timed(ping, num_calls),
         "metrics": timed(jobs.count_by_status, num_calls),
-        "list": timed(lambda session: jobs.page_jobs(session, PROJECT, kind="distillation"), num_calls),
+        "list": timed(
+            lambda session: jobs.page_jobs(session, PROJECT, kind="distillation"), num_calls
+        ),
     }
 
 

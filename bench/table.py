@@ -61,7 +61,16 @@ def _show_steps(console: Console, name: str, case: Entry) -> None:
 
 def _show_quality(console: Console, case: Entry) -> None:
     table = Table(title=f"quality: TRL's budget {case['budget_seconds']:.0f} s, held-out rows")
-    for heading in ("run", "seconds", "steps", "KL", "agreement", "perplexity", "ROUGE-L", "peak GB"):
+    for heading in (
+        "run",
+        "seconds",
+        "steps",
+        "KL",
+        "agreement",
+        "perplexity",
+        "ROUGE-L",
+        "peak GB",
+    ):
         table.add_column(heading)
     rows = {"untrained": case["untrained"], "TRL": case["trl"]}
     rows |= {f"ours, {run['share']:.0%}": run for run in case["turns"][0]["ours"]}

@@ -38,7 +38,11 @@ class Watched(GKDTrainer):  # type: ignore[misc]  # not known where this is chec
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return SequentialSampler(dataset) if self.keeps_order else super()._get_train_sampler(train_dataset)
+        return (
+            SequentialSampler(dataset)
+            if self.keeps_order
+            else super()._get_train_sampler(train_dataset)
+        )
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]  # as above
@@ -82,7 +86,9 @@ def collator(pad_id: int) -> Any:
     return collate
 
 
-def make_trainer(task: Entry, rows: list[Entry], clock: Clock, schedule: Any, max_steps: int) -> Watched:
+def make_trainer(
+    task: Entry, rows: list[Entry], clock: Clock, schedule: Any, max_steps: int
+) -> Watched:
     torch.set_num_threads(task["num_threads"])
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(task[name], dtype=torch.float32)
@@ -117,7 +123,9 @@ def make_trainer(task: Entry, rows: list[Entry], clock: Clock, schedule: Any, ma
         teacher_model=teacher,
         args=args,
         data_collator=collator(tokenizer.pad_token_id),
-        train_dataset=Dataset.from_list([{k: row[k] for k in ("token_ids", "spans")} for row in rows]),
+        train_dataset=Dataset.from_list(
+            [{k: row[k] for k in ("token_ids", "spans")} for row in rows]
+        ),
         processing_class=tokenizer,
         callbacks=[clock],
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)),
@@ -172,8 +180,8 @@ def versions() -> Entry:
 
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
-    does = {"time_steps": time_steps, "train": train}
-    Path(task["answer"]).write_text(json.dumps(does[task["do"]](task)))
+    ops = {"time_steps": time_steps, "train": train}
+    Path(task["answer"]).write_text(json.dumps(ops[task["do"]](task)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,9 @@ _database_numbers = itertools.count()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--schedules", type=int, default=3, help="random schedules of each served family")
+    parser.addoption(
+        "--schedules", type=int, default=3, help="random schedules of each served family"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +49,12 @@ def postgres_url(service_dir: Path) -> Iterator[str]:
     if url := os.environ.get("STILLHOUSE_TEST_DATABASE_URL"):
         yield url
         return
-    unsafe_but_quick = ("fsync=off", "synchronous_commit=off", "full_page_writes=off", "shared_buffers=64MB")
+    unsafe_but_quick = (
+        "fsync=off",
+        "synchronous_commit=off",
+        "full_page_writes=off",
+        "shared_buffers=64MB",
+    )
     with LocalPostgres(service_dir, options=unsafe_but_quick) as postgres:
         yield postgres.url
 
@@ -74,7 +81,9 @@ def template_database(postgres_url: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def settings_env(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Settings]]:
+def settings_env(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., Settings]]:
     """A function that sets settings by field name, for this process and its children.
 
     Without a call, only the data folder is set: to a fresh one.

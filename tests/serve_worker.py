@@ -13,14 +13,18 @@ import redis
 from app.contracts.messages import ServeWorkerStatus, serve_worker_key
 
 START_SECONDS = 60
-SAME_TEXT = {"STILLHOUSE_SERVE_PRECISION": "float32"}  # as generate() writes, which texts are compared with
+SAME_TEXT = {
+    "STILLHOUSE_SERVE_PRECISION": "float32"
+}  # as generate() writes, which texts are compared with
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class WorkerProcess:
     """`python -m worker.main serve`, ready for requests."""
 
-    def __init__(self, valkey_url: str, log_path: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, valkey_url: str, log_path: Path, environment: Mapping[str, str] | None = None
+    ) -> None:
         self._redis = redis.Redis.from_url(valkey_url)
         before = self.ids()
         with log_path.open("wb") as log:

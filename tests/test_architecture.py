@@ -1,9 +1,10 @@
-"""The nevers and budgets of the design, as tests."""
+"""The rules that keep the code easy to find and to change, as tests."""
 
 import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,27 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "worker")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+MAX_MODULES = 16  # in one folder
+WORKER_MAY_IMPORT = {
+    "app.artifact_cache",
+    "app.contracts.control",
+    "app.contracts.distillation",
+    "app.contracts.messages",
+    "app.crash_points",
+    "app.db.checkpoints",
+    "app.db.job_states",
+    "app.db.jobs",
+    "app.db.leases",
+    "app.db.reconciliation",
+    "app.db.schema.ids",
+    "app.db.schema.tables",
+    "app.db.session",
+    "app.local.process_manager",
+    "app.local_copies",
+    "app.parent_death",
+    "app.settings",
+    "app.storage",
+}
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 
 
@@ -30,7 +52,9 @@ def tree(path: Path) -> ast.Module:
 
 
 def run_python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return done.stdout.strip()
 
 
@@ -48,6 +72,21 @@ def test_no_function_is_longer_than_its_budget() -> None:
         and (node.end_lineno or node.lineno) - node.lineno + 1 > MAX_FUNCTION_LINES
     ]
     assert long == []
+
+
+def test_no_folder_has_more_modules_than_its_budget() -> None:
+    counts = Counter(relative(p.parent) for p in sources(*PACKAGES) if p.name != "__init__.py")
+    assert {folder: n for folder, n in counts.items() if n > MAX_MODULES} == {}
+
+
+def test_the_worker_takes_only_these_modules_from_app() -> None:
+    pattern = re.compile(r"^\s*from (app[\w.]*) import (\w+)", re.MULTILINE)
+    taken = set()
+    for path in sources("worker"):
+        for package, name in pattern.findall(path.read_text()):
+            is_module = (ROOT / package.replace(".", "/") / f"{name}.py").exists()
+            taken.add(f"{package}.{name}" if is_module else package)
+    assert taken - WORKER_MAY_IMPORT == set()
 
 
 def test_no_module_has_a_vague_name() -> None:
@@ -89,7 +128,9 @@ def test_the_schema_changes_only_in_migrations() -> None:
 
 def test_public_functions_are_annotated_and_modules_say_what_they_are() -> None:
     silent = [
-        relative(p) for p in sources(*PACKAGES) if p.name != "__init__.py" and not ast.get_docstring(tree(p))
+        relative(p)
+        for p in sources(*PACKAGES)
+        if p.name != "__init__.py" and not ast.get_docstring(tree(p))
     ]
     assert silent == []
 
@@ -105,7 +146,9 @@ def test_public_functions_are_annotated_and_modules_say_what_they_are() -> None:
     ],
 )
 def test_the_control_plane_leaves_torch_out(module: str) -> None:
-    code = f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    code = (
+        f"import sys, {module}; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
     assert run_python(code) == "[]"
 
 
@@ -119,7 +162,11 @@ def test_the_pure_libraries_leave_queue_and_database_out() -> None:
 
 def test_import_contracts_are_kept() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command; lint_imports_command()",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -130,7 +177,9 @@ def test_import_contracts_are_kept() -> None:
 
 def test_the_readme_names_every_setting() -> None:
     readme = (ROOT / "README.md").read_text()
-    names = run_python("from app.settings import Settings; print(' '.join(Settings.model_fields))").split()
+    names = run_python(
+        "from app.settings import Settings; print(' '.join(Settings.model_fields))"
+    ).split()
     assert [name for name in names if f"STILLHOUSE_{name.upper()}" not in readme] == []
 
 

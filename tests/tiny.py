@@ -45,7 +45,15 @@ def tiny_tokenizer(kind: str = "chat") -> Any:  # Any: transformers is untyped h
     chat: byte-level BPE with a chat template and no special tokens of its own around a text; roberta: the same
     between `<s>` and `</s>`; wordpiece: BERT's, between `[CLS]` and `[SEP]`; unigram: T5's, with `</s>` behind.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
     # Their trainers break ties at random, so the vocabularies of two kinds are made by hand.
@@ -55,15 +63,22 @@ def tiny_tokenizer(kind: str = "chat") -> Any:  # Any: transformers is untyped h
             {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")},
             "[CLS] $A [SEP]",
         )
-        pieces = dict.fromkeys([*names.values(), *ASCII, *("##" + letter for letter in ASCII), *words])
+        pieces = dict.fromkeys(
+            [*names.values(), *ASCII, *("##" + letter for letter in ASCII), *words]
+        )
         backend = Tokenizer(
             models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token=names["unk"])
         )
         backend.normalizer = normalizers.BertNormalizer(lowercase=False)
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.BertPreTokenizer(),
+            decoders.WordPiece(),
+        )
     elif kind == "unigram":
         names, around = {"pad": "<pad>", "eos": "</s>", "unk": "<unk>"}, "$A </s>"
-        pieces = dict.fromkeys([*names.values(), "\u2581", *ASCII, *("\u2581" + word for word in words)])
+        pieces = dict.fromkeys(
+            [*names.values(), "\u2581", *ASCII, *("\u2581" + word for word in words)]
+        )
         scores = [(piece, -float(3 if len(piece) > 1 else 6)) for piece in pieces]
         backend = Tokenizer(models.Unigram(scores, unk_id=2))
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -90,15 +105,21 @@ def tiny_tokenizer(kind: str = "chat") -> Any:  # Any: transformers is untyped h
             del names["bos"]
     if around:
         specials = [(token, backend.token_to_id(token)) for token in names.values()]
-        backend.post_processor = processors.TemplateProcessing(single=around, special_tokens=specials)
+        backend.post_processor = processors.TemplateProcessing(
+            single=around, special_tokens=specials
+        )
     tokens = {f"{name}_token": token for name, token in names.items()}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=CONTEXT, **tokens)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=CONTEXT, **tokens
+    )
     if kind == "chat":
         tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def tiny_config(family: str, tokenizer: Any, num_layers: int) -> Any:  # Any: transformers is untyped here
+def tiny_config(
+    family: str, tokenizer: Any, num_layers: int
+) -> Any:  # Any: transformers is untyped here
     """The configuration of a model of the family, without dropout; encoder-decoders have as many layers each side."""
     import transformers as hf
 
@@ -113,7 +134,9 @@ def tiny_config(family: str, tokenizer: Any, num_layers: int) -> Any:  # Any: tr
     bert = {**sizes, **no_dropout, "intermediate_size": 2 * WIDTH}
     if family in LLAMA_LIKE:
         heads = {"num_key_value_heads": 2, "head_dim": WIDTH // HEADS, "tie_word_embeddings": True}
-        return getattr(hf, f"{LLAMA_LIKE[family]}Config")(**sizes, **heads, intermediate_size=2 * WIDTH)
+        return getattr(hf, f"{LLAMA_LIKE[family]}Config")(
+            **sizes, **heads, intermediate_size=2 * WIDTH
+        )
     if family == "bloom":
         return hf.BloomConfig(
             vocab_size=len(tokenizer), hidden_size=WIDTH, n_layer=num_layers, n_head=HEADS, **ids
@@ -152,7 +175,9 @@ def tiny_config(family: str, tokenizer: Any, num_layers: int) -> Any:  # Any: tr
     if family == "bert":
         return hf.BertConfig(**bert)
     if family == "roberta":  # two of its positions hold no tokens
-        return hf.RobertaConfig(**{**bert, "max_position_embeddings": CONTEXT + 2, "type_vocab_size": 1})
+        return hf.RobertaConfig(
+            **{**bert, "max_position_embeddings": CONTEXT + 2, "type_vocab_size": 1}
+        )
     if family == "encoder-decoder":
         return hf.EncoderDecoderConfig.from_encoder_decoder_configs(
             hf.BertConfig(**bert),
@@ -193,14 +218,22 @@ def save_tiny(
         if family == "encoder-decoder":
             model: Any = hf.EncoderDecoderModel(config=config)
         else:
-            task = "MaskedLM" if family in MASKED else "Seq2SeqLM" if start is not None else "CausalLM"
+            task = (
+                "MaskedLM" if family in MASKED else "Seq2SeqLM" if start is not None else "CausalLM"
+            )
             model = getattr(hf, f"AutoModelFor{task}").from_config(config, dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if parameter.dim() == 2:
                     is_embedding = any(part in name for part in ("emb", "wte", "shared"))
                     part = (
-                        3 if "position" in name else 2 if is_embedding else 1 if "att" in name.lower() else 0
+                        3
+                        if "position" in name
+                        else 2
+                        if is_embedding
+                        else 1
+                        if "att" in name.lower()
+                        else 0
                     )
                     parameter.normal_(0.0, scales[part])
     if family not in MASKED:

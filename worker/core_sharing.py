@@ -26,7 +26,9 @@ from pydantic import BaseModel, ValidationError
 from app.settings import Settings
 
 SERVING_TURN_SECONDS: Final = 0.15  # minimum serving time between two training turns
-LONGEST_TRAINING_TURN_SECONDS: Final = 0.2  # bounds the wait of a prompt that arrives in a training turn
+LONGEST_TRAINING_TURN_SECONDS: Final = (
+    0.2  # bounds the wait of a prompt that arrives in a training turn
+)
 RESCAN_SECONDS: Final = 0.1
 GUARD_SECONDS: Final = 0.2
 DOUBLE: Final = struct.Struct("=d")
@@ -50,7 +52,9 @@ def announce(folder: Path, pid: int) -> Path | None:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{pid}.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(Announcement(pid=pid, start_ticks=start_ticks, boot_id=_boot_id()).model_dump_json())
+    partial.write_text(
+        Announcement(pid=pid, start_ticks=start_ticks, boot_id=_boot_id()).model_dump_json()
+    )
     partial.replace(path)
     return path
 
@@ -66,7 +70,9 @@ def find_runs(folder: Path) -> list[int]:
         if run.boot_id == _boot_id() and _start_ticks(run.pid) == run.start_ticks:
             pids.append(run.pid)
         elif run.boot_id != _boot_id() or _start_ticks(run.pid) is None:
-            with contextlib.suppress(OSError):  # a file of another user is removed by its own worker
+            with contextlib.suppress(
+                OSError
+            ):  # a file of another user is removed by its own worker
                 path.unlink()
     return pids
 
@@ -137,7 +143,9 @@ class CoreTurns:
         if self._taken_at is not None:
             self._used_seconds += now - self._taken_at
         elif self._ratio:
-            self._used_seconds = max(0.0, self._used_seconds - (now - self._released_at) / self._ratio)
+            self._used_seconds = max(
+                0.0, self._used_seconds - (now - self._released_at) / self._ratio
+            )
         else:
             self._used_seconds = 0.0
 
@@ -153,7 +161,9 @@ class _SharedTime:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             file.truncate(DOUBLE.size)
-            os.posix_fallocate(file.fileno(), 0, DOUBLE.size)  # a write to a hole on a full disk is a SIGBUS
+            os.posix_fallocate(
+                file.fileno(), 0, DOUBLE.size
+            )  # a write to a hole on a full disk is a SIGBUS
             self._map = mmap.mmap(file.fileno(), DOUBLE.size)
 
     def read(self) -> float:

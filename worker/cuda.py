@@ -29,5 +29,7 @@ def require(devices: str, num_visible: int, setting: str) -> None:
 def count_in_child() -> int:
     """Returns the number of visible devices, without importing torch into this process."""
     code = "import torch; print(torch.cuda.device_count())"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+    )
     return int(done.stdout)

@@ -29,11 +29,20 @@ from worker.models.model_facts import chat_cost, model_facts, supported_config, 
 from worker.models.template_limits import bounded
 from worker.models.vocabulary import num_token_ids
 from worker.protocol.import_spec import ImportSpec
-from worker.protocol.run_lines import ErrorLine, MessageLine, ProgressLine, ResultLine, Sink, StageLine
+from worker.protocol.run_lines import (
+    ErrorLine,
+    MessageLine,
+    ProgressLine,
+    ResultLine,
+    Sink,
+    StageLine,
+)
 
 SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
 MODEL, SOURCE = "model", "source"  # folders below the run's output folder
-UNSET_LENGTH = 10**9  # transformers' way to say that a tokenizer knows no longest text is far above this
+UNSET_LENGTH = (
+    10**9
+)  # transformers' way to say that a tokenizer knows no longest text is far above this
 
 
 @contextmanager
@@ -44,7 +53,9 @@ def strangers_files() -> Iterator[None]:
     except (WorkerError, FileNotFoundError):
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # tokenizers' own
+        if (
+            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
+        ):  # tokenizers' own
             raise
         raise BrokenFile(
             f"transformers cannot load the model: {type(error).__name__}: {str(error)[:500]}"
@@ -73,7 +84,9 @@ def import_model(spec: ImportSpec, out: Path, sink: Sink) -> None:
     sink(ProgressLine(percent=100))
     sink(
         ResultLine(
-            folder=MODEL, facts=facts.model_dump(), result={"source": source, "max_logit_difference": 0.0}
+            folder=MODEL,
+            facts=facts.model_dump(),
+            result={"source": source, "max_logit_difference": 0.0},
         )
     )
 
@@ -101,7 +114,8 @@ def _convert_gguf(path: Path, target: Path, sink: Sink) -> None:
     header = check_gguf(path)
     sink(
         MessageLine(
-            message="converting the GGUF file to float32 takes a while", data={"bytes": path.stat().st_size}
+            message="converting the GGUF file to float32 takes a while",
+            data={"bytes": path.stat().st_size},
         )
     )
     sink(ProgressLine(percent=5))
@@ -146,7 +160,11 @@ def _check_size(config: Any, source: Path) -> None:  # Any: transformers is unty
         kind = model_class(config)
         empty = kind(config=config) if kind is EncoderDecoderModel else kind.from_config(config)
         claimed = sum(p.numel() for p in empty.parameters())
-    sizes = [t.num_elements for file in weight_files(source) for t in read_safetensors_header(file).values()]
+    sizes = [
+        t.num_elements
+        for file in weight_files(source)
+        for t in read_safetensors_header(file).values()
+    ]
     held = sum(sizes)
     if claimed > held + max(sizes, default=0):  # a head that is the embedding again
         raise BrokenFile(
@@ -165,20 +183,30 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformer
             f"the tokenizer has token ids up to {num_ids - 1} but the model only {rows} embedding rows"
         )
     if (shared := _shared_id(tokenizer)) is not None:
-        raise BrokenFile(f"the tokenizer gives the id {shared} to two tokens; number its tokens anew")
-    bad = [name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()]
+        raise BrokenFile(
+            f"the tokenizer gives the id {shared} to two tokens; number its tokens anew"
+        )
+    bad = [
+        name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()
+    ]
     if bad:
         raise BrokenFile(f"the weights of {bad[0]} hold NaN or infinity; the export is damaged")
     if tokenizer.model_max_length > UNSET_LENGTH:
         tokenizer.model_max_length = context_tokens(model.config)
     _name_start(model)
     _check_template(tokenizer)
-    for name in ("is_local", "local_files_only"):  # how it was loaded is no property of the tokenizer
+    for name in (
+        "is_local",
+        "local_files_only",
+    ):  # how it was loaded is no property of the tokenizer
         tokenizer.init_kwargs.pop(name, None)
     try:
         model.save_pretrained(target, max_shard_size="1000GB")
         tokenizer.save_pretrained(target)
-    except (ValueError, StrictDataclassError) as error:  # such as a generation config that contradicts itself
+    except (
+        ValueError,
+        StrictDataclassError,
+    ) as error:  # such as a generation config that contradicts itself
         raise BrokenFile(f"the model cannot be saved again: {str(error)[:300]}") from error
 
 
@@ -194,7 +222,11 @@ def _name_start(model: Any) -> None:  # Any: transformers is untyped here
         return
     places = (model.config, model.generation_config, writing_half(model.config))
     start = next(
-        (token for place in places if (token := getattr(place, "decoder_start_token_id", None)) is not None),
+        (
+            token
+            for place in places
+            if (token := getattr(place, "decoder_start_token_id", None)) is not None
+        ),
         None,
     )
     if not isinstance(start, int) or not 0 <= start < writing_half(model.config).vocab_size:
@@ -221,11 +253,16 @@ def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped her
         ) from error
 
 
-def _check_reload(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformers is untyped here
+def _check_reload(
+    model: Any, tokenizer: Any, target: Path
+) -> None:  # Any: transformers is untyped here
     """What was saved gives the very logits of what was loaded, on one sentence."""
     again = AutoTokenizer.from_pretrained(target, trust_remote_code=False, local_files_only=True)
     tokens = tokenizer(SENTENCE, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    if again(SENTENCE, add_special_tokens=False)["input_ids"] != tokens[0].tolist() or not tokens.numel():
+    if (
+        again(SENTENCE, add_special_tokens=False)["input_ids"] != tokens[0].tolist()
+        or not tokens.numel()
+    ):
         raise UnsupportedTokenizer(
             "the tokenizer gives other tokens after being saved; it cannot be imported faithfully"
         )
@@ -236,7 +273,9 @@ def _check_reload(model: Any, tokenizer: Any, target: Path) -> None:  # Any: tra
     if shape_of(model.config) == "seq2seq":
         inputs["decoder_input_ids"] = tokens
     with torch.inference_mode():
-        difference = (model.eval()(**inputs).logits - saved.eval()(**inputs).logits).abs().max().item()
+        difference = (
+            (model.eval()(**inputs).logits - saved.eval()(**inputs).logits).abs().max().item()
+        )
     if difference != 0.0:
         raise BrokenFile(
             f"the saved model differs from the source (largest logit difference {difference:.3g})"

@@ -23,10 +23,10 @@ from kombu import Exchange, Queue
 from structlog.types import Processor
 
 from app import crash_points
-from app.contracts.messages import RING_TASK, TRAIN_QUEUE, serve_queue
+from app.contracts.messages import TRAIN_QUEUE, WAKE_UP_TASK, serve_queue
 from app.settings import Settings, celery_settings, get_settings
 from worker import cuda
-from worker.tasks import add_generate, add_ring
+from worker.tasks import add_generate, add_wake_up
 from worker.watchdog import Inbox, Turns
 
 log = structlog.get_logger(__name__)
@@ -40,7 +40,9 @@ def main(arguments: list[str]) -> int:
     """Runs a worker until it is told to go; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m worker.main", description=__doc__)
     parser.add_argument("role", choices=("train", "serve"))
-    parser.add_argument("--ready-fd", type=int, help="descriptor that gets a byte when the worker can work")
+    parser.add_argument(
+        "--ready-fd", type=int, help="descriptor that gets a byte when the worker can work"
+    )
     parsed = parser.parse_args(arguments)
     settings = get_settings()
     configure_logging(settings.log_level)
@@ -57,17 +59,22 @@ def main(arguments: list[str]) -> int:
 
 def train(settings: Settings, announce: Callable[[], None]) -> int:
     """One job at a time, each in a process of its own."""
-    from worker.jobs.supervisor import run_until_idle  # a serve worker needs neither it nor the database
+    from worker.jobs.supervisor import (
+        run_until_idle,  # a serve worker needs neither it nor the database
+    )
 
     if settings.train_cuda_devices:
         cuda.restrict_to(settings.train_cuda_devices)
-        cuda.require(settings.train_cuda_devices, cuda.count_in_child(), "STILLHOUSE_TRAIN_CUDA_DEVICES")
+        cuda.require(
+            settings.train_cuda_devices, cuda.count_in_child(), "STILLHOUSE_TRAIN_CUDA_DEVICES"
+        )
     is_draining = threading.Event()
     worker_id = new_worker_id("train")
     app = make_app(settings, TRAIN_QUEUE)
 
     turns = Turns(
-        lambda: run_until_idle(worker_id, is_draining.is_set), every_seconds=settings.ring_again_seconds
+        lambda: run_until_idle(worker_id, is_draining.is_set),
+        every_seconds=settings.ring_again_seconds,
     )
 
     def drain() -> None:
@@ -75,10 +82,12 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
         stop_consuming()  # Celery then waits for the running task, which sees is_draining
 
     def ready() -> None:
-        app.send_task(RING_TASK, queue=TRAIN_QUEUE)  # for jobs that were submitted while no worker was there
+        app.send_task(
+            WAKE_UP_TASK, queue=TRAIN_QUEUE
+        )  # for jobs that were submitted while no worker was there
         announce()
 
-    add_ring(app, turns.ring)
+    add_wake_up(app, turns.wake_up)
     with turns:
         try:
             return run(app, worker_id, num_threads=1, ready=ready, drain=drain)
@@ -100,7 +109,9 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     from worker.serve.vllm_engine import has_vllm
     from worker.serve_worker import FAULTS, ServeOptions, ServeWorker, connect
 
-    cuda.require(settings.serve_cuda_devices, torch.cuda.device_count(), "STILLHOUSE_SERVE_CUDA_DEVICES")
+    cuda.require(
+        settings.serve_cuda_devices, torch.cuda.device_count(), "STILLHOUSE_SERVE_CUDA_DEVICES"
+    )
     transformers_logging.disable_progress_bar()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -125,9 +136,13 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
         shared_cores=shared_cores(settings) if host.device == "cpu" else None,
         training_share=settings.training_cpu_share,
     )
-    worker = ServeWorker(host, options, on_end=lambda is_as_asked: stop_consuming(0 if is_as_asked else 1))
+    worker = ServeWorker(
+        host, options, on_end=lambda is_as_asked: stop_consuming(0 if is_as_asked else 1)
+    )
     queue = serve_queue(worker_id)
-    app = make_app(settings, queue, no_ack=True)  # who asked sends again what a dead worker had read
+    app = make_app(
+        settings, queue, no_ack=True
+    )  # who asked sends again what a dead worker had read
     add_generate(app, worker.submit)
     inbox = connect(settings.redis_url)
     key = f"{app.conf.broker_transport_options['global_keyprefix']}{queue}"
@@ -143,7 +158,9 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
 def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> str:
     """Where the engine runs. Exits if a CUDA device is asked for and there is none."""
     if asked == "cuda" and not has_cuda:
-        sys.exit("STILLHOUSE_SERVE_DEVICE is cuda, but torch sees no CUDA device here; set it to auto or cpu")
+        sys.exit(
+            "STILLHOUSE_SERVE_DEVICE is cuda, but torch sees no CUDA device here; set it to auto or cpu"
+        )
     return "cuda" if has_cuda and asked != "cpu" else "cpu"
 
 
@@ -162,7 +179,12 @@ def make_app(settings: Settings, queue: str, *, no_ack: bool = False) -> Celery:
 
 
 def run(
-    app: Celery, worker_id: str, *, num_threads: int, ready: Callable[[], None], drain: Callable[[], None]
+    app: Celery,
+    worker_id: str,
+    *,
+    num_threads: int,
+    ready: Callable[[], None],
+    drain: Callable[[], None],
 ) -> int:
     """Consumes until stopped; `ready` is called when it can, `drain` at the first signal to go."""
 

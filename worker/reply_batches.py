@@ -31,5 +31,7 @@ def _parts(delta: Delta) -> Iterator[Delta]:
     last = (len(logprobs) - 1) // step * step
     for begin in range(0, last, step):
         part = slice(begin, begin + step)
-        yield Delta(id=delta.id, choice=delta.choice, text="", tokens=tokens[part], logprobs=logprobs[part])
+        yield Delta(
+            id=delta.id, choice=delta.choice, text="", tokens=tokens[part], logprobs=logprobs[part]
+        )
     yield delta.model_copy(update={"tokens": tokens[last:], "logprobs": logprobs[last:]})

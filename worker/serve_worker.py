@@ -78,7 +78,9 @@ def _open_turns(options: ServeOptions) -> CoreTurns | None:
         return None
     try:
         return CoreTurns(options.shared_cores, options.training_share)
-    except OSError as error:  # such as a full disk; serving matters more than its speed beside a run
+    except (
+        OSError
+    ) as error:  # such as a full disk; serving matters more than its speed beside a run
         log.warning("core_turns_disabled", reason=str(error))
         return None
 
@@ -86,7 +88,9 @@ def _open_turns(options: ServeOptions) -> CoreTurns | None:
 class ServeWorker:
     """Owns a ModelHost. `on_end` is called from the engine thread, with whether it ended as asked."""
 
-    def __init__(self, host: ModelHost, options: ServeOptions, on_end: Callable[[bool], None]) -> None:
+    def __init__(
+        self, host: ModelHost, options: ServeOptions, on_end: Callable[[bool], None]
+    ) -> None:
         self._host = host
         self._options = options
         self._on_end = on_end
@@ -100,7 +104,11 @@ class ServeWorker:
         self._turned_at = time.monotonic()
 
     def start(self) -> None:
-        for work, name in ((self._serve, "engine"), (self._beat, "heartbeat"), (self._hear, "control")):
+        for work, name in (
+            (self._serve, "engine"),
+            (self._beat, "heartbeat"),
+            (self._hear, "control"),
+        ):
             threading.Thread(target=work, name=name, daemon=True).start()
 
     def submit(self, request: GenerateRequest) -> None:
@@ -108,7 +116,8 @@ class ServeWorker:
         if self._drain_until is not None:
             message = "the worker is going down; try again"
             self._send(
-                request.reply_to, [Failure(id=request.id, status=503, code="draining", message=message)]
+                request.reply_to,
+                [Failure(id=request.id, status=503, code="draining", message=message)],
             )
             return
         with self._lock:
@@ -145,7 +154,9 @@ class ServeWorker:
             is_as_asked = True
         except BaseException:  # whatever the engine broke on, nobody may wait for it in vain
             log.exception("engine_thread_failed")
-            self._fail_all(500, "internal_error", "the engine failed on this request or on one beside it")
+            self._fail_all(
+                500, "internal_error", "the engine failed on this request or on one beside it"
+            )
         if self._turns is not None:
             self._turns.release()
         self._has_ended.set()
@@ -185,7 +196,8 @@ class ServeWorker:
         channel = reply_channel(home)
         try:
             return all(
-                self._redis.publish(channel, batch.model_dump_json()) for batch in reply_batches(replies)
+                self._redis.publish(channel, batch.model_dump_json())
+                for batch in reply_batches(replies)
             )
         except FAULTS as fault:
             log.warning("replies_unsent", reason=type(fault).__name__, num_replies=len(replies))
@@ -194,13 +206,18 @@ class ServeWorker:
     def _abandon(self, home: str) -> None:
         """Stops writing for an API process that is gone, or that missed a part and will ask again."""
         with self._lock:
-            for request_id in [request_id for request_id, other in self._homes.items() if other == home]:
+            for request_id in [
+                request_id for request_id, other in self._homes.items() if other == home
+            ]:
                 del self._homes[request_id]
                 self._host.abort(request_id)
 
     def _fail_all(self, status: int, code: str, message: str) -> None:
         self._publish(
-            [Failure(id=id_, status=status, code=code, message=message) for id_ in list(self._homes)]
+            [
+                Failure(id=id_, status=status, code=code, message=message)
+                for id_ in list(self._homes)
+            ]
         )
 
     def status(self) -> ServeWorkerStatus:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from app.contracts.messages import GENERATE_TASK, RING_TASK, GenerateRequest, JsonObject
+from app.contracts.messages import GENERATE_TASK, WAKE_UP_TASK, GenerateRequest, JsonObject
 
 
 def add_generate(app: Celery, submit: Callable[[GenerateRequest], None]) -> None:
@@ -16,6 +16,6 @@ def add_generate(app: Celery, submit: Callable[[GenerateRequest], None]) -> None
     app.task(generate, name=GENERATE_TASK)
 
 
-def add_ring(app: Celery, work: Callable[[], None]) -> None:
+def add_wake_up(app: Celery, work: Callable[[], None]) -> None:
     """`train.ring`: works until no job is due; the message itself says nothing."""
-    app.task(work, name=RING_TASK)
+    app.task(work, name=WAKE_UP_TASK)

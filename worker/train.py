@@ -152,7 +152,9 @@ def error_line(error: Exception) -> ErrorLine | None:
     if isinstance(error, DistillError | WorkerError):
         return ErrorLine(code=error.code, message=str(error))
     if isinstance(error, torch.OutOfMemoryError):
-        message = f"the device ran out of memory ({error}); lower batch_tokens or max_sequence_tokens"
+        message = (
+            f"the device ran out of memory ({error}); lower batch_tokens or max_sequence_tokens"
+        )
         return ErrorLine(code="out_of_memory", message=message)
     return None
 
@@ -189,7 +191,9 @@ def export(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m worker.train", description=__doc__)
     parser.add_argument("spec", type=Path, help="a RunSpec as JSON")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and the student")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for checkpoints and the student"
+    )
     # of one among several processes, see launch.py
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--of", type=int, help=argparse.SUPPRESS)
@@ -212,7 +216,9 @@ def main() -> int:
 
     def write(line: RunLine) -> None:
         # every process has its own memory and its own writes
-        if ranks.is_first or (isinstance(line, ErrorLine) and line.code in ("out_of_memory", DiskFull.code)):
+        if ranks.is_first or (
+            isinstance(line, ErrorLine) and line.code in ("out_of_memory", DiskFull.code)
+        ):
             lines.write(line.model_dump_json() + "\n")
 
     # the first decides for all when to stop

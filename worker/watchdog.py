@@ -34,7 +34,7 @@ class Turns:
         self._is_over.set()
         self._thread.join()
 
-    def ring(self) -> None:
+    def wake_up(self) -> None:
         """What the doorbell does: waits for a turn that is under way, and takes one."""
         with self._busy:
             self._work()

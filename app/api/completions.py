@@ -16,8 +16,8 @@ from app.api.strict_route import StrictRoute
 from app.auth import claimed_key_id
 from app.contracts.messages import Delta, Done
 from app.errors import StillhouseError, envelope
-from app.routing.reply_stream import Flow
-from app.routing.router import Switchboard
+from app.routing.reply_stream import ReplyStream
+from app.routing.router import RequestRouter
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
 from app.schemas.generated import ChatCompletion, TextCompletion
@@ -37,8 +37,10 @@ class CrowdedRoute(StrictRoute):
         handle = super().get_route_handler()
 
         async def turn_away(request: Request) -> Response:
-            board: Switchboard = request.app.state.switchboard
-            board.admission.demand_room(claimed_key_id(request.headers.get("authorization")))
+            request_router: RequestRouter = request.app.state.switchboard
+            request_router.admission.demand_room(
+                claimed_key_id(request.headers.get("authorization"))
+            )
             return await handle(request)
 
         return turn_away
@@ -80,25 +82,33 @@ async def respond(request: Request, caller: Principal, body: CompletionBody | Ch
     answer.model = model.model_id
     is_streamed = bool(body.stream)
     order = Order(
-        answer.id, caller.key_id, model, prompts, body.num_choices, body.sampling(), is_streamed=is_streamed
+        answer.id,
+        caller.key_id,
+        model,
+        prompts,
+        body.num_choices,
+        body.sampling(),
+        is_streamed=is_streamed,
     )
-    board: Switchboard = request.app.state.switchboard
+    request_router: RequestRouter = request.app.state.switchboard
     try:
-        return await unless_gone(request.receive, begin(board, order, answer))
+        return await unless_gone(request.receive, begin(request_router, order, answer))
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
-async def begin(board: Switchboard, order: Order, answer: TextAnswer | ChatAnswer) -> Response:
-    flow = await generation.begin(board, order)
+async def begin(
+    request_router: RequestRouter, order: Order, answer: TextAnswer | ChatAnswer
+) -> Response:
+    reply_stream = await generation.begin(request_router, order)
     try:
         if order.is_streamed:
-            return EventStream(flow, await flow.take(), answer)
-        while news := await flow.take():
+            return EventStream(reply_stream, await reply_stream.take(), answer)
+        while news := await reply_stream.take():
             answer.add(news)
         return JsonParts(await generation.whole_json(answer))
     except BaseException:
-        flow.close()
+        reply_stream.close()
         raise
 
 
@@ -114,7 +124,9 @@ class JsonParts(Response):
         self._body_parts = parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         with suppress(ClientGone):
             await send_parts(send, self._pieces(), scope["path"])
 
@@ -149,11 +161,13 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, flow: Flow, first: News, answer: TextAnswer | ChatAnswer) -> None:
+    def __init__(
+        self, reply_stream: ReplyStream, first: News, answer: TextAnswer | ChatAnswer
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._flow = flow
+        self._reply_stream = reply_stream
         self._first = first
         self._answer = answer
 
@@ -162,10 +176,12 @@ class EventStream(Response):
             with suppress(ClientGone):
                 await unless_gone(receive, self._send_all(send))
         finally:
-            self._flow.close()
+            self._reply_stream.close()
 
     async def _send_all(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send(
+            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        )
         await send_parts(send, self._parts(), self._answer.id)
 
     async def _parts(self) -> AsyncIterator[bytes]:
@@ -188,7 +204,7 @@ class EventStream(Response):
     async def _take_or_ping(self) -> News | None:
         try:
             async with asyncio.timeout(PING_SECONDS):
-                return await self._flow.take()
+                return await self._reply_stream.take()
         except TimeoutError:
             return None
 

@@ -42,11 +42,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._wait_for_headers()
         is_over = max(self._num_silent_bytes, self._num_header_bytes) > MAX_HEADER_BYTES
         if is_over and not self.transport.is_closing():
-            error = BadRequest(f"the headers are longer than {MAX_HEADER_BYTES:,} bytes", "headers_too_large")
-            body = orjson.dumps(envelope(error))
-            head = (
-                f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            error = BadRequest(
+                f"the headers are longer than {MAX_HEADER_BYTES:,} bytes", "headers_too_large"
             )
+            body = orjson.dumps(envelope(error))
+            head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
             line = b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
             self.transport.write(line + head.encode() + body)
             self.transport.close()

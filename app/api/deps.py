@@ -14,14 +14,22 @@ from app.auth import Principal
 __all__ = ["AskedPage", "Page", "Principal", "identify", "page", "require"]
 
 # For /openapi.json only: `auth` reads the header itself, because it tells malformed keys from missing ones.
-BEARER = HTTPBearer(auto_error=False, scheme_name="api_key", description="A key `sk-sh-{id}-{secret}`")
+BEARER = HTTPBearer(
+    auto_error=False, scheme_name="api_key", description="A key `sk-sh-{id}-{secret}`"
+)
 
 
-def require(scope: str) -> Callable[..., Coroutine[Any, Any, Principal]]:  # Any: as coroutines have it
+def require(
+    scope: str,
+) -> Callable[..., Coroutine[Any, Any, Principal]]:  # Any: as coroutines have it
     """A dependency that gives the principal, or refuses with 401 or 403."""
 
-    async def principal(request: Request, documented: Annotated[object, Depends(BEARER)]) -> Principal:
-        found: Principal | None = getattr(request.state, "principal", None)  # no thread for what is known
+    async def principal(
+        request: Request, documented: Annotated[object, Depends(BEARER)]
+    ) -> Principal:
+        found: Principal | None = getattr(
+            request.state, "principal", None
+        )  # no thread for what is known
         if found is None:
             found = await run_in_threadpool(identify, request)
         found.demand(scope)

@@ -50,11 +50,15 @@ async def _known(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _cursor(request: Request, error: Exception) -> JSONResponse:
-    return error_response(BadRequest(f"nothing in this list has the id {error.args[0]!r}", param="after"))
+    return error_response(
+        BadRequest(f"nothing in this list has the id {error.args[0]!r}", param="after")
+    )
 
 
 async def _database(request: Request, error: Exception) -> JSONResponse:
-    return error_response(Unavailable("the database does not answer; try again soon", "database_unavailable"))
+    return error_response(
+        Unavailable("the database does not answer; try again soon", "database_unavailable")
+    )
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

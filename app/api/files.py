@@ -32,7 +32,11 @@ UPLOAD_BODY = {
                         "file": {"type": "string", "format": "binary"},
                         "purpose": {"type": "string", "enum": list(files.PURPOSES)},
                         "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": 3600,
+                            "maximum": 2_592_000,
+                        },
                     },
                 }
             }

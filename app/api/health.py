@@ -15,7 +15,7 @@ from app.api.openapi import TEXT
 from app.db import jobs
 from app.db.health_checks import ping
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
-from app.routing.router import Switchboard
+from app.routing.router import RequestRouter
 from app.routing.worker_registry import STALLED_SECONDS
 
 router = APIRouter(tags=["health"])
@@ -41,7 +41,9 @@ class DatabaseCheck:
         is_old = time.monotonic() - self._checked_at >= CHECK_SECONDS
         if self._task is None or (self._task.done() and is_old):
             self._task = asyncio.create_task(self._check())
-        return await asyncio.shield(self._task)  # one caller that leaves must not end it for the others
+        return await asyncio.shield(
+            self._task
+        )  # one caller that leaves must not end it for the others
 
     async def _check(self) -> bool:
         try:
@@ -88,11 +90,15 @@ async def ready(request: Request, response: Response) -> Readiness:
 
     Whether the database answers is up to a second old.
     """
-    board: Switchboard = request.app.state.switchboard
-    workers = board.workers
+    request_router: RequestRouter = request.app.state.switchboard
+    workers = request_router.workers
     num_stalled = sum(worker.stalled_seconds > STALLED_SECONDS for worker in workers)
     # By each worker's own clock, as of its heartbeat.
-    ages = [worker.beat_at - worker.last_step_at for worker in workers if worker.last_step_at is not None]
+    ages = [
+        worker.beat_at - worker.last_step_at
+        for worker in workers
+        if worker.last_step_at is not None
+    ]
     found = {
         "serve_workers": len(workers),
         "stalled_serve_workers": num_stalled,
@@ -108,10 +114,12 @@ async def ready(request: Request, response: Response) -> Readiness:
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": TEXT}}})
-def metrics(request: Request, principal: Annotated[Principal, Depends(require("admin"))]) -> Response:
+def metrics(
+    request: Request, principal: Annotated[Principal, Depends(require("admin"))]
+) -> Response:
     """Prometheus metrics. They speak of all projects, so the key needs the scope `admin`."""
-    board: Switchboard = request.app.state.switchboard
-    serve_workers.set(len(board.workers))
+    request_router: RequestRouter = request.app.state.switchboard
+    serve_workers.set(len(request_router.workers))
     with transaction() as session:
         for status, count in jobs.count_by_status(session).items():
             jobs_by_status.labels(status).set(count)

@@ -13,10 +13,18 @@ from app.api.strict_route import StrictRoute
 from app.db import jobs as job_rows
 from app.db.session import transaction
 from app.schemas.files import Deleted
-from app.schemas.jobs import CheckpointObject, CreateJob, EventObject, JobObject, MetricsObject, Point, Series
+from app.schemas.jobs import (
+    CheckpointObject,
+    CreateJob,
+    EventObject,
+    JobObject,
+    MetricsObject,
+    Point,
+    Series,
+)
 from app.schemas.listing import Listing, ends
 from app.services import jobs
-from app.services.retries import MAX_TIMEOUT_SECONDS, Attempted
+from app.services.retries import MAX_TIMEOUT_SECONDS, RetryInfo
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs", tags=["jobs"])
 Reader = Annotated[Principal, Depends(require("jobs:read"))]
@@ -31,14 +39,16 @@ def attempted(
     x_stainless_retry_count: Annotated[int, Header(ge=0)] = 0,
     x_stainless_read_timeout: Annotated[float | None, Header(gt=0)] = None,
     x_stainless_timeout: Annotated[float | None, Header(ge=0)] = None,
-) -> Attempted:
+) -> RetryInfo:
     """Reads the headers of a retry. Python clients name their read timeout, others their timeout in whole seconds."""
     timeouts = (x_stainless_read_timeout, x_stainless_timeout)
     named = [seconds for seconds in timeouts if seconds is not None]
-    return Attempted(idempotency_key, x_stainless_retry_count, max(named, default=MAX_TIMEOUT_SECONDS))
+    return RetryInfo(
+        idempotency_key, x_stainless_retry_count, max(named, default=MAX_TIMEOUT_SECONDS)
+    )
 
 
-Repetition = Annotated[Attempted, Depends(attempted)]
+Repetition = Annotated[RetryInfo, Depends(attempted)]
 
 
 def is_stream_wanted(request: Request, stream: bool = False) -> bool:
@@ -49,7 +59,9 @@ Streamed = Annotated[bool, Depends(is_stream_wanted)]
 
 
 @router.post("")
-def create_job(asked: CreateJob, principal: Writer, repetition: Repetition, response: Response) -> JobObject:
+def create_job(
+    asked: CreateJob, principal: Writer, repetition: Repetition, response: Response
+) -> JobObject:
     accepted = jobs.create_job(principal, asked, repetition)
     if accepted.is_replay:
         response.headers["idempotent-replayed"] = "true"
@@ -59,7 +71,9 @@ def create_job(asked: CreateJob, principal: Writer, repetition: Repetition, resp
 @router.get("")
 def list_jobs(request: Request, principal: Reader, page: AskedPage) -> Listing[JobObject]:
     wanted = {
-        m[1]: value for key, value in request.query_params.items() if (m := METADATA_FILTER.fullmatch(key))
+        m[1]: value
+        for key, value in request.query_params.items()
+        if (m := METADATA_FILTER.fullmatch(key))
     }
     with transaction() as session:
         rows, has_more = job_rows.page_jobs(
@@ -127,7 +141,9 @@ def get_metrics(
     wanted = [name.strip() for name in names.split(",")] if names else None
     with transaction() as session:
         jobs.get_job(session, principal.project_id, job_id)
-        rows = job_rows.metric_series(session, job_id, names=wanted, from_step=from_step, to_step=to_step)
+        rows = job_rows.metric_series(
+            session, job_id, names=wanted, from_step=from_step, to_step=to_step
+        )
     series: dict[str, list[Point]] = {}
     for row in rows:
         series.setdefault(row.name, []).append(Point(step=row.step, value=row.value))
@@ -138,7 +154,9 @@ def get_metrics(
 def list_checkpoints(job_id: str, principal: Reader, page: AskedPage) -> Listing[CheckpointObject]:
     with transaction() as session:
         job = jobs.get_job(session, principal.project_id, job_id)
-        rows, has_more = job_rows.page_checkpoints(session, job_id, after=page.after, limit=page.limit)
+        rows, has_more = job_rows.page_checkpoints(
+            session, job_id, after=page.after, limit=page.limit
+        )
     data = [CheckpointObject.of(row, job.model_id) for row in rows]
     first_id, last_id = ends(data)
     return Listing(data=data, first_id=first_id, last_id=last_id, has_more=has_more)

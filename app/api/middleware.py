@@ -17,7 +17,9 @@ from app.errors import BadRequest, StillhouseError, TooLarge
 log = structlog.get_logger(__name__)
 
 UPLOAD_PATH = "/v1/files"  # it has its own, larger cap
-requests_total = Counter("stillhouse_http_requests", "Requests answered", ["method", "route", "status"])
+requests_total = Counter(
+    "stillhouse_http_requests", "Requests answered", ["method", "route", "status"]
+)
 request_seconds = Histogram(
     "stillhouse_http_request_seconds", "Time to the first byte of an answer", ["method", "route"]
 )

@@ -13,7 +13,10 @@ ERRORS: Responses = {
         "model": ErrorEnvelope,
         "description": "What is asked for cannot be done; `Retry-After` says when to try again",
     },
-    "5XX": {"model": ErrorEnvelope, "description": "The service cannot do it now; `Retry-After` as above"},
+    "5XX": {
+        "model": ErrorEnvelope,
+        "description": "The service cannot do it now; `Retry-After` as above",
+    },
 }
 TEXT = {"schema": {"type": "string"}}
 FRAME = {  # of a stream; its last one has the data `[DONE]`
@@ -25,7 +28,9 @@ FRAME = {  # of a stream; its last one has the data `[DONE]`
 }
 EVENTS: Responses = {200: {"content": {"text/event-stream": FRAME}}}
 BYTES: Responses = {
-    200: {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+    200: {
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    }
 }
 
 

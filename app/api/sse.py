@@ -18,7 +18,9 @@ POLL_SECONDS = 0.5
 PING_SECONDS = 10.0
 PING = b": ping\n"  # one newline: with two, the SDK would take an empty event
 BATCH = 200
-LOOKS = anyio.CapacityLimiter(8)  # however many streams there are, they leave threads to those who ask
+LOOKS = anyio.CapacityLimiter(
+    8
+)  # however many streams there are, they leave threads to those who ask
 
 
 def start_after(job_id: str, after: str | None) -> int:

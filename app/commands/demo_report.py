@@ -30,15 +30,15 @@ def show_comparison(console: Console, result: Json) -> None:
         ("perplexity", "perplexity", "{:.2f}"),
         ("ROUGE-L to the teacher", "rouge_l", "{:.3f}"),
     )
-    title = (
-        f"On {result['num_validation_rows']} held-out prompts ({result['num_train_rows']} were trained on)"
-    )
+    title = f"On {result['num_validation_rows']} held-out prompts ({result['num_train_rows']} were trained on)"
     table = Table(title=title, title_justify="left")
     table.add_column("", min_width=24)
     for _, heading in MODELS:
         table.add_column(heading, justify="right")
     for heading, name, form in rows:
-        table.add_row(heading, *(row_value(result.get(model, {}), name, form) for model, _ in MODELS))
+        table.add_row(
+            heading, *(row_value(result.get(model, {}), name, form) for model, _ in MODELS)
+        )
     console.print(table)
     console.print(
         "KL in nats a token, agreement, and perplexity of the teacher's own greedy answers, token by token; ROUGE-L of the "

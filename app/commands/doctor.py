@@ -26,8 +26,10 @@ from app.routing.worker_registry import STALLED_SECONDS
 from app.settings import Settings
 from app.storage import StorageError, store
 
-SKEW_SECONDS = 2.0  # a lease lasts 90; more than this on a host with NTP means that NTP does not work
-RING_SECONDS = 3.0  # an idle train worker takes a doorbell within milliseconds
+SKEW_SECONDS = (
+    2.0  # a lease lasts 90; more than this on a host with NTP means that NTP does not work
+)
+WAKE_UP_SECONDS = 3.0  # an idle train worker takes a doorbell within milliseconds
 FAULTS = (
     DatabaseUnavailable,
     PoolExhausted,
@@ -68,11 +70,15 @@ def report(findings: list[Finding], console: Console, *, is_json: bool) -> int:
     """Prints the findings; 1 if one failed."""
     is_sound = all(finding.status == "ok" for finding in findings)
     if is_json:
-        print(json.dumps({"is_sound": is_sound, "findings": [asdict(f) for f in findings]}, indent=1))
+        print(
+            json.dumps({"is_sound": is_sound, "findings": [asdict(f) for f in findings]}, indent=1)
+        )
         return not is_sound
     for finding in findings:
         colour = "green" if finding.status == "ok" else "red"
-        console.print(f"[{colour}]{finding.status:4}[/] {finding.name:12}", end=" ", highlight=False)
+        console.print(
+            f"[{colour}]{finding.status:4}[/] {finding.name:12}", end=" ", highlight=False
+        )
         console.print(finding.what, markup=False, highlight=False, soft_wrap=True)
         if finding.advice:
             console.print(f"     → {finding.advice}", markup=False, highlight=False, soft_wrap=True)
@@ -89,12 +95,18 @@ def database(settings: Settings) -> Iterator[Finding]:
         here = datetime.now(UTC)
     yield Finding("database", "ok", f"PostgreSQL {facts.version} answers")
     unsafe = "set fsync, synchronous_commit and full_page_writes to on: a power cut loses accepted jobs now"
-    yield judge("durability", facts.is_durable, "commits are durable" if facts.is_durable else "off", unsafe)
+    yield judge(
+        "durability", facts.is_durable, "commits are durable" if facts.is_durable else "off", unsafe
+    )
     skew = abs((facts.now - here).total_seconds())
     wrong = "run NTP (chrony, systemd-timesyncd) on this host and on the database's"
-    yield judge("clock", skew <= SKEW_SECONDS, f"{skew:.1f} s between this host and the database", wrong)
+    yield judge(
+        "clock", skew <= SKEW_SECONDS, f"{skew:.1f} s between this host and the database", wrong
+    )
     current, newest = revisions(settings.database_url)
-    yield judge("schema", current == newest, f"at {current}, newest {newest}", "run `stillhouse migrate`")
+    yield judge(
+        "schema", current == newest, f"at {current}, newest {newest}", "run `stillhouse migrate`"
+    )
 
 
 def broker(settings: Settings) -> Iterator[Finding]:
@@ -106,10 +118,15 @@ def broker(settings: Settings) -> Iterator[Finding]:
         yield judge("eviction", policy == "noeviction", f"policy {policy}", keep)
         is_saved = bool(facts.get("aof_enabled")) or facts.get("rdb_last_bgsave_status") == "ok"
         what = (
-            "on" if facts.get("aof_enabled") else "no append-only file; not needed, for Postgres has the jobs"
+            "on"
+            if facts.get("aof_enabled")
+            else "no append-only file; not needed, for Postgres has the jobs"
         )
         yield judge(
-            "persistence", is_saved, what, "the broker cannot write its snapshot: see its log and disk"
+            "persistence",
+            is_saved,
+            what,
+            "the broker cannot write its snapshot: see its log and disk",
         )
 
 
@@ -123,13 +140,19 @@ def files(settings: Settings) -> Iterator[Finding]:
     finally:
         store().delete(key)
     yield judge(
-        "store", is_same, f"{settings.store_root()} takes and gives", "the store gives other bytes back"
+        "store",
+        is_same,
+        f"{settings.store_root()} takes and gives",
+        "the store gives other bytes back",
     )
     free = store().free_bytes()
     if free is not None:
         what = f"{free / 2**30:.1f} GiB free, {settings.min_free_bytes / 2**30:.1f} must stay free"
         yield judge(
-            "disk", free > settings.min_free_bytes, what, "delete files or models, or grow the volume"
+            "disk",
+            free > settings.min_free_bytes,
+            what,
+            "delete files or models, or grow the volume",
         )
 
 
@@ -141,38 +164,56 @@ def workers(settings: Settings) -> Iterator[Finding]:
             if isinstance(value := client.get(key), bytes)
         ]
         serving = [ServeWorkerStatus.model_validate_json(beat) for beat in beats]
-        stalled = [worker.worker_id for worker in serving if worker.stalled_seconds > STALLED_SECONDS]
+        stalled = [
+            worker.worker_id for worker in serving if worker.stalled_seconds > STALLED_SECONDS
+        ]
         yield judge(
-            "serving", bool(serving), f"{len(serving)} serve workers", "start `stillhouse serve-worker`"
+            "serving",
+            bool(serving),
+            f"{len(serving)} serve workers",
+            "start `stillhouse serve-worker`",
         )
         if stalled:
             yield Finding(
-                "serving", "fail", f"{', '.join(stalled)} does not step", "restart it; its log says why"
+                "serving",
+                "fail",
+                f"{', '.join(stalled)} does not step",
+                "restart it; its log says why",
             )
-        task_queue.ring()
-        deadline = time.monotonic() + RING_SECONDS
+        task_queue.notify_workers()
+        deadline = time.monotonic() + WAKE_UP_SECONDS
         while (
             is_unheard := bool(client.llen(task_queue.KEY_PREFIX + TRAIN_QUEUE))
         ) and time.monotonic() < deadline:
             time.sleep(0.05)
     with transaction() as session:
         num_running = server_facts(session).num_running
-    what = f"{num_running} jobs run" + (", nobody else listens" if is_unheard else ", a train worker listens")
-    yield judge("training", not is_unheard or num_running > 0, what, "start `stillhouse train-worker`")
+    what = f"{num_running} jobs run" + (
+        ", nobody else listens" if is_unheard else ", a train worker listens"
+    )
+    yield judge(
+        "training", not is_unheard or num_running > 0, what, "start `stillhouse train-worker`"
+    )
 
 
 def api(settings: Settings) -> Iterator[Finding]:
     url = f"http://{settings.host}:{settings.port}"
     answer = httpx.get(f"{url}/health/ready", timeout=5, trust_env=False)
-    yield judge("api", answer.status_code == 200, f"{url} is {answer.json()['status']}", "its log says why")
+    yield judge(
+        "api", answer.status_code == 200, f"{url} is {answer.json()['status']}", "its log says why"
+    )
 
 
 def gpu(settings: Settings) -> Iterator[Finding]:
     if shutil.which("nvidia-smi") is None:
         yield Finding("gpu", "ok", "no NVIDIA driver here: workers on this host use the CPU")
         return
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=20)
-    cards = [line.partition(" (UUID")[0] for line in listed.stdout.splitlines() if line.startswith("GPU")]
+    listed = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=20
+    )
+    cards = [
+        line.partition(" (UUID")[0] for line in listed.stdout.splitlines() if line.startswith("GPU")
+    ]
     broken = "the driver does not answer: run `nvidia-smi`; a container needs the GPU given to it"
     yield judge("gpu", bool(cards), "; ".join(cards) or "none seen", broken)
 
@@ -180,7 +221,9 @@ def gpu(settings: Settings) -> Iterator[Finding]:
 def compiler(settings: Settings) -> Iterator[Finding]:
     found = shutil.which("gcc") or shutil.which("cc")
     without = "no C compiler here: a serve worker on this host does without its kernels and is slower on a CPU; install gcc"
-    yield Finding("compiler", "ok", without if found is None else f"{found}, for a serve worker's kernels")
+    yield Finding(
+        "compiler", "ok", without if found is None else f"{found}, for a serve worker's kernels"
+    )
 
 
 def keys(settings: Settings) -> Iterator[Finding]:
@@ -188,7 +231,12 @@ def keys(settings: Settings) -> Iterator[Finding]:
     for path in (settings.data_dir / name for name in ("pepper", "api_key", "service.json")):
         if path.exists():
             mode = stat.S_IMODE(path.stat().st_mode)
-            yield judge("key files", not mode & 0o077, f"{path} has mode {mode:o}", f"run `chmod 600 {path}`")
+            yield judge(
+                "key files",
+                not mode & 0o077,
+                f"{path} has mode {mode:o}",
+                f"run `chmod 600 {path}`",
+            )
 
 
 def _redis(settings: Settings) -> Redis:
@@ -208,5 +256,9 @@ CHECKS: tuple[tuple[str, Check, str], ...] = (
     ("api", api, "start `stillhouse api`, or correct STILLHOUSE_HOST and STILLHOUSE_PORT"),
     ("gpu", gpu, "run `nvidia-smi` by hand"),
     ("compiler", compiler, "look for gcc by hand"),
-    ("key files", keys, "set STILLHOUSE_KEY_PEPPER, or give the data folder that `stillhouse up` made"),
+    (
+        "key files",
+        keys,
+        "set STILLHOUSE_KEY_PEPPER, or give the data folder that `stillhouse up` made",
+    ),
 )

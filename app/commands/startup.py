@@ -71,7 +71,9 @@ class Startup:
 
     def _demand_hope(self, role: str, workers: Sequence[Kept]) -> None:
         """Raises LocalServiceError when no worker of the role can be expected any more."""
-        have_died = all(worker.num_starts >= MAX_STARTS and not worker.is_running for worker in workers)
+        have_died = all(
+            worker.num_starts >= MAX_STARTS and not worker.is_running for worker in workers
+        )
         waited = self._clock() - self._began
         if have_died or waited > WORKER_SECONDS:
             what = f"died {MAX_STARTS} times" if have_died else f"is not ready after {waited:.0f} s"
@@ -86,4 +88,6 @@ class Startup:
         self._noted_at = self._clock()
         for role, workers in self._awaited.items():
             seconds = self._noted_at - self._began
-            self._say(f"Waiting for a {role} worker for {seconds:.0f} s; its log is {workers[0].log_path}")
+            self._say(
+                f"Waiting for a {role} worker for {seconds:.0f} s; its log is {workers[0].log_path}"
+            )

@@ -93,7 +93,9 @@ def run_up(options: UpOptions, console: Console) -> None:
             time.sleep(TURN_SECONDS)
 
 
-def _start_databases(stack: contextlib.ExitStack, options: UpOptions, console: Console) -> list[Child]:
+def _start_databases(
+    stack: contextlib.ExitStack, options: UpOptions, console: Console
+) -> list[Child]:
     """Our own Postgres and Valkey, where no URL names others; points the settings at them."""
     settings = get_settings()
     databases: list[Child] = []
@@ -201,11 +203,15 @@ def _url(options: UpOptions) -> str:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _demand_worker_packages(options: UpOptions) -> None:
-    if (options.train_workers or options.serve_workers) and importlib.util.find_spec("torch") is None:
+    if (options.train_workers or options.serve_workers) and importlib.util.find_spec(
+        "torch"
+    ) is None:
         raise LocalServiceError(
             "workers need torch: pip install 'stillhouse[worker]', or use --train-workers 0 --serve-workers 0"
         )
@@ -231,5 +237,7 @@ def _only_one(data_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise LocalServiceError(f"another `stillhouse up` runs in {data_dir}; stop it first") from None
+            raise LocalServiceError(
+                f"another `stillhouse up` runs in {data_dir}; stop it first"
+            ) from None
         yield

@@ -7,7 +7,7 @@ from pydantic import Field, TypeAdapter
 from app.contracts.messages import ArtifactRef, Cancel, Contract, ServingOptions, residence_of
 
 
-class Served(Contract):
+class ServedModel(Contract):
     """A model and how it is served: what a serve worker loads."""
 
     model: str
@@ -29,7 +29,7 @@ class Load(Contract):
     """Loads a model before anyone asks it; nothing happens if it is there."""
 
     kind: Literal["load"] = "load"
-    served: Served
+    served: ServedModel
 
 
 class Unload(Contract):
@@ -43,7 +43,7 @@ class Keep(Contract):
     """All models that are pinned: they are loaded, and never make room for others. Replaces what was said before."""
 
     kind: Literal["keep"] = "keep"
-    models: tuple[Served, ...]
+    models: tuple[ServedModel, ...]
 
 
 Control = Annotated[Cancel | Load | Unload | Keep, Field(discriminator="kind")]

@@ -26,7 +26,14 @@ FileId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=N
 
 Precision = Literal["float32", "bfloat16"]
 DivergenceName = Literal[
-    "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd", "alpha_beta", "logit_mse"
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "tvd",
+    "alpha_beta",
+    "logit_mse",
 ]
 FreshFamily = Literal["gpt2", "llama", "bloom", "t5", "encoder-decoder"]
 TeacherSignal = Literal["logits", "conditional_mlm", "hidden", "text", "uld"]
@@ -80,7 +87,9 @@ class Student(Block):
     """
 
     init: Literal["layers", "width", "checkpoint", "lora", "fresh"] = "layers"
-    num_layers: NumLayers | Annotated[tuple[NumLayers, ...], Field(min_length=1, max_length=8)] | None = None
+    num_layers: (
+        NumLayers | Annotated[tuple[NumLayers, ...], Field(min_length=1, max_length=8)] | None
+    ) = None
     layers: tuple[LayerNumber, ...] | None = None
     num_encoder_layers: NumLayers | None = None
     num_decoder_layers: NumLayers | None = None
@@ -102,7 +111,9 @@ class Student(Block):
     def _one_way_to_choose(self) -> "Student":
         chooses_layers = self.num_layers is not None or self.layers is not None
         chooses_layers |= self.num_encoder_layers is not None or self.num_decoder_layers is not None
-        chooses_width = any(s is not None for s in (self.hidden_size, self.num_heads, self.intermediate_size))
+        chooses_width = any(
+            s is not None for s in (self.hidden_size, self.num_heads, self.intermediate_size)
+        )
         if self.init not in ("layers", "width") and chooses_layers:
             raise ValueError(
                 f"numbers of layers belong to init=layers; with init={self.init} "
@@ -182,7 +193,9 @@ class HiddenTerm(Block):
 
     kind: Literal["mse", "cosine"] = "mse"
     weight: Weight = 1.0
-    layer_map: Annotated[tuple[tuple[int, int], ...], Field(min_length=1, max_length=1024)] | None = None
+    layer_map: (
+        Annotated[tuple[tuple[int, int], ...], Field(min_length=1, max_length=1024)] | None
+    ) = None
     side: Literal["auto", "encoder", "decoder"] = "auto"
 
 
@@ -245,8 +258,12 @@ class Hyperparameters(Block):
     early_stopping: EarlyStopping | None = None
 
 
-Metric = Literal["perplexity", "agreement", "rouge_l", "exact_match", "accuracy", "macro_f1", "speed"]
-GateMetric = Literal["kl", "perplexity", "agreement", "rouge_l", "exact_match", "accuracy", "macro_f1"]
+Metric = Literal[
+    "perplexity", "agreement", "rouge_l", "exact_match", "accuracy", "macro_f1", "speed"
+]
+GateMetric = Literal[
+    "kl", "perplexity", "agreement", "rouge_l", "exact_match", "accuracy", "macro_f1"
+]
 
 
 class Gate(Block):
@@ -304,7 +321,9 @@ class Distillation(Block):
         if not isinstance(block, dict) or not isinstance(block.get("loss"), dict):
             return block
         if "objective" in block:
-            raise ValueError("give objective or loss, not both: loss is the short way to write the objective")
+            raise ValueError(
+                "give objective or loss, not both: loss is the short way to write the objective"
+            )
         objective = dict(block["loss"])
         if "type" in objective:
             kind = objective.pop("type")

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app.contracts.distillation import Distillation
 
 SPLIT_VERSION = 2  # how held-out rows are chosen, see worker/distill/data/split.py
-RING_TASK = "train.ring"
+WAKE_UP_TASK = "train.ring"
 GENERATE_TASK = "serve.generate"
 TRAIN_QUEUE = "train"
 
@@ -109,14 +109,14 @@ class ChatCost(Contract):
     system: int
 
 
-ModelFamily = Literal["causal", "seq2seq", "masked"]
+ModelKind = Literal["causal", "seq2seq", "masked"]
 
 
 class ModelFacts(Contract):
     """What the control plane must know of a model, so that it never has to load one."""
 
     architecture: str
-    family: ModelFamily = "causal"
+    family: ModelKind = "causal"
     num_layers: int  # the decoder's, where there are two kinds
     num_encoder_layers: int | None = None
     num_decoder_layers: int | None = None

@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 from app.db.files import insert_file
 from app.db.pagination import Order, keyset_page
 from app.db.schema.json_values import clean
-from app.db.schema.tables import ENDED_BATCHES, Batch, BatchResult, BatchStatus, Json, lease_tokens
+from app.db.schema.table import Json
+from app.db.schema.tables import ENDED_BATCHES, Batch, BatchResult, BatchStatus, lease_tokens
 
 LIFETIME: Final = timedelta(hours=24)  # the one completion window there is
 UNDER_WAY: Final = frozenset({BatchStatus.validating, BatchStatus.in_progress})
@@ -41,10 +42,14 @@ def find_batch(session: Session, project_id: str, batch_id: str) -> Batch | None
     return session.scalars(query).one_or_none()
 
 
-def find_recent(session: Session, seconds: float, **columns: Any) -> Batch | None:  # Any: columns of Batch
+def find_recent(
+    session: Session, seconds: float, **columns: Any
+) -> Batch | None:  # Any: columns of Batch
     """The newest batch with these columns that was made within the last `seconds`, and that nobody has cancelled."""
     query = (
-        select(Batch).filter_by(**columns).where(Batch.created_at > func.now() - timedelta(seconds=seconds))
+        select(Batch)
+        .filter_by(**columns)
+        .where(Batch.created_at > func.now() - timedelta(seconds=seconds))
     )
     query = query.where(Batch.cancelling_at.is_(None)).order_by(Batch.created_at.desc())
     return session.scalars(query.limit(1)).one_or_none()
@@ -62,7 +67,10 @@ def count_active(session: Session, project_id: str) -> int:
     """Batches of the project that have not ended."""
     query = select(func.count()).select_from(Batch)
     return (
-        session.scalar(query.where(Batch.project_id == project_id, Batch.status.not_in(ENDED_BATCHES))) or 0
+        session.scalar(
+            query.where(Batch.project_id == project_id, Batch.status.not_in(ENDED_BATCHES))
+        )
+        or 0
     )
 
 
@@ -79,13 +87,20 @@ def claim(session: Session, lease_seconds: float, *, only_ending: bool = False) 
     """
     is_free = or_(Batch.lease_expires_at.is_(None), Batch.lease_expires_at < func.now())
     wanted = ENDING if only_ending else ENDING | UNDER_WAY
-    due = select(Batch).where(Batch.status.in_(wanted), is_free).order_by(Batch.created_at, Batch.id)
-    batch = session.scalars(due.limit(1).with_for_update(skip_locked=True, key_share=True)).one_or_none()
+    due = (
+        select(Batch).where(Batch.status.in_(wanted), is_free).order_by(Batch.created_at, Batch.id)
+    )
+    batch = session.scalars(
+        due.limit(1).with_for_update(skip_locked=True, key_share=True)
+    ).one_or_none()
     if batch is None:
         return None
     token = session.scalar(lease_tokens)
     assert token is not None
-    columns: dict[str, Any] = {"lease_token": token, "lease_expires_at": func.now()}  # Any: columns of Batch
+    columns: dict[str, Any] = {
+        "lease_token": token,
+        "lease_expires_at": func.now(),
+    }  # Any: columns of Batch
     if batch.status == BatchStatus.validating:
         columns |= {"status": BatchStatus.in_progress, "in_progress_at": func.now()}
     session.execute(update(Batch).where(Batch.id == batch.id).values(**columns))
@@ -105,7 +120,11 @@ def renew(session: Session, batch_id: str, token: int, lease_seconds: float) -> 
 
 def release(session: Session, batch_id: str, token: int) -> None:
     """Lets another process go on at once."""
-    freed = update(Batch).where(*_is_ours(batch_id, token)).values(lease_token=None, lease_expires_at=None)
+    freed = (
+        update(Batch)
+        .where(*_is_ours(batch_id, token))
+        .values(lease_token=None, lease_expires_at=None)
+    )
     session.execute(freed)
 
 
@@ -113,12 +132,18 @@ def answered_lines(session: Session, batch_id: str) -> set[int]:
     return set(session.scalars(select(BatchResult.line).where(BatchResult.batch_id == batch_id)))
 
 
-def record(session: Session, batch_id: str, token: int, *, line: int, output: str, is_error: bool) -> bool:
+def record(
+    session: Session, batch_id: str, token: int, *, line: int, output: str, is_error: bool
+) -> bool:
     """Keeps the answer to a line, once; False if the batch is no longer the caller's to write to."""
-    in_progress = select(Batch.id).where(*_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress)
+    in_progress = select(Batch.id).where(
+        *_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress
+    )
     if session.scalar(in_progress.with_for_update(key_share=True)) is None:
         return False
-    fresh = insert(BatchResult).values(batch_id=batch_id, line=line, output=output, is_error=is_error)
+    fresh = insert(BatchResult).values(
+        batch_id=batch_id, line=line, output=output, is_error=is_error
+    )
     if session.scalar(fresh.on_conflict_do_nothing().returning(BatchResult.line)) is not None:
         counter = Batch.num_failed if is_error else Batch.num_completed
         session.execute(update(Batch).where(Batch.id == batch_id).values({counter: counter + 1}))
@@ -127,7 +152,9 @@ def record(session: Session, batch_id: str, token: int, *, line: int, output: st
 
 def begin_finalizing(session: Session, batch_id: str, token: int) -> Batch | None:
     """The batch with its results frozen; None if the lease belongs to somebody else."""
-    in_progress = update(Batch).where(*_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress)
+    in_progress = update(Batch).where(
+        *_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress
+    )
     session.execute(in_progress.values(status=BatchStatus.finalizing, finalizing_at=func.now()))
     return session.scalars(select(Batch).where(*_is_ours(batch_id, token))).one_or_none()
 
@@ -150,7 +177,11 @@ def results_after(
     total = func.sum(sizes.c.size).over(order_by=sizes.c.line)
     sums = select(sizes.c.line, sizes.c.size, total.label("total")).subquery()
     is_first = sums.c.total == sums.c.size
-    last = select(func.max(sums.c.line)).where(or_(sums.c.total <= max_bytes, is_first)).scalar_subquery()
+    last = (
+        select(func.max(sums.c.line))
+        .where(or_(sums.c.total <= max_bytes, is_first))
+        .scalar_subquery()
+    )
     page = select(BatchResult).where(BatchResult.batch_id == batch_id, BatchResult.line > line)
     return list(session.scalars(page.where(BatchResult.line <= last).order_by(BatchResult.line)))
 
@@ -184,7 +215,10 @@ def finish(
         return False
     for columns in filter(None, (output_file, error_file)):
         if batch.output_expires_seconds is not None:
-            columns = {**columns, "expires_at": func.now() + timedelta(seconds=batch.output_expires_seconds)}
+            columns = {
+                **columns,
+                "expires_at": func.now() + timedelta(seconds=batch.output_expires_seconds),
+            }
         insert_file(session, project_id=batch.project_id, purpose="batch_output", **columns)
     session.execute(delete(BatchResult).where(BatchResult.batch_id == batch_id))
     return True

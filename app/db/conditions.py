@@ -10,7 +10,9 @@ from app.db.schema.tables import Job
 
 def _status_in(statuses: Iterable[JobStatus]) -> ColumnElement[bool]:
     """Returns a condition with literals: a plan for any value of a parameter uses no partial index."""
-    return Job.status.in_([literal(status.value, literal_execute=True) for status in sorted(statuses)])
+    return Job.status.in_(
+        [literal(status.value, literal_execute=True) for status in sorted(statuses)]
+    )
 
 
 HAS_NOT_ENDED = ~_status_in(TERMINAL)

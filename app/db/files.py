@@ -17,7 +17,9 @@ def insert_file(session: Session, **columns: Any) -> File:  # Any: the columns o
     return row
 
 
-def find_file(session: Session, project_id: str, file_id: str, *, lock: bool = False) -> File | None:
+def find_file(
+    session: Session, project_id: str, file_id: str, *, lock: bool = False
+) -> File | None:
     """The project's file; `lock` keeps it from being deleted until the transaction ends."""
     query = select(File).where(File.id == file_id, File.project_id == project_id, _is_alive())
     if lock:
@@ -68,7 +70,9 @@ def readers_of_file(session: Session, project_id: str, file_id: str) -> list[str
         HAS_NOT_ENDED,
     )
     batches = select(Batch.id).where(
-        Batch.project_id == project_id, Batch.input_file_id == file_id, Batch.status.not_in(ENDED_BATCHES)
+        Batch.project_id == project_id,
+        Batch.input_file_id == file_id,
+        Batch.status.not_in(ENDED_BATCHES),
     )
     return [*session.scalars(batches.order_by(Batch.id)), *session.scalars(jobs.order_by(Job.id))]
 

@@ -27,7 +27,9 @@ def ping(session: Session) -> None:
 
 def server_facts(session: Session) -> ServerFacts:
     shown = {name: session.execute(text(f"SHOW {name}")).scalar_one() for name in DURABILITY}
-    running = select(func.count()).where(Job.status == JobStatus.running, Job.lease_expires_at > func.now())
+    running = select(func.count()).where(
+        Job.status == JobStatus.running, Job.lease_expires_at > func.now()
+    )
     return ServerFacts(
         now=session.execute(select(func.clock_timestamp())).scalar_one(),
         version=str(session.execute(text("SHOW server_version")).scalar_one()),

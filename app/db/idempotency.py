@@ -13,7 +13,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from app.db.schema.tables import IdempotencyKey, Json
+from app.db.schema.table import Json
+from app.db.schema.tables import IdempotencyKey
 
 LIFETIME: Final = timedelta(hours=24)
 
@@ -32,7 +33,9 @@ def find_key(session: Session, project_id: str, route: str, key: str) -> Claimed
     return Claimed(row.request_sha256, row.response) if row is not None and is_alive else None
 
 
-def claim_key(session: Session, project_id: str, route: str, key: str, request_sha256: str) -> Claimed | None:
+def claim_key(
+    session: Session, project_id: str, route: str, key: str, request_sha256: str
+) -> Claimed | None:
     """None if the key is now this transaction's; else what the request that had it first left.
 
     A rival that holds the key in an open transaction is waited for, as long as `lock_timeout` allows.
@@ -52,7 +55,9 @@ def claim_key(session: Session, project_id: str, route: str, key: str, request_s
     taken = claim.on_conflict_do_nothing().returning(IdempotencyKey.key)
     try:
         with session.begin_nested():
-            session.execute(delete(IdempotencyKey).where(*place, IdempotencyKey.expires_at <= func.now()))
+            session.execute(
+                delete(IdempotencyKey).where(*place, IdempotencyKey.expires_at <= func.now())
+            )
             if session.scalar(taken) is not None:
                 return None
     except OperationalError as error:

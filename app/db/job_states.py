@@ -14,14 +14,17 @@ from sqlalchemy.orm import Session
 from app.contracts.messages import TERMINAL, JobStatus
 from app.db.schema.ids import new_id
 from app.db.schema.json_values import clean, clean_text
-from app.db.schema.tables import Attempt, Event, Job, Json
+from app.db.schema.table import Json
+from app.db.schema.tables import Attempt, Event, Job
 
 Level = Literal["info", "warn", "error"]
 MESSAGE_CHARACTERS: Final = 4000
 KEPT_STAGES: Final = 60
 
 LEGAL: Final[dict[JobStatus, frozenset[JobStatus]]] = {
-    JobStatus.queued: frozenset({JobStatus.running, JobStatus.paused, JobStatus.cancelled, JobStatus.failed}),
+    JobStatus.queued: frozenset(
+        {JobStatus.running, JobStatus.paused, JobStatus.cancelled, JobStatus.failed}
+    ),
     JobStatus.running: frozenset(
         {
             JobStatus.succeeded,
@@ -66,7 +69,11 @@ def move(
     """
     before = lock_job(session, job_id)
     allowed = sources_of(to) if sources is None else sources_of(to) & frozenset(sources)
-    if before is None or before.status not in allowed or (token is not None and before.lease_token != token):
+    if (
+        before is None
+        or before.status not in allowed
+        or (token is not None and before.lease_token != token)
+    ):
         return None
     was_running = before.status == JobStatus.running
     if was_running:
@@ -85,7 +92,8 @@ def move(
         change = change.where(Job.lease_token == token)
     change = change.values(status=to.value, **columns)
     job = session.scalars(
-        change.returning(Job), execution_options={"populate_existing": True, "synchronize_session": False}
+        change.returning(Job),
+        execution_options={"populate_existing": True, "synchronize_session": False},
     ).one_or_none()
     if job is None:
         return None

@@ -33,7 +33,9 @@ def insert_job(session: Session, **columns: Any) -> Job:  # Any: the columns of 
 
 def find_job(session: Session, project_id: str, job_id: str) -> Job | None:
     """The project's job with this id, unless it was deleted."""
-    query = select(Job).where(Job.id == job_id, Job.project_id == project_id, Job.deleted_at.is_(None))
+    query = select(Job).where(
+        Job.id == job_id, Job.project_id == project_id, Job.deleted_at.is_(None)
+    )
     return session.scalars(query).one_or_none()
 
 
@@ -102,7 +104,7 @@ def queue_position(session: Session, job: Job) -> tuple[int, int] | None:
 def request_cancel(session: Session, job_id: str) -> Job | None:
     """Cancels a waiting job now and asks a running one to stop; None if the job has ended otherwise.
 
-    Asking again changes nothing.
+    AnswerSampling again changes nothing.
     """
     job = lock_job(session, job_id)
     if job is None or job.status in {JobStatus.succeeded, JobStatus.failed}:
@@ -132,8 +134,12 @@ def request_pause(session: Session, job_id: str, *, reason: str | None = None) -
     if job.status == JobStatus.paused or job.pause_requested_at is not None:
         return job
     if job.status != JobStatus.running:
-        return move(session, job_id, JobStatus.paused, message="The job is paused.", pause_reason=reason)
-    message = "Pausing: the worker stops the run at a checkpoint." + (f" Reason: {reason}" if reason else "")
+        return move(
+            session, job_id, JobStatus.paused, message="The job is paused.", pause_reason=reason
+        )
+    message = "Pausing: the worker stops the run at a checkpoint." + (
+        f" Reason: {reason}" if reason else ""
+    )
     add_event(session, job_id, message)
     return _set(session, job_id, pause_requested_at=func.now(), pause_reason=reason)
 
@@ -193,7 +199,12 @@ def seq_of_event(session: Session, job_id: str, event_id: str) -> int | None:
 
 
 def page_events(
-    session: Session, job_id: str, *, after: str | None = None, limit: int = 20, order: Order = "desc"
+    session: Session,
+    job_id: str,
+    *,
+    after: str | None = None,
+    limit: int = 20,
+    order: Order = "desc",
 ) -> tuple[list[Event], bool]:
     """A page of the job's events and whether more follow; newest first by default. Raises UnknownCursor."""
     query = select(Event).where(Event.job_id == job_id)
@@ -234,7 +245,12 @@ def metric_series(
 
 
 def page_checkpoints(
-    session: Session, job_id: str, *, after: str | None = None, limit: int = 20, order: Order = "desc"
+    session: Session,
+    job_id: str,
+    *,
+    after: str | None = None,
+    limit: int = 20,
+    order: Order = "desc",
 ) -> tuple[list[Checkpoint], bool]:
     """A page of the checkpoints that can be used, and whether more follow. Raises UnknownCursor."""
     query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.status == "committed")

@@ -21,7 +21,11 @@ def insert_key(
     expires_at: datetime | None = None,
 ) -> ApiKey:
     row = ApiKey(
-        id=id, project_id=project_id, secret_hmac=secret_hmac, scopes=list(scopes), expires_at=expires_at
+        id=id,
+        project_id=project_id,
+        secret_hmac=secret_hmac,
+        scopes=list(scopes),
+        expires_at=expires_at,
     )
     session.add(row)
     session.flush()
@@ -52,7 +56,9 @@ def read_key(key_id: str) -> KeyFacts | None:
 
 def list_keys(session: Session, project_id: str | None = None) -> list[ApiKey]:
     query = select(ApiKey).order_by(ApiKey.created_at, ApiKey.id)
-    return list(session.scalars(query.where(ApiKey.project_id == project_id) if project_id else query))
+    return list(
+        session.scalars(query.where(ApiKey.project_id == project_id) if project_id else query)
+    )
 
 
 def revoke_key(session: Session, key_id: str) -> bool:

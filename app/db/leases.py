@@ -13,13 +13,13 @@ from sqlalchemy import func, select, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from app.contracts.messages import ArtifactRef, JobFailure, JobStatus
+from app.contracts.messages import JobFailure, JobStatus
 from app.db.files import insert_file
-from app.db.job_states import Level, add_event, move
+from app.db.job_states import Level, move
 from app.db.models import insert_model
-from app.db.schema.ids import new_id
 from app.db.schema.json_values import clean, clean_text
-from app.db.schema.tables import Attempt, Checkpoint, Job, Json, Metric, lease_tokens
+from app.db.schema.table import Json
+from app.db.schema.tables import Attempt, Checkpoint, Job, Metric, lease_tokens
 
 MAX_DOUBLINGS: Final = 10
 # Failures that a resume meets again, because their cause is part of the job.
@@ -27,7 +27,7 @@ FAILS_AGAIN: Final = frozenset({"invalid_spec", "input_missing", "model_id_taken
 
 
 @dataclass(frozen=True)
-class Losses:
+class RetryPolicy:
     """What happens to a job whose worker was lost: so many times, so long a wait, then it fails."""
 
     most: int
@@ -86,7 +86,9 @@ def heartbeat(session: Session, job_id: str, token: int, lease_seconds: float) -
 
 def hold(session: Session, job_id: str, token: int) -> Job | None:
     """The job, locked until the transaction ends, if the lease still stands."""
-    query = select(Job).where(Job.id == job_id, Job.status == JobStatus.running, Job.lease_token == token)
+    query = select(Job).where(
+        Job.id == job_id, Job.status == JobStatus.running, Job.lease_token == token
+    )
     query = query.with_for_update(key_share=True)
     return session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
 
@@ -121,47 +123,6 @@ def write_metrics(session: Session, job_id: str, step: int, values: Mapping[str,
         )
 
 
-def insert_checkpoint(
-    session: Session, job_id: str, token: int, *, step: int, ref: ArtifactRef, metrics: Json, is_best: bool
-) -> bool:
-    """Commits a checkpoint, with its event; a repeated commit changes nothing."""
-    if hold(session, job_id, token) is None:
-        return False
-    fresh = insert(Checkpoint).values(
-        id=new_id("ftckpt_"),
-        job_id=job_id,
-        lease_token=token,
-        step=step,
-        store_key=ref.key,
-        bytes=ref.bytes,
-        manifest_sha256=ref.sha256,
-        metrics=clean(metrics),
-        is_best=is_best,
-    )
-    checkpoint_id = session.scalar(fresh.on_conflict_do_nothing().returning(Checkpoint.id))
-    if checkpoint_id is None:
-        return True
-    if is_best:
-        others = update(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.id != checkpoint_id)
-        session.execute(others.values(is_best=False))
-    data = {"step": step, "is_best": is_best, "metrics": metrics, "checkpoint_id": checkpoint_id}
-    add_event(session, job_id, f"Checkpoint at step {step}.", type="checkpoint", data=data)
-    return True
-
-
-def retire_checkpoints(session: Session, job_id: str, keep: int) -> list[str]:
-    """Marks all but the best and the `keep` newest checkpoints for deletion; gives their store keys."""
-    newest = select(Checkpoint.id).where(Checkpoint.job_id == job_id, Checkpoint.status == "committed")
-    newest = newest.order_by(Checkpoint.step.desc(), Checkpoint.lease_token.desc()).limit(keep)
-    retired = update(Checkpoint).where(
-        Checkpoint.job_id == job_id,
-        Checkpoint.status != "deleting",
-        Checkpoint.is_best.is_(False),
-        Checkpoint.id.not_in(newest.scalar_subquery()),
-    )
-    return list(session.scalars(retired.values(status="deleting").returning(Checkpoint.store_key)))
-
-
 def newest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
     """Where a run goes on: the committed checkpoint with the highest step."""
     query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.status == "committed")
@@ -171,21 +132,6 @@ def newest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
 
 def note_resumed_from(session: Session, token: int, step: int | None) -> None:
     session.execute(update(Attempt).where(Attempt.lease_token == token).values(resumed_from=step))
-
-
-def mark_corrupt(session: Session, job_id: str, token: int, checkpoint_id: str) -> bool:
-    """Takes a checkpoint out of use, with a warning in the history; doing it again changes nothing."""
-    if hold(session, job_id, token) is None:
-        return False
-    mark = update(Checkpoint).where(
-        Checkpoint.id == checkpoint_id, Checkpoint.job_id == job_id, Checkpoint.status == "committed"
-    )
-    step = session.scalar(mark.values(status="corrupt", is_best=False).returning(Checkpoint.step))
-    if step is None:
-        return True
-    message = f"The checkpoint at step {step} is damaged; the run goes on from an older one."
-    add_event(session, job_id, message, level="warn", data={"step": step, "checkpoint_id": checkpoint_id})
-    return True
 
 
 def succeed(
@@ -206,7 +152,9 @@ def succeed(
     if job is None:
         return None
     if job.cancel_requested_at is not None:
-        return move(session, job_id, JobStatus.cancelled, token=token, message="The job is cancelled.")
+        return move(
+            session, job_id, JobStatus.cancelled, token=token, message="The job is cancelled."
+        )
     model = {**model, "facts": clean(model["facts"]), "evaluation": clean(result) or None}
     if job.kind == "distillation":
         model["base_id"] = job.request.get("model")
@@ -244,7 +192,9 @@ def fail(
     """
     checkpoint = newest_checkpoint(session, job_id)
     if checkpoint is not None:
-        notice = _kept_notice(job_id, checkpoint.step, can_be_resumed=failure.code not in FAILS_AGAIN)
+        notice = _kept_notice(
+            job_id, checkpoint.step, can_be_resumed=failure.code not in FAILS_AGAIN
+        )
         message = f"{failure.message.rstrip('.')}. {notice}"
         failure = failure.model_copy(update={"message": message})
     return move(
@@ -261,7 +211,13 @@ def fail(
 
 
 def lose(
-    session: Session, job_id: str, token: int, losses: Losses, *, reason: str, error_code: str
+    session: Session,
+    job_id: str,
+    token: int,
+    retry_policy: RetryPolicy,
+    *,
+    reason: str,
+    error_code: str,
 ) -> Job | None:
     """Counts a lost worker: the job waits and is tried again, or fails when it has lost too many.
 
@@ -274,15 +230,20 @@ def lose(
     outcome = "out_of_memory" if error_code == "out_of_memory" else "lost"
     if job.cancel_requested_at is not None:
         return move(
-            session, job_id, JobStatus.cancelled, token=token, message="The job is cancelled.", outcome="lost"
+            session,
+            job_id,
+            JobStatus.cancelled,
+            token=token,
+            message="The job is cancelled.",
+            outcome="lost",
         )
     if job.pause_requested_at is not None:
         return pause(session, job_id, token, prefix=f"{reason} ", num_losses=num_losses)
-    if num_losses >= losses.most:
-        message = f"{reason} This was loss {num_losses} of at most {losses.most}."
+    if num_losses >= retry_policy.most:
+        message = f"{reason} This was loss {num_losses} of at most {retry_policy.most}."
         failure = JobFailure(code=error_code, message=message)
         return fail(session, job_id, token, failure, outcome=outcome, num_losses=num_losses)
-    wait = losses.backoff_seconds * 2 ** min(num_losses - 1, MAX_DOUBLINGS)
+    wait = retry_policy.backoff_seconds * 2 ** min(num_losses - 1, MAX_DOUBLINGS)
     return move(
         session,
         job_id,
@@ -290,7 +251,7 @@ def lose(
         token=token,
         level="warn",
         outcome=outcome,
-        message=f"{reason} The job goes on in {wait:.0f} s (loss {num_losses} of {losses.most}).",
+        message=f"{reason} The job goes on in {wait:.0f} s (loss {num_losses} of {retry_policy.most}).",
         num_losses=num_losses,
         run_after=func.now() + timedelta(seconds=wait),
     )
@@ -317,10 +278,12 @@ def pause(
     columns |= {"pause_requested_at": None}
     message = f"{prefix}The job is paused" + (f": {job.pause_reason}" if job.pause_reason else ".")
     level: Level = "warn" if job.pause_reason else "info"
-    return move(session, job_id, JobStatus.paused, token=token, level=level, message=message, **columns)
+    return move(
+        session, job_id, JobStatus.paused, token=token, level=level, message=message, **columns
+    )
 
 
-def rest(session: Session, job_id: str, token: int, *, message: str) -> Job | None:
+def pause_for_disk(session: Session, job_id: str, token: int, *, message: str) -> Job | None:
     """Pauses a job that lacks something which its owner can provide before resuming it; a cancelled one ends."""
     job = hold(session, job_id, token)
     if job is None:
@@ -375,7 +338,11 @@ def _kept_notice(job_id: str, step: int, *, can_be_resumed: bool) -> str:
     )
 
 
-def _write(session: Session, job_id: str, token: int, **columns: Any) -> Job | None:  # Any: columns of Job
-    change = update(Job).where(Job.id == job_id, Job.status == JobStatus.running, Job.lease_token == token)
+def _write(
+    session: Session, job_id: str, token: int, **columns: Any
+) -> Job | None:  # Any: columns of Job
+    change = update(Job).where(
+        Job.id == job_id, Job.status == JobStatus.running, Job.lease_token == token
+    )
     change = change.values(**columns).returning(Job)
     return session.scalars(change, execution_options={"populate_existing": True}).one_or_none()

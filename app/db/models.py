@@ -9,17 +9,27 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.db.conditions import HAS_NOT_ENDED
-from app.db.schema.tables import Alias, Checkpoint, Job, Json, Model, Pin
+from app.db.schema.table import Json
+from app.db.schema.tables import Alias, Checkpoint, Job, Model, Pin
 from app.db.session import read_row
 
 
-def insert_model(session: Session, **columns: Any) -> Model | None:  # Any: the columns of Model, by name
+def insert_model(
+    session: Session, **columns: Any
+) -> Model | None:  # Any: the columns of Model, by name
     """The new row, or None if the id is taken."""
-    fresh = insert(Model).values(**columns).on_conflict_do_nothing(index_elements=[Model.id]).returning(Model)
+    fresh = (
+        insert(Model)
+        .values(**columns)
+        .on_conflict_do_nothing(index_elements=[Model.id])
+        .returning(Model)
+    )
     return session.scalars(fresh).one_or_none()
 
 
-def find_model(session: Session, project_id: str, model_id: str, *, lock: bool = False) -> Model | None:
+def find_model(
+    session: Session, project_id: str, model_id: str, *, lock: bool = False
+) -> Model | None:
     """The project's own model, or a shared one; `lock` keeps it until the transaction ends."""
     query = select(Model).where(Model.id == model_id, _sees(project_id))
     if lock:
@@ -48,7 +58,11 @@ def read_served(project_id: str, asked: str) -> ServedRow | None:
 @lru_cache
 def _served() -> Select[Any]:  # Any: the columns of ServedRow
     project_id, asked = bindparam("project_id", type_=String), bindparam("asked", type_=String)
-    meant = select(Alias.model_id).where(Alias.project_id == project_id, Alias.id == asked).scalar_subquery()
+    meant = (
+        select(Alias.model_id)
+        .where(Alias.project_id == project_id, Alias.id == asked)
+        .scalar_subquery()
+    )
     columns = (getattr(Model, field.name) for field in fields(ServedRow))
     return select(*columns).where(Model.id == func.coalesce(meant, asked), _sees(project_id))
 
@@ -98,7 +112,11 @@ def users_of_model(session: Session, project_id: str, model: Model) -> list[str]
 def lock_artifact(session: Session, store_key: str) -> bool:
     """Keeps the model or checkpoint with these bytes until the transaction ends; False if it is gone."""
     is_checkpoint = store_key.startswith("checkpoints/")
-    owner = Model.source_job_id == store_key.split("/")[1] if is_checkpoint else Model.store_key == store_key
+    owner = (
+        Model.source_job_id == store_key.split("/")[1]
+        if is_checkpoint
+        else Model.store_key == store_key
+    )
     model = select(Model.id).where(owner).with_for_update(read=True, key_share=True)
     if session.scalar(model) is None:
         return False
@@ -117,12 +135,16 @@ def model_of_job(session: Session, job_id: str) -> str | None:
 
 def lock_model(session: Session, model_id: str) -> Model | None:
     """The row, which nobody else changes or removes before this transaction ends."""
-    return session.scalars(select(Model).where(Model.id == model_id).with_for_update()).one_or_none()
+    return session.scalars(
+        select(Model).where(Model.id == model_id).with_for_update()
+    ).one_or_none()
 
 
 def pin(session: Session, project_id: str, target_id: str) -> None:
     """Keeps a model, or what an alias points at, loaded; once more changes nothing."""
-    session.execute(insert(Pin).values(project_id=project_id, id=target_id).on_conflict_do_nothing())
+    session.execute(
+        insert(Pin).values(project_id=project_id, id=target_id).on_conflict_do_nothing()
+    )
 
 
 def unpin(session: Session, project_id: str, target_id: str) -> bool:
@@ -135,7 +157,9 @@ def list_pins(session: Session) -> list[Pin]:
     return list(session.scalars(select(Pin).order_by(Pin.created_at, Pin.project_id, Pin.id)))
 
 
-def find_checkpoint(session: Session, project_id: str, model_id: str, step: int) -> Checkpoint | None:
+def find_checkpoint(
+    session: Session, project_id: str, model_id: str, step: int
+) -> Checkpoint | None:
     """The committed checkpoint `{model_id}:ckpt-step-{step}`, whether its job has ended or not."""
     query = (
         select(Checkpoint)
@@ -152,7 +176,9 @@ def set_alias(session: Session, project_id: str, alias_id: str, model_id: str) -
     values = {"model_id": model_id, "updated_at": func.now()}
     moved = insert(Alias).values(project_id=project_id, id=alias_id, **values)
     moved = moved.on_conflict_do_update(index_elements=[Alias.project_id, Alias.id], set_=values)
-    return session.scalars(moved.returning(Alias), execution_options={"populate_existing": True}).one()
+    return session.scalars(
+        moved.returning(Alias), execution_options={"populate_existing": True}
+    ).one()
 
 
 def find_alias(session: Session, project_id: str, alias_id: str) -> Alias | None:
@@ -168,7 +194,9 @@ def delete_alias(session: Session, project_id: str, alias_id: str) -> bool:
 def aliases_of_models(session: Session, project_id: str) -> dict[str, list[str]]:
     """The project's aliases by the model they point at."""
     found: dict[str, list[str]] = {}
-    for alias in session.scalars(select(Alias).where(Alias.project_id == project_id).order_by(Alias.id)):
+    for alias in session.scalars(
+        select(Alias).where(Alias.project_id == project_id).order_by(Alias.id)
+    ):
         found.setdefault(alias.model_id, []).append(alias.id)
     return found
 

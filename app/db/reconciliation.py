@@ -12,11 +12,20 @@ from app.contracts.messages import TERMINAL, JobFailure, JobStatus
 from app.db import jobs, leases
 from app.db.conditions import HAS_NOT_ENDED
 from app.db.job_states import move
-from app.db.schema.tables import ENDED_BATCHES, Attempt, Batch, Checkpoint, File, IdempotencyKey, Job, Model
+from app.db.schema.tables import (
+    ENDED_BATCHES,
+    Attempt,
+    Batch,
+    Checkpoint,
+    File,
+    IdempotencyKey,
+    Job,
+    Model,
+)
 
 LEADER_LOCK: Final = 7_355_609  # any number that nothing else locks
 BATCH: Final = 100  # rows a rule takes in one pass; the rest comes with the next
-RING_BACKOFF: Final = (
+NOTIFY_BACKOFF: Final = (
     10  # the doorbell of a job that nobody takes is rung this many times more seldom in the end
 )
 
@@ -58,7 +67,9 @@ def try_lead(session: Session) -> bool:
 
 def server_age_seconds(session: Session) -> float:
     """Time since the database server started, by its own clock."""
-    age = session.scalar(text("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())"))
+    age = session.scalar(
+        text("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())")
+    )
     return float(age or 0.0)
 
 
@@ -69,7 +80,7 @@ def ring_due(session: Session, again_seconds: float, most: int) -> int:
     )  # as long again, so that the doorbell is rung more and more seldom
     pause = func.least(
         func.greatest(waited, timedelta(seconds=again_seconds)),
-        timedelta(seconds=RING_BACKOFF * again_seconds),
+        timedelta(seconds=NOTIFY_BACKOFF * again_seconds),
     )
     due = (
         select(Job.id)
@@ -82,12 +93,14 @@ def ring_due(session: Session, again_seconds: float, most: int) -> int:
     return len(session.scalars(rung.returning(Job.id)).all())
 
 
-def reap(session: Session, losses: leases.Losses) -> int:
+def expire_leases(session: Session, retry_policy: leases.RetryPolicy) -> int:
     """Takes the jobs whose lease is over away from their workers."""
     silent = select(Job).where(Job.status == JobStatus.running, Job.lease_expires_at < func.now())
     reason = "The worker has stopped answering."
     lost = [
-        leases.lose(session, job.id, job.lease_token, losses, reason=reason, error_code="worker_lost")
+        leases.lose(
+            session, job.id, job.lease_token, retry_policy, reason=reason, error_code="worker_lost"
+        )
         for job in _jobs(session, silent.order_by(Job.lease_expires_at))
         if job.lease_token is not None
     ]
@@ -105,7 +118,9 @@ def finish_cancels(session: Session, grace_seconds: float) -> int:
         ),
     )
     message = "The job is cancelled."
-    moved = [move(session, job.id, JobStatus.cancelled, message=message) for job in _jobs(session, asked)]
+    moved = [
+        move(session, job.id, JobStatus.cancelled, message=message) for job in _jobs(session, asked)
+    ]
     return len(moved) - moved.count(None)
 
 
@@ -148,7 +163,9 @@ def _runtime() -> ScalarSelect[Any]:  # Any: an interval, whose type SQLAlchemy 
     """How long the attempts of a `Job` have run since its last resume, in all."""
     ended_at = func.coalesce(Attempt.ended_at, func.now())
     started_at = func.greatest(Attempt.started_at, Job.resumed_at)  # ignores nulls
-    runtime = select(func.sum(ended_at - started_at)).where(Attempt.job_id == Job.id, ended_at > started_at)
+    runtime = select(func.sum(ended_at - started_at)).where(
+        Attempt.job_id == Job.id, ended_at > started_at
+    )
     return runtime.correlate(Job).scalar_subquery()
 
 
@@ -165,29 +182,40 @@ def _stop(session: Session, job: Job, max_runtime_seconds: float) -> Job | None:
         )
         return jobs.request_pause(session, job.id, reason=reason)
     assert job.lease_token is not None, "the job is running"
-    return leases.pause(session, job.id, job.lease_token, prefix="The worker has not stopped the run. ")
+    return leases.pause(
+        session, job.id, job.lease_token, prefix="The worker has not stopped the run. "
+    )
 
 
 def doom_checkpoints(session: Session) -> list[tuple[str, str]]:
     """(id, store key) of checkpoints to delete: retired ones, and all of cancelled or deleted jobs."""
-    discarded = select(Job.id).where((Job.status == JobStatus.cancelled) | Job.deleted_at.is_not(None))
-    doomed = update(Checkpoint).where(Checkpoint.status != "deleting", Checkpoint.job_id.in_(discarded))
+    discarded = select(Job.id).where(
+        (Job.status == JobStatus.cancelled) | Job.deleted_at.is_not(None)
+    )
+    doomed = update(Checkpoint).where(
+        Checkpoint.status != "deleting", Checkpoint.job_id.in_(discarded)
+    )
     session.execute(doomed.values(status="deleting").execution_options(synchronize_session=False))
     query = select(Checkpoint.id, Checkpoint.store_key).where(Checkpoint.status == "deleting")
     return [
-        (row.id, row.store_key) for row in session.execute(query.order_by(Checkpoint.created_at).limit(BATCH))
+        (row.id, row.store_key)
+        for row in session.execute(query.order_by(Checkpoint.created_at).limit(BATCH))
     ]
 
 
 def forget_checkpoints(session: Session, ids: Collection[str]) -> None:
-    session.execute(delete(Checkpoint).where(Checkpoint.id.in_(ids), Checkpoint.status == "deleting"))
+    session.execute(
+        delete(Checkpoint).where(Checkpoint.id.in_(ids), Checkpoint.status == "deleting")
+    )
 
 
 def deleted_jobs(session: Session, older_than_seconds: float) -> list[str]:
     """Ids of jobs that were deleted at least so long ago and have no checkpoints left."""
     checkpoints = select(Checkpoint.id).where(Checkpoint.job_id == Job.id).correlate(Job)
     models = select(Model.id).where(Model.source_job_id == Job.id).correlate(Job)
-    query = select(Job.id).where(Job.deleted_at < func.now() - timedelta(seconds=older_than_seconds))
+    query = select(Job.id).where(
+        Job.deleted_at < func.now() - timedelta(seconds=older_than_seconds)
+    )
     query = query.where(~checkpoints.exists(), ~models.exists()).order_by(Job.deleted_at)
     return list(session.scalars(query.limit(BATCH)))
 
@@ -206,9 +234,13 @@ def forget_expired_files(session: Session) -> list[str]:
         | (Job.validation_file_id == File.id)
         | (Job.test_file_id == File.id),
     )
-    batches = select(Batch.id).where(Batch.status.not_in(ENDED_BATCHES), Batch.input_file_id == File.id)
+    batches = select(Batch.id).where(
+        Batch.status.not_in(ENDED_BATCHES), Batch.input_file_id == File.id
+    )
     expired = select(File.id).where(
-        File.expires_at <= func.now(), ~jobs.correlate(File).exists(), ~batches.correlate(File).exists()
+        File.expires_at <= func.now(),
+        ~jobs.correlate(File).exists(),
+        ~batches.correlate(File).exists(),
     )
     gone = delete(File).where(File.id.in_(_batch(expired, BATCH)))
     gone = gone.execution_options(synchronize_session=False)
@@ -233,7 +265,12 @@ def stored_jobs(session: Session, job_ids: Collection[str]) -> dict[str, StoredJ
         select(Model.store_key).where(Model.source_job_id == Job.id),
     )
     query = select(
-        Job.id, Job.kind, Job.status, Job.lease_token, Job.deleted_at, func.array(kept_keys.scalar_subquery())
+        Job.id,
+        Job.kind,
+        Job.status,
+        Job.lease_token,
+        Job.deleted_at,
+        func.array(kept_keys.scalar_subquery()),
     ).where(Job.id.in_(job_ids))
     return {
         job_id: StoredJob(kind, status, lease_token, deleted_at is not None, frozenset(kept))
@@ -260,4 +297,6 @@ def _batch(query: Select[*Columns], most: int) -> Select[*Columns]:
 
 
 def _jobs(session: Session, query: Select[Job]) -> list[Job]:
-    return list(session.scalars(_batch(query, BATCH), execution_options={"populate_existing": True}))
+    return list(
+        session.scalars(_batch(query, BATCH), execution_options={"populate_existing": True})
+    )

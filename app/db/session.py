@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 
-IDLE_SECONDS = 15.0  # after which a connection is asked whether it still lives, whatever its socket says
+IDLE_SECONDS = (
+    15.0  # after which a connection is asked whether it still lives, whatever its socket says
+)
 
 
 def make_engine(url: str, *, pool_size: int = 10, statement_timeout_ms: int = 30_000) -> Engine:
@@ -58,7 +60,7 @@ def make_engine(url: str, *, pool_size: int = 10, statement_timeout_ms: int = 30
 def _ping_the_idle(made: Engine) -> None:
     """Before a connection's use, if it was idle for long or its socket has news, which a server's end is and nothing else.
 
-    Asking at every use (pool_pre_ping) was half of a short read's time.
+    AnswerSampling at every use (pool_pre_ping) was half of a short read's time.
     """
 
     def used(
@@ -67,7 +69,9 @@ def _ping_the_idle(made: Engine) -> None:
         record.info["used_at"] = time.monotonic()
 
     def ask(connection: Any, record: Any, _: Any) -> None:
-        if time.monotonic() - record.info["used_at"] < IDLE_SECONDS and not _has_news(connection.fileno()):
+        if time.monotonic() - record.info["used_at"] < IDLE_SECONDS and not _has_news(
+            connection.fileno()
+        ):
             return
         try:
             made.dialect.do_ping(connection)

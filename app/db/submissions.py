@@ -71,6 +71,8 @@ def set_job(session: Session, submission_id: int, job_id: str) -> None:
 def forget_old(session: Session) -> None:
     """Deletes submissions that no retry can repeat any more, and sooner those that created no job."""
     is_over = Submission.attempted_at <= func.now() - LIFETIME
-    is_fruitless = Submission.job_id.is_(None) & (Submission.attempted_at <= func.now() - REFUSED_LIFETIME)
+    is_fruitless = Submission.job_id.is_(None) & (
+        Submission.attempted_at <= func.now() - REFUSED_LIFETIME
+    )
     gone = delete(Submission).where(is_over | is_fruitless)
     session.execute(gone.execution_options(synchronize_session=False))

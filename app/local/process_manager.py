@@ -18,7 +18,12 @@ STEADY_SECONDS = 60.0  # a process that lived so long is taken for healthy: wait
 MAX_LOG_BYTES = 20 * 2**20  # a longer log is put aside when its process starts
 
 SECRETS = frozenset(
-    {"STILLHOUSE_DATABASE_URL", "STILLHOUSE_REDIS_URL", "STILLHOUSE_KEY_PEPPER", "STILLHOUSE_HF_TOKEN"}
+    {
+        "STILLHOUSE_DATABASE_URL",
+        "STILLHOUSE_REDIS_URL",
+        "STILLHOUSE_KEY_PEPPER",
+        "STILLHOUSE_HF_TOKEN",
+    }
 )
 
 Say = Callable[[str], None]
@@ -136,12 +141,18 @@ class Kept:
             return log.read().decode(errors="replace").strip()
 
 
-def stop_all(kept: Sequence[Kept], *, grace_seconds: float, is_urgent: Callable[[], bool]) -> list[str]:
+def stop_all(
+    kept: Sequence[Kept], *, grace_seconds: float, is_urgent: Callable[[], bool]
+) -> list[str]:
     """Lets all drain at once, then kills what is left; gives the names of those that had to be killed."""
     for process in kept:
         process.signal(signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
-    while any(process.is_running for process in kept) and time.monotonic() < deadline and not is_urgent():
+    while (
+        any(process.is_running for process in kept)
+        and time.monotonic() < deadline
+        and not is_urgent()
+    ):
         time.sleep(0.05)
     late = [process for process in kept if process.is_running]
     for process in late:

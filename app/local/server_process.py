@@ -121,7 +121,11 @@ class Child:
         return process
 
     def log_tail(self) -> str:
-        return self.log_path.read_text(errors="replace")[-800:] if self.log_path.exists() else "(no log)"
+        return (
+            self.log_path.read_text(errors="replace")[-800:]
+            if self.log_path.exists()
+            else "(no log)"
+        )
 
     def stop_leftover(self, pid: int, folder: Path) -> None:
         """Ends a server that a killed owner left behind; `folder` tells it from a reused process id."""
@@ -209,5 +213,7 @@ def package_folder(name: str) -> Path:
     """Where a wheel lies, without running its code."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise LocalServiceError(f"the package {name} is not installed; install it or set the service's URL")
+        raise LocalServiceError(
+            f"the package {name} is not installed; install it or set the service's URL"
+        )
     return Path(spec.submodule_search_locations[0])

@@ -105,11 +105,16 @@ class Admission:
         share_requests = max(1, self._max_requests // num_keys)
         share_tokens = self._max_tokens // num_keys
         key_requests, key_tokens = self._requests_of.get(key_id, 0), self._tokens_of.get(key_id, 0)
-        if key_requests + num_requests <= share_requests and key_tokens + num_tokens <= share_tokens:
+        if (
+            key_requests + num_requests <= share_requests
+            and key_tokens + num_tokens <= share_tokens
+        ):
             return
         refusal: StillhouseError
         if num_keys == 1:
-            refusal = Unavailable("the server has as many generation requests as it can hold; try again soon")
+            refusal = Unavailable(
+                "the server has as many generation requests as it can hold; try again soon"
+            )
         else:
             refusal = TooManyRequests(
                 f"the server is full and the request exceeds this key's fair share: {key_requests} prompts and "

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from app.contracts.messages import MAX_ENTRIES_PER_BATCH, Delta, Done, GenerateRequest
 from app.errors import StillhouseError, Unavailable
 
-MAX_BACKLOG_ENTRIES = 16_384  # a flow keeps for a client that reads slowly, and 64 more for each choice
+MAX_BACKLOG_ENTRIES = (
+    16_384  # a flow keeps for a client that reads slowly, and 64 more for each choice
+)
 
 
-class Flow:
+class ReplyStream:
     """The replies to one client request, each with the number of its prompt; close() ends what still runs."""
 
     def __init__(self, num_choices: int, on_end: Callable[[], None]) -> None:
-        self.legs: set[Leg] = set()
+        self.prompts_in_flight: set[InFlightPrompt] = set()
         self._max_backlog_entries = MAX_BACKLOG_ENTRIES + 64 * num_choices
         self._on_end = on_end
         self._backlog: deque[tuple[int, Delta | Done]] = deque()
@@ -47,7 +49,9 @@ class Flow:
 
     def put(self, index: int, reply: Delta | Done) -> None:
         if self._backlog and self._num_entries >= self._max_backlog_entries:
-            self.fail(Unavailable("the client reads more slowly than the model writes", "slow_client"))
+            self.fail(
+                Unavailable("the client reads more slowly than the model writes", "slow_client")
+            )
             return
         self._backlog.append((index, reply))
         self._num_entries += _num_entries(reply)
@@ -62,8 +66,8 @@ class Flow:
 
     def close(self) -> None:
         """Ends the flow; prompts that still run are cancelled on their workers."""
-        for leg in list(self.legs):
-            leg.hang_up()
+        for prompt_in_flight in list(self.prompts_in_flight):
+            prompt_in_flight.hang_up()
         if not self._is_ended:
             self._is_ended = True
             self._has_news.set()
@@ -75,11 +79,11 @@ def _num_entries(reply: Delta | Done) -> int:
 
 
 @dataclass(eq=False)
-class Leg:
+class InFlightPrompt:
     """One prompt of a flow on one worker."""
 
-    flow: Flow
-    drop: "Callable[[Leg], None]"
+    reply_stream: ReplyStream
+    drop: "Callable[[InFlightPrompt], None]"
     index: int
     request: GenerateRequest
     wire_id: str = ""
@@ -90,5 +94,5 @@ class Leg:
 
     def hang_up(self) -> None:
         """Forgets the leg and tells its worker to stop."""
-        self.flow.legs.discard(self)
+        self.reply_stream.prompts_in_flight.discard(self)
         self.drop(self)

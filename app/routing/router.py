@@ -1,6 +1,6 @@
 """Tokens on their way from serve workers to waiting coroutines.
 
-One `Switchboard` a process: it hands each prompt to a living worker and fans what comes back on the process's
+One `RequestRouter` a process: it hands each prompt to a living worker and fans what comes back on the process's
 reply channel out to `Flow`s. Everything here runs on the event loop's thread.
 
 A prompt on a worker is a leg, with a wire id of its own each time it is sent. A leg whose worker dies, or whose
@@ -39,9 +39,9 @@ from app.contracts.messages import (
 )
 from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
 from app.routing.admission import Admission
-from app.routing.reply_stream import Flow, Leg
+from app.routing.reply_stream import InFlightPrompt, ReplyStream
 from app.routing.task_queue import NotSent, Outbox, queue_key
-from app.routing.worker_registry import FAULTS, Fleet
+from app.routing.worker_registry import FAULTS, WorkerRegistry
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -63,7 +63,9 @@ ERRORS = {400: BadRequest, 404: NotFound, 429: TooManyRequests, 503: Unavailable
 
 def error_of(failure: Failure) -> StillhouseError:
     """What a worker's failure is to the client."""
-    error = ERRORS.get(failure.status, StillhouseError)(failure.message, failure.code, failure.param)
+    error = ERRORS.get(failure.status, StillhouseError)(
+        failure.message, failure.code, failure.param
+    )
     error.status = failure.status
     return error
 
@@ -78,7 +80,7 @@ def _kind_of_worker(engine: EngineName | None) -> str:
     return "serve worker with vLLM" if engine == "vllm" else "serve worker"
 
 
-class Switchboard:
+class RequestRouter:
     """Sends prompts to serve workers and brings their replies home."""
 
     def __init__(self, settings: Settings) -> None:
@@ -89,7 +91,7 @@ class Switchboard:
             max_tokens=settings.max_waiting_tokens,
             max_requests_per_key=settings.max_requests_per_key,
         )
-        self._legs: dict[str, Leg] = {}
+        self._prompts_in_flight: dict[str, InFlightPrompt] = {}
         self._known_batches: dict[str, None] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._is_listening = asyncio.Event()
@@ -101,92 +103,115 @@ class Switchboard:
             socket_connect_timeout=1.0,
             retry=Retry(NoBackoff(), 0),
         )
-        self._fleet = Fleet(self._redis)
+        self._registry = WorkerRegistry(self._redis)
 
     @property
     def workers(self) -> list[ServeWorkerStatus]:
         """The serve workers that were alive at the last look."""
-        return self._fleet.workers
+        return self._registry.workers
 
     async def start(self) -> None:
         """Begins to listen and to watch; goes on without Redis until it comes."""
         self._spawn(self._forever(self._listen))
-        await self._fleet.look()
+        await self._registry.refresh()
         self._spawn(self._forever(self._watch))
 
     async def stop(self) -> None:
         """Fails what still runs, and cancels it on the workers."""
-        for leg in list(self._legs.values()):
-            leg.flow.fail(Unavailable("the server is going down; try again", "draining"))
+        for prompt_in_flight in list(self._prompts_in_flight.values()):
+            prompt_in_flight.reply_stream.fail(
+                Unavailable("the server is going down; try again", "draining")
+            )
         await asyncio.sleep(0.05)  # the cancellations just spawned get their turn
-        while self._tasks:  # again and again: redis-py swallows a cancellation that comes while it connects
+        while (
+            self._tasks
+        ):  # again and again: redis-py swallows a cancellation that comes while it connects
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=0.1)
         await self._redis.aclose()
         await self._outbox.aclose()
 
-    async def open(self, requests: Sequence[GenerateRequest], on_end: Callable[[], None]) -> Flow:
+    async def open(
+        self, requests: Sequence[GenerateRequest], on_end: Callable[[], None]
+    ) -> ReplyStream:
         """Hands the prompts to workers; `on_end` is called once, when the flow ends. Raises Unavailable."""
-        flow = Flow(sum(request.n for request in requests), on_end)
-        legs = [Leg(flow, self.drop, index, request) for index, request in enumerate(requests)]
-        flow.legs.update(legs)
+        reply_stream = ReplyStream(sum(request.n for request in requests), on_end)
+        prompts_in_flight = [
+            InFlightPrompt(reply_stream, self.drop, index, request)
+            for index, request in enumerate(requests)
+        ]
+        reply_stream.prompts_in_flight.update(prompts_in_flight)
         try:
-            for leg in legs:
-                await self._send(leg)
+            for prompt_in_flight in prompts_in_flight:
+                await self._send(prompt_in_flight)
         except BaseException:
-            flow.close()
+            reply_stream.close()
             raise
-        return flow
+        return reply_stream
 
-    async def tell(self, message: Load | Unload | Keep, engine: EngineName | None = None) -> list[str]:
+    async def tell(
+        self, message: Load | Unload | Keep, engine: EngineName | None = None
+    ) -> list[str]:
         """Says it to all workers, or to those with the engine; gives who heard. Raises Unavailable if nobody did."""
         if not self.workers:
-            await asyncio.shield(self._spawn(self._fleet.look()))  # for the reason that stop() gives
-        able = [w.worker_id for w in self.workers if engine in (None, *w.engines) and not w.is_draining]
+            await asyncio.shield(
+                self._spawn(self._registry.refresh())
+            )  # for the reason that stop() gives
+        able = [
+            w.worker_id for w in self.workers if engine in (None, *w.engines) and not w.is_draining
+        ]
         data = message.model_dump_json()
         try:
             told = [name for name in able if await self._redis.publish(control_channel(name), data)]
         except FAULTS:
             raise no_worker("the message queue cannot be reached; try again soon") from None
         if not told:
-            raise no_worker(f"no {_kind_of_worker(engine)} is running; start one, or try again soon")
+            raise no_worker(
+                f"no {_kind_of_worker(engine)} is running; start one, or try again soon"
+            )
         return told
 
-    def drop(self, leg: Leg) -> None:
+    def drop(self, prompt_in_flight: InFlightPrompt) -> None:
         """Stops listening to the leg, and tells its worker."""
-        if self._legs.pop(leg.wire_id, None) is not None:
-            self._spawn(self._cancel(leg.worker_id, leg.wire_id))
+        if self._prompts_in_flight.pop(prompt_in_flight.wire_id, None) is not None:
+            self._spawn(self._cancel(prompt_in_flight.worker_id, prompt_in_flight.wire_id))
 
-    async def _send(self, leg: Leg) -> None:
+    async def _send(self, prompt_in_flight: InFlightPrompt) -> None:
         try:
             async with asyncio.timeout(LISTEN_SECONDS):
                 await self._is_listening.wait()
         except TimeoutError:
             raise no_worker("the message queue cannot be reached; try again soon") from None
-        leg.worker_id = await self._pick(leg)
-        if leg not in leg.flow.legs:  # closed meanwhile
+        prompt_in_flight.worker_id = await self._pick(prompt_in_flight)
+        if (
+            prompt_in_flight not in prompt_in_flight.reply_stream.prompts_in_flight
+        ):  # closed meanwhile
             return
-        leg.num_sends += 1
-        leg.wire_id = f"{leg.request.id}.{leg.num_sends}"
-        leg.seen_at = time.monotonic()
-        self._legs[leg.wire_id] = leg
-        message = leg.request.model_copy(update={"id": leg.wire_id, "reply_to": self.api_id})
+        prompt_in_flight.num_sends += 1
+        prompt_in_flight.wire_id = f"{prompt_in_flight.request.id}.{prompt_in_flight.num_sends}"
+        prompt_in_flight.seen_at = time.monotonic()
+        self._prompts_in_flight[prompt_in_flight.wire_id] = prompt_in_flight
+        message = prompt_in_flight.request.model_copy(
+            update={"id": prompt_in_flight.wire_id, "reply_to": self.api_id}
+        )
         try:
-            await self._outbox.send(leg.worker_id, message)
+            await self._outbox.send(prompt_in_flight.worker_id, message)
         except NotSent:
             raise no_worker("the message queue cannot be reached; try again soon") from None
 
-    async def _pick(self, leg: Leg) -> str:
+    async def _pick(self, prompt_in_flight: InFlightPrompt) -> str:
         ours: Counter[str] = Counter()
-        for sent in self._legs.values():
+        for sent in self._prompts_in_flight.values():
             ours[sent.worker_id] += sent.request.num_sequences
-        worker_id = self._fleet.pick(leg.request, ours)
+        worker_id = self._registry.pick(prompt_in_flight.request, ours)
         if worker_id is None:
-            await asyncio.shield(self._spawn(self._fleet.look()))  # for the reason that stop() gives
-            worker_id = self._fleet.pick(leg.request, ours)
+            await asyncio.shield(
+                self._spawn(self._registry.refresh())
+            )  # for the reason that stop() gives
+            worker_id = self._registry.pick(prompt_in_flight.request, ours)
         if worker_id is None:
-            kind = _kind_of_worker(leg.request.serving.engine)
+            kind = _kind_of_worker(prompt_in_flight.request.serving.engine)
             raise no_worker(f"no {kind} is running; start one, or try again soon")
         return worker_id
 
@@ -209,8 +234,8 @@ class Switchboard:
                 if self._is_listening.is_set():
                     log.warning("reply_channel_lost", reason=type(fault).__name__)
             self._is_listening.clear()
-            for leg in list(self._legs.values()):
-                self._recover(leg, "replies were lost on the way")
+            for prompt_in_flight in list(self._prompts_in_flight.values()):
+                self._recover(prompt_in_flight, "replies were lost on the way")
             await asyncio.sleep(RELISTEN_SECONDS)
 
     async def _hear(self, pubsub: PubSub) -> None:
@@ -232,7 +257,9 @@ class Switchboard:
             num_empty_polls = 0
             if message["type"] == "message":
                 self._deliver(message["data"])
-                await asyncio.sleep(0)  # many messages may have come; others have their turn between two
+                await asyncio.sleep(
+                    0
+                )  # many messages may have come; others have their turn between two
             elif message["type"] == "subscribe" and self._is_listening.is_set():
                 return  # subscribed anew: the client reconnected by itself, and replies may be missing
             elif message["type"] == "subscribe":
@@ -250,70 +277,79 @@ class Switchboard:
         if len(self._known_batches) > MAX_KNOWN_BATCHES:
             del self._known_batches[next(iter(self._known_batches))]
         for reply in batch.replies:
-            if (leg := self._legs.get(reply.id)) is not None:
-                self._advance(leg, reply)
+            if (prompt_in_flight := self._prompts_in_flight.get(reply.id)) is not None:
+                self._advance(prompt_in_flight, reply)
 
-    def _advance(self, leg: Leg, reply: Reply) -> None:
+    def _advance(self, prompt_in_flight: InFlightPrompt, reply: Reply) -> None:
         if isinstance(reply, Failure):
-            del self._legs[leg.wire_id]  # its worker knows
-            if reply.code == "draining" and not leg.is_heard:
-                self._recover(leg, reply.message)
+            del self._prompts_in_flight[prompt_in_flight.wire_id]  # its worker knows
+            if reply.code == "draining" and not prompt_in_flight.is_heard:
+                self._recover(prompt_in_flight, reply.message)
             else:
-                leg.flow.fail(error_of(reply))
+                prompt_in_flight.reply_stream.fail(error_of(reply))
             return
-        leg.is_heard, leg.seen_at = True, time.monotonic()
-        leg.flow.put(leg.index, reply)
+        prompt_in_flight.is_heard, prompt_in_flight.seen_at = True, time.monotonic()
+        prompt_in_flight.reply_stream.put(prompt_in_flight.index, reply)
         if isinstance(reply, Done):
-            self._legs.pop(leg.wire_id, None)
-            leg.flow.legs.discard(leg)
-            if not leg.flow.legs:
-                leg.flow.close()
+            self._prompts_in_flight.pop(prompt_in_flight.wire_id, None)
+            prompt_in_flight.reply_stream.prompts_in_flight.discard(prompt_in_flight)
+            if not prompt_in_flight.reply_stream.prompts_in_flight:
+                prompt_in_flight.reply_stream.close()
 
-    def _recover(self, leg: Leg, why: str) -> None:
+    def _recover(self, prompt_in_flight: InFlightPrompt, why: str) -> None:
         """Sends an unheard leg again, to whoever lives; fails the flow of one that was heard."""
-        if leg not in leg.flow.legs:
+        if prompt_in_flight not in prompt_in_flight.reply_stream.prompts_in_flight:
             return
-        self.drop(leg)
-        if leg.is_heard or leg.num_sends >= MAX_SENDS:
+        self.drop(prompt_in_flight)
+        if prompt_in_flight.is_heard or prompt_in_flight.num_sends >= MAX_SENDS:
             message = f"the worker that was writing this answer was lost ({why}); try again"
-            leg.flow.fail(Unavailable(message, "worker_lost"))
+            prompt_in_flight.reply_stream.fail(Unavailable(message, "worker_lost"))
         else:
-            log.info("request_sent_again", id=leg.request.id, reason=why)
-            self._spawn(self._send_again(leg))
+            log.info("request_sent_again", id=prompt_in_flight.request.id, reason=why)
+            self._spawn(self._send_again(prompt_in_flight))
 
-    async def _send_again(self, leg: Leg) -> None:
+    async def _send_again(self, prompt_in_flight: InFlightPrompt) -> None:
         try:
-            await self._send(leg)
+            await self._send(prompt_in_flight)
         except StillhouseError as error:
-            leg.flow.fail(error)
+            prompt_in_flight.reply_stream.fail(error)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(self.settings.serve_heartbeat_seconds)
-            dead = await self._fleet.look()
+            dead = await self._registry.refresh()
             for worker_id in dead or ():
                 with contextlib.suppress(
                     *FAULTS
                 ):  # its unread requests are nobody's; they are sent again below
                     await self._redis.delete(queue_key(worker_id))
-            for leg in list(self._legs.values()):
-                self._check(leg, can_judge=dead is not None)
+            for prompt_in_flight in list(self._prompts_in_flight.values()):
+                self._check(prompt_in_flight, can_judge=dead is not None)
 
-    def _check(self, leg: Leg, can_judge: bool) -> None:
-        idle_since = self._fleet.idle_since(leg.worker_id)
-        is_named = self._fleet.has(leg.worker_id, leg.wire_id)
+    def _check(self, prompt_in_flight: InFlightPrompt, can_judge: bool) -> None:
+        idle_since = self._registry.idle_since(prompt_in_flight.worker_id)
+        is_named = self._registry.has(prompt_in_flight.worker_id, prompt_in_flight.wire_id)
         if is_named:
-            leg.seen_at = time.monotonic()
+            prompt_in_flight.seen_at = time.monotonic()
         patience = max(
-            LOST_SECONDS if idle_since is not None else math.inf if is_named is None else FORGOTTEN_SECONDS,
+            LOST_SECONDS
+            if idle_since is not None
+            else math.inf
+            if is_named is None
+            else FORGOTTEN_SECONDS,
             3 * self.settings.serve_heartbeat_seconds,  # it may not have been seen yet
         )
-        if time.time() > leg.request.deadline_at + DEADLINE_SLACK_SECONDS:
-            leg.flow.fail(TimedOut("the answer took too long; ask for fewer tokens or try again"))
-        elif can_judge and not self._fleet.is_known(leg.worker_id):
-            self._recover(leg, "it stopped answering")
-        elif can_judge and time.monotonic() - max(idle_since or 0.0, leg.seen_at) > patience:
-            self._recover(leg, "it no longer has the request")
+        if time.time() > prompt_in_flight.request.deadline_at + DEADLINE_SLACK_SECONDS:
+            prompt_in_flight.reply_stream.fail(
+                TimedOut("the answer took too long; ask for fewer tokens or try again")
+            )
+        elif can_judge and not self._registry.is_known(prompt_in_flight.worker_id):
+            self._recover(prompt_in_flight, "it stopped answering")
+        elif (
+            can_judge
+            and time.monotonic() - max(idle_since or 0.0, prompt_in_flight.seen_at) > patience
+        ):
+            self._recover(prompt_in_flight, "it no longer has the request")
 
     async def _cancel(self, worker_id: str, wire_id: str) -> None:
         """Tells the worker to stop; again while it lives and does not hear, for it may be reconnecting."""
@@ -322,7 +358,7 @@ class Switchboard:
             with contextlib.suppress(*FAULTS):
                 if await self._redis.publish(control_channel(worker_id), message):
                     return
-            if not self._fleet.is_known(worker_id):
+            if not self._registry.is_known(worker_id):
                 return
             await asyncio.sleep(RELISTEN_SECONDS)
 

@@ -17,16 +17,26 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from app.contracts.messages import GENERATE_TASK, RING_TASK, TRAIN_QUEUE, GenerateRequest, serve_queue
+from app.contracts.messages import (
+    GENERATE_TASK,
+    TRAIN_QUEUE,
+    WAKE_UP_TASK,
+    GenerateRequest,
+    serve_queue,
+)
 from app.settings import celery_settings, get_settings
 
 log = structlog.get_logger(__name__)
 
 KEY_PREFIX = "stillhouse:"  # `global_keyprefix` of `celery_settings`
 MAX_WAITING_RINGS = 100
-SEND_SECONDS = 0.5  # to connect or to write; a send waits at most about twice that when Redis is gone
+SEND_SECONDS = (
+    0.5  # to connect or to write; a send waits at most about twice that when Redis is gone
+)
 # Any: options of several kinds
-SOCKET: Final[dict[str, Any]] = dict.fromkeys(("socket_timeout", "socket_connect_timeout"), SEND_SECONDS)
+SOCKET: Final[dict[str, Any]] = dict.fromkeys(
+    ("socket_timeout", "socket_connect_timeout"), SEND_SECONDS
+)
 ONCE_MORE: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
 # As kombu lays a message of Celery's into a list of Redis.
 LAID: Final = {"delivery_mode": 2, "priority": 0, "body_encoding": "base64"}
@@ -59,25 +69,25 @@ def queue_key(worker_id: str) -> str:
     return KEY_PREFIX + serve_queue(worker_id)
 
 
-def ring() -> bool:
+def notify_workers() -> bool:
     """Rings the train workers; False when that failed, which the reconciler repairs. Never raises."""
     try:
         # Without declare=[] every worker that ever lived would leave a binding behind in Redis.
         producer = _producer(get_settings().redis_url)
-        producer.send_task(RING_TASK, queue=TRAIN_QUEUE, task_id=uuid4().hex, declare=[])
+        producer.send_task(WAKE_UP_TASK, queue=TRAIN_QUEUE, task_id=uuid4().hex, declare=[])
     except FAULTS as fault:
-        log.warning("ring_failed", reason=type(fault).__name__)
+        log.warning("notify_failed", reason=type(fault).__name__)
         return False
     return True
 
 
-def ring_again() -> None:
+def notify_workers_again() -> None:
     """Rings, unless enough bells wait for busy workers, who look for themselves when they are done. Never raises."""
     num_waiting = 0
     with suppress(*FAULTS), _producer(get_settings().redis_url).connection_or_acquire() as line:
         num_waiting = line.default_channel.queue_declare(TRAIN_QUEUE).message_count
     if num_waiting < MAX_WAITING_RINGS:
-        ring()
+        notify_workers()
 
 
 class Outbox:
@@ -91,9 +101,13 @@ class Outbox:
     async def send(self, worker_id: str, request: GenerateRequest) -> None:
         """Puts the request into the worker's own queue. Raises NotSent."""
         try:
-            await self._redis.lpush(queue_key(worker_id), self._message(serve_queue(worker_id), request))
+            await self._redis.lpush(
+                queue_key(worker_id), self._message(serve_queue(worker_id), request)
+            )
         except FAULTS as fault:
-            raise NotSent(f"the queue of {worker_id} cannot be reached ({type(fault).__name__})") from fault
+            raise NotSent(
+                f"the queue of {worker_id} cannot be reached ({type(fault).__name__})"
+            ) from fault
 
     async def aclose(self) -> None:
         await self._redis.aclose()
@@ -108,7 +122,12 @@ class Outbox:
             kwargsrepr="{}",
             ignore_result=None,
         )
-        place = {"delivery_info": {"exchange": "", "routing_key": queue}, "delivery_tag": uuid4().hex}
+        place = {
+            "delivery_info": {"exchange": "", "routing_key": queue},
+            "delivery_tag": uuid4().hex,
+        }
         body = base64.b64encode(orjson.dumps(task.body)).decode()
         properties = {**task.properties, **LAID, **place}
-        return orjson.dumps({**CONTENT, "body": body, "headers": task.headers, "properties": properties})
+        return orjson.dumps(
+            {**CONTENT, "body": body, "headers": task.headers, "properties": properties}
+        )

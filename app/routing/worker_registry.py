@@ -20,7 +20,7 @@ FAULTS = (RedisError, OSError, RuntimeError)
 
 
 @dataclass
-class Sighting:
+class WorkerSnapshot:
     """What is known of a worker; idle_since is by our own monotonic clock, so that clocks may differ."""
 
     status: ServeWorkerStatus
@@ -28,18 +28,20 @@ class Sighting:
     num_misses: int = 0
 
 
-class Fleet:
+class WorkerRegistry:
     """Which serve workers there are, and which one a prompt should go to."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._sightings: dict[str, Sighting] = {}
+        self._sightings: dict[str, WorkerSnapshot] = {}
         self._is_seeing = True
 
     @property
     def workers(self) -> list[ServeWorkerStatus]:
         """Those seen at the last look."""
-        return [sighting.status for sighting in self._sightings.values() if sighting.num_misses == 0]
+        return [
+            sighting.status for sighting in self._sightings.values() if sighting.num_misses == 0
+        ]
 
     def is_known(self, worker_id: str) -> bool:
         return worker_id in self._sightings
@@ -54,13 +56,15 @@ class Fleet:
         sighting = self._sightings.get(worker_id)
         return sighting.idle_since if sighting else None
 
-    async def look(self) -> list[str] | None:
+    async def refresh(self) -> list[str] | None:
         """Reads the heartbeats; gives the workers found dead, or None when Redis did not answer.
 
         Without an answer nobody counts as dead: an outage of Redis is not one of the workers.
         """
         try:
-            keys = [key async for key in self._redis.scan_iter(match=serve_worker_key("*"), count=1000)]
+            keys = [
+                key async for key in self._redis.scan_iter(match=serve_worker_key("*"), count=1000)
+            ]
             values = await self._redis.mget(keys) if keys else []
         except FAULTS as fault:
             if self._is_seeing:
@@ -68,14 +72,22 @@ class Fleet:
             self._is_seeing = False
             return None
         self._is_seeing = True
-        seen = {status.worker_id: status for value in values if (status := _parse(value)) is not None}
+        seen = {
+            status.worker_id: status for value in values if (status := _parse(value)) is not None
+        }
         now = time.monotonic()
         for worker_id, status in seen.items():
             known = self._sightings.get(worker_id)
             is_idle = not (status.num_running or status.num_waiting or status.loading)
             was_idle_since = known.idle_since if known else None
-            self._sightings[worker_id] = Sighting(status, (was_idle_since or now) if is_idle else None)
-        return [worker_id for worker_id in self._sightings.keys() - seen.keys() if self._is_dead(worker_id)]
+            self._sightings[worker_id] = WorkerSnapshot(
+                status, (was_idle_since or now) if is_idle else None
+            )
+        return [
+            worker_id
+            for worker_id in self._sightings.keys() - seen.keys()
+            if self._is_dead(worker_id)
+        ]
 
     def _is_dead(self, worker_id: str) -> bool:
         sighting = self._sightings[worker_id]
@@ -100,7 +112,9 @@ class Fleet:
             return is_stalled, not (has_model and load < status.max_running), load
 
         engine = request.serving.engine
-        able = [status for status in self.workers if not status.is_draining and engine in status.engines]
+        able = [
+            status for status in self.workers if not status.is_draining and engine in status.engines
+        ]
         return min(able, key=rank).worker_id if able else None
 
 

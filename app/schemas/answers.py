@@ -43,12 +43,16 @@ class Choice:
 class Answer(ABC):
     """The answer to one client request as it grows."""
 
-    def __init__(self, answer_id: str, body: GenerationBody, *, num_prompts: int, created: int) -> None:
+    def __init__(
+        self, answer_id: str, body: GenerationBody, *, num_prompts: int, created: int
+    ) -> None:
         self.id = answer_id
         self.model = body.model
         self._created = created
         self._num_choices = body.num_choices
-        self._has_usage_chunk = body.stream_options is not None and body.stream_options.include_usage
+        self._has_usage_chunk = (
+            body.stream_options is not None and body.stream_options.include_usage
+        )
         self._choices = [Choice() for _ in range(num_prompts * body.num_choices)]
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
@@ -84,7 +88,9 @@ class Answer(ABC):
             if isinstance(reply, Done):
                 self._count(reply)
             else:
-                made += [self._chunk([part]) for part in self._parts(self._index(prompt, reply), reply)]
+                made += [
+                    self._chunk([part]) for part in self._parts(self._index(prompt, reply), reply)
+                ]
         return made
 
     def closing(self) -> list[Json]:

@@ -84,7 +84,9 @@ class BatchObject(BaseModel):
         return cls(
             id=row.id,
             endpoint=row.endpoint,
-            errors=None if row.errors is None else BatchErrors(data=[BatchError(**e) for e in row.errors]),
+            errors=None
+            if row.errors is None
+            else BatchErrors(data=[BatchError(**e) for e in row.errors]),
             input_file_id=row.input_file_id,
             status=row.status,
             output_file_id=row.output_file_id,

@@ -22,7 +22,9 @@ TokenPrompt = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 TextPrompt = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
-LogitBias = Annotated[dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)
+]
 MinTokens = Annotated[int, Field(ge=0, le=1_000_000)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TINY = 1e-9
@@ -73,7 +75,11 @@ class GenerationBody(BaseModel):
     @field_validator("min_tokens", check_fields=False)
     @classmethod
     def _max_tokens_hold_min_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
-        given = info.data.get("max_completion_tokens") or info.data.get("max_tokens") or cls.default_tokens
+        given = (
+            info.data.get("max_completion_tokens")
+            or info.data.get("max_tokens")
+            or cls.default_tokens
+        )
         if value is not None and value > given:
             raise ValueError(f"must be at most max_tokens, which is {given}")
         return value
@@ -97,15 +103,28 @@ class GenerationBody(BaseModel):
         return self.n or 1
 
     def _sampling(
-        self, *, max_tokens: int, min_tokens: int | None, logprobs: int | None, fits_context: bool = False
+        self,
+        *,
+        max_tokens: int,
+        min_tokens: int | None,
+        logprobs: int | None,
+        fits_context: bool = False,
     ) -> Sampling:
-        stops = () if self.stop is None else (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        stops = (
+            ()
+            if self.stop is None
+            else (self.stop,)
+            if isinstance(self.stop, str)
+            else tuple(self.stop)
+        )
         return Sampling(
             max_tokens=max_tokens,
             fits_context=fits_context,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=self.top_k or 0,
-            top_p=1.0 if self.top_p is None else max(self.top_p, TINY),  # 0 keeps the best token, as any does
+            top_p=1.0
+            if self.top_p is None
+            else max(self.top_p, TINY),  # 0 keeps the best token, as any does
             min_p=self.min_p or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -142,14 +161,18 @@ class CompletionBody(GenerationBody):
         if value is not None and value < n:
             raise ValueError(f"must be at least n, which is {n}")
         if value is not None and value > n and info.data.get("stream"):
-            raise ValueError("which choices are best is known at the end; leave out stream or best_of")
+            raise ValueError(
+                "which choices are best is known at the end; leave out stream or best_of"
+            )
         return value
 
     @field_validator("echo")
     @classmethod
     def _echo_has_no_logprobs(cls, value: bool | None, info: ValidationInfo) -> bool | None:
         if value and info.data.get("logprobs") is not None:
-            raise ValueError("there are no log-probabilities of a prompt; leave out echo or logprobs")
+            raise ValueError(
+                "there are no log-probabilities of a prompt; leave out echo or logprobs"
+            )
         return value
 
     @property
@@ -195,15 +218,23 @@ class ChatMessage(BaseModel):
     tool_calls: None = None
 
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
+        )
 
     def message(self) -> Message:
         # Chat templates know nothing of `developer`, OpenAI's newer word for `system`.
-        return Message(role="system" if self.role == "developer" else self.role, content=self.text())
+        return Message(
+            role="system" if self.role == "developer" else self.role, content=self.text()
+        )
 
 
 class ChatBody(GenerationBody):
-    default_tokens = 512  # OpenAI's is the whole context; an answer that never ends should not take all of it
+    default_tokens = (
+        512  # OpenAI's is the whole context; an answer that never ends should not take all of it
+    )
     neutral = {
         "tools": ([],),
         "tool_choice": ("none", "auto"),

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints
 
-from app.contracts.messages import ModelFacts, ModelFamily, ServingOptions
+from app.contracts.messages import ModelFacts, ModelKind, ServingOptions
 from app.db.schema.tables import Alias, Model
 from app.schemas.jobs import Body, ModelId
 from app.schemas.serving import Serving
@@ -25,7 +25,7 @@ class ModelObject(BaseModel):
     job_id: str | None
     aliases: list[str]
     architecture: str
-    family: ModelFamily
+    family: ModelKind
     num_parameters: int
     num_layers: int
     context_length: int

@@ -16,7 +16,15 @@ from app.db import files
 from app.db.locks import lock_project
 from app.db.schema.tables import File
 from app.db.session import PoolExhausted, Session, transaction
-from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, StillhouseError, TooLarge, Unavailable
+from app.errors import (
+    BadRequest,
+    Conflict,
+    NotFound,
+    QuotaExceeded,
+    StillhouseError,
+    TooLarge,
+    Unavailable,
+)
 from app.services.training_rows import RowChecker
 from app.settings import Settings
 from app.storage import store
@@ -76,7 +84,9 @@ class Upload:
         try:
             self._parser.write(piece)
         except FormParserError as error:
-            self.fault = BadRequest(f"the multipart body is broken: {error}", "invalid_file", "file")
+            self.fault = BadRequest(
+                f"the multipart body is broken: {error}", "invalid_file", "file"
+            )
         except StillhouseError as error:
             self.fault = error
         except OSError as error:
@@ -110,7 +120,9 @@ class Upload:
         if not self._is_complete:
             raise BadRequest("the multipart body ends too early", "invalid_file", "file")
         if self._filename is None or self._file is None:
-            raise BadRequest("missing required parameter: file", "missing_required_parameter", "file")
+            raise BadRequest(
+                "missing required parameter: file", "missing_required_parameter", "file"
+            )
         purpose = self._purpose()
         expires_at = self._expires_at()
         self._checker.close()
@@ -147,22 +159,35 @@ class Upload:
 
     def _purpose(self) -> str:
         if "purpose" not in self._fields:
-            raise BadRequest("missing required parameter: purpose", "missing_required_parameter", "purpose")
+            raise BadRequest(
+                "missing required parameter: purpose", "missing_required_parameter", "purpose"
+            )
         purpose = self._fields["purpose"].decode(errors="replace")
         if purpose not in PURPOSES:
-            raise BadRequest(f"invalid value for purpose: choose from {', '.join(PURPOSES)}", param="purpose")
+            raise BadRequest(
+                f"invalid value for purpose: choose from {', '.join(PURPOSES)}", param="purpose"
+            )
         return purpose
 
     def _expires_at(self) -> datetime | None:
         if not self._fields.keys() & set(FIELDS[1:]):
             return None
-        anchor, seconds = (self._fields.get(name, b"").decode(errors="replace") for name in FIELDS[1:])
+        anchor, seconds = (
+            self._fields.get(name, b"").decode(errors="replace") for name in FIELDS[1:]
+        )
         if anchor != "created_at":
-            raise BadRequest("expires_after.anchor must be created_at", param="expires_after.anchor")
+            raise BadRequest(
+                "expires_after.anchor must be created_at", param="expires_after.anchor"
+            )
         if not (
-            seconds.isascii() and seconds.isdigit() and len(seconds) < 9 and int(seconds) in EXPIRY_SECONDS
+            seconds.isascii()
+            and seconds.isdigit()
+            and len(seconds) < 9
+            and int(seconds) in EXPIRY_SECONDS
         ):
-            raise BadRequest("expires_after.seconds must be 3600 to 2592000", param="expires_after.seconds")
+            raise BadRequest(
+                "expires_after.seconds must be 3600 to 2592000", param="expires_after.seconds"
+            )
         return datetime.now(UTC) + timedelta(seconds=int(seconds))
 
     def _callbacks(self) -> "MultipartCallbacks":
@@ -196,14 +221,20 @@ class Upload:
         self._part = options.get(b"name", b"").decode(errors="replace")
         if self._part == "file":
             if self._filename is not None:
-                raise BadRequest("more than one part is called file; upload one file a request", param="file")
+                raise BadRequest(
+                    "more than one part is called file; upload one file a request", param="file"
+                )
             self._filename = _label(options.get(b"filename", b""))
             demand_disk(self._settings)
-            with transaction() as session:  # before the bytes are taken, and once more when they are there
+            with (
+                transaction() as session
+            ):  # before the bytes are taken, and once more when they are there
                 _demand_room(session, self._principal.project_id, 0, self._settings)
             self._file = self._cleanup.enter_context(store().writer(self.store_key))
         elif self._part not in FIELDS:
-            raise BadRequest(f"unknown parameter: {self._part[:64]}", "unknown_parameter", self._part[:64])
+            raise BadRequest(
+                f"unknown parameter: {self._part[:64]}", "unknown_parameter", self._part[:64]
+            )
         elif self._part in self._fields:
             raise BadRequest(f"{self._part} was given twice", param=self._part)
         else:
@@ -244,7 +275,9 @@ def _not_written(error: OSError) -> Unavailable:
 
 
 def too_large(settings: Settings) -> TooLarge:
-    return TooLarge(f"the file is larger than {settings.max_file_bytes:,} bytes; split it", param="file")
+    return TooLarge(
+        f"the file is larger than {settings.max_file_bytes:,} bytes; split it", param="file"
+    )
 
 
 def _label(raw: bytes) -> str:
@@ -253,7 +286,9 @@ def _label(raw: bytes) -> str:
     return "".join(c for c in name if c.isprintable())[:255] or "upload"
 
 
-def _demand_room(session: Session, project_id: str, num_more_bytes: int, settings: Settings) -> None:
+def _demand_room(
+    session: Session, project_id: str, num_more_bytes: int, settings: Settings
+) -> None:
     num_files, num_bytes = files.count_files(session, project_id)
     if num_files >= settings.max_files_per_project:
         raise QuotaExceeded(f"the project keeps {num_files:,} files already; delete some")
@@ -282,7 +317,9 @@ def delete_file(project_id: str, file_id: str) -> None:
         users = files.readers_of_file(session, project_id, file_id)
         if users:
             raise Conflict(
-                f"the file {file_id!r} is in use by {', '.join(users)}", "resource_in_use", "file_id"
+                f"the file {file_id!r} is in use by {', '.join(users)}",
+                "resource_in_use",
+                "file_id",
             )
     store().delete(row.store_key)
 

@@ -79,7 +79,9 @@ def _garbage_of(
     Without it nothing is garbage before the job has ended.
     `root` itself is garbage only if no attempt can write there any more: a failed job may be resumed at any time.
     """
-    is_model_kept = not is_fenced and any(key == root or key.startswith(f"{root}/") for key in job.kept_keys)
+    is_model_kept = not is_fenced and any(
+        key == root or key.startswith(f"{root}/") for key in job.kept_keys
+    )
     if job.is_discarded and not is_model_kept:
         return [root]
     if root in job.kept_keys or not (is_fenced or job.has_ended):

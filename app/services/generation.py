@@ -10,8 +10,8 @@ from fastapi.concurrency import run_in_threadpool
 from app.contracts.messages import GenerateRequest, Message, Sampling
 from app.db.schema.ids import new_id
 from app.errors import BadRequest
-from app.routing.reply_stream import Flow
-from app.routing.router import Switchboard
+from app.routing.reply_stream import ReplyStream
+from app.routing.router import RequestRouter
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
 from app.services import model_registry
@@ -51,28 +51,28 @@ class Order:
     is_streamed: bool = False
 
 
-async def begin(board: Switchboard, order: Order) -> Flow:
+async def begin(request_router: RequestRouter, order: Order) -> ReplyStream:
     """Reserves room and hands the prompts to workers. Raises BadRequest, TooManyRequests or Unavailable."""
-    refuse_hopeless(order, board.settings)
-    refuse_large_answer(order, board.settings.max_answer_bytes)
+    validate_for_model(order, request_router.settings)
+    refuse_large_answer(order, request_router.settings.max_answer_bytes)
     num_tokens = sum(map(estimated_tokens, order.prompts))
     num_written = max(order.num_choices, order.sampling.best_of or 1)
     num_tokens += len(order.prompts) * num_written * order.sampling.max_tokens
     if not order.is_streamed:
         num_tokens += logprob_bytes(order) // LOGPROB_BYTES_PER_TOKEN
-    give_back = board.admission.reserve(
+    give_back = request_router.admission.reserve(
         order.tenant or order.key_id, num_requests=len(order.prompts), num_tokens=num_tokens
     )
     try:
-        requests = requests_of(order, board.settings)
+        requests = requests_of(order, request_router.settings)
         await asyncio.sleep(0)  # building and sending large prompts takes milliseconds each
-        return await board.open(requests, give_back)
+        return await request_router.open(requests, give_back)
     except BaseException:
         give_back()
         raise
 
 
-def refuse_hopeless(order: Order, settings: Settings) -> None:
+def validate_for_model(order: Order, settings: Settings) -> None:
     """Refuses what the model's facts alone rule out; the worker, which tokenises, judges the rest."""
     facts = order.model.facts
     if facts is None:
@@ -80,7 +80,9 @@ def refuse_hopeless(order: Order, settings: Settings) -> None:
     if facts.family == "masked":
         message = f"{order.model.model_id!r} is a {facts.architecture} model, which writes no text; it can be a teacher"
         raise BadRequest(message, "model_not_servable", "model")
-    if not facts.has_chat_template and any(isinstance(prompt, Conversation) for prompt in order.prompts):
+    if not facts.has_chat_template and any(
+        isinstance(prompt, Conversation) for prompt in order.prompts
+    ):
         message = f"the model {order.model.model_id!r} has no chat template; use /v1/completions"
         raise BadRequest(message, "no_chat_template", "messages")
     context_tokens = min(facts.context_tokens, settings.max_context_tokens)

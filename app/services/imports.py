@@ -24,7 +24,9 @@ def import_model(source: str, name: str, *, project_id: str | None = None) -> st
     Without a project, all projects see the model. Raises BadRequest or Conflict.
     """
     if not NAME.fullmatch(name):
-        raise BadRequest("a name is 1 to 64 of a-z 0-9 . _ - and begins with a letter or digit", param="name")
+        raise BadRequest(
+            "a name is 1 to 64 of a-z 0-9 . _ - and begins with a letter or digit", param="name"
+        )
     _demand_free_name(name)
     job_id = f"import-{secrets.token_hex(12)}"
     spec = _spec(source, name, job_id)
@@ -38,7 +40,7 @@ def import_model(source: str, name: str, *, project_id: str | None = None) -> st
             request={"source": Path(source).name if spec.staged else source, "name": name},
             model_id=name,
         )
-    task_queue.ring()
+    task_queue.notify_workers()
     return job_id
 
 
@@ -59,7 +61,9 @@ def _spec(source: str, name: str, job_id: str) -> ImportJob:
     if source.startswith("hf:"):
         match = HUB.fullmatch(source)
         if match is None or ".." in source:
-            raise BadRequest(f"{source!r} names no model; write hf:org/name@revision", param="source")
+            raise BadRequest(
+                f"{source!r} names no model; write hf:org/name@revision", param="source"
+            )
         hub = match["source"]
         hub = hub if "@" in hub else f"{hub}@main"
         return ImportJob(output_model=name, hub=hub, uses_hub_token=True, format="hub")
@@ -82,7 +86,8 @@ def _spec(source: str, name: str, job_id: str) -> ImportJob:
 def _stage_folder(path: Path, job_id: str) -> ArtifactRef:
     if not (path / "config.json").is_file():
         raise BadRequest(
-            f"{path} holds no config.json; give the folder that save_pretrained wrote", param="source"
+            f"{path} holds no config.json; give the folder that save_pretrained wrote",
+            param="source",
         )
     _demand_room(sum(file.stat().st_size for file in path.iterdir() if file.is_file()))
     try:

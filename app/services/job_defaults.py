@@ -13,12 +13,20 @@ from app.contracts.distillation import (
     Student,
     TeacherSignal,
 )
-from app.contracts.messages import ModelFacts, ModelFamily
+from app.contracts.messages import ModelFacts, ModelKind
 from app.errors import BadRequest
 from app.services.training_rows import CONVERSATIONS, UNANSWERED
 
 BLOCK = "method.distillation"
-NARROWABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "t5")  # whose width can be sliced
+NARROWABLE = (
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "t5",
+)  # whose width can be sliced
 EXPORTABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")  # to GGUF
 SIGNAL = "objective.teacher_signal"
 
@@ -42,7 +50,7 @@ class Outline:
     """What is known of a student before it is built: of a ladder, the smallest one."""
 
     architecture: str
-    family: ModelFamily
+    family: ModelKind
     num_layers: int
     num_encoder_layers: int | None
 
@@ -68,21 +76,33 @@ def settle(block: Distillation, pair: Pair) -> Distillation:
 
 
 def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
-    raise BadRequest(message, code, param if param in ("model", "training_file") else f"{BLOCK}.{param}")
+    raise BadRequest(
+        message, code, param if param in ("model", "training_file") else f"{BLOCK}.{param}"
+    )
 
 
 def settle_student(student: Student, pair: Pair) -> Student:
     said, decided = student.model_fields_set, dict[str, Any]()  # Any: fields of several types
     init = student.init
     if "init" not in said:
-        numbers = (student.num_layers, student.layers, student.num_encoder_layers, student.num_decoder_layers)
-        chooses_layers = any(number is not None for number in numbers) or student.fit_rows not in ("auto", 0)
+        numbers = (
+            student.num_layers,
+            student.layers,
+            student.num_encoder_layers,
+            student.num_decoder_layers,
+        )
+        chooses_layers = any(number is not None for number in numbers) or student.fit_rows not in (
+            "auto",
+            0,
+        )
         init = decided["init"] = "layers" if pair.is_same or chooses_layers else "checkpoint"
     if "freeze_head" not in said and init in ("checkpoint", "fresh", "lora"):
         decided["freeze_head"] = False  # its head is not a copy of the teacher's
     has_whole_encoder = student.num_encoder_layers in (None, pair.start.num_encoder_layers)
     if "freeze_encoder" not in said:
-        decided["freeze_encoder"] = init == "layers" and pair.start.family == "seq2seq" and has_whole_encoder
+        decided["freeze_encoder"] = (
+            init == "layers" and pair.start.family == "seq2seq" and has_whole_encoder
+        )
     return student.model_copy(update=decided)
 
 
@@ -111,11 +131,15 @@ def check_start(student: Student, pair: Pair) -> None:
         )
     if (student.hidden_size or 0) > start.hidden_size:
         refuse(
-            f"the model is {start.hidden_size} wide; init = width makes it narrower", "student.hidden_size"
+            f"the model is {start.hidden_size} wide; init = width makes it narrower",
+            "student.hidden_size",
         )
     for name in ("num_encoder_layers", "num_decoder_layers"):
         if start.family != "seq2seq" and getattr(student, name) is not None:
-            refuse(f"a {start.architecture} model has one kind of layers; give num_layers", f"student.{name}")
+            refuse(
+                f"a {start.architecture} model has one kind of layers; give num_layers",
+                f"student.{name}",
+            )
 
 
 def check_sizes(sizes: FreshConfig) -> None:
@@ -131,7 +155,9 @@ def check_sizes(sizes: FreshConfig) -> None:
             "student.config.intermediate_size",
         )
     if not sizes.has_encoder and (sizes.num_encoder_layers or sizes.num_decoder_layers):
-        refuse(f"{sizes.family} has one kind of layers; give num_layers", "student.config.num_layers")
+        refuse(
+            f"{sizes.family} has one kind of layers; give num_layers", "student.config.num_layers"
+        )
 
 
 def check_layers(student: Student, start: ModelFacts) -> None:
@@ -144,9 +170,15 @@ def check_layers(student: Student, start: ModelFacts) -> None:
     }
     for name, (number, available) in wanted.items():
         if number > available:
-            what = f"layer {number - 1}, counted from 0," if name == "layers" else f"{number} layers"
+            what = (
+                f"layer {number - 1}, counted from 0," if name == "layers" else f"{number} layers"
+            )
             refuse(f"the student asks for {what} but the model has {available}", f"student.{name}")
-    ways = {student.num_layers, student.num_decoder_layers, len(student.layers) if student.layers else None}
+    ways = {
+        student.num_layers,
+        student.num_decoder_layers,
+        len(student.layers) if student.layers else None,
+    }
     if len(ways - {None}) > 1:
         refuse(
             "num_layers, num_decoder_layers and layers all speak of the decoder; give one of them",
@@ -159,7 +191,9 @@ def outline_of(student: Student, start: ModelFacts) -> Outline:
         num_layers = sizes.num_decoder_layers or sizes.num_layers
         if not sizes.has_encoder:
             return Outline(sizes.family, "causal", num_layers, None)
-        return Outline(sizes.family, "seq2seq", num_layers, sizes.num_encoder_layers or sizes.num_layers)
+        return Outline(
+            sizes.family, "seq2seq", num_layers, sizes.num_encoder_layers or sizes.num_layers
+        )
     smallest = student.ladder[0] if student.ladder else student.num_layers
     number = len(student.layers) if student.layers else smallest or student.num_decoder_layers
     default = max(1, start.num_layers // 2) if student.init == "layers" else start.num_layers
@@ -230,14 +264,17 @@ def settle_data(block: Distillation, objective: Objective, pair: Pair) -> Data:
             "use data.completions = dataset",
             where if data.completions is not None else "training_file",
         )
-    if row_format in CONVERSATIONS and not (teacher.has_chat_template and pair.start.has_chat_template):
+    if row_format in CONVERSATIONS and not (
+        teacher.has_chat_template and pair.start.has_chat_template
+    ):
         refuse(
             "the rows are chats, but a model of the pair has no chat template; upload rows with prompt and completion",
             "training_file",
         )
     if data.completions == "dataset" and is_unanswered:
         refuse(
-            "the file has no completions; leave data.completions out, or upload rows that have them", where
+            "the file has no completions; leave data.completions out, or upload rows that have them",
+            where,
         )
     sources = {where: data.completions}
     if (then := objective.then) is not None:
@@ -315,8 +352,18 @@ def layer_numbers(
             yield "objective.hidden.layer_map", "student", mine, depth_of(outline, hidden.side)
             yield "objective.hidden.layer_map", "teacher", theirs, depth_of(teacher, hidden.side)
     if (attention := objective.attention) is not None:
-        yield "objective.attention.student_layer", "student", attention.student_layer, depth_of(outline)
-        yield "objective.attention.teacher_layer", "teacher", attention.teacher_layer, depth_of(teacher)
+        yield (
+            "objective.attention.student_layer",
+            "student",
+            attention.student_layer,
+            depth_of(outline),
+        )
+        yield (
+            "objective.attention.teacher_layer",
+            "teacher",
+            attention.teacher_layer,
+            depth_of(teacher),
+        )
 
 
 def depth_of(model: ModelFacts | Outline, side: str = "auto") -> int:

@@ -20,11 +20,13 @@ from app.routing import task_queue
 from app.schemas.jobs import CreateJob, ImportObject, JobObject
 from app.schemas.models import ImportModel
 from app.services import submission
-from app.services.retries import Attempted, find_created, record_attempt, remember_job
+from app.services.retries import RetryInfo, find_created, record_attempt, remember_job
 from app.settings import get_settings
 
 IDEMPOTENCY_KEY_LENGTH = 255
-DUPLICATE_SECONDS = 600  # within which a batch is taken for the one that a retry of the client repeats
+DUPLICATE_SECONDS = (
+    600  # within which a batch is taken for the one that a retry of the client repeats
+)
 JOBS_ROUTE = "POST /v1/fine_tuning/jobs"
 IMPORTS_ROUTE = "POST /v1/models/import"
 Json = dict[str, Any]  # Any: a stored response is whatever JSON was answered
@@ -36,7 +38,7 @@ class Accepted:
     is_replay: bool
 
 
-def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> Accepted:
+def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> Accepted:
     """Queues a distillation, or answers again what the same request was answered before."""
     sha256 = fingerprint(asked.model_dump(mode="json"))
     replay = find_replay(principal, JOBS_ROUTE, attempted, sha256)
@@ -81,12 +83,12 @@ def create_job(principal: Principal, asked: CreateJob, attempted: Attempted) -> 
         remember_job(session, submitted, job)
         crash_point("submit.inserted")
     crash_point("submit.committed")
-    task_queue.ring()
+    task_queue.notify_workers()
     crash_point("submit.rung")
     return Accepted(body, is_replay=False)
 
 
-def create_import(principal: Principal, asked: ImportModel, attempted: Attempted) -> Accepted:
+def create_import(principal: Principal, asked: ImportModel, attempted: RetryInfo) -> Accepted:
     """Queues the import of a model from the hub, with the hub token only if the key has the scope for it."""
     if ".." in asked.source:
         raise BadRequest("source is hf:org/name@revision", param="source")
@@ -113,7 +115,9 @@ def create_import(principal: Principal, asked: ImportModel, attempted: Attempted
             return Accepted(body_of(session, created), is_replay=True)
         demand_room(session, principal.project_id)
         if models.is_name_taken(session, asked.name):
-            raise Conflict(f"the name {asked.name!r} is taken; choose another", "resource_in_use", "name")
+            raise Conflict(
+                f"the name {asked.name!r} is taken; choose another", "resource_in_use", "name"
+            )
         job = jobs.insert_job(
             session,
             id=f"import-{secrets.token_hex(12)}",
@@ -128,7 +132,7 @@ def create_import(principal: Principal, asked: ImportModel, attempted: Attempted
         body = body_of(session, job)
         remember(session, principal, IMPORTS_ROUTE, attempted, body)
         remember_job(session, submitted, job)
-    task_queue.ring()
+    task_queue.notify_workers()
     return Accepted(body, is_replay=False)
 
 
@@ -136,7 +140,9 @@ def fingerprint(body: Json) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def find_replay(principal: Principal, route: str, attempted: Attempted, sha256: str) -> Accepted | None:
+def find_replay(
+    principal: Principal, route: str, attempted: RetryInfo, sha256: str
+) -> Accepted | None:
     """Returns what the first request with this idempotency key was answered; None if there was none.
 
     Raises BadRequest, Unprocessable or InProgress.
@@ -145,7 +151,9 @@ def find_replay(principal: Principal, route: str, attempted: Attempted, sha256: 
     if key is None:
         return None
     if not (0 < len(key) <= IDEMPOTENCY_KEY_LENGTH and key.isascii() and key.isprintable()):
-        raise BadRequest("Idempotency-Key is 1 to 255 printable ASCII characters", param="Idempotency-Key")
+        raise BadRequest(
+            "Idempotency-Key is 1 to 255 printable ASCII characters", param="Idempotency-Key"
+        )
     with transaction() as session:
         found = idempotency.find_key(session, principal.project_id, route, key)
     return Accepted(response_of(found, sha256), is_replay=True) if found else None
@@ -162,35 +170,44 @@ def body_of(session: Session, job: Job) -> Json:
 
 
 def claim(
-    session: Session, principal: Principal, route: str, attempted: Attempted, sha256: str
+    session: Session, principal: Principal, route: str, attempted: RetryInfo, sha256: str
 ) -> Json | None:
     """Takes the idempotency key for this transaction, or gives the response of the one that had it first."""
     if attempted.idempotency_key is None:
         return None
-    found = idempotency.claim_key(session, principal.project_id, route, attempted.idempotency_key, sha256)
+    found = idempotency.claim_key(
+        session, principal.project_id, route, attempted.idempotency_key, sha256
+    )
     return response_of(found, sha256) if found else None
 
 
 def response_of(found: idempotency.Claimed, sha256: str) -> Json:
     if found.request_sha256 != sha256:
         raise Unprocessable(
-            "this Idempotency-Key was used with another body; use a new key", param="Idempotency-Key"
+            "this Idempotency-Key was used with another body; use a new key",
+            param="Idempotency-Key",
         )
     if found.response is None:
         raise InProgress("a request with this Idempotency-Key is still being answered")
     return found.response
 
 
-def remember(session: Session, principal: Principal, route: str, attempted: Attempted, body: Json) -> None:
+def remember(
+    session: Session, principal: Principal, route: str, attempted: RetryInfo, body: Json
+) -> None:
     if attempted.idempotency_key is not None:
-        idempotency.store_response(session, principal.project_id, route, attempted.idempotency_key, body)
+        idempotency.store_response(
+            session, principal.project_id, route, attempted.idempotency_key, body
+        )
 
 
 def demand_room(session: Session, project_id: str) -> None:
     lock_project(session, project_id)
     most = get_settings().max_active_jobs_per_project
     if jobs.count_active(session, project_id) >= most:
-        raise QuotaExceeded(f"the project has {most} jobs that have not ended; wait for one, or cancel one")
+        raise QuotaExceeded(
+            f"the project has {most} jobs that have not ended; wait for one, or cancel one"
+        )
 
 
 def get_job(session: Session, project_id: str, job_id: str, kind: str = "distillation") -> Job:
@@ -211,7 +228,11 @@ def cancel_job(project_id: str, job_id: str, kind: str = "distillation") -> Job:
         job = get_job(session, project_id, job_id, kind)
         after = jobs.request_cancel(session, job.id)
         if after is None:
-            hint = "; to free its checkpoints, delete the job" if job.status == JobStatus.failed else ""
+            hint = (
+                "; to free its checkpoints, delete the job"
+                if job.status == JobStatus.failed
+                else ""
+            )
             raise Conflict(f"the job has already {job.status}; it can no longer be cancelled{hint}")
         return after
 
@@ -245,7 +266,7 @@ def resume_job(project_id: str, job_id: str) -> Job:
             raise Conflict(_why_not_resumed(job))
         if has_failed:
             _demand_inputs(session, after)
-    task_queue.ring()
+    task_queue.notify_workers()
     return after
 
 
@@ -258,9 +279,7 @@ def delete_job(project_id: str, job_id: str) -> None:
         # After the job is locked: until then it may succeed and register a model.
         model_id = models.model_of_job(session, job.id)
         if model_id is not None:
-            message = (
-                f"the job's model {model_id!r} exists; delete it first with DELETE /v1/models/{model_id}"
-            )
+            message = f"the job's model {model_id!r} exists; delete it first with DELETE /v1/models/{model_id}"
             raise Conflict(message, "resource_in_use", "job_id")
 
 
@@ -280,10 +299,11 @@ def _demand_inputs(session: Session, job: Job) -> None:
         ("validation_file", job.validation_file_id),
         (submission.TEST_FILE, job.test_file_id),
     ):
-        if file_id is not None and files.find_file(session, job.project_id or "", file_id, lock=True) is None:
-            message = (
-                f"the {param} {file_id!r} has been deleted, so the job cannot be resumed; submit a new job"
-            )
+        if (
+            file_id is not None
+            and files.find_file(session, job.project_id or "", file_id, lock=True) is None
+        ):
+            message = f"the {param} {file_id!r} has been deleted, so the job cannot be resumed; submit a new job"
             raise Conflict(message, "input_missing", param)
     try:
         spec = DistillationJob.model_validate(job.spec)

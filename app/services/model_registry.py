@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from app.auth import Principal
-from app.contracts.control import Served
+from app.contracts.control import ServedModel
 from app.contracts.messages import ArtifactRef, ModelFacts, ServingOptions
 from app.db import models
 from app.db.schema.tables import Alias, Model
@@ -29,8 +29,8 @@ class Resolved:
     serving: ServingOptions = field(default_factory=ServingOptions)
 
     @property
-    def served(self) -> Served:
-        return Served(model=self.model_id, weights=self.ref, serving=self.serving)
+    def served(self) -> ServedModel:
+        return ServedModel(model=self.model_id, weights=self.ref, serving=self.serving)
 
 
 def resolve_at_once(project_id: str, model_id: str) -> Resolved:
@@ -48,14 +48,18 @@ def resolve(
     session: Session, project_id: str, model_id: str, *, param: str = "model", lock: bool = False
 ) -> Resolved:
     """The folder behind a model id, an alias `name@alias` or a checkpoint `…:ckpt-step-n`; raises NotFound."""
-    model_id = model_id.replace("\x00", "\ufffd")  # Postgres holds no NUL: such a model does not exist
+    model_id = model_id.replace(
+        "\x00", "\ufffd"
+    )  # Postgres holds no NUL: such a model does not exist
     match = CHECKPOINT_PATTERN.fullmatch(model_id)
     if match:  # the model first: whoever waited for its end then sees that of its checkpoints, too
         registered = models.find_model(session, project_id, match["model"], lock=lock)
         found = models.find_checkpoint(session, project_id, match["model"], int(match["step"]))
         if found is not None:
             facts = ModelFacts.model_validate(registered.facts) if registered else None
-            return Resolved(model_id, ArtifactRef(key=f"{found.store_key}/model", bytes=found.bytes), facts)
+            return Resolved(
+                model_id, ArtifactRef(key=f"{found.store_key}/model", bytes=found.bytes), facts
+            )
     row = get_model(session, project_id, model_id, param=param, lock=lock)
     return Resolved(row.id, artifact(row), ModelFacts.model_validate(row.facts), options_of(row))
 
@@ -87,12 +91,16 @@ def delete_model(principal: Principal, model_id: str) -> None:
         if row is None:
             raise NotFound(f"the model {model_id!r} does not exist", "model_not_found", "model")
         if row.project_id is None:
-            raise Forbidden(f"the model {model_id!r} is shared by all projects; only an operator removes it")
+            raise Forbidden(
+                f"the model {model_id!r} is shared by all projects; only an operator removes it"
+            )
         models.lock_model(session, row.id)  # nobody may begin to need it now
         users = models.users_of_model(session, principal.project_id, row)
         if users:
             raise Conflict(
-                f"the model {model_id!r} is in use by {', '.join(users)}", "resource_in_use", "model"
+                f"the model {model_id!r} is in use by {', '.join(users)}",
+                "resource_in_use",
+                "model",
             )
         store_key = row.store_key
         models.delete_model(session, principal.project_id, model_id)
@@ -104,7 +112,8 @@ def set_alias(principal: Principal, name: str, alias: str, *, model_id: str) -> 
     for param, label in (("name", name), ("alias", alias)):
         if not LABEL_PATTERN.fullmatch(label):
             raise BadRequest(
-                f"{param} is 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit", param=param
+                f"{param} is 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit",
+                param=param,
             )
     with transaction() as session:
         target = get_model(session, principal.project_id, model_id, lock=True)

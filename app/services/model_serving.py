@@ -3,7 +3,7 @@
 from collections.abc import Collection
 
 from app.auth import Principal
-from app.contracts.control import Served
+from app.contracts.control import ServedModel
 from app.contracts.messages import Draft, ModelFacts, ModelState, ServeWorkerStatus, ServingOptions
 from app.db import models
 from app.db.schema.tables import Model
@@ -61,7 +61,9 @@ def _refuse_beside_vllm(asked: SetServing, facts: ModelFacts) -> None:
 
 def _find_draft(session: Session, project_id: str, row: Model, draft_id: str) -> Model:
     """The drafter, locked so that it cannot be deleted meanwhile. Raises BadRequest and NotFound."""
-    drafter = model_registry.get_model(session, project_id, draft_id, param="draft.model", lock=True)
+    drafter = model_registry.get_model(
+        session, project_id, draft_id, param="draft.model", lock=True
+    )
     ours, theirs = ModelFacts.model_validate(row.facts), ModelFacts.model_validate(drafter.facts)
     reason = None
     if drafter.id == row.id:
@@ -71,17 +73,15 @@ def _find_draft(session: Session, project_id: str, row: Model, draft_id: str) ->
     elif not ours.family == theirs.family == "causal":
         reason = f"both must be decoders; they are {ours.architecture} and {theirs.architecture}"
     elif (ours.tokenizer_sha256, ours.vocab_size) != (theirs.tokenizer_sha256, theirs.vocab_size):
-        reason = (
-            f"{drafter.id!r} has another tokenizer than {row.id!r}; a student that kept its teacher's fits"
-        )
+        reason = f"{drafter.id!r} has another tokenizer than {row.id!r}; a student that kept its teacher's fits"
     if reason is not None:
         raise BadRequest(reason, "incompatible_draft", "draft.model")
     return drafter
 
 
-def pinned(session: Session) -> tuple[Served, ...]:
+def pinned(session: Session) -> tuple[ServedModel, ...]:
     """All that is pinned, as it is to be served now; each once."""
-    found: dict[str, Served] = {}
+    found: dict[str, ServedModel] = {}
     for pin in models.list_pins(session):
         try:
             served = model_registry.resolve(session, pin.project_id, pin.id).served
@@ -91,12 +91,12 @@ def pinned(session: Session) -> tuple[Served, ...]:
     return tuple(found.values())
 
 
-def all_pinned() -> tuple[Served, ...]:
+def all_pinned() -> tuple[ServedModel, ...]:
     with transaction() as session:
         return pinned(session)
 
 
-def pin(principal: Principal, target_id: str) -> Served:
+def pin(principal: Principal, target_id: str) -> ServedModel:
     """Keeps a model, or what an alias points at from time to time, on every worker. Raises NotFound, BadRequest, Conflict."""
     with transaction() as session:
         found = model_registry.resolve(session, principal.project_id, target_id)
@@ -111,7 +111,7 @@ def pin(principal: Principal, target_id: str) -> Served:
         return found.served
 
 
-def unpin(principal: Principal, target_id: str) -> Served:
+def unpin(principal: Principal, target_id: str) -> ServedModel:
     """Lets a model make room again, if nothing else pins it. Raises NotFound."""
     with transaction() as session:
         served = model_registry.resolve(session, principal.project_id, target_id).served
@@ -119,7 +119,7 @@ def unpin(principal: Principal, target_id: str) -> Served:
         return served
 
 
-def to_load(principal: Principal, model_id: str) -> Served:
+def to_load(principal: Principal, model_id: str) -> ServedModel:
     """What a worker has to load for a model. Raises NotFound, and BadRequest for a model that writes no text."""
     with transaction() as session:
         found = model_registry.resolve(session, principal.project_id, model_id)
@@ -127,7 +127,7 @@ def to_load(principal: Principal, model_id: str) -> Served:
     return found.served
 
 
-def to_unload(principal: Principal, model_id: str) -> Served:
+def to_unload(principal: Principal, model_id: str) -> ServedModel:
     """What a worker has to let go. Raises NotFound, Forbidden, and Conflict while it is pinned."""
     with transaction() as session:
         found = model_registry.resolve(session, principal.project_id, model_id)
@@ -135,19 +135,25 @@ def to_unload(principal: Principal, model_id: str) -> Served:
         if row is not None:
             _refuse_strangers(principal, row)
         if any(kept.residence == found.served.residence for kept in pinned(session)):
-            raise Conflict(f"the model {model_id!r} is pinned; unpin it first", "model_pinned", "model")
+            raise Conflict(
+                f"the model {model_id!r} is pinned; unpin it first", "model_pinned", "model"
+            )
         return found.served
 
 
 def status_of(
-    served: Served, workers: Collection[ServeWorkerStatus], just_told: Collection[str] = ()
+    served: ServedModel, workers: Collection[ServeWorkerStatus], just_told: Collection[str] = ()
 ) -> ModelStatus:
     """What the workers say of a model; those that were just told to load it may not have said so yet."""
     shown = []
     for worker in sorted(workers, key=lambda worker: worker.worker_id):
-        state = next((model for model in worker.models if model.residence == served.residence), None)
+        state = next(
+            (model for model in worker.models if model.residence == served.residence), None
+        )
         if worker.worker_id in just_told and (state is None or state.state == "failed"):
-            state = ModelState(residence=served.residence, state="loading", bytes=served.stored_bytes)
+            state = ModelState(
+                residence=served.residence, state="loading", bytes=served.stored_bytes
+            )
         shown.append(_worker_state(worker.worker_id, state))
     best = min((worker.state for worker in shown), key=STATES.index, default="absent")
     is_pinned = any(kept.residence == served.residence for kept in all_pinned())

@@ -8,22 +8,22 @@ from fastapi.concurrency import run_in_threadpool
 from app.contracts.control import Keep
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.errors import Unavailable
-from app.routing.router import Switchboard
+from app.routing.router import RequestRouter
 from app.services import model_serving
 
 log = structlog.get_logger(__name__)
 
 
-async def tell_pins(board: Switchboard) -> None:
+async def tell_pins(request_router: RequestRouter) -> None:
     """Says what is pinned now. Raises Unavailable if nobody could be told."""
-    await board.tell(Keep(models=await run_in_threadpool(model_serving.all_pinned)))
+    await request_router.tell(Keep(models=await run_in_threadpool(model_serving.all_pinned)))
 
 
-class PinTeller:
+class PinBroadcaster:
     """One API process's share of the telling; more than one harms nobody."""
 
-    def __init__(self, board: Switchboard) -> None:
-        self._board = board
+    def __init__(self, request_router: RequestRouter) -> None:
+        self._request_router = request_router
 
     async def start(self) -> None:
         self._telling = asyncio.get_running_loop().create_task(self._tell())
@@ -35,10 +35,10 @@ class PinTeller:
     async def _tell(self) -> None:
         could_tell = True  # an outage is one line in the log
         while True:
-            await asyncio.sleep(self._board.settings.reconcile_seconds)
+            await asyncio.sleep(self._request_router.settings.reconcile_seconds)
             try:
-                if self._board.workers:
-                    await tell_pins(self._board)
+                if self._request_router.workers:
+                    await tell_pins(self._request_router)
                 could_tell = True
             except (Unavailable, DatabaseUnavailable, PoolExhausted) as fault:
                 if could_tell:

@@ -12,7 +12,7 @@ import structlog
 
 from app.crash_points import crash_point
 from app.db import reconciliation
-from app.db.leases import Losses
+from app.db.leases import RetryPolicy
 from app.db.session import DatabaseUnavailable, PoolExhausted, Session, transaction
 from app.services.garbage_collector import collect
 from app.settings import get_settings
@@ -22,7 +22,9 @@ log = structlog.get_logger(__name__)
 
 RINGS_A_PASS: Final = 8
 CANCEL_HEARTBEATS: Final = 2  # a worker that has not obeyed by then is not waited for
-PAUSE_GRACE_SECONDS: Final = 600.0  # for a worker to write and store the checkpoint of an overdue job
+PAUSE_GRACE_SECONDS: Final = (
+    600.0  # for a worker to write and store the checkpoint of an overdue job
+)
 GARBAGE_SECONDS: Final = 60.0
 
 
@@ -31,7 +33,7 @@ class Report:
     """What one pass did; all zeros if another process holds the lock."""
 
     is_leader: bool = False
-    num_rung: int = 0
+    num_notified: int = 0
     num_lost: int = 0
     num_cancelled: int = 0
     num_woken: int = 0
@@ -42,8 +44,10 @@ class Report:
 class Reconciler:
     """One API process's share of the looking. `step` is called every `reconcile_seconds`."""
 
-    def __init__(self, ring: Callable[[], None], *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._ring = ring
+    def __init__(
+        self, notify_workers: Callable[[], None], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._notify_workers = notify_workers
         self._clock = clock
         self._connected_since: float | None = None
         self._last_seen: float | None = None
@@ -61,8 +65,8 @@ class Reconciler:
             raise
         self._last_seen = self._clock()
         crash_point("reconcile.committed")
-        for _ in range(report.num_rung):
-            self._ring()
+        for _ in range(report.num_notified):
+            self._notify_workers()
         if report.is_leader and self._is_time_to_collect():
             try:
                 report = replace(report, num_collected=collect(store()))
@@ -79,13 +83,17 @@ class Reconciler:
             self._note_connection(begun, settings.lease_seconds)
             return Report()
         may_reap = self._may_reap(session, begun, settings.lease_seconds)
-        losses = Losses(settings.max_losses, settings.retry_backoff_seconds)
-        num_lost = reconciliation.reap(session, losses) if may_reap else 0
-        num_cancelled = reconciliation.finish_cancels(session, CANCEL_HEARTBEATS * settings.heartbeat_seconds)
-        num_overdue = reconciliation.end_overdue(session, settings.max_runtime_seconds, PAUSE_GRACE_SECONDS)
+        retry_policy = RetryPolicy(settings.max_losses, settings.retry_backoff_seconds)
+        num_lost = reconciliation.expire_leases(session, retry_policy) if may_reap else 0
+        num_cancelled = reconciliation.finish_cancels(
+            session, CANCEL_HEARTBEATS * settings.heartbeat_seconds
+        )
+        num_overdue = reconciliation.end_overdue(
+            session, settings.max_runtime_seconds, PAUSE_GRACE_SECONDS
+        )
         num_woken = reconciliation.wake(session)
-        num_rung = reconciliation.ring_due(session, settings.ring_again_seconds, RINGS_A_PASS)
-        return Report(True, num_rung, num_lost, num_cancelled, num_woken, num_overdue)
+        num_notified = reconciliation.ring_due(session, settings.ring_again_seconds, RINGS_A_PASS)
+        return Report(True, num_notified, num_lost, num_cancelled, num_woken, num_overdue)
 
     def _may_reap(self, session: Session, begun: float, lease_seconds: float) -> bool:
         """Whether every worker has had a whole lease's time to reach the database.
@@ -110,4 +118,6 @@ class Reconciler:
         self._last_seen = now
 
     def _is_time_to_collect(self) -> bool:
-        return self._last_collected is None or self._clock() - self._last_collected >= GARBAGE_SECONDS
+        return (
+            self._last_collected is None or self._clock() - self._last_collected >= GARBAGE_SECONDS
+        )

@@ -21,7 +21,7 @@ MAX_RETRY_COUNT: Final = 10_000  # higher counts are treated as this one
 
 
 @dataclass(frozen=True)
-class Attempted:
+class RetryInfo:
     """What marks a request as a repetition: its idempotency key, or the client's count of retries.
 
     timeout_seconds: How long the client waits for a response, as it says in a header.
@@ -43,7 +43,9 @@ class Submitted:
     job: Job | None = None
 
 
-def record_attempt(principal: Principal, route: str, attempted: Attempted, sha256: str) -> Submitted:
+def record_attempt(
+    principal: Principal, route: str, attempted: RetryInfo, sha256: str
+) -> Submitted:
     """Records an attempt of a submission, unless it has an idempotency key.
 
     An attempt without retries before it is a new submission. So is a retry whose earlier attempts never
@@ -56,7 +58,9 @@ def record_attempt(principal: Principal, route: str, attempted: Attempted, sha25
     retry_count = min(attempted.retry_count, MAX_RETRY_COUNT)
     with transaction() as session:
         if retry_count:
-            lock_project(session, principal.project_id)  # waits for an attempt that is inserting its job
+            lock_project(
+                session, principal.project_id
+            )  # waits for an attempt that is inserting its job
             seconds = min(attempted.timeout_seconds, MAX_TIMEOUT_SECONDS) + RETRY_DELAY_SECONDS
             found = submissions.find_repeated(session, request, retry_count, retry_seconds=seconds)
             if found is not None:

@@ -19,7 +19,7 @@ import structlog
 from pydantic import TypeAdapter
 from tokenizers import Tokenizer
 
-from app.contracts.messages import ChatCost, Contract, ModelFamily
+from app.contracts.messages import ChatCost, Contract, ModelKind
 from app.errors import BadRequest, StillhouseError, TooManyRequests
 from app.local.process_manager import environment_without_secrets
 from app.parent_death import tethered
@@ -28,7 +28,9 @@ from app.storage import store
 
 log = structlog.get_logger(__name__)
 
-MAX_ROWS_COUNTED: Final = 256  # the longest rows of a file, which are tokenised to see whether they fit
+MAX_ROWS_COUNTED: Final = (
+    256  # the longest rows of a file, which are tokenised to see whether they fit
+)
 MAX_BYTES_COUNTED: Final = 16 * 2**20  # of those rows; the rest of the file is never kept
 NO_TEMPLATE: Final = ChatCost(first=0, end=1, user=0, assistant=0, system=0)
 CHECK_SECONDS: Final = 60.0
@@ -42,7 +44,7 @@ class Reader:
     """How a model of a job reads rows: its tokenizer's folder in the store, its family and chat template."""
 
     key: str
-    family: ModelFamily
+    family: ModelKind
     cost: ChatCost = NO_TEMPLATE
 
 
@@ -87,7 +89,9 @@ class RunningChecks:
                     "try again when one has finished"
                 )
             if self._num_of.total() >= MAX_CHECKS:
-                raise TooManyRequests("the files of other jobs are being checked; try again in a moment")
+                raise TooManyRequests(
+                    "the files of other jobs are being checked; try again in a moment"
+                )
             self._num_of[project_id] += 1
         try:
             yield
@@ -99,10 +103,14 @@ class RunningChecks:
 
 
 RUNNING: Final = RunningChecks()
-QUESTION: Final[TypeAdapter[LengthCheck | VocabularyCheck]] = TypeAdapter(LengthCheck | VocabularyCheck)
+QUESTION: Final[TypeAdapter[LengthCheck | VocabularyCheck]] = TypeAdapter(
+    LengthCheck | VocabularyCheck
+)
 
 
-def ask(question: LengthCheck | VocabularyCheck, project_id: str, *, param: str | None = None) -> CheckResult:
+def ask(
+    question: LengthCheck | VocabularyCheck, project_id: str, *, param: str | None = None
+) -> CheckResult:
     """Returns what a child process finds.
 
     Raises:
@@ -124,7 +132,9 @@ def ask(question: LengthCheck | VocabularyCheck, project_id: str, *, param: str 
             log.error("row_check_failed", status=fault.returncode, stderr=stderr)
             raise StillhouseError("the rows of the file could not be checked; try again") from fault
         except subprocess.TimeoutExpired as fault:
-            log.warning("row_check_timed_out", seconds=CHECK_SECONDS, question=question.model_dump())
+            log.warning(
+                "row_check_timed_out", seconds=CHECK_SECONDS, question=question.model_dump()
+            )
             raise _timed_out(question, param) from fault
     return CheckResult.model_validate_json(process.stdout)
 
@@ -133,9 +143,7 @@ def _timed_out(question: LengthCheck | VocabularyCheck, param: str | None) -> Ba
     if isinstance(question, VocabularyCheck):
         message = "loading the teacher's tokenizer took more than {:.0f} s; leave vocab_size out or use another teacher"
         return BadRequest(message.format(CHECK_SECONDS), param=param)
-    message = (
-        "counting the tokens of the file's longest rows took more than {:.0f} s; shorten or split these rows"
-    )
+    message = "counting the tokens of the file's longest rows took more than {:.0f} s; shorten or split these rows"
     return BadRequest(message.format(CHECK_SECONDS), "invalid_file", param)
 
 
@@ -144,7 +152,9 @@ def main() -> None:
     question = QUESTION.validate_json(sys.stdin.buffer.read())
     if isinstance(question, VocabularyCheck):
         vocabulary = load_tokenizer(question.model_key).get_vocab()
-        result = CheckResult(num_tokens=1 + max(vocabulary.values(), default=-1))  # ids may have gaps
+        result = CheckResult(
+            num_tokens=1 + max(vocabulary.values(), default=-1)
+        )  # ids may have gaps
     else:
         result = find_too_long(question)
     sys.stdout.write(result.model_dump_json())
@@ -184,7 +194,9 @@ def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered:
     asked, *answer = [
         str(row[key]) for key in ("prompt", "input", "text", "completion", "target") if key in row
     ]
-    num_asked = len(tokenizer.encode(asked, add_special_tokens="text" in row or not has_template).ids)
+    num_asked = len(
+        tokenizer.encode(asked, add_special_tokens="text" in row or not has_template).ids
+    )
     num_answer = 1
     if "text" in row:
         if reader.family == "seq2seq":  # its second half answers the first
@@ -206,7 +218,9 @@ def count_chat(
     num_further = len(roles) - roles.count("system") - num_assistant - 1
     added = cost.first + cost.user * num_further + cost.assistant * (num_assistant - is_answered)
     added += (cost.system if "system" in roles else 0) + (cost.end if is_answered else 1)
-    return added + sum(len(tokenizer.encode(m["content"], add_special_tokens=False).ids) for m in messages)
+    return added + sum(
+        len(tokenizer.encode(m["content"], add_special_tokens=False).ids) for m in messages
+    )
 
 
 def longest_rows(store_key: str, *, over_bytes: int) -> list[tuple[int, int, bytes]]:

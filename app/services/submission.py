@@ -18,10 +18,10 @@ from app.services.training_rows import UNANSWERED
 from app.settings import Settings
 from app.storage import store
 
-STUDENT_COPIES = (
-    6  # weights, two Adam moments and three checkpoints' worth of them, in units of the start's weights
+STUDENT_COPIES = 6  # weights, two Adam moments and three checkpoints' worth of them, in units of the start's weights
+UNBOUNDED_CONTEXT = (
+    2048  # of models whose positions have no end, as worker/models/architectures.py has it
 )
-UNBOUNDED_CONTEXT = 2048  # of models whose positions have no end, as worker/models/architectures.py has it
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
 
 
@@ -41,11 +41,15 @@ class Plan:
 def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> Plan:
     """Resolves and locks what the request names; raises BadRequest or NotFound that says what does not fit."""
     block = asked.method.distillation
-    teacher = model_registry.resolve(session, project_id, block.teacher, param=f"{BLOCK}.teacher", lock=True)
+    teacher = model_registry.resolve(
+        session, project_id, block.teacher, param=f"{BLOCK}.teacher", lock=True
+    )
     start = model_registry.resolve(session, project_id, asked.model, lock=True)
     if teacher.facts is None or start.facts is None:
         raise BadRequest(
-            "a job can only begin from models of jobs that have succeeded", "model_not_ready", "model"
+            "a job can only begin from models of jobs that have succeeded",
+            "model_not_ready",
+            "model",
         )
     training = training_file(session, project_id, asked.training_file, "training_file")
     validation = test = None
@@ -70,7 +74,9 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
     max_tokens = min(
         block.hyperparameters.max_sequence_tokens,
         teacher.facts.context_tokens,
-        start.facts.context_tokens if (sizes := block.student.config) is None else context_of(sizes),
+        start.facts.context_tokens
+        if (sizes := block.student.config) is None
+        else context_of(sizes),
     )
     return Plan(spec, teacher.facts, start.facts, training, validation, test, max_tokens)
 
@@ -78,7 +84,9 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
 def training_file(session: Session, project_id: str, file_id: str, param: str) -> File:
     row = files.find_file(session, project_id, file_id, lock=True)
     if row is None:
-        raise NotFound(f"the file {file_id!r} does not exist; upload it with POST /v1/files", param=param)
+        raise NotFound(
+            f"the file {file_id!r} does not exist; upload it with POST /v1/files", param=param
+        )
     if row.purpose not in TRAINING_PURPOSES or row.format is None:
         raise BadRequest(
             f"the file {file_id!r} has the purpose {row.purpose}; upload it again as fine-tune",
@@ -94,7 +102,8 @@ def file_like(session: Session, training: File, file_id: str, param: str) -> Fil
     if row.format != training.format:
         name = "validation" if param == "validation_file" else "test"
         raise BadRequest(
-            f"the {name} file has the format {row.format}, the training file {training.format}", param=param
+            f"the {name} file has the format {row.format}, the training file {training.format}",
+            param=param,
         )
     return row
 
@@ -213,7 +222,9 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
 def readers_of(plan: Plan) -> tuple[Reader, ...]:
     """The teacher, and the student where it reads rows in another way; a fresh one has the teacher's tokenizer."""
     student = plan.spec.distillation.student
-    teacher = Reader(plan.spec.teacher.key, plan.teacher.family, plan.teacher.chat_cost or NO_TEMPLATE)
+    teacher = Reader(
+        plan.spec.teacher.key, plan.teacher.family, plan.teacher.chat_cost or NO_TEMPLATE
+    )
     family = job_defaults.outline_of(student, plan.start).family
     if plan.teacher.tokenizer_sha256 == plan.start.tokenizer_sha256:
         reader = replace(teacher, family=family)

@@ -8,7 +8,9 @@ from app.errors import BadRequest
 BOM = b"\xef\xbb\xbf"
 UNANSWERED = frozenset({"prompt", "input", "chat_prompt"})  # the teacher writes the completions
 CONVERSATIONS = frozenset({"chat", "chat_prompt"})
-OPTIONAL = frozenset({"name", "weight"})  # of a message; the name is not read, weight 0 is not learned from
+OPTIONAL = frozenset(
+    {"name", "weight"}
+)  # of a message; the name is not read, weight 0 is not learned from
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FORMATS = {
     "chat": frozenset({"messages"}),
@@ -18,9 +20,7 @@ FORMATS = {
     "input": frozenset({"input"}),
     "text": frozenset({"text"}),
 }
-KNOWN_FORMATS = (
-    '{"messages": […]}, {"prompt", "completion"}, {"prompt"}, {"input", "target"}, {"input"} or {"text"}'
-)
+KNOWN_FORMATS = '{"messages": […]}, {"prompt", "completion"}, {"prompt"}, {"input", "target"}, {"input"} or {"text"}'
 Row = dict[str, Any]  # Any: what a stranger put into a JSON object
 
 
@@ -71,7 +71,9 @@ class RowChecker:
     def _take(self, line: bytes) -> None:
         try:
             if self.num_rows >= self.max_rows:
-                raise InvalidRow(f"one too many: a file has at most {self.max_rows:,} rows; split it")
+                raise InvalidRow(
+                    f"one too many: a file has at most {self.max_rows:,} rows; split it"
+                )
             if len(line) > self.max_line_bytes:
                 raise InvalidRow(f"longer than {self.max_line_bytes:,} bytes")
             row_format = check_row(parse_row(line, is_first=self.num_rows == 0))
@@ -94,7 +96,9 @@ def parse_row(line: bytes, *, is_first: bool = False) -> Row:
     if not line.strip():
         raise InvalidRow("blank; take it out")
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_constant)
+        row = json.loads(
+            line.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_constant
+        )
     except UnicodeDecodeError as error:
         raise InvalidRow(f"not UTF-8 (byte {error.start + 1} of the line)") from None
     except json.JSONDecodeError as error:
@@ -160,7 +164,9 @@ def _check_text(value: object, name: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidRow(f"wrong: {name} holds half of a surrogate pair, which is no character") from None
+        raise InvalidRow(
+            f"wrong: {name} holds half of a surrogate pair, which is no character"
+        ) from None
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> Row:

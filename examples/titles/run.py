@@ -60,9 +60,17 @@ def job_body(training_file: str, validation_file: str, *, n_epochs: int, seed: i
             "distillation": {
                 "teacher": TEACHER,
                 "student": STUDENT,
-                "data": {"completions": "teacher", "temperature": 0.0, "max_new_tokens": MAX_TITLE_TOKENS},
+                "data": {
+                    "completions": "teacher",
+                    "temperature": 0.0,
+                    "max_new_tokens": MAX_TITLE_TOKENS,
+                },
                 "objective": {"divergence": "forward_kl"},
-                "hyperparameters": {"n_epochs": n_epochs, "batch_tokens": 2048, "learning_rate": 1e-3},
+                "hyperparameters": {
+                    "n_epochs": n_epochs,
+                    "batch_tokens": 2048,
+                    "learning_rate": 1e-3,
+                },
                 "evaluation": {"metrics": METRICS, "num_samples": 6},
             },
         },
@@ -107,7 +115,16 @@ def prepare(folder: Path) -> None:
 def import_teacher(client: httpx.Client, folder: Path, data_dir: Path) -> None:
     if all(model["id"] != TEACHER for model in call(client, "GET", "/v1/models")["data"]):
         source = str(folder / "teacher")
-        python("app.commands.cli", "models", "import", source, "--name", TEACHER, "--data-dir", str(data_dir))
+        python(
+            "app.commands.cli",
+            "models",
+            "import",
+            source,
+            "--name",
+            TEACHER,
+            "--data-dir",
+            str(data_dir),
+        )
 
 
 def python(module: str, *arguments: str) -> None:
@@ -137,7 +154,9 @@ def post(client: httpx.Client, folder: Path, console: Console, n_epochs: int, se
 
 
 def show_figures(console: Console, result: Json) -> None:
-    table = Table(title=f"On {result['num_validation_rows']} held-out entries", title_justify="left")
+    table = Table(
+        title=f"On {result['num_validation_rows']} held-out entries", title_justify="left"
+    )
     table.add_column("", min_width=24)
     for _, heading in MODELS:
         table.add_column(heading, justify="right")
@@ -158,21 +177,29 @@ def run(data_dir: Path, console: Console, *, n_epochs: int, seed: int) -> Json:
     with service(data_dir, console) as client:
         import_teacher(client, folder, data_dir)
         began = time.monotonic()
-        job = follow(client, unfinished(client) or post(client, folder, console, n_epochs, seed), console)
-        console.print(f"{(time.monotonic() - began) / 60:.1f} minutes from the upload to the result.")
+        job = follow(
+            client, unfinished(client) or post(client, folder, console, n_epochs, seed), console
+        )
+        console.print(
+            f"{(time.monotonic() - began) / 60:.1f} minutes from the upload to the result."
+        )
         show_figures(console, job["result"])
         show_samples(console, job["result"])
         console.print("\n[bold]The student, served:[/bold] ", end="")
         console.print(EXAMPLE, markup=False, highlight=False)
         console.print(
-            f"  {ask_for_title(client, job['fine_tuned_model'], EXAMPLE)}", markup=False, highlight=False
+            f"  {ask_for_title(client, job['fine_tuned_model'], EXAMPLE)}",
+            markup=False,
+            highlight=False,
         )
     return job
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.titles.run")
-    parser.add_argument("--data-dir", type=Path, default=Path(".stillhouse"), help="default: %(default)s")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path(".stillhouse"), help="default: %(default)s"
+    )
     parser.add_argument("--epochs", type=int, default=1, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="write the job with its result here")

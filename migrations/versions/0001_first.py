@@ -30,7 +30,12 @@ def upgrade() -> None:
         sa.Column("project_id", sa.String(length=64), nullable=False),
         sa.Column("secret_hmac", sa.LargeBinary(), nullable=False),
         sa.Column("scopes", postgresql.ARRAY(sa.String()), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.Column("expires_at", sa.DateTime(timezone=True)),
         sa.Column("revoked_at", sa.DateTime(timezone=True)),
         sa.PrimaryKeyConstraint("id", name="pk_api_keys"),
@@ -48,7 +53,12 @@ def upgrade() -> None:
         sa.Column("format", sa.String(length=32)),
         sa.Column("num_rows", sa.BigInteger()),
         sa.Column("max_row_bytes", sa.BigInteger()),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.Column("expires_at", sa.DateTime(timezone=True)),
         sa.PrimaryKeyConstraint("id", name="pk_files"),
     )
@@ -60,7 +70,12 @@ def upgrade() -> None:
         sa.Column("route", sa.String(length=128), nullable=False),
         sa.Column("request_sha256", sa.String(length=64), nullable=False),
         sa.Column("response", postgresql.JSONB()),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("project_id", "key", "route", name="pk_idempotency_keys"),
     )
@@ -78,7 +93,9 @@ def upgrade() -> None:
         sa.Column("validation_file_id", sa.String(length=64)),
         sa.Column("request_sha256", sa.String(length=64)),
         sa.Column("created_by_key_id", sa.String(length=32)),
-        sa.Column("run_after", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "run_after", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False
+        ),
         sa.Column("attempt", sa.Integer(), server_default="0", nullable=False),
         sa.Column("num_losses", sa.Integer(), server_default="0", nullable=False),
         sa.Column("lease_token", sa.BigInteger()),
@@ -91,12 +108,19 @@ def upgrade() -> None:
         sa.Column("stage", sa.String(length=48)),
         sa.Column("stages", postgresql.JSONB(), server_default=sa.text("'[]'"), nullable=False),
         sa.Column("progress", postgresql.JSONB(), server_default=sa.text("'{}'"), nullable=False),
-        sa.Column("latest_metrics", postgresql.JSONB(), server_default=sa.text("'{}'"), nullable=False),
+        sa.Column(
+            "latest_metrics", postgresql.JSONB(), server_default=sa.text("'{}'"), nullable=False
+        ),
         sa.Column("result", postgresql.JSONB()),
         sa.Column("result_model_id", sa.String(length=200)),
         sa.Column("trained_tokens", sa.BigInteger()),
         sa.Column("error", postgresql.JSONB()),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.Column("started_at", sa.DateTime(timezone=True)),
         sa.Column("finished_at", sa.DateTime(timezone=True)),
         sa.CheckConstraint(
@@ -150,13 +174,22 @@ def upgrade() -> None:
         sa.Column("metrics", postgresql.JSONB(), server_default=sa.text("'{}'"), nullable=False),
         sa.Column("is_best", sa.Boolean(), server_default=sa.text("false"), nullable=False),
         sa.Column("status", sa.String(length=16), server_default="committed", nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.CheckConstraint(
             "status IN ('committed', 'corrupt', 'deleting')", name=op.f("ck_checkpoints_status")
         ),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_checkpoints_job_id", ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["job_id"], ["jobs.id"], name="fk_checkpoints_job_id", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("id", name="pk_checkpoints"),
-        sa.UniqueConstraint("job_id", "lease_token", "step", name="uq_checkpoints_job_id_lease_token_step"),
+        sa.UniqueConstraint(
+            "job_id", "lease_token", "step", name="uq_checkpoints_job_id_lease_token_step"
+        ),
     )
     op.create_table(
         "job_attempts",
@@ -164,11 +197,18 @@ def upgrade() -> None:
         sa.Column("attempt", sa.Integer(), nullable=False),
         sa.Column("lease_token", sa.BigInteger(), nullable=False),
         sa.Column("worker_id", sa.String(length=128), nullable=False),
-        sa.Column("started_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "started_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.Column("ended_at", sa.DateTime(timezone=True)),
         sa.Column("outcome", sa.String(length=32)),
         sa.Column("resumed_from", sa.BigInteger()),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_job_attempts_job_id", ondelete="CASCADE"),
+        sa.ForeignKeyConstraint(
+            ["job_id"], ["jobs.id"], name="fk_job_attempts_job_id", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("job_id", "attempt", name="pk_job_attempts"),
         sa.UniqueConstraint("lease_token", name="uq_job_attempts_lease_token"),
     )
@@ -181,8 +221,15 @@ def upgrade() -> None:
         sa.Column("type", sa.String(length=24), nullable=False),
         sa.Column("message", sa.String(length=4000), nullable=False),
         sa.Column("data", postgresql.JSONB(), server_default=sa.text("'{}'"), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_job_events_job_id", ondelete="CASCADE"),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.ForeignKeyConstraint(
+            ["job_id"], ["jobs.id"], name="fk_job_events_job_id", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("seq", name="pk_job_events"),
         sa.UniqueConstraint("id", name="uq_job_events_id"),
     )
@@ -193,8 +240,15 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=64), nullable=False),
         sa.Column("step", sa.BigInteger(), nullable=False),
         sa.Column("value", sa.Float(), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name="fk_job_metrics_job_id", ondelete="CASCADE"),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.ForeignKeyConstraint(
+            ["job_id"], ["jobs.id"], name="fk_job_metrics_job_id", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("job_id", "name", "step", name="pk_job_metrics"),
     )
     op.create_table(
@@ -210,7 +264,12 @@ def upgrade() -> None:
         sa.Column("teacher_id", sa.String(length=200)),
         sa.Column("base_id", sa.String(length=200)),
         sa.Column("evaluation", postgresql.JSONB()),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.CheckConstraint("origin IN ('imported', 'distilled')", name=op.f("ck_models_origin")),
         sa.ForeignKeyConstraint(["source_job_id"], ["jobs.id"], name="fk_models_source_job_id"),
         sa.PrimaryKeyConstraint("id", name="pk_models"),
@@ -222,8 +281,15 @@ def upgrade() -> None:
         sa.Column("project_id", sa.String(length=64), nullable=False),
         sa.Column("id", sa.String(length=200), nullable=False),
         sa.Column("model_id", sa.String(length=200), nullable=False),
-        sa.Column("updated_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
-        sa.ForeignKeyConstraint(["model_id"], ["models.id"], name="fk_aliases_model_id", ondelete="CASCADE"),
+        sa.Column(
+            "updated_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
+        sa.ForeignKeyConstraint(
+            ["model_id"], ["models.id"], name="fk_aliases_model_id", ondelete="CASCADE"
+        ),
         sa.PrimaryKeyConstraint("project_id", "id", name="pk_aliases"),
     )
 
@@ -244,9 +310,13 @@ def downgrade() -> None:
     op.drop_table("job_events")
     op.drop_table("job_attempts")
     op.drop_table("checkpoints")
-    op.drop_index("ix_jobs_waiting", table_name="jobs", postgresql_where=sa.text("status = 'retry_wait'"))
+    op.drop_index(
+        "ix_jobs_waiting", table_name="jobs", postgresql_where=sa.text("status = 'retry_wait'")
+    )
     op.drop_index("ix_jobs_page", table_name="jobs")
-    op.drop_index("ix_jobs_leases", table_name="jobs", postgresql_where=sa.text("status = 'running'"))
+    op.drop_index(
+        "ix_jobs_leases", table_name="jobs", postgresql_where=sa.text("status = 'running'")
+    )
     op.drop_index("ix_jobs_due", table_name="jobs", postgresql_where=sa.text("status = 'queued'"))
     op.drop_table("jobs")
     op.drop_table("idempotency_keys")

@@ -13,7 +13,9 @@ depends_on: Sequence[str] | None = None
 
 
 def upgrade() -> None:
-    column = sa.Column("result_file_ids", postgresql.JSONB(), server_default=sa.text("'[]'"), nullable=False)
+    column = sa.Column(
+        "result_file_ids", postgresql.JSONB(), server_default=sa.text("'[]'"), nullable=False
+    )
     op.add_column("jobs", column)
 
 

@@ -41,7 +41,12 @@ def upgrade() -> None:
         sa.Column("num_failed", sa.Integer(), server_default="0", nullable=False),
         sa.Column("lease_token", sa.BigInteger()),
         sa.Column("lease_expires_at", sa.DateTime(timezone=True)),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.Column("expires_at", sa.DateTime(timezone=True), nullable=False),
         *(sa.Column(name, sa.DateTime(timezone=True)) for name in TIMES),
         sa.CheckConstraint(
@@ -65,7 +70,9 @@ def upgrade() -> None:
         "batches",
         ["created_at"],
         unique=False,
-        postgresql_where=sa.text("status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"),
+        postgresql_where=sa.text(
+            "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"
+        ),
     )
     op.create_table(
         "batch_results",

@@ -18,7 +18,12 @@ def upgrade() -> None:
         "pins",
         sa.Column("project_id", sa.String(length=64), nullable=False),
         sa.Column("id", sa.String(length=200), nullable=False),
-        sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column(
+            "created_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
+        ),
         sa.PrimaryKeyConstraint("project_id", "id", name="pk_pins"),
     )
 

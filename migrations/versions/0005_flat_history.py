@@ -63,14 +63,20 @@ def upgrade() -> None:
         sa.Column("request_sha256", sa.String(length=64), nullable=False),
         sa.Column("retry_count", sa.Integer(), nullable=False),
         sa.Column(
-            "attempted_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False
+            "attempted_at",
+            sa.DateTime(timezone=True),
+            server_default=sa.text("now()"),
+            nullable=False,
         ),
         sa.Column("job_id", sa.String(length=64)),
         sa.PrimaryKeyConstraint("id", name="pk_submissions"),
     )
     op.create_index("ix_submissions_attempted_at", "submissions", ["attempted_at"], unique=False)
     op.create_index(
-        "ix_submissions_match", "submissions", ["project_id", "request_sha256", "attempted_at"], unique=False
+        "ix_submissions_match",
+        "submissions",
+        ["project_id", "request_sha256", "attempted_at"],
+        unique=False,
     )
     op.create_table(
         "job_counts",
@@ -88,7 +94,9 @@ def upgrade() -> None:
         "CREATE TRIGGER jobs_count_moves AFTER UPDATE OF status ON jobs FOR EACH ROW "
         "WHEN (OLD.status IS DISTINCT FROM NEW.status) EXECUTE FUNCTION count_jobs()"
     )
-    op.execute("INSERT INTO job_counts (status, delta) SELECT status, count(*) FROM jobs GROUP BY status")
+    op.execute(
+        "INSERT INTO job_counts (status, delta) SELECT status, count(*) FROM jobs GROUP BY status"
+    )
 
 
 def downgrade() -> None:
@@ -112,5 +120,9 @@ def downgrade() -> None:
 
 def _index_active_batches(condition: str) -> None:
     op.create_index(
-        "ix_batches_active", "batches", ["created_at"], unique=False, postgresql_where=sa.text(condition)
+        "ix_batches_active",
+        "batches",
+        ["created_at"],
+        unique=False,
+        postgresql_where=sa.text(condition),
     )

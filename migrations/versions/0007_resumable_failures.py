@@ -16,7 +16,10 @@ def upgrade() -> None:
     op.add_column("jobs", sa.Column("resumed_at", sa.DateTime(timezone=True)))
     op.add_column("jobs", sa.Column("deleted_at", sa.DateTime(timezone=True)))
     op.create_index(
-        "ix_jobs_deleted", "jobs", ["deleted_at"], postgresql_where=sa.text("deleted_at IS NOT NULL")
+        "ix_jobs_deleted",
+        "jobs",
+        ["deleted_at"],
+        postgresql_where=sa.text("deleted_at IS NOT NULL"),
     )
     records = sa.Column("num_records", sa.BigInteger(), server_default=sa.text("0"), nullable=False)
     op.add_column("job_attempts", records)

@@ -34,7 +34,9 @@ def store() -> Iterator[Store]:
 
 @pytest.fixture
 def refs(store: Store, tmp_path: Path) -> list[ArtifactRef]:
-    return [put_folder(store, tmp_path / f"made-{number}", f"models/{number}") for number in range(3)]
+    return [
+        put_folder(store, tmp_path / f"made-{number}", f"models/{number}") for number in range(3)
+    ]
 
 
 @pytest.fixture
@@ -52,7 +54,9 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_the_least_recently_used_copy_goes_first(store: Store, refs: list[ArtifactRef], copies: Path) -> None:
+def test_the_least_recently_used_copy_goes_first(
+    store: Store, refs: list[ArtifactRef], copies: Path
+) -> None:
     cache = ArtifactCache(store, copies, 2 * SIZE)
     paths = []
     for age, ref in ((1, refs[0]), (2, refs[1])):
@@ -64,7 +68,9 @@ def test_the_least_recently_used_copy_goes_first(store: Store, refs: list[Artifa
     assert names(copies) == {paths[0].name, third.name}
 
 
-def test_a_copy_in_use_stays_whatever_the_budget(store: Store, refs: list[ArtifactRef], copies: Path) -> None:
+def test_a_copy_in_use_stays_whatever_the_budget(
+    store: Store, refs: list[ArtifactRef], copies: Path
+) -> None:
     cache, other = (ArtifactCache(store, copies, SIZE) for _ in range(2))
     paths = [cache.fetch_folder(ref) for ref in refs[:2]]
     last = other.fetch_folder(refs[2])
@@ -96,7 +102,9 @@ def test_another_process_keeps_its_copy_until_it_is_killed(
     (tmp_path / "held" / "weights").write_bytes(b"held")
     command = [sys.executable, "-c", HOLD, str(copies), str(tmp_path / "held")]
     cache = ArtifactCache(store, copies, 0)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None
         held = Path(holder.stdout.readline().strip())
         cache.fetch_folder(refs[0])
@@ -107,14 +115,18 @@ def test_another_process_keeps_its_copy_until_it_is_killed(
     assert names(copies) == {second.name}
 
 
-def test_what_a_killed_download_left_is_deleted(store: Store, refs: list[ArtifactRef], copies: Path) -> None:
+def test_what_a_killed_download_left_is_deleted(
+    store: Store, refs: list[ArtifactRef], copies: Path
+) -> None:
     (copies / ".partial" / "copy").mkdir(parents=True)
     (copies / ".partial" / "copy" / "weights").write_bytes(b"half")
     path = ArtifactCache(store, copies, 10 * SIZE).fetch_folder(refs[0])
     assert names(copies) == {path.name}
 
 
-def test_a_damaged_artifact_leaves_no_copy(store: Store, refs: list[ArtifactRef], copies: Path) -> None:
+def test_a_damaged_artifact_leaves_no_copy(
+    store: Store, refs: list[ArtifactRef], copies: Path
+) -> None:
     fsspec.filesystem("memory").pipe_file(f"/copies/{refs[0].key}/weights", b"other")
     with pytest.raises(CorruptArtifact):
         ArtifactCache(store, copies, 10 * SIZE).fetch_folder(refs[0])

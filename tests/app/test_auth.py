@@ -59,7 +59,9 @@ def test_the_secret_is_not_kept() -> None:
     assert len(row.secret_hmac) == 32
 
 
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer sk-other", "Basic abc", "Bearer sk-sh-1-2"])
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer sk-other", "Basic abc", "Bearer sk-sh-1-2"]
+)
 def test_no_key_or_a_malformed_one_is_refused(header: str | None) -> None:
     with pytest.raises(Unauthenticated):
         authenticate(header)
@@ -106,7 +108,9 @@ def test_unknown_scopes_and_strange_projects_are_refused() -> None:
         auth.create_key(session, "../acme")
 
 
-def test_a_pepper_is_made_once_and_for_the_owner_only(settings_env: Callable[..., Settings]) -> None:
+def test_a_pepper_is_made_once_and_for_the_owner_only(
+    settings_env: Callable[..., Settings],
+) -> None:
     settings_env(key_pepper="")
     with pytest.raises(RuntimeError):
         auth.key_pepper(get_settings())
@@ -118,7 +122,9 @@ def test_a_pepper_is_made_once_and_for_the_owner_only(settings_env: Callable[...
 
 
 @pytest.mark.parametrize("content", ["", " \n"])
-def test_an_empty_pepper_file_is_refused(settings_env: Callable[..., Settings], content: str) -> None:
+def test_an_empty_pepper_file_is_refused(
+    settings_env: Callable[..., Settings], content: str
+) -> None:
     settings = settings_env(key_pepper="")
     settings.data_dir.mkdir(parents=True)
     (settings.data_dir / "pepper").write_text(content)

@@ -19,7 +19,9 @@ def run(folder: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_nothing_happens_without_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_happens_without_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "here").touch()
     monkeypatch.chdir(tmp_path)
     crash_points.arm("")

@@ -20,7 +20,10 @@ def test_too_much_is_refused_before_it_is_parsed(value: object) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [{"a": [0, {str(number): 0 for number in range(MAX_FIELDS + 1)}]}, [0, [[{}] * (MAX_CONTAINERS - 1)]]],
+    [
+        {"a": [0, {str(number): 0 for number in range(MAX_FIELDS + 1)}]},
+        [0, [[{}] * (MAX_CONTAINERS - 1)]],
+    ],
     ids=["fields", "containers"],
 )
 def test_crowded_values_are_refused_before_they_are_validated(value: object) -> None:

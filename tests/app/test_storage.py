@@ -75,7 +75,9 @@ def test_a_folder_comes_back_as_it_was_put(store: Store, folder: Path, tmp_path:
     assert store.verify_folder(ref.key, ref.sha256)
 
 
-def test_a_folder_inside_a_stored_folder_can_be_fetched(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_a_folder_inside_a_stored_folder_can_be_fetched(
+    store: Store, folder: Path, tmp_path: Path
+) -> None:
     ref = store.put_folder(folder, "checkpoints/job/7/step-10")
     inside = ArtifactRef(key=f"{ref.key}/model", bytes=0)
     assert contents(store.fetch_folder(inside, tmp_path / "cache")) == contents(folder / "model")
@@ -99,7 +101,12 @@ def test_another_folder_under_the_same_key_is_refused(store: Store, folder: Path
 
 def test_a_flipped_bit_is_found(store: Store, folder: Path, tmp_path: Path) -> None:
     ref = store.put_folder(folder, "models/job/7")
-    damage(store, tmp_path, f"{ref.key}/model/model.safetensors", lambda old: old[:-1] + bytes([old[-1] ^ 1]))
+    damage(
+        store,
+        tmp_path,
+        f"{ref.key}/model/model.safetensors",
+        lambda old: old[:-1] + bytes([old[-1] ^ 1]),
+    )
     assert not store.verify_folder(ref.key, ref.sha256)
     if not store.is_local:
         with pytest.raises(CorruptArtifact):
@@ -121,7 +128,9 @@ def test_a_changed_manifest_is_refused(store: Store, folder: Path, tmp_path: Pat
     assert not store.verify_folder(ref.key, ref.sha256)
 
 
-def test_a_manifest_cannot_lead_out_of_the_folder(store: Store, folder: Path, tmp_path: Path) -> None:
+def test_a_manifest_cannot_lead_out_of_the_folder(
+    store: Store, folder: Path, tmp_path: Path
+) -> None:
     ref = store.put_folder(folder, "models/job/7")
     evil = json.dumps({"files": [{"path": "../../evil", "bytes": 1, "sha256": "0"}]}).encode()
     damage(store, tmp_path, f"{ref.key}/{MANIFEST}", lambda old: evil)
@@ -224,7 +233,9 @@ def test_names_that_are_no_keys_are_not_listed(tmp_path: Path) -> None:
     assert store.children("files") == ["file-1"]
 
 
-def test_what_another_process_put_is_listed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_another_process_put_is_listed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     system = fsspec.get_filesystem_class("memory")
     look = system.ls
 

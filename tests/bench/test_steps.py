@@ -106,4 +106,6 @@ def test_a_contender_with_another_loss_is_found() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_quick_case_still_has_what_the_ratios_need(name: str) -> None:
-    assert {n for pair in RATIOS.values() for n in pair} <= {c.name for c in quick(CASES[name]).contenders}
+    assert {n for pair in RATIOS.values() for n in pair} <= {
+        c.name for c in quick(CASES[name]).contenders
+    }

@@ -46,7 +46,9 @@ class Service:
         return (self.data_dir / "api_key").read_text().strip()
 
     def client(self, key: str | None = None, *, max_retries: int = 2) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or self.key, max_retries=max_retries)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=key or self.key, max_retries=max_retries
+        )
 
     def cli(self, *words: str) -> str:
         """Run a `stillhouse` command against this service and return what it prints."""

@@ -63,7 +63,9 @@ def wait(client: openai.OpenAI, job_id: str, *, seconds: float = 120) -> FineTun
 def files(service: Service) -> tuple[str, str]:
     with service.client() as client:
         training = client.files.create(file=("train.jsonl", rows(40)), purpose="fine-tune")
-        validation = client.files.create(file=("valid.jsonl", rows(8, start=1000)), purpose="fine-tune")
+        validation = client.files.create(
+            file=("valid.jsonl", rows(8, start=1000)), purpose="fine-tune"
+        )
     return training.id, validation.id
 
 
@@ -85,7 +87,9 @@ def extra(job: FineTuningJob, name: str) -> Any:  # Any: fields beyond the SDK's
     return getattr(job, name)
 
 
-def test_a_job_ends_with_a_model_and_a_result(client: openai.OpenAI, finished: FineTuningJob) -> None:
+def test_a_job_ends_with_a_model_and_a_result(
+    client: openai.OpenAI, finished: FineTuningJob
+) -> None:
     assert finished.fine_tuned_model is not None
     assert finished.fine_tuned_model.startswith("ds:")
     assert "/" not in finished.fine_tuned_model
@@ -138,23 +142,32 @@ def test_metrics_are_series_over_steps(service: Service, finished: FineTuningJob
     assert "valid_kl" in answer.text
 
 
-def test_checkpoints_are_listed_and_can_be_asked(client: openai.OpenAI, finished: FineTuningJob) -> None:
+def test_checkpoints_are_listed_and_can_be_asked(
+    client: openai.OpenAI, finished: FineTuningJob
+) -> None:
     checkpoints = list(client.fine_tuning.jobs.checkpoints.list(finished.id))
     assert checkpoints
     newest = checkpoints[0]
     assert newest.fine_tuning_job_id == finished.id
     assert newest.step_number > 0
     answer = client.completions.create(
-        model=newest.fine_tuned_model_checkpoint, prompt="What is a lantern?", max_tokens=4, temperature=0
+        model=newest.fine_tuned_model_checkpoint,
+        prompt="What is a lantern?",
+        max_tokens=4,
+        temperature=0,
     )
     assert answer.usage is not None
     assert answer.usage.completion_tokens > 0
 
 
-def test_a_streamed_answer_equals_the_whole_one(client: openai.OpenAI, finished: FineTuningJob) -> None:
+def test_a_streamed_answer_equals_the_whole_one(
+    client: openai.OpenAI, finished: FineTuningJob
+) -> None:
     model = finished.fine_tuned_model or ""
     messages: Any = [{"role": "user", "content": "What is a lantern?"}]
-    whole = client.chat.completions.create(model=model, messages=messages, max_tokens=24, temperature=0)
+    whole = client.chat.completions.create(
+        model=model, messages=messages, max_tokens=24, temperature=0
+    )
     parts = client.chat.completions.create(
         model=model,
         messages=messages,
@@ -204,7 +217,9 @@ def test_teacher_answers_prompts_that_have_none(client: openai.OpenAI) -> None:
     assert "generating_teacher_data" in [stage["name"] for stage in extra(job, "stages")]
 
 
-def test_the_same_idempotency_key_gives_the_same_job(client: openai.OpenAI, files: tuple[str, str]) -> None:
+def test_the_same_idempotency_key_gives_the_same_job(
+    client: openai.OpenAI, files: tuple[str, str]
+) -> None:
     def create(seed: int) -> FineTuningJob:
         return client.fine_tuning.jobs.create(
             model=TEACHER,
@@ -226,7 +241,12 @@ def test_a_running_job_is_cancelled_and_leaves_no_model(
 ) -> None:
     before = {model.id for model in client.models.list()}
     long = method(
-        hyperparameters={"n_epochs": 900, "batch_tokens": 128, "eval_steps": 100000, "checkpoint_steps": 50}
+        hyperparameters={
+            "n_epochs": 900,
+            "batch_tokens": 128,
+            "eval_steps": 100000,
+            "checkpoint_steps": 50,
+        }
     )
     job = client.fine_tuning.jobs.create(model=TEACHER, training_file=files[0], method=long)
     wait_for_step(client, job.id, 3)
@@ -234,7 +254,9 @@ def test_a_running_job_is_cancelled_and_leaves_no_model(
     job = wait(client, job.id, seconds=30)
     assert job.status == "cancelled"
     assert {model.id for model in client.models.list()} == before
-    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"  # a repeated cancel is no error
+    assert (
+        client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+    )  # a repeated cancel is no error
 
 
 def test_a_finished_job_cannot_be_cancelled(client: openai.OpenAI, finished: FineTuningJob) -> None:
@@ -292,7 +314,9 @@ def test_another_project_sees_none_of_it(
             lambda: stranger.models.retrieve(finished.fine_tuned_model or ""),
             lambda: stranger.models.delete(finished.fine_tuned_model or ""),
             lambda: stranger.completions.create(model=finished.fine_tuned_model or "", prompt="a"),
-            lambda: stranger.fine_tuning.jobs.create(model=TEACHER, training_file=files[0], method=method()),
+            lambda: stranger.fine_tuning.jobs.create(
+                model=TEACHER, training_file=files[0], method=method()
+            ),
         ):
             with pytest.raises((openai.NotFoundError, openai.BadRequestError)):
                 reach()
@@ -310,14 +334,20 @@ def test_another_project_sees_none_of_it(
         ({"objective": {"temperature": 1e9}}, "temperature", "invalid_value"),
         ({"objective": {}, "loss": {"type": "fkl"}}, "distillation", "invalid_value"),
         ({"loss": {"type": "fkl", "gamma": 1}}, "gamma", "unknown_parameter"),
-        ({"hyperparameters": {"max_sequence_tokens": 8}}, "training_file", "context_length_exceeded"),
+        (
+            {"hyperparameters": {"max_sequence_tokens": 8}},
+            "training_file",
+            "context_length_exceeded",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_at_submission(
     client: openai.OpenAI, files: tuple[str, str], changes: Json, param: str, code: str
 ) -> None:
     with pytest.raises((openai.BadRequestError, openai.NotFoundError)) as refused:
-        client.fine_tuning.jobs.create(model=TEACHER, training_file=files[0], method=method(**changes))
+        client.fine_tuning.jobs.create(
+            model=TEACHER, training_file=files[0], method=method(**changes)
+        )
     assert param in (refused.value.param or "")
     assert refused.value.code == code
     assert len(refused.value.message) > 20

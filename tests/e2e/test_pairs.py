@@ -13,7 +13,9 @@ from tests.tiny import save_tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 FAMILIES = ("gpt2", "bert", "roberta", "t5")
-OTHER_WORDS = "tiny-gpt2-other-words"  # causal like the service's own teacher, with another tokenizer
+OTHER_WORDS = (
+    "tiny-gpt2-other-words"  # causal like the service's own teacher, with another tokenizer
+)
 QUESTIONS = ["What is a lantern?", "Who keeps the house?", "Is the still warm?", "What runs clear?"]
 Json = dict[str, Any]  # Any: JSON bodies of the public API
 
@@ -48,13 +50,18 @@ def training_file(service: Service, tmp_path_factory: pytest.TempPathFactory) ->
     sources[OTHER_WORDS] = save_tiny(folder / "other", "gpt2", num_layers=1, kind="unigram")
     for name, source in sources.items():
         service.cli("models", "import", str(source), "--name", name)
-    rows = [{"prompt": f"{QUESTIONS[i % 4]} {i}", "completion": "The student keeps it."} for i in range(24)]
+    rows = [
+        {"prompt": f"{QUESTIONS[i % 4]} {i}", "completion": "The student keeps it."}
+        for i in range(24)
+    ]
     content = "".join(json.dumps(row) + "\n" for row in rows).encode()
     with service.client() as client:
         return client.files.create(file=("rows.jsonl", content), purpose="fine-tune").id
 
 
-def method(teacher: str, student: Json, **changes: Any) -> Any:  # Any: the SDK's types know no distillation
+def method(
+    teacher: str, student: Json, **changes: Any
+) -> Any:  # Any: the SDK's types know no distillation
     block: Json = {
         "teacher": teacher,
         "student": student,

@@ -30,7 +30,9 @@ def big_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     tokenizer = tiny_tokenizer()
     config = tiny_config("llama", tokenizer, BIG_LAYERS)
-    config.update({"hidden_size": BIG_WIDTH, "intermediate_size": 4 * BIG_WIDTH, "head_dim": BIG_WIDTH // 4})
+    config.update(
+        {"hidden_size": BIG_WIDTH, "intermediate_size": 4 * BIG_WIDTH, "head_dim": BIG_WIDTH // 4}
+    )
     folder = tmp_path_factory.mktemp("big") / "llama"
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -41,7 +43,9 @@ def big_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def service(service_dir: Path, tiny_llama_dir: Path, tiny_gpt2_dir: Path, big_dir: Path) -> Iterator[Service]:
+def service(
+    service_dir: Path, tiny_llama_dir: Path, tiny_gpt2_dir: Path, big_dir: Path
+) -> Iterator[Service]:
     """A service of its own, because models come and go in it."""
     running = start_service(service_dir / "e2e-serving", STILLHOUSE_SERVE_HEARTBEAT_SECONDS="0.1")
     try:
@@ -78,8 +82,12 @@ def run_batch(client: openai.OpenAI, model: str) -> str:
     """The text of a batch of one line."""
     body = {"model": model, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
-    file = client.files.create(file=("in.jsonl", io.BytesIO(json.dumps(line).encode())), purpose="batch")
-    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/completions", completion_window="24h")
+    file = client.files.create(
+        file=("in.jsonl", io.BytesIO(json.dumps(line).encode())), purpose="batch"
+    )
+    batch = client.batches.create(
+        input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
+    )
     deadline = time.monotonic() + 60
     while batch.status != "completed":
         assert batch.status in ("validating", "in_progress", "finalizing"), batch

@@ -35,7 +35,9 @@ def text_of(word: str, length: int = 150) -> str:
 
 
 def entries_of(num_packages: int, each: int) -> list[Entry]:
-    return [Entry(f"package{p}", text_of(f"p{p}e{e}")) for p in range(num_packages) for e in range(each)]
+    return [
+        Entry(f"package{p}", text_of(f"p{p}e{e}")) for p in range(num_packages) for e in range(each)
+    ]
 
 
 def test_an_entry_is_one_line_without_bullets_names_and_trailer() -> None:
@@ -60,7 +62,9 @@ def test_a_text_that_two_packages_share_is_kept_once_in_whatever_order_they_come
     assert fitting(reversed(entries)) == expected
 
 
-@pytest.mark.parametrize(("length", "is_kept"), [(119, False), (120, True), (400, True), (401, False)])
+@pytest.mark.parametrize(
+    ("length", "is_kept"), [(119, False), (120, True), (400, True), (401, False)]
+)
 def test_only_entries_of_the_right_length_are_kept(length: int, is_kept: bool) -> None:
     assert (fitting([Entry("bash", "x" * length)]) != []) == is_kept
 
@@ -78,7 +82,9 @@ def test_the_split_is_the_same_every_time_and_hardly_moved_by_one_more_package()
     before = split_by_package(entries, num_train=1000, num_valid=40)
     assert split_by_package(entries, num_train=1000, num_valid=40) == before
     _, after = split_by_package(
-        [*entries, *(Entry("new", text_of(f"n{i}")) for i in range(4))], num_train=1000, num_valid=40
+        [*entries, *(Entry("new", text_of(f"n{i}")) for i in range(4))],
+        num_train=1000,
+        num_valid=40,
     )
     moved = {e.package for e in after} ^ {e.package for e in before[1]}
     assert len(moved) <= 2
@@ -98,9 +104,13 @@ def test_changelogs_are_read_out_of_package_files(tmp_path: Path) -> None:
 
 def write_deb(root: Path, package: Path) -> None:
     (root / "DEBIAN").mkdir()
-    control = "Package: argon2\nVersion: 1\nArchitecture: all\nMaintainer: A <a@b.c>\nDescription: x\n"
+    control = (
+        "Package: argon2\nVersion: 1\nArchitecture: all\nMaintainer: A <a@b.c>\nDescription: x\n"
+    )
     (root / "DEBIAN" / "control").write_text(control)
-    subprocess.run(["dpkg-deb", "--build", str(root), str(package)], check=True, capture_output=True)
+    subprocess.run(
+        ["dpkg-deb", "--build", str(root), str(package)], check=True, capture_output=True
+    )
 
 
 def test_too_few_entries_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

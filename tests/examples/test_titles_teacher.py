@@ -21,7 +21,9 @@ from examples.titles.prepare_teacher import (
 Q_NODE = "/m/decoder/block.3/layer.1/EncDecAttention/q/MatMul_quant"
 
 
-def stored(base: str, quantised: list[list[int]], scale: float, zero_point: int) -> dict[str, np.ndarray]:
+def stored(
+    base: str, quantised: list[list[int]], scale: float, zero_point: int
+) -> dict[str, np.ndarray]:
     return {
         f"{base}_quantized": np.array(quantised, np.int8),
         f"{base}_scale": np.array(scale, np.float32),
@@ -51,18 +53,27 @@ def test_a_product_weight_is_dequantised_turned_round_and_named_by_its_node() ->
 
 
 def test_the_head_belongs_to_no_side_and_the_embedding_is_left_to_shared() -> None:
-    arrays = stored("onnx::MatMul_9", [[1, 2]], 1.0, 0) | stored("m.shared.weight", [[1, 2]], 1.0, 0)
+    arrays = stored("onnx::MatMul_9", [[1, 2]], 1.0, 0) | stored(
+        "m.shared.weight", [[1, 2]], 1.0, 0
+    )
     arrays |= stored("m.decoder.embed_tokens.weight", [[1, 2]], 1.0, 0)
-    tensors = side_tensors("decoder", arrays, [("/m/lm_head/MatMul_quant", "onnx::MatMul_9_quantized")])
+    tensors = side_tensors(
+        "decoder", arrays, [("/m/lm_head/MatMul_quant", "onnx::MatMul_9_quantized")]
+    )
     assert list(tensors) == ["lm_head.weight"]
 
 
 def test_norms_and_position_biases_keep_their_names_behind_another_prefix() -> None:
     bias = "enc.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    arrays = {"enc.final_layer_norm.weight": np.ones(4, np.float32)} | stored(bias, [[3, 4]], 1.0, 0)
+    arrays = {"enc.final_layer_norm.weight": np.ones(4, np.float32)} | stored(
+        bias, [[3, 4]], 1.0, 0
+    )
     arrays["/enc/Constant"] = np.array(1.0, np.float32)
     tensors = side_tensors("encoder", arrays, [])
-    assert sorted(tensors) == [bias.replace("enc.", "encoder.", 1), "encoder.final_layer_norm.weight"]
+    assert sorted(tensors) == [
+        bias.replace("enc.", "encoder.", 1),
+        "encoder.final_layer_norm.weight",
+    ]
 
 
 def test_a_product_without_a_place_in_a_t5_is_refused() -> None:
@@ -72,7 +83,11 @@ def test_a_product_without_a_place_in_a_t5_is_refused() -> None:
 
 
 def test_the_tokenizer_cuts_and_pads_nothing() -> None:
-    before = {"truncation": {"max_length": 48}, "padding": {"pad_id": 0}, "model": {"vocab": [["é", 0.0]]}}
+    before = {
+        "truncation": {"max_length": 48},
+        "padding": {"pad_id": 0},
+        "model": {"vocab": [["é", 0.0]]},
+    }
     after = json.loads(plain_tokenizer(json.dumps(before).encode()))
     assert after == {"truncation": None, "padding": None, "model": before["model"]}
 
@@ -84,7 +99,14 @@ def test_another_file_under_the_wheels_name_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_with_this_config_loads_with_a_head_of_its_own(tmp_path: Path) -> None:
-    small = {"vocab_size": 64, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_decoder_layers": 1}
+    small = {
+        "vocab_size": 64,
+        "d_model": 8,
+        "d_kv": 4,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_decoder_layers": 1,
+    }
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **small}))
     model = T5ForConditionalGeneration(T5Config(**CONFIG | small))
     tensors = {n: t.numpy() for n, t in model.state_dict().items() if "embed_tokens" not in n}

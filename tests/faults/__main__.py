@@ -37,9 +37,18 @@ class Promise:
 
 PROMISES: Final = (
     Promise("kills", "one terminal state under kill -9 of any process", 500, 29, 6, killing.kills),
-    Promise("crash_points", "every crash point", 20 * len(killing.ALL_POINTS), 52, 5, killing.crash_points),
+    Promise(
+        "crash_points",
+        "every crash point",
+        20 * len(killing.ALL_POINTS),
+        52,
+        5,
+        killing.crash_points,
+    ),
     Promise("valkey", "Valkey killed without its log, flushed, down", 140, 31, 3, outages.valkey),
-    Promise("postgres", "Postgres restarts, ended backends, no false reap", 260, 8, 4, outages.postgres),
+    Promise(
+        "postgres", "Postgres restarts, ended backends, no false reap", 260, 8, 4, outages.postgres
+    ),
     Promise("idempotency", "one key fifty times at once", 200, 5, 2, killing.idempotency),
     Promise("cancels", "a cancel at any moment ends the job in 30 s", 300, 8, 4, killing.cancels),
     Promise("duplicates", "every message five times", 1000, 8, 10, killing.duplicates),
@@ -133,7 +142,9 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
-    parser.add_argument("--short", action="store_true", help="a handful of each, one after the other")
+    parser.add_argument(
+        "--short", action="store_true", help="a handful of each, one after the other"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", nargs="+", metavar="PROMISE", choices=ORDER, default=ORDER)
     parser.add_argument("--minutes", type=float, default=65.0, help="for all of them together")
@@ -157,7 +168,9 @@ def run_lane(asked: argparse.Namespace, folder: Path) -> list[Json]:
         )  # which end by their counts
         seconds = 60 * asked.minutes * minutes / (minutes + disks)
         with System(folder) as system:
-            found += run_promises(system, wanted, seed=asked.seed, seconds=seconds, is_short=asked.short)
+            found += run_promises(
+                system, wanted, seed=asked.seed, seconds=seconds, is_short=asked.short
+            )
     for name in disk.SAYS:
         if name in asked.only:
             found.append(disk.run(name, folder, seed=asked.seed, is_short=asked.short))

@@ -29,7 +29,9 @@ class Verdict:
     """What became of what was accepted."""
 
     accepted: int = 0
-    trained: int = 0  # accepted jobs that made at least one training step; the others end without a trainer
+    trained: int = (
+        0  # accepted jobs that made at least one training step; the others end without a trainer
+    )
     lost: list[str] = field(default_factory=list)
     duplicated: list[str] = field(default_factory=list)
     attempts: int = 0
@@ -45,9 +47,7 @@ def settle(system: System, ledger: Ledger, seconds: float = SETTLE_SECONDS) -> N
     """Waits until every accepted job has ended, or none has for so many seconds: a backlog takes its time, a lost job
     never ends."""
     ids = [accepted.job_id for accepted in ledger.accepted]
-    query = (
-        "SELECT count(*) FROM jobs WHERE id = ANY(%s) AND status NOT IN ('succeeded', 'failed', 'cancelled')"
-    )
+    query = "SELECT count(*) FROM jobs WHERE id = ANY(%s) AND status NOT IN ('succeeded', 'failed', 'cancelled')"
     fewest, deadline = len(ids) + 1, 0.0
     with system.connect() as connection:
         cursor = connection.cursor(row_factory=scalar_row)
@@ -60,7 +60,9 @@ def settle(system: System, ledger: Ledger, seconds: float = SETTLE_SECONDS) -> N
             time.sleep(0.2)
 
 
-def check(system: System, ledger: Ledger, client: Client, faults_at: list[float] | None = None) -> Verdict:
+def check(
+    system: System, ledger: Ledger, client: Client, faults_at: list[float] | None = None
+) -> Verdict:
     """Compares the ledger with what there is. `faults_at`: seconds since the epoch of each fault."""
     verdict = Verdict(accepted=len(ledger.accepted))
     ids = [accepted.job_id for accepted in ledger.accepted]
@@ -72,7 +74,8 @@ def check(system: System, ledger: Ledger, client: Client, faults_at: list[float]
 
         jobs = {row["id"]: row for row in rows("SELECT * FROM jobs WHERE id = ANY(%s)", ids)}
         attempts = _by_job(
-            rows("SELECT * FROM job_attempts WHERE job_id = ANY(%s) ORDER BY attempt", ids), "job_id"
+            rows("SELECT * FROM job_attempts WHERE job_id = ANY(%s) ORDER BY attempt", ids),
+            "job_id",
         )
         ends = _by_job(
             rows(
@@ -82,8 +85,12 @@ def check(system: System, ledger: Ledger, client: Client, faults_at: list[float]
             ),
             "job_id",
         )
-        models = _by_job(rows("SELECT * FROM models WHERE source_job_id = ANY(%s)", ids), "source_job_id")
-        checkpoints = _by_job(rows("SELECT * FROM checkpoints WHERE job_id = ANY(%s)", ids), "job_id")
+        models = _by_job(
+            rows("SELECT * FROM models WHERE source_job_id = ANY(%s)", ids), "source_job_id"
+        )
+        checkpoints = _by_job(
+            rows("SELECT * FROM checkpoints WHERE job_id = ANY(%s)", ids), "job_id"
+        )
         told_by_job = histories(connection, ids)
         of_key = rows(
             "SELECT metadata->>'key' AS key, count(*) AS num FROM jobs "
@@ -94,8 +101,12 @@ def check(system: System, ledger: Ledger, client: Client, faults_at: list[float]
             "SELECT count(DISTINCT job_id) AS num FROM job_metrics WHERE name = 'train_loss' AND job_id = ANY(%s)",
             ids,
         )[0]["num"]
-    verdict.duplicated += [f"{row['key']}: {row['num']} jobs of one key" for row in of_key if row["num"] > 1]
-    verdict.duplicated += [f"{key}: one key was answered with two jobs" for key in ledger.contradictions]
+    verdict.duplicated += [
+        f"{row['key']}: {row['num']} jobs of one key" for row in of_key if row["num"] > 1
+    ]
+    verdict.duplicated += [
+        f"{key}: one key was answered with two jobs" for key in ledger.contradictions
+    ]
     for history in told_by_job:
         history.judge()
         verdict.lost += history.lost
@@ -113,7 +124,9 @@ def check(system: System, ledger: Ledger, client: Client, faults_at: list[float]
         verdict.attempts += len(mine)
         verdict.lost_attempts += sum(attempt["outcome"] == "lost" for attempt in mine)
         verdict.recovered_seconds += _recoveries(mine, faults_at or [])
-    for accepted in ledger.accepted[:: max(1, len(ledger.accepted) // 50)]:  # the API tells the same
+    for accepted in ledger.accepted[
+        :: max(1, len(ledger.accepted) // 50)
+    ]:  # the API tells the same
         told = client.status(accepted.job_id)
         if told not in TERMINAL or told != jobs.get(accepted.job_id, {}).get("status"):
             verdict.lost.append(f"{accepted.job_id}: the API says {told}")
@@ -126,7 +139,9 @@ def histories(connection: psycopg.Connection[Any], ids: list[str]) -> list[Histo
 
     def rows(table: str, order: LiteralString, column: str = "job_id") -> list[Row]:
         query = sql.SQL("SELECT * FROM {} WHERE {} = ANY(%s) ORDER BY " + order)
-        return cursor.execute(query.format(sql.Identifier(table), sql.Identifier(column)), (ids,)).fetchall()
+        return cursor.execute(
+            query.format(sql.Identifier(table), sql.Identifier(column)), (ids,)
+        ).fetchall()
 
     jobs = rows("jobs", "id", "id")
     attempts = _by_job(rows("job_attempts", "attempt"), "job_id")
@@ -156,7 +171,9 @@ def _of_state(job: Row, expected: tuple[str, ...]) -> list[str]:
 def _of_ends(job_id: str, states: list[Row], attempts: list[Row]) -> list[str]:
     wrongs = []
     ends = [row["status"] for row in states if row["status"] in TERMINAL]
-    if len([end for end in ends if end != "failed"]) > 1:  # a failed job can be resumed; see history.py
+    if (
+        len([end for end in ends if end != "failed"]) > 1
+    ):  # a failed job can be resumed; see history.py
         wrongs.append(f"{job_id}: ended {len(ends)} times ({ends})")
     tokens = [attempt["lease_token"] for attempt in attempts]
     if tokens != sorted(set(tokens)):
@@ -178,8 +195,12 @@ def _of_model(system: System, job: Row, models: list[Row], attempts: list[Row]) 
     for model in models:
         token = str(attempts[-1]["lease_token"])
         if model["store_key"].split("/")[-1] != token:
-            wrongs.append(f"{job['id']}: the model is of another lease than {token}: {model['store_key']}")
-        wrongs += _unreadable(system.data_dir / "store", model["store_key"], model["manifest_sha256"])
+            wrongs.append(
+                f"{job['id']}: the model is of another lease than {token}: {model['store_key']}"
+            )
+        wrongs += _unreadable(
+            system.data_dir / "store", model["store_key"], model["manifest_sha256"]
+        )
     return wrongs
 
 
@@ -199,7 +220,9 @@ def unreadable_checkpoints(system: System) -> list[str]:
     with system.connect() as connection:
         found = connection.execute(query).fetchall()
     return [
-        wrong for key, sha256 in found for wrong in _unreadable(system.data_dir / "store", str(key), sha256)
+        wrong
+        for key, sha256 in found
+        for wrong in _unreadable(system.data_dir / "store", str(key), sha256)
     ]
 
 

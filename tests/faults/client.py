@@ -18,7 +18,10 @@ from tests.faults.system import TEACHER, System
 ACCEPT_SECONDS: Final = 60.0
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 Json = dict[str, Any]  # Any: JSON bodies of the public API
-NUM_ROWS: Final = {"kept": 16, "many": 800}  # 1000 epochs are most: of few rows they were over in 20 minutes
+NUM_ROWS: Final = {
+    "kept": 16,
+    "many": 800,
+}  # 1000 epochs are most: of few rows they were over in 20 minutes
 FILES: Final = {"short": "gone", "long": "many"}
 
 
@@ -94,7 +97,9 @@ class Client:
     def new_key(self, label: str) -> str:
         return f"{label}-{self._run}-{next(self._numbers)}"
 
-    def submit(self, kind: str, *, key: str | None = None, seconds: float = ACCEPT_SECONDS) -> Accepted:
+    def submit(
+        self, kind: str, *, key: str | None = None, seconds: float = ACCEPT_SECONDS
+    ) -> Accepted:
         """Asks until a 200 comes. Kinds: `trained`, `long` (trains until told otherwise) and `short`.
 
         A short job's training file is gone from the store: it is claimed, and fails for good, without a trainer.
@@ -114,7 +119,9 @@ class Client:
             time.sleep(0.1)
         raise AssertionError(f"no API accepts jobs: {answer.text if answer else 'no answer'}")
 
-    def post_job(self, kind: str, key: str, **changes: Any) -> httpx.Response | None:  # Any: JSON of the body
+    def post_job(
+        self, kind: str, key: str, **changes: Any
+    ) -> httpx.Response | None:  # Any: JSON of the body
         return self.call(
             "POST",
             "/v1/fine_tuning/jobs",
@@ -122,10 +129,14 @@ class Client:
             headers={"Idempotency-Key": key},
         )
 
-    def call(self, method: str, path: str, **options: Any) -> httpx.Response | None:  # Any: httpx's own
+    def call(
+        self, method: str, path: str, **options: Any
+    ) -> httpx.Response | None:  # Any: httpx's own
         """One request to either API; None if no answer came."""
         try:
-            return self._http.request(method, self._rng.choice(self.system.api_urls) + path, **options)
+            return self._http.request(
+                method, self._rng.choice(self.system.api_urls) + path, **options
+            )
         except httpx.TransportError:
             return None
 

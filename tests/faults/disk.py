@@ -41,7 +41,9 @@ def run(name: str, folder: Path, *, seed: int, is_short: bool) -> Figures:
         mount = f'mount -t tmpfs -o size={DISK_MIB}m tmpfs {place} && exec "$@"'
         words = ["unshare", "-Urm", "sh", "-c", mount, "sh", *words]
     began = time.monotonic()
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800)
+    done = subprocess.run(
+        words, cwd=ROOT, capture_output=True, text=True, check=False, timeout=1800
+    )
     if done.returncode:
         return Figures(name, target=TARGETS[name], wrongs=[f"it did not run: {done.stderr[-600:]}"])
     told = json.loads(done.stdout.splitlines()[-1])
@@ -111,7 +113,9 @@ def corrupt(folder: Path, rng: random.Random, count: int) -> dict[str, Any]:
         _damage(path, way, rng, files)
         with contextlib.suppress(CorruptCheckpoint):
             verify_checkpoint(stored)
-            if path.name != "_manifest.json" and not (way == "swap" and path.name == "_manifest.json"):
+            if path.name != "_manifest.json" and not (
+                way == "swap" and path.name == "_manifest.json"
+            ):
                 wrongs.append(f"the trainer takes {path.relative_to(stored)} after {way}")
         if store.verify_folder(key, ref.sha256):
             wrongs.append(f"the store takes {path.relative_to(stored)} after {way}")
@@ -209,7 +213,9 @@ def main() -> None:
     parser.add_argument("count", type=int)
     asked = parser.parse_args()
     trials = {"checkpoint_kills": kill_while_writing, "corruption": corrupt, "disk_full": fill}
-    told = trials[asked.name](asked.folder, random.Random(f"{asked.seed}-{asked.name}"), asked.count)
+    told = trials[asked.name](
+        asked.folder, random.Random(f"{asked.seed}-{asked.name}"), asked.count
+    )
     print(json.dumps(told))
 
 

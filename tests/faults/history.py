@@ -69,16 +69,22 @@ class History:
         ]
         # twice `queued` is a lost worker and the end of the wait after it; once more is a duplicate
         illegal += [
-            run for run in zip(states, states[1:], states[2:], strict=False) if set(run) == {"queued"}
+            run
+            for run in zip(states, states[1:], states[2:], strict=False)
+            if set(run) == {"queued"}
         ]
-        self.duplicated += [f"{self.job['id']}: states follow as {states}: {pair}" for pair in illegal]
+        self.duplicated += [
+            f"{self.job['id']}: states follow as {states}: {pair}" for pair in illegal
+        ]
         current = "queued" if self.job["status"] == "retry_wait" else self.job["status"]
         if states[:1] != ["queued"] or states[-1:] != [current]:
             self._lose(f"is {current}, and its state events are {states}")
         num_missing = len(self.attempts) - states.count("running")
         if num_missing:
             wrongs = self.lost if num_missing > 0 else self.duplicated
-            wrongs.append(f"{self.job['id']}: {len(self.attempts)} attempts, and its states are {states}")
+            wrongs.append(
+                f"{self.job['id']}: {len(self.attempts)} attempts, and its states are {states}"
+            )
 
     def _judge_stages(self) -> None:
         told = [event["data"]["stage"] for event in self._of_type("stage")]
@@ -87,7 +93,9 @@ class History:
             wrongs = self.lost if len(told) < len(kept) else self.duplicated
             wrongs.append(f"{self.job['id']}: its stages are {kept}, and its stage events {told}")
         for events in self._by_attempt():
-            self._demand_unique("stage", (e["data"]["stage"] for e in events if e["type"] == "stage"))
+            self._demand_unique(
+                "stage", (e["data"]["stage"] for e in events if e["type"] == "stage")
+            )
 
     def _judge_metrics(self) -> None:
         for events in self._by_attempt():
@@ -101,7 +109,9 @@ class History:
         }
         kept = {(row["name"], row["step"]): row["value"] for row in self.metrics}
         if newest != kept:
-            differing = sorted(key for key in newest.keys() | kept.keys() if newest.get(key) != kept.get(key))
+            differing = sorted(
+                key for key in newest.keys() | kept.keys() if newest.get(key) != kept.get(key)
+            )
             self._lose(f"metrics and their events differ: {differing[:5]}")
         if self.job["status"] == "succeeded":
             steps = sorted(step for name, step in kept if name == "train_loss")
@@ -113,7 +123,8 @@ class History:
         self._demand_unique("checkpoint", told)
         for events in self._by_attempt():
             self._demand_unique(
-                "checkpoint", (event["data"]["step"] for event in events if event["type"] == "checkpoint")
+                "checkpoint",
+                (event["data"]["step"] for event in events if event["type"] == "checkpoint"),
             )
         untold = {row["id"] for row in self.checkpoints} - set(told)
         if untold:
@@ -123,11 +134,17 @@ class History:
         groups = self._by_attempt()
         for events in groups:
             told = [event for event in events if event["type"] == "message"]
-            self._demand_unique("message", ((e["message"], repr(sorted(e["data"].items()))) for e in told))
+            self._demand_unique(
+                "message", ((e["message"], repr(sorted(e["data"].items()))) for e in told)
+            )
         for attempt, events in zip(self.attempts, groups[1:], strict=False):
             step = attempt["resumed_from"]
-            resumed = [e for e in events if e["type"] == "message" and "run resumes from" in e["message"]]
-            if attempt["outcome"] == "succeeded" and [e["data"]["step"] for e in resumed] != [step] * (
-                step is not None
-            ):
-                self._lose(f"attempt {attempt['attempt']} began at {step}, and its messages are {resumed}")
+            resumed = [
+                e for e in events if e["type"] == "message" and "run resumes from" in e["message"]
+            ]
+            if attempt["outcome"] == "succeeded" and [e["data"]["step"] for e in resumed] != [
+                step
+            ] * (step is not None):
+                self._lose(
+                    f"attempt {attempt['attempt']} began at {step}, and its messages are {resumed}"
+                )

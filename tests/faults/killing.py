@@ -11,7 +11,7 @@ from typing import Final
 import psutil
 from celery import Celery
 
-from app.contracts.messages import RING_TASK, TRAIN_QUEUE
+from app.contracts.messages import TRAIN_QUEUE, WAKE_UP_TASK
 from app.settings import Settings, celery_settings
 from tests.faults.client import TERMINAL, Accepted
 from tests.faults.prompts import prompts_asked
@@ -29,7 +29,13 @@ WORKER_POINTS: Final = (
 )  # fmt: skip
 RECONCILE_POINTS: Final = ("reconcile.inside", "reconcile.committed")
 ALL_POINTS: Final = (*SUBMIT_POINTS, *WORKER_POINTS, *TRAINER_POINTS, *RECONCILE_POINTS)
-ZOMBIE_POINTS: Final = ("record.begun", "commit.begun", "finish.begun", "heartbeat.begun", "finish.inside")
+ZOMBIE_POINTS: Final = (
+    "record.begun",
+    "commit.begun",
+    "finish.begun",
+    "heartbeat.begun",
+    "finish.inside",
+)
 JOBS_A_KILL: Final = 4
 COPIES: Final = 5
 POINTS_AT_ONCE: Final = 8  # for two jobs: each loss doubles the wait before the next attempt
@@ -47,7 +53,9 @@ def kills(trial: Trial) -> None:
             time.sleep(trial.rng.uniform(0.1, 2.0))
             _kill_one(trial)
             while _num_open(trial) > MOST_OPEN and not trial.is_over:
-                time.sleep(0.2)  # so that as many jobs come as are wanted, and the workers get to them
+                time.sleep(
+                    0.2
+                )  # so that as many jobs come as are wanted, and the workers get to them
 
 
 def _kill_one(trial: Trial) -> None:
@@ -77,8 +85,12 @@ def crash_points(trial: Trial) -> None:
         for first in range(0, len(others), POINTS_AT_ONCE):
             if trial.is_over:
                 break
-            armed_points = [trial.system.arm(point) for point in others[first : first + POINTS_AT_ONCE]]
-            trial.wait_for_end([trial.client.submit(kind) for kind in ("trained", "trained", "short")], 240)
+            armed_points = [
+                trial.system.arm(point) for point in others[first : first + POINTS_AT_ONCE]
+            ]
+            trial.wait_for_end(
+                [trial.client.submit(kind) for kind in ("trained", "trained", "short")], 240
+            )
             _count_passed(trial, armed_points)
     trial.notes["fewest_at_one_point"] = min(trial.faults[point] for point in points)
 
@@ -90,7 +102,9 @@ def _count_passed(trial: Trial, armed: Sequence[Path]) -> None:
             continue
         (taken,) = path.parent.glob(f".{path.name}.*")
         trial.faults[path.name] += 1
-        trial.faults_at.append(taken.stat().st_ctime)  # when it was taken away, a moment before the crash
+        trial.faults_at.append(
+            taken.stat().st_ctime
+        )  # when it was taken away, a moment before the crash
         taken.unlink()
 
 
@@ -105,11 +119,15 @@ def zombies(trial: Trial) -> None:
         before = _written(trial, job)
         zombie.send(signal.SIGCONT)
         trial.note(point)
-        time.sleep(1.0)  # the successor is still starting: whatever is written now, the zombie wrote
+        time.sleep(
+            1.0
+        )  # the successor is still starting: whatever is written now, the zombie wrote
         after = _written(trial, job)
         if after != before:
             accepted += 1
-            trial.wrongs.append(f"{job.job_id}: the zombie wrote at {point}: {before} became {after}")
+            trial.wrongs.append(
+                f"{job.job_id}: the zombie wrote at {point}: {before} became {after}"
+            )
         trial.wait_for_end([job])
     trial.notes["zombie_writes_accepted"] = accepted
 
@@ -177,13 +195,15 @@ def duplicates(trial: Trial) -> None:
         for number in range(num_jobs):
             jobs.append(trial.client.submit("trained" if number in trained else "short"))
             for _ in range(COPIES - 1):
-                bell.send_task(RING_TASK, queue=TRAIN_QUEUE, declare=[])
+                bell.send_task(WAKE_UP_TASK, queue=TRAIN_QUEUE, declare=[])
                 num_messages += 1
         trial.wait_for_end(jobs, 240)
         trial.note("job", num_jobs)
     ids = [accepted.job_id for accepted in trial.ledger.accepted]
     twice = trial.query("SELECT id, attempt FROM jobs WHERE id = ANY(%s) AND attempt <> 1", ids)
-    trial.wrongs += [f"{job_id}: {attempts} attempts without any fault" for job_id, attempts in twice]
+    trial.wrongs += [
+        f"{job_id}: {attempts} attempts without any fault" for job_id, attempts in twice
+    ]
     trial.notes["messages_beside_the_first"] = num_messages
 
 

@@ -22,7 +22,9 @@ def pack(shares: Mapping[str, float], num_lanes: int) -> list[list[str]]:
     return lanes
 
 
-def run_lanes(lanes: Sequence[Sequence[str]], folder: Path, *, seed: int, minutes: float) -> list[Json]:
+def run_lanes(
+    lanes: Sequence[Sequence[str]], folder: Path, *, seed: int, minutes: float
+) -> list[Json]:
     """The rows of all lanes; a lane that did not get to its end has rows that say so."""
     runs = [_start(lane, folder / f"lane-{i}", seed, minutes) for i, lane in enumerate(lanes)]
     rows: list[Json] = []
@@ -31,7 +33,10 @@ def run_lanes(lanes: Sequence[Sequence[str]], folder: Path, *, seed: int, minute
         told: list[Json] = json.loads(report.read_text())["promises"] if report.exists() else []
         names = {row["promise"] for row in told}
         broken = [f"its lane ended with status {status} before it"]
-        rows += [*told, *(Figures(name, wrongs=broken).as_json() for name in lane if name not in names)]
+        rows += [
+            *told,
+            *(Figures(name, wrongs=broken).as_json() for name in lane if name not in names),
+        ]
     return rows
 
 

@@ -67,7 +67,9 @@ def postgres(trial: Trial) -> None:
     reaps = trial.query(
         "SELECT job_id FROM job_events WHERE message LIKE 'The worker has stopped answering%%'"
     )
-    reaped = {str(job_id) for (job_id,) in reaps} & {known.job_id for known in trial.ledger.accepted}
+    reaped = {str(job_id) for (job_id,) in reaps} & {
+        known.job_id for known in trial.ledger.accepted
+    }
     trial.wrongs += [f"{job_id}: reaped though its worker lived" for job_id in sorted(reaped)]
     trial.notes["false_reaps"] = len(reaped)
 
@@ -113,7 +115,9 @@ def _links(trial: Trial, names: Sequence[str]) -> None:
                     "cut": link.cut,
                     "delay": lambda link=link: link.delay(0.3),  # type: ignore[misc]  # a default binds the loop's value
                 }[fault]()
-                time.sleep(trial.rng.uniform(0.5, 1.5 * LEASE_SECONDS if fault == "blackhole" else 3.0))
+                time.sleep(
+                    trial.rng.uniform(0.5, 1.5 * LEASE_SECONDS if fault == "blackhole" else 3.0)
+                )
                 link.heal()
                 trial.note(f"{name} {fault}")
                 began = time.monotonic()

@@ -16,7 +16,12 @@ from tests.faults.trial import PROBE_SECONDS, Trial
 
 HANG_SECONDS: Final = 60.0
 # Any: a body of JSON
-ASKED: Final[dict[str, Any]] = {"model": TEACHER, "prompt": "What is it?", "max_tokens": 48, "temperature": 0}
+ASKED: Final[dict[str, Any]] = {
+    "model": TEACHER,
+    "prompt": "What is it?",
+    "max_tokens": 48,
+    "temperature": 0,
+}
 ASKED["ignore_eos"] = True
 
 
@@ -47,7 +52,9 @@ def prompts_asked(trial: Trial) -> Iterator[None]:
 def _ask(trial: Trial, text: str, is_over: threading.Event) -> None:
     told: Counter[str] = Counter(dict.fromkeys(("answered", "refused", "cut"), 0))
     with httpx.Client(
-        headers={"Authorization": f"Bearer {trial.system.key}"}, timeout=HANG_SECONDS, trust_env=False
+        headers={"Authorization": f"Bearer {trial.system.key}"},
+        timeout=HANG_SECONDS,
+        trust_env=False,
     ) as client:
         for number in itertools.count():
             if is_over.is_set():

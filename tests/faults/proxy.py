@@ -134,7 +134,9 @@ class Network:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _call(self, coroutine: Coroutine[Any, Any, Any]) -> Any:  # Any: whatever the coroutine gives
+    def _call(
+        self, coroutine: Coroutine[Any, Any, Any]
+    ) -> Any:  # Any: whatever the coroutine gives
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(10)
 
 

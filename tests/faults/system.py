@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final, Self
 from urllib.parse import urlsplit, urlunsplit
@@ -258,7 +259,7 @@ class System:
             self.add(f"serve-{i}", ["worker.main", "serve"], **self._urls("serve"))
         self.keeper.start()
         for url in self.api_urls:
-            wait_until(lambda url=url: self.is_ready(url), START_SECONDS, f"no API answers at {url}")  # type: ignore[misc]  # a default binds the loop's value
+            wait_until(partial(self.is_ready, url), START_SECONDS, f"no API answers at {url}")
         teacher = self._make_teacher()
         self.cli("models", "import", str(teacher), "--name", TEACHER, **direct)
 
@@ -273,12 +274,16 @@ class System:
 
     def _urls(self, who: str) -> dict[str, str]:
         return {
-            "DATABASE_URL": through(self.postgres.tcp_url, self.network.links[f"{who}-postgres"].port),
+            "DATABASE_URL": through(
+                self.postgres.tcp_url, self.network.links[f"{who}-postgres"].port
+            ),
             "REDIS_URL": through(self.valkey.url, self.network.links[f"{who}-valkey"].port),
         }
 
     def _environment(self, **values: str) -> dict[str, str]:
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_")}
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith("STILLHOUSE_")
+        }
         mine = {
             **SETTINGS,
             "DATA_DIR": str(self.data_dir),

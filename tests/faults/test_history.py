@@ -67,11 +67,17 @@ def train(lease: Lease, first_step: int) -> None:
     """Two steps and a checkpoint, as a run reports them."""
     if lease.resume is not None:
         message = f"The run resumes from the checkpoint at step {lease.resume.step}."
-        lease_client.record(lease, 1, [MessageLine(message=message, data={"step": lease.resume.step})])
+        lease_client.record(
+            lease, 1, [MessageLine(message=message, data={"step": lease.resume.step})]
+        )
     lease_client.record(lease, 2, [StageLine(name="loading_models"), StageLine(name="training")])
     for step in (first_step, first_step + 1):
-        lease_client.record(lease, 2 + step, [MetricsLine(step=step, values={"train_loss": 1.0 / step})])
-    lease_client.commit_checkpoint(lease, first_step + 1, ref(f"c/{lease.token}/{first_step + 1}"), {}, True)
+        lease_client.record(
+            lease, 2 + step, [MetricsLine(step=step, values={"train_loss": 1.0 / step})]
+        )
+    lease_client.commit_checkpoint(
+        lease, first_step + 1, ref(f"c/{lease.token}/{first_step + 1}"), {}, True
+    )
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from app.db import jobs, leases, reconciliation
 from app.db.session import transaction
 from app.settings import Settings
 from worker.jobs import lease_client
-from worker.jobs.lease_client import AuthorityLost, Lease
+from worker.jobs.lease_client import Lease, LeaseLost
 from worker.protocol.run_lines import MetricsLine
 
 MOST_LOSSES = 5
@@ -183,7 +183,9 @@ class Lifecycle(RuleBasedStateMachine):
         def record() -> None:
             self.expected[lease.job_id].num_records += 1
             number = self.expected[lease.job_id].num_records
-            lease_client.record(lease, number, [MetricsLine(step=step, values={"loss": float(lease.token)})])
+            lease_client.record(
+                lease, number, [MetricsLine(step=step, values={"loss": float(lease.token)})]
+            )
 
         record() if self.is_live(lease) else self.refused(record)
 
@@ -233,7 +235,9 @@ class Lifecycle(RuleBasedStateMachine):
         lease = self.pick_lease(pick)
 
         def fail() -> None:
-            lease_client.fail(lease, JobFailure(code="nan_loss", message="the loss is not a number"))
+            lease_client.fail(
+                lease, JobFailure(code="nan_loss", message="the loss is not a number")
+            )
 
         self.ending(lease, fail, lambda job: job.end("failed"), "failed")
 
@@ -263,7 +267,10 @@ class Lifecycle(RuleBasedStateMachine):
     def stop_for_cancel(self, pick: int) -> None:
         lease = self.pick_lease(pick)
         self.ending(
-            lease, lambda: lease_client.cancelled(lease), lambda job: job.end("cancelled"), "cancelled"
+            lease,
+            lambda: lease_client.cancelled(lease),
+            lambda job: job.end("cancelled"),
+            "cancelled",
         )
 
     @has_jobs
@@ -320,13 +327,13 @@ class Lifecycle(RuleBasedStateMachine):
     def let_the_lease_run_out_and_reap(self, pick: int) -> None:
         """A zombie is made: its lease stays among the held ones."""
         job_id = self.pick_job(pick)
-        self.reap(job_id)
+        self.expire_leases(job_id)
 
     @has_jobs
     @rule(pick=PICKS)
     def hand_over(self, pick: int) -> None:
         """The same, and a successor takes the job at once: two workers now believe that it is theirs."""
-        self.reap(self.pick_job(pick))
+        self.expire_leases(self.pick_job(pick))
         self.wake()
         self.claim()
 
@@ -334,14 +341,14 @@ class Lifecycle(RuleBasedStateMachine):
     def wake_up(self) -> None:
         self.wake()
 
-    def reap(self, job_id: str) -> None:
+    def expire_leases(self, job_id: str) -> None:
         with psycopg.connect(self.url, autocommit=True) as connection:
             connection.execute(
                 "UPDATE jobs SET lease_expires_at = now() - interval '1 s' WHERE id = %s AND status = 'running'",
                 (job_id,),
             )
         with transaction() as session:
-            num_lost = reconciliation.reap(session, leases.Losses(MOST_LOSSES, 0.0))
+            num_lost = reconciliation.expire_leases(session, leases.RetryPolicy(MOST_LOSSES, 0.0))
         job = self.expected[job_id]
         assert num_lost == (job.status == "running")
         if job.status == "running":
@@ -366,7 +373,9 @@ class Lifecycle(RuleBasedStateMachine):
     def the_database_is_as_the_rules_say(self) -> None:
         with psycopg.connect(self.url, row_factory=dict_row) as connection:
             rows = {row["id"]: row for row in connection.execute("SELECT * FROM jobs")}
-            attempts = connection.execute("SELECT * FROM job_attempts ORDER BY job_id, attempt").fetchall()
+            attempts = connection.execute(
+                "SELECT * FROM job_attempts ORDER BY job_id, attempt"
+            ).fetchall()
             models = connection.execute("SELECT source_job_id, store_key FROM models").fetchall()
             ends = connection.execute(
                 "SELECT job_id FROM job_events WHERE type = 'state' AND data->>'status' = ANY(%s)",
@@ -383,8 +392,12 @@ class Lifecycle(RuleBasedStateMachine):
             live = [attempt["lease_token"] for attempt in mine if attempt["ended_at"] is None]
             assert live == ([] if job.token is None else [job.token])
             assert {a["lease_token"]: a["outcome"] for a in mine if a["ended_at"]} == job.outcomes
-            registered = [model["store_key"] for model in models if model["source_job_id"] == job_id]
-            assert registered == ([f"models/{job_id}/{tokens[-1]}"] if job.status == "succeeded" else [])
+            registered = [
+                model["store_key"] for model in models if model["source_job_id"] == job_id
+            ]
+            assert registered == (
+                [f"models/{job_id}/{tokens[-1]}"] if job.status == "succeeded" else []
+            )
             is_final = job.status in {"succeeded", "cancelled"}
             assert sum(end["job_id"] == job_id for end in ends) == job.num_failures + is_final
             if job.status in TERMINAL:
@@ -400,14 +413,16 @@ class Lifecycle(RuleBasedStateMachine):
 
     def pick_lease(self, pick: int) -> Lease:
         """Mostly one of a job that has not ended, and the older ones too."""
-        known = [lease for lease in self.given if lease.job_id in self.open_jobs()] if pick % 5 else []
+        known = (
+            [lease for lease in self.given if lease.job_id in self.open_jobs()] if pick % 5 else []
+        )
         return (known or self.given)[pick % len(known or self.given)]
 
     def is_live(self, lease: Lease) -> bool:
         return self.expected[lease.job_id].token == lease.token
 
     def refused(self, call: Callable[[], object]) -> None:
-        with pytest.raises(AuthorityLost):
+        with pytest.raises(LeaseLost):
             call()
 
     def ending(
@@ -425,7 +440,9 @@ class Lifecycle(RuleBasedStateMachine):
 
 
 def test_no_history_breaks_the_rules(database: str, settings_env: Callable[..., Settings]) -> None:
-    settings_env(database_url=database, retry_backoff_seconds=0, max_losses=MOST_LOSSES, keep_checkpoints=2)
+    settings_env(
+        database_url=database, retry_backoff_seconds=0, max_losses=MOST_LOSSES, keep_checkpoints=2
+    )
     machine = type("OfThisDatabase", (Lifecycle,), {"url": database})
     run_state_machine_as_test(
         machine,

@@ -72,7 +72,10 @@ def test_a_reset_ends_the_connection_and_every_new_one(link: Link) -> None:
         link.reset()
         with pytest.raises(ConnectionResetError):
             client.recv(100)
-    with pytest.raises(ConnectionResetError), connect(link) as client:  # it may come while connecting
+    with (
+        pytest.raises(ConnectionResetError),
+        connect(link) as client,
+    ):  # it may come while connecting
         client.recv(100)
     link.heal()
     with connect(link) as client:

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from tests.faults.checker import Verdict, check, settle
@@ -103,10 +104,13 @@ class Trial:
         except AssertionError as error:
             self.wrongs.append(str(error))
 
+    def _has_ended(self, job: Accepted) -> bool:
+        return self.client.status(job.job_id) in TERMINAL
+
     def wait_for_end(self, jobs: list[Accepted], seconds: float = PROBE_SECONDS) -> None:
         for job in jobs:
             try:
-                wait_until(lambda job=job: self.client.status(job.job_id) in TERMINAL, seconds, job.job_id)  # type: ignore[misc]  # a default binds the loop's value
+                wait_until(partial(self._has_ended, job), seconds, job.job_id)
             except AssertionError:
                 self.wrongs.append(f"{job.job_id} has not ended {seconds:.0f} s after the fault")
 
@@ -123,7 +127,9 @@ class Trial:
 
     def end_long(self, job: Accepted) -> None:
         """Cancels it; it must never have lost a worker."""
-        ((losses, attempts),) = self.query("SELECT num_losses, attempt FROM jobs WHERE id = %s", job.job_id)
+        ((losses, attempts),) = self.query(
+            "SELECT num_losses, attempt FROM jobs WHERE id = %s", job.job_id
+        )
         if (losses, attempts) != (0, 1):
             self.wrongs.append(
                 f"{job.job_id}: the running training was lost {losses} times ({attempts} attempts)"
@@ -139,7 +145,7 @@ class Trial:
         for path in self.system.crash_dir.iterdir():
             path.unlink()
         for url in self.system.api_urls:
-            wait_until(lambda url=url: self.system.is_ready(url), START_SECONDS, f"{url} is not ready")  # type: ignore[misc]  # a default binds the loop's value
+            wait_until(partial(self.system.is_ready, url), START_SECONDS, f"{url} is not ready")
         settle(self.system, self.ledger, settle_seconds)
         verdict: Verdict = check(self.system, self.ledger, self.client, self.faults_at)
         self.client.close()

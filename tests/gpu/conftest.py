@@ -28,7 +28,10 @@ def card() -> Iterator[None]:
 def make_spec(tmp_path: Path, tiny_llama_dir: Path) -> Callable[..., RunSpec]:
     """A function that makes the spec of a small run; `block` goes into the distillation block."""
     rows = [
-        {"prompt": f"Who keeps house number {i}?", "completion": f"The student keeps the house {i}."}
+        {
+            "prompt": f"Who keeps house number {i}?",
+            "completion": f"The student keeps the house {i}.",
+        }
         for i in range(40)
     ]
     path = tmp_path / "rows.jsonl"
@@ -37,7 +40,12 @@ def make_spec(tmp_path: Path, tiny_llama_dir: Path) -> Callable[..., RunSpec]:
     def make(block: Json | None = None, **spec: Any) -> RunSpec:
         numbers = {"n_epochs": 6, "batch_tokens": 256, "learning_rate": 3e-3}
         evaluation = {"metrics": ["perplexity", "agreement"], "num_samples": 0}
-        fields = {"training_path": path, "cache_dir": tmp_path / "cache", "num_processes": 1, **spec}
+        fields = {
+            "training_path": path,
+            "cache_dir": tmp_path / "cache",
+            "num_processes": 1,
+            **spec,
+        }
         return RunSpec.model_validate(
             {
                 "distillation": {

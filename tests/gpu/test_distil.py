@@ -75,14 +75,24 @@ def test_the_teacher_answers_on_a_card(make_spec: MakeSpec, tmp_path: Path) -> N
     assert held_out_kl(run(make_spec({"data": data}), tmp_path / "out"))
 
 
-def test_a_stopped_run_goes_on_close_to_the_uninterrupted_one(make_spec: MakeSpec, tmp_path: Path) -> None:
-    numbers = {"n_epochs": 20, "max_steps": 10, "eval_steps": 5, "checkpoint_steps": 5, "batch_tokens": 512}
+def test_a_stopped_run_goes_on_close_to_the_uninterrupted_one(
+    make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    numbers = {
+        "n_epochs": 20,
+        "max_steps": 10,
+        "eval_steps": 5,
+        "checkpoint_steps": 5,
+        "batch_tokens": 512,
+    }
     spec = make_spec({"hyperparameters": numbers})
     run(spec, tmp_path / "whole")
     calls = itertools.count()
     with pytest.raises(Stopped):
         run(spec, tmp_path / "first", lambda: next(calls) > 5)
-    (checkpoint,) = sorted((tmp_path / "first").glob("step-*"), key=lambda path: path.stat().st_mtime)[-1:]
+    (checkpoint,) = sorted(
+        (tmp_path / "first").glob("step-*"), key=lambda path: path.stat().st_mtime
+    )[-1:]
     run(spec.model_copy(update={"resume_dir": checkpoint}), tmp_path / "second")
     one, other = (
         load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "second")
@@ -121,7 +131,9 @@ def test_two_cards_train_what_one_trains(make_spec: MakeSpec, tmp_path: Path) ->
         path.write_text(make_spec(num_processes=count).model_dump_json())
         out = tmp_path / f"out-{count}"
         subprocess.run(
-            [sys.executable, "-m", "worker.train", str(path), "--out", str(out)], check=True, timeout=240
+            [sys.executable, "-m", "worker.train", str(path), "--out", str(out)],
+            check=True,
+            timeout=240,
         )
         students.append(load_file(out / "student" / "model.safetensors"))
     for name, tensor in students[0].items():

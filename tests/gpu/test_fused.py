@@ -12,7 +12,9 @@ pytestmark = pytest.mark.gpu
 N, H, V = 300, 64, 1000  # several chunks
 
 
-def loss_and_gradients(objective: TokenObjective, device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+def loss_and_gradients(
+    objective: TokenObjective, device: str, dtype: torch.dtype
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -32,13 +34,17 @@ def loss_and_gradients(objective: TokenObjective, device: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("divergence", get_args(DivergenceName))
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_a_card_gives_the_loss_and_gradients_of_a_cpu(divergence: DivergenceName, temperature: float) -> None:
+def test_a_card_gives_the_loss_and_gradients_of_a_cpu(
+    divergence: DivergenceName, temperature: float
+) -> None:
     asked = Objective(divergence=divergence, temperature=temperature, ce_weight=0.3)
     objective = TokenObjective.from_objective(asked)
     exact = loss_and_gradients(objective, "cpu", torch.float64)
     on_card = loss_and_gradients(objective, "cuda", torch.float32)
     for ours, theirs in zip(on_card, exact, strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+        torch.testing.assert_close(
+            ours.double(), theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max())
+        )
 
 
 def test_expected_rows_of_a_card_are_those_of_a_cpu() -> None:
@@ -47,5 +53,7 @@ def test_expected_rows_of_a_card_are_those_of_a_cpu() -> None:
     on_cpu = expected_rows(hidden_NH, head)
     on_card = expected_rows(hidden_NH.cuda(), Head(head.weight_VH.cuda()))
     torch.testing.assert_close(on_card.head_NH.cpu(), on_cpu.head_NH, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(on_card.neg_entropy_N.cpu(), on_cpu.neg_entropy_N, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        on_card.neg_entropy_N.cpu(), on_cpu.neg_entropy_N, rtol=1e-3, atol=1e-3
+    )
     assert torch.equal(on_card.top_N.cpu(), on_cpu.top_N)

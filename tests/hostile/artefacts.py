@@ -43,7 +43,9 @@ def replaced(name: str, content: bytes) -> Change:
 
 
 def pickled(name: str, protocol: int) -> Change:
-    return lambda folder: (folder / name).write_bytes(pickle.dumps(Payload(canary_of(folder)), protocol))
+    return lambda folder: (folder / name).write_bytes(
+        pickle.dumps(Payload(canary_of(folder)), protocol)
+    )
 
 
 def archived(name: str) -> Change:
@@ -96,7 +98,9 @@ def doubled(header: Json) -> bytes:
     """The same tensor twice, the second one elsewhere."""
     name = min(name for name in header if name != "__metadata__")
     entry = {**header[name], "data_offsets": [0, 0], "shape": [0]}
-    return json.dumps(header).encode()[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    return (
+        json.dumps(header).encode()[:-1] + f", {json.dumps(name)}: {json.dumps(entry)}}}".encode()
+    )
 
 
 def sparse(name: str, size: int, begin: bytes) -> Change:
@@ -119,7 +123,10 @@ def shards_elsewhere(folder: Path) -> None:
     content = (folder.parent / "secret.safetensors").read_bytes()
     (length,) = struct.unpack_from("<Q", content)
     names = [name for name in json.loads(content[8 : 8 + length]) if name != "__metadata__"]
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, "../../secret.safetensors")}
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": dict.fromkeys(names, "../../secret.safetensors"),
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -187,14 +194,18 @@ REFUSED: dict[str, Change] = {
     "script beside": replaced("modeling_llama.py", b"import os; os.system('touch canary')"),
     "zip bomb for config": zip_bomb("config.json"),
     "zip bomb for weights": zip_bomb("model.safetensors"),
-    "auto_map": edited("config.json", auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}),
+    "auto_map": edited(
+        "config.json", auto_map={"AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
+    ),
     "auto_map below": edited(
         "tokenizer_config.json", extra=[{"auto_map": {"AutoTokenizer": ["evil.T", None]}}]
     ),
     "custom_code": edited("generation_config.json", custom_code=True),
     "header of 2^63 bytes": replaced("model.safetensors", struct.pack("<Q", 2**63) + b"{}"),
     "header of 2^40 bytes": replaced("model.safetensors", struct.pack("<Q", 2**40) + b"{}"),
-    "header over the limit": sparse("model.safetensors", 101 * 10**6 + 8, struct.pack("<Q", 101 * 10**6)),
+    "header over the limit": sparse(
+        "model.safetensors", 101 * 10**6 + 8, struct.pack("<Q", 101 * 10**6)
+    ),
     "header empty": replaced("model.safetensors", struct.pack("<Q", 0)),
     "header nested deeply": reheaded(lambda header: DEEP),
     "header no UTF-8": reheaded(lambda header: b'{"\xff\xfe": 1}'),
@@ -225,14 +236,19 @@ REFUSED: dict[str, Change] = {
     "config of a thousand layers": edited("config.json", num_hidden_layers=1000, hidden_size=2**17),
     "config of a huge vocabulary": edited("config.json", vocab_size=2**40),
     "config of a large vocabulary": edited("config.json", vocab_size=2**22),
-    "config of a large tied vocabulary": edited("config.json", vocab_size=2**22, tie_word_embeddings=True),
+    "config of a large tied vocabulary": edited(
+        "config.json", vocab_size=2**22, tie_word_embeddings=True
+    ),
     "config of negative heads": edited("config.json", num_attention_heads=-4),
     "config of no heads": edited("config.json", num_attention_heads=0),
     "config with half a surrogate": replaced("config.json", b'{"model_type": "\\ud800"}'),
     "config is a list": replaced("config.json", b"[]"),
     "tokenizer that swells": tokenizer(normalizer=REPLACE_BOMB),
     "tokenizer with a huge post processor": tokenizer(
-        post_processor={"type": "Sequence", "processors": [{"type": "ByteLevel", "pad": "a" * 10**6}]}
+        post_processor={
+            "type": "Sequence",
+            "processors": [{"type": "ByteLevel", "pad": "a" * 10**6}],
+        }
     ),
     "tokenizer nested deeply": replaced("tokenizer.json", DEEP),
     "tokenizer of an unknown model": vocabulary(type="Pickle"),
@@ -310,15 +326,22 @@ GGUFS: dict[str, bytes] = {
     "of an array of texts": gguf(counts=(0, 1), body=entry(b"a", 9, struct.pack("<IQ", 8, 2**62))),
     "of arrays in arrays": gguf(counts=(0, 1), body=entry(b"a", 9, struct.pack("<IQ", 9, 2**20))),
     "of an unknown value": gguf(counts=(0, 1), body=entry(b"a", 77, b"")),
-    "of 2^31 dimensions": gguf(counts=(1, 1), body=ARCHITECTURE + text(b"t") + struct.pack("<I", 2**31)),
+    "of 2^31 dimensions": gguf(
+        counts=(1, 1), body=ARCHITECTURE + text(b"t") + struct.pack("<I", 2**31)
+    ),
     "of a tensor that overflows": gguf(
-        counts=(1, 1), body=ARCHITECTURE + text(b"t") + struct.pack("<IQQQQIQ", 4, *[2**63] * 4, 0, 0)
+        counts=(1, 1),
+        body=ARCHITECTURE + text(b"t") + struct.pack("<IQQQQIQ", 4, *[2**63] * 4, 0, 0),
     ),
     "of a tensor far away": gguf(
         counts=(1, 1), body=ARCHITECTURE + text(b"t") + struct.pack("<IQIQ", 1, 4, 0, 2**64 - 8)
     ),
-    "of alignment 0": gguf(counts=(0, 1), body=entry(b"general.alignment", 4, struct.pack("<I", 0))),
-    "of a text for its alignment": gguf(counts=(0, 1), body=entry(b"general.alignment", 8, text(b"32"))),
+    "of alignment 0": gguf(
+        counts=(0, 1), body=entry(b"general.alignment", 4, struct.pack("<I", 0))
+    ),
+    "of a text for its alignment": gguf(
+        counts=(0, 1), body=entry(b"general.alignment", 8, text(b"32"))
+    ),
     "big-endian": gguf(version=3 << 24),
     "no UTF-8": gguf(counts=(0, 1), body=entry(b"\xff\xfe", 8, text(b"\xff\xfe"))),
     "of a llama without anything": gguf(

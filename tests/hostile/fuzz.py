@@ -53,8 +53,22 @@ def run_schemathesis(
     """One run over all routes: its report, and what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        words = ["--header", f"Authorization: Bearer {key}", "--seed", str(seed), "--continue-on-failure"]
-        words += ["--checks", "all", "--exclude-checks", UNFIT_CHECKS, "--warnings", "off", "--no-color"]
+        words = [
+            "--header",
+            f"Authorization: Bearer {key}",
+            "--seed",
+            str(seed),
+            "--continue-on-failure",
+        ]
+        words += [
+            "--checks",
+            "all",
+            "--exclude-checks",
+            UNFIT_CHECKS,
+            "--warnings",
+            "off",
+            "--no-color",
+        ]
         words += ["--report", "json", "--report-json-path", str(report), *options]
         settings = {"FUZZ_IDS": json.dumps(ids), "SCHEMATHESIS_HOOKS": "tests.hostile.fuzz_hooks"}
         settings["PYTHONPATH"] = str(ROOT)
@@ -74,15 +88,24 @@ def run_schemathesis(
 
 def make_objects(client: openai.OpenAI) -> dict[str, list[str]]:
     """One of each kind of object for the ids of the routes: a paused job, its file, a batch, an alias, an import."""
-    rows = "".join(json.dumps({"prompt": f"Ask {i}", "completion": "Answer."}) + "\n" for i in range(6))
+    rows = "".join(
+        json.dumps({"prompt": f"Ask {i}", "completion": "Answer."}) + "\n" for i in range(6)
+    )
     file = client.files.create(file=("rows.jsonl", io.BytesIO(rows.encode())), purpose="fine-tune")
     line: Json = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
     line |= {"body": {"model": TEACHER, "prompt": "Hello", "max_tokens": 2}}
-    asked = client.files.create(file=("asked.jsonl", io.BytesIO(json.dumps(line).encode())), purpose="batch")
-    method: Any = {"type": "distillation", "distillation": {"teacher": TEACHER, "student": {"num_layers": 2}}}
+    asked = client.files.create(
+        file=("asked.jsonl", io.BytesIO(json.dumps(line).encode())), purpose="batch"
+    )
+    method: Any = {
+        "type": "distillation",
+        "distillation": {"teacher": TEACHER, "student": {"num_layers": 2}},
+    }
     job = client.fine_tuning.jobs.create(model=TEACHER, training_file=file.id, method=method)
     client.fine_tuning.jobs.pause(job.id)
-    batch = client.batches.create(input_file_id=asked.id, endpoint="/v1/completions", completion_window="24h")
+    batch = client.batches.create(
+        input_file_id=asked.id, endpoint="/v1/completions", completion_window="24h"
+    )
     brought = client.post(
         "/models/import", body={"source": "hf:none/none", "name": "none"}, cast_to=httpx.Response
     ).json()
@@ -113,7 +136,8 @@ def fuzz(service: Service, *, cases: int, seed: int, max_examples: int) -> Tally
         )
         tally.add(report, output)
         print(
-            f"seed {seed + number}: {tally.cases} cases, {len(tally.failures)} kinds of failure", flush=True
+            f"seed {seed + number}: {tally.cases} cases, {len(tally.failures)} kinds of failure",
+            flush=True,
         )
     return tally
 
@@ -133,11 +157,19 @@ def main() -> int:
             save_tiny(Path(folder) / "tiny", "llama")
             service.cli("models", "import", str(Path(folder) / "tiny"), "--name", TEACHER)
             tally = fuzz(
-                service, cases=arguments.cases, seed=arguments.seed, max_examples=arguments.max_examples
+                service,
+                cases=arguments.cases,
+                seed=arguments.seed,
+                max_examples=arguments.max_examples,
             )
         finally:
             status = service.stop()
-    result = {"cases": tally.cases, "seeds": tally.seeds, "phases": tally.phases, "failures": tally.failures}
+    result = {
+        "cases": tally.cases,
+        "seeds": tally.seeds,
+        "phases": tally.phases,
+        "failures": tally.failures,
+    }
     result |= {"seconds": round(time.monotonic() - began), "exit_status_of_the_service": status}
     print("\n".join(tally.outputs))
     print(json.dumps(result, indent=1))

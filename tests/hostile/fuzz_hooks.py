@@ -13,7 +13,9 @@ Json = Any  # Any: whatever schemathesis makes up
 
 @schemathesis.hook
 def map_path_parameters(context: Json, path_parameters: dict[str, Json]) -> dict[str, Json]:
-    if context.operation.path.endswith("/serving"):  # nobody could generate with a model that goes to vLLM
+    if context.operation.path.endswith(
+        "/serving"
+    ):  # nobody could generate with a model that goes to vLLM
         return path_parameters or {}
     return known_ids(path_parameters or {})
 

@@ -57,7 +57,9 @@ def test_the_sound_model_comes_in(importer: Importer, folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_malicious_folder_is_refused(importer: Importer, folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_malicious_folder_is_refused(
+    importer: Importer, folder: Path, tmp_path: Path, name: str
+) -> None:
     REFUSED[name](folder)
     answer = importer.ask("folder", folder, tmp_path / "out")
     assert answer["code"] not in ("", "died", "fault"), answer
@@ -67,7 +69,9 @@ def test_a_malicious_folder_is_refused(importer: Importer, folder: Path, tmp_pat
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_an_odd_folder_runs_nothing(importer: Importer, folder: Path, tmp_path: Path, name: str) -> None:
+def test_an_odd_folder_runs_nothing(
+    importer: Importer, folder: Path, tmp_path: Path, name: str
+) -> None:
     HARMLESS[name](folder)
     answer = importer.ask("folder", folder, tmp_path / "out")
     assert answer["code"] not in ("died", "fault"), answer
@@ -84,7 +88,13 @@ def test_a_lying_gguf_is_refused(importer: Importer, tmp_path: Path, name: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["auto_map", "pickle for weights, protocol 2", "torch archive for weights", "weights cut short"]
+    "name",
+    [
+        "auto_map",
+        "pickle for weights, protocol 2",
+        "torch archive for weights",
+        "weights cut short",
+    ],
 )
 def test_a_serve_worker_does_not_load_it_either(
     importer: Importer, folder: Path, tmp_path: Path, name: str

@@ -54,7 +54,10 @@ def filled(path: str, ids: dict[str, str] | None = None) -> str:
 def test_only_the_health_routes_are_open_and_no_route_hides(routes: list[Route]) -> None:
     app = create_app()
     open_routes = {
-        path for path, operations in document().items() for o in operations.values() if not o.get("security")
+        path
+        for path, operations in document().items()
+        for o in operations.values()
+        if not o.get("security")
     }
     assert open_routes == OPEN
     assert {str(getattr(context, "path", "")) for context in iter_route_contexts(app.routes)} <= (
@@ -85,18 +88,27 @@ def bad_headers(service: Service) -> dict[str, bytes | None]:
     return {name: None if value is None else value.encode() for name, value in headers.items()}
 
 
-def test_no_route_answers_a_wrong_key(service: Service, anyone: httpx.Client, routes: list[Route]) -> None:
+def test_no_route_answers_a_wrong_key(
+    service: Service, anyone: httpx.Client, routes: list[Route]
+) -> None:
     wrong = []
     for name, header in bad_headers(service).items():
         headers = {} if header is None else {b"authorization": header}
         for method, path in routes:
-            for content in (None, b"{", b"{}"):  # a body that cannot be read tells a stranger nothing either
+            for content in (
+                None,
+                b"{",
+                b"{}",
+            ):  # a body that cannot be read tells a stranger nothing either
                 answer = anyone.request(method, filled(path), headers=headers, content=content)
                 is_right = (
-                    answer.status_code == 401 and answer.json()["error"]["type"] == "authentication_error"
+                    answer.status_code == 401
+                    and answer.json()["error"]["type"] == "authentication_error"
                 )
                 if not is_right or answer.headers["www-authenticate"] != "Bearer":
-                    wrong.append((name, method, path, content, answer.status_code, answer.text[:200]))
+                    wrong.append(
+                        (name, method, path, content, answer.status_code, answer.text[:200])
+                    )
     assert wrong == []
 
 
@@ -108,7 +120,9 @@ def test_every_route_demands_one_scope_and_a_change_none_that_reads(
     for method, path in routes:
         admitted = set()
         for scope, key in single.items():
-            answer = anyone.request(method, filled(path), headers={"authorization": f"Bearer {key}"})
+            answer = anyone.request(
+                method, filled(path), headers={"authorization": f"Bearer {key}"}
+            )
             assert answer.status_code < 500, answer.text
             if answer.status_code != 403:
                 admitted.add(scope)
@@ -137,12 +151,19 @@ def belongings(
         "body": {"model": "tiny", "prompt": "a"},
     }
     asked = client.files.create(file=("asked.jsonl", jsonl([line])), purpose="batch").id
-    method: Any = {"type": "distillation", "distillation": {"teacher": "tiny", "student": {"num_layers": 2}}}
+    method: Any = {
+        "type": "distillation",
+        "distillation": {"teacher": "tiny", "student": {"num_layers": 2}},
+    }
     job = client.fine_tuning.jobs.create(model="tiny", training_file=file, method=method).id
-    batch = client.batches.create(input_file_id=asked, endpoint="/v1/completions", completion_window="24h").id
+    batch = client.batches.create(
+        input_file_id=asked, endpoint="/v1/completions", completion_window="24h"
+    ).id
     alias = http.put("/v1/models/tiny/aliases/live", json={"model": "tiny"})
     assert alias.status_code == 200, alias.text
-    brought = http.post("/v1/models/import", json={"source": "hf:a/b", "name": "brought"}).json()["id"]
+    brought = http.post("/v1/models/import", json={"source": "hf:a/b", "name": "brought"}).json()[
+        "id"
+    ]
     return {
         "file_id": file,
         "job_id": job,
@@ -166,10 +187,16 @@ def bodies(ids: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
         "/v1/fine_tuning/jobs": [
             {"model": ids["model_id"], "training_file": ids["file_id"], "method": method}
         ],
-        "/v1/completions": [{"model": name, "prompt": "a"} for name in (ids["model_id"], "tiny@live")],
+        "/v1/completions": [
+            {"model": name, "prompt": "a"} for name in (ids["model_id"], "tiny@live")
+        ],
         "/v1/chat/completions": [{"model": ids["model_id"], "messages": [message]}],
         "/v1/batches": [
-            {"input_file_id": ids["asked_id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+            {
+                "input_file_id": ids["asked_id"],
+                "endpoint": "/v1/completions",
+                "completion_window": "24h",
+            }
         ],
         "/v1/models/{name}/aliases/{alias}": [{"model": ids["model_id"]}],
         "/v1/models/{model_id}/serving": [{}, {"draft": {"model": ids["model_id"]}}],
@@ -186,7 +213,9 @@ def test_another_projects_objects_do_not_exist(
     wrong: list[tuple[object, ...]] = []
     for method, path in routes:
         has_body = "requestBody" in document()[path][method.lower()]
-        assert not has_body or path in asked, f"say in bodies() how a stranger would use {method} {path}"
+        assert not has_body or path in asked, (
+            f"say in bodies() how a stranger would use {method} {path}"
+        )
         for body in asked[path] if has_body else [None]:
             for kind in ("job_id", "import_id") if "{job_id}" in path else ("job_id",):
                 ids = belongings | {"job_id": belongings[kind]}
@@ -200,8 +229,12 @@ def test_another_projects_objects_do_not_exist(
                 same = theirs.text.replace("tiny", ABSENT).replace("live", ABSENT)
                 for value in ids.values():
                     same = same.replace(value, ABSENT)
-                if theirs.status_code != 404 or ("{" in path and not has_body and absent.text != same):
-                    wrong.append((method, path, theirs.status_code, theirs.text[:200], absent.text[:200]))
+                if theirs.status_code != 404 or (
+                    "{" in path and not has_body and absent.text != same
+                ):
+                    wrong.append(
+                        (method, path, theirs.status_code, theirs.text[:200], absent.text[:200])
+                    )
     assert wrong == []
 
 
@@ -214,4 +247,8 @@ def test_the_owner_does_reach_them(
         for method, path in routes
         if method == "GET" and http.get(filled(path, belongings)).status_code == 200
     ]
-    assert {"/v1/files/{file_id}", "/v1/fine_tuning/jobs/{job_id}", "/v1/batches/{batch_id}"} <= set(reached)
+    assert {
+        "/v1/files/{file_id}",
+        "/v1/fine_tuning/jobs/{job_id}",
+        "/v1/batches/{batch_id}",
+    } <= set(reached)

@@ -17,7 +17,9 @@ ROW = json.dumps({"prompt": "Ask", "completion": "Answer."})
 
 
 def upload(http: httpx.Client, content: bytes, purpose: str = "fine-tune") -> httpx.Response:
-    return http.post("/v1/files", files={"file": ("rows.jsonl", content)}, data={"purpose": purpose})
+    return http.post(
+        "/v1/files", files={"file": ("rows.jsonl", content)}, data={"purpose": purpose}
+    )
 
 
 def rows(num_rows: int) -> bytes:
@@ -35,7 +37,9 @@ def expect(answer: httpx.Response, status: int, code: str, *, is_temporary: bool
 def test_a_body_over_the_limit_is_refused_before_and_after_it_is_sent(http: httpx.Client) -> None:
     big = json.dumps({"model": "tiny", "prompt": "a" * 200_000}).encode()
     expect(http.post("/v1/completions", content=big), 413, "body_too_large")
-    expect(http.post("/v1/completions", content=iter([big])), 413, "body_too_large")  # in chunks, no length
+    expect(
+        http.post("/v1/completions", content=iter([big])), 413, "body_too_large"
+    )  # in chunks, no length
 
 
 def test_a_file_over_the_limit_is_refused(http: httpx.Client) -> None:
@@ -61,7 +65,9 @@ def test_a_project_keeps_so_many_files(http: httpx.Client, settings_env: Set) ->
     assert upload(http, rows(1)).status_code == 200
 
 
-def test_a_project_keeps_so_many_bytes(service: Service, http: httpx.Client, settings_env: Set) -> None:
+def test_a_project_keeps_so_many_bytes(
+    service: Service, http: httpx.Client, settings_env: Set
+) -> None:
     settings_env(max_bytes_per_project=3 * len(rows(1)))
     assert upload(http, rows(2)).status_code == 200
     expect(upload(http, rows(2)), 429, "quota_exceeded", is_temporary=True)
@@ -73,14 +79,19 @@ def test_a_project_keeps_so_many_bytes(service: Service, http: httpx.Client, set
 def test_uploads_side_by_side_do_not_pass_the_quota(http: httpx.Client, settings_env: Set) -> None:
     settings_env(max_files_per_project=3)
     with ThreadPoolExecutor(12) as threads:
-        codes = [answer.status_code for answer in threads.map(lambda _: upload(http, rows(1)), range(12))]
+        codes = [
+            answer.status_code for answer in threads.map(lambda _: upload(http, rows(1)), range(12))
+        ]
     assert sorted(codes) == [200] * 3 + [429] * 9
 
 
 @pytest.fixture
 def job_body(http: httpx.Client, register: Callable[..., str]) -> Json:
     register()
-    method = {"type": "distillation", "distillation": {"teacher": "tiny", "student": {"num_layers": 2}}}
+    method = {
+        "type": "distillation",
+        "distillation": {"teacher": "tiny", "student": {"num_layers": 2}},
+    }
     return {"model": "tiny", "training_file": upload(http, rows(4)).json()["id"], "method": method}
 
 
@@ -89,7 +100,9 @@ def test_a_project_has_so_many_jobs_side_by_side_too(
 ) -> None:
     settings_env(max_active_jobs_per_project=2)
     with ThreadPoolExecutor(8) as threads:
-        answers = list(threads.map(lambda _: http.post("/v1/fine_tuning/jobs", json=job_body), range(8)))
+        answers = list(
+            threads.map(lambda _: http.post("/v1/fine_tuning/jobs", json=job_body), range(8))
+        )
     assert sorted(answer.status_code for answer in answers) == [200] * 2 + [429] * 6
     expect(
         next(answer for answer in answers if answer.status_code == 429),
@@ -99,7 +112,9 @@ def test_a_project_has_so_many_jobs_side_by_side_too(
     )
 
 
-def test_a_project_has_so_many_batches(http: httpx.Client, settings_env: Set, job_body: Json) -> None:
+def test_a_project_has_so_many_batches(
+    http: httpx.Client, settings_env: Set, job_body: Json
+) -> None:
     settings_env(max_active_jobs_per_project=1)
     line = {
         "custom_id": "a",
@@ -113,13 +128,17 @@ def test_a_project_has_so_many_batches(http: httpx.Client, settings_env: Set, jo
     expect(http.post("/v1/batches", json=body), 429, "quota_exceeded", is_temporary=True)
 
 
-def test_a_key_has_so_many_generations(http: httpx.Client, settings_env: Set, job_body: Json) -> None:
+def test_a_key_has_so_many_generations(
+    http: httpx.Client, settings_env: Set, job_body: Json
+) -> None:
     most = settings_env().max_requests_per_key
     body = {"model": "tiny", "prompt": ["a"] * (most + 1), "max_tokens": 1}
     expect(http.post("/v1/completions", json=body), 400, "request_too_large")
 
 
-def test_without_a_worker_generation_says_when_to_come_back(http: httpx.Client, job_body: Json) -> None:
+def test_without_a_worker_generation_says_when_to_come_back(
+    http: httpx.Client, job_body: Json
+) -> None:
     answer = http.post("/v1/completions", json={"model": "tiny", "prompt": "a"})
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) > 0

@@ -61,10 +61,14 @@ def test_down_and_up_under_writers_loses_nothing(database: str) -> None:
     assert current == newest is not None
 
 
-def test_a_migration_behind_a_long_transaction_gives_up_before_it_stops_everybody(database: str) -> None:
+def test_a_migration_behind_a_long_transaction_gives_up_before_it_stops_everybody(
+    database: str,
+) -> None:
     downgrade(database, FIRST)
     with psycopg.connect(database) as reader:
-        reader.execute("SELECT count(*) FROM models").fetchone()  # holds its lock until the block ends
+        reader.execute(
+            "SELECT count(*) FROM models"
+        ).fetchone()  # holds its lock until the block ends
         reader.execute("SELECT count(*) FROM jobs").fetchone()
         with pytest.raises(OperationalError, match="lock timeout"):
             upgrade(database)

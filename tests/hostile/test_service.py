@@ -37,8 +37,13 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.valkey = LocalValkey(folder / "valkey")
         self.valkey.start()
-        limits = {"STILLHOUSE_MAX_FILE_BYTES": str(128 * MIB), "STILLHOUSE_STORE_URL": str(folder / "store")}
-        self.service = start_service(folder / "data", STILLHOUSE_REDIS_URL=self.valkey.url, **QUIET, **limits)
+        limits = {
+            "STILLHOUSE_MAX_FILE_BYTES": str(128 * MIB),
+            "STILLHOUSE_STORE_URL": str(folder / "store"),
+        }
+        self.service = start_service(
+            folder / "data", STILLHOUSE_REDIS_URL=self.valkey.url, **QUIET, **limits
+        )
 
     def http(self) -> httpx.Client:
         headers = {"authorization": f"Bearer {self.service.key}"}
@@ -106,7 +111,9 @@ def test_an_upload_without_end_leaves_the_api_small(
                 yield piece
 
         answer = http.post(
-            "/v1/files", content=watched(), headers={"content-type": "multipart/form-data; boundary=b"}
+            "/v1/files",
+            content=watched(),
+            headers={"content-type": "multipart/form-data; boundary=b"},
         )
     assert answer.status_code in statuses, answer.text
     assert most - before < 24 * MIB
@@ -174,10 +181,16 @@ def test_a_hostile_body_is_a_fault_of_the_client_on_every_route(place: Place, na
         paths = http.get("/openapi.json").json()["paths"]
         for path, operations in paths.items():
             for method in operations:
-                if "application/json" not in operations[method].get("requestBody", {}).get("content", {}):
+                if "application/json" not in operations[method].get("requestBody", {}).get(
+                    "content", {}
+                ):
                     continue
                 where = re.sub(r"{\w+}", "absent", path)
-                for kind in ({"content-type": "application/json"}, {"content-type": "text/plain"}, {}):
+                for kind in (
+                    {"content-type": "application/json"},
+                    {"content-type": "text/plain"},
+                    {},
+                ):
                     answer = http.request(method, where, content=BODIES[name], headers=kind)
                     assert 400 <= answer.status_code < 500, (path, answer.text[:300])
                     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
@@ -204,7 +217,8 @@ def test_a_traversal_finds_nothing(place: Place, path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../../../etc/cron.d/x", "..\\..\\x", "a\x00b", "/abs", ".", "\u202egpj.exe", "a" * 5000]
+    "name",
+    ["../../../etc/cron.d/x", "..\\..\\x", "a\x00b", "/abs", ".", "\u202egpj.exe", "a" * 5000],
 )
 def test_a_file_name_is_a_label(place: Place, name: str) -> None:
     with place.http() as http:
@@ -224,9 +238,13 @@ def test_a_zip_bomb_is_kept_as_it_came(place: Place, tmp_path: Path) -> None:
     REFUSED["zip bomb for config"](tmp_path)
     content = (tmp_path / "config.json").read_bytes()
     with place.http() as http:
-        kept = http.post("/v1/files", files={"file": ("bomb.zip", content)}, data={"purpose": "user_data"})
+        kept = http.post(
+            "/v1/files", files={"file": ("bomb.zip", content)}, data={"purpose": "user_data"}
+        )
         assert kept.json()["bytes"] == len(content) < 100_000
-        refused = http.post("/v1/files", files={"file": ("bomb.zip", content)}, data={"purpose": "fine-tune"})
+        refused = http.post(
+            "/v1/files", files={"file": ("bomb.zip", content)}, data={"purpose": "fine-tune"}
+        )
     assert refused.status_code == 400
 
 
@@ -272,8 +290,18 @@ def test_a_tokenizer_that_gives_up_ends_its_own_requests_only(
     """The library panics there, which is no Exception."""
     folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "model"))
     state = json.loads((folder / "tokenizer.json").read_text())
-    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": "(x+x+)+y"},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     (folder / "tokenizer.json").write_text(json.dumps(state))
     place.service.cli("models", "import", str(folder), "--name", "panics")
@@ -302,7 +330,10 @@ def test_a_decoder_that_gives_up_ends_its_own_requests_only(
     state = json.loads((folder / "tokenizer.json").read_text())
     # what looks ahead is beyond Rust's own patterns, and goes to a library that counts its steps
     replace = {"type": "Replace", "pattern": {"Regex": "(x+x+)+(?=y)"}, "content": ""}
-    state["decoder"] = {"type": "Sequence", "decoders": [state["decoder"], {"type": "Fuse"}, replace]}
+    state["decoder"] = {
+        "type": "Sequence",
+        "decoders": [state["decoder"], {"type": "Fuse"}, replace],
+    }
     vocab, last = state["model"]["vocab"], "".join(state["model"]["merges"].pop())
     vocab["x" * 40] = swollen = vocab.pop(last)  # a token that a request can force
     (folder / "tokenizer.json").write_text(json.dumps(state))
@@ -311,13 +342,19 @@ def test_a_decoder_that_gives_up_ends_its_own_requests_only(
     worker = place.only("worker.main", "serve")
     for _ in range(2):
         with pytest.raises(openai.InternalServerError, match="tokenizer"):
-            client.completions.create(model="garbler", prompt=[vocab["x"]] * 60, max_tokens=2, echo=True)
+            client.completions.create(
+                model="garbler", prompt=[vocab["x"]] * 60, max_tokens=2, echo=True
+            )
     beside: Json = {"model": "garbler", "prompt": "Hello", "max_tokens": 150, "temperature": 0}
     forced = {str(swollen): 100}
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(lambda: client.completions.create(**beside, extra_body={"ignore_eos": True}))
+        other = pool.submit(
+            lambda: client.completions.create(**beside, extra_body={"ignore_eos": True})
+        )
         with pytest.raises(openai.InternalServerError, match="tokenizer"):
-            client.completions.create(model="garbler", prompt="Hi", max_tokens=20, logit_bias=forced)
+            client.completions.create(
+                model="garbler", prompt="Hi", max_tokens=20, logit_bias=forced
+            )
         assert other.result().choices[0].finish_reason == "length"
     assert client.completions.create(model="garbler", prompt="Hello", max_tokens=2).choices
     assert client.completions.create(model=TEACHER, prompt="Hello", max_tokens=2).choices
@@ -326,20 +363,32 @@ def test_a_decoder_that_gives_up_ends_its_own_requests_only(
 
 def test_no_log_holds_a_key_a_prompt_or_a_row(place: Place) -> None:
     """A session with errors in every corner, then every log of every process."""
-    key, prompt, row, wrong = place.service.key, "canary-prompt-7391", "canary-row-5512", "canary-wrong-8816"
+    key, prompt, row, wrong = (
+        place.service.key,
+        "canary-prompt-7391",
+        "canary-row-5512",
+        "canary-wrong-8816",
+    )
     client = place.service.client(max_retries=0)
-    rows = "".join(json.dumps({"prompt": f"{row} {i}", "completion": row}) + "\n" for i in range(6)).encode()
+    rows = "".join(
+        json.dumps({"prompt": f"{row} {i}", "completion": row}) + "\n" for i in range(6)
+    ).encode()
     file = client.files.create(file=("rows.jsonl", rows), purpose="fine-tune")
     bad = rows + f'{{"prompt": "{row}", "{row}": 1}}'.encode()
     with place.http() as http:
         http.post("/v1/files", files={"file": ("rows.jsonl", bad)}, data={"purpose": "fine-tune"})
         http.post("/v1/completions", content=f'{{"model": "{prompt}", "prompt": "{prompt}'.encode())
         http.post("/v1/completions", json={"model": TEACHER, "prompt": prompt, prompt: prompt})
-        http.post("/v1/completions", json={"model": TEACHER, "prompt": prompt * 400, "max_tokens": 5})
         http.post(
-            "/v1/chat/completions", json={"model": TEACHER, "messages": [{"role": prompt, "content": prompt}]}
+            "/v1/completions", json={"model": TEACHER, "prompt": prompt * 400, "max_tokens": 5}
         )
-        http.get(f"/v1/models?{prompt}={prompt}", headers={"authorization": f"Bearer sk-sh-{wrong}"})
+        http.post(
+            "/v1/chat/completions",
+            json={"model": TEACHER, "messages": [{"role": prompt, "content": prompt}]},
+        )
+        http.get(
+            f"/v1/models?{prompt}={prompt}", headers={"authorization": f"Bearer sk-sh-{wrong}"}
+        )
         http.get("/v1/files", headers={"authorization": f"Bearer {key[:-3]}zzz"})
         with http.stream(
             "POST",
@@ -357,20 +406,29 @@ def test_no_log_holds_a_key_a_prompt_or_a_row(place: Place) -> None:
     line: Json = {"custom_id": "a", "method": "POST", "url": "/v1/completions"}
     line |= {"body": {"model": TEACHER, "prompt": prompt * 400, "max_tokens": 60}}
     asked = client.files.create(file=("asked.jsonl", json.dumps(line).encode()), purpose="batch")
-    client.batches.create(input_file_id=asked.id, endpoint="/v1/completions", completion_window="24h")
+    client.batches.create(
+        input_file_id=asked.id, endpoint="/v1/completions", completion_window="24h"
+    )
     deadline = time.monotonic() + 60
     while client.fine_tuning.jobs.retrieve(job).status in ("queued", "running"):
         assert time.monotonic() < deadline
         time.sleep(0.3)
     root = place.service.data_dir.parent
     logs = [
-        path for path in root.rglob("*") if path.is_file() and ("log" in path.name or "logs" in path.parts)
+        path
+        for path in root.rglob("*")
+        if path.is_file() and ("log" in path.name or "logs" in path.parts)
     ]
     logs = [path for path in logs if "/store/" not in str(path) and "/base/" not in str(path)]
-    assert {"api.log", "up.log", "train-worker-1.log", "serve-worker-1.log"} <= {path.name for path in logs}
+    assert {"api.log", "up.log", "train-worker-1.log", "serve-worker-1.log"} <= {
+        path.name for path in logs
+    }
     secrets = (key, key.split("-", 3)[3], key[:-3], prompt, row, wrong)
     found = [
-        (path.name, secret) for path in logs for secret in secrets if secret.encode() in path.read_bytes()
+        (path.name, secret)
+        for path in logs
+        for secret in secrets
+        if secret.encode() in path.read_bytes()
     ]
     assert found == []
 
@@ -396,7 +454,16 @@ def test_the_doctor_finds_a_sound_service_sound(place: Place) -> None:
     status, findings = doctor(place)
     assert [finding for finding in findings if finding["status"] != "ok"] == []
     assert status == 0
-    names = {"database", "durability", "clock", "schema", "broker", "eviction", "persistence", "store"}
+    names = {
+        "database",
+        "durability",
+        "clock",
+        "schema",
+        "broker",
+        "eviction",
+        "persistence",
+        "store",
+    }
     names |= {"disk", "serving", "training", "api", "gpu", "compiler", "key files"}
     assert {finding["name"] for finding in findings} == names
 
@@ -407,7 +474,9 @@ def test_the_doctor_says_what_to_do_about_an_open_key_file(place: Place) -> None
     status, findings = doctor(place)
     path.chmod(0o600)
     assert status == 1
-    assert [finding["advice"] for finding in findings if finding["advice"]] == [f"run `chmod 600 {path}`"]
+    assert [finding["advice"] for finding in findings if finding["advice"]] == [
+        f"run `chmod 600 {path}`"
+    ]
 
 
 def test_a_short_fuzz_finds_no_fault_of_the_server_and_no_broken_promise(

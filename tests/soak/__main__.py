@@ -27,7 +27,9 @@ SETTINGS: Final = {
 MAKE_TEACHER: Final = "import sys; from pathlib import Path; from tests.tiny import save_tiny; save_tiny(Path(sys.argv[1]), 'llama')"
 
 
-def soak(service: Service, teacher_dir: Path, *, seconds: float, seed: int, sample_seconds: float) -> Json:
+def soak(
+    service: Service, teacher_dir: Path, *, seconds: float, seed: int, sample_seconds: float
+) -> Json:
     """Runs the load for so long and returns the report; the service has the teacher already."""
     load, sampler = Load(service, teacher_dir, seed), Sampler(service, sample_seconds)
     load.start()
@@ -69,7 +71,9 @@ def row_of(figure: Figure, trend: Trend | None) -> Json:
 
 def samples_of(series: Mapping[Figure, Sequence[Point]]) -> Json:
     return {
-        f"{figure.owner}: {figure.name}": [[round(time, 1), round(value, 3)] for time, value in points]
+        f"{figure.owner}: {figure.name}": [
+            [round(time, 1), round(value, 3)] for time, value in points
+        ]
         for figure, points in series.items()
     }
 

@@ -62,7 +62,9 @@ class Load:
             thread.join()
 
     def _repeat(self, name: str, action: Callable[["Caller"], None]) -> None:
-        with Caller(self, self._service, self._teacher_dir, random.Random(f"{self._seed} {name}")) as caller:
+        with Caller(
+            self, self._service, self._teacher_dir, random.Random(f"{self._seed} {name}")
+        ) as caller:
             while not self._is_over.is_set():
                 try:
                     action(caller)
@@ -83,7 +85,9 @@ class Caller:
     def __init__(self, load: Load, service: Service, teacher_dir: Path, rng: random.Random) -> None:
         self.load, self.service, self.teacher_dir, self.rng = load, service, teacher_dir, rng
         headers = {"Authorization": f"Bearer {service.key}"}
-        self.http = httpx.Client(base_url=f"{service.url}/v1", headers=headers, timeout=120, trust_env=False)
+        self.http = httpx.Client(
+            base_url=f"{service.url}/v1", headers=headers, timeout=120, trust_env=False
+        )
 
     def __enter__(self) -> "Caller":
         return self
@@ -136,9 +140,14 @@ def run_job(caller: Caller) -> None:
 
 def train_and_delete(caller: Caller, kind: str) -> None:
     first = caller.rng.randrange(10**6)
-    rows = [{"prompt": f"What is {i}?", "completion": f"It is {7 * i}."} for i in range(first, first + 16)]
+    rows = [
+        {"prompt": f"What is {i}?", "completion": f"It is {7 * i}."}
+        for i in range(first, first + 16)
+    ]
     file_id = caller.upload(rows, "fine-tune")
-    job_id = caller.call("POST", "/fine_tuning/jobs", json=job_body(file_id, is_long=kind != "trained"))["id"]
+    job_id = caller.call(
+        "POST", "/fine_tuning/jobs", json=job_body(file_id, is_long=kind != "trained")
+    )["id"]
     path = f"/fine_tuning/jobs/{job_id}"
     if kind != "trained":
         wait_until_it_trains(caller, path)
@@ -158,7 +167,12 @@ def train_and_delete(caller: Caller, kind: str) -> None:
 
 
 def job_body(file_id: str, *, is_long: bool) -> Json:
-    hyperparameters: Json = {"n_epochs": 2, "max_steps": 6, "batch_tokens": 64, "checkpoint_steps": 2}
+    hyperparameters: Json = {
+        "n_epochs": 2,
+        "max_steps": 6,
+        "batch_tokens": 64,
+        "checkpoint_steps": 2,
+    }
     if is_long:
         hyperparameters |= {"n_epochs": 1000, "max_steps": 100_000, "checkpoint_steps": 200}
     hyperparameters |= {"max_sequence_tokens": 64, "eval_steps": 100_000}
@@ -185,7 +199,9 @@ def wait_until_it_trains(caller: Caller, path: str) -> None:
 
 def import_and_delete(caller: Caller) -> None:
     name = f"copy-{caller.rng.randrange(10**9)}"
-    caller.service.cli("models", "import", str(caller.teacher_dir), "--name", name, "--project", "default")
+    caller.service.cli(
+        "models", "import", str(caller.teacher_dir), "--name", name, "--project", "default"
+    )
     prompt(caller, name)
     caller.delete(f"/models/{name}")
 
@@ -209,19 +225,32 @@ def send_prompt(caller: Caller) -> None:
 
 
 def prompt(caller: Caller, model: str, **options: object) -> None:
-    body = {"model": model, "prompt": "What is it?", "max_tokens": caller.rng.randrange(1, 48), **options}
+    body = {
+        "model": model,
+        "prompt": "What is it?",
+        "max_tokens": caller.rng.randrange(1, 48),
+        **options,
+    }
     caller.call("POST", "/completions", json=body)
 
 
 def stream(caller: Caller, num_lines: int | None) -> None:
     """Reads a stream to its end, or goes away after so many lines."""
-    body = {"model": TEACHER, "prompt": "What is it?", "max_tokens": 64, "stream": True, "ignore_eos": True}
+    body = {
+        "model": TEACHER,
+        "prompt": "What is it?",
+        "max_tokens": 64,
+        "stream": True,
+        "ignore_eos": True,
+    }
     with caller.http.stream("POST", "/completions", json=body) as answer:
         if answer.status_code != 200:
             if answer.status_code in BUSY:
                 caller.load.count("busy")
                 return
-            raise SoakFault(f"a stream was refused: {answer.status_code} {answer.read().decode()[:300]}")
+            raise SoakFault(
+                f"a stream was refused: {answer.status_code} {answer.read().decode()[:300]}"
+            )
         last = ""
         for number, line in enumerate(line for line in answer.iter_lines() if line):
             if num_lines is not None and number >= num_lines:

@@ -113,7 +113,10 @@ class Sampler:
             values = _process_values(processes)
             for figure in PROCESS_FIGURES:
                 owned = replace(figure, owner=name)
-                if (owned.owner, owned.name) == (POSTGRES_DESCRIPTORS.owner, POSTGRES_DESCRIPTORS.name):
+                if (owned.owner, owned.name) == (
+                    POSTGRES_DESCRIPTORS.owner,
+                    POSTGRES_DESCRIPTORS.name,
+                ):
                     owned = POSTGRES_DESCRIPTORS
                 self.series[owned].append((at, values[figure.name]))
         values = self._other_values()
@@ -134,7 +137,9 @@ class Sampler:
         return groups
 
     def _other_values(self) -> dict[str, float]:
-        values = {f"{name}, MiB": _disk_bytes(self._service.data_dir / name) / MIB for name in FOLDERS}
+        values = {
+            f"{name}, MiB": _disk_bytes(self._service.data_dir / name) / MIB for name in FOLDERS
+        }
         with psycopg.connect(self._database_url) as connection:
             row = connection.execute("SELECT pg_database_size(current_database())").fetchone()
         assert row is not None

@@ -9,7 +9,9 @@ from tests.soak.trend import fit, student_quantile
 MINUTE = 60.0
 
 
-def points(slope_per_hour: float, *, noise: float = 0.0, seed: int = 0) -> list[tuple[float, float]]:
+def points(
+    slope_per_hour: float, *, noise: float = 0.0, seed: int = 0
+) -> list[tuple[float, float]]:
     """An hour of samples, one each 5 seconds."""
     rng = random.Random(seed)
     times = [5.0 * number for number in range(720)]
@@ -58,6 +60,8 @@ def test_too_few_samples_have_no_trend() -> None:
     assert fit([(0.0, 1.0), (5.0, 1.0), (10.0, 1.0)]) is None
 
 
-@pytest.mark.parametrize(("degrees", "quantile"), [(2, 4.303), (5, 2.571), (18, 2.101), (1000, 1.962)])
+@pytest.mark.parametrize(
+    ("degrees", "quantile"), [(2, 4.303), (5, 2.571), (18, 2.101), (1000, 1.962)]
+)
 def test_quantiles_are_those_of_the_tables(degrees: int, quantile: float) -> None:
     assert student_quantile(0.975, degrees) == pytest.approx(quantile, rel=0.02)

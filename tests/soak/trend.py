@@ -35,7 +35,9 @@ class Trend:
         return self.low > tolerance
 
 
-def fit(points: Sequence[Point], *, warm_up: float = WARM_UP, num_blocks: int = NUM_BLOCKS) -> Trend | None:
+def fit(
+    points: Sequence[Point], *, warm_up: float = WARM_UP, num_blocks: int = NUM_BLOCKS
+) -> Trend | None:
     """Returns the trend of the samples after the warm-up; None if they fill fewer than MIN_BLOCKS blocks."""
     if not points:
         return None
@@ -54,7 +56,9 @@ def fit(points: Sequence[Point], *, warm_up: float = WARM_UP, num_blocks: int = 
     return Trend(values[0], values[-1], *bounds)
 
 
-def block_medians(points: Sequence[Point], begin: float, end: float, num_blocks: int) -> list[Point]:
+def block_medians(
+    points: Sequence[Point], begin: float, end: float, num_blocks: int
+) -> list[Point]:
     """The median time and value of each block between `begin` and `end`; blocks without samples are left out."""
     blocks: list[list[Point]] = [[] for _ in range(num_blocks)]
     for time, value in points:
@@ -62,7 +66,10 @@ def block_medians(points: Sequence[Point], begin: float, end: float, num_blocks:
             number = int((time - begin) / max(end - begin, 1e-9) * num_blocks)
             blocks[min(number, num_blocks - 1)].append((time, value))
     return [
-        (statistics.median(time for time, _ in block), statistics.median(value for _, value in block))
+        (
+            statistics.median(time for time, _ in block),
+            statistics.median(value for _, value in block),
+        )
         for block in blocks
         if block
     ]

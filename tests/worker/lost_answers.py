@@ -15,7 +15,9 @@ class LostAnswers:
         place = conninfo_to_dict(database_url)
         self._host, self._port = str(place["host"]), int(place.get("port") or 5432)
         self._listener = socket.create_server(("127.0.0.1", 0))
-        account = quote(str(place["user"])) + (f":{quote(str(p))}" if (p := place.get("password")) else "")
+        account = quote(str(place["user"])) + (
+            f":{quote(str(p))}" if (p := place.get("password")) else ""
+        )
         port = self._listener.getsockname()[1]
         self.url = f"postgresql://{account}@127.0.0.1:{port}/{place['dbname']}"
         self.is_armed = threading.Event()
@@ -36,7 +38,9 @@ class LostAnswers:
                 near, _ = self._listener.accept()
                 far = self._connect()
                 for source, target in ((near, far), (far, near)):
-                    self._threads.append(threading.Thread(target=self._pump, args=(source, target, far)))
+                    self._threads.append(
+                        threading.Thread(target=self._pump, args=(source, target, far))
+                    )
                     self._threads[-1].start()
 
     def _connect(self) -> socket.socket:

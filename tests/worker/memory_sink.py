@@ -16,7 +16,9 @@ class MemorySink:
 
     @property
     def warnings(self) -> list[MessageLine]:
-        return [line for line in self.lines if isinstance(line, MessageLine) and line.level == "warn"]
+        return [
+            line for line in self.lines if isinstance(line, MessageLine) and line.level == "warn"
+        ]
 
 
 class FaultAtStage(MemorySink):

@@ -59,7 +59,9 @@ class Schedule:
         return CoreTurns(folder, share, clock=lambda: self.now, sleep=self.sleep, send=self.send)
 
 
-def test_an_announced_run_is_found_until_it_ends(tmp_path: Path, run: subprocess.Popen[bytes]) -> None:
+def test_an_announced_run_is_found_until_it_ends(
+    tmp_path: Path, run: subprocess.Popen[bytes]
+) -> None:
     announce(tmp_path, run.pid)
     assert find_runs(tmp_path) == [run.pid]
     run.kill()
@@ -68,15 +70,21 @@ def test_an_announced_run_is_found_until_it_ends(tmp_path: Path, run: subprocess
     assert list(tmp_path.glob("*.json")) == []
 
 
-def test_a_later_process_with_the_same_pid_is_no_run(tmp_path: Path, run: subprocess.Popen[bytes]) -> None:
+def test_a_later_process_with_the_same_pid_is_no_run(
+    tmp_path: Path, run: subprocess.Popen[bytes]
+) -> None:
     path = announce(tmp_path, run.pid)
     assert path is not None
     announced = Announcement.model_validate_json(path.read_bytes())
-    path.write_text(announced.model_copy(update={"start_ticks": announced.start_ticks - 1}).model_dump_json())
+    path.write_text(
+        announced.model_copy(update={"start_ticks": announced.start_ticks - 1}).model_dump_json()
+    )
     assert find_runs(tmp_path) == []
 
 
-def test_an_unreadable_announcement_is_passed_over(tmp_path: Path, run: subprocess.Popen[bytes]) -> None:
+def test_an_unreadable_announcement_is_passed_over(
+    tmp_path: Path, run: subprocess.Popen[bytes]
+) -> None:
     (tmp_path / "1.json").write_text("{")
     announce(tmp_path, run.pid)
     assert find_runs(tmp_path) == [run.pid]
@@ -110,7 +118,9 @@ def test_a_long_step_is_paid_for_in_the_next_training_turns(
     assert schedule.training_seconds / schedule.now == pytest.approx(0.4, abs=0.02)
 
 
-def test_runs_are_not_stopped_while_the_engine_is_idle(tmp_path: Path, run: subprocess.Popen[bytes]) -> None:
+def test_runs_are_not_stopped_while_the_engine_is_idle(
+    tmp_path: Path, run: subprocess.Popen[bytes]
+) -> None:
     announce(tmp_path, run.pid)
     schedule = Schedule()
     turns = schedule.turns(tmp_path, 0.4)
@@ -160,7 +170,9 @@ def test_the_end_of_a_turn_from_before_a_reboot_delays_no_engine(
 
 
 def test_a_run_that_is_asked_to_stop_computes_all_the_time(tmp_path: Path) -> None:
-    process = RunProcess(["http.server", "0"], tmp_path, {"PATH": ""}, shared_cores=tmp_path / "cores")
+    process = RunProcess(
+        ["http.server", "0"], tmp_path, {"PATH": ""}, shared_cores=tmp_path / "cores"
+    )
     process.ask_to_stop()
     assert find_runs(tmp_path / "cores") == []
     process.kill()
@@ -216,7 +228,9 @@ def test_nobody_takes_turns_where_the_setting_says_so_or_a_gpu_trains(
 
 
 def test_a_stopped_run_still_obeys_a_kill(tmp_path: Path) -> None:
-    process = RunProcess(["http.server", "0"], tmp_path, {"PATH": ""}, shared_cores=tmp_path / "cores")
+    process = RunProcess(
+        ["http.server", "0"], tmp_path, {"PATH": ""}, shared_cores=tmp_path / "cores"
+    )
     turns = CoreTurns(tmp_path / "cores", 0.0)
     turns.take()
     wait_for(lambda: is_stopped(process.pid), 5, "the run was not stopped")

@@ -40,7 +40,9 @@ def test_a_full_disk_and_a_full_quota_are_recognised(number: int) -> None:
         pytest.param(write_numpy, id="numpy"),
     ],
 )
-def test_a_refused_write_is_recognised_whoever_writes(write: Callable[[Path], None], tmp_path: Path) -> None:
+def test_a_refused_write_is_recognised_whoever_writes(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
     with pytest.raises(Exception) as refused:  # noqa: PT011  # each library raises a type of its own
         write(tmp_path / "file")
     assert is_disk_full(refused.value)
@@ -64,7 +66,12 @@ def test_the_cause_of_an_error_counts() -> None:
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.EIO, "Input/output error"), FileNotFoundError(2, "gone"), ValueError("28"), OSError("no")],
+    [
+        OSError(errno.EIO, "Input/output error"),
+        FileNotFoundError(2, "gone"),
+        ValueError("28"),
+        OSError("no"),
+    ],
 )
 def test_other_errors_are_no_full_disk(error: Exception) -> None:
     assert not is_disk_full(error)

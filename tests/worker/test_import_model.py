@@ -71,7 +71,9 @@ def test_an_answer_that_begins_behind_no_token_is_refused(family: str, tmp_path:
         run_import(source, tmp_path / "out")
 
 
-def test_a_start_token_that_only_the_generation_settings_name_is_put_into_the_config(tmp_path: Path) -> None:
+def test_a_start_token_that_only_the_generation_settings_name_is_put_into_the_config(
+    tmp_path: Path,
+) -> None:
     source = save_tiny(tmp_path / "start", "encoder-decoder", num_layers=1)
     named = json.loads((source / "generation_config.json").read_text())["decoder_start_token_id"]
     edit(source / "config.json", decoder_start_token_id=None)
@@ -79,7 +81,9 @@ def test_a_start_token_that_only_the_generation_settings_name_is_put_into_the_co
     assert read_config(tmp_path / "out" / "model").decoder_start_token_id == named == 2
 
 
-def test_a_bert_without_its_language_model_head_is_refused(tiny_bert_dir: Path, tmp_path: Path) -> None:
+def test_a_bert_without_its_language_model_head_is_refused(
+    tiny_bert_dir: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny_bert_dir, tmp_path / "bert"))
     weights = load_file(folder / "model.safetensors")
     kept = {name: tensor for name, tensor in weights.items() if "cls.predictions" not in name}
@@ -99,11 +103,15 @@ def test_a_tokenizer_wider_than_the_decoder_is_refused(tmp_path: Path) -> None:
 
 def test_weights_in_several_files_become_one(tiny_llama_dir: Path, tmp_path: Path) -> None:
     sharded = tmp_path / "sharded"
-    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(sharded, max_shard_size="200KB")
+    AutoModelForCausalLM.from_pretrained(tiny_llama_dir).save_pretrained(
+        sharded, max_shard_size="200KB"
+    )
     AutoTokenizer.from_pretrained(tiny_llama_dir).save_pretrained(sharded)
     assert len(list(sharded.glob("*.safetensors"))) > 1
     run_import(sharded, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out" / "model").glob("*.safetensors")] == ["model.safetensors"]
+    assert [path.name for path in (tmp_path / "out" / "model").glob("*.safetensors")] == [
+        "model.safetensors"
+    ]
     assert torch.equal(logits(tmp_path / "out" / "model"), logits(tiny_llama_dir))
 
 
@@ -117,7 +125,9 @@ def test_the_precision_is_kept(tiny_llama_dir: Path, tmp_path: Path) -> None:
 
 
 def test_percent_only_rises_and_ends_at_100(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    percents = [line.percent for line in run_import(tiny_llama_dir, tmp_path) if line.type == "progress"]
+    percents = [
+        line.percent for line in run_import(tiny_llama_dir, tmp_path) if line.type == "progress"
+    ]
     assert percents == sorted(percents)
     assert percents[-1] == 100
 
@@ -155,7 +165,9 @@ def test_weights_with_nan_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_configuration_that_claims_a_giant_is_refused_before_memory_is_taken(
     folder: Path, tmp_path: Path
 ) -> None:
-    edit(folder / "config.json", hidden_size=65_536, intermediate_size=10**6, num_hidden_layers=1000)
+    edit(
+        folder / "config.json", hidden_size=65_536, intermediate_size=10**6, num_hidden_layers=1000
+    )
     with pytest.raises(BrokenFile, match="do not belong together"):
         run_import(folder, tmp_path)
 
@@ -183,11 +195,15 @@ def test_a_token_id_beyond_the_embedding_rows_is_refused_although_there_are_rows
     folder: Path, tmp_path: Path
 ) -> None:
     leave_out_ids(folder, num_ids=3)
-    with pytest.raises(BrokenFile, match="token ids up to 386 but the model only 384 embedding rows"):
+    with pytest.raises(
+        BrokenFile, match="token ids up to 386 but the model only 384 embedding rows"
+    ):
         run_import(folder, tmp_path)
 
 
-def test_ids_that_are_left_out_below_the_embedding_rows_are_taken(folder: Path, tmp_path: Path) -> None:
+def test_ids_that_are_left_out_below_the_embedding_rows_are_taken(
+    folder: Path, tmp_path: Path
+) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(400)
     model.save_pretrained(folder)
@@ -248,7 +264,9 @@ def run_process(
     return done.returncode, [run_line.validate_json(line) for line in done.stdout.splitlines()]
 
 
-def test_the_process_says_only_lines_and_ends_with_its_verdict(folder: Path, tmp_path: Path) -> None:
+def test_the_process_says_only_lines_and_ends_with_its_verdict(
+    folder: Path, tmp_path: Path
+) -> None:
     spec: dict[str, object] = {"format": "folder", "source_path": str(folder), "num_threads": 1}
     status, lines = run_process(spec, tmp_path / "good")
     assert (status, lines[-1].type) == (0, "result")
@@ -259,7 +277,9 @@ def test_the_process_says_only_lines_and_ends_with_its_verdict(folder: Path, tmp
     assert (lines[-1].code, "pytorch_model.bin" in lines[-1].message) == ("unsafe_file", True)
 
 
-def test_an_import_that_fills_the_disk_does_not_blame_the_model(folder: Path, tmp_path: Path) -> None:
+def test_an_import_that_fills_the_disk_does_not_blame_the_model(
+    folder: Path, tmp_path: Path
+) -> None:
     spec: dict[str, object] = {"format": "folder", "source_path": str(folder), "num_threads": 1}
     limit = ("prlimit", "--fsize=4096")  # the kernel refuses longer files as it does on a full disk
     status, lines = run_process(spec, tmp_path / "out", limit)
@@ -268,10 +288,14 @@ def test_an_import_that_fills_the_disk_does_not_blame_the_model(folder: Path, tm
     assert (lines[-1].code, "free some disk" in lines[-1].message) == ("disk_full", True)
 
 
-def test_a_bert_with_no_more_than_a_vocabulary_is_taken(tiny_bert_dir: Path, tmp_path: Path) -> None:
+def test_a_bert_with_no_more_than_a_vocabulary_is_taken(
+    tiny_bert_dir: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny_bert_dir, tmp_path / "bert"))
     vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    (folder / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n")
+    (folder / "vocab.txt").write_text(
+        "\n".join(sorted(vocabulary, key=vocabulary.__getitem__)) + "\n"
+    )
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "BertTokenizer", "do_lower_case": False})
@@ -279,5 +303,8 @@ def test_a_bert_with_no_more_than_a_vocabulary_is_taken(tiny_bert_dir: Path, tmp
     (folder / "spiece.model").write_bytes(b"of another library")
     run_import(folder, tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")
-    assert tokenizer(SENTENCE).input_ids == AutoTokenizer.from_pretrained(tiny_bert_dir)(SENTENCE).input_ids
+    assert (
+        tokenizer(SENTENCE).input_ids
+        == AutoTokenizer.from_pretrained(tiny_bert_dir)(SENTENCE).input_ids
+    )
     assert not (tmp_path / "out" / "model" / "spiece.model").exists()

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from app.local.embedded_servers import free_port
-from app.routing.task_queue import ring
+from app.routing.task_queue import notify_workers
 from tests.serve_worker import ROOT, wait_for
 from worker.main import choose_device
 
@@ -25,7 +25,9 @@ class Process:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
     def wait_for_log(self, text: str, seconds: float = 30) -> None:
-        wait_for(lambda: text in self.log_path.read_text(), seconds, f"no {text!r} in {self.log_path}")
+        wait_for(
+            lambda: text in self.log_path.read_text(), seconds, f"no {text!r} in {self.log_path}"
+        )
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)
@@ -50,7 +52,7 @@ def test_a_train_worker_hears_doorbells_and_ends_when_told(
     started.append(worker)
     worker.wait_for_log("worker_ready")
     with redis.Redis.from_url(valkey) as client:
-        assert ring()
+        assert notify_workers()
         wait_for(lambda: not client.llen("stillhouse:train"), 10, "the doorbell was not heard")
     assert worker.stop(number) == 0
     assert "Traceback" not in worker.log_path.read_text()
@@ -68,7 +70,9 @@ def test_a_worker_that_waits_for_redis_ends_when_told(
 
 def test_a_train_worker_never_pays_for_torch() -> None:
     code = "import sys, worker.main, worker.jobs.supervisor; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
 
 
@@ -94,6 +98,8 @@ def test_a_worker_that_is_given_a_device_that_is_not_there_says_so(
     name = f"STILLHOUSE_{role.upper()}_CUDA_DEVICES"
     monkeypatch.setenv(name, "7000")
     command = [sys.executable, "-m", "worker.main", role]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 1
     assert f"{name} is 7000" in done.stderr

@@ -6,9 +6,13 @@ from worker.reply_batches import reply_batches
 
 def delta(num_tokens: int, text: str = "text") -> Delta:
     top = tuple((f"t{i}", -1.0) for i in range(20))
-    logprobs = tuple(TokenLogprob(token=str(i), logprob=-0.5, bytes=(1,), top=top) for i in range(num_tokens))
+    logprobs = tuple(
+        TokenLogprob(token=str(i), logprob=-0.5, bytes=(1,), top=top) for i in range(num_tokens)
+    )
     tokens = tuple(range(num_tokens))
-    return Delta(id="r", choice=0, text=text, tokens=tokens, logprobs=logprobs, finish_reason="stop")
+    return Delta(
+        id="r", choice=0, text=text, tokens=tokens, logprobs=logprobs, finish_reason="stop"
+    )
 
 
 def test_a_step_of_ordinary_size_goes_out_in_one_batch() -> None:

@@ -10,7 +10,7 @@ import pytest
 import redis
 import torch
 
-from app.contracts.control import Keep, Served
+from app.contracts.control import Keep, ServedModel
 from app.contracts.messages import (
     ArtifactRef,
     Cancel,
@@ -131,7 +131,9 @@ def request(
     )
 
 
-def test_each_step_is_one_publish_with_everything_for_that_api_process(bench: Bench, ear: Ear) -> None:
+def test_each_step_is_one_publish_with_everything_for_that_api_process(
+    bench: Bench, ear: Ear
+) -> None:
     for name in ("a", "b", "c"):
         bench.worker.submit(request(name, max_tokens=40))
     ear.listen(lambda: ear.ended() == {"a", "b", "c"})
@@ -181,7 +183,10 @@ def test_a_request_delivered_twice_is_answered_once(bench: Bench, ear: Ear) -> N
     bench.worker.submit(request("twice", max_tokens=30))
     bench.worker.submit(request("last", max_tokens=60))
     ear.listen(lambda: "last" in ear.ended())
-    assert len([reply for reply in ear.replies if isinstance(reply, Done) and reply.id == "twice"]) == 1
+    assert (
+        len([reply for reply in ear.replies if isinstance(reply, Done) and reply.id == "twice"])
+        == 1
+    )
 
 
 def test_nothing_is_written_for_an_api_process_that_is_gone(bench: Bench, ear: Ear) -> None:
@@ -200,7 +205,9 @@ def test_a_failure_reaches_the_client_and_the_worker_goes_on(bench: Bench, ear: 
     assert (failure.id, failure.status, failure.code) == ("long", 400, "context_length_exceeded")
 
 
-def test_the_heartbeat_tells_what_is_loaded_and_goes_away_at_the_end(bench: Bench, ear: Ear) -> None:
+def test_the_heartbeat_tells_what_is_loaded_and_goes_away_at_the_end(
+    bench: Bench, ear: Ear
+) -> None:
     def status() -> ServeWorkerStatus | None:
         value = ear.redis.get(serve_worker_key("w1"))
         return ServeWorkerStatus.model_validate_json(value) if isinstance(value, bytes) else None
@@ -208,9 +215,15 @@ def test_the_heartbeat_tells_what_is_loaded_and_goes_away_at_the_end(bench: Benc
     wait_for(status, 5, "no heartbeat")
     bench.worker.submit(request("a"))
     ear.listen(lambda: "a" in ear.ended())
-    wait_for(lambda: (now := status()) and now.resident == ("models/tiny",), 2, "the model is not shown")
+    wait_for(
+        lambda: (now := status()) and now.resident == ("models/tiny",), 2, "the model is not shown"
+    )
     bench.worker.submit(request("b", max_tokens=240, n=64))
-    wait_for(lambda: (now := status()) and now.requests == frozenset({"b"}), 2, "the request is not shown")
+    wait_for(
+        lambda: (now := status()) and now.requests == frozenset({"b"}),
+        2,
+        "the request is not shown",
+    )
     bench.worker.cancel("b")
     wait_for(lambda: (now := status()) and now.requests == frozenset(), 2, "it is shown for ever")
     lifetime = ear.redis.pttl(serve_worker_key("w1"))
@@ -221,7 +234,9 @@ def test_the_heartbeat_tells_what_is_loaded_and_goes_away_at_the_end(bench: Benc
     assert bench.ends == [True]
 
 
-def test_a_draining_worker_refuses_newcomers_and_finishes_what_it_has(bench: Bench, ear: Ear) -> None:
+def test_a_draining_worker_refuses_newcomers_and_finishes_what_it_has(
+    bench: Bench, ear: Ear
+) -> None:
     bench.worker.submit(request("old", max_tokens=200))
     ear.listen(lambda: bool(ear.text("old")))
     bench.worker.drain()
@@ -234,10 +249,14 @@ def test_a_draining_worker_refuses_newcomers_and_finishes_what_it_has(bench: Ben
     assert bench.has_ended.wait(5)
 
 
-def test_a_draining_worker_waits_for_a_prompt_that_is_being_tokenised(bench: Bench, ear: Ear) -> None:
+def test_a_draining_worker_waits_for_a_prompt_that_is_being_tokenised(
+    bench: Bench, ear: Ear
+) -> None:
     bench.worker.submit(request("first"))
     ear.listen(lambda: "first" in ear.ended())
-    engine: Any = bench.host._residency.engine_of(WEIGHTS.key)  # Any: reaches into the engine on purpose
+    engine: Any = bench.host._model_cache.engine_of(
+        WEIGHTS.key
+    )  # Any: reaches into the engine on purpose
     gate, has_begun, tokenizer = threading.Event(), threading.Event(), engine.tokenizer
 
     class Slow:
@@ -261,7 +280,9 @@ def test_a_draining_worker_waits_for_a_prompt_that_is_being_tokenised(bench: Ben
     assert bench.ends == [True]
 
 
-def test_a_drain_that_takes_too_long_fails_what_is_left(valkey: str, tiny_llama_dir: Path, ear: Ear) -> None:
+def test_a_drain_that_takes_too_long_fails_what_is_left(
+    valkey: str, tiny_llama_dir: Path, ear: Ear
+) -> None:
     bench = Bench(valkey, tiny_llama_dir, drain_seconds=0.2)
     bench.worker.submit(request("endless", max_tokens=240, n=128))
     ear.listen(lambda: bool(ear.text("endless")))
@@ -283,8 +304,8 @@ def test_an_api_process_that_goes_away_in_the_middle_frees_its_rows(bench: Bench
 
 
 def test_a_worker_keeps_only_pinned_models_whose_engine_it_has(bench: Bench, ear: Ear) -> None:
-    served = Served(model="tiny", weights=WEIGHTS)
-    other = Served(model="other", weights=WEIGHTS, serving=ServingOptions(engine="vllm"))
+    served = ServedModel(model="tiny", weights=WEIGHTS)
+    other = ServedModel(model="other", weights=WEIGHTS, serving=ServingOptions(engine="vllm"))
     pins = Keep(models=(other, served)).model_dump_json()
 
     def is_loaded() -> bool:

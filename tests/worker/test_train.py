@@ -34,7 +34,9 @@ Json = dict[str, Any]  # Any: open-ended JSON
 
 @pytest.fixture
 def spec(tmp_path: Path, tiny_llama_dir: Path) -> Json:
-    rows = [{"prompt": f"Who keeps house number {i}?", "completion": f"Student {i}."} for i in range(40)]
+    rows = [
+        {"prompt": f"Who keeps house number {i}?", "completion": f"Student {i}."} for i in range(40)
+    ]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return {
         "distillation": {
@@ -80,15 +82,25 @@ def test_a_run_says_lines_only_and_ends_with_its_result(spec: Json, tmp_path: Pa
     assert process.returncode == 0
     assert lines[0] == StageLine(name="loading_models")
     assert isinstance(lines[-1], ResultLine)
-    assert lines[-1].facts == model_facts(tmp_path / "out" / lines[-1].folder).model_dump(mode="json")
+    assert lines[-1].facts == model_facts(tmp_path / "out" / lines[-1].folder).model_dump(
+        mode="json"
+    )
     assert lines[-1].trained_tokens > 0
     assert all(
-        (tmp_path / "out" / line.folder).parent.is_dir() for line in lines if isinstance(line, CheckpointLine)
+        (tmp_path / "out" / line.folder).parent.is_dir()
+        for line in lines
+        if isinstance(line, CheckpointLine)
     )
 
 
-def test_sigterm_ends_in_a_checkpoint_from_which_the_run_goes_on(spec: Json, tmp_path: Path) -> None:
-    spec["distillation"]["hyperparameters"] |= {"n_epochs": 1000, "eval_steps": 7, "checkpoint_steps": 7}
+def test_sigterm_ends_in_a_checkpoint_from_which_the_run_goes_on(
+    spec: Json, tmp_path: Path
+) -> None:
+    spec["distillation"]["hyperparameters"] |= {
+        "n_epochs": 1000,
+        "eval_steps": 7,
+        "checkpoint_steps": 7,
+    }
     process = start(spec, tmp_path / "out")
     assert process.stdout is not None
     lines = read_until(process.stdout, CheckpointLine)
@@ -99,7 +111,9 @@ def test_sigterm_ends_in_a_checkpoint_from_which_the_run_goes_on(spec: Json, tmp
     assert isinstance(stopped, StoppedLine)
     assert stopped.step >= 7
     spec["distillation"]["hyperparameters"]["max_steps"] = stopped.step + 2
-    resumed = start(spec | {"resume_dir": str(tmp_path / "out" / f"step-{stopped.step}")}, tmp_path / "again")
+    resumed = start(
+        spec | {"resume_dir": str(tmp_path / "out" / f"step-{stopped.step}")}, tmp_path / "again"
+    )
     lines = finish(resumed)
     assert isinstance(lines[-1], ResultLine)
     assert {line.step for line in lines if isinstance(line, CheckpointLine)} == {stopped.step + 2}
@@ -128,7 +142,9 @@ def test_the_student_is_exported_in_the_formats_asked_for(spec: Json, tmp_path: 
         assert check_gguf(tmp_path / "out" / name).architecture == "llama"
 
 
-def test_a_student_that_cannot_be_exported_is_refused_before_the_work(spec: Json, tmp_path: Path) -> None:
+def test_a_student_that_cannot_be_exported_is_refused_before_the_work(
+    spec: Json, tmp_path: Path
+) -> None:
     spec["distillation"] |= {"export": ["gguf_f16"]}
     opt = str(save_tiny(tmp_path / "opt", "opt"))
     lines = finish(start(spec | {"teacher_dir": opt, "start_dir": opt}, tmp_path / "out"))
@@ -150,7 +166,10 @@ def test_a_crash_has_no_error_line(spec: Json, tmp_path: Path) -> None:
 @pytest.fixture
 def one_process() -> Iterator[None]:
     """A run sets these for its process; the other tests of this one must not see it."""
-    num_threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    num_threads, is_deterministic = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -163,7 +182,9 @@ def result_of(sink: MemorySink) -> Json:
     return line.result
 
 
-def run_with_fault(spec: Json, out: Path, stage: str, break_it: Callable[[], object]) -> FaultAtStage:
+def run_with_fault(
+    spec: Json, out: Path, stage: str, break_it: Callable[[], object]
+) -> FaultAtStage:
     """Runs the spec in this process, with a fault that begins with a stage."""
     sink = FaultAtStage(stage, break_it)
     run(RunSpec.model_validate(spec), out, sink, lambda: False)
@@ -174,7 +195,9 @@ def run_with_fault(spec: Json, out: Path, stage: str, break_it: Callable[[], obj
 @pytest.mark.parametrize(
     "stage", ["loading_models", "generating_teacher_data", "training", "evaluating", "exporting"]
 )
-def test_a_full_disk_ends_every_stage_with_the_same_error(spec: Json, tmp_path: Path, stage: str) -> None:
+def test_a_full_disk_ends_every_stage_with_the_same_error(
+    spec: Json, tmp_path: Path, stage: str
+) -> None:
     questions = [{"prompt": f"Who keeps house number {i}?"} for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in questions))
     spec["distillation"]["export"] = ["gguf_f16"]
@@ -228,7 +251,9 @@ def test_a_failed_evaluation_is_not_presented_as_one_on_the_test_rows(
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_gate_is_not_passed_without_an_evaluation(spec: Json, tmp_path: Path, tiny_llama_dir: Path) -> None:
+def test_a_gate_is_not_passed_without_an_evaluation(
+    spec: Json, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
     teacher = shutil.copytree(tiny_llama_dir, tmp_path / "teacher")
     spec |= {"teacher_dir": str(teacher), "start_dir": str(teacher)}
     spec["distillation"]["evaluation"]["gate"] = {"metric": "kl", "at_most": 1e9}
@@ -246,13 +271,18 @@ def test_a_gate_is_not_passed_without_an_evaluation(spec: Json, tmp_path: Path, 
     (teacher / "model.safetensors").write_bytes(weights)  # the cause is gone: the job is resumed
     newest = max((tmp_path / "out").glob("step-*"), key=lambda folder: load_state(folder).job_step)
     again = MemorySink()
-    assert run(RunSpec.model_validate(spec | {"resume_dir": newest}), tmp_path / "again", again, never) == 0
+    assert (
+        run(RunSpec.model_validate(spec | {"resume_dir": newest}), tmp_path / "again", again, never)
+        == 0
+    )
     assert isinstance(again.lines[-1], ResultLine)
     assert again.lines[-1].result["student"]["kl"] > 0
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_failed_export_leaves_the_student_and_the_other_exports(spec: Json, tmp_path: Path) -> None:
+def test_a_failed_export_leaves_the_student_and_the_other_exports(
+    spec: Json, tmp_path: Path
+) -> None:
     spec["distillation"]["export"] = ["gguf_f16", "gguf_q8_0"]
     sink = run_with_fault(
         spec, tmp_path / "out", "exporting", lambda: (tmp_path / "out" / "student-f16.gguf").mkdir()

@@ -44,7 +44,9 @@ def test_a_worker_whose_broker_fell_silent_still_takes_jobs_and_drains(
 ) -> None:
     network = Network()
     link = network.add("train-valkey", urlsplit(valkey).port or 0)
-    settings_env(database_url=database, redis_url=through(valkey, link.port), ring_again_seconds=0.5)
+    settings_env(
+        database_url=database, redis_url=through(valkey, link.port), ring_again_seconds=0.5
+    )
     worker = Process("train", tmp_path / "log")
     try:
         worker.wait_for_log("worker_ready", 60)
@@ -73,7 +75,7 @@ def test_turns_never_overlap_and_the_last_one_is_waited_for() -> None:
         return 1
 
     with Turns(work, every_seconds=0.01) as turns:
-        rings = [threading.Thread(target=turns.ring) for _ in range(4)]
+        rings = [threading.Thread(target=turns.wake_up) for _ in range(4)]
         for ring in rings:
             ring.start()
         for ring in rings:
@@ -120,7 +122,9 @@ def test_a_broker_that_is_away_is_no_silence() -> None:
     def oldest() -> object:
         raise redis.ConnectionError("away")
 
-    inbox = Inbox(oldest, lambda: told.append(True), faults=(redis.RedisError,), silence_seconds=0.1)
+    inbox = Inbox(
+        oldest, lambda: told.append(True), faults=(redis.RedisError,), silence_seconds=0.1
+    )
     inbox.start()
     time.sleep(0.5)
     assert told == []

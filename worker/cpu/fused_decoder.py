@@ -13,11 +13,13 @@ from worker.cpu.kernels.bindings import Kernels, Layer, Sizes
 from worker.cpu.linear_ops import TiledWeight, packed_weight
 
 
-class WholeBody:
+class FusedDecoder:
     """The layers as C reads them; the tensors behind the addresses belong to the model, or are kept here."""
 
-    def __init__(self, does: Kernels, layers: Sequence[Any], norm: Any) -> None:  # Any: a family's own
-        self._does, self._norm = does, norm
+    def __init__(
+        self, ops: Kernels, layers: Sequence[Any], norm: Any
+    ) -> None:  # Any: a family's own
+        self._ops, self._norm = ops, norm
         self._kept: list[Tensor] = []
         self._layers = (Layer * len(layers))(*(self._layer(layer) for layer in layers))
         attention: Any = layers[0].self_attn
@@ -36,7 +38,8 @@ class WholeBody:
         """Whether all weights are tiled with one dtype, and queries, keys and values share one weight."""
         weights = [packed_weight(part) for layer in layers for part in _parts(layer)]
         return (
-            all(isinstance(weight, TiledWeight) for weight in weights) and len(set(map(type, weights))) == 1
+            all(isinstance(weight, TiledWeight) for weight in weights)
+            and len(set(map(type, weights))) == 1
         )
 
     def __call__(self, hidden_ME: Tensor, rotations_MD: tuple[Tensor, Tensor], call: Any) -> Tensor:
@@ -47,7 +50,7 @@ class WholeBody:
         sizes.N = len(call.starts_N)
         sizes.Q = len(hidden_ME) // sizes.N
         sizes.width, sizes.column = window.width, window.column
-        return self._does.forward(
+        return self._ops.forward(
             self._layers,
             sizes,
             hidden_ME,

@@ -31,14 +31,15 @@ PANEL_OUTPUTS = 32  # output features that are stored together
 PACKED_AT_ONCE = 4096  # output features, which bounds the temporary memory
 UNSIGNED_ZERO = 128  # oneDNN multiplies unsigned rows by signed weights
 HAS_INT8: bool = (
-    hasattr(torch.ops.onednn, "qlinear_pointwise") and "onednn" in torch.backends.quantized.supported_engines
+    hasattr(torch.ops.onednn, "qlinear_pointwise")
+    and "onednn" in torch.backends.quantized.supported_engines
 )
 
 
 def int8_kernels(num_inputs: int) -> Kernels | None:
     """Returns the kernels if they can multiply int8 weights with so many inputs, else None."""
-    does = kernels()
-    return does if does is not None and does.has_int8 and num_inputs % TILE_DEPTH == 0 else None
+    ops = kernels()
+    return ops if ops is not None and ops.has_int8 and num_inputs % TILE_DEPTH == 0 else None
 
 
 def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,9 @@ def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
 def pack_int8(weight_OI: Tensor) -> Tensor:
     """Quantises a weight and returns the bytes that `worker/cpu/kernels/int8_matmul.c` reads: [P, bytes of a panel]."""
     assert weight_OI.shape[1] % TILE_DEPTH == 0
-    return torch.cat([_pack_features(some_OI) for some_OI in torch.split(weight_OI, PACKED_AT_ONCE)])
+    return torch.cat(
+        [_pack_features(some_OI) for some_OI in torch.split(weight_OI, PACKED_AT_ONCE)]
+    )
 
 
 def _pack_features(weight_OI: Tensor) -> Tensor:
@@ -65,7 +68,9 @@ def _pack_features(weight_OI: Tensor) -> Tensor:
     # A line of 64 bytes holds 16 features by two pairs of inputs, so interleaved that unpacking its bytes separates the pairs:
     # [panel, half of it, quarter of a line, feature, line, pair, input] becomes [panel, line, half, quarter, pair, feature, input].
     sizes = (num_panels, 2, 4, 4, num_in // 4, 2, 2)
-    lines_PLB = bytes_OI.view(sizes).permute(0, 4, 1, 2, 5, 3, 6).reshape(num_panels, num_in // 4, -1)
+    lines_PLB = (
+        bytes_OI.view(sizes).permute(0, 4, 1, 2, 5, 3, 6).reshape(num_panels, num_in // 4, -1)
+    )
     blocks = torch.split(lines_PLB, BLOCK_INPUTS // 4, dim=1)
     parts = [
         part
@@ -92,14 +97,18 @@ class TiledInt8Weight(TiledWeight):
     def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
         bias_O = None if bias_O is None else bias_O.float()
         x = x.to(torch.bfloat16).contiguous()
-        return self._does.multiply_int8(x, self.tensor, self._num_out, bias_O, is_swish=activation == "swish")
+        return self._ops.multiply_int8(
+            x, self.tensor, self._num_out, bias_O, is_swish=activation == "swish"
+        )
 
 
 class Int8Weight:
     """A weight in oneDNN's own layout for integers, and the scale of each output."""
 
     def __init__(self, weight_OI: Tensor) -> None:
-        self.scale_O = weight_OI.abs().amax(dim=1).div_(LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+        self.scale_O = (
+            weight_OI.abs().amax(dim=1).div_(LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+        )
         whole_OI = (weight_OI / self.scale_O[:, None]).round_().to(torch.int8).contiguous()
         self.num_bytes = whole_OI.nbytes + self.scale_O.nbytes
         self.packed = torch.ops.onednn.qlinear_prepack(whole_OI, None)
@@ -108,7 +117,12 @@ class Int8Weight:
     def product(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """x W^T + bias, float32."""
         x = x.float()  # a scale rounded to bfloat16 would let the largest input exceed 127 and wrap
-        scale = x.abs().amax(dim=-1, keepdim=True).div_(LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+        scale = (
+            x.abs()
+            .amax(dim=-1, keepdim=True)
+            .div_(LARGEST)
+            .clamp_(min=torch.finfo(torch.float32).tiny)
+        )
         whole = (x / scale).round_().add_(UNSIGNED_ZERO).to(torch.uint8)
         out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
             whole, 1.0, UNSIGNED_ZERO, self.packed, self.scale_O, self._zeros_O, None,
@@ -152,10 +166,10 @@ def quantize_weights(model: nn.Module, *, but: nn.Module | None = None) -> int:
 def _quantize(module: OneDnnLinear | OneDnnConv1D) -> int:
     weight_OI = module.weight_OI.detach().float()
     num_out, num_in = weight_OI.shape
-    does = int8_kernels(num_in)
-    if does is not None:
+    ops = int8_kernels(num_in)
+    if ops is not None:
         packed = pack_int8(weight_OI)
-        module.packed = TiledInt8Weight(packed, num_out, does)
+        module.packed = TiledInt8Weight(packed, num_out, ops)
         num_bytes = packed.nbytes
     else:
         layer: Any = module  # its class changes below

@@ -58,9 +58,11 @@ def product(
 
     With HALF_PARTS 16 of a number's 24 bits are enough, where that is faster.
     """
-    if (does := _splits(a_NI, b_OI)) is not None:
+    if (ops := _splits(a_NI, b_OI)) is not None:
         rows_NI = a_NI.reshape(-1, a_NI.shape[-1])
-        product_NO = does.multiply_split(_in_order(rows_NI), _in_order(b_OI), room_NO, num_parts=num_parts)
+        product_NO = ops.multiply_split(
+            _in_order(rows_NI), _in_order(b_OI), room_NO, num_parts=num_parts
+        )
         product_NO = product_NO.view(*a_NI.shape[:-1], len(b_OI))
         return product_NO if bias_O is None else product_NO.add_(bias_O)
     if PREFERS_ONEDNN and _is_fast(a_NI, b_OI):
@@ -74,9 +76,9 @@ def weight_gradient(
     grad_NO: Tensor, x_NI: Tensor, *, onto_OI: Tensor | None = None, num_parts: int = FLOAT32_PARTS
 ) -> Tensor:
     """grad^T x, not differentiable: the gradient in the weight of a linear layer; added to what there is of it, if given."""
-    if (does := _splits(grad_NO.t(), x_NI.t())) is not None:
+    if (ops := _splits(grad_NO.t(), x_NI.t())) is not None:
         operands = (_in_order(grad_NO.t()), _in_order(x_NI.t()))
-        return does.multiply_split(*operands, onto_OI, num_parts=num_parts, adds=onto_OI is not None)
+        return ops.multiply_split(*operands, onto_OI, num_parts=num_parts, adds=onto_OI is not None)
     if PREFERS_ONEDNN and _is_fast(grad_NO, x_NI):
         gradient_OI = onednn_weight_gradient(grad_NO, x_NI)
         return gradient_OI if onto_OI is None else onto_OI.add_(gradient_OI)
@@ -90,8 +92,8 @@ def _splits(a: Tensor, b: Tensor) -> Kernels | None:
     num_rows, num_columns = a.numel() // a.shape[-1], len(b)
     if num_rows * num_columns < LEAST_SIDE * (num_rows + num_columns):
         return None
-    does = kernels()
-    return does if does is not None and does.has_splits else None
+    ops = kernels()
+    return ops if ops is not None and ops.has_splits else None
 
 
 def _in_order(matrix: Tensor) -> Tensor:
@@ -116,7 +118,9 @@ def _product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
     """Of two bfloat16 tensors too, in float32."""
     if a_NI.dtype == torch.float32:
         return product(a_NI, b_OI, bias_O)
-    out_NO: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, None, "none", [], "").float()
+    out_NO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
+        a_NI, b_OI, None, "none", [], ""
+    ).float()
     return out_NO if bias_O is None else out_NO.add_(bias_O)
 
 
@@ -141,7 +145,9 @@ def linear(
     return out
 
 
-def use_onednn(model: nn.Module, dtype: torch.dtype = torch.float32, but: nn.Module | None = None) -> None:
+def use_onednn(
+    model: nn.Module, dtype: torch.dtype = torch.float32, but: nn.Module | None = None
+) -> None:
     """From now on the model's linear layers multiply by oneDNN, forward and backward, all but one rounding to dtype."""
     for module in model.modules():
         if type(module) is nn.Linear:
@@ -166,8 +172,12 @@ def pack_weights(
     one round weights, inputs and results to it, and sum in float32.
     """
     use_onednn(model)
-    linears = [module for module in model.modules() if isinstance(module, OneDnnLinear | OneDnnConv1D)]
-    others = (module for module in model.modules() if not isinstance(module, OneDnnLinear | OneDnnConv1D))
+    linears = [
+        module for module in model.modules() if isinstance(module, OneDnnLinear | OneDnnConv1D)
+    ]
+    others = (
+        module for module in model.modules() if not isinstance(module, OneDnnLinear | OneDnnConv1D)
+    )
     shared = {id(weight) for module in others for weight in module.parameters(recurse=False)}
     num_bytes = 0
     for module in linears:
@@ -185,7 +195,9 @@ def pack_weights(
 def release_weight(module: nn.Module) -> None:
     """Leaves of a layer's weight its shape and float alone; another layer that shares it keeps it."""
     weight = module.get_parameter("weight")
-    module.register_parameter("weight", nn.Parameter(torch.empty_like(weight, device="meta"), False))
+    module.register_parameter(
+        "weight", nn.Parameter(torch.empty_like(weight, device="meta"), False)
+    )
 
 
 PACKED_FOR_ROWS = 16  # a hint to oneDNN; layouts for 8 to 64 rows measure alike
@@ -215,23 +227,23 @@ class PackedWeight:
 class TiledWeight(PackedWeight):
     """A weight in bfloat16 laid out for our own product (product.c): faster with few rows, and each row for itself."""
 
-    def __init__(self, tiles: Tensor, num_out: int, does: Kernels) -> None:
+    def __init__(self, tiles: Tensor, num_out: int, ops: Kernels) -> None:
         super().__init__(tiles)
         self._num_out = num_out
-        self._does = does
+        self._ops = ops
 
     def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
         bias_O = None if bias_O is None else bias_O.float()
         x = x.to(torch.bfloat16).contiguous()
-        return self._does.multiply_tiles(
+        return self._ops.multiply_tiles(
             x, self.tensor, self._num_out, bias_O, is_swish=activation == "swish"
         )
 
 
 def _pack(weight_OI: Tensor) -> PackedWeight:
-    does = kernels() if weight_OI.dtype == torch.bfloat16 else None
-    if does is not None and does.has_tiles and weight_OI.shape[1] % TILE_DEPTH == 0:
-        return TiledWeight(does.make_tiles(weight_OI), len(weight_OI), does)
+    ops = kernels() if weight_OI.dtype == torch.bfloat16 else None
+    if ops is not None and ops.has_tiles and weight_OI.shape[1] % TILE_DEPTH == 0:
+        return TiledWeight(ops.make_tiles(weight_OI), len(weight_OI), ops)
     return PackedWeight(torch.ops.mkldnn._reorder_linear_weight(weight_OI, PACKED_FOR_ROWS))
 
 
@@ -306,7 +318,9 @@ def _is_fast(a: Tensor, b: Tensor | None = None) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         # ctx is Any: torch does not type what a context carries
         x, weight_OI = x.to(dtype), weight_OI.to(dtype)
         ctx.save_for_backward(x, weight_OI)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worker.cpu.fused_decoder import WholeBody
+from worker.cpu.fused_decoder import FusedDecoder
 from worker.cpu.kernels.bindings import Kernels, kernels
 from worker.cpu.linear_ops import multiplier, packed_weight
 
@@ -26,7 +26,7 @@ Multiply = Callable[[Tensor], Tensor]
 
 
 def is_lean(model: Model) -> bool:
-    """Whether the model is one that LeanModel leaves nothing out of."""
+    """Whether the model is one that LlamaDecoder leaves nothing out of."""
     config = model.config
     if config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
         return False
@@ -38,7 +38,7 @@ def is_lean(model: Model) -> bool:
 def fuse_projections(model: Model) -> None:
     """Makes queries, keys and values one layer, whose product takes half the time of three at few rows.
 
-    From then on the model can be called through LeanModel alone.
+    From then on the model can be called through LlamaDecoder alone.
     """
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -60,24 +60,26 @@ def has_refined_head(model: Model) -> bool:
 
 def head_of(model: Model) -> Multiply:
     """Gives float32 logits [N, …, V] of hidden states [N, …, E]."""
-    head, does = model.get_output_embeddings(), kernels()
+    head, ops = model.get_output_embeddings(), kernels()
     packed = packed_weight(head)
-    if does is None or packed is None or packed.dtype != torch.bfloat16:
+    if ops is None or packed is None or packed.dtype != torch.bfloat16:
         exact: Multiply = head
         return exact
 
     def refined(hidden: Tensor) -> Tensor:
         hidden_NE = hidden.reshape(-1, hidden.shape[-1]).contiguous()  # prompts end at a stride
-        logits_NV = does.refine(packed.product(hidden_NE, None), hidden_NE, head.weight)
+        logits_NV = ops.refine(packed.product(hidden_NE, None), hidden_NE, head.weight)
         return logits_NV.view(*hidden.shape[:-1], -1)
 
     return refined
 
 
-MOST_TOKENS = 1024  # of a row that the kernels attend in one call: torch reads a longer prompt block by block
+MOST_TOKENS = (
+    1024  # of a row that the kernels attend in one call: torch reads a longer prompt block by block
+)
 
 
-class LeanModel:
+class LlamaDecoder:
     """Calls a model's layers one by one; the weights stay in the model, and may change."""
 
     def __init__(self, model: Model) -> None:
@@ -90,8 +92,8 @@ class LeanModel:
         self._table: tuple[Tensor, Tensor] | None = None
         self._kernels = kernels() if all(layer.has_few_parts for layer in self._layers) else None
         self._whole = None
-        if self._kernels is not None and WholeBody.knows(body.layers):
-            self._whole = WholeBody(self._kernels, body.layers, self._norm)
+        if self._kernels is not None and FusedDecoder.knows(body.layers):
+            self._whole = FusedDecoder(self._kernels, body.layers, self._norm)
 
     @property
     def cache_dtype(self) -> torch.dtype | None:
@@ -113,7 +115,7 @@ class LeanModel:
             hidden_NQE = layer.forward(hidden_NQE, seen, call.cache, index)
         return self._head(_normed(self._norm, hidden_NQE[:, -call.num_logits :])).squeeze(1)
 
-    def _compiled(self, does: Kernels, hidden_NQE: Tensor, call: Any) -> Tensor:
+    def _compiled(self, ops: Kernels, hidden_NQE: Tensor, call: Any) -> Tensor:
         """The same by kernels, up to the last norm: [N, num_logits, E]."""
         hidden_ME = hidden_NQE.view(-1, hidden_NQE.shape[-1])
         num_tokens, rotations = hidden_NQE.shape[1], self._rotations(hidden_NQE, call)
@@ -124,20 +126,26 @@ class LeanModel:
             like_NKWD = hidden_NQE.new_empty(1, first.num_heads[1], 1, first.head_width)
             call.cache.open_layers(len(self._layers), like_NKWD)
             if self._whole is not None:
-                return self._whole(hidden_ME, rotations, call).view_as(hidden_NQE)[:, -call.num_logits :]
-            attend = self._by_kernels(does, rotations, call)
+                return self._whole(hidden_ME, rotations, call).view_as(hidden_NQE)[
+                    :, -call.num_logits :
+                ]
+            attend = self._by_kernels(ops, rotations, call)
         norms = [layer.before_attention for layer in self._layers[1:]] + [self._norm]
-        normed = _added(does, hidden_ME, None, self._layers[0].before_attention, self._layers[0].rounds_to)
+        normed = _added(
+            ops, hidden_ME, None, self._layers[0].before_attention, self._layers[0].rounds_to
+        )
         for index, (layer, norm) in enumerate(zip(self._layers, norms, strict=True)):
             attended = layer.output(attend(layer.projected(normed), layer, index))
-            normed = _added(does, hidden_ME, attended, layer.before_mlp, layer.rounds_to)
-            more = layer.down(does.multiply(layer.gate(normed), layer.up(normed)))
+            normed = _added(ops, hidden_ME, attended, layer.before_mlp, layer.rounds_to)
+            more = layer.down(ops.multiply(layer.gate(normed), layer.up(normed)))
             dtype = hidden_ME.dtype if norm is self._norm else layer.rounds_to
-            normed = _added(does, hidden_ME, more, norm, dtype)
+            normed = _added(ops, hidden_ME, more, norm, dtype)
         return normed.view_as(hidden_NQE)[:, -call.num_logits :]
 
-    def _by_kernels(self, does: Kernels, rotations_MD: tuple[Tensor, Tensor], call: Any) -> "_Attend":
-        return lambda projected, layer, index: does.attend(
+    def _by_kernels(
+        self, ops: Kernels, rotations_MD: tuple[Tensor, Tensor], call: Any
+    ) -> "_Attend":
+        return lambda projected, layer, index: ops.attend(
             projected,
             rotations_MD if layer.is_rotated else None,
             call.cache.layers[index].whole,
@@ -163,9 +171,15 @@ class LeanModel:
         positions_M = call.positions_NQ.flatten()
         if not self._is_fixed:
             # of prompts the longest position decides, which is the caller's affair
-            return self._rotated_at(hidden_NQE, positions_M[None]) if hidden_NQE.shape[1] == 1 else None
+            return (
+                self._rotated_at(hidden_NQE, positions_M[None])
+                if hidden_NQE.shape[1] == 1
+                else None
+            )
         if self._table is None or call.cache.window.end > len(self._table[0]):
-            self._table = self._rotated_at(hidden_NQE, torch.arange(_table_size(call.cache.window.end))[None])
+            self._table = self._rotated_at(
+                hidden_NQE, torch.arange(_table_size(call.cache.window.end))[None]
+            )
         cos, sin = (table[positions_M] for table in self._table)
         return cos, sin
 
@@ -180,8 +194,10 @@ def _table_size(num_positions: int) -> int:
     return 1 << max(FIRST_POSITIONS, num_positions).bit_length()
 
 
-def _added(does: Kernels, hidden_NE: Tensor, more_NE: Tensor | None, norm: Any, dtype: torch.dtype) -> Tensor:
-    return does.add_norm(hidden_NE, more_NE, norm.weight, norm.variance_epsilon, dtype)
+def _added(
+    ops: Kernels, hidden_NE: Tensor, more_NE: Tensor | None, norm: Any, dtype: torch.dtype
+) -> Tensor:
+    return ops.add_norm(hidden_NE, more_NE, norm.weight, norm.variance_epsilon, dtype)
 
 
 @dataclass(frozen=True)
@@ -203,7 +219,9 @@ def _see(call: Any, rotations: tuple[Tensor, Tensor], dtype: torch.dtype) -> _Se
     if num_tokens > 1:
         is_past_QW = torch.ones(num_tokens, width, dtype=torch.bool, device=is_seen_NW.device)
         is_visible = is_seen_NW[:, None] & is_past_QW.tril_(width - num_tokens)
-        is_visible |= ~is_visible.any(-1, keepdim=True)  # padding sees nothing, whose softmax is not a number
+        is_visible |= ~is_visible.any(
+            -1, keepdim=True
+        )  # padding sees nothing, whose softmax is not a number
         return _Seen(cos, sin, is_visible[:, None], None)
     if is_seen_NW.all():
         return _Seen(cos, sin, None, None)
@@ -215,9 +233,14 @@ def _see(call: Any, rotations: tuple[Tensor, Tensor], dtype: torch.dtype) -> _Se
 class _Layer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
+        self.before_attention, self.before_mlp = (
+            layer.input_layernorm,
+            layer.post_attention_layernorm,
+        )
         fused = getattr(attention, "qkv_proj", None)
-        parts = [fused] if fused is not None else [attention.q_proj, attention.k_proj, attention.v_proj]
+        parts = (
+            [fused] if fused is not None else [attention.q_proj, attention.k_proj, attention.v_proj]
+        )
         self.projections = [multiplier(part) for part in parts]
         self.output = multiplier(attention.o_proj)
         self.gate, self.up = multiplier(mlp.gate_proj, "swish"), multiplier(mlp.up_proj)
@@ -268,7 +291,9 @@ class _Layer:
         keys, values = cache.update(key.transpose(1, 2), value.transpose(1, 2), index)
         return self._attend(query, keys, values, seen)
 
-    def _attend(self, query_NQHD: Tensor, keys_NKWD: Tensor, values_NKWD: Tensor, seen: _Seen) -> Tensor:
+    def _attend(
+        self, query_NQHD: Tensor, keys_NKWD: Tensor, values_NKWD: Tensor, seen: _Seen
+    ) -> Tensor:
         N, Q, H, D = query_NQHD.shape
         K, W = keys_NKWD.shape[1:3]
         keys_NKWD, values_NKWD = keys_NKWD.to(query_NQHD.dtype), values_NKWD.to(query_NQHD.dtype)

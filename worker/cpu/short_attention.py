@@ -46,21 +46,32 @@ def use_short_attention(model: PreTrainedModel) -> None:
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **more: Any,
 ) -> tuple[Tensor, None]:  # Any: whatever a family adds
     """What transformers calls for a layer: [B, H, T, D] and [B, K, S, D] to [B, T, H, D]."""
     scaling = more.get("scaling") or query.shape[-1] ** -0.5
     if (way := _WAY.get()) is not None:
         return way(query, key, value, scaling), None
     if not _is_short(query, key, attention_mask, more):
-        sdpa: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+        sdpa: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **more
+        )
         return sdpa
     is_causal = more.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if attention_mask is None and is_causal and (does := _kernels_for(query, key, value)) is not None:
+    if (
+        attention_mask is None
+        and is_causal
+        and (ops := _kernels_for(query, key, value)) is not None
+    ):
         # torch leaves apply untyped
-        attended: Tensor = _CausalAttention.apply(query, key, value, scaling, does)  # type: ignore[no-untyped-call]
+        attended: Tensor = _CausalAttention.apply(query, key, value, scaling, ops)  # type: ignore[no-untyped-call]
         return attended, None
     hidden_TS = None
     if attention_mask is not None:
@@ -72,8 +83,12 @@ def attend(
     return out, None
 
 
-def _is_short(query: Tensor, key: Tensor, attention_mask: Tensor | None, more: dict[str, Any]) -> bool:
-    is_plain = not more.get("dropout") and more.get("position_bias") is None and not more.get("softcap")
+def _is_short(
+    query: Tensor, key: Tensor, attention_mask: Tensor | None, more: dict[str, Any]
+) -> bool:
+    is_plain = (
+        not more.get("dropout") and more.get("position_bias") is None and not more.get("softcap")
+    )
     has_plain_mask = attention_mask is None or (
         attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
     )
@@ -91,25 +106,33 @@ def _is_short(query: Tensor, key: Tensor, attention_mask: Tensor | None, more: d
 def _kernels_for(query: Tensor, key: Tensor, value: Tensor) -> Kernels | None:
     """The compiled passes, where they do this layer: tokens that attend to themselves and those before, in heads of whole sixteens."""
     is_own = query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1]
-    return kernels() if is_own and query.shape[-1] % 16 == 0 and query.shape[1] % key.shape[1] == 0 else None
+    return (
+        kernels()
+        if is_own and query.shape[-1] % 16 == 0 and query.shape[1] % key.shape[1] == 0
+        else None
+    )
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(  # ctx is Any: torch does not type what a context carries
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, does: Kernels
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, ops: Kernels
     ) -> Tensor:
-        query_BTHD, key_BTKD, value_BTKD = (each.transpose(1, 2).contiguous() for each in (query, key, value))
-        out_BTHD, weights = does.attend_causally(query_BTHD, key_BTKD, value_BTKD, scaling)
+        query_BTHD, key_BTKD, value_BTKD = (
+            each.transpose(1, 2).contiguous() for each in (query, key, value)
+        )
+        out_BTHD, weights = ops.attend_causally(query_BTHD, key_BTKD, value_BTKD, scaling)
         ctx.save_for_backward(query_BTHD, key_BTKD, value_BTKD, weights)
-        ctx.scaling, ctx.does = scaling, does
+        ctx.scaling, ctx.ops = scaling, ops
         return out_BTHD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
         *operands, weights = ctx.saved_tensors
-        grads = ctx.does.attention_gradients(grad_BTHD.contiguous(), tuple(operands), weights, ctx.scaling)
+        grads = ctx.ops.attention_gradients(
+            grad_BTHD.contiguous(), tuple(operands), weights, ctx.scaling
+        )
         return (*(grad.transpose(1, 2) for grad in grads), None, None)
 
 
@@ -138,7 +161,9 @@ class Attended(NamedTuple):
     query_shape: torch.Size
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float) -> Attended:
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float
+) -> Attended:
     """[B, H, T, D] and [B, K, S, D], without autograd; `hidden` marks what must not be seen.
 
     Queries that share a key head stand below each other, in one matrix.

@@ -40,33 +40,39 @@ def use_lean_body(model: PreTrainedModel) -> None:
 
 
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:  # Any: a family's own class
-    if (does := _kernels_for(hidden_states)) is None:
+    if (ops := _kernels_for(hidden_states)) is None:
         return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
     # torch leaves apply untyped
-    return _Norm.apply(hidden_states, self.weight, self.variance_epsilon, does)  # type: ignore[no-any-return, no-untyped-call]
+    return _Norm.apply(hidden_states, self.weight, self.variance_epsilon, ops)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _gated_mlp(self: Any, x: Tensor) -> Tensor:
-    if (does := _kernels_for(x)) is None:
+    if (ops := _kernels_for(x)) is None:
         return type(self).forward(self, x)  # type: ignore[no-any-return]
-    middle: Tensor = _SwiGlu.apply(self.gate_proj(x), self.up_proj(x), does)  # type: ignore[no-untyped-call]
+    middle: Tensor = _SwiGlu.apply(self.gate_proj(x), self.up_proj(x), ops)  # type: ignore[no-untyped-call]
     return self.down_proj(middle)  # type: ignore[no-any-return]
 
 
-def _attention(self: Any, hidden_states: Tensor, *others: Any, **more: Any) -> tuple[Tensor, Tensor | None]:
+def _attention(
+    self: Any, hidden_states: Tensor, *others: Any, **more: Any
+) -> tuple[Tensor, Tensor | None]:
     positions = more.get("position_embeddings")
     is_stored = more.get("cache") is not None or more.get("past_key_values") is not None
     is_known = (
-        not others and not is_stored and positions is not None and positions[0].shape[-1] == self.head_dim
+        not others
+        and not is_stored
+        and positions is not None
+        and positions[0].shape[-1] == self.head_dim
     )
     is_known = is_known and self.config._attn_implementation == SHORT_ATTENTION
-    if not is_known or (does := _kernels_for(hidden_states)) is None:
+    if not is_known or (ops := _kernels_for(hidden_states)) is None:
         return type(self).forward(self, hidden_states, *others, **more)  # type: ignore[no-any-return]
     shape_BTHD = (*hidden_states.shape[:-1], -1, self.head_dim)
     cos_PTD, sin_PTD = (angles.contiguous() for angles in positions)  # type: ignore[union-attr]
+    unrotated = (project(hidden_states).view(shape_BTHD) for project in (self.q_proj, self.k_proj))
     query, key = (
-        _Rotation.apply(project(hidden_states).view(shape_BTHD), cos_PTD, sin_PTD, does).transpose(1, 2)  # type: ignore[no-untyped-call]
-        for project in (self.q_proj, self.k_proj)
+        _Rotation.apply(x_BTHD, cos_PTD, sin_PTD, ops).transpose(1, 2)  # type: ignore[no-untyped-call]
+        for x_BTHD in unrotated
     )
     value = self.v_proj(hidden_states).view(shape_BTHD).transpose(1, 2)
     dropout = self.attention_dropout if self.training else 0.0
@@ -82,18 +88,18 @@ def _kernels_for(x: Tensor) -> Kernels | None:
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_E: Tensor, eps: float, does: Kernels) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight_E: Tensor, eps: float, ops: Kernels) -> Tensor:
         # ctx is Any: torch does not type what a context carries
         x = x.contiguous()
-        out, scales = does.norm(x, weight_E, eps)
+        out, scales = ops.norm(x, weight_E, eps)
         ctx.save_for_backward(x, weight_E, scales)
-        ctx.does = does
+        ctx.ops = ops
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.does.norm_gradients(
+        gradients = ctx.ops.norm_gradients(
             grad.contiguous(), *ctx.saved_tensors, needs_weight=ctx.needs_input_grad[1]
         )
         return (*gradients, None, None)
@@ -101,26 +107,31 @@ class _Norm(torch.autograd.Function):
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, does: Kernels) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, up: Tensor, ops: Kernels) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
-        ctx.does = does
-        return does.swiglu(gate, up)
+        ctx.ops = ops
+        return ops.swiglu(gate, up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*ctx.does.swiglu_gradients(grad.contiguous(), *ctx.saved_tensors), None)
+        return (*ctx.ops.swiglu_gradients(grad.contiguous(), *ctx.saved_tensors), None)
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BTHD: Tensor, cos_PTD: Tensor, sin_PTD: Tensor, does: Kernels) -> Tensor:
+    def forward(ctx: Any, x_BTHD: Tensor, cos_PTD: Tensor, sin_PTD: Tensor, ops: Kernels) -> Tensor:
         ctx.save_for_backward(cos_PTD, sin_PTD)
-        ctx.does = does
-        return does.rotate(x_BTHD.contiguous(), cos_PTD, sin_PTD)
+        ctx.ops = ops
+        return ops.rotate(x_BTHD.contiguous(), cos_PTD, sin_PTD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.does.rotate(grad_BTHD.contiguous(), *ctx.saved_tensors, is_back=True), None, None, None
+        return (
+            ctx.ops.rotate(grad_BTHD.contiguous(), *ctx.saved_tensors, is_back=True),
+            None,
+            None,
+            None,
+        )

@@ -43,7 +43,9 @@ class Ranks:
             return list(numbers)
         loads = [0] * self.count
         mine = set()
-        for place in sorted(range(len(numbers)), key=lambda place: (-lengths[numbers[place]], place)):
+        for place in sorted(
+            range(len(numbers)), key=lambda place: (-lengths[numbers[place]], place)
+        ):
             rank = min(range(self.count), key=lambda rank: (loads[rank], rank))
             loads[rank] += lengths[numbers[place]]
             if rank == self.number:
@@ -54,7 +56,9 @@ class Ranks:
         """Each value summed over the processes."""
         if self.count == 1:
             return list(values)
-        return [float(value) for value in self.sum_tensor(torch.tensor(values, dtype=torch.float64))]
+        return [
+            float(value) for value in self.sum_tensor(torch.tensor(values, dtype=torch.float64))
+        ]
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """The sum over the processes, in place."""
@@ -70,12 +74,16 @@ class Ranks:
         """Gives every process the sum of the gradients; none stays none where no process has one."""
         if self.count == 1:
             return
-        have = self.sum_tensor(torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32))
+        have = self.sum_tensor(
+            torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+        )
         wanted = [p for p, num in zip(parameters, have.tolist(), strict=True) if num]
         for bucket in _buckets(wanted):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
             flat = self.sum_tensor(torch.cat([grad.reshape(-1) for grad in grads]))
-            for parameter, summed in zip(bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True):
+            for parameter, summed in zip(
+                bucket, torch.split(flat, [p.numel() for p in bucket]), strict=True
+            ):
                 parameter.grad = summed.view_as(parameter)
 
     def wait(self) -> None:

@@ -50,6 +50,8 @@ def attempt(part: str, code: str, work: Callable[[], T]) -> T | MissingPart:
         log.exception("part_failed: %s", part)
         is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         message = f"{type(error).__name__}: {error}"[:MAX_MESSAGE_CHARACTERS]
-        missing = MissingPart(part=part, code="out_of_memory" if is_out_of_memory else code, message=message)
+        missing = MissingPart(
+            part=part, code="out_of_memory" if is_out_of_memory else code, message=message
+        )
     gc.collect()  # what the failed part held is free once the error and its frames are gone
     return missing

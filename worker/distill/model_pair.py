@@ -19,7 +19,12 @@ from worker.distill.losses.lm_head import Head, load_head
 from worker.distill.losses.uld import DEFAULT_CE_WEIGHT, Aligned, align_rows
 from worker.distill.students.fresh import fresh_config
 from worker.distill.students.recipe import StudentRecipe, load_model, plan_student
-from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher, Teacher, cached_teacher
+from worker.distill.teachers.cached_teacher import (
+    CachedTeacher,
+    LiveTeacher,
+    Teacher,
+    cached_teacher,
+)
 from worker.distill.teachers.masked_lm import MaskedTeacher
 from worker.distill.teachers.signals import Signal, choose_signal
 from worker.distill.training.checkpoint import file_sha256
@@ -33,7 +38,7 @@ from worker.protocol.run_spec import RunSpec
 
 
 @dataclass(frozen=True)
-class Teaching:
+class ModelPair:
     """What is known of teacher and student before anything is computed, and the teacher once it is wanted."""
 
     spec: RunSpec
@@ -174,9 +179,13 @@ class Teaching:
                 "objective.hidden and objective.attention out, or use a pair that shares a tokenizer"
             )
         hidden = objective.hidden or (None if objective.attention else HiddenTerm())
-        return FeaturePlan(hidden, objective.attention, self.load_teacher, rows.teacher, self.spec.seed)
+        return FeaturePlan(
+            hidden, objective.attention, self.load_teacher, rows.teacher, self.spec.seed
+        )
 
-    def adapted(self, rows: Rows, batch_tokens: int, on_step: Callable[[int, int], None]) -> "Teaching":
+    def adapted(
+        self, rows: Rows, batch_tokens: int, on_step: Callable[[int, int], None]
+    ) -> "ModelPair":
         """The pair with its teacher adapted to the training rows, if it is a masked one and is to be; else itself."""
         steps = self.spec.distillation.objective.adaptation_steps
         if steps == 0 or (steps == "auto" and self.signal.name != "conditional_mlm"):
@@ -196,7 +205,9 @@ class Teaching:
             seed=self.spec.seed,
             device=self.device,
         )
-        return replace(self, adapted_dir=adapt(adaptation, self.spec.cache_dir / "adapted", on_step))
+        return replace(
+            self, adapted_dir=adapt(adaptation, self.spec.cache_dir / "adapted", on_step)
+        )
 
     def live_teacher(self, prefix: tuple[int, ...] = ()) -> Teacher:
         """`prefix` is what all of its rows begin with."""
@@ -208,7 +219,9 @@ class Teaching:
     def _aligned(self, rows: Rows) -> Aligned | None:
         if not self.signal.has_ranks:
             return None
-        return align_rows(rows, self.student, self.teacher, has_one_tokenizer=self.has_one_tokenizer)
+        return align_rows(
+            rows, self.student, self.teacher, has_one_tokenizer=self.has_one_tokenizer
+        )
 
     def cached_teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher:
         """The teacher of all students that are made as `recipe` says, whatever their size. Raises TokenizerMismatch."""
@@ -216,12 +229,16 @@ class Teaching:
         head = load_head(self.teacher_dir, len(self.teacher.tokenizer))
         bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
         num_parts = parts_beside(self.card.rounds_to)
-        head = replace(head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V, num_parts=num_parts)
+        head = replace(
+            head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V, num_parts=num_parts
+        )
         placed = self.placement
         examples = rows.teacher if aligned is None else aligned.examples
         is_causal = shape_of(self.teacher.config) == "causal" and placed.teacher_device == "cpu"
         prefix = shared_prefix(examples) if is_causal else ()
-        identity = f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}"
+        identity = (
+            f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}"
+        )
         if self.card.rounds_to != torch.float32:
             identity += f":{self.card.precision}"
         teacher = cached_teacher(
@@ -238,7 +255,9 @@ class Teaching:
         )
         teacher.notes = [*self._notes(aligned), *teacher.notes]
         if placed.is_teacher_first and not teacher.is_cached:
-            vars(self)["placement"] = self._place(can_cache=False)  # it has to be there all the time
+            vars(self)["placement"] = self._place(
+                can_cache=False
+            )  # it has to be there all the time
         return teacher
 
     def _notes(self, aligned: Aligned | None) -> list[str]:
@@ -288,7 +307,9 @@ def _is_head_of(folder: Path, head: Head) -> bool:
         return False
     if own.scale != head.scale:
         return False
-    is_bias_equal = own.bias_V is None or head.bias_V is None or torch.equal(own.bias_V, head.bias_V)
+    is_bias_equal = (
+        own.bias_V is None or head.bias_V is None or torch.equal(own.bias_V, head.bias_V)
+    )
     return is_bias_equal and torch.equal(own.weight_VH, head.weight_VH.cpu())
 
 

@@ -1,7 +1,5 @@
 """A whole distillation: rows, the teacher's answers, the training, the judgement, the student's folder."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,18 +15,24 @@ from worker.distill.data.rows import Example
 from worker.distill.data.sampler import Sampler
 from worker.distill.data_parallel import ALONE, Ranks
 from worker.distill.evaluation.held_out import HeldOut, HeldOutRows
-from worker.distill.evaluation.report import Judge, Tell, View
+from worker.distill.evaluation.report import Evaluator, Tell, View
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of
 from worker.distill.missing_results import MissingPart, attempt
-from worker.distill.model_pair import Teaching
-from worker.distill.student_sweep import Courses, Graduate, JudgeFor, calibrated, plan_courses
+from worker.distill.model_pair import ModelPair
+from worker.distill.student_sweep import (
+    JudgeFor,
+    SelectedStudent,
+    StudentSweep,
+    calibrated,
+    plan_courses,
+)
 from worker.distill.students.recipe import StudentRecipe
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.training.checkpoint import TrainState, link_folder, load_state
 from worker.distill.training.devices import find_device
 from worker.distill.training.rollouts import check_rollouts, plan_rollouts
-from worker.distill.training.trainer import Setup, Stopped, batch_tokens_of
+from worker.distill.training.trainer import Stopped, TrainingInputs, batch_tokens_of
 from worker.models.architectures import shape_of
 from worker.models.vocabulary import num_token_ids
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
@@ -86,7 +90,7 @@ class Pipeline:
             asked = load_state(spec.resume_dir).precision or asked
         card = find_device(ranks.number, asked)
         self.device = card.name
-        self.pair = Teaching(spec, self.device, card=card)
+        self.pair = ModelPair(spec, self.device, card=card)
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self) -> Outcome:
@@ -103,7 +107,9 @@ class Pipeline:
         self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
         courses = calibrated(courses, rows.train)
         # all processes have the cache that the first could make, or none has it
-        teacher = self.ranks.first_then_others(lambda: self.pair.cached_teacher(rows, courses[0].recipe))
+        teacher = self.ranks.first_then_others(
+            lambda: self.pair.cached_teacher(rows, courses[0].recipe)
+        )
         for note in teacher.notes:
             self.sink(MessageLine(message=note))
         with ExitStack() as open_teachers:
@@ -117,7 +123,7 @@ class Pipeline:
                 "num_processes": self.ranks.count,
                 "precision": self.pair.card.precision,
             }
-            taught = Courses(
+            taught = StudentSweep(
                 courses,
                 setup,
                 state.model_copy(update=now),
@@ -137,9 +143,11 @@ class Pipeline:
             return Outcome("student", graduate.result, taught.trained_tokens)
         link_folder(graduate.folder, self.out / "student")
         result = self._result(rows, graduate, num_computed)
-        return Outcome("student", result, taught.trained_tokens, self._ladder_files(graduate, result))
+        return Outcome(
+            "student", result, taught.trained_tokens, self._ladder_files(graduate, result)
+        )
 
-    def _result(self, rows: Rows, graduate: Graduate, num_computed: int) -> dict[str, Any]:
+    def _result(self, rows: Rows, graduate: SelectedStudent, num_computed: int) -> dict[str, Any]:
         """Returns the public result: the evaluation, and the counts of rows it rests on."""
         return {
             **graduate.result,
@@ -152,7 +160,7 @@ class Pipeline:
             "teacher_passes": round(num_computed / len(rows.teacher), 3),
         }
 
-    def _ladder_files(self, graduate: Graduate, result: dict[str, Any]) -> tuple[str, ...]:
+    def _ladder_files(self, graduate: SelectedStudent, result: dict[str, Any]) -> tuple[str, ...]:
         """Adds the ladder, if any, to the result; returns its files."""
         if not self.block.student.ladder:
             return ()
@@ -164,7 +172,7 @@ class Pipeline:
         result["missing"] = [*result.get("missing", []), files.model_dump()]
         return ()
 
-    def _draw(self, graduate: Graduate) -> tuple[str, ...]:
+    def _draw(self, graduate: SelectedStudent) -> tuple[str, ...]:
         """The ladder as files of the run's folder."""
         from worker.distill.evaluation.ladder_plot import (  # loads matplotlib, which few jobs need
             Rung,
@@ -193,7 +201,9 @@ class Pipeline:
         def tell(num_done: int, num_wanted: int) -> None:
             self._check_stop(step=0)
             if throttle.is_due():
-                self.sink(ProgressLine(percent=LOADED_PERCENT, rows_done=num_done, rows_total=num_wanted))
+                self.sink(
+                    ProgressLine(percent=LOADED_PERCENT, rows_done=num_done, rows_total=num_wanted)
+                )
 
         teacher.fill(self.ranks, batch_tokens_of(self.block.hyperparameters), tell)
 
@@ -209,7 +219,7 @@ class Pipeline:
             check_stop=lambda: self._check_stop(step=0),
         )
 
-    def _adapted_pair(self, rows: Rows) -> Teaching:
+    def _adapted_pair(self, rows: Rows) -> ModelPair:
         """The pair, its teacher adapted to the rows where that is asked for."""
         throttle = Throttle()
 
@@ -260,7 +270,7 @@ class Pipeline:
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # 4% of a step
 
-    def _check_resumed(self, state: TrainState, setup: Setup) -> None:
+    def _check_resumed(self, state: TrainState, setup: TrainingInputs) -> None:
         if self.spec.resume_dir is not None and state.inputs_sha256 != setup.inputs_sha256:
             self._warn(
                 "the job's inputs have changed since the checkpoint: the run goes on, but not bit for bit"
@@ -272,7 +282,7 @@ class Pipeline:
         recipe: StudentRecipe,
         teacher: CachedTeacher,
         state: TrainState,
-    ) -> Setup:
+    ) -> TrainingInputs:
         tokenizer = self.pair.student.tokenizer
         answers_path = None
         if rows.answer_keys:
@@ -286,7 +296,7 @@ class Pipeline:
             best_dir = self.out / "best-before"
             if self.ranks.is_first:
                 link_folder(source, best_dir)
-        return Setup(
+        return TrainingInputs(
             out=self.out,
             objective=self.pair.objective,
             hyperparameters=self.block.hyperparameters,
@@ -301,7 +311,7 @@ class Pipeline:
             signal=self.pair.signal,
             has_one_tokenizer=self.pair.has_one_tokenizer,
             answers_path=answers_path,
-            inputs_sha256=self._inputs_sha256(rows),
+            inputs_sha256=rows.inputs_sha256(self.block, self.spec.seed),
             device=self.device,
             resume_dir=resume_dir,
             best_dir=best_dir,
@@ -313,7 +323,7 @@ class Pipeline:
             features=self.pair.features(rows),
         )
 
-    def _judge(self, rows: Rows, teacher: CachedTeacher, tell: Tell) -> Judge:
+    def _judge(self, rows: Rows, teacher: CachedTeacher, tell: Tell) -> Evaluator:
         objective = TokenObjective.from_objective(self.block.objective)
         tokens, num_train = batch_tokens_of(self.block.hyperparameters), len(rows.train)
 
@@ -325,7 +335,9 @@ class Pipeline:
 
         def measure(model: PreTrainedModel) -> HeldOut:
             head = head_of(model, len(self.pair.student.tokenizer))
-            return valid.measure(model, head, teacher if self.pair.has_one_tokenizer else None, objective)
+            return valid.measure(
+                model, head, teacher if self.pair.has_one_tokenizer else None, objective
+            )
 
         def measure_teacher(model: PreTrainedModel) -> HeldOut:
             if shape_of(model.config) == "masked":
@@ -336,13 +348,17 @@ class Pipeline:
                 torch.float32,
             ):
                 head = teacher.head
-            rows = None if self.pair.signal.has_ranks else teacher  # those are of some targets alone
+            rows = (
+                None if self.pair.signal.has_ranks else teacher
+            )  # those are of some targets alone
             return teachers_valid.measure(model, head, rows, objective)
 
-        return Judge(
+        return Evaluator(
             spec=self.spec,
             student_view=View(rows.valid, self.pair.student.tokenizer, measure),
-            teacher_view=View(teachers_valid.examples, self.pair.teacher.tokenizer, measure_teacher),
+            teacher_view=View(
+                teachers_valid.examples, self.pair.teacher.tokenizer, measure_teacher
+            ),
             valid_rows=rows.valid_rows,
             device=self.device,
             load_teacher=self.pair.load_evaluated_teacher,
@@ -358,7 +374,7 @@ class Pipeline:
         if self.spec.test_path is None:
             return None
 
-        def prepare(tell: Tell) -> Judge:
+        def prepare(tell: Tell) -> Evaluator:
             teacher.release()  # its rows are no longer needed, and there may be no room for two
             rows = self._preparation().test_rows(lambda share: tell(share / 2))
             test_teacher = self.pair.cached_teacher(rows, recipe)
@@ -369,13 +385,6 @@ class Pipeline:
             return self._judge(rows, test_teacher, tell)
 
         return prepare
-
-    def _inputs_sha256(self, rows: Rows) -> str:
-        """Hash of what the training depends on; test rows are no part of it."""
-        block = self.block.model_dump(mode="json", exclude={"evaluation": {"test_file"}})
-        parts = [block, self.spec.seed]
-        parts += [[row.token_ids, row.spans] for row in (*rows.train, *rows.valid)]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def _check_stop(self, *, step: int) -> None:
         if self.should_stop():

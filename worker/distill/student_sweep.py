@@ -15,15 +15,22 @@ from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.data.rows import Example
 from worker.distill.evaluation.held_out import size_of
 from worker.distill.evaluation.model_selection import LESS_IS_BETTER, choose, passes
-from worker.distill.evaluation.report import Judge, Tell
+from worker.distill.evaluation.report import Evaluator, Tell
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.students.recipe import StudentRecipe, plan_student
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import TrainState, link_folder
-from worker.distill.training.trainer import Setup, Stopped, Trainer
+from worker.distill.training.trainer import Stopped, Trainer, TrainingInputs
 from worker.errors import EvaluationFailed, GateFailed
 from worker.models.architectures import bare_model, read_config
-from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, StageName, Throttle
+from worker.protocol.run_lines import (
+    MessageLine,
+    ProgressLine,
+    Sink,
+    StageLine,
+    StageName,
+    Throttle,
+)
 from worker.protocol.run_spec import RunSpec
 
 NUM_CALIBRATION = 8  # rows by which the parts of a width are judged
@@ -36,11 +43,11 @@ STUDENT = "student"  # the label of a single one
 TRAINED = ("num_steps", "num_planned_steps", "best_step", "train_seconds", "stopped_early")
 
 Entry = dict[str, Any]  # Any: open-ended JSON
-JudgeFor = Callable[[Tell], Judge]
+JudgeFor = Callable[[Tell], Evaluator]
 
 
 @dataclass(frozen=True)
-class Course:
+class StudentRun:
     """One student to be trained; a baseline learns from the text alone."""
 
     label: str
@@ -53,7 +60,7 @@ class Course:
             return "the baseline on the text alone"
         return self.label if self.label == STUDENT else f"{STUDENT} of {self.label}"
 
-    def setup(self, setup: Setup) -> Setup:
+    def setup(self, setup: TrainingInputs) -> TrainingInputs:
         """The job's setup as this course has it."""
         setup = replace(setup, recipe=self.recipe)
         if not self.is_baseline:
@@ -64,11 +71,11 @@ class Course:
         return replace(setup, recipe=recipe, objective=objective, signal=signal, features=None)
 
 
-def plan_courses(spec: RunSpec) -> list[Course]:
+def plan_courses(spec: RunSpec) -> list[StudentRun]:
     """A course for each student of the job, the smallest first. Raises what plan_student does for any of them."""
     student = spec.distillation.student
     return [
-        Course(
+        StudentRun(
             STUDENT if size is None else f"{size} layer{'s' if size > 1 else ''}",
             plan_student(spec.teacher_dir, spec.start_dir, student, size, seed=spec.seed),
         )
@@ -76,14 +83,16 @@ def plan_courses(spec: RunSpec) -> list[Course]:
     ]
 
 
-def calibrated(courses: Sequence[Course], rows: Sequence[Example]) -> list[Course]:
+def calibrated(courses: Sequence[StudentRun], rows: Sequence[Example]) -> list[StudentRun]:
     """The courses with what a narrower student's parts are judged by."""
-    sequences = [ids for row in rows[:NUM_CALIBRATION] for ids in (row.source_ids, row.token_ids) if ids]
+    sequences = [
+        ids for row in rows[:NUM_CALIBRATION] for ids in (row.source_ids, row.token_ids) if ids
+    ]
     return [replace(c, recipe=replace(c.recipe, calibration=tuple(sequences))) for c in courses]
 
 
 @dataclass(frozen=True)
-class Graduate:
+class SelectedStudent:
     """The chosen student's folder, what the public result says of it, and an entry for each that was trained."""
 
     folder: Path
@@ -91,13 +100,13 @@ class Graduate:
     ladder: list[Entry]
 
 
-class Courses:
+class StudentSweep:
     """Trains and judges the students of a job; goes on in the course, and from the step, that `state` says."""
 
     def __init__(
         self,
-        courses: Sequence[Course],
-        setup: Setup,
+        courses: Sequence[StudentRun],
+        setup: TrainingInputs,
         state: TrainState,
         *,
         evaluation: Evaluation,
@@ -130,10 +139,14 @@ class Courses:
             for number, folder in enumerate(self._finished_dirs):
                 link_folder(setup.resume_dir / "finished" / str(number), folder)
 
-    def run(self, answers: AnswerFile) -> Graduate:
+    def run(self, answers: AnswerFile) -> SelectedStudent:
         """Raises GateFailed if no student passes, EvaluationFailed if that is unknown, and what a training raises."""
         gate = self.evaluation.gate
-        if gate is not None and gate.metric in ("accuracy", "macro_f1") and self.judge.labels is None:
+        if (
+            gate is not None
+            and gate.metric in ("accuracy", "macro_f1")
+            and self.judge.labels is None
+        ):
             raise GateFailed(
                 f"the targets are no labels, so there is no {gate.metric}; gate on rouge_l or kl"
             )
@@ -148,7 +161,9 @@ class Courses:
             raise _not_passed(gate, entries)
         result = self._compare(chosen, answers)
         ladder = [{**entry, "chosen": number == chosen} for number, entry in enumerate(entries)]
-        tests = result.pop("test_ladder", None)  # None: no test file, or the evaluation on it failed
+        tests = result.pop(
+            "test_ladder", None
+        )  # None: no test file, or the evaluation on it failed
         if self._test_judge_for is not None:
             result["validation"] = {"student": _figures(entries[chosen])}
         if tests is not None:
@@ -159,7 +174,7 @@ class Courses:
             "is_chosen_on_judged_rows": not is_tested,
         }
         trained = {name: entries[chosen][name] for name in TRAINED}
-        return Graduate(self._finished_dirs[chosen], {**result, **judged, **trained}, ladder)
+        return SelectedStudent(self._finished_dirs[chosen], {**result, **judged, **trained}, ladder)
 
     def _compare(self, chosen: int, answers: AnswerFile) -> Entry:
         """Returns the report on the chosen student; `missing` lists what could not be made."""
@@ -227,7 +242,11 @@ class Courses:
 
         def evaluate() -> Entry:
             entry = self._evaluated(lambda: self.judge.entry(folder, answers), decision)
-            return {**size_of(bare_model(read_config(folder))), **entry} if "missing" in entry else entry
+            return (
+                {**size_of(bare_model(read_config(folder))), **entry}
+                if "missing" in entry
+                else entry
+            )
 
         return self.setup.ranks.from_first(evaluate)
 
@@ -238,7 +257,11 @@ class Courses:
             if "missing" in entry:
                 kept = {name: entry[name] for name in (*TRAINED, "label", "trained_tokens")}
                 evaluation = self._evaluate(folder, answers)
-                finished[number] = {**evaluation, **kept, "passed": passes(self.evaluation.gate, evaluation)}
+                finished[number] = {
+                    **evaluation,
+                    **kept,
+                    "passed": passes(self.evaluation.gate, evaluation),
+                }
         self.state = self.state.model_copy(update={"finished": tuple(finished)})
 
     def _evaluated(self, evaluate: Callable[[], Entry], decision: str) -> Entry:
@@ -254,7 +277,9 @@ class Courses:
 
     @property
     def _finished_dirs(self) -> tuple[Path, ...]:
-        return tuple(self.setup.out / "finished" / str(number) for number in range(len(self.state.finished)))
+        return tuple(
+            self.setup.out / "finished" / str(number) for number in range(len(self.state.finished))
+        )
 
     def _take(self, number: int, answers: AnswerFile) -> None:
         """Trains and judges one student, and goes on behind it."""
@@ -288,11 +313,13 @@ class Courses:
         )
         self.setup = replace(self.setup, resume_dir=None, best_dir=None)
 
-    def _train(self, number: int, course: Course) -> tuple[TrainState, Path, int]:
+    def _train(self, number: int, course: StudentRun) -> tuple[TrainState, Path, int]:
         """The state at the end, the folder of the best student, and how many steps there were to be."""
         self._enter("training", 0.0, 0.0)
         if self.num_courses > 1:
-            self.sink(MessageLine(message=f"training {course.name} ({number + 1} of {self.num_courses})"))
+            self.sink(
+                MessageLine(message=f"training {course.name} ({number + 1} of {self.num_courses})")
+            )
         setup = replace(
             course.setup(self.setup),
             finished_dirs=self._finished_dirs,
@@ -342,7 +369,10 @@ def _not_passed(gate: Gate, entries: Sequence[Entry]) -> GateFailed | Evaluation
     failed = [entry for entry in entries if "missing" in entry]
     if not failed:
         return GateFailed(_why(gate, entries))
-    labels, message = ", ".join(entry["label"] for entry in failed), failed[0]["missing"][0]["message"]
+    labels, message = (
+        ", ".join(entry["label"] for entry in failed),
+        failed[0]["missing"][0]["message"],
+    )
     return EvaluationFailed(
         f"the evaluation failed ({labels}; {message}), so the gate on {gate.metric} could not be checked and no student "
         "is registered; the checkpoints are kept: remove the cause, then resume the job"
@@ -351,10 +381,14 @@ def _not_passed(gate: Gate, entries: Sequence[Entry]) -> GateFailed | Evaluation
 
 def _why(gate: Gate, entries: Sequence[Entry]) -> str:
     """Why no student passes, and what to change."""
-    sign, bound = ("at least", gate.at_least) if gate.at_least is not None else ("at most", gate.at_most)
+    sign, bound = (
+        ("at least", gate.at_least) if gate.at_least is not None else ("at most", gate.at_most)
+    )
     measured = [(entry[gate.metric], entry["label"]) for entry in entries if gate.metric in entry]
     if not measured:
-        return f"{gate.metric}, which the gate asks for, could not be measured; gate on another metric"
+        return (
+            f"{gate.metric}, which the gate asks for, could not be measured; gate on another metric"
+        )
     value, label = (min if gate.metric in LESS_IS_BETTER else max)(measured)
     return (
         f"no student passes the gate: {gate.metric} is to be {sign} {bound:g}, and the best is {value:.4g} ({label}); "

@@ -1,6 +1,6 @@
 """The supervisor's hand in the database: claim a job, say how it goes, end it. Each call is one transaction.
 
-A call that finds the lease gone raises AuthorityLost: kill the run and write nothing more. A database that is
+A call that finds the lease gone raises LeaseLost: kill the run and write nothing more. A database that is
 away for a moment is tried again; an ending whose answer got lost is recognised and not done twice.
 """
 
@@ -24,7 +24,7 @@ from app.contracts.messages import (
     ModelFacts,
 )
 from app.crash_points import crash_point
-from app.db import jobs, leases, reconciliation
+from app.db import checkpoints, jobs, leases, reconciliation
 from app.db.job_states import add_event, begin_stage
 from app.db.schema.tables import Checkpoint, Job, Metric
 from app.db.session import DatabaseUnavailable, Session, transaction
@@ -38,7 +38,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class AuthorityLost(Exception):
+class LeaseLost(Exception):
     """The lease is somebody else's, or the job has ended: stop, and write nothing."""
 
 
@@ -70,14 +70,14 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Orders:
+class JobSignals:
     """What the job's owner wants of the run."""
 
     cancel: bool
     pause: bool
 
 
-def tried_again(call: Callable[P, R]) -> Callable[P, R]:
+def retry_on_disconnect(call: Callable[P, R]) -> Callable[P, R]:
     """Repeats a whole transaction when the database was away; the last failure is the caller's."""
 
     @functools.wraps(call)
@@ -100,7 +100,7 @@ def claim(worker_id: str) -> Lease | None:
             return taken
 
 
-@tried_again
+@retry_on_disconnect
 def _claim(owner: str) -> Lease | Job | None:
     """A lease; or the job, failed, if its spec is not one that this version can run."""
     with transaction() as session:
@@ -111,7 +111,9 @@ def _claim(owner: str) -> Lease | Job | None:
         try:
             spec = job_spec.validate_python(job.spec)
         except ValidationError as error:
-            message = f"this version cannot read the job; submit it again ({error.error_count()} faults)"
+            message = (
+                f"this version cannot read the job; submit it again ({error.error_count()} faults)"
+            )
             failure = JobFailure(code="invalid_spec", message=message)
             return leases.fail(session, job.id, job.lease_token, failure)
         resume = _newest(session, job.id, job.lease_token)
@@ -119,16 +121,18 @@ def _claim(owner: str) -> Lease | Job | None:
         return Lease(job.id, job.lease_token, job.attempt, spec, job.project_id, resume)
 
 
-@tried_again
-def heartbeat(lease: Lease) -> Orders:
+@retry_on_disconnect
+def heartbeat(lease: Lease) -> JobSignals:
     crash_point("heartbeat.begun")
     with transaction() as session:
         job = leases.heartbeat(session, lease.job_id, lease.token, get_settings().lease_seconds)
         held = _demand(session, lease, job)
-        return Orders(cancel=held.cancel_requested_at is not None, pause=held.pause_requested_at is not None)
+        return JobSignals(
+            cancel=held.cancel_requested_at is not None, pause=held.pause_requested_at is not None
+        )
 
 
-@tried_again
+@retry_on_disconnect
 def record(lease: Lease, number: int, lines: Sequence[RunLine]) -> None:
     """Writes stages, progress, metrics and messages into the job, its series and its history; skips other lines.
 
@@ -147,13 +151,19 @@ def record(lease: Lease, number: int, lines: Sequence[RunLine]) -> None:
                     columns["stage"] = line.name
                     columns["stages"] = begin_stage(columns.get("stages", job.stages), line.name)
                     add_event(
-                        session, job.id, f"Stage: {line.name}.", type="stage", data={"stage": line.name}
+                        session,
+                        job.id,
+                        f"Stage: {line.name}.",
+                        type="stage",
+                        data={"stage": line.name},
                     )
                 case ProgressLine():
                     columns["progress"] = line.model_dump(exclude={"type"}, exclude_none=True)
                 case MetricsLine():
                     values = {"step": line.step, **line.values}
-                    columns["latest_metrics"] = columns.get("latest_metrics", job.latest_metrics) | values
+                    columns["latest_metrics"] = (
+                        columns.get("latest_metrics", job.latest_metrics) | values
+                    )
                     leases.write_metrics(session, job.id, line.step, line.values)
                     add_event(session, job.id, _sentence(line), type="metrics", data=values)
                 case MessageLine():
@@ -162,38 +172,40 @@ def record(lease: Lease, number: int, lines: Sequence[RunLine]) -> None:
             leases.write_progress(session, job.id, lease.token, **columns)
 
 
-@tried_again
+@retry_on_disconnect
 def commit_checkpoint(
     lease: Lease, step: int, ref: ArtifactRef, metrics: dict[str, float], is_best: bool
 ) -> list[str]:
     """Makes a stored checkpoint the job's; gives the store keys of those that nobody needs any more."""
     crash_point("commit.begun")
     with transaction() as session:
-        is_committed = leases.insert_checkpoint(
+        is_committed = checkpoints.insert_checkpoint(
             session, lease.job_id, lease.token, step=step, ref=ref, metrics=metrics, is_best=is_best
         )
         if not is_committed:
-            raise AuthorityLost(lease.job_id)
-        return leases.retire_checkpoints(session, lease.job_id, get_settings().keep_checkpoints)
+            raise LeaseLost(lease.job_id)
+        return checkpoints.retire_checkpoints(
+            session, lease.job_id, get_settings().keep_checkpoints
+        )
 
 
-@tried_again
+@retry_on_disconnect
 def mark_corrupt(lease: Lease, checkpoint_id: str) -> CheckpointRef | None:
     """Takes a damaged checkpoint out of use; gives the next older one, None if the run begins anew."""
     with transaction() as session:
-        if not leases.mark_corrupt(session, lease.job_id, lease.token, checkpoint_id):
-            raise AuthorityLost(lease.job_id)
+        if not checkpoints.mark_corrupt(session, lease.job_id, lease.token, checkpoint_id):
+            raise LeaseLost(lease.job_id)
         return _newest(session, lease.job_id, lease.token)
 
 
-@tried_again
+@retry_on_disconnect
 def metric_series(lease: Lease) -> list[Metric]:
     """All that the job's attempts have measured."""
     with transaction() as session:
         return jobs.metric_series(session, lease.job_id, most=MOST_POINTS)
 
 
-@tried_again
+@retry_on_disconnect
 def finish(
     lease: Lease,
     *,
@@ -215,7 +227,9 @@ def finish(
         "bytes": ref.bytes,
         "manifest_sha256": ref.sha256,
         "facts": facts.model_dump(mode="json"),
-        "teacher_id": lease.spec.distillation.teacher if isinstance(lease.spec, DistillationJob) else None,
+        "teacher_id": lease.spec.distillation.teacher
+        if isinstance(lease.spec, DistillationJob)
+        else None,
     }
     crash_point("finish.begun")
     with transaction() as session:
@@ -234,7 +248,7 @@ def finish(
         return job.status == JobStatus.succeeded
 
 
-@tried_again
+@retry_on_disconnect
 def fail(lease: Lease, failure: JobFailure) -> None:
     """Ends the job for a reason that trying again will not mend."""
     crash_point("fail.begun")
@@ -243,14 +257,14 @@ def fail(lease: Lease, failure: JobFailure) -> None:
             _demand_outcome(session, lease, "failed")
 
 
-@tried_again
+@retry_on_disconnect
 def cancelled(lease: Lease) -> None:
     with transaction() as session:
         if leases.cancel(session, lease.job_id, lease.token) is None:
             _demand_outcome(session, lease, "cancelled")
 
 
-@tried_again
+@retry_on_disconnect
 def paused(lease: Lease) -> None:
     """The run has stopped at a checkpoint because its owner wanted a pause."""
     with transaction() as session:
@@ -258,15 +272,15 @@ def paused(lease: Lease) -> None:
             _demand_outcome(session, lease, "paused", "released", "cancelled")
 
 
-@tried_again
-def rest(lease: Lease, message: str) -> None:
+@retry_on_disconnect
+def pause_for_disk(lease: Lease, message: str) -> None:
     """The run cannot go on for want of something that its owner can give: it waits, and keeps its checkpoints."""
     with transaction() as session:
-        if leases.rest(session, lease.job_id, lease.token, message=message) is None:
+        if leases.pause_for_disk(session, lease.job_id, lease.token, message=message) is None:
             _demand_outcome(session, lease, "paused", "cancelled")
 
 
-@tried_again
+@retry_on_disconnect
 def release(lease: Lease, reason: str) -> None:
     """The worker leaves: the job goes back to the queue, and no loss is counted."""
     with transaction() as session:
@@ -274,13 +288,15 @@ def release(lease: Lease, reason: str) -> None:
             _demand_outcome(session, lease, "released", "paused", "cancelled")
 
 
-@tried_again
+@retry_on_disconnect
 def lost(lease: Lease, reason: str, error_code: str = "worker_lost") -> None:
     """The run died under us: it is tried again, or the job fails with `error_code` after too many losses."""
     settings = get_settings()
-    losses = leases.Losses(settings.max_losses, settings.retry_backoff_seconds)
+    retry_policy = leases.RetryPolicy(settings.max_losses, settings.retry_backoff_seconds)
     with transaction() as session:
-        job = leases.lose(session, lease.job_id, lease.token, losses, reason=reason, error_code=error_code)
+        job = leases.lose(
+            session, lease.job_id, lease.token, retry_policy, reason=reason, error_code=error_code
+        )
         if job is None:
             _demand_outcome(session, lease, "lost", "out_of_memory", "paused", "cancelled")
 
@@ -288,19 +304,23 @@ def lost(lease: Lease, reason: str, error_code: str = "worker_lost") -> None:
 def ended(names: Sequence[str]) -> list[str]:
     """Returns those of the names that are jobs which have ended; a failed one may be resumed later."""
     with transaction() as session:
-        return [name for name, job in reconciliation.stored_jobs(session, names).items() if job.has_ended]
+        return [
+            name
+            for name, job in reconciliation.stored_jobs(session, names).items()
+            if job.has_ended
+        ]
 
 
 def _demand(session: Session, lease: Lease, job: Job | None) -> Job:
     if job is None:
-        raise AuthorityLost(lease.job_id)
+        raise LeaseLost(lease.job_id)
     return job
 
 
 def _demand_outcome(session: Session, lease: Lease, *outcomes: str) -> bool:
-    """True if this attempt has already ended so, by a call whose answer got lost; raises AuthorityLost."""
+    """True if this attempt has already ended so, by a call whose answer got lost; raises LeaseLost."""
     if leases.outcome_of(session, lease.token) not in outcomes:
-        raise AuthorityLost(lease.job_id)
+        raise LeaseLost(lease.job_id)
     return True
 
 

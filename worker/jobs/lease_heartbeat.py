@@ -12,26 +12,32 @@ import structlog
 
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from worker.jobs import lease_client
-from worker.jobs.lease_client import AuthorityLost, Lease, Orders
+from worker.jobs.lease_client import JobSignals, Lease, LeaseLost
 
 log = structlog.get_logger(__name__)
 
-OUTAGE_SECONDS = 1800.0  # without the database: by then another worker has the job, or nobody works any more
+OUTAGE_SECONDS = (
+    1800.0  # without the database: by then another worker has the job, or nobody works any more
+)
 DATABASE_AWAY = (DatabaseUnavailable, PoolExhausted)
 
 
-class Heart:
+class LeaseHeartbeat:
     """Beats while the block runs; `orders` are the newest that came back."""
 
-    def __init__(self, lease: Lease, *, beat_seconds: float, outage_seconds: float = OUTAGE_SECONDS) -> None:
+    def __init__(
+        self, lease: Lease, *, beat_seconds: float, outage_seconds: float = OUTAGE_SECONDS
+    ) -> None:
         self.lease = lease
-        self.orders = Orders(cancel=False, pause=False)
+        self.orders = JobSignals(cancel=False, pause=False)
         self._beat_seconds = beat_seconds
         self._outage_seconds = outage_seconds
         self._renewed_at = time.monotonic()
         self._is_refused = False
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"heart-{lease.job_id}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._beat, name=f"heart-{lease.job_id}", daemon=True
+        )
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -51,7 +57,7 @@ class Heart:
             try:
                 self.orders = lease_client.heartbeat(self.lease)
                 self._renewed_at = time.monotonic()
-            except AuthorityLost:
+            except LeaseLost:
                 self._is_refused = True
                 return
             except DATABASE_AWAY as error:

@@ -34,12 +34,16 @@ def metrics_csv(series: Iterable[Metric]) -> str:
     table = csv.writer(lines, lineterminator="\n")
     table.writerow(["step", *OPENAI_COLUMNS, *names])
     for step, values in sorted(steps.items()):
-        theirs = [values.get(column, values.get(ours, "")) for column, ours in OPENAI_COLUMNS.items()]
+        theirs = [
+            values.get(column, values.get(ours, "")) for column, ours in OPENAI_COLUMNS.items()
+        ]
         table.writerow([step, *theirs, *(values.get(name, "") for name in names)])
     return lines.getvalue()
 
 
-def upload_results(folder: Path, names: Sequence[str], series: Iterable[Metric]) -> list[FileColumns]:
+def upload_results(
+    folder: Path, names: Sequence[str], series: Iterable[Metric]
+) -> list[FileColumns]:
     """Puts the metrics and the named files of the run's folder into the store; gives the rows to insert.
 
     Until a row refers to it, an upload is garbage that the collector knows by its place. Raises StorageError.
@@ -48,8 +52,14 @@ def upload_results(folder: Path, names: Sequence[str], series: Iterable[Metric])
     rows = []
     for name in (METRICS_CSV, *names):
         path = folder / name
-        if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-            raise StorageError(f"the run names the result file {name!r}, which is no file of its folder")
+        if (
+            path.is_symlink()
+            or not path.is_file()
+            or not path.resolve().is_relative_to(folder.resolve())
+        ):
+            raise StorageError(
+                f"the run names the result file {name!r}, which is no file of its folder"
+            )
         file_id = new_id("file-")
         ref: ArtifactRef = store().put_file(path, f"files/{file_id}")
         rows.append(

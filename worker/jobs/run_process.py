@@ -26,7 +26,9 @@ log = structlog.get_logger(__name__)
 
 MAX_WAITING_LINES = 1000  # then the run itself has to wait
 PIPE_SECONDS = 5.0
-LAST_LINES = 3  # of standard error, where a traceback says why a run ended; earlier ones may be warnings
+LAST_LINES = (
+    3  # of standard error, where a traceback says why a run ended; earlier ones may be warnings
+)
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "allocate memory", "not enough memory")
 
 
@@ -74,7 +76,9 @@ class RunProcess:
     def is_over(self) -> bool:
         """Whether it has ended and all it said was taken; a child of its own may hold the pipe open for ever."""
         if self._process.returncode is None and self._process.poll() is not None:
-            self._heard_at = time.monotonic()  # the end is news: if we stood still, the rest is not read yet
+            self._heard_at = (
+                time.monotonic()
+            )  # the end is news: if we stood still, the rest is not read yet
         is_read = not self._reader.is_alive() or self.silent_seconds > PIPE_SECONDS
         return self._process.returncode is not None and is_read and self._lines.empty()
 
@@ -192,5 +196,7 @@ def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> 
     if isinstance(spec, ImportJob) and spec.hub is not None and spec.uses_hub_token:
         environment["STILLHOUSE_HF_TOKEN"] = settings.hf_token
     if settings.num_threads:
-        environment |= {name: str(settings.num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        environment |= {
+            name: str(settings.num_threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        }
     return environment

@@ -1,53 +1,19 @@
-"""One train worker's loop: claim a job, run it as a process, tell the ledger, until nothing is due.
-
-The run knows neither the queue nor the database; what it prints becomes the job's state here. Every write goes
-through the lease, so a supervisor that was given up for dead writes nothing and kills its run.
-"""
+"""Claims jobs and runs one attempt at each, until no job is due."""
 
 import contextlib
-import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import ParamSpec, TypeVar
+from collections.abc import Callable
 
 import structlog
 
-from app.artifact_cache import ArtifactCache
-from app.contracts.messages import ArtifactRef, DistillationJob, ImportJob, JobFailure, ModelFacts
 from app.crash_points import crash_point
-from app.settings import Settings, get_settings
-from app.storage import CorruptArtifact, StorageError, store
-from worker.core_sharing import shared_cores
-from worker.disk import is_disk_full
-from worker.errors import DiskFull
+from app.settings import get_settings
 from worker.jobs import lease_client
-from worker.jobs.lease_client import AuthorityLost, Lease
-from worker.jobs.lease_heartbeat import DATABASE_AWAY, Heart
-from worker.jobs.result_files import FileColumns, upload_results
-from worker.jobs.run_process import RunProcess, child_environment
-from worker.protocol.import_spec import ImportSpec
-from worker.protocol.run_lines import (
-    CheckpointLine,
-    ErrorLine,
-    MessageLine,
-    ResultLine,
-    RunLine,
-    StoppedLine,
-)
-from worker.protocol.run_spec import RunSpec
+from worker.jobs.attempt import Attempt
+from worker.jobs.lease_client import Lease, LeaseLost
+from worker.jobs.lease_heartbeat import DATABASE_AWAY, LeaseHeartbeat
 
 log = structlog.get_logger(__name__)
-
-POLL_SECONDS = 0.2
-RECORD_SECONDS = 1.0  # lines are gathered for so long before they go into the database
-GRACE_SECONDS = 60.0  # for a run that was asked to stop to write its checkpoint
-SILENCE_SECONDS = 3600.0  # a run that says nothing for so long hangs
-DATABASE_RETRY_SECONDS = 1.0
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
@@ -78,7 +44,9 @@ def free_ended() -> None:
     root = get_settings().work_root()
     try:
         # A name that is not ASCII is no job's, and the database refuses one that is not UTF-8.
-        attempts = {path.name: list(path.glob("*")) for path in root.glob("*") if path.name.isascii()}
+        attempts = {
+            path.name: list(path.glob("*")) for path in root.glob("*") if path.name.isascii()
+        }
         for job_id in lease_client.ended(list(attempts)):
             for folder in attempts[job_id]:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -93,296 +61,14 @@ def free_ended() -> None:
 def run_job(lease: Lease, should_drain: Callable[[], bool]) -> None:
     """One attempt, from the claim to its end, whatever that is."""
     settings = get_settings()
-    with Heart(lease, beat_seconds=settings.heartbeat_seconds) as heart:
-        attempt = Attempt(lease, heart, should_drain, settings)
+    with LeaseHeartbeat(lease, beat_seconds=settings.heartbeat_seconds) as lease_heartbeat:
+        attempt = Attempt(lease, lease_heartbeat, should_drain, settings)
         try:
             attempt.run()
-        except AuthorityLost:
+        except LeaseLost:
             log.warning("authority_lost", job=lease.job_id, attempt=lease.attempt)
         except Exception as error:
             log.exception("attempt_failed", job=lease.job_id, attempt=lease.attempt)
             attempt.give_up(error)
         finally:
             attempt.clean_up()
-
-
-class Attempt:
-    """One run of a job, between its lease and its process."""
-
-    def __init__(
-        self, lease: Lease, heart: Heart, should_drain: Callable[[], bool], settings: Settings
-    ) -> None:
-        self.lease, self.heart, self.should_drain, self.settings = lease, heart, should_drain, settings
-        self.folder = settings.work_root() / lease.job_id / str(lease.token)
-        self.out = self.folder / "out"
-        # The run reads these copies in place; it ends with this process, and so do their locks.
-        self.copies = ArtifactCache(store(), settings.work_root() / "fetched", settings.artifact_cache_bytes)
-        self.process: RunProcess | None = None
-        self.stop_deadline: float | None = None
-        self.is_done = False
-        self._gathered: list[RunLine] = []
-        self._num_records = 0
-        self._recorded_at = 0.0
-
-    def run(self) -> None:
-        for stale in self.folder.parent.glob("*"):  # of workers that were killed: their leases are over
-            if not stale.name.isdecimal() or int(stale.name) <= self.lease.token:  # else ours is over
-                shutil.rmtree(stale, ignore_errors=True)
-        resume_dir = self._good_checkpoint()
-        try:
-            spec = self._spec(self.lease.spec, resume_dir)
-        except (FileNotFoundError, CorruptArtifact) as error:
-            log.warning("inputs_missing", job=self.lease.job_id, error=str(error))
-            message = "an input of the job is gone from the store or damaged; upload it again and submit anew"
-            self._write(lease_client.fail, self.lease, JobFailure(code="input_missing", message=message))
-            return
-        arguments = self._lay(spec)
-        crash_point("inputs.laid")
-        environment = child_environment(self.lease.spec, self.settings)
-        self.process = process = RunProcess(
-            arguments, self.folder, environment, shared_cores=shared_cores(self.settings)
-        )
-        while not self.is_done:
-            self._demand_authority()
-            self._obey(process)
-            self._take(process.take_lines(POLL_SECONDS))
-            if process.is_over and not self.is_done:
-                self._record_gathered()
-                self._end_without_verdict(process)
-
-    def give_up(self, fault: Exception) -> None:
-        """Counts a loss after an error of the worker, or pauses the job if the disk is full.
-
-        If the database cannot be reached either, the lease expires.
-        """
-        try:
-            self._kill()
-            if is_disk_full(fault):
-                self._end_without_disk("the worker's disk is full")
-            else:
-                lease_client.lost(self.lease, "The worker could not run the job.")
-        except (AuthorityLost, *DATABASE_AWAY) as error:
-            log.warning("give_up_failed", job=self.lease.job_id, error=type(error).__name__)
-
-    def clean_up(self) -> None:
-        self._kill()
-        self.copies.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _spec(self, job: DistillationJob | ImportJob, resume_dir: Path | None) -> RunSpec | ImportSpec:
-        """What the run is told, with its inputs fetched. Raises FileNotFoundError and CorruptArtifact."""
-        settings, threads = self.settings, self.settings.num_threads
-        if isinstance(job, ImportJob):
-            source = None
-            if job.staged is not None:
-                is_file = job.format == "gguf"
-                fetch = self.copies.fetch_file if is_file else self.copies.fetch_folder
-                source = fetch(job.staged)
-            return ImportSpec(format=job.format, source_path=source, hub=job.hub, num_threads=threads)
-        validation, test = job.validation_file, job.test_file
-        return RunSpec(
-            distillation=job.distillation,
-            teacher_dir=self.copies.fetch_folder(job.teacher),
-            start_dir=self.copies.fetch_folder(job.start),
-            training_path=self.copies.fetch_file(job.training_file),
-            validation_path=self.copies.fetch_file(validation) if validation else None,
-            test_path=self.copies.fetch_file(test) if test else None,
-            split_version=job.split_version,
-            cache_dir=settings.work_root() / "cache",
-            cache_bytes=settings.teacher_cache_bytes,
-            resume_dir=resume_dir,
-            seed=job.seed,
-            num_threads=threads,
-            num_processes=settings.num_processes,
-            keep_checkpoints=settings.keep_checkpoints,
-        )
-
-    def _lay(self, spec: RunSpec | ImportSpec) -> list[str]:
-        """Lays the spec into the work folder; gives the module and arguments of the process."""
-        self.folder.mkdir(parents=True, mode=0o700)
-        spec_path = self.folder / "spec.json"
-        spec_path.write_text(spec.model_dump_json())
-        module = "worker.train" if isinstance(spec, RunSpec) else "worker.import_model"
-        return [module, str(spec_path), "--out", str(self.out)]
-
-    def _good_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is still what was stored; damaged ones are marked and passed over."""
-        resume = self.lease.resume
-        while resume is not None:
-            if store().verify_folder(resume.store_key, resume.manifest_sha256):
-                message = f"The run resumes from the checkpoint at step {resume.step}."
-                self._gathered.append(MessageLine(message=message, data={"step": resume.step}))
-                return self.copies.fetch_folder(resume.artifact)
-            log.warning("checkpoint_corrupt", job=self.lease.job_id, key=resume.store_key)
-            resume = self._write(lease_client.mark_corrupt, self.lease, resume.id)
-        return None
-
-    def _demand_authority(self) -> None:
-        if self.heart.is_lost:
-            raise AuthorityLost(self.lease.job_id)
-
-    def _write(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The ledger's call, repeated while the database is away and the lease may still be ours."""
-        while True:
-            self._demand_authority()
-            try:
-                return call(*args, **kwargs)
-            except DATABASE_AWAY as error:
-                log.warning("ledger_away", job=self.lease.job_id, error=type(error).__name__)
-                time.sleep(DATABASE_RETRY_SECONDS)
-
-    def _obey(self, process: RunProcess) -> None:
-        if self.heart.orders.cancel:
-            process.kill()
-            self._write(lease_client.cancelled, self.lease)
-            self.is_done = True
-        elif self.stop_deadline is not None:
-            if time.monotonic() > self.stop_deadline:
-                self._kill()
-        elif self.heart.orders.pause or self.should_drain():
-            log.info("stopping_run", job=self.lease.job_id, pause=self.heart.orders.pause)
-            process.ask_to_stop()
-            self.stop_deadline = time.monotonic() + GRACE_SECONDS
-        elif process.silent_seconds > SILENCE_SECONDS:
-            process.kill()
-            self._write(lease_client.lost, self.lease, "The run hung: it said nothing for too long.")
-            self.is_done = True
-
-    def _take(self, lines: Sequence[RunLine]) -> None:
-        for line in lines:
-            if isinstance(line, CheckpointLine | ResultLine | ErrorLine | StoppedLine):
-                self._record_gathered()
-                if isinstance(line, CheckpointLine):
-                    self._commit(line)
-                else:
-                    self._end(line)
-                if self.is_done:
-                    return
-            else:
-                self._gathered.append(line)
-        if time.monotonic() - self._recorded_at > RECORD_SECONDS:
-            self._record_gathered()
-
-    def _record_gathered(self) -> None:
-        if self._gathered:
-            self._num_records += 1
-            self._write(lease_client.record, self.lease, self._num_records, self._gathered)
-            self._gathered = []
-        self._recorded_at = time.monotonic()
-
-    def _commit(self, line: CheckpointLine) -> None:
-        """Puts the checkpoint into the store and then into the ledger; the row is the commit."""
-        key = f"checkpoints/{self.lease.job_id}/{self.lease.token}/step-{line.step}"
-        try:
-            ref = store().put_folder(self.out / line.folder, key, link=True)
-        except (OSError, StorageError) as error:
-            log.warning("checkpoint_not_stored", job=self.lease.job_id, step=line.step, error=str(error))
-            if is_disk_full(error):  # a run that went on could lose everything after its last checkpoint
-                self._kill()
-                self._end_without_disk(f"the store has no room for the checkpoint at step {line.step}")
-                self.is_done = True
-                return
-            # The run goes on, and the checkpoint before this one stays the place to resume from.
-            message = f"The checkpoint at step {line.step} could not be stored ({_reason(error)})."
-            self._gathered.append(MessageLine(level="warn", message=message, data={"step": line.step}))
-            return
-        crash_point("checkpoint.stored")
-        freed = self._write(
-            lease_client.commit_checkpoint, self.lease, line.step, ref, line.metrics, line.is_best
-        )
-        crash_point("checkpoint.committed")
-        _delete(freed)
-
-    def _end(self, line: ResultLine | ErrorLine | StoppedLine) -> None:
-        if isinstance(line, ResultLine):
-            self._finish(line)
-        elif isinstance(line, ErrorLine):
-            self._end_with_error(JobFailure(code=line.code, message=line.message, param=line.param))
-        else:
-            self._end_stopped()
-        self.is_done = True
-
-    def _finish(self, line: ResultLine) -> None:
-        # The token is part of the key: what a zombie stores can never be taken for its successor's.
-        key = f"models/{self.lease.job_id}/{self.lease.token}"
-        try:
-            ref = store().put_folder(self.out / line.folder, key, link=True)
-            files = self._upload_results(line)
-        except (OSError, StorageError) as error:
-            log.warning("model_not_stored", job=self.lease.job_id, error=str(error))
-            if is_disk_full(error):
-                self._end_without_disk("the store has no room for the model")
-            else:
-                self._write(lease_client.lost, self.lease, "The model could not be stored.")
-            return
-        crash_point("model.stored")
-        is_registered = self._write(self._register, ref, line, files)
-        crash_point("model.registered")
-        if not is_registered:
-            _delete([key, *(file["store_key"] for file in files)])
-
-    def _end_without_disk(self, reason: str) -> None:
-        is_resumable = isinstance(self.lease.spec, DistillationJob)
-        advice = "resume the job" if is_resumable else "import the model again"
-        message = f"{reason}; free some disk, then {advice}"
-        self._end_with_error(JobFailure(code=DiskFull.code, message=message))
-
-    def _end_with_error(self, failure: JobFailure) -> None:
-        if failure.code == DiskFull.code and isinstance(self.lease.spec, DistillationJob):
-            # a failed job would lose its checkpoints, which is all the work so far
-            self._write(lease_client.rest, self.lease, f"The job is paused: {failure.message}")
-        else:
-            self._write(lease_client.fail, self.lease, failure)
-
-    def _upload_results(self, line: ResultLine) -> list[FileColumns]:
-        if not isinstance(self.lease.spec, DistillationJob) or self.lease.project_id is None:
-            return []
-        return upload_results(self.out, line.files, self._write(lease_client.metric_series, self.lease))
-
-    def _register(self, ref: ArtifactRef, line: ResultLine, files: list[FileColumns]) -> bool:
-        return lease_client.finish(
-            self.lease,
-            model_id=self.lease.spec.output_model,
-            ref=ref,
-            facts=ModelFacts.model_validate(line.facts),
-            result=line.result,
-            trained_tokens=line.trained_tokens,
-            files=files,
-        )
-
-    def _end_stopped(self) -> None:
-        """The run has stopped, for a pause, for the worker's drain, or for a reason that is not ours."""
-        if self.stop_deadline is None:
-            self._write(lease_client.lost, self.lease, "The run was stopped from outside.")
-        elif self.heart.orders.pause:
-            self._write(lease_client.paused, self.lease)
-        else:
-            self._write(lease_client.release, self.lease, "The worker was shut down.")
-
-    def _end_without_verdict(self, process: RunProcess) -> None:
-        if self.stop_deadline is not None:
-            self._end_stopped()
-        else:
-            reason, code = process.describe_death()
-            if code == DiskFull.code:
-                self._end_without_disk("the worker's disk is full")
-            else:
-                self._write(lease_client.lost, self.lease, reason, code)
-        self.is_done = True
-
-    def _kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-
-
-def _reason(error: Exception) -> str:
-    return os.strerror(error.errno) if isinstance(error, OSError) and error.errno else type(error).__name__
-
-
-def _delete(keys: Iterable[str]) -> None:
-    """What stays is the garbage collector's: a row calls it `deleting`, or none refers to it."""
-    for key in keys:
-        try:
-            store().delete(key)
-        except Exception:
-            log.exception("not_deleted", key=key)  # no fault of a store is worth a run

@@ -16,7 +16,7 @@ from transformers import (
 
 from worker.errors import UnsupportedModel
 
-Shape = Literal["causal", "seq2seq", "masked"]
+ModelKind = Literal["causal", "seq2seq", "masked"]
 
 CAUSAL = ("bloom", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3")
 SEQ2SEQ = ("bart", "encoder-decoder", "t5")
@@ -26,7 +26,7 @@ HALVES = ("bert", "gpt2", "roberta")  # of an encoder-decoder
 UNBOUNDED_CONTEXT = 2048  # of models whose positions have no end (T5, BLOOM)
 
 
-def shape_of(config: PretrainedConfig) -> Shape:
+def shape_of(config: PretrainedConfig) -> ModelKind:
     """The kind of model. Raises UnsupportedModel."""
     if config.model_type in CAUSAL:
         return "causal"
@@ -78,7 +78,9 @@ def context_tokens(config: PretrainedConfig) -> int:
     if config.model_type == "encoder-decoder":
         return min(context_tokens(config.encoder), context_tokens(config.decoder))
     positions = getattr(config, "max_position_embeddings", None) or UNBOUNDED_CONTEXT
-    return int(positions) - (2 if config.model_type == "roberta" else 0)  # two of RoBERTa's hold no tokens
+    return int(positions) - (
+        2 if config.model_type == "roberta" else 0
+    )  # two of RoBERTa's hold no tokens
 
 
 def layer_counts(config: PretrainedConfig) -> tuple[int, int]:

@@ -27,7 +27,11 @@ JSON_FILES = frozenset(
     }
 )
 TEXT_FILES = frozenset({"merges.txt", "vocab.txt", "chat_template.jinja"})
-TOKENIZERS = ({"tokenizer.json"}, {"vocab.txt"}, {"vocab.json", "merges.txt"})  # any one of these will do
+TOKENIZERS = (
+    {"tokenizer.json"},
+    {"vocab.txt"},
+    {"vocab.json", "merges.txt"},
+)  # any one of these will do
 # Vocabularies: their keys are tokens, and any word is a token.
 FREE_KEYS = frozenset({"tokenizer.json", "vocab.json"})
 # Harmless, and not taken along.
@@ -142,7 +146,9 @@ def check_file(path: Path) -> None:
             "rb"
         ) as file:  # only now: a sound safetensors file may begin with such bytes by chance
             if file.read(4).startswith(PICKLES):
-                raise UnsafeFile(f"{path.name} is a pickle or an archive, whatever its name says") from error
+                raise UnsafeFile(
+                    f"{path.name} is a pickle or an archive, whatever its name says"
+                ) from error
         raise
     if path.name == "chat_template.jinja" and path.stat().st_size > MAX_TEMPLATE_BYTES:
         raise BrokenFile(f"{path.name} is longer than {MAX_TEMPLATE_BYTES} bytes")
@@ -190,9 +196,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _tensor(file: str, name: str, entry: object) -> tuple[TensorHeader, int, int]:
     match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if len(
-            shape
-        ) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in shape):
+        case {
+            "dtype": str(dtype),
+            "shape": list(shape),
+            "data_offsets": [int(begin), int(end)],
+        } if len(shape) <= 8 and all(type(n) is int and 0 <= n < 2**48 for n in shape):
             tensor = TensorHeader(dtype, tuple(shape))
         case _:
             raise BrokenFile(f"{file}: the header entry of tensor {name[:100]!r} is malformed")
@@ -201,7 +209,9 @@ def _tensor(file: str, name: str, entry: object) -> tuple[TensorHeader, int, int
             f"{file}: tensor {name[:100]!r} has type {dtype[:20]!r}; known are {', '.join(DTYPE_BYTES)}"
         )
     if begin < 0 or end - begin != tensor.num_elements * DTYPE_BYTES[dtype]:
-        raise BrokenFile(f"{file}: tensor {name[:100]!r} does not have the size that its shape asks for")
+        raise BrokenFile(
+            f"{file}: tensor {name[:100]!r} does not have the size that its shape asks for"
+        )
     return tensor, begin, end
 
 
@@ -215,7 +225,9 @@ def _check_json(path: Path) -> None:
         return
     weight_map = document.get("weight_map", {})
     shards = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if strange := [shard for shard in shards if not isinstance(shard, str) or not WEIGHTS.fullmatch(shard)]:
+    if strange := [
+        shard for shard in shards if not isinstance(shard, str) or not WEIGHTS.fullmatch(shard)
+    ]:
         raise UnsafeFile(f"{path.name} names weights that lie elsewhere: {str(strange[0])[:100]!r}")
     found = {"auto_map", "custom_code"} & set(_keys(document))
     if found:
@@ -225,12 +237,17 @@ def _check_json(path: Path) -> None:
         )
     template = document.get("chat_template")
     if template is not None and len(json.dumps(template)) > MAX_TEMPLATE_BYTES:
-        raise BrokenFile(f"the chat template in {path.name} is longer than {MAX_TEMPLATE_BYTES} bytes")
+        raise BrokenFile(
+            f"the chat template in {path.name} is longer than {MAX_TEMPLATE_BYTES} bytes"
+        )
 
 
 def check_growth(tokenizer: Mapping[str, Any]) -> None:  # Any: JSON
     """Refuses a tokenizer.json that makes a short text very long before it is split. Raises BrokenFile."""
-    if max(_growth(tokenizer.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder")) > MAX_GROWTH:
+    if (
+        max(_growth(tokenizer.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder"))
+        > MAX_GROWTH
+    ):
         raise BrokenFile(
             f"tokenizer.json: its replacements make more than {MAX_GROWTH} characters of one; the file is no plain tokenizer"
         )

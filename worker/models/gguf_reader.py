@@ -115,13 +115,19 @@ def read_gguf_header(path: Path) -> GgufHeader:
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             cursor = _Cursor(content, path.name)
             cursor.skip(4)
-            version, num_tensors, num_entries = cursor.number("<I"), cursor.number("<Q"), cursor.number("<Q")
+            version, num_tensors, num_entries = (
+                cursor.number("<I"),
+                cursor.number("<Q"),
+                cursor.number("<Q"),
+            )
             if version not in (2, 3) or max(num_tensors, num_entries) > MAX_ENTRIES:
                 raise BrokenFile(
                     f"{path.name}: version {version} with {num_tensors} tensors and {num_entries} entries "
                     f"cannot be read; versions 2 and 3 with up to {MAX_ENTRIES} can"
                 )
-            metadata = {cursor.text(): cursor.value(cursor.number("<I")) for _ in range(num_entries)}
+            metadata = {
+                cursor.text(): cursor.value(cursor.number("<I")) for _ in range(num_entries)
+            }
             extents = [_tensor_extent(cursor) for _ in range(num_tensors)]
             alignment = metadata.get("general.alignment", 32)
             if type(alignment) is not int or not 1 <= alignment <= 2**20:
@@ -129,7 +135,9 @@ def read_gguf_header(path: Path) -> GgufHeader:
             data_start = -(-cursor.position // alignment) * alignment
             for name, end in extents:
                 if data_start + end > len(content):
-                    raise BrokenFile(f"{path.name} is cut short: tensor {name[:100]!r} ends beyond the file")
+                    raise BrokenFile(
+                        f"{path.name} is cut short: tensor {name[:100]!r} ends beyond the file"
+                    )
     return GgufHeader(metadata, tuple(name for name, _ in extents))
 
 
@@ -145,7 +153,9 @@ def _tensor_extent(cursor: _Cursor) -> tuple[str, int]:
     try:
         block_elements, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (ValueError, KeyError) as error:
-        raise BrokenFile(f"{cursor.name}: tensor {name[:100]!r} has the unknown type {kind}") from error
+        raise BrokenFile(
+            f"{cursor.name}: tensor {name[:100]!r} has the unknown type {kind}"
+        ) from error
     return name, offset + num_elements // block_elements * block_bytes
 
 
@@ -195,7 +205,9 @@ def load_gguf_tokenizer(path: Path, header: GgufHeader) -> Any:  # Any: transfor
 
     It drops the digit rule of `smollm` vocabularies, and adds an unknown-token that the model has no row for.
     """
-    loaded = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    loaded = AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name, trust_remote_code=False
+    )
     state = json.loads(loaded.backend_tokenizer.to_str())
     vocabulary = state["model"]["vocab"]
     names = set(vocabulary if isinstance(vocabulary, dict) else (token for token, _ in vocabulary))
@@ -208,7 +220,9 @@ def load_gguf_tokenizer(path: Path, header: GgufHeader) -> Any:  # Any: transfor
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    special = {name: getattr(loaded, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+    special = {
+        name: getattr(loaded, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+    }
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=header.context_tokens or loaded.model_max_length,
@@ -230,12 +244,20 @@ def load_gguf_model(path: Path) -> tuple[Any, Any]:  # Any: transformers is unty
         dtype=torch.float32,
         trust_remote_code=False,
     )
-    settings = {name: value for name, value in loaded.config.to_dict().items() if name not in DROPPED}
-    plain = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)
+    settings = {
+        name: value for name, value in loaded.config.to_dict().items() if name not in DROPPED
+    }
+    plain = AutoModelForCausalLM.from_config(
+        type(loaded.config).from_dict(settings), dtype=torch.float32
+    )
     report = plain.load_state_dict(loaded.state_dict(), strict=False)
     plain.tie_weights()
     lost = [name for name in report.missing_keys if not re.fullmatch(r"lm_head\.weight", name)]
-    if lost or report.unexpected_keys or (report.missing_keys and not plain.config.tie_word_embeddings):
+    if (
+        lost
+        or report.unexpected_keys
+        or (report.missing_keys and not plain.config.tie_word_embeddings)
+    ):
         raise BrokenFile(
             f"{path.name} does not hold all weights of its architecture; missing: {', '.join(lost[:3])}"
         )

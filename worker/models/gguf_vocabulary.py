@@ -59,9 +59,13 @@ class Vocabulary:
 
 def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
     """The tokenizer of a model with `num_rows` embedding rows. Raises UnsupportedTokenizer, BrokenFile."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    )
     if not tokenizer.is_fast:
-        raise UnsupportedTokenizer("the tokenizer has no fast form (tokenizer.json), which GGUF is made from")
+        raise UnsupportedTokenizer(
+            "the tokenizer has no fast form (tokenizer.json), which GGUF is made from"
+        )
     if (num_ids := num_token_ids(tokenizer)) > num_rows:
         raise BrokenFile(
             f"the tokenizer has token ids up to {num_ids - 1} but the model only {num_rows} rows"
@@ -95,7 +99,9 @@ def split_of(state: Json) -> str:
     """llama.cpp's name for the rule by which a byte-level tokenizer splits text. Raises UnsupportedTokenizer."""
     before: Json = state["pre_tokenizer"] or {}
     steps: list[Json] = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
-    normalizer = (state["normalizer"] or {"type": "NFC"})["type"]  # llama.cpp leaves text as it comes
+    normalizer = (state["normalizer"] or {"type": "NFC"})[
+        "type"
+    ]  # llama.cpp leaves text as it comes
     *splits, last = steps
     has_regex = last.get("use_regex", True)
     if last.get("type") == "ByteLevel" and not last["add_prefix_space"] and normalizer == "NFC":
@@ -104,7 +110,14 @@ def split_of(state: Json) -> str:
                 return "gpt-2"
             case [{"type": "Digits", "individual_digits": True}] if has_regex:
                 return "smollm"
-            case [{"type": "Split", "pattern": {"Regex": rule}, "behavior": "Isolated", "invert": False}]:
+            case [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": rule},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            ]:
                 if rule == QWEN2 and not has_regex:
                     return "qwen2"
                 if rule == LLAMA3 and not has_regex:
@@ -115,7 +128,9 @@ def split_of(state: Json) -> str:
     )
 
 
-def _tokens(tokenizer: Any, num_rows: int, *, is_sentencepiece: bool) -> tuple[list[str], list[int]]:
+def _tokens(
+    tokenizer: Any, num_rows: int, *, is_sentencepiece: bool
+) -> tuple[list[str], list[int]]:
     """Text and type of every embedding row; rows without a token get a name that no text gives."""
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder

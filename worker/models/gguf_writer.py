@@ -90,7 +90,9 @@ def export_gguf(folder: Path, target: Path, *, kind: Kind) -> ExportFacts:
                 "rope_freqs.weight", frequencies.shape, frequencies.dtype, frequencies.nbytes
             )
         for tensor in tensors:
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, tensor.kind)
+            writer.add_tensor_info(
+                tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, tensor.kind
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -100,7 +102,9 @@ def export_gguf(folder: Path, target: Path, *, kind: Kind) -> ExportFacts:
             writer.write_tensor_data(quantize(values, tensor.kind))
     finally:
         writer.close()
-    return ExportFacts(bytes=target.stat().st_size, num_tensors=len(tensors) + (frequencies is not None))
+    return ExportFacts(
+        bytes=target.stat().st_size, num_tensors=len(tensors) + (frequencies is not None)
+    )
 
 
 def check_exportable(folder: Path) -> tuple[Any, Vocabulary]:  # Any: transformers is untyped here
@@ -125,14 +129,19 @@ def _check_settings(config: Any) -> None:  # Any: transformers is untyped here
     faults = {}
     if config.model_type == "gpt2":
         # The file format knows one GELU, the one that is written with tanh.
-        faults["activation_function"] = config.activation_function not in ("gelu_new", "gelu_pytorch_tanh")
+        faults["activation_function"] = config.activation_function not in (
+            "gelu_new",
+            "gelu_pytorch_tanh",
+        )
         faults["scale_attn_weights"] = not config.scale_attn_weights
         faults["scale_attn_by_inverse_layer_idx"] = config.scale_attn_by_inverse_layer_idx
         faults["add_cross_attention"] = config.add_cross_attention
     else:
         rope = config.rope_parameters
         faults["hidden_act"] = config.hidden_act != "silu"
-        is_llama = ARCHITECTURE_OF[config.model_type] == gguf.MODEL_ARCH.LLAMA  # alone reads rope_freqs
+        is_llama = (
+            ARCHITECTURE_OF[config.model_type] == gguf.MODEL_ARCH.LLAMA
+        )  # alone reads rope_freqs
         stretches = ("default", "linear", "llama3") if is_llama else ("default", "linear")
         faults["rope_parameters"] = rope["rope_type"] not in stretches
         faults["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0) != 1.0
@@ -166,7 +175,9 @@ def _add_settings(
         return
     # A window is not written into these architectures: within it, attention is full anyhow.
     window = getattr(config, "sliding_window", None)
-    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    writer.add_context_length(
+        min(config.max_position_embeddings, window or config.max_position_embeddings)
+    )
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -183,7 +194,9 @@ def _add_settings(
 
 
 def _head_width(config: Any) -> int:  # Any: transformers is untyped here
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def _rope_frequencies(config: Any) -> Floats | None:  # Any: transformers is untyped here
@@ -195,7 +208,9 @@ def _rope_frequencies(config: Any) -> Floats | None:  # Any: transformers is unt
     frequencies = rope["rope_theta"] ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     turns = frequencies * rope["original_max_position_embeddings"] / (2 * np.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)  # share of the frequency that is left as it is
+    kept = np.clip(
+        (turns - low) / (high - low), 0.0, 1.0
+    )  # share of the frequency that is left as it is
     divisors: Floats = (1.0 / (kept + (1.0 - kept) / rope["factor"])).astype(np.float32)
     return divisors
 
@@ -220,10 +235,14 @@ def _plan(
                 yield Tensor(name, source, path, shape, _kind_of(name, shape, wanted))
     heads = set() if config.tie_word_embeddings else {"output.weight"}
     if missing := ({"token_embd.weight", "output_norm.weight"} | heads) - found:
-        raise BrokenFile(f"the folder's *.safetensors lack {sorted(missing)[0]}; the student is incomplete")
+        raise BrokenFile(
+            f"the folder's *.safetensors lack {sorted(missing)[0]}; the student is incomplete"
+        )
 
 
-def _kind_of(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizationType:
+def _kind_of(
+    name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType
+) -> GGMLQuantizationType:
     # llama.cpp adds vectors and positions up in float32.
     if len(shape) == 1 or name == "position_embd.weight":
         return GGMLQuantizationType.F32

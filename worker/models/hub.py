@@ -47,29 +47,46 @@ def fetch_from_hub(
         raise HubFailed(f"{source[:100]!r} names no model; write hf:org/name@revision")
     repository, revision = match["repository"], match["revision"] or "main"
     folder.mkdir(parents=True)
-    try:
+    with _explained(repository, revision, endpoint=endpoint, token=token):
         info = HfApi(endpoint=endpoint, token=token or False).model_info(
             repository, revision=revision, files_metadata=True, timeout=30
         )
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or () if "/" not in file.rfilename}
+        files = [file for file in info.siblings or () if "/" not in file.rfilename]
+        sizes = {file.rfilename: file.size or 0 for file in files}
         names, commit = accepted_names(sizes), info.sha or revision
         total = sum(sizes[name] for name in names)
         if shutil.disk_usage(folder).free < 3 * total + DISK_RESERVE_BYTES:
             raise HubFailed(
-                f"{repository} has {total / 1e9:.1f} GB; there is not enough disk to fetch and convert it"
+                f"{repository} has {total / 1e9:.1f} GB; "
+                "there is not enough disk to fetch and convert it"
             )
+        # Any: a path and a string
+        where: dict[str, Any] = {"local_dir": folder, "endpoint": endpoint}
         with _Watch(folder, total, on_progress):
             for name in names:
                 with _files_up_to(sizes[name] + SLACK_BYTES):
-                    where: dict[str, Any] = {"local_dir": folder, "endpoint": endpoint}  # Any: two types
-                    hf_hub_download(repository, name, revision=commit, token=token or False, **where)
+                    hf_hub_download(
+                        repository, name, revision=commit, token=token or False, **where
+                    )
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+    return commit
+
+
+@contextmanager
+def _explained(
+    repository: str, revision: str, *, endpoint: str | None, token: str | None
+) -> Iterator[None]:
+    """Turns the errors of the hub's library into HubFailed."""
+    try:
+        yield
     except GatedRepoError as error:
         raise HubFailed(
             f"{repository} is gated: accept its terms on the hub; {_token_advice(token)}"
         ) from error
     except RepositoryNotFoundError as error:
         raise HubFailed(
-            f"the hub has no model {repository}, or the import may not see it: {_token_advice(token)}"
+            f"the hub has no model {repository}, or the import may not see it: "
+            f"{_token_advice(token)}"
         ) from error
     except RevisionNotFoundError as error:
         raise HubFailed(
@@ -85,14 +102,14 @@ def fetch_from_hub(
             f"{endpoint or 'the hub'} does not deliver {repository} ({type(error).__name__}); "
             "check the connection, or download the model elsewhere and import the folder"
         ) from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    return commit
 
 
 def _token_advice(token: str | None) -> str:
     if token:
         return "STILLHOUSE_HF_TOKEN of the train worker must have access to it"
-    return "set STILLHOUSE_HF_TOKEN on the train worker, and use an API key with the scope hub:token"
+    return (
+        "set STILLHOUSE_HF_TOKEN on the train worker, and use an API key with the scope hub:token"
+    )
 
 
 @contextmanager

@@ -36,7 +36,10 @@ def model_facts(folder: Path) -> ModelFacts:
     if not files:
         raise MissingFile("there are no safetensors weights in the model folder")
     tensors = [
-        tensor for file in files for name, tensor in read_safetensors_header(file).items() if name != BUFFER
+        tensor
+        for file in files
+        for name, tensor in read_safetensors_header(file).items()
+        if name != BUFFER
     ]
     family, writer = shape_of(config), writing_half(config)
     num_encoder_layers, num_layers = layer_counts(config)
@@ -73,20 +76,33 @@ def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
             f"architecture {str(model_type)[:60]!r} is not supported; supported are {', '.join(SUPPORTED)}"
         )
     halves = (
-        [document.get(name) for name in ("encoder", "decoder")] if model_type == "encoder-decoder" else []
+        [document.get(name) for name in ("encoder", "decoder")]
+        if model_type == "encoder-decoder"
+        else []
     )
     if not all(isinstance(half, dict) and half.get("model_type") in HALVES for half in halves):
         raise UnsupportedModel(
             f"the halves of an encoder-decoder may be {', '.join(HALVES)}; these are others"
         )
     if any("quantization_config" in part for part in (document, *halves)):
-        raise UnsupportedModel("the weights are quantised; import the full-precision model, or a GGUF file")
+        raise UnsupportedModel(
+            "the weights are quantised; import the full-precision model, or a GGUF file"
+        )
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         writer, num_layers = writing_half(config), layer_counts(config)
         sizes = (sum(num_layers), writer.hidden_size, writer.vocab_size, context_tokens(config))
-    except (ValueError, TypeError, KeyError, AttributeError, OSError, StrictDataclassError) as error:
-        raise BrokenFile(f"config.json cannot be read as a {model_type} configuration: {error}") from error
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OSError,
+        StrictDataclassError,
+    ) as error:
+        raise BrokenFile(
+            f"config.json cannot be read as a {model_type} configuration: {error}"
+        ) from error
     limits = (1024, 2**17, 2**22, 2**24)
     is_sound = all(
         isinstance(size, int) and 0 < size <= most for size, most in zip(sizes, limits, strict=True)
@@ -117,7 +133,8 @@ def tokenizer_sha256(path: Path) -> str:
     tokenizer.no_padding()
     model = json.loads(path.read_text())["model"]
     merges = [
-        merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model.get("merges", ())
+        merge.split(" ") if isinstance(merge, str) else list(merge)
+        for merge in model.get("merges", ())
     ]
     canonical = {
         "vocabulary": sorted(tokenizer.get_vocab(with_added_tokens=True).items()),
@@ -144,7 +161,9 @@ def chat_cost(tokenizer: Any) -> ChatCost | None:  # Any: transformers is untype
 
     def count(*roles: str, begins_answer: bool = True) -> int:
         chat = [{"role": role, "content": ""} for role in roles]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=begins_answer)
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=begins_answer
+        )
         return len(tokenizer.encode(text, add_special_tokens=False))
 
     try:

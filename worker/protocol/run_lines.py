@@ -81,7 +81,9 @@ class ResultLine(Line):
     facts: dict[str, Any]  # Any: ModelFacts of the student, as JSON
     result: dict[str, Any]  # Any: the public result object
     trained_tokens: int = 0
-    files: tuple[str, ...] = ()  # result files for the job's owner, relative to the run's output folder
+    files: tuple[
+        str, ...
+    ] = ()  # result files for the job's owner, relative to the run's output folder
 
 
 class StoppedLine(Line):

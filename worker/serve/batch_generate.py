@@ -7,12 +7,14 @@ from torch import nn
 
 from worker.serve.decoding import decoder
 from worker.serve.decoding.families import Context
-from worker.serve.decoding.sampling import Chooser, seeded_generator
+from worker.serve.decoding.sampling import TokenSampler, seeded_generator
 from worker.serve.engine import end_ids as end_ids_of
 from worker.serve.errors import BadLogits, PromptTooLong
 
 PREFILL_BUDGET = 2048  # tokens, padding included; nobody waits for a first token here
-JOINING_SHARE = 4  # a quarter of the rows joins at once: prefills of a few rows waste the matrix units
+JOINING_SHARE = (
+    4  # a quarter of the rows joins at once: prefills of a few rows waste the matrix units
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def generate_all(
                 prompt=tuple(prompt),
                 max_tokens=_room_for(prompt, max_new_tokens, runner.context),
                 end_ids=ends,
-                chooser=Chooser(
+                sampler=TokenSampler(
                     temperature,
                     top_k,
                     top_p,
@@ -74,7 +76,9 @@ def generate_all(
             )
             for index, prompt in enumerate(prompts)
         ]
-        for sequence in sorted(sequences, key=lambda s: -len(s.prompt)):  # equal lengths share a prefill
+        for sequence in sorted(
+            sequences, key=lambda s: -len(s.prompt)
+        ):  # equal lengths share a prefill
             runner.add(sequence)
         _run(runner, on_answer, on_progress)
     finally:

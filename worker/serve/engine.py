@@ -11,7 +11,7 @@ from torch import nn
 from app.contracts.messages import GenerateRequest, Reply
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.logit_processors import processor_for, refuse_unknown_tokens
-from worker.serve.decoding.sampling import Chooser, Pick, seeded_generator
+from worker.serve.decoding.sampling import SampledToken, TokenSampler, seeded_generator
 from worker.serve.errors import BadLogits, DeadlinePassed, EchoUnsupported, ServeError, failure_of
 from worker.serve.text.detokenizer import TokenText
 from worker.serve.text.prompt_size import size_bound
@@ -76,11 +76,15 @@ class TransformersEngine:
         self._end_ids = end_ids(self.model, self.tokenizer)
         embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]  # a method, typed as a tensor
         self._vocab_size: int = embeddings.num_embeddings
-        config: Any = self.model.config  # of an encoder-decoder, the half that writes may have other words
+        config: Any = (
+            self.model.config
+        )  # of an encoder-decoder, the half that writes may have other words
         self._num_logits: int = config.get_text_config(decoder=True).vocab_size
 
     def _make_decoder(self) -> Decoder:
-        return Decoder(self.model, max_running=self.max_running, max_context_tokens=self.max_context_tokens)
+        return Decoder(
+            self.model, max_running=self.max_running, max_context_tokens=self.max_context_tokens
+        )
 
     @property
     def num_running(self) -> int:
@@ -113,7 +117,9 @@ class TransformersEngine:
         except ServeError as error:
             self._outbox.append(failure_of(request.id, error))
             return
-        self._live[request.id] = begin_answer(request, prompt, self._text, is_continued=not self._has_encoder)
+        self._live[request.id] = begin_answer(
+            request, prompt, self._text, is_continued=not self._has_encoder
+        )
         for choice in range(request.num_sequences):
             self._decoder.add(self._sequence(request, prompt, choice))
 
@@ -132,7 +138,7 @@ class TransformersEngine:
             prompt=prompt,
             max_tokens=min(sampling.max_tokens, self._decoder.context.room_for(len(prompt))),
             end_ids=end_ids,
-            chooser=Chooser(
+            sampler=TokenSampler(
                 temperature=sampling.temperature,
                 top_k=sampling.top_k,
                 top_p=sampling.top_p,
@@ -156,7 +162,9 @@ class TransformersEngine:
         now = self.clock()
         for live in [live for live in self._live.values() if live.request.deadline_at < now]:
             replies.append(
-                self._fail(live, DeadlinePassed("the request's time is up; ask for fewer tokens or retry"))
+                self._fail(
+                    live, DeadlinePassed("the request's time is up; ask for fewer tokens or retry")
+                )
             )
         for sequence, pick in self._decoder.step():
             live_now = self._live.get(sequence.request_id)
@@ -164,7 +172,7 @@ class TransformersEngine:
                 replies += self._deliver(live_now, sequence, pick)
         return replies
 
-    def _deliver(self, answer: Answer, sequence: Sequence, pick: Pick) -> list[Reply]:
+    def _deliver(self, answer: Answer, sequence: Sequence, pick: SampledToken) -> list[Reply]:
         if pick.token is None:
             bad = BadLogits("the model computed values that are not numbers; its weights are bad")
             return [self._fail(answer, bad)]
@@ -184,7 +192,9 @@ class TransformersEngine:
         return failure_of(answer.request.id, error)
 
 
-def end_ids(model: nn.Module, tokenizer: Any = None) -> frozenset[int]:  # Any: transformers is untyped here
+def end_ids(
+    model: nn.Module, tokenizer: Any = None
+) -> frozenset[int]:  # Any: transformers is untyped here
     """Tokens that end an answer, by the model's generation config, its config and its tokenizer."""
     return ends_named_in([getattr(model, "generation_config", None), model.config], tokenizer)
 
@@ -192,6 +202,9 @@ def end_ids(model: nn.Module, tokenizer: Any = None) -> frozenset[int]:  # Any: 
 def ends_named_in(configs: Listing[Any], tokenizer: Any = None) -> frozenset[int]:
     """The end tokens of any of these configs, where there is one, and of the tokenizer."""
     found: set[int] = set()
-    for ids in (*(getattr(config, "eos_token_id", None) for config in configs), end_id_of(tokenizer)):
+    for ids in (
+        *(getattr(config, "eos_token_id", None) for config in configs),
+        end_id_of(tokenizer),
+    ):
         found |= set(ids) if isinstance(ids, list | tuple) else set() if ids is None else {ids}
     return frozenset(found)

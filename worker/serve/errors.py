@@ -115,4 +115,6 @@ def raise_unless_panic(error: BaseException) -> None:
 
 def failure_of(request_id: str, error: ServeError) -> Failure:
     """The reply that tells a caller about an error."""
-    return Failure(id=request_id, status=error.status, code=error.code, message=str(error), param=error.param)
+    return Failure(
+        id=request_id, status=error.status, code=error.code, message=str(error), param=error.param
+    )

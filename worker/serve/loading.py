@@ -54,13 +54,19 @@ def load_model(
         loader = AutoModelForSeq2SeqLM if config.model_type in SEQ2SEQ else AutoModelForCausalLM
         model, report = loader.from_pretrained(
             folder,
-            dtype=torch.float32 if device == "cpu" else torch.bfloat16 if weights == "bfloat16" else "auto",
+            dtype=torch.float32
+            if device == "cpu"
+            else torch.bfloat16
+            if weights == "bfloat16"
+            else "auto",
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
         )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise ModelLoadFailed(f"the model's files cannot be loaded: {error}") from error
     if tokenizer.chat_template:
@@ -108,7 +114,9 @@ def _refuse_unavailable(weights: LoadedWeights, device: str) -> None:
             "weights of 8 bits need a CPU and a torch with oneDNN; serve the model without them"
         )
     if weights == "bfloat16" and device == "cpu" and not HAS_BFLOAT16:
-        raise OptionUnavailable("this CPU has no products of bfloat16; serve the model with plain weights")
+        raise OptionUnavailable(
+            "this CPU has no products of bfloat16; serve the model with plain weights"
+        )
 
 
 def refuse_code(folder: Path) -> None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.families import family_of
 from worker.serve.decoding.sampling import (
-    Chooser,
-    Pick,
+    SampledToken,
+    TokenSampler,
     choose_tokens,
     draw,
     pick_tokens,
@@ -33,7 +33,7 @@ from worker.serve.loading import LoadedModel
 
 MAX_DRAFTING = 1  # rows: on two cores four with a draft are slower than four without (bench/LOG.md)
 MIN_CONFIDENCE = 0.4  # that the draft must give to its best token, or verifying it is not worth it
-GREEDY = Chooser()
+GREEDY = TokenSampler()
 
 
 @dataclass
@@ -103,7 +103,7 @@ class SpeculativeDecoder(Decoder):
         self.min_confidence = min_confidence
         self.counts = DraftCounts()
 
-    def step(self) -> Iterator[tuple[Sequence, Pick]]:
+    def step(self) -> Iterator[tuple[Sequence, SampledToken]]:
         """Gives each sequence's tokens one by one; those of a sequence dropped meanwhile are left out."""
         is_joining = self.num_waiting and len(self._rows) < self.max_running and self._may_join()
         if self._rows and not is_joining:
@@ -113,10 +113,12 @@ class SpeculativeDecoder(Decoder):
         return iter(super().step())
 
     def _is_drafting(self) -> bool:
-        choosers = [sequence.chooser for sequence in self._rows]
-        return len(self._rows) <= self.max_drafting or any(c.has_seed and not c.is_greedy for c in choosers)
+        samplers = [sequence.sampler for sequence in self._rows]
+        return len(self._rows) <= self.max_drafting or any(
+            c.has_seed and not c.is_greedy for c in samplers
+        )
 
-    def _round(self) -> list[tuple[Sequence, list[Pick]]]:
+    def _round(self) -> list[tuple[Sequence, list[SampledToken]]]:
         self._has_prefilled = False
         sequences = list(self._rows)
         for sequence in sequences[self.draft.num_rows :]:
@@ -127,7 +129,10 @@ class SpeculativeDecoder(Decoder):
             )  # the draft reads one less, and is cut back from as many
         proposals = self._propose(sequences)
         rows = [
-            [sequence.tokens[-1], *(offers[row].token if row in offers else 0 for offers in proposals)]
+            [
+                sequence.tokens[-1],
+                *(offers[row].token if row in offers else 0 for offers in proposals),
+            ]
             for row, sequence in enumerate(sequences)
         ]
         logits = self.target.look(rows, offset=0, num_logits=len(rows[0]))
@@ -139,8 +144,8 @@ class SpeculativeDecoder(Decoder):
     def _propose(self, sequences: Listing[Sequence]) -> list[Offers]:
         """What is offered to each row, token by token; a row gets no more once the draft is unsure."""
         # a copy of what a processor remembers: only what the model accepts becomes part of the answer
-        choosers = [
-            replace(s.chooser, num_logprobs=None, processor=copy.deepcopy(s.chooser.processor))
+        samplers = [
+            replace(s.sampler, num_logprobs=None, processor=copy.deepcopy(s.sampler.processor))
             for s in sequences
         ]
         # the token before is read once more: after a round that accepted everything the draft has not read it yet
@@ -149,11 +154,13 @@ class SpeculativeDecoder(Decoder):
         while len(proposals) < self.num_draft_tokens:
             for row, sequence in enumerate(sequences):
                 if len(sequence.tokens) + len(proposals) >= sequence.max_tokens:
-                    choosers[row] = replace(choosers[row], processor=None)  # it has no room for more
+                    samplers[row] = replace(
+                        samplers[row], processor=None
+                    )  # it has no room for more
             offers: Offers = {}
             may_offer = proposals[-1].keys() if proposals else range(len(rows))
             choose = partial(self._draft_tokens, may_offer=may_offer, offers=offers)
-            picks = pick_tokens(self.draft.look(rows, offset=offset), choosers, choose)
+            picks = pick_tokens(self.draft.look(rows, offset=offset), samplers, choose)
             for row, pick in enumerate(picks):
                 if pick.token is None:
                     self.draft.cache.wipe_row(row)  # a bad draft costs time, no more
@@ -164,34 +171,39 @@ class SpeculativeDecoder(Decoder):
         return proposals
 
     def _draft_tokens(
-        self, logits_NV: Tensor, choosers: Listing[Chooser], *, may_offer: Container[int], offers: Offers
+        self,
+        logits_NV: Tensor,
+        samplers: Listing[TokenSampler],
+        *,
+        may_offer: Container[int],
+        offers: Offers,
     ) -> list[int | None]:
         """The draft's tokens; those it is sure enough of are offered. What it drew may not decide that, or q were another."""
-        tokens = choose_tokens(logits_NV, [GREEDY] * len(choosers))
+        tokens = choose_tokens(logits_NV, [GREEDY] * len(samplers))
         confidence_N = (logits_NV.amax(dim=-1) - logits_NV.logsumexp(dim=-1)).exp().tolist()
-        for row, (token, chooser) in enumerate(zip(tokens, choosers, strict=True)):
+        for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
             if token is None or row not in may_offer:
                 continue
             share_V, confidence = None, confidence_N[row]
-            if not chooser.is_greedy:
-                share_V = probabilities(logits_NV[row], chooser)
+            if not sampler.is_greedy:
+                share_V = probabilities(logits_NV[row], sampler)
                 confidence = float(share_V.max())
             if confidence >= self.min_confidence:
-                tokens[row] = token if share_V is None else draw(share_V, chooser)
+                tokens[row] = token if share_V is None else draw(share_V, sampler)
                 offers[row] = Proposal(tokens[row] or 0, share_V)
         return tokens
 
     def _verify(
         self, sequences: Listing[Sequence], proposals: Listing[Offers], logits_NQV: Tensor
-    ) -> list[list[Pick]]:
+    ) -> list[list[SampledToken]]:
         """Each row's accepted tokens and the model's own behind them; nothing behind an answer's end."""
-        runs: list[list[Pick]] = [[] for _ in sequences]
+        runs: list[list[SampledToken]] = [[] for _ in sequences]
         num_accepted = [0] * len(sequences)
         open_rows = list(range(len(sequences)))
         for position, offers in enumerate([*proposals, {}]):
-            choosers = [sequences[row].chooser for row in open_rows]
+            samplers = [sequences[row].sampler for row in open_rows]
             choose = partial(_judge, offers=[offers.get(row) for row in open_rows])
-            picks = pick_tokens(logits_NQV[open_rows, position], choosers, choose)
+            picks = pick_tokens(logits_NQV[open_rows, position], samplers, choose)
             still_open = []
             for row, pick in zip(open_rows, picks, strict=True):
                 runs[row].append(pick)
@@ -207,14 +219,18 @@ class SpeculativeDecoder(Decoder):
             self._count(sequence, runs[row], num_offered, num_accepted[row])
         return runs
 
-    def _count(self, sequence: Sequence, run: list[Pick], num_offered: int, num_accepted: int) -> None:
+    def _count(
+        self, sequence: Sequence, run: list[SampledToken], num_offered: int, num_accepted: int
+    ) -> None:
         num_judged = min(num_offered, sequence.max_tokens - len(sequence.tokens))
         self.counts.num_rounds += 1
         self.counts.num_proposed += num_accepted if num_accepted == len(run) else num_judged
         self.counts.num_accepted += num_accepted
         self.counts.num_tokens += len(run)
 
-    def _taken(self, runs: list[tuple[Sequence, list[Pick]]]) -> Iterator[tuple[Sequence, Pick]]:
+    def _taken(
+        self, runs: list[tuple[Sequence, list[SampledToken]]]
+    ) -> Iterator[tuple[Sequence, SampledToken]]:
         for sequence, run in runs:
             for pick in run:
                 if sequence in self._rows:
@@ -234,31 +250,35 @@ class SpeculativeDecoder(Decoder):
             self.draft.leave(self.draft.num_rows - 1)
 
 
-def _has_ended(sequence: Sequence, run: list[Pick]) -> bool:
-    return run[-1].token in sequence.end_ids or len(sequence.tokens) + len(run) >= sequence.max_tokens
+def _has_ended(sequence: Sequence, run: list[SampledToken]) -> bool:
+    return (
+        run[-1].token in sequence.end_ids or len(sequence.tokens) + len(run) >= sequence.max_tokens
+    )
 
 
 def _judge(
-    logits_NV: Tensor, choosers: Listing[Chooser], *, offers: Listing[Proposal | None]
+    logits_NV: Tensor, samplers: Listing[TokenSampler], *, offers: Listing[Proposal | None]
 ) -> list[int | None]:
     """The model's tokens, those that were offered if the rule accepts them."""
     is_ruled = [offer is not None and offer.drawn_from_V is not None for offer in offers]
-    plain = [GREEDY if ruled else chooser for ruled, chooser in zip(is_ruled, choosers, strict=True)]
+    plain = [
+        GREEDY if ruled else sampler for ruled, sampler in zip(is_ruled, samplers, strict=True)
+    ]
     tokens = choose_tokens(logits_NV, plain)
-    for row, (chooser, offer) in enumerate(zip(choosers, offers, strict=True)):
+    for row, (sampler, offer) in enumerate(zip(samplers, offers, strict=True)):
         if is_ruled[row] and offer is not None and tokens[row] is not None:
-            tokens[row] = accept_or_draw(offer, probabilities(logits_NV[row], chooser), chooser)
+            tokens[row] = accept_or_draw(offer, probabilities(logits_NV[row], sampler), sampler)
     return tokens
 
 
-def accept_or_draw(offer: Proposal, wanted_V: Tensor, chooser: Chooser) -> int:
+def accept_or_draw(offer: Proposal, wanted_V: Tensor, sampler: TokenSampler) -> int:
     """The offered token or another one, so that over many calls each has its wanted probability."""
     assert offer.drawn_from_V is not None, "of a sampled row the distribution is known"
-    if uniform(chooser) * float(offer.drawn_from_V[offer.token]) < float(wanted_V[offer.token]):
+    if uniform(sampler) * float(offer.drawn_from_V[offer.token]) < float(wanted_V[offer.token]):
         return offer.token
     left_V = (wanted_V - offer.drawn_from_V).clamp(min=0.0)
     # nothing is left when the two differ by rounding alone
-    return draw(left_V if float(left_V.sum()) > 0 else wanted_V, chooser)
+    return draw(left_V if float(left_V.sum()) > 0 else wanted_V, sampler)
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from app.contracts.messages import GenerateRequest, Reply
 from worker.serve.decoding.fair_queue import FairQueue
 from worker.serve.decoding.families import SEQ2SEQ, Context
 from worker.serve.decoding.logit_processors import refuse_unknown_tokens
-from worker.serve.decoding.sampling import Pick
+from worker.serve.decoding.sampling import SampledToken
 from worker.serve.engine import ends_named_in
 from worker.serve.errors import (
     DeadlinePassed,
@@ -33,7 +33,13 @@ from worker.serve.loading import refuse_code
 from worker.serve.text.detokenizer import TokenText
 from worker.serve.text.prompt_size import size_bound
 from worker.serve.text.prompts import end_id_of, prompt_tokens
-from worker.serve.text.reply_builder import Answer, FinishReason, begin_answer, num_logprobs_of, seed_of
+from worker.serve.text.reply_builder import (
+    Answer,
+    FinishReason,
+    begin_answer,
+    num_logprobs_of,
+    seed_of,
+)
 
 MAX_LOGPROBS = 20  # alternatives a request may ask for
 CACHE_SHARE = 0.5  # of what max_running whole contexts take; with more, vLLM makes the newest wait
@@ -125,7 +131,9 @@ class VllmEngine:
 
     def _hand_over(self) -> None:
         """Gives vLLM the next choices, as far as it has room."""
-        while len(self._choices) < self._max_running and (choice := self._waiting.peek()) is not None:
+        while (
+            len(self._choices) < self._max_running and (choice := self._waiting.peek()) is not None
+        ):
             # the choices of a request share the prompt's cache blocks
             self._waiting.take(0 if choice.number else len(choice.prompt))
             self._choices[choice.name] = choice
@@ -176,7 +184,9 @@ class VllmEngine:
         self._outbox = [reply for reply in self._outbox if reply.id != request_id]
         if self._answers.pop(request_id, None) is not None:
             self._waiting.remove(lambda choice: choice.request.id == request_id)
-            names = [name for name, choice in self._choices.items() if choice.request.id == request_id]
+            names = [
+                name for name, choice in self._choices.items() if choice.request.id == request_id
+            ]
             self._core.abort_request(names)
             self._forget(names)
 
@@ -205,13 +215,17 @@ class VllmEngine:
         answer = self._answers[choice.request.id]
         reason = completion.finish_reason
         if reason is not None and (reason not in FINISH_REASONS or not completion.token_ids):
-            return [self._fail(answer, ServeError(f"vLLM gave up on this request ({reason}); retry"))]
+            return [
+                self._fail(answer, ServeError(f"vLLM gave up on this request ({reason}); retry"))
+            ]
         self._begun.add(name)
         replies: list[Reply] = []
         self._waiting.charge(choice, len(completion.token_ids))
         last = len(completion.token_ids) - 1
         for at, token in enumerate(completion.token_ids):
-            pick = _pick(token, completion.logprobs[at] if completion.logprobs else None, answer.request)
+            pick = _pick(
+                token, completion.logprobs[at] if completion.logprobs else None, answer.request
+            )
             try:
                 taken = answer.take(
                     choice.number, pick, FINISH_REASONS[reason] if reason and at == last else None
@@ -233,13 +247,15 @@ class VllmEngine:
         return failure_of(answer.request.id, error)
 
 
-def _pick(token: int, logprobs: dict[int, Vllm] | None, request: GenerateRequest) -> Pick:
+def _pick(token: int, logprobs: dict[int, Vllm] | None, request: GenerateRequest) -> SampledToken:
     """vLLM tells the best tokens and the chosen one in one table, each with its rank."""
     if logprobs is None:
-        return Pick(token)
+        return SampledToken(token)
     ranked = sorted(logprobs.items(), key=lambda entry: entry[1].rank)
-    top = tuple((other, float(found.logprob)) for other, found in ranked[: request.sampling.logprobs or 0])
-    return Pick(token, float(logprobs[token].logprob), top)
+    top = tuple(
+        (other, float(found.logprob)) for other, found in ranked[: request.sampling.logprobs or 0]
+    )
+    return SampledToken(token, float(logprobs[token].logprob), top)
 
 
 def load_vllm(
@@ -251,19 +267,27 @@ def load_vllm(
     Raises OptionUnavailable without vLLM, UnsupportedModel and ModelLoadFailed.
     """
     if not has_vllm():
-        raise OptionUnavailable('this worker has no vLLM; start one with pip install "stillhouse[vllm]"')
+        raise OptionUnavailable(
+            'this worker has no vLLM; start one with pip install "stillhouse[vllm]"'
+        )
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     refuse_code(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadFailed(f"the model's files cannot be loaded: {error}") from error
     if config.model_type in SEQ2SEQ:
-        raise UnsupportedModel("vLLM serves decoders only; serve an encoder-decoder with engine transformers")
+        raise UnsupportedModel(
+            "vLLM serves decoders only; serve an encoder-decoder with engine transformers"
+        )
     limit = getattr(config, "max_position_embeddings", None) or max_context_tokens
-    core = _make_core(folder, max_num_seqs=max_running, max_model_len=min(max_context_tokens, limit))
+    core = _make_core(
+        folder, max_num_seqs=max_running, max_model_len=min(max_context_tokens, limit)
+    )
     configs = [config]
     if (folder / "generation_config.json").exists():
         configs.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
@@ -312,7 +336,12 @@ def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
 
 def _cache_bytes(config: Vllm) -> int:
     model, parallel = config.model_config, config.parallel_config
-    a_token = 2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
+    a_token = (
+        2
+        * model.get_num_layers(parallel)
+        * model.get_num_kv_heads(parallel)
+        * model.get_head_size()
+    )
     a_context = model.max_model_len + config.cache_config.block_size
     num_contexts = max(1, round(CACHE_SHARE * config.scheduler_config.max_num_seqs))
     return int(a_token * model.dtype.itemsize * a_context * num_contexts)

@@ -2,19 +2,16 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     Boolean,
     CheckConstraint,
-    DateTime,
     Float,
     ForeignKey,
     Index,
     Integer,
     LargeBinary,
-    MetaData,
     Sequence,
     String,
     Text,
@@ -23,23 +20,11 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 
-Json = dict[str, Any]  # Any: open-ended JSON documents
+from app.db.schema.table import Json, Table, Timestamp
 
-naming = {
-    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-    "ck": "ck_%(table_name)s_%(constraint_name)s",
-    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
-    "pk": "pk_%(table_name)s",
-}
-Timestamp = DateTime(timezone=True)
 JOB_IS_ACTIVE = text("status NOT IN ('succeeded', 'failed', 'cancelled')")
-
-
-class Table(DeclarativeBase):
-    metadata = MetaData(naming_convention=naming)
 
 
 lease_tokens = Sequence("lease_tokens", metadata=Table.metadata)
@@ -204,7 +189,9 @@ class Job(Table):
             postgresql_where=text(f"cancel_requested_at IS NOT NULL AND {JOB_IS_ACTIVE.text}"),
         ),
         Index("ix_jobs_active_training_file", "training_file_id", postgresql_where=JOB_IS_ACTIVE),
-        Index("ix_jobs_active_validation_file", "validation_file_id", postgresql_where=JOB_IS_ACTIVE),
+        Index(
+            "ix_jobs_active_validation_file", "validation_file_id", postgresql_where=JOB_IS_ACTIVE
+        ),
         Index("ix_jobs_active_test_file", "test_file_id", postgresql_where=JOB_IS_ACTIVE),
         Index("ix_jobs_imports", "id", postgresql_where=text("kind = 'import'")),
         Index("ix_jobs_model_id", "model_id"),
@@ -287,7 +274,9 @@ class Checkpoint(Table):
     __table_args__ = (
         UniqueConstraint("job_id", "lease_token", "step"),
         CheckConstraint("status IN ('committed', 'corrupt', 'deleting')", name="status"),
-        Index("ix_checkpoints_deleting", "created_at", postgresql_where=text("status = 'deleting'")),
+        Index(
+            "ix_checkpoints_deleting", "created_at", postgresql_where=text("status = 'deleting'")
+        ),
     )
 
 
@@ -364,7 +353,9 @@ class BatchResult(Table):
     """The line that the answer to one input line is in the output file; gone when the file is made."""
 
     __tablename__ = "batch_results"
-    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True)
+    batch_id: Mapped[str] = mapped_column(
+        ForeignKey("batches.id", ondelete="CASCADE"), primary_key=True
+    )
     line: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
     is_error: Mapped[bool] = mapped_column(Boolean)
     output: Mapped[str] = mapped_column(Text)
@@ -396,4 +387,6 @@ class Submission(Table):
     retry_count: Mapped[int] = mapped_column(Integer)
     attempted_at: Mapped[datetime] = mapped_column(Timestamp, index=True, server_default=func.now())
     job_id: Mapped[str | None] = mapped_column(String(64))
-    __table_args__ = (Index("ix_submissions_match", "project_id", "request_sha256", "attempted_at"),)
+    __table_args__ = (
+        Index("ix_submissions_match", "project_id", "request_sha256", "attempted_at"),
+    )

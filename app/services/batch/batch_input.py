@@ -88,7 +88,9 @@ def body_of(request: BatchRequest, endpoint: str) -> ChatBody | CompletionBody:
         raise BadRequest(message, "mismatched_endpoint", "url")
     body = _validated(BODIES[endpoint], request.body)
     if body.stream:
-        raise BadRequest("a batch streams nothing; leave stream out", "unsupported_parameter", "stream")
+        raise BadRequest(
+            "a batch streams nothing; leave stream out", "unsupported_parameter", "stream"
+        )
     generation.refuse_unsupported(body)
     return body
 
@@ -104,7 +106,9 @@ def find_faults(
         try:
             judge.demand_good(number, raw)
         except StillhouseError as fault:
-            faults.append(BatchError(code=fault.code, line=number, message=fault.message, param=fault.param))
+            faults.append(
+                BatchError(code=fault.code, line=number, message=fault.message, param=fault.param)
+            )
         if number > MAX_REQUESTS or len(faults) == MAX_FAULTS:
             break
     return number, faults
@@ -124,7 +128,9 @@ class _Judge:
         if number > MAX_REQUESTS:
             raise BadRequest(f"a batch has at most {MAX_REQUESTS:,} requests", "too_many_requests")
         if len(raw) > self._max_line_bytes:
-            raise BadRequest(f"the line is longer than {self._max_line_bytes:,} bytes", "line_too_long")
+            raise BadRequest(
+                f"the line is longer than {self._max_line_bytes:,} bytes", "line_too_long"
+            )
         request = parse_new_request(raw)
         first = self._line_of.setdefault(request.custom_id, number)
         if first != number:

@@ -21,14 +21,22 @@ log = structlog.get_logger(__name__)
 PAGE_ROWS: Final = 500  # results read in one statement
 PAGE_BYTES: Final = 4 * 2**20
 NEVER_RUN: Final = {
-    BatchStatus.cancelled: ("batch_cancelled", "the batch was cancelled before this request was answered"),
+    BatchStatus.cancelled: (
+        "batch_cancelled",
+        "the batch was cancelled before this request was answered",
+    ),
     BatchStatus.expired: ("batch_expired", "the batch expired before this request was answered"),
 }
 
 
 def output_line(custom_id: str, *, response: Json | None = None, error: Json | None = None) -> str:
     """A line of an output or error file."""
-    line = {"id": new_id("batch_req_"), "custom_id": custom_id, "response": response, "error": error}
+    line = {
+        "id": new_id("batch_req_"),
+        "custom_id": custom_id,
+        "response": response,
+        "error": error,
+    }
     return orjson.dumps(line).decode()
 
 
@@ -40,7 +48,11 @@ def end_batch(batch: Batch, token: int, settings: Settings) -> bool:
         status = BatchStatus.cancelled
     with ExitStack() as stack:
         output = stack.enter_context(_new_file(batch, "output")) if batch.num_completed else None
-        errors = stack.enter_context(_new_file(batch, "error")) if batch.num_failed or not is_whole else None
+        errors = (
+            stack.enter_context(_new_file(batch, "error"))
+            if batch.num_failed or not is_whole
+            else None
+        )
         for result in _results(batch):
             file = errors if result.is_error else output
             assert file is not None, "the counts are of the results"
@@ -105,14 +117,18 @@ def _results(batch: Batch) -> Iterator[BatchResult]:
     line = 0
     while True:
         with transaction() as session:
-            rows = batches.results_after(session, batch.id, line, max_rows=PAGE_ROWS, max_bytes=PAGE_BYTES)
+            rows = batches.results_after(
+                session, batch.id, line, max_rows=PAGE_ROWS, max_bytes=PAGE_BYTES
+            )
         yield from rows
         if not rows:
             return
         line = rows[-1].line
 
 
-def _write_unanswered(batch: Batch, file: _ResultFile, status: BatchStatus, settings: Settings) -> None:
+def _write_unanswered(
+    batch: Batch, file: _ResultFile, status: BatchStatus, settings: Settings
+) -> None:
     code, message = NEVER_RUN[status]
     with transaction() as session:
         answered = batches.answered_lines(session, batch.id)

@@ -20,7 +20,7 @@ from app.db.schema.ids import new_id
 from app.db.schema.tables import Batch, BatchStatus
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
 from app.errors import StillhouseError, envelope
-from app.routing.router import Switchboard
+from app.routing.router import RequestRouter
 from app.schemas.batches import BatchRequest
 from app.schemas.completions import ChatBody, CompletionBody
 from app.schemas.jobs import Json
@@ -38,7 +38,9 @@ RETRY_SECONDS: Final = 2.0
 POSTPONE_SECONDS: Final = 10.0  # after a fault of the database, of the store, or of ours
 FORGET_SECONDS: Final = 120.0  # after which a fault of a load begins a new row of them
 PASSING: Final = frozenset({429, 503})
-LOAD_FAULTS: Final = frozenset({"model_load_failed", "model_too_large", "serving_option_unavailable"})
+LOAD_FAULTS: Final = frozenset(
+    {"model_load_failed", "model_too_large", "serving_option_unavailable"}
+)
 NO_DATABASE: Final = (DatabaseUnavailable, PoolExhausted)
 
 
@@ -49,10 +51,10 @@ class LeaseLost(Exception):
 class BatchRunner:
     """One API process's share of the batches. All but `wake` is for the event loop's thread."""
 
-    def __init__(self, board: Switchboard) -> None:
-        self._board = board
-        self._settings = board.settings
-        self._room = Room(board.settings.max_batch_sequences)
+    def __init__(self, request_router: RequestRouter) -> None:
+        self._request_router = request_router
+        self._settings = request_router.settings
+        self._room = Room(request_router.settings.max_batch_sequences)
         self._has_news = asyncio.Event()
         self._runs: set[asyncio.Task[None]] = set()
 
@@ -95,7 +97,7 @@ class BatchRunner:
 
     def _start(self, batch: Batch) -> None:
         log.info("batch_taken", batch=batch.id, status=batch.status)
-        run = self._loop.create_task(BatchRun(batch, self._board, self._room).run())
+        run = self._loop.create_task(BatchRun(batch, self._request_router, self._room).run())
         self._runs.add(run)
         run.add_done_callback(self._reap)
 
@@ -107,13 +109,13 @@ class BatchRunner:
 class BatchRun:
     """A batch while this process holds its lease."""
 
-    def __init__(self, batch: Batch, board: Switchboard, room: "Room") -> None:
+    def __init__(self, batch: Batch, request_router: RequestRouter, room: "Room") -> None:
         assert batch.lease_token is not None, "it was claimed"
         self._batch = batch
         self._token = batch.lease_token
-        self._board = board
+        self._request_router = request_router
         self._room = room
-        self._settings: Settings = board.settings
+        self._settings: Settings = request_router.settings
         self._unloadable: dict[str, tuple[float, float]] = {}  # by model
 
     async def run(self) -> None:
@@ -142,7 +144,9 @@ class BatchRun:
                 await asyncio.wait({task}, timeout=BEAT_SECONDS)
                 if task.done():
                     break
-                with suppress(*NO_DATABASE):  # down for everybody; should the lease run out, the fence holds
+                with suppress(
+                    *NO_DATABASE
+                ):  # down for everybody; should the lease run out, the fence holds
                     if await run_in_threadpool(self._renew) != status:
                         return
             task.result()
@@ -152,7 +156,9 @@ class BatchRun:
 
     async def _answer_all(self) -> None:
         """Answers the lines that have no answer, some at a time, until there are none or they cannot be kept."""
-        lines = PendingLines(self._batch.input_key, await run_in_threadpool(self._answered), self._settings)
+        lines = PendingLines(
+            self._batch.input_key, await run_in_threadpool(self._answered), self._settings
+        )
         async with asyncio.TaskGroup() as group:
             for _ in range(self._settings.max_batch_sequences):
                 group.create_task(self._answer_some(lines))
@@ -177,7 +183,9 @@ class BatchRun:
             except StillhouseError as error:
                 # A request that kills its workers would kill all of them, one after the other.
                 num_losses += error.code == "worker_lost"
-                is_hopeless = num_losses >= self._settings.max_losses or self._is_never_loaded(request, error)
+                is_hopeless = num_losses >= self._settings.max_losses or self._is_never_loaded(
+                    request, error
+                )
                 if error.status not in PASSING or is_hopeless:
                     return error.status, envelope(error)
                 await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
@@ -185,7 +193,9 @@ class BatchRun:
                 raise
             except Exception:
                 log.exception("batch_request_failed", batch=self._batch.id)
-                opaque = StillhouseError(f"something went wrong on our side; quote {self._batch.id}")
+                opaque = StillhouseError(
+                    f"something went wrong on our side; quote {self._batch.id}"
+                )
                 return opaque.status, envelope(opaque)
 
     def _is_never_loaded(self, request: BatchRequest, error: StillhouseError) -> bool:
@@ -215,16 +225,18 @@ class BatchRun:
             tenant=self._batch.project_id,
         )
         num_sequences = sequences_of(body)
-        while any(worker.num_waiting for worker in self._board.workers):  # clients go first
+        while any(
+            worker.num_waiting for worker in self._request_router.workers
+        ):  # clients go first
             await asyncio.sleep(self._settings.serve_heartbeat_seconds)
         await self._room.take(num_sequences)
         try:
-            flow = await generation.begin(self._board, order)
+            reply_stream = await generation.begin(self._request_router, order)
             try:
-                while news := await flow.take():
+                while news := await reply_stream.take():
                     answer.add(news)
             finally:
-                flow.close()
+                reply_stream.close()
         finally:
             self._room.give_back(num_sequences)
         return orjson.Fragment(b"".join(await generation.whole_json(answer)))
@@ -242,7 +254,9 @@ class BatchRun:
     def _renew(self) -> str:
         """The batch's status."""
         with transaction() as session:
-            batch = batches.renew(session, self._batch.id, self._token, self._settings.lease_seconds)
+            batch = batches.renew(
+                session, self._batch.id, self._token, self._settings.lease_seconds
+            )
         if batch is None:
             raise LeaseLost
         return batch.status
@@ -283,7 +297,9 @@ class PendingLines:
                 if not lines:
                     return None
                 numbered = enumerate(lines, self._number + 1)
-                self._read.extend((number, raw) for number, raw in numbered if number not in self._answered)
+                self._read.extend(
+                    (number, raw) for number, raw in numbered if number not in self._answered
+                )
                 self._number += len(lines)
             number, raw = self._read.popleft()
         return number, await run_in_threadpool(parse_request, raw)

@@ -20,7 +20,7 @@ from app.services.jobs import (
     fingerprint,
     remember,
 )
-from app.services.retries import Attempted
+from app.services.retries import RetryInfo
 from app.settings import get_settings
 
 ROUTE = "POST /v1/batches"
@@ -28,7 +28,7 @@ ROUTE = "POST /v1/batches"
 JUDGES = threading.BoundedSemaphore(8)
 
 
-def create_batch(principal: Principal, asked: CreateBatch, attempted: Attempted) -> Accepted:
+def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo) -> Accepted:
     """Takes in a batch, or one that has failed for what is wrong with its lines."""
     sha256 = fingerprint(asked.model_dump(mode="json"))
     replay = find_replay(principal, ROUTE, attempted, sha256)
@@ -42,7 +42,10 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: Attempted)
         raise TooManyRequests("other batches are being read; try again in a moment")
     try:
         num_requests, faults = find_faults(
-            file.store_key, project_id=principal.project_id, endpoint=asked.endpoint, settings=settings
+            file.store_key,
+            project_id=principal.project_id,
+            endpoint=asked.endpoint,
+            settings=settings,
         )
     except FileNotFoundError:
         message = f"the content of the file {file.id!r} is no longer in the store; upload it again"

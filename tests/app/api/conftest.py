@@ -32,13 +32,18 @@ class Service:
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def new_key(self, project_id: str = PROJECT, **options: Any) -> str:  # Any: create_key's own options
+    def new_key(
+        self, project_id: str = PROJECT, **options: Any
+    ) -> str:  # Any: create_key's own options
         with transaction() as session:
             return create_key(session, project_id, **{"scopes": SCOPES, **options})
 
     def client(self, key: str | None = None, *, max_retries: int = 0) -> openai.OpenAI:
         return openai.OpenAI(
-            base_url=f"{self.url}/v1", api_key=key or self.new_key(), max_retries=max_retries, timeout=20
+            base_url=f"{self.url}/v1",
+            api_key=key or self.new_key(),
+            max_retries=max_retries,
+            timeout=20,
         )
 
     def http(self, key: str | None = None) -> httpx.Client:
@@ -124,7 +129,9 @@ def upload() -> Callable[..., str]:
     """A function that uploads rows and gives the file's id."""
 
     def do_upload(client: openai.OpenAI, rows: Sequence[object], **options: Any) -> str:
-        return client.files.create(file=("rows.jsonl", jsonl(rows)), **{"purpose": "fine-tune", **options}).id
+        return client.files.create(
+            file=("rows.jsonl", jsonl(rows)), **{"purpose": "fine-tune", **options}
+        ).id
 
     return do_upload
 
@@ -142,7 +149,11 @@ def shared_worker(
 ) -> Iterator[tuple[WorkerProcess, Path]]:
     """A worker for all tests of a module, and the store it reads: starting one takes longer than what they ask."""
     folder = tmp_path_factory.mktemp("worker")
-    settings = {"STORE_URL": str(folder / "store"), "SERVE_HEARTBEAT_SECONDS": "0.2", "NUM_THREADS": "1"}
+    settings = {
+        "STORE_URL": str(folder / "store"),
+        "SERVE_HEARTBEAT_SECONDS": "0.2",
+        "NUM_THREADS": "1",
+    }
     environment = {f"STILLHOUSE_{name}": value for name, value in settings.items()}
     worker = WorkerProcess(valkey_url, folder / "log", environment)
     yield worker, folder / "store"
@@ -160,5 +171,7 @@ def worker(
     worker, store_folder = shared_worker
     settings_env(store_url=store_folder, serve_heartbeat_seconds=0.2)
     request.getfixturevalue("register")()
-    wait_for(lambda: worker.id in worker.ids(), 5, "the fixture that empties Valkey took the heartbeat")
+    wait_for(
+        lambda: worker.id in worker.ids(), 5, "the fixture that empties Valkey took the heartbeat"
+    )
     return worker

@@ -32,7 +32,9 @@ class Probe:
             began, cpu_began = time.perf_counter(), time.process_time()
             await asyncio.sleep(TICK_SECONDS)
             late = time.perf_counter() - began - TICK_SECONDS
-            self.longest_seconds = max(self.longest_seconds, min(late, time.process_time() - cpu_began))
+            self.longest_seconds = max(
+                self.longest_seconds, min(late, time.process_time() - cpu_began)
+            )
 
     def take(self) -> float:
         longest, self.longest_seconds = self.longest_seconds, 0.0
@@ -61,7 +63,12 @@ def create_probed_app() -> FastAPI:
 
 if __name__ == "__main__":
     config = uvicorn.Config(
-        create_probed_app(), host="127.0.0.1", port=0, http=BoundedProtocol, log_config=None, access_log=False
+        create_probed_app(),
+        host="127.0.0.1",
+        port=0,
+        http=BoundedProtocol,
+        log_config=None,
+        access_log=False,
     )
     socket = config.bind_socket()
     print(socket.getsockname()[1], flush=True)

@@ -16,7 +16,9 @@ def test_requests_wait_for_a_worker_until_the_batch_expires(
 ) -> None:
     register()
     batch = submit(client, [line(0), line(1), line(2)])
-    wait_for(lambda: client.batches.retrieve(batch.id).status == "in_progress", 5, "nobody takes it")
+    wait_for(
+        lambda: client.batches.retrieve(batch.id).status == "in_progress", 5, "nobody takes it"
+    )
     time.sleep(0.5)  # every request has been refused with 503 by now
     with transaction() as session:
         session.execute(text("UPDATE batches SET expires_at = now()"))

@@ -43,11 +43,15 @@ def submit(
     client: openai.OpenAI, lines: Sequence[object], endpoint: Any = COMPLETIONS, **options: Any
 ) -> Batch:
     file = client.files.create(file=("requests.jsonl", jsonl(lines)), purpose="batch")
-    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window="24h", **options)
+    return client.batches.create(
+        input_file_id=file.id, endpoint=endpoint, completion_window="24h", **options
+    )
 
 
 def wait_for_end(client: openai.OpenAI, batch_id: str, seconds: float = 30) -> Batch:
-    wait_for(lambda: client.batches.retrieve(batch_id).status in ENDED, seconds, "the batch does not end")
+    wait_for(
+        lambda: client.batches.retrieve(batch_id).status in ENDED, seconds, "the batch does not end"
+    )
     return client.batches.retrieve(batch_id)
 
 
@@ -79,7 +83,9 @@ def idle_service(slow_batches: None, settings_env: Callable[..., Settings]) -> N
     settings_env(reconcile_seconds=600)
 
 
-def test_a_batch_is_answered_as_the_route_would_answer(worker: WorkerProcess, client: openai.OpenAI) -> None:
+def test_a_batch_is_answered_as_the_route_would_answer(
+    worker: WorkerProcess, client: openai.OpenAI
+) -> None:
     lines = [line(number) for number in range(12)]
     lines[3]["body"]["max_tokens"] = 10_000
     batch = submit(client, lines, metadata={"team": "x"})
@@ -102,7 +108,11 @@ def test_a_batch_is_answered_as_the_route_would_answer(worker: WorkerProcess, cl
     body = answer["response"]["body"]
     direct = client.completions.create(**asked).to_dict()
     assert body["choices"] == direct["choices"]
-    assert (body["object"], body["model"], body["usage"]) == ("text_completion", "tiny", direct["usage"])
+    assert (body["object"], body["model"], body["usage"]) == (
+        "text_completion",
+        "tiny",
+        direct["usage"],
+    )
     (failed,) = errors
     assert (failed["custom_id"], failed["response"]["status_code"]) == ("q-3", 400)
     assert failed["response"]["body"]["error"]["code"] == "context_length_exceeded"
@@ -163,7 +173,9 @@ def test_a_batch_stays_back_while_requests_of_clients_wait(
     wait_for(lambda: worker.status().num_waiting, 5, "nobody waits")
     time.sleep(0.5)  # the API looks at heartbeats every 0.2 s
     batch = submit(client, [line(0)])
-    wait_for(lambda: client.batches.retrieve(batch.id).status == "in_progress", 5, "nobody takes it")
+    wait_for(
+        lambda: client.batches.retrieve(batch.id).status == "in_progress", 5, "nobody takes it"
+    )
     time.sleep(0.5)
     assert worker.status().num_waiting
     assert num_completed(client, batch.id) == 0
@@ -172,7 +184,9 @@ def test_a_batch_stays_back_while_requests_of_clients_wait(
 
 
 @pytest.mark.parametrize(
-    ("number", "lease_seconds"), [(signal.SIGKILL, 4), (signal.SIGTERM, 300)], ids=["killed", "stopped"]
+    ("number", "lease_seconds"),
+    [(signal.SIGKILL, 4), (signal.SIGTERM, 300)],
+    ids=["killed", "stopped"],
 )
 def test_another_process_goes_on_and_answers_each_line_once(
     idle_service: None,
@@ -196,7 +210,9 @@ def test_another_process_goes_on_and_answers_each_line_once(
         assert batch.error_file_id is None
         answers = read(client, batch.output_file_id)
         assert ids(answers) == Counter({f"q-{n}": 1 for n in range(24)})
-        assert {entry["response"]["body"]["usage"]["completion_tokens"] for entry in answers} == {120}
+        assert {entry["response"]["body"]["usage"]["completion_tokens"] for entry in answers} == {
+            120
+        }
 
 
 class OtherApi:
@@ -209,7 +225,9 @@ class OtherApi:
         environment = dict(os.environ) | {"STILLHOUSE_PORT": str(port)} | environment
         with log_path.open("wb") as log:
             command = [sys.executable, "-m", "app.commands.cli", "api"]
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=log, env=environment
+            )
         wait_for(self._is_ready, 30, f"no answer; its log is {log_path}")
 
     def _is_ready(self) -> bool:
@@ -220,7 +238,8 @@ class OtherApi:
 
     def has_taken(self, batch_id: str) -> bool:
         return any(
-            "batch_taken" in raw and batch_id in raw for raw in self._log_path.read_text().splitlines()
+            "batch_taken" in raw and batch_id in raw
+            for raw in self._log_path.read_text().splitlines()
         )
 
     def stop(self, number: int) -> None:
@@ -270,7 +289,9 @@ def test_what_is_wrong_with_the_lines_is_told_at_once(
     assert data[8].message == "the custom_id 'q-0' is already that of line 1"
     assert client.batches.retrieve(batch.id) == batch
     broken = client.files.create(file=("r.jsonl", b"{'a': 1}\n\n"), purpose="batch")
-    batch = client.batches.create(input_file_id=broken.id, endpoint=COMPLETIONS, completion_window="24h")
+    batch = client.batches.create(
+        input_file_id=broken.id, endpoint=COMPLETIONS, completion_window="24h"
+    )
     assert batch.errors is not None
     codes = [(error.line, error.code) for error in batch.errors.data or []]
     assert codes == [(1, "invalid_json_line"), (2, "invalid_json_line")]
@@ -307,7 +328,9 @@ def test_only_a_file_of_the_project_with_the_purpose_batch_is_taken(
     ]
     for file_id, error in zip((rows.id, foreign.id, "file-nobody"), errors, strict=True):
         with pytest.raises(error) as refused:
-            client.batches.create(input_file_id=file_id, endpoint=COMPLETIONS, completion_window="24h")
+            client.batches.create(
+                input_file_id=file_id, endpoint=COMPLETIONS, completion_window="24h"
+            )
         assert refused.value.param == "input_file_id"
     assert client.batches.list().data == []
 
@@ -372,7 +395,10 @@ def impatient_service(settings_env: Callable[..., Settings]) -> None:
 
 
 def test_a_model_that_never_loads_ends_its_requests_with_the_reason(
-    impatient_service: None, worker: WorkerProcess, client: openai.OpenAI, register: Callable[..., str]
+    impatient_service: None,
+    worker: WorkerProcess,
+    client: openai.OpenAI,
+    register: Callable[..., str],
 ) -> None:
     register("broken")
     weights = get_settings().store_root() + "/models/broken/model.safetensors"

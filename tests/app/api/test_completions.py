@@ -14,7 +14,7 @@ from app.contracts.messages import Sampling
 from app.db.session import transaction
 from app.errors import BadRequest
 from app.services import model_registry
-from app.services.generation import Order, refuse_hopeless
+from app.services.generation import Order, validate_for_model
 from app.settings import get_settings
 from tests.app.api.conftest import PROJECT
 from tests.serve_worker import WorkerProcess, wait_for
@@ -26,7 +26,9 @@ def streamed_text(stream: Any) -> str:  # Any: the client's generics say less th
     return "".join(chunk.choices[0].text for chunk in stream)
 
 
-def test_a_streamed_completion_equals_the_whole_one(worker: WorkerProcess, client: openai.OpenAI) -> None:
+def test_a_streamed_completion_equals_the_whole_one(
+    worker: WorkerProcess, client: openai.OpenAI
+) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 64, "temperature": 0}
     whole = client.completions.create(**asked)
     chunks = list(client.completions.create(**asked, stream=True))
@@ -41,13 +43,21 @@ def test_a_streamed_chat_equals_the_whole_one_and_ends_with_its_usage(
     worker: WorkerProcess, client: openai.OpenAI
 ) -> None:
     messages: Any = [{"role": "user", "content": PROMPT}]
-    asked: dict[str, Any] = {"model": "tiny", "messages": messages, "max_tokens": 48, "temperature": 0}
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "messages": messages,
+        "max_tokens": 48,
+        "temperature": 0,
+    }
     whole = client.chat.completions.create(**asked)
-    stream = client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    stream = client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
     *chunks, last = list(stream)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert (
-        "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+        "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        == whole.choices[0].message.content
     )
     assert chunks[-1].choices[0].finish_reason == whole.choices[0].finish_reason
     assert all(chunk.usage is None for chunk in chunks)
@@ -59,7 +69,9 @@ def test_a_chat_without_max_tokens_takes_what_the_context_leaves(
     worker: WorkerProcess, client: openai.OpenAI
 ) -> None:
     messages: Any = [{"role": "user", "content": PROMPT}]
-    answer = client.chat.completions.create(model="tiny", messages=messages, extra_body={"ignore_eos": True})
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, extra_body={"ignore_eos": True}
+    )
     assert answer.usage is not None
     assert answer.usage.total_tokens == 256
 
@@ -91,7 +103,9 @@ def test_a_key_does_not_wait_for_all_that_another_has_waiting(
     with service.client() as other:
         answer = other.completions.create(model="tiny", prompt=PROMPT, max_tokens=8)
     assert answer.choices[0].finish_reason is not None
-    wait_for(lambda: worker.status().num_waiting > 128, 1, "it waited for the other key's sequences")
+    wait_for(
+        lambda: worker.status().num_waiting > 128, 1, "it waited for the other key's sequences"
+    )
     stream.close()
 
 
@@ -109,7 +123,9 @@ def test_token_prompts_are_taken_as_they_are(worker: WorkerProcess, client: open
 def test_log_probabilities_come_in_the_shape_of_each_route(
     worker: WorkerProcess, client: openai.OpenAI
 ) -> None:
-    text = client.completions.create(model="tiny", prompt=PROMPT, max_tokens=6, temperature=0, logprobs=2)
+    text = client.completions.create(
+        model="tiny", prompt=PROMPT, max_tokens=6, temperature=0, logprobs=2
+    )
     given = text.choices[0].logprobs
     assert given is not None
     assert given.tokens is not None
@@ -117,7 +133,8 @@ def test_log_probabilities_come_in_the_shape_of_each_route(
     assert given.top_logprobs is not None
     assert len(given.tokens) == len(given.token_logprobs) == 6
     assert all(
-        max(top.values()) == lp for top, lp in zip(given.top_logprobs, given.token_logprobs, strict=True)
+        max(top.values()) == lp
+        for top, lp in zip(given.top_logprobs, given.token_logprobs, strict=True)
     )
     messages: Any = [{"role": "user", "content": PROMPT}]
     chat = client.chat.completions.create(
@@ -159,7 +176,9 @@ def test_penalties_and_biases_reach_the_model(worker: WorkerProcess, client: ope
 def test_min_p_of_one_is_greedy(worker: WorkerProcess, client: openai.OpenAI) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12}
     drawn = client.completions.create(**asked, temperature=2, extra_body={"min_p": 1.0})
-    assert drawn.choices[0].text == client.completions.create(**asked, temperature=0).choices[0].text
+    assert (
+        drawn.choices[0].text == client.completions.create(**asked, temperature=0).choices[0].text
+    )
 
 
 def test_a_chat_goes_on_for_min_tokens(
@@ -195,7 +214,13 @@ def test_echo_puts_the_prompt_first(worker: WorkerProcess, client: openai.OpenAI
 
 
 def test_best_of_gives_the_likeliest(worker: WorkerProcess, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 6, "seed": 5, "logprobs": 0}
+    asked: dict[str, Any] = {
+        "model": "tiny",
+        "prompt": PROMPT,
+        "max_tokens": 6,
+        "seed": 5,
+        "logprobs": 0,
+    }
     asked |= {"extra_body": {"ignore_eos": True}}
     everyone = client.completions.create(**asked, n=6)
     best = client.completions.create(**asked, n=2, best_of=6)
@@ -209,7 +234,9 @@ def test_best_of_gives_the_likeliest(worker: WorkerProcess, client: openai.OpenA
     assert best.usage == everyone.usage
 
 
-def test_a_stop_string_ends_the_text_before_it(worker: WorkerProcess, client: openai.OpenAI) -> None:
+def test_a_stop_string_ends_the_text_before_it(
+    worker: WorkerProcess, client: openai.OpenAI
+) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 40, "temperature": 0}
     text = client.completions.create(**asked).choices[0].text
     stop = text[10:13]
@@ -217,7 +244,8 @@ def test_a_stop_string_ends_the_text_before_it(worker: WorkerProcess, client: op
     assert stopped.choices[0].text == text[: text.index(stop)]
     assert stopped.choices[0].finish_reason == "stop"
     assert (
-        streamed_text(client.completions.create(**asked, stop=stop, stream=True)) == text[: text.index(stop)]
+        streamed_text(client.completions.create(**asked, stop=stop, stream=True))
+        == text[: text.index(stop)]
     )
 
 
@@ -269,12 +297,18 @@ def test_what_is_wrong_with_a_request_is_an_http_error_even_of_a_stream(
     ids=lambda given: str(given)[:60],
 )
 def test_a_bad_completion_request_names_what_is_wrong(
-    http: httpx.Client, register: Callable[..., str], change: dict[str, object], code: str, param: str
+    http: httpx.Client,
+    register: Callable[..., str],
+    change: dict[str, object],
+    code: str,
+    param: str,
 ) -> None:
     register()
     register("bert", architecture="bert", family="masked")
     register("t5", architecture="t5", family="seq2seq")
-    error = http.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT} | change).json()["error"]
+    error = http.post("/v1/completions", json={"model": "tiny", "prompt": PROMPT} | change).json()[
+        "error"
+    ]
     assert (error["code"], error["param"]) == (code, param)
 
 
@@ -295,7 +329,11 @@ def test_a_bad_completion_request_names_what_is_wrong(
     ids=str,
 )
 def test_a_bad_chat_request_names_what_is_wrong(
-    http: httpx.Client, register: Callable[..., str], change: dict[str, object], code: str, param: str
+    http: httpx.Client,
+    register: Callable[..., str],
+    change: dict[str, object],
+    code: str,
+    param: str,
 ) -> None:
     register()
     register("plain", has_chat_template=False)
@@ -305,7 +343,9 @@ def test_a_bad_chat_request_names_what_is_wrong(
     assert (error["code"], error["param"]) == (code, param)
 
 
-def test_parameters_without_effect_are_accepted(worker: WorkerProcess, client: openai.OpenAI) -> None:
+def test_parameters_without_effect_are_accepted(
+    worker: WorkerProcess, client: openai.OpenAI
+) -> None:
     first = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "hi"}], max_tokens=4
     )
@@ -316,11 +356,19 @@ def test_parameters_without_effect_are_accepted(worker: WorkerProcess, client: o
             {
                 "role": "developer",
                 "content": [
-                    {"type": "text", "text": "Be short.", "prompt_cache_breakpoint": {"mode": "explicit"}}
+                    {
+                        "type": "text",
+                        "text": "Be short.",
+                        "prompt_cache_breakpoint": {"mode": "explicit"},
+                    }
                 ],
                 "name": "boss",
             },
-            said | {"annotations": [], "parsed": None},  # as replies of OpenAI have, and the SDK's streams
+            said
+            | {
+                "annotations": [],
+                "parsed": None,
+            },  # as replies of OpenAI have, and the SDK's streams
         ],
         prompt_cache_options={"mode": "explicit"},
         moderation=None,
@@ -343,18 +391,23 @@ def test_top_p_0_takes_the_best_token(worker: WorkerProcess, client: openai.Open
     assert client.completions.create(**asked, temperature=2, top_p=0).choices[0].text == greedy
 
 
-def test_the_models_of_another_project_do_not_exist(service: Any, register: Callable[..., str]) -> None:
+def test_the_models_of_another_project_do_not_exist(
+    service: Any, register: Callable[..., str]
+) -> None:
     register("theirs", project_id="other")
     with service.http() as http:
         answers = [
-            http.post("/v1/completions", json={"model": name, "prompt": "x"}) for name in ("theirs", "absent")
+            http.post("/v1/completions", json={"model": name, "prompt": "x"})
+            for name in ("theirs", "absent")
         ]
     assert [answer.status_code for answer in answers] == [404, 404]
     bodies = [json.dumps(answer.json()).replace("theirs", "absent") for answer in answers]
     assert bodies[0] == bodies[1]
 
 
-def test_a_key_without_the_scope_cannot_generate(service: Any, register: Callable[..., str]) -> None:
+def test_a_key_without_the_scope_cannot_generate(
+    service: Any, register: Callable[..., str]
+) -> None:
     register()
     with service.http(service.new_key(scopes=["models:read"])) as http:
         response = http.post("/v1/completions", json={"model": "tiny", "prompt": "x"})
@@ -373,11 +426,11 @@ def test_an_encoder_decoders_answer_may_fill_a_context_of_its_own(
         return Order("id", "key", model, [PROMPT], 1, Sampling(max_tokens=max_tokens))
 
     settings = get_settings()
-    refuse_hopeless(order("t5", 256), settings)
+    validate_for_model(order("t5", 256), settings)
     with pytest.raises(BadRequest, match="prompt and answer together have at most 256"):
-        refuse_hopeless(order("tiny", 256), settings)
+        validate_for_model(order("tiny", 256), settings)
     with pytest.raises(BadRequest, match="an answer has at most 256"):
-        refuse_hopeless(order("t5", 257), settings)
+        validate_for_model(order("t5", 257), settings)
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
@@ -387,10 +440,19 @@ def test_an_answer_that_would_be_too_large_is_refused_before_it_is_begun(
     is_chat = path.startswith("chat")
     name = "top_logprobs" if is_chat else "logprobs"
     asked: dict[str, Any] = {"messages": [{"role": "user", "content": "a"}], "logprobs": True}
-    body = {"model": "tiny", "max_tokens": 200, "n": 60, **(asked if is_chat else {"prompt": "a"}), name: 20}
+    body = {
+        "model": "tiny",
+        "max_tokens": 200,
+        "n": 60,
+        **(asked if is_chat else {"prompt": "a"}),
+        name: 20,
+    }
     answer = http.post(f"/v1/{path}", json=body)
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["code"], error["param"]) == ("answer_too_large", name)
     assert all(word in error["message"] for word in ("16,777,216", "max_tokens", "n,", name))
-    assert http.post(f"/v1/{path}", json=body | {"n": 1, "stream": True, "max_tokens": 2}).status_code == 200
+    assert (
+        http.post(f"/v1/{path}", json=body | {"n": 1, "stream": True, "max_tokens": 2}).status_code
+        == 200
+    )

@@ -25,7 +25,9 @@ async def application(scope: dict[str, object], receive: object, send: object) -
 @pytest.fixture
 def port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     monkeypatch.setattr(connections, "HEADER_SECONDS", 0.3)
-    config = uvicorn.Config(application, port=0, http=BoundedProtocol, lifespan="off", log_config=None)
+    config = uvicorn.Config(
+        application, port=0, http=BoundedProtocol, lifespan="off", log_config=None
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

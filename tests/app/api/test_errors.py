@@ -48,8 +48,12 @@ def test_a_wrong_method_is_an_envelope_that_says_what_is_allowed(http: httpx.Cli
         (b'"text"', "invalid_value"),
     ],
 )
-def test_a_body_that_is_no_json_object_is_an_envelope(http: httpx.Client, content: bytes, code: str) -> None:
-    answer = http.post("/v1/fine_tuning/jobs", content=content, headers={"content-type": "application/json"})
+def test_a_body_that_is_no_json_object_is_an_envelope(
+    http: httpx.Client, content: bytes, code: str
+) -> None:
+    answer = http.post(
+        "/v1/fine_tuning/jobs", content=content, headers={"content-type": "application/json"}
+    )
     assert (answer.status_code, error(answer)["code"]) == (400, code)
 
 
@@ -96,7 +100,9 @@ def test_a_page_of_another_origin_may_ask_with_its_key(http: httpx.Client) -> No
     assert leave.headers["access-control-allow-origin"] == "*"
     assert "x-stainless-lang" in leave.headers["access-control-allow-headers"]
     for key in (http.headers["authorization"], "Bearer wrong"):
-        answer = http.get("/v1/files", headers={"origin": "https://app.example", "authorization": key})
+        answer = http.get(
+            "/v1/files", headers={"origin": "https://app.example", "authorization": key}
+        )
         assert answer.headers["access-control-allow-origin"] == "*"
         assert answer.headers["access-control-expose-headers"] == "*"
     assert "access-control-allow-credentials" not in leave.headers
@@ -106,7 +112,9 @@ def test_a_request_that_took_all_its_time_is_not_to_be_tried_again() -> None:
     assert error_response(TimedOut("too late")).headers["x-should-retry"] == "false"
 
 
-def test_a_fault_of_ours_is_opaque_and_quotes_the_request(http: httpx.Client, database: str) -> None:
+def test_a_fault_of_ours_is_opaque_and_quotes_the_request(
+    http: httpx.Client, database: str
+) -> None:
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("ALTER TABLE files RENAME TO hidden")
     answer = http.get("/v1/files")
@@ -136,7 +144,9 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_harms_nobody(http: httpx
     connection.putheader("authorization", http.headers["authorization"])
     connection.putheader("content-type", "multipart/form-data; boundary=x")
     connection.putheader("content-length", "1000")
-    connection.endheaders(b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\nabc')
+    connection.endheaders(
+        b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\nabc'
+    )
     connection.close()
     assert http.get("/v1/files").json()["data"] == []
 

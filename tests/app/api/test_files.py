@@ -12,7 +12,9 @@ from app.storage import store
 ROW = {"prompt": "What is a still?", "completion": "A vessel."}
 
 
-def send(client: openai.OpenAI, content: bytes, purpose: str = "fine-tune") -> openai.types.FileObject:
+def send(
+    client: openai.OpenAI, content: bytes, purpose: str = "fine-tune"
+) -> openai.types.FileObject:
     return client.files.create(file=("rows.jsonl", content), purpose=purpose)  # type: ignore[arg-type] # wider here
 
 
@@ -89,10 +91,16 @@ def test_a_file_whose_content_is_lost_is_said_so(client: openai.OpenAI) -> None:
         (lines({"prompt": "a", "completion": ""}), "completion is empty"),
         (lines({"prompt": "a", "completion": 3}), "completion must be a string"),
         (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
-        (lines(ROW, {"prompt": "a"}), "line 2 is of format prompt in a file of format prompt_completion"),
+        (
+            lines(ROW, {"prompt": "a"}),
+            "line 2 is of format prompt in a file of format prompt_completion",
+        ),
         (lines({"question": "a"}), "its keys are 'question'"),
         (lines({"messages": []}), "at least one message"),
-        (lines({"messages": [{"role": "robot", "content": "a"}]}), "messages[0].role must be one of"),
+        (
+            lines({"messages": [{"role": "robot", "content": "a"}]}),
+            "messages[0].role must be one of",
+        ),
         (lines({"messages": [{"role": "assistant", "content": "a"}]}), "no user's turn"),
     ],
 )
@@ -109,7 +117,10 @@ def test_a_line_over_the_limit_is_refused_before_it_is_all_in_memory(
 ) -> None:
     monkeypatch.setenv("STILLHOUSE_MAX_LINE_BYTES", "1000")
     get_settings.cache_clear()
-    assert "line 2 is longer than 1,000 bytes" in refusal(client, lines(ROW, {"prompt": "a" * 2000})).message
+    assert (
+        "line 2 is longer than 1,000 bytes"
+        in refusal(client, lines(ROW, {"prompt": "a" * 2000})).message
+    )
 
 
 def test_a_file_over_the_cap_is_refused_with_413_and_leaves_nothing(client: openai.OpenAI) -> None:
@@ -140,7 +151,9 @@ def test_a_wrong_form_is_refused_by_name(
 
 def test_a_body_that_breaks_off_leaves_nothing(http: httpx.Client) -> None:
     body = b'--x\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n' + lines(ROW)
-    answer = http.post("/v1/files", content=body, headers={"content-type": "multipart/form-data; boundary=x"})
+    answer = http.post(
+        "/v1/files", content=body, headers={"content-type": "multipart/form-data; boundary=x"}
+    )
     assert (answer.status_code, answer.json()["error"]["message"]) == (
         400,
         "the multipart body ends too early",
@@ -184,7 +197,9 @@ def test_a_file_name_is_only_a_label(client: openai.OpenAI) -> None:
 
 def test_an_expiring_file_says_when(client: openai.OpenAI) -> None:
     made = client.files.create(
-        file=("a", lines(ROW)), purpose="fine-tune", expires_after={"anchor": "created_at", "seconds": 3600}
+        file=("a", lines(ROW)),
+        purpose="fine-tune",
+        expires_after={"anchor": "created_at", "seconds": 3600},
     )
     assert made.expires_at is not None
     assert made.expires_at - made.created_at in range(3599, 3603)

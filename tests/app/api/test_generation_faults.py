@@ -43,7 +43,9 @@ def start_worker(
 
 
 @pytest.fixture
-def worker(start_worker: Callable[[], WorkerProcess], register: Callable[..., str]) -> WorkerProcess:
+def worker(
+    start_worker: Callable[[], WorkerProcess], register: Callable[..., str]
+) -> WorkerProcess:
     """A worker, and the tiny model under the name `tiny`."""
     register()
     return start_worker()
@@ -147,7 +149,9 @@ def test_a_full_server_refuses_a_newcomer_only_beyond_its_share(
     with service.client() as one, service.client() as other:
         stream = one.completions.create(**LONG, stream=True)
         next(iter(stream))
-        with pytest.raises(openai.RateLimitError, match="limit with 2 active keys is 128 and 150") as refused:
+        with pytest.raises(
+            openai.RateLimitError, match="limit with 2 active keys is 128 and 150"
+        ) as refused:
             other.completions.create(**LONG)
         assert (refused.value.status_code, refused.value.code) == (429, "rate_limit_exceeded")
         assert 1 <= int(refused.value.response.headers["retry-after"]) <= 120
@@ -162,7 +166,10 @@ def test_a_full_server_turns_a_key_away_before_it_is_verified(
     one_request_in_all: None, worker: WorkerProcess, client: openai.OpenAI, service: Any
 ) -> None:
     body = {"model": "tiny", "prompt": PROMPT}
-    with service.http(client.api_key[:-3] + "xyz") as forger, service.http("no key of ours") as stranger:
+    with (
+        service.http(client.api_key[:-3] + "xyz") as forger,
+        service.http("no key of ours") as stranger,
+    ):
         stream = client.completions.create(**LONG, stream=True)
         next(iter(stream))
         refused = forger.post("/v1/completions", json=body)
@@ -170,7 +177,9 @@ def test_a_full_server_turns_a_key_away_before_it_is_verified(
         assert 1 <= int(refused.headers["retry-after"]) <= 120
         assert stranger.post("/v1/completions", json=body).status_code == 401
         stream.close()
-        wait_for(lambda: forger.post("/v1/completions", json=body).status_code == 401, 5, "still full")
+        wait_for(
+            lambda: forger.post("/v1/completions", json=body).status_code == 401, 5, "still full"
+        )
 
 
 def test_a_killed_worker_ends_a_begun_answer_with_an_error_chunk(
@@ -191,7 +200,11 @@ def test_a_request_that_a_dying_worker_has_not_begun_goes_to_another(
     workers = [start_worker(), start_worker()]
     asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
     text = client.completions.create(**asked).choices[0].text
-    wait_for(lambda: any(worker.status().resident for worker in workers), 5, "no heartbeat shows the model")
+    wait_for(
+        lambda: any(worker.status().resident for worker in workers),
+        5,
+        "no heartbeat shows the model",
+    )
     time.sleep(0.5)  # the API looks at heartbeats every 0.2 s
     (holder,) = [worker for worker in workers if worker.status().resident]
     (other,) = [worker for worker in workers if worker is not holder]

@@ -27,7 +27,9 @@ def test_without_a_serve_worker_the_service_is_degraded_but_ready(http: httpx.Cl
     }
 
 
-def test_readiness_costs_strangers_no_query_on_jobs_and_few_on_the_database(service: Service) -> None:
+def test_readiness_costs_strangers_no_query_on_jobs_and_few_on_the_database(
+    service: Service,
+) -> None:
     statements: list[str] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:  # Any: SQLAlchemy's
@@ -41,7 +43,9 @@ def test_readiness_costs_strangers_no_query_on_jobs_and_few_on_the_database(serv
     event.remove(engine(), "before_cursor_execute", note)
     assert set(answers) == {200}
     assert [statement for statement in statements if "job" in statement] == []
-    assert 1 <= statements.count("SELECT 1") <= 1 + (time.monotonic() - began) / health.CHECK_SECONDS
+    assert (
+        1 <= statements.count("SELECT 1") <= 1 + (time.monotonic() - began) / health.CHECK_SECONDS
+    )
 
 
 def test_a_worker_that_computes_nothing_of_what_it_has_does_not_count(
@@ -58,7 +62,9 @@ def test_a_worker_that_computes_nothing_of_what_it_has_does_not_count(
     )
     with redis.Redis.from_url(valkey) as client:
         client.set(serve_worker_key("stuck"), stuck.model_dump_json())
-    wait_for(lambda: http.get("/health/ready").json()["serve_workers"] == 1, 5, "nobody sees the worker")
+    wait_for(
+        lambda: http.get("/health/ready").json()["serve_workers"] == 1, 5, "nobody sees the worker"
+    )
     found = http.get("/health/ready").json()
     assert (found["status"], found["stalled_serve_workers"]) == ("degraded", 1)
     assert found["last_forward_seconds"] == 60

@@ -68,13 +68,18 @@ def relay(service: Service) -> Iterator[LossyRelay]:
 @pytest.fixture
 def retrying(service: Service, relay: LossyRelay) -> Iterator[openai.OpenAI]:
     """A client with the retries that it has by default, behind the relay."""
-    with openai.OpenAI(base_url=relay.url, api_key=service.new_key(), max_retries=2, timeout=20) as made:
+    with openai.OpenAI(
+        base_url=relay.url, api_key=service.new_key(), max_retries=2, timeout=20
+    ) as made:
         yield made
 
 
 @pytest.fixture
 def submit(
-    retrying: openai.OpenAI, client: openai.OpenAI, upload: Callable[..., str], register: Callable[..., str]
+    retrying: openai.OpenAI,
+    client: openai.OpenAI,
+    upload: Callable[..., str],
+    register: Callable[..., str],
 ) -> Submit:
     model, file_id = register(), upload(client, ROWS)
 
@@ -92,7 +97,9 @@ def ids(client: openai.OpenAI) -> list[str]:
     return [job.id for job in client.fine_tuning.jobs.list()]
 
 
-def test_lost_answers_leave_one_job(submit: Submit, relay: LossyRelay, client: openai.OpenAI) -> None:
+def test_lost_answers_leave_one_job(
+    submit: Submit, relay: LossyRelay, client: openai.OpenAI
+) -> None:
     relay.num_lost_answers = 2
     job_id = submit()
     assert ids(client) == [job_id]
@@ -162,7 +169,9 @@ def test_a_retry_repeats_a_submission_within_the_timeout_that_the_client_names(
     with service.http() as http:
         first = http.post("/v1/fine_tuning/jobs", json=body).json()
         with transaction() as session:
-            session.execute(text("UPDATE submissions SET attempted_at = now() - interval '5000 seconds'"))
+            session.execute(
+                text("UPDATE submissions SET attempted_at = now() - interval '5000 seconds'")
+            )
         headers = {"x-stainless-retry-count": "1"} | timeout
         again = http.post("/v1/fine_tuning/jobs", json=body, headers=headers).json()
     assert (again["id"] == first["id"]) == is_repetition

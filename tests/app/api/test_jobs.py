@@ -12,8 +12,8 @@ from openai.types.fine_tuning import FineTuningJob, FineTuningJobEvent
 from sqlalchemy import text
 
 from app.contracts.messages import SPLIT_VERSION, ArtifactRef, DistillationJob, JobFailure
+from app.db import checkpoints, leases
 from app.db import jobs as job_rows
-from app.db import leases
 from app.db.schema.tables import File
 from app.db.session import transaction
 from app.services.submission import TEST_FILE
@@ -23,7 +23,9 @@ from app.storage import store
 Rows = list[dict[str, Any]]
 ROWS: Rows = [{"prompt": f"What is {n}?", "completion": "A number."} for n in range(3)]
 PROMPTS: Rows = [{"prompt": f"What is {n}?"} for n in range(3)]
-CHAT: Rows = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}]
+CHAT: Rows = [
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+]
 
 
 class Bench:
@@ -39,7 +41,10 @@ class Bench:
         return self._upload(self.client, rows, **options)
 
     def submit(self, block: dict[str, Any] | None = None, **options: Any) -> FineTuningJob:
-        method: Any = {"type": "distillation", "distillation": {"teacher": self.model, **(block or {})}}
+        method: Any = {
+            "type": "distillation",
+            "distillation": {"teacher": self.model, **(block or {})},
+        }
         body: dict[str, Any] = {"model": self.model, "method": method, **options}
         if "training_file" not in body:
             body["training_file"] = self.upload()
@@ -69,8 +74,17 @@ def claim(job_id: str) -> int:
 def test_a_job_is_queued_with_what_was_left_open_decided(bench: Bench) -> None:
     job = bench.submit(suffix="support", metadata={"team": "x"}, seed=7)
     extra = job.model_extra or {}
-    assert (job.object, job.status, job.seed, job.metadata) == ("fine_tuning.job", "queued", 7, {"team": "x"})
-    assert (job.model, extra["teacher"], extra["queue"]) == ("tiny", "tiny", {"position": 1, "depth": 1})
+    assert (job.object, job.status, job.seed, job.metadata) == (
+        "fine_tuning.job",
+        "queued",
+        7,
+        {"team": "x"},
+    )
+    assert (job.model, extra["teacher"], extra["queue"]) == (
+        "tiny",
+        "tiny",
+        {"position": 1, "depth": 1},
+    )
     assert job.fine_tuned_model is None
     assert job.hyperparameters.n_epochs == 3
     block = (job.method.model_extra or {})["distillation"] if job.method else {}
@@ -114,8 +128,20 @@ def test_the_openai_place_for_epochs_is_honoured(bench: Bench) -> None:
             "resource_not_found",
             "method.distillation.evaluation.test_file",
         ),
-        ({"student": {"num_layers": 5}}, {}, 400, "invalid_value", "method.distillation.student.num_layers"),
-        ({"student": {"layers": [0, 4]}}, {}, 400, "invalid_value", "method.distillation.student.layers"),
+        (
+            {"student": {"num_layers": 5}},
+            {},
+            400,
+            "invalid_value",
+            "method.distillation.student.num_layers",
+        ),
+        (
+            {"student": {"layers": [0, 4]}},
+            {},
+            400,
+            "invalid_value",
+            "method.distillation.student.layers",
+        ),
         ({"student": {"layers": [1, 0]}}, {}, 400, "invalid_value", "method.distillation.student"),
         (
             {"student": {"init": "checkpoint", "fit_rows": 9}},
@@ -143,7 +169,13 @@ def test_the_openai_place_for_epochs_is_honoured(bench: Bench) -> None:
         ({}, {"seed": -1}, 400, "invalid_value", "seed"),
         ({}, {"metadata": {"a": "b" * 513}}, 400, "invalid_value", "metadata.a"),
         ({}, {"metadata": {str(n): "b" for n in range(17)}}, 400, "invalid_value", "metadata"),
-        ({}, {"hyperparameters": {"batch_size": 4}}, 400, "invalid_value", "hyperparameters.batch_size"),
+        (
+            {},
+            {"hyperparameters": {"batch_size": 4}},
+            400,
+            "invalid_value",
+            "hyperparameters.batch_size",
+        ),
         ({}, {"extra_body": {"colour": "red"}}, 400, "unknown_parameter", "colour"),
     ],
 )
@@ -191,7 +223,9 @@ def test_different_tokenizers_are_no_longer_compared_token_by_token(bench: Bench
     assert (block["student"]["init"], block["objective"]["teacher_signal"]) == ("checkpoint", "uld")
 
 
-@pytest.mark.parametrize(("keys", "completions"), [(("input", "target"), "dataset"), (("input",), "teacher")])
+@pytest.mark.parametrize(
+    ("keys", "completions"), [(("input", "target"), "dataset"), (("input",), "teacher")]
+)
 def test_rows_of_input_and_target_are_prompts_and_completions(
     bench: Bench, keys: tuple[str, ...], completions: str
 ) -> None:
@@ -228,13 +262,18 @@ def test_a_fresh_student_has_room_for_every_token_of_the_teachers_tokenizer(benc
 
 
 @pytest.mark.parametrize(("max_positions", "fits"), [(16, False), (64, True)])
-def test_a_fresh_students_positions_bound_its_rows(bench: Bench, max_positions: int, fits: bool) -> None:
+def test_a_fresh_students_positions_bound_its_rows(
+    bench: Bench, max_positions: int, fits: bool
+) -> None:
     student = {"init": "fresh", "config": {"family": "gpt2", "max_positions": max_positions}}
     rows = bench.upload([{"prompt": "zq" * 10, "completion": "yes"}])
     if fits:
         assert bench.submit({"student": student}, training_file=rows).status == "queued"
     else:
-        assert bench.refused({"student": student}, training_file=rows).code == "context_length_exceeded"
+        assert (
+            bench.refused({"student": student}, training_file=rows).code
+            == "context_length_exceeded"
+        )
 
 
 def test_completions_from_a_file_that_has_none_are_refused(bench: Bench) -> None:
@@ -423,7 +462,9 @@ def test_a_failed_job_says_why(bench: Bench) -> None:
     job = bench.submit()
     token = claim(job.id)
     with transaction() as session:
-        leases.fail(session, job.id, token, JobFailure(code="nan_loss", message="lower the learning rate"))
+        leases.fail(
+            session, job.id, token, JobFailure(code="nan_loss", message="lower the learning rate")
+        )
     error = bench.client.fine_tuning.jobs.retrieve(job.id).error
     assert error is not None
     assert (error.code, error.message) == ("nan_loss", "lower the learning rate")
@@ -434,7 +475,9 @@ def fail_late(job_id: str, code: str = "out_of_memory") -> None:
     token = claim(job_id)
     ref = ArtifactRef(key=f"checkpoints/{job_id}/{token}/step-10", bytes=5, sha256="c" * 64)
     with transaction() as session:
-        leases.insert_checkpoint(session, job_id, token, step=10, ref=ref, metrics={}, is_best=True)
+        checkpoints.insert_checkpoint(
+            session, job_id, token, step=10, ref=ref, metrics={}, is_best=True
+        )
         leases.fail(session, job_id, token, JobFailure(code=code, message="the memory is full"))
 
 
@@ -454,7 +497,9 @@ def test_a_job_that_failed_before_its_first_checkpoint_is_not_resumed(bench: Ben
     job = bench.submit()
     token = claim(job.id)
     with transaction() as session:
-        leases.fail(session, job.id, token, JobFailure(code="nan_loss", message="lower the learning rate"))
+        leases.fail(
+            session, job.id, token, JobFailure(code="nan_loss", message="lower the learning rate")
+        )
     with pytest.raises(openai.ConflictError, match="submit it again") as refused:
         bench.client.fine_tuning.jobs.resume(job.id)
     assert refused.value.code == "invalid_state_transition"
@@ -477,7 +522,9 @@ def test_a_failed_job_whose_inputs_were_deleted_is_not_resumed(bench: Bench) -> 
         assert bench.client.fine_tuning.jobs.retrieve(job.id).status == "failed"
 
 
-def test_a_resumed_failure_counts_against_the_quota(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_failure_counts_against_the_quota(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = bench.submit()
     fail_late(job.id)
     monkeypatch.setenv("STILLHOUSE_MAX_ACTIVE_JOBS_PER_PROJECT", "1")
@@ -488,11 +535,16 @@ def test_a_resumed_failure_counts_against_the_quota(bench: Bench, monkeypatch: p
     assert refused.value.code == "quota_exceeded"
 
 
-def test_a_job_that_has_ended_can_be_deleted_with_its_checkpoints(bench: Bench, http: httpx.Client) -> None:
+def test_a_job_that_has_ended_can_be_deleted_with_its_checkpoints(
+    bench: Bench, http: httpx.Client
+) -> None:
     job = bench.submit()
     url = f"/v1/fine_tuning/jobs/{job.id}"
     refused = http.delete(url)
-    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "invalid_state_transition")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (
+        409,
+        "invalid_state_transition",
+    )
     assert "cancel it first" in refused.json()["error"]["message"]
     fail_late(job.id)
     with pytest.raises(openai.ConflictError, match="delete the job"):
@@ -518,7 +570,9 @@ def test_a_job_is_deleted_after_its_model(bench: Bench, http: httpx.Client) -> N
     assert http.delete(f"/v1/fine_tuning/jobs/{job.id}").status_code == 200
 
 
-def test_a_job_that_succeeds_while_it_is_deleted_keeps_its_model(bench: Bench, http: httpx.Client) -> None:
+def test_a_job_that_succeeds_while_it_is_deleted_keeps_its_model(
+    bench: Bench, http: httpx.Client
+) -> None:
     job = bench.submit()
     token = claim(job.id)
     model = {"id": "ds:tiny", "origin": "distilled", "store_key": f"models/{job.id}", "bytes": 1}
@@ -533,7 +587,9 @@ def test_a_job_that_succeeds_while_it_is_deleted_keeps_its_model(bench: Bench, h
     assert http.get(f"/v1/fine_tuning/jobs/{job.id}").json()["status"] == "succeeded"
 
 
-@pytest.mark.parametrize(("code", "is_resumable"), [("out_of_memory", True), ("gate_failed", False)])
+@pytest.mark.parametrize(
+    ("code", "is_resumable"), [("out_of_memory", True), ("gate_failed", False)]
+)
 def test_a_failure_that_a_resume_meets_again_does_not_advise_it(
     bench: Bench, code: str, is_resumable: bool
 ) -> None:
@@ -558,7 +614,7 @@ def test_a_paused_job_says_why(bench: Bench) -> None:
     job = bench.submit()
     token = claim(job.id)
     with transaction() as session:
-        leases.rest(session, job.id, token, message="The job is paused: the disk is full")
+        leases.pause_for_disk(session, job.id, token, message="The job is paused: the disk is full")
     paused = bench.client.fine_tuning.jobs.retrieve(job.id).to_dict()
     assert (paused["status"], paused["pause_reason"]) == ("paused", "the disk is full")
     assert bench.client.fine_tuning.jobs.resume(job.id).to_dict()["pause_reason"] is None
@@ -642,7 +698,9 @@ def test_a_stream_outlives_an_outage_of_the_database(
     ]
 
 
-def test_a_job_is_taken_while_redis_is_away(bench: Bench, settings_env: Callable[..., Settings]) -> None:
+def test_a_job_is_taken_while_redis_is_away(
+    bench: Bench, settings_env: Callable[..., Settings]
+) -> None:
     settings_env(redis_url="redis://127.0.0.1:1/0")
     began = time.monotonic()
     assert bench.submit().status == "queued"
@@ -654,9 +712,14 @@ def test_metrics_come_as_series(bench: Bench, http: httpx.Client) -> None:
     claim(job.id)
     with transaction() as session:
         for step in (1, 2, 3):
-            leases.write_metrics(session, job.id, step, {"train_loss": 1.0 / step, "learning_rate": 0.1})
+            leases.write_metrics(
+                session, job.id, step, {"train_loss": 1.0 / step, "learning_rate": 0.1}
+            )
     url = f"/v1/fine_tuning/jobs/{job.id}/metrics"
-    assert [series["name"] for series in http.get(url).json()["data"]] == ["learning_rate", "train_loss"]
+    assert [series["name"] for series in http.get(url).json()["data"]] == [
+        "learning_rate",
+        "train_loss",
+    ]
     chosen = http.get(url, params={"names": "train_loss", "from_step": 2, "to_step": 2}).json()
     assert chosen["data"] == [{"name": "train_loss", "points": [{"step": 2, "value": 0.5}]}]
 
@@ -665,7 +728,7 @@ def test_checkpoints_are_listed_under_names_that_can_be_served(bench: Bench) -> 
     job = bench.submit()
     token = claim(job.id)
     with transaction() as session:
-        leases.insert_checkpoint(
+        checkpoints.insert_checkpoint(
             session,
             job.id,
             token,
@@ -680,7 +743,9 @@ def test_checkpoints_are_listed_under_names_that_can_be_served(bench: Bench) -> 
         10,
         job.id,
     )
-    assert re.fullmatch(r"ds:tiny::[0-9a-f]{8}:ckpt-step-10", checkpoint.fine_tuned_model_checkpoint)
+    assert re.fullmatch(
+        r"ds:tiny::[0-9a-f]{8}:ckpt-step-10", checkpoint.fine_tuned_model_checkpoint
+    )
     assert checkpoint.metrics.valid_loss == checkpoint.metrics.full_valid_loss == 2.0
     assert checkpoint.metrics.full_valid_mean_token_accuracy == 0.5
 

@@ -29,5 +29,7 @@ def test_a_load_outlives_the_client_that_was_told_to_come_again(
     refused = http.post("/v1/completions", json=body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_loading")
     assert 1 <= int(refused.headers["retry-after"]) <= 120
-    wait_for(lambda: impatient_worker.status().resident, 30, "the load was given up with the client")
+    wait_for(
+        lambda: impatient_worker.status().resident, 30, "the load was given up with the client"
+    )
     assert http.post("/v1/completions", json=body).status_code == 200

@@ -43,7 +43,11 @@ Blocks = Callable[[dict[str, Ask]], dict[str, float]]
 
 @pytest.fixture
 def service(database: str, valkey: str, settings_env: Callable[..., Settings]) -> Iterator[Service]:
-    limits = {"min_free_bytes": 0, "max_context_tokens": CONTEXT_TOKENS, "max_files_per_project": 20_000}
+    limits = {
+        "min_free_bytes": 0,
+        "max_context_tokens": CONTEXT_TOKENS,
+        "max_files_per_project": 20_000,
+    }
     settings_env(key_pepper="pepper", log_level="error", **limits)
     command = [sys.executable, "-m", "tests.app.api.lag_server"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -69,7 +73,9 @@ def speaking_worker(valkey: str, service: Service) -> Iterator[None]:
 
     def speak() -> None:
         with redis.Redis.from_url(valkey) as client:
-            status = ServeWorkerStatus(worker_id="w", max_running=64, num_running=1, beat_at=time.time())
+            status = ServeWorkerStatus(
+                worker_id="w", max_running=64, num_running=1, beat_at=time.time()
+            )
             while not is_over.is_set():
                 client.set(serve_worker_key("w"), status.model_dump_json(), ex=60)
                 if message := client.rpop(queue_key("w")):
@@ -99,7 +105,9 @@ def _delta(request: GenerateRequest, choice: int, num_tokens: int) -> Delta:
     logprobs = None
     if request.sampling.logprobs is not None:
         top = tuple((f" token{i}", -random.random() * 10) for i in range(request.sampling.logprobs))
-        entry = TokenLogprob(token=" token1", logprob=-1.234567890123, bytes=tuple(b" token1"), top=top)
+        entry = TokenLogprob(
+            token=" token1", logprob=-1.234567890123, bytes=tuple(b" token1"), top=top
+        )
         logprobs = (entry,) * num_tokens
     tokens = tuple(range(num_tokens))
     return Delta(
@@ -142,7 +150,9 @@ def blocks(service: Service, register: Callable[..., str], speaking_worker: None
     def do_measure(asks: dict[str, Ask]) -> dict[str, float]:
         with service.http() as http:
             http.timeout = 60
-            post("/v1/completions", {"prompt": "a"})(http)  # the first request imports and compiles things
+            post("/v1/completions", {"prompt": "a"})(
+                http
+            )  # the first request imports and compiles things
             found = {name: longest_block(http, ask) for name, ask in asks.items()}
         print({name: round(seconds, 3) for name, seconds in found.items()})
         return {name: seconds for name, seconds in found.items() if seconds > MAX_BLOCK_SECONDS}
@@ -175,7 +185,9 @@ def test_the_largest_answers_do_not_block(blocks: Blocks) -> None:
         "streamed chat": post(chat, chat_body | {"stream": True}),
         "text": post(completions, text_body),
         "streamed text": post(completions, text_body | {"stream": True}),
-        "many choices": post(completions, {"prompt": "a", "n": 128, "max_tokens": 2400, "stream": True}),
+        "many choices": post(
+            completions, {"prompt": "a", "n": 128, "max_tokens": 2400, "stream": True}
+        ),
     }
     assert blocks(asks) == {}
 
@@ -202,7 +214,9 @@ def test_refusals_of_odd_bodies_do_not_block(
 def test_files_jobs_and_batches_do_not_block(blocks: Blocks, service: Service) -> None:
     def upload(http: httpx.Client, rows: list[Json], purpose: str) -> str:
         content = io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
-        answer = http.post("/v1/files", files={"file": ("rows", content)}, data={"purpose": purpose})
+        answer = http.post(
+            "/v1/files", files={"file": ("rows", content)}, data={"purpose": purpose}
+        )
         assert answer.status_code == 200, answer.text
         return str(answer.json()["id"])
 
@@ -214,13 +228,17 @@ def test_files_jobs_and_batches_do_not_block(blocks: Blocks, service: Service) -
 
     def submit(http: httpx.Client) -> None:
         file_id = upload(http, [{"text": text}] * 4, "fine-tune")
-        method = {"type": "distillation", "distillation": {"teacher": "tiny", "student": {"num_layers": 2}}}
+        method = {
+            "type": "distillation",
+            "distillation": {"teacher": "tiny", "student": {"num_layers": 2}},
+        }
         post("/v1/fine_tuning/jobs", {"training_file": file_id, "method": method}, status=400)(http)
 
     def run_batch(http: httpx.Client) -> None:
         body = {"model": "tiny", "prompt": [1234] * 160_000, "max_tokens": 2400, "logprobs": 20}
         rows: list[Json] = [
-            {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body} for i in range(4)
+            {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
+            for i in range(4)
         ]
         asked = {"input_file_id": upload(http, rows, "batch"), "endpoint": "/v1/completions"}
         batch = http.post("/v1/batches", json=asked | {"completion_window": "24h"}).json()

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import text
 
 from app.contracts.messages import ArtifactRef
+from app.db import checkpoints, leases
 from app.db import jobs as job_rows
-from app.db import leases
 from app.db import models as model_rows
 from app.db.session import Session, transaction
 from app.errors import NotFound
@@ -32,7 +32,9 @@ def wait_until_stuck(session: Session, *asked: Future[Any]) -> None:  # Any: wha
     )
 
 
-def test_models_are_listed_with_what_they_are_made_of(client: openai.OpenAI, register: Register) -> None:
+def test_models_are_listed_with_what_they_are_made_of(
+    client: openai.OpenAI, register: Register
+) -> None:
     register("tiny")
     register("shared", project_id=None)
     register("theirs", project_id="rival")
@@ -73,7 +75,10 @@ def test_a_job_that_is_just_being_queued_keeps_its_model(
     client: openai.OpenAI, register: Register, upload: Register
 ) -> None:
     register("tiny")
-    asked: Any = {"method": {"type": "distillation", "distillation": {"teacher": "tiny"}}, "model": "tiny"}
+    asked: Any = {
+        "method": {"type": "distillation", "distillation": {"teacher": "tiny"}},
+        "model": "tiny",
+    }
     asked["training_file"] = upload(client, [{"prompt": "a", "completion": "b"}])
     with ThreadPoolExecutor() as pool:
         with transaction() as session:
@@ -94,7 +99,10 @@ def test_a_model_that_is_just_being_deleted_gets_no_alias_and_no_job(
     http: httpx.Client, client: openai.OpenAI, register: Register, upload: Register
 ) -> None:
     register("tiny")
-    asked: Any = {"method": {"type": "distillation", "distillation": {"teacher": "tiny"}}, "model": "tiny"}
+    asked: Any = {
+        "method": {"type": "distillation", "distillation": {"teacher": "tiny"}},
+        "model": "tiny",
+    }
     asked["training_file"] = upload(client, [{"prompt": "a", "completion": "b"}])
     with ThreadPoolExecutor() as pool:
         with transaction() as session:
@@ -117,7 +125,9 @@ def test_another_projects_model_does_not_exist(
     assert client.models.retrieve("tiny").id == "tiny"
 
 
-def test_a_shared_model_is_not_a_projects_to_delete(client: openai.OpenAI, register: Register) -> None:
+def test_a_shared_model_is_not_a_projects_to_delete(
+    client: openai.OpenAI, register: Register
+) -> None:
     register("shared", project_id=None)
     with pytest.raises(openai.PermissionDeniedError):
         client.models.delete("shared")
@@ -172,7 +182,9 @@ def test_a_checkpoint_of_a_running_job_can_be_served(
         assert job is not None
         assert job.lease_token is not None
         ref = ArtifactRef(key=f"checkpoints/{job_id}/1/step-10", bytes=5, sha256="c" * 64)
-        leases.insert_checkpoint(session, job_id, job.lease_token, step=10, ref=ref, metrics={}, is_best=True)
+        checkpoints.insert_checkpoint(
+            session, job_id, job.lease_token, step=10, ref=ref, metrics={}, is_best=True
+        )
     name = f"{job.model_id}:ckpt-step-10"
     with transaction() as session:
         found = model_registry.resolve(session, "acme", name)
@@ -197,8 +209,15 @@ def test_a_checkpoint_goes_with_its_model(
         assert job.lease_token is not None
         assert tiny is not None
         ref = ArtifactRef(key="checkpoints/a/1/step-10", bytes=5, sha256="c" * 64)
-        leases.insert_checkpoint(session, job.id, job.lease_token, step=10, ref=ref, metrics={}, is_best=True)
-        columns: Any = {"store_key": "models/a", "bytes": 5, "manifest_sha256": "c" * 64, "facts": tiny.facts}
+        checkpoints.insert_checkpoint(
+            session, job.id, job.lease_token, step=10, ref=ref, metrics={}, is_best=True
+        )
+        columns: Any = {
+            "store_key": "models/a",
+            "bytes": 5,
+            "manifest_sha256": "c" * 64,
+            "facts": tiny.facts,
+        }
         columns |= {"project_id": "acme", "origin": "distilled", "source_job_id": job.id}
         model_rows.insert_model(session, id=job.model_id, **columns)
     name = job.model_id
@@ -228,7 +247,9 @@ def test_an_import_is_a_job_with_events(http: httpx.Client) -> None:
     )
     url = f"/v1/models/imports/{made['id']}"
     assert http.get(url).json() == made
-    assert [event["data"] for event in http.get(f"{url}/events").json()["data"]] == [{"status": "queued"}]
+    assert [event["data"] for event in http.get(f"{url}/events").json()["data"]] == [
+        {"status": "queued"}
+    ]
     assert http.post(f"{url}/cancel").json()["status"] == "cancelled"
     stream = http.get(f"{url}/events", headers={"accept": "text/event-stream"}).text
     assert re.findall(r"^data: \[DONE\]$", stream, re.MULTILINE)
@@ -263,7 +284,8 @@ def test_a_name_is_given_once(http: httpx.Client, register: Register) -> None:
 def test_an_import_is_idempotent(http: httpx.Client) -> None:
     asked = {"source": "hf:org/name", "name": "imported"}
     first, second = (
-        http.post("/v1/models/import", json=asked, headers={"Idempotency-Key": "a"}) for _ in range(2)
+        http.post("/v1/models/import", json=asked, headers={"Idempotency-Key": "a"})
+        for _ in range(2)
     )
     assert first.json() == second.json()
     assert "idempotent-replayed" not in first.headers
@@ -273,6 +295,8 @@ def test_an_import_is_idempotent(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     "source", ["/etc/passwd", "file:///etc", "hf:../x/y", "hf:a/b@../../c", "hf:a", "https://a/b"]
 )
-def test_nothing_but_a_hub_repository_is_imported_over_http(http: httpx.Client, source: str) -> None:
+def test_nothing_but_a_hub_repository_is_imported_over_http(
+    http: httpx.Client, source: str
+) -> None:
     answer = http.post("/v1/models/import", json={"source": source, "name": "imported"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "source")

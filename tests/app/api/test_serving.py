@@ -38,9 +38,16 @@ def test_a_model_is_served_the_plain_way_unless_told_otherwise(
     register("student")
     asked = {"weights": "int8", "draft": {"model": "student", "num_tokens": 3}}
     shown = {"engine": "transformers", **asked}
-    assert http.get("/v1/models/tiny/serving").json() == {"object": "model.serving", "model": "tiny", **PLAIN}
+    assert http.get("/v1/models/tiny/serving").json() == {
+        "object": "model.serving",
+        "model": "tiny",
+        **PLAIN,
+    }
     answer = http.put("/v1/models/tiny/serving", json=asked)
-    assert (answer.status_code, answer.json()) == (200, {"object": "model.serving", "model": "tiny", **shown})
+    assert (answer.status_code, answer.json()) == (
+        200,
+        {"object": "model.serving", "model": "tiny", **shown},
+    )
     assert (client.models.retrieve("tiny").model_extra or {})["serving"] == shown
     with pytest.raises(openai.ConflictError, match="tiny \\(as its draft\\)"):
         client.models.delete("student")
@@ -66,7 +73,12 @@ def test_a_model_is_served_the_plain_way_unless_told_otherwise(
     ],
 )
 def test_options_that_cannot_be_are_refused_by_name(
-    http: httpx.Client, register: Register, asked: dict[str, Any], status: int, code: str | None, param: str
+    http: httpx.Client,
+    register: Register,
+    asked: dict[str, Any],
+    status: int,
+    code: str | None,
+    param: str,
 ) -> None:
     register("tiny")
     register("twin")
@@ -105,7 +117,9 @@ def test_a_shared_model_is_an_operators_to_decide_about(service: Any, register: 
 
 
 @pytest.mark.parametrize("route", ["serving", "status", "load", "unload", "pin", "unpin"])
-def test_another_projects_model_does_not_exist(service: Any, register: Register, route: str) -> None:
+def test_another_projects_model_does_not_exist(
+    service: Any, register: Register, route: str
+) -> None:
     register("tiny")
     method = "GET" if route in ("serving", "status") else "POST"
     with service.http(service.new_key("rival")) as stranger:
@@ -133,7 +147,9 @@ def test_options_reach_the_worker_with_each_request(
     client.completions.create(model="tiny", prompt="lamp", max_tokens=2)
 
 
-def test_a_model_is_loaded_and_unloaded_when_asked(worker: WorkerProcess, http: httpx.Client) -> None:
+def test_a_model_is_loaded_and_unloaded_when_asked(
+    worker: WorkerProcess, http: httpx.Client
+) -> None:
     http.post("/v1/models/tiny/unload")
     assert wait_until(http, "absent") == {
         "worker": worker.id, "state": "absent", "bytes": None, "percent": 0.0,
@@ -166,7 +182,11 @@ def test_readiness_tells_the_age_of_the_last_forward_pass(
 
     wait_for(lambda: (now := age()) is not None and now > 0.6, 5, "the age does not grow")
     client.completions.create(model="tiny", prompt="lamp", max_tokens=2)
-    wait_for(lambda: (now := age()) is not None and now < time.monotonic() - began, 5, "no pass was noticed")
+    wait_for(
+        lambda: (now := age()) is not None and now < time.monotonic() - began,
+        5,
+        "no pass was noticed",
+    )
 
 
 def test_a_pinned_alias_is_loaded_wherever_it_points(
@@ -175,7 +195,11 @@ def test_a_pinned_alias_is_loaded_wherever_it_points(
     register("next")
     http.put("/v1/models/support/aliases/prod", json={"model": "tiny"})
     answer = http.post("/v1/models/support@prod/pin")
-    assert (answer.status_code, answer.json()["model"], answer.json()["is_pinned"]) == (202, "tiny", True)
+    assert (answer.status_code, answer.json()["model"], answer.json()["is_pinned"]) == (
+        202,
+        "tiny",
+        True,
+    )
     wait_until(http, "resident")
     refused = http.post("/v1/models/tiny/unload")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "model_pinned")

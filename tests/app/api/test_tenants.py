@@ -55,7 +55,11 @@ def test_all_batches_of_a_project_are_one_tenant_and_each_of_its_keys_is_another
             input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
         ).id
 
-    with service.client() as one, service.client() as other, redis.Redis.from_url(valkey) as redis_client:
+    with (
+        service.client() as one,
+        service.client() as other,
+        redis.Redis.from_url(valkey) as redis_client,
+    ):
         batch_ids = [submit_batch(client) for client in (one, other)]
         with ThreadPoolExecutor(2) as pool:
             pool.map(ask, (one, other))

@@ -165,7 +165,9 @@ def test_an_import_that_is_refused_ends_1_with_the_reason(
     assert "evil" not in up.cli("models", "list").stdout
 
 
-@pytest.mark.parametrize("words", ["worker.main train", "worker.main serve", "app.commands.cli api"])
+@pytest.mark.parametrize(
+    "words", ["worker.main train", "worker.main serve", "app.commands.cli api"]
+)
 def test_a_process_that_is_killed_is_started_again(up: Up, words: str) -> None:
     wait_until(lambda: up.processes_of(words))
     (killed,) = up.processes_of(words)
@@ -181,7 +183,9 @@ def test_a_database_that_is_killed_is_started_again(up: Up, words: str) -> None:
     wait_until(lambda: up.get("/v1/models").status_code == 200)
 
 
-def test_a_second_one_in_the_same_folder_or_on_the_same_port_says_why_not(up: Up, tmp_path: Path) -> None:
+def test_a_second_one_in_the_same_folder_or_on_the_same_port_says_why_not(
+    up: Up, tmp_path: Path
+) -> None:
     second = up.cli("up", "--port", str(free_port()))
     assert (second.returncode, "stop it first" in second.stderr) == (1, True)
     taken = run_cli("up", "--data-dir", str(tmp_path / "other"), "--port", str(up.port))
@@ -200,7 +204,9 @@ def test_models_and_keys_outlive_a_restart_and_a_kill_leaves_nothing_running(
 ) -> None:
     service = Up(service_dir / "outlives")
     try:
-        assert service.cli("models", "import", str(tiny_llama_dir), "--name", "tiny").returncode == 0
+        assert (
+            service.cli("models", "import", str(tiny_llama_dir), "--name", "tiny").returncode == 0
+        )
         key = (service_dir / "outlives" / "api_key").read_text()
         family = service.family()
         assert service.stop() == 0, service.log.read_text()
@@ -245,7 +251,9 @@ def test_a_serve_worker_that_cannot_start_ends_it_with_the_path_of_its_log(
     assert service.process.wait(100) == 1
     told = service.log.read_text()
     assert "is up at" not in told
-    assert str(service.data_dir / "logs" / "serve-worker-1.log") in told.partition("stillhouse: ")[2]
+    assert (
+        str(service.data_dir / "logs" / "serve-worker-1.log") in told.partition("stillhouse: ")[2]
+    )
     assert "ImportError: no such library" in told
 
 

@@ -53,7 +53,11 @@ def job_url() -> Iterator[str]:
 
 def test_progress_is_printed_as_lines_without_a_terminal(job_url: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", FOLLOW, job_url], capture_output=True, text=True, check=True, timeout=60
+        [sys.executable, "-c", FOLLOW, job_url],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     assert "  queued  0%" in done.stdout
     assert "  label rows  12%  8/64 answers" in done.stdout

@@ -25,7 +25,9 @@ def test_every_worker_is_started_with_devices_of_its_own(
     settings_env: Callable[..., Settings], tmp_path: Path
 ) -> None:
     settings_env(train_cuda_devices="0,1", serve_cuda_devices="2,3")
-    api, *workers = _processes(UpOptions(tmp_path, "127.0.0.1", 0, train_workers=2, serve_workers=2))
+    api, *workers = _processes(
+        UpOptions(tmp_path, "127.0.0.1", 0, train_workers=2, serve_workers=2)
+    )
     assert not api.environment
     assert [dict(worker.environment) for worker in workers] == [
         {"STILLHOUSE_TRAIN_CUDA_DEVICES": "0"},

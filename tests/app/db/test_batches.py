@@ -24,7 +24,9 @@ def claim(session: Session, lease_seconds: float = 60) -> int:
     return claimed.lease_token
 
 
-def answer(session: Session, token: int, line: int, output: str = "{}", *, is_error: bool = False) -> bool:
+def answer(
+    session: Session, token: int, line: int, output: str = "{}", *, is_error: bool = False
+) -> bool:
     return batches.record(session, "batch_1", token, line=line, output=output, is_error=is_error)
 
 
@@ -35,7 +37,9 @@ def counts(session: Session) -> tuple[int, int]:
     return found.num_completed, found.num_failed
 
 
-def page(session: Session, line: int, *, max_rows: int = 10, max_bytes: int = 1000) -> list[BatchResult]:
+def page(
+    session: Session, line: int, *, max_rows: int = 10, max_bytes: int = 1000
+) -> list[BatchResult]:
     return batches.results_after(session, "batch_1", line, max_rows=max_rows, max_bytes=max_bytes)
 
 
@@ -47,7 +51,9 @@ def expire_lease(session: Session) -> None:
     session.execute(text("UPDATE batches SET lease_expires_at = now() - interval '1 s'"))
 
 
-def test_a_batch_has_one_runner_until_its_lease_is_over_or_given_back(session: Session, batch: Batch) -> None:
+def test_a_batch_has_one_runner_until_its_lease_is_over_or_given_back(
+    session: Session, batch: Batch
+) -> None:
     first = claim(session)
     assert batches.claim(session, 60) is None
     expire_lease(session)
@@ -59,7 +65,9 @@ def test_a_batch_has_one_runner_until_its_lease_is_over_or_given_back(session: S
     assert claim(session) > second
 
 
-def test_a_line_is_kept_once_and_only_from_the_runner_of_now(session: Session, batch: Batch) -> None:
+def test_a_line_is_kept_once_and_only_from_the_runner_of_now(
+    session: Session, batch: Batch
+) -> None:
     first = claim(session)
     assert answer(session, first, 1, "one")
     assert answer(session, first, 1, "one again")
@@ -110,12 +118,24 @@ def test_a_batch_that_is_cancelled_before_it_began_needs_only_its_files(
     assert (claimed.status, claimed.in_progress_at) == ("cancelling", None)
 
 
-def test_the_end_makes_the_files_known_and_forgets_the_results(session: Session, batch: Batch) -> None:
+def test_the_end_makes_the_files_known_and_forgets_the_results(
+    session: Session, batch: Batch
+) -> None:
     token = claim(session)
     answer(session, token, 1)
     batches.begin_finalizing(session, "batch_1", token)
-    output = {"id": "file-o", "filename": "o", "bytes": 1, "sha256": "0" * 64, "store_key": "files/file-o"}
-    ended: dict[str, Any] = {"status": BatchStatus.completed, "output_file": output, "error_file": None}
+    output = {
+        "id": "file-o",
+        "filename": "o",
+        "bytes": 1,
+        "sha256": "0" * 64,
+        "store_key": "files/file-o",
+    }
+    ended: dict[str, Any] = {
+        "status": BatchStatus.completed,
+        "output_file": output,
+        "error_file": None,
+    }
     assert not batches.finish(session, "batch_1", token + 1, **ended)
     assert files.find_file(session, "p", "file-o") is None
     assert batches.finish(session, "batch_1", token, **ended)
@@ -127,7 +147,9 @@ def test_the_end_makes_the_files_known_and_forgets_the_results(session: Session,
     assert batches.count_active(session, "p") == 0
 
 
-def test_an_expired_input_file_is_kept_until_its_batch_has_ended(session: Session, batch: Batch) -> None:
+def test_an_expired_input_file_is_kept_until_its_batch_has_ended(
+    session: Session, batch: Batch
+) -> None:
     columns: dict[str, Any] = {"filename": "f", "purpose": "batch", "bytes": 1, "sha256": "0" * 64}
     files.insert_file(session, id="f", project_id="p", store_key="files/f", **columns)
     session.execute(text("UPDATE files SET expires_at = now() - interval '1 s'"))
@@ -137,7 +159,9 @@ def test_an_expired_input_file_is_kept_until_its_batch_has_ended(session: Sessio
     assert reconciliation.forget_expired_files(session) == ["files/f"]
 
 
-def test_results_are_read_in_pages_of_bytes_and_a_large_one_alone(session: Session, batch: Batch) -> None:
+def test_results_are_read_in_pages_of_bytes_and_a_large_one_alone(
+    session: Session, batch: Batch
+) -> None:
     token = claim(session)
     for line, num_characters in enumerate((40, 50, 30, 500, 10, 10), 1):
         answer(session, token, line, "é" * num_characters)

@@ -9,7 +9,7 @@ from sqlalchemy import func, text
 from sqlalchemy.exc import DatabaseError
 
 from app.contracts.messages import TERMINAL, ArtifactRef, JobFailure, JobStatus
-from app.db import jobs, leases
+from app.db import checkpoints, jobs, leases
 from app.db.job_states import LEGAL, add_event, move, sources_of
 from app.db.schema.tables import Checkpoint, Job
 from app.db.session import Session
@@ -63,7 +63,9 @@ def test_of_the_states_that_have_ended_only_a_failure_is_left_and_only_for_the_q
     assert [status for status in JobStatus if sources_of(status) & TERMINAL] == [JobStatus.queued]
 
 
-def test_claims_take_the_oldest_due_job_and_never_one_twice(session: Session, add_job: AddJob) -> None:
+def test_claims_take_the_oldest_due_job_and_never_one_twice(
+    session: Session, add_job: AddJob
+) -> None:
     add_job("later", run_after=func.now() + timedelta(hours=1))
     add_job("second", run_after=func.now() - timedelta(seconds=1))
     add_job("first", run_after=func.now() - timedelta(seconds=2))
@@ -93,7 +95,7 @@ def test_a_stale_token_writes_nothing(session: Session, add_job: AddJob) -> None
     add_job()
     job_id, old = held(leases.claim(session, "zombie", 60))
     assert leases.lose(
-        session, job_id, old, leases.Losses(3, 0.0), reason="Silent.", error_code="worker_lost"
+        session, job_id, old, leases.RetryPolicy(3, 0.0), reason="Silent.", error_code="worker_lost"
     )
     assert move(session, job_id, JobStatus.queued, message="again")
     _, new = held(leases.claim(session, "successor", 60))
@@ -112,11 +114,15 @@ def test_a_stale_token_writes_nothing(session: Session, add_job: AddJob) -> None
     refused = [
         leases.heartbeat(session, job_id, old, 60),
         leases.write_progress(session, job_id, old, progress={"percent": 1}),
-        leases.insert_checkpoint(session, job_id, old, step=1, ref=ref, metrics={}, is_best=True),
-        leases.mark_corrupt(session, job_id, old, "x"),
+        checkpoints.insert_checkpoint(
+            session, job_id, old, step=1, ref=ref, metrics={}, is_best=True
+        ),
+        checkpoints.mark_corrupt(session, job_id, old, "x"),
         leases.succeed(session, job_id, old, model=model, result={}, trained_tokens=1),
         leases.fail(session, job_id, old, JobFailure(code="x", message="y")),
-        leases.lose(session, job_id, old, leases.Losses(1, 0.0), reason="", error_code="worker_lost"),
+        leases.lose(
+            session, job_id, old, leases.RetryPolicy(1, 0.0), reason="", error_code="worker_lost"
+        ),
         leases.cancel(session, job_id, old),
         leases.pause(session, job_id, old),
         leases.release(session, job_id, old, reason=""),
@@ -125,15 +131,25 @@ def test_a_stale_token_writes_nothing(session: Session, add_job: AddJob) -> None
     session.expire_all()
     after = jobs.load_job(session, job_id)
     assert after is not None
-    assert (after.status, after.lease_token, after.progress, after.num_losses) == ("running", new, {}, 1)
+    assert (after.status, after.lease_token, after.progress, after.num_losses) == (
+        "running",
+        new,
+        {},
+        1,
+    )
     assert len(jobs.events_since(session, job_id, 0)) == events
 
 
-def test_cancelling_ends_a_waiting_job_and_asks_a_running_one(session: Session, add_job: AddJob) -> None:
+def test_cancelling_ends_a_waiting_job_and_asks_a_running_one(
+    session: Session, add_job: AddJob
+) -> None:
     add_job("waiting", run_after=func.now() + timedelta(hours=1))
     add_job("running")
     job_id, token = held(leases.claim(session, "w", 60))
-    waiting, running = jobs.request_cancel(session, "waiting"), jobs.request_cancel(session, "running")
+    waiting, running = (
+        jobs.request_cancel(session, "waiting"),
+        jobs.request_cancel(session, "running"),
+    )
     assert waiting is not None
     assert running is not None
     assert (waiting.status, running.status) == ("cancelled", "running")
@@ -146,7 +162,9 @@ def test_cancelling_ends_a_waiting_job_and_asks_a_running_one(session: Session, 
 
 
 @pytest.mark.parametrize("status", [JobStatus.succeeded, JobStatus.failed])
-def test_a_job_that_has_ended_cannot_be_stopped(session: Session, add_job: AddJob, status: JobStatus) -> None:
+def test_a_job_that_has_ended_cannot_be_stopped(
+    session: Session, add_job: AddJob, status: JobStatus
+) -> None:
     put_into(session, job := add_job(), status)
     assert jobs.request_cancel(session, job.id) is None
     assert jobs.request_pause(session, job.id) is None
@@ -174,7 +192,9 @@ def test_a_failed_job_keeps_its_checkpoints_and_its_error_says_how_to_go_on(
     job_id, token = held(leases.claim(session, "w", 60))
     for step in (1, 2):
         commit(session, job_id, token, step, is_best=step == 1)
-    failed = leases.fail(session, job_id, token, JobFailure(code="out_of_memory", message="use less memory"))
+    failed = leases.fail(
+        session, job_id, token, JobFailure(code="out_of_memory", message="use less memory")
+    )
     assert failed is not None
     assert failed.error is not None
     assert failed.error["message"].startswith("use less memory. The checkpoint at step 2 is kept")
@@ -184,7 +204,7 @@ def test_a_failed_job_keeps_its_checkpoints_and_its_error_says_how_to_go_on(
 
 def test_a_resumed_failure_counts_its_losses_anew(session: Session, add_job: AddJob) -> None:
     add_job()
-    losses = leases.Losses(1, 0.0)
+    retry_policy = leases.RetryPolicy(1, 0.0)
     job_id, token = held(leases.claim(session, "w", 60))
     commit(session, job_id, token, 1)
     jobs.request_cancel(session, job_id)
@@ -200,7 +220,9 @@ def test_a_resumed_failure_counts_its_losses_anew(session: Session, add_job: Add
         )
         assert resumed.cancel_requested_at is None
         job_id, token = held(leases.claim(session, f"w{time.monotonic_ns()}", 60))
-        lost = leases.lose(session, job_id, token, losses, reason="Silent.", error_code="worker_lost")
+        lost = leases.lose(
+            session, job_id, token, retry_policy, reason="Silent.", error_code="worker_lost"
+        )
         assert lost is not None
         assert (lost.status, lost.num_losses) == ("failed", 1)
 
@@ -212,20 +234,32 @@ def test_a_job_that_failed_before_its_first_checkpoint_cannot_be_resumed(
     assert jobs.resume(session, job.id) is None
 
 
-def test_a_worker_that_is_lost_on_the_way_to_a_pause_fails_nothing(session: Session, add_job: AddJob) -> None:
+def test_a_worker_that_is_lost_on_the_way_to_a_pause_fails_nothing(
+    session: Session, add_job: AddJob
+) -> None:
     add_job()
     job_id, token = held(leases.claim(session, "w", 60))
     jobs.request_pause(session, job_id, reason="it has run for too long.")
     after = leases.lose(
-        session, job_id, token, leases.Losses(1, 0.0), reason="It died.", error_code="worker_lost"
+        session,
+        job_id,
+        token,
+        leases.RetryPolicy(1, 0.0),
+        reason="It died.",
+        error_code="worker_lost",
     )
     assert after is not None
     assert (after.status, after.pause_reason) == ("paused", "it has run for too long.")
     last = jobs.events_since(session, job_id, 0)[-1]
-    assert (last.level, last.message) == ("warn", "It died. The job is paused: it has run for too long.")
+    assert (last.level, last.message) == (
+        "warn",
+        "It died. The job is paused: it has run for too long.",
+    )
 
 
-def test_a_pause_that_was_taken_back_queues_the_job_again(session: Session, add_job: AddJob) -> None:
+def test_a_pause_that_was_taken_back_queues_the_job_again(
+    session: Session, add_job: AddJob
+) -> None:
     add_job()
     job_id, token = held(leases.claim(session, "w", 60))
     assert jobs.request_pause(session, job_id)
@@ -261,13 +295,20 @@ def test_a_cancel_that_comes_before_the_end_wins(session: Session, add_job: AddJ
     assert (after.status, after.result_model_id) == ("cancelled", None)
 
 
-def test_losses_wait_longer_each_time_and_then_fail_the_job(session: Session, add_job: AddJob) -> None:
+def test_losses_wait_longer_each_time_and_then_fail_the_job(
+    session: Session, add_job: AddJob
+) -> None:
     job = add_job()
     waits: list[int] = []
     for _ in range(3):
         job_id, token = held(leases.claim(session, f"w{len(waits)}", 60))
         after = leases.lose(
-            session, job_id, token, leases.Losses(3, 8.0), reason="It died.", error_code="worker_lost"
+            session,
+            job_id,
+            token,
+            leases.RetryPolicy(3, 8.0),
+            reason="It died.",
+            error_code="worker_lost",
         )
         assert after is not None
         waits.append(round((after.run_after - session.scalars(func.now()).one()).total_seconds()))
@@ -278,7 +319,9 @@ def test_losses_wait_longer_each_time_and_then_fail_the_job(session: Session, ad
     assert (job.status, job.num_losses, job.attempt) == ("failed", 3, 3)
     assert job.error is not None
     assert job.error["code"] == "worker_lost"
-    outcomes = session.execute(text("SELECT outcome, ended_at FROM job_attempts ORDER BY attempt")).all()
+    outcomes = session.execute(
+        text("SELECT outcome, ended_at FROM job_attempts ORDER BY attempt")
+    ).all()
     assert [row.outcome for row in outcomes] == ["lost", "lost", "lost"]
     assert all(row.ended_at for row in outcomes)
 
@@ -372,10 +415,14 @@ def test_repeated_steps_replace_their_metrics(session: Session, add_job: AddJob)
     assert [(row.name, row.step) for row in rows] == [("loss", 2)]
 
 
-def commit(session: Session, job_id: str, token: int, step: int, *, is_best: bool = False) -> list[str]:
+def commit(
+    session: Session, job_id: str, token: int, step: int, *, is_best: bool = False
+) -> list[str]:
     ref = ArtifactRef(key=f"checkpoints/{job_id}/{token}/step-{step}", bytes=1, sha256="0" * 64)
-    assert leases.insert_checkpoint(session, job_id, token, step=step, ref=ref, metrics={}, is_best=is_best)
-    return leases.retire_checkpoints(session, job_id, 2)
+    assert checkpoints.insert_checkpoint(
+        session, job_id, token, step=step, ref=ref, metrics={}, is_best=is_best
+    )
+    return checkpoints.retire_checkpoints(session, job_id, 2)
 
 
 def test_the_best_and_the_newest_checkpoints_stay(session: Session, add_job: AddJob) -> None:
@@ -410,11 +457,16 @@ def test_a_damaged_checkpoint_is_passed_over(session: Session, add_job: AddJob) 
     commit(session, job_id, token, 2)
     newest = leases.newest_checkpoint(session, job_id)
     assert newest is not None
-    assert leases.mark_corrupt(session, job_id, token, newest.id)
+    assert checkpoints.mark_corrupt(session, job_id, token, newest.id)
     older = leases.newest_checkpoint(session, job_id)
     assert isinstance(older, Checkpoint)
     assert older.step == 1
-    warnings = [event.level for event in jobs.events_since(session, job_id, 0) if "damaged" in event.message]
+    warnings = [
+        event.level for event in jobs.events_since(session, job_id, 0) if "damaged" in event.message
+    ]
     assert warnings == ["warn"]
-    assert leases.mark_corrupt(session, job_id, token, newest.id)
-    assert len([event for event in jobs.events_since(session, job_id, 0) if event.level == "warn"]) == 1
+    assert checkpoints.mark_corrupt(session, job_id, token, newest.id)
+    assert (
+        len([event for event in jobs.events_since(session, job_id, 0) if event.level == "warn"])
+        == 1
+    )

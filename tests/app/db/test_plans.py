@@ -12,8 +12,10 @@ from app.db.schema.tables import Model
 from app.db.session import Session, engine, transaction
 
 FEW, MANY = 1_000, 20_000
-SPARE_BUFFERS = 12  # one more level of each index, and pages that other tests' settings leave half full
-LOSSES = leases.Losses(3, 1.0)
+SPARE_BUFFERS = (
+    12  # one more level of each index, and pages that other tests' settings leave half full
+)
+LOSSES = leases.RetryPolicy(3, 1.0)
 
 ADD_ENDED_JOBS = """
 INSERT INTO jobs (id, project_id, kind, status, spec, model_id, request_sha256, training_file_id,
@@ -78,12 +80,14 @@ QUERIES: dict[str, Callable[[Session], object]] = {
     "count_active_batches": lambda session: batches.count_active(session, "p"),
     "claim": lambda session: leases.claim(session, "owner", 60.0),
     "ring_due": lambda session: reconciliation.ring_due(session, 30.0, 8),
-    "reap": lambda session: reconciliation.reap(session, LOSSES),
+    "expire_leases": lambda session: reconciliation.expire_leases(session, LOSSES),
     "finish_cancels": lambda session: reconciliation.finish_cancels(session, 1.0),
     "wake": reconciliation.wake,
     "forget_expired_files": reconciliation.forget_expired_files,
     "forget_expired_keys": reconciliation.forget_expired_keys,
-    "unknown_files": lambda session: reconciliation.unknown_files(session, ["files/1", "files/none"]),
+    "unknown_files": lambda session: reconciliation.unknown_files(
+        session, ["files/1", "files/none"]
+    ),
 }
 
 
@@ -96,7 +100,9 @@ def history(database: str) -> None:
     add_history(1, FEW)
 
 
-def explained(query: Callable[[Session], object]) -> list[tuple[str, dict[str, Any]]]:  # Any: a plan, as JSON
+def explained(
+    query: Callable[[Session], object],
+) -> list[tuple[str, dict[str, Any]]]:  # Any: a plan, as JSON
     """Each statement of the query with its plan, in a transaction that is rolled back."""
     statements: list[tuple[str, Any]] = []  # Any: parameters as the driver takes them
 
@@ -113,7 +119,9 @@ def explained(query: Callable[[Session], object]) -> list[tuple[str, dict[str, A
         event.remove(connection, "before_cursor_execute", note)
         for statement, parameters in statements:
             asked = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
-            connection.exec_driver_sql(asked, parameters)  # what it reads for the first time is catalogue
+            connection.exec_driver_sql(
+                asked, parameters
+            )  # what it reads for the first time is catalogue
             (answer,) = connection.exec_driver_sql(asked, parameters).scalars()
             plans.append((statement, answer[0]["Plan"]))
             connection.rollback()
@@ -126,11 +134,19 @@ def num_buffers(plan: dict[str, Any]) -> int:  # Any: a plan, as JSON
 
 
 def test_what_a_frequent_query_reads_does_not_grow_with_history(history: None) -> None:
-    before = {name: sum(num_buffers(plan) for _, plan in explained(query)) for name, query in QUERIES.items()}
+    before = {
+        name: sum(num_buffers(plan) for _, plan in explained(query))
+        for name, query in QUERIES.items()
+    }
     add_history(FEW + 1, MANY)
-    after = {name: sum(num_buffers(plan) for _, plan in explained(query)) for name, query in QUERIES.items()}
+    after = {
+        name: sum(num_buffers(plan) for _, plan in explained(query))
+        for name, query in QUERIES.items()
+    }
     grown = {
-        name: (before[name], after[name]) for name in QUERIES if after[name] > before[name] + SPARE_BUFFERS
+        name: (before[name], after[name])
+        for name in QUERIES
+        if after[name] > before[name] + SPARE_BUFFERS
     }
     assert grown == {}
 

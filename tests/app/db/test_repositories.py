@@ -19,13 +19,31 @@ AddJob = Callable[..., Job]
 
 
 def add_file(session: Session, file_id: str, **columns: Any) -> File:  # Any: columns of File
-    values = {"project_id": "p", "filename": "f", "purpose": "fine-tune", "bytes": 1, "sha256": "0" * 64}
-    return files.insert_file(session, id=file_id, store_key=f"files/{file_id}", **{**values, **columns})
+    values = {
+        "project_id": "p",
+        "filename": "f",
+        "purpose": "fine-tune",
+        "bytes": 1,
+        "sha256": "0" * 64,
+    }
+    return files.insert_file(
+        session, id=file_id, store_key=f"files/{file_id}", **{**values, **columns}
+    )
 
 
-def add_model(session: Session, model_id: str, **columns: Any) -> Model | None:  # Any: columns of Model
-    values = {"project_id": "p", "origin": "imported", "bytes": 1, "manifest_sha256": "0" * 64, "facts": {}}
-    return models.insert_model(session, id=model_id, store_key=f"models/{model_id}", **{**values, **columns})
+def add_model(
+    session: Session, model_id: str, **columns: Any
+) -> Model | None:  # Any: columns of Model
+    values = {
+        "project_id": "p",
+        "origin": "imported",
+        "bytes": 1,
+        "manifest_sha256": "0" * 64,
+        "facts": {},
+    }
+    return models.insert_model(
+        session, id=model_id, store_key=f"models/{model_id}", **{**values, **columns}
+    )
 
 
 def test_a_revoked_key_stays_revoked(session: Session) -> None:
@@ -209,7 +227,9 @@ def test_a_rival_that_waits_too_long_is_told_to_come_back(session: Session, data
     idempotency.claim_key(session, "p", "r", "k", "body")
     with transaction() as other:
         other.execute(text("SET LOCAL lock_timeout = '50ms'"))
-        assert idempotency.claim_key(other, "p", "r", "k", "body") == idempotency.Claimed("body", None)
+        assert idempotency.claim_key(other, "p", "r", "k", "body") == idempotency.Claimed(
+            "body", None
+        )
 
 
 def test_ten_submissions_with_one_key_make_one_job(database: str) -> None:
@@ -217,7 +237,12 @@ def test_ten_submissions_with_one_key_make_one_job(database: str) -> None:
         with transaction() as session:
             if idempotency.claim_key(session, "p", "r", "k", "body") is None:
                 jobs.insert_job(
-                    session, id=f"job-{number}", project_id="p", kind="distillation", spec={}, model_id="m"
+                    session,
+                    id=f"job-{number}",
+                    project_id="p",
+                    kind="distillation",
+                    spec={},
+                    model_id="m",
                 )
                 idempotency.store_response(session, "p", "r", "k", {"id": number})
 

@@ -34,7 +34,9 @@ def test_a_connection_that_died_while_idle_is_replaced(database: str) -> None:
     assert read_row(ONE) == (1,)
 
 
-def test_one_that_died_unnoticed_is_an_error_once(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_that_died_unnoticed_is_an_error_once(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sessions, "_has_news", lambda descriptor: False)
     with transaction() as session:
         session.scalar(text("SELECT 1"))

@@ -79,12 +79,16 @@ def test_a_second_owner_is_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["LocalPostgres", "LocalValkey"])
-def test_servers_end_with_a_killed_owner_and_the_next_one_finds_the_data(folder: Path, kind: str) -> None:
+def test_servers_end_with_a_killed_owner_and_the_next_one_finds_the_data(
+    folder: Path, kind: str
+) -> None:
     code = (
         "import sys, time; from pathlib import Path; from app.local.embedded_servers import LocalPostgres, LocalValkey\n"
         f"service = {kind}(Path(sys.argv[1])); service.start(); print(service.process.pid, flush=True); time.sleep(600)"
     )
-    owner = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     with owner:
         assert owner.stdout is not None
         server = int(owner.stdout.readline())
@@ -154,7 +158,10 @@ def test_the_socket_is_for_its_owner_and_tcp_wants_the_password(folder: Path) ->
 
 
 def test_no_port_is_opened_unless_asked_for(folder: Path) -> None:
-    with LocalPostgres(folder, options=QUICK) as postgres, psycopg.connect(postgres.url) as connection:
+    with (
+        LocalPostgres(folder, options=QUICK) as postgres,
+        psycopg.connect(postgres.url) as connection,
+    ):
         row = connection.execute("SHOW listen_addresses").fetchone()
     assert row == ("",)
 
@@ -194,7 +201,10 @@ def test_valkey_keeps_its_messages_and_its_address_over_a_restart(folder: Path) 
 def test_valkey_wants_its_password_and_hides_it(folder: Path) -> None:
     with LocalValkey(folder) as valkey:
         address = valkey.url.rpartition("@")[2]
-        with redis.Redis.from_url(f"redis://{address}") as client, pytest.raises(redis.AuthenticationError):
+        with (
+            redis.Redis.from_url(f"redis://{address}") as client,
+            pytest.raises(redis.AuthenticationError),
+        ):
             client.ping()
         assert (folder / "valkey.json").stat().st_mode & 0o077 == 0
         assert valkey.process is not None
@@ -227,7 +237,10 @@ def test_other_commands_find_the_running_service(
     assert (tmp_path / "service.json").stat().st_mode & 0o077 == 0
     assert read_service(tmp_path) == found
     assert apply_environment(tmp_path)
-    assert (get_settings().database_url, get_settings().redis_url) == ("postgresql://up", "redis://mine")
+    assert (get_settings().database_url, get_settings().redis_url) == (
+        "postgresql://up",
+        "redis://mine",
+    )
     remove_service(tmp_path)
     assert read_service(tmp_path) == {}
 

@@ -52,7 +52,9 @@ def keep_until(kept: Kept, say: Callable[[str], None], is_true: Callable[[], boo
     wait_until(turn)
 
 
-def test_a_process_that_dies_is_told_with_its_log_and_started_again(keep: Callable[[str], Kept]) -> None:
+def test_a_process_that_dies_is_told_with_its_log_and_started_again(
+    keep: Callable[[str], Kept],
+) -> None:
     kept = keep("print('last words'); raise SystemExit(3)")
     kept._wait_seconds = 0.1
     said: list[str] = []
@@ -77,7 +79,9 @@ def test_each_start_waits_longer_than_the_one_before(keep: Callable[[str], Kept]
     assert waits[-1] > 2 * waits[0] - 0.1
 
 
-def test_polite_processes_end_by_themselves_and_stubborn_ones_are_killed(keep: Callable[[str], Kept]) -> None:
+def test_polite_processes_end_by_themselves_and_stubborn_ones_are_killed(
+    keep: Callable[[str], Kept],
+) -> None:
     polite, stubborn = keep(POLITE), keep(STUBBORN)
     wait_until(lambda: "up" in polite.log_tail() and "up" in stubborn.log_tail())
     assert stop_all([polite, stubborn], grace_seconds=1, is_urgent=lambda: False) == [stubborn.name]

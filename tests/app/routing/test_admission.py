@@ -20,7 +20,9 @@ def test_a_key_over_its_share_waits_and_another_does_not() -> None:
     room.reserve("b", num_requests=1, num_tokens=10)
 
 
-@pytest.mark.parametrize(("num_requests", "num_tokens"), [(3, 10), (1, 600)], ids=["requests", "tokens"])
+@pytest.mark.parametrize(
+    ("num_requests", "num_tokens"), [(3, 10), (1, 600)], ids=["requests", "tokens"]
+)
 def test_a_full_server_refuses_a_key_beyond_its_share(num_requests: int, num_tokens: int) -> None:
     room = admission()
     room.reserve("a", num_requests=3, num_tokens=500)

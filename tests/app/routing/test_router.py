@@ -28,8 +28,8 @@ from app.contracts.messages import (
 )
 from app.errors import BadRequest, StillhouseError, Unavailable
 from app.routing import router
-from app.routing.reply_stream import Flow
-from app.routing.router import Switchboard
+from app.routing.reply_stream import ReplyStream
+from app.routing.router import RequestRouter
 from app.routing.task_queue import queue_key
 from app.settings import Settings
 
@@ -39,13 +39,19 @@ WEIGHTS = ArtifactRef(key="models/x", bytes=1)
 class Stage:
     """A switchboard, and the voice of the workers."""
 
-    def __init__(self, board: Switchboard, client: "Redis", control: PubSub) -> None:
-        self.board, self.redis, self.control = board, client, control
+    def __init__(self, request_router: RequestRouter, client: "Redis", control: PubSub) -> None:
+        self.request_router, self.redis, self.control = request_router, client, control
         self.num_ended = 0
 
     async def beat(self, worker_id: str, **changes: Any) -> None:  # Any: fields of the heartbeat
-        fields: dict[str, Any] = {"worker_id": worker_id, "max_running": 8, "beat_at": time.time()} | changes
-        await self.redis.set(serve_worker_key(worker_id), ServeWorkerStatus(**fields).model_dump_json())
+        fields: dict[str, Any] = {
+            "worker_id": worker_id,
+            "max_running": 8,
+            "beat_at": time.time(),
+        } | changes
+        await self.redis.set(
+            serve_worker_key(worker_id), ServeWorkerStatus(**fields).model_dump_json()
+        )
         await asyncio.sleep(0.12)  # two looks
 
     async def die(self, worker_id: str) -> None:
@@ -58,23 +64,29 @@ class Stage:
         n: int = 1,
         seconds: float = 60,
         serving: ServingOptions | None = None,
-    ) -> Flow:
+    ) -> ReplyStream:
         """A flow of prompts with the ids r0, r1, …"""
-        common: dict[str, Any] = {"reply_to": "", "model": "m", "weights": WEIGHTS, "text": "x", "n": n}
+        common: dict[str, Any] = {
+            "reply_to": "",
+            "model": "m",
+            "weights": WEIGHTS,
+            "text": "x",
+            "n": n,
+        }
         common["serving"] = serving or ServingOptions()
         deadline = time.time() + seconds
         requests = [
             GenerateRequest(id=f"{name}{number}", deadline_at=deadline, **common)
             for number in range(num_prompts)
         ]
-        return await self.board.open(requests, self.count_end)
+        return await self.request_router.open(requests, self.count_end)
 
     def count_end(self) -> None:
         self.num_ended += 1
 
     async def say(self, *replies: Reply) -> None:
         message = ReplyBatch(replies=replies).model_dump_json()
-        await self.redis.publish(reply_channel(self.board.api_id), message)
+        await self.redis.publish(reply_channel(self.request_router.api_id), message)
 
     async def num_queued(self, worker_id: str) -> int:
         return int(await self.redis.llen(queue_key(worker_id)))
@@ -95,14 +107,14 @@ class Stage:
 
 @asynccontextmanager
 async def staged(settings: Settings) -> AsyncIterator[Stage]:
-    board = Switchboard(settings)
+    request_router = RequestRouter(settings)
     async with Redis.from_url(settings.redis_url) as client, client.pubsub() as control:
         await control.psubscribe(control_channel("*"))
-        await board.start()
+        await request_router.start()
         try:
-            yield Stage(board, client, control)
+            yield Stage(request_router, client, control)
         finally:
-            await board.stop()
+            await request_router.stop()
 
 
 Scene = Callable[[Stage], Coroutine[object, object, None]]
@@ -131,9 +143,9 @@ def done(wire_id: str) -> Done:
     return Done(id=wire_id, prompt_tokens=1, completion_tokens=2)
 
 
-async def failure_of(flow: Flow) -> StillhouseError:
+async def failure_of(reply_stream: ReplyStream) -> StillhouseError:
     try:
-        while await flow.take():
+        while await reply_stream.take():
             pass
     except StillhouseError as error:
         return error
@@ -143,11 +155,11 @@ async def failure_of(flow: Flow) -> StillhouseError:
 def test_replies_come_in_order_with_the_number_of_their_prompt(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         await stage.beat("a")
-        flow = await stage.open(num_prompts=2)
+        reply_stream = await stage.open(num_prompts=2)
         await stage.say(delta("r1.1", "x"), delta("r0.1", "y"), done("r1.1"))
         await stage.say(delta("r0.1", "z"), done("r0.1"))
         heard = []
-        while news := await flow.take():
+        while news := await reply_stream.take():
             heard += [(prompt, reply.text) for prompt, reply in news if isinstance(reply, Delta)]
         assert heard == [(1, "x"), (0, "y"), (0, "z")]
         assert stage.num_ended == 1
@@ -183,12 +195,12 @@ def test_a_worker_that_computes_nothing_is_asked_last(play: Play) -> None:
 def test_what_is_said_to_all_workers_is_heard_or_refused(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         with pytest.raises(Unavailable, match="no serve worker is running"):
-            await stage.board.tell(Unload(residence="models/x"))
+            await stage.request_router.tell(Unload(residence="models/x"))
         await stage.beat("a")
         await stage.beat("drains", is_draining=True)
-        assert await stage.board.tell(Unload(residence="models/x")) == ["a"]
+        assert await stage.request_router.tell(Unload(residence="models/x")) == ["a"]
         with pytest.raises(Unavailable, match="with vLLM"):
-            await stage.board.tell(Unload(residence="models/x"), engine="vllm")
+            await stage.request_router.tell(Unload(residence="models/x"), engine="vllm")
 
     play(scene)
 
@@ -219,14 +231,14 @@ def test_without_a_worker_nothing_is_opened_and_the_room_is_given_back(play: Pla
 def test_closing_a_flow_cancels_its_prompts_and_later_replies_are_dropped(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         await stage.beat("a")
-        flow = await stage.open(num_prompts=2)
+        reply_stream = await stage.open(num_prompts=2)
         await stage.say(done("r0.1"))
-        assert len(await flow.take()) == 1
-        flow.close()
+        assert len(await reply_stream.take()) == 1
+        reply_stream.close()
         assert await stage.cancelled() == "r1.1"
         await stage.say(delta("r1.1", "late"))
         await asyncio.sleep(0.1)
-        assert await flow.take() == []
+        assert await reply_stream.take() == []
         assert stage.num_ended == 1
 
     play(scene)
@@ -235,9 +247,9 @@ def test_closing_a_flow_cancels_its_prompts_and_later_replies_are_dropped(play: 
 def test_a_failure_ends_the_flow_and_cancels_the_other_prompts(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         await stage.beat("a")
-        flow = await stage.open(num_prompts=2)
+        reply_stream = await stage.open(num_prompts=2)
         await stage.say(Failure(id="r0.1", status=400, code="c", message="m", param="prompt"))
-        error = await failure_of(flow)
+        error = await failure_of(reply_stream)
         assert isinstance(error, BadRequest)
         assert (error.code, error.param) == ("c", "prompt")
         assert await stage.cancelled() == "r1.1"
@@ -257,7 +269,9 @@ def test_a_dead_workers_unheard_request_moves_and_its_begun_one_fails(play: Play
         await stage.until_queued("other")
         assert await stage.num_queued("a") == 0, "the dead worker's queue stays behind"
         await stage.say(delta("u0.1", "from the grave"), delta("u0.2", "alive"))
-        assert [reply.text for _, reply in await unheard.take() if isinstance(reply, Delta)] == ["alive"]
+        assert [reply.text for _, reply in await unheard.take() if isinstance(reply, Delta)] == [
+            "alive"
+        ]
 
     play(scene)
 
@@ -265,12 +279,12 @@ def test_a_dead_workers_unheard_request_moves_and_its_begun_one_fails(play: Play
 def test_a_request_that_has_outlived_three_workers_is_given_up(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         await stage.beat("w0")
-        flow = await stage.open()
+        reply_stream = await stage.open()
         for number in range(3):
             await stage.until_queued(f"w{number}")
             await stage.beat(f"w{number + 1}")
             await stage.die(f"w{number}")
-        assert (await failure_of(flow)).code == "worker_lost"
+        assert (await failure_of(reply_stream)).code == "worker_lost"
         assert await stage.num_queued("w3") == 0
 
     play(scene)
@@ -295,13 +309,15 @@ def test_a_cut_reply_channel_fails_begun_answers_and_repeats_the_others(play: Pl
 def test_a_blocked_event_loop_is_not_taken_for_a_lost_reply_channel(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         await stage.beat("a", num_running=1)
-        flow = await stage.open()
+        reply_stream = await stage.open()
         await stage.say(delta("r0.1", "x"))
-        assert await flow.take()
+        assert await reply_stream.take()
         time.sleep(6.5)  # longer than the silence after which the channel is lost
         await asyncio.sleep(0.5)
         await stage.say(delta("r0.1", "y"), done("r0.1"))
-        assert [reply.text for _, reply in await flow.take() if isinstance(reply, Delta)] == ["y"]
+        assert [
+            reply.text for _, reply in await reply_stream.take() if isinstance(reply, Delta)
+        ] == ["y"]
 
     play(scene)
 
@@ -320,18 +336,20 @@ def test_listening_and_watching_outlive_any_error(
             def fail(*_: object, **__: object) -> None:
                 raise error
 
-            patched.setattr(stage.board._redis, broken, fail)
+            patched.setattr(stage.request_router._redis, broken, fail)
             await stage.control.aclose()
-            await stage.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")  # it has to listen anew
+            await stage.redis.execute_command(
+                "CLIENT", "KILL", "TYPE", "pubsub"
+            )  # it has to listen anew
             await asyncio.sleep(0.4)
         await asyncio.sleep(0.6)
         await stage.die("a")
         await stage.beat("b")
         await asyncio.sleep(0.3)
-        assert [worker.worker_id for worker in stage.board.workers] == ["b"]
-        flow = await stage.open()
+        assert [worker.worker_id for worker in stage.request_router.workers] == ["b"]
+        reply_stream = await stage.open()
         await stage.say(delta("r0.1", "heard"))
-        assert len(await flow.take()) == 1
+        assert len(await reply_stream.take()) == 1
 
     play(scene)
 
@@ -339,13 +357,13 @@ def test_listening_and_watching_outlive_any_error(
 def test_a_draining_worker_hands_its_request_on(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         await stage.beat("a")
-        flow = await stage.open()
+        reply_stream = await stage.open()
         await stage.beat("b")
         await stage.beat("a", is_draining=True)
         await stage.say(Failure(id="r0.1", status=503, code="draining", message="going down"))
         await stage.until_queued("b")
         await stage.say(done("r0.2"))
-        assert len(await flow.take()) == 1
+        assert len(await reply_stream.take()) == 1
 
     play(scene)
 
@@ -394,13 +412,13 @@ def test_replies_that_come_twice_are_heard_once(play: Play) -> None:
 
     async def scene(stage: Stage) -> None:
         await stage.beat("a")
-        flow = await stage.open()
+        reply_stream = await stage.open()
         message = ReplyBatch(replies=(delta("r0.1", "one"),)).model_dump_json()
         for _ in range(2):
-            await stage.redis.publish(reply_channel(stage.board.api_id), message)
+            await stage.redis.publish(reply_channel(stage.request_router.api_id), message)
         await stage.say(delta("r0.1", "two"), done("r0.1"))
         texts = []
-        while replies := await flow.take():
+        while replies := await reply_stream.take():
             texts += [reply.text for _, reply in replies if isinstance(reply, Delta)]
         assert texts == ["one", "two"]
 
@@ -414,8 +432,8 @@ def test_a_request_that_its_worker_does_not_end_in_time_is_ended_here(
 
     async def scene(stage: Stage) -> None:
         await stage.beat("a", num_running=1)
-        flow = await stage.open(seconds=0.2)
-        error = await failure_of(flow)
+        reply_stream = await stage.open(seconds=0.2)
+        error = await failure_of(reply_stream)
         assert (error.status, error.code) == (504, "request_timeout")
         assert await stage.cancelled() == "r0.1"
 
@@ -425,11 +443,11 @@ def test_a_request_that_its_worker_does_not_end_in_time_is_ended_here(
 def test_a_client_that_does_not_read_is_dropped_before_its_backlog_grows(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         await stage.beat("a")
-        flow = await stage.open()
+        reply_stream = await stage.open()
         for _ in range(170):
             await stage.say(*(delta("r0.1", "x") for _ in range(100)))
         assert await stage.cancelled() == "r0.1"
-        assert (await failure_of(flow)).code == "slow_client"
+        assert (await failure_of(reply_stream)).code == "slow_client"
 
     play(scene)
 
@@ -437,9 +455,9 @@ def test_a_client_that_does_not_read_is_dropped_before_its_backlog_grows(play: P
 def test_a_stopping_server_fails_and_cancels_what_it_has(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         await stage.beat("a")
-        flow = await stage.open()
-        await stage.board.stop()
-        assert (await failure_of(flow)).code == "draining"
+        reply_stream = await stage.open()
+        await stage.request_router.stop()
+        assert (await failure_of(reply_stream)).code == "draining"
         assert await stage.cancelled() == "r0.1"
 
     play(scene)
@@ -447,16 +465,16 @@ def test_a_stopping_server_fails_and_cancels_what_it_has(play: Play) -> None:
 
 def test_without_redis_a_request_is_refused_soon(settings_env: Callable[..., Settings]) -> None:
     async def ask() -> None:
-        board = Switchboard(settings_env(redis_url=""))
-        await board.start()
+        request_router = RequestRouter(settings_env(redis_url=""))
+        await request_router.start()
         request = GenerateRequest(
             id="r", reply_to="", model="m", weights=WEIGHTS, text="x", deadline_at=time.time() + 60
         )
         began = time.monotonic()
         with pytest.raises(Unavailable) as refused:
-            await board.open([request], lambda: None)
+            await request_router.open([request], lambda: None)
         assert refused.value.code == "no_worker"
         assert time.monotonic() - began < 4
-        await board.stop()
+        await request_router.stop()
 
     asyncio.run(ask())

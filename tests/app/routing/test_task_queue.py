@@ -15,7 +15,7 @@ from celery import Celery
 
 from app.contracts.messages import GENERATE_TASK, ArtifactRef, GenerateRequest
 from app.routing import task_queue
-from app.routing.task_queue import NotSent, Outbox, queue_key, ring, ring_again
+from app.routing.task_queue import NotSent, Outbox, notify_workers, notify_workers_again, queue_key
 from app.settings import Settings, celery_settings
 
 SECRET = "a prompt that no log may show"
@@ -24,26 +24,33 @@ SECRET = "a prompt that no log may show"
 def request() -> GenerateRequest:
     weights = ArtifactRef(key="models/x", bytes=1)
     return GenerateRequest(
-        id="r", reply_to="api", model="m", weights=weights, text=SECRET, deadline_at=time.time() + 60
+        id="r",
+        reply_to="api",
+        model="m",
+        weights=weights,
+        text=SECRET,
+        deadline_at=time.time() + 60,
     )
 
 
 def test_a_doorbell_lands_in_the_train_queue(valkey: str) -> None:
-    assert ring()
+    assert notify_workers()
     with redis.Redis.from_url(valkey) as client:
         assert client.llen("stillhouse:train") == 1
         assert client.keys("*binding*") == []
 
 
-def test_bells_that_nobody_answers_do_not_pile_up(valkey: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bells_that_nobody_answers_do_not_pile_up(
+    valkey: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(task_queue, "MAX_WAITING_RINGS", 3)
     with redis.Redis.from_url(valkey) as client:
         for _ in range(5):
-            ring_again()
+            notify_workers_again()
         assert client.llen("stillhouse:train") == 3
         assert client.keys("*binding*") == []
         client.lpop("stillhouse:train")
-        ring_again()
+        notify_workers_again()
         assert client.llen("stillhouse:train") == 3
 
 
@@ -65,7 +72,12 @@ def without_ids(raw: bytes) -> dict[str, Any]:  # Any: as JSON has it
         message["headers"].pop(new)
     for new in ("correlation_id", "delivery_tag"):
         message["properties"].pop(new)
-    for unread in ("reply_to", "argsrepr", "kwargsrepr", "expiration"):  # the headers have what is read
+    for unread in (
+        "reply_to",
+        "argsrepr",
+        "kwargsrepr",
+        "expiration",
+    ):  # the headers have what is read
         message["properties"].pop(unread, None)
     message["body"] = json.loads(base64.b64decode(message["body"]))
     message["body"][0][0].pop("deadline_at")
@@ -81,13 +93,20 @@ def test_a_request_is_the_message_that_celery_itself_would_send(valkey: str) -> 
         client.delete(queue_key("w1"))
         body = request().model_dump(mode="json", exclude_defaults=True)
         soon = datetime.now(UTC) + timedelta(minutes=1)
-        options: dict[str, Any] = {"queue": "serve.w1", "declare": [], "argsrepr": "()", "kwargsrepr": "{}"}
+        options: dict[str, Any] = {
+            "queue": "serve.w1",
+            "declare": [],
+            "argsrepr": "()",
+            "kwargsrepr": "{}",
+        }
         slow.send_task(GENERATE_TASK, args=(body,), expires=soon, **options)
         (celerys,) = client.lrange(queue_key("w1"), 0, -1)
     assert without_ids(ours) == without_ids(celerys)
 
 
-def test_a_request_lands_in_its_workers_own_queue_with_its_prompt_in_the_body_only(valkey: str) -> None:
+def test_a_request_lands_in_its_workers_own_queue_with_its_prompt_in_the_body_only(
+    valkey: str,
+) -> None:
     send_generate(valkey)
     with redis.Redis.from_url(valkey) as client:
         (raw,) = client.lrange(queue_key("w1"), 0, -1)
@@ -99,10 +118,10 @@ def test_a_request_lands_in_its_workers_own_queue_with_its_prompt_in_the_body_on
 
 
 def test_a_stale_connection_is_replaced_at_once(valkey: str) -> None:
-    assert ring()
+    assert notify_workers()
     with redis.Redis.from_url(valkey) as client:
         client.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-        assert ring()
+        assert notify_workers()
         assert client.llen("stillhouse:train") == 2
 
 
@@ -132,7 +151,7 @@ def test_without_redis_a_doorbell_gives_up_quickly_and_a_request_says_so(
             listener.listen(16)  # connects, then never answers
         settings = settings_env(redis_url=f"redis://127.0.0.1:{listener.getsockname()[1]}/0")
         began = time.monotonic()
-        assert not ring()
+        assert not notify_workers()
         assert time.monotonic() - began < 2.5
         with pytest.raises(NotSent):
             send_generate(settings.redis_url)

@@ -38,7 +38,9 @@ def begin(database: str, settings_env: Callable[..., Settings]) -> Callable[[], 
 
 def stored() -> list[str]:
     """Names of all files in the store, half-written ones too."""
-    return sorted(path.name for path in Path(get_settings().store_root()).rglob("*") if path.is_file())
+    return sorted(
+        path.name for path in Path(get_settings().store_root()).rglob("*") if path.is_file()
+    )
 
 
 def test_bytes_stay_when_the_answer_to_the_commit_is_lost(

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import event, text
 
 from app.contracts.messages import ArtifactRef, JobFailure
-from app.db import files, jobs, leases, models
+from app.db import checkpoints, files, jobs, leases, models
 from app.db.session import engine, transaction
 from app.services.garbage_collector import collect
 from app.settings import get_settings
@@ -42,13 +42,15 @@ def change(statement: str) -> None:
         session.execute(text(statement))
 
 
-def put_checkpoint(store: Store, folder: Path, job_id: str, token: int, step: int, *, commit: bool) -> str:
+def put_checkpoint(
+    store: Store, folder: Path, job_id: str, token: int, step: int, *, commit: bool
+) -> str:
     (folder / "model").mkdir(parents=True, exist_ok=True)
     (folder / "model" / "model.safetensors").write_bytes(os.urandom(10))
     ref = store.put_folder(folder, f"checkpoints/{job_id}/{token}/step-{step}")
     if commit:
         with transaction() as session:
-            assert leases.insert_checkpoint(
+            assert checkpoints.insert_checkpoint(
                 session, job_id, token, step=step, ref=ref, metrics={}, is_best=False
             )
     return ref.key
@@ -90,10 +92,14 @@ def test_a_cancelled_job_leaves_nothing_in_the_store(store: Store, tmp_path: Pat
         assert session.execute(text("SELECT count(*) FROM checkpoints")).scalar() == 0
 
 
-def test_a_failed_job_keeps_its_checkpoints_until_it_is_deleted(store: Store, tmp_path: Path) -> None:
+def test_a_failed_job_keeps_its_checkpoints_until_it_is_deleted(
+    store: Store, tmp_path: Path
+) -> None:
     add_job()
     job_id, token = claim()
-    kept = [put_checkpoint(store, tmp_path / "c", job_id, token, step, commit=True) for step in (1, 2)]
+    kept = [
+        put_checkpoint(store, tmp_path / "c", job_id, token, step, commit=True) for step in (1, 2)
+    ]
     orphan = put_checkpoint(store, tmp_path / "c", job_id, token, 3, commit=False)
     unfinished = store.put_folder(tmp_path / "c", f"models/{job_id}/{token}")
     fail(job_id, token)
@@ -250,9 +256,12 @@ def test_what_a_zombie_left_beside_a_model_is_collected(store: Store, tmp_path: 
 def test_retired_checkpoints_are_collected_while_the_job_runs(store: Store, tmp_path: Path) -> None:
     add_job()
     job_id, token = claim()
-    keys = [put_checkpoint(store, tmp_path / "c", job_id, token, step, commit=True) for step in (1, 2, 3)]
+    keys = [
+        put_checkpoint(store, tmp_path / "c", job_id, token, step, commit=True)
+        for step in (1, 2, 3)
+    ]
     with transaction() as session:
-        assert leases.retire_checkpoints(session, job_id, 2) == keys[:1]
+        assert checkpoints.retire_checkpoints(session, job_id, 2) == keys[:1]
     assert collect(store) == 1
     assert [store.exists(key) for key in keys] == [False, True, True]
 
@@ -312,7 +321,9 @@ def test_expired_idempotency_keys_go(store: Store) -> None:
     )
     collect(store)
     with engine().connect() as connection:
-        assert connection.execute(text("SELECT key FROM idempotency_keys")).scalars().all() == ["new"]
+        assert connection.execute(text("SELECT key FROM idempotency_keys")).scalars().all() == [
+            "new"
+        ]
 
 
 def test_what_cannot_be_deleted_keeps_nothing_else(
@@ -340,7 +351,9 @@ ODD_NAMES = (b".DS_Store", b".nfs000000000012", b"with a blank", b"\xff\xfe")
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "checkpoints/{job}", "models", "files"])
-def test_a_name_that_is_no_key_does_not_end_the_round(store: Store, tmp_path: Path, place: str) -> None:
+def test_a_name_that_is_no_key_does_not_end_the_round(
+    store: Store, tmp_path: Path, place: str
+) -> None:
     add_job()
     job_id, token = claim()
     kept = put_checkpoint(store, tmp_path / "c", job_id, token, 1, commit=True)
@@ -353,7 +366,9 @@ def test_a_name_that_is_no_key_does_not_end_the_round(store: Store, tmp_path: Pa
     assert [store.exists(key) for key in (kept, stale)] == [True, False]
 
 
-def test_a_job_folder_that_cannot_be_listed_does_not_end_the_round(store: Store, tmp_path: Path) -> None:
+def test_a_job_folder_that_cannot_be_listed_does_not_end_the_round(
+    store: Store, tmp_path: Path
+) -> None:
     folder = Path(get_settings().store_root()) / "checkpoints"
     folder.mkdir()
     (folder / "ftjob-loop").symlink_to(folder / "ftjob-loop")
@@ -372,7 +387,9 @@ class ChangingStore(Store):
         return names
 
 
-def test_a_file_deleted_after_it_was_listed_does_not_end_the_round(store: Store, tmp_path: Path) -> None:
+def test_a_file_deleted_after_it_was_listed_does_not_end_the_round(
+    store: Store, tmp_path: Path
+) -> None:
     keys = [put_stale_file(store, tmp_path, f"files/stale-{number}") for number in range(2)]
     assert collect(ChangingStore(get_settings().store_root())) == 1
     assert not any(store.exists(key) for key in keys)

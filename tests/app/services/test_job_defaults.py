@@ -18,7 +18,9 @@ HIDDEN = {"objective": {"teacher_signal": "hidden"}}
 
 def facts(architecture: str, **changes: Any) -> ModelFacts:
     """A model of four layers (of an encoder, six), whose tokenizer is called `shared`."""
-    family = "masked" if architecture in MASKED else "seq2seq" if architecture in SEQ2SEQ else "causal"
+    family = (
+        "masked" if architecture in MASKED else "seq2seq" if architecture in SEQ2SEQ else "causal"
+    )
     sides = {"num_encoder_layers": 6, "num_decoder_layers": 4} if family == "seq2seq" else {}
     return ModelFacts.model_validate(
         {
@@ -64,7 +66,9 @@ def refused(*arguments: Any, **options: Any) -> tuple[str, str, str]:
 @pytest.mark.parametrize("teacher", MASKED)
 @pytest.mark.parametrize("signal", ["logits", "uld", "text"])
 def test_a_masked_teacher_has_no_next_token_distribution(teacher: str, signal: str) -> None:
-    param, code, message = refused({"student": FRESH, "objective": {"teacher_signal": signal}}, teacher)
+    param, code, message = refused(
+        {"student": FRESH, "objective": {"teacher_signal": signal}}, teacher
+    )
     assert (param, code) == ("objective.teacher_signal", "invalid_value")
     assert message == (
         f"{teacher} has no next-token distribution; use objective.teacher_signal = conditional_mlm or hidden"
@@ -89,7 +93,9 @@ def test_a_masked_teacher_answers_no_prompts(rows: str) -> None:
     assert refused(asked, "bert")[0] == "data.completions"
 
 
-@pytest.mark.parametrize("student", [{}, {"init": "layers"}, {"init": "checkpoint"}, {"init": "lora"}])
+@pytest.mark.parametrize(
+    "student", [{}, {"init": "layers"}, {"init": "checkpoint"}, {"init": "lora"}]
+)
 def test_no_student_starts_from_a_masked_model(student: Json) -> None:
     param, _, message = refused({"student": student}, "roberta")
     assert (param, "student.init = fresh" in message) == ("model", True)
@@ -114,9 +120,16 @@ def test_only_a_masked_teacher_fills_in_masks(teacher: str) -> None:
 
 @pytest.mark.parametrize(
     ("teacher", "start", "signal"),
-    [("gpt2", "bloom", "uld"), ("t5", "bart", "uld"), ("gpt2", "t5", "text"), ("t5", "llama", "text")],
+    [
+        ("gpt2", "bloom", "uld"),
+        ("t5", "bart", "uld"),
+        ("gpt2", "t5", "text"),
+        ("t5", "llama", "text"),
+    ],
 )
-def test_different_tokenizers_settle_for_what_can_be_compared(teacher: str, start: str, signal: str) -> None:
+def test_different_tokenizers_settle_for_what_can_be_compared(
+    teacher: str, start: str, signal: str
+) -> None:
     for student in ({}, {"init": "lora"}):
         block = decide({"student": student}, teacher, start, other_tokenizer=True)
         assert block.objective.teacher_signal == signal
@@ -152,17 +165,26 @@ def test_plain_text_gives_nobody_a_prompt() -> None:
     then = {"objective": {"then": {"divergence": "reverse_kl", "completions": "student"}}}
     assert refused(then, rows="text")[0] == "objective.then.completions"
     assert refused({}, "gpt2", "t5", rows="text", other_tokenizer=True)[0] == "training_file"
-    assert decide({}, "gpt2", "bloom", rows="text", other_tokenizer=True).data.completions == "dataset"
+    assert (
+        decide({}, "gpt2", "bloom", rows="text", other_tokenizer=True).data.completions == "dataset"
+    )
 
 
 def test_only_next_token_distributions_judge_the_students_answers() -> None:
     then: Json = {"objective": {"then": {"divergence": "reverse_kl", "completions": "replay"}}}
-    for teacher, student, other in (("bert", "gpt2", False), ("gpt2", "bloom", True), ("gpt2", "t5", True)):
+    for teacher, student, other in (
+        ("bert", "gpt2", False),
+        ("gpt2", "bloom", True),
+        ("gpt2", "t5", True),
+    ):
         for source in ("student", "replay"):
             asked = {"data": {"completions": source}}
             param, _, message = refused(asked, teacher, student, other_tokenizer=other)
             assert (param, "dataset or teacher" in message) == ("data.completions", True)
-        assert refused(then, teacher, student, other_tokenizer=other)[0] == "objective.then.completions"
+        assert (
+            refused(then, teacher, student, other_tokenizer=other)[0]
+            == "objective.then.completions"
+        )
     assert decide(then, "gpt2", "t5").objective.then == decide(then).objective.then
 
 
@@ -232,7 +254,9 @@ def test_both_sides_and_ladders_within_range_are_taken() -> None:
         (FRESH, None, False, False),
     ],
 )
-def test_what_is_frozen_is_shown(student: Json, start: str | None, head: bool, encoder: bool) -> None:
+def test_what_is_frozen_is_shown(
+    student: Json, start: str | None, head: bool, encoder: bool
+) -> None:
     settled = decide({"student": student}, "t5", start).student
     assert (settled.freeze_head, settled.freeze_encoder) == (head, encoder)
 
@@ -251,7 +275,10 @@ def test_what_is_frozen_is_shown(student: Json, start: str | None, head: bool, e
     ],
 )
 def test_layer_maps_name_layers_that_exist(side: str, pairs: list[list[int]], fits: bool) -> None:
-    asked = {"student": {"num_layers": 2}, "objective": {"hidden": {"side": side, "layer_map": pairs}}}
+    asked = {
+        "student": {"num_layers": 2},
+        "objective": {"hidden": {"side": side, "layer_map": pairs}},
+    }
     if fits:
         assert decide(asked, "bart").objective.hidden is not None
     else:
@@ -280,7 +307,10 @@ def test_a_gate_is_measured() -> None:
         return {"evaluation": {"metrics": metrics, "gate": {"metric": metric, "at_least": 0.5}}}
 
     param, _, message = refused(gate("accuracy", "perplexity"))
-    assert (param, message.endswith("use one of kl, perplexity")) == ("evaluation.gate.metric", True)
+    assert (param, message.endswith("use one of kl, perplexity")) == (
+        "evaluation.gate.metric",
+        True,
+    )
     assert decide(gate("kl")).evaluation.gate is not None
     assert decide(gate("macro_f1", "macro_f1")).evaluation.gate is not None
     agreement = gate("agreement", "agreement")

@@ -30,12 +30,12 @@ class Clock:
         return self.now
 
 
-class Bell:
+class Notifier:
     def __init__(self) -> None:
-        self.num_rung = 0
+        self.num_notified = 0
 
     def __call__(self) -> None:
-        self.num_rung += 1
+        self.num_notified += 1
 
 
 @pytest.fixture
@@ -44,23 +44,27 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def bell() -> Bell:
-    return Bell()
+def notifier() -> Notifier:
+    return Notifier()
 
 
 @pytest.fixture(autouse=True)
 def quick_settings(
     database: str, settings_env: Callable[..., Settings], postgres_url: str
 ) -> Callable[..., Settings]:
-    settings_env(lease_seconds=LEASE_SECONDS, max_losses=2, retry_backoff_seconds=30, heartbeat_seconds=5)
+    settings_env(
+        lease_seconds=LEASE_SECONDS, max_losses=2, retry_backoff_seconds=30, heartbeat_seconds=5
+    )
     return settings_env
 
 
 @pytest.fixture
-def reconciler(clock: Clock, bell: Bell, quick_settings: Callable[..., Settings]) -> Reconciler:
+def reconciler(
+    clock: Clock, notifier: Notifier, quick_settings: Callable[..., Settings]
+) -> Reconciler:
     """One that has been connected for longer than a lease, to a server that is old enough."""
     quick_settings(lease_seconds=0.01)
-    one = Reconciler(bell, clock=clock)
+    one = Reconciler(notifier, clock=clock)
     for _ in range(3):
         one.step()
         clock.now += 0.004
@@ -93,21 +97,27 @@ def change(statement: str) -> None:
         session.execute(text(statement))
 
 
-def test_a_job_that_nobody_took_is_rung_again_but_not_at_once(reconciler: Reconciler, bell: Bell) -> None:
+def test_a_job_that_nobody_took_is_rung_again_but_not_at_once(
+    reconciler: Reconciler, notifier: Notifier
+) -> None:
     add_job()
-    assert reconciler.step().num_rung == 1
-    assert reconciler.step().num_rung == 0
+    assert reconciler.step().num_notified == 1
+    assert reconciler.step().num_notified == 0
     change("UPDATE jobs SET last_rung_at = now() - interval '31 s'")
-    assert reconciler.step().num_rung == 1
-    assert bell.num_rung == 2
+    assert reconciler.step().num_notified == 1
+    assert notifier.num_notified == 2
 
 
 def test_a_job_that_waits_long_is_rung_more_and_more_seldom(reconciler: Reconciler) -> None:
     add_job()
-    change("UPDATE jobs SET run_after = now() - interval '200 s', last_rung_at = now() - interval '90 s'")
-    assert reconciler.step().num_rung == 0
-    change("UPDATE jobs SET run_after = now() - interval '1 day', last_rung_at = now() - interval '301 s'")
-    assert reconciler.step().num_rung == 1
+    change(
+        "UPDATE jobs SET run_after = now() - interval '200 s', last_rung_at = now() - interval '90 s'"
+    )
+    assert reconciler.step().num_notified == 0
+    change(
+        "UPDATE jobs SET run_after = now() - interval '1 day', last_rung_at = now() - interval '301 s'"
+    )
+    assert reconciler.step().num_notified == 1
 
 
 def test_jobs_that_are_not_due_are_not_rung(reconciler: Reconciler) -> None:
@@ -116,7 +126,7 @@ def test_jobs_that_are_not_due_are_not_rung(reconciler: Reconciler) -> None:
     change("UPDATE jobs SET run_after = now() + interval '1 h' WHERE id = 'later'")
     with transaction() as session:
         jobs.request_pause(session, "paused")
-    assert reconciler.step().num_rung == 0
+    assert reconciler.step().num_notified == 0
 
 
 def test_a_worker_that_falls_silent_loses_its_job(reconciler: Reconciler) -> None:
@@ -136,14 +146,16 @@ def test_a_worker_that_renews_its_lease_keeps_its_job(reconciler: Reconciler) ->
     assert load().status == "running"
 
 
-def test_a_lost_job_waits_is_queued_and_fails_in_the_end(reconciler: Reconciler, bell: Bell) -> None:
+def test_a_lost_job_waits_is_queued_and_fails_in_the_end(
+    reconciler: Reconciler, notifier: Notifier
+) -> None:
     add_job()
     claim(lease_seconds=-1)
     reconciler.step()
     assert reconciler.step().num_woken == 0
     change("UPDATE jobs SET run_after = now() - interval '1 s'")
     report = reconciler.step()
-    assert (report.num_woken, report.num_rung, bell.num_rung) == (1, 1, 1)
+    assert (report.num_woken, report.num_notified, notifier.num_notified) == (1, 1, 1)
     claim(lease_seconds=-1)
     reconciler.step()
     job = load()
@@ -152,13 +164,13 @@ def test_a_lost_job_waits_is_queued_and_fails_in_the_end(reconciler: Reconciler,
 
 
 def test_nothing_is_reaped_before_every_worker_had_a_lease_of_time(
-    clock: Clock, bell: Bell, quick_settings: Callable[..., Settings], service_dir: Path
+    clock: Clock, notifier: Notifier, quick_settings: Callable[..., Settings], service_dir: Path
 ) -> None:
     """A reconciler that has just connected cannot tell a dead worker from one that could not connect either."""
     quick_settings(lease_seconds=0.01)  # the server is older than that
     add_job()
     claim(lease_seconds=-1)
-    one = Reconciler(bell, clock=clock)
+    one = Reconciler(notifier, clock=clock)
     assert one.step().num_lost == 0
     clock.now += 0.004
     assert one.step().num_lost == 0
@@ -169,10 +181,10 @@ def test_nothing_is_reaped_before_every_worker_had_a_lease_of_time(
 
 
 def test_nothing_is_reaped_after_a_gap_in_which_no_worker_could_renew(
-    clock: Clock, bell: Bell, quick_settings: Callable[..., Settings]
+    clock: Clock, notifier: Notifier, quick_settings: Callable[..., Settings]
 ) -> None:
     quick_settings(lease_seconds=0.01)
-    one = Reconciler(bell, clock=clock)
+    one = Reconciler(notifier, clock=clock)
     for _ in range(4):
         one.step()
         clock.now += 0.004
@@ -187,7 +199,10 @@ def test_nothing_is_reaped_after_a_gap_in_which_no_worker_could_renew(
 
 
 def test_a_long_round_of_deleting_is_no_gap(
-    clock: Clock, bell: Bell, quick_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+    clock: Clock,
+    notifier: Notifier,
+    quick_settings: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Else a store whose rounds take longer than half a lease would end the reaping for good."""
 
@@ -199,7 +214,7 @@ def test_a_long_round_of_deleting_is_no_gap(
     quick_settings(lease_seconds=0.01)
     add_job()
     claim(lease_seconds=-1)
-    one = Reconciler(bell, clock=clock)
+    one = Reconciler(notifier, clock=clock)
     assert one.step().num_lost == 0
     clock.now += 0.004
     assert one.step().num_lost == 1
@@ -215,10 +230,10 @@ def test_a_young_server_reaps_nothing(
 
 
 def test_an_outage_is_told_and_counts_as_cut_off(
-    database: str, clock: Clock, bell: Bell, quick_settings: Callable[..., Settings]
+    database: str, clock: Clock, notifier: Notifier, quick_settings: Callable[..., Settings]
 ) -> None:
     quick_settings(lease_seconds=0.01)
-    one = Reconciler(bell, clock=clock)
+    one = Reconciler(notifier, clock=clock)
     for _ in range(4):
         one.step()
         clock.now += 0.004
@@ -282,7 +297,11 @@ def test_a_job_that_runs_too_long_in_all_is_asked_to_pause_and_goes_on_with_as_m
         events = jobs.events_since(session, "overdue", 0)
     assert load("overdue").status == "paused"
     assert events[-1].level == "warn"
-    for words in ("more than 100 s", "checkpoints are kept", "POST /v1/fine_tuning/jobs/overdue/resume"):
+    for words in (
+        "more than 100 s",
+        "checkpoints are kept",
+        "POST /v1/fine_tuning/jobs/overdue/resume",
+    ):
         assert words in events[-1].message
     with transaction() as session:
         jobs.resume(session, "overdue")

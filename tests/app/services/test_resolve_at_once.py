@@ -18,7 +18,9 @@ def registered(database: str) -> None:
     common = {"origin": "imported", "bytes": 1, "manifest_sha256": "0" * 64, "facts": FACTS}
     with transaction() as session:
         for name, project in (("mine", "p"), ("shared", None), ("theirs", "q")):
-            models.insert_model(session, id=name, project_id=project, store_key=f"models/{name}", **common)
+            models.insert_model(
+                session, id=name, project_id=project, store_key=f"models/{name}", **common
+            )
         models.insert_model(
             session,
             id="eight",
@@ -42,7 +44,9 @@ def test_an_alias_means_what_it_means_in_the_callers_project() -> None:
     assert model_registry.resolve_at_once("q", "m@prod").model_id == "theirs"
 
 
-@pytest.mark.parametrize("asked", ["theirs", "none", "none@prod", "mine:ckpt-step-3", "mi\x00ne", ""])
+@pytest.mark.parametrize(
+    "asked", ["theirs", "none", "none@prod", "mine:ckpt-step-3", "mi\x00ne", ""]
+)
 def test_what_the_project_does_not_see_does_not_exist(asked: str) -> None:
     with pytest.raises(NotFound, match="does not exist"):
         model_registry.resolve_at_once("p", asked)

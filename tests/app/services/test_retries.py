@@ -17,12 +17,12 @@ from app.errors import Conflict
 from app.schemas.models import ImportModel
 from app.services import retries
 from app.services.jobs import IMPORTS_ROUTE, create_import
-from app.services.retries import Attempted, find_created, record_attempt, remember_job
+from app.services.retries import RetryInfo, find_created, record_attempt, remember_job
 from app.settings import Settings
 
 ALICE = Principal("p", "alice", frozenset({"admin"}))
 ROUTE, SHA = "POST /v1/fine_tuning/jobs", "a" * 64
-FIRST, RETRY, SECOND_RETRY = Attempted(), Attempted(retry_count=1), Attempted(retry_count=2)
+FIRST, RETRY, SECOND_RETRY = RetryInfo(), RetryInfo(retry_count=1), RetryInfo(retry_count=2)
 pytestmark = pytest.mark.usefixtures("database")
 
 
@@ -31,7 +31,7 @@ def add_job(session: Session, job_id: str) -> Job:
     return jobs.insert_job(session, id=job_id, **values)
 
 
-def submit(job_id: str, attempted: Attempted, principal: Principal = ALICE) -> str:
+def submit(job_id: str, attempted: RetryInfo, principal: Principal = ALICE) -> str:
     """The part of a submission that concerns retries; returns the id of the job that is its answer."""
     submitted = record_attempt(principal, ROUTE, attempted, SHA)
     return submitted.job.id if submitted.job else insert(submitted, job_id)
@@ -61,7 +61,9 @@ def fail(job_id: str) -> None:
 def age(seconds: float) -> None:
     """Makes all attempts older."""
     with transaction() as session:
-        moved = "UPDATE submissions SET attempted_at = attempted_at - :seconds * interval '1 second'"
+        moved = (
+            "UPDATE submissions SET attempted_at = attempted_at - :seconds * interval '1 second'"
+        )
         session.execute(text(moved), {"seconds": seconds})
 
 
@@ -78,7 +80,7 @@ def test_a_retry_whose_first_attempt_waited_for_the_whole_timeout_gets_its_job()
     submit("a", FIRST)
     age(601)
     assert submit("b", RETRY) == "a"
-    patient = Attempted(retry_count=3, timeout_seconds=3600)
+    patient = RetryInfo(retry_count=3, timeout_seconds=3600)
     age(5000)
     assert submit("c", patient) == "a"
 
@@ -86,13 +88,15 @@ def test_a_retry_whose_first_attempt_waited_for_the_whole_timeout_gets_its_job()
 def test_a_retry_cannot_repeat_what_is_longer_ago_than_the_client_waits() -> None:
     submit("a", FIRST)
     age(100)
-    assert submit("b", Attempted(retry_count=1, timeout_seconds=20)) == "a"
+    assert submit("b", RetryInfo(retry_count=1, timeout_seconds=20)) == "a"
     age(200)
-    assert submit("c", Attempted(retry_count=2, timeout_seconds=20)) == "c"
+    assert submit("c", RetryInfo(retry_count=2, timeout_seconds=20)) == "c"
 
 
 @pytest.mark.parametrize("end", [cancel, fail])
-def test_a_retry_does_not_get_a_job_that_had_ended_without_a_result(end: Callable[[str], None]) -> None:
+def test_a_retry_does_not_get_a_job_that_had_ended_without_a_result(
+    end: Callable[[str], None],
+) -> None:
     submit("a", FIRST)
     end("a")
     assert submit("b", RETRY) == "b"
@@ -107,7 +111,9 @@ def test_a_retry_does_not_get_a_running_job_that_is_being_cancelled() -> None:
     assert submit("b", RETRY) == "b"
 
 
-def test_a_retry_gets_no_job_of_an_earlier_submission_if_its_own_first_attempt_was_refused() -> None:
+def test_a_retry_gets_no_job_of_an_earlier_submission_if_its_own_first_attempt_was_refused() -> (
+    None
+):
     submit("a", FIRST)
     record_attempt(ALICE, ROUTE, FIRST, SHA)  # arrived, and was answered by 503
     assert submit("b", RETRY) == "b"

@@ -18,7 +18,11 @@ from app.storage import store
 from tests.serve_worker import wait_for
 
 CHECK = LengthCheck(
-    store_key="files/rows", over_bytes=20, max_tokens=50, is_answered=False, readers=(Reader("m", "causal"),)
+    store_key="files/rows",
+    over_bytes=20,
+    max_tokens=50,
+    is_answered=False,
+    readers=(Reader("m", "causal"),),
 )
 
 
@@ -37,7 +41,8 @@ def checkers() -> list[psutil.Process]:
     return [
         child
         for child in psutil.Process().children()
-        if "app.services.row_lengths" in child.cmdline() and "app.parent_death" not in child.cmdline()
+        if "app.services.row_lengths" in child.cmdline()
+        and "app.parent_death" not in child.cmdline()
     ]
 
 
@@ -52,7 +57,9 @@ def release(pipe: Path, checks: list[Future[CheckResult]]) -> None:
     wait_for(open_and_close, 60, "the checks do not end")
 
 
-def test_the_longest_rows_come_first_with_their_lines(settings_env: Callable[..., Settings]) -> None:
+def test_the_longest_rows_come_first_with_their_lines(
+    settings_env: Callable[..., Settings],
+) -> None:
     with store().writer("files/rows") as file:
         file.write(b"".join(b"x" * size + b"\n" for size in (5, 50, 20, 50, 1)))
     found = row_lengths.longest_rows("files/rows", over_bytes=15)
@@ -86,7 +93,9 @@ def test_a_row_that_is_too_long_is_found_by_another_process(
     result = ask(check, "p")
     assert (result.line, (result.num_tokens or 0) > 50) == (2, True)
     assert ask(check.model_copy(update={"max_tokens": 10_000}), "p") == CheckResult()
-    assert ask(check.model_copy(update={"store_key": "files/gone"}), "p") == CheckResult(is_lost=True)
+    assert ask(check.model_copy(update={"store_key": "files/gone"}), "p") == CheckResult(
+        is_lost=True
+    )
     assert (ask(VocabularyCheck(model_key="models/tiny"), "p").num_tokens or 0) > 100
 
 
@@ -105,7 +114,9 @@ def test_a_project_has_at_most_two_checks_at_a_time_and_others_have_places(pipe:
     assert ask(gone, "p") == CheckResult(is_lost=True)
 
 
-def test_a_check_that_takes_too_long_refuses_the_file(pipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_check_that_takes_too_long_refuses_the_file(
+    pipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_lengths, "CHECK_SECONDS", 0.1)
     with pytest.raises(BadRequest, match="shorten") as refusal:
         ask(CHECK, "p", param="training_file")

@@ -13,7 +13,9 @@ def asked(**block: object) -> CreateJob:
     return CreateJob.model_validate({"model": "t", "training_file": "file-1", "method": method})
 
 
-def settle(request: CreateJob, start_id: str = "t", row_format: str = "prompt_completion") -> Distillation:
+def settle(
+    request: CreateJob, start_id: str = "t", row_format: str = "prompt_completion"
+) -> Distillation:
     facts = ModelFacts(
         architecture="llama",
         num_layers=4,
@@ -34,7 +36,9 @@ def test_a_request_without_a_test_file_keeps_its_fingerprint() -> None:
     """Else a repetition over an upgrade would not be known, and a resumed run would take its inputs for changed."""
     evaluation = asked().model_dump(mode="json")["method"]["distillation"]["evaluation"]
     assert "test_file" not in evaluation
-    named = asked(evaluation={"test_file": "file-2"}).model_dump(mode="json")["method"]["distillation"]
+    named = asked(evaluation={"test_file": "file-2"}).model_dump(mode="json")["method"][
+        "distillation"
+    ]
     assert named["evaluation"]["test_file"] == "file-2"
 
 
@@ -64,7 +68,9 @@ def test_an_output_is_named_after_its_first_ancestor(
 def test_what_was_said_is_never_overruled() -> None:
     said = {"init": "checkpoint", "freeze_head": True, "freeze_encoder": True}
     request = asked(
-        student=said, data={"completions": "teacher"}, objective={"teacher_signal": "text", "ce_weight": 0.0}
+        student=said,
+        data={"completions": "teacher"},
+        objective={"teacher_signal": "text", "ce_weight": 0.0},
     )
     block = settle(request)
     assert (block.student, block.data, block.objective.teacher_signal) == (

@@ -27,7 +27,9 @@ def test_pieces_of_any_size_are_judged_like_the_whole(cuts: list[int]) -> None:
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=5))
-def test_any_bytes_get_a_verdict_and_the_same_one_in_pieces(content: bytes, cuts: list[int]) -> None:
+def test_any_bytes_get_a_verdict_and_the_same_one_in_pieces(
+    content: bytes, cuts: list[int]
+) -> None:
     whole = outcome(content, [])
     assert outcome(content, cuts) == whole
     assert whole[0] == 0 or whole[2] is not None
@@ -52,11 +54,16 @@ def test_a_last_line_may_lack_its_newline() -> None:
         ({"weight": 1, "name": "still"}, None),
         ({"weight": 0}, "the last answer has weight 0"),
         ({"weight": 0.5}, "messages[1] has a weight"),
-        ({"name": 1}, "messages[1] has a weight that is neither 0 nor 1, or a name that is no string"),
+        (
+            {"name": 1},
+            "messages[1] has a weight that is neither 0 nor 1, or a name that is no string",
+        ),
         ({"tool_calls": []}, "messages[1] must be an object"),
     ],
 )
-def test_an_answer_may_have_a_weight_and_a_name(extra: dict[str, object], fault: str | None) -> None:
+def test_an_answer_may_have_a_weight_and_a_name(
+    extra: dict[str, object], fault: str | None
+) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"} | extra]
     checker = RowChecker(1000, 10)
     checker.feed(json.dumps({"messages": messages}).encode() + b"\n")
@@ -65,5 +72,8 @@ def test_an_answer_may_have_a_weight_and_a_name(extra: dict[str, object], fault:
 
 def test_conversations_are_told_apart_by_who_speaks_last() -> None:
     user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-    for messages, row_format in (([user, assistant], "chat"), ([user, assistant, user], "chat_prompt")):
+    for messages, row_format in (
+        ([user, assistant], "chat"),
+        ([user, assistant, user], "chat_prompt"),
+    ):
         assert outcome(json.dumps({"messages": messages}).encode(), [])[2] == row_format

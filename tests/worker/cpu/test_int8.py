@@ -27,10 +27,10 @@ FAMILIES = ("llama", "gpt2", "bloom", "opt", "gpt_neox", "t5", "bart", "bert2ber
 
 @pytest.fixture
 def int8_kernels() -> Kernels:
-    does = kernels()
-    if does is None or not does.has_int8:
+    ops = kernels()
+    if ops is None or not ops.has_int8:
         pytest.skip("this machine has no kernel for int8 weights")
-    return does
+    return ops
 
 
 @pytest.fixture(params=["kernel", "onednn"])
@@ -85,7 +85,9 @@ def test_the_largest_input_keeps_its_sign_in_bfloat16() -> None:
     x_BE = torch.zeros(1, 48)
     x_BE[0, 0] = 190  # its scale, rounded to bfloat16, is too small
     quantized = of_8_bits(layer)
-    torch.testing.assert_close(quantized(x_BE.bfloat16()).float(), quantized(x_BE), rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(
+        quantized(x_BE.bfloat16()).float(), quantized(x_BE), rtol=2**-7, atol=1e-3
+    )
 
 
 def test_inputs_that_fill_no_tile_take_the_other_implementation() -> None:
@@ -99,7 +101,9 @@ def test_quantized_weights_differ_by_half_a_step_at_most() -> None:
     assert scale.shape == (7, 3)  # the third block has 32 inputs
     steps = scale.float().repeat_interleave(int8.BLOCK_INPUTS, dim=1)[:, :160]
     # a scale in bfloat16 may be a 256th too small for the largest weight, which is 127 steps
-    assert ((whole * steps - weight).abs() <= steps * torch.where(whole.abs() == 127, 1.0, 0.501)).all()
+    assert (
+        (whole * steps - weight).abs() <= steps * torch.where(whole.abs() == 127, 1.0, 0.501)
+    ).all()
 
 
 SHAPES = (
@@ -133,7 +137,11 @@ def test_the_int8_kernel_is_a_matmul_with_the_quantized_weights(
     int8_kernels: Kernels, num_out: int, num_in: int, is_swish: bool
 ) -> None:
     torch.manual_seed(0)
-    weight, x, bias = torch.randn(num_out, num_in), torch.randn(20, num_in).bfloat16(), torch.randn(num_out)
+    weight, x, bias = (
+        torch.randn(num_out, num_in),
+        torch.randn(20, num_in).bfloat16(),
+        torch.randn(num_out),
+    )
     whole, scale = int8.quantize_blocks(weight)
     steps = scale.double().repeat_interleave(int8.BLOCK_INPUTS, dim=1)[:, :num_in]
     exact = x.double() @ (whole * steps).T + bias
@@ -157,7 +165,9 @@ def test_a_row_is_the_same_alone_and_in_any_batch_and_with_any_number_of_threads
             found.append(out[0])
             assert torch.equal(
                 out[-1:],
-                int8_kernels.multiply_int8(x[num_rows - 1 : num_rows], packed, 500, None, is_swish=False),
+                int8_kernels.multiply_int8(
+                    x[num_rows - 1 : num_rows], packed, 500, None, is_swish=False
+                ),
             )
     torch.set_num_threads(num_threads)
     assert all(torch.equal(each, found[0]) for each in found)
@@ -240,7 +250,9 @@ def test_a_model_of_each_family_answers_nearly_alike_from_less_memory(
 
 
 @pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
-def test_of_bfloat16_layers_the_head_is_left_out_or_its_best_logits_are_exact(tiny_llama_dir: Path) -> None:
+def test_of_bfloat16_layers_the_head_is_left_out_or_its_best_logits_are_exact(
+    tiny_llama_dir: Path,
+) -> None:
     model: Any = load_model(tiny_llama_dir, weights="bfloat16").model
     head = model.lm_head
     assert head.packed.dtype == (torch.float32 if kernels() is None else torch.bfloat16)
@@ -272,7 +284,9 @@ def test_without_the_kernel_the_head_is_not_quantized(
     assert isinstance(model.model.layers[0].mlp.up_proj, int8.Int8Linear)
 
 
-def test_the_best_logits_of_a_quantized_head_are_exact(int8_kernels: Kernels, tiny_llama_dir: Path) -> None:
+def test_the_best_logits_of_a_quantized_head_are_exact(
+    int8_kernels: Kernels, tiny_llama_dir: Path
+) -> None:
     model: Any = load_model(tiny_llama_dir, weights="int8", keeps_plain=False).model
     assert isinstance(model.lm_head.packed, int8.TiledInt8Weight)
     hidden = torch.randn(2, 1, model.lm_head.in_features)

@@ -28,10 +28,12 @@ def one_thread() -> None:
 @pytest.fixture(autouse=True, params=["onednn", "mkl", "tiles"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever this processor would choose."""
-    does = kernels()
-    if request.param == "tiles" and not (does and does.has_splits):
+    ops = kernels()
+    if request.param == "tiles" and not (ops and ops.has_splits):
         pytest.skip("this CPU has no tiles")
-    monkeypatch.setattr(linear_ops, "PREFERS_ONEDNN", linear_ops.HAS_ONEDNN and request.param == "onednn")
+    monkeypatch.setattr(
+        linear_ops, "PREFERS_ONEDNN", linear_ops.HAS_ONEDNN and request.param == "onednn"
+    )
     monkeypatch.setattr(linear_ops, "LEAST_SIDE", 0 if request.param == "tiles" else math.inf)
     monkeypatch.setattr(linear_ops, "LEAST_DEPTH", 0)
 

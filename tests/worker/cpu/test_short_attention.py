@@ -88,14 +88,18 @@ def test_a_compiled_causal_layer_is_torchs(
         (out * slope).sum().backward()
         found.append((out, *(each.grad for each in own)))
     for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)  # sums of 128 in another order
+        torch.testing.assert_close(
+            mine, theirs, atol=1e-4, rtol=1e-4
+        )  # sums of 128 in another order
 
 
 @pytest.mark.parametrize("family", sorted((*CAUSAL, *SEQ2SEQ)))
 def test_a_model_gives_the_same_rows_and_gradients(family: str, tmp_path: Path) -> None:
     is_seq2seq = family in SEQ2SEQ
     rows = [(4, 30, 31, 32, 33), (4, 40, 41), (4, 50, 51, 52)]
-    examples = [Example(r, ((1, len(r)),), source_ids=(5, 6, *r) if is_seq2seq else ()) for r in rows]
+    examples = [
+        Example(r, ((1, len(r)),), source_ids=(5, 6, *r) if is_seq2seq else ()) for r in rows
+    ]
     batch = collate(examples, range(len(examples)))
     model = load_model(save_tiny(tmp_path, family, num_layers=2))
     found = []
@@ -104,19 +108,26 @@ def test_a_model_gives_the_same_rows_and_gradients(family: str, tmp_path: Path) 
         rows_NH = hidden_rows(model, batch)
         weights_NH = torch.randn(rows_NH.shape, generator=torch.Generator().manual_seed(0))
         (rows_NH * weights_NH).sum().backward()
-        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        gradients = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
         found.append((rows_NH.detach(), gradients))
         use_short_attention(model)
     (rows_NH, gradients), (short_NH, short_gradients) = found
     torch.testing.assert_close(short_NH, rows_NH, atol=1e-5, rtol=1e-5)
     assert short_gradients.keys() == gradients.keys()
-    for name, gradient in gradients.items():  # float32 sums in another order, against the largest entry
+    for (
+        name,
+        gradient,
+    ) in gradients.items():  # float32 sums in another order, against the largest entry
         atol = 1e-6 + 1e-5 * float(gradient.abs().max())  # a bias of keys has none but rounding
         torch.testing.assert_close(short_gradients[name], gradient, atol=atol, rtol=1e-4)
 
 
 @pytest.mark.parametrize("has_kernels", [True, False])
-def test_a_llama_attends_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_kernels: bool) -> None:
+def test_a_llama_attends_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_kernels: bool
+) -> None:
     if has_kernels and kernels() is None:
         pytest.skip("no C compiler here")
     if not has_kernels:

@@ -31,7 +31,9 @@ def in_a_thread(work: "list[float]", *, is_long: bool) -> None:
     thread.join()
 
 
-@pytest.mark.skipif(platform.machine() not in SETATTR, reason="the system call's number is not known here")
+@pytest.mark.skipif(
+    platform.machine() not in SETATTR, reason="the system call's number is not known here"
+)
 def test_a_thread_and_its_children_have_long_slices_and_others_do_not() -> None:
     long: list[float] = []
     plain: list[float] = []

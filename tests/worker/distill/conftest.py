@@ -23,7 +23,10 @@ gc.freeze()  # what the imports made is not walked by every gc.collect of a run
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The pipeline sets these for its process; here they must not reach other tests."""
-    num_threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    num_threads, is_deterministic = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
@@ -69,8 +72,13 @@ def make_spec(
     In float32, and students of layers begin as plain cuts: what most tests compare with.
     """
 
-    def make(block: Json | None = None, spec: Json | None = None, **hyperparameters: Any) -> RunSpec:
-        block = {"evaluation": {"metrics": ["perplexity", "agreement"], "num_samples": 0}, **(block or {})}
+    def make(
+        block: Json | None = None, spec: Json | None = None, **hyperparameters: Any
+    ) -> RunSpec:
+        block = {
+            "evaluation": {"metrics": ["perplexity", "agreement"], "num_samples": 0},
+            **(block or {}),
+        }
         block["student"] = {"fit_rows": 0, **block.get("student", {})}
         fields: Json = {
             "teacher_dir": tiny_llama_dir,
@@ -118,7 +126,9 @@ def series() -> Callable[[MemorySink, str], list[float]]:
 
     def pick(sink: MemorySink, name: str) -> list[float]:
         return [
-            line.values[name] for line in sink.lines if isinstance(line, MetricsLine) and name in line.values
+            line.values[name]
+            for line in sink.lines
+            if isinstance(line, MetricsLine) and name in line.values
         ]
 
     return pick

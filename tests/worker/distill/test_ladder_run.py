@@ -15,7 +15,13 @@ from worker.distill.pipeline import Outcome, distil
 from worker.distill.training.checkpoint import load_state
 from worker.distill.training.trainer import Stopped
 from worker.errors import EvaluationFailed, GateFailed, NanLoss, StudentTooDeep
-from worker.protocol.run_lines import CheckpointLine, MessageLine, MetricsLine, ProgressLine, StageLine
+from worker.protocol.run_lines import (
+    CheckpointLine,
+    MessageLine,
+    MetricsLine,
+    ProgressLine,
+    StageLine,
+)
 from worker.protocol.run_spec import RunSpec
 from worker.train import EngineSampler
 
@@ -23,7 +29,13 @@ Json = dict[str, Any]  # Any: open-ended JSON
 MakeSpec = Callable[..., RunSpec]
 Run = Callable[..., tuple[Outcome, MemorySink]]
 JUDGED: Json = {"metrics": ["agreement"], "num_samples": 0}
-STEPS = {"n_epochs": 20, "max_steps": 6, "batch_tokens": 512, "eval_steps": 3, "checkpoint_steps": 3}
+STEPS = {
+    "n_epochs": 20,
+    "max_steps": 6,
+    "batch_tokens": 512,
+    "eval_steps": 3,
+    "checkpoint_steps": 3,
+}
 
 
 def ladder(*sizes: int, **evaluation: Any) -> Json:
@@ -36,7 +48,9 @@ def run_job(tmp_path: Path) -> Run:
 
     def run(spec: RunSpec, out: str = "out", sink: MemorySink | None = None, **more: Any) -> Any:
         sink = sink or MemorySink()
-        outcome = distil(spec, tmp_path / out, sink, EngineSampler, more.get("should_stop", lambda: False))
+        outcome = distil(
+            spec, tmp_path / out, sink, EngineSampler, more.get("should_stop", lambda: False)
+        )
         return outcome, sink
 
     return run
@@ -60,7 +74,9 @@ def test_a_ladder_is_chosen_on_held_out_rows_and_judged_on_test_rows(
     run_job: Run, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
     path = tmp_path / "test.jsonl"
-    path.write_text("".join(f'{{"prompt": "Other {i}?", "completion": "Jar {i}."}}\n' for i in range(5)))
+    path.write_text(
+        "".join(f'{{"prompt": "Other {i}?", "completion": "Jar {i}."}}\n' for i in range(5))
+    )
     block = ladder(1, 2, choose="best", ce_baseline=True)
     plain, _ = run_job(make_spec(block, **STEPS), out="plain")
     outcome, sink = run_job(make_spec(block, spec={"test_path": path}, **STEPS))
@@ -89,7 +105,11 @@ def test_a_ladder_is_taught_by_one_pass_of_its_teacher(
     result = json.loads(json.dumps(outcome.result))
     assert (result["num_teacher_rows_computed"], result["teacher_passes"]) == (40, 1.0)
     assert [entry["num_layers"] for entry in result["ladder"]] == [1, 2, 3]
-    assert [entry["chosen"] for entry in result["ladder"]] == [True, False, False]  # no gate: the smallest
+    assert [entry["chosen"] for entry in result["ladder"]] == [
+        True,
+        False,
+        False,
+    ]  # no gate: the smallest
     chosen = result["ladder"][0]
     assert result["student"].items() <= chosen.items()
     assert {
@@ -151,7 +171,9 @@ def test_a_job_killed_in_any_course_ends_with_the_bits_of_one_that_was_not(
             tmp_path / "first" / f"step-{newest}", tmp_path / str(stop_step) / f"step-{newest}"
         )
         shutil.rmtree(tmp_path / "first")  # the checkpoint is all that is left
-        resumed, _ = run_job(spec.model_copy(update={"resume_dir": checkpoint}), out=f"{stop_step}/out")
+        resumed, _ = run_job(
+            spec.model_copy(update={"resume_dir": checkpoint}), out=f"{stop_step}/out"
+        )
         for name in students:
             assert_same_bits(tmp_path / "whole" / name, tmp_path / str(stop_step) / "out" / name)
         assert resumed.result["num_teacher_rows_computed"] == 0
@@ -175,25 +197,36 @@ def test_the_smallest_student_that_passes_the_gate_is_chosen(
     assert json.loads((tmp_path / "gated" / "ladder.json").read_text())["gate"]["metric"] == "kl"
 
 
-@pytest.mark.parametrize("student", [{"num_layers": [1, 2]}, {"num_layers": 2}], ids=["ladder", "single"])
+@pytest.mark.parametrize(
+    "student", [{"num_layers": [1, 2]}, {"num_layers": 2}], ids=["ladder", "single"]
+)
 def test_a_job_without_a_student_that_passes_fails_and_says_how_near_it_came(
     run_job: Run, make_spec: MakeSpec, tmp_path: Path, student: Json
 ) -> None:
     gate = {"metric": "agreement", "at_least": 0.999}
     sink = MemorySink()
-    with pytest.raises(GateFailed, match=r"at least 0.999, and the best is 0\.\d+ \((1 layer|student)\)"):
-        run_job(make_spec({"student": student, "evaluation": {**JUDGED, "gate": gate}}, **STEPS), sink=sink)
+    with pytest.raises(
+        GateFailed, match=r"at least 0.999, and the best is 0\.\d+ \((1 layer|student)\)"
+    ):
+        run_job(
+            make_spec({"student": student, "evaluation": {**JUDGED, "gate": gate}}, **STEPS),
+            sink=sink,
+        )
     assert GateFailed.code == "gate_failed"
     last = lines(sink, CheckpointLine)[-1]
     assert load_state(tmp_path / "out" / last.folder).step == 6
     assert not (tmp_path / "out" / "student").exists()
 
 
-def test_a_gate_on_labels_that_are_none_fails_before_the_training(run_job: Run, make_spec: MakeSpec) -> None:
+def test_a_gate_on_labels_that_are_none_fails_before_the_training(
+    run_job: Run, make_spec: MakeSpec
+) -> None:
     gate = {"metric": "accuracy", "at_least": 0.5}
     sink = MemorySink()
     with pytest.raises(GateFailed, match="no labels"):
-        run_job(make_spec({"evaluation": {"metrics": ["accuracy"], "gate": gate}}, **STEPS), sink=sink)
+        run_job(
+            make_spec({"evaluation": {"metrics": ["accuracy"], "gate": gate}}, **STEPS), sink=sink
+        )
     assert not lines(sink, MetricsLine)
 
 
@@ -206,7 +239,9 @@ def test_a_ladder_with_an_impossible_size_fails_before_anything_is_answered(
     assert [line.name for line in lines(sink, StageLine)] == ["loading_models"]
 
 
-def test_a_baseline_is_not_fitted_because_that_would_be_teaching(run_job: Run, make_spec: MakeSpec) -> None:
+def test_a_baseline_is_not_fitted_because_that_would_be_teaching(
+    run_job: Run, make_spec: MakeSpec
+) -> None:
     block = {"student": {"fit_rows": "auto"}, "evaluation": {**JUDGED, "ce_baseline": True}}
     _, sink = run_job(make_spec(block, **{**STEPS, "max_steps": 2}))
     assert sum("in closed form" in line.message for line in lines(sink, MessageLine)) == 1
@@ -230,7 +265,9 @@ def test_a_baseline_is_the_same_student_without_its_teacher(
     text = {"objective": {"teacher_signal": "text"}, "evaluation": JUDGED}
     alone, _ = run_job(make_spec(text, **steps), out="text")
     assert outcome.trained_tokens == 2 * alone.trained_tokens
-    assert_same_bits(tmp_path / "out" / "step-25" / "model", tmp_path / "text" / "step-12" / "model")
+    assert_same_bits(
+        tmp_path / "out" / "step-25" / "model", tmp_path / "text" / "step-12" / "model"
+    )
 
 
 def test_a_loss_that_is_no_number_in_a_later_course_leaves_the_last_checkpoint(
@@ -238,7 +275,9 @@ def test_a_loss_that_is_no_number_in_a_later_course_leaves_the_last_checkpoint(
 ) -> None:
     broken = shutil.copytree(tiny_llama_dir, tmp_path / "broken")
     tensors = weights(broken)
-    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = torch.nan  # the first student has no such layer
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = (
+        torch.nan
+    )  # the first student has no such layer
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     sink = MemorySink()
     with pytest.raises(NanLoss, match="at step 7"):
@@ -268,7 +307,9 @@ def test_evaluations_that_failed_are_repeated_when_the_job_is_resumed(
     assert "missing" not in resumed.result
 
 
-def test_a_baseline_that_fails_leaves_the_student(run_job: Run, make_spec: MakeSpec, tmp_path: Path) -> None:
+def test_a_baseline_that_fails_leaves_the_student(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path
+) -> None:
     spec = make_spec({"evaluation": {**JUDGED, "ce_baseline": True}}, **STEPS)
     sink = BreakBaseline(tmp_path / "out")
     outcome, _ = run_job(spec, sink=sink)

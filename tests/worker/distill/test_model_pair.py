@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.worker.memory_sink import MemorySink
-from worker.distill.model_pair import Teaching
+from worker.distill.model_pair import ModelPair
 from worker.distill.pipeline import distil
 from worker.distill.training.devices import GIB, Device, Placement
 from worker.protocol.run_spec import RunSpec
@@ -16,19 +16,19 @@ CARD = Device("cuda", "a card", 80 * GIB, has_bfloat16=True)
 
 
 @pytest.fixture
-def pair(make_spec: MakeSpec) -> Teaching:
+def pair(make_spec: MakeSpec) -> ModelPair:
     """A pair on a machine with a card, for which the meta device stands."""
-    pair = Teaching(make_spec(), "cuda", card=CARD)
+    pair = ModelPair(make_spec(), "cuda", card=CARD)
     vars(pair)["placement"] = Placement(CARD, "meta", torch.bfloat16)
     return pair
 
 
-def test_the_evaluated_teacher_is_where_the_placement_says(pair: Teaching) -> None:
+def test_the_evaluated_teacher_is_where_the_placement_says(pair: ModelPair) -> None:
     teacher = pair.load_evaluated_teacher()
     assert {(p.device.type, p.dtype) for p in teacher.parameters()} == {("meta", torch.bfloat16)}
 
 
-def test_a_card_holds_one_copy_of_the_teacher(pair: Teaching) -> None:
+def test_a_card_holds_one_copy_of_the_teacher(pair: ModelPair) -> None:
     teaching = pair.load_teacher()
     assert pair.load_evaluated_teacher() is teaching
 
@@ -36,10 +36,10 @@ def test_a_card_holds_one_copy_of_the_teacher(pair: Teaching) -> None:
 def test_the_evaluation_takes_the_teacher_in_the_dtype_of_the_placement(
     make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def place(pair: Teaching, *, can_cache: bool) -> Placement:
+    def place(pair: ModelPair, *, can_cache: bool) -> Placement:
         return Placement(pair.card, teacher_dtype=torch.bfloat16)
 
-    monkeypatch.setattr(Teaching, "_place", place)
+    monkeypatch.setattr(ModelPair, "_place", place)
     result = distil(
         make_spec(n_epochs=1), tmp_path / "out", MemorySink(), EngineSampler, lambda: False
     ).result

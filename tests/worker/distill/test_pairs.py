@@ -8,7 +8,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, EncoderDecoderModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    EncoderDecoderModel,
+)
 
 from tests.tiny import save_tiny
 from tests.worker.memory_sink import MemorySink
@@ -39,12 +44,18 @@ def make_pair(
 ) -> MakeSpec:
     """A function that makes the spec of a run from a tiny teacher of two layers, or four where layers are left out."""
 
-    def make(teacher: str, student: Json, objective: Json | None = None, **hyperparameters: Any) -> RunSpec:
+    def make(
+        teacher: str, student: Json, objective: Json | None = None, **hyperparameters: Any
+    ) -> RunSpec:
         folder = tmp_path / teacher
         if not folder.exists():
             save_tiny(folder, teacher, num_layers=4 if student["init"] == "layers" else 2)
         block = {"student": student, "objective": objective or {}, "data": {"max_new_tokens": 8}}
-        files = {"training_path": write_rows(answered_rows[:16]), "teacher_dir": folder, "start_dir": folder}
+        files = {
+            "training_path": write_rows(answered_rows[:16]),
+            "teacher_dir": folder,
+            "start_dir": folder,
+        }
         return make_spec(block, spec=files, **{**FEW, **hyperparameters})
 
     return make
@@ -104,7 +115,9 @@ def test_feature_terms_come_on_top_of_distributions_and_fall(
 ) -> None:
     terms = {"hidden": {"kind": "cosine"}, "attention": {"weight": 0.5}}
     sink = run(
-        make_pair(teacher, fresh("t5"), {**terms, "adaptation_steps": "auto" if teacher == "bert" else 0})
+        make_pair(
+            teacher, fresh("t5"), {**terms, "adaptation_steps": "auto" if teacher == "bert" else 0}
+        )
     )
     for name in ("train_hidden", "train_attention", "train_kl"):
         values = series(sink, name)
@@ -112,7 +125,9 @@ def test_feature_terms_come_on_top_of_distributions_and_fall(
         assert values[-1] < values[0]
 
 
-def test_hidden_states_alone_still_teach_the_text(make_pair: MakeSpec, run: Run, series: Series) -> None:
+def test_hidden_states_alone_still_teach_the_text(
+    make_pair: MakeSpec, run: Run, series: Series
+) -> None:
     sink = run(make_pair("bert", fresh("t5"), {"teacher_signal": "hidden"}))
     assert series(sink, "train_hidden")[-1] < series(sink, "train_hidden")[0]
     assert series(sink, "train_kl") == []  # no distribution is learned from
@@ -147,10 +162,13 @@ def test_a_run_with_projections_resumes_with_the_same_bits(
 
 
 def test_projections_learn_with_the_student(make_pair: MakeSpec, run: Run, tmp_path: Path) -> None:
-    spec = make_pair("gpt2", fresh("bloom"), {"hidden": {}}, max_steps=4, eval_steps=2, checkpoint_steps=2)
+    spec = make_pair(
+        "gpt2", fresh("bloom"), {"hidden": {}}, max_steps=4, eval_steps=2, checkpoint_steps=2
+    )
     run(spec)
     early, late = (
-        load_file(tmp_path / "out" / name / "projections.safetensors") for name in ("step-2", "step-4")
+        load_file(tmp_path / "out" / name / "projections.safetensors")
+        for name in ("step-2", "step-4")
     )
     assert all(not torch.equal(early[name], late[name]) for name in early)
 
@@ -161,7 +179,10 @@ def test_a_masked_teacher_is_adapted_once_and_its_rows_are_the_adapted_ones(
     monkeypatch.setattr("worker.protocol.run_lines.PROGRESS_SECONDS", 0.0)
     spec = make_pair("bert", fresh("t5"), {"adaptation_steps": 3}, max_steps=2, n_epochs=1)
     first, second = run(spec), run(spec, out="second")
-    stages = [[line.name for line in sink.lines if isinstance(line, StageLine)] for sink in (first, second)]
+    stages = [
+        [line.name for line in sink.lines if isinstance(line, StageLine)]
+        for sink in (first, second)
+    ]
     assert stages[0][:3] == ["loading_models", "adapting_teacher", "training"]
     assert "adapting_teacher" not in stages[1]
     percents = [line.percent for line in first.lines if isinstance(line, ProgressLine)]
@@ -172,14 +193,22 @@ def test_a_masked_teacher_is_adapted_once_and_its_rows_are_the_adapted_ones(
     assert len(list((spec.cache_dir / "adapted").iterdir())) == 1
 
 
-def test_a_run_stopped_while_its_teacher_is_adapted_has_done_no_step(make_pair: MakeSpec, run: Run) -> None:
+def test_a_run_stopped_while_its_teacher_is_adapted_has_done_no_step(
+    make_pair: MakeSpec, run: Run
+) -> None:
     sink = MemorySink()
 
     def is_adapting() -> bool:
-        return any(isinstance(line, StageLine) and line.name == "adapting_teacher" for line in sink.lines)
+        return any(
+            isinstance(line, StageLine) and line.name == "adapting_teacher" for line in sink.lines
+        )
 
     with pytest.raises(Stopped) as stopped:
-        run(make_pair("bert", fresh("t5"), {"adaptation_steps": 50}), sink=sink, should_stop=is_adapting)
+        run(
+            make_pair("bert", fresh("t5"), {"adaptation_steps": 50}),
+            sink=sink,
+            should_stop=is_adapting,
+        )
     assert stopped.value.step == 0
 
 
@@ -221,4 +250,6 @@ def test_states_of_different_tokenizers_are_not_compared(
 
 def test_the_signal_is_said_with_its_reason(make_pair: MakeSpec, run: Run) -> None:
     sink = run(make_pair("bert", fresh("bloom"), {"adaptation_steps": 0}, max_steps=1))
-    assert any("conditional_mlm" in line.message for line in sink.lines if isinstance(line, MessageLine))
+    assert any(
+        "conditional_mlm" in line.message for line in sink.lines if isinstance(line, MessageLine)
+    )

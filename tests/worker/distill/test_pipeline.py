@@ -31,7 +31,10 @@ def asking(make_spec: MakeSpec, write_rows: WriteRows) -> RunSpec:
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
+    return [
+        {"role": ("user", "assistant")[i % 2], "content": content}
+        for i, content in enumerate(contents)
+    ]
 
 
 def stages(sink: MemorySink) -> list[str]:
@@ -64,7 +67,9 @@ def test_answers_that_were_cut_are_counted(run: Run, asking: RunSpec) -> None:
     assert "of 100 answers did not end within 8 tokens" in message
 
 
-def test_a_run_stopped_while_the_teacher_answers_keeps_the_answers(run: Run, asking: RunSpec) -> None:
+def test_a_run_stopped_while_the_teacher_answers_keeps_the_answers(
+    run: Run, asking: RunSpec
+) -> None:
     def is_asked_to_stop() -> bool:
         return any((asking.cache_dir / "answers").glob("*.jsonl"))
 
@@ -78,13 +83,17 @@ def test_a_run_stopped_while_the_teacher_answers_keeps_the_answers(run: Run, ask
 def test_a_checkpoint_brings_the_answers_along(run: Run, asking: RunSpec, tmp_path: Path) -> None:
     run(asking)
     shutil.rmtree(asking.cache_dir)
-    newest = max((tmp_path / "out").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    newest = max(
+        (tmp_path / "out").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-"))
+    )
     again = run(asking.model_copy(update={"resume_dir": newest}), out="second")
     assert not [line for line in again.lines if isinstance(line, ProgressLine) and line.rows_total]
     assert not any("inputs have changed" in message for message in messages(again))
 
 
-def test_the_teacher_answers_in_place_of_the_data_set_if_asked(run: Run, make_spec: MakeSpec) -> None:
+def test_the_teacher_answers_in_place_of_the_data_set_if_asked(
+    run: Run, make_spec: MakeSpec
+) -> None:
     sink = run(make_spec({"data": {"max_new_tokens": 4, "completions": "teacher"}}, n_epochs=1))
     assert "generating_teacher_data" in stages(sink)
 
@@ -92,14 +101,25 @@ def test_the_teacher_answers_in_place_of_the_data_set_if_asked(run: Run, make_sp
 @pytest.mark.parametrize(
     ("rows", "completions", "message"),
     [
-        ([{"prompt": "a", "completion": "b"}, {"prompt": "c"}], "dataset", "line 2 has no completion"),
+        (
+            [{"prompt": "a", "completion": "b"}, {"prompt": "c"}],
+            "dataset",
+            "line 2 has no completion",
+        ),
         ([{"text": "the still"}, {"text": "the jar"}], "teacher", "line . is plain text"),
     ],
 )
 def test_rows_that_do_not_fit_where_completions_come_from_are_refused(
-    run: Run, make_spec: MakeSpec, write_rows: WriteRows, rows: list[Any], completions: str, message: str
+    run: Run,
+    make_spec: MakeSpec,
+    write_rows: WriteRows,
+    rows: list[Any],
+    completions: str,
+    message: str,
 ) -> None:
-    spec = make_spec({"data": {"completions": completions}}, spec={"training_path": write_rows(rows)})
+    spec = make_spec(
+        {"data": {"completions": completions}}, spec={"training_path": write_rows(rows)}
+    )
     with pytest.raises(InvalidTrainingFile, match=message):
         run(spec)
 
@@ -108,14 +128,17 @@ def test_plain_text_is_learnt_from(run: Run, make_spec: MakeSpec, write_rows: Wr
     rows = [{"text": f"The still number {i} is warm and the spirit runs clear."} for i in range(20)]
     block = {"evaluation": {"metrics": ["perplexity", "rouge_l"], "num_samples": 1}, **SHORT}
     assert (
-        stages(run(make_spec(block, spec={"training_path": write_rows(rows)}, n_epochs=1)))[-1] == "exporting"
+        stages(run(make_spec(block, spec={"training_path": write_rows(rows)}, n_epochs=1)))[-1]
+        == "exporting"
     )
 
 
 def test_a_validation_file_is_held_out_and_its_questions_are_not_trained_on(
     tmp_path: Path, make_spec: MakeSpec, write_rows: WriteRows, answered_rows: list[dict[str, str]]
 ) -> None:
-    held_out = write_rows([*answered_rows[:3], {"prompt": "Other?", "completion": "Yes."}], "valid.jsonl")
+    held_out = write_rows(
+        [*answered_rows[:3], {"prompt": "Other?", "completion": "Yes."}], "valid.jsonl"
+    )
     sink = MemorySink()
     spec = make_spec(spec={"validation_path": held_out}, n_epochs=1)
     result = distil(spec, tmp_path / "out", sink, EngineSampler, lambda: False).result
@@ -128,7 +151,10 @@ def test_a_validation_file_is_held_out_and_its_questions_are_not_trained_on(
 def test_a_test_file_decides_nothing_and_is_what_the_student_is_judged_on(
     tmp_path: Path, make_spec: MakeSpec, write_rows: WriteRows, answered_rows: list[dict[str, str]]
 ) -> None:
-    rows = [*answered_rows[:1], *({"prompt": f"Other {i}?", "completion": f"Jar {i}."} for i in range(5))]
+    rows = [
+        *answered_rows[:1],
+        *({"prompt": f"Other {i}?", "completion": f"Jar {i}."} for i in range(5)),
+    ]
     judged = {"metrics": ["agreement", "rouge_l"], "num_samples": 1}
     spec = make_spec({"evaluation": judged}, n_epochs=1)
     with_test = make_spec(
@@ -142,14 +168,18 @@ def test_a_test_file_decides_nothing_and_is_what_the_student_is_judged_on(
     one, other = (tmp_path / name / "student" / "model.safetensors" for name in ("plain", "tested"))
     assert one.read_bytes() == other.read_bytes()
     (state,) = {
-        load_state(max((tmp_path / name).glob("step-*"), key=lambda path: path.stat().st_mtime)).inputs_sha256
+        load_state(
+            max((tmp_path / name).glob("step-*"), key=lambda path: path.stat().st_mtime)
+        ).inputs_sha256
         for name in ("plain", "tested")
     }
     assert state
     assert (tested["judged_on"], tested["is_chosen_on_judged_rows"]) == ("test", False)
     assert (tested["num_test_rows"], tested["num_shared_test_rows"]) == (6, 1)
     assert tested["validation"]["student"]["kl"] == plain["student"]["kl"]
-    assert {tested[name]["kl"] != plain[name]["kl"] for name in ("teacher", "untrained", "student")} == {True}
+    assert {
+        tested[name]["kl"] != plain[name]["kl"] for name in ("teacher", "untrained", "student")
+    } == {True}
     assert set(tested["student"]["intervals"]) == set(plain["student"]["intervals"])
     assert any("1 of 6 test rows share a question" in message for message in messages(sink))
 
@@ -158,7 +188,9 @@ def test_the_teacher_answers_test_rows_after_the_last_checkpoint(
     tmp_path: Path, make_spec: MakeSpec, write_rows: WriteRows
 ) -> None:
     tests = write_rows([{"prompt": f"Other {i}?"} for i in range(7)], "test.jsonl")
-    spec = make_spec(SHORT, spec={"training_path": write_rows(QUESTIONS), "test_path": tests}, n_epochs=1)
+    spec = make_spec(
+        SHORT, spec={"training_path": write_rows(QUESTIONS), "test_path": tests}, n_epochs=1
+    )
     num_answers = []
 
     class Counting(MemorySink):
@@ -201,12 +233,19 @@ def test_a_test_row_that_cannot_be_judged_is_refused_before_the_training(
 def test_a_job_of_before_keeps_its_split(
     run: Run, make_spec: MakeSpec, write_rows: WriteRows, tmp_path: Path
 ) -> None:
-    rows = [{"messages": turns(f"u{i // 2}", "a", *(("u", "b") if i % 2 else ()))} for i in range(40)]
+    rows = [
+        {"messages": turns(f"u{i // 2}", "a", *(("u", "b") if i % 2 else ()))} for i in range(40)
+    ]
     path = write_rows(rows)
     hashes = []
     for version in (1, 2):
-        run(make_spec(spec={"training_path": path, "split_version": version}, n_epochs=1), out=f"v{version}")
-        newest = max((tmp_path / f"v{version}").glob("step-*"), key=lambda path: path.stat().st_mtime)
+        run(
+            make_spec(spec={"training_path": path, "split_version": version}, n_epochs=1),
+            out=f"v{version}",
+        )
+        newest = max(
+            (tmp_path / f"v{version}").glob("step-*"), key=lambda path: path.stat().st_mtime
+        )
         hashes.append(load_state(newest).inputs_sha256)
     assert hashes[0] != hashes[1]
     resumed = make_spec(
@@ -217,7 +256,9 @@ def test_a_job_of_before_keeps_its_split(
         },
         n_epochs=1,
     )
-    assert not any("inputs have changed" in message for message in messages(run(resumed, out="resumed")))
+    assert not any(
+        "inputs have changed" in message for message in messages(run(resumed, out="resumed"))
+    )
 
 
 def test_logits_of_models_with_different_tokenizers_are_not_compared(
@@ -256,7 +297,9 @@ def test_the_result_puts_the_three_models_side_by_side(
         assert entry["perplexity"] >= 1
     compression = result["compression"]
     assert compression["layers"] == 2.0
-    assert compression["parameters"] == round(teacher["num_parameters"] / student["num_parameters"], 3)
+    assert compression["parameters"] == round(
+        teacher["num_parameters"] / student["num_parameters"], 3
+    )
     assert [set(sample) for sample in result["samples"]] == [
         {"prompt", "reference", "teacher", "untrained", "student"}
     ] * 2

@@ -35,16 +35,24 @@ def test_any_size_that_is_too_deep_is_refused(make_spec: MakeSpec) -> None:
 def test_a_narrower_student_is_cut_by_what_the_first_rows_use(make_spec: MakeSpec) -> None:
     block = {"student": {"init": "width", "intermediate_size": 64, "num_layers": [2, 4]}}
     courses = calibrated(plan_courses(make_spec(block)), ROWS)
-    assert {course.recipe.calibration for course in courses} == {tuple(row.token_ids for row in ROWS[:8])}
+    assert {course.recipe.calibration for course in courses} == {
+        tuple(row.token_ids for row in ROWS[:8])
+    }
     by_rows = courses[0].recipe
     by_norms = replace(by_rows, calibration=())
-    ours, theirs = (recipe.build().model.layers[0].mlp.up_proj.weight for recipe in (by_rows, by_norms))
+    ours, theirs = (
+        recipe.build().model.layers[0].mlp.up_proj.weight for recipe in (by_rows, by_norms)
+    )
     assert ours.shape == theirs.shape == (64, 64)
     assert not ours.equal(theirs)
 
 
-def test_both_sides_of_an_encoder_decoder_are_judged(make_spec: MakeSpec, tiny_t5_dir: Path) -> None:
+def test_both_sides_of_an_encoder_decoder_are_judged(
+    make_spec: MakeSpec, tiny_t5_dir: Path
+) -> None:
     folders = {"teacher_dir": tiny_t5_dir, "start_dir": tiny_t5_dir}
-    courses = plan_courses(make_spec({"student": {"init": "width", "intermediate_size": 64}}, spec=folders))
+    courses = plan_courses(
+        make_spec({"student": {"init": "width", "intermediate_size": 64}}, spec=folders)
+    )
     (course,) = calibrated(courses, [replace(ROWS[0], source_ids=(7, 8, 9))])
     assert course.recipe.calibration == ((7, 8, 9), ROWS[0].token_ids)

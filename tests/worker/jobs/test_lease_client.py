@@ -17,8 +17,15 @@ from app.db.session import DatabaseUnavailable, engine, transaction
 from app.settings import Settings
 from tests.worker.lost_answers import LostAnswers
 from worker.jobs import lease_client
-from worker.jobs.lease_client import AuthorityLost, Lease
-from worker.protocol.run_lines import MessageLine, MetricsLine, ProgressLine, RunLine, StageLine, StoppedLine
+from worker.jobs.lease_client import Lease, LeaseLost
+from worker.protocol.run_lines import (
+    MessageLine,
+    MetricsLine,
+    ProgressLine,
+    RunLine,
+    StageLine,
+    StoppedLine,
+)
 
 FACTS = ModelFacts(
     architecture="LlamaForCausalLM",
@@ -87,7 +94,8 @@ def finish(lease: Lease, model_id: str = "ds:small") -> bool:
 def wake(job_id: str = "ftjob-1") -> None:
     with transaction() as session:
         session.execute(
-            text("UPDATE jobs SET status = 'queued' WHERE id = :id AND status = 'retry_wait'"), {"id": job_id}
+            text("UPDATE jobs SET status = 'queued' WHERE id = :id AND status = 'retry_wait'"),
+            {"id": job_id},
         )
 
 
@@ -185,20 +193,22 @@ def test_a_run_goes_on_from_its_newest_checkpoint_and_past_a_damaged_one() -> No
 def test_checkpoints_beyond_the_newest_and_the_best_are_freed() -> None:
     add_job()
     lease = claim()
-    freed = [lease_client.commit_checkpoint(lease, n, ref(f"c/{n}"), {}, n == 1) for n in range(1, 5)]
+    freed = [
+        lease_client.commit_checkpoint(lease, n, ref(f"c/{n}"), {}, n == 1) for n in range(1, 5)
+    ]
     assert freed == [[], [], [], ["c/2"]]
 
 
 def test_orders_come_with_the_heartbeat() -> None:
     add_job()
     lease = claim()
-    assert lease_client.heartbeat(lease) == lease_client.Orders(cancel=False, pause=False)
+    assert lease_client.heartbeat(lease) == lease_client.JobSignals(cancel=False, pause=False)
     with transaction() as session:
         jobs.request_pause(session, lease.job_id)
-    assert lease_client.heartbeat(lease) == lease_client.Orders(cancel=False, pause=True)
+    assert lease_client.heartbeat(lease) == lease_client.JobSignals(cancel=False, pause=True)
     with transaction() as session:
         jobs.request_cancel(session, lease.job_id)
-    assert lease_client.heartbeat(lease) == lease_client.Orders(cancel=True, pause=True)
+    assert lease_client.heartbeat(lease) == lease_client.JobSignals(cancel=True, pause=True)
     lease_client.cancelled(lease)
     assert load().status == "cancelled"
 
@@ -231,12 +241,23 @@ def test_a_finished_job_has_registered_its_model() -> None:
 
 def test_an_import_without_a_project_registers_a_shared_model() -> None:
     spec = ImportJob(output_model="base", staged=ref("imports/1"), format="folder")
-    add_job("import-1", kind="import", project_id=None, model_id="base", spec=spec.model_dump(mode="json"))
+    add_job(
+        "import-1",
+        kind="import",
+        project_id=None,
+        model_id="base",
+        spec=spec.model_dump(mode="json"),
+    )
     assert finish(claim(), "base")
     with transaction() as session:
         model = models.find_model(session, "anybody", "base")
     assert model is not None
-    assert (model.origin, model.project_id, model.teacher_id, model.base_id) == ("imported", None, None, None)
+    assert (model.origin, model.project_id, model.teacher_id, model.base_id) == (
+        "imported",
+        None,
+        None,
+        None,
+    )
 
 
 def test_a_taken_model_id_fails_the_job_and_leaves_the_model_alone() -> None:
@@ -305,7 +326,7 @@ def test_a_zombie_writes_nothing_while_its_successor_runs(write: str) -> None:
     if write == "lost":  # its own loss is on record already: a repetition, not a write
         WRITES[write](zombie)
     else:
-        with pytest.raises(AuthorityLost):
+        with pytest.raises(LeaseLost):
             WRITES[write](zombie)
     after = load()
     assert (after.status, after.lease_token, after.num_losses) == (
@@ -327,7 +348,7 @@ def test_a_zombie_writes_nothing_after_its_successor_has_finished(write: str) ->
     if write in {"release", "paused"}:
         WRITES[write](zombie)
     else:
-        with pytest.raises(AuthorityLost):
+        with pytest.raises(LeaseLost):
             WRITES[write](zombie)
     assert load().status == "succeeded"
     assert count_events() == events
@@ -386,7 +407,9 @@ def test_cut_connections_are_survived(database: str) -> None:
     try:
         for step in range(15):
             try:
-                lease_client.record(lease, step + 1, [MetricsLine(step=step, values={"loss": float(step)})])
+                lease_client.record(
+                    lease, step + 1, [MetricsLine(step=step, values={"loss": float(step)})]
+                )
             except DatabaseUnavailable:
                 continue
             accepted.add(step)
@@ -426,7 +449,16 @@ def test_a_record_whose_commit_was_not_answered_is_written_once(lost_answers: Lo
     with transaction() as session:
         events = [event.type for event in jobs.events_since(session, lease.job_id, 0)]
         series = jobs.metric_series(session, lease.job_id)
-    assert events == ["state", "state", "message", "stage", "stage", "metrics", "message", "metrics"]
+    assert events == [
+        "state",
+        "state",
+        "message",
+        "stage",
+        "stage",
+        "metrics",
+        "message",
+        "metrics",
+    ]
     assert [(row.step, row.value) for row in series] == [(1, 2.0), (2, 1.0)]
 
 

@@ -39,7 +39,9 @@ def module_spec(folder: Path, tiny_llama_dir: Path) -> Json:
     rows = [{"prompt": f"Who keeps house number {i}{' and the jar' * (i % 5)}?"} for i in range(30)]
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     numbers: Json = {"n_epochs": 9, "max_steps": 6, "batch_tokens": 100, "learning_rate": 3e-3}
-    numbers["precision"] = "float32"  # what a batch is cut into shows in the last of bfloat16's 8 bits
+    numbers["precision"] = (
+        "float32"  # what a batch is cut into shows in the last of bfloat16's 8 bits
+    )
     return {
         "distillation": {
             "teacher": "tiny",
@@ -93,7 +95,9 @@ def read_until(process: subprocess.Popen[str], kind: type[RunLine]) -> None:
 
 
 def metrics(lines: list[RunLine], name: str) -> list[float]:
-    return [line.values[name] for line in lines if isinstance(line, MetricsLine) and name in line.values]
+    return [
+        line.values[name] for line in lines if isinstance(line, MetricsLine) and name in line.values
+    ]
 
 
 def stages(lines: list[RunLine]) -> list[str]:
@@ -104,8 +108,12 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "student" / "model.safetensors")
 
 
-def test_two_processes_train_what_one_trains(spec: Json, folder: Path, whole: list[RunLine]) -> None:
-    with start(spec | {"num_processes": 1, "cache_dir": str(folder / "other")}, folder / "one") as process:
+def test_two_processes_train_what_one_trains(
+    spec: Json, folder: Path, whole: list[RunLine]
+) -> None:
+    with start(
+        spec | {"num_processes": 1, "cache_dir": str(folder / "other")}, folder / "one"
+    ) as process:
         alone = finish(process)
     assert stages(whole) == stages(alone)
     assert "generating_teacher_data" in stages(whole)
@@ -129,10 +137,14 @@ def test_only_the_first_process_asks_the_teacher(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("whole")
-def test_a_resumed_run_of_two_has_the_bits_of_one_that_never_stopped(spec: Json, folder: Path) -> None:
+def test_a_resumed_run_of_two_has_the_bits_of_one_that_never_stopped(
+    spec: Json, folder: Path
+) -> None:
     state = load_state(folder / "whole" / "step-3")
     assert (state.step, state.num_processes) == (3, 2)
-    with start(spec | {"resume_dir": str(folder / "whole" / "step-3")}, folder / "again") as process:
+    with start(
+        spec | {"resume_dir": str(folder / "whole" / "step-3")}, folder / "again"
+    ) as process:
         finish(process)
     for name in ("optimizer.safetensors", "model/model.safetensors"):
         one, other = (load_file(folder / out / "step-6" / name) for out in ("whole", "again"))
@@ -141,7 +153,9 @@ def test_a_resumed_run_of_two_has_the_bits_of_one_that_never_stopped(spec: Json,
 
 
 @pytest.mark.usefixtures("whole")
-def test_two_processes_stop_at_the_same_step_and_leave_a_checkpoint(spec: Json, folder: Path) -> None:
+def test_two_processes_stop_at_the_same_step_and_leave_a_checkpoint(
+    spec: Json, folder: Path
+) -> None:
     spec["distillation"]["hyperparameters"] |= {"n_epochs": 1000, "max_steps": None}
     with start(spec, folder / "stopped") as process:
         read_until(process, CheckpointLine)

@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from app.auth import create_key
 from app.contracts.messages import ArtifactRef, ImportJob
 from app.db import files, jobs, reconciliation
-from app.db.leases import Losses
+from app.db.leases import RetryPolicy
 from app.db.schema.tables import File, Job, Metric
 from app.db.session import transaction
 from app.main import create_app
@@ -27,14 +27,18 @@ from app.settings import Settings, get_settings
 from app.storage import StorageError, store
 from tests.worker.jobs.test_lease_client import FACTS, add_job, claim, ref, wake
 from worker.jobs import lease_client
-from worker.jobs.lease_client import AuthorityLost, Lease
-from worker.jobs.lease_heartbeat import Heart
+from worker.jobs.attempt import Attempt
+from worker.jobs.lease_client import Lease, LeaseLost
+from worker.jobs.lease_heartbeat import LeaseHeartbeat
 from worker.jobs.result_files import metrics_csv, upload_results
-from worker.jobs.supervisor import Attempt
 from worker.protocol.run_lines import MetricsLine, ResultLine
 
 LINE = ResultLine(
-    folder="student", facts=FACTS.model_dump(), result={"kl": 0.5}, trained_tokens=7, files=("f16.gguf",)
+    folder="student",
+    facts=FACTS.model_dump(),
+    result={"kl": 0.5},
+    trained_tokens=7,
+    files=("f16.gguf",),
 )
 
 
@@ -47,8 +51,8 @@ def settings(database: str, valkey: str, settings_env: Callable[..., Settings]) 
 
 def attempt_of(lease: Lease) -> Attempt:
     """An attempt whose run has just left a student and an export of some megabytes."""
-    heart = Heart(lease, beat_seconds=60)
-    attempt = Attempt(lease, heart, lambda: False, get_settings())
+    lease_heartbeat = LeaseHeartbeat(lease, beat_seconds=60)
+    attempt = Attempt(lease, lease_heartbeat, lambda: False, get_settings())
     (attempt.out / "student").mkdir(parents=True)
     (attempt.out / "student" / "model.safetensors").write_bytes(b"weights")
     (attempt.out / "f16.gguf").write_bytes(os.urandom(3_000_000))
@@ -82,10 +86,14 @@ def client() -> Iterator[openai.OpenAI]:
     with transaction() as session:
         key = create_key(session, "p")
     with TestClient(create_app(get_settings())) as http:
-        yield openai.OpenAI(base_url=f"{http.base_url}/v1", api_key=key, http_client=http, max_retries=0)
+        yield openai.OpenAI(
+            base_url=f"{http.base_url}/v1", api_key=key, http_client=http, max_retries=0
+        )
 
 
-def test_a_finished_job_lists_files_that_can_be_downloaded_and_deleted(client: openai.OpenAI) -> None:
+def test_a_finished_job_lists_files_that_can_be_downloaded_and_deleted(
+    client: openai.OpenAI,
+) -> None:
     add_job()
     lease = claim()
     record(lease, 1, train_loss=2.5)
@@ -104,7 +112,11 @@ def test_a_finished_job_lists_files_that_can_be_downloaded_and_deleted(client: o
     assert client.files.delete(listed[1]).deleted
     with pytest.raises(openai.NotFoundError):
         client.files.content(listed[1])
-    assert client.files.content(listed[0]).read().startswith(b"step,train_loss,train_accuracy,valid_loss,")
+    assert (
+        client.files.content(listed[0])
+        .read()
+        .startswith(b"step,train_loss,train_accuracy,valid_loss,")
+    )
     assert collect(store()) == 0
 
 
@@ -128,7 +140,10 @@ def test_the_table_has_the_steps_of_all_attempts_once() -> None:
     ]
     names_by_id = {row.id: row.filename for row in rows()}
     assert len(names_by_id) == 2
-    assert [names_by_id[file_id] for file_id in load().result_file_ids] == ["metrics.csv", "f16.gguf"]
+    assert [names_by_id[file_id] for file_id in load().result_file_ids] == [
+        "metrics.csv",
+        "f16.gguf",
+    ]
 
 
 def test_a_series_of_accuracy_goes_before_that_of_agreement() -> None:
@@ -140,7 +155,9 @@ def test_a_series_of_accuracy_goes_before_that_of_agreement() -> None:
 
 
 def test_a_job_without_metrics_has_a_table_without_lines() -> None:
-    assert metrics_csv([]) == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n"
+    assert (
+        metrics_csv([]) == "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy\n"
+    )
 
 
 def test_a_zombie_adds_no_file_to_its_successors_job() -> None:
@@ -150,13 +167,13 @@ def test_a_zombie_adds_no_file_to_its_successors_job() -> None:
     lease_client.lost(zombie, "It fell silent.")
     wake()
     successor = claim("successor")
-    with pytest.raises(AuthorityLost):
+    with pytest.raises(LeaseLost):
         late._finish(LINE)
     assert rows() == []
     late.clean_up()
     finish(successor)
     mine = load().result_file_ids
-    with pytest.raises(AuthorityLost):
+    with pytest.raises(LeaseLost):
         attempt_of(zombie)._finish(LINE)
     assert (load().result_file_ids, {row.id for row in rows()}) == (mine, set(mine))
 
@@ -176,7 +193,12 @@ def test_an_answer_that_got_lost_makes_no_second_files() -> None:
     lease = claim()
     attempt = attempt_of(lease)
     uploaded = upload_results(attempt.out, LINE.files, [])
-    given: dict[str, Any] = {"model_id": "ds:small", "ref": ref("models/m"), "facts": FACTS, "result": {}}
+    given: dict[str, Any] = {
+        "model_id": "ds:small",
+        "ref": ref("models/m"),
+        "facts": FACTS,
+        "result": {},
+    }
     for _ in range(2):
         assert lease_client.finish(lease, **given, trained_tokens=7, files=uploaded)
     assert len(rows()) == 2
@@ -201,7 +223,9 @@ attempt_of(lease)._finish(LINE)
 """
 
 
-def test_a_kill_between_upload_and_commit_leaves_only_garbage(settings: Settings, database: str) -> None:
+def test_a_kill_between_upload_and_commit_leaves_only_garbage(
+    settings: Settings, database: str
+) -> None:
     add_job()
     doomed = subprocess.run(
         [sys.executable, "-c", KILLED_AT_THE_COMMIT], cwd=Path(__file__).parents[3], check=False
@@ -213,7 +237,7 @@ def test_a_kill_between_upload_and_commit_leaves_only_garbage(settings: Settings
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("UPDATE jobs SET lease_expires_at = now() - interval '1 second'")
     with transaction() as session:
-        assert reconciliation.reap(session, Losses(most=3, backoff_seconds=0)) == 1
+        assert reconciliation.expire_leases(session, RetryPolicy(most=3, backoff_seconds=0)) == 1
     wake()
     finish(claim("successor"))
     for name in orphans:  # a day later
@@ -228,7 +252,13 @@ def test_a_kill_between_upload_and_commit_leaves_only_garbage(settings: Settings
 
 
 def test_a_shared_import_leaves_no_files() -> None:
-    staged = ImportJob(output_model="ds:small", staged=ArtifactRef(key="imports/1", bytes=1), format="folder")
+    staged = ImportJob(
+        output_model="ds:small", staged=ArtifactRef(key="imports/1", bytes=1), format="folder"
+    )
     add_job(kind="import", project_id=None, spec=staged.model_dump(mode="json"))
     finish(claim())
-    assert (load().status, load().result_file_ids, store().children("files")) == ("succeeded", [], [])
+    assert (load().status, load().result_file_ids, store().children("files")) == (
+        "succeeded",
+        [],
+        [],
+    )

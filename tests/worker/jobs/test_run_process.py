@@ -27,7 +27,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
     def start(program: str) -> RunProcess:
         (tmp_path / "program.py").write_text(dedent(program))
-        process = RunProcess(["program"], tmp_path, dict(os.environ) | {"PYTHONPATH": str(tmp_path)})
+        process = RunProcess(
+            ["program"], tmp_path, dict(os.environ) | {"PYTHONPATH": str(tmp_path)}
+        )
         started.append(process)
         return process
 
@@ -139,7 +141,9 @@ def test_killing_takes_the_children_along(start: Start) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     process.kill()
-    wait_until(lambda: not any(child.is_running() and child.status() != "zombie" for child in family))
+    wait_until(
+        lambda: not any(child.is_running() and child.status() != "zombie" for child in family)
+    )
 
 
 def test_a_run_that_ignores_the_polite_signal_is_killed(start: Start) -> None:

@@ -28,9 +28,10 @@ from app.services import garbage_collector
 from app.settings import Settings, get_settings
 from app.storage import store
 from worker.jobs import lease_client
-from worker.jobs.lease_heartbeat import Heart
+from worker.jobs.attempt import Attempt
+from worker.jobs.lease_heartbeat import LeaseHeartbeat
 from worker.jobs.run_process import child_environment
-from worker.jobs.supervisor import Attempt, free_ended, run_until_idle
+from worker.jobs.supervisor import free_ended, run_until_idle
 
 PROJECT = "p"
 
@@ -54,7 +55,9 @@ class Watched:
     drain: threading.Event
     thread: threading.Thread
 
-    def wait_for(self, is_true: Callable[[], Any], seconds: float = 60) -> Any:  # Any: whatever was true
+    def wait_for(
+        self, is_true: Callable[[], Any], seconds: float = 60
+    ) -> Any:  # Any: whatever was true
         deadline = time.monotonic() + seconds
         while not (found := is_true()):
             assert self.thread.is_alive(), f"the supervisor is through: {job(self.job_id).status}"
@@ -105,7 +108,9 @@ def checkpoint_steps(job_id: str) -> list[int]:
 
 def messages(job_id: str) -> str:
     with transaction() as session:
-        return "\n".join(event.message for event in jobs.events_since(session, job_id, 0, limit=1000))
+        return "\n".join(
+            event.message for event in jobs.events_since(session, job_id, 0, limit=1000)
+        )
 
 
 def model_of(job_id: str) -> Model | None:
@@ -140,7 +145,10 @@ def add_distillation(
         rows = tmp_path / "rows.jsonl"
         lines = [
             json.dumps(
-                {"prompt": f"What is the still number {i}?", "completion": f"The jar of spirit {i * 7}."}
+                {
+                    "prompt": f"What is the still number {i}?",
+                    "completion": f"The jar of spirit {i * 7}.",
+                }
             )
             for i in range(24)
         ]
@@ -150,7 +158,12 @@ def add_distillation(
     block = {
         "teacher": "teacher",
         "student": {"init": "layers", "num_layers": 2},
-        "hyperparameters": {"n_epochs": 8, "batch_tokens": 64, "eval_steps": 10_000, "checkpoint_steps": 4}
+        "hyperparameters": {
+            "n_epochs": 8,
+            "batch_tokens": 64,
+            "eval_steps": 10_000,
+            "checkpoint_steps": 4,
+        }
         | hyperparameters,
         "evaluation": {"metrics": ["agreement"], "num_samples": 0},
     }
@@ -223,7 +236,10 @@ def test_an_import_that_is_refused_fails_with_its_reason_and_leaves_no_model(
     done = job(job_id)
     assert done.status == "failed"
     assert done.error is not None
-    assert (done.error["code"], "pytorch_model.bin" in done.error["message"]) == ("unsafe_file", True)
+    assert (done.error["code"], "pytorch_model.bin" in done.error["message"]) == (
+        "unsafe_file",
+        True,
+    )
     assert (done.num_losses, model_of(job_id)) == (0, None)
     assert not store().exists(f"models/{job_id}")
     assert nothing_is_left(job_id)
@@ -234,11 +250,18 @@ def test_an_input_that_is_gone_fails_the_job_at_once(tiny_llama_dir: Path) -> No
     store().delete(f"imports/{job_id}")
     run_all()
     done = job(job_id)
-    assert (done.status, done.error and done.error["code"], done.attempt) == ("failed", "input_missing", 1)
+    assert (done.status, done.error and done.error["code"], done.attempt) == (
+        "failed",
+        "input_missing",
+        1,
+    )
 
 
 def test_what_a_killed_worker_left_is_freed_once_its_job_has_ended(tiny_llama_dir: Path) -> None:
-    ended, resting = add_import(tiny_llama_dir, "import-ended"), add_import(tiny_llama_dir, "import-resting")
+    ended, resting = (
+        add_import(tiny_llama_dir, "import-ended"),
+        add_import(tiny_llama_dir, "import-resting"),
+    )
     with transaction() as session:
         jobs.request_cancel(session, ended)
         jobs.request_pause(session, resting)
@@ -264,7 +287,9 @@ def test_inputs_fetched_from_a_remote_store_stay_within_their_budget(
 
 
 @pytest.mark.parametrize("name", [b".DS_Store", b"\xff\xfe"])
-def test_a_strange_name_in_the_work_folder_stops_no_worker(tiny_llama_dir: Path, name: bytes) -> None:
+def test_a_strange_name_in_the_work_folder_stops_no_worker(
+    tiny_llama_dir: Path, name: bytes
+) -> None:
     job_id, root = add_import(tiny_llama_dir), get_settings().work_root()
     for folder in (root, root / job_id):
         folder.mkdir(parents=True, exist_ok=True)
@@ -322,7 +347,11 @@ def test_a_distillation_leaves_a_model_metrics_stages_and_few_checkpoints(
     done, model = job(job_id), model_of(job_id)
     assert done.status == "succeeded", done.error
     assert model is not None
-    assert (model.origin, model.facts["num_layers"], model.teacher_id) == ("distilled", 2, "teacher")
+    assert (model.origin, model.facts["num_layers"], model.teacher_id) == (
+        "distilled",
+        2,
+        "teacher",
+    )
     assert done.trained_tokens
     with transaction() as session:
         names = {metric.name for metric in jobs.metric_series(session, job_id)}
@@ -367,7 +396,9 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_of_an_uninterrupted_one(
     assert weights_sha256(killed) == weights_sha256(calm)
 
 
-def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     job_id = add_distillation(tiny_llama_dir, tmp_path)
     with supervised(job_id) as watched:
         watched.wait_for(lambda: len(checkpoint_steps(job_id)) >= 2)
@@ -376,7 +407,8 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tiny_llama_dir: Pa
         newest = leases.newest_checkpoint(session, job_id)
         assert newest is not None
     path = (
-        store().fetch_folder(ArtifactRef(key=newest.store_key, bytes=0), tmp_path) / "optimizer.safetensors"
+        store().fetch_folder(ArtifactRef(key=newest.store_key, bytes=0), tmp_path)
+        / "optimizer.safetensors"
     )
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -392,7 +424,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(tiny_llama_dir: Pa
 def test_an_old_checkpoint_that_cannot_be_deleted_costs_the_run_nothing(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=1200, checkpoint_steps=200)
+    job_id = add_distillation(
+        tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=1200, checkpoint_steps=200
+    )
     with supervised(job_id) as watched:
         watched.wait_for(lambda: len(checkpoint_steps(job_id)) >= 2)
         with transaction() as session:
@@ -408,7 +442,9 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_the_run_nothing(
         }  # the collector's from now on
 
 
-def test_a_cancelled_run_is_killed_and_leaves_no_model(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_cancelled_run_is_killed_and_leaves_no_model(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000)
     with supervised(job_id) as watched:
         process = watched.run_process()
@@ -416,11 +452,17 @@ def test_a_cancelled_run_is_killed_and_leaves_no_model(tiny_llama_dir: Path, tmp
             jobs.request_cancel(session, job_id)
         asked_at = time.monotonic()
     assert time.monotonic() - asked_at < 10
-    assert (job(job_id).status, model_of(job_id), process.is_running()) == ("cancelled", None, False)
+    assert (job(job_id).status, model_of(job_id), process.is_running()) == (
+        "cancelled",
+        None,
+        False,
+    )
     assert nothing_is_left(job_id)
 
 
-def test_a_paused_run_rests_at_a_checkpoint_and_goes_on(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_paused_run_rests_at_a_checkpoint_and_goes_on(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     job_id = add_distillation(
         tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=1200, checkpoint_steps=10_000
     )
@@ -440,11 +482,15 @@ def test_a_paused_run_rests_at_a_checkpoint_and_goes_on(tiny_llama_dir: Path, tm
 def test_a_run_without_disk_is_paused_with_its_checkpoints_and_can_be_resumed(
     tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=600, checkpoint_steps=100)
+    job_id = add_distillation(
+        tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=600, checkpoint_steps=100
+    )
     with supervised(job_id) as watched:
         watched.wait_for_checkpoint()
         process = watched.run_process()
-        process.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))  # the kernel refuses as it does on a full disk
+        process.rlimit(
+            psutil.RLIMIT_FSIZE, (4096, 4096)
+        )  # the kernel refuses as it does on a full disk
     paused = job(job_id)
     assert (paused.status, paused.num_losses, paused.error) == ("paused", 0, None)
     assert "free some disk, then resume" in messages(job_id)
@@ -462,7 +508,9 @@ def test_a_store_without_room_for_a_checkpoint_pauses_the_job(
     def refuse(handle: int) -> None:
         raise OSError(number, "refused")
 
-    job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=600, checkpoint_steps=100)
+    job_id = add_distillation(
+        tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=600, checkpoint_steps=100
+    )
     with supervised(job_id) as watched:
         watched.wait_for_checkpoint()
         monkeypatch.setattr("os.fsync", refuse)  # of this process, which only writes into the store
@@ -479,13 +527,15 @@ def test_a_worker_without_disk_counts_no_loss(tiny_llama_dir: Path, tmp_path: Pa
     job_id = add_distillation(tiny_llama_dir, tmp_path)
     lease = lease_client.claim("test")
     assert lease is not None
-    attempt = Attempt(lease, Heart(lease, beat_seconds=60), lambda: False, get_settings())
+    attempt = Attempt(lease, LeaseHeartbeat(lease, beat_seconds=60), lambda: False, get_settings())
     attempt.give_up(OSError(errno.ENOSPC, "No space left on device"))
     assert (job(job_id).status, job(job_id).num_losses) == ("paused", 0)
     assert "free some disk" in messages(job_id)
 
 
-def test_a_draining_worker_gives_the_job_back_without_a_loss(tiny_llama_dir: Path, tmp_path: Path) -> None:
+def test_a_draining_worker_gives_the_job_back_without_a_loss(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
     job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000)
     with supervised(job_id) as watched:
         watched.wait_for(lambda: job(job_id).progress.get("step"))
@@ -506,8 +556,15 @@ def test_a_supervisor_that_has_lost_its_lease_kills_the_run_and_writes_nothing(
             row = jobs.load_job(session, job_id)
             assert row is not None
             assert row.lease_token is not None
-            losses = leases.Losses(most=3, backoff_seconds=0)
-            leases.lose(session, job_id, row.lease_token, losses, reason="Reaped.", error_code="worker_lost")
+            retry_policy = leases.RetryPolicy(most=3, backoff_seconds=0)
+            leases.lose(
+                session,
+                job_id,
+                row.lease_token,
+                retry_policy,
+                reason="Reaped.",
+                error_code="worker_lost",
+            )
         num_events = len(messages(job_id).splitlines())
     assert not process.is_running()
     assert (job(job_id).status, job(job_id).num_losses) == ("retry_wait", 1)
@@ -518,7 +575,9 @@ def test_a_supervisor_that_has_lost_its_lease_kills_the_run_and_writes_nothing(
 def test_a_database_that_is_away_for_a_moment_costs_the_run_nothing(
     tiny_llama_dir: Path, tmp_path: Path, database: str, settings_env: Callable[..., Settings]
 ) -> None:
-    job_id = add_distillation(tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=1200, checkpoint_steps=100)
+    job_id = add_distillation(
+        tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=1200, checkpoint_steps=100
+    )
     with supervised(job_id) as watched:
         watched.wait_for_checkpoint()
         pid = watched.run_process().pid
@@ -529,7 +588,9 @@ def test_a_database_that_is_away_for_a_moment_costs_the_run_nothing(
     done = job(job_id)
     assert (done.status, done.attempt, done.num_losses) == ("succeeded", 1, 0)
     with transaction() as session:
-        steps = [metric.step for metric in jobs.metric_series(session, job_id, names=["train_loss"])]
+        steps = [
+            metric.step for metric in jobs.metric_series(session, job_id, names=["train_loss"])
+        ]
     gaps = [after - before for before, after in itertools.pairwise(steps)]
     assert max(gaps) <= 2 * min(gaps)
 
@@ -545,7 +606,11 @@ def test_a_run_that_always_dies_fails_at_the_cap_and_harms_no_other(
         with transaction() as session:
             reconciliation.wake(session)
     done = job(job_id)
-    assert (done.status, done.error and done.error["code"], done.attempt) == ("failed", "worker_lost", 3)
+    assert (done.status, done.error and done.error["code"], done.attempt) == (
+        "failed",
+        "worker_lost",
+        3,
+    )
     other = add_import(tiny_llama_dir)
     run_all()
     assert job(other).status == "succeeded"
@@ -598,7 +663,9 @@ def test_a_run_over_the_time_limit_stops_at_a_checkpoint_and_goes_on_after_a_res
     assert (job(job_id).status, job(job_id).attempt) == ("succeeded", 2)
 
 
-def test_a_run_gets_no_secret_and_no_network(monkeypatch: pytest.MonkeyPatch, work: Settings) -> None:
+def test_a_run_gets_no_secret_and_no_network(
+    monkeypatch: pytest.MonkeyPatch, work: Settings
+) -> None:
     monkeypatch.setenv("STILLHOUSE_KEY_PEPPER", "pepper-canary")
     monkeypatch.setenv("STILLHOUSE_REDIS_URL", "redis://canary")
     monkeypatch.setenv("STILLHOUSE_HF_TOKEN", "token-canary")

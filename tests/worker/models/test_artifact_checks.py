@@ -44,7 +44,9 @@ def test_a_saved_model_comes_in_whole_and_without_its_readme(folder: Path, tmp_p
     (folder / "_manifest.json").write_text("{}")
     names = {path.name for path in take_in(folder, tmp_path / "in")}
     assert names == {path.name for path in folder.iterdir()} - {"README.md", "_manifest.json"}
-    assert all((tmp_path / "in" / name).read_bytes() == (folder / name).read_bytes() for name in names)
+    assert all(
+        (tmp_path / "in" / name).read_bytes() == (folder / name).read_bytes() for name in names
+    )
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,20 @@ NAMES = {
 def interleave(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
     """llama.cpp keeps the two halves of each rotary pair side by side."""
     rows, columns = weight.shape
-    return weight.view(num_heads, 2, rows // num_heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
+    return (
+        weight.view(num_heads, 2, rows // num_heads // 2, columns)
+        .swapaxes(1, 2)
+        .reshape(rows, columns)
+    )
 
 
 def write_gguf(
-    path: Path, folder: Path, *, architecture: str = "llama", pre: str = "smollm", quantise: bool = False
+    path: Path,
+    folder: Path,
+    *,
+    architecture: str = "llama",
+    pre: str = "smollm",
+    quantise: bool = False,
 ) -> Path:
     """The tiny llama of the folder as a GGUF file, as llama.cpp's converter lays it out."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -116,7 +125,9 @@ def logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def test_the_checkpoint_gives_the_logits_of_the_original(converted: Path, tiny_llama_dir: Path) -> None:
+def test_the_checkpoint_gives_the_logits_of_the_original(
+    converted: Path, tiny_llama_dir: Path
+) -> None:
     tokens = torch.arange(3, 103).view(2, 50)
     torch.testing.assert_close(
         logits(converted, tokens), logits(tiny_llama_dir, tokens), rtol=1e-5, atol=1e-5
@@ -133,7 +144,10 @@ def test_the_checkpoint_can_be_trained_and_saved_again(converted: Path, tmp_path
 def test_the_tokenizer_knows_its_vocabulary_limits_and_template(
     converted: Path, tiny_llama_dir: Path
 ) -> None:
-    ours, original = AutoTokenizer.from_pretrained(converted), AutoTokenizer.from_pretrained(tiny_llama_dir)
+    ours, original = (
+        AutoTokenizer.from_pretrained(converted),
+        AutoTokenizer.from_pretrained(tiny_llama_dir),
+    )
     assert ours.get_vocab() == original.get_vocab()
     assert (ours.model_max_length, ours.eos_token, ours.chat_template) == (
         256,
@@ -159,7 +173,9 @@ def test_the_file_leaves_no_name_of_its_own_behind(converted: Path) -> None:
 
 
 def test_quantised_weights_become_dense(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    folder = convert(write_gguf(tmp_path / "q8.gguf", tiny_llama_dir, quantise=True), tmp_path / "out")
+    folder = convert(
+        write_gguf(tmp_path / "q8.gguf", tiny_llama_dir, quantise=True), tmp_path / "out"
+    )
     tokens = torch.arange(3, 53).view(1, 50)
     ours, original = logits(folder, tokens), logits(tiny_llama_dir, tokens)
     assert 0 < (ours - original).abs().max() < 0.2 * original.abs().max()

@@ -59,7 +59,11 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 def greedy(model: Any, tokenizer: Any) -> list[int]:
     tokens = tokenizer(PROMPT, return_tensors="pt", add_special_tokens=False)["input_ids"]
     made = model.generate(
-        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=24, eos_token_id=[]
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        do_sample=False,
+        max_new_tokens=24,
+        eos_token_id=[],
     )
     ids: list[int] = made[0].tolist()
     return ids
@@ -95,15 +99,22 @@ def test_the_greedy_text_is_the_same(folders: dict[str, Path], family: str) -> N
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_our_importer_takes_it_back_whole(folders: dict[str, Path], family: str, tmp_path: Path) -> None:
+def test_our_importer_takes_it_back_whole(
+    folders: dict[str, Path], family: str, tmp_path: Path
+) -> None:
     path = tmp_path / "alone.gguf"
     export_gguf(folders[family], path, kind="f32")
     header = check_gguf(path)
     original = AutoModelForCausalLM.from_pretrained(folders[family])
     tokens = torch.arange(3, 103).view(2, 50)
     _, plain = load_gguf_model(path)
-    torch.testing.assert_close(logits(plain, tokens), logits(original, tokens), rtol=1e-5, atol=1e-5)
-    ours, tokenizer = load_gguf_tokenizer(path, header), AutoTokenizer.from_pretrained(folders[family])
+    torch.testing.assert_close(
+        logits(plain, tokens), logits(original, tokens), rtol=1e-5, atol=1e-5
+    )
+    ours, tokenizer = (
+        load_gguf_tokenizer(path, header),
+        AutoTokenizer.from_pretrained(folders[family]),
+    )
     text = "<|im_start|>user\n1. a lantern  keeps 12\n\nthe wind out, naïve 蒸馏<|im_end|>"
     assert ours(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert (ours.eos_token, ours.chat_template) == (tokenizer.eos_token, tokenizer.chat_template)
@@ -127,7 +138,9 @@ def test_a_llama_of_another_make_keeps_its_logits(tmp_path: Path, settings: dict
 def test_stretched_positions_divide_the_frequencies_as_the_model_does(tmp_path: Path) -> None:
     folder = save_varied(tmp_path, "llama", rope_parameters=LLAMA3_ROPE)
     export_gguf(folder, folder / "x.gguf", kind="f32")
-    [divisors] = [t.data for t in gguf.GGUFReader(folder / "x.gguf").tensors if t.name == "rope_freqs.weight"]
+    [divisors] = [
+        t.data for t in gguf.GGUFReader(folder / "x.gguf").tensors if t.name == "rope_freqs.weight"
+    ]
     model = AutoModelForCausalLM.from_pretrained(folder)
     width = len(divisors) * 2
     plain = 10000.0 ** (-np.arange(0, width, 2) / width)
@@ -216,16 +229,31 @@ def test_a_sentencepiece_vocabulary_keeps_the_order_of_its_merges(tmp_path: Path
     merges = [("b", "c"), ("▁", "a"), ("a", "b"), ("a", "bc")]
     backend = Tokenizer(
         models.BPE(
-            {piece: i for i, piece in enumerate(pieces)}, merges, byte_fallback=True, unk_token="<unk>"
+            {piece: i for i, piece in enumerate(pieces)},
+            merges,
+            byte_fallback=True,
+            unk_token="<unk>",
         )
     )
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     PreTrainedTokenizerFast(
         tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(tmp_path)
     vocabulary = read_vocabulary(tmp_path, len(pieces))
-    assert (vocabulary.model, vocabulary.is_space_prefixed, vocabulary.is_bos_added) == ("llama", True, False)
+    assert (vocabulary.model, vocabulary.is_space_prefixed, vocabulary.is_bos_added) == (
+        "llama",
+        True,
+        False,
+    )
     kinds = gguf.TokenType
-    assert vocabulary.types[:5] == [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, kinds.BYTE, kinds.NORMAL]
+    assert vocabulary.types[:5] == [
+        kinds.UNKNOWN,
+        kinds.CONTROL,
+        kinds.CONTROL,
+        kinds.BYTE,
+        kinds.NORMAL,
+    ]
     scores = dict(zip(vocabulary.tokens, vocabulary.scores, strict=True))
     assert scores["bc"] > scores["▁a"] > scores["ab"] > scores["abc"] > scores["b"]

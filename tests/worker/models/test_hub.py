@@ -56,12 +56,15 @@ class HubHandler(BaseHTTPRequestHandler):
             return self.refuse(500, "")
         if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             return self.refuse(
-                403 if self.server.is_gated else 401, "GatedRepo" if self.server.is_gated else "RepoNotFound"
+                403 if self.server.is_gated else 401,
+                "GatedRepo" if self.server.is_gated else "RepoNotFound",
             )
         match parts:
             case ["api", "models", "org", "tiny", "revision", revision]:
                 return (
-                    self.send_info() if revision in ("main", COMMIT) else self.refuse(404, "RevisionNotFound")
+                    self.send_info()
+                    if revision in ("main", COMMIT)
+                    else self.refuse(404, "RevisionNotFound")
                 )
             case ["org", "tiny", "resolve", revision, *rest] if revision in ("main", COMMIT):
                 return self.send_file("/".join(rest))
@@ -94,7 +97,9 @@ class HubHandler(BaseHTTPRequestHandler):
             self.server.fetched.append(name)
         content = path.read_bytes()
         return self.send(
-            200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+            200,
+            content,
+            {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"},
         )
 
     def refuse(self, status: int, code: str) -> None:
@@ -102,7 +107,9 @@ class HubHandler(BaseHTTPRequestHandler):
 
     def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in ({"X-Repo-Commit": COMMIT, "Content-Length": str(len(content))} | headers).items():
+        for name, value in (
+            {"X-Repo-Commit": COMMIT, "Content-Length": str(len(content))} | headers
+        ).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -127,7 +134,9 @@ def hub(tiny_llama_dir: Path, tmp_path: Path) -> Iterator[Hub]:
 
 
 def fetch(hub: Hub, folder: Path, source: str = "org/tiny@main", token: str | None = None) -> str:
-    return fetch_from_hub(source, folder, endpoint=hub.url, token=token, on_progress=lambda done, total: None)
+    return fetch_from_hub(
+        source, folder, endpoint=hub.url, token=token, on_progress=lambda done, total: None
+    )
 
 
 def test_only_the_files_of_a_model_are_fetched_and_byte_for_byte(hub: Hub, tmp_path: Path) -> None:
@@ -147,7 +156,11 @@ def test_only_the_files_of_a_model_are_fetched_and_byte_for_byte(hub: Hub, tmp_p
 def test_progress_ends_with_every_byte(hub: Hub, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     fetch_from_hub(
-        "org/tiny", tmp_path / "in", endpoint=hub.url, token=None, on_progress=lambda *pair: seen.append(pair)
+        "org/tiny",
+        tmp_path / "in",
+        endpoint=hub.url,
+        token=None,
+        on_progress=lambda *pair: seen.append(pair),
     )
     total = sum(path.stat().st_size for path in (tmp_path / "in").iterdir())
     assert seen[-1] == (total, total)
@@ -178,20 +191,27 @@ def test_a_private_model_needs_the_token(hub: Hub, tmp_path: Path) -> None:
         fetch(hub, tmp_path / "gated")
 
 
-def test_a_repository_of_pickles_only_is_refused_and_nothing_is_fetched(hub: Hub, tmp_path: Path) -> None:
+def test_a_repository_of_pickles_only_is_refused_and_nothing_is_fetched(
+    hub: Hub, tmp_path: Path
+) -> None:
     (hub.folder / "model.safetensors").unlink()
     with pytest.raises(MissingFile, match="safetensors"):
         fetch(hub, tmp_path / "in")
     assert hub.fetched == []
 
 
-def test_a_hub_that_delivers_more_than_it_announces_does_not_fill_the_disk(hub: Hub, tmp_path: Path) -> None:
+def test_a_hub_that_delivers_more_than_it_announces_does_not_fill_the_disk(
+    hub: Hub, tmp_path: Path
+) -> None:
     with (hub.folder / "vocab.json").open("wb") as file:
         file.truncate(8 * 2**20)
     hub.announces_at_most = 1000
     with pytest.raises(HubFailed, match="larger files than it announces"):
         fetch(hub, tmp_path / "in")
-    assert sum(path.stat().st_size for path in (tmp_path / "in").rglob("*") if path.is_file()) < 4 * 2**20
+    assert (
+        sum(path.stat().st_size for path in (tmp_path / "in").rglob("*") if path.is_file())
+        < 4 * 2**20
+    )
 
 
 def test_a_hub_that_fails_or_is_away_is_a_reason(hub: Hub, tmp_path: Path) -> None:
@@ -209,14 +229,23 @@ def test_a_hub_that_fails_or_is_away_is_a_reason(hub: Hub, tmp_path: Path) -> No
 
 
 def run_process(hub: Hub, out: Path, source: str) -> tuple[int, list[RunLine]]:
-    out.with_suffix(".json").write_text(json.dumps({"format": "hub", "hub": source, "num_threads": 1}))
+    out.with_suffix(".json").write_text(
+        json.dumps({"format": "hub", "hub": source, "num_threads": 1})
+    )
     environment: dict[str, Any] = dict(os.environ) | {
         "STILLHOUSE_HF_ENDPOINT": hub.url,
         "OMP_NUM_THREADS": "1",
     }
     environment |= {"HF_HUB_OFFLINE": "0", "HF_HOME": str(out.parent / "hf")}
     done = subprocess.run(
-        [sys.executable, "-m", "worker.import_model", str(out.with_suffix(".json")), "--out", str(out)],
+        [
+            sys.executable,
+            "-m",
+            "worker.import_model",
+            str(out.with_suffix(".json")),
+            "--out",
+            str(out),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -24,21 +24,29 @@ def edit(path: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "t5", "bart", "bert", "roberta"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "opt", "gpt_neox", "t5", "bart", "bert", "roberta"]
+)
 def test_facts_agree_with_the_loaded_model(family: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(f"tiny_{family}_dir")
     facts = model_facts(folder)
     model = model_class(read_config(folder)).from_pretrained(folder)
     assert facts.architecture == family
     assert facts.num_parameters == sum(p.numel() for p in model.parameters())
-    assert (facts.num_layers, facts.hidden_size) == (model.config.num_hidden_layers, model.config.hidden_size)
+    assert (facts.num_layers, facts.hidden_size) == (
+        model.config.num_hidden_layers,
+        model.config.hidden_size,
+    )
     assert (facts.vocab_size, facts.context_tokens) == (
         model.config.vocab_size,
         2048 if family == "t5" else 256,
     )
     assert facts.has_chat_template == (family in ("llama", "gpt2", "opt", "gpt_neox"))
     weights = (folder / "model.safetensors").read_bytes()
-    assert (facts.weights_bytes, facts.weights_sha256) == (len(weights), hashlib.sha256(weights).hexdigest())
+    assert (facts.weights_bytes, facts.weights_sha256) == (
+        len(weights),
+        hashlib.sha256(weights).hexdigest(),
+    )
 
 
 def test_facts_of_an_encoder_decoder_speak_of_the_half_that_writes(tmp_path: Path) -> None:
@@ -71,18 +79,23 @@ def test_every_model_is_of_one_of_three_families(
 
 def test_facts_kept_before_there_were_families_are_still_read(tiny_llama_dir: Path) -> None:
     facts = model_facts(tiny_llama_dir)
-    old = facts.model_dump(mode="json", exclude={"family", "num_encoder_layers", "num_decoder_layers"})
+    old = facts.model_dump(
+        mode="json", exclude={"family", "num_encoder_layers", "num_decoder_layers"}
+    )
     assert ModelFacts.model_validate(old) == facts
 
 
-def test_an_encoder_decoder_of_other_halves_is_refused(tiny_bert2bert_dir: Path, tmp_path: Path) -> None:
+def test_an_encoder_decoder_of_other_halves_is_refused(
+    tiny_bert2bert_dir: Path, tmp_path: Path
+) -> None:
     folder = Path(shutil.copytree(tiny_bert2bert_dir, tmp_path / "pair"))
     config = json.loads((folder / "config.json").read_text())
     edit(folder / "config.json", encoder=config["encoder"] | {"model_type": "vit"})
     with pytest.raises(UnsupportedModel, match=r"bert, gpt2, roberta"):
         model_facts(folder)
     edit(
-        folder / "config.json", encoder=config["encoder"] | {"quantization_config": {"quant_method": "gptq"}}
+        folder / "config.json",
+        encoder=config["encoder"] | {"quantization_config": {"quant_method": "gptq"}},
     )
     with pytest.raises(UnsupportedModel, match="quantised"):
         model_facts(folder)
@@ -98,17 +111,26 @@ def test_a_layer_that_counts_its_own_number_is_refused(tiny_gpt2_dir: Path, tmp_
 def test_two_models_with_one_tokenizer_have_one_tokenizer_hash(
     tiny_llama_dir: Path, tiny_gpt2_dir: Path
 ) -> None:
-    assert model_facts(tiny_llama_dir).tokenizer_sha256 == model_facts(tiny_gpt2_dir).tokenizer_sha256
+    assert (
+        model_facts(tiny_llama_dir).tokenizer_sha256 == model_facts(tiny_gpt2_dir).tokenizer_sha256
+    )
 
 
-def test_the_hash_is_the_same_for_the_old_spelling_of_merges_and_another_layout(folder: Path) -> None:
+def test_the_hash_is_the_same_for_the_old_spelling_of_merges_and_another_layout(
+    folder: Path,
+) -> None:
     path = folder / "tokenizer.json"
     before = tokenizer_sha256(path)
     document = json.loads(path.read_text())
     merges = document["model"]["merges"]
     assert isinstance(merges[0], list)
     document["model"]["merges"] = [" ".join(merge) for merge in merges]
-    document["truncation"] = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    document["truncation"] = {
+        "max_length": 8,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
     path.write_text(json.dumps(document, indent=1))
     assert tokenizer_sha256(path) == before
 
@@ -147,7 +169,9 @@ def test_quantised_weights_are_refused(folder: Path) -> None:
         model_facts(folder)
 
 
-@pytest.mark.parametrize("size", [{"num_hidden_layers": 10**6}, {"vocab_size": -1}, {"hidden_size": "many"}])
+@pytest.mark.parametrize(
+    "size", [{"num_hidden_layers": 10**6}, {"vocab_size": -1}, {"hidden_size": "many"}]
+)
 def test_sizes_that_make_no_sense_are_refused(folder: Path, size: dict[str, object]) -> None:
     edit(folder / "config.json", **size)
     with pytest.raises(BrokenFile):

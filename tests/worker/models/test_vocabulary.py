@@ -17,12 +17,18 @@ USER = {"role": "user", "content": "What is a lantern?"}
 ANSWER = {"role": "assistant", "content": "A lamp with a case."}
 ROWS: list[tuple[str, dict[str, Any]]] = [  # Any: JSON rows of several shapes
     ("prompt", {"prompt": "Who keeps the house when the master is away?"}),
-    ("prompt_completion", {"prompt": "Who keeps the house?", "completion": "The student does, 蒸馏."}),
+    (
+        "prompt_completion",
+        {"prompt": "Who keeps the house?", "completion": "The student does, 蒸馏."},
+    ),
     ("input", {"input": "Who keeps the house when the master is away?"}),
     ("input_target", {"input": "Who keeps the house?", "target": "The student does, 蒸馏."}),
     ("text", {"text": "The still is warm and the spirit runs clear."}),
     ("chat", {"messages": [USER, ANSWER]}),
-    ("chat", {"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER, USER, ANSWER]}),
+    (
+        "chat",
+        {"messages": [{"role": "system", "content": "Be brief."}, USER, ANSWER, USER, ANSWER]},
+    ),
     ("chat_prompt", {"messages": [USER, ANSWER, USER]}),
     ("chat_prompt", {"messages": [{"role": "system", "content": "Be brief."}, USER]}),
 ]
@@ -51,13 +57,21 @@ def test_the_api_and_the_run_count_the_same_tokens(
 
 
 @pytest.mark.parametrize("family", ["t5", "bert2bert"])
-@pytest.mark.parametrize(("row_format", "row"), [case for case in ROWS if "messages" not in case[1]])
+@pytest.mark.parametrize(
+    ("row_format", "row"), [case for case in ROWS if "messages" not in case[1]]
+)
 def test_the_longer_of_an_encoder_decoders_sequences_counts(
-    family: str, row_format: str, row: dict[str, Any], request: pytest.FixtureRequest, tmp_path: Path
+    family: str,
+    row_format: str,
+    row: dict[str, Any],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     folder: Path = request.getfixturevalue(f"tiny_{family}_dir")
     is_answered = row_format not in UNANSWERED
-    encoder = Encoder(AutoTokenizer.from_pretrained(folder), max_tokens=256, shape="seq2seq", start_id=0)
+    encoder = Encoder(
+        AutoTokenizer.from_pretrained(folder), max_tokens=256, shape="seq2seq", start_id=0
+    )
     example = encoded(row, tmp_path, encoder)
     counted = count_tokens(row, backend(folder), Reader("x", "seq2seq"), is_answered=is_answered)
     longest = max(len(example.source_ids), len(example.token_ids) + (not is_answered))
@@ -69,7 +83,9 @@ def test_a_student_with_berts_tokenizer_keeps_what_that_puts_around_a_prompt(
     tiny_bert_dir: Path, tmp_path: Path
 ) -> None:
     row = {"prompt": "Who keeps the house?", "completion": "The student."}
-    example = encoded(row, tmp_path, Encoder(AutoTokenizer.from_pretrained(tiny_bert_dir), max_tokens=256))
+    example = encoded(
+        row, tmp_path, Encoder(AutoTokenizer.from_pretrained(tiny_bert_dir), max_tokens=256)
+    )
     counted = count_tokens(row, backend(tiny_bert_dir), Reader("x", "causal"), is_answered=True)
     assert counted == len(example.token_ids)
 

@@ -64,8 +64,12 @@ def encoder_decoder(request: pytest.FixtureRequest) -> LoadedModel:
 def make_request() -> Callable[..., GenerateRequest]:
     """A greedy request for four tokens unless told otherwise; unknown words go to its sampling."""
 
-    def make(request_id: str = "r", **given: Any) -> GenerateRequest:  # Any: fields of two contracts
-        own = {name: given.pop(name) for name in list(given) if name in GenerateRequest.model_fields}
+    def make(
+        request_id: str = "r", **given: Any
+    ) -> GenerateRequest:  # Any: fields of two contracts
+        own = {
+            name: given.pop(name) for name in list(given) if name in GenerateRequest.model_fields
+        }
         prompt = {"text": "The still"} if not own.keys() & {"text", "tokens", "messages"} else {}
         defaults = {
             "reply_to": "api",
@@ -81,7 +85,9 @@ def make_request() -> Callable[..., GenerateRequest]:
 
 @pytest.fixture
 def make_engine() -> Callable[..., TransformersEngine]:
-    def make(loaded: LoadedModel, **given: Any) -> TransformersEngine:  # Any: the engine's own fields
+    def make(
+        loaded: LoadedModel, **given: Any
+    ) -> TransformersEngine:  # Any: the engine's own fields
         options = {"max_running": 6, "max_context_tokens": 256} | given
         return TransformersEngine(loaded.model, loaded.tokenizer, **options)
 
@@ -171,7 +177,8 @@ def largest_difference(next_logits: NextLogits) -> Callable[..., float]:
             move = rng.choice(["join", "fork", "leave", *["step"] * 5])
             if move == "join" and num_free:
                 prompts = [
-                    prompt_of(rng.randint(1, longest)) for _ in range(rng.randint(1, min(3, num_free)))
+                    prompt_of(rng.randint(1, longest))
+                    for _ in range(rng.randint(1, min(3, num_free)))
                 ]
                 rows += [row_of(prompt) for prompt in prompts]
                 check(batch.join(prompts), len(rows) - len(prompts))

@@ -34,11 +34,13 @@ def test_an_end_token_is_included_and_makes_it_finished(llama: LoadedModel) -> N
 
 
 def test_sampling_does_not_depend_on_the_neighbours(loaded: LoadedModel) -> None:
-    together = generate_all(loaded.model, PROMPTS, max_new_tokens=12, temperature=0.8, top_p=0.9, seed=100)
+    together = generate_all(
+        loaded.model, PROMPTS, max_new_tokens=12, temperature=0.8, top_p=0.9, seed=100
+    )
     alone = [
-        generate_all(loaded.model, [prompt], max_new_tokens=12, temperature=0.8, top_p=0.9, seed=100 + index)[
-            0
-        ]
+        generate_all(
+            loaded.model, [prompt], max_new_tokens=12, temperature=0.8, top_p=0.9, seed=100 + index
+        )[0]
         for index, prompt in enumerate(PROMPTS)
     ]
     assert together == alone
@@ -47,8 +49,8 @@ def test_sampling_does_not_depend_on_the_neighbours(loaded: LoadedModel) -> None
 def test_in_bfloat16_by_tiles_a_row_is_the_same_to_the_bit_whatever_runs_beside_it(
     tiny_llama_dir: Path,
 ) -> None:
-    does = kernels()
-    if does is None or not does.has_tiles:
+    ops = kernels()
+    if ops is None or not ops.has_tiles:
         pytest.skip("this processor has no tiles")
     model = load_model(tiny_llama_dir, weights="bfloat16", keeps_plain=False).model
     crowd = CursorBatch(model, max_rows=32, max_width=64)
@@ -67,7 +69,9 @@ def test_in_bfloat16_by_tiles_a_row_is_the_same_to_the_bit_whatever_runs_beside_
 
 def test_seeds_may_be_given_one_by_one(llama: LoadedModel) -> None:
     def run(seeds: list[int]) -> list[Continuation]:
-        return generate_all(llama.model, [[5, 6]] * 3, max_new_tokens=8, temperature=1.0, seeds=seeds)
+        return generate_all(
+            llama.model, [[5, 6]] * 3, max_new_tokens=8, temperature=1.0, seeds=seeds
+        )
 
     first, second, third = run([7, 8, 7])
     assert first == third != second

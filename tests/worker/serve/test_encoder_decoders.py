@@ -24,7 +24,10 @@ def generated(loaded: LoadedModel, prompt: list[int], num_tokens: int) -> list[i
     inputs = torch.tensor([prompt])
     with torch.no_grad():
         output = loaded.model.generate(  # type: ignore[operator]  # a method, typed as a tensor
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=num_tokens, do_sample=False
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=num_tokens,
+            do_sample=False,
         )
     tokens: list[int] = output[0, 1:].tolist()
     return tokens
@@ -32,7 +35,9 @@ def generated(loaded: LoadedModel, prompt: list[int], num_tokens: int) -> list[i
 
 def prompts(count: int, seed: int) -> list[tuple[int, ...]]:
     rng = random.Random(seed)
-    return [tuple(rng.randrange(5, NUM_TOKENS) for _ in range(rng.randint(1, 40))) for _ in range(count)]
+    return [
+        tuple(rng.randrange(5, NUM_TOKENS) for _ in range(rng.randint(1, 40))) for _ in range(count)
+    ]
 
 
 def test_text_equals_generate_one_at_a_time_whoever_joins_and_leaves(
@@ -64,11 +69,17 @@ def test_text_equals_generate_one_at_a_time_whoever_joins_and_leaves(
 def test_a_pile_of_prompts_is_answered_as_by_generate(encoder_decoder: LoadedModel) -> None:
     asked = prompts(8, seed=2)
     found = generate_all(encoder_decoder.model, asked, max_new_tokens=25, max_running=3)
-    assert [list(each.tokens) for each in found] == [generated(encoder_decoder, list(p), 25) for p in asked]
+    assert [list(each.tokens) for each in found] == [
+        generated(encoder_decoder, list(p), 25) for p in asked
+    ]
 
 
 def test_text_keeps_the_special_tokens_of_the_tokenizer(
-    encoder_decoder: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain, text_of: TextOf
+    encoder_decoder: LoadedModel,
+    make_engine: MakeEngine,
+    make_request: Make,
+    drain: Drain,
+    text_of: TextOf,
 ) -> None:
     ids = encoder_decoder.tokenizer("The still is warm").input_ids
     assert ids[-1] in end_ids(encoder_decoder.model, encoder_decoder.tokenizer)
@@ -120,7 +131,9 @@ def test_abort_midway_leaves_the_others_as_they_were(
     assert engine.num_running == 1
     replies += drain(engine)
     stays = [r for r in replies if isinstance(r, Delta) and r.id == "stays"]
-    [expected] = generate_all(encoder_decoder.model, [second], max_new_tokens=10, end_ids=frozenset())
+    [expected] = generate_all(
+        encoder_decoder.model, [second], max_new_tokens=10, end_ids=frozenset()
+    )
     assert tuple(token for delta in stays for token in delta.tokens) == expected.tokens
 
 
@@ -131,7 +144,9 @@ def test_prompt_and_answer_have_a_limit_each(
     engine.add(make_request("full", tokens=(9,) * 32, max_tokens=32, ignore_eos=True))
     engine.add(make_request("prompt", tokens=(9,) * 33, max_tokens=1))
     engine.add(make_request("answer", tokens=(9,), max_tokens=33))
-    engine.add(make_request("fits", tokens=(9,), max_tokens=5000, fits_context=True, ignore_eos=True))
+    engine.add(
+        make_request("fits", tokens=(9,), max_tokens=5000, fits_context=True, ignore_eos=True)
+    )
     replies = drain(engine)
     done = {reply.id: reply.completion_tokens for reply in replies if isinstance(reply, Done)}
     assert done == {"full": 32, "fits": 32}

@@ -21,7 +21,10 @@ def generated(loaded: LoadedModel, prompt: list[int], num_tokens: int) -> list[i
     inputs = torch.tensor([prompt])
     with torch.no_grad():
         output = loaded.model.generate(  # type: ignore[operator]  # a method, typed as a tensor
-            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=num_tokens, do_sample=False
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=num_tokens,
+            do_sample=False,
         )
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
@@ -65,9 +68,9 @@ def test_the_last_delta_carries_the_reason_and_done_follows(
     engine.add(make_request(max_tokens=3))
     replies = drain(engine)
     deltas, [done] = replies[:-1], replies[-1:]
-    assert [d.finish_reason for d in deltas if isinstance(d, Delta)] == [None] * (len(deltas) - 1) + [
-        "length"
-    ]
+    assert [d.finish_reason for d in deltas if isinstance(d, Delta)] == [None] * (
+        len(deltas) - 1
+    ) + ["length"]
     assert isinstance(done, Done)
     assert done.completion_tokens == 3
 
@@ -97,13 +100,18 @@ def test_ignore_eos_goes_on_to_max_tokens(
         engine.add(make_request(f"r{index}", tokens=prompt, max_tokens=40, ignore_eos=True))
     replies = drain(engine)
     assert {reply.completion_tokens for reply in replies if isinstance(reply, Done)} == {40}
-    assert {reply.finish_reason for reply in replies if isinstance(reply, Delta)} == {None, "length"}
+    assert {reply.finish_reason for reply in replies if isinstance(reply, Delta)} == {
+        None,
+        "length",
+    }
 
 
 def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(
     loaded: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain, text_of: TextOf
 ) -> None:
-    request = make_request(tokens=(5, 6, 7, 8), n=2, seed=11, temperature=0.9, top_p=0.95, max_tokens=20)
+    request = make_request(
+        tokens=(5, 6, 7, 8), n=2, seed=11, temperature=0.9, top_p=0.95, max_tokens=20
+    )
     alone = make_engine(loaded)
     alone.add(request)
     quiet = drain(alone)
@@ -111,7 +119,9 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(
     crowded = make_engine(loaded)
     for index, prompt in enumerate(prompts(5, seed=2)):
         crowded.add(
-            make_request(f"other{index}", tokens=prompt, temperature=1.0, top_k=index, max_tokens=9 + index)
+            make_request(
+                f"other{index}", tokens=prompt, temperature=1.0, top_k=index, max_tokens=9 + index
+            )
         )
     crowded.step()
     crowded.add(request)
@@ -140,12 +150,17 @@ def test_more_choices_than_rows_are_all_served(
     ends = [reply.choice for reply in replies if isinstance(reply, Delta) and reply.finish_reason]
     assert sorted(ends) == list(range(10))
     assert [reply for reply in replies if not isinstance(reply, Delta)] == [
-        Done(id="r", prompt_tokens=len(llama.tokenizer("The still").input_ids), completion_tokens=50)
+        Done(
+            id="r", prompt_tokens=len(llama.tokenizer("The still").input_ids), completion_tokens=50
+        )
     ]
 
 
 def test_a_tenant_does_not_wait_for_all_that_another_has_waiting(
-    loaded: LoadedModel, make_engine: Callable[..., TransformersEngine], make_request: Make, drain: Drain
+    loaded: LoadedModel,
+    make_engine: Callable[..., TransformersEngine],
+    make_request: Make,
+    drain: Drain,
 ) -> None:
     engine = make_engine(loaded, max_running=2)
     engine.add(make_request("many", tenant="a", n=12, max_tokens=8, ignore_eos=True))
@@ -180,7 +195,9 @@ def test_logprobs_equal_those_of_a_full_forward_pass(
     prompt = (5, 80, 200, 31)
     engine.add(make_request("other", tokens=(7,) * 30, max_tokens=30))
     engine.add(
-        make_request(tokens=prompt, max_tokens=15, logprobs=3, temperature=0.7, seed=1, ignore_eos=True)
+        make_request(
+            tokens=prompt, max_tokens=15, logprobs=3, temperature=0.7, seed=1, ignore_eos=True
+        )
     )
     deltas = [reply for reply in drain(engine) if isinstance(reply, Delta) and reply.id == "r"]
     tokens = [token for delta in deltas for token in delta.tokens]
@@ -236,7 +253,11 @@ def test_what_is_wrong_with_a_request_is_its_only_reply(
     replies = drain(engine)
     [failure] = [reply for reply in replies if reply.id == "long"]
     assert isinstance(failure, Failure)
-    assert (failure.status, failure.code, failure.param) == (400, "context_length_exceeded", "messages")
+    assert (failure.status, failure.code, failure.param) == (
+        400,
+        "context_length_exceeded",
+        "messages",
+    )
     assert any(isinstance(reply, Done) and reply.id == "fine" for reply in replies)
 
 
@@ -271,7 +292,9 @@ def test_a_passed_deadline_ends_running_and_waiting(
     engine.step()
     now[0] = 1010.5
     replies = drain(engine)
-    failures = {reply.id: (reply.status, reply.code) for reply in replies if isinstance(reply, Failure)}
+    failures = {
+        reply.id: (reply.status, reply.code) for reply in replies if isinstance(reply, Failure)
+    }
     assert failures == dict.fromkeys(("running", "waiting"), (504, "request_timeout"))
     assert isinstance(replies[-1], Done)
 

@@ -18,7 +18,9 @@ TextOf = Callable[..., str]
 PROMPT = (5, 80, 60, 31, 80)
 
 
-def generated(loaded: LoadedModel, num_tokens: int, **options: Any) -> list[int]:  # Any: of generate()
+def generated(
+    loaded: LoadedModel, num_tokens: int, **options: Any
+) -> list[int]:  # Any: of generate()
     inputs = torch.tensor([PROMPT])
     output = loaded.model.generate(  # type: ignore[operator]  # a method, typed as a tensor
         inputs,
@@ -40,19 +42,30 @@ def tokens_of(replies: list[Reply], request_id: str = "r") -> list[int]:
 @pytest.mark.parametrize("penalty", [0.6, 1.3])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart", "bert2bert"])
 def test_repetition_penalty_and_min_tokens_are_those_of_generate(
-    name: str, penalty: float, make_engine: MakeEngine, make_request: Make, drain: Drain, request: Any
+    name: str,
+    penalty: float,
+    make_engine: MakeEngine,
+    make_request: Make,
+    drain: Drain,
+    request: Any,
 ) -> None:
     loaded: LoadedModel = request.getfixturevalue(name)
     engine = make_engine(loaded)
     engine.add(make_request("other", tokens=(7, 8), max_tokens=12, frequency_penalty=1.0))
-    engine.add(make_request(tokens=PROMPT, max_tokens=24, min_tokens=24, repetition_penalty=penalty))
+    engine.add(
+        make_request(tokens=PROMPT, max_tokens=24, min_tokens=24, repetition_penalty=penalty)
+    )
     expected = generated(loaded, 24, repetition_penalty=penalty, min_new_tokens=24)
     assert tokens_of(drain(engine)) == expected
 
 
 @pytest.mark.parametrize(
     "asked",
-    [{"presence_penalty": 1.5}, {"frequency_penalty": 0.8}, {"logit_bias": ((40, 6.0), (41, -100.0))}],
+    [
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": 0.8},
+        {"logit_bias": ((40, 6.0), (41, -100.0))},
+    ],
     ids=str,
 )
 def test_penalties_give_what_a_plain_forward_pass_and_a_loop_give(
@@ -81,7 +94,12 @@ def test_penalties_give_what_a_plain_forward_pass_and_a_loop_give(
 def test_penalties_and_a_seed_give_the_same_text_alone_and_in_a_crowd(
     llama: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain, text_of: TextOf
 ) -> None:
-    options = {"temperature": 1.0, "min_p": 0.05, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
+    options = {
+        "temperature": 1.0,
+        "min_p": 0.05,
+        "frequency_penalty": 0.5,
+        "repetition_penalty": 1.2,
+    }
     request = make_request(n=2, seed=11, max_tokens=20, min_tokens=15, **options)
     alone = make_engine(llama)
     alone.add(request)
@@ -149,7 +167,9 @@ def test_best_of_gives_the_likeliest_by_the_mean_and_counts_them_all(
     replies = drain(engine)
     means = {}
     for choice in range(8):
-        deltas = [r for r in replies if isinstance(r, Delta) and (r.id, r.choice) == ("all", choice)]
+        deltas = [
+            r for r in replies if isinstance(r, Delta) and (r.id, r.choice) == ("all", choice)
+        ]
         means[choice] = fmean(entry.logprob for delta in deltas for entry in delta.logprobs or ())
     ranked = sorted(means, key=lambda choice: -means[choice])
     assert [text_of(replies, "best", choice) for choice in range(3)] == [
@@ -162,12 +182,18 @@ def test_best_of_gives_the_likeliest_by_the_mean_and_counts_them_all(
 
 
 def test_what_a_model_cannot_do_is_refused_by_name(
-    t5: LoadedModel, bert2bert: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain
+    t5: LoadedModel,
+    bert2bert: LoadedModel,
+    make_engine: MakeEngine,
+    make_request: Make,
+    drain: Drain,
 ) -> None:
     for loaded in (t5, bert2bert):
         engine = make_engine(loaded)
         width = len(one_steps_logits(loaded))
-        engine.add(make_request("known", logit_bias=((width - 1, 100.0),), max_tokens=3, ignore_eos=True))
+        engine.add(
+            make_request("known", logit_bias=((width - 1, 100.0),), max_tokens=3, ignore_eos=True)
+        )
         engine.add(make_request("unknown", logit_bias=((width, 1.0),)))
         engine.add(make_request("echo", echo=True))
         replies = drain(engine)
@@ -181,5 +207,7 @@ def one_steps_logits(loaded: LoadedModel) -> list[float]:
     """The logits of one step: as many as the model has words to write."""
     tokens = torch.tensor([[5]])
     with torch.no_grad():
-        logits: list[float] = loaded.model(input_ids=tokens, decoder_input_ids=tokens).logits[0, 0].tolist()
+        logits: list[float] = (
+            loaded.model(input_ids=tokens, decoder_input_ids=tokens).logits[0, 0].tolist()
+        )
     return logits

@@ -32,7 +32,9 @@ def test_a_model_loads_in_float32_without_gradients(llama: LoadedModel) -> None:
 
 
 def test_a_half_precision_checkpoint_is_widened(folder: Path) -> None:
-    weights = {name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()}
+    weights = {
+        name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()
+    }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     assert next(load_model(folder).model.parameters()).dtype == torch.float32
 
@@ -40,7 +42,9 @@ def test_a_half_precision_checkpoint_is_widened(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
 def test_a_folder_that_names_code_is_refused(folder: Path, name: str) -> None:
     config = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}}))
+    (folder / name).write_text(
+        json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "evil.Model"}})
+    )
     with pytest.raises(ModelLoadFailed, match="auto_map"):
         load_model(folder)
 
@@ -74,9 +78,9 @@ def test_a_folder_that_is_not_there_is_a_failed_load(tmp_path: Path) -> None:
 def test_another_family_is_refused(tmp_path: Path, folder: Path) -> None:
     from transformers import GPTJConfig, GPTJForCausalLM
 
-    GPTJForCausalLM(GPTJConfig(vocab_size=384, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)).save_pretrained(
-        tmp_path / "gptj"
-    )
+    GPTJForCausalLM(
+        GPTJConfig(vocab_size=384, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    ).save_pretrained(tmp_path / "gptj")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(folder / name, tmp_path / "gptj" / name)
     with pytest.raises(UnsupportedModel, match="gptj"):
@@ -92,7 +96,11 @@ def test_a_t5_keeps_its_head_apart_from_its_embedding_where_they_differ(
     shared = weights["shared.weight"]
     head = shared if is_tied else torch.randn_like(shared)
     if not is_tied:
-        save_file(weights | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            weights | {"lm_head.weight": head},
+            folder / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     model: Any = load_model(folder).model
     for weight, expected in (
         (model.lm_head.weight, head),

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.contracts.control import Served
+from app.contracts.control import ServedModel
 from app.contracts.messages import (
     ArtifactRef,
     Delta,
@@ -24,7 +24,7 @@ from app.contracts.messages import (
     ServingOptions,
 )
 from tests.tiny import save_tiny
-from worker.serve.decoding.sampling import Chooser, draw, probabilities, seeded_generator
+from worker.serve.decoding.sampling import TokenSampler, draw, probabilities, seeded_generator
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import DraftUnsupported
 from worker.serve.host.engine_factory import EngineLimits, LoadProgress, make_ready
@@ -134,9 +134,11 @@ def test_greedy_text_is_that_of_the_model_alone_whoever_joins_and_leaves(
     quality: str,
     seed: int,
 ) -> None:
-    draft = {"bad": lambda: stranger, "middling": lambda: shaken(loaded, 0.05), "perfect": lambda: loaded}[
-        quality
-    ]()
+    draft = {
+        "bad": lambda: stranger,
+        "middling": lambda: shaken(loaded, 0.05),
+        "perfect": lambda: loaded,
+    }[quality]()
     engine = speculative(loaded, draft, num_draft_tokens=1 + 2 * seed)
     expected = scheduled(make_engine(loaded), make_request, seed)
     assert outcome(scheduled(engine, make_request, seed)) == outcome(expected)
@@ -173,9 +175,13 @@ def test_a_draft_that_is_unsure_offers_less_and_is_right_more_often(
     for engine in engines:
         assert outcome(scheduled(engine, make_request, 1)) == expected
     counts = [engine.draft_counts for engine in engines]
-    assert [c.num_proposed for c in counts] == sorted({c.num_proposed for c in counts}, reverse=True)
+    assert [c.num_proposed for c in counts] == sorted(
+        {c.num_proposed for c in counts}, reverse=True
+    )
     assert counts[0].acceptance_rate < counts[1].acceptance_rate < counts[2].acceptance_rate
-    assert counts[3] == DraftCounts(num_rounds=counts[3].num_rounds, num_tokens=counts[3].num_rounds)
+    assert counts[3] == DraftCounts(
+        num_rounds=counts[3].num_rounds, num_tokens=counts[3].num_rounds
+    )
 
 
 def test_above_the_limit_the_draft_rests_and_comes_back(
@@ -258,7 +264,10 @@ def test_an_end_token_within_an_accepted_run_is_the_last(
     llama: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain
 ) -> None:
     results = []
-    for engine in (make_engine(llama), speculative(llama, llama, num_draft_tokens=8, max_drafting=32)):
+    for engine in (
+        make_engine(llama),
+        speculative(llama, llama, num_draft_tokens=8, max_drafting=32),
+    ):
         rng = random.Random(0)
         for i in range(24):
             prompt = tuple(rng.randrange(3, 384) for _ in range(rng.randint(1, 40)))
@@ -273,7 +282,9 @@ def test_an_answer_may_fill_the_models_last_position(
 ) -> None:
     results = []
     for engine in (make_engine(gpt2), speculative(gpt2, shaken(gpt2, 0.02), num_draft_tokens=7)):
-        engine.add(make_request(tokens=(5,) * 230, max_tokens=99, fits_context=True, ignore_eos=True))
+        engine.add(
+            make_request(tokens=(5,) * 230, max_tokens=99, fits_context=True, ignore_eos=True)
+        )
         results.append(outcome(drain(engine)))
     assert results[0] == results[1]
     assert results[0]["r", -1].completion_tokens == 26
@@ -291,7 +302,9 @@ def test_abort_and_deadline_free_the_rows_of_model_and_draft(
     engine.abort("gone")
     assert engine.num_running == engine._speculative.draft.num_rows == 1
     now[0] = 1011.0
-    assert [reply.code for reply in drain(engine) if isinstance(reply, Failure)] == ["request_timeout"]
+    assert [reply.code for reply in drain(engine) if isinstance(reply, Failure)] == [
+        "request_timeout"
+    ]
     assert engine._speculative.draft.num_rows == 0
 
 
@@ -304,7 +317,11 @@ def test_a_draft_that_gives_no_numbers_costs_time_alone(
     results = []
     for engine in (make_engine(llama), speculative(llama, broken)):
         engine.add(make_request(tokens=(5, 6, 7), max_tokens=20))
-        engine.add(make_request("sampled", tokens=(5, 6, 7), max_tokens=20, temperature=1.0, ignore_eos=True))
+        engine.add(
+            make_request(
+                "sampled", tokens=(5, 6, 7), max_tokens=20, temperature=1.0, ignore_eos=True
+            )
+        )
         results.append(outcome(drain(engine)))
     assert results[0]["r", 0] == results[1]["r", 0]
     assert results[1]["sampled", -1].completion_tokens == 20
@@ -329,8 +346,10 @@ def test_a_draft_in_the_serving_options_is_attached(
     weights = ArtifactRef(key="models/tiny", bytes=1000)
     serving = ServingOptions(draft=Draft(model="draft", weights=weights, num_tokens=2))
     limits = EngineLimits(max_running=2, max_context_tokens=64, device="cpu", clock=time.time)
-    served = Served(model="tiny", weights=weights, serving=serving)
-    ready = make_ready(served, lambda ref: tiny_llama_dir, limits, LoadProgress(served.stored_bytes))
+    served = ServedModel(model="tiny", weights=weights, serving=serving)
+    ready = make_ready(
+        served, lambda ref: tiny_llama_dir, limits, LoadProgress(served.stored_bytes)
+    )
     assert isinstance(ready.engine, SpeculativeEngine)
     ready.engine.add(make_request(max_tokens=7, ignore_eos=True))
     assert isinstance(drain(ready.engine)[-1], Done)
@@ -357,7 +376,9 @@ def chi_square(counts: Counter[Any], expected: dict[Any, float]) -> float:
     for group in cells:
         wanted = total * sum(expected[cell] for cell in group)
         found += (sum(counts[cell] for cell in group) - wanted) ** 2 / wanted
-    assert sum(counts[cell] for cell in expected) == total, "a token that has no probability was drawn"
+    assert sum(counts[cell] for cell in expected) == total, (
+        "a token that has no probability was drawn"
+    )
     return found
 
 
@@ -372,15 +393,15 @@ FILTERS: dict[str, dict[str, float]] = {
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_accepted_or_drawn_tokens_have_the_models_distribution(name: str) -> None:
-    chooser = Chooser(**{"temperature": 1.0, **FILTERS[name]}, generator=seeded_generator(3))  # type: ignore[arg-type]
+    sampler = TokenSampler(**{"temperature": 1.0, **FILTERS[name]}, generator=seeded_generator(3))  # type: ignore[arg-type]
     logits_2V = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
-    draft_V, wanted_V = (probabilities(logits_V, chooser) for logits_V in logits_2V)
+    draft_V, wanted_V = (probabilities(logits_V, sampler) for logits_V in logits_2V)
     counts: Counter[int] = Counter()
     proposed: Counter[int] = Counter()
     for _ in range(5000):
-        offer = Proposal(draw(draft_V, chooser), draft_V)
+        offer = Proposal(draw(draft_V, sampler), draft_V)
         proposed[offer.token] += 1
-        counts[accept_or_draw(offer, wanted_V, chooser)] += 1
+        counts[accept_or_draw(offer, wanted_V, sampler)] += 1
     expected = {token: share for token, share in enumerate(wanted_V.tolist()) if share}
     assert chi_square(counts, expected) < CHI_SQUARE[7]
     in_common = Counter({token: proposed[token] for token in expected})
@@ -391,11 +412,13 @@ def test_accepted_or_drawn_tokens_have_the_models_distribution(name: str) -> Non
 
 
 def test_more_proposals_are_accepted_the_nearer_the_draft_is() -> None:
-    chooser = Chooser(temperature=1.0, generator=seeded_generator(0))
+    sampler = TokenSampler(temperature=1.0, generator=seeded_generator(0))
     wanted_V = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     for draft_V in (wanted_V, torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)):
-        offers = [Proposal(draw(draft_V, chooser), draft_V) for _ in range(4000)]
-        rate = sum(accept_or_draw(offer, wanted_V, chooser) == offer.token for offer in offers) / 4000
+        offers = [Proposal(draw(draft_V, sampler), draft_V) for _ in range(4000)]
+        rate = (
+            sum(accept_or_draw(offer, wanted_V, sampler) == offer.token for offer in offers) / 4000
+        )
         assert rate == pytest.approx(float(torch.minimum(wanted_V, draft_V).sum()), abs=0.03)
 
 
@@ -404,7 +427,9 @@ def test_the_engines_samples_have_the_models_joint_distribution(
 ) -> None:
     """Three tokens out of three words, under temperature and a penalty: 27 answers, each with its own probability."""
     words, prompt, temperature, penalty = (20, 57, 140), (5, 6, 7), 2.0, 1.0
-    engine = speculative(llama, shaken(llama, 0.1), max_running=64, max_drafting=64, min_confidence=0.4)
+    engine = speculative(
+        llama, shaken(llama, 0.1), max_running=64, max_drafting=64, min_confidence=0.4
+    )
     for i in range(6):
         engine.add(
             make_request(
@@ -423,7 +448,9 @@ def test_the_engines_samples_have_the_models_joint_distribution(
     expected = {}
     for answer in product(words, repeat=3):
         with torch.no_grad():
-            logits_TV = llama.model(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+            logits_TV = llama.model(torch.tensor([[*prompt, *answer]])).logits[
+                0, len(prompt) - 1 : -1
+            ]
         share = 1.0
         for position, token in enumerate(answer):
             logits_W = logits_TV[position, list(words)]
@@ -440,14 +467,18 @@ def test_a_seed_gives_the_same_text_alone_and_in_a_crowd(
     loaded: LoadedModel, make_request: Make, drain: Drain, text_of: TextOf
 ) -> None:
     draft = shaken(loaded, 0.05)
-    request = make_request(tokens=(5, 6, 7, 8), n=2, seed=11, temperature=0.9, top_p=0.95, max_tokens=20)
+    request = make_request(
+        tokens=(5, 6, 7, 8), n=2, seed=11, temperature=0.9, top_p=0.95, max_tokens=20
+    )
     alone = speculative(loaded, draft, max_drafting=2, min_confidence=0.3)
     alone.add(request)
     quiet = drain(alone)
     crowded = speculative(loaded, draft, max_drafting=2, min_confidence=0.3)
     for i in range(4):
         crowded.add(
-            make_request(f"other{i}", tokens=(9, 30 + i), temperature=1.0, top_k=i, max_tokens=9 + 3 * i)
+            make_request(
+                f"other{i}", tokens=(9, 30 + i), temperature=1.0, top_k=i, max_tokens=9 + 3 * i
+            )
         )
     crowded.step()
     crowded.add(request)

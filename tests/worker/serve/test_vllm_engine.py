@@ -57,7 +57,9 @@ def engine(shared: VllmEngine) -> VllmEngine:
 
 
 @pytest.fixture
-def ours(folders: dict[str, Path], make_engine: Callable[..., TransformersEngine]) -> TransformersEngine:
+def ours(
+    folders: dict[str, Path], make_engine: Callable[..., TransformersEngine]
+) -> TransformersEngine:
     return make_engine(load_model(folders["llama"]))
 
 
@@ -75,7 +77,9 @@ def ending(replies: list[Reply]) -> tuple[Any, Done]:  # Any: Delta's own litera
 
 @pytest.mark.skipif(has_vllm(), reason="this environment has vLLM")
 def test_a_worker_without_vllm_says_how_to_start_one_with_it(tiny_llama_dir: Path) -> None:
-    with pytest.raises(OptionUnavailable, match=r'no vLLM; start one with pip install "stillhouse\[vllm\]"'):
+    with pytest.raises(
+        OptionUnavailable, match=r'no vLLM; start one with pip install "stillhouse\[vllm\]"'
+    ):
         load_vllm(tiny_llama_dir, max_running=6, max_context_tokens=256, clock=time.time)
 
 
@@ -83,7 +87,13 @@ def test_a_worker_without_vllm_says_how_to_start_one_with_it(tiny_llama_dir: Pat
 def test_greedy_text_and_counts_are_those_of_our_engine(
     engine: VllmEngine, ours: TransformersEngine, make_request: Make, drain: Drain
 ) -> None:
-    prompts = ["The still", "Who keeps the house when", "Ask a short question and you", "蒸馏", "naïve café"]
+    prompts = [
+        "The still",
+        "Who keeps the house when",
+        "Ask a short question and you",
+        "蒸馏",
+        "naïve café",
+    ]
     for number, prompt in enumerate(prompts):
         for each in (engine, ours):
             each.add(make_request(f"r{number}", text=prompt, max_tokens=10 + 8 * number))
@@ -147,7 +157,9 @@ def test_logprobs_are_those_of_our_engine(
 ) -> None:
     found = []
     for each in (engine, ours):
-        each.add(make_request(max_tokens=12, logprobs=3, repetition_penalty=1.3, frequency_penalty=0.5))
+        each.add(
+            make_request(max_tokens=12, logprobs=3, repetition_penalty=1.3, frequency_penalty=0.5)
+        )
         deltas = [reply for reply in drain(each) if isinstance(reply, Delta)]
         found.append([entry for delta in deltas for entry in delta.logprobs or ()])
     assert len(found[0]) == 12
@@ -200,7 +212,9 @@ def test_a_tenant_does_not_wait_for_all_that_another_has_waiting(
 
 
 @needs_vllm
-def test_what_cannot_be_served_is_refused(engine: VllmEngine, make_request: Make, drain: Drain) -> None:
+def test_what_cannot_be_served_is_refused(
+    engine: VllmEngine, make_request: Make, drain: Drain
+) -> None:
     engine.add(make_request("long", tokens=(5,) * 250, max_tokens=20))
     engine.add(make_request("unknown", logit_bias=((100_000, 1.0),)))
     engine.add(make_request("late", deadline_at=time.time() - 1))
@@ -231,6 +245,8 @@ def test_an_engine_that_is_dropped_frees_its_memory_and_harms_no_other(
 def test_models_that_vllm_cannot_serve_are_refused(tiny_t5_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModel):
         load(tiny_t5_dir)
-    (tmp_path / "config.json").write_text('{"model_type": "llama", "auto_map": {"AutoConfig": "x.Y"}}')
+    (tmp_path / "config.json").write_text(
+        '{"model_type": "llama", "auto_map": {"AutoConfig": "x.Y"}}'
+    )
     with pytest.raises(ModelLoadFailed, match="auto_map"):
         load(tmp_path)

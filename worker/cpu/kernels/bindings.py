@@ -54,7 +54,9 @@ class Layer(ctypes.Structure):
 class Sizes(ctypes.Structure):
     """`struct sizes` of decoder_layers.c: rows, tokens of each, hidden size, query and key heads and their width, MLP's width, the cache's width and column, whether weights are int8."""
 
-    _fields_ = [(name, WHOLE) for name in ("N", "Q", "E", "H", "K", "D", "I", "width", "column", "is_int8")]
+    _fields_ = [
+        (name, WHOLE) for name in ("N", "Q", "E", "H", "K", "D", "I", "width", "column", "is_int8")
+    ]
 
 
 SIGNATURES["forward"] = [POINTER, WHOLE, Sizes, *[POINTER] * 5, FLOAT, POINTER, POINTER]
@@ -77,7 +79,9 @@ MARGIN = 4.0  # in nats: what lies below the best by more has a fiftieth of its 
 MOST_REFINED = 1024  # of a row
 
 
-def _raise_failure(code: int, function: Any, arguments: tuple[Any, ...]) -> int:  # Any: as ctypes has it
+def _raise_failure(
+    code: int, function: Any, arguments: tuple[Any, ...]
+) -> int:  # Any: as ctypes has it
     """Raises MemoryError or IndexError for what a C function returned."""
     if code == NO_MEMORY:
         raise MemoryError(f"no memory for the working space of {function.__name__}")
@@ -164,11 +168,18 @@ class Kernels:
         return out_MN
 
     def add_norm(
-        self, hidden_NE: Tensor, delta_NE: Tensor | None, weight_E: Tensor, eps: float, dtype: torch.dtype
+        self,
+        hidden_NE: Tensor,
+        delta_NE: Tensor | None,
+        weight_E: Tensor,
+        eps: float,
+        dtype: torch.dtype,
     ) -> Tensor:
         """hidden += delta in place; gives its RMS norm times the weight [N, E] in `dtype`."""
         out_NE = torch.empty(hidden_NE.shape, dtype=dtype)
-        delta, kind = (None, 0) if delta_NE is None else (delta_NE.data_ptr(), KINDS[delta_NE.dtype])
+        delta, kind = (
+            (None, 0) if delta_NE is None else (delta_NE.data_ptr(), KINDS[delta_NE.dtype])
+        )
         self._library.add_norm(
             hidden_NE.data_ptr(),
             delta,
@@ -235,9 +246,14 @@ class Kernels:
         self, grad: Tensor, x: Tensor, weight_E: Tensor, scales_N: Tensor, *, needs_weight: bool
     ) -> tuple[Tensor, Tensor | None]:
         """In x and, if asked for, in the weight."""
-        grad_x, grad_weight_E = torch.empty_like(x), torch.empty_like(weight_E) if needs_weight else None
+        grad_x, grad_weight_E = (
+            torch.empty_like(x),
+            torch.empty_like(weight_E) if needs_weight else None,
+        )
         self._library.norm_gradients(
-            *_addresses(grad, x, weight_E, scales_N, grad_x, grad_weight_E), len(scales_N), len(weight_E)
+            *_addresses(grad, x, weight_E, scales_N, grad_x, grad_weight_E),
+            len(scales_N),
+            len(weight_E),
         )
         return grad_x, grad_weight_E
 
@@ -250,10 +266,14 @@ class Kernels:
     def swiglu_gradients(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         """In gate and in up."""
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        self._library.swiglu_gradients(*_addresses(grad, gate, up, grad_gate, grad_up), grad.numel())
+        self._library.swiglu_gradients(
+            *_addresses(grad, gate, up, grad_gate, grad_up), grad.numel()
+        )
         return grad_gate, grad_up
 
-    def rotate(self, x_BTHD: Tensor, cos_PTD: Tensor, sin_PTD: Tensor, *, is_back: bool = False) -> Tensor:
+    def rotate(
+        self, x_BTHD: Tensor, cos_PTD: Tensor, sin_PTD: Tensor, *, is_back: bool = False
+    ) -> Tensor:
         """Rotary positions, of P = B rows or one for all; or the gradient in what was turned."""
         out_BTHD = torch.empty_like(x_BTHD)
         B, T, heads, D = x_BTHD.shape
@@ -278,11 +298,19 @@ class Kernels:
         return out_BTHD, weights
 
     def attention_gradients(
-        self, grad_BTHD: Tensor, operands: tuple[Tensor, Tensor, Tensor], weights: Tensor, scaling: float
+        self,
+        grad_BTHD: Tensor,
+        operands: tuple[Tensor, Tensor, Tensor],
+        weights: Tensor,
+        scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """In queries, keys and values, shaped like them."""
         (B, T, H, D), K = grad_BTHD.shape, operands[1].shape[2]
-        grads = torch.empty_like(operands[0]), torch.empty_like(operands[1]), torch.empty_like(operands[2])
+        grads = (
+            torch.empty_like(operands[0]),
+            torch.empty_like(operands[1]),
+            torch.empty_like(operands[2]),
+        )
         pointers = _addresses(grad_BTHD, *operands, weights, *grads)
         self._library.attention_gradients(*pointers, B, T, H, K, D, scaling)
         return grads

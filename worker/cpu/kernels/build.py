@@ -52,7 +52,9 @@ def load_library() -> ctypes.CDLL | None:
         return _load([compiler, *FLAGS, *map(str, SOURCES), str(openmp[0]), "-lm"])
     except (OSError, subprocess.SubprocessError) as error:
         errors = getattr(error, "stderr", None) or b""
-        log.warning("kernels_failed", reason=str(error), errors=errors.decode(errors="replace")[-500:])
+        log.warning(
+            "kernels_failed", reason=str(error), errors=errors.decode(errors="replace")[-500:]
+        )
         return None
 
 
@@ -79,5 +81,7 @@ def _load(command: list[str]) -> ctypes.CDLL:
 
 
 def _compile(command: list[str], target: Path) -> Path:
-    subprocess.run([*command, "-o", str(target)], check=True, capture_output=True, timeout=BUILD_SECONDS)
+    subprocess.run(
+        [*command, "-o", str(target)], check=True, capture_output=True, timeout=BUILD_SECONDS
+    )
     return target

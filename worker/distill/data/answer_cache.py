@@ -14,11 +14,13 @@ from pathlib import Path
 from worker.distill.data.sampler import Generation, Sampler
 from worker.errors import TeacherGenerationFailed
 
-OnProgress = Callable[[int, int, int], None]  # answers there, answers wanted, tokens written by this call
+OnProgress = Callable[
+    [int, int, int], None
+]  # answers there, answers wanted, tokens written by this call
 
 
 @dataclass(frozen=True)
-class Asking:
+class AnswerSampling:
     """How prompts are to be answered; a prompt and its answer together stay within `max_sequence_tokens`.
 
     With `is_prompt_apart` (a prompt that an encoder reads) the answer alone does.
@@ -92,7 +94,7 @@ class AnswerFile:
 
 def ask(
     prompts: Sequence[Sequence[int]],
-    how: Asking,
+    how: AnswerSampling,
     answers: AnswerFile,
     sampler: Callable[[], Sampler],
     on_progress: OnProgress | None = None,
@@ -138,7 +140,7 @@ class _Progress:
 def _generate(
     group: dict[str, Sequence[int]],
     room: int,
-    how: Asking,
+    how: AnswerSampling,
     answers: AnswerFile,
     sampler: Sampler,
     progress: _Progress,

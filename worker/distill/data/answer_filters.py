@@ -14,7 +14,10 @@ def is_rejected(answer: Generation, rules: Reject) -> bool:
         return True
     if len(answer.tokens) < rules.min_tokens:
         return True
-    return rules.max_repeated_share is not None and repeated_share(answer.tokens) > rules.max_repeated_share
+    return (
+        rules.max_repeated_share is not None
+        and repeated_share(answer.tokens) > rules.max_repeated_share
+    )
 
 
 def repeated_share(tokens: Sequence[int]) -> float:

@@ -93,7 +93,9 @@ class BatchPlan:
         random = Random(f"{self.seed}:{number}")
         spread = BUCKET_JITTER if number else 0.0
         keys = [length * (1 + random.uniform(-spread, spread)) for length in self.lengths]
-        batches = cut_batches(sorted(range(len(keys)), key=keys.__getitem__), self.lengths, self.batch_tokens)
+        batches = cut_batches(
+            sorted(range(len(keys)), key=keys.__getitem__), self.lengths, self.batch_tokens
+        )
         random.shuffle(batches)
         return batches
 

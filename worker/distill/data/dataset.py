@@ -1,5 +1,7 @@
 """Rows made ready for a training: read, encoded, held out, and completed by the teacher where they ask for it."""
 
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -8,7 +10,7 @@ from functools import cached_property
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from app.contracts.distillation import Distillation
-from worker.distill.data.answer_cache import AnswerFile, Asking, OnProgress, ask
+from worker.distill.data.answer_cache import AnswerFile, AnswerSampling, OnProgress, ask
 from worker.distill.data.answer_filters import is_rejected
 from worker.distill.data.rows import Encoder, Example, Row, read_rows
 from worker.distill.data.sampler import Generation, Sampler
@@ -37,7 +39,17 @@ class Rows:
     answers: AnswerFile
     answer_keys: tuple[str, ...] = ()
     max_tokens: int = 512  # that a row may have in either view
-    shared: dict[str, int] = field(default_factory=dict)  # for the result: rows that share a question
+
+    def inputs_sha256(self, block: Distillation, seed: int) -> str:
+        """Returns a hash of everything that the training depends on, which test rows do not."""
+        spec = block.model_dump(mode="json", exclude={"evaluation": {"test_file"}})
+        parts = [spec, seed]
+        parts += [[row.token_ids, row.spans] for row in (*self.train, *self.valid)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    shared: dict[str, int] = field(
+        default_factory=dict
+    )  # for the result: rows that share a question
 
     @property
     def num_answered(self) -> int:
@@ -116,12 +128,17 @@ class Preparation:
         return self._completed([], read_rows(self.spec.test_path), tell)
 
     def _completed(
-        self, train_rows: list[Row], valid_rows: list[Row], tell: Callable[[float], None] | None = None
+        self,
+        train_rows: list[Row],
+        valid_rows: list[Row],
+        tell: Callable[[float], None] | None = None,
     ) -> Rows:
         """The rows in both views, with the teacher's answers; with `tell` they are those of a test."""
         rows = [_as_asked(row, self.spec.distillation) for row in (*train_rows, *valid_rows)]
         teachers = [self._teacher_encoder.encode(row) for row in rows]
-        students = teachers if self._reads_alike else [self._student_encoder.encode(row) for row in rows]
+        students = (
+            teachers if self._reads_alike else [self._student_encoder.encode(row) for row in rows]
+        )
         if self.spec.resume_dir is not None and (self.spec.resume_dir / "answers.jsonl").exists():
             self.answers.merge(self.spec.resume_dir / "answers.jsonl")
         answers, keys = self._answers(teachers, tell)
@@ -222,7 +239,7 @@ class Preparation:
             return {}, ()
         self._demand_completion(examples[waiting[0]])
         data = self.spec.distillation.data
-        how = Asking(
+        how = AnswerSampling(
             data.max_new_tokens,
             self._max_tokens,
             data.temperature,
@@ -260,11 +277,15 @@ class Preparation:
             return teacher.answered(tokens), student.answered(tokens)
         text = str(self.teacher.tokenizer.decode(answer.tokens, skip_special_tokens=True))
         turn = {"role": "assistant", "content": text}
-        whole = replace(row, messages=(*row.messages, turn), unlearned=frozenset(range(len(row.messages))))
+        whole = replace(
+            row, messages=(*row.messages, turn), unlearned=frozenset(range(len(row.messages)))
+        )
         student = self._long_encoder.encode(whole)
         room = self._max_tokens - len(student.token_ids) + len(student.completion_ids)
         if len(student.completion_ids) > room:  # the student may need more tokens for the same text
-            return teacher.answered(answer.tokens), student.answered(student.completion_ids[: max(1, room)])
+            return teacher.answered(answer.tokens), student.answered(
+                student.completion_ids[: max(1, room)]
+            )
         if not answer.is_finished and student.completion_ids[-1] == self._student_encoder.end_id:
             student = student.answered(student.completion_ids[:-1] or student.completion_ids)
         return teacher.answered(answer.tokens), student
@@ -274,9 +295,13 @@ class Preparation:
         rules = self.spec.distillation.data.reject
         rejected = {i for i, answer in answers.items() if is_rejected(answer, rules)}
         if rejected:
-            self._warn(f"{len(rejected)} of {len(answers)} answers rejected", num_rejected=len(rejected))
+            self._warn(
+                f"{len(rejected)} of {len(answers)} answers rejected", num_rejected=len(rejected)
+            )
         kept = [i for i in range(num_rows) if i not in rejected]
-        if (num_train and not any(i < num_train for i in kept)) or not any(i >= num_train for i in kept):
+        if (num_train and not any(i < num_train for i in kept)) or not any(
+            i >= num_train for i in kept
+        ):
             names = "training or no held-out" if num_train else "test"
             raise InvalidTrainingFile(f"data.reject leaves no {names} rows; loosen its rules")
         return kept
@@ -341,5 +366,7 @@ def _as_asked(row: Row, block: Distillation) -> Row:
     if mode == "teacher":
         return row.question
     if mode == "dataset" and not row.is_answered:
-        raise InvalidTrainingFile(f'line {row.line} has no completion, and data.completions is "dataset"')
+        raise InvalidTrainingFile(
+            f'line {row.line} has no completion, and data.completions is "dataset"'
+        )
     return row

@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from worker.errors import InvalidTrainingFile
-from worker.models.architectures import Shape
+from worker.models.architectures import ModelKind
 from worker.models.template_limits import bounded
 
 MAX_VALIDATION_ROWS = 200
@@ -114,7 +114,9 @@ def read_rows(path: Path) -> list[Row]:
 
 def _row(number: int, fields: dict[str, Any]) -> Row:  # Any: open-ended JSON
     if "messages" in fields:
-        turns = tuple({"role": _text(m["role"]), "content": _text(m["content"])} for m in fields["messages"])
+        turns = tuple(
+            {"role": _text(m["role"]), "content": _text(m["content"])} for m in fields["messages"]
+        )
         if all(turn["role"] in ("system", "developer", "assistant") for turn in turns):
             raise ValueError("messages has no user's turn")
         unlearned = frozenset(i for i, m in enumerate(fields["messages"]) if m.get("weight") == 0)
@@ -147,7 +149,7 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_tokens: int,
-        shape: Shape = "causal",
+        shape: ModelKind = "causal",
         start_id: int | None = None,
         is_last_only: bool = False,
     ) -> None:
@@ -232,7 +234,9 @@ class Encoder:
             segments.append((self._ids(prefix[len(done) :]), False))
             if i < len(messages):
                 pieces, done = self._answer(messages, i, prefix)
-                is_learned = row.is_answered and i not in row.unlearned  # else the answer to come alone is
+                is_learned = (
+                    row.is_answered and i not in row.unlearned
+                )  # else the answer to come alone is
                 segments += [(ids, is_target and is_learned) for ids, is_target in pieces]
         return segments
 

@@ -120,7 +120,9 @@ def keep_apart(rows: Sequence[Row], valid: Sequence[Row], version: int = SPLIT_V
         num_cut = sum(after is not None and after != row for row, after in cut)
     num_left_out = len(rows) - len(kept)
     if not kept:
-        raise InvalidTrainingFile("every training row asks what a validation row asks; keep them apart")
+        raise InvalidTrainingFile(
+            "every training row asks what a validation row asks; keep them apart"
+        )
     warnings = []
     if num_left_out or num_cut:
         warnings.append(
@@ -145,7 +147,9 @@ def without_answers(row: Row, questions: Set[str]) -> Row | None:
 def _has_another(row: Row, asked: dict[int, str], questions: Set[str]) -> bool:
     """Whether the row's last question, and that of an answer with a weight, are not among these questions."""
     last = max(asked)
-    weighted = [place for place in asked if place not in row.unlearned] if row.is_answered else [last]
+    weighted = (
+        [place for place in asked if place not in row.unlearned] if row.is_answered else [last]
+    )
     return asked[last] not in questions and any(asked[place] not in questions for place in weighted)
 
 
@@ -172,12 +176,16 @@ def _limits(largest: int) -> Iterator[int]:
         largest //= 2
 
 
-def _groups(rows: Sequence[Row], questions: Sequence[dict[int, str]], common: Set[str]) -> list[list[int]]:
+def _groups(
+    rows: Sequence[Row], questions: Sequence[dict[int, str]], common: Set[str]
+) -> list[list[int]]:
     """Returns the groups of rows that can be held out, sorted by hash; only the common questions are shared by groups.
 
     A group is left out if one of its rows could not be judged without the common questions.
     """
-    own = [[question for question in asked.values() if question not in common] for asked in questions]
+    own = [
+        [question for question in asked.values() if question not in common] for asked in questions
+    ]
     members: dict[int, list[int]] = {}
     for i, group in enumerate(_connected(own)):
         members.setdefault(group, []).append(i)

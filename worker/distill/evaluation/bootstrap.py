@@ -37,11 +37,15 @@ class Figure:
         """Of the rows as they are."""
         return float(self.of(np.ones((1, self.num_rows)))[0])
 
-    def interval(self, *, seed: int = 0, num_draws: int = NUM_DRAWS, confidence: float = 0.95) -> Interval:
+    def interval(
+        self, *, seed: int = 0, num_draws: int = NUM_DRAWS, confidence: float = 0.95
+    ) -> Interval:
         """Percentile bootstrap interval."""
         tail = 50 * (1 - confidence)
         groups_R = np.arange(self.num_rows) if self.groups is None else np.asarray(self.groups)
-        drawn_D = np.concatenate([self.of(counts_DR) for counts_DR in _draws(groups_R, num_draws, seed)])
+        drawn_D = np.concatenate(
+            [self.of(counts_DR) for counts_DR in _draws(groups_R, num_draws, seed)]
+        )
         low, high = np.percentile(drawn_D, [tail, 100 - tail])
         return float(low), float(high)
 
@@ -56,7 +60,9 @@ class Figure:
             return self
         assert len(groups) == self.num_rows
         numbers: dict[int, int] = {}
-        return replace(self, groups=tuple(numbers.setdefault(group, len(numbers)) for group in groups))
+        return replace(
+            self, groups=tuple(numbers.setdefault(group, len(numbers)) for group in groups)
+        )
 
 
 def mean(values: ArrayLike, weights: ArrayLike | None = None) -> Figure:

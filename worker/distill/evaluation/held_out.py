@@ -68,12 +68,16 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.cross_entropy, 700.0))  # an untrained student must not overflow the report
+        return math.exp(
+            min(self.cross_entropy, 700.0)
+        )  # an untrained student must not overflow the report
 
     def series(self) -> dict[str, float]:
         """As metrics of a step."""
         series = {"valid_loss": self.loss, "valid_perplexity": self.perplexity}
-        return series | ({"valid_kl": self.kl, "valid_agreement": self.agreement} if self.has_teacher else {})
+        return series | (
+            {"valid_kl": self.kl, "valid_agreement": self.agreement} if self.has_teacher else {}
+        )
 
 
 class HeldOutRows:
@@ -123,7 +127,9 @@ class HeldOutRows:
             on_batch()
             return stats
 
-        return self._sum(measure_batch, has_teacher=teacher is not None and objective.matches == "token")
+        return self._sum(
+            measure_batch, has_teacher=teacher is not None and objective.matches == "token"
+        )
 
     def measure_teacher(self, teacher: CachedTeacher, objective: TokenObjective) -> HeldOut:
         """The teacher by its own rows: of a masked one, which sees what follows, there is nothing else to measure."""
@@ -133,7 +139,13 @@ class HeldOutRows:
             assert rows.hidden_NH is not None
             targets_N = batch.targets_N.to(rows.hidden_NH.device)
             _, stats = fused_distillation_loss(
-                rows.hidden_NH, rows.head, targets_N, rows, objective, denominator=1.0, keeps_rows=True
+                rows.hidden_NH,
+                rows.head,
+                targets_N,
+                rows,
+                objective,
+                denominator=1.0,
+                keeps_rows=True,
             )
             return stats
 
@@ -173,7 +185,9 @@ def measure_speed(sampler: Sampler, prompts: Sequence[Sequence[int]]) -> Speed:
     return Speed(alone / took_alone, batched / took_batched, len(timed))
 
 
-def _decode(sampler: Sampler, prompts: Sequence[Sequence[int]], *, num_tokens: int) -> tuple[int, float]:
+def _decode(
+    sampler: Sampler, prompts: Sequence[Sequence[int]], *, num_tokens: int
+) -> tuple[int, float]:
     begun = time.perf_counter()
     made = sampler.generate(prompts, max_new_tokens=num_tokens, temperature=0.0, ignore_end=True)
     return sum(len(answer.tokens) for answer in made), time.perf_counter() - begun

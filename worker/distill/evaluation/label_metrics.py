@@ -25,15 +25,23 @@ class Labels:
 
     def figures(self, answers: Sequence[str], targets: Sequence[str]) -> tuple[Figure, Figure]:
         """Accuracy and macro-F1. A target that is no label (a teacher may say anything) is never met."""
-        predicted, actual = ([self.of(text) or "" for text in texts] for texts in (answers, targets))
-        is_right = [bool(name) and name == answer for name, answer in zip(actual, predicted, strict=True)]
+        predicted, actual = (
+            [self.of(text) or "" for text in texts] for texts in (answers, targets)
+        )
+        is_right = [
+            bool(name) and name == answer for name, answer in zip(actual, predicted, strict=True)
+        ]
         return mean(is_right), macro_f1(predicted, actual, self.names)
 
 
 def find_labels(references: Sequence[str], num_tokens: Sequence[int]) -> Labels | None:
     """The labels of classification-style references: few, short, and each met again; else None."""
     labels = read_labels(references, num_tokens)
-    if labels is None or not 2 <= len(labels.names) <= MAX_LABELS or labels.max_tokens > MAX_LABEL_TOKENS:
+    if (
+        labels is None
+        or not 2 <= len(labels.names) <= MAX_LABELS
+        or labels.max_tokens > MAX_LABEL_TOKENS
+    ):
         return None
     return labels
 

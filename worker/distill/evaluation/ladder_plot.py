@@ -43,7 +43,9 @@ PANELS = (
     Panel("agreement", "Same most likely token (more is better)", "agreement, %", 100.0),
     Panel("rouge_l", "Answers like the teacher's (more is better)", "ROUGE-L"),
     Panel("accuracy", "Right labels (more is better)", "accuracy, %", 100.0),
-    Panel("tokens_per_second", "Speed, one request (more is better)", "tokens a second", most=math.inf),
+    Panel(
+        "tokens_per_second", "Speed, one request (more is better)", "tokens a second", most=math.inf
+    ),
 )
 
 
@@ -55,7 +57,11 @@ def write_ladder(
     out.mkdir(parents=True, exist_ok=True)
     png_path, json_path = out / "ladder.png", out / "ladder.json"
     block = None if gate is None else gate.model_dump()
-    fields = {"teacher": asdict(teacher), "students": [asdict(rung) for rung in rungs], "gate": block}
+    fields = {
+        "teacher": asdict(teacher),
+        "students": [asdict(rung) for rung in rungs],
+        "gate": block,
+    }
     json_path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     figure = draw_ladder(rungs, teacher, gate)
     FigureCanvasAgg(figure)  # a canvas of its own: pyplot keeps global state
@@ -67,11 +73,15 @@ def draw_ladder(rungs: Sequence[Rung], teacher: Rung, gate: Gate | None = None) 
     """A panel for each metric the students have, over their size; the teacher is a line across."""
     there = {metric for rung in rungs for metric in rung.figures}
     panels = [
-        panel for panel in PANELS if panel.metric in there - ({"perplexity"} if "kl" in there else set())
+        panel
+        for panel in PANELS
+        if panel.metric in there - ({"perplexity"} if "kl" in there else set())
     ]
     num_columns = 2 if len(panels) > 1 else 1
     num_rows = -(-len(panels) // num_columns)
-    figure = Figure(figsize=(5.2 * num_columns, 0.8 + 3.3 * num_rows), dpi=120, layout="constrained")
+    figure = Figure(
+        figsize=(5.2 * num_columns, 0.8 + 3.3 * num_rows), dpi=120, layout="constrained"
+    )
     grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for panel, axes in zip(panels, grid, strict=False):
         _draw_panel(axes, panel, rungs, teacher, gate)
@@ -83,7 +93,9 @@ def draw_ladder(rungs: Sequence[Rung], teacher: Rung, gate: Gate | None = None) 
     return figure
 
 
-def _draw_panel(axes: Axes, panel: Panel, rungs: Sequence[Rung], teacher: Rung, gate: Gate | None) -> None:
+def _draw_panel(
+    axes: Axes, panel: Panel, rungs: Sequence[Rung], teacher: Rung, gate: Gate | None
+) -> None:
     have = [rung for rung in rungs if panel.metric in rung.figures]
     sizes = [rung.figures["num_parameters"] / 1e6 for rung in have]
     values = [panel.scale * rung.figures[panel.metric] for rung in have]
@@ -91,7 +103,9 @@ def _draw_panel(axes: Axes, panel: Panel, rungs: Sequence[Rung], teacher: Rung, 
     for rung, x, y in zip(have, sizes, values, strict=True):
         _draw_rung(axes, panel, rung, x, y)
     if panel.metric in teacher.figures:
-        axes.axhline(panel.scale * teacher.figures[panel.metric], color=TEACHER, linestyle="--", linewidth=1)
+        axes.axhline(
+            panel.scale * teacher.figures[panel.metric], color=TEACHER, linestyle="--", linewidth=1
+        )
     if gate is not None and gate.metric == panel.metric:
         bound = gate.at_least if gate.at_least is not None else gate.at_most
         assert bound is not None
@@ -118,14 +132,27 @@ def _draw_rung(axes: Axes, panel: Panel, rung: Rung, x: float, y: float) -> None
         # a percentile interval need not hold the value itself
         sides = [[max(0.0, y - low)], [max(0.0, high - y)]]
         axes.errorbar(x, y, yerr=sides, color=color, capsize=3, zorder=2)
-    axes.plot(x, y, linestyle="", zorder=3, **_marker(color, is_filled=rung.passed, is_chosen=rung.is_chosen))
+    axes.plot(
+        x,
+        y,
+        linestyle="",
+        zorder=3,
+        **_marker(color, is_filled=rung.passed, is_chosen=rung.is_chosen),
+    )
     label = axes.annotate(
-        rung.label, (x, max(y, high)), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8.5
+        rung.label,
+        (x, max(y, high)),
+        xytext=(0, 8),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8.5,
     )
     label.set(color=color, zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
 
 
-def _marker(color: str, *, is_filled: bool, is_chosen: bool) -> dict[str, Any]:  # Any: matplotlib's keywords
+def _marker(
+    color: str, *, is_filled: bool, is_chosen: bool
+) -> dict[str, Any]:  # Any: matplotlib's keywords
     return {
         "marker": "D" if is_chosen else "o",
         "markersize": 8 if is_chosen else 6.5,

@@ -65,7 +65,9 @@ def answer_figures(
         if "rouge_l" in metrics:
             found[f"rouge_l{suffix}"] = mean(rouge_l(ours, theirs))
         if "exact_match" in metrics:
-            is_same = [one.strip() == other.strip() for one, other in zip(ours, theirs, strict=True)]
+            is_same = [
+                one.strip() == other.strip() for one, other in zip(ours, theirs, strict=True)
+            ]
             found[f"exact_match{suffix}"] = mean(is_same)
         if labels is not None:
             accuracy, macro_f1 = labels.figures(ours, theirs)
@@ -82,4 +84,6 @@ def with_intervals(figures: Figures) -> Entry:
 
 def difference(figures: Figures, others: Figures) -> Entry:
     """The figures less another model's, on the rows they share: intervals that hold no 0 are a difference."""
-    return with_intervals({name: of.minus(others[name]) for name, of in figures.items() if name in others})
+    return with_intervals(
+        {name: of.minus(others[name]) for name, of in figures.items() if name in others}
+    )

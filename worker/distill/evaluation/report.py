@@ -9,7 +9,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.cpu.linear_ops import pack_weights
-from worker.distill.data.answer_cache import AnswerFile, Asking, ask
+from worker.distill.data.answer_cache import AnswerFile, AnswerSampling, ask
 from worker.distill.data.rows import Example, Row
 from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.data.split import groups_of
@@ -30,7 +30,9 @@ from worker.models.architectures import context_tokens, shape_of
 from worker.protocol.run_spec import RunSpec
 
 MAX_SAMPLE_CHARACTERS = 2000
-NUM_CLASSIFIED = 200  # held-out prompts answered where answers are labels: short, and each says little
+NUM_CLASSIFIED = (
+    200  # held-out prompts answered where answers are labels: short, and each says little
+)
 TOKENS_BEYOND_A_LABEL = 8  # whoever goes on for longer has not answered with a label
 
 Build = Callable[[], PreTrainedModel]
@@ -56,7 +58,7 @@ class Judged:
 
 
 @dataclass
-class Judge:
+class Evaluator:
     """Judges models by the same rows and prompts, one after the other, so that one is in memory at a time.
 
     The teacher is judged once, however many students are reported on. `load_teacher` puts it on the device and in the
@@ -76,7 +78,11 @@ class Judge:
     _folders: dict[Path, Judged] = field(default_factory=dict, init=False)
 
     def report(
-        self, recipe: StudentRecipe, best_dir: Path, answers: AnswerFile, baseline_dir: Path | None = None
+        self,
+        recipe: StudentRecipe,
+        best_dir: Path,
+        answers: AnswerFile,
+        baseline_dir: Path | None = None,
     ) -> Entry:
         """An entry a model, `differences` (the student's figures less theirs), `compression` and `samples`.
 
@@ -105,7 +111,9 @@ class Judge:
             },
             "compression": _compression(entries),
             "num_judged_questions": max(self.groups) + 1,
-            "samples": self._samples({name: model.texts for name, model in judged.items() if model.texts}),
+            "samples": self._samples(
+                {name: model.texts for name, model in judged.items() if model.texts}
+            ),
         }
 
     def entry(self, best_dir: Path, answers: AnswerFile) -> Entry:
@@ -122,7 +130,9 @@ class Judge:
     def metrics(self) -> frozenset[str]:
         """Those asked for, and what the gate looks at."""
         evaluation = self.spec.distillation.evaluation
-        return frozenset((*evaluation.metrics, *([evaluation.gate.metric] if evaluation.gate else [])))
+        return frozenset(
+            (*evaluation.metrics, *([evaluation.gate.metric] if evaluation.gate else []))
+        )
 
     @cached_property
     def labels(self) -> Labels | None:
@@ -145,7 +155,9 @@ class Judge:
         """The group of each held-out row: rows that share a question are drawn together by the bootstrap."""
         groups = groups_of(self.valid_rows)
         if len(groups) > 1 and max(groups) == 0:
-            self.warn("the rows that are judged ask a single question, so the intervals have no width")
+            self.warn(
+                "the rows that are judged ask a single question, so the intervals have no width"
+            )
         return groups
 
     @cached_property
@@ -182,13 +194,21 @@ class Judge:
         texts = None
         if self._wants_answers and shape_of(model.config) != "masked":
             made = self._ask(
-                model, view, teachers_file or AnswerFile(None), lambda share: tell(0.3 + 0.5 * share)
+                model,
+                view,
+                teachers_file or AnswerFile(None),
+                lambda share: tell(0.3 + 0.5 * share),
             )
-            texts = [str(view.tokenizer.decode(answer.tokens, skip_special_tokens=True)) for answer in made]
+            texts = [
+                str(view.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+                for answer in made
+            ]
             teachers = texts if is_teacher else self._teacher.texts if self._teacher else None
             references = [reference_of(self.valid_rows[i]) for i in self.numbers]
             groups = [self.groups[i] for i in self.numbers]
-            figures |= answer_figures(texts, teachers, references, self.labels, self.metrics, groups)
+            figures |= answer_figures(
+                texts, teachers, references, self.labels, self.metrics, groups
+            )
             figures["answer_tokens"] = mean([len(answer.tokens) for answer in made]).grouped(groups)
         if "speed" in self.metrics and shape_of(model.config) != "masked":
             entry |= _speed_fields(measure_speed(self.sampler_for(model), self._prompts(view)))
@@ -204,17 +224,21 @@ class Judge:
     def _prompts(self, view: View) -> list[tuple[int, ...]]:
         return [prompt_of(view.examples[i]) for i in self.numbers]
 
-    def _ask(self, model: PreTrainedModel, view: View, file: AnswerFile, tell: Tell) -> list[Generation]:
+    def _ask(
+        self, model: PreTrainedModel, view: View, file: AnswerFile, tell: Tell
+    ) -> list[Generation]:
         """Greedy answers to the prompts; the teacher's are kept on file."""
         prompts = self._prompts(view)
         room, context = self.spec.distillation.data.max_new_tokens, context_tokens(model.config)
         if self.labels:
             room = min(room, self.labels.max_tokens + TOKENS_BEYOND_A_LABEL)
         longest = max(len(prompt) for prompt in prompts)
-        if shape_of(model.config) == "seq2seq":  # an answer does not share the positions of its prompt
-            how = Asking(min(room, context), longest + room, temperature=0.0)
+        if (
+            shape_of(model.config) == "seq2seq"
+        ):  # an answer does not share the positions of its prompt
+            how = AnswerSampling(min(room, context), longest + room, temperature=0.0)
         else:
-            how = Asking(room, min(longest + room, context), temperature=0.0)
+            how = AnswerSampling(room, min(longest + room, context), temperature=0.0)
 
         def progress(num_done: int, num_wanted: int, _: int) -> None:
             tell(num_done / num_wanted)
@@ -225,7 +249,9 @@ class Judge:
         samples = []
         for place, i in enumerate(self.numbers[: self.spec.distillation.evaluation.num_samples]):
             row = self.valid_rows[i]
-            said = {"prompt": row.text if row.text is not None else row.question.messages[-1]["content"]}
+            said = {
+                "prompt": row.text if row.text is not None else row.question.messages[-1]["content"]
+            }
             if (reference := reference_of(row)) is not None:
                 said["reference"] = reference
             said |= {name: answers[place] for name, answers in texts.items()}

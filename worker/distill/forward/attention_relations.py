@@ -62,7 +62,9 @@ def self_attention(layer: nn.Module, num_heads: int) -> SelfAttention:
     for name, num_fused_heads in ((IN_THIRDS, 1), *((name, num_heads) for name in BY_HEAD)):
         if name in modules:
             return SelfAttention((modules[name],), num_fused_heads)
-    raise UnsupportedModel(f"cannot tell queries, keys and values of a {type(layer).__name__} apart")
+    raise UnsupportedModel(
+        f"cannot tell queries, keys and values of a {type(layer).__name__} apart"
+    )
 
 
 def choose_relation_heads(asked: int | None, teacher_heads: int, widths: set[int]) -> int:
@@ -77,7 +79,9 @@ def choose_relation_heads(asked: int | None, teacher_heads: int, widths: set[int
     return asked
 
 
-def relation_kl(student_BPD: Tensor, teacher_BPD: Tensor, mask_BP: Tensor, *, num_heads: int) -> Tensor:
+def relation_kl(
+    student_BPD: Tensor, teacher_BPD: Tensor, mask_BP: Tensor, *, num_heads: int
+) -> Tensor:
     """Mean KL(teacher || student) of how a position relates to all others, over relation heads and real positions.
 
     The two widths may differ. A relation is softmax(x x^T / sqrt(D / A)). Source: Wang et al., arXiv:2012.15828.

@@ -52,7 +52,9 @@ def last_mlp(decoder: nn.Module) -> nn.Module | None:
         layers = getattr(decoder, name, None)
         if isinstance(layers, nn.ModuleList):
             parts = getattr(layers[-1], "layer", None)  # T5: the last of a layer's parts
-            return parts[-1] if isinstance(parts, nn.ModuleList) else getattr(layers[-1], "mlp", None)
+            return (
+                parts[-1] if isinstance(parts, nn.ModuleList) else getattr(layers[-1], "mlp", None)
+            )
     return None
 
 
@@ -98,7 +100,9 @@ def encoder_states(model: PreTrainedModel, batch: Batch) -> Tensor:
     states_BSH: Tensor = encoder(
         input_ids=batch.source_ids_BS, attention_mask=batch.source_mask_BS
     ).last_hidden_state
-    widen = getattr(model, "enc_to_dec_proj", None)  # of an encoder-decoder whose halves differ in width
+    widen = getattr(
+        model, "enc_to_dec_proj", None
+    )  # of an encoder-decoder whose halves differ in width
     return states_BSH if widen is None else widen(states_BSH)
 
 
@@ -119,7 +123,9 @@ def transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
     if hasattr(language_model, "cls"):
         transform: Callable[[Tensor], Tensor] = language_model.cls.predictions.transform
         return transform
-    if hasattr(getattr(language_model, "lm_head", None), "layer_norm"):  # RoBERTa's head is three layers
+    if hasattr(
+        getattr(language_model, "lm_head", None), "layer_norm"
+    ):  # RoBERTa's head is three layers
         head = language_model.lm_head
         return lambda states: head.layer_norm(nn.functional.gelu(head.dense(states)))
     return lambda states: states

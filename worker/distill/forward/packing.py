@@ -42,18 +42,24 @@ class Packing:
     def places_BL(self) -> Tensor:
         """Where an own token lies in the packed sequence; padding points at some token."""
         places_BL = torch.zeros_like(self.is_own_BL, dtype=torch.int64)
-        places_BL[self.is_own_BL] = torch.arange(self.num_shared, self.num_shared + sum(self.own_lengths))
+        places_BL[self.is_own_BL] = torch.arange(
+            self.num_shared, self.num_shared + sum(self.own_lengths)
+        )
         return places_BL
 
     @cached_property
     def hidden_LS(self) -> Tensor:
         """Which keys an own token must not see. Padding comes after all that a row has."""
         longest = max(self.own_lengths)
-        return torch.ones(longest, self.num_shared + longest, dtype=torch.bool).triu(self.num_shared + 1)
+        return torch.ones(longest, self.num_shared + longest, dtype=torch.bool).triu(
+            self.num_shared + 1
+        )
 
     @cached_property
     def position_ids_1P(self) -> Tensor:
-        own = [torch.arange(self.num_shared, self.num_shared + length) for length in self.own_lengths]
+        own = [
+            torch.arange(self.num_shared, self.num_shared + length) for length in self.own_lengths
+        ]
         return torch.cat([torch.arange(self.num_shared), *own])[None]
 
     def packed(self, table_BT: Tensor) -> Tensor:
@@ -62,12 +68,16 @@ class Packing:
         return torch.cat([table_BT[0, : self.num_shared], own_BL[self.is_own_BL]])[None]
 
 
-def packing_of(model: PreTrainedModel, batch: Batch, most_scores: int = MOST_SCORES) -> Packing | None:
+def packing_of(
+    model: PreTrainedModel, batch: Batch, most_scores: int = MOST_SCORES
+) -> Packing | None:
     """How to pack the batch for this model; None where that is impossible or saves too little."""
     if batch.source_ids_BS is not None or not _can_pack(model, batch):
         return None
     lengths = batch.attention_mask_BT.sum(dim=1)
-    is_alike_T = (batch.input_ids_BT == batch.input_ids_BT[0]).all(dim=0) & ~batch.keep_BT.any(dim=0)
+    is_alike_T = (batch.input_ids_BT == batch.input_ids_BT[0]).all(dim=0) & ~batch.keep_BT.any(
+        dim=0
+    )
     num_shared = min(int(is_alike_T.long().cumprod(dim=0).sum()), int(lengths.min()) - 1)
     if len(lengths) == 1:
         num_shared = 0
@@ -88,7 +98,8 @@ def _can_pack(model: PreTrainedModel, batch: Batch) -> bool:
         and model.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
         and (window is None or window >= batch.input_ids_BT.shape[1])
-        and "position_ids" in signature(model.base_model.forward).parameters  # BLOOM's come from the mask
+        and "position_ids"
+        in signature(model.base_model.forward).parameters  # BLOOM's come from the mask
     )
 
 
@@ -147,5 +158,7 @@ class _Packed(torch.autograd.Function):
             begin = list(attention_gradients(first, grad_1PHD[:, :p], ctx.scaling))
             for i in (1, 2):  # every row has looked at the shared keys and values
                 begin[i] = begin[i] + own[i][:, :, :p].sum(dim=0, keepdim=True)
-            packed = [torch.cat([b[0].transpose(0, 1), r]) for b, r in zip(begin, packed, strict=True)]
+            packed = [
+                torch.cat([b[0].transpose(0, 1), r]) for b, r in zip(begin, packed, strict=True)
+            ]
         return (*(gradient.transpose(0, 1)[None] for gradient in packed), None, None)

@@ -27,7 +27,9 @@ def shared_prefix(examples: Sequence[Example]) -> tuple[int, ...]:
         return ()
     rows = [example.token_ids for example in examples]
     first, last = min(rows), max(rows)  # what these two begin with, all between them do
-    shared = tuple(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    shared = tuple(
+        a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    )
     first_kept = min(min(kept_positions(example)) for example in examples)
     shared = shared[: min(first_kept, min(map(len, rows)) - 2)]
     return shared if len(shared) >= LEAST_TOKENS else ()

@@ -93,7 +93,9 @@ def total_variation(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
     return loss_N, g_NV.sub_(row_dot(q.p_NV, g_NV)[:, None]).mul_(q.p_NV)
 
 
-def alpha_beta(q: Distribution, p: Distribution, *, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+def alpha_beta(
+    q: Distribution, p: Distribution, *, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
     """-1/(alpha beta) sum [p^alpha q^beta - alpha/s p^s - beta/s q^s] with s = alpha + beta.
 
     q g = (q^s - p^alpha q^beta) / alpha, which is bounded where g itself is not.
@@ -178,7 +180,9 @@ class TokenObjective:
     @property
     def is_forward_kl(self) -> bool:
         """Plain forward KL at temperature 1, whose value is also the reported KL."""
-        return self.divergence == "forward_kl" and self.matches == "token" and self.temperature == 1.0
+        return (
+            self.divergence == "forward_kl" and self.matches == "token" and self.temperature == 1.0
+        )
 
     @property
     def is_jensen_shannon(self) -> bool:
@@ -217,10 +221,14 @@ class TokenObjective:
         t = self.temperature
         if t == 1.0:
             return self.measure(q, p)
-        loss_N, slope_NV = self.measure(Distribution.of(student_NV / t), Distribution.of(teacher_NV / t))
+        loss_N, slope_NV = self.measure(
+            Distribution.of(student_NV / t), Distribution.of(teacher_NV / t)
+        )
         return loss_N * t**2, slope_NV.mul_(t)  # T² times the gradient's 1/T
 
-    def loss_and_gradient(self, student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor) -> "RowTerms":
+    def loss_and_gradient(
+        self, student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor
+    ) -> "RowTerms":
         """Loss of each row and its gradient in the student's raw logits, with what evaluation wants to know."""
         q, p = Distribution.of(student_NV), Distribution.of(teacher_NV)
         if self.divergence == "logit_mse" and self.matches == "token":
@@ -268,5 +276,7 @@ def temperature_at(objective: Objective, share: float) -> float:
     start, end = objective.temperature, objective.temperature_end
     if end is None:
         return start
-    done = share if objective.temperature_schedule == "linear" else (1 - math.cos(math.pi * share)) / 2
+    done = (
+        share if objective.temperature_schedule == "linear" else (1 - math.cos(math.pi * share)) / 2
+    )
     return start + (end - start) * done

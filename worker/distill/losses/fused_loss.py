@@ -89,7 +89,11 @@ def fused_distillation_loss(
     Raises VocabMismatch if the two heads have different numbers of tokens and the objective matches tokens.
     """
     assert denominator > 0
-    if teacher and objective.matches == "token" and student_head.num_tokens != teacher.head.num_tokens:
+    if (
+        teacher
+        and objective.matches == "token"
+        and student_head.num_tokens != teacher.head.num_tokens
+    ):
         raise VocabMismatch(
             f"the student has {student_head.num_tokens} tokens and the teacher {teacher.head.num_tokens}; "
             "pick a pair that shares a tokenizer"
@@ -99,8 +103,21 @@ def fused_distillation_loss(
     if not torch.is_grad_enabled():  # a Function is told to differentiate even then
         student_hidden_NH, weight_VH = student_hidden_NH.detach(), weight_VH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    rows_N4 = student_hidden_NH.new_empty((len(targets_N), 4), dtype=torch.float64) if keeps_rows else None
-    job = _Job(student_head, is_head_trained, targets_N, teacher, objective, denominator, chunk_rows, rows_N4)
+    rows_N4 = (
+        student_hidden_NH.new_empty((len(targets_N), 4), dtype=torch.float64)
+        if keeps_rows
+        else None
+    )
+    job = _Job(
+        student_head,
+        is_head_trained,
+        targets_N,
+        teacher,
+        objective,
+        denominator,
+        chunk_rows,
+        rows_N4,
+    )
     with torch.autocast(
         student_hidden_NH.device.type, enabled=False
     ):  # a body's floats are no concern of the loss
@@ -127,7 +144,9 @@ class _Job:
         is_exact = self.objective.is_forward_kl and not self.is_head_trained
         if self.teacher.expected is not None and is_exact:
             return True
-        assert self.teacher.hidden_NH is not None, "expected rows serve forward KL at T = 1 and a frozen head"
+        assert self.teacher.hidden_NH is not None, (
+            "expected rows serve forward KL at T = 1 and a frozen head"
+        )
         return False
 
     def totals(self, rows: slice, group: slice, terms: tuple[Tensor, ...]) -> Tensor:
@@ -148,7 +167,9 @@ class _FusedLoss(torch.autograd.Function):
         sums_of = _Gradients(
             hidden_NH=torch.empty_like(hidden_NH) if needs_hidden else None,
             weight=HeadGradient(dtype, job.head.num_parts) if needs_weight else None,
-            bias_V=torch.zeros_like(bias_V, dtype=dtype) if needs_bias and bias_V is not None else None,
+            bias_V=torch.zeros_like(bias_V, dtype=dtype)
+            if needs_bias and bias_V is not None
+            else None,
         )
         chunks = split_rows(len(hidden_NH), job.head, job.chunk_rows)
         student_CV = new_scratch(chunks, job.head)
@@ -202,7 +223,12 @@ class _Gradients:
 
 
 def _full_chunk(
-    job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, teacher_CU: Tensor, gradients: _Gradients
+    job: _Job,
+    hidden_NH: Tensor,
+    rows: slice,
+    student_CV: Tensor,
+    teacher_CU: Tensor,
+    gradients: _Gradients,
 ) -> Tensor:
     """Sums of a chunk from both heads' logits; the student's are replaced by their gradient on the way."""
     assert job.teacher is not None
@@ -210,9 +236,9 @@ def _full_chunk(
     student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
     teacher_CU = write_logits(job.teacher.head, job.teacher.hidden_NH[rows], teacher_CU)
     targets_C = job.targets_N[rows]
-    if (does := _kernels_for(job, student_CV)) is not None:
+    if (ops := _kernels_for(job, student_CV)) is not None:
         objective = job.objective
-        terms_C4 = does.distil(
+        terms_C4 = ops.distil(
             student_CV,
             teacher_CU,
             targets_C,
@@ -252,7 +278,9 @@ def _text_chunk(
     totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
     for group in split_groups(student_CV):
         z_GV, targets_G1 = student_CV[group], targets_C[group][:, None]
-        derivative_GV = None if job.head.softcap is None else 1.0 - (z_GV / job.head.softcap).square()
+        derivative_GV = (
+            None if job.head.softcap is None else 1.0 - (z_GV / job.head.softcap).square()
+        )
         target_z_G = z_GV.gather(1, targets_G1)[:, 0]
         ce_G = _softmax_(z_GV) - target_z_G
         none_G = torch.zeros_like(ce_G)
@@ -312,7 +340,9 @@ def _expected_chunk(
         log_norm_G = _softmax_(z_GV)
         ce_G = log_norm_G - target_z_G
         kl_G = expected.neg_entropy_N[rows][group] - mean_logit_C[group] + log_norm_G
-        totals += job.totals(rows, group, (torch.lerp(kl_G, ce_G, ce_weight), kl_G, ce_G, is_agreed_G))
+        totals += job.totals(
+            rows, group, (torch.lerp(kl_G, ce_G, ce_weight), kl_G, ce_G, is_agreed_G)
+        )
         if ce_weight:
             z_GV.scatter_add_(1, targets_G1, z_GV.new_full(targets_G1.shape, -ce_weight))
         z_GV.mul_(job.head.scale / job.denominator)

@@ -22,7 +22,9 @@ from worker.models.architectures import bare_model, read_config
 CPU_CHUNK_BYTES = 2**27  # of one chunk's logits: fewer starve the product, more only take memory
 DEVICE_CHUNK_BYTES = 2**28  # the same on a GPU
 LEAST_CHUNK_ROWS = 64
-CPU_GROUP_BYTES = 2**21  # logits that the elementwise passes take at a time, so that they stay in the cache
+CPU_GROUP_BYTES = (
+    2**21
+)  # logits that the elementwise passes take at a time, so that they stay in the cache
 BART_BIAS = "final_logits_bias"  # a buffer beside the head, [1, V], never trained
 
 
@@ -73,7 +75,9 @@ class ExpectedRows:
     top_N: Tensor
 
     def to(self, device: torch.device) -> "ExpectedRows":
-        return ExpectedRows(self.head_NH.to(device), self.neg_entropy_N.to(device), self.top_N.to(device))
+        return ExpectedRows(
+            self.head_NH.to(device), self.neg_entropy_N.to(device), self.top_N.to(device)
+        )
 
 
 def head_of(model: PreTrainedModel, num_tokens: int | None = None) -> Head:
@@ -109,12 +113,16 @@ def _bias_of(model: PreTrainedModel, linear: torch.nn.Linear) -> Tensor | None:
 
 
 def _scale_of(config: PretrainedConfig) -> float:
-    if config.model_type == "t5" and config.scale_decoder_outputs:  # a T5 whose embedding is tied to the head
+    if (
+        config.model_type == "t5" and config.scale_decoder_outputs
+    ):  # a T5 whose embedding is tied to the head
         return float(config.d_model**-0.5)
     return float(getattr(config, "logit_scale", None) or 1.0)
 
 
-def load_head(folder: Path, num_tokens: int | None = None, *, dtype: torch.dtype = torch.float32) -> Head:
+def load_head(
+    folder: Path, num_tokens: int | None = None, *, dtype: torch.dtype = torch.float32
+) -> Head:
     """The head of a model's folder, without reading the rest of its weights."""
     model = bare_model(read_config(folder))
     head = head_of(model, num_tokens)
@@ -122,7 +130,9 @@ def load_head(folder: Path, num_tokens: int | None = None, *, dtype: torch.dtype
     names = _names_of(model, linear.weight)
     weight_VH, bias_V = _find_tensor(folder, names), None
     if weight_VH is None:
-        raise UnsupportedModel(f"no safetensors file of the model holds its head ({' or '.join(names)})")
+        raise UnsupportedModel(
+            f"no safetensors file of the model holds its head ({' or '.join(names)})"
+        )
     if linear.bias is not None:
         bias_V = _find_tensor(folder, _names_of(model, linear.bias))
     elif head.bias_V is not None:
@@ -144,7 +154,9 @@ def _names_of(model: PreTrainedModel, parameter: Tensor) -> list[str]:
     """
     linear = model.get_output_embeddings()
     own = next(name for name, module in model.named_modules() if module is linear)
-    names = [name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter]
+    names = [
+        name for name, other in model.named_parameters(remove_duplicate=False) if other is parameter
+    ]
     names.sort(key=lambda name: not name.startswith(f"{own}."))
     names += [name.removeprefix(f"{model.base_model_prefix}.") for name in names]
     return ["embed_out.weight", *names] if model.config.model_type == "gpt_neox" else names
@@ -254,12 +266,20 @@ class HeadGradient:
         else:
             self._product(slope_CV, hidden_CH, onto_VH=self._sum_VH)
 
-    def _product(self, slope_CV: Tensor, hidden_CH: Tensor, onto_VH: Tensor | None = None) -> Tensor:
-        return linear_ops.weight_gradient(slope_CV, hidden_CH, onto_OI=onto_VH, num_parts=self._num_parts)
+    def _product(
+        self, slope_CV: Tensor, hidden_CH: Tensor, onto_VH: Tensor | None = None
+    ) -> Tensor:
+        return linear_ops.weight_gradient(
+            slope_CV, hidden_CH, onto_OI=onto_VH, num_parts=self._num_parts
+        )
 
     def of(self, weight_VH: Tensor) -> Tensor:
         """The sum, as the gradient of this weight."""
-        return torch.zeros_like(weight_VH) if self._sum_VH is None else self._sum_VH.to(weight_VH.dtype)
+        return (
+            torch.zeros_like(weight_VH)
+            if self._sum_VH is None
+            else self._sum_VH.to(weight_VH.dtype)
+        )
 
 
 def scratch_dtype(head: Head) -> torch.dtype:
@@ -270,7 +290,9 @@ def scratch_dtype(head: Head) -> torch.dtype:
 def new_scratch(chunks: list[slice], head: Head) -> Tensor:
     """Room for the logits of the largest chunk."""
     num_rows = max((rows.stop - rows.start for rows in chunks), default=0)
-    return torch.empty((num_rows, head.num_tokens), dtype=scratch_dtype(head), device=head.weight_VH.device)
+    return torch.empty(
+        (num_rows, head.num_tokens), dtype=scratch_dtype(head), device=head.weight_VH.device
+    )
 
 
 def split_rows(num_rows: int, head: Head, chunk_rows: int | None) -> list[slice]:

@@ -71,12 +71,17 @@ def aligned_tokens(
 
     Where one tokenizer does not keep the text (an unknown letter, an accent), tokens are found again behind the gap.
     """
-    have_ends = len(ids) > 0 and ids[-1] == of.end_id, len(other_ids) > 0 and other_ids[-1] == of_other.end_id
+    have_ends = (
+        len(ids) > 0 and ids[-1] == of.end_id,
+        len(other_ids) > 0 and other_ids[-1] == of_other.end_id,
+    )
     text, places = of.places(ids[: len(ids) - have_ends[0]])
     other_text, other_places = of_other.places(other_ids[: len(other_ids) - have_ends[1]])
     first_at: dict[Place, int] = {}
     for number, place in enumerate(other_places):
-        first_at.setdefault(place, number)  # of tokens that stand for nothing only the first can be told
+        first_at.setdefault(
+            place, number
+        )  # of tokens that stand for nothing only the first can be told
     shared = _shared_stretches(text, other_text)
     pairs: list[tuple[int, int]] = []
     done: set[Place] = set()

@@ -41,7 +41,9 @@ def bucket_terms(
     rest_NV = student_NV.scatter(1, teacher.ids_NK, -torch.inf)
     log_rest_N1 = rest_NV.logsumexp(dim=-1, keepdim=True)
     student_NB = torch.cat([student_NV.gather(1, teacher.ids_NK), log_rest_N1], dim=1)
-    teacher_NB = torch.cat([teacher.log_p_NK, teacher.log_rest_N[:, None]], dim=1).to(student_NV.dtype)
+    teacher_NB = torch.cat([teacher.log_p_NK, teacher.log_rest_N[:, None]], dim=1).to(
+        student_NV.dtype
+    )
     q, p = Distribution.of(student_NB), Distribution.of(teacher_NB)
     loss_N, slope_NB = objective.tempered(student_NB, teacher_NB, q, p)
     kl_N = loss_N if objective.is_forward_kl else row_dot(p.p_NV, p.log_p_NV - q.log_p_NV)

@@ -38,7 +38,8 @@ def align_rows(rows: Rows, student: Reader, teacher: Reader, *, has_one_tokenize
     students = [*rows.train, *rows.valid]
     if has_one_tokenizer:  # both views have the same targets
         return Aligned(
-            rows.teacher, [torch.ones(example.num_targets, dtype=torch.bool) for example in students]
+            rows.teacher,
+            [torch.ones(example.num_targets, dtype=torch.bool) for example in students],
         )
     of_student, of_teacher = TokenBytes(student.tokenizer), TokenBytes(teacher.tokenizer)
     examples, masks = [], []
@@ -57,7 +58,7 @@ def align_rows(rows: Rows, student: Reader, teacher: Reader, *, has_one_tokenize
     return aligned
 
 
-def taught_loss(
+def teacher_loss(
     student_hidden_NH: Tensor,
     head: Head,
     targets_N: Tensor,

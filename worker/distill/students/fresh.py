@@ -75,7 +75,11 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> Ids:
             "the tokenizer has no end token, so a student could never stop; give it an eos_token"
         )
     start = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
-    return {"eos_token_id": end, "pad_token_id": _first(tokenizer.pad_token_id, end), "bos_token_id": start}
+    return {
+        "eos_token_id": end,
+        "pad_token_id": _first(tokenizer.pad_token_id, end),
+        "bos_token_id": start,
+    }
 
 
 def _first(*ids: int | None) -> int | None:

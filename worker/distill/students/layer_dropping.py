@@ -89,7 +89,9 @@ def cut_config(
         if encoder_layers is not None:
             values[encoder_field] = len(encoder_layers)
     else:
-        values[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(layers)
+        values[type(config).attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(
+            layers
+        )
     return type(config).from_dict(values)
 
 

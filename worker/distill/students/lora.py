@@ -90,7 +90,11 @@ def merged(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 def lora_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """The adapters by name: with the start they give the student exactly."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if name.endswith(NAMES)}
+    return {
+        name: parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name.endswith(NAMES)
+    }
 
 
 @torch.no_grad()
@@ -98,7 +102,9 @@ def load_lora_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> 
     """Puts adapters back into a model that add_lora has prepared. Raises CorruptCheckpoint."""
     own = lora_tensors(model)
     if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in tensors.items()}:
-        raise CorruptCheckpoint("the checkpoint's adapters are not those of this student; start the job anew")
+        raise CorruptCheckpoint(
+            "the checkpoint's adapters are not those of this student; start the job anew"
+        )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
 

@@ -75,7 +75,9 @@ def plan_student(
     width has to be trained. Raises UnsupportedModel, StudentTooDeep, InvalidStudent.
     """
     if student.config is not None:
-        fresh_config(student.config, _tokenizer(teacher_dir))  # raises what would fail after an hour
+        fresh_config(
+            student.config, _tokenizer(teacher_dir)
+        )  # raises what would fail after an hour
         num_fresh = student.config.num_decoder_layers or student.config.num_layers
         return StudentRecipe(student, start_dir, teacher_dir, num_fresh, seed=seed)
     config = read_config(start_dir)
@@ -86,7 +88,9 @@ def plan_student(
         )
     _, num_available = layer_counts(config)
     layers, encoder_layers = (None, None)
-    if student.init == "layers" or (student.init == "width" and (num_layers or _names_layers(student))):
+    if student.init == "layers" or (
+        student.init == "width" and (num_layers or _names_layers(student))
+    ):
         layers, encoder_layers = _choose_layers(student, config, num_layers)
     if student.init == "width":
         narrow_config(config, sizes_of(student, config))  # raises what would fail after an hour
@@ -114,13 +118,19 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 
 def load_student(
-    recipe: StudentRecipe, resume_dir: Path | None, *, seed: int, rounds_to: torch.dtype = torch.float32
+    recipe: StudentRecipe,
+    resume_dir: Path | None,
+    *,
+    seed: int,
+    rounds_to: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The student as a training begins with it, or as it was in a checkpoint; what is not to be trained is frozen.
 
     `rounds_to` is what the linear layers of its body multiply in on a CPU.
     """
-    if resume_dir is None or recipe.lora is not None:  # a checkpoint's model folder has adapters merged in
+    if (
+        resume_dir is None or recipe.lora is not None
+    ):  # a checkpoint's model folder has adapters merged in
         model = recipe.build()
     else:
         model = load_model(resume_dir / "model")
@@ -154,7 +164,12 @@ def num_parameters(model: PreTrainedModel) -> int:
 
 
 def _names_layers(student: Student) -> bool:
-    named = (student.num_layers, student.layers, student.num_encoder_layers, student.num_decoder_layers)
+    named = (
+        student.num_layers,
+        student.layers,
+        student.num_encoder_layers,
+        student.num_decoder_layers,
+    )
     return any(value is not None for value in named)
 
 
@@ -169,7 +184,11 @@ def _choose_layers(
             "num_decoder_layers"
         )
     asked = num_layers or (student.num_layers if isinstance(student.num_layers, int) else None)
-    counts = {asked, student.num_decoder_layers, len(student.layers) if student.layers else None} - {None}
+    counts = {
+        asked,
+        student.num_decoder_layers,
+        len(student.layers) if student.layers else None,
+    } - {None}
     if len(counts) > 1:
         raise InvalidStudent(
             "student.num_layers, num_decoder_layers and layers speak of the decoder: give one"
@@ -186,13 +205,17 @@ def _choose_layers(
     return tuple(layers), first_and_last(num_encoder, student.num_encoder_layers)
 
 
-def _freezes_head(student: Student, config: PretrainedConfig, teacher_dir: Path, start_dir: Path) -> bool:
+def _freezes_head(
+    student: Student, config: PretrainedConfig, teacher_dir: Path, start_dir: Path
+) -> bool:
     if student.init == "lora":
         return True  # adapters leave it alone
     if student.init == "width" and sizes_of(student, config).hidden_size != config.hidden_size:
         return False
     if student.init == "checkpoint" and student.freeze_head:
-        return start_dir.resolve() == teacher_dir.resolve() or _have_one_head(teacher_dir, start_dir)
+        return start_dir.resolve() == teacher_dir.resolve() or _have_one_head(
+            teacher_dir, start_dir
+        )
     return student.freeze_head
 
 
@@ -206,7 +229,9 @@ def _freezes_encoder(
     if shape_of(config) != "seq2seq" or not student.freeze_encoder or encoder_layers is not None:
         return False
     is_whole = student.init == "layers"
-    return is_whole or (student.init == "checkpoint" and start_dir.resolve() == teacher_dir.resolve())
+    return is_whole or (
+        student.init == "checkpoint" and start_dir.resolve() == teacher_dir.resolve()
+    )
 
 
 def _have_one_head(one: Path, other: Path) -> bool:

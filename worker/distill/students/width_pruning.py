@@ -13,6 +13,7 @@ H hidden channels, N heads, K heads of keys and values, I neurons, D width of a 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,9 @@ T5_AXES = {
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 AXES = {**dict.fromkeys(LLAMA_LIKE, LLAMA_AXES), "gpt2": GPT2_AXES, "t5": T5_AXES}
 Sequences = Sequence[Sequence[int]]
+
+
+Note = Callable[[str, str, Tensor], None]  # letter, name and what the module sees
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,9 @@ def full_sizes(config: PretrainedConfig) -> Sizes:
 
 
 def head_width(config: PretrainedConfig) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
 
 
 def narrow_config(config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
@@ -137,7 +143,11 @@ def narrow_config(config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
             )
     values: dict[str, Any] = config.to_dict()  # Any: open-ended JSON
     if config.model_type == "gpt2":
-        values |= {"n_embd": sizes.hidden_size, "n_head": sizes.num_heads, "n_inner": sizes.intermediate_size}
+        values |= {
+            "n_embd": sizes.hidden_size,
+            "n_head": sizes.num_heads,
+            "n_inner": sizes.intermediate_size,
+        }
     elif config.model_type == "t5":
         values |= {
             "d_model": sizes.hidden_size,
@@ -155,11 +165,15 @@ def narrow_config(config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
     try:
         return type(config).from_dict(values)
     except StrictDataclassError as error:
-        raise InvalidStudent(f"no {config.model_type} model has the student's sizes: {error}") from error
+        raise InvalidStudent(
+            f"no {config.model_type} model has the student's sizes: {error}"
+        ) from error
 
 
 @torch.no_grad()
-def slice_width(model: PreTrainedModel, sizes: Sizes, calibration: Sequences = ()) -> PreTrainedModel:
+def slice_width(
+    model: PreTrainedModel, sizes: Sizes, calibration: Sequences = ()
+) -> PreTrainedModel:
     """A model of these sizes that holds the most important parts of the given one.
 
     Each calibration sequence is a model's input (of an encoder-decoder, of both its sides). Heads of queries stay with
@@ -216,7 +230,9 @@ def _readers(model: PreTrainedModel) -> list[tuple[str, str, Any]]:
             axes = _axes(model.config, f"{name}.weight")
             found.append((name, axes[0] if isinstance(module, Conv1D) else axes[1], module))
         elif (
-            not list(module.children()) and not isinstance(module, nn.Embedding) and hasattr(module, "weight")
+            not list(module.children())
+            and not isinstance(module, nn.Embedding)
+            and hasattr(module, "weight")
         ):
             is_norm = _axes(model.config, f"{name}.weight") == "H"
             found += [(name, "norm", module)] if is_norm else []
@@ -240,7 +256,9 @@ def _weight_norms(model: PreTrainedModel) -> Parts:
         norms = module.weight.norm(dim=1 if isinstance(module, Conv1D) else 0)
         if letter == "Q":
             norms = norms.view(-1, head_width(model.config)).norm(dim=1)
-        _add(parts, letter, name, norms / norms.mean())  # a wide matrix counts no more than a narrow one
+        _add(
+            parts, letter, name, norms / norms.mean()
+        )  # a wide matrix counts no more than a narrow one
     return parts
 
 
@@ -256,15 +274,26 @@ def _activations(model: PreTrainedModel, sequences: Sequences) -> Parts:
     hooks = []
     for name, letter, module in _readers(model):
         if letter == "norm":
-            hooks.append(module.register_forward_hook(lambda m, x, y, name=name: note("norm", name, y)))
+            after = partial(_note_output, note, name)
+            hooks.append(module.register_forward_hook(after))
         elif letter in "QI":
-            hook: Callable[..., None] = lambda m, x, letter=letter, name=name: note(letter, name, x[0])  # noqa: E731
+            hook = partial(_note_input, note, letter, name)
             hooks.append(module.register_forward_pre_hook(hook))
     _run(model, sequences, hooks)
     return parts
 
 
-def _norm_scales(model: PreTrainedModel, sequences: Sequences, kept_H: Tensor) -> Mapping[str, float]:
+def _note_input(note: Note, letter: str, name: str, _: nn.Module, inputs: tuple[Tensor]) -> None:
+    note(letter, name, inputs[0])
+
+
+def _note_output(note: Note, name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+    note("norm", name, output)
+
+
+def _norm_scales(
+    model: PreTrainedModel, sequences: Sequences, kept_H: Tensor
+) -> Mapping[str, float]:
     """What each norm's weight is multiplied by, so that what it gives to the kept channels stays as large."""
     num_hidden = int(model.config.hidden_size)
     ratios: dict[str, list[Tensor]] = {}
@@ -273,7 +302,9 @@ def _norm_scales(model: PreTrainedModel, sequences: Sequences, kept_H: Tensor) -
     is_layer_norm = model.config.model_type == "gpt2"
 
     def spread(x: Tensor) -> Tensor:
-        return (x - x.mean(dim=-1, keepdim=True) if is_layer_norm else x).square().mean(dim=-1).sqrt()
+        return (
+            (x - x.mean(dim=-1, keepdim=True) if is_layer_norm else x).square().mean(dim=-1).sqrt()
+        )
 
     hooks = []
     for name, letter, module in _readers(model):
@@ -284,14 +315,18 @@ def _norm_scales(model: PreTrainedModel, sequences: Sequences, kept_H: Tensor) -
             )
             hooks.append(module.register_forward_pre_hook(hook))
     _run(model, sequences, hooks)
-    scales = {name: float(torch.stack(seen).mean()) if seen else 1.0 for name, seen in ratios.items()}
+    scales = {
+        name: float(torch.stack(seen).mean()) if seen else 1.0 for name, seen in ratios.items()
+    }
     if model.config.model_type == "t5" and model.config.scale_decoder_outputs:
         # the head's input is divided by the root of the hidden size, which is smaller now
         scales["decoder.final_layer_norm"] *= (len(kept_H) / num_hidden) ** 0.5
     return scales
 
 
-def _run(model: PreTrainedModel, sequences: Sequences, hooks: list[Any]) -> None:  # Any: torch's handles
+def _run(
+    model: PreTrainedModel, sequences: Sequences, hooks: list[Any]
+) -> None:  # Any: torch's handles
     try:
         for sequence in sequences:
             ids_BT = torch.tensor([list(sequence)])

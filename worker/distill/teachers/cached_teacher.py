@@ -78,7 +78,9 @@ class LiveTeacher:
         batch = collate(examples, range(len(examples)), self._device)
         states_BTH = decoder_states(self._model, batch)
         transform = transform_of(self._model)
-        return [transform(h_TH[keep_T]) for h_TH, keep_T in zip(states_BTH, batch.keep_BT, strict=True)]
+        return [
+            transform(h_TH[keep_T]) for h_TH, keep_T in zip(states_BTH, batch.keep_BT, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,10 @@ class RowFormat:
             top = top_rows(hidden_TH, head, self.width)
             tensors = top.ids_NK, top.log_p_NK, top.log_rest_N
         return torch.cat(
-            [_bytes(tensor, dtype) for tensor, (_, dtype) in zip(tensors, self.columns, strict=True)]
+            [
+                _bytes(tensor, dtype)
+                for tensor, (_, dtype) in zip(tensors, self.columns, strict=True)
+            ]
         )
 
     def unpack(self, blobs: Sequence[Tensor], head: Head) -> TeacherRows:
@@ -127,7 +132,9 @@ class RowFormat:
             return TeacherRows(head, hidden_NH=tensors[0])
         if self.keeps == "expected":
             constants_N1, top_N1, head_NH = tensors
-            return TeacherRows(head, expected=ExpectedRows(head_NH, constants_N1[:, 0], top_N1[:, 0].long()))
+            return TeacherRows(
+                head, expected=ExpectedRows(head_NH, constants_N1[:, 0], top_N1[:, 0].long())
+            )
         ids_NK, log_p_NK, rest_N1 = tensors
         return TeacherRows(head, top=TopRows(ids_NK.long(), log_p_NK, rest_N1[:, 0]))
 
@@ -137,8 +144,12 @@ class RowFormat:
         matrices = []
         starts = [0] * len(blobs)
         for width, dtype in self.columns:
-            stops = [start + n * width * dtype.itemsize for start, n in zip(starts, lengths, strict=True)]
-            parts = [blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)]
+            stops = [
+                start + n * width * dtype.itemsize for start, n in zip(starts, lengths, strict=True)
+            ]
+            parts = [
+                blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)
+            ]
             matrices.append(torch.cat([part.view(dtype).view(-1, width) for part in parts]))
             starts = stops
         return matrices
@@ -200,7 +211,9 @@ class CachedTeacher:
     def _rows(self, indices: Sequence[int]) -> TeacherRows:
         if self._format is None:
             return self.rows_of([self._examples[i] for i in indices])
-        found = {i: blob for i in indices if self._cache and (blob := self._cache.get(i)) is not None}
+        found = {
+            i: blob for i in indices if self._cache and (blob := self._cache.get(i)) is not None
+        }
         missing = [i for i in dict.fromkeys(indices) if i not in found]
         if missing:
             for i, hidden_TH in zip(
@@ -231,7 +244,7 @@ class CachedTeacher:
     def fill(self, ranks: Ranks, batch_tokens: int, on_batch: Callable[[int, int], None]) -> None:
         """Stores what the cache lacks, each rank its share, and lets the live teacher go; tells how many of how many."""
         assert self._cache is not None
-        missing = self._cache.look()
+        missing = self._cache.refresh()
         ranks.wait()  # nobody stores anything before all have looked
         lengths = [example.num_tokens for example in self._examples]
         mine = sorted(ranks.share(missing, lengths), key=lengths.__getitem__)
@@ -241,7 +254,7 @@ class CachedTeacher:
             num_done += len(indices)
             on_batch(num_done, len(mine))
         ranks.wait()
-        self._cache.look()
+        self._cache.refresh()
         self.release()
 
     def release(self) -> None:
@@ -279,7 +292,10 @@ def cached_teacher(
     for row_format, note in _formats(keeps, head, hidden_dtype, may_keep_top=may_keep_top):
         sizes = [row_format.blob_bytes(example.num_targets) for example in examples]
         if cache_bytes(sizes) <= budget_bytes:
-            family, names = _family(identity, row_format, head), [_name(example) for example in examples]
+            family, names = (
+                _family(identity, row_format, head),
+                [_name(example) for example in examples],
+            )
             cache = open_cache(folder, family, names, sizes, budget_bytes=budget_bytes)
             if cache is None:
                 note = "the disk has no room for the teacher's rows: it runs at every step, which is slower"

@@ -25,7 +25,9 @@ class MaskedTeacher:
     An example is computed alone, as K copies of equal length: its bits depend on nothing but itself.
     """
 
-    def __init__(self, model: PreTrainedModel, mask_id: int, *, num_passes: int = NUM_PASSES) -> None:
+    def __init__(
+        self, model: PreTrainedModel, mask_id: int, *, num_passes: int = NUM_PASSES
+    ) -> None:
         self._model = model.eval()
         self._mask_id = mask_id
         self._num_passes = num_passes
@@ -37,7 +39,9 @@ class MaskedTeacher:
     def _hidden(self, example: Example) -> Tensor:
         targets_T = torch.tensor(example.target_positions, device=self._model.device)
         passes_T = torch.arange(len(targets_T), device=self._model.device) % self._num_passes
-        ids_KL = torch.tensor(example.token_ids, device=self._model.device).repeat(self._num_passes, 1)
+        ids_KL = torch.tensor(example.token_ids, device=self._model.device).repeat(
+            self._num_passes, 1
+        )
         ids_KL[passes_T, targets_T] = self._mask_id
         states_KLH: Tensor = self._model.base_model(
             input_ids=ids_KL,
@@ -47,10 +51,14 @@ class MaskedTeacher:
         return transform_of(self._model)(states_KLH[passes_T, targets_T])
 
 
-def segments(model: PreTrainedModel, examples: Sequence[Example], num_tokens: int) -> dict[str, Tensor]:
+def segments(
+    model: PreTrainedModel, examples: Sequence[Example], num_tokens: int
+) -> dict[str, Tensor]:
     """BERT's second segment begins with a row's first target; RoBERTa has one segment only."""
     if model.config.type_vocab_size < 2:
         return {}
-    firsts_B = torch.tensor([example.target_positions[0] for example in examples], device=model.device)
+    firsts_B = torch.tensor(
+        [example.target_positions[0] for example in examples], device=model.device
+    )
     types_BL = torch.arange(num_tokens, device=model.device) >= firsts_B[:, None]
     return {"token_type_ids": types_BL.long()}

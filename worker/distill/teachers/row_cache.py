@@ -43,13 +43,15 @@ class RowCache:
         self._marks = os.open(folder / "marks.bin", os.O_RDWR)
         os.utime(folder)  # the time that `enforce_budget` goes by
         self._missing: set[int] = set()
-        self.look()
+        self.refresh()
 
-    def look(self) -> list[int]:
+    def refresh(self) -> list[int]:
         """The rows that are missing now; other runs may have stored some."""
         num_rows = len(self._offsets) - 1
         marks = os.pread(self._marks, MARK_BYTES * num_rows, 0)
-        self._missing = {i for i in range(num_rows) if not any(marks[MARK_BYTES * i : MARK_BYTES * (i + 1)])}
+        self._missing = {
+            i for i in range(num_rows) if not any(marks[MARK_BYTES * i : MARK_BYTES * (i + 1)])
+        }
         return sorted(self._missing)
 
     @property
@@ -87,7 +89,10 @@ class RowCache:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -128,8 +133,14 @@ def enforce_budget(folder: Path, budget_bytes: int) -> None:
     caches = []
     for path in folder.iterdir():
         try:
-            used_at, num_bytes = path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir())
-        except (FileNotFoundError, NotADirectoryError):  # evicted by another run just now, or not a cache
+            used_at, num_bytes = (
+                path.stat().st_mtime,
+                sum(file.stat().st_size for file in path.iterdir()),
+            )
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+        ):  # evicted by another run just now, or not a cache
             continue
         if not path.name.startswith("."):
             caches.append((used_at, num_bytes, path))
@@ -165,13 +176,18 @@ def _create(path: Path, names: Sequence[bytes], sizes: Sequence[int]) -> None:
             _copy_family(path, cache, {name: number for number, name in enumerate(names)}, sizes)
         fresh.rename(path)
     except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another run was faster: use its cache
+        if error.errno not in (
+            errno.EEXIST,
+            errno.ENOTEMPTY,
+        ):  # another run was faster: use its cache
             raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _copy_family(path: Path, cache: RowCache, numbers: dict[bytes, int], sizes: Sequence[int]) -> None:
+def _copy_family(
+    path: Path, cache: RowCache, numbers: dict[bytes, int], sizes: Sequence[int]
+) -> None:
     """Stores what the family of `path` has of the rows with these names."""
     for sibling in sorted(path.parent.glob(f"{path.name.partition('-')[0]}-*")):
         lock = lock_path(sibling, fcntl.LOCK_SH)

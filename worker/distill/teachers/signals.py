@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from app.contracts.distillation import TeacherSignal
 from worker.errors import TokenizerMismatch, UnsupportedModel
-from worker.models.architectures import Shape
+from worker.models.architectures import ModelKind
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Signal:
 
 
 def choose_signal(
-    asked: TeacherSignal | str, teacher: Shape, student: Shape, *, has_one_tokenizer: bool
+    asked: TeacherSignal | str, teacher: ModelKind, student: ModelKind, *, has_one_tokenizer: bool
 ) -> Signal:
     """Raises UnsupportedModel or TokenizerMismatch for what the pair cannot do."""
     if asked == "auto":
@@ -51,7 +51,7 @@ def choose_signal(
     return Signal(asked, "asked for")  # type: ignore[arg-type]  # what is not auto is a TeacherSignal
 
 
-def _best_signal(teacher: Shape, student: Shape, *, has_one_tokenizer: bool) -> Signal:
+def _best_signal(teacher: ModelKind, student: ModelKind, *, has_one_tokenizer: bool) -> Signal:
     if teacher == "masked":
         if not has_one_tokenizer:
             raise TokenizerMismatch(
@@ -63,6 +63,9 @@ def _best_signal(teacher: Shape, student: Shape, *, has_one_tokenizer: bool) -> 
         return Signal("logits", "both models share a tokenizer")
     if teacher == student:
         return Signal(
-            "uld", "the tokenizers differ, so distributions are compared by rank where tokens begin alike"
+            "uld",
+            "the tokenizers differ, so distributions are compared by rank where tokens begin alike",
         )
-    return Signal("text", "tokenizers and kinds of model differ, so the student learns the teacher's text")
+    return Signal(
+        "text", "tokenizers and kinds of model differ, so the student learns the teacher's text"
+    )

@@ -29,7 +29,9 @@ from worker.errors import CorruptCheckpoint, DiskFull
 
 MANIFEST = "manifest.json"
 PROJECTIONS = "projections.safetensors"  # between layers of unequal width, no part of the student
-SPARE_BYTES = 32 * 2**20  # tokenizer, configuration, state, and what the file system wants for itself
+SPARE_BYTES = (
+    32 * 2**20
+)  # tokenizer, configuration, state, and what the file system wants for itself
 REPLAY = "replay.jsonl"  # the newest of the student's own answers
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -111,7 +113,9 @@ def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
     except Exception as e:
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(e):
-            raise DiskFull(f"no room for a checkpoint in {out}; free some disk, then resume the job") from e
+            raise DiskFull(
+                f"no room for a checkpoint in {out}; free some disk, then resume the job"
+            ) from e
         raise
     return folder
 
@@ -136,7 +140,9 @@ def verify_checkpoint(folder: Path) -> None:
         ) from e
     missing = {"state.json", "optimizer.safetensors", "model/config.json"} - expected.keys()
     if missing:
-        raise CorruptCheckpoint(f"{folder.name} lacks {sorted(missing)}; go on from an older checkpoint")
+        raise CorruptCheckpoint(
+            f"{folder.name} lacks {sorted(missing)}; go on from an older checkpoint"
+        )
     for path, sha256 in expected.items():
         if not (folder / path).is_file() or file_sha256(folder / path) != sha256:
             raise CorruptCheckpoint(
@@ -162,7 +168,9 @@ def load_optimizer(
         if f"{name}.step" in tensors:
             group = groups[parameter]
             is_on_device = group["fused"] or group["capturable"]
-            step = tensors[f"{name}.step"].to(parameter.device if is_on_device else "cpu", torch.float32)
+            step = tensors[f"{name}.step"].to(
+                parameter.device if is_on_device else "cpu", torch.float32
+            )
             moments = {key: tensors[f"{name}.{key}"].to(parameter.device) for key in MOMENTS}
             optimizer.state[parameter] = {"step": step, **moments}
     random = load_file(folder / "rng.safetensors")
@@ -195,7 +203,9 @@ def _write_parts(folder: Path, snapshot: Snapshot) -> None:
     with merged(snapshot.model) as plain:
         plain.save_pretrained(folder / "model")
     if adapters := lora_tensors(snapshot.model):
-        save_file({name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS
+        )
     if snapshot.projections is not None and (projections := snapshot.projections.state_dict()):
         save_file(projections, folder / PROJECTIONS)
     snapshot.tokenizer.save_pretrained(folder / "model")
@@ -223,7 +233,9 @@ def _optimizer_tensors(snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.{key}", tensor.detach().cpu().contiguous()
 
 
-def _trained(model: PreTrainedModel, projections: nn.Module | None) -> Iterator[tuple[str, nn.Parameter]]:
+def _trained(
+    model: PreTrainedModel, projections: nn.Module | None
+) -> Iterator[tuple[str, nn.Parameter]]:
     yield from model.named_parameters()
     if projections is not None:
         yield from projections.named_parameters(prefix="projections")

@@ -94,7 +94,9 @@ class Placement:
         if self.device.name == "cpu":
             is_rounded = self.device.has_bfloat16
             return "device: CPU; student and teacher multiply in bfloat16" if is_rounded else ""
-        floats = "float32" if self.device.autocast is None else "float32 weights under bfloat16 autocast"
+        floats = (
+            "float32" if self.device.autocast is None else "float32 weights under bfloat16 autocast"
+        )
         where = "beside the student"
         if self.is_teacher_first:
             where = "alone before the training, which reads its states from the cache"
@@ -118,7 +120,9 @@ def find_device(number: int = 0, precision: Precision | Auto = "auto") -> Device
         return Device(has_bfloat16=HAS_FAST_BFLOAT16 and precision != "float32")
     torch.cuda.set_device(number % torch.cuda.device_count())
     free_bytes, _ = torch.cuda.mem_get_info()
-    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) and precision != "float32"
+    has_bfloat16 = (
+        torch.cuda.is_bf16_supported(including_emulation=False) and precision != "float32"
+    )
     if has_bfloat16:  # the loss's products may use TF32, which is finer than the body's bfloat16
         torch.set_float32_matmul_precision("high")
     return Device("cuda", torch.cuda.get_device_name(), free_bytes, has_bfloat16)
@@ -204,5 +208,7 @@ def planned_config(recipe: StudentRecipe, start: PretrainedConfig) -> Pretrained
     if recipe.layers is not None:
         config = cut_config(config, recipe.layers, recipe.encoder_layers)
     return (
-        narrow_config(config, sizes_of(recipe.student, config)) if recipe.student.init == "width" else config
+        narrow_config(config, sizes_of(recipe.student, config))
+        if recipe.student.init == "width"
+        else config
     )

@@ -30,7 +30,7 @@ from worker.distill.forward.hidden_states import decoder_states, encoder_states,
 from worker.distill.students.layer_dropping import layer_stacks
 from worker.distill.teachers.masked_lm import segments
 from worker.errors import InvalidStudent, UnsupportedModel
-from worker.models.architectures import Shape, shape_of
+from worker.models.architectures import ModelKind, shape_of
 
 Side = Literal["encoder", "decoder"]
 
@@ -93,7 +93,11 @@ class Features:
             rows_NH = hidden_rows(self.student, batch)
         loss, values = torch.zeros((), device=rows_NH.device), {}
         for side in dict.fromkeys(term.side for term in self._terms):
-            terms = [(term, tap) for term, tap in zip(self._terms, taps, strict=True) if term.side == side]
+            terms = [
+                (term, tap)
+                for term, tap in zip(self._terms, taps, strict=True)
+                if term.side == side
+            ]
             teachers = [Tap(term.teacher_modules) for term, _ in terms]
             with Taps(teachers):
                 teacher_keep_BT = run_teacher(
@@ -102,7 +106,9 @@ class Features:
             keep_BT = student_positions(batch, side, self.teacher, self.student)
             with torch.autocast(rows_NH.device.type, enabled=False):  # losses in float32, always
                 for (term, tap), teacher in zip(terms, teachers, strict=True):
-                    value = term.weight * term(tap.outputs, keep_BT, teacher.outputs, teacher_keep_BT)
+                    value = term.weight * term(
+                        tap.outputs, keep_BT, teacher.outputs, teacher_keep_BT
+                    )
                     loss = loss + value
                     values[term.name] = value.item()
         return rows_NH, Terms(loss, values)
@@ -112,7 +118,9 @@ def choose_side(asked: str, teacher: PreTrainedModel, student: PreTrainedModel) 
     """Whose layers are compared: the encoders' if both models have one that could learn, else the decoders'."""
     mine, theirs = shape_of(student.config), shape_of(teacher.config)
     has_encoders = mine == "seq2seq" and theirs != "causal"
-    is_trained = mine == "seq2seq" and any(p.requires_grad for p in student.get_encoder().parameters())
+    is_trained = mine == "seq2seq" and any(
+        p.requires_grad for p in student.get_encoder().parameters()
+    )
     if asked == "auto":
         return "encoder" if has_encoders and is_trained else "decoder"
     if asked == "decoder":
@@ -130,12 +138,14 @@ def choose_side(asked: str, teacher: PreTrainedModel, student: PreTrainedModel) 
     return "encoder"
 
 
-def reads_alike(teacher: Shape, student: Shape) -> bool:
+def reads_alike(teacher: ModelKind, student: ModelKind) -> bool:
     """Whether both read the same tokens at the same places, of prompt and answer or of the answer's decoder."""
     return teacher == student or (teacher == "masked" and student == "causal")
 
 
-def student_positions(batch: Batch, side: Side, teacher: PreTrainedModel, student: PreTrainedModel) -> Tensor:
+def student_positions(
+    batch: Batch, side: Side, teacher: PreTrainedModel, student: PreTrainedModel
+) -> Tensor:
     """Where the student's states are compared: all that it reads, or where it predicts targets. [B, T], true or false."""
     if side == "encoder":
         assert batch.source_mask_BS is not None
@@ -146,7 +156,11 @@ def student_positions(batch: Batch, side: Side, teacher: PreTrainedModel, studen
 
 @torch.no_grad()
 def run_teacher(
-    teacher: PreTrainedModel, side: Side, batch: Batch, examples: Sequence[Example], student: Shape
+    teacher: PreTrainedModel,
+    side: Side,
+    batch: Batch,
+    examples: Sequence[Example],
+    student: ModelKind,
 ) -> Tensor:
     """Runs the teacher on what the student reads; gives the positions that fit the student's, [B, T]."""
     theirs = collate(examples, range(len(examples)), str(batch.keep_BT.device))
@@ -159,7 +173,9 @@ def run_teacher(
     if (
         shape == "masked"
     ):  # it also reads the last token, which those that predict from left to right leave out
-        ids_BT, mask_BT = (t.to(keep_BT.device) for t in pad([example.token_ids for example in examples]))
+        ids_BT, mask_BT = (
+            t.to(keep_BT.device) for t in pad([example.token_ids for example in examples])
+        )
         types = segments(teacher, examples, ids_BT.shape[1])
         teacher.base_model(input_ids=ids_BT, attention_mask=mask_BT, **types)
         return nn.functional.pad(keep_BT, (0, 1))
@@ -188,7 +204,9 @@ def pair_layers(term: HiddenTerm, num_student: int, num_teacher: int) -> list[tu
 def number_of(layer: int, num_layers: int, whose: str) -> int:
     """A layer counted from 0, or from -1 backwards. Raises InvalidStudent."""
     if not -num_layers <= layer < num_layers:
-        raise InvalidStudent(f"{whose} has no layer {layer}: it has {num_layers} there, counted from 0")
+        raise InvalidStudent(
+            f"{whose} has no layer {layer}: it has {num_layers} there, counted from 0"
+        )
     return layer % num_layers
 
 
@@ -228,11 +246,16 @@ class _HiddenLoss:
         for projection, mine_BTH, theirs_BTH in zip(
             self.projections, students_BTH, teachers_BTH, strict=True
         ):
-            mine_NH, theirs_NH = projection(mine_BTH[keep_BT].float()), theirs_BTH[teacher_keep_BT].float()
+            mine_NH, theirs_NH = (
+                projection(mine_BTH[keep_BT].float()),
+                theirs_BTH[teacher_keep_BT].float(),
+            )
             if self.kind == "mse":
                 losses.append((mine_NH - theirs_NH).square().mean())
             else:
-                losses.append(1 - nn.functional.cosine_similarity(mine_NH, theirs_NH, dim=-1).mean())
+                losses.append(
+                    1 - nn.functional.cosine_similarity(mine_NH, theirs_NH, dim=-1).mean()
+                )
         return torch.stack(losses).mean()
 
 
@@ -243,8 +266,12 @@ class _AttentionLoss:
         self, term: AttentionTerm, side: Side, student: PreTrainedModel, teacher: PreTrainedModel
     ) -> None:
         self.weight, self.side = term.weight, side
-        self._student = attention_of(student, side, term.student_layer, "objective.attention: the student")
-        self._teacher = attention_of(teacher, side, term.teacher_layer, "objective.attention: the teacher")
+        self._student = attention_of(
+            student, side, term.student_layer, "objective.attention: the student"
+        )
+        self._teacher = attention_of(
+            teacher, side, term.teacher_layer, "objective.attention: the teacher"
+        )
         self.student_modules, self.teacher_modules = self._student.modules, self._teacher.modules
         heads = int(side_config(teacher.config, side).num_attention_heads)
         widths = self._student.widths | self._teacher.widths
@@ -261,7 +288,9 @@ class _AttentionLoss:
         mask_BP = torch.arange(int(lengths_B.max()), device=keep_BT.device) < lengths_B[:, None]
         mine, theirs = self._student.split(students_BTD), self._teacher.split(teachers_BTD)
         losses = [
-            relation_kl(_kept(s, keep_BT), _kept(t, teacher_keep_BT), mask_BP, num_heads=self.num_heads)
+            relation_kl(
+                _kept(s, keep_BT), _kept(t, teacher_keep_BT), mask_BP, num_heads=self.num_heads
+            )
             for s, t in zip(mine, theirs, strict=True)
         ]
         return torch.stack(losses).sum()
@@ -293,7 +322,8 @@ class Tap:
 
     def open(self) -> list[RemovableHandle]:
         return [
-            module.register_forward_hook(self._keep) for module in {id(m): m for m in self.modules}.values()
+            module.register_forward_hook(self._keep)
+            for module in {id(m): m for m in self.modules}.values()
         ]
 
     def _keep(
@@ -313,7 +343,10 @@ class Taps:
         self._handles = [handle for tap in self.taps for handle in tap.open()]
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for handle in self._handles:
             handle.remove()

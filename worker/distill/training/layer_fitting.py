@@ -75,9 +75,7 @@ class Fit:
         """For the job's events; empty where there was nothing to fit."""
         if self.why_not is not None:
             return f"no layers are fitted in closed form: {self.why_not}"
-        fitted = (
-            f"fitted {self.num_layers} layers in closed form on {self.num_rows} rows in {self.seconds:.0f} s"
-        )
+        fitted = f"fitted {self.num_layers} layers in closed form on {self.num_rows} rows in {self.seconds:.0f} s"
         return fitted if self.num_layers else ""
 
 
@@ -118,7 +116,9 @@ def load_start(recipe: StudentRecipe, placement: Placement) -> PreTrainedModel:
     return start.requires_grad_(False)
 
 
-def stacks_to_fit(recipe: StudentRecipe, student: PreTrainedModel, start: PretrainedConfig) -> list[Stack]:
+def stacks_to_fit(
+    recipe: StudentRecipe, student: PreTrainedModel, start: PretrainedConfig
+) -> list[Stack]:
     """Of the encoder and the decoder, or of the only stack, those that lost layers; none if the recipe says so."""
     if not recipe.fits_layers or recipe.layers is None:
         return []
@@ -130,9 +130,13 @@ def stacks_to_fit(recipe: StudentRecipe, student: PreTrainedModel, start: Pretra
             continue
         stands_for = [*(number - 1 for number in numbers[1:]), num_available - 1]
         moved = (
-            j for j, (own, last) in enumerate(zip(numbers, stands_for, strict=True)) if not own == last == j
+            j
+            for j, (own, last) in enumerate(zip(numbers, stands_for, strict=True))
+            if not own == last == j
         )
-        first = 0 if stacks else next(moved, len(numbers))  # behind a fitted encoder nothing stays as it was
+        first = (
+            0 if stacks else next(moved, len(numbers))
+        )  # behind a fitted encoder nothing stays as it was
         if first < len(numbers):
             stacks.append(Stack(name, {j: stands_for[j] for j in range(first, len(numbers))}))
     return stacks
@@ -182,7 +186,9 @@ def fit_layers(
     def fit(site: Site, writer: nn.Module, inputs_PI: Tensor, stream_PH: Tensor) -> Tensor:
         name, layer, number = site
         goal_NH = wanted.pop((name, stands_for[name][layer], number))
-        weights_N = goal_NH.pow(2).mean(dim=1).reciprocal()  # after a norm every position counts alike
+        weights_N = (
+            goal_NH.pow(2).mean(dim=1).reciprocal()
+        )  # after a norm every position counts alike
         bias_H = writer.bias if isinstance(writer.bias, Tensor) else None
         left_NH = goal_NH - stream_PH[counts[name]]
         D_HI, b_H = ridge(inputs_PI[counts[name]], left_NH, weights_N, has_bias=bias_H is not None)
@@ -204,7 +210,10 @@ def ridge(
     solution (inputs all zero, or not all finite) both are zero.
     """
     weights_N1 = (weights_N / weights_N.sum())[:, None]
-    mean_I, mean_H = inputs_NI.new_zeros(inputs_NI.shape[1]), wanted_NH.new_zeros(wanted_NH.shape[1])
+    mean_I, mean_H = (
+        inputs_NI.new_zeros(inputs_NI.shape[1]),
+        wanted_NH.new_zeros(wanted_NH.shape[1]),
+    )
     if has_bias:
         mean_I, mean_H = (weights_N1 * inputs_NI).sum(dim=0), (weights_N1 * wanted_NH).sum(dim=0)
         inputs_NI, wanted_NH = inputs_NI - mean_I, wanted_NH - mean_H
@@ -219,7 +228,9 @@ def ridge(
     return D_HI, mean_H - D_HI @ mean_I
 
 
-def _positions_that_count(model: PreTrainedModel, batch: Batch, packing: Packing | None) -> dict[str, Tensor]:
+def _positions_that_count(
+    model: PreTrainedModel, batch: Batch, packing: Packing | None
+) -> dict[str, Tensor]:
     """By stack, [P]: no padding, and not a causal model's first token, which draws attention and nothing else."""
     *encoder, decoder = layer_stacks(model)
     counts_BT = batch.attention_mask_BT.bool()
@@ -230,7 +241,9 @@ def _positions_that_count(model: PreTrainedModel, batch: Batch, packing: Packing
 
 
 @contextmanager
-def _followed(model: PreTrainedModel, layers: Mapping[str, Iterable[int]], visit: Visit) -> Iterator[None]:
+def _followed(
+    model: PreTrainedModel, layers: Mapping[str, Iterable[int]], visit: Visit
+) -> Iterator[None]:
     """While it lasts `visit` sees what each writer of these layers reads, and the stream after it, [P, I] and [P, H];
     what it gives is added to what the writer wrote.
     """
@@ -243,7 +256,9 @@ def _followed(model: PreTrainedModel, layers: Mapping[str, Iterable[int]], visit
         yield
 
 
-def _follow_layer(layer: nn.Module, name: str, number: int, visit: Visit) -> Iterator[RemovableHandle]:
+def _follow_layer(
+    layer: nn.Module, name: str, number: int, visit: Visit
+) -> Iterator[RemovableHandle]:
     stream_PH: Tensor
 
     def begin(module: nn.Module, args: tuple[Tensor, ...], more: dict[str, Tensor]) -> None:

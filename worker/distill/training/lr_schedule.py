@@ -9,7 +9,9 @@ from worker.distill.students.recipe import StudentRecipe
 
 FEW_LAYERS_LEARNING_RATE = 2e-3  # measured for 8 of 30 layers, width 576
 LAYERS_LEARNING_RATE = 1e-3  # measured for 15 of 30
-FITTED_SHARE = 0.5  # of those two for fitted layers: measured for both; more undoes what the fit did
+FITTED_SHARE = (
+    0.5  # of those two for fitted layers: measured for both; more undoes what the fit did
+)
 FRESH_LEARNING_RATE = 1e-3
 WIDTH_LEARNING_RATE = 1e-3
 LORA_LEARNING_RATE = 5e-4
@@ -37,7 +39,9 @@ def peak_learning_rate(
         is_few = 3 * len(recipe.layers) <= recipe.num_available
         rate = FEW_LAYERS_LEARNING_RATE if is_few else LAYERS_LEARNING_RATE
         rate *= FITTED_SHARE if num_fitted_layers else 1.0
-    return rate * min(1.0, MEASURED_WIDTH / int(model.config.get_text_config(decoder=True).hidden_size))
+    return rate * min(
+        1.0, MEASURED_WIDTH / int(model.config.get_text_config(decoder=True).hidden_size)
+    )
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:

@@ -75,7 +75,8 @@ class ReplayBuffer:
     def to_jsonl(self) -> bytes:
         """Oldest first; a line holds the student's view, then the teacher's if that is another."""
         lines = [
-            (row.student,) if row.student == row.teacher else (row.student, row.teacher) for row in self.rows
+            (row.student,) if row.student == row.teacher else (row.student, row.teacher)
+            for row in self.rows
         ]
         return b"".join(VIEWS.dump_json(views) + b"\n" for views in lines)
 
@@ -86,4 +87,6 @@ class ReplayBuffer:
                 views = VIEWS.validate_json(line)
                 self.rows.append(Rollout(views[0], views[-1]))
         except (OSError, ValidationError) as e:
-            raise CorruptCheckpoint(f"{path.name} cannot be read: {e}; go on from an older checkpoint") from e
+            raise CorruptCheckpoint(
+                f"{path.name} cannot be read: {e}; go on from an older checkpoint"
+            ) from e

@@ -37,7 +37,7 @@ Source = Literal["student", "replay"]
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicroBatch:
     """A batch that is run through the models at once: rows of the data by their numbers, or rollouts.
 
     `rollouts` holds these as the teacher reads them; it is empty for rows of the data.
@@ -50,12 +50,12 @@ class Piece:
         return teacher.rows_of(self.rollouts) if self.rollouts else teacher.rows(self.batch.indices)
 
 
-def cut_pieces(rollouts: Sequence[Rollout], batch_tokens: int, device: str) -> list[Piece]:
+def cut_pieces(rollouts: Sequence[Rollout], batch_tokens: int, device: str) -> list[MicroBatch]:
     """One piece, or several if the answers are far longer than those of the data."""
     lengths = [rollout.student.num_tokens for rollout in rollouts]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [
-        Piece(
+        MicroBatch(
             collate([rollout.student for rollout in rollouts], numbers, device),
             tuple(rollouts[i].teacher for i in numbers),
         )
@@ -106,7 +106,11 @@ class RolloutPlan:
     def source_at(self, share_done: float) -> Source | None:
         """Where the batches of that moment may come from, beside the data."""
         wanted = self.data.completions
-        if self.then is not None and self.then.completions is not None and share_done >= self.then.at:
+        if (
+            self.then is not None
+            and self.then.completions is not None
+            and share_done >= self.then.at
+        ):
             wanted = self.then.completions
         return wanted if wanted == "student" or wanted == "replay" else None
 
@@ -165,15 +169,21 @@ class Rollouts:
             self.buffer.load(resume_dir / REPLAY)
 
     def pieces(
-        self, state: TrainState, numbers: Sequence[int], on_progress: Callable[[], None] = lambda: None
-    ) -> list[Piece]:
+        self,
+        state: TrainState,
+        numbers: Sequence[int],
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> list[MicroBatch]:
         """What the step that begins now learns from, if not from the data's rows with these numbers.
 
         That is their prompts, answered now, or older answers. What `on_progress` raises while the student answers ends
         the call, and nothing has happened then.
         """
         self.seconds = 0.0
-        if self.plan is None or (source := self.plan.source_at(state.step / self.total_steps)) is None:
+        if (
+            self.plan is None
+            or (source := self.plan.source_at(state.step / self.total_steps)) is None
+        ):
             return []
         random = Random(f"rollouts:{self.plan.seed}:{state.step}")
         rollouts: list[Rollout] = []
@@ -192,20 +202,28 @@ class Rollouts:
         if self.plan is None or self.plan.source_at(state.step / self.total_steps) != "replay":
             return {}
         loss = held_out.cross_entropy
-        return {"replay_phi": next_phi(state.replay_phi, state.replay_loss, loss), "replay_loss": loss}
+        return {
+            "replay_phi": next_phi(state.replay_phi, state.replay_loss, loss),
+            "replay_loss": loss,
+        }
 
     def take_metrics(self, state: TrainState) -> dict[str, float]:
         """Since they were last taken."""
         if self.plan is None:
             return {}
         tally, self._tally = self._tally, _Tally()
-        return tally.metrics() | ({"replay_phi": state.replay_phi} if state.replay_loss is not None else {})
+        return tally.metrics() | (
+            {"replay_phi": state.replay_phi} if state.replay_loss is not None else {}
+        )
 
     def _generate(
         self, plan: RolloutPlan, numbers: Sequence[int], step: int, on_progress: Callable[[], None]
     ) -> list[Rollout]:
         rows = [(plan.train[i], plan.teacher_train[i]) for i in numbers]
-        rooms = [plan.max_tokens - max(len(view.answered(()).token_ids) for view in views) for views in rows]
+        rooms = [
+            plan.max_tokens - max(len(view.answered(()).token_ids) for view in views)
+            for views in rows
+        ]
         begun = time.monotonic()
         with torch.no_grad():
             made = plan.sampler_for(self.model).generate(
@@ -217,7 +235,9 @@ class Rollouts:
                 on_progress=lambda num_done, num_tokens: on_progress(),
             )
         self.seconds = time.monotonic() - begun
-        answers = [plan.known(one.tokens[: max(1, room)]) for one, room in zip(made, rooms, strict=True)]
+        answers = [
+            plan.known(one.tokens[: max(1, room)]) for one, room in zip(made, rooms, strict=True)
+        ]
         self._tally.count_answers(answers)
         return [
             Rollout(student.answered(tokens), teacher.answered(tokens))
@@ -244,7 +264,10 @@ class _Tally:
 
     def metrics(self) -> dict[str, float]:
         values = {"on_policy_share": self.num_on_policy / max(1, self.num_steps)}
-        values |= {"num_rollouts": float(self.num_rollouts), "rollout_seconds": round(self.seconds, 3)}
+        values |= {
+            "num_rollouts": float(self.num_rollouts),
+            "rollout_seconds": round(self.seconds, 3),
+        }
         if self.num_rollouts:
             values["rollout_tokens"] = self.num_tokens / self.num_rollouts
         return values

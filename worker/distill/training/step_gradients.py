@@ -11,16 +11,16 @@ from worker.distill.data_parallel import Ranks
 from worker.distill.forward.hidden_states import hidden_rows_alone
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import Head
-from worker.distill.losses.uld import taught_loss
+from worker.distill.losses.uld import teacher_loss
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.training.devices import autocast
 from worker.distill.training.feature_losses import Features, Terms
-from worker.distill.training.rollouts import Piece
-from worker.distill.training.tied_embedding import gathering
+from worker.distill.training.rollouts import MicroBatch
+from worker.distill.training.tied_embedding import sparse_embedding_grad
 
 
 @dataclass(frozen=True)
-class Sums:
+class StepStats:
     """Of a whole step. `values` has sums over targets, by the names of Means, and the feature terms, which are means."""
 
     num_targets: int
@@ -40,35 +40,41 @@ class Gradients:
     ranks: Ranks
 
     def add(
-        self, pieces: Sequence[Piece], objective: TokenObjective, parameters: Sequence[nn.Parameter]
-    ) -> Sums:
+        self,
+        pieces: Sequence[MicroBatch],
+        objective: TokenObjective,
+        parameters: Sequence[nn.Parameter],
+    ) -> StepStats:
         """Leaves the gradient of all ranks' pieces in the parameters of every rank. A rank may have none.
 
         A token weighs the same wherever it is, because all divide by the targets of the whole step.
         """
         counts = [
-            sum(getattr(piece.batch, name) for piece in pieces) for name in ("num_targets", "num_tokens")
+            sum(getattr(piece.batch, name) for piece in pieces)
+            for name in ("num_targets", "num_tokens")
         ]
         num_targets, num_tokens = (int(count) for count in self.ranks.sum(*counts))
         compared = ("kl_sum", "num_agreeing") if self._compares_tokens(objective) else ()
         names = ("loss_sum", *compared, *(self.features.names if self.features else ()))
         values = dict.fromkeys(names, 0.0)
         for piece in pieces:
-            with gathering(self.model, self.head.weight_VH):
+            with sparse_embedding_grad(self.model, self.head.weight_VH):
                 found = self._backward(piece, objective, num_targets)
             for name, value in found.items():
                 values[name] += value
         self.ranks.sum_gradients(parameters)
         summed = self.ranks.sum(*values.values())
-        return Sums(num_targets, num_tokens, dict(zip(values, summed, strict=True)))
+        return StepStats(num_targets, num_tokens, dict(zip(values, summed, strict=True)))
 
-    def _backward(self, piece: Piece, objective: TokenObjective, num_targets: int) -> dict[str, float]:
+    def _backward(
+        self, piece: MicroBatch, objective: TokenObjective, num_targets: int
+    ) -> dict[str, float]:
         """Adds a piece's gradient. Feature terms are means over the piece, which weighs by its targets."""
         batch = piece.batch
         teacher = piece.teacher_rows(self.teacher) if self.teacher else None
         with autocast(batch.targets_N.device.type, self.autocast):
             hidden_NH, terms = self._read(piece)
-        loss, stats = taught_loss(
+        loss, stats = teacher_loss(
             hidden_NH.to(self.head.weight_VH.dtype),
             self.head,
             batch.targets_N,
@@ -90,7 +96,7 @@ class Gradients:
         """Whether there is a KL to tell: without the teacher's distribution over one vocabulary there is none."""
         return self.teacher is not None and objective.matches == "token"
 
-    def _read(self, piece: Piece) -> tuple[Tensor, Terms | None]:
+    def _read(self, piece: MicroBatch) -> tuple[Tensor, Terms | None]:
         """The head's inputs, and the feature terms if any are asked for."""
         if self.features:
             return self.features.read(piece.batch, piece.rollouts)

@@ -63,7 +63,14 @@ class Adaptation:
     @property
     def key(self) -> str:
         """Hash of all that determines the weights; threads and device do, by the order of their sums."""
-        settings = [self.identity, self.mask_id, self.num_steps, self.batch_tokens, self.seed, self.device]
+        settings = [
+            self.identity,
+            self.mask_id,
+            self.num_steps,
+            self.batch_tokens,
+            self.seed,
+            self.device,
+        ]
         settings += [LEARNING_RATE, WARMUP_RATIO, NUM_PASSES, torch.get_num_threads()]
         rows = [[row.token_ids, row.spans] for row in self.rows]
         return hashlib.sha256(json.dumps([settings, rows]).encode()).hexdigest()
@@ -115,7 +122,9 @@ def adapted_model(adaptation: Adaptation, on_step: Callable[[int, int], None]) -
         for numbers in plan.epoch(epoch)[: num_steps - step]:
             on_step(step, num_steps)
             random = Random(f"{adaptation.seed}:{step}")
-            loss = masked_loss(model, [adaptation.rows[i] for i in numbers], adaptation.mask_id, random)
+            loss = masked_loss(
+                model, [adaptation.rows[i] for i in numbers], adaptation.mask_id, random
+            )
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for group in optimizer.param_groups:
@@ -127,7 +136,9 @@ def adapted_model(adaptation: Adaptation, on_step: Callable[[int, int], None]) -
     return model
 
 
-def masked_loss(model: PreTrainedModel, rows: Sequence[Example], mask_id: int, random: Random) -> Tensor:
+def masked_loss(
+    model: PreTrainedModel, rows: Sequence[Example], mask_id: int, random: Random
+) -> Tensor:
     """Mean cross-entropy of the targets that are hidden: of each row a share 1 / NUM_PASSES, at least one."""
     ids_BT, mask_BT = (tensor.to(model.device) for tensor in pad([row.token_ids for row in rows]))
     is_hidden_BT = torch.zeros_like(ids_BT, dtype=torch.bool)

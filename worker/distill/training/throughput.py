@@ -5,7 +5,7 @@ import time
 from worker.distill.training.checkpoint import TrainState
 
 
-class Pace:
+class Throughput:
     """Speed of this session, without what was done before a resume."""
 
     def __init__(self, state: TrainState, total_steps: int) -> None:
@@ -22,7 +22,9 @@ class Pace:
     @property
     def tokens_per_second(self) -> float:
         """Learned from, in the time that is not left out."""
-        return round(self._num_tokens / max(1e-6, time.monotonic() - self._begun - self._left_out), 1)
+        return round(
+            self._num_tokens / max(1e-6, time.monotonic() - self._begun - self._left_out), 1
+        )
 
     @property
     def seconds_remaining(self) -> float | None:
@@ -38,7 +40,7 @@ class Pace:
         self._num_tokens += num_tokens
 
 
-class Means:
+class MetricAverager:
     """Training metrics since they were last taken, a target token."""
 
     def __init__(self) -> None:

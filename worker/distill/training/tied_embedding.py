@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 
 @contextmanager
-def gathering(model: PreTrainedModel, head_VH: Tensor) -> Iterator[None]:
+def sparse_embedding_grad(model: PreTrainedModel, head_VH: Tensor) -> Iterator[None]:
     """Run forward and backward in it: at its end the rows of the batch's tokens are added to the gradient that the head has left."""
     embedding = model.get_input_embeddings()
     if not _is_tied(embedding, head_VH):
@@ -37,14 +37,18 @@ def gathering(model: PreTrainedModel, head_VH: Tensor) -> Iterator[None]:
 
 
 def _is_tied(embedding: nn.Module, head_VH: Tensor) -> bool:
-    is_plain = type(embedding) is nn.Embedding and not (embedding.max_norm or embedding.scale_grad_by_freq)
+    is_plain = type(embedding) is nn.Embedding and not (
+        embedding.max_norm or embedding.scale_grad_by_freq
+    )
     is_trained = head_VH.requires_grad and head_VH.device.type == "cpu"
     return is_plain and is_trained and embedding.weight is head_VH
 
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight_VH: Tensor, waiting: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(
+        ctx: Any, ids: Tensor, weight_VH: Tensor, waiting: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
         # ctx is Any: torch does not type what a context carries
         ctx.ids, ctx.waiting = ids, waiting
         return nn.functional.embedding(ids, weight_VH)

@@ -36,11 +36,18 @@ from worker.distill.training.devices import ON_CPU, Placement
 from worker.distill.training.feature_losses import FeaturePlan, Features
 from worker.distill.training.layer_fitting import fit_student
 from worker.distill.training.lr_schedule import parameter_groups, peak_learning_rate, scheduled
-from worker.distill.training.rollouts import Piece, RolloutPlan, Rollouts
+from worker.distill.training.rollouts import MicroBatch, RolloutPlan, Rollouts
 from worker.distill.training.step_gradients import Gradients, clipped_step, gradient_norm
-from worker.distill.training.throughput import Means, Pace
+from worker.distill.training.throughput import MetricAverager, Throughput
 from worker.errors import NanLoss
-from worker.protocol.run_lines import CheckpointLine, MessageLine, MetricsLine, ProgressLine, Sink, Throttle
+from worker.protocol.run_lines import (
+    CheckpointLine,
+    MessageLine,
+    MetricsLine,
+    ProgressLine,
+    Sink,
+    Throttle,
+)
 
 CPU_BATCH_TOKENS = 1024  # 8 rows of 128: more do not use a CPU better
 EVALS_PER_RUN = 10  # eval_steps and checkpoint_steps "auto"
@@ -57,7 +64,7 @@ class Stopped(Exception):  # no error: the run does as it was told
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainingInputs:
     """Everything a training needs, ready to use. The teacher's cache holds train's rows, then valid's."""
 
     out: Path
@@ -83,7 +90,9 @@ class Setup:
     finished_dirs: tuple[Path, ...] = ()  # students of the job's earlier courses
     num_courses_after: int = 0  # they are as many steps long as this one
     ranks: Ranks = ALONE
-    autocast: torch.dtype | None = None  # what the student's body trains in, if not in its weights' float32
+    autocast: torch.dtype | None = (
+        None  # what the student's body trains in, if not in its weights' float32
+    )
     rounds_to: torch.dtype = torch.float32  # the same of its products, on a CPU
     placement: Placement = ON_CPU  # of the teacher, and of a model of its size beside the student
 
@@ -98,7 +107,7 @@ class Trainer:
 
     def __init__(
         self,
-        setup: Setup,
+        setup: TrainingInputs,
         state: TrainState,
         sink: Sink,
         should_stop: Callable[[], bool],
@@ -115,9 +124,7 @@ class Trainer:
         lengths = [example.num_tokens for example in setup.train]
         self.plan = BatchPlan(lengths, batch_tokens=batch_tokens, seed=setup.seed)
         self.total_steps = self.plan.num_steps(h.n_epochs, at_most=h.max_steps)
-        auto_steps = max(1, -(-self.total_steps // EVALS_PER_RUN))
-        self.eval_steps = auto_steps if h.eval_steps == "auto" else h.eval_steps
-        self.checkpoint_steps = self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
+        self._set_intervals(h)
         self.valid = HeldOutRows(
             setup.valid,
             first_index=len(setup.train),
@@ -126,9 +133,13 @@ class Trainer:
             ranks=setup.ranks,
         )
         self.best_dir = setup.best_dir
-        model = load_student(setup.recipe, setup.resume_dir, seed=setup.seed, rounds_to=setup.rounds_to)
+        model = load_student(
+            setup.recipe, setup.resume_dir, seed=setup.seed, rounds_to=setup.rounds_to
+        )
         self.model = model.to(setup.device)
-        self.head = replace(head_of(self.model, setup.num_tokens), num_parts=parts_beside(setup.rounds_to))
+        self.head = replace(
+            head_of(self.model, setup.num_tokens), num_parts=parts_beside(setup.rounds_to)
+        )
         self.features = Features(setup.features, self.model) if setup.features else None
         self.gradients = Gradients(
             self.model,
@@ -138,14 +149,12 @@ class Trainer:
             setup.autocast,
             setup.ranks,
         )
-        groups = parameter_groups(self.model, h.weight_decay)
-        if self._projections is not None:
-            groups.append({"params": list(self._projections.parameters()), "weight_decay": 0.0})
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+        self.optimizer = self._make_optimizer(h.weight_decay)
         torch.manual_seed(setup.seed)
         if setup.resume_dir is not None:
             load_optimizer(setup.resume_dir, self.optimizer, self.model, self._projections)
-        plan = setup.rollouts if setup.signal.has_distribution else None  # its own text alone teaches nothing
+        # without a distribution the student's own text teaches nothing
+        plan = setup.rollouts if setup.signal.has_distribution else None
         self.rollouts = Rollouts(plan, self.model, self.total_steps, batch_tokens, setup.resume_dir)
         self._saved_step = state.step if setup.resume_dir is not None else 0
         self._saved_at = time.monotonic()
@@ -153,9 +162,22 @@ class Trainer:
         # one more than there are steps, so that no two metrics of a name share a step
         num_steps_after = setup.num_courses_after * (self.total_steps + 1)
         self.num_job_steps = state.first_step + self.total_steps + num_steps_after
-        self._pace = Pace(state, self.total_steps + num_steps_after)
-        self._means = Means()
+        self._pace = Throughput(state, self.total_steps + num_steps_after)
+        self._means = MetricAverager()
         self._throttle = Throttle()
+
+    def _set_intervals(self, h: Hyperparameters) -> None:
+        auto_steps = max(1, -(-self.total_steps // EVALS_PER_RUN))
+        self.eval_steps = auto_steps if h.eval_steps == "auto" else h.eval_steps
+        self.checkpoint_steps = (
+            self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
+        )
+
+    def _make_optimizer(self, weight_decay: float) -> torch.optim.AdamW:
+        groups = parameter_groups(self.model, weight_decay)
+        if self._projections is not None:
+            groups.append({"params": list(self._projections.parameters()), "weight_decay": 0.0})
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     def run(self) -> tuple[TrainState, Path]:
         """Trains until the steps are done or it no longer helps; the best student lies in the folder.
@@ -166,7 +188,9 @@ class Trainer:
             self.fit()
         if not self.state.untrained_metrics:
             held_out = self.measure()
-            self._update(untrained_metrics=held_out.series(), **self.rollouts.observe(self.state, held_out))
+            self._update(
+                untrained_metrics=held_out.series(), **self.rollouts.observe(self.state, held_out)
+            )
             self.sink(MetricsLine(step=self.state.job_step, values=self.state.untrained_metrics))
         while self.state.step < self.total_steps and not self.state.is_done:
             self._stop_if_asked()
@@ -182,7 +206,9 @@ class Trainer:
 
     def fit(self) -> None:
         """The layers of a student that lost some, before its first step."""
-        order = chain.from_iterable(reversed(self.plan.epoch(0)))  # a short training never sees those
+        order = chain.from_iterable(
+            reversed(self.plan.epoch(0))
+        )  # a short training never sees those
         rows = [self.setup.train[number] for number in order]
         fit = fit_student(
             self.model,
@@ -199,13 +225,17 @@ class Trainer:
     def measure(self) -> HeldOut:
         """The student on the held-out rows, as it is now."""
         teacher = self.setup.teacher if self.setup.has_one_tokenizer else None
-        return self.valid.measure(self.model, self.head, teacher, self._objective(), on_batch=self._tell)
+        return self.valid.measure(
+            self.model, self.head, teacher, self._objective(), on_batch=self._tell
+        )
 
-    def _next_pieces(self) -> list[Piece]:
+    def _next_pieces(self) -> list[MicroBatch]:
         numbers = self.plan.epoch(self.state.epoch)[self.state.batch]
         own = self.rollouts.pieces(self.state, numbers, self._while_working)
         numbers = self.setup.ranks.share(numbers, self.plan.lengths)
-        return own or ([Piece(collate(self.setup.train, numbers, self.setup.device))] if numbers else [])
+        return own or (
+            [MicroBatch(collate(self.setup.train, numbers, self.setup.device))] if numbers else []
+        )
 
     def _while_working(self) -> None:
         self._stop_if_asked()
@@ -218,7 +248,7 @@ class Trainer:
         share = self.state.step / max(1, self.total_steps)
         return TokenObjective.from_objective(objective, then if is_second else None, share)
 
-    def _step(self, pieces: list[Piece]) -> None:
+    def _step(self, pieces: list[MicroBatch]) -> None:
         h = self.setup.hyperparameters
         peak = peak_learning_rate(h, self.setup.recipe, self.model, self.state.num_fitted_layers)
         rate = scheduled(self.state.step, self.total_steps, peak=peak, warmup=h.warmup_ratio)
@@ -311,7 +341,9 @@ class Trainer:
         )
         job_step, best_step = self.state.job_step, self.state.best_step
         is_first = setup.ranks.is_first
-        folder = save_checkpoint(setup.out, snapshot) if is_first else setup.out / f"step-{job_step}"
+        folder = (
+            save_checkpoint(setup.out, snapshot) if is_first else setup.out / f"step-{job_step}"
+        )
         if is_best:
             self.best_dir = folder / "model"
         elif self.best_dir is not None:
@@ -321,7 +353,9 @@ class Trainer:
         if is_first:
             prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=keep_step)
         metrics = self.state.metrics if self._evaluated_step == step else {}
-        self.sink(CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=metrics))
+        self.sink(
+            CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=metrics)
+        )
 
     def _stop_if_asked(self) -> None:
         if self.setup.ranks.any(self.should_stop()):
@@ -340,7 +374,9 @@ class Trainer:
                 percent=self.report(done),
                 step=self.state.job_step,
                 total_steps=self.num_job_steps,
-                epoch=round(self.state.epoch + self.state.batch / len(self.plan.epoch(self.state.epoch)), 3),
+                epoch=round(
+                    self.state.epoch + self.state.batch / len(self.plan.epoch(self.state.epoch)), 3
+                ),
                 tokens_per_second=self._pace.tokens_per_second,
                 seconds_remaining=self._pace.seconds_remaining,
             )
@@ -349,7 +385,9 @@ class Trainer:
 
 def _score(held_out: HeldOut, early: EarlyStopping | None, signal: Signal) -> float:
     """Smaller is better."""
-    wanted = early.metric if early is not None else "perplexity" if signal.name == "hidden" else "kl"
+    wanted = (
+        early.metric if early is not None else "perplexity" if signal.name == "hidden" else "kl"
+    )
     match wanted if held_out.has_teacher else "perplexity":
         case "kl":
             return held_out.kl

@@ -23,7 +23,7 @@ from worker.serve.decoding.kv_cache import WindowedCache
 from worker.serve.decoding.prefix_cache import Prefixes
 
 
-class Sources:
+class EncoderCache:
     """Keys and values of each row's encoded prompt, computed when it joins and never again."""
 
     def __init__(self, past: WindowedCache, *, max_rows: int, max_width: int) -> None:
@@ -77,7 +77,9 @@ class Sources:
 class CursorBatch:
     """Rows of one model in step. Row numbers are 0 … num_rows - 1; `leave` renumbers the last one."""
 
-    def __init__(self, model: nn.Module, *, max_rows: int, max_width: int, max_source_width: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, *, max_rows: int, max_width: int, max_source_width: int = 0
+    ) -> None:
         self.model = model
         self.family: Family = family_of(model)
         self.device = next(model.parameters()).device
@@ -85,11 +87,13 @@ class CursorBatch:
         self.max_width = max_width
         self.cursor = 0
         self.starts: list[int] = []
-        self.cache = WindowedCache(max_rows=max_rows, max_width=max_width, dtype=self.family.cache_dtype)
+        self.cache = WindowedCache(
+            max_rows=max_rows, max_width=max_width, dtype=self.family.cache_dtype
+        )
         self.prefixes = Prefixes(max_tokens=max_width)
-        self.sources: Sources | None = None
+        self.sources: EncoderCache | None = None
         if self.family.has_encoder:
-            self.sources = Sources(self.cache, max_rows=max_rows, max_width=max_source_width)
+            self.sources = EncoderCache(self.cache, max_rows=max_rows, max_width=max_source_width)
 
     @property
     def num_rows(self) -> int:
@@ -112,9 +116,11 @@ class CursorBatch:
             return self._join(prompts)
         return torch.cat([self._join([prompt]) for prompt in prompts])
 
-    def _join_encoded(self, prompts: Sequence[Sequence[int]], sources: Sources) -> Tensor:
+    def _join_encoded(self, prompts: Sequence[Sequence[int]], sources: EncoderCache) -> Tensor:
         tokens_KS, mask_KS = sources.add(prompts)
-        states_KSH = self.family.encode(self.model, tokens_KS.to(self.device), mask_KS.to(self.device))
+        states_KSH = self.family.encode(
+            self.model, tokens_KS.to(self.device), mask_KS.to(self.device)
+        )
         return self._join([[self.family.start_token]] * len(prompts), states_KSH)
 
     def _join(self, prompts: Sequence[Sequence[int]], states_KSH: Tensor | None = None) -> Tensor:
@@ -131,7 +137,9 @@ class CursorBatch:
         # a row that knows more than others reads some of it again, so that all end at the cursor
         padded = [[0] * (num_read - len(prompt)) + list(prompt[-num_read:]) for prompt in prompts]
         low, column = self.cursor - longest, self.cursor - num_read
-        logits = self._forward(torch.tensor(padded), first_row, low=low, column=column, states_KSH=states_KSH)
+        logits = self._forward(
+            torch.tensor(padded), first_row, low=low, column=column, states_KSH=states_KSH
+        )
         if self.sources is None:
             for row, prompt in enumerate(prompts, first_row):
                 self.prefixes.keep(prompt, self.cache, row, slice(self.starts[row], self.cursor))
@@ -151,7 +159,9 @@ class CursorBatch:
         """Appends one token to every row; gives the next-token logits [N, V], float32."""
         if self.cursor == self.cache.window.width:
             self._make_room()
-        logits_NV = self._forward(torch.tensor(tokens)[:, None], 0, low=self.low, column=self.cursor)
+        logits_NV = self._forward(
+            torch.tensor(tokens)[:, None], 0, low=self.low, column=self.cursor
+        )
         self.cursor += 1
         return logits_NV
 

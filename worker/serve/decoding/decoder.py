@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from worker.serve.decoding.cursor_batch import CursorBatch
-from worker.serve.decoding.sampling import Chooser, Pick, pick_tokens
+from worker.serve.decoding.sampling import SampledToken, TokenSampler, pick_tokens
 from worker.serve.decoding.scheduler import Scheduler
 
-PREFILL_BUDGET = 1024  # tokens of one prefill call, padding included: bounds how long the running rows wait
+PREFILL_BUDGET = (
+    1024  # tokens of one prefill call, padding included: bounds how long the running rows wait
+)
 
 
 @dataclass(eq=False)
@@ -25,7 +27,7 @@ class Sequence:
     prompt: tuple[int, ...]
     max_tokens: int
     end_ids: frozenset[int]
-    chooser: Chooser
+    sampler: TokenSampler
     choice: int = 0
     tenant: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -52,7 +54,10 @@ class Decoder:
         self.max_running = max_running
         self.min_joining = min_joining
         self.batch = batch or CursorBatch(
-            model, max_rows=max_running, max_width=max_context_tokens, max_source_width=max_context_tokens
+            model,
+            max_rows=max_running,
+            max_width=max_context_tokens,
+            max_source_width=max_context_tokens,
         )
         self.context = self.batch.family.context(max_context_tokens)
         self._waiting: Scheduler[Sequence] = Scheduler(
@@ -87,7 +92,7 @@ class Decoder:
             if is_unwanted(self._rows[row]):
                 self._leave(row)
 
-    def step(self) -> Iterable[tuple[Sequence, Pick]]:
+    def step(self) -> Iterable[tuple[Sequence, SampledToken]]:
         """One model call and the token it gave each sequence; finished sequences have left when it returns.
 
         A prefill is followed by a step for everyone, so that arrivals cannot starve the running rows.
@@ -101,7 +106,7 @@ class Decoder:
             logits_NV = self.batch.advance([sequence.tokens[-1] for sequence in sequences])
         else:
             return []
-        picks = pick_tokens(logits_NV, [sequence.chooser for sequence in sequences])
+        picks = pick_tokens(logits_NV, [sequence.sampler for sequence in sequences])
         first_row = len(self._rows) - len(sequences)
         for row, pick in reversed(list(enumerate(picks, first_row))):
             self._take(row, pick)
@@ -125,7 +130,7 @@ class Decoder:
         self._rows += sequences
         return sequences, logits_KV[torch.tensor(sources, device=logits_KV.device)]
 
-    def _take(self, row: int, pick: Pick) -> None:
+    def _take(self, row: int, pick: SampledToken) -> None:
         sequence = self._rows[row]
         if pick.token is None:
             self._leave(row, is_poisoned=True)

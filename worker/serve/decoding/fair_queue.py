@@ -102,7 +102,8 @@ class FairQueue(Generic[T]):
         ready = [
             tenant
             for tenant in self._tenants.values()
-            if tenant.waiting and (self._max_running is None or tenant.num_running < self._max_running)
+            if tenant.waiting
+            and (self._max_running is None or tenant.num_running < self._max_running)
         ]
         return min(ready, key=lambda tenant: tenant.rank, default=None)
 

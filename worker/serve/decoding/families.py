@@ -14,16 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from worker.cpu.llama_decoder import LeanModel, is_lean
+from worker.cpu.llama_decoder import LlamaDecoder, is_lean
 from worker.serve.errors import UnsupportedModel
 
 CAUSAL = frozenset(
-    {"bloom", "gemma3_text", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3"}
+    {
+        "bloom",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "llama",
+        "mistral",
+        "opt",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    }
 )
 SEQ2SEQ = frozenset({"bart", "encoder-decoder", "t5"})
 HALVES = frozenset({"bert", "gpt2", "roberta"})  # of an encoder-decoder
 MASKED = frozenset({"bert", "roberta"})
-ONE_PROMPT_AT_A_TIME = frozenset({"bloom"})  # its padded rows turn NaN, which reaches real rows as 0 * NaN
+ONE_PROMPT_AT_A_TIME = frozenset(
+    {"bloom"}
+)  # its padded rows turn NaN, which reaches real rows as 0 * NaN
 
 Model = Any  # transformers is untyped here
 Config = Any
@@ -66,7 +79,9 @@ class Family:
     # logits of the last token [N, V], or of the last K if the call asks for several [N, K, V]
     forward: Callable[[Model, Call], Tensor]
     context_tokens: int | None
-    reads_column_order: bool = False  # whether it sees distances between columns instead of positions
+    reads_column_order: bool = (
+        False  # whether it sees distances between columns instead of positions
+    )
     can_pad_prompts: bool = True  # whether prompts of different lengths may share a prefill
     has_encoder: bool = False
     source_tokens: int | None = None
@@ -96,7 +111,10 @@ def refuse_unlisted(config: Config) -> None:
         raise UnsupportedModel(
             f"model type {kind!r} cannot be served; supported: {', '.join(sorted(CAUSAL | SEQ2SEQ))}"
         )
-    if kind == "encoder-decoder" and not {config.encoder.model_type, config.decoder.model_type} <= HALVES:
+    if (
+        kind == "encoder-decoder"
+        and not {config.encoder.model_type, config.decoder.model_type} <= HALVES
+    ):
         raise UnsupportedModel(
             f"an encoder-decoder of {config.encoder.model_type!r} and {config.decoder.model_type!r} cannot be "
             f"served; supported halves: {', '.join(sorted(HALVES))}"
@@ -111,7 +129,11 @@ def family_of(model: nn.Module) -> Family:
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         lean = _lean(model)
         return Family(
-            forward=lean.call if lean else _causal if takes_positions else _causal_without_positions,
+            forward=lean.call
+            if lean
+            else _causal
+            if takes_positions
+            else _causal_without_positions,
             cache_dtype=lean.cache_dtype if lean else None,
             context_tokens=_num_positions(config),
             can_pad_prompts=config.model_type not in ONE_PROMPT_AT_A_TIME,
@@ -145,14 +167,16 @@ def _start_token(model: Model) -> int:
         token = getattr(source, "decoder_start_token_id", None)
         if isinstance(token, int):
             return token
-    raise UnsupportedModel("the model's config names no decoder_start_token_id; add it to config.json")
+    raise UnsupportedModel(
+        "the model's config names no decoder_start_token_id; add it to config.json"
+    )
 
 
-def _lean(model: Model) -> LeanModel | None:
+def _lean(model: Model) -> LlamaDecoder | None:
     # elsewhere than on a CPU a step is not held up by Python in this way, or not measured
     if not is_lean(model) or next(model.parameters()).device.type != "cpu":
         return None
-    return LeanModel(model)
+    return LlamaDecoder(model)
 
 
 def _causal(model: Model, call: Call) -> Tensor:

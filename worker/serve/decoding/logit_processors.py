@@ -14,7 +14,9 @@ from torch import Tensor
 from app.contracts.messages import Sampling
 from worker.serve.errors import InvalidLogitBias
 
-MIN_REPETITION_PENALTY = 1e-20  # logits over less overflow, and long before only the best token has any mass
+MIN_REPETITION_PENALTY = (
+    1e-20  # logits over less overflow, and long before only the best token has any mass
+)
 NOTHING = (0.0, 1.0, 0.0)
 BIAS, REPETITION, PENALTY = range(3)
 
@@ -28,7 +30,9 @@ class LogitsProcessor:
     before min_tokens.
     """
 
-    def __init__(self, sampling: Sampling, *, context: Sequence[int], end_ids: frozenset[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, *, context: Sequence[int], end_ids: frozenset[int]
+    ) -> None:
         """`context` holds the tokens that the answer continues."""
         self._sampling = sampling
         self._repetition = max(sampling.repetition_penalty, MIN_REPETITION_PENALTY)
@@ -40,11 +44,15 @@ class LogitsProcessor:
         seen = context if is_repetition_penalised else ()
         touched = list(dict.fromkeys([*self._biases, *self._banned, *seen]))
         self._slots = {token: slot for slot, token in enumerate(touched)}
-        is_counting = is_repetition_penalised or sampling.frequency_penalty or sampling.presence_penalty
+        is_counting = (
+            is_repetition_penalised or sampling.frequency_penalty or sampling.presence_penalty
+        )
         self._max_new = sampling.max_tokens if is_counting else 0
         self._tokens_C = torch.tensor(touched + [0] * self._max_new)
         self._changes_3C = torch.tensor(NOTHING)[:, None].repeat(1, len(self._tokens_C))
-        self._changes_3C[BIAS, : len(touched)] = torch.tensor([self._bias_of(token) for token in touched])
+        self._changes_3C[BIAS, : len(touched)] = torch.tensor(
+            [self._bias_of(token) for token in touched]
+        )
         self._changes_3C[REPETITION, [self._slots[token] for token in seen]] = self._repetition
 
     def changes(self) -> tuple[Tensor, Tensor]:
@@ -62,7 +70,9 @@ class LogitsProcessor:
             return
         self._counts[token] += 1
         slot = self._slots.setdefault(token, len(self._slots))
-        penalty = self._sampling.presence_penalty + self._sampling.frequency_penalty * self._counts[token]
+        penalty = (
+            self._sampling.presence_penalty + self._sampling.frequency_penalty * self._counts[token]
+        )
         self._tokens_C[slot] = token
         self._changes_3C[REPETITION, slot] = self._repetition
         self._changes_3C[PENALTY, slot] = penalty
@@ -104,9 +114,15 @@ class Changed:
         logits_NV[self.rows_K, self.tokens_K] = self.raw_K
 
 
-def process_logits(logits_NV: Tensor, processors: Sequence[LogitsProcessor | None]) -> Changed | None:
+def process_logits(
+    logits_NV: Tensor, processors: Sequence[LogitsProcessor | None]
+) -> Changed | None:
     """Changes the logits of the rows that ask for it, in place; None if none does."""
-    asked = [(row, *processor.changes()) for row, processor in enumerate(processors) if processor is not None]
+    asked = [
+        (row, *processor.changes())
+        for row, processor in enumerate(processors)
+        if processor is not None
+    ]
     if not asked:
         return None
     rows, tokens, changes = zip(*asked, strict=True)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from worker.serve.decoding.kv_cache import WindowedCache
 
-LEAST_NEW_TOKENS = 16  # a prompt that brings fewer is not worth keeping beside the one that it begins like
+LEAST_NEW_TOKENS = (
+    16  # a prompt that brings fewer is not worth keeping beside the one that it begins like
+)
 
 
 @dataclass(eq=False)
@@ -24,7 +26,10 @@ class Prefix:
 
     def num_shared(self, prompt: Sequence[int]) -> int:
         return sum(
-            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.tokens, prompt, strict=False))
+            1
+            for _ in takewhile(
+                lambda pair: pair[0] == pair[1], zip(self.tokens, prompt, strict=False)
+            )
         )
 
 

@@ -32,7 +32,7 @@ def seeded_generator(seed: int | None) -> torch.Generator:
 
 
 @dataclass(frozen=True)
-class Chooser:
+class TokenSampler:
     """How one row picks tokens. num_logprobs None: no log-probabilities; 0: the chosen token's only."""
 
     temperature: float = 0.0
@@ -55,7 +55,7 @@ class Chooser:
 
 
 @dataclass(frozen=True)
-class Pick:
+class SampledToken:
     """A chosen token; token is None when the row's logits were not numbers."""
 
     token: int | None
@@ -63,20 +63,20 @@ class Pick:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def choose_tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int | None]:
+def choose_tokens(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> list[int | None]:
     """A token a row of processed logits; None where they are not numbers."""
     best_N, greedy_N = _greatest(logits_NV)
     is_good = torch.isfinite(best_N).tolist()  # the greatest of numbers and NaN is NaN
     tokens: list[int] = greedy_N.tolist()
-    sampled = [row for row, c in enumerate(choosers) if not c.is_greedy and is_good[row]]
-    plain = [row for row in sampled if not choosers[row].is_ranked]
+    sampled = [row for row, c in enumerate(samplers) if not c.is_greedy and is_good[row]]
+    plain = [row for row in sampled if not samplers[row].is_ranked]
     if plain:
-        drawn = _draw_from_all(logits_NV[plain], [choosers[row] for row in plain])
+        drawn = _draw_from_all(logits_NV[plain], [samplers[row] for row in plain])
         for row, token in zip(plain, drawn, strict=True):
             tokens[row] = token
     for row in sampled:
-        if choosers[row].is_ranked:
-            tokens[row] = _draw_from_best(logits_NV[row], choosers[row])
+        if samplers[row].is_ranked:
+            tokens[row] = _draw_from_best(logits_NV[row], samplers[row])
     return [token if good else None for token, good in zip(tokens, is_good, strict=True)]
 
 
@@ -95,104 +95,110 @@ def _greatest(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
     return best_N1[:, 0], tokens_NW.gather(1, within_N1)[:, 0]
 
 
-Choose = Callable[[Tensor, Sequence[Chooser]], list[int | None]]
+Choose = Callable[[Tensor, Sequence[TokenSampler]], list[int | None]]
 
 
-def pick_tokens(logits_NV: Tensor, choosers: Sequence[Chooser], choose: Choose = choose_tokens) -> list[Pick]:
+def pick_tokens(
+    logits_NV: Tensor, samplers: Sequence[TokenSampler], choose: Choose = choose_tokens
+) -> list[SampledToken]:
     """One pick a row of float32 logits. A row's pick does not depend on its neighbours.
 
     Rows must not share memory: logits are changed where a row's processor says so, and put back.
     """
-    changed = process_logits(logits_NV, [chooser.processor for chooser in choosers])
-    tokens = choose(logits_NV, choosers)
+    changed = process_logits(logits_NV, [sampler.processor for sampler in samplers])
+    tokens = choose(logits_NV, samplers)
     if changed is not None:
         changed.put_back(logits_NV)
-    picks = [Pick(token) for token in tokens]
-    for row, (token, chooser) in enumerate(zip(tokens, choosers, strict=True)):
+    picks = [SampledToken(token) for token in tokens]
+    for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
         if token is None:
             continue
-        if chooser.processor is not None:
-            chooser.processor.record(token)
-        if chooser.num_logprobs is not None:
-            picks[row] = _with_logprobs(logits_NV[row], token, chooser.num_logprobs)
+        if sampler.processor is not None:
+            sampler.processor.record(token)
+        if sampler.num_logprobs is not None:
+            picks[row] = _with_logprobs(logits_NV[row], token, sampler.num_logprobs)
     return picks
 
 
-def _draw_from_all(logits_PV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+def _draw_from_all(logits_PV: Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
     """Inverse transform sampling in two looks, first for the block and then within it; overwrites its logits."""
-    temperature_P1 = torch.tensor([[c.temperature] for c in choosers], device=logits_PV.device)
+    temperature_P1 = torch.tensor([[c.temperature] for c in samplers], device=logits_PV.device)
     weights_PV = logits_PV.sub_(logits_PV.amax(-1, keepdim=True)).div_(temperature_P1).exp_()
-    if any(c.min_p for c in choosers):
-        min_p_P1 = torch.tensor([[c.min_p] for c in choosers], device=logits_PV.device)
+    if any(c.min_p for c in samplers):
+        min_p_P1 = torch.tensor([[c.min_p] for c in samplers], device=logits_PV.device)
         weights_PV.masked_fill_(weights_PV < min_p_P1, 0.0)  # the best token weighs 1
     padding = -weights_PV.shape[1] % BLOCK
-    weights_PBW = torch.nn.functional.pad(weights_PV, (0, padding)).view(len(choosers), -1, BLOCK)
+    weights_PBW = torch.nn.functional.pad(weights_PV, (0, padding)).view(len(samplers), -1, BLOCK)
     mass_PB = weights_PBW.sum(-1).double().cumsum(-1)
-    target_P1 = _uniform(choosers).to(mass_PB.device) * mass_PB[:, -1:]
+    target_P1 = _uniform(samplers).to(mass_PB.device) * mass_PB[:, -1:]
     block_P1 = _first_over(mass_PB, target_P1)
     before_P1 = torch.where(block_P1 > 0, mass_PB.gather(1, (block_P1 - 1).clamp(min=0)), 0.0)
-    rows_P = torch.arange(len(choosers), device=logits_PV.device)
+    rows_P = torch.arange(len(samplers), device=logits_PV.device)
     mass_PW = weights_PBW[rows_P, block_P1[:, 0]].double().cumsum(-1)
     within_P1 = _first_over(mass_PW, target_P1 - before_P1)
     drawn: list[int] = (block_P1 * BLOCK + within_P1)[:, 0].tolist()
     return drawn
 
 
-def _draw_from_best(logits_V: Tensor, chooser: Chooser) -> int:
-    tokens_K, mass_K = _best(logits_V, chooser)
-    target_11 = _uniform([chooser]).to(mass_K.device) * mass_K[-1]
+def _draw_from_best(logits_V: Tensor, sampler: TokenSampler) -> int:
+    tokens_K, mass_K = _best(logits_V, sampler)
+    target_11 = _uniform([sampler]).to(mass_K.device) * mass_K[-1]
     return int(tokens_K[_first_over(mass_K[None], target_11)])
 
 
-def _best(logits_V: Tensor, chooser: Chooser) -> tuple[Tensor, Tensor]:
+def _best(logits_V: Tensor, sampler: TokenSampler) -> tuple[Tensor, Tensor]:
     """The tokens that may be drawn, best first, and their cumulated mass [K]."""
-    scaled_V = logits_V / chooser.temperature
-    values_C, tokens_C = scaled_V.topk(min(chooser.top_k or NUM_CANDIDATES, len(scaled_V)))
-    if not chooser.top_k and (values_C - scaled_V.logsumexp(0)).exp().sum() < chooser.top_p:
+    scaled_V = logits_V / sampler.temperature
+    values_C, tokens_C = scaled_V.topk(min(sampler.top_k or NUM_CANDIDATES, len(scaled_V)))
+    if not sampler.top_k and (values_C - scaled_V.logsumexp(0)).exp().sum() < sampler.top_p:
         values_C, tokens_C = scaled_V.sort(descending=True)
     # of all tokens, unless top-k comes first: then of what it left
-    whole = values_C.logsumexp(0) if chooser.top_k else scaled_V.logsumexp(0)
+    whole = values_C.logsumexp(0) if sampler.top_k else scaled_V.logsumexp(0)
     mass_C = (values_C - whole).exp().double().cumsum(0)
-    num_kept = int(torch.searchsorted(mass_C, chooser.top_p)) + 1  # the best token always stays
-    if chooser.min_p:
-        num_kept = min(num_kept, int((values_C - values_C[0] >= math.log(chooser.min_p)).sum()))
+    num_kept = int(torch.searchsorted(mass_C, sampler.top_p)) + 1  # the best token always stays
+    if sampler.min_p:
+        num_kept = min(num_kept, int((values_C - values_C[0] >= math.log(sampler.min_p)).sum()))
     return tokens_C[:num_kept], mass_C[:num_kept]
 
 
-def probabilities(logits_V: Tensor, chooser: Chooser) -> Tensor:
+def probabilities(logits_V: Tensor, sampler: TokenSampler) -> Tensor:
     """The distribution that a sampled row draws from, given its processed logits; float64."""
-    if chooser.is_ranked:
-        tokens_K, mass_K = _best(logits_V, chooser)
+    if sampler.is_ranked:
+        tokens_K, mass_K = _best(logits_V, sampler)
         kept_K = mass_K.diff(prepend=mass_K.new_zeros(1)) / mass_K[-1]
         return logits_V.new_zeros(len(logits_V), dtype=torch.float64).scatter_(0, tokens_K, kept_K)
-    weights_V = ((logits_V - logits_V.max()) / chooser.temperature).double().exp_()
-    weights_V.masked_fill_(weights_V < chooser.min_p, 0.0)
+    weights_V = ((logits_V - logits_V.max()) / sampler.temperature).double().exp_()
+    weights_V.masked_fill_(weights_V < sampler.min_p, 0.0)
     return weights_V.div_(weights_V.sum())
 
 
-def draw(weights_V: Tensor, chooser: Chooser) -> int:
+def draw(weights_V: Tensor, sampler: TokenSampler) -> int:
     """A token in proportion to its weight, by the row's own generator."""
     mass_1V = weights_V.cumsum(0)[None]
-    return int(_first_over(mass_1V, _uniform([chooser]).to(mass_1V.device) * mass_1V[:, -1:]))
+    return int(_first_over(mass_1V, _uniform([sampler]).to(mass_1V.device) * mass_1V[:, -1:]))
 
 
-def uniform(chooser: Chooser) -> float:
+def uniform(sampler: TokenSampler) -> float:
     """The next number in [0, 1) of the row's own generator."""
-    return float(_uniform([chooser]))
+    return float(_uniform([sampler]))
 
 
-def _uniform(choosers: Sequence[Chooser]) -> Tensor:
-    return torch.cat([torch.rand(1, 1, generator=c.generator, dtype=torch.float64) for c in choosers])
+def _uniform(samplers: Sequence[TokenSampler]) -> Tensor:
+    return torch.cat(
+        [torch.rand(1, 1, generator=c.generator, dtype=torch.float64) for c in samplers]
+    )
 
 
 def _first_over(mass_RC: Tensor, target_R1: Tensor) -> Tensor:
     """Where each rising row first exceeds its target: never on a column of no mass, even for a target of 0."""
-    last_R1 = torch.searchsorted(mass_RC, mass_RC[:, -1:].contiguous())  # the last column that has mass
+    last_R1 = torch.searchsorted(
+        mass_RC, mass_RC[:, -1:].contiguous()
+    )  # the last column that has mass
     return torch.minimum(torch.searchsorted(mass_RC, target_R1, right=True), last_R1)
 
 
-def _with_logprobs(logits_V: Tensor, token: int, num_top: int) -> Pick:
+def _with_logprobs(logits_V: Tensor, token: int, num_top: int) -> SampledToken:
     logprobs_V = logits_V.log_softmax(dim=-1)
     values, tokens = logprobs_V.topk(min(num_top, logprobs_V.shape[-1]))
     top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    return Pick(token, float(logprobs_V[token]), top)
+    return SampledToken(token, float(logprobs_V[token]), top)

@@ -27,7 +27,9 @@ class Scheduler(Generic[T]):
     tokens of a prompt have to be prefilled, because no cached prefix has them.
     """
 
-    def __init__(self, *, prefill_budget: int, num_to_read: Callable[[Sequence[int]], int] = len) -> None:
+    def __init__(
+        self, *, prefill_budget: int, num_to_read: Callable[[Sequence[int]], int] = len
+    ) -> None:
         self.prefill_budget = prefill_budget
         self._num_to_read = num_to_read
         self._waiting: FairQueue[T] = FairQueue(lambda item: item.tenant)

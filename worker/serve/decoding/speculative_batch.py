@@ -30,7 +30,9 @@ class LookaheadBatch(CursorBatch):
         Gives the logits of the last token [N, V], or of the last K [N, K, V]; float32.
         """
         column = self.cursor + offset
-        return self._forward(torch.tensor(tokens), 0, low=self.low, column=column, num_logits=num_logits)
+        return self._forward(
+            torch.tensor(tokens), 0, low=self.low, column=column, num_logits=num_logits
+        )
 
     def keep(self, num_kept: Sequence[int]) -> None:
         """Moves the cursor over the longest run, and keeps of each row the first `num_kept` tokens behind the old one."""
@@ -52,4 +54,8 @@ class LookaheadBatch(CursorBatch):
 
     def _positions(self, columns_Q: Tensor, starts_N1: Tensor) -> Tensor:
         # tokens that lie beyond the model's last position are cut back, but they are looked up
-        return super()._positions(columns_Q, starts_N1).clamp(max=(self.family.context_tokens or 2**31) - 1)
+        return (
+            super()
+            ._positions(columns_Q, starts_N1)
+            .clamp(max=(self.family.context_tokens or 2**31) - 1)
+        )

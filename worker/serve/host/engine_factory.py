@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from app.contracts.control import Served
+from app.contracts.control import ServedModel
 from app.contracts.messages import (
     ArtifactRef,
     Done,
@@ -94,7 +94,9 @@ class Ready(NamedTuple):
     weights: LoadedWeights
 
 
-def make_ready(served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress) -> Ready:
+def make_ready(
+    served: ServedModel, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
+) -> Ready:
     """The engine for a model, loaded and warmed up. Raises ServeError."""
     began = time.perf_counter()
     engine, num_bytes = engine_for(served, fetch, limits, progress)
@@ -104,7 +106,7 @@ def make_ready(served: Served, fetch: Fetch, limits: EngineLimits, progress: Loa
 
 
 def engine_for(
-    served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
+    served: ServedModel, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
 ) -> tuple[Engine, int]:
     """The engine that the options ask for, and the bytes it takes. Raises ServeError."""
     options = served.serving
@@ -127,10 +129,12 @@ def engine_for(
 
 
 def _in_vllm(
-    served: Served, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
+    served: ServedModel, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
 ) -> tuple[Engine, int]:
     if served.serving.weights not in ("auto", "plain") or served.serving.draft is not None:
-        raise OptionUnavailable("vLLM is given plain weights and no draft; serve the model without them")
+        raise OptionUnavailable(
+            "vLLM is given plain weights and no draft; serve the model without them"
+        )
     folder = fetch(served.weights)
     with progress.reading(served.weights.bytes):
         return load_vllm(
@@ -155,7 +159,9 @@ def _load(
         )  # it is only called
 
 
-def first_token_seconds(engine: Engine, served: Served, clock: Callable[[], float]) -> float | None:
+def first_token_seconds(
+    engine: Engine, served: ServedModel, clock: Callable[[], float]
+) -> float | None:
     """From a short prompt to its first token, with nothing else in the engine; a first pass, which warms up, is not counted."""
     seconds = 0.0
     for name in ("warm-up", "measured"):
@@ -182,11 +188,15 @@ def first_token_seconds(engine: Engine, served: Served, clock: Callable[[], floa
     return seconds
 
 
-def _watch(bar: Callable[..., Any], args: Any, kwargs: Any) -> Any:  # Any: as transformers' hook has it
+def _watch(
+    bar: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:  # Any: as transformers' hook has it
     progress: LoadProgress | None = getattr(_thread, "progress", None)
     if progress is None or kwargs.get("desc") != "Loading weights":
         return bar(*args, **kwargs)
-    return bar(progress.counted(args[0], len(args[0])), *args[1:], **{"total": len(args[0]), **kwargs})
+    return bar(
+        progress.counted(args[0], len(args[0])), *args[1:], **{"total": len(args[0]), **kwargs}
+    )
 
 
 def watch_loads() -> None:

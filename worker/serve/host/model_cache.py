@@ -7,11 +7,18 @@ from functools import partial
 
 import structlog
 
-from app.contracts.control import Served
+from app.contracts.control import ServedModel
 from app.contracts.messages import ArtifactRef, LoadedWeights, ModelState
 from worker.serve.engine import Engine
 from worker.serve.errors import ModelLoadFailed, ModelTooLarge, ServeError
-from worker.serve.host.engine_factory import EngineLimits, Fetch, LoadProgress, Ready, make_ready, watch_loads
+from worker.serve.host.engine_factory import (
+    EngineLimits,
+    Fetch,
+    LoadProgress,
+    Ready,
+    make_ready,
+    watch_loads,
+)
 from worker.serve.speculative import SpeculativeEngine
 
 log = structlog.get_logger()
@@ -24,7 +31,7 @@ MAX_FAILURES = 16  # that are remembered, for the status alone
 class Resident:
     """An engine that can take requests."""
 
-    served: Served
+    served: ServedModel
     engine: Engine
     num_bytes: int
     load_seconds: float
@@ -35,14 +42,17 @@ class Resident:
     @property
     def acceptance_rate(self) -> float | None:
         """Of the draft's tokens so far."""
-        if not isinstance(self.engine, SpeculativeEngine) or not self.engine.draft_counts.num_proposed:
+        if (
+            not isinstance(self.engine, SpeculativeEngine)
+            or not self.engine.draft_counts.num_proposed
+        ):
             return None
         return self.engine.draft_counts.acceptance_rate
 
 
 @dataclass
 class _Load:
-    served: Served
+    served: ServedModel
     progress: LoadProgress
     future: "Future[Ready]"
     num_bytes: int  # what it is expected to take
@@ -50,13 +60,13 @@ class _Load:
 
 @dataclass
 class _Failed:
-    served: Served
+    served: ServedModel
     error: ServeError
     at: float
 
 
 @dataclass
-class Residency:
+class ModelCache:
     """Engines by residence, within so many bytes. One thread owns it; `ring` is called from the loading thread.
 
     `has_newcomers` tells whether requests are about to be added to the engine of a residence, which therefore stays.
@@ -65,12 +75,14 @@ class Residency:
     resident_bytes: int
     fetch: Fetch
     limits: EngineLimits
-    ring: Callable[[], None]
+    wake_up: Callable[[], None]
     has_newcomers: Callable[[str], bool]
     _residents: dict[str, Resident] = field(default_factory=dict, init=False)
     _loads: dict[str, _Load] = field(default_factory=dict, init=False)
-    _wanted: dict[str, Served] = field(default_factory=dict, init=False)  # asked for, and not begun
-    _pinned: dict[str, Served] = field(default_factory=dict, init=False)
+    _wanted: dict[str, ServedModel] = field(
+        default_factory=dict, init=False
+    )  # asked for, and not begun
+    _pinned: dict[str, ServedModel] = field(default_factory=dict, init=False)
     _leaving: set[str] = field(default_factory=set, init=False)
     _failed: dict[str, _Failed] = field(default_factory=dict, init=False)
     _true_bytes: dict[str, int] = field(default_factory=dict, init=False)  # of what was loaded once
@@ -91,7 +103,7 @@ class Residency:
         resident = self._residents.get(residence)
         return resident.engine if resident else None
 
-    def ask(self, served: Served) -> bool:
+    def ask(self, served: ServedModel) -> bool:
         """Starts to load if there is room and no other load is under way; called again until the model is there.
 
         Returns whether the load was started now. Raises ModelTooLarge.
@@ -99,7 +111,9 @@ class Residency:
         key, num_bytes = served.residence, self._expected_bytes(served)
         if key in self._residents or key in self._loads:
             return False
-        kept = sum(map(self._expected_bytes, (p for other, p in self._pinned.items() if other != key)))
+        kept = sum(
+            map(self._expected_bytes, (p for other, p in self._pinned.items() if other != key))
+        )
         if num_bytes > self.resident_bytes - kept:
             limit = f"the limit of {self.resident_bytes}" + (
                 f", less {kept} of pinned models" if kept else ""
@@ -110,7 +124,7 @@ class Residency:
         self._start(served, num_bytes)
         return True
 
-    def want(self, served: Served) -> None:
+    def want(self, served: ServedModel) -> None:
         """Loads without a request that waits for it, now or when there is room."""
         self._leaving.discard(served.residence)
         if (resident := self._residents.get(served.residence)) is not None:
@@ -125,7 +139,7 @@ class Residency:
         if residence in self._residents or residence in self._loads:
             self._leaving.add(residence)
 
-    def keep(self, models: tuple[Served, ...]) -> None:
+    def keep(self, models: tuple[ServedModel, ...]) -> None:
         """Pins these, and no others."""
         self._pinned = {served.residence: served for served in models}
         self._leaving -= self._pinned.keys()
@@ -210,7 +224,9 @@ class Residency:
         loads += [(key, served, 0.0) for key, served in self._wanted.items()]
         for key, served, percent in loads:
             is_pinned = key in self._pinned
-            state = ModelState(residence=key, state="loading", bytes=served.stored_bytes, is_pinned=is_pinned)
+            state = ModelState(
+                residence=key, state="loading", bytes=served.stored_bytes, is_pinned=is_pinned
+            )
             found.append(state.model_copy(update={"percent": percent}))
         for key, failed in self._failed.items():
             size, is_pinned = failed.served.stored_bytes, key in self._pinned
@@ -221,7 +237,7 @@ class Residency:
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, served: Served, num_bytes: int) -> None:
+    def _start(self, served: ServedModel, num_bytes: int) -> None:
         log.info("model_loading", residence=served.residence, num_bytes=num_bytes)
         progress = LoadProgress(served.stored_bytes)
         future = self._pool.submit(
@@ -229,7 +245,7 @@ class Residency:
         )
         self._loads[served.residence] = _Load(served, progress, future, num_bytes)
         self._failed.pop(served.residence, None)
-        future.add_done_callback(lambda _: self.ring())
+        future.add_done_callback(lambda _: self.wake_up())
 
     def _take_in(self, load: _Load, ready: Ready, is_awaited: bool) -> None:
         key = load.served.residence
@@ -245,16 +261,19 @@ class Residency:
         self._make_room(ready.num_bytes)
         self._residents[key] = Resident(load.served, *ready, used_at=self.limits.clock())
         log.info(
-            "model_loaded", residence=key, num_bytes=ready.num_bytes, seconds=round(ready.load_seconds, 3)
+            "model_loaded",
+            residence=key,
+            num_bytes=ready.num_bytes,
+            seconds=round(ready.load_seconds, 3),
         )
 
-    def _note(self, served: Served, error: ServeError) -> None:
+    def _note(self, served: ServedModel, error: ServeError) -> None:
         self._failed.pop(served.residence, None)
         self._failed[served.residence] = _Failed(served, error, self.limits.clock())
         while len(self._failed) > MAX_FAILURES:
             del self._failed[next(iter(self._failed))]
 
-    def _expected_bytes(self, served: Served) -> int:
+    def _expected_bytes(self, served: ServedModel) -> int:
         return self._true_bytes.get(served.residence, served.stored_bytes)
 
     def _taken_bytes(self) -> int:
@@ -268,7 +287,9 @@ class Residency:
     def _make_room(self, num_bytes: int) -> bool:
         """Evicts idle models until so many bytes fit; gives whether they do."""
         taken = self._taken_bytes()
-        idle = [key for key in self._residents if key not in self._pinned and not self._is_busy(key)]
+        idle = [
+            key for key in self._residents if key not in self._pinned and not self._is_busy(key)
+        ]
         idle.sort(key=lambda key: self._residents[key].used_at)
         reclaimable = sum(self._residents[key].num_bytes for key in idle)
         if taken - reclaimable + num_bytes > self.resident_bytes:

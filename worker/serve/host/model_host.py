@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import structlog
 
-from app.contracts.control import Keep, Load, Served, Unload
+from app.contracts.control import Keep, Load, ServedModel, Unload
 from app.contracts.messages import ArtifactRef, Delta, GenerateRequest, ModelState, Reply
 from worker.serve.engine import Engine
 from worker.serve.errors import DeadlinePassed, ModelLoading, ModelTooLarge, ServeError, failure_of
 from worker.serve.host.engine_factory import EngineLimits, Fetch, Precision
-from worker.serve.host.model_cache import Residency
+from worker.serve.host.model_cache import ModelCache
 from worker.serve.text.tokenizer_threads import PromptThreads, Tokens
 
 log = structlog.get_logger()
@@ -75,22 +75,30 @@ class ModelHost:
     _inbox: "queue.SimpleQueue[GenerateRequest | str | Load | Unload | Keep]" = field(
         default_factory=queue.SimpleQueue, init=False
     )
-    _bell: threading.Event = field(default_factory=threading.Event, init=False)
+    _wake_event: threading.Event = field(default_factory=threading.Event, init=False)
     _parked: dict[str, _Parked] = field(default_factory=dict, init=False)
-    _load_turns: dict[str, int] = field(default_factory=dict, init=False)  # number of a tenant's last load
+    _load_turns: dict[str, int] = field(
+        default_factory=dict, init=False
+    )  # number of a tenant's last load
     _requests: dict[str, GenerateRequest] = field(default_factory=dict, init=False)
     _outbox: list[Addressed] = field(default_factory=list, init=False)
     _last_step_at: float | None = field(default=None, init=False)
-    _held: frozenset[str] = field(default=frozenset(), init=False)  # residences whose artifacts are retained
+    _held: frozenset[str] = field(
+        default=frozenset(), init=False
+    )  # residences whose artifacts are retained
 
     def __post_init__(self) -> None:
         limits = EngineLimits(
             self.max_running, self.max_context_tokens, self.device, self.clock, self.precision
         )
-        self._residency = Residency(
-            self.resident_bytes, self.loader, limits, ring=self._bell.set, has_newcomers=self._is_tokenising
+        self._model_cache = ModelCache(
+            self.resident_bytes,
+            self.loader,
+            limits,
+            wake_up=self._wake_event.set,
+            has_newcomers=self._is_tokenising,
         )
-        self._prompts = PromptThreads(self._bell.set)
+        self._prompts = PromptThreads(self._wake_event.set)
         self._status = HostStatus()
 
     def submit(self, request: GenerateRequest) -> None:
@@ -116,20 +124,20 @@ class ModelHost:
     def wait_for_work(self, timeout_seconds: float) -> bool:
         """Sleeps until there is something to step, or the time is up; gives whether there is."""
         if not self._can_step():
-            self._bell.wait(timeout_seconds)
+            self._wake_event.wait(timeout_seconds)
         return self._can_step()
 
     def step_all(self) -> list[Addressed]:
         """One step of every engine with work, and all replies that are due."""
-        self._bell.clear()
+        self._wake_event.clear()
         self._read_inbox()
-        for residence, error in self._residency.collect(self._is_awaited):
+        for residence, error in self._model_cache.collect(self._is_awaited):
             for parked in [p for p in self._parked.values() if p.request.residence == residence]:
                 self._fail(parked.request, error)
         self._place_tokenised()
         self._place_parked()
-        self._residency.tidy()
-        for residence, resident in self._residency:
+        self._model_cache.tidy()
+        for residence, resident in self._model_cache:
             if resident.engine.has_work():
                 resident.used_at = self.clock()
                 self._step(residence, resident.engine)
@@ -141,15 +149,17 @@ class ModelHost:
     def close(self) -> None:
         """Ends the other threads; requests under way are forgotten."""
         self._prompts.close()
-        self._residency.close()
+        self._model_cache.close()
 
     def _put(self, message: GenerateRequest | str | Load | Unload | Keep) -> None:
         self._inbox.put(message)
-        self._bell.set()
+        self._wake_event.set()
 
     def _can_step(self) -> bool:
-        is_stepping = any(resident.engine.has_work() for _, resident in self._residency)
-        has_news = self._residency.has_loaded() or self._prompts.has_result() or not self._inbox.empty()
+        is_stepping = any(resident.engine.has_work() for _, resident in self._model_cache)
+        has_news = (
+            self._model_cache.has_loaded() or self._prompts.has_result() or not self._inbox.empty()
+        )
         return is_stepping or has_news
 
     def _read_inbox(self) -> None:
@@ -161,18 +171,21 @@ class ModelHost:
                         waits_until = self.clock() + self.model_load_wait_seconds
                         self._parked[request.id] = _Parked(request, waits_until)
                 case Load(served=served):
-                    self._residency.want(served)
+                    self._model_cache.want(served)
                 case Unload(residence=residence):
-                    self._residency.unload(residence)
+                    self._model_cache.unload(residence)
                 case Keep(models=models):
-                    self._residency.keep(models)
+                    self._model_cache.keep(models)
                 case request_id:
                     self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id, None)
         self._unpark(request_id)
-        if request is not None and (engine := self._residency.engine_of(request.residence)) is not None:
+        if (
+            request is not None
+            and (engine := self._model_cache.engine_of(request.residence)) is not None
+        ):
             engine.abort(request_id)
 
     def _unpark(self, request_id: str) -> None:
@@ -181,7 +194,9 @@ class ModelHost:
             self._prompts.cancel(request_id)
 
     def _is_tokenising(self, residence: str) -> bool:
-        return any(p.is_tokenising and p.request.residence == residence for p in self._parked.values())
+        return any(
+            p.is_tokenising and p.request.residence == residence for p in self._parked.values()
+        )
 
     def _is_awaited(self, residence: str) -> bool:
         return any(parked.request.residence == residence for parked in self._parked.values())
@@ -191,13 +206,15 @@ class ModelHost:
         now = self.clock()
         if not self._parked:
             self._load_turns.clear()
-        for parked in sorted(self._parked.values(), key=lambda p: self._load_turns.get(p.request.tenant, 0)):
+        for parked in sorted(
+            self._parked.values(), key=lambda p: self._load_turns.get(p.request.tenant, 0)
+        ):
             request = parked.request
             if request.deadline_at < now:
                 self._fail(request, DeadlinePassed("the request's time is up; retry"))
             elif parked.is_tokenising:
                 continue
-            elif (resident := self._residency.find(request.residence)) is not None:
+            elif (resident := self._model_cache.find(request.residence)) is not None:
                 parked.is_tokenising = True
                 resident.used_at = now
                 self._prompts.add(request, resident.engine.prompt_of)
@@ -207,13 +224,15 @@ class ModelHost:
     def _wait(self, parked: _Parked, now: float) -> None:
         request = parked.request
         try:
-            if self._residency.ask(served_of(request)):
+            if self._model_cache.ask(served_of(request)):
                 self._load_turns[request.tenant] = max(self._load_turns.values(), default=0) + 1
         except ModelTooLarge as error:
             self._fail(request, error)
         else:
             if parked.waits_until <= now:  # the load goes on, for those who come again
-                self._fail(request, ModelLoading(f"model {request.model} is still loading; retry shortly"))
+                self._fail(
+                    request, ModelLoading(f"model {request.model} is still loading; retry shortly")
+                )
 
     def _place_tokenised(self) -> None:
         for request, result in self._prompts.take():
@@ -223,7 +242,7 @@ class ModelHost:
             parked.is_tokenising = False
             if isinstance(result, ServeError):
                 self._fail(request, result)
-            elif (engine := self._residency.engine_of(request.residence)) is not None:
+            elif (engine := self._model_cache.engine_of(request.residence)) is not None:
                 del self._parked[request.id]
                 self._add(engine, request, result)
 
@@ -234,7 +253,10 @@ class ModelHost:
             self._fail(request, error)
         except Exception as error:  # the engine thread's edge: one request must not end the others
             log.error("request_refused", request=request.id, exc_info=error)
-            self._fail(request, ServeError("the engine could not take this request; its log has the reason"))
+            self._fail(
+                request,
+                ServeError("the engine could not take this request; its log has the reason"),
+            )
 
     def _step(self, residence: str, engine: Engine) -> None:
         is_pass = engine.num_running + engine.num_waiting > 0
@@ -242,10 +264,12 @@ class ModelHost:
             replies = engine.step()
         except Exception as error:  # the engine thread's edge: one model must not end the others
             log.error("engine_failed", residence=residence, exc_info=error)
-            self._residency.drop(
+            self._model_cache.drop(
                 residence
             )  # its batch is in an unknown state; the next request loads it anew
-            begun = [request for request in self._requests.values() if request.id not in self._parked]
+            begun = [
+                request for request in self._requests.values() if request.id not in self._parked
+            ]
             for request in [request for request in begun if request.residence == residence]:
                 self._fail(request, ServeError("the engine failed on this batch; retry"))
             return
@@ -258,10 +282,10 @@ class ModelHost:
                 del self._requests[reply.id]
 
     def _retain_artifacts(self) -> None:
-        held = self._residency.residences()
+        held = self._model_cache.residences()
         if held != self._held:
             self._held = held
-            self.retain(self._residency.artifacts())
+            self.retain(self._model_cache.artifacts())
 
     def _fail(self, request: GenerateRequest, error: ServeError) -> None:
         self._requests.pop(request.id, None)
@@ -269,15 +293,15 @@ class ModelHost:
         self._outbox.append(Addressed(request.reply_to, failure_of(request.id, error)))
 
     def _snapshot(self) -> HostStatus:
-        engines = [resident.engine for _, resident in self._residency]
+        engines = [resident.engine for _, resident in self._model_cache]
         return HostStatus(
-            models=self._residency.states(),
+            models=self._model_cache.states(),
             num_running=sum(engine.num_running for engine in engines),
             num_waiting=sum(engine.num_waiting for engine in engines) + len(self._parked),
             last_step_at=self._last_step_at,
         )
 
 
-def served_of(request: GenerateRequest) -> Served:
+def served_of(request: GenerateRequest) -> ServedModel:
     """What has to be loaded for a request."""
-    return Served(model=request.model, weights=request.weights, serving=request.serving)
+    return ServedModel(model=request.model, weights=request.weights, serving=request.serving)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.contracts.messages import TokenLogprob
-from worker.serve.decoding.sampling import Pick
+from worker.serve.decoding.sampling import SampledToken
 from worker.serve.errors import ServeError, raise_unless_panic
 
 REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no whole character, so far or ever
@@ -31,7 +31,9 @@ class TokenText:
             )
         except BaseException as error:
             raise_unless_panic(error)
-            raise ServeError("the model's tokenizer cannot turn its own tokens into text") from error
+            raise ServeError(
+                "the model's tokenizer cannot turn its own tokens into text"
+            ) from error
         return text
 
     def bytes_of(self, token: int) -> bytes:
@@ -47,7 +49,7 @@ class TokenText:
             return bytes([int(piece[3:5], 16)])
         return str(piece).replace("▁", " ").encode()  # ▁ is how SentencePiece writes a space
 
-    def logprob_of(self, pick: Pick) -> TokenLogprob | None:
+    def logprob_of(self, pick: SampledToken) -> TokenLogprob | None:
         """The public form of a pick's log-probabilities, if it has any."""
         if pick.token is None or pick.logprob is None:
             return None
@@ -72,17 +74,17 @@ BYTE_OF_LETTER = _byte_level_letters()
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """What became certain: text, and the picks whose text lies in it. After is_stopped nothing follows."""
 
     text: str = ""
-    picks: tuple[Pick, ...] = ()
+    picks: tuple[SampledToken, ...] = ()
     is_stopped: bool = False
 
 
 @dataclass
 class _Placed:
-    pick: Pick
+    pick: SampledToken
     begin: int
     end: int
 
@@ -94,7 +96,12 @@ class TextStream:
     """
 
     def __init__(
-        self, text: TokenText, *, prompt: Sequence[int], stop: Sequence[str] = (), min_tokens: int = 0
+        self,
+        text: TokenText,
+        *,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._codec = text
         self._stop = tuple(string for string in stop if string)
@@ -102,12 +109,12 @@ class TextStream:
         tail = list(prompt[-NUM_CONTEXT_TOKENS:])
         self._window = [] if text.decode(tail).endswith(REPLACEMENT) else tail
         self._num_read = len(self._window)  # tokens of the window whose text is in _pending or sent
-        self._undecoded: list[Pick] = []
+        self._undecoded: list[SampledToken] = []
         self._placed: list[_Placed] = []
         self._pending = ""
         self._num_sent = 0
 
-    def push(self, pick: Pick, *, is_last: bool = False) -> Piece:
+    def push(self, pick: SampledToken, *, is_last: bool = False) -> TextChunk:
         """Adds one token; gives what is certain now, everything if it is the last."""
         assert pick.token is not None, "a row without numbers has no text"
         self._window.append(pick.token)
@@ -118,7 +125,7 @@ class TextStream:
             return self._release(is_last=is_last, stop=())
         return self._release(is_last=is_last, stop=self._stop)
 
-    def end(self) -> Piece:
+    def end(self) -> TextChunk:
         """Gives what was held back, when the sequence ended on a token that is not part of its text."""
         self._decode(is_last=True)
         return self._release(is_last=True, stop=self._stop)
@@ -138,19 +145,19 @@ class TextStream:
         self._window = self._window[max(0, self._num_read - NUM_CONTEXT_TOKENS) :]
         self._num_read = len(self._window)
 
-    def _release(self, *, is_last: bool, stop: Sequence[str]) -> Piece:
+    def _release(self, *, is_last: bool, stop: Sequence[str]) -> TextChunk:
         found = [at for at in (self._pending.find(string) for string in stop) if at >= 0]
         if found:
             cut = self._num_sent + min(found)
             picks = tuple(placed.pick for placed in self._placed if placed.begin < cut)
-            return Piece(self._pending[: min(found)], picks, is_stopped=True)
+            return TextChunk(self._pending[: min(found)], picks, is_stopped=True)
         num_held = 0 if is_last else self._num_held(stop)
         text = self._pending[: len(self._pending) - num_held]
         self._pending = self._pending[len(text) :]
         self._num_sent += len(text)
         picks = tuple(placed.pick for placed in self._placed if placed.end <= self._num_sent)
         self._placed = self._placed[len(picks) :]
-        return Piece(text, picks)
+        return TextChunk(text, picks)
 
     def _num_held(self, stop: Sequence[str]) -> int:
         longest = max((len(string) - 1 for string in stop), default=0)

@@ -49,7 +49,11 @@ def size_bound(
     is_end_literal = end_id is None or (
         len(ends) == 1 and not (ends[0]["normalized"] and state["normalizer"])
     )
-    if shrinkage is None or not _keeps_all(state["pre_tokenizer"]) or state["model"]["type"] != "BPE":
+    if (
+        shrinkage is None
+        or not _keeps_all(state["pre_tokenizer"])
+        or state["model"]["type"] != "BPE"
+    ):
         return None
     if not is_end_literal or any(token["lstrip"] or token["rstrip"] for token in added):
         return None  # they take any number of spaces
@@ -101,7 +105,9 @@ def _keeps_all(pre_tokenizer: Json | None) -> bool:
         match step:
             case {"type": "ByteLevel" | "Digits" | "Metaspace"}:
                 pass
-            case {"type": "Split" | "Punctuation", "behavior": str(behavior)} if behavior in KEEPING_SPLITS:
+            case {"type": "Split" | "Punctuation", "behavior": str(behavior)} if (
+                behavior in KEEPING_SPLITS
+            ):
                 pass
             case _:
                 return False

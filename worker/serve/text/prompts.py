@@ -18,7 +18,9 @@ from worker.serve.text.template_process import RENDERER
 
 Tokenizer = Any  # transformers is untyped here
 
-SHORT_CHARACTERS = 16_384  # texts up to here are tokenised in any case, so that an error tells exact numbers
+SHORT_CHARACTERS = (
+    16_384  # texts up to here are tokenised in any case, so that an error tells exact numbers
+)
 
 
 def prompt_tokens(
@@ -38,7 +40,11 @@ def prompt_tokens(
     tokens = request.tokens
     if tokens is None:
         is_chat = request.messages is not None
-        text = chat_text(request.messages, tokenizer) if request.messages is not None else request.text or ""
+        text = (
+            chat_text(request.messages, tokenizer)
+            if request.messages is not None
+            else request.text or ""
+        )
         if bound is not None and len(text) > SHORT_CHARACTERS:
             refuse_too_long(request, bound.least_tokens(text), context, is_least=True)
         if is_chat:
@@ -113,7 +119,9 @@ def chat_text(messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:
         raise NoChatTemplate("this model has no chat template; use /v1/completions")
     turns = [{"role": message.role, "content": message.content} for message in messages]
     if "developer" not in str(template):
-        turns = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns]
+        turns = [
+            turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns
+        ]
     try:
         chosen = tokenizer.get_chat_template()
     except ValueError as error:
@@ -132,5 +140,7 @@ def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) 
 
 def _start_token(tokenizer: Tokenizer) -> tuple[int, ...]:
     if tokenizer.bos_token_id is None:
-        raise InvalidPrompt("the prompt is empty and this model has no start token; give at least one token")
+        raise InvalidPrompt(
+            "the prompt is empty and this model has no start token; give at least one token"
+        )
     return (tokenizer.bos_token_id,)

@@ -6,9 +6,9 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from app.contracts.messages import Delta, Done, GenerateRequest, Reply
-from worker.serve.decoding.sampling import Pick
+from worker.serve.decoding.sampling import SampledToken
 from worker.serve.text.best_of import BestOf
-from worker.serve.text.detokenizer import Piece, TextStream, TokenText
+from worker.serve.text.detokenizer import TextChunk, TextStream, TokenText
 
 FinishReason = Literal["stop", "length"]
 
@@ -34,7 +34,7 @@ class Answer:
     num_open: int
     num_completion_tokens: int = field(default=0, init=False)
 
-    def take(self, choice: int, pick: Pick, reason: FinishReason | None) -> Taken:
+    def take(self, choice: int, pick: SampledToken, reason: FinishReason | None) -> Taken:
         """The next token of a choice, with why it is its last; one that ends by "stop" is an end token, and no text."""
         self.num_completion_tokens += 1
         if self.best_of is not None and pick.logprob is not None:
@@ -63,7 +63,7 @@ class Answer:
         best = [] if self.best_of is None else self.best_of.best(self.request.n)
         return [*best, done]
 
-    def _delta(self, choice: int, piece: Piece, reason: FinishReason | None) -> Delta:
+    def _delta(self, choice: int, piece: TextChunk, reason: FinishReason | None) -> Delta:
         logprobs = None
         if self.request.sampling.logprobs is not None:
             logprobs = tuple(found for pick in piece.picks if (found := self.text.logprob_of(pick)))

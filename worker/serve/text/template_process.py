@@ -39,7 +39,9 @@ class TemplateRenderer:
 
     def render(self, template: str, turns: Turns, names: Mapping[str, object]) -> str:
         """The text with the assistant's turn opened. Raises InvalidMessages."""
-        line = json.dumps({"template": template, "turns": list(turns), "names": dict(names)}).encode()
+        line = json.dumps(
+            {"template": template, "turns": list(turns), "names": dict(names)}
+        ).encode()
         with self._lock:
             answer = None
             if self._num_ends[template] < MOST_ENDS:
@@ -50,7 +52,9 @@ class TemplateRenderer:
                     "the model's chat template takes too long or too much memory; import a model with a plain one"
                 )
         if "error" in answer:
-            raise InvalidMessages(f"the model's chat template refuses these messages: {answer['error']}")
+            raise InvalidMessages(
+                f"the model's chat template refuses these messages: {answer['error']}"
+            )
         return str(answer["text"])
 
     def close(self) -> None:
@@ -88,7 +92,9 @@ class TemplateRenderer:
 
 def serve() -> None:
     """Answers until the input closes; dies by signal when a template takes too long."""
-    from transformers.utils.chat_template_utils import render_jinja_template  # seconds, and none of torch
+    from transformers.utils.chat_template_utils import (
+        render_jinja_template,  # seconds, and none of torch
+    )
 
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()

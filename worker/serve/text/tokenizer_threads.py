@@ -47,8 +47,8 @@ class PromptThreads:
     All methods may be called from any thread. `ring` is called when a result can be taken.
     """
 
-    def __init__(self, ring: Callable[[], None]) -> None:
-        self._ring = ring
+    def __init__(self, wake_up: Callable[[], None]) -> None:
+        self._wake_up = wake_up
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenise")
         self._lock = threading.Lock()  # guards the two below
         self._waiting: FairQueue[_Job] = FairQueue(lambda job: job.request.tenant, max_running=1)
@@ -92,7 +92,7 @@ class PromptThreads:
             self._waiting.finish(job)
             self._num_free += 1
             self._start()
-        self._ring()
+        self._wake_up()
 
 
 def _tokens_or_error(job: _Job) -> Tokens | ServeError:
@@ -100,6 +100,8 @@ def _tokens_or_error(job: _Job) -> Tokens | ServeError:
         return job.tokenise(job.request)
     except ServeError as error:
         return error
-    except BaseException as error:  # a panic of a Rust library is no Exception; it ends this request only
+    except (
+        BaseException
+    ) as error:  # a panic of a Rust library is no Exception; it ends this request only
         log.error("request_refused", request=job.request.id, exc_info=error)
         return ServeError("the engine could not take this request; its log has the reason")

@@ -3,7 +3,7 @@ from alembic.migration import MigrationContext
 from sqlalchemy import CheckConstraint, text
 
 from app.db.schema.migrate import downgrade, upgrade
-from app.db.schema.tables import Table
+from app.db.schema.table import Table
 from app.db.session import engine
 
 

@@ -17,13 +17,20 @@ def put(content: bytes) -> str:
     return "files/lines"
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None
+)
 @given(
-    lines=st.lists(st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b"")), min_size=1, max_size=12),
+    lines=st.lists(
+        st.binary(max_size=12).map(lambda raw: raw.replace(b"\n", b"")), min_size=1, max_size=12
+    ),
     has_end=st.booleans(),
 )
 def test_lines_read_in_pieces_are_those_of_the_file(
-    settings_env: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, lines: list[bytes], has_end: bool
+    settings_env: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    lines: list[bytes],
+    has_end: bool,
 ) -> None:
     monkeypatch.setattr(batch_input, "PIECE_BYTES", 5)
     lines = [
@@ -44,11 +51,17 @@ def test_a_line_without_an_end_is_not_read_to_its_end(
 
 def test_no_more_faults_are_told_than_anybody_reads(settings_env: Callable[..., Settings]) -> None:
     key = put(b"{}\n" * 1000)
-    _, faults = find_faults(key, project_id="p", endpoint="/v1/completions", settings=settings_env())
+    _, faults = find_faults(
+        key, project_id="p", endpoint="/v1/completions", settings=settings_env()
+    )
     assert (len(faults), faults[-1].line) == (100, 100)
 
 
-def test_a_line_of_a_new_batch_beyond_the_limits_is_a_fault(settings_env: Callable[..., Settings]) -> None:
+def test_a_line_of_a_new_batch_beyond_the_limits_is_a_fault(
+    settings_env: Callable[..., Settings],
+) -> None:
     key = put(b'{"a": [' + b"[]," * MAX_CONTAINERS + b"[]]}\n")
-    _, faults = find_faults(key, project_id="p", endpoint="/v1/completions", settings=settings_env())
+    _, faults = find_faults(
+        key, project_id="p", endpoint="/v1/completions", settings=settings_env()
+    )
     assert [fault.code for fault in faults] == ["json_too_complex"]

@@ -14,7 +14,11 @@ from app.storage import store
 
 def frozen_batch(num_requests: int = 2) -> Batch:
     """A batch of which one request is answered and one failed, that waits for its files; its input is lost."""
-    columns: dict[str, Any] = {"endpoint": "/v1/completions", "input_file_id": "f", "input_key": "files/f"}
+    columns: dict[str, Any] = {
+        "endpoint": "/v1/completions",
+        "input_file_id": "f",
+        "input_key": "files/f",
+    }
     with transaction() as session:
         batches.insert_batch(
             session, id="batch_1", project_id="p", num_requests=num_requests, errors=[], **columns
@@ -25,7 +29,12 @@ def frozen_batch(num_requests: int = 2) -> Batch:
         for line in (1, 2):
             output = output_line(f"q-{line}", response={"status_code": 200 * line})
             batches.record(
-                session, "batch_1", claimed.lease_token, line=line, output=output, is_error=line == 2
+                session,
+                "batch_1",
+                claimed.lease_token,
+                line=line,
+                output=output,
+                is_error=line == 2,
             )
         frozen = batches.begin_finalizing(session, "batch_1", claimed.lease_token)
         assert frozen is not None
@@ -33,7 +42,9 @@ def frozen_batch(num_requests: int = 2) -> Batch:
         return frozen
 
 
-def test_only_the_holder_of_the_lease_ends_a_batch_and_nobody_elses_files_stay(database: str) -> None:
+def test_only_the_holder_of_the_lease_ends_a_batch_and_nobody_elses_files_stay(
+    database: str,
+) -> None:
     batch = frozen_batch()
     token = batch.lease_token or 0
     assert not end_batch(batch, token - 1, get_settings())
@@ -45,7 +56,8 @@ def test_only_the_holder_of_the_lease_ends_a_batch_and_nobody_elses_files_stay(d
         assert ended is not None
         assert (ended.status, ended.lease_token) == ("completed", None)
         made = [
-            files.find_file(session, "p", name or "") for name in (ended.output_file_id, ended.error_file_id)
+            files.find_file(session, "p", name or "")
+            for name in (ended.output_file_id, ended.error_file_id)
         ]
     assert store().children("files") == sorted(file.id for file in made if file is not None)
     for number, file in enumerate(made, 1):

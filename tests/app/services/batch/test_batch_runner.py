@@ -24,7 +24,8 @@ def test_requests_get_room_in_turn_and_a_large_one_goes_alone() -> None:
             began.append("|")
 
         tasks = [
-            asyncio.create_task(ask(name, num)) for name, num in (("a", 2), ("b", 2), ("c", 100), ("d", 1))
+            asyncio.create_task(ask(name, num))
+            for name, num in (("a", 2), ("b", 2), ("c", 100), ("d", 1))
         ]
         for given_back in (2, 2, 100):
             await settle()

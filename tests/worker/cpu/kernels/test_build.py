@@ -72,11 +72,11 @@ def test_a_kernel_without_memory_raises_and_the_process_lives(tmp_path: Path) ->
 
 @pytest.mark.parametrize("target", [-100, -1, 5, 2**40])
 def test_a_target_outside_the_vocabulary_is_refused_and_nothing_is_written(target: int) -> None:
-    does = kernels()
-    if does is None:
+    ops = kernels()
+    if ops is None:
         pytest.skip("no C compiler here")
     student, targets = torch.randn(3, 5), torch.tensor([0, target, 4])
     before = student.clone()
     with pytest.raises(IndexError, match="outside the vocabulary"):
-        does.distil(student, torch.randn(3, 5), targets, beta=None, ce_weight=0.5, factor=1.0)
+        ops.distil(student, torch.randn(3, 5), targets, beta=None, ce_weight=0.5, factor=1.0)
     assert torch.equal(student, before)

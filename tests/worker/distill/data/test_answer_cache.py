@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from worker.distill.data.answer_cache import AnswerFile, Asking, ask
+from worker.distill.data.answer_cache import AnswerFile, AnswerSampling, ask
 from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.students.recipe import load_model
 from worker.errors import TeacherGenerationFailed
 from worker.train import EngineSampler
 
-HOW = Asking(max_new_tokens=6, max_sequence_tokens=64, temperature=0.9, seed=1)
+HOW = AnswerSampling(max_new_tokens=6, max_sequence_tokens=64, temperature=0.9, seed=1)
 PROMPTS = [[40 + i, 50 + i, 60 + i] for i in range(100)]  # more than are decoded together
 
 
@@ -52,7 +52,9 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_answers(
     assert told[0] >= 3
 
 
-def test_an_answer_depends_neither_on_its_neighbours_nor_on_its_place(model: PreTrainedModel) -> None:
+def test_an_answer_depends_neither_on_its_neighbours_nor_on_its_place(
+    model: PreTrainedModel,
+) -> None:
     whole = ask(PROMPTS, HOW, AnswerFile(None), lambda: EngineSampler(model))
     alone = ask([PROMPTS[7]], HOW, AnswerFile(None), lambda: EngineSampler(model))
     turned = ask(PROMPTS[::-1], HOW, AnswerFile(None), lambda: EngineSampler(model))
@@ -66,7 +68,7 @@ def test_the_same_prompt_has_one_answer_and_another_sampling_another(
     file = AnswerFile(tmp_path / "a.jsonl")
     one, two = ask([PROMPTS[0], PROMPTS[0]], HOW, file, lambda: EngineSampler(model))
     assert one == two
-    ask([PROMPTS[0]], Asking(6, 64, temperature=0.0), file, lambda: EngineSampler(model))
+    ask([PROMPTS[0]], AnswerSampling(6, 64, temperature=0.0), file, lambda: EngineSampler(model))
     assert len((tmp_path / "a.jsonl").read_text().split()) == 2
 
 
@@ -82,7 +84,7 @@ def test_a_torn_last_line_is_ignored_and_the_next_one_is_whole(tmp_path: Path) -
 
 
 def test_a_prompt_near_the_limit_gets_the_room_that_is_left(model: PreTrainedModel) -> None:
-    how = Asking(max_new_tokens=6, max_sequence_tokens=10, temperature=0.0)
+    how = AnswerSampling(max_new_tokens=6, max_sequence_tokens=10, temperature=0.0)
     long, short = ask([[50] * 8, [50, 51]], how, AnswerFile(None), lambda: EngineSampler(model))
     assert len(long.tokens) <= 2
     assert len(short.tokens) <= 6

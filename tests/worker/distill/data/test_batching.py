@@ -22,7 +22,10 @@ def test_a_batch_stays_within_its_tokens_with_padding(epoch: int) -> None:
 
 
 def test_a_row_longer_than_a_batch_is_alone() -> None:
-    assert sorted(map(sorted, BatchPlan([50, 400, 60], batch_tokens=128, seed=0).epoch(0))) == [[0, 2], [1]]
+    assert sorted(map(sorted, BatchPlan([50, 400, 60], batch_tokens=128, seed=0).epoch(0))) == [
+        [0, 2],
+        [1],
+    ]
 
 
 def test_batches_waste_little_on_padding() -> None:

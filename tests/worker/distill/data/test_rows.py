@@ -6,7 +6,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from worker.distill.data.rows import Encoder, Row, question_key, read_rows, split_rows, without_questions_of
+from worker.distill.data.rows import (
+    Encoder,
+    Row,
+    question_key,
+    read_rows,
+    split_rows,
+    without_questions_of,
+)
 from worker.errors import InvalidTrainingFile
 
 WriteRows = Callable[..., Path]
@@ -43,7 +50,9 @@ def test_every_assistant_turn_is_a_target_and_ends_with_the_end_token(
     assert targets(encoder, row) == ["The student.<|im_end|>", "The still.<|im_end|>"]
 
 
-def test_an_answer_of_weight_0_is_read_and_not_learned_from(encoder: Encoder, write_rows: WriteRows) -> None:
+def test_an_answer_of_weight_0_is_read_and_not_learned_from(
+    encoder: Encoder, write_rows: WriteRows
+) -> None:
     silent, told = [turn | {"weight": 0} for turn in CHAT["messages"][:-1]], CHAT["messages"][-1]
     weighted, plain = read_rows(write_rows([{"messages": [*silent, told]}, CHAT]))
     assert encoder.encode(weighted).token_ids == encoder.encode(plain).token_ids
@@ -61,7 +70,9 @@ def test_a_conversation_that_waits_for_an_answer_has_no_targets_yet(
     assert waiting.answered(answered.completion_ids).spans == answered.spans[-1:]
 
 
-def test_a_prompt_is_what_the_chat_template_gives_a_server(encoder: Encoder, write_rows: WriteRows) -> None:
+def test_a_prompt_is_what_the_chat_template_gives_a_server(
+    encoder: Encoder, write_rows: WriteRows
+) -> None:
     (row,) = read_rows(write_rows([CHAT]))
     served = encoder.tokenizer.apply_chat_template(
         CHAT["messages"][:-1], tokenize=False, add_generation_prompt=True
@@ -78,7 +89,9 @@ def test_prompt_and_completion_are_a_users_and_an_assistants_turn(
     assert encoder.encode(short_row).token_ids == encoder.encode(long_row).token_ids
 
 
-def test_without_a_chat_template_a_prompt_stays_plain(encoder: Encoder, write_rows: WriteRows) -> None:
+def test_without_a_chat_template_a_prompt_stays_plain(
+    encoder: Encoder, write_rows: WriteRows
+) -> None:
     encoder.tokenizer.chat_template = None
     (row,) = read_rows(write_rows([{"prompt": "Who? ", "completion": "The student."}]))
     assert encoder.tokenizer.decode(encoder.encode(row).token_ids) == "Who? The student.<|im_end|>"
@@ -112,7 +125,10 @@ def test_a_template_that_refuses_a_row_is_reported_with_the_line(
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "does not end"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "does not end",
+        ),
         (
             "{% set all = namespace(text='eight...') %}"
             "{% for i in range(60) %}{% set all.text = all.text + all.text %}{% endfor %}",
@@ -143,7 +159,9 @@ def test_a_prompt_alone_waits_for_an_answer(encoder: Encoder, write_rows: WriteR
     assert (answered.prompt_ids, answered.completion_ids) == (example.token_ids, (7, 8))
 
 
-def test_all_of_a_plain_text_but_its_first_token_is_a_target(encoder: Encoder, write_rows: WriteRows) -> None:
+def test_all_of_a_plain_text_but_its_first_token_is_a_target(
+    encoder: Encoder, write_rows: WriteRows
+) -> None:
     (row,) = read_rows(write_rows([{"text": "The still is warm"}]))
     example = encoder.encode(row)
     assert example.target_positions == list(range(1, len(example.token_ids)))
@@ -159,9 +177,17 @@ def test_a_row_that_is_too_long_is_refused_by_its_line(
 
 
 @pytest.mark.parametrize(
-    "row", [{"prompt": 3}, {"messages": [{"role": "user", "content": None}]}, {"other": ""}, {"messages": []}]
+    "row",
+    [
+        {"prompt": 3},
+        {"messages": [{"role": "user", "content": None}]},
+        {"other": ""},
+        {"messages": []},
+    ],
 )
-def test_a_row_of_no_known_form_is_refused_by_its_line(write_rows: WriteRows, row: dict[str, Any]) -> None:
+def test_a_row_of_no_known_form_is_refused_by_its_line(
+    write_rows: WriteRows, row: dict[str, Any]
+) -> None:
     with pytest.raises(InvalidTrainingFile, match="line 2"):
         read_rows(write_rows([{"text": "fine"}, row]))
 
@@ -176,7 +202,9 @@ def test_held_out_rows_do_not_depend_on_the_order_of_the_file() -> None:
 
 def test_rows_that_ask_the_same_fall_on_the_same_side() -> None:
     rows = [
-        Row(i, ({"role": "user", "content": f"q{i % 7}"}, {"role": "assistant", "content": f"a{i}"}))
+        Row(
+            i, ({"role": "user", "content": f"q{i % 7}"}, {"role": "assistant", "content": f"a{i}"})
+        )
         for i in range(70)
     ]
     train, valid = split_rows(rows)

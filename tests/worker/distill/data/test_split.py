@@ -29,13 +29,19 @@ def random_conversations(seed: int, num_rows: int, num_words: int) -> list[Row]:
     for line in range(num_rows):
         contents = [f"w{draw.randrange(num_words)}" for _ in range(draw.randint(1, 6))]
         answers = range(1, len(contents), 2)
-        rows.append(conversation(line, *contents, unlearned=draw.sample(answers, k=len(answers) // 2)))
+        rows.append(
+            conversation(line, *contents, unlearned=draw.sample(answers, k=len(answers) // 2))
+        )
     return rows
 
 
 def share_a_question(one: Row, other: Row) -> bool:
     """The slow, obvious way: compares the messages before every answer."""
-    return any(one.messages[:i] == other.messages[:j] for i in questions_of(one) for j in questions_of(other))
+    return any(
+        one.messages[:i] == other.messages[:j]
+        for i in questions_of(one)
+        for j in questions_of(other)
+    )
 
 
 def test_a_conversation_is_held_out_together_with_its_continuation() -> None:
@@ -92,7 +98,9 @@ def test_the_split_does_not_depend_on_the_order_of_the_file() -> None:
 
 
 def test_rows_of_one_turn_are_split_as_ever() -> None:
-    rows = [conversation(i, f"u{i}", "a") for i in range(50)] + [Row(i, text=f"t{i}") for i in range(50)]
+    rows = [conversation(i, f"u{i}", "a") for i in range(50)] + [
+        Row(i, text=f"t{i}") for i in range(50)
+    ]
     split = hold_out(rows)
     assert (split.train, split.valid) == split_rows(rows)
 
@@ -128,7 +136,11 @@ def test_training_rows_that_ask_nothing_of_their_own_are_refused() -> None:
 
 
 def test_groups_are_the_components_of_shared_questions() -> None:
-    rows = [replace(row, unlearned=frozenset()) for row in random_conversations(5, 60, 12) if row.is_answered]
+    rows = [
+        replace(row, unlearned=frozenset())
+        for row in random_conversations(5, 60, 12)
+        if row.is_answered
+    ]
     groups = list(range(len(rows)))
     for i, one in enumerate(rows):
         for j, other in enumerate(rows):

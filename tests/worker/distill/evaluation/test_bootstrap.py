@@ -85,7 +85,9 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_figures_value_is_of_the_rows_as_they_are() -> None:
     assert mean(VALUES, TOKENS).value == pytest.approx(sum(VALUES) / sum(TOKENS))
     assert mean([True, False, True, True]).value == 0.75
-    assert exponential(mean(VALUES, TOKENS)).value == pytest.approx(math.exp(sum(VALUES) / sum(TOKENS)))
+    assert exponential(mean(VALUES, TOKENS)).value == pytest.approx(
+        math.exp(sum(VALUES) / sum(TOKENS))
+    )
 
 
 def test_a_perplexity_beyond_floats_is_capped() -> None:

@@ -52,7 +52,8 @@ def test_held_out_means_are_those_of_full_logits_one_row_at_a_time(
     for row in ROWS:
         ids_1T, at = torch.tensor([row.token_ids]), torch.tensor(row.target_positions)
         p, q = (
-            m(input_ids=ids_1T).logits[0, at - 1].double().log_softmax(-1) for m in (teacher_model, student)
+            m(input_ids=ids_1T).logits[0, at - 1].double().log_softmax(-1)
+            for m in (teacher_model, student)
         )
         row_kl = float((p.exp() * (p - q)).sum())
         row_ce = -float(q.gather(1, ids_1T[0, at][:, None]).sum())
@@ -89,7 +90,9 @@ def test_the_teacher_agrees_with_itself(
         ("", "something", 0.0),
     ],
 )
-def test_rouge_l_is_the_f_measure_of_common_words(answer: str, reference: str, score: float) -> None:
+def test_rouge_l_is_the_f_measure_of_common_words(
+    answer: str, reference: str, score: float
+) -> None:
     assert rouge_l([answer, "same"], [reference, "same"]) == pytest.approx([score, 1.0])
 
 
@@ -111,7 +114,9 @@ def test_a_tied_head_is_counted_once(teacher_model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("family", ["t5", "bart", "bert2bert"])
-def test_an_encoder_decoder_has_layers_on_both_sides(family: str, request: pytest.FixtureRequest) -> None:
+def test_an_encoder_decoder_has_layers_on_both_sides(
+    family: str, request: pytest.FixtureRequest
+) -> None:
     model = load_model(request.getfixturevalue(f"tiny_{family}_dir"))
     size = size_of(keep_layers(model, (0, 3), range(3)))
     assert (size["num_encoder_layers"], size["num_layers"]) == (3, 2)

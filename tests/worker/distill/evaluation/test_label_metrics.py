@@ -51,7 +51,9 @@ def test_letters_case_and_what_surrounds_a_label_do_not_count(text: str, name: s
 def test_accuracy_and_macro_f1_of_answers() -> None:
     labels = find_labels(MOODS, [1] * 6)
     assert labels is not None
-    accuracy, macro_f1 = labels.figures(["good", "BAD", "bad", "I cannot say", "so so.", "good"], MOODS)
+    accuracy, macro_f1 = labels.figures(
+        ["good", "BAD", "bad", "I cannot say", "so so.", "good"], MOODS
+    )
     assert accuracy.value == 0.5
     assert macro_f1.value == pytest.approx((0.5 + 0.5 + 2 / 3) / 3)
 

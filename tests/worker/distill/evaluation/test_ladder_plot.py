@@ -8,10 +8,19 @@ from matplotlib.lines import Line2D
 from PIL import Image
 
 from app.contracts.distillation import Gate
-from worker.distill.evaluation.ladder_plot import CHOSEN, FAILED, TEACHER, Rung, draw_ladder, write_ladder
+from worker.distill.evaluation.ladder_plot import (
+    CHOSEN,
+    FAILED,
+    TEACHER,
+    Rung,
+    draw_ladder,
+    write_ladder,
+)
 
 
-def figures(num_parameters: int, kl: float, agreement: float, **more: Any) -> dict[str, Any]:  # Any: JSON
+def figures(
+    num_parameters: int, kl: float, agreement: float, **more: Any
+) -> dict[str, Any]:  # Any: JSON
     intervals = {"kl": [kl - 0.1, kl + 0.2], "agreement": [agreement, agreement]}
     fields = {"num_parameters": num_parameters, "weights_bytes": 4 * num_parameters, "kl": kl}
     return {**fields, "agreement": agreement, "intervals": intervals, **more}
@@ -53,14 +62,20 @@ def test_a_panel_shows_points_intervals_teacher_and_gate() -> None:
     assert [line.get_color() for line in points] == [CHOSEN, FAILED]
     bars = [bar.get_segments()[0] for bar in kl.collections if isinstance(bar, LineCollection)]
     assert [(bar[0][1], bar[1][1]) for bar in bars] == [(0.9, 1.2), (1.9, 2.2)]
-    across = {line.get_color(): position(line)[1] for line in agreement.lines if line.get_marker() == "None"}
+    across = {
+        line.get_color(): position(line)[1]
+        for line in agreement.lines
+        if line.get_marker() == "None"
+    }
     assert (across[TEACHER], across[CHOSEN]) == (100.0, 60.0)
     assert len(speed.collections) == 0  # a speed has no interval
     assert not unused.get_visible()
 
 
 def test_a_metric_that_no_student_has_gets_no_panel() -> None:
-    titles = [axes.get_title() for axes in draw_ladder(RUNGS, TEACHER_RUNG).axes if axes.get_visible()]
+    titles = [
+        axes.get_title() for axes in draw_ladder(RUNGS, TEACHER_RUNG).axes if axes.get_visible()
+    ]
     assert len(titles) == 3
     assert not any("Answers" in title for title in titles)
 

@@ -5,7 +5,12 @@ import torch
 
 from worker.distill.evaluation.held_out import HeldOut
 from worker.distill.evaluation.label_metrics import find_labels
-from worker.distill.evaluation.metrics import answer_figures, difference, held_out_figures, with_intervals
+from worker.distill.evaluation.metrics import (
+    answer_figures,
+    difference,
+    held_out_figures,
+    with_intervals,
+)
 
 HELD_OUT = HeldOut(
     sums_R4=torch.tensor([[2.0, 1.0, 4.0, 1.0], [1.0, 0.5, 2.0, 2.0]], dtype=torch.float64),
@@ -50,7 +55,9 @@ def test_answers_stand_beside_the_teachers_and_the_references_that_there_are() -
 def test_labels_give_accuracy_by_the_references_and_by_the_teacher() -> None:
     references = ["yes", "yes", "no", "no"]
     labels = find_labels(references, [1] * 4)
-    figures = answer_figures(["Yes.", "no", "no", "no"], ["yes", "no", "no", "?"], references, labels, set())
+    figures = answer_figures(
+        ["Yes.", "no", "no", "no"], ["yes", "no", "no", "?"], references, labels, set()
+    )
     values = {name: figure.value for name, figure in figures.items()}
     assert values["accuracy"] == 0.75
     assert values["macro_f1"] == pytest.approx((2 / 3 + 4 / 5) / 2)

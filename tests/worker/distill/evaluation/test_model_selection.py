@@ -38,7 +38,9 @@ def test_a_gate_is_passed_at_its_bound(gate: Gate | None, is_passed: bool) -> No
         ({"choose": "best", "gate": {"metric": "kl", "at_most": 1.0}}, 2),
     ],
 )
-def test_the_smallest_passing_or_the_best_is_chosen(evaluation: dict[str, Any], number: int | None) -> None:
+def test_the_smallest_passing_or_the_best_is_chosen(
+    evaluation: dict[str, Any], number: int | None
+) -> None:
     assert choose(LADDER, Evaluation.model_validate(evaluation)) == number
 
 

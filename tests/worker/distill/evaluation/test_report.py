@@ -13,14 +13,17 @@ from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.data.rows import Encoder, Row, read_rows
 from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.evaluation.held_out import HeldOut
-from worker.distill.evaluation.report import Judge, View
+from worker.distill.evaluation.report import Evaluator, View
 from worker.distill.students.recipe import load_model, plan_student
 from worker.models.architectures import shape_of
 from worker.protocol.run_spec import RunSpec
 from worker.train import EngineSampler
 
 Json = dict[str, Any]  # Any: open-ended JSON
-LONG = [{"prompt": f"Who keeps house {i}?", "completion": f"The student keeps house {i}."} for i in range(6)]
+LONG = [
+    {"prompt": f"Who keeps house {i}?", "completion": f"The student keeps house {i}."}
+    for i in range(6)
+]
 MOODS = [{"prompt": f"Is jar {i} full?", "completion": ("yes", "No.")[i % 2]} for i in range(60)]
 
 
@@ -31,7 +34,9 @@ class Counting:
         self.sampler = sampler
         self.asked = asked
 
-    def generate(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[Generation]:  # Any: passed on
+    def generate(
+        self, prompts: Sequence[Sequence[int]], **how: Any
+    ) -> list[Generation]:  # Any: passed on
         self.asked.append((len(prompts), how["max_new_tokens"]))
         return self.sampler.generate(prompts, **how)
 
@@ -52,7 +57,7 @@ class Bench:
         encoder = Encoder(tokenizer, max_tokens=200, shape=shape, start_id=start_id)
         self.examples = [encoder.encode(row) for row in rows]
         view = View(self.examples, tokenizer, self.measure)
-        self.judge = Judge(
+        self.judge = Evaluator(
             spec=spec,
             student_view=view,
             teacher_view=View(self.examples, tokenizer, self.measure),
@@ -72,7 +77,10 @@ class Bench:
             ids_1T, at = torch.tensor([example.token_ids]), torch.tensor(example.target_positions)
             read = {"input_ids": ids_1T}
             if example.source_ids:
-                read = {"input_ids": torch.tensor([example.source_ids]), "decoder_input_ids": ids_1T}
+                read = {
+                    "input_ids": torch.tensor([example.source_ids]),
+                    "decoder_input_ids": ids_1T,
+                }
             p, q = (m(**read).logits[0, at - 1].log_softmax(-1) for m in (self.teacher, model))
             kl = (p.exp() * (p - q)).sum().clamp(min=0.0)
             ce = -q.gather(1, ids_1T[0, at][:, None]).sum()
@@ -95,7 +103,9 @@ def make_bench(
         path = write_rows(rows)
         block = {"evaluation": {"num_samples": 2, **evaluation}, "data": {"max_new_tokens": 12}}
         folders = {"teacher_dir": student_dir, "start_dir": student_dir}
-        return Bench(make_spec(block, spec={"training_path": path, **folders}), read_rows(path), student_dir)
+        return Bench(
+            make_spec(block, spec={"training_path": path, **folders}), read_rows(path), student_dir
+        )
 
     return make
 
@@ -124,7 +134,9 @@ def test_every_figure_has_an_interval_around_it(make_bench: MakeBench, student_d
     assert low < high
 
 
-def test_rows_that_ask_the_same_make_no_figure_more_certain(make_bench: MakeBench, student_dir: Path) -> None:
+def test_rows_that_ask_the_same_make_no_figure_more_certain(
+    make_bench: MakeBench, student_dir: Path
+) -> None:
     once = make_bench(LONG, metrics=["agreement", "rouge_l"]).report(student_dir)["untrained"]
     twice = make_bench([*LONG, *LONG], metrics=["agreement", "rouge_l"]).report(student_dir)
     assert twice["num_judged_questions"] == 6
@@ -132,8 +144,12 @@ def test_rows_that_ask_the_same_make_no_figure_more_certain(make_bench: MakeBenc
         assert twice["untrained"]["intervals"][name] == pytest.approx(interval), name
 
 
-def test_intervals_of_a_single_question_come_with_a_warning(make_bench: MakeBench, student_dir: Path) -> None:
-    bench = make_bench([{"prompt": "Who?", "completion": f"Number {i}."} for i in range(3)], metrics=[])
+def test_intervals_of_a_single_question_come_with_a_warning(
+    make_bench: MakeBench, student_dir: Path
+) -> None:
+    bench = make_bench(
+        [{"prompt": "Who?", "completion": f"Number {i}."} for i in range(3)], metrics=[]
+    )
     bench.report(student_dir)
     assert ["a single question" in warning for warning in bench.warnings] == [True]
 
@@ -149,7 +165,10 @@ def test_answers_are_compared_with_the_teachers_and_with_the_references(
     assert report["untrained"]["rouge_l"] < 1.0
     sample = report["samples"][1]
     assert list(sample) == ["prompt", "reference", "teacher", "untrained", "student"]
-    assert (sample["prompt"], sample["reference"]) == ("Who keeps house 1?", "The student keeps house 1.")
+    assert (sample["prompt"], sample["reference"]) == (
+        "Who keeps house 1?",
+        "The student keeps house 1.",
+    )
     assert sample["student"] == sample["teacher"]
 
 
@@ -184,7 +203,9 @@ def test_progress_rises_to_the_whole(make_bench: MakeBench, student_dir: Path) -
     assert bench.shares[-1] == pytest.approx(1.0)
 
 
-def test_a_ladder_judges_its_teacher_once(make_bench: MakeBench, student_dir: Path, tmp_path: Path) -> None:
+def test_a_ladder_judges_its_teacher_once(
+    make_bench: MakeBench, student_dir: Path, tmp_path: Path
+) -> None:
     bench = make_bench(LONG, metrics=["rouge_l"])
     other_dir = shutil.copytree(student_dir, tmp_path / "other")
     first, second = bench.report(other_dir), bench.report(student_dir)
@@ -193,7 +214,9 @@ def test_a_ladder_judges_its_teacher_once(make_bench: MakeBench, student_dir: Pa
     assert second["student"]["rouge_l"] == 1.0
 
 
-def test_a_student_that_has_an_entry_is_not_judged_again(make_bench: MakeBench, student_dir: Path) -> None:
+def test_a_student_that_has_an_entry_is_not_judged_again(
+    make_bench: MakeBench, student_dir: Path
+) -> None:
     bench = make_bench(LONG, metrics=["rouge_l"])
     entry = bench.judge.entry(student_dir, AnswerFile(None))
     assert bench.num_measured == 2  # the teacher and the student
@@ -201,7 +224,9 @@ def test_a_student_that_has_an_entry_is_not_judged_again(make_bench: MakeBench, 
     assert bench.num_measured == 3  # and the untrained one
 
 
-def test_few_short_targets_give_accuracy_and_macro_f1(make_bench: MakeBench, student_dir: Path) -> None:
+def test_few_short_targets_give_accuracy_and_macro_f1(
+    make_bench: MakeBench, student_dir: Path
+) -> None:
     bench = make_bench(MOODS, metrics=["exact_match"])
     report = bench.report(student_dir)
     for name in ("accuracy", "macro_f1", "accuracy_teacher", "macro_f1_teacher"):
@@ -235,15 +260,21 @@ def test_encoder_decoders_are_judged_by_their_answers_to_the_source(
     bench = make_bench(LONG, metrics=["perplexity", "rouge_l"])
     report = bench.report(student_dir)
     assert {num_prompts for num_prompts, _ in bench.asked} == {6}
-    assert (report["student"]["rouge_l"], report["student"]["kl"]) == (1.0, pytest.approx(0.0, abs=1e-5))
+    assert (report["student"]["rouge_l"], report["student"]["kl"]) == (
+        1.0,
+        pytest.approx(0.0, abs=1e-5),
+    )
     assert report["untrained"]["kl"] > 0.01
     layers = [
-        (report[name]["num_encoder_layers"], report[name]["num_layers"]) for name in ("teacher", "untrained")
+        (report[name]["num_encoder_layers"], report[name]["num_layers"])
+        for name in ("teacher", "untrained")
     ]
     assert layers == [(4, 4), (4, 2)]
 
 
-def test_a_masked_teacher_is_not_asked(make_bench: MakeBench, student_dir: Path, tiny_bert_dir: Path) -> None:
+def test_a_masked_teacher_is_not_asked(
+    make_bench: MakeBench, student_dir: Path, tiny_bert_dir: Path
+) -> None:
     bench = make_bench(LONG)
     bench.judge.load_teacher = lambda: load_model(tiny_bert_dir)
     zeros = HeldOut(torch.zeros(6, 4, dtype=torch.float64), torch.ones(6, dtype=torch.int64))

@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 
 from tests.tiny import HEADS, WIDTH, save_tiny
-from worker.distill.forward.attention_relations import choose_relation_heads, relation_kl, self_attention
+from worker.distill.forward.attention_relations import (
+    choose_relation_heads,
+    relation_kl,
+    self_attention,
+)
 from worker.distill.students.recipe import load_model
 from worker.distill.training.feature_losses import Tap, Taps, layers_of
 from worker.errors import UnsupportedModel
@@ -22,7 +26,9 @@ OUTPUTS = (
 )  # fmt: skip
 
 
-def tapped(model: Any, ids: Tensor = IDS) -> tuple[Tensor, ...]:  # Any: transformers is untyped here
+def tapped(
+    model: Any, ids: Tensor = IDS
+) -> tuple[Tensor, ...]:  # Any: transformers is untyped here
     attention = self_attention(layers_of(model, "decoder")[1], HEADS)
     tap = Tap(attention.modules)
     inputs = {"decoder_input_ids": ids} if shape_of(model.config) == "seq2seq" else {}
@@ -76,7 +82,9 @@ def test_a_position_alone_puts_out_its_own_values(family: str, tmp_path: Path) -
     values = tapped(model, IDS[:, :1])[2]
     num_queries = WIDTH // values.shape[-1]  # that share a head of values
     expected = (
-        values.view(1, 1, -1, 1, WIDTH // HEADS).expand(-1, -1, -1, num_queries, -1).reshape(1, 1, WIDTH)
+        values.view(1, 1, -1, 1, WIDTH // HEADS)
+        .expand(-1, -1, -1, num_queries, -1)
+        .reshape(1, 1, WIDTH)
     )
     torch.testing.assert_close(seen[0].reshape(1, 1, WIDTH), expected)
 
@@ -94,7 +102,8 @@ def test_relations_are_compared_as_the_plain_formula_says() -> None:
         for a in range(4):
             q, p = (
                 torch.softmax(
-                    x[b, :length, w * a : w * a + w] @ x[b, :length, w * a : w * a + w].T / w**0.5, -1
+                    x[b, :length, w * a : w * a + w] @ x[b, :length, w * a : w * a + w].T / w**0.5,
+                    -1,
                 )
                 for x, w in ((student, 3), (teacher, 2))
             )
@@ -109,7 +118,9 @@ def test_relations_are_compared_as_the_plain_formula_says() -> None:
 @pytest.mark.parametrize(
     ("asked", "widths", "chosen"), [(None, {64, 96}, 4), (None, {64, 32}, 4), (16, {64, 32}, 16)]
 )
-def test_relation_heads_divide_every_width(asked: int | None, widths: set[int], chosen: int) -> None:
+def test_relation_heads_divide_every_width(
+    asked: int | None, widths: set[int], chosen: int
+) -> None:
     assert choose_relation_heads(asked, 12, widths) == chosen
 
 

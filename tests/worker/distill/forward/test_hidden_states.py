@@ -27,12 +27,18 @@ ROWS = [(4, 30, 31, 32, 33), (4, 40, 41), (4, 50, 51, 52)]
 
 def examples_of(*, has_source: bool) -> list[Example]:
     if has_source:
-        return [Example(r, ((1, len(r)),), source_ids=s) for r, s in zip(ROWS, SOURCES, strict=True)]
-    return [Example((*s, *r), ((len(s), len(s) + len(r)),)) for r, s in zip(ROWS, SOURCES, strict=True)]
+        return [
+            Example(r, ((1, len(r)),), source_ids=s) for r, s in zip(ROWS, SOURCES, strict=True)
+        ]
+    return [
+        Example((*s, *r), ((len(s), len(s) + len(r)),)) for r, s in zip(ROWS, SOURCES, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("family", sorted((*CAUSAL, *SEQ2SEQ)))
-def test_states_of_a_padded_batch_give_the_logits_of_each_row_alone(family: str, tmp_path: Path) -> None:
+def test_states_of_a_padded_batch_give_the_logits_of_each_row_alone(
+    family: str, tmp_path: Path
+) -> None:
     model = load_model(save_tiny(tmp_path, family, num_layers=2))
     examples = examples_of(has_source=family in SEQ2SEQ)
     batch = collate(examples, range(len(examples)))
@@ -69,12 +75,18 @@ def test_the_last_mlp_at_the_targets_alone_gives_the_same_rows_and_gradients(
         rows_NH[way] = way(model, batch)
         weights_NH = torch.randn(rows_NH[way].shape, generator=torch.Generator().manual_seed(0))
         (rows_NH[way] * weights_NH).sum().backward()
-        gradients[way] = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        gradients[way] = {
+            name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        }
     # float32 products of other shapes
-    torch.testing.assert_close(rows_NH[hidden_rows_alone], rows_NH[hidden_rows], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        rows_NH[hidden_rows_alone], rows_NH[hidden_rows], atol=1e-5, rtol=1e-5
+    )
     assert gradients[hidden_rows_alone].keys() == gradients[hidden_rows].keys()
     for name, gradient in gradients[hidden_rows].items():
-        torch.testing.assert_close(gradients[hidden_rows_alone][name], gradient, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            gradients[hidden_rows_alone][name], gradient, atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gpt_neox", "t5"])
@@ -86,7 +98,9 @@ def test_the_last_mlp_reads_no_other_positions(family: str, tmp_path: Path) -> N
     assert mlp is not None
     seen: list[int] = []
     linear = next(m for m in mlp.modules() if isinstance(m, nn.Linear | Conv1D))
-    linear.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel() // args[0].shape[-1]))
+    linear.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].numel() // args[0].shape[-1])
+    )
     hidden_rows_alone(model, batch)
     hidden_rows(model, batch)
     assert seen == [batch.num_targets, batch.keep_BT.numel()]

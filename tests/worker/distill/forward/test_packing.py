@@ -39,7 +39,9 @@ def rows_and_gradients(
     rows_NH = way(model, batch)  # type: ignore[operator]  # one of the two functions
     weights_NH = torch.randn(rows_NH.shape, generator=torch.Generator().manual_seed(0))
     (rows_NH * weights_NH).sum().backward()
-    return rows_NH, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return rows_NH, {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("family", PACKED)
@@ -75,7 +77,9 @@ def test_every_layer_reads_what_rows_begin_with_once(tmp_path: Path) -> None:
         lambda module, args: seen.append(args[0].shape[:-1].numel())
     )
     hidden_rows_alone(model, batch)
-    num_own = sum(len(row) - 1 - len(SYSTEM) for row in ALIKE)  # a row's last token is only a target
+    num_own = sum(
+        len(row) - 1 - len(SYSTEM) for row in ALIKE
+    )  # a row's last token is only a target
     assert seen == [len(SYSTEM) + num_own]
 
 
@@ -85,7 +89,10 @@ def test_packing_is_left_alone_where_it_saves_little_or_cannot_be(tmp_path: Path
     assert packing_of(model, batch_of(even, 1)) is None, LEAST_SAVED
     assert packing_of(model, batch_of(ALIKE[:1], 7)) is None  # one row is no longer than itself
     assert packing_of(student(tmp_path, "bloom"), batch_of(ALIKE, 7)) is None
-    assert packing_of(load_model(save_tiny(tmp_path, "llama", num_layers=2)), batch_of(ALIKE, 7)) is None
+    assert (
+        packing_of(load_model(save_tiny(tmp_path, "llama", num_layers=2)), batch_of(ALIKE, 7))
+        is None
+    )
     assert packing_of(model.double(), batch_of(ALIKE, 7)) is None
     model.float().config.sliding_window = 4
     assert packing_of(model, batch_of(ALIKE, 7)) is None

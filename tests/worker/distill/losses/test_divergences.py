@@ -36,8 +36,12 @@ def plain_divergence(p: Tensor, q: Tensor, objective: TokenObjective) -> Tensor:
     alpha, beta = objective.alpha, objective.beta
     if objective.matches == "rank":
         widest = max(p.shape[1], q.shape[1])
-        p = torch.cat([p.sort(descending=True).values, p.new_zeros(len(p), widest - p.shape[1])], dim=1)
-        q = torch.cat([q.sort(descending=True).values, q.new_zeros(len(q), widest - q.shape[1])], dim=1)
+        p = torch.cat(
+            [p.sort(descending=True).values, p.new_zeros(len(p), widest - p.shape[1])], dim=1
+        )
+        q = torch.cat(
+            [q.sort(descending=True).values, q.new_zeros(len(q), widest - q.shape[1])], dim=1
+        )
         return (p - q).abs().sum(dim=-1)
     match objective.divergence:
         case "forward_kl":
@@ -61,7 +65,9 @@ def plain_divergence(p: Tensor, q: Tensor, objective: TokenObjective) -> Tensor:
             raise AssertionError("of logits, not of probabilities")
 
 
-def plain_loss(student: Tensor, teacher: Tensor, targets: Tensor, objective: TokenObjective) -> Tensor:
+def plain_loss(
+    student: Tensor, teacher: Tensor, targets: Tensor, objective: TokenObjective
+) -> Tensor:
     """Of each row, from raw logits."""
     t, w = objective.temperature, objective.ce_weight
     ce = torch.nn.functional.cross_entropy(student, targets, reduction="none")
@@ -121,17 +127,23 @@ def test_inputs_are_left_as_they_were(objective: TokenObjective) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_a_student_equal_to_the_teacher_has_no_divergence_and_no_gradient(objective: TokenObjective) -> None:
+def test_a_student_equal_to_the_teacher_has_no_divergence_and_no_gradient(
+    objective: TokenObjective,
+) -> None:
     student, _, targets = random_logits(torch.float64)
     pure = replace(objective, ce_weight=0.0)
     terms = pure.loss_and_gradient(student, student, targets)
-    torch.testing.assert_close(terms.loss_N, torch.zeros(N, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        terms.loss_N, torch.zeros(N, dtype=torch.float64), rtol=0, atol=1e-14
+    )
     torch.testing.assert_close(terms.gradient_NV, torch.zeros_like(student), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("peak", [500.0, 1e6, 1e15])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_float32_stays_finite_where_probabilities_underflow(objective: TokenObjective, peak: float) -> None:
+def test_float32_stays_finite_where_probabilities_underflow(
+    objective: TokenObjective, peak: float
+) -> None:
     peaked = torch.zeros(4, V)
     peaked[:, 0] = peak
     other = torch.zeros(4, V)
@@ -143,7 +155,9 @@ def test_float32_stays_finite_where_probabilities_underflow(objective: TokenObje
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_float32_agrees_with_float64_where_probabilities_underflow(objective: TokenObjective) -> None:
+def test_float32_agrees_with_float64_where_probabilities_underflow(
+    objective: TokenObjective,
+) -> None:
     student, teacher, targets = random_logits(torch.float32)
     student, teacher = 60 * student, 60 * teacher
     exact = objective.loss_and_gradient(student.double(), teacher.double(), targets)
@@ -168,7 +182,9 @@ def test_ranks_do_not_depend_on_which_tokens_hold_them() -> None:
     student, _, targets = random_logits(torch.float64)
     shuffled = student[:, torch.randperm(V, generator=torch.Generator().manual_seed(1))]
     terms = TokenObjective(matches="rank").loss_and_gradient(student, shuffled, targets)
-    torch.testing.assert_close(terms.loss_N, torch.zeros(N, dtype=torch.float64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        terms.loss_N, torch.zeros(N, dtype=torch.float64), rtol=0, atol=1e-14
+    )
     assert not terms.kl_N.any()
 
 
@@ -181,15 +197,23 @@ def test_ranks_do_not_depend_on_which_tokens_hold_them() -> None:
         ("tvd", 1.0),
     ],
 )
-def test_mixture_divergences_are_bounded_far_from_the_teacher(name: DivergenceName, bound: float) -> None:
+def test_mixture_divergences_are_bounded_far_from_the_teacher(
+    name: DivergenceName, bound: float
+) -> None:
     student, teacher, targets = random_logits(torch.float64)
-    loss_N = TokenObjective(name, alpha=0.1).loss_and_gradient(80 * student, 80 * teacher, targets).loss_N
+    loss_N = (
+        TokenObjective(name, alpha=0.1)
+        .loss_and_gradient(80 * student, 80 * teacher, targets)
+        .loss_N
+    )
     assert loss_N.max() <= bound + 1e-12
     assert loss_N.max() > 0.9 * bound
 
 
 @pytest.mark.parametrize("objective", MATCHING, ids=str)
-def test_kl_and_ce_are_reported_at_temperature_1_whatever_the_loss(objective: TokenObjective) -> None:
+def test_kl_and_ce_are_reported_at_temperature_1_whatever_the_loss(
+    objective: TokenObjective,
+) -> None:
     student, teacher, targets = random_logits(torch.float64)
     terms = objective.loss_and_gradient(student, teacher, targets)
     kl_N = plain_divergence(teacher.softmax(-1), student.softmax(-1), TokenObjective("forward_kl"))
@@ -200,7 +224,9 @@ def test_kl_and_ce_are_reported_at_temperature_1_whatever_the_loss(objective: To
 
 def test_second_phase_changes_the_divergence_and_keeps_temperature_and_ce_weight() -> None:
     objective = Objective(
-        temperature=2.0, ce_weight=0.25, then=Phase(divergence="skew_forward_kl", alpha=0.2, beta=0.6)
+        temperature=2.0,
+        ce_weight=0.25,
+        then=Phase(divergence="skew_forward_kl", alpha=0.2, beta=0.6),
     )
     assert TokenObjective.from_objective(objective) == TokenObjective(
         "forward_kl", alpha=0.1, beta=0.5, temperature=2.0, ce_weight=0.25
@@ -238,10 +264,14 @@ def test_temperature_follows_its_schedule_through_both_phases(
     end: float | None, schedule: Literal["linear", "cosine"], expected: list[float]
 ) -> None:
     objective = Objective(
-        temperature=4.0, temperature_end=end, temperature_schedule=schedule, then=Phase(divergence="tvd")
+        temperature=4.0,
+        temperature_end=end,
+        temperature_schedule=schedule,
+        then=Phase(divergence="tvd"),
     )
     for phase in (None, objective.then):
         found = [
-            TokenObjective.from_objective(objective, phase, s).temperature for s in (0.0, 0.25, 0.5, 1.0)
+            TokenObjective.from_objective(objective, phase, s).temperature
+            for s in (0.0, 0.25, 0.5, 1.0)
         ]
         assert found == pytest.approx(expected)

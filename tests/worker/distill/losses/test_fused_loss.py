@@ -54,11 +54,15 @@ class Case:
         self.bias = draw(num_tokens).requires_grad_(not is_head_frozen) if bias else None
         self.head = Head(self.weight, self.bias, scale=scale, softcap=softcap)
         wide = teacher_tokens or num_tokens
-        self.teacher = TeacherRows(Head(draw(wide, H_TEACHER) / 2, draw(wide)), draw(num_rows, H_TEACHER))
+        self.teacher = TeacherRows(
+            Head(draw(wide, H_TEACHER) / 2, draw(wide)), draw(num_rows, H_TEACHER)
+        )
         self.targets = torch.randint(num_tokens, (num_rows,), generator=generator)
 
     def leaves(self) -> list[Tensor]:
-        return [t for t in (self.hidden, self.weight, self.bias) if t is not None and t.requires_grad]
+        return [
+            t for t in (self.hidden, self.weight, self.bias) if t is not None and t.requires_grad
+        ]
 
     def gradients(self) -> list[Tensor]:
         gradients = [t.grad for t in self.leaves() if t.grad is not None]
@@ -80,7 +84,9 @@ def plain_loss(case: Case, objective: TokenObjective, denominator: float) -> Ten
     return row_losses(student, teacher, case.targets, objective).sum() / denominator
 
 
-def fused(case: Case, objective: TokenObjective, chunk_rows: int | None = None) -> tuple[Tensor, RowStats]:
+def fused(
+    case: Case, objective: TokenObjective, chunk_rows: int | None = None
+) -> tuple[Tensor, RowStats]:
     return fused_distillation_loss(
         case.hidden,
         case.head,
@@ -163,8 +169,12 @@ def test_groups_change_nothing(rows_a_group: int, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(case.gradients(), whole_gradients, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize(("num_rows", "most", "sizes"), [(130, 128, [65, 65]), (5, 2, [1, 2, 2]), (0, 4, [])])
-def test_rows_are_split_into_chunks_of_nearly_equal_size(num_rows: int, most: int, sizes: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("num_rows", "most", "sizes"), [(130, 128, [65, 65]), (5, 2, [1, 2, 2]), (0, 4, [])]
+)
+def test_rows_are_split_into_chunks_of_nearly_equal_size(
+    num_rows: int, most: int, sizes: list[int]
+) -> None:
     chunks = lm_head.split_rows(num_rows, Case().head, most)
     assert [rows.stop - rows.start for rows in chunks] == sizes
 
@@ -211,7 +221,9 @@ def test_statistics_are_at_temperature_1_whatever_the_objective(objective: Token
     loss, stats = fused(case, objective)
     assert stats.loss_sum == pytest.approx(17.0 * loss.item())
     assert stats.kl_sum == pytest.approx(plain_loss(case, OBJECTIVES[0], 1.0).item())
-    assert stats.ce_sum == pytest.approx(torch.nn.functional.cross_entropy(student, case.targets).item() * N)
+    assert stats.ce_sum == pytest.approx(
+        torch.nn.functional.cross_entropy(student, case.targets).item() * N
+    )
     assert stats.num_agreeing == int((student.argmax(-1) == teacher.argmax(-1)).sum())
 
 
@@ -337,7 +349,9 @@ def test_a_tied_embedding_gets_both_gradients(tiny_llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float64)
     ids = torch.arange(3, 20)[None]
     targets = torch.arange(4, 21)
-    model(input_ids=ids, labels=None).logits[0].log_softmax(-1)[range(17), targets].sum().neg().backward()
+    model(input_ids=ids, labels=None).logits[0].log_softmax(-1)[
+        range(17), targets
+    ].sum().neg().backward()
     embedding = model.get_input_embeddings().weight
     expected, embedding.grad = embedding.grad, None
     head = head_of(model)
@@ -351,13 +365,21 @@ def test_a_tied_embedding_gets_both_gradients(tiny_llama_dir: Path) -> None:
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk_rows", [None, 4])
-def test_without_a_teacher_the_loss_is_cross_entropy(chunk_rows: int | None, softcap: float | None) -> None:
+def test_without_a_teacher_the_loss_is_cross_entropy(
+    chunk_rows: int | None, softcap: float | None
+) -> None:
     case = Case(scale=0.7, softcap=softcap)
     logits = plain_logits(case.hidden, case.head)
     torch.nn.functional.cross_entropy(logits, case.targets).backward()
     plain, expected = case.gradients(), torch.nn.functional.cross_entropy(logits, case.targets)
     loss, stats = fused_distillation_loss(
-        case.hidden, case.head, case.targets, None, TokenObjective(), denominator=N, chunk_rows=chunk_rows
+        case.hidden,
+        case.head,
+        case.targets,
+        None,
+        TokenObjective(),
+        denominator=N,
+        chunk_rows=chunk_rows,
     )
     loss.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)

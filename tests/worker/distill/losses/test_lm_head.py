@@ -10,17 +10,37 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, EncoderDecoderModel
 
-from worker.distill.losses.lm_head import Head, expected_rows, head_of, load_head, top_rows, write_logits
+from worker.distill.losses.lm_head import (
+    Head,
+    expected_rows,
+    head_of,
+    load_head,
+    top_rows,
+    write_logits,
+)
 from worker.errors import UnsupportedModel, VocabMismatch
 from worker.models.architectures import model_class, read_config
 
-FAMILIES = ["llama", "gpt2", "bloom", "opt", "gpt_neox", "t5", "bart", "bert", "roberta", "bert2bert"]
+FAMILIES = [
+    "llama",
+    "gpt2",
+    "bloom",
+    "opt",
+    "gpt_neox",
+    "t5",
+    "bart",
+    "bert",
+    "roberta",
+    "bert2bert",
+]
 
 
 def make_logits(model: Any) -> tuple[Tensor, Tensor]:  # Any: transformers is untyped here
     """The model's logits of some tokens, and what came in at the matrix that made them."""
     caught: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, given: caught.append(given[0]))
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda _, given: caught.append(given[0])
+    )
     ids = torch.arange(5, 40)[None]
     inputs = {"input_ids": ids}
     if model.config.is_encoder_decoder:
@@ -140,7 +160,9 @@ def test_load_head_reads_a_head_of_its_own_beside_the_embedding(
     model = load(request.getfixturevalue(f"tiny_{family}_dir"))
     is_t5 = family == "t5"  # its config says tied even where the file has both
     model.config.tie_word_embeddings = is_t5
-    model.get_output_embeddings().weight = torch.nn.Parameter(torch.randn_like(head_of(model).weight_VH))
+    model.get_output_embeddings().weight = torch.nn.Parameter(
+        torch.randn_like(head_of(model).weight_VH)
+    )
     model.save_pretrained(tmp_path, max_shard_size="100KB")
     head = load_head(tmp_path, 90)
     assert torch.equal(head.weight_VH, model.get_output_embeddings().weight[:90])
@@ -159,12 +181,16 @@ def test_expected_rows_are_means_under_the_teacher(tiny_llama_dir: Path) -> None
     p = torch.softmax(hidden @ head.weight_VH.T, dim=-1)
     expected = expected_rows(hidden, head)
     torch.testing.assert_close(expected.head_NH, p @ head.weight_VH, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(expected.neg_entropy_N, torch.xlogy(p, p).sum(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        expected.neg_entropy_N, torch.xlogy(p, p).sum(-1), rtol=1e-4, atol=1e-5
+    )
     assert not expected.head_NH.requires_grad
     assert torch.equal(expected.top_N, p.argmax(-1))
 
 
-def test_top_rows_hold_the_likeliest_tokens_and_the_mass_of_the_others(tiny_llama_dir: Path) -> None:
+def test_top_rows_hold_the_likeliest_tokens_and_the_mass_of_the_others(
+    tiny_llama_dir: Path,
+) -> None:
     head = head_of(AutoModelForCausalLM.from_pretrained(tiny_llama_dir))
     hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(4))
     p = torch.softmax((hidden @ head.weight_VH.T).double(), dim=-1)
@@ -172,7 +198,9 @@ def test_top_rows_hold_the_likeliest_tokens_and_the_mass_of_the_others(tiny_llam
     top = top_rows(hidden, head, 7, chunk_rows=2)
     assert torch.equal(top.ids_NK, ids)
     torch.testing.assert_close(top.log_p_NK.double().exp(), expected, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(top.log_rest_N.double().exp(), 1 - expected.sum(-1), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        top.log_rest_N.double().exp(), 1 - expected.sum(-1), rtol=1e-3, atol=1e-6
+    )
     assert not top.log_p_NK.requires_grad
 
 

@@ -26,7 +26,12 @@ def byte_level(*merges: str) -> PreTrainedTokenizerBase:
 
 def characters(text: str) -> PreTrainedTokenizerBase:
     """One token a character of the text, as SentencePiece would write them, and bytes for all others."""
-    pieces = ["</s>", "<unk>", *sorted(set(text.replace(" ", "▁"))), *(f"<0x{b:02X}>" for b in range(256))]
+    pieces = [
+        "</s>",
+        "<unk>",
+        *sorted(set(text.replace(" ", "▁"))),
+        *(f"<0x{b:02X}>" for b in range(256)),
+    ]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     backend = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
@@ -42,8 +47,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [*tokenizer.encode(text, add_special_tokens=False), end_id]
 
 
-def pairs(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
-    return aligned_tokens(encode(one, text), TokenBytes(one), encode(other, text), TokenBytes(other))
+def pairs(
+    one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, text: str
+) -> list[tuple[int, int]]:
+    return aligned_tokens(
+        encode(one, text), TokenBytes(one), encode(other, text), TokenBytes(other)
+    )
 
 
 def named(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, text: str) -> list[str]:
@@ -87,7 +96,10 @@ def test_bytes_within_a_character_meet_where_both_split_it_alike() -> None:
     )
     one, other = byte_level(f"{first} {second}"), byte_level(f"{second} {third}")
     assert pairs(one, other, EMOJI) == [(0, 0), (2, 2), (3, 3)]  # bytes 0 and 3, and the end
-    assert pairs(byte_level(), characters("a b"), EMOJI) == [(0, 0), *((i, i + 1) for i in range(1, 5))]
+    assert pairs(byte_level(), characters("a b"), EMOJI) == [
+        (0, 0),
+        *((i, i + 1) for i in range(1, 5)),
+    ]
 
 
 def test_text_that_one_tokenizer_does_not_keep_is_passed_over() -> None:
@@ -134,7 +146,9 @@ def test_space_behind_the_text_is_not_taken_for_its_end() -> None:
 
 
 @pytest.mark.parametrize("kind", ["chat", "unigram", "wordpiece"])
-@pytest.mark.parametrize("text", ["The still  is\n\n warm.", "naïve café ∑ 蒸馏", f"jar {EMOJI} jar"])
+@pytest.mark.parametrize(
+    "text", ["The still  is\n\n warm.", "naïve café ∑ 蒸馏", f"jar {EMOJI} jar"]
+)
 def test_one_tokenizer_under_other_numbers_aligns_everywhere(kind: str, text: str) -> None:
     tokenizer = tiny_tokenizer(kind)
     ids = encode(tokenizer, text)

@@ -33,13 +33,20 @@ OBJECTIVES = [
 
 
 def draw(*shape: int, seed: int = 5) -> Tensor:
-    return 2 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return 2 * torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
 
 
 def whole_rows(k: int = K) -> tuple[Tensor, Tensor, TopRows, Tensor]:
     """Student's and teacher's logits, the teacher's top rows, targets."""
     student, teacher = draw(N, V), draw(N, V, seed=6)
-    return student, teacher, top_rows(teacher, Head(torch.eye(V, dtype=torch.float64)), k), torch.arange(N)
+    return (
+        student,
+        teacher,
+        top_rows(teacher, Head(torch.eye(V, dtype=torch.float64)), k),
+        torch.arange(N),
+    )
 
 
 def into_buckets(z: Tensor, ids: Tensor) -> Tensor:
@@ -50,7 +57,9 @@ def into_buckets(z: Tensor, ids: Tensor) -> Tensor:
     return torch.cat([p.gather(1, ids), rest], dim=1).log()
 
 
-def plain_loss(student: Tensor, teacher: Tensor, ids: Tensor, targets: Tensor, o: TokenObjective) -> Tensor:
+def plain_loss(
+    student: Tensor, teacher: Tensor, ids: Tensor, targets: Tensor, o: TokenObjective
+) -> Tensor:
     t, w = o.temperature, o.ce_weight
     p, q = ((into_buckets(z, ids) / t).softmax(-1) for z in (teacher, student))
     ce = torch.nn.functional.cross_entropy(student, targets, reduction="none")
@@ -108,13 +117,19 @@ def test_buckets_are_a_lower_bound_that_rises_with_k(name: DivergenceName) -> No
 def test_float32_stays_finite_where_probabilities_underflow(objective: TokenObjective) -> None:
     _, teacher, _, targets = whole_rows()
     top = top_rows(500 * teacher.float(), Head(torch.eye(V)), K)
-    for student in (500 * draw(N, V, seed=8).float(), 500 * teacher.float(), -500 * teacher.float()):
+    for student in (
+        500 * draw(N, V, seed=8).float(),
+        500 * teacher.float(),
+        -500 * teacher.float(),
+    ):
         terms = bucket_terms(objective, student, top, targets)
         for found in vars(terms).values():
             assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("objective", [TokenObjective("logit_mse"), TokenObjective(matches="rank")], ids=str)
+@pytest.mark.parametrize(
+    "objective", [TokenObjective("logit_mse"), TokenObjective(matches="rank")], ids=str
+)
 def test_what_needs_every_token_is_refused(objective: TokenObjective) -> None:
     student, _, top, targets = whole_rows()
     with pytest.raises(AssertionError):
@@ -131,7 +146,9 @@ class Rows:
         self.head = Head(self.weight, self.bias, scale=0.5, softcap=3.0)
         _, self.teacher, self.top, self.targets = whole_rows()
 
-    def fused(self, objective: TokenObjective, chunk_rows: int | None = None) -> tuple[Tensor, RowStats]:
+    def fused(
+        self, objective: TokenObjective, chunk_rows: int | None = None
+    ) -> tuple[Tensor, RowStats]:
         return fused_distillation_loss(
             self.hidden,
             self.head,
@@ -152,10 +169,15 @@ class Rows:
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_the_fused_loss_takes_top_rows(objective: TokenObjective) -> None:
     rows = Rows()
-    expected = plain_loss(rows.logits(), rows.teacher, rows.top.ids_NK, rows.targets, objective).sum() / 7.0
+    expected = (
+        plain_loss(rows.logits(), rows.teacher, rows.top.ids_NK, rows.targets, objective).sum()
+        / 7.0
+    )
     loss, stats = rows.fused(objective, chunk_rows=4)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(rows.gradients(loss), rows.gradients(expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        rows.gradients(loss), rows.gradients(expected), rtol=1e-12, atol=1e-12
+    )
     student = rows.logits()
     forward_kl = TokenObjective()
     kl = plain_loss(student, rows.teacher, rows.top.ids_NK, rows.targets, forward_kl).sum().item()
@@ -170,7 +192,9 @@ def test_chunks_change_nothing(objective: TokenObjective, chunk_rows: int) -> No
     whole, whole_stats = rows.fused(objective, chunk_rows=N)
     chunked, stats = rows.fused(objective, chunk_rows=chunk_rows)
     torch.testing.assert_close(chunked, whole, rtol=1e-13, atol=0)
-    torch.testing.assert_close(rows.gradients(chunked), rows.gradients(whole), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(
+        rows.gradients(chunked), rows.gradients(whole), rtol=1e-12, atol=1e-14
+    )
     torch.testing.assert_close(stats.sums, whole_stats.sums, rtol=1e-13, atol=0)
 
 

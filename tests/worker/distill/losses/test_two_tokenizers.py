@@ -37,7 +37,9 @@ def ranks(make_spec: MakeSpec, unigram_gpt2_dir: Path) -> Callable[..., RunSpec]
     """A function that makes a spec of that teacher and a Llama-like student with byte-level tokens."""
 
     def make(block: dict[str, Any] | None = None, **numbers: Any) -> RunSpec:
-        return make_spec({**STUDENT, **(block or {})}, spec={"teacher_dir": unigram_gpt2_dir}, **numbers)
+        return make_spec(
+            {**STUDENT, **(block or {})}, spec={"teacher_dir": unigram_gpt2_dir}, **numbers
+        )
 
     return make
 
@@ -69,7 +71,9 @@ def test_a_pair_of_one_kind_learns_by_ranks_and_from_the_text(
     result = outcome.result
     assert result["teacher_signal"] == "uld"
     assert "tokenizers differ" in result["teacher_signal_reason"]
-    assert result["num_teacher_rows_computed"] == result["num_train_rows"]  # the held-out ones are not needed
+    assert (
+        result["num_teacher_rows_computed"] == result["num_train_rows"]
+    )  # the held-out ones are not needed
     assert any("of the student's tokens begin where" in message for message in messages(sink))
     assert any("ce_weight is 0.5" in message for message in messages(sink))
     assert "kl" not in result["student"]
@@ -79,7 +83,9 @@ def test_a_pair_of_one_kind_learns_by_ranks_and_from_the_text(
 def test_the_first_step_has_the_loss_of_full_logits_at_tokens_that_begin_together(
     ranks: Callable[..., RunSpec], outcome_of: OutcomeOf, series: Series
 ) -> None:
-    spec = ranks({"objective": {"ce_weight": 0.25, "temperature": 2.0}}, max_steps=1, batch_tokens=100_000)
+    spec = ranks(
+        {"objective": {"ce_weight": 0.25, "temperature": 2.0}}, max_steps=1, batch_tokens=100_000
+    )
     _, sink = outcome_of(spec)
     assert not any("ce_weight" in message for message in messages(sink))
     teacher, student = (
@@ -93,7 +99,9 @@ def test_the_first_step_has_the_loss_of_full_logits_at_tokens_that_begin_togethe
         mine, theirs = (encoder.encode(row) for encoder in encoders)
         z_TV = student(torch.tensor([mine.token_ids[:-1]])).logits[0]
         teachers_TU = teacher(torch.tensor([theirs.token_ids[:-1]])).logits[0]
-        text -= float(sum(z_TV[p - 1].log_softmax(-1)[mine.token_ids[p]] for p in mine.target_positions))
+        text -= float(
+            sum(z_TV[p - 1].log_softmax(-1)[mine.token_ids[p]] for p in mine.target_positions)
+        )
         num_targets += mine.num_targets
         # a token begins where as much of the answer is left as where the other begins
         left, right = (
@@ -128,7 +136,9 @@ def test_a_pair_that_compares_ranks_resumes_to_the_same_bits(
 
     with pytest.raises(Stopped):
         distil(spec, tmp_path / "first", sink, EngineSampler, is_half_done)
-    _, again = outcome_of(spec.model_copy(update={"resume_dir": tmp_path / "first" / "step-4"}), "second")
+    _, again = outcome_of(
+        spec.model_copy(update={"resume_dir": tmp_path / "first" / "step-4"}), "second"
+    )
     assert not any("not bit for bit" in message for message in messages(again))
     one, other = (
         load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "second")
@@ -137,7 +147,11 @@ def test_a_pair_that_compares_ranks_resumes_to_the_same_bits(
 
 
 def test_encoder_decoders_compare_ranks_too(
-    make_spec: MakeSpec, outcome_of: OutcomeOf, series: Series, tiny_t5_dir: Path, tiny_bart_dir: Path
+    make_spec: MakeSpec,
+    outcome_of: OutcomeOf,
+    series: Series,
+    tiny_t5_dir: Path,
+    tiny_bart_dir: Path,
 ) -> None:
     spec = make_spec(STUDENT, spec={"teacher_dir": tiny_bart_dir, "start_dir": tiny_t5_dir})
     outcome, sink = outcome_of(spec)

@@ -15,7 +15,7 @@ from worker.distill.data.dataset import Reader, Rows
 from worker.distill.data.rows import Example
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import Head, TeacherRows
-from worker.distill.losses.uld import Aligned, align_rows, taught_loss
+from worker.distill.losses.uld import Aligned, align_rows, teacher_loss
 from worker.errors import TokenizerMismatch
 
 N, H, V, U = 7, 8, 30, 20
@@ -43,7 +43,9 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_ranks_are_compared_at_aligned_rows_and_the_text_at_all(ce_weight: float, temperature: float) -> None:
+def test_ranks_are_compared_at_aligned_rows_and_the_text_at_all(
+    ce_weight: float, temperature: float
+) -> None:
     hidden_NH, weight_VH = normal(N, H, seed=0), normal(V, H, seed=1)
     teacher_MH, teacher_UH = normal(4, H, seed=2), normal(U, H, seed=3)
     targets_N = torch.arange(N)
@@ -59,7 +61,7 @@ def test_ranks_are_compared_at_aligned_rows_and_the_text_at_all(ce_weight: float
     expected.backward()
 
     fused_NH, fused_VH = hidden_NH.clone().requires_grad_(), weight_VH.clone().requires_grad_()
-    loss, stats = taught_loss(
+    loss, stats = teacher_loss(
         fused_NH,
         Head(fused_VH),
         targets_N,
@@ -74,14 +76,16 @@ def test_ranks_are_compared_at_aligned_rows_and_the_text_at_all(ce_weight: float
     assert stats.loss_sum == pytest.approx(10 * float(expected.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("mask_N", [torch.ones(N).bool(), torch.zeros(N).bool()], ids=["all", "none"])
+@pytest.mark.parametrize(
+    "mask_N", [torch.ones(N).bool(), torch.zeros(N).bool()], ids=["all", "none"]
+)
 def test_rows_may_be_aligned_all_or_none(mask_N: torch.Tensor) -> None:
     hidden_NH = normal(N, H, seed=0).requires_grad_()
     teacher = TeacherRows(
         Head(normal(U, H, seed=3)), hidden_NH=normal(int(mask_N.sum()), H, seed=2), mask_N=mask_N
     )
     head = Head(normal(V, H, seed=1))
-    loss, _ = taught_loss(hidden_NH, head, torch.arange(N), teacher, RANKS, denominator=1.0)
+    loss, _ = teacher_loss(hidden_NH, head, torch.arange(N), teacher, RANKS, denominator=1.0)
     loss.backward()
     assert hidden_NH.grad is not None
     assert bool((hidden_NH.grad.abs().sum(dim=-1) > 0).all())
@@ -91,7 +95,7 @@ def test_a_student_that_says_the_same_under_other_numbers_has_no_loss() -> None:
     hidden_NH, weight_VH = normal(N, H, seed=0), normal(V, H, seed=1)
     permuted = Head(weight_VH[torch.randperm(V, generator=torch.Generator().manual_seed(5))])
     mask_N = torch.ones(N, dtype=torch.bool)
-    loss, _ = taught_loss(
+    loss, _ = teacher_loss(
         hidden_NH,
         permuted,
         torch.arange(N),
@@ -124,7 +128,9 @@ def test_the_share_is_of_all_targets() -> None:
 
 def test_one_tokenizer_aligns_every_target() -> None:
     examples = [read("chat", "The still is warm"), read("chat", "into the jar")]
-    aligned = align_rows(rows_of(examples, examples), reader("chat"), reader("chat"), has_one_tokenizer=True)
+    aligned = align_rows(
+        rows_of(examples, examples), reader("chat"), reader("chat"), has_one_tokenizer=True
+    )
     assert aligned.share == 1.0
     assert aligned.examples == examples
 
@@ -132,4 +138,6 @@ def test_one_tokenizer_aligns_every_target() -> None:
 def test_texts_without_a_common_token_are_refused() -> None:
     students, teachers = [read("chat", t) for t in "ab"], [read("unigram", t) for t in "cd"]
     with pytest.raises(TokenizerMismatch, match="text"):
-        align_rows(rows_of(students, teachers), reader("chat"), reader("unigram"), has_one_tokenizer=False)
+        align_rows(
+            rows_of(students, teachers), reader("chat"), reader("unigram"), has_one_tokenizer=False
+        )

@@ -44,8 +44,16 @@ def test_a_saved_student_generates_as_it_was_built(family: str, kind: str, tmp_p
 def test_a_student_stops_at_the_end_token(family: str) -> None:
     tokenizer = tiny_tokenizer("wordpiece")
     student: Any = build_fresh(fresh_config(sizes(family), tokenizer), seed=0)
-    assert student.generation_config.eos_token_id == tokenizer.sep_token_id == student.config.eos_token_id
-    assert student.generation_config.pad_token_id == tokenizer.pad_token_id == student.config.pad_token_id
+    assert (
+        student.generation_config.eos_token_id
+        == tokenizer.sep_token_id
+        == student.config.eos_token_id
+    )
+    assert (
+        student.generation_config.pad_token_id
+        == tokenizer.pad_token_id
+        == student.config.pad_token_id
+    )
     if layer_counts(student.config)[0]:
         start = student.generation_config.decoder_start_token_id
         assert start == tokenizer.cls_token_id == student.config.decoder_start_token_id
@@ -56,12 +64,16 @@ def test_a_t5_tokenizer_starts_decoding_at_its_padding() -> None:
     assert (config.decoder_start_token_id, config.pad_token_id, config.eos_token_id) == (0, 0, 1)
 
 
-@pytest.mark.parametrize("family", sorted(set(CLASSES) - {"t5"}))  # which goes by its width on its own
+@pytest.mark.parametrize(
+    "family", sorted(set(CLASSES) - {"t5"})
+)  # which goes by its width on its own
 @pytest.mark.parametrize(("hidden_size", "spread"), [(32, 0.098), (192, 0.04)])
 def test_first_weights_are_wider_apart_in_narrow_students(
     family: str, hidden_size: int, spread: float
 ) -> None:
-    student = build_fresh(fresh_config(sizes(family, hidden_size=hidden_size), tiny_tokenizer()), seed=0)
+    student = build_fresh(
+        fresh_config(sizes(family, hidden_size=hidden_size), tiny_tokenizer()), seed=0
+    )
     weights: Any = student.get_input_embeddings().weight
     assert weights.std().item() == pytest.approx(spread, rel=0.05)
 
@@ -125,7 +137,9 @@ def test_impossible_sizes_are_refused(family: str, changes: dict[str, int], mess
 
 def test_ids_that_a_tokenizer_leaves_out_have_rows_too() -> None:
     pieces = {"<s>": 0, "a": 1, "b": 9}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(pieces, [])), eos_token="<s>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(BPE(pieces, [])), eos_token="<s>"
+    )
     assert fresh_config(sizes("gpt2"), tokenizer).vocab_size == 10
 
 

@@ -26,7 +26,12 @@ from transformers import (
     T5Config,
 )
 
-from worker.distill.students.layer_dropping import first_and_last, is_tied, keep_layers, layer_stacks
+from worker.distill.students.layer_dropping import (
+    first_and_last,
+    is_tied,
+    keep_layers,
+    layer_stacks,
+)
 from worker.distill.students.recipe import load_model
 from worker.errors import StudentTooDeep, UnsupportedModel
 from worker.models.architectures import layer_counts
@@ -148,7 +153,12 @@ def run_only(model: PreTrainedModel, prefix: str, layers: Sequence[int]) -> None
 
 @pytest.mark.parametrize(
     ("num_available", "num_kept", "layers"),
-    [(30, 15, (*range(8), *range(23, 30))), (12, 4, (0, 1, 10, 11)), (4, 1, (0,)), (3, 3, (0, 1, 2))],
+    [
+        (30, 15, (*range(8), *range(23, 30))),
+        (12, 4, (0, 1, 10, 11)),
+        (4, 1, (0,)),
+        (3, 3, (0, 1, 2)),
+    ],
 )
 def test_the_first_and_last_halves_are_kept(
     num_available: int, num_kept: int, layers: tuple[int, ...]
@@ -200,7 +210,8 @@ def test_a_student_generates_with_its_cache_what_it_computes_without(name: str) 
     student = keep_layers(random_model(name), (0, 3))
     options: dict[str, Any] = {"attention_mask": torch.ones_like(TOKENS_BT), "do_sample": False}
     with_cache, without = (
-        student.generate(TOKENS_BT, **options, max_new_tokens=8, use_cache=cached) for cached in (True, False)
+        student.generate(TOKENS_BT, **options, max_new_tokens=8, use_cache=cached)
+        for cached in (True, False)
     )
     assert torch.equal(with_cache, without)
 
@@ -209,7 +220,9 @@ def test_a_head_of_its_own_is_no_copy_of_the_embedding() -> None:
     teacher = random_model("t5-1.1")
     student = keep_layers(teacher, (0, 3))
     assert not is_tied(student)
-    assert torch.equal(student.get_output_embeddings().weight, teacher.get_output_embeddings().weight)
+    assert torch.equal(
+        student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+    )
     assert torch.equal(student.get_input_embeddings().weight, teacher.get_input_embeddings().weight)
     assert student.get_encoder().embed_tokens.weight is student.get_input_embeddings().weight
 

@@ -51,10 +51,14 @@ def test_untrained_adapters_change_nothing(request: pytest.FixtureRequest, famil
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_adapters_are_trained_and_all_of_them(request: pytest.FixtureRequest, family: str) -> None:
+def test_only_adapters_are_trained_and_all_of_them(
+    request: pytest.FixtureRequest, family: str
+) -> None:
     model = trained(load(request, family))
     run(model).square().mean().backward()
-    moved = {name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
+    moved = {
+        name for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())
+    }
     assert moved == lora_tensors(model).keys()
 
 
@@ -81,7 +85,9 @@ def test_a_merged_model_computes_what_the_adapters_do(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_model_becomes_what_it_was_to_the_bit(request: pytest.FixtureRequest, family: str) -> None:
+def test_a_merged_model_becomes_what_it_was_to_the_bit(
+    request: pytest.FixtureRequest, family: str
+) -> None:
     model = trained(load(request, family))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     parameters = list(model.parameters())

@@ -79,14 +79,18 @@ def test_a_masked_model_is_no_start(tiny_bert_dir: Path) -> None:
         plan_student(tiny_bert_dir, tiny_bert_dir, Student(init="checkpoint"))
 
 
-def test_a_fresh_student_takes_the_teachers_tokenizer(tiny_bert_dir: Path, tiny_gpt2_dir: Path) -> None:
+def test_a_fresh_student_takes_the_teachers_tokenizer(
+    tiny_bert_dir: Path, tiny_gpt2_dir: Path
+) -> None:
     sizes = FreshConfig(family="t5", hidden_size=32, num_layers=2, num_decoder_layers=1)
     recipe = plan_student(tiny_bert_dir, tiny_gpt2_dir, Student(init="fresh", config=sizes), seed=3)
     assert recipe.tokenizer_dir == tiny_bert_dir
     assert not recipe.freeze_head
     student, again = recipe.build(), recipe.build()
     assert layer_counts(student.config) == (2, 1)
-    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(student.parameters(), again.parameters(), strict=True)
+    )
 
 
 def test_a_lora_student_is_its_start_until_it_is_trained(tiny_llama_dir: Path) -> None:
@@ -94,7 +98,8 @@ def test_a_lora_student_is_its_start_until_it_is_trained(tiny_llama_dir: Path) -
     assert recipe.lora == Lora()
     start = load_model(tiny_llama_dir)
     assert all(
-        torch.equal(a, b) for a, b in zip(recipe.build().parameters(), start.parameters(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(recipe.build().parameters(), start.parameters(), strict=True)
     )
 
 
@@ -126,7 +131,11 @@ def test_a_frozen_head_takes_the_tied_embedding_with_it(tiny_llama_dir: Path) ->
 def test_a_frozen_encoder_takes_the_shared_embedding_with_it(tiny_t5_dir: Path) -> None:
     model = load_model(tiny_t5_dir)
     freeze_encoder(model)
-    trained = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name.split(".")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
     assert trained <= {"decoder", "lm_head"}
     assert "decoder" in trained
 

@@ -10,13 +10,33 @@ from app.contracts.distillation import Student
 from tests.worker.distill.students.test_layer_dropping import logits, random_model
 from worker.distill.students.layer_dropping import is_tied
 from worker.distill.students.recipe import load_model, num_parameters, plan_student
-from worker.distill.students.width_pruning import Sizes, full_sizes, narrow_config, sizes_of, slice_width
+from worker.distill.students.width_pruning import (
+    Sizes,
+    full_sizes,
+    narrow_config,
+    sizes_of,
+    slice_width,
+)
 from worker.errors import InvalidStudent, UnsupportedModel
 
-NAMES = ("llama", "llama-tied", "mistral", "qwen2", "qwen3-sliding", "smollm3", "gpt2", "t5", "t5-1.1")
+NAMES = (
+    "llama",
+    "llama-tied",
+    "mistral",
+    "qwen2",
+    "qwen3-sliding",
+    "smollm3",
+    "gpt2",
+    "t5",
+    "t5-1.1",
+)
 # enough tokens that no other neuron keeps silent on them by chance
-CALIBRATION = tuple(tuple((first + (first + 5) * i) % 93 + 3 for i in range(40)) for first in range(24))
-CHANNELS = torch.tensor([0, 3, 5, 6, 8, 9, 12, 15, 17, 18, 20, 22, 25, 27, 30, 31])  # those kept, of 32
+CALIBRATION = tuple(
+    tuple((first + (first + 5) * i) % 93 + 3 for i in range(40)) for first in range(24)
+)
+CHANNELS = torch.tensor(
+    [0, 3, 5, 6, 8, 9, 12, 15, 17, 18, 20, 22, 25, 27, 30, 31]
+)  # those kept, of 32
 NEURONS = 40  # kept; the ones before lose their output
 FULL = 48
 
@@ -47,7 +67,10 @@ def doctored(name: str) -> PreTrainedModel:
     weights = model.state_dict()
     for key, tensor in weights.items():
         kind = key.split(".")[-2:]
-        writes = any(part in key for part in ("o_proj", "down_proj", ".o.", ".wo.")) and kind[-1] == "weight"
+        writes = (
+            any(part in key for part in ("o_proj", "down_proj", ".o.", ".wo."))
+            and kind[-1] == "weight"
+        )
         if any(part in key for part in ("embed_tokens", "shared", "wte", "wpe")):
             tensor[:, LOST] = 0.0
         elif writes:
@@ -123,7 +146,10 @@ def test_without_sequences_the_weights_decide() -> None:
 
 def test_a_group_of_heads_keeps_its_keys_and_values() -> None:
     config = random_model("llama").config  # 4 heads, 2 of keys and values
-    found = {heads: sizes_of(Student(init="width", num_heads=heads), config).num_kv_heads for heads in (2, 4)}
+    found = {
+        heads: sizes_of(Student(init="width", num_heads=heads), config).num_kv_heads
+        for heads in (2, 4)
+    }
     assert found == {2: 1, 4: 2}
 
 

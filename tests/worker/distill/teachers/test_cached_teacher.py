@@ -40,7 +40,9 @@ def rows() -> list[Example]:
     """Rows of several lengths; each has all but its first third as targets."""
     generator = torch.Generator().manual_seed(1)
     return [
-        Example(tuple(torch.randint(3, 380, (n,), generator=generator).tolist()), ((max(1, n // 3), n),))
+        Example(
+            tuple(torch.randint(3, 380, (n,), generator=generator).tolist()), ((max(1, n // 3), n),)
+        )
         for n in LENGTHS
     ]
 
@@ -87,7 +89,11 @@ def tensors(teacher_rows: TeacherRows) -> list[Tensor]:
     if teacher_rows.expected is None:
         assert teacher_rows.hidden_NH is not None
         return [teacher_rows.hidden_NH]
-    return [teacher_rows.expected.head_NH, teacher_rows.expected.neg_entropy_N, teacher_rows.expected.top_N]
+    return [
+        teacher_rows.expected.head_NH,
+        teacher_rows.expected.neg_entropy_N,
+        teacher_rows.expected.top_N,
+    ]
 
 
 def assert_same_bits(one: TeacherRows, other: TeacherRows) -> None:
@@ -101,9 +107,9 @@ def test_live_rows_are_the_input_of_the_models_head(
     model = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(folder))
     batch = collate(rows, [0, 1, 5, 4])
     with torch.no_grad():
-        logits = model.eval()(input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits[
-            batch.keep_BT
-        ]
+        logits = model.eval()(
+            input_ids=batch.input_ids_BT, attention_mask=batch.attention_mask_BT
+        ).logits[batch.keep_BT]
     hidden = torch.cat(LiveTeacher(model).hidden([rows[i] for i in batch.indices]))
     torch.testing.assert_close(hidden @ head_of(model).weight_VH.T, logits, rtol=1e-4, atol=1e-4)
 
@@ -215,7 +221,9 @@ def test_the_likeliest_tokens_are_kept_in_their_order_with_the_rest_as_one(opene
     assert top is not None
     assert torch.equal(top.ids_NK, ids_NK)
     torch.testing.assert_close(top.log_p_NK, log_p_NK)
-    torch.testing.assert_close(top.log_rest_N, (1 - log_p_NK.exp().sum(-1)).log(), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        top.log_rest_N, (1 - log_p_NK.exp().sum(-1)).log(), rtol=1e-2, atol=1e-3
+    )
     teacher.close()
     whole.close()
 
@@ -251,11 +259,18 @@ def test_the_finest_format_that_fits_needs_no_note(opener: Opener) -> None:
 
 
 def test_rows_without_targets_have_a_place_in_the_cache(opener: Opener) -> None:
-    opener.data_rows = [opener.data_rows[0], replace(opener.data_rows[1], spans=()), opener.data_rows[2]]
+    opener.data_rows = [
+        opener.data_rows[0],
+        replace(opener.data_rows[1], spans=()),
+        opener.data_rows[2],
+    ]
     for keeps in KEEPS:
         teacher = opener(keeps)
         first = teacher.rows([1, 0, 2])
-        assert len(tensors(first)[0]) == opener.data_rows[0].num_targets + opener.data_rows[2].num_targets
+        assert (
+            len(tensors(first)[0])
+            == opener.data_rows[0].num_targets + opener.data_rows[2].num_targets
+        )
         assert_same_bits(teacher.rows([1, 0, 2]), first)
         assert len(tensors(teacher.rows([1]))[0]) == 0
         assert not teacher.is_loaded
@@ -302,7 +317,10 @@ def change_token(opener: Opener) -> CachedTeacher:
 
 def change_targets(opener: Opener) -> CachedTeacher:
     first, *others = opener.data_rows
-    opener.data_rows = [replace(first, spans=((first.spans[0][0] - 1, first.spans[0][1] - 1),)), *others]
+    opener.data_rows = [
+        replace(first, spans=((first.spans[0][0] - 1, first.spans[0][1] - 1),)),
+        *others,
+    ]
     return opener()
 
 
@@ -347,7 +365,9 @@ def test_other_lists_of_rows_compute_only_what_no_list_had(keeps: Keeps, opener:
 
 
 @pytest.mark.parametrize("ce_weight", [0.0, 0.5])
-def test_hidden_and_expected_rows_give_the_same_loss_and_gradient(ce_weight: float, opener: Opener) -> None:
+def test_hidden_and_expected_rows_give_the_same_loss_and_gradient(
+    ce_weight: float, opener: Opener
+) -> None:
     indices = [1, 2, 4]
     targets = collate(opener.data_rows, indices).targets_N
     student_hidden = torch.randn(

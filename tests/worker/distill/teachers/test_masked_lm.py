@@ -28,9 +28,9 @@ def test_a_target_is_predicted_with_itself_masked_and_both_its_sides_seen(
         if model.config.type_vocab_size > 1:
             types[0, 5:] = 1
         with torch.no_grad():
-            expected_V = model(ids, attention_mask=torch.ones_like(ids), token_type_ids=types).logits[
-                0, position
-            ]
+            expected_V = model(
+                ids, attention_mask=torch.ones_like(ids), token_type_ids=types
+            ).logits[0, position]
             assert head.bias_V is not None
             logits_V = hidden_TH[number] @ head.weight_VH.T + head.bias_V
         torch.testing.assert_close(logits_V, expected_V, atol=2e-4, rtol=2e-4)

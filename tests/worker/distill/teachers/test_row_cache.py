@@ -167,7 +167,9 @@ def test_a_full_disk_gives_no_cache_and_leaves_nothing(
 
 
 def test_space_is_reserved_at_creation(tmp_path: Path) -> None:
-    with open_cache(tmp_path, "a", NAMES[:1], [2**20], budget_bytes=2**30) or pytest.fail("no cache"):
+    with open_cache(tmp_path, "a", NAMES[:1], [2**20], budget_bytes=2**30) or pytest.fail(
+        "no cache"
+    ):
         assert (folder_of(tmp_path) / "rows.bin").stat().st_blocks * 512 >= 2**20
 
 
@@ -184,10 +186,11 @@ def test_a_new_cache_begins_with_what_its_family_has(tmp_path: Path) -> None:
         for index in (0, 2, 3):
             cache.put(index, blob(index))
     with opened_again(tmp_path, [3, 2, 1]) as cache:
-        assert cache.look() == [2, 3]
+        assert cache.refresh() == [2, 3]
         found = [cache.get(0), cache.get(1)]
         assert all(
-            a is not None and torch.equal(a, b) for a, b in zip(found, (blob(3), blob(2)), strict=True)
+            a is not None and torch.equal(a, b)
+            for a, b in zip(found, (blob(3), blob(2)), strict=True)
         )
     with opened_again(tmp_path, [3, 2, 1], "b") as stranger:
         assert stranger.num_missing == 4
@@ -206,7 +209,7 @@ def test_what_is_damaged_in_the_family_is_not_copied(name: str, tmp_path: Path) 
         damaged[at] ^= 128
         path.write_bytes(damaged)
         with opened_again(tmp_path / str(at), [3, 2, 1, 0]) as cache:
-            lost = cache.look()
+            lost = cache.refresh()
             num_lost += len(lost) - 1
             for place in set(range(4)) - set(lost):
                 found = cache.get(place)

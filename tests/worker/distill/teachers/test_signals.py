@@ -5,7 +5,7 @@ import pytest
 from app.contracts.distillation import TeacherSignal
 from worker.distill.teachers.signals import choose_signal
 from worker.errors import DistillError
-from worker.models.architectures import Shape
+from worker.models.architectures import ModelKind
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from worker.models.architectures import Shape
     ],
 )
 def test_auto_takes_what_the_pair_allows(
-    teacher: Shape, student: Shape, has_one_tokenizer: bool, name: str
+    teacher: ModelKind, student: ModelKind, has_one_tokenizer: bool, name: str
 ) -> None:
     signal = choose_signal("auto", teacher, student, has_one_tokenizer=has_one_tokenizer)
     assert signal.name == name
@@ -40,7 +40,7 @@ def test_auto_takes_what_the_pair_allows(
     ],
 )
 def test_an_impossible_pair_is_refused_with_what_would_work(
-    asked: TeacherSignal, teacher: Shape, has_one_tokenizer: bool, hint: str
+    asked: TeacherSignal, teacher: ModelKind, has_one_tokenizer: bool, hint: str
 ) -> None:
     with pytest.raises(DistillError, match=hint):
         choose_signal(asked, teacher, "causal", has_one_tokenizer=has_one_tokenizer)

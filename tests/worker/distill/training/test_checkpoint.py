@@ -41,7 +41,9 @@ def make_snapshot(tiny_llama_dir: Path, tokenizer: PreTrainedTokenizerBase) -> M
     return make
 
 
-def test_what_is_loaded_goes_on_with_the_same_bits(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
+def test_what_is_loaded_goes_on_with_the_same_bits(
+    make_snapshot: MakeSnapshot, tmp_path: Path
+) -> None:
     snapshot = make_snapshot()
     folder = save_checkpoint(tmp_path, snapshot)
     random_after = torch.rand(4)
@@ -62,10 +64,17 @@ def test_what_is_loaded_goes_on_with_the_same_bits(make_snapshot: MakeSnapshot, 
 
 def test_the_model_folder_can_be_served(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path, make_snapshot()) / "model"
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Who?"}], add_generation_prompt=True)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Who?"}], add_generation_prompt=True
+    )
     ids_BT = torch.tensor([prompt["input_ids"]])
-    made = model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=3, do_sample=False)
+    made = model.generate(
+        ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=3, do_sample=False
+    )
     assert made.shape[1] > ids_BT.shape[1]
 
 
@@ -136,7 +145,9 @@ def test_room_that_gives_out_under_safetensors_is_a_full_disk_too(
 ) -> None:
     before = save_checkpoint(tmp_path, make_snapshot(step=1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the kernel refuses as it does on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (4096, hard)
+    )  # the kernel refuses as it does on a full disk
     try:
         with pytest.raises(DiskFull, match="free some disk"):
             save_checkpoint(tmp_path, make_snapshot(step=2))
@@ -183,7 +194,9 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"step-2", "step-10", "step-12"}
 
 
-def test_the_best_student_outlives_its_own_checkpoint(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
+def test_the_best_student_outlives_its_own_checkpoint(
+    make_snapshot: MakeSnapshot, tmp_path: Path
+) -> None:
     best = save_checkpoint(tmp_path, make_snapshot(step=1)) / "model"
     weights = (best / "model.safetensors").read_bytes()
     later = save_checkpoint(tmp_path, make_snapshot(step=2, best_dir=best))
@@ -198,7 +211,9 @@ def test_a_loaded_optimizer_lies_where_torch_wants_it(
 ) -> None:
     folder = save_checkpoint(tmp_path, make_snapshot())
     model = make_snapshot().model.to("meta")  # stands for a card
-    optimizer = torch.optim.AdamW(model.parameters(), fused=kind == "fused", capturable=kind == "capturable")
+    optimizer = torch.optim.AdamW(
+        model.parameters(), fused=kind == "fused", capturable=kind == "capturable"
+    )
     load_optimizer(folder, optimizer, model)
     assert optimizer.state
     for parameter, state in optimizer.state.items():
@@ -207,7 +222,9 @@ def test_a_loaded_optimizer_lies_where_torch_wants_it(
         assert state["step"].dtype == torch.float32
 
 
-def test_a_plain_optimizer_counts_its_steps_on_the_cpu(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:
+def test_a_plain_optimizer_counts_its_steps_on_the_cpu(
+    make_snapshot: MakeSnapshot, tmp_path: Path
+) -> None:
     folder = save_checkpoint(tmp_path, make_snapshot())
     model = make_snapshot().model.to("meta")
     optimizer = torch.optim.AdamW(model.parameters())

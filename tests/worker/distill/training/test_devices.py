@@ -39,15 +39,25 @@ def needs(student_gib: float, teacher_billions: float, *, can_cache: bool = True
         pytest.param(NEW_CARD, needs(10, 7), ("cuda", torch.bfloat16, False), id="beside"),
         pytest.param(NEW_CARD, needs(65, 7), ("cuda", torch.bfloat16, True), id="alone first"),
         pytest.param(
-            NEW_CARD, needs(65, 7, can_cache=False), ("cpu", torch.float32, False), id="no room on disk"
+            NEW_CARD,
+            needs(65, 7, can_cache=False),
+            ("cpu", torch.float32, False),
+            id="no room on disk",
         ),
         pytest.param(NEW_CARD, needs(10, 70), ("cpu", torch.float32, False), id="not even alone"),
         pytest.param(OLD_CARD, needs(4, 1), ("cuda", torch.float32, False), id="old: beside"),
         pytest.param(OLD_CARD, needs(12, 3), ("cuda", torch.float32, True), id="old: alone first"),
-        pytest.param(OLD_CARD, needs(4, 5), ("cuda", torch.float16, False), id="old: beside in half"),
-        pytest.param(OLD_CARD, needs(12, 7), ("cuda", torch.float16, True), id="old: alone in half"),
         pytest.param(
-            OLD_CARD, needs(12, 3, can_cache=False), ("cpu", torch.float32, False), id="old: live on CPU"
+            OLD_CARD, needs(4, 5), ("cuda", torch.float16, False), id="old: beside in half"
+        ),
+        pytest.param(
+            OLD_CARD, needs(12, 7), ("cuda", torch.float16, True), id="old: alone in half"
+        ),
+        pytest.param(
+            OLD_CARD,
+            needs(12, 3, can_cache=False),
+            ("cpu", torch.float32, False),
+            id="old: live on CPU",
         ),
         pytest.param(OLD_CARD, needs(4, 10), ("cpu", torch.float32, False), id="old: on the CPU"),
     ],
@@ -61,7 +71,11 @@ def test_the_teacher_goes_where_it_fits(
 
 
 def test_only_a_new_card_trains_under_autocast() -> None:
-    assert [device.autocast for device in (Device(), OLD_CARD, NEW_CARD)] == [None, None, torch.bfloat16]
+    assert [device.autocast for device in (Device(), OLD_CARD, NEW_CARD)] == [
+        None,
+        None,
+        torch.bfloat16,
+    ]
     assert NEW_CARD.rounds_to == torch.float32  # autocast does it there
 
 
@@ -82,12 +96,16 @@ def test_the_message_names_card_floats_and_place() -> None:
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
-def test_without_a_card_the_device_is_the_cpu(monkeypatch: pytest.MonkeyPatch, *, has_bfloat16: bool) -> None:
+def test_without_a_card_the_device_is_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, *, has_bfloat16: bool
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("worker.distill.training.devices.HAS_FAST_BFLOAT16", has_bfloat16)
     found = find_device()
     assert found == Device(has_bfloat16=has_bfloat16)
-    assert found == find_device(precision="bfloat16")  # what a processor cannot do is not asked of it
+    assert found == find_device(
+        precision="bfloat16"
+    )  # what a processor cannot do is not asked of it
     assert found.autocast is None
     assert found.rounds_to == (torch.bfloat16 if has_bfloat16 else torch.float32)
     assert bool(place(found, needs(1, 1)).message) == has_bfloat16
@@ -169,6 +187,8 @@ def test_the_loss_and_its_gradient_are_the_same_under_autocast(divergence: Diver
     found = []
     for dtype in (None, torch.bfloat16):
         with autocast("cpu", dtype):
-            loss, _ = fused_distillation_loss(hidden_NH, head, targets_N, teacher, objective, denominator=9)
+            loss, _ = fused_distillation_loss(
+                hidden_NH, head, targets_N, teacher, objective, denominator=9
+            )
         found.append([loss, *torch.autograd.grad(loss, [hidden_NH, head.weight_VH])])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -22,8 +22,13 @@ from worker.models.architectures import shape_of
 
 PROMPTS = [(5, 6, 7, 8, 9, 10), (11, 12, 13), (20, 21, 22, 23)]
 ANSWERS = [(30, 31, 32, 33), (40, 41), (50, 51, 52)]
-CAUSAL = [Example((*p, *a), ((len(p), len(p) + len(a)),)) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
-SEQ2SEQ = [Example((1, *a), ((1, 1 + len(a)),), source_ids=p) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+CAUSAL = [
+    Example((*p, *a), ((len(p), len(p) + len(a)),)) for p, a in zip(PROMPTS, ANSWERS, strict=True)
+]
+SEQ2SEQ = [
+    Example((1, *a), ((1, 1 + len(a)),), source_ids=p)
+    for p, a in zip(PROMPTS, ANSWERS, strict=True)
+]
 
 Load = Callable[[str], PreTrainedModel]
 States = list[list[Tensor]]  # of each layer, each row
@@ -47,10 +52,14 @@ def examples_for(model: PreTrainedModel) -> list[Example]:
 def features_of(student: PreTrainedModel, teacher: PreTrainedModel, **terms: Any) -> Features:
     asked = {"hidden": None, "attention": None, **terms}
     rows = examples_for(teacher)
-    return Features(FeaturePlan(load_teacher=lambda: teacher, teacher_rows=rows, seed=0, **asked), student)
+    return Features(
+        FeaturePlan(load_teacher=lambda: teacher, teacher_rows=rows, seed=0, **asked), student
+    )
 
 
-def states(model: PreTrainedModel, side: str, rows: list[Example], *, end: int | None = -1) -> States:
+def states(
+    model: PreTrainedModel, side: str, rows: list[Example], *, end: int | None = -1
+) -> States:
     """What each layer but the last puts out for each row alone, by the model's own list of hidden states."""
     found = []
     for row in rows:
@@ -59,7 +68,9 @@ def states(model: PreTrainedModel, side: str, rows: list[Example], *, end: int |
         if row.source_ids:
             inputs = {"input_ids": torch.tensor([row.source_ids]), "decoder_input_ids": ids}
         elif shape_of(model.config) == "masked" and model.config.type_vocab_size > 1:
-            inputs["token_type_ids"] = (torch.arange(ids.shape[1]) >= row.target_positions[0]).long()[None]
+            inputs["token_type_ids"] = (
+                torch.arange(ids.shape[1]) >= row.target_positions[0]
+            ).long()[None]
         out = model(**inputs, output_hidden_states=True)
         name = "hidden_states" if not row.source_ids else f"{side}_hidden_states"
         found.append([layer[0] for layer in out[name][1:]])
@@ -67,18 +78,28 @@ def states(model: PreTrainedModel, side: str, rows: list[Example], *, end: int |
 
 
 def targets(rows: list[Example], layer: list[Tensor]) -> Tensor:
-    return torch.cat([h[[p - 1 for p in row.target_positions]] for row, h in zip(rows, layer, strict=True)])
+    return torch.cat(
+        [h[[p - 1 for p in row.target_positions]] for row, h in zip(rows, layer, strict=True)]
+    )
 
 
-def plain_pairs(student: PreTrainedModel, teacher: PreTrainedModel, side: str) -> tuple[Tensor, Tensor]:
+def plain_pairs(
+    student: PreTrainedModel, teacher: PreTrainedModel, side: str
+) -> tuple[Tensor, Tensor]:
     """What the student's first layer and the teacher's second put out at the positions that fit each other."""
     mine, theirs = examples_for(student), examples_for(teacher)
     if shape_of(teacher.config) == "masked" and side == "encoder":
-        plain = [teacher(torch.tensor([p]), output_hidden_states=True).hidden_states[2][0] for p in PROMPTS]
+        plain = [
+            teacher(torch.tensor([p]), output_hidden_states=True).hidden_states[2][0]
+            for p in PROMPTS
+        ]
         return torch.cat(states(student, side, mine)[0]), torch.cat(plain)
     end = None if shape_of(teacher.config) == "masked" else -1
     s, t = states(student, side, mine)[0], states(teacher, side, theirs, end=end)[1]
-    if "seq2seq" in (shapes := {shape_of(student.config), shape_of(teacher.config)}) and len(shapes) == 2:
+    if (
+        "seq2seq" in (shapes := {shape_of(student.config), shape_of(teacher.config)})
+        and len(shapes) == 2
+    ):
         return targets(mine, s), targets(theirs, t)
     return torch.cat(s), torch.cat([h[: len(one)] for h, one in zip(t, s, strict=True)])
 
@@ -128,7 +149,9 @@ def test_hidden_states_are_compared_as_plain_autograd_does(
 
 def test_attention_relations_teach_the_projections_below_them_and_nothing_else(load: Load) -> None:
     student = fresh("llama")
-    features = features_of(student, load("gpt2"), attention=AttentionTerm(student_layer=0, teacher_layer=2))
+    features = features_of(
+        student, load("gpt2"), attention=AttentionTerm(student_layer=0, teacher_layer=2)
+    )
     _, terms = features.read(collate(CAUSAL, range(3)))
     terms.loss.backward()
     touched = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
@@ -160,7 +183,9 @@ def test_padding_changes_no_term(
         features.read(collate(rows, numbers))[1].values for numbers in ([1, 2], [1], [2])
     )
     for name, whole in together.items():
-        mean = (num_positions[0] * first[name] + num_positions[1] * second[name]) / sum(num_positions)
+        mean = (num_positions[0] * first[name] + num_positions[1] * second[name]) / sum(
+            num_positions
+        )
         assert whole == pytest.approx(mean, rel=1e-3)
 
 
@@ -178,7 +203,11 @@ def test_equal_widths_need_no_projection(load: Load) -> None:
 
 @pytest.mark.parametrize(
     ("num_student", "num_teacher", "pairs"),
-    [(2, 4, [(0, 1), (1, 3)]), (3, 4, [(0, 0), (1, 1), (2, 3)]), (4, 2, [(0, 0), (1, 0), (2, 0), (3, 1)])],
+    [
+        (2, 4, [(0, 1), (1, 3)]),
+        (3, 4, [(0, 0), (1, 1), (2, 3)]),
+        (4, 2, [(0, 0), (1, 0), (2, 0), (3, 1)]),
+    ],
 )
 def test_layers_are_spread_evenly_the_last_on_the_last(
     num_student: int, num_teacher: int, pairs: list[tuple[int, int]]
@@ -216,7 +245,8 @@ def test_a_frozen_encoder_is_not_compared(load: Load) -> None:
 
 
 @pytest.mark.parametrize(
-    ("student", "teacher", "message"), [("bloom", "bert", "a bloom model"), ("t5", "gpt2", "a gpt2 model")]
+    ("student", "teacher", "message"),
+    [("bloom", "bert", "a bloom model"), ("t5", "gpt2", "a gpt2 model")],
 )
 def test_an_encoder_that_is_not_there_is_refused(
     load: Load, student: str, teacher: str, message: str

@@ -93,7 +93,9 @@ def test_the_regression_is_the_one_that_a_plain_solver_finds(has_bias: bool) -> 
     # a ridge is least squares with rows that ask for zero
     rows = torch.cat([a_NI, strength * torch.eye(7)]), torch.cat([r_NH, torch.zeros(7, 5)])
     expected_HI = torch.linalg.lstsq(*rows).solution.t()
-    torch.testing.assert_close(D_HI.double(), expected_HI, rtol=1e-4, atol=1e-5)  # the sums are float32
+    torch.testing.assert_close(
+        D_HI.double(), expected_HI, rtol=1e-4, atol=1e-5
+    )  # the sums are float32
     left_NH = wanted_NH - inputs_NI @ D_HI.t() - b_H
     mean_H = (weights_N[:, None] * left_NH).sum(dim=0) / weights_N.sum()
     torch.testing.assert_close(mean_H, torch.zeros(5) if has_bias else mean_H, rtol=0, atol=1e-5)
@@ -112,7 +114,9 @@ def test_fitted_layers_come_nearer_to_the_start_on_rows_that_they_have_not_seen(
 ) -> None:
     folder = save_tiny(tmp_path / "start", family)
     start = load_model(folder)
-    with torch.no_grad():  # each layer adds a little, as in models that were trained; random ones are chaos
+    with (
+        torch.no_grad()
+    ):  # each layer adds a little, as in models that were trained; random ones are chaos
         for name, parameter in start.named_parameters():
             if name.split(".")[-2] in WRITERS:
                 parameter *= 0.02
@@ -126,14 +130,18 @@ def test_fitted_layers_come_nearer_to_the_start_on_rows_that_they_have_not_seen(
     assert "fitted 2 layers" in found.message
     assert distance(model, start, unseen) < 0.9 * before
     plain = recipe.build().state_dict()
-    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])}
+    moved = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, plain[name])
+    }
     assert moved
     assert all(name.split(".")[-2] in WRITERS and not name.startswith("encoder.") for name in moved)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("begin", [(), SYSTEM], ids=["no two alike", "all alike at first"])
-def test_layers_that_did_nothing_are_not_missed(family: str, begin: tuple[int, ...], tmp_path: Path) -> None:
+def test_layers_that_did_nothing_are_not_missed(
+    family: str, begin: tuple[int, ...], tmp_path: Path
+) -> None:
     """Positions of the two models that did not meet would have the writers make up for it.
 
     Of the kept layer before them only the first writer does something: the second would be helped by it.
@@ -144,7 +152,9 @@ def test_layers_that_did_nothing_are_not_missed(family: str, begin: tuple[int, .
     with torch.no_grad():
         for stack in stacks_to_fit(recipe, recipe.build(), start.config):
             for number in (0, 1, 2):
-                for _, writer in writers(start.get_submodule(f"{stack.name}.{number}"))[number == 0 :]:
+                for _, writer in writers(start.get_submodule(f"{stack.name}.{number}"))[
+                    number == 0 :
+                ]:
                     for parameter in writer.parameters():
                         parameter.zero_()
     start.save_pretrained(folder)
@@ -174,7 +184,9 @@ def test_a_packed_fit_is_the_padded_one(tmp_path: Path) -> None:
         fit_layers(model, start, stacks_to_fit(recipe, model, start.config), rows, lambda: None)
         fitted.append(model.state_dict())
     for name, tensor in fitted[1].items():
-        torch.testing.assert_close(fitted[0][name], tensor, rtol=1e-3, atol=1e-4)  # sums in another order
+        torch.testing.assert_close(
+            fitted[0][name], tensor, rtol=1e-3, atol=1e-4
+        )  # sums in another order
 
 
 @pytest.mark.parametrize("family", POST_NORM)
@@ -221,7 +233,9 @@ def test_no_more_rows_are_taken_than_memory_is_planned_for(
     model = recipe.build()
     assert rows_that_fit(rows, stacks, model) == 10
     num_tokens = sum(row.num_tokens for row in rows[:4])
-    monkeypatch.setattr("worker.distill.training.layer_fitting.MOST_BYTES", num_tokens * 2 * 2 * 4 * 64)
+    monkeypatch.setattr(
+        "worker.distill.training.layer_fitting.MOST_BYTES", num_tokens * 2 * 2 * 4 * 64
+    )
     assert rows_that_fit(rows, stacks, model) == 4
     monkeypatch.setattr("worker.distill.training.layer_fitting.MOST_BYTES", 1)
     assert rows_that_fit(rows, stacks, model) == 1
@@ -244,7 +258,8 @@ def test_a_stop_is_heard_while_the_start_reads(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit_student(model, recipe, rows, torch.float32, tell)
     assert all(
-        torch.equal(tensor, recipe.build().state_dict()[n]) for n, tensor in model.state_dict().items()
+        torch.equal(tensor, recipe.build().state_dict()[n])
+        for n, tensor in model.state_dict().items()
     )
 
 
@@ -264,7 +279,11 @@ def test_a_model_of_another_kind_says_so_before_anything_moves(tmp_path: Path) -
     start = load_model(folder)
     with pytest.raises(NoPlainStream):
         fit_layers(
-            model, start, stacks_to_fit(recipe, model, model.config), rows_for("bart", 4), lambda: None
+            model,
+            start,
+            stacks_to_fit(recipe, model, model.config),
+            rows_for("bart", 4),
+            lambda: None,
         )
 
 
@@ -282,7 +301,8 @@ def test_a_start_in_bfloat16_fits_nearly_as_well(family: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("is_teacher_first", "wanted"), [(False, ("meta", torch.bfloat16)), (True, ("cpu", torch.float32))]
+    ("is_teacher_first", "wanted"),
+    [(False, ("meta", torch.bfloat16)), (True, ("cpu", torch.float32))],
 )
 def test_the_start_is_loaded_where_there_is_room_beside_the_student(
     tiny_llama_dir: Path, *, is_teacher_first: bool, wanted: tuple[str, torch.dtype]

@@ -20,7 +20,7 @@ from worker.distill.pipeline import Outcome, distil
 from worker.distill.students.recipe import load_model
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import TrainState, load_state
-from worker.distill.training.rollouts import Piece, RolloutPlan, Rollouts, check_rollouts
+from worker.distill.training.rollouts import MicroBatch, RolloutPlan, Rollouts, check_rollouts
 from worker.distill.training.trainer import Stopped
 from worker.errors import InvalidTrainingFile, UnsupportedModel
 from worker.protocol.run_spec import RunSpec
@@ -30,7 +30,13 @@ Json = dict[str, Any]  # Any: open-ended JSON
 MakeSpec = Callable[..., RunSpec]
 Run = Callable[..., MemorySink]
 Series = Callable[[MemorySink, str], list[float]]
-NUMBERS = {"n_epochs": 20, "max_steps": 8, "batch_tokens": 512, "eval_steps": 4, "checkpoint_steps": 4}
+NUMBERS = {
+    "n_epochs": 20,
+    "max_steps": 8,
+    "batch_tokens": 512,
+    "eval_steps": 4,
+    "checkpoint_steps": 4,
+}
 FEW = {**NUMBERS, "max_steps": 3, "eval_steps": 3}
 EVAL_EACH = {
     **NUMBERS,
@@ -96,11 +102,15 @@ def test_a_run_with_replay_resumes_to_the_same_bits_and_buffer(
 ) -> None:
     block = {"data": data(completions="replay", replay_capacity=6)}
     sink = resumes(make_spec(block, {"seed": 1}, **EVAL_EACH), run, tmp_path, nth=2)
-    buffers = [(tmp_path / name / "step-8" / "replay.jsonl").read_bytes() for name in ("whole", "second")]
+    buffers = [
+        (tmp_path / name / "step-8" / "replay.jsonl").read_bytes() for name in ("whole", "second")
+    ]
     assert buffers[0] == buffers[1]
     assert buffers[0].count(b"\n") == 6
     share, fresh = series(sink, "on_policy_share"), series(sink, "num_rollouts")
-    assert any(on_policy and not num_fresh for on_policy, num_fresh in zip(share, fresh, strict=True))
+    assert any(
+        on_policy and not num_fresh for on_policy, num_fresh in zip(share, fresh, strict=True)
+    )
     assert series(sink, "replay_phi") == pytest.approx([min(1.0, 0.1 * step) for step in range(8)])
 
 
@@ -136,7 +146,11 @@ def test_a_share_of_nothing_is_the_plain_run_bit_for_bit(
 
 
 def test_with_a_share_of_all_the_completions_of_the_data_teach_nothing(
-    run: Run, make_spec: MakeSpec, answered_rows: list[Json], write_rows: Callable[..., Path], tmp_path: Path
+    run: Run,
+    make_spec: MakeSpec,
+    answered_rows: list[Json],
+    write_rows: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     others = [
         {**row, "completion": row["completion"].replace("student keeps", "keeps student")}
@@ -167,7 +181,9 @@ def test_the_teacher_is_asked_for_rollouts_and_once_for_each_row_of_the_data(
 def test_expected_rows_of_the_data_and_hidden_rows_of_rollouts_train_alike(
     run: Run, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    never = {"then": {"divergence": "skew_forward_kl", "at": 0.999}}  # keeps hidden states for the data too
+    never = {
+        "then": {"divergence": "skew_forward_kl", "at": 0.999}
+    }  # keeps hidden states for the data too
     run(make_spec({"data": data(student_share=0.7)}, **FEW), out="mixed")
     run(make_spec({"data": data(student_share=0.7), "objective": never}, **FEW), out="hidden")
     mixed, hidden = last_step(tmp_path / "mixed"), last_step(tmp_path / "hidden")
@@ -200,7 +216,7 @@ def test_rollouts_cut_into_pieces_train_like_one_batch(
     sizes = []
     cut = Rollouts.pieces
 
-    def spy(self: Rollouts, *arguments: Any) -> list[Piece]:  # Any: passed on
+    def spy(self: Rollouts, *arguments: Any) -> list[MicroBatch]:  # Any: passed on
         sizes.append(len(pieces := cut(self, *arguments)))
         return pieces
 
@@ -238,7 +254,8 @@ def model(tiny_llama_dir: Path) -> PreTrainedModel:
 def rows(tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     encoder = Encoder(tokenizer, max_tokens=64)
     turns = [
-        ({"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "lamp"}) for i in range(20)
+        ({"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "lamp"})
+        for i in range(20)
     ]
     return [encoder.encode(Row(i, pair)) for i, pair in enumerate(turns)]
 
@@ -254,15 +271,19 @@ def rollouts(model: PreTrainedModel, rows: list[Example]) -> Callable[..., Rollo
     return make
 
 
-def targets(pieces: list[Piece]) -> list[list[int]]:
+def targets(pieces: list[MicroBatch]) -> list[list[int]]:
     return [piece.batch.targets_N.tolist() for piece in pieces]
 
 
-def test_a_step_is_decided_and_sampled_by_its_number_alone(rollouts: Callable[..., Rollouts]) -> None:
+def test_a_step_is_decided_and_sampled_by_its_number_alone(
+    rollouts: Callable[..., Rollouts],
+) -> None:
     one, other = rollouts(), rollouts()
     numbers = [3, 1, 4]
     for_one = {step: targets(one.pieces(TrainState(step=step), numbers)) for step in range(40)}
-    for_other = {step: targets(other.pieces(TrainState(step=step), numbers)) for step in reversed(range(40))}
+    for_other = {
+        step: targets(other.pieces(TrainState(step=step), numbers)) for step in reversed(range(40))
+    }
     assert for_one == for_other
     made = [answers for answers in for_one.values() if answers]
     assert 10 < len(made) < 30
@@ -289,7 +310,9 @@ def test_rollouts_are_the_plain_greedy_answers_of_the_weights_as_they_are(
         (piece.batch.targets_N.sum() + model(prompt).logits.sum()).backward()  # still to be trained
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+                parameter.add_(
+                    0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+                )
     assert set(answers[:2]).isdisjoint(answers[2:])
 
 
@@ -301,7 +324,9 @@ def test_an_answer_that_does_not_end_gets_no_end_token(
     assert piece.rollouts[0].prompt_ids == rows[0].prompt_ids
 
 
-def test_a_token_that_the_tokenizer_does_not_have_ends_the_answer(rollouts: Callable[..., Rollouts]) -> None:
+def test_a_token_that_the_tokenizer_does_not_have_ends_the_answer(
+    rollouts: Callable[..., Rollouts],
+) -> None:
     (piece,) = rollouts(num_tokens=8, student_share=1.0).pieces(TrainState(), [0, 1])
     assert piece.batch.targets_N.tolist() == [7, 7]
     assert rollouts(num_tokens=7, student_share=1.0).pieces(TrainState(), [0, 1]) == []
@@ -326,7 +351,9 @@ def test_the_replay_buffer_forgets_the_oldest_and_survives_a_checkpoint(
     assert old.rollouts == same.rollouts
 
 
-def test_phi_rises_when_the_held_out_loss_no_longer_falls(rollouts: Callable[..., Rollouts]) -> None:
+def test_phi_rises_when_the_held_out_loss_no_longer_falls(
+    rollouts: Callable[..., Rollouts],
+) -> None:
     source, state, course = rollouts(completions="replay"), TrainState(), []
     for loss in (9.0, 5.0, 4.95, 5.5, 4.0, *[4.0] * 9):
         sums_R4 = torch.tensor([[0.0, 0.0, loss, 0.0]])
@@ -337,7 +364,9 @@ def test_phi_rises_when_the_held_out_loss_no_longer_falls(rollouts: Callable[...
     assert rollouts().observe(state, HeldOut(sums_R4, torch.tensor([1]))) == {}
 
 
-def test_fresh_answers_become_rarer_and_old_ones_take_their_place(rollouts: Callable[..., Rollouts]) -> None:
+def test_fresh_answers_become_rarer_and_old_ones_take_their_place(
+    rollouts: Callable[..., Rollouts],
+) -> None:
     source = rollouts(completions="replay", replay_capacity=2)
     source.pieces(TrainState(replay_phi=1.0), [0, 1])
     counts = []
@@ -353,7 +382,9 @@ def test_fresh_answers_become_rarer_and_old_ones_take_their_place(rollouts: Call
 @pytest.mark.parametrize("where", ["data", "then"])
 def test_a_teacher_that_cannot_judge_answers_is_refused(where: str) -> None:
     then = {"objective": {"then": {"divergence": "forward_kl", "completions": "replay"}}}
-    block = Distillation.model_validate({"teacher": "t", **({"data": data()} if where == "data" else then)})
+    block = Distillation.model_validate(
+        {"teacher": "t", **({"data": data()} if where == "data" else then)}
+    )
     check_rollouts(block, Signal("logits", ""), has_one_tokenizer=True)
     with pytest.raises(UnsupportedModel, match=r'different tokenizers.*"dataset" or "teacher"'):
         check_rollouts(block, Signal("uld", ""), has_one_tokenizer=False)

@@ -11,12 +11,12 @@ from worker.distill.data.rows import Example
 from worker.distill.data_parallel import ALONE
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of
-from worker.distill.model_pair import Teaching
+from worker.distill.model_pair import ModelPair
 from worker.distill.students.recipe import load_model
 from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher, Teacher
 from worker.distill.training.devices import Placement
-from worker.distill.training.rollouts import Piece
-from worker.distill.training.step_gradients import Gradients, Sums
+from worker.distill.training.rollouts import MicroBatch
+from worker.distill.training.step_gradients import Gradients, StepStats
 from worker.protocol.run_spec import RunSpec
 
 ROWS = [Example(tuple(range(5, 25)), ((10, 20),)), Example(tuple(range(30, 42)), ((4, 12),))]
@@ -24,14 +24,14 @@ ROWS = [Example(tuple(range(5, 25)), ((10, 20),)), Example(tuple(range(30, 42)),
 
 def gradients_of(
     folder: Path, batches: list[list[int]], autocast: torch.dtype | None = None
-) -> tuple[Sums, dict[str, torch.Tensor]]:
+) -> tuple[StepStats, dict[str, torch.Tensor]]:
     model, teacher = load_model(folder), load_model(folder)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
     head = head_of(model)
     live = CachedTeacher(lambda: LiveTeacher(teacher), head_of(teacher), ROWS, None, None)
     gradients = Gradients(model, head, live, None, autocast, ALONE)
-    pieces = [Piece(collate(ROWS, indices)) for indices in batches]
+    pieces = [MicroBatch(collate(ROWS, indices)) for indices in batches]
     sums = gradients.add(pieces, TokenObjective(), list(model.parameters()))
     return sums, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -56,7 +56,7 @@ def test_under_autocast_losses_are_close_and_gradients_float32(tiny_llama_dir: P
 
 
 def put_teacher(monkeypatch: pytest.MonkeyPatch, placement: Placement) -> None:
-    monkeypatch.setattr(Teaching, "_place", lambda self, *, can_cache: placement)
+    monkeypatch.setattr(ModelPair, "_place", lambda self, *, can_cache: placement)
 
 
 def test_a_teacher_that_works_before_the_student_comes_teaches_the_same_bits(
@@ -68,17 +68,19 @@ def test_a_teacher_that_works_before_the_student_comes_teaches_the_same_bits(
     block = {"student": {"freeze_head": False}}
     run(make_spec(block), out="beside")
     put_teacher(monkeypatch, Placement(is_teacher_first=True))
-    loads: list[Teaching] = []
-    live_teacher = Teaching.live_teacher
+    loads: list[ModelPair] = []
+    live_teacher = ModelPair.live_teacher
 
-    def count(self: Teaching, prefix: tuple[int, ...] = ()) -> Teacher:
+    def count(self: ModelPair, prefix: tuple[int, ...] = ()) -> Teacher:
         loads.append(self)
         return live_teacher(self, prefix)
 
-    monkeypatch.setattr(Teaching, "live_teacher", count)
+    monkeypatch.setattr(ModelPair, "live_teacher", count)
     run(make_spec(block, spec={"cache_dir": tmp_path / "fresh"}), out="first")
     assert len(loads) == 1  # and never again
-    one, other = (load_file(tmp_path / out / "student" / "model.safetensors") for out in ("beside", "first"))
+    one, other = (
+        load_file(tmp_path / out / "student" / "model.safetensors") for out in ("beside", "first")
+    )
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 

@@ -48,7 +48,9 @@ def silent(step: int, num_steps: int) -> None:
 def held_out_loss(folder: Path) -> float:
     random = Random(1)
     with torch.no_grad():
-        return float(masked_loss(load_model(folder), [row(random) for _ in range(50)], MASK, random))
+        return float(
+            masked_loss(load_model(folder), [row(random) for _ in range(50)], MASK, random)
+        )
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -76,7 +78,8 @@ def test_an_adapted_teacher_is_taken_from_disk(adaptation: Adaptation, tmp_path:
     told: list[tuple[int, int]] = []
     short = replace(adaptation, steps=2)
     folders = [
-        adapt(short, tmp_path, lambda step, num_steps: told.append((step, num_steps))) for _ in range(2)
+        adapt(short, tmp_path, lambda step, num_steps: told.append((step, num_steps)))
+        for _ in range(2)
     ]
     assert folders[0] == folders[1]
     assert told == [(0, 2), (1, 2)]
@@ -110,12 +113,16 @@ def test_a_folder_that_disappears_while_old_ones_are_pruned_stops_no_run(
 
 
 def test_only_the_latest_adapted_teachers_are_kept(adaptation: Adaptation, tmp_path: Path) -> None:
-    folders = [adapt(replace(adaptation, steps=1, seed=seed), tmp_path, silent) for seed in range(6)]
+    folders = [
+        adapt(replace(adaptation, steps=1, seed=seed), tmp_path, silent) for seed in range(6)
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folders[2:]}
 
 
 @pytest.mark.parametrize(("batch_tokens", "num_steps"), [(512, 6), (16, 200)])
-def test_auto_is_one_pass_over_the_rows(adaptation: Adaptation, batch_tokens: int, num_steps: int) -> None:
+def test_auto_is_one_pass_over_the_rows(
+    adaptation: Adaptation, batch_tokens: int, num_steps: int
+) -> None:
     assert replace(adaptation, steps="auto", batch_tokens=batch_tokens).num_steps == num_steps
 
 

@@ -15,21 +15,23 @@ from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import fused_distillation_loss
 from worker.distill.losses.lm_head import head_of
 from worker.distill.students.recipe import load_model
-from worker.distill.training.tied_embedding import gathering
+from worker.distill.training.tied_embedding import sparse_embedding_grad
 from worker.models.architectures import CAUSAL, SEQ2SEQ
 
 ROWS = [(4, 30, 31, 30, 33, 30), (4, 40, 41), (4, 50, 51, 52)]
 SOURCE = (5, 30, 7, 40)
 
 
-def gradients_of(folder: Path, family: str, *, gathers: bool, uses_head: bool = True) -> dict[str, Tensor]:
+def gradients_of(
+    folder: Path, family: str, *, gathers: bool, uses_head: bool = True
+) -> dict[str, Tensor]:
     model = load_model(folder)
     head = head_of(model)
     source = SOURCE if family in SEQ2SEQ else ()
     examples = [Example(row, ((1, len(row)),), source_ids=source) for row in ROWS]
     for numbers in ([0, 1], [2]):  # the second adds to what the first left
         batch = collate(examples, numbers)
-        with gathering(model, head.weight_VH) if gathers else nullcontext():
+        with sparse_embedding_grad(model, head.weight_VH) if gathers else nullcontext():
             hidden_NH = hidden_rows(model, batch)
             loss = hidden_NH.square().sum()
             if uses_head:
@@ -67,7 +69,7 @@ def test_autograd_makes_no_matrix_of_the_embedding_alone(tmp_path: Path) -> None
     head = head_of(model)
     batch = collate([Example(ROWS[0], ((1, 6),))], [0])
     watched = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
-    with watched, gathering(model, head.weight_VH):
+    with watched, sparse_embedding_grad(model, head.weight_VH):
         hidden_NH = hidden_rows(model, batch)
         loss, _ = fused_distillation_loss(
             hidden_NH, head, batch.targets_N, None, TokenObjective(ce_weight=1.0), denominator=5

@@ -19,13 +19,25 @@ from worker.distill.training.checkpoint import load_state
 from worker.distill.training.lr_schedule import scheduled
 from worker.distill.training.trainer import Stopped
 from worker.errors import NanLoss
-from worker.protocol.run_lines import CheckpointLine, MessageLine, MetricsLine, ProgressLine, RunLine
+from worker.protocol.run_lines import (
+    CheckpointLine,
+    MessageLine,
+    MetricsLine,
+    ProgressLine,
+    RunLine,
+)
 from worker.protocol.run_spec import RunSpec
 
 MakeSpec = Callable[..., RunSpec]
 Run = Callable[..., MemorySink]
 Series = Callable[[MemorySink, str], list[float]]
-HALVES = {"n_epochs": 20, "max_steps": 10, "batch_tokens": 512, "eval_steps": 5, "checkpoint_steps": 5}
+HALVES = {
+    "n_epochs": 20,
+    "max_steps": 10,
+    "batch_tokens": 512,
+    "eval_steps": 5,
+    "checkpoint_steps": 5,
+}
 
 
 class StopAfter:
@@ -64,8 +76,12 @@ def stop_after(run: Run, spec: RunSpec, num_steps: int, out: str) -> None:
     assert stopped.value.step == num_steps
 
 
-def test_a_checkpoint_carries_the_metrics_of_its_own_step_or_none(run: Run, make_spec: MakeSpec) -> None:
-    sink = run(make_spec(n_epochs=20, max_steps=6, batch_tokens=512, eval_steps=4, checkpoint_steps=1))
+def test_a_checkpoint_carries_the_metrics_of_its_own_step_or_none(
+    run: Run, make_spec: MakeSpec
+) -> None:
+    sink = run(
+        make_spec(n_epochs=20, max_steps=6, batch_tokens=512, eval_steps=4, checkpoint_steps=1)
+    )
     evaluations = {
         line.step: line.values
         for line in sink.lines
@@ -87,9 +103,13 @@ def test_the_student_learns(run: Run, make_spec: MakeSpec, series: Series) -> No
         pytest.param({}, "float32", id="frozen head, expected rows"),
         pytest.param({"student": {"freeze_head": False}}, "float32", id="trained head"),
         pytest.param(
-            {"objective": {"then": {"divergence": "skew_forward_kl", "at": 0.7}}}, "float32", id="two phases"
+            {"objective": {"then": {"divergence": "skew_forward_kl", "at": 0.7}}},
+            "float32",
+            id="two phases",
         ),
-        pytest.param({"student": {"fit_rows": "auto"}}, "auto", id="fitted, in what the machine has"),
+        pytest.param(
+            {"student": {"fit_rows": "auto"}}, "auto", id="fitted, in what the machine has"
+        ),
     ],
 )
 def test_a_run_resumed_in_another_process_has_the_bits_of_one_that_never_stopped(
@@ -101,12 +121,25 @@ def test_a_run_resumed_in_another_process_has_the_bits_of_one_that_never_stopped
     shutil.rmtree(spec.cache_dir)  # another machine has no cache
     again = spec.model_copy(update={"resume_dir": tmp_path / "first" / "step-5"})
     (tmp_path / "again.json").write_text(again.model_dump_json())
-    command = [sys.executable, "-m", "worker.train", f"{tmp_path}/again.json", "--out", f"{tmp_path}/second"]
+    command = [
+        sys.executable,
+        "-m",
+        "worker.train",
+        f"{tmp_path}/again.json",
+        "--out",
+        f"{tmp_path}/second",
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
-    assert load_state(tmp_path / "whole" / "step-10").epoch > load_state(tmp_path / "first" / "step-5").epoch
-    assert_same_bits(weights(tmp_path / "whole" / "student"), weights(tmp_path / "second" / "student"))
+    assert (
+        load_state(tmp_path / "whole" / "step-10").epoch
+        > load_state(tmp_path / "first" / "step-5").epoch
+    )
+    assert_same_bits(
+        weights(tmp_path / "whole" / "student"), weights(tmp_path / "second" / "student")
+    )
     one, other = (
-        load_file(tmp_path / name / "step-10" / "optimizer.safetensors") for name in ("whole", "second")
+        load_file(tmp_path / name / "step-10" / "optimizer.safetensors")
+        for name in ("whole", "second")
     )
     assert_same_bits(one, other)
 
@@ -138,8 +171,12 @@ def test_rows_from_the_cache_train_the_same_bits_as_rows_computed_now(
     run(make_spec(block), out="filling")
     run(make_spec(block), out="filled")
     assert list((tmp_path / "cache" / "teacher").iterdir())
-    assert_same_bits(weights(tmp_path / "live" / "student"), weights(tmp_path / "filling" / "student"))
-    assert_same_bits(weights(tmp_path / "live" / "student"), weights(tmp_path / "filled" / "student"))
+    assert_same_bits(
+        weights(tmp_path / "live" / "student"), weights(tmp_path / "filling" / "student")
+    )
+    assert_same_bits(
+        weights(tmp_path / "live" / "student"), weights(tmp_path / "filled" / "student")
+    )
 
 
 def test_a_frozen_head_stays_the_teachers(run: Run, make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -175,7 +212,9 @@ def test_a_run_resumed_behind_its_best_step_still_gives_the_best(
     stop_after(run, spec, best_step + 3, out="first")
     resumed = spec.model_copy(update={"resume_dir": tmp_path / "first" / f"step-{best_step + 3}"})
     run(resumed, out="second")
-    assert_same_bits(weights(tmp_path / "whole" / "student"), weights(tmp_path / "second" / "student"))
+    assert_same_bits(
+        weights(tmp_path / "whole" / "student"), weights(tmp_path / "second" / "student")
+    )
 
 
 def _step_of(folder: Path) -> int:
@@ -208,10 +247,15 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_last_checkpoint(
     assert load_state(checkpoint).step == 5
 
 
-def test_only_the_best_and_the_newest_checkpoints_stay(run: Run, make_spec: MakeSpec, tmp_path: Path) -> None:
+def test_only_the_best_and_the_newest_checkpoints_stay(
+    run: Run, make_spec: MakeSpec, tmp_path: Path
+) -> None:
     sink = run(make_spec(n_epochs=4, checkpoint_steps=1, eval_steps=1000))
     last = checkpoints(sink)[-1].step
-    assert {path.name for path in (tmp_path / "out").glob("step-*")} == {f"step-{last - 1}", f"step-{last}"}
+    assert {path.name for path in (tmp_path / "out").glob("step-*")} == {
+        f"step-{last - 1}",
+        f"step-{last}",
+    }
 
 
 def test_a_resume_with_other_threads_says_so(run: Run, make_spec: MakeSpec, tmp_path: Path) -> None:
@@ -237,7 +281,9 @@ def test_a_resumed_run_keeps_the_precision_of_its_checkpoint_or_says_that_it_can
     assert not any("bit for bit" in m and "float32" in m for m in messages(quiet))
     other = run(make_spec(spec=resume, **HALVES, precision="bfloat16"), out="third")
     assert load_state(tmp_path / "third" / "step-10").precision == "bfloat16"
-    assert any("made in float32 and the run goes on in bfloat16" in message for message in messages(other))
+    assert any(
+        "made in float32 and the run goes on in bfloat16" in message for message in messages(other)
+    )
     monkeypatch.setattr("worker.distill.training.devices.HAS_FAST_BFLOAT16", False)
     told = messages(run(make_spec(**HALVES, precision="bfloat16"), out="fourth"))
     assert any("does not multiply bfloat16 itself" in message for message in told)
@@ -246,7 +292,9 @@ def test_a_resumed_run_keeps_the_precision_of_its_checkpoint_or_says_that_it_can
 def test_a_fitted_student_says_so_and_begins_elsewhere_than_the_plain_one(
     run: Run, make_spec: MakeSpec, tmp_path: Path, series: Series
 ) -> None:
-    sink = run(make_spec({"student": {"fit_rows": 7}}, learning_rate="auto", max_steps=2), out="fitted")
+    sink = run(
+        make_spec({"student": {"fit_rows": 7}}, learning_rate="auto", max_steps=2), out="fitted"
+    )
     assert any("fitted 2 layers in closed form on 7 rows" in message for message in messages(sink))
     assert load_state(tmp_path / "fitted" / "step-2").num_fitted_layers == 2
     plain = run(make_spec(learning_rate="auto", max_steps=2), out="plain")
@@ -255,7 +303,9 @@ def test_a_fitted_student_says_so_and_begins_elsewhere_than_the_plain_one(
     assert series(sink, "learning_rate")[0] < series(plain, "learning_rate")[0]
 
 
-def test_progress_rises_to_the_end(run: Run, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_rises_to_the_end(
+    run: Run, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("worker.protocol.run_lines.PROGRESS_SECONDS", 0.0)
     lines: list[RunLine] = run(make_spec()).lines
     told = [line for line in lines if isinstance(line, ProgressLine)]
@@ -274,7 +324,11 @@ def test_a_run_that_ends_within_an_epoch_says_how_far_it_came(
 ) -> None:
     monkeypatch.setattr("worker.protocol.run_lines.PROGRESS_SECONDS", 0.0)
     sink = run(make_spec(max_steps=3, batch_tokens=128))
-    epochs = [line.epoch for line in sink.lines if isinstance(line, ProgressLine) and line.epoch is not None]
+    epochs = [
+        line.epoch
+        for line in sink.lines
+        if isinstance(line, ProgressLine) and line.epoch is not None
+    ]
     assert 0.0 < max(epochs) < 0.5
 
 
@@ -303,7 +357,9 @@ def test_the_first_step_has_the_loss_and_gradient_of_full_logits(
         total = total + (p.detach().exp() * (p.detach() - q)).sum()
     loss = total / sum(row.num_targets for row in rows)
     loss.backward()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in student.parameters() if p.grad is not None]
+    )
     assert series(sink, "train_loss") == [pytest.approx(float(loss.detach()), rel=1e-4)]
     assert series(sink, "grad_norm") == [pytest.approx(float(norm), rel=1e-3)]
 
@@ -315,7 +371,9 @@ def test_a_gradient_is_no_longer_than_it_may_be(
     sink = run(make_spec(batch_tokens=100_000, max_steps=1, max_grad_norm=limit))
     (norm,) = series(sink, "grad_norm")
     moments = load_file(tmp_path / "out" / "step-1" / "optimizer.safetensors")
-    first = torch.cat([each.flatten() for name, each in moments.items() if name.endswith(".exp_avg")])
+    first = torch.cat(
+        [each.flatten() for name, each in moments.items() if name.endswith(".exp_avg")]
+    )
     # after one step a first moment is 1 - .9 of the gradient
     assert float(first.norm()) == pytest.approx(0.1 * min(norm, limit), rel=1e-4)
     assert 0.01 < norm < 100.0

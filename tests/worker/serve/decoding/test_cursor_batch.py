@@ -15,9 +15,7 @@ from worker.serve.loading import LoadedModel, load_model
 
 Drive = Callable[..., float]
 CLOSE, FAR = 1e-4, 1e-2  # relative to a row's largest logit: float32 rounding, and a mistake
-ROUNDED = (
-    0.15  # numbers of 8 bits, rounded at other places: .05; a row that saw what is not its own was off by 1.5
-)
+ROUNDED = 0.15  # numbers of 8 bits, rounded at other places: .05; a row that saw what is not its own was off by 1.5
 WIDTH = 48
 
 pytestmark = pytest.mark.usefixtures("small_first_buffers")
@@ -41,12 +39,16 @@ def test_rounded_weights_see_the_same_tokens(
     assert largest_difference(batch, seed=seed) < ROUNDED
 
 
-def test_float64_leaves_no_difference_but_rounding(loaded: LoadedModel, largest_difference: Drive) -> None:
+def test_float64_leaves_no_difference_but_rounding(
+    loaded: LoadedModel, largest_difference: Drive
+) -> None:
     batch = CursorBatch(copy.deepcopy(loaded.model).double(), max_rows=6, max_width=WIDTH)
     assert largest_difference(batch, seed=7) < 1e-6  # logits are given in float32
 
 
-def test_the_drive_slides_both_ways_and_grows(llama: LoadedModel, largest_difference: Drive) -> None:
+def test_the_drive_slides_both_ways_and_grows(
+    llama: LoadedModel, largest_difference: Drive
+) -> None:
     slides: list[int] = []
     widths: set[int] = set()
 
@@ -100,18 +102,22 @@ class StartsNotSlid(CursorBatch):
 
 
 @pytest.mark.parametrize(
-    "broken", [PositionPlusOne, FirstTokenHidden, StaleTokenSeen, RowNotMoved, ColumnsNotSlid, StartsNotSlid]
+    "broken",
+    [PositionPlusOne, FirstTokenHidden, StaleTokenSeen, RowNotMoved, ColumnsNotSlid, StartsNotSlid],
 )
 def test_each_mistake_would_be_seen(
     gpt2: LoadedModel, largest_difference: Drive, broken: type[CursorBatch]
 ) -> None:
     worst = max(
-        largest_difference(broken(gpt2.model, max_rows=6, max_width=WIDTH), seed=seed) for seed in range(2)
+        largest_difference(broken(gpt2.model, max_rows=6, max_width=WIDTH), seed=seed)
+        for seed in range(2)
     )
     assert worst > FAR
 
 
-def test_a_row_may_fill_the_whole_width(loaded: LoadedModel, next_logits: Callable[..., Tensor]) -> None:
+def test_a_row_may_fill_the_whole_width(
+    loaded: LoadedModel, next_logits: Callable[..., Tensor]
+) -> None:
     batch = CursorBatch(loaded.model, max_rows=2, max_width=WIDTH)
     tokens = list(range(10, 20))
     batch.join([tokens, tokens[:3]])
@@ -120,7 +126,9 @@ def test_a_row_may_fill_the_whole_width(loaded: LoadedModel, next_logits: Callab
         logits_NV = batch.advance([tokens[-1]] * batch.num_rows)
         if len(tokens) == 30:
             batch.leave(1)
-    torch.testing.assert_close(logits_NV[0], next_logits(loaded.model, tokens), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        logits_NV[0], next_logits(loaded.model, tokens), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_numbers_that_are_none_do_not_reach_the_next_tenant_of_a_row(
@@ -133,7 +141,9 @@ def test_numbers_that_are_none_do_not_reach_the_next_tenant_of_a_row(
     assert batch.advance([5, 5])[0].isnan().all()
     batch.leave(0, is_poisoned=True)
     logits_NV = batch.join([[21, 22]])
-    torch.testing.assert_close(logits_NV[0], next_logits(llama.model, [21, 22]), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        logits_NV[0], next_logits(llama.model, [21, 22]), rtol=1e-3, atol=1e-3
+    )
     assert batch.advance([5, 5]).isfinite().all()
 
 

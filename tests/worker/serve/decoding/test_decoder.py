@@ -3,14 +3,14 @@
 import torch
 
 from worker.serve.decoding.decoder import Decoder, Sequence
-from worker.serve.decoding.sampling import Chooser, seeded_generator
+from worker.serve.decoding.sampling import TokenSampler, seeded_generator
 from worker.serve.loading import LoadedModel
 
 
 def sequence(
     name: str, *, prompt: tuple[int, ...] = (5, 6, 7), max_tokens: int = 4, choice: int = 0
 ) -> Sequence:
-    return Sequence(name, prompt, max_tokens, frozenset(), Chooser(), choice)
+    return Sequence(name, prompt, max_tokens, frozenset(), TokenSampler(), choice)
 
 
 def decoder_of(loaded: LoadedModel, *sequences: Sequence, max_running: int = 4) -> Decoder:
@@ -79,7 +79,7 @@ def test_choices_with_one_prefill_equal_choices_prefilled_alone(loaded: LoadedMo
                 tuple(range(5, 25)),
                 8,
                 frozenset(),
-                Chooser(1.0, generator=seeded_generator(seed)),
+                TokenSampler(1.0, generator=seeded_generator(seed)),
                 seed,
             )
             for seed, name in enumerate(names)

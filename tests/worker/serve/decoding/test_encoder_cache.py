@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.serve.decoding.cursor_batch import CursorBatch, Sources
+from worker.serve.decoding.cursor_batch import CursorBatch, EncoderCache
 from worker.serve.loading import LoadedModel
 
 Drive = Callable[..., float]
@@ -36,23 +36,23 @@ class AnswerRowNotMoved(CursorBatch):
         pass
 
 
-class PaddingSeen(Sources):
+class PaddingSeen(EncoderCache):
     def _mask(self, rows: slice) -> Tensor:
         return torch.ones_like(super()._mask(rows))
 
 
-class LastTokenHidden(Sources):
+class LastTokenHidden(EncoderCache):
     def _mask(self, rows: slice) -> Tensor:
         mask_NS = super()._mask(rows)
         return torch.cat([mask_NS[:, :1], mask_NS[:, 1:] & mask_NS[:, 1:].roll(-1, dims=1)], dim=1)
 
 
-class SourceRowNotMoved(Sources):
+class SourceRowNotMoved(EncoderCache):
     def _copy(self, source: int, target: int) -> None:
         pass
 
 
-class LengthNotMoved(Sources):
+class LengthNotMoved(EncoderCache):
     def leave(self, row: int, *, is_poisoned: bool) -> None:
         kept = self.lengths[:-1]
         super().leave(row, is_poisoned=is_poisoned)
@@ -61,20 +61,29 @@ class LengthNotMoved(Sources):
 
 @pytest.mark.parametrize(
     "broken",
-    [PositionPlusOne, AnswerRowNotMoved, PaddingSeen, LastTokenHidden, SourceRowNotMoved, LengthNotMoved],
+    [
+        PositionPlusOne,
+        AnswerRowNotMoved,
+        PaddingSeen,
+        LastTokenHidden,
+        SourceRowNotMoved,
+        LengthNotMoved,
+    ],
 )
 def test_each_mistake_would_be_seen(
     exact_bart: Any, largest_difference: Drive, monkeypatch: pytest.MonkeyPatch, broken: type
 ) -> None:
     kind = broken
     if not issubclass(broken, CursorBatch):
-        monkeypatch.setattr("worker.serve.decoding.cursor_batch.Sources", broken)
+        monkeypatch.setattr("worker.serve.decoding.cursor_batch.EncoderCache", broken)
         kind = CursorBatch
     # test_families.py has the same drive without a mistake
     assert largest_difference(batch_of(exact_bart, kind), seed=3, longest=40) > 1e-2
 
 
-def test_a_prompt_is_encoded_once_and_its_keys_are_computed_once(encoder_decoder: LoadedModel) -> None:
+def test_a_prompt_is_encoded_once_and_its_keys_are_computed_once(
+    encoder_decoder: LoadedModel,
+) -> None:
     model: Any = copy.deepcopy(encoder_decoder.model)
     calls: list[str] = []
     model.get_encoder().register_forward_hook(lambda *_: calls.append("encoder"))
@@ -126,7 +135,9 @@ def test_numbers_that_are_none_do_not_reach_the_next_tenant_of_a_row(
     assert batch.advance([5, 5]).isfinite().all()
 
 
-def test_an_empty_batch_gives_large_buffers_back(bart: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_batch_gives_large_buffers_back(
+    bart: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("worker.serve.decoding.kv_cache.KEPT_BYTES", 1000)
     batch = batch_of(bart.model)
     batch.join(PROMPTS)

@@ -6,7 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, EncoderDecoderConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    EncoderDecoderConfig,
+)
 
 from worker.cpu.linear_ops import pack_weights
 from worker.cpu.llama_decoder import LLAMA_LIKE as LEAN
@@ -29,7 +34,11 @@ VOCABULARY = {"vocab_size": 200, "pad_token_id": 0, "eos_token_id": 2}
 CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
     "gemma3_text": LLAMA_LIKE
-    | {"head_dim": 8, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2},
+    | {
+        "head_dim": 8,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
     "gpt_neox": LLAMA_LIKE,
     "llama": LLAMA_LIKE,
@@ -66,10 +75,19 @@ SEQ2SEQ_CONFIGS: dict[str, Callable[[], Any]] = {
 
 
 def t5(**given: Any) -> Any:
-    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+    sizes = {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 64,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+    }
     # few buckets and a short reach, so that distances fall into all of them
     buckets = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
-    return AutoConfig.for_model("t5", decoder_start_token_id=0, **sizes, **buckets, **VOCABULARY, **given)
+    return AutoConfig.for_model(
+        "t5", decoder_start_token_id=0, **sizes, **buckets, **VOCABULARY, **given
+    )
 
 
 def halves(encoder: str, decoder: str, hidden_size: int = 32) -> Any:
@@ -84,7 +102,11 @@ def halves(encoder: str, decoder: str, hidden_size: int = 32) -> Any:
             num_hidden_layers=num_layers,
             num_attention_heads=4,
             max_position_embeddings=num_positions[model_type],
-            **{**VOCABULARY, "pad_token_id": 1 if model_type == "roberta" else 0, "bos_token_id": 0},
+            **{
+                **VOCABULARY,
+                "pad_token_id": 1 if model_type == "roberta" else 0,
+                "bos_token_id": 0,
+            },
             **given,
         )
 
@@ -118,14 +140,18 @@ def test_every_listed_family_is_tried() -> None:
 
 
 @pytest.mark.parametrize("model_type", sorted(CAUSAL))
-def test_logits_equal_a_plain_forward_pass(model_type: str, largest_difference: Callable[..., float]) -> None:
+def test_logits_equal_a_plain_forward_pass(
+    model_type: str, largest_difference: Callable[..., float]
+) -> None:
     batch = CursorBatch(tiny(model_type), max_rows=5, max_width=40)
     assert largest_difference(batch, seed=3) < 1e-5
 
 
 @pytest.mark.parametrize("model_type", sorted(LEAN))
 def test_a_model_as_a_worker_keeps_it_gives_its_own_logits(model_type: str) -> None:
-    model = tiny(model_type, **({"sliding_window": None} if model_type == "mistral" else {})).float()
+    model = tiny(
+        model_type, **({"sliding_window": None} if model_type == "mistral" else {})
+    ).float()
     kept = copy.deepcopy(model)
     assert is_lean(kept)
     fuse_projections(kept)
@@ -137,7 +163,9 @@ def test_a_model_as_a_worker_keeps_it_gives_its_own_logits(model_type: str) -> N
         with torch.no_grad():
             expected = model(torch.tensor([[*prompt, token]])).logits[0, -2:]
         # float32 sums in another order
-        torch.testing.assert_close(torch.stack([f[row] for f in found]), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.stack([f[row] for f in found]), expected, rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ_CONFIGS)

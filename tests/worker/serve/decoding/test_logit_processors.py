@@ -15,7 +15,7 @@ from worker.serve.decoding.logit_processors import (
     processor_for,
     refuse_unknown_tokens,
 )
-from worker.serve.decoding.sampling import Chooser, pick_tokens, seeded_generator
+from worker.serve.decoding.sampling import TokenSampler, pick_tokens, seeded_generator
 from worker.serve.errors import InvalidLogitBias
 
 VOCAB = 40
@@ -106,7 +106,7 @@ def test_the_raw_logits_are_back_after_the_pick() -> None:
     logits_NV = logits_of(1, 3)
     before_NV = logits_NV.clone()
     processors = [LogitsProcessor(EVERYTHING, context=PROMPT, end_ids=ENDS), None, None]
-    pick_tokens(logits_NV, [Chooser(processor=processor) for processor in processors])
+    pick_tokens(logits_NV, [TokenSampler(processor=processor) for processor in processors])
     assert torch.equal(logits_NV, before_NV)
 
 
@@ -114,7 +114,7 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     logits_NV = logits_of(2, 1)
     banned = int(logits_NV.argmax())
     processor = processor_for(Sampling(logit_bias=((banned, -100.0),)), context=(), end_ids=ENDS)
-    [pick] = pick_tokens(logits_NV, [Chooser(processor=processor, num_logprobs=1)])
+    [pick] = pick_tokens(logits_NV, [TokenSampler(processor=processor, num_logprobs=1)])
     expected_V = logits_NV[0].log_softmax(-1)
     assert pick.token == int(expected_V.argsort(descending=True)[1])
     assert pick.logprob == pytest.approx(float(expected_V[pick.token]))
@@ -125,7 +125,13 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
-    [(1.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.2), (1.4, 6, 1.0, 0.3), (1.2, 0, 0.8, 0.1), (1.5, 9, 0.7, 0.25)],
+    [
+        (1.0, 0, 1.0, 0.0),
+        (0.7, 0, 1.0, 0.2),
+        (1.4, 6, 1.0, 0.3),
+        (1.2, 0, 0.8, 0.1),
+        (1.5, 9, 0.7, 0.25),
+    ],
 )
 def test_draws_follow_the_whole_definition(
     temperature: float, top_k: int, top_p: float, min_p: float
@@ -133,15 +139,15 @@ def test_draws_follow_the_whole_definition(
     answer, num_draws = [11, 11, 30, 4, 5], 3000
     raw_V = logits_of(3, 1)[0]
 
-    def chooser(seed: int) -> Chooser:
+    def sampler(seed: int) -> TokenSampler:
         processor = LogitsProcessor(EVERYTHING, context=PROMPT, end_ids=ENDS)
         for token in answer:
             processor.record(token)
-        return Chooser(
+        return TokenSampler(
             temperature, top_k, top_p, min_p, generator=seeded_generator(seed), processor=processor
         )
 
-    picks = pick_tokens(raw_V.repeat(num_draws, 1), [chooser(seed) for seed in range(num_draws)])
+    picks = pick_tokens(raw_V.repeat(num_draws, 1), [sampler(seed) for seed in range(num_draws)])
     counts = collections.Counter(pick.token for pick in picks)
     row = expected_row(raw_V.tolist(), EVERYTHING, PROMPT, answer)
     expected = expected_shares(row, temperature, top_k, top_p, min_p)
@@ -150,9 +156,9 @@ def test_draws_follow_the_whole_definition(
 
 
 def test_a_rows_picks_do_not_depend_on_its_neighbours() -> None:
-    def choosers() -> list[Chooser]:
+    def samplers() -> list[TokenSampler]:
         return [
-            Chooser(
+            TokenSampler(
                 0.9,
                 min_p=0.02,
                 generator=seeded_generator(row),
@@ -161,17 +167,19 @@ def test_a_rows_picks_do_not_depend_on_its_neighbours() -> None:
             for row, sampling in enumerate(ASKED)
         ]
 
-    together, alone = choosers(), choosers()
+    together, alone = samplers(), samplers()
     for step in range(10):
         logits_NV = logits_of(100 + step, len(ASKED))
         picks = pick_tokens(logits_NV, together)
-        assert picks == [pick_tokens(logits_NV[i : i + 1], [alone[i]])[0] for i in range(len(ASKED))]
+        assert picks == [
+            pick_tokens(logits_NV[i : i + 1], [alone[i]])[0] for i in range(len(ASKED))
+        ]
 
 
 def test_no_bias_brings_an_end_token_before_min_tokens() -> None:
     asked = Sampling(min_tokens=3, logit_bias=((7, 100.0),), repetition_penalty=0.1)
-    chooser = Chooser(processor=processor_for(asked, context=PROMPT, end_ids=ENDS))
-    tokens = [pick_tokens(logits_of(step, 1), [chooser])[0].token for step in range(4)]
+    sampler = TokenSampler(processor=processor_for(asked, context=PROMPT, end_ids=ENDS))
+    tokens = [pick_tokens(logits_of(step, 1), [sampler])[0].token for step in range(4)]
     assert not ENDS & set(tokens[:3])
     assert tokens[3] == 7
 
@@ -179,9 +187,11 @@ def test_no_bias_brings_an_end_token_before_min_tokens() -> None:
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_hardly_any_repetition_penalty_still_gives_numbers(temperature: float) -> None:
     asked = Sampling(repetition_penalty=1e-300)
-    chooser = Chooser(temperature, 0, 0.9, processor=processor_for(asked, context=PROMPT, end_ids=ENDS))
+    sampler = TokenSampler(
+        temperature, 0, 0.9, processor=processor_for(asked, context=PROMPT, end_ids=ENDS)
+    )
     logits_NV = logits_of(4, 1).abs()
-    [pick] = pick_tokens(logits_NV, [chooser])
+    [pick] = pick_tokens(logits_NV, [sampler])
     assert pick.token == max(PROMPT, key=lambda token: float(logits_NV[0, token]))
 
 

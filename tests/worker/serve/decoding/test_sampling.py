@@ -2,30 +2,36 @@
 
 import collections
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from worker.serve.decoding.sampling import Chooser, Pick, pick_tokens, seeded_generator
+from worker.serve.decoding.sampling import SampledToken, TokenSampler, pick_tokens, seeded_generator
 
 
 def draws(logits_V: Tensor, num_draws: int = 4000, **given: float) -> dict[int, float]:
     """Share of each token among many draws of one row."""
-    choosers = [Chooser(temperature=1.0, generator=seeded_generator(seed)) for seed in range(num_draws)]
-    choosers = [Chooser(**({"temperature": 1.0} | given), generator=c.generator) for c in choosers]  # type: ignore[arg-type]  # int and float fields alike
-    picks = pick_tokens(logits_V.expand(num_draws, -1), choosers)
+    samplers = [
+        TokenSampler(temperature=1.0, generator=seeded_generator(seed)) for seed in range(num_draws)
+    ]
+    options: dict[str, Any] = {"temperature": 1.0} | given  # Any: int and float fields alike
+    samplers = [TokenSampler(**options, generator=sampler.generator) for sampler in samplers]
+    picks = pick_tokens(logits_V.expand(num_draws, -1), samplers)
     counts = collections.Counter(pick.token for pick in picks)
     return {token: count / num_draws for token, count in counts.items() if token is not None}
 
 
-LOGITS_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[[2, 0, 3, 1]]  # token 1 is likeliest, then 3, 0, 2
+LOGITS_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[
+    [2, 0, 3, 1]
+]  # token 1 is likeliest, then 3, 0, 2
 
 
 @pytest.mark.parametrize("vocab_size", [50, 256, 512, 1000])
 def test_temperature_zero_takes_the_best_token(vocab_size: int) -> None:
     logits_NV = torch.randn(50, vocab_size, generator=seeded_generator(0))
-    picks = pick_tokens(logits_NV, [Chooser()] * 50)
+    picks = pick_tokens(logits_NV, [TokenSampler()] * 50)
     assert [pick.token for pick in picks] == logits_NV.argmax(-1).tolist()
 
 
@@ -35,7 +41,7 @@ def test_of_equal_tokens_the_first_is_taken_and_none_of_what_is_no_number(vocab_
     logits_NV[1, [vocab_size // 2, vocab_size - 1]] = 2.0
     logits_NV[2, vocab_size - 1] = float("nan")
     logits_NV[3] = -torch.inf
-    picks = pick_tokens(logits_NV, [Chooser()] * 4)
+    picks = pick_tokens(logits_NV, [TokenSampler()] * 4)
     assert [pick.token for pick in picks] == [0, vocab_size // 2, None, None]
 
 
@@ -98,7 +104,14 @@ def test_impossible_tokens_are_never_drawn() -> None:
 
 
 def test_a_vocabulary_of_many_blocks_is_drawn_by_probability() -> None:
-    shares = {0: 0.1, 255: 0.25, 256: 0.05, 511: 0.2, 512: 0.1, 599: 0.3}  # at the borders of the blocks
+    shares = {
+        0: 0.1,
+        255: 0.25,
+        256: 0.05,
+        511: 0.2,
+        512: 0.1,
+        599: 0.3,
+    }  # at the borders of the blocks
     logits_V = torch.full((600,), -torch.inf)
     for token, share in shares.items():
         logits_V[token] = math.log(share)
@@ -124,21 +137,27 @@ def test_a_rows_pick_does_not_depend_on_its_neighbours() -> None:
     settings = [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.1), (1.3, 0, 0.9, 0.0)]
     settings += [(1.0, 40, 0.5, 0.0), (0.9, 0, 1.0, 0.1)]
 
-    def choosers() -> list[Chooser]:
+    def samplers() -> list[TokenSampler]:
         return [
-            Chooser(t, k, p, min_p, generator=seeded_generator(seed))
+            TokenSampler(t, k, p, min_p, generator=seeded_generator(seed))
             for seed, (t, k, p, min_p) in enumerate(settings)
         ]
 
-    together = pick_tokens(logits_NV, choosers())
-    alone = [pick_tokens(logits_NV[row : row + 1], [chooser])[0] for row, chooser in enumerate(choosers())]
+    together = pick_tokens(logits_NV, samplers())
+    alone = [
+        pick_tokens(logits_NV[row : row + 1], [sampler])[0]
+        for row, sampler in enumerate(samplers())
+    ]
     assert together == alone
 
 
 def test_a_seed_repeats_and_its_neighbour_differs() -> None:
-    def tokens(seed: int) -> list[Pick]:
+    def tokens(seed: int) -> list[SampledToken]:
         generator = seeded_generator(seed)
-        return [pick_tokens(torch.zeros(1, 300), [Chooser(1.0, generator=generator)])[0] for _ in range(8)]
+        return [
+            pick_tokens(torch.zeros(1, 300), [TokenSampler(1.0, generator=generator)])[0]
+            for _ in range(8)
+        ]
 
     assert tokens(5) == tokens(5)
     assert tokens(5) != tokens(6)
@@ -150,23 +169,25 @@ def test_negative_and_huge_seeds_are_seeds_too() -> None:
 
 
 def test_sequences_without_a_seed_differ() -> None:
-    picks = pick_tokens(torch.zeros(8, 10_000), [Chooser(1.0) for _ in range(8)])
+    picks = pick_tokens(torch.zeros(8, 10_000), [TokenSampler(1.0) for _ in range(8)])
     assert len({pick.token for pick in picks}) > 1
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     logits_NV = torch.randn(1, 50, generator=seeded_generator(2))
-    chooser = Chooser(temperature=0.5, top_k=3, num_logprobs=4, generator=seeded_generator(0))
-    [pick] = pick_tokens(logits_NV, [chooser])
+    sampler = TokenSampler(temperature=0.5, top_k=3, num_logprobs=4, generator=seeded_generator(0))
+    [pick] = pick_tokens(logits_NV, [sampler])
     expected_V = logits_NV[0].log_softmax(-1)
     assert pick.token is not None
     assert pick.logprob == pytest.approx(float(expected_V[pick.token]), abs=1e-6)
     assert [token for token, _ in pick.top] == expected_V.argsort(descending=True)[:4].tolist()
-    assert [value for _, value in pick.top] == pytest.approx(sorted(expected_V.tolist(), reverse=True)[:4])
+    assert [value for _, value in pick.top] == pytest.approx(
+        sorted(expected_V.tolist(), reverse=True)[:4]
+    )
 
 
 def test_zero_top_logprobs_gives_the_chosen_one_alone() -> None:
-    [pick] = pick_tokens(torch.zeros(1, 4), [Chooser(num_logprobs=0)])
+    [pick] = pick_tokens(torch.zeros(1, 4), [TokenSampler(num_logprobs=0)])
     assert pick.logprob == pytest.approx(math.log(0.25))
     assert pick.top == ()
 
@@ -176,5 +197,5 @@ def test_a_row_that_is_no_number_gets_no_token_and_spoils_no_other(temperature: 
     logits_NV = torch.zeros(3, 10)
     logits_NV[:, 4] = 50.0
     logits_NV[1, 7] = torch.nan
-    picks = pick_tokens(logits_NV, [Chooser(temperature, num_logprobs=1) for _ in range(3)])
+    picks = pick_tokens(logits_NV, [TokenSampler(temperature, num_logprobs=1) for _ in range(3)])
     assert [pick.token for pick in picks] == [4, None, 4]

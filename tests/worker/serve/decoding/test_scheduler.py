@@ -42,7 +42,10 @@ def test_choices_that_find_no_row_wait() -> None:
 
 def test_padding_counts_towards_the_budget() -> None:
     scheduler = queue_of(("a", 10), ("b", 10), ("c", 40), ("d", 1), budget=100)
-    assert names(scheduler.admit(8)) == [["a"], ["b"]]  # three rows as long as the third are 120 tokens
+    assert names(scheduler.admit(8)) == [
+        ["a"],
+        ["b"],
+    ]  # three rows as long as the third are 120 tokens
     assert names(scheduler.admit(8)) == [["c"], ["d"]]
 
 
@@ -60,7 +63,9 @@ def test_nobody_is_admitted_without_a_free_row() -> None:
 
 def test_removed_items_do_not_come_up() -> None:
     scheduler = queue_of(("a", 5), ("b", 5))
-    assert [item.request_id for item in scheduler.remove(lambda item: item.request_id == "a")] == ["a"]
+    assert [item.request_id for item in scheduler.remove(lambda item: item.request_id == "a")] == [
+        "a"
+    ]
     assert names(scheduler.admit(8)) == [["b"]]
 
 

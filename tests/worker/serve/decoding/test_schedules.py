@@ -102,7 +102,9 @@ class Subject:
         engine.add(self.request("alone", prompt, seed, LONGEST_ANSWER))
         tokens: list[int] = []
         while engine.has_work():
-            tokens += [t for reply in engine.step() if isinstance(reply, Delta) for t in reply.tokens]
+            tokens += [
+                t for reply in engine.step() if isinstance(reply, Delta) for t in reply.tokens
+            ]
         return tokens
 
     def gap(
@@ -114,18 +116,25 @@ class Subject:
         with torch.no_grad():
             if self.has_encoder:
                 start = family_of(model).start_token
-                logits_V = model(input_ids=ids, decoder_input_ids=torch.tensor([[start, *before]])).logits[
+                logits_V = model(
+                    input_ids=ids, decoder_input_ids=torch.tensor([[start, *before]])
+                ).logits[0, -1]
+            else:
+                logits_V = model(input_ids=torch.tensor([[*self.prompts[prompt], *before]])).logits[
                     0, -1
                 ]
-            else:
-                logits_V = model(input_ids=torch.tensor([[*self.prompts[prompt], *before]])).logits[0, -1]
         if seed is None:
             return abs(float(logits_V[tokens[0]] - logits_V[tokens[1]])), LOGIT_GAP
         generator = seeded_generator(seed)
-        *_, drawn = (float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in (*before, None))
+        *_, drawn = (
+            float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in (*before, None)
+        )
         share_V = torch.softmax(logits_V / TEMPERATURE, dim=0)
         ends_V = share_V.cumsum(dim=0)
-        outside = [max(float(ends_V[t] - share_V[t]) - drawn, drawn - float(ends_V[t]), 0.0) for t in tokens]
+        outside = [
+            max(float(ends_V[t] - share_V[t]) - drawn, drawn - float(ends_V[t]), 0.0)
+            for t in tokens
+        ]
         return max(outside), SHARE_GAP
 
     def engine(self, max_running: int) -> TransformersEngine:
@@ -188,7 +197,11 @@ def test_every_schedule_gives_the_tokens_of_one_at_a_time(
             cut = subject.written(prompt, seed)[: asked.sampling.max_tokens]
             wanted = [token for token in cut if token not in ends]
             at = next(
-                (i for i, pair in enumerate(zip(found[name], wanted, strict=False)) if pair[0] != pair[1]),
+                (
+                    i
+                    for i, pair in enumerate(zip(found[name], wanted, strict=False))
+                    if pair[0] != pair[1]
+                ),
                 None,
             )
             if at is None:

@@ -16,12 +16,18 @@ pytestmark = pytest.mark.usefixtures("small_first_buffers")
 NextLogits = Callable[..., Tensor]
 CLOSE, FAR = 1e-5, 1e-2  # relative to a row's largest logit
 WIDTH, NUM_AHEAD = 40, 4
-LLAMA_LIKE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
     "llama": LLAMA_LIKE,
     "mistral": LLAMA_LIKE | {"sliding_window": 8, "num_key_value_heads": 2},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": WIDTH},
-    "opt": LLAMA_LIKE | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": WIDTH},
+    "opt": LLAMA_LIKE
+    | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": WIDTH},
     "gpt_neox": LLAMA_LIKE,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
 }
@@ -40,7 +46,9 @@ def tiny(family: str) -> Any:  # Any: transformers is untyped here
     return model.eval().double()  # rounding aside, any difference is a mistake
 
 
-def worst_difference(batch: LookaheadBatch, next_logits: NextLogits, *, num_moves: int = 60) -> float:
+def worst_difference(
+    batch: LookaheadBatch, next_logits: NextLogits, *, num_moves: int = 60
+) -> float:
     """The largest error of a kept token's logits, relative to the largest logit."""
     rng = random.Random(4)
     rows: list[list[int]] = []
@@ -75,7 +83,9 @@ def worst_difference(batch: LookaheadBatch, next_logits: NextLogits, *, num_move
                     rows[row].append(tokens[position])
                     check(logits_NQV[row, position], rows[row])
             batch.keep(kept)
-            last_again = [[tokens[-1], 7] for tokens in rows]  # what is kept ends at the cursor in every row
+            last_again = [
+                [tokens[-1], 7] for tokens in rows
+            ]  # what is kept ends at the cursor in every row
             batch.make_room_for(1)
             for logits_V, tokens in zip(batch.look(last_again, offset=-1), rows, strict=True):
                 check(logits_V, [*tokens, 7])
@@ -83,7 +93,9 @@ def worst_difference(batch: LookaheadBatch, next_logits: NextLogits, *, num_move
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_kept_tokens_have_the_logits_of_a_plain_forward_pass(family: str, next_logits: NextLogits) -> None:
+def test_kept_tokens_have_the_logits_of_a_plain_forward_pass(
+    family: str, next_logits: NextLogits
+) -> None:
     batch = LookaheadBatch(tiny(family), max_rows=4, max_width=WIDTH + NUM_AHEAD)
     assert worst_difference(batch, next_logits) < CLOSE
 

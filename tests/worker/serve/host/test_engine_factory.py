@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from app.contracts.control import Served
+from app.contracts.control import ServedModel
 from app.contracts.messages import ArtifactRef, Draft, ServingOptions
 from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
 from worker.serve.host.engine_factory import (
@@ -35,7 +35,7 @@ class Watched(LoadProgress):
 def ready(folder: Path, limits: EngineLimits = LIMITS, **options: Any) -> Ready:
     """A tiny model, served with the options."""
     weights = ArtifactRef(key="models/tiny", bytes=1000)
-    served = Served(model="tiny", weights=weights, serving=ServingOptions(**options))
+    served = ServedModel(model="tiny", weights=weights, serving=ServingOptions(**options))
     return make_ready(served, lambda ref: folder, limits, LoadProgress(served.stored_bytes))
 
 
@@ -64,7 +64,7 @@ def test_weights_left_to_us_are_rounded_where_that_is_fast_and_changes_no_promis
 
 
 def test_progress_follows_the_reading_of_the_weights(tiny_llama_dir: Path) -> None:
-    served = Served(model="tiny", weights=ArtifactRef(key="models/tiny", bytes=1000))
+    served = ServedModel(model="tiny", weights=ArtifactRef(key="models/tiny", bytes=1000))
     progress = Watched(served.stored_bytes)
     watch_loads()
     made = make_ready(served, lambda ref: tiny_llama_dir, LIMITS, progress)

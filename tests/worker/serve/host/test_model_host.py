@@ -8,8 +8,16 @@ from typing import Any
 
 import pytest
 
-from app.contracts.control import Keep, Load, Served, Unload
-from app.contracts.messages import ArtifactRef, Delta, Done, Failure, GenerateRequest, Reply, ServingOptions
+from app.contracts.control import Keep, Load, ServedModel, Unload
+from app.contracts.messages import (
+    ArtifactRef,
+    Delta,
+    Done,
+    Failure,
+    GenerateRequest,
+    Reply,
+    ServingOptions,
+)
 from worker.serve.errors import ModelLoadFailed
 from worker.serve.host.model_host import Addressed, ModelHost
 from worker.serve.loading import load_model
@@ -50,7 +58,11 @@ def make_host(shelf: Shelf) -> Iterator[Callable[..., ModelHost]]:
     hosts: list[ModelHost] = []
 
     def make(**given: Any) -> ModelHost:  # Any: the host's own fields
-        options: dict[str, Any] = {"resident_bytes": 10 * SIZE, "loader": shelf, "max_context_tokens": 256}
+        options: dict[str, Any] = {
+            "resident_bytes": 10 * SIZE,
+            "loader": shelf,
+            "max_context_tokens": 256,
+        }
         hosts.append(ModelHost(**(options | given)))
         return hosts[-1]
 
@@ -64,8 +76,15 @@ def make_host(shelf: Shelf) -> Iterator[Callable[..., ModelHost]]:
 @pytest.fixture(scope="module")
 def true_bytes(tiny_llama_dir: Path, tiny_gpt2_dir: Path, tiny_t5_dir: Path) -> dict[str, int]:
     """What the models take in memory."""
-    folders = {"llama": tiny_llama_dir, "gpt2": tiny_gpt2_dir, "t5": tiny_t5_dir, "twin": tiny_llama_dir}
-    return {name: load_model(folder, keeps_plain=False).num_bytes for name, folder in folders.items()}
+    folders = {
+        "llama": tiny_llama_dir,
+        "gpt2": tiny_gpt2_dir,
+        "t5": tiny_t5_dir,
+        "twin": tiny_llama_dir,
+    }
+    return {
+        name: load_model(folder, keeps_plain=False).num_bytes for name, folder in folders.items()
+    }
 
 
 def run(host: ModelHost, until: Callable[[list[Addressed]], bool] | None = None) -> list[Addressed]:
@@ -79,8 +98,8 @@ def run(host: ModelHost, until: Callable[[list[Addressed]], bool] | None = None)
     return found
 
 
-def served(name: str, num_bytes: int = SIZE) -> Served:
-    return Served(model=name, weights=ref(name, num_bytes))
+def served(name: str, num_bytes: int = SIZE) -> ServedModel:
+    return ServedModel(model=name, weights=ref(name, num_bytes))
 
 
 def settle(host: ModelHost) -> None:
@@ -120,7 +139,8 @@ def test_requests_of_two_models_are_answered_each_by_its_own(
     assert {(home, reply.id) for home, reply in found} == {("api-1", "a"), ("api-2", "b")}
     assert all(isinstance(reply, Done) for reply in ends(found).values())
     texts = {
-        name: "".join(r.text for _, r in found if isinstance(r, Delta) and r.id == name) for name in "ab"
+        name: "".join(r.text for _, r in found if isinstance(r, Delta) and r.id == name)
+        for name in "ab"
     }
     assert texts["a"] != texts["b"]
 
@@ -131,7 +151,7 @@ def test_the_artifacts_of_loaded_models_are_retained_and_let_go_with_them(
     retained: list[frozenset[ArtifactRef]] = []
     host = make_host(retain=retained.append)
     drafted = ServingOptions.model_validate({"draft": {"model": "twin", "weights": ref("twin")}})
-    model = Served(model="llama", weights=ref("llama"), serving=drafted)
+    model = ServedModel(model="llama", weights=ref("llama"), serving=drafted)
     host.tell(Load(served=model))
     settle(host)
     host.tell(Load(served=served("gpt2")))
@@ -189,7 +209,9 @@ def test_a_request_waits_so_long_and_the_load_goes_on(
     assert shelf.asked == ["llama"]
 
 
-def test_an_idle_host_sleeps(make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf) -> None:
+def test_an_idle_host_sleeps(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
     shelf.gates["llama"] = threading.Event()
     host = make_host()
     host.submit(make_request("a", weights=ref("llama")))
@@ -324,7 +346,7 @@ def test_an_engine_that_breaks_ends_its_requests_only_and_is_loaded_anew(
     host.submit(make_request("a", weights=ref("llama"), max_tokens=100))
     host.submit(make_request("b", weights=ref("gpt2"), max_tokens=20))
     run(host, until=lambda found: {reply.id for _, reply in found} == {"a", "b"})
-    broken: Any = host._residency.engine_of("llama")  # Any: reaches into the engine on purpose
+    broken: Any = host._model_cache.engine_of("llama")  # Any: reaches into the engine on purpose
     broken._decoder.batch.cache.layers[0]._buffers.clear()
     found = ends(run(host))
     failure = found["a"]
@@ -383,7 +405,10 @@ def test_the_progress_of_a_load_is_seen_and_its_failure_too(
 
 
 def test_a_pinned_model_never_makes_room(
-    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf, true_bytes: dict[str, int]
+    make_host: Callable[..., ModelHost],
+    make_request: Make,
+    shelf: Shelf,
+    true_bytes: dict[str, int],
 ) -> None:
     room = true_bytes["llama"] + true_bytes["gpt2"] + true_bytes["twin"] - 1
     host = make_host(resident_bytes=room)
@@ -456,7 +481,7 @@ def gated(
     host = make_host(resident_bytes=true_bytes["llama"] + true_bytes["gpt2"] - 1)
     host.tell(Load(served=served("llama", true_bytes["llama"])))
     settle(host)
-    engine: Any = host._residency.engine_of("llama")  # Any: reaches into the engine on purpose
+    engine: Any = host._model_cache.engine_of("llama")  # Any: reaches into the engine on purpose
     engine.tokenizer = Gated(engine.tokenizer)
     yield host, engine.tokenizer
     engine.tokenizer.gate.set()

@@ -16,7 +16,9 @@ def held() -> BestOf:
         for logprob in logprobs:
             best_of.record(choice, logprob)
         best_of.hold(Delta(id="r", choice=choice, text="a", tokens=(choice,), logprobs=ENTRIES[:1]))
-        end = Delta(id="r", choice=choice, text="b", tokens=(9,), logprobs=ENTRIES[1:], finish_reason="stop")
+        end = Delta(
+            id="r", choice=choice, text="b", tokens=(9,), logprobs=ENTRIES[1:], finish_reason="stop"
+        )
         best_of.hold(end)
     return best_of
 
@@ -27,4 +29,6 @@ def test_the_best_by_mean_come_first_and_are_numbered_anew(held: BestOf) -> None
 
 def test_a_choice_comes_in_one_piece(held: BestOf) -> None:
     [best] = held.best(1)
-    assert best == Delta(id="r", choice=0, text="ab", tokens=(1, 9), logprobs=ENTRIES, finish_reason="stop")
+    assert best == Delta(
+        id="r", choice=0, text="ab", tokens=(1, 9), logprobs=ENTRIES, finish_reason="stop"
+    )

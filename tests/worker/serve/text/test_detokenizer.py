@@ -5,8 +5,8 @@ import random
 import pytest
 
 from tests.tiny import tiny_tokenizer
-from worker.serve.decoding.sampling import Pick
-from worker.serve.text.detokenizer import REPLACEMENT, Piece, TextStream, TokenText
+from worker.serve.decoding.sampling import SampledToken
+from worker.serve.text.detokenizer import REPLACEMENT, TextChunk, TextStream, TokenText
 
 TOKENIZER = tiny_tokenizer()
 TEXT = TokenText(TOKENIZER)
@@ -16,11 +16,11 @@ def stream_of(*stop: str, prompt: tuple[int, ...] = ()) -> TextStream:
     return TextStream(TEXT, prompt=prompt, stop=stop)
 
 
-def push_all(stream: TextStream, tokens: list[int]) -> list[Piece]:
+def push_all(stream: TextStream, tokens: list[int]) -> list[TextChunk]:
     """Feeds tokens until the stream stops; the last one is told so."""
     pieces = []
     for index, token in enumerate(tokens):
-        pieces.append(stream.push(Pick(token), is_last=index == len(tokens) - 1))
+        pieces.append(stream.push(SampledToken(token), is_last=index == len(tokens) - 1))
         if pieces[-1].is_stopped:
             break
     return pieces
@@ -32,7 +32,7 @@ def letters(text: str) -> list[int]:
     return [by_bytes[bytes([byte])] for byte in text.encode()]
 
 
-def joined(pieces: list[Piece]) -> str:
+def joined(pieces: list[TextChunk]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
@@ -44,8 +44,12 @@ def test_pieces_join_to_the_text() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_tokens_join_to_what_decoding_them_together_gives(seed: int) -> None:
     rng = random.Random(seed)
-    tokens = [rng.randrange(len(TOKENIZER)) for _ in range(60)]  # mostly bytes that are no characters
-    expected = TOKENIZER.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    tokens = [
+        rng.randrange(len(TOKENIZER)) for _ in range(60)
+    ]  # mostly bytes that are no characters
+    expected = TOKENIZER.decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     assert joined(push_all(stream_of(), tokens)) == expected
 
 
@@ -65,8 +69,8 @@ def test_half_a_character_at_the_end_is_shown_as_such() -> None:
 
 def test_the_end_gives_what_was_held() -> None:
     stream = stream_of("abcd")
-    assert [stream.push(Pick(token)).text for token in letters("xabc")] == ["x", "", "", ""]
-    assert stream.end() == Piece("abc", tuple(Pick(token) for token in letters("abc")))
+    assert [stream.push(SampledToken(token)).text for token in letters("xabc")] == ["x", "", "", ""]
+    assert stream.end() == TextChunk("abc", tuple(SampledToken(token) for token in letters("abc")))
 
 
 def test_a_stop_string_over_token_borders_is_cut_off() -> None:
@@ -78,7 +82,7 @@ def test_a_stop_string_over_token_borders_is_cut_off() -> None:
 def test_stop_strings_are_looked_for_behind_the_first_tokens() -> None:
     tokens = letters("END EN END more")
     stream = TextStream(TEXT, prompt=(), stop=("END",), min_tokens=5)
-    pieces = [stream.push(Pick(token)) for token in tokens[:10]]
+    pieces = [stream.push(SampledToken(token)) for token in tokens[:10]]
     assert [piece.text for piece in pieces[:5]] == ["E", "N", "D", " ", "E"]  # nothing is held back
     assert joined(pieces) == "END EN "
     assert pieces[-1].is_stopped
@@ -97,7 +101,7 @@ def test_the_tokens_of_a_stop_string_are_not_given() -> None:
 def test_a_token_that_only_ends_in_a_stop_string_is_given() -> None:
     [token] = [t for t in range(len(TOKENIZER)) if TEXT.bytes_of(t) == b" is"]
     [piece] = push_all(stream_of("s"), [token])
-    assert piece == Piece(" i", (Pick(token),), is_stopped=True)
+    assert piece == TextChunk(" i", (SampledToken(token),), is_stopped=True)
 
 
 def test_the_stop_string_that_is_complete_first_wins() -> None:
@@ -157,6 +161,6 @@ def test_special_and_unknown_tokens_have_bytes_too() -> None:
 
 def test_logprobs_show_partial_characters_as_bytes() -> None:
     first, *_ = letters("é")
-    shown = TEXT.logprob_of(Pick(first, -0.5, ((first, -0.5),)))
+    shown = TEXT.logprob_of(SampledToken(first, -0.5, ((first, -0.5),)))
     assert shown is not None
     assert (shown.token, shown.bytes, shown.top) == (REPLACEMENT, (0xC3,), ((REPLACEMENT, -0.5),))

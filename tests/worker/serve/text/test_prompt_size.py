@@ -18,11 +18,25 @@ LETTERS = "ab\x06 le\n\t  é蒸🙂\u0301\u212a"
 
 def with_byte_fallback() -> Any:  # Any: transformers is untyped here
     """A tokenizer as Llama 2 has it: spaces become ▁, and what is not in the vocabulary bytes."""
-    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "t", "h", "th", "▁th", "▁▁"]
+    pieces = [
+        "<unk>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "t",
+        "h",
+        "th",
+        "▁th",
+        "▁▁",
+    ]
     merges = [("t", "h"), ("▁", "th"), ("▁", "▁")]
     vocabulary = {piece: token_id for token_id, piece in enumerate(pieces)}
-    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     backend.decoder = decoders.ByteFallback()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
 
@@ -84,7 +98,9 @@ def test_there_is_no_bound_where_bytes_are_missing_or_removed() -> None:
 
 
 def test_composition_never_shrinks_a_text_by_more_than_the_factor() -> None:
-    longest: dict[str, int] = {}  # bytes of the longest character that is composed of this one alone
+    longest: dict[
+        str, int
+    ] = {}  # bytes of the longest character that is composed of this one alone
     characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
     for character in characters:
         single = unicodedata.normalize("NFC", character)

@@ -7,7 +7,13 @@ import pytest
 from app.contracts.messages import GenerateRequest, Message
 from tests.tiny import tiny_tokenizer
 from worker.serve.decoding.families import Context
-from worker.serve.errors import InvalidMessages, InvalidPrompt, MessagesTooLong, NoChatTemplate, PromptTooLong
+from worker.serve.errors import (
+    InvalidMessages,
+    InvalidPrompt,
+    MessagesTooLong,
+    NoChatTemplate,
+    PromptTooLong,
+)
 from worker.serve.text.prompt_size import size_bound
 from worker.serve.text.prompts import end_id_of, prompt_tokens, text_tokens
 
@@ -23,7 +29,9 @@ def tokens_of(request: GenerateRequest, **given: object) -> tuple[int, ...]:
 
 
 def test_text_is_tokenised(make_request: Make) -> None:
-    assert tokens_of(make_request(text="The still")) == tuple(tiny_tokenizer()("The still").input_ids)
+    assert tokens_of(make_request(text="The still")) == tuple(
+        tiny_tokenizer()("The still").input_ids
+    )
 
 
 def test_tokens_pass_as_they_are(make_request: Make) -> None:
@@ -47,7 +55,10 @@ def test_a_model_without_a_template_refuses_messages(make_request: Make) -> None
 
 def test_what_the_template_raises_is_told(make_request: Make) -> None:
     with pytest.raises(InvalidMessages, match="roles must alternate"):
-        tokens_of(make_request(messages=HELLO), chat_template="{{ raise_exception('roles must alternate') }}")
+        tokens_of(
+            make_request(messages=HELLO),
+            chat_template="{{ raise_exception('roles must alternate') }}",
+        )
 
 
 @pytest.mark.parametrize(
@@ -147,4 +158,6 @@ def test_an_end_token_behind_the_prompt_stays_where_it_separates_or_is_encoded(
     tokenizer = tiny_tokenizer(kind)
     whole = tuple(tokenizer("The still").input_ids)
     assert whole[-1] == end_id_of(tokenizer)
-    assert text_tokens("The still", tokenizer, has_encoder=has_encoder) == (whole if is_kept else whole[:-1])
+    assert text_tokens("The still", tokenizer, has_encoder=has_encoder) == (
+        whole if is_kept else whole[:-1]
+    )
