@@ -41,7 +41,7 @@ up: install
 
 # Two files at a time: many tests wait for processes. Threads that wait must not spin, for others need the core.
 test: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --durations 15
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 
 # Every promise of docs/reliability.md under its faults; about an hour. `make faults ARGS="--short"` for a look.
 faults: install
@@ -60,6 +60,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m tests.prose
 
 fix: install
 	$(BIN)/ruff format .

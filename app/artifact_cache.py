@@ -1,4 +1,4 @@
-"""Local copies of what a remote artifact store holds: verified, within a byte budget, locked while in use."""
+"""Local cache of artifacts of a remote store, with a byte budget and locks on copies in use."""
 
 import os
 import threading
@@ -16,10 +16,11 @@ Fetch = Callable[[ArtifactRef, Path, MakeRoom], Path]
 
 
 class ArtifactCache:
-    """Fetches artifacts into a folder that other processes may share, and keeps those in use.
+    """Fetches artifacts into a folder that several processes may share, and locks those in use.
 
-    What a method returns stays until `retain` or `close` lets it go, or this process ends. The budget is
-    exceeded only by copies in use. A store that is a folder needs no copies: its own paths are returned.
+    A returned path stays valid until `retain` or `close` releases it, or until this process ends.
+    Only copies in use can exceed the budget. A local store needs no copies, so the methods return
+    the store's own paths.
     """
 
     def __init__(self, store: Store, folder: Path, budget_bytes: int) -> None:
@@ -28,26 +29,26 @@ class ArtifactCache:
         self._locks: dict[ArtifactRef, int] = {}
 
     def fetch_folder(self, ref: ArtifactRef) -> Path:
-        """Returns a local folder with the artifact. Never change its content.
+        """Returns a local folder with the artifact. The caller must not change its content.
 
         Raises:
             FileNotFoundError: The store has no such folder.
-            CorruptArtifact: The store's bytes are not those of the artifact.
+            CorruptArtifact: The stored bytes differ from those of the artifact.
         """
         return self._fetch(ref, self._store.fetch_folder)
 
     def fetch_file(self, ref: ArtifactRef) -> Path:
-        """Returns a local file with the artifact; raises as `fetch_folder` does."""
+        """Returns a local file with the artifact. Raises the same errors as `fetch_folder`."""
         return self._fetch(ref, self._store.fetch_file)
 
     def retain(self, refs: Collection[ArtifactRef]) -> None:
-        """Lets all artifacts go but these; callable from any thread."""
+        """Releases all artifacts except `refs`. Thread-safe."""
         with self._guard:
             for ref in self._locks.keys() - set(refs):
                 os.close(self._locks.pop(ref))
 
     def close(self) -> None:
-        """Lets all artifacts go; their copies stay on disk until room is needed."""
+        """Releases all artifacts. Their copies stay on disk until the space is needed."""
         self.retain(())
 
     def _fetch(self, ref: ArtifactRef, fetch: Fetch) -> Path:
@@ -58,7 +59,7 @@ class ArtifactCache:
             lock = use_copy(path)
             if lock is not None:
                 break
-            time.sleep(RETRY_SECONDS)  # another process has just evicted it
+            time.sleep(RETRY_SECONDS)  # another process evicted the copy before it was locked
         with self._guard:
             if ref in self._locks:
                 os.close(self._locks[ref])

@@ -1,4 +1,7 @@
-"""API keys: `sk-sh-{key_id}-{secret}`, found by id and compared by HMAC in constant time."""
+"""Creation and verification of API keys of the form `sk-sh-{key_id}-{secret}`.
+
+A key is found by its id. The HMAC of its secret is compared in constant time.
+"""
 
 import contextlib
 import hmac
@@ -18,7 +21,7 @@ from app.db.session import Session
 from app.errors import BadRequest, Forbidden, Unauthenticated
 from app.settings import Settings, get_settings
 
-HUB_TOKEN_SCOPE = "hub:token"  # imports may use the hub token of the service
+HUB_TOKEN_SCOPE = "hub:token"  # lets imports use the service's own hub token
 SCOPES = (
     "jobs:read",
     "jobs:write",
@@ -33,14 +36,16 @@ SCOPES = (
 TENANT_SCOPES = tuple(scope for scope in SCOPES if scope not in {"admin", HUB_TOKEN_SCOPE})
 KEY_PATTERN = re.compile(r"sk-sh-([0-9a-f]{16})-([A-Za-z0-9_-]{20,80})")
 PROJECT_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-UNKNOWN_HMAC = bytes(
-    32
-)  # compared with when no such key exists, so that both answers cost the same
+# Compared when the key id is unknown, so that both refusals take the same time.
+UNKNOWN_HMAC = bytes(32)
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Who asks: the project that owns what the request makes, and what its key may do."""
+    """Authenticated caller of a request.
+
+    `project_id` owns everything that the request creates. `scopes` are those of the API key.
+    """
 
     project_id: str
     key_id: str
@@ -63,9 +68,10 @@ def create_key(
     scopes: Iterable[str] = TENANT_SCOPES,
     expires_at: datetime | None = None,
 ) -> str:
-    """Creates a key and returns it in plain text; only an HMAC of its secret is kept.
+    """Creates a key and returns it in plain text. Only an HMAC of its secret is stored.
 
-    Raises BadRequest.
+    Raises:
+        BadRequest: A scope is unknown, no scope is given, or the project name is invalid.
     """
     wanted = sorted(set(scopes))
     unknown = [scope for scope in wanted if scope not in SCOPES]
@@ -91,7 +97,11 @@ def create_key(
 
 
 def authenticate(authorization: str | None) -> Principal:
-    """The principal of an `Authorization: Bearer …` header; raises Unauthenticated."""
+    """Returns the principal of an `Authorization: Bearer …` header.
+
+    Raises:
+        Unauthenticated: The key is missing, malformed, unknown, revoked or expired.
+    """
     if not authorization:
         raise Unauthenticated(
             "no API key: send the header `Authorization: Bearer sk-sh-…`", "missing_api_key"
@@ -111,17 +121,21 @@ def authenticate(authorization: str | None) -> Principal:
 
 
 def claimed_key_id(authorization: str | None) -> str:
-    """The id of the key that a header claims to be, not verified; empty if it names none."""
+    """Returns the key id in the header without verifying the key, or "" if there is none."""
     match = KEY_PATTERN.fullmatch((authorization or "").partition(" ")[2].strip())
     return match[1] if match else ""
 
 
 def secret_hmac(secret: str) -> bytes:
+    """Returns the HMAC-SHA-256 of a key's secret, with the pepper as the HMAC key."""
     return hmac.digest(key_pepper(get_settings()), secret.encode(), sha256)
 
 
 def key_pepper(settings: Settings) -> bytes:
-    """Returns the secret mixed into every key's hash. Raises RuntimeError if the service has none."""
+    """Returns the pepper: the service's secret that is mixed into the hash of every API key.
+
+    Raises RuntimeError if no pepper is configured, or if its file is empty.
+    """
     if settings.key_pepper:
         return settings.key_pepper.encode()
     path = settings.data_dir / "pepper"
@@ -141,16 +155,18 @@ def key_pepper(settings: Settings) -> bytes:
 
 @lru_cache
 def read_pepper(path: Path) -> bytes:
+    """Returns the pepper in the file. The result is cached for the life of the process."""
     return path.read_bytes().strip()
 
 
 def ensure_pepper(settings: Settings) -> None:
-    """Creates the pepper of a data folder (mode 600) unless one is set or exists already."""
+    """Creates the pepper file (mode 600) unless a pepper is configured or the file exists."""
     path = settings.data_dir / "pepper"
     if settings.key_pepper or path.exists():
         return
     settings.data_dir.mkdir(parents=True, exist_ok=True)
-    # Written elsewhere first: a crash leaves no empty pepper, and a second process does not replace this one.
+    # A temporary file is written first and then linked. A crash leaves no empty pepper, and a
+    # second process cannot replace a pepper that exists.
     handle, name = tempfile.mkstemp(prefix="pepper.", dir=settings.data_dir)
     try:
         with open(handle, "w") as file:

@@ -1,7 +1,8 @@
-"""Crash points: named places between two steps of a job's life, where a fault test ends or stops the process.
+"""Crash points: named places in the code at which a fault test can kill or stop the process.
 
-Inert unless STILLHOUSE_CRASH_DIR names a folder. A file there with a point's name arms it for one process: the first that
-passes takes the file away and sends itself the signal whose name the file holds (KILL if it is empty).
+Crash points do nothing unless STILLHOUSE_CRASH_DIR names a folder. A file in that folder arms the
+crash point of the same name, once. The first process that reaches the crash point removes the file
+and sends itself a signal. The file contains the signal's name, such as STOP; empty means KILL.
 """
 
 import os
@@ -12,13 +13,13 @@ _folder: Path | None = None
 
 
 def arm(folder: str) -> None:
-    """Called once by each process, with its setting; an empty one leaves the points inert."""
+    """Sets the folder of this process's crash points. With an empty name they do nothing."""
     global _folder
     _folder = Path(folder) if folder else None
 
 
 def crash_point(name: str) -> None:
-    """Does nothing in production; see above."""
+    """Signals this process if a fault test has armed the crash point; see the module docstring."""
     if _folder is not None:
         _obey(_folder / name)
 
@@ -26,7 +27,7 @@ def crash_point(name: str) -> None:
 def _obey(order: Path) -> None:
     taken = order.with_name(f".{order.name}.{os.getpid()}")
     try:
-        order.rename(taken)  # of several processes one succeeds
+        order.rename(taken)  # succeeds in only one process
     except FileNotFoundError:
         return
     word = taken.read_text().strip() or "KILL"

@@ -1,23 +1,28 @@
-"""Errors of the control plane; `app/main.py` turns each into the OpenAI envelope.
+"""Errors of the control plane; `app/api/errors.py` turns them into HTTP responses.
 
-StillhouseError
-├── BadRequest            400  invalid_request_error
-├── Unauthenticated       401  authentication_error
-├── Forbidden             403  permission_error
-├── NotFound              404  invalid_request_error
-├── Conflict              409  conflict_error (the SDK must not retry)
-├── InProgress            409  conflict_error (retry soon)
-├── TooLarge              413  invalid_request_error
-├── Unprocessable         422  invalid_request_error
-├── TooManyRequests       429  rate_limit_error, with Retry-After
-│   └── QuotaExceeded         (waiting alone does not help: the SDK must not retry)
-├── Unavailable           503  server_error, with Retry-After
-└── TimedOut              504  server_error
+The response body is the error envelope of the OpenAI API. HTTP status and `type` of each error:
+
+- BadRequest            400  invalid_request_error
+- Unauthenticated       401  authentication_error
+- Forbidden             403  permission_error
+- NotFound              404  invalid_request_error
+- Conflict              409  conflict_error
+- InProgress            409  conflict_error
+- TooLarge              413  invalid_request_error
+- Unprocessable         422  invalid_request_error
+- TooManyRequests       429  rate_limit_error
+- QuotaExceeded         429  rate_limit_error (a subclass of TooManyRequests)
+- Unavailable           503  server_error
+- TimedOut              504  server_error
 """
 
 
 class StillhouseError(Exception):
-    """Base of all errors a caller may see; `message` says what to do next."""
+    """Base class of all errors that a client may see. `message` says what to do next.
+
+    `retry_after_seconds` becomes the Retry-After header. `should_retry` becomes the X-Should-Retry
+    header, which OpenAI SDKs obey. None leaves the header out.
+    """
 
     status = 500
     type = "server_error"
@@ -33,30 +38,40 @@ class StillhouseError(Exception):
 
 
 class BadRequest(StillhouseError):
+    """The request is invalid; `param` names the wrong field where there is one."""
+
     status = 400
     type = "invalid_request_error"
     code = "invalid_value"
 
 
 class Unauthenticated(StillhouseError):
+    """The API key is missing or not valid."""
+
     status = 401
     type = "authentication_error"
     code = "invalid_api_key"
 
 
 class Forbidden(StillhouseError):
+    """The API key lacks a scope that the request needs."""
+
     status = 403
     type = "permission_error"
     code = "insufficient_scope"
 
 
 class NotFound(StillhouseError):
+    """The object does not exist, or the project must not see it."""
+
     status = 404
     type = "invalid_request_error"
     code = "resource_not_found"
 
 
 class Conflict(StillhouseError):
+    """The state of an object does not allow the request. Clients must not retry it."""
+
     status = 409
     type = "conflict_error"
     code = "invalid_state_transition"
@@ -64,6 +79,8 @@ class Conflict(StillhouseError):
 
 
 class InProgress(StillhouseError):
+    """A request with the same Idempotency-Key is in progress. Clients should retry soon."""
+
     status = 409
     type = "conflict_error"
     code = "idempotency_in_progress"
@@ -72,18 +89,24 @@ class InProgress(StillhouseError):
 
 
 class TooLarge(StillhouseError):
+    """An upload or a request body is too large."""
+
     status = 413
     type = "invalid_request_error"
     code = "file_too_large"
 
 
 class Unprocessable(StillhouseError):
+    """The Idempotency-Key was used before with a different body."""
+
     status = 422
     type = "invalid_request_error"
     code = "idempotency_key_reused"
 
 
 class TooManyRequests(StillhouseError):
+    """A rate or concurrency limit is reached. Clients should retry later."""
+
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
@@ -91,12 +114,16 @@ class TooManyRequests(StillhouseError):
 
 
 class QuotaExceeded(TooManyRequests):
+    """The project has reached a quota. Waiting alone does not help, so clients must not retry."""
+
     code = "quota_exceeded"
     retry_after_seconds = 60
     should_retry = False
 
 
 class Unavailable(StillhouseError):
+    """The service or a part of it cannot answer now. Clients should retry later."""
+
     status = 503
     type = "server_error"
     code = "engine_overloaded"
@@ -104,13 +131,16 @@ class Unavailable(StillhouseError):
 
 
 class TimedOut(StillhouseError):
+    """The request has exceeded its time limit."""
+
     status = 504
     type = "server_error"
     code = "request_timeout"
-    should_retry = False  # it took all its time, and would again
+    should_retry = False  # a retry would probably time out too
 
 
 def envelope(error: StillhouseError) -> dict[str, dict[str, str | None]]:
+    """Returns the error as a response body in the format of the OpenAI API."""
     return {
         "error": {
             "message": error.message,

@@ -1,7 +1,7 @@
-"""Limits on the shape of JSON from clients, checked before anything expensive is done with it.
+"""Limits on the structure of JSON from clients, checked before it is parsed and validated.
 
-Parsing and validating hold the interpreter lock from begin to end, in any thread, so that the event loop stands
-still meanwhile. Arrays and objects are what costs; a long string costs next to nothing.
+Parsing and validating hold the GIL without a break, even in another thread, and so block the event
+loop. Their cost depends on the number of arrays and objects; long strings are cheap.
 """
 
 from typing import Final
@@ -10,18 +10,23 @@ import orjson
 
 from app.errors import BadRequest
 
-# Before parsing; those inside strings count too.
+# Limits before parsing. Characters inside strings count too.
 MAX_BRACKETS: Final = 60_000
 MAX_COLONS: Final = 100_000
 MAX_COMMAS: Final = 500_000
-# After parsing.
+# Limits after parsing.
 MAX_CONTAINERS: Final = 10_000  # arrays and objects
-MAX_FIELDS: Final = 4096  # of one object
+MAX_FIELDS: Final = 4096  # per object
 CONTAINERS: Final[frozenset[type]] = frozenset((dict, list))
 
 
 def parse_limited(content: bytes) -> object:
-    """The value, not yet checked by `refuse_crowded`. Raises JSONDecodeError or BadRequest."""
+    """Returns the parsed JSON value. The caller must check it with `refuse_crowded`.
+
+    Raises:
+        BadRequest: The text has too many brackets, colons or commas.
+        orjson.JSONDecodeError: The text is not valid JSON.
+    """
     if content.count(b"[") + content.count(b"{") > MAX_BRACKETS:
         raise _too_complex(f"{MAX_BRACKETS:,} brackets")
     if content.count(b":") > MAX_COLONS:
@@ -33,7 +38,7 @@ def parse_limited(content: bytes) -> object:
 
 
 def refuse_crowded(value: object) -> None:
-    """Raises BadRequest if the value has too many arrays and objects, or an object too many fields."""
+    """Raises BadRequest if a value has too many arrays and objects, or too many fields in one."""
     waiting = [value] if type(value) in CONTAINERS else []
     num_containers = 0
     while waiting:
@@ -45,7 +50,7 @@ def refuse_crowded(value: object) -> None:
         else:
             assert isinstance(here, list)
             children = here
-        if CONTAINERS.isdisjoint(map(type, children)):  # quick, for lists of many numbers
+        if CONTAINERS.isdisjoint(map(type, children)):  # a fast path for long lists of numbers
             continue
         found = [child for child in children if type(child) in CONTAINERS]
         num_containers += len(found)

@@ -1,6 +1,7 @@
-"""A folder of local copies that several processes share: locks on copies in use, and eviction of the others.
+"""Locks and eviction for a folder of local copies that several processes share.
 
-A lock is an flock on the copy itself. The kernel releases it when its process ends, also by SIGKILL.
+A lock is an flock on the copy itself. The kernel releases it when the process ends, even if the
+process is killed.
 """
 
 import fcntl
@@ -20,8 +21,8 @@ log = structlog.get_logger(__name__)
 def lock_path(path: Path, kind: int) -> int | None:
     """Locks a file or a folder with `fcntl.LOCK_SH` or `LOCK_EX`, without waiting.
 
-    Returns a descriptor that holds the lock until it is closed; None if the path does not exist, or if
-    others hold a lock that excludes this one.
+    Returns a file descriptor that holds the lock until it is closed. Returns None if the path does
+    not exist, or if a conflicting lock is held.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
@@ -29,7 +30,7 @@ def lock_path(path: Path, kind: int) -> int | None:
         return None
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        if path.stat().st_ino == os.fstat(descriptor).st_ino:  # not replaced since it was opened
+        if path.stat().st_ino == os.fstat(descriptor).st_ino:  # path still names the locked file
             return descriptor
     except (BlockingIOError, FileNotFoundError):
         pass
@@ -38,18 +39,22 @@ def lock_path(path: Path, kind: int) -> int | None:
 
 
 def use_copy(path: Path) -> int | None:
-    """Locks a copy against eviction and notes that it is used now; None if it has been evicted."""
+    """Locks a copy against eviction and updates its time of last use.
+
+    Returns a file descriptor that holds the lock until it is closed, or None if the copy has been
+    evicted.
+    """
     lock = lock_path(path, fcntl.LOCK_SH)
     if lock is not None:
-        os.utime(path)  # the time that `make_room` goes by
+        os.utime(path)  # `make_room` evicts by modification time
     return lock
 
 
 @contextmanager
 def partial_copy(folder: Path) -> Iterator[Path]:
-    """A new hidden folder inside `folder` for a copy that is not complete; deleted at the end of the block.
+    """Yields a new hidden folder inside `folder` for an incomplete copy, and deletes it afterwards.
 
-    If this process dies, the next `make_room` deletes it.
+    If this process dies, the next `make_room` deletes the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     while True:
@@ -57,7 +62,7 @@ def partial_copy(folder: Path) -> Iterator[Path]:
         partial.mkdir()
         lock = lock_path(partial, fcntl.LOCK_EX)
         if lock is not None:
-            break  # else another process took it for a leftover before it was locked
+            break  # otherwise `make_room` of another process is deleting it as a leftover
     try:
         yield partial
     finally:
@@ -66,12 +71,15 @@ def partial_copy(folder: Path) -> Iterator[Path]:
 
 
 def make_room(folder: Path, budget_bytes: int) -> None:
-    """Deletes copies, the least recently used first, until the rest fits the budget; those in use stay."""
+    """Deletes copies, least recently used first, until the rest fits the budget.
+
+    Copies in use are kept. Incomplete copies of processes that have died are always deleted.
+    """
     copies, total_bytes = [], 0
     for path in folder.iterdir() if folder.exists() else ():
-        if path.name.startswith(".") and _delete_unused(path):  # left by a process that died
+        if path.name.startswith(".") and _delete_unused(path):  # its process has died
             continue
-        with suppress(FileNotFoundError):  # evicted by another process since it was listed
+        with suppress(FileNotFoundError):  # another process has evicted it
             used_at, num_bytes = path.stat().st_mtime, _num_bytes(path)
             total_bytes += num_bytes
             copies.append((used_at, num_bytes, path))
@@ -85,14 +93,14 @@ def make_room(folder: Path, budget_bytes: int) -> None:
 
 
 def _delete_unused(path: Path) -> bool:
-    """Deletes a copy unless it is locked; returns whether it is gone."""
+    """Deletes a copy unless it is in use. Returns whether it was deleted."""
     try:
         lock = lock_path(path, fcntl.LOCK_EX)
         if lock is None:
             return False
         try:
             doomed = path.with_name(f".{uuid.uuid4().hex}")
-            path.rename(doomed)  # at once gone for others, however long the deletion takes
+            path.rename(doomed)  # hides it from other processes during the deletion
             shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
         finally:
             os.close(lock)

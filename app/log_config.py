@@ -1,4 +1,4 @@
-"""Events of the control plane as JSON lines on standard error."""
+"""Logging configuration of the control plane: JSON lines on standard error."""
 
 import logging
 
@@ -7,7 +7,10 @@ from structlog.typing import Processor
 
 
 def configure_logging(level: str) -> None:
-    """Sends structlog's events, and what libraries log, through one handler; keeps handlers that are there."""
+    """Routes structlog events and the log records of libraries through one JSON handler.
+
+    Existing handlers of the root logger are kept; the JSON handler is then not installed.
+    """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,

@@ -1,4 +1,4 @@
-"""The FastAPI application: routes, error envelope, and what runs beside them."""
+"""The FastAPI application: routes, error handling and background tasks."""
 
 import gc
 import threading
@@ -27,14 +27,14 @@ JOIN_SECONDS = 10.0
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """What `uvicorn --factory app.main:create_app` serves."""
+    """Returns the ASGI application, for `uvicorn --factory app.main:create_app`."""
     settings = settings or get_settings()
     configure_logging(settings.log_level)
     app = FastAPI(
         title="Stillhouse",
         summary="Distils a large text generator into a small one, and serves the small one.",
         version="0.1.0",
-        docs_url=None,  # its page would load scripts from elsewhere
+        docs_url=None,  # the page would load scripts from another site
         redoc_url=None,
         responses=ERRORS,
         lifespan=lifespan,
@@ -45,7 +45,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.batch_runner = BatchRunner(app.state.switchboard)
     app.state.pin_teller = PinBroadcaster(app.state.switchboard)
     errors.install(app)
-    # Routes are tried in turn, and nobody waits as closely as for a first token.
+    # Routes are matched in this order. Completions come first to keep time to first token low.
     for module in (completions, health, files, jobs, models, serving, batches):
         app.include_router(module.router)
     app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
@@ -63,29 +63,32 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Starts the background tasks of the API process, and stops them at shutdown."""
     settings: Settings = app.state.settings
-    auth.key_pepper(settings)  # without it no key could ever be right: better not to start
+    auth.key_pepper(settings)  # raises if there is no pepper, without which all keys are refused
     reconciler = ReconcilerThread(settings.reconcile_seconds)
     reconciler.start()
     await app.state.switchboard.start()
     await app.state.batch_runner.start()
     await app.state.pin_teller.start()
-    # A collection of what was imported takes longer than any request may block the event loop.
+    # A garbage collection that scans all imported modules would block the event loop too long.
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
         await app.state.pin_teller.stop()
-        await (
-            app.state.batch_runner.stop()
-        )  # first, so that what it stops is cancelled on the workers
+        # Before the router, which sends the cancellations of the batches' requests to the workers.
+        await app.state.batch_runner.stop()
         await app.state.switchboard.stop()
         reconciler.stop()
 
 
 class ReconcilerThread(threading.Thread):
-    """Repairs what crashes and lost messages leave behind; one API process acts at a time."""
+    """Background thread that runs the reconciler every `every_seconds` seconds.
+
+    Every API process has one. An advisory lock in Postgres lets only one of them act at a time.
+    """
 
     def __init__(self, every_seconds: float) -> None:
         super().__init__(name="reconciler", daemon=True)
@@ -100,7 +103,7 @@ class ReconcilerThread(threading.Thread):
             except (DatabaseUnavailable, PoolExhausted) as fault:
                 log.warning("reconcile_postponed", reason=type(fault).__name__)
             except Exception:
-                log.exception("reconcile_failed")  # the thread must outlive any one fault
+                log.exception("reconcile_failed")  # the thread must keep running
 
     def stop(self) -> None:
         self._is_stopping.set()

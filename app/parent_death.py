@@ -1,6 +1,8 @@
-"""`python -m app.parent_death PARENT COMMAND…` becomes the command, and dies at once when the process PARENT does.
+"""Wrapper program that runs a command and has it killed when its parent dies. Linux only.
 
-A start-up of its own, because code between fork and exec is not safe in a process with threads. Linux only.
+`python -m app.parent_death PARENT COMMAND…` asks the kernel to send SIGKILL when its parent, the
+process PARENT, dies. It then replaces itself with the command. It is a separate program because
+running code between fork and exec (`preexec_fn`) is not safe in a process with threads.
 """
 
 import ctypes
@@ -14,14 +16,18 @@ PR_SET_PDEATHSIG: Final = 1
 
 
 def tethered(command: Sequence[str]) -> list[str]:
-    """The command, tied to this process. It ends with the *thread* that starts it, too."""
+    """Returns a command line that runs `command` and has it killed when this process dies.
+
+    The kernel watches the *thread* that starts the command: its end kills the command too.
+    """
     return [sys.executable, "-m", "app.parent_death", str(os.getpid()), *command]
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
+    """Replaces this process with the command. Exits with status 1 if the parent has died."""
     parent, command = int(arguments[0]), list(arguments[1:])
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died while we started
+    if os.getppid() != parent:  # the parent died before prctl was called
         sys.exit(1)
     os.execv(command[0], command)
 

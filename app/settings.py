@@ -1,4 +1,4 @@
-"""Every setting of the service, in one place: environment variables with the prefix STILLHOUSE_."""
+"""Settings of the service, read from environment variables with the prefix STILLHOUSE_."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -7,84 +7,100 @@ from typing import Any, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-CUDA_DEVICES = r"^([\w/-]+(,[\w/-]+)*)?$"  # numbers or UUIDs, separated by commas
+CUDA_DEVICES = r"^([\w/-]+(,[\w/-]+)*)?$"  # device numbers or UUIDs, separated by commas
 
 
 class Settings(BaseSettings):
-    """Read once per process by `get_settings()`; the README lists each field with its meaning."""
+    """All settings, with their defaults. Call `get_settings()` for those of this process."""
 
     model_config = SettingsConfigDict(env_prefix="STILLHOUSE_", extra="ignore", frozen=True)
 
     data_dir: Path = Field(
-        Path(".stillhouse"), description="Where `stillhouse up` keeps everything it owns"
+        Path(".stillhouse"), description="Folder for everything that `stillhouse up` owns"
     )
     database_url: str = Field(
-        "", description="PostgreSQL URL; empty: `stillhouse up` starts one in the data dir"
+        "", description="PostgreSQL URL; empty: `stillhouse up` starts a server in the data folder"
     )
     redis_url: str = Field(
-        "", description="Redis or Valkey URL; empty: `stillhouse up` starts one in the data dir"
+        "",
+        description="Redis or Valkey URL; empty: `stillhouse up` starts a server in the data folder",
     )
     store_url: str = Field(
-        "", description="Artifact store: a folder or s3://bucket/prefix; empty: <data-dir>/store"
+        "",
+        description="Artifact store: a folder or s3://bucket/prefix; empty: `store` in the data folder",
     )
     key_pepper: str = Field(
-        "", description="Secret mixed into API key hashes; empty: kept in <data-dir>/pepper"
+        "", description="Secret for hashing API keys; empty: the file `pepper` in the data folder"
     )
     host: str = Field("127.0.0.1", description="Address the API listens on")
     port: int = Field(8400, ge=0, le=65535, description="Port the API listens on")
     allowed_origins: str = Field(
         "*",
-        description="Origins, by blanks or commas, whose web pages may call the API, with a key; empty: none",
+        description="Allowed CORS origins, separated by commas or spaces; empty: none",
     )
-    log_level: str = Field("info", description="debug, info, warning or error")
+    log_level: str = Field("info", description="Log level: debug, info, warning or error")
 
-    max_file_bytes: int = Field(512 * 2**20, gt=0, description="Largest upload")
-    max_line_bytes: int = Field(2**20, gt=0, description="Longest line of an uploaded JSONL file")
-    max_rows_per_file: int = Field(2_000_000, gt=0, description="Rows of an uploaded training file")
+    max_file_bytes: int = Field(512 * 2**20, gt=0, description="Maximum size of an uploaded file")
+    max_line_bytes: int = Field(
+        2**20, gt=0, description="Maximum length of a line of an uploaded JSONL file"
+    )
+    max_rows_per_file: int = Field(
+        2_000_000, gt=0, description="Maximum number of rows of a training file"
+    )
     max_bytes_per_project: int = Field(
-        100 * 2**30, gt=0, description="Bytes of files a project may keep"
+        100 * 2**30, gt=0, description="Maximum size of all files of a project"
     )
-    max_files_per_project: int = Field(10_000, gt=0, description="Files a project may keep")
+    max_files_per_project: int = Field(
+        10_000, gt=0, description="Maximum number of files of a project"
+    )
     max_active_jobs_per_project: int = Field(
-        100, gt=0, description="Jobs, and batches, of a project that have not ended"
+        100,
+        gt=0,
+        description="Maximum number of jobs of a project that have not ended; batches have the same limit",
     )
-    max_body_bytes: int = Field(4 * 2**20, gt=0, description="Largest JSON request body")
+    max_body_bytes: int = Field(4 * 2**20, gt=0, description="Maximum size of a JSON request body")
     min_free_bytes: int = Field(
-        2**30, ge=0, description="Disk that must stay free beside what a job needs"
+        2**30, ge=0, description="Disk space that must stay free in addition to what a job needs"
     )
 
     heartbeat_seconds: float = Field(
-        10.0, gt=0, description="How often a train worker renews its lease"
+        10.0, gt=0, description="Interval at which a train worker renews its lease"
     )
     lease_seconds: float = Field(
-        90.0, gt=0, description="Silence after which another may take the job, or the batch"
+        90.0,
+        gt=0,
+        description="Time without a heartbeat after which another worker may take the job or batch",
     )
-    reconcile_seconds: float = Field(5.0, gt=0, description="How often the reconciler looks")
+    reconcile_seconds: float = Field(5.0, gt=0, description="Interval of the reconciler")
     ring_again_seconds: float = Field(
-        30.0, gt=0, description="An unclaimed job is rung again after this long"
+        30.0,
+        gt=0,
+        description="Time after which the wake-up message for an unclaimed job is sent again",
     )
     retry_backoff_seconds: float = Field(
-        5.0, ge=0, description="Wait after a lost worker; doubles with each loss"
+        5.0,
+        ge=0,
+        description="Delay before a job is tried again after a lost worker; doubles with each loss",
     )
-    max_losses: int = Field(3, ge=1, description="Lost workers after which a job fails")
+    max_losses: int = Field(3, ge=1, description="Number of lost workers after which a job fails")
     max_runtime_seconds: float = Field(
         24 * 3600.0,
         gt=0,
         description="Maximum running time of a job before it is paused; resuming the job resets it",
     )
     keep_checkpoints: int = Field(
-        2, ge=2, description="Newest checkpoints kept beside the best one"
+        2, ge=2, description="Number of newest checkpoints to keep in addition to the best one"
     )
     teacher_cache_bytes: int = Field(
-        20 * 2**30, ge=0, description="Disk for teacher caches and answers"
+        20 * 2**30, ge=0, description="Maximum size of the caches of teacher outputs and answers"
     )
     artifact_cache_bytes: int = Field(
         50 * 2**30,
         ge=0,
-        description="Disk for a worker's local copies of artifacts of a remote store; copies in use may exceed it",
+        description="Maximum size of a worker's local copies of artifacts in a remote store; copies in use may exceed it",
     )
     num_threads: int = Field(
-        0, ge=0, description="Compute threads of a trainer or engine; 0: all cores"
+        0, ge=0, description="Number of compute threads of a trainer or engine; 0: all cores"
     )
     training_cpu_share: float = Field(
         0.45,
@@ -93,10 +109,10 @@ class Settings(BaseSettings):
         description="Share of the CPU time that training gets while a serve worker on the same cores is busy; 1 disables time-sharing",
     )
     num_processes: int = Field(
-        0, ge=0, description="Processes that train one student; 0: one a CUDA device"
+        0, ge=0, description="Number of processes that train one student; 0: one per CUDA device"
     )
     work_dir: str = Field(
-        "", description="Where runs lay their work folders; empty: <data-dir>/work"
+        "", description="Parent of the work folders of runs; empty: `work` in the data folder"
     )
 
     train_cuda_devices: str = Field(
@@ -107,23 +123,28 @@ class Settings(BaseSettings):
     serve_cuda_devices: str = Field(
         "",
         pattern=CUDA_DEVICES,
-        description="The same for the serve workers, each of which uses its first device",
+        description="CUDA devices of the serve workers, each of which uses its first device",
     )
     serve_device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="What our engine runs on; auto: a CUDA device if there is one"
+        "auto", description="Device of our engine; auto: a CUDA device if there is one"
     )
     serve_precision: Literal["auto", "float32"] = Field(
         "auto",
-        description="Float of models whose weights option is auto, on a CPU; auto: bfloat16 if it multiplies that itself",
+        description="dtype on a CPU of models whose weights option is auto; auto: bfloat16 if the CPU supports it",
     )
     max_running_sequences: int = Field(
-        64, ge=1, le=1024, description="Sequences decoded together by a serve worker"
+        64,
+        ge=1,
+        le=1024,
+        description="Maximum number of sequences that a serve worker decodes together",
     )
     max_waiting_requests: int = Field(
-        256, ge=0, description="Generation requests admitted and not finished, per API"
+        256, ge=0, description="Maximum number of generation requests in progress, per API process"
     )
     max_waiting_tokens: int = Field(
-        400_000, ge=1, description="Tokens reserved by admitted requests, per API"
+        400_000,
+        ge=1,
+        description="Maximum number of tokens reserved by requests in progress, per API process",
     )
     max_answer_bytes: int = Field(
         16 * 2**20,
@@ -131,57 +152,63 @@ class Settings(BaseSettings):
         description="Maximum estimated size of a response that is not streamed, checked before generation starts",
     )
     max_requests_per_key: int = Field(
-        64, ge=1, description="Generation requests of one key at once, per API"
+        64,
+        ge=1,
+        description="Maximum number of generation requests of one key in progress, per API process",
     )
     max_batch_sequences: int = Field(
-        8, ge=1, le=256, description="Sequences that batches have in the engine at once, per API"
+        8,
+        ge=1,
+        le=256,
+        description="Maximum number of sequences of batches in progress, per API process",
     )
     request_timeout_seconds: float = Field(
-        600.0, gt=0, description="A generation request ends after this long"
+        600.0, gt=0, description="Maximum duration of a generation request"
     )
     model_load_wait_seconds: float = Field(
-        30.0, ge=0, description="How long a request waits for a loading model"
+        30.0, ge=0, description="Maximum time that a request waits for a model that is being loaded"
     )
     resident_model_bytes: int = Field(
-        4 * 2**30, gt=0, description="Weights a serve worker keeps loaded"
+        4 * 2**30, gt=0, description="Maximum size of the weights that a serve worker keeps loaded"
     )
     max_context_tokens: int = Field(
-        2048, ge=16, description="Longest prompt plus answer the engine keeps room for"
+        2048, ge=16, description="Maximum number of tokens of prompt and answer together"
     )
     serve_heartbeat_seconds: float = Field(
-        1.0, gt=0, description="How often a serve worker says it lives"
+        1.0, gt=0, description="Interval of the heartbeats of a serve worker"
     )
 
-    hf_endpoint: str = Field(
-        "", description="Hub that `hf:` imports are fetched from; empty: the Hugging Face hub"
-    )
+    hf_endpoint: str = Field("", description="Hub for `hf:` imports; empty: the Hugging Face hub")
     hf_token: str = Field(
         "",
         description="Token for the hub, for imports by keys with the scope `hub:token` or `admin`",
     )
     crash_dir: str = Field(
-        "", description="For fault tests only: where crash points are armed; empty: nowhere"
+        "", description="For fault tests only: folder in which crash points are armed; empty: none"
     )
 
     def store_root(self) -> str:
+        """Returns the URL or the folder of the artifact store."""
         return self.store_url or str((self.data_dir / "store").resolve())
 
     def work_root(self) -> Path:
+        """Returns the folder below which each run creates its work folder."""
         return Path(self.work_dir) if self.work_dir else (self.data_dir / "work").resolve()
 
 
 @lru_cache
 def get_settings() -> Settings:
+    """Returns the settings of this process, read from the environment at the first call."""
     return Settings()
 
 
 def celery_settings(
     settings: Settings,
 ) -> dict[str, Any]:  # Any: Celery's own untyped configuration
-    """Celery configuration shared by the producer and the workers.
+    """Returns the Celery configuration that producers and workers share.
 
-    Messages are doorbells and hand-overs, acknowledged at once: Postgres is the truth about jobs, so
-    neither a redelivery nor a loss may matter, and a broker restart can neither kill nor double a run.
+    Workers acknowledge a message on receipt. Jobs are stored in Postgres, so a lost or repeated
+    message does no harm. A restart of the broker neither ends a run nor starts it twice.
     """
     visibility_seconds = 300
     return {

@@ -1,7 +1,8 @@
-"""The artifact store: uploads, checkpoints, models. A folder, or any fsspec URL such as s3://bucket/prefix.
+"""Artifact store for uploads, checkpoints and models: a folder, or an fsspec URL such as s3://x/y.
 
-What is written becomes visible whole or not at all. A folder carries `_manifest.json` with the size and SHA-256
-of each file; the manifest's own SHA-256 is what rows and contracts keep, so no change goes unnoticed.
+Writes are atomic: a file or folder becomes visible when it is complete, or not at all. A stored
+folder contains `_manifest.json` with the size and SHA-256 of each file. Database rows and messages
+keep the SHA-256 of the manifest itself, so that every change is detected.
 """
 
 import hashlib
@@ -26,27 +27,29 @@ from app.local_copies import partial_copy
 from app.settings import get_settings
 
 MANIFEST: Final = "_manifest.json"
-INCOMING: Final = ".incoming"  # half-written things of a local store; no key can reach it
+INCOMING: Final = ".incoming"  # incomplete writes of a local store; not a valid key
 CHUNK_BYTES: Final = 4 * 2**20
 KEY: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@:+=-]*(/[A-Za-z0-9_][A-Za-z0-9._@:+=-]*)*")
 MAX_KEY_LENGTH: Final = 255
 
-MakeRoom = Callable[[int], None]  # called with the number of bytes that are about to be written
+MakeRoom = Callable[[int], None]  # called with the number of bytes before they are written
 
 
 class StorageError(Exception):
-    """The store cannot do it; the message says what and where."""
+    """The store cannot perform an operation; the message gives the reason and the path."""
 
 
 class CorruptArtifact(StorageError):
-    """What lies in the store is not what was put there."""
+    """The stored bytes differ from those that were written."""
 
 
 class AlreadyStored(StorageError):
-    """Something else lies under the key; nothing stored is ever overwritten by a folder."""
+    """The key already holds other content, which a folder never overwrites."""
 
 
 class Entry(TypedDict):
+    """Manifest entry of one file; `path` is relative to the stored folder."""
+
     path: str
     bytes: int
     sha256: str
@@ -58,7 +61,7 @@ class Store:
     def __init__(self, root: str) -> None:
         # Any: fsspec is untyped
         self._fs: Any
-        # A kept listing would miss what other processes have put since.
+        # A cached listing would miss what other processes have stored.
         self._fs, self._root = fsspec.core.url_to_fs(root, use_listings_cache=False)
         self.is_local = isinstance(self._fs, fsspec.get_filesystem_class("file"))
         if self.is_local:
@@ -66,12 +69,11 @@ class Store:
 
     @contextmanager
     def writer(self, key: str) -> Iterator[IO[bytes]]:
-        """A binary file that appears under the key when the block ends, and never if it raises."""
+        """Yields a binary file. It is stored under the key if the block ends without an error."""
         path = self._path(key)
         if not self.is_local:
-            with (
-                tempfile.NamedTemporaryFile() as spool
-            ):  # object stores show an object only when it is whole
+            # An object store makes an object visible only when its upload is complete.
+            with tempfile.NamedTemporaryFile() as spool:
                 yield spool
                 spool.flush()
                 self._fs.put_file(spool.name, path)
@@ -88,11 +90,12 @@ class Store:
             raise
 
     def open(self, key: str) -> IO[bytes]:
-        """The file's bytes. Raises FileNotFoundError."""
+        """Opens a file for reading. Raises FileNotFoundError if the key does not exist."""
         file: IO[bytes] = self._fs.open(self._path(key), "rb")
         return file
 
     def put_file(self, local: Path, key: str) -> ArtifactRef:
+        """Stores a local file and returns its reference. Replaces an existing file."""
         digest, size = hashlib.sha256(), 0
         with local.open("rb") as source, self.writer(key) as target:
             while chunk := source.read(CHUNK_BYTES):
@@ -101,10 +104,14 @@ class Store:
         return ArtifactRef(key=key, bytes=size, sha256=digest.hexdigest())
 
     def put_folder(self, local: Path, key: str, *, link: bool = False) -> ArtifactRef:
-        """Stores every file below `local`; the same content again is fine, other content is refused.
+        """Stores all files below `local` and returns the reference of the folder.
 
-        link: the files will never change in place, so a local store may share their bytes.
-        Raises AlreadyStored, and StorageError for anything but plain files.
+        Storing the same content again succeeds. With `link`, a local store may use hard links, so
+        the caller must never change the files in place.
+
+        Raises:
+            AlreadyStored: The key holds other content.
+            StorageError: `local` has no files, or contains links or special files.
         """
         target = self._path(key)
         if not self.is_local:
@@ -129,11 +136,15 @@ class Store:
     def fetch_folder(
         self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None
     ) -> Path:
-        """A local folder with the artifact: the store's own, or a verified copy kept in `cache_dir`.
+        """Returns a local folder with the artifact, which the caller must not change.
 
-        A folder inside a stored folder can be had too. Never change what it returns. `make_room` is called
-        with the size of a copy before it is made.
-        Raises FileNotFoundError and CorruptArtifact.
+        For a local store this is the stored folder itself, else a verified copy in `cache_dir`.
+        Without a SHA-256, `ref` may also name a folder inside a stored folder. `make_room` is
+        called with the size of a copy before it is downloaded.
+
+        Raises:
+            FileNotFoundError: The store has no such folder.
+            CorruptArtifact: The manifest or a downloaded file has changed.
         """
         manifest, inside = self._checked_manifest(ref)
         if self.is_local:
@@ -151,7 +162,7 @@ class Store:
                 )
             try:
                 (partial / "copy").rename(target)
-            except OSError:  # another process was first, with the same content
+            except OSError:  # another process has made the same copy
                 if not target.exists():
                     raise
         return target
@@ -159,7 +170,10 @@ class Store:
     def fetch_file(
         self, ref: ArtifactRef, cache_dir: Path, make_room: MakeRoom | None = None
     ) -> Path:
-        """A local file with the artifact: the store's own, or a verified copy kept in `cache_dir`."""
+        """Returns a local file with the artifact: the stored file, or a copy in `cache_dir`.
+
+        A copy is verified if `ref` has a SHA-256. Raises as `fetch_folder` does.
+        """
         path = self._path(ref.key)
         if self.is_local:
             if not Path(path).is_file():
@@ -175,7 +189,10 @@ class Store:
         return target
 
     def verify_folder(self, key: str, sha256: str | None = None) -> bool:
-        """Reads everything: whether each file is there and as it was put. `sha256` is the manifest's."""
+        """Reads all files and returns whether the folder is complete and unchanged.
+
+        `sha256` is the expected SHA-256 of the manifest.
+        """
         try:
             entries = _entries(
                 *self._checked_manifest(ArtifactRef(key=key, bytes=0, sha256=sha256))
@@ -188,12 +205,12 @@ class Store:
             return False
 
     def delete(self, key: str) -> None:
-        """Removes a file or a folder; nothing there is fine."""
+        """Deletes a file or a folder. Does nothing if the key does not exist."""
         path = self._path(key)
         if self.is_local:
             doomed = self._incoming()
             try:
-                os.rename(path, doomed)  # gone at once, even if we die while deleting
+                os.rename(path, doomed)  # takes effect even if the deletion is interrupted
             except FileNotFoundError:
                 return
             shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
@@ -204,9 +221,9 @@ class Store:
         return bool(self._fs.exists(self._path(key)))
 
     def children(self, key: str) -> list[str]:
-        """Returns the names directly below a key; empty if there is nothing.
+        """Returns the sorted names directly below a key, or an empty list if there are none.
 
-        Names that are not part of a key are left out: `.DS_Store` and the like were not stored by us.
+        Names that are not valid in a key, such as `.DS_Store`, are left out.
         """
         try:
             paths: list[str] = self._fs.ls(self._path(key), detail=False)
@@ -216,22 +233,25 @@ class Store:
         return sorted(name for name in names if _is_key(f"{key}/{name}"))
 
     def age_seconds(self, key: str) -> float:
-        """Time since the file was last written. Raises FileNotFoundError."""
+        """Returns the seconds since the file was last written. Raises FileNotFoundError."""
         return time.time() - float(self._fs.modified(self._path(key)).timestamp())
 
     def sweep_incoming(self, older_than_seconds: float) -> int:
-        """Removes incomplete files that a killed process left in a local store; returns their number."""
+        """Deletes old incomplete writes of killed processes from a local store.
+
+        Returns the number of deleted files and folders.
+        """
         num_removed = 0
         folder = Path(self._root) / INCOMING
         for path in folder.iterdir() if self.is_local else ():
-            with suppress(OSError):  # published or deleted since it was listed
+            with suppress(OSError):  # published or deleted after it was listed
                 if time.time() - path.lstat().st_mtime > older_than_seconds:
                     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()
                     num_removed += 1
         return num_removed
 
     def free_bytes(self) -> int | None:
-        """Disk left to the store; None if the store has no end."""
+        """Returns the free disk space of a local store, or None for a remote one."""
         return shutil.disk_usage(self._root).free if self.is_local else None
 
     def _path(self, key: str) -> str:
@@ -248,7 +268,10 @@ class Store:
             return content
 
     def _checked_manifest(self, ref: ArtifactRef) -> tuple[bytes, str]:
-        """The manifest of the stored folder that the key is, or is inside of; and where inside."""
+        """Returns the manifest of the folder that contains the key, and the key's path inside it.
+
+        Parent folders are searched only if `ref` has no SHA-256.
+        """
         key = ref.key
         while (
             not self._fs.exists(f"{self._path(key)}/{MANIFEST}")
@@ -297,7 +320,7 @@ class Store:
 
 @lru_cache
 def store() -> Store:
-    """The store that the settings name."""
+    """Returns the store that the settings name; the same object at each call."""
     return Store(get_settings().store_root())
 
 
@@ -318,7 +341,7 @@ def _plain_files(folder: Path) -> list[Path]:
 
 
 def _take_in(source: Path, path: Path, incoming: Path, *, link: bool) -> Entry:
-    """Copies (or links) one file into the incoming folder, on disk for good."""
+    """Copies or hard-links one file into the incoming folder, and syncs it to disk."""
     name = path.relative_to(source)
     target = incoming / name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -326,7 +349,7 @@ def _take_in(source: Path, path: Path, incoming: Path, *, link: bool) -> Entry:
         if not link:
             raise OSError
         os.link(path, target)
-    except OSError:  # another filesystem, or one without hard links
+    except OSError:  # no link wanted, or the filesystem does not allow one
         shutil.copyfile(path, target)
     digest, size = hash_file(target)
     with target.open("rb") as file:
@@ -341,7 +364,7 @@ def _manifest_bytes(entries: list[Entry]) -> bytes:
 
 
 def _entries(manifest: bytes, inside: str = "") -> list[Entry]:
-    """The entries below the folder `inside`, with paths seen from there."""
+    """Returns the entries below the folder `inside`, with paths relative to it."""
     try:
         entries: list[Entry] = json.loads(manifest)["files"]
         if any(

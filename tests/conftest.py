@@ -4,7 +4,6 @@ import itertools
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import psycopg
 import pytest
 import redis
 from psycopg import sql
-from tqdm.std import tqdm  # type: ignore[import-untyped]  # it has no type hints
 
 from app.db.schema.migrate import upgrade
 from app.db.session import engine
@@ -22,8 +20,8 @@ from app.storage import store
 
 pytest_plugins = ["tests.tiny"]
 
-# The default lock of progress bars is shared with forked processes: one that a test kills would block all others.
-tqdm.set_lock(threading.RLock())
+# A progress bar whose output fails keeps the lock that all bars share, and blocks every later load.
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 _database_numbers = itertools.count()
 

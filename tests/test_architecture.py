@@ -175,12 +175,20 @@ def test_import_contracts_are_kept() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_readme_names_every_setting() -> None:
-    readme = (ROOT / "README.md").read_text()
-    names = run_python(
-        "from app.settings import Settings; print(' '.join(Settings.model_fields))"
-    ).split()
-    assert [name for name in names if f"STILLHOUSE_{name.upper()}" not in readme] == []
+def test_the_documentation_lists_every_setting() -> None:
+    code = (
+        "from app.settings import Settings\n"
+        "for name, field in Settings.model_fields.items(): "
+        "print(f'| `STILLHOUSE_{name.upper()}` |', field.description, sep='\\t')"
+    )
+    lines = (ROOT / "docs" / "settings.md").read_text().splitlines()
+    fields = [line.split("\t") for line in run_python(code).splitlines()]
+    missing = [
+        name
+        for name, meaning in fields
+        if not any(line.startswith(name) and line.endswith(f"| {meaning} |") for line in lines)
+    ]
+    assert missing == []
 
 
 def test_the_api_image_has_no_torch() -> None:

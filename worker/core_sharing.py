@@ -1,13 +1,16 @@
-"""Turn-taking between a serve worker and the training runs on the same cores (gang scheduling).
+"""Time-sharing of CPU cores between a serve worker and the training runs (gang scheduling).
 
-A trainer and an engine both compute on all cores, and every parallel region ends in a barrier. When both run at once,
-threads wait at barriers for threads that are not scheduled, and most of the machine is lost. So they take turns: while
-the engine has work it stops the process groups of the runs (SIGSTOP), and after each of its turns it lets them
-compute (SIGCONT) for their share of the time. A run is never stopped while the engine is idle.
+An engine and a training run both use all cores, and each parallel region ends in a barrier. If
+both ran at once, threads would wait at barriers for threads that are not scheduled. Most of the
+CPU time would be lost.
 
-The number of threads of either side never changes, so answers and checkpoints do not depend on who else is at work.
-Runs announce themselves by a file each in a folder of the machine's work folder. The train worker resumes a run that
-stays stopped, which happens if a serve worker is killed in its turn.
+They take turns instead. While the engine has work, it stops the process groups of the runs
+(SIGSTOP). After each of its turns it lets them compute (SIGCONT) for their share of the time. A
+run is never stopped while the engine is idle.
+
+The number of threads of either side never changes, so that results do not depend on the load.
+Each run announces itself with a file in a shared folder. A serve worker that is killed during its
+turn leaves the runs stopped; the train worker then resumes them.
 """
 
 import contextlib
@@ -26,18 +29,20 @@ from pydantic import BaseModel, ValidationError
 from app.settings import Settings
 
 SERVING_TURN_SECONDS: Final = 0.15  # minimum serving time between two training turns
-LONGEST_TRAINING_TURN_SECONDS: Final = (
-    0.2  # bounds the wait of a prompt that arrives in a training turn
-)
-RESCAN_SECONDS: Final = 0.1
-GUARD_SECONDS: Final = 0.2
+# Also the longest wait of a prompt that arrives during a training turn.
+LONGEST_TRAINING_TURN_SECONDS: Final = 0.2
+RESCAN_SECONDS: Final = 0.1  # interval at which an engine looks for new and ended runs
+GUARD_SECONDS: Final = 0.2  # interval at which a train worker checks if its run is stopped
 DOUBLE: Final = struct.Struct("=d")
 GPU_DEVICES: Final = ("/dev/nvidiactl", "/dev/kfd")
-NUM_STOPPED_CHECKS: Final = 10  # a run that is found stopped so many times in a row is resumed
+NUM_STOPPED_CHECKS: Final = 10  # a run that is stopped in this many checks in a row is resumed
 
 
 class Announcement(BaseModel):
-    """A run that shares the cores. The start time distinguishes it from a later process with the same pid."""
+    """Content of the file with which a run announces that it shares the cores.
+
+    The start time and boot id distinguish the run from a later process with the same pid.
+    """
 
     pid: int
     start_ticks: int
@@ -45,7 +50,7 @@ class Announcement(BaseModel):
 
 
 def announce(folder: Path, pid: int) -> Path | None:
-    """Writes the announcement of the process group `pid` and returns its path; None if the process is gone."""
+    """Announces the process group `pid`; returns the file, or None if the process has ended."""
     start_ticks = _start_ticks(pid)
     if start_ticks is None:
         return None
@@ -60,7 +65,7 @@ def announce(folder: Path, pid: int) -> Path | None:
 
 
 def find_runs(folder: Path) -> list[int]:
-    """Returns the process groups that are announced and alive, and removes the files of those that are not."""
+    """Returns the announced process groups that are alive; deletes the files of all others."""
     pids = []
     for path in folder.glob("*.json"):
         try:
@@ -70,17 +75,17 @@ def find_runs(folder: Path) -> list[int]:
         if run.boot_id == _boot_id() and _start_ticks(run.pid) == run.start_ticks:
             pids.append(run.pid)
         elif run.boot_id != _boot_id() or _start_ticks(run.pid) is None:
-            with contextlib.suppress(
-                OSError
-            ):  # a file of another user is removed by its own worker
+            # The file of another user cannot be deleted; the worker of that user does it.
+            with contextlib.suppress(OSError):
                 path.unlink()
     return pids
 
 
 class CoreTurns:
-    """Turn-taking of an engine: call `take` before each step and `release` when idle. Not thread-safe.
+    """Engine side of the time-sharing. Not thread-safe.
 
-    `training_share` is the share of the time that runs get while the engine is busy, from 0 to below 1.
+    Call `take` before each step and `release` when the engine is idle. `training_share` is the
+    fraction of the time that runs get while the engine is busy, in [0, 1).
     """
 
     def __init__(
@@ -99,12 +104,15 @@ class CoreTurns:
         self._clock, self._sleep, self._send = clock, sleep, send or signal_group
         self._runs: list[int] = []
         self._scanned_at = -RESCAN_SECONDS
-        self._used_seconds = 0.0  # by the engine since the runs' last turn
+        self._used_seconds = 0.0  # serving time that training turns have not yet compensated
         self._taken_at: float | None = None
         self._released_at = 0.0
 
     def take(self) -> None:
-        """Blocks until the engine may compute, then stops the runs. A training turn that is due takes place first."""
+        """Stops the runs, so that the engine can compute.
+
+        If a training turn is due or in progress, this blocks until the turn is over.
+        """
         now = self._clock()
         if now - self._scanned_at >= RESCAN_SECONDS:
             self._runs, self._scanned_at = find_runs(self._folder), now
@@ -117,7 +125,8 @@ class CoreTurns:
             self._training_turn.write(self._clock() + seconds)
             self._signal(signal.SIGCONT)
         left = self._training_turn.read() - self._clock()
-        if 0 < left < 2 * LONGEST_TRAINING_TURN_SECONDS:  # a later end was written before a reboot
+        # The clock restarts at a reboot, so an end that is further away is from before a reboot.
+        if 0 < left < 2 * LONGEST_TRAINING_TURN_SECONDS:
             self._sleep(left)
             self._repay(left)
         self._signal(signal.SIGSTOP)
@@ -131,7 +140,11 @@ class CoreTurns:
             self._taken_at, self._released_at = None, self._clock()
 
     def _repay(self, training_seconds: float) -> None:
-        """Takes a training turn off the time used. What a long step leaves unpaid makes the next turn come sooner."""
+        """Subtracts a training turn from the serving time that is to be compensated.
+
+        After a long step a remainder is left, which brings the next training turn forward. The
+        remainder is limited to what one longest turn compensates.
+        """
         if not self._ratio:
             return
         longest_debt = LONGEST_TRAINING_TURN_SECONDS / self._ratio
@@ -139,7 +152,7 @@ class CoreTurns:
         self._used_seconds = min(max(0.0, self._used_seconds - paid), longest_debt)
 
     def _count(self, now: float) -> None:
-        """Adds what the engine has used, or takes off what the runs have had since it was idle."""
+        """Updates `_used_seconds`: adds serving time, or subtracts the engine's idle time."""
         if self._taken_at is not None:
             self._used_seconds += now - self._taken_at
         elif self._ratio:
@@ -155,15 +168,17 @@ class CoreTurns:
 
 
 class _SharedTime:
-    """End of the current training turn (`time.monotonic`), in a mapped file that all engines of the machine share."""
+    """End of the current training turn, in a mapped file that all engines of the machine share.
+
+    The time is in seconds of `time.monotonic`.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b") as file:
             file.truncate(DOUBLE.size)
-            os.posix_fallocate(
-                file.fileno(), 0, DOUBLE.size
-            )  # a write to a hole on a full disk is a SIGBUS
+            # Allocate now: writing to a hole of a mapped file on a full disk raises SIGBUS.
+            os.posix_fallocate(file.fileno(), 0, DOUBLE.size)
             self._map = mmap.mmap(file.fileno(), DOUBLE.size)
 
     def read(self) -> float:
@@ -174,7 +189,10 @@ class _SharedTime:
 
 
 class SharedRun:
-    """Turn-taking of a run: announces it, and resumes it if it stays stopped."""
+    """Run side of the time-sharing: announces a run, and resumes it if it stays stopped.
+
+    The checks are made by a thread of the train worker.
+    """
 
     def __init__(self, folder: Path, pid: int) -> None:
         self._pid = pid
@@ -185,7 +203,11 @@ class SharedRun:
         self._thread.start()
 
     def withdraw(self) -> None:
-        """Ends the turns: from now on the run computes all the time, and an engine that stops it late is overruled."""
+        """Ends the time-sharing, so that the run can compute all the time.
+
+        An engine may still stop the run until its next scan. The run is then resumed at the next
+        check.
+        """
         if self._path is not None:
             self._path.unlink(missing_ok=True)
         self._num_stopped_checks = 1
@@ -205,20 +227,21 @@ class SharedRun:
 
 
 def signal_group(pid: int, number: signal.Signals) -> None:
-    """Signals a process group; one that is gone, or belongs to another user, is left alone."""
+    """Sends a signal to a process group; ignores groups that have ended or are of another user."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, number)
 
 
 def is_stopped(pid: int) -> bool:
+    """Returns whether the process is suspended by a signal."""
     fields = _stat_fields(pid)
     return fields is not None and fields[0] == "T"
 
 
 def shared_cores(settings: Settings) -> Path | None:
-    """Returns the folder in which runs announce themselves, or None if turns are disabled.
+    """Returns the folder in which runs announce themselves, or None if time-sharing is disabled.
 
-    The setting disables them, or a GPU in the machine: runs on a GPU use little CPU time.
+    It is disabled by the setting, and on machines with a GPU, where runs need little CPU time.
     """
     if settings.training_cpu_share == 1 or any(Path(name).exists() for name in GPU_DEVICES):
         return None
@@ -231,7 +254,10 @@ def _start_ticks(pid: int) -> int | None:
 
 
 def _stat_fields(pid: int) -> list[str] | None:
-    """The fields of /proc/PID/stat after the name, which may itself hold blanks; None if there is no such process."""
+    """Returns the fields of /proc/PID/stat after the name; None if there is no such process.
+
+    The name may contain spaces and parentheses, so the text is split at the last parenthesis.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

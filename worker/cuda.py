@@ -1,7 +1,8 @@
-"""Which CUDA devices a worker, and every process that it starts, may use.
+"""Restricts the CUDA devices that a worker and its child processes can use.
 
-CUDA_VISIBLE_DEVICES restricts them. The settings STILLHOUSE_TRAIN_CUDA_DEVICES and STILLHOUSE_SERVE_CUDA_DEVICES
-replace it for the workers of a role. Numbers in them are those of nvidia-smi.
+CUDA_VISIBLE_DEVICES lists the devices. The settings STILLHOUSE_TRAIN_CUDA_DEVICES and
+STILLHOUSE_SERVE_CUDA_DEVICES replace it for train and serve workers. Their numbers are those of
+nvidia-smi.
 """
 
 import subprocess
@@ -11,13 +12,19 @@ from app.local.process_manager import set_environment
 
 
 def restrict_to(devices: str) -> None:
-    """Hides all other devices from this process and its children. To be called before CUDA is initialised."""
+    """Hides all other devices from this process and its children.
+
+    Call it before CUDA is initialised. An empty list changes nothing.
+    """
     if devices:
         set_environment({"CUDA_VISIBLE_DEVICES": devices, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"})
 
 
 def require(devices: str, num_visible: int, setting: str) -> None:
-    """Exits if a listed device does not exist: CUDA would ignore it and those after it, without an error."""
+    """Exits with an error if fewer devices are visible than are listed.
+
+    CUDA silently ignores a device that does not exist, and all devices listed after it.
+    """
     num_listed = len(devices.split(",")) if devices else 0
     if num_listed > num_visible:
         sys.exit(

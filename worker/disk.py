@@ -1,4 +1,4 @@
-"""Recognises errors that mean that a disk or a quota is full, also where a library has wrapped them."""
+"""Recognises errors caused by a full disk or quota, also if a library has wrapped them."""
 
 import errno
 import os
@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-REFUSED = (*FULL, errno.EFBIG)  # EFBIG: RLIMIT_FSIZE, or the largest file of the file system
-# safetensors and tokenizers keep the error number in the text only; numpy's tofile reports a short
-# write, without any number
+REFUSED = (*FULL, errno.EFBIG)  # EFBIG: RLIMIT_FSIZE, or the file system's limit on file size
+# safetensors and tokenizers give the error number only in the message. numpy's tofile reports a
+# short write without a number.
 WRAPPED = re.compile(
     "|".join(
         [
@@ -21,12 +21,12 @@ WRAPPED = re.compile(
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error, or one that it was raised from, is a write that a full disk or quota refused."""
+    """Returns whether the error, or one in its chain of causes, is due to a full disk or quota."""
     return any(_refuses_a_write(link) for link in _chain(error))
 
 
 def mentions_full_disk(text: str) -> bool:
-    """Whether the text, such as a traceback, reports a full disk or quota."""
+    """Returns whether the text, for example a traceback, reports a full disk or quota."""
     return WRAPPED.search(text) is not None
 
 
@@ -37,7 +37,7 @@ def _refuses_a_write(error: BaseException) -> bool:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, its cause, the cause of that, and so on, as a traceback shows them."""
+    """Yields the error and its causes or contexts, as a traceback shows them."""
     link: BaseException | None = error
     seen: set[int] = set()
     while link is not None and id(link) not in seen:

@@ -1,92 +1,92 @@
-"""Errors that end a job; each has a code that becomes the job's `error.code`."""
+"""Errors that end a job. The `code` of an error becomes the job's `error.code`."""
 
 
 class WorkerError(Exception):
-    """Base: the job cannot succeed as it was submitted. The message says what to change."""
+    """Base class: the job cannot succeed as submitted. The message says what to change."""
 
     code = "internal_error"
 
 
 class UnsupportedModel(WorkerError):
-    """A model of an architecture, or with an option, that is not supported."""
+    """The architecture or an option of a model is not supported."""
 
     code = "unsupported_architecture"
 
 
 class ImportFailed(WorkerError):
-    """Base of the errors of an import."""
+    """Base class of the errors of an import."""
 
     code = "import_failed"
 
 
 class UnsafeFile(ImportFailed):
-    """A file that could run code, or that does not belong into a model."""
+    """A file could run code, or is not part of a model."""
 
     code = "unsafe_file"
 
 
 class BrokenFile(ImportFailed):
-    """A file that is truncated, contradicts itself or cannot be parsed."""
+    """A file is truncated, inconsistent or cannot be parsed."""
 
     code = "invalid_model_file"
 
 
 class MissingFile(ImportFailed):
-    """A file without which a model cannot be loaded."""
+    """A file that is needed to load the model is missing."""
 
     code = "missing_model_file"
 
 
 class UnsupportedTokenizer(ImportFailed):
-    """A tokenizer that cannot be loaded or converted."""
+    """The tokenizer cannot be loaded or converted."""
 
     code = "unsupported_tokenizer"
 
 
 class HubFailed(ImportFailed):
-    """The hub does not answer, or not with what was requested."""
+    """The hub cannot be reached, or does not deliver the requested model."""
 
     code = "hub_failed"
 
 
 class DistillError(WorkerError):
-    """Base of the errors of a distillation."""
+    """Base class of the errors of a distillation."""
 
     code = "distillation_failed"
 
 
 class InvalidTrainingFile(DistillError):
-    """A training file with rows that cannot be used."""
+    """The training file has rows that cannot be used."""
 
     code = "invalid_training_file"
 
 
 class TokenizerMismatch(DistillError):
-    """Teacher and student have different tokenizers, and the method needs the same one."""
+    """Teacher and student have different tokenizers, but the method needs the same one."""
 
     code = "tokenizer_mismatch"
 
 
 class VocabMismatch(DistillError):
-    """A tokenizer and a model, or two models, disagree about the size of the vocabulary."""
+    """A tokenizer and a model, or two models, have different vocabulary sizes."""
 
     code = "vocab_mismatch"
 
 
 class StudentTooDeep(DistillError):
-    """The student is to have more layers than the model that it is cut from."""
+    """The student should have more layers than the model that its layers are copied from."""
 
     code = "invalid_value"
 
 
 class InvalidStudent(DistillError):
-    """A student that cannot be built as described."""
+    """The student cannot be built as described."""
 
     code = "invalid_value"
 
 
 class NanLoss(DistillError):
-    """The loss or the gradients stopped being finite numbers."""
+    """The loss or a gradient is NaN or infinite."""
 
     code = "nan_loss"
 
@@ -110,12 +110,12 @@ class DiskFull(DistillError):
 
 
 class CorruptCheckpoint(DistillError):
-    """A checkpoint whose files do not match their checksums."""
+    """The files of a checkpoint do not match their checksums."""
 
     code = "corrupt_checkpoint"
 
 
 class TeacherGenerationFailed(DistillError):
-    """The teacher gave no usable answers."""
+    """The teacher generated no usable answers."""
 
     code = "teacher_generation_failed"

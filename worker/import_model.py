@@ -1,6 +1,7 @@
-"""`python -m worker.import_model SPEC.json --out DIR`: a foreign model to a plain checkpoint that we can train and serve.
+"""Import process: converts an untrusted model to a checkpoint that can be trained and served.
 
-Only checked files are read, and the result is loaded again and compared before it counts.
+Usage: `python -m worker.import_model SPEC.json --out DIR`. Only checked files are read. The saved
+checkpoint is loaded again, and its logits must equal those of the source.
 """
 
 import argparse
@@ -39,23 +40,24 @@ from worker.protocol.run_lines import (
 )
 
 SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
-MODEL, SOURCE = "model", "source"  # folders below the run's output folder
-UNSET_LENGTH = (
-    10**9
-)  # transformers' way to say that a tokenizer knows no longest text is far above this
+MODEL, SOURCE = "model", "source"  # subfolders of the run's output folder
+# transformers sets `model_max_length` to a far larger number if the tokenizer has no limit.
+UNSET_LENGTH = 10**9
 
 
 @contextmanager
 def strangers_files() -> Iterator[None]:
-    """What the libraries raise for files that contradict themselves is not ours to tell apart: all of it is BrokenFile."""
+    """Converts errors of the model libraries to BrokenFile.
+
+    For inconsistent files the libraries raise many types of errors, which are not told apart.
+    """
     try:
         yield
     except (WorkerError, FileNotFoundError):
         raise
     except BaseException as error:
-        if (
-            not isinstance(error, Exception) and type(error).__name__ != "PanicException"
-        ):  # tokenizers' own
+        # PanicException comes from the Rust code of tokenizers and is no subclass of Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise BrokenFile(
             f"transformers cannot load the model: {type(error).__name__}: {str(error)[:500]}"
@@ -64,7 +66,7 @@ def strangers_files() -> Iterator[None]:
 
 @strangers_files()
 def import_model(spec: ImportSpec, out: Path, sink: Sink) -> None:
-    """Writes the checkpoint to out/model and says so. Raises WorkerError."""
+    """Writes the checkpoint to out/model and sends a ResultLine to `sink`. Raises WorkerError."""
     source: dict[str, str] = {"format": spec.format}
     if spec.format == "gguf":
         assert spec.source_path is not None
@@ -96,6 +98,7 @@ def _fetch(hub: str, folder: Path, sink: Sink) -> str:
     settings = get_settings()
 
     def report(done: int, total: int) -> None:
+        """Sends a progress line: the download is the first 40 percent of the import."""
         sink(ProgressLine(percent=40 * done / max(total, 1)))
 
     commit = fetch_from_hub(
@@ -155,7 +158,10 @@ def _convert_folder(source: Path, target: Path, sink: Sink) -> None:
 
 
 def _check_size(config: Any, source: Path) -> None:  # Any: transformers is untyped here
-    """A configuration that asks for far more than the files hold would fill the memory with random numbers."""
+    """Raises BrokenFile if the configuration describes far more parameters than the files hold.
+
+    transformers would allocate and randomly initialise the missing parameters.
+    """
     with torch.device("meta"):
         kind = model_class(config)
         empty = kind(config=config) if kind is EncoderDecoderModel else kind.from_config(config)
@@ -166,7 +172,8 @@ def _check_size(config: Any, source: Path) -> None:  # Any: transformers is unty
         for t in read_safetensors_header(file).values()
     ]
     held = sum(sizes)
-    if claimed > held + max(sizes, default=0):  # a head that is the embedding again
+    # One more tensor is allowed: an LM head that is tied to the embedding is not in the files.
+    if claimed > held + max(sizes, default=0):
         raise BrokenFile(
             f"config.json describes {claimed} parameters, the weights hold {held}; they do not belong together"
         )
@@ -195,29 +202,30 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformer
         tokenizer.model_max_length = context_tokens(model.config)
     _name_start(model)
     _check_template(tokenizer)
-    for name in (
-        "is_local",
-        "local_files_only",
-    ):  # how it was loaded is no property of the tokenizer
+    # Arguments of loading are not settings of the tokenizer and must not be saved with it.
+    for name in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(name, None)
     try:
         model.save_pretrained(target, max_shard_size="1000GB")
         tokenizer.save_pretrained(target)
-    except (
-        ValueError,
-        StrictDataclassError,
-    ) as error:  # such as a generation config that contradicts itself
+    except (ValueError, StrictDataclassError) as error:  # e.g. an inconsistent generation config
         raise BrokenFile(f"the model cannot be saved again: {str(error)[:300]}") from error
 
 
 def _shared_id(tokenizer: Any) -> int | None:  # Any: transformers is untyped here
-    """Returns an id that two tokens have: libraries number added tokens by count, which may be taken where ids have gaps."""
+    """Returns an id that two tokens share, or None.
+
+    Libraries number added tokens by the vocabulary's length. If ids have gaps, that id is in use.
+    """
     counts = Counter(tokenizer.get_vocab().values())
     return next((token_id for token_id, count in counts.items() if count > 1), None)
 
 
 def _name_start(model: Any) -> None:  # Any: transformers is untyped here
-    """An encoder-decoder's answers begin behind a token that its own configuration has to name."""
+    """Sets `decoder_start_token_id` of a seq2seq model, the token that its answers start after.
+
+    Raises BrokenFile if no configuration of the model names a valid token.
+    """
     if shape_of(model.config) != "seq2seq":
         return
     places = (model.config, model.generation_config, writing_half(model.config))
@@ -237,16 +245,19 @@ def _name_start(model: Any) -> None:  # Any: transformers is untyped here
 
 
 def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped here
-    """A template that fails or never ends is found here, in a process that may be killed."""
+    """Raises BrokenFile if the chat template fails or does not end.
+
+    It is checked here because this process can be killed without harm.
+    """
     if not tokenizer.chat_template:
         return
 
     try:
-        # In the library's own immutable sandbox.
+        # transformers renders the template in an immutable Jinja sandbox.
         messages = [{"role": "user", "content": "Hello"}]
         with bounded():
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            chat_cost(tokenizer)  # every chat that is rendered later without a limit
+            chat_cost(tokenizer)  # `model_facts` calls it later without limits
     except Exception as error:
         raise BrokenFile(
             f"the chat template does not render a user message: {str(error)[:300] or type(error).__name__}"
@@ -256,7 +267,10 @@ def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped her
 def _check_reload(
     model: Any, tokenizer: Any, target: Path
 ) -> None:  # Any: transformers is untyped here
-    """What was saved gives the very logits of what was loaded, on one sentence."""
+    """Checks that the saved model gives exactly the logits of the source on one sentence.
+
+    Raises BrokenFile if they differ, and UnsupportedTokenizer if the token ids differ.
+    """
     again = AutoTokenizer.from_pretrained(target, trust_remote_code=False, local_files_only=True)
     tokens = tokenizer(SENTENCE, return_tensors="pt", add_special_tokens=False)["input_ids"]
     if (
@@ -283,17 +297,21 @@ def _check_reload(
 
 
 def main() -> int:
-    """Lines on standard output, everything else on standard error; 0 with a result, 1 with a reason."""
+    """Runs an import and returns the exit status: 0 after a result line, 1 after an error line.
+
+    Standard output gets the lines only; all other output goes to standard error.
+    """
     parser = argparse.ArgumentParser(prog="python -m worker.import_model")
     parser.add_argument("spec", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    # Libraries print; the pipe is for lines only.
+    # Libraries print to standard output, which is reserved for lines.
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
 
     def sink(line: BaseModel) -> None:
+        """Writes one line as JSON."""
         lines.write(line.model_dump_json() + "\n")
 
     spec = ImportSpec.model_validate_json(arguments.spec.read_text())
@@ -312,7 +330,7 @@ def main() -> int:
 
 
 def _error_line(error: WorkerError | OSError) -> ErrorLine | None:
-    """Returns how the import failed, or None for an error that a retry may cure."""
+    """Returns the line for a permanent failure, or None if a retry may succeed."""
     if is_disk_full(error):
         message = "the worker's disk is full; free some disk, then import the model again"
         return ErrorLine(code=DiskFull.code, message=message)

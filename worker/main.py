@@ -1,4 +1,4 @@
-"""The worker process: `python -m worker.main train|serve`. The first SIGTERM or SIGINT drains it."""
+"""Worker process: `python -m worker.main train|serve`. SIGTERM or SIGINT drains it."""
 
 import argparse
 import logging
@@ -31,13 +31,13 @@ from worker.watchdog import Inbox, Turns
 
 log = structlog.get_logger(__name__)
 
-NUM_SERVE_THREADS = 2  # they only hand requests over
-STOP_SECONDS = 10.0  # for a consumer that fell silent to end
-QUEUE_SECONDS = 600  # life of a queue that nobody reads
+NUM_SERVE_THREADS = 2  # few, because they only pass requests to the engine thread
+STOP_SECONDS = 10.0  # time for a silent consumer to end by itself
+QUEUE_SECONDS = 600  # lifetime of a queue without a consumer
 
 
 def main(arguments: list[str]) -> int:
-    """Runs a worker until it is told to go; returns the exit status."""
+    """Runs a worker until it is told to stop; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m worker.main", description=__doc__)
     parser.add_argument("role", choices=("train", "serve"))
     parser.add_argument(
@@ -49,8 +49,9 @@ def main(arguments: list[str]) -> int:
     crash_points.arm(settings.crash_dir)
 
     def announce() -> None:
+        """Tells the parent process that the worker is ready."""
         if parsed.ready_fd is not None:
-            with suppress(BrokenPipeError):  # nobody listens any more
+            with suppress(BrokenPipeError):  # the parent has closed its end
                 os.write(parsed.ready_fd, b"\n")
             os.close(parsed.ready_fd)
 
@@ -58,10 +59,9 @@ def main(arguments: list[str]) -> int:
 
 
 def train(settings: Settings, announce: Callable[[], None]) -> int:
-    """One job at a time, each in a process of its own."""
-    from worker.jobs.supervisor import (
-        run_until_idle,  # a serve worker needs neither it nor the database
-    )
+    """Runs a train worker: one job at a time, each in its own run process."""
+    # Imported here, because a serve worker needs neither the supervisor nor the database.
+    from worker.jobs.supervisor import run_until_idle
 
     if settings.train_cuda_devices:
         cuda.restrict_to(settings.train_cuda_devices)
@@ -78,13 +78,13 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
     )
 
     def drain() -> None:
+        """Stops the consumer; Celery then waits for the running task, which sees `is_draining`."""
         is_draining.set()
-        stop_consuming()  # Celery then waits for the running task, which sees is_draining
+        stop_consuming()
 
     def ready() -> None:
-        app.send_task(
-            WAKE_UP_TASK, queue=TRAIN_QUEUE
-        )  # for jobs that were submitted while no worker was there
+        """Wakes up the worker for jobs that were submitted while no worker was running."""
+        app.send_task(WAKE_UP_TASK, queue=TRAIN_QUEUE)
         announce()
 
     add_wake_up(app, turns.wake_up)
@@ -92,14 +92,16 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
         try:
             return run(app, worker_id, num_threads=1, ready=ready, drain=drain)
         finally:
-            is_draining.set()  # however the consumer ended: a turn without a doorbell may be under way
+            # Also set if the consumer has failed: the periodic thread may be running a job.
+            is_draining.set()
 
 
 def serve(settings: Settings, announce: Callable[[], None]) -> int:
-    """Generates; drains by refusing newcomers while what is being written is finished."""
-    cuda.restrict_to(settings.serve_cuda_devices)  # before torch, which asks CUDA once
+    """Runs a serve worker. While it drains, it refuses new requests and completes running ones."""
+    cuda.restrict_to(settings.serve_cuda_devices)  # before torch initialises CUDA
 
-    import torch  # a train worker, which needs none of this, should not pay for it
+    # Imported here, because a train worker does not need these modules.
+    import torch
     from transformers.utils import logging as transformers_logging
 
     from app.artifact_cache import ArtifactCache
@@ -140,15 +142,16 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
         host, options, on_end=lambda is_as_asked: stop_consuming(0 if is_as_asked else 1)
     )
     queue = serve_queue(worker_id)
-    app = make_app(
-        settings, queue, no_ack=True
-    )  # who asked sends again what a dead worker had read
+    # Without acknowledgements, a worker that dies loses the requests that it has read. The request
+    # router sends them again.
+    app = make_app(settings, queue, no_ack=True)
     add_generate(app, worker.submit)
     inbox = connect(settings.redis_url)
     key = f"{app.conf.broker_transport_options['global_keyprefix']}{queue}"
     Inbox(lambda: inbox.lindex(key, -1), give_up, faults=FAULTS).start()
 
     def ready() -> None:
+        """Starts the threads of the serve worker."""
         worker.start()
         announce()
 
@@ -156,7 +159,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> str:
-    """Where the engine runs. Exits if a CUDA device is asked for and there is none."""
+    """Returns the device of the engine. Exits if `asked` is "cuda" and there is no CUDA device."""
     if asked == "cuda" and not has_cuda:
         sys.exit(
             "STILLHOUSE_SERVE_DEVICE is cuda, but torch sees no CUDA device here; set it to auto or cpu"
@@ -165,9 +168,10 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> s
 
 
 def make_app(settings: Settings, queue: str, *, no_ack: bool = False) -> Celery:
-    """A Celery app that consumes one queue; what a dead worker leaves of it in Redis goes away by itself.
+    """Returns a Celery app that consumes one queue. A queue without a consumer expires in Redis.
 
-    `no_ack` saves each message two trips to Redis, which keeps no copy of it then while it is worked on.
+    `no_ack` saves two round trips to Redis per message. Redis then keeps no copy of a message
+    while a worker handles it.
     """
     app = Celery("stillhouse")
     app.conf.update(celery_settings(settings))
@@ -186,19 +190,24 @@ def run(
     ready: Callable[[], None],
     drain: Callable[[], None],
 ) -> int:
-    """Consumes until stopped; `ready` is called when it can, `drain` at the first signal to go."""
+    """Consumes the queue until stopped and returns the exit status.
+
+    `ready` is called when the consumer is ready, `drain` at each SIGTERM, SIGINT or SIGHUP.
+    """
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        """Signal handler that starts the drain."""
         log.info("draining", worker=worker_id, signal=signal.Signals(number).name)
         drain()
 
     def on_ready(**_: object) -> None:
+        """Replaces Celery's signal handlers, which are installed before this is called."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, on_signal)
         log.info("worker_ready", worker=worker_id)
         ready()
 
-    # Celery warns of running as root because of pickled messages; ours are JSON only.
+    # Celery warns about pickled messages when it runs as root, but our messages are JSON.
     warnings.filterwarnings("ignore", category=SecurityWarning)
     signals.setup_logging.connect(leave_logging_alone)
     signals.worker_ready.connect(on_ready, weak=False)
@@ -217,28 +226,34 @@ def run(
 
 
 def stop_consuming(exit_status: int = 0) -> None:
-    """Ends the Celery consumer at its next turn."""
+    """Ends the Celery consumer at the next iteration of its loop."""
     state.should_stop = exit_status
 
 
 def give_up() -> None:
-    """Ends the process with an error, so that it is started again; at once if the consumer does not even stop."""
+    """Ends the process with an error, so that the process manager restarts it.
+
+    If the consumer does not stop within `STOP_SECONDS`, the process exits without clean-up.
+    """
     stop_consuming(1)
     time.sleep(STOP_SECONDS)
     os._exit(1)
 
 
 def new_worker_id(role: str) -> str:
-    """Unique to this process: a restarted worker never inherits messages or the blame of another."""
+    """Returns an id that is unique to this process.
+
+    A restarted worker therefore gets neither the messages nor the failures of its predecessor.
+    """
     return f"{role}-{socket.gethostname()[:40]}-{uuid4().hex[:8]}"
 
 
 def leave_logging_alone(**_: object) -> None:
-    """Celery configures logging unless somebody listens to this signal."""
+    """Does nothing: Celery leaves logging alone if its `setup_logging` signal has a receiver."""
 
 
 def configure_logging(level: str) -> None:
-    """Events of ours and of the libraries as JSON lines on standard error."""
+    """Writes the log events of the worker and its libraries to standard error as JSON lines."""
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,

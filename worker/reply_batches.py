@@ -1,4 +1,7 @@
-"""Splits the replies of an engine step into batches that an API process parses within milliseconds."""
+"""Splits the replies of an engine step into batches that are quick to parse.
+
+An API process parses each batch in its event loop, so a large one would delay other requests.
+"""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,7 +9,10 @@ from app.contracts.messages import MAX_ENTRIES_PER_BATCH, Delta, Reply, ReplyBat
 
 
 def reply_batches(replies: Iterable[Reply]) -> Iterator[ReplyBatch]:
-    """Yields batches of all replies, in order; one exceeds the limit only where a token's entries do."""
+    """Yields all replies in order, in batches of at most `MAX_ENTRIES_PER_BATCH` entries.
+
+    A batch exceeds the limit only if the entries of a single token do.
+    """
     batch: list[Reply] = []
     num_entries = 0
     for reply in replies:
@@ -22,7 +28,10 @@ def reply_batches(replies: Iterable[Reply]) -> Iterator[ReplyBatch]:
 
 
 def _parts(delta: Delta) -> Iterator[Delta]:
-    """The delta itself, or several with its tokens and log-probabilities in turn; the last has the rest."""
+    """Yields the delta itself, or several deltas that share its tokens and log-probabilities.
+
+    The last one also carries the text and all other fields.
+    """
     logprobs, tokens = delta.logprobs or (), delta.tokens
     if delta.num_entries <= MAX_ENTRIES_PER_BATCH or len(logprobs) < 2:
         yield delta

@@ -1,8 +1,8 @@
-"""The serve worker: one engine thread between the request queue and the reply channels.
+"""Serve worker: one engine thread between the request queue and the reply channels.
 
-Requests come from Celery's threads, cancellations and what to load from the control channel; the model host takes
-both at its next step. What a step gives goes out in one publish for each API process. A heartbeat key in Redis says
-that the worker lives and what it has loaded.
+Requests come from Celery's threads. Cancellations and model commands come from the control
+channel. The model host takes both at its next step. The replies of a step are published together
+for each API process. A heartbeat key in Redis says that the worker is alive and what it has loaded.
 """
 
 import contextlib
@@ -42,15 +42,15 @@ log = structlog.get_logger(__name__)
 
 FAULTS = (RedisError, OSError)
 WAIT_SECONDS = 0.25  # longest sleep of an engine thread without work
-BEATS_TO_LIVE = 3
-DRAIN_SECONDS = 30.0  # answers being written get this long when the worker is asked to go
-STALL_SECONDS = 300.0  # a step that takes longer than this will not end
-MAX_EARLY_CANCELS = 4096  # cancellations that overtook their request
+BEATS_TO_LIVE = 3  # heartbeat intervals after which the heartbeat key expires
+DRAIN_SECONDS = 30.0  # time for running requests to complete while the worker drains
+STALL_SECONDS = 300.0  # a longer step is taken to hang
+MAX_EARLY_CANCELS = 4096  # cancellations kept that arrived before their request
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What a serve worker is told about itself."""
+    """Options of a serve worker."""
 
     worker_id: str
     redis_url: str
@@ -63,7 +63,7 @@ class ServeOptions:
 
 
 def connect(url: str) -> "redis.Redis":
-    """A client that waits little and tries twice, once on a connection that went stale."""
+    """Returns a Redis client with short timeouts and one retry, for a stale connection."""
     return redis.Redis.from_url(
         url,
         socket_timeout=2.0,
@@ -78,15 +78,17 @@ def _open_turns(options: ServeOptions) -> CoreTurns | None:
         return None
     try:
         return CoreTurns(options.shared_cores, options.training_share)
-    except (
-        OSError
-    ) as error:  # such as a full disk; serving matters more than its speed beside a run
+    except OSError as error:  # e.g. a full disk; serving works without it, only slower
         log.warning("core_turns_disabled", reason=str(error))
         return None
 
 
 class ServeWorker:
-    """Owns a ModelHost. `on_end` is called from the engine thread, with whether it ended as asked."""
+    """Runs a ModelHost in an engine thread and connects it to Redis.
+
+    `on_end` is called from the engine thread when it ends: with True after a drain, with False
+    after an error.
+    """
 
     def __init__(
         self, host: ModelHost, options: ServeOptions, on_end: Callable[[bool], None]
@@ -95,8 +97,8 @@ class ServeWorker:
         self._options = options
         self._on_end = on_end
         self._redis = connect(options.redis_url)
-        self._lock = threading.Lock()  # guards the two below
-        self._homes: dict[str, str] = {}  # request id -> the API process that waits for it
+        self._lock = threading.Lock()  # guards `_homes` and `_early_cancels`
+        self._homes: dict[str, str] = {}  # request id -> API process that waits for the reply
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         self._drain_until: float | None = None
         self._has_ended = threading.Event()
@@ -112,7 +114,10 @@ class ServeWorker:
             threading.Thread(target=work, name=name, daemon=True).start()
 
     def submit(self, request: GenerateRequest) -> None:
-        """Takes a request; from any thread. A repeated one is ignored, one cancelled beforehand too."""
+        """Accepts a request. Thread-safe.
+
+        A repeated request is ignored, and so is one that was cancelled before it arrived.
+        """
         if self._drain_until is not None:
             message = "the worker is going down; try again"
             self._send(
@@ -126,7 +131,7 @@ class ServeWorker:
                 self._host.submit(request)
 
     def cancel(self, request_id: str) -> None:
-        """Stops a request at the next step, without a reply; from any thread."""
+        """Stops a request at the next step, without a reply. Thread-safe."""
         with self._lock:
             if self._homes.pop(request_id, None) is not None:
                 self._host.abort(request_id)
@@ -136,7 +141,10 @@ class ServeWorker:
                 self._early_cancels.popitem(last=False)
 
     def drain(self) -> None:
-        """Refuses newcomers from now on, and ends when the answers under way are written or the time is up."""
+        """Refuses new requests from now on.
+
+        The worker ends when all running requests are complete, or after `drain_seconds`.
+        """
         if self._drain_until is None:
             self._drain_until = time.monotonic() + self._options.drain_seconds
 
@@ -152,7 +160,7 @@ class ServeWorker:
                 503, "draining", "the worker was stopped before the answer was complete; try again"
             )
             is_as_asked = True
-        except BaseException:  # whatever the engine broke on, nobody may wait for it in vain
+        except BaseException:  # after any error, clients must still get a reply
             log.exception("engine_thread_failed")
             self._fail_all(
                 500, "internal_error", "the engine failed on this request or on one beside it"
@@ -163,7 +171,7 @@ class ServeWorker:
         self._on_end(is_as_asked)
 
     def _wait_for_turn(self) -> None:
-        """Sleeps until there is something to step, at most for WAIT_SECONDS, and takes the cores if there is."""
+        """Waits up to `WAIT_SECONDS` for work, and takes the CPU cores if there is any."""
         if self._turns is None:
             self._host.wait_for_work(WAIT_SECONDS)
             return
@@ -182,7 +190,7 @@ class ServeWorker:
         batches: defaultdict[str, list[Reply]] = defaultdict(list)
         with self._lock:
             for reply in replies:
-                home = self._homes.get(reply.id)  # none: cancelled since
+                home = self._homes.get(reply.id)  # None: the request was cancelled meanwhile
                 if home is not None:
                     batches[home].append(reply)
                 if not isinstance(reply, Delta):
@@ -192,7 +200,7 @@ class ServeWorker:
                 self._abandon(home)
 
     def _send(self, home: str, replies: list[Reply]) -> bool:
-        """Returns whether the API process has received all of them."""
+        """Publishes the replies and returns whether the API process has received all of them."""
         channel = reply_channel(home)
         try:
             return all(
@@ -204,7 +212,10 @@ class ServeWorker:
             return False
 
     def _abandon(self, home: str) -> None:
-        """Stops writing for an API process that is gone, or that missed a part and will ask again."""
+        """Aborts all requests of an API process that has ended or has missed replies.
+
+        If it is still running, it sends its requests again.
+        """
         with self._lock:
             for request_id in [
                 request_id for request_id, other in self._homes.items() if other == home
@@ -221,7 +232,7 @@ class ServeWorker:
         )
 
     def status(self) -> ServeWorkerStatus:
-        """The heartbeat of this moment."""
+        """Returns the content of the next heartbeat."""
         host = self._host.status()
         is_unplaced = self._homes and not host.num_running and not host.num_waiting
         return ServeWorkerStatus(
@@ -245,7 +256,11 @@ class ServeWorker:
             return frozenset(self._homes)
 
     def _stalled_seconds(self, host: HostStatus) -> float:
-        """How long the engine thread has not come round, or has had sequences without a forward pass."""
+        """Returns how long the engine thread has made no progress.
+
+        It makes none if its loop does not continue, or if there are running sequences but no
+        forward passes.
+        """
         stalled = time.monotonic() - self._turned_at - WAIT_SECONDS
         if host.num_running and host.last_step_at is not None:
             stalled = max(stalled, time.time() - host.last_step_at)
@@ -258,7 +273,7 @@ class ServeWorker:
         while True:
             if time.monotonic() - self._turned_at > STALL_SECONDS:
                 log.critical("engine_stalled", seconds=STALL_SECONDS)
-                os._exit(70)  # nothing in this process can end a step that hangs
+                os._exit(70)  # a step that hangs cannot be ended from another thread
             try:
                 self._redis.set(key, self.status().model_dump_json(), px=lifetime_ms)
                 is_heard = True
@@ -275,14 +290,17 @@ class ServeWorker:
         message = CONTROL.validate_json(data)
         if isinstance(message, Cancel):
             self.cancel(message.id)
-        elif isinstance(message, Keep):  # all workers hear of all pins
+        elif isinstance(message, Keep):  # lists all pinned models, also those for other engines
             able = tuple(m for m in message.models if m.serving.engine in self._options.engines)
             self._host.tell(Keep(models=able))
         else:
             self._host.tell(message)
 
     def _hear(self) -> None:
-        """Listens for what the API says beside requests; it repeats what nobody heard."""
+        """Handles messages of the control channel.
+
+        Messages that arrive during a reconnect are lost. The API repeats those that matter.
+        """
         while not self._has_ended.is_set():
             try:
                 with (

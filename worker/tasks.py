@@ -1,4 +1,4 @@
-"""The Celery tasks: each hands its work over, or works until there is none left."""
+"""Celery tasks of the workers: generation requests and wake-up messages."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,15 @@ from app.contracts.messages import GENERATE_TASK, WAKE_UP_TASK, GenerateRequest,
 
 
 def add_generate(app: Celery, submit: Callable[[GenerateRequest], None]) -> None:
-    """`serve.generate`: gives the request to the engine thread and returns."""
+    """Registers the generate task, which passes a request to the engine thread and returns."""
 
     def generate(body: JsonObject) -> None:
+        """Parses and submits one request."""
         submit(GenerateRequest.model_validate(body))
 
     app.task(generate, name=GENERATE_TASK)
 
 
 def add_wake_up(app: Celery, work: Callable[[], None]) -> None:
-    """`train.ring`: works until no job is due; the message itself says nothing."""
+    """Registers the wake-up task, which calls `work`. The message carries no data."""
     app.task(work, name=WAKE_UP_TASK)

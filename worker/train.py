@@ -1,7 +1,8 @@
-"""The trainer process: `python -m worker.train SPEC.json --out DIR`. No queue, no database; JSON lines on its output.
+"""Training process: `python -m worker.train SPEC.json --out DIR`.
 
-SIGTERM asks it to stop: it writes a checkpoint, says `stopped` and exits 0. It exits 1 with an `error` line when trying
-again would not help, and without one when it might.
+It uses neither the queue nor the database, and reports with JSON lines on standard output.
+After a SIGTERM it writes a checkpoint and a `stopped` line, and exits with 0. It exits with 1
+after a failure; there is an `error` line only if a retry would not help.
 """
 
 import argparse
@@ -41,11 +42,11 @@ from worker.serve.errors import ServeError
 
 Json = dict[str, Any]  # Any: part of the public result
 KIND_OF: dict[ExportFormat, Kind] = {"gguf_f16": "f16", "gguf_q8_0": "q8_0"}
-MAX_RUNNING = 64  # sequences decoded together: a third more tokens a second than 32 on two cores
+MAX_RUNNING = 64  # sequences that are decoded together
 
 
 class EngineSampler:
-    """The serving engine's decoder as the trainer's sampler."""
+    """Sampler of the trainer that generates with the decoder of the serving engine."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
@@ -64,6 +65,7 @@ class EngineSampler:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
         def answered(i: int, made: Continuation) -> None:
+            """Passes one finished answer on to `on_answer`."""
             if on_answer is not None:
                 on_answer(i, _generation(made))
 
@@ -91,7 +93,7 @@ def _generation(made: Continuation) -> Generation:
 
 
 class StopSignal:
-    """True once SIGTERM or SIGINT came."""
+    """Callable that returns True once the process has received SIGTERM or SIGINT."""
 
     def __init__(self) -> None:
         self.is_set = False
@@ -112,7 +114,10 @@ def run(
     should_stop: Callable[[], bool],
     ranks: Ranks = ALONE,
 ) -> int:
-    """Runs the spec and says how it ended; gives the exit status."""
+    """Runs the spec, writes a line with its outcome to `sink`, and returns the exit status.
+
+    Errors that a retry may fix are raised.
+    """
     try:
         check_exports(spec)
         outcome = distil(spec, out, sink, EngineSampler, should_stop, ranks)
@@ -145,7 +150,7 @@ def run(
 
 
 def error_line(error: Exception) -> ErrorLine | None:
-    """Returns how the run failed, or None for an error that a retry may cure."""
+    """Returns the line for a permanent failure, or None if a retry may succeed."""
     if is_disk_full(error) and not isinstance(error, DiskFull):
         message = "the worker's disk is full; free some disk, then resume the job"
         return ErrorLine(code=DiskFull.code, message=message)
@@ -160,7 +165,7 @@ def error_line(error: Exception) -> ErrorLine | None:
 
 
 def check_exports(spec: RunSpec) -> None:
-    """Refuses, before the work is done, a student that could not be exported. Raises WorkerError."""
+    """Checks before training that the student can be exported. Raises WorkerError if not."""
     student = spec.distillation.student
     if spec.distillation.export and student.config is not None:
         check_architecture(student.config.family)
@@ -173,7 +178,7 @@ def export(
 ) -> tuple[list[Json], list[Json]]:
     """Writes the student in every requested format.
 
-    Returns an entry per file of `out` that was written, and the formats that could not be.
+    Returns an entry for each file written to `out`, and one for each format that failed.
     """
     exports, missing = [], []
     for name in dict.fromkeys(spec.distillation.export):
@@ -189,12 +194,13 @@ def export(
 
 
 def main() -> int:
+    """Runs the spec in this process, or launches one process per rank; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m worker.train", description=__doc__)
     parser.add_argument("spec", type=Path, help="a RunSpec as JSON")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for checkpoints and the student"
     )
-    # of one among several processes, see launch.py
+    # Set by `worker.jobs.multi_process.launch` for the process of one rank.
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--of", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--meeting", type=Path, help=argparse.SUPPRESS)
@@ -202,7 +208,7 @@ def main() -> int:
     spec = RunSpec.model_validate_json(arguments.spec.read_bytes())
     should_stop = StopSignal()
     num_processes = spec.num_processes or max(1, torch.cuda.device_count())
-    if sources_of(spec.distillation):  # rollouts, and what is kept of them, are one process's
+    if sources_of(spec.distillation):  # rollouts and their stored texts need a single process
         num_processes = 1
     if arguments.of is None and num_processes > 1:
         command = [str(arguments.spec), "--out", str(arguments.out)]
@@ -215,18 +221,18 @@ def main() -> int:
     ranks = join(arguments.rank, arguments.of, arguments.meeting) if arguments.of else ALONE
 
     def write(line: RunLine) -> None:
-        # every process has its own memory and its own writes
+        """Writes a line of rank 0. Other ranks report only that memory or disk are exhausted."""
         if ranks.is_first or (
             isinstance(line, ErrorLine) and line.code in ("out_of_memory", DiskFull.code)
         ):
             lines.write(line.model_dump_json() + "\n")
 
-    # the first decides for all when to stop
+    # Rank 0 decides for all ranks when to stop.
     return run(spec, arguments.out, write, should_stop if ranks.is_first else lambda: False, ranks)
 
 
 def _take_over_stdout() -> TextIO:
-    """The output for lines alone; whatever else is printed goes to the error output."""
+    """Returns a stream to standard output, and redirects all other output to standard error."""
     lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     return lines

@@ -1,4 +1,7 @@
-"""What a worker does about a queue that has gone silent: messages get lost, and a consumer may stop after a broker's restart."""
+"""Guards workers against lost messages and silent queue consumers.
+
+Wake-up messages may be lost, and a Celery consumer may stop after a restart of the broker.
+"""
 
 import threading
 import time
@@ -9,14 +12,15 @@ import structlog
 
 log = structlog.get_logger(__name__)
 
-SILENCE_SECONDS = 20.0  # kombu notices a half-open connection within that time by itself
-LOOKS = 8  # in that time
+SILENCE_SECONDS = 20.0  # kombu itself detects a half-open connection in less time
+LOOKS = 8  # checks of the queue within the silence limit
 
 
 class Turns:
-    """Works when the doorbell rings, and every so often without it; never twice at once.
+    """Calls `work` for each wake-up message, and periodically without one; never twice at once.
 
-    `work` does what is due and gives the number of jobs. The block must end for the thread to: it waits for its turn.
+    `work` runs all due jobs and returns their number. Use it as a context manager: leaving the
+    block ends the periodic thread, and waits for work that is in progress there.
     """
 
     def __init__(self, work: Callable[[], int], *, every_seconds: float) -> None:
@@ -35,7 +39,7 @@ class Turns:
         self._thread.join()
 
     def wake_up(self) -> None:
-        """What the doorbell does: waits for a turn that is under way, and takes one."""
+        """Handles a wake-up message: waits for work in progress, then calls `work`."""
         with self._busy:
             self._work()
 
@@ -46,7 +50,7 @@ class Turns:
             try:
                 num_jobs = self._work()
             except Exception:
-                log.exception("look_failed")  # the thread must outlive any one fault
+                log.exception("look_failed")  # the thread must survive any error
                 continue
             finally:
                 self._busy.release()
@@ -55,10 +59,12 @@ class Turns:
 
 
 class Inbox:
-    """Watches a queue that only this process reads: its oldest message may not lie there for long.
+    """Watches a queue that only this process reads, and detects that the consumer has stopped.
 
-    `oldest` gives that message, None if there is none, and raises one of `faults` when the broker is away, which is no
-    fault of the reader. `on_silence` is called once, from a thread of this object.
+    The consumer has stopped if the oldest message stays the same for `silence_seconds`. `oldest`
+    returns that message, or None if the queue is empty. It raises one of `faults` if the broker is
+    unavailable, which does not count as silence. `on_silence` is called once, from a thread of
+    this object.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""/v1/batches: files of generation requests, answered in their own time."""
+"""Routes of /v1/batches: files of generation requests that run in the background."""
 
 from typing import Annotated
 
@@ -21,7 +21,12 @@ Caller = Annotated[Principal, Depends(require("inference"))]
 def create_batch(
     asked: CreateBatch, caller: Caller, repetition: Repetition, request: Request, response: Response
 ) -> BatchObject:
-    """Every line is judged now: a batch with a fault in it has failed, and its `errors` tell all of them."""
+    """Creates a batch from an uploaded file with the purpose `batch`.
+
+    All lines of the file are validated first. If a line is invalid, the batch is created with the
+    status `failed`, and its `errors` name the invalid lines. With an `Idempotency-Key` header, a
+    retry returns the batch of the first attempt.
+    """
     accepted = batches.create_batch(caller, asked, repetition)
     if accepted.is_replay:
         response.headers["idempotent-replayed"] = "true"
@@ -31,6 +36,7 @@ def create_batch(
 
 @router.get("")
 def list_batches(caller: Caller, page: AskedPage) -> Listing[BatchObject]:
+    """Lists the batches of the project, newest first by default."""
     with transaction() as session:
         rows, has_more = batch_rows.page_batches(
             session, caller.project_id, after=page.after, limit=page.limit, order=page.order
@@ -42,12 +48,14 @@ def list_batches(caller: Caller, page: AskedPage) -> Listing[BatchObject]:
 
 @router.get("/{batch_id}")
 def get_batch(batch_id: str, caller: Caller) -> BatchObject:
+    """Returns a batch with its status and the ids of its result files."""
     with transaction() as session:
         return BatchObject.of(batches.get_batch(session, caller.project_id, batch_id))
 
 
 @router.post("/{batch_id}/cancel")
 def cancel_batch(batch_id: str, caller: Caller, request: Request) -> BatchObject:
+    """Cancels a batch. It stops within seconds and keeps the answers it has so far."""
     cancelled = BatchObject.of(batches.cancel_batch(caller.project_id, batch_id))
     request.app.state.batch_runner.wake()
     return cancelled

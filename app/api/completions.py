@@ -1,4 +1,4 @@
-"""/v1/completions and /v1/chat/completions, whole and streamed; the one asynchronous corner of the API."""
+"""Routes of /v1/completions and /v1/chat/completions, streamed or not."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -26,17 +26,19 @@ from app.services.generation import Order
 
 
 class CrowdedRoute(StrictRoute):
-    """Refuses keys beyond their share of a full server before the key is verified and the body is read.
+    """Route that checks admission before the API key is verified and the body is read.
 
-    A caller who claims another's key gains nothing: it is refused here, or by the verification that follows.
+    If the server is full, this refuses keys above their fair share at little cost. A client that
+    claims the key of another client gains nothing, because the verification refuses it later.
     """
 
     def get_route_handler(
         self,
-    ) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # Any: as FastAPI has it
+    ) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # Any: FastAPI's own type
         handle = super().get_route_handler()
 
         async def turn_away(request: Request) -> Response:
+            """Handles the request unless its key has no room. Raises as `demand_room` does."""
             request_router: RequestRouter = request.app.state.switchboard
             request_router.admission.demand_room(
                 claimed_key_id(request.headers.get("authorization"))
@@ -52,31 +54,42 @@ Caller = Annotated[Principal, Depends(require("inference"))]
 T = TypeVar("T")
 News = list[tuple[int, Delta | Done]]
 
-SLOW_CLIENT_SECONDS = 60.0  # a client that takes in nothing for this long is dropped
+SLOW_CLIENT_SECONDS = 60.0  # a client that reads nothing for this long is disconnected
 PIECE_BYTES = 256 * 1024
 PING_SECONDS = 15.0
-PING = b": ping\n"  # one newline: a blank line after it would make the openai client dispatch an empty event
-CLIENT_CLOSED_REQUEST = 499  # nobody is there to read it; it is for our own counters
+PING = b": ping\n"  # one newline: with two, the openai client would report an empty event
+CLIENT_CLOSED_REQUEST = 499  # only for metrics, since the client is gone
 
 
 class ClientGone(Exception):
-    """The client hung up before it had an answer."""
+    """The client disconnected, or stopped reading, before the response was complete."""
 
 
 @router.post("/completions", responses=whole_or_streamed(TextCompletion))
 async def create_completion(body: CompletionBody, request: Request, caller: Caller) -> Response:
+    """Generates text after one or several prompts.
+
+    With `stream`, the text is sent as server-sent events, and the last event is `[DONE]`.
+    """
     return await respond(request, caller, body)
 
 
 @router.post("/chat/completions", responses=whole_or_streamed(ChatCompletion))
 async def create_chat_completion(body: ChatBody, request: Request, caller: Caller) -> Response:
+    """Generates the next message of a chat.
+
+    With `stream`, the message is sent as server-sent events, and the last event is `[DONE]`.
+    """
     return await respond(request, caller, body)
 
 
 async def respond(request: Request, caller: Principal, body: CompletionBody | ChatBody) -> Response:
-    """The answer of either route. What fails before the first token is a plain HTTP error."""
+    """Returns the response of either route.
+
+    An error before the first token becomes an HTTP error response.
+    """
     generation.refuse_unsupported(body)
-    await asyncio.sleep(0)  # the body of a large request was validated a moment ago
+    await asyncio.sleep(0)  # validating a large body has just taken milliseconds
     answer, prompts = generation.begin_answer(body)
     model = await generation.find_model(caller.project_id, body.model)
     answer.model = model.model_id
@@ -100,6 +113,10 @@ async def respond(request: Request, caller: Principal, body: CompletionBody | Ch
 async def begin(
     request_router: RequestRouter, order: Order, answer: TextAnswer | ChatAnswer
 ) -> Response:
+    """Sends the prompts to workers and returns the response, after the first replies have arrived.
+
+    A streamed response begins with these replies. Any other response waits for all replies.
+    """
     reply_stream = await generation.begin(request_router, order)
     try:
         if order.is_streamed:
@@ -113,7 +130,10 @@ async def begin(
 
 
 class JsonParts(Response):
-    """A JSON body that is written in pieces: a large one neither blocks the event loop nor fills its buffers."""
+    """JSON response that is written in pieces.
+
+    A large response then neither blocks the event loop nor fills its buffers.
+    """
 
     media_type = "application/json"
 
@@ -131,7 +151,7 @@ class JsonParts(Response):
             await send_parts(send, self._pieces(), scope["path"])
 
     async def _pieces(self) -> AsyncIterator[bytes]:
-        """The body in pieces of about PIECE_BYTES."""
+        """Yields the body in pieces of about PIECE_BYTES bytes."""
         piece = bytearray()
         for part in self._body_parts:
             for begin in range(0, len(part), PIECE_BYTES):
@@ -145,7 +165,7 @@ class JsonParts(Response):
 
 
 async def send_parts(send: Send, parts: AsyncIterator[bytes], name: str) -> None:
-    """Sends the body of a response. Raises ClientGone if the client takes nothing in for too long."""
+    """Sends a response body. Raises ClientGone if the client reads nothing for too long."""
     try:
         async for part in parts:
             async with asyncio.timeout(SLOW_CLIENT_SECONDS):
@@ -157,7 +177,10 @@ async def send_parts(send: Send, parts: AsyncIterator[bytes], name: str) -> None
 
 
 class EventStream(Response):
-    """The chunks of an answer as server-sent events; a client that leaves ends the generation."""
+    """Response that streams an answer as server-sent events.
+
+    The generation is cancelled when the client disconnects.
+    """
 
     media_type = "text/event-stream"
 
@@ -185,7 +208,10 @@ class EventStream(Response):
         await send_parts(send, self._parts(), self._answer.id)
 
     async def _parts(self) -> AsyncIterator[bytes]:
-        """All chunks that wait go out in one write."""
+        """Yields parts of the body; chunks that are available together form one part.
+
+        An error after the first chunk is sent as the last event.
+        """
         news = self._first
         try:
             part = events(self._answer.opening())
@@ -210,11 +236,15 @@ class EventStream(Response):
 
 
 def events(chunks: list[dict[str, object]] | list[dict[str, dict[str, str | None]]]) -> bytes:
+    """Returns the chunks as server-sent events."""
     return b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks)
 
 
 async def unless_gone(receive: Receive, work: Coroutine[object, object, T]) -> T:
-    """The result of the work, which is cancelled when the client hangs up. Raises ClientGone then."""
+    """Returns the result of the work.
+
+    If the client disconnects first, cancels the work and raises ClientGone.
+    """
     job = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(hang_up(receive))
     try:
@@ -229,6 +259,6 @@ async def unless_gone(receive: Receive, work: Coroutine[object, object, T]) -> T
 
 
 async def hang_up(receive: Receive) -> None:
-    """Returns when the client is gone; its body has been read by now."""
+    """Returns when the client has disconnected. Call it after the request body has been read."""
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,7 @@
-"""HTTP connections whose request lines and headers end soon: uvicorn keeps whatever comes, before anybody is asked for a key."""
+"""HTTP protocol class with limits on the size and the duration of request headers.
+
+uvicorn alone buffers headers without limits, and it does so before the API key is checked.
+"""
 
 import asyncio
 from typing import Any
@@ -8,24 +11,26 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from app.errors import BadRequest, envelope
 
-MAX_HEADER_BYTES = 64 * 2**10  # as most servers have it
-HEADER_SECONDS = 30.0  # for whoever connects without a key, and says nothing
-HEADER_COST = 32  # bytes of memory that a header takes beside its text, at least
+MAX_HEADER_BYTES = 64 * 2**10
+HEADER_SECONDS = 30.0  # within which a client must send complete headers
+HEADER_COST = 32  # minimum bytes of memory that a header takes in addition to its text
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Ends a connection with 431 when line, headers, trailers or what is around chunks grow beyond the limit.
+    """Closes connections whose headers are too large or arrive too slowly.
 
-    One whose headers do not come to their end in time is closed.
+    The size limit applies to the request line, headers, trailers and chunk framing. The response to
+    a request above the limit is 431.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:  # Any: uvicorn's own
+    def __init__(self, *arguments: Any, **options: Any) -> None:  # Any: uvicorn's own types
         super().__init__(*arguments, **options)
         self._num_header_bytes = 0
-        self._num_silent_bytes = 0  # taken in since the parser last gave something out
+        self._num_silent_bytes = 0  # received since the parser's last callback
         self._patience: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn's own narrowing
+    # The override is an error because uvicorn narrows the type of the transport, too.
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait_for_headers()
 
@@ -36,7 +41,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self._num_silent_bytes += len(data)
         super().data_received(data)
-        # What came may be half a request, or nothing of one: uvicorn's own timer ends with the first byte.
+        # The request may be incomplete. uvicorn's own timer stops at the first byte of it.
         is_idle = self.cycle is None or self.cycle.response_complete
         if is_idle and self._patience is None and self.timeout_keep_alive_task is None:
             self._wait_for_headers()

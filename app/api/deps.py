@@ -1,4 +1,4 @@
-"""What routes share: who asks, and which page they want."""
+"""Dependencies of routes: authentication of the caller, and pagination."""
 
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from app.auth import Principal
 
 __all__ = ["AskedPage", "Page", "Principal", "identify", "page", "require"]
 
-# For /openapi.json only: `auth` reads the header itself, because it tells malformed keys from missing ones.
+# Only for /openapi.json. `app.auth` reads the header itself, because it distinguishes malformed
+# keys from missing ones.
 BEARER = HTTPBearer(
     auto_error=False, scheme_name="api_key", description="A key `sk-sh-{id}-{secret}`"
 )
@@ -21,15 +22,17 @@ BEARER = HTTPBearer(
 
 def require(
     scope: str,
-) -> Callable[..., Coroutine[Any, Any, Principal]]:  # Any: as coroutines have it
-    """A dependency that gives the principal, or refuses with 401 or 403."""
+) -> Callable[..., Coroutine[Any, Any, Principal]]:  # Any: a coroutine's unused types
+    """Returns a dependency that gives the caller and checks that its key has the scope.
+
+    The dependency raises Unauthenticated (401) or Forbidden (403).
+    """
 
     async def principal(
         request: Request, documented: Annotated[object, Depends(BEARER)]
     ) -> Principal:
-        found: Principal | None = getattr(
-            request.state, "principal", None
-        )  # no thread for what is known
+        """Returns the caller. Uses a thread only if the caller has not been identified yet."""
+        found: Principal | None = getattr(request.state, "principal", None)
         if found is None:
             found = await run_in_threadpool(identify, request)
         found.demand(scope)
@@ -39,7 +42,7 @@ def require(
 
 
 def identify(request: Request) -> Principal:
-    """Who asks; looked up once a request. Raises Unauthenticated."""
+    """Returns the caller, authenticated once per request. Raises Unauthenticated."""
     known: Principal | None = getattr(request.state, "principal", None)
     if known is None:
         known = auth.authenticate(request.headers.get("authorization"))
@@ -49,7 +52,7 @@ def identify(request: Request) -> Principal:
 
 @dataclass(frozen=True)
 class Page:
-    """A keyset page: what comes after the object with id `after`."""
+    """Requested page of a list: up to `limit` objects after the one with the id `after`."""
 
     after: str | None
     limit: int
@@ -61,6 +64,7 @@ def page(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> Page:
+    """Reads the page from the query parameters."""
     return Page(after, limit, order)
 
 

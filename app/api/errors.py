@@ -1,4 +1,7 @@
-"""Every error as the OpenAI envelope `{"error": {"message", "type", "param", "code"}}`."""
+"""Error handlers, which return every error in the format of OpenAI.
+
+The body is `{"error": {"message", "type", "param", "code"}}`.
+"""
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,7 +27,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 
 
 def install(app: FastAPI) -> None:
-    """Makes the app answer every error in the envelope."""
+    """Registers the error handlers with the app."""
     app.add_exception_handler(StillhouseError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
@@ -34,6 +37,7 @@ def install(app: FastAPI) -> None:
 
 
 def error_response(error: StillhouseError) -> JSONResponse:
+    """Returns the response for an error, with the headers that clients read before a retry."""
     headers: dict[str, str] = {}
     if error.retry_after_seconds is not None:
         headers["retry-after"] = str(error.retry_after_seconds)
@@ -86,7 +90,7 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 def _allowed(request: Request) -> str:
-    """The methods of all routes with this path; Starlette names those of the first one only."""
+    """Returns the methods of all routes with this path; Starlette names those of the first only."""
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
     return ", ".join(
         method

@@ -1,4 +1,4 @@
-"""/v1/files: upload, list, read, delete."""
+"""Routes of /v1/files: upload, list, download and delete files."""
 
 from typing import Annotated, Literal
 
@@ -19,7 +19,7 @@ router = APIRouter(prefix="/v1/files", tags=["files"])
 Reader = Annotated[Principal, Depends(require("files:read"))]
 Writer = Annotated[Principal, Depends(require("files:write"))]
 
-FORM_BYTES = 64 * 1024  # what a multipart body may hold beside the file
+FORM_BYTES = 64 * 1024  # maximum size of a multipart body in addition to the file
 UPLOAD_BODY = {
     "requestBody": {
         "required": True,
@@ -47,10 +47,13 @@ UPLOAD_BODY = {
 
 @router.post("", openapi_extra=UPLOAD_BODY)
 async def upload_file(request: Request, principal: Writer) -> FileObject:
-    """Async because the body is taken as it comes; each piece is written in the thread pool.
+    """Uploads a file as multipart/form-data with the parts `file` and `purpose`.
 
-    A refused body is read to its end, up to the cap, for a client that listens only after it has sent.
+    Files with the purpose `fine-tune` or `distillation` are validated row by row.
     """
+    # Async, because the body is processed while it arrives. The thread pool writes the pieces.
+    # After an error the body is still read, up to the limit: some clients read the response only
+    # after they have sent everything.
     settings = get_settings()
     body_cap = settings.max_file_bytes + FORM_BYTES
     upload = files.Upload(principal, request.headers.get("content-type", ""), settings)
@@ -76,6 +79,7 @@ def list_files(
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> Listing[FileObject]:
+    """Lists the files of the project, newest first by default."""
     with transaction() as session:
         rows, has_more = file_rows.page_files(
             session, principal.project_id, purpose=purpose, after=after, limit=limit, order=order
@@ -87,17 +91,20 @@ def list_files(
 
 @router.get("/{file_id}")
 def get_file(file_id: str, principal: Reader) -> FileObject:
+    """Returns the metadata of a file."""
     return FileObject.of(files.get_file(principal.project_id, file_id))
 
 
 @router.delete("/{file_id}")
 def delete_file(file_id: str, principal: Writer) -> Deleted:
+    """Deletes a file. Refused with 409 while a job or a batch needs the file."""
     files.delete_file(principal.project_id, file_id)
     return Deleted(id=file_id, object="file")
 
 
 @router.get("/{file_id}/content", response_class=StreamingResponse, responses=BYTES)
 def get_content(file_id: str, principal: Reader) -> StreamingResponse:
+    """Downloads the content of a file."""
     row = files.get_file(principal.project_id, file_id)
     return StreamingResponse(
         files.read_content(row),

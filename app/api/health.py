@@ -24,13 +24,13 @@ jobs_by_status = Gauge("stillhouse_jobs", "Jobs by status", ["status"])
 serve_workers = Gauge("stillhouse_serve_workers", "Serve workers that were alive at the last look")
 
 
-CHECK_SECONDS = 1.0  # for which one answer of the database serves all callers
+CHECK_SECONDS = 1.0  # how long the result of a check is reused
 
 
 class DatabaseCheck:
     """Checks whether the database answers: one check at a time and at most one per second.
 
-    `/health/ready` needs no key, so any number of strangers must cost no more than one cheap statement.
+    `/health/ready` needs no key, so any number of requests to it must cost only one cheap query.
     """
 
     def __init__(self) -> None:
@@ -41,9 +41,8 @@ class DatabaseCheck:
         is_old = time.monotonic() - self._checked_at >= CHECK_SECONDS
         if self._task is None or (self._task.done() and is_old):
             self._task = asyncio.create_task(self._check())
-        return await asyncio.shield(
-            self._task
-        )  # one caller that leaves must not end it for the others
+        # Shielded: a caller that is cancelled must not cancel the check for the other callers.
+        return await asyncio.shield(self._task)
 
     async def _check(self) -> bool:
         try:
@@ -62,10 +61,12 @@ class DatabaseCheck:
 
 
 class Readiness(BaseModel):
-    """`degraded` still takes jobs and reads; it cannot generate until a serve worker is back.
+    """Readiness of the service.
 
-    A worker counts as ready while it computes what it has to: last_forward_seconds is the age of the newest forward pass of
-    any of them, null before the first; one that has had work for long without a pass counts as stalled.
+    A `degraded` service accepts jobs and all other requests, but it cannot generate text because no
+    serve worker is ready. A worker counts as stalled if it has had work for a long time without a
+    forward pass. `last_forward_seconds` is the age of the newest forward pass of any worker; null
+    before the first one.
     """
 
     status: Literal["ready", "degraded", "unavailable"]
@@ -76,24 +77,28 @@ class Readiness(BaseModel):
 
 
 class Liveness(BaseModel):
+    """Response of a process that is alive."""
+
     status: Literal["alive"] = "alive"
 
 
 @router.get("/health/live")
 async def live() -> Liveness:
+    """Returns 200 while the process is running. It checks nothing else."""
     return Liveness()
 
 
 @router.get("/health/ready", responses={503: {"model": Readiness}})
 async def ready(request: Request, response: Response) -> Readiness:
-    """503 only without the database: everything but generation works without Redis and without workers.
+    """Returns whether the service can handle requests.
 
-    Whether the database answers is up to a second old.
+    The status is 503 only if the database does not answer. Everything except generation works
+    without Redis and without workers. The state of the database may be one second old.
     """
     request_router: RequestRouter = request.app.state.switchboard
     workers = request_router.workers
     num_stalled = sum(worker.stalled_seconds > STALLED_SECONDS for worker in workers)
-    # By each worker's own clock, as of its heartbeat.
+    # Both times are from the worker's own clock, so the age is that at its last heartbeat.
     ages = [
         worker.beat_at - worker.last_step_at
         for worker in workers
@@ -117,7 +122,7 @@ async def ready(request: Request, response: Response) -> Readiness:
 def metrics(
     request: Request, principal: Annotated[Principal, Depends(require("admin"))]
 ) -> Response:
-    """Prometheus metrics. They speak of all projects, so the key needs the scope `admin`."""
+    """Returns Prometheus metrics. They cover all projects, so the key needs the scope `admin`."""
     request_router: RequestRouter = request.app.state.switchboard
     serve_workers.set(len(request_router.workers))
     with transaction() as session:

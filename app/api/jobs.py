@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: submit, watch and control distillations."""
+"""Routes of /v1/fine_tuning/jobs: submit, observe and control distillation jobs."""
 
 import re
 from typing import Annotated
@@ -40,7 +40,10 @@ def attempted(
     x_stainless_read_timeout: Annotated[float | None, Header(gt=0)] = None,
     x_stainless_timeout: Annotated[float | None, Header(ge=0)] = None,
 ) -> RetryInfo:
-    """Reads the headers of a retry. Python clients name their read timeout, others their timeout in whole seconds."""
+    """Reads the headers that identify retries of a request.
+
+    Python clients send their read timeout. Other clients send their timeout in whole seconds.
+    """
     timeouts = (x_stainless_read_timeout, x_stainless_timeout)
     named = [seconds for seconds in timeouts if seconds is not None]
     return RetryInfo(
@@ -52,6 +55,7 @@ Repetition = Annotated[RetryInfo, Depends(attempted)]
 
 
 def is_stream_wanted(request: Request, stream: bool = False) -> bool:
+    """Returns whether the client requests server-sent events, by query parameter or header."""
     return stream or EVENT_STREAM in request.headers.get("accept", "")
 
 
@@ -62,6 +66,10 @@ Streamed = Annotated[bool, Depends(is_stream_wanted)]
 def create_job(
     asked: CreateJob, principal: Writer, repetition: Repetition, response: Response
 ) -> JobObject:
+    """Creates a distillation job.
+
+    With an `Idempotency-Key` header, a retry returns the job of the first attempt.
+    """
     accepted = jobs.create_job(principal, asked, repetition)
     if accepted.is_replay:
         response.headers["idempotent-replayed"] = "true"
@@ -70,6 +78,10 @@ def create_job(
 
 @router.get("")
 def list_jobs(request: Request, principal: Reader, page: AskedPage) -> Listing[JobObject]:
+    """Lists the distillation jobs of the project, newest first by default.
+
+    `metadata[key]=value` in the query selects jobs with this metadata.
+    """
     wanted = {
         m[1]: value
         for key, value in request.query_params.items()
@@ -92,30 +104,39 @@ def list_jobs(request: Request, principal: Reader, page: AskedPage) -> Listing[J
 
 @router.get("/{job_id}")
 def get_job(job_id: str, principal: Reader) -> JobObject:
+    """Returns a job with its status, progress and result."""
     with transaction() as session:
         return jobs.job_object(session, jobs.get_job(session, principal.project_id, job_id))
 
 
 @router.delete("/{job_id}")
 def delete_job(job_id: str, principal: Writer) -> Deleted:
-    """Deletes a job that has ended, with its history and checkpoints; its model must be deleted before."""
+    """Deletes a job that has ended, with its history and its checkpoints.
+
+    The job's model, if there is one, must be deleted first.
+    """
     jobs.delete_job(principal.project_id, job_id)
     return Deleted(id=job_id, object="fine_tuning.job")
 
 
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, principal: Writer) -> JobObject:
+    """Cancels a job: at once if it is waiting, within one heartbeat if it is running."""
     return JobObject.of(jobs.cancel_job(principal.project_id, job_id))
 
 
 @router.post("/{job_id}/pause")
 def pause_job(job_id: str, principal: Writer) -> JobObject:
+    """Pauses a job. A running job stops at its next checkpoint."""
     return JobObject.of(jobs.pause_job(principal.project_id, job_id))
 
 
 @router.post("/{job_id}/resume")
 def resume_job(job_id: str, principal: Writer) -> JobObject:
-    """Queues a paused job, or a failed one that has a checkpoint; it gets the full time limit again."""
+    """Resumes a paused job, or a failed job that has a checkpoint.
+
+    The job continues from its newest checkpoint, and its time limit starts anew.
+    """
     return JobObject.of(jobs.resume_job(principal.project_id, job_id))
 
 
@@ -123,7 +144,11 @@ def resume_job(job_id: str, principal: Writer) -> JobObject:
 def list_events(
     job_id: str, principal: Reader, page: AskedPage, is_streamed: Streamed
 ) -> Response | Listing[EventObject]:
-    """Newest first; with ?stream=true or Accept: text/event-stream oldest first, until the job has ended."""
+    """Lists the events of a job, newest first by default.
+
+    With `?stream=true` or `Accept: text/event-stream`, sends the events as they happen, oldest
+    first, until the job has ended.
+    """
     with transaction() as session:
         jobs.get_job(session, principal.project_id, job_id)
     return answer_events(job_id, page, is_streamed)
@@ -137,7 +162,10 @@ def get_metrics(
     from_step: Annotated[int | None, Query(ge=0, le=2**53)] = None,
     to_step: Annotated[int | None, Query(ge=0, le=2**53)] = None,
 ) -> MetricsObject:
-    """Series of a job's metrics; `names` is a comma-separated choice."""
+    """Returns the metrics of a job as series of points.
+
+    `names` is a comma-separated list of metrics; without it, all metrics are returned.
+    """
     wanted = [name.strip() for name in names.split(",")] if names else None
     with transaction() as session:
         jobs.get_job(session, principal.project_id, job_id)
@@ -152,6 +180,7 @@ def get_metrics(
 
 @router.get("/{job_id}/checkpoints")
 def list_checkpoints(job_id: str, principal: Reader, page: AskedPage) -> Listing[CheckpointObject]:
+    """Lists the checkpoints of a job that can be served."""
     with transaction() as session:
         job = jobs.get_job(session, principal.project_id, job_id)
         rows, has_more = job_rows.page_checkpoints(
@@ -163,7 +192,10 @@ def list_checkpoints(job_id: str, principal: Reader, page: AskedPage) -> Listing
 
 
 def answer_events(job_id: str, page: Page, is_streamed: bool) -> Response | Listing[EventObject]:
-    """A job's events as the client wants them; the caller has checked that the job is the client's."""
+    """Returns a job's events as a page or as a stream.
+
+    Does not check that the job belongs to the client; the caller does.
+    """
     if is_streamed:
         return StreamingResponse(
             stream_events(job_id, start_after(job_id, page.after)),

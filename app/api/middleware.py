@@ -1,4 +1,4 @@
-"""One plain ASGI layer around everything: request ids, timing, body cap, metrics, and errors nobody caught."""
+"""ASGI middleware: request ids, timing, limit of the body size, metrics, and unhandled errors."""
 
 import secrets
 import time
@@ -16,7 +16,7 @@ from app.errors import BadRequest, StillhouseError, TooLarge
 
 log = structlog.get_logger(__name__)
 
-UPLOAD_PATH = "/v1/files"  # it has its own, larger cap
+UPLOAD_PATH = "/v1/files"  # it has its own, larger limit
 requests_total = Counter(
     "stillhouse_http_requests", "Requests answered", ["method", "route", "status"]
 )
@@ -26,7 +26,11 @@ request_seconds = Histogram(
 
 
 class RequestFrame:
-    """Gives each request an id and each answer the headers that clients read."""
+    """Middleware around the whole app.
+
+    It gives each request an id, limits the body size, adds headers to the response, counts requests
+    and turns unhandled errors into responses.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self.app = app
@@ -40,14 +44,14 @@ class RequestFrame:
 
 
 class _Exchange:
-    """One request on its way through."""
+    """State of one request while the middleware handles it."""
 
     def __init__(self, frame: RequestFrame, scope: Scope, receive: Receive, send: Send) -> None:
         self.frame, self.scope, self._receive, self._send = frame, scope, receive, send
         self.id = f"req_{secrets.token_hex(12)}"
         self.began = time.perf_counter()
         self.status = 0
-        self.seconds: float | None = None  # to the first byte
+        self.seconds: float | None = None  # time to the first byte
         self.num_bytes = 0
         self.is_capped = not (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH)
         scope.setdefault("state", {})["request_id"] = self.id
@@ -64,7 +68,7 @@ class _Exchange:
             except Exception:
                 log.exception("request_failed", path=self.scope["path"])
                 if self.status:
-                    raise  # half an answer has gone out: only a broken connection tells the client
+                    raise  # the response has begun; only a closed connection can signal the error
                 opaque = StillhouseError(
                     f"something went wrong on our side; quote {self.id} when you report it"
                 )
@@ -94,7 +98,7 @@ class _Exchange:
         if message["type"] == "http.request" and self.is_capped:
             self.num_bytes += len(message.get("body", b""))
             if self.num_bytes > self.frame.max_body_bytes:
-                # an HTTPException, for FastAPI would take any other error for a body it cannot parse
+                # An HTTPException, because FastAPI reports any other error as an unreadable body.
                 raise HTTPException(413, self.too_large().message)
         return message
 
@@ -109,7 +113,7 @@ class _Exchange:
         await self._send(message)
 
     def route(self) -> str:
-        """The route's template, so that ids never become labels."""
+        """Returns the path template of the route, so that ids do not become metric labels."""
         return str(getattr(self.scope.get("route"), "path", "unmatched"))
 
     def count(self) -> None:

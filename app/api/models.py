@@ -1,4 +1,4 @@
-"""/v1/models: the registry, its aliases, and imports."""
+"""Routes of /v1/models: registered models, their aliases, and imports."""
 
 from typing import Annotated
 
@@ -23,6 +23,7 @@ Writer = Annotated[Principal, Depends(require("models:write"))]
 
 @router.get("")
 def list_models(principal: Reader) -> ModelList:
+    """Lists all models that the project may use, including those shared by all projects."""
     with transaction() as session:
         aliases = model_rows.aliases_of_models(session, principal.project_id)
         rows = model_rows.list_models(session, principal.project_id)
@@ -33,6 +34,11 @@ def list_models(principal: Reader) -> ModelList:
 def import_model(
     asked: ImportModel, principal: Writer, repetition: Repetition, response: Response
 ) -> ImportObject:
+    """Starts the import of a model from the Hugging Face Hub.
+
+    The import is a job. With an `Idempotency-Key` header, a retry returns the job of the first
+    attempt.
+    """
     accepted = jobs.create_import(principal, asked, repetition)
     if accepted.is_replay:
         response.headers["idempotent-replayed"] = "true"
@@ -41,12 +47,14 @@ def import_model(
 
 @router.get("/imports/{job_id}")
 def get_import(job_id: str, principal: Reader) -> ImportObject:
+    """Returns an import job with its status and progress."""
     with transaction() as session:
         return ImportObject.of(jobs.get_job(session, principal.project_id, job_id, "import"))
 
 
 @router.post("/imports/{job_id}/cancel")
 def cancel_import(job_id: str, principal: Writer) -> ImportObject:
+    """Cancels an import job: at once if it is waiting, within one heartbeat if it is running."""
     return ImportObject.of(jobs.cancel_job(principal.project_id, job_id, "import"))
 
 
@@ -54,6 +62,11 @@ def cancel_import(job_id: str, principal: Writer) -> ImportObject:
 def list_import_events(
     job_id: str, principal: Reader, page: AskedPage, is_streamed: Streamed
 ) -> Response | Listing[EventObject]:
+    """Lists the events of an import job, newest first by default.
+
+    With `?stream=true` or `Accept: text/event-stream`, sends the events as they happen, oldest
+    first, until the job has ended.
+    """
     with transaction() as session:
         jobs.get_job(session, principal.project_id, job_id, "import")
     return answer_events(job_id, page, is_streamed)
@@ -61,6 +74,7 @@ def list_import_events(
 
 @router.get("/{model_id}")
 def get_model(model_id: str, principal: Reader) -> ModelObject:
+    """Returns the model version with this id, or the one that an alias points at."""
     with transaction() as session:
         row = model_registry.get_model(session, principal.project_id, model_id)
         return ModelObject.of(
@@ -70,17 +84,19 @@ def get_model(model_id: str, principal: Reader) -> ModelObject:
 
 @router.delete("/{model_id}")
 def delete_model(model_id: str, principal: Writer) -> Deleted:
+    """Deletes a model of the project. Refused with 409 while the model is in use."""
     model_registry.delete_model(principal, model_id)
     return Deleted(id=model_id, object="model")
 
 
 @router.put("/{name}/aliases/{alias}")
 def set_alias(name: str, alias: str, asked: SetAlias, principal: Writer) -> AliasObject:
-    """Points `{name}@{alias}` at a version; requests for it go there from now on."""
+    """Points the alias `{name}@{alias}` at a model. New requests for the alias use this model."""
     return AliasObject.of(model_registry.set_alias(principal, name, alias, model_id=asked.model))
 
 
 @router.delete("/{name}/aliases/{alias}")
 def delete_alias(name: str, alias: str, principal: Writer) -> Deleted:
+    """Deletes the alias `{name}@{alias}`. The model remains."""
     model_registry.delete_alias(principal, name, alias)
     return Deleted(id=f"{name}@{alias}", object="model.alias")

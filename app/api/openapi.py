@@ -1,4 +1,4 @@
-"""What /openapi.json says of answers that FastAPI cannot see: errors, streams, bytes."""
+"""OpenAPI descriptions of responses that FastAPI cannot derive: errors, streams, binary data."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 from app.schemas.errors import ErrorEnvelope
 
-Responses = dict[int | str, dict[str, Any]]  # Any: as FastAPI has it
+Responses = dict[int | str, dict[str, Any]]  # Any: FastAPI's own type
 
 ERRORS: Responses = {
     "4XX": {
@@ -19,7 +19,7 @@ ERRORS: Responses = {
     },
 }
 TEXT = {"schema": {"type": "string"}}
-FRAME = {  # of a stream; its last one has the data `[DONE]`
+FRAME = {  # one server-sent event; the last event of a stream has the data `[DONE]`
     "schema": {
         "type": "object",
         "required": ["data"],
@@ -35,5 +35,5 @@ BYTES: Responses = {
 
 
 def whole_or_streamed(model: type[BaseModel]) -> Responses:
-    """Of a route that answers as JSON, or with `stream` as server-sent events."""
+    """Returns the description of a response that is JSON or, with `stream`, server-sent events."""
     return {200: {"model": model, "content": {"text/event-stream": FRAME}}}

@@ -1,4 +1,4 @@
-"""/v1/models/{id}/…: how a model is served, and whether serve workers have it loaded."""
+"""Routes of /v1/models/{id}/...: serving options, and loading and pinning on serve workers."""
 
 from typing import Annotated
 
@@ -21,6 +21,7 @@ Operator = Annotated[Principal, Depends(require("admin"))]
 
 
 def switchboard(request: Request) -> RequestRouter:
+    """Returns the request router of this process."""
     request_router: RequestRouter = request.app.state.switchboard
     return request_router
 
@@ -30,6 +31,7 @@ Board = Annotated[RequestRouter, Depends(switchboard)]
 
 @router.get("/serving")
 def get_serving(model_id: str, principal: Reader) -> ServingObject:
+    """Returns the serving options of a model."""
     with transaction() as session:
         row = model_registry.get_model(session, principal.project_id, model_id)
         options = Serving.of(model_registry.options_of(row))
@@ -38,23 +40,29 @@ def get_serving(model_id: str, principal: Reader) -> ServingObject:
 
 @router.put("/serving")
 def set_serving(model_id: str, asked: SetServing, principal: Writer) -> ServingObject:
-    """Sets all options; requests from now on are served that way, those under way as they began."""
+    """Replaces all serving options of a model.
+
+    New requests use the new options. Requests in progress end with the old ones.
+    """
     row = model_serving.set_options(principal, model_id, asked)
     return ServingObject(model=row.id, **Serving.of(model_registry.options_of(row)).model_dump())
 
 
 @router.get("/status")
 def get_status(model_id: str, principal: Reader, request_router: Board) -> ModelStatus:
+    """Returns the state of a model on each serve worker."""
     with transaction() as session:
         served = model_registry.resolve(session, principal.project_id, model_id).served
-    return model_serving.status_of(
-        served, request_router.workers
-    )  # after the transaction: it has one of its own
+    # After the transaction, because it opens a transaction itself.
+    return model_serving.status_of(served, request_router.workers)
 
 
 @router.post("/load", status_code=202)
 async def load_model(model_id: str, principal: Writer, request_router: Board) -> ModelStatus:
-    """Begins to load on every serve worker that can serve it, and goes on whether or not anyone waits."""
+    """Starts loading a model on all serve workers that can serve it, and returns at once.
+
+    Ask for the status to see the progress.
+    """
     served = await run_in_threadpool(model_serving.to_load, principal, model_id)
     told = await request_router.tell(Load(served=served), engine=served.serving.engine)
     return await run_in_threadpool(model_serving.status_of, served, request_router.workers, told)
@@ -62,7 +70,10 @@ async def load_model(model_id: str, principal: Writer, request_router: Board) ->
 
 @router.post("/unload", status_code=202)
 async def unload_model(model_id: str, principal: Writer, request_router: Board) -> ModelStatus:
-    """Gives the memory back when the answers under way are written; the next request loads the model again."""
+    """Unloads a model from all serve workers once its answers in progress have ended.
+
+    The next request loads the model again.
+    """
     served = await run_in_threadpool(model_serving.to_unload, principal, model_id)
     await request_router.tell(Unload(residence=served.residence))
     return await run_in_threadpool(model_serving.status_of, served, request_router.workers)
@@ -70,7 +81,10 @@ async def unload_model(model_id: str, principal: Writer, request_router: Board) 
 
 @router.post("/pin", status_code=202)
 async def pin_model(model_id: str, principal: Operator, request_router: Board) -> ModelStatus:
-    """Keeps the model, or whatever the alias points at, loaded on every serve worker."""
+    """Keeps a model loaded on all serve workers that can serve it.
+
+    A pinned alias follows its target. Needs the scope `admin`.
+    """
     served = await run_in_threadpool(model_serving.pin, principal, model_id)
     if request_router.workers:
         await tell_pins(request_router)
@@ -84,7 +98,7 @@ async def pin_model(model_id: str, principal: Operator, request_router: Board) -
 
 @router.post("/unpin", status_code=202)
 async def unpin_model(model_id: str, principal: Operator, request_router: Board) -> ModelStatus:
-    """Lets the model make room for others again."""
+    """Removes the pin of a model, which may then be evicted. Needs the scope `admin`."""
     served = await run_in_threadpool(model_serving.unpin, principal, model_id)
     if request_router.workers:
         await tell_pins(request_router)

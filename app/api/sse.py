@@ -1,4 +1,4 @@
-"""A job's events as a stream: frames without ids, so that the `openai` client can read them."""
+"""Server-sent events of a job. They have no ids, so that the `openai` client can read them."""
 
 from collections.abc import AsyncIterator
 
@@ -16,15 +16,17 @@ log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 0.5
 PING_SECONDS = 10.0
-PING = b": ping\n"  # one newline: with two, the SDK would take an empty event
+PING = b": ping\n"  # one newline: with two, the openai client would report an empty event
 BATCH = 200
-LOOKS = anyio.CapacityLimiter(
-    8
-)  # however many streams there are, they leave threads to those who ask
+# Number of threads for all streams together; the other threads stay free for requests.
+LOOKS = anyio.CapacityLimiter(8)
 
 
 def start_after(job_id: str, after: str | None) -> int:
-    """The sequence number to stream from; 0 is the beginning. Raises BadRequest for an unknown event."""
+    """Returns the sequence number of the event with the id `after`; 0 if `after` is None.
+
+    Raises BadRequest if the job has no such event.
+    """
     if after is None:
         return 0
     with transaction() as session:
@@ -35,14 +37,17 @@ def start_after(job_id: str, after: str | None) -> int:
 
 
 async def stream_events(job_id: str, seq: int) -> AsyncIterator[bytes]:
-    """Every event after `seq`, then those that come, until the job has ended; then [DONE]."""
+    """Yields all events after `seq` as they happen, until the job has ended, and then [DONE].
+
+    Yields a comment after each PING_SECONDS without an event, which keeps the connection open.
+    """
     silent_seconds = 0.0
     while True:
         try:
             events, has_ended = await anyio.to_thread.run_sync(_look, job_id, seq, limiter=LOOKS)
         except (DatabaseUnavailable, PoolExhausted) as fault:
             log.warning("events_delayed", reason=type(fault).__name__)
-            events, has_ended = [], False  # the stream outlives a restart of the database
+            events, has_ended = [], False  # the stream continues after a restart of the database
         for event in events:
             seq, silent_seconds = event.seq, 0.0
             yield _frame(event)
@@ -59,7 +64,8 @@ async def stream_events(job_id: str, seq: int) -> AsyncIterator[bytes]:
 
 def _look(job_id: str, seq: int) -> tuple[list[Event], bool]:
     with transaction() as session:
-        # The status first: a job's last event is written together with its last status.
+        # Read the status first. A job's last event is committed together with its last status, so
+        # all events are read below if the job has ended.
         status = jobs.status_of(session, job_id)
         return list(
             jobs.events_since(session, job_id, seq, limit=BATCH)

@@ -1,4 +1,8 @@
-"""JSON bodies of known callers only, read strictly: no NaN, no half surrogates, and limited in their shape."""
+"""Route class that authenticates before it reads the body, and parses JSON strictly.
+
+The body must not contain NaN or lone surrogates. The number of its arrays, objects and fields is
+limited.
+"""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -15,13 +19,13 @@ from app.json_limits import parse_limited, refuse_crowded
 
 
 class StrictRequest(Request):
-    async def json(self) -> Any:  # Any: whatever JSON the client sent
-        """The body parsed by orjson. Raises JSONDecodeError or BadRequest."""
+    """Request whose JSON body is parsed by orjson within the limits of `app.json_limits`."""
+
+    async def json(self) -> Any:  # Any: arbitrary JSON of the client
+        """Returns the parsed body. Raises JSONDecodeError or BadRequest."""
         if not hasattr(self, "_json"):
             value = parse_limited(await self.body())
-            await asyncio.sleep(
-                0
-            )  # each step takes milliseconds of the event loop for a large body
+            await asyncio.sleep(0)  # each step blocks the event loop if the body is large
             refuse_crowded(value)
             await asyncio.sleep(0)
             self._json = value
@@ -29,23 +33,23 @@ class StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route whose body is parsed by orjson; its errors are JSONDecodeErrors, as FastAPI expects."""
+    """Route that authenticates the caller first and reads its body as a `StrictRequest`."""
 
     def get_route_handler(
         self,
-    ) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # Any: as FastAPI has it
+    ) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # Any: FastAPI's own type
         handle = super().get_route_handler()
 
         async def handle_strictly(request: Request) -> Response:
-            await run_in_threadpool(
-                identify, request
-            )  # before the body: strangers send nothing that is kept
+            """Authenticates the caller, parses the body and handles the request."""
+            # Before the body is read, so that no body of an unknown client is kept in memory.
+            await run_in_threadpool(identify, request)
             strict = StrictRequest(request.scope, request.receive)
             if self.body_field is not None:
-                with suppress(orjson.JSONDecodeError):  # FastAPI meets it again and answers it
-                    await (
-                        strict.json()
-                    )  # here, because FastAPI hides any other error that it raises
+                # Parsed here, because FastAPI would hide any error but a JSONDecodeError. It parses
+                # a malformed body again and reports that error itself.
+                with suppress(orjson.JSONDecodeError):
+                    await strict.json()
             return await handle(strict)
 
         return handle_strictly

@@ -1,1 +1,1 @@
-"""The `stillhouse` command line."""
+"""Commands of the `stillhouse` command line."""

@@ -1,4 +1,4 @@
-"""The command `stillhouse`."""
+"""Runs the Stillhouse service and manages its API keys and models."""
 
 import os
 import sys
@@ -24,7 +24,7 @@ from app.settings import Settings, get_settings
 from app.storage import StorageError
 
 POLL_SECONDS = 0.3
-PATIENCE_SECONDS = 10.0  # after which a job that nobody takes is explained
+PATIENCE_SECONDS = 10.0  # wait for a train worker after which a hint is printed
 
 cli = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
@@ -53,7 +53,10 @@ def up(
     train_workers: Annotated[int, typer.Option(min=0, max=64)] = 1,
     serve_workers: Annotated[int, typer.Option(min=0, max=64)] = 1,
 ) -> None:
-    """Run everything in this terminal: databases (unless URLs are set), API and workers; Ctrl-C drains."""
+    """Runs the whole service in this terminal: databases, API and workers.
+
+    PostgreSQL or Valkey is not started if its URL is set. Ctrl-C drains and stops everything.
+    """
     from app.commands.up import UpOptions, run_up
 
     settings = use(data_dir)
@@ -71,7 +74,7 @@ def up(
 
 @cli.command()
 def api(data_dir: DataDir = None) -> None:
-    """Run the API alone."""
+    """Runs the API only."""
     import uvicorn
 
     from app.api.connections import BoundedProtocol
@@ -87,26 +90,28 @@ def api(data_dir: DataDir = None) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        timeout_keep_alive=75,  # longer than clients keep idle connections: they close first, not in mid-request
+        # Longer than clients keep idle connections, so that the server does not close a connection
+        # on which a client is sending a request.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=30,
     )
 
 
 @cli.command()
 def train_worker(data_dir: DataDir = None) -> None:
-    """Run one train worker."""
+    """Runs one train worker."""
     become_worker("train", data_dir)
 
 
 @cli.command()
 def serve_worker(data_dir: DataDir = None) -> None:
-    """Run one serve worker."""
+    """Runs one serve worker."""
     become_worker("serve", data_dir)
 
 
 @cli.command()
 def migrate(data_dir: DataDir = None) -> None:
-    """Bring the database to the newest schema."""
+    """Migrates the database to the newest schema."""
     from app.db.schema.migrate import upgrade
 
     upgrade(use_service(data_dir).database_url)
@@ -118,7 +123,7 @@ def doctor(
     data_dir: DataDir = None,
     is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """Check a deployment and say what to do; exit status 1 if something is wrong."""
+    """Checks a deployment and prints advice. The exit status is 1 if a check fails."""
     from app.commands.doctor import examine, report
 
     raise typer.Exit(report(examine(use_service(data_dir)), console, is_json=is_json))
@@ -126,7 +131,7 @@ def doctor(
 
 @cli.command()
 def demo(data_dir: DataDir = None) -> None:
-    """Distil a real model on this machine and show teacher, untrained and distilled student side by side."""
+    """Distils a real model on this machine and compares the teacher with the student."""
     from app.commands.demo import DemoFailed, run_demo
 
     try:
@@ -147,7 +152,7 @@ def create_key(
     ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Make an API key; it is shown this once, as the last word."""
+    """Creates an API key and prints it, for the only time, as the last line of the output."""
     from app import auth
     from app.db.session import transaction
 
@@ -167,7 +172,7 @@ def create_key(
 def list_keys(
     project: Annotated[str | None, typer.Option()] = None, data_dir: DataDir = None
 ) -> None:
-    """List keys, without their secrets."""
+    """Lists API keys without their secrets."""
     from app.db import keys as table
     from app.db.session import transaction
 
@@ -191,7 +196,7 @@ def revoke_key(
     key_id: Annotated[str, typer.Argument(help="The id, or the whole key.")],
     data_dir: DataDir = None,
 ) -> None:
-    """End a key at once."""
+    """Revokes an API key immediately."""
     from app.auth import KEY_PATTERN
     from app.db import keys as table
     from app.db.session import transaction
@@ -214,7 +219,7 @@ def import_model(
     ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Import a model and wait until it is registered."""
+    """Imports a model and waits until it is registered."""
     from app.services.imports import import_model
 
     use_service(data_dir)
@@ -227,7 +232,7 @@ def list_models(
     project: Annotated[str, typer.Option(help="Its models and the shared ones.")] = "default",
     data_dir: DataDir = None,
 ) -> None:
-    """List the models of a project."""
+    """Lists the models of a project, and those that all projects share."""
     from app.db import models as table
     from app.db.session import transaction
 
@@ -265,7 +270,7 @@ def set_serving(
     project: Annotated[str, typer.Option(help="Whose model it is.")] = "default",
     data_dir: DataDir = None,
 ) -> None:
-    """Decide how a model is served; what is left out takes its default."""
+    """Sets how a model is served. Options that are not given get their default values."""
     from pydantic import ValidationError
 
     from app.auth import Principal
@@ -284,7 +289,7 @@ def set_serving(
 
 
 def follow_import(job_id: str, name: str) -> None:
-    """Shows the job's progress until it ends; exits 1 if it failed."""
+    """Shows the progress of an import until it ends. Exits with status 1 if it did not succeed."""
     from app.services.imports import load_import
 
     began, stage, is_explained = time.monotonic(), "", False
@@ -325,14 +330,17 @@ def follow_import(job_id: str, name: str) -> None:
 
 
 def use(data_dir: Path | None) -> Settings:
-    """The settings, with the data folder that the caller chose."""
+    """Returns the settings, with the given data folder if there is one."""
     if data_dir is not None:
         set_environment({"STILLHOUSE_DATA_DIR": str(data_dir.resolve())})
     return get_settings()
 
 
 def use_service(data_dir: Path | None) -> Settings:
-    """The settings of the service that runs from the data folder, or that the environment names."""
+    """Returns the settings of the service that runs from the data folder or is set by variables.
+
+    Exits with status 1 if there is none.
+    """
     apply_environment(use(data_dir).data_dir)
     settings = get_settings()
     if not settings.database_url:
@@ -344,16 +352,19 @@ def use_service(data_dir: Path | None) -> Settings:
 
 
 def become_worker(role: str, data_dir: Path | None) -> None:
+    """Replaces this process with a worker of the role "train" or "serve"."""
     use_service(data_dir)
     os.execv(sys.executable, [sys.executable, "-m", "worker.main", role])
 
 
 def fail(message: str) -> NoReturn:
+    """Prints an error message and exits with status 1."""
     print(f"stillhouse: {message}", file=sys.stderr)
     raise typer.Exit(1)
 
 
 def main() -> None:
+    """Runs the command line. Expected errors are printed as one line, without a traceback."""
     try:
         cli()
     except (StillhouseError, LocalServiceError, StorageError, RuntimeError) as error:

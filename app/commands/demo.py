@@ -1,6 +1,6 @@
-"""`stillhouse demo`: the main job on a real model, from nothing to a served student, with the figures side by side.
+"""The command `stillhouse demo`: distils a real model, compares it with its teacher and serves it.
 
-Everything goes over HTTP as a user's own code would go; nothing here knows how the service works inside.
+The demo is a client of the public HTTP API and uses no internals of the service.
 """
 
 import importlib.util
@@ -27,32 +27,29 @@ from app.local.embedded_servers import free_port
 from app.parent_death import tethered
 
 TEACHER = "smollm2-135m-instruct"
-RECIPE = (
-    "2"  # counts up when the recipe below changes, so that an older interrupted job is left alone
-)
+# Increase it when the recipe below changes, so that the interrupted job of an older recipe is not
+# continued.
+RECIPE = "2"
 NUM_LAYERS = 16
-NUM_WORDS = 900  # questions about words, beside the corpus's own prompts
+NUM_WORDS = 900  # prompts about single words, in addition to those of the corpus
 NUM_HELD_OUT = 120
 ASK = "Answer in one short sentence."
-START_SECONDS = 270  # longer than `stillhouse up` itself waits for its workers
+START_SECONDS = 270  # longer than `stillhouse up` waits for its workers
 Json = dict[str, Any]  # Any: JSON bodies of the public API
 
 
 class DemoFailed(Exception):
-    """The demo cannot go on; the message says what to do."""
+    """The demo cannot continue; the message gives the reason."""
 
 
 def run_demo(data_dir: Path) -> None:
-    """Imports the teacher, labels, distils, evaluates, serves and stops everything it started.
+    """Runs the demo against a service of its own, which is stopped at the end.
 
-    Raises DemoFailed when a step does not work.
+    Raises DemoFailed if a step fails.
     """
     console = Console()
-    for number in (
-        signal.SIGINT,
-        signal.SIGTERM,
-        signal.SIGHUP,
-    ):  # a background shell ignores SIGINT for us
+    # A shell without job control starts background commands with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     with running_service(data_dir, console) as client:
@@ -70,7 +67,10 @@ def run_demo(data_dir: Path) -> None:
 
 @contextmanager
 def running_service(data_dir: Path, console: Console, *options: str) -> Iterator[httpx.Client]:
-    """`stillhouse up` (with further options) as a child process, stopped at the end whatever happens."""
+    """Runs `stillhouse up` as a child process and yields an HTTP client for it.
+
+    `options` are added to the command. The service is stopped at the end, also after an error.
+    """
     data_dir.mkdir(parents=True, exist_ok=True)
     port = free_port()
     log_path = data_dir / "demo.log"
@@ -110,7 +110,7 @@ def running_service(data_dir: Path, console: Console, *options: str) -> Iterator
 
 
 def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
-    """Waits until the service answers and can generate. Raises DemoFailed."""
+    """Waits until the service is ready and has a serve worker. Raises DemoFailed if it fails."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -126,6 +126,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_path: Path
 
 
 def import_teacher(client: httpx.Client, data_dir: Path, console: Console) -> None:
+    """Imports the teacher unless it is registered already. Raises DemoFailed on failure."""
     if any(model["id"] == TEACHER for model in call(client, "GET", "/v1/models")["data"]):
         console.print(f"Teacher {TEACHER} is imported already")
         return
@@ -147,7 +148,7 @@ def import_teacher(client: httpx.Client, data_dir: Path, console: Console) -> No
 
 
 def package_folder(module: str, requirement: str) -> Path:
-    """The folder of an installed package, found without importing its code."""
+    """Returns the folder of a package without importing it. Raises DemoFailed if missing."""
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise DemoFailed(
@@ -157,7 +158,7 @@ def package_folder(module: str, requirement: str) -> Path:
 
 
 def demo_prompts() -> list[str]:
-    """Real questions and remarks of chatterbot-corpus, and questions about words that it uses."""
+    """Returns prompts from chatterbot-corpus, followed by questions about words in the corpus."""
     folder = package_folder("chatterbot_corpus", "chatterbot-corpus>=1.3,<2") / "data" / "english"
     prompts: dict[str, str] = {}
     words: set[str] = set()
@@ -174,7 +175,10 @@ def demo_prompts() -> list[str]:
 
 
 def distil(client: httpx.Client, console: Console) -> Json:
-    """Uploads the prompts, runs the job and returns it when it has succeeded; goes on with one that was interrupted."""
+    """Uploads the prompts, runs the distillation job and returns it after it has succeeded.
+
+    A queued or running job of an earlier, interrupted demo is followed instead.
+    """
     for job in call(client, "GET", "/v1/fine_tuning/jobs", params={"metadata[demo]": RECIPE})[
         "data"
     ]:
@@ -210,6 +214,7 @@ def distil(client: httpx.Client, console: Console) -> Json:
 
 
 def upload(client: httpx.Client, name: str, prompts: list[str]) -> str:
+    """Uploads the prompts as a JSONL file and returns the id of the file."""
     asked = (prompt if prompt[-1] in ".?!" else f"{prompt}." for prompt in prompts)
     lines = "".join(json.dumps({"prompt": f"{prompt} {ASK}"}) + "\n" for prompt in asked)
     file_id: str = call(
@@ -221,12 +226,13 @@ def upload(client: httpx.Client, name: str, prompts: list[str]) -> str:
 def follow(
     client: httpx.Client, job_id: str, console: Console, *, line_seconds: float = LINE_SECONDS
 ) -> Json:
-    """Shows the job's progress until it succeeds, and returns it; each stage leaves a line on the screen.
+    """Shows the job's progress until it succeeds, and returns the job.
 
-    Without a terminal there is no progress bar: a line is printed every `line_seconds` instead.
+    Each new stage prints a line. If the output is not a terminal, a progress line is printed every
+    `line_seconds` instead of the progress bar.
 
     Raises:
-        DemoFailed: The job failed or was cancelled.
+        DemoFailed: The job failed, was cancelled or is paused.
     """
     lines = ProgressLines(console, line_seconds)
     columns = (
@@ -259,13 +265,14 @@ def follow(
 
 
 def progress_line(job: Json) -> str:
-    """The stage, its percentage and its counters in one line."""
+    """Returns the job's stage, percentage and counters as one line of text."""
     percent = (job["progress"] or {}).get("percent") or 0
     parts = [(job["stage"] or job["status"]).replace("_", " "), f"{percent:.0f}%", detail(job)]
     return "  ".join(part for part in parts if part)
 
 
 def detail(job: Json) -> str:
+    """Returns the job's counters, metrics and remaining time, separated by commas."""
     progress, metrics = job["progress"] or {}, job["latest_metrics"] or {}
     parts = []
     if progress.get("rows_total"):
@@ -282,7 +289,7 @@ def detail(job: Json) -> str:
 
 
 def stream_an_answer(client: httpx.Client, console: Console, model: str) -> None:
-    """One live request to the served student, printed as its tokens arrive."""
+    """Sends one request to the served student and prints the tokens as they arrive."""
     question = "What is a computer?"
     console.print(f"\n[bold]The student, served and streamed:[/bold] {question}\n  ", end="")
     body = {
@@ -307,6 +314,7 @@ def stream_an_answer(client: httpx.Client, console: Console, model: str) -> None
 def call(
     client: httpx.Client, method: str, path: str, **request: Any
 ) -> Json:  # Any: httpx's own arguments
+    """Sends a request and returns the JSON body. Raises DemoFailed for an error status."""
     response = client.request(method, path, **request)
     if response.is_error:
         raise DemoFailed(f"{method} {path} answered {response.status_code}: {response.text}")

@@ -1,4 +1,4 @@
-"""How the demo shows what came out: the three models side by side, their answers, and what to type next."""
+"""Output of the demo: a table that compares the models, sample answers and next commands."""
 
 import sys
 from pathlib import Path
@@ -13,12 +13,13 @@ MODELS = (("teacher", "teacher"), ("untrained", "untrained"), ("student", "disti
 
 
 def row_value(figures: Json, name: str, form: str) -> str:
+    """Returns one figure as text for a table cell, or a dash if it is missing."""
     value = figures.get(name)
     return "–" if value is None else form.format(value)
 
 
 def show_comparison(console: Console, result: Json) -> None:
-    """Teacher, and the student before and after, judged on the same held-out prompts."""
+    """Prints a table of the teacher and the student before and after distillation."""
     rows = (
         ("layers", "num_layers", "{}"),
         ("parameters", "num_parameters", "{:,}"),
@@ -41,7 +42,7 @@ def show_comparison(console: Console, result: Json) -> None:
         )
     console.print(table)
     console.print(
-        "KL in nats a token, agreement, and perplexity of the teacher's own greedy answers, token by token; ROUGE-L of the "
+        "KL in nats per token, agreement, and perplexity of the teacher's own greedy answers, token by token; ROUGE-L of the "
         "answers the models give by themselves. Speeds by this machine's engine, the same number of tokens for each."
     )
     for part in result.get("missing", []):
@@ -56,6 +57,7 @@ def show_comparison(console: Console, result: Json) -> None:
 
 
 def show_samples(console: Console, result: Json) -> None:
+    """Prints the answers of the three models to a few held-out prompts."""
     console.print("\n[bold]Greedy answers to held-out prompts, as they came[/bold]")
     for sample in result.get("samples", []):
         console.print(f"\n[bold]{sample['prompt']}[/bold]", highlight=False)
@@ -66,7 +68,7 @@ def show_samples(console: Console, result: Json) -> None:
 
 
 def show_next_commands(console: Console, data_dir: Path, model: str) -> None:
-    """Three commands that work when pasted into the shell that ran the demo."""
+    """Prints three commands that can be pasted into the shell that ran the demo."""
     stillhouse = _from_here(Path(sys.executable).parent / "stillhouse")
     data_dir = _from_here(data_dir)
     chat = (

@@ -1,4 +1,4 @@
-"""`stillhouse doctor`: is this deployment sound, and what to do for each thing that is not."""
+"""The command `stillhouse doctor`: checks a deployment and gives advice for each failed check."""
 
 import json
 import secrets
@@ -26,10 +26,8 @@ from app.routing.worker_registry import STALLED_SECONDS
 from app.settings import Settings
 from app.storage import StorageError, store
 
-SKEW_SECONDS = (
-    2.0  # a lease lasts 90; more than this on a host with NTP means that NTP does not work
-)
-WAKE_UP_SECONDS = 3.0  # an idle train worker takes a doorbell within milliseconds
+SKEW_SECONDS = 2.0  # much less than a lease; more means that NTP does not work
+WAKE_UP_SECONDS = 3.0  # an idle train worker takes a wake-up message within milliseconds
 FAULTS = (
     DatabaseUnavailable,
     PoolExhausted,
@@ -39,14 +37,14 @@ FAULTS = (
     RuntimeError,
     httpx.HTTPError,
     subprocess.SubprocessError,
-    ValueError,  # an answer that is none of ours
+    ValueError,  # a response that is not from this service
     KeyError,
 )
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `advice` is empty unless it failed."""
+    """Result of one check; `advice` is empty unless the check failed."""
 
     name: str
     status: Literal["ok", "fail"]
@@ -55,7 +53,7 @@ class Finding:
 
 
 def examine(settings: Settings) -> list[Finding]:
-    """Every check, in order; one that cannot be made has failed."""
+    """Runs all checks and returns their findings. A check that raises an error has failed."""
     findings: list[Finding] = []
     for name, check, advice in CHECKS:
         try:
@@ -67,7 +65,7 @@ def examine(settings: Settings) -> list[Finding]:
 
 
 def report(findings: list[Finding], console: Console, *, is_json: bool) -> int:
-    """Prints the findings; 1 if one failed."""
+    """Prints the findings and returns the exit status: 1 if a check failed, else 0."""
     is_sound = all(finding.status == "ok" for finding in findings)
     if is_json:
         print(
@@ -86,10 +84,12 @@ def report(findings: list[Finding], console: Console, *, is_json: bool) -> int:
 
 
 def judge(name: str, is_good: bool, what: str, advice: str) -> Finding:
+    """Returns a finding, with the advice only if the check failed."""
     return Finding(name, "ok", what) if is_good else Finding(name, "fail", what, advice)
 
 
 def database(settings: Settings) -> Iterator[Finding]:
+    """Checks the database: connection, durability, clock and schema."""
     with transaction() as session:
         facts = server_facts(session)
         here = datetime.now(UTC)
@@ -110,8 +110,9 @@ def database(settings: Settings) -> Iterator[Finding]:
 
 
 def broker(settings: Settings) -> Iterator[Finding]:
+    """Checks the message broker: connection, eviction policy and persistence."""
     with _redis(settings) as client:
-        facts: dict[str, Any] = client.info()  # Any: as redis has it
+        facts: dict[str, Any] = client.info()  # Any: redis-py returns untyped values
         yield Finding("broker", "ok", f"Redis protocol {facts.get('redis_version')} answers")
         policy = facts.get("maxmemory_policy", "noeviction")
         keep = "set maxmemory-policy to noeviction: messages must never be dropped to save memory"
@@ -131,6 +132,7 @@ def broker(settings: Settings) -> Iterator[Finding]:
 
 
 def files(settings: Settings) -> Iterator[Finding]:
+    """Checks that the artifact store can write, read and delete, and has free disk space."""
     key, content = f"doctor/{secrets.token_hex(8)}", secrets.token_bytes(1024)
     with store().writer(key) as writer:
         writer.write(content)
@@ -157,6 +159,10 @@ def files(settings: Settings) -> Iterator[Finding]:
 
 
 def workers(settings: Settings) -> Iterator[Finding]:
+    """Checks that serve workers are alive, and that a train worker takes a wake-up message.
+
+    A running job is also taken as proof of a train worker, because busy workers take no messages.
+    """
     with _redis(settings) as client:
         beats = [
             value
@@ -197,6 +203,7 @@ def workers(settings: Settings) -> Iterator[Finding]:
 
 
 def api(settings: Settings) -> Iterator[Finding]:
+    """Checks that the API is ready."""
     url = f"http://{settings.host}:{settings.port}"
     answer = httpx.get(f"{url}/health/ready", timeout=5, trust_env=False)
     yield judge(
@@ -205,6 +212,7 @@ def api(settings: Settings) -> Iterator[Finding]:
 
 
 def gpu(settings: Settings) -> Iterator[Finding]:
+    """Checks that the NVIDIA driver, if there is one on this host, finds a GPU."""
     if shutil.which("nvidia-smi") is None:
         yield Finding("gpu", "ok", "no NVIDIA driver here: workers on this host use the CPU")
         return
@@ -219,6 +227,7 @@ def gpu(settings: Settings) -> Iterator[Finding]:
 
 
 def compiler(settings: Settings) -> Iterator[Finding]:
+    """Reports the C compiler for the CPU kernels. The check never fails."""
     found = shutil.which("gcc") or shutil.which("cc")
     without = "no C compiler here: a serve worker on this host does without its kernels and is slower on a CPU; install gcc"
     yield Finding(
@@ -227,6 +236,7 @@ def compiler(settings: Settings) -> Iterator[Finding]:
 
 
 def keys(settings: Settings) -> Iterator[Finding]:
+    """Checks that there is a pepper, and that only their owner can access the secret files."""
     auth.key_pepper(settings)
     for path in (settings.data_dir / name for name in ("pepper", "api_key", "service.json")):
         if path.exists():

@@ -1,4 +1,4 @@
-"""Progress of a long command as lines, for an output that is no terminal and shows no progress bar."""
+"""Progress lines of a long command, for output that is not a terminal."""
 
 import time
 from typing import Final
@@ -9,14 +9,17 @@ LINE_SECONDS: Final = 30.0
 
 
 class ProgressLines:
-    """Prints a line at most every `line_seconds`; nothing on a terminal, which has a progress bar."""
+    """Prints at most one line every `line_seconds` seconds.
+
+    Prints nothing on a terminal, because a progress bar is shown there.
+    """
 
     def __init__(self, console: Console, line_seconds: float = LINE_SECONDS) -> None:
         self._console, self._line_seconds = console, line_seconds
         self._printed_at = time.monotonic()
 
     def tell(self, line: str) -> None:
-        """Prints the line if it is time to."""
+        """Prints the line, unless the last one was printed less than `line_seconds` ago."""
         if self._console.is_terminal or time.monotonic() - self._printed_at < self._line_seconds:
             return
         self._printed_at = time.monotonic()

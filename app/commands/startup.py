@@ -1,4 +1,4 @@
-"""Start-up of the whole service: it is complete when the API answers and a worker of each role is alive."""
+"""Detects when the start of the service is complete: the API answers and workers are ready."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,14 +11,15 @@ from app.local.server_process import LocalServiceError
 
 API_SECONDS: Final = 60.0
 WORKER_SECONDS: Final = 180.0  # a serve worker imports torch, which takes long on a busy machine
-MAX_STARTS: Final = 2  # of a worker that dies before it can work
-NOTE_SECONDS: Final = 15.0  # between two notes about what is awaited
+MAX_STARTS: Final = 2  # starts of a worker that ends before it is ready
+NOTE_SECONDS: Final = 15.0  # between two messages about missing workers
 
 
 class Startup:
-    """Checks, again and again, how far the start has come; says what is ready and what is awaited.
+    """Progress of the start of the service, with messages for the user.
 
-    A role without workers is not awaited.
+    The start is complete when the API answers and each role that has workers has a ready one. Call
+    `is_complete` periodically.
     """
 
     def __init__(
@@ -36,12 +37,12 @@ class Startup:
         self._began = self._noted_at = clock()
 
     def is_complete(self) -> bool:
-        """Returns whether the service can work now. Raises LocalServiceError if it does not come up."""
+        """Returns whether the service is ready. Raises LocalServiceError if the start failed."""
         num_serving = self._num_serving()
         if not self._has_api:
             return False
         for role, workers in list(self._awaited.items()):
-            # A serve worker counts once the API knows of it: before that, requests are refused.
+            # A serve worker is ready when the API knows it: until then the API refuses requests.
             if num_serving if role == "serve" else any(worker.is_ready for worker in workers):
                 del self._awaited[role]
                 self._say(f"A {role} worker is ready")
@@ -52,7 +53,10 @@ class Startup:
         return not self._awaited
 
     def _num_serving(self) -> int:
-        """Number of serve workers that the API knows of; 0 while the API does not answer."""
+        """Returns the number of serve workers that the API knows, or 0 if it does not answer.
+
+        Raises LocalServiceError if the API has ended or has not answered in time.
+        """
         waited = self._clock() - self._began
         if not self._has_api and (not self._api.is_running or waited > API_SECONDS):
             raise LocalServiceError(
@@ -70,7 +74,7 @@ class Startup:
         return int(answer.json()["serve_workers"])
 
     def _demand_hope(self, role: str, workers: Sequence[Kept]) -> None:
-        """Raises LocalServiceError when no worker of the role can be expected any more."""
+        """Raises LocalServiceError if the role's workers have failed or have taken too long."""
         have_died = all(
             worker.num_starts >= MAX_STARTS and not worker.is_running for worker in workers
         )

@@ -1,4 +1,4 @@
-"""`stillhouse up`: the whole service from one terminal, its databases included, until Ctrl-C."""
+"""The command `stillhouse up`: runs the whole service, with its databases, until Ctrl-C."""
 
 import contextlib
 import fcntl
@@ -30,6 +30,8 @@ TURN_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class UpOptions:
+    """Options of `stillhouse up`; `train_workers` and `serve_workers` are numbers of processes."""
+
     data_dir: Path
     host: str
     port: int
@@ -38,7 +40,7 @@ class UpOptions:
 
 
 class Stop:
-    """Counts the signals to go: the first one drains, the second one kills."""
+    """Counts SIGINT, SIGTERM and SIGHUP: the first one drains, the second one kills."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -58,9 +60,10 @@ class Stop:
 
 
 def run_up(options: UpOptions, console: Console) -> None:
-    """Starts everything, keeps it running and drains it. Raises LocalServiceError if it cannot start.
+    """Starts the service, keeps it running until a signal arrives, and drains it.
 
-    The URL is printed when the API answers and a worker of each role is alive.
+    Prints the URL when the API answers and a worker of each role is ready. Raises LocalServiceError
+    if the service cannot start.
     """
     _demand_worker_packages(options)
     _demand_free_port(options)
@@ -96,7 +99,7 @@ def run_up(options: UpOptions, console: Console) -> None:
 def _start_databases(
     stack: contextlib.ExitStack, options: UpOptions, console: Console
 ) -> list[Child]:
-    """Our own Postgres and Valkey, where no URL names others; points the settings at them."""
+    """Starts Postgres and Valkey unless the settings have their URLs, and sets the variables."""
     settings = get_settings()
     databases: list[Child] = []
     environment = {
@@ -119,7 +122,7 @@ def _start_databases(
 
 
 def _processes(options: UpOptions) -> list[Kept]:
-    """The API first, then the train workers, then the serve workers."""
+    """Returns the processes in this order: the API, the train workers, the serve workers."""
     logs, settings = options.data_dir / "logs", get_settings()
     kept = [Kept("api", [sys.executable, "-m", "app.commands.cli", "api"], logs)]
     for role, count, devices in (
@@ -138,7 +141,11 @@ def _processes(options: UpOptions) -> list[Kept]:
 
 
 def cuda_share(devices: str, number: int, count: int) -> str:
-    """Returns the devices of one of `count` workers: an equal part, or one that others use too if there are too few."""
+    """Returns the CUDA devices of the worker `number` of `count`.
+
+    Workers get equal parts of the list. If there are fewer devices than workers, each worker gets
+    one device, which it may share.
+    """
     listed = devices.split(",")
     if len(listed) < count:
         return listed[number % len(listed)]
@@ -156,14 +163,17 @@ def _service_environment(settings: Settings) -> dict[str, str]:
 
 
 def _ensure_api_key(settings: Settings) -> Path:
-    """The key of the project `default` in <data-dir>/api_key (mode 600); a new one if that no longer counts."""
+    """Returns the path of the operator's API key: <data-dir>/api_key, with mode 600.
+
+    Creates a key with all scopes for the project `default` if there is no valid one.
+    """
     path = settings.data_dir / "api_key"
     if path.exists():
         with contextlib.suppress(Unauthenticated):
             auth.authenticate(f"Bearer {path.read_text().strip()}")
             return path
     with transaction() as session:
-        key = auth.create_key(session, "default", scopes=auth.SCOPES)  # the operator's own
+        key = auth.create_key(session, "default", scopes=auth.SCOPES)
     write_private(path, key + "\n")
     return path
 
@@ -231,7 +241,7 @@ def _demand_free_port(options: UpOptions) -> None:
 
 @contextlib.contextmanager
 def _only_one(data_dir: Path) -> Iterator[None]:
-    """Keeps a second `up` out of the data folder, whichever databases it uses."""
+    """Locks the data folder against a second `up`. Raises LocalServiceError if it is locked."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / "up.lock").open("w") as lock:
         try:

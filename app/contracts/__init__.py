@@ -1,1 +1,1 @@
-"""What crosses a process boundary: messages between API and workers, and the distillation block of a job."""
+"""Data that crosses process boundaries: messages between API and workers, and job options."""

@@ -1,4 +1,4 @@
-"""What a serve worker hears on its control channel, beside its queue of requests."""
+"""Control messages to serve workers. Requests do not use this channel but the worker's queue."""
 
 from typing import Annotated, Literal
 
@@ -8,7 +8,7 @@ from app.contracts.messages import ArtifactRef, Cancel, Contract, ServingOptions
 
 
 class ServedModel(Contract):
-    """A model and how it is served: what a serve worker loads."""
+    """A model version with its serving options, as a serve worker loads it."""
 
     model: str
     weights: ArtifactRef
@@ -16,31 +16,35 @@ class ServedModel(Contract):
 
     @property
     def residence(self) -> str:
+        """Serving key under which a worker keeps the model loaded."""
         return residence_of(self.weights, self.serving)
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all folders that are read to load it."""
+        """Size of all folders that are read to load the model, including its draft."""
         draft = self.serving.draft
         return self.weights.bytes + (draft.weights.bytes if draft else 0)
 
 
 class Load(Contract):
-    """Loads a model before anyone asks it; nothing happens if it is there."""
+    """Message that loads a model before its first request. No effect if it is already loaded."""
 
     kind: Literal["load"] = "load"
     served: ServedModel
 
 
 class Unload(Contract):
-    """Gives a model's memory back as soon as what it writes now is written."""
+    """Message that frees a model's memory once its answers in progress have ended."""
 
     kind: Literal["unload"] = "unload"
     residence: str
 
 
 class Keep(Contract):
-    """All models that are pinned: they are loaded, and never make room for others. Replaces what was said before."""
+    """Message that lists all pinned models, and replaces the previous list.
+
+    A worker loads pinned models and never evicts them for other models.
+    """
 
     kind: Literal["keep"] = "keep"
     models: tuple[ServedModel, ...]

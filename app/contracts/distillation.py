@@ -1,7 +1,8 @@
-"""The block `method.distillation` of a job: the API validates it, the trainer obeys it.
+"""Schema of `method.distillation`, the options of a distillation job.
 
-Four axes that do not know of each other: where the student comes from, where its tokens come from, what is minimised,
-and how it is judged.
+The API validates the options and the trainer reads them. They are divided into independent parts:
+the student, the data, the objective, the hyperparameters and the evaluation. docs/jobs.md lists all
+options for users.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 
 class Block(BaseModel):
+    """Base class of all parts of the options: immutable, and unknown fields are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -21,7 +24,7 @@ NumLayers = Annotated[int, Field(ge=1, le=1024)]
 LayerNumber = Annotated[int, Field(ge=0, le=1023)]
 Size = Annotated[int, Field(ge=8, le=65_536)]
 
-NO_NUL = r"^[^\x00]*$"  # Postgres holds no NUL in text
+NO_NUL = r"^[^\x00]*$"  # Postgres cannot store NUL characters in text
 FileId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]
 
 Precision = Literal["float32", "bfloat16"]
@@ -40,9 +43,10 @@ TeacherSignal = Literal["logits", "conditional_mlm", "hidden", "text", "uld"]
 
 
 class FreshConfig(Block):
-    """A student built from sizes alone, with random weights; the vocabulary is the teacher's unless said.
+    """Sizes of a new student with random weights.
 
-    encoder-decoder is a BERT-like pair with cross-attention; t5 and encoder-decoder have both kinds of layers.
+    `vocab_size` null means the vocabulary of the teacher. The family `encoder-decoder` is a pair of
+    BERT-like models with cross-attention. Only `t5` and `encoder-decoder` have encoder layers.
     """
 
     family: FreshFamily
@@ -69,21 +73,25 @@ class FreshConfig(Block):
 
 
 class Lora(Block):
-    """Low-rank adapters on a checkpoint's linear layers, merged into it at the end."""
+    """Low-rank adapters on the linear layers of a checkpoint, merged into it after training."""
 
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     alpha: Annotated[float, Field(gt=0.0, le=4096.0)] = 32.0
 
 
 class Student(Block):
-    """Where the student comes from.
+    """Initialisation of the student from the start model, which is the `model` of the job.
 
-    layers: copies of some of the start's layers; width: its layers made narrower, the least used parts left out;
-    checkpoint: the start as it is; lora: adapters on it; fresh: a new model of the sizes in `config`.
-    A list for `num_layers` asks for a ladder of students, one a number. An encoder-decoder start takes
-    `num_encoder_layers` and `num_decoder_layers`; there `num_layers` speaks of the decoder.
-    `fit_rows`: before the training the layers kept are fitted in closed form, on so many training rows, to make good
-    what the dropped ones did (0: they are not).
+    init:
+        layers: Copies some layers of the start model.
+        width: Keeps all layers and makes them narrower by removing the least used parts.
+        checkpoint: The start model unchanged.
+        lora: Low-rank adapters on the start model.
+        fresh: A new model with the sizes in `config`.
+    num_layers: A list requests a ladder: one student per number. For an encoder-decoder, the number
+        of decoder layers, like `num_decoder_layers`.
+    fit_rows: Number of training rows on which the kept layers are fitted in closed form before
+        training, to compensate for the dropped layers. 0 disables the fit.
     """
 
     init: Literal["layers", "width", "checkpoint", "lora", "fresh"] = "layers"
@@ -104,7 +112,7 @@ class Student(Block):
 
     @property
     def ladder(self) -> tuple[int, ...]:
-        """The sizes of a ladder, smallest first; empty for a single student."""
+        """Numbers of layers in a ladder, smallest first. Empty for a single student."""
         return tuple(sorted(set(self.num_layers))) if isinstance(self.num_layers, tuple) else ()
 
     @model_validator(mode="after")
@@ -146,23 +154,30 @@ class Student(Block):
 
 
 class Reject(Block):
-    """Which of the teacher's answers are left out of the training rows."""
+    """Conditions under which an answer of the teacher is left out of the training rows."""
 
-    unfinished: bool = False  # those cut off by max_new_tokens
+    unfinished: bool = False  # rejects answers that max_new_tokens cut off
     min_tokens: Annotated[int, Field(ge=1, le=4096)] = 1
-    max_repeated_share: Share | None = None  # of an answer's 4-grams that occurred before in it
+    max_repeated_share: Share | None = None  # of 4-grams that occur earlier in the same answer
 
 
 CompletionSource = Literal["dataset", "teacher", "student", "replay"]
 
 
 class Data(Block):
-    """Where completions come from; null means: from the file if it has them, else from the teacher.
+    """Source of the completions that the student is trained on, and how they are sampled.
 
-    A student that learns from text alone (teacher_signal text) takes the teacher's, unless dataset is asked for.
-    student: a share `student_share` of the batches is answered by the student as it is then (GKD, arXiv:2306.13649).
-    replay: that share grows when the held-out loss does not fall, and old answers are used again from a buffer of
-    `replay_capacity` (DistiLLM, arXiv:2402.03898). Both take the other batches from the file or the teacher.
+    completions:
+        null: The file's completions if it has them, else the teacher's. With the teacher signal
+            `text`, the teacher's completions in both cases.
+        dataset: The file's completions.
+        teacher: Completions that the teacher generates.
+        student: The current student generates a share `student_share` of the batches. Source: GKD,
+            arXiv:2306.13649.
+        replay: That share grows when the held-out loss stops falling, and old completions are
+            reused from a buffer of `replay_capacity`. Source: DistiLLM, arXiv:2402.03898.
+
+    With `student` and `replay`, the other batches come from the file or the teacher.
     """
 
     completions: CompletionSource | None = None
@@ -175,7 +190,10 @@ class Data(Block):
 
 
 class Phase(Block):
-    """The divergence from a fraction `at` of the steps onwards, and where completions come from then."""
+    """Second phase of training, which begins after the fraction `at` of the steps.
+
+    It has its own divergence. `completions` null keeps the source of completions unchanged.
+    """
 
     divergence: DivergenceName
     alpha: Fraction | None = None
@@ -185,10 +203,14 @@ class Phase(Block):
 
 
 class HiddenTerm(Block):
-    """Hidden states of the student's layers drawn to the teacher's, through projections thrown away afterwards.
+    """Loss between hidden states of the student and of the teacher.
 
-    layer_map pairs [student layer, teacher layer], counted from 0 (-1 is the last); null spreads the student's layers
-    evenly over the teacher's, the last on the last. `side` says whose layers: an encoder-decoder has two.
+    Learned projections map the student's hidden states. They are discarded after training.
+
+    layer_map: Pairs [student layer, teacher layer], counted from 0; -1 is the last layer. null
+        spreads the student's layers evenly over the teacher's and pairs the last with the last.
+    side: Compares encoder layers or decoder layers. auto: the encoders if both models have one and
+        the student's is trained, else the decoders.
     """
 
     kind: Literal["mse", "cosine"] = "mse"
@@ -200,7 +222,12 @@ class HiddenTerm(Block):
 
 
 class AttentionTerm(Block):
-    """Relations between the queries, keys and values of one layer each (MiniLMv2, arXiv:2012.15828)."""
+    """Loss between the attention relations of one student layer and one teacher layer.
+
+    Relations are the scaled dot products among queries, among keys and among values.
+
+    Source: MiniLMv2, arXiv:2012.15828.
+    """
 
     weight: Weight = 1.0
     num_relation_heads: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -209,18 +236,24 @@ class AttentionTerm(Block):
 
 
 class Objective(Block):
-    """divergence, mixed with cross-entropy by ce_weight, plus the feature terms.
+    """Training loss: a divergence mixed with cross-entropy by `ce_weight`, plus feature losses.
 
-    teacher_signal: what of the teacher is used. logits: its next-token distributions; conditional_mlm: those of a
-    masked model at masked target positions (arXiv:1911.03829); hidden: hidden states alone; text: its answers alone;
-    uld: distributions over another vocabulary (arXiv:2402.12030). auto takes what the pair of models allows.
-    adaptation_steps: a masked teacher's own steps on the training rows before it teaches; auto: one pass over them, at
-    most 300 steps, for conditional_mlm and none otherwise.
+    teacher_signal:
+        logits: The teacher's next-token distributions.
+        conditional_mlm: The distributions of a masked teacher at masked target positions. Source:
+            arXiv:1911.03829.
+        hidden: Only hidden states.
+        text: Only the text of the teacher's answers.
+        uld: Distributions over another vocabulary. Source: arXiv:2402.12030.
+        auto: The signal that the pair of models supports.
+    adaptation_steps: Number of steps that fine-tune a masked teacher on the training rows before
+        the distillation. auto: one pass over the rows and at most 300 steps for `conditional_mlm`,
+        else none.
     """
 
     divergence: DivergenceName = "forward_kl"
-    alpha: Fraction | None = None  # 0.1 for the skew divergences, 0.2 for alpha_beta
-    beta: Fraction | None = None  # 0.5 for jsd, 0.7 for alpha_beta
+    alpha: Fraction | None = None  # null: 0.1 for the skew divergences, 0.2 for alpha_beta
+    beta: Fraction | None = None  # null: 0.5 for jsd, 0.7 for alpha_beta
     temperature: Annotated[float, Field(ge=0.1, le=20.0)] = 1.0
     temperature_end: Annotated[float, Field(ge=0.1, le=20.0)] | None = None
     temperature_schedule: Literal["linear", "cosine"] = "linear"
@@ -233,15 +266,18 @@ class Objective(Block):
 
 
 class EarlyStopping(Block):
-    """Stop when `metric` has not improved for `patience` evaluations."""
+    """Ends training when `metric` has not improved for `patience` evaluations."""
 
     patience: Annotated[int, Field(ge=1, le=1000)] = 3
     metric: Literal["kl", "perplexity", "agreement"] = "kl"
 
 
 class Hyperparameters(Block):
-    """precision: what the bodies of student and teacher multiply in; weights, gradients, moments and the loss are float32
-    whatever it is. auto is bfloat16 where the processor or card multiplies that itself.
+    """Hyperparameters of the training.
+
+    precision: The dtype of the matmuls in the bodies of student and teacher. Weights, gradients,
+        optimizer moments and the loss are always float32. auto: bfloat16 if the CPU or GPU
+        supports it natively, else float32.
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
@@ -267,7 +303,7 @@ GateMetric = Literal[
 
 
 class Gate(Block):
-    """A student passes when its held-out metric is at least (or at most) so much."""
+    """Condition that a student passes: a bound on one of its held-out metrics."""
 
     metric: GateMetric
     at_least: float | None = None
@@ -281,21 +317,25 @@ class Gate(Block):
 
 
 class Evaluation(Block):
-    """Held-out KL and loss are always measured; `metrics` names what is measured beside them.
+    """Evaluation of the student.
 
-    Without a gate every student passes. A single student that fails its gate fails the job; of a ladder, `choose` says
-    which is registered.
+    The held-out KL divergence and loss are always measured. `metrics` names further metrics.
 
-    Checkpoints, gates and ladders are decided on the held-out rows. `test_file` is an uploaded file of rows that decide
-    nothing: they are judged once, at the end, and the result's figures are then those of the test rows.
+    Without a gate every student passes. A job with a single student fails if the student does not
+    pass. For a ladder, `choose` selects the student that is registered.
+
+    The best checkpoint, the gate and the choice from a ladder are decided on the held-out rows.
+    `test_file` is an uploaded file whose rows influence no choice. They are evaluated once, after
+    training, and the metrics in the result are then those of the test rows.
     """
 
     metrics: tuple[Metric, ...] = ("perplexity", "agreement", "rouge_l", "exact_match", "speed")
     num_samples: Annotated[int, Field(ge=0, le=64)] = 4
-    ce_baseline: bool = False  # also train the same student on the text alone, to compare
+    ce_baseline: bool = False  # also trains the same student on the text alone, for comparison
     gate: Gate | None = None
     choose: Literal["smallest_passing", "best"] = "smallest_passing"
-    # left out of the JSON where there is none, so that requests of before keep their fingerprints
+    # Excluded from the JSON if null, so that requests without it keep the fingerprints they had
+    # before the field existed.
     test_file: Annotated[FileId | None, Field(exclude_if=lambda value: value is None)] = None
 
 
@@ -304,7 +344,10 @@ LOSS_NAMES = {"fkl": "forward_kl", "rkl": "reverse_kl", "skew_fkl": "skew_forwar
 
 
 class Distillation(Block):
-    """The block `method.distillation` of a job; safetensors are always written, `export` names what else is."""
+    """Options of a distillation job, `method.distillation` in the request.
+
+    The student is always saved as safetensors. `export` names additional formats.
+    """
 
     teacher: Annotated[str, Field(min_length=1, max_length=200)]
     student: Student = Student()
@@ -316,8 +359,11 @@ class Distillation(Block):
 
     @model_validator(mode="before")
     @classmethod
-    def _read_loss(cls, block: Any) -> Any:  # Any: the JSON as it came
-        """`"loss": {"type": "fkl", "temperature": 2}` is the short way to write the objective."""
+    def _read_loss(cls, block: Any) -> Any:  # Any: unvalidated JSON
+        """Expands `loss`, the short form of the objective.
+
+        Example: `"loss": {"type": "fkl", "temperature": 2}`.
+        """
         if not isinstance(block, dict) or not isinstance(block.get("loss"), dict):
             return block
         if "objective" in block:

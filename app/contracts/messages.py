@@ -1,4 +1,7 @@
-"""What crosses the queue, the reply channel and the job row: plain frozen data, no tensors, no paths, no ORM."""
+"""Messages in the queues and on the reply channel, and the specifications stored with jobs.
+
+They are plain immutable data, without tensors, paths or ORM objects.
+"""
 
 import hashlib
 from enum import StrEnum
@@ -9,38 +12,40 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.contracts.distillation import Distillation
 
-SPLIT_VERSION = 2  # how held-out rows are chosen, see worker/distill/data/split.py
+SPLIT_VERSION = 2  # version of the rule that selects held-out rows, worker/distill/data/split.py
 WAKE_UP_TASK = "train.ring"
 GENERATE_TASK = "serve.generate"
 TRAIN_QUEUE = "train"
 
 
 def serve_queue(worker_id: str) -> str:
-    """Celery queue of one serve worker."""
+    """Returns the name of a serve worker's Celery queue."""
     return f"serve.{worker_id}"
 
 
 def control_channel(worker_id: str) -> str:
-    """Pub/sub channel on which one serve worker hears the messages of `app/contracts/control.py`."""
+    """Returns the pub/sub channel of a serve worker for the messages of `app.contracts.control`."""
     return f"stillhouse:control:{worker_id}"
 
 
 def reply_channel(api_id: str) -> str:
-    """Pub/sub channel on which one API process hears tokens."""
+    """Returns the pub/sub channel on which an API process receives replies."""
     return f"stillhouse:reply:{api_id}"
 
 
 def serve_worker_key(worker_id: str) -> str:
-    """Key that holds a serve worker's `ServeWorkerStatus` while it lives (it has a TTL)."""
+    """Returns the Redis key of a serve worker's heartbeat, a `ServeWorkerStatus` with a TTL."""
     return f"stillhouse:serve:{worker_id}"
 
 
 class Contract(BaseModel):
+    """Base class of messages: immutable, and unknown fields are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class JobStatus(StrEnum):
-    """States of a job. `retry_wait` is shown to the public as `queued`."""
+    """States of a job. The API shows `retry_wait` as `queued`."""
 
     queued = "queued"
     running = "running"
@@ -55,7 +60,7 @@ TERMINAL = frozenset({JobStatus.succeeded, JobStatus.failed, JobStatus.cancelled
 
 
 class ArtifactRef(Contract):
-    """Something in the artifact store: a file or a folder of files."""
+    """Reference to a file or a folder in the artifact store."""
 
     key: str
     bytes: int
@@ -63,7 +68,10 @@ class ArtifactRef(Contract):
 
 
 class DistillationJob(Contract):
-    """Spec of a job of kind `distillation`, resolved at submission and kept in the job row."""
+    """Specification of a distillation job.
+
+    References are resolved when the job is submitted, and the result is stored in the job's row.
+    """
 
     kind: Literal["distillation"] = "distillation"
     distillation: Distillation
@@ -72,15 +80,17 @@ class DistillationJob(Contract):
     training_file: ArtifactRef
     validation_file: ArtifactRef | None = None
     test_file: ArtifactRef | None = None
-    split_version: int = 1  # jobs submitted before there were versions keep their held-out rows
+    split_version: int = 1  # jobs that were submitted without a version keep their held-out rows
     output_model: str
     seed: int
 
 
 class ImportJob(Contract):
-    """Spec of a job of kind `import`: `staged` was copied into the store, `hub` is org/name@revision.
+    """Specification of an import job.
 
-    `uses_hub_token` is true by default for jobs that were queued before the field existed.
+    The source is `staged`, a folder or file that was copied into the store, or `hub`, which has the
+    form org/name@revision. `uses_hub_token` is true by default for jobs that were queued before the
+    field existed.
     """
 
     kind: Literal["import"] = "import"
@@ -95,11 +105,14 @@ JobSpec = Annotated[DistillationJob | ImportJob, Field(discriminator="kind")]
 
 
 class ChatCost(Contract):
-    """Tokens a model's chat template adds to the contents of a chat, so that nobody must run it to count.
+    """Number of tokens that a model's chat template adds to the contents of a chat.
 
-    `first` is a user turn with what begins the answer; `user` and `assistant` are each such turn beside it;
-    `end` is what follows the last answer; `system` is what a system message of the chat's own adds (less than
-    nothing where it replaces a default one).
+    With these numbers, the tokens of a chat can be counted without running the template.
+
+    first: Added by the first user turn, including the text that begins the answer.
+    end: Added after the last answer.
+    user, assistant: Added by each further turn.
+    system: Added by a system message. Negative if the message replaces a longer default.
     """
 
     first: int
@@ -113,11 +126,11 @@ ModelKind = Literal["causal", "seq2seq", "masked"]
 
 
 class ModelFacts(Contract):
-    """What the control plane must know of a model, so that it never has to load one."""
+    """Properties of a model that the API needs, so that it never has to load the model."""
 
     architecture: str
     family: ModelKind = "causal"
-    num_layers: int  # the decoder's, where there are two kinds
+    num_layers: int  # decoder layers, for an encoder-decoder
     num_encoder_layers: int | None = None
     num_decoder_layers: int | None = None
     hidden_size: int
@@ -132,16 +145,23 @@ class ModelFacts(Contract):
 
 
 class Message(Contract):
+    """One message of a chat."""
+
     role: Literal["system", "user", "assistant", "developer", "tool"]
     content: str
 
 
 class Sampling(Contract):
-    """How one request picks tokens. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch the filters off.
+    """Sampling parameters of one request.
 
-    fits_context: max_tokens is cut to what the context leaves beside the prompt, instead of a refusal.
-    logit_bias: pairs of a token and what is added to its logit. best_of: so many choices are written, and the n
-    with the highest mean log-probability given. echo: the prompt's text comes first.
+    temperature: 0 is greedy decoding.
+    top_k, top_p, min_p: 0, 1 and 0 disable the filters.
+    fits_context: Reduces max_tokens to the room that the prompt leaves in the context, instead of
+        refusing the request.
+    logit_bias: Pairs of a token id and the number that is added to its logit.
+    best_of: Number of choices to generate. Those n with the highest mean log-probability are
+        returned.
+    echo: The answer begins with the text of the prompt.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] = 16
@@ -164,7 +184,7 @@ class Sampling(Contract):
 
 
 class Draft(Contract):
-    """A smaller model that proposes tokens which the model then verifies, `num_tokens` at a time."""
+    """Smaller model for speculative decoding. It proposes `num_tokens` tokens at a time."""
 
     model: str
     weights: ArtifactRef
@@ -177,9 +197,11 @@ WeightsName = Literal["auto", "plain", "bfloat16", "int8"]
 
 
 class ServingOptions(Contract):
-    """How a model is served. int8 weights cost some agreement, bfloat16 ones little; a draft costs none.
+    """Options with which a model is served.
 
-    auto: bfloat16 on a CPU that multiplies it itself, unless there is a draft, which may change nothing; else plain.
+    weights: int8 weights change some answers, bfloat16 weights fewer. auto: bfloat16 on a CPU that
+        supports it natively if there is no draft, else plain.
+    draft: Speculative decoding. A draft must not change the answers.
     """
 
     engine: EngineName = "transformers"
@@ -188,10 +210,13 @@ class ServingOptions(Contract):
 
 
 class GenerateRequest(Contract):
-    """One prompt for a serve worker; exactly one of text, tokens and messages is given.
+    """One prompt for a serve worker. Exactly one of `text`, `tokens` and `messages` is given.
 
-    Choice i of n, or of best_of, samples with seed + i. deadline_at is in seconds since the epoch.
-    tenant: whose request it is; a worker serves tenants fairly. An API process of an older version leaves it out.
+    Choice i of n, or of best_of, samples with seed + i.
+
+    reply_to: The id of the API process that receives the replies, see `reply_channel`.
+    tenant: A worker serves tenants fairly. Empty in requests of API processes of older versions.
+    deadline_at: In seconds since the epoch.
     """
 
     id: str
@@ -209,17 +234,20 @@ class GenerateRequest(Contract):
 
     @property
     def num_sequences(self) -> int:
-        """Choices that are written, of which n are given."""
+        """Number of choices that are generated. Only n of them are returned."""
         return max(self.n, self.sampling.best_of or 1)
 
     @property
     def residence(self) -> str:
-        """What a serve worker keeps loaded for this request: weights, and how they are served if that is not the plain way."""
+        """Serving key of the engine that answers this request."""
         return residence_of(self.weights, self.serving)
 
 
 def residence_of(weights: ArtifactRef, serving: ServingOptions) -> str:
-    """The name under which a serve worker keeps these weights, served this way."""
+    """Returns the serving key: the name of these weights with these serving options.
+
+    With default options it is the weights' key in the artifact store.
+    """
     if serving == ServingOptions():
         return weights.key
     digest = hashlib.sha256(serving.model_dump_json().encode()).hexdigest()[:12]
@@ -227,6 +255,8 @@ def residence_of(weights: ArtifactRef, serving: ServingOptions) -> str:
 
 
 class TokenLogprob(Contract):
+    """Log-probability of a generated token, and those of the most likely tokens in its place."""
+
     token: str
     logprob: float
     bytes: tuple[int, ...]
@@ -234,7 +264,11 @@ class TokenLogprob(Contract):
 
 
 class Delta(Contract):
-    """Text that became certain for one choice since the last delta; the last one carries finish_reason."""
+    """Reply with the new text of one choice since the previous delta.
+
+    Text is held back while later tokens may still change it. The last delta of a choice has a
+    finish_reason.
+    """
 
     kind: Literal["delta"] = "delta"
     id: str
@@ -246,11 +280,13 @@ class Delta(Contract):
 
     @property
     def num_entries(self) -> int:
-        """The tokens and log-probabilities it holds, plus one: how much work it is to parse and to serialise."""
+        """Number of tokens and log-probabilities plus one: the cost of parsing and serialising."""
         return 1 + len(self.tokens) + sum(1 + len(entry.top) for entry in self.logprobs or ())
 
 
 class Done(Contract):
+    """Last reply to a prompt whose choices are all complete."""
+
     kind: Literal["done"] = "done"
     id: str
     prompt_tokens: int
@@ -258,7 +294,10 @@ class Done(Contract):
 
 
 class Failure(Contract):
-    """The request ends here; status is the HTTP status it has if nothing was sent yet."""
+    """Last reply to a prompt that failed.
+
+    `status` is the HTTP status of the response if none of it has been sent yet.
+    """
 
     kind: Literal["failure"] = "failure"
     id: str
@@ -270,14 +309,14 @@ class Failure(Contract):
 
 Reply = Annotated[Delta | Done | Failure, Field(discriminator="kind")]
 
-# The event loop of an API process stands still while it parses a batch of replies, which takes about 3 us per entry.
+# Parsing a batch blocks the event loop of the API process, so its number of entries is bounded.
 MAX_ENTRIES_PER_BATCH: Final = 2048
 
 
 class ReplyBatch(Contract):
-    """One publish: what one engine step has for one API process, or a part of it if that is large.
+    """Replies of one engine step to one API process. Many replies are divided into batches.
 
-    A publish that is tried again may come twice.
+    A batch may arrive twice, because publishing is retried. Its id identifies duplicates.
     """
 
     id: str = Field(default_factory=lambda: uuid4().hex)
@@ -285,23 +324,26 @@ class ReplyBatch(Contract):
 
 
 class Cancel(Contract):
-    """Stops a request without a reply; one of the messages of `app/contracts/control.py`."""
+    """Control message that stops a request. The worker sends no reply."""
 
     kind: Literal["cancel"] = "cancel"
     id: str
 
 
 class ModelState(Contract):
-    """What one serve worker has of one model.
+    """State of one model on one serve worker.
 
-    bytes: in memory when resident, in the store before. weights: what they were loaded as. first_token_seconds: of a short
-    prompt, alone, after the load. acceptance_rate: of the draft's tokens so far, where there is a draft.
+    bytes: Size in memory if resident, else size in the artifact store.
+    percent: Progress of the load.
+    weights: The format in which the weights were loaded.
+    first_token_seconds: Time to the first token of a short prompt, measured alone after the load.
+    acceptance_rate: Share of the draft's tokens that were accepted so far; None without a draft.
     """
 
     residence: str
     state: Literal["loading", "resident", "failed"]
     bytes: int
-    percent: float = 0.0  # of the load
+    percent: float = 0.0
     weights: LoadedWeights | None = None
     load_seconds: float | None = None
     first_token_seconds: float | None = None
@@ -311,10 +353,14 @@ class ModelState(Contract):
 
 
 class ServeWorkerStatus(Contract):
-    """A serve worker's heartbeat. `engines` are those whose packages it has, `requests` those whose end it has not told.
+    """Heartbeat of a serve worker.
 
-    last_step_at is the end of the last forward pass, or None before the first; stalled_seconds is how long there has been
-    work without one.
+    engines: Engines whose packages are installed.
+    resident, loading: Serving keys.
+    requests: Ids of the requests whose last reply has not been sent. None: a worker of an older
+        version, which does not list them.
+    last_step_at: End of the last forward pass in seconds since the epoch; None before the first.
+    stalled_seconds: How long the worker has had work without a forward pass.
     """
 
     worker_id: str
@@ -324,7 +370,7 @@ class ServeWorkerStatus(Contract):
     models: tuple[ModelState, ...] = ()
     num_running: int = 0
     num_waiting: int = 0
-    requests: frozenset[str] | None = None  # None: a worker of before does not say
+    requests: frozenset[str] | None = None
     max_running: int
     is_draining: bool = False
     last_step_at: float | None = None
@@ -333,7 +379,7 @@ class ServeWorkerStatus(Contract):
 
 
 class JobFailure(Contract):
-    """Why a job failed: what the public `error` object shows."""
+    """Reason why a job failed, shown as the `error` of the job."""
 
     code: str
     message: str

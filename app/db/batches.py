@@ -1,7 +1,7 @@
-"""Batches: inserted, read, run by one API process at a time under a lease, and ended with their files.
+"""Queries and changes of batches. One API process at a time runs a batch, under a lease.
 
-A line is recorded only while the batch is in progress and the lease is the writer's: whatever state comes next
-freezes the results, so a file made from them misses nothing that a runner of before may still write.
+A result is recorded only while the batch is `in_progress` and the writer holds the lease. Any later
+state freezes the results, so the output file cannot miss one that a stale runner still writes.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from app.db.schema.json_values import clean
 from app.db.schema.table import Json
 from app.db.schema.tables import ENDED_BATCHES, Batch, BatchResult, BatchStatus, lease_tokens
 
-LIFETIME: Final = timedelta(hours=24)  # the one completion window there is
+LIFETIME: Final = timedelta(hours=24)  # the only completion window that is supported
 UNDER_WAY: Final = frozenset({BatchStatus.validating, BatchStatus.in_progress})
 ENDING: Final = frozenset({BatchStatus.cancelling, BatchStatus.finalizing})
 
@@ -26,7 +26,7 @@ ENDING: Final = frozenset({BatchStatus.cancelling, BatchStatus.finalizing})
 def insert_batch(
     session: Session, *, errors: Sequence[Json], **columns: Any
 ) -> Batch:  # Any: the columns of Batch, by name
-    """A batch that waits for a runner, or has failed if there are errors."""
+    """Inserts a batch that waits for a runner, or that has failed if there are errors."""
     if errors:
         columns |= {"errors": clean(errors), "failed_at": func.now()}
     status = BatchStatus.failed if errors else BatchStatus.validating
@@ -38,6 +38,7 @@ def insert_batch(
 
 
 def find_batch(session: Session, project_id: str, batch_id: str) -> Batch | None:
+    """Returns the project's batch with this id, or None."""
     query = select(Batch).where(Batch.id == batch_id, Batch.project_id == project_id)
     return session.scalars(query).one_or_none()
 
@@ -45,7 +46,10 @@ def find_batch(session: Session, project_id: str, batch_id: str) -> Batch | None
 def find_recent(
     session: Session, seconds: float, **columns: Any
 ) -> Batch | None:  # Any: columns of Batch
-    """The newest batch with these columns that was made within the last `seconds`, and that nobody has cancelled."""
+    """Returns the newest matching batch that was created in the last `seconds`, or None.
+
+    Batches whose cancellation was requested are ignored.
+    """
     query = (
         select(Batch)
         .filter_by(**columns)
@@ -58,13 +62,13 @@ def find_recent(
 def page_batches(
     session: Session, project_id: str, *, after: str | None, limit: int, order: Order
 ) -> tuple[list[Batch], bool]:
-    """A page of the project's batches and whether more follow. Raises UnknownCursor."""
+    """Returns a page of the project's batches, and whether more follow. Raises UnknownCursor."""
     query = select(Batch).where(Batch.project_id == project_id)
     return keyset_page(session, query, Batch, after=after, limit=limit, order=order)
 
 
 def count_active(session: Session, project_id: str) -> int:
-    """Batches of the project that have not ended."""
+    """Returns the number of the project's batches that have not ended."""
     query = select(func.count()).select_from(Batch)
     return (
         session.scalar(
@@ -75,15 +79,20 @@ def count_active(session: Session, project_id: str) -> int:
 
 
 def request_cancel(session: Session, batch_id: str) -> Batch | None:
-    """Asks a batch to stop; None if it was not under way."""
+    """Requests the cancellation of a batch.
+
+    Returns None if it has ended, is being cancelled or is already creating its files.
+    """
     change = update(Batch).where(Batch.id == batch_id, Batch.status.in_(UNDER_WAY))
     return _changed(session, change.values(status=BatchStatus.cancelling, cancelling_at=func.now()))
 
 
 def claim(session: Session, lease_seconds: float, *, only_ending: bool = False) -> Batch | None:
-    """Takes the oldest batch that nobody runs, with a new lease token; None if there is none.
+    """Claims the oldest batch without a valid lease, with a new lease token.
 
-    only_ending: just one that needs no more answers, only its files.
+    Returns None if there is no such batch.
+
+    only_ending: Claims only a batch whose remaining work is to create its files.
     """
     is_free = or_(Batch.lease_expires_at.is_(None), Batch.lease_expires_at < func.now())
     wanted = ENDING if only_ending else ENDING | UNDER_WAY
@@ -104,11 +113,14 @@ def claim(session: Session, lease_seconds: float, *, only_ending: bool = False) 
     if batch.status == BatchStatus.validating:
         columns |= {"status": BatchStatus.in_progress, "in_progress_at": func.now()}
     session.execute(update(Batch).where(Batch.id == batch.id).values(**columns))
-    return renew(session, batch.id, token, lease_seconds)  # which ends it if it is time
+    return renew(session, batch.id, token, lease_seconds)  # also checks the deadline
 
 
 def renew(session: Session, batch_id: str, token: int, lease_seconds: float) -> Batch | None:
-    """The batch as it is now, finalizing if its time is up; None if the lease belongs to somebody else."""
+    """Renews the lease and returns the current row, or None if the lease is lost.
+
+    A batch in progress whose completion window has passed becomes `finalizing`.
+    """
     over = update(Batch).where(*_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress)
     over = over.where(Batch.expires_at <= func.now())
     session.execute(over.values(status=BatchStatus.finalizing, finalizing_at=func.now()))
@@ -119,7 +131,7 @@ def renew(session: Session, batch_id: str, token: int, lease_seconds: float) -> 
 
 
 def release(session: Session, batch_id: str, token: int) -> None:
-    """Lets another process go on at once."""
+    """Ends the lease, so that another process can continue the batch immediately."""
     freed = (
         update(Batch)
         .where(*_is_ours(batch_id, token))
@@ -129,13 +141,17 @@ def release(session: Session, batch_id: str, token: int) -> None:
 
 
 def answered_lines(session: Session, batch_id: str) -> set[int]:
+    """Returns the numbers of the input lines whose results are recorded."""
     return set(session.scalars(select(BatchResult.line).where(BatchResult.batch_id == batch_id)))
 
 
 def record(
     session: Session, batch_id: str, token: int, *, line: int, output: str, is_error: bool
 ) -> bool:
-    """Keeps the answer to a line, once; False if the batch is no longer the caller's to write to."""
+    """Records the result of an input line. A second result for the same line is ignored.
+
+    Returns False if the lease is lost or the batch is no longer in progress.
+    """
     in_progress = select(Batch.id).where(
         *_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress
     )
@@ -151,7 +167,7 @@ def record(
 
 
 def begin_finalizing(session: Session, batch_id: str, token: int) -> Batch | None:
-    """The batch with its results frozen; None if the lease belongs to somebody else."""
+    """Freezes the results of a batch and returns its row, or None if the lease is lost."""
     in_progress = update(Batch).where(
         *_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress
     )
@@ -162,11 +178,11 @@ def begin_finalizing(session: Session, batch_id: str, token: int) -> Batch | Non
 def results_after(
     session: Session, batch_id: str, line: int, *, max_rows: int, max_bytes: int
 ) -> list[BatchResult]:
-    """A page of the results of lines after `line`, in order: at most so many rows and bytes of output.
+    """Returns the results of the lines after `line`, in order, up to both limits.
 
-    A single result of more bytes than that is a page of its own.
+    A result that alone exceeds `max_bytes` is returned as the only one.
     """
-    size = func.octet_length(BatchResult.output)  # PostgreSQL knows it without reading the text
+    size = func.octet_length(BatchResult.output)  # Postgres knows it without reading the text
     sizes = (
         select(BatchResult.line, size.label("size"))
         .where(BatchResult.batch_id == batch_id, BatchResult.line > line)
@@ -195,9 +211,10 @@ def finish(
     output_file: Json | None,
     error_file: Json | None,
 ) -> bool:
-    """Ends the batch, makes its files known (the columns of File) and forgets its results, all or nothing.
+    """Ends the batch, inserts the rows of its files and deletes its results.
 
-    False, and nothing done, if the lease belongs to somebody else.
+    `output_file` and `error_file` contain columns of File. Returns False, without changes, if the
+    lease is lost or the results are not frozen yet.
     """
     change = update(Batch).where(*_is_ours(batch_id, token), Batch.status.in_(ENDING))
     ended = change.values(

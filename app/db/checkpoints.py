@@ -1,6 +1,6 @@
-"""Writes to the checkpoints of a job by the holder of its lease.
+"""Writes to the checkpoints of a job by the worker that holds its lease.
 
-A function that returns False has changed nothing, because another worker holds the lease.
+A function that returns False has changed nothing, because the worker has lost the lease.
 """
 
 from sqlalchemy import select, update
@@ -26,7 +26,10 @@ def insert_checkpoint(
     metrics: Json,
     is_best: bool,
 ) -> bool:
-    """Commits a checkpoint, with its event; a repeated commit changes nothing."""
+    """Commits a checkpoint and records an event. Repeating the call changes nothing.
+
+    If `is_best`, no other checkpoint of the job stays marked as the best.
+    """
     if hold(session, job_id, token) is None:
         return False
     fresh = insert(Checkpoint).values(
@@ -54,7 +57,10 @@ def insert_checkpoint(
 
 
 def retire_checkpoints(session: Session, job_id: str, keep: int) -> list[str]:
-    """Marks all but the best and the `keep` newest checkpoints for deletion; gives their store keys."""
+    """Marks all checkpoints for deletion except the best one and the `keep` newest ones.
+
+    Returns the store keys of the checkpoints that it has marked. The caller must hold the lease.
+    """
     newest = select(Checkpoint.id).where(
         Checkpoint.job_id == job_id, Checkpoint.status == "committed"
     )
@@ -69,7 +75,10 @@ def retire_checkpoints(session: Session, job_id: str, keep: int) -> list[str]:
 
 
 def mark_corrupt(session: Session, job_id: str, token: int, checkpoint_id: str) -> bool:
-    """Takes a checkpoint out of use, with a warning in the history; doing it again changes nothing."""
+    """Marks a checkpoint as corrupt and records a warning. Repeating the call changes nothing.
+
+    No run resumes from a corrupt checkpoint.
+    """
     if hold(session, job_id, token) is None:
         return False
     mark = update(Checkpoint).where(

@@ -1,4 +1,4 @@
-"""Conditions on the status of jobs that match the predicates of partial indexes."""
+"""Conditions on the job status that match the predicates of partial indexes."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,10 @@ from app.db.schema.tables import Job
 
 
 def _status_in(statuses: Iterable[JobStatus]) -> ColumnElement[bool]:
-    """Returns a condition with literals: a plan for any value of a parameter uses no partial index."""
+    """Returns a condition that contains the statuses as literals.
+
+    A generic plan for bound parameters could not use a partial index.
+    """
     return Job.status.in_(
         [literal(status.value, literal_execute=True) for status in sorted(statuses)]
     )

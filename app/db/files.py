@@ -1,4 +1,7 @@
-"""Uploaded files. An expired file is already gone for everybody but the jobs that use it."""
+"""Queries and changes of uploaded files.
+
+An expired file is hidden from its owner, but kept for the jobs and batches that read it.
+"""
 
 from typing import Any
 
@@ -11,6 +14,7 @@ from app.db.schema.tables import ENDED_BATCHES, Batch, File, Job
 
 
 def insert_file(session: Session, **columns: Any) -> File:  # Any: the columns of File, by name
+    """Inserts the row of a file whose bytes are in the store."""
     row = File(**columns)
     session.add(row)
     session.flush()
@@ -20,7 +24,10 @@ def insert_file(session: Session, **columns: Any) -> File:  # Any: the columns o
 def find_file(
     session: Session, project_id: str, file_id: str, *, lock: bool = False
 ) -> File | None:
-    """The project's file; `lock` keeps it from being deleted until the transaction ends."""
+    """Returns the project's file, or None if it does not exist or has expired.
+
+    With `lock`, the file cannot be deleted until the transaction ends.
+    """
     query = select(File).where(File.id == file_id, File.project_id == project_id, _is_alive())
     if lock:
         query = query.with_for_update(read=True)
@@ -36,7 +43,7 @@ def page_files(
     limit: int = 20,
     order: Order = "desc",
 ) -> tuple[list[File], bool]:
-    """A page of the project's files and whether more follow. Raises UnknownCursor."""
+    """Returns a page of the project's files, and whether more follow. Raises UnknownCursor."""
     query = select(File).where(File.project_id == project_id, _is_alive())
     if purpose is not None:
         query = query.where(File.purpose == purpose)
@@ -44,7 +51,10 @@ def page_files(
 
 
 def count_files(session: Session, project_id: str) -> tuple[int, int]:
-    """How many files the project keeps, and their bytes."""
+    """Returns the number of the project's files and their total size in bytes.
+
+    Expired files count until the garbage collector has removed them.
+    """
     counted = select(func.count(), func.coalesce(func.sum(File.bytes), 0)).where(
         File.project_id == project_id
     )
@@ -53,13 +63,16 @@ def count_files(session: Session, project_id: str) -> tuple[int, int]:
 
 
 def delete_file(session: Session, project_id: str, file_id: str) -> bool:
-    """Forgets the row; the bytes are the caller's to delete afterwards."""
+    """Deletes the row of a file, and returns whether there was one.
+
+    The caller deletes the bytes after the transaction.
+    """
     gone = delete(File).where(File.id == file_id, File.project_id == project_id)
     return session.scalar(gone.returning(File.id)) is not None
 
 
 def readers_of_file(session: Session, project_id: str, file_id: str) -> list[str]:
-    """Ids of the jobs and batches that have not ended and read this file."""
+    """Returns the ids of batches and jobs that read this file and have not ended."""
     jobs = select(Job.id).where(
         Job.project_id == project_id,
         or_(

@@ -12,7 +12,10 @@ from app.db.schema.tables import Job
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """The server's clock and settings, and how many jobs run under a lease that has not expired."""
+    """Clock and settings of the database server, and the number of jobs with a valid lease.
+
+    `is_durable` is False if one of the settings in DURABILITY is off.
+    """
 
     now: datetime
     version: str
@@ -21,11 +24,12 @@ class ServerFacts:
 
 
 def ping(session: Session) -> None:
-    """Sends the cheapest statement there is. Raises DatabaseUnavailable if no answer comes."""
+    """Executes a trivial statement. Raises DatabaseUnavailable if the server does not respond."""
     session.execute(text("SELECT 1"))
 
 
 def server_facts(session: Session) -> ServerFacts:
+    """Reads the facts that `stillhouse doctor` checks."""
     shown = {name: session.execute(text(f"SHOW {name}")).scalar_one() for name in DURABILITY}
     running = select(func.count()).where(
         Job.status == JobStatus.running, Job.lease_expires_at > func.now()

@@ -1,6 +1,7 @@
-"""Idempotency keys: the first request with a key does the work, every later one gets its answer.
+"""Idempotency keys: the first request with a key does the work, and later ones get its response.
 
-Claim, work and answer belong in one transaction; then a crash leaves nothing and a rival waits for the outcome.
+The caller claims the key, does the work and stores the response in one transaction. Then a crash
+leaves no trace, and a concurrent request with the same key waits for the outcome.
 """
 
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ LIFETIME: Final = timedelta(hours=24)
 
 @dataclass(frozen=True)
 class Claimed:
-    """What an earlier request with the same key asked, and was answered; None: it is still being answered."""
+    """An earlier request with the same key. `response` is None while it is being processed."""
 
     request_sha256: str
     response: Json | None
 
 
 def find_key(session: Session, project_id: str, route: str, key: str) -> Claimed | None:
+    """Returns the committed request with this key, or None if there is none or it has expired."""
     row = session.get(IdempotencyKey, (project_id, key, route))
     is_alive = row is not None and row.expires_at > session.scalars(select(func.now())).one()
     return Claimed(row.request_sha256, row.response) if row is not None and is_alive else None
@@ -36,9 +38,11 @@ def find_key(session: Session, project_id: str, route: str, key: str) -> Claimed
 def claim_key(
     session: Session, project_id: str, route: str, key: str, request_sha256: str
 ) -> Claimed | None:
-    """None if the key is now this transaction's; else what the request that had it first left.
+    """Claims the key for this transaction, or returns the request that claimed it before.
 
-    A rival that holds the key in an open transaction is waited for, as long as `lock_timeout` allows.
+    Returns None if the key is now claimed by this transaction. If another open transaction holds
+    the key, waits for it to end. After the connection's `lock_timeout`, returns a request without
+    a response.
     """
     place = (
         IdempotencyKey.project_id == project_id,
@@ -69,7 +73,7 @@ def claim_key(
 
 
 def store_response(session: Session, project_id: str, route: str, key: str, response: Json) -> None:
-    """Keeps the answer for whoever asks again."""
+    """Stores the response that later requests with this key get."""
     place = (
         IdempotencyKey.project_id == project_id,
         IdempotencyKey.key == key,

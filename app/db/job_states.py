@@ -1,7 +1,8 @@
-"""The states of a job: which follow which, and the one statement that moves a job on.
+"""State machine of a job: the legal transitions, and the function that carries them out.
 
-Each move is a single guarded UPDATE with its event in the same transaction. `succeeded` and `cancelled` are final;
-a `failed` job can only be resumed. A move out of `running` drops the lease, so the worker that had it can write no more.
+Each transition is one guarded UPDATE, with its event in the same transaction. `succeeded` and
+`cancelled` are final; a `failed` job can only be resumed. A transition out of `running` ends the
+lease, so further writes of its worker are refused.
 """
 
 import time
@@ -46,7 +47,7 @@ LEGAL: Final[dict[JobStatus, frozenset[JobStatus]]] = {
 
 
 def sources_of(status: JobStatus) -> frozenset[JobStatus]:
-    """The states that may be left for this one."""
+    """Returns the states from which a job may change to this state."""
     return frozenset(source for source, targets in LEGAL.items() if status in targets)
 
 
@@ -62,10 +63,13 @@ def move(
     level: Level = "info",
     **columns: Any,  # Any: more columns of Job to set, by name
 ) -> Job | None:
-    """Moves a job on and says so in an event; None if it may not go there (any more).
+    """Changes the state of a job and records an event with `message`.
 
-    sources: fewer states than are legal. token: the move is only for the holder of this lease.
-    outcome: how the attempt that was running ends; the new state's name if not given.
+    Returns None, without changes, if the job does not exist or the transition is not allowed.
+
+    sources: Restricts the states from which the job may change; None allows all legal ones.
+    token: If given, the job must be leased with this token.
+    outcome: Outcome of the attempt that was running; by default, the name of the new state.
     """
     before = lock_job(session, job_id)
     allowed = sources_of(to) if sources is None else sources_of(to) & frozenset(sources)
@@ -105,7 +109,10 @@ def move(
 
 
 def lock_job(session: Session, job_id: str) -> Job | None:
-    """The job as it is now; nobody else changes it or adds to its history until the transaction ends."""
+    """Returns the current row of the job, or None, and locks it until the transaction ends.
+
+    Until then, no other transaction can change the job or add events to its history.
+    """
     query = select(Job).where(Job.id == job_id).with_for_update(key_share=True)
     return session.scalars(query, execution_options={"populate_existing": True}).one_or_none()
 
@@ -119,7 +126,10 @@ def add_event(
     level: Level = "info",
     data: Json | None = None,
 ) -> Event:
-    """Appends to a job's history. Takes the job's lock, so that `seq` rises in the order of commits."""
+    """Appends an event to a job's history.
+
+    Locks the job, so that `seq` increases in the order of commits.
+    """
     lock_job(session, job_id)
     event = Event(
         id=new_id("ftevent-"),
@@ -135,16 +145,20 @@ def add_event(
 
 
 def begin_stage(stages: list[Json], name: str) -> list[Json]:
-    """The stages with a new one running; the one before has succeeded. Times are seconds since the epoch."""
+    """Returns the stages with a new running one; the stage that was running has succeeded.
+
+    Times are in seconds since the epoch. Only the last KEPT_STAGES stages are kept.
+    """
     begun = {"name": name, "status": "running", "started_at": int(time.time()), "finished_at": None}
     return [*end_stages(stages, "succeeded"), begun][-KEPT_STAGES:]
 
 
 def end_stages(stages: list[Json], status: str) -> list[Json]:
-    """The stages with none running any more."""
+    """Returns the stages, with `status` for the one that was running."""
     ended = {"status": status, "finished_at": int(time.time())}
     return [{**stage, **ended} if stage["status"] == "running" else stage for stage in stages]
 
 
 def public_name(status: JobStatus) -> str:
+    """Returns the name of the state in the API, where `retry_wait` is shown as `queued`."""
     return JobStatus.queued.value if status == JobStatus.retry_wait else status.value

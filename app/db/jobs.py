@@ -1,6 +1,7 @@
-"""Jobs as the control plane sees them: inserted, read, and asked to stop or go on.
+"""Operations of the API on jobs: insert, read, cancel, pause, resume and delete.
 
-What a running attempt writes is in `leases`; what the reconciler does in `sweeps`.
+Writes of running attempts are in `app.db.leases`, and those of the reconciler in
+`app.db.reconciliation`.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,13 +17,13 @@ from app.db.leases import newest_checkpoint
 from app.db.pagination import Order, UnknownCursor, keyset_page
 from app.db.schema.tables import Checkpoint, Event, Job, JobCount, Metric
 
-__all__ = ["UnknownCursor", "add_event", "lock_job"]  # what readers of jobs need too
+__all__ = ["UnknownCursor", "add_event", "lock_job"]  # re-exported for users of this module
 
-MAX_POINTS = 100_000  # of all series together, in one answer
+MAX_POINTS = 100_000  # over all series, per response
 
 
 def insert_job(session: Session, **columns: Any) -> Job:  # Any: the columns of Job, by name
-    """Queues a job, with the first event of its history."""
+    """Inserts a queued job and the first event of its history."""
     job = Job(**columns)
     session.add(job)
     session.flush()
@@ -32,7 +33,7 @@ def insert_job(session: Session, **columns: Any) -> Job:  # Any: the columns of 
 
 
 def find_job(session: Session, project_id: str, job_id: str) -> Job | None:
-    """The project's job with this id, unless it was deleted."""
+    """Returns the project's job with this id, or None if it does not exist or was deleted."""
     query = select(Job).where(
         Job.id == job_id, Job.project_id == project_id, Job.deleted_at.is_(None)
     )
@@ -40,11 +41,12 @@ def find_job(session: Session, project_id: str, job_id: str) -> Job | None:
 
 
 def load_job(session: Session, job_id: str) -> Job | None:
-    """The job, whoever it belongs to."""
+    """Returns the job of any project, even if it was deleted by its owner."""
     return session.get(Job, job_id)
 
 
 def status_of(session: Session, job_id: str) -> str | None:
+    """Returns the status of the job, or None if it does not exist."""
     return session.scalar(select(Job.status).where(Job.id == job_id))
 
 
@@ -58,7 +60,10 @@ def page_jobs(
     order: Order = "desc",
     metadata: Mapping[str, str] | None = None,
 ) -> tuple[list[Job], bool]:
-    """A page of the project's jobs that carry all of `metadata`, and whether more follow. Raises UnknownCursor."""
+    """Returns a page of the project's jobs, and whether more follow. Raises UnknownCursor.
+
+    metadata: Selects the jobs that have all these keys and values.
+    """
     query = select(Job).where(Job.project_id == project_id, Job.deleted_at.is_(None))
     if kind is not None:
         query = query.where(Job.kind == kind)
@@ -68,13 +73,13 @@ def page_jobs(
 
 
 def count_active(session: Session, project_id: str) -> int:
-    """Returns how many jobs of the project have not ended."""
+    """Returns the number of the project's jobs that have not ended."""
     query = select(func.count()).select_from(Job).where(Job.project_id == project_id, HAS_NOT_ENDED)
     return session.scalar(query) or 0
 
 
 def count_by_status(session: Session) -> dict[str, int]:
-    """Returns how many jobs of all projects are in each state, zeros included."""
+    """Returns the number of jobs in each state over all projects, including zeros."""
     counts = {status.value: 0 for status in JobStatus}
     sums = select(JobCount.status, func.sum(JobCount.delta)).group_by(JobCount.status)
     for status, count in session.execute(sums):
@@ -83,7 +88,7 @@ def count_by_status(session: Session) -> dict[str, int]:
 
 
 def fold_counts(session: Session) -> None:
-    """Replaces the changes that triggers have recorded by one row per state."""
+    """Replaces the changes that the triggers have recorded with one row per state."""
     removed = delete(JobCount).returning(JobCount.status, JobCount.delta).cte("removed")
     total = func.sum(removed.c.delta)
     sums = select(removed.c.status, total).group_by(removed.c.status).having(total != 0)
@@ -91,7 +96,10 @@ def fold_counts(session: Session) -> None:
 
 
 def queue_position(session: Session, job: Job) -> tuple[int, int] | None:
-    """(position, depth): position 1 is served next, depth jobs wait in all. None if the job does not wait."""
+    """Returns the job's position in the queue and the length of the queue.
+
+    Position 1 is the next to run. Returns None if the job is not waiting.
+    """
     if job.status not in {JobStatus.queued, JobStatus.retry_wait}:
         return None
     waiting = select(func.count()).select_from(Job).where(IS_IN_QUEUE)
@@ -102,9 +110,10 @@ def queue_position(session: Session, job: Job) -> tuple[int, int] | None:
 
 
 def request_cancel(session: Session, job_id: str) -> Job | None:
-    """Cancels a waiting job now and asks a running one to stop; None if the job has ended otherwise.
+    """Cancels a waiting job immediately, or requests that a running one stops.
 
-    AnswerSampling again changes nothing.
+    Returns None if the job does not exist, has succeeded or has failed. Repeating the call changes
+    nothing.
     """
     job = lock_job(session, job_id)
     if job is None or job.status in {JobStatus.succeeded, JobStatus.failed}:
@@ -124,9 +133,11 @@ def request_cancel(session: Session, job_id: str) -> Job | None:
 
 
 def request_pause(session: Session, job_id: str, *, reason: str | None = None) -> Job | None:
-    """Pauses a waiting job now and asks a running one to stop at a checkpoint; None if it may not pause.
+    """Pauses a waiting job immediately, or requests that a running one stops at a checkpoint.
 
-    reason: why the service asks for the pause; None if the job's owner does.
+    Returns None if the job does not exist, has ended or is being cancelled.
+
+    reason: Reason for a pause by the service; None if the job's owner requests it.
     """
     job = lock_job(session, job_id)
     if job is None or job.status in TERMINAL or job.cancel_requested_at is not None:
@@ -145,9 +156,10 @@ def request_pause(session: Session, job_id: str, *, reason: str | None = None) -
 
 
 def resume(session: Session, job_id: str) -> Job | None:
-    """Queues a paused job, or a failed one that has a checkpoint; withdraws a pause that is under way.
+    """Queues a paused job, or a failed one that has a checkpoint.
 
-    Lost workers and runtime are counted anew from here. None if there is nothing to resume.
+    For a running job, withdraws a pending pause request. The counts of lost attempts and of runtime
+    restart. Returns None if there is nothing to resume.
     """
     job = lock_job(session, job_id)
     if job is None or job.deleted_at is not None:
@@ -182,9 +194,9 @@ def resume(session: Session, job_id: str) -> Job | None:
 
 
 def delete_job(session: Session, job_id: str) -> Job | None:
-    """Hides a job that has ended, and leaves its checkpoints and its row to the garbage collector.
+    """Hides a job that has ended. The garbage collector deletes its checkpoints and its row.
 
-    None if the job has not ended.
+    Returns None if the job does not exist or has not ended.
     """
     job = lock_job(session, job_id)
     if job is None or job.status not in TERMINAL:
@@ -195,6 +207,7 @@ def delete_job(session: Session, job_id: str) -> Job | None:
 
 
 def seq_of_event(session: Session, job_id: str, event_id: str) -> int | None:
+    """Returns the sequence number of an event of the job, or None."""
     return session.scalar(select(Event.seq).where(Event.id == event_id, Event.job_id == job_id))
 
 
@@ -206,7 +219,7 @@ def page_events(
     limit: int = 20,
     order: Order = "desc",
 ) -> tuple[list[Event], bool]:
-    """A page of the job's events and whether more follow; newest first by default. Raises UnknownCursor."""
+    """Returns a page of the job's events, and whether more follow. Raises UnknownCursor."""
     query = select(Event).where(Event.job_id == job_id)
     if after is not None:
         seq = seq_of_event(session, job_id, after)
@@ -219,7 +232,10 @@ def page_events(
 
 
 def events_since(session: Session, job_id: str, seq: int, *, limit: int = 200) -> list[Event]:
-    """The events behind `seq`, oldest first; 0 gives the first. None is ever added before one that was read."""
+    """Returns the events after `seq`, oldest first; 0 starts with the first event.
+
+    No event is ever inserted before one that has been returned (see `add_event`).
+    """
     query = select(Event).where(Event.job_id == job_id, Event.seq > seq).order_by(Event.seq)
     return list(session.scalars(query.limit(limit)))
 
@@ -233,7 +249,10 @@ def metric_series(
     to_step: int | None = None,
     most: int = MAX_POINTS,
 ) -> list[Metric]:
-    """Values by name and step, both ends included; at most `most` of them."""
+    """Returns up to `most` values, ordered by name and step.
+
+    The range includes both `from_step` and `to_step`.
+    """
     query = select(Metric).where(Metric.job_id == job_id)
     if names is not None:
         query = query.where(Metric.name.in_(names))
@@ -252,7 +271,10 @@ def page_checkpoints(
     limit: int = 20,
     order: Order = "desc",
 ) -> tuple[list[Checkpoint], bool]:
-    """A page of the checkpoints that can be used, and whether more follow. Raises UnknownCursor."""
+    """Returns a page of the job's committed checkpoints, and whether more follow.
+
+    Raises UnknownCursor.
+    """
     query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.status == "committed")
     return keyset_page(session, query, Checkpoint, after=after, limit=limit, order=order)
 

@@ -1,4 +1,4 @@
-"""API keys."""
+"""Queries and changes of API keys."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -20,6 +20,7 @@ def insert_key(
     scopes: Sequence[str],
     expires_at: datetime | None = None,
 ) -> ApiKey:
+    """Inserts an API key, of whose secret only the HMAC is stored."""
     row = ApiKey(
         id=id,
         project_id=project_id,
@@ -34,7 +35,7 @@ def insert_key(
 
 @dataclass(frozen=True)
 class KeyFacts:
-    """What a key opens, and whether it still does."""
+    """Columns of an API key that authentication needs."""
 
     project_id: str
     secret_hmac: bytes
@@ -49,12 +50,16 @@ _FACTS = select(*(getattr(ApiKey, field.name) for field in fields(KeyFacts))).wh
 
 
 def read_key(key_id: str) -> KeyFacts | None:
-    """The committed key with this id, whether or not it may still be used."""
+    """Returns the committed key with this id, or None.
+
+    Expired and revoked keys are returned, too. Raises DatabaseUnavailable.
+    """
     row = read_row(_FACTS, key_id=key_id)
     return None if row is None else KeyFacts(*row)
 
 
 def list_keys(session: Session, project_id: str | None = None) -> list[ApiKey]:
+    """Returns the keys of a project, or of all projects, oldest first."""
     query = select(ApiKey).order_by(ApiKey.created_at, ApiKey.id)
     return list(
         session.scalars(query.where(ApiKey.project_id == project_id) if project_id else query)
@@ -62,7 +67,10 @@ def list_keys(session: Session, project_id: str | None = None) -> list[ApiKey]:
 
 
 def revoke_key(session: Session, key_id: str) -> bool:
-    """Ends a key at once; False if there is none. Revoking twice keeps the first time."""
+    """Revokes a key immediately. Returns False if there is no such key.
+
+    Revoking a key again keeps the time of the first revocation.
+    """
     revoked = update(ApiKey).where(ApiKey.id == key_id)
     revoked = revoked.values(revoked_at=func.coalesce(ApiKey.revoked_at, func.now()))
     return session.execute(revoked.returning(ApiKey.id)).one_or_none() is not None

@@ -1,6 +1,7 @@
-"""What the holder of a job's lease may do. Every write is fenced: it counts only while the token is the job's.
+"""Writes to a job by the worker that holds its lease.
 
-A function that returns None (or False) has changed nothing, because the lease belongs to somebody else by now.
+Every write is fenced: it takes effect only while the caller's token is the job's lease token.
+Unless stated otherwise, a function that returns None has changed nothing because the lease is lost.
 """
 
 import math
@@ -22,22 +23,27 @@ from app.db.schema.table import Json
 from app.db.schema.tables import Attempt, Checkpoint, Job, Metric, lease_tokens
 
 MAX_DOUBLINGS: Final = 10
-# Failures that a resume meets again, because their cause is part of the job.
+# Error codes of failures that recur after a resume, because their cause is part of the job.
 FAILS_AGAIN: Final = frozenset({"invalid_spec", "input_missing", "model_id_taken", "gate_failed"})
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """What happens to a job whose worker was lost: so many times, so long a wait, then it fails."""
+    """Retry policy for lost attempts.
+
+    most: Number of losses at which the job fails.
+    backoff_seconds: Wait after the first loss. It doubles with each further loss.
+    """
 
     most: int
     backoff_seconds: float
 
 
 def claim(session: Session, owner: str, lease_seconds: float) -> Job | None:
-    """Takes the next due job, whatever its kind, with a new lease token; None if nothing is due.
+    """Claims the next due job of any kind, with a new lease token. Returns None if none is due.
 
-    `owner` names this one claim: asking again with it (for the answer was lost) gives the job it already has.
+    `owner` identifies this claim. If the call is repeated with the same `owner`, because its
+    response was lost, it returns the job that was already claimed.
     """
     claimed = select(Job).where(Job.status == JobStatus.running, Job.lease_owner == owner)
     job = session.scalars(claimed).one_or_none()
@@ -74,7 +80,7 @@ def claim(session: Session, owner: str, lease_seconds: float) -> Job | None:
 
 
 def heartbeat(session: Session, job_id: str, token: int, lease_seconds: float) -> Job | None:
-    """Renews the lease; the job's cancel and pause requests are the orders."""
+    """Renews the lease and returns the job, whose columns contain cancel and pause requests."""
     return _write(
         session,
         job_id,
@@ -85,7 +91,7 @@ def heartbeat(session: Session, job_id: str, token: int, lease_seconds: float) -
 
 
 def hold(session: Session, job_id: str, token: int) -> Job | None:
-    """The job, locked until the transaction ends, if the lease still stands."""
+    """Locks the job until the transaction ends and returns it, or None if the lease is lost."""
     query = select(Job).where(
         Job.id == job_id, Job.status == JobStatus.running, Job.lease_token == token
     )
@@ -94,9 +100,10 @@ def hold(session: Session, job_id: str, token: int) -> Job | None:
 
 
 def begin_record(session: Session, token: int, number: int) -> bool:
-    """Notes that the attempt's record with this number is being written; False if it was committed before.
+    """Stores the number of the record that is written in this transaction.
 
-    Numbers rise within an attempt. Call `hold` before.
+    Returns False if a record with this number was committed before, so that a repeated write can
+    be skipped. Numbers increase within an attempt. Call `hold` before.
     """
     noted = update(Attempt).where(Attempt.lease_token == token, Attempt.num_records < number)
     noted = noted.values(num_records=number).returning(Attempt.num_records)
@@ -104,12 +111,15 @@ def begin_record(session: Session, token: int, number: int) -> bool:
 
 
 def write_progress(session: Session, job_id: str, token: int, **columns: Any) -> Job | None:
-    """Sets stage, stages, progress or latest_metrics."""
+    """Sets some of the columns `stage`, `stages`, `progress` and `latest_metrics`."""
     return _write(session, job_id, token, **{name: clean(value) for name, value in columns.items()})
 
 
 def write_metrics(session: Session, job_id: str, step: int, values: Mapping[str, float]) -> None:
-    """Puts the values of one step into their series; a repeated step replaces what it had. Call `hold` before."""
+    """Writes the metrics of one step, and replaces values that the step already has.
+
+    NaN and infinities are skipped. Call `hold` before.
+    """
     rows = [
         {"job_id": job_id, "name": name[:64], "step": step, "value": float(value)}
         for name, value in values.items()
@@ -124,13 +134,14 @@ def write_metrics(session: Session, job_id: str, step: int, values: Mapping[str,
 
 
 def newest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
-    """Where a run goes on: the committed checkpoint with the highest step."""
+    """Returns the checkpoint from which a run resumes: the committed one with the highest step."""
     query = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.status == "committed")
     query = query.order_by(Checkpoint.step.desc(), Checkpoint.lease_token.desc())
     return session.scalars(query.limit(1)).one_or_none()
 
 
 def note_resumed_from(session: Session, token: int, step: int | None) -> None:
+    """Records the step from which the attempt resumes; None if it starts from the beginning."""
     session.execute(update(Attempt).where(Attempt.lease_token == token).values(resumed_from=step))
 
 
@@ -144,9 +155,10 @@ def succeed(
     trained_tokens: int,
     files: Sequence[Json] = (),
 ) -> Job | None:
-    """Registers the model and the result files and ends the job, all or nothing.
+    """Registers the model and the result files, and ends the job as succeeded.
 
-    `model` holds the columns of Model, `files` those of File; a job without a project keeps no files. A job that was asked to stop is cancelled instead, and one whose model id is taken by another model fails.
+    Cancels the job instead if that was requested, or fails it if the model id is taken. `model` has
+    columns of Model and `files` columns of File. Files of a job without a project are not kept.
     """
     job = hold(session, job_id, token)
     if job is None:
@@ -186,9 +198,9 @@ def fail(
     outcome: str = "failed",
     **columns: Any,
 ) -> Job | None:  # Any: more columns of Job, by name
-    """Ends the job with a reason; without a token, for the reconciler.
+    """Ends the job as failed. If `token` is None, the lease is not checked.
 
-    The message says so if a checkpoint is kept from which the job can be resumed.
+    If the job has a checkpoint, a notice that it is kept is added to the failure's message.
     """
     checkpoint = newest_checkpoint(session, job_id)
     if checkpoint is not None:
@@ -219,9 +231,9 @@ def lose(
     reason: str,
     error_code: str,
 ) -> Job | None:
-    """Counts a lost worker: the job waits and is tried again, or fails when it has lost too many.
+    """Counts a lost attempt. The job is tried again after a wait, or fails after too many losses.
 
-    A cancel or a pause that was requested meanwhile is carried out instead.
+    Cancels or pauses the job instead if that was requested in the meantime.
     """
     job = hold(session, job_id, token)
     if job is None:
@@ -258,15 +270,16 @@ def lose(
 
 
 def cancel(session: Session, job_id: str, token: int) -> Job | None:
+    """Ends the job as cancelled."""
     return move(session, job_id, JobStatus.cancelled, token=token, message="The job is cancelled.")
 
 
 def pause(
     session: Session, job_id: str, token: int, *, prefix: str = "", **columns: Any
 ) -> Job | None:  # Any: more columns of Job, by name
-    """Pauses the job as requested; queues it again if the request was withdrawn meanwhile.
+    """Pauses the job as requested, or queues it again if the request was withdrawn.
 
-    prefix: a sentence for the event, in front of the reason of the pause.
+    Cancels it instead if that was requested. The event's message begins with `prefix`.
     """
     job = hold(session, job_id, token)
     if job is None:
@@ -284,7 +297,10 @@ def pause(
 
 
 def pause_for_disk(session: Session, job_id: str, token: int, *, message: str) -> Job | None:
-    """Pauses a job that lacks something which its owner can provide before resuming it; a cancelled one ends."""
+    """Pauses a job that needs more disk space. Its owner can resume it once there is space.
+
+    Cancels it instead if that was requested.
+    """
     job = hold(session, job_id, token)
     if job is None:
         return None
@@ -303,7 +319,10 @@ def pause_for_disk(session: Session, job_id: str, token: int, *, message: str) -
 
 
 def release(session: Session, job_id: str, token: int, *, reason: str) -> Job | None:
-    """Gives the job back to the queue without counting a loss; the next worker goes on from its checkpoint."""
+    """Queues the job again without counting a loss. The next worker resumes from its checkpoint.
+
+    Cancels or pauses the job instead if that was requested.
+    """
     job = hold(session, job_id, token)
     if job is None:
         return None
@@ -324,7 +343,10 @@ def release(session: Session, job_id: str, token: int, *, reason: str) -> Job | 
 
 
 def outcome_of(session: Session, token: int) -> str | None:
-    """How the attempt with this token ended; None while it runs. Tells a repeated ending from a lost lease."""
+    """Returns the outcome of the attempt with this token, or None while it runs.
+
+    It distinguishes a repeated call that ends the attempt from a lost lease.
+    """
     return session.scalar(select(Attempt.outcome).where(Attempt.lease_token == token))
 
 

@@ -1,9 +1,12 @@
-"""One at a time, where a count is read before something is added to it."""
+"""Advisory lock that makes checking a quota and inserting a row atomic."""
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 
 def lock_project(session: Session, project_id: str) -> None:
-    """Waits for other transactions that add to the project; a quota counted behind it holds until this one ends."""
+    """Acquires the project's lock until the transaction ends.
+
+    Every transaction that adds something with a quota to the project must call it before counting.
+    """
     session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(project_id, 0))))

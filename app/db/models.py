@@ -1,4 +1,4 @@
-"""Registered models, their aliases and their servable checkpoints."""
+"""Queries and changes of registered models, their aliases, pins and checkpoints."""
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -17,7 +17,7 @@ from app.db.session import read_row
 def insert_model(
     session: Session, **columns: Any
 ) -> Model | None:  # Any: the columns of Model, by name
-    """The new row, or None if the id is taken."""
+    """Inserts a model and returns its row, or None if the id is taken."""
     fresh = (
         insert(Model)
         .values(**columns)
@@ -30,7 +30,10 @@ def insert_model(
 def find_model(
     session: Session, project_id: str, model_id: str, *, lock: bool = False
 ) -> Model | None:
-    """The project's own model, or a shared one; `lock` keeps it until the transaction ends."""
+    """Returns a model that the project can use: its own or a shared one.
+
+    With `lock`, the model cannot be deleted until the transaction ends.
+    """
     query = select(Model).where(Model.id == model_id, _sees(project_id))
     if lock:
         query = query.with_for_update(read=True, key_share=True)
@@ -39,7 +42,7 @@ def find_model(
 
 @dataclass(frozen=True)
 class ServedRow:
-    """What serving has to know of a model."""
+    """Columns of a model that serving needs."""
 
     id: str
     store_key: str
@@ -50,7 +53,10 @@ class ServedRow:
 
 
 def read_served(project_id: str, asked: str) -> ServedRow | None:
-    """The committed model with this id or behind this alias, if the project sees it."""
+    """Returns the committed model with this id or alias, or None if the project has no access.
+
+    Raises DatabaseUnavailable.
+    """
     row = read_row(_served(), project_id=project_id, asked=asked)
     return None if row is None else ServedRow(*row)
 
@@ -68,21 +74,23 @@ def _served() -> Select[Any]:  # Any: the columns of ServedRow
 
 
 def is_name_taken(session: Session, name: str) -> bool:
-    """Whether a model has this id, in any project, or a job that has not ended will register it."""
+    """Returns whether a model of any project has this id, or an unfinished job will register it."""
     model = session.scalar(select(Model.id).where(Model.id == name))
     job = session.scalar(select(Job.id).where(Job.model_id == name, HAS_NOT_ENDED).limit(1))
     return model is not None or job is not None
 
 
 def list_models(session: Session, project_id: str) -> list[Model]:
+    """Returns the models that the project can use, newest first."""
     query = select(Model).where(_sees(project_id)).order_by(Model.created_at.desc(), Model.id)
     return list(session.scalars(query))
 
 
 def delete_model(session: Session, project_id: str, model_id: str) -> bool:
-    """Forgets the project's own model, its checkpoints and its pin; the bytes are the caller's to delete afterwards.
+    """Deletes the row of the project's own model and its pin, and returns whether it existed.
 
-    The checkpoints' bytes go with the reconciler.
+    The caller deletes the model's bytes after the transaction. The checkpoints are only marked; the
+    garbage collector deletes them.
     """
     unpin(session, project_id, model_id)
     gone = delete(Model).where(Model.id == model_id, Model.project_id == project_id)
@@ -95,7 +103,11 @@ def delete_model(session: Session, project_id: str, model_id: str) -> bool:
 
 
 def users_of_model(session: Session, project_id: str, model: Model) -> list[str]:
-    """What needs the model: aliases, models that it is the draft of, and living jobs that read it or its checkpoints."""
+    """Returns the ids of everything that needs the model, as text for an error message.
+
+    These are aliases of the project, models that use it as their draft, and unfinished jobs.
+    A job needs the model if it reads the model or one of its checkpoints.
+    """
     aliases = select(Alias.id).where(Alias.project_id == project_id, Alias.model_id == model.id)
     keys = [Job.spec[side]["key"].astext for side in ("teacher", "start")]
     read = [key == model.store_key for key in keys]
@@ -110,7 +122,12 @@ def users_of_model(session: Session, project_id: str, model: Model) -> list[str]
 
 
 def lock_artifact(session: Session, store_key: str) -> bool:
-    """Keeps the model or checkpoint with these bytes until the transaction ends; False if it is gone."""
+    """Prevents the deletion of a model until the transaction ends.
+
+    store_key: Key of the model, or of a checkpoint of the job that registered the model.
+
+    Returns False if the model does not exist, or the checkpoint cannot be used any more.
+    """
     is_checkpoint = store_key.startswith("checkpoints/")
     owner = (
         Model.source_job_id == store_key.split("/")[1]
@@ -129,38 +146,42 @@ def lock_artifact(session: Session, store_key: str) -> bool:
 
 
 def model_of_job(session: Session, job_id: str) -> str | None:
-    """Id of the model that the job has registered, if it still exists."""
+    """Returns the id of the model that the job has registered, or None."""
     return session.scalar(select(Model.id).where(Model.source_job_id == job_id))
 
 
 def lock_model(session: Session, model_id: str) -> Model | None:
-    """The row, which nobody else changes or removes before this transaction ends."""
+    """Returns the model and locks its row exclusively until the transaction ends."""
     return session.scalars(
         select(Model).where(Model.id == model_id).with_for_update()
     ).one_or_none()
 
 
 def pin(session: Session, project_id: str, target_id: str) -> None:
-    """Keeps a model, or what an alias points at, loaded; once more changes nothing."""
+    """Pins a model id or an alias for the project. Pinning it again changes nothing."""
     session.execute(
         insert(Pin).values(project_id=project_id, id=target_id).on_conflict_do_nothing()
     )
 
 
 def unpin(session: Session, project_id: str, target_id: str) -> bool:
+    """Removes a pin, and returns whether there was one."""
     gone = delete(Pin).where(Pin.project_id == project_id, Pin.id == target_id)
     return session.scalar(gone.returning(Pin.id)) is not None
 
 
 def list_pins(session: Session) -> list[Pin]:
-    """Those of all projects, oldest first."""
+    """Returns the pins of all projects, oldest first."""
     return list(session.scalars(select(Pin).order_by(Pin.created_at, Pin.project_id, Pin.id)))
 
 
 def find_checkpoint(
     session: Session, project_id: str, model_id: str, step: int
 ) -> Checkpoint | None:
-    """The committed checkpoint `{model_id}:ckpt-step-{step}`, whether its job has ended or not."""
+    """Returns the committed checkpoint `{model_id}:ckpt-step-{step}`, or None.
+
+    The job may still be running. If several attempts wrote this step, the newest one counts.
+    """
     query = (
         select(Checkpoint)
         .join(Job, Job.id == Checkpoint.job_id)
@@ -172,7 +193,7 @@ def find_checkpoint(
 
 
 def set_alias(session: Session, project_id: str, alias_id: str, model_id: str) -> Alias:
-    """Points `name@alias` at a version, wherever it pointed before."""
+    """Creates the alias `name@alias`, or moves it to another model."""
     values = {"model_id": model_id, "updated_at": func.now()}
     moved = insert(Alias).values(project_id=project_id, id=alias_id, **values)
     moved = moved.on_conflict_do_update(index_elements=[Alias.project_id, Alias.id], set_=values)
@@ -182,17 +203,19 @@ def set_alias(session: Session, project_id: str, alias_id: str, model_id: str) -
 
 
 def find_alias(session: Session, project_id: str, alias_id: str) -> Alias | None:
+    """Returns the project's alias, or None."""
     return session.get(Alias, (project_id, alias_id))
 
 
 def delete_alias(session: Session, project_id: str, alias_id: str) -> bool:
+    """Deletes an alias and its pin, and returns whether the alias existed."""
     unpin(session, project_id, alias_id)
     gone = delete(Alias).where(Alias.project_id == project_id, Alias.id == alias_id)
     return session.scalar(gone.returning(Alias.id)) is not None
 
 
 def aliases_of_models(session: Session, project_id: str) -> dict[str, list[str]]:
-    """The project's aliases by the model they point at."""
+    """Returns the project's aliases, grouped by the id of the model that they point at."""
     found: dict[str, list[str]] = {}
     for alias in session.scalars(
         select(Alias).where(Alias.project_id == project_id).order_by(Alias.id)

@@ -1,4 +1,4 @@
-"""Keyset pages over (created_at, id): stable while rows come and go."""
+"""Keyset pagination over (created_at, id), which stays stable while rows are added or deleted."""
 
 from typing import Literal, TypeVar
 
@@ -12,7 +12,7 @@ Row = TypeVar("Row", File, Job, Checkpoint, Batch)
 
 
 class UnknownCursor(LookupError):
-    """`after` names nothing in the list that is paged."""
+    """The cursor `after` is not the id of a row in the list."""
 
 
 def keyset_page(
@@ -24,7 +24,10 @@ def keyset_page(
     limit: int,
     order: Order,
 ) -> tuple[list[Row], bool]:
-    """Up to `limit` rows behind the one with the id `after`, and whether more follow. Raises UnknownCursor."""
+    """Returns up to `limit` rows after the one with the id `after`, and whether more follow.
+
+    Raises UnknownCursor if `rows` does not contain the row `after`.
+    """
     place = tuple_(table.created_at, table.id)
     if after is not None:
         cursor = session.scalars(rows.where(table.id == after)).one_or_none()

@@ -1,4 +1,4 @@
-"""What the reconciler reads and writes: due doorbells, dead leases, forgotten cancels, garbage."""
+"""Queries of the reconciler: due jobs, expired leases, overdue cancellations and garbage."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -23,18 +23,16 @@ from app.db.schema.tables import (
     Model,
 )
 
-LEADER_LOCK: Final = 7_355_609  # any number that nothing else locks
-BATCH: Final = 100  # rows a rule takes in one pass; the rest comes with the next
-NOTIFY_BACKOFF: Final = (
-    10  # the doorbell of a job that nobody takes is rung this many times more seldom in the end
-)
+LEADER_LOCK: Final = 7_355_609  # arbitrary, but not used by any other lock
+BATCH: Final = 100  # maximum number of rows per rule and pass
+NOTIFY_BACKOFF: Final = 10  # longest wait until the next wake-up message, over the shortest wait
 
 Columns = TypeVarTuple("Columns")
 
 
 @dataclass(frozen=True)
 class StoredJob:
-    """What the garbage collector must know of a job that has something in the store."""
+    """State of a job that the garbage collector needs to decide what to keep in the store."""
 
     kind: str
     status: str
@@ -48,7 +46,7 @@ class StoredJob:
 
     @property
     def can_run_again(self) -> bool:
-        """Whether another attempt may write to the store, now or after a resume."""
+        """True if an attempt may write to the store, now or after a resume."""
         can_be_resumed = (
             self.kind == "distillation" and self.status == JobStatus.failed and not self.is_deleted
         )
@@ -56,17 +54,17 @@ class StoredJob:
 
     @property
     def is_discarded(self) -> bool:
-        """Whether nothing of the job is kept."""
+        """True if nothing of the job is kept, except a model that it registered."""
         return self.is_deleted or self.status == JobStatus.cancelled
 
 
 def try_lead(session: Session) -> bool:
-    """Whether this transaction may reconcile; the right ends with it."""
+    """Returns whether this transaction is the leader, which alone may reconcile until it ends."""
     return bool(session.scalar(select(func.pg_try_advisory_xact_lock(LEADER_LOCK))))
 
 
 def server_age_seconds(session: Session) -> float:
-    """Time since the database server started, by its own clock."""
+    """Returns the time since the database server started, by its own clock."""
     age = session.scalar(
         text("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())")
     )
@@ -74,10 +72,14 @@ def server_age_seconds(session: Session) -> float:
 
 
 def ring_due(session: Session, again_seconds: float, most: int) -> int:
-    """Notes that up to `most` due jobs are rung now, and says how many: those never rung, or not for a while."""
-    waited = (
-        Job.last_rung_at - Job.run_after
-    )  # as long again, so that the doorbell is rung more and more seldom
+    """Selects up to `most` due jobs that need a wake-up message, and returns their number.
+
+    These are jobs that had no message yet, or whose last message was some time ago. That time
+    increases from `again_seconds` to NOTIFY_BACKOFF times as much. The time of the message is
+    recorded here, and the caller sends the message.
+    """
+    # Exponential back-off: wait as long again as the job had waited at its last message.
+    waited = Job.last_rung_at - Job.run_after
     pause = func.least(
         func.greatest(waited, timedelta(seconds=again_seconds)),
         timedelta(seconds=NOTIFY_BACKOFF * again_seconds),
@@ -94,7 +96,7 @@ def ring_due(session: Session, again_seconds: float, most: int) -> int:
 
 
 def expire_leases(session: Session, retry_policy: leases.RetryPolicy) -> int:
-    """Takes the jobs whose lease is over away from their workers."""
+    """Ends attempts whose lease has expired, and returns their number."""
     silent = select(Job).where(Job.status == JobStatus.running, Job.lease_expires_at < func.now())
     reason = "The worker has stopped answering."
     lost = [
@@ -108,7 +110,10 @@ def expire_leases(session: Session, retry_policy: leases.RetryPolicy) -> int:
 
 
 def finish_cancels(session: Session, grace_seconds: float) -> int:
-    """Ends jobs that were asked to stop: waiting ones, and running ones whose worker has had its time."""
+    """Cancels jobs whose cancellation was requested, and returns their number.
+
+    A running job is left to its worker until `grace_seconds` after the request.
+    """
     asked = select(Job).where(
         Job.cancel_requested_at.is_not(None),
         (Job.status.not_in([*TERMINAL, JobStatus.running]))
@@ -125,7 +130,7 @@ def finish_cancels(session: Session, grace_seconds: float) -> int:
 
 
 def wake(session: Session) -> int:
-    """Queues the jobs that have waited long enough since they lost their worker."""
+    """Queues the jobs whose wait after a lost attempt is over, and returns their number."""
     rested = select(Job).where(Job.status == JobStatus.retry_wait, Job.run_after <= func.now())
     message = "The job is queued again."
     moved = [
@@ -143,10 +148,11 @@ def wake(session: Session) -> int:
 
 
 def end_overdue(session: Session, max_runtime_seconds: float, grace_seconds: float) -> int:
-    """Stops running jobs whose attempts since the last resume have together run for too long.
+    """Stops jobs that have exceeded the runtime limit, and returns their number.
 
-    A distillation is asked to pause at a checkpoint; after `grace_seconds` it is paused without its worker.
-    An import has no checkpoints, and fails.
+    The runtime of all attempts since the last resume counts. A distillation is requested to pause
+    at a checkpoint; after `grace_seconds`, it is paused without its worker. An import has no
+    checkpoints, and fails.
     """
     overdue = select(Job).where(
         Job.status == JobStatus.running,
@@ -160,7 +166,7 @@ def end_overdue(session: Session, max_runtime_seconds: float, grace_seconds: flo
 
 
 def _runtime() -> ScalarSelect[Any]:  # Any: an interval, whose type SQLAlchemy does not infer
-    """How long the attempts of a `Job` have run since its last resume, in all."""
+    """Returns a subquery for the total runtime of a job's attempts since its last resume."""
     ended_at = func.coalesce(Attempt.ended_at, func.now())
     started_at = func.greatest(Attempt.started_at, Job.resumed_at)  # ignores nulls
     runtime = select(func.sum(ended_at - started_at)).where(
@@ -188,7 +194,10 @@ def _stop(session: Session, job: Job, max_runtime_seconds: float) -> Job | None:
 
 
 def doom_checkpoints(session: Session) -> list[tuple[str, str]]:
-    """(id, store key) of checkpoints to delete: retired ones, and all of cancelled or deleted jobs."""
+    """Returns the id and the store key of up to BATCH checkpoints to delete, oldest first.
+
+    Before, it marks all checkpoints of cancelled and deleted jobs for deletion.
+    """
     discarded = select(Job.id).where(
         (Job.status == JobStatus.cancelled) | Job.deleted_at.is_not(None)
     )
@@ -204,13 +213,17 @@ def doom_checkpoints(session: Session) -> list[tuple[str, str]]:
 
 
 def forget_checkpoints(session: Session, ids: Collection[str]) -> None:
+    """Deletes the rows of checkpoints whose stored data has been deleted."""
     session.execute(
         delete(Checkpoint).where(Checkpoint.id.in_(ids), Checkpoint.status == "deleting")
     )
 
 
 def deleted_jobs(session: Session, older_than_seconds: float) -> list[str]:
-    """Ids of jobs that were deleted at least so long ago and have no checkpoints left."""
+    """Returns ids of jobs that were deleted more than `older_than_seconds` ago.
+
+    Jobs whose checkpoints or model still have rows are left out. At most BATCH ids are returned.
+    """
     checkpoints = select(Checkpoint.id).where(Checkpoint.job_id == Job.id).correlate(Job)
     models = select(Model.id).where(Model.source_job_id == Job.id).correlate(Job)
     query = select(Job.id).where(
@@ -221,13 +234,16 @@ def deleted_jobs(session: Session, older_than_seconds: float) -> list[str]:
 
 
 def forget_jobs(session: Session, ids: Collection[str]) -> None:
-    """Removes the rows of deleted jobs, with their attempts, events and metrics."""
+    """Deletes the rows of deleted jobs, with their attempts, events and metrics."""
     gone = delete(Job).where(Job.id.in_(ids), Job.deleted_at.is_not(None))
     session.execute(gone.execution_options(synchronize_session=False))
 
 
 def forget_expired_files(session: Session) -> list[str]:
-    """Drops the rows of expired files that no job and no batch still reads; gives their store keys."""
+    """Deletes the rows of expired files that no unfinished job or batch reads.
+
+    Returns their store keys. At most BATCH files are deleted per call.
+    """
     jobs = select(Job.id).where(
         HAS_NOT_ENDED,
         (Job.training_file_id == File.id)
@@ -248,17 +264,17 @@ def forget_expired_files(session: Session) -> list[str]:
 
 
 def forget_expired_keys(session: Session) -> int:
-    """Drops idempotency keys whose day is over."""
+    """Deletes expired idempotency keys, and returns their number."""
     gone = delete(IdempotencyKey).where(IdempotencyKey.expires_at <= func.now())
     gone = gone.execution_options(synchronize_session=False)
     return len(session.scalars(gone.returning(IdempotencyKey.key)).all())
 
 
 def stored_jobs(session: Session, job_ids: Collection[str]) -> dict[str, StoredJob]:
-    """Returns the state of each of these jobs, and the store keys that rows refer to.
+    """Returns the state of each of these jobs, with the store keys that rows refer to.
 
-    Everything is read in one statement, hence from one snapshot. With two, a job could succeed in between: it would
-    count as ended, without the model that it registered in the same transaction.
+    One statement reads everything from one snapshot. Between two statements, a job could succeed:
+    it would be seen as ended, but without the model that it registered in the same transaction.
     """
     kept_keys = union_all(
         select(Checkpoint.store_key).where(Checkpoint.job_id == Job.id),
@@ -279,14 +295,14 @@ def stored_jobs(session: Session, job_ids: Collection[str]) -> dict[str, StoredJ
 
 
 def spent_imports(session: Session) -> set[str]:
-    """Store keys of staged models whose import jobs have all ended."""
+    """Returns the store keys of staged models whose import jobs have all ended."""
     staged = Job.spec["staged"]["key"].astext
     query = select(staged).where(Job.kind == "import", staged.is_not(None)).group_by(staged)
     return set(session.scalars(query.having(func.bool_and(Job.status.in_(TERMINAL)))))
 
 
 def unknown_files(session: Session, store_keys: Collection[str]) -> set[str]:
-    """Those of the store keys that no file row refers to."""
+    """Returns the store keys that no file row refers to."""
     return set(store_keys) - set(
         session.scalars(select(File.store_key).where(File.store_key.in_(store_keys)))
     )

@@ -1,4 +1,4 @@
-"""The one engine of a process and the one place that commits."""
+"""Database engine of the process, and the only place that commits transactions."""
 
 import select
 import time
@@ -28,13 +28,11 @@ __all__ = [
 ]
 
 
-IDLE_SECONDS = (
-    15.0  # after which a connection is asked whether it still lives, whatever its socket says
-)
+IDLE_SECONDS = 15.0  # a connection that was idle for longer is pinged before it is used
 
 
 def make_engine(url: str, *, pool_size: int = 10, statement_timeout_ms: int = 30_000) -> Engine:
-    """An engine whose connections notice a dead server and never wait forever."""
+    """Returns an engine whose connections detect a dead server and never wait indefinitely."""
     made = create_engine(
         url,
         pool_recycle=900,
@@ -58,17 +56,20 @@ def make_engine(url: str, *, pool_size: int = 10, statement_timeout_ms: int = 30
 
 
 def _ping_the_idle(made: Engine) -> None:
-    """Before a connection's use, if it was idle for long or its socket has news, which a server's end is and nothing else.
+    """Makes the pool ping a connection before its use if the server may have closed it.
 
-    AnswerSampling at every use (pool_pre_ping) was half of a short read's time.
+    That is the case after IDLE_SECONDS without use, or if the socket is readable, because an idle
+    connection normally receives nothing else. `pool_pre_ping` would delay each read by a round trip.
     """
 
     def used(
         connection: Any, record: Any, *_: Any
     ) -> None:  # Any: the driver's, and SQLAlchemy's record of it
+        """Records when the connection was last used."""
         record.info["used_at"] = time.monotonic()
 
     def ask(connection: Any, record: Any, _: Any) -> None:
+        """Pings the connection if needed. Raises DisconnectionError if the ping fails."""
         if time.monotonic() - record.info["used_at"] < IDLE_SECONDS and not _has_news(
             connection.fileno()
         ):
@@ -76,7 +77,7 @@ def _ping_the_idle(made: Engine) -> None:
         try:
             made.dialect.do_ping(connection)
         except made.dialect.loaded_dbapi.Error as e:
-            raise DisconnectionError from e  # the pool then makes another
+            raise DisconnectionError from e  # the pool then opens another one
 
     event.listen(made, "connect", used)
     event.listen(made, "checkin", used)
@@ -84,32 +85,33 @@ def _ping_the_idle(made: Engine) -> None:
 
 
 def _has_news(descriptor: int) -> bool:
-    """Whether a socket can be read, or was closed from the other side."""
-    poll = select.poll()  # select() itself knows no descriptor above 1023
+    """Returns whether a socket is readable or was closed by the other side."""
+    poll = select.poll()  # select() does not support descriptors above 1023
     poll.register(descriptor, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def sqlalchemy_url(url: str) -> str:
-    """The same URL with the psycopg 3 driver named."""
+    """Returns the URL in SQLAlchemy's form, which selects the psycopg 3 driver."""
     scheme, _, rest = url.partition("://")
     return f"postgresql+psycopg://{rest}" if scheme in {"postgres", "postgresql"} else url
 
 
 @lru_cache
 def engine() -> Engine:
+    """Returns the engine of this process."""
     return make_engine(sqlalchemy_url(get_settings().database_url))
 
 
 @lru_cache(maxsize=2)
 def _sessions(made: Engine) -> "sessionmaker[Session]":
-    """Made once: making one takes as long as a short read."""
+    """Returns the session factory. It is cached because creating one is slow."""
     return sessionmaker(made, expire_on_commit=False)
 
 
 @contextmanager
 def transaction() -> Iterator[Session]:
-    """One transaction: committed when the block ends, rolled back when it raises."""
+    """Begins a transaction. Commits it after the block, or rolls it back if the block raises."""
     with _sessions(engine())() as session:
         try:
             yield session
@@ -120,10 +122,13 @@ def transaction() -> Iterator[Session]:
 
 
 def read_row(query: Select[Any], **values: object) -> tuple[Any, ...] | None:
-    """The row that the query finds of what is committed by now, or None; the values are its bound parameters.
+    """Returns the first committed row that matches the query, or None.
 
-    For reads that a first token waits for: one trip to the server, where a transaction has three, and past the session,
-    which takes five times as long as the read itself. Raises DatabaseUnavailable.
+    `values` are the bound parameters. Each query object is compiled once, so create it once and
+    keep it. Used for reads that delay the first token: autocommit needs one round trip where a
+    transaction needs three, and bypassing the session avoids its overhead.
+
+    Raises DatabaseUnavailable, or PoolExhausted if no connection becomes free.
     """
     compiled = _compiled(query)
     text, values = compiled.string, {**compiled.params, **values}
@@ -148,5 +153,5 @@ def read_row(query: Select[Any], **values: object) -> tuple[Any, ...] | None:
 
 @lru_cache
 def _compiled(query: Select[Any]) -> Compiled:
-    """As the driver has it; queries are made once and kept."""
+    """Returns the query compiled for the driver, cached per query object."""
     return query.compile(dialect=engine().dialect)

@@ -1,4 +1,4 @@
-"""Submissions without an idempotency key, to which the retries of a client are matched."""
+"""Submissions without an idempotency key, to which a client's retries are matched."""
 
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -10,13 +10,13 @@ from sqlalchemy.orm import Session
 from app.db.schema.tables import Submission
 
 LIFETIME: Final = timedelta(hours=24)
-# Of submissions without a job: a caller whose requests are refused must not fill the table.
+# For submissions that created no job, so that refused requests cannot fill the table.
 REFUSED_LIFETIME: Final = timedelta(hours=1)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What all attempts of one submission have in common."""
+    """Properties that all attempts of one submission share."""
 
     project_id: str
     key_id: str
@@ -25,6 +25,7 @@ class Request:
 
 
 def insert_submission(session: Session, request: Request, retry_count: int) -> Submission:
+    """Inserts a submission; its first attempt that arrived is retry number `retry_count`."""
     row = Submission(**asdict(request), retry_count=retry_count)
     session.add(row)
     session.flush()
@@ -34,10 +35,11 @@ def insert_submission(session: Session, request: Request, retry_count: int) -> S
 def find_repeated(
     session: Session, request: Request, retry_count: int, *, retry_seconds: float
 ) -> Submission | None:
-    """Returns the submission that attempt number `retry_count` repeats, or None if no attempt arrived.
+    """Returns the submission that is retried, or None if no earlier attempt arrived.
 
-    Each retry follows the attempt before it within `retry_seconds`. Of several equal submissions, the one
-    with the newest attempt counts. Call `lock_project` before.
+    A client sends each retry within `retry_seconds` after the attempt before it, so attempts that
+    did not arrive extend the search. If several submissions match, the one with the newest attempt
+    is returned. Call `lock_project` before.
     """
     num_missed = retry_count - Submission.retry_count
     query = select(Submission).where(
@@ -54,22 +56,24 @@ def find_repeated(
 
 
 def note_retry(session: Session, submission: Submission, retry_count: int) -> None:
+    """Records another attempt of the submission."""
     submission.retry_count = retry_count
     submission.attempted_at = func.now()
     session.flush()
 
 
 def load_submission(session: Session, submission_id: int) -> Submission | None:
-    """Returns the submission as it is now. Call `lock_project` before."""
+    """Returns the current row of the submission. Call `lock_project` before."""
     return session.get(Submission, submission_id, populate_existing=True)
 
 
 def set_job(session: Session, submission_id: int, job_id: str) -> None:
+    """Records the job that the submission created."""
     session.execute(update(Submission).where(Submission.id == submission_id).values(job_id=job_id))
 
 
 def forget_old(session: Session) -> None:
-    """Deletes submissions that no retry can repeat any more, and sooner those that created no job."""
+    """Deletes submissions older than LIFETIME, or than REFUSED_LIFETIME if they created no job."""
     is_over = Submission.attempted_at <= func.now() - LIFETIME
     is_fruitless = Submission.job_id.is_(None) & (
         Submission.attempted_at <= func.now() - REFUSED_LIFETIME

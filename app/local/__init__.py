@@ -1,1 +1,1 @@
-"""The processes that `stillhouse up` starts and owns: Postgres, Valkey, the API and the workers."""
+"""Processes that `stillhouse up` starts and owns: Postgres, Valkey, the API and the workers."""

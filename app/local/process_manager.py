@@ -1,4 +1,4 @@
-"""Child processes that are kept running: each with its log, started again when it dies, drained at the end."""
+"""Child processes that are restarted when they end, each with a log file."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ from types import MappingProxyType
 from app.parent_death import tethered
 from app.settings import get_settings
 
-FIRST_WAIT_SECONDS = 1.0  # before a process that died is started again; doubles up to the longest
+FIRST_WAIT_SECONDS = 1.0  # delay before the first restart; doubles with each further restart
 LONGEST_WAIT_SECONDS = 30.0
-STEADY_SECONDS = 60.0  # a process that lived so long is taken for healthy: waiting begins anew
-MAX_LOG_BYTES = 20 * 2**20  # a longer log is put aside when its process starts
+STEADY_SECONDS = 60.0  # running time after which the restart delay is reset
+MAX_LOG_BYTES = 20 * 2**20  # a larger log is renamed when its process starts
 
 SECRETS = frozenset(
     {
@@ -30,10 +30,12 @@ Say = Callable[[str], None]
 
 
 class Kept:
-    """One process that is started again whenever it dies.
+    """Child process that is restarted whenever it ends.
 
-    announces: The command takes `--ready-fd N` and writes a byte to that descriptor once it can work.
-    environment: Variables that are set on top of this process's own.
+    Args:
+        announces: True if the command takes `--ready-fd N`. It must then write a byte to that file
+            descriptor when it is ready for work.
+        environment: Variables to set in addition to those of this process.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class Kept:
         self._command = command
         self._announces = announces
         self._has_announced = False
-        self._ready_fd: int | None = None  # open until the process announces itself or ends
+        self._ready_fd: int | None = None  # open until the process is ready or is restarted
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._start_at = 0.0
@@ -64,7 +66,7 @@ class Kept:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the process runs and has announced that it can work."""
+        """True if the process is running and has announced that it is ready."""
         if self._ready_fd is not None:
             with contextlib.suppress(BlockingIOError):
                 self._has_announced = bool(os.read(self._ready_fd, 1))
@@ -72,7 +74,11 @@ class Kept:
         return self._has_announced and self.is_running
 
     def start(self) -> None:
-        """Starts the process. Call it from the thread that lives longest: the process ends with that thread."""
+        """Starts the process.
+
+        Call it from a thread that lives as long as this process: the kernel kills the child when
+        the thread that started it ends.
+        """
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         if self.log_path.exists() and self.log_path.stat().st_size > MAX_LOG_BYTES:
             self.log_path.replace(self.log_path.with_suffix(".log.old"))
@@ -92,7 +98,7 @@ class Kept:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     env=os.environ | self.environment,
-                    start_new_session=True,  # a terminal's Ctrl-C is for us, and we drain
+                    start_new_session=True,  # Ctrl-C reaches only this process, which drains
                     pass_fds=passed,
                 )
         finally:
@@ -102,7 +108,10 @@ class Kept:
         self._started_at = time.monotonic()
 
     def keep(self, say: Say) -> None:
-        """Starts the process again if it died and has waited; to be called over and over."""
+        """Restarts the process if it has ended and the restart delay is over.
+
+        Call it periodically. `say` receives the messages for the user.
+        """
         if self.is_running:
             return
         now = time.monotonic()
@@ -144,7 +153,11 @@ class Kept:
 def stop_all(
     kept: Sequence[Kept], *, grace_seconds: float, is_urgent: Callable[[], bool]
 ) -> list[str]:
-    """Lets all drain at once, then kills what is left; gives the names of those that had to be killed."""
+    """Sends SIGTERM to all processes at once, waits, and kills those that are still running.
+
+    The wait ends after `grace_seconds`, or earlier if `is_urgent` returns True. Returns the names
+    of the processes that were killed.
+    """
     for process in kept:
         process.signal(signal.SIGTERM)
     deadline = time.monotonic() + grace_seconds
@@ -161,14 +174,14 @@ def stop_all(
 
 
 def environment_without_secrets() -> dict[str, str]:
-    """Returns this process's environment for a child that needs no database, queue, API keys or hub token.
+    """Returns this process's environment without the secrets of the database, queue, keys and hub.
 
-    The variables of the artifact store stay, its credentials included.
+    The variables and credentials of the artifact store are kept.
     """
     return {name: value for name, value in os.environ.items() if name not in SECRETS}
 
 
 def set_environment(values: Mapping[str, str]) -> None:
-    """Sets variables for this process's settings and for its children."""
+    """Sets environment variables for this process and its children, and reloads the settings."""
     os.environ.update(values)
     get_settings.cache_clear()

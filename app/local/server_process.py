@@ -1,4 +1,4 @@
-"""One server process that this process owns: its lock, its log, its data folder and its end. Linux only."""
+"""Base class and helpers for a server that runs as a child process. Linux only."""
 
 import ctypes
 import fcntl
@@ -21,13 +21,14 @@ PR_SET_PDEATHSIG: Final = 1
 
 
 class LocalServiceError(Exception):
-    """A local service cannot start; the message says what is in the way."""
+    """A local service cannot start or stop; the message gives the reason."""
 
 
 class Child:
-    """One server process with its lock, its log and its data folder.
+    """Server process with a lock, a log file and a data folder.
 
-    Start it from a thread that lives as long as the owner: the kernel ends the server with that thread.
+    Start it from a thread that lives as long as this process. When that thread ends, the kernel
+    sends the first of `stop_signals` to the server.
     """
 
     name: str
@@ -56,7 +57,10 @@ class Child:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Ends the server in an orderly way and gives the folder free."""
+        """Stops the server and releases the lock.
+
+        Sends each of `stop_signals` and at last SIGKILL, and waits 20 s after each.
+        """
         if self.process is not None:
             for sign in (*self.stop_signals, signal.SIGKILL):
                 if self.process.poll() is not None:
@@ -72,7 +76,10 @@ class Child:
             self._lock = None
 
     def take_lock(self) -> None:
-        """Keeps a second owner out; the lock goes when this process does, so it is never stale."""
+        """Locks the data folder against other owners. Raises LocalServiceError if it is locked.
+
+        The kernel releases the lock when this process ends, so a lock is never stale.
+        """
         if self._lock is not None:
             return
         self.data_dir.mkdir(parents=True, exist_ok=True)
@@ -93,10 +100,12 @@ class Child:
         user: pwd.struct_passwd | None,
         config: bytes = b"",
     ) -> subprocess.Popen[bytes]:
+        """Starts the server in `folder`, as `user` if given, with `config` on standard input."""
         libc = ctypes.CDLL(None, use_errno=True)
         parent, sign = os.getpid(), self.stop_signals[0]
 
         def die_with_parent() -> None:
+            """Asks the kernel to send `sign` to the server when the starting thread ends."""
             libc.prctl(PR_SET_PDEATHSIG, sign)
             if os.getppid() != parent:
                 os._exit(1)
@@ -109,8 +118,9 @@ class Child:
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env=server_environment(),
-                start_new_session=True,  # a terminal's Ctrl-C is for the owner, which drains first
-                preexec_fn=die_with_parent,  # after the change of user, which would clear it; bound to this thread
+                start_new_session=True,  # Ctrl-C reaches only the owner, which drains first
+                # Runs after the change of user, which would clear the parent-death signal.
+                preexec_fn=die_with_parent,
                 user=user.pw_uid if user else None,
                 group=user.pw_gid if user else None,
                 extra_groups=[] if user else None,
@@ -128,7 +138,11 @@ class Child:
         )
 
     def stop_leftover(self, pid: int, folder: Path) -> None:
-        """Ends a server that a killed owner left behind; `folder` tells it from a reused process id."""
+        """Stops a server that a killed owner has left running.
+
+        Its working folder must be `folder`, because the process id may have been reused. Raises
+        LocalServiceError if the server does not stop.
+        """
         for sign in (*self.stop_signals, signal.SIGKILL):
             if not works_in(pid, folder):
                 return
@@ -142,12 +156,15 @@ class Child:
 
 
 def server_environment() -> dict[str, str]:
-    """What a server may know of ours: nothing."""
+    """Returns the environment of a server, which inherits no variable of this process."""
     return {"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"}
 
 
 def works_in(pid: int, folder: Path) -> bool:
-    """Whether the process lives and has `folder` as its working folder (a zombie has none)."""
+    """Returns whether the process is running and has `folder` as its working folder.
+
+    A process that has ended but has not been waited for has no working folder.
+    """
     try:
         return pid > 0 and Path(f"/proc/{pid}/cwd").samefile(folder)
     except OSError:
@@ -155,7 +172,7 @@ def works_in(pid: int, folder: Path) -> bool:
 
 
 def wait_until(is_done: Callable[[], bool], seconds: float) -> bool:
-    """Polls until `is_done` or the time is over; says whether it is done."""
+    """Polls until `is_done` returns True or the time is over. Returns False after a timeout."""
     deadline = time.monotonic() + seconds
     while not is_done():
         if time.monotonic() > deadline:
@@ -165,7 +182,7 @@ def wait_until(is_done: Callable[[], bool], seconds: float) -> bool:
 
 
 def write_private(path: Path, text: str, owner: pwd.struct_passwd | None = None) -> None:
-    """Replaces a file in one step; only its owner can read it."""
+    """Writes or replaces a file atomically; only its owner can read it."""
     handle, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     with open(handle, "w") as file:
         file.write(text)
@@ -175,7 +192,10 @@ def write_private(path: Path, text: str, owner: pwd.struct_passwd | None = None)
 
 
 def unprivileged_user() -> pwd.struct_passwd:
-    """The user that PostgreSQL runs as when we are root; the server refuses root itself."""
+    """Returns the user for PostgreSQL when this process runs as root, which the server refuses.
+
+    Raises LocalServiceError if there is no suitable user.
+    """
     for name in ("postgres", "nobody"):
         try:
             return pwd.getpwnam(name)
@@ -187,6 +207,10 @@ def unprivileged_user() -> pwd.struct_passwd:
 
 
 def can_traverse(path: Path, user: pwd.struct_passwd) -> bool:
+    """Returns whether the user may enter the folder and all its parents, by their mode bits.
+
+    Of the user's groups, only the primary one is considered.
+    """
     for folder in (path, *path.parents):
         status = folder.stat()
         if status.st_uid == user.pw_uid:
@@ -201,7 +225,10 @@ def can_traverse(path: Path, user: pwd.struct_passwd) -> bool:
 
 
 def own_folder(path: Path) -> Path:
-    """The folder, made if need be; refused if another user could have prepared it."""
+    """Creates the folder if it does not exist, and returns it.
+
+    Raises LocalServiceError if another user owns the folder or may write to it.
+    """
     path.mkdir(mode=0o755, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
@@ -210,7 +237,7 @@ def own_folder(path: Path) -> Path:
 
 
 def package_folder(name: str) -> Path:
-    """Where a wheel lies, without running its code."""
+    """Returns the folder of a package without importing it. Raises LocalServiceError if missing."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         raise LocalServiceError(

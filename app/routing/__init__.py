@@ -1,1 +1,1 @@
-"""Takes one request to one serve worker, and the worker's tokens back to the coroutine that waits for them."""
+"""Sends requests to serve workers and returns the generated tokens to the waiting coroutines."""

@@ -1,4 +1,4 @@
-"""Admission control: how much generation one API process accepts, and how it is divided among keys."""
+"""Admission control: limits the generation requests of an API process, fairly for all keys."""
 
 import math
 import time
@@ -7,16 +7,17 @@ from collections.abc import Callable
 
 from app.errors import BadRequest, StillhouseError, TooManyRequests, Unavailable
 
-RETURNS_A_SECOND = (
-    100.0  # of those turned away: more than become free, and few enough to be turned away cheaply
-)
+# Target rate at which refused clients come back, per second. It is higher than the rate at which
+# room becomes free, and low enough that refusing them again costs little.
+RETURNS_A_SECOND = 100.0
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 2, 120
 
 
 class Crowd:
-    """How long those who are turned away should stay away, so that they do not all come back at once.
+    """Computes the `Retry-After` of refused clients, so that they do not all come back at once.
 
-    Everyone comes once a pause, so those turned away within one pause are the crowd; it is spread over the next.
+    Each waiting client comes back once per pause. The number of refusals during one pause is
+    therefore the number of waiting clients, and it determines the length of the next pause.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -26,7 +27,7 @@ class Crowd:
         self._pause_seconds = MIN_PAUSE_SECONDS
 
     def pause_seconds(self) -> int:
-        """For one more who is turned away."""
+        """Counts one more refused client and returns the seconds that it should wait."""
         seconds = self._clock() - self._began_at
         if seconds >= self._pause_seconds:
             has_gone_home = seconds > 2 * self._pause_seconds
@@ -39,12 +40,15 @@ class Crowd:
 
 
 class Admission:
-    """Room for generation requests of one API process, reserved before any of the work is done.
+    """Reserves room for the generation requests of one API process before any work is done.
 
-    Counts prompts and tokens, so that neither many small requests nor few huge ones can fill the memory. A key
-    that is alone may take all the room. With k keys at work, a key is always admitted up to its fair share, a
-    k-th of the room, even if the others have left none. Beyond its share it gets only what is free. At most
-    room * (1 + 1/2 + ... + 1/k) is reserved in this way, and the keys above their share give it back first.
+    Room is counted in prompts and in tokens, so that neither many small requests nor a few huge
+    ones can fill the memory. A key that is alone may take all the room.
+
+    With k active keys, a key is always admitted up to its fair share, 1/k of the room. This holds
+    even if the other keys have left no free room. Beyond its share, a key gets only free room. At
+    most room * (1 + 1/2 + ... + 1/k) is reserved in this way. While more than the room is reserved,
+    keys above their share are refused.
     """
 
     def __init__(self, *, max_requests: int, max_tokens: int, max_requests_per_key: int) -> None:
@@ -58,7 +62,7 @@ class Admission:
         self._crowd = Crowd()
 
     def reserve(self, key_id: str, *, num_requests: int, num_tokens: int) -> Callable[[], None]:
-        """Reserves the room and returns the function that gives it back; calling it twice does no harm.
+        """Reserves room and returns the function that releases it.
 
         Raises:
             BadRequest: The request would never fit.
@@ -83,6 +87,7 @@ class Admission:
         is_reserved = True
 
         def give_back() -> None:
+            """Releases the reservation. Further calls have no effect."""
             nonlocal is_reserved
             if is_reserved:
                 is_reserved = False
@@ -91,9 +96,10 @@ class Admission:
         return give_back
 
     def demand_room(self, key_id: str, num_requests: int = 1, num_tokens: int = 1) -> None:
-        """Raises TooManyRequests or Unavailable if the key cannot have so much now.
+        """Raises TooManyRequests or Unavailable if the key cannot reserve this much room now.
 
-        Looks nothing up, so that many callers can be turned away cheaply, even before the key is verified.
+        Makes no database query, so that refusing many clients is cheap. It can be called before the
+        key is verified.
         """
         is_full = (
             self.num_requests + num_requests > self._max_requests

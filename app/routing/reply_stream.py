@@ -1,4 +1,4 @@
-"""The replies to one client request on their way to the coroutine that answers it."""
+"""Reply stream of one client request, and the prompts in flight that feed it."""
 
 import asyncio
 from collections import deque
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from app.contracts.messages import MAX_ENTRIES_PER_BATCH, Delta, Done, GenerateRequest
 from app.errors import StillhouseError, Unavailable
 
-MAX_BACKLOG_ENTRIES = (
-    16_384  # a flow keeps for a client that reads slowly, and 64 more for each choice
-)
+# Entries (see `Delta.num_entries`) that a stream keeps for a slow client, and 64 more per choice.
+MAX_BACKLOG_ENTRIES = 16_384
 
 
 class ReplyStream:
-    """The replies to one client request, each with the number of its prompt; close() ends what still runs."""
+    """Replies to one client request in the order of arrival, each with the index of its prompt."""
 
     def __init__(self, num_choices: int, on_end: Callable[[], None]) -> None:
         self.prompts_in_flight: set[InFlightPrompt] = set()
@@ -27,9 +26,12 @@ class ReplyStream:
         self._is_ended = False
 
     async def take(self) -> list[tuple[int, Delta | Done]]:
-        """Returns replies that wait, at least one, and none when the flow has ended. Raises what it failed with.
+        """Waits for replies and returns them; returns an empty list when the stream has ended.
 
-        Many are given in parts of some milliseconds' work, with a turn for other coroutines between two parts.
+        A long backlog is returned in several calls, and other coroutines run between two calls.
+
+        Raises:
+            StillhouseError: The error that the stream failed with.
         """
         if self._backlog:
             await asyncio.sleep(0)
@@ -65,7 +67,7 @@ class ReplyStream:
             self.close()
 
     def close(self) -> None:
-        """Ends the flow; prompts that still run are cancelled on their workers."""
+        """Ends the stream and cancels its unfinished prompts on their workers."""
         for prompt_in_flight in list(self.prompts_in_flight):
             prompt_in_flight.hang_up()
         if not self._is_ended:
@@ -80,7 +82,11 @@ def _num_entries(reply: Delta | Done) -> int:
 
 @dataclass(eq=False)
 class InFlightPrompt:
-    """One prompt of a flow on one worker."""
+    """One prompt of a reply stream, sent to one serve worker until its last reply.
+
+    `wire_id` identifies the prompt in messages and is new for every send. `seen_at` is the
+    monotonic time at which the prompt was last sent, answered, or listed in its worker's heartbeat.
+    """
 
     reply_stream: ReplyStream
     drop: "Callable[[InFlightPrompt], None]"
@@ -89,10 +95,10 @@ class InFlightPrompt:
     wire_id: str = ""
     worker_id: str = ""
     num_sends: int = 0
-    seen_at: float = 0.0  # sent, heard, or in its worker's heartbeat
-    is_heard: bool = False
+    seen_at: float = 0.0
+    is_heard: bool = False  # a reply has arrived
 
     def hang_up(self) -> None:
-        """Forgets the leg and tells its worker to stop."""
+        """Removes the prompt from its stream and tells its worker to stop."""
         self.reply_stream.prompts_in_flight.discard(self)
         self.drop(self)

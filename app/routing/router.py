@@ -1,11 +1,11 @@
-"""Tokens on their way from serve workers to waiting coroutines.
+"""Request router: sends prompts to serve workers and delivers their replies to reply streams.
 
-One `RequestRouter` a process: it hands each prompt to a living worker and fans what comes back on the process's
-reply channel out to `Flow`s. Everything here runs on the event loop's thread.
+Each API process has one `RequestRouter` and one reply channel. All code here runs on the thread of
+the event loop.
 
-A prompt on a worker is a leg, with a wire id of its own each time it is sent. A leg whose worker dies, or whose
-replies may have been missed, is sent again under a new wire id as long as nothing of it was heard; otherwise its
-flow fails. Late replies to an old wire id find no leg and are dropped.
+A prompt in flight gets a new wire id each time it is sent. It is sent again if its worker dies or
+its replies may have been missed, as long as no reply to it has arrived. Otherwise its reply stream
+fails. Late replies to an old wire id are dropped.
 """
 
 import asyncio
@@ -47,22 +47,22 @@ from app.settings import Settings
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-NOWHERE = "unix:///nonexistent/redis.sock"  # an unset URL is like a Redis that is down
-MAX_SENDS = 3  # a prompt that has outlived three workers may be what kills them
-LOST_SECONDS = 5.0  # an idle worker that has said nothing about a leg for this long never got it
-FORGOTTEN_SECONDS = 15.0  # nor has a busy one it, or its end was lost on the way
-MAX_KNOWN_BATCHES = 4096  # of replies, so that one that comes twice, and late, is known
-DEADLINE_SLACK_SECONDS = 5.0  # a worker ends a late request itself; this is for one that cannot
-LISTEN_SECONDS = 2.0  # how long a request waits for the reply channel to be open
+NOWHERE = "unix:///nonexistent/redis.sock"  # an unset URL behaves like a Redis that is down
+MAX_SENDS = 3  # a prompt that three workers have lost may itself be the cause
+LOST_SECONDS = 5.0  # silence about a prompt after which an idle worker cannot have received it
+FORGOTTEN_SECONDS = 15.0  # the same for a busy worker; the last reply may also have been lost
+MAX_KNOWN_BATCHES = 4096  # ids of reply batches that are kept to detect duplicates
+DEADLINE_SLACK_SECONDS = 5.0  # workers end late requests themselves; the router waits this longer
+LISTEN_SECONDS = 2.0  # how long a request waits for the reply channel to be subscribed
 RELISTEN_SECONDS = 0.25
 NUM_CANCELS = 8
 PING_SECONDS = 2.0
-MAX_EMPTY_POLLS = 6  # of a second each, with three pings unanswered: the connection is half open
+MAX_EMPTY_POLLS = 6  # of one second each: three pings are unanswered, the connection is half open
 ERRORS = {400: BadRequest, 404: NotFound, 429: TooManyRequests, 503: Unavailable, 504: TimedOut}
 
 
 def error_of(failure: Failure) -> StillhouseError:
-    """What a worker's failure is to the client."""
+    """Returns the error that a client gets for a failure reported by a worker."""
     error = ERRORS.get(failure.status, StillhouseError)(
         failure.message, failure.code, failure.param
     )
@@ -71,6 +71,7 @@ def error_of(failure: Failure) -> StillhouseError:
 
 
 def no_worker(message: str) -> Unavailable:
+    """Returns the error for a request that no serve worker can take now."""
     error = Unavailable(message, "no_worker")
     error.retry_after_seconds = 5
     return error
@@ -81,7 +82,7 @@ def _kind_of_worker(engine: EngineName | None) -> str:
 
 
 class RequestRouter:
-    """Sends prompts to serve workers and brings their replies home."""
+    """Sends prompts to serve workers and delivers the replies to their reply streams."""
 
     def __init__(self, settings: Settings) -> None:
         self.api_id = uuid4().hex[:12]
@@ -96,7 +97,7 @@ class RequestRouter:
         self._tasks: set[asyncio.Task[object]] = set()
         self._is_listening = asyncio.Event()
         self._outbox = Outbox(settings.redis_url or NOWHERE)
-        # No retries: a reconnect behind our back would hide that replies were missed.
+        # No retries: an automatic reconnect would hide that replies were missed.
         self._redis: Redis = Redis.from_url(
             settings.redis_url or NOWHERE,
             socket_timeout=2.0,
@@ -107,25 +108,27 @@ class RequestRouter:
 
     @property
     def workers(self) -> list[ServeWorkerStatus]:
-        """The serve workers that were alive at the last look."""
+        """The serve workers that were alive at the last refresh of the registry."""
         return self._registry.workers
 
     async def start(self) -> None:
-        """Begins to listen and to watch; goes on without Redis until it comes."""
+        """Starts listening for replies and watching workers.
+
+        Does not fail while Redis is unavailable; both tasks keep trying.
+        """
         self._spawn(self._forever(self._listen))
         await self._registry.refresh()
         self._spawn(self._forever(self._watch))
 
     async def stop(self) -> None:
-        """Fails what still runs, and cancels it on the workers."""
+        """Fails all prompts in flight, cancels them on their workers, and closes connections."""
         for prompt_in_flight in list(self._prompts_in_flight.values()):
             prompt_in_flight.reply_stream.fail(
                 Unavailable("the server is going down; try again", "draining")
             )
-        await asyncio.sleep(0.05)  # the cancellations just spawned get their turn
-        while (
-            self._tasks
-        ):  # again and again: redis-py swallows a cancellation that comes while it connects
+        await asyncio.sleep(0.05)  # lets the tasks run that cancel the prompts
+        # Repeated, because redis-py swallows a cancellation that arrives while it connects.
+        while self._tasks:
             for task in self._tasks:
                 task.cancel()
             await asyncio.wait(self._tasks, timeout=0.1)
@@ -135,7 +138,10 @@ class RequestRouter:
     async def open(
         self, requests: Sequence[GenerateRequest], on_end: Callable[[], None]
     ) -> ReplyStream:
-        """Hands the prompts to workers; `on_end` is called once, when the flow ends. Raises Unavailable."""
+        """Sends the prompts to workers and returns the stream of their replies.
+
+        `on_end` is called once, when the stream ends. Raises Unavailable if there is no worker.
+        """
         reply_stream = ReplyStream(sum(request.n for request in requests), on_end)
         prompts_in_flight = [
             InFlightPrompt(reply_stream, self.drop, index, request)
@@ -153,11 +159,13 @@ class RequestRouter:
     async def tell(
         self, message: Load | Unload | Keep, engine: EngineName | None = None
     ) -> list[str]:
-        """Says it to all workers, or to those with the engine; gives who heard. Raises Unavailable if nobody did."""
+        """Sends a control message to all workers, or to those that have the engine.
+
+        Returns the ids of the workers that received it. Raises Unavailable if there are none.
+        """
         if not self.workers:
-            await asyncio.shield(
-                self._spawn(self._registry.refresh())
-            )  # for the reason that stop() gives
+            # Shielded, because redis-py may swallow a cancellation (see `stop`).
+            await asyncio.shield(self._spawn(self._registry.refresh()))
         able = [
             w.worker_id for w in self.workers if engine in (None, *w.engines) and not w.is_draining
         ]
@@ -173,7 +181,7 @@ class RequestRouter:
         return told
 
     def drop(self, prompt_in_flight: InFlightPrompt) -> None:
-        """Stops listening to the leg, and tells its worker."""
+        """Stops waiting for replies to the prompt and cancels it on its worker."""
         if self._prompts_in_flight.pop(prompt_in_flight.wire_id, None) is not None:
             self._spawn(self._cancel(prompt_in_flight.worker_id, prompt_in_flight.wire_id))
 
@@ -184,10 +192,8 @@ class RequestRouter:
         except TimeoutError:
             raise no_worker("the message queue cannot be reached; try again soon") from None
         prompt_in_flight.worker_id = await self._pick(prompt_in_flight)
-        if (
-            prompt_in_flight not in prompt_in_flight.reply_stream.prompts_in_flight
-        ):  # closed meanwhile
-            return
+        if prompt_in_flight not in prompt_in_flight.reply_stream.prompts_in_flight:
+            return  # the stream was closed meanwhile
         prompt_in_flight.num_sends += 1
         prompt_in_flight.wire_id = f"{prompt_in_flight.request.id}.{prompt_in_flight.num_sends}"
         prompt_in_flight.seen_at = time.monotonic()
@@ -206,9 +212,8 @@ class RequestRouter:
             ours[sent.worker_id] += sent.request.num_sequences
         worker_id = self._registry.pick(prompt_in_flight.request, ours)
         if worker_id is None:
-            await asyncio.shield(
-                self._spawn(self._registry.refresh())
-            )  # for the reason that stop() gives
+            # Shielded, because redis-py may swallow a cancellation (see `stop`).
+            await asyncio.shield(self._spawn(self._registry.refresh()))
             worker_id = self._registry.pick(prompt_in_flight.request, ours)
         if worker_id is None:
             kind = _kind_of_worker(prompt_in_flight.request.serving.engine)
@@ -216,7 +221,10 @@ class RequestRouter:
         return worker_id
 
     async def _forever(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
-        """Without the two that listen and watch no prompt would ever be answered: whatever ends one, it begins anew."""
+        """Runs the work again each time that it ends, with or without an error.
+
+        No prompt would be answered without the tasks that listen for replies and watch workers.
+        """
         while True:
             try:
                 await work()
@@ -239,10 +247,10 @@ class RequestRouter:
             await asyncio.sleep(RELISTEN_SECONDS)
 
     async def _hear(self, pubsub: PubSub) -> None:
-        """Delivers until the channel was interrupted.
+        """Delivers reply batches until the subscription is interrupted.
 
-        Silence is counted in polls, not by the clock: if the event loop was blocked, the replies of that time
-        are still to be read.
+        Silence is counted in polls, not in seconds. If the event loop was blocked, the replies that
+        arrived in that time are still to be read.
         """
         pinged_at = time.monotonic()
         num_empty_polls = 0
@@ -257,11 +265,9 @@ class RequestRouter:
             num_empty_polls = 0
             if message["type"] == "message":
                 self._deliver(message["data"])
-                await asyncio.sleep(
-                    0
-                )  # many messages may have come; others have their turn between two
+                await asyncio.sleep(0)  # other coroutines run between two messages
             elif message["type"] == "subscribe" and self._is_listening.is_set():
-                return  # subscribed anew: the client reconnected by itself, and replies may be missing
+                return  # redis-py reconnected by itself, so replies may have been missed
             elif message["type"] == "subscribe":
                 self._is_listening.set()
 
@@ -282,7 +288,8 @@ class RequestRouter:
 
     def _advance(self, prompt_in_flight: InFlightPrompt, reply: Reply) -> None:
         if isinstance(reply, Failure):
-            del self._prompts_in_flight[prompt_in_flight.wire_id]  # its worker knows
+            # Not `drop`, because the worker has already ended the request.
+            del self._prompts_in_flight[prompt_in_flight.wire_id]
             if reply.code == "draining" and not prompt_in_flight.is_heard:
                 self._recover(prompt_in_flight, reply.message)
             else:
@@ -297,7 +304,10 @@ class RequestRouter:
                 prompt_in_flight.reply_stream.close()
 
     def _recover(self, prompt_in_flight: InFlightPrompt, why: str) -> None:
-        """Sends an unheard leg again, to whoever lives; fails the flow of one that was heard."""
+        """Sends the prompt again if no reply to it has arrived; otherwise fails its reply stream.
+
+        The stream also fails after MAX_SENDS sends.
+        """
         if prompt_in_flight not in prompt_in_flight.reply_stream.prompts_in_flight:
             return
         self.drop(prompt_in_flight)
@@ -319,9 +329,8 @@ class RequestRouter:
             await asyncio.sleep(self.settings.serve_heartbeat_seconds)
             dead = await self._registry.refresh()
             for worker_id in dead or ():
-                with contextlib.suppress(
-                    *FAULTS
-                ):  # its unread requests are nobody's; they are sent again below
+                # The unread requests of a dead worker are sent again below.
+                with contextlib.suppress(*FAULTS):
                     await self._redis.delete(queue_key(worker_id))
             for prompt_in_flight in list(self._prompts_in_flight.values()):
                 self._check(prompt_in_flight, can_judge=dead is not None)
@@ -337,7 +346,7 @@ class RequestRouter:
             else math.inf
             if is_named is None
             else FORGOTTEN_SECONDS,
-            3 * self.settings.serve_heartbeat_seconds,  # it may not have been seen yet
+            3 * self.settings.serve_heartbeat_seconds,  # a heartbeat may not show it yet
         )
         if time.time() > prompt_in_flight.request.deadline_at + DEADLINE_SLACK_SECONDS:
             prompt_in_flight.reply_stream.fail(
@@ -352,7 +361,10 @@ class RequestRouter:
             self._recover(prompt_in_flight, "it no longer has the request")
 
     async def _cancel(self, worker_id: str, wire_id: str) -> None:
-        """Tells the worker to stop; again while it lives and does not hear, for it may be reconnecting."""
+        """Tells the worker to stop the request.
+
+        Repeats the message while the worker is alive but not subscribed: it may be reconnecting.
+        """
         message = Cancel(id=wire_id).model_dump_json()
         for _ in range(NUM_CANCELS):
             with contextlib.suppress(*FAULTS):

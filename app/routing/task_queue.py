@@ -1,4 +1,4 @@
-"""The Celery producer: doorbells to train workers and requests to serve workers, sent by task name."""
+"""Celery producer: sends wake-up messages to train workers and requests to serve workers."""
 
 import base64
 from contextlib import suppress
@@ -30,18 +30,17 @@ log = structlog.get_logger(__name__)
 
 KEY_PREFIX = "stillhouse:"  # `global_keyprefix` of `celery_settings`
 MAX_WAITING_RINGS = 100
-SEND_SECONDS = (
-    0.5  # to connect or to write; a send waits at most about twice that when Redis is gone
-)
+# Timeout to connect or to write. A send takes at most about twice as long if Redis is down.
+SEND_SECONDS = 0.5
 # Any: options of several kinds
 SOCKET: Final[dict[str, Any]] = dict.fromkeys(
     ("socket_timeout", "socket_connect_timeout"), SEND_SECONDS
 )
 ONCE_MORE: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
-# As kombu lays a message of Celery's into a list of Redis.
+# Properties of a Celery message in the Redis list of a queue, as kombu writes them.
 LAID: Final = {"delivery_mode": 2, "priority": 0, "body_encoding": "base64"}
 CONTENT: Final = {"content-encoding": "utf-8", "content-type": "application/json"}
-# RuntimeError: uvloop's, for a write on a connection that was closed a moment before
+# RuntimeError: raised by uvloop for a write to a connection that has just been closed.
 FAULTS = (CeleryError, KombuError, RedisError, OSError, RuntimeError)
 
 
@@ -57,7 +56,7 @@ def _producer(redis_url: str) -> Celery:
     conf["broker_connection_timeout"] = SEND_SECONDS
     conf["broker_pool_acquire_timeout"] = SEND_SECONDS
     conf["broker_transport_options"] |= {**SOCKET, **ONCE_MORE}
-    # A pooled connection may be stale after a restart of Redis: one more try, at once, on a fresh one.
+    # A pooled connection may be stale after a restart of Redis: retry once, with a new connection.
     conf["task_publish_retry"] = True
     conf["task_publish_retry_policy"] = {**ONCE_MORE, "interval_max": 0}
     producer.conf.update(conf)
@@ -65,14 +64,17 @@ def _producer(redis_url: str) -> Celery:
 
 
 def queue_key(worker_id: str) -> str:
-    """Redis key under which a serve worker's unread requests lie."""
+    """Returns the Redis key of the list that holds a serve worker's unread requests."""
     return KEY_PREFIX + serve_queue(worker_id)
 
 
 def notify_workers() -> bool:
-    """Rings the train workers; False when that failed, which the reconciler repairs. Never raises."""
+    """Sends a wake-up message to the train workers and returns whether it was sent.
+
+    Never raises: the reconciler repairs a lost message.
+    """
     try:
-        # Without declare=[] every worker that ever lived would leave a binding behind in Redis.
+        # declare=[]: declaring the queue would leave a binding in Redis that is never removed.
         producer = _producer(get_settings().redis_url)
         producer.send_task(WAKE_UP_TASK, queue=TRAIN_QUEUE, task_id=uuid4().hex, declare=[])
     except FAULTS as fault:
@@ -82,7 +84,11 @@ def notify_workers() -> bool:
 
 
 def notify_workers_again() -> None:
-    """Rings, unless enough bells wait for busy workers, who look for themselves when they are done. Never raises."""
+    """Sends a wake-up message unless MAX_WAITING_RINGS messages already wait in the queue.
+
+    Busy workers look for jobs themselves when they finish, so more messages are useless. Never
+    raises.
+    """
     num_waiting = 0
     with suppress(*FAULTS), _producer(get_settings().redis_url).connection_or_acquire() as line:
         num_waiting = line.default_channel.queue_declare(TRAIN_QUEUE).message_count
@@ -91,15 +97,19 @@ def notify_workers_again() -> None:
 
 
 class Outbox:
-    """Requests on their way to serve workers, written on the event loop and in one trip: Celery's own producer takes two and a thread."""
+    """Sends generation requests to the queues of serve workers.
+
+    Writes Celery messages on the event loop, in one round trip to Redis. Celery's own producer
+    needs two round trips and a thread.
+    """
 
     def __init__(self, redis_url: str) -> None:
         self._amqp = _producer(redis_url).amqp
-        # once more: a connection may be stale after a restart of Redis
+        # One retry: a connection may be stale after a restart of Redis.
         self._redis = AsyncRedis.from_url(redis_url, **SOCKET, retry=Retry(NoBackoff(), 1))
 
     async def send(self, worker_id: str, request: GenerateRequest) -> None:
-        """Puts the request into the worker's own queue. Raises NotSent."""
+        """Appends the request to the worker's queue. Raises NotSent if Redis cannot be reached."""
         try:
             await self._redis.lpush(
                 queue_key(worker_id), self._message(serve_queue(worker_id), request)
@@ -118,7 +128,7 @@ class Outbox:
             GENERATE_TASK,
             args=(orjson.Fragment(request.model_dump_json(exclude_defaults=True)),),
             expires=datetime.fromtimestamp(request.deadline_at, UTC),
-            argsrepr="()",  # Celery puts it into headers and logs, where no prompt may appear
+            argsrepr="()",  # appears in headers and logs, which must not contain prompts
             kwargsrepr="{}",
             ignore_result=None,
         )

@@ -1,4 +1,4 @@
-"""The serve workers that live, as their heartbeats in Redis tell."""
+"""Worker registry: the serve workers that are alive according to their heartbeats in Redis."""
 
 import time
 from collections.abc import Mapping
@@ -13,15 +13,19 @@ from app.contracts.messages import GenerateRequest, ServeWorkerStatus, serve_wor
 
 log = structlog.get_logger(__name__)
 
-MISSES = 2  # looks without a heartbeat until a worker counts as dead; one may be a restart of Redis
-STALLED_SECONDS = 15.0  # a worker that has had work for so long without a forward pass is not well
-# RuntimeError: uvloop's, for a write on a connection that was closed a moment before
+MISSES = 2  # missed heartbeats until a worker counts as dead; one may be a restart of Redis
+STALLED_SECONDS = 15.0  # a worker with work but without a forward pass for so long is stalled
+# RuntimeError: raised by uvloop for a write to a connection that has just been closed.
 FAULTS = (RedisError, OSError, RuntimeError)
 
 
 @dataclass
 class WorkerSnapshot:
-    """What is known of a worker; idle_since is by our own monotonic clock, so that clocks may differ."""
+    """Latest known status of a serve worker.
+
+    `idle_since` is in this process's monotonic time, because the clocks of machines may differ. It
+    is None while the worker has work. `num_misses` counts refreshes in a row without a heartbeat.
+    """
 
     status: ServeWorkerStatus
     idle_since: float | None
@@ -29,7 +33,7 @@ class WorkerSnapshot:
 
 
 class WorkerRegistry:
-    """Which serve workers there are, and which one a prompt should go to."""
+    """Keeps the status of all live serve workers and picks one for each prompt."""
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
@@ -38,7 +42,7 @@ class WorkerRegistry:
 
     @property
     def workers(self) -> list[ServeWorkerStatus]:
-        """Those seen at the last look."""
+        """Workers whose heartbeat was found by the last refresh."""
         return [
             sighting.status for sighting in self._sightings.values() if sighting.num_misses == 0
         ]
@@ -47,7 +51,10 @@ class WorkerRegistry:
         return worker_id in self._sightings
 
     def has(self, worker_id: str, request_id: str) -> bool | None:
-        """Whether the worker said at its last beat that it has the request, whose end it will tell; None: it says not."""
+        """Returns whether the worker's last heartbeat lists the request as unfinished.
+
+        Returns None if the worker is unknown or its heartbeat lists no requests.
+        """
         sighting = self._sightings.get(worker_id)
         requests = sighting.status.requests if sighting else None
         return None if requests is None else request_id in requests
@@ -57,9 +64,10 @@ class WorkerRegistry:
         return sighting.idle_since if sighting else None
 
     async def refresh(self) -> list[str] | None:
-        """Reads the heartbeats; gives the workers found dead, or None when Redis did not answer.
+        """Reads all heartbeats and returns the ids of the workers found dead.
 
-        Without an answer nobody counts as dead: an outage of Redis is not one of the workers.
+        Returns None if Redis did not answer. No worker counts as dead then, because an outage of
+        Redis says nothing about the workers.
         """
         try:
             keys = [
@@ -99,13 +107,17 @@ class WorkerRegistry:
         return True
 
     def pick(self, request: GenerateRequest, ours: Mapping[str, int]) -> str | None:
-        """Of the workers with the model's engine, one that has it and free room, else the one with the least to do.
+        """Returns the id of the worker that should take the request; None if there is none.
 
-        None without any. `ours` counts what this process has sent and not heard the end of, which heartbeats
-        may not show yet.
+        Considers workers that have the model's engine and are not draining. Prefers workers that
+        are not stalled, then workers that have the model and free room, then the lowest load.
+
+        `ours` is the number of unfinished sequences that this process has sent to each worker.
+        Heartbeats may not include them yet.
         """
 
         def rank(status: ServeWorkerStatus) -> tuple[bool, bool, int]:
+            """Returns the sort key of a worker. The lowest one is picked."""
             load = max(status.num_running + status.num_waiting, ours.get(status.worker_id, 0))
             has_model = request.residence in status.resident or request.residence in status.loading
             is_stalled = status.stalled_seconds > STALLED_SECONDS
@@ -121,6 +133,6 @@ class WorkerRegistry:
 def _parse(value: bytes | str | None) -> ServeWorkerStatus | None:
     try:
         return ServeWorkerStatus.model_validate_json(value) if value is not None else None
-    except ValidationError:  # a worker of another version: better unseen than all unseen
+    except ValidationError:  # a worker of another version; the others must stay usable
         log.warning("heartbeat_malformed")
         return None

@@ -1,6 +1,6 @@
-"""HTTP bodies of /v1/completions and /v1/chat/completions that go out, whole and in chunks.
+"""Response bodies of /v1/completions and /v1/chat/completions, complete or as chunks of a stream.
 
-An answer counts choices over all prompts: choice j of prompt i is number i * n + j.
+Choices are numbered over all prompts: choice j of prompt i has the index i * n + j.
 """
 
 from abc import ABC, abstractmethod
@@ -17,7 +17,7 @@ News = Iterable[tuple[int, Delta | Done]]
 
 
 class JsonArray:
-    """A JSON array that is serialised as it grows, so that a large one is never serialised at once."""
+    """JSON array that is serialised as it grows, never all at once."""
 
     def __init__(self) -> None:
         self._items = bytearray()
@@ -32,7 +32,11 @@ class JsonArray:
 
 @dataclass
 class Choice:
-    """What has come of one choice; `num_characters` are those of the log-probabilities already given out."""
+    """Output of one choice so far.
+
+    `num_characters` is the length of the tokens whose log-probabilities have been returned. It is
+    the next `text_offset`.
+    """
 
     text: list[str] = field(default_factory=list)
     logprobs: dict[str, JsonArray] = field(default_factory=dict)
@@ -41,7 +45,10 @@ class Choice:
 
 
 class Answer(ABC):
-    """The answer to one client request as it grows."""
+    """Answer to one client request, built from the replies of workers.
+
+    Use `add` and `whole` for a complete response; `opening`, `chunks` and `closing` for a stream.
+    """
 
     def __init__(
         self, answer_id: str, body: GenerationBody, *, num_prompts: int, created: int
@@ -58,7 +65,7 @@ class Answer(ABC):
         self._num_completion_tokens = 0
 
     def add(self, news: News) -> None:
-        """Keeps what has come, for a whole answer."""
+        """Collects replies for a complete response."""
         for prompt, reply in news:
             if isinstance(reply, Done):
                 self._count(reply)
@@ -70,7 +77,7 @@ class Answer(ABC):
                 choice.logprobs.setdefault(name, JsonArray()).extend(items)
 
     def whole(self) -> Iterator[bytes]:
-        """The JSON of the whole answer in parts, about one for each choice."""
+        """Yields the JSON of the complete response in parts, about one per choice."""
         envelope = orjson.dumps(self._envelope(self._object(), []))
         yield envelope.removesuffix(b"]}")
         for index, choice in enumerate(self._choices):
@@ -78,11 +85,11 @@ class Answer(ABC):
         yield b'],"usage":' + orjson.dumps(self._usage()) + b"}"
 
     def opening(self) -> list[Json]:
-        """The chunks before any text."""
+        """Returns the chunks that precede all text."""
         return []
 
     def chunks(self, news: News) -> list[Json]:
-        """What has come, in chunks; nothing of it is kept."""
+        """Returns the replies as chunks. Does not keep their text."""
         made: list[Json] = []
         for prompt, reply in news:
             if isinstance(reply, Done):
@@ -94,7 +101,7 @@ class Answer(ABC):
         return made
 
     def closing(self) -> list[Json]:
-        """The chunks after all text."""
+        """Returns the chunks that follow all text."""
         return [self._chunk([]) | {"usage": self._usage()}] if self._has_usage_chunk else []
 
     @abstractmethod
@@ -105,11 +112,11 @@ class Answer(ABC):
 
     @abstractmethod
     def _columns(self, choice: Choice, logprobs: Sequence[TokenLogprob]) -> dict[str, list[object]]:
-        """The arrays of a `logprobs` object for these tokens of the choice."""
+        """Returns the arrays of the `logprobs` object for these tokens of the choice."""
 
     @abstractmethod
     def _parts(self, index: int, delta: Delta) -> list[Json]:
-        """The entries of `choices` that a delta makes in a stream."""
+        """Returns the entries of `choices` for a delta in a stream."""
 
     def _index(self, prompt: int, delta: Delta) -> int:
         return prompt * self._num_choices + delta.choice
@@ -140,7 +147,7 @@ class Answer(ABC):
 
 
 class TextAnswer(Answer):
-    """`text_completion`: chunks and whole answers have the same shape."""
+    """Answer of /v1/completions. Chunks and complete responses have the same format."""
 
     def __init__(self, answer_id: str, body: CompletionBody, *, created: int) -> None:
         super().__init__(answer_id, body, num_prompts=len(body.prompts), created=created)
@@ -179,7 +186,7 @@ class TextAnswer(Answer):
 
 
 class ChatAnswer(Answer):
-    """`chat.completion` and its chunks."""
+    """Answer of /v1/chat/completions, a `chat.completion` or its chunks."""
 
     def __init__(self, answer_id: str, body: ChatBody, *, created: int) -> None:
         super().__init__(answer_id, body, num_prompts=1, created=created)

@@ -1,4 +1,4 @@
-"""HTTP bodies of /v1/batches, and the lines of a batch's files."""
+"""Request and response bodies of /v1/batches, and the lines of input files."""
 
 from typing import Annotated, Literal
 
@@ -12,11 +12,15 @@ Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
 
 
 class OutputExpiresAfter(Body):
+    """Time after which the output files of a batch are deleted."""
+
     anchor: Literal["created_at"]
     seconds: Annotated[int, Field(ge=3600, le=2_592_000)]
 
 
 class CreateBatch(Body):
+    """Body of a request that creates a batch."""
+
     input_file_id: FileId
     endpoint: Endpoint
     completion_window: Literal["24h"]
@@ -25,7 +29,7 @@ class CreateBatch(Body):
 
 
 class BatchRequest(Body):
-    """A line of an input file; url and body are judged by the batch's endpoint."""
+    """One line of an input file. `url` and `body` must fit the endpoint of the batch."""
 
     custom_id: Annotated[str, StringConstraints(min_length=1, max_length=512)]
     method: str
@@ -34,7 +38,7 @@ class BatchRequest(Body):
 
 
 class BatchError(BaseModel):
-    """What is wrong with a line of the input file."""
+    """Error in one line of the input file."""
 
     code: str
     line: int | None
@@ -43,12 +47,14 @@ class BatchError(BaseModel):
 
 
 class BatchErrors(BaseModel):
+    """Errors in the input file."""
+
     object: Literal["list"] = "list"
     data: list[BatchError]
 
 
 class RequestCounts(BaseModel):
-    """Requests that were answered, and that ran and failed; what never ran is in neither."""
+    """Number of requests that were answered or failed. A request that never ran is in neither."""
 
     total: int
     completed: int
@@ -56,7 +62,7 @@ class RequestCounts(BaseModel):
 
 
 class BatchObject(BaseModel):
-    """OpenAI's Batch."""
+    """Batch in the format of OpenAI."""
 
     id: str
     object: Literal["batch"] = "batch"

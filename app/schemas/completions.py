@@ -1,4 +1,4 @@
-"""HTTP bodies of /v1/completions and /v1/chat/completions that come in; every number is bounded."""
+"""Request bodies of /v1/completions and /v1/chat/completions. All numbers have bounds."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -17,7 +17,8 @@ from app.contracts.messages import Message, Sampling
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
-# fail_fast: a list of wrong items would make an error for each of them, and block the event loop for seconds.
+# fail_fast: otherwise a list of invalid items creates one error per item, and a long list blocks
+# the event loop.
 TokenPrompt = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 TextPrompt = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")]
@@ -28,18 +29,24 @@ LogitBias = Annotated[
 MinTokens = Annotated[int, Field(ge=0, le=1_000_000)]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TINY = 1e-9
-Unused = Any  # a parameter of OpenAI that is accepted and changes nothing here
-Unsupported = Any  # a parameter that is refused unless it has a value without effect
+Unused = Any  # a parameter of OpenAI that is accepted and has no effect
+Unsupported = Any  # a parameter that is refused unless its value has no effect
 
 
 class StreamOptions(BaseModel):
+    """Options of a streamed response."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
 class GenerationBody(BaseModel):
-    """What both routes take."""
+    """Parameters of both routes.
+
+    `neutral` maps each unsupported parameter to the values that are accepted because they have no
+    effect. `default_tokens` is the default of max_tokens.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
     neutral: ClassVar[dict[str, tuple[object, ...]]] = {}
@@ -71,7 +78,8 @@ class GenerationBody(BaseModel):
     prompt_cache_options: Unused = None
     service_tier: Unused = None
 
-    # The field stands in the subclasses, behind those it is compared with: validators see what comes before.
+    # The subclasses declare min_tokens after the fields it is compared with, because a validator
+    # sees only the fields before its own.
     @field_validator("min_tokens", check_fields=False)
     @classmethod
     def _max_tokens_hold_min_tokens(cls, value: int | None, info: ValidationInfo) -> int | None:
@@ -91,7 +99,7 @@ class GenerationBody(BaseModel):
         return self
 
     def unsupported(self) -> str | None:
-        """Name of the first parameter that asks for something this service cannot do yet."""
+        """Returns the name of the first parameter that requests an unsupported feature, if any."""
         for name, values in self.neutral.items():
             value = getattr(self, name)
             if value is not None and not any(value == neutral for neutral in values):
@@ -124,7 +132,7 @@ class GenerationBody(BaseModel):
             top_k=self.top_k or 0,
             top_p=1.0
             if self.top_p is None
-            else max(self.top_p, TINY),  # 0 keeps the best token, as any does
+            else max(self.top_p, TINY),  # both 0 and TINY keep only the most likely token
             min_p=self.min_p or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -139,6 +147,8 @@ class GenerationBody(BaseModel):
 
 
 class CompletionBody(GenerationBody):
+    """Body of a request to /v1/completions."""
+
     neutral = {"suffix": ("",)}
     default_tokens = 16  # OpenAI's default
 
@@ -197,6 +207,8 @@ class CompletionBody(GenerationBody):
 
 
 class TextPart(BaseModel):
+    """Text part of a message's content."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
     type: Literal["text"]
     text: str
@@ -204,7 +216,11 @@ class TextPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """A message; the fields that must be empty are those that a client's answer carries when it is sent back."""
+    """Message of a chat.
+
+    Some fields must be null or empty. They are accepted because clients send an earlier answer back
+    with all its fields.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     role: Literal["system", "developer", "user", "assistant"]
@@ -225,16 +241,17 @@ class ChatMessage(BaseModel):
         )
 
     def message(self) -> Message:
-        # Chat templates know nothing of `developer`, OpenAI's newer word for `system`.
+        # Chat templates do not know the role `developer`, OpenAI's newer name for `system`.
         return Message(
             role="system" if self.role == "developer" else self.role, content=self.text()
         )
 
 
 class ChatBody(GenerationBody):
-    default_tokens = (
-        512  # OpenAI's is the whole context; an answer that never ends should not take all of it
-    )
+    """Body of a request to /v1/chat/completions."""
+
+    # OpenAI's default is the whole context. An answer that does not end should not take all of it.
+    default_tokens = 512
     neutral = {
         "tools": ([],),
         "tool_choice": ("none", "auto"),

@@ -1,10 +1,10 @@
-"""The HTTP body of every error."""
+"""Response body of all errors."""
 
 from pydantic import BaseModel
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong; `code` is for programs, `message` says what to do next."""
+    """Description of an error. Programs should read `code`; `message` says what to do next."""
 
     message: str
     type: str
@@ -13,4 +13,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorEnvelope(BaseModel):
+    """Response body of an error, in the format of OpenAI."""
+
     error: ErrorDetail

@@ -1,4 +1,4 @@
-"""HTTP bodies of /v1/files."""
+"""Response bodies of /v1/files."""
 
 from typing import Literal
 
@@ -8,7 +8,10 @@ from app.db.schema.tables import File
 
 
 class FileObject(BaseModel):
-    """OpenAI's File, with what was counted while it came in."""
+    """File in the format of OpenAI, with additional fields.
+
+    `sha256`, `format` and `rows` are determined during the upload.
+    """
 
     id: str
     object: Literal["file"] = "file"
@@ -39,6 +42,8 @@ class FileObject(BaseModel):
 
 
 class Deleted(BaseModel):
+    """Confirmation that an object has been deleted."""
+
     id: str
     object: str
     deleted: Literal[True] = True

@@ -1,4 +1,7 @@
-"""Shapes of the answers of the generation routes, for /openapi.json: `answers.py` builds them as plain JSON."""
+"""Response models of the generation routes, only for /openapi.json.
+
+The responses themselves are built as plain JSON by `app.schemas.answers`.
+"""
 
 from typing import Literal
 
@@ -10,12 +13,16 @@ FinishReason = Literal["stop", "length"]
 
 
 class Usage(BaseModel):
+    """Number of tokens of a request."""
+
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
 class TextChoice(BaseModel):
+    """One generated text."""
+
     index: int
     text: str
     logprobs: Json | None
@@ -23,6 +30,8 @@ class TextChoice(BaseModel):
 
 
 class TextCompletion(BaseModel):
+    """Response of /v1/completions."""
+
     id: str
     object: Literal["text_completion"]
     created: int
@@ -32,12 +41,16 @@ class TextCompletion(BaseModel):
 
 
 class AnswerMessage(BaseModel):
+    """Generated message of a chat."""
+
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
 class ChatChoice(BaseModel):
+    """One generated message with the reason why it ended."""
+
     index: int
     message: AnswerMessage
     logprobs: Json | None
@@ -45,6 +58,8 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
+    """Response of /v1/chat/completions."""
+
     id: str
     object: Literal["chat.completion"]
     created: int

@@ -1,4 +1,4 @@
-"""HTTP bodies of /v1/fine_tuning/jobs: OpenAI's fine-tuning objects and what a distillation adds to them."""
+"""Request and response bodies of /v1/fine_tuning/jobs: OpenAI's objects with additional fields."""
 
 import time
 from datetime import datetime
@@ -19,11 +19,16 @@ Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
 
 
 class Body(BaseModel):
+    """Base class of request bodies: immutable, and unknown fields are refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class OpenAIHyperparameters(Body):
-    """OpenAI's own block: n_epochs is honoured, the other two have better places here."""
+    """Hyperparameters in the format of OpenAI.
+
+    Only `n_epochs` has an effect. For the other two, use `method.distillation.hyperparameters`.
+    """
 
     n_epochs: Annotated[int, Field(ge=1, le=1000)] | Auto = "auto"
     batch_size: Auto = "auto"
@@ -31,11 +36,15 @@ class OpenAIHyperparameters(Body):
 
 
 class Method(Body):
+    """Method of the job, which is always a distillation."""
+
     type: Literal["distillation"]
     distillation: Distillation
 
 
 class CreateJob(Body):
+    """Body of a request that creates a distillation job."""
+
     model: ModelId
     training_file: FileId
     validation_file: FileId | None = None
@@ -48,25 +57,29 @@ class CreateJob(Body):
 
 
 class JobHyperparameters(BaseModel):
+    """Hyperparameters of a job in the format of OpenAI."""
+
     n_epochs: int
     batch_size: str = "auto"
     learning_rate_multiplier: str = "auto"
 
 
 class QueuePlace(BaseModel):
-    """How many jobs are served before this one (position 1 is next), and how many wait in all."""
+    """Position of a job in the queue, where 1 is next, and the number of waiting jobs."""
 
     position: int
     depth: int
 
 
 class MethodObject(BaseModel):
+    """Method of a job with all its options."""
+
     type: Literal["distillation"] = "distillation"
     distillation: Distillation
 
 
 class JobObject(BaseModel):
-    """OpenAI's FineTuningJob with stages, progress, queue place, attempts and the result."""
+    """Distillation job: OpenAI's fine-tuning job with stages, progress, attempts and the result."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -134,7 +147,7 @@ class JobObject(BaseModel):
 
 
 class ImportObject(BaseModel):
-    """A job that brings a model in."""
+    """Job that imports a model."""
 
     id: str
     object: Literal["model.import"] = "model.import"
@@ -172,6 +185,8 @@ class ImportObject(BaseModel):
 
 
 class EventObject(BaseModel):
+    """Event of a job."""
+
     id: str
     object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
     created_at: int
@@ -195,13 +210,17 @@ class EventObject(BaseModel):
 
 
 def openai_metrics(ours: Json) -> Json:
-    """OpenAI's names for what all held-out rows say; agreement is with the teacher, where theirs is with the row."""
+    """Returns the metrics over all held-out rows under the names that OpenAI uses.
+
+    `full_valid_mean_token_accuracy` is the agreement with the teacher. OpenAI's metric compares
+    with the text of the rows instead.
+    """
     names = {"full_valid_loss": "valid_loss", "full_valid_mean_token_accuracy": "valid_agreement"}
     return {theirs: ours[name] for theirs, name in names.items() if name in ours}
 
 
 class CheckpointObject(BaseModel):
-    """A checkpoint that can be served under `fine_tuned_model_checkpoint`."""
+    """Checkpoint of a job. It can be served as the model `fine_tuned_model_checkpoint`."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
@@ -228,21 +247,28 @@ class CheckpointObject(BaseModel):
 
 
 class Point(BaseModel):
+    """Value of a metric at one step."""
+
     step: int
     value: float
 
 
 class Series(BaseModel):
+    """All values of one metric."""
+
     name: str
     points: list[Point]
 
 
 class MetricsObject(BaseModel):
+    """Metrics of a job."""
+
     object: Literal["fine_tuning.job.metrics"] = "fine_tuning.job.metrics"
     data: list[Series]
 
 
 def shared_fields(row: Job) -> Json:
+    """Returns the fields that `JobObject` and `ImportObject` have in common."""
     return {
         "stage": row.stage,
         "stages": row.stages,
@@ -256,15 +282,20 @@ def shared_fields(row: Job) -> Json:
 
 
 def seconds(at: datetime | None) -> int | None:
+    """Returns a time in seconds since the epoch."""
     return int(at.timestamp()) if at else None
 
 
 def public_status(row: Job) -> str:
-    """The OpenAI enum plus `paused`: a job that waits to be tried again is shown as queued."""
+    """Returns the status for clients: one of OpenAI's, or `paused`.
+
+    A job that waits for a retry has the status `queued`.
+    """
     return JobStatus.queued.value if row.status == JobStatus.retry_wait else row.status
 
 
 def estimated_finish(row: Job) -> int | None:
+    """Returns the expected end of a running job in seconds since the epoch; None if unknown."""
     remaining = row.progress.get("seconds_remaining")
     if row.status != JobStatus.running or remaining is None:
         return None

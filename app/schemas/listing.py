@@ -1,4 +1,4 @@
-"""The list object of every paginated route."""
+"""Response body of all routes that return pages of a list."""
 
 from collections.abc import Sequence
 from typing import Generic, Literal, Protocol, TypeVar
@@ -7,6 +7,8 @@ from pydantic import BaseModel
 
 
 class HasId(Protocol):
+    """Object with an id."""
+
     @property
     def id(self) -> str: ...
 
@@ -15,7 +17,7 @@ Item = TypeVar("Item", bound=BaseModel)
 
 
 class Listing(BaseModel, Generic[Item]):
-    """One page; the next one begins `after` last_id."""
+    """Page of a list. Pass `last_id` as `after` to get the next page."""
 
     object: Literal["list"] = "list"
     data: list[Item]
@@ -25,5 +27,5 @@ class Listing(BaseModel, Generic[Item]):
 
 
 def ends(items: Sequence[HasId]) -> tuple[str | None, str | None]:
-    """First and last id of a page."""
+    """Returns the first and the last id of a page."""
     return (items[0].id, items[-1].id) if items else (None, None)

@@ -1,4 +1,4 @@
-"""HTTP bodies of /v1/models."""
+"""Request and response bodies of /v1/models."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ Json = dict[str, Any]  # Any: an evaluation is open-ended JSON
 
 
 class ModelObject(BaseModel):
-    """OpenAI's Model, with where it comes from and what it is made of."""
+    """Model in the format of OpenAI, with its origin, its properties and its evaluation."""
 
     id: str
     object: Literal["model"] = "model"
@@ -65,17 +65,21 @@ class ModelObject(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All of them: the SDK does not page through models."""
+    """List of all models, without pages, because the openai client does not page through models."""
 
     object: Literal["list"] = "list"
     data: list[ModelObject]
 
 
 class SetAlias(Body):
+    """Body of a request that points an alias at a model."""
+
     model: ModelId
 
 
 class AliasObject(BaseModel):
+    """Alias of a model."""
+
     id: str
     object: Literal["model.alias"] = "model.alias"
     model: str
@@ -87,7 +91,11 @@ class AliasObject(BaseModel):
 
 
 class ImportModel(Body):
-    """`source` is hf:org/name or hf:org/name@revision; a folder on the server comes in by the command line."""
+    """Body of a request that imports a model.
+
+    `source` is hf:org/name or hf:org/name@revision. To import a folder on the server, use the
+    command line.
+    """
 
     source: Annotated[
         str,

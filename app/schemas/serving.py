@@ -1,4 +1,4 @@
-"""HTTP bodies of /v1/models/{id}/serving, /status, /load, /unload, /pin and /unpin."""
+"""Request and response bodies of /v1/models/{id}/serving, /status, /load, /unload, /pin, /unpin."""
 
 from typing import Annotated, Literal
 
@@ -9,12 +9,14 @@ from app.schemas.jobs import Body, ModelId
 
 
 class SetDraft(Body):
+    """Draft model, and the number of tokens that it proposes at a time."""
+
     model: ModelId
     num_tokens: Annotated[int, Field(ge=1, le=16)] = 4
 
 
 class SetServing(Body):
-    """All options at once; what is left out takes its default."""
+    """All serving options. An option that is left out takes its default."""
 
     engine: EngineName = "transformers"
     weights: WeightsName = "auto"
@@ -22,12 +24,14 @@ class SetServing(Body):
 
 
 class DraftObject(BaseModel):
+    """Draft model, and the number of tokens that it proposes at a time."""
+
     model: str
     num_tokens: int
 
 
 class Serving(BaseModel):
-    """How a model is served."""
+    """Serving options of a model."""
 
     engine: EngineName
     weights: WeightsName
@@ -41,6 +45,8 @@ class Serving(BaseModel):
 
 
 class ServingObject(Serving):
+    """Serving options of a model, as a response."""
+
     object: Literal["model.serving"] = "model.serving"
     model: str
 
@@ -49,10 +55,12 @@ LoadState = Literal["absent", "loading", "resident", "failed"]
 
 
 class WorkerState(BaseModel):
-    """What one serve worker has of the model.
+    """State of a model on one serve worker.
 
-    weights: what they were loaded as. first_token_ms: of a short prompt, alone, measured after the load. acceptance_rate: the
-    share of the draft's tokens that the model took since the load; null without a draft.
+    weights: The format in which the weights were loaded.
+    first_token_ms: Time to the first token of a short prompt, measured alone after the load.
+    acceptance_rate: Share of the draft's tokens that were accepted since the load; null without a
+        draft.
     """
 
     worker: str
@@ -67,7 +75,7 @@ class WorkerState(BaseModel):
 
 
 class ModelStatus(BaseModel):
-    """`state` is the best of any worker."""
+    """State of a model on all serve workers. `state` is the best state of any worker."""
 
     object: Literal["model.status"] = "model.status"
     model: str

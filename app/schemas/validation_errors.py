@@ -1,16 +1,16 @@
-"""What pydantic finds wrong in a JSON body, as an error that names the place in what the client sent."""
+"""Converts pydantic's validation errors into a BadRequest that names the invalid parameter."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from app.errors import BadRequest
 
-Detail = dict[str, Any]  # Any: pydantic describes a fault in open-ended terms
+Detail = dict[str, Any]  # Any: pydantic's description of an error has arbitrary fields
 VALUE_FAULTS_SAY = "Value error, "
 
 
 def bad_request(details: Sequence[Detail], body: object) -> BadRequest:
-    """The first fault of a request, named by its place in what the client sent."""
+    """Returns the error for the first invalid parameter of the request."""
     first = details[0]
     param = param_path(first, body)
     if first["type"] == "json_invalid":
@@ -31,7 +31,10 @@ def bad_request(details: Sequence[Detail], body: object) -> BadRequest:
 
 
 def param_path(detail: Detail, body: object) -> str:
-    """`a.b[0].c`, without the names of union branches that pydantic puts into its locations."""
+    """Returns the path of the invalid parameter in the body, for example `a.b[0].c`.
+
+    pydantic's locations also contain the names of union branches, which are left out.
+    """
     source, *steps = detail["loc"]
     if source != "body":
         return str(steps[0]) if steps else str(source)

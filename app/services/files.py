@@ -1,4 +1,4 @@
-"""Uploaded files: streamed into the store with a running cap, checked row by row, owned by a project."""
+"""Uploads, reads and deletes files of a project. Uploads are checked while they are streamed."""
 
 import hashlib
 import secrets
@@ -30,7 +30,7 @@ from app.settings import Settings
 from app.storage import store
 
 if TYPE_CHECKING:
-    from python_multipart.multipart import MultipartCallbacks  # there for type checkers only
+    from python_multipart.multipart import MultipartCallbacks  # defined for type checkers only
 
 log = structlog.get_logger(__name__)
 
@@ -39,15 +39,16 @@ PURPOSES = ("fine-tune", "distillation", "evals", "batch", "user_data")
 FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 MAX_PARTS = 8
 MAX_FIELD_BYTES = 1024
-EXPIRY_SECONDS = range(3600, 2_592_000 + 1)  # one hour to thirty days, as at OpenAI
+EXPIRY_SECONDS = range(3600, 2_592_000 + 1)  # 1 hour to 30 days, as in the OpenAI API
 READ_BYTES = 256 * 1024
 
 
 class Upload:
-    """One multipart body: `feed` it in pieces, then `finish`; leaves nothing behind unless finished.
+    """Parser of one multipart body that writes its file into the store.
 
-    A fault in the middle is kept until the end, so that the caller can read on and answer a client
-    that only listens after it has sent everything.
+    Call `feed` for each piece, then `finish`, or `abandon` to discard the file. An error in `feed`
+    is kept in `fault` and raised by `finish`. The caller can thus read the whole body, for clients
+    that read the response only after they have sent everything.
     """
 
     def __init__(self, principal: Principal, content_type: str, settings: Settings) -> None:
@@ -95,7 +96,7 @@ class Upload:
             self.abandon()
 
     def finish(self) -> File:
-        """Makes the file known; raises what was wrong with it."""
+        """Registers the file and returns its row. On an error, discards the file and raises it."""
         try:
             if self.fault is None:
                 return self._finish()
@@ -110,10 +111,10 @@ class Upload:
         raise self.fault
 
     def abandon(self) -> None:
-        """Takes back whatever was written."""
+        """Discards the bytes that were written. May be called more than once."""
         if self._file is not None:
             self._file = None
-            with suppress(OSError):  # what is still in its buffer may not fit on the disk
+            with suppress(OSError):  # flushing the buffer may fail on a full disk
                 self._cleanup.__exit__(BadRequest, BadRequest("abandoned"), None)
 
     def _finish(self) -> File:
@@ -132,7 +133,7 @@ class Upload:
         elif self._num_bytes == 0:
             raise BadRequest("the file is empty", "invalid_file", "file")
         self._file = None
-        self._cleanup.close()  # the bytes are durable from here on
+        self._cleanup.close()  # publishes the file: its bytes are durable
         try:
             with transaction() as session:
                 lock_project(session, self._principal.project_id)
@@ -152,8 +153,8 @@ class Upload:
                     expires_at=expires_at,
                 )
         except (StillhouseError, PoolExhausted):
-            # Certain to come before the commit. After any other fault the row may be there; if it is not, the
-            # bytes go after a day (services/garbage.py).
+            # These errors are raised before the commit, so the row does not exist. After any other
+            # error it may exist; if not, app.services.garbage_collector deletes the bytes later.
             store().delete(self.store_key)
             raise
 
@@ -226,9 +227,8 @@ class Upload:
                 )
             self._filename = _label(options.get(b"filename", b""))
             demand_disk(self._settings)
-            with (
-                transaction() as session
-            ):  # before the bytes are taken, and once more when they are there
+            # The quota is checked before the upload, and again in `_finish`.
+            with transaction() as session:
                 _demand_room(session, self._principal.project_id, 0, self._settings)
             self._file = self._cleanup.enter_context(store().writer(self.store_key))
         elif self._part not in FIELDS:
@@ -250,7 +250,7 @@ class Upload:
         self._num_bytes += len(piece)
         if self._num_bytes > self._settings.max_file_bytes:
             raise too_large(self._settings)
-        demand_disk(self._settings)  # again: other uploads fill it meanwhile
+        demand_disk(self._settings)  # for every piece: other uploads use the disk, too
         self._sha256.update(piece)
         self._file.write(piece)
         purpose = self._fields.get("purpose", b"fine-tune").decode(errors="replace")
@@ -261,7 +261,7 @@ class Upload:
 
 
 def demand_disk(settings: Settings) -> None:
-    """Refuses an upload when the disk has only what must stay free."""
+    """Raises Unavailable if the store has less free space than the reserve in the settings."""
     free = store().free_bytes()
     if free is not None and free < settings.min_free_bytes:
         raise Unavailable(
@@ -275,13 +275,14 @@ def _not_written(error: OSError) -> Unavailable:
 
 
 def too_large(settings: Settings) -> TooLarge:
+    """Returns the error for a file that exceeds the size limit."""
     return TooLarge(
         f"the file is larger than {settings.max_file_bytes:,} bytes; split it", param="file"
     )
 
 
 def _label(raw: bytes) -> str:
-    """What a client called its file, fit to be shown: never used as a path."""
+    """Returns the client's name of a file, cleaned for display. It is never used as a path."""
     name = raw.decode(errors="replace").replace("\\", "/").rpartition("/")[2]
     return "".join(c for c in name if c.isprintable())[:255] or "upload"
 
@@ -299,7 +300,7 @@ def _demand_room(
 
 
 def get_file(project_id: str, file_id: str) -> File:
-    """The project's file with this id; raises NotFound."""
+    """Returns the project's file with this id. Raises NotFound."""
     with transaction() as session:
         row = files.find_file(session, project_id, file_id)
     if row is None:
@@ -308,10 +309,14 @@ def get_file(project_id: str, file_id: str) -> File:
 
 
 def delete_file(project_id: str, file_id: str) -> None:
-    """Forgets a file and then its bytes; raises Conflict while a job or a batch needs it."""
+    """Deletes the row of a file and then its bytes.
+
+    Raises NotFound, and Conflict if a job or batch that has not ended reads the file.
+    """
     with transaction() as session:
         row = files.find_file(session, project_id, file_id)
-        # Deleting comes first: it waits for a job or batch that is just being queued, which the next line then sees.
+        # Delete first: this waits for a transaction that is queueing a job or batch with the file.
+        # The query below then sees that job or batch, and Conflict rolls the deletion back.
         if row is None or not files.delete_file(session, project_id, file_id):
             raise NotFound(f"the file {file_id!r} does not exist", param="file_id")
         users = files.readers_of_file(session, project_id, file_id)
@@ -325,7 +330,10 @@ def delete_file(project_id: str, file_id: str) -> None:
 
 
 def read_content(row: File) -> Iterator[bytes]:
-    """The bytes of a file in pieces; raises NotFound before the first is asked for."""
+    """Returns an iterator over the bytes of a file, in pieces.
+
+    Raises NotFound at once, not at the first piece, if the store has lost the file.
+    """
     if not store().exists(row.store_key):
         raise NotFound(f"the store has lost the file {row.id!r}; upload it again", param="file_id")
     return _pieces(row.store_key)

@@ -1,4 +1,7 @@
-"""Deletes what no row refers to any more. Killed at any point, the next round finds the rest."""
+"""Garbage collector of the artifact store: deletes what no database row refers to any more.
+
+A round may be interrupted at any point. The next round deletes what is left.
+"""
 
 from contextlib import suppress
 from typing import Final
@@ -11,13 +14,13 @@ from app.storage import StorageError, Store
 
 log = structlog.get_logger(__name__)
 
-DAY_SECONDS: Final = 86_400.0  # an upload or a copy may be under way for less than this
+DAY_SECONDS: Final = 86_400.0  # longer than any upload or copy takes
 CHECKPOINTS, MODELS, IMPORTS, FILES = "checkpoints", "models", "imports", "files"
-NUM_NAMES: Final = 500  # store names looked up in one statement
+NUM_NAMES: Final = 500  # job ids or store keys per SQL statement
 
 
 def collect(store: Store) -> int:
-    """One round over the whole store; says how many things it deleted."""
+    """Runs one round over the whole store and returns the number of deleted files and folders."""
     num_deleted = _delete_retired(store) + _delete_expired(store)
     num_deleted += sum(_delete_of_jobs(store, prefix) for prefix in (CHECKPOINTS, MODELS))
     num_deleted += _delete_spent_imports(store) + _delete_unknown_files(store)
@@ -29,7 +32,7 @@ def _delete_retired(store: Store) -> int:
     with transaction() as session:
         doomed = reconciliation.doom_checkpoints(session)
     gone = [checkpoint_id for checkpoint_id, key in doomed if _delete(store, key)]
-    with transaction() as session:  # the rows last: without them nobody would know the bytes
+    with transaction() as session:  # last, because the rows record which bytes are left to delete
         reconciliation.forget_checkpoints(session, gone)
     return len(gone)
 
@@ -44,9 +47,10 @@ def _delete_expired(store: Store) -> int:
 
 
 def _delete_of_jobs(store: Store, prefix: str) -> int:
-    """Deletes objects below `prefix/{job}` that no row names: left by lost leases, failures and deletions.
+    """Deletes objects below `prefix/{job}` that no database row refers to.
 
-    The store is listed before the rows are read, so what a run adds meanwhile is not considered.
+    Lost leases, failures and deletions leave such objects. The store is listed before the rows
+    are read, so objects that a run adds in the meantime are not considered.
     """
     listed = {}
     for job_id in store.children(prefix):
@@ -66,18 +70,20 @@ def _delete_of_jobs(store: Store, prefix: str) -> int:
 
 
 def _below(store: Store, key: str) -> dict[str, list[str]]:
-    """Names two levels below a job's folder."""
+    """Returns the names directly below a job's folder, each with the names below it."""
     return {name: store.children(f"{key}/{name}") for name in store.children(key)}
 
 
 def _garbage_of(
     root: str, below: dict[str, list[str]], job: reconciliation.StoredJob, *, is_fenced: bool
 ) -> list[str]:
-    """Keys at or below `root` that nobody will ever ask for.
+    """Returns the keys at or below `root` that are no longer needed.
 
-    is_fenced: the paths below contain the lease token, so only the current token's folder can still grow.
-    Without it nothing is garbage before the job has ended.
-    `root` itself is garbage only if no attempt can write there any more: a failed job may be resumed at any time.
+    `root` itself is returned only if no attempt can write there any more. A failed job may be
+    resumed at any time.
+
+    is_fenced: The paths below `root` contain the lease token, so only the folder of the current
+        token can still grow. If False, nothing is garbage before the job has ended.
     """
     is_model_kept = not is_fenced and any(
         key == root or key.startswith(f"{root}/") for key in job.kept_keys
@@ -102,7 +108,11 @@ def _garbage_of(
 
 
 def _forget_deleted_jobs(store: Store) -> None:
-    """Removes the rows of deleted jobs, a day later, so that what a late writer leaves is still found by them."""
+    """Removes the rows of jobs that were deleted a day ago and have nothing left in the store.
+
+    A stale worker may write after the deletion, and `_delete_of_jobs` finds its objects only as
+    long as the job has a row.
+    """
     with transaction() as session:
         deleted = reconciliation.deleted_jobs(session, DAY_SECONDS)
     emptied = [
@@ -134,14 +144,14 @@ def _delete_unknown_files(store: Store) -> int:
         with transaction() as session:
             unknown = reconciliation.unknown_files(session, batch)
         for key in sorted(unknown):
-            with suppress(FileNotFoundError):  # deleted since it was listed
+            with suppress(FileNotFoundError):  # deleted since the listing
                 if store.age_seconds(key) > DAY_SECONDS:
                     num_deleted += _delete(store, key)
     return num_deleted
 
 
 def _delete(store: Store, key: str) -> bool:
-    """Deletes a key and returns whether it is gone; an error is logged, so that the round goes on."""
+    """Deletes a key and returns whether it succeeded. Errors are logged, and the round goes on."""
     try:
         store.delete(key)
     except (OSError, StorageError):

@@ -1,4 +1,4 @@
-"""Generation requests: which model they mean, whether there is room for them, and who answers them."""
+"""Validates generation requests, reserves capacity and passes them to the request router."""
 
 import asyncio
 import time
@@ -18,16 +18,19 @@ from app.services import model_registry
 from app.services.model_registry import Resolved
 from app.settings import Settings
 
-BYTES_PER_TOKEN = 3  # on the safe side for English text in the tokenizers we know
-MESSAGE_TOKENS = 8  # what a chat template puts around one message, about
-# Of an answer's JSON, about: per token of text, per token or alternative with its log-probability, and the
-# bytes of log-probabilities that take as much room in the admission as a token.
+BYTES_PER_TOKEN = 3  # a low estimate for English text, so that token counts are rather too high
+MESSAGE_TOKENS = 8  # estimate of what a chat template adds per message
+# Estimated bytes of JSON in an answer: per token of text, and per log-probability of a token or an
+# alternative. The last number is how many bytes of log-probabilities admission control counts as
+# one token.
 TEXT_BYTES, LOGPROB_BYTES, LOGPROB_BYTES_PER_TOKEN = 8, 80, 256
 PROMPT_AND_ANSWER = "prompt and answer together have"
 
 
 @dataclass(frozen=True)
 class Conversation:
+    """A chat prompt, to which the model's chat template is applied."""
+
     messages: tuple[Message, ...]
 
 
@@ -36,9 +39,9 @@ Prompt = str | tuple[int, ...] | Conversation
 
 @dataclass(frozen=True)
 class Order:
-    """One client request: the same model and sampling for all its prompts.
+    """One client request: prompts with one model and one set of sampling parameters.
 
-    Workers serve tenants fairly. The tenant is the API key unless another one is named.
+    Workers serve tenants fairly. If `tenant` is empty, the API key `key_id` is the tenant.
     """
 
     id: str
@@ -52,7 +55,15 @@ class Order:
 
 
 async def begin(request_router: RequestRouter, order: Order) -> ReplyStream:
-    """Reserves room and hands the prompts to workers. Raises BadRequest, TooManyRequests or Unavailable."""
+    """Reserves capacity and sends the prompts to serve workers.
+
+    The capacity is given back when the reply stream ends, or if this call raises.
+
+    Raises:
+        BadRequest: The model does not support the request, or the answer may become too large.
+        TooManyRequests: The tenant has used its share.
+        Unavailable: The server is full, or no serve worker can take the prompts.
+    """
     validate_for_model(order, request_router.settings)
     refuse_large_answer(order, request_router.settings.max_answer_bytes)
     num_tokens = sum(map(estimated_tokens, order.prompts))
@@ -65,7 +76,7 @@ async def begin(request_router: RequestRouter, order: Order) -> ReplyStream:
     )
     try:
         requests = requests_of(order, request_router.settings)
-        await asyncio.sleep(0)  # building and sending large prompts takes milliseconds each
+        await asyncio.sleep(0)  # lets other coroutines run: both steps are slow for large prompts
         return await request_router.open(requests, give_back)
     except BaseException:
         give_back()
@@ -73,7 +84,10 @@ async def begin(request_router: RequestRouter, order: Order) -> ReplyStream:
 
 
 def validate_for_model(order: Order, settings: Settings) -> None:
-    """Refuses what the model's facts alone rule out; the worker, which tokenises, judges the rest."""
+    """Raises BadRequest if the facts of the model rule out the request.
+
+    Checks that need the tokenised prompt are left to the serve worker.
+    """
     facts = order.model.facts
     if facts is None:
         return
@@ -93,7 +107,7 @@ def validate_for_model(order: Order, settings: Settings) -> None:
             "context_length_exceeded",
             "prompt",
         )
-    # An encoder-decoder's prompt is not part of the sequence that it writes.
+    # The prompt of an encoder-decoder is not part of the sequence that it generates.
     is_apart = facts.family == "seq2seq"
     if order.sampling.max_tokens >= context_tokens + is_apart and not order.sampling.fits_context:
         raise BadRequest(
@@ -105,7 +119,7 @@ def validate_for_model(order: Order, settings: Settings) -> None:
 
 
 def logprob_bytes(order: Order) -> int:
-    """About how many bytes of JSON the log-probabilities of the answer may have."""
+    """Returns the estimated maximum size of the answer's log-probabilities, in bytes of JSON."""
     if order.sampling.logprobs is None:
         return 0
     num_tokens = len(order.prompts) * order.num_choices * order.sampling.max_tokens
@@ -113,9 +127,10 @@ def logprob_bytes(order: Order) -> int:
 
 
 def refuse_large_answer(order: Order, max_bytes: int) -> None:
-    """Refuses a request whose answer may become too large, before anything of it is built.
+    """Raises BadRequest if the answer to a request may have more than `max_bytes`.
 
-    A stream keeps nothing of its answer, but an echoed prompt comes in one piece.
+    Of a streamed answer only the echoed prompt counts: it is sent in one piece, and the rest is
+    not kept in memory.
     """
     num_bytes = 0
     if order.sampling.echo:
@@ -137,7 +152,10 @@ def refuse_large_answer(order: Order, max_bytes: int) -> None:
 
 
 async def whole_json(answer: ChatAnswer | TextAnswer) -> list[bytes]:
-    """The JSON of a whole answer in parts, built with a turn for other coroutines between two of them."""
+    """Returns the JSON of a complete answer in parts.
+
+    Other coroutines run between two parts, so that a large answer does not block the event loop.
+    """
     parts = []
     for part in answer.whole():
         parts.append(part)
@@ -146,7 +164,7 @@ async def whole_json(answer: ChatAnswer | TextAnswer) -> list[bytes]:
 
 
 def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
-    """One request for each prompt; the switchboard fills in who replies go to."""
+    """Returns one request per prompt. The request router replaces `id` and fills in `reply_to`."""
     deadline_at = time.time() + settings.request_timeout_seconds
     return [
         GenerateRequest(
@@ -168,12 +186,12 @@ def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
 
 
 async def find_model(project_id: str, model_id: str) -> Resolved:
-    """What a model id means to a project now. Raises NotFound."""
+    """Returns what a model id, alias or checkpoint of a project refers to now. Raises NotFound."""
     return await run_in_threadpool(model_registry.resolve_at_once, project_id, model_id)
 
 
 def estimated_tokens(prompt: Prompt) -> int:
-    """About how many tokens a prompt has, without tokenising it."""
+    """Returns the number of tokens of a prompt, estimated without tokenising text."""
     if isinstance(prompt, str):
         return len(prompt.encode()) // BYTES_PER_TOKEN + 1
     if isinstance(prompt, tuple):
@@ -182,7 +200,7 @@ def estimated_tokens(prompt: Prompt) -> int:
 
 
 def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnswer, list[Prompt]]:
-    """An answer to the body, empty yet, and what it answers."""
+    """Returns an empty answer for a request body, and the prompts of the body."""
     created = int(time.time())
     if isinstance(body, CompletionBody):
         return TextAnswer(new_id("cmpl-"), body, created=created), list(body.prompts)
@@ -191,6 +209,6 @@ def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnsw
 
 
 def refuse_unsupported(body: ChatBody | CompletionBody) -> None:
-    """Raises BadRequest if the body asks for something this service cannot do."""
+    """Raises BadRequest if the body sets a parameter that this service does not support."""
     if (name := body.unsupported()) is not None:
         raise BadRequest(f"{name} is not supported; leave it out", "unsupported_parameter", name)

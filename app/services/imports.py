@@ -1,4 +1,7 @@
-"""Models that an operator brings in from the machine itself: staged into the store, then a job like any other."""
+"""Imports that an operator starts on the machine of the service.
+
+Local files are first copied (staged) into the store. An import job then converts them.
+"""
 
 import re
 import secrets
@@ -15,13 +18,14 @@ from app.storage import StorageError, store
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 HUB = re.compile(r"hf:(?P<source>[\w.-]+/[\w.-]+(@[\w./-]+)?)", re.ASCII)
-COPIES = 3  # staged, converted, stored
+COPIES = 3  # on disk at the same time: staged, converted, stored
 
 
 def import_model(source: str, name: str, *, project_id: str | None = None) -> str:
-    """Queues the import of a folder, a .gguf file or hf:org/name@revision; gives the job's id.
+    """Queues the import of a folder, a .gguf file or hf:org/name@revision. Returns the job's id.
 
-    Without a project, all projects see the model. Raises BadRequest or Conflict.
+    If `project_id` is None, all projects see the model. Raises BadRequest, and Conflict if the name
+    is taken.
     """
     if not NAME.fullmatch(name):
         raise BadRequest(
@@ -45,6 +49,7 @@ def import_model(source: str, name: str, *, project_id: str | None = None) -> st
 
 
 def load_import(job_id: str) -> Job:
+    """Returns an import job, which must exist."""
     with transaction() as session:
         job = jobs.load_job(session, job_id)
     assert job is not None

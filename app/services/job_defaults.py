@@ -1,4 +1,4 @@
-"""Which teacher, student, rows and objective go together: what was left open is decided, what cannot be is refused."""
+"""Fills in and checks the block `method.distillation` of a job, given its models and rows."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,26 +18,19 @@ from app.errors import BadRequest
 from app.services.training_rows import CONVERSATIONS, UNANSWERED
 
 BLOCK = "method.distillation"
-NARROWABLE = (
-    "gpt2",
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-    "t5",
-)  # whose width can be sliced
-EXPORTABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")  # to GGUF
+# Architectures whose width can be reduced, and those that can be exported to GGUF.
+NARROWABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "t5")
+EXPORTABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 SIGNAL = "objective.teacher_signal"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A teacher, the model that the student starts from (the same one, perhaps), and the format of the rows."""
+    """A teacher, the model that the student starts from, and the format of the training rows."""
 
     teacher: ModelFacts
     start: ModelFacts
-    is_same: bool
+    is_same: bool  # the student starts from the teacher
     row_format: str | None
 
     @property
@@ -47,7 +40,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a student before it is built: of a ladder, the smallest one."""
+    """Properties of a student that are known before it is built; for a ladder, of the smallest."""
 
     architecture: str
     family: ModelKind
@@ -56,7 +49,7 @@ class Outline:
 
 
 def settle(block: Distillation, pair: Pair) -> Distillation:
-    """The block with what was left open decided by what goes with it. Raises BadRequest for what cannot work."""
+    """Returns the block with its open fields filled in. Raises BadRequest if it cannot work."""
     student = settle_student(block.student, pair)
     check_start(student, pair)
     check_layers(student, pair.start)
@@ -76,12 +69,14 @@ def settle(block: Distillation, pair: Pair) -> Distillation:
 
 
 def refuse(message: str, param: str, code: str = "invalid_value") -> NoReturn:
+    """Raises BadRequest for a field of the block, or for `model` or `training_file` outside it."""
     raise BadRequest(
         message, code, param if param in ("model", "training_file") else f"{BLOCK}.{param}"
     )
 
 
 def settle_student(student: Student, pair: Pair) -> Student:
+    """Returns the student's block with `init`, `freeze_head` and `freeze_encoder` filled in."""
     said, decided = student.model_fields_set, dict[str, Any]()  # Any: fields of several types
     init = student.init
     if "init" not in said:
@@ -107,6 +102,7 @@ def settle_student(student: Student, pair: Pair) -> Student:
 
 
 def check_start(student: Student, pair: Pair) -> None:
+    """Raises BadRequest if the student cannot be made from the model that it starts from."""
     start = pair.start
     if student.config is not None:
         check_sizes(student.config)
@@ -143,6 +139,7 @@ def check_start(student: Student, pair: Pair) -> None:
 
 
 def check_sizes(sizes: FreshConfig) -> None:
+    """Raises BadRequest if the architecture of a fresh student does not support its sizes."""
     head_size = sizes.hidden_size // sizes.num_heads
     if sizes.family == "llama" and head_size % 2:
         refuse(
@@ -161,6 +158,7 @@ def check_sizes(sizes: FreshConfig) -> None:
 
 
 def check_layers(student: Student, start: ModelFacts) -> None:
+    """Raises BadRequest if `start` has too few layers, or if layer counts contradict each other."""
     asked = student.num_layers if isinstance(student.num_layers, tuple) else (student.num_layers,)
     wanted = {
         "num_layers": (max(n or 0 for n in asked), start.num_layers),
@@ -187,6 +185,7 @@ def check_layers(student: Student, start: ModelFacts) -> None:
 
 
 def outline_of(student: Student, start: ModelFacts) -> Outline:
+    """Returns the outline of the student that the job will build."""
     if (sizes := student.config) is not None:
         num_layers = sizes.num_decoder_layers or sizes.num_layers
         if not sizes.has_encoder:
@@ -203,7 +202,7 @@ def outline_of(student: Student, start: ModelFacts) -> Outline:
 
 
 def settle_objective(objective: Objective, pair: Pair, outline: Outline) -> Objective:
-    """What of the teacher is used, and what follows from it: text is learned by cross-entropy alone."""
+    """Returns the objective with the signal filled in, and what the signal requires."""
     signal = settle_signal(objective.teacher_signal, pair, outline)
     if objective.adaptation_steps not in ("auto", 0) and pair.teacher.family != "masked":
         refuse(
@@ -219,6 +218,7 @@ def settle_objective(objective: Objective, pair: Pair, outline: Outline) -> Obje
 
 
 def settle_signal(asked: str, pair: Pair, outline: Outline) -> TeacherSignal:
+    """Returns the signal that the pair uses. Raises BadRequest if it cannot use the one given."""
     teacher = pair.teacher
     if teacher.family == "masked":
         if asked in ("logits", "uld", "text"):
@@ -255,6 +255,7 @@ def settle_signal(asked: str, pair: Pair, outline: Outline) -> TeacherSignal:
 
 
 def settle_data(block: Distillation, objective: Objective, pair: Pair) -> Data:
+    """Returns the data block with `completions` filled in. Raises BadRequest if it cannot work."""
     data, row_format, teacher = block.data, pair.row_format, pair.teacher
     where, is_unanswered = "data.completions", row_format in UNANSWERED
     learns_text = objective.teacher_signal == "text" and data.completions is None
@@ -307,7 +308,7 @@ def settle_data(block: Distillation, objective: Objective, pair: Pair) -> Data:
 
 
 def check_terms(objective: Objective, pair: Pair, outline: Outline) -> None:
-    """The feature terms: layers that exist, and positions that mean the same in both models."""
+    """Raises BadRequest for feature terms that do not fit: tokenizers, sides, heads and layers."""
     hidden, attention = objective.hidden, objective.attention
     for name, term in (("hidden", hidden), ("attention", attention)):
         if term is not None and not pair.has_one_tokenizer:
@@ -346,7 +347,7 @@ def check_terms(objective: Objective, pair: Pair, outline: Outline) -> None:
 def layer_numbers(
     objective: Objective, teacher: ModelFacts, outline: Outline
 ) -> Iterator[tuple[str, str, int, int]]:
-    """(parameter, whose layer, its number, how many there are) of all that the feature terms name."""
+    """Yields (parameter, model, layer number, number of layers) for all layers of feature terms."""
     if (hidden := objective.hidden) is not None:
         for mine, theirs in hidden.layer_map or ():
             yield "objective.hidden.layer_map", "student", mine, depth_of(outline, hidden.side)
@@ -367,7 +368,7 @@ def layer_numbers(
 
 
 def depth_of(model: ModelFacts | Outline, side: str = "auto") -> int:
-    """Layers of a side; where the run is to choose the side, of the deeper one."""
+    """Returns the number of layers of a side; for "auto", that of the side with more layers."""
     encoder = model.num_encoder_layers or 0
     if side == "encoder":
         return encoder or model.num_layers
@@ -375,6 +376,7 @@ def depth_of(model: ModelFacts | Outline, side: str = "auto") -> int:
 
 
 def check_judgement(block: Distillation, pair: Pair) -> None:
+    """Raises BadRequest if the metric of the gate is not measured, or is undefined for the pair."""
     gate, measured = block.evaluation.gate, {"kl", *block.evaluation.metrics}
     if gate is None:
         return

@@ -1,4 +1,7 @@
-"""Jobs: accepted once, listed, controlled. What a job does while it runs is the worker's to write."""
+"""Accepts distillation and import jobs, and cancels, pauses, resumes and deletes them.
+
+The state of a running job is written by its train worker, not here.
+"""
 
 import hashlib
 import json
@@ -24,22 +27,26 @@ from app.services.retries import RetryInfo, find_created, record_attempt, rememb
 from app.settings import get_settings
 
 IDEMPOTENCY_KEY_LENGTH = 255
-DUPLICATE_SECONDS = (
-    600  # within which a batch is taken for the one that a retry of the client repeats
-)
+# A retry without an idempotency key returns an equal batch that is at most this old.
+DUPLICATE_SECONDS = 600
 JOBS_ROUTE = "POST /v1/fine_tuning/jobs"
 IMPORTS_ROUTE = "POST /v1/models/import"
-Json = dict[str, Any]  # Any: a stored response is whatever JSON was answered
+Json = dict[str, Any]  # Any: JSON values of the stored response
 
 
 @dataclass(frozen=True)
 class Accepted:
+    """The response to a request. `is_replay` is True if an earlier request created its object."""
+
     body: Json
     is_replay: bool
 
 
 def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> Accepted:
-    """Queues a distillation, or answers again what the same request was answered before."""
+    """Queues a distillation, or returns the stored response if the request is a retry.
+
+    Raises a StillhouseError if the request is invalid or exceeds a quota.
+    """
     sha256 = fingerprint(asked.model_dump(mode="json"))
     replay = find_replay(principal, JOBS_ROUTE, attempted, sha256)
     if replay is not None:
@@ -61,7 +68,7 @@ def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> 
         if (created := find_created(session, submitted)) is not None:
             return Accepted(body_of(session, created), is_replay=True)
         demand_room(session, principal.project_id)
-        # Once more, because what it names may have been deleted meanwhile; from here on it cannot be.
+        # Resolve again: an input may have been deleted since. The new locks prevent that.
         plan = submission.plan(session, principal.project_id, asked, short=job_id[-8:])
         job = jobs.insert_job(
             session,
@@ -89,7 +96,10 @@ def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> 
 
 
 def create_import(principal: Principal, asked: ImportModel, attempted: RetryInfo) -> Accepted:
-    """Queues the import of a model from the hub, with the hub token only if the key has the scope for it."""
+    """Queues the import of a model from the hub, or returns the stored response of a retry.
+
+    The import uses the hub token only if the API key has the scope for it.
+    """
     if ".." in asked.source:
         raise BadRequest("source is hf:org/name@revision", param="source")
     sha256 = fingerprint(asked.model_dump(mode="json"))
@@ -137,15 +147,19 @@ def create_import(principal: Principal, asked: ImportModel, attempted: RetryInfo
 
 
 def fingerprint(body: Json) -> str:
+    """Returns the SHA-256 of a request body, by which equal requests are recognised."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def find_replay(
     principal: Principal, route: str, attempted: RetryInfo, sha256: str
 ) -> Accepted | None:
-    """Returns what the first request with this idempotency key was answered; None if there was none.
+    """Returns the response to the first request with this idempotency key, or None.
 
-    Raises BadRequest, Unprocessable or InProgress.
+    Raises:
+        BadRequest: The key is malformed.
+        Unprocessable: The key was used with another body.
+        InProgress: The first request is still being processed.
     """
     key = attempted.idempotency_key
     if key is None:
@@ -160,11 +174,13 @@ def find_replay(
 
 
 def replayed(job: Job) -> Accepted:
+    """Returns the response for a job that an earlier attempt of the request created."""
     with transaction() as session:
         return Accepted(body_of(session, job), is_replay=True)
 
 
 def body_of(session: Session, job: Job) -> Json:
+    """Returns the response body that describes a job."""
     answer = ImportObject.of(job) if job.kind == "import" else job_object(session, job)
     return answer.model_dump(mode="json")
 
@@ -172,7 +188,10 @@ def body_of(session: Session, job: Job) -> Json:
 def claim(
     session: Session, principal: Principal, route: str, attempted: RetryInfo, sha256: str
 ) -> Json | None:
-    """Takes the idempotency key for this transaction, or gives the response of the one that had it first."""
+    """Claims the idempotency key for this transaction, or returns the response stored under it.
+
+    Waits for another transaction that has claimed the key. Raises Unprocessable or InProgress.
+    """
     if attempted.idempotency_key is None:
         return None
     found = idempotency.claim_key(
@@ -182,6 +201,7 @@ def claim(
 
 
 def response_of(found: idempotency.Claimed, sha256: str) -> Json:
+    """Returns the response stored under an idempotency key. Raises Unprocessable or InProgress."""
     if found.request_sha256 != sha256:
         raise Unprocessable(
             "this Idempotency-Key was used with another body; use a new key",
@@ -195,6 +215,7 @@ def response_of(found: idempotency.Claimed, sha256: str) -> Json:
 def remember(
     session: Session, principal: Principal, route: str, attempted: RetryInfo, body: Json
 ) -> None:
+    """Stores the response under the idempotency key, if the request has one."""
     if attempted.idempotency_key is not None:
         idempotency.store_response(
             session, principal.project_id, route, attempted.idempotency_key, body
@@ -202,6 +223,7 @@ def remember(
 
 
 def demand_room(session: Session, project_id: str) -> None:
+    """Locks the project, and raises QuotaExceeded if it has too many jobs that have not ended."""
     lock_project(session, project_id)
     most = get_settings().max_active_jobs_per_project
     if jobs.count_active(session, project_id) >= most:
@@ -211,7 +233,7 @@ def demand_room(session: Session, project_id: str) -> None:
 
 
 def get_job(session: Session, project_id: str, job_id: str, kind: str = "distillation") -> Job:
-    """The project's job with this id; raises NotFound."""
+    """Returns the project's job with this id and kind. Raises NotFound."""
     row = jobs.find_job(session, project_id, job_id)
     if row is None or row.kind != kind:
         raise NotFound(f"the job {job_id!r} does not exist", param="job_id")
@@ -219,11 +241,16 @@ def get_job(session: Session, project_id: str, job_id: str, kind: str = "distill
 
 
 def job_object(session: Session, job: Job) -> JobObject:
+    """Returns the API object of a distillation job, with its position in the queue."""
     return JobObject.of(job, jobs.queue_position(session, job))
 
 
 def cancel_job(project_id: str, job_id: str, kind: str = "distillation") -> Job:
-    """Asks a job to end. A waiting job is cancelled at once, a running one within one heartbeat."""
+    """Cancels a job that is not running, or requests that a running one stop.
+
+    The worker of a running job learns of the request with its next heartbeat. Raises NotFound, and
+    Conflict if the job has ended in another state.
+    """
     with transaction() as session:
         job = get_job(session, project_id, job_id, kind)
         after = jobs.request_cancel(session, job.id)
@@ -238,7 +265,10 @@ def cancel_job(project_id: str, job_id: str, kind: str = "distillation") -> Job:
 
 
 def pause_job(project_id: str, job_id: str) -> Job:
-    """Asks a job to stop at its next checkpoint and wait."""
+    """Pauses a waiting job, or requests that a running one stop at its next checkpoint.
+
+    Raises NotFound, and Conflict if the job has ended or is being cancelled.
+    """
     with transaction() as session:
         job = get_job(session, project_id, job_id)
         after = jobs.request_pause(session, job.id)
@@ -248,14 +278,19 @@ def pause_job(project_id: str, job_id: str) -> Job:
 
 
 def resume_job(project_id: str, job_id: str) -> Job:
-    """Queues a paused or failed job again; it continues from its newest checkpoint.
+    """Queues a paused or failed job again. It continues from its newest checkpoint.
 
-    Raises Conflict if there is nothing to resume, QuotaExceeded if the project has no room for another active job.
+    A pause request that has not taken effect yet is withdrawn.
+
+    Raises:
+        NotFound: The project has no such job.
+        Conflict: There is nothing to resume, or an input of the job was deleted.
+        QuotaExceeded: The project has too many jobs that have not ended.
     """
     with transaction() as session:
         get_job(session, project_id, job_id)
         lock_project(session, project_id)
-        job = jobs.lock_job(session, job_id)  # it may have ended since it was read
+        job = jobs.lock_job(session, job_id)  # its state may have changed since it was read
         if job is None:
             raise NotFound(f"the job {job_id!r} does not exist", param="job_id")
         has_failed = job.status == JobStatus.failed
@@ -271,12 +306,15 @@ def resume_job(project_id: str, job_id: str) -> Job:
 
 
 def delete_job(project_id: str, job_id: str) -> None:
-    """Deletes a job that has ended; its checkpoints go with the next garbage collection. Raises Conflict."""
+    """Deletes a job that has ended. The garbage collector deletes its checkpoints later.
+
+    Raises NotFound, and Conflict if the job has not ended or its model still exists.
+    """
     with transaction() as session:
         job = get_job(session, project_id, job_id)
         if jobs.delete_job(session, job.id) is None:
             raise Conflict(f"the job is {job.status}; cancel it first, then delete it")
-        # After the job is locked: until then it may succeed and register a model.
+        # Check after `delete_job` has locked the job: before, it could still register a model.
         model_id = models.model_of_job(session, job.id)
         if model_id is not None:
             message = f"the job's model {model_id!r} exists; delete it first with DELETE /v1/models/{model_id}"
@@ -290,9 +328,10 @@ def _why_not_resumed(job: Job) -> str:
 
 
 def _demand_inputs(session: Session, job: Job) -> None:
-    """Locks the inputs of a job that was queued in this transaction; raises Conflict if one was deleted.
+    """Locks the inputs of a job that was queued in this transaction.
 
-    Files and models of a failed job may be deleted, those of a queued one may not.
+    The files and models of a failed job can be deleted; those of a queued job cannot.
+    Raises Conflict if an input was deleted, or if the specification of the job cannot be read.
     """
     for param, file_id in (
         ("training_file", job.training_file_id),

@@ -1,4 +1,4 @@
-"""The model registry: which bytes an id means, who may see and change it."""
+"""Model registry: resolves model ids to stored weights, and manages models and their aliases."""
 
 import re
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ LABEL_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 @dataclass(frozen=True)
 class Resolved:
-    """What an id stands for: a folder in the store with config, weights and tokenizer.
+    """A model id with the folder that it names: config, weights and tokenizer in the store.
 
-    `facts` is None for a checkpoint of a job that has not ended.
+    `facts` is None for a checkpoint of a job that has not registered its model.
     """
 
     model_id: str
@@ -34,9 +34,12 @@ class Resolved:
 
 
 def resolve_at_once(project_id: str, model_id: str) -> Resolved:
-    """`resolve` for a generation request, in one trip to the database for a model or an alias. Raises NotFound."""
+    """Like `resolve`, with a single database round trip if the id is a model or an alias.
+
+    Used for generation requests. Raises NotFound.
+    """
     row = models.read_served(project_id, model_id.replace("\x00", "\ufffd"))
-    if row is None:  # a checkpoint, or nothing
+    if row is None:  # a checkpoint, or an unknown id
         with transaction() as session:
             return resolve(session, project_id, model_id)
     ref = ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.manifest_sha256)
@@ -47,12 +50,16 @@ def resolve_at_once(project_id: str, model_id: str) -> Resolved:
 def resolve(
     session: Session, project_id: str, model_id: str, *, param: str = "model", lock: bool = False
 ) -> Resolved:
-    """The folder behind a model id, an alias `name@alias` or a checkpoint `…:ckpt-step-n`; raises NotFound."""
-    model_id = model_id.replace(
-        "\x00", "\ufffd"
-    )  # Postgres holds no NUL: such a model does not exist
+    """Returns the folder of a model id, an alias `name@alias` or a checkpoint `…:ckpt-step-n`.
+
+    With `lock`, the model cannot be deleted until the transaction ends. Raises NotFound.
+    """
+    # Postgres text cannot contain NUL, so no model has such an id.
+    model_id = model_id.replace("\x00", "\ufffd")
     match = CHECKPOINT_PATTERN.fullmatch(model_id)
-    if match:  # the model first: whoever waited for its end then sees that of its checkpoints, too
+    if match:
+        # Lock the model first. If that waits for its deletion, the next query sees the checkpoints
+        # deleted, too.
         registered = models.find_model(session, project_id, match["model"], lock=lock)
         found = models.find_checkpoint(session, project_id, match["model"], int(match["step"]))
         if found is not None:
@@ -65,17 +72,19 @@ def resolve(
 
 
 def options_of(row: Model) -> ServingOptions:
+    """Returns the serving options of a model; the defaults if none are set."""
     return ServingOptions.model_validate(row.serving or {})
 
 
 def artifact(row: Model) -> ArtifactRef:
+    """Returns the reference to a model's folder in the store."""
     return ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.manifest_sha256)
 
 
 def get_model(
     session: Session, project_id: str, model_id: str, *, param: str = "model", lock: bool = False
 ) -> Model:
-    """The version with this id, or the one an alias points at; raises NotFound."""
+    """Returns the model with this id, or the one that an alias points at. Raises NotFound."""
     alias = models.find_alias(session, project_id, model_id) if "@" in model_id else None
     row = models.find_model(session, project_id, alias.model_id if alias else model_id, lock=lock)
     if row is None:
@@ -85,7 +94,13 @@ def get_model(
 
 
 def delete_model(principal: Principal, model_id: str) -> None:
-    """Forgets a model of the caller's project and then its bytes; raises Conflict while something needs it."""
+    """Deletes a model of the caller's project: first its row, then its bytes.
+
+    Raises:
+        NotFound: The project sees no such model.
+        Forbidden: The model is shared by all projects.
+        Conflict: An alias, a job or another model needs it.
+    """
     with transaction() as session:
         row = models.find_model(session, principal.project_id, model_id)
         if row is None:
@@ -94,7 +109,7 @@ def delete_model(principal: Principal, model_id: str) -> None:
             raise Forbidden(
                 f"the model {model_id!r} is shared by all projects; only an operator removes it"
             )
-        models.lock_model(session, row.id)  # nobody may begin to need it now
+        models.lock_model(session, row.id)  # prevents new users
         users = models.users_of_model(session, principal.project_id, row)
         if users:
             raise Conflict(
@@ -108,7 +123,7 @@ def delete_model(principal: Principal, model_id: str) -> None:
 
 
 def set_alias(principal: Principal, name: str, alias: str, *, model_id: str) -> Alias:
-    """Points `name@alias` at a version that the caller sees."""
+    """Points `name@alias` at a model that the caller sees. Raises BadRequest or NotFound."""
     for param, label in (("name", name), ("alias", alias)):
         if not LABEL_PATTERN.fullmatch(label):
             raise BadRequest(
@@ -121,6 +136,7 @@ def set_alias(principal: Principal, name: str, alias: str, *, model_id: str) -> 
 
 
 def delete_alias(principal: Principal, name: str, alias: str) -> None:
+    """Deletes an alias of the caller's project. Raises NotFound."""
     with transaction() as session:
         if not models.delete_alias(session, principal.project_id, f"{name}@{alias}"):
             raise NotFound(f"the alias {name}@{alias} does not exist", "model_not_found", "alias")

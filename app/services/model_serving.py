@@ -1,4 +1,4 @@
-"""How models are served and which are kept loaded: options, pins, and what the serve workers say of a model."""
+"""Serving options and pins of models, and their state on the serve workers."""
 
 from collections.abc import Collection
 
@@ -17,7 +17,13 @@ STATES: tuple[LoadState, ...] = ("resident", "loading", "failed", "absent")
 
 
 def set_options(principal: Principal, model_id: str, asked: SetServing) -> Model:
-    """Decides how a model is served from the next request on. Raises BadRequest for what cannot be, NotFound, Forbidden."""
+    """Sets the serving options of a model, which apply from the next request.
+
+    Raises:
+        BadRequest: The model does not support the options, or the draft does not fit.
+        NotFound: The project sees no such model or draft.
+        Forbidden: The model is shared, and the key lacks the scope `admin`.
+    """
     with transaction() as session:
         row = model_registry.get_model(session, principal.project_id, model_id)
         _refuse_strangers(principal, row)
@@ -60,7 +66,10 @@ def _refuse_beside_vllm(asked: SetServing, facts: ModelFacts) -> None:
 
 
 def _find_draft(session: Session, project_id: str, row: Model, draft_id: str) -> Model:
-    """The drafter, locked so that it cannot be deleted meanwhile. Raises BadRequest and NotFound."""
+    """Returns the draft model, locked so that it cannot be deleted before the transaction ends.
+
+    Raises NotFound, and BadRequest if it cannot be the draft of the model in `row`.
+    """
     drafter = model_registry.get_model(
         session, project_id, draft_id, param="draft.model", lock=True
     )
@@ -80,24 +89,33 @@ def _find_draft(session: Session, project_id: str, row: Model, draft_id: str) ->
 
 
 def pinned(session: Session) -> tuple[ServedModel, ...]:
-    """All that is pinned, as it is to be served now; each once."""
+    """Returns the pinned models of all projects with their present serving options, each once."""
     found: dict[str, ServedModel] = {}
     for pin in models.list_pins(session):
         try:
             served = model_registry.resolve(session, pin.project_id, pin.id).served
         except NotFound:
-            continue  # what it named is gone
+            continue  # the model or alias was deleted
         found[served.residence] = served
     return tuple(found.values())
 
 
 def all_pinned() -> tuple[ServedModel, ...]:
+    """Like `pinned`, in a transaction of its own."""
     with transaction() as session:
         return pinned(session)
 
 
 def pin(principal: Principal, target_id: str) -> ServedModel:
-    """Keeps a model, or what an alias points at from time to time, on every worker. Raises NotFound, BadRequest, Conflict."""
+    """Keeps a model loaded on every serve worker.
+
+    A pinned alias stays pinned when it is moved to another model.
+
+    Raises:
+        NotFound: The project sees no such model.
+        BadRequest: The model cannot generate text.
+        Conflict: A worker cannot hold all pinned models.
+    """
     with transaction() as session:
         found = model_registry.resolve(session, principal.project_id, target_id)
         _refuse_mute(target_id, found.facts)
@@ -112,7 +130,10 @@ def pin(principal: Principal, target_id: str) -> ServedModel:
 
 
 def unpin(principal: Principal, target_id: str) -> ServedModel:
-    """Lets a model make room again, if nothing else pins it. Raises NotFound."""
+    """Removes a pin, so that the model may be unloaded unless another pin keeps it.
+
+    Raises NotFound if the model does not exist.
+    """
     with transaction() as session:
         served = model_registry.resolve(session, principal.project_id, target_id).served
         models.unpin(session, principal.project_id, target_id)
@@ -120,7 +141,10 @@ def unpin(principal: Principal, target_id: str) -> ServedModel:
 
 
 def to_load(principal: Principal, model_id: str) -> ServedModel:
-    """What a worker has to load for a model. Raises NotFound, and BadRequest for a model that writes no text."""
+    """Returns the weights and options that a worker loads for a model.
+
+    Raises NotFound, and BadRequest for a model that cannot generate text.
+    """
     with transaction() as session:
         found = model_registry.resolve(session, principal.project_id, model_id)
     _refuse_mute(model_id, found.facts)
@@ -128,7 +152,10 @@ def to_load(principal: Principal, model_id: str) -> ServedModel:
 
 
 def to_unload(principal: Principal, model_id: str) -> ServedModel:
-    """What a worker has to let go. Raises NotFound, Forbidden, and Conflict while it is pinned."""
+    """Returns the weights and options that a worker unloads for a model.
+
+    Raises NotFound, Forbidden if the model is shared, and Conflict if it is pinned.
+    """
     with transaction() as session:
         found = model_registry.resolve(session, principal.project_id, model_id)
         row = models.find_model(session, principal.project_id, found.model_id)
@@ -144,7 +171,11 @@ def to_unload(principal: Principal, model_id: str) -> ServedModel:
 def status_of(
     served: ServedModel, workers: Collection[ServeWorkerStatus], just_told: Collection[str] = ()
 ) -> ModelStatus:
-    """What the workers say of a model; those that were just told to load it may not have said so yet."""
+    """Returns the state of a model on each worker, and the best of these states.
+
+    `just_told` are the ids of workers that were just told to load it. They are shown as loading
+    until their heartbeats say so.
+    """
     shown = []
     for worker in sorted(workers, key=lambda worker: worker.worker_id):
         state = next(

@@ -1,4 +1,7 @@
-"""Tells every serve worker what is pinned, again and again: workers come, go and forget."""
+"""Sends the list of pinned models to all serve workers periodically.
+
+It is repeated because workers may start, restart or miss a message.
+"""
 
 import asyncio
 
@@ -15,12 +18,15 @@ log = structlog.get_logger(__name__)
 
 
 async def tell_pins(request_router: RequestRouter) -> None:
-    """Says what is pinned now. Raises Unavailable if nobody could be told."""
+    """Sends the list of pinned models now. Raises Unavailable if no worker received it."""
     await request_router.tell(Keep(models=await run_in_threadpool(model_serving.all_pinned)))
 
 
 class PinBroadcaster:
-    """One API process's share of the telling; more than one harms nobody."""
+    """Periodic task of an API process that sends the pins.
+
+    Every API process runs one. Duplicate messages have no effect.
+    """
 
     def __init__(self, request_router: RequestRouter) -> None:
         self._request_router = request_router
@@ -33,7 +39,7 @@ class PinBroadcaster:
         await asyncio.gather(self._telling, return_exceptions=True)
 
     async def _tell(self) -> None:
-        could_tell = True  # an outage is one line in the log
+        could_tell = True  # so that an outage is logged once
         while True:
             await asyncio.sleep(self._request_router.settings.reconcile_seconds)
             try:
@@ -45,4 +51,4 @@ class PinBroadcaster:
                     log.warning("pins_not_told", reason=type(fault).__name__)
                 could_tell = False
             except Exception:
-                log.exception("pins_not_told")  # the telling must outlive any one fault
+                log.exception("pins_not_told")  # the loop must survive any error

@@ -1,6 +1,7 @@
-"""What makes lost messages and dead workers harmless: a look at all jobs, every few seconds, in every API process.
+"""Reconciler: a periodic task that repairs the effects of lost messages and lost workers.
 
-One process acts at a time (an advisory transaction lock), and every rule may run twice without harm.
+It runs in every API process. One of them acts at a time, the one with an advisory transaction
+lock. All rules are idempotent.
 """
 
 import time
@@ -20,17 +21,16 @@ from app.storage import store
 
 log = structlog.get_logger(__name__)
 
-RINGS_A_PASS: Final = 8
-CANCEL_HEARTBEATS: Final = 2  # a worker that has not obeyed by then is not waited for
-PAUSE_GRACE_SECONDS: Final = (
-    600.0  # for a worker to write and store the checkpoint of an overdue job
-)
-GARBAGE_SECONDS: Final = 60.0
+RINGS_A_PASS: Final = 8  # wake-up messages per pass
+CANCEL_HEARTBEATS: Final = 2  # after this many, a job is cancelled without its worker
+# Time that a worker has to write and upload the checkpoint of a job that has run for too long.
+PAUSE_GRACE_SECONDS: Final = 600.0
+GARBAGE_SECONDS: Final = 60.0  # between two rounds of garbage collection
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one pass did; all zeros if another process holds the lock."""
+    """Number of changes of one pass, by rule. All are 0 if another process holds the lock."""
 
     is_leader: bool = False
     num_notified: int = 0
@@ -42,7 +42,7 @@ class Report:
 
 
 class Reconciler:
-    """One API process's share of the looking. `step` is called every `reconcile_seconds`."""
+    """Reconciler of one API process, which calls `step` every `reconcile_seconds`."""
 
     def __init__(
         self, notify_workers: Callable[[], None], *, clock: Callable[[], float] = time.monotonic
@@ -54,7 +54,10 @@ class Reconciler:
         self._last_collected: float | None = None
 
     def step(self) -> Report:
-        """One pass over all rules. Raises DatabaseUnavailable or PoolExhausted, and then counts as cut off."""
+        """Runs one pass over all rules, and garbage collection if it is due.
+
+        Raises DatabaseUnavailable or PoolExhausted. The connected time then starts again from 0.
+        """
         begun = self._clock()
         try:
             with transaction() as session:
@@ -70,7 +73,7 @@ class Reconciler:
         if report.is_leader and self._is_time_to_collect():
             try:
                 report = replace(report, num_collected=collect(store()))
-                self._last_seen = self._clock()  # a long round is no outage
+                self._last_seen = self._clock()  # so that a long round does not look like an outage
             finally:
                 self._last_collected = self._clock()
         if report not in {Report(), Report(is_leader=True)}:
@@ -96,9 +99,10 @@ class Reconciler:
         return Report(True, num_notified, num_lost, num_cancelled, num_woken, num_overdue)
 
     def _may_reap(self, session: Session, begun: float, lease_seconds: float) -> bool:
-        """Whether every worker has had a whole lease's time to reach the database.
+        """Returns whether expired leases may be ended.
 
-        An outage silences all workers alike; taking their jobs right after it would lose the whole fleet.
+        True if this process and the database server have been up and connected for a full lease, so
+        that every worker had time to renew. Otherwise all leases would be lost after an outage.
         """
         server_age = reconciliation.server_age_seconds(session)
         self._note_connection(begun, lease_seconds)
@@ -107,9 +111,10 @@ class Reconciler:
         return min(connected, server_age) >= lease_seconds
 
     def _note_connection(self, begun: float, lease_seconds: float) -> None:
-        """Begins anew to count the connected time after a gap: a stopped server, or a stopped process of ours.
+        """Records a contact with the database, and restarts the connected time after a gap.
 
-        Half a lease without contact is the most that leaves the workers time to renew what they hold.
+        A gap means that the server was away or that this process was suspended. At most half a
+        lease may pass without contact, so that workers have the other half to renew their leases.
         """
         now = self._clock()
         seen = begun if self._last_seen is None else self._last_seen

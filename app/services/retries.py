@@ -1,7 +1,8 @@
-"""Matches the retries of a client that sends no idempotency key to the submission that they repeat.
+"""Matches the retries of a client without idempotency keys to the submission that they repeat.
 
-The OpenAI client repeats a request with the same body and a higher `x-stainless-retry-count`, and sends
-nothing else that names the request. So each attempt is recorded when it arrives, before any work is done.
+The OpenAI client repeats a request with the same body and a higher `x-stainless-retry-count`. It
+sends nothing else that identifies the request. Each attempt is therefore recorded when it arrives,
+before any work is done.
 """
 
 from dataclasses import dataclass
@@ -14,17 +15,18 @@ from app.db.locks import lock_project
 from app.db.schema.tables import Job
 from app.db.session import Session, transaction
 
-MAX_TIMEOUT_SECONDS: Final = 86_400.0  # also that of a client that names none
-# The client waits up to 120 s before a retry; connecting and sending take some time too.
+MAX_TIMEOUT_SECONDS: Final = 86_400.0  # also the default, if a client sends none
+# The OpenAI client waits up to 120 s before a retry. The rest is for connecting and sending.
 RETRY_DELAY_SECONDS: Final = 150.0
 MAX_RETRY_COUNT: Final = 10_000  # higher counts are treated as this one
 
 
 @dataclass(frozen=True)
 class RetryInfo:
-    """What marks a request as a repetition: its idempotency key, or the client's count of retries.
+    """Headers of a request that identify it as a retry.
 
-    timeout_seconds: How long the client waits for a response, as it says in a header.
+    retry_count: Number of earlier attempts, as counted by the client.
+    timeout_seconds: How long the client waits for a response.
     """
 
     idempotency_key: str | None = None
@@ -34,9 +36,9 @@ class RetryInfo:
 
 @dataclass(frozen=True)
 class Submitted:
-    """A recorded attempt: the submission it belongs to, and the job that an earlier attempt created.
+    """A recorded attempt: its submission, and the job that an earlier attempt created.
 
-    `submission_id` is None if the request has an idempotency key, which says all that is needed.
+    `submission_id` is None if the request has an idempotency key, because the key identifies it.
     """
 
     submission_id: int | None = None
@@ -48,9 +50,9 @@ def record_attempt(
 ) -> Submitted:
     """Records an attempt of a submission, unless it has an idempotency key.
 
-    An attempt without retries before it is a new submission. So is a retry whose earlier attempts never
-    arrived. A job that failed or was cancelled before the retry arrived is not returned: nobody can tell
-    whether this submission created it, and a new job beside one that has ended does no harm.
+    The first attempt of a client is a new submission. So is a retry whose earlier attempts never
+    arrived. A job that failed, was cancelled or was deleted before the retry is not returned. It is
+    not certain that this submission created it, and a new job does no harm when it has ended.
     """
     if attempted.idempotency_key is not None:
         return Submitted()
@@ -58,9 +60,8 @@ def record_attempt(
     retry_count = min(attempted.retry_count, MAX_RETRY_COUNT)
     with transaction() as session:
         if retry_count:
-            lock_project(
-                session, principal.project_id
-            )  # waits for an attempt that is inserting its job
+            # Waits for an earlier attempt that is inserting its job.
+            lock_project(session, principal.project_id)
             seconds = min(attempted.timeout_seconds, MAX_TIMEOUT_SECONDS) + RETRY_DELAY_SECONDS
             found = submissions.find_repeated(session, request, retry_count, retry_seconds=seconds)
             if found is not None:
@@ -72,12 +73,16 @@ def record_attempt(
 
 
 def has_no_result(job: Job) -> bool:
+    """Returns whether the job failed, was deleted, or is cancelled or being cancelled."""
     is_cancelled = job.status == JobStatus.cancelled or job.cancel_requested_at is not None
     return is_cancelled or job.status == JobStatus.failed or job.deleted_at is not None
 
 
 def find_created(session: Session, submitted: Submitted) -> Job | None:
-    """Returns the job that another attempt created meanwhile. Call `lock_project` before."""
+    """Returns the job that another attempt of the submission has created since, or None.
+
+    Call `lock_project` before.
+    """
     if submitted.submission_id is None:
         return None
     submission = submissions.load_submission(session, submitted.submission_id)
@@ -87,6 +92,9 @@ def find_created(session: Session, submitted: Submitted) -> Job | None:
 
 
 def remember_job(session: Session, submitted: Submitted, job: Job) -> None:
-    """Makes the job the answer to later attempts. Call it in the transaction that inserts the job."""
+    """Records the job for later attempts of the submission.
+
+    Call it in the transaction that inserts the job.
+    """
     if submitted.submission_id is not None:
         submissions.set_job(session, submitted.submission_id, job.id)

@@ -1,7 +1,7 @@
-"""Counts the tokens of a file's longest rows, in a process of its own: `python -m app.services.row_lengths`.
+"""Counts the tokens of a file's longest rows, in a child process that runs this module.
 
-Loading a tokenizer and tokenising a long row hold the interpreter lock for seconds, in any thread. In the API
-process the event loop, and with it every stream, would stand still.
+Loading a tokenizer and tokenising a long row hold the GIL for seconds, in any thread. In the API
+process this would block the event loop and all streams.
 """
 
 import heapq
@@ -28,20 +28,22 @@ from app.storage import store
 
 log = structlog.get_logger(__name__)
 
-MAX_ROWS_COUNTED: Final = (
-    256  # the longest rows of a file, which are tokenised to see whether they fit
-)
-MAX_BYTES_COUNTED: Final = 16 * 2**20  # of those rows; the rest of the file is never kept
+# Limits of the rows that are tokenised per file, the longest first. Others are not kept in memory.
+MAX_ROWS_COUNTED: Final = 256
+MAX_BYTES_COUNTED: Final = 16 * 2**20
 NO_TEMPLATE: Final = ChatCost(first=0, end=1, user=0, assistant=0, system=0)
 CHECK_SECONDS: Final = 60.0
-# Each check occupies a core and one of the threads that answer all requests of the API process.
+# Each check occupies a CPU core, and a thread of the pool that all requests of the process share.
 MAX_CHECKS: Final = 4
 MAX_PROJECT_CHECKS: Final = 2
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How a model of a job reads rows: its tokenizer's folder in the store, its family and chat template."""
+    """Properties of a model that decide how many tokens a row has.
+
+    `key` is the model's folder in the store, and `cost` the tokens that its chat template adds.
+    """
 
     key: str
     family: ModelKind
@@ -49,23 +51,31 @@ class Reader:
 
 
 class LengthCheck(Contract):
-    """Asks for a row of a stored file that has more than `max_tokens` tokens for one of the readers."""
+    """Request to find a row of a stored file that exceeds `max_tokens` for one of the readers.
+
+    `is_answered` is True if the answers in the rows are used.
+    """
 
     store_key: str
-    over_bytes: int  # shorter rows are known to fit
+    over_bytes: int  # rows with at most this many bytes are known to fit
     max_tokens: int
     is_answered: bool
     readers: tuple[Reader, ...]
 
 
 class VocabularyCheck(Contract):
-    """Asks how many token ids a stored model's tokenizer needs rows for: the highest one plus 1."""
+    """Request for the vocabulary size that a stored model needs: its highest token id plus 1."""
 
     model_key: str
 
 
 class CheckResult(Contract):
-    """What was found. Of a row that is too long, its line and tokens; no tokens if no tokenizer can split it."""
+    """The result of a check.
+
+    For a length check, `line` and `num_tokens` describe a row that is too long, and are None if all
+    rows fit. If only `num_tokens` is None, a tokenizer cannot split the row.
+    For a vocabulary check, `num_tokens` is the number of token ids.
+    """
 
     line: int | None = None
     num_tokens: int | None = None
@@ -73,7 +83,7 @@ class CheckResult(Contract):
 
 
 class RunningChecks:
-    """Limits how many checks run at the same time, in total and per project."""
+    """Limits how many checks run at the same time, in total and per project. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -81,7 +91,7 @@ class RunningChecks:
 
     @contextmanager
     def one_more(self, project_id: str) -> Iterator[None]:
-        """Counts a check of a project while it runs. Raises TooManyRequests at a limit."""
+        """Counts a check of the project while the block runs. Raises TooManyRequests at a limit."""
         with self._lock:
             if self._num_of[project_id] >= MAX_PROJECT_CHECKS:
                 raise TooManyRequests(
@@ -111,11 +121,12 @@ QUESTION: Final[TypeAdapter[LengthCheck | VocabularyCheck]] = TypeAdapter(
 def ask(
     question: LengthCheck | VocabularyCheck, project_id: str, *, param: str | None = None
 ) -> CheckResult:
-    """Returns what a child process finds.
+    """Runs a check in a child process and returns its result.
 
     Raises:
-        BadRequest: The check took too long; `param` names the file.
-        TooManyRequests: Too many checks are running, of this project or of all.
+        BadRequest: The check took too long. `param` becomes the parameter of the error.
+        TooManyRequests: Too many checks are running, for this project or in total.
+        StillhouseError: The child process failed.
     """
     with RUNNING.one_more(project_id):
         try:
@@ -148,7 +159,7 @@ def _timed_out(question: LengthCheck | VocabularyCheck, param: str | None) -> Ba
 
 
 def main() -> None:
-    """Reads a question from standard input and writes the result to standard output."""
+    """Runs the check given on standard input as JSON, and writes its result to standard output."""
     question = QUESTION.validate_json(sys.stdin.buffer.read())
     if isinstance(question, VocabularyCheck):
         vocabulary = load_tokenizer(question.model_key).get_vocab()
@@ -161,7 +172,7 @@ def main() -> None:
 
 
 def find_too_long(check: LengthCheck) -> CheckResult:
-    """Looks for a row that is too long, or that no tokenizer can split, among the longest rows."""
+    """Returns the first of the longest rows that is too long, or that a tokenizer cannot split."""
     try:
         longest = longest_rows(check.store_key, over_bytes=check.over_bytes)
     except FileNotFoundError:
@@ -174,7 +185,8 @@ def find_too_long(check: LengthCheck) -> CheckResult:
                 for reader in check.readers
             )
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # of the Rust library, and no Exception
+            # The Rust library raises PanicException, which is no subclass of Exception.
+            if type(error).__name__ != "PanicException":
                 raise
             return CheckResult(line=line_number)
         if num_tokens > check.max_tokens:
@@ -183,9 +195,10 @@ def find_too_long(check: LengthCheck) -> CheckResult:
 
 
 def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered: bool) -> int:
-    """Tokens of the sequence that the run makes of a row; an answer still to come counts as one.
+    """Returns the number of tokens of the sequence that a job builds from a row.
 
-    An encoder-decoder has two sequences, and the longer one counts.
+    An answer that the teacher will write counts as one token. For an encoder-decoder, returns the
+    length of the longer of its two sequences.
     """
     cost = reader.cost
     if "messages" in row:
@@ -199,7 +212,7 @@ def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered:
     )
     num_answer = 1
     if "text" in row:
-        if reader.family == "seq2seq":  # its second half answers the first
+        if reader.family == "seq2seq":  # the second half is the target
             num_asked, num_answer = num_asked // 2, num_asked - num_asked // 2 + 1
     else:
         num_asked += cost.first
@@ -211,6 +224,7 @@ def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered:
 def count_chat(
     messages: list[dict[str, str]], tokenizer: Tokenizer, cost: ChatCost, *, is_answered: bool
 ) -> int:
+    """Returns the number of tokens of a conversation, including those of the chat template."""
     if not is_answered and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     roles = [message["role"] for message in messages]
@@ -224,9 +238,9 @@ def count_chat(
 
 
 def longest_rows(store_key: str, *, over_bytes: int) -> list[tuple[int, int, bytes]]:
-    """Returns (bytes, line number, line) of the longest lines over a size, longest first.
+    """Returns (bytes, line number, line) of the lines with more than `over_bytes`, longest first.
 
-    Keeps at most MAX_ROWS_COUNTED lines and MAX_BYTES_COUNTED bytes.
+    Returns at most MAX_ROWS_COUNTED lines and MAX_BYTES_COUNTED bytes.
     """
     rows: list[tuple[int, int, bytes]] = []
     num_bytes = 0
@@ -241,7 +255,7 @@ def longest_rows(store_key: str, *, over_bytes: int) -> list[tuple[int, int, byt
 
 
 def _sizes(file: Iterable[bytes], over_bytes: int) -> Iterator[tuple[int, int, int]]:
-    """(bytes, line number, offset) of the lines over a size."""
+    """Yields (bytes, line number, offset) of the lines with more than `over_bytes`."""
     offset = 0
     for number, line in enumerate(file, 1):
         if len(line) > over_bytes:
@@ -251,6 +265,7 @@ def _sizes(file: Iterable[bytes], over_bytes: int) -> Iterator[tuple[int, int, i
 
 @lru_cache(maxsize=8)
 def load_tokenizer(model_key: str) -> Tokenizer:
+    """Returns the tokenizer of a stored model. Cached, because it is needed for every row."""
     with store().open(f"{model_key}/tokenizer.json") as file:
         return Tokenizer.from_buffer(file.read())
 

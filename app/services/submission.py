@@ -1,4 +1,8 @@
-"""What can be refused before a job is queued: missing things, things that do not fit, too little disk."""
+"""Checks of a distillation request before its job is queued.
+
+They find missing models and files, combinations that cannot work, rows that are too long, and a
+disk that is too small.
+"""
 
 import re
 from dataclasses import dataclass, replace
@@ -18,16 +22,20 @@ from app.services.training_rows import UNANSWERED
 from app.settings import Settings
 from app.storage import store
 
-STUDENT_COPIES = 6  # weights, two Adam moments and three checkpoints' worth of them, in units of the start's weights
-UNBOUNDED_CONTEXT = (
-    2048  # of models whose positions have no end, as worker/models/architectures.py has it
-)
+# Disk that a job needs: weights and two Adam moments, in the run and in three checkpoints. In units
+# of the weights of the model that the student starts from.
+STUDENT_COPIES = 6
+# Context of models with unlimited positions. The same value is in worker/models/architectures.py.
+UNBOUNDED_CONTEXT = 2048
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A job whose parts exist and fit each other."""
+    """The specification of a job whose models and files exist and fit each other.
+
+    `max_tokens` is the longest sequence that the job can train on.
+    """
 
     spec: DistillationJob
     teacher: ModelFacts
@@ -39,7 +47,10 @@ class Plan:
 
 
 def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> Plan:
-    """Resolves and locks what the request names; raises BadRequest or NotFound that says what does not fit."""
+    """Resolves and locks the models and files of a request, and fills in the defaults.
+
+    `short` ends the id of the output model. Raises BadRequest or NotFound.
+    """
     block = asked.method.distillation
     teacher = model_registry.resolve(
         session, project_id, block.teacher, param=f"{BLOCK}.teacher", lock=True
@@ -82,6 +93,7 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
 
 
 def training_file(session: Session, project_id: str, file_id: str, param: str) -> File:
+    """Returns a file of training rows, locked against deletion. Raises BadRequest or NotFound."""
     row = files.find_file(session, project_id, file_id, lock=True)
     if row is None:
         raise NotFound(
@@ -97,7 +109,7 @@ def training_file(session: Session, project_id: str, file_id: str, param: str) -
 
 
 def file_like(session: Session, training: File, file_id: str, param: str) -> File:
-    """Returns another file of the project with rows of the same format. Raises BadRequest or NotFound."""
+    """Returns another file whose rows have the same format. Raises BadRequest or NotFound."""
     row = training_file(session, training.project_id, file_id, param)
     if row.format != training.format:
         name = "validation" if param == "validation_file" else "test"
@@ -109,7 +121,7 @@ def file_like(session: Session, training: File, file_id: str, param: str) -> Fil
 
 
 def refuse_known_rows(test: File, training: File, validation: File | None) -> None:
-    """Raises BadRequest if the test file has the content of a file that the training sees."""
+    """Raises BadRequest if the test file has the content of the training or validation file."""
     for row, name in ((training, "training"), (validation, "validation")):
         if row is not None and row.sha256 == test.sha256:
             raise BadRequest(
@@ -119,7 +131,7 @@ def refuse_known_rows(test: File, training: File, validation: File | None) -> No
 
 
 def settle(block: Distillation, asked: CreateJob, pair: Pair) -> Distillation:
-    """The block with what was left open decided by what the request names. Raises BadRequest."""
+    """Returns the block with its open fields filled in from the request. Raises BadRequest."""
     hyperparameters = block.hyperparameters
     outer = asked.hyperparameters.n_epochs if asked.hyperparameters else "auto"
     if outer != "auto":
@@ -132,22 +144,31 @@ def settle(block: Distillation, asked: CreateJob, pair: Pair) -> Distillation:
 
 
 def context_of(sizes: FreshConfig) -> int:
+    """Returns the context of a fresh student, in tokens."""
     return UNBOUNDED_CONTEXT if sizes.family in ("bloom", "t5") else sizes.max_positions
 
 
 def output_id(start_id: str, suffix: str | None, short: str) -> str:
-    """`ds:{student}:{suffix}:{short}`; a student of a student keeps the name of the first."""
+    """Returns the id of the student's model, `ds:{name}:{suffix}:{short}`.
+
+    `name` is the id of the model that the student starts from. If that is itself a student
+    (`ds:…`), its name is taken over.
+    """
     name = re.sub(r":ckpt-step-\d+$", "", start_id)
     name = name.split(":")[1] if name.startswith("ds:") else name
     return f"ds:{name}:{suffix or ''}:{short}"
 
 
 def artifact(row: File) -> ArtifactRef:
+    """Returns the reference to a file's bytes in the store."""
     return ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.sha256)
 
 
 def inspect(plan: Plan, settings: Settings) -> None:
-    """The checks that read the store: room on the disk, and rows that are too long."""
+    """Runs the checks that read the store: free disk space, vocabulary size and row lengths.
+
+    They take seconds, so call this outside a transaction. Raises BadRequest or TooManyRequests.
+    """
     check_disk(plan.start, settings)
     check_vocabulary(plan)
     check_lengths(plan, plan.training, "training_file")
@@ -158,6 +179,7 @@ def inspect(plan: Plan, settings: Settings) -> None:
 
 
 def check_disk(start: ModelFacts, settings: Settings) -> None:
+    """Raises BadRequest if the store has too little free space for the job."""
     free = store().free_bytes()
     needed = start.weights_bytes * STUDENT_COPIES + settings.min_free_bytes
     if free is not None and free < needed:
@@ -169,6 +191,7 @@ def check_disk(start: ModelFacts, settings: Settings) -> None:
 
 
 def check_vocabulary(plan: Plan) -> None:
+    """Raises BadRequest if a fresh student's vocabulary is smaller than the teacher's tokenizer."""
     sizes = plan.spec.distillation.student.config
     if sizes is None or sizes.vocab_size is None:
         return
@@ -184,10 +207,10 @@ def check_vocabulary(plan: Plan) -> None:
 
 
 def check_lengths(plan: Plan, row: File, param: str) -> None:
-    """Refuses a file with rows that overflow the sequence, what the chat template adds included.
+    """Raises BadRequest if a row of the file, with its chat template, has more than `max_tokens`.
 
-    A token is at least one byte, so only rows with more bytes than tokens fit are tokenised: the longest
-    first, and a bounded number of them.
+    A token has at least one byte, so a row with at most as many bytes as free tokens is known to
+    fit. Of the other rows, a limited number is tokenised, the longest first.
     """
     readers = readers_of(plan)
     added = max(max(0, reader.cost.first) + max(0, reader.cost.system) for reader in readers)
@@ -220,7 +243,10 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
 
 
 def readers_of(plan: Plan) -> tuple[Reader, ...]:
-    """The teacher, and the student where it reads rows in another way; a fresh one has the teacher's tokenizer."""
+    """Returns the readers of the rows: the teacher, and the student if it reads them differently.
+
+    A fresh student has the teacher's tokenizer.
+    """
     student = plan.spec.distillation.student
     teacher = Reader(
         plan.spec.teacher.key, plan.teacher.family, plan.teacher.chat_cost or NO_TEMPLATE
@@ -233,5 +259,5 @@ def readers_of(plan: Plan) -> tuple[Reader, ...]:
 
 
 def has_answers(plan: Plan, row: File) -> bool:
-    """Whether the run takes the rows' own answers."""
+    """Returns whether the job uses the answers in the rows, rather than the teacher's."""
     return plan.spec.distillation.data.completions != "teacher" and row.format not in UNANSWERED

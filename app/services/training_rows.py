@@ -1,4 +1,4 @@
-"""Rows of an uploaded JSONL file, checked one by one while the bytes come in."""
+"""Parses and checks the rows of a JSONL file of training data, also while it is uploaded."""
 
 import json
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from app.errors import BadRequest
 
 BOM = b"\xef\xbb\xbf"
-UNANSWERED = frozenset({"prompt", "input", "chat_prompt"})  # the teacher writes the completions
+# Formats without completions, which the teacher writes, and formats with messages.
+UNANSWERED = frozenset({"prompt", "input", "chat_prompt"})
 CONVERSATIONS = frozenset({"chat", "chat_prompt"})
-OPTIONAL = frozenset(
-    {"name", "weight"}
-)  # of a message; the name is not read, weight 0 is not learned from
+# Optional keys of a message. The name is ignored; messages with weight 0 are not learned from.
+OPTIONAL = frozenset({"name", "weight"})
 ROLES = ("system", "developer", "user", "assistant", "tool")
 FORMATS = {
     "chat": frozenset({"messages"}),
@@ -21,17 +21,18 @@ FORMATS = {
     "text": frozenset({"text"}),
 }
 KNOWN_FORMATS = '{"messages": […]}, {"prompt", "completion"}, {"prompt"}, {"input", "target"}, {"input"} or {"text"}'
-Row = dict[str, Any]  # Any: what a stranger put into a JSON object
+Row = dict[str, Any]  # Any: JSON values of a client
 
 
 class InvalidRow(ValueError):
-    """What is wrong with a row; the message is shown behind its line number."""
+    """A row is invalid. The message continues the sentence "line N is"."""
 
 
 class RowChecker:
-    """Takes a file's bytes in pieces of any size and keeps what the first fault was.
+    """Incremental checker of a file that arrives in pieces of any size.
 
-    Memory is bounded by the longest line that is allowed.
+    Records the first fault in `fault` and then ignores the rest. Holds at most one piece and one
+    line in memory.
     """
 
     def __init__(self, max_line_bytes: int, max_rows: int) -> None:
@@ -58,7 +59,7 @@ class RowChecker:
             self._take(bytes(self._rest))
 
     def close(self) -> None:
-        """The file has ended; its last line may lack a newline."""
+        """Checks the last line, which may lack a newline, and that the file is not empty."""
         if self._rest and self.fault is None:
             self._take(bytes(self._rest))
         if self.num_rows == 0 and self.fault is None:
@@ -79,7 +80,7 @@ class RowChecker:
             row_format = check_row(parse_row(line, is_first=self.num_rows == 0))
             if self.format is not None and row_format != self.format:
                 raise InvalidRow(
-                    f"of format {row_format} in a file of format {self.format}; use one format a file"
+                    f"of format {row_format} in a file of format {self.format}; use one format per file"
                 )
         except InvalidRow as fault:
             self.fault = f"line {self.num_rows + 1} is {fault}"
@@ -90,7 +91,7 @@ class RowChecker:
 
 
 def parse_row(line: bytes, *, is_first: bool = False) -> Row:
-    """The JSON object on a line; raises InvalidRow."""
+    """Returns the JSON object on a line. Raises InvalidRow."""
     if is_first and line.startswith(BOM):
         raise InvalidRow("led by a byte order mark; save the file as plain UTF-8")
     if not line.strip():
@@ -105,7 +106,7 @@ def parse_row(line: bytes, *, is_first: bool = False) -> Row:
         raise InvalidRow(f"not valid JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise InvalidRow("nested too deeply") from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # also an integer with too many digits for `int`
         raise InvalidRow(
             str(error) if isinstance(error, InvalidRow) else "not valid JSON: a number is too long"
         ) from None
@@ -115,7 +116,7 @@ def parse_row(line: bytes, *, is_first: bool = False) -> Row:
 
 
 def check_row(row: Row) -> str:
-    """The format of a row; raises InvalidRow."""
+    """Returns the format of a row. Raises InvalidRow."""
     keys = row.keys()
     row_format = next((name for name, wanted in FORMATS.items() if keys == wanted), None)
     if row_format is None:
@@ -129,7 +130,7 @@ def check_row(row: Row) -> str:
 
 
 def _check_messages(messages: object) -> str:
-    """`chat` if the conversation ends with an answer, `chat_prompt` if it waits for one."""
+    """Returns `chat` if the conversation ends with an answer, or else `chat_prompt`."""
     if not isinstance(messages, list) or not messages:
         raise InvalidRow("wrong: messages must be a list with at least one message")
     roles = []

@@ -1,4 +1,4 @@
-"""The first tables: keys, files, models, jobs with their history, idempotency keys."""
+"""Creates the tables of API keys, files, models, jobs with their history, and idempotency keys."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,8 @@ down_revision: str | None = None
 branch_labels: Sequence[str] | None = None
 depends_on: Sequence[str] | None = None
 
-# History ends only with its job: a cascade runs inside the trigger of the foreign key, so its depth is above 1.
+# Events may be deleted only together with their job. The cascade runs inside the trigger of the
+# foreign key, so its trigger depth is greater than 1.
 FORBID_CHANGES = """
 CREATE FUNCTION forbid_changes() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -24,6 +25,7 @@ END $$
 
 
 def upgrade() -> None:
+    """Applies this migration."""
     op.create_table(
         "api_keys",
         sa.Column("id", sa.String(length=32), nullable=False),
@@ -302,6 +304,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Reverts this migration."""
     op.drop_table("aliases")
     op.drop_index("ix_models_project_id", table_name="models")
     op.drop_table("models")

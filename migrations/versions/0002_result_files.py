@@ -1,4 +1,4 @@
-"""The files that a job left for its owner."""
+"""Adds the ids of a job's result files."""
 
 from collections.abc import Sequence
 
@@ -13,6 +13,7 @@ depends_on: Sequence[str] | None = None
 
 
 def upgrade() -> None:
+    """Applies this migration."""
     column = sa.Column(
         "result_file_ids", postgresql.JSONB(), server_default=sa.text("'[]'"), nullable=False
     )
@@ -20,4 +21,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Reverts this migration."""
     op.drop_column("jobs", "result_file_ids")

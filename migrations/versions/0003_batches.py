@@ -1,4 +1,4 @@
-"""Batches of generation requests, and their answers until the output file is made."""
+"""Adds batches of generation requests, and the results that await the output file."""
 
 from collections.abc import Sequence
 
@@ -23,6 +23,7 @@ TIMES = (
 
 
 def upgrade() -> None:
+    """Applies this migration."""
     op.create_table(
         "batches",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -88,6 +89,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Reverts this migration."""
     op.drop_table("batch_results")
     op.drop_index("ix_batches_active", table_name="batches")
     op.drop_index("ix_batches_page", table_name="batches")

@@ -1,4 +1,4 @@
-"""How a model is served, and which models every serve worker keeps."""
+"""Adds serving options of models, and pins of models that serve workers keep loaded."""
 
 from collections.abc import Sequence
 
@@ -13,6 +13,7 @@ depends_on: Sequence[str] | None = None
 
 
 def upgrade() -> None:
+    """Applies this migration."""
     op.add_column("models", sa.Column("serving", postgresql.JSONB()))
     op.create_table(
         "pins",
@@ -29,5 +30,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Reverts this migration."""
     op.drop_table("pins")
     op.drop_column("models", "serving")

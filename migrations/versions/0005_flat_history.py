@@ -1,4 +1,7 @@
-"""Indexes and counters that keep frequent queries independent of the number of ended jobs; submissions."""
+"""Adds submissions, and indexes and counters for frequent queries.
+
+With them, the cost of these queries does not depend on the number of ended jobs.
+"""
 
 from collections.abc import Sequence
 
@@ -48,6 +51,7 @@ END $$
 
 
 def upgrade() -> None:
+    """Applies this migration."""
     for name, table, columns, condition in NEW_INDEXES:
         where = sa.text(condition) if condition else None
         op.create_index(name, table, columns, unique=False, postgresql_where=where)
@@ -86,7 +90,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_job_counts"),
     )
     op.execute(COUNT_JOBS)
-    # The triggers come first: their lock keeps other writers away from `jobs` while it is counted.
+    # The triggers come first: creating them locks `jobs` against other writers until the commit, so
+    # the count below is exact.
     op.execute(
         "CREATE TRIGGER jobs_count AFTER INSERT OR DELETE ON jobs FOR EACH ROW EXECUTE FUNCTION count_jobs()"
     )
@@ -100,6 +105,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Reverts this migration."""
     op.execute("DROP TRIGGER jobs_count_moves ON jobs")
     op.execute("DROP TRIGGER jobs_count ON jobs")
     op.execute("DROP FUNCTION count_jobs()")

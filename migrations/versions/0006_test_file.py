@@ -1,4 +1,4 @@
-"""The file whose rows judge a job's student at the end."""
+"""Adds the file on whose rows a job evaluates its student at the end."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,13 @@ depends_on: Sequence[str] | None = None
 
 
 def upgrade() -> None:
+    """Applies this migration."""
     op.add_column("jobs", sa.Column("test_file_id", sa.String(length=64)))
     active = sa.text("status NOT IN ('succeeded', 'failed', 'cancelled')")
     op.create_index("ix_jobs_active_test_file", "jobs", ["test_file_id"], postgresql_where=active)
 
 
 def downgrade() -> None:
+    """Reverts this migration."""
     op.drop_index("ix_jobs_active_test_file", "jobs")
     op.drop_column("jobs", "test_file_id")

@@ -1,4 +1,7 @@
-"""Failed jobs that can be resumed and deleted, reasons of pauses, and numbered records of an attempt."""
+"""Adds columns for resuming and deleting jobs, pause reasons, and record numbers of attempts.
+
+Also removes metrics of checkpoints that belong to another step.
+"""
 
 from collections.abc import Sequence
 
@@ -12,6 +15,7 @@ depends_on: Sequence[str] | None = None
 
 
 def upgrade() -> None:
+    """Applies this migration."""
     op.add_column("jobs", sa.Column("pause_reason", sa.Text()))
     op.add_column("jobs", sa.Column("resumed_at", sa.DateTime(timezone=True)))
     op.add_column("jobs", sa.Column("deleted_at", sa.DateTime(timezone=True)))
@@ -23,7 +27,7 @@ def upgrade() -> None:
     )
     records = sa.Column("num_records", sa.BigInteger(), server_default=sa.text("0"), nullable=False)
     op.add_column("job_attempts", records)
-    # Checkpoints used to carry the metrics of the last evaluation, whatever its step.
+    # Older versions stored the metrics of the last evaluation, even if its step was another one.
     op.execute(
         "UPDATE checkpoints SET metrics = '{}' WHERE metrics <> '{}' AND NOT EXISTS ("
         "SELECT FROM job_metrics WHERE job_metrics.job_id = checkpoints.job_id "
@@ -33,6 +37,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    """Reverts this migration."""
     op.drop_column("job_attempts", "num_records")
     op.drop_index("ix_jobs_deleted", table_name="jobs")
     op.drop_column("jobs", "deleted_at")

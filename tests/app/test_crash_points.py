@@ -10,7 +10,7 @@ import pytest
 from app import crash_points
 from tests.serve_worker import ROOT
 
-PASS = "import sys; from app import crash; crash.arm(sys.argv[1]); crash.crash_point('here'); print('passed')"
+PASS = "import sys; from app import crash_points; crash_points.arm(sys.argv[1]); crash_points.crash_point('here'); print('passed')"
 
 
 def run(folder: str) -> subprocess.CompletedProcess[str]:

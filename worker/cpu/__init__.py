@@ -1,1 +1,1 @@
-"""Fast paths for CPUs: packed weights, fused decoding and training operations, and their C kernels."""
+"""CPU fast paths: packed weights, fused decoding, training operations, and their C kernels."""

@@ -1,6 +1,8 @@
-"""All layers in one call: of weights that lie in tiles, with keys and values in bfloat16.
+"""Fused decoder: runs all layers of a decode step in one kernel call (kernels/decoder_layers.c).
 
-N rows of Q tokens each, M = N * Q; E hidden size, D width of a head.
+Weights are tiled; keys and values are bfloat16.
+
+N rows of Q tokens each, M = N * Q; E hidden size, D head width.
 """
 
 from collections.abc import Sequence
@@ -14,11 +16,15 @@ from worker.cpu.linear_ops import TiledWeight, packed_weight
 
 
 class FusedDecoder:
-    """The layers as C reads them; the tensors behind the addresses belong to the model, or are kept here."""
+    """Decoder layers of a model as an array of C structures, run by one kernel call.
+
+    The structures hold addresses. Packed weights and biases are kept alive here, norm weights by
+    the model.
+    """
 
     def __init__(
         self, ops: Kernels, layers: Sequence[Any], norm: Any
-    ) -> None:  # Any: a family's own
+    ) -> None:  # Any: each family has its own classes
         self._ops, self._norm = ops, norm
         self._kept: list[Tensor] = []
         self._layers = (Layer * len(layers))(*(self._layer(layer) for layer in layers))
@@ -35,7 +41,11 @@ class FusedDecoder:
 
     @staticmethod
     def knows(layers: Sequence[Any]) -> bool:
-        """Whether all weights are tiled with one dtype, and queries, keys and values share one weight."""
+        """Returns whether the kernel supports these layers.
+
+        All weights must be tiled with one dtype, and queries, keys and values must share one
+        weight.
+        """
         weights = [packed_weight(part) for layer in layers for part in _parts(layer)]
         return (
             all(isinstance(weight, TiledWeight) for weight in weights)
@@ -43,7 +53,11 @@ class FusedDecoder:
         )
 
     def __call__(self, hidden_ME: Tensor, rotations_MD: tuple[Tensor, Tensor], call: Any) -> Tensor:
-        """The last norm [M, E] of the states, which are used up."""
+        """Returns the final RMS norm of the hidden states, [M, E].
+
+        Overwrites `hidden_ME`. Writes the new keys and values into the cache at the window's
+        column.
+        """
         for layer, kept in zip(self._layers, call.cache.layers, strict=True):
             layer.keys, layer.values = kept.addresses
         window, sizes = call.cache.window, self._sizes

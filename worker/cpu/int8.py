@@ -1,11 +1,13 @@
 """Linear layers with int8 weights: half the memory of bfloat16, and faster for few rows on a CPU.
 
-Two implementations. Where the kernels can run it (AVX-512), weights have one scale per output feature and block of 64 inputs,
-and inputs stay bfloat16 (`worker/cpu/kernels/int8_matmul.c`). Elsewhere, or if the number of inputs is not a multiple of 32, oneDNN
-multiplies integers: weights have one scale per output feature, and inputs are quantised with one scale per row. A scale per
-batch would make a row's answer depend on its neighbours.
+There are two implementations. On CPUs with AVX-512 a C kernel is used (kernels/int8_matmul.c). Its
+weights have one scale per output feature and block of 64 inputs, and its inputs stay bfloat16.
+Elsewhere, or if the number of inputs is not a multiple of 32, oneDNN multiplies integers. Its
+weights have one scale per output feature, and its inputs are quantised with one scale per row. A
+single scale per batch would make the result of a row depend on the other rows.
 
-N rows, I and O input and output features, P panels of 32 output features, B blocks of 64 inputs.
+N rows, I input and O output features; P panels of F = 32 output features, B blocks of K = 64
+inputs, L lines of a panel.
 """
 
 from typing import Any
@@ -28,8 +30,8 @@ LARGEST = 127
 SIGN_BIT = 128
 BLOCK_INPUTS = 64  # inputs that share a scale
 PANEL_OUTPUTS = 32  # output features that are stored together
-PACKED_AT_ONCE = 4096  # output features, which bounds the temporary memory
-UNSIGNED_ZERO = 128  # oneDNN multiplies unsigned rows by signed weights
+PACKED_AT_ONCE = 4096  # output features; bounds the temporary memory
+UNSIGNED_ZERO = 128  # zero point of the inputs: oneDNN multiplies unsigned by signed integers
 HAS_INT8: bool = (
     hasattr(torch.ops.onednn, "qlinear_pointwise")
     and "onednn" in torch.backends.quantized.supported_engines
@@ -37,7 +39,7 @@ HAS_INT8: bool = (
 
 
 def int8_kernels(num_inputs: int) -> Kernels | None:
-    """Returns the kernels if they can multiply int8 weights with so many inputs, else None."""
+    """Returns the kernels if they support int8 weights with this number of inputs, else None."""
     ops = kernels()
     return ops if ops is not None and ops.has_int8 and num_inputs % TILE_DEPTH == 0 else None
 
@@ -47,13 +49,16 @@ def quantize_blocks(weight_OI: Tensor) -> tuple[Tensor, Tensor]:
     blocks_OBK = _padded(weight_OI.float(), 1, BLOCK_INPUTS).view(len(weight_OI), -1, BLOCK_INPUTS)
     tiny = torch.finfo(torch.bfloat16).tiny
     scale_OB = (blocks_OBK.abs().amax(-1) / LARGEST).clamp_(min=tiny).bfloat16()
-    # a scale that was rounded down would take the largest weight out of range
+    # if bfloat16 rounds a scale down, the largest weight exceeds 127: clamp it
     whole_OBK = (blocks_OBK / scale_OB.float()[..., None]).round_().clamp_(-LARGEST, LARGEST)
     return whole_OBK.flatten(1)[:, : weight_OI.shape[1]].to(torch.int8), scale_OB
 
 
 def pack_int8(weight_OI: Tensor) -> Tensor:
-    """Quantises a weight and returns the bytes that `worker/cpu/kernels/int8_matmul.c` reads: [P, bytes of a panel]."""
+    """Quantises a weight and packs it for kernels/int8_matmul.c.
+
+    Returns bytes, [P, bytes of a panel]. The number of inputs must be a multiple of 32.
+    """
     assert weight_OI.shape[1] % TILE_DEPTH == 0
     return torch.cat(
         [_pack_features(some_OI) for some_OI in torch.split(weight_OI, PACKED_AT_ONCE)]
@@ -65,8 +70,10 @@ def _pack_features(weight_OI: Tensor) -> Tensor:
     num_panels, num_in = len(whole_OI) // PANEL_OUTPUTS, whole_OI.shape[1]
     scale_PBF = scale_OB.view(num_panels, PANEL_OUTPUTS, -1).transpose(1, 2).contiguous()
     bytes_OI = whole_OI.abs().to(torch.uint8) | (whole_OI < 0).to(torch.uint8) * SIGN_BIT
-    # A line of 64 bytes holds 16 features by two pairs of inputs, so interleaved that unpacking its bytes separates the pairs:
-    # [panel, half of it, quarter of a line, feature, line, pair, input] becomes [panel, line, half, quarter, pair, feature, input].
+    # A line of 64 bytes holds 16 features by two pairs of inputs. They are interleaved such that
+    # unpacking the bytes separates the pairs. The permutation turns
+    # [panel, half of panel, quarter of line, feature, line, pair, input] into
+    # [panel, line, half of panel, quarter of line, pair, feature, input].
     sizes = (num_panels, 2, 4, 4, num_in // 4, 2, 2)
     lines_PLB = (
         bytes_OI.view(sizes).permute(0, 4, 1, 2, 5, 3, 6).reshape(num_panels, num_in // 4, -1)
@@ -81,14 +88,17 @@ def _pack_features(weight_OI: Tensor) -> Tensor:
 
 
 def _padded(x: Tensor, dim: int, multiple: int) -> Tensor:
-    """Appends zeros, up to a multiple of a size."""
+    """Appends zeros up to the next multiple of a size."""
     num_missing = -x.shape[dim] % multiple
     padding = (0, 0) * (x.ndim - 1 - dim) + (0, num_missing)
     return nn.functional.pad(x, padding) if num_missing else x
 
 
 class TiledInt8Weight(TiledWeight):
-    """int8 weights packed for our kernel. Inputs, outputs and everything else are as with bfloat16 weights."""
+    """int8 weight packed for our own kernel.
+
+    Its `dtype` is bfloat16, the dtype of its inputs and outputs.
+    """
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,7 +113,7 @@ class TiledInt8Weight(TiledWeight):
 
 
 class Int8Weight:
-    """A weight in oneDNN's own layout for integers, and the scale of each output."""
+    """Weight packed by oneDNN for integer matmuls, with one scale per output feature."""
 
     def __init__(self, weight_OI: Tensor) -> None:
         self.scale_O = (
@@ -115,7 +125,7 @@ class Int8Weight:
         self._zeros_O = torch.zeros(len(self.scale_O), dtype=torch.int64)
 
     def product(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
-        """x W^T + bias, float32."""
+        """Returns x W^T + bias in float32."""
         x = x.float()  # a scale rounded to bfloat16 would let the largest input exceed 127 and wrap
         scale = (
             x.abs()
@@ -133,7 +143,10 @@ class Int8Weight:
 
 
 class Int8Linear(nn.Linear):
-    """An nn.Linear whose class was swapped; of its weight only shape and float are left."""
+    """`nn.Linear` whose class was replaced in place.
+
+    Its `weight` is an empty meta tensor that keeps only shape and dtype.
+    """
 
     whole: Int8Weight
 
@@ -142,7 +155,7 @@ class Int8Linear(nn.Linear):
 
 
 class Int8Conv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
-    """GPT-2's linear layer."""
+    """GPT-2's linear layer, with its class replaced in the same way as `Int8Linear`."""
 
     whole: Int8Weight
 
@@ -151,9 +164,9 @@ class Int8Conv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
 
 
 def quantize_weights(model: nn.Module, *, but: nn.Module | None = None) -> int:
-    """Quantises the float32 linear layers of a model on a CPU, except one, and returns the bytes that they take.
+    """Quantises the float32 linear layers of a model on a CPU and returns the bytes they take.
 
-    The model can then be called, but not trained or copied.
+    The layer `but` is left as it is. Afterwards the model can be called, but not trained or copied.
     """
     use_onednn(model)
     return sum(

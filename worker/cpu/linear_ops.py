@@ -1,14 +1,17 @@
-"""Float32 matrix products on a CPU by whatever is fastest there, where torch would take the BLAS that it was built with.
+"""Matmuls on a CPU, each by the fastest available implementation.
 
-torch sends float32 products to MKL, which reaches a third to a half of oneDNN's rate on AMD processors; on Intel's it is
-the faster one, by a quarter in gradients, where nothing is packed (bench/LOG.md). Where the processor has tiles (AMX),
-large products are our own, half as fast again: each number as three of bfloat16, as exact as float32 (split.c). The sums are
-float32 in every case; only their order differs. Everywhere else (another device, another float, a torch without the
-operator) the same calls fall back to torch's own product. A processor that multiplies bfloat16 itself does so several
-times as fast: layers may be told to round what they multiply to it, as autocast does; sums, weights, gradients and all
-between the layers stay float32.
+PyTorch sends float32 matmuls to MKL, which is slow on AMD processors: there oneDNN is used. On
+Intel processors MKL is faster for operands that are not packed. On CPUs with AMX, large matmuls run
+as bf16x3 in our own kernel (kernels/bf16x3_matmul.c), which is as exact as float32. bench/LOG.md
+has the timings.
 
-N rows, I and O features in and out.
+Sums are float32 in every case; only their order differs. Other devices, other dtypes, and a PyTorch
+without the oneDNN operator fall back to PyTorch's own matmul.
+
+On CPUs with bfloat16 instructions, layers can be told to round their operands to bfloat16, as
+autocast does. Sums, weights, gradients and the activations between layers stay float32.
+
+N rows, I input features, O output features.
 """
 
 from collections.abc import Callable
@@ -30,19 +33,22 @@ HAS_ONEDNN = HAS_ONEDNN and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 HAS_BFLOAT16: bool = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 IS_INTEL = "GenuineIntel" in CPU_INFO.read_text() if CPU_INFO.exists() else False
 HAS_MKL: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]  # as above
-PREFERS_ONEDNN = HAS_ONEDNN and not (IS_INTEL and HAS_MKL)  # for float32 that lies as it is
-# in instructions of its own, not emulated
+PREFERS_ONEDNN = HAS_ONEDNN and not (IS_INTEL and HAS_MKL)  # for unpacked float32 operands
+# the CPU has bfloat16 instructions; without them oneDNN emulates bfloat16
 HAS_FAST_BFLOAT16: bool = HAS_BFLOAT16 and (
     torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 )
 Activation = Literal["none", "swish"]
-FLOAT32_PARTS, HALF_PARTS = 3, 2  # of bfloat16, in a number of a product by tiles
-# of a float32 product by tiles: 1 / (1 / rows + 1 / columns), and what is summed
+FLOAT32_PARTS, HALF_PARTS = 3, 2  # bfloat16 parts of a float32 number in a bf16x3 matmul
+# smallest matmul that bf16x3 speeds up: rows * columns / (rows + columns), and the summed dimension
 LEAST_SIDE, LEAST_DEPTH = 130, 64
 
 
 def parts_beside(dtype: torch.dtype) -> int:
-    """How exactly a head has to multiply float32 numbers whose body rounds what it multiplies to dtype."""
+    """Returns the number of bfloat16 parts that suffices for float32 matmuls of the LM head.
+
+    `dtype` is the dtype to which the model's body rounds its operands.
+    """
     return HALF_PARTS if dtype == torch.bfloat16 else FLOAT32_PARTS
 
 
@@ -54,9 +60,10 @@ def product(
     room_NO: Tensor | None = None,
     num_parts: int = FLOAT32_PARTS,
 ) -> Tensor:
-    """a b^T + bias, not differentiable; b may have any strides. Room is memory that the result may be written to.
+    """Returns a b^T + bias, without autograd.
 
-    With HALF_PARTS 16 of a number's 24 bits are enough, where that is faster.
+    `b_OI` may have any strides. `room_NO` is memory that may be used for the result. With
+    `HALF_PARTS`, only 16 of the 24 bits of a number are used where that is faster.
     """
     if (ops := _splits(a_NI, b_OI)) is not None:
         rows_NI = a_NI.reshape(-1, a_NI.shape[-1])
@@ -75,7 +82,10 @@ def product(
 def weight_gradient(
     grad_NO: Tensor, x_NI: Tensor, *, onto_OI: Tensor | None = None, num_parts: int = FLOAT32_PARTS
 ) -> Tensor:
-    """grad^T x, not differentiable: the gradient in the weight of a linear layer; added to what there is of it, if given."""
+    """Returns grad^T x, the weight gradient of a linear layer, without autograd.
+
+    If `onto_OI` is given, the gradient is added to it in place.
+    """
     if (ops := _splits(grad_NO.t(), x_NI.t())) is not None:
         operands = (_in_order(grad_NO.t()), _in_order(x_NI.t()))
         return ops.multiply_split(*operands, onto_OI, num_parts=num_parts, adds=onto_OI is not None)
@@ -86,7 +96,10 @@ def weight_gradient(
 
 
 def _splits(a: Tensor, b: Tensor) -> Kernels | None:
-    """Who multiplies a [..., K] by b^T [K, N] by tiles, if that is faster: laying the two out has to pay."""
+    """Returns the kernels if a [..., K] times b^T [K, N] is fastest as bf16x3, else None.
+
+    For small matmuls, packing the operands costs more than it saves.
+    """
     if not _is_fast(a, b) or a.shape[-1] < LEAST_DEPTH or b.numel() == 0:
         return None
     num_rows, num_columns = a.numel() // a.shape[-1], len(b)
@@ -97,25 +110,28 @@ def _splits(a: Tensor, b: Tensor) -> Kernels | None:
 
 
 def _in_order(matrix: Tensor) -> Tensor:
-    """Contiguous one way or the other."""
+    """Returns the matrix itself if one of its strides is 1, else a contiguous copy."""
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 
 
 def onednn_product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`product`, by oneDNN."""
+    """Computes `product` with oneDNN."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, bias_O, "none", [], "")
     return out
 
 
 def onednn_weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
-    """`weight_gradient`, by oneDNN: in float32, whatever the two are; a primitive of its own, where a product would copy the transposed gradient first."""
+    """Computes `weight_gradient` with oneDNN; the result is float32 for any dtype of the operands.
+
+    oneDNN has a primitive for it. A plain matmul would first copy the transposed gradient.
+    """
     operands = (grad_NO.contiguous().to_mkldnn(), x_NI.contiguous().to_mkldnn())
     out: Tensor = torch.ops.aten.mkldnn_linear_backward_weights(*operands, _any_weight(), False)[0]
     return out.to_dense()
 
 
 def _product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Of two bfloat16 tensors too, in float32."""
+    """Returns a b^T + bias in float32, for float32 or bfloat16 operands."""
     if a_NI.dtype == torch.float32:
         return product(a_NI, b_OI, bias_O)
     out_NO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
@@ -126,7 +142,7 @@ def _product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor
 
 @cache
 def _any_weight() -> Tensor:
-    """What the operator takes its result's kind from, and nothing else."""
+    """Returns a tensor from which the oneDNN operator takes only the type of its result."""
     weight: Tensor = torch.empty(1, 1).to_mkldnn()
     return weight
 
@@ -134,7 +150,10 @@ def _any_weight() -> Tensor:
 def linear(
     x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`torch.nn.functional.linear`, differentiable, all three products by the faster library; what they multiply is rounded to dtype."""
+    """Differentiable `torch.nn.functional.linear` with the fastest matmuls, forward and backward.
+
+    Operands are rounded to `dtype`.
+    """
     is_plain = dtype == torch.float32 and not PREFERS_ONEDNN and _splits(x, weight_OI) is None
     if is_plain or not _is_fast(x, weight_OI):
         return nn.functional.linear(x, weight_OI, bias_O)
@@ -148,7 +167,10 @@ def linear(
 def use_onednn(
     model: nn.Module, dtype: torch.dtype = torch.float32, but: nn.Module | None = None
 ) -> None:
-    """From now on the model's linear layers multiply by oneDNN, forward and backward, all but one rounding to dtype."""
+    """Switches a model's linear layers to the matmuls of this module, forward and backward.
+
+    All layers except `but` round their operands to `dtype`.
+    """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
@@ -165,11 +187,12 @@ def pack_weights(
     dtype: torch.dtype = torch.float32,
     but: nn.Module | None = None,
 ) -> int:
-    """Lays the linear layers' weights out for oneDNN, for a model that will not be trained; returns the bytes it took.
+    """Packs the linear layers of a model that will not be trained; returns the bytes they take.
 
-    The plain weights stay, for whoever reads them, and must not change: few rows are multiplied by what was laid out. Else only those
-    stay that other modules share (embeddings): the model can be called and nothing more. With bfloat16 all layers but
-    one round weights, inputs and results to it, and sum in float32.
+    The plain weights stay and must not change: large float32 matmuls read them, others the packed
+    copies. With `keeps_plain=False` only those stay that other modules share (embeddings), and the
+    model can only be called. With bfloat16, all layers except `but` round weights, inputs and
+    results to it, and sum in float32.
     """
     use_onednn(model)
     linears = [
@@ -193,18 +216,24 @@ def pack_weights(
 
 
 def release_weight(module: nn.Module) -> None:
-    """Leaves of a layer's weight its shape and float alone; another layer that shares it keeps it."""
+    """Replaces a layer's weight by an empty meta tensor of its shape and dtype.
+
+    Other modules that share the weight keep it.
+    """
     weight = module.get_parameter("weight")
     module.register_parameter(
         "weight", nn.Parameter(torch.empty_like(weight, device="meta"), False)
     )
 
 
-PACKED_FOR_ROWS = 16  # a hint to oneDNN; layouts for 8 to 64 rows measure alike
+PACKED_FOR_ROWS = 16  # a hint to oneDNN about later calls
 
 
 class PackedWeight:
-    """A weight in oneDNN's own layout, or another. A copied model leaves it behind: torch cannot copy it, and a copy may change."""
+    """Weight in a packed layout, by default oneDNN's.
+
+    A deep copy of the model drops it: PyTorch cannot copy it, and the copy's weights may change.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -214,7 +243,7 @@ class PackedWeight:
         return self.tensor.dtype
 
     def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
-        """x W^T + bias, then the activation, in the weight's float, not differentiable."""
+        """Returns activation(x W^T + bias) in the weight's dtype, without autograd."""
         bias_O = None if bias_O is None else bias_O.to(self.dtype)
         multiply = torch.ops.mkldnn._linear_pointwise.default
         out: Tensor = multiply(x.to(self.dtype), self.tensor, bias_O, activation, [], "")
@@ -225,7 +254,10 @@ class PackedWeight:
 
 
 class TiledWeight(PackedWeight):
-    """A weight in bfloat16 laid out for our own product (product.c): faster with few rows, and each row for itself."""
+    """bfloat16 weight packed for our own kernel (kernels/tiled_matmul.c).
+
+    It is faster for few rows, and the result of a row depends on that row alone.
+    """
 
     def __init__(self, tiles: Tensor, num_out: int, ops: Kernels) -> None:
         super().__init__(tiles)
@@ -248,7 +280,7 @@ def _pack(weight_OI: Tensor) -> PackedWeight:
 
 
 class OneDnnLinear(nn.Linear):
-    """An nn.Linear whose class was swapped, so that its weights, name and ties stay what they were."""
+    """`nn.Linear` whose class was replaced in place, so that weights, names and ties stay."""
 
     packed: PackedWeight | None = None
     rounds_to: torch.dtype = torch.float32
@@ -262,7 +294,7 @@ class OneDnnLinear(nn.Linear):
 
 
 class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
-    """GPT-2's linear layer, whose weight lies the other way round."""
+    """GPT-2's linear layer, whose weight is stored transposed, [I, O]."""
 
     packed: PackedWeight | None = None
     rounds_to: torch.dtype = torch.float32
@@ -277,15 +309,15 @@ class OneDnnConv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped her
 
 
 def packed_weight(module: nn.Module) -> PackedWeight | None:
-    """What a layer multiplies by, if it is laid out for oneDNN."""
+    """Returns the packed weight of a layer, or None if it has none."""
     return module.packed if isinstance(module, OneDnnLinear | OneDnnConv1D) else None
 
 
 def multiplier(module: nn.Module, activation: Activation = "none") -> Callable[[Tensor], Tensor]:
-    """What a linear layer gives, then swish (also called SiLU) if asked; packed weights without the call of a module.
+    """Returns a function that computes a linear layer, followed by swish (SiLU) on request.
 
-    For whoever multiplies by one layer many times, with the layer in the same state and without gradients. Packed weights
-    give what they multiply in: float32 or bfloat16.
+    It is for many calls of a layer that does not change, without autograd. A packed weight is
+    called without the overhead of a module, and returns its own dtype: float32 or bfloat16.
     """
     packed = packed_weight(module)
     if packed is not None:
@@ -321,6 +353,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
+        """Returns x W^T + bias in float32, with operands rounded to `dtype`."""
         # ctx is Any: torch does not type what a context carries
         x, weight_OI = x.to(dtype), weight_OI.to(dtype)
         ctx.save_for_backward(x, weight_OI)
@@ -329,6 +362,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of x, the weight and the bias."""
         x, weight_OI = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])

@@ -1,11 +1,12 @@
-"""The forward pass of a Llama-like model without its module tree: the same weights and arithmetic, few operations.
+"""Forward pass of Llama-like models without their module tree: same arithmetic, fewer operations.
 
-On a CPU a Hugging Face module tree spends about a millisecond a layer in Python, three times what the products of one
-row take (bench/LOG.md). Here mask, cosines and sines are made once a call, and key heads are not repeated for the
-query heads that share them. Some sums come in another order, so logits differ by rounding.
+On a CPU, the Python overhead of a Hugging Face module tree exceeds the matmuls of one row
+(bench/LOG.md). Here mask, cosines and sines are computed once per call, and key heads are not
+repeated for the query heads that share them. Some sums are taken in another order, so logits differ
+by rounding.
 """
 
-# N rows, Q tokens a row in this call, W columns of the window, E hidden size, V vocabulary, M rows times key heads;
+# N rows, Q tokens per row in this call, W columns of the window, E hidden size, V vocabulary, M rows times key heads;
 # a layer has H query heads and K key heads (H = K * G) of width D
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from worker.cpu.fused_decoder import FusedDecoder
 from worker.cpu.kernels.bindings import Kernels, kernels
 from worker.cpu.linear_ops import multiplier, packed_weight
 
-FIRST_POSITIONS = 2048  # rotations made at once
+FIRST_POSITIONS = 2048  # smallest number of positions in the table of rotations
 LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
 
 Model = Any  # transformers is untyped here
@@ -26,7 +27,7 @@ Multiply = Callable[[Tensor], Tensor]
 
 
 def is_lean(model: Model) -> bool:
-    """Whether the model is one that LlamaDecoder leaves nothing out of."""
+    """Returns whether LlamaDecoder implements everything that the model computes."""
     config = model.config
     if config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
         return False
@@ -36,9 +37,9 @@ def is_lean(model: Model) -> bool:
 
 @torch.no_grad()
 def fuse_projections(model: Model) -> None:
-    """Makes queries, keys and values one layer, whose product takes half the time of three at few rows.
+    """Replaces the query, key and value projections by one layer, which is faster for few rows.
 
-    From then on the model can be called through LlamaDecoder alone.
+    Afterwards the model can only be called through LlamaDecoder.
     """
     for layer in model.model.layers:
         attention = layer.self_attn
@@ -54,12 +55,15 @@ def fuse_projections(model: Model) -> None:
 
 
 def has_refined_head(model: Model) -> bool:
-    """Whether the head may be rounded to bfloat16: its best logits are then computed anew."""
+    """Returns whether the LM head may be packed in bfloat16.
+
+    `head_of` then recomputes the highest logits in float32.
+    """
     return is_lean(model) and kernels() is not None and model.get_output_embeddings().bias is None
 
 
 def head_of(model: Model) -> Multiply:
-    """Gives float32 logits [N, …, V] of hidden states [N, …, E]."""
+    """Returns the function from hidden states [N, …, E] to float32 logits [N, …, V]."""
     head, ops = model.get_output_embeddings(), kernels()
     packed = packed_weight(head)
     if ops is None or packed is None or packed.dtype != torch.bfloat16:
@@ -67,27 +71,30 @@ def head_of(model: Model) -> Multiply:
         return exact
 
     def refined(hidden: Tensor) -> Tensor:
-        hidden_NE = hidden.reshape(-1, hidden.shape[-1]).contiguous()  # prompts end at a stride
+        """Returns bfloat16 logits as float32, with the highest ones recomputed in float32."""
+        hidden_NE = hidden.reshape(-1, hidden.shape[-1]).contiguous()  # a slice is strided
         logits_NV = ops.refine(packed.product(hidden_NE, None), hidden_NE, head.weight)
         return logits_NV.view(*hidden.shape[:-1], -1)
 
     return refined
 
 
-MOST_TOKENS = (
-    1024  # of a row that the kernels attend in one call: torch reads a longer prompt block by block
-)
+# most tokens per row in one call of the attention kernel; PyTorch handles longer prompts in blocks
+MOST_TOKENS = 1024
 
 
 class LlamaDecoder:
-    """Calls a model's layers one by one; the weights stay in the model, and may change."""
+    """Runs the layers of a model one by one, or all in one kernel call where that is possible.
+
+    The weights stay in the model. Those that are not packed may change between calls.
+    """
 
     def __init__(self, model: Model) -> None:
         body = model.model
         self._embed, self._rotary, self._norm = body.embed_tokens, body.rotary_emb, body.norm
         self._head = head_of(model)
         self._layers = [_Layer(layer) for layer in body.layers]
-        # these two change all angles with the longest position of a call
+        # with these two types, all angles depend on the longest position of a call
         self._is_fixed = getattr(self._rotary, "rope_type", None) not in ("dynamic", "longrope")
         self._table: tuple[Tensor, Tensor] | None = None
         self._kernels = kernels() if all(layer.has_few_parts for layer in self._layers) else None
@@ -97,16 +104,21 @@ class LlamaDecoder:
 
     @property
     def cache_dtype(self) -> torch.dtype | None:
-        """bfloat16 where the kernels read it: the layers round what they multiply to it anyway."""
+        """dtype of the KV cache: bfloat16 if the kernels read it, else None (the model's own).
+
+        The layers round the operands of their matmuls to bfloat16 anyway.
+        """
         rounds_to = self._layers[0].rounds_to
         return rounds_to if self._kernels is not None and rounds_to == torch.bfloat16 else None
 
     def call(self, _: Model, call: Any) -> Tensor:
-        """As a family is called."""
+        """Returns the logits, through the interface that all model families have."""
         return self.logits(call)
 
-    def logits(self, call: Any) -> Tensor:  # Any: families.Call, which this file cannot import
-        """Of the last tokens: [N, V], or [N, num_logits, V] for more than one."""
+    def logits(
+        self, call: Any
+    ) -> Tensor:  # Any: worker.serve.decoding.families.Call (import cycle)
+        """Returns the logits of the last tokens: [N, V], or [N, num_logits, V] for more than one."""
         hidden_NQE = self._embed(call.tokens_NQ)
         if self._kernels is not None:
             return self._head(self._compiled(self._kernels, hidden_NQE, call)).squeeze(1)
@@ -116,7 +128,7 @@ class LlamaDecoder:
         return self._head(_normed(self._norm, hidden_NQE[:, -call.num_logits :])).squeeze(1)
 
     def _compiled(self, ops: Kernels, hidden_NQE: Tensor, call: Any) -> Tensor:
-        """The same by kernels, up to the last norm: [N, num_logits, E]."""
+        """Returns the final norm [N, num_logits, E] of the last tokens, computed by the kernels."""
         hidden_ME = hidden_NQE.view(-1, hidden_NQE.shape[-1])
         num_tokens, rotations = hidden_NQE.shape[1], self._rotations(hidden_NQE, call)
         if rotations is None or call.starts_N is None or num_tokens > MOST_TOKENS:
@@ -160,6 +172,7 @@ class LlamaDecoder:
         N, Q, _ = hidden_NQE.shape
 
         def attend(projected_MP: Tensor, layer: "_Layer", index: int) -> Tensor:
+            """Returns the attention output [M, H * D] of one layer, computed by PyTorch."""
             projected_NQP = projected_MP.to(hidden_NQE.dtype).view(N, Q, -1)
             attended_NQE = layer.attention(projected_NQP, seen, call.cache, index)
             return attended_NQE.view(N * Q, -1).to(layer.rounds_to)
@@ -167,10 +180,14 @@ class LlamaDecoder:
         return attend
 
     def _rotations(self, hidden_NQE: Tensor, call: Any) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines [N * Q, D], the first half of these negated: looked up where they depend on the position alone."""
+        """Returns cosines and sines [N * Q, D], with the first half of the sines negated.
+
+        They are looked up in a table if they depend on the position alone. None means that PyTorch
+        must compute them.
+        """
         positions_M = call.positions_NQ.flatten()
         if not self._is_fixed:
-            # of prompts the longest position decides, which is the caller's affair
+            # the longest position of a prompt changes all angles: left to PyTorch
             return (
                 self._rotated_at(hidden_NQE, positions_M[None])
                 if hidden_NQE.shape[1] == 1
@@ -190,7 +207,7 @@ class LlamaDecoder:
 
 
 def _table_size(num_positions: int) -> int:
-    """Grows by doubling."""
+    """Returns a power of two, so that the table grows by doubling."""
     return 1 << max(FIRST_POSITIONS, num_positions).bit_length()
 
 
@@ -202,12 +219,12 @@ def _added(
 
 @dataclass(frozen=True)
 class _Seen:
-    """What all layers of one call share: the rotations [N, Q, 1, D] and what each query may look at."""
+    """Inputs that all layers of one call share: rotations [N, Q, 1, D] and attention masks."""
 
     cos: Tensor
-    sin: Tensor  # the first half negated, for the rotated half that it multiplies
-    is_visible: Tensor | None  # [N, 1, Q, W]; None: everything
-    bias_N11W: Tensor | None  # for one token a row: what is added to its scores
+    sin: Tensor  # first half negated, so that `_rotated` only has to swap the halves
+    is_visible: Tensor | None  # [N, 1, Q, W]; None: all keys are visible
+    bias_N11W: Tensor | None  # for one token per row: added to its scores
 
 
 def _see(call: Any, rotations: tuple[Tensor, Tensor], dtype: torch.dtype) -> _Seen:
@@ -219,9 +236,8 @@ def _see(call: Any, rotations: tuple[Tensor, Tensor], dtype: torch.dtype) -> _Se
     if num_tokens > 1:
         is_past_QW = torch.ones(num_tokens, width, dtype=torch.bool, device=is_seen_NW.device)
         is_visible = is_seen_NW[:, None] & is_past_QW.tril_(width - num_tokens)
-        is_visible |= ~is_visible.any(
-            -1, keepdim=True
-        )  # padding sees nothing, whose softmax is not a number
+        # padding sees no key; its softmax would be NaN, so it is given all keys
+        is_visible |= ~is_visible.any(-1, keepdim=True)
         return _Seen(cos, sin, is_visible[:, None], None)
     if is_seen_NW.all():
         return _Seen(cos, sin, None, None)
@@ -247,7 +263,8 @@ class _Layer:
         self.down = multiplier(mlp.down_proj)
         packed = packed_weight(mlp.down_proj)
         self.is_packed = packed is not None
-        # rounded once for all products of the same rows; sums, norms and attention are in the model's own float
+        # inputs are rounded once for all matmuls that share them;
+        # sums, norms and attention keep the model's dtype
         self.rounds_to = mlp.down_proj.weight.dtype if packed is None else packed.dtype
         self.query_norm = getattr(attention, "q_norm", None)
         self.key_norm = getattr(attention, "k_norm", None)
@@ -261,16 +278,16 @@ class _Layer:
 
     @property
     def has_few_parts(self) -> bool:
-        """Whether a step of it is packed products and what the kernels do between them."""
+        """True if the packed matmuls and the kernels cover a whole decode step of this layer."""
         return self.is_packed and self.query_norm is None
 
     def projected(self, normed: Tensor) -> Tensor:
-        """Queries, keys and values side by side."""
+        """Returns queries, keys and values, concatenated along the last dimension."""
         parts = [multiply(normed) for multiply in self.projections]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def forward(self, hidden_NQE: Tensor, seen: _Seen, cache: Any, index: int) -> Tensor:
-        """Of the next layer, in the same memory."""
+        """Returns the input of the next layer, computed in place."""
         normed = _normed(self.before_attention, hidden_NQE).to(self.rounds_to)
         attended = self.attention(self.projected(normed).to(hidden_NQE.dtype), seen, cache, index)
         hidden_NQE = hidden_NQE.add_(self.output(attended))
@@ -278,7 +295,7 @@ class _Layer:
         return hidden_NQE.add_(self.down(self.gate(normed).mul_(self.up(normed))))
 
     def attention(self, projected_NQP: Tensor, seen: _Seen, cache: Any, index: int) -> Tensor:
-        """Of queries, keys and values side by side: what each token finds, [N, Q, H * D]."""
+        """Returns the attention output [N, Q, H * D] for concatenated queries, keys and values."""
         every = projected_NQP.view(*projected_NQP.shape[:2], -1, self.head_width)
         if self.query_norm is None:
             both, value = torch.split(every, [sum(self.num_rotated), self.num_rotated[1]], dim=2)
@@ -316,13 +333,13 @@ class _Layer:
         return torch.bmm(weights_MGW, values_NKWD.reshape(N * K, W, -1)).view(N, 1, -1)
 
 
-# what a layer's projections [M, P] of all tokens find, in the float that its products take [M, H * D]
+# from a layer's projections [M, P] to its attention output [M, H * D], in the dtype of its matmuls
 _Attend = Callable[[Tensor, _Layer, int], Tensor]
 
 
 def _normed(norm: Any, x: Tensor) -> Tensor:
     if x.dtype != torch.float32:
-        normed: Tensor = norm(x)  # it sums in float32, and how it casts back is its own affair
+        normed: Tensor = norm(x)  # sums in float32; families differ in how they cast back
         return normed
     return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 

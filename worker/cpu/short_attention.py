@@ -1,10 +1,12 @@
-"""Attention of short sequences for training on a CPU: whole score matrices, and no copies of shared key heads.
+"""Attention over short sequences for training on a CPU, with full score matrices.
 
-torch's fused kernel on a CPU walks a long sequence block by block; at the lengths that a distillation trains on, the
-plain products take two thirds of its time forward and backward, and a compiled pass over a causal layer, which leaves
-out what is not seen, a third of theirs (bench/LOG.md).
+PyTorch's fused CPU kernel works block by block, which is slow for the short sequences of a
+distillation. Plain matmuls are faster, and they need no copies of shared key heads. For causal
+layers a C kernel (kernels/causal_attention.c) also skips the masked scores. bench/LOG.md has the
+timings.
 
-B batch, H query heads, K key heads (H = K * G), T queries, S keys, D width of a head.
+B batch, H query heads, K key heads (H = K * G), T queries, S keys, D head width. M = B * K matrices
+of N = G * T stacked queries.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from worker.cpu.kernels.bindings import Kernels, kernels
 
 NAME = "stillhouse_short"
-MOST_KEYS = 256  # of longer sequences the score matrices, kept for the backward, take too much
+MOST_KEYS = 256  # the backward pass keeps the score matrices; longer ones take too much memory
 
 
 Way = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -31,7 +33,10 @@ _WAY: ContextVar[Way | None] = ContextVar("way", default=None)
 
 @contextmanager
 def attending(way: Way) -> Iterator[None]:
-    """While it lasts this thread's queries, keys and values [B, H or K, T, D] go that way to [B, T, H, D], masks unread."""
+    """Context manager in which `attend` calls `way` for this thread, and ignores masks.
+
+    `way` takes queries, keys and values [B, H or K, T, D] and the scaling; it returns [B, T, H, D].
+    """
     token = _WAY.set(way)
     try:
         yield
@@ -40,7 +45,10 @@ def attending(way: Way) -> Iterator[None]:
 
 
 def use_short_attention(model: PreTrainedModel) -> None:
-    """From now on the model attends by `attend`, where its family lets it; elsewhere than on a CPU that is torch's."""
+    """Makes `attend` the attention function of the model, if the model uses SDPA.
+
+    `attend` itself calls SDPA on other devices than a CPU.
+    """
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
@@ -52,8 +60,11 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     **more: Any,
-) -> tuple[Tensor, None]:  # Any: whatever a family adds
-    """What transformers calls for a layer: [B, H, T, D] and [B, K, S, D] to [B, T, H, D]."""
+) -> tuple[Tensor, None]:  # Any: families pass different options
+    """Returns attention [B, T, H, D] of queries [B, H, T, D] over keys and values [B, K, S, D].
+
+    Registered as an attention function of transformers. Calls SDPA where `_is_short` is false.
+    """
     scaling = more.get("scaling") or query.shape[-1] ** -0.5
     if (way := _WAY.get()) is not None:
         return way(query, key, value, scaling), None
@@ -104,7 +115,11 @@ def _is_short(
 
 
 def _kernels_for(query: Tensor, key: Tensor, value: Tensor) -> Kernels | None:
-    """The compiled passes, where they do this layer: tokens that attend to themselves and those before, in heads of whole sixteens."""
+    """Returns the compiled kernels if they support this layer, else None.
+
+    They need as many keys as queries, and values as wide as queries. The head width must be a
+    multiple of 16, and H a multiple of K.
+    """
     is_own = query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1]
     return (
         kernels()
@@ -118,6 +133,7 @@ class _CausalAttention(torch.autograd.Function):
     def forward(  # ctx is Any: torch does not type what a context carries
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, ops: Kernels
     ) -> Tensor:
+        """Returns the causal attention [B, T, H, D]."""
         query_BTHD, key_BTKD, value_BTKD = (
             each.transpose(1, 2).contiguous() for each in (query, key, value)
         )
@@ -129,6 +145,7 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of queries, keys and values."""
         *operands, weights = ctx.saved_tensors
         grads = ctx.ops.attention_gradients(
             grad_BTHD.contiguous(), tuple(operands), weights, ctx.scaling
@@ -141,6 +158,7 @@ class _Attention(torch.autograd.Function):
     def forward(  # ctx is Any: torch does not type what a context carries
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float
     ) -> Tensor:
+        """Returns the attention [B, T, H, D]."""
         attended = attention(query, key, value, hidden, scaling)
         ctx.save_for_backward(*attended.saved)
         ctx.scaling, ctx.query_shape = scaling, attended.query_shape
@@ -149,12 +167,16 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of queries, keys and values."""
         attended = Attended(grad_BTHD, ctx.saved_tensors, ctx.query_shape)
         return (*attention_gradients(attended, grad_BTHD, ctx.scaling), None, None)
 
 
 class Attended(NamedTuple):
-    """What an attention gives, and what its gradients need: queries, keys, values and weights, heads together."""
+    """Output of an attention, and what its gradients need.
+
+    `saved` holds queries, keys, values and weights, with the heads of a group stacked.
+    """
 
     out_BTHD: Tensor
     saved: Sequence[Tensor]
@@ -164,9 +186,10 @@ class Attended(NamedTuple):
 def attention(
     query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None, scaling: float
 ) -> Attended:
-    """[B, H, T, D] and [B, K, S, D], without autograd; `hidden` marks what must not be seen.
+    """Returns attention of [B, H, T, D] over [B, K, S, D], without autograd.
 
-    Queries that share a key head stand below each other, in one matrix.
+    `hidden` is true for keys that a query must not see. Queries that share a key head are stacked
+    into one matrix.
     """
     B, H, T, D = query.shape
     K, S = key.shape[1:3]
@@ -184,7 +207,7 @@ def attention(
 def attention_gradients(
     attended: Attended, grad_BTHD: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """In queries, keys and values, shaped like them."""
+    """Returns the gradients of queries, keys and values, in their shapes."""
     query_MND, key_MSD, value_MSD, weights_MNS = attended.saved
     B, H, T, D = attended.query_shape
     M, S = key_MSD.shape[:2]
@@ -204,7 +227,7 @@ def attention_gradients(
 
 
 def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """The batch's products times a number, without a pass of its own for that."""
+    """Returns scaling * (a @ b) per batch entry, without a separate pass for the scaling."""
     return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=scaling)
 
 

@@ -1,6 +1,7 @@
-"""How long a thread computes before the kernel looks who else is there (Linux 6.12 and later).
+"""Longer scheduler slices for threads that compute (Linux 6.12 and later).
 
-A thread that wakes up takes the core from one with longer slices at once, and otherwise waits for the end of a slice.
+A thread that wakes up preempts a thread with longer slices at once. Otherwise it waits until the
+running slice ends.
 """
 
 import ctypes
@@ -10,23 +11,23 @@ import struct
 import sys
 from typing import Final
 
-SETATTR: Final = {
-    "x86_64": 314,
-    "aarch64": 274,
-}  # the number of sched_setattr; libc has no function for it
-ATTRIBUTES: Final = struct.Struct(
-    "=IIQiIQQQ"
-)  # struct sched_attr in its first version: size, policy, ...
-KEEP_POLICY: Final = 8  # a worker that runs as idle or batch work stays so
-LONG_SECONDS: Final = 0.02  # many times the kernel's own, 1.4 ms on two cores
+# system call number of sched_setattr, for which libc has no function
+SETATTR: Final = {"x86_64": 314, "aarch64": 274}
+# struct sched_attr in its first version: size, policy, flags, nice, priority, runtime, ...
+ATTRIBUTES: Final = struct.Struct("=IIQiIQQQ")
+KEEP_POLICY: Final = 8  # flag: a worker that runs with the idle or batch policy keeps it
+LONG_SECONDS: Final = 0.02  # many times the kernel's default slice
 
 
 def take_long_slices() -> bool:
-    """For the calling thread and those that it starts from now on; whether the kernel took it, if only to ignore it."""
+    """Requests long slices for the calling thread and for the threads that it starts later.
+
+    Returns whether the system call succeeded. Kernels before 6.12 accept it and ignore the slice.
+    """
     number = SETATTR.get(platform.machine())
     if number is None or not sys.platform.startswith("linux"):
         return False
-    niceness = os.getpriority(os.PRIO_PROCESS, 0)  # of this thread; left as it is
+    niceness = os.getpriority(os.PRIO_PROCESS, 0)  # of this thread; kept
     asked = ATTRIBUTES.pack(
         ATTRIBUTES.size, 0, KEEP_POLICY, niceness, 0, round(1e9 * LONG_SECONDS), 0, 0
     )

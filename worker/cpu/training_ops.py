@@ -1,9 +1,9 @@
-"""RMS norms, gated MLPs and rotary positions of a model in training: one compiled pass forward, one backward.
+"""RMS norms, gated MLPs and rotary embeddings for training: one compiled pass each way.
 
-In torch a norm is six passes over the states forward and more backward, the middle of a gated MLP and a rotation four; on
-a CPU they took a tenth of a step (bench/LOG.md). Where there are no kernels, or in another float, a module does what it did.
+PyTorch needs several passes over the states for each of them (bench/LOG.md). Without kernels, or if
+the dtype is not float32, a module runs its own forward method.
 
-B rows, T tokens, D width of a head.
+B rows, T tokens, H heads, D head width, E hidden size; P = B, or 1 if all rows share positions.
 """
 
 from types import MethodType
@@ -20,15 +20,19 @@ from worker.cpu.short_attention import NAME as SHORT_ATTENTION
 from worker.cpu.short_attention import attend
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
-# weight * x / sqrt(mean(x^2) + variance_epsilon), and down(act(gate(x)) * up(x)), nothing more
+# these compute weight * x / sqrt(mean(x^2) + variance_epsilon) and nothing more
 RMS_NORMS = {*(f"{family}RMSNorm" for family in FAMILIES), "T5LayerNorm"}
+# these compute down(act(gate(x)) * up(x)) and nothing more
 GATED_MLPS = {f"{family}MLP" for family in FAMILIES}
-# projections, rotation by all of a head's width, attention, a projection, nothing more
+# these have projections, a rotation over the full head width, attention and an output projection
 ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 
 
 def use_lean_body(model: PreTrainedModel) -> None:
-    """From now on the model's norms, gated MLPs and rotations are computed so, where they are of the kinds known here."""
+    """Replaces the forward methods of a model's norms, gated MLPs and attentions by compiled ones.
+
+    Only the classes that are listed in this module are changed.
+    """
     for module in model.modules():
         kind = type(module).__name__
         if kind in RMS_NORMS:
@@ -39,7 +43,7 @@ def use_lean_body(model: PreTrainedModel) -> None:
             module.forward = MethodType(_attention, module)
 
 
-def _norm(self: Any, hidden_states: Tensor) -> Tensor:  # Any: a family's own class
+def _norm(self: Any, hidden_states: Tensor) -> Tensor:  # Any: each family has its own class
     if (ops := _kernels_for(hidden_states)) is None:
         return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
     # torch leaves apply untyped
@@ -89,6 +93,7 @@ def _kernels_for(x: Tensor) -> Kernels | None:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_E: Tensor, eps: float, ops: Kernels) -> Tensor:
+        """Returns the RMS norm times the weight."""
         # ctx is Any: torch does not type what a context carries
         x = x.contiguous()
         out, scales = ops.norm(x, weight_E, eps)
@@ -99,6 +104,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of x and the weight."""
         gradients = ctx.ops.norm_gradients(
             grad.contiguous(), *ctx.saved_tensors, needs_weight=ctx.needs_input_grad[1]
         )
@@ -108,6 +114,7 @@ class _Norm(torch.autograd.Function):
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, ops: Kernels) -> Tensor:
+        """Returns silu(gate) * up."""
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         ctx.ops = ops
@@ -116,12 +123,14 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of gate and up."""
         return (*ctx.ops.swiglu_gradients(grad.contiguous(), *ctx.saved_tensors), None)
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_BTHD: Tensor, cos_PTD: Tensor, sin_PTD: Tensor, ops: Kernels) -> Tensor:
+        """Returns x with rotary embeddings applied."""
         ctx.save_for_backward(cos_PTD, sin_PTD)
         ctx.ops = ops
         return ops.rotate(x_BTHD.contiguous(), cos_PTD, sin_PTD)
@@ -129,6 +138,7 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradient of x."""
         return (
             ctx.ops.rotate(grad_BTHD.contiguous(), *ctx.saved_tensors, is_back=True),
             None,

@@ -1,1 +1,1 @@
-"""Distils a teacher into a student. Knows neither queue nor database."""
+"""Distils a teacher into a student, without access to the queue or the database."""

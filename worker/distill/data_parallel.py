@@ -1,8 +1,12 @@
-"""Several processes that train one student: each takes its share of every batch, and the gradients are summed.
+"""Data-parallel training of one student by several processes (ranks).
 
-All of them keep the same weights, moments and state, so whoever speaks or writes files speaks for all: the first one.
-What decides anything that all do is summed, so that no two of them part. Small sums run between CPUs (gloo), gradients
-between cards (NCCL). Nothing here waits for a process that died: whoever started them ends them all.
+Each rank computes the gradient of its part of every batch, and the gradients are summed. All ranks
+hold the same weights, optimizer moments and state, so only the first rank reports progress and
+writes files. Values that decide what all ranks do next are summed first, so that all ranks decide
+alike.
+
+Small sums run between CPUs (gloo), and gradients between GPUs (NCCL). Nothing here detects that a
+rank has died: the process that started the ranks must end them all.
 """
 
 import json
@@ -16,8 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-PATIENCE = timedelta(days=7)  # the others wait while the first has the teacher answer, or judges
-BUCKET_VALUES = 2**24  # of gradients that are summed at once; a copy of so many is made
+# timeout of a collective; the others wait while the first generates answers or evaluates
+PATIENCE = timedelta(days=7)
+BUCKET_VALUES = 2**24  # number of gradient values per all-reduce; each one copies so many
 
 T = TypeVar("T")
 Json = dict[str, Any]  # Any: open-ended JSON
@@ -25,7 +30,7 @@ Json = dict[str, Any]  # Any: open-ended JSON
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's number among `count`. With one process every method does nothing, at no cost."""
+    """Number of this process among `count`. With one process, every method returns at once."""
 
     number: int = 0
     count: int = 1
@@ -35,9 +40,10 @@ class Ranks:
         return self.number == 0
 
     def share(self, numbers: Sequence[int], lengths: Sequence[int]) -> list[int]:
-        """This process's part of a batch: the longest rows first, each to whoever has the fewest tokens so far.
+        """Returns the part of a batch that this rank computes, in the batch's order.
 
-        May be empty. The order within it is the batch's.
+        Rows are assigned from the longest to the shortest, each to the rank with the fewest tokens
+        so far. The part may be empty.
         """
         if self.count == 1:
             return list(numbers)
@@ -53,7 +59,7 @@ class Ranks:
         return [number for place, number in enumerate(numbers) if place in mine]
 
     def sum(self, *values: float) -> list[float]:
-        """Each value summed over the processes."""
+        """Returns each value summed over the ranks."""
         if self.count == 1:
             return list(values)
         return [
@@ -61,17 +67,20 @@ class Ranks:
         ]
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in place."""
+        """Sums a tensor over the ranks, in place, and returns it."""
         if self.count > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def any(self, is_true: bool) -> bool:
-        """Whether it is true in some process."""
+        """Returns whether the value is true in at least one rank."""
         return self.sum(float(is_true))[0] > 0
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Gives every process the sum of the gradients; none stays none where no process has one."""
+        """Replaces the gradients of every rank by their sum.
+
+        A parameter that has no gradient in any rank keeps `grad = None`.
+        """
         if self.count == 1:
             return
         have = self.sum_tensor(
@@ -87,11 +96,11 @@ class Ranks:
                 parameter.grad = summed.view_as(parameter)
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Blocks until all ranks have called it."""
         self.sum(0.0)
 
     def from_first(self, work: Callable[[], Json]) -> Json:
-        """What the work gives, which the first alone does; the others are told."""
+        """Runs `work` in the first rank alone and returns its result, JSON, in every rank."""
         if self.count == 1:
             return work()
         text = json.dumps(work()).encode() if self.is_first else b""
@@ -102,7 +111,10 @@ class Ranks:
         return told
 
     def first_then_others(self, work: Callable[[], T]) -> T:
-        """Work that leaves something on disk: done by the first, then by the others, who find it there."""
+        """Runs `work` in the first rank, and then in the others, and returns its result.
+
+        It is for work that leaves files on disk, which the other ranks then reuse.
+        """
         if self.is_first:
             done = work()
             self.wait()
@@ -115,17 +127,17 @@ ALONE = Ranks()
 
 
 def join(number: int, count: int, meeting: Path) -> Ranks:
-    """Meets the other processes by way of a file; returns when all are there."""
-    # torch does not say that it exports it
+    """Connects the ranks through the file `meeting`, and returns when all of them are connected."""
+    # PyTorch does not list FileStore among its exports.
     store = dist.FileStore(str(meeting), count)  # type: ignore[attr-defined]
-    has_card = torch.cuda.device_count() >= count  # NCCL does not share one
+    has_card = torch.cuda.device_count() >= count  # NCCL needs a GPU per rank
     backend = "cpu:gloo,cuda:nccl" if has_card else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=PATIENCE)
     return Ranks(number, count)
 
 
 def leave() -> None:
-    """To be called at the end, or torch complains."""
+    """Closes the process group, if there is one. PyTorch warns if it is still open at exit."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Parts of a job's result whose failure does not cost the trained student, such as its evaluation."""
+"""Parts of a job's result that may fail without the loss of the student, such as its evaluation."""
 
 import gc
 import logging
@@ -21,7 +21,7 @@ MAX_MESSAGE_CHARACTERS = 500
 
 
 class MissingPart(BaseModel):
-    """A part that the result lacks; `code` and `message` say why."""
+    """A part that the result lacks. `code` and `message` give the reason."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -30,15 +30,16 @@ class MissingPart(BaseModel):
     message: str
 
     def event(self, decision: str) -> MessageLine:
-        """The warning for the job's events; `decision` says what follows for the student."""
+        """Returns a warning for the job's events. `decision` says what follows for the student."""
         message = f"{self.part} failed ({self.message}); {decision}"
         return MessageLine(level="warn", message=message, data=self.model_dump())
 
 
 def attempt(part: str, code: str, work: Callable[[], T]) -> T | MissingPart:
-    """Returns what `work` returns, or the missing part if it fails.
+    """Returns the result of `work`, or a `MissingPart` if it fails.
 
-    A stop and a full disk are raised: the job is paused then and its part is made when it is resumed.
+    Raises Stopped or DiskFull if `work` does. The job is then paused, and the part is computed when
+    it resumes.
     """
     try:
         return work()
@@ -53,5 +54,6 @@ def attempt(part: str, code: str, work: Callable[[], T]) -> T | MissingPart:
         missing = MissingPart(
             part=part, code="out_of_memory" if is_out_of_memory else code, message=message
         )
-    gc.collect()  # what the failed part held is free once the error and its frames are gone
+    # the memory of the failed part can be freed only after the error and its frames are gone
+    gc.collect()
     return missing

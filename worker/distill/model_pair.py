@@ -1,4 +1,7 @@
-"""The pair of models of a run: how each reads, what of the teacher is used, and the teacher at work."""
+"""The teacher and the student of a run, with the teacher signal that connects them.
+
+Chooses the signal, places the teacher on a device, and loads it when it is needed.
+"""
 
 import hashlib
 import json
@@ -39,7 +42,7 @@ from worker.protocol.run_spec import RunSpec
 
 @dataclass(frozen=True)
 class ModelPair:
-    """What is known of teacher and student before anything is computed, and the teacher once it is wanted."""
+    """The models of a run. They are read on first use."""
 
     spec: RunSpec
     device: str
@@ -48,7 +51,7 @@ class ModelPair:
 
     @property
     def teacher_dir(self) -> Path:
-        """Where the teacher's weights are: its own folder, or that of a copy adapted to the job's rows."""
+        """The folder of the teacher's weights: the original, or a copy adapted to the rows."""
         return self.adapted_dir or self.spec.teacher_dir
 
     @cached_property
@@ -65,12 +68,15 @@ class ModelPair:
 
     @cached_property
     def has_one_tokenizer(self) -> bool:
-        """Equal widths are no proof: the vocabularies are compared."""
+        """True if both vocabularies are equal. Equal vocabulary sizes would not prove it."""
         return bool(self.teacher.tokenizer.get_vocab() == self.student.tokenizer.get_vocab())
 
     @cached_property
     def signal(self) -> Signal:
-        """Raises UnsupportedModel or TokenizerMismatch for what the pair cannot do."""
+        """The teacher signal of the pair.
+
+        Raises UnsupportedModel or TokenizerMismatch if the pair cannot use the requested signal.
+        """
         return choose_signal(
             self.spec.distillation.objective.teacher_signal,
             shape_of(self.teacher.config),
@@ -80,7 +86,7 @@ class ModelPair:
 
     @cached_property
     def objective(self) -> Objective:
-        """As asked for, with what was left open settled."""
+        """The requested objective, with its open choices filled in."""
         asked = self.spec.distillation.objective
         settled: dict[str, object] = {"teacher_signal": self.signal.name}
         if self.signal.has_ranks and not asked.ce_weight:
@@ -89,17 +95,18 @@ class ModelPair:
 
     @cached_property
     def identity(self) -> str:
-        """Whose answers and hidden states are on file."""
+        """Hash of the teacher's weights and tokenizer. Caches of its outputs depend on it."""
         return f"{folder_sha256(self.teacher_dir)}:{tokenizer_sha256(self.teacher.tokenizer)}"
 
     @property
     def answers_path(self) -> Path:
-        """Where the teacher's answers are kept for all jobs that ask it."""
+        """The file of the teacher's answers, shared by all jobs with this teacher."""
         name = hashlib.sha256(self.identity.encode()).hexdigest()[:32]
         return self.spec.cache_dir / "answers" / f"{name}.jsonl"
 
     def load_teacher(self) -> PreTrainedModel:
-        if self.has_features:  # it stays for them, and serves all who ask for it
+        """Loads the teacher. If feature losses are used, one copy stays loaded and is shared."""
+        if self.has_features:  # the feature losses keep it loaded
             return self._resident_teacher
         return self._load()
 
@@ -109,11 +116,15 @@ class ModelPair:
 
     @cached_property
     def placement(self) -> Placement:
-        """Where the teacher goes, as if all its rows fit in the cache's budget."""
+        """The placement of the teacher, assuming that the row cache can hold all of its rows."""
         return self._place(can_cache=self.spec.cache_bytes > 0)
 
     def _place(self, *, can_cache: bool) -> Placement:
-        """Beside the student, or the largest of a ladder, or where it fits. Features need it beside, come what may."""
+        """Chooses a device and a dtype for the teacher.
+
+        The estimate is for the largest student of a ladder. Feature losses run the teacher at every
+        step, so they keep it on the student's device even if it may not fit.
+        """
         if self.card.name == "cpu":
             return Placement(self.card, teacher_device=self.device)
         block = self.spec.distillation
@@ -121,13 +132,14 @@ class ModelPair:
         recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, block.student, num_layers)
         then, tokens = block.objective.then, block.hyperparameters.batch_tokens
         sources = {block.data.completions, then.completions if then else None}
+        # rollouts are never in the row cache
         needs = find_needs(
             self.card,
             recipe,
             self.student.config,
             self.teacher.config,
             batch_tokens=CPU_BATCH_TOKENS if tokens == "auto" else tokens,
-            can_cache=can_cache and not sources & {"student", "replay"},  # whose rows no cache has
+            can_cache=can_cache and not sources & {"student", "replay"},
         )
         placed = place(self.card, needs)
         if self.has_features and (placed.teacher_device == "cpu" or placed.is_teacher_first):
@@ -138,7 +150,8 @@ class ModelPair:
     def load_evaluated_teacher(self) -> PreTrainedModel:
         """Returns the teacher for the evaluation, on the placement's device and in its dtype.
 
-        On a CPU it is loaded again, because the copy that teaches may round its matmuls to bfloat16.
+        On a CPU it is loaded again, because the copy that teaches may round its matmuls to
+        bfloat16.
         """
         if self.card.name != "cpu":
             return self._load()
@@ -148,7 +161,7 @@ class ModelPair:
 
     @cached_property
     def _loaded(self) -> WeakValueDictionary[str, PreTrainedModel]:
-        """Weak reference to the loaded teacher, so that it is shared while in use."""
+        """Weak reference to the loaded teacher, so that it is shared while it is in use."""
         return WeakValueDictionary()
 
     def _load(self) -> PreTrainedModel:
@@ -163,13 +176,16 @@ class ModelPair:
 
     @property
     def has_features(self) -> bool:
-        """Whether hidden states or attention relations are compared."""
+        """True if the objective compares hidden states or attention relations."""
         objective = self.spec.distillation.objective
         asked = objective.hidden is not None or objective.attention is not None
         return asked or self.signal.name == "hidden"
 
     def features(self, rows: Rows) -> FeaturePlan | None:
-        """What is compared beside distributions. Raises TokenizerMismatch."""
+        """Returns the plan of the feature losses, or None if there are none.
+
+        Raises TokenizerMismatch if the tokenizers differ.
+        """
         objective = self.spec.distillation.objective
         if not self.has_features:
             return None
@@ -186,7 +202,14 @@ class ModelPair:
     def adapted(
         self, rows: Rows, batch_tokens: int, on_step: Callable[[int, int], None]
     ) -> "ModelPair":
-        """The pair with its teacher adapted to the training rows, if it is a masked one and is to be; else itself."""
+        """Returns the pair with its teacher adapted to the training rows.
+
+        Returns the pair itself if the objective needs no adaptation. `on_step` receives the steps
+        done and planned.
+
+        Raises UnsupportedModel if steps are requested for a teacher that is not a masked language
+        model.
+        """
         steps = self.spec.distillation.objective.adaptation_steps
         if steps == 0 or (steps == "auto" and self.signal.name != "conditional_mlm"):
             return self
@@ -210,7 +233,7 @@ class ModelPair:
         )
 
     def live_teacher(self, prefix: tuple[int, ...] = ()) -> Teacher:
-        """`prefix` is what all of its rows begin with."""
+        """Loads the teacher, wrapped to compute rows. All rows begin with `prefix`."""
         model = self.load_teacher()
         if shape_of(model.config) == "masked":
             return MaskedTeacher(model, self.teacher.tokenizer.mask_token_id)
@@ -224,7 +247,10 @@ class ModelPair:
         )
 
     def cached_teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher:
-        """The teacher of all students that are made as `recipe` says, whatever their size. Raises TokenizerMismatch."""
+        """Returns the teacher with its row cache. It serves students of all sizes of `recipe`.
+
+        Raises TokenizerMismatch if no token of the student begins where one of the teacher's does.
+        """
         aligned = self._aligned(rows)
         head = load_head(self.teacher_dir, len(self.teacher.tokenizer))
         bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
@@ -255,9 +281,8 @@ class ModelPair:
         )
         teacher.notes = [*self._notes(aligned), *teacher.notes]
         if placed.is_teacher_first and not teacher.is_cached:
-            vars(self)["placement"] = self._place(
-                can_cache=False
-            )  # it has to be there all the time
+            # rows are computed during the training, so the teacher must stay loaded
+            vars(self)["placement"] = self._place(can_cache=False)
         return teacher
 
     def _notes(self, aligned: Aligned | None) -> list[str]:
@@ -314,7 +339,7 @@ def _is_head_of(folder: Path, head: Head) -> bool:
 
 
 def folder_sha256(folder: Path) -> str:
-    """Of a model's configuration and weights."""
+    """Returns a hash of a model folder's configuration and weights."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
@@ -322,4 +347,5 @@ def folder_sha256(folder: Path) -> str:
 
 
 def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a hash of a tokenizer's vocabulary."""
     return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

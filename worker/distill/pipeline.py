@@ -1,4 +1,4 @@
-"""A whole distillation: rows, the teacher's answers, the training, the judgement, the student's folder."""
+"""Runs a distillation: rows, teacher answers, training, evaluation, and the student's folder."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -43,12 +43,12 @@ SamplerFor = Callable[[PreTrainedModel], Sampler]
 
 @dataclass(frozen=True)
 class Outcome:
-    """The student's folder (relative to the run's) and what the public result says of it."""
+    """The student's folder, relative to the run's folder, and its public result."""
 
     folder: str
     result: dict[str, Any]  # Any: open-ended JSON
     trained_tokens: int
-    files: tuple[str, ...] = ()  # for the job's owner, relative to the run's folder
+    files: tuple[str, ...] = ()  # offered for download; relative to the run's folder
 
 
 def distil(
@@ -59,15 +59,15 @@ def distil(
     should_stop: Callable[[], bool],
     ranks: Ranks = ALONE,
 ) -> Outcome:
-    """Runs `spec` to its end, or on from `spec.resume_dir`; as one of several ranks, with the others.
+    """Runs `spec` to its end, or resumes it from `spec.resume_dir`, as one of the given ranks.
 
-    Raises Stopped when asked to stop, and DistillError for what trying again will not mend.
+    Raises Stopped if `should_stop` returns true, and DistillError for permanent failures.
     """
     return Pipeline(spec, out, sink, sampler_for, should_stop, ranks).run()
 
 
 class Pipeline:
-    """One run; its methods are its stages, in order."""
+    """One run. Its methods are its stages, in order."""
 
     def __init__(
         self,
@@ -102,11 +102,11 @@ class Pipeline:
         check_rollouts(self.block, signal, has_one_tokenizer=self.pair.has_one_tokenizer)
         if signal.name != "logits":
             self.sink(MessageLine(message=f"teacher signal: {signal.name} ({signal.reason})"))
-        # the others find the teacher's answers on file
+        # the first rank generates the teacher's answers, and the others read them from disk
         rows = self.ranks.first_then_others(lambda: self._preparation().rows())
         self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
         courses = calibrated(courses, rows.train)
-        # all processes have the cache that the first could make, or none has it
+        # the first rank decides whether there is a row cache, and the others follow
         teacher = self.ranks.first_then_others(
             lambda: self.pair.cached_teacher(rows, courses[0].recipe)
         )
@@ -161,7 +161,7 @@ class Pipeline:
         }
 
     def _ladder_files(self, graduate: SelectedStudent, result: dict[str, Any]) -> tuple[str, ...]:
-        """Adds the ladder, if any, to the result; returns its files."""
+        """Adds the ladder, if any, to the result, and returns the names of its files."""
         if not self.block.student.ladder:
             return ()
         result["ladder"] = graduate.ladder
@@ -173,11 +173,9 @@ class Pipeline:
         return ()
 
     def _draw(self, graduate: SelectedStudent) -> tuple[str, ...]:
-        """The ladder as files of the run's folder."""
-        from worker.distill.evaluation.ladder_plot import (  # loads matplotlib, which few jobs need
-            Rung,
-            write_ladder,
-        )
+        """Draws the ladder into the run's folder, and returns the names of the files."""
+        # imports matplotlib, which few jobs need
+        from worker.distill.evaluation.ladder_plot import Rung, write_ladder
 
         rungs = [
             Rung(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])
@@ -188,7 +186,7 @@ class Pipeline:
         return tuple(path.name for path in paths)
 
     def _place_teacher(self, teacher: CachedTeacher) -> None:
-        """Says where everything goes, and has the teacher work before the training where that is due."""
+        """Reports the placement. Fills the row cache if it must be complete before the training."""
         placed = self.pair.placement
         if placed.message:
             self.sink(MessageLine(message=placed.message))
@@ -199,6 +197,7 @@ class Pipeline:
         throttle = Throttle()
 
         def tell(num_done: int, num_wanted: int) -> None:
+            """Reports progress. Raises Stopped."""
             self._check_stop(step=0)
             if throttle.is_due():
                 self.sink(
@@ -220,10 +219,11 @@ class Pipeline:
         )
 
     def _adapted_pair(self, rows: Rows) -> ModelPair:
-        """The pair, its teacher adapted to the rows where that is asked for."""
+        """Returns the pair, with its teacher adapted to the rows if the job requests it."""
         throttle = Throttle()
 
         def tell(step: int, num_steps: int) -> None:
+            """Reports progress. Raises Stopped."""
             self._check_stop(step=0)
             if step == 0:
                 self.sink(StageLine(name="adapting_teacher"))
@@ -236,7 +236,7 @@ class Pipeline:
             return pair
         if not self.ranks.is_first:
             return replace(pair, adapted_dir=self.out / "teacher")
-        # other jobs' teachers may push this one off the disk: it must outlive that
+        # other jobs may prune this adapted teacher, so link it into the run's own folder
         return replace(pair, adapted_dir=link_folder(pair.adapted_dir, self.out / "teacher"))
 
     def _resumed_state(self) -> TrainState:
@@ -245,8 +245,8 @@ class Pipeline:
         return load_state(self.spec.resume_dir)
 
     def _set_threads(self, state: TrainState) -> None:
-        """The order of sums, and so a run's bits, depends on the threads: a resumed run keeps its number."""
-        wanted = self.spec.num_threads or state.num_threads
+        """Sets threads and determinism. Warns if a resumed run will differ in its last bits."""
+        wanted = self.spec.num_threads or state.num_threads  # the order of sums depends on it
         if wanted != state.num_threads:
             self._warn(
                 f"the checkpoint was made with {state.num_threads} threads and the run goes on with {wanted}: it will be "
@@ -268,7 +268,8 @@ class Pipeline:
         torch.set_num_threads(wanted)
         if self.device == "cpu":
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # 4% of a step
+            # no code reads uninitialized memory, and to fill it takes time
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # not in the stubs
 
     def _check_resumed(self, state: TrainState, setup: TrainingInputs) -> None:
         if self.spec.resume_dir is not None and state.inputs_sha256 != setup.inputs_sha256:
@@ -291,7 +292,7 @@ class Pipeline:
                 rows.answers.copy_to(answers_path, rows.answer_keys)
         resume_dir, best_dir = self.spec.resume_dir, None
         if resume_dir is not None and state.best_step is not None:
-            # the folder we resume from may be deleted while we run: the best student so far must outlive it
+            # the checkpoint may be pruned during the run, so link the best student so far
             source = resume_dir / ("model" if state.best_step == state.step else "best")
             best_dir = self.out / "best-before"
             if self.ranks.is_first:
@@ -324,22 +325,26 @@ class Pipeline:
         )
 
     def _judge(self, rows: Rows, teacher: CachedTeacher, tell: Tell) -> Evaluator:
+        """Returns the evaluator of the held-out rows, or of the test rows."""
         objective = TokenObjective.from_objective(self.block.objective)
         tokens, num_train = batch_tokens_of(self.block.hyperparameters), len(rows.train)
 
         def held_out(examples: list[Example], device: str) -> HeldOutRows:
+            """Returns the batches of the rows, which follow the training rows in the cache."""
             return HeldOutRows(examples, first_index=num_train, batch_tokens=tokens, device=device)
 
         valid = held_out(rows.valid, self.device)
         teachers_valid = held_out(rows.teacher[num_train:], self.pair.placement.teacher_device)
 
         def measure(model: PreTrainedModel) -> HeldOut:
+            """Measures a student."""
             head = head_of(model, len(self.pair.student.tokenizer))
             return valid.measure(
                 model, head, teacher if self.pair.has_one_tokenizer else None, objective
             )
 
         def measure_teacher(model: PreTrainedModel) -> HeldOut:
+            """Measures the teacher."""
             if shape_of(model.config) == "masked":
                 return teachers_valid.measure_teacher(teacher, objective)
             head = head_of(model, len(self.pair.teacher.tokenizer))
@@ -348,9 +353,8 @@ class Pipeline:
                 torch.float32,
             ):
                 head = teacher.head
-            rows = (
-                None if self.pair.signal.has_ranks else teacher
-            )  # those are of some targets alone
+            # with uld the teacher has rows for the aligned targets only
+            rows = None if self.pair.signal.has_ranks else teacher
             return teachers_valid.measure(model, head, rows, objective)
 
         return Evaluator(
@@ -370,12 +374,13 @@ class Pipeline:
     def _test_judge_for(
         self, recipe: StudentRecipe, teacher: CachedTeacher, open_teachers: ExitStack
     ) -> JudgeFor | None:
-        """Returns what prepares the test rows and gives their judge; None without a test file."""
+        """Returns a function that prepares the test rows and returns their evaluator, if any."""
         if self.spec.test_path is None:
             return None
 
         def prepare(tell: Tell) -> Evaluator:
-            teacher.release()  # its rows are no longer needed, and there may be no room for two
+            """Prepares the test rows. `tell` receives the share that is done."""
+            teacher.release()  # frees the teacher: there may be no room for two
             rows = self._preparation().test_rows(lambda share: tell(share / 2))
             test_teacher = self.pair.cached_teacher(rows, recipe)
             open_teachers.callback(test_teacher.close)

@@ -1,7 +1,7 @@
-"""The courses of a job: trainings of one student each, one after the other, that share rows and the teacher's answers.
+"""Trains the students of a job one after the other, and selects one.
 
-A ladder has a course for each size, the smallest first, because it is the first to be done. A baseline is one more: the
-chosen student again, trained on the text alone.
+All students share the rows and the teacher's cached answers. A ladder has one student run per size,
+the smallest first. A baseline is one more run: the selected student, trained on the text alone.
 """
 
 import gc
@@ -33,13 +33,13 @@ from worker.protocol.run_lines import (
 )
 from worker.protocol.run_spec import RunSpec
 
-NUM_CALIBRATION = 8  # rows by which the parts of a width are judged
-TAUGHT_PERCENT = 95.0  # of the run that is done when every student is trained and judged
-TEST_READY_PERCENT = 97.0  # the teacher has answered the test rows
+NUM_CALIBRATION = 8  # rows on which width pruning measures importance
+TAUGHT_PERCENT = 95.0  # progress of the job when every student is trained and evaluated
+TEST_READY_PERCENT = 97.0  # progress when the test rows are prepared
 JUDGED_PERCENT = 99.0
-TRAINING_SHARE = 0.93  # of a course; the rest is its student's judgement
+TRAINING_SHARE = 0.93  # of a student run; the rest is its evaluation
 
-STUDENT = "student"  # the label of a single one
+STUDENT = "student"  # label of the only student of a job without a ladder
 TRAINED = ("num_steps", "num_planned_steps", "best_step", "train_seconds", "stopped_early")
 
 Entry = dict[str, Any]  # Any: open-ended JSON
@@ -48,7 +48,7 @@ JudgeFor = Callable[[Tell], Evaluator]
 
 @dataclass(frozen=True)
 class StudentRun:
-    """One student to be trained; a baseline learns from the text alone."""
+    """The training of one student. A baseline learns from the text alone."""
 
     label: str
     recipe: StudentRecipe
@@ -61,18 +61,18 @@ class StudentRun:
         return self.label if self.label == STUDENT else f"{STUDENT} of {self.label}"
 
     def setup(self, setup: TrainingInputs) -> TrainingInputs:
-        """The job's setup as this course has it."""
+        """Returns the training inputs of this run, derived from those of the job."""
         setup = replace(setup, recipe=self.recipe)
         if not self.is_baseline:
             return setup
         objective = Objective(teacher_signal="text")
         signal = Signal("text", "the baseline has no teacher")
-        recipe = replace(self.recipe, fits_layers=False)  # by the teacher's states
+        recipe = replace(self.recipe, fits_layers=False)  # that needs the teacher
         return replace(setup, recipe=recipe, objective=objective, signal=signal, features=None)
 
 
 def plan_courses(spec: RunSpec) -> list[StudentRun]:
-    """A course for each student of the job, the smallest first. Raises what plan_student does for any of them."""
+    """Returns a run per student, the smallest first. Raises the errors of `plan_student`."""
     student = spec.distillation.student
     return [
         StudentRun(
@@ -84,7 +84,7 @@ def plan_courses(spec: RunSpec) -> list[StudentRun]:
 
 
 def calibrated(courses: Sequence[StudentRun], rows: Sequence[Example]) -> list[StudentRun]:
-    """The courses with what a narrower student's parts are judged by."""
+    """Returns the runs with calibration rows, on which width pruning measures what to keep."""
     sequences = [
         ids for row in rows[:NUM_CALIBRATION] for ids in (row.source_ids, row.token_ids) if ids
     ]
@@ -93,7 +93,7 @@ def calibrated(courses: Sequence[StudentRun], rows: Sequence[Example]) -> list[S
 
 @dataclass(frozen=True)
 class SelectedStudent:
-    """The chosen student's folder, what the public result says of it, and an entry for each that was trained."""
+    """Folder and public result of the selected student. `ladder` has one entry per student."""
 
     folder: Path
     result: Entry
@@ -101,7 +101,7 @@ class SelectedStudent:
 
 
 class StudentSweep:
-    """Trains and judges the students of a job; goes on in the course, and from the step, that `state` says."""
+    """Trains and evaluates the students of a job, and resumes at the run and step in `state`."""
 
     def __init__(
         self,
@@ -116,10 +116,11 @@ class StudentSweep:
         should_stop: Callable[[], bool],
         trains_from: float,
     ) -> None:
-        """`setup` is that of the course that is resumed, if any; `trains_from` is the percentage of the run so far.
+        """Creates a sweep. `setup` is that of the run that is resumed, if there is one.
 
-        `judge_for` gives the judge of the held-out rows, which decide; `test_judge_for` that of the test rows, if there
-        are any. It is called when nothing is left to decide.
+        `judge_for` returns the evaluator of the held-out rows. `test_judge_for` returns that of the
+        test rows, and is called after the selection. `trains_from` is the job's progress before the
+        training, in percent.
         """
         self.courses = courses
         self.setup = setup
@@ -132,7 +133,7 @@ class StudentSweep:
         self.num_courses = len(courses) + evaluation.ce_baseline
         self.trained_tokens = 0
         self._trains_from = trains_from
-        self._span = (trains_from, trains_from)  # percentages between which a judgement is
+        self._span = (trains_from, trains_from)  # progress during an evaluation, in percent
         self._stage: StageName | None = None
         self._throttle = Throttle()
         if setup.resume_dir is not None and setup.ranks.is_first:
@@ -140,7 +141,7 @@ class StudentSweep:
                 link_folder(setup.resume_dir / "finished" / str(number), folder)
 
     def run(self, answers: AnswerFile) -> SelectedStudent:
-        """Raises GateFailed if no student passes, EvaluationFailed if that is unknown, and what a training raises."""
+        """Returns the selected student. Raises GateFailed, EvaluationFailed or training errors."""
         gate = self.evaluation.gate
         if (
             gate is not None
@@ -161,9 +162,7 @@ class StudentSweep:
             raise _not_passed(gate, entries)
         result = self._compare(chosen, answers)
         ladder = [{**entry, "chosen": number == chosen} for number, entry in enumerate(entries)]
-        tests = result.pop(
-            "test_ladder", None
-        )  # None: no test file, or the evaluation on it failed
+        tests = result.pop("test_ladder", None)  # None: no test rows were evaluated
         if self._test_judge_for is not None:
             result["validation"] = {"student": _figures(entries[chosen])}
         if tests is not None:
@@ -177,7 +176,7 @@ class StudentSweep:
         return SelectedStudent(self._finished_dirs[chosen], {**result, **judged, **trained}, ladder)
 
     def _compare(self, chosen: int, answers: AnswerFile) -> Entry:
-        """Returns the report on the chosen student; `missing` lists what could not be made."""
+        """Returns the report on the selected student. `missing` lists the parts that failed."""
         baseline_dir, missing = None, list(self.state.finished[chosen].get("missing", []))
         if self.evaluation.ce_baseline:
             made = self._train_baseline(chosen)
@@ -190,12 +189,14 @@ class StudentSweep:
             return {**self.judge.entries(folder), "missing": missing}
 
         def judge() -> Entry:
+            """Evaluates the student on the test rows, or else on the held-out rows."""
             if self._test_judge_for is not None:
                 return self._test(recipe, chosen, answers, baseline_dir)
             self._enter("evaluating", TAUGHT_PERCENT, JUDGED_PERCENT)
             return self.judge.report(recipe, folder, answers, baseline_dir)
 
         def report() -> Entry:
+            """Returns the evaluation, or the entries so far if it failed."""
             result = self._evaluated(judge, "the student is registered without the comparison")
             return {**self.judge.entries(folder), **result} if "missing" in result else result
 
@@ -206,7 +207,7 @@ class StudentSweep:
     def _test(
         self, recipe: StudentRecipe, chosen: int, answers: AnswerFile, baseline_dir: Path | None
     ) -> Entry:
-        """Returns the report on the test rows; `test_ladder` holds an entry for each student."""
+        """Returns the report on the test rows. `test_ladder` holds an entry per student."""
         assert self._test_judge_for is not None
         self._enter("evaluating", TAUGHT_PERCENT, TEST_READY_PERCENT)
         judge = self._test_judge_for(self._tell_judging)
@@ -225,22 +226,25 @@ class StudentSweep:
 
     def _train_baseline(self, chosen: int) -> Path | MissingPart:
         def train() -> Path:
+            """Trains the baseline and returns its folder."""
             baseline = replace(self.courses[chosen], is_baseline=True)
             state, folder, _ = self._train(len(self.courses), baseline)
             self.trained_tokens += state.trained_tokens
             return folder
 
-        if self.setup.ranks.count > 1:  # after an error in one process the others wait for it
+        # an error must end a job with several ranks, or the others would wait
+        if self.setup.ranks.count > 1:
             return train()
         return attempt("ce_baseline", "baseline_failed", train)
 
     def _evaluate(self, folder: Path, answers: AnswerFile) -> Entry:
-        """Returns a student's entry; if its evaluation fails, an entry with its size and the missing part."""
+        """Returns a student's entry, or its size and the missing part if the evaluation fails."""
         decision = "there is no gate, so the student is registered without its metrics"
         if self.evaluation.gate is not None:
             decision = "the gate counts as not passed"
 
         def evaluate() -> Entry:
+            """Returns the entry, with the student's size in any case."""
             entry = self._evaluated(lambda: self.judge.entry(folder, answers), decision)
             return (
                 {**size_of(bare_model(read_config(folder))), **entry}
@@ -251,7 +255,7 @@ class StudentSweep:
         return self.setup.ranks.from_first(evaluate)
 
     def _evaluate_again(self, answers: AnswerFile) -> None:
-        """Repeats evaluations that failed before the job was resumed."""
+        """Repeats the evaluations that failed before the job was resumed."""
         finished = list(self.state.finished)
         for number, (entry, folder) in enumerate(zip(finished, self._finished_dirs, strict=True)):
             if "missing" in entry:
@@ -265,7 +269,7 @@ class StudentSweep:
         self.state = self.state.model_copy(update={"finished": tuple(finished)})
 
     def _evaluated(self, evaluate: Callable[[], Entry], decision: str) -> Entry:
-        """Returns the evaluation, or an entry that names what is missing after an event with the decision."""
+        """Returns the evaluation. If it fails, warns and returns an entry with the missing part."""
         evaluation = attempt("evaluation", EvaluationFailed.code, evaluate)
         if not isinstance(evaluation, MissingPart):
             return evaluation
@@ -282,7 +286,7 @@ class StudentSweep:
         )
 
     def _take(self, number: int, answers: AnswerFile) -> None:
-        """Trains and judges one student, and goes on behind it."""
+        """Trains and evaluates one student, and moves the state to the next run."""
         course = self.courses[number]
         state, best_dir, num_planned = self._train(number, course)
         folder = self.setup.out / "finished" / str(number)
@@ -290,7 +294,7 @@ class StudentSweep:
         self._enter("evaluating", middle, self._percent(number, 1.0))
 
         if self.setup.ranks.is_first:
-            link_folder(best_dir, folder)  # outlives its checkpoint
+            link_folder(best_dir, folder)  # must outlive its checkpoint
         entry = self._evaluate(folder, answers)
         entry = {
             "label": course.label,
@@ -314,7 +318,7 @@ class StudentSweep:
         self.setup = replace(self.setup, resume_dir=None, best_dir=None)
 
     def _train(self, number: int, course: StudentRun) -> tuple[TrainState, Path, int]:
-        """The state at the end, the folder of the best student, and how many steps there were to be."""
+        """Returns the final state, the best student's folder, and the number of planned steps."""
         self._enter("training", 0.0, 0.0)
         if self.num_courses > 1:
             self.sink(
@@ -335,7 +339,7 @@ class StudentSweep:
         self.state, best_dir = trainer.run()
         num_planned = trainer.total_steps
         del trainer
-        gc.collect()  # modules refer to each other in cycles; their memory is wanted for the judgement
+        gc.collect()  # modules form reference cycles, and the evaluation needs the memory
         return self.state, best_dir, num_planned
 
     def _enter(self, stage: StageName, percent: float, until: float) -> None:
@@ -345,7 +349,7 @@ class StudentSweep:
             self.sink(StageLine(name=stage))
 
     def _percent(self, number: int, share: float) -> float:
-        """Of the run, when that share of that course is done."""
+        """Returns the job's progress when `share` of run `number` is done, in percent."""
         done = (number + share) / self.num_courses
         return round(self._trains_from + (TAUGHT_PERCENT - self._trains_from) * done, 1)
 
@@ -359,13 +363,13 @@ class StudentSweep:
 
 
 def _figures(entry: Entry) -> Entry:
-    """A finished student's entry as its judge gave it."""
+    """Returns the metrics of a finished student's entry."""
     others = {"label", "passed", "trained_tokens", "missing", *TRAINED}
     return {name: value for name, value in entry.items() if name not in others}
 
 
 def _not_passed(gate: Gate, entries: Sequence[Entry]) -> GateFailed | EvaluationFailed:
-    """Returns the error for a job of which no student is known to pass."""
+    """Returns the error for a job in which no student is known to pass."""
     failed = [entry for entry in entries if "missing" in entry]
     if not failed:
         return GateFailed(_why(gate, entries))
@@ -380,7 +384,7 @@ def _not_passed(gate: Gate, entries: Sequence[Entry]) -> GateFailed | Evaluation
 
 
 def _why(gate: Gate, entries: Sequence[Entry]) -> str:
-    """Why no student passes, and what to change."""
+    """Explains why no student passes, and what to change."""
     sign, bound = (
         ("at least", gate.at_least) if gate.at_least is not None else ("at most", gate.at_most)
     )

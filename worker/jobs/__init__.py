@@ -1,1 +1,1 @@
-"""Leases jobs, starts a process for each and records what it reports. Never imports torch."""
+"""Leases jobs, runs each in a child process and records its reports. Never imports torch."""

@@ -1,7 +1,7 @@
-"""One attempt at a job: runs it as a process, and records what the process reports.
+"""One attempt at a job: starts the run process and records what it reports.
 
-The process knows neither the queue nor the database. Every write goes through the lease, so an
-attempt whose lease has expired writes nothing and kills its process.
+The run process has no access to the queue or the database. This module makes all writes, each
+with the lease token. An attempt that has lost its lease kills its process and writes nothing.
 """
 
 import os
@@ -40,9 +40,9 @@ from worker.protocol.run_spec import RunSpec
 log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 0.2
-RECORD_SECONDS = 1.0  # lines are gathered for so long before they go into the database
-GRACE_SECONDS = 60.0  # for a run that was asked to stop to write its checkpoint
-SILENCE_SECONDS = 3600.0  # a run that says nothing for so long hangs
+RECORD_SECONDS = 1.0  # lines are collected for this long and then written in one transaction
+GRACE_SECONDS = 60.0  # time for a run that is told to stop to write its checkpoint
+SILENCE_SECONDS = 3600.0  # a run that writes no line for longer is taken to hang
 DATABASE_RETRY_SECONDS = 1.0
 
 P = ParamSpec("P")
@@ -50,7 +50,7 @@ R = TypeVar("R")
 
 
 class Attempt:
-    """One run of a job, between its lease and its process."""
+    """One run of a leased job, from fetching its inputs to recording its outcome."""
 
     def __init__(
         self,
@@ -65,7 +65,8 @@ class Attempt:
         self.settings = settings
         self.folder = settings.work_root() / lease.job_id / str(lease.token)
         self.out = self.folder / "out"
-        # The run reads these copies in place; it ends with this process, and so do their locks.
+        # The run process reads these copies in place. Their locks are held by this process, and
+        # the run process dies with it, so no copy is deleted while a run reads it.
         self.copies = ArtifactCache(
             store(), settings.work_root() / "fetched", settings.artifact_cache_bytes
         )
@@ -77,12 +78,10 @@ class Attempt:
         self._recorded_at = 0.0
 
     def run(self) -> None:
-        for stale in self.folder.parent.glob(
-            "*"
-        ):  # of workers that were killed: their leases are over
-            if (
-                not stale.name.isdecimal() or int(stale.name) <= self.lease.token
-            ):  # else ours is over
+        # Folders with older tokens are of killed workers, whose leases are over. A folder with a
+        # newer token belongs to another worker, which means that this lease is over.
+        for stale in self.folder.parent.glob("*"):
+            if not stale.name.isdecimal() or int(stale.name) <= self.lease.token:
                 shutil.rmtree(stale, ignore_errors=True)
         resume_dir = self._good_checkpoint()
         try:
@@ -109,9 +108,9 @@ class Attempt:
                 self._end_without_verdict(process)
 
     def give_up(self, fault: Exception) -> None:
-        """Counts a loss after an error of the worker, or pauses the job if the disk is full.
+        """Records a loss after an error of the worker, or pauses the job if the disk is full.
 
-        If the database cannot be reached either, the lease expires.
+        If the database cannot be reached, nothing is recorded and the lease expires.
         """
         try:
             self._kill()
@@ -130,7 +129,10 @@ class Attempt:
     def _spec(
         self, job: DistillationJob | ImportJob, resume_dir: Path | None
     ) -> RunSpec | ImportSpec:
-        """What the run is told, with its inputs fetched. Raises FileNotFoundError and CorruptArtifact."""
+        """Fetches the inputs of the job and returns the spec of its run process.
+
+        Raises FileNotFoundError if an input is missing and CorruptArtifact if one is damaged.
+        """
         settings, threads = self.settings, self.settings.num_threads
         if isinstance(job, ImportJob):
             source = None
@@ -160,7 +162,7 @@ class Attempt:
         )
 
     def _lay(self, spec: RunSpec | ImportSpec) -> list[str]:
-        """Lays the spec into the work folder; gives the module and arguments of the process."""
+        """Writes the spec to the work folder; returns the module and arguments of the process."""
         self.folder.mkdir(parents=True, mode=0o700)
         spec_path = self.folder / "spec.json"
         spec_path.write_text(spec.model_dump_json())
@@ -168,7 +170,10 @@ class Attempt:
         return [module, str(spec_path), "--out", str(self.out)]
 
     def _good_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is still what was stored; damaged ones are marked and passed over."""
+        """Returns a copy of the newest checkpoint whose checksums match, or None if there is none.
+
+        Damaged checkpoints are marked as corrupt and skipped.
+        """
         resume = self.lease.resume
         while resume is not None:
             if store().verify_folder(resume.store_key, resume.manifest_sha256):
@@ -184,7 +189,10 @@ class Attempt:
             raise LeaseLost(self.lease.job_id)
 
     def _write(self, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The ledger's call, repeated while the database is away and the lease may still be ours."""
+        """Makes a call to `lease_client`, and repeats it while the database is unavailable.
+
+        Raises LeaseLost if the call raises it, or if the heartbeat reports the lease as lost.
+        """
         while True:
             self._demand_authority()
             try:
@@ -235,7 +243,10 @@ class Attempt:
         self._recorded_at = time.monotonic()
 
     def _commit(self, line: CheckpointLine) -> None:
-        """Puts the checkpoint into the store and then into the ledger; the row is the commit."""
+        """Stores the checkpoint and then records it in the database.
+
+        The checkpoint counts only once its row is committed.
+        """
         key = f"checkpoints/{self.lease.job_id}/{self.lease.token}/step-{line.step}"
         try:
             ref = store().put_folder(self.out / line.folder, key, link=True)
@@ -243,16 +254,15 @@ class Attempt:
             log.warning(
                 "checkpoint_not_stored", job=self.lease.job_id, step=line.step, error=str(error)
             )
-            if is_disk_full(
-                error
-            ):  # a run that went on could lose everything after its last checkpoint
+            # If the run continued, it could lose all work after its last stored checkpoint.
+            if is_disk_full(error):
                 self._kill()
                 self._end_without_disk(
                     f"the store has no room for the checkpoint at step {line.step}"
                 )
                 self.is_done = True
                 return
-            # The run goes on, and the checkpoint before this one stays the place to resume from.
+            # The run continues. A later attempt would resume from the previous checkpoint.
             message = f"The checkpoint at step {line.step} could not be stored ({_reason(error)})."
             self._gathered.append(
                 MessageLine(level="warn", message=message, data={"step": line.step})
@@ -275,7 +285,8 @@ class Attempt:
         self.is_done = True
 
     def _finish(self, line: ResultLine) -> None:
-        # The token is part of the key: what a zombie stores can never be taken for its successor's.
+        # The key contains the lease token, so a stale worker cannot overwrite the model that the
+        # next attempt stores.
         key = f"models/{self.lease.job_id}/{self.lease.token}"
         try:
             ref = store().put_folder(self.out / line.folder, key, link=True)
@@ -301,7 +312,7 @@ class Attempt:
 
     def _end_with_error(self, failure: JobFailure) -> None:
         if failure.code == DiskFull.code and isinstance(self.lease.spec, DistillationJob):
-            # a failed job would lose its checkpoints, which is all the work so far
+            # Pause instead of fail: a failed job would lose its checkpoints.
             self._write(
                 lease_client.pause_for_disk, self.lease, f"The job is paused: {failure.message}"
             )
@@ -327,7 +338,7 @@ class Attempt:
         )
 
     def _end_stopped(self) -> None:
-        """The run has stopped, for a pause, for the worker's drain, or for a reason that is not ours."""
+        """Records a run that has stopped: for a pause, for a drain, or by a foreign signal."""
         if self.stop_deadline is None:
             self._write(lease_client.lost, self.lease, "The run was stopped from outside.")
         elif self.lease_heartbeat.orders.pause:
@@ -360,9 +371,12 @@ def _reason(error: Exception) -> str:
 
 
 def _delete(keys: Iterable[str]) -> None:
-    """What stays is the garbage collector's: a row calls it `deleting`, or none refers to it."""
+    """Deletes keys from the store and logs errors.
+
+    The garbage collector deletes what remains: its row is `deleting`, or no row refers to it.
+    """
     for key in keys:
         try:
             store().delete(key)
         except Exception:
-            log.exception("not_deleted", key=key)  # no fault of a store is worth a run
+            log.exception("not_deleted", key=key)  # an error of the store must not end the run

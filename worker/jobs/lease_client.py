@@ -1,7 +1,8 @@
-"""The supervisor's hand in the database: claim a job, say how it goes, end it. Each call is one transaction.
+"""Database operations of the supervisor for the job it has leased. Each call is one transaction.
 
-A call that finds the lease gone raises LeaseLost: kill the run and write nothing more. A database that is
-away for a moment is tried again; an ending whose answer got lost is recognised and not done twice.
+A call raises LeaseLost if the lease is no longer valid. The caller then kills the run and writes
+nothing more. Calls are retried after short database outages. If the answer to a COMMIT was lost,
+the retry recognises that the attempt has already ended, and does not end it twice.
 """
 
 import functools
@@ -32,19 +33,19 @@ from app.settings import get_settings
 from worker.protocol.run_lines import MessageLine, MetricsLine, ProgressLine, RunLine, StageLine
 
 NUM_TRIES: Final = 3
-MOST_POINTS: Final = 2_000_000  # of a job's metrics in its result file
+MOST_POINTS: Final = 2_000_000  # limit on the points of a job's metrics in its result file
 job_spec: Final[TypeAdapter[DistillationJob | ImportJob]] = TypeAdapter(JobSpec)
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 class LeaseLost(Exception):
-    """The lease is somebody else's, or the job has ended: stop, and write nothing."""
+    """The job has ended, or its lease has expired or belongs to another worker."""
 
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """A committed checkpoint that a run can go on from."""
+    """A committed checkpoint that a run can resume from."""
 
     id: str
     step: int
@@ -59,7 +60,10 @@ class CheckpointRef:
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to run a job until it ends or another takes it."""
+    """The right to run a job, and everything that its attempt needs to know.
+
+    `token` is the fencing token of all writes. `resume` is the checkpoint to resume from, if any.
+    """
 
     job_id: str
     token: int
@@ -71,17 +75,21 @@ class Lease:
 
 @dataclass(frozen=True)
 class JobSignals:
-    """What the job's owner wants of the run."""
+    """Requests of the job's owner that the run has to follow."""
 
     cancel: bool
     pause: bool
 
 
 def retry_on_disconnect(call: Callable[P, R]) -> Callable[P, R]:
-    """Repeats a whole transaction when the database was away; the last failure is the caller's."""
+    """Repeats a whole transaction if the database is unavailable.
+
+    Raises DatabaseUnavailable if the last try fails too.
+    """
 
     @functools.wraps(call)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        """Calls the transaction up to `NUM_TRIES` times."""
         for num_tried in range(1, NUM_TRIES):
             try:
                 return call(*args, **kwargs)
@@ -93,7 +101,10 @@ def retry_on_disconnect(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def claim(worker_id: str) -> Lease | None:
-    """The next due job with the right to run it; None if nothing is due."""
+    """Leases the next due job; returns None if no job is due.
+
+    Jobs whose spec this version cannot read are failed and skipped.
+    """
     while True:
         taken = _claim(f"{worker_id[:100]}/{secrets.token_hex(6)}")
         if taken is None or isinstance(taken, Lease):
@@ -102,7 +113,7 @@ def claim(worker_id: str) -> Lease | None:
 
 @retry_on_disconnect
 def _claim(owner: str) -> Lease | Job | None:
-    """A lease; or the job, failed, if its spec is not one that this version can run."""
+    """Returns a lease, or the failed job if this version cannot read its spec, or None."""
     with transaction() as session:
         job = leases.claim(session, owner, get_settings().lease_seconds)
         if job is None:
@@ -123,6 +134,7 @@ def _claim(owner: str) -> Lease | Job | None:
 
 @retry_on_disconnect
 def heartbeat(lease: Lease) -> JobSignals:
+    """Renews the lease and returns the current requests of the job's owner."""
     crash_point("heartbeat.begun")
     with transaction() as session:
         job = leases.heartbeat(session, lease.job_id, lease.token, get_settings().lease_seconds)
@@ -134,10 +146,10 @@ def heartbeat(lease: Lease) -> JobSignals:
 
 @retry_on_disconnect
 def record(lease: Lease, number: int, lines: Sequence[RunLine]) -> None:
-    """Writes stages, progress, metrics and messages into the job, its series and its history; skips other lines.
+    """Writes stages, progress, metrics and messages to the job; ignores other lines.
 
-    `number` rises with each record of an attempt. A record that is repeated with its number, because the answer to
-    its COMMIT was lost, changes nothing.
+    `number` rises with each record of an attempt. A record with a number that was committed
+    before changes nothing, which makes it safe to retry after a lost answer to a COMMIT.
     """
     crash_point("record.begun")
     with transaction() as session:
@@ -176,7 +188,7 @@ def record(lease: Lease, number: int, lines: Sequence[RunLine]) -> None:
 def commit_checkpoint(
     lease: Lease, step: int, ref: ArtifactRef, metrics: dict[str, float], is_best: bool
 ) -> list[str]:
-    """Makes a stored checkpoint the job's; gives the store keys of those that nobody needs any more."""
+    """Records a stored checkpoint; returns the store keys of checkpoints that can be deleted."""
     crash_point("commit.begun")
     with transaction() as session:
         is_committed = checkpoints.insert_checkpoint(
@@ -191,7 +203,7 @@ def commit_checkpoint(
 
 @retry_on_disconnect
 def mark_corrupt(lease: Lease, checkpoint_id: str) -> CheckpointRef | None:
-    """Takes a damaged checkpoint out of use; gives the next older one, None if the run begins anew."""
+    """Marks a checkpoint as corrupt; returns the next older one, or None if there is none."""
     with transaction() as session:
         if not checkpoints.mark_corrupt(session, lease.job_id, lease.token, checkpoint_id):
             raise LeaseLost(lease.job_id)
@@ -200,7 +212,7 @@ def mark_corrupt(lease: Lease, checkpoint_id: str) -> CheckpointRef | None:
 
 @retry_on_disconnect
 def metric_series(lease: Lease) -> list[Metric]:
-    """All that the job's attempts have measured."""
+    """Returns the metrics of all attempts of the job, at most `MOST_POINTS` points."""
     with transaction() as session:
         return jobs.metric_series(session, lease.job_id, most=MOST_POINTS)
 
@@ -216,9 +228,10 @@ def finish(
     trained_tokens: int,
     files: Sequence[dict[str, Any]] = (),  # Any: columns of File
 ) -> bool:
-    """Registers the model and the result files and ends the job in one transaction.
+    """Registers the model and the result files, and ends the job, in one transaction.
 
-    False: the job was cancelled meanwhile or the id was taken, nothing refers to what was stored, delete it.
+    Returns False if the job was cancelled meanwhile or the model id was taken. No row refers to
+    the stored artifacts then, and the caller has to delete them.
     """
     model = {
         "id": model_id,
@@ -250,7 +263,7 @@ def finish(
 
 @retry_on_disconnect
 def fail(lease: Lease, failure: JobFailure) -> None:
-    """Ends the job for a reason that trying again will not mend."""
+    """Ends the job after a permanent failure."""
     crash_point("fail.begun")
     with transaction() as session:
         if leases.fail(session, lease.job_id, lease.token, failure) is None:
@@ -259,6 +272,7 @@ def fail(lease: Lease, failure: JobFailure) -> None:
 
 @retry_on_disconnect
 def cancelled(lease: Lease) -> None:
+    """Ends the job after its run was killed for a cancellation."""
     with transaction() as session:
         if leases.cancel(session, lease.job_id, lease.token) is None:
             _demand_outcome(session, lease, "cancelled")
@@ -266,7 +280,7 @@ def cancelled(lease: Lease) -> None:
 
 @retry_on_disconnect
 def paused(lease: Lease) -> None:
-    """The run has stopped at a checkpoint because its owner wanted a pause."""
+    """Pauses the job after its run has stopped for the owner's pause request."""
     with transaction() as session:
         if leases.pause(session, lease.job_id, lease.token) is None:
             _demand_outcome(session, lease, "paused", "released", "cancelled")
@@ -274,7 +288,10 @@ def paused(lease: Lease) -> None:
 
 @retry_on_disconnect
 def pause_for_disk(lease: Lease, message: str) -> None:
-    """The run cannot go on for want of something that its owner can give: it waits, and keeps its checkpoints."""
+    """Pauses the job because a disk is full. The job keeps its checkpoints.
+
+    The owner can resume the job once there is free space. `message` is shown to the owner.
+    """
     with transaction() as session:
         if leases.pause_for_disk(session, lease.job_id, lease.token, message=message) is None:
             _demand_outcome(session, lease, "paused", "cancelled")
@@ -282,7 +299,7 @@ def pause_for_disk(lease: Lease, message: str) -> None:
 
 @retry_on_disconnect
 def release(lease: Lease, reason: str) -> None:
-    """The worker leaves: the job goes back to the queue, and no loss is counted."""
+    """Returns the job to the queue because the worker shuts down. This does not count as a loss."""
     with transaction() as session:
         if leases.release(session, lease.job_id, lease.token, reason=reason) is None:
             _demand_outcome(session, lease, "released", "paused", "cancelled")
@@ -290,7 +307,10 @@ def release(lease: Lease, reason: str) -> None:
 
 @retry_on_disconnect
 def lost(lease: Lease, reason: str, error_code: str = "worker_lost") -> None:
-    """The run died under us: it is tried again, or the job fails with `error_code` after too many losses."""
+    """Records a lost attempt: the job is retried later.
+
+    After too many losses it fails with `error_code` instead.
+    """
     settings = get_settings()
     retry_policy = leases.RetryPolicy(settings.max_losses, settings.retry_backoff_seconds)
     with transaction() as session:
@@ -302,7 +322,7 @@ def lost(lease: Lease, reason: str, error_code: str = "worker_lost") -> None:
 
 
 def ended(names: Sequence[str]) -> list[str]:
-    """Returns those of the names that are jobs which have ended; a failed one may be resumed later."""
+    """Returns the names that are ids of ended jobs. A failed job may still be resumed later."""
     with transaction() as session:
         return [
             name
@@ -318,7 +338,11 @@ def _demand(session: Session, lease: Lease, job: Job | None) -> Job:
 
 
 def _demand_outcome(session: Session, lease: Lease, *outcomes: str) -> bool:
-    """True if this attempt has already ended so, by a call whose answer got lost; raises LeaseLost."""
+    """Returns True if this attempt has already ended with one of `outcomes`.
+
+    That happens if the answer to an earlier try of the same call was lost.
+    Raises LeaseLost in all other cases.
+    """
     if leases.outcome_of(session, lease.token) not in outcomes:
         raise LeaseLost(lease.job_id)
     return True

@@ -1,7 +1,8 @@
-"""The heartbeat of a lease: renews it from a thread of its own, and knows when it must be taken for lost.
+"""Heartbeat thread that renews a job lease and detects when the lease has been lost.
 
-A lease that could not be renewed in time is not lost by that: after an outage of the database nobody is reaped for a
-whole lease, and the run goes on. Should another worker have the job by then, the database refuses whatever this one writes.
+The run continues while the database is unavailable, even beyond the deadline of the lease. After
+an outage the reconciler expires no lease for one lease duration, so that workers can renew theirs.
+If another worker has taken the job meanwhile, the database refuses the writes of this one.
 """
 
 import threading
@@ -16,14 +17,17 @@ from worker.jobs.lease_client import JobSignals, Lease, LeaseLost
 
 log = structlog.get_logger(__name__)
 
-OUTAGE_SECONDS = (
-    1800.0  # without the database: by then another worker has the job, or nobody works any more
-)
+# After an outage of this length the lease is taken to be lost: by then another worker has the
+# job, or the whole service is down.
+OUTAGE_SECONDS = 1800.0
 DATABASE_AWAY = (DatabaseUnavailable, PoolExhausted)
 
 
 class LeaseHeartbeat:
-    """Beats while the block runs; `orders` are the newest that came back."""
+    """Context manager that renews a lease from its own thread.
+
+    `orders` are the owner's requests as of the last successful heartbeat.
+    """
 
     def __init__(
         self, lease: Lease, *, beat_seconds: float, outage_seconds: float = OUTAGE_SECONDS
@@ -49,7 +53,7 @@ class LeaseHeartbeat:
 
     @property
     def is_lost(self) -> bool:
-        """Whether the lease was refused, or the database has been away for so long that nobody waits for the run."""
+        """True if a renewal was refused, or none has succeeded for `outage_seconds`."""
         return self._is_refused or time.monotonic() - self._renewed_at > self._outage_seconds
 
     def _beat(self) -> None:
@@ -63,5 +67,6 @@ class LeaseHeartbeat:
             except DATABASE_AWAY as error:
                 log.warning("heartbeat_failed", job=self.lease.job_id, error=type(error).__name__)
             except Exception:
-                # such as a transaction that the server ended because we stood still in it; the next beat may do
+                # For example, the server ended an idle transaction after this process was
+                # suspended. The next heartbeat may succeed.
                 log.exception("heartbeat_broken", job=self.lease.job_id)

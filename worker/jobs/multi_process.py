@@ -1,7 +1,10 @@
-"""A run of several processes: `python -m worker.train` as often as there are cards, and over when the first of them is.
+"""Launches a run with several ranks: one `python -m worker.train` process per rank.
 
-They stay in this process's group and die with it. torchrun would do, but it answers SIGTERM with an error status after
-killing what has not ended within 30 seconds, and its processes leave the group that a supervisor ends.
+The run ends when rank 0 ends. The ranks stay in the process group of this process and die with it.
+
+torchrun is not used for two reasons. After a SIGTERM it kills ranks that have not ended within
+30 seconds and exits with an error. Its processes also leave the process group, which the
+supervisor kills as a whole.
 """
 
 import os
@@ -15,15 +18,16 @@ from pathlib import Path
 from app.parent_death import tethered
 
 POLL_SECONDS = 0.1
-VERDICT_SECONDS = 10.0  # for the first process to say what went wrong when another has died
+VERDICT_SECONDS = 10.0  # time for rank 0 to report an error after another rank has died
 
 
 def launch(
     arguments: Sequence[str], num_processes: int, meeting: Path, should_stop: Callable[[], bool]
 ) -> int:
-    """Runs them until the first has ended, or another has died; gives that one's status.
+    """Runs all ranks until rank 0 ends or another rank fails; returns the status of the run.
 
-    A status below 0 is the signal that killed it. A stop is passed on to all.
+    A negative status is the number of the signal that killed the process. When `should_stop`
+    turns true, all ranks get a SIGTERM. `meeting` is the file through which they find each other.
     """
     meeting.parent.mkdir(parents=True, exist_ok=True)
     meeting.unlink(missing_ok=True)
@@ -68,13 +72,13 @@ def _verdict(first: subprocess.Popen[bytes], dead: subprocess.Popen[bytes], rank
     print(f"process {rank} of the run ended with status {dead.returncode}", file=sys.stderr)
     try:
         first.wait(VERDICT_SECONDS)
-    except subprocess.TimeoutExpired:  # it waits for the dead one
+    except subprocess.TimeoutExpired:  # rank 0 still waits for the dead rank
         return int(dead.returncode)
     return 0 if first.returncode == 0 else int(dead.returncode)
 
 
 def exit_like(status: int) -> int:
-    """Gives the exit status, or dies by the signal that ended the process whose status this is."""
+    """Returns `status`, or kills this process by the same signal if `status` is negative."""
     if status < 0:
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)

@@ -1,4 +1,4 @@
-"""The files that a finished job leaves for its owner: what the run names, and its metrics as a table."""
+"""Result files of a finished job: the files that the run names, and its metrics as CSV."""
 
 import csv
 import io
@@ -15,7 +15,8 @@ FileColumns = dict[str, Any]  # Any: columns of File, by name
 
 PURPOSE: Final = "fine-tune-results"
 METRICS_CSV: Final = "metrics.csv"
-# OpenAI's columns, and our series that tells the same: agreement is with the teacher, where theirs is with the row.
+# OpenAI's column names, and our series for each. Agreement is with the teacher's prediction,
+# while OpenAI's accuracy is with the token of the row.
 OPENAI_COLUMNS: Final = {
     "train_loss": "train_loss",
     "train_accuracy": "train_agreement",
@@ -25,7 +26,10 @@ OPENAI_COLUMNS: Final = {
 
 
 def metrics_csv(series: Iterable[Metric]) -> str:
-    """A line for each step: OpenAI's columns first, then all series by name; empty where a step has no value."""
+    """Returns the metrics as CSV, with one line per step.
+
+    OpenAI's columns come first, then all other series by name. Missing values are empty.
+    """
     steps: dict[int, dict[str, float]] = {}
     for point in series:
         steps.setdefault(point.step, {})[point.name] = point.value
@@ -44,9 +48,10 @@ def metrics_csv(series: Iterable[Metric]) -> str:
 def upload_results(
     folder: Path, names: Sequence[str], series: Iterable[Metric]
 ) -> list[FileColumns]:
-    """Puts the metrics and the named files of the run's folder into the store; gives the rows to insert.
+    """Stores the metrics and the named files of the run's folder; returns the File rows to insert.
 
-    Until a row refers to it, an upload is garbage that the collector knows by its place. Raises StorageError.
+    If no row is inserted for a stored file, the garbage collector deletes it later.
+    Raises StorageError if a name is not a regular file of the folder, or cannot be stored.
     """
     (folder / METRICS_CSV).write_text(metrics_csv(series))
     rows = []

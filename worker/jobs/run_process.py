@@ -1,4 +1,4 @@
-"""A run as a process group of its own: its lines, its end, and why it died."""
+"""Run process in its own process group: starts it, reads its lines and explains its death."""
 
 import contextlib
 import os
@@ -24,16 +24,16 @@ from worker.protocol.run_lines import RunLine, run_line
 
 log = structlog.get_logger(__name__)
 
-MAX_WAITING_LINES = 1000  # then the run itself has to wait
-PIPE_SECONDS = 5.0
-LAST_LINES = (
-    3  # of standard error, where a traceback says why a run ended; earlier ones may be warnings
-)
+MAX_WAITING_LINES = 1000  # when the queue is full, the pipe fills up and the run blocks
+PIPE_SECONDS = 5.0  # longest wait for remaining lines after the process has ended
+# Lines at the end of standard error that hold the exception of a traceback. Earlier lines may be
+# warnings.
+LAST_LINES = 3
 MEMORY_WORDS = ("MemoryError", "OutOfMemoryError", "allocate memory", "not enough memory")
 
 
 class RunProcess:
-    """`python -m module …` in its own session; it dies with this process, whatever kills that."""
+    """`python -m module ...` in its own session. It dies with this process in all cases."""
 
     def __init__(
         self,
@@ -74,11 +74,14 @@ class RunProcess:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended and all it said was taken; a child of its own may hold the pipe open for ever."""
+        """True if the process has ended and all its lines have been taken.
+
+        A surviving child of the run can keep the pipe open forever, so the wait for the end of
+        the pipe is limited to `PIPE_SECONDS`.
+        """
         if self._process.returncode is None and self._process.poll() is not None:
-            self._heard_at = (
-                time.monotonic()
-            )  # the end is news: if we stood still, the rest is not read yet
+            # Restart the limit now: if this process was suspended, unread lines may remain.
+            self._heard_at = time.monotonic()
         is_read = not self._reader.is_alive() or self.silent_seconds > PIPE_SECONDS
         return self._process.returncode is not None and is_read and self._lines.empty()
 
@@ -87,22 +90,22 @@ class RunProcess:
         return time.monotonic() - self._heard_at
 
     def take_lines(self, timeout_seconds: float) -> list[RunLine]:
-        """What it has said; waits that long for a first line."""
+        """Returns the lines written so far; waits up to `timeout_seconds` for the first one."""
         lines: list[RunLine] = []
         with contextlib.suppress(queue.Empty):
             lines.append(self._lines.get(timeout=timeout_seconds))
-            self._heard_at = time.monotonic()  # what comes next may have waited for room
+            self._heard_at = time.monotonic()  # the next line may have waited for a free slot
             while len(lines) < MAX_WAITING_LINES:
                 lines.append(self._lines.get_nowait())
         return lines
 
     def ask_to_stop(self) -> None:
         if self._shared is not None:
-            self._shared.withdraw()  # it has a deadline
+            self._shared.withdraw()  # the run has a deadline and must not be suspended any more
         self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends the whole group at once and forgets what it had left to say."""
+        """Kills the whole process group and discards its remaining lines."""
         self._is_closed.set()
         if self._process.poll() is None or self._reader.is_alive():
             self._signal(signal.SIGKILL)
@@ -112,7 +115,7 @@ class RunProcess:
             self._shared.close()
 
     def describe_death(self) -> tuple[str, str]:
-        """Returns a sentence and an error code for a run that ended without a result or an error."""
+        """Returns a message and an error code for a run that ended without an outcome line."""
         status = self._process.wait()
         tail = self._error_path.read_bytes()[-4000:].decode(errors="replace")
         log.warning("run_died", pid=self.pid, status=status, stderr=tail)
@@ -126,7 +129,7 @@ class RunProcess:
         return f"The run ended with status {status} and without a result.", "worker_lost"
 
     def _signal(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):  # the whole group is gone already
+        with contextlib.suppress(ProcessLookupError):  # the whole group has already ended
             os.killpg(self.pid, number)
 
     def _read(self) -> None:
@@ -151,7 +154,10 @@ class RunProcess:
 
 
 def num_oom_kills() -> int:
-    """Processes that the kernel has killed for want of memory, in our control group and on the machine."""
+    """Returns the kernel's count of out-of-memory kills, on the machine and in our cgroup.
+
+    The two overlap, so only a change of the sum is meaningful.
+    """
     return sum(
         int(words[1])
         for path in (Path("/proc/vmstat"), *_memory_event_files())
@@ -162,7 +168,7 @@ def num_oom_kills() -> int:
 
 
 def _memory_event_files() -> list[Path]:
-    """Where control groups of version 2 and version 1 count."""
+    """Returns the files with the out-of-memory counters of our cgroup, for cgroups v1 and v2."""
     membership = Path("/proc/self/cgroup")
     files = []
     for line in membership.read_text().splitlines() if membership.is_file() else ():
@@ -175,9 +181,9 @@ def _memory_event_files() -> list[Path]:
 
 
 def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> dict[str, str]:
-    """Returns the environment of a run: without secrets, and offline unless the job fetches a model.
+    """Returns the environment of a run: without secrets, and offline unless it is a hub import.
 
-    Only an import that may use the hub token gets it.
+    Only an import that may use the hub token gets the token.
     """
     is_online = isinstance(spec, ImportJob) and spec.hub is not None
     environment = environment_without_secrets()
@@ -187,9 +193,11 @@ def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> 
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HOME": str(settings.work_root() / "hub"),
         "TOKENIZERS_PARALLELISM": "false",
-        # A thread at a barrier sleeps: while it spins, the thread that it waits for may lack a core.
+        # Threads sleep at a barrier. A spinning thread could take the core that the thread it
+        # waits for needs.
         "OMP_WAIT_POLICY": environment.get("OMP_WAIT_POLICY", "PASSIVE"),
-        # glibc keeps freed memory: large tensors that come and go each step would fault their pages in again
+        # glibc keeps freed memory. Otherwise each step would fault in the pages of its large
+        # temporary tensors again.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }

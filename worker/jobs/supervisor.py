@@ -1,4 +1,4 @@
-"""Claims jobs and runs one attempt at each, until no job is due."""
+"""Supervisor of a train worker: claims jobs and runs one attempt at each until none is due."""
 
 import contextlib
 import shutil
@@ -17,7 +17,10 @@ log = structlog.get_logger(__name__)
 
 
 def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
-    """Runs due jobs one after the other; gives their number. Returns early when the worker drains."""
+    """Runs due jobs one after the other and returns how many it ran.
+
+    Stops early when the worker drains or the database is unavailable.
+    """
     num_runs = 0
     while not should_drain():
         try:
@@ -36,14 +39,14 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
 
 
 def free_ended() -> None:
-    """Deletes the work folders that killed workers left of jobs that have ended.
+    """Deletes work folders of ended jobs, which remain if a worker was killed.
 
-    The folders of attempts are listed before the jobs are looked up: a failed job may be resumed meanwhile, and the
-    folder of its new attempt must stay.
+    The folders of attempts are listed before the jobs are queried. A failed job may be resumed in
+    between, and the folder of its new attempt must not be deleted.
     """
     root = get_settings().work_root()
     try:
-        # A name that is not ASCII is no job's, and the database refuses one that is not UTF-8.
+        # Job ids are ASCII. Other names are skipped, because the database refuses invalid UTF-8.
         attempts = {
             path.name: list(path.glob("*")) for path in root.glob("*") if path.name.isascii()
         }
@@ -55,11 +58,11 @@ def free_ended() -> None:
             if (root / job_id).exists():
                 log.warning("work_folder_stays", job=job_id)
     except OSError:
-        log.exception("free_ended_failed")  # jobs can still be run
+        log.exception("free_ended_failed")  # not fatal: jobs can still run
 
 
 def run_job(lease: Lease, should_drain: Callable[[], bool]) -> None:
-    """One attempt, from the claim to its end, whatever that is."""
+    """Runs one attempt at a leased job. Errors are logged and recorded, not raised."""
     settings = get_settings()
     with LeaseHeartbeat(lease, beat_seconds=settings.heartbeat_seconds) as lease_heartbeat:
         attempt = Attempt(lease, lease_heartbeat, should_drain, settings)

@@ -1,1 +1,1 @@
-"""What a model folder is: architectures, checks, downloads and file formats."""
+"""Model folders: supported architectures, file checks, downloads and file formats."""

@@ -1,4 +1,4 @@
-"""Which architectures a run can take, and what kind of model each is."""
+"""Supported model architectures and their kinds: causal, seq2seq or masked."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -20,14 +20,14 @@ ModelKind = Literal["causal", "seq2seq", "masked"]
 
 CAUSAL = ("bloom", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3")
 SEQ2SEQ = ("bart", "encoder-decoder", "t5")
-MASKED = ("bert", "roberta")  # they have no next-token distribution, so they are teachers only
+MASKED = ("bert", "roberta")  # only as teachers, because they have no next-token distribution
 SUPPORTED = tuple(sorted((*CAUSAL, *SEQ2SEQ, *MASKED)))
-HALVES = ("bert", "gpt2", "roberta")  # of an encoder-decoder
-UNBOUNDED_CONTEXT = 2048  # of models whose positions have no end (T5, BLOOM)
+HALVES = ("bert", "gpt2", "roberta")  # encoders and decoders of an EncoderDecoderModel
+UNBOUNDED_CONTEXT = 2048  # context limit of models without a maximum position (T5, BLOOM)
 
 
 def shape_of(config: PretrainedConfig) -> ModelKind:
-    """The kind of model. Raises UnsupportedModel."""
+    """Returns the kind of the model. Raises UnsupportedModel for an unknown architecture."""
     if config.model_type in CAUSAL:
         return "causal"
     if config.model_type in SEQ2SEQ:
@@ -40,7 +40,7 @@ def shape_of(config: PretrainedConfig) -> ModelKind:
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a supported model. Raises UnsupportedModel."""
+    """Reads the configuration of a model folder. Raises UnsupportedModel."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     shape_of(config)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> PretrainedConfig:
 
 
 def model_class(config: PretrainedConfig) -> Any:  # Any: transformers is untyped here
-    """The auto class (or EncoderDecoderModel) that loads models of this kind."""
+    """Returns the auto class (or EncoderDecoderModel) that loads models of this kind."""
     if config.model_type == "encoder-decoder":
         return EncoderDecoderModel
     classes = {
@@ -63,10 +63,10 @@ def model_class(config: PretrainedConfig) -> Any:  # Any: transformers is untype
 
 
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:
-    """A model of that configuration whose weights take no memory and hold nothing."""
+    """Creates a model on the meta device: its weights have shapes, but no memory and no values."""
     kind = model_class(config)
     with torch.device("meta"):
-        is_pair = kind is EncoderDecoderModel  # the one class that no auto class makes
+        is_pair = kind is EncoderDecoderModel  # not an auto class, so it has no `from_config`
         model: PreTrainedModel = (
             kind(config) if is_pair else kind.from_config(config, trust_remote_code=False)
         )
@@ -74,17 +74,22 @@ def bare_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def context_tokens(config: PretrainedConfig) -> int:
-    """The longest sequence the positions allow; of an encoder-decoder, of the shorter half."""
+    """Returns the longest sequence that the positions allow, in tokens.
+
+    For an EncoderDecoderModel it is the smaller limit of encoder and decoder.
+    """
     if config.model_type == "encoder-decoder":
         return min(context_tokens(config.encoder), context_tokens(config.decoder))
     positions = getattr(config, "max_position_embeddings", None) or UNBOUNDED_CONTEXT
-    return int(positions) - (
-        2 if config.model_type == "roberta" else 0
-    )  # two of RoBERTa's hold no tokens
+    # Two positions of RoBERTa are reserved and hold no tokens.
+    return int(positions) - (2 if config.model_type == "roberta" else 0)
 
 
 def layer_counts(config: PretrainedConfig) -> tuple[int, int]:
-    """Layers of the encoder and of the decoder; of a causal or masked model 0 and all."""
+    """Returns the number of encoder layers and of decoder layers.
+
+    A causal or masked model counts as 0 encoder layers; all its layers are in the second number.
+    """
     if config.model_type == "encoder-decoder":
         return int(config.encoder.num_hidden_layers), int(config.decoder.num_hidden_layers)
     if config.model_type == "t5":

@@ -1,4 +1,7 @@
-"""What may come in: plain safetensors and known JSON or text files, checked before any library reads them."""
+"""Checks the files of an untrusted model before any library reads them.
+
+Only plain safetensors and known JSON or text files are accepted.
+"""
 
 import json
 import math
@@ -27,14 +30,15 @@ JSON_FILES = frozenset(
     }
 )
 TEXT_FILES = frozenset({"merges.txt", "vocab.txt", "chat_template.jinja"})
+# A tokenizer needs all files of one of these sets.
 TOKENIZERS = (
     {"tokenizer.json"},
     {"vocab.txt"},
     {"vocab.json", "merges.txt"},
-)  # any one of these will do
-# Vocabularies: their keys are tokens, and any word is a token.
+)
+# Files with a vocabulary. Their keys are tokens, which may be any string.
 FREE_KEYS = frozenset({"tokenizer.json", "vocab.json"})
-# Harmless, and not taken along.
+# Harmless files that are not copied.
 IGNORED = re.compile(
     r"(README|LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\..*)?|.*\.md|\..*|_?manifest\.json|added_tokens\.json"
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model",
@@ -48,7 +52,7 @@ PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 MAX_HEADER_BYTES = 100 * 10**6
 MAX_JSON_BYTES = 128 * 2**20
 MAX_TEMPLATE_BYTES = 256 * 2**10
-MAX_GROWTH = 64  # characters that a tokenizer's replacements may make of one
+MAX_GROWTH = 64  # characters that a tokenizer's replacements may produce from one character
 MAX_POST_PROCESSOR_BYTES = 64 * 2**10
 DTYPE_BYTES = {
     "BOOL": 1,
@@ -66,7 +70,7 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One tensor as the file's header describes it."""
+    """One tensor as described by the header of a safetensors file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -92,13 +96,14 @@ def refuse_strangers(names: Iterable[str]) -> None:
 
 
 def is_accepted(name: str) -> bool:
+    """Returns whether a file of this name is copied into the model folder."""
     return WEIGHTS.fullmatch(name) is not None or name in JSON_FILES or name in TEXT_FILES
 
 
 def accepted_names(names: Iterable[str]) -> list[str]:
-    """The names that are taken along, of a folder's or a repository's.
+    """Returns the names of a folder or repository that are accepted, sorted.
 
-    Raises MissingFile if they do not make a model.
+    Raises MissingFile if the configuration, the weights or the tokenizer is missing.
     """
     accepted = sorted(name for name in names if is_accepted(name))
     if "config.json" not in accepted:
@@ -115,7 +120,10 @@ def accepted_names(names: Iterable[str]) -> list[str]:
 
 
 def take_in(source: Path, target: Path) -> list[Path]:
-    """Checks the folder and lays its accepted files, each one checked, into the new folder `target`."""
+    """Copies the accepted files of a folder into the new folder `target` and checks each copy.
+
+    Returns the copies. Raises UnsafeFile, BrokenFile or MissingFile.
+    """
     for entry in sorted(source.iterdir()):
         if entry.is_symlink():
             raise UnsafeFile(
@@ -135,16 +143,15 @@ def take_in(source: Path, target: Path) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Checks one accepted file by its content. Raises UnsafeFile or BrokenFile."""
+    """Checks the content of one accepted file. Raises UnsafeFile or BrokenFile."""
     try:
         if path.suffix == ".safetensors":
             read_safetensors_header(path)
         elif path.suffix == ".json":
             _check_json(path)
     except BrokenFile as error:
-        with path.open(
-            "rb"
-        ) as file:  # only now: a sound safetensors file may begin with such bytes by chance
+        # Checked only for broken files: a valid safetensors file may start with the same bytes.
+        with path.open("rb") as file:
             if file.read(4).startswith(PICKLES):
                 raise UnsafeFile(
                     f"{path.name} is a pickle or an archive, whatever its name says"
@@ -155,9 +162,9 @@ def check_file(path: Path) -> None:
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
-    """The tensors of a safetensors file by name; their bytes fill the file without gap or overlap.
+    """Returns the tensors of a safetensors file by name.
 
-    Raises BrokenFile.
+    Raises BrokenFile, also if their bytes do not fill the file without gaps and overlaps.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -190,7 +197,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the order of their names."""
+    """Returns the safetensors files of a model folder, sorted by name."""
     return sorted(path for path in folder.iterdir() if WEIGHTS.fullmatch(path.name))
 
 
@@ -243,7 +250,7 @@ def _check_json(path: Path) -> None:
 
 
 def check_growth(tokenizer: Mapping[str, Any]) -> None:  # Any: JSON
-    """Refuses a tokenizer.json that makes a short text very long before it is split. Raises BrokenFile."""
+    """Raises BrokenFile for a tokenizer.json that can turn a short text into a very long one."""
     if (
         max(_growth(tokenizer.get(part)) for part in ("normalizer", "pre_tokenizer", "decoder"))
         > MAX_GROWTH
@@ -258,7 +265,10 @@ def check_growth(tokenizer: Mapping[str, Any]) -> None:  # Any: JSON
 
 
 def _growth(part: object) -> float:
-    """At most how many characters the replacements below make of one, each acting on what those before have made."""
+    """Returns an upper bound on the characters that nested replacements produce from one.
+
+    Factors are multiplied, because each replacement acts on the output of the previous ones.
+    """
     if isinstance(part, list):
         return math.prod(map(_growth, part))
     if not isinstance(part, dict):
@@ -268,9 +278,8 @@ def _growth(part: object) -> float:
         return below
     pattern = part.get("pattern")
     found = pattern.get("String") if isinstance(pattern, dict) else None
-    shortest = (
-        len(found) if isinstance(found, str) else 0
-    )  # an expression may match between any two characters
+    # A regular expression may match the empty string between any two characters.
+    shortest = len(found) if isinstance(found, str) else 0
     return below * max(1.0, len(content) / shortest if shortest else len(content) + 1.0)
 
 
@@ -297,7 +306,10 @@ def _keys(document: object) -> Iterator[str]:
 
 
 def _copy_plain(source: Path, target: Path) -> Path:
-    """A copy that reads nothing but a regular file: no link, pipe or device, even one swapped in just now."""
+    """Copies a regular file; refuses links, pipes and devices.
+
+    The check is made on the open file, so the file cannot be swapped between check and copy.
+    """
     handle = os.open(source, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(handle, "rb") as reader, target.open("xb") as writer:
         if not stat.S_ISREG(os.fstat(handle).st_mode):

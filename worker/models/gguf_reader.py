@@ -1,4 +1,7 @@
-"""A GGUF file to a plain checkpoint: dense float32 weights and a tokenizer that splits text as the file says."""
+"""Converts a GGUF file to float32 weights and a fast tokenizer.
+
+Unsupported files are refused, rather than converted to a model that answers slightly differently.
+"""
 
 import json
 import mmap
@@ -16,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from worker.errors import BrokenFile, UnsupportedModel, UnsupportedTokenizer
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2")
-# How a byte-level vocabulary splits text, by the name the file gives to it. The library knows these and `smollm` is
-# repaired here; a name that is not known would give a tokenizer that is almost right, so it is refused.
+# Names of known pre-tokenizers of byte-level BPE. transformers converts them correctly, except
+# `smollm`, which `load_gguf_tokenizer` repairs. Unknown names are refused, because transformers
+# would convert them to a tokenizer that splits some texts differently.
 BYTE_LEVEL_SPLITS = (
     "default",
     "gpt-2",
@@ -50,7 +54,10 @@ Value = bool | int | float | str | None
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Scalar metadata, and names of the tensors; arrays such as the vocabulary are passed over."""
+    """Scalar metadata and tensor names of a GGUF file.
+
+    Arrays, such as the vocabulary, have the value None.
+    """
 
     metadata: dict[str, Value]
     tensors: tuple[str, ...]
@@ -66,7 +73,7 @@ class GgufHeader:
 
 
 class _Cursor:
-    """Reads forward through the file and never past its end."""
+    """Reads values one after the other; raises BrokenFile at the end of the file."""
 
     def __init__(self, content: mmap.mmap, name: str) -> None:
         self.content, self.name, self.position = content, name, 0
@@ -108,7 +115,7 @@ class _Cursor:
 
 
 def read_gguf_header(path: Path) -> GgufHeader:
-    """The header, with every size in it checked against the file. Raises BrokenFile."""
+    """Reads the header and checks all its sizes against the file. Raises BrokenFile."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BrokenFile(f"{path.name} is no GGUF file")
@@ -142,7 +149,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
 
 
 def _tensor_extent(cursor: _Cursor) -> tuple[str, int]:
-    """Name, and where the tensor ends in the data section."""
+    """Returns the name of the next tensor, and its end as an offset into the data section."""
     name, num_dimensions = cursor.text(), cursor.number("<I")
     if num_dimensions > 4:
         raise BrokenFile(f"{cursor.name}: tensor {name[:100]!r} has {num_dimensions} dimensions")
@@ -160,7 +167,10 @@ def _tensor_extent(cursor: _Cursor) -> tuple[str, int]:
 
 
 def check_gguf(path: Path) -> GgufHeader:
-    """The header of a file that we can convert. Raises BrokenFile, UnsupportedModel, UnsupportedTokenizer."""
+    """Returns the header of a GGUF file that can be converted.
+
+    Raises BrokenFile, UnsupportedModel or UnsupportedTokenizer.
+    """
     header = read_gguf_header(path)
     if header.architecture not in ARCHITECTURES:
         raise UnsupportedModel(
@@ -184,7 +194,10 @@ def check_gguf(path: Path) -> GgufHeader:
 
 
 def _check_weights_are_read(header: GgufHeader) -> None:
-    """Raises UnsupportedModel for what the library passes over in silence, which would change every answer."""
+    """Raises UnsupportedModel for features that transformers silently ignores.
+
+    Without them, the converted model would give different logits.
+    """
     scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in header.tensors:
         raise UnsupportedModel(
@@ -201,9 +214,10 @@ def _check_weights_are_read(header: GgufHeader) -> None:
 
 
 def load_gguf_tokenizer(path: Path, header: GgufHeader) -> Any:  # Any: transformers is untyped here
-    """The file's tokenizer, with what the library's conversion gets wrong put right.
+    """Loads the tokenizer of a GGUF file and repairs two errors in the conversion by transformers.
 
-    It drops the digit rule of `smollm` vocabularies, and adds an unknown-token that the model has no row for.
+    The conversion drops the digit rule of `smollm` vocabularies. It also adds an unknown token
+    for which the model has no embedding row.
     """
     loaded = AutoTokenizer.from_pretrained(
         path.parent, gguf_file=path.name, trust_remote_code=False
@@ -233,9 +247,10 @@ def load_gguf_tokenizer(path: Path, header: GgufHeader) -> Any:  # Any: transfor
 
 
 def load_gguf_model(path: Path) -> tuple[Any, Any]:  # Any: transformers is untyped here
-    """The model as the library loads it, and a plain copy of it that can be saved and trained.
+    """Returns the model as loaded by transformers, and a float32 copy for saving and training.
 
-    The first one is taken for quantised by the library for ever, although its weights are dense by now.
+    transformers treats the loaded model as quantised, although its weights are float32 by now.
+    Raises BrokenFile if weights are missing.
     """
     loaded = AutoModelForCausalLM.from_pretrained(
         path.parent,
@@ -266,7 +281,7 @@ def load_gguf_model(path: Path) -> tuple[Any, Any]:  # Any: transformers is unty
 
 
 def _config(path: Path) -> Any:  # Any: transformers is untyped here
-    """The file's configuration, with the sizes that the library leaves at one checkpoint's."""
+    """Returns the configuration, with sizes from the file that transformers leaves at defaults."""
     header = read_gguf_header(path)
     config: Any = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     if header.architecture == "gpt2":

@@ -1,4 +1,4 @@
-"""A tokenizer as a GGUF file holds it: tokens with their types, merges, and the name of the rule that splits text."""
+"""Converts a fast tokenizer to the metadata of a GGUF file."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from worker.models.vocabulary import num_token_ids
 
 Json = dict[str, Any]  # Any: parts of tokenizer.json
 
-# The rules of Qwen 2 and Llama 3 differ in how many digits stand together.
+# Pre-tokenizer patterns of Qwen 2 and Llama 3. They differ in the number of digits per piece.
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,14 +26,14 @@ SPECIAL = ("bos", "eos", "unk", "pad", "sep")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Everything below `tokenizer.` in the file."""
+    """All `tokenizer.*` metadata of a GGUF file."""
 
-    model: str  # gpt2: byte-level BPE; llama: SentencePiece's
-    split: str
+    model: str  # "gpt2" for byte-level BPE, "llama" for SentencePiece
+    split: str  # llama.cpp's name of the pre-tokenizer
     tokens: list[str]
     types: list[int]
-    merges: list[str]  # of a byte-level one
-    scores: list[float]  # of a SentencePiece's one
+    merges: list[str]  # byte-level BPE only
+    scores: list[float]  # SentencePiece only
     special_ids: dict[str, int]
     is_bos_added: bool
     is_space_prefixed: bool
@@ -52,13 +52,16 @@ class Vocabulary:
         for name, token_id in self.special_ids.items():
             getattr(writer, f"add_{name}_token_id")(token_id)
         writer.add_add_bos_token(self.is_bos_added)
-        writer.add_add_eos_token(False)  # a prompt is to be gone on with
+        writer.add_add_eos_token(False)  # the model continues the prompt
         if self.chat_template:
             writer.add_chat_template(self.chat_template)
 
 
 def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
-    """The tokenizer of a model with `num_rows` embedding rows. Raises UnsupportedTokenizer, BrokenFile."""
+    """Reads the tokenizer of a model with `num_rows` embedding rows.
+
+    Raises UnsupportedTokenizer, or BrokenFile if a token id has no embedding row.
+    """
     tokenizer: Any = AutoTokenizer.from_pretrained(
         folder, trust_remote_code=False, local_files_only=True
     )
@@ -96,12 +99,14 @@ def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
 
 
 def split_of(state: Json) -> str:
-    """llama.cpp's name for the rule by which a byte-level tokenizer splits text. Raises UnsupportedTokenizer."""
+    """Returns llama.cpp's name for the pre-tokenizer of a byte-level BPE tokenizer.
+
+    Raises UnsupportedTokenizer if llama.cpp has no such pre-tokenizer.
+    """
     before: Json = state["pre_tokenizer"] or {}
     steps: list[Json] = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
-    normalizer = (state["normalizer"] or {"type": "NFC"})[
-        "type"
-    ]  # llama.cpp leaves text as it comes
+    # llama.cpp does not normalise text, so NFC and no normaliser are treated alike.
+    normalizer = (state["normalizer"] or {"type": "NFC"})["type"]
     *splits, last = steps
     has_regex = last.get("use_regex", True)
     if last.get("type") == "ByteLevel" and not last["add_prefix_space"] and normalizer == "NFC":
@@ -131,7 +136,10 @@ def split_of(state: Json) -> str:
 def _tokens(
     tokenizer: Any, num_rows: int, *, is_sentencepiece: bool
 ) -> tuple[list[str], list[int]]:
-    """Text and type of every embedding row; rows without a token get a name that no text gives."""
+    """Returns the token and its type for each embedding row.
+
+    Rows without a token get a placeholder of type UNUSED, which no text is split into.
+    """
     by_id = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
     tokens, types = [], []
@@ -151,7 +159,10 @@ def _tokens(
 
 
 def _scores(tokens: list[str], merges: list[tuple[str, str]]) -> list[float]:
-    """llama.cpp joins the pair of the highest score first: the merge that comes first in the list."""
+    """Returns scores that make llama.cpp apply the merges in their order in the list.
+
+    llama.cpp merges the pair with the highest score first.
+    """
     ranks: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         ranks.setdefault(left + right, rank)
@@ -159,7 +170,10 @@ def _scores(tokens: list[str], merges: list[tuple[str, str]]) -> list[float]:
 
 
 def _is_space_prefixed(state: Json) -> bool:
-    """Whether a space is put before the text, and before the text behind a special token. Raises UnsupportedTokenizer."""
+    """Returns whether a space is added before the text, and before text after a special token.
+
+    Raises UnsupportedTokenizer if GGUF cannot express the rule.
+    """
     normalizer: Json = state["normalizer"] or {}
     steps: list[Json] = normalizer.get("normalizers", [normalizer] if normalizer else [])
     replaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

@@ -1,7 +1,6 @@
-"""A student's folder to one GGUF file, which llama.cpp and what is built on it run; one tensor is in memory at a time.
+"""Exports a model folder as one GGUF file for llama.cpp, with one tensor in memory at a time.
 
-Tensors are named and laid out as llama.cpp wants them. A model or a tokenizer that it would run only almost right is
-refused.
+Models and tokenizers that llama.cpp would not run exactly are refused.
 """
 
 import math
@@ -26,7 +25,7 @@ from worker.models.gguf_vocabulary import Vocabulary, read_vocabulary
 Kind = Literal["f16", "q8_0", "f32"]
 Floats = npt.NDArray[np.float32]
 
-# The architecture's name in the file; Mistral is a llama there.
+# The GGUF architecture of each model type. GGUF stores Mistral models as llama.
 ARCHITECTURE_OF = {
     "gpt2": gguf.MODEL_ARCH.GPT2,
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -42,12 +41,12 @@ KINDS: dict[Kind, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 ROTATED_IN_PAIRS = (gguf.MODEL_ARCH.LLAMA, gguf.MODEL_ARCH.SMOLLM3)
-SMOLLM3_ROPELESS_STEP = 4  # llama.cpp takes it for granted
+SMOLLM3_ROPELESS_STEP = 4  # each 4th layer has no RoPE; the value is fixed in llama.cpp
 
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What was written."""
+    """Size of a written GGUF file."""
 
     bytes: int
     num_tensors: int
@@ -55,7 +54,7 @@ class ExportFacts:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the checkpoint, where it lies, and its place and type in the GGUF file."""
+    """One tensor to export: its source in the checkpoint, and its entry in the GGUF file."""
 
     name: str
     source: str
@@ -72,7 +71,10 @@ class Tensor:
 def export_gguf(folder: Path, target: Path, *, kind: Kind) -> ExportFacts:
     """Writes the model of `folder` to `target`: matrices as `kind`, vectors in float32.
 
-    Raises UnsupportedModel, UnsupportedTokenizer, and BrokenFile for weights that do not fit their configuration.
+    Raises:
+        UnsupportedModel: GGUF cannot express the model.
+        UnsupportedTokenizer: GGUF cannot express the tokenizer.
+        BrokenFile: Weights are missing, or too large for the dtype.
     """
     config, vocabulary = check_exportable(folder)
     architecture = ARCHITECTURE_OF[config.model_type]
@@ -108,7 +110,10 @@ def export_gguf(folder: Path, target: Path, *, kind: Kind) -> ExportFacts:
 
 
 def check_exportable(folder: Path) -> tuple[Any, Vocabulary]:  # Any: transformers is untyped here
-    """Configuration and vocabulary of a model that can be written. Raises UnsupportedModel, UnsupportedTokenizer."""
+    """Returns the configuration and vocabulary of a model that can be exported.
+
+    Raises UnsupportedModel, UnsupportedTokenizer or BrokenFile.
+    """
     config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     check_architecture(config.model_type)
     _check_settings(config)
@@ -116,7 +121,7 @@ def check_exportable(folder: Path) -> tuple[Any, Vocabulary]:  # Any: transforme
 
 
 def check_architecture(model_type: str) -> None:
-    """Raises UnsupportedModel for a kind of model that cannot be written."""
+    """Raises UnsupportedModel for an architecture that cannot be exported."""
     if model_type not in EXPORTABLE:
         raise UnsupportedModel(
             f"a model of architecture {model_type!r} cannot be exported as GGUF; "
@@ -125,10 +130,10 @@ def check_architecture(model_type: str) -> None:
 
 
 def _check_settings(config: Any) -> None:  # Any: transformers is untyped here
-    """Raises UnsupportedModel for settings that llama.cpp does not know of."""
+    """Raises UnsupportedModel for settings that llama.cpp does not support."""
     faults = {}
     if config.model_type == "gpt2":
-        # The file format knows one GELU, the one that is written with tanh.
+        # llama.cpp has only the tanh approximation of GELU for this architecture.
         faults["activation_function"] = config.activation_function not in (
             "gelu_new",
             "gelu_pytorch_tanh",
@@ -139,9 +144,8 @@ def _check_settings(config: Any) -> None:  # Any: transformers is untyped here
     else:
         rope = config.rope_parameters
         faults["hidden_act"] = config.hidden_act != "silu"
-        is_llama = (
-            ARCHITECTURE_OF[config.model_type] == gguf.MODEL_ARCH.LLAMA
-        )  # alone reads rope_freqs
+        # Only the llama architecture reads rope_freqs.
+        is_llama = ARCHITECTURE_OF[config.model_type] == gguf.MODEL_ARCH.LLAMA
         stretches = ("default", "linear", "llama3") if is_llama else ("default", "linear")
         faults["rope_parameters"] = rope["rope_type"] not in stretches
         faults["partial_rotary_factor"] = rope.get("partial_rotary_factor", 1.0) != 1.0
@@ -173,7 +177,8 @@ def _add_settings(
         writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
         writer.add_layer_norm_eps(config.layer_norm_epsilon)
         return
-    # A window is not written into these architectures: within it, attention is full anyhow.
+    # GGUF has no attention window for these architectures. The context is limited to the window
+    # instead, because attention is full up to that length.
     window = getattr(config, "sliding_window", None)
     writer.add_context_length(
         min(config.max_position_embeddings, window or config.max_position_embeddings)
@@ -200,7 +205,7 @@ def _head_width(config: Any) -> int:  # Any: transformers is untyped here
 
 
 def _rope_frequencies(config: Any) -> Floats | None:  # Any: transformers is untyped here
-    """What llama.cpp divides every rotary frequency by, for models stretched the way of Llama 3; else None."""
+    """Returns the divisors of the rotary frequencies for RoPE scaling of type llama3, else None."""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "llama3":
         return None
@@ -208,9 +213,8 @@ def _rope_frequencies(config: Any) -> Floats | None:  # Any: transformers is unt
     frequencies = rope["rope_theta"] ** (-np.arange(0, width, 2, dtype=np.float64) / width)
     turns = frequencies * rope["original_max_position_embeddings"] / (2 * np.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip(
-        (turns - low) / (high - low), 0.0, 1.0
-    )  # share of the frequency that is left as it is
+    # Share of each frequency that is not scaled.
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
     divisors: Floats = (1.0 / (kept + (1.0 - kept) / rope["factor"])).astype(np.float32)
     return divisors
 
@@ -243,14 +247,14 @@ def _plan(
 def _kind_of(
     name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType
 ) -> GGMLQuantizationType:
-    # llama.cpp adds vectors and positions up in float32.
+    # llama.cpp needs vectors and position embeddings in float32.
     if len(shape) == 1 or name == "position_embd.weight":
         return GGMLQuantizationType.F32
     return wanted if shape[-1] % GGML_QUANT_SIZES[wanted][0] == 0 else GGMLQuantizationType.F16
 
 
 def _is_turned(source: str, config: Any) -> bool:  # Any: transformers is untyped here
-    """GPT-2 keeps its matrices with the input first."""
+    """Returns whether the matrix must be transposed: GPT-2 stores the input dimension first."""
     layers = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     return config.model_type == "gpt2" and source.endswith(layers)
 
@@ -258,7 +262,10 @@ def _is_turned(source: str, config: Any) -> bool:  # Any: transformers is untype
 def _read(
     tensors: list[Tensor], config: Any, architecture: gguf.MODEL_ARCH
 ) -> Iterator[Floats]:  # Any: transformers is untyped here
-    """The values in the order of `tensors`, in float32, as llama.cpp lays them out."""
+    """Yields the values of `tensors` in order, in float32 and in the layout of llama.cpp.
+
+    Raises BrokenFile for values that do not fit into float16, unless the tensor stays float32.
+    """
     with ExitStack() as stack:
         paths = sorted({tensor.path for tensor in tensors})
         files = {path: stack.enter_context(safe_open(path, "pt")) for path in paths}
@@ -277,6 +284,9 @@ def _read(
 
 
 def interleave(values: Floats, num_heads: int) -> Floats:
-    """Rows of each head in the order that llama.cpp rotates: the two halves of a rotary pair side by side."""
+    """Permutes the rows of each head from the RoPE layout of transformers to that of llama.cpp.
+
+    transformers pairs row i of a head with row i + half; llama.cpp pairs adjacent rows.
+    """
     halves = values.reshape(num_heads, 2, values.shape[0] // num_heads // 2, *values.shape[1:])
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)

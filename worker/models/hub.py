@@ -1,4 +1,4 @@
-"""Fetching a model from a Hugging Face hub: only the files that may come in, at one pinned commit."""
+"""Downloads a model from a Hugging Face hub: only accepted files, all at one commit."""
 
 import errno
 import re
@@ -25,7 +25,7 @@ from worker.models.artifact_checks import accepted_names
 
 SOURCE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 DISK_RESERVE_BYTES = 2**30
-SLACK_BYTES = 2**20  # for what the library writes beside a file
+SLACK_BYTES = 2**20  # for metadata files of huggingface_hub
 
 
 def fetch_from_hub(
@@ -36,11 +36,14 @@ def fetch_from_hub(
     token: str | None,
     on_progress: Callable[[int, int], None],
 ) -> str:
-    """Fetches `org/name@revision` into the new folder and returns the commit that it stands for.
+    """Downloads `org/name@revision` into the new folder and returns its commit hash.
 
-    Without an endpoint, from the Hugging Face hub.
-    `on_progress(bytes_done, bytes_total)` is called about once a second.
-    Raises HubFailed, UnsafeFile, MissingFile.
+    `endpoint` is the URL of the hub; None is the public Hugging Face hub.
+    `on_progress(bytes_done, bytes_total)` is called about once per second, from another thread.
+
+    Raises:
+        HubFailed: The name is invalid, the hub refuses or fails, or the disk is too small.
+        MissingFile: The repository lacks a file that a model needs.
     """
     match = SOURCE.fullmatch(source)
     if match is None:
@@ -76,7 +79,7 @@ def fetch_from_hub(
 def _explained(
     repository: str, revision: str, *, endpoint: str | None, token: str | None
 ) -> Iterator[None]:
-    """Turns the errors of the hub's library into HubFailed."""
+    """Converts errors of huggingface_hub to HubFailed."""
     try:
         yield
     except GatedRepoError as error:
@@ -94,7 +97,8 @@ def _explained(
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, httpx2.HTTPError, OSError) as error:
         if getattr(error, "errno", None) == errno.EFBIG:
-            # `from None`: EFBIG as a cause would read as a full disk, and the limit is our own
+            # `from None`, because `is_disk_full` would take EFBIG as a cause for a full disk.
+            # Here it comes from the limit of `_files_up_to`.
             raise HubFailed(
                 f"{repository} delivers larger files than it announces; it is not fetched"
             ) from None
@@ -114,7 +118,10 @@ def _token_advice(token: str | None) -> str:
 
 @contextmanager
 def _files_up_to(num_bytes: int) -> Iterator[None]:
-    """Lets this process write no longer file meanwhile: what a hub says of sizes was checked against the disk."""
+    """Limits the size of files that this process writes while the block runs.
+
+    Free disk space was checked against the sizes that the hub announced, so larger files must fail.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
     try:
@@ -124,7 +131,7 @@ def _files_up_to(num_bytes: int) -> Iterator[None]:
 
 
 class _Watch:
-    """Reports how many bytes lie in the folder while files are fetched into it."""
+    """Thread that reports the size of the folder while files are downloaded into it."""
 
     def __init__(self, folder: Path, total: int, on_progress: Callable[[int, int], None]) -> None:
         self.folder, self.total, self.on_progress = folder, total, on_progress
@@ -148,6 +155,6 @@ class _Watch:
         for path in self.folder.rglob("*"):
             try:
                 done += path.stat().st_size
-            except FileNotFoundError:  # renamed while we looked
+            except FileNotFoundError:  # renamed since it was listed
                 continue
         self.on_progress(min(done, self.total), self.total)

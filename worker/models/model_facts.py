@@ -1,4 +1,4 @@
-"""What the control plane keeps of a model, read from its folder without loading the weights."""
+"""Reads the facts that the API keeps about a model from its folder, without loading weights."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from worker.errors import BrokenFile, MissingFile, UnsupportedModel
 from worker.models.architectures import HALVES, SUPPORTED, context_tokens, layer_counts, shape_of
 from worker.models.artifact_checks import read_safetensors_header, weight_files
 
-BUFFER = "final_logits_bias"  # BART keeps it among its weights and never trains it
+BUFFER = "final_logits_bias"  # a buffer that BART stores with its weights; not a parameter
 PROBES = (
     "The capital of France is Paris.",
     "1. first\n\n2. second\n\n10. tenth, 3.14159 and 1234567",
@@ -27,9 +27,9 @@ PROBES = (
 
 
 def model_facts(folder: Path) -> ModelFacts:
-    """Facts of a Hugging Face folder: config.json, safetensors and tokenizer.json.
+    """Returns the facts of a model folder with config.json, safetensors and tokenizer.json.
 
-    Raises UnsupportedModel, MissingFile, BrokenFile.
+    Raises UnsupportedModel, MissingFile or BrokenFile.
     """
     config = supported_config(folder)
     files = weight_files(folder)
@@ -63,12 +63,19 @@ def model_facts(folder: Path) -> ModelFacts:
 
 
 def writing_half(config: PretrainedConfig) -> Any:  # Any: transformers is untyped here
-    """Whose width and vocabulary the head has: the decoder of a pair that is made of two models."""
+    """Returns the configuration of the part that has the LM head.
+
+    It is the decoder of an EncoderDecoderModel, and the model's own configuration otherwise.
+    """
     return config.decoder if config.model_type == "encoder-decoder" else config
 
 
 def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
-    """The configuration of the folder. Raises UnsupportedModel if it is of a family that we do not run."""
+    """Reads and checks the configuration of a model folder.
+
+    Raises UnsupportedModel for architectures and options that are not supported. Raises
+    BrokenFile if the configuration cannot be read or its sizes are out of range.
+    """
     document = json.loads((folder / "config.json").read_text())
     model_type = document.get("model_type")
     if model_type not in SUPPORTED:
@@ -119,9 +126,10 @@ def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
 
 
 def tokenizer_sha256(path: Path) -> str:
-    """One hash for one behaviour: equal vocabulary, merges and encodings, whatever version wrote the file.
+    """Returns a hash of the behaviour of a tokenizer: its vocabulary, merges and some encodings.
 
-    Raises MissingFile, BrokenFile.
+    The hash does not depend on the library version that wrote the file.
+    Raises MissingFile or BrokenFile.
     """
     if not path.exists():
         raise MissingFile("tokenizer.json is missing from the model folder")
@@ -147,6 +155,7 @@ def tokenizer_sha256(path: Path) -> str:
 
 
 def has_chat_template(folder: Path) -> bool:
+    """Returns whether the tokenizer of a model folder has a chat template."""
     path = folder / "tokenizer_config.json"
     return (folder / "chat_template.jinja").exists() or (
         path.exists() and bool(json.loads(path.read_text()).get("chat_template"))
@@ -154,12 +163,13 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def chat_cost(tokenizer: Any) -> ChatCost | None:  # Any: transformers is untyped here
-    """What the template adds to empty messages; None if it takes no such chats.
+    """Returns the tokens that the chat template adds per message; None if it refuses such chats.
 
-    It runs the template: of a stranger's model only under a time limit, as `worker/import_model.py` does.
+    This runs the template. For an untrusted model, call it inside `template_limits.bounded`.
     """
 
     def count(*roles: str, begins_answer: bool = True) -> int:
+        """Returns the number of tokens of a chat with empty messages of these roles."""
         chat = [{"role": role, "content": ""} for role in roles]
         text = tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=begins_answer
@@ -185,7 +195,7 @@ def _tokenizer(folder: Path) -> Any:  # Any: transformers is untyped here
 
 
 def _sha256_of_files(files: list[Path]) -> str:
-    """The file's own hash where there is one, else the hash over names and hashes."""
+    """Returns the SHA-256 of a single file; for several files, that of their names and hashes."""
     hashes = []
     for file in files:
         with file.open("rb") as content:

@@ -1,4 +1,4 @@
-"""Limits on what a stranger's chat template may take while it renders in this process."""
+"""Limits the CPU time and memory of an untrusted chat template that renders in this process."""
 
 import resource
 import signal
@@ -15,21 +15,26 @@ STATM = Path("/proc/self/statm")
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Raises TimeoutError or MemoryError inside the block. Time can only be limited on Linux's main thread: elsewhere nothing is."""
+    """Raises TimeoutError or MemoryError inside the block if it exceeds the limits.
+
+    Only the main thread on Linux can set a CPU timer. In other threads, and on other systems,
+    nothing is limited.
+    """
     if threading.current_thread() is not threading.main_thread() or not STATM.exists():
         yield
         return
 
     def give_up(_: int, __: FrameType | None) -> NoReturn:
+        """Signal handler that ends the block."""
         raise TimeoutError("it does not end")
 
     previous = signal.signal(signal.SIGVTALRM, give_up)
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(STATM.read_text().split()[0]) * resource.getpagesize()
-    # no more than the process may have anyway
+    # The new limit must not exceed the limits that the process already has.
     most = min(each for each in (used + MEMORY_BYTES, *limits) if each != resource.RLIM_INFINITY)
     resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
-    # of CPU: a machine that stands still is not the template's fault
+    # CPU time, not wall-clock time: a suspended or overloaded machine must not fail the template.
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
     try:
         yield

@@ -1,1 +1,1 @@
-"""What the supervisor and a run process tell each other: the spec file and the lines of progress."""
+"""Protocol between the supervisor and a run process: the spec file and the lines of output."""

@@ -1,4 +1,7 @@
-"""What `python -m worker.import_model SPEC.json --out DIR` reads. Apart, for the supervisor loads no model library."""
+"""Spec file that `python -m worker.import_model SPEC.json --out DIR` reads.
+
+It is a module of its own, so that the supervisor does not import any model library.
+"""
 
 from pathlib import Path
 from typing import Literal
@@ -7,7 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class ImportSpec(BaseModel):
-    """What is imported: a staged folder or file, or a model on the hub."""
+    """Input of an import: a staged folder or file, or a model on the hub.
+
+    `num_threads` of 0 leaves the default of PyTorch.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,7 @@
-"""What a run says while it works: one JSON object a line on its standard output, read by the supervisor."""
+"""Lines that a run process writes to its standard output for the supervisor.
+
+Each line is one JSON object.
+"""
 
 import math
 import time
@@ -21,18 +24,23 @@ PROGRESS_SECONDS = 1.0
 
 
 class Line(BaseModel):
+    """Base class of all lines."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class StageLine(Line):
-    """A stage begins (and the one before has ended)."""
+    """A stage begins, and the previous one has ended."""
 
     type: Literal["stage"] = "stage"
     name: StageName
 
 
 class ProgressLine(Line):
-    """How far the run is. percent is of the whole run, step and total_steps of the training."""
+    """Progress of the run.
+
+    `percent` refers to the whole run, `step` and `total_steps` to the training.
+    """
 
     type: Literal["progress"] = "progress"
     percent: float
@@ -46,7 +54,7 @@ class ProgressLine(Line):
 
 
 class MetricsLine(Line):
-    """Values of series at a step: train_loss, learning_rate, grad_norm, valid_kl, valid_agreement, …"""
+    """Metric values at a step, such as train_loss, learning_rate, grad_norm or valid_kl."""
 
     type: Literal["metrics"] = "metrics"
     step: int
@@ -54,9 +62,9 @@ class MetricsLine(Line):
 
 
 class CheckpointLine(Line):
-    """A complete, fsynced checkpoint lies in `folder` (relative to the run's output folder).
+    """A complete, fsynced checkpoint is in `folder`, relative to the run's output folder.
 
-    `metrics` are those of the evaluation at this step; empty if the step was not evaluated.
+    `metrics` holds the evaluation at this step. It is empty if the step was not evaluated.
     """
 
     type: Literal["checkpoint"] = "checkpoint"
@@ -67,6 +75,8 @@ class CheckpointLine(Line):
 
 
 class MessageLine(Line):
+    """A message for the job's event history."""
+
     type: Literal["message"] = "message"
     level: Literal["info", "warn"] = "info"
     message: str
@@ -74,27 +84,26 @@ class MessageLine(Line):
 
 
 class ResultLine(Line):
-    """The run has succeeded; the student lies in `folder` (relative to the run's output folder)."""
+    """The run has succeeded. The model is in `folder`, relative to the run's output folder."""
 
     type: Literal["result"] = "result"
     folder: str
     facts: dict[str, Any]  # Any: ModelFacts of the student, as JSON
     result: dict[str, Any]  # Any: the public result object
     trained_tokens: int = 0
-    files: tuple[
-        str, ...
-    ] = ()  # result files for the job's owner, relative to the run's output folder
+    # Result files for the job's owner, relative to the run's output folder.
+    files: tuple[str, ...] = ()
 
 
 class StoppedLine(Line):
-    """The run was asked to stop (SIGTERM) and has: its newest checkpoint is the place to go on from."""
+    """The run has stopped after a SIGTERM. A later run can resume from its newest checkpoint."""
 
     type: Literal["stopped"] = "stopped"
     step: int
 
 
 class ErrorLine(Line):
-    """The run has failed for a reason that trying again will not mend."""
+    """The run has failed permanently: a retry would fail too."""
 
     type: Literal["error"] = "error"
     code: str
@@ -117,13 +126,13 @@ run_line: TypeAdapter[RunLine] = TypeAdapter(RunLine)
 
 
 class Sink(Protocol):
-    """Takes a run's lines; the process's own writes them to its standard output."""
+    """Callable that takes the lines of a run. A run process writes them to its standard output."""
 
     def __call__(self, line: RunLine, /) -> None: ...
 
 
 class Throttle:
-    """Lets progress be told once a second."""
+    """Limits progress lines to one per `PROGRESS_SECONDS`."""
 
     def __init__(self) -> None:
         self._told = -math.inf

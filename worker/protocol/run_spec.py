@@ -1,4 +1,4 @@
-"""What `python -m worker.train SPEC.json --out DIR` reads: the distillation block and where its inputs lie."""
+"""Spec file that `python -m worker.train SPEC.json --out DIR` reads."""
 
 from pathlib import Path
 
@@ -9,7 +9,11 @@ from app.contracts.messages import SPLIT_VERSION
 
 
 class RunSpec(BaseModel):
-    """One run. Folders are local: a supervisor (or a person) has laid them."""
+    """Settings of one training run, and the local paths of its inputs.
+
+    The supervisor fetches the inputs before it starts the run. If `num_threads` is 0, the run uses
+    the number stored in the checkpoint, or else the default of PyTorch.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -18,12 +22,12 @@ class RunSpec(BaseModel):
     start_dir: Path
     training_path: Path
     validation_path: Path | None = None
-    test_path: Path | None = None  # rows that are judged at the end only
+    test_path: Path | None = None  # rows for the final evaluation only
     split_version: int = SPLIT_VERSION
     cache_dir: Path
     cache_bytes: int = 20 * 2**30
     resume_dir: Path | None = None
     seed: int = 0
     num_threads: int = 0
-    num_processes: int = 0  # 0: one a card
+    num_processes: int = 0  # 0: one per CUDA device
     keep_checkpoints: int = 2

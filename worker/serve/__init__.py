@@ -1,1 +1,1 @@
-"""Generates text for many requests at once. Knows neither queue nor database."""
+"""Text generation for many requests at once, independent of the queue and the database."""

@@ -1,4 +1,7 @@
-"""Continues a pile of token prompts with one model and no server: labelling, on-policy data, evaluation."""
+"""Generates continuations of many token prompts with one model, without a server.
+
+It is used for teacher answers, rollouts and evaluation.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,15 +14,17 @@ from worker.serve.decoding.sampling import TokenSampler, seeded_generator
 from worker.serve.engine import end_ids as end_ids_of
 from worker.serve.errors import BadLogits, PromptTooLong
 
-PREFILL_BUDGET = 2048  # tokens, padding included; nobody waits for a first token here
-JOINING_SHARE = (
-    4  # a quarter of the rows joins at once: prefills of a few rows waste the matrix units
-)
+PREFILL_BUDGET = 2048  # tokens, padding included; the time to a first token does not matter
+# A quarter of the rows joins at once, because prefills of a few rows use the hardware badly.
+JOINING_SHARE = 4
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a prompt was continued with; is_finished when an end token was reached (it is included)."""
+    """Continuation of one prompt.
+
+    `is_finished` is true if it ends with an end token, which `tokens` includes.
+    """
 
     tokens: tuple[int, ...]
     is_finished: bool
@@ -41,13 +46,15 @@ def generate_all(
     on_answer: Callable[[int, Continuation], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Continuation]:
-    """One continuation a prompt, in the prompts' order; prompt i samples with seeds[i], else with seed + i.
+    """Returns one continuation per prompt, in the order of the prompts.
 
-    An encoder-decoder encodes its prompt and answers with its decoder's tokens, the start token left out.
-    `end_ids` defaults to what the model's own configs say. An answer is cut where the context ends.
-    `on_answer(i, continuation)` is called when prompt i ends, `on_progress(num_done, num_tokens)` after
-    each step; what they raise ends the call.
-    The model may be in training: it is put back as it was. Raises PromptTooLong and BadLogits.
+    Prompt i samples with seeds[i], or with seed + i without `seeds`. For an encoder-decoder, the
+    encoder reads the prompt, and the continuation excludes the start token. `end_ids` defaults to
+    those of the model's configs. Continuations are cut at the end of the context.
+
+    `on_answer(i, continuation)` is called when prompt i ends, `on_progress(num_done, num_tokens)`
+    after each step. Their exceptions propagate. The training mode of the model is restored.
+    Raises PromptTooLong or BadLogits.
     """
     ends = end_ids_of(model) if end_ids is None else end_ids
     was_training = model.training
@@ -76,9 +83,8 @@ def generate_all(
             )
             for index, prompt in enumerate(prompts)
         ]
-        for sequence in sorted(
-            sequences, key=lambda s: -len(s.prompt)
-        ):  # equal lengths share a prefill
+        # prompts of similar length share a prefill
+        for sequence in sorted(sequences, key=lambda s: -len(s.prompt)):
             runner.add(sequence)
         _run(runner, on_answer, on_progress)
     finally:

@@ -1,4 +1,4 @@
-"""Requests in, replies out: the engine protocol and its implementation over Hugging Face model classes."""
+"""Engine protocol, and its implementation for Hugging Face model classes."""
 
 import time
 from collections.abc import Callable
@@ -20,45 +20,51 @@ from worker.serve.text.reply_builder import Answer, begin_answer, num_logprobs_o
 
 
 class Engine(Protocol):
-    """Generates for many requests at once. One thread owns it; nothing but `prompt_of` blocks longer than a step."""
+    """Generates text for many requests at once.
+
+    One thread owns an engine. No method except `prompt_of` blocks for longer than one step.
+    """
 
     @property
     def num_running(self) -> int:
-        """Sequences (choices) in the batch."""
+        """Number of sequences (choices) in the batch."""
         ...
 
     @property
     def num_waiting(self) -> int:
-        """Sequences admitted and not yet in the batch."""
+        """Number of sequences that were added and are not in the batch yet."""
         ...
 
     def has_work(self) -> bool:
-        """Whether `step` would give or compute anything."""
+        """Returns whether `step` would compute anything or return replies."""
         ...
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
-        """Returns the tokens of a request's prompt. May be called from any thread. Raises ServeError."""
+        """Returns the prompt tokens of a request. Thread-safe. Raises ServeError."""
         ...
 
     def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
-        """Takes a request, with what `prompt_of` returned for it if that was called.
+        """Adds a request. `prompt` is the result of `prompt_of`, if that was called.
 
-        What is wrong with the request comes as a Failure from the next step.
+        An invalid request is reported as a Failure by the next `step`.
         """
         ...
 
     def abort(self, request_id: str) -> None:
-        """Forgets a request and frees its rows at once; no reply follows. Unknown ids are ignored."""
+        """Removes a request and frees its rows at once, without a reply. Ignores unknown ids."""
         ...
 
     def step(self) -> list[Reply]:
-        """Advances every running sequence by a token and gives what became certain."""
+        """Advances the running sequences and returns the replies that are due."""
         ...
 
 
 @dataclass
 class TransformersEngine:
-    """The shared-cursor batch behind the Engine protocol. `clock` gives seconds since the epoch."""
+    """Engine that runs a Hugging Face model in a shared-cursor batch.
+
+    `clock` returns seconds since the epoch.
+    """
 
     model: nn.Module
     tokenizer: Any  # transformers is untyped here
@@ -74,11 +80,11 @@ class TransformersEngine:
         self._text = TokenText(self.tokenizer)
         self._size_bound = size_bound(self.tokenizer, end_id_of(self.tokenizer))
         self._end_ids = end_ids(self.model, self.tokenizer)
-        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]  # a method, typed as a tensor
+        # get_input_embeddings is a method, but typed as a tensor
+        embeddings: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         self._vocab_size: int = embeddings.num_embeddings
-        config: Any = (
-            self.model.config
-        )  # of an encoder-decoder, the half that writes may have other words
+        # The vocabulary of a decoder may differ from that of its encoder.
+        config: Any = self.model.config
         self._num_logits: int = config.get_text_config(decoder=True).vocab_size
 
     def _make_decoder(self) -> Decoder:
@@ -131,7 +137,8 @@ class TransformersEngine:
         sampling = request.sampling
         seed = seed_of(request, choice)
         end_ids = frozenset() if sampling.ignore_eos else self._end_ids
-        # as generate() has it, for repetition_penalty: a decoder behind an encoder has read its start token alone
+        # The tokens that repetition_penalty counts, as in generate(). A decoder with an encoder has
+        # read its start token only.
         context = (self._decoder.batch.family.start_token,) if self._has_encoder else prompt
         return Sequence(
             request_id=request.id,
@@ -179,7 +186,7 @@ class TransformersEngine:
         reason = sequence.finish_reason
         try:
             taken = answer.take(sequence.choice, pick, reason)
-        except ServeError as error:  # the way back to text
+        except ServeError as error:  # from decoding the text
             return [self._fail(answer, error)]
         if taken.is_choice_over and reason is None:
             self._decoder.drop(lambda other: other is sequence)
@@ -195,12 +202,12 @@ class TransformersEngine:
 def end_ids(
     model: nn.Module, tokenizer: Any = None
 ) -> frozenset[int]:  # Any: transformers is untyped here
-    """Tokens that end an answer, by the model's generation config, its config and its tokenizer."""
+    """Returns the tokens that end an answer, from the model's configs and its tokenizer."""
     return ends_named_in([getattr(model, "generation_config", None), model.config], tokenizer)
 
 
 def ends_named_in(configs: Listing[Any], tokenizer: Any = None) -> frozenset[int]:
-    """The end tokens of any of these configs, where there is one, and of the tokenizer."""
+    """Returns the end tokens that the configs and the tokenizer name. A config may be None."""
     found: set[int] = set()
     for ids in (
         *(getattr(config, "eos_token_id", None) for config in configs),

@@ -1,4 +1,4 @@
-"""Loads a plain checkpoint folder: safetensors only, no code from the folder, every weight accounted for."""
+"""Loads plain checkpoint folders: safetensors only, without code and without missing weights."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from worker.serve.text.template_process import RENDERER
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to generate, its tokenizer and the bytes its weights take."""
+    """A model that is ready to generate, its tokenizer, and the bytes of its weights."""
 
     model: nn.Module
     tokenizer: Any  # transformers is untyped here
@@ -33,17 +33,17 @@ def load_model(
     weights: LoadedWeights = "plain",
     keeps_plain: bool = True,
 ) -> LoadedModel:
-    """Loads a model in float32 on a CPU, in the checkpoint's own dtype elsewhere.
+    """Loads a model, on a CPU in float32 and elsewhere in the checkpoint's own dtype.
 
-    Without its plain weights a model takes half the memory on a CPU, and only an engine can call it. bfloat16 weights take
-    half of the float32 ones, int8 weights (on a CPU alone) a quarter; both are faster on a CPU with instructions for them. The
-    best logits are still computed in float32. Both answer a little differently (bench/LOG.md), and keep no plain weights.
-
-    Raises ModelLoadFailed for folders that carry code or lack weights, UnsupportedModel for other families.
+    Without plain weights, a model on a CPU takes half the memory, but only an engine can call it.
+    Neither bfloat16 nor int8 weights keep them on a CPU. They take a half and a quarter of float32
+    weights, and are faster on a CPU with instructions for them. The best logits are still computed
+    in float32. Answers differ slightly (bench/LOG.md). Raises ModelLoadFailed, UnsupportedModel or
+    OptionUnavailable.
     """
     from safetensors import SafetensorError
 
-    # seconds to import; only loading needs them
+    # slow to import, needed for loading only
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     _refuse_unavailable(weights, device)
@@ -88,8 +88,8 @@ def load_model(
 def _pack(model: Any, weights: LoadedWeights, *, keeps_plain: bool) -> int:
     """Packs the linear layers for their matmuls and returns the bytes that they take.
 
-    Rounding the LM head would show in every token: either its best logits are computed again with the float32 weights, or it
-    is not rounded.
+    Rounding the LM head would affect every token. It is rounded only if its best logits can be
+    computed again with the float32 weights.
     """
     if weights == "plain":
         return pack_weights(model, keeps_plain=keeps_plain)
@@ -120,7 +120,7 @@ def _refuse_unavailable(weights: LoadedWeights, device: str) -> None:
 
 
 def refuse_code(folder: Path) -> None:
-    """Raises ModelLoadFailed for a folder that names code of its own."""
+    """Raises ModelLoadFailed if a config in the folder names code (`auto_map`)."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
         path = folder / name
         if path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):

@@ -1,11 +1,14 @@
-"""Exact speculative decoding: a small draft model proposes tokens, the model itself verifies them in one call.
+"""Exact speculative decoding: a draft model proposes tokens that the model verifies in one call.
 
-Greedy text is that of the model alone: a proposal stays while it equals the model's own best token. A sampled token has
-exactly the model's distribution p, whatever the draft's q is: a proposal x drawn from q is accepted with probability
-min(1, p(x) / q(x)), else a token is drawn from max(p - q, 0) made a distribution (Leviathan et al., arXiv:2211.17192).
+The output distribution is that of the model alone. A greedy row accepts a proposal if it equals the
+best token of the model. For a sampled row, let p be the distribution of the model and q that of the
+draft. A proposal x, drawn from q, is accepted with probability min(1, p(x) / q(x)). If it is
+rejected, a token is drawn from max(p - q, 0), normalised.
+
+Source: Leviathan et al., arXiv:2211.17192.
 """
 
-# N rows, Q tokens a row, V vocabulary
+# N rows, Q tokens per row, V vocabulary
 import copy
 from collections.abc import Container, Iterator
 from collections.abc import Sequence as Listing
@@ -31,22 +34,22 @@ from worker.serve.engine import TransformersEngine
 from worker.serve.errors import DraftUnsupported
 from worker.serve.loading import LoadedModel
 
-MAX_DRAFTING = 1  # rows: on two cores four with a draft are slower than four without (bench/LOG.md)
-MIN_CONFIDENCE = 0.4  # that the draft must give to its best token, or verifying it is not worth it
+MAX_DRAFTING = 1  # largest batch with a draft; in larger ones a draft is slower (bench/LOG.md)
+MIN_CONFIDENCE = 0.4  # least probability of the draft's best token that is worth verifying
 GREEDY = TokenSampler()
 
 
 @dataclass
 class DraftCounts:
-    """What became of the proposals so far; a round is one verification of one row.
+    """Counters of proposals and their results. A round is one verification of one row.
 
-    Proposals behind an answer's end are not counted: nobody judged them.
+    Proposals after the end of an answer are not counted, because they are not verified.
     """
 
     num_rounds: int = 0
     num_proposed: int = 0
     num_accepted: int = 0
-    num_tokens: int = 0  # that rounds gave: those accepted, and the model's own behind them
+    num_tokens: int = 0  # accepted proposals, and the model's own token after them
 
     @property
     def acceptance_rate(self) -> float:
@@ -54,7 +57,7 @@ class DraftCounts:
 
     @property
     def mean_accepted(self) -> float:
-        """Accepted proposals a round."""
+        """Accepted proposals per round."""
         return self.num_accepted / max(1, self.num_rounds)
 
     @property
@@ -64,20 +67,21 @@ class DraftCounts:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A draft's token; of a sampled row, with the distribution it was drawn from."""
+    """A token of the draft. In a sampled row, with the distribution from which it was drawn."""
 
     token: int
     drawn_from_V: Tensor | None = None
 
 
-Offers = dict[int, Proposal]  # by row
+Offers = dict[int, Proposal]  # by row number
 
 
 class SpeculativeDecoder(Decoder):
-    """Continuous batching in which each step either prefills newcomers or verifies a few tokens of every sequence.
+    """Decoder whose steps either prefill new sequences or verify several tokens of every sequence.
 
-    With more than max_drafting sequences it advances them plainly, unless a sampled one has a seed: which of its random
-    numbers go where depends on the draft, so its text would depend on the crowd.
+    With more than `max_drafting` sequences it runs plain decode steps, unless a sampled sequence
+    has a seed. The draft determines which random number is used for which token. A seeded sequence
+    therefore always uses the draft, or its text would depend on the other sequences in the batch.
     """
 
     def __init__(
@@ -96,7 +100,8 @@ class SpeculativeDecoder(Decoder):
         super().__init__(
             model, max_running=max_running, max_context_tokens=max_context_tokens, batch=self.target
         )
-        # its rows are the first of ours, in our order; those that joined since the last round follow at the next
+        # Row i of the draft is row i of the target. Sequences that joined since the last round
+        # have no row in the draft yet. The next round adds them.
         self.draft = LookaheadBatch(draft, max_rows=max_running, max_width=width)
         self.num_draft_tokens = num_draft_tokens
         self.max_drafting = max_drafting
@@ -104,7 +109,10 @@ class SpeculativeDecoder(Decoder):
         self.counts = DraftCounts()
 
     def step(self) -> Iterator[tuple[Sequence, SampledToken]]:
-        """Gives each sequence's tokens one by one; those of a sequence dropped meanwhile are left out."""
+        """Returns the new tokens of each sequence, one by one.
+
+        The tokens of a sequence that is dropped during the iteration are left out.
+        """
         is_joining = self.num_waiting and len(self._rows) < self.max_running and self._may_join()
         if self._rows and not is_joining:
             if self._is_drafting():
@@ -124,9 +132,8 @@ class SpeculativeDecoder(Decoder):
         for sequence in sequences[self.draft.num_rows :]:
             self.draft.join([[*sequence.prompt, *sequence.tokens[:-1]]])
         for batch in (self.target, self.draft):
-            batch.make_room_for(
-                self.num_draft_tokens + 1
-            )  # the draft reads one less, and is cut back from as many
+            # the draft reads one token less, but its cursor may advance as far
+            batch.make_room_for(self.num_draft_tokens + 1)
         proposals = self._propose(sequences)
         rows = [
             [
@@ -142,28 +149,31 @@ class SpeculativeDecoder(Decoder):
         return list(zip(sequences, runs, strict=True))
 
     def _propose(self, sequences: Listing[Sequence]) -> list[Offers]:
-        """What is offered to each row, token by token; a row gets no more once the draft is unsure."""
-        # a copy of what a processor remembers: only what the model accepts becomes part of the answer
+        """Returns the proposals of each position, by row.
+
+        A row gets no more proposals once the draft is unsure.
+        """
+        # Processors are copied: only tokens that the model accepts may change their state.
         samplers = [
             replace(s.sampler, num_logprobs=None, processor=copy.deepcopy(s.sampler.processor))
             for s in sequences
         ]
-        # the token before is read once more: after a round that accepted everything the draft has not read it yet
+        # The draft reads the last two tokens. After a round that accepted all proposals, it has not
+        # read the first of them yet.
         rows, offset = [[([*s.prompt[-1:], *s.tokens])[-2], s.tokens[-1]] for s in sequences], -1
         proposals: list[Offers] = []
         while len(proposals) < self.num_draft_tokens:
             for row, sequence in enumerate(sequences):
                 if len(sequence.tokens) + len(proposals) >= sequence.max_tokens:
-                    samplers[row] = replace(
-                        samplers[row], processor=None
-                    )  # it has no room for more
+                    # a processor has no room for tokens beyond max_tokens
+                    samplers[row] = replace(samplers[row], processor=None)
             offers: Offers = {}
             may_offer = proposals[-1].keys() if proposals else range(len(rows))
             choose = partial(self._draft_tokens, may_offer=may_offer, offers=offers)
             picks = pick_tokens(self.draft.look(rows, offset=offset), samplers, choose)
             for row, pick in enumerate(picks):
                 if pick.token is None:
-                    self.draft.cache.wipe_row(row)  # a bad draft costs time, no more
+                    self.draft.cache.wipe_row(row)  # a bad draft costs time only
             if not offers:
                 break
             proposals.append(offers)
@@ -178,7 +188,11 @@ class SpeculativeDecoder(Decoder):
         may_offer: Container[int],
         offers: Offers,
     ) -> list[int | None]:
-        """The draft's tokens; those it is sure enough of are offered. What it drew may not decide that, or q were another."""
+        """Returns the draft's tokens, and adds those of which it is sure enough to `offers`.
+
+        For a sampled row the confidence must not depend on the drawn token, or q would be another
+        distribution.
+        """
         tokens = choose_tokens(logits_NV, [GREEDY] * len(samplers))
         confidence_N = (logits_NV.amax(dim=-1) - logits_NV.logsumexp(dim=-1)).exp().tolist()
         for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
@@ -196,7 +210,10 @@ class SpeculativeDecoder(Decoder):
     def _verify(
         self, sequences: Listing[Sequence], proposals: Listing[Offers], logits_NQV: Tensor
     ) -> list[list[SampledToken]]:
-        """Each row's accepted tokens and the model's own behind them; nothing behind an answer's end."""
+        """Returns the accepted proposals of each row, followed by the model's own next token.
+
+        The tokens of a row end with the end of its answer.
+        """
         runs: list[list[SampledToken]] = [[] for _ in sequences]
         num_accepted = [0] * len(sequences)
         open_rows = list(range(len(sequences)))
@@ -243,7 +260,8 @@ class SpeculativeDecoder(Decoder):
         if was_complete:
             self.draft.leave(row)
         elif row < self.draft.num_rows:
-            self._forget_draft()  # its last row is not our last, which takes this number now
+            # the target moves its last row to this number, but the draft has no such row yet
+            self._forget_draft()
 
     def _forget_draft(self) -> None:
         while self.draft.num_rows:
@@ -259,7 +277,7 @@ def _has_ended(sequence: Sequence, run: list[SampledToken]) -> bool:
 def _judge(
     logits_NV: Tensor, samplers: Listing[TokenSampler], *, offers: Listing[Proposal | None]
 ) -> list[int | None]:
-    """The model's tokens, those that were offered if the rule accepts them."""
+    """Returns the model's token for each row, or the proposed token if it is accepted."""
     is_ruled = [offer is not None and offer.drawn_from_V is not None for offer in offers]
     plain = [
         GREEDY if ruled else sampler for ruled, sampler in zip(is_ruled, samplers, strict=True)
@@ -272,25 +290,35 @@ def _judge(
 
 
 def accept_or_draw(offer: Proposal, wanted_V: Tensor, sampler: TokenSampler) -> int:
-    """The offered token or another one, so that over many calls each has its wanted probability."""
+    """Returns the proposed token or draws another one.
+
+    Each token is returned with its probability in `wanted_V`.
+    """
     assert offer.drawn_from_V is not None, "of a sampled row the distribution is known"
     if uniform(sampler) * float(offer.drawn_from_V[offer.token]) < float(wanted_V[offer.token]):
         return offer.token
     left_V = (wanted_V - offer.drawn_from_V).clamp(min=0.0)
-    # nothing is left when the two differ by rounding alone
+    # all differences are zero if the two distributions differ by rounding only
     return draw(left_V if float(left_V.sum()) > 0 else wanted_V, sampler)
 
 
 @dataclass(kw_only=True)
 class SpeculativeEngine(TransformersEngine):
-    """A model served with a draft of the same tokenizer and vocabulary, both decoders. Raises DraftUnsupported.
+    """Engine that serves a decoder with a draft decoder of the same tokenizer and vocabulary.
 
-    Greedy text is that of the engine without a draft. In float32 a step of several tokens and a step of one round
-    differently in the last bits, as batches of different sizes do: two tokens whose logits are that close may swap. On 100
-    real prompts none did (bench/speculative.py, which shows the gap where two answers part).
-    A seed gives the same sampled text whatever else runs, but another text than without a draft or with another number
-    of draft tokens. With more than `max_drafting` sequences the draft rests. A row is offered tokens only as long as the
-    draft gives `min_confidence` to its best.
+    Greedy text equals that of the engine without a draft. In float32, a step of several tokens
+    rounds differently from a step of one token, as batches of different sizes do. Two tokens whose
+    logits differ only by rounding may swap (bench/speculative.py shows the gap where two answers
+    differ).
+
+    A seed gives the same sampled text regardless of other requests. The text differs from that
+    without a draft, and from that with another number of draft tokens.
+
+    The draft is not used with more than `max_drafting` sequences, unless a sampled one has a seed.
+    A row gets proposals while the draft gives its best token a probability of at least
+    `min_confidence`.
+
+    Raises DraftUnsupported if the two models do not match.
     """
 
     draft: LoadedModel

@@ -1,7 +1,8 @@
-"""vLLM behind the Engine protocol: its scheduler, cache and sampling; our tokens, text and replies.
+"""Engine that uses vLLM for scheduling, KV cache and sampling.
 
-vLLM runs within the worker's process, so that it ends with it. It is installed in an environment of its own and
-imported when a model is first served with it.
+Prompt tokens, text and replies are made as in the other engines. vLLM runs in the worker's process,
+so that both end together. It is installed in a separate environment, and imported when the first
+model is served with it.
 """
 
 import gc
@@ -41,15 +42,16 @@ from worker.serve.text.reply_builder import (
     seed_of,
 )
 
-MAX_LOGPROBS = 20  # alternatives a request may ask for
-CACHE_SHARE = 0.5  # of what max_running whole contexts take; with more, vLLM makes the newest wait
+MAX_LOGPROBS = 20  # alternatives that a request may ask for
+# Size of the KV cache, relative to `max_running` full contexts. If it is full, new sequences wait.
+CACHE_SHARE = 0.5
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 Vllm = Any  # vLLM is not installed where this is type-checked
 
 
 def has_vllm() -> bool:
-    """Whether this environment can serve with vLLM."""
+    """Returns whether this environment can serve with vLLM."""
     return find_spec("vllm") is not None
 
 
@@ -63,14 +65,16 @@ class _Choice:
 
     @property
     def name(self) -> str:
-        """vLLM's request id."""
+        """Request id in vLLM."""
         return f"{self.request.id}/{self.number}"
 
 
 class VllmEngine:
-    """One model in vLLM. `core` is its LLMEngine, made without a tokenizer; `clock` gives seconds since the epoch.
+    """Engine that runs one model in vLLM.
 
-    Unlike our engine it applies min_p before top_k and top_p, and does not notice logits that are not numbers.
+    `core` is an `LLMEngine` without a tokenizer. `clock` returns seconds since the epoch. Unlike
+    TransformersEngine, it applies `min_p` before `top_k` and `top_p`, and does not detect logits
+    that are not finite.
     """
 
     def __init__(
@@ -90,7 +94,8 @@ class VllmEngine:
         self._context = Context(core.model_config.max_model_len)
         self._vocab_size: int = core.model_config.get_vocab_size()
         self._answers: dict[str, Answer] = {}
-        # vLLM schedules first come, first served. It therefore gets no more choices than it can run, in fair order.
+        # vLLM schedules first come, first served. For fairness it gets the choices in the order of
+        # this queue, and no more than it can run.
         self._waiting: FairQueue[_Choice] = FairQueue(lambda choice: choice.request.tenant)
         self._max_running: int = core.vllm_config.scheduler_config.max_num_seqs
         self._choices: dict[str, _Choice] = {}  # by vLLM's request id
@@ -130,11 +135,11 @@ class VllmEngine:
             self._waiting.add(_Choice(request, prompt, number))
 
     def _hand_over(self) -> None:
-        """Gives vLLM the next choices, as far as it has room."""
+        """Passes the next choices to vLLM, as far as it has room."""
         while (
             len(self._choices) < self._max_running and (choice := self._waiting.peek()) is not None
         ):
-            # the choices of a request share the prompt's cache blocks
+            # only the first choice is charged for the prompt, whose cache blocks all choices share
             self._waiting.take(0 if choice.number else len(choice.prompt))
             self._choices[choice.name] = choice
             try:
@@ -175,7 +180,7 @@ class VllmEngine:
             seed=None if seed is None else seed % 2**63,
             logprobs=num_logprobs_of(request),
             stop_token_ids=sorted(end_ids),
-            ignore_eos=True,  # what ends an answer is said by stop_token_ids
+            ignore_eos=True,  # stop_token_ids has all end tokens
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
@@ -230,7 +235,7 @@ class VllmEngine:
                 taken = answer.take(
                     choice.number, pick, FINISH_REASONS[reason] if reason and at == last else None
                 )
-            except ServeError as error:  # the way back to text
+            except ServeError as error:  # from decoding the text
                 return [*replies, self._fail(answer, error)]
             replies += taken.replies
             if taken.is_choice_over:
@@ -248,7 +253,10 @@ class VllmEngine:
 
 
 def _pick(token: int, logprobs: dict[int, Vllm] | None, request: GenerateRequest) -> SampledToken:
-    """vLLM tells the best tokens and the chosen one in one table, each with its rank."""
+    """Returns the sampled token with its log-probabilities.
+
+    vLLM reports the best tokens and the chosen one in one dictionary, each with its rank.
+    """
     if logprobs is None:
         return SampledToken(token)
     ranked = sorted(logprobs.items(), key=lambda entry: entry[1].rank)
@@ -261,10 +269,10 @@ def _pick(token: int, logprobs: dict[int, Vllm] | None, request: GenerateRequest
 def load_vllm(
     folder: Path, *, max_running: int, max_context_tokens: int, clock: Callable[[], float]
 ) -> tuple[VllmEngine, int]:
-    """The model of a folder in vLLM, and the bytes of its weights and cache.
+    """Returns an engine for the model of a folder, and the bytes of its weights and KV cache.
 
-    In float32 on a CPU, else in the checkpoint's own type; the build of vLLM decides which of the two it is.
-    Raises OptionUnavailable without vLLM, UnsupportedModel and ModelLoadFailed.
+    The model runs in float32 on a CPU, and in the checkpoint's own dtype elsewhere. The build of
+    vLLM determines the device. Raises OptionUnavailable, UnsupportedModel or ModelLoadFailed.
     """
     if not has_vllm():
         raise OptionUnavailable(
@@ -304,9 +312,9 @@ def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
     from vllm.v1.engine.llm_engine import LLMEngine
     from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    usage_lib._USAGE_STATS_ENABLED = False  # a worker calls nobody outside
-    theirs = logging.getLogger("vllm")  # its events go where ours go
-    theirs.handlers.clear()  # made when vLLM was imported
+    usage_lib._USAGE_STATS_ENABLED = False  # a worker contacts no other hosts
+    theirs = logging.getLogger("vllm")  # its events use the handlers of the worker
+    theirs.handlers.clear()  # added by the import of vLLM
     theirs.propagate = True
     theirs.setLevel(logging.WARNING)
     is_cpu = current_platform.is_cpu()
@@ -317,15 +325,16 @@ def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
             skip_tokenizer_init=True,
             load_format="safetensors",
             trust_remote_code=False,
-            generation_config="vllm",  # a request says how it samples
+            generation_config="vllm",  # sampling parameters come from requests
             max_logprobs=MAX_LOGPROBS,
             distributed_executor_backend=UniProcExecutor,
             use_tqdm_on_load=False,
             logging_config=LoggingConfig(configure_logging=False),
             disable_log_stats=True,
             dtype="float32" if is_cpu else "auto",
-            enforce_eager=is_cpu,  # compiling takes minutes there
-            gpu_memory_utilization=0.01,  # it must be free at the start; what the cache takes is said below
+            enforce_eager=is_cpu,  # compilation is slow on a CPU
+            # vLLM requires this fraction to be free at the start. The cache size is set below.
+            gpu_memory_utilization=0.01,
             **options,
         ).create_engine_config()
         config.cache_config.kv_cache_memory_bytes = _cache_bytes(config)
@@ -348,8 +357,8 @@ def _cache_bytes(config: Vllm) -> int:
 
 
 def _release(core: Vllm) -> None:
-    """Frees an engine's memory. vLLM's own shutdown would end what other engines of the process share."""
+    """Frees the memory of an engine. vLLM's shutdown would end parts that other engines share."""
     core.engine_core._finalizer.detach()
     core.__dict__.clear()
-    gc.unfreeze()  # vLLM hides all that it made from the collector
+    gc.unfreeze()  # vLLM hides its objects from the garbage collector
     gc.collect()

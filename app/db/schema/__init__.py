@@ -1,1 +1,1 @@
-"""Tables, ids and migrations."""
+"""Database schema: ORM classes, row ids, JSON values and migrations."""

@@ -1,4 +1,7 @@
-"""JSON that Postgres takes: JSONB knows no NaN, no NUL and no half of a surrogate pair."""
+"""Converts values to JSON that Postgres can store.
+
+JSONB supports neither NaN and infinities, nor the character NUL, nor surrogates.
+"""
 
 import math
 from typing import Any
@@ -8,11 +11,15 @@ UNSTORABLE = dict.fromkeys([0, *range(0xD800, 0xE000)], REPLACEMENT)
 
 
 def clean_text(text: str) -> str:
+    """Returns the text with U+FFFD in place of each NUL and each surrogate."""
     return text.translate(UNSTORABLE)
 
 
 def clean(value: Any) -> Any:  # Any: a JSON value in, a JSON value out
-    """The same value, with null for numbers that JSON lacks and a replacement for characters it cannot hold."""
+    """Returns a copy of a JSON value that Postgres can store.
+
+    NaN and infinities become None. Strings and keys are converted by `clean_text`.
+    """
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""Brings a database to the newest schema."""
+"""Runs the migrations of the database schema."""
 
 from pathlib import Path
 
@@ -13,11 +13,15 @@ MIGRATIONS = Path(__file__).parents[3] / "migrations"
 
 
 def upgrade(url: str, revision: str = "head") -> None:
-    """Applies what is missing, in one transaction; a second caller waits and then finds nothing to do."""
+    """Applies the missing migrations in one transaction.
+
+    A concurrent caller waits until this one has finished, and then has nothing to apply.
+    """
     command.upgrade(_configuration(url), revision)
 
 
 def downgrade(url: str, revision: str) -> None:
+    """Reverts all migrations that are newer than `revision`, in one transaction."""
     command.downgrade(_configuration(url), revision)
 
 
@@ -29,7 +33,7 @@ def _configuration(url: str) -> Config:
 
 
 def revisions(url: str) -> tuple[str | None, str | None]:
-    """The database's revision and the newest one there is."""
+    """Returns the revision of the database (None before the first one) and the newest one."""
     newest = ScriptDirectory.from_config(_configuration(url)).get_current_head()
     with engine().connect() as connection:
         return MigrationContext.configure(connection).get_current_revision(), newest

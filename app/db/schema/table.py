@@ -1,4 +1,4 @@
-"""The class that all ORM classes inherit from, and types of columns."""
+"""Base class of the ORM classes, and column types."""
 
 from typing import Any
 
@@ -18,6 +18,6 @@ Timestamp = DateTime(timezone=True)
 
 
 class Table(DeclarativeBase):
-    """Base of the ORM classes, which names constraints as the migrations do."""
+    """Base class of the ORM classes. It names constraints in the same way as the migrations."""
 
     metadata = MetaData(naming_convention=naming)

@@ -1,4 +1,4 @@
-"""ORM classes. The schema itself changes only by migrations; these mirror it."""
+"""ORM classes. They mirror the schema, which only migrations change."""
 
 from datetime import datetime
 from enum import StrEnum
@@ -31,7 +31,7 @@ lease_tokens = Sequence("lease_tokens", metadata=Table.metadata)
 
 
 class ApiKey(Table):
-    """A key shown once; only an HMAC of its secret is kept."""
+    """An API key. Its secret is shown once, and only an HMAC of the secret is stored."""
 
     __tablename__ = "api_keys"
     id: Mapped[str] = mapped_column(String(32), primary_key=True)
@@ -44,6 +44,8 @@ class ApiKey(Table):
 
 
 class File(Table):
+    """An uploaded file, or a result file of a job or a batch. `store_key` locates its bytes."""
+
     __tablename__ = "files"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     project_id: Mapped[str] = mapped_column(String(64))
@@ -65,9 +67,9 @@ class File(Table):
 
 
 class Model(Table):
-    """A registered version: imported or distilled. project_id null means every project sees it.
+    """A registered model version. If `project_id` is null, all projects can use it.
 
-    serving holds `ServingOptions`; null means the plain way.
+    `serving` contains `ServingOptions`; null means the default options.
     """
 
     __tablename__ = "models"
@@ -88,7 +90,7 @@ class Model(Table):
 
 
 class Alias(Table):
-    """`name@alias` points at a version and can be moved."""
+    """An alias `name@alias` that points at a model version. It can be moved to another version."""
 
     __tablename__ = "aliases"
     project_id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -98,7 +100,7 @@ class Alias(Table):
 
 
 class Pin(Table):
-    """What a project wants every serve worker to keep loaded: a model, or whatever an alias points at."""
+    """A model id or an alias of a project. Every serve worker keeps its model loaded."""
 
     __tablename__ = "pins"
     project_id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -107,11 +109,11 @@ class Pin(Table):
 
 
 class Job(Table):
-    """A job of kind `distillation` or `import`. Every write of a running attempt is fenced by lease_token.
+    """Job of kind `distillation` or `import`. `lease_token` fences the writes of its attempts.
 
-    num_losses, and the runtime that is compared with the limit, count from resumed_at on.
-    pause_reason is null for a pause that the job's owner asked for.
-    A row with deleted_at is hidden from its owner; the garbage collector removes it.
+    `num_losses` and the runtime that is compared with the limit are counted since `resumed_at`.
+    `pause_reason` is null if the job's owner requested the pause.
+    A row with `deleted_at` is hidden from its owner. The garbage collector removes it later.
     """
 
     __tablename__ = "jobs"
@@ -174,7 +176,7 @@ class Job(Table):
         Index("ix_jobs_page", "project_id", "created_at", "id"),
         Index("ix_jobs_due", "run_after", "id", postgresql_where=text("status = 'queued'")),
         Index("ix_jobs_waiting", "run_after", postgresql_where=text("status = 'retry_wait'")),
-        # Without lease_expires_at, so that a heartbeat changes no index.
+        # Does not contain lease_expires_at, so that a heartbeat need not update an index.
         Index("ix_jobs_running", "id", postgresql_where=text("status = 'running'")),
         Index("ix_jobs_active", "project_id", postgresql_where=JOB_IS_ACTIVE),
         Index(
@@ -200,10 +202,10 @@ class Job(Table):
 
 
 class JobCount(Table):
-    """Changes of the number of jobs in a state; the number is their sum.
+    """A change in the number of jobs in one state. The number is the sum of all changes.
 
-    A trigger of the table `jobs` adds rows, so transactions that move jobs never wait for each other.
-    `fold_counts` replaces the rows by their sums.
+    Triggers on `jobs` insert rows, so concurrent changes of job states never wait for each other.
+    `app.db.jobs.fold_counts` replaces the rows with one sum per state.
     """
 
     __tablename__ = "job_counts"
@@ -213,9 +215,9 @@ class JobCount(Table):
 
 
 class Attempt(Table):
-    """One run of a job by one worker; worker_id names the claim too.
+    """One run of a job by one worker. `worker_id` also identifies the claim.
 
-    num_records is the number of the last record of the run that was committed, so that a retry adds nothing.
+    `num_records` is the number of the last committed record, by which repeated writes are detected.
     """
 
     __tablename__ = "job_attempts"
@@ -231,7 +233,7 @@ class Attempt(Table):
 
 
 class Event(Table):
-    """Append-only history of a job; `seq` orders it."""
+    """One entry in the append-only history of a job, which is ordered by `seq`."""
 
     __tablename__ = "job_events"
     seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=True)
@@ -246,7 +248,7 @@ class Event(Table):
 
 
 class Metric(Table):
-    """One value of one series; a resumed run writes the same steps again with the same values."""
+    """One value of a metric at one step. A resumed run writes some steps again."""
 
     __tablename__ = "job_metrics"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
@@ -257,7 +259,7 @@ class Metric(Table):
 
 
 class Checkpoint(Table):
-    """A committed checkpoint: this row is the commit."""
+    """A checkpoint. Inserting the row commits it; `status` says whether it can still be used."""
 
     __tablename__ = "checkpoints"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -281,7 +283,7 @@ class Checkpoint(Table):
 
 
 class BatchStatus(StrEnum):
-    """States of a batch, by OpenAI's names. `validating` is checked already, and waits for a runner."""
+    """States of a batch, named as by OpenAI. `validating`: checked, and waiting for a runner."""
 
     validating = "validating"
     failed = "failed"
@@ -299,7 +301,7 @@ ENDED_BATCHES = frozenset(
 
 
 class Batch(Table):
-    """A file of generation requests. Every write of the API process that runs it is fenced by lease_token."""
+    """A file of generation requests. `lease_token` fences writes of the process that runs it."""
 
     __tablename__ = "batches"
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -350,7 +352,7 @@ class Batch(Table):
 
 
 class BatchResult(Table):
-    """The line that the answer to one input line is in the output file; gone when the file is made."""
+    """Output for one input line. Deleted when the batch's output and error files are created."""
 
     __tablename__ = "batch_results"
     batch_id: Mapped[str] = mapped_column(
@@ -362,6 +364,8 @@ class BatchResult(Table):
 
 
 class IdempotencyKey(Table):
+    """An idempotency key of a project for one route, with the response to repeat."""
+
     __tablename__ = "idempotency_keys"
     project_id: Mapped[str] = mapped_column(String(64), primary_key=True)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
@@ -373,9 +377,9 @@ class IdempotencyKey(Table):
 
 
 class Submission(Table):
-    """A submission without an idempotency key; retries of a client are matched to it.
+    """A submission without an idempotency key, to which the client's retries are matched.
 
-    `attempted_at` and `retry_count` are those of its newest attempt; `job_id` is the job that it created.
+    `attempted_at` and `retry_count` describe the newest attempt; `job_id` is the job it created.
     """
 
     __tablename__ = "submissions"

@@ -1,1 +1,1 @@
-"""Batches of requests: input files, answering their lines, output files."""
+"""Batches of generation requests: input files, runs and output files."""

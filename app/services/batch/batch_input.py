@@ -1,4 +1,4 @@
-"""The lines of a batch's input file: read in pieces, parsed, and judged as the routes would judge them."""
+"""Reads and validates the lines of a batch's input file, with the checks of the API routes."""
 
 from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
@@ -19,8 +19,8 @@ from app.storage import store
 Schema = TypeVar("Schema", bound=BaseModel)
 
 PIECE_BYTES: Final = 2**20
-MAX_REQUESTS: Final = 50_000  # as at OpenAI
-MAX_FAULTS: Final = 100  # of a file that are told; nobody reads more
+MAX_REQUESTS: Final = 50_000  # as in the OpenAI API
+MAX_FAULTS: Final = 100  # faults that are reported per file
 BODIES: Final[dict[str, type[ChatBody] | type[CompletionBody]]] = {
     "/v1/chat/completions": ChatBody,
     "/v1/completions": CompletionBody,
@@ -28,9 +28,10 @@ BODIES: Final[dict[str, type[ChatBody] | type[CompletionBody]]] = {
 
 
 def lines_from(key: str, offset: int, max_line_bytes: int) -> tuple[list[bytes], int]:
-    """Some whole lines of a stored file from an offset on, and the offset behind them; none at its end.
+    """Returns some lines of a stored file from `offset` on, and the offset after them.
 
-    A line that is too long comes cut short, but still too long.
+    The list is empty at the end of the file. A line of more than `max_line_bytes` may be split into
+    parts, and its first part is still too long.
     """
     with store().open(key) as file:
         file.seek(offset)
@@ -46,7 +47,7 @@ def lines_from(key: str, offset: int, max_line_bytes: int) -> tuple[list[bytes],
 
 
 def numbered_lines(key: str, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:
-    """All lines of a stored file, counted from 1."""
+    """Yields the lines of a stored file with their numbers, which start at 1."""
     number = offset = 0
     while True:
         lines, offset = lines_from(key, offset, max_line_bytes)
@@ -58,15 +59,19 @@ def numbered_lines(key: str, max_line_bytes: int) -> Iterator[tuple[int, bytes]]
 
 
 def parse_request(raw: bytes) -> BatchRequest:
-    """Returns the request on a line of an accepted batch; its body is not validated. Raises BadRequest.
+    """Returns the request on a line of an accepted batch, without validating its body.
 
-    The limits on the shape of JSON do not apply: the batch may have been accepted before they existed.
+    The limits of `app.json_limits` do not apply, because the batch may be older than they are.
+    Raises BadRequest.
     """
     return _validated(BatchRequest, _json(raw, orjson.loads))
 
 
 def parse_new_request(raw: bytes) -> BatchRequest:
-    """As `parse_request`, for a batch that is not yet accepted: the limits on the shape of JSON apply."""
+    """Returns the request on a line of a new batch, without validating its body.
+
+    The limits of `app.json_limits` apply. Raises BadRequest.
+    """
     content = _json(raw, parse_limited)
     refuse_crowded(content)
     return _validated(BatchRequest, content)
@@ -80,7 +85,7 @@ def _json(raw: bytes, parse: Callable[[bytes], object]) -> object:
 
 
 def body_of(request: BatchRequest, endpoint: str) -> ChatBody | CompletionBody:
-    """The body as the endpoint's route takes it; raises BadRequest."""
+    """Returns the validated body of a request to the batch's endpoint. Raises BadRequest."""
     if request.method != "POST":
         raise BadRequest("method must be POST", "invalid_method", "method")
     if request.url != endpoint:
@@ -98,7 +103,11 @@ def body_of(request: BatchRequest, endpoint: str) -> ChatBody | CompletionBody:
 def find_faults(
     key: str, *, project_id: str, endpoint: str, settings: Settings
 ) -> tuple[int, list[BatchError]]:
-    """How many requests an input file holds, and what is wrong with it: at most one fault a line."""
+    """Returns the number of requests in an input file, and its faults: at most one per line.
+
+    Reading stops at the limits MAX_REQUESTS and MAX_FAULTS, and the number is then that of the
+    lines read. Raises FileNotFoundError.
+    """
     judge = _Judge(project_id, endpoint, settings.max_line_bytes)
     faults: list[BatchError] = []
     number = 0
@@ -115,7 +124,7 @@ def find_faults(
 
 
 class _Judge:
-    """Refuses lines, some of them because of lines before."""
+    """Checks the lines of one file in order. It remembers ids and models of earlier lines."""
 
     def __init__(self, project_id: str, endpoint: str, max_line_bytes: int) -> None:
         self._project_id = project_id

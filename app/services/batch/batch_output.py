@@ -1,4 +1,4 @@
-"""The files of a batch: made from its recorded results when no more can come."""
+"""Writes the output and error files of a batch whose results can no longer change."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from app.settings import Settings
 from app.storage import store
 
 log = structlog.get_logger(__name__)
-PAGE_ROWS: Final = 500  # results read in one statement
+PAGE_ROWS: Final = 500  # results read per SQL statement, together with PAGE_BYTES
 PAGE_BYTES: Final = 4 * 2**20
 NEVER_RUN: Final = {
     BatchStatus.cancelled: (
@@ -30,7 +30,7 @@ NEVER_RUN: Final = {
 
 
 def output_line(custom_id: str, *, response: Json | None = None, error: Json | None = None) -> str:
-    """A line of an output or error file."""
+    """Returns a line of an output or error file."""
     line = {
         "id": new_id("batch_req_"),
         "custom_id": custom_id,
@@ -41,7 +41,10 @@ def output_line(custom_id: str, *, response: Json | None = None, error: Json | N
 
 
 def end_batch(batch: Batch, token: int, settings: Settings) -> bool:
-    """Makes the files of a batch whose results are frozen and ends it; False if the lease was lost meanwhile."""
+    """Writes the files of a batch whose results are frozen, and ends the batch.
+
+    Returns False, and deletes the files, if another process has the lease.
+    """
     is_whole = batch.num_completed + batch.num_failed == batch.num_requests
     status = BatchStatus.completed if is_whole else BatchStatus.expired
     if batch.status == BatchStatus.cancelling:
@@ -77,7 +80,7 @@ def end_batch(batch: Batch, token: int, settings: Settings) -> bool:
 
 
 class _ResultFile:
-    """A JSONL file on its way into the store."""
+    """A JSONL file that is being written to the store."""
 
     def __init__(self, file: IO[bytes], key: str, file_id: str, filename: str) -> None:
         self.key = key
@@ -95,7 +98,7 @@ class _ResultFile:
 
     @property
     def columns(self) -> Json:
-        """The columns of its row, once it is written."""
+        """Columns of the file's database row, valid after the last `write`."""
         return {
             "id": self._id,
             "filename": self._filename,
@@ -137,5 +140,5 @@ def _write_unanswered(
             if number not in answered:
                 error = {"code": code, "message": message}
                 file.write(output_line(parse_request(raw).custom_id, error=error))
-    except FileNotFoundError:  # nobody knows their ids any more, and the batch must end
+    except FileNotFoundError:  # the custom_ids are lost, but the batch must end
         log.warning("batch_input_lost", batch=batch.id)

@@ -1,7 +1,8 @@
-"""Runs batches beside the requests of clients, each by one API process at a time, and gives way to clients.
+"""Runs batches in the API processes, with lower priority than the requests of clients.
 
-What has been answered is in Postgres; all else may be lost at any moment. Whoever has a batch's lease answers the
-lines that have no answer yet, and makes the files when none is left.
+Each batch is run by one process at a time, which holds its lease. Every answer is stored in
+Postgres at once, and all other state may be lost at any time. The process with the lease answers
+the lines that have no stored answer, and writes the files when none is left.
 """
 
 import asyncio
@@ -32,12 +33,12 @@ from app.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-MAX_RUNS: Final = 4  # batches that one process answers at once; they share the room
-BEAT_SECONDS: Final = 1.0  # how soon a run hears of a cancel
-RETRY_SECONDS: Final = 2.0
-POSTPONE_SECONDS: Final = 10.0  # after a fault of the database, of the store, or of ours
-FORGET_SECONDS: Final = 120.0  # after which a fault of a load begins a new row of them
-PASSING: Final = frozenset({429, 503})
+MAX_RUNS: Final = 4  # batches that one process runs at a time; they share its `Room`
+BEAT_SECONDS: Final = 1.0  # heartbeat of a run, which also notices a cancellation
+RETRY_SECONDS: Final = 2.0  # before a retry, if the error names no time
+POSTPONE_SECONDS: Final = 10.0  # before a batch is released after an unexpected error
+FORGET_SECONDS: Final = 120.0  # load failures further apart than this are counted separately
+PASSING: Final = frozenset({429, 503})  # HTTP status of errors that are retried
 LOAD_FAULTS: Final = frozenset(
     {"model_load_failed", "model_too_large", "serving_option_unavailable"}
 )
@@ -45,11 +46,14 @@ NO_DATABASE: Final = (DatabaseUnavailable, PoolExhausted)
 
 
 class LeaseLost(Exception):
-    """Another process has the batch by now."""
+    """Another process has the lease of the batch."""
 
 
 class BatchRunner:
-    """One API process's share of the batches. All but `wake` is for the event loop's thread."""
+    """Claims and runs batches in one API process.
+
+    Only `wake` may be called from other threads than that of the event loop.
+    """
 
     def __init__(self, request_router: RequestRouter) -> None:
         self._request_router = request_router
@@ -63,7 +67,7 @@ class BatchRunner:
         self._looking = self._loop.create_task(self._look())
 
     async def stop(self) -> None:
-        """Gives the batches back; another process, or the next start, goes on with them."""
+        """Stops all runs and releases their leases, so that another process can continue."""
         self._looking.cancel()
         await asyncio.gather(self._looking, return_exceptions=True)
         runs = list(self._runs)
@@ -72,7 +76,7 @@ class BatchRunner:
         await asyncio.gather(*runs, return_exceptions=True)
 
     def wake(self) -> None:
-        """Looks for batches now. For any thread."""
+        """Looks for batches now instead of at the next interval. Thread-safe."""
         self._loop.call_soon_threadsafe(self._has_news.set)
 
     async def _look(self) -> None:
@@ -89,7 +93,7 @@ class BatchRunner:
             except NO_DATABASE as fault:
                 log.warning("batches_not_seen", reason=type(fault).__name__)
             except Exception:
-                log.exception("batches_not_seen")  # the looking must outlive any one fault
+                log.exception("batches_not_seen")  # the loop must survive any error
 
     def _claim(self, only_ending: bool) -> Batch | None:
         with transaction() as session:
@@ -107,7 +111,7 @@ class BatchRunner:
 
 
 class BatchRun:
-    """A batch while this process holds its lease."""
+    """Run of one batch for as long as this process holds its lease."""
 
     def __init__(self, batch: Batch, request_router: RequestRouter, room: "Room") -> None:
         assert batch.lease_token is not None, "it was claimed"
@@ -116,10 +120,14 @@ class BatchRun:
         self._request_router = request_router
         self._room = room
         self._settings: Settings = request_router.settings
-        self._unloadable: dict[str, tuple[float, float]] = {}  # by model
+        # Times of the first and the last load failure, by model.
+        self._unloadable: dict[str, tuple[float, float]] = {}
 
     async def run(self) -> None:
-        """Answers, ends and files the batch, as far as it gets; gives the lease back if that is not to the end."""
+        """Answers the remaining lines, then writes the files and ends the batch.
+
+        Releases the lease if it is cancelled or fails on the way.
+        """
         try:
             if self._batch.status == BatchStatus.in_progress:
                 await self._while_held(self._answer_all(), BatchStatus.in_progress)
@@ -137,16 +145,18 @@ class BatchRun:
             await self._give_back()
 
     async def _while_held(self, work: Coroutine[object, object, object], status: str) -> None:
-        """Does the work, renewing the lease, until it is done or the status another one. Raises LeaseLost."""
+        """Runs `work` while renewing the lease.
+
+        Cancels it and returns early if the batch no longer has this status. Raises LeaseLost.
+        """
         task = asyncio.ensure_future(work)
         try:
             while True:
                 await asyncio.wait({task}, timeout=BEAT_SECONDS)
                 if task.done():
                     break
-                with suppress(
-                    *NO_DATABASE
-                ):  # down for everybody; should the lease run out, the fence holds
+                # The lease may expire during an outage. Its token then fences off our writes.
+                with suppress(*NO_DATABASE):
                     if await run_in_threadpool(self._renew) != status:
                         return
             task.result()
@@ -155,7 +165,10 @@ class BatchRun:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _answer_all(self) -> None:
-        """Answers the lines that have no answer, some at a time, until there are none or they cannot be kept."""
+        """Answers the remaining lines, several at a time.
+
+        Ends early if answers can no longer be recorded, because the batch or its lease has ended.
+        """
         lines = PendingLines(
             self._batch.input_key, await run_in_threadpool(self._answered), self._settings
         )
@@ -173,7 +186,10 @@ class BatchRun:
                 return
 
     async def _outcome(self, request: BatchRequest) -> tuple[int, Json | orjson.Fragment]:
-        """What the route would answer, except that 429 and 503 mean another try."""
+        """Returns the status and the body that the API route would send.
+
+        Errors with the status 429 or 503 are retried.
+        """
         num_losses = 0
         while True:
             try:
@@ -181,7 +197,7 @@ class BatchRun:
                 self._unloadable.pop(request.body["model"], None)
                 return 200, answer
             except StillhouseError as error:
-                # A request that kills its workers would kill all of them, one after the other.
+                # A request that crashes its worker would crash one worker after the other.
                 num_losses += error.code == "worker_lost"
                 is_hopeless = num_losses >= self._settings.max_losses or self._is_never_loaded(
                     request, error
@@ -199,8 +215,11 @@ class BatchRun:
                 return opaque.status, envelope(opaque)
 
     def _is_never_loaded(self, request: BatchRequest, error: StillhouseError) -> bool:
-        """Whether the model has not come up for as long as a request may take: a store that is away comes back,
-        broken files stay broken."""
+        """Records a load failure and returns whether retries should end.
+
+        That is the case after `request_timeout_seconds` of failures. An outage of the store is
+        temporary, but broken model files are not.
+        """
         if error.code not in LOAD_FAULTS:
             return False
         now = time.monotonic()
@@ -214,7 +233,7 @@ class BatchRun:
         answer, prompts = begin_answer(body)
         model = await generation.find_model(self._batch.project_id, body.model)
         answer.model = model.model_id
-        # Under the batch's name, so that it takes nothing of what its key may have at once.
+        # The tenant is the project, so that a batch does not use up the limits of its API key.
         order = Order(
             answer.id,
             self._batch.id,
@@ -225,9 +244,8 @@ class BatchRun:
             tenant=self._batch.project_id,
         )
         num_sequences = sequences_of(body)
-        while any(
-            worker.num_waiting for worker in self._request_router.workers
-        ):  # clients go first
+        # Requests of clients go first.
+        while any(worker.num_waiting for worker in self._request_router.workers):
             await asyncio.sleep(self._settings.serve_heartbeat_seconds)
         await self._room.take(num_sequences)
         try:
@@ -252,7 +270,7 @@ class BatchRun:
             )
 
     def _renew(self) -> str:
-        """The batch's status."""
+        """Renews the lease and returns the status of the batch. Raises LeaseLost."""
         with transaction() as session:
             batch = batches.renew(
                 session, self._batch.id, self._token, self._settings.lease_seconds
@@ -270,15 +288,19 @@ class BatchRun:
 
     async def _give_back(self) -> None:
         def release() -> None:
+            """Releases the lease."""
             with transaction() as session:
                 batches.release(session, self._batch.id, self._token)
 
-        with suppress(*NO_DATABASE):  # then the lease runs out
+        with suppress(*NO_DATABASE):  # the lease then expires by itself
             await run_in_threadpool(release)
 
 
 class PendingLines:
-    """The requests of an input file that have no answer yet, each with its line's number, to many takers."""
+    """Requests of an input file that have no answer yet, with their line numbers.
+
+    Several coroutines may call `take` at the same time. It returns None at the end of the file.
+    """
 
     def __init__(self, key: str, answered: set[int], settings: Settings) -> None:
         self._key = key
@@ -306,9 +328,10 @@ class PendingLines:
 
 
 class Room:
-    """How many sequences batches may have in the engine at once; whoever asks first is served first.
+    """Limits how many sequences the batches of this process generate at the same time.
 
-    A request of more sequences than that goes alone.
+    Requests are admitted in the order of their calls. A request with more sequences than the limit
+    runs alone.
     """
 
     def __init__(self, most: int) -> None:
@@ -330,7 +353,7 @@ class Room:
 
 
 def sequences_of(body: ChatBody | CompletionBody) -> int:
-    """How many sequences the engine writes for a body."""
+    """Returns the number of sequences that the engine generates for a body."""
     if isinstance(body, CompletionBody):
         return len(body.prompts) * max(body.num_choices, body.best_of or 1)
     return body.num_choices

@@ -1,4 +1,4 @@
-"""Batches: accepted once, with all that is wrong with their lines told at once; read, and asked to stop."""
+"""Creates, reads and cancels batches. All faults of an input file are reported together."""
 
 import threading
 from typing import Any
@@ -24,12 +24,16 @@ from app.services.retries import RetryInfo
 from app.settings import get_settings
 
 ROUTE = "POST /v1/batches"
-# A file takes seconds, and the threads that read it are those that answer everybody.
+# Checking a file takes seconds, in a thread of the pool that all requests of the process share.
 JUDGES = threading.BoundedSemaphore(8)
 
 
 def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo) -> Accepted:
-    """Takes in a batch, or one that has failed for what is wrong with its lines."""
+    """Creates a batch, or returns the stored response if the request is a retry.
+
+    If lines of the input file are invalid, the batch is created as failed and lists their faults.
+    Raises a StillhouseError if the request is invalid or exceeds a quota.
+    """
     sha256 = fingerprint(asked.model_dump(mode="json"))
     replay = find_replay(principal, ROUTE, attempted, sha256)
     if replay is not None:
@@ -69,7 +73,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
             if same is not None:
                 return Accepted(BatchObject.of(same).model_dump(mode="json"), is_replay=True)
         demand_room(session, principal.project_id)
-        # Once more, because it may have been deleted meanwhile; from here on it cannot be.
+        # Find the file again: it may have been deleted since. The lock prevents that from here on.
         input_file(session, principal.project_id, asked.input_file_id)
         batch = batches.insert_batch(
             session,
@@ -85,6 +89,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
 
 
 def demand_room(session: Session, project_id: str) -> None:
+    """Locks the project; raises QuotaExceeded if it has too many batches that have not ended."""
     lock_project(session, project_id)
     most = get_settings().max_active_jobs_per_project
     if batches.count_active(session, project_id) >= most:
@@ -94,7 +99,10 @@ def demand_room(session: Session, project_id: str) -> None:
 
 
 def input_file(session: Session, project_id: str, file_id: str) -> File:
-    """The project's file, kept from being deleted until the transaction ends; raises NotFound or BadRequest."""
+    """Returns the project's file, locked against deletion until the transaction ends.
+
+    Raises NotFound, and BadRequest if the file has another purpose than `batch`.
+    """
     row = files.find_file(session, project_id, file_id, lock=True)
     if row is None:
         message = f"the file {file_id!r} does not exist; upload it with POST /v1/files"
@@ -106,7 +114,7 @@ def input_file(session: Session, project_id: str, file_id: str) -> File:
 
 
 def get_batch(session: Session, project_id: str, batch_id: str) -> Batch:
-    """The project's batch with this id; raises NotFound."""
+    """Returns the project's batch with this id. Raises NotFound."""
     row = batches.find_batch(session, project_id, batch_id)
     if row is None:
         raise NotFound(f"the batch {batch_id!r} does not exist", param="batch_id")
@@ -114,7 +122,10 @@ def get_batch(session: Session, project_id: str, batch_id: str) -> Batch:
 
 
 def cancel_batch(project_id: str, batch_id: str) -> Batch:
-    """Asks a batch to stop, which it does within seconds; what was answered so far is kept."""
+    """Requests that a batch stop, which it does within seconds. Its answers so far are kept.
+
+    Raises NotFound, and Conflict if the batch has ended or is being finalized.
+    """
     with transaction() as session:
         before = get_batch(session, project_id, batch_id)
         if before.status in {BatchStatus.cancelling, BatchStatus.cancelled}:

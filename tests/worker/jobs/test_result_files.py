@@ -216,9 +216,9 @@ def test_only_files_of_the_runs_folder_are_published(tmp_path: Path) -> None:
 KILLED_AT_THE_COMMIT = """
 import os, signal, sys
 from tests.worker.jobs.test_result_files import attempt_of, LINE
-from worker import ledger
-lease = ledger.claim("doomed")
-ledger.finish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+from worker.jobs import lease_client
+lease = lease_client.claim("doomed")
+lease_client.finish = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
 attempt_of(lease)._finish(LINE)
 """
 

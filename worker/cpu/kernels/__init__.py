@@ -1,1 +1,1 @@
-"""C kernels, how they are built, and their Python bindings."""
+"""C kernels, their build, and their Python bindings."""

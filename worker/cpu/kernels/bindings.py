@@ -1,10 +1,15 @@
-"""C kernels for operations that PyTorch runs slowly on a CPU: element-wise operations (decode_ops.c), matmuls with packed
-weights (tiled_matmul.c, int8_matmul.c) and all layers of a decode step in one call (decoder_layers.c). For training: matmuls (bf16x3_matmul.c),
-layers (norm_swiglu.c, causal_attention.c) and the loss from the logits (distill_loss.c).
+"""Python bindings of the C kernels, for operations that PyTorch runs slowly on a CPU.
 
-PyTorch runs these as many small operations; bench/LOG.md has the timings. The machine's C compiler builds the kernels
-once. `kernels` returns None without a compiler, and on systems other than Linux with a PyTorch that uses GNU OpenMP;
-PyTorch then computes the same.
+- decode_ops.c: element-wise operations and attention of a decode step.
+- tiled_matmul.c, int8_matmul.c: matmuls with packed weights.
+- decoder_layers.c: all layers of a decode step in one call.
+- bf16x3_matmul.c: float32 matmuls for training.
+- norm_swiglu.c, causal_attention.c: layers in training.
+- distill_loss.c: the loss from the logits.
+
+The machine's C compiler builds the kernels once. `kernels` returns None without a compiler, on
+systems other than Linux, and if PyTorch does not use GNU OpenMP. PyTorch operations then compute
+the same. bench/LOG.md has the timings.
 """
 
 import ctypes
@@ -40,7 +45,10 @@ SIGNATURES = {
 
 
 class Layer(ctypes.Structure):
-    """`struct layer` of decoder_layers.c: addresses of a layer's norms, tiles, biases (None: none), keys and values, and its numbers."""
+    """`struct layer` of decoder_layers.c.
+
+    Holds the addresses of norms, weights, biases (None if absent), keys and values, and scalars.
+    """
 
     WEIGHTS = ("qkv", "output", "gate", "up", "down")
     _fields_ = [
@@ -52,7 +60,11 @@ class Layer(ctypes.Structure):
 
 
 class Sizes(ctypes.Structure):
-    """`struct sizes` of decoder_layers.c: rows, tokens of each, hidden size, query and key heads and their width, MLP's width, the cache's width and column, whether weights are int8."""
+    """`struct sizes` of decoder_layers.c.
+
+    N rows of Q tokens; E hidden size; H query heads and K key heads of width D; I width of the MLP;
+    width and column of the KV cache; whether the weights are int8.
+    """
 
     _fields_ = [
         (name, WHOLE) for name in ("N", "Q", "E", "H", "K", "D", "I", "width", "column", "is_int8")
@@ -72,17 +84,17 @@ CAN_FAIL = frozenset(
         "forward",
     }
 )
-NO_MEMORY, BAD_TARGET = 1, 2  # what they return beside 0
+NO_MEMORY, BAD_TARGET = 1, 2  # their error codes; 0 is success
 
-TILE_SIDE, TILE_DEPTH = 16, 32  # features and inputs of a tile of weights
-MARGIN = 4.0  # in nats: what lies below the best by more has a fiftieth of its weight
-MOST_REFINED = 1024  # of a row
+TILE_SIDE, TILE_DEPTH = 16, 32  # output features and inputs of a weight tile
+MARGIN = 4.0  # nats below the highest logit; such a token has 1/50 of the highest probability
+MOST_REFINED = 1024  # logits per row
 
 
 def _raise_failure(
     code: int, function: Any, arguments: tuple[Any, ...]
-) -> int:  # Any: as ctypes has it
-    """Raises MemoryError or IndexError for what a C function returned."""
+) -> int:  # Any: as ctypes declares it
+    """Raises MemoryError or IndexError for the error code of a C function."""
     if code == NO_MEMORY:
         raise MemoryError(f"no memory for the working space of {function.__name__}")
     if code == BAD_TARGET:
@@ -91,9 +103,9 @@ def _raise_failure(
 
 
 class Kernels:
-    """The compiled functions over tensors: contiguous ones on the CPU, in float32 or bfloat16.
+    """The compiled functions, for contiguous CPU tensors in float32 or bfloat16.
 
-    Functions that need memory beside their tensors raise MemoryError when there is none.
+    A function that needs working space raises MemoryError if there is none.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -103,12 +115,12 @@ class Kernels:
             function.argtypes, function.restype = types, ctypes.c_int if name in CAN_FAIL else None
             if name in CAN_FAIL:
                 function.errcheck = _raise_failure
-        self.has_tiles = bool(library.has_tiles())  # products of bfloat16, by AMX or AVX-512
-        self.has_int8 = bool(library.has_int8())  # int8 weights, by AVX-512
-        self.has_splits = bool(library.has_splits())  # of float32, by AMX alone
+        self.has_tiles = bool(library.has_tiles())  # bfloat16 matmuls, with AMX or AVX-512
+        self.has_int8 = bool(library.has_int8())  # int8 weights, with AVX-512
+        self.has_splits = bool(library.has_splits())  # bf16x3 matmuls, with AMX only
 
     def make_tiles(self, weight_OI: Tensor) -> Tensor:
-        """A weight in bfloat16 as `multiply_tiles` reads it. I has to be a multiple of 32."""
+        """Packs a bfloat16 weight for `multiply_tiles`. I must be a multiple of 32."""
         num_out, num_in = weight_OI.shape
         assert num_in % TILE_DEPTH == 0
         tiles = torch.empty(-(-num_out // TILE_SIDE) * TILE_SIDE * num_in, dtype=torch.bfloat16)
@@ -118,7 +130,10 @@ class Kernels:
     def multiply_tiles(
         self, x: Tensor, tiles: Tensor, num_out: int, bias_O: Tensor | None, *, is_swish: bool
     ) -> Tensor:
-        """x W^T + bias [..., O] in bfloat16, then swish if asked; x in bfloat16, the bias in float32. A row's result depends on that row alone."""
+        """Returns x W^T + bias [..., O] in bfloat16, followed by swish on request.
+
+        x is bfloat16, the bias float32. The result of a row depends on that row alone.
+        """
         out = torch.empty((*x.shape[:-1], num_out), dtype=torch.bfloat16)
         num_in = x.shape[-1]
         self._library.multiply_tiles(
@@ -129,10 +144,7 @@ class Kernels:
     def multiply_int8(
         self, x: Tensor, packed: Tensor, num_out: int, bias_O: Tensor | None, *, is_swish: bool
     ) -> Tensor:
-        """Returns x W^T + bias [..., O] in bfloat16, followed by swish on request.
-
-        x is bfloat16, the bias float32, and `packed` comes from `worker.cpu.int8.pack_int8`. A row's result depends on that row alone.
-        """
+        """Same as `multiply_tiles`, for a weight from `worker.cpu.int8.pack_int8`."""
         out = torch.empty((*x.shape[:-1], num_out), dtype=torch.bfloat16)
         num_in = x.shape[-1]
         self._library.multiply_int8(
@@ -149,12 +161,11 @@ class Kernels:
         num_parts: int = 3,
         adds: bool = False,
     ) -> Tensor:
-        """a b^T in float32, as exact as float32 products are, or with two parts of each number to 16 bits of its 24.
+        """Returns a b^T, computed as bf16x3: written to `out_MN`, or added to it with `adds`.
 
-        Written into, or added to, `out` if there is one.
-
-        Only where `has_splits`. Each operand is contiguous, or the transposed of what is. A row's result
-        depends on that row and b alone.
+        With three parts per number it is as exact as a float32 matmul; with two it keeps 16 of 24
+        bits. Requires `has_splits`. Each operand, or its transpose, is contiguous. The result of a
+        row depends on that row and b alone.
         """
         (num_rows, depth), num_columns = a_MK.shape, len(b_NK)
         out_MN = torch.empty(num_rows, num_columns) if out_MN is None else out_MN
@@ -175,7 +186,7 @@ class Kernels:
         eps: float,
         dtype: torch.dtype,
     ) -> Tensor:
-        """hidden += delta in place; gives its RMS norm times the weight [N, E] in `dtype`."""
+        """Adds delta to `hidden_NE` in place; returns the RMS norm times the weight in `dtype`."""
         out_NE = torch.empty(hidden_NE.shape, dtype=dtype)
         delta, kind = (
             (None, 0) if delta_NE is None else (delta_NE.data_ptr(), KINDS[delta_NE.dtype])
@@ -193,12 +204,16 @@ class Kernels:
         return out_NE
 
     def multiply(self, a: Tensor, b: Tensor) -> Tensor:
-        """a *= b."""
+        """Computes a *= b in place and returns a."""
         self._library.multiply(a.data_ptr(), b.data_ptr(), KINDS[a.dtype], a.numel())
         return a
 
     def refine(self, rounded_NV: Tensor, hidden_NE: Tensor, weight_VE: Tensor) -> Tensor:
-        """Logits [N, V] in float32: the best of a row, up to MARGIN below the greatest, exact, the others as rounded to bfloat16."""
+        """Returns float32 logits [N, V] whose highest values are exact.
+
+        Logits up to MARGIN below the highest are recomputed in float32, at most MOST_REFINED per
+        row. The others keep their bfloat16 value.
+        """
         out_NV = torch.empty(rounded_NV.shape)
         self._library.refine(
             *_addresses(rounded_NV, hidden_NE, weight_VE, out_NV), *rounded_NV.shape, hidden_NE.shape[-1], MARGIN, MOST_REFINED,
@@ -217,9 +232,9 @@ class Kernels:
     ) -> Tensor:
         """Returns loss, KL, cross-entropy and agreement per row [N, 4].
 
-        The student's logits are replaced by factor times the loss's derivative. The divergence is forward KL, or with a
-        beta the Jensen-Shannon divergence, at temperature 1; all in float32. Every row has a target: there is no
-        ignore index.
+        Replaces the student's logits by `factor` times the derivative of the loss. The divergence
+        is forward KL, or Jensen-Shannon if `beta` is given, at temperature 1 and in float32. Every
+        row needs a target: there is no ignore index.
 
         Raises:
             IndexError: A target is not in the vocabulary. The logits are left as they are.
@@ -235,7 +250,7 @@ class Kernels:
         return terms_N4
 
     def norm(self, x: Tensor, weight_E: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """The RMS norm of the states [..., E] times the weight, and each state's factor [N]; all in float32."""
+        """Returns the RMS norm [..., E] times the weight, and the scale of each row [N]."""
         out, scales_N = torch.empty_like(x), torch.empty(x.numel() // len(weight_E))
         self._library.norm(
             *_addresses(x, weight_E), eps, *_addresses(out, scales_N), len(scales_N), len(weight_E)
@@ -245,7 +260,7 @@ class Kernels:
     def norm_gradients(
         self, grad: Tensor, x: Tensor, weight_E: Tensor, scales_N: Tensor, *, needs_weight: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """In x and, if asked for, in the weight."""
+        """Returns the gradients of x and, if it is needed, of the weight."""
         grad_x, grad_weight_E = (
             torch.empty_like(x),
             torch.empty_like(weight_E) if needs_weight else None,
@@ -258,13 +273,13 @@ class Kernels:
         return grad_x, grad_weight_E
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) * up, in float32."""
+        """Returns silu(gate) * up in float32."""
         out = torch.empty_like(gate)
         self._library.swiglu(*_addresses(gate, up, out), out.numel())
         return out
 
     def swiglu_gradients(self, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """In gate and in up."""
+        """Returns the gradients of gate and up."""
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         self._library.swiglu_gradients(
             *_addresses(grad, gate, up, grad_gate, grad_up), grad.numel()
@@ -274,7 +289,10 @@ class Kernels:
     def rotate(
         self, x_BTHD: Tensor, cos_PTD: Tensor, sin_PTD: Tensor, *, is_back: bool = False
     ) -> Tensor:
-        """Rotary positions, of P = B rows or one for all; or the gradient in what was turned."""
+        """Applies rotary embeddings, or with `is_back` returns the gradient of their input.
+
+        P is B, or 1 if all rows share positions.
+        """
         out_BTHD = torch.empty_like(x_BTHD)
         B, T, heads, D = x_BTHD.shape
         self._library.rotate(
@@ -290,7 +308,10 @@ class Kernels:
     def attend_causally(
         self, query_BTHD: Tensor, key_BTKD: Tensor, value_BTKD: Tensor, scaling: float
     ) -> tuple[Tensor, Tensor]:
-        """What each token finds up to itself [B, T, H, D], and the weights [B, H, T, W] for `attention_gradients`; float32, D a multiple of 16."""
+        """Returns causal attention [B, T, H, D], and weights [B, H, T, W] for the gradients.
+
+        All are float32. D is a multiple of 16; W is T, rounded up to a multiple of 16.
+        """
         (B, T, H, D), K = query_BTHD.shape, key_BTKD.shape[2]
         out_BTHD, weights = torch.empty_like(query_BTHD), torch.empty(B, H, T, -(-T // 16) * 16)
         operands = _addresses(query_BTHD, key_BTKD, value_BTKD, out_BTHD, weights)
@@ -304,7 +325,7 @@ class Kernels:
         weights: Tensor,
         scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """In queries, keys and values, shaped like them."""
+        """Returns the gradients of queries, keys and values, in their shapes."""
         (B, T, H, D), K = grad_BTHD.shape, operands[1].shape[2]
         grads = (
             torch.empty_like(operands[0]),
@@ -326,11 +347,13 @@ class Kernels:
         column: int,
         scaling: float,
     ) -> Tensor:
-        """M / N tokens a row: writes keys and values from the column on, gives what each one's queries find up to its own [M, H * D].
+        """Adds M / N tokens per row to the cache; returns the attention of each token [M, H * D].
 
-        projected: queries, keys and values [M, (H + 2K) * D]; rotations: cosines and sines, the latter's first half negated; the
-        cache: keys and values of the batch's rows from the first on, of which row n sees columns from starts[n] on. Tokens before
-        a row's start find zeros.
+        `projected_MP` holds queries, keys and values [M, (H + 2K) * D]. `rotations_MD` holds
+        cosines and sines, with the first half of the sines negated. The batch uses the first N rows
+        of the cache. New keys and values go to `column` and the columns after it. A token of row n
+        sees the columns from starts[n] up to its own. Tokens before the start of their row give
+        zeros.
         """
         keys, values = cache_NKWD
         num_rows, (num_key_heads, width, head_width) = len(starts_N), keys.shape[1:]
@@ -353,7 +376,7 @@ class Kernels:
         norm_E: Tensor,
         eps: float,
     ) -> Tensor:
-        """Rows of Q tokens, M in all, through all layers by one team of threads: the last norm of their states [M, E]. `hidden` is used up."""
+        """Runs all layers on M tokens, overwriting `hidden_ME`; returns the final norm [M, E]."""
         num_numbers = 2 * sizes.E + (2 * sizes.H + 2 * sizes.K) * sizes.D + 2 * sizes.I
         scratch = torch.empty(len(hidden_ME) * num_numbers, dtype=torch.bfloat16)
         out_ME = torch.empty_like(hidden_ME)
@@ -365,13 +388,13 @@ class Kernels:
 
 
 def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    """Where the numbers lie; C sees memory, not strides."""
+    """Returns the data pointers. Tensors must be contiguous: C does not see strides."""
     assert all(each is None or each.is_contiguous() for each in tensors)
     return [None if each is None else each.data_ptr() for each in tensors]
 
 
 @cache
 def kernels() -> Kernels | None:
-    """Built and loaded at the first call; None where that cannot be done, which is logged."""
+    """Returns the kernels, built at the first call, or None if that fails, which is logged."""
     library = load_library()
     return None if library is None else Kernels(library)

@@ -1,4 +1,4 @@
-"""The C files of this folder as a library, built once for a processor, a compiler and a source."""
+"""Builds the C files of this folder into one library, once per processor, compiler and source."""
 
 import ctypes
 import hashlib
@@ -28,7 +28,7 @@ SOURCES = [
         "distill_loss.c",
     )
 ]
-# sums may be reordered, so that they are done many at a time; infinities and NaN must stay what they are
+# sums may be reordered, so that they can be vectorised; infinities and NaN must keep their meaning
 FLAGS = [
     "-O3",
     "-march=native",
@@ -42,7 +42,10 @@ BUILD_SECONDS = 120
 
 
 def load_library() -> ctypes.CDLL | None:
-    """None where there is no compiler, no Linux or no torch of GNU's OpenMP, or where building fails, which is logged."""
+    """Returns the library, or None if it cannot be built, which is logged.
+
+    It needs Linux, a C compiler, and a PyTorch that brings GNU OpenMP.
+    """
     compiler = shutil.which("gcc") or shutil.which("cc")
     openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
     if platform.system() != "Linux" or compiler is None or not openmp:
@@ -59,7 +62,11 @@ def load_library() -> ctypes.CDLL | None:
 
 
 def _load(command: list[str]) -> ctypes.CDLL:
-    """Kept beside the bytecode under a name that tells processor and source; where nothing can be kept, for this process alone."""
+    """Loads the library, and builds it first if it is missing.
+
+    It is kept in `__pycache__`, under a hash of command, processor and sources. If that folder
+    cannot be written, the library is built for this process only.
+    """
     cpu = [
         line
         for line in Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,1 +1,1 @@
-"""From files of conversations to batches of tokens, and the teacher's written answers."""
+"""Turns files of conversations into batches of tokens, and caches the teacher's answers."""

@@ -1,4 +1,4 @@
-"""Which of the teacher's answers are not fit to learn from."""
+"""Rules that reject unsuitable answers of the teacher."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ NGRAM = 4
 
 
 def is_rejected(answer: Generation, rules: Reject) -> bool:
-    """Whether any of the rules leaves the answer out."""
+    """Returns whether at least one of the rules rejects the answer."""
     if rules.unfinished and not answer.is_finished:
         return True
     if len(answer.tokens) < rules.min_tokens:
@@ -21,6 +21,9 @@ def is_rejected(answer: Generation, rules: Reject) -> bool:
 
 
 def repeated_share(tokens: Sequence[int]) -> float:
-    """Of the 4-grams of an answer, the share that occurred before in it: near 1 for a text that loops."""
+    """Returns the share of an answer's 4-grams that repeat an earlier one.
+
+    It is close to 1 for a text that loops, and 0 for an answer of fewer than four tokens.
+    """
     grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -1,6 +1,7 @@
-"""Length-bucketed token-budget batches, and their tensors.
+"""Batches of rows of similar length with a limited number of tokens, and their tensors.
 
-B batch, T tokens, S source tokens (what an encoder reads), N rows (completion positions in the order of hidden_BTH[keep_BT]).
+B batch, T tokens, S source tokens (the input of an encoder), N targets in the order of
+`hidden_BTH[keep_BT]`.
 """
 
 from collections.abc import Sequence
@@ -13,16 +14,16 @@ from torch import Tensor
 
 from worker.distill.data.rows import Example
 
-BUCKET_JITTER = (
-    0.15  # of a row's length: enough to mix neighbours between epochs, little enough to pad little
-)
+# Share of a row's length. It mixes the batches of different epochs and adds only little padding.
+BUCKET_JITTER = 0.15
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded on the right, which a causal model needs no mask for. keep_BT marks what predicts a target.
+    """Rows padded on the right; a causal model needs no attention mask for such padding.
 
-    The source is None where no encoder is.
+    `keep_BT` is true at the positions that predict a target. The source tensors are None for models
+    without an encoder.
     """
 
     indices: tuple[int, ...]
@@ -39,13 +40,16 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Without padding."""
+        """Number of tokens without padding, including the source."""
         num_source = 0 if self.source_mask_BS is None else int(self.source_mask_BS.sum())
         return int(self.attention_mask_BT.sum()) + num_source
 
 
 def collate(examples: Sequence[Example], indices: Sequence[int], device: str = "cpu") -> Batch:
-    """The rows with these numbers; a row's last token is a target only, so the model does not read it."""
+    """Returns a batch of the examples with these indices.
+
+    The last token of a row is only a target, so it is not part of the model's input.
+    """
     rows = [examples[i] for i in indices]
     input_ids_BT, attention_mask_BT = pad([model_input(row) for row in rows])
     keep_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
@@ -59,7 +63,11 @@ def collate(examples: Sequence[Example], indices: Sequence[int], device: str = "
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask. Any token will do for padding; transformers warns of a pad token without a mask."""
+    """Returns the padded token ids and the attention mask.
+
+    Rows are padded with their own last token. The value does not matter, but transformers warns
+    about pad tokens in an input without a mask.
+    """
     longest = max(len(ids) for ids in rows)
     ids_BT = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in rows])
     mask_BT = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in rows])
@@ -67,20 +75,23 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def model_input(row: Example) -> tuple[int, ...]:
-    """What the model reads of a row."""
+    """Returns the tokens of a row that the model (or its decoder) reads."""
     return row.token_ids[:-1]
 
 
 def kept_positions(row: Example) -> list[int]:
-    """Where it predicts a target: one before each."""
+    """Returns the positions that predict the targets: one before each target."""
     return [p - 1 for p in row.target_positions]
 
 
 class BatchPlan:
-    """Batches of row numbers, by (seed, epoch) alone: each row once an epoch, at most `batch_tokens` with padding.
+    """Batches of row indices, which depend only on the lengths, the seed and the epoch.
 
-    The batches of epoch 0 hold rows sorted by length alone, whatever the seed, and only come in a random order; later
-    epochs mix neighbours. A row longer than `batch_tokens` has a batch to itself.
+    Each row occurs once per epoch. A batch has at most `batch_tokens` tokens including padding; a
+    longer row forms a batch of its own.
+
+    In epoch 0 rows are sorted by their exact length, so only the order of the batches depends on
+    the seed. In later epochs the sort keys are jittered, so that batches consist of different rows.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_tokens: int, seed: int) -> None:
@@ -100,7 +111,7 @@ class BatchPlan:
         return batches
 
     def num_steps(self, num_epochs: int, *, at_most: int | None = None) -> int:
-        """Batches in so many epochs, counted no further than `at_most`."""
+        """Returns the number of batches in `num_epochs` epochs, limited to `at_most`."""
         total = 0
         for number in range(num_epochs):
             total += len(self.epoch(number))
@@ -110,7 +121,11 @@ class BatchPlan:
 
 
 def cut_batches(order: Sequence[int], lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Consecutive rows of `order` packed so that (longest row) * (rows) stays within `batch_tokens`."""
+    """Returns batches of consecutive rows of `order`.
+
+    The length of the longest row times the number of rows is at most `batch_tokens`, except for a
+    single row that is longer.
+    """
     batches: list[list[int]] = []
     longest = 0
     for row in order:

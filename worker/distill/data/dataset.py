@@ -1,4 +1,4 @@
-"""Rows made ready for a training: read, encoded, held out, and completed by the teacher where they ask for it."""
+"""Prepares rows for training: reads, splits and encodes them, and adds the teacher's answers."""
 
 import hashlib
 import json
@@ -20,16 +20,17 @@ from worker.models.architectures import context_tokens, shape_of
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
 from worker.protocol.run_spec import RunSpec
 
-LOADED_PERCENT = 2.0  # of the run that is done before the teacher answers, or the training begins
-ANSWERED_PERCENT = 30.0
+LOADED_PERCENT = 2.0  # progress of the run when the teacher begins to answer, or training begins
+ANSWERED_PERCENT = 30.0  # progress of the run when the teacher has answered all rows
 UNCUT_TOKENS = 2**30
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Training and held-out rows as the student reads them, in the order of the lines they came from.
+    """Training and held-out rows as the student encodes them, in the order of their files.
 
-    `teacher` holds train's, then valid's, as the teacher reads them: where both read alike, the same examples.
+    `teacher` holds the same rows as the teacher encodes them: first those of `train`, then those of
+    `valid`. If both models encode rows alike, these are the same examples.
     """
 
     train: list[Example]
@@ -38,28 +39,27 @@ class Rows:
     valid_rows: list[Row]
     answers: AnswerFile
     answer_keys: tuple[str, ...] = ()
-    max_tokens: int = 512  # that a row may have in either view
+    max_tokens: int = 512  # limit for a row, for both the student and the teacher
 
     def inputs_sha256(self, block: Distillation, seed: int) -> str:
-        """Returns a hash of everything that the training depends on, which test rows do not."""
+        """Returns a hash of all inputs that training depends on. Test rows are not among them."""
         spec = block.model_dump(mode="json", exclude={"evaluation": {"test_file"}})
         parts = [spec, seed]
         parts += [[row.token_ids, row.spans] for row in (*self.train, *self.valid)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    shared: dict[str, int] = field(
-        default_factory=dict
-    )  # for the result: rows that share a question
+    # counts of rows that share a question, for the result
+    shared: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_answered(self) -> int:
-        """Rows that the teacher completed."""
+        """Number of rows that the teacher answered."""
         return len(self.answer_keys)
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A model as far as rows are concerned: what it is and how it reads text."""
+    """Configuration and tokenizer of a model, which determine how it encodes rows."""
 
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerBase
@@ -76,7 +76,10 @@ class Reader:
 
 
 def start_id_of(config: PretrainedConfig) -> int:
-    """The token an encoder-decoder's answer begins behind. Raises UnsupportedModel if the model names none."""
+    """Returns the token that precedes the answer in the decoder of an encoder-decoder.
+
+    Raises UnsupportedModel if the configuration names none.
+    """
     for name in ("decoder_start_token_id", "bos_token_id"):
         found = getattr(config, name, None)
         if found is not None:
@@ -88,10 +91,11 @@ def start_id_of(config: PretrainedConfig) -> int:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What rows are prepared with. `sampler` gives the teacher's, and is only called if something is to be answered.
+    """Prepares the rows of a run.
 
-    `teacher` and `student` may read alike or not, with one tokenizer (`has_one_tokenizer`) or two. `check_stop` raises
-    if the run is to stop; the answers so far are on file then.
+    `sampler` returns the teacher's sampler. It is called only if the teacher has to answer rows.
+    `has_one_tokenizer` says that teacher and student share a tokenizer; they may still encode rows
+    differently. `check_stop` raises if the run has to stop. The answers until then are saved.
     """
 
     spec: RunSpec
@@ -104,11 +108,11 @@ class Preparation:
     check_stop: Callable[[], None]
 
     def rows(self) -> Rows:
-        """Returns the training and the held-out rows; test rows are only checked.
+        """Returns the training and the held-out rows. Test rows are only checked.
 
         Raises:
             InvalidTrainingFile: A row cannot be used.
-            TeacherGenerationFailed: The teacher did not answer.
+            TeacherGenerationFailed: The teacher did not answer a row.
         """
         split = self._split()
         shared = {
@@ -120,9 +124,10 @@ class Preparation:
         return replace(self._completed(split.train, split.valid), shared=shared)
 
     def test_rows(self, tell: Callable[[float], None]) -> Rows:
-        """Returns the test rows as held-out rows of no training; `tell` takes the share that the teacher has answered.
+        """Returns the test rows as `valid`, with an empty `train`.
 
-        A row that the teacher answers with nothing is left out, because nothing can be judged on it.
+        `tell` is called with the share of rows that the teacher has answered. A row with an empty
+        answer is left out, because it has no targets to evaluate.
         """
         assert self.spec.test_path is not None
         return self._completed([], read_rows(self.spec.test_path), tell)
@@ -133,7 +138,10 @@ class Preparation:
         valid_rows: list[Row],
         tell: Callable[[float], None] | None = None,
     ) -> Rows:
-        """The rows in both views, with the teacher's answers; with `tell` they are those of a test."""
+        """Returns the rows as both models encode them, with the teacher's answers.
+
+        `tell` is given for test rows only.
+        """
         rows = [_as_asked(row, self.spec.distillation) for row in (*train_rows, *valid_rows)]
         teachers = [self._teacher_encoder.encode(row) for row in rows]
         students = (
@@ -177,7 +185,7 @@ class Preparation:
 
     @cached_property
     def _long_encoder(self) -> Encoder:
-        """The student's, for answers that are cut afterwards."""
+        """The student's encoder without a token limit, for answers that are cut later."""
         return self.student.encoder(max_tokens=UNCUT_TOKENS, is_last_only=self._is_last_only)
 
     def _split(self) -> Split:
@@ -191,9 +199,10 @@ class Preparation:
         return split
 
     def _check_test_rows(self, split: Split) -> int:
-        """Returns how many test rows share a question with rows that the training sees, and warns of them.
+        """Returns the number of test rows that share a question with other rows. Warns if any do.
 
-        Raises InvalidTrainingFile for rows that could not be judged, hours before they are.
+        Raises InvalidTrainingFile for test rows that cannot be evaluated, so that the run fails
+        before training instead of after it.
         """
         assert self.spec.test_path is not None
         try:
@@ -218,7 +227,7 @@ class Preparation:
         return num_shared
 
     def _demand_completion(self, example: Example) -> None:
-        """Raises InvalidTrainingFile for a row that waits for an answer of a teacher that writes none."""
+        """Raises InvalidTrainingFile if the row needs an answer from a masked teacher."""
         if not example.spans and shape_of(self.teacher.config) == "masked":
             raise InvalidTrainingFile(
                 f"line {example.line} has no completion, and {self.teacher.config.model_type} writes none: give "
@@ -233,7 +242,7 @@ class Preparation:
     def _answers(
         self, examples: list[Example], tell: Callable[[float], None] | None
     ) -> tuple[dict[int, Generation], tuple[str, ...]]:
-        """Returns what the teacher answers to the rows that have no completion, by row."""
+        """Returns the teacher's answers to rows without completion, by row, and the cache keys."""
         waiting = [i for i, example in enumerate(examples) if not example.spans]
         if not waiting:
             return {}, ()
@@ -266,13 +275,16 @@ class Preparation:
     def _answered(
         self, row: Row, teacher: Example, student: Example, answer: Generation | None
     ) -> tuple[Example, Example]:
-        """Both views of a row, with the same targets if they share a tokenizer."""
+        """Returns the row with its answer, as the teacher and as the student encode it.
+
+        With one tokenizer both have the same targets, cut to what the student's sequence can hold.
+        With two tokenizers the answer's text is encoded again for the student.
+        """
         if answer is None:
             return teacher, student
         if self.has_one_tokenizer:
-            room = self._max_tokens - len(
-                student.token_ids
-            )  # the student's prompt may take more of its sequence
+            # the student's prompt may be longer than the teacher's
+            room = self._max_tokens - len(student.token_ids)
             tokens = answer.tokens[: max(1, room)]
             return teacher.answered(tokens), student.answered(tokens)
         text = str(self.teacher.tokenizer.decode(answer.tokens, skip_special_tokens=True))
@@ -282,7 +294,8 @@ class Preparation:
         )
         student = self._long_encoder.encode(whole)
         room = self._max_tokens - len(student.token_ids) + len(student.completion_ids)
-        if len(student.completion_ids) > room:  # the student may need more tokens for the same text
+        # the student may need more tokens for the same text
+        if len(student.completion_ids) > room:
             return teacher.answered(answer.tokens), student.answered(
                 student.completion_ids[: max(1, room)]
             )
@@ -291,7 +304,10 @@ class Preparation:
         return teacher.answered(answer.tokens), student
 
     def _kept(self, answers: dict[int, Generation], num_train: int, num_rows: int) -> list[int]:
-        """Returns the numbers of the rows whose answers pass the reject rules; an empty answer never does."""
+        """Returns the indices of the rows whose answers pass the reject rules.
+
+        An empty answer never passes. Raises InvalidTrainingFile if no rows of a kind remain.
+        """
         rules = self.spec.distillation.data.reject
         rejected = {i for i, answer in answers.items() if is_rejected(answer, rules)}
         if rejected:
@@ -324,7 +340,7 @@ def _sharing(tell: Callable[[float], None]) -> OnProgress:
 
 
 class _Labelling:
-    """Tells how far the teacher's answers are."""
+    """Reports the progress of the teacher's answers, and stops the run if requested."""
 
     def __init__(self, sink: Sink, check_stop: Callable[[], None]) -> None:
         self.sink = sink
@@ -355,7 +371,10 @@ class _Labelling:
 
 
 def _as_asked(row: Row, block: Distillation) -> Row:
-    """The row with its completion, or the question alone if the teacher is to answer it."""
+    """Returns the row with its completion, or only its question if the teacher has to answer it.
+
+    Raises InvalidTrainingFile if the row does not suit `data.completions`.
+    """
     mode, then = block.data.completions, block.objective.then
     writers = {mode, then and then.completions} - {None, "dataset"}
     if row.text is not None and writers:

@@ -1,9 +1,12 @@
-"""Training rows: read from JSONL, tokenised once, and split into training and held-out ones.
+"""Reads rows from JSONL files and encodes them as tokens with target spans.
 
-A row becomes an `Example`: its tokens and the spans of them that are targets. A target at position p is predicted from
-the hidden state at p - 1, so no span begins at 0. Segments are tokenised apart (the prompt as serving will see it, then
-the completion), and a completion ends with the end token, so that students learn to stop. What a decoder without an
-encoder reads as one sequence, an encoder-decoder reads as a source and an answer that follows its start token.
+A row is encoded as an `Example`: its tokens, and the spans of tokens that are targets. The target
+at position p is predicted from the hidden state at p - 1, so no span begins at 0.
+
+Prompt and completion are tokenised separately, so that the prompt has the same tokens as in
+serving. A completion ends with the end token, so that students learn to stop. A decoder-only model
+reads prompt and completion as one sequence. In an encoder-decoder the encoder reads the prompt, and
+the decoder reads its start token and the completion.
 """
 
 import hashlib
@@ -21,7 +24,7 @@ from worker.models.architectures import ModelKind
 from worker.models.template_limits import bounded
 
 MAX_VALIDATION_ROWS = 200
-# the template comes with the model: what it may raise, the limits on its time and memory included
+# Errors that a model's chat template may raise, including those of its time and memory limits.
 TEMPLATE_ERRORS = (
     TemplateError,
     TypeError,
@@ -36,12 +39,15 @@ TEMPLATE_ERRORS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the file: exactly one of messages and text. An answered row ends with an assistant's turn."""
+    """One line of a file, with either `messages` or `text`.
+
+    An answered row is a plain text, or ends with an assistant turn.
+    """
 
     line: int
     messages: tuple[dict[str, str], ...] = ()
     text: str | None = None
-    unlearned: frozenset[int] = frozenset()  # answers of weight 0, by their place in messages
+    unlearned: frozenset[int] = frozenset()  # indices of the messages with weight 0
 
     @property
     def is_answered(self) -> bool:
@@ -49,15 +55,16 @@ class Row:
 
     @property
     def question(self) -> "Row":
-        """The row without its last answer."""
+        """The row without its final answer."""
         return replace(self, messages=self.messages[:-1]) if self.is_answered else self
 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens and the half-open spans of them that the loss looks at; without spans it waits for an answer.
+    """Tokens of a row, and the half-open spans of targets. Without spans it needs an answer first.
 
-    source_ids is what an encoder reads; then token_ids are the decoder's, its start token first.
+    For an encoder-decoder, `source_ids` is the input of the encoder, and `token_ids` are the
+    decoder's tokens, beginning with the start token.
     """
 
     token_ids: tuple[int, ...]
@@ -67,7 +74,7 @@ class Example:
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
-        """What a model is given to answer: the source, or what comes before the last answer."""
+        """Prompt for generating an answer: the source, or the tokens before the last answer."""
         return self.source_ids or self._before_answer
 
     @property
@@ -97,7 +104,10 @@ class Example:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSONL file; blank lines are skipped. Raises InvalidTrainingFile with the line."""
+    """Returns the rows of a JSONL file. Blank lines are skipped.
+
+    Raises InvalidTrainingFile, with the line number, if a line is not a row or if there are none.
+    """
     rows = []
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
@@ -137,11 +147,13 @@ def _text(value: object) -> str:
 
 
 class Encoder:
-    """Turns rows into examples by a model's own tokenizer and chat template.
+    """Encodes rows as examples with a model's tokenizer and chat template.
 
-    With a chat template a plain prompt becomes a user's turn, as serving does it; without one it stays plain text.
-    `start_id` is an encoder-decoder's decoder start token. With `is_last_only` (an encoder-decoder always) only the last
-    answer is learned from, and plain text is cut in half: the second half answers the first.
+    With a chat template a prompt becomes a user turn, as in serving. Without one it stays plain
+    text. `start_id` is the decoder start token of an encoder-decoder.
+
+    With `is_last_only` only the last answer of a row has targets, and a plain text is cut in half:
+    the second half is the answer to the first. An encoder-decoder always works that way.
     """
 
     def __init__(
@@ -162,7 +174,11 @@ class Encoder:
         self.end_id = end_id_of(tokenizer)
 
     def encode(self, row: Row) -> Example:
-        """Raises InvalidTrainingFile for rows that are too long, empty, or not to be rendered."""
+        """Returns the row as tokens with target spans.
+
+        Raises InvalidTrainingFile if the row is too long or empty, has no targets, or does not fit
+        the chat template.
+        """
         segments = self._segments(row)
         source_ids: list[int] = []
         if self.start_id is not None:
@@ -175,7 +191,8 @@ class Encoder:
                 spans.append((max(len(token_ids), 1), len(token_ids) + len(ids)))
             token_ids += ids
         spans = [(start, end) for start, end in spans if end > start]
-        longest = max(len(token_ids) + (not row.is_answered), len(source_ids))  # room for an answer
+        # an unanswered row needs room for at least one token of an answer
+        longest = max(len(token_ids) + (not row.is_answered), len(source_ids))
         if longest > self.max_tokens:
             raise InvalidTrainingFile(
                 f"line {row.line} has {longest} tokens, too many for the {self.max_tokens} of a sequence; shorten it "
@@ -227,16 +244,16 @@ class Encoder:
         for i in answers:
             prefix = self._render(messages[:i], is_question=True)
             if not prefix.startswith(done):
-                # the template rewrites earlier turns once later ones exist: learn from the last answer alone
+                # The template renders earlier turns differently when later ones follow. Then only
+                # the last answer is a target.
                 prefix = self._render(messages[: answers[-1]], is_question=True)
                 last = self._answer(messages, answers[-1], prefix)[0] if row.is_answered else []
                 return [(self._ids(prefix), False), *last]
             segments.append((self._ids(prefix[len(done) :]), False))
             if i < len(messages):
                 pieces, done = self._answer(messages, i, prefix)
-                is_learned = (
-                    row.is_answered and i not in row.unlearned
-                )  # else the answer to come alone is
+                # in an unanswered row only the future answer will be a target
+                is_learned = row.is_answered and i not in row.unlearned
                 segments += [(ids, is_target and is_learned) for ids, is_target in pieces]
         return segments
 
@@ -247,7 +264,8 @@ class Encoder:
         if not whole.startswith(prefix):
             whole = prefix + messages[i]["content"]
         ids = self._ids(whole[len(prefix) :])
-        if self.end_id in ids:  # what follows the end token (a line break, say) is never generated
+        # text after the end token, such as a line break, is never generated
+        if self.end_id in ids:
             end = ids.index(self.end_id) + 1
             return [(ids[:end], True), (ids[end:], False)], whole
         return [(ids + self._end(), True)], whole
@@ -263,14 +281,21 @@ class Encoder:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
 
     def _prompt(self, text: str) -> list[int]:
-        """As serving reads it: encoders, and models whose end token separates, keep what the tokenizer puts behind."""
+        """Returns the tokens of a prompt as serving encodes it.
+
+        The special tokens that the tokenizer appends are kept for encoder-decoders, and for models
+        whose end token is the separator token.
+        """
         separates = self.end_id is not None and self.end_id == self.tokenizer.sep_token_id
         if self.shape == "seq2seq" or separates:
             return list(self.tokenizer.encode(text))
         return self._plain(text)
 
     def _plain(self, text: str) -> list[int]:
-        """With the special tokens that the tokenizer puts before plain text, but not those behind it."""
+        """Returns the tokens of a text with the special tokens that the tokenizer puts before it.
+
+        End tokens that the tokenizer appends are removed.
+        """
         ids = list(self.tokenizer.encode(text))
         while ids and ids[-1] == self.end_id:
             ids.pop()
@@ -283,7 +308,10 @@ class Encoder:
 
 
 def end_id_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that ends an answer: BERT's tokenizers have a separator only."""
+    """Returns the token that ends an answer.
+
+    It is the separator token for tokenizers without an end token, such as BERT's.
+    """
     found: int | None = (
         tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     )
@@ -293,20 +321,24 @@ def end_id_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
 def _split_source(
     segments: list[tuple[list[int], bool]], start_id: int
 ) -> tuple[list[int], list[tuple[list[int], bool]]]:
-    """What an encoder reads, and what its decoder does: what follows the answer is left out."""
+    """Returns the encoder's tokens and the decoder's segments.
+
+    The decoder's segments are the start token and the answer. Text after the answer is left out.
+    """
     source = [token for ids, is_target in segments if not is_target for token in ids]
     answers = [segment for segment in segments if segment[1]]
-    if answers:  # a template's line break behind the answer is not of the source
+    if answers:  # text after the answer, such as a line break, does not belong to the source
         first = segments.index(answers[0])
         source = [token for ids, _ in segments[:first] for token in ids]
     return source, [([start_id], False), *answers]
 
 
 def split_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows: a tenth of them, at most 200, chosen by what they ask.
+    """Returns training and held-out rows, split by a hash of the question (split version 1).
 
-    Rows that ask the same fall on the same side, so nothing held out is also trained on. The choice depends on the rows
-    alone, neither on their order nor on a seed. A single question cannot be split: then it is on both sides.
+    About a tenth of the rows are held out, or about MAX_VALIDATION_ROWS if that is less. Rows with
+    the same question are on the same side. The split depends only on the rows, not on their order
+    or on a seed. If there is only one question, both sides have all rows.
     """
     by_question: dict[str, list[Row]] = {}
     for row in rows:
@@ -328,12 +360,12 @@ def split_rows(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def without_questions_of(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
-    """The rows that ask nothing the others ask."""
+    """Returns the rows whose question none of `others` has."""
     asked = {question_key(row) for row in others}
     return [row for row in rows if question_key(row) not in asked]
 
 
 def question_key(row: Row) -> str:
-    """Hash of what a row asks (of the whole row when it asks nothing)."""
+    """Returns a hash of the row's question, or of the whole text if the row is a plain text."""
     asked = row.text if row.text is not None else json.dumps(row.question.messages, sort_keys=True)
     return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()

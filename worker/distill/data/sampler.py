@@ -1,4 +1,7 @@
-"""How the trainer asks for text; `worker/train.py` implements it over the serving engine."""
+"""Interface through which training generates text.
+
+`worker/train.py` implements it with the serving engine.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -7,7 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Generation(BaseModel):
-    """Tokens one prompt was continued with; `is_finished` when the end token was reached (and is included)."""
+    """Tokens generated for one prompt.
+
+    If `is_finished`, the last token is the end token; otherwise the token limit was reached.
+    """
 
     model_config = ConfigDict(frozen=True)
     tokens: tuple[int, ...]
@@ -15,7 +21,7 @@ class Generation(BaseModel):
 
 
 class Sampler(Protocol):
-    """Continues prompts with one model, many at a time."""
+    """Generates continuations of many prompts at a time with one model."""
 
     def generate(
         self,
@@ -30,11 +36,16 @@ class Sampler(Protocol):
         on_answer: Callable[[int, Generation], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Generation]:
-        """One generation a prompt, in the prompts' order.
+        """Returns one generation per prompt, in the order of the prompts.
 
-        Prompt i samples with seeds[i] if given, else with seed + i, so that a result does not depend on its neighbours.
-        With `ignore_end` an end token is a token like others: every generation has max_new_tokens, as timing wants.
-        `on_answer(i, generation)` is called as soon as prompt i ends, `on_progress(num_done, num_tokens)` every now and
-        then. What they raise ends the call.
+        Prompt i is sampled with the seed `seeds[i]` if `seeds` is given, and with `seed + i`
+        otherwise. The result for a prompt therefore does not depend on the other prompts.
+
+        With `ignore_end` the end token does not stop a generation. Each generation then has
+        exactly `max_new_tokens` tokens, which benchmarks need.
+
+        `on_answer(i, generation)` is called as soon as prompt i ends.
+        `on_progress(num_done, num_tokens)` is called from time to time. An exception that one of
+        them raises ends the call and is passed on.
         """
         ...

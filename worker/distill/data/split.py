@@ -1,7 +1,8 @@
-"""Keeps training rows and held-out rows apart, so that no question is both learned from and judged on.
+"""Splits rows into training and held-out rows that share no questions.
 
-A question is the list of messages before an answer. A conversation asks one question per answered turn, so two
-conversations that begin alike share the questions of their common turns. A plain text is a question of its own.
+A question is the list of messages before an answer. A conversation has one question per answered
+turn, so two conversations with the same first turns share the questions of those turns. A plain
+text is a question of its own.
 """
 
 import hashlib
@@ -19,8 +20,9 @@ from worker.errors import InvalidTrainingFile
 class Split:
     """Training and held-out rows, each in the order of its file.
 
-    `num_shared` counts the held-out rows that share a question with the training file. `num_left_out` counts the
-    training rows that are left out for that reason. `warnings` tell the user what was done about it.
+    `num_shared` counts the held-out rows that share a question with the training file.
+    `num_left_out` counts the training rows that are left out for that reason. `warnings` are
+    messages to the user about both.
     """
 
     train: list[Row]
@@ -31,7 +33,10 @@ class Split:
 
 
 def questions_of(row: Row) -> dict[int, str]:
-    """Returns the hash of each question, by the place of its answer in the messages; a plain text has the place 0."""
+    """Returns the hashes of a row's questions, by the index of the answer in `row.messages`.
+
+    A plain text has the single index 0.
+    """
     if row.text is not None:
         return {0: _sha256(row.text)}
     places = [i for i, turn in enumerate(row.messages) if turn["role"] == "assistant" and i > 0]
@@ -41,7 +46,11 @@ def questions_of(row: Row) -> dict[int, str]:
 
 
 def judged_questions_of(row: Row) -> list[str]:
-    """Returns the questions that a held-out row is judged on: those of answers with a weight, or of the one to come."""
+    """Returns the hashes of the questions whose answers count when a held-out row is evaluated.
+
+    These are the questions of the answers with a weight other than 0. For an unanswered row it is
+    the question that is still to be answered.
+    """
     asked = questions_of(row)
     if not row.is_answered:
         return [asked[max(asked)]]
@@ -49,26 +58,30 @@ def judged_questions_of(row: Row) -> list[str]:
 
 
 def groups_of(rows: Sequence[Row]) -> list[int]:
-    """Returns a group number per row: rows that are connected by questions they are judged on have the same one.
+    """Returns a group number per row. Rows that share an evaluated question are in the same group.
 
-    Groups are numbered in the order of their first rows.
+    The relation is transitive. Groups are numbered in the order of their first rows.
     """
     return _connected([judged_questions_of(row) for row in rows])
 
 
 def count_sharing(rows: Sequence[Row], others: Sequence[Row]) -> int:
-    """Returns how many of the rows share a question with one of the others."""
+    """Returns the number of rows that share a question with at least one of `others`."""
     questions = {question for row in others for question in questions_of(row).values()}
     return sum(not questions.isdisjoint(questions_of(row).values()) for row in rows)
 
 
 def hold_out(rows: Sequence[Row], version: int = SPLIT_VERSION) -> Split:
-    """Splits a file: about a tenth of the rows, at most 200, are held out. Version 1 compares last questions only.
+    """Splits the rows of a file. A tenth of them, usually at most MAX_VALIDATION_ROWS, is held out.
 
-    Rows that share a question fall on the same side. The split depends on the set of rows alone, not on their order
-    nor on a seed. If so many conversations begin alike that too few rows can be held out, their common first turns
-    stay with the training rows, and held-out rows are not judged on the answers to them. A file of one question has
-    the same rows on both sides.
+    Rows that share a question are on the same side. The split depends only on the set of rows, not
+    on their order or on a seed.
+
+    Too few rows can be held out if most conversations have the same first turns. Held-out rows may
+    then share these turns with training rows, and their answers there do not count. If that is not
+    possible either, because all rows ask the same question, both sides have all rows.
+
+    Version 1 compares only the last question of each row.
     """
     if version == 1:
         train, valid = split_rows(rows)
@@ -101,9 +114,10 @@ def hold_out(rows: Sequence[Row], version: int = SPLIT_VERSION) -> Split:
 
 
 def keep_apart(rows: Sequence[Row], valid: Sequence[Row], version: int = SPLIT_VERSION) -> Split:
-    """Keeps all validation rows, and takes the answers to their questions out of the training rows.
+    """Keeps all validation rows, and sets the weight of shared questions to 0 in the training rows.
 
-    A training row whose last question a validation row asks, or that has no other answer to learn from, is left out.
+    A training row is left out if a validation row has its last question, or if none of its other
+    answers has a weight. Version 1 compares only the last question of each row.
 
     Raises:
         InvalidTrainingFile: No training row remains.
@@ -135,7 +149,7 @@ def keep_apart(rows: Sequence[Row], valid: Sequence[Row], version: int = SPLIT_V
 def without_answers(row: Row, questions: Set[str]) -> Row | None:
     """Returns the row with weight 0 for its answers to these questions.
 
-    Returns None if the row's last question is among them, or if no other answer has a weight.
+    Returns None if the row's last question is one of them, or if no other answer has a weight.
     """
     asked = questions_of(row)
     if not _has_another(row, asked, questions):
@@ -145,7 +159,10 @@ def without_answers(row: Row, questions: Set[str]) -> Row | None:
 
 
 def _has_another(row: Row, asked: dict[int, str], questions: Set[str]) -> bool:
-    """Whether the row's last question, and that of an answer with a weight, are not among these questions."""
+    """Returns whether the row can be used without these questions.
+
+    Its last question, and the question of at least one weighted answer, must not be among them.
+    """
     last = max(asked)
     weighted = (
         [place for place in asked if place not in row.unlearned] if row.is_answered else [last]
@@ -154,7 +171,7 @@ def _has_another(row: Row, asked: dict[int, str], questions: Set[str]) -> bool:
 
 
 def _choose(rows: Sequence[Row], questions: Sequence[dict[int, str]]) -> set[int]:
-    """Returns the numbers of the rows to hold out, or none if all rows ask the same."""
+    """Returns the indices of the rows to hold out. The set is empty if they form a single group."""
     wanted = min(max(1, min(len(rows) // 10, MAX_VALIDATION_ROWS)), len(rows) - 1)
     counts = Counter(question for asked in questions for question in asked.values())
     for most in _limits(max(counts.values())):
@@ -165,12 +182,12 @@ def _choose(rows: Sequence[Row], questions: Sequence[dict[int, str]]) -> set[int
     groups = _groups(rows, questions, frozenset())
     if len(groups) < 2:
         return set()
-    smallest = min(groups, key=len)  # of more rows than wanted
+    smallest = min(groups, key=len)  # has more rows than wanted
     return set(smallest)
 
 
 def _limits(largest: int) -> Iterator[int]:
-    """Yields how many rows a question may connect: any number at first, then half as many each time."""
+    """Yields limits for the number of rows that one question may connect, halved each time."""
     while largest:
         yield largest
         largest //= 2
@@ -179,9 +196,10 @@ def _limits(largest: int) -> Iterator[int]:
 def _groups(
     rows: Sequence[Row], questions: Sequence[dict[int, str]], common: Set[str]
 ) -> list[list[int]]:
-    """Returns the groups of rows that can be held out, sorted by hash; only the common questions are shared by groups.
+    """Returns the groups of rows that can be held out, sorted by their smallest question hash.
 
-    A group is left out if one of its rows could not be judged without the common questions.
+    Different groups share no questions except the common ones. A group is left out if one of its
+    rows could not be evaluated without the common questions.
     """
     own = [
         [question for question in asked.values() if question not in common] for asked in questions
@@ -206,10 +224,11 @@ def _first_that_fit(groups: Sequence[list[int]], wanted: int) -> set[int]:
 
 
 def _connected(items: Sequence[Collection[str]]) -> list[int]:
-    """Returns the number of the connected component per item, by union-find over shared names."""
+    """Returns the number of each item's connected component, by union-find over shared names."""
     parents = list(range(len(items)))
 
     def root(i: int) -> int:
+        """Returns the representative of the component of item i, and shortens the path to it."""
         while parents[i] != i:
             parents[i] = parents[parents[i]]
             i = parents[i]

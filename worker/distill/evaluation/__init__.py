@@ -1,1 +1,1 @@
-"""Held-out metrics with their intervals, the report, and the choice among several students."""
+"""Held-out metrics with confidence intervals, the report, and the selection of a student."""

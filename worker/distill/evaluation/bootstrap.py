@@ -1,11 +1,16 @@
-"""How sure a figure of the held-out rows is: bootstrap intervals, and those of the difference of two models.
+"""Bootstrap confidence intervals of held-out metrics, and of the difference of two models.
 
-Groups of rows are drawn, not tokens and not rows: the tokens of a row are not independent, nor are rows that share a
-question. A figure is therefore a function of how often each row is drawn. With the same seed two figures of the same
-rows see the same draws, so that their difference is a paired one.
+Groups of rows are resampled, not tokens or single rows. The tokens of a row are not independent,
+and neither are rows that share a question. So a figure is a function of the number of times that
+each row is drawn. With one seed, two figures of the same rows see the same draws, so that their
+difference is a paired one.
+
 D draws, R rows, G groups.
-Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13 (percentile intervals); Cameron, Gelbach
-and Miller, Review of Economics and Statistics 90(3) (2008), section III.A (pairs cluster bootstrap).
+
+Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), ch. 13 (percentile
+intervals);
+Cameron, Gelbach and Miller, Review of Economics and Statistics 90(3) (2008), section III.A (pairs
+cluster bootstrap).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +22,17 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[np.float64]
 Interval = tuple[float, float]
 NUM_DRAWS = 1000
-BLOCK_COUNTS = 2**22  # draws times rows that are held at a time: 32 MiB
-MAX_LOG = 700.0  # the exponential of more overflows
+BLOCK_COUNTS = 2**22  # draws times rows per block: 32 MiB
+MAX_LOG = 700.0  # larger exponents overflow a float64
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of R rows: `of` gives it for each draw [D] from how often each row was drawn [D, R].
+    """A statistic of R rows.
 
-    `groups` has the number of each row's group, from 0 without gaps; None makes each row a group of its own.
+    `of` returns its value for each draw [D], from the number of times that each row was drawn [D,
+    R]. `groups` has the number of each row's group, from 0 without gaps. None makes each row a
+    group of its own.
     """
 
     num_rows: int
@@ -34,13 +41,13 @@ class Figure:
 
     @property
     def value(self) -> float:
-        """Of the rows as they are."""
+        """The value on the rows themselves, each drawn once."""
         return float(self.of(np.ones((1, self.num_rows)))[0])
 
     def interval(
         self, *, seed: int = 0, num_draws: int = NUM_DRAWS, confidence: float = 0.95
     ) -> Interval:
-        """Percentile bootstrap interval."""
+        """Returns the percentile bootstrap interval."""
         tail = 50 * (1 - confidence)
         groups_R = np.arange(self.num_rows) if self.groups is None else np.asarray(self.groups)
         drawn_D = np.concatenate(
@@ -50,12 +57,12 @@ class Figure:
         return float(low), float(high)
 
     def minus(self, other: "Figure") -> "Figure":
-        """The difference of two figures of the same rows."""
+        """Returns the difference of two figures of the same rows."""
         assert (self.num_rows, self.groups) == (other.num_rows, other.groups)
         return replace(self, of=lambda counts_DR: self.of(counts_DR) - other.of(counts_DR))
 
     def grouped(self, groups: Sequence[int] | None) -> "Figure":
-        """Returns the same figure with these groups of rows, whatever numbers they have."""
+        """Returns the same figure with these groups of rows. The groups may have any numbers."""
         if groups is None:
             return self
         assert len(groups) == self.num_rows
@@ -66,9 +73,10 @@ class Figure:
 
 
 def mean(values: ArrayLike, weights: ArrayLike | None = None) -> Figure:
-    """Sum of the rows' values over the sum of their weights, which are 1 unless given.
+    """Returns the sum of the rows' values over the sum of their weights, which are 1 by default.
 
-    A mean over tokens has the rows' sums as values and their numbers of tokens as weights.
+    For a mean over tokens, the values are the rows' sums, and the weights are their numbers of
+    tokens.
     """
     values_R = np.asarray(values, dtype=np.float64)
     weights_R = np.ones_like(values_R) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -78,19 +86,26 @@ def mean(values: ArrayLike, weights: ArrayLike | None = None) -> Figure:
 
 
 def exponential(figure: Figure) -> Figure:
-    """Perplexity of a mean cross-entropy; capped, since an untrained student must not overflow a report."""
+    """Returns the exponential of a figure, such as the perplexity of a mean cross-entropy.
+
+    The exponent is capped, so that an untrained student does not overflow the report.
+    """
     return replace(figure, of=lambda counts_DR: np.exp(np.minimum(figure.of(counts_DR), MAX_LOG)))
 
 
 def macro_f1(predicted: Sequence[str], actual: Sequence[str], classes: Sequence[str]) -> Figure:
-    """Mean over classes of 2 TP / (2 TP + FP + FN), over those that are actual in the draw; 0 if none is."""
+    """Returns the mean of 2 TP / (2 TP + FP + FN) over the classes.
+
+    Only classes that occur as targets in the draw count. If none does, the result is 0.
+    """
     is_predicted_RC = _one_hot(predicted, classes)
     is_actual_RC = _one_hot(actual, classes)
 
     def of(counts_DR: Array) -> Array:
+        """Returns the macro-F1 of each draw."""
         hits_DC = counts_DR @ (is_predicted_RC * is_actual_RC)
         actual_DC = counts_DR @ is_actual_RC
-        # a class that is not actual has no hits and so adds nothing; the 1 keeps 0/0 away
+        # a class without targets has no hits and adds nothing; the 1 avoids 0/0
         f1_DC = 2 * hits_DC / np.maximum(counts_DR @ is_predicted_RC + actual_DC, 1)
         return np.asarray(f1_DC.sum(axis=1) / np.maximum((actual_DC > 0).sum(axis=1), 1))
 
@@ -102,9 +117,9 @@ def _one_hot(labels: Sequence[str], classes: Sequence[str]) -> Array:
 
 
 def _draws(groups_R: NDArray[np.int64], num_draws: int, seed: int) -> Iterator[Array]:
-    """Yields how often each row comes up in each draw of G groups, in blocks of draws.
+    """Yields how often each row occurs in each draw of G groups, in blocks of draws.
 
-    The same numbers and seed give the same draws.
+    The same groups and seed give the same draws.
     """
     random = np.random.default_rng(seed)
     num_groups = int(groups_R.max()) + 1

@@ -1,6 +1,7 @@
-"""What a student is worth: on held-out rows token by token, and by the answers it gives.
+"""Measures a model on the held-out rows: losses per token, decoding speed, answers, and size.
 
-The held-out rows' targets are those of the data (the teacher's answers, or the data set's own completions).
+The targets are those of the data: the teacher's answers, or the data set's own completions.
+
 N targets of a batch, R held-out rows.
 """
 
@@ -27,21 +28,23 @@ from worker.distill.students.recipe import num_parameters
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.models.architectures import layer_counts
 
-NUM_ANSWERED = 48  # held-out prompts that are answered for ROUGE-L and the samples
-NUM_TIMED = 8  # of those, the batch whose speed is measured
+NUM_ANSWERED = 48  # held-out prompts that are answered, for ROUGE-L and the samples
+NUM_TIMED = 8  # size of the batch whose speed is measured
 TIMED_TOKENS = 96
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Means over held-out targets, in nats where they are logarithms; agreement is with the teacher's first choice.
+    """Means over held-out targets. Loss, KL and cross-entropy are in nats.
 
-    sums_R4 has each row's sums of loss, KL, cross-entropy and agreement over its targets_R targets.
+    `agreement` is the share of targets at which student and teacher have the same most likely
+    token. `sums_R4` has each row's sums of loss, KL, cross-entropy and agreement over its
+    `targets_R` targets.
     """
 
     sums_R4: Tensor
     targets_R: Tensor
-    has_teacher: bool = True  # without one over the same vocabulary, KL and agreement mean nothing
+    has_teacher: bool = True  # KL and agreement need a teacher with the same vocabulary
 
     @property
     def num_targets(self) -> int:
@@ -68,12 +71,11 @@ class HeldOut:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(
-            min(self.cross_entropy, 700.0)
-        )  # an untrained student must not overflow the report
+        # capped, so that an untrained student does not overflow the report
+        return math.exp(min(self.cross_entropy, 700.0))
 
     def series(self) -> dict[str, float]:
-        """As metrics of a step."""
+        """Returns the metrics of an evaluation during the training, by name."""
         series = {"valid_loss": self.loss, "valid_perplexity": self.perplexity}
         return series | (
             {"valid_kl": self.kl, "valid_agreement": self.agreement} if self.has_teacher else {}
@@ -81,7 +83,7 @@ class HeldOut:
 
 
 class HeldOutRows:
-    """The held-out rows in fixed batches; their numbers in the teacher's cache begin at `first_index`."""
+    """The held-out rows in fixed batches. They begin at `first_index` in the teacher's cache."""
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class HeldOutRows:
         device: str,
         ranks: Ranks = ALONE,
     ) -> None:
-        """With several ranks each takes some of the batches, and all get the same figures."""
+        """Splits the rows into batches. Each rank measures some of them, and all get the sums."""
         self.examples = examples
         self.first_index = first_index
         self.batch_tokens = batch_tokens
@@ -112,11 +114,12 @@ class HeldOutRows:
     ) -> HeldOut:
         """Measures a model under teacher forcing, so that every model sees the same prefixes.
 
-        Without a teacher there is cross-entropy alone. The loss is computed on the head's device and in its dtype,
-        whatever those of the model are.
+        Without a teacher only the cross-entropy is meaningful. The loss is computed on the LM
+        head's device and in its dtype, which may differ from the model's.
         """
 
         def measure_batch(batch: Batch) -> RowStats:
+            """Returns the statistics of one batch."""
             numbers = [self.first_index + i for i in batch.indices]
             rows = None if teacher is None else teacher.rows(numbers)
             hidden_NH = hidden_rows_alone(model, batch).to(head.weight_VH)
@@ -132,9 +135,14 @@ class HeldOutRows:
         )
 
     def measure_teacher(self, teacher: CachedTeacher, objective: TokenObjective) -> HeldOut:
-        """The teacher by its own rows: of a masked one, which sees what follows, there is nothing else to measure."""
+        """Measures a masked teacher by its own cached rows.
+
+        A masked model sees the tokens after a target, so it has no next-token distribution to
+        measure.
+        """
 
         def measure_batch(batch: Batch) -> RowStats:
+            """Returns the statistics of one batch."""
             rows = teacher.rows([self.first_index + i for i in batch.indices])
             assert rows.hidden_NH is not None
             targets_N = batch.targets_N.to(rows.hidden_NH.device)
@@ -161,12 +169,13 @@ class HeldOutRows:
             row_of_N = torch.tensor(numbers).repeat_interleave(targets_R[numbers])
             sums_R4.index_add_(0, row_of_N, stats.rows_N4.cpu())
         self.ranks.sum_tensor(sums_R4)
-        return HeldOut(sums_R4.clamp_(min=0.0), targets_R, has_teacher)  # rounding may pass below 0
+        # rounding errors may be negative
+        return HeldOut(sums_R4.clamp_(min=0.0), targets_R, has_teacher)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Greedy decoding in tokens a second: one prompt at a time, and all together."""
+    """Greedy decoding speed in tokens per second, for one prompt alone and for a batch."""
 
     alone: float
     batched: float
@@ -174,12 +183,13 @@ class Speed:
 
 
 def measure_speed(sampler: Sampler, prompts: Sequence[Sequence[int]]) -> Speed:
-    """The first prompts, as serving would decode them, prefill included.
+    """Measures the decoding of the first prompts, including prefill, as in serving.
 
-    Every model makes the same number of tokens, or one that ends early would decode smaller batches than one that rambles.
+    Every model generates the same number of tokens. Otherwise a model that ends early would decode
+    smaller batches.
     """
     timed = prompts[:NUM_TIMED]
-    _decode(sampler, timed, num_tokens=2)  # the first call of all warms up
+    _decode(sampler, timed, num_tokens=2)  # warm-up
     alone, took_alone = _decode(sampler, timed[:1], num_tokens=TIMED_TOKENS)
     batched, took_batched = _decode(sampler, timed, num_tokens=TIMED_TOKENS)
     return Speed(alone / took_alone, batched / took_batched, len(timed))
@@ -194,14 +204,14 @@ def _decode(
 
 
 class _Words:
-    """The scorer's own tokenizer knows a-z only."""
+    """Tokenizer for ROUGE that keeps words of all languages. The scorer's own keeps only a-z."""
 
     def tokenize(self, text: str) -> list[str]:
         return re.findall(r"\w+", text.lower())
 
 
 def rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:
-    """F-measure of the longest common subsequence of words, a pair; two empty texts agree."""
+    """Returns the ROUGE-L F-measure of each answer, over words. Two empty texts score 1."""
     scorer = RougeScorer(["rougeL"], tokenizer=_Words())
     return [
         1.0
@@ -212,9 +222,10 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:
 
 
 def size_of(model: PreTrainedModel) -> dict[str, float]:
-    """Layers, parameters and bytes of the weights in the precision they are served in here.
+    """Returns the number of layers and parameters, and the bytes of the weights in their dtype.
 
-    Of an encoder-decoder num_layers are the decoder's, and the encoder's stand beside them.
+    For an encoder-decoder, `num_layers` counts the decoder's layers, and `num_encoder_layers` the
+    encoder's.
     """
     num_encoder_layers, num_layers = layer_counts(model.config)
     return {

@@ -1,4 +1,4 @@
-"""Answers as labels: data whose targets are few and short is classification, and is judged as such as well."""
+"""Classification metrics, for data whose targets are few and short and therefore labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,24 +7,30 @@ from worker.distill.evaluation.bootstrap import Figure, macro_f1, mean
 
 MAX_LABELS = 20
 MAX_LABEL_TOKENS = 8
-ROWS_PER_LABEL = 2  # at least, on average
+ROWS_PER_LABEL = 2  # minimum, on average
 AROUND = " \t\n.,!?:;\"'`"
 
 
 @dataclass(frozen=True)
 class Labels:
-    """The distinct targets; max_tokens is the length of the longest."""
+    """The distinct targets. `max_tokens` is the length of the longest one."""
 
     names: tuple[str, ...]
     max_tokens: int
 
     def of(self, answer: str) -> str | None:
-        """The label an answer equals, letters' case and what surrounds it aside; None if it is no label."""
+        """Returns the label that an answer equals, or None.
+
+        Upper and lower case, and punctuation around the answer, do not matter.
+        """
         name = normalised(answer)
         return name if name in self.names else None
 
     def figures(self, answers: Sequence[str], targets: Sequence[str]) -> tuple[Figure, Figure]:
-        """Accuracy and macro-F1. A target that is no label (a teacher may say anything) is never met."""
+        """Returns accuracy and macro-F1. A target that is no label always counts as missed.
+
+        Such targets occur if the teacher writes them.
+        """
         predicted, actual = (
             [self.of(text) or "" for text in texts] for texts in (answers, targets)
         )
@@ -35,7 +41,10 @@ class Labels:
 
 
 def find_labels(references: Sequence[str], num_tokens: Sequence[int]) -> Labels | None:
-    """The labels of classification-style references: few, short, and each met again; else None."""
+    """Returns the labels of the references, or None if they are not labels.
+
+    Labels are few and short, and occur several times each on average.
+    """
     labels = read_labels(references, num_tokens)
     if (
         labels is None
@@ -47,7 +56,10 @@ def find_labels(references: Sequence[str], num_tokens: Sequence[int]) -> Labels 
 
 
 def read_labels(references: Sequence[str], num_tokens: Sequence[int]) -> Labels | None:
-    """The references as labels whatever their number and length, None where they hardly repeat and so are no classes."""
+    """Returns the references as labels of any number and length.
+
+    Returns None if they hardly repeat, and so are not classes.
+    """
     names = tuple(sorted({normalised(reference) for reference in references} - {""}))
     if not names or len(references) < ROWS_PER_LABEL * len(names):
         return None
@@ -55,6 +67,9 @@ def read_labels(references: Sequence[str], num_tokens: Sequence[int]) -> Labels 
 
 
 def normalised(text: str) -> str:
-    """Lower case, single spaces, without punctuation around it unless there is nothing else."""
+    """Returns a text in lower case, with single spaces and without punctuation around it.
+
+    A text of punctuation alone keeps it.
+    """
     plain = " ".join(text.casefold().split())
     return plain.strip(AROUND) or plain

@@ -1,4 +1,4 @@
-"""A ladder of students as one picture of quality, size and speed, and the same as JSON."""
+"""Plots a ladder's quality and speed over student size, and writes the same data as JSON."""
 
 import json
 import math
@@ -20,7 +20,10 @@ CHOSEN, PASSED, FAILED, TEACHER = "#c8501e", "#2b5f8a", "#6f7981", "#4a4a4a"
 
 @dataclass(frozen=True)
 class Rung:
-    """One student of a ladder (or its teacher): `figures` is its public entry, see report.py."""
+    """One student of a ladder, or its teacher.
+
+    `figures` is its public entry (worker.distill.evaluation.report).
+    """
 
     label: str
     figures: Mapping[str, Any]  # Any: open-ended JSON
@@ -30,6 +33,8 @@ class Rung:
 
 @dataclass(frozen=True)
 class Panel:
+    """One panel of the plot. `scale` multiplies the metric, and `most` is its upper limit."""
+
     metric: str
     title: str
     axis: str
@@ -38,13 +43,16 @@ class Panel:
 
 
 PANELS = (
-    Panel("kl", "Distance from the teacher (less is better)", "KL, nats a token", most=math.inf),
+    Panel("kl", "Distance from the teacher (less is better)", "KL, nats per token", most=math.inf),
     Panel("perplexity", "Surprise at held-out text (less is better)", "perplexity", most=math.inf),
     Panel("agreement", "Same most likely token (more is better)", "agreement, %", 100.0),
     Panel("rouge_l", "Answers like the teacher's (more is better)", "ROUGE-L"),
     Panel("accuracy", "Right labels (more is better)", "accuracy, %", 100.0),
     Panel(
-        "tokens_per_second", "Speed, one request (more is better)", "tokens a second", most=math.inf
+        "tokens_per_second",
+        "Speed, one request (more is better)",
+        "tokens per second",
+        most=math.inf,
     ),
 )
 
@@ -52,7 +60,7 @@ PANELS = (
 def write_ladder(
     rungs: Sequence[Rung], teacher: Rung, out: Path, gate: Gate | None = None
 ) -> tuple[Path, Path]:
-    """Writes ladder.png and ladder.json into `out`."""
+    """Writes `ladder.png` and `ladder.json` into `out`, and returns their paths."""
     rungs = sorted(rungs, key=lambda rung: float(rung.figures["num_parameters"]))
     out.mkdir(parents=True, exist_ok=True)
     png_path, json_path = out / "ladder.png", out / "ladder.json"
@@ -64,13 +72,16 @@ def write_ladder(
     }
     json_path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
     figure = draw_ladder(rungs, teacher, gate)
-    FigureCanvasAgg(figure)  # a canvas of its own: pyplot keeps global state
+    FigureCanvasAgg(figure)  # a canvas of its own, because pyplot keeps global state
     figure.savefig(png_path)
     return png_path, json_path
 
 
 def draw_ladder(rungs: Sequence[Rung], teacher: Rung, gate: Gate | None = None) -> Figure:
-    """A panel for each metric the students have, over their size; the teacher is a line across."""
+    """Returns a plot with a panel per metric, over the size of the students.
+
+    A horizontal line shows the teacher. Perplexity is drawn only if no student has a KL.
+    """
     there = {metric for rung in rungs for metric in rung.figures}
     panels = [
         panel
@@ -114,9 +125,9 @@ def _draw_panel(
     axes.set_xlabel("parameters, millions")
     axes.set_ylabel(panel.axis)
     axes.margins(x=0.12, y=0.16)
-    bottom, top = (
-        axes.get_ylim()
-    )  # no room for what cannot be, but the teacher's line is not to lie on a border
+    # The axis ends near the metric's limits. A small margin keeps the teacher's line off the
+    # border.
+    bottom, top = axes.get_ylim()
     top = min(top, 1.04 * panel.scale * panel.most)
     axes.set_ylim(bottom=max(bottom, -0.04 * top), top=top)
     axes.grid(visible=True, color="#eceff1", linewidth=0.8)
@@ -129,7 +140,7 @@ def _draw_rung(axes: Axes, panel: Panel, rung: Rung, x: float, y: float) -> None
     interval = rung.figures.get("intervals", {}).get(panel.metric)
     low, high = (y, y) if interval is None else (panel.scale * bound for bound in interval)
     if interval is not None:
-        # a percentile interval need not hold the value itself
+        # a percentile interval may not contain the value itself
         sides = [[max(0.0, y - low)], [max(0.0, high - y)]]
         axes.errorbar(x, y, yerr=sides, color=color, capsize=3, zorder=2)
     axes.plot(
@@ -150,9 +161,8 @@ def _draw_rung(axes: Axes, panel: Panel, rung: Rung, x: float, y: float) -> None
     label.set(color=color, zorder=4, path_effects=[withStroke(linewidth=3, foreground="white")])
 
 
-def _marker(
-    color: str, *, is_filled: bool, is_chosen: bool
-) -> dict[str, Any]:  # Any: matplotlib's keywords
+# Any: keyword arguments of matplotlib
+def _marker(color: str, *, is_filled: bool, is_chosen: bool) -> dict[str, Any]:
     return {
         "marker": "D" if is_chosen else "o",
         "markersize": 8 if is_chosen else 6.5,
@@ -163,7 +173,7 @@ def _marker(
 
 
 def _legend(rungs: Sequence[Rung], gate: Gate | None) -> list[Line2D]:
-    """Only of what is in the picture."""
+    """Returns handles for what the plot contains."""
     handles = [Line2D([], [], color=TEACHER, linestyle="--", label="teacher")]
     if gate is not None:
         handles.append(Line2D([], [], color=CHOSEN, linestyle=":", label="gate"))

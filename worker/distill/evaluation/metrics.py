@@ -1,4 +1,4 @@
-"""The figures of a model's result: from its held-out measurement, and from its answers beside others'."""
+"""Metrics of a model: from its measurement on the held-out rows, and from its answers."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,9 +15,10 @@ ANSWER_METRICS = frozenset({"rouge_l", "exact_match", "accuracy", "macro_f1"})
 def held_out_figures(
     held_out: HeldOut, metrics: Collection[str], groups: Sequence[int] | None = None
 ) -> Figures:
-    """Returns token means; loss and KL whatever the metrics are. Without a teacher there is neither KL nor agreement.
+    """Returns means over tokens. Loss is always included, and KL if there is a teacher.
 
-    `groups` has the number of each row's group, by shared questions.
+    Without a teacher there is no agreement either. `groups` has the number of each row's group, by
+    shared questions.
     """
     targets_R = held_out.targets_R.numpy()
     loss, kl, cross_entropy, agreement = (
@@ -41,10 +42,13 @@ def answer_figures(
     metrics: Collection[str],
     groups: Sequence[int] | None = None,
 ) -> Figures:
-    """Means over answers, compared with the teacher's and (named so) with the references of the rows that have one.
+    """Returns means over answers, compared with the teacher's answers and with the references.
+
+    Comparisons with references cover the rows that have one. Their names end in `_reference`.
+    Labels are those of the references, so for accuracy and macro-F1 it is the comparison with the
+    teacher that has a suffix, `_teacher`.
 
     `groups` has the number of each answer's group, by shared questions.
-    Labels are those of the references, so accuracy and macro_f1 go by them, and by the teacher under a name of its own.
     """
     if groups is None:
         groups = range(len(answers))
@@ -77,13 +81,16 @@ def answer_figures(
 
 
 def with_intervals(figures: Figures) -> Entry:
-    """As JSON: each figure a number, and `intervals` with the 95% interval of each."""
+    """Returns the figures as JSON. `intervals` holds the 95% interval of each."""
     intervals = {name: list(figure.interval()) for name, figure in figures.items()}
     return {**{name: figure.value for name, figure in figures.items()}, "intervals": intervals}
 
 
 def difference(figures: Figures, others: Figures) -> Entry:
-    """The figures less another model's, on the rows they share: intervals that hold no 0 are a difference."""
+    """Returns the figures minus those of another model, on the rows of both.
+
+    The models differ in a figure if its interval does not contain 0.
+    """
     return with_intervals(
         {name: of.minus(others[name]) for name, of in figures.items() if name in others}
     )

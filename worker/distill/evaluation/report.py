@@ -1,4 +1,4 @@
-"""Teacher, untrained student, distilled student and a baseline side by side: the public result of a job."""
+"""The public result of a job: compares teacher, untrained student, baseline and student."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -30,10 +30,9 @@ from worker.models.architectures import context_tokens, shape_of
 from worker.protocol.run_spec import RunSpec
 
 MAX_SAMPLE_CHARACTERS = 2000
-NUM_CLASSIFIED = (
-    200  # held-out prompts answered where answers are labels: short, and each says little
-)
-TOKENS_BEYOND_A_LABEL = 8  # whoever goes on for longer has not answered with a label
+# held-out prompts that are answered if answers are labels: they are short, so more are needed
+NUM_CLASSIFIED = 200
+TOKENS_BEYOND_A_LABEL = 8  # a longer answer is no label
 
 Build = Callable[[], PreTrainedModel]
 Tell = Callable[[float], None]
@@ -41,7 +40,7 @@ Tell = Callable[[float], None]
 
 @dataclass(frozen=True)
 class View:
-    """The held-out rows as one kind of model reads them, and what measures it on them."""
+    """The held-out rows as one kind of model reads them, and a function that measures models."""
 
     examples: Sequence[Example]
     tokenizer: PreTrainedTokenizerBase
@@ -50,7 +49,7 @@ class View:
 
 @dataclass(frozen=True)
 class Judged:
-    """A model's public entry, what its figures are made of, and its answers: None if it was not asked."""
+    """Evaluation of a model: its public entry, figures, and answers if any were generated."""
 
     entry: Entry
     figures: Figures
@@ -59,10 +58,11 @@ class Judged:
 
 @dataclass
 class Evaluator:
-    """Judges models by the same rows and prompts, one after the other, so that one is in memory at a time.
+    """Evaluates models on the same rows and prompts, one at a time to save memory.
 
-    The teacher is judged once, however many students are reported on. `load_teacher` puts it on the device and in the
-    dtype of the run's placement. `on_progress` takes the share that is done and may raise to stop; `warn` writes an event.
+    The teacher is evaluated once per evaluator. `load_teacher` loads it on the device and in the
+    dtype of the run's placement. `on_progress` receives the share that is done, and may raise to
+    stop. `warn` writes an event.
     """
 
     spec: RunSpec
@@ -84,9 +84,11 @@ class Evaluator:
         answers: AnswerFile,
         baseline_dir: Path | None = None,
     ) -> Entry:
-        """An entry a model, `differences` (the student's figures less theirs), `compression` and `samples`.
+        """Returns an entry per model, `differences`, `compression` and `samples`.
 
-        `answers` is the teacher's file; `baseline_dir` holds the same student trained on the text alone.
+        `differences` are the student's figures minus those of the untrained student and the
+        baseline. `answers` is the file of the teacher's answers. `baseline_dir` holds the same
+        student trained on the text alone.
         """
         students: dict[str, Path | None] = {"untrained": None}
         if baseline_dir is not None:
@@ -117,7 +119,7 @@ class Evaluator:
         }
 
     def entry(self, best_dir: Path, answers: AnswerFile) -> Entry:
-        """A student's own entry; it, and the teacher, will not be judged again."""
+        """Returns a student's own entry. The evaluations of it and the teacher are kept."""
         self._judge_teacher(self._tell_of(0, 2), answers)
         return self._judge_folder(best_dir, self._tell_of(1, 2)).entry
 
@@ -128,7 +130,7 @@ class Evaluator:
 
     @cached_property
     def metrics(self) -> frozenset[str]:
-        """Those asked for, and what the gate looks at."""
+        """The requested metrics, and that of the gate."""
         evaluation = self.spec.distillation.evaluation
         return frozenset(
             (*evaluation.metrics, *([evaluation.gate.metric] if evaluation.gate else []))
@@ -136,7 +138,10 @@ class Evaluator:
 
     @cached_property
     def labels(self) -> Labels | None:
-        """The targets' labels where the data are, or are said to be, of classification."""
+        """The labels of the held-out rows, or None if the targets are not labels.
+
+        If accuracy or macro-F1 is requested, many or long labels are accepted too.
+        """
         if not self.metrics & ANSWER_METRICS:
             return None
         references = [text for row in self.valid_rows if (text := reference_of(row)) is not None]
@@ -152,7 +157,10 @@ class Evaluator:
 
     @cached_property
     def groups(self) -> list[int]:
-        """The group of each held-out row: rows that share a question are drawn together by the bootstrap."""
+        """The group of each held-out row.
+
+        Rows that share a question are one group, which the bootstrap draws as a whole.
+        """
         groups = groups_of(self.valid_rows)
         if len(groups) > 1 and max(groups) == 0:
             self.warn(
@@ -162,7 +170,7 @@ class Evaluator:
 
     @cached_property
     def numbers(self) -> list[int]:
-        """Which held-out rows are answered: the first ones that ask different things."""
+        """The held-out rows that are answered: the first ones with distinct prompts."""
         asked: dict[tuple[int, ...], int] = {}
         for i, example in enumerate(self.student_view.examples):
             asked.setdefault(prompt_of(example), i)
@@ -183,7 +191,7 @@ class Evaluator:
         return self._folders[folder]
 
     def _judge(self, build: Build, tell: Tell, teachers_file: AnswerFile | None = None) -> Judged:
-        """Only the teacher has a file of answers."""
+        """Evaluates a model. Only the teacher has a file of answers."""
         is_teacher = teachers_file is not None
         view = self.teacher_view if is_teacher else self.student_view
         model = build().requires_grad_(False)
@@ -227,20 +235,20 @@ class Evaluator:
     def _ask(
         self, model: PreTrainedModel, view: View, file: AnswerFile, tell: Tell
     ) -> list[Generation]:
-        """Greedy answers to the prompts; the teacher's are kept on file."""
+        """Returns greedy answers to the prompts. Those of the teacher are stored in its file."""
         prompts = self._prompts(view)
         room, context = self.spec.distillation.data.max_new_tokens, context_tokens(model.config)
         if self.labels:
             room = min(room, self.labels.max_tokens + TOKENS_BEYOND_A_LABEL)
         longest = max(len(prompt) for prompt in prompts)
-        if (
-            shape_of(model.config) == "seq2seq"
-        ):  # an answer does not share the positions of its prompt
+        # the encoder reads the prompt, so prompt and answer do not share positions
+        if shape_of(model.config) == "seq2seq":
             how = AnswerSampling(min(room, context), longest + room, temperature=0.0)
         else:
             how = AnswerSampling(room, min(longest + room, context), temperature=0.0)
 
         def progress(num_done: int, num_wanted: int, _: int) -> None:
+            """Reports the share of prompts that are answered."""
             tell(num_done / num_wanted)
 
         return ask(prompts, how, file, lambda: self.sampler_for(model), progress)
@@ -260,7 +268,10 @@ class Evaluator:
 
 
 def prompt_of(example: Example) -> tuple[int, ...]:
-    """What a model is given to go on from: of plain text, which asks nothing, the first half."""
+    """Returns the tokens that a model continues.
+
+    Plain text has no prompt, so its first half is used.
+    """
     prompt = example.prompt_ids
     if example.source_ids or len(prompt) > 1:
         return prompt
@@ -268,7 +279,7 @@ def prompt_of(example: Example) -> tuple[int, ...]:
 
 
 def reference_of(row: Row) -> str | None:
-    """The file's own answer."""
+    """Returns the answer in the data file, if the row has one."""
     return row.messages[-1]["content"] if row.text is None and row.is_answered else None
 
 

@@ -1,4 +1,4 @@
-"""Queries, keys and values of a layer in every family, and how alike two models relate them (MiniLMv2).
+"""Queries, keys and values of a layer in any model family, and the relation loss of MiniLMv2.
 
 B batch, P aligned positions, D width of all heads together, A relation heads.
 """
@@ -13,30 +13,32 @@ from torch import Tensor, nn
 
 from worker.errors import UnsupportedModel
 
-APART = (  # of a layer: queries, keys, values
+# module names of separate layers for queries, keys and values
+APART = (
     ("attention.self.query", "attention.self.key", "attention.self.value"),  # BERT, RoBERTa
     ("layer.0.SelfAttention.q", "layer.0.SelfAttention.k", "layer.0.SelfAttention.v"),  # T5
-    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),  # Llama and its like, OPT, BART
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),  # Llama-like models, OPT, BART
 )
-IN_THIRDS = "attn.c_attn"  # GPT-2: all queries, all keys, all values
-BY_HEAD = (
-    "self_attention.query_key_value",
-    "attention.query_key_value",
-)  # BLOOM, NeoX: all three of each head
-NO_KEY = -1e9  # a score that leaves a softmax out, and differs from itself by 0
+# fused layer of GPT-2, whose output holds all queries, then all keys, then all values
+IN_THIRDS = "attn.c_attn"
+# fused layers of BLOOM and NeoX, whose output holds query, key and value of one head after another
+BY_HEAD = ("self_attention.query_key_value", "attention.query_key_value")
+NO_KEY = -1e9  # score of a masked key; finite, so that the difference of two such scores is not NaN
 
 
 @dataclass(frozen=True)
 class SelfAttention:
-    """The linear layers that make queries, keys and values, as they are before norms and rotations."""
+    """Linear layers that compute queries, keys and values, before norms and rotations."""
 
     modules: tuple[nn.Module, ...]
-    num_fused_heads: int | None = (
-        None  # of layers that put out all three of each head; 1 if heads are not told apart
-    )
+    # heads of a fused layer, or 1 if its output is in thirds; None for separate layers
+    num_fused_heads: int | None = None
 
     def split(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [..., D] each, from what the modules put out. Shared key heads are not repeated."""
+        """Splits the outputs of the modules into queries, keys and values, [..., D] each.
+
+        Shared key heads are not repeated.
+        """
         if self.num_fused_heads is None:
             queries, keys, values = outputs
             return queries, keys, values
@@ -47,14 +49,17 @@ class SelfAttention:
 
     @property
     def widths(self) -> set[int]:
-        """Those of queries, keys and values."""
+        """Widths of the queries, keys and values."""
         if self.num_fused_heads is not None:
             return {_width(self.modules[0]) // 3}
         return {_width(module) for module in self.modules}
 
 
 def self_attention(layer: nn.Module, num_heads: int) -> SelfAttention:
-    """Of a layer of any supported family. Raises UnsupportedModel."""
+    """Returns the query, key and value layers of a layer of any supported family.
+
+    Raises UnsupportedModel if they cannot be found.
+    """
     modules = dict(layer.named_modules())
     for names in APART:
         if all(name in modules for name in names):
@@ -68,7 +73,11 @@ def self_attention(layer: nn.Module, num_heads: int) -> SelfAttention:
 
 
 def choose_relation_heads(asked: int | None, teacher_heads: int, widths: set[int]) -> int:
-    """Relation heads that divide every width: the teacher's own number, or what comes near. Raises UnsupportedModel."""
+    """Returns the number of relation heads, which must divide every width.
+
+    By default it is the largest number that divides the teacher's heads and all widths. Raises
+    UnsupportedModel if `asked` does not divide a width.
+    """
     if asked is None:
         return math.gcd(teacher_heads, *widths)
     if any(width % asked for width in widths):
@@ -82,9 +91,12 @@ def choose_relation_heads(asked: int | None, teacher_heads: int, widths: set[int
 def relation_kl(
     student_BPD: Tensor, teacher_BPD: Tensor, mask_BP: Tensor, *, num_heads: int
 ) -> Tensor:
-    """Mean KL(teacher || student) of how a position relates to all others, over relation heads and real positions.
+    """Returns the mean KL(teacher || student) of attention relations.
 
-    The two widths may differ. A relation is softmax(x x^T / sqrt(D / A)). Source: Wang et al., arXiv:2012.15828.
+    The mean is taken over relation heads and real positions. A relation says how one position
+    relates to all others: softmax(x x^T / sqrt(D / A)). The widths of the two models may differ.
+
+    Source: Wang et al., arXiv:2012.15828.
     """
     log_q_BAPP = _relations(student_BPD, mask_BP, num_heads)
     log_p_BAPP = _relations(teacher_BPD, mask_BP, num_heads)

@@ -1,6 +1,7 @@
-"""What a model's head multiplies: its decoder's last states, for every kind of model.
+"""Last hidden states of a model's decoder, which its LM head reads, for every kind of model.
 
-B batch, T tokens, S source tokens, N rows (completion positions in the order of hidden_BTH[keep_BT]), H hidden width.
+B batch, T tokens, S source tokens, P packed tokens, H hidden size; N rows (target positions, in the
+order of hidden_BTH[keep_BT]).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,19 +14,19 @@ from worker.distill.data.batching import Batch
 from worker.distill.forward.packing import Packing, attending_packed, packing_of
 from worker.models.architectures import shape_of
 
-MOST_KEPT = 0.9  # of a batch's positions: above it, running at fewer saves nothing
+MOST_KEPT = 0.9  # share of a batch's positions above which selecting them saves nothing
 
 
 def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The head's inputs where the model predicts targets, [N, H]."""
+    """Returns the LM head's inputs where the model predicts targets, [N, H]."""
     return transform_of(model)(decoder_states(model, batch)[batch.keep_BT])
 
 
 def hidden_rows_alone(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """`hidden_rows` for whoever reads nothing else: the last layer's MLP runs at those positions alone.
+    """Returns the same as `hidden_rows`, faster, for callers that read no other hidden states.
 
-    It works position by position, and after it nothing reads the others. What the rows begin with alike runs once
-    where it can (worker.distill.forward.packing).
+    The last layer's MLP runs at the target positions only: no later module reads the others. Tokens
+    that all rows begin with run once if that is possible (worker.distill.forward.packing).
     """
     packing = packing_of(model, batch)
     keep_BT = batch.keep_BT if packing is None else packing.packed(batch.keep_BT)
@@ -36,7 +37,7 @@ def hidden_rows_alone(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def run_body(model: PreTrainedModel, batch: Batch, packing: Packing | None) -> Tensor:
-    """The decoder's last states, [B, T, H], or those of a packed batch, [1, P, H]."""
+    """Returns the decoder's last states: [B, T, H], or [1, P, H] for a packed batch."""
     if packing is None:
         return decoder_states(model, batch)
     ids_1P, positions_1P = packing.packed(batch.input_ids_BT), packing.position_ids_1P
@@ -47,11 +48,14 @@ def run_body(model: PreTrainedModel, batch: Batch, packing: Packing | None) -> T
 
 
 def last_mlp(decoder: nn.Module) -> nn.Module | None:
-    """The last layer's MLP, where it is a module that maps states to states; None of OPT, BART and BERT."""
+    """Returns the MLP of the last layer if it is one module from states to states.
+
+    Returns None for families without such a module: OPT, BART and BERT.
+    """
     for name in ("layers", "h", "block"):
         layers = getattr(decoder, name, None)
         if isinstance(layers, nn.ModuleList):
-            parts = getattr(layers[-1], "layer", None)  # T5: the last of a layer's parts
+            parts = getattr(layers[-1], "layer", None)  # T5: the MLP is the last part of a layer
             return (
                 parts[-1] if isinstance(parts, nn.ModuleList) else getattr(layers[-1], "mlp", None)
             )
@@ -60,12 +64,17 @@ def last_mlp(decoder: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def _run_at(mlp: nn.Module, keep_BT: Tensor) -> Iterator[None]:
-    """While it lasts the module sees the kept positions as rows, and its result is zero at the others."""
+    """Context manager in which the module runs at the kept positions only.
+
+    Its input is the kept states as rows, and its result is zero at the other positions.
+    """
 
     def take(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Selects the kept states as rows."""
         return tuple(state_BTH[keep_BT] for state_BTH in states)
 
     def put(module: nn.Module, states: tuple[Tensor, ...], out_NH: Tensor) -> Tensor:
+        """Puts the rows back to their positions, with zeros elsewhere."""
         out_BTH = out_NH.new_zeros((*keep_BT.shape, out_NH.shape[-1]))
         out_BTH[keep_BT] = out_NH
         return out_BTH
@@ -79,7 +88,10 @@ def _run_at(mlp: nn.Module, keep_BT: Tensor) -> Iterator[None]:
 
 
 def decoder_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The decoder's last states, [B, T, H]. Right padding follows every real token, so causal decoders need no mask."""
+    """Returns the decoder's last states, [B, T, H].
+
+    Padding is on the right, after every real token, so causal decoders need no mask.
+    """
     if shape_of(model.config) == "seq2seq":
         encoder_BSH = encoder_states(model, batch)
         output = decoder_of(model)(
@@ -95,19 +107,21 @@ def decoder_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def encoder_states(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """An encoder-decoder's source as its decoder sees it, [B, S, H]."""
+    """Returns the encoder's last states as the decoder reads them, [B, S, H]."""
     encoder = model.get_encoder()
     states_BSH: Tensor = encoder(
         input_ids=batch.source_ids_BS, attention_mask=batch.source_mask_BS
     ).last_hidden_state
-    widen = getattr(
-        model, "enc_to_dec_proj", None
-    )  # of an encoder-decoder whose halves differ in width
+    # present if encoder and decoder differ in width
+    widen = getattr(model, "enc_to_dec_proj", None)
     return states_BSH if widen is None else widen(states_BSH)
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
-    """The transformer that the head stands on: a causal model's body, or the second half of an encoder-decoder."""
+    """Returns the module below the LM head.
+
+    It is the body of a causal or masked model, or the decoder of an encoder-decoder.
+    """
     if model.config.model_type == "encoder-decoder":
         body: nn.Module = model.decoder.base_model
     elif shape_of(model.config) == "seq2seq":
@@ -118,14 +132,16 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
 
 
 def transform_of(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
-    """What stands between the last states and the head's matrix: BERT and RoBERTa have a layer there."""
+    """Returns the function between the last states and the matrix of the LM head.
+
+    BERT and RoBERTa have layers there. For all other models it is the identity.
+    """
     language_model = model.decoder if model.config.model_type == "encoder-decoder" else model
     if hasattr(language_model, "cls"):
         transform: Callable[[Tensor], Tensor] = language_model.cls.predictions.transform
         return transform
-    if hasattr(
-        getattr(language_model, "lm_head", None), "layer_norm"
-    ):  # RoBERTa's head is three layers
+    # RoBERTa's head has three layers
+    if hasattr(getattr(language_model, "lm_head", None), "layer_norm"):
         head = language_model.lm_head
         return lambda states: head.layer_norm(nn.functional.gelu(head.dense(states)))
     return lambda states: states

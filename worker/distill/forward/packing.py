@@ -1,11 +1,12 @@
-"""A batch's tokens in one sequence for training on a CPU: the beginning that all rows share once, and no padding.
+"""Packs a batch into one sequence without padding, and with the shared beginning only once.
 
-Chats begin alike (a system prompt, a template's first words), and causal states of a common beginning are the same
-for all rows: every layer computes them once, and the rows look at their keys and values. Only the attention knows of
-rows; all else works token by token.
+Used for training on a CPU. Chats often begin alike: with a system prompt, or with the first words
+of a template. The causal states of a common beginning are the same in all rows. Every layer
+computes them once, and all rows attend to their keys and values. Only the attention knows about
+rows; all other modules work per token.
 
-B rows, L own tokens of the longest row, P tokens of the packed sequence, p shared tokens, S = p + L keys,
-H query heads, K key heads, D width of a head.
+B rows, L own tokens of the longest row, P tokens of the packed sequence, p shared tokens; S = p + L
+keys; H query heads, K key heads, D head width.
 """
 
 from contextlib import AbstractContextManager
@@ -22,25 +23,25 @@ from transformers import PreTrainedModel
 from worker.cpu.short_attention import NAME, Attended, attending, attention, attention_gradients
 from worker.distill.data.batching import Batch
 
-LEAST_SAVED = 0.1  # of the tokens: below it the rearranging costs more
-MOST_SCORES = 2**23  # numbers that a layer keeps for the backward
+LEAST_SAVED = 0.1  # share of tokens; a smaller saving does not repay the packing
+MOST_SCORES = 2**23  # attention weights that a layer keeps for the backward pass
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of a batch lie in its packed sequence: first the shared ones, then each row's own."""
+    """Layout of a packed batch: the shared tokens first, then the own tokens of each row."""
 
     num_shared: int
     own_lengths: tuple[int, ...]
 
     @cached_property
     def is_own_BL(self) -> Tensor:
-        """Which places of a padded table of own tokens hold one."""
+        """True where a padded table of own tokens holds a token."""
         return torch.arange(max(self.own_lengths)) < torch.tensor(self.own_lengths)[:, None]
 
     @cached_property
     def places_BL(self) -> Tensor:
-        """Where an own token lies in the packed sequence; padding points at some token."""
+        """Index of each own token in the packed sequence. Padding points at the first token."""
         places_BL = torch.zeros_like(self.is_own_BL, dtype=torch.int64)
         places_BL[self.is_own_BL] = torch.arange(
             self.num_shared, self.num_shared + sum(self.own_lengths)
@@ -49,7 +50,10 @@ class Packing:
 
     @cached_property
     def hidden_LS(self) -> Tensor:
-        """Which keys an own token must not see. Padding comes after all that a row has."""
+        """True for keys that an own token must not see.
+
+        Padding needs no mask: it comes after all tokens of its row.
+        """
         longest = max(self.own_lengths)
         return torch.ones(longest, self.num_shared + longest, dtype=torch.bool).triu(
             self.num_shared + 1
@@ -63,7 +67,7 @@ class Packing:
         return torch.cat([torch.arange(self.num_shared), *own])[None]
 
     def packed(self, table_BT: Tensor) -> Tensor:
-        """Of a table with a place for every token the packed sequence, [1, P]."""
+        """Returns the packed sequence [1, P] of a table with one entry per token."""
         own_BL = table_BT[:, self.num_shared : self.num_shared + max(self.own_lengths)]
         return torch.cat([table_BT[0, : self.num_shared], own_BL[self.is_own_BL]])[None]
 
@@ -71,7 +75,7 @@ class Packing:
 def packing_of(
     model: PreTrainedModel, batch: Batch, most_scores: int = MOST_SCORES
 ) -> Packing | None:
-    """How to pack the batch for this model; None where that is impossible or saves too little."""
+    """Returns the packing of a batch, or None if it is impossible or saves too little."""
     if batch.source_ids_BS is not None or not _can_pack(model, batch):
         return None
     lengths = batch.attention_mask_BT.sum(dim=1)
@@ -99,19 +103,23 @@ def _can_pack(model: PreTrainedModel, batch: Batch) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and (window is None or window >= batch.input_ids_BT.shape[1])
         and "position_ids"
-        in signature(model.base_model.forward).parameters  # BLOOM's come from the mask
+        in signature(model.base_model.forward).parameters  # BLOOM derives positions from the mask
     )
 
 
 def attending_packed(packing: Packing) -> AbstractContextManager[None]:
-    """While it lasts this thread's sequences are packed so."""
+    """Context manager in which this thread's attention works on sequences packed in this way."""
     return attending(partial(attend_packed, packing))
 
 
 def attend_packed(
     packing: Packing, query_1HPD: Tensor, key_1KPD: Tensor, value_1KPD: Tensor, scaling: float
 ) -> Tensor:
-    """[1, P, H, D]: shared tokens look at themselves, a row's own at the shared ones and at those before them."""
+    """Returns the attention of a packed sequence, [1, P, H, D].
+
+    Shared tokens attend to shared tokens up to themselves. The own tokens of a row attend to all
+    shared tokens and to the own tokens of the row up to themselves.
+    """
     # torch leaves apply untyped
     out_1PHD: Tensor = _Packed.apply(query_1HPD, key_1KPD, value_1KPD, packing, scaling)  # type: ignore[no-untyped-call]
     return out_1PHD
@@ -122,6 +130,7 @@ class _Packed(torch.autograd.Function):
     def forward(  # ctx is Any: torch does not type what a context carries
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float
     ) -> Tensor:
+        """Returns the attention [1, P, H, D]."""
         p = packing.num_shared
         own = [
             tensor[0][:, packing.places_BL].transpose(0, 1) for tensor in (query, key, value)
@@ -144,6 +153,7 @@ class _Packed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_1PHD: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of queries, keys and values."""
         packing: Packing = ctx.packing
         p, is_own_BL = packing.num_shared, packing.is_own_BL
         saved = ctx.saved_tensors
@@ -156,7 +166,7 @@ class _Packed(torch.autograd.Function):
         if p:
             first = Attended(grad_1PHD, saved[4:], ctx.first_shape)
             begin = list(attention_gradients(first, grad_1PHD[:, :p], ctx.scaling))
-            for i in (1, 2):  # every row has looked at the shared keys and values
+            for i in (1, 2):  # all rows attended to the shared keys and values
                 begin[i] = begin[i] + own[i][:, :, :p].sum(dim=0, keepdim=True)
             packed = [
                 torch.cat([b[0].transpose(0, 1), r]) for b, r in zip(begin, packed, strict=True)

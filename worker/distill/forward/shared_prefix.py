@@ -1,6 +1,8 @@
-"""What all rows of a teacher begin with, computed once: chats share a system prompt and a template's first words.
+"""Computes the beginning that all of a teacher's rows share once, instead of once per row.
 
-T tokens, H hidden width.
+Chats often share a system prompt and the first words of a template.
+
+T tokens, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -15,18 +17,19 @@ from worker.distill.data.batching import kept_positions, model_input
 from worker.distill.data.rows import Example
 from worker.distill.forward.hidden_states import decoder_of
 
-LEAST_TOKENS = 8  # fewer save less than the cache costs
+LEAST_TOKENS = 8  # a shorter prefix saves less than the cache costs
 
 
 def shared_prefix(examples: Sequence[Example]) -> tuple[int, ...]:
-    """The tokens that all rows begin with, up to the first position where one predicts a target; () if they are few.
+    """Returns the tokens that all rows begin with, or () if they are few.
 
-    What an encoder reads is no prefix: it looks both ways.
+    The prefix ends before the first position that predicts a target. Rows with an encoder have no
+    prefix, because an encoder reads in both directions.
     """
     if len(examples) < 2 or any(example.source_ids for example in examples):
         return ()
     rows = [example.token_ids for example in examples]
-    first, last = min(rows), max(rows)  # what these two begin with, all between them do
+    first, last = min(rows), max(rows)  # in sorted order, so a prefix of both is one of all
     shared = tuple(
         a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
     )
@@ -36,7 +39,7 @@ def shared_prefix(examples: Sequence[Example]) -> tuple[int, ...]:
 
 
 class Prefix:
-    """The keys and values of a causal model behind some tokens."""
+    """Keys and values of a causal model for the tokens that rows begin with."""
 
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel, tokens: tuple[int, ...]) -> None:
@@ -47,13 +50,16 @@ class Prefix:
         self._layers = [(layer.keys, layer.values) for layer in cache.layers]
 
     def begins(self, example: Example) -> bool:
-        """Whether the row begins with it, and predicts nothing before its end."""
+        """Returns whether the row begins with the prefix and predicts no target within it."""
         num = len(self.tokens)
         return example.token_ids[:num] == self.tokens and min(kept_positions(example)) >= num
 
     @torch.no_grad()
     def states(self, example: Example) -> Tensor:
-        """The last states of a row that begins with it, where it predicts targets, [T, H]."""
+        """Returns the last states at the positions that predict targets, [T, H].
+
+        The row must begin with the prefix.
+        """
         cache = DynamicCache(config=self._config)
         for number, (keys, values) in enumerate(self._layers):
             cache.update(keys, values, number)

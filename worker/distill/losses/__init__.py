@@ -1,1 +1,1 @@
-"""Divergences between teacher and student, computed in chunks from hidden states."""
+"""Losses between teacher and student, computed from hidden states in chunks of rows."""

@@ -1,11 +1,14 @@
 """Token-level divergences between a teacher p and a student q, each with its exact gradient.
 
-N rows (completion positions), V vocabulary (U the teacher's, where it has another); z are raw logits, T is the
-temperature, q = softmax(z_student / T).
-Every divergence D(p, q) has dD/dz = (1/T) q*(g - <q, g>) with g = dD/dq, so no autograd is needed. A divergence
-here returns D a row, in nats, and its slope q*(g - <q, g>); both stay finite in float32 for finite logits,
-because ratios are taken between logarithms (what underflows has no weight). Only logit_mse is of the logits themselves, without a temperature.
-All are checked against autograd and finite differences.
+N rows (one per target), V vocabulary, U the teacher's vocabulary if it differs. z are raw logits,
+T is the temperature, q = softmax(z_student / T).
+
+Every divergence D(p, q) has the gradient dD/dz = (1/T) q*(g - <q, g>) with g = dD/dq, so autograd
+is not needed. Each function returns D per row, in nats, and its slope q*(g - <q, g>). Both are
+finite in float32 for finite logits, because ratios are differences of logarithms. The exception is
+logit_mse, which compares the logits themselves and has no temperature.
+
+Tests compare all gradients with autograd and finite differences.
 """
 
 import math
@@ -20,7 +23,10 @@ from app.contracts.distillation import DivergenceName, Objective, Phase
 
 @dataclass(frozen=True)
 class Distribution:
-    """Softmax of rows of logits, with its logarithm: a divergence wants both, and the exponentials are what costs."""
+    """Softmax of rows of logits, and its logarithm.
+
+    Both are kept because the divergences need both and the exponentials are the expensive part.
+    """
 
     p_NV: Tensor
     log_p_NV: Tensor
@@ -33,27 +39,34 @@ class Distribution:
         return cls(p_NV.div_(total_N1), log_p_NV.sub_(total_N1.log()))
 
     def mixed(self, other: "Distribution", share: float) -> Tensor:
-        """log(share p + (1 - share) other's); where both are too small to tell from 0, a finite number below them."""
+        """Returns log(share * p + (1 - share) * other).
+
+        It is finite even where both probabilities are 0: the sum is at least the smallest normal
+        number of the dtype.
+        """
         m_NV = torch.lerp(other.p_NV, self.p_NV, share)
         return m_NV.clamp_(min=torch.finfo(m_NV.dtype).tiny).log_()
 
 
 def forward_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
-    """KL(p || q): the student covers everything the teacher says. Slope q - p."""
+    """Returns KL(p || q), which makes the student cover all modes of the teacher. Slope q - p."""
     return row_dot(p.p_NV, p.log_p_NV - q.log_p_NV), q.p_NV - p.p_NV
 
 
 def reverse_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
-    """KL(q || p): the student keeps to what the teacher finds likely. g = log(q/p)."""
+    """Returns KL(q || p), which makes the student avoid what the teacher finds unlikely.
+
+    g = log(q/p).
+    """
     ratio_NV = q.log_p_NV - p.log_p_NV
     loss_N = row_dot(q.p_NV, ratio_NV)
     return loss_N, ratio_NV.sub_(loss_N[:, None]).mul_(q.p_NV)
 
 
 def jensen_shannon(q: Distribution, p: Distribution, *, beta: float) -> tuple[Tensor, Tensor]:
-    """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. g = (1 - beta) log(q/m).
+    """Returns beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
 
-    Source: Agarwal et al., arXiv:2306.13649.
+    g = (1 - beta) log(q/m). Source: Agarwal et al., arXiv:2306.13649.
     """
     log_m_NV = p.mixed(q, beta)
     p_part_N = row_dot(p.p_NV, p.log_p_NV - log_m_NV)
@@ -64,9 +77,9 @@ def jensen_shannon(q: Distribution, p: Distribution, *, beta: float) -> tuple[Te
 
 
 def skew_forward_kl(q: Distribution, p: Distribution, *, alpha: float) -> tuple[Tensor, Tensor]:
-    """KL(p || m) with m = alpha p + (1 - alpha) q, at most log(1/alpha). g = -(1 - alpha) p/m.
+    """Returns KL(p || m) with m = alpha p + (1 - alpha) q. It is at most log(1/alpha).
 
-    Source: Ko et al. (DistiLLM), arXiv:2402.03898.
+    g = -(1 - alpha) p/m. Source: Ko et al. (DistiLLM), arXiv:2402.03898.
     """
     ratio_NV = torch.sub(p.log_p_NV, p.mixed(q, alpha))
     loss_N = row_dot(p.p_NV, ratio_NV)
@@ -75,9 +88,10 @@ def skew_forward_kl(q: Distribution, p: Distribution, *, alpha: float) -> tuple[
 
 
 def skew_reverse_kl(q: Distribution, p: Distribution, *, alpha: float) -> tuple[Tensor, Tensor]:
-    """KL(q || m) with m = (1 - alpha) p + alpha q, at most log(1/alpha). g = log(q/m) - alpha q/m.
+    """Returns KL(q || m) with m = (1 - alpha) p + alpha q. It is at most log(1/alpha).
 
-    The q within m is differentiated too. Source: Ko et al. (DistiLLM), arXiv:2402.03898.
+    g = log(q/m) - alpha q/m: the q in m is differentiated too.
+    Source: Ko et al. (DistiLLM), arXiv:2402.03898.
     """
     ratio_NV = torch.sub(q.log_p_NV, q.mixed(p, alpha))
     loss_N = row_dot(q.p_NV, ratio_NV)
@@ -86,7 +100,10 @@ def skew_reverse_kl(q: Distribution, p: Distribution, *, alpha: float) -> tuple[
 
 
 def total_variation(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
-    """Half of sum |q - p|, at most 1. g = sign(q - p) / 2."""
+    """Returns the total variation distance sum |q - p| / 2. It is at most 1.
+
+    g = sign(q - p) / 2.
+    """
     difference_NV = q.p_NV - p.p_NV
     loss_N = difference_NV.abs().sum(dim=-1) / 2
     g_NV = difference_NV.sign_().div_(2)
@@ -96,9 +113,10 @@ def total_variation(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
 def alpha_beta(
     q: Distribution, p: Distribution, *, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor]:
-    """-1/(alpha beta) sum [p^alpha q^beta - alpha/s p^s - beta/s q^s] with s = alpha + beta.
+    """Returns the alpha-beta divergence, with s = alpha + beta.
 
-    q g = (q^s - p^alpha q^beta) / alpha, which is bounded where g itself is not.
+    D = -1/(alpha beta) sum [p^alpha q^beta - alpha/s p^s - beta/s q^s]. The slope is computed from
+    q g = (q^s - p^alpha q^beta) / alpha, which is bounded even where g is not.
     Source: Wang et al. (ABKD), arXiv:2505.04560.
     """
     s = alpha + beta
@@ -111,15 +129,16 @@ def alpha_beta(
 
 
 def sorted_l1(q_NV: Tensor, p_NU: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of |i-th largest q - i-th largest p|, the smaller vocabulary filled up with zeros; at most 2.
+    """Returns the sum over ranks i of |i-th largest q - i-th largest p|. It is at most 2.
 
-    It compares distributions over different vocabularies, by rank. g = sign(q - p) in the student's order.
+    It compares distributions over different vocabularies. The smaller one is padded with zeros.
+    g is the sign of each difference, in the order of the student's vocabulary.
     Source: Boizard et al. (ULD), arXiv:2402.12030.
     """
     sorted_q_NV, order_NV = q_NV.sort(dim=-1, descending=True)
     sorted_p_NU = p_NU.sort(dim=-1, descending=True).values
     num_shared = min(sorted_q_NV.shape[1], sorted_p_NU.shape[1])
-    difference_NV = sorted_q_NV  # what has no partner faces zero
+    difference_NV = sorted_q_NV  # tokens without a partner are compared with zero
     difference_NV[:, :num_shared] -= sorted_p_NU[:, :num_shared]
     loss_N = difference_NV.abs().sum(dim=-1) + sorted_p_NU[:, num_shared:].sum(dim=-1)
     g_NV = torch.empty_like(q_NV).scatter_(1, order_NV, difference_NV.sign_())
@@ -127,10 +146,10 @@ def sorted_l1(q_NV: Tensor, p_NU: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logit_mse(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over the vocabulary of the squared differences of raw logits, and its gradient in the student's.
+    """Returns the mean squared difference of raw logits over the vocabulary, and its gradient.
 
-    No softmax and no temperature: unlike the divergences it also compares the logits' common shift, and it reads
-    raw logits where they read log-probabilities.
+    There is no softmax and no temperature. Unlike the divergences, it depends on a constant added
+    to all logits.
     """
     difference_NV = student_NV - teacher_NV
     loss_N = row_dot(difference_NV, difference_NV) / student_NV.shape[1]
@@ -138,17 +157,17 @@ def logit_mse(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_dot(a_NV: Tensor, b_NV: Tensor) -> Tensor:
-    """Inner product of each pair of rows."""
+    """Returns the inner product of each pair of rows."""
     product_N: Tensor = torch.linalg.vecdot(a_NV, b_NV)
     return product_N
 
 
 @dataclass(frozen=True)
 class TokenObjective:
-    """(1 - ce_weight) T² D(p, q) + ce_weight CE(target), a row; logit_mse knows no T.
+    """Loss per row: (1 - ce_weight) T² D(p, q) + ce_weight CE(target). logit_mse ignores T.
 
-    matches: what is compared with what. token: the same token's probabilities, by `divergence`; rank: the sorted
-    probabilities, whatever the vocabularies (sorted_l1, in place of `divergence`).
+    With `matches` = "token", D is `divergence` and compares the probabilities of the same token.
+    With "rank", D is sorted_l1 and compares sorted probabilities; the vocabularies may differ.
     """
 
     divergence: DivergenceName = "forward_kl"
@@ -162,9 +181,10 @@ class TokenObjective:
     def from_objective(
         cls, objective: Objective, phase: Phase | None = None, share: float = 0.0
     ) -> "TokenObjective":
-        """The objective when `share` of the training's steps are done, in the first phase or in `phase`.
+        """Returns the objective after the given share of the training steps.
 
-        A phase keeps ce_weight, the teacher's signal and the course of the temperature.
+        `phase`, if given, replaces the divergence, alpha and beta. `ce_weight`, the teacher signal
+        and the temperature schedule stay those of `objective`.
         """
         chosen = phase or objective
         alpha, beta = (0.2, 0.7) if chosen.divergence == "alpha_beta" else (0.1, 0.5)
@@ -179,18 +199,18 @@ class TokenObjective:
 
     @property
     def is_forward_kl(self) -> bool:
-        """Plain forward KL at temperature 1, whose value is also the reported KL."""
+        """True if D is forward KL at temperature 1, so that its value is also the reported KL."""
         return (
             self.divergence == "forward_kl" and self.matches == "token" and self.temperature == 1.0
         )
 
     @property
     def is_jensen_shannon(self) -> bool:
-        """Plain Jensen-Shannon divergence at temperature 1."""
+        """True if D is the Jensen-Shannon divergence at temperature 1."""
         return self.divergence == "jsd" and self.matches == "token" and self.temperature == 1.0
 
     def measure(self, q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
-        """The divergence and its slope, before T², the gradient's 1/T and the weights."""
+        """Returns D per row and its slope, without the factors T², 1/T and ce_weight."""
         if self.matches == "rank":
             return sorted_l1(q.p_NV, p.p_NV)
         match self.divergence:
@@ -214,9 +234,9 @@ class TokenObjective:
     def tempered(
         self, student_NV: Tensor, teacher_NV: Tensor, q: Distribution, p: Distribution
     ) -> tuple[Tensor, Tensor]:
-        """T² times the divergence of (log-)logits divided by T, and its gradient in the student's.
+        """Returns T² D per row at temperature T, and its gradient in `student_NV`.
 
-        q and p are their softmaxes at temperature 1.
+        The inputs are logits or log-probabilities. `q` and `p` are their softmaxes at T = 1.
         """
         t = self.temperature
         if t == 1.0:
@@ -229,7 +249,7 @@ class TokenObjective:
     def loss_and_gradient(
         self, student_NV: Tensor, teacher_NV: Tensor, targets_N: Tensor
     ) -> "RowTerms":
-        """Loss of each row and its gradient in the student's raw logits, with what evaluation wants to know."""
+        """Returns loss, gradient in the student's raw logits, KL and cross-entropy per row."""
         q, p = Distribution.of(student_NV), Distribution.of(teacher_NV)
         if self.divergence == "logit_mse" and self.matches == "token":
             loss_N, gradient_NV = logit_mse(student_NV, teacher_NV)
@@ -246,7 +266,7 @@ class TokenObjective:
     def with_ce(
         self, loss_N: Tensor, gradient_NV: Tensor, kl_N: Tensor, q: Distribution, targets_N: Tensor
     ) -> "RowTerms":
-        """The divergence's terms mixed with cross-entropy's; q is used up."""
+        """Returns the terms of D mixed with cross-entropy. Overwrites `q` and `gradient_NV`."""
         ce_N = -q.log_p_NV.gather(1, targets_N[:, None])[:, 0]
         if self.ce_weight:
             loss_N = torch.lerp(loss_N, ce_N, self.ce_weight)
@@ -260,9 +280,10 @@ class TokenObjective:
 
 @dataclass(frozen=True)
 class RowTerms:
-    """kl_N is forward KL and ce_N cross-entropy with the targets, both at temperature 1, whatever the loss is.
+    """Loss, gradient, forward KL and cross-entropy with the targets, per row.
 
-    Between different vocabularies there is no KL; kl_N is 0 then.
+    KL and cross-entropy are at temperature 1, independent of the objective. `kl_N` is 0 if ranks
+    are matched, because KL is not defined between different vocabularies.
     """
 
     loss_N: Tensor
@@ -272,7 +293,10 @@ class RowTerms:
 
 
 def temperature_at(objective: Objective, share: float) -> float:
-    """The temperature when `share` of the training's steps are done; it moves only if it has an end."""
+    """Returns the temperature after the given share of the training steps.
+
+    It is constant unless the objective has a `temperature_end`.
+    """
     start, end = objective.temperature, objective.temperature_end
     if end is None:
         return start

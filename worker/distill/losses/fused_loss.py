@@ -1,9 +1,12 @@
-"""Language-model head and distillation loss in one pass over chunks of rows, the gradient computed in the forward.
+"""Fused LM head and distillation loss, computed in chunks of rows.
 
-N rows (completion positions), C rows of one chunk, H hidden width (the student's and the teacher's may differ),
-V vocabulary, U the teacher's (the same, unless ranks are matched). No [N, V] tensor ever exists: a chunk's logits
-live in scratch that the next chunk reuses, and what is kept for the backward is the gradient in the hidden states
-[N, H] and, unless the head is frozen, in the head.
+No [N, V] tensor is created. A chunk's logits are in a scratch buffer that the next chunk reuses.
+The forward pass also computes the gradients. It keeps the gradient of the hidden states, [N, H],
+and that of the head unless the head is frozen.
+
+N rows (one per target), C rows of a chunk, G rows of a group within a chunk. H hidden width, which
+may differ between student and teacher. V vocabulary, U the teacher's vocabulary (the same unless
+ranks are matched).
 """
 
 from dataclasses import dataclass
@@ -32,11 +35,12 @@ from worker.errors import VocabMismatch
 
 @dataclass(frozen=True)
 class RowStats:
-    """Sums over rows, left on the device until one is read. KL is KL(p || q) and CE is with the targets, both at T = 1.
+    """Sums of loss, KL, cross-entropy (CE) and agreement over rows.
 
-    rows_N4 has each row's own loss, KL, CE and agreement where they were asked for; sums of stats have none.
-    Of top-k teacher rows KL is that of their buckets, a lower bound. Where ranks are matched between vocabularies
-    there is neither KL nor agreement: both are 0.
+    The sums stay on the device until a property reads one. KL is KL(p || q) and CE is with the
+    targets, both at temperature 1. For top-k teachers, KL is a lower bound. KL and agreement are 0
+    if ranks are matched, or without a teacher. `rows_N4` has the four values per row if they were
+    requested; adding two RowStats drops it.
     """
 
     num_rows: int
@@ -57,7 +61,7 @@ class RowStats:
 
     @property
     def num_agreeing(self) -> int:
-        """Rows where teacher and student find the same token most likely."""
+        """Number of rows where teacher and student have the same most likely token."""
         return int(self.sums[3])
 
     def __add__(self, other: "RowStats") -> "RowStats":
@@ -79,14 +83,14 @@ def fused_distillation_loss(
     chunk_rows: int | None = None,
     keeps_rows: bool = False,
 ) -> tuple[Tensor, RowStats]:
-    """Sum of the rows' losses over `denominator`, differentiable in the hidden states and the student's head.
+    """Returns the sum of the rows' losses divided by `denominator`, and statistics of the rows.
 
-    Without a teacher the loss is cross-entropy with the targets alone; KL and agreement are 0 then.
+    The loss is differentiable in the hidden states and the student's head, and can be
+    backpropagated once. Under `torch.no_grad` no gradients are computed. Without a teacher the loss
+    is cross-entropy with the targets. `denominator` is the number of targets of the whole optimizer
+    step, so that micro-batches of unequal size weigh their tokens alike.
 
-    The denominator is the number of completion tokens of the whole optimizer step, so that micro-batches of unequal
-    size weigh their tokens alike. The loss can be backpropagated once; under `torch.no_grad` (evaluation) the gradients
-    are not computed.
-    Raises VocabMismatch if the two heads have different numbers of tokens and the objective matches tokens.
+    Raises VocabMismatch if the objective matches tokens and the heads' numbers of tokens differ.
     """
     assert denominator > 0
     if (
@@ -100,7 +104,7 @@ def fused_distillation_loss(
         )
     weight_VH, bias_V = student_head.weight_VH, student_head.bias_V
     is_head_trained = weight_VH.requires_grad or (bias_V is not None and bias_V.requires_grad)
-    if not torch.is_grad_enabled():  # a Function is told to differentiate even then
+    if not torch.is_grad_enabled():  # needs_input_grad of a Function ignores no_grad
         student_hidden_NH, weight_VH = student_hidden_NH.detach(), weight_VH.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     rows_N4 = (
@@ -118,9 +122,8 @@ def fused_distillation_loss(
         chunk_rows,
         rows_N4,
     )
-    with torch.autocast(
-        student_hidden_NH.device.type, enabled=False
-    ):  # a body's floats are no concern of the loss
+    # autocast of the model must not change the dtypes of the loss
+    with torch.autocast(student_hidden_NH.device.type, enabled=False):
         # torch leaves apply untyped
         loss, sums = _FusedLoss.apply(student_hidden_NH, weight_VH, bias_V, job)  # type: ignore[no-untyped-call]
     return loss, RowStats(len(targets_N), sums, rows_N4)
@@ -128,7 +131,7 @@ def fused_distillation_loss(
 
 @dataclass(frozen=True)
 class _Job:
-    """The arguments of one fused loss that are not differentiated."""
+    """Arguments of one fused loss that are not differentiated."""
 
     head: Head
     is_head_trained: bool
@@ -140,6 +143,7 @@ class _Job:
     rows_N4: Tensor | None
 
     def can_use_expected(self) -> bool:
+        """Returns whether the loss can be computed from the teacher's ExpectedRows."""
         assert self.teacher is not None
         is_exact = self.objective.is_forward_kl and not self.is_head_trained
         if self.teacher.expected is not None and is_exact:
@@ -150,7 +154,7 @@ class _Job:
         return False
 
     def totals(self, rows: slice, group: slice, terms: tuple[Tensor, ...]) -> Tensor:
-        """Sums of loss, KL, CE and agreement over a group of a chunk's rows, which are kept if asked for."""
+        """Returns the sums of the terms over a group of rows. Fills `rows_N4` if it is given."""
         terms_4G = torch.stack([term.to(terms[0].dtype) for term in terms])
         if self.rows_N4 is not None:
             self.rows_N4[rows][group] = terms_4G.t()
@@ -158,10 +162,13 @@ class _Job:
 
 
 class _FusedLoss(torch.autograd.Function):
+    """Autograd function that computes all gradients in its forward pass."""
+
     @staticmethod
     def forward(  # ctx is Any: torch does not type what a context carries
         ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, job: _Job
     ) -> tuple[Tensor, Tensor]:
+        """Returns the loss and the sums of its terms, and saves the gradients."""
         needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
         dtype = scratch_dtype(job.head)
         sums_of = _Gradients(
@@ -198,7 +205,8 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        is_on_cpu = grad_loss.device.type == "cpu"  # elsewhere item() would wait
+        """Returns the saved gradients times the gradient of the loss."""
+        is_on_cpu = grad_loss.device.type == "cpu"  # on a GPU item() would synchronise
         if is_on_cpu and grad_loss.item() == 1.0:
             return (*ctx.saved_tensors, None)
         return (*(None if g is None else g * grad_loss for g in ctx.saved_tensors), None)
@@ -206,14 +214,14 @@ class _FusedLoss(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _Gradients:
-    """The gradients as they gather; None where none is asked for."""
+    """Accumulated gradients. A gradient that is not needed is None."""
 
     hidden_NH: Tensor | None
     weight: HeadGradient | None
     bias_V: Tensor | None
 
     def add(self, head: Head, hidden_CH: Tensor, rows: slice, slope_CV: Tensor) -> None:
-        """Carry a chunk's gradient in h W^T + b on to h, W and b."""
+        """Propagates a chunk's gradient in h W^T + b to h, W and b."""
         if self.hidden_NH is not None:
             self.hidden_NH[rows] = matmul(slope_CV, head)
         if self.bias_V is not None:
@@ -230,7 +238,10 @@ def _full_chunk(
     teacher_CU: Tensor,
     gradients: _Gradients,
 ) -> Tensor:
-    """Sums of a chunk from both heads' logits; the student's are replaced by their gradient on the way."""
+    """Returns the sums of a chunk's terms, from the logits of both heads.
+
+    The student's logits are overwritten with their gradient.
+    """
     assert job.teacher is not None
     assert job.teacher.hidden_NH is not None
     student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
@@ -263,7 +274,7 @@ def _full_chunk(
 
 
 def _kernels_for(job: _Job, student_CV: Tensor) -> Kernels | None:
-    """The compiled passes, where they do what the objective asks for."""
+    """Returns the compiled kernels if they support the objective, the dtype and the device."""
     is_float32 = student_CV.dtype == torch.float32 and student_CV.device.type == "cpu"
     is_known = job.objective.is_forward_kl or job.objective.is_jensen_shannon
     return kernels() if is_float32 and is_known and job.head.softcap is None else None
@@ -272,7 +283,7 @@ def _kernels_for(job: _Job, student_CV: Tensor) -> Kernels | None:
 def _text_chunk(
     job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, gradients: _Gradients
 ) -> Tensor:
-    """The sums of cross-entropy with the targets, without a teacher."""
+    """Returns the sums of a chunk's terms without a teacher: cross-entropy with the targets."""
     student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
     targets_C = job.targets_N[rows]
     totals = torch.zeros(4, dtype=torch.float64, device=hidden_NH.device)
@@ -296,7 +307,7 @@ def _text_chunk(
 def _top_chunk(
     job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, gradients: _Gradients
 ) -> Tensor:
-    """The same sums from the teacher's most likely tokens and the student's logits."""
+    """Returns the sums of a chunk's terms, from the teacher's top-k tokens."""
     assert job.teacher is not None
     assert job.teacher.top is not None
     top = job.teacher.top[rows]
@@ -314,7 +325,7 @@ def _top_chunk(
 
 
 def _replace_logits(z_GV: Tensor, gradient_GV: Tensor, job: _Job) -> None:
-    """Write over logits the gradient in h W^T + b; the given gradient is used up."""
+    """Overwrites logits with the gradient in h W^T + b. Also modifies `gradient_GV`."""
     if job.head.softcap is not None:
         gradient_GV.mul_(1.0 - (z_GV / job.head.softcap).square())  # derivative of tanh
     torch.mul(gradient_GV, job.head.scale / job.denominator, out=z_GV)
@@ -323,7 +334,7 @@ def _replace_logits(z_GV: Tensor, gradient_GV: Tensor, job: _Job) -> None:
 def _expected_chunk(
     job: _Job, hidden_NH: Tensor, rows: slice, student_CV: Tensor, gradients: _Gradients
 ) -> Tensor:
-    """The same sums for forward KL at T = 1, from the student's logits alone."""
+    """Returns the sums of a chunk's terms for forward KL at T = 1, without teacher logits."""
     assert job.teacher is not None
     assert job.teacher.expected is not None
     expected, ce_weight = job.teacher.expected, job.objective.ce_weight
@@ -353,7 +364,7 @@ def _expected_chunk(
 
 
 def _softmax_(z_NV: Tensor) -> Tensor:
-    """Turns logits into probabilities in place; gives the logarithm of each row's sum of exponentials."""
+    """Replaces logits by probabilities in place, and returns the logsumexp of each row."""
     top_N1 = z_NV.amax(dim=-1, keepdim=True)
     total_N1 = z_NV.sub_(top_N1).exp_().sum(dim=-1, keepdim=True)
     z_NV.div_(total_N1)
@@ -361,5 +372,5 @@ def _softmax_(z_NV: Tensor) -> Tensor:
 
 
 def _agrees(z_NV: Tensor, top_N: Tensor) -> Tensor:
-    """Whether top_N is (one of) the most likely; argmax costs ten times amax on a CPU."""
+    """Returns whether `top_N` has the largest logit. On a CPU amax is much faster than argmax."""
     return z_NV.gather(1, top_N[:, None])[:, 0] == z_NV.amax(dim=-1)

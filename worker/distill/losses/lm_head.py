@@ -1,7 +1,10 @@
-"""Heads of language models and what a teacher offers a loss: its rows, or their expectation.
+"""LM heads, and the teacher's inputs to the loss: hidden states, top-k tokens or expectations.
 
-N rows (completion positions), C rows of one chunk, G rows of one group in a chunk, H hidden width, V vocabulary.
-Logits exist a chunk at a time, in scratch; the elementwise passes over them go group by group.
+Logits are computed chunk by chunk in a scratch buffer. Elementwise passes over a chunk go group by
+group.
+
+N rows (one per target), C rows of a chunk, G rows of a group within a chunk. H hidden width,
+V vocabulary, K most likely tokens per row.
 """
 
 from dataclasses import dataclass, replace
@@ -19,20 +22,20 @@ from worker.distill.losses.top_k import TopRows
 from worker.errors import UnsupportedModel, VocabMismatch
 from worker.models.architectures import bare_model, read_config
 
-CPU_CHUNK_BYTES = 2**27  # of one chunk's logits: fewer starve the product, more only take memory
+# Size of a chunk's logits: smaller chunks make the matmul inefficient, larger ones only use memory.
+CPU_CHUNK_BYTES = 2**27
 DEVICE_CHUNK_BYTES = 2**28  # the same on a GPU
 LEAST_CHUNK_ROWS = 64
-CPU_GROUP_BYTES = (
-    2**21
-)  # logits that the elementwise passes take at a time, so that they stay in the cache
-BART_BIAS = "final_logits_bias"  # a buffer beside the head, [1, V], never trained
+CPU_GROUP_BYTES = 2**21  # logits of a group, which has to fit in the CPU cache
+BART_BIAS = "final_logits_bias"  # a buffer of shape [1, V] in BART models, never trained
 
 
 @dataclass(frozen=True)
 class Head:
-    """What turns hidden states into logits: cap * tanh(scale * (h W^T + b) / cap), the usual head having neither.
+    """LM head, which computes the logits cap * tanh(scale * (h W^T + b) / cap) from hidden states.
 
-    `num_parts` says how exactly float32 numbers are multiplied (worker.cpu.linear_ops.product).
+    Most models have neither a scale nor a softcap. `num_parts` sets the precision of float32
+    matmuls on a CPU (worker.cpu.linear_ops.product).
     """
 
     weight_VH: Tensor
@@ -48,11 +51,14 @@ class Head:
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """The teacher's side of N rows: hidden_NH is its head's input (after the final norm).
+    """The teacher's inputs to the loss of N rows.
 
-    With `expected` or `top` the rows need no teacher logits at all; then hidden_NH may be None, and the head is only
-    asked for its number of tokens. `top` is used wherever it is given. With mask_N they are the rows of those targets
-    alone for which it is true (worker.distill.losses.uld).
+    `hidden_NH` is the input of the teacher's head, after the final norm. It may be None if
+    `expected` or `top` is given, because the loss then needs no teacher logits. In that case only
+    the number of tokens of `head` is used. `top` takes precedence over the other two.
+
+    `mask_N`, if given, has one entry per target. The rows then belong to the targets where it is
+    true (worker.distill.losses.uld).
     """
 
     head: Head
@@ -64,10 +70,14 @@ class TeacherRows:
 
 @dataclass(frozen=True)
 class ExpectedRows:
-    """All that forward KL at temperature 1 needs of the teacher p, when the student's frozen head is the teacher's.
+    """Statistics of the teacher p that suffice for forward KL at temperature 1.
 
-    With logits z = W h: KL(p || q) = sum p log p - <E_p[W], h> - E_p[b] + logsumexp(z), exactly, and its gradient
-    in h is E_q[W] - E_p[W]. neg_entropy_N holds sum p log p - E_p[b]; top_N is the teacher's most likely token.
+    They apply if the student's head is frozen and is the teacher's. With logits z = W h + b, this
+    is exact: KL(p || q) = sum p log p - <E_p[W], h> - E_p[b] + logsumexp(z). The gradient in h is
+    E_q[W] - E_p[W]. Here W and b include the head's scale.
+
+    `head_NH` holds E_p[W], `neg_entropy_N` holds sum p log p - E_p[b], and `top_N` is the teacher's
+    most likely token.
     """
 
     head_NH: Tensor
@@ -81,11 +91,18 @@ class ExpectedRows:
 
 
 def head_of(model: PreTrainedModel, num_tokens: int | None = None) -> Head:
-    """The head of a language model, cut to the tokenizer's `num_tokens`: padding rows get no probability.
+    """Returns the head of a language model, cut to the tokenizer's `num_tokens`.
 
-    Its input is the decoder's last states, after the layer that BERT and RoBERTa have before the matrix
-    (bodies.hidden_rows); what T5 does to them in between is the head's scale. Weight and bias are the model's own
-    (or views of them), so gradients reach them, and a tied embedding too.
+    The cut removes padding rows of the weight, so that they get no probability. The head's input
+    comes from worker.distill.forward.hidden_states.hidden_rows, which applies the extra layer of
+    BERT and RoBERTa. T5's scaling of its decoder outputs is the head's `scale`.
+
+    Weight and bias are the model's own parameters or views of them. Gradients therefore reach the
+    model, including a tied embedding.
+
+    Raises:
+        UnsupportedModel: The output layer is not a plain linear layer.
+        VocabMismatch: The head has fewer than `num_tokens` tokens.
     """
     linear = model.get_output_embeddings()
     if not isinstance(linear, torch.nn.Linear):
@@ -113,9 +130,8 @@ def _bias_of(model: PreTrainedModel, linear: torch.nn.Linear) -> Tensor | None:
 
 
 def _scale_of(config: PretrainedConfig) -> float:
-    if (
-        config.model_type == "t5" and config.scale_decoder_outputs
-    ):  # a T5 whose embedding is tied to the head
+    # true for a T5 whose embedding is tied to the head
+    if config.model_type == "t5" and config.scale_decoder_outputs:
         return float(config.d_model**-0.5)
     return float(getattr(config, "logit_scale", None) or 1.0)
 
@@ -123,7 +139,10 @@ def _scale_of(config: PretrainedConfig) -> float:
 def load_head(
     folder: Path, num_tokens: int | None = None, *, dtype: torch.dtype = torch.float32
 ) -> Head:
-    """The head of a model's folder, without reading the rest of its weights."""
+    """Reads the head from a model folder without reading the other weights.
+
+    Raises UnsupportedModel if no safetensors file of the folder contains it.
+    """
     model = bare_model(read_config(folder))
     head = head_of(model, num_tokens)
     linear = model.get_output_embeddings()
@@ -139,7 +158,7 @@ def load_head(
         buffer_1V = _find_tensor(folder, [BART_BIAS])
         bias_V = None if buffer_1V is None else buffer_1V[0]
     if head.bias_V is not None and bias_V is None:
-        bias_V = weight_VH.new_zeros(len(weight_VH))  # as transformers does
+        bias_V = weight_VH.new_zeros(len(weight_VH))  # the default of transformers
     return replace(
         head,
         weight_VH=weight_VH[: head.num_tokens].to(dtype),
@@ -148,9 +167,10 @@ def load_head(
 
 
 def _names_of(model: PreTrainedModel, parameter: Tensor) -> list[str]:
-    """What files may call a parameter of the head: its own name first, because a file may hold tied copies that differ.
+    """Returns the names that a file may use for a parameter of the head, best first.
 
-    Then come the names of its tied copies, each with and without the prefix of the body.
+    The parameter's own name comes first, because a file may hold tied copies with other values.
+    Names of tied copies follow. Each name is tried with and without the prefix of the base model.
     """
     linear = model.get_output_embeddings()
     own = next(name for name, module in model.named_modules() if module is linear)
@@ -163,7 +183,7 @@ def _names_of(model: PreTrainedModel, parameter: Tensor) -> list[str]:
 
 
 def _find_tensor(folder: Path, names: list[str]) -> Tensor | None:
-    """The tensor with the first of the names that a safetensors file of the folder has."""
+    """Returns the tensor with the first name that a safetensors file of the folder contains."""
     paths: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as tensors:
@@ -178,7 +198,7 @@ def _find_tensor(folder: Path, names: list[str]) -> Tensor | None:
 
 @torch.no_grad()
 def expected_rows(hidden_NH: Tensor, head: Head, *, chunk_rows: int | None = None) -> ExpectedRows:
-    """The teacher's rows reduced to what forward KL through the same head needs."""
+    """Returns the statistics of the teacher that forward KL through the same head needs."""
     assert head.softcap is None, "a softcap makes the logits nonlinear in the expected head row"
     N, H = hidden_NH.shape
     dtype = scratch_dtype(head)
@@ -204,7 +224,7 @@ def expected_rows(hidden_NH: Tensor, head: Head, *, chunk_rows: int | None = Non
 
 @torch.no_grad()
 def top_rows(hidden_NH: Tensor, head: Head, k: int, *, chunk_rows: int | None = None) -> TopRows:
-    """The teacher's rows reduced to its k most likely tokens and the mass of the others."""
+    """Returns the teacher's k most likely tokens per row, and the probability of all others."""
     assert 0 < k < head.num_tokens
     N, dtype = len(hidden_NH), scratch_dtype(head)
     top = TopRows(
@@ -220,14 +240,17 @@ def top_rows(hidden_NH: Tensor, head: Head, k: int, *, chunk_rows: int | None = 
             log_p_GV = torch.log_softmax(z_CV[group], dim=-1)
             log_p_GK, ids_GK = log_p_GV.topk(k, dim=-1)
             top.ids_NK[rows][group], top.log_p_NK[rows][group] = ids_GK, log_p_GK
-            # summed up, because 1 - sum(p) would round to nothing
+            # computed as a sum, because 1 - sum(p) could round to 0
             log_p_GV.scatter_(1, ids_GK, -torch.inf)
             top.log_rest_N[rows][group] = log_p_GV.logsumexp(dim=-1)
     return top
 
 
 def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
-    """Logits of a chunk, in the first rows of the scratch where torch's product writes them."""
+    """Returns the logits of a chunk.
+
+    They are in the first rows of `scratch_CV`, unless the matmul allocates its own output.
+    """
     z_CV = scratch_CV[: len(hidden_CH)]
     if head.weight_VH.dtype == z_CV.dtype:
         hidden_CH = hidden_CH.to(z_CV.dtype)
@@ -244,13 +267,13 @@ def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
 
 
 def matmul(slope_CV: Tensor, head: Head) -> Tensor:
-    """Product with the head's matrix, [C, H], in its precision."""
+    """Returns `slope_CV` times the head's weight, [C, H], in the dtype of the weight."""
     weight_VH = head.weight_VH
     return linear_ops.product(slope_CV.to(weight_VH.dtype), weight_VH.t(), num_parts=head.num_parts)
 
 
 class HeadGradient:
-    """The gradient in a head's matrix: sum of slope^T h over chunks, in `dtype`."""
+    """Accumulates the gradient of a head's weight in `dtype`: the sum of slope^T h over chunks."""
 
     def __init__(self, dtype: torch.dtype, num_parts: int = linear_ops.FLOAT32_PARTS) -> None:
         self._dtype = dtype
@@ -274,7 +297,7 @@ class HeadGradient:
         )
 
     def of(self, weight_VH: Tensor) -> Tensor:
-        """The sum, as the gradient of this weight."""
+        """Returns the accumulated gradient in the dtype of this weight. It is 0 without chunks."""
         return (
             torch.zeros_like(weight_VH)
             if self._sum_VH is None
@@ -283,12 +306,12 @@ class HeadGradient:
 
 
 def scratch_dtype(head: Head) -> torch.dtype:
-    """Logits are float32 at least, whatever the weights are."""
+    """Returns the dtype for logits: float32, or the dtype of the weight if that is wider."""
     return torch.promote_types(head.weight_VH.dtype, torch.float32)
 
 
 def new_scratch(chunks: list[slice], head: Head) -> Tensor:
-    """Room for the logits of the largest chunk."""
+    """Returns an uninitialised buffer for the logits of the largest chunk."""
     num_rows = max((rows.stop - rows.start for rows in chunks), default=0)
     return torch.empty(
         (num_rows, head.num_tokens), dtype=scratch_dtype(head), device=head.weight_VH.device
@@ -296,7 +319,11 @@ def new_scratch(chunks: list[slice], head: Head) -> Tensor:
 
 
 def split_rows(num_rows: int, head: Head, chunk_rows: int | None) -> list[slice]:
-    """Chunks of nearly equal size: a last one of two rows would read the whole head for little."""
+    """Returns chunks of rows of nearly equal size.
+
+    With fixed-size chunks the last one could be short, and would read the whole head's weight for a
+    few rows.
+    """
     num_bytes = CPU_CHUNK_BYTES if head.weight_VH.device.type == "cpu" else DEVICE_CHUNK_BYTES
     most = chunk_rows or max(LEAST_CHUNK_ROWS, num_bytes // (4 * head.num_tokens))
     num_chunks = -(-num_rows // most)
@@ -305,9 +332,9 @@ def split_rows(num_rows: int, head: Head, chunk_rows: int | None) -> list[slice]
 
 
 def split_groups(z_CV: Tensor) -> list[slice]:
-    """Rows that one elementwise pass takes: all on a GPU, what fits in the cache on a CPU."""
+    """Returns groups of rows for elementwise passes: one on a GPU, cache-sized ones on a CPU."""
     size = max(1, len(z_CV))
     if z_CV.device.type == "cpu":
         size = max(1, CPU_GROUP_BYTES // (z_CV.element_size() * z_CV.shape[1]))
-        size -= size % 2 if size > 1 else 0  # rows are dealt out to the threads whole
+        size -= size % 2 if size > 1 else 0  # even, because threads take whole rows
     return [slice(start, start + size) for start in range(0, len(z_CV), size)]

@@ -1,7 +1,9 @@
-"""Where the tokens of two tokenizers begin together in one text.
+"""Aligns the tokens of two tokenizers that begin at the same place of a text.
 
-A token stands for bytes. Its place is (bytes of the text before it, whitespace since), whitespace not being counted
-among the text: so "Ġword", "▁word" and WordPiece's "word" begin alike, and so do tokens within one character.
+Each token represents bytes. The place of a token is a pair: the number of text bytes before it, and
+the number of whitespace bytes since the last text byte. Text bytes exclude whitespace. Therefore
+"Ġword", "▁word" and WordPiece's "word" have the same place. Tokens that begin within a character
+can be aligned too.
 """
 
 import json
@@ -13,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from worker.distill.data.rows import Example, end_id_of
 
-UNKNOWN = b"\xff"  # in no text
+UNKNOWN = b"\xff"  # occurs in no UTF-8 text
 WHITESPACE = frozenset(b" \t\n\r\v\f")
-BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # SentencePiece's for what its vocabulary lacks
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # a byte without a token in SentencePiece
 PLAIN_BYTES = (*range(33, 127), *range(161, 173), *range(174, 256))
-# Byte-level vocabularies spell a byte as a letter: its own where it has one that prints.
+# Byte-level vocabularies write each byte as a character: its own if that is printable.
 LETTERS = {chr(byte): byte for byte in PLAIN_BYTES} | {
     chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(PLAIN_BYTES)))
 }
@@ -26,7 +28,10 @@ Place = tuple[int, int]
 
 
 class TokenBytes:
-    """What the tokens of a vocabulary stand for; special tokens stand for nothing, the unknown for a byte of its own."""
+    """Maps the tokens of a vocabulary to the bytes that they represent.
+
+    Special tokens represent no bytes. The unknown token represents UNKNOWN.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.end_id = end_id_of(tokenizer)
@@ -49,7 +54,10 @@ class TokenBytes:
         return piece.removeprefix(self._continuing).removesuffix("</w>").replace("▁", " ").encode()
 
     def places(self, token_ids: Sequence[int]) -> tuple[bytes, list[Place]]:
-        """The text without whitespace (in lower case, since some vocabularies know no other) and the tokens' places."""
+        """Returns the text of the tokens without whitespace, and the place of each token.
+
+        The text is in lower case, because some vocabularies are.
+        """
         text = bytearray()
         num_spaces = 0
         places = []
@@ -67,9 +75,10 @@ class TokenBytes:
 def aligned_tokens(
     ids: Sequence[int], of: TokenBytes, other_ids: Sequence[int], of_other: TokenBytes
 ) -> list[tuple[int, int]]:
-    """Numbers of the tokens that begin together in two readings of a text, rising; end tokens go together.
+    """Returns index pairs of the tokens that begin at the same place of a text, in rising order.
 
-    Where one tokenizer does not keep the text (an unknown letter, an accent), tokens are found again behind the gap.
+    An end token in both sequences is a pair too. A tokenizer may change the text, for example an
+    unknown letter or an accent. Alignment then continues after the difference.
     """
     have_ends = (
         len(ids) > 0 and ids[-1] == of.end_id,
@@ -79,9 +88,8 @@ def aligned_tokens(
     other_text, other_places = of_other.places(other_ids[: len(other_ids) - have_ends[1]])
     first_at: dict[Place, int] = {}
     for number, place in enumerate(other_places):
-        first_at.setdefault(
-            place, number
-        )  # of tokens that stand for nothing only the first can be told
+        # tokens without bytes share a place with the next token: only the first is used
+        first_at.setdefault(place, number)
     shared = _shared_stretches(text, other_text)
     pairs: list[tuple[int, int]] = []
     done: set[Place] = set()
@@ -101,7 +109,7 @@ def aligned_tokens(
 
 
 def _shared_stretches(text: bytes, other: bytes) -> list[tuple[int, int, int]]:
-    """(start, other start, length) of what two texts have in common, in order."""
+    """Returns (start, other start, length) of the parts that two texts have in common, in order."""
     if text == other:
         return [(0, 0, len(text))]
     blocks = SequenceMatcher(None, text, other, autojunk=False).get_matching_blocks()
@@ -111,9 +119,11 @@ def _shared_stretches(text: bytes, other: bytes) -> list[tuple[int, int, int]]:
 def align(
     student: Example, teacher: Example, of_student: TokenBytes, of_teacher: TokenBytes
 ) -> tuple[list[int], list[int]]:
-    """Of two readings of a row: numbers of the student's targets, and the positions of the teacher's that begin there.
+    """Aligns the targets of a row that the student and the teacher encode differently.
 
-    Spans are matched from the last, because a template may hide earlier answers from one of the two.
+    Returns the indices of the student's aligned targets, and the positions of their partners in
+    the teacher's tokens. Spans are matched from the last one backwards, because a chat template may
+    leave out earlier answers for one of the two models.
     """
     first_numbers = [0]
     for start, end in student.spans:

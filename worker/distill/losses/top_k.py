@@ -1,6 +1,6 @@
-"""Teachers kept as their k most likely tokens and one bucket for all the others.
+"""Top-k teacher distributions: the k most likely tokens, and one bucket for all other tokens.
 
-N rows (completion positions), K tokens kept of a row, B = K + 1 buckets, V vocabulary.
+N rows (one per target), K most likely tokens per row, B = K + 1 buckets, V vocabulary.
 """
 
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ from worker.distill.losses.divergences import Distribution, RowTerms, TokenObjec
 
 @dataclass(frozen=True)
 class TopRows:
-    """A teacher's rows at temperature 1: the likeliest token first, and the mass of the tokens left out.
+    """The teacher's K most likely tokens per row at temperature 1, the most likely first.
 
-    K is smaller than V, so that the rest has a mass and log_rest_N is finite.
+    `log_rest_N` is the logarithm of the total probability of the other tokens. It is finite because
+    K is smaller than V.
     """
 
     ids_NK: Tensor
@@ -32,10 +33,13 @@ class TopRows:
 def bucket_terms(
     objective: TokenObjective, student_NV: Tensor, teacher: TopRows, targets_N: Tensor
 ) -> RowTerms:
-    """Loss and gradient of the divergence between buckets, the student's rest summed up like the teacher's.
+    """Returns the loss and its gradient, with the divergence taken between buckets.
 
-    A temperature T divides the buckets' log-probabilities, the rest being one bucket already. kl_N, and at T = 1
-    every divergence but alpha_beta, is a lower bound of that over the whole vocabulary; cross-entropy is the usual one.
+    The student's probabilities of the other tokens are summed into one bucket, as the teacher's
+    are. A temperature T divides the log-probabilities of the buckets, after this sum.
+
+    `kl_N` is a lower bound of the KL over the whole vocabulary. At T = 1 the same holds for every
+    divergence except alpha_beta. Cross-entropy is over the whole vocabulary.
     """
     assert objective.matches == "token", "buckets have no ranks"
     rest_NV = student_NV.scatter(1, teacher.ids_NK, -torch.inf)
@@ -47,7 +51,7 @@ def bucket_terms(
     q, p = Distribution.of(student_NB), Distribution.of(teacher_NB)
     loss_N, slope_NB = objective.tempered(student_NB, teacher_NB, q, p)
     kl_N = loss_N if objective.is_forward_kl else row_dot(p.p_NV, p.log_p_NV - q.log_p_NV)
-    # the rest is the logsumexp of its logits, so its slope is shared out by their softmax
+    # The last bucket is the logsumexp of its logits. Their softmax therefore distributes its slope.
     gradient_NV = rest_NV.sub_(log_rest_N1).exp_().mul_(slope_NB[:, -1:])
     gradient_NV.scatter_(1, teacher.ids_NK, slope_NB[:, :-1])
     return objective.with_ce(loss_N, gradient_NV, kl_N, Distribution.of(student_NV), targets_N)

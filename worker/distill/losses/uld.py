@@ -1,7 +1,10 @@
-"""Universal logit distillation between two tokenizers: sorted distributions compared where tokens begin together.
+"""Universal logit distillation (ULD), for a teacher and a student with different tokenizers.
 
-Source: Boizard et al., arXiv:2402.12030, at aligned tokens in place of equal positions.
-N rows (a batch's targets, as the student reads them), M those of them that are aligned, H hidden width.
+Sorted distributions are compared at tokens that begin at the same place of the text.
+Source: Boizard et al., arXiv:2402.12030. The paper compares equal positions instead.
+
+N rows (one per target of the student), M rows that are aligned with a target of the teacher,
+H hidden width.
 """
 
 from dataclasses import dataclass, replace
@@ -17,24 +20,31 @@ from worker.distill.losses.lm_head import Head, TeacherRows
 from worker.distill.losses.token_alignment import TokenBytes, align
 from worker.errors import TokenizerMismatch
 
-DEFAULT_CE_WEIGHT = 0.5  # ranks do not say which token is meant: without the text nothing is learnt
+# Ranks do not say which token is meant, so a student learns nothing without cross-entropy.
+DEFAULT_CE_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
 class Aligned:
-    """Rows as the teacher reads them, cut down to the targets that begin where one of the student's does."""
+    """Rows as the teacher encodes them, with only those targets that have a partner.
+
+    The partner of a target is a target of the student that begins at the same place of the text.
+    """
 
     examples: list[Example]
-    masks: list[Tensor]  # a row: of each of the student's targets, whether it has a partner
+    masks: list[Tensor]  # per row: whether each target of the student has a partner
 
     @property
     def share(self) -> float:
-        """Of the student's targets."""
+        """Share of the student's targets that have a partner."""
         return float(torch.cat(self.masks).double().mean())
 
 
 def align_rows(rows: Rows, student: Reader, teacher: Reader, *, has_one_tokenizer: bool) -> Aligned:
-    """Raises TokenizerMismatch if no token of the student's begins where one of the teacher's does."""
+    """Aligns the targets of the student with those of the teacher, row by row.
+
+    Raises TokenizerMismatch if no target of the student has a partner.
+    """
     students = [*rows.train, *rows.valid]
     if has_one_tokenizer:  # both views have the same targets
         return Aligned(
@@ -67,9 +77,10 @@ def teacher_loss(
     *,
     denominator: float,
 ) -> tuple[Tensor, RowStats]:
-    """fused_distillation_loss; of a teacher with some of the rows the others have cross-entropy alone.
+    """Returns `fused_distillation_loss` for a teacher that may cover only some of the rows.
 
-    Each row goes through the student's head once.
+    The loss of the other rows is cross-entropy alone, times `ce_weight`. Each row passes through
+    the student's head once.
     """
     if teacher is None or teacher.mask_N is None:
         return fused_distillation_loss(

@@ -1,1 +1,1 @@
-"""Builds students: by dropping layers, by narrowing them, from scratch, or with LoRA."""
+"""Builds students: by dropping layers, by pruning their width, with LoRA, or from scratch."""

@@ -1,4 +1,4 @@
-"""A student from sizes alone: configuration by the tokenizer's special tokens, weights by a seed."""
+"""Builds students with random weights from sizes, a tokenizer and a seed."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,12 @@ Ids = dict[str, int | None]
 
 
 def fresh_config(sizes: FreshConfig, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
-    """The configuration of these sizes; no dropout, the head tied to the embedding. Raises InvalidStudent."""
+    """Returns the configuration of a model with these sizes.
+
+    It has no dropout, and its head is tied to the embedding. The special tokens are the
+    tokenizer's, and so is the vocabulary size unless it is given.
+    Raises InvalidStudent if the sizes or the tokenizer are unsuitable.
+    """
     num_ids = num_token_ids(tokenizer)
     if sizes.vocab_size is not None and sizes.vocab_size < num_ids:
         raise InvalidStudent(
@@ -54,7 +59,10 @@ def fresh_config(sizes: FreshConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
 
 
 def build_fresh(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
-    """A random model in float32 and eval mode, the same for the same seed; the caller's random state is untouched."""
+    """Returns a model with random weights, in float32 and eval mode.
+
+    The weights depend only on the configuration and the seed. The global random state is preserved.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLASSES[config.model_type](config)
@@ -68,7 +76,11 @@ def build_fresh(config: PretrainedConfig, *, seed: int) -> PreTrainedModel:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> Ids:
-    """The ids that a configuration names; BERT-like tokenizers call their end [SEP] and their start [CLS]."""
+    """Returns the special token ids for a configuration.
+
+    The separator and the classification token replace missing end and start tokens, as in BERT.
+    Raises InvalidStudent if there is no end token.
+    """
     end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if end is None:
         raise InvalidStudent(
@@ -157,6 +169,7 @@ def _t5(sizes: FreshConfig, num_tokens: int, ids: Ids) -> PretrainedConfig:
 
 def _encoder_decoder(sizes: FreshConfig, num_tokens: int, ids: Ids) -> PretrainedConfig:
     def half(num_layers: int | None, **role: bool) -> PretrainedConfig:
+        """Returns the configuration of the encoder or of the decoder."""
         return BertConfig(
             vocab_size=num_tokens,
             hidden_size=sizes.hidden_size,
@@ -185,10 +198,17 @@ def _decoder_start(ids: Ids) -> int | None:
 
 
 def _spread(sizes: FreshConfig) -> float:
-    """Of the first weights: 0.02 at GPT-2's width. Narrower models start with flat attention then, and learn late."""
+    """Returns the standard deviation of the initial weights.
+
+    It is 0.02 at GPT-2's width of 768, and larger for narrower models. With 0.02 a narrow model
+    would begin with flat attention, and learn slowly at first.
+    """
     return float(0.02 * (768 / sizes.hidden_size) ** 0.5)
 
 
 def _gated_size(hidden_size: int) -> int:
-    """Two thirds of 4 x hidden_size, in steps of 16: a gated layer has three matrices where a plain one has two."""
+    """Returns the intermediate size of a gated MLP: two thirds of 4 x hidden_size, in steps of 16.
+
+    A gated MLP has three matrices and a plain one has two, so both have about as many parameters.
+    """
     return max(16, 8 * hidden_size // 3 // 16 * 16)

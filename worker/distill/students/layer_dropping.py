@@ -1,4 +1,4 @@
-"""Students made of some of a model's layers: copies of those, and of everything that is not a layer."""
+"""Builds students that keep some layers of a model, and everything that is not a layer."""
 
 import copy
 import re
@@ -11,14 +11,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from worker.errors import StudentTooDeep, UnsupportedModel
 from worker.models.architectures import shape_of
 
-PER_LAYER = ("layer_types", "no_rope_layers")  # lists in a configuration with one entry a layer
+PER_LAYER = ("layer_types", "no_rope_layers")  # configuration lists with one entry per layer
 T5_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 def first_and_last(num_available: int, num_kept: int) -> tuple[int, ...]:
-    """The first half and the last half, the odd one going to the first: the best start of those measured.
+    """Returns the indices of the first and the last layers, half of `num_kept` each.
 
-    Raises StudentTooDeep if more layers are wanted than there are.
+    If `num_kept` is odd, one more of the first layers is kept.
+    Raises StudentTooDeep if `num_kept` is greater than `num_available`.
     """
     if num_kept > num_available:
         raise StudentTooDeep(
@@ -31,10 +32,11 @@ def first_and_last(num_available: int, num_kept: int) -> tuple[int, ...]:
 def keep_layers(
     teacher: PreTrainedModel, layers: Sequence[int], encoder_layers: Sequence[int] | None = None
 ) -> PreTrainedModel:
-    """A model of the same family that holds copies of the given layers and of everything that is not a layer.
+    """Returns a copy of the model with only the given layers.
 
-    Of an encoder-decoder, `layers` are the decoder's; without encoder_layers its encoder stays whole. T5's relative
-    position bias lies in the first block of either side, and is moved to the first one that is kept.
+    For an encoder-decoder, `layers` are the decoder's. Without `encoder_layers` the encoder keeps
+    all its layers. T5 stores the relative position bias in the first layer of each side; it is
+    moved to the first kept layer.
     """
     kept = [layers] if shape_of(teacher.config) != "seq2seq" else [encoder_layers, layers]
     stacks = layer_stacks(teacher)
@@ -48,7 +50,10 @@ def keep_layers(
 def rebuild(
     teacher: PreTrainedModel, config: PretrainedConfig, weights: dict[str, Tensor]
 ) -> PreTrainedModel:
-    """A model of the teacher's own class (an EncoderDecoderModel has no auto class) with these sizes and weights."""
+    """Returns a float32 model of the teacher's class with this configuration and these weights.
+
+    The class is the teacher's own because there is no auto class for EncoderDecoderModel.
+    """
     student: PreTrainedModel = type(teacher)(config).float()
     _untie_head_like(teacher, student)
     student.load_state_dict(weights)
@@ -57,7 +62,10 @@ def rebuild(
 
 
 def layer_stacks(model: PreTrainedModel) -> list[str]:
-    """Names of the lists of layers: the encoder's and the decoder's, or the only one. Raises UnsupportedModel."""
+    """Returns the names of the layer lists: the encoder's and the decoder's, or the only one.
+
+    Raises UnsupportedModel if the model has another number of such lists.
+    """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found = [name for name in lists if not re.search(r"\.\d+(\.|$)", name)]
     if len(found) != (2 if shape_of(model.config) == "seq2seq" else 1):
@@ -68,7 +76,7 @@ def layer_stacks(model: PreTrainedModel) -> list[str]:
 def cut_config(
     config: PretrainedConfig, layers: Sequence[int], encoder_layers: Sequence[int] | None
 ) -> PretrainedConfig:
-    """The configuration of a model of these layers."""
+    """Returns the configuration of a model that has only these layers."""
     if config.model_type == "encoder-decoder":
         both = copy.deepcopy(config)
         both.decoder = cut_config(config.decoder, layers, None)
@@ -111,9 +119,10 @@ def _renumber(weights: dict[str, Tensor], prefix: str, layers: Sequence[int]) ->
 
 
 def _untie_head_like(teacher: PreTrainedModel, student: PreTrainedModel) -> None:
-    """T5 of the 1.1 family has a head of its own, though T5Config calls every model tied.
+    """Gives a T5 student a separate head if the teacher's head is not tied to the embedding.
 
-    Such a student would be built tied, and its head loaded over the embedding.
+    T5 1.1 models have such a head, but T5Config describes every model as tied. Loading the weights
+    into a tied student would overwrite its embedding with the head.
     """
     if teacher.config.model_type == "t5" and not is_tied(teacher):
         head: Any = student.get_output_embeddings()
@@ -121,6 +130,6 @@ def _untie_head_like(teacher: PreTrainedModel, student: PreTrainedModel) -> None
 
 
 def is_tied(model: PreTrainedModel) -> bool:
-    """Whether the head's weight is the embedding's of the side that writes."""
+    """Returns whether the head shares its weight with the (decoder's) input embedding."""
     writer: Any = model.decoder if model.config.model_type == "encoder-decoder" else model
     return bool(writer.get_output_embeddings().weight is writer.get_input_embeddings().weight)

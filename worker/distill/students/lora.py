@@ -1,10 +1,15 @@
-"""LoRA: low-rank adapters on the linear layers of a model (arXiv:2106.09685), merged into it whenever it is saved.
+"""LoRA: low-rank adapters on a model's linear layers, merged into the weights on saving.
 
-An adapted layer keeps its name and its weight, and gets two small parameters beside it; its class is swapped for one
-whose forward adds B A x. So optimizers, checkpoints and oneDNN's layers see nothing new. The `peft` package was left
-out: it renames every layer, and its un-merging subtracts, which does not give back the same bits.
+Source: Hu et al., arXiv:2106.09685.
 
-R rank, I and O features in and out.
+An adapted layer keeps its name and its weight, and gets two small parameters. Its class is replaced
+by one whose forward pass adds scale * B A x. Optimizers, checkpoints and the oneDNN layers
+therefore need no special treatment.
+
+The `peft` package is not used because it renames every layer. It also unmerges adapters by
+subtraction, which does not restore the exact weights.
+
+R rank, I input features, O output features.
 """
 
 import math
@@ -23,13 +28,13 @@ from worker.distill.students.layer_dropping import layer_stacks
 from worker.errors import CorruptCheckpoint
 
 NAMES = ("lora_a_RI", "lora_b_OR")
-ADAPTERS = "adapters.safetensors"  # their file, beside a model folder into which they are merged
+ADAPTERS = "adapters.safetensors"  # in a checkpoint, beside the model folder with merged weights
 
 
 class Adapted(nn.Module):
-    """What an adapted layer has beside its own weight; comes before the layer's class."""
+    """Mixin that adds LoRA adapters to a linear layer. It comes before the layer's base class."""
 
-    plain: Any  # Any: the class that it was; no superclass of Adapted
+    plain: Any  # Any: the layer's original class, which is no base class of Adapted
     weight: Tensor
     lora_a_RI: nn.Parameter
     lora_b_OR: nn.Parameter
@@ -40,22 +45,27 @@ class Adapted(nn.Module):
         return out + self.lora_scale * linear(linear(x, self.lora_a_RI), self.lora_b_OR)
 
     def delta_like_weight(self) -> Tensor:
+        """Returns what the adapters add to the weight, in the weight's layout."""
         delta_OI = self.lora_scale * (self.lora_b_OR @ self.lora_a_RI)
         return delta_OI.t() if isinstance(self, Conv1D) else delta_OI
 
 
 class LoraLinear(Adapted, OneDnnLinear):
+    """Linear layer with LoRA adapters."""
+
     plain = OneDnnLinear
 
 
 class LoraConv1D(Adapted, OneDnnConv1D):
+    """GPT-2's Conv1D layer, whose weight is [I, O], with LoRA adapters."""
+
     plain = OneDnnConv1D
 
 
 def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> None:
-    """Adapters on every linear layer inside the model's layers; they alone are trained from now on.
+    """Adds adapters to every linear layer inside the model's layers, and freezes all else.
 
-    The head is none of those. B is zero at first, so that the model still is what it was.
+    The head gets no adapters. B is initially zero, so the model's outputs do not change.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -67,9 +77,10 @@ def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> None:
 
 @contextmanager
 def merged(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """The model as a plain one, adapters added into its weights, to be saved or served; afterwards as it was, to the bit.
+    """Context manager that merges the adapters into the weights, to save or serve the model.
 
-    Takes the memory of the adapted weights once more. Without adapters, the model itself.
+    On exit the original weights and adapters are restored exactly. A copy of the adapted weights
+    is kept meanwhile, which needs as much memory again. A model without adapters is unchanged.
     """
     layers = [module for module in model.modules() if isinstance(module, Adapted)]
     weights = [layer.weight.data for layer in layers]
@@ -89,7 +100,7 @@ def merged(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
 
 
 def lora_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The adapters by name: with the start they give the student exactly."""
+    """Returns the adapters by name. Together with the start they determine the student exactly."""
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
@@ -99,7 +110,10 @@ def lora_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_lora_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
-    """Puts adapters back into a model that add_lora has prepared. Raises CorruptCheckpoint."""
+    """Copies saved adapters into a model that `add_lora` has prepared.
+
+    Raises CorruptCheckpoint if the names or shapes differ.
+    """
     own = lora_tensors(model)
     if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in tensors.items()}:
         raise CorruptCheckpoint(

@@ -1,4 +1,8 @@
-"""Where the student comes from: the start's layers, its width made narrower, itself, adapters on it, or sizes alone."""
+"""Plans and builds the student of a run.
+
+A student starts from a model (the start): with some of its layers, with less width, unchanged, or
+with LoRA adapters. A fresh student has random weights instead.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +25,14 @@ from worker.models.architectures import layer_counts, model_class, read_config, 
 
 @dataclass(frozen=True)
 class StudentRecipe:
-    """The student of a run, fit to be built again from folders.
+    """Everything that is needed to build the student of a run from model folders.
 
-    `layers` are those kept of `num_available`, None where the student keeps all of its start's; of an encoder-decoder
-    they are the decoder's, and `encoder_layers` None means that the encoder stays whole. `calibration` holds token ids
-    by which a width's parts are judged; without it their weights' norms decide. `fits_layers`: a trainer begins by that
-    (worker.distill.training.layer_fitting); the built student is the plain one.
+    `layers` are the kept layers out of `num_available`, or None if all are kept. For an
+    encoder-decoder they are the decoder's; `encoder_layers` is None if all encoder layers are kept.
+
+    `calibration` holds token sequences that determine which parts stay when the width is pruned.
+    Without them the norms of the weights decide. With `fits_layers`, training begins with layer
+    fitting (worker.distill.training.layer_fitting); `build` returns the student before that.
     """
 
     student: Student
@@ -43,11 +49,14 @@ class StudentRecipe:
 
     @property
     def lora(self) -> Lora | None:
-        """The adapters that a trainer puts on the built student, if any: untrained ones change nothing."""
+        """Settings of the adapters that `load_student` adds, or None.
+
+        `build` does not add them: untrained adapters change no output.
+        """
         return (self.student.lora or Lora()) if self.student.init == "lora" else None
 
     def build(self) -> PreTrainedModel:
-        """The untrained student, in float32 and without dropout; the same bits each time."""
+        """Returns the untrained student in float32, without dropout. Weights are reproducible."""
         if self.student.config is not None:
             return build_fresh(
                 fresh_config(self.student.config, _tokenizer(self.tokenizer_dir)), seed=self.seed
@@ -69,15 +78,19 @@ def plan_student(
     seed: int = 0,
     calibration: tuple[tuple[int, ...], ...] = (),
 ) -> StudentRecipe:
-    """What is kept of which model, checked against that model; num_layers is the rung of a ladder.
+    """Returns the recipe for a student, after checking it against the model that it starts from.
 
-    Copied parts are frozen only where they are the teacher's own, or copied whole: an encoder that lost layers or
-    width has to be trained. Raises UnsupportedModel, StudentTooDeep, InvalidStudent.
+    `num_layers` is one size of a ladder. Copied parts are frozen only if they are the teacher's or
+    were copied unchanged: an encoder that lost layers or width has to be trained.
+
+    Raises:
+        UnsupportedModel: The start's family does not allow this kind of student.
+        StudentTooDeep: The student needs more layers than the start has.
+        InvalidStudent: The student's settings contradict each other or the start.
     """
     if student.config is not None:
-        fresh_config(
-            student.config, _tokenizer(teacher_dir)
-        )  # raises what would fail after an hour
+        # called only for its errors, which would otherwise occur late in the job
+        fresh_config(student.config, _tokenizer(teacher_dir))
         num_fresh = student.config.num_decoder_layers or student.config.num_layers
         return StudentRecipe(student, start_dir, teacher_dir, num_fresh, seed=seed)
     config = read_config(start_dir)
@@ -93,7 +106,8 @@ def plan_student(
     ):
         layers, encoder_layers = _choose_layers(student, config, num_layers)
     if student.init == "width":
-        narrow_config(config, sizes_of(student, config))  # raises what would fail after an hour
+        # called only for its errors, which would otherwise occur late in the job
+        narrow_config(config, sizes_of(student, config))
     return StudentRecipe(
         student=student,
         start_dir=start_dir,
@@ -110,7 +124,10 @@ def plan_student(
 
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of any supported family, in eval mode, which also keeps its dropout out of training."""
+    """Loads a model of any supported family in eval mode.
+
+    Training does not change the mode, so dropout stays off.
+    """
     model: PreTrainedModel = model_class(read_config(folder)).from_pretrained(
         folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
@@ -124,13 +141,13 @@ def load_student(
     seed: int,
     rounds_to: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """The student as a training begins with it, or as it was in a checkpoint; what is not to be trained is frozen.
+    """Returns the student ready for training: untrained, or from the checkpoint in `resume_dir`.
 
-    `rounds_to` is what the linear layers of its body multiply in on a CPU.
+    Adapters are added and parts that are not trained are frozen. `rounds_to` is the dtype in which
+    linear layers other than the head multiply on a CPU.
     """
-    if (
-        resume_dir is None or recipe.lora is not None
-    ):  # a checkpoint's model folder has adapters merged in
+    # A checkpoint's model folder has the adapters merged in, so a LoRA student is built anew.
+    if resume_dir is None or recipe.lora is not None:
         model = recipe.build()
     else:
         model = load_model(resume_dir / "model")
@@ -149,17 +166,20 @@ def load_student(
 
 
 def freeze_head(model: PreTrainedModel) -> None:
-    """Leaves the head, and the embedding tied to it, as they are."""
+    """Excludes the head, and an embedding tied to it, from training."""
     model.get_output_embeddings().requires_grad_(False)
 
 
 def freeze_encoder(model: PreTrainedModel) -> None:
-    """Leaves the encoder, and the embedding that a decoder shares with it, as they are: its outputs stay the same."""
+    """Excludes the encoder from training, so that its outputs stay the same.
+
+    That includes an embedding that the decoder shares with it.
+    """
     model.get_encoder().requires_grad_(False)
 
 
 def num_parameters(model: PreTrainedModel) -> int:
-    """Parameters, those shared counted once."""
+    """Returns the number of parameters. Shared ones count once."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -176,7 +196,10 @@ def _names_layers(student: Student) -> bool:
 def _choose_layers(
     student: Student, config: PretrainedConfig, num_layers: int | None
 ) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
-    """Layers of the decoder (or the only ones), and of the encoder if it does not stay whole."""
+    """Returns the kept layers of the decoder (or of the only stack), and those of the encoder.
+
+    The latter are None if all layers of the encoder are kept.
+    """
     num_encoder, num_decoder = layer_counts(config)
     if num_encoder == 0 and (student.num_encoder_layers or student.num_decoder_layers):
         raise InvalidStudent(
@@ -209,7 +232,7 @@ def _freezes_head(
     student: Student, config: PretrainedConfig, teacher_dir: Path, start_dir: Path
 ) -> bool:
     if student.init == "lora":
-        return True  # adapters leave it alone
+        return True  # the head has no adapters
     if student.init == "width" and sizes_of(student, config).hidden_size != config.hidden_size:
         return False
     if student.init == "checkpoint" and student.freeze_head:

@@ -1,14 +1,16 @@
-"""Students made narrower than their start: the least used channels, heads and neurons are left out.
+"""Builds students that are narrower than their start, by removing unimportant parts.
 
-Importance is the mean absolute activation on a few sequences, as in Minitron (arXiv:2407.14679): of a hidden channel the
-outputs of all norms, of a neuron what the layer's last matrix reads of it, of a head the norm of its output. Without
-sequences the norms of the weights that read a part decide.
+The parts are hidden channels, attention heads and neurons. Their importance is the mean absolute
+activation on a few sequences, as in Minitron (arXiv:2407.14679). For channels these are the outputs
+of all norms, and for neurons the inputs of the MLP's last matrix. For heads it is the mean norm of
+their outputs. Without sequences, the importance is the norm of the weights that read the part.
 
-A norm divides by the root mean square (GPT-2: the standard deviation) of the channels that are left, which is another
-number than before; its weight is multiplied by the mean ratio of the two, measured on the same sequences. That is exact
-where the lost channels were zero. The shift of a LayerNorm's mean is not made good.
+A norm layer divides by the root mean square of its channels (GPT-2: by their standard deviation).
+This value changes when channels are removed. The norm's weight is therefore multiplied by the mean
+ratio of the new value to the old one, on the same sequences. That is exact if the removed channels
+were zero. The change of a LayerNorm's mean is not compensated.
 
-H hidden channels, N heads, K heads of keys and values, I neurons, D width of a head.
+H hidden channels, N query heads, K key-value heads, I neurons, D head width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -27,8 +29,9 @@ from worker.distill.students.layer_dropping import rebuild
 from worker.errors import InvalidStudent, UnsupportedModel
 from worker.models.architectures import shape_of
 
-# Tensors by what their axes count: H, I as above; Q heads x D, K heads of keys and values x D, 3 queries, keys and
-# values behind each other, N heads, "." something that stays whole.
+# Tensor names by what their axes count. H, I and N are as above. Q is query heads x D, and K is
+# key-value heads x D. 3 is queries, keys and values (each heads x D) one after another. "." is an
+# axis that is not pruned.
 LLAMA_AXES = {
     ".": "q_norm.weight k_norm.weight",
     ".H": "embed_tokens.weight lm_head.weight",
@@ -66,12 +69,12 @@ AXES = {**dict.fromkeys(LLAMA_LIKE, LLAMA_AXES), "gpt2": GPT2_AXES, "t5": T5_AXE
 Sequences = Sequence[Sequence[int]]
 
 
-Note = Callable[[str, str, Tensor], None]  # letter, name and what the module sees
+Note = Callable[[str, str, Tensor], None]  # axis letter, module name, observed activations
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model that a student may have less of."""
+    """Sizes of a model that width pruning can reduce."""
 
     hidden_size: int
     num_heads: int
@@ -81,7 +84,7 @@ class Sizes:
 
 @dataclass
 class Parts:
-    """One tensor a kind of part: how important each is, or which are kept, by the module they belong to."""
+    """Importance of all parts, or indices of kept ones. Heads and neurons are by owner module."""
 
     hidden_H: Tensor
     heads: dict[str, Tensor] = field(default_factory=dict)
@@ -90,7 +93,10 @@ class Parts:
 
 
 def sizes_of(student: Student, config: PretrainedConfig) -> Sizes:
-    """The student's sizes, those it does not name being its start's. Raises UnsupportedModel, InvalidStudent."""
+    """Returns the student's sizes. Sizes that are not given are those of the start.
+
+    Raises UnsupportedModel for other model families, and InvalidStudent if the sizes do not fit.
+    """
     if config.model_type not in AXES:
         raise UnsupportedModel(
             f"student.init=width does not know the parts of a {config.model_type} model, only of "
@@ -98,7 +104,7 @@ def sizes_of(student: Student, config: PretrainedConfig) -> Sizes:
         )
     full = full_sizes(config)
     hidden_size, num_heads = student.hidden_size, student.num_heads
-    if config.model_type == "gpt2":  # its heads share the hidden size out among themselves
+    if config.model_type == "gpt2":  # its head width is always hidden_size / num_heads
         width = head_width(config)
         num_heads = num_heads or max(1, (hidden_size or full.hidden_size) // width)
         hidden_size = hidden_size or num_heads * width
@@ -117,6 +123,7 @@ def sizes_of(student: Student, config: PretrainedConfig) -> Sizes:
 
 
 def full_sizes(config: PretrainedConfig) -> Sizes:
+    """Returns the sizes of the model with this configuration."""
     num_heads = int(config.num_attention_heads)
     intermediate = {"gpt2": "n_inner", "t5": "d_ff"}.get(config.model_type, "intermediate_size")
     return Sizes(
@@ -128,13 +135,17 @@ def full_sizes(config: PretrainedConfig) -> Sizes:
 
 
 def head_width(config: PretrainedConfig) -> int:
+    """Returns the number of features per attention head."""
     return int(
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
 
 
 def narrow_config(config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
-    """The configuration of a model of these sizes, its heads as wide as they were. Raises InvalidStudent."""
+    """Returns the configuration of a model with these sizes. The head width stays the same.
+
+    Raises InvalidStudent if a size exceeds the model's, or if the family does not allow the sizes.
+    """
     full = full_sizes(config)
     for name, size in vars(sizes).items():
         if size > (most := getattr(full, name)):
@@ -174,10 +185,11 @@ def narrow_config(config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
 def slice_width(
     model: PreTrainedModel, sizes: Sizes, calibration: Sequences = ()
 ) -> PreTrainedModel:
-    """A model of these sizes that holds the most important parts of the given one.
+    """Returns a model of these sizes with the most important parts of the given model.
 
-    Each calibration sequence is a model's input (of an encoder-decoder, of both its sides). Heads of queries stay with
-    their heads of keys and values. Heads of T5's self-attention go on all layers of a side alike: they share a bias.
+    Each calibration sequence is an input of the model; in an encoder-decoder both sides read it.
+    Query heads stay with their key-value heads. T5's self-attention layers of one side share a
+    position bias, so the same heads are removed from all of them.
     """
     config = narrow_config(model.config, sizes)
     sequences = [sequence for sequence in calibration if sequence]
@@ -197,7 +209,11 @@ def slice_width(
 
 
 def _num_kv_heads(num_heads: int, full: Sizes) -> int:
-    """Whole groups go where that gives the number; else every group loses as many heads of queries."""
+    """Returns the number of key-value heads for `num_heads` query heads.
+
+    Whole groups of query heads are removed if that gives the number. Otherwise every group loses
+    the same number of query heads. Raises InvalidStudent if neither is possible.
+    """
     group = full.num_heads // full.num_kv_heads
     if num_heads % group == 0:
         return num_heads // group
@@ -217,13 +233,17 @@ def _axes(config: PretrainedConfig, name: str) -> str:
 
 
 def _owner(name: str) -> str:
-    """The module whose heads or neurons a part belongs to; for all self-attention of one side of a T5, the side."""
+    """Returns the module that owns the heads or neurons of a submodule.
+
+    All self-attention layers of one side of a T5 have the same owner.
+    """
     owner = name.rpartition(".")[0]
     return f"{owner.split('.')[0]}.self" if owner.endswith("SelfAttention") else owner
 
 
 def _readers(model: PreTrainedModel) -> list[tuple[str, str, Any]]:
-    """Norms (as "norm") and linear layers inside the layers, by what they read; Any: transformers is untyped."""
+    """Returns (name, letter of the input axis or "norm", module) of all norms and linear layers."""
+    # Any: transformers is untyped
     found: list[tuple[str, str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Conv1D):
@@ -256,9 +276,8 @@ def _weight_norms(model: PreTrainedModel) -> Parts:
         norms = module.weight.norm(dim=1 if isinstance(module, Conv1D) else 0)
         if letter == "Q":
             norms = norms.view(-1, head_width(model.config)).norm(dim=1)
-        _add(
-            parts, letter, name, norms / norms.mean()
-        )  # a wide matrix counts no more than a narrow one
+        # normalised, so that all matrices have the same influence
+        _add(parts, letter, name, norms / norms.mean())
     return parts
 
 
@@ -267,6 +286,7 @@ def _activations(model: PreTrainedModel, sequences: Sequences) -> Parts:
     width = head_width(model.config)
 
     def note(letter: str, name: str, seen: Tensor) -> None:
+        """Adds the mean absolute activations, or norms per head, to the importance."""
         rows = seen.flatten(0, -2)
         sizes = rows.view(len(rows), -1, width).norm(dim=2) if letter == "Q" else rows.abs()
         _add(parts, letter, name, sizes.mean(dim=0))
@@ -294,7 +314,7 @@ def _note_output(note: Note, name: str, _: nn.Module, __: Any, output: Tensor) -
 def _norm_scales(
     model: PreTrainedModel, sequences: Sequences, kept_H: Tensor
 ) -> Mapping[str, float]:
-    """What each norm's weight is multiplied by, so that what it gives to the kept channels stays as large."""
+    """Returns the factor for each norm's weight that keeps its outputs on `kept_H` as large."""
     num_hidden = int(model.config.hidden_size)
     ratios: dict[str, list[Tensor]] = {}
     if len(kept_H) == num_hidden:
@@ -302,6 +322,7 @@ def _norm_scales(
     is_layer_norm = model.config.model_type == "gpt2"
 
     def spread(x: Tensor) -> Tensor:
+        """Returns the value by which the norm divides its input."""
         return (
             (x - x.mean(dim=-1, keepdim=True) if is_layer_norm else x).square().mean(dim=-1).sqrt()
         )
@@ -319,14 +340,14 @@ def _norm_scales(
         name: float(torch.stack(seen).mean()) if seen else 1.0 for name, seen in ratios.items()
     }
     if model.config.model_type == "t5" and model.config.scale_decoder_outputs:
-        # the head's input is divided by the root of the hidden size, which is smaller now
+        # T5 divides the head's input by the square root of the hidden size, which is smaller now
         scales["decoder.final_layer_norm"] *= (len(kept_H) / num_hidden) ** 0.5
     return scales
 
 
-def _run(
-    model: PreTrainedModel, sequences: Sequences, hooks: list[Any]
-) -> None:  # Any: torch's handles
+# Any: torch's handles
+def _run(model: PreTrainedModel, sequences: Sequences, hooks: list[Any]) -> None:
+    """Runs the model on the sequences, then removes the hooks."""
     try:
         for sequence in sequences:
             ids_BT = torch.tensor([list(sequence)])
@@ -353,7 +374,7 @@ def _choose(importance: Parts, full: Sizes, sizes: Sizes) -> Parts:
 
 
 def _largest(values: Tensor, number: int) -> Tensor:
-    """Their places, rising; of equals the earlier."""
+    """Returns the indices of the largest values in rising order. Ties go to the lower index."""
     return values.argsort(descending=True, stable=True)[:number].sort().values
 
 

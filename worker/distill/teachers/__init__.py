@@ -1,1 +1,1 @@
-"""What a teacher gives: hidden states or top-k rows, cached on disk or computed per batch."""
+"""Teacher outputs: hidden states or top-k logits, cached on disk or computed per batch."""

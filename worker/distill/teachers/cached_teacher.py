@@ -1,6 +1,6 @@
-"""The teacher's side of the loss: its last hidden states where targets are predicted, computed once and kept on disk.
+"""Teacher outputs that a loss needs at the targets, computed once and kept on disk.
 
-N rows (targets, in the order of the examples), T targets of one example, H hidden width.
+N rows (targets, in the order of the examples), T targets of one example, H hidden size.
 """
 
 import gc
@@ -28,24 +28,25 @@ from worker.distill.losses.top_k import TopRows
 from worker.distill.teachers.row_cache import NAME_BYTES, RowCache, cache_bytes, open_cache
 
 Keeps = Literal["hidden", "expected", "top"]
-TOP_K = 64  # likeliest tokens kept of a row; what they miss of a peaked distribution is little
+TOP_K = 64  # most likely tokens kept per target; a peaked distribution has little mass elsewhere
 
 
 class Teacher(Protocol):
-    """What is run on the rows one asks for."""
+    """Interface of a model that computes hidden states for any examples."""
 
     def hidden(self, examples: Sequence[Example]) -> list[Tensor]:
-        """Of each example the head's inputs at its targets, [T, H]."""
+        """Returns the LM head's inputs at the targets of each example, [T, H]."""
         ...
 
 
 class LiveTeacher:
-    """A teacher that predicts from left to right, with or without an encoder.
+    """Teacher that predicts from left to right, with or without an encoder.
 
-    On a CPU each sequence is computed alone and without padding, on one thread, as many at once as there are threads:
-    as fast as a padded batch (bench/LOG.md), and a row's bits depend on nothing but the row, so a run that resumes, or
-    finds its cache half filled, computes what it would have read. What all rows of a data set begin with is computed
-    once (its length is part of the cache's name, because it changes the last bits).
+    On a CPU each sequence is computed alone, without padding, on one thread; as many run at once as
+    there are threads. This is as fast as a padded batch (bench/LOG.md), and the bits of a row
+    depend on that row alone. A run that resumes, or finds a half-filled cache, therefore computes
+    what it would have read. The prefix of all rows is computed once. Its length is part of the
+    cache's name, because it changes the last bits.
     """
 
     def __init__(self, model: PreTrainedModel, prefix: tuple[int, ...] = ()) -> None:
@@ -85,19 +86,20 @@ class LiveTeacher:
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How a row's tensors become a blob, one column after the other.
+    """Format of a row's blob: its tensors as bytes, one column after the other.
 
-    hidden: hidden states; expected: KL constants, top tokens, expected head rows; top: the likeliest tokens, their
-    log-probabilities, and that of all the others.
+    - hidden: hidden states.
+    - expected: KL constants, top tokens, expected head rows.
+    - top: the most likely tokens, their log-probabilities, and that of all other tokens together.
     """
 
     keeps: Keeps
-    width: int  # of a hidden state, or the number of tokens kept
+    width: int  # hidden size, or the number of tokens kept
     dtype: torch.dtype
 
     @property
     def columns(self) -> tuple[tuple[int, torch.dtype], ...]:
-        """Of each column the numbers a position, and their type."""
+        """Numbers per position and dtype of each column."""
         match self.keeps:
             case "hidden":
                 return ((self.width, self.dtype),)
@@ -139,7 +141,7 @@ class RowFormat:
         return TeacherRows(head, top=TopRows(ids_NK.long(), log_p_NK, rest_N1[:, 0]))
 
     def _matrices(self, blobs: Sequence[Tensor]) -> list[Tensor]:
-        """A matrix a column, over the positions of all blobs."""
+        """Returns one matrix per column, over the positions of all blobs."""
         lengths = [len(blob) // self.blob_bytes(1) for blob in blobs]
         matrices = []
         starts = [0] * len(blobs)
@@ -156,11 +158,12 @@ class RowFormat:
 
 
 class CachedTeacher:
-    """Teacher rows from the cache; a missing one is computed by the live teacher and stored.
+    """Teacher rows from the cache; the live teacher computes missing ones, which are then stored.
 
-    `examples` are the rows as the teacher reads them, which may differ from how the student does; the targets are the
-    same. What training sees has been through the cache's precision either way, so it never depends on who came first.
-    The live teacher is loaded when a row is missing and let go when none is.
+    `examples` are the rows as the teacher reads them. They may differ from the student's, but have
+    the same targets. All rows pass through the cache's dtype, so training does not depend on which
+    of them were cached. The live teacher is loaded when a row is missing, and released when none
+    is.
     """
 
     def __init__(
@@ -173,7 +176,11 @@ class CachedTeacher:
         note: str | None = None,
         masks: Sequence[Tensor] | None = None,
     ) -> None:
-        """`note` says what the rows lose; `masks` which of the student's targets they are for, all if there are none."""
+        """Creates a teacher without loading a model.
+
+        `note` tells the user what the format loses. `masks` selects the student's targets that the
+        rows are for; None selects all.
+        """
         self.notes = [note] if note else []  # for the user to know
         self._masks = masks
         self._load = load
@@ -187,21 +194,21 @@ class CachedTeacher:
 
     @property
     def head(self) -> Head:
-        """The teacher's head in float32, where the loss is computed."""
+        """The teacher's LM head in float32, where the loss is computed."""
         return self._head
 
     @property
     def is_cached(self) -> bool:
-        """Whether there is room for all rows on disk."""
+        """True if the disk has room for all rows."""
         return self._cache is not None
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the live teacher takes memory now."""
+        """True if the live teacher is in memory."""
         return self._live is not None
 
     def rows(self, indices: Sequence[int]) -> TeacherRows:
-        """The rows of the examples with these numbers."""
+        """Returns the teacher rows of the examples with these indices."""
         rows = self._rows(indices)
         if self._masks is None:
             return rows
@@ -227,9 +234,9 @@ class CachedTeacher:
         return self._format.unpack([found[i] for i in indices], self._head)
 
     def rows_of(self, examples: Sequence[Example]) -> TeacherRows:
-        """The rows of examples that are not in the cache and will not be: a student's own answers.
+        """Computes the rows of examples that are never cached, such as the student's rollouts.
 
-        There will be more of them, so the live teacher stays until it is released.
+        More of them will follow, so the live teacher stays loaded until `release`.
         """
         self._is_kept = True
         return TeacherRows(self._head, hidden_NH=torch.cat(self._compute(examples)))
@@ -245,7 +252,7 @@ class CachedTeacher:
         """Stores what the cache lacks, each rank its share, and lets the live teacher go; tells how many of how many."""
         assert self._cache is not None
         missing = self._cache.refresh()
-        ranks.wait()  # nobody stores anything before all have looked
+        ranks.wait()  # no rank may store rows before all ranks have called refresh
         lengths = [example.num_tokens for example in self._examples]
         mine = sorted(ranks.share(missing, lengths), key=lengths.__getitem__)
         num_done = 0
@@ -258,9 +265,9 @@ class CachedTeacher:
         self.release()
 
     def release(self) -> None:
-        """Lets the live teacher go until it is needed again."""
+        """Frees the live teacher until it is needed again."""
         self._live, self._is_kept = None, False
-        gc.collect()  # modules refer to each other in cycles; their memory is wanted now
+        gc.collect()  # modules form reference cycles, and their memory is needed now
 
     def close(self) -> None:
         if self._cache:
@@ -282,12 +289,14 @@ def cached_teacher(
     hidden_dtype: torch.dtype = torch.float32,
     masks: Sequence[Tensor] | None = None,
 ) -> CachedTeacher:
-    """A teacher for these rows, cached under `folder` in the finest format that the budget allows.
+    """Returns a teacher for these rows, cached under `folder` in the most exact format that fits.
 
-    That is `hidden_dtype`, the body's own (float32 on a CPU), else bfloat16, else with `may_keep_top` the likeliest tokens;
-    with room for none, the teacher runs every time. `identity` says whose rows they are: hashes of the teacher's
-    weights and its tokenizer. keeps="expected" needs a student whose frozen head is the teacher's, and forward KL at
-    temperature 1 throughout; the likeliest tokens serve all divergences but those of ranks and of raw logits.
+    The formats, in order: `hidden_dtype` (the body's own dtype; float32 on a CPU), bfloat16, and
+    with `may_keep_top` the most likely tokens. If none fits the budget, the teacher runs at every
+    step. `identity` names the teacher: hashes of its weights and tokenizer.
+
+    `keeps="expected"` needs a student with the teacher's frozen head, and forward KL at temperature
+    1 throughout. Top-k rows serve all divergences except those of ranks and of raw logits.
     """
     for row_format, note in _formats(keeps, head, hidden_dtype, may_keep_top=may_keep_top):
         sizes = [row_format.blob_bytes(example.num_targets) for example in examples]
@@ -307,11 +316,10 @@ def cached_teacher(
 def _formats(
     keeps: Keeps, head: Head, hidden_dtype: torch.dtype, *, may_keep_top: bool
 ) -> Iterator[tuple[RowFormat, str | None]]:
-    """From the finest, with what is lost in it."""
+    """Yields the formats, the most exact first, each with a note on what it loses."""
     hidden_size = head.weight_VH.shape[1]
-    dtype = (
-        hidden_dtype if keeps == "hidden" else head.weight_VH.dtype
-    )  # expected rows are sums over the head's
+    # expected rows are sums over the rows of the head
+    dtype = hidden_dtype if keeps == "hidden" else head.weight_VH.dtype
     if keeps != "top":
         yield RowFormat(keeps, hidden_size, dtype), None
         if dtype != torch.bfloat16:
@@ -326,7 +334,10 @@ def _formats(
 
 
 def _family(identity: str, row_format: RowFormat, head: Head) -> str:
-    """Hash of all but the rows that determines the cached bytes; threads and device do, by the order of their sums."""
+    """Returns a hash of everything but the rows that determines the cached bytes.
+
+    It includes threads and device, because they change the order of sums.
+    """
     settings = {
         "identity": identity,
         "keeps": row_format.keeps,
@@ -340,7 +351,7 @@ def _family(identity: str, row_format: RowFormat, head: Head) -> str:
 
 
 def _name(example: Example) -> bytes:
-    """Hash of all that the teacher's rows depend on."""
+    """Returns a hash of everything that the teacher rows of an example depend on."""
     digest = hashlib.blake2b(digest_size=NAME_BYTES)
     for ids in (example.source_ids, example.token_ids, example.target_positions):
         digest.update(array("q", [len(ids), *ids]).tobytes())

@@ -1,10 +1,12 @@
 """BERT and RoBERTa as teachers of generation: conditional masked language modelling.
 
-Such a model has no next-token distribution, but it has one for a masked target that sees the source and both sides of
-the target: that is the soft label of the student's decoder at this place.
+Such a model has no next-token distribution. It does have a distribution for a masked target, given
+the source and both sides of the target. This is the soft label for the student's decoder at that
+position.
+
 Source: Chen et al., arXiv:1911.03829.
 
-K passes, L tokens of source and target, T targets of one example, H hidden width.
+K passes, L tokens of source and target, T targets of one example, H hidden size.
 """
 
 from collections.abc import Sequence
@@ -16,13 +18,14 @@ from transformers import PreTrainedModel
 from worker.distill.data.rows import Example
 from worker.distill.forward.hidden_states import transform_of
 
-NUM_PASSES = 4  # in each a quarter of the targets is hidden, so that the others are there to see
+NUM_PASSES = 4  # each pass masks a quarter of the targets and shows the others
 
 
 class MaskedTeacher:
-    """Gives the head's inputs at targets that the model cannot see.
+    """Teacher that gives the LM head's inputs at masked targets.
 
-    An example is computed alone, as K copies of equal length: its bits depend on nothing but itself.
+    Each example is computed alone, as K copies of equal length, so its bits depend on that example
+    alone.
     """
 
     def __init__(
@@ -54,7 +57,10 @@ class MaskedTeacher:
 def segments(
     model: PreTrainedModel, examples: Sequence[Example], num_tokens: int
 ) -> dict[str, Tensor]:
-    """BERT's second segment begins with a row's first target; RoBERTa has one segment only."""
+    """Returns the `token_type_ids` of BERT, whose second segment begins at a row's first target.
+
+    Returns {} for models with one segment, such as RoBERTa.
+    """
     if model.config.type_vocab_size < 2:
         return {}
     firsts_B = torch.tensor(

@@ -1,10 +1,15 @@
-"""Teacher rows on disk: one folder a cache, named by hashes of all that determines its content.
+"""Teacher rows on disk: one folder per cache, named by hashes of all that determines its content.
 
-`rows.bin` holds a blob of fixed size for each data row, `index.bin` (with a mark in front) the row's name and that size, `marks.bin` eight
-bytes a data row: a flag above the blob's CRC-32, or zero. A blob counts only if its mark fits, so a run killed half-way, a lost page or a flipped bit costs a
-recomputation and never a wrong row. Space is reserved at creation: a full disk is met there and not in mid-run.
-Several runs may fill one cache at once, since all would write the same bytes. A new cache begins with the rows that
-others of its family have: they were made alike, of other lists of rows.
+- `rows.bin` holds a blob of fixed size for each row.
+- `index.bin` begins with a checksum, followed by the name and the blob size of each row.
+- `marks.bin` holds eight bytes per row: zero, or a flag bit and the CRC-32 of the blob.
+
+A blob is valid only if its mark matches. A killed run, a lost page or a flipped bit therefore costs
+a recomputation, but never gives a wrong row. Space is reserved at creation, so that a full disk is
+noticed then and not during a run.
+
+Several runs may fill one cache at once, since all write the same bytes. A new cache copies matching
+rows from other caches of its family. These were made in the same way, for other lists of rows.
 """
 
 import errno
@@ -28,25 +33,31 @@ from worker.disk import is_disk_full
 
 MARK_BYTES = 8
 NAME_BYTES = 16
-RECORD = struct.Struct(f"<{NAME_BYTES}sQ")  # of the index
-MARK_FLAG = 1 << 32  # tells the mark of a blob whose CRC is 0 from no mark
-LEFTOVER_SECONDS = 3600.0  # a hidden folder of this age belongs to a run that died
+RECORD = struct.Struct(f"<{NAME_BYTES}sQ")  # entry of the index: name, blob size
+MARK_FLAG = 1 << 32  # distinguishes the mark of a blob whose CRC is 0 from a missing mark
+LEFTOVER_SECONDS = 3600.0  # an older hidden folder was left by a crashed run
 
 
 class RowCache:
-    """Blobs by data row. Blob i has sizes[i] bytes; the folder is locked against eviction until `close`."""
+    """Blobs by row index; blob i has sizes[i] bytes.
+
+    The folder is locked against eviction until `close`.
+    """
 
     def __init__(self, folder: Path, lock: int, sizes: Sequence[int]) -> None:
         self._lock = lock
         self._offsets = [0, *accumulate(sizes)]
         self._rows = os.open(folder / "rows.bin", os.O_RDWR)
         self._marks = os.open(folder / "marks.bin", os.O_RDWR)
-        os.utime(folder)  # the time that `enforce_budget` goes by
+        os.utime(folder)  # time of last use, for `enforce_budget`
         self._missing: set[int] = set()
         self.refresh()
 
     def refresh(self) -> list[int]:
-        """The rows that are missing now; other runs may have stored some."""
+        """Reads again which rows are missing, and returns their indices.
+
+        Other runs may have stored some.
+        """
         num_rows = len(self._offsets) - 1
         marks = os.pread(self._marks, MARK_BYTES * num_rows, 0)
         self._missing = {
@@ -56,11 +67,11 @@ class RowCache:
 
     @property
     def num_missing(self) -> int:
-        """Rows not stored when this run last looked, nor by it since."""
+        """Rows that were missing at the last `refresh` and that this run has not stored since."""
         return len(self._missing)
 
     def get(self, index: int) -> Tensor | None:
-        """The bytes of a row, or None if they are missing or damaged."""
+        """Returns the bytes of a row, or None if they are missing or damaged."""
         start, stop = self._offsets[index : index + 2]
         blob = torch.empty(stop - start, dtype=torch.uint8)
         data = blob.numpy().data
@@ -72,7 +83,7 @@ class RowCache:
         return None
 
     def put(self, index: int, blob: Tensor) -> None:
-        """Store the bytes of a row."""
+        """Stores the bytes of a row."""
         start, stop = self._offsets[index : index + 2]
         assert len(blob) == stop - start
         data = blob.numpy().data
@@ -81,7 +92,7 @@ class RowCache:
         self._missing.discard(index)
 
     def close(self) -> None:
-        """Leave the cache to others (and to eviction)."""
+        """Closes the files and unlocks the cache, so that it can be evicted."""
         for descriptor in (self._rows, self._marks, self._lock):
             os.close(descriptor)
 
@@ -98,17 +109,18 @@ class RowCache:
 
 
 def cache_bytes(sizes: Sequence[int]) -> int:
-    """Disk that a cache of these blobs takes."""
+    """Returns the disk space that a cache of these blobs takes."""
     return sum(sizes) + (MARK_BYTES + RECORD.size) * len(sizes) + MARK_BYTES
 
 
 def open_cache(
     folder: Path, family: str, names: Sequence[bytes], sizes: Sequence[int], *, budget_bytes: int
 ) -> RowCache | None:
-    """The cache of these rows under `folder`, made if need be; None if the disk has no room for it.
+    """Opens the cache of these rows under `folder`, and creates it if needed.
 
-    Two rows of a family with the same name have the same blob. Other caches are evicted, the least recently used first,
-    to keep all together under the budget.
+    Returns None if the disk has no room for it. Two rows of a family with the same name have the
+    same blob. To keep the total below the budget, other caches are evicted, the least recently used
+    first.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{family}-{hashlib.sha256(b''.join(names)).hexdigest()[:32]}"
@@ -116,7 +128,7 @@ def open_cache(
         lock = lock_path(path, fcntl.LOCK_SH)
         if lock is not None:
             return RowCache(path, lock, sizes)
-        if path.exists():  # being evicted at this moment
+        if path.exists():  # another run is evicting it
             time.sleep(0.01)
             continue
         enforce_budget(folder, budget_bytes - cache_bytes(sizes))
@@ -129,7 +141,10 @@ def open_cache(
 
 
 def enforce_budget(folder: Path, budget_bytes: int) -> None:
-    """Deletes caches, the least recently used first, until they fit; those in use stay."""
+    """Deletes caches, the least recently used first, until the rest fits the budget.
+
+    Caches that are in use stay. Also deletes what crashed runs have left behind.
+    """
     caches = []
     for path in folder.iterdir():
         try:
@@ -137,11 +152,8 @@ def enforce_budget(folder: Path, budget_bytes: int) -> None:
                 path.stat().st_mtime,
                 sum(file.stat().st_size for file in path.iterdir()),
             )
-        except (
-            FileNotFoundError,
-            NotADirectoryError,
-        ):  # evicted by another run just now, or not a cache
-            continue
+        except (FileNotFoundError, NotADirectoryError):
+            continue  # another run has just evicted it, or it is no cache
         if not path.name.startswith("."):
             caches.append((used_at, num_bytes, path))
         elif time.time() - used_at > LEFTOVER_SECONDS:
@@ -153,7 +165,7 @@ def enforce_budget(folder: Path, budget_bytes: int) -> None:
         lock = lock_path(path, fcntl.LOCK_EX)
         if lock is not None:
             doomed = path.with_name(f".{path.name}.{os.getpid()}.evicted")
-            path.rename(doomed)  # at once gone for others, however long the deletion takes
+            path.rename(doomed)  # other runs no longer find it while it is deleted
             shutil.rmtree(doomed, ignore_errors=True)
             os.close(lock)
             total_bytes -= num_bytes
@@ -176,10 +188,8 @@ def _create(path: Path, names: Sequence[bytes], sizes: Sequence[int]) -> None:
             _copy_family(path, cache, {name: number for number, name in enumerate(names)}, sizes)
         fresh.rename(path)
     except OSError as error:
-        if error.errno not in (
-            errno.EEXIST,
-            errno.ENOTEMPTY,
-        ):  # another run was faster: use its cache
+        # another run was faster: use its cache
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
             raise
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -188,7 +198,7 @@ def _create(path: Path, names: Sequence[bytes], sizes: Sequence[int]) -> None:
 def _copy_family(
     path: Path, cache: RowCache, numbers: dict[bytes, int], sizes: Sequence[int]
 ) -> None:
-    """Stores what the family of `path` has of the rows with these names."""
+    """Copies the rows with these names from the other caches of the family of `path`."""
     for sibling in sorted(path.parent.glob(f"{path.name.partition('-')[0]}-*")):
         lock = lock_path(sibling, fcntl.LOCK_SH)
         if lock is None:
@@ -215,7 +225,7 @@ def _read(descriptor: int, data: memoryview, offset: int) -> bool:
     while data:
         num_read = os.preadv(descriptor, [data], offset)
         if num_read == 0:
-            return False  # the file was cut short
+            return False  # the file is truncated
         data, offset = data[num_read:], offset + num_read
     return True
 

@@ -1,4 +1,4 @@
-"""What of the teacher a pair of models can use, and what `auto` makes of it."""
+"""Chooses the signal that a pair of models uses, also for `auto`."""
 
 from dataclasses import dataclass
 
@@ -9,26 +9,34 @@ from worker.models.architectures import ModelKind
 
 @dataclass(frozen=True)
 class Signal:
-    """What is used of the teacher, and why."""
+    """Signal that the student learns from, and why it was chosen."""
 
     name: TeacherSignal
     reason: str
 
     @property
     def has_distribution(self) -> bool:
-        """Whether the teacher's distributions are compared with the student's."""
+        """True if the teacher's distributions are compared with the student's."""
         return self.name in ("logits", "conditional_mlm", "uld")
 
     @property
     def has_ranks(self) -> bool:
-        """Whether they are over two vocabularies, and only compared where tokens begin alike."""
+        """True if the distributions are over two vocabularies.
+
+        They are then compared by rank, and only where tokens begin alike.
+        """
         return self.name == "uld"
 
 
 def choose_signal(
     asked: TeacherSignal | str, teacher: ModelKind, student: ModelKind, *, has_one_tokenizer: bool
 ) -> Signal:
-    """Raises UnsupportedModel or TokenizerMismatch for what the pair cannot do."""
+    """Returns the requested signal, or the best one for `auto`.
+
+    Raises:
+        UnsupportedModel: The teacher's kind of model cannot give the signal.
+        TokenizerMismatch: The signal needs a shared tokenizer.
+    """
     if asked == "auto":
         return _best_signal(teacher, student, has_one_tokenizer=has_one_tokenizer)
     if asked in ("logits", "uld", "text") and teacher == "masked":
@@ -46,7 +54,7 @@ def choose_signal(
             '"text", or a pair that shares a tokenizer'
         )
     best = _best_signal(teacher, student, has_one_tokenizer=has_one_tokenizer)
-    if asked == best.name:  # auto may have been settled at submission
+    if asked == best.name:  # the submission may already have resolved `auto`
         return best
     return Signal(asked, "asked for")  # type: ignore[arg-type]  # what is not auto is a TeacherSignal
 

@@ -1,1 +1,1 @@
-"""The training loop and what one step consists of."""
+"""The training loop and the parts of a step."""

@@ -1,9 +1,13 @@
-"""Checkpoints: a folder that either is complete and says so, or does not exist.
+"""Checkpoints: folders that either are complete and verified, or do not exist.
 
-`step-N/` holds `model/` (a Hugging Face folder, fit to be served), `optimizer.safetensors`, `rng.safetensors`,
-`state.json`, `answers.jsonl` if the teacher wrote the completions, `best/` if an earlier step is the best so far,
-`finished/` with the students of the job's earlier courses, and `manifest.json` with the SHA-256 of every other file. It
-is written under another name, synced, and renamed.
+A checkpoint is written under another name, synced to disk, and then renamed to `step-N/`. It holds:
+
+- `model/`: the student as a Hugging Face folder, ready to be served.
+- `optimizer.safetensors`, `rng.safetensors` and `state.json`.
+- `answers.jsonl`, if the teacher wrote the completions.
+- `best/`, if the best student so far is an earlier one.
+- `finished/`, with the students of the job's earlier student runs.
+- `manifest.json`, with the SHA-256 of every other file.
 """
 
 import hashlib
@@ -28,19 +32,18 @@ from worker.distill.students.lora import ADAPTERS, lora_tensors, merged
 from worker.errors import CorruptCheckpoint, DiskFull
 
 MANIFEST = "manifest.json"
-PROJECTIONS = "projections.safetensors"  # between layers of unequal width, no part of the student
-SPARE_BYTES = (
-    32 * 2**20
-)  # tokenizer, configuration, state, and what the file system wants for itself
-REPLAY = "replay.jsonl"  # the newest of the student's own answers
+PROJECTIONS = "projections.safetensors"  # used in the training only, not a part of the student
+SPARE_BYTES = 32 * 2**20  # for tokenizer, configuration, state and file system overhead
+REPLAY = "replay.jsonl"  # the replay buffer's rollouts
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class TrainState(BaseModel):
-    """Where a training is: everything beside the tensors that the next step depends on.
+    """Progress of a training: everything that the next step depends on, except tensors.
 
-    Steps are the course's own; those of a job's courses follow each other, and `first_step` is this course's first.
-    `finished` has the entries of the courses before, see courses.py.
+    `step` counts within one student run. A job numbers the steps of all its runs consecutively, and
+    this run begins at `first_step`. `finished` has the entries of the earlier runs
+    (worker.distill.student_sweep).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,22 +63,22 @@ class TrainState(BaseModel):
     untrained_metrics: dict[str, float] = {}
     num_threads: int = 1
     num_processes: int = 1
-    precision: Precision | None = None  # None: not told, as in older checkpoints
+    precision: Precision | None = None  # None: not recorded, as in older checkpoints
     inputs_sha256: str = ""
-    num_fitted_layers: int = 0  # in closed form, before the first step
+    num_fitted_layers: int = 0  # before the first step
     replay_phi: float = 0.0
-    replay_loss: float | None = None  # held-out, of the evaluation before
+    replay_loss: float | None = None  # held-out cross-entropy at the previous evaluation
     finished: tuple[dict[str, Any], ...] = ()  # Any: open-ended JSON
 
     @property
     def job_step(self) -> int:
-        """The step's number within the job, by which checkpoints and metrics are known."""
+        """The step's number within the job, used for checkpoints and metrics."""
         return self.first_step + self.step
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that goes into a checkpoint. best_dir is the best student's model folder if that is an earlier one."""
+    """Contents of a checkpoint. `best_dir` is the model folder of an earlier, better student."""
 
     state: TrainState
     model: PreTrainedModel
@@ -89,9 +92,9 @@ class Snapshot:
 
 
 def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
-    """Writes `out/step-N`, which on return will survive a power cut.
+    """Writes the checkpoint `out/step-N`. After the return it survives a power failure.
 
-    Raises DiskFull, after removing what it had written; earlier checkpoints stay.
+    Raises DiskFull after the partial folder has been removed. Earlier checkpoints stay.
     """
     folder = out / f"step-{snapshot.state.job_step}"
     partial = out / f".{folder.name}.partial"
@@ -121,7 +124,7 @@ def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
 
 
 def load_state(folder: Path) -> TrainState:
-    """The state of a checkpoint whose every file has been verified. Raises CorruptCheckpoint."""
+    """Verifies all files of a checkpoint and returns its state. Raises CorruptCheckpoint."""
     verify_checkpoint(folder)
     try:
         return TrainState.model_validate_json((folder / "state.json").read_bytes())
@@ -130,7 +133,7 @@ def load_state(folder: Path) -> TrainState:
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Compares every file with the manifest. Raises CorruptCheckpoint."""
+    """Compares every file of a checkpoint with its manifest. Raises CorruptCheckpoint."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())["files"]
         expected = {entry["path"]: entry["sha256"] for entry in files}
@@ -156,9 +159,10 @@ def load_optimizer(
     model: PreTrainedModel,
     projections: nn.Module | None = None,
 ) -> None:
-    """Restores AdamW's step and moments, the projections and the random state.
+    """Restores the step and moments of AdamW, the projections, and the random state.
 
-    Fused and capturable optimizers want `step` on the parameter's device, others want it on the CPU.
+    Fused and capturable optimizers expect `step` on the parameter's device, others expect it on the
+    CPU.
     """
     if projections is not None and (folder / PROJECTIONS).exists():
         projections.load_state_dict(load_file(folder / PROJECTIONS))
@@ -180,7 +184,7 @@ def load_optimizer(
 
 
 def prune_checkpoints(out: Path, *, keep_newest: int, keep_step: int | None) -> None:
-    """Removes all but the newest ones and the one of `keep_step`."""
+    """Deletes all checkpoints except the newest ones and that of `keep_step`."""
     steps = sorted(int(p.name.removeprefix("step-")) for p in out.glob("step-*"))
     for step in steps[:-keep_newest]:
         if step != keep_step:
@@ -188,13 +192,14 @@ def prune_checkpoints(out: Path, *, keep_newest: int, keep_step: int | None) -> 
 
 
 def link_folder(source: Path, target: Path) -> Path:
-    """The same files under another name, without copying where the file system can."""
+    """Replaces `target` by hard links to the files of `source`, or by copies where links fail."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=_link)
     return target
 
 
 def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -1,8 +1,11 @@
-"""Where a run computes, in which floats, and where the teacher is put, by estimates of memory.
+"""Chooses the device and dtype of the student, and the teacher's placement by estimates of memory.
 
-On a GPU with bfloat16 the student's weights and moments are float32, its body runs forward and backward under bfloat16
-autocast, and the teacher's body is bfloat16. A CPU that multiplies bfloat16 itself does so in the linear layers of both
-(worker.cpu.linear_ops). Without it everything is float32. The loss is float32 on any device.
+On a GPU with bfloat16, the student's weights and optimizer moments are float32. Its layers run
+forward and backward under bfloat16 autocast, and the teacher's layers are bfloat16.
+
+On a CPU with native bfloat16, the linear layers of both models multiply in bfloat16
+(worker.cpu.linear_ops). On other hardware everything is float32. The loss is float32 on every
+device.
 """
 
 from collections.abc import Iterator
@@ -20,16 +23,15 @@ from worker.distill.students.recipe import StudentRecipe, freeze_encoder, freeze
 from worker.distill.students.width_pruning import narrow_config, sizes_of
 from worker.models.architectures import bare_model, layer_counts
 
-PLANNED_SHARE = 0.9  # of the free memory; allocators leave gaps
-LOSS_BYTES = (
-    6 * DEVICE_CHUNK_BYTES
-)  # a chunk's logits of both models, and what elementwise passes make of them
+PLANNED_SHARE = 0.9  # of the free memory; the rest is left for fragmentation
+# the logits of both models for a chunk, and the intermediate results of elementwise operations
+LOSS_BYTES = 6 * DEVICE_CHUNK_BYTES
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a process computes on: "cpu", or "cuda", which is this process's own card."""
+    """The device of a process: "cpu", or "cuda", which is the GPU of this process."""
 
     name: str = "cpu"
     card: str = ""
@@ -38,12 +40,12 @@ class Device:
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """What the student's body runs in, if not in its weights' float32."""
+        """The autocast dtype of the student's layers, or None to run in float32."""
         return torch.bfloat16 if self.name == "cuda" and self.has_bfloat16 else None
 
     @property
     def rounds_to(self) -> torch.dtype:
-        """What a body's linear layers multiply in on a CPU."""
+        """The dtype in which linear layers multiply on a CPU."""
         return torch.bfloat16 if self.name == "cpu" and self.has_bfloat16 else torch.float32
 
     @property
@@ -60,7 +62,10 @@ CPU = Device()
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes that a run's models take on a GPU, and whether all teacher rows can wait on disk for the training."""
+    """Estimated GPU memory of a run's models, in bytes.
+
+    `can_cache`: all teacher rows can be computed before the training and kept on disk.
+    """
 
     student_bytes: int
     num_teacher_parameters: int
@@ -73,7 +78,11 @@ class Needs:
 
 @dataclass(frozen=True)
 class Placement:
-    """The decision. is_teacher_first: the teacher fills the cache alone, and is gone when the student comes."""
+    """Devices and dtypes of a run's models.
+
+    `is_teacher_first`: the teacher fills the row cache alone, and is freed before the student is
+    loaded. `is_tight`: the models may not fit into GPU memory.
+    """
 
     device: Device = CPU
     teacher_device: str = "cpu"
@@ -83,14 +92,14 @@ class Placement:
 
     @property
     def beside_student(self) -> tuple[str, torch.dtype]:
-        """Device and dtype of a model of the teacher's size that is loaded while the student is on its device."""
+        """Device and dtype of a second model of the teacher's size, loaded beside the student."""
         if self.is_teacher_first:
             return "cpu", torch.float32
         return self.teacher_device, self.teacher_dtype
 
     @property
     def message(self) -> str:
-        """For the job's events; empty where there was nothing to choose."""
+        """The message for the job's events, empty if there was nothing to choose."""
         if self.device.name == "cpu":
             is_rounded = self.device.has_bfloat16
             return "device: CPU; student and teacher multiply in bfloat16" if is_rounded else ""
@@ -112,9 +121,9 @@ ON_CPU = Placement()
 
 
 def find_device(number: int = 0, precision: Precision | Auto = "auto") -> Device:
-    """The card with this number, from now on this process's "cuda"; the CPU where there is none.
+    """Selects GPU number `number` for this process, or the CPU if there is no GPU.
 
-    Its bfloat16 is there for use if it has it and the precision is not another.
+    bfloat16 is used if the hardware has it, unless `precision` is "float32".
     """
     if not torch.cuda.is_available():
         return Device(has_bfloat16=HAS_FAST_BFLOAT16 and precision != "float32")
@@ -123,14 +132,20 @@ def find_device(number: int = 0, precision: Precision | Auto = "auto") -> Device
     has_bfloat16 = (
         torch.cuda.is_bf16_supported(including_emulation=False) and precision != "float32"
     )
-    if has_bfloat16:  # the loss's products may use TF32, which is finer than the body's bfloat16
+    # TF32 is precise enough for the loss: its inputs come from bfloat16 layers, which round more
+    if has_bfloat16:
         torch.set_float32_matmul_precision("high")
     return Device("cuda", torch.cuda.get_device_name(), free_bytes, has_bfloat16)
 
 
 def place(device: Device, needs: Needs) -> Placement:
-    """The first of these that fits: the teacher beside the student; alone, filling the cache; the same in half the
-    bytes, if the card has no bfloat16 anyway; on the CPU.
+    """Returns the first placement that fits.
+
+    The order is:
+    - the teacher beside the student;
+    - the teacher alone before the training, to fill the row cache;
+    - both again in float16, on a GPU without bfloat16;
+    - the teacher on the CPU.
     """
     if device.name == "cpu":
         return Placement(device)
@@ -147,7 +162,7 @@ def place(device: Device, needs: Needs) -> Placement:
 
 @contextmanager
 def autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Runs a body in dtype; None: in its weights' own."""
+    """Runs the block under autocast in `dtype`, or without autocast if it is None."""
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None):
         yield
 
@@ -161,13 +176,15 @@ def find_needs(
     batch_tokens: int,
     can_cache: bool,
 ) -> Needs:
-    """Estimates by configuration alone; no weights are read. `start` is what the student is made from.
+    """Estimates memory from configurations, without weights. `start` is the student's start model.
 
-    Student: 4 bytes a parameter, 12 more if it is trained (gradient and AdamW's two moments), 2 for autocast's copy, the
-    activations that wait for the backward, the head's second gradient, and the loss's chunks. Teacher: its weights, the
-    activations of one layer, and its head once more in float32 for the loss.
-    Activations of a layer are 10 H + 4 F values a token (H hidden, F feed-forward width): norms, queries, keys, values,
-    attention and both sides of a gated feed-forward. Attention scores are not kept by torch's fused attention.
+    Student: 4 bytes per parameter, 12 more if it is trained (gradient and the two moments of
+    AdamW), and 2 for the copy made by autocast. Added to these are the activations kept for the
+    backward, the LM head's second gradient, and the chunks of the loss.
+
+    Teacher: its weights, the activations of one layer, and its LM head in float32 for the loss.
+
+    Attention scores are not counted, because fused attention does not keep them.
     """
     value_bytes = 4 if device.autocast is None else device.autocast.itemsize
     student = bare_model(planned_config(recipe, start))
@@ -193,7 +210,12 @@ def find_needs(
 
 
 def layer_values(config: PretrainedConfig) -> int:
-    """Values a token that a layer leaves for the backward; of an encoder-decoder, of its wider half."""
+    """Returns the number of activations per token that a layer keeps for the backward.
+
+    The estimate is 10 H + 4 F (H hidden width, F feed-forward width). It covers norms, queries,
+    keys, values, attention and a gated feed-forward. For an encoder-decoder it is that of the wider
+    half.
+    """
     if config.model_type == "encoder-decoder":
         return max(layer_values(config.encoder), layer_values(config.decoder))
     hidden = int(config.hidden_size)
@@ -203,7 +225,7 @@ def layer_values(config: PretrainedConfig) -> int:
 
 
 def planned_config(recipe: StudentRecipe, start: PretrainedConfig) -> PretrainedConfig:
-    """The configuration of the model that the recipe builds from that start, or from sizes alone."""
+    """Returns the configuration of the student that the recipe builds from `start`."""
     config = start
     if recipe.layers is not None:
         config = cut_config(config, recipe.layers, recipe.encoder_layers)

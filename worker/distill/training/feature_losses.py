@@ -1,9 +1,12 @@
-"""Feature terms: the student's hidden states and attention relations drawn to the teacher's.
+"""Feature losses: train the student's hidden states and attention relations to match the teacher's.
 
-The teacher runs at every step, without gradient, on the batch that the student reads: same batch, same bits. What a
-layer puts out is compared as it is, the last one's before the final norm. Projections between unequal widths are
-trained with the student and thrown away.
-B batch, T tokens, N aligned positions (of all rows, in their order), P those of one row, H and D widths.
+The teacher runs at every step, without gradient, on the batch that the student reads. So the same
+batch always gives the same bits. Layer outputs are compared as they are, and that of the last layer
+before the final norm. Projections between unequal widths are trained with the student and then
+discarded.
+
+B batch, T tokens, N aligned positions of all rows in order, P aligned positions of one row, H and D
+widths.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +40,7 @@ Side = Literal["encoder", "decoder"]
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """What is asked for, and the teacher with the training rows as it reads them."""
+    """The requested feature losses, and the teacher with the training rows as it reads them."""
 
     hidden: HiddenTerm | None
     attention: AttentionTerm | None
@@ -48,17 +51,17 @@ class FeaturePlan:
 
 @dataclass(frozen=True)
 class Terms:
-    """The weighted sum of the feature terms, and each by its metric's name."""
+    """The weighted sum of the feature losses, and the value of each by the name of its metric."""
 
     loss: Tensor
     values: dict[str, float]
 
 
 class Features:
-    """The feature terms of one training. `projections` have parameters only where widths differ."""
+    """The feature losses of one training. `projections` has parameters only if widths differ."""
 
     def __init__(self, plan: FeaturePlan, student: PreTrainedModel) -> None:
-        """Raises UnsupportedModel or InvalidStudent for what the pair cannot do."""
+        """Raises UnsupportedModel or InvalidStudent if the models cannot be compared."""
         self.plan = plan
         self.student = student
         self.teacher = plan.load_teacher().eval()
@@ -75,7 +78,7 @@ class Features:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the metrics that `read` gives."""
+        """The names of the metrics that `read` returns."""
         return tuple(term.name for term in self._terms)
 
     def _asked_sides(self) -> list[str]:
@@ -83,9 +86,10 @@ class Features:
         return [*hidden, *([] if self.plan.attention is None else ["auto"])]
 
     def read(self, batch: Batch, rollouts: Sequence[Example] = ()) -> tuple[Tensor, Terms]:
-        """The student's `hidden_rows` of the batch, and the terms from the same forward.
+        """Returns the student's `hidden_rows` of the batch, and the losses.
 
-        `rollouts` are rows that are not of the data, as the teacher reads them.
+        Both come from one forward pass. `rollouts` are the batch's rows as the teacher reads them,
+        if they are not rows of the data.
         """
         examples = rollouts or [self.plan.teacher_rows[i] for i in batch.indices]
         taps = [Tap(term.student_modules) for term in self._terms]
@@ -104,7 +108,8 @@ class Features:
                     self.teacher, side, batch, examples, shape_of(self.student.config)
                 )
             keep_BT = student_positions(batch, side, self.teacher, self.student)
-            with torch.autocast(rows_NH.device.type, enabled=False):  # losses in float32, always
+            # the losses are always float32
+            with torch.autocast(rows_NH.device.type, enabled=False):
                 for (term, tap), teacher in zip(terms, teachers, strict=True):
                     value = term.weight * term(
                         tap.outputs, keep_BT, teacher.outputs, teacher_keep_BT
@@ -115,7 +120,12 @@ class Features:
 
 
 def choose_side(asked: str, teacher: PreTrainedModel, student: PreTrainedModel) -> Side:
-    """Whose layers are compared: the encoders' if both models have one that could learn, else the decoders'."""
+    """Returns which layers are compared, those of the encoders or of the decoders.
+
+    "auto" chooses the encoders if both models have one and the student's is trained.
+
+    Raises UnsupportedModel or InvalidStudent if "encoder" is requested and cannot be used.
+    """
     mine, theirs = shape_of(student.config), shape_of(teacher.config)
     has_encoders = mine == "seq2seq" and theirs != "causal"
     is_trained = mine == "seq2seq" and any(
@@ -139,14 +149,20 @@ def choose_side(asked: str, teacher: PreTrainedModel, student: PreTrainedModel) 
 
 
 def reads_alike(teacher: ModelKind, student: ModelKind) -> bool:
-    """Whether both read the same tokens at the same places, of prompt and answer or of the answer's decoder."""
+    """Returns whether both models read the same tokens at the same positions.
+
+    Models of the same kind do, and so do a masked teacher and a causal student.
+    """
     return teacher == student or (teacher == "masked" and student == "causal")
 
 
 def student_positions(
     batch: Batch, side: Side, teacher: PreTrainedModel, student: PreTrainedModel
 ) -> Tensor:
-    """Where the student's states are compared: all that it reads, or where it predicts targets. [B, T], true or false."""
+    """Returns the positions at which the student's states are compared, as booleans [B, T].
+
+    These are all its tokens if both models read alike, else the positions that predict targets.
+    """
     if side == "encoder":
         assert batch.source_mask_BS is not None
         return batch.source_mask_BS.bool()
@@ -162,7 +178,10 @@ def run_teacher(
     examples: Sequence[Example],
     student: ModelKind,
 ) -> Tensor:
-    """Runs the teacher on what the student reads; gives the positions that fit the student's, [B, T]."""
+    """Runs the teacher on the batch and returns its positions that match the student's, [B, T].
+
+    Hooks on the teacher's layers collect the states.
+    """
     theirs = collate(examples, range(len(examples)), str(batch.keep_BT.device))
     shape = shape_of(teacher.config)
     keep_BT = theirs.attention_mask_BT.bool() if reads_alike(shape, student) else theirs.keep_BT
@@ -170,9 +189,8 @@ def run_teacher(
         assert batch.source_mask_BS is not None
         teacher.base_model(input_ids=batch.source_ids_BS, attention_mask=batch.source_mask_BS)
         return batch.source_mask_BS.bool()
-    if (
-        shape == "masked"
-    ):  # it also reads the last token, which those that predict from left to right leave out
+    # A masked model also reads the last token. Models that predict from left to right omit it.
+    if shape == "masked":
         ids_BT, mask_BT = (
             t.to(keep_BT.device) for t in pad([example.token_ids for example in examples])
         )
@@ -188,7 +206,11 @@ def run_teacher(
 
 
 def pair_layers(term: HiddenTerm, num_student: int, num_teacher: int) -> list[tuple[int, int]]:
-    """[student layer, teacher layer], both from 0: as asked, or spread evenly, the last on the last."""
+    """Returns pairs of a student layer and a teacher layer, both counted from 0.
+
+    Without a `layer_map`, the student's layers are spread evenly, and the last is paired with the
+    last.
+    """
     if term.layer_map is None:
         return [(i, max(0, (i + 1) * num_teacher // num_student - 1)) for i in range(num_student)]
     where = "objective.hidden.layer_map"
@@ -202,7 +224,10 @@ def pair_layers(term: HiddenTerm, num_student: int, num_teacher: int) -> list[tu
 
 
 def number_of(layer: int, num_layers: int, whose: str) -> int:
-    """A layer counted from 0, or from -1 backwards. Raises InvalidStudent."""
+    """Returns a layer's index from 0. A negative number counts from the end.
+
+    Raises InvalidStudent if there is no such layer.
+    """
     if not -num_layers <= layer < num_layers:
         raise InvalidStudent(
             f"{whose} has no layer {layer}: it has {num_layers} there, counted from 0"
@@ -211,12 +236,13 @@ def number_of(layer: int, num_layers: int, whose: str) -> int:
 
 
 def layers_of(model: PreTrainedModel, side: Side) -> list[nn.Module]:
+    """Returns the layers of the encoder or of the decoder."""
     stacks = layer_stacks(model)
     return list(model.get_submodule(stacks[0 if side == "encoder" else -1]).children())
 
 
 def side_config(config: PretrainedConfig, side: Side) -> PretrainedConfig:
-    """Of one half of an encoder-decoder that is put together from two models; else of the whole."""
+    """Returns the half's configuration if the model is composed of two models, else `config`."""
     return getattr(config, side) if config.model_type == "encoder-decoder" else config
 
 
@@ -297,19 +323,20 @@ class _AttentionLoss:
 
 
 def attention_of(model: PreTrainedModel, side: Side, layer: int, whose: str) -> SelfAttention:
+    """Returns the self-attention of one layer. Raises InvalidStudent if there is no such layer."""
     layers = layers_of(model, side)
     heads = int(side_config(model.config, side).num_attention_heads)
     return self_attention(layers[number_of(layer, len(layers), whose)], heads)
 
 
 def _kept(x_BTD: Tensor, keep_BT: Tensor) -> Tensor:
-    """Each row's kept positions, padded behind: [B, P, D]."""
+    """Returns the kept positions of each row, padded at the end: [B, P, D]."""
     rows = [x_TD[keep_T].float() for x_TD, keep_T in zip(x_BTD, keep_BT, strict=True)]
     return pad_sequence(rows, batch_first=True)
 
 
 class Tap:
-    """What modules put out in the forward that runs while it is open."""
+    """Collects the outputs of modules during a forward pass."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.modules = modules
@@ -317,7 +344,7 @@ class Tap:
 
     @property
     def outputs(self) -> list[Tensor]:
-        """In the order of the modules, of which one may come twice."""
+        """The outputs in the order of the modules. A module may occur twice."""
         return [self._outputs[id(module)] for module in self.modules]
 
     def open(self) -> list[RemovableHandle]:
@@ -326,14 +353,13 @@ class Tap:
             for module in {id(m): m for m in self.modules}.values()
         ]
 
-    def _keep(
-        self, module: nn.Module, _: Any, output: Any
-    ) -> None:  # Any: a layer gives a tensor or a tuple of them
+    # Any: a layer returns a tensor or a tuple of tensors
+    def _keep(self, module: nn.Module, _: Any, output: Any) -> None:
         self._outputs[id(module)] = output[0] if isinstance(output, tuple) else output
 
 
 class Taps:
-    """Several taps, open within a `with`."""
+    """Context manager that opens several taps."""
 
     def __init__(self, taps: Sequence[Tap]) -> None:
         self.taps = taps

@@ -1,12 +1,16 @@
-"""Layers fitted in closed form before the training: what a student lost with some layers, those it kept make good.
+"""Layer fitting: ridge regression before training, by which kept layers make up for dropped ones.
 
-A kept layer stands for itself and for the layers dropped behind it. The matrices by which it adds to the residual stream
-(its writers) are moved by ridge regression, so that the stream comes as near as it can to where the start has it after
-the same writer of the last of those; layer by layer, each on what the fitted ones before it put out. Layers before the
-first gap stay as they are. Least squares in place of dropped blocks: ReplaceMe (arXiv:2505.02819), which puts one map
-into one gap.
+A kept layer replaces itself and the dropped layers that follow it. The writers of a layer are the
+matrices that add to the residual stream, such as the attention's output projection. Each writer is
+changed so that the stream after it comes close to the start model's, after the same writer of the
+last replaced layer.
 
-P positions of a batch, N those that count, I inputs and H outputs of a writer (the width of the stream).
+Layers are fitted in order, each on the output of the fitted ones before it. Layers before the first
+gap stay as they are. See docs/decisions/0011-fitted-layers.md. Related work: ReplaceMe
+(arXiv:2505.02819), which fits one linear map per gap by least squares.
+
+P positions of a batch, N positions that count, I inputs and H outputs of a writer (H is the hidden
+width).
 """
 
 import time
@@ -33,29 +37,31 @@ from worker.distill.students.recipe import StudentRecipe, load_model
 from worker.distill.training.devices import ON_CPU, Placement
 from worker.models.architectures import layer_counts, read_config
 
-AUTO_ROWS = 192  # more still help, but less than the steps that their time is worth (bench/LOG.md)
-MOST_BYTES = 2**30  # of the start's streams
-MOST_SCORES = 2**27  # of a layer's attention over all rows at once
-RIDGE = 0.3  # of the mean square of an input: measured from 0.03 to 1
+AUTO_ROWS = 192  # more rows improve the fit, but cost more time than they save (bench/LOG.md)
+MOST_BYTES = 2**30  # of the recorded residual streams of the start model
+MOST_SCORES = 2**27  # attention scores of one layer over all rows at once
+RIDGE = 0.3  # penalty, as a share of the mean square of an input (bench/LOG.md)
+# names of the matrices that add to the residual stream, over all model families
 WRITERS = frozenset(
     ("o_proj", "down_proj", "c_proj", "dense", "dense_4h_to_h", "out_proj", "fc2", "o", "wo")
-)  # as the families call them
-# of the stream, where a layer ends, against the sum of what its writers wrote: rounding is far below it in float32
+)
+# Largest relative difference between a layer's output and the sum of its input and its writers'
+# outputs. Float32 rounding stays far below it.
 MOST_OFF = 1e-3
-ROUNDINGS = 4  # of a lower dtype that this difference may reach
+ROUNDINGS = 4  # the same for a lower dtype, in units of its epsilon
 NOT_PLAIN = "this family's layers do more with their states than add to them"
 
-Site = tuple[str, int, int]  # a stack of layers, a layer of it, one of that layer's writers
+Site = tuple[str, int, int]  # name of a stack, number of a layer, number of a writer in it
 Visit = Callable[[Site, nn.Module, Tensor, Tensor], Tensor | None]
 
 
 class NoPlainStream(Exception):
-    """A layer does more with the stream than add to it."""
+    """A layer does more with the residual stream than add to it, so it cannot be fitted."""
 
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers of a student: by number those to be fitted, with that of its start whose stream each is to have."""
+    """A student's stack. `fitted` maps each layer to fit to the start's layer that it imitates."""
 
     name: str
     fitted: Mapping[int, int]
@@ -63,7 +69,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Fit:
-    """What came of it; without fitted layers `why_not` says why, if there were any to fit."""
+    """Result of a layer fitting. `why_not` gives the reason if the layers could not be fitted."""
 
     num_layers: int = 0
     num_rows: int = 0
@@ -72,7 +78,7 @@ class Fit:
 
     @property
     def message(self) -> str:
-        """For the job's events; empty where there was nothing to fit."""
+        """The message for the job's events, empty if there was nothing to fit."""
         if self.why_not is not None:
             return f"no layers are fitted in closed form: {self.why_not}"
         fitted = f"fitted {self.num_layers} layers in closed form on {self.num_rows} rows in {self.seconds:.0f} s"
@@ -88,9 +94,10 @@ def fit_student(
     *,
     placement: Placement = ON_CPU,
 ) -> Fit:
-    """Fits the model on the first of these rows. On a CPU the start's matmuls round as the student's do.
+    """Fits the student's layers on the first of these rows.
 
-    The start has the size of a teacher, so it is loaded where the placement has room for one beside the student.
+    The start model may be as large as a teacher, so it is loaded where the placement has room for a
+    second model. On a CPU its matmuls round to `rounds_to`, as the student's do.
     """
     stacks = stacks_to_fit(recipe, model, read_config(recipe.start_dir))
     if not stacks:
@@ -119,7 +126,10 @@ def load_start(recipe: StudentRecipe, placement: Placement) -> PreTrainedModel:
 def stacks_to_fit(
     recipe: StudentRecipe, student: PreTrainedModel, start: PretrainedConfig
 ) -> list[Stack]:
-    """Of the encoder and the decoder, or of the only stack, those that lost layers; none if the recipe says so."""
+    """Returns the stacks that lost layers: of the encoder, of the decoder, or of both.
+
+    Returns none if the recipe does not fit layers.
+    """
     if not recipe.fits_layers or recipe.layers is None:
         return []
     names = layer_stacks(student)
@@ -134,16 +144,18 @@ def stacks_to_fit(
             for j, (own, last) in enumerate(zip(numbers, stands_for, strict=True))
             if not own == last == j
         )
-        first = (
-            0 if stacks else next(moved, len(numbers))
-        )  # behind a fitted encoder nothing stays as it was
+        # after a fitted encoder, every layer of the decoder reads other states
+        first = 0 if stacks else next(moved, len(numbers))
         if first < len(numbers):
             stacks.append(Stack(name, {j: stands_for[j] for j in range(first, len(numbers))}))
     return stacks
 
 
 def rows_that_fit(rows: Sequence[Example], stacks: Sequence[Stack], model: PreTrainedModel) -> int:
-    """How many of them have streams within MOST_BYTES, with two writers a layer, as most families have."""
+    """Returns how many of the rows have residual streams of at most MOST_BYTES in total.
+
+    Assumes two writers per layer, as most families have.
+    """
     hidden_size = int(model.config.get_text_config(decoder=True).hidden_size)
     bytes_per_token = sum(2 * 4 * hidden_size * len(stack.fitted) for stack in stacks)
     num_bytes = 0
@@ -162,20 +174,22 @@ def fit_layers(
     rows: Sequence[Example],
     on_progress: Callable[[], None],
 ) -> None:
-    """Moves the student's writers in place.
+    """Changes the student's writers in place.
 
-    `on_progress` is called at every writer, and may raise. Raises NoPlainStream before anything is moved.
+    `on_progress` is called after each writer, and may raise. Raises NoPlainStream before any weight
+    is changed if the start model has such layers.
     """
     batch = collate(rows, range(len(rows)), str(student.device))
     start_batch, packing = batch, None
     if (start.device, start.dtype) == (student.device, student.dtype):
         packing = packing_of(student, batch, most_scores=MOST_SCORES)
-    else:  # both run the padded batch, so that their positions meet
+    else:  # both models read the padded batch, so that their positions agree
         start_batch = collate(rows, range(len(rows)), str(start.device))
     counts = _positions_that_count(student, batch, packing)
     wanted: dict[Site, Tensor] = {}
 
     def hear(site: Site, writer: nn.Module, inputs_PI: Tensor, stream_PH: Tensor) -> None:
+        """Records the start model's stream after a writer."""
         wanted[site] = stream_PH.to(student.device, student.dtype)[counts[site[0]]]
         on_progress()
 
@@ -184,11 +198,11 @@ def fit_layers(
     stands_for = {stack.name: stack.fitted for stack in stacks}
 
     def fit(site: Site, writer: nn.Module, inputs_PI: Tensor, stream_PH: Tensor) -> Tensor:
+        """Fits a writer of the student, and returns the change of its output."""
         name, layer, number = site
         goal_NH = wanted.pop((name, stands_for[name][layer], number))
-        weights_N = (
-            goal_NH.pow(2).mean(dim=1).reciprocal()
-        )  # after a norm every position counts alike
+        # a norm follows, so each position gets the same weight regardless of magnitude
+        weights_N = goal_NH.pow(2).mean(dim=1).reciprocal()
         bias_H = writer.bias if isinstance(writer.bias, Tensor) else None
         left_NH = goal_NH - stream_PH[counts[name]]
         D_HI, b_H = ridge(inputs_PI[counts[name]], left_NH, weights_N, has_bias=bias_H is not None)
@@ -205,9 +219,11 @@ def fit_layers(
 def ridge(
     inputs_NI: Tensor, wanted_NH: Tensor, weights_N: Tensor, *, has_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """D [H, I] and b [H] of least weighted squares of wanted - inputs Dᵀ - b, plus RIDGE times the mean square of an
-    input times the squares of D. b is zero unless it may be used. Sums in float32, solved in float64; where there is no
-    solution (inputs all zero, or not all finite) both are zero.
+    """Returns D [H, I] and b [H] that minimise the weighted squares of wanted - inputs D^T - b.
+
+    The penalty is RIDGE times the mean square of an input, times the squares of D. Without
+    `has_bias`, b is zero. Sums are taken in float32, and the system is solved in float64. If there
+    is no solution (all inputs zero, or some not finite), D and b are zero.
     """
     weights_N1 = (weights_N / weights_N.sum())[:, None]
     mean_I, mean_H = (
@@ -231,7 +247,11 @@ def ridge(
 def _positions_that_count(
     model: PreTrainedModel, batch: Batch, packing: Packing | None
 ) -> dict[str, Tensor]:
-    """By stack, [P]: no padding, and not a causal model's first token, which draws attention and nothing else."""
+    """Returns the positions to fit on, [P] for each stack.
+
+    Padding is left out, and so is a causal model's first token, which attracts attention and
+    carries no content.
+    """
     *encoder, decoder = layer_stacks(model)
     counts_BT = batch.attention_mask_BT.bool()
     if batch.source_mask_BS is not None:
@@ -244,8 +264,10 @@ def _positions_that_count(
 def _followed(
     model: PreTrainedModel, layers: Mapping[str, Iterable[int]], visit: Visit
 ) -> Iterator[None]:
-    """While it lasts `visit` sees what each writer of these layers reads, and the stream after it, [P, I] and [P, H];
-    what it gives is added to what the writer wrote.
+    """Calls `visit` at each writer of the given layers, within the block.
+
+    `visit` receives the writer's input [P, I] and the residual stream after it [P, H]. The result,
+    if any, is added to the writer's output.
     """
     with ExitStack() as hooks:
         for name, numbers in layers.items():
@@ -262,10 +284,12 @@ def _follow_layer(
     stream_PH: Tensor
 
     def begin(module: nn.Module, args: tuple[Tensor, ...], more: dict[str, Tensor]) -> None:
+        """Takes the residual stream at the layer's input."""
         nonlocal stream_PH
         stream_PH = _flat(args[0] if args else more["hidden_states"])
 
     def write(which: int, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        """Adds a writer's output to the stream."""
         nonlocal stream_PH
         out_PH = _flat(out)
         if out_PH.shape != stream_PH.shape:
@@ -277,6 +301,7 @@ def _follow_layer(
         return out_PH.view(out.shape)
 
     def end(module: nn.Module, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
+        """Compares the stream with the layer's output. Raises NoPlainStream if they differ."""
         out_PH = _flat(out if isinstance(out, Tensor) else out[0])
         most_off = max(MOST_OFF, ROUNDINGS * torch.finfo(out_PH.dtype).eps)
         if (out_PH - stream_PH).norm() > most_off * out_PH.norm():

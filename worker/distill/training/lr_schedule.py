@@ -1,4 +1,4 @@
-"""Learning rates: their course over a training, their defaults, and which parameters decay."""
+"""Learning-rate schedule, default learning rates, and weight-decay groups."""
 
 import math
 
@@ -7,21 +7,23 @@ from transformers import PreTrainedModel
 from app.contracts.distillation import Hyperparameters
 from worker.distill.students.recipe import StudentRecipe
 
-FEW_LAYERS_LEARNING_RATE = 2e-3  # measured for 8 of 30 layers, width 576
-LAYERS_LEARNING_RATE = 1e-3  # measured for 15 of 30
-FITTED_SHARE = (
-    0.5  # of those two for fitted layers: measured for both; more undoes what the fit did
-)
+FEW_LAYERS_LEARNING_RATE = 2e-3  # for students that keep at most a third of the layers
+LAYERS_LEARNING_RATE = 1e-3  # for students that keep more (bench/LOG.md)
+FITTED_SHARE = 0.5  # of the two above, for fitted layers: a higher rate undoes the fit
 FRESH_LEARNING_RATE = 1e-3
 WIDTH_LEARNING_RATE = 1e-3
 LORA_LEARNING_RATE = 5e-4
 CHECKPOINT_LEARNING_RATE = 1e-4
 STARTS = {"fresh": FRESH_LEARNING_RATE, "width": WIDTH_LEARNING_RATE, "lora": LORA_LEARNING_RATE}
-MEASURED_WIDTH = 576  # wider students get less, in proportion
+# width that the defaults are tuned for; wider students get proportionally less
+MEASURED_WIDTH = 576
 
 
 def scheduled(step: int, total_steps: int, *, peak: float, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero; by step alone, so that a resumed run follows the same curve."""
+    """Returns the learning rate of a step: a linear warm-up, then a cosine decay to zero.
+
+    It depends on the step alone, so that a resumed run follows the same curve.
+    """
     num_warmup = math.ceil(warmup * total_steps)
     if step < num_warmup:
         return peak * (step + 1) / (num_warmup + 1)
@@ -32,6 +34,11 @@ def scheduled(step: int, total_steps: int, *, peak: float, warmup: float) -> flo
 def peak_learning_rate(
     h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel, num_fitted_layers: int
 ) -> float:
+    """Returns the highest learning rate of the schedule: the requested one or a default.
+
+    The default depends on how the student was made, on whether its layers were fitted, and on its
+    width.
+    """
     if h.learning_rate != "auto":
         return h.learning_rate
     rate = STARTS.get(recipe.student.init, CHECKPOINT_LEARNING_RATE)
@@ -45,7 +52,7 @@ def peak_learning_rate(
 
 
 def parameter_groups(model: PreTrainedModel, weight_decay: float) -> list[dict[str, object]]:
-    """Only matrices decay."""
+    """Returns optimizer groups in which only matrices have weight decay."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},

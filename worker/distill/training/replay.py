@@ -1,11 +1,13 @@
-"""Adaptive replay: how often the student answers for itself, and the answers that it gave before.
+"""Adaptive replay: the share of steps that learn from rollouts, and a buffer of earlier rollouts.
 
-phi is the share of the steps that take the student's answers. It is raised when the held-out loss no longer falls, for then
-the rows of the data have taught what they can.
-Source: Ko et al., DistiLLM, arXiv:2402.03898. Its released code raises phi when the held-out cross-entropy is 0.1 nats
-above what it was at the last raise, at first that of the untrained student. It trains students that already write; one
-that lost most of its layers begins at 10 nats or more and never gets back there, so that phi would stay 0. Here it is
-raised by an evaluation that is not 0.1 nats below the one before.
+phi is the share of the steps that take the student's answers. It is raised when the held-out loss
+stops falling, because the rows of the data then have little left to teach.
+
+Source: Ko et al., DistiLLM, arXiv:2402.03898. Its released code raises phi when the held-out
+cross-entropy is 0.1 nats above its value at the last raise. The first reference is the untrained
+student. That works for students that can already write. A student that lost most of its layers
+starts far above that level and never returns to it, so phi would stay 0. Here phi is raised by an
+evaluation that is not at least 0.1 nats below the previous one.
 """
 
 from collections import deque
@@ -29,20 +31,28 @@ Choice = Literal["data", "generate", "replay"]
 
 @dataclass(frozen=True)
 class Rollout:
-    """A row with an answer of the student's own, as the student and as the teacher reads it."""
+    """A row with an answer written by the student, as the student and as the teacher reads it."""
 
     student: Example
     teacher: Example
 
 
 def next_phi(phi: float, before: float | None, now: float) -> float:
-    """phi after an evaluation, from the held-out loss of the one before (None: there was none) and its own."""
+    """Returns phi after an evaluation.
+
+    `before` is the held-out loss of the previous evaluation, or None for the first. `now` is the
+    present one.
+    """
     is_raised = before is not None and now > before - EPSILON
     return min(1.0, round(phi + PHI_STEP, 6)) if is_raised else phi
 
 
 def choose(u: float, phi: float, share_done: float, *, is_full: bool) -> Choice:
-    """Where a step's batch comes from: fresh answers become rarer towards the end, the student's as such do not."""
+    """Returns the source of a step's batch, for a random `u` between 0 and 1.
+
+    New answers become rarer towards the end. The share of steps with the student's answers, new or
+    old, stays phi.
+    """
     if u < phi * (1.0 - share_done) or (u < phi and not is_full):
         return "generate"
     return "replay" if u < phi else "data"
@@ -62,7 +72,10 @@ class ReplayBuffer:
         self.rows.extend(rollouts)
 
     def sample(self, random: Random, batch_tokens: int) -> list[Rollout]:
-        """Different rows in a random order, as many as fit with padding, and at least one."""
+        """Returns different rollouts in random order.
+
+        There is at least one, and with padding they have at most `batch_tokens`.
+        """
         chosen: list[Rollout] = []
         longest = 0
         for rollout in random.sample(list(self.rows), len(self.rows)):
@@ -73,7 +86,11 @@ class ReplayBuffer:
         return chosen
 
     def to_jsonl(self) -> bytes:
-        """Oldest first; a line holds the student's view, then the teacher's if that is another."""
+        """Returns the rollouts as JSON lines, the oldest first.
+
+        A line holds the row as the student reads it, and then as the teacher reads it if that
+        differs.
+        """
         lines = [
             (row.student,) if row.student == row.teacher else (row.student, row.teacher)
             for row in self.rows
@@ -81,7 +98,7 @@ class ReplayBuffer:
         return b"".join(VIEWS.dump_json(views) + b"\n" for views in lines)
 
     def load(self, path: Path) -> None:
-        """Raises CorruptCheckpoint."""
+        """Appends the rollouts of a file. Raises CorruptCheckpoint."""
         try:
             for line in path.read_bytes().splitlines():
                 views = VIEWS.validate_json(line)

@@ -1,9 +1,11 @@
-"""Steps that learn from answers of the student's own, corrected by the teacher token by token.
+"""Rollouts: answers that the student generates, and that the teacher corrects token by token.
 
-`student`: a share of the steps has the prompts of its batch answered by the student as it is then (GKD, Agarwal et al.,
-arXiv:2306.13649). `replay`: that share adapts, and old answers are used again (see replay.py). Which steps these are,
-and how their answers are sampled, follows from (seed, step) and the state of the training, so a resumed run makes the
-same.
+`student`: in a share of the steps, the present student answers the prompts of the batch (GKD,
+Agarwal et al., arXiv:2306.13649). `replay`: that share adapts, and old answers are reused
+(worker.distill.training.replay).
+
+The choice of steps and the sampling of answers depend on the seed, the step and the training state
+alone. So a resumed run repeats them exactly.
 """
 
 import time
@@ -31,16 +33,16 @@ from worker.distill.training.replay import Choice, ReplayBuffer, Rollout, choose
 from worker.errors import UnsupportedModel
 from worker.protocol.run_spec import RunSpec
 
-LONGEST_BATCH = 2  # a batch of rollouts may have so many times batch_tokens before it is cut
+LONGEST_BATCH = 2  # a micro-batch of rollouts has at most this many times batch_tokens
 
 Source = Literal["student", "replay"]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A batch that is run through the models at once: rows of the data by their numbers, or rollouts.
+    """The rows of one forward pass: rows of the data, or rollouts.
 
-    `rollouts` holds these as the teacher reads them; it is empty for rows of the data.
+    `rollouts` holds the rollouts as the teacher reads them. It is empty for rows of the data.
     """
 
     batch: Batch
@@ -51,7 +53,7 @@ class MicroBatch:
 
 
 def cut_pieces(rollouts: Sequence[Rollout], batch_tokens: int, device: str) -> list[MicroBatch]:
-    """One piece, or several if the answers are far longer than those of the data."""
+    """Returns the rollouts as one micro-batch, or as several if their answers are very long."""
     lengths = [rollout.student.num_tokens for rollout in rollouts]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     return [
@@ -64,14 +66,14 @@ def cut_pieces(rollouts: Sequence[Rollout], batch_tokens: int, device: str) -> l
 
 
 def sources_of(block: Distillation) -> set[Source]:
-    """Those of the student's answers that some step of the run may take."""
+    """Returns the kinds of rollouts that some step of the run may use."""
     then = block.objective.then
     wanted = {block.data.completions, None if then is None else then.completions}
     return {source for source in wanted if source == "student" or source == "replay"}
 
 
 def check_rollouts(block: Distillation, signal: Signal, *, has_one_tokenizer: bool) -> None:
-    """Raises UnsupportedModel if a teacher that cannot judge the student's answers is to."""
+    """Raises UnsupportedModel if the teacher cannot correct the rollouts that the job requests."""
     for source in sources_of(block):
         instead = 'take completions from "dataset" or "teacher"'
         if not has_one_tokenizer:
@@ -88,10 +90,11 @@ def check_rollouts(block: Distillation, signal: Signal, *, has_one_tokenizer: bo
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What rollouts are made with. `train` and `teacher_train` are the same rows, as each of the two reads them.
+    """Settings and rows for the generation of rollouts.
 
-    A row and its answer stay within `max_tokens`, as they do where the teacher answers. `num_tokens` are the tokenizer's:
-    a head may be wider.
+    `train` and `teacher_train` are the same rows, as the student and as the teacher reads them. A
+    row and its answer have at most `max_tokens`, as for answers by the teacher. `num_tokens` is the
+    size of the tokenizer's vocabulary. The LM head may be wider.
     """
 
     data: Data
@@ -104,7 +107,7 @@ class RolloutPlan:
     sampler_for: Callable[[PreTrainedModel], Sampler]
 
     def source_at(self, share_done: float) -> Source | None:
-        """Where the batches of that moment may come from, beside the data."""
+        """Returns the kind of rollouts in use at this share of the training, if any."""
         wanted = self.data.completions
         if (
             self.then is not None
@@ -117,20 +120,23 @@ class RolloutPlan:
     def choose(
         self, source: Source, u: float, state: TrainState, total_steps: int, buffer: ReplayBuffer
     ) -> Choice:
-        """Where the batch does come from, for a u between 0 and 1."""
+        """Returns the source of the present batch, for a random `u` between 0 and 1."""
         if source == "student":
             return "generate" if u < self.data.student_share else "data"
         return choose(u, state.replay_phi, state.step / total_steps, is_full=buffer.is_full)
 
     def known(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
-        """Up to where an untrained student picks one of its head's padding rows, which mean nothing."""
+        """Cuts an answer at the first token id that the tokenizer does not have.
+
+        An untrained student may choose an id from the padding rows of its LM head.
+        """
         return tuple(takewhile(lambda token: token < self.num_tokens, tokens))
 
 
 def plan_rollouts(
     spec: RunSpec, rows: Rows, num_tokens: int, sampler_for: Callable[[PreTrainedModel], Sampler]
 ) -> RolloutPlan | None:
-    """None where no step takes the student's answers."""
+    """Returns the plan, or None if no step uses rollouts."""
     block = spec.distillation
     if not sources_of(block):
         return None
@@ -147,7 +153,7 @@ def plan_rollouts(
 
 
 class Rollouts:
-    """The student's answers in one training: decides when, makes them, and remembers them."""
+    """The rollouts of one training: chooses the steps, generates the answers, and stores them."""
 
     def __init__(
         self,
@@ -157,13 +163,13 @@ class Rollouts:
         batch_tokens: int,
         resume_dir: Path | None = None,
     ) -> None:
-        """Without a plan no step takes the student's answers."""
+        """Without a plan, no step uses rollouts. `resume_dir` restores the replay buffer."""
         self.plan = plan
         self.model = model
         self.total_steps = total_steps
         self.batch_tokens = batch_tokens
         self.buffer = ReplayBuffer(plan.data.replay_capacity if plan else 0)
-        self.seconds = 0.0  # that the last step's answers took
+        self.seconds = 0.0  # duration of the last step's generation
         self._tally = _Tally()
         if resume_dir is not None and (resume_dir / REPLAY).exists():
             self.buffer.load(resume_dir / REPLAY)
@@ -174,10 +180,10 @@ class Rollouts:
         numbers: Sequence[int],
         on_progress: Callable[[], None] = lambda: None,
     ) -> list[MicroBatch]:
-        """What the step that begins now learns from, if not from the data's rows with these numbers.
+        """Returns the rollouts of the next step, or none if it learns from rows of the data.
 
-        That is their prompts, answered now, or older answers. What `on_progress` raises while the student answers ends
-        the call, and nothing has happened then.
+        They are new answers to the prompts of rows `numbers`, or old answers. `on_progress` is
+        called during the generation and may raise. The state is then unchanged.
         """
         self.seconds = 0.0
         if (
@@ -198,7 +204,10 @@ class Rollouts:
         return cut_pieces(rollouts, self.batch_tokens, str(self.model.device))
 
     def observe(self, state: TrainState, held_out: HeldOut) -> dict[str, float]:
-        """What an evaluation changes in the state. Cross-entropy means the same in every phase of the objective."""
+        """Returns the changes of the state after an evaluation.
+
+        They depend on the cross-entropy, which is comparable across all phases of the objective.
+        """
         if self.plan is None or self.plan.source_at(state.step / self.total_steps) != "replay":
             return {}
         loss = held_out.cross_entropy
@@ -208,7 +217,7 @@ class Rollouts:
         }
 
     def take_metrics(self, state: TrainState) -> dict[str, float]:
-        """Since they were last taken."""
+        """Returns the metrics since the last call."""
         if self.plan is None:
             return {}
         tally, self._tally = self._tally, _Tally()
@@ -247,7 +256,7 @@ class Rollouts:
 
 
 class _Tally:
-    """What there was since metrics were last taken."""
+    """Counts of rollouts since the metrics were last taken."""
 
     def __init__(self) -> None:
         self.num_steps = self.num_on_policy = self.num_rollouts = self.num_tokens = 0

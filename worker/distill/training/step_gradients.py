@@ -1,4 +1,4 @@
-"""The gradient of a step: of its pieces, and with several ranks of the shares that they have of it."""
+"""Gradient of a training step, summed over its micro-batches and over the ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,11 @@ from worker.distill.training.tied_embedding import sparse_embedding_grad
 
 @dataclass(frozen=True)
 class StepStats:
-    """Of a whole step. `values` has sums over targets, by the names of Means, and the feature terms, which are means."""
+    """Counts and metrics of a whole step.
+
+    `values` has sums over targets, named like the arguments of MetricAverager.add, and the mean
+    feature losses.
+    """
 
     num_targets: int
     num_tokens: int
@@ -30,7 +34,7 @@ class StepStats:
 
 @dataclass(frozen=True)
 class Gradients:
-    """What gradients are made from; the teacher is None where its distribution is not used."""
+    """Computes gradients. `teacher` is None if its distribution is not used."""
 
     model: PreTrainedModel
     head: Head
@@ -45,9 +49,10 @@ class Gradients:
         objective: TokenObjective,
         parameters: Sequence[nn.Parameter],
     ) -> StepStats:
-        """Leaves the gradient of all ranks' pieces in the parameters of every rank. A rank may have none.
+        """Computes the gradient of the whole step, in the parameters of every rank.
 
-        A token weighs the same wherever it is, because all divide by the targets of the whole step.
+        `pieces` are this rank's micro-batches, perhaps none. Every loss is divided by the targets
+        of the whole step, so each token has the same weight in all micro-batches and ranks.
         """
         counts = [
             sum(getattr(piece.batch, name) for piece in pieces)
@@ -69,7 +74,10 @@ class Gradients:
     def _backward(
         self, piece: MicroBatch, objective: TokenObjective, num_targets: int
     ) -> dict[str, float]:
-        """Adds a piece's gradient. Feature terms are means over the piece, which weighs by its targets."""
+        """Adds the gradient of one micro-batch.
+
+        Its feature losses are means, so they are weighted by its share of the targets.
+        """
         batch = piece.batch
         teacher = piece.teacher_rows(self.teacher) if self.teacher else None
         with autocast(batch.targets_N.device.type, self.autocast):
@@ -93,25 +101,29 @@ class Gradients:
         return values
 
     def _compares_tokens(self, objective: TokenObjective) -> bool:
-        """Whether there is a KL to tell: without the teacher's distribution over one vocabulary there is none."""
+        """Returns whether there is a KL to report.
+
+        It needs the teacher's distribution, over the same vocabulary as the student's.
+        """
         return self.teacher is not None and objective.matches == "token"
 
     def _read(self, piece: MicroBatch) -> tuple[Tensor, Terms | None]:
-        """The head's inputs, and the feature terms if any are asked for."""
+        """Returns the LM head's inputs, and the feature losses if there are any."""
         if self.features:
             return self.features.read(piece.batch, piece.rollouts)
         return hidden_rows_alone(self.model, piece.batch), None
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
-    """Of all their gradients together."""
+    """Returns the norm of all gradients together."""
     return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, norm: float, max_norm: float) -> None:
-    """A step of a fused optimizer with gradients of this norm, which are shortened to the greatest on its way.
+    """Runs a step of a fused optimizer that clips the gradients of norm `norm` to `max_norm`.
 
-    To clip them first would be a pass over all of them.
+    The optimizer scales the gradients itself. Clipping them first would be another pass over all of
+    them.
     """
     is_long = norm > max_norm
     optimizer.grad_scale = torch.tensor(norm / max_norm) if is_long else None  # type: ignore[attr-defined]

@@ -1,9 +1,12 @@
-"""A masked teacher adapted to the job's rows before it labels them: conditional masked language modelling.
+"""Fine-tunes a masked teacher on the job's rows by conditional masked language modelling.
 
-Some of a row's targets are hidden, and the model learns to predict them from the source and from both sides; as large a
-share as labelling will hide. The adapted model is kept on disk by the hash of all that determines it.
+Some targets of a row are masked, and the model learns to predict them from the source and from both
+sides. The share of masked targets is the same as in labelling. The adapted model is kept on disk
+under a hash of all its inputs.
+
 Source: Chen et al., arXiv:1911.03829.
-B batch, T tokens, N hidden targets of a batch, H hidden width.
+
+B batch, T tokens, N masked targets of a batch, H hidden width.
 """
 
 import hashlib
@@ -31,15 +34,18 @@ from worker.distill.students.recipe import load_model
 from worker.distill.teachers.masked_lm import NUM_PASSES, segments
 from worker.distill.training.lr_schedule import parameter_groups, scheduled
 
-MAX_AUTO_STEPS = 300  # "auto" is one pass over the rows, but no more than this
-LEARNING_RATE = 5e-5  # as BERT is fine-tuned
+MAX_AUTO_STEPS = 300  # "auto" is one pass over the rows, with at most this many steps
+LEARNING_RATE = 5e-5  # usual for the fine-tuning of BERT
 WARMUP_RATIO = 0.1
-NUM_KEPT = 4  # adapted teachers on disk, the latest used ones
+NUM_KEPT = 4  # number of adapted teachers on disk, the most recently used ones
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What a teacher is adapted with. `identity` says whose weights it begins from; rows are read as it reads them."""
+    """Inputs of a teacher adaptation. `identity` identifies the original weights.
+
+    `rows` are the training rows as the teacher reads them.
+    """
 
     teacher_dir: Path
     identity: str
@@ -62,7 +68,10 @@ class Adaptation:
 
     @property
     def key(self) -> str:
-        """Hash of all that determines the weights; threads and device do, by the order of their sums."""
+        """Hash of everything that determines the weights.
+
+        It includes threads and device, because they change the order of sums.
+        """
         settings = [
             self.identity,
             self.mask_id,
@@ -77,9 +86,9 @@ class Adaptation:
 
 
 def adapt(adaptation: Adaptation, folder: Path, on_step: Callable[[int, int], None]) -> Path:
-    """The folder within `folder` that holds the adapted teacher, from an earlier job if one has made it.
+    """Returns the folder of the adapted teacher within `folder`. An earlier job's result is reused.
 
-    `on_step` is told the steps done and all there are, and may raise to stop; nothing is kept then.
+    `on_step` receives the steps done and planned, and may raise to stop. Nothing is kept then.
     """
     target = folder / adaptation.key[:32]
     if not target.exists():
@@ -90,7 +99,7 @@ def adapt(adaptation: Adaptation, folder: Path, on_step: Callable[[int, int], No
             _publish(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    target.touch()  # the time that pruning goes by
+    target.touch()  # pruning keeps the latest modification times
     kept = sorted((path for path in folder.iterdir() if path.name[0] != "."), key=_modified_at)
     for old in kept[:-NUM_KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -100,20 +109,20 @@ def adapt(adaptation: Adaptation, folder: Path, on_step: Callable[[int, int], No
 def _modified_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:  # pruned by another run since it was listed
+    except FileNotFoundError:  # another run has pruned it since it was listed
         return 0.0
 
 
 def _publish(partial: Path, target: Path) -> None:
     try:
         partial.rename(target)
-    except OSError:  # another run was first, with the same bits
+    except OSError:  # another run published the same bits first
         if not target.exists():
             raise
 
 
 def adapted_model(adaptation: Adaptation, on_step: Callable[[int, int], None]) -> PreTrainedModel:
-    """The teacher after its steps of AdamW; the same bits each time."""
+    """Returns the teacher after its steps of AdamW, with the same bits each time."""
     model = load_model(adaptation.teacher_dir).to(adaptation.device)
     use_onednn(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=0.0, fused=True)
@@ -139,7 +148,10 @@ def adapted_model(adaptation: Adaptation, on_step: Callable[[int, int], None]) -
 def masked_loss(
     model: PreTrainedModel, rows: Sequence[Example], mask_id: int, random: Random
 ) -> Tensor:
-    """Mean cross-entropy of the targets that are hidden: of each row a share 1 / NUM_PASSES, at least one."""
+    """Returns the mean cross-entropy of the masked targets.
+
+    A share of 1 / NUM_PASSES of each row's targets is masked, and at least one.
+    """
     ids_BT, mask_BT = (tensor.to(model.device) for tensor in pad([row.token_ids for row in rows]))
     is_hidden_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
     for is_hidden_T, row in zip(is_hidden_BT, rows, strict=True):

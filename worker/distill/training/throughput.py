@@ -1,4 +1,4 @@
-"""How fast a training goes, when to say so, and the means of what it measured meanwhile."""
+"""Training speed, remaining time, and averages of the training metrics."""
 
 import time
 
@@ -6,7 +6,7 @@ from worker.distill.training.checkpoint import TrainState
 
 
 class Throughput:
-    """Speed of this session, without what was done before a resume."""
+    """Speed since the start of this attempt, and the training time including earlier ones."""
 
     def __init__(self, state: TrainState, total_steps: int) -> None:
         self._begun = time.monotonic()
@@ -21,7 +21,7 @@ class Throughput:
 
     @property
     def tokens_per_second(self) -> float:
-        """Learned from, in the time that is not left out."""
+        """Tokens learned from per second. Time that `count` left out does not count."""
         return round(
             self._num_tokens / max(1e-6, time.monotonic() - self._begun - self._left_out), 1
         )
@@ -34,14 +34,18 @@ class Throughput:
         return round(per_step * (self._num_left - self._num_steps), 1)
 
     def count(self, num_tokens: int, *, seconds_left_out: float = 0.0) -> None:
-        """A step; what of its time is left out (tokens were made, not learned from) still counts for what remains."""
+        """Counts a step.
+
+        `seconds_left_out` of its time were spent on generation. They are not part of the speed, but
+        of the remaining time.
+        """
         self._left_out += seconds_left_out
         self._num_steps += 1
         self._num_tokens += num_tokens
 
 
 class MetricAverager:
-    """Training metrics since they were last taken, a target token."""
+    """Per-token averages of the training metrics since the last call of `take`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -56,7 +60,7 @@ class MetricAverager:
         num_agreeing: float | None = None,
         **others: float,
     ) -> None:
-        """`others` are means already; what is None has no series."""
+        """Adds a step. `others` are means already. Metrics that are None get no series."""
         self._num_targets += num_targets
         sums = {"train_loss": loss_sum, "train_kl": kl_sum, "train_agreement": num_agreeing}
         named = {name: float(value) for name, value in sums.items() if value is not None}

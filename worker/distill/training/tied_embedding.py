@@ -1,7 +1,10 @@
-"""The gradient of an embedding whose matrix is the head's, too, without a matrix of its own.
+"""Sparse gradient for an input embedding that shares its matrix with the LM head.
 
-torch fills one with zeros, adds a few rows of it up and adds all of it to the head's: five passes over the largest
-parameter for what a batch's tokens are. N tokens, H hidden width.
+PyTorch would fill a dense gradient for the embedding with zeros, add a few rows, and add all of it
+to the head's gradient. These are several passes over the largest parameter, for the tokens of one
+batch.
+
+N tokens, H hidden width.
 """
 
 from collections.abc import Iterator
@@ -16,7 +19,11 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def sparse_embedding_grad(model: PreTrainedModel, head_VH: Tensor) -> Iterator[None]:
-    """Run forward and backward in it: at its end the rows of the batch's tokens are added to the gradient that the head has left."""
+    """Accumulates the embedding's gradient sparsely while the block runs forward and backward.
+
+    At the end of the block, the rows of the batch's tokens are added to the gradient that the LM
+    head has left.
+    """
     embedding = model.get_input_embeddings()
     if not _is_tied(embedding, head_VH):
         yield
@@ -45,16 +52,20 @@ def _is_tied(embedding: nn.Module, head_VH: Tensor) -> bool:
 
 
 class _Lookup(torch.autograd.Function):
+    """Embedding lookup that stores its output's gradient in `waiting`."""
+
     @staticmethod
     def forward(
         ctx: Any, ids: Tensor, weight_VH: Tensor, waiting: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
-        # ctx is Any: torch does not type what a context carries
+        # ctx is Any: PyTorch does not type the attributes of a context
+        """Looks up the embeddings of `ids`."""
         ctx.ids, ctx.waiting = ids, waiting
         return nn.functional.embedding(ids, weight_VH)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        """Stores the gradient. Nothing flows into the weight."""
         ctx.waiting.append((ctx.ids, grad))
         return None, None, None

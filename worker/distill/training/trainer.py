@@ -1,6 +1,7 @@
-"""The training loop: plan, batch, teacher's rows, student's rows, fused loss, step; evaluate, checkpoint, go on.
+"""The training loop of one student, with evaluation, early stopping and checkpoints.
 
-N rows (completion positions of a batch), H hidden width.
+A step collates a batch, reads the teacher's rows, runs the student, and updates its weights by the
+fused loss.
 """
 
 import math
@@ -49,14 +50,14 @@ from worker.protocol.run_lines import (
     Throttle,
 )
 
-CPU_BATCH_TOKENS = 1024  # 8 rows of 128: more do not use a CPU better
-EVALS_PER_RUN = 10  # eval_steps and checkpoint_steps "auto"
-CHECKPOINT_SECONDS = 600.0  # with checkpoint_steps "auto", no more work than this is lost
-METRIC_POINTS = 500  # a series of a long run has about so many
+CPU_BATCH_TOKENS = 1024  # larger batches do not make a CPU faster
+EVALS_PER_RUN = 10  # for eval_steps and checkpoint_steps "auto"
+CHECKPOINT_SECONDS = 600.0  # seconds; with checkpoint_steps "auto", no more work than this is lost
+METRIC_POINTS = 500  # approximate points per metric of a long run
 
 
-class Stopped(Exception):  # no error: the run does as it was told
-    """The run was asked to stop, and everything worth keeping is on disk."""
+class Stopped(Exception):  # not an error, so its name has no such suffix
+    """The run was asked to stop. Everything worth keeping is on disk."""
 
     @property
     def step(self) -> int:
@@ -65,7 +66,7 @@ class Stopped(Exception):  # no error: the run does as it was told
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """Everything a training needs, ready to use. The teacher's cache holds train's rows, then valid's."""
+    """Inputs of a training. The teacher has the rows of `train`, followed by those of `valid`."""
 
     out: Path
     objective: Objective
@@ -87,23 +88,21 @@ class TrainingInputs:
     best_dir: Path | None = None
     rollouts: RolloutPlan | None = None
     features: FeaturePlan | None = None
-    finished_dirs: tuple[Path, ...] = ()  # students of the job's earlier courses
-    num_courses_after: int = 0  # they are as many steps long as this one
+    finished_dirs: tuple[Path, ...] = ()  # students of the job's earlier student runs
+    num_courses_after: int = 0  # student runs after this one, each with as many steps
     ranks: Ranks = ALONE
-    autocast: torch.dtype | None = (
-        None  # what the student's body trains in, if not in its weights' float32
-    )
-    rounds_to: torch.dtype = torch.float32  # the same of its products, on a CPU
+    autocast: torch.dtype | None = None  # autocast dtype of the student's layers, None: float32
+    rounds_to: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
     placement: Placement = ON_CPU  # of the teacher, and of a model of its size beside the student
 
 
 def batch_tokens_of(h: Hyperparameters) -> int:
-    """Tokens of a batch, padding included."""
+    """Returns the tokens per batch, including padding."""
     return CPU_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
 
 
 class Trainer:
-    """One student's training; `state` is where it is."""
+    """Training of one student. `state` is its progress."""
 
     def __init__(
         self,
@@ -113,7 +112,7 @@ class Trainer:
         should_stop: Callable[[], bool],
         report: Callable[[float], float],
     ) -> None:
-        """`report` turns the share of the training that is done into the percentage of the whole run."""
+        """`report` converts the share of this training that is done into percent of the job."""
         self.setup = setup
         self.state = state
         self.sink = sink
@@ -153,13 +152,13 @@ class Trainer:
         torch.manual_seed(setup.seed)
         if setup.resume_dir is not None:
             load_optimizer(setup.resume_dir, self.optimizer, self.model, self._projections)
-        # without a distribution the student's own text teaches nothing
+        # rollouts need the teacher's distribution to learn from
         plan = setup.rollouts if setup.signal.has_distribution else None
         self.rollouts = Rollouts(plan, self.model, self.total_steps, batch_tokens, setup.resume_dir)
         self._saved_step = state.step if setup.resume_dir is not None else 0
         self._saved_at = time.monotonic()
         self._evaluated_step: int | None = None  # the step that `state.metrics` belongs to
-        # one more than there are steps, so that no two metrics of a name share a step
+        # one more than the number of steps, so that no two values of a metric share a step
         num_steps_after = setup.num_courses_after * (self.total_steps + 1)
         self.num_job_steps = state.first_step + self.total_steps + num_steps_after
         self._pace = Throughput(state, self.total_steps + num_steps_after)
@@ -180,9 +179,9 @@ class Trainer:
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     def run(self) -> tuple[TrainState, Path]:
-        """Trains until the steps are done or it no longer helps; the best student lies in the folder.
+        """Trains until the last step or early stopping, and returns the best student's folder.
 
-        Raises Stopped, NanLoss, DiskFull.
+        Raises Stopped, NanLoss or DiskFull.
         """
         if self.setup.resume_dir is None:
             self.fit()
@@ -200,15 +199,14 @@ class Trainer:
                 self._evaluate()
             self._checkpoint_if_due(is_last=is_last or self.state.is_done)
         if self.rollouts.plan:
-            self.setup.teacher.release()  # there are no more answers for it to judge
-        assert self.best_dir is not None  # the last step is evaluated, so one was the best
+            self.setup.teacher.release()  # no more rollouts need it
+        assert self.best_dir is not None  # the last step is evaluated, so there is a best one
         return self.state, self.best_dir
 
     def fit(self) -> None:
-        """The layers of a student that lost some, before its first step."""
-        order = chain.from_iterable(
-            reversed(self.plan.epoch(0))
-        )  # a short training never sees those
+        """Fits the layers of a student that lost some, before its first step."""
+        # the epoch's last batches first, because a short training never sees those
+        order = chain.from_iterable(reversed(self.plan.epoch(0)))
         rows = [self.setup.train[number] for number in order]
         fit = fit_student(
             self.model,
@@ -223,7 +221,7 @@ class Trainer:
             self.sink(MessageLine(message=fit.message))
 
     def measure(self) -> HeldOut:
-        """The student on the held-out rows, as it is now."""
+        """Evaluates the present student on the held-out rows."""
         teacher = self.setup.teacher if self.setup.has_one_tokenizer else None
         return self.valid.measure(
             self.model, self.head, teacher, self._objective(), on_batch=self._tell
@@ -384,7 +382,7 @@ class Trainer:
 
 
 def _score(held_out: HeldOut, early: EarlyStopping | None, signal: Signal) -> float:
-    """Smaller is better."""
+    """Returns the held-out score for early stopping and the best student. Lower is better."""
     wanted = (
         early.metric if early is not None else "perplexity" if signal.name == "hidden" else "kl"
     )

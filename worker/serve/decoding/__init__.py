@@ -1,1 +1,1 @@
-"""Batched decode steps: scheduling, KV cache, model families and sampling."""
+"""Batched decoding: scheduling, KV cache, model families and sampling."""

@@ -1,16 +1,17 @@
-"""The shared-cursor batch: all running rows write their next key and value in one common column.
+"""Batch in which all rows write their next key and value to the same column, the cursor.
 
-A newcomer's prompt of n tokens is laid at columns [cursor - n, cursor) of its own row, so joining copies
-nothing of the others. One integer a row, its start, gives mask (column >= start) and position
-(column - start). When the cursor reaches the width everything slides left; a prompt longer than the
-cursor slides everyone right. Leaving moves the last row into the hole.
+The prompt of a new sequence, n tokens long, is written to columns [cursor - n, cursor) of its row.
+The other rows are not copied. One number per row, its start, gives the mask (column >= start) and
+the positions (column - start). When the cursor reaches the width of the cache, all rows slide left
+or the cache grows. If a prompt is longer than the cursor, all rows slide right. When a row leaves,
+the last row takes its place.
 
-A row of an encoder-decoder begins with the start token alone; its prompt is encoded once, and what its
-decoder looks at (keys and values of the encoder's output) lies beside, at columns [0, n) of a cache of its own.
+A row of an encoder-decoder begins with the start token only. Its prompt is encoded once. The keys
+and values of the encoder's output are in a separate cache, at columns [0, n).
 """
 
-# N rows, K newcomers, Q tokens a row in this call, W columns of the window, S source tokens, H hidden size,
-# V vocabulary
+# N rows, K new rows, Q tokens per row in this call, W columns of the window, S source tokens,
+# H hidden size, V vocabulary
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,7 +25,7 @@ from worker.serve.decoding.prefix_cache import Prefixes
 
 
 class EncoderCache:
-    """Keys and values of each row's encoded prompt, computed when it joins and never again."""
+    """Cross-attention keys and values of each row's prompt, computed once when the row joins."""
 
     def __init__(self, past: WindowedCache, *, max_rows: int, max_width: int) -> None:
         self.cache = WindowedCache(max_rows=max_rows, max_width=max_width)
@@ -32,7 +33,7 @@ class EncoderCache:
         self.lengths: list[int] = []
 
     def add(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Makes room for newcomers; gives their tokens and mask, padded behind [K, S]."""
+        """Adds new rows and returns their tokens and mask [K, S], padded on the right."""
         first_row = len(self.lengths)
         self.lengths += [len(prompt) for prompt in prompts]
         self.cache.reserve(len(self.lengths), max(self.lengths[first_row:]))
@@ -41,13 +42,17 @@ class EncoderCache:
         return torch.tensor(padded), mask_KS
 
     def shown_to(self, call: Call, rows: slice, states_KSH: Tensor | None) -> Call:
-        """The call with what its rows look at: the states of newcomers, what the cache holds of the others."""
+        """Returns the call with the encoder output that its rows attend to.
+
+        New rows get `states_KSH`, and the model fills the cache from them. For other rows
+        `states_KSH` is None, and the model reads the cache.
+        """
         mask_NS = self._mask(rows).to(call.tokens_NQ.device)
         self.cache.window.open(rows, low=0, column=0, end=mask_NS.shape[1])
         if states_KSH is None:
-            states_KSH = self.cache.layers[0].keys[:, 0, :, :1]  # read for its size and float alone
+            states_KSH = self.cache.layers[0].keys[:, 0, :, :1]  # only the shape and dtype are read
         else:
-            self.with_past.is_updated.clear()  # has the model fill the cache
+            self.with_past.is_updated.clear()  # makes the model fill the cache
         return replace(call, cache=self.with_past, states_NSH=states_KSH, source_mask_NS=mask_NS)
 
     def fork(self, row: int) -> None:
@@ -75,7 +80,10 @@ class EncoderCache:
 
 
 class CursorBatch:
-    """Rows of one model in step. Row numbers are 0 … num_rows - 1; `leave` renumbers the last one."""
+    """Rows of one model that are decoded together.
+
+    Rows are numbered 0 … num_rows - 1. `leave` renumbers the last one.
+    """
 
     def __init__(
         self, model: nn.Module, *, max_rows: int, max_width: int, max_source_width: int = 0
@@ -101,15 +109,19 @@ class CursorBatch:
 
     @property
     def low(self) -> int:
+        """First column that any row uses."""
         return min(self.starts, default=self.cursor)
 
     def num_to_read(self, prompt: Sequence[int]) -> int:
-        """The tokens of a prompt that go through the model when it joins; an encoder reads all."""
+        """Returns how many tokens of a prompt the model must read when it joins.
+
+        Tokens in the prefix cache are not read again. An encoder reads all tokens.
+        """
         return len(prompt) - self.prefixes.find(prompt)[1]
 
     @torch.no_grad()
     def join(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Prefills prompts as new rows at the end; gives each one's next-token logits [K, V], float32."""
+        """Prefills prompts as new last rows. Returns their next-token logits [K, V], float32."""
         if self.sources is not None:
             return self._join_encoded(prompts, self.sources)
         if self.family.can_pad_prompts:
@@ -134,7 +146,8 @@ class CursorBatch:
         for row, (prompt, (prefix, _)) in enumerate(zip(prompts, known, strict=True), first_row):
             if prefix is not None and len(prompt) > num_read:
                 self.cache.write(row, self.starts[row], prefix.layers, len(prompt) - num_read)
-        # a row that knows more than others reads some of it again, so that all end at the cursor
+        # All rows read the same number of tokens, which end at the cursor. A row with a longer
+        # cached prefix reads a part of it again.
         padded = [[0] * (num_read - len(prompt)) + list(prompt[-num_read:]) for prompt in prompts]
         low, column = self.cursor - longest, self.cursor - num_read
         logits = self._forward(
@@ -146,7 +159,7 @@ class CursorBatch:
         return logits
 
     def fork(self, row: int) -> int:
-        """A new last row with the same past as `row`."""
+        """Appends a copy of a row, with the same past, and returns its number."""
         self.cache.reserve(self.num_rows + 1, self.cursor)
         self._copy_row(row, self.num_rows)
         self.starts.append(self.starts[row])
@@ -156,7 +169,7 @@ class CursorBatch:
 
     @torch.no_grad()
     def advance(self, tokens: Sequence[int]) -> Tensor:
-        """Appends one token to every row; gives the next-token logits [N, V], float32."""
+        """Appends one token to every row. Returns the next-token logits [N, V], float32."""
         if self.cursor == self.cache.window.width:
             self._make_room()
         logits_NV = self._forward(
@@ -166,7 +179,11 @@ class CursorBatch:
         return logits_NV
 
     def leave(self, row: int, *, is_poisoned: bool = False) -> None:
-        """Frees a row; the last row takes its number. A poisoned row's NaNs are wiped, or they would spread."""
+        """Frees a row. The last row takes its number.
+
+        A poisoned row is set to zero. Otherwise its NaNs would reach the next sequence in this row,
+        even through masked columns.
+        """
         last = self.num_rows - 1
         if is_poisoned:
             self.cache.wipe_row(row)

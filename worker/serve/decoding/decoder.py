@@ -1,4 +1,4 @@
-"""Steps many token sequences through one model; knows nothing of text, requests or replies."""
+"""Continuous batching of token sequences, independent of text, requests and replies."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -11,16 +11,16 @@ from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.decoding.sampling import SampledToken, TokenSampler, pick_tokens
 from worker.serve.decoding.scheduler import Scheduler
 
-PREFILL_BUDGET = (
-    1024  # tokens of one prefill call, padding included: bounds how long the running rows wait
-)
+# Tokens of one prefill call, padding included. Bounds how long the running rows wait.
+PREFILL_BUDGET = 1024
 
 
 @dataclass(eq=False)
 class Sequence:
-    """One choice of one request. `tokens` grows with each step; an end token is its last one.
+    """One choice of one request.
 
-    The prompt is what the model's encoder reads, if it has one. Tenants share the batch fairly.
+    `tokens` grows with each step. An end token is its last token. If the model has an encoder, the
+    encoder reads `prompt`. Tenants share the batch fairly.
     """
 
     request_id: str
@@ -35,7 +35,7 @@ class Sequence:
 
 
 class Decoder:
-    """Continuous batching: each step either prefills newcomers or advances every running sequence."""
+    """Continuous batching: a step prefills new sequences or advances all running sequences."""
 
     def __init__(
         self,
@@ -47,9 +47,11 @@ class Decoder:
         min_joining: int = 1,
         batch: CursorBatch | None = None,
     ) -> None:
-        """`min_joining` newcomers wait for each other where throughput matters more than the first token.
+        """Creates a decoder without sequences.
 
-        `batch` is one of the model's own that can do more.
+        While sequences run, a prefill waits until `min_joining` new sequences, or all that wait,
+        can join. A high value favours throughput over the time to the first token. `batch` replaces
+        the default batch.
         """
         self.max_running = max_running
         self.min_joining = min_joining
@@ -63,7 +65,7 @@ class Decoder:
         self._waiting: Scheduler[Sequence] = Scheduler(
             prefill_budget=prefill_budget, num_to_read=self.batch.num_to_read
         )
-        self._rows: list[Sequence] = []  # row i of the batch is sequence i
+        self._rows: list[Sequence] = []  # _rows[i] is in row i of the batch
         self._has_prefilled = False
 
     @property
@@ -78,7 +80,7 @@ class Decoder:
         return bool(self._rows or self.num_waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence; prompt and max_tokens must fit the context."""
+        """Queues a sequence. Its prompt and `max_tokens` must fit the context."""
         assert sequence.prompt, "the caller refuses empty prompts"
         assert sequence.max_tokens <= self.context.room_for(len(sequence.prompt)), (
             "the caller checks the context"
@@ -86,16 +88,20 @@ class Decoder:
         self._waiting.add(sequence)
 
     def drop(self, is_unwanted: Callable[[Sequence], bool]) -> None:
-        """Forgets the waiting and running sequences for which the test holds; their rows are free at once."""
+        """Removes the waiting and running sequences for which the predicate is true.
+
+        Their rows are free at once.
+        """
         self._waiting.remove(is_unwanted)
         for row in reversed(range(len(self._rows))):
             if is_unwanted(self._rows[row]):
                 self._leave(row)
 
     def step(self) -> Iterable[tuple[Sequence, SampledToken]]:
-        """One model call and the token it gave each sequence; finished sequences have left when it returns.
+        """Runs one model call and returns each sequence with its next token.
 
-        A prefill is followed by a step for everyone, so that arrivals cannot starve the running rows.
+        Sequences that have finished are no longer in the batch when it returns. A prefill is always
+        followed by a decode step, so that new sequences cannot starve the running ones.
         """
         groups = self._waiting.admit(self.max_running - len(self._rows)) if self._may_join() else []
         self._has_prefilled = bool(groups)

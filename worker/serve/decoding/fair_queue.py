@@ -1,4 +1,4 @@
-"""Queue that tenants share fairly. No torch here."""
+"""Fair queue for the items of several tenants. Does not import torch."""
 
 from collections import deque
 from collections.abc import Callable
@@ -7,15 +7,15 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-RUNNING_COST = 256  # what an item under way counts as, beside the cost charged for it so far
+RUNNING_COST = 256  # extra cost of each item in progress, until it ends
 
 
 @dataclass(eq=False)
 class _Tenant(Generic[T]):
     waiting: deque[T] = field(default_factory=deque)
-    cost: int = 0  # charged so far; comparable between tenants
+    cost: int = 0  # charged so far, comparable between tenants
     num_running: int = 0
-    last_turn: int = 0  # or its first arrival
+    last_turn: int = 0  # number of its last turn, or of its first arrival
 
     @property
     def is_active(self) -> bool:
@@ -27,13 +27,14 @@ class _Tenant(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Items of many tenants: the tenant that was served least is next, first come, first served within a tenant.
+    """Queue of items of several tenants, which serves the tenant with the lowest cost next.
 
-    A tenant is charged as costs become known, and each of its items under way counts as RUNNING_COST more, so that
-    it cannot take all places before its costs are known. A tenant that had nothing waiting starts level with the
-    others: idle time earns no credit.
+    The items of one tenant are served first come, first served. A tenant is charged when costs
+    become known. Each of its items in progress adds RUNNING_COST to its cost, so that it cannot
+    take all places before its costs are known. A tenant that had nothing waiting starts at the
+    level of the others: idle time earns no credit.
 
-    `max_running` limits the items of one tenant that are under way at a time.
+    `max_running` limits the items of one tenant that are in progress at the same time.
 
     Source: the virtual token counter of Sheng et al., arXiv:2401.00588.
     """
@@ -42,8 +43,8 @@ class FairQueue(Generic[T]):
         self._tenant_of = tenant_of
         self._max_running = max_running
         self._tenants: dict[str, _Tenant[T]] = {}
-        self._last: _Tenant[T] | None = None  # whose item was taken last
-        self._level = 0  # the cost at which a tenant that had nothing waiting begins
+        self._last: _Tenant[T] | None = None  # tenant of the item taken last
+        self._level = 0  # least cost of a tenant that begins to wait
         self._num_turns = 0
         self._num_waiting = 0
 
@@ -63,12 +64,15 @@ class FairQueue(Generic[T]):
         self._num_waiting += 1
 
     def peek(self) -> T | None:
-        """Returns the item whose turn it is; None if there is none, or none may run."""
+        """Returns the next item without removing it, or None if no item may start."""
         tenant = self._next()
         return None if tenant is None else tenant.waiting[0]
 
     def take(self, cost: int = 0) -> T:
-        """Removes the item that `peek` returns and charges its tenant; it is under way until `finish`."""
+        """Removes and returns the item that `peek` returns, and charges its tenant.
+
+        The item is in progress until `finish`.
+        """
         tenant = self._next()
         assert tenant is not None, "the caller peeks first"
         self._num_turns += 1
@@ -80,7 +84,7 @@ class FairQueue(Generic[T]):
         return tenant.waiting.popleft()
 
     def charge(self, item: T, cost: int) -> None:
-        """Adds to the cost of an item that is under way."""
+        """Charges the tenant of an item in progress."""
         self._tenants[self._tenant_of(item)].cost += cost
 
     def finish(self, item: T) -> None:
@@ -88,7 +92,7 @@ class FairQueue(Generic[T]):
         self._tenants[self._tenant_of(item)].num_running -= 1
 
     def remove(self, is_unwanted: Callable[[T], bool]) -> list[T]:
-        """Removes and returns the waiting items for which the test holds."""
+        """Removes and returns the waiting items for which the predicate is true."""
         removed: list[T] = []
         for tenant in self._tenants.values():
             unwanted = [item for item in tenant.waiting if is_unwanted(item)]
@@ -108,7 +112,7 @@ class FairQueue(Generic[T]):
         return min(ready, key=lambda tenant: tenant.rank, default=None)
 
     def _raise_level(self) -> None:
-        """Brings the level up to date, and forgets the tenants that would begin there anyway."""
+        """Updates the level, and forgets the tenants that would begin there anyway."""
         if not any(tenant.is_active for tenant in self._tenants.values()):
             self._tenants, self._last, self._level = {}, None, 0
         waiting = [tenant.cost for tenant in self._tenants.values() if tenant.waiting]

@@ -1,10 +1,13 @@
-"""What differs between model families; the only file that knows model types.
+"""Model families: how a shared-cursor batch calls each supported type of model.
 
-A family is listed once its tiny model gives the logits of a plain forward pass under random joins and
-leaves (tests/worker/serve/decoding/test_families.py). Unlisted ones are refused: they fail silently, not loudly.
+Only this module of the serving package knows the differences between model types. A type is listed
+after its tiny model has passed tests/worker/serve/decoding/test_families.py. The test compares its
+logits with those of a plain forward pass, while rows join and leave at random. Other types are
+refused, because they could give wrong results without an error.
 """
 
-# N rows, Q tokens a row in this call, W columns of the window, S source tokens, H hidden size, V vocabulary
+# N rows, Q tokens per row in this call, W columns of the window, S source tokens,
+# H hidden size, V vocabulary
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,11 +35,10 @@ CAUSAL = frozenset(
     }
 )
 SEQ2SEQ = frozenset({"bart", "encoder-decoder", "t5"})
-HALVES = frozenset({"bert", "gpt2", "roberta"})  # of an encoder-decoder
+HALVES = frozenset({"bert", "gpt2", "roberta"})  # of an "encoder-decoder"
 MASKED = frozenset({"bert", "roberta"})
-ONE_PROMPT_AT_A_TIME = frozenset(
-    {"bloom"}
-)  # its padded rows turn NaN, which reaches real rows as 0 * NaN
+# Padded prompts become NaN in these models, which reaches real tokens as 0 * NaN.
+ONE_PROMPT_AT_A_TIME = frozenset({"bloom"})
 
 Model = Any  # transformers is untyped here
 Config = Any
@@ -44,7 +46,7 @@ Config = Any
 
 @dataclass(frozen=True)
 class Call:
-    """One forward pass: new tokens of each row, where they stand and what they may look at."""
+    """One forward pass: the new tokens of each row, their positions and their attention mask."""
 
     tokens_NQ: Tensor
     mask_NW: Tensor
@@ -52,21 +54,27 @@ class Call:
     cache: Cache
     states_NSH: Tensor | None = None
     source_mask_NS: Tensor | None = None
-    num_logits: int = 1  # of the last tokens of each row
-    starts_N: Tensor | None = (
-        None  # the first column that each row may look at, where it may look at all from there on
-    )
+    num_logits: int = 1  # logits are computed for so many last tokens of each row
+    # First column that each row attends to, if it attends to all columns from there on.
+    starts_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Context:
-    """How many tokens fit: of a causal model prompt and answer share `tokens`; an encoder has a limit of its own."""
+    """Number of tokens that fit the context of a model.
+
+    The prompt and answer of a decoder-only model share `tokens`. An encoder-decoder has
+    `source_tokens` for the prompt and `tokens` for the answer.
+    """
 
     tokens: int
     source_tokens: int | None = None
 
     def room_for(self, num_prompt: int) -> int:
-        """Tokens an answer to such a prompt may have; none or fewer if the prompt is too long."""
+        """Returns the largest number of answer tokens after a prompt of `num_prompt` tokens.
+
+        The result is zero or negative if the prompt is too long.
+        """
         if self.source_tokens is None:
             return self.tokens - num_prompt
         return self.tokens if num_prompt <= self.source_tokens else 0
@@ -74,28 +82,26 @@ class Context:
 
 @dataclass(frozen=True)
 class Family:
-    """How to call one model; context sizes are None where positions have no end."""
+    """Calling convention of one model. Context sizes are None if positions are unlimited."""
 
-    # logits of the last token [N, V], or of the last K if the call asks for several [N, K, V]
+    # Returns the logits of the last token [N, V], or of the last K tokens [N, K, V] if K > 1.
     forward: Callable[[Model, Call], Tensor]
     context_tokens: int | None
-    reads_column_order: bool = (
-        False  # whether it sees distances between columns instead of positions
-    )
-    can_pad_prompts: bool = True  # whether prompts of different lengths may share a prefill
+    reads_column_order: bool = False  # True if it uses distances between columns, not positions
+    can_pad_prompts: bool = True  # True if prompts of different lengths may share a prefill
     has_encoder: bool = False
     source_tokens: int | None = None
-    start_token: int = 0  # what a decoder with an encoder begins with
-    cache_dtype: torch.dtype | None = None  # of keys and values; None: as they come
+    start_token: int = 0  # first token of a decoder with an encoder
+    cache_dtype: torch.dtype | None = None  # of keys and values; None keeps their own
 
     def encode(self, model: Model, tokens_NS: Tensor, mask_NS: Tensor) -> Tensor:
-        """The encoder's output [N, S, H], as the decoder reads it."""
+        """Returns the encoder's output [N, S, H], projected to the decoder's size."""
         states_NSH: Tensor = model.get_encoder()(input_ids=tokens_NS, attention_mask=mask_NS)[0]
         projection = getattr(model, "enc_to_dec_proj", None)
         return states_NSH if projection is None else projection(states_NSH)
 
     def context(self, max_tokens: int) -> Context:
-        """What fits when neither prompts nor answers may go over max_tokens."""
+        """Returns the context of the model, with each limit reduced to `max_tokens` if larger."""
         tokens = min(max_tokens, self.context_tokens or max_tokens)
         if not self.has_encoder:
             return Context(tokens)
@@ -103,7 +109,7 @@ class Family:
 
 
 def refuse_unlisted(config: Config) -> None:
-    """Raises UnsupportedModel for anything the shared-cursor batch is not known to be exact for."""
+    """Raises UnsupportedModel unless a shared-cursor batch is known to be exact for the model."""
     kind = config.model_type
     if kind in MASKED:
         raise UnsupportedModel(f"{kind} is an encoder and generates nothing; use it as a teacher")
@@ -122,7 +128,7 @@ def refuse_unlisted(config: Config) -> None:
 
 
 def family_of(model: nn.Module) -> Family:
-    """How to call this model. Raises UnsupportedModel."""
+    """Returns the calling convention of a model. Raises UnsupportedModel."""
     config: Config = model.config
     refuse_unlisted(config)
     if config.model_type in CAUSAL:
@@ -150,7 +156,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def _reads_column_order(config: Config) -> bool:
-    # alibi counts the mask's columns, and so does a sliding window
+    # ALiBi and sliding windows count columns of the mask
     return config.model_type == "bloom" or getattr(config, "sliding_window", None) is not None
 
 
@@ -158,7 +164,7 @@ def _num_positions(config: Config) -> int | None:
     positions = getattr(config, "max_position_embeddings", None)
     if not positions:
         return None
-    # RoBERTa counts from behind the padding's position
+    # RoBERTa's positions begin after the padding index
     return int(positions) - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
 
 
@@ -173,7 +179,7 @@ def _start_token(model: Model) -> int:
 
 
 def _lean(model: Model) -> LlamaDecoder | None:
-    # elsewhere than on a CPU a step is not held up by Python in this way, or not measured
+    # LlamaDecoder avoids Python overhead, which is known to limit decode steps on a CPU only
     if not is_lean(model) or next(model.parameters()).device.type != "cpu":
         return None
     return LlamaDecoder(model)
@@ -203,7 +209,7 @@ def _causal_without_positions(model: Model, call: Call) -> Tensor:
 
 
 def _t5(model: Model, call: Call) -> Tensor:
-    # positions are relative: the bias depends on the distance between columns only
+    # Positions are relative: the bias depends only on the distance between columns.
     logits_NQV: Tensor = model(
         decoder_input_ids=call.tokens_NQ,
         decoder_attention_mask=call.mask_NW,
@@ -217,9 +223,10 @@ def _t5(model: Model, call: Call) -> Tensor:
 
 def _bart(model: Model, call: Call) -> Tensor:
     def embed(table: Any, *_: object) -> Tensor:  # Any: a transformers embedding with an offset
+        """Returns the embeddings of the positions of this call."""
         return nn.functional.embedding(call.positions_NQ + table.offset, table.weight)
 
-    # BART takes every row's position to be the cache's length
+    # BART would use the length of the cache as the position of every row.
     hook = model.get_decoder().embed_positions.register_forward_hook(embed)
     try:
         return _t5(model, call)
@@ -228,7 +235,7 @@ def _bart(model: Model, call: Call) -> Tensor:
 
 
 def _halves(model: Model, call: Call) -> Tensor:
-    # the decoder directly: the whole model would project the encoder's output again
+    # Calls the decoder directly: the model would project the encoder's output again.
     decoder, positions_NQ = model.decoder, call.positions_NQ
     if decoder.config.model_type == "roberta":
         pad = decoder.config.pad_token_id

@@ -1,4 +1,4 @@
-"""Key and value buffers for all rows of a batch; each model call reads and writes a window of them."""
+"""Key and value buffers for all rows of a batch, of which each model call uses a window."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,12 +9,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 FIRST_WIDTH = 256
 FIRST_ROWS = 4
-KEPT_BYTES = 256 * 2**20  # of a model's keys and values while it has nothing to do
+KEPT_BYTES = 256 * 2**20  # largest buffers that an idle model keeps
 
 
 @dataclass
 class Window:
-    """The rows and columns [low, end) that the call in progress reads; it writes from `column` on."""
+    """Rows and columns that the current model call uses.
+
+    The call reads columns [low, end) and writes columns [column, end).
+    """
 
     num_rows: int
     width: int
@@ -31,7 +34,7 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
     """Keys and values of one layer, [rows, heads, width, dim]."""
 
     def __init__(self, window: Window, dtype: torch.dtype | None) -> None:
-        # without the parent's own, which would assign keys and values: they are views here
+        # Does not call the parent's __init__: it would assign keys and values, which are views.
         self.window = window
         self._dtype = dtype
         self.is_initialized = False
@@ -57,19 +60,19 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         self.is_initialized = True
 
     def _room_for(self, like: Tensor) -> Tensor:
-        # zeros: a masked column still takes part as 0 * value, and uninitialised memory may hold NaN
+        # Zeros, because uninitialised memory may hold NaN, and 0 * NaN of a masked column is NaN.
         shape = (self.window.num_rows, like.shape[1], self.window.width, like.shape[3])
         return torch.zeros(shape, dtype=self._dtype or like.dtype, device=like.device)
 
     @property
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the rows of the call in progress, all columns of them."""
+        """Keys and values of the rows of the current call, with all columns."""
         keys, values = (buffer[self.window.rows] for buffer in self._buffers)
         return keys, values
 
     @property
     def addresses(self) -> tuple[int, int]:
-        """Of the keys and values of the call's first row."""
+        """Memory addresses of the keys and values of the first row of the current call."""
         keys, values = self._buffers
         offset = self.window.rows.start * keys.stride(0) * keys.element_size()
         return keys.data_ptr() + offset, values.data_ptr() + offset
@@ -94,7 +97,7 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         return -1
 
     def resize(self) -> None:
-        """Takes the window's num_rows and width, keeping what fits."""
+        """Grows the buffers to the window's `num_rows` and `width`, and keeps their contents."""
         for index, old in enumerate(self._buffers):
             self._buffers[index] = self._room_for(old)
             self._buffers[index][: old.shape[0], :, : old.shape[2]] = old
@@ -104,7 +107,7 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             buffer[target, :, columns] = buffer[source, :, columns]
 
     def write(self, row: int, columns: slice, keys_and_values: tuple[Tensor, Tensor]) -> None:
-        """Puts keys and values of somewhere else, [heads, columns, dim] each, into a row."""
+        """Writes keys and values, [heads, columns, dim] each, to columns of a row."""
         if not self.is_initialized:
             keys, values = keys_and_values
             self.lazy_initialization(keys[None], values[None])
@@ -132,9 +135,10 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
 
 class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
-    """All layers of a model with one window; it grows to the rows and columns it is asked for.
+    """KV cache of all layers of a model, with one window.
 
-    Keys and values are kept in `dtype`, or as they come.
+    It grows to the rows and columns that `reserve` asks for. Keys and values are stored in `dtype`,
+    or in their own dtype if it is None.
     """
 
     def __init__(self, *, max_rows: int, max_width: int, dtype: torch.dtype | None = None) -> None:
@@ -144,7 +148,7 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
         super().__init__(layer_class_to_replicate=self._new_layer)
 
     def open_layers(self, num_layers: int, like_NKWD: Tensor) -> None:
-        """Makes the layers that are not there yet, for keys and values of such heads."""
+        """Creates the missing layers, with the heads, size and dtype of `like_NKWD`."""
         while len(self.layers) < num_layers:
             self.layers.append(self._new_layer())
             self.layers[-1].lazy_initialization(like_NKWD, like_NKWD)
@@ -153,7 +157,7 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
         return min(FIRST_ROWS, self.max_rows), min(FIRST_WIDTH, self.max_width)
 
     def reserve(self, num_rows: int, width: int) -> None:
-        """Makes room for so many rows and columns."""
+        """Makes room for at least `num_rows` rows and `width` columns."""
         assert num_rows <= self.max_rows, "admission let in too many rows"
         assert width <= self.max_width, "admission let in a sequence longer than the batch is wide"
         w = self.window
@@ -167,7 +171,10 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
             layer.resize()
 
     def shrink(self) -> None:
-        """Gives large buffers back; what they held is lost. Others stay: fresh memory costs more than reading a prompt."""
+        """Frees large buffers, with their contents.
+
+        Small buffers stay, because the allocation of new memory is slower than a prefill.
+        """
         if sum(layer.num_bytes for layer in self.layers) > KEPT_BYTES:
             self.window.num_rows, self.window.width = self._first_size()
             self.layers.clear()
@@ -181,18 +188,18 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
             layer.move_columns(num_rows, columns, by)
 
     def take_columns(self, columns: slice, source_NC: Tensor) -> None:
-        """Puts into each row's columns what it holds at the source columns."""
+        """Copies the source columns of each row into `columns`."""
         for layer in self.layers:
             layer.take_columns(columns, source_NC)
 
     def copy_of(self, row: int, columns: slice) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values of each layer in these columns of a row, [heads, columns, dim]."""
+        """Returns a copy of each layer's keys and values, [heads, columns, dim], in one row."""
         return [layer.copy_of(row, columns) for layer in self.layers]
 
     def write(
         self, row: int, first_column: int, layers: list[tuple[Tensor, Tensor]], num_columns: int
     ) -> None:
-        """Puts the first columns of such copies into a row."""
+        """Writes the first `num_columns` columns of copies from `copy_of` to a row."""
         columns = slice(first_column, first_column + num_columns)
         while len(self.layers) < len(layers):
             self.layers.append(self._new_layer())

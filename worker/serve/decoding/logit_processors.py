@@ -1,9 +1,10 @@
-"""What a request's logit_bias, penalties and min_tokens change in the raw logits, before temperature.
+"""Logit processors, which apply logit_bias, penalties and min_tokens to the raw logits of a row.
 
-Only the logits they touch are read and written, for all rows at once; a step in which no row asks costs nothing.
+They run before temperature. Only the affected logits are read and written, for all rows at once. A
+step in which no row has a processor costs nothing.
 """
 
-# N rows, V vocabulary, K touched logits of all rows, R of one row, C as many as one row can ever touch
+# N rows, V vocabulary, K changed logits of all rows, R of one row, C the most for one row
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,26 +15,28 @@ from torch import Tensor
 from app.contracts.messages import Sampling
 from worker.serve.errors import InvalidLogitBias
 
-MIN_REPETITION_PENALTY = (
-    1e-20  # logits over less overflow, and long before only the best token has any mass
-)
-NOTHING = (0.0, 1.0, 0.0)
+# Division by less overflows, and long before that only the best token has any probability.
+MIN_REPETITION_PENALTY = 1e-20
+NOTHING = (0.0, 1.0, 0.0)  # bias, repetition and penalty without effect
 BIAS, REPETITION, PENALTY = range(3)
 
 
 class LogitsProcessor:
-    """What one row asks for, and its memory of the tokens it has read and written.
+    """Changes to the logits of one row, which depend on the tokens that it has read and written.
 
-    In this order: logit_bias is added; logits of tokens in prompt or answer are divided by repetition_penalty
-    where positive and multiplied by it elsewhere (Keskar et al., arXiv:1909.05858); presence_penalty, and
-    frequency_penalty times the count, are subtracted for tokens of the answer; end tokens get no probability
-    before min_tokens.
+    The changes are applied in this order:
+
+    1. `logit_bias` is added. Before `min_tokens`, end tokens get minus infinity instead.
+    2. Logits of tokens in the prompt or answer are divided by `repetition_penalty` if positive, and
+       multiplied by it otherwise (Keskar et al., arXiv:1909.05858).
+    3. For tokens of the answer, `presence_penalty` is subtracted, and `frequency_penalty` times the
+       number of occurrences.
     """
 
     def __init__(
         self, sampling: Sampling, *, context: Sequence[int], end_ids: frozenset[int]
     ) -> None:
-        """`context` holds the tokens that the answer continues."""
+        """Creates a processor. `context` holds the tokens that the answer continues."""
         self._sampling = sampling
         self._repetition = max(sampling.repetition_penalty, MIN_REPETITION_PENALTY)
         self._counts: Counter[int] = Counter()
@@ -56,12 +59,15 @@ class LogitsProcessor:
         self._changes_3C[REPETITION, [self._slots[token] for token in seen]] = self._repetition
 
     def changes(self) -> tuple[Tensor, Tensor]:
-        """The tokens touched now [R], and for each what is added, what divides and what is subtracted [3, R]."""
+        """Returns the tokens whose logits change now [R], and their changes [3, R].
+
+        The changes of a token are its bias, its repetition penalty and its other penalties.
+        """
         num_touched = len(self._slots)
         return self._tokens_C[:num_touched], self._changes_3C[:, :num_touched]
 
     def record(self, token: int) -> None:
-        """Takes note of the row's next token."""
+        """Records the next token of the row."""
         self._num_tokens += 1
         if self._num_tokens == self._sampling.min_tokens:
             for end_id in self._banned:
@@ -85,7 +91,7 @@ class LogitsProcessor:
 def processor_for(
     sampling: Sampling, *, context: Sequence[int], end_ids: frozenset[int]
 ) -> LogitsProcessor | None:
-    """A processor for one row; None if the request leaves the logits as they are."""
+    """Returns the processor of one row, or None if the request does not change its logits."""
     has_penalties = sampling.frequency_penalty or sampling.presence_penalty
     is_asked = has_penalties or sampling.repetition_penalty != 1.0 or sampling.logit_bias
     if not is_asked and not (sampling.min_tokens and end_ids):
@@ -94,7 +100,7 @@ def processor_for(
 
 
 def refuse_unknown_tokens(sampling: Sampling, vocab_size: int) -> None:
-    """Raises InvalidLogitBias if the bias names a token that the model cannot write."""
+    """Raises InvalidLogitBias if `logit_bias` names a token outside the vocabulary."""
     for token, _ in sampling.logit_bias:
         if not 0 <= token < vocab_size:
             raise InvalidLogitBias(
@@ -104,7 +110,7 @@ def refuse_unknown_tokens(sampling: Sampling, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class Changed:
-    """Where logits were changed, and what they were."""
+    """Positions of the logits that were changed, and their raw values."""
 
     rows_K: Tensor
     tokens_K: Tensor
@@ -117,7 +123,10 @@ class Changed:
 def process_logits(
     logits_NV: Tensor, processors: Sequence[LogitsProcessor | None]
 ) -> Changed | None:
-    """Changes the logits of the rows that ask for it, in place; None if none does."""
+    """Changes logits in place, in the rows that have a processor.
+
+    Returns the raw values of the changed logits, or None if no row has a processor.
+    """
     asked = [
         (row, *processor.changes())
         for row, processor in enumerate(processors)

@@ -1,7 +1,8 @@
-"""Keys and values of prompts read lately, so that a prompt which begins alike is read only from where it differs.
+"""Prefix cache: keys and values of recent prompts, for prompts that begin with the same tokens.
 
-Chat templates and system prompts make most prompts of a model begin alike. What a decoder keeps of a token depends on
-the tokens before it and on nothing behind, so it may be copied from one row to another.
+Chat templates and system prompts give most prompts of a model the same beginning. The keys and
+values of a token in a decoder depend only on that token and those before it. They may therefore be
+copied from one row to another.
 """
 
 from collections.abc import Sequence
@@ -12,19 +13,19 @@ from torch import Tensor
 
 from worker.serve.decoding.kv_cache import WindowedCache
 
-LEAST_NEW_TOKENS = (
-    16  # a prompt that brings fewer is not worth keeping beside the one that it begins like
-)
+# A prompt with fewer tokens after its cached prefix is not added to the cache.
+LEAST_NEW_TOKENS = 16
 
 
 @dataclass(eq=False)
 class Prefix:
-    """A prompt and the keys and values [heads, tokens, dim] of each layer."""
+    """A prompt with the keys and values of each layer, [heads, tokens, dim]."""
 
     tokens: tuple[int, ...]
     layers: list[tuple[Tensor, Tensor]]
 
     def num_shared(self, prompt: Sequence[int]) -> int:
+        """Returns the length of the common prefix."""
         return sum(
             1
             for _ in takewhile(
@@ -34,14 +35,20 @@ class Prefix:
 
 
 class Prefixes:
-    """The prompts kept, the one used last at the end; together at most `max_tokens` long."""
+    """Cached prompts in the order of their last use, the most recent one at the end.
+
+    Their total length is at most `max_tokens`.
+    """
 
     def __init__(self, *, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self._kept: list[Prefix] = []
 
     def find(self, prompt: Sequence[int]) -> tuple[Prefix | None, int]:
-        """The kept prompt that begins most alike, and how many tokens they share: never all of this one."""
+        """Returns the cached prompt with the longest common prefix, and the length of that prefix.
+
+        The length is less than that of `prompt`, because the model must read at least one token.
+        """
         shared = {index: prefix.num_shared(prompt) for index, prefix in enumerate(self._kept)}
         best = max(shared, key=lambda index: (shared[index], index), default=None)
         if best is None or not shared[best]:
@@ -49,7 +56,7 @@ class Prefixes:
         return self._kept[best], min(shared[best], len(prompt) - 1)
 
     def keep(self, prompt: Sequence[int], cache: WindowedCache, row: int, columns: slice) -> None:
-        """Takes a copy of what the cache holds of a prompt just read, if much of it is new."""
+        """Copies a prompt that was just prefilled from the KV cache, if enough of it is new."""
         known, num_known = self.find(prompt)
         if known is not None:
             self._kept.remove(known)
@@ -57,7 +64,7 @@ class Prefixes:
         if len(prompt) - num_known < LEAST_NEW_TOKENS or len(prompt) > self.max_tokens:
             return
         if known is not None and num_known == len(known.tokens):
-            self._kept.remove(known)  # the longer prompt tells all of it
+            self._kept.remove(known)  # the new prompt contains all of it
         self._kept.append(Prefix(tuple(prompt), cache.copy_of(row, columns)))
         while sum(len(prefix.tokens) for prefix in self._kept) > self.max_tokens:
             self._kept.pop(0)

@@ -1,12 +1,17 @@
-"""Picks one token a row, each row with its own generator.
+"""Samples one token per row, with one random generator per row.
 
-In this order: logit_bias and penalties change the raw logits (worker/serve/decoding/logit_processors.py), temperature divides them, and
-top_k, top_p and min_p, each in what the one before has left, say which tokens may be drawn. Temperature 0 takes
-the best token after penalties. Log-probabilities are those of the raw logits.
+The steps are applied in this order:
+
+1. Logit processors change the raw logits (see worker.serve.decoding.logit_processors).
+2. The logits are divided by `temperature`.
+3. `top_k`, `top_p` and `min_p` select the tokens that may be drawn, each among those that the
+   previous one kept.
+
+Temperature 0 selects the best token after step 1. Log-probabilities are those of the raw logits.
 """
 
-# N rows, V vocabulary, P rows sampled without top-k and top-p, B blocks of W tokens, C candidates, best first,
-# K of them kept, R rows of a cumulated mass
+# N rows, V vocabulary, P rows sampled without top-k and top-p, B blocks of W tokens,
+# C candidates, best first, K of them kept, R rows of cumulative probability mass
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +21,16 @@ from torch import Tensor
 
 from worker.serve.decoding.logit_processors import LogitsProcessor, process_logits
 
-MIN_TEMPERATURE = 1e-5  # below, only the best token has any mass, and logits over it overflow
-BLOCK = 256  # about the square root of a large vocabulary, so that both looks are short
-NUM_CANDIDATES = 1024  # top-p nearly always ends among so many best tokens; else it sorts them all
+MIN_TEMPERATURE = 1e-5  # below, only the best token has any mass, and the logits overflow
+BLOCK = 256  # about the square root of a large vocabulary, so that both passes are short
+NUM_CANDIDATES = 1024  # top-p nearly always needs fewer tokens; if not, all are sorted
 
 
 def seeded_generator(seed: int | None) -> torch.Generator:
-    """A generator of its own for one sequence; without a seed, one that no other shares."""
+    """Returns a random generator for one sequence.
+
+    Without a seed, the generator is seeded at random.
+    """
     generator = torch.Generator()
     if seed is None:
         generator.seed()
@@ -33,7 +41,11 @@ def seeded_generator(seed: int | None) -> torch.Generator:
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """How one row picks tokens. num_logprobs None: no log-probabilities; 0: the chosen token's only."""
+    """Sampling parameters and random generator of one row.
+
+    `num_logprobs` is the number of alternatives whose log-probabilities are reported. 0 reports
+    those of the chosen token only, None reports none.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -41,7 +53,7 @@ class TokenSampler:
     min_p: float = 0.0
     num_logprobs: int | None = None
     generator: torch.Generator = field(default_factory=lambda: seeded_generator(None))
-    has_seed: bool = False  # whether somebody may ask for the same tokens again
+    has_seed: bool = False  # True if the same request must give the same tokens
     processor: LogitsProcessor | None = None
 
     @property
@@ -50,13 +62,13 @@ class TokenSampler:
 
     @property
     def is_ranked(self) -> bool:
-        """Whether tokens must be put in order first, which min_p alone does not need."""
+        """True if tokens must be sorted, which `min_p` alone does not need."""
         return self.top_k > 0 or self.top_p < 1.0
 
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A chosen token; token is None when the row's logits were not numbers."""
+    """A sampled token. `token` is None if the logits of the row are not finite."""
 
     token: int | None
     logprob: float | None = None
@@ -64,9 +76,9 @@ class SampledToken:
 
 
 def choose_tokens(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> list[int | None]:
-    """A token a row of processed logits; None where they are not numbers."""
+    """Returns one token per row of processed logits, or None if the logits are not finite."""
     best_N, greedy_N = _greatest(logits_NV)
-    is_good = torch.isfinite(best_N).tolist()  # the greatest of numbers and NaN is NaN
+    is_good = torch.isfinite(best_N).tolist()  # a maximum over NaN is NaN
     tokens: list[int] = greedy_N.tolist()
     sampled = [row for row, c in enumerate(samplers) if not c.is_greedy and is_good[row]]
     plain = [row for row in sampled if not samplers[row].is_ranked]
@@ -81,7 +93,10 @@ def choose_tokens(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> list[i
 
 
 def _greatest(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """`max(dim=-1)` in two looks: on a CPU finding the value alone is ten times faster than finding its place too."""
+    """Returns `max(dim=-1)`, computed in two passes.
+
+    On a CPU, `amax` is much faster than `max`, which also finds the index.
+    """
     vocab_size = logits_NV.shape[1]
     num_blocks = vocab_size // BLOCK
     tail = num_blocks * BLOCK
@@ -101,9 +116,10 @@ Choose = Callable[[Tensor, Sequence[TokenSampler]], list[int | None]]
 def pick_tokens(
     logits_NV: Tensor, samplers: Sequence[TokenSampler], choose: Choose = choose_tokens
 ) -> list[SampledToken]:
-    """One pick a row of float32 logits. A row's pick does not depend on its neighbours.
+    """Returns one sampled token per row of float32 logits.
 
-    Rows must not share memory: logits are changed where a row's processor says so, and put back.
+    The token of a row does not depend on the other rows. Rows must not share memory, because
+    processors change logits in place. The logits are restored afterwards.
     """
     changed = process_logits(logits_NV, [sampler.processor for sampler in samplers])
     tokens = choose(logits_NV, samplers)
@@ -121,12 +137,15 @@ def pick_tokens(
 
 
 def _draw_from_all(logits_PV: Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    """Inverse transform sampling in two looks, first for the block and then within it; overwrites its logits."""
+    """Draws by inverse transform sampling in two passes: first the block, then the token within it.
+
+    Overwrites the logits.
+    """
     temperature_P1 = torch.tensor([[c.temperature] for c in samplers], device=logits_PV.device)
     weights_PV = logits_PV.sub_(logits_PV.amax(-1, keepdim=True)).div_(temperature_P1).exp_()
     if any(c.min_p for c in samplers):
         min_p_P1 = torch.tensor([[c.min_p] for c in samplers], device=logits_PV.device)
-        weights_PV.masked_fill_(weights_PV < min_p_P1, 0.0)  # the best token weighs 1
+        weights_PV.masked_fill_(weights_PV < min_p_P1, 0.0)  # the best token has weight 1
     padding = -weights_PV.shape[1] % BLOCK
     weights_PBW = torch.nn.functional.pad(weights_PV, (0, padding)).view(len(samplers), -1, BLOCK)
     mass_PB = weights_PBW.sum(-1).double().cumsum(-1)
@@ -147,12 +166,12 @@ def _draw_from_best(logits_V: Tensor, sampler: TokenSampler) -> int:
 
 
 def _best(logits_V: Tensor, sampler: TokenSampler) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, best first, and their cumulated mass [K]."""
+    """Returns the tokens that may be drawn, best first, and their cumulative mass [K]."""
     scaled_V = logits_V / sampler.temperature
     values_C, tokens_C = scaled_V.topk(min(sampler.top_k or NUM_CANDIDATES, len(scaled_V)))
     if not sampler.top_k and (values_C - scaled_V.logsumexp(0)).exp().sum() < sampler.top_p:
         values_C, tokens_C = scaled_V.sort(descending=True)
-    # of all tokens, unless top-k comes first: then of what it left
+    # normalised over all tokens, or over those that top_k kept
     whole = values_C.logsumexp(0) if sampler.top_k else scaled_V.logsumexp(0)
     mass_C = (values_C - whole).exp().double().cumsum(0)
     num_kept = int(torch.searchsorted(mass_C, sampler.top_p)) + 1  # the best token always stays
@@ -162,7 +181,7 @@ def _best(logits_V: Tensor, sampler: TokenSampler) -> tuple[Tensor, Tensor]:
 
 
 def probabilities(logits_V: Tensor, sampler: TokenSampler) -> Tensor:
-    """The distribution that a sampled row draws from, given its processed logits; float64."""
+    """Returns the float64 distribution of a sampled row, given its processed logits."""
     if sampler.is_ranked:
         tokens_K, mass_K = _best(logits_V, sampler)
         kept_K = mass_K.diff(prepend=mass_K.new_zeros(1)) / mass_K[-1]
@@ -173,13 +192,13 @@ def probabilities(logits_V: Tensor, sampler: TokenSampler) -> Tensor:
 
 
 def draw(weights_V: Tensor, sampler: TokenSampler) -> int:
-    """A token in proportion to its weight, by the row's own generator."""
+    """Draws a token in proportion to its weight, with the generator of the row."""
     mass_1V = weights_V.cumsum(0)[None]
     return int(_first_over(mass_1V, _uniform([sampler]).to(mass_1V.device) * mass_1V[:, -1:]))
 
 
 def uniform(sampler: TokenSampler) -> float:
-    """The next number in [0, 1) of the row's own generator."""
+    """Returns the next random number in [0, 1) from the generator of the row."""
     return float(_uniform([sampler]))
 
 
@@ -190,10 +209,12 @@ def _uniform(samplers: Sequence[TokenSampler]) -> Tensor:
 
 
 def _first_over(mass_RC: Tensor, target_R1: Tensor) -> Tensor:
-    """Where each rising row first exceeds its target: never on a column of no mass, even for a target of 0."""
-    last_R1 = torch.searchsorted(
-        mass_RC, mass_RC[:, -1:].contiguous()
-    )  # the last column that has mass
+    """Returns the first column of each row whose cumulative mass exceeds the target.
+
+    It is never a column without mass, even if the target is 0.
+    """
+    # the last column that has mass
+    last_R1 = torch.searchsorted(mass_RC, mass_RC[:, -1:].contiguous())
     return torch.minimum(torch.searchsorted(mass_RC, target_R1, right=True), last_R1)
 
 

@@ -1,4 +1,4 @@
-"""Scheduler of prefills: tenants in turn, within free rows and a prefill budget. No torch here."""
+"""Scheduler of prefills: tenants take turns, within free rows and a budget of tokens."""
 
 from collections.abc import Callable, Sequence
 from typing import Generic, Protocol, TypeVar
@@ -7,7 +7,10 @@ from worker.serve.decoding.fair_queue import FairQueue
 
 
 class Waiting(Protocol):
-    """What the scheduler must know of a sequence; choices of one request share their prompt and its prefill."""
+    """Properties of a sequence that the scheduler needs.
+
+    The choices of one request share their prompt and its prefill.
+    """
 
     @property
     def request_id(self) -> str: ...
@@ -21,10 +24,11 @@ T = TypeVar("T", bound=Waiting)
 
 
 class Scheduler(Generic[T]):
-    """A fair queue that hands out prefills of at most `prefill_budget` tokens, padding included.
+    """Fair queue that returns prefills of at most `prefill_budget` tokens, padding included.
 
-    A tenant is charged for the tokens of its prefills and for each token of an answer. `num_to_read` returns how many
-    tokens of a prompt have to be prefilled, because no cached prefix has them.
+    A tenant is charged for the tokens of its prefills and for each token of an answer.
+    `num_to_read` returns how many tokens of a prompt must be prefilled because they are not in the
+    prefix cache.
     """
 
     def __init__(
@@ -41,7 +45,10 @@ class Scheduler(Generic[T]):
         self._waiting.add(item)
 
     def admit(self, num_free_rows: int) -> list[list[T]]:
-        """Returns the next sequences, grouped by request; a prompt over the budget goes alone."""
+        """Returns the sequences of the next prefill, grouped by request.
+
+        A prompt that exceeds the budget is prefilled alone.
+        """
         groups: dict[str, list[T]] = {}
         longest = 0
         while num_free_rows and (item := self._waiting.peek()) is not None:
@@ -50,13 +57,13 @@ class Scheduler(Generic[T]):
                 num_read = self._num_to_read(item.prompt)
                 longest = max(longest, num_read)
                 if groups and (len(groups) + 1) * longest > self.prefill_budget:
-                    break  # it stays the next one
+                    break  # it stays first in the queue
             groups.setdefault(item.request_id, []).append(self._waiting.take(num_read))
             num_free_rows -= 1
         return list(groups.values())
 
     def charge_token(self, item: T) -> None:
-        """Counts a token of the answer of an admitted sequence."""
+        """Charges the tenant of an admitted sequence for one token of its answer."""
         self._waiting.charge(item, 1)
 
     def finish(self, item: T) -> None:
@@ -64,5 +71,5 @@ class Scheduler(Generic[T]):
         self._waiting.finish(item)
 
     def remove(self, is_unwanted: Callable[[T], bool]) -> list[T]:
-        """Removes and returns the waiting items for which the test holds."""
+        """Removes and returns the waiting sequences for which the predicate is true."""
         return self._waiting.remove(is_unwanted)

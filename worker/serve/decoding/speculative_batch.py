@@ -1,12 +1,13 @@
-"""A shared-cursor batch that reads several tokens a row beyond its cursor and keeps as many as each row wants.
+"""Shared-cursor batch that reads several tokens per row beyond the cursor, and keeps some of them.
 
-Rows that keep fewer than others would end before the common column. Attention does not care in which column a key lies,
-as long as its position was right when it was written: so a row's newest columns move right, to end with the others', and
-its oldest ones fill what they left. A few columns are copied and the row stays what every row of the batch is, one run of
-columns from its start to the cursor. Families that read distances between columns have all of a row moved instead.
+Rows that keep fewer tokens than others would end before the common cursor. Attention does not
+depend on the column of a key, only on the position with which it was written. The newest columns of
+such a row therefore move right, so that they end at the cursor. Its oldest columns fill the gap.
+Only a few columns are copied, and every row still occupies all columns from its start to the
+cursor. Families that use distances between columns need all columns of the row moved instead.
 """
 
-# N rows, Q tokens a row, K logits a row, C columns, V vocabulary
+# N rows, Q tokens per row, K logits per row, C columns, V vocabulary
 from collections.abc import Sequence
 
 import torch
@@ -16,18 +17,25 @@ from worker.serve.decoding.cursor_batch import CursorBatch
 
 
 class LookaheadBatch(CursorBatch):
-    """Rows in step that look ahead together and are cut back one by one. A width must have room for what is cut back."""
+    """Rows that read tokens beyond the cursor together, and keep a different number of them.
+
+    `max_width` must have room for the tokens that are not kept.
+    """
 
     def make_room_for(self, num_tokens: int) -> None:
-        """Before looking so many tokens ahead: what lies behind the cursor cannot move while that lasts."""
+        """Makes room for `num_tokens` columns after the cursor.
+
+        Must be called before `look`. Columns after the cursor are not moved with a row.
+        """
         while self.cursor + num_tokens > self.cache.window.width:
             self._make_room()
 
     @torch.no_grad()
     def look(self, tokens: Sequence[Sequence[int]], *, offset: int, num_logits: int = 1) -> Tensor:
-        """Reads equally many tokens for every row, from `offset` columns behind the cursor on, which stays where it is.
+        """Reads the same number of tokens for every row, from `offset` columns after the cursor on.
 
-        Gives the logits of the last token [N, V], or of the last K [N, K, V]; float32.
+        The cursor does not move. Returns the float32 logits of the last token [N, V], or of the
+        last K tokens [N, K, V].
         """
         column = self.cursor + offset
         return self._forward(
@@ -35,7 +43,10 @@ class LookaheadBatch(CursorBatch):
         )
 
     def keep(self, num_kept: Sequence[int]) -> None:
-        """Moves the cursor over the longest run, and keeps of each row the first `num_kept` tokens behind the old one."""
+        """Advances the cursor by the largest of `num_kept`.
+
+        Each row keeps the first `num_kept` tokens after the old cursor.
+        """
         column, self.cursor = self.cursor, self.cursor + max(num_kept)
         gaps = [max(num_kept) - num for num in num_kept]
         if any(gaps):
@@ -53,7 +64,7 @@ class LookaheadBatch(CursorBatch):
         self.cache.take_columns(slice(first, self.cursor), source_NC.clamp(min=0).to(self.device))
 
     def _positions(self, columns_Q: Tensor, starts_N1: Tensor) -> Tensor:
-        # tokens that lie beyond the model's last position are cut back, but they are looked up
+        # Tokens beyond the model's last position are not kept, but their positions are looked up.
         return (
             super()
             ._positions(columns_Q, starts_N1)

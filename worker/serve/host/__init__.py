@@ -1,1 +1,1 @@
-"""Loads, keeps and unloads models, and runs one engine per model."""
+"""Loads and unloads models, and runs one engine per serving key."""

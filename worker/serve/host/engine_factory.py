@@ -1,4 +1,4 @@
-"""Makes engines: which folders are read, what kind of engine serves them, and how far that has come."""
+"""Creates engines: loads models with their serving options, and reports the progress."""
 
 import threading
 import time
@@ -29,15 +29,19 @@ T = TypeVar("T")
 Fetch = Callable[[ArtifactRef], Path]
 Precision = Literal["auto", "float32"]
 
-READ_PERCENT = 90.0  # the rest is packing the weights and the first pass
+READ_PERCENT = 90.0  # the rest is for packing the weights and the warm-up
 WARM_UP_SECONDS = 120.0
-_thread = threading.local()  # .progress: of the load that the thread is busy with
+_thread = threading.local()  # .progress: of the load that runs in this thread
 _TQDM_LOCK = threading.RLock()
 
 
 @dataclass(frozen=True)
 class EngineLimits:
-    """What every engine of a worker gets; `clock` gives seconds since the epoch, `precision` is for weights left at auto."""
+    """Settings that all engines of a worker share.
+
+    `clock` returns seconds since the epoch. `precision` applies to models whose weights option is
+    `auto`.
+    """
 
     max_running: int
     max_context_tokens: int
@@ -46,7 +50,11 @@ class EngineLimits:
     precision: Precision = "float32"
 
     def weights_for(self, options: ServingOptions) -> LoadedWeights:
-        """What the weights are loaded as. A draft may change no text, and in bfloat16 near ties are more frequent."""
+        """Returns the format in which the weights are loaded.
+
+        With a draft, `auto` does not choose bfloat16: ties are more frequent there, and a draft
+        must not change the text.
+        """
         if options.weights != "auto":
             return options.weights
         is_rounded = self.precision == "auto" and self.device == "cpu" and HAS_FAST_BFLOAT16
@@ -55,12 +63,12 @@ class EngineLimits:
 
 @dataclass
 class LoadProgress:
-    """Written by the loading thread, read by others."""
+    """Progress of one load. The loading thread writes it, and other threads read it."""
 
     total_bytes: int
     _done_bytes: float = field(default=0.0, init=False)
     _folder_bytes: int = field(default=0, init=False)
-    _fraction: float = field(default=0.0, init=False)  # of the folder that is being read
+    _fraction: float = field(default=0.0, init=False)  # of the current folder
 
     @property
     def percent(self) -> float:
@@ -69,7 +77,7 @@ class LoadProgress:
 
     @contextmanager
     def reading(self, num_bytes: int) -> Iterator[None]:
-        """While a folder of so many bytes is read by this thread."""
+        """Context manager in which this thread reads a folder of `num_bytes` bytes."""
         self._folder_bytes, _thread.progress = num_bytes, self
         try:
             yield
@@ -79,13 +87,17 @@ class LoadProgress:
             self._done_bytes += num_bytes
 
     def counted(self, things: Iterable[T], total: int) -> Iterator[T]:
+        """Yields the items, and updates the progress before each of them."""
         for number, thing in enumerate(things):
             self._fraction = number / total
             yield thing
 
 
 class Ready(NamedTuple):
-    """An engine that has generated already. first_token_seconds is None if its model writes nothing sensible."""
+    """An engine that has completed its warm-up.
+
+    `first_token_seconds` is None if the warm-up failed or took too long.
+    """
 
     engine: Engine
     num_bytes: int
@@ -97,7 +109,7 @@ class Ready(NamedTuple):
 def make_ready(
     served: ServedModel, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
 ) -> Ready:
-    """The engine for a model, loaded and warmed up. Raises ServeError."""
+    """Returns the engine for a model, loaded and warmed up. Raises ServeError."""
     began = time.perf_counter()
     engine, num_bytes = engine_for(served, fetch, limits, progress)
     load_seconds = time.perf_counter() - began
@@ -108,7 +120,7 @@ def make_ready(
 def engine_for(
     served: ServedModel, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
 ) -> tuple[Engine, int]:
-    """The engine that the options ask for, and the bytes it takes. Raises ServeError."""
+    """Returns the engine for the serving options, and its size in bytes. Raises ServeError."""
     options = served.serving
     if options.engine == "vllm":
         return _in_vllm(served, fetch, limits, progress)
@@ -154,15 +166,17 @@ def _load(
 ) -> LoadedModel:
     folder = fetch(ref)
     with progress.reading(ref.bytes):
-        return load_model(
-            folder, device=limits.device, weights=weights, keeps_plain=False
-        )  # it is only called
+        # an engine only calls the model, so it does not need the plain weights
+        return load_model(folder, device=limits.device, weights=weights, keeps_plain=False)
 
 
 def first_token_seconds(
     engine: Engine, served: ServedModel, clock: Callable[[], float]
 ) -> float | None:
-    """From a short prompt to its first token, with nothing else in the engine; a first pass, which warms up, is not counted."""
+    """Returns the time from a short prompt to its first token, or None if there is none in time.
+
+    The engine must have no other work. A first request, for the warm-up, is not measured.
+    """
     seconds = 0.0
     for name in ("warm-up", "measured"):
         began = time.perf_counter()
@@ -190,7 +204,7 @@ def first_token_seconds(
 
 def _watch(
     bar: Callable[..., Any], args: Any, kwargs: Any
-) -> Any:  # Any: as transformers' hook has it
+) -> Any:  # Any: the hook of transformers is untyped
     progress: LoadProgress | None = getattr(_thread, "progress", None)
     if progress is None or kwargs.get("desc") != "Loading weights":
         return bar(*args, **kwargs)
@@ -200,10 +214,11 @@ def _watch(
 
 
 def watch_loads() -> None:
-    """Reports the progress of loads: transformers passes it to its progress bars alone."""
+    """Reports the progress of loads, which transformers shows only in its progress bars."""
     from tqdm.std import tqdm  # type: ignore[import-untyped]  # it has no type hints
-    from transformers.utils import logging  # seconds to import; only a worker that loads needs it
+    from transformers.utils import logging  # slow to import, needed for loading only
 
-    # The default lock is shared with forked processes: one that is killed while it holds it blocks every load.
+    # The default lock is shared with forked processes. A process that is killed while it holds the
+    # lock would block every load.
     tqdm.set_lock(_TQDM_LOCK)
     logging.set_tqdm_hook(_watch)

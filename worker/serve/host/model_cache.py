@@ -1,4 +1,4 @@
-"""Which engines a worker keeps: loading, pinning, unloading, and the least recently used making room."""
+"""Cache of engines within a memory limit: loads, pins, unloads and evicts models."""
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +23,8 @@ from worker.serve.speculative import SpeculativeEngine
 
 log = structlog.get_logger()
 
-RETRY_SECONDS = 60.0  # until a pinned model that failed to load is tried again
-MAX_FAILURES = 16  # that are remembered, for the status alone
+RETRY_SECONDS = 60.0  # before a pinned model that failed to load is tried again
+MAX_FAILURES = 16  # that are remembered, for the status only
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Resident:
 
     @property
     def acceptance_rate(self) -> float | None:
-        """Of the draft's tokens so far."""
+        """Fraction of the draft's tokens that were accepted so far, or None without a draft."""
         if (
             not isinstance(self.engine, SpeculativeEngine)
             or not self.engine.draft_counts.num_proposed
@@ -55,7 +55,7 @@ class _Load:
     served: ServedModel
     progress: LoadProgress
     future: "Future[Ready]"
-    num_bytes: int  # what it is expected to take
+    num_bytes: int  # expected
 
 
 @dataclass
@@ -67,9 +67,10 @@ class _Failed:
 
 @dataclass
 class ModelCache:
-    """Engines by residence, within so many bytes. One thread owns it; `ring` is called from the loading thread.
+    """Engines by serving key (`residence`), within `resident_bytes` bytes.
 
-    `has_newcomers` tells whether requests are about to be added to the engine of a residence, which therefore stays.
+    One thread owns the cache. `wake_up` is called from the loading thread when a load has ended.
+    `has_newcomers` returns whether requests are about to be added to an engine, which then stays.
     """
 
     resident_bytes: int
@@ -79,34 +80,34 @@ class ModelCache:
     has_newcomers: Callable[[str], bool]
     _residents: dict[str, Resident] = field(default_factory=dict, init=False)
     _loads: dict[str, _Load] = field(default_factory=dict, init=False)
-    _wanted: dict[str, ServedModel] = field(
-        default_factory=dict, init=False
-    )  # asked for, and not begun
+    # models to load that no request waits for
+    _wanted: dict[str, ServedModel] = field(default_factory=dict, init=False)
     _pinned: dict[str, ServedModel] = field(default_factory=dict, init=False)
     _leaving: set[str] = field(default_factory=set, init=False)
     _failed: dict[str, _Failed] = field(default_factory=dict, init=False)
-    _true_bytes: dict[str, int] = field(default_factory=dict, init=False)  # of what was loaded once
+    _true_bytes: dict[str, int] = field(default_factory=dict, init=False)  # of models loaded before
 
     def __post_init__(self) -> None:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="load")
 
     def __iter__(self) -> Iterator[tuple[str, Resident]]:
-        """All engines, those that leave included: what they have begun is finished."""
+        """Iterates over all engines. Those that are leaving still have to finish their requests."""
         return iter(list(self._residents.items()))
 
     def find(self, residence: str) -> Resident | None:
-        """The engine for a new request; one that is leaving takes none."""
+        """Returns the engine for a new request, or None. An engine that is leaving takes none."""
         return None if residence in self._leaving else self._residents.get(residence)
 
     def engine_of(self, residence: str) -> Engine | None:
-        """The engine that has begun requests, leaving or not."""
+        """Returns the engine that runs requests for a serving key, even if it is leaving."""
         resident = self._residents.get(residence)
         return resident.engine if resident else None
 
     def ask(self, served: ServedModel) -> bool:
-        """Starts to load if there is room and no other load is under way; called again until the model is there.
+        """Starts to load a model if there is room and no other load is running.
 
-        Returns whether the load was started now. Raises ModelTooLarge.
+        It is called again until the model is resident. Returns whether this call started the load.
+        Raises ModelTooLarge.
         """
         key, num_bytes = served.residence, self._expected_bytes(served)
         if key in self._residents or key in self._loads:
@@ -125,7 +126,7 @@ class ModelCache:
         return True
 
     def want(self, served: ServedModel) -> None:
-        """Loads without a request that waits for it, now or when there is room."""
+        """Requests a load that no request waits for. `tidy` starts it when there is room."""
         self._leaving.discard(served.residence)
         if (resident := self._residents.get(served.residence)) is not None:
             resident.used_at = self.limits.clock()
@@ -133,23 +134,26 @@ class ModelCache:
             self._wanted[served.residence] = served
 
     def unload(self, residence: str) -> None:
-        """Lets an engine go when it has finished what it has; a load under way is let go at its end."""
+        """Removes an engine when it has finished its requests.
+
+        A load in progress is discarded when it ends, unless a request waits for it.
+        """
         self._wanted.pop(residence, None)
         self._failed.pop(residence, None)
         if residence in self._residents or residence in self._loads:
             self._leaving.add(residence)
 
     def keep(self, models: tuple[ServedModel, ...]) -> None:
-        """Pins these, and no others."""
+        """Pins these models and unpins all others."""
         self._pinned = {served.residence: served for served in models}
         self._leaving -= self._pinned.keys()
 
     def has_loaded(self) -> bool:
-        """Whether `collect` would find something; for any thread."""
+        """Returns whether `collect` would find a load that has ended. Thread-safe."""
         return any(load.future.done() for load in list(self._loads.values()))
 
     def collect(self, is_awaited: Callable[[str], bool]) -> list[tuple[str, ServeError]]:
-        """Takes in the loads that have ended; gives those that failed, and why."""
+        """Takes in the loads that have ended. Returns the keys and errors of failed loads."""
         failures = []
         for key, load in list(self._loads.items()):
             if not load.future.done():
@@ -157,7 +161,7 @@ class ModelCache:
             del self._loads[key]
             try:
                 self._take_in(load, load.future.result(), is_awaited(key))
-            except BaseException as error:  # whatever a loader may raise, a panic too
+            except BaseException as error:  # a loader may raise anything, even a Rust panic
                 log.error("model_load_failed", residence=key, exc_info=error)
                 shown = (
                     error if isinstance(error, ServeError)
@@ -168,7 +172,7 @@ class ModelCache:
         return failures
 
     def tidy(self) -> None:
-        """Lets those go that are to leave, and loads what is wanted or pinned as far as there is room."""
+        """Removes idle engines that are leaving, and loads wanted and pinned models that fit."""
         for key in list(self._leaving):
             resident = self._residents.get(key)
             if resident is not None and not self._is_busy(key):
@@ -190,22 +194,23 @@ class ModelCache:
                 self._wanted.pop(key, None)
 
     def drop(self, residence: str) -> None:
-        """Forgets an engine, at once."""
+        """Removes an engine at once, with its requests."""
         self._residents.pop(residence, None)
         self._leaving.discard(residence)
 
     def residences(self) -> frozenset[str]:
-        """Names of the engines that are loaded or being loaded."""
+        """Returns the serving keys that are resident or being loaded."""
         return frozenset(self._residents) | frozenset(self._loads)
 
     def artifacts(self) -> frozenset[ArtifactRef]:
-        """What those engines were or are loaded from, drafts included."""
+        """Returns the artifacts, with drafts, of all engines that are resident or being loaded."""
         served = [resident.served for resident in self._residents.values()]
         served += [load.served for load in self._loads.values()]
         drafts = [each.serving.draft.weights for each in served if each.serving.draft is not None]
         return frozenset([*(each.weights for each in served), *drafts])
 
     def states(self) -> tuple[ModelState, ...]:
+        """Returns the states of all models, for the heartbeat."""
         found = [
             ModelState(
                 residence=key,
@@ -285,7 +290,10 @@ class ModelCache:
         return self._residents[residence].engine.has_work() or self.has_newcomers(residence)
 
     def _make_room(self, num_bytes: int) -> bool:
-        """Evicts idle models until so many bytes fit; gives whether they do."""
+        """Evicts idle models, least recently used first, until `num_bytes` more bytes fit.
+
+        Returns whether they fit. If not, nothing is evicted.
+        """
         taken = self._taken_bytes()
         idle = [
             key for key in self._residents if key not in self._pinned and not self._is_busy(key)
@@ -304,10 +312,11 @@ class ModelCache:
 
 
 def _in_a_thread(work: Callable[[], Ready]) -> Ready:
-    """Done by a thread that ends with it, and its OpenMP threads with it.
+    """Runs `work` in a new thread that ends with it, as do the OpenMP threads of that thread.
 
-    While more of these live than there are cores, libgomp lets none of them spin, and every step of the engine's thread takes
-    up to twice as long (bench/LOG.md).
+    libgomp threads spin only while there are no more of them than cores. Idle threads left by a
+    load would stop the engine's threads from spinning, and slow down every decode step
+    (bench/LOG.md).
     """
     with ThreadPoolExecutor(1, thread_name_prefix="load", initializer=watch_loads) as pool:
         return pool.submit(work).result()

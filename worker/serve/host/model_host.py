@@ -1,4 +1,4 @@
-"""Hands requests to the engines of their models and steps them all; loading never holds the stepping up."""
+"""Passes requests to the engines of their models and steps all engines, while models load."""
 
 import queue
 import threading
@@ -29,7 +29,10 @@ class Addressed(NamedTuple):
 
 @dataclass(frozen=True)
 class HostStatus:
-    """A snapshot for the heartbeat; models are named by their residence. last_step_at: end of the last forward pass."""
+    """Snapshot for the heartbeat, which names models by their serving key.
+
+    `last_step_at` is the end of the last forward pass, in seconds since the epoch.
+    """
 
     models: tuple[ModelState, ...] = ()
     num_running: int = 0
@@ -47,7 +50,7 @@ class HostStatus:
 
 @dataclass
 class _Parked:
-    """A request that is not in an engine yet: its model is not loaded, or its prompt is being tokenised."""
+    """A request that waits for its model to load, or for its prompt to be tokenised."""
 
     request: GenerateRequest
     waits_until: float
@@ -56,11 +59,11 @@ class _Parked:
 
 @dataclass
 class ModelHost:
-    """Engines by residence, and the requests that go to them.
+    """Engines by serving key, and their requests.
 
-    `submit`, `abort`, `tell`, `status`, `has_work` and `wait_for_work` may be called from any thread; `step_all`
-    and `close` belong to one. `loader` gives the local folder of an artifact and runs in the loading thread.
-    `retain` is called with all artifacts that are loaded or being loaded whenever they change.
+    `step_all` and `close` belong to one thread. The other public methods may be called from any
+    thread. `loader` returns the local folder of an artifact and runs in the loading thread.
+    `retain` is called with all artifacts that are resident or being loaded, whenever they change.
     """
 
     resident_bytes: int
@@ -77,15 +80,13 @@ class ModelHost:
     )
     _wake_event: threading.Event = field(default_factory=threading.Event, init=False)
     _parked: dict[str, _Parked] = field(default_factory=dict, init=False)
-    _load_turns: dict[str, int] = field(
-        default_factory=dict, init=False
-    )  # number of a tenant's last load
+    # number of each tenant's last load
+    _load_turns: dict[str, int] = field(default_factory=dict, init=False)
     _requests: dict[str, GenerateRequest] = field(default_factory=dict, init=False)
     _outbox: list[Addressed] = field(default_factory=list, init=False)
     _last_step_at: float | None = field(default=None, init=False)
-    _held: frozenset[str] = field(
-        default=frozenset(), init=False
-    )  # residences whose artifacts are retained
+    # serving keys whose artifacts are retained
+    _held: frozenset[str] = field(default=frozenset(), init=False)
 
     def __post_init__(self) -> None:
         limits = EngineLimits(
@@ -102,33 +103,33 @@ class ModelHost:
         self._status = HostStatus()
 
     def submit(self, request: GenerateRequest) -> None:
-        """Takes a request; loads its model if need be. Everything that goes wrong comes as a Failure."""
+        """Queues a request and loads its model if needed. Errors are reported as a Failure."""
         self._put(request)
 
     def abort(self, request_id: str) -> None:
-        """Ends a request without a reply at the next `step_all`."""
+        """Ends a request without a reply, at the next `step_all`."""
         self._put(request_id)
 
     def tell(self, message: Load | Unload | Keep) -> None:
-        """Loads, unloads and pins models; what comes of it is seen in the status."""
+        """Loads, unloads or pins models. The status shows the result."""
         self._put(message)
 
     def status(self) -> HostStatus:
-        """As it was at the end of the last `step_all`."""
+        """Returns the status at the end of the last `step_all`."""
         return self._status
 
     def has_work(self) -> bool:
-        """Whether a request is under way, or a message or a finished load waits."""
+        """Returns whether a request is in progress, or a message or a finished load is waiting."""
         return bool(self._requests) or self._can_step()
 
     def wait_for_work(self, timeout_seconds: float) -> bool:
-        """Sleeps until there is something to step, or the time is up; gives whether there is."""
+        """Waits until there is something to step or the time is up. Returns whether there is."""
         if not self._can_step():
             self._wake_event.wait(timeout_seconds)
         return self._can_step()
 
     def step_all(self) -> list[Addressed]:
-        """One step of every engine with work, and all replies that are due."""
+        """Runs one step of every engine that has work, and returns all replies that are due."""
         self._wake_event.clear()
         self._read_inbox()
         for residence, error in self._model_cache.collect(self._is_awaited):
@@ -147,7 +148,7 @@ class ModelHost:
         return replies
 
     def close(self) -> None:
-        """Ends the other threads; requests under way are forgotten."""
+        """Ends the other threads. Requests in progress get no reply."""
         self._prompts.close()
         self._model_cache.close()
 
@@ -166,7 +167,7 @@ class ModelHost:
         while not self._inbox.empty():
             match self._inbox.get():
                 case GenerateRequest() as request:
-                    if request.id not in self._requests:  # else delivered twice
+                    if request.id not in self._requests:  # otherwise it was delivered twice
                         self._requests[request.id] = request
                         waits_until = self.clock() + self.model_load_wait_seconds
                         self._parked[request.id] = _Parked(request, waits_until)
@@ -202,7 +203,10 @@ class ModelHost:
         return any(parked.request.residence == residence for parked in self._parked.values())
 
     def _place_parked(self) -> None:
-        """Has prompts tokenised, and models loaded: first for the tenant whose last load was started longest ago."""
+        """Has prompts tokenised and models loaded.
+
+        The tenant whose last load was started longest ago comes first.
+        """
         now = self.clock()
         if not self._parked:
             self._load_turns.clear()
@@ -229,7 +233,7 @@ class ModelHost:
         except ModelTooLarge as error:
             self._fail(request, error)
         else:
-            if parked.waits_until <= now:  # the load goes on, for those who come again
+            if parked.waits_until <= now:  # the load continues, for retries
                 self._fail(
                     request, ModelLoading(f"model {request.model} is still loading; retry shortly")
                 )
@@ -238,7 +242,7 @@ class ModelHost:
         for request, result in self._prompts.take():
             parked = self._parked.get(request.id)
             if parked is None or parked.request is not request:
-                continue  # cancelled meanwhile
+                continue  # it was cancelled
             parked.is_tokenising = False
             if isinstance(result, ServeError):
                 self._fail(request, result)
@@ -251,7 +255,7 @@ class ModelHost:
             engine.add(request, prompt)
         except ServeError as error:
             self._fail(request, error)
-        except Exception as error:  # the engine thread's edge: one request must not end the others
+        except Exception as error:  # one request must not end the others
             log.error("request_refused", request=request.id, exc_info=error)
             self._fail(
                 request,
@@ -262,11 +266,10 @@ class ModelHost:
         is_pass = engine.num_running + engine.num_waiting > 0
         try:
             replies = engine.step()
-        except Exception as error:  # the engine thread's edge: one model must not end the others
+        except Exception as error:  # one model must not end the others
             log.error("engine_failed", residence=residence, exc_info=error)
-            self._model_cache.drop(
-                residence
-            )  # its batch is in an unknown state; the next request loads it anew
+            # The state of its batch is unknown. The next request loads the model again.
+            self._model_cache.drop(residence)
             begun = [
                 request for request in self._requests.values() if request.id not in self._parked
             ]
@@ -303,5 +306,5 @@ class ModelHost:
 
 
 def served_of(request: GenerateRequest) -> ServedModel:
-    """What has to be loaded for a request."""
+    """Returns the model and serving options that a request needs."""
     return ServedModel(model=request.model, weights=request.weights, serving=request.serving)

@@ -1,1 +1,1 @@
-"""Prompts to tokens, and tokens to text and replies."""
+"""Converts prompts to tokens, and tokens to text and replies."""

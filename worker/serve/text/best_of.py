@@ -1,4 +1,4 @@
-"""best_of: all choices of a request are held back until it is known which are best."""
+"""Ranking for `best_of`: holds back the choices of a request until all have ended."""
 
 from statistics import fmean
 
@@ -6,21 +6,25 @@ from app.contracts.messages import Delta
 
 
 class BestOf:
-    """The choices of one request under way, and the raw log-probability of each of their tokens."""
+    """Choices of one request, with the raw log-probability of each of their tokens."""
 
     def __init__(self, num_choices: int) -> None:
         self._deltas: list[list[Delta]] = [[] for _ in range(num_choices)]
         self._logprobs: list[list[float]] = [[] for _ in range(num_choices)]
 
     def record(self, choice: int, logprob: float) -> None:
-        """Takes note of one more token, an end token included."""
+        """Records the log-probability of the next token of a choice, including an end token."""
         self._logprobs[choice].append(logprob)
 
     def hold(self, delta: Delta) -> None:
+        """Holds back a delta until `best` is called."""
         self._deltas[delta.choice].append(delta)
 
     def best(self, n: int) -> list[Delta]:
-        """One delta each of the n choices with the highest mean log-probability, numbered from the best on."""
+        """Returns the `n` choices with the highest mean log-probability, best first.
+
+        Each choice is one delta with the complete answer, numbered by its rank from 0.
+        """
         ranked = sorted(range(len(self._deltas)), key=lambda choice: -fmean(self._logprobs[choice]))
         return [self._whole(choice, number) for number, choice in enumerate(ranked[:n])]
 

@@ -1,4 +1,7 @@
-"""Makes certain text from tokens: whole characters only, and nothing that may turn out to be a stop string."""
+"""Incremental detokeniser that releases only text that can no longer change.
+
+It holds back incomplete characters, and text that may be the beginning of a stop string.
+"""
 
 import json
 from collections.abc import Sequence
@@ -9,12 +12,14 @@ from app.contracts.messages import TokenLogprob
 from worker.serve.decoding.sampling import SampledToken
 from worker.serve.errors import ServeError, raise_unless_panic
 
-REPLACEMENT = "\ufffd"  # what decoders give for bytes that are no whole character, so far or ever
-NUM_CONTEXT_TOKENS = 4  # prompt tokens decoded along, so that a first word keeps its leading space
+# Decoders return this character for bytes that are not, or not yet, a complete character.
+REPLACEMENT = "\ufffd"
+# Tokens that are decoded again before new ones, so that a new word keeps its leading space.
+NUM_CONTEXT_TOKENS = 4
 
 
 class TokenText:
-    """A tokenizer's way back to text and bytes."""
+    """Converts tokens to text and to bytes with one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:  # Any: transformers is untyped here
         self._tokenizer = tokenizer
@@ -24,7 +29,10 @@ class TokenText:
         self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text without special tokens, every space kept."""
+        """Returns the text of tokens, with all spaces and without special tokens.
+
+        Raises ServeError if the tokenizer fails.
+        """
         try:
             text: str = self._tokenizer.decode(
                 list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
@@ -37,20 +45,20 @@ class TokenText:
         return text
 
     def bytes_of(self, token: int) -> bytes:
-        """The bytes one token stands for, which need not be whole characters."""
+        """Returns the bytes of one token, which may be an incomplete character."""
         if token in self._added:
             return self._added[token].encode()
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:
-            return b""  # a padded vocabulary has rows no token stands for
+            return b""  # a padded vocabulary has ids without a token
         if self._bytes_of_letter and all(letter in self._bytes_of_letter for letter in piece):
             return bytes(self._bytes_of_letter[letter] for letter in piece)
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
-        return str(piece).replace("▁", " ").encode()  # ▁ is how SentencePiece writes a space
+        return str(piece).replace("▁", " ").encode()  # SentencePiece writes a space as ▁
 
     def logprob_of(self, pick: SampledToken) -> TokenLogprob | None:
-        """The public form of a pick's log-probabilities, if it has any."""
+        """Returns the log-probabilities of a token in the form of the API, if it has any."""
         if pick.token is None or pick.logprob is None:
             return None
         data = self.bytes_of(pick.token)
@@ -63,7 +71,7 @@ class TokenText:
 
 
 def _byte_level_letters() -> dict[str, int]:
-    # GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 onwards
+    # GPT-2's byte alphabet: printable Latin-1 bytes map to themselves, the others to U+0100 and up
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(printable)]
     letters = {chr(byte): byte for byte in printable}
@@ -75,7 +83,10 @@ BYTE_OF_LETTER = _byte_level_letters()
 
 @dataclass(frozen=True)
 class TextChunk:
-    """What became certain: text, and the picks whose text lies in it. After is_stopped nothing follows."""
+    """Text that can no longer change, and the sampled tokens whose text it contains.
+
+    A chunk with `is_stopped` is the last one: its text ends before a stop string.
+    """
 
     text: str = ""
     picks: tuple[SampledToken, ...] = ()
@@ -90,9 +101,10 @@ class _Placed:
 
 
 class TextStream:
-    """The text of one choice as it grows. Positions count characters from the start of the answer.
+    """Text of one choice, released while its tokens arrive.
 
-    Stop strings are looked for behind the text of the first `min_tokens` tokens.
+    Positions count characters from the start of the answer. Stop strings are searched only in the
+    text after the first `min_tokens` tokens.
     """
 
     def __init__(
@@ -108,14 +120,17 @@ class TextStream:
         self._num_unstoppable = min_tokens
         tail = list(prompt[-NUM_CONTEXT_TOKENS:])
         self._window = [] if text.decode(tail).endswith(REPLACEMENT) else tail
-        self._num_read = len(self._window)  # tokens of the window whose text is in _pending or sent
+        self._num_read = len(self._window)  # window tokens whose text is in _pending or was sent
         self._undecoded: list[SampledToken] = []
         self._placed: list[_Placed] = []
         self._pending = ""
         self._num_sent = 0
 
     def push(self, pick: SampledToken, *, is_last: bool = False) -> TextChunk:
-        """Adds one token; gives what is certain now, everything if it is the last."""
+        """Adds one token and returns the text that can no longer change.
+
+        If the token is the last one, returns all remaining text.
+        """
         assert pick.token is not None, "a row without numbers has no text"
         self._window.append(pick.token)
         self._undecoded.append(pick)
@@ -126,7 +141,7 @@ class TextStream:
         return self._release(is_last=is_last, stop=self._stop)
 
     def end(self) -> TextChunk:
-        """Gives what was held back, when the sequence ended on a token that is not part of its text."""
+        """Returns the text that was held back, after an end token, which has no text itself."""
         self._decode(is_last=True)
         return self._release(is_last=True, stop=self._stop)
 

@@ -1,4 +1,7 @@
-"""Lower bounds on the number of tokens of a text, so that a prompt that cannot fit is refused before it is tokenised."""
+"""Lower bounds on the number of tokens of a text.
+
+With such a bound, a prompt that cannot fit the context is refused before it is tokenised.
+"""
 
 import json
 from dataclasses import dataclass
@@ -8,20 +11,27 @@ from worker.serve.text.detokenizer import BYTE_OF_LETTER
 
 Json = dict[str, Any]  # Any: parts of tokenizer.json
 
-NFC_SHRINKAGE = 4  # composed text has at least a quarter of the bytes
+NFC_SHRINKAGE = 4  # NFC leaves at least a quarter of the bytes of a text
+# Behaviours of a pre-tokenizer's split that keep every character.
 KEEPING_SPLITS = frozenset({"Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"})
 
 
 @dataclass(frozen=True)
 class SizeBound:
-    """No token stands for more than `max_bytes` bytes of text; bytes in `dropped` have no tokens."""
+    """Size bound of one tokenizer: a token stands for at most `max_bytes` bytes of text.
+
+    Bytes in `dropped` produce no tokens. `ending` is the text of the end token.
+    """
 
     max_bytes: int
     dropped: bytes
     ending: str | None
 
     def least_tokens(self, text: str) -> int:
-        """Returns a lower bound on the tokens of a text, less the endings behind it, which are not counted as tokens."""
+        """Returns a lower bound on the number of tokens of a text.
+
+        End tokens at the end of the text are not counted, because prompts are cut before them.
+        """
         stop = len(text)
         while self.ending and text.endswith(self.ending, 0, stop):
             stop -= len(self.ending)
@@ -33,11 +43,14 @@ def size_bound(
     tokenizer: Any,  # transformers is untyped here
     end_id: int | None,
 ) -> SizeBound | None:
-    """Returns the bound for texts of a tokenizer, or None if there is none that we know.
+    """Returns the size bound of a tokenizer, or None if no bound is known.
 
-    There is one for byte-level BPE, and for BPE that falls back to bytes: they keep every byte that they have a token
-    for. Other tokenizers may remove accents and spaces, or make one unknown token of a long word. The end token must be
-    one that a text contains literally, since prompts are cut where they end with it.
+    Bounds are known for byte-level BPE and for BPE with byte fallback. Both keep every byte for
+    which they have a token. Other tokenizers may remove accents and spaces, or map a long word to
+    one unknown token.
+
+    The end token must appear in a text literally, because end tokens are cut off the end of a
+    prompt.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -56,12 +69,12 @@ def size_bound(
     ):
         return None
     if not is_end_literal or any(token["lstrip"] or token["rstrip"] for token in added):
-        return None  # they take any number of spaces
+        return None  # such a token absorbs any number of spaces
     pieces: dict[str, int] = state["model"]["vocab"]
     dropped = b""
     if _is_byte_level(state["pre_tokenizer"]):
         dropped = bytes(byte for letter, byte in BYTE_OF_LETTER.items() if letter not in pieces)
-        longest = max(map(len, pieces), default=0)  # a letter is a byte
+        longest = max(map(len, pieces), default=0)  # each letter stands for one byte
     else:
         has_fallback = bool(state["model"].get("byte_fallback"))
         if not has_fallback or not all(f"<0x{byte:02X}>" in pieces for byte in range(256)):
@@ -69,7 +82,7 @@ def size_bound(
         longest = max((len(piece.encode()) for piece in pieces), default=0)
     longest_added = max((len(token["content"].encode()) for token in added), default=0)
     if dropped and shrinkage > 1:
-        return None  # bytes are dropped after normalisation, and counted before
+        return None  # bytes are dropped after normalisation, but counted before it
     ending = ends[0]["content"] if ends else None
     return SizeBound(max(1, shrinkage * max(longest, longest_added)), dropped, ending)
 
@@ -83,7 +96,7 @@ def _parts(step: Json | None, name: str) -> list[Json]:
 
 
 def _shrinkage(normalizer: Json | None) -> int | None:
-    """Returns by what factor normalised text may be shorter; None if there is no bound that we know."""
+    """Returns the factor by which a normalizer may shorten a text, or None if it is unknown."""
     factor = 1
     for step in _parts(normalizer, "normalizers"):
         match step:

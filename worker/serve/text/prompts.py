@@ -1,4 +1,4 @@
-"""Turns what a request carries (text, tokens or messages) into prompt tokens that fit the context."""
+"""Converts the text, tokens or messages of a request into prompt tokens that fit the context."""
 
 from typing import Any
 
@@ -18,9 +18,8 @@ from worker.serve.text.template_process import RENDERER
 
 Tokenizer = Any  # transformers is untyped here
 
-SHORT_CHARACTERS = (
-    16_384  # texts up to here are tokenised in any case, so that an error tells exact numbers
-)
+# Texts up to this length are always tokenised, so that an error can state the exact numbers.
+SHORT_CHARACTERS = 16_384
 
 
 def prompt_tokens(
@@ -31,11 +30,19 @@ def prompt_tokens(
     context: Context,
     bound: SizeBound | None = None,
 ) -> tuple[int, ...]:
-    """Returns tokens that leave room for max_tokens, or for one if the request takes what fits.
+    """Returns the prompt tokens of a request.
 
-    A long text that cannot fit by the size bound of its tokens is refused before it is tokenised.
+    An empty prompt becomes the start token. The prompt leaves room for `max_tokens` tokens, or for
+    one token if the request has `fits_context`. A long text that cannot fit by its size bound is
+    refused before it is tokenised.
 
-    Raises InvalidPrompt, InvalidMessages, NoChatTemplate, PromptTooLong or AnswerTooLong.
+    Raises:
+        InvalidPrompt: The prompt cannot be tokenised, has an unknown token, or is empty while the
+            model has no start token.
+        InvalidMessages: The chat template cannot render the messages.
+        NoChatTemplate: The request has messages, but the model has no chat template.
+        PromptTooLong: The prompt and the answer do not fit the context.
+        AnswerTooLong: `max_tokens` exceeds the decoder context of an encoder-decoder.
     """
     tokens = request.tokens
     if tokens is None:
@@ -65,9 +72,9 @@ def prompt_tokens(
 def refuse_too_long(
     request: GenerateRequest, num_prompt: int, context: Context, *, is_least: bool = False
 ) -> None:
-    """Raises PromptTooLong or AnswerTooLong if prompt and answer do not fit.
+    """Raises PromptTooLong or AnswerTooLong if the prompt and the answer do not fit the context.
 
-    With `is_least`, num_prompt is a lower bound on the prompt's tokens.
+    With `is_least`, `num_prompt` is a lower bound on the number of prompt tokens.
     """
     num_answer = 1 if request.sampling.fits_context else request.sampling.max_tokens
     if num_answer <= context.room_for(num_prompt):
@@ -91,9 +98,11 @@ def refuse_too_long(
 
 
 def text_tokens(text: str, tokenizer: Tokenizer, *, has_encoder: bool) -> tuple[int, ...]:
-    """As students are trained: an encoder, and a model whose end token separates, sees what the tokenizer adds.
+    """Returns the tokens of a text prompt, in the form that students are trained on.
 
-    Any other model would take an end token behind the prompt for the end of the answer.
+    The tokens include those that the tokenizer adds. Trailing end tokens are removed, because a
+    model would take them for the end of the answer. They stay if an encoder reads the prompt, or if
+    the end token is also the separator.
     """
     tokens = list(encode(text, tokenizer))
     end = end_id_of(tokenizer)
@@ -104,15 +113,22 @@ def text_tokens(text: str, tokenizer: Tokenizer, *, has_encoder: bool) -> tuple[
 
 
 def end_id_of(tokenizer: Tokenizer) -> int | None:
-    """The token that ends an answer: BERT's tokenizers have a separator only."""
+    """Returns the token that ends an answer, or None if there is none.
+
+    The tokenizers of BERT have no end token. Their separator is used instead.
+    """
     end: int | None = getattr(tokenizer, "eos_token_id", None)
     return getattr(tokenizer, "sep_token_id", None) if end is None else end
 
 
 def chat_text(messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:
-    """Returns the chat template's rendering with the assistant's turn opened.
+    """Returns the messages as rendered by the chat template, with the assistant's turn opened.
 
-    The template comes with the model, so it is untrusted: an immutable sandbox in a process of its own renders it.
+    The template comes with the model and is untrusted. A separate process renders it in an
+    immutable sandbox. If the template does not mention the role "developer", the role becomes
+    "system".
+
+    Raises NoChatTemplate or InvalidMessages.
     """
     template = tokenizer.chat_template
     if not template:
@@ -130,7 +146,7 @@ def chat_text(messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:
 
 
 def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) -> tuple[int, ...]:
-    """The tokens of a text. Raises InvalidPrompt where the model's own patterns give up on it."""
+    """Returns the tokens of a text. Raises InvalidPrompt if the tokenizer fails on it."""
     try:
         return tuple(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
     except BaseException as error:

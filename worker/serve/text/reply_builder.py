@@ -1,4 +1,4 @@
-"""The answer to one request as it grows: whatever engine picks its tokens, replies are made here."""
+"""Builds the replies to one request from its sampled tokens, for all engines."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,7 +14,11 @@ FinishReason = Literal["stop", "length"]
 
 
 class Taken(NamedTuple):
-    """What a token led to. `is_choice_over`: its choice has ended, maybe by a stop string; `is_over`: all have."""
+    """Result of adding one token to an answer.
+
+    `is_choice_over` is true if its choice has ended, possibly by a stop string. `is_over` is true
+    if all choices have ended.
+    """
 
     replies: list[Reply]
     is_choice_over: bool
@@ -23,7 +27,10 @@ class Taken(NamedTuple):
 
 @dataclass
 class Answer:
-    """A request under way. `echoes` holds the prompt's text for each choice that has not said it yet."""
+    """Answer to one request in progress.
+
+    `echoes` holds the text of the prompt for each choice that has not sent it yet.
+    """
 
     request: GenerateRequest
     num_prompt_tokens: int
@@ -35,7 +42,11 @@ class Answer:
     num_completion_tokens: int = field(default=0, init=False)
 
     def take(self, choice: int, pick: SampledToken, reason: FinishReason | None) -> Taken:
-        """The next token of a choice, with why it is its last; one that ends by "stop" is an end token, and no text."""
+        """Adds the next token of a choice and returns the replies that are due.
+
+        `reason` is set if the token is the last one of its choice. With "stop", the token is an end
+        token, which has no text.
+        """
         self.num_completion_tokens += 1
         if self.best_of is not None and pick.logprob is not None:
             self.best_of.record(choice, pick.logprob)
@@ -80,7 +91,11 @@ class Answer:
 def begin_answer(
     request: GenerateRequest, prompt: tuple[int, ...], text: TokenText, *, is_continued: bool
 ) -> Answer:
-    """An answer with nothing in it; `is_continued` unless an encoder reads the prompt."""
+    """Returns an empty answer to a request.
+
+    `is_continued` is true if the answer continues the prompt, and false if an encoder reads the
+    prompt.
+    """
     sampling, num_sequences = request.sampling, request.num_sequences
     stream_of: Callable[[], TextStream] = partial(
         TextStream,
@@ -105,11 +120,15 @@ def begin_answer(
 
 
 def num_logprobs_of(request: GenerateRequest) -> int | None:
-    """Alternatives an engine must tell of each token: best_of ranks by the log-probabilities of the chosen ones."""
+    """Returns how many alternatives per token an engine must report with log-probabilities.
+
+    0 means the chosen token only, which `best_of` needs for its ranking. None means no
+    log-probabilities.
+    """
     asked = request.sampling.logprobs
     return 0 if asked is None and request.num_sequences > request.n else asked
 
 
 def seed_of(request: GenerateRequest, choice: int) -> int | None:
-    """What the choice samples with, if the request has a seed."""
+    """Returns the seed of a choice, or None if the request has no seed."""
     return None if request.sampling.seed is None else request.sampling.seed + choice

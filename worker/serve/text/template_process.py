@@ -1,6 +1,10 @@
-"""Chat templates rendered in a process of their own: a stranger's template may loop or swell, and only that process ends.
+"""Renders chat templates in a child process.
 
-`python -m worker.serve.text.template_process` is that process: one JSON object a line in, one a line out, until its input closes.
+A chat template is untrusted: it may loop forever or use too much memory. In that case only the
+child process ends.
+
+`python -m worker.serve.text.template_process` is the child process. It reads one JSON object per
+line and writes one per line, until its input is closed.
 """
 
 import atexit
@@ -16,29 +20,35 @@ from typing import Any
 
 from worker.serve.errors import InvalidMessages
 
-CPU_SECONDS = 2.0  # of one rendering; real templates take about a millisecond
-MEMORY_BYTES = 512 * 2**20  # beyond what the process has when it is ready
-MOST_ENDS = 3  # children that one template may end before it is refused unseen
-MAX_CHARACTERS = 16 * 2**20
+CPU_SECONDS = 2.0  # per rendering; far more than a normal template needs
+MEMORY_BYTES = 512 * 2**20  # in addition to what the child uses when it is ready
+MOST_ENDS = 3  # children that a template may end before it is refused untried
+MAX_CHARACTERS = 16 * 2**20  # of a rendered text
 Turns = Sequence[Mapping[str, str]]
 Json = dict[str, Any]  # Any: JSON
 
 
 class TemplateRenderer:
-    """Renders for one process; its child starts with the first template, or with `start`."""
+    """Renders chat templates for one worker process, by one child process.
+
+    The child starts with the first template, or with `start`. `start` and `render` are thread-safe.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._num_ends: Counter[str] = Counter()  # children that a template has ended
+        self._num_ends: Counter[str] = Counter()  # children that each template has ended
 
     def start(self) -> None:
-        """Starts the child ahead of need; it takes two seconds to be ready."""
+        """Starts the child process early, because it takes a while to be ready."""
         with self._lock:
             self._running()
 
     def render(self, template: str, turns: Turns, names: Mapping[str, object]) -> str:
-        """The text with the assistant's turn opened. Raises InvalidMessages."""
+        """Returns the rendered messages, with the assistant's turn opened.
+
+        Raises InvalidMessages if the template fails or exceeds its limits.
+        """
         line = json.dumps(
             {"template": template, "turns": list(turns), "names": dict(names)}
         ).encode()
@@ -58,13 +68,13 @@ class TemplateRenderer:
         return str(answer["text"])
 
     def close(self) -> None:
-        """Ends the child."""
+        """Ends the child process."""
         if self._child is not None:
             self._child.communicate()
             self._child = None
 
     def _exchange(self, line: bytes) -> Json | None:
-        """None if the child ended before it answered."""
+        """Sends one line and returns the answer, or None if the child ended before it answered."""
         child = self._running()
         assert child.stdin is not None
         assert child.stdout is not None
@@ -85,16 +95,19 @@ class TemplateRenderer:
                 [sys.executable, "-m", "worker.serve.text.template_process"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                start_new_session=True,  # a terminal's Ctrl-C is for the worker; the closing pipe ends this one
+                # Ctrl-C in a terminal is for the worker only. The child ends when its input closes.
+                start_new_session=True,
             )
         return self._child
 
 
 def serve() -> None:
-    """Answers until the input closes; dies by signal when a template takes too long."""
-    from transformers.utils.chat_template_utils import (
-        render_jinja_template,  # seconds, and none of torch
-    )
+    """Renders templates until the input is closed.
+
+    A template that takes too long ends this process by a signal.
+    """
+    # slow to import, but does not need torch
+    from transformers.utils.chat_template_utils import render_jinja_template
 
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * resource.getpagesize()
@@ -112,7 +125,7 @@ def serve() -> None:
             if len(text) > MAX_CHARACTERS:
                 raise ValueError(f"it writes {len(text)} characters")
             answer = {"text": text}
-        except Exception as error:  # noqa: BLE001  # this process's edge: a template may raise anything
+        except Exception as error:  # noqa: BLE001  # a template may raise any exception
             answer = {"error": str(error)[:300] or type(error).__name__}
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         sys.stdout.write(json.dumps(answer) + "\n")

@@ -1,4 +1,4 @@
-"""Threads that tokenise prompts, so that no stream stands still while a long prompt is read."""
+"""Tokenises prompts in separate threads."""
 
 import threading
 from collections.abc import Callable
@@ -16,11 +16,11 @@ from worker.serve.errors import ServeError
 log = structlog.get_logger()
 
 Tokens = tuple[int, ...]
-NUM_THREADS = 2  # a tenant has one at most
+NUM_THREADS = 2  # one tenant uses at most one of them
 
 
 class Tokenised(NamedTuple):
-    """A request, with the tokens of its prompt or the reason why there are none."""
+    """A request with the tokens of its prompt, or with the error that prevented them."""
 
     request: GenerateRequest
     result: Tokens | ServeError
@@ -33,7 +33,7 @@ class _Job:
 
     @property
     def size(self) -> int:
-        """Characters or tokens of the prompt."""
+        """Length of the prompt, in characters or in tokens."""
         request = self.request
         if request.messages is not None:
             return sum(len(message.content) for message in request.messages)
@@ -41,28 +41,31 @@ class _Job:
 
 
 class PromptThreads:
-    """Thread pool that tokenises prompts, so that a long prompt does not delay the decode steps of other requests.
+    """Thread pool that tokenises prompts, so that a long prompt does not delay other requests.
 
-    The order is fair among tenants; the prompts of one tenant are tokenised one after the other.
-    All methods may be called from any thread. `ring` is called when a result can be taken.
+    The order is fair among tenants. The prompts of one tenant are tokenised one after the other.
+    All methods may be called from any thread. `wake_up` is called when a result can be taken.
     """
 
     def __init__(self, wake_up: Callable[[], None]) -> None:
         self._wake_up = wake_up
         self._pool = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenise")
-        self._lock = threading.Lock()  # guards the two below
+        self._lock = threading.Lock()  # guards _waiting and _num_free
         self._waiting: FairQueue[_Job] = FairQueue(lambda job: job.request.tenant, max_running=1)
         self._num_free = NUM_THREADS
         self._done: SimpleQueue[Tokenised] = SimpleQueue()
 
     def add(self, request: GenerateRequest, tokenise: Callable[[GenerateRequest], Tokens]) -> None:
-        """Queues a request; `tokenise` returns its tokens or raises ServeError, in another thread."""
+        """Queues a request.
+
+        `tokenise` is called in another thread. It returns the tokens or raises ServeError.
+        """
         with self._lock:
             self._waiting.add(_Job(request, tokenise))
             self._start()
 
     def cancel(self, request_id: str) -> None:
-        """Forgets a request that has not begun; of one that has, the result still comes."""
+        """Removes a request that has not started. A started request still gets its result."""
         with self._lock:
             self._waiting.remove(lambda job: job.request.id == request_id)
 
@@ -74,7 +77,7 @@ class PromptThreads:
         return [self._done.get() for _ in range(self._done.qsize())]
 
     def close(self) -> None:
-        """Forgets what has not begun."""
+        """Removes all requests that have not started, and ends the threads."""
         with self._lock:
             self._waiting.remove(lambda _: True)
             self._pool.shutdown(wait=False)
@@ -100,8 +103,7 @@ def _tokens_or_error(job: _Job) -> Tokens | ServeError:
         return job.tokenise(job.request)
     except ServeError as error:
         return error
-    except (
-        BaseException
-    ) as error:  # a panic of a Rust library is no Exception; it ends this request only
+    # A panic of a Rust library is not an Exception. It must end this request only.
+    except BaseException as error:
         log.error("request_refused", request=job.request.id, exc_info=error)
         return ServeError("the engine could not take this request; its log has the reason")

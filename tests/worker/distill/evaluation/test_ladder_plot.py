@@ -55,7 +55,7 @@ def test_the_same_ladder_is_a_picture_and_json(tmp_path: Path) -> None:
 
 def test_a_panel_shows_points_intervals_teacher_and_gate() -> None:
     kl, agreement, speed, unused = draw_ladder(RUNGS, TEACHER_RUNG, GATE).axes
-    assert kl.get_ylabel() == "KL, nats a token"
+    assert kl.get_ylabel() == "KL, nats per token"
     assert kl.get_xlabel() == "parameters, millions"
     points = [line for line in kl.lines if line.get_marker() in ("o", "D")]
     assert [position(line) for line in points] == [(4.0, 1.0), (2.0, 2.0)]
@@ -87,4 +87,4 @@ def test_perplexity_stands_in_for_a_kl_that_there_is_not() -> None:
         [axes.get_ylabel() for axes in draw_ladder([rung], TEACHER_RUNG).axes if axes.get_visible()]
         for rung in (with_both, without_kl)
     ]
-    assert labels == [["KL, nats a token", "agreement, %"], ["perplexity"]]
+    assert labels == [["KL, nats per token", "agreement, %"], ["perplexity"]]

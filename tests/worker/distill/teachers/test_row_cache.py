@@ -66,7 +66,7 @@ def test_a_run_killed_half_way_leaves_whole_blobs_or_none(tmp_path: Path) -> Non
     script = """
         import os, signal, sys, torch
         from pathlib import Path
-        from worker.distill import cache as module
+        from worker.distill.teachers import row_cache as module
         names = [bytes([number]) * 16 for number in range(4)]
         cache = module.open_cache(Path(sys.argv[1]), "a", names, [5, 0, 12, 7], budget_bytes=2**20)
         cache.put(0, torch.arange(5, dtype=torch.uint8))

@@ -4,7 +4,7 @@ import pytest
 
 from app.contracts.distillation import TeacherSignal
 from worker.distill.teachers.signals import choose_signal
-from worker.errors import DistillError
+from worker.errors import WorkerError
 from worker.models.architectures import ModelKind
 
 
@@ -42,5 +42,5 @@ def test_auto_takes_what_the_pair_allows(
 def test_an_impossible_pair_is_refused_with_what_would_work(
     asked: TeacherSignal, teacher: ModelKind, has_one_tokenizer: bool, hint: str
 ) -> None:
-    with pytest.raises(DistillError, match=hint):
+    with pytest.raises(WorkerError, match=hint):
         choose_signal(asked, teacher, "causal", has_one_tokenizer=has_one_tokenizer)
