@@ -6,8 +6,8 @@ repeated for the query heads that share them. Some sums are taken in another ord
 by rounding.
 """
 
-# N rows, Q tokens per row in this call, W columns of the window, E hidden size, V vocabulary, M rows times key heads;
-# a layer has H query heads and K key heads (H = K * G) of width D
+# N rows, Q tokens per row in this call, W columns of the window, E hidden size, V vocabulary,
+# M rows times key heads; a layer has H query heads and K key heads (H = K * G) of width D
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +118,7 @@ class LlamaDecoder:
     def logits(
         self, call: Any
     ) -> Tensor:  # Any: worker.serve.decoding.families.Call (import cycle)
-        """Returns the logits of the last tokens: [N, V], or [N, num_logits, V] for more than one."""
+        """Returns the logits of the last tokens: [N, V], or [N, num_logits, V] if several."""
         hidden_NQE = self._embed(call.tokens_NQ)
         if self._kernels is not None:
             return self._head(self._compiled(self._kernels, hidden_NQE, call)).squeeze(1)

@@ -1,13 +1,15 @@
-/* Float32 products by the processor's tiles of bfloat16 (AMX): see worker/cpu/linear_ops.py.
+/* bf16x3: float32 matmul computed as bfloat16 matmuls with AMX. See worker/cpu/linear_ops.py.
  *
- * A number is the sum of three in bfloat16, which have 8 of its 24 bits each: high + middle + low, exactly. Of the nine products of
- * two such sums six are computed and summed in float32; the other three are below 2^-24 of |a||b|, the rounding of a float32
- * product (Henry, Tang and Heinecke 2019, arXiv:1904.06376). Sixteen times as fast a multiplier leaves a gain. With two parts,
- * 16 bits, there are three products, and what is left out is below 2^-16.
+ * A float32 number is split exactly into three bfloat16 parts of 8 bits each: high + middle + low.
+ * Of the nine products of parts, six are computed and summed in float32. The other three are below
+ * 2^-24 of |a||b|, which is the rounding error of a float32 product. AMX is fast enough for six
+ * products to take less time than one float32 product. With two parts (16 bits) there are three
+ * products, and the error is below 2^-16. Source: Henry, Tang and Heinecke 2019, arXiv:1904.06376.
  *
- * out [M, N] = A [M, K] B [K, N]. What is longer, A's rows or B's columns, is dealt out to the threads ("own"); the other operand
- * is laid out once for all ("shared"). Sums go along K in one order whatever M, N and the number of threads are, so that a
- * row's result depends on that row alone.
+ * out [M, N] = A [M, K] B [K, N]. The longer of A's rows and B's columns is divided among the
+ * threads: each packs its "own" part. The other operand is packed once for all threads ("shared").
+ * The order of sums along K does not depend on M, N or the number of threads, so the result of a
+ * row of A depends on that row and B alone.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -23,7 +25,8 @@ enum { BLOCK = 2 * SIDE, CACHED = 1 << 20 };
 
 int has_splits(void) { return has_tiles(); }
 
-/* An operand: where its numbers lie, and how far apart along its own side (A's rows, B's columns) and along K; one of them is 1. */
+/* An operand: its numbers, and its strides along its side (A's rows or B's columns) and along K.
+ * One of the strides is 1. */
 struct operand {
     const float *numbers;
     int64_t count, side_step, k_step;
@@ -33,7 +36,8 @@ static inline __mmask16 first(int64_t count) { return count >= SIDE ? 0xffff : c
 
 static inline __m512i upper_halves(__m512i bits) { return _mm512_and_si512(bits, _mm512_set1_epi32((int)0xffff0000)); }
 
-/* The nearest in bfloat16, ties away from zero, in the upper halves; x keeps what is left. */
+/* Returns x rounded to the nearest bfloat16, ties away from zero, in the upper halves. Subtracts it
+ * from x. */
 static inline __m512i part_of(__m512 *x) {
     __m512i part = upper_halves(_mm512_add_epi32(_mm512_castps_si512(*x), _mm512_set1_epi32(0x8000)));
     *x = _mm512_sub_ps(*x, _mm512_castsi512_ps(part));
@@ -44,7 +48,7 @@ static inline void store_pair(uint16_t *to, __m512i low, __m512i high) {
     _mm512_store_si512(to, _mm512_or_si512(_mm512_srli_epi32(low, 16), high));
 }
 
-/* [16, 16] of 32 bits. */
+/* Transposes a [16, 16] matrix of 32-bit numbers. */
 static inline void transpose(__m512 rows[SIDE]) {
     __m512i r[SIDE], t[SIDE];
     for (int i = 0; i < SIDE; i++) r[i] = _mm512_castps_si512(rows[i]);
@@ -73,8 +77,9 @@ static inline void transpose(__m512 rows[SIDE]) {
     for (int i = 0; i < SIDE; i++) rows[i] = _mm512_castsi512_ps(r[i]);
 }
 
-/* 16 of an operand's side and 32 along K into a tile for each part; what is missing is zero. In a tile of A a row is one of the side, in one of B
- * a pair along K; the pairs are (0, 16), (1, 17), ..., which is as good as neighbours where both operands have it so. */
+/* Packs a cell of an operand, 16 along its side by 32 along K, into one tile per part. Missing
+ * numbers are zero. A row of a tile of A is one row of A; a row of a tile of B is a pair along K.
+ * Pairs are (0, 16), (1, 17), and so on: any order is correct if both operands use the same one. */
 static void lay_cell(struct operand from, int64_t side, int64_t k, int64_t K, int is_b, int parts, uint16_t *to) {
     const float *numbers = from.numbers + side * from.side_step + k * from.k_step;
     int lies_along_k = from.k_step == 1;
@@ -98,7 +103,7 @@ static void lay_cell(struct operand from, int64_t side, int64_t k, int64_t K, in
         store_pair(to, part_of(&x[i]), part_of(&y[i]));
         store_pair(to + TILE, part_of(&x[i]), part_of(&y[i]));
         if (parts == 2) continue;
-        /* all that is left, as it is: NaN stays NaN */
+        /* the remainder is stored without rounding, so that NaN stays NaN */
         store_pair(to + 2 * TILE, _mm512_castps_si512(x[i]), upper_halves(_mm512_castps_si512(y[i])));
     }
 }
@@ -125,7 +130,8 @@ enum { HIGH, MIDDLE, LOW };
     _tile_dpbf16ps(3, 5, 7);     \
     LOAD(7, b_two, part)
 
-/* sums [32, 32], `step` numbers a row, += two panels of A times two of B. */
+/* Multiplies two panels of A by two of B and adds the result to sums [32, 32], whose rows are
+ * `step` numbers apart. With is_first, sums are overwritten. */
 static inline void multiply_parts(const uint16_t *a, const uint16_t *b, int64_t depth, const int parts, int is_first, float *sums,
                                   int64_t step) {
     const uint16_t *a_two = a + depth * parts * TILE, *b_two = b + depth * parts * TILE;
@@ -142,7 +148,7 @@ static inline void multiply_parts(const uint16_t *a, const uint16_t *b, int64_t 
         _tile_loadd(3, below + SIDE, step * 4);
     }
     for (int64_t d = 0; d < depth; d++) {
-        /* each tile is loaded as soon as nothing needs the one before it */
+        /* each tile is loaded as soon as its register is free */
         LOAD(4, a, HIGH);
         LOAD(6, b, parts - 1);
         LOAD(5, a_two, HIGH);
@@ -170,7 +176,7 @@ static void multiply_block(const uint16_t *a, const uint16_t *b, int64_t depth, 
     else multiply_parts(a, b, depth, 2, is_first, sums, step);
 }
 
-/* The same for a block that reaches over the edge of out. */
+/* The same for a block that extends beyond the edge of out. */
 static void multiply_edge(const uint16_t *a, const uint16_t *b, int64_t depth, int parts, int is_first, float *out, int64_t N,
                           int64_t rows, int64_t columns) {
     float sums[BLOCK * BLOCK] __attribute__((aligned(64)));
@@ -180,7 +186,8 @@ static void multiply_edge(const uint16_t *a, const uint16_t *b, int64_t depth, i
     for (int64_t m = 0; m < rows; m++) memcpy(out + m * N, sums + m * BLOCK, columns * sizeof(float));
 }
 
-/* Memory of this thread, for its next call too: fresh memory would cost as much as what is written to it. It ends with the thread. */
+/* Working space of a thread, kept for its next call: new memory would take as long as writing to
+ * it. It is freed when the thread ends. */
 struct room {
     uint16_t *numbers;
     int64_t count;
@@ -219,15 +226,17 @@ static uint16_t *room_for(int64_t count, int which) {
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* A's steps are those from row to row and along K, B's those from column to column and along K; in each pair one is 1. Three
- * parts or two; with `adds` out += A B. Gives 0, or 1 if there was no memory. */
+/* out = A B, or out += A B with `adds`, with three or two parts per number. A has strides from row
+ * to row and along K, B from column to column and along K. One stride of each pair is 1. Returns 0,
+ * or 1 if there was no memory. */
 int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float *b, int64_t b_step, int64_t b_k_step, float *out,
                    int64_t M, int64_t N, int64_t K, int parts, int adds) {
     struct operand rows = {a, M, a_step, a_k_step}, columns = {b, N, b_step, b_k_step};
     int owns_rows = M >= N, has_failed = 0;
     struct operand own = owns_rows ? rows : columns, shared = owns_rows ? columns : rows;
     int64_t cell = parts * TILE;
-    /* an out that the cache does not hold is gone through as seldom as can be, and what is shared with it; else less lies about */
+    /* If out does not fit in the cache, large blocks reduce the number of passes over out and over
+     * the shared operand. Otherwise small blocks keep the working space small. */
     int is_large = M * N > CACHED;
     int64_t own_block = (is_large ? 8 : 2) * BLOCK, most_depth = is_large ? 18 : 12;
     int64_t num_panels = (shared.count + BLOCK - 1) / BLOCK * 2, cells = (K + DEPTH - 1) / DEPTH;

@@ -45,10 +45,7 @@ SIGNATURES = {
 
 
 class Layer(ctypes.Structure):
-    """`struct layer` of decoder_layers.c.
-
-    Holds the addresses of norms, weights, biases (None if absent), keys and values, and scalars.
-    """
+    """`struct layer` of decoder_layers.c: addresses of tensors (None if absent), and scalars."""
 
     WEIGHTS = ("qkv", "output", "gate", "up", "down")
     _fields_ = [

@@ -1,7 +1,9 @@
-/* Causal attention in training, forward and backward, and rotary positions: see worker/cpu/short_attention.py.
+/* Causal attention for training, forward and backward, and rotary embeddings. See
+ * worker/cpu/short_attention.py and worker/cpu/training_ops.py.
  *
- * B rows of T tokens, H query heads, K key heads (H = K * G), D width of a head, a multiple of 16; W is T in whole sixteens. Queries and
- * keys lie [B, T, heads, D], weights [B, H, T, W]. What lies after a token is not computed, in runs of sixteen.
+ * B rows of T tokens, H query heads, K key heads (H = K * G), D head width, a multiple of 16. W is
+ * T, rounded up to a multiple of 16. Queries, keys and values are [B, T, heads, D], weights
+ * [B, H, T, W]. Scores of later keys are not computed, except to fill up 16 lanes and four rows.
  */
 #include <math.h>
 #include <stdint.h>
@@ -11,14 +13,15 @@
 #include "vector_math.h"
 
 typedef float sixteen __attribute__((vector_size(64), aligned(4)));
-/* as many sums at once as there are registers for */
+/* size of a block of sums that fits in the registers */
 #ifdef __AVX512F__
 enum { ROWS = 4, GROUPS = 4 };
 #else
 enum { ROWS = 4, GROUPS = 1 };
 #endif
 
-/* c [rows, 16 * groups] (+)= sum over k of a[m, k] b[k, :]; a's steps are free, b's and c's last ones 1. */
+/* c [rows, 16 * groups] = sum over k of a[m, k] b[k, :], added to c with `adds`.
+ * a may have any strides. The last dimension of b and c is contiguous. */
 static inline __attribute__((always_inline)) void multiply_block(const float *a, int64_t a_step, int64_t a_k_step, const float *b,
                                                                  int64_t b_step, float *c, int64_t c_step, int64_t depth,
                                                                  const int rows, const int groups, int adds) {
@@ -41,7 +44,7 @@ static inline __attribute__((always_inline)) void multiply_block(const float *a,
         for (int g = 0; g < groups; g++) *(sixteen *)(c + m * c_step + LANES * g) = sums[m][g];
 }
 
-/* The same for up to four rows and N columns, in whole sixteens. */
+/* The same for up to ROWS rows and N columns, a multiple of 16. */
 static void multiply_rows(const float *a, int64_t a_step, int64_t a_k_step, const float *b, int64_t b_step, float *c, int64_t c_step,
                           int64_t depth, int64_t rows, int64_t N, int adds) {
     int64_t n = 0;
@@ -58,7 +61,7 @@ static void multiply_rows(const float *a, int64_t a_step, int64_t a_k_step, cons
 
 static inline int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
-/* [T, D], `step` apart, to [D, W]; what is missing is zero. */
+/* Transposes [T, D], whose rows are `step` apart, to [D, W] and pads it with zeros. */
 static void turn(const float *from, int64_t step, float *to, int64_t T, int64_t D, int64_t W) {
     for (int64_t d = 0; d < D; d++) {
         for (int64_t t = 0; t < T; t++) to[d * W + t] = from[t * step + d];
@@ -66,7 +69,7 @@ static void turn(const float *from, int64_t step, float *to, int64_t T, int64_t 
     }
 }
 
-/* Scores to weights, of the first `count`; the others of W become zero. */
+/* Softmax of `scaling` times the first `count` scores, in place; the others of W become zero. */
 static void soften(float *row, int64_t count, int64_t W, float scaling) {
     float greatest = greatest_of(row, count), total = 0.0f;
     for (int64_t s = 0; s < count; s++) total += row[s] = exp_of((row[s] - greatest) * scaling);
@@ -75,7 +78,8 @@ static void soften(float *row, int64_t count, int64_t W, float scaling) {
     memset(row + count, 0, (W - count) * sizeof(float));
 }
 
-/* Gives what each token's queries find [B, T, H, D], and the weights, for the backward. Returns 0, or 1 if there was no memory. */
+/* Writes the attention output [B, T, H, D], and the weights [B, H, T, W] for the backward pass.
+ * Returns 0, or 1 if there was no memory. */
 int attend_causally(const float *q, const float *k, const float *v, float *out, float *weights, int64_t B, int64_t T, int64_t H,
                     int64_t K, int64_t D, float scaling) {
     int64_t W = whole(T), G = H / K, q_step = H * D, k_step = K * D;
@@ -107,7 +111,7 @@ int attend_causally(const float *q, const float *k, const float *v, float *out, 
     return has_failed;
 }
 
-/* Gradients in weights to gradients in scores: scaling * w * (g - sum of w * g). */
+/* Turns gradients of weights into gradients of scores: scaling * w * (g - sum of w * g). */
 static void soften_gradient(const float *row, float *grad, int64_t count, int64_t W, float scaling) {
     float dot = 0.0f;
     for (int64_t s = 0; s < count; s++) dot += row[s] * grad[s];
@@ -115,7 +119,7 @@ static void soften_gradient(const float *row, float *grad, int64_t count, int64_
     memset(grad + count, 0, (W - count) * sizeof(float));
 }
 
-/* The gradients in queries, keys and values. Returns 0, or 1 if there was no memory. */
+/* Writes the gradients of queries, keys and values. Returns 0, or 1 if there was no memory. */
 int attention_gradients(const float *grad, const float *q, const float *k, const float *v, const float *weights, float *grad_q,
                         float *grad_k, float *grad_v, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, float scaling) {
     int64_t W = whole(T), G = H / K, q_step = H * D, k_step = K * D;
@@ -155,8 +159,9 @@ int attention_gradients(const float *grad, const float *q, const float *k, const
     return has_failed;
 }
 
-/* Rotary positions of x [N, heads, D]: x cos + (-x's second half, x's first half) sin, or with `is_back` the transposed of that. Row n has
- * the angles [D] of place n % num_places. */
+/* Rotary embeddings of x [N, heads, D]: x cos + (-second half of x, first half of x) sin. With
+ * `is_back` the transposed operation, which gives the gradient. Row n has the angles [D] of place
+ * n % num_places. */
 void rotate(const float *x, const float *cos, const float *sin, float *out, int64_t N, int64_t num_places, int64_t heads, int64_t D,
             int is_back) {
     int64_t half = D / 2;

@@ -1,7 +1,9 @@
-/* What lies between the matrix products of one decoding step, in a few passes: see worker/cpu/kernels/bindings.py.
+/* Operations between the matmuls of a decode step, in few passes. See
+ * worker/cpu/kernels/bindings.py.
  *
- * All tensors are contiguous. N rows, H query heads, K key heads (H = K * G) of width D, E hidden size, W columns.
- * A tensor of kind BFLOAT16 holds the upper halves of floats; everything is computed in float32.
+ * All tensors are contiguous. N rows, H query heads, K key heads (H = K * G) of width D, E hidden
+ * size, W columns. A tensor is float32 or bfloat16, as its `kind` says; everything is computed in
+ * float32.
  */
 #include <math.h>
 #include <stdint.h>
@@ -11,7 +13,7 @@
 #include "vector_math.h"
 #include "thread_team.h"
 
-enum { BLOCK = 512 }; /* logits that are looked at together */
+enum { BLOCK = 512 }; /* logits that refine checks at once */
 
 static inline void load(float *restrict to, const void *from, int64_t at, int kind, int64_t count) {
     if (kind == BFLOAT16)
@@ -52,7 +54,7 @@ void norm_rows(float *hidden, const void *delta, int delta_kind, const float *we
     }
 }
 
-/* hidden [N, E] += delta (null: nothing), then out = hidden / sqrt(mean(hidden^2) + eps) * weight. */
+/* hidden [N, E] += delta (may be null), then out = hidden / sqrt(mean(hidden^2) + eps) * weight. */
 void add_norm(float *hidden, const void *delta, int delta_kind, const float *weight, float eps, void *out, int out_kind,
               int64_t N, int64_t E) {
 #pragma omp parallel if (N * E > 8192)
@@ -73,13 +75,13 @@ void multiply_all(void *a, const void *b, int kind, int64_t count) {
     }
 }
 
-/* a *= b, elementwise. */
+/* a *= b, element-wise. */
 void multiply(void *a, const void *b, int kind, int64_t count) {
 #pragma omp parallel if (count > 16384)
     multiply_all(a, b, kind, count);
 }
 
-/* out = x * cos + (x's halves swapped) * sin, whose first half is negated already. */
+/* out = x * cos + (x with its halves swapped) * sin. The first half of sin is already negated. */
 static inline void rotate(float *restrict out, const float *restrict x, const float *restrict cos,
                           const float *restrict sin, int64_t D) {
     for (int64_t i = 0; i < D / 2; i++) {
@@ -88,7 +90,8 @@ static inline void rotate(float *restrict out, const float *restrict x, const fl
     }
 }
 
-/* As many numbers as there are lanes, wherever they lie; a compiler makes of them the vectors that there are. */
+/* LANES floats at any address that is aligned for a float. The compiler splits them into the vector
+ * registers of the processor. */
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 
 typedef float eight __attribute__((vector_size(32)));
@@ -96,15 +99,16 @@ typedef float four __attribute__((vector_size(16), aligned(sizeof(float))));
 typedef uint16_t halves __attribute__((vector_size(LANES * 2), aligned(2)));
 typedef uint32_t words __attribute__((vector_size(LANES * 4)));
 
-enum { MOST_HEADS = 4, ROWS_AHEAD = 12 }; /* heads that look at a key while it is at hand; keys that are fetched before */
+/* query heads that use a key while it is in registers; prefetch distance in keys */
+enum { MOST_HEADS = 4, ROWS_AHEAD = 12 };
 
-/* A key or value of width D into the cache, line by line. */
+/* Prefetches a key or value of width D, one cache line at a time. */
 static inline void fetch(const void *from, int64_t at, int kind, int64_t D) {
     const char *row = (const char *)from + at * (kind == BFLOAT16 ? 2 : 4);
     for (int64_t byte = 0; byte < D * (kind == BFLOAT16 ? 2 : 4); byte += 64) __builtin_prefetch(row + byte);
 }
 
-/* Numbers of a tensor from a place on, zero behind the last of `count`. */
+/* Loads LANES numbers of a tensor from index `at` on; those after the first `count` are zero. */
 static inline lanes lanes_of(const void *from, int64_t at, int kind, int64_t count) {
     if (count >= LANES && kind == BFLOAT16)
         return (lanes)(__builtin_convertvector(*(const halves *)((const uint16_t *)from + at), words) << 16);
@@ -114,14 +118,16 @@ static inline lanes lanes_of(const void *from, int64_t at, int kind, int64_t cou
     return *(const lanes *)rest;
 }
 
+/* Adds the 16 lanes up to four partial sums. */
 static inline four fold(lanes all) {
     eight half = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
                  __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
     return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
 }
 
-/* What `heads` queries [heads, parts * LANES] find in W columns of keys and values of width D, as means like the queries. `parts` and
- * `heads` are constants wherever this is put, so that sums stay in registers; score has room for 5 W numbers a head. */
+/* Attention of `heads` queries [heads, parts * LANES] over W keys and values of width D. The
+ * output, `means`, has the shape of the queries. `parts` and `heads` should be constants where this
+ * function is inlined, so that sums stay in registers. score has room for 5 W numbers per head. */
 static inline __attribute__((always_inline)) void look(const float *queries, const void *keys, const void *values, int64_t first,
                                                        int kind, int64_t W, int64_t D, float scaling, float *score, float *means,
                                                        const int parts, const int heads) {
@@ -129,7 +135,7 @@ static inline __attribute__((always_inline)) void look(const float *queries, con
     for (int64_t w = 0; w < W; w++) {
         lanes key[parts];
         if (w + ROWS_AHEAD < W) fetch(keys, first + (w + ROWS_AHEAD) * D, kind, D);
-        fetch(values, first + w * D, kind, D); /* for the second pass */
+        fetch(values, first + w * D, kind, D); /* for the sums over values below */
         for (int part = 0; part < parts; part++) key[part] = lanes_of(keys, first + w * D + part * LANES, kind, D - part * LANES);
         for (int h = 0; h < heads; h++) {
             const lanes *query = (const lanes *)(queries + h * parts * LANES);
@@ -167,7 +173,8 @@ static void look_by(const float *queries, const void *keys, const void *values, 
     else LOOK(parts, heads);
 }
 
-/* One token's key and value into the cache; raw and turned have room for D numbers. */
+/* Writes the key and the value of one token into the KV cache. raw and turned have room for D
+ * numbers each. */
 static inline void keep(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
                         int64_t token, int64_t at, int64_t H, int64_t K, int64_t k, int64_t D, float *raw, float *turned) {
     int64_t row_width = (H + 2 * K) * D;
@@ -182,12 +189,14 @@ int attend_rows(const void *projected, int kind, const float *cos, const float *
                 const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width,
                 int64_t column, float scaling) {
     int64_t G = H / K, row_width = (H + 2 * K) * D, parts = (D + LANES - 1) / LANES, room = parts * LANES;
-    float *queries = malloc((2 * G * room + 2 * D + 5 * MOST_HEADS * (column + Q)) * sizeof(float)); /* each thread's own */
-    int has_room = queries != NULL; /* without it a thread takes part in the loops and does nothing */
+    /* working space of this thread */
+    float *queries = malloc((2 * G * room + 2 * D + 5 * MOST_HEADS * (column + Q)) * sizeof(float));
+    /* a thread without memory must still enter the loops (barriers), but does nothing in them */
+    int has_room = queries != NULL;
     float *means = has_room ? queries + G * room : NULL, *raw = has_room ? means + G * room : NULL;
     float *turned = has_room ? raw + D : NULL, *score = has_room ? turned + D : NULL;
     if (has_room) memset(queries, 0, G * room * sizeof(float));
-    if (Q > 1) { /* later tokens look at them: all are kept first */
+    if (Q > 1) { /* tokens attend to earlier ones of this call: write all keys and values first */
 #pragma omp for schedule(static) collapse(2)
         for (int64_t n = 0; n < N; n++)
             for (int64_t q = 0; q < Q; q++)
@@ -220,12 +229,16 @@ int attend_rows(const void *projected, int kind, const float *cos, const float *
     return !has_room;
 }
 
-/* Q tokens a row: their keys and values go into the cache from `column` on, and each one's queries look at the columns from the row's
- * start to its own. The numbers of a token are the same whatever stands beside or is read with it. Tokens before the start are padding:
- * nothing of them is kept, and they find zeros.
+/* Attention with a KV cache, for Q new tokens per row.
  *
- * projected [N, Q, (H + 2K) * D] holds queries, keys and values; cos and sin [N, Q, D] may be null: not rotated;
- * keys and values [rows, K, width, D] are the cache; starts [N]; out [N, Q, H * D]. Returns 0, or 1 if there was no memory. */
+ * Their keys and values are written into the cache from `column` on. Each token attends to the
+ * columns from the start of its row to its own. Its result depends neither on other rows nor on Q.
+ * Tokens before the start are padding: their keys and values are not written, and their output is
+ * zero.
+ *
+ * projected [N, Q, (H + 2K) * D] holds queries, keys and values. cos and sin [N, Q, D] may be null:
+ * no rotation. keys and values [rows, K, width, D] are the cache; starts [N]; out [N, Q, H * D].
+ * Returns 0, or 1 if there was no memory. */
 int attend(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
            const int64_t *starts, void *out, int64_t N, int64_t Q, int64_t H, int64_t K, int64_t D, int64_t width, int64_t column,
            float scaling) {
@@ -236,10 +249,12 @@ int attend(const void *projected, int kind, const float *cos, const float *sin, 
     return has_failed;
 }
 
-/* Logits whose best are exact: those within `margin` of the greatest rounded one are computed anew, hidden . weight[v].
+/* Logits whose highest values are exact: those within `margin` of the highest rounded one are
+ * recomputed as hidden . weight[v]. The others keep their rounded value.
  *
- * rounded [N, V] in bfloat16, hidden [N, E], weight [V, E], out [N, V]. Where more than `most` of a row are that near, the margin is
- * halved until they are not, or the first `most` are taken: a distribution that flat has no best. */
+ * rounded [N, V] in bfloat16, hidden [N, E], weight [V, E], out [N, V]. If more than `most` logits
+ * of a row are within the margin, it is halved until they fit. If it gets too small, only the first
+ * `most` are recomputed: in so flat a distribution no token stands out. */
 void refine(const uint16_t *rounded, const float *hidden, const float *weight, float *out, int64_t N, int64_t V, int64_t E,
             float margin, int64_t most) {
 #pragma omp parallel for schedule(dynamic)
@@ -258,7 +273,8 @@ void refine(const uint16_t *rounded, const float *hidden, const float *weight, f
         near = 0;
         for (int64_t start = 0; start < V; start += BLOCK) {
             int64_t stop = start + BLOCK < V ? start + BLOCK : V;
-            if (!(greatest_of(to + start, stop - start) >= least)) continue; /* nearly all blocks */
+            /* skips nearly all blocks */
+            if (!(greatest_of(to + start, stop - start) >= least)) continue;
             for (int64_t v = start; v < stop && near < most; v++)
                 if (to[v] >= least) {
                     const float *restrict row = weight + v * E;

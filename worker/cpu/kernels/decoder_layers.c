@@ -1,15 +1,19 @@
-/* All layers of one call by one team of threads: making a team for each part took as long as the parts of a small model.
+/* Fused decoder: all layers in one call and one team of threads.
  *
- * N rows of Q tokens each, M = N * Q; E hidden size, H query heads, K key heads of width D, I width of the MLP. Weights are tiles of bfloat16
- * (tiled_matmul.c) or of int8 (int8_matmul.c), what lies between products bfloat16, the hidden states float32: the same numbers as by a call for each part.
+ * In a small model, starting a team for each operation would take as long as the operations.
+ *
+ * N rows of Q tokens each, M = N * Q; E hidden size, H query heads, K key heads of width D, I width
+ * of the MLP. Weights are tiled bfloat16 (tiled_matmul.c) or int8 (int8_matmul.c). Activations
+ * between matmuls are bfloat16, hidden states float32. The results are the same as with one call
+ * per operation.
  */
 #include "thread_team.h"
 
 struct layer {
     const float *attention_norm, *mlp_norm;
-    const void *qkv, *output, *gate, *up, *down; /* tiles, all of one kind */
-    const float *qkv_bias, *output_bias, *gate_bias, *up_bias, *down_bias; /* null: none */
-    void *keys, *values;                                                   /* [rows, K, width, D] in bfloat16, from the first row on */
+    const void *qkv, *output, *gate, *up, *down; /* packed, all in one format */
+    const float *qkv_bias, *output_bias, *gate_bias, *up_bias, *down_bias; /* null: no bias */
+    void *keys, *values; /* [rows, K, width, D] in bfloat16; the first N rows are used */
     float attention_eps, mlp_eps, scaling;
     int32_t is_rotated;
 };
@@ -24,7 +28,8 @@ static void multiply_weights(int64_t is_int8, const uint16_t *x, const void *wei
     else multiply_groups(x, weights, bias, out, M, N, K, activation);
 }
 
-/* Rows of `hidden` [M, E] go through; out [M, E] is their last norm in float32. scratch: 2 E + (2 H + 2 K) D + 2 I numbers a row.
+/* Runs `hidden` [M, E] through all layers, in place, and writes its final norm to out [M, E].
+ * scratch has room for 2 E + (2 H + 2 K) D + 2 I numbers per token.
  * Returns 0, or 1 if there was no memory. */
 int forward(const struct layer *layers, int64_t num_layers, struct sizes of, float *hidden, const float *cos, const float *sin,
             const int64_t *starts, const float *last_norm, float last_eps, uint16_t *scratch, float *out) {

@@ -1,4 +1,5 @@
-/* The passes over a chunk's logits in one go, a row at a time in the cache: see worker/distill/losses/fused_loss.py and objectives.py.
+/* Distillation loss and its gradient in the logits of a chunk, one row at a time so that it stays
+ * in the cache. See worker/distill/losses/fused_loss.py and divergences.py.
  *
  * N rows, V vocabulary; q and p are the softmaxes of the student's and the teacher's logits.
  */
@@ -12,7 +13,7 @@
 enum { BLOCK = 1024 };
 enum objective { FORWARD_KL = 0, JENSEN_SHANNON = 1 };
 
-/* Where the greatest stands first; found block by block, many at a time. */
+/* Returns the first index of the largest value. Searching by blocks allows vectorisation. */
 static inline int64_t place_of(float greatest, const float *restrict z, int64_t V) {
     int64_t start = 0;
     while (start + BLOCK < V && greatest_of(z + start, BLOCK) != greatest) start += BLOCK;
@@ -20,14 +21,15 @@ static inline int64_t place_of(float greatest, const float *restrict z, int64_t 
     return start;
 }
 
-/* Writes e^(z - greatest); gives their sum. */
+/* Writes e^(z - greatest) and returns their sum. */
 static inline float exponentials(float *restrict e, const float *restrict z, float greatest, int64_t V) {
     float total = 0.0f;
     for (int64_t v = 0; v < V; v++) total += e[v] = exp_of(z[v] - greatest);
     return total;
 }
 
-/* One row's student or teacher: its logits, e^(z - top), what makes those probabilities, and the logarithm of all. */
+/* One row of the student or the teacher: its logits, e^(z - top), the factor that turns these into
+ * probabilities, and log(sum(e^z)). */
 struct side {
     float *z, *e, share, log_total;
 };
@@ -37,7 +39,8 @@ static inline struct side side_of(float *z, float *e, float top, int64_t V) {
     return (struct side){z, e, 1.0f / total, top + logf(total)};
 }
 
-/* Writes over the student's logits what the derivative is, but for the targets; gives divergence and KL(p || q). Slope q - p. */
+/* Forward KL. Replaces the student's logits by the gradient of the loss, without the term of the
+ * target token, and returns divergence and KL(p || q). The gradient of the divergence is q - p. */
 static inline void forward_kl(struct side student, struct side teacher, int64_t V, float ce_weight, float factor,
                               float *divergence, float *kl) {
     float *restrict s = student.z;
@@ -51,7 +54,9 @@ static inline void forward_kl(struct side student, struct side teacher, int64_t 
     *divergence = *kl = sum;
 }
 
-/* beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q. Slope (1 - beta) q (log(q / m) - KL(q || m)). */
+/* Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m), with
+ * m = beta p + (1 - beta) q. Its gradient is (1 - beta) q (log(q / m) - KL(q || m)).
+ * Works like forward_kl. */
 static inline void jensen_shannon(struct side student, struct side teacher, int64_t V, float beta, float ce_weight,
                                   float factor, float *divergence, float *kl) {
     float *restrict s = student.z, *restrict e_s = student.e, *restrict ratio = teacher.e;
@@ -73,10 +78,12 @@ static inline void jensen_shannon(struct side student, struct side teacher, int6
     *kl = sum;
 }
 
-/* Of each row the loss, KL(p || q), cross-entropy with the target and whether both find the same token likeliest, as terms [N, 4]; the
- * student's logits [N, V] become `factor` times the loss's derivative in them.
+/* Writes terms [N, 4] per row: the loss, KL(p || q), the cross-entropy with the target, and whether
+ * student and teacher agree on the most likely token. The student's logits [N, V] are replaced by
+ * `factor` times the gradient of the loss.
  *
- * Returns 0, or 1 if there was no memory, or 2 and touches nothing if a target is not in [0, V). */
+ * Returns 0, or 1 if there was no memory. Returns 2 and changes nothing if a target is not in
+ * [0, V). */
 int distil(float *student, const float *teacher, const int64_t *targets, float *terms, int64_t N, int64_t V, int objective,
            float beta, float ce_weight, float factor) {
     int has_failed = 0;

@@ -1,13 +1,14 @@
 /* Matmul of bfloat16 inputs with int8 weights, on CPUs with AVX-512 BF16 and VBMI.
  *
  * M rows of x, N output features, K inputs, a multiple of 32. Weights are stored in panels of 32
- * output features, each in the order in which it is read (worker/cpu/int8.py packs them). A panel is a
- * sequence of blocks of 64 inputs; the last block may have 32. A block holds one bfloat16 scale per
- * feature (64 bytes), then one byte per weight: a sign bit and a magnitude of 7 bits.
+ * output features, each in the order in which it is read (worker/cpu/int8.py packs them). A panel
+ * is a sequence of blocks of 64 inputs; the last block may have 32. A block holds one bfloat16
+ * scale per feature (64 bytes), then one byte per weight: a sign bit and a magnitude of 7 bits.
  *
  * A table look-up converts weights to bfloat16 without rounding, so inputs keep the precision that
  * they have with bfloat16 weights. The scale is applied to the sum of a block. The order of the
- * float32 additions does not depend on M, so a row's result does not depend on the rest of the batch.
+ * float32 additions does not depend on M, so a row's result does not depend on the rest of the
+ * batch.
  */
 #include <string.h>
 
@@ -26,10 +27,10 @@ enum {
     SCALE_BYTES = 2 * PANEL,
     AHEAD_BYTES = 2048,  /* prefetch distance */
     MOST_ROWS = 8,       /* rows whose sums are kept in registers */
-    CHUNK = 48           /* rows that are multiplied by one block in turn; their sums fit in L1 */
+    CHUNK = 48           /* rows that share a converted block; their sums fit in L1 */
 };
 
-/* bfloat16 of a magnitude, its lower and its upper byte. */
+/* Tables from a magnitude to the lower and the upper byte of its bfloat16 value. */
 static uint8_t lower_bytes[2 * LINE] __attribute__((aligned(LINE)));
 static uint8_t upper_bytes[2 * LINE] __attribute__((aligned(LINE)));
 
@@ -53,7 +54,8 @@ static inline struct tables load_tables(void) {
     };
 }
 
-/* Converts 64 weights to bfloat16: 16 features by one pair of inputs, and by the next pair. */
+/* Converts a line of 64 weights to bfloat16: 16 features by one pair of inputs, and by the next
+ * pair. */
 static inline void convert(struct tables tables, const uint8_t *line, __m512i *first, __m512i *second) {
     __builtin_prefetch(line + AHEAD_BYTES, 0, 3);
     __m512i bytes = _mm512_load_si512(line);
@@ -82,7 +84,8 @@ static inline __m512bh broadcast_pair(const uint16_t *x) {
 #define FOR_ROWS(r) _Pragma("GCC unroll 8") for (int r = 0; r < rows; r++)
 #define FOR_HALVES(h) _Pragma("GCC unroll 2") for (int h = 0; h < HALVES; h++)
 
-/* sums [rows, PANEL] of a few rows, whose number the compiler knows. Converts weights in registers. */
+/* Computes sums [rows, PANEL] of up to MOST_ROWS rows. `rows` must be a compile-time constant.
+ * Weights are converted in registers. */
 static inline __attribute__((always_inline)) void
 multiply_few(const int rows, const uint16_t *x, int64_t K, const uint8_t *panel, float *sums) {
     struct tables tables = load_tables();
@@ -114,7 +117,7 @@ multiply_few(const int rows, const uint16_t *x, int64_t K, const uint8_t *panel,
     }
 }
 
-/* A block of weights as bfloat16: pairs of inputs by features. */
+/* A block of weights converted to bfloat16: pairs of inputs by features. */
 typedef uint16_t converted[INPUTS * PANEL];
 
 static inline void convert_step(struct tables tables, const uint8_t *weights, int64_t k, uint16_t *to) {
@@ -126,7 +129,7 @@ static inline void convert_step(struct tables tables, const uint8_t *weights, in
     }
 }
 
-/* One block of inputs, and the next one, which is converted while this one is multiplied. */
+/* One block of weights, and the next one, which is converted while this one is multiplied. */
 struct block {
     const uint16_t *weights;
     const uint8_t *scales;
@@ -177,7 +180,8 @@ static void add_block(int64_t rows, const uint16_t *x, int64_t K, struct block o
 #undef CASE
 }
 
-/* sums [rows, PANEL] of up to CHUNK rows: each block of weights is converted once for all of them. */
+/* Computes sums [rows, PANEL] of up to CHUNK rows. Each block of weights is converted once for all
+ * of them. */
 static void multiply_many_rows(int64_t rows, const uint16_t *x, int64_t K, const uint8_t *panel,
                                float *sums) {
     int64_t parts = (rows + MOST_ROWS - 1) / MOST_ROWS, height = (rows + parts - 1) / parts;
@@ -202,8 +206,8 @@ static void multiply_many_rows(int64_t rows, const uint16_t *x, int64_t K, const
     }
 }
 
-/* Writes sums [rows, PANEL] to out [rows, N] from a column on, plus the bias (null: none), through
- * the activation. */
+/* Adds the bias (may be null) to sums [rows, PANEL], applies the activation, and writes the result
+ * to out [rows, N] from a column on. */
 static void store_rows(const float *sums, int64_t rows, uint16_t *out, int64_t N, int64_t column,
                        const float *bias, int activation) {
     for (int64_t m = 0; m < rows; m++)

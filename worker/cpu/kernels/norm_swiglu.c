@@ -1,4 +1,5 @@
-/* What lies between the products of a layer in training, forward and backward in a pass each: see worker/cpu/training_ops.py.
+/* Operations between the matmuls of a layer in training, with one pass forward and one backward.
+ * See worker/cpu/training_ops.py.
  *
  * N rows, E hidden size, all float32 and contiguous.
  */
@@ -10,7 +11,8 @@
 
 #include "vector_math.h"
 
-/* out = x / sqrt(mean(x^2) + eps) * weight; scales [N] keeps the first two factors for the backward. */
+/* out = x / sqrt(mean(x^2) + eps) * weight. Stores 1 / sqrt(...) in scales [N] for the backward
+ * pass. */
 void norm(const float *x, const float *weight, float eps, float *out, float *scales, int64_t N, int64_t E) {
 #pragma omp parallel for schedule(static) if (N * E > 8192)
     for (int64_t n = 0; n < N; n++) {
@@ -23,9 +25,11 @@ void norm(const float *x, const float *weight, float eps, float *out, float *sca
     }
 }
 
-/* With g the gradient in out: grad_x = scale * (g * weight - x * scale^2 * mean(g * weight * x)), and grad_weight (null: not asked
- * for) = sum over rows of g * x * scale. Each thread sums its own rows, and the threads' sums are added in order. Returns 0, or 1 if
- * there was no memory. */
+/* Gradients of norm, where g is the gradient of out:
+ *   grad_x = scale * (g * weight - x * scale^2 * mean(g * weight * x))
+ *   grad_weight = sum over rows of g * x * scale (null: not needed)
+ * Each thread sums its own rows, and the sums of the threads are added in order.
+ * Returns 0, or 1 if there was no memory. */
 int norm_gradients(const float *grad, const float *x, const float *weight, const float *scales, float *grad_x, float *grad_weight,
                    int64_t N, int64_t E) {
     int most = omp_get_max_threads();
@@ -60,7 +64,7 @@ void swiglu(const float *gate, const float *up, float *out, int64_t count) {
     for (int64_t i = 0; i < count; i++) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
 
-/* The gradients in gate and up. */
+/* Gradients of gate and up. */
 void swiglu_gradients(const float *grad, const float *gate, const float *up, float *grad_gate, float *grad_up, int64_t count) {
 #pragma omp parallel for simd schedule(static) if (count > 16384)
     for (int64_t i = 0; i < count; i++) {

@@ -1,9 +1,11 @@
-/* x W^T of bfloat16 for weights that are read once a step, by the processor's tiles (AMX) or its products of pairs (AVX-512): see
- * worker/cpu/linear_ops.py.
+/* bfloat16 matmul x W^T with packed weights, for AMX or AVX-512 BF16. See worker/cpu/linear_ops.py.
  *
- * M rows of x, N features out, K in, a multiple of 32. Sums are float32, in one order whatever M is, so a row's result does not depend
- * on the rows beside it. With few rows the time is that of reading W: it lies in tiles of 16 features and 32 inputs, a feature
- * group's tiles behind each other, and several groups are read side by side and fetched ahead, at twice the rate of one stream.
+ * M rows of x, N output features, K inputs, a multiple of 32. Sums are float32. Their order does
+ * not depend on M, so the result of a row does not depend on other rows.
+ *
+ * With few rows, reading W takes most of the time. W is stored in tiles of 16 features by 32
+ * inputs. A group is the sequence of tiles of 16 features. Several groups are read in parallel,
+ * with prefetches, because this is faster than one stream.
  */
 #include <stdint.h>
 
@@ -20,12 +22,13 @@
 
 enum { GROUPS = 4 };
 #ifdef HAS_AMX
-enum { MANY_ROWS = SIDE, AHEAD = 4 }; /* more rows than that go with two groups at a time */
+enum { MANY_ROWS = SIDE, AHEAD = 4 }; /* with more rows, two groups are multiplied at a time */
 #else
-enum { MANY_ROWS = 6, MOST_ROWS = 12, AHEAD = 16 }; /* 24 sums, and the registers left for weights and inputs */
+enum { MANY_ROWS = 6, MOST_ROWS = 12, AHEAD = 16 }; /* 24 sums; the other registers hold operands */
 #endif
 
-/* weight [N, K] into groups of 16 features, each K / 32 tiles [16 pairs of inputs, 16 features, 2]; what is missing is zero. */
+/* Packs weight [N, K] into groups of 16 features. Each group has K / 32 tiles, [16 pairs of inputs,
+ * 16 features, 2]. Missing features are zero. */
 void make_tiles(const uint16_t *weight, uint16_t *tiles, int64_t N, int64_t K) {
     int64_t depth = K / DEPTH, num_groups = (N + SIDE - 1) / SIDE;
 #pragma omp parallel for schedule(static)
@@ -41,18 +44,20 @@ void make_tiles(const uint16_t *weight, uint16_t *tiles, int64_t N, int64_t K) {
                 }
 }
 
-/* Into the nearest cache. */
+/* Prefetches a tile into the L1 cache. */
 static inline void fetch_tile(const uint16_t *tile) {
     for (int line = 0; line < SIDE; line++) __builtin_prefetch(tile + line * DEPTH, 0, 3);
 }
 
-/* Where the tile AHEAD lies, in this group or in that of the next round. */
+/* Returns the address of the tile that is AHEAD tiles after tile d, in this group or in the group
+ * that follows it in the next round of num_groups groups. */
 static inline const uint16_t *ahead(const uint16_t *group, int64_t d, int64_t depth, int64_t num_groups) {
     int64_t next = d + AHEAD;
     return group + (next < depth ? next : next + (num_groups - 1) * depth) * TILE;
 }
 
-/* Rows of sums [rows, 64] to out [rows, N] from a column on: plus the bias (null: none), then the activation. */
+/* Adds the bias (may be null) to sums [rows, 64], applies the activation, and writes `count`
+ * columns to out [rows, N] from a column on. */
 static inline void put(const float *sums, int64_t rows, uint16_t *out, int64_t N, int64_t column, int64_t count,
                        const float *bias, int activation) {
     for (int64_t m = 0; m < rows; m++)
@@ -74,12 +79,12 @@ static inline void put(const float *sums, int64_t rows, uint16_t *out, int64_t N
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* of arch_prctl */
+enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* for arch_prctl */
 
-/* Whether the kernel of the operating system lets this process use them. */
+/* Returns whether the operating system lets this process use AMX tiles; asks for it. */
 int has_tiles(void) { return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0; }
 
-/* Sums in tiles 0 to 3, rows of x in 4 and 5, weights in 6 and 7. */
+/* Tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 weights. */
 struct configuration configure_tiles(int64_t M) {
     struct configuration before, made = {.palette = 1};
     _tile_storeconfig(&before);
@@ -93,7 +98,7 @@ struct configuration configure_tiles(int64_t M) {
 
 void restore_tiles(struct configuration before) { _tile_loadconfig(&before); }
 
-/* Up to 16 rows and four groups: sums [16, 64]. */
+/* Multiplies up to 16 rows by four groups: sums [16, 64]. */
 static void four_groups(const uint16_t *x, const uint16_t *tiles, int64_t depth, float *sums) {
     const uint16_t *one = tiles, *two = one + depth * TILE, *three = two + depth * TILE, *four = three + depth * TILE;
     int64_t stride = depth * DEPTH * 2;
@@ -122,7 +127,7 @@ static void four_groups(const uint16_t *x, const uint16_t *tiles, int64_t depth,
     _tile_stored(3, sums + 48, 256);
 }
 
-/* Up to 16 rows and one group: sums [16, 64], of which 16 columns are written. */
+/* Multiplies up to 16 rows by one group: writes 16 columns of sums [16, 64]. */
 static void one_group(const uint16_t *x, const uint16_t *tiles, int64_t depth, float *sums) {
     _tile_zero(0);
     for (int64_t d = 0; d < depth; d++) {
@@ -134,7 +139,7 @@ static void one_group(const uint16_t *x, const uint16_t *tiles, int64_t depth, f
     _tile_stored(0, sums, 256);
 }
 
-/* Twice 16 rows and two groups: sums [32, 64], of which 32 columns are written. */
+/* Multiplies two times 16 rows by two groups: writes 32 columns of sums [32, 64]. */
 static void two_by_two(const uint16_t *x, const uint16_t *y, const uint16_t *tiles, int64_t depth, int is_first, float *sums) {
     const uint16_t *one = tiles, *two = one + depth * TILE;
     int64_t stride = depth * DEPTH * 2;
@@ -162,7 +167,7 @@ static void two_by_two(const uint16_t *x, const uint16_t *y, const uint16_t *til
     _tile_stored(3, sums + 16 * 64 + 16, 256);
 }
 
-/* So many groups from the first on, of out [M, N]. */
+/* Computes the columns of out [M, N] for `taken` groups, from group `first` on. */
 static void some_groups(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
                         int activation, int64_t first, int64_t taken) {
     int64_t depth = K / DEPTH, column = first * SIDE, count = column + taken * SIDE <= N ? taken * SIDE : N - column;
@@ -176,7 +181,7 @@ static void some_groups(const uint16_t *x, const uint16_t *tiles, const float *b
         return;
     }
     for (int64_t m = 0; m < M; m += 2 * SIDE) {
-        /* the last rows are taken from the end: some of them are computed twice, alike */
+        /* the last block ends at row M: some rows are computed twice, with equal results */
         int64_t a = M < 2 * SIDE ? 0 : (m + 2 * SIDE <= M ? m : M - 2 * SIDE);
         int64_t b = M < 2 * SIDE ? M - SIDE : a + SIDE;
         if (taken == 2) two_by_two(x + a * K, x + b * K, from, depth, m == 0, sums);
@@ -194,7 +199,8 @@ int has_tiles(void) { return 1; }
 struct configuration configure_tiles(int64_t M) { return (struct configuration){0}; }
 void restore_tiles(struct configuration before) {}
 
-/* So many rows by so many groups, both known to the compiler: sums [rows, 64]. */
+/* Multiplies `rows` rows by `groups` groups: sums [rows, 64]. Both numbers must be compile-time
+ * constants. */
 static inline __attribute__((always_inline)) void rows_by_groups(const int rows, const int groups, const uint16_t *x, int64_t K,
                                                                  const uint16_t *tiles, int is_first, float *sums) {
     int64_t depth = K / DEPTH;
@@ -236,7 +242,7 @@ static void some_rows(int64_t rows, int64_t groups, const uint16_t *x, int64_t K
     }
 }
 
-/* So many groups from the first on, of out [M, N]. */
+/* Computes the columns of out [M, N] for `taken` groups, from group `first` on. */
 static void some_groups(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
                         int activation, int64_t first, int64_t taken) {
     int64_t depth = K / DEPTH, column = first * SIDE, count = column + taken * SIDE <= N ? taken * SIDE : N - column;
@@ -245,7 +251,7 @@ static void some_groups(const uint16_t *x, const uint16_t *tiles, const float *b
     float sums[MOST_ROWS * 64] __attribute__((aligned(64)));
     for (int64_t m = 0; m < M; m += rows) {
         int64_t here = m + rows <= M ? rows : M - m;
-        if (taken == 3) { /* the last of four */
+        if (taken == 3) { /* a rest of three groups has no case of its own */
             some_rows(here, 2, x + m * K, K, from, m == 0, sums);
             some_rows(here, 1, x + m * K, K, from + 2 * depth * TILE, m == 0, sums + 2 * SIDE);
         } else some_rows(here, taken, x + m * K, K, from, m == 0, sums);
@@ -257,7 +263,8 @@ static void some_groups(const uint16_t *x, const uint16_t *tiles, const float *b
 void multiply_groups(const uint16_t *x, const uint16_t *tiles, const float *bias, uint16_t *out, int64_t M, int64_t N, int64_t K,
                      int activation) {
     int64_t num_groups = (N + SIDE - 1) / SIDE, most = M > MANY_ROWS ? 2 : GROUPS;
-    /* guided: long runs, for what is fetched ahead, and small ones at the end, for a thread whose core others wanted */
+    /* guided: long runs make use of the prefetches; short ones at the end balance threads that were
+     * preempted */
 #pragma omp for schedule(guided)
     for (int64_t part = 0; part < (num_groups + most - 1) / most; part++) {
         int64_t first = part * most;

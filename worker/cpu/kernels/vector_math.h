@@ -1,4 +1,5 @@
-/* What is done with single numbers, without branches, so that a compiler does it for many at once; polynomials of Cephes. */
+/* Scalar functions without branches, so that the compiler can vectorise loops over them.
+ * Polynomial coefficients are from Cephes. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -10,7 +11,7 @@ static inline float widen(uint16_t half) {
     return value;
 }
 
-/* To the nearest, ties to even, as torch does; what is no number stays none. */
+/* Rounds to the nearest bfloat16, ties to even, as PyTorch does. NaN stays NaN. */
 static inline uint16_t narrow(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
@@ -18,8 +19,8 @@ static inline uint16_t narrow(float value) {
     return value != value ? 0x7fc0 : (uint16_t)rounded;
 }
 
-/* e^x for x <= 0, to 2 units in the last place, without a branch so that it is done for many at once; NaN stays NaN.
- * 2^(whole part of x / ln 2) times a polynomial of what is left (Cephes' coefficients). */
+/* e^x for x <= 0, with an error of up to 2 units in the last place. NaN stays NaN.
+ * Computed as 2^(x / ln 2, rounded) times a polynomial of the remainder. */
 static inline float exp_of(float x) {
     x = x < -87.0f ? -87.0f : x;
     float whole = rintf(x * 1.44269504f);
@@ -42,7 +43,8 @@ static inline float sigmoid(float x) {
     return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 }
 
-/* ln x for normal x > 0, to 2 units in the last place: the exponent times ln 2, and a polynomial around 1 of the rest. */
+/* ln x for normal x > 0, with an error of up to 2 units in the last place.
+ * Computed as the exponent times ln 2, plus a polynomial of the mantissa around 1. */
 static inline float log_of(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
@@ -68,7 +70,8 @@ static inline float log_of(float x) {
 
 enum { LANES = 16 };
 
-/* The greatest of V > 0 numbers. A compiler keeps one maximum in order, 4 cycles a number; lanes it keeps side by side. */
+/* Returns the largest of V > 0 numbers. With a single running maximum each step waits for the
+ * previous one; separate lanes can be vectorised. */
 static inline float greatest_of(const float *restrict z, int64_t V) {
     float lane[LANES], greatest = z[0];
     int64_t whole = V - V % LANES;

@@ -249,7 +249,11 @@ class CachedTeacher:
         return [hidden_TH.to(device) for hidden_TH in self._live.hidden(examples)]
 
     def fill(self, ranks: Ranks, batch_tokens: int, on_batch: Callable[[int, int], None]) -> None:
-        """Stores what the cache lacks, each rank its share, and lets the live teacher go; tells how many of how many."""
+        """Computes and stores the missing rows, a share per rank; then releases the live teacher.
+
+        `on_batch` is called with the number of rows that are done, and the size of this rank's
+        share.
+        """
         assert self._cache is not None
         missing = self._cache.refresh()
         ranks.wait()  # no rank may store rows before all ranks have called refresh
