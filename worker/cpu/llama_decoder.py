@@ -115,9 +115,7 @@ class LlamaDecoder:
         """Returns the logits, through the interface that all model families have."""
         return self.logits(call)
 
-    def logits(
-        self, call: Any
-    ) -> Tensor:  # Any: worker.serve.decoding.families.Call (import cycle)
+    def logits(self, call: Any) -> Tensor:  # Any: families.Call, an import cycle
         """Returns the logits of the last tokens: [N, V], or [N, num_logits, V] if several."""
         hidden_NQE = self._embed(call.tokens_NQ)
         if self._kernels is not None:
