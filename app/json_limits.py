@@ -37,7 +37,7 @@ def parse_limited(content: bytes) -> object:
     return value
 
 
-def refuse_crowded(value: object) -> None:
+def refuse_complex(value: object) -> None:
     """Raises BadRequest if a value has too many arrays and objects, or too many fields in one."""
     waiting = [value] if type(value) in CONTAINERS else []
     num_containers = 0

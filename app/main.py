@@ -41,9 +41,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings = settings
     app.state.database_check = health.DatabaseCheck()
-    app.state.switchboard = RequestRouter(settings)
-    app.state.batch_runner = BatchRunner(app.state.switchboard)
-    app.state.pin_teller = PinBroadcaster(app.state.switchboard)
+    app.state.request_router = RequestRouter(settings)
+    app.state.batch_runner = BatchRunner(app.state.request_router)
+    app.state.pin_broadcaster = PinBroadcaster(app.state.request_router)
     errors.install(app)
     # Routes are matched in this order. Completions come first to keep time to first token low.
     for module in (completions, health, files, jobs, models, serving, batches):
@@ -68,19 +68,19 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     auth.key_pepper(settings)  # raises if there is no pepper, without which all keys are refused
     reconciler = ReconcilerThread(settings.reconcile_seconds)
     reconciler.start()
-    await app.state.switchboard.start()
+    await app.state.request_router.start()
     await app.state.batch_runner.start()
-    await app.state.pin_teller.start()
+    await app.state.pin_broadcaster.start()
     # A garbage collection that scans all imported modules would block the event loop too long.
     gc.collect()
     gc.freeze()
     try:
         yield
     finally:
-        await app.state.pin_teller.stop()
+        await app.state.pin_broadcaster.stop()
         # Before the router, which sends the cancellations of the batches' requests to the workers.
         await app.state.batch_runner.stop()
-        await app.state.switchboard.stop()
+        await app.state.request_router.stop()
         reconciler.stop()
 
 

@@ -122,7 +122,7 @@ def floors(task: Entry) -> Entry:
         for name, needs in needed.items()
     }
     table = [
-        {"product": name, "shape": shape}
+        {"matmul": name, "shape": shape}
         | {f"{way}_gflops": round(_flops((name, shape)) / s / 1e9) for way, s in ways.items()}
         for (name, shape), ways in timed.items()
     ]

@@ -98,7 +98,7 @@ def train(task: Entry) -> Entry:
     }
 
 
-def judge(task: Entry) -> Entry:
+def evaluator(task: Entry) -> Entry:
     """Any student on the held-out rows, whoever trained it."""
     _set_up_torch(task)
     examples, num_train = _examples(task)
@@ -212,7 +212,7 @@ def _teacher(task: Entry, examples: list[Example], *, keeps: Keeps) -> CachedTea
 
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
-    ops = {"time_steps": time_steps, "time_pace": time_pace, "train": train, "judge": judge}
+    ops = {"time_steps": time_steps, "time_pace": time_pace, "train": train, "judge": evaluator}
     Path(task["answer"]).write_text(json.dumps(ops[task["do"]](task)))
 
 

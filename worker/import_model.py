@@ -46,7 +46,7 @@ UNSET_LENGTH = 10**9
 
 
 @contextmanager
-def strangers_files() -> Iterator[None]:
+def foreign_files() -> Iterator[None]:
     """Converts errors of the model libraries to BrokenFile.
 
     For inconsistent files the libraries raise many types of errors, which are not told apart.
@@ -64,7 +64,7 @@ def strangers_files() -> Iterator[None]:
         ) from error
 
 
-@strangers_files()
+@foreign_files()
 def import_model(spec: ImportSpec, out: Path, sink: Sink) -> None:
     """Writes the checkpoint to out/model and sends a ResultLine to `sink`. Raises WorkerError."""
     source: dict[str, str] = {"format": spec.format}

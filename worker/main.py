@@ -27,7 +27,7 @@ from app.contracts.messages import TRAIN_QUEUE, WAKE_UP_TASK, serve_queue
 from app.settings import Settings, celery_settings, get_settings
 from worker import cuda
 from worker.tasks import add_generate, add_wake_up
-from worker.watchdog import Inbox, Turns
+from worker.watchdog import Inbox, WorkLoop
 
 log = structlog.get_logger(__name__)
 
@@ -72,7 +72,7 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
     worker_id = new_worker_id("train")
     app = make_app(settings, TRAIN_QUEUE)
 
-    turns = Turns(
+    work_loop = WorkLoop(
         lambda: run_until_idle(worker_id, is_draining.is_set),
         every_seconds=settings.ring_again_seconds,
     )
@@ -87,8 +87,8 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
         app.send_task(WAKE_UP_TASK, queue=TRAIN_QUEUE)
         announce()
 
-    add_wake_up(app, turns.wake_up)
-    with turns:
+    add_wake_up(app, work_loop.wake_up)
+    with work_loop:
         try:
             return run(app, worker_id, num_threads=1, ready=ready, drain=drain)
         finally:

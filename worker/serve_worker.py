@@ -98,7 +98,9 @@ class ServeWorker:
         self._on_end = on_end
         self._redis = connect(options.redis_url)
         self._lock = threading.Lock()  # guards `_homes` and `_early_cancels`
-        self._homes: dict[str, str] = {}  # request id -> API process that waits for the reply
+        self._reply_channels: dict[
+            str, str
+        ] = {}  # request id -> API process that waits for the reply
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         self._drain_until: float | None = None
         self._has_ended = threading.Event()
@@ -109,7 +111,7 @@ class ServeWorker:
         for work, name in (
             (self._serve, "engine"),
             (self._beat, "heartbeat"),
-            (self._hear, "control"),
+            (self._listen, "control"),
         ):
             threading.Thread(target=work, name=name, daemon=True).start()
 
@@ -126,14 +128,14 @@ class ServeWorker:
             )
             return
         with self._lock:
-            if request.id not in self._homes and request.id not in self._early_cancels:
-                self._homes[request.id] = request.reply_to
+            if request.id not in self._reply_channels and request.id not in self._early_cancels:
+                self._reply_channels[request.id] = request.reply_to
                 self._host.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """Stops a request at the next step, without a reply. Thread-safe."""
         with self._lock:
-            if self._homes.pop(request_id, None) is not None:
+            if self._reply_channels.pop(request_id, None) is not None:
                 self._host.abort(request_id)
                 return
             self._early_cancels[request_id] = None
@@ -184,17 +186,19 @@ class ServeWorker:
     def _is_drained(self) -> bool:
         if self._drain_until is None:
             return False
-        return not self._homes or time.monotonic() > self._drain_until
+        return not self._reply_channels or time.monotonic() > self._drain_until
 
     def _publish(self, replies: Iterable[Reply]) -> None:
         batches: defaultdict[str, list[Reply]] = defaultdict(list)
         with self._lock:
             for reply in replies:
-                home = self._homes.get(reply.id)  # None: the request was cancelled meanwhile
+                home = self._reply_channels.get(
+                    reply.id
+                )  # None: the request was cancelled meanwhile
                 if home is not None:
                     batches[home].append(reply)
                 if not isinstance(reply, Delta):
-                    self._homes.pop(reply.id, None)
+                    self._reply_channels.pop(reply.id, None)
         for home, batch in batches.items():
             if not self._send(home, batch):
                 self._abandon(home)
@@ -218,23 +222,23 @@ class ServeWorker:
         """
         with self._lock:
             for request_id in [
-                request_id for request_id, other in self._homes.items() if other == home
+                request_id for request_id, other in self._reply_channels.items() if other == home
             ]:
-                del self._homes[request_id]
+                del self._reply_channels[request_id]
                 self._host.abort(request_id)
 
     def _fail_all(self, status: int, code: str, message: str) -> None:
         self._publish(
             [
                 Failure(id=id_, status=status, code=code, message=message)
-                for id_ in list(self._homes)
+                for id_ in list(self._reply_channels)
             ]
         )
 
     def status(self) -> ServeWorkerStatus:
         """Returns the content of the next heartbeat."""
         host = self._host.status()
-        is_unplaced = self._homes and not host.num_running and not host.num_waiting
+        is_unplaced = self._reply_channels and not host.num_running and not host.num_waiting
         return ServeWorkerStatus(
             worker_id=self._options.worker_id,
             engines=self._options.engines,
@@ -242,7 +246,7 @@ class ServeWorker:
             loading=host.loading,
             models=host.models,
             num_running=host.num_running,
-            num_waiting=len(self._homes) if is_unplaced else host.num_waiting,
+            num_waiting=len(self._reply_channels) if is_unplaced else host.num_waiting,
             max_running=self._options.max_running,
             requests=self._open(),
             is_draining=self._drain_until is not None,
@@ -253,7 +257,7 @@ class ServeWorker:
 
     def _open(self) -> frozenset[str]:
         with self._lock:
-            return frozenset(self._homes)
+            return frozenset(self._reply_channels)
 
     def _stalled_seconds(self, host: HostStatus) -> float:
         """Returns how long the engine thread has made no progress.
@@ -286,7 +290,7 @@ class ServeWorker:
         with contextlib.suppress(*FAULTS):
             self._redis.delete(key)
 
-    def _obey(self, data: bytes) -> None:
+    def _handle_control(self, data: bytes) -> None:
         message = CONTROL.validate_json(data)
         if isinstance(message, Cancel):
             self.cancel(message.id)
@@ -296,7 +300,7 @@ class ServeWorker:
         else:
             self._host.tell(message)
 
-    def _hear(self) -> None:
+    def _listen(self) -> None:
         """Handles messages of the control channel.
 
         Messages that arrive during a reconnect are lost. The API repeats those that matter.
@@ -305,13 +309,13 @@ class ServeWorker:
             try:
                 with (
                     connect(self._options.redis_url) as client,
-                    client.pubsub(ignore_subscribe_messages=True) as ear,
+                    client.pubsub(ignore_subscribe_messages=True) as subscription,
                 ):
-                    ear.subscribe(control_channel(self._options.worker_id))
+                    subscription.subscribe(control_channel(self._options.worker_id))
                     while not self._has_ended.is_set():
-                        message = ear.get_message(timeout=1.0)
+                        message = subscription.get_message(timeout=1.0)
                         if message is not None and message["type"] == "message":
-                            self._obey(message["data"])
+                            self._handle_control(message["data"])
             except (*FAULTS, ValueError) as fault:
                 log.warning("control_channel_lost", reason=type(fault).__name__)
                 self._has_ended.wait(0.5)

@@ -13,10 +13,10 @@ import structlog
 log = structlog.get_logger(__name__)
 
 SILENCE_SECONDS = 20.0  # kombu itself detects a half-open connection in less time
-LOOKS = 8  # checks of the queue within the silence limit
+NUM_CHECKS = 8  # checks of the queue within the silence limit
 
 
-class Turns:
+class WorkLoop:
     """Calls `work` for each wake-up message, and periodically without one; never twice at once.
 
     `work` runs all due jobs and returns their number. Use it as a context manager: leaving the
@@ -28,7 +28,7 @@ class Turns:
         self._every_seconds = every_seconds
         self._busy = threading.Lock()
         self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._look, name="turns")
+        self._thread = threading.Thread(target=self._poll, name="work_loop")
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -43,19 +43,19 @@ class Turns:
         with self._busy:
             self._work()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while not self._is_over.wait(self._every_seconds):
             if not self._busy.acquire(blocking=False):
                 continue
             try:
                 num_jobs = self._work()
             except Exception:
-                log.exception("look_failed")  # the thread must survive any error
+                log.exception("poll_failed")  # the thread must survive any error
                 continue
             finally:
                 self._busy.release()
             if num_jobs:
-                log.info("found_without_doorbell", num_jobs=num_jobs)
+                log.info("job_found_without_message", num_jobs=num_jobs)
 
 
 class Inbox:
@@ -85,7 +85,7 @@ class Inbox:
     def _watch(self) -> None:
         known, since = None, time.monotonic()
         while known is None or time.monotonic() - since < self._silence_seconds:
-            time.sleep(self._silence_seconds / LOOKS)
+            time.sleep(self._silence_seconds / NUM_CHECKS)
             try:
                 found = self._oldest()
             except self._faults:

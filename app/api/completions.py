@@ -25,7 +25,7 @@ from app.services import generation
 from app.services.generation import Order
 
 
-class CrowdedRoute(StrictRoute):
+class AdmissionRoute(StrictRoute):
     """Route that checks admission before the API key is verified and the body is read.
 
     If the server is full, this refuses keys above their fair share at little cost. A client that
@@ -37,22 +37,22 @@ class CrowdedRoute(StrictRoute):
     ) -> Callable[[Request], Coroutine[Any, Any, Response]]:  # Any: FastAPI's own type
         handle = super().get_route_handler()
 
-        async def turn_away(request: Request) -> Response:
+        async def admit_or_refuse(request: Request) -> Response:
             """Handles the request unless its key has no room. Raises as `demand_room` does."""
-            request_router: RequestRouter = request.app.state.switchboard
+            request_router: RequestRouter = request.app.state.request_router
             request_router.admission.demand_room(
                 claimed_key_id(request.headers.get("authorization"))
             )
             return await handle(request)
 
-        return turn_away
+        return admit_or_refuse
 
 
-router = APIRouter(prefix="/v1", tags=["generation"], route_class=CrowdedRoute)
+router = APIRouter(prefix="/v1", tags=["generation"], route_class=AdmissionRoute)
 log = structlog.get_logger(__name__)
 Caller = Annotated[Principal, Depends(require("inference"))]
 T = TypeVar("T")
-News = list[tuple[int, Delta | Done]]
+Replies = list[tuple[int, Delta | Done]]
 
 SLOW_CLIENT_SECONDS = 60.0  # a client that reads nothing for this long is disconnected
 PIECE_BYTES = 256 * 1024
@@ -103,7 +103,7 @@ async def respond(request: Request, caller: Principal, body: CompletionBody | Ch
         body.sampling(),
         is_streamed=is_streamed,
     )
-    request_router: RequestRouter = request.app.state.switchboard
+    request_router: RequestRouter = request.app.state.request_router
     try:
         return await unless_gone(request.receive, begin(request_router, order, answer))
     except ClientGone:
@@ -121,8 +121,8 @@ async def begin(
     try:
         if order.is_streamed:
             return EventStream(reply_stream, await reply_stream.take(), answer)
-        while news := await reply_stream.take():
-            answer.add(news)
+        while replies := await reply_stream.take():
+            answer.add(replies)
         return JsonParts(await generation.whole_json(answer))
     except BaseException:
         reply_stream.close()
@@ -185,7 +185,7 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, reply_stream: ReplyStream, first: News, answer: TextAnswer | ChatAnswer
+        self, reply_stream: ReplyStream, first: Replies, answer: TextAnswer | ChatAnswer
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -212,22 +212,22 @@ class EventStream(Response):
 
         An error after the first chunk is sent as the last event.
         """
-        news = self._first
+        replies = self._first
         try:
             part = events(self._answer.opening())
-            while news:
-                if part := part + events(self._answer.chunks(news)):
+            while replies:
+                if part := part + events(self._answer.chunks(replies)):
                     yield part
                 part = b""
                 while (news_or_none := await self._take_or_ping()) is None:
                     yield PING
-                news = news_or_none
+                replies = news_or_none
         except StillhouseError as error:
             yield events([envelope(error)])
             return
         yield part + events(self._answer.closing()) + b"data: [DONE]\n\n"
 
-    async def _take_or_ping(self) -> News | None:
+    async def _take_or_ping(self) -> Replies | None:
         try:
             async with asyncio.timeout(PING_SECONDS):
                 return await self._reply_stream.take()

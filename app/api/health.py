@@ -95,7 +95,7 @@ async def ready(request: Request, response: Response) -> Readiness:
     The status is 503 only if the database does not answer. Everything except generation works
     without Redis and without workers. The state of the database may be one second old.
     """
-    request_router: RequestRouter = request.app.state.switchboard
+    request_router: RequestRouter = request.app.state.request_router
     workers = request_router.workers
     num_stalled = sum(worker.stalled_seconds > STALLED_SECONDS for worker in workers)
     # Both times are from the worker's own clock, so the age is that at its last heartbeat.
@@ -123,7 +123,7 @@ def metrics(
     request: Request, principal: Annotated[Principal, Depends(require("admin"))]
 ) -> Response:
     """Returns Prometheus metrics. They cover all projects, so the key needs the scope `admin`."""
-    request_router: RequestRouter = request.app.state.switchboard
+    request_router: RequestRouter = request.app.state.request_router
     serve_workers.set(len(request_router.workers))
     with transaction() as session:
         for status, count in jobs.count_by_status(session).items():

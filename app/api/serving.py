@@ -20,13 +20,13 @@ Writer = Annotated[Principal, Depends(require("models:write"))]
 Operator = Annotated[Principal, Depends(require("admin"))]
 
 
-def switchboard(request: Request) -> RequestRouter:
+def request_router(request: Request) -> RequestRouter:
     """Returns the request router of this process."""
-    request_router: RequestRouter = request.app.state.switchboard
+    request_router: RequestRouter = request.app.state.request_router
     return request_router
 
 
-Board = Annotated[RequestRouter, Depends(switchboard)]
+Router = Annotated[RequestRouter, Depends(request_router)]
 
 
 @router.get("/serving")
@@ -49,7 +49,7 @@ def set_serving(model_id: str, asked: SetServing, principal: Writer) -> ServingO
 
 
 @router.get("/status")
-def get_status(model_id: str, principal: Reader, request_router: Board) -> ModelStatus:
+def get_status(model_id: str, principal: Reader, request_router: Router) -> ModelStatus:
     """Returns the state of a model on each serve worker."""
     with transaction() as session:
         served = model_registry.resolve(session, principal.project_id, model_id).served
@@ -58,7 +58,7 @@ def get_status(model_id: str, principal: Reader, request_router: Board) -> Model
 
 
 @router.post("/load", status_code=202)
-async def load_model(model_id: str, principal: Writer, request_router: Board) -> ModelStatus:
+async def load_model(model_id: str, principal: Writer, request_router: Router) -> ModelStatus:
     """Starts loading a model on all serve workers that can serve it, and returns at once.
 
     Ask for the status to see the progress.
@@ -69,7 +69,7 @@ async def load_model(model_id: str, principal: Writer, request_router: Board) ->
 
 
 @router.post("/unload", status_code=202)
-async def unload_model(model_id: str, principal: Writer, request_router: Board) -> ModelStatus:
+async def unload_model(model_id: str, principal: Writer, request_router: Router) -> ModelStatus:
     """Unloads a model from all serve workers once its answers in progress have ended.
 
     The next request loads the model again.
@@ -80,7 +80,7 @@ async def unload_model(model_id: str, principal: Writer, request_router: Board) 
 
 
 @router.post("/pin", status_code=202)
-async def pin_model(model_id: str, principal: Operator, request_router: Board) -> ModelStatus:
+async def pin_model(model_id: str, principal: Operator, request_router: Router) -> ModelStatus:
     """Keeps a model loaded on all serve workers that can serve it.
 
     A pinned alias follows its target. Needs the scope `admin`.
@@ -97,7 +97,7 @@ async def pin_model(model_id: str, principal: Operator, request_router: Board) -
 
 
 @router.post("/unpin", status_code=202)
-async def unpin_model(model_id: str, principal: Operator, request_router: Board) -> ModelStatus:
+async def unpin_model(model_id: str, principal: Operator, request_router: Router) -> ModelStatus:
     """Removes the pin of a model, which may then be evicted. Needs the scope `admin`."""
     served = await run_in_threadpool(model_serving.unpin, principal, model_id)
     if request_router.workers:

@@ -19,7 +19,7 @@ PING_SECONDS = 10.0
 PING = b": ping\n"  # one newline: with two, the openai client would report an empty event
 BATCH = 200
 # Number of threads for all streams together; the other threads stay free for requests.
-LOOKS = anyio.CapacityLimiter(8)
+READERS = anyio.CapacityLimiter(8)
 
 
 def start_after(job_id: str, after: str | None) -> int:
@@ -44,7 +44,9 @@ async def stream_events(job_id: str, seq: int) -> AsyncIterator[bytes]:
     silent_seconds = 0.0
     while True:
         try:
-            events, has_ended = await anyio.to_thread.run_sync(_look, job_id, seq, limiter=LOOKS)
+            events, has_ended = await anyio.to_thread.run_sync(
+                _read_events, job_id, seq, limiter=READERS
+            )
         except (DatabaseUnavailable, PoolExhausted) as fault:
             log.warning("events_delayed", reason=type(fault).__name__)
             events, has_ended = [], False  # the stream continues after a restart of the database
@@ -62,7 +64,7 @@ async def stream_events(job_id: str, seq: int) -> AsyncIterator[bytes]:
                 yield PING
 
 
-def _look(job_id: str, seq: int) -> tuple[list[Event], bool]:
+def _read_events(job_id: str, seq: int) -> tuple[list[Event], bool]:
     with transaction() as session:
         # Read the status first. A job's last event is committed together with its last status, so
         # all events are read below if the job has ended.

@@ -15,7 +15,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.routing import APIRoute
 
 from app.api.deps import identify
-from app.json_limits import parse_limited, refuse_crowded
+from app.json_limits import parse_limited, refuse_complex
 
 
 class StrictRequest(Request):
@@ -26,7 +26,7 @@ class StrictRequest(Request):
         if not hasattr(self, "_json"):
             value = parse_limited(await self.body())
             await asyncio.sleep(0)  # each step blocks the event loop if the body is large
-            refuse_crowded(value)
+            refuse_complex(value)
             await asyncio.sleep(0)
             self._json = value
         return self._json

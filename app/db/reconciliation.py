@@ -71,7 +71,7 @@ def server_age_seconds(session: Session) -> float:
     return float(age or 0.0)
 
 
-def ring_due(session: Session, again_seconds: float, most: int) -> int:
+def mark_due_notified(session: Session, again_seconds: float, most: int) -> int:
     """Selects up to `most` due jobs that need a wake-up message, and returns their number.
 
     These are jobs that had no message yet, or whose last message was some time ago. That time
@@ -193,7 +193,7 @@ def _stop(session: Session, job: Job, max_runtime_seconds: float) -> Job | None:
     )
 
 
-def doom_checkpoints(session: Session) -> list[tuple[str, str]]:
+def mark_unneeded_checkpoints(session: Session) -> list[tuple[str, str]]:
     """Returns the id and the store key of up to BATCH checkpoints to delete, oldest first.
 
     Before, it marks all checkpoints of cancelled and deleted jobs for deletion.

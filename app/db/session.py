@@ -51,11 +51,11 @@ def make_engine(url: str, *, pool_size: int = 10, statement_timeout_ms: int = 30
             "-c idle_in_transaction_session_timeout=30000 -c timezone=UTC",
         },
     )
-    _ping_the_idle(made)
+    _ping_idle_connection(made)
     return made
 
 
-def _ping_the_idle(made: Engine) -> None:
+def _ping_idle_connection(made: Engine) -> None:
     """Makes the pool ping a connection before its use if the server may have closed it.
 
     That is the case after IDLE_SECONDS without use, or if the socket is readable, because an idle

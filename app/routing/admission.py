@@ -9,11 +9,11 @@ from app.errors import BadRequest, StillhouseError, TooManyRequests, Unavailable
 
 # Target rate at which refused clients come back, per second. It is higher than the rate at which
 # room becomes free, and low enough that refusing them again costs little.
-RETURNS_A_SECOND = 100.0
+RETURNS_PER_SECOND = 100.0
 MIN_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 2, 120
 
 
-class Crowd:
+class RefusedClients:
     """Computes the `Retry-After` of refused clients, so that they do not all come back at once.
 
     Each waiting client comes back once per pause. The number of refusals during one pause is
@@ -30,9 +30,9 @@ class Crowd:
         """Counts one more refused client and returns the seconds that it should wait."""
         seconds = self._clock() - self._began_at
         if seconds >= self._pause_seconds:
-            has_gone_home = seconds > 2 * self._pause_seconds
-            crowd = 0 if has_gone_home else self._num_since * self._pause_seconds / seconds
-            pause = math.ceil(crowd / RETURNS_A_SECOND)
+            has_left = seconds > 2 * self._pause_seconds
+            num_waiting = 0 if has_left else self._num_since * self._pause_seconds / seconds
+            pause = math.ceil(num_waiting / RETURNS_PER_SECOND)
             self._pause_seconds = min(max(pause, MIN_PAUSE_SECONDS), MAX_PAUSE_SECONDS)
             self._began_at, self._num_since = self._clock(), 0
         self._num_since += 1
@@ -59,7 +59,7 @@ class Admission:
         self.num_tokens = 0
         self._requests_of: Counter[str] = Counter()
         self._tokens_of: Counter[str] = Counter()
-        self._crowd = Crowd()
+        self._refused = RefusedClients()
 
     def reserve(self, key_id: str, *, num_requests: int, num_tokens: int) -> Callable[[], None]:
         """Reserves room and returns the function that releases it.
@@ -128,7 +128,7 @@ class Admission:
                 f"with {num_keys} active keys is {share_requests} and {share_tokens}; retry when earlier requests "
                 "have finished"
             )
-        refusal.retry_after_seconds = self._crowd.pause_seconds()
+        refusal.retry_after_seconds = self._refused.pause_seconds()
         raise refusal
 
     def _add(self, key_id: str, num_requests: int, num_tokens: int) -> None:

@@ -22,7 +22,7 @@ class ReplyStream:
         self._backlog: deque[tuple[int, Delta | Done]] = deque()
         self._num_entries = 0  # of the backlog
         self._error: StillhouseError | None = None
-        self._has_news = asyncio.Event()
+        self._has_replies = asyncio.Event()
         self._is_ended = False
 
     async def take(self) -> list[tuple[int, Delta | Done]]:
@@ -36,8 +36,8 @@ class ReplyStream:
         if self._backlog:
             await asyncio.sleep(0)
         while not self._backlog and not self._is_ended:
-            self._has_news.clear()
-            await self._has_news.wait()
+            self._has_replies.clear()
+            await self._has_replies.wait()
         if self._error is not None:
             raise self._error
         taken: list[tuple[int, Delta | Done]] = []
@@ -57,7 +57,7 @@ class ReplyStream:
             return
         self._backlog.append((index, reply))
         self._num_entries += _num_entries(reply)
-        self._has_news.set()
+        self._has_replies.set()
 
     def fail(self, error: StillhouseError) -> None:
         if not self._is_ended:
@@ -72,7 +72,7 @@ class ReplyStream:
             prompt_in_flight.hang_up()
         if not self._is_ended:
             self._is_ended = True
-            self._has_news.set()
+            self._has_replies.set()
             self._on_end()
 
 

@@ -229,7 +229,7 @@ class RequestRouter:
             try:
                 await work()
             except Exception:
-                log.exception("switchboard_begins_anew")
+                log.exception("listening_restarted")
             await asyncio.sleep(RELISTEN_SECONDS)
 
     async def _listen(self) -> None:
@@ -383,4 +383,4 @@ class RequestRouter:
     def _reap(self, task: asyncio.Task[object]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("switchboard_task_failed", exc_info=error)
+            log.error("request_router_task_failed", exc_info=error)

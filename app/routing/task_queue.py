@@ -29,16 +29,16 @@ from app.settings import celery_settings, get_settings
 log = structlog.get_logger(__name__)
 
 KEY_PREFIX = "stillhouse:"  # `global_keyprefix` of `celery_settings`
-MAX_WAITING_RINGS = 100
+MAX_WAITING_MESSAGES = 100
 # Timeout to connect or to write. A send takes at most about twice as long if Redis is down.
 SEND_SECONDS = 0.5
 # Any: options of several kinds
 SOCKET: Final[dict[str, Any]] = dict.fromkeys(
     ("socket_timeout", "socket_connect_timeout"), SEND_SECONDS
 )
-ONCE_MORE: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
+RETRY_ONCE: Final = {"max_retries": 1, "interval_start": 0, "interval_step": 0}
 # Properties of a Celery message in the Redis list of a queue, as kombu writes them.
-LAID: Final = {"delivery_mode": 2, "priority": 0, "body_encoding": "base64"}
+MESSAGE_PROPERTIES: Final = {"delivery_mode": 2, "priority": 0, "body_encoding": "base64"}
 CONTENT: Final = {"content-encoding": "utf-8", "content-type": "application/json"}
 # RuntimeError: raised by uvloop for a write to a connection that has just been closed.
 FAULTS = (CeleryError, KombuError, RedisError, OSError, RuntimeError)
@@ -55,10 +55,10 @@ def _producer(redis_url: str) -> Celery:
     conf["broker_url"] = redis_url
     conf["broker_connection_timeout"] = SEND_SECONDS
     conf["broker_pool_acquire_timeout"] = SEND_SECONDS
-    conf["broker_transport_options"] |= {**SOCKET, **ONCE_MORE}
+    conf["broker_transport_options"] |= {**SOCKET, **RETRY_ONCE}
     # A pooled connection may be stale after a restart of Redis: retry once, with a new connection.
     conf["task_publish_retry"] = True
-    conf["task_publish_retry_policy"] = {**ONCE_MORE, "interval_max": 0}
+    conf["task_publish_retry_policy"] = {**RETRY_ONCE, "interval_max": 0}
     producer.conf.update(conf)
     return producer
 
@@ -92,7 +92,7 @@ def notify_workers_again() -> None:
     num_waiting = 0
     with suppress(*FAULTS), _producer(get_settings().redis_url).connection_or_acquire() as line:
         num_waiting = line.default_channel.queue_declare(TRAIN_QUEUE).message_count
-    if num_waiting < MAX_WAITING_RINGS:
+    if num_waiting < MAX_WAITING_MESSAGES:
         notify_workers()
 
 
@@ -137,7 +137,7 @@ class Outbox:
             "delivery_tag": uuid4().hex,
         }
         body = base64.b64encode(orjson.dumps(task.body)).decode()
-        properties = {**task.properties, **LAID, **place}
+        properties = {**task.properties, **MESSAGE_PROPERTIES, **place}
         return orjson.dumps(
             {**CONTENT, "body": body, "headers": task.headers, "properties": properties}
         )

@@ -13,7 +13,7 @@ from app.contracts.messages import Delta, Done, TokenLogprob
 from app.schemas.completions import ChatBody, CompletionBody, GenerationBody
 
 Json = dict[str, object]
-News = Iterable[tuple[int, Delta | Done]]
+Replies = Iterable[tuple[int, Delta | Done]]
 
 
 class JsonArray:
@@ -64,9 +64,9 @@ class Answer(ABC):
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
 
-    def add(self, news: News) -> None:
+    def add(self, replies: Replies) -> None:
         """Collects replies for a complete response."""
-        for prompt, reply in news:
+        for prompt, reply in replies:
             if isinstance(reply, Done):
                 self._count(reply)
                 continue
@@ -88,10 +88,10 @@ class Answer(ABC):
         """Returns the chunks that precede all text."""
         return []
 
-    def chunks(self, news: News) -> list[Json]:
+    def chunks(self, replies: Replies) -> list[Json]:
         """Returns the replies as chunks. Does not keep their text."""
         made: list[Json] = []
-        for prompt, reply in news:
+        for prompt, reply in replies:
             if isinstance(reply, Done):
                 self._count(reply)
             else:

@@ -30,7 +30,7 @@ def collect(store: Store) -> int:
 
 def _delete_retired(store: Store) -> int:
     with transaction() as session:
-        doomed = reconciliation.doom_checkpoints(session)
+        doomed = reconciliation.mark_unneeded_checkpoints(session)
     gone = [checkpoint_id for checkpoint_id, key in doomed if _delete(store, key)]
     with transaction() as session:  # last, because the rows record which bytes are left to delete
         reconciliation.forget_checkpoints(session, gone)

@@ -58,7 +58,7 @@ def settle(block: Distillation, pair: Pair) -> Distillation:
     data = settle_data(block, objective, pair)
     block = block.model_copy(update={"student": student, "data": data, "objective": objective})
     check_terms(objective, pair, outline)
-    check_judgement(block, pair)
+    check_evaluation(block, pair)
     if block.export and outline.architecture not in EXPORTABLE:
         refuse(
             f"a {outline.architecture} student has no GGUF form here (those of {', '.join(EXPORTABLE)} have); "
@@ -375,7 +375,7 @@ def depth_of(model: ModelFacts | Outline, side: str = "auto") -> int:
     return model.num_layers if side == "decoder" else max(model.num_layers, encoder)
 
 
-def check_judgement(block: Distillation, pair: Pair) -> None:
+def check_evaluation(block: Distillation, pair: Pair) -> None:
     """Raises BadRequest if the metric of the gate is not measured, or is undefined for the pair."""
     gate, measured = block.evaluation.gate, {"kl", *block.evaluation.metrics}
     if gate is None:

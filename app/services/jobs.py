@@ -91,7 +91,7 @@ def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> 
         crash_point("submit.inserted")
     crash_point("submit.committed")
     task_queue.notify_workers()
-    crash_point("submit.rung")
+    crash_point("submit.notified")
     return Accepted(body, is_replay=False)
 
 

@@ -21,7 +21,7 @@ from app.storage import store
 
 log = structlog.get_logger(__name__)
 
-RINGS_A_PASS: Final = 8  # wake-up messages per pass
+NOTIFICATIONS_PER_PASS: Final = 8  # wake-up messages per pass
 CANCEL_HEARTBEATS: Final = 2  # after this many, a job is cancelled without its worker
 # Time that a worker has to write and upload the checkpoint of a job that has run for too long.
 PAUSE_GRACE_SECONDS: Final = 600.0
@@ -95,7 +95,9 @@ class Reconciler:
             session, settings.max_runtime_seconds, PAUSE_GRACE_SECONDS
         )
         num_woken = reconciliation.wake(session)
-        num_notified = reconciliation.ring_due(session, settings.ring_again_seconds, RINGS_A_PASS)
+        num_notified = reconciliation.mark_due_notified(
+            session, settings.ring_again_seconds, NOTIFICATIONS_PER_PASS
+        )
         return Report(True, num_notified, num_lost, num_cancelled, num_woken, num_overdue)
 
     def _may_reap(self, session: Session, begun: float, lease_seconds: float) -> bool:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from app.errors import BadRequest
-from app.json_limits import MAX_CONTAINERS, MAX_FIELDS, parse_limited, refuse_crowded
+from app.json_limits import MAX_CONTAINERS, MAX_FIELDS, parse_limited, refuse_complex
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_too_much_is_refused_before_it_is_parsed(value: object) -> None:
 )
 def test_crowded_values_are_refused_before_they_are_validated(value: object) -> None:
     with pytest.raises(BadRequest, match="more than"):
-        refuse_crowded(value)
+        refuse_complex(value)
 
 
 def test_the_largest_prompts_pass() -> None:
@@ -39,4 +39,4 @@ def test_the_largest_prompts_pass() -> None:
     ):
         content = parse_limited(json.dumps(value).encode())
         assert content == value
-        refuse_crowded(content)
+        refuse_complex(content)

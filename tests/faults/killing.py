@@ -18,12 +18,12 @@ from tests.faults.prompts import prompts_asked
 from tests.faults.system import Program, wait_until
 from tests.faults.trial import Trial
 
-SUBMIT_POINTS: Final = ("submit.inserted", "submit.committed", "submit.rung")
+SUBMIT_POINTS: Final = ("submit.inserted", "submit.committed", "submit.notified")
 TRAINER_POINTS: Final = tuple(
     f"trainer.{name}" for name in ("begun", "halfway", "written", "listed", "renamed", "synced")
 )
 WORKER_POINTS: Final = (
-    "claim.inside", "claim.committed", "inputs.laid", "heartbeat.begun", "record.begun", "checkpoint.stored",
+    "claim.inside", "claim.committed", "inputs.prepared", "heartbeat.begun", "record.begun", "checkpoint.stored",
     "commit.begun", "checkpoint.committed", "model.stored", "finish.begun", "finish.inside", "model.registered",
     "fail.begun",
 )  # fmt: skip

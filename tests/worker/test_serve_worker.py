@@ -96,7 +96,7 @@ class Bench:
 
     def close(self) -> None:
         self.worker.drain()
-        for request_id in list(self.worker._homes):
+        for request_id in list(self.worker._reply_channels):
             self.worker.cancel(request_id)
         assert self.has_ended.wait(20)
         self.host.close()
@@ -110,7 +110,7 @@ def bench(valkey: str, tiny_llama_dir: Path) -> Iterator[Bench]:
 
 
 @pytest.fixture
-def ear(valkey: str) -> Iterator[Ear]:
+def subscription(valkey: str) -> Iterator[Ear]:
     made = Ear(valkey)
     yield made
     made.close()
@@ -132,89 +132,103 @@ def request(
 
 
 def test_each_step_is_one_publish_with_everything_for_that_api_process(
-    bench: Bench, ear: Ear
+    bench: Bench, subscription: Ear
 ) -> None:
     for name in ("a", "b", "c"):
         bench.worker.submit(request(name, max_tokens=40))
-    ear.listen(lambda: ear.ended() == {"a", "b", "c"})
-    assert ear.text("a") == ear.text("b") == ear.text("c") != ""
-    assert ear.num_batches < len(ear.replies) / 2
+    subscription.listen(lambda: subscription.ended() == {"a", "b", "c"})
+    assert subscription.text("a") == subscription.text("b") == subscription.text("c") != ""
+    assert subscription.num_batches < len(subscription.replies) / 2
 
 
-def test_replies_go_to_the_process_that_asked(bench: Bench, ear: Ear, valkey: str) -> None:
+def test_replies_go_to_the_process_that_asked(bench: Bench, subscription: Ear, valkey: str) -> None:
     other = Ear(valkey, "api2")
     bench.worker.submit(request("mine"))
     bench.worker.submit(request("theirs", home="api2"))
-    ear.listen(lambda: "mine" in ear.ended())
+    subscription.listen(lambda: "mine" in subscription.ended())
     other.listen(lambda: "theirs" in other.ended())
-    assert {reply.id for reply in ear.replies} == {"mine"}
+    assert {reply.id for reply in subscription.replies} == {"mine"}
     assert {reply.id for reply in other.replies} == {"theirs"}
     other.close()
 
 
-def test_a_cancel_on_the_control_channel_stops_within_a_step(bench: Bench, ear: Ear) -> None:
+def test_a_cancel_on_the_control_channel_stops_within_a_step(
+    bench: Bench, subscription: Ear
+) -> None:
     bench.worker.submit(request("gone", max_tokens=240, n=64))
     bench.worker.submit(request("stays", max_tokens=100))
-    ear.listen(lambda: bool(ear.text("gone")))
+    subscription.listen(lambda: bool(subscription.text("gone")))
     wait_for(
-        lambda: ear.redis.publish(control_channel("w1"), Cancel(id="gone").model_dump_json()),
+        lambda: subscription.redis.publish(
+            control_channel("w1"), Cancel(id="gone").model_dump_json()
+        ),
         5,
         "nobody hears",
     )
-    wait_for(lambda: "gone" not in bench.worker._homes, 2, "the cancel was not obeyed")
+    wait_for(lambda: "gone" not in bench.worker._reply_channels, 2, "the cancel was not obeyed")
     # 60 choices of `gone` were before it in the queue: it can only end now because they are no more
-    ear.listen(lambda: "stays" in ear.ended())
-    assert "gone" not in ear.ended()
-    assert len([reply for reply in ear.replies if reply.id == "gone"]) < 64 * 240 / 4
-    first = next(number for number, reply in enumerate(ear.replies) if reply.id == "stays")
-    assert all(reply.id == "stays" for reply in ear.replies[first:])
+    subscription.listen(lambda: "stays" in subscription.ended())
+    assert "gone" not in subscription.ended()
+    assert len([reply for reply in subscription.replies if reply.id == "gone"]) < 64 * 240 / 4
+    first = next(number for number, reply in enumerate(subscription.replies) if reply.id == "stays")
+    assert all(reply.id == "stays" for reply in subscription.replies[first:])
 
 
-def test_a_cancel_that_overtakes_its_request_still_counts(bench: Bench, ear: Ear) -> None:
+def test_a_cancel_that_overtakes_its_request_still_counts(bench: Bench, subscription: Ear) -> None:
     bench.worker.cancel("early")
     bench.worker.submit(request("early"))
     bench.worker.submit(request("next"))
-    ear.listen(lambda: "next" in ear.ended())
-    assert {reply.id for reply in ear.replies} == {"next"}
+    subscription.listen(lambda: "next" in subscription.ended())
+    assert {reply.id for reply in subscription.replies} == {"next"}
 
 
-def test_a_request_delivered_twice_is_answered_once(bench: Bench, ear: Ear) -> None:
+def test_a_request_delivered_twice_is_answered_once(bench: Bench, subscription: Ear) -> None:
     bench.worker.submit(request("twice", max_tokens=30))
     bench.worker.submit(request("twice", max_tokens=30))
     bench.worker.submit(request("last", max_tokens=60))
-    ear.listen(lambda: "last" in ear.ended())
+    subscription.listen(lambda: "last" in subscription.ended())
     assert (
-        len([reply for reply in ear.replies if isinstance(reply, Done) and reply.id == "twice"])
+        len(
+            [
+                reply
+                for reply in subscription.replies
+                if isinstance(reply, Done) and reply.id == "twice"
+            ]
+        )
         == 1
     )
 
 
-def test_nothing_is_written_for_an_api_process_that_is_gone(bench: Bench, ear: Ear) -> None:
+def test_nothing_is_written_for_an_api_process_that_is_gone(
+    bench: Bench, subscription: Ear
+) -> None:
     bench.worker.submit(request("orphan", home="dead", max_tokens=240, n=64))
     bench.worker.submit(request("mine"))
-    ear.listen(lambda: "mine" in ear.ended())
-    wait_for(lambda: not bench.worker._homes, 2, "it writes on for nobody")
+    subscription.listen(lambda: "mine" in subscription.ended())
+    wait_for(lambda: not bench.worker._reply_channels, 2, "it writes on for nobody")
     wait_for(lambda: not bench.host.has_work(), 2, "the engine goes on")
 
 
-def test_a_failure_reaches_the_client_and_the_worker_goes_on(bench: Bench, ear: Ear) -> None:
+def test_a_failure_reaches_the_client_and_the_worker_goes_on(
+    bench: Bench, subscription: Ear
+) -> None:
     bench.worker.submit(request("long", text="lamp " * 400))
     bench.worker.submit(request("good"))
-    ear.listen(lambda: ear.ended() == {"long", "good"})
-    (failure,) = [reply for reply in ear.replies if isinstance(reply, Failure)]
+    subscription.listen(lambda: subscription.ended() == {"long", "good"})
+    (failure,) = [reply for reply in subscription.replies if isinstance(reply, Failure)]
     assert (failure.id, failure.status, failure.code) == ("long", 400, "context_length_exceeded")
 
 
 def test_the_heartbeat_tells_what_is_loaded_and_goes_away_at_the_end(
-    bench: Bench, ear: Ear
+    bench: Bench, subscription: Ear
 ) -> None:
     def status() -> ServeWorkerStatus | None:
-        value = ear.redis.get(serve_worker_key("w1"))
+        value = subscription.redis.get(serve_worker_key("w1"))
         return ServeWorkerStatus.model_validate_json(value) if isinstance(value, bytes) else None
 
     wait_for(status, 5, "no heartbeat")
     bench.worker.submit(request("a"))
-    ear.listen(lambda: "a" in ear.ended())
+    subscription.listen(lambda: "a" in subscription.ended())
     wait_for(
         lambda: (now := status()) and now.resident == ("models/tiny",), 2, "the model is not shown"
     )
@@ -226,7 +240,7 @@ def test_the_heartbeat_tells_what_is_loaded_and_goes_away_at_the_end(
     )
     bench.worker.cancel("b")
     wait_for(lambda: (now := status()) and now.requests == frozenset(), 2, "it is shown for ever")
-    lifetime = ear.redis.pttl(serve_worker_key("w1"))
+    lifetime = subscription.redis.pttl(serve_worker_key("w1"))
     assert isinstance(lifetime, int)
     assert 0 < lifetime <= 2000
     bench.worker.drain()
@@ -235,14 +249,14 @@ def test_the_heartbeat_tells_what_is_loaded_and_goes_away_at_the_end(
 
 
 def test_a_draining_worker_refuses_newcomers_and_finishes_what_it_has(
-    bench: Bench, ear: Ear
+    bench: Bench, subscription: Ear
 ) -> None:
     bench.worker.submit(request("old", max_tokens=200))
-    ear.listen(lambda: bool(ear.text("old")))
+    subscription.listen(lambda: bool(subscription.text("old")))
     bench.worker.drain()
     bench.worker.submit(request("new"))
-    ear.listen(lambda: ear.ended() == {"old", "new"})
-    by_id = {reply.id: reply for reply in ear.replies}
+    subscription.listen(lambda: subscription.ended() == {"old", "new"})
+    by_id = {reply.id: reply for reply in subscription.replies}
     assert isinstance(by_id["old"], Done)
     assert isinstance(by_id["new"], Failure)
     assert by_id["new"].code == "draining"
@@ -250,10 +264,10 @@ def test_a_draining_worker_refuses_newcomers_and_finishes_what_it_has(
 
 
 def test_a_draining_worker_waits_for_a_prompt_that_is_being_tokenised(
-    bench: Bench, ear: Ear
+    bench: Bench, subscription: Ear
 ) -> None:
     bench.worker.submit(request("first"))
-    ear.listen(lambda: "first" in ear.ended())
+    subscription.listen(lambda: "first" in subscription.ended())
     engine: Any = bench.host._model_cache.engine_of(
         WEIGHTS.key
     )  # Any: reaches into the engine on purpose
@@ -274,42 +288,46 @@ def test_a_draining_worker_waits_for_a_prompt_that_is_being_tokenised(
     bench.worker.drain()
     assert not bench.has_ended.wait(0.3)
     gate.set()
-    ear.listen(lambda: "slow" in ear.ended())
+    subscription.listen(lambda: "slow" in subscription.ended())
     assert bench.has_ended.wait(5)
-    assert isinstance(ear.replies[-1], Done)
+    assert isinstance(subscription.replies[-1], Done)
     assert bench.ends == [True]
 
 
 def test_a_drain_that_takes_too_long_fails_what_is_left(
-    valkey: str, tiny_llama_dir: Path, ear: Ear
+    valkey: str, tiny_llama_dir: Path, subscription: Ear
 ) -> None:
     bench = Bench(valkey, tiny_llama_dir, drain_seconds=0.2)
     bench.worker.submit(request("endless", max_tokens=240, n=128))
-    ear.listen(lambda: bool(ear.text("endless")))
+    subscription.listen(lambda: bool(subscription.text("endless")))
     bench.worker.drain()
-    ear.listen(lambda: "endless" in ear.ended())
-    (failure,) = [reply for reply in ear.replies if isinstance(reply, Failure)]
+    subscription.listen(lambda: "endless" in subscription.ended())
+    (failure,) = [reply for reply in subscription.replies if isinstance(reply, Failure)]
     assert failure.code == "draining"
     assert bench.has_ended.wait(5)
     assert bench.ends == [True]
     bench.close()
 
 
-def test_an_api_process_that_goes_away_in_the_middle_frees_its_rows(bench: Bench, ear: Ear) -> None:
+def test_an_api_process_that_goes_away_in_the_middle_frees_its_rows(
+    bench: Bench, subscription: Ear
+) -> None:
     bench.worker.submit(request("a", max_tokens=240, n=64))
-    ear.listen(lambda: bool(ear.text("a")))
-    ear.pubsub.unsubscribe(reply_channel(HOME))
-    wait_for(lambda: not bench.worker._homes, 5, "it writes on for nobody")
+    subscription.listen(lambda: bool(subscription.text("a")))
+    subscription.pubsub.unsubscribe(reply_channel(HOME))
+    wait_for(lambda: not bench.worker._reply_channels, 5, "it writes on for nobody")
     wait_for(lambda: not bench.host.has_work(), 2, "the engine goes on")
 
 
-def test_a_worker_keeps_only_pinned_models_whose_engine_it_has(bench: Bench, ear: Ear) -> None:
+def test_a_worker_keeps_only_pinned_models_whose_engine_it_has(
+    bench: Bench, subscription: Ear
+) -> None:
     served = ServedModel(model="tiny", weights=WEIGHTS)
     other = ServedModel(model="other", weights=WEIGHTS, serving=ServingOptions(engine="vllm"))
     pins = Keep(models=(other, served)).model_dump_json()
 
     def is_loaded() -> bool:
-        ear.redis.publish(
+        subscription.redis.publish(
             control_channel("w1"), pins
         )  # again and again: the last test's worker may still listen
         return bool(bench.worker.status().resident)

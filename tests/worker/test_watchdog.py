@@ -16,7 +16,7 @@ from tests.faults.proxy import Network
 from tests.faults.system import through
 from tests.serve_worker import wait_for
 from tests.worker.test_main import Process
-from worker.watchdog import Inbox, Turns
+from worker.watchdog import Inbox, WorkLoop
 
 
 def add_job_without_input() -> None:
@@ -74,8 +74,8 @@ def test_turns_never_overlap_and_the_last_one_is_waited_for() -> None:
             num_turns[0] += 1
         return 1
 
-    with Turns(work, every_seconds=0.01) as turns:
-        rings = [threading.Thread(target=turns.wake_up) for _ in range(4)]
+    with WorkLoop(work, every_seconds=0.01) as work_loop:
+        rings = [threading.Thread(target=work_loop.wake_up) for _ in range(4)]
         for ring in rings:
             ring.start()
         for ring in rings:
@@ -91,7 +91,7 @@ def test_a_look_that_fails_is_not_the_last() -> None:
         num_looks[0] += 1
         raise RuntimeError("no luck")
 
-    with Turns(work, every_seconds=0.01):
+    with WorkLoop(work, every_seconds=0.01):
         wait_for(lambda: num_looks[0] > 2, 10, "there was one look only")
 
 

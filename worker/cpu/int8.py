@@ -104,7 +104,7 @@ class TiledInt8Weight(TiledWeight):
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
 
-    def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
+    def matmul(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
         bias_O = None if bias_O is None else bias_O.float()
         x = x.to(torch.bfloat16).contiguous()
         return self._ops.multiply_int8(
@@ -124,7 +124,7 @@ class Int8Weight:
         self.packed = torch.ops.onednn.qlinear_prepack(whole_OI, None)
         self._zeros_O = torch.zeros(len(self.scale_O), dtype=torch.int64)
 
-    def product(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
+    def matmul(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """Returns x W^T + bias in float32."""
         x = x.float()  # a scale rounded to bfloat16 would let the largest input exceed 127 and wrap
         scale = (
@@ -151,7 +151,7 @@ class Int8Linear(nn.Linear):
     whole: Int8Weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.whole.product(x, self.bias)
+        return self.whole.matmul(x, self.bias)
 
 
 class Int8Conv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
@@ -160,7 +160,7 @@ class Int8Conv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
     whole: Int8Weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.whole.product(x, self.bias)
+        return self.whole.matmul(x, self.bias)
 
 
 def quantize_weights(model: nn.Module, *, but: nn.Module | None = None) -> int:

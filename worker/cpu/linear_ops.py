@@ -52,7 +52,7 @@ def parts_beside(dtype: torch.dtype) -> int:
     return HALF_PARTS if dtype == torch.bfloat16 else FLOAT32_PARTS
 
 
-def product(
+def matmul(
     a_NI: Tensor,
     b_OI: Tensor,
     bias_O: Tensor | None = None,
@@ -133,7 +133,7 @@ def onednn_weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
 def _product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """Returns a b^T + bias in float32, for float32 or bfloat16 operands."""
     if a_NI.dtype == torch.float32:
-        return product(a_NI, b_OI, bias_O)
+        return matmul(a_NI, b_OI, bias_O)
     out_NO: Tensor = torch.ops.mkldnn._linear_pointwise.default(
         a_NI, b_OI, None, "none", [], ""
     ).float()
@@ -242,7 +242,7 @@ class PackedWeight:
     def dtype(self) -> torch.dtype:
         return self.tensor.dtype
 
-    def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
+    def matmul(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
         """Returns activation(x W^T + bias) in the weight's dtype, without autograd."""
         bias_O = None if bias_O is None else bias_O.to(self.dtype)
         multiply = torch.ops.mkldnn._linear_pointwise.default
@@ -264,7 +264,7 @@ class TiledWeight(PackedWeight):
         self._num_out = num_out
         self._ops = ops
 
-    def product(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
+    def matmul(self, x: Tensor, bias_O: Tensor | None, activation: Activation = "none") -> Tensor:
         bias_O = None if bias_O is None else bias_O.float()
         x = x.to(torch.bfloat16).contiguous()
         return self._ops.multiply_tiles(
@@ -322,7 +322,7 @@ def multiplier(module: nn.Module, activation: Activation = "none") -> Callable[[
     packed = packed_weight(module)
     if packed is not None:
         bias_O: Any = module.bias
-        return lambda x: packed.product(x, bias_O, activation)
+        return lambda x: packed.matmul(x, bias_O, activation)
     if activation == "none":
         return module
     return lambda x: nn.functional.silu(module(x))
@@ -332,8 +332,8 @@ def _apply(x: Tensor, layer: OneDnnLinear | OneDnnConv1D, weight_OI: Tensor) -> 
     bias_O: Tensor | None = layer.bias
     if layer.packed is not None and _is_fast(x) and not x.requires_grad:
         if layer.packed.dtype == torch.float32 and _splits(x, weight_OI) is not None:
-            return product(x, weight_OI, bias_O)
-        return layer.packed.product(x, bias_O).float()
+            return matmul(x, weight_OI, bias_O)
+        return layer.packed.matmul(x, bias_O).float()
     return linear(x, weight_OI, bias_O, layer.rounds_to)
 
 

@@ -26,7 +26,7 @@ Model = Any  # transformers is untyped here
 Multiply = Callable[[Tensor], Tensor]
 
 
-def is_lean(model: Model) -> bool:
+def is_llama_like(model: Model) -> bool:
     """Returns whether LlamaDecoder implements everything that the model computes."""
     config = model.config
     if config.model_type not in LLAMA_LIKE or config.hidden_act != "silu":
@@ -59,7 +59,11 @@ def has_refined_head(model: Model) -> bool:
 
     `head_of` then recomputes the highest logits in float32.
     """
-    return is_lean(model) and kernels() is not None and model.get_output_embeddings().bias is None
+    return (
+        is_llama_like(model)
+        and kernels() is not None
+        and model.get_output_embeddings().bias is None
+    )
 
 
 def head_of(model: Model) -> Multiply:
@@ -73,7 +77,7 @@ def head_of(model: Model) -> Multiply:
     def refined(hidden: Tensor) -> Tensor:
         """Returns bfloat16 logits as float32, with the highest ones recomputed in float32."""
         hidden_NE = hidden.reshape(-1, hidden.shape[-1]).contiguous()  # a slice is strided
-        logits_NV = ops.refine(packed.product(hidden_NE, None), hidden_NE, head.weight)
+        logits_NV = ops.refine(packed.matmul(hidden_NE, None), hidden_NE, head.weight)
         return logits_NV.view(*hidden.shape[:-1], -1)
 
     return refined
@@ -98,9 +102,9 @@ class LlamaDecoder:
         self._is_fixed = getattr(self._rotary, "rope_type", None) not in ("dynamic", "longrope")
         self._table: tuple[Tensor, Tensor] | None = None
         self._kernels = kernels() if all(layer.has_few_parts for layer in self._layers) else None
-        self._whole = None
+        self._fused = None
         if self._kernels is not None and FusedDecoder.knows(body.layers):
-            self._whole = FusedDecoder(self._kernels, body.layers, self._norm)
+            self._fused = FusedDecoder(self._kernels, body.layers, self._norm)
 
     @property
     def cache_dtype(self) -> torch.dtype | None:
@@ -135,8 +139,8 @@ class LlamaDecoder:
             first = self._layers[0]
             like_NKWD = hidden_NQE.new_empty(1, first.num_heads[1], 1, first.head_width)
             call.cache.open_layers(len(self._layers), like_NKWD)
-            if self._whole is not None:
-                return self._whole(hidden_ME, rotations, call).view_as(hidden_NQE)[
+            if self._fused is not None:
+                return self._fused(hidden_ME, rotations, call).view_as(hidden_NQE)[
                     :, -call.num_logits :
                 ]
             attend = self._by_kernels(ops, rotations, call)

@@ -28,7 +28,7 @@ GATED_MLPS = {f"{family}MLP" for family in FAMILIES}
 ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
 
 
-def use_lean_body(model: PreTrainedModel) -> None:
+def use_training_ops(model: PreTrainedModel) -> None:
     """Replaces the forward methods of a model's norms, gated MLPs and attentions by compiled ones.
 
     Only the classes that are listed in this module are changed.

@@ -25,7 +25,7 @@ from worker.distill.student_sweep import (
     SelectedStudent,
     StudentSweep,
     calibrated,
-    plan_courses,
+    plan_student_runs,
 )
 from worker.distill.students.recipe import StudentRecipe
 from worker.distill.teachers.cached_teacher import CachedTeacher
@@ -97,7 +97,7 @@ class Pipeline:
         self.sink(StageLine(name="loading_models"))
         state = self._resumed_state()
         self._set_threads(state)
-        courses = plan_courses(self.spec)
+        runs = plan_student_runs(self.spec)
         signal = self.pair.signal
         check_rollouts(self.block, signal, has_one_tokenizer=self.pair.has_one_tokenizer)
         if signal.name != "logits":
@@ -105,16 +105,16 @@ class Pipeline:
         # the first rank generates the teacher's answers, and the others read them from disk
         rows = self.ranks.first_then_others(lambda: self._preparation().rows())
         self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
-        courses = calibrated(courses, rows.train)
+        runs = calibrated(runs, rows.train)
         # the first rank decides whether there is a row cache, and the others follow
         teacher = self.ranks.first_then_others(
-            lambda: self.pair.cached_teacher(rows, courses[0].recipe)
+            lambda: self.pair.cached_teacher(rows, runs[0].recipe)
         )
         for note in teacher.notes:
             self.sink(MessageLine(message=note))
         with ExitStack() as open_teachers:
             open_teachers.callback(teacher.close)
-            setup = self._setup(rows, courses[0].recipe, teacher, state)
+            setup = self._setup(rows, runs[0].recipe, teacher, state)
             self._check_resumed(state, setup)
             self._place_teacher(teacher)
             now = {
@@ -124,33 +124,33 @@ class Pipeline:
                 "precision": self.pair.card.precision,
             }
             taught = StudentSweep(
-                courses,
+                runs,
                 setup,
                 state.model_copy(update=now),
                 evaluation=self.block.evaluation,
-                judge_for=lambda tell: self._judge(rows, teacher, tell),
-                test_judge_for=self._test_judge_for(courses[0].recipe, teacher, open_teachers),
+                evaluator_for=lambda tell: self._evaluator(rows, teacher, tell),
+                test_judge_for=self._test_judge_for(runs[0].recipe, teacher, open_teachers),
                 sink=self.sink,
                 should_stop=self.should_stop,
                 trains_from=ANSWERED_PERCENT
                 if rows.num_answered or self.pair.adapted_dir
                 else LOADED_PERCENT,
             )
-            graduate = taught.run(rows.answers)
+            selected = taught.run(rows.answers)
         self.sink(StageLine(name="exporting"))
         num_computed = int(self.ranks.sum(teacher.num_computed)[0])
         if not self.ranks.is_first:
-            return Outcome("student", graduate.result, taught.trained_tokens)
-        link_folder(graduate.folder, self.out / "student")
-        result = self._result(rows, graduate, num_computed)
+            return Outcome("student", selected.result, taught.trained_tokens)
+        link_folder(selected.folder, self.out / "student")
+        result = self._result(rows, selected, num_computed)
         return Outcome(
-            "student", result, taught.trained_tokens, self._ladder_files(graduate, result)
+            "student", result, taught.trained_tokens, self._ladder_files(selected, result)
         )
 
-    def _result(self, rows: Rows, graduate: SelectedStudent, num_computed: int) -> dict[str, Any]:
+    def _result(self, rows: Rows, selected: SelectedStudent, num_computed: int) -> dict[str, Any]:
         """Returns the public result: the evaluation, and the counts of rows it rests on."""
         return {
-            **graduate.result,
+            **selected.result,
             "num_train_rows": len(rows.train),
             "num_validation_rows": len(rows.valid),
             **rows.shared,
@@ -160,28 +160,28 @@ class Pipeline:
             "teacher_passes": round(num_computed / len(rows.teacher), 3),
         }
 
-    def _ladder_files(self, graduate: SelectedStudent, result: dict[str, Any]) -> tuple[str, ...]:
+    def _ladder_files(self, selected: SelectedStudent, result: dict[str, Any]) -> tuple[str, ...]:
         """Adds the ladder, if any, to the result, and returns the names of its files."""
         if not self.block.student.ladder:
             return ()
-        result["ladder"] = graduate.ladder
-        files = attempt("ladder_plot", "plot_failed", lambda: self._draw(graduate))
+        result["ladder"] = selected.ladder
+        files = attempt("ladder_plot", "plot_failed", lambda: self._draw(selected))
         if not isinstance(files, MissingPart):
             return files
         self.sink(files.event("the student is registered without it"))
         result["missing"] = [*result.get("missing", []), files.model_dump()]
         return ()
 
-    def _draw(self, graduate: SelectedStudent) -> tuple[str, ...]:
+    def _draw(self, selected: SelectedStudent) -> tuple[str, ...]:
         """Draws the ladder into the run's folder, and returns the names of the files."""
         # imports matplotlib, which few jobs need
         from worker.distill.evaluation.ladder_plot import Rung, write_ladder
 
         rungs = [
             Rung(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])
-            for entry in graduate.ladder
+            for entry in selected.ladder
         ]
-        teacher = Rung(self.block.teacher, graduate.result.get("teacher", {}))
+        teacher = Rung(self.block.teacher, selected.result.get("teacher", {}))
         paths = write_ladder(rungs, teacher, self.out, self.block.evaluation.gate)
         return tuple(path.name for path in paths)
 
@@ -324,7 +324,7 @@ class Pipeline:
             features=self.pair.features(rows),
         )
 
-    def _judge(self, rows: Rows, teacher: CachedTeacher, tell: Tell) -> Evaluator:
+    def _evaluator(self, rows: Rows, teacher: CachedTeacher, tell: Tell) -> Evaluator:
         """Returns the evaluator of the held-out rows, or of the test rows."""
         objective = TokenObjective.from_objective(self.block.objective)
         tokens, num_train = batch_tokens_of(self.block.hyperparameters), len(rows.train)
@@ -387,7 +387,7 @@ class Pipeline:
             if test_teacher.is_cached:
                 tokens = batch_tokens_of(self.block.hyperparameters)
                 test_teacher.fill(ALONE, tokens, lambda done, wanted: tell((1 + done / wanted) / 2))
-            return self._judge(rows, test_teacher, tell)
+            return self._evaluator(rows, test_teacher, tell)
 
         return prepare
 

@@ -71,7 +71,7 @@ class StudentRun:
         return replace(setup, recipe=recipe, objective=objective, signal=signal, features=None)
 
 
-def plan_courses(spec: RunSpec) -> list[StudentRun]:
+def plan_student_runs(spec: RunSpec) -> list[StudentRun]:
     """Returns a run per student, the smallest first. Raises the errors of `plan_student`."""
     student = spec.distillation.student
     return [
@@ -83,12 +83,12 @@ def plan_courses(spec: RunSpec) -> list[StudentRun]:
     ]
 
 
-def calibrated(courses: Sequence[StudentRun], rows: Sequence[Example]) -> list[StudentRun]:
+def calibrated(runs: Sequence[StudentRun], rows: Sequence[Example]) -> list[StudentRun]:
     """Returns the runs with calibration rows, on which width pruning measures what to keep."""
     sequences = [
         ids for row in rows[:NUM_CALIBRATION] for ids in (row.source_ids, row.token_ids) if ids
     ]
-    return [replace(c, recipe=replace(c.recipe, calibration=tuple(sequences))) for c in courses]
+    return [replace(c, recipe=replace(c.recipe, calibration=tuple(sequences))) for c in runs]
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class StudentSweep:
 
     def __init__(
         self,
-        courses: Sequence[StudentRun],
+        runs: Sequence[StudentRun],
         setup: TrainingInputs,
         state: TrainState,
         *,
         evaluation: Evaluation,
-        judge_for: JudgeFor,
+        evaluator_for: JudgeFor,
         test_judge_for: JudgeFor | None = None,
         sink: Sink,
         should_stop: Callable[[], bool],
@@ -122,15 +122,15 @@ class StudentSweep:
         test rows, and is called after the selection. `trains_from` is the job's progress before the
         training, in percent.
         """
-        self.courses = courses
+        self.runs = runs
         self.setup = setup
         self.state = state
         self.evaluation = evaluation
-        self.judge = judge_for(self._tell_judging)
+        self.evaluator = evaluator_for(self._tell_judging)
         self._test_judge_for = test_judge_for
         self.sink = sink
         self.should_stop = should_stop
-        self.num_courses = len(courses) + evaluation.ce_baseline
+        self.num_courses = len(runs) + evaluation.ce_baseline
         self.trained_tokens = 0
         self._trains_from = trains_from
         self._span = (trains_from, trains_from)  # progress during an evaluation, in percent
@@ -146,13 +146,13 @@ class StudentSweep:
         if (
             gate is not None
             and gate.metric in ("accuracy", "macro_f1")
-            and self.judge.labels is None
+            and self.evaluator.labels is None
         ):
             raise GateFailed(
                 f"the targets are no labels, so there is no {gate.metric}; gate on rouge_l or kl"
             )
         self._evaluate_again(answers)
-        for number in range(len(self.state.finished), len(self.courses)):
+        for number in range(len(self.state.finished), len(self.runs)):
             self._take(number, answers)
         entries = self.state.finished
         self.trained_tokens = sum(entry["trained_tokens"] for entry in entries)
@@ -184,21 +184,21 @@ class StudentSweep:
                 missing.append(self._warn_of(made, "the student is registered without it"))
             else:
                 baseline_dir = made
-        recipe, folder = self.courses[chosen].recipe, self._finished_dirs[chosen]
+        recipe, folder = self.runs[chosen].recipe, self._finished_dirs[chosen]
         if any(entry["part"] == "evaluation" for entry in missing):
-            return {**self.judge.entries(folder), "missing": missing}
+            return {**self.evaluator.entries(folder), "missing": missing}
 
-        def judge() -> Entry:
+        def evaluator() -> Entry:
             """Evaluates the student on the test rows, or else on the held-out rows."""
             if self._test_judge_for is not None:
                 return self._test(recipe, chosen, answers, baseline_dir)
             self._enter("evaluating", TAUGHT_PERCENT, JUDGED_PERCENT)
-            return self.judge.report(recipe, folder, answers, baseline_dir)
+            return self.evaluator.report(recipe, folder, answers, baseline_dir)
 
         def report() -> Entry:
             """Returns the evaluation, or the entries so far if it failed."""
-            result = self._evaluated(judge, "the student is registered without the comparison")
-            return {**self.judge.entries(folder), **result} if "missing" in result else result
+            result = self._evaluated(evaluator, "the student is registered without the comparison")
+            return {**self.evaluator.entries(folder), **result} if "missing" in result else result
 
         result = self.setup.ranks.from_first(report)
         missing += result.get("missing", [])
@@ -210,7 +210,7 @@ class StudentSweep:
         """Returns the report on the test rows. `test_ladder` holds an entry per student."""
         assert self._test_judge_for is not None
         self._enter("evaluating", TAUGHT_PERCENT, TEST_READY_PERCENT)
-        judge = self._test_judge_for(self._tell_judging)
+        evaluator = self._test_judge_for(self._tell_judging)
         folders = self._finished_dirs
         percents = [
             TEST_READY_PERCENT + (JUDGED_PERCENT - TEST_READY_PERCENT) * i / (len(folders) + 1)
@@ -219,16 +219,16 @@ class StudentSweep:
         ladder = []
         for i, folder in enumerate(folders):
             self._enter("evaluating", percents[i], percents[i + 1])
-            ladder.append(judge.entry(folder, answers))
+            ladder.append(evaluator.entry(folder, answers))
         self._enter("evaluating", percents[-2], percents[-1])
-        result = judge.report(recipe, folders[chosen], answers, baseline_dir)
-        return {**result, "num_test_rows": len(judge.valid_rows), "test_ladder": ladder}
+        result = evaluator.report(recipe, folders[chosen], answers, baseline_dir)
+        return {**result, "num_test_rows": len(evaluator.valid_rows), "test_ladder": ladder}
 
     def _train_baseline(self, chosen: int) -> Path | MissingPart:
         def train() -> Path:
             """Trains the baseline and returns its folder."""
-            baseline = replace(self.courses[chosen], is_baseline=True)
-            state, folder, _ = self._train(len(self.courses), baseline)
+            baseline = replace(self.runs[chosen], is_baseline=True)
+            state, folder, _ = self._train(len(self.runs), baseline)
             self.trained_tokens += state.trained_tokens
             return folder
 
@@ -245,7 +245,7 @@ class StudentSweep:
 
         def evaluate() -> Entry:
             """Returns the entry, with the student's size in any case."""
-            entry = self._evaluated(lambda: self.judge.entry(folder, answers), decision)
+            entry = self._evaluated(lambda: self.evaluator.entry(folder, answers), decision)
             return (
                 {**size_of(bare_model(read_config(folder))), **entry}
                 if "missing" in entry
@@ -287,7 +287,7 @@ class StudentSweep:
 
     def _take(self, number: int, answers: AnswerFile) -> None:
         """Trains and evaluates one student, and moves the state to the next run."""
-        course = self.courses[number]
+        course = self.runs[number]
         state, best_dir, num_planned = self._train(number, course)
         folder = self.setup.out / "finished" / str(number)
         middle = self._percent(number, TRAINING_SHARE)
@@ -327,7 +327,7 @@ class StudentSweep:
         setup = replace(
             course.setup(self.setup),
             finished_dirs=self._finished_dirs,
-            num_courses_after=self.num_courses - number - 1,
+            num_runs_after=self.num_courses - number - 1,
         )
         trainer = Trainer(
             setup,

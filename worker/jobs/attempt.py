@@ -93,15 +93,15 @@ class Attempt:
                 lease_client.fail, self.lease, JobFailure(code="input_missing", message=message)
             )
             return
-        arguments = self._lay(spec)
-        crash_point("inputs.laid")
+        arguments = self._prepare_inputs(spec)
+        crash_point("inputs.prepared")
         environment = child_environment(self.lease.spec, self.settings)
         self.process = process = RunProcess(
             arguments, self.folder, environment, shared_cores=shared_cores(self.settings)
         )
         while not self.is_done:
-            self._demand_authority()
-            self._obey(process)
+            self._require_lease()
+            self._forward_signals(process)
             self._take(process.take_lines(POLL_SECONDS))
             if process.is_over and not self.is_done:
                 self._record_gathered()
@@ -161,7 +161,7 @@ class Attempt:
             keep_checkpoints=settings.keep_checkpoints,
         )
 
-    def _lay(self, spec: RunSpec | ImportSpec) -> list[str]:
+    def _prepare_inputs(self, spec: RunSpec | ImportSpec) -> list[str]:
         """Writes the spec to the work folder; returns the module and arguments of the process."""
         self.folder.mkdir(parents=True, mode=0o700)
         spec_path = self.folder / "spec.json"
@@ -184,7 +184,7 @@ class Attempt:
             resume = self._write(lease_client.mark_corrupt, self.lease, resume.id)
         return None
 
-    def _demand_authority(self) -> None:
+    def _require_lease(self) -> None:
         if self.lease_heartbeat.is_lost:
             raise LeaseLost(self.lease.job_id)
 
@@ -194,14 +194,14 @@ class Attempt:
         Raises LeaseLost if the call raises it, or if the heartbeat reports the lease as lost.
         """
         while True:
-            self._demand_authority()
+            self._require_lease()
             try:
                 return call(*args, **kwargs)
             except DATABASE_AWAY as error:
-                log.warning("ledger_away", job=self.lease.job_id, error=type(error).__name__)
+                log.warning("database_away", job=self.lease.job_id, error=type(error).__name__)
                 time.sleep(DATABASE_RETRY_SECONDS)
 
-    def _obey(self, process: RunProcess) -> None:
+    def _forward_signals(self, process: RunProcess) -> None:
         if self.lease_heartbeat.orders.cancel:
             process.kill()
             self._write(lease_client.cancelled, self.lease)

@@ -69,7 +69,7 @@ def run_job(lease: Lease, should_drain: Callable[[], bool]) -> None:
         try:
             attempt.run()
         except LeaseLost:
-            log.warning("authority_lost", job=lease.job_id, attempt=lease.attempt)
+            log.warning("lease_lost", job=lease.job_id, attempt=lease.attempt)
         except Exception as error:
             log.exception("attempt_failed", job=lease.job_id, attempt=lease.attempt)
             attempt.give_up(error)

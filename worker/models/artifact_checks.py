@@ -80,7 +80,7 @@ class TensorHeader:
         return math.prod(self.shape)
 
 
-def refuse_strangers(names: Iterable[str]) -> None:
+def refuse_unknown_files(names: Iterable[str]) -> None:
     """Raises UnsafeFile for a file that could run code or that is not known."""
     for name in sorted(names):
         if CAN_RUN_CODE.fullmatch(name):
@@ -132,7 +132,7 @@ def take_in(source: Path, target: Path) -> list[Path]:
         if entry.is_dir() and not entry.name.startswith("."):
             raise UnsafeFile(f"{entry.name} is a folder; a model folder holds files only")
     names = [entry.name for entry in source.iterdir() if not entry.is_dir()]
-    refuse_strangers(names)
+    refuse_unknown_files(names)
     target.mkdir(parents=True)
     files = []
     for name in accepted_names(names):

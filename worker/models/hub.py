@@ -136,7 +136,7 @@ class _Watch:
     def __init__(self, folder: Path, total: int, on_progress: Callable[[int, int], None]) -> None:
         self.folder, self.total, self.on_progress = folder, total, on_progress
         self.is_over = threading.Event()
-        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread = threading.Thread(target=self._poll, daemon=True)
 
     def __enter__(self) -> None:
         self.thread.start()
@@ -145,7 +145,7 @@ class _Watch:
         self.is_over.set()
         self.thread.join()
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while not self.is_over.wait(1):
             self._report()
         self._report()

@@ -11,7 +11,7 @@ from torch import nn
 from app.contracts.messages import LoadedWeights
 from worker.cpu.int8 import HAS_INT8, int8_kernels, quantize_weights
 from worker.cpu.linear_ops import HAS_BFLOAT16, pack_weights
-from worker.cpu.llama_decoder import fuse_projections, has_refined_head, is_lean
+from worker.cpu.llama_decoder import fuse_projections, has_refined_head, is_llama_like
 from worker.serve.decoding.families import SEQ2SEQ, family_of, refuse_unlisted
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable
 from worker.serve.text.template_process import RENDERER
@@ -78,7 +78,7 @@ def load_model(
         )
     family_of(model)
     model.to(device).eval().requires_grad_(False)
-    if device == "cpu" and not keeps_plain and is_lean(model):
+    if device == "cpu" and not keeps_plain and is_llama_like(model):
         fuse_projections(model)
     num_packed_bytes = _pack(model, weights, keeps_plain=keeps_plain)
     num_plain_bytes = sum(weight.nbytes for weight in model.parameters() if not weight.is_meta)

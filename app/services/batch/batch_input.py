@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from app.db.session import transaction
 from app.errors import BadRequest, StillhouseError
-from app.json_limits import parse_limited, refuse_crowded
+from app.json_limits import parse_limited, refuse_complex
 from app.schemas.batches import BatchError, BatchRequest
 from app.schemas.completions import ChatBody, CompletionBody
 from app.schemas.validation_errors import bad_request
@@ -73,7 +73,7 @@ def parse_new_request(raw: bytes) -> BatchRequest:
     The limits of `app.json_limits` apply. Raises BadRequest.
     """
     content = _json(raw, parse_limited)
-    refuse_crowded(content)
+    refuse_complex(content)
     return _validated(BatchRequest, content)
 
 
@@ -108,12 +108,12 @@ def find_faults(
     Reading stops at the limits MAX_REQUESTS and MAX_FAULTS, and the number is then that of the
     lines read. Raises FileNotFoundError.
     """
-    judge = _Judge(project_id, endpoint, settings.max_line_bytes)
+    checker = _LineChecker(project_id, endpoint, settings.max_line_bytes)
     faults: list[BatchError] = []
     number = 0
     for number, raw in numbered_lines(key, settings.max_line_bytes):
         try:
-            judge.demand_good(number, raw)
+            checker.demand_good(number, raw)
         except StillhouseError as fault:
             faults.append(
                 BatchError(code=fault.code, line=number, message=fault.message, param=fault.param)
@@ -123,7 +123,7 @@ def find_faults(
     return number, faults
 
 
-class _Judge:
+class _LineChecker:
     """Checks the lines of one file in order. It remembers ids and models of earlier lines."""
 
     def __init__(self, project_id: str, endpoint: str, max_line_bytes: int) -> None:

@@ -64,12 +64,12 @@ class BatchRunner:
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._looking = self._loop.create_task(self._look())
+        self._polling = self._loop.create_task(self._poll())
 
     async def stop(self) -> None:
         """Stops all runs and releases their leases, so that another process can continue."""
-        self._looking.cancel()
-        await asyncio.gather(self._looking, return_exceptions=True)
+        self._polling.cancel()
+        await asyncio.gather(self._polling, return_exceptions=True)
         runs = list(self._runs)
         for run in runs:
             run.cancel()
@@ -79,7 +79,7 @@ class BatchRunner:
         """Looks for batches now instead of at the next interval. Thread-safe."""
         self._loop.call_soon_threadsafe(self._has_news.set)
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         while True:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.reconcile_seconds):
@@ -251,8 +251,8 @@ class BatchRun:
         try:
             reply_stream = await generation.begin(self._request_router, order)
             try:
-                while news := await reply_stream.take():
-                    answer.add(news)
+                while replies := await reply_stream.take():
+                    answer.add(replies)
             finally:
                 reply_stream.close()
         finally:

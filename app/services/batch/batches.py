@@ -25,7 +25,7 @@ from app.settings import get_settings
 
 ROUTE = "POST /v1/batches"
 # Checking a file takes seconds, in a thread of the pool that all requests of the process share.
-JUDGES = threading.BoundedSemaphore(8)
+CHECKERS = threading.BoundedSemaphore(8)
 
 
 def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo) -> Accepted:
@@ -42,7 +42,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
     with transaction() as session:
         demand_room(session, principal.project_id)
         file = input_file(session, principal.project_id, asked.input_file_id)
-    if not JUDGES.acquire(blocking=False):
+    if not CHECKERS.acquire(blocking=False):
         raise TooManyRequests("other batches are being read; try again in a moment")
     try:
         num_requests, faults = find_faults(
@@ -55,7 +55,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
         message = f"the content of the file {file.id!r} is no longer in the store; upload it again"
         raise BadRequest(message, "invalid_file", "input_file_id") from None
     finally:
-        JUDGES.release()
+        CHECKERS.release()
     with transaction() as session:
         stored = claim(session, principal, ROUTE, attempted, sha256)
         if stored is not None:

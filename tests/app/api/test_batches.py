@@ -381,7 +381,7 @@ def test_a_batch_that_the_sdk_sends_again_is_made_once(client: openai.OpenAI) ->
 def test_batches_that_are_judged_leave_threads_to_the_others(client: openai.OpenAI) -> None:
     with ExitStack() as judging:
         for _ in range(8):
-            judging.enter_context(batches.JUDGES)
+            judging.enter_context(batches.CHECKERS)
         with pytest.raises(openai.RateLimitError) as refused:
             submit(client, [line(0, model="none")])
         assert refused.value.response.headers["retry-after"]

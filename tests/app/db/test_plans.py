@@ -79,7 +79,7 @@ QUERIES: dict[str, Callable[[Session], object]] = {
     "readers_of_file": lambda session: files.readers_of_file(session, "p", "file-1"),
     "count_active_batches": lambda session: batches.count_active(session, "p"),
     "claim": lambda session: leases.claim(session, "owner", 60.0),
-    "ring_due": lambda session: reconciliation.ring_due(session, 30.0, 8),
+    "mark_due_notified": lambda session: reconciliation.mark_due_notified(session, 30.0, 8),
     "expire_leases": lambda session: reconciliation.expire_leases(session, LOSSES),
     "finish_cancels": lambda session: reconciliation.finish_cancels(session, 1.0),
     "wake": reconciliation.wake,

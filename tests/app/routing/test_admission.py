@@ -5,7 +5,7 @@ import heapq
 import pytest
 
 from app.errors import BadRequest, TooManyRequests, Unavailable
-from app.routing.admission import MAX_PAUSE_SECONDS, RETURNS_A_SECOND, Admission, Crowd
+from app.routing.admission import MAX_PAUSE_SECONDS, RETURNS_PER_SECOND, Admission, RefusedClients
 
 
 def admission() -> Admission:
@@ -78,25 +78,25 @@ def test_a_refusal_takes_nothing_and_room_comes_back_once() -> None:
 )
 def test_a_crowd_that_obeys_comes_back_spread_out(num_callers: int, pause: int) -> None:
     now = [0.0]
-    crowd = Crowd(lambda: now[0])
+    num_waiting = RefusedClients(lambda: now[0])
     arrivals = [(0.0, caller) for caller in range(num_callers)]
     late: list[float] = []
     for _ in range(10 * num_callers):
         now[0], caller = heapq.heappop(arrivals)
-        told = crowd.pause_seconds()
+        told = num_waiting.pause_seconds()
         assert 1 <= told <= 120
         heapq.heappush(arrivals, (now[0] + told, caller))
         late.append(told)
     assert abs(late[-1] - pause) <= 0.25 * pause
-    assert len(late) / now[0] < 2.5 * RETURNS_A_SECOND or pause == MAX_PAUSE_SECONDS
+    assert len(late) / now[0] < 2.5 * RETURNS_PER_SECOND or pause == MAX_PAUSE_SECONDS
 
 
 def test_a_crowd_that_went_home_is_forgotten() -> None:
     now = [0.0]
-    crowd = Crowd(lambda: now[0])
+    num_waiting = RefusedClients(lambda: now[0])
     for second in range(30):
         now[0] = float(second)
-        pauses = [crowd.pause_seconds() for _ in range(1000)]
+        pauses = [num_waiting.pause_seconds() for _ in range(1000)]
     assert pauses[-1] > 15
     now[0] += 600
-    assert crowd.pause_seconds() == 2
+    assert num_waiting.pause_seconds() == 2

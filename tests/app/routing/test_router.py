@@ -1,4 +1,4 @@
-"""The switchboard over a real Valkey; the tests speak for the workers."""
+"""The request router over a real Valkey; the tests speak for the workers."""
 
 import asyncio
 import time
@@ -37,7 +37,7 @@ WEIGHTS = ArtifactRef(key="models/x", bytes=1)
 
 
 class Stage:
-    """A switchboard, and the voice of the workers."""
+    """A request router, and the voice of the workers."""
 
     def __init__(self, request_router: RequestRouter, client: "Redis", control: PubSub) -> None:
         self.request_router, self.redis, self.control = request_router, client, control

@@ -43,7 +43,7 @@ def test_a_doorbell_lands_in_the_train_queue(valkey: str) -> None:
 def test_bells_that_nobody_answers_do_not_pile_up(
     valkey: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(task_queue, "MAX_WAITING_RINGS", 3)
+    monkeypatch.setattr(task_queue, "MAX_WAITING_MESSAGES", 3)
     with redis.Redis.from_url(valkey) as client:
         for _ in range(5):
             notify_workers_again()

@@ -67,9 +67,9 @@ def test_a_weights_gradient_is_the_same_to_the_bit_every_time() -> None:
 
 def test_a_result_goes_where_there_is_room_or_onto_what_there_is() -> None:
     a, b, bias, room = torch.randn(9, 40), torch.randn(33, 40), torch.randn(33), torch.empty(9, 33)
-    assert_close(linear_ops.product(a, b, room_NO=room), a @ b.t())
-    assert_close(linear_ops.product(a, b, bias, room_NO=room), a @ b.t() + bias)
-    assert_close(linear_ops.product(a, torch.randn(40, 33).t().copy_(b), room_NO=room), a @ b.t())
+    assert_close(linear_ops.matmul(a, b, room_NO=room), a @ b.t())
+    assert_close(linear_ops.matmul(a, b, bias, room_NO=room), a @ b.t() + bias)
+    assert_close(linear_ops.matmul(a, torch.randn(40, 33).t().copy_(b), room_NO=room), a @ b.t())
     onto = torch.randn(33, 40)
     grad, expected = torch.randn(9, 33), onto.clone()
     assert linear_ops.weight_gradient(grad, a, onto_OI=onto) is onto

@@ -438,7 +438,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_the_run_nothing(
     assert (done.status, done.attempt, done.num_losses) == ("succeeded", 1, 0)
     with transaction() as session:
         assert set(keys) <= {
-            key for _, key in reconciliation.doom_checkpoints(session)
+            key for _, key in reconciliation.mark_unneeded_checkpoints(session)
         }  # the collector's from now on
 
 

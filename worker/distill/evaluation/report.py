@@ -48,7 +48,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Evaluated:
     """Evaluation of a model: its public entry, figures, and answers if any were generated."""
 
     entry: Entry
@@ -74,8 +74,8 @@ class Evaluator:
     sampler_for: Callable[[PreTrainedModel], Sampler]
     on_progress: Tell
     warn: Callable[[str], None]
-    _teacher: Judged | None = field(default=None, init=False)
-    _folders: dict[Path, Judged] = field(default_factory=dict, init=False)
+    _teacher: Evaluated | None = field(default=None, init=False)
+    _folders: dict[Path, Evaluated] = field(default_factory=dict, init=False)
 
     def report(
         self,
@@ -99,7 +99,7 @@ class Evaluator:
         for number, (name, folder) in enumerate(students.items(), start=1):
             tell = self._tell_of(number, num_models)
             judged[name] = (
-                self._judge(lambda: recipe.build().to(self.device), tell)
+                self._evaluator(lambda: recipe.build().to(self.device), tell)
                 if folder is None
                 else self._judge_folder(folder, tell)
             )
@@ -179,18 +179,22 @@ class Evaluator:
     def _tell_of(self, number: int, num_models: int) -> Tell:
         return lambda share: self.on_progress((number + share) / num_models)
 
-    def _judge_teacher(self, tell: Tell, answers: AnswerFile) -> Judged:
+    def _judge_teacher(self, tell: Tell, answers: AnswerFile) -> Evaluated:
         if self._teacher is None:
-            self._teacher = self._judge(self.load_teacher, tell, answers)
+            self._teacher = self._evaluator(self.load_teacher, tell, answers)
         return self._teacher
 
-    def _judge_folder(self, folder: Path, tell: Tell) -> Judged:
+    def _judge_folder(self, folder: Path, tell: Tell) -> Evaluated:
         if folder not in self._folders:
-            self._folders[folder] = self._judge(lambda: load_model(folder).to(self.device), tell)
+            self._folders[folder] = self._evaluator(
+                lambda: load_model(folder).to(self.device), tell
+            )
         tell(1.0)
         return self._folders[folder]
 
-    def _judge(self, build: Build, tell: Tell, teachers_file: AnswerFile | None = None) -> Judged:
+    def _evaluator(
+        self, build: Build, tell: Tell, teachers_file: AnswerFile | None = None
+    ) -> Evaluated:
         """Evaluates a model. Only the teacher has a file of answers."""
         is_teacher = teachers_file is not None
         view = self.teacher_view if is_teacher else self.student_view
@@ -223,7 +227,7 @@ class Evaluator:
         del model
         gc.collect()
         tell(1.0)
-        return Judged(with_intervals(figures) | entry, figures, texts)
+        return Evaluated(with_intervals(figures) | entry, figures, texts)
 
     @property
     def _wants_answers(self) -> bool:

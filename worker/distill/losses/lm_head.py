@@ -254,7 +254,7 @@ def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
     z_CV = scratch_CV[: len(hidden_CH)]
     if head.weight_VH.dtype == z_CV.dtype:
         hidden_CH = hidden_CH.to(z_CV.dtype)
-        z_CV = linear_ops.product(hidden_CH, head.weight_VH, room_NO=z_CV, num_parts=head.num_parts)
+        z_CV = linear_ops.matmul(hidden_CH, head.weight_VH, room_NO=z_CV, num_parts=head.num_parts)
     else:
         z_CV.copy_(hidden_CH.to(head.weight_VH.dtype) @ head.weight_VH.t())
     if head.bias_V is not None:
@@ -269,7 +269,7 @@ def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
 def matmul(slope_CV: Tensor, head: Head) -> Tensor:
     """Returns `slope_CV` times the head's weight, [C, H], in the dtype of the weight."""
     weight_VH = head.weight_VH
-    return linear_ops.product(slope_CV.to(weight_VH.dtype), weight_VH.t(), num_parts=head.num_parts)
+    return linear_ops.matmul(slope_CV.to(weight_VH.dtype), weight_VH.t(), num_parts=head.num_parts)
 
 
 class HeadGradient:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from app.contracts.distillation import Lora, Student
 from worker.cpu.linear_ops import use_onednn
 from worker.cpu.short_attention import use_short_attention
-from worker.cpu.training_ops import use_lean_body
+from worker.cpu.training_ops import use_training_ops
 from worker.distill.students.fresh import build_fresh, fresh_config
 from worker.distill.students.layer_dropping import first_and_last, keep_layers
 from worker.distill.students.lora import ADAPTERS, add_lora, load_lora_tensors
@@ -153,7 +153,7 @@ def load_student(
         model = load_model(resume_dir / "model")
     use_onednn(model, rounds_to, but=model.get_output_embeddings())
     use_short_attention(model)
-    use_lean_body(model)
+    use_training_ops(model)
     if recipe.lora is not None:
         add_lora(model, recipe.lora, seed=seed)
         if resume_dir is not None:

@@ -25,9 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from worker.cpu.linear_ops import pack_weights, product, weight_gradient
+from worker.cpu.linear_ops import matmul, pack_weights, weight_gradient
 from worker.cpu.short_attention import use_short_attention
-from worker.cpu.training_ops import use_lean_body
+from worker.cpu.training_ops import use_training_ops
 from worker.distill.data.batching import Batch, collate
 from worker.distill.data.rows import Example
 from worker.distill.forward.hidden_states import run_body
@@ -108,7 +108,7 @@ def fit_student(
     start = load_start(recipe, placement)
     pack_weights(start, dtype=rounds_to)
     use_short_attention(start)
-    use_lean_body(start)
+    use_training_ops(start)
     try:
         fit_layers(model, start, stacks, rows, on_progress)
     except NoPlainStream as e:
@@ -210,7 +210,7 @@ def fit_layers(
         if bias_H is not None:
             bias_H.add_(b_H)
         on_progress()
-        return product(inputs_PI, D_HI, b_H)
+        return matmul(inputs_PI, D_HI, b_H)
 
     with _followed(student, stands_for, fit):
         run_body(student, batch, packing)

@@ -89,7 +89,7 @@ class TrainingInputs:
     rollouts: RolloutPlan | None = None
     features: FeaturePlan | None = None
     finished_dirs: tuple[Path, ...] = ()  # students of the job's earlier student runs
-    num_courses_after: int = 0  # student runs after this one, each with as many steps
+    num_runs_after: int = 0  # student runs after this one, each with as many steps
     ranks: Ranks = ALONE
     autocast: torch.dtype | None = None  # autocast dtype of the student's layers, None: float32
     rounds_to: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
@@ -159,7 +159,7 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._evaluated_step: int | None = None  # the step that `state.metrics` belongs to
         # one more than the number of steps, so that no two values of a metric share a step
-        num_steps_after = setup.num_courses_after * (self.total_steps + 1)
+        num_steps_after = setup.num_runs_after * (self.total_steps + 1)
         self.num_job_steps = state.first_step + self.total_steps + num_steps_after
         self._pace = Throughput(state, self.total_steps + num_steps_after)
         self._means = MetricAverager()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from worker.cpu.llama_decoder import LlamaDecoder, is_lean
+from worker.cpu.llama_decoder import LlamaDecoder, is_llama_like
 from worker.serve.errors import UnsupportedModel
 
 CAUSAL = frozenset(
@@ -133,7 +133,7 @@ def family_of(model: nn.Module) -> Family:
     refuse_unlisted(config)
     if config.model_type in CAUSAL:
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        lean = _lean(model)
+        lean = _llama_decoder(model)
         return Family(
             forward=lean.call
             if lean
@@ -178,9 +178,9 @@ def _start_token(model: Model) -> int:
     )
 
 
-def _lean(model: Model) -> LlamaDecoder | None:
+def _llama_decoder(model: Model) -> LlamaDecoder | None:
     # LlamaDecoder avoids Python overhead, which is known to limit decode steps on a CPU only
-    if not is_lean(model) or next(model.parameters()).device.type != "cpu":
+    if not is_llama_like(model) or next(model.parameters()).device.type != "cpu":
         return None
     return LlamaDecoder(model)
 

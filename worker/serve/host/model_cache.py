@@ -77,7 +77,7 @@ class ModelCache:
     fetch: Fetch
     limits: EngineLimits
     wake_up: Callable[[], None]
-    has_newcomers: Callable[[str], bool]
+    has_new_requests: Callable[[str], bool]
     _residents: dict[str, Resident] = field(default_factory=dict, init=False)
     _loads: dict[str, _Load] = field(default_factory=dict, init=False)
     # models to load that no request waits for
@@ -287,7 +287,7 @@ class ModelCache:
         )
 
     def _is_busy(self, residence: str) -> bool:
-        return self._residents[residence].engine.has_work() or self.has_newcomers(residence)
+        return self._residents[residence].engine.has_work() or self.has_new_requests(residence)
 
     def _make_room(self, num_bytes: int) -> bool:
         """Evicts idle models, least recently used first, until `num_bytes` more bytes fit.

@@ -97,7 +97,7 @@ class ModelHost:
             self.loader,
             limits,
             wake_up=self._wake_event.set,
-            has_newcomers=self._is_tokenising,
+            has_new_requests=self._is_tokenising,
         )
         self._prompts = PromptThreads(self._wake_event.set)
         self._status = HostStatus()

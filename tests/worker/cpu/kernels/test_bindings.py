@@ -20,7 +20,7 @@ from app.contracts.distillation import DivergenceName
 from worker.cpu.kernels.bindings import MARGIN, MOST_REFINED, Kernels, kernels
 from worker.cpu.linear_ops import HAS_BFLOAT16
 from worker.cpu.llama_decoder import LlamaDecoder, head_of
-from worker.cpu.training_ops import use_lean_body
+from worker.cpu.training_ops import use_training_ops
 from worker.distill.losses.divergences import TokenObjective
 from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.loading import load_model
@@ -411,13 +411,13 @@ def test_rows_of_a_distillation_that_are_no_numbers_stay_apart(ops: Kernels) -> 
 @pytest.mark.parametrize("trains_weight", [True, False])
 def test_a_norms_gradients_are_torchs(shape: tuple[int, ...], trains_weight: bool) -> None:
     results = []
-    for is_lean in (True, False):
+    for is_llama_like in (True, False):
         module = LlamaRMSNorm(300)
         with torch.no_grad():
             module.weight.copy_(random(300, seed=2))
         module.requires_grad_(trains_weight)
-        if is_lean:
-            use_lean_body(module)
+        if is_llama_like:
+            use_training_ops(module)
         x = random(*shape).requires_grad_()
         y = module(x)
         (y * random(*shape, seed=1)).sum().backward()
@@ -450,7 +450,7 @@ def test_a_gated_mlps_gradients_are_torchs(scale: float) -> None:
     torch.manual_seed(0)
     plain = LlamaMLP(config)
     lean = copy.deepcopy(plain)
-    use_lean_body(lean)
+    use_training_ops(lean)
     results = []
     for module in (lean, plain):
         x = (random(3, 5, 24) * scale).requires_grad_()
@@ -464,7 +464,7 @@ def test_a_gated_mlps_gradients_are_torchs(scale: float) -> None:
 def test_a_students_copy_computes_with_its_own_weights(tiny_llama_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_dir)
     plain = copy.deepcopy(model)
-    use_lean_body(model)
+    use_training_ops(model)
     twin, tokens = copy.deepcopy(model), torch.arange(24).view(2, 12)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -57,7 +57,7 @@ class Bench:
         encoder = Encoder(tokenizer, max_tokens=200, shape=shape, start_id=start_id)
         self.examples = [encoder.encode(row) for row in rows]
         view = View(self.examples, tokenizer, self.measure)
-        self.judge = Evaluator(
+        self.evaluator = Evaluator(
             spec=spec,
             student_view=view,
             teacher_view=View(self.examples, tokenizer, self.measure),
@@ -89,7 +89,7 @@ class Bench:
         return HeldOut(torch.tensor(sums, dtype=torch.float64), targets_R)
 
     def report(self, best_dir: Path, **more: Any) -> Json:
-        report = self.judge.report(self.recipe, best_dir, AnswerFile(None), **more)
+        report = self.evaluator.report(self.recipe, best_dir, AnswerFile(None), **more)
         return dict(json.loads(json.dumps(report)))  # as a client gets it
 
 
@@ -218,7 +218,7 @@ def test_a_student_that_has_an_entry_is_not_judged_again(
     make_bench: MakeBench, student_dir: Path
 ) -> None:
     bench = make_bench(LONG, metrics=["rouge_l"])
-    entry = bench.judge.entry(student_dir, AnswerFile(None))
+    entry = bench.evaluator.entry(student_dir, AnswerFile(None))
     assert bench.num_measured == 2  # the teacher and the student
     assert bench.report(student_dir)["student"] == entry
     assert bench.num_measured == 3  # and the untrained one
@@ -276,9 +276,11 @@ def test_a_masked_teacher_is_not_asked(
     make_bench: MakeBench, student_dir: Path, tiny_bert_dir: Path
 ) -> None:
     bench = make_bench(LONG)
-    bench.judge.load_teacher = lambda: load_model(tiny_bert_dir)
+    bench.evaluator.load_teacher = lambda: load_model(tiny_bert_dir)
     zeros = HeldOut(torch.zeros(6, 4, dtype=torch.float64), torch.ones(6, dtype=torch.int64))
-    bench.judge.teacher_view = replace(bench.judge.teacher_view, measure=lambda model: zeros)
+    bench.evaluator.teacher_view = replace(
+        bench.evaluator.teacher_view, measure=lambda model: zeros
+    )
     report = bench.report(student_dir)
     assert "tokens_per_second" not in report["teacher"]
     assert "rouge_l" not in report["student"]

@@ -15,7 +15,7 @@ from transformers import (
 
 from worker.cpu.linear_ops import pack_weights
 from worker.cpu.llama_decoder import LLAMA_LIKE as LEAN
-from worker.cpu.llama_decoder import fuse_projections, is_lean
+from worker.cpu.llama_decoder import fuse_projections, is_llama_like
 from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.decoding.families import CAUSAL, SEQ2SEQ, family_of
 from worker.serve.errors import UnsupportedModel
@@ -153,7 +153,7 @@ def test_a_model_as_a_worker_keeps_it_gives_its_own_logits(model_type: str) -> N
         model_type, **({"sliding_window": None} if model_type == "mistral" else {})
     ).float()
     kept = copy.deepcopy(model)
-    assert is_lean(kept)
+    assert is_llama_like(kept)
     fuse_projections(kept)
     pack_weights(kept, keeps_plain=False)
     prompts = [[5, 6, 7, 8, 9], [20, 21, 22], [5, 6, 7, 30]]
