@@ -53,12 +53,24 @@ def run(name: str, folder: Path, *, seed: int, is_short: bool) -> Figures:
 
 
 def kill_while_writing(folder: Path, rng: random.Random, count: int) -> dict[str, Any]:
-    """Forks a writer of checkpoint after checkpoint and kills it; whatever has a name must be whole."""
+    """Forks a writer of checkpoint after checkpoint and kills it. Every named folder must be whole.
+
+    The delay before a kill follows the time of one write here, so that some writes are completed.
+    """
+    from transformers.utils import logging as transformers_logging
+
     from worker.distill.training.checkpoint import load_state, save_checkpoint
     from worker.errors import CorruptCheckpoint
 
+    # As in the run process. The lock of the bars is shared with forked processes: a writer that is
+    # killed while it holds the lock would block all that follow.
+    transformers_logging.disable_progress_bar()
     make = _snapshots()
-    wrongs, newest, num_partial = [], 0, 0
+    for step in (1, 2):
+        began = time.monotonic()
+        save_checkpoint(folder, make(step))
+        save_seconds = time.monotonic() - began
+    wrongs, first, newest, num_partial = [], 2, 2, 0
     for _ in range(count):
         child = os.fork()
         if child == 0:
@@ -66,7 +78,7 @@ def kill_while_writing(folder: Path, rng: random.Random, count: int) -> dict[str
                 for step in range(newest + 1, newest + 1000):
                     save_checkpoint(folder, make(step))
             os._exit(1)
-        time.sleep(rng.uniform(0.0, 0.12))
+        time.sleep(rng.uniform(0.0, 6 * save_seconds))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         num_partial += any(folder.glob(".*.partial"))
@@ -84,6 +96,8 @@ def kill_while_writing(folder: Path, rng: random.Random, count: int) -> dict[str
         newest = steps[-1] if steps else newest
         for step in steps[:-1]:
             shutil.rmtree(folder / f"step-{step}")
+    if newest == first:
+        wrongs.append("no writer completed a checkpoint before it was killed")
     return {
         "faults": count,
         "accepted": newest,
