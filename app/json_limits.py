@@ -21,7 +21,7 @@ CONTAINERS: Final[frozenset[type]] = frozenset((dict, list))
 
 
 def parse_limited(content: bytes) -> object:
-    """Returns the parsed JSON value. The caller must check it with `refuse_crowded`.
+    """Returns the parsed JSON value. The caller must check it with `refuse_complex`.
 
     Raises:
         BadRequest: The text has too many brackets, colons or commas.

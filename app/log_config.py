@@ -1,15 +1,19 @@
-"""Logging configuration of the control plane: JSON lines on standard error."""
+"""Logging configuration of all processes of the service: JSON lines on standard error."""
 
 import logging
 
 import structlog
 from structlog.typing import Processor
 
+# Libraries that log an event per request or per task.
+NOISY = ("httpx", "urllib3", "alembic", "celery.worker.strategy", "celery.app.trace")
 
-def configure_logging(level: str) -> None:
+
+def configure_logging(level: str, *, replaces_handlers: bool = False) -> None:
     """Routes structlog events and the log records of libraries through one JSON handler.
 
-    Existing handlers of the root logger are kept; the JSON handler is then not installed.
+    If the root logger already has handlers, the JSON handler is not installed. With
+    `replaces_handlers` it replaces them, and the configuration is final: loggers are cached.
     """
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -22,6 +26,7 @@ def configure_logging(level: str) -> None:
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=replaces_handlers,
     )
     handler = logging.StreamHandler()
     handler.setFormatter(
@@ -33,6 +38,6 @@ def configure_logging(level: str) -> None:
             ],
         )
     )
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    for noisy in ("httpx", "urllib3", "alembic"):
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=replaces_handlers)
+    for noisy in NOISY:
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -52,9 +52,8 @@ def main() -> int:
             print(f"{name} failed: {e}", flush=True)
         lift(report, name)
         if arguments.json is not None:
-            arguments.json.write_text(
-                json.dumps(report, indent=1)
-            )  # after each case: a killed run leaves its part
+            # after each case: a killed run leaves its part
+            arguments.json.write_text(json.dumps(report, indent=1))
     show(Console(width=140), report)
     failed = report["failed"] or any(case.get("failed") for case in report["cases"].values())
     return 1 if failed else 0
@@ -74,9 +73,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--turns", type=int, help=f"{FULL_TURNS}, or {QUICK_TURNS} with --quick")
-    parser.add_argument(
-        "--smoke", action="store_true", help=argparse.SUPPRESS
-    )  # tiny random models, without TRL
+    # tiny random models, without TRL
+    parser.add_argument("--smoke", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.work = arguments.work.resolve()
     if arguments.turns is None:

@@ -11,10 +11,11 @@ from worker.models.gguf_writer import Kind, export_gguf
 
 SOURCES = "llama-cpp-python"  # its own server answers one request at a time; llama.cpp's, which it carries, batches
 QUANTIZE = "llama-quantize"
+# as many answers at once as the bench has callers; prompt and answer in each
 NUM_SLOTS, SLOT_TOKENS = (
     64,
     512,
-)  # as many answers at once as the bench has callers; prompt and answer in each
+)
 KIND_OF: dict[str, Kind] = {"float32": "f32", "float16": "f16", "q8_0": "q8_0"}
 SETTINGS = (
     "BUILD_SHARED_LIBS",

@@ -73,9 +73,8 @@ def time_pace(task: Entry) -> Entry:
             begun = time.perf_counter()
             trainer._step([MicroBatch(collate(trainer.setup.train, indices))])
             seconds.append(time.perf_counter() - begun)
-        means.append(
-            sum(seconds[1:]) / len(seconds[1:])
-        )  # the first loads the teacher, or warms up
+        # the first loads the teacher, or warms up
+        means.append(sum(seconds[1:]) / len(seconds[1:]))
     num_batches = len(trainer.plan.epoch(0))
     return {"fit": fitted, "filling": means[0], "full": means[1], "num_batches": num_batches}
 

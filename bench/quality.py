@@ -17,6 +17,7 @@ from bench.children import ask_child, module, trl_program
 from bench.steps import prepare
 from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
 
+# of TRL's budget; the last is the quality in the same time
 SHARES = (
     0.12,
     0.17,
@@ -25,7 +26,7 @@ SHARES = (
     0.35,
     0.5,
     1.0,
-)  # of TRL's budget; the last is the quality in the same time
+)
 QUICK_SHARES = (0.25, 0.5, 1.0)
 PILOT_STEPS = 8  # fewer misjudge the pace
 TRL = Contender("trl", "trl", "forward_kl", "live")

@@ -157,9 +157,8 @@ def _summary(case: Case, turns: list[Entry], floors: list[Entry], failed: dict[s
             }
     return {
         **figures(turns, contenders),
-        "reference": sorted(
-            {c.engine for c in case.contenders} - {"ours"}
-        ),  # what "trl" in the names stands for
+        # what "trl" in the names stands for
+        "reference": sorted({c.engine for c in case.contenders} - {"ours"}),
         "contenders": contenders,
         "failed": failed,
         "losses_differ": losses_differ(contenders),

@@ -13,9 +13,8 @@ import redis
 from app.contracts.messages import ServeWorkerStatus, serve_worker_key
 
 START_SECONDS = 60
-SAME_TEXT = {
-    "STILLHOUSE_SERVE_PRECISION": "float32"
-}  # as generate() writes, which texts are compared with
+# as generate() writes, which texts are compared with
+SAME_TEXT = {"STILLHOUSE_SERVE_PRECISION": "float32"}
 ROOT = Path(__file__).resolve().parents[1]
 
 

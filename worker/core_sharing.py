@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 from app.settings import Settings
 
 SERVING_TURN_SECONDS: Final = 0.15  # minimum serving time between two training turns
-# Also the longest wait of a prompt that arrives during a training turn.
+# Normally also the longest wait of a prompt that arrives during a training turn.
 LONGEST_TRAINING_TURN_SECONDS: Final = 0.2
 RESCAN_SECONDS: Final = 0.1  # interval at which an engine looks for new and ended runs
 GUARD_SECONDS: Final = 0.2  # interval at which a train worker checks if its run is stopped

@@ -2,9 +2,12 @@
 
 
 class WorkerError(Exception):
-    """Base class: the job cannot succeed as submitted. The message says what to change."""
+    """Base class: the job cannot succeed as submitted. The message says what to change.
 
-    code = "internal_error"
+    Subclasses set `code`.
+    """
+
+    code: str
 
 
 class UnsupportedModel(WorkerError):

@@ -1,7 +1,6 @@
 """Worker process: `python -m worker.main train|serve`. SIGTERM or SIGINT drains it."""
 
 import argparse
-import logging
 import os
 import signal
 import socket
@@ -20,10 +19,10 @@ from celery import Celery, signals
 from celery.exceptions import SecurityWarning
 from celery.worker import state
 from kombu import Exchange, Queue
-from structlog.types import Processor
 
 from app import crash_points
 from app.contracts.messages import TRAIN_QUEUE, WAKE_UP_TASK, serve_queue
+from app.log_config import configure_logging
 from app.settings import Settings, celery_settings, get_settings
 from worker import cuda
 from worker.tasks import add_generate, add_wake_up
@@ -45,7 +44,7 @@ def main(arguments: list[str]) -> int:
     )
     parsed = parser.parse_args(arguments)
     settings = get_settings()
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, replaces_handlers=True)
     crash_points.arm(settings.crash_dir)
 
     def announce() -> None:
@@ -250,36 +249,6 @@ def new_worker_id(role: str) -> str:
 
 def leave_logging_alone(**_: object) -> None:
     """Does nothing: Celery leaves logging alone if its `setup_logging` signal has a receiver."""
-
-
-def configure_logging(level: str) -> None:
-    """Writes the log events of the worker and its libraries to standard error as JSON lines."""
-    shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.stdlib.add_logger_name,
-        structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso"),
-        structlog.processors.format_exc_info,
-    ]
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.JSONRenderer(),
-            ],
-        )
-    )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("celery.worker.strategy", "celery.app.trace", "httpx", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

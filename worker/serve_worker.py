@@ -97,10 +97,9 @@ class ServeWorker:
         self._options = options
         self._on_end = on_end
         self._redis = connect(options.redis_url)
-        self._lock = threading.Lock()  # guards `_homes` and `_early_cancels`
-        self._reply_channels: dict[
-            str, str
-        ] = {}  # request id -> API process that waits for the reply
+        self._lock = threading.Lock()  # guards `_reply_channels` and `_early_cancels`
+        # request id -> API process that waits for the reply
+        self._reply_channels: dict[str, str] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
         self._drain_until: float | None = None
         self._has_ended = threading.Event()
@@ -192,9 +191,8 @@ class ServeWorker:
         batches: defaultdict[str, list[Reply]] = defaultdict(list)
         with self._lock:
             for reply in replies:
-                home = self._reply_channels.get(
-                    reply.id
-                )  # None: the request was cancelled meanwhile
+                # None: the request was cancelled meanwhile
+                home = self._reply_channels.get(reply.id)
                 if home is not None:
                     batches[home].append(reply)
                 if not isinstance(reply, Delta):

@@ -31,7 +31,7 @@ from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.pipeline import distil
 from worker.distill.training.rollouts import sources_of
 from worker.distill.training.trainer import Stopped
-from worker.errors import DiskFull, DistillError, TeacherGenerationFailed, WorkerError
+from worker.errors import DiskFull, TeacherGenerationFailed, WorkerError
 from worker.jobs.multi_process import exit_like, launch
 from worker.models.gguf_writer import Kind, check_architecture, check_exportable, export_gguf
 from worker.models.model_facts import model_facts
@@ -154,7 +154,7 @@ def error_line(error: Exception) -> ErrorLine | None:
     if is_disk_full(error) and not isinstance(error, DiskFull):
         message = "the worker's disk is full; free some disk, then resume the job"
         return ErrorLine(code=DiskFull.code, message=message)
-    if isinstance(error, DistillError | WorkerError):
+    if isinstance(error, WorkerError):
         return ErrorLine(code=error.code, message=str(error))
     if isinstance(error, torch.OutOfMemoryError):
         message = (

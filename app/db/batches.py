@@ -106,10 +106,11 @@ def claim(session: Session, lease_seconds: float, *, only_ending: bool = False) 
         return None
     token = session.scalar(lease_tokens)
     assert token is not None
+    # Any: columns of Batch
     columns: dict[str, Any] = {
         "lease_token": token,
         "lease_expires_at": func.now(),
-    }  # Any: columns of Batch
+    }
     if batch.status == BatchStatus.validating:
         columns |= {"status": BatchStatus.in_progress, "in_progress_at": func.now()}
     session.execute(update(Batch).where(Batch.id == batch.id).values(**columns))

@@ -84,7 +84,7 @@ def notify_workers() -> bool:
 
 
 def notify_workers_again() -> None:
-    """Sends a wake-up message unless MAX_WAITING_RINGS messages already wait in the queue.
+    """Sends a wake-up message unless MAX_WAITING_MESSAGES messages already wait in the queue.
 
     Busy workers look for jobs themselves when they finish, so more messages are useless. Never
     raises.

@@ -37,31 +37,31 @@ class WorkerRegistry:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._sightings: dict[str, WorkerSnapshot] = {}
+        self._snapshots: dict[str, WorkerSnapshot] = {}
         self._is_seeing = True
 
     @property
     def workers(self) -> list[ServeWorkerStatus]:
         """Workers whose heartbeat was found by the last refresh."""
         return [
-            sighting.status for sighting in self._sightings.values() if sighting.num_misses == 0
+            snapshot.status for snapshot in self._snapshots.values() if snapshot.num_misses == 0
         ]
 
     def is_known(self, worker_id: str) -> bool:
-        return worker_id in self._sightings
+        return worker_id in self._snapshots
 
     def has(self, worker_id: str, request_id: str) -> bool | None:
         """Returns whether the worker's last heartbeat lists the request as unfinished.
 
         Returns None if the worker is unknown or its heartbeat lists no requests.
         """
-        sighting = self._sightings.get(worker_id)
-        requests = sighting.status.requests if sighting else None
+        snapshot = self._snapshots.get(worker_id)
+        requests = snapshot.status.requests if snapshot else None
         return None if requests is None else request_id in requests
 
     def idle_since(self, worker_id: str) -> float | None:
-        sighting = self._sightings.get(worker_id)
-        return sighting.idle_since if sighting else None
+        snapshot = self._snapshots.get(worker_id)
+        return snapshot.idle_since if snapshot else None
 
     async def refresh(self) -> list[str] | None:
         """Reads all heartbeats and returns the ids of the workers found dead.
@@ -85,24 +85,24 @@ class WorkerRegistry:
         }
         now = time.monotonic()
         for worker_id, status in seen.items():
-            known = self._sightings.get(worker_id)
+            known = self._snapshots.get(worker_id)
             is_idle = not (status.num_running or status.num_waiting or status.loading)
             was_idle_since = known.idle_since if known else None
-            self._sightings[worker_id] = WorkerSnapshot(
+            self._snapshots[worker_id] = WorkerSnapshot(
                 status, (was_idle_since or now) if is_idle else None
             )
         return [
             worker_id
-            for worker_id in self._sightings.keys() - seen.keys()
+            for worker_id in self._snapshots.keys() - seen.keys()
             if self._is_dead(worker_id)
         ]
 
     def _is_dead(self, worker_id: str) -> bool:
-        sighting = self._sightings[worker_id]
-        sighting.num_misses += 1
-        if sighting.num_misses < MISSES:
+        snapshot = self._snapshots[worker_id]
+        snapshot.num_misses += 1
+        if snapshot.num_misses < MISSES:
             return False
-        del self._sightings[worker_id]
+        del self._snapshots[worker_id]
         log.warning("serve_worker_gone", worker=worker_id)
         return True
 

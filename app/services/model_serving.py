@@ -26,7 +26,7 @@ def set_options(principal: Principal, model_id: str, asked: SetServing) -> Model
     """
     with transaction() as session:
         row = model_registry.get_model(session, principal.project_id, model_id)
-        _refuse_strangers(principal, row)
+        _refuse_other_projects(principal, row)
         facts = ModelFacts.model_validate(row.facts)
         _refuse_mute(row.id, facts)
         if asked.engine == "vllm":
@@ -41,7 +41,7 @@ def set_options(principal: Principal, model_id: str, asked: SetServing) -> Model
         return row
 
 
-def _refuse_strangers(principal: Principal, row: Model) -> None:
+def _refuse_other_projects(principal: Principal, row: Model) -> None:
     if row.project_id is None and "admin" not in principal.scopes:
         message = f"the model {row.id!r} is shared by all projects; only a key with the scope 'admin' decides about it"
         raise Forbidden(message)
@@ -160,7 +160,7 @@ def to_unload(principal: Principal, model_id: str) -> ServedModel:
         found = model_registry.resolve(session, principal.project_id, model_id)
         row = models.find_model(session, principal.project_id, found.model_id)
         if row is not None:
-            _refuse_strangers(principal, row)
+            _refuse_other_projects(principal, row)
         if any(kept.residence == found.served.residence for kept in pinned(session)):
             raise Conflict(
                 f"the model {model_id!r} is pinned; unpin it first", "model_pinned", "model"

@@ -85,9 +85,9 @@ class Reconciler:
         if not reconciliation.try_lead(session):
             self._note_connection(begun, settings.lease_seconds)
             return Report()
-        may_reap = self._may_reap(session, begun, settings.lease_seconds)
+        may_expire_leases = self._may_expire_leases(session, begun, settings.lease_seconds)
         retry_policy = RetryPolicy(settings.max_losses, settings.retry_backoff_seconds)
-        num_lost = reconciliation.expire_leases(session, retry_policy) if may_reap else 0
+        num_lost = reconciliation.expire_leases(session, retry_policy) if may_expire_leases else 0
         num_cancelled = reconciliation.finish_cancels(
             session, CANCEL_HEARTBEATS * settings.heartbeat_seconds
         )
@@ -100,7 +100,7 @@ class Reconciler:
         )
         return Report(True, num_notified, num_lost, num_cancelled, num_woken, num_overdue)
 
-    def _may_reap(self, session: Session, begun: float, lease_seconds: float) -> bool:
+    def _may_expire_leases(self, session: Session, begun: float, lease_seconds: float) -> bool:
         """Returns whether expired leases may be ended.
 
         True if this process and the database server have been up and connected for a full lease, so

@@ -163,9 +163,8 @@ def main() -> None:
     question = QUESTION.validate_json(sys.stdin.buffer.read())
     if isinstance(question, VocabularyCheck):
         vocabulary = load_tokenizer(question.model_key).get_vocab()
-        result = CheckResult(
-            num_tokens=1 + max(vocabulary.values(), default=-1)
-        )  # ids may have gaps
+        # ids may have gaps
+        result = CheckResult(num_tokens=1 + max(vocabulary.values(), default=-1))
     else:
         result = find_too_long(question)
     sys.stdout.write(result.model_dump_json())

@@ -23,10 +23,11 @@ REQUIREMENT = "traceforge-title-model==0.2.0"
 WHEEL = "traceforge_title_model-0.2.0-py3-none-any.whl"
 WHEEL_SHA256 = "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31"
 INSIDE = "traceforge_title_model/data/span"
+# and the prefix of that side's tensors in its graph
 SIDES = {
     "encoder": "enc.",
     "decoder": "m.decoder.",
-}  # and the prefix of that side's tensors in its graph
+}
 TOKENS = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
 CONFIG = {
     "architectures": ["T5ForConditionalGeneration"],

@@ -31,9 +31,8 @@ def test_ratios_are_against_the_better_float_of_a_peer_at_each_number_of_callers
     assert found["ratio_vs_vllm_32"] == pytest.approx(2.0)
     assert found["first_token_ratio_vs_vllm_32"] == pytest.approx(0.5)
     assert found["ratio_vs_transformers_serve_32"] is None  # it was not measured
-    assert found["fraction_of_gemm_floor_32"] == pytest.approx(
-        0.2
-    )  # a step of 32 tokens takes 100 ms
+    # a step of 32 tokens takes 100 ms
+    assert found["fraction_of_gemm_floor_32"] == pytest.approx(0.2)
     assert found["ratio_int8_vs_q8_0_1"] is None
     assert overhead_ms([{"overhead_ms_p50": ms} for ms in (8.0, 12.0, 9.0)]) == 9.0
     assert overhead_ms([]) is None  # our own service failed

@@ -254,9 +254,8 @@ def test_a_running_job_is_cancelled_and_leaves_no_model(
     job = wait(client, job.id, seconds=30)
     assert job.status == "cancelled"
     assert {model.id for model in client.models.list()} == before
-    assert (
-        client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
-    )  # a repeated cancel is no error
+    # a repeated cancel is no error
+    assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
 
 def test_a_finished_job_cannot_be_cancelled(client: openai.OpenAI, finished: FineTuningJob) -> None:

@@ -1,4 +1,7 @@
-"""`python -m tests.faults`: every promise under its faults, as a table and as JSON. Status 1 if one is broken."""
+"""Injects the faults of every promise and prints a table and JSON: `python -m tests.faults`.
+
+The exit status is 1 if a promise is broken.
+"""
 
 import argparse
 import json
@@ -24,8 +27,11 @@ NUM_LANES: Final = 5
 
 @dataclass(frozen=True)
 class Promise:
-    """A row of the table. `minutes` is about what its target takes beside four others on two cores, `short` the faults of
-    the short form."""
+    """One row of the table.
+
+    `minutes` is the approximate time for `target` faults with four other promises on two cores.
+    `short` is the number of faults of the short form.
+    """
 
     name: str
     says: str
@@ -36,32 +42,50 @@ class Promise:
 
 
 PROMISES: Final = (
-    Promise("kills", "one terminal state under kill -9 of any process", 500, 29, 6, killing.kills),
+    Promise("kills", "one terminal state when any process is killed", 500, 29, 6, killing.kills),
     Promise(
         "crash_points",
-        "every crash point",
+        "one terminal state after a crash at every crash point",
         20 * len(killing.ALL_POINTS),
         52,
         5,
         killing.crash_points,
     ),
-    Promise("valkey", "Valkey killed without its log, flushed, down", 140, 31, 3, outages.valkey),
     Promise(
-        "postgres", "Postgres restarts, ended backends, no false reap", 260, 8, 4, outages.postgres
+        "valkey", "Valkey is killed without its log, flushed, or down", 140, 31, 3, outages.valkey
     ),
-    Promise("idempotency", "one key fifty times at once", 200, 5, 2, killing.idempotency),
-    Promise("cancels", "a cancel at any moment ends the job in 30 s", 300, 8, 4, killing.cancels),
-    Promise("duplicates", "every message five times", 1000, 8, 10, killing.duplicates),
-    Promise("zombies", "a zombie's writes are refused", 100, 65, 1, killing.zombies),
+    Promise(
+        "postgres", "Postgres restarts, and no lease expires wrongly", 260, 8, 4, outages.postgres
+    ),
+    Promise(
+        "idempotency",
+        "one idempotency key is sent fifty times at once",
+        200,
+        5,
+        2,
+        killing.idempotency,
+    ),
+    Promise(
+        "cancels", "a cancel at any moment ends the job within 30 s", 300, 8, 4, killing.cancels
+    ),
+    Promise("duplicates", "every message is delivered five times", 1000, 8, 10, killing.duplicates),
+    Promise("zombies", "writes of a stale worker are refused", 100, 65, 1, killing.zombies),
     Promise(
         "data_links",
-        "a link to Postgres or of a client swallows, resets, cuts, delays",
+        "a connection to Postgres or of a client stalls, resets, closes or is slow",
         600,
         36,
         2,
         outages.data_links,
     ),
-    Promise("message_links", "a link to Valkey does", 600, 34, 2, outages.message_links),
+    Promise(
+        "message_links",
+        "a connection to Valkey stalls, resets, closes or is slow",
+        600,
+        34,
+        2,
+        outages.message_links,
+    ),
 )
 ORDER: Final = [*(promise.name for promise in PROMISES), *disk.SAYS]
 
@@ -69,7 +93,10 @@ ORDER: Final = [*(promise.name for promise in PROMISES), *disk.SAYS]
 def run_promises(
     system: System, promises: Sequence[Promise], *, seed: int, seconds: float, is_short: bool
 ) -> list[Figures]:
-    """One after the other on the same system; each with its own dice, so that one alone repeats."""
+    """Runs promises in sequence on one system.
+
+    Each has its own random numbers, so that it can be repeated alone.
+    """
     total = sum(promise.minutes for promise in promises)
     found = []
     for promise in promises:
@@ -94,7 +121,7 @@ def run_promises(
 
 
 def table(rows: Sequence[Json]) -> str:
-    """Markdown: what was injected beside what a full run wants."""
+    """Returns a Markdown table of the injected faults and their targets."""
     says = {promise.name: promise.says for promise in PROMISES} | disk.SAYS
     lines = [
         "| promise | faults | target | accepted | trained | lost | duplicated | recovered p50 / p95, s | kept |",
@@ -163,9 +190,8 @@ def run_lane(asked: argparse.Namespace, folder: Path) -> list[Json]:
     wanted = [promise for promise in PROMISES if promise.name in asked.only]
     if wanted:
         minutes = sum(promise.minutes for promise in wanted)
-        disks = sum(
-            disk.MINUTES[name] for name in disk.SAYS if name in asked.only
-        )  # which end by their counts
+        # which end by their counts
+        disks = sum(disk.MINUTES[name] for name in disk.SAYS if name in asked.only)
         seconds = 60 * asked.minutes * minutes / (minutes + disks)
         with System(folder) as system:
             found += run_promises(

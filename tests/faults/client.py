@@ -18,10 +18,11 @@ from tests.faults.system import TEACHER, System
 ACCEPT_SECONDS: Final = 60.0
 TERMINAL: Final = frozenset({"succeeded", "failed", "cancelled"})
 Json = dict[str, Any]  # Any: JSON bodies of the public API
+# 1000 epochs are most: of few rows they were over in 20 minutes
 NUM_ROWS: Final = {
     "kept": 16,
     "many": 800,
-}  # 1000 epochs are most: of few rows they were over in 20 minutes
+}
 FILES: Final = {"short": "gone", "long": "many"}
 
 

@@ -21,9 +21,9 @@ from tests.faults.system import ROOT
 from tests.faults.trial import Figures
 
 SAYS: Final = {
-    "checkpoint_kills": "kill -9 while a checkpoint is written",
-    "corruption": "a damaged checkpoint is noticed",
-    "disk_full": "a full disk while a checkpoint is written",
+    "checkpoint_kills": "a process is killed while it writes a checkpoint",
+    "corruption": "a damaged checkpoint is detected",
+    "disk_full": "the disk is full while a checkpoint is written",
 }
 TARGETS: Final = {"checkpoint_kills": 300, "corruption": 50, "disk_full": 50}
 MINUTES: Final = {"checkpoint_kills": 4.0, "corruption": 1.0, "disk_full": 3.0}

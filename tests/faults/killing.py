@@ -53,9 +53,8 @@ def kills(trial: Trial) -> None:
             time.sleep(trial.rng.uniform(0.1, 2.0))
             _kill_one(trial)
             while _num_open(trial) > MOST_OPEN and not trial.is_over:
-                time.sleep(
-                    0.2
-                )  # so that as many jobs come as are wanted, and the workers get to them
+                # so that as many jobs come as are wanted, and the workers get to them
+                time.sleep(0.2)
 
 
 def _kill_one(trial: Trial) -> None:
@@ -102,9 +101,8 @@ def _count_passed(trial: Trial, armed: Sequence[Path]) -> None:
             continue
         (taken,) = path.parent.glob(f".{path.name}.*")
         trial.faults[path.name] += 1
-        trial.faults_at.append(
-            taken.stat().st_ctime
-        )  # when it was taken away, a moment before the crash
+        # when it was taken away, a moment before the crash
+        trial.faults_at.append(taken.stat().st_ctime)
         taken.unlink()
 
 
@@ -119,9 +117,8 @@ def zombies(trial: Trial) -> None:
         before = _written(trial, job)
         zombie.send(signal.SIGCONT)
         trial.note(point)
-        time.sleep(
-            1.0
-        )  # the successor is still starting: whatever is written now, the zombie wrote
+        # the successor is still starting: whatever is written now, the zombie wrote
+        time.sleep(1.0)
         after = _written(trial, job)
         if after != before:
             accepted += 1
@@ -184,9 +181,9 @@ def _written(trial: Trial, job: Accepted) -> object:
 
 
 def duplicates(trial: Trial) -> None:
-    """Every doorbell five times; the effects are those of one."""
-    bell = Celery("faults", set_as_current=False)
-    bell.conf.update(celery_settings(Settings(redis_url=trial.system.valkey.url)))
+    """Delivers every wake-up message five times; the effects are those of one."""
+    producer = Celery("faults", set_as_current=False)
+    producer.conf.update(celery_settings(Settings(redis_url=trial.system.valkey.url)))
     num_messages = 0
     while not trial.is_over:
         num_jobs = min(50, trial.target - trial.faults.total())
@@ -195,7 +192,7 @@ def duplicates(trial: Trial) -> None:
         for number in range(num_jobs):
             jobs.append(trial.client.submit("trained" if number in trained else "short"))
             for _ in range(COPIES - 1):
-                bell.send_task(WAKE_UP_TASK, queue=TRAIN_QUEUE, declare=[])
+                producer.send_task(WAKE_UP_TASK, queue=TRAIN_QUEUE, declare=[])
                 num_messages += 1
         trial.wait_for_end(jobs, 240)
         trial.note("job", num_jobs)

@@ -44,7 +44,10 @@ def valkey(trial: Trial) -> None:
 
 
 def postgres(trial: Trial) -> None:
-    """Postgres stopped as by a crash, its backends ended, and away for longer than a lease: nobody is reaped."""
+    """Crashes Postgres, ends its backends, and stops it for longer than a lease.
+
+    No lease of a live worker may expire.
+    """
     long = trial.start_long()
     is_first = True
     while not trial.is_over:
@@ -52,7 +55,7 @@ def postgres(trial: Trial) -> None:
             _restart(trial, LONG_OUTAGE_SECONDS)
             trial.note("long_outage")
             is_first = False
-            time.sleep(2 * LEASE_SECONDS)  # time enough for a false reap
+            time.sleep(2 * LEASE_SECONDS)  # time enough for a lease to expire wrongly
         elif trial.rng.random() < 0.3:
             _restart(trial, trial.rng.uniform(0.2, 2.0))
             trial.note("restart")
@@ -64,14 +67,16 @@ def postgres(trial: Trial) -> None:
             trial.note("backend", len(ended))
         trial.probe()
     trial.end_long(long)
-    reaps = trial.query(
+    expiries = trial.query(
         "SELECT job_id FROM job_events WHERE message LIKE 'The worker has stopped answering%%'"
     )
-    reaped = {str(job_id) for (job_id,) in reaps} & {
+    expired = {str(job_id) for (job_id,) in expiries} & {
         known.job_id for known in trial.ledger.accepted
     }
-    trial.wrongs += [f"{job_id}: reaped though its worker lived" for job_id in sorted(reaped)]
-    trial.notes["false_reaps"] = len(reaped)
+    trial.wrongs += [
+        f"{job_id}: its lease expired though its worker lived" for job_id in sorted(expired)
+    ]
+    trial.notes["wrongly_expired"] = len(expired)
 
 
 def _restart(trial: Trial, seconds: float) -> None:

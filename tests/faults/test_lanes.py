@@ -12,9 +12,8 @@ MINUTES = {promise.name: promise.minutes for promise in PROMISES} | disk.MINUTES
 def test_lanes_share_all_promises_out() -> None:
     lanes = pack(MINUTES, NUM_LANES)
     assert sorted(name for lane in lanes for name in lane) == sorted(ORDER)
-    assert (
-        max(sum(MINUTES[name] for name in lane) for lane in lanes) <= 65
-    )  # `make faults` takes about an hour
+    # `make faults` takes about an hour
+    assert max(sum(MINUTES[name] for name in lane) for lane in lanes) <= 65
     assert pack({"kills": 1.0}, 4) == [["kills"]]
 
 

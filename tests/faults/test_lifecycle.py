@@ -140,7 +140,7 @@ class Lifecycle(RuleBasedStateMachine):
 
     @rule()
     def claim(self) -> None:
-        """A doorbell, or one more delivery of it."""
+        """A wake-up message, or one more delivery of it."""
         lease = lease_client.claim("worker")
         waiting = [job_id for job_id, job in self.expected.items() if job.status == "queued"]
         if lease is None:

@@ -37,9 +37,8 @@ def expect(answer: httpx.Response, status: int, code: str, *, is_temporary: bool
 def test_a_body_over_the_limit_is_refused_before_and_after_it_is_sent(http: httpx.Client) -> None:
     big = json.dumps({"model": "tiny", "prompt": "a" * 200_000}).encode()
     expect(http.post("/v1/completions", content=big), 413, "body_too_large")
-    expect(
-        http.post("/v1/completions", content=iter([big])), 413, "body_too_large"
-    )  # in chunks, no length
+    # in chunks, no length
+    expect(http.post("/v1/completions", content=iter([big])), 413, "body_too_large")
 
 
 def test_a_file_over_the_limit_is_refused(http: httpx.Client) -> None:

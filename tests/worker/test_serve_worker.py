@@ -268,9 +268,8 @@ def test_a_draining_worker_waits_for_a_prompt_that_is_being_tokenised(
 ) -> None:
     bench.worker.submit(request("first"))
     subscription.listen(lambda: "first" in subscription.ended())
-    engine: Any = bench.host._model_cache.engine_of(
-        WEIGHTS.key
-    )  # Any: reaches into the engine on purpose
+    # Any: reaches into the engine on purpose
+    engine: Any = bench.host._model_cache.engine_of(WEIGHTS.key)
     gate, has_begun, tokenizer = threading.Event(), threading.Event(), engine.tokenizer
 
     class Slow:
@@ -327,9 +326,8 @@ def test_a_worker_keeps_only_pinned_models_whose_engine_it_has(
     pins = Keep(models=(other, served)).model_dump_json()
 
     def is_loaded() -> bool:
-        subscription.redis.publish(
-            control_channel("w1"), pins
-        )  # again and again: the last test's worker may still listen
+        # again and again: the last test's worker may still listen
+        subscription.redis.publish(control_channel("w1"), pins)
         return bool(bench.worker.status().resident)
 
     wait_for(is_loaded, 20, "nothing was loaded")

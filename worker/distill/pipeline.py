@@ -21,7 +21,7 @@ from worker.distill.losses.lm_head import head_of
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
 from worker.distill.student_sweep import (
-    JudgeFor,
+    EvaluatorFor,
     SelectedStudent,
     StudentSweep,
     calibrated,
@@ -61,7 +61,7 @@ def distil(
 ) -> Outcome:
     """Runs `spec` to its end, or resumes it from `spec.resume_dir`, as one of the given ranks.
 
-    Raises Stopped if `should_stop` returns true, and DistillError for permanent failures.
+    Raises Stopped if `should_stop` returns true, and WorkerError for permanent failures.
     """
     return Pipeline(spec, out, sink, sampler_for, should_stop, ranks).run()
 
@@ -129,7 +129,7 @@ class Pipeline:
                 state.model_copy(update=now),
                 evaluation=self.block.evaluation,
                 evaluator_for=lambda tell: self._evaluator(rows, teacher, tell),
-                test_judge_for=self._test_judge_for(runs[0].recipe, teacher, open_teachers),
+                test_evaluator_for=self._test_evaluator_for(runs[0].recipe, teacher, open_teachers),
                 sink=self.sink,
                 should_stop=self.should_stop,
                 trains_from=ANSWERED_PERCENT
@@ -371,9 +371,9 @@ class Pipeline:
             warn=self._warn,
         )
 
-    def _test_judge_for(
+    def _test_evaluator_for(
         self, recipe: StudentRecipe, teacher: CachedTeacher, open_teachers: ExitStack
-    ) -> JudgeFor | None:
+    ) -> EvaluatorFor | None:
         """Returns a function that prepares the test rows and returns their evaluator, if any."""
         if self.spec.test_path is None:
             return None

@@ -43,7 +43,7 @@ STUDENT = "student"  # label of the only student of a job without a ladder
 TRAINED = ("num_steps", "num_planned_steps", "best_step", "train_seconds", "stopped_early")
 
 Entry = dict[str, Any]  # Any: open-ended JSON
-JudgeFor = Callable[[Tell], Evaluator]
+EvaluatorFor = Callable[[Tell], Evaluator]
 
 
 @dataclass(frozen=True)
@@ -110,15 +110,15 @@ class StudentSweep:
         state: TrainState,
         *,
         evaluation: Evaluation,
-        evaluator_for: JudgeFor,
-        test_judge_for: JudgeFor | None = None,
+        evaluator_for: EvaluatorFor,
+        test_evaluator_for: EvaluatorFor | None = None,
         sink: Sink,
         should_stop: Callable[[], bool],
         trains_from: float,
     ) -> None:
         """Creates a sweep. `setup` is that of the run that is resumed, if there is one.
 
-        `judge_for` returns the evaluator of the held-out rows. `test_judge_for` returns that of the
+        `evaluator_for` returns the evaluator of the held-out rows. `test_evaluator_for` returns that of the
         test rows, and is called after the selection. `trains_from` is the job's progress before the
         training, in percent.
         """
@@ -126,11 +126,11 @@ class StudentSweep:
         self.setup = setup
         self.state = state
         self.evaluation = evaluation
-        self.evaluator = evaluator_for(self._tell_judging)
-        self._test_judge_for = test_judge_for
+        self.evaluator = evaluator_for(self._tell_evaluating)
+        self._test_evaluator_for = test_evaluator_for
         self.sink = sink
         self.should_stop = should_stop
-        self.num_courses = len(runs) + evaluation.ce_baseline
+        self.num_runs = len(runs) + evaluation.ce_baseline
         self.trained_tokens = 0
         self._trains_from = trains_from
         self._span = (trains_from, trains_from)  # progress during an evaluation, in percent
@@ -163,7 +163,7 @@ class StudentSweep:
         result = self._compare(chosen, answers)
         ladder = [{**entry, "chosen": number == chosen} for number, entry in enumerate(entries)]
         tests = result.pop("test_ladder", None)  # None: no test rows were evaluated
-        if self._test_judge_for is not None:
+        if self._test_evaluator_for is not None:
             result["validation"] = {"student": _figures(entries[chosen])}
         if tests is not None:
             ladder = [{**entry, "test": test} for entry, test in zip(ladder, tests, strict=True)]
@@ -190,7 +190,7 @@ class StudentSweep:
 
         def evaluator() -> Entry:
             """Evaluates the student on the test rows, or else on the held-out rows."""
-            if self._test_judge_for is not None:
+            if self._test_evaluator_for is not None:
                 return self._test(recipe, chosen, answers, baseline_dir)
             self._enter("evaluating", TAUGHT_PERCENT, JUDGED_PERCENT)
             return self.evaluator.report(recipe, folder, answers, baseline_dir)
@@ -208,9 +208,9 @@ class StudentSweep:
         self, recipe: StudentRecipe, chosen: int, answers: AnswerFile, baseline_dir: Path | None
     ) -> Entry:
         """Returns the report on the test rows. `test_ladder` holds an entry per student."""
-        assert self._test_judge_for is not None
+        assert self._test_evaluator_for is not None
         self._enter("evaluating", TAUGHT_PERCENT, TEST_READY_PERCENT)
-        evaluator = self._test_judge_for(self._tell_judging)
+        evaluator = self._test_evaluator_for(self._tell_evaluating)
         folders = self._finished_dirs
         percents = [
             TEST_READY_PERCENT + (JUDGED_PERCENT - TEST_READY_PERCENT) * i / (len(folders) + 1)
@@ -287,8 +287,8 @@ class StudentSweep:
 
     def _take(self, number: int, answers: AnswerFile) -> None:
         """Trains and evaluates one student, and moves the state to the next run."""
-        course = self.runs[number]
-        state, best_dir, num_planned = self._train(number, course)
+        run = self.runs[number]
+        state, best_dir, num_planned = self._train(number, run)
         folder = self.setup.out / "finished" / str(number)
         middle = self._percent(number, TRAINING_SHARE)
         self._enter("evaluating", middle, self._percent(number, 1.0))
@@ -297,7 +297,7 @@ class StudentSweep:
             link_folder(best_dir, folder)  # must outlive its checkpoint
         entry = self._evaluate(folder, answers)
         entry = {
-            "label": course.label,
+            "label": run.label,
             **entry,
             "passed": passes(self.evaluation.gate, entry),
             "num_steps": state.step,
@@ -317,17 +317,15 @@ class StudentSweep:
         )
         self.setup = replace(self.setup, resume_dir=None, best_dir=None)
 
-    def _train(self, number: int, course: StudentRun) -> tuple[TrainState, Path, int]:
+    def _train(self, number: int, run: StudentRun) -> tuple[TrainState, Path, int]:
         """Returns the final state, the best student's folder, and the number of planned steps."""
         self._enter("training", 0.0, 0.0)
-        if self.num_courses > 1:
-            self.sink(
-                MessageLine(message=f"training {course.name} ({number + 1} of {self.num_courses})")
-            )
+        if self.num_runs > 1:
+            self.sink(MessageLine(message=f"training {run.name} ({number + 1} of {self.num_runs})"))
         setup = replace(
-            course.setup(self.setup),
+            run.setup(self.setup),
             finished_dirs=self._finished_dirs,
-            num_runs_after=self.num_courses - number - 1,
+            num_runs_after=self.num_runs - number - 1,
         )
         trainer = Trainer(
             setup,
@@ -350,10 +348,10 @@ class StudentSweep:
 
     def _percent(self, number: int, share: float) -> float:
         """Returns the job's progress when `share` of run `number` is done, in percent."""
-        done = (number + share) / self.num_courses
+        done = (number + share) / self.num_runs
         return round(self._trains_from + (TAUGHT_PERCENT - self._trains_from) * done, 1)
 
-    def _tell_judging(self, share: float) -> None:
+    def _tell_evaluating(self, share: float) -> None:
         if self.should_stop():
             raise Stopped(self.state.job_step)
         if self._throttle.is_due():

@@ -40,7 +40,7 @@ class LeaseHeartbeat:
         self._is_refused = False
         self._is_over = threading.Event()
         self._thread = threading.Thread(
-            target=self._beat, name=f"heart-{lease.job_id}", daemon=True
+            target=self._beat, name=f"lease-heartbeat-{lease.job_id}", daemon=True
         )
 
     def __enter__(self) -> Self:

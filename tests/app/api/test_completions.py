@@ -365,10 +365,11 @@ def test_parameters_without_effect_are_accepted(
                 "name": "boss",
             },
             said
+            # as replies of OpenAI have, and the SDK's streams
             | {
                 "annotations": [],
                 "parsed": None,
-            },  # as replies of OpenAI have, and the SDK's streams
+            },
         ],
         prompt_cache_options={"mode": "explicit"},
         moderation=None,

@@ -150,9 +150,8 @@ def blocks(service: Service, register: Callable[..., str], speaking_worker: None
     def do_measure(asks: dict[str, Ask]) -> dict[str, float]:
         with service.http() as http:
             http.timeout = 60
-            post("/v1/completions", {"prompt": "a"})(
-                http
-            )  # the first request imports and compiles things
+            # the first request imports and compiles things
+            post("/v1/completions", {"prompt": "a"})(http)
             found = {name: longest_block(http, ask) for name, ask in asks.items()}
         print({name: round(seconds, 3) for name, seconds in found.items()})
         return {name: seconds for name, seconds in found.items() if seconds > MAX_BLOCK_SECONDS}

@@ -82,9 +82,8 @@ def test_a_job_that_is_just_being_queued_keeps_its_model(
     asked["training_file"] = upload(client, [{"prompt": "a", "completion": "b"}])
     with ThreadPoolExecutor() as pool:
         with transaction() as session:
-            session.execute(
-                text("LOCK TABLE job_events IN SHARE MODE")
-            )  # so that it is inserted, not committed
+            # so that it is inserted, not committed
+            session.execute(text("LOCK TABLE job_events IN SHARE MODE"))
             made = pool.submit(client.fine_tuning.jobs.create, **asked)
             wait_until_stuck(session, made)
             deleted = pool.submit(client.models.delete, "tiny")

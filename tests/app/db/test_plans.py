@@ -119,9 +119,8 @@ def explained(
         event.remove(connection, "before_cursor_execute", note)
         for statement, parameters in statements:
             asked = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}"
-            connection.exec_driver_sql(
-                asked, parameters
-            )  # what it reads for the first time is catalogue
+            # what it reads for the first time is catalogue
+            connection.exec_driver_sql(asked, parameters)
             (answer,) = connection.exec_driver_sql(asked, parameters).scalars()
             plans.append((statement, answer[0]["Plan"]))
             connection.rollback()

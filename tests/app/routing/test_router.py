@@ -338,9 +338,8 @@ def test_listening_and_watching_outlive_any_error(
 
             patched.setattr(stage.request_router._redis, broken, fail)
             await stage.control.aclose()
-            await stage.redis.execute_command(
-                "CLIENT", "KILL", "TYPE", "pubsub"
-            )  # it has to listen anew
+            # it has to listen anew
+            await stage.redis.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
             await asyncio.sleep(0.4)
         await asyncio.sleep(0.6)
         await stage.die("a")

@@ -96,9 +96,8 @@ def test_a_file_that_does_not_fit_is_refused_for_now_and_leaves_nothing(
     begin: Callable[[], Upload], num_bytes: int
 ) -> None:
     upload, (soft, hard) = begin(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (2_000, hard)
-    )  # a write beyond it fails as one to a full disk does
+    # a write beyond it fails as one to a full disk does
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
     try:
         upload.feed(HEAD)
         for _ in range(num_bytes // 1000):  # in pieces that its buffer takes in

@@ -106,12 +106,13 @@ def test_quantized_weights_differ_by_half_a_step_at_most() -> None:
     ).all()
 
 
+# outputs, inputs: half a block, a broken panel and block, and whole ones
 SHAPES = (
     (16, 32),
     (100, 96),
     (64, 576),
     (250, 1536),
-)  # outputs, inputs: half a block, a broken panel and block, and whole ones
+)
 
 
 @pytest.mark.usefixtures("_two_threads")
@@ -193,10 +194,10 @@ def test_an_int8_models_layers_run_in_one_call_and_give_the_numbers_of_single_la
     logits = []
     for is_whole in (True, False):
         batch = CursorBatch(model, max_rows=4, max_width=64)
-        lean: Any = getattr(batch.family.forward, "__self__")  # noqa: B009  # the type tells of a plain function
-        assert lean._whole is not None
+        decoder: Any = getattr(batch.family.forward, "__self__")  # noqa: B009  # the type tells of a plain function
+        assert decoder._fused is not None
         if not is_whole:
-            lean._whole = None
+            decoder._fused = None
         steps = [batch.join([[5, 6, 7], [8, 9, 10, 11, 12]])]
         steps += [batch.advance([20 + step, 40 + step]) for step in range(5)]
         logits.append(torch.cat(steps))

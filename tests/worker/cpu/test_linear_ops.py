@@ -59,9 +59,8 @@ def test_a_weights_gradient_is_the_same_to_the_bit_every_time() -> None:
     torch.set_num_threads(2)
     grad_NO, x_NI = torch.randn(301, 1536), torch.randn(301, 576)
     first = linear_ops.weight_gradient(grad_NO, x_NI)
-    torch.testing.assert_close(
-        first, grad_NO.t() @ x_NI, atol=1e-4, rtol=1e-4
-    )  # sums of 301 in another order
+    # sums of 301 in another order
+    torch.testing.assert_close(first, grad_NO.t() @ x_NI, atol=1e-4, rtol=1e-4)
     assert all(torch.equal(linear_ops.weight_gradient(grad_NO, x_NI), first) for _ in range(10))
 
 

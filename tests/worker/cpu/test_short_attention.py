@@ -88,9 +88,8 @@ def test_a_compiled_causal_layer_is_torchs(
         (out * slope).sum().backward()
         found.append((out, *(each.grad for each in own)))
     for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(
-            mine, theirs, atol=1e-4, rtol=1e-4
-        )  # sums of 128 in another order
+        # sums of 128 in another order
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", sorted((*CAUSAL, *SEQ2SEQ)))

@@ -105,11 +105,12 @@ def test_a_ladder_is_taught_by_one_pass_of_its_teacher(
     result = json.loads(json.dumps(outcome.result))
     assert (result["num_teacher_rows_computed"], result["teacher_passes"]) == (40, 1.0)
     assert [entry["num_layers"] for entry in result["ladder"]] == [1, 2, 3]
+    # no gate: the smallest
     assert [entry["chosen"] for entry in result["ladder"]] == [
         True,
         False,
         False,
-    ]  # no gate: the smallest
+    ]
     chosen = result["ladder"][0]
     assert result["student"].items() <= chosen.items()
     assert {
@@ -275,9 +276,8 @@ def test_a_loss_that_is_no_number_in_a_later_course_leaves_the_last_checkpoint(
 ) -> None:
     broken = shutil.copytree(tiny_llama_dir, tmp_path / "broken")
     tensors = weights(broken)
-    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = (
-        torch.nan
-    )  # the first student has no such layer
+    # the first student has no such layer
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = torch.nan
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     sink = MemorySink()
     with pytest.raises(NanLoss, match="at step 7"):

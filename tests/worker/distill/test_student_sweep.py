@@ -15,16 +15,16 @@ ROWS = [Example((5, 6, i + 10), ((2, 3),), line=i) for i in range(20)]
 
 def test_a_ladder_has_a_course_for_each_size_the_smallest_first(make_spec: MakeSpec) -> None:
     runs = plan_student_runs(make_spec({"student": {"num_layers": [3, 1, 3, 2]}}))
-    assert [course.label for course in runs] == ["1 layer", "2 layers", "3 layers"]
-    assert [course.recipe.layers for course in runs] == [(0,), (0, 3), (0, 1, 3)]
+    assert [run.label for run in runs] == ["1 layer", "2 layers", "3 layers"]
+    assert [run.recipe.layers for run in runs] == [(0,), (0, 3), (0, 1, 3)]
     assert runs[1].name == "student of 2 layers"
 
 
 def test_a_single_student_is_one_course(make_spec: MakeSpec) -> None:
-    (course,) = plan_student_runs(make_spec({"student": {"num_layers": 3}}))
-    assert course.name == course.label == "student"
-    assert course.recipe.layers is not None
-    assert len(course.recipe.layers) == 3
+    (run,) = plan_student_runs(make_spec({"student": {"num_layers": 3}}))
+    assert run.name == run.label == "student"
+    assert run.recipe.layers is not None
+    assert len(run.recipe.layers) == 3
 
 
 def test_any_size_that_is_too_deep_is_refused(make_spec: MakeSpec) -> None:
@@ -35,9 +35,7 @@ def test_any_size_that_is_too_deep_is_refused(make_spec: MakeSpec) -> None:
 def test_a_narrower_student_is_cut_by_what_the_first_rows_use(make_spec: MakeSpec) -> None:
     block = {"student": {"init": "width", "intermediate_size": 64, "num_layers": [2, 4]}}
     runs = calibrated(plan_student_runs(make_spec(block)), ROWS)
-    assert {course.recipe.calibration for course in runs} == {
-        tuple(row.token_ids for row in ROWS[:8])
-    }
+    assert {run.recipe.calibration for run in runs} == {tuple(row.token_ids for row in ROWS[:8])}
     by_rows = runs[0].recipe
     by_norms = replace(by_rows, calibration=())
     ours, theirs = (
@@ -54,5 +52,5 @@ def test_both_sides_of_an_encoder_decoder_are_judged(
     runs = plan_student_runs(
         make_spec({"student": {"init": "width", "intermediate_size": 64}}, spec=folders)
     )
-    (course,) = calibrated(runs, [replace(ROWS[0], source_ids=(7, 8, 9))])
-    assert course.recipe.calibration == ((7, 8, 9), ROWS[0].token_ids)
+    (run,) = calibrated(runs, [replace(ROWS[0], source_ids=(7, 8, 9))])
+    assert run.recipe.calibration == ((7, 8, 9), ROWS[0].token_ids)

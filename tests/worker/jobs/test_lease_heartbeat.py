@@ -78,7 +78,7 @@ def test_a_refused_beat_is_the_end(lease: Lease) -> None:
                 lease.job_id,
                 lease.token,
                 retry_policy,
-                reason="Reaped.",
+                reason="Expired.",
                 error_code="worker_lost",
             )
         wait_until(lambda: lease_heartbeat.is_lost)

@@ -326,9 +326,8 @@ def test_a_work_folder_that_cannot_be_made_is_a_loss_and_no_missing_input(
     tiny_llama_dir: Path, settings_env: Callable[..., Settings]
 ) -> None:
     job_id = add_import(tiny_llama_dir)
-    settings_env(
-        work_dir="/proc/nowhere"
-    )  # the kernel says ENOENT, as when a folder goes while one is laid in it
+    # the kernel says ENOENT, as when a folder goes while one is laid in it
+    settings_env(work_dir="/proc/nowhere")
     run_all()
     assert (job(job_id).status, job(job_id).num_losses) == ("retry_wait", 1)
 
@@ -437,9 +436,8 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_the_run_nothing(
     done = job(job_id)
     assert (done.status, done.attempt, done.num_losses) == ("succeeded", 1, 0)
     with transaction() as session:
-        assert set(keys) <= {
-            key for _, key in reconciliation.mark_unneeded_checkpoints(session)
-        }  # the collector's from now on
+        # the collector's from now on
+        assert set(keys) <= {key for _, key in reconciliation.mark_unneeded_checkpoints(session)}
 
 
 def test_a_cancelled_run_is_killed_and_leaves_no_model(
@@ -488,9 +486,8 @@ def test_a_run_without_disk_is_paused_with_its_checkpoints_and_can_be_resumed(
     with supervised(job_id) as watched:
         watched.wait_for_checkpoint()
         process = watched.run_process()
-        process.rlimit(
-            psutil.RLIMIT_FSIZE, (4096, 4096)
-        )  # the kernel refuses as it does on a full disk
+        # the kernel refuses as it does on a full disk
+        process.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
     paused = job(job_id)
     assert (paused.status, paused.num_losses, paused.error) == ("paused", 0, None)
     assert "free some disk, then resume" in messages(job_id)
@@ -562,7 +559,7 @@ def test_a_supervisor_that_has_lost_its_lease_kills_the_run_and_writes_nothing(
                 job_id,
                 row.lease_token,
                 retry_policy,
-                reason="Reaped.",
+                reason="Expired.",
                 error_code="worker_lost",
             )
         num_events = len(messages(job_id).splitlines())

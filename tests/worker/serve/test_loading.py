@@ -26,9 +26,8 @@ def test_a_model_loads_in_float32_without_gradients(llama: LoadedModel) -> None:
     assert not any(parameter.requires_grad for parameter in llama.model.parameters())
     plain = 4 * sum(parameter.numel() for parameter in llama.model.parameters())
     linear = 4 * sum(m.weight.numel() for m in llama.model.modules() if isinstance(m, nn.Linear))
-    assert llama.num_bytes == plain + (
-        linear if HAS_ONEDNN else 0
-    )  # packed weights lie beside the plain ones
+    # packed weights lie beside the plain ones
+    assert llama.num_bytes == plain + (linear if HAS_ONEDNN else 0)
 
 
 def test_a_half_precision_checkpoint_is_widened(folder: Path) -> None:

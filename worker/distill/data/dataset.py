@@ -40,6 +40,8 @@ class Rows:
     answers: AnswerFile
     answer_keys: tuple[str, ...] = ()
     max_tokens: int = 512  # limit for a row, for both the student and the teacher
+    # counts of rows that share a question, for the result
+    shared: dict[str, int] = field(default_factory=dict)
 
     def inputs_sha256(self, block: Distillation, seed: int) -> str:
         """Returns a hash of all inputs that training depends on. Test rows are not among them."""
@@ -47,9 +49,6 @@ class Rows:
         parts = [spec, seed]
         parts += [[row.token_ids, row.spans] for row in (*self.train, *self.valid)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-    # counts of rows that share a question, for the result
-    shared: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_answered(self) -> int:

@@ -95,13 +95,13 @@ class Evaluator:
             students["ce_baseline"] = baseline_dir
         students["student"] = best_dir
         num_models = 1 + len(students)
-        judged = {"teacher": self._judge_teacher(self._tell_of(0, num_models), answers)}
+        judged = {"teacher": self._evaluate_teacher(self._tell_of(0, num_models), answers)}
         for number, (name, folder) in enumerate(students.items(), start=1):
             tell = self._tell_of(number, num_models)
             judged[name] = (
                 self._evaluator(lambda: recipe.build().to(self.device), tell)
                 if folder is None
-                else self._judge_folder(folder, tell)
+                else self._evaluate_folder(folder, tell)
             )
         entries = {name: model.entry for name, model in judged.items()}
         return {
@@ -120,8 +120,8 @@ class Evaluator:
 
     def entry(self, best_dir: Path, answers: AnswerFile) -> Entry:
         """Returns a student's own entry. The evaluations of it and the teacher are kept."""
-        self._judge_teacher(self._tell_of(0, 2), answers)
-        return self._judge_folder(best_dir, self._tell_of(1, 2)).entry
+        self._evaluate_teacher(self._tell_of(0, 2), answers)
+        return self._evaluate_folder(best_dir, self._tell_of(1, 2)).entry
 
     def entries(self, best_dir: Path) -> Entry:
         """Returns the entries that exist so far, for a report that failed."""
@@ -179,12 +179,12 @@ class Evaluator:
     def _tell_of(self, number: int, num_models: int) -> Tell:
         return lambda share: self.on_progress((number + share) / num_models)
 
-    def _judge_teacher(self, tell: Tell, answers: AnswerFile) -> Evaluated:
+    def _evaluate_teacher(self, tell: Tell, answers: AnswerFile) -> Evaluated:
         if self._teacher is None:
             self._teacher = self._evaluator(self.load_teacher, tell, answers)
         return self._teacher
 
-    def _judge_folder(self, folder: Path, tell: Tell) -> Evaluated:
+    def _evaluate_folder(self, folder: Path, tell: Tell) -> Evaluated:
         if folder not in self._folders:
             self._folders[folder] = self._evaluator(
                 lambda: load_model(folder).to(self.device), tell

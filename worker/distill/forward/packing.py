@@ -132,9 +132,8 @@ class _Packed(torch.autograd.Function):
     ) -> Tensor:
         """Returns the attention [1, P, H, D]."""
         p = packing.num_shared
-        own = [
-            tensor[0][:, packing.places_BL].transpose(0, 1) for tensor in (query, key, value)
-        ]  # [B, _, L, D]
+        # [B, _, L, D]
+        own = [tensor[0][:, packing.places_BL].transpose(0, 1) for tensor in (query, key, value)]
         shared = [tensor[:, :, :p].expand(len(own[0]), -1, -1, -1) for tensor in (key, value)]
         keys, values = (torch.cat(pair, dim=2) for pair in zip(shared, own[1:], strict=True))
         rows = attention(own[0], keys, values, packing.hidden_LS, scaling)

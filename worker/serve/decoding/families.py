@@ -133,14 +133,14 @@ def family_of(model: nn.Module) -> Family:
     refuse_unlisted(config)
     if config.model_type in CAUSAL:
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        lean = _llama_decoder(model)
+        decoder = _llama_decoder(model)
         return Family(
-            forward=lean.call
-            if lean
+            forward=decoder.call
+            if decoder
             else _causal
             if takes_positions
             else _causal_without_positions,
-            cache_dtype=lean.cache_dtype if lean else None,
+            cache_dtype=decoder.cache_dtype if decoder else None,
             context_tokens=_num_positions(config),
             can_pad_prompts=config.model_type not in ONE_PROMPT_AT_A_TIME,
             reads_column_order=_reads_column_order(config),

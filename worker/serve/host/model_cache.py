@@ -70,7 +70,7 @@ class ModelCache:
     """Engines by serving key (`residence`), within `resident_bytes` bytes.
 
     One thread owns the cache. `wake_up` is called from the loading thread when a load has ended.
-    `has_newcomers` returns whether requests are about to be added to an engine, which then stays.
+    `has_new_requests` returns whether requests are about to be added to an engine, which then stays.
     """
 
     resident_bytes: int

@@ -33,10 +33,11 @@ def test_lines_read_in_pieces_are_those_of_the_file(
     has_end: bool,
 ) -> None:
     monkeypatch.setattr(batch_input, "PIECE_BYTES", 5)
+    # a file that ends in an empty line cannot be told from one that ends in a newline
     lines = [
         *lines,
         b"last",
-    ]  # a file that ends in an empty line cannot be told from one that ends in a newline
+    ]
     key = put(b"\n".join(lines) + (b"\n" if has_end else b""))
     assert list(numbered_lines(key, 100)) == list(enumerate(lines, 1))
 

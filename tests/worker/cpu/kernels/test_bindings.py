@@ -78,9 +78,8 @@ def test_multiply_rounds_as_torch_does(ops: Kernels, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("is_rotated", [True, False])
-@pytest.mark.parametrize(
-    "D", [16, 24, 64, 128]
-)  # one part, a broken one, and the two that are compiled for
+# one part, a broken one, and the two that are compiled for
+@pytest.mark.parametrize("D", [16, 24, 64, 128])
 @pytest.mark.parametrize(("num_heads", "num_key_heads"), [(6, 2), (3, 3), (4, 1), (14, 2)])
 def test_attend_is_plain_attention_over_what_each_row_may_see(
     ops: Kernels, dtype: torch.dtype, is_rotated: bool, D: int, num_heads: int, num_key_heads: int
@@ -125,9 +124,8 @@ def test_tokens_read_together_find_what_they_find_one_by_one(
     rows, tokens, heads, key_heads, width, column = 3, 7, 6, 2, 20, 4
     projected = random(rows * tokens, (heads + 2 * key_heads) * 16, dtype=dtype)
     rotations = random(rows * tokens, 16, seed=1), random(rows * tokens, 16, seed=2)
-    starts = torch.tensor(
-        [0, column + 2, column]
-    )  # the second row begins with two tokens of padding
+    # the second row begins with two tokens of padding
+    starts = torch.tensor([0, column + 2, column])
     keys, values = (random(rows, key_heads, width, 16, seed=seed, dtype=dtype) for seed in (3, 4))
     attend = partial(ops.attend, num_heads=heads, scaling=0.3)
     kept = keys.clone(), values.clone()
@@ -349,10 +347,10 @@ def test_all_layers_in_one_call_are_the_same_numbers_as_part_by_part(
     logits = []
     for is_whole in (True, False):
         batch = CursorBatch(model, max_rows=4, max_width=64)
-        lean: Any = getattr(batch.family.forward, "__self__")  # noqa: B009  # the type tells of a plain function
-        assert lean._whole is not None
+        decoder: Any = getattr(batch.family.forward, "__self__")  # noqa: B009  # the type tells of a plain function
+        assert decoder._fused is not None
         if not is_whole:
-            lean._whole = None
+            decoder._fused = None
         said = [batch.join([[5, 6, 7], [8, 9, 10, 11, 12]])]
         said += [batch.advance([20 + step, 40 + step]) for step in range(5)]
         batch.leave(0)
@@ -423,18 +421,18 @@ def test_a_norms_gradients_are_torchs(shape: tuple[int, ...], trains_weight: boo
         (y * random(*shape, seed=1)).sum().backward()
         results.append([y, x.grad, module.weight.grad])
     for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(
-            ours, theirs, atol=1e-5, rtol=1e-5
-        )  # sums of 300 in another order
+        # sums of 300 in another order
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_places", [1, 3])  # angles for all rows, or each row's own
 def test_a_rotations_gradients_are_torchs(ops: Kernels, num_places: int) -> None:
     x, slope = random(3, 7, 4, 24), random(3, 7, 4, 24, seed=1)
+    # halves that differ
     cos, sin = (
         random(num_places, 7, 24, seed=2),
         random(num_places, 7, 24, seed=3),
-    )  # halves that differ
+    )
     theirs = x.clone().requires_grad_()
     expected, _ = apply_rotary_pos_emb(theirs, theirs, cos, sin, unsqueeze_dim=2)
     (expected * slope).sum().backward()
@@ -449,10 +447,10 @@ def test_a_gated_mlps_gradients_are_torchs(scale: float) -> None:
     config = LlamaConfig(hidden_size=24, intermediate_size=40, num_attention_heads=4)
     torch.manual_seed(0)
     plain = LlamaMLP(config)
-    lean = copy.deepcopy(plain)
-    use_training_ops(lean)
+    decoder = copy.deepcopy(plain)
+    use_training_ops(decoder)
     results = []
-    for module in (lean, plain):
+    for module in (decoder, plain):
         x = (random(3, 5, 24) * scale).requires_grad_()
         y = module(x)
         (y * random(3, 5, 24, seed=1)).sum().backward()

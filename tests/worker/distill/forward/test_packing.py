@@ -77,9 +77,8 @@ def test_every_layer_reads_what_rows_begin_with_once(tmp_path: Path) -> None:
         lambda module, args: seen.append(args[0].shape[:-1].numel())
     )
     hidden_rows_alone(model, batch)
-    num_own = sum(
-        len(row) - 1 - len(SYSTEM) for row in ALIKE
-    )  # a row's last token is only a target
+    # a row's last token is only a target
+    num_own = sum(len(row) - 1 - len(SYSTEM) for row in ALIKE)
     assert seen == [len(SYSTEM) + num_own]
 
 

@@ -26,10 +26,11 @@ ROWS = [row(30, 31, 32, 33, 34), row(30, 41, 42), row(50, 51, 52, 53)]
 def test_what_all_rows_begin_with_is_found() -> None:
     assert shared_prefix(ROWS) == BEGIN
     assert shared_prefix(ROWS[:2]) == (*BEGIN, 30)
+    # the second own token predicts a target
     assert shared_prefix([ROWS[0], ROWS[0]]) == (
         *BEGIN,
         30,
-    )  # the second own token predicts a target
+    )
 
 
 def test_targets_are_behind_it() -> None:
@@ -63,9 +64,8 @@ def test_a_teacher_gives_the_same_rows_behind_a_prefix(family: str, tmp_path: Pa
         lambda module, args, kwargs: calls.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     found = teacher.hidden(asked)
-    assert sorted(calls) == sorted(
-        [2, 3, 4, len(stranger.token_ids) - 1]
-    )  # last tokens are only targets
+    # last tokens are only targets
+    assert sorted(calls) == sorted([2, 3, 4, len(stranger.token_ids) - 1])
     for behind_TH, whole_TH in zip(found, LiveTeacher(model).hidden(asked), strict=True):
         # float32 sums in another order
         torch.testing.assert_close(behind_TH, whole_TH, atol=1e-5, rtol=1e-5)

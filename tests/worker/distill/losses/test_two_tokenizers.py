@@ -71,9 +71,8 @@ def test_a_pair_of_one_kind_learns_by_ranks_and_from_the_text(
     result = outcome.result
     assert result["teacher_signal"] == "uld"
     assert "tokenizers differ" in result["teacher_signal_reason"]
-    assert (
-        result["num_teacher_rows_computed"] == result["num_train_rows"]
-    )  # the held-out ones are not needed
+    # the held-out ones are not needed
+    assert result["num_teacher_rows_computed"] == result["num_train_rows"]
     assert any("of the student's tokens begin where" in message for message in messages(sink))
     assert any("ce_weight is 0.5" in message for message in messages(sink))
     assert "kl" not in result["student"]

@@ -64,9 +64,8 @@ def test_a_t5_tokenizer_starts_decoding_at_its_padding() -> None:
     assert (config.decoder_start_token_id, config.pad_token_id, config.eos_token_id) == (0, 0, 1)
 
 
-@pytest.mark.parametrize(
-    "family", sorted(set(CLASSES) - {"t5"})
-)  # which goes by its width on its own
+# which goes by its width on its own
+@pytest.mark.parametrize("family", sorted(set(CLASSES) - {"t5"}))
 @pytest.mark.parametrize(("hidden_size", "spread"), [(32, 0.098), (192, 0.04)])
 def test_first_weights_are_wider_apart_in_narrow_students(
     family: str, hidden_size: int, spread: float

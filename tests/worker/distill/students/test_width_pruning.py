@@ -34,9 +34,8 @@ NAMES = (
 CALIBRATION = tuple(
     tuple((first + (first + 5) * i) % 93 + 3 for i in range(40)) for first in range(24)
 )
-CHANNELS = torch.tensor(
-    [0, 3, 5, 6, 8, 9, 12, 15, 17, 18, 20, 22, 25, 27, 30, 31]
-)  # those kept, of 32
+# those kept, of 32
+CHANNELS = torch.tensor([0, 3, 5, 6, 8, 9, 12, 15, 17, 18, 20, 22, 25, 27, 30, 31])
 NEURONS = 40  # kept; the ones before lose their output
 FULL = 48
 

@@ -145,9 +145,8 @@ def test_room_that_gives_out_under_safetensors_is_a_full_disk_too(
 ) -> None:
     before = save_checkpoint(tmp_path, make_snapshot(step=1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (4096, hard)
-    )  # the kernel refuses as it does on a full disk
+    # the kernel refuses as it does on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
     try:
         with pytest.raises(DiskFull, match="free some disk"):
             save_checkpoint(tmp_path, make_snapshot(step=2))

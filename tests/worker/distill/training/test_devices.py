@@ -103,9 +103,8 @@ def test_without_a_card_the_device_is_the_cpu(
     monkeypatch.setattr("worker.distill.training.devices.HAS_FAST_BFLOAT16", has_bfloat16)
     found = find_device()
     assert found == Device(has_bfloat16=has_bfloat16)
-    assert found == find_device(
-        precision="bfloat16"
-    )  # what a processor cannot do is not asked of it
+    # what a processor cannot do is not asked of it
+    assert found == find_device(precision="bfloat16")
     assert found.autocast is None
     assert found.rounds_to == (torch.bfloat16 if has_bfloat16 else torch.float32)
     assert bool(place(found, needs(1, 1)).message) == has_bfloat16
@@ -121,9 +120,8 @@ def test_a_students_bytes_are_its_parameters_and_what_training_adds(tiny_gpt2_di
     student, width, num_tokens = recipe.build(), config.hidden_size, config.vocab_size
     num_parameters = sum(p.numel() for p in student.parameters())
     activations = 100 * 2 * (10 * width + 4 * 4 * width) * 4
-    heads = (
-        2 * 4 * num_tokens * width
-    )  # the trained head's second gradient, and the teacher's head for the loss
+    # the trained head's second gradient, and the teacher's head for the loss
+    heads = 2 * 4 * num_tokens * width
     assert found.student_bytes == 16 * num_parameters + activations + heads + LOSS_BYTES
     assert found.teacher_bytes(torch.bfloat16) < found.teacher_bytes(torch.float32)
 

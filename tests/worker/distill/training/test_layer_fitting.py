@@ -93,9 +93,8 @@ def test_the_regression_is_the_one_that_a_plain_solver_finds(has_bias: bool) -> 
     # a ridge is least squares with rows that ask for zero
     rows = torch.cat([a_NI, strength * torch.eye(7)]), torch.cat([r_NH, torch.zeros(7, 5)])
     expected_HI = torch.linalg.lstsq(*rows).solution.t()
-    torch.testing.assert_close(
-        D_HI.double(), expected_HI, rtol=1e-4, atol=1e-5
-    )  # the sums are float32
+    # the sums are float32
+    torch.testing.assert_close(D_HI.double(), expected_HI, rtol=1e-4, atol=1e-5)
     left_NH = wanted_NH - inputs_NI @ D_HI.t() - b_H
     mean_H = (weights_N[:, None] * left_NH).sum(dim=0) / weights_N.sum()
     torch.testing.assert_close(mean_H, torch.zeros(5) if has_bias else mean_H, rtol=0, atol=1e-5)
@@ -184,9 +183,8 @@ def test_a_packed_fit_is_the_padded_one(tmp_path: Path) -> None:
         fit_layers(model, start, stacks_to_fit(recipe, model, start.config), rows, lambda: None)
         fitted.append(model.state_dict())
     for name, tensor in fitted[1].items():
-        torch.testing.assert_close(
-            fitted[0][name], tensor, rtol=1e-3, atol=1e-4
-        )  # sums in another order
+        # sums in another order
+        torch.testing.assert_close(fitted[0][name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", POST_NORM)

@@ -38,11 +38,12 @@ NUMBERS = {
     "checkpoint_steps": 4,
 }
 FEW = {**NUMBERS, "max_steps": 3, "eval_steps": 3}
+# a loss that stands still raises phi by every step
 EVAL_EACH = {
     **NUMBERS,
     "eval_steps": 1,
     "learning_rate": 1e-7,
-}  # a loss that stands still raises phi by every step
+}
 
 
 def data(**fields: Any) -> Json:  # Any: open-ended JSON
@@ -181,9 +182,8 @@ def test_the_teacher_is_asked_for_rollouts_and_once_for_each_row_of_the_data(
 def test_expected_rows_of_the_data_and_hidden_rows_of_rollouts_train_alike(
     run: Run, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
-    never = {
-        "then": {"divergence": "skew_forward_kl", "at": 0.999}
-    }  # keeps hidden states for the data too
+    # keeps hidden states for the data too
+    never = {"then": {"divergence": "skew_forward_kl", "at": 0.999}}
     run(make_spec({"data": data(student_share=0.7)}, **FEW), out="mixed")
     run(make_spec({"data": data(student_share=0.7), "objective": never}, **FEW), out="hidden")
     mixed, hidden = last_step(tmp_path / "mixed"), last_step(tmp_path / "hidden")

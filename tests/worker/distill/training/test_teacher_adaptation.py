@@ -25,9 +25,8 @@ def row(random: Random) -> Example:
 
 @pytest.fixture
 def adaptation(tiny_bert_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Adaptation:
-    monkeypatch.setattr(
-        "worker.distill.training.teacher_adaptation.LEARNING_RATE", 3e-3
-    )  # so tiny a model wants more
+    # so tiny a model wants more
+    monkeypatch.setattr("worker.distill.training.teacher_adaptation.LEARNING_RATE", 3e-3)
     random = Random(0)
     return Adaptation(
         teacher_dir=tiny_bert_dir,

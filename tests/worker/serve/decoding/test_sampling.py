@@ -23,9 +23,8 @@ def draws(logits_V: Tensor, num_draws: int = 4000, **given: float) -> dict[int, 
     return {token: count / num_draws for token, count in counts.items() if token is not None}
 
 
-LOGITS_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[
-    [2, 0, 3, 1]
-]  # token 1 is likeliest, then 3, 0, 2
+# token 1 is likeliest, then 3, 0, 2
+LOGITS_V = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()[[2, 0, 3, 1]]
 
 
 @pytest.mark.parametrize("vocab_size", [50, 256, 512, 1000])
@@ -104,6 +103,7 @@ def test_impossible_tokens_are_never_drawn() -> None:
 
 
 def test_a_vocabulary_of_many_blocks_is_drawn_by_probability() -> None:
+    # at the borders of the blocks
     shares = {
         0: 0.1,
         255: 0.25,
@@ -111,7 +111,7 @@ def test_a_vocabulary_of_many_blocks_is_drawn_by_probability() -> None:
         511: 0.2,
         512: 0.1,
         599: 0.3,
-    }  # at the borders of the blocks
+    }
     logits_V = torch.full((600,), -torch.inf)
     for token, share in shares.items():
         logits_V[token] = math.log(share)

@@ -42,10 +42,11 @@ def test_choices_that_find_no_row_wait() -> None:
 
 def test_padding_counts_towards_the_budget() -> None:
     scheduler = queue_of(("a", 10), ("b", 10), ("c", 40), ("d", 1), budget=100)
+    # three rows as long as the third are 120 tokens
     assert names(scheduler.admit(8)) == [
         ["a"],
         ["b"],
-    ]  # three rows as long as the third are 120 tokens
+    ]
     assert names(scheduler.admit(8)) == [["c"], ["d"]]
 
 

@@ -83,9 +83,8 @@ def worst_difference(
                     rows[row].append(tokens[position])
                     check(logits_NQV[row, position], rows[row])
             batch.keep(kept)
-            last_again = [
-                [tokens[-1], 7] for tokens in rows
-            ]  # what is kept ends at the cursor in every row
+            # what is kept ends at the cursor in every row
+            last_again = [[tokens[-1], 7] for tokens in rows]
             batch.make_room_for(1)
             for logits_V, tokens in zip(batch.look(last_again, offset=-1), rows, strict=True):
                 check(logits_V, [*tokens, 7])

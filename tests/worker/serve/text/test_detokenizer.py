@@ -44,9 +44,8 @@ def test_pieces_join_to_the_text() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_random_tokens_join_to_what_decoding_them_together_gives(seed: int) -> None:
     rng = random.Random(seed)
-    tokens = [
-        rng.randrange(len(TOKENIZER)) for _ in range(60)
-    ]  # mostly bytes that are no characters
+    # mostly bytes that are no characters
+    tokens = [rng.randrange(len(TOKENIZER)) for _ in range(60)]
     expected = TOKENIZER.decode(
         tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
