@@ -184,7 +184,7 @@ def list_checkpoints(job_id: str, principal: Reader, page: AskedPage) -> Listing
     with transaction() as session:
         job = jobs.get_job(session, principal.project_id, job_id)
         rows, has_more = job_rows.page_checkpoints(
-            session, job_id, after=page.after, limit=page.limit
+            session, job_id, after=page.after, limit=page.limit, order=page.order
         )
     data = [CheckpointObject.of(row, job.model_id) for row in rows]
     first_id, last_id = ends(data)

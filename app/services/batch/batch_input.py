@@ -30,20 +30,25 @@ BODIES: Final[dict[str, type[ChatBody] | type[CompletionBody]]] = {
 def lines_from(key: str, offset: int, max_line_bytes: int) -> tuple[list[bytes], int]:
     """Returns some lines of a stored file from `offset` on, and the offset after them.
 
-    The list is empty at the end of the file. A line of more than `max_line_bytes` may be split into
-    parts, and its first part is still too long.
+    The list is empty at the end of the file. Of a line of more than `max_line_bytes`, only the
+    beginning may be returned, which is still too long.
     """
     with store().open(key) as file:
         file.seek(offset)
-        piece, end = b"", 0
+        piece, end, num_skipped = b"", 0, 0
         while not end and len(piece) <= max_line_bytes:
             more = file.read(PIECE_BYTES)
             piece += more
             end = piece.rfind(b"\n") + 1 if more else len(piece)
             if not more:
                 break
-    piece = piece[: end or len(piece)]
-    return (piece.removesuffix(b"\n").split(b"\n") if piece else []), offset + len(piece)
+        while not end and (more := file.read(PIECE_BYTES)):  # the rest of a line that is too long
+            end = more.find(b"\n") + 1
+            num_skipped += end or len(more)
+    if not num_skipped:
+        piece = piece[: end or len(piece)]
+    lines = piece.removesuffix(b"\n").split(b"\n") if piece else []
+    return lines, offset + len(piece) + num_skipped
 
 
 def numbered_lines(key: str, max_line_bytes: int) -> Iterator[tuple[int, bytes]]:

@@ -724,19 +724,34 @@ def test_metrics_come_as_series(bench: Bench, http: httpx.Client) -> None:
     assert chosen["data"] == [{"name": "train_loss", "points": [{"step": 2, "value": 0.5}]}]
 
 
-def test_checkpoints_are_listed_under_names_that_can_be_served(bench: Bench) -> None:
-    job = bench.submit()
-    token = claim(job.id)
+def insert_checkpoint(job_id: str, token: int, step: int) -> None:
     with transaction() as session:
         checkpoints.insert_checkpoint(
             session,
-            job.id,
+            job_id,
             token,
-            step=10,
-            ref=ArtifactRef(key="checkpoints/a/1/step-10", bytes=5, sha256="c" * 64),
+            step=step,
+            ref=ArtifactRef(key=f"checkpoints/a/1/step-{step}", bytes=5, sha256="c" * 64),
             metrics={"valid_loss": 2.0, "valid_agreement": 0.5},
             is_best=True,
         )
+
+
+def test_checkpoints_are_listed_in_the_order_asked_for(bench: Bench, http: httpx.Client) -> None:
+    job = bench.submit()
+    token = claim(job.id)
+    for step in (10, 20, 30):
+        insert_checkpoint(job.id, token, step)
+    steps = {}
+    for order in ("asc", "desc"):
+        page = http.get(f"/v1/fine_tuning/jobs/{job.id}/checkpoints", params={"order": order})
+        steps[order] = [row["step_number"] for row in page.json()["data"]]
+    assert steps == {"asc": [10, 20, 30], "desc": [30, 20, 10]}
+
+
+def test_checkpoints_are_listed_under_names_that_can_be_served(bench: Bench) -> None:
+    job = bench.submit()
+    insert_checkpoint(job.id, claim(job.id), 10)
     (checkpoint,) = bench.client.fine_tuning.jobs.checkpoints.list(job.id)
     assert (checkpoint.object, checkpoint.step_number, checkpoint.fine_tuning_job_id) == (
         "fine_tuning.job.checkpoint",

@@ -106,13 +106,15 @@ class Placement:
         floats = (
             "float32" if self.device.autocast is None else "float32 weights under bfloat16 autocast"
         )
-        where = "beside the student"
+        where, too_large = "beside the student", "both models together are"
         if self.is_teacher_first:
             where = "alone before the training, which reads its states from the cache"
+            too_large = "the student alone is"
         elif self.teacher_device == "cpu":
             where = "on the CPU, because it does not fit on the card"
+            too_large = "the student alone is"
         dtype = str(self.teacher_dtype).removeprefix("torch.")
-        tight = "; by estimate the student alone is too large for the card" if self.is_tight else ""
+        tight = f"; by estimate {too_large} too large for the card" if self.is_tight else ""
         free = f"{self.device.free_bytes / GIB:.1f} GiB free"
         return f"device: {self.device.card} ({free}); student in {floats}; teacher in {dtype}, {where}{tight}"
 

@@ -68,10 +68,11 @@ class TemplateRenderer:
         return str(answer["text"])
 
     def close(self) -> None:
-        """Ends the child process."""
-        if self._child is not None:
-            self._child.communicate()
-            self._child = None
+        """Ends the child process, after the rendering that is in progress."""
+        with self._lock:
+            if self._child is not None:
+                self._child.communicate()
+                self._child = None
 
     def _exchange(self, line: bytes) -> Json | None:
         """Sends one line and returns the answer, or None if the child ended before it answered."""

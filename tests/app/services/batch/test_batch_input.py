@@ -50,6 +50,18 @@ def test_a_line_without_an_end_is_not_read_to_its_end(
     assert max(len(raw) for _, raw in numbered_lines(key, 20)) <= 40
 
 
+@pytest.mark.parametrize("rest", [b"", b"\n", b"\nlast", b"\nlast\n"])
+def test_a_line_that_is_too_long_counts_as_one_line(
+    settings_env: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch, rest: bytes
+) -> None:
+    monkeypatch.setattr(batch_input, "PIECE_BYTES", 10)
+    for length in range(21, 60):
+        lines = list(numbered_lines(put(b"first\n" + b"x" * length + rest), 20))
+        last = [(3, b"last")] if b"last" in rest else []
+        assert [lines[0], *lines[2:]] == [(1, b"first"), *last]
+        assert len(lines[1][1]) > 20
+
+
 def test_no_more_faults_are_told_than_anybody_reads(settings_env: Callable[..., Settings]) -> None:
     key = put(b"{}\n" * 1000)
     _, faults = find_faults(

@@ -82,7 +82,9 @@ def test_only_a_new_card_trains_under_autocast() -> None:
 def test_a_student_that_is_too_large_by_estimate_is_said_to_be() -> None:
     placed = place(NEW_CARD, needs(100, 7))
     assert placed.is_tight
-    assert "too large" in placed.message
+    assert "the student alone is too large" in placed.message
+    beside = Placement(NEW_CARD, "cuda", torch.bfloat16, is_tight=True)  # feature losses
+    assert "both models together are too large" in beside.message
 
 
 def test_the_message_names_card_floats_and_place() -> None:
