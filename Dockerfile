@@ -19,10 +19,11 @@ HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
 CMD ["stillhouse", "api"]
 
 FROM base AS worker
-# for the kernels of a serve worker on a CPU (worker/cpu/kernels)
+# for the C kernels of workers on a CPU (worker/cpu/kernels)
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY worker worker
-RUN pip install --editable '.[worker,s3]'
+# A worker on another type of processor builds them again.
+RUN pip install --editable '.[worker,s3]' && stillhouse kernels build
 USER stillhouse
 ENV STILLHOUSE_DATA_DIR=/data HF_HUB_OFFLINE=1
 STOPSIGNAL SIGTERM

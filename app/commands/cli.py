@@ -24,6 +24,7 @@ from app.settings import Settings, get_settings
 from app.storage import StorageError
 
 POLL_SECONDS = 0.3
+KERNELS_MODULE = "worker.cpu.kernels.build"  # it needs torch, which this process does not load
 PATIENCE_SECONDS = 10.0  # wait for a train worker after which a hint is printed
 
 cli = typer.Typer(
@@ -32,7 +33,9 @@ cli = typer.Typer(
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
 models = typer.Typer(no_args_is_help=True, help="Registered models.")
 cli.add_typer(keys, name="keys")
+kernels = typer.Typer(no_args_is_help=True, help="C kernels for CPUs.")
 cli.add_typer(models, name="models")
+cli.add_typer(kernels, name="kernels")
 console = Console()
 
 DataDir = Annotated[
@@ -286,6 +289,16 @@ def set_serving(
     operator = Principal(project, "stillhouse", frozenset({"admin"}))
     row = model_serving.set_options(operator, model, asked)
     console.print(f"{row.id}: {asked.model_dump_json()}", highlight=False)
+
+
+@kernels.command("build")
+def build_kernels() -> None:
+    """Builds the C kernels for this processor, unless they are there already.
+
+    Without a C compiler, PyTorch computes the same, more slowly. The exit status is 1 if the
+    compiler fails.
+    """
+    os.execv(sys.executable, [sys.executable, "-m", KERNELS_MODULE])
 
 
 def follow_import(job_id: str, name: str) -> None:

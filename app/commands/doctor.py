@@ -5,10 +5,12 @@ import secrets
 import shutil
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import httpx
@@ -28,6 +30,7 @@ from app.storage import StorageError, store
 
 SKEW_SECONDS = 2.0  # much less than a lease; more means that NTP does not work
 WAKE_UP_SECONDS = 3.0  # an idle train worker takes a wake-up message within milliseconds
+KERNELS_SECONDS = 60.0  # mostly the import of torch
 FAULTS = (
     DatabaseUnavailable,
     PoolExhausted,
@@ -226,13 +229,24 @@ def gpu(settings: Settings) -> Iterator[Finding]:
     yield judge("gpu", bool(cards), "; ".join(cards) or "none seen", broken)
 
 
-def compiler(settings: Settings) -> Iterator[Finding]:
-    """Reports the C compiler for the CPU kernels. The check never fails."""
-    found = shutil.which("gcc") or shutil.which("cc")
-    without = "no C compiler here: a serve worker on this host does without its kernels and is slower on a CPU; install gcc"
-    yield Finding(
-        "compiler", "ok", without if found is None else f"{found}, for a serve worker's kernels"
+def cpu_kernels(settings: Settings) -> Iterator[Finding]:
+    """Reports whether workers on this host have C kernels for the CPU, or else why not.
+
+    Only a failed build counts as a failed check.
+    """
+    if find_spec("worker") is None or find_spec("torch") is None:
+        yield Finding("kernels", "ok", "no worker is installed on this host")
+        return
+    shown = subprocess.run(
+        [sys.executable, "-m", "worker.cpu.kernels.build", "--status"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=KERNELS_SECONDS,
     )
+    what = (shown.stdout or shown.stderr).strip().splitlines()
+    advice = "run `stillhouse kernels build` and correct what it prints"
+    yield judge("kernels", shown.returncode == 0, what[-1] if what else "no answer", advice)
 
 
 def keys(settings: Settings) -> Iterator[Finding]:
@@ -265,7 +279,7 @@ CHECKS: tuple[tuple[str, Check, str], ...] = (
     ("workers", workers, "workers cannot be seen without broker and database"),
     ("api", api, "start `stillhouse api`, or correct STILLHOUSE_HOST and STILLHOUSE_PORT"),
     ("gpu", gpu, "run `nvidia-smi` by hand"),
-    ("compiler", compiler, "look for gcc by hand"),
+    ("kernels", cpu_kernels, "run `stillhouse kernels build`"),
     (
         "key files",
         keys,

@@ -464,7 +464,7 @@ def test_the_doctor_finds_a_sound_service_sound(place: Place) -> None:
         "persistence",
         "store",
     }
-    names |= {"disk", "serving", "training", "api", "gpu", "compiler", "key files"}
+    names |= {"disk", "serving", "training", "api", "gpu", "kernels", "key files"}
     assert {finding["name"] for finding in findings} == names
 
 

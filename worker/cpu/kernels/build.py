@@ -1,4 +1,11 @@
-"""Builds the C files of this folder into one library, once per processor, compiler and source."""
+"""Builds the C files of this folder into one library, once per processor, compiler and source.
+
+`stillhouse kernels build` runs this module, so that the first run or model does not have to wait
+for the compiler. A process that finds no library builds it when it needs it.
+
+`python -m worker.cpu.kernels.build` builds the library if it is missing and prints where it is.
+`--status` only prints it.
+"""
 
 import ctypes
 import hashlib
@@ -6,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -38,35 +46,103 @@ FLAGS = [
     "-fno-signed-zeros",
 ]
 FLAGS += ["-fopenmp", "-shared", "-fPIC"]
-BUILD_SECONDS = 120
+BUILD_SECONDS = 600  # the compiler needs 20 s on an idle core, and more on a busy machine
+
+
+class KernelsUnavailable(Exception):
+    """The library cannot be built on this machine; the message says why and what to do."""
+
+
+class BuildFailed(KernelsUnavailable):
+    """The compiler failed, although this machine has what it needs."""
+
+
+class NoCacheFolder(KernelsUnavailable):
+    """No folder can be written in which the library could be kept."""
 
 
 def load_library() -> ctypes.CDLL | None:
-    """Returns the library, or None if it cannot be built, which is logged.
+    """Returns the library, or None if it cannot be built, which is logged."""
+    try:
+        return _load()
+    except BuildFailed as failure:
+        log.warning("kernels_failed", reason=str(failure))
+    except KernelsUnavailable as reason:
+        log.info("kernels_absent", reason=str(reason))
+    except OSError as error:  # e.g. a full disk
+        log.warning("kernels_failed", reason=str(error))
+    return None
 
-    It needs Linux, a C compiler, and a PyTorch that brings GNU OpenMP.
+
+def _load() -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(build_library()))
+    except NoCacheFolder:  # build it for this process only
+        command = compile_command()
+        with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
+            return ctypes.CDLL(str(_compile(command, Path(scratch) / library_name(command))))
+
+
+def build_library() -> Path:
+    """Returns the path of the library, and builds it first if it is missing.
+
+    It is kept in the first of the `cache_folders` that can be written, under its `library_name`.
+
+    Raises:
+        KernelsUnavailable: This machine has no compiler, or is not supported.
+        BuildFailed: The compiler failed.
+        NoCacheFolder: The library cannot be kept.
+    """
+    if (found := find_library()) is not None:
+        return found
+    command = compile_command()
+    for folder in cache_folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                path = folder / library_name(command)
+                os.replace(_compile(command, Path(scratch) / path.name), path)
+                return path
+        except OSError:  # e.g. the folder belongs to another user
+            continue
+    tried = " and ".join(map(str, cache_folders()))
+    raise NoCacheFolder(f"{tried} cannot be written")
+
+
+def find_library() -> Path | None:
+    """Returns the path of a library that was built for this machine, or None.
+
+    Raises KernelsUnavailable.
+    """
+    name = library_name(compile_command())
+    return next((folder / name for folder in cache_folders() if (folder / name).is_file()), None)
+
+
+def cache_folders() -> list[Path]:
+    """Returns the folders that may hold the library: one in the package and one of the user."""
+    user = Path(os.path.expanduser("~/.cache/stillhouse"))
+    # Without a home directory the path is relative, and any folder could be meant.
+    return [FOLDER / "__pycache__", *([user] if user.is_absolute() else [])]
+
+
+def compile_command() -> list[str]:
+    """Returns the compiler with its options and inputs, without the output.
+
+    Raises KernelsUnavailable.
     """
     compiler = shutil.which("gcc") or shutil.which("cc")
     openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
-    if platform.system() != "Linux" or compiler is None or not openmp:
-        log.info("kernels_absent", compiler=compiler, has_openmp=bool(openmp))
-        return None
-    try:
-        return _load([compiler, *FLAGS, *map(str, SOURCES), str(openmp[0]), "-lm"])
-    except (OSError, subprocess.SubprocessError) as error:
-        errors = getattr(error, "stderr", None) or b""
-        log.warning(
-            "kernels_failed", reason=str(error), errors=errors.decode(errors="replace")[-500:]
-        )
-        return None
+    if platform.system() != "Linux":
+        raise KernelsUnavailable(f"they need Linux, and this is {platform.system()}")
+    if compiler is None:
+        raise KernelsUnavailable("there is no C compiler; install gcc")
+    if not openmp:
+        raise KernelsUnavailable("this build of PyTorch does not bring GNU OpenMP")
+    return [compiler, *FLAGS, *map(str, SOURCES), str(openmp[0]), "-lm"]
 
 
-def _load(command: list[str]) -> ctypes.CDLL:
-    """Loads the library, and builds it first if it is missing.
-
-    It is kept in `__pycache__`, under a hash of command, processor and sources. If that folder
-    cannot be written, the library is built for this process only.
-    """
+def library_name(command: list[str]) -> str:
+    """Returns a file name with a hash of the command, the processor and the sources."""
     cpu = [
         line
         for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -74,21 +150,46 @@ def _load(command: list[str]) -> ctypes.CDLL:
     ]
     texts = [path.read_text() for path in sorted(FOLDER.glob("*.[ch]"))]
     made_of = [*command, cpu[0] if cpu else platform.machine(), *texts]
-    name = f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
-    kept = FOLDER / "__pycache__" / name
-    try:
-        kept.parent.mkdir(exist_ok=True)
-        if not kept.exists():
-            with tempfile.TemporaryDirectory(dir=kept.parent) as scratch:
-                os.replace(_compile(command, Path(scratch) / name), kept)
-        return ctypes.CDLL(str(kept))
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="stillhouse-") as scratch:
-            return ctypes.CDLL(str(_compile(command, Path(scratch) / name)))
+    return f"kernels-{hashlib.sha256(repr(made_of).encode()).hexdigest()[:16]}.so"
 
 
 def _compile(command: list[str], target: Path) -> Path:
-    subprocess.run(
-        [*command, "-o", str(target)], check=True, capture_output=True, timeout=BUILD_SECONDS
-    )
+    try:
+        subprocess.run(
+            [*command, "-o", str(target)], check=True, capture_output=True, timeout=BUILD_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        raise BuildFailed(f"{command[0]} took longer than {BUILD_SECONDS} s") from None
+    except subprocess.CalledProcessError as error:
+        errors = error.stderr.decode(errors="replace")[-500:]
+        raise BuildFailed(f"{command[0]} failed: {errors}") from None
     return target
+
+
+def main() -> int:
+    """Prints which kernels this machine uses. The exit status is 1 if the compiler failed."""
+    is_status = sys.argv[1:] == ["--status"]
+    try:
+        path = find_library() if is_status else build_library()
+    except KernelsUnavailable as reason:
+        print(f"PyTorch computes everything: the C kernels cannot be built, because {reason}")
+        return int(isinstance(reason, BuildFailed))
+    if path is None:
+        print(
+            "the C kernels are not built yet; the first run or model builds them, or run `stillhouse kernels build`"
+        )
+        return 0
+    library = ctypes.CDLL(str(path))
+    features = [name for name, has in FEATURES.items() if getattr(library, has)()]
+    print(f"C kernels in {path}; fast on this processor: {', '.join(features) or 'float32 only'}")
+    return 0
+
+
+FEATURES = {
+    "bfloat16 weights": "has_tiles",
+    "int8 weights": "has_int8",
+    "float32 matmuls of three bfloat16 parts": "has_splits",
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

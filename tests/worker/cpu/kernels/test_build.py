@@ -1,4 +1,4 @@
-"""What the C kernels do when there is no memory, or a token that does not exist."""
+"""How the C kernels are built and kept, and what they do without memory or with a bad token."""
 
 import shutil
 import subprocess
@@ -80,3 +80,80 @@ def test_a_target_outside_the_vocabulary_is_refused_and_nothing_is_written(targe
     with pytest.raises(IndexError, match="outside the vocabulary"):
         ops.distil(student, torch.randn(3, 5), targets, beta=None, ce_weight=0.5, factor=1.0)
     assert torch.equal(student, before)
+
+
+PLAIN = ["-O0", "-march=native", "-fopenmp", "-shared", "-fPIC"]  # compiles in a second
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders for the library, the first of which cannot be written even by root."""
+    if kernels() is None:
+        pytest.skip("no C compiler here")
+    (tmp_path / "file").touch()
+    folders = [tmp_path / "file" / "cache", tmp_path / "user"]
+    monkeypatch.setattr(build, "cache_folders", lambda: folders)
+    monkeypatch.setattr(build, "FLAGS", PLAIN)
+    return folders
+
+
+def test_the_library_is_built_once_and_kept_where_it_can_be_written(folders: list[Path]) -> None:
+    assert build.find_library() is None
+    path = build.build_library()
+    assert path.parent == folders[1]
+    built_at = path.stat().st_mtime_ns
+    assert build.find_library() == build.build_library() == path
+    assert path.stat().st_mtime_ns == built_at
+    assert list(folders[1].iterdir()) == [path]  # nothing else is left
+
+
+def test_without_a_folder_the_library_is_built_for_the_process(folders: list[Path]) -> None:
+    del folders[1]
+    with pytest.raises(build.NoCacheFolder, match="cannot be written"):
+        build.build_library()
+    library = build.load_library()
+    assert library is not None
+    assert library.has_tiles() in (0, 1)
+
+
+def test_another_source_or_option_makes_another_library(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build.library_name(build.compile_command())
+    monkeypatch.setattr(build, "FLAGS", [*PLAIN, "-g"])
+    assert build.library_name(build.compile_command()) != first
+
+
+def test_a_compiler_that_fails_is_reported_and_pytorch_goes_on(
+    folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = tmp_path / "bad.c"
+    bad.write_text("int broken(")
+    monkeypatch.setattr(build, "SOURCES", [bad])
+    with pytest.raises(build.BuildFailed, match=r"bad\.c"):
+        build.build_library()
+    assert build.load_library() is None
+    assert list(folders[1].iterdir()) == []
+
+
+def test_a_machine_without_a_compiler_is_told_what_to_install(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(sys, "argv", ["build"])
+    assert build.main() == 0  # PyTorch computes the same
+    assert "install gcc" in capsys.readouterr().out
+    assert build.load_library() is None
+
+
+def test_the_command_builds_and_the_status_names_the_library(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = []
+    for options in (["--status"], [], ["--status"]):
+        monkeypatch.setattr(sys, "argv", ["build", *options])
+        assert build.main() == 0
+        printed.append(capsys.readouterr().out)
+    assert "not built yet" in printed[0]
+    assert printed[1] == printed[2]
+    assert str(folders[1]) in printed[1]
