@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from app.contracts.distillation import Hyperparameters, Objective, Student
 from bench.cases import MAX_NEW_TOKENS, Entry
 from bench.process import peak_bytes, versions
-from worker.cpu.linear_ops import pack_weights, parts_beside
+from worker.cpu import prepare_for_inference
 from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
 from worker.distill.evaluation.held_out import HeldOutRows, rouge_l
@@ -105,7 +105,7 @@ def evaluator(task: Entry) -> Entry:
     teacher = _teacher(task, valid, keeps="hidden")
     rows = HeldOutRows(valid, first_index=0, batch_tokens=1024, device="cpu")
     model = load_model(Path(task["student_dir"])).requires_grad_(False)
-    pack_weights(model)
+    prepare_for_inference(model)
     objective = TokenObjective.from_objective(Objective())
     held_out = rows.measure(model, head_of(model, task["num_tokens"]), teacher, objective)
     made = EngineSampler(model).generate(
@@ -160,7 +160,7 @@ def make_trainer(task: Entry, num_steps: int, sink: Sink = lambda line: None) ->
         answers_path=None,
         inputs_sha256="",
         device="cpu",
-        rounds_to=_floats(task),
+        matmul_dtype=_floats(task),
     )
     state = TrainState(num_threads=task["num_threads"])
     return Trainer(setup, state, sink, should_stop=lambda: False, report=lambda share: share)
@@ -194,13 +194,13 @@ def _teacher(task: Entry, examples: list[Example], *, keeps: Keeps) -> CachedTea
 
     def load() -> LiveTeacher:
         model = load_model(folder)
-        pack_weights(model, dtype=_floats(task), but=model.get_output_embeddings())
+        prepare_for_inference(model, dtype=_floats(task), exact=model.get_output_embeddings())
         return LiveTeacher(model.requires_grad_(False), prefix)
 
     is_live = task["contender"]["teacher"] == "live"
     return cached_teacher(
         load,
-        replace(load_head(folder, task["num_tokens"]), num_parts=parts_beside(_floats(task))),
+        replace(load_head(folder, task["num_tokens"]), body_dtype=_floats(task)),
         folder=Path(task["cache_dir"]),
         budget_bytes=0 if is_live else CACHE_BYTES,
         identity=f"{folder}:{len(prefix)}",

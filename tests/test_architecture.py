@@ -93,6 +93,29 @@ def test_the_worker_takes_only_these_modules_from_app() -> None:
     assert {name for name in taken if name.split(".")[0] == "app"} - WORKER_MAY_IMPORT == set()
 
 
+def test_only_the_cpu_package_knows_its_kernels() -> None:
+    """The rest of the worker imports from `worker.cpu` itself, not from its modules."""
+    inside = "worker/cpu/"
+    allowed = {
+        "worker/build_kernels.py": {"worker.cpu.kernels.build"},
+        "worker/serve_worker.py": {"worker.cpu.thread_slices"},
+    }
+    found = {}
+    for path in sources("worker"):
+        modules = {
+            node.module
+            for node in ast.walk(tree(path))
+            if isinstance(node, ast.ImportFrom) and node.module
+        }
+        inner = {name for name in modules if name.startswith("worker.cpu.")}
+        if not relative(path).startswith(inside) and inner - allowed.get(relative(path), set()):
+            found[relative(path)] = inner
+    assert found == {}
+    pattern = re.compile(r"import ctypes|torch\.ops\.(mkldnn|onednn)|num_parts|rounds_to")
+    names = {relative(p) for p in sources("worker") if pattern.search(p.read_text())}
+    assert {name for name in names if not name.startswith(inside)} == {"worker/build_kernels.py"}
+
+
 def test_no_module_has_a_vague_name() -> None:
     assert [relative(p) for p in sources(*PACKAGES) if p.stem in VAGUE_NAMES] == []
 

@@ -24,7 +24,7 @@ from app.settings import Settings, get_settings
 from app.storage import StorageError
 
 POLL_SECONDS = 0.3
-KERNELS_MODULE = "worker.cpu.kernels.build"  # it needs torch, which this process does not load
+KERNELS_MODULE = "worker.build_kernels"  # it needs torch, which this process does not load
 PATIENCE_SECONDS = 10.0  # wait for a train worker after which a hint is printed
 
 cli = typer.Typer(

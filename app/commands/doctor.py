@@ -238,7 +238,7 @@ def cpu_kernels(settings: Settings) -> Iterator[Finding]:
         yield Finding("kernels", "ok", "no worker is installed on this host")
         return
     shown = subprocess.run(
-        [sys.executable, "-m", "worker.cpu.kernels.build", "--status"],
+        [sys.executable, "-m", "worker.build_kernels", "--status"],
         capture_output=True,
         text=True,
         check=False,

@@ -163,16 +163,16 @@ class Int8Conv1D(Conv1D):  # type: ignore[misc]  # transformers is untyped here
         return self.whole.matmul(x, self.bias)
 
 
-def quantize_weights(model: nn.Module, *, but: nn.Module | None = None) -> int:
+def quantize_weights(model: nn.Module, *, exact: nn.Module | None = None) -> int:
     """Quantises the float32 linear layers of a model on a CPU and returns the bytes they take.
 
-    The layer `but` is left as it is. Afterwards the model can be called, but not trained or copied.
+    The layer `exact` is left as it is. Afterwards the model can be called, but not trained or copied.
     """
     use_onednn(model)
     return sum(
         _quantize(module)
         for module in model.modules()
-        if isinstance(module, OneDnnLinear | OneDnnConv1D) and module is not but
+        if isinstance(module, OneDnnLinear | OneDnnConv1D) and module is not exact
     )
 
 

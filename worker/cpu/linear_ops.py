@@ -44,12 +44,9 @@ FLOAT32_PARTS, HALF_PARTS = 3, 2  # bfloat16 parts of a float32 number in a bf16
 LEAST_SIDE, LEAST_DEPTH = 130, 64
 
 
-def parts_beside(dtype: torch.dtype) -> int:
-    """Returns the number of bfloat16 parts that suffices for float32 matmuls of the LM head.
-
-    `dtype` is the dtype to which the model's body rounds its operands.
-    """
-    return HALF_PARTS if dtype == torch.bfloat16 else FLOAT32_PARTS
+def _num_parts(body_dtype: torch.dtype) -> int:
+    """Returns the number of bfloat16 parts that suffices for float32 matmuls of the LM head."""
+    return HALF_PARTS if body_dtype == torch.bfloat16 else FLOAT32_PARTS
 
 
 def matmul(
@@ -57,37 +54,43 @@ def matmul(
     b_OI: Tensor,
     bias_O: Tensor | None = None,
     *,
-    room_NO: Tensor | None = None,
-    num_parts: int = FLOAT32_PARTS,
+    scratch_NO: Tensor | None = None,
+    body_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Returns a b^T + bias, without autograd.
 
-    `b_OI` may have any strides. `room_NO` is memory that may be used for the result. With
-    `HALF_PARTS`, only 16 of the 24 bits of a number are used where that is faster.
+    `b_OI` may have any strides. `scratch_NO` is memory that may be used for the result.
+    `body_dtype` is the dtype to which the other layers of the model round their operands. With
+    bfloat16, only 16 of the 24 bits of a number are used where that is faster.
     """
     if (ops := _splits(a_NI, b_OI)) is not None:
         rows_NI = a_NI.reshape(-1, a_NI.shape[-1])
         product_NO = ops.multiply_split(
-            _in_order(rows_NI), _in_order(b_OI), room_NO, num_parts=num_parts
+            _in_order(rows_NI), _in_order(b_OI), scratch_NO, num_parts=_num_parts(body_dtype)
         )
         product_NO = product_NO.view(*a_NI.shape[:-1], len(b_OI))
         return product_NO if bias_O is None else product_NO.add_(bias_O)
     if PREFERS_ONEDNN and _is_fast(a_NI, b_OI):
         return onednn_product(a_NI, b_OI, bias_O)
-    if room_NO is not None and bias_O is None:
-        return torch.mm(a_NI, b_OI.t(), out=room_NO)
+    if scratch_NO is not None and bias_O is None:
+        return torch.mm(a_NI, b_OI.t(), out=scratch_NO)
     return nn.functional.linear(a_NI, b_OI, bias_O)
 
 
 def weight_gradient(
-    grad_NO: Tensor, x_NI: Tensor, *, onto_OI: Tensor | None = None, num_parts: int = FLOAT32_PARTS
+    grad_NO: Tensor,
+    x_NI: Tensor,
+    *,
+    onto_OI: Tensor | None = None,
+    body_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """Returns grad^T x, the weight gradient of a linear layer, without autograd.
 
-    If `onto_OI` is given, the gradient is added to it in place.
+    If `onto_OI` is given, the gradient is added to it in place. See `matmul` for `body_dtype`.
     """
     if (ops := _splits(grad_NO.t(), x_NI.t())) is not None:
         operands = (_in_order(grad_NO.t()), _in_order(x_NI.t()))
+        num_parts = _num_parts(body_dtype)
         return ops.multiply_split(*operands, onto_OI, num_parts=num_parts, adds=onto_OI is not None)
     if PREFERS_ONEDNN and _is_fast(grad_NO, x_NI):
         gradient_OI = onednn_weight_gradient(grad_NO, x_NI)
@@ -165,18 +168,18 @@ def linear(
 
 
 def use_onednn(
-    model: nn.Module, dtype: torch.dtype = torch.float32, but: nn.Module | None = None
+    model: nn.Module, dtype: torch.dtype = torch.float32, exact: nn.Module | None = None
 ) -> None:
     """Switches a model's linear layers to the matmuls of this module, forward and backward.
 
-    All layers except `but` round their operands to `dtype`.
+    All layers except `exact` round their operands to `dtype`.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = OneDnnLinear
         elif type(module) is Conv1D:
             module.__class__ = OneDnnConv1D
-        if isinstance(module, OneDnnLinear | OneDnnConv1D) and module is not but:
+        if isinstance(module, OneDnnLinear | OneDnnConv1D) and module is not exact:
             module.rounds_to = dtype
 
 
@@ -185,13 +188,13 @@ def pack_weights(
     *,
     keeps_plain: bool = True,
     dtype: torch.dtype = torch.float32,
-    but: nn.Module | None = None,
+    exact: nn.Module | None = None,
 ) -> int:
     """Packs the linear layers of a model that will not be trained; returns the bytes they take.
 
     The plain weights stay and must not change: large float32 matmuls read them, others the packed
     copies. With `keeps_plain=False` only those stay that other modules share (embeddings), and the
-    model can only be called. With bfloat16, all layers except `but` round weights, inputs and
+    model can only be called. With bfloat16, all layers except `exact` round weights, inputs and
     results to it, and sum in float32.
     """
     use_onednn(model)
@@ -207,7 +210,7 @@ def pack_weights(
         module.requires_grad_(False)
         weight_OI = module.weight_OI.contiguous()
         if HAS_ONEDNN and weight_OI.dtype == torch.float32 and weight_OI.device.type == "cpu":
-            weight_OI = weight_OI.to(torch.float32 if module is but else dtype)
+            weight_OI = weight_OI.to(torch.float32 if module is exact else dtype)
             module.packed = _pack(weight_OI)
             num_bytes += weight_OI.nbytes
             if not keeps_plain and id(module.weight) not in shared:

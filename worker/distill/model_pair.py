@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.contracts.distillation import HiddenTerm, Objective
-from worker.cpu.linear_ops import pack_weights, parts_beside
+from worker.cpu import prepare_for_inference
 from worker.distill.data.dataset import Reader, Rows
 from worker.distill.forward.shared_prefix import shared_prefix
 from worker.distill.losses.lm_head import Head, load_head
@@ -170,7 +170,9 @@ class ModelPair:
         if loaded is not None and self.card.name != "cpu":  # two copies may not fit in GPU memory
             return loaded
         teacher = load_model(self.teacher_dir, placed.teacher_dtype).to(placed.teacher_device)
-        pack_weights(teacher, dtype=self.card.rounds_to, but=teacher.get_output_embeddings())
+        prepare_for_inference(
+            teacher, dtype=self.card.matmul_dtype, exact=teacher.get_output_embeddings()
+        )
         self._loaded["teacher"] = teacher
         return teacher.requires_grad_(False)
 
@@ -254,9 +256,11 @@ class ModelPair:
         aligned = self._aligned(rows)
         head = load_head(self.teacher_dir, len(self.teacher.tokenizer))
         bias_V = None if head.bias_V is None else head.bias_V.to(self.device)
-        num_parts = parts_beside(self.card.rounds_to)
         head = replace(
-            head, weight_VH=head.weight_VH.to(self.device), bias_V=bias_V, num_parts=num_parts
+            head,
+            weight_VH=head.weight_VH.to(self.device),
+            bias_V=bias_V,
+            body_dtype=self.card.matmul_dtype,
         )
         placed = self.placement
         examples = rows.teacher if aligned is None else aligned.examples
@@ -265,7 +269,7 @@ class ModelPair:
         identity = (
             f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}"
         )
-        if self.card.rounds_to != torch.float32:
+        if self.card.matmul_dtype != torch.float32:
             identity += f":{self.card.precision}"
         teacher = cached_teacher(
             partial(self.live_teacher, prefix),

@@ -318,7 +318,7 @@ class Pipeline:
             best_dir=best_dir,
             ranks=self.ranks,
             autocast=self.pair.card.autocast,
-            rounds_to=self.pair.card.rounds_to,
+            matmul_dtype=self.pair.card.matmul_dtype,
             placement=self.pair.placement,
             rollouts=plan_rollouts(self.spec, rows, num_token_ids(tokenizer), self.sampler_for),
             features=self.pair.features(rows),

@@ -9,9 +9,7 @@ import torch
 from torch import nn
 
 from app.contracts.messages import LoadedWeights
-from worker.cpu.int8 import HAS_INT8, int8_kernels, quantize_weights
-from worker.cpu.linear_ops import HAS_BFLOAT16, pack_weights
-from worker.cpu.llama_decoder import fuse_projections, has_refined_head, is_llama_like
+from worker.cpu import HAS_BFLOAT16, HAS_INT8, prepare_for_serving
 from worker.serve.decoding.families import SEQ2SEQ, family_of, refuse_unlisted
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable
 from worker.serve.text.template_process import RENDERER
@@ -78,34 +76,9 @@ def load_model(
         )
     family_of(model)
     model.to(device).eval().requires_grad_(False)
-    if device == "cpu" and not keeps_plain and is_llama_like(model):
-        fuse_projections(model)
-    num_packed_bytes = _pack(model, weights, keeps_plain=keeps_plain)
+    num_packed_bytes = prepare_for_serving(model, weights, keeps_plain=keeps_plain)
     num_plain_bytes = sum(weight.nbytes for weight in model.parameters() if not weight.is_meta)
     return LoadedModel(model, tokenizer, num_plain_bytes + num_packed_bytes)
-
-
-def _pack(model: Any, weights: LoadedWeights, *, keeps_plain: bool) -> int:
-    """Packs the linear layers for their matmuls and returns the bytes that they take.
-
-    Rounding the LM head would affect every token. It is rounded only if its best logits can be
-    computed again with the float32 weights.
-    """
-    if weights == "plain":
-        return pack_weights(model, keeps_plain=keeps_plain)
-    head = model.get_output_embeddings()
-    exact, is_refined = head.weight, has_refined_head(model)
-    if weights == "int8":
-        is_refined = is_refined and int8_kernels(exact.shape[1]) is not None
-        num_bytes = quantize_weights(model, but=None if is_refined else head)
-        if not is_refined:
-            num_bytes += pack_weights(model, keeps_plain=keeps_plain)
-    else:
-        skipped = None if is_refined else head
-        num_bytes = pack_weights(model, keeps_plain=False, dtype=torch.bfloat16, but=skipped)
-    if is_refined:
-        head.weight = exact
-    return num_bytes
 
 
 def _refuse_unavailable(weights: LoadedWeights, device: str) -> None:

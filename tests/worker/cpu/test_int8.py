@@ -277,7 +277,7 @@ def test_only_a_cpu_has_them(tiny_llama_dir: Path) -> None:
 def test_without_the_kernel_the_head_is_not_quantized(
     tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.serve.loading.int8_kernels", lambda num_inputs: None)
+    monkeypatch.setattr("worker.cpu.model_preparation.int8_kernels", lambda num_inputs: None)
     monkeypatch.setattr(int8, "int8_kernels", lambda num_inputs: None)
     model: Any = load_model(tiny_llama_dir, weights="int8").model
     assert not isinstance(model.lm_head, int8.Int8Linear)

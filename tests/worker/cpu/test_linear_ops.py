@@ -66,9 +66,9 @@ def test_a_weights_gradient_is_the_same_to_the_bit_every_time() -> None:
 
 def test_a_result_goes_where_there_is_room_or_onto_what_there_is() -> None:
     a, b, bias, room = torch.randn(9, 40), torch.randn(33, 40), torch.randn(33), torch.empty(9, 33)
-    assert_close(linear_ops.matmul(a, b, room_NO=room), a @ b.t())
-    assert_close(linear_ops.matmul(a, b, bias, room_NO=room), a @ b.t() + bias)
-    assert_close(linear_ops.matmul(a, torch.randn(40, 33).t().copy_(b), room_NO=room), a @ b.t())
+    assert_close(linear_ops.matmul(a, b, scratch_NO=room), a @ b.t())
+    assert_close(linear_ops.matmul(a, b, bias, scratch_NO=room), a @ b.t() + bias)
+    assert_close(linear_ops.matmul(a, torch.randn(40, 33).t().copy_(b), scratch_NO=room), a @ b.t())
     onto = torch.randn(33, 40)
     grad, expected = torch.randn(9, 33), onto.clone()
     assert linear_ops.weight_gradient(grad, a, onto_OI=onto) is onto
@@ -185,6 +185,6 @@ def test_a_layer_that_rounds_has_float32_gradients_that_are_rounded_and_no_more(
 
 def test_all_layers_but_one_round() -> None:
     model = nn.ModuleDict({"body": nn.Linear(6, 6), "head": nn.Linear(6, 10)})
-    linear_ops.use_onednn(model, torch.bfloat16, but=model.get_submodule("head"))
+    linear_ops.use_onednn(model, torch.bfloat16, exact=model.get_submodule("head"))
     assert model["body"].rounds_to == torch.bfloat16
     assert model["head"].rounds_to == torch.float32

@@ -1,10 +1,7 @@
 """Builds the C files of this folder into one library, once per processor, compiler and source.
 
-`stillhouse kernels build` runs this module, so that the first run or model does not have to wait
-for the compiler. A process that finds no library builds it when it needs it.
-
-`python -m worker.cpu.kernels.build` builds the library if it is missing and prints where it is.
-`--status` only prints it.
+`stillhouse kernels build` (worker/build_kernels.py) does this at install time. A process that
+finds no library builds it when it needs it.
 """
 
 import ctypes
@@ -13,7 +10,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -164,32 +160,3 @@ def _compile(command: list[str], target: Path) -> Path:
         errors = error.stderr.decode(errors="replace")[-500:]
         raise BuildFailed(f"{command[0]} failed: {errors}") from None
     return target
-
-
-def main() -> int:
-    """Prints which kernels this machine uses. The exit status is 1 if the compiler failed."""
-    is_status = sys.argv[1:] == ["--status"]
-    try:
-        path = find_library() if is_status else build_library()
-    except KernelsUnavailable as reason:
-        print(f"PyTorch computes everything: the C kernels cannot be built, because {reason}")
-        return int(isinstance(reason, BuildFailed))
-    if path is None:
-        print(
-            "the C kernels are not built yet; the first run or model builds them, or run `stillhouse kernels build`"
-        )
-        return 0
-    library = ctypes.CDLL(str(path))
-    features = [name for name, has in FEATURES.items() if getattr(library, has)()]
-    print(f"C kernels in {path}; fast on this processor: {', '.join(features) or 'float32 only'}")
-    return 0
-
-
-FEATURES = {
-    "bfloat16 weights": "has_tiles",
-    "int8 weights": "has_int8",
-    "float32 matmuls of three bfloat16 parts": "has_splits",
-}
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from worker.cpu.linear_ops import pack_weights
+from worker.cpu import prepare_for_inference
 from worker.distill.data.answer_cache import AnswerFile, AnswerSampling, ask
 from worker.distill.data.rows import Example, Row
 from worker.distill.data.sampler import Generation, Sampler
@@ -199,7 +199,7 @@ class Evaluator:
         is_teacher = teachers_file is not None
         view = self.teacher_view if is_teacher else self.student_view
         model = build().requires_grad_(False)
-        pack_weights(model)
+        prepare_for_inference(model)
         figures = held_out_figures(view.measure(model), self.metrics, self.groups)
         entry: Entry = size_of(model)
         tell(0.3)

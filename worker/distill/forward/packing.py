@@ -20,7 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
-from worker.cpu.short_attention import NAME, Attended, attending, attention, attention_gradients
+from worker.cpu import (
+    SHORT_ATTENTION,
+    Attended,
+    attending,
+    attention,
+    attention_gradients,
+)
 from worker.distill.data.batching import Batch
 
 LEAST_SAVED = 0.1  # share of tokens; a smaller saving does not repay the packing
@@ -97,7 +103,7 @@ def _can_pack(model: PreTrainedModel, batch: Batch) -> bool:
     config = model.config
     window = getattr(config, "sliding_window", None)
     return (
-        config._attn_implementation == NAME
+        config._attn_implementation == SHORT_ATTENTION
         and model.device.type == "cpu"
         and model.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from worker.cpu.kernels.bindings import Kernels, kernels
+from worker.cpu import LossKernel, loss_kernel
 from worker.distill.losses.divergences import TokenObjective, row_dot
 from worker.distill.losses.lm_head import (
     Head,
@@ -173,7 +173,7 @@ class _FusedLoss(torch.autograd.Function):
         dtype = scratch_dtype(job.head)
         sums_of = _Gradients(
             hidden_NH=torch.empty_like(hidden_NH) if needs_hidden else None,
-            weight=HeadGradient(dtype, job.head.num_parts) if needs_weight else None,
+            weight=HeadGradient(dtype, job.head.body_dtype) if needs_weight else None,
             bias_V=torch.zeros_like(bias_V, dtype=dtype)
             if needs_bias and bias_V is not None
             else None,
@@ -247,9 +247,9 @@ def _full_chunk(
     student_CV = write_logits(job.head, hidden_NH[rows], student_CV)
     teacher_CU = write_logits(job.teacher.head, job.teacher.hidden_NH[rows], teacher_CU)
     targets_C = job.targets_N[rows]
-    if (ops := _kernels_for(job, student_CV)) is not None:
+    if (compute := _kernel_for(job, student_CV)) is not None:
         objective = job.objective
-        terms_C4 = ops.distil(
+        terms_C4 = compute(
             student_CV,
             teacher_CU,
             targets_C,
@@ -273,11 +273,10 @@ def _full_chunk(
     return totals
 
 
-def _kernels_for(job: _Job, student_CV: Tensor) -> Kernels | None:
-    """Returns the compiled kernels if they support the objective, the dtype and the device."""
-    is_float32 = student_CV.dtype == torch.float32 and student_CV.device.type == "cpu"
+def _kernel_for(job: _Job, student_CV: Tensor) -> LossKernel | None:
+    """Returns the compiled loss if it supports the objective, the dtype and the device."""
     is_known = job.objective.is_forward_kl or job.objective.is_jensen_shannon
-    return kernels() if is_float32 and is_known and job.head.softcap is None else None
+    return loss_kernel(student_CV) if is_known and job.head.softcap is None else None
 
 
 def _text_chunk(

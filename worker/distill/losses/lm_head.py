@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from worker.cpu import linear_ops
+from worker import cpu
 from worker.distill.losses.divergences import row_dot
 from worker.distill.losses.top_k import TopRows
 from worker.errors import UnsupportedModel, VocabMismatch
@@ -34,15 +34,15 @@ BART_BIAS = "final_logits_bias"  # a buffer of shape [1, V] in BART models, neve
 class Head:
     """LM head, which computes the logits cap * tanh(scale * (h W^T + b) / cap) from hidden states.
 
-    Most models have neither a scale nor a softcap. `num_parts` sets the precision of float32
-    matmuls on a CPU (worker.cpu.linear_ops.product).
+    Most models have neither a scale nor a softcap. `body_dtype` is the dtype of the matmuls of
+    the model's other layers on a CPU. It decides how exact those of the head must be.
     """
 
     weight_VH: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
-    num_parts: int = linear_ops.FLOAT32_PARTS
+    body_dtype: torch.dtype = torch.float32
 
     @property
     def num_tokens(self) -> int:
@@ -254,7 +254,7 @@ def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
     z_CV = scratch_CV[: len(hidden_CH)]
     if head.weight_VH.dtype == z_CV.dtype:
         hidden_CH = hidden_CH.to(z_CV.dtype)
-        z_CV = linear_ops.matmul(hidden_CH, head.weight_VH, room_NO=z_CV, num_parts=head.num_parts)
+        z_CV = cpu.matmul(hidden_CH, head.weight_VH, scratch_NO=z_CV, body_dtype=head.body_dtype)
     else:
         z_CV.copy_(hidden_CH.to(head.weight_VH.dtype) @ head.weight_VH.t())
     if head.bias_V is not None:
@@ -269,15 +269,15 @@ def write_logits(head: Head, hidden_CH: Tensor, scratch_CV: Tensor) -> Tensor:
 def matmul(slope_CV: Tensor, head: Head) -> Tensor:
     """Returns `slope_CV` times the head's weight, [C, H], in the dtype of the weight."""
     weight_VH = head.weight_VH
-    return linear_ops.matmul(slope_CV.to(weight_VH.dtype), weight_VH.t(), num_parts=head.num_parts)
+    return cpu.matmul(slope_CV.to(weight_VH.dtype), weight_VH.t(), body_dtype=head.body_dtype)
 
 
 class HeadGradient:
     """Accumulates the gradient of a head's weight in `dtype`: the sum of slope^T h over chunks."""
 
-    def __init__(self, dtype: torch.dtype, num_parts: int = linear_ops.FLOAT32_PARTS) -> None:
+    def __init__(self, dtype: torch.dtype, body_dtype: torch.dtype = torch.float32) -> None:
         self._dtype = dtype
-        self._num_parts = num_parts
+        self._body_dtype = body_dtype
         self._sum_VH: Tensor | None = None
 
     def add(self, slope_CV: Tensor, hidden_CH: Tensor) -> None:
@@ -292,8 +292,8 @@ class HeadGradient:
     def _product(
         self, slope_CV: Tensor, hidden_CH: Tensor, onto_VH: Tensor | None = None
     ) -> Tensor:
-        return linear_ops.weight_gradient(
-            slope_CV, hidden_CH, onto_OI=onto_VH, num_parts=self._num_parts
+        return cpu.weight_gradient(
+            slope_CV, hidden_CH, onto_OI=onto_VH, body_dtype=self._body_dtype
         )
 
     def of(self, weight_VH: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from app.contracts.distillation import Lora
-from worker.cpu.linear_ops import OneDnnConv1D, OneDnnLinear, linear
+from worker.cpu import OneDnnConv1D, OneDnnLinear, linear
 from worker.distill.students.layer_dropping import layer_stacks
 from worker.errors import CorruptCheckpoint
 

@@ -12,9 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.contracts.distillation import Lora, Student
-from worker.cpu.linear_ops import use_onednn
-from worker.cpu.short_attention import use_short_attention
-from worker.cpu.training_ops import use_training_ops
+from worker.cpu import prepare_for_training
 from worker.distill.students.fresh import build_fresh, fresh_config
 from worker.distill.students.layer_dropping import first_and_last, keep_layers
 from worker.distill.students.lora import ADAPTERS, add_lora, load_lora_tensors
@@ -139,11 +137,11 @@ def load_student(
     resume_dir: Path | None,
     *,
     seed: int,
-    rounds_to: torch.dtype = torch.float32,
+    matmul_dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Returns the student ready for training: untrained, or from the checkpoint in `resume_dir`.
 
-    Adapters are added and parts that are not trained are frozen. `rounds_to` is the dtype in which
+    Adapters are added and parts that are not trained are frozen. `matmul_dtype` is the dtype in which
     linear layers other than the head multiply on a CPU.
     """
     # A checkpoint's model folder has the adapters merged in, so a LoRA student is built anew.
@@ -151,9 +149,7 @@ def load_student(
         model = recipe.build()
     else:
         model = load_model(resume_dir / "model")
-    use_onednn(model, rounds_to, but=model.get_output_embeddings())
-    use_short_attention(model)
-    use_training_ops(model)
+    prepare_for_training(model, dtype=matmul_dtype, exact=model.get_output_embeddings())
     if recipe.lora is not None:
         add_lora(model, recipe.lora, seed=seed)
         if resume_dir is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.cpu.training_ops import use_training_ops
+from worker.cpu import fuse_layers
 from worker.distill.data.batching import collate, cut_batches
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import Ranks
@@ -52,7 +52,7 @@ class LiveTeacher:
     def __init__(self, model: PreTrainedModel, prefix: tuple[int, ...] = ()) -> None:
         self._model = model.eval()
         self._device = str(model.device)
-        use_training_ops(model)
+        fuse_layers(model)
         self._threads = ThreadPoolExecutor(
             torch.get_num_threads(), "teacher", initializer=torch.set_num_threads, initargs=(1,)
         )

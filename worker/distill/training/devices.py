@@ -16,7 +16,7 @@ import torch
 from transformers import PretrainedConfig
 
 from app.contracts.distillation import Auto, Precision
-from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
+from worker.cpu import HAS_FAST_BFLOAT16
 from worker.distill.losses.lm_head import DEVICE_CHUNK_BYTES
 from worker.distill.students.layer_dropping import cut_config
 from worker.distill.students.recipe import StudentRecipe, freeze_encoder, freeze_head
@@ -44,7 +44,7 @@ class Device:
         return torch.bfloat16 if self.name == "cuda" and self.has_bfloat16 else None
 
     @property
-    def rounds_to(self) -> torch.dtype:
+    def matmul_dtype(self) -> torch.dtype:
         """The dtype in which linear layers multiply on a CPU."""
         return torch.bfloat16 if self.name == "cpu" and self.has_bfloat16 else torch.float32
 

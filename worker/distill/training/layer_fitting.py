@@ -25,9 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from worker.cpu.linear_ops import matmul, pack_weights, weight_gradient
-from worker.cpu.short_attention import use_short_attention
-from worker.cpu.training_ops import use_training_ops
+from worker.cpu import matmul, prepare_for_inference, weight_gradient
 from worker.distill.data.batching import Batch, collate
 from worker.distill.data.rows import Example
 from worker.distill.forward.hidden_states import run_body
@@ -89,7 +87,7 @@ def fit_student(
     model: PreTrainedModel,
     recipe: StudentRecipe,
     rows: Sequence[Example],
-    rounds_to: torch.dtype,
+    matmul_dtype: torch.dtype,
     on_progress: Callable[[], None],
     *,
     placement: Placement = ON_CPU,
@@ -97,7 +95,7 @@ def fit_student(
     """Fits the student's layers on the first of these rows.
 
     The start model may be as large as a teacher, so it is loaded where the placement has room for a
-    second model. On a CPU its matmuls round to `rounds_to`, as the student's do.
+    second model. On a CPU its matmuls round to `matmul_dtype`, as the student's do.
     """
     stacks = stacks_to_fit(recipe, model, read_config(recipe.start_dir))
     if not stacks:
@@ -106,9 +104,7 @@ def fit_student(
     asked = AUTO_ROWS if recipe.student.fit_rows == "auto" else recipe.student.fit_rows
     rows = rows[: rows_that_fit(rows[:asked], stacks, model)]
     start = load_start(recipe, placement)
-    pack_weights(start, dtype=rounds_to)
-    use_short_attention(start)
-    use_training_ops(start)
+    prepare_for_inference(start, dtype=matmul_dtype, fuses_layers=True)
     try:
         fit_layers(model, start, stacks, rows, on_progress)
     except NoPlainStream as e:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from app.contracts.distillation import Auto
-from worker.cpu.linear_ops import use_onednn
+from worker.cpu import prepare_for_training
 from worker.distill.data.batching import BatchPlan, pad
 from worker.distill.data.rows import Example
 from worker.distill.forward.hidden_states import transform_of
@@ -124,7 +124,7 @@ def _publish(partial: Path, target: Path) -> None:
 def adapted_model(adaptation: Adaptation, on_step: Callable[[int, int], None]) -> PreTrainedModel:
     """Returns the teacher after its steps of AdamW, with the same bits each time."""
     model = load_model(adaptation.teacher_dir).to(adaptation.device)
-    use_onednn(model)
+    prepare_for_training(model, fuses_layers=False)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.0), lr=0.0, fused=True)
     plan, num_steps, step, epoch = adaptation.plan, adaptation.num_steps, 0, 0
     while step < num_steps:

@@ -16,7 +16,6 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from app.contracts.distillation import EarlyStopping, Hyperparameters, Objective
-from worker.cpu.linear_ops import parts_beside
 from worker.distill.data.batching import BatchPlan, collate
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import ALONE, Ranks
@@ -92,7 +91,7 @@ class TrainingInputs:
     num_runs_after: int = 0  # student runs after this one, each with as many steps
     ranks: Ranks = ALONE
     autocast: torch.dtype | None = None  # autocast dtype of the student's layers, None: float32
-    rounds_to: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
+    matmul_dtype: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
     placement: Placement = ON_CPU  # of the teacher, and of a model of its size beside the student
 
 
@@ -133,12 +132,10 @@ class Trainer:
         )
         self.best_dir = setup.best_dir
         model = load_student(
-            setup.recipe, setup.resume_dir, seed=setup.seed, rounds_to=setup.rounds_to
+            setup.recipe, setup.resume_dir, seed=setup.seed, matmul_dtype=setup.matmul_dtype
         )
         self.model = model.to(setup.device)
-        self.head = replace(
-            head_of(self.model, setup.num_tokens), num_parts=parts_beside(setup.rounds_to)
-        )
+        self.head = replace(head_of(self.model, setup.num_tokens), body_dtype=setup.matmul_dtype)
         self.features = Features(setup.features, self.model) if setup.features else None
         self.gradients = Gradients(
             self.model,
@@ -212,7 +209,7 @@ class Trainer:
             self.model,
             self.setup.recipe,
             rows,
-            self.setup.rounds_to,
+            self.setup.matmul_dtype,
             self._while_working,
             placement=self.setup.placement,
         )

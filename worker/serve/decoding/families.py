@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from worker.cpu.llama_decoder import LlamaDecoder, is_llama_like
+from worker.cpu import LlamaDecoder, is_llama_like
 from worker.serve.errors import UnsupportedModel
 
 CAUSAL = frozenset(

@@ -18,7 +18,7 @@ from app.contracts.messages import (
     Sampling,
     ServingOptions,
 )
-from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
+from worker.cpu import HAS_FAST_BFLOAT16
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import OptionUnavailable
 from worker.serve.loading import LoadedModel, load_model

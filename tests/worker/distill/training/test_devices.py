@@ -76,7 +76,7 @@ def test_only_a_new_card_trains_under_autocast() -> None:
         None,
         torch.bfloat16,
     ]
-    assert NEW_CARD.rounds_to == torch.float32  # autocast does it there
+    assert NEW_CARD.matmul_dtype == torch.float32  # autocast does it there
 
 
 def test_a_student_that_is_too_large_by_estimate_is_said_to_be() -> None:
@@ -108,10 +108,10 @@ def test_without_a_card_the_device_is_the_cpu(
     # what a processor cannot do is not asked of it
     assert found == find_device(precision="bfloat16")
     assert found.autocast is None
-    assert found.rounds_to == (torch.bfloat16 if has_bfloat16 else torch.float32)
+    assert found.matmul_dtype == (torch.bfloat16 if has_bfloat16 else torch.float32)
     assert bool(place(found, needs(1, 1)).message) == has_bfloat16
     assert find_device(precision="float32") == Device() == Placement().device
-    assert Device().rounds_to == torch.float32
+    assert Device().matmul_dtype == torch.float32
 
 
 def test_a_students_bytes_are_its_parameters_and_what_training_adds(tiny_gpt2_dir: Path) -> None:
