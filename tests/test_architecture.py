@@ -17,6 +17,7 @@ MAX_FUNCTION_LINES = 60
 MAX_MODULES = 16  # in one folder
 WORKER_MAY_IMPORT = {
     "app.artifact_cache",
+    "app.contracts.architectures",
     "app.contracts.control",
     "app.contracts.distillation",
     "app.contracts.messages",

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from app.contracts.architectures import ARCHITECTURES
 from app.contracts.distillation import (
     Data,
     Distillation,
@@ -19,8 +20,8 @@ from app.services.training_rows import CONVERSATIONS, UNANSWERED
 
 BLOCK = "method.distillation"
 # Architectures whose width can be reduced, and those that can be exported to GGUF.
-NARROWABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3", "t5")
-EXPORTABLE = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+NARROWABLE = tuple(a.model_type for a in ARCHITECTURES.values() if a.layers is not None)
+EXPORTABLE = tuple(a.model_type for a in ARCHITECTURES.values() if a.gguf is not None)
 SIGNAL = "objective.teacher_signal"
 
 

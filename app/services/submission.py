@@ -7,6 +7,7 @@ disk that is too small.
 import re
 from dataclasses import dataclass, replace
 
+from app.contracts.architectures import UNBOUNDED_CONTEXT
 from app.contracts.distillation import Distillation, FreshConfig
 from app.contracts.messages import SPLIT_VERSION, ArtifactRef, DistillationJob, ModelFacts
 from app.db import files
@@ -26,7 +27,6 @@ from app.storage import store
 # of the weights of the model that the student starts from.
 STUDENT_COPIES = 6
 # Context of models with unlimited positions. The same value is in worker/models/architectures.py.
-UNBOUNDED_CONTEXT = 2048
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
 
 

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.contracts.architectures import ARCHITECTURES
 from worker.cpu.fused_decoder import FusedDecoder
 from worker.cpu.kernels.bindings import Kernels, kernels
 from worker.cpu.linear_ops import multiplier, packed_weight
 
 FIRST_POSITIONS = 2048  # smallest number of positions in the table of rotations
-LLAMA_LIKE = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3"})
+LLAMA_LIKE = frozenset(a.model_type for a in ARCHITECTURES.values() if a.has_llama_decoder)
 
 Model = Any  # transformers is untyped here
 Multiply = Callable[[Tensor], Tensor]

@@ -15,17 +15,22 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
+from app.contracts.architectures import ARCHITECTURES, Part
 from worker.cpu.kernels.bindings import Kernels, kernels
 from worker.cpu.short_attention import NAME as SHORT_ATTENTION
 from worker.cpu.short_attention import attend
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3")
+
+def _classes_with(part: Part, suffix: str) -> set[str]:
+    return {f"{a.classes}{suffix}" for a in ARCHITECTURES.values() if part in a.fused}
+
+
 # these compute weight * x / sqrt(mean(x^2) + variance_epsilon) and nothing more
-RMS_NORMS = {*(f"{family}RMSNorm" for family in FAMILIES), "T5LayerNorm"}
+RMS_NORMS = {*_classes_with("norms", "RMSNorm"), "T5LayerNorm"}
 # these compute down(act(gate(x)) * up(x)) and nothing more
-GATED_MLPS = {f"{family}MLP" for family in FAMILIES}
+GATED_MLPS = _classes_with("mlp", "MLP")
 # these have projections, a rotation over the full head width, attention and an output projection
-ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention"}
+ATTENTIONS = _classes_with("attention", "Attention")
 
 
 def use_training_ops(model: PreTrainedModel) -> None:

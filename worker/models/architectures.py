@@ -1,7 +1,10 @@
-"""Supported model architectures and their kinds: causal, seq2seq or masked."""
+"""Kinds, classes and sizes of supported models, read from their configs.
+
+The table of architectures is in app/contracts/architectures.py.
+"""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import (
@@ -14,26 +17,19 @@ from transformers import (
     PreTrainedModel,
 )
 
+from app.contracts.architectures import ARCHITECTURES, UNBOUNDED_CONTEXT, distilled
+from app.contracts.messages import ModelKind
 from worker.errors import UnsupportedModel
 
-ModelKind = Literal["causal", "seq2seq", "masked"]
-
-CAUSAL = ("bloom", "gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3", "smollm3")
-SEQ2SEQ = ("bart", "encoder-decoder", "t5")
-MASKED = ("bert", "roberta")  # only as teachers, because they have no next-token distribution
+CAUSAL, SEQ2SEQ, MASKED = distilled("causal"), distilled("seq2seq"), distilled("masked")
 SUPPORTED = tuple(sorted((*CAUSAL, *SEQ2SEQ, *MASKED)))
-HALVES = ("bert", "gpt2", "roberta")  # encoders and decoders of an EncoderDecoderModel
-UNBOUNDED_CONTEXT = 2048  # context limit of models without a maximum position (T5, BLOOM)
 
 
 def shape_of(config: PretrainedConfig) -> ModelKind:
     """Returns the kind of the model. Raises UnsupportedModel for an unknown architecture."""
-    if config.model_type in CAUSAL:
-        return "causal"
-    if config.model_type in SEQ2SEQ:
-        return "seq2seq"
-    if config.model_type in MASKED:
-        return "masked"
+    known = ARCHITECTURES.get(config.model_type)
+    if known is not None and known.is_distilled:
+        return known.kind
     raise UnsupportedModel(
         f"the model has architecture {config.model_type!r}; supported are {', '.join(SUPPORTED)}"
     )

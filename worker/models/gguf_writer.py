@@ -19,20 +19,18 @@ from gguf.quants import quantize
 from safetensors import safe_open
 from transformers import AutoConfig
 
+from app.contracts.architectures import ARCHITECTURES
 from worker.errors import BrokenFile, UnsupportedModel
 from worker.models.gguf_vocabulary import Vocabulary, read_vocabulary
 
 Kind = Literal["f16", "q8_0", "f32"]
 Floats = npt.NDArray[np.float32]
 
-# The GGUF architecture of each model type. GGUF stores Mistral models as llama.
+# The GGUF architecture of each model type that can be exported.
 ARCHITECTURE_OF = {
-    "gpt2": gguf.MODEL_ARCH.GPT2,
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
+    row.model_type: gguf.MODEL_ARCH[row.gguf.upper()]
+    for row in ARCHITECTURES.values()
+    if row.gguf is not None
 }
 EXPORTABLE = tuple(ARCHITECTURE_OF)
 KINDS: dict[Kind, tuple[GGMLQuantizationType, LlamaFileType]] = {

@@ -10,9 +10,10 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
+from app.contracts.architectures import HALVES
 from app.contracts.messages import ChatCost, ModelFacts
 from worker.errors import BrokenFile, MissingFile, UnsupportedModel
-from worker.models.architectures import HALVES, SUPPORTED, context_tokens, layer_counts, shape_of
+from worker.models.architectures import SUPPORTED, context_tokens, layer_counts, shape_of
 from worker.models.artifact_checks import read_safetensors_header, weight_files
 
 BUFFER = "final_logits_bias"  # a buffer that BART stores with its weights; not a parameter

@@ -19,8 +19,8 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from app.contracts.messages import ModelKind
 from worker.errors import InvalidTrainingFile
-from worker.models.architectures import ModelKind
 from worker.models.template_limits import bounded
 
 MAX_VALIDATION_ROWS = 200

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from app.contracts.architectures import ARCHITECTURES
 from app.contracts.distillation import Student
 from worker.distill.students.layer_dropping import rebuild
 from worker.errors import InvalidStudent, UnsupportedModel
@@ -64,8 +65,8 @@ T5_AXES = {
     "IH": "wi.weight wi_0.weight wi_1.weight",
     "HI": "wo.weight",
 }
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-AXES = {**dict.fromkeys(LLAMA_LIKE, LLAMA_AXES), "gpt2": GPT2_AXES, "t5": T5_AXES}
+AXES_OF_LAYERS = {"gpt2": GPT2_AXES, "llama": LLAMA_AXES, "t5": T5_AXES}
+AXES = {a.model_type: AXES_OF_LAYERS[a.layers] for a in ARCHITECTURES.values() if a.layers}
 Sequences = Sequence[Sequence[int]]
 
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from app.contracts.distillation import TeacherSignal
+from app.contracts.messages import ModelKind
 from worker.errors import TokenizerMismatch, UnsupportedModel
-from worker.models.architectures import ModelKind
 
 
 @dataclass(frozen=True)

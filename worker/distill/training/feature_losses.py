@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
 from app.contracts.distillation import AttentionTerm, HiddenTerm
+from app.contracts.messages import ModelKind
 from worker.distill.data.batching import Batch, collate, pad
 from worker.distill.data.rows import Example
 from worker.distill.forward.attention_relations import (
@@ -33,7 +34,7 @@ from worker.distill.forward.hidden_states import decoder_states, encoder_states,
 from worker.distill.students.layer_dropping import layer_stacks
 from worker.distill.teachers.masked_lm import segments
 from worker.errors import InvalidStudent, UnsupportedModel
-from worker.models.architectures import ModelKind, shape_of
+from worker.models.architectures import shape_of
 
 Side = Literal["encoder", "decoder"]
 

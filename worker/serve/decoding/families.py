@@ -17,26 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from app.contracts.architectures import HALVES, served
 from worker.cpu import LlamaDecoder, is_llama_like
 from worker.serve.errors import UnsupportedModel
 
-CAUSAL = frozenset(
-    {
-        "bloom",
-        "gemma3_text",
-        "gpt2",
-        "gpt_neox",
-        "llama",
-        "mistral",
-        "opt",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-    }
-)
-SEQ2SEQ = frozenset({"bart", "encoder-decoder", "t5"})
-HALVES = frozenset({"bert", "gpt2", "roberta"})  # of an "encoder-decoder"
-MASKED = frozenset({"bert", "roberta"})
+CAUSAL, SEQ2SEQ, MASKED = served("causal"), served("seq2seq"), served("masked")
 # Padded prompts become NaN in these models, which reaches real tokens as 0 * NaN.
 ONE_PROMPT_AT_A_TIME = frozenset({"bloom"})
 
@@ -117,10 +102,10 @@ def refuse_unlisted(config: Config) -> None:
         raise UnsupportedModel(
             f"model type {kind!r} cannot be served; supported: {', '.join(sorted(CAUSAL | SEQ2SEQ))}"
         )
-    if (
-        kind == "encoder-decoder"
-        and not {config.encoder.model_type, config.decoder.model_type} <= HALVES
-    ):
+    if kind == "encoder-decoder" and not {
+        config.encoder.model_type,
+        config.decoder.model_type,
+    } <= set(HALVES):
         raise UnsupportedModel(
             f"an encoder-decoder of {config.encoder.model_type!r} and {config.decoder.model_type!r} cannot be "
             f"served; supported halves: {', '.join(sorted(HALVES))}"

@@ -3,9 +3,9 @@
 import pytest
 
 from app.contracts.distillation import TeacherSignal
+from app.contracts.messages import ModelKind
 from worker.distill.teachers.signals import choose_signal
 from worker.errors import WorkerError
-from worker.models.architectures import ModelKind
 
 
 @pytest.mark.parametrize(

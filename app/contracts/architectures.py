@@ -1,0 +1,84 @@
+"""The table of supported model architectures. Adding one begins with a row here.
+
+An architecture is named as in `model_type` of a model's config.json. What a row says is checked by
+the tests, which run over all rows. Code that is particular to one architecture is in its adapters:
+`worker/serve/decoding/families.py` for serving and `worker/models/` for GGUF.
+"""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from app.contracts.messages import ModelKind
+
+Part = Literal["norms", "mlp", "attention"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the service can do with models of one type.
+
+    kind: Causal models and encoder-decoders write text. Masked models can only be teachers.
+    layers: The layout of the layers, if the width of such a model can be cut.
+    classes: Prefix of its class names in transformers, if it has `fused` parts.
+    fused: Parts of a layer that compute what those of Llama do. Fused operations replace them in
+        training.
+    has_llama_decoder: `LlamaDecoder` implements everything that the model computes.
+    gguf: Name of the architecture in GGUF files, if a model can be exported to GGUF.
+    is_distilled: It can be a teacher and a student, and not only be served.
+    """
+
+    model_type: str
+    kind: ModelKind
+    layers: Literal["gpt2", "llama", "t5"] | None = None
+    classes: str = ""
+    fused: tuple[Part, ...] = ()
+    has_llama_decoder: bool = False
+    gguf: str | None = None
+    is_distilled: bool = True
+
+
+def _llama_like(
+    model_type: str, classes: str, *, gguf: str | None, has_llama_attention: bool = True
+) -> Architecture:
+    return Architecture(
+        model_type,
+        "causal",
+        layers="llama",
+        classes=classes,
+        fused=("norms", "mlp", "attention") if has_llama_attention else ("norms", "mlp"),
+        has_llama_decoder=True,
+        gguf=gguf,
+    )
+
+
+_ROWS: Final = (
+    Architecture("bart", "seq2seq"),
+    Architecture("bert", "masked"),
+    Architecture("bloom", "causal"),
+    Architecture("encoder-decoder", "seq2seq"),
+    Architecture("gemma3_text", "causal", is_distilled=False),
+    Architecture("gpt2", "causal", layers="gpt2", gguf="gpt2"),
+    Architecture("gpt_neox", "causal"),
+    _llama_like("llama", "Llama", gguf="llama"),
+    _llama_like("mistral", "Mistral", gguf="llama"),  # GGUF stores Mistral models as llama
+    Architecture("opt", "causal"),
+    _llama_like("qwen2", "Qwen2", gguf="qwen2"),
+    _llama_like("qwen3", "Qwen3", gguf="qwen3", has_llama_attention=False),
+    Architecture("roberta", "masked"),
+    _llama_like("smollm3", "SmolLM3", gguf="smollm3", has_llama_attention=False),
+    Architecture("t5", "seq2seq", layers="t5"),
+)
+ARCHITECTURES: Final = {row.model_type: row for row in _ROWS}
+# Encoders and decoders of an EncoderDecoderModel.
+HALVES: Final = ("bert", "gpt2", "roberta")
+UNBOUNDED_CONTEXT: Final = 2048  # context limit of models without a maximum position (T5, BLOOM)
+
+
+def distilled(kind: ModelKind) -> tuple[str, ...]:
+    """Returns the architectures of a kind that can be teachers or students, in order."""
+    return tuple(a.model_type for a in _ROWS if a.kind == kind and a.is_distilled)
+
+
+def served(kind: ModelKind) -> frozenset[str]:
+    """Returns the architectures of a kind that an engine can call."""
+    return frozenset(a.model_type for a in _ROWS if a.kind == kind)
