@@ -26,7 +26,22 @@ TOKENIZERS = {
     "roberta": "roberta",
     "bart": "roberta",
 }
-LLAMA_LIKE = {"llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3", "smollm3": "SmolLM3"}
+LLAMA_LIKE = {
+    "granite": "Granite",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+}
+# Settings that no other family has, with values other than their defaults.
+PARTICULAR: dict[str, dict[str, Any]] = {
+    "granite": {
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 1.5,
+    },
+}
 MASKED = ("bert", "roberta")
 # Standard deviations of layers, attention, embeddings and positions with which greedy text does not repeat.
 SCALES = {
@@ -135,7 +150,7 @@ def tiny_config(
     if family in LLAMA_LIKE:
         heads = {"num_key_value_heads": 2, "head_dim": WIDTH // HEADS, "tie_word_embeddings": True}
         return getattr(hf, f"{LLAMA_LIKE[family]}Config")(
-            **sizes, **heads, intermediate_size=2 * WIDTH
+            **sizes, **heads, **PARTICULAR.get(family, {}), intermediate_size=2 * WIDTH
         )
     if family == "bloom":
         return hf.BloomConfig(

@@ -59,6 +59,7 @@ _ROWS: Final = (
     Architecture("gemma3_text", "causal", is_distilled=False),
     Architecture("gpt2", "causal", layers="gpt2", gguf="gpt2"),
     Architecture("gpt_neox", "causal"),
+    Architecture("granite", "causal", classes="Granite", fused=("norms", "mlp", "attention")),
     _llama_like("llama", "Llama", gguf="llama"),
     _llama_like("mistral", "Mistral", gguf="llama"),  # GGUF stores Mistral models as llama
     Architecture("opt", "causal"),

@@ -133,6 +133,8 @@ def _scale_of(config: PretrainedConfig) -> float:
     # true for a T5 whose embedding is tied to the head
     if config.model_type == "t5" and config.scale_decoder_outputs:
         return float(config.d_model**-0.5)
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        return 1.0 / float(divisor)
     return float(getattr(config, "logit_scale", None) or 1.0)
 
 

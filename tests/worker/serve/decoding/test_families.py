@@ -41,6 +41,8 @@ CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
     },
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
     "gpt_neox": LLAMA_LIKE,
+    "granite": LLAMA_LIKE
+    | {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 1.5},
     "llama": LLAMA_LIKE,
     "mistral": LLAMA_LIKE | {"sliding_window": 8},
     "opt": LLAMA_LIKE | {"ffn_dim": 64, "word_embed_proj_dim": 32},
