@@ -30,6 +30,7 @@ LLAMA_LIKE = {
     "granite": "Granite",
     "llama": "Llama",
     "mistral": "Mistral",
+    "olmo2": "Olmo2",
     "qwen3": "Qwen3",
     "smollm3": "SmolLM3",
 }

@@ -62,6 +62,7 @@ _ROWS: Final = (
     Architecture("granite", "causal", classes="Granite", fused=("norms", "mlp", "attention")),
     _llama_like("llama", "Llama", gguf="llama"),
     _llama_like("mistral", "Mistral", gguf="llama"),  # GGUF stores Mistral models as llama
+    Architecture("olmo2", "causal", classes="Olmo2", fused=("norms", "mlp")),
     Architecture("opt", "causal"),
     _llama_like("qwen2", "Qwen2", gguf="qwen2"),
     _llama_like("qwen3", "Qwen3", gguf="qwen3", has_llama_attention=False),

@@ -18,6 +18,7 @@ from transformers import (
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -86,6 +87,7 @@ CAUSAL: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**LLAMA_LIKE),
     "llama-tied": lambda: LlamaConfig(**LLAMA_LIKE, tie_word_embeddings=True),
     "mistral": lambda: MistralConfig(**LLAMA_LIKE),
+    "olmo2": lambda: Olmo2Config(**LLAMA_LIKE),
     "opt": lambda: OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32),
     "opt-post-norm": lambda: OPTConfig(
         **SIZES, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False

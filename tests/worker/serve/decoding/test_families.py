@@ -45,6 +45,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
     | {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 1.5},
     "llama": LLAMA_LIKE,
     "mistral": LLAMA_LIKE | {"sliding_window": 8},
+    "olmo2": LLAMA_LIKE,
     "opt": LLAMA_LIKE | {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE | {"head_dim": 8},
