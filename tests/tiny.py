@@ -31,6 +31,7 @@ LLAMA_LIKE = {
     "llama": "Llama",
     "mistral": "Mistral",
     "olmo2": "Olmo2",
+    "phi3": "Phi3",
     "qwen3": "Qwen3",
     "smollm3": "SmolLM3",
 }
@@ -42,6 +43,8 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "logits_scaling": 1.5,
     },
+    # as in Phi-4-mini, which rotates a part of a head
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
 }
 MASKED = ("bert", "roberta")
 # Standard deviations of layers, attention, embeddings and positions with which greedy text does not repeat.

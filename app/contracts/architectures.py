@@ -64,6 +64,7 @@ _ROWS: Final = (
     _llama_like("mistral", "Mistral", gguf="llama"),  # GGUF stores Mistral models as llama
     Architecture("olmo2", "causal", classes="Olmo2", fused=("norms", "mlp")),
     Architecture("opt", "causal"),
+    Architecture("phi3", "causal", classes="Phi3", fused=("norms",)),  # Phi-3 and Phi-4
     _llama_like("qwen2", "Qwen2", gguf="qwen2"),
     _llama_like("qwen3", "Qwen3", gguf="qwen3", has_llama_attention=False),
     Architecture("roberta", "masked"),

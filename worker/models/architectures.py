@@ -76,9 +76,26 @@ def context_tokens(config: PretrainedConfig) -> int:
     """
     if config.model_type == "encoder-decoder":
         return min(context_tokens(config.encoder), context_tokens(config.decoder))
-    positions = getattr(config, "max_position_embeddings", None) or UNBOUNDED_CONTEXT
-    # Two positions of RoBERTa are reserved and hold no tokens.
-    return int(positions) - (2 if config.model_type == "roberta" else 0)
+    return num_positions(config) or UNBOUNDED_CONTEXT
+
+
+def num_positions(config: PretrainedConfig) -> int | None:
+    """Returns the number of positions of a model, or of one half of an encoder-decoder.
+
+    None means that there is no limit. A model with LongRoPE (Phi-3, Phi-4) counts with the length
+    of its first training: beyond it, the angles of all tokens change with the longest row.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if not positions:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        first = rope.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", positions
+        )
+        positions = min(positions, first)
+    # RoBERTa's positions begin after the padding index.
+    return int(positions) - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
 
 
 def layer_counts(config: PretrainedConfig) -> tuple[int, int]:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoConfig
 
 from app.contracts.messages import ModelFacts
 from tests.tiny import save_tiny
 from worker.errors import BrokenFile, MissingFile, UnsupportedModel
-from worker.models.architectures import model_class, read_config
+from worker.models.architectures import context_tokens, model_class, read_config
 from worker.models.model_facts import model_facts, tokenizer_sha256
 
 
@@ -186,3 +187,22 @@ def test_missing_parts_are_named(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(MissingFile, match="safetensors"):
         model_facts(folder)
+
+
+def test_a_model_with_longrope_is_used_up_to_the_length_of_its_first_training() -> None:
+    factors = [1.0] * 8
+    config = AutoConfig.for_model(
+        "phi3",
+        hidden_size=64,
+        num_attention_heads=4,
+        max_position_embeddings=131_072,
+        original_max_position_embeddings=4096,
+        pad_token_id=0,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "short_factor": factors,
+            "long_factor": factors,
+        },
+    )
+    assert context_tokens(config) == 4096

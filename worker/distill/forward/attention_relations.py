@@ -23,6 +23,9 @@ APART = (
 IN_THIRDS = "attn.c_attn"
 # fused layers of BLOOM and NeoX, whose output holds query, key and value of one head after another
 BY_HEAD = ("self_attention.query_key_value", "attention.query_key_value")
+# fused layer of Phi-3, whose output holds all queries, then all keys, then all values; it has fewer
+# key heads than query heads
+WITH_SHARED_KEYS = "self_attn.qkv_proj"
 NO_KEY = -1e9  # score of a masked key; finite, so that the difference of two such scores is not NaN
 
 
@@ -33,12 +36,17 @@ class SelfAttention:
     modules: tuple[nn.Module, ...]
     # heads of a fused layer, or 1 if its output is in thirds; None for separate layers
     num_fused_heads: int | None = None
+    # widths of queries, keys and values in a fused layer with shared key heads
+    fused_widths: tuple[int, int, int] | None = None
 
     def split(self, outputs: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Splits the outputs of the modules into queries, keys and values, [..., D] each.
 
         Shared key heads are not repeated.
         """
+        if self.fused_widths is not None:
+            queries, keys, values = outputs[0].split(self.fused_widths, dim=-1)
+            return queries, keys, values
         if self.num_fused_heads is None:
             queries, keys, values = outputs
             return queries, keys, values
@@ -50,6 +58,8 @@ class SelfAttention:
     @property
     def widths(self) -> set[int]:
         """Widths of the queries, keys and values."""
+        if self.fused_widths is not None:
+            return set(self.fused_widths)
         if self.num_fused_heads is not None:
             return {_width(self.modules[0]) // 3}
         return {_width(module) for module in self.modules}
@@ -60,13 +70,18 @@ def self_attention(layer: nn.Module, num_heads: int) -> SelfAttention:
 
     Raises UnsupportedModel if they cannot be found.
     """
-    modules = dict(layer.named_modules())
+    modules: dict[str, Any] = dict(layer.named_modules())  # Any: each family has its own classes
     for names in APART:
         if all(name in modules for name in names):
             return SelfAttention(tuple(modules[name] for name in names))
     for name, num_fused_heads in ((IN_THIRDS, 1), *((name, num_heads) for name in BY_HEAD)):
         if name in modules:
             return SelfAttention((modules[name],), num_fused_heads)
+    if WITH_SHARED_KEYS in modules:
+        fused, attention = modules[WITH_SHARED_KEYS], modules["self_attn"]
+        key_width = attention.num_key_value_heads * attention.head_dim
+        query_width = _width(fused) - 2 * key_width
+        return SelfAttention((fused,), fused_widths=(query_width, key_width, key_width))
     raise UnsupportedModel(
         f"cannot tell queries, keys and values of a {type(layer).__name__} apart"
     )

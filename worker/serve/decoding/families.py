@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from app.contracts.architectures import HALVES, served
 from worker.cpu import LlamaDecoder, is_llama_like
+from worker.models.architectures import num_positions
 from worker.serve.errors import UnsupportedModel
 
 CAUSAL, SEQ2SEQ, MASKED = served("causal"), served("seq2seq"), served("masked")
@@ -126,16 +127,16 @@ def family_of(model: nn.Module) -> Family:
             if takes_positions
             else _causal_without_positions,
             cache_dtype=decoder.cache_dtype if decoder else None,
-            context_tokens=_num_positions(config),
+            context_tokens=num_positions(config),
             can_pad_prompts=config.model_type not in ONE_PROMPT_AT_A_TIME,
             reads_column_order=_reads_column_order(config),
         )
     has_halves = config.model_type == "encoder-decoder"
     return Family(
         forward={"t5": _t5, "bart": _bart, "encoder-decoder": _halves}[config.model_type],
-        context_tokens=_num_positions(config.decoder if has_halves else config),
+        context_tokens=num_positions(config.decoder if has_halves else config),
         has_encoder=True,
-        source_tokens=_num_positions(config.encoder if has_halves else config),
+        source_tokens=num_positions(config.encoder if has_halves else config),
         start_token=_start_token(model),
     )
 
@@ -143,14 +144,6 @@ def family_of(model: nn.Module) -> Family:
 def _reads_column_order(config: Config) -> bool:
     # ALiBi and sliding windows count columns of the mask
     return config.model_type == "bloom" or getattr(config, "sliding_window", None) is not None
-
-
-def _num_positions(config: Config) -> int | None:
-    positions = getattr(config, "max_position_embeddings", None)
-    if not positions:
-        return None
-    # RoBERTa's positions begin after the padding index
-    return int(positions) - (config.pad_token_id + 1 if config.model_type == "roberta" else 0)
 
 
 def _start_token(model: Model) -> int:

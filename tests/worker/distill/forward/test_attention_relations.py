@@ -69,6 +69,8 @@ def first_heads(model: Any) -> list[tuple[int, int]]:
         return [(0, size), (WIDTH, size), (2 * WIDTH, size)]
     if model.config.model_type in ("bloom", "gpt_neox"):
         return [(0, size), (size, size), (2 * size, size)]
+    if model.config.model_type == "phi3":
+        return [(0, size), (WIDTH, size), (WIDTH + 2 * size, size)]  # two heads of keys
     return [(0, size)] * 3
 
 

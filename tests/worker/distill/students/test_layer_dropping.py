@@ -21,6 +21,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     PreTrainedModel,
+    Phi3Config,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
@@ -92,6 +93,7 @@ CAUSAL: dict[str, Callable[[], Any]] = {
     "opt-post-norm": lambda: OPTConfig(
         **SIZES, ffn_dim=48, word_embed_proj_dim=16, do_layer_norm_before=False
     ),
+    "phi3": lambda: Phi3Config(**LLAMA_LIKE),
     "qwen2": lambda: Qwen2Config(**LLAMA_LIKE),
     "qwen3-sliding": lambda: Qwen3Config(
         **LLAMA_LIKE, head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=2

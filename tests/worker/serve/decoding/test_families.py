@@ -47,6 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
     "mistral": LLAMA_LIKE | {"sliding_window": 8},
     "olmo2": LLAMA_LIKE,
     "opt": LLAMA_LIKE | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi3": LLAMA_LIKE,
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE | {"head_dim": 8},
     "smollm3": LLAMA_LIKE | {"no_rope_layers": [1, 1, 1, 0]},
