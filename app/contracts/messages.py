@@ -151,8 +151,19 @@ class Message(Contract):
     content: str
 
 
+# Types of the sampling parameters that the HTTP bodies share with `Sampling`.
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
+TopK = Annotated[int, Field(ge=0, le=1_000_000)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+RepetitionPenalty = Annotated[float, Field(gt=0.0, le=10.0)]
+
+
 class Sampling(Contract):
     """Sampling parameters of one request.
+
+    A field that also is in `app.schemas.completions.GenerationBody`, under the same name, is copied
+    from there unless the client leaves it out.
 
     temperature: 0 is greedy decoding.
     top_k, top_p, min_p: 0, 1 and 0 disable the filters.
@@ -166,13 +177,13 @@ class Sampling(Contract):
 
     max_tokens: Annotated[int, Field(ge=1)] = 16
     fits_context: bool = False
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
+    temperature: Temperature = 1.0
+    top_k: TopK = 0
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
-    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] = 1.0
+    min_p: Fraction = 0.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: Annotated[int, Field(ge=0)] = 0
     seed: int | None = None

@@ -13,7 +13,15 @@ from pydantic import (
     model_validator,
 )
 
-from app.contracts.messages import Message, Sampling
+from app.contracts.messages import (
+    Fraction,
+    Message,
+    Penalty,
+    RepetitionPenalty,
+    Sampling,
+    Temperature,
+    TopK,
+)
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -22,7 +30,6 @@ Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
 TokenPrompt = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
 TextPrompt = Annotated[str, StringConstraints(strict=True)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")]
-Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 LogitBias = Annotated[
     dict[TokenId, Annotated[float, Field(ge=-100.0, le=100.0)]], Field(max_length=1024)
 ]
@@ -55,13 +62,13 @@ class GenerationBody(BaseModel):
     model: ModelId
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    temperature: Temperature | None = None
+    top_p: Fraction | None = None
+    top_k: TopK | None = None
+    min_p: Fraction | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=10.0)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - 128)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
@@ -118,32 +125,27 @@ class GenerationBody(BaseModel):
         logprobs: int | None,
         fits_context: bool = False,
     ) -> Sampling:
-        stops = (
-            ()
-            if self.stop is None
-            else (self.stop,)
-            if isinstance(self.stop, str)
-            else tuple(self.stop)
-        )
+        given: dict[str, Any] = {  # Any: parameters of several types
+            name: value for name in SHARED if (value := getattr(self, name)) is not None
+        }
+        if self.top_p is not None:
+            # both 0 and TINY keep only the most likely token
+            given["top_p"] = max(self.top_p, TINY)
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(
+            **given,
             max_tokens=max_tokens,
             fits_context=fits_context,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k or 0,
-            top_p=1.0
-            if self.top_p is None
-            else max(self.top_p, TINY),  # both 0 and TINY keep only the most likely token
-            min_p=self.min_p or 0.0,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            repetition_penalty=self.repetition_penalty or 1.0,
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             min_tokens=min_tokens or 0,
-            seed=self.seed,
             stop=stops,
             logprobs=logprobs,
-            ignore_eos=self.ignore_eos,
         )
+
+
+# Parameters that have the same name and form in a body and in `Sampling`.
+CONVERTED = {"max_tokens", "stop", "logit_bias"}
+SHARED = (Sampling.model_fields.keys() & GenerationBody.model_fields.keys()) - CONVERTED
 
 
 class CompletionBody(GenerationBody):

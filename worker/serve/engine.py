@@ -11,7 +11,7 @@ from torch import nn
 from app.contracts.messages import GenerateRequest, Reply
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.logit_processors import processor_for, refuse_unknown_tokens
-from worker.serve.decoding.sampling import SampledToken, TokenSampler, seeded_generator
+from worker.serve.decoding.sampling import SampledToken, TokenSampler
 from worker.serve.errors import BadLogits, DeadlinePassed, EchoUnsupported, ServeError, failure_of
 from worker.serve.text.detokenizer import TokenText
 from worker.serve.text.prompt_size import size_bound
@@ -135,7 +135,6 @@ class TransformersEngine:
 
     def _sequence(self, request: GenerateRequest, prompt: tuple[int, ...], choice: int) -> Sequence:
         sampling = request.sampling
-        seed = seed_of(request, choice)
         end_ids = frozenset() if sampling.ignore_eos else self._end_ids
         # The tokens that repetition_penalty counts, as in generate(). A decoder with an encoder has
         # read its start token only.
@@ -145,14 +144,10 @@ class TransformersEngine:
             prompt=prompt,
             max_tokens=min(sampling.max_tokens, self._decoder.context.room_for(len(prompt))),
             end_ids=end_ids,
-            sampler=TokenSampler(
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-                min_p=sampling.min_p,
+            sampler=TokenSampler.of(
+                sampling,
                 num_logprobs=num_logprobs_of(request),
-                generator=seeded_generator(seed),
-                has_seed=seed is not None,
+                seed=seed_of(request, choice),
                 processor=processor_for(sampling, context=context, end_ids=end_ids),
             ),
             choice=choice,

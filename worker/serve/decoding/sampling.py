@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from app.contracts.messages import Sampling
 from worker.serve.decoding.logit_processors import LogitsProcessor, process_logits
 
 MIN_TEMPERATURE = 1e-5  # below, only the best token has any mass, and the logits overflow
@@ -55,6 +56,27 @@ class TokenSampler:
     generator: torch.Generator = field(default_factory=lambda: seeded_generator(None))
     has_seed: bool = False  # True if the same request must give the same tokens
     processor: LogitsProcessor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        sampling: Sampling,
+        *,
+        num_logprobs: int | None,
+        seed: int | None,
+        processor: LogitsProcessor | None,
+    ) -> "TokenSampler":
+        """Returns the sampler of one row of a request."""
+        return cls(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            num_logprobs=num_logprobs,
+            generator=seeded_generator(seed),
+            has_seed=seed is not None,
+            processor=processor,
+        )
 
     @property
     def is_greedy(self) -> bool:
