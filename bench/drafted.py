@@ -137,6 +137,7 @@ def parting(teacher: LoadedModel, prompt: str, expected: list[int], given: list[
 def compare_speed(teacher: LoadedModel, draft: LoadedModel, task: Entry) -> Entry:
     """Tokens a second of all contenders, which take turns; the second time in the other order."""
     totals: Entry = {}
+    accepted: Entry = {}
     contenders = [0, *task["num_draft_tokens"]]
     for num_callers, num_prompts in task["loads"]:
         half = num_prompts // 2
@@ -146,6 +147,7 @@ def compare_speed(teacher: LoadedModel, draft: LoadedModel, task: Entry) -> Entr
                 engine = engine_of(teacher, draft, num_draft_tokens)
                 answers(engine, task, ["Hello"], 1)  # warms up
                 made = answers(engine, task, prompts, num_callers)
+                accepted[str(num_draft_tokens)] = counts(engine)
                 sums = totals.setdefault(f"{num_callers}", {}).setdefault(
                     str(num_draft_tokens), [0, 0.0]
                 )
@@ -158,13 +160,17 @@ def compare_speed(teacher: LoadedModel, draft: LoadedModel, task: Entry) -> Entr
             k: {"tokens_per_second": round(rate, 1), "speed_up": round(rate / rates["0"], 3)}
             for k, rate in rates.items()
         }
-        print(callers, found[callers], flush=True)
+        print(callers, found[callers], accepted, flush=True)
     return found
 
 
 def measure(task: Entry) -> Entry:
     torch.set_num_threads(task["num_threads"])
-    teacher, draft = (load_model(Path(task[name])) for name in ("teacher_dir", "draft_dir"))
+    weights = task["weights"]
+    teacher, draft = (
+        load_model(Path(task[name]), weights=weights, keeps_plain=weights == "plain")
+        for name in ("teacher_dir", "draft_dir")
+    )
     doing = {"texts": compare_texts, "speed": compare_speed}
     return {
         **{name: doing[name](teacher, draft, task) for name in task["do"]},

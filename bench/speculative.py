@@ -6,6 +6,10 @@ The draft has a few of SmolLM2-135M-Instruct's 30 layers and learns from its ans
 two cores; kept in the work folder). Prompts are held out. Texts are compared first, then everyone is timed in turns, in
 our engine without HTTP, with one, four and eight callers. The draft is made to work with eight, too, where the service
 would let it rest.
+
+`--random-teacher` measures a teacher of 1.2 billion random weights instead, in bfloat16, with its first layer as the
+draft. The later layers of the teacher add little, so that the draft's proposals are often accepted. Only the speed
+means anything.
 """
 
 import argparse
@@ -19,8 +23,10 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import torch
 from rich.console import Console
 from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from app.commands.demo import demo_prompts
 from bench.cases import Entry
@@ -28,12 +34,23 @@ from bench.children import ROOT, ChildFailed, ask_child, model_packages, module
 from bench.distill import machine
 from bench.prepare import made
 from bench.steps import prepare
+from worker.distill.students.layer_dropping import keep_layers
 
 NUM_HELD_OUT, NUM_TRAIN, NUM_VALID = 100, 600, 20
 MAX_TOKENS = 64
 NUM_DRAFT_TOKENS = (2, 4)
 TEXT_CALLERS = 8
 LOADS = ((1, 12), (4, 16), (8, 24))  # callers and prompts
+RANDOM_LOADS = ((1, 6), (4, 8))
+RANDOM_SIZES = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+LATER_LAYERS = 0.02  # factor of what all layers but the first add to their input
 PARTS = ("texts", "speed")
 
 
@@ -42,13 +59,20 @@ def main() -> int:
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     teacher_dir = prepare(work, "smollm2-15", num_threads=arguments.threads)["teacher_dir"]
+    loads, weights = LOADS, "plain"
     sys.path.append(str(model_packages(work)))  # where demo_prompts looks for the corpus
     prompts = demo_prompts()
     Random(0).shuffle(prompts)
-    draft_dir = arguments.draft or made(
-        work / "models" / f"draft-{arguments.layers}",
-        lambda folder: train(folder, Path(teacher_dir), prompts[NUM_HELD_OUT:], arguments),
-    )
+    if arguments.random_teacher:
+        tokenizer_dir, pair_dir = Path(teacher_dir), work / "models" / "random-pair"
+        pair = made(pair_dir, lambda folder: make_random_pair(folder, tokenizer_dir))
+        teacher_dir, draft_dir = str(pair / "teacher"), pair / "draft"
+        loads, weights, arguments.only = RANDOM_LOADS, "bfloat16", ["speed"]
+    else:
+        draft_dir = arguments.draft or made(
+            work / "models" / f"draft-{arguments.layers}",
+            lambda folder: train(folder, Path(teacher_dir), prompts[NUM_HELD_OUT:], arguments),
+        )
     task: Entry = {
         "work": str(work),
         "num_threads": arguments.threads,
@@ -58,7 +82,8 @@ def main() -> int:
         "max_tokens": MAX_TOKENS,
         "num_draft_tokens": arguments.draft_tokens,
         "text_callers": TEXT_CALLERS,
-        "loads": LOADS,
+        "loads": loads,
+        "weights": weights,
         "do": arguments.only,
     }
     report: Entry = {"machine": machine(), "draft": draft_dir.name}
@@ -77,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--draft", type=Path, help="folder of a draft; else one is trained")
     parser.add_argument("--layers", type=int, default=4, help="of the draft")
+    parser.add_argument("--random-teacher", action="store_true", help="1.2 B random weights")
     parser.add_argument("--draft-tokens", type=int, nargs="*", default=list(NUM_DRAFT_TOKENS))
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(PARTS))
     parser.add_argument(
@@ -84,6 +110,21 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
+
+
+def make_random_pair(folder: Path, tokenizer_dir: Path) -> None:
+    """Saves a random teacher and its first layer as a draft, with the tokenizer of another model."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    sizes = {**RANDOM_SIZES, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for layer in teacher.model.layers[1:]:
+            layer.self_attn.o_proj.weight.mul_(LATER_LAYERS)
+            layer.mlp.down_proj.weight.mul_(LATER_LAYERS)
+    for name, model in (("teacher", teacher), ("draft", keep_layers(teacher, [0]))):
+        model.to(torch.bfloat16).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
 
 
 def train(

@@ -44,7 +44,13 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "logits_scaling": 1.5,
     },
     # as in Phi-4-mini, which rotates a part of a head
-    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    "phi3": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.75,
+        }
+    },
 }
 MASKED = ("bert", "roberta")
 # Standard deviations of layers, attention, embeddings and positions with which greedy text does not repeat.

@@ -6,61 +6,17 @@ import psycopg
 import pytest
 from psycopg.rows import dict_row
 
-from app.contracts.distillation import Distillation
-from app.contracts.messages import ArtifactRef, DistillationJob, ModelFacts
 from app.db import jobs
 from app.db.session import transaction
 from app.settings import Settings
 from tests.faults.checker import histories
 from tests.faults.history import History
+from tests.job_rows import FACTS, add_job, claim, ref
 from worker.jobs import lease_client
 from worker.jobs.lease_client import Lease
 from worker.protocol.run_lines import MessageLine, MetricsLine, StageLine
 
 JOB = "ftjob-1"
-FACTS = ModelFacts(
-    architecture="LlamaForCausalLM",
-    num_layers=2,
-    hidden_size=64,
-    vocab_size=384,
-    context_tokens=256,
-    num_parameters=1000,
-    tokenizer_sha256="0" * 64,
-    has_chat_template=True,
-    weights_bytes=4000,
-    weights_sha256="0" * 64,
-)
-
-
-def ref(key: str) -> ArtifactRef:
-    return ArtifactRef(key=key, bytes=10, sha256="a" * 64)
-
-
-def add_job() -> None:
-    spec = DistillationJob(
-        distillation=Distillation(teacher="big"),
-        teacher=ref("models/big"),
-        start=ref("models/big"),
-        training_file=ref("files/f"),
-        output_model="ds:small",
-        seed=0,
-    )
-    with transaction() as session:
-        jobs.insert_job(
-            session,
-            id=JOB,
-            project_id="p",
-            kind="distillation",
-            model_id=spec.output_model,
-            request={"model": "big"},
-            spec=spec.model_dump(mode="json"),
-        )
-
-
-def claim() -> Lease:
-    lease = lease_client.claim("w")
-    assert lease is not None
-    return lease
 
 
 def train(lease: Lease, first_step: int) -> None:

@@ -18,11 +18,11 @@ from hypothesis.stateful import (
 )
 from psycopg.rows import dict_row
 
-from app.contracts.distillation import Distillation
-from app.contracts.messages import ArtifactRef, DistillationJob, JobFailure, ModelFacts
+from app.contracts.messages import JobFailure
 from app.db import jobs, leases, reconciliation
 from app.db.session import transaction
 from app.settings import Settings
+from tests.job_rows import FACTS, SPEC, add_job, ref
 from worker.jobs import lease_client
 from worker.jobs.lease_client import Lease, LeaseLost
 from worker.protocol.run_lines import MetricsLine
@@ -31,22 +31,6 @@ MOST_LOSSES = 5
 MOST_JOBS = 3  # that have not ended: few, so that many leases meet on one
 PICKS = st.integers(0, 59)
 TERMINAL = {"succeeded", "failed", "cancelled"}
-FACTS = ModelFacts(
-    architecture="LlamaForCausalLM",
-    num_layers=2,
-    hidden_size=64,
-    vocab_size=384,
-    context_tokens=256,
-    num_parameters=1000,
-    tokenizer_sha256="0" * 64,
-    has_chat_template=True,
-    weights_bytes=4000,
-    weights_sha256="0" * 64,
-)
-
-
-def ref(key: str) -> ArtifactRef:
-    return ArtifactRef(key=key, bytes=10, sha256="a" * 64)
 
 
 @dataclass
@@ -118,24 +102,9 @@ class Lifecycle(RuleBasedStateMachine):
     @rule()
     def submit(self) -> None:
         job_id = f"ftjob-{len(self.expected)}"
-        spec = DistillationJob(
-            distillation=Distillation(teacher="big"),
-            teacher=ref("models/big"),
-            start=ref("models/big"),
-            training_file=ref("files/f"),
-            output_model=f"ds:{job_id}",
-            seed=0,
-        )
-        with transaction() as session:
-            jobs.insert_job(
-                session,
-                id=job_id,
-                project_id="p",
-                kind="distillation",
-                model_id=spec.output_model,
-                request={"model": "big"},
-                spec=spec.model_dump(mode="json"),
-            )
+        output_model = f"ds:{job_id}"
+        spec = SPEC.model_copy(update={"output_model": output_model})
+        add_job(job_id, model_id=output_model, spec=spec.model_dump(mode="json"))
         self.expected[job_id] = Expected()
 
     @rule()

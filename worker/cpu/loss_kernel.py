@@ -1,28 +1,13 @@
 """The distillation loss from the logits, in one compiled pass (kernels/distill_loss.c)."""
 
-from typing import Protocol
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from worker.cpu.kernels.bindings import kernels
 
-
-class LossKernel(Protocol):
-    """Computes loss and gradient of some rows; `Kernels.distil` describes the arguments."""
-
-    def __call__(
-        self,
-        student_NV: Tensor,
-        teacher_NV: Tensor,
-        targets_N: Tensor,
-        *,
-        beta: float | None,
-        ce_weight: float,
-        factor: float,
-    ) -> Tensor:
-        """Returns loss, KL, cross-entropy and agreement per row [N, 4]."""
-        ...
+LossKernel = Callable[..., Tensor]  # `Kernels.distil`, which describes the arguments
 
 
 def loss_kernel(logits_NV: Tensor) -> LossKernel | None:

@@ -3,18 +3,17 @@
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import psycopg
 import pytest
 from sqlalchemy import text
 
-from app.contracts.distillation import Distillation
-from app.contracts.messages import ArtifactRef, DistillationJob, ImportJob, JobFailure, ModelFacts
+from app.contracts.messages import ImportJob, JobFailure, ModelFacts
 from app.db import jobs, models
 from app.db.schema.tables import Job
 from app.db.session import DatabaseUnavailable, engine, transaction
 from app.settings import Settings
+from tests.job_rows import FACTS, SPEC, add_job, claim, ref
 from tests.worker.lost_answers import LostAnswers
 from worker.jobs import lease_client
 from worker.jobs.lease_client import Lease, LeaseLost
@@ -27,50 +26,10 @@ from worker.protocol.run_lines import (
     StoppedLine,
 )
 
-FACTS = ModelFacts(
-    architecture="LlamaForCausalLM",
-    num_layers=2,
-    hidden_size=64,
-    vocab_size=384,
-    context_tokens=256,
-    num_parameters=1000,
-    tokenizer_sha256="0" * 64,
-    has_chat_template=True,
-    weights_bytes=4000,
-    weights_sha256="0" * 64,
-)
-
-
-def ref(key: str) -> ArtifactRef:
-    return ArtifactRef(key=key, bytes=10, sha256="a" * 64)
-
-
-SPEC = DistillationJob(
-    distillation=Distillation(teacher="big"),
-    teacher=ref("models/big"),
-    start=ref("models/big"),
-    training_file=ref("files/f"),
-    output_model="ds:small",
-    seed=0,
-)
-
 
 @pytest.fixture(autouse=True)
 def quick_settings(database: str, settings_env: Callable[..., Settings]) -> None:
     settings_env(database_url=database, retry_backoff_seconds=0, max_losses=3, keep_checkpoints=2)
-
-
-def add_job(job_id: str = "ftjob-1", **columns: Any) -> None:  # Any: columns of Job
-    values = {"project_id": "p", "kind": "distillation", "spec": SPEC.model_dump(mode="json")}
-    with transaction() as session:
-        fixed = {"model_id": "ds:small", "request": {"model": "big"}}
-        jobs.insert_job(session, id=job_id, **{**values, **fixed, **columns})
-
-
-def claim(worker_id: str = "w") -> Lease:
-    lease = lease_client.claim(worker_id)
-    assert lease is not None
-    return lease
 
 
 def load(job_id: str = "ftjob-1") -> Job:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from app.contracts.messages import Delta, Done, Failure, GenerateRequest, Message, Reply
+from tests.worker.serve.generated import answer_all, demand_texts_of_generate, generated
 from worker.serve.engine import Engine, TransformersEngine, end_ids
 from worker.serve.loading import LoadedModel
 
@@ -14,20 +15,6 @@ Make = Callable[..., GenerateRequest]
 MakeEngine = Callable[..., TransformersEngine]
 Drain = Callable[[Engine], list[Reply]]
 TextOf = Callable[..., str]
-
-
-def generated(loaded: LoadedModel, prompt: list[int], num_tokens: int) -> list[int]:
-    """What the model's own generate() gives greedily for one prompt, the end token included."""
-    inputs = torch.tensor([prompt])
-    with torch.no_grad():
-        output = loaded.model.generate(  # type: ignore[operator]  # a method, typed as a tensor
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=num_tokens,
-            do_sample=False,
-        )
-    tokens: list[int] = output[0, len(prompt) :].tolist()
-    return tokens
 
 
 def prompts(count: int, seed: int) -> list[tuple[int, ...]]:
@@ -39,26 +26,9 @@ def test_text_equals_generate_one_at_a_time_whoever_joins_and_leaves(
     loaded: LoadedModel, make_engine: MakeEngine, make_request: Make, text_of: TextOf
 ) -> None:
     rng = random.Random(1)
-    engine = make_engine(loaded)
     asked = {f"r{i}": (prompt, rng.randint(1, 40)) for i, prompt in enumerate(prompts(20, seed=1))}
-    arrivals, replies = list(asked.items()), []
-    while arrivals or engine.has_work():
-        if arrivals and rng.random() < 0.4:
-            name, (prompt, num_tokens) = arrivals.pop()
-            engine.add(make_request(name, tokens=prompt, max_tokens=num_tokens))
-        if rng.random() < 0.1:
-            engine.add(make_request("leaver", tokens=(9, 8, 7), max_tokens=30))
-            replies += engine.step()
-            engine.abort("leaver")
-        replies += engine.step()
-    for name, (prompt, num_tokens) in asked.items():
-        expected = generated(loaded, list(prompt), num_tokens)
-        shown = loaded.tokenizer.decode(
-            expected, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        assert text_of(replies, name) == shown
-        done = next(reply for reply in replies if isinstance(reply, Done) and reply.id == name)
-        assert (done.prompt_tokens, done.completion_tokens) == (len(prompt), len(expected))
+    replies = answer_all(make_engine(loaded), make_request, asked)
+    demand_texts_of_generate(replies, loaded, asked, text_of)
 
 
 def test_the_last_delta_carries_the_reason_and_done_follows(
