@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from app.contracts.architectures import ARCHITECTURES
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("app", "worker")
 MAX_FILE_LINES = 400
@@ -115,6 +117,33 @@ def test_only_the_cpu_package_knows_its_kernels() -> None:
     pattern = re.compile(r"import ctypes|torch\.ops\.(mkldnn|onednn)|num_parts|rounds_to")
     names = {relative(p) for p in sources("worker") if pattern.search(p.read_text())}
     assert {name for name in names if not name.startswith(inside)} == {"worker/build_kernels.py"}
+
+
+def test_model_types_are_named_only_by_the_table_and_its_adapters() -> None:
+    allowed = {
+        "app/contracts/architectures.py",
+        "app/contracts/distillation.py",  # families of fresh students, in these two as well
+        "app/services/job_defaults.py",
+        "app/services/submission.py",
+        "worker/cpu/llama_decoder.py",
+        "worker/distill/losses/lm_head.py",
+        "worker/distill/students/fresh.py",
+        "worker/distill/students/layer_dropping.py",
+        "worker/distill/students/width_pruning.py",
+        "worker/models/architectures.py",
+        "worker/models/gguf_reader.py",
+        "worker/models/gguf_vocabulary.py",
+        "worker/models/gguf_writer.py",
+        "worker/serve/decoding/families.py",
+    }
+    types = ARCHITECTURES.keys() - {"encoder-decoder"}  # a kind of model rather than a family
+    found = {
+        relative(path)
+        for path in sources(*PACKAGES)
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in types
+    }
+    assert found - allowed == set()
 
 
 def test_no_module_has_a_vague_name() -> None:
