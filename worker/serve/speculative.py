@@ -142,7 +142,7 @@ class SpeculativeDecoder(Decoder):
             ]
             for row, sequence in enumerate(sequences)
         ]
-        logits = self.target.look(rows, offset=0, num_logits=len(rows[0]))
+        logits = self.target.forward(rows, offset=0, num_logits=len(rows[0]))
         runs = self._verify(sequences, proposals, logits.view(len(rows), len(rows[0]), -1))
         for batch in (self.target, self.draft):
             batch.keep([len(run) for run in runs])
@@ -170,7 +170,7 @@ class SpeculativeDecoder(Decoder):
             offers: Offers = {}
             may_offer = proposals[-1].keys() if proposals else range(len(rows))
             choose = partial(self._draft_tokens, may_offer=may_offer, offers=offers)
-            picks = pick_tokens(self.draft.look(rows, offset=offset), samplers, choose)
+            picks = pick_tokens(self.draft.forward(rows, offset=offset), samplers, choose)
             for row, pick in enumerate(picks):
                 if pick.token is None:
                     self.draft.cache.wipe_row(row)  # a bad draft costs time only

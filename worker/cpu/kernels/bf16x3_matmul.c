@@ -80,7 +80,7 @@ static inline void transpose(__m512 rows[SIDE]) {
 /* Packs a cell of an operand, 16 along its side by 32 along K, into one tile per part. Missing
  * numbers are zero. A row of a tile of A is one row of A; a row of a tile of B is a pair along K.
  * Pairs are (0, 16), (1, 17), and so on: any order is correct if both operands use the same one. */
-static void lay_cell(struct operand from, int64_t side, int64_t k, int64_t K, int is_b, int parts, uint16_t *to) {
+static void pack_cell(struct operand from, int64_t side, int64_t k, int64_t K, int is_b, int parts, uint16_t *to) {
     const float *numbers = from.numbers + side * from.side_step + k * from.k_step;
     int lies_along_k = from.k_step == 1;
     int64_t there = from.count - side, depth = K - k, num_rows = lies_along_k ? there : depth;
@@ -257,12 +257,12 @@ int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float
 #pragma omp for schedule(static)
                 for (int64_t p = 0; p < num_panels; p++)
                     for (int64_t d = 0; d < depth; d++)
-                        lay_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, laid + p * panel + d * cell);
+                        pack_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, laid + p * panel + d * cell);
             } else {
 #pragma omp for schedule(static)
                 for (int64_t d = 0; d < depth; d++)
                     for (int64_t p = 0; p < num_panels; p++)
-                        lay_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, laid + p * panel + d * cell);
+                        pack_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, laid + p * panel + d * cell);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t o = 0; o < (own.count + own_block - 1) / own_block; o++) {
@@ -270,7 +270,7 @@ int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float
                 int64_t start = o * own_block, end = least(start + own_block, own.count);
                 for (int64_t d = 0; d < depth; d++)
                     for (int64_t p = 0; p < (end - start + BLOCK - 1) / BLOCK * 2; p++)
-                        lay_cell(own, start + p * SIDE, k + d * DEPTH, K, !owns_rows, parts, mine + p * panel + d * cell);
+                        pack_cell(own, start + p * SIDE, k + d * DEPTH, K, !owns_rows, parts, mine + p * panel + d * cell);
                 for (int64_t s = 0; s < shared.count; s += BLOCK)
                     for (int64_t i = start; i < end; i += BLOCK) {
                         const uint16_t *m = mine + (i - start) / SIDE * panel, *l = laid + s / SIDE * panel;

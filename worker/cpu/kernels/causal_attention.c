@@ -59,10 +59,10 @@ static void multiply_rows(const float *a, int64_t a_step, int64_t a_k_step, cons
     }
 }
 
-static inline int64_t whole(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+static inline int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
 
 /* Transposes [T, D], whose rows are `step` apart, to [D, W] and pads it with zeros. */
-static void turn(const float *from, int64_t step, float *to, int64_t T, int64_t D, int64_t W) {
+static void transpose_rows(const float *from, int64_t step, float *to, int64_t T, int64_t D, int64_t W) {
     for (int64_t d = 0; d < D; d++) {
         for (int64_t t = 0; t < T; t++) to[d * W + t] = from[t * step + d];
         memset(to + d * W + T, 0, (W - T) * sizeof(float));
@@ -70,7 +70,7 @@ static void turn(const float *from, int64_t step, float *to, int64_t T, int64_t 
 }
 
 /* Softmax of `scaling` times the first `count` scores, in place; the others of W become zero. */
-static void soften(float *row, int64_t count, int64_t W, float scaling) {
+static void softmax_row(float *row, int64_t count, int64_t W, float scaling) {
     float greatest = greatest_of(row, count), total = 0.0f;
     for (int64_t s = 0; s < count; s++) total += row[s] = exp_of((row[s] - greatest) * scaling);
     float share = 1.0f / total;
@@ -82,7 +82,7 @@ static void soften(float *row, int64_t count, int64_t W, float scaling) {
  * Returns 0, or 1 if there was no memory. */
 int attend_causally(const float *q, const float *k, const float *v, float *out, float *weights, int64_t B, int64_t T, int64_t H,
                     int64_t K, int64_t D, float scaling) {
-    int64_t W = whole(T), G = H / K, q_step = H * D, k_step = K * D;
+    int64_t W = padded(T), G = H / K, q_step = H * D, k_step = K * D;
     int has_failed = 0;
 #pragma omp parallel
     {
@@ -96,13 +96,13 @@ int attend_causally(const float *q, const float *k, const float *v, float *out, 
             if (!keys) continue;
             int64_t b = unit / K, head = unit % K;
             const float *values = v + b * T * k_step + head * D;
-            turn(k + b * T * k_step + head * D, k_step, keys, T, D, W);
+            transpose_rows(k + b * T * k_step + head * D, k_step, keys, T, D, W);
             for (int64_t h = head * G; h < (head + 1) * G; h++)
                 for (int64_t t = 0; t < T; t += ROWS) {
                     int64_t rows = t + ROWS <= T ? ROWS : T - t, seen = t + rows, at = b * T * q_step + t * q_step + h * D;
                     float *row = weights + ((b * H + h) * T + t) * W;
-                    multiply_rows(q + at, q_step, 1, keys, W, row, W, D, rows, whole(seen), 0);
-                    for (int64_t m = 0; m < rows; m++) soften(row + m * W, t + m + 1, W, scaling);
+                    multiply_rows(q + at, q_step, 1, keys, W, row, W, D, rows, padded(seen), 0);
+                    for (int64_t m = 0; m < rows; m++) softmax_row(row + m * W, t + m + 1, W, scaling);
                     multiply_rows(row, W, 1, values, k_step, out + at, q_step, seen, rows, D, 0);
                 }
         }
@@ -112,7 +112,7 @@ int attend_causally(const float *q, const float *k, const float *v, float *out, 
 }
 
 /* Turns gradients of weights into gradients of scores: scaling * w * (g - sum of w * g). */
-static void soften_gradient(const float *row, float *grad, int64_t count, int64_t W, float scaling) {
+static void softmax_gradient(const float *row, float *grad, int64_t count, int64_t W, float scaling) {
     float dot = 0.0f;
     for (int64_t s = 0; s < count; s++) dot += row[s] * grad[s];
     for (int64_t s = 0; s < count; s++) grad[s] = scaling * row[s] * (grad[s] - dot);
@@ -122,7 +122,7 @@ static void soften_gradient(const float *row, float *grad, int64_t count, int64_
 /* Writes the gradients of queries, keys and values. Returns 0, or 1 if there was no memory. */
 int attention_gradients(const float *grad, const float *q, const float *k, const float *v, const float *weights, float *grad_q,
                         float *grad_k, float *grad_v, int64_t B, int64_t T, int64_t H, int64_t K, int64_t D, float scaling) {
-    int64_t W = whole(T), G = H / K, q_step = H * D, k_step = K * D;
+    int64_t W = padded(T), G = H / K, q_step = H * D, k_step = K * D;
     int has_failed = 0;
 #pragma omp parallel
     {
@@ -136,15 +136,15 @@ int attention_gradients(const float *grad, const float *q, const float *k, const
             if (!values) continue;
             float *slopes = values + D * W;
             int64_t b = unit / K, head = unit % K, own = b * T * k_step + head * D;
-            turn(v + own, k_step, values, T, D, W);
+            transpose_rows(v + own, k_step, values, T, D, W);
             for (int64_t h = head * G; h < (head + 1) * G; h++) {
                 int64_t at = b * T * q_step + h * D, is_later = h > head * G;
                 const float *all = weights + (b * H + h) * T * W;
                 for (int64_t t = 0; t < T; t += ROWS) {
                     int64_t rows = t + ROWS <= T ? ROWS : T - t, seen = t + rows;
                     float *slope = slopes + t * W;
-                    multiply_rows(grad + at + t * q_step, q_step, 1, values, W, slope, W, D, rows, whole(seen), 0);
-                    for (int64_t m = 0; m < rows; m++) soften_gradient(all + (t + m) * W, slope + m * W, t + m + 1, W, scaling);
+                    multiply_rows(grad + at + t * q_step, q_step, 1, values, W, slope, W, D, rows, padded(seen), 0);
+                    for (int64_t m = 0; m < rows; m++) softmax_gradient(all + (t + m) * W, slope + m * W, t + m + 1, W, scaling);
                     multiply_rows(slope, W, 1, k + own, k_step, grad_q + at + t * q_step, q_step, seen, rows, D, 0);
                 }
                 for (int64_t s = 0; s < T; s += ROWS) {

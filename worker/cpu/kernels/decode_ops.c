@@ -128,7 +128,7 @@ static inline four fold(lanes all) {
 /* Attention of `heads` queries [heads, parts * LANES] over W keys and values of width D. The
  * output, `means`, has the shape of the queries. `parts` and `heads` should be constants where this
  * function is inlined, so that sums stay in registers. score has room for 5 W numbers per head. */
-static inline __attribute__((always_inline)) void look(const float *queries, const void *keys, const void *values, int64_t first,
+static inline __attribute__((always_inline)) void attend_heads(const float *queries, const void *keys, const void *values, int64_t first,
                                                        int kind, int64_t W, int64_t D, float scaling, float *score, float *means,
                                                        const int parts, const int heads) {
     float *folded = score + heads * W;
@@ -164,18 +164,18 @@ static inline __attribute__((always_inline)) void look(const float *queries, con
     memcpy(means, sums, sizeof sums);
 }
 
-static void look_by(const float *queries, const void *keys, const void *values, int64_t first, int kind, int64_t W, int64_t D,
+static void attend_by_size(const float *queries, const void *keys, const void *values, int64_t first, int kind, int64_t W, int64_t D,
                     float scaling, float *score, float *means, int parts, int heads) {
-#define LOOK(PARTS, HEADS) look(queries, keys, values, first, kind, W, D, scaling, score, means, PARTS, HEADS)
-#define LOOK_HEADS(PARTS) (heads == 4 ? LOOK(PARTS, 4) : heads == 3 ? LOOK(PARTS, 3) : heads == 2 ? LOOK(PARTS, 2) : LOOK(PARTS, 1))
-    if (parts == 4) LOOK_HEADS(4);
-    else if (parts == 8) LOOK_HEADS(8);
-    else LOOK(parts, heads);
+#define ATTEND(PARTS, HEADS) attend_heads(queries, keys, values, first, kind, W, D, scaling, score, means, PARTS, HEADS)
+#define ATTEND_HEADS(PARTS) (heads == 4 ? ATTEND(PARTS, 4) : heads == 3 ? ATTEND(PARTS, 3) : heads == 2 ? ATTEND(PARTS, 2) : ATTEND(PARTS, 1))
+    if (parts == 4) ATTEND_HEADS(4);
+    else if (parts == 8) ATTEND_HEADS(8);
+    else ATTEND(parts, heads);
 }
 
 /* Writes the key and the value of one token into the KV cache. raw and turned have room for D
  * numbers each. */
-static inline void keep(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
+static inline void store_key_value(const void *projected, int kind, const float *cos, const float *sin, void *keys, void *values, int cache_kind,
                         int64_t token, int64_t at, int64_t H, int64_t K, int64_t k, int64_t D, float *raw, float *turned) {
     int64_t row_width = (H + 2 * K) * D;
     load(raw, projected, token * row_width + (H + k) * D, kind, D);
@@ -202,7 +202,7 @@ int attend_rows(const void *projected, int kind, const float *cos, const float *
             for (int64_t q = 0; q < Q; q++)
                 for (int64_t k = 0; k < K; k++)
                     if (has_room && column + q >= starts[n])
-                        keep(projected, kind, cos, sin, keys, values, cache_kind, n * Q + q, ((n * K + k) * width + column + q) * D, H,
+                        store_key_value(projected, kind, cos, sin, keys, values, cache_kind, n * Q + q, ((n * K + k) * width + column + q) * D, H,
                              K, k, D, raw, turned);
     }
 #pragma omp for schedule(dynamic) collapse(3)
@@ -219,9 +219,9 @@ int attend_rows(const void *projected, int kind, const float *cos, const float *
                     else memcpy(queries + g * room, raw, D * sizeof(float));
                 }
                 if (Q == 1)
-                    keep(projected, kind, cos, sin, keys, values, cache_kind, token, first + column * D, H, K, k, D, raw, turned);
+                    store_key_value(projected, kind, cos, sin, keys, values, cache_kind, token, first + column * D, H, K, k, D, raw, turned);
                 for (int64_t g = 0; g < G && W > 0; g += MOST_HEADS)
-                    look_by(queries + g * room, keys, values, first + start * D, cache_kind, W, D, scaling, score, means + g * room,
+                    attend_by_size(queries + g * room, keys, values, first + start * D, cache_kind, W, D, scaling, score, means + g * room,
                             parts, G - g < MOST_HEADS ? G - g : MOST_HEADS);
                 for (int64_t g = 0; g < G; g++) store(out, (token * H + k * G + g) * D, kind, means + g * room, D);
             }

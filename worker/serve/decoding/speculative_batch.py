@@ -25,13 +25,13 @@ class LookaheadBatch(CursorBatch):
     def make_room_for(self, num_tokens: int) -> None:
         """Makes room for `num_tokens` columns after the cursor.
 
-        Must be called before `look`. Columns after the cursor are not moved with a row.
+        Must be called before `forward`. Columns after the cursor are not moved with a row.
         """
         while self.cursor + num_tokens > self.cache.window.width:
             self._make_room()
 
     @torch.no_grad()
-    def look(self, tokens: Sequence[Sequence[int]], *, offset: int, num_logits: int = 1) -> Tensor:
+    def forward(self, tokens: Sequence[Sequence[int]], *, offset: int, num_logits: int = 1) -> Tensor:
         """Reads the same number of tokens for every row, from `offset` columns after the cursor on.
 
         The cursor does not move. Returns the float32 logits of the last token [N, V], or of the

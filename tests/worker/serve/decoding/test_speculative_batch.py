@@ -76,7 +76,7 @@ def worst_difference(
         elif move == "look" and rows and max(map(len, rows)) <= WIDTH - NUM_AHEAD:
             batch.make_room_for(NUM_AHEAD)
             ahead = [words(NUM_AHEAD) for _ in rows]
-            logits_NQV = batch.look(ahead, offset=0, num_logits=NUM_AHEAD)
+            logits_NQV = batch.forward(ahead, offset=0, num_logits=NUM_AHEAD)
             kept = [rng.randint(1, NUM_AHEAD) for _ in rows]
             for row, (tokens, num) in enumerate(zip(ahead, kept, strict=True)):
                 for position in range(num):
@@ -86,7 +86,7 @@ def worst_difference(
             # what is kept ends at the cursor in every row
             last_again = [[tokens[-1], 7] for tokens in rows]
             batch.make_room_for(1)
-            for logits_V, tokens in zip(batch.look(last_again, offset=-1), rows, strict=True):
+            for logits_V, tokens in zip(batch.forward(last_again, offset=-1), rows, strict=True):
                 check(logits_V, [*tokens, 7])
     return worst
 
