@@ -32,6 +32,7 @@ LLAMA_LIKE = {
     "mistral": "Mistral",
     "olmo2": "Olmo2",
     "phi3": "Phi3",
+    "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "smollm3": "SmolLM3",
 }
@@ -211,6 +212,8 @@ def tiny_config(
             eos_token_id=tokenizer.sep_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
+    if family != "gpt2":
+        raise ValueError(f"there is no tiny model of the family {family!r}")
     return hf.GPT2Config(
         vocab_size=len(tokenizer),
         n_embd=WIDTH,

@@ -9,8 +9,9 @@ They take turns instead. While the engine has work, it stops the process groups 
 run is never stopped while the engine is idle.
 
 The number of threads of either side never changes, so that results do not depend on the load.
-Each run announces itself with a file in a shared folder. A serve worker that is killed during its
-turn leaves the runs stopped; the train worker then resumes them.
+The train worker announces each run with a file in a shared folder, on machines without a GPU. A
+serve worker that is killed during its turn leaves the runs stopped; the train worker resumes them
+after two seconds.
 """
 
 import contextlib

@@ -1,8 +1,10 @@
 """The table of supported model architectures. Adding one begins with a row here.
 
-An architecture is named as in `model_type` of a model's config.json. What a row says is checked by
-the tests, which run over all rows. Code that is particular to one architecture is in its adapters:
-`worker/serve/decoding/families.py` for serving and `worker/models/` for GGUF.
+An architecture is named as in `model_type` of a model's config.json. Many tests run over all rows.
+They need a tiny model of the new architecture: in `tests/tiny.py`, and in the tables at the top of
+`test_families.py`, `test_layer_dropping.py` and, if its width can be cut, `test_width_pruning.py`.
+A model that is called in a way of its own gets an adapter in `worker/serve/decoding/families.py`.
+GGUF files are read and written by `worker/models/`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ Part = Literal["norms", "mlp", "attention"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the service can do with models of one type.
+    """Capabilities of the service for models of one type.
 
     kind: Causal models and encoder-decoders write text. Masked models can only be teachers.
     layers: The layout of the layers, if the width of such a model can be cut.
@@ -24,7 +26,8 @@ class Architecture:
         training.
     has_llama_decoder: `LlamaDecoder` implements everything that the model computes.
     gguf: Name of the architecture in GGUF files, if a model can be exported to GGUF.
-    is_distilled: It can be a teacher and a student, and not only be served.
+    is_distilled: It can be imported, and be a teacher and a student. Other models are known to the
+        engine only.
     """
 
     model_type: str

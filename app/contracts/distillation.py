@@ -174,8 +174,9 @@ class Data(Block):
         teacher: Completions that the teacher generates.
         student: The current student generates a share `student_share` of the batches. Source: GKD,
             arXiv:2306.13649.
-        replay: That share grows when the held-out loss stops falling, and old completions are
-            reused from a buffer of `replay_capacity`. Source: DistiLLM, arXiv:2402.03898.
+        replay: The share starts at 0 and grows by 0.1 when the held-out loss stops falling.
+            `student_share` has no effect. Old completions are reused from a buffer of
+            `replay_capacity`. Source: DistiLLM, arXiv:2402.03898.
 
     With `student` and `replay`, the other batches come from the file or the teacher.
     """
@@ -242,7 +243,7 @@ class Objective(Block):
         logits: The teacher's next-token distributions.
         conditional_mlm: The distributions of a masked teacher at masked target positions. Source:
             arXiv:1911.03829.
-        hidden: Only hidden states.
+        hidden: The teacher's hidden states, and cross-entropy with the text.
         text: Only the text of the teacher's answers.
         uld: Distributions over another vocabulary. Source: arXiv:2402.12030.
         auto: The signal that the pair of models supports.

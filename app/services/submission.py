@@ -26,7 +26,6 @@ from app.storage import store
 # Disk that a job needs: weights and two Adam moments, in the run and in three checkpoints. In units
 # of the weights of the model that the student starts from.
 STUDENT_COPIES = 6
-# Context of models with unlimited positions. The same value is in worker/models/architectures.py.
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
 
 

@@ -1,15 +1,17 @@
 """Matmuls on a CPU, each by the fastest available implementation.
 
-PyTorch sends float32 matmuls to MKL, which is slow on AMD processors: there oneDNN is used. On
-Intel processors MKL is faster for operands that are not packed. On CPUs with AMX, large matmuls run
-as bf16x3 in our own kernel (kernels/bf16x3_matmul.c), which is as exact as float32. bench/LOG.md
-has the timings.
+PyTorch sends float32 matmuls to MKL, which is slow on AMD processors. oneDNN is used instead,
+except on Intel processors with MKL, where MKL is faster for operands that are not packed. On CPUs
+with AMX, large matmuls run as bf16x3 in our own kernel (kernels/bf16x3_matmul.c). That is as exact
+as float32, unless the other layers of the model are bfloat16 (`body_dtype`). bench/LOG.md has the
+timings.
 
 Sums are float32 in every case; only their order differs. Other devices, other dtypes, and a PyTorch
 without the oneDNN operator fall back to PyTorch's own matmul.
 
 On CPUs with bfloat16 instructions, layers can be told to round their operands to bfloat16, as
-autocast does. Sums, weights, gradients and the activations between layers stay float32.
+autocast does. Sums are always float32. `use_onednn` keeps weights, gradients and the activations
+between layers in float32; `pack_weights` also rounds weights and results.
 
 N rows, I input features, O output features.
 """
@@ -118,7 +120,7 @@ def _in_order(matrix: Tensor) -> Tensor:
 
 
 def onednn_product(a_NI: Tensor, b_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """Computes `product` with oneDNN."""
+    """Computes `matmul` with oneDNN."""
     out: Tensor = torch.ops.mkldnn._linear_pointwise.default(a_NI, b_OI, bias_O, "none", [], "")
     return out
 

@@ -306,16 +306,15 @@ def accept_or_draw(offer: Proposal, wanted_V: Tensor, sampler: TokenSampler) -> 
 class SpeculativeEngine(TransformersEngine):
     """Engine that serves a decoder with a draft decoder of the same tokenizer and vocabulary.
 
-    Greedy text equals that of the engine without a draft. In float32, a step of several tokens
-    rounds differently from a step of one token, as batches of different sizes do. Two tokens whose
-    logits differ only by rounding may swap (bench/speculative.py shows the gap where two answers
-    differ).
+    Greedy text equals that of the engine without a draft, except where two logits differ only by
+    rounding. A step of several tokens rounds differently from a step of one token, as batches of
+    different sizes do. bench/speculative.py shows the gap where two answers differ.
 
     A seed gives the same sampled text regardless of other requests. The text differs from that
     without a draft, and from that with another number of draft tokens.
 
     The draft is not used with more than `max_drafting` sequences, unless a sampled one has a seed.
-    A row gets proposals while the draft gives its best token a probability of at least
+    All sequences then use it. A row gets proposals while the draft gives its best token a probability of at least
     `min_confidence`.
 
     Raises DraftUnsupported if the two models do not match.

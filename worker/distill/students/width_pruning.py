@@ -3,14 +3,15 @@
 The parts are hidden channels, attention heads and neurons. Their importance is the mean absolute
 activation on a few sequences, as in Minitron (arXiv:2407.14679). For channels these are the outputs
 of all norms, and for neurons the inputs of the MLP's last matrix. For heads it is the mean norm of
-their outputs. Without sequences, the importance is the norm of the weights that read the part.
+their outputs. Without sequences, the importance is the norm of the weights that read the part, each
+matrix normalised to a mean of 1, without the LM head.
 
 A norm layer divides by the root mean square of its channels (GPT-2: by their standard deviation).
 This value changes when channels are removed. The norm's weight is therefore multiplied by the mean
-ratio of the new value to the old one, on the same sequences. That is exact if the removed channels
-were zero. The change of a LayerNorm's mean is not compensated.
+ratio of the new value to the old one, on the same sequences. For an RMS norm this is exact if the
+removed channels were zero. The change of a LayerNorm's mean is not compensated.
 
-H hidden channels, N query heads, K key-value heads, I neurons, D head width.
+H hidden channels, N query heads, I neurons, D head width. The table below says what Q and K are.
 """
 
 from collections.abc import Callable, Mapping, Sequence

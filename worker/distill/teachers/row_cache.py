@@ -1,6 +1,6 @@
 """Teacher rows on disk: one folder per cache, named by hashes of all that determines its content.
 
-- `rows.bin` holds a blob of fixed size for each row.
+- `rows.bin` holds the data of each row, a blob of fixed size.
 - `index.bin` begins with a checksum, followed by the name and the blob size of each row.
 - `marks.bin` holds eight bytes per row: zero, or a flag bit and the CRC-32 of the blob.
 
@@ -9,7 +9,8 @@ a recomputation, but never gives a wrong row. Space is reserved at creation, so 
 noticed then and not during a run.
 
 Several runs may fill one cache at once, since all write the same bytes. A new cache copies matching
-rows from other caches of its family. These were made in the same way, for other lists of rows.
+rows from other caches of its family: those of the same teacher, format and device, for other lists
+of rows.
 """
 
 import errno

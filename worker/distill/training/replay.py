@@ -1,13 +1,13 @@
 """Adaptive replay: the share of steps that learn from rollouts, and a buffer of earlier rollouts.
 
-phi is the share of the steps that take the student's answers. It is raised when the held-out loss
-stops falling, because the rows of the data then have little left to teach.
+phi is the share of the steps that take the student's answers. It starts at 0. It is raised when the
+held-out loss stops falling, because the rows of the data then have little left to teach.
 
 Source: Ko et al., DistiLLM, arXiv:2402.03898. Its released code raises phi when the held-out
 cross-entropy is 0.1 nats above its value at the last raise. The first reference is the untrained
 student. That works for students that can already write. A student that lost most of its layers
-starts far above that level and never returns to it, so phi would stay 0. Here phi is raised by an
-evaluation that is not at least 0.1 nats below the previous one.
+starts far above that level and never returns to it, so phi would stay 0. Here phi is raised
+after each evaluation whose loss fell by less than 0.1 nats.
 """
 
 from collections import deque

@@ -1,7 +1,7 @@
 """Batch in which all rows write their next key and value to the same column, the cursor.
 
-The prompt of a new sequence, n tokens long, is written to columns [cursor - n, cursor) of its row.
-The other rows are not copied. One number per row, its start, gives the mask (column >= start) and
+The keys and values of a prompt of n tokens are written to columns [cursor - n, cursor) of its row.
+The other rows are not copied, unless the prompt is longer than the cursor. One number per row, its start, gives the mask (column >= start) and
 the positions (column - start). When the cursor reaches the width of the cache, all rows slide left
 or the cache grows. If a prompt is longer than the cursor, all rows slide right. When a row leaves,
 the last row takes its place.

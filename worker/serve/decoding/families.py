@@ -1,9 +1,9 @@
 """Model families: how a shared-cursor batch calls each supported type of model.
 
-Only this module of the serving package knows the differences between model types. A type is listed
-after its tiny model has passed tests/worker/serve/decoding/test_families.py. The test compares its
-logits with those of a plain forward pass, while rows join and leave at random. Other types are
-refused, because they could give wrong results without an error.
+Only this module of the serving package knows the differences between model types. The types are
+those of app/contracts/architectures.py. tests/worker/serve/decoding/test_families.py has a tiny
+model of each. While rows join and leave at random, its logits must be those of a plain forward
+pass. Other types are refused, because they could give wrong results without an error.
 """
 
 # N rows, Q tokens per row in this call, W columns of the window, S source tokens,

@@ -31,7 +31,9 @@ class LookaheadBatch(CursorBatch):
             self._make_room()
 
     @torch.no_grad()
-    def forward(self, tokens: Sequence[Sequence[int]], *, offset: int, num_logits: int = 1) -> Tensor:
+    def forward(
+        self, tokens: Sequence[Sequence[int]], *, offset: int, num_logits: int = 1
+    ) -> Tensor:
         """Reads the same number of tokens for every row, from `offset` columns after the cursor on.
 
         The cursor does not move. Returns the float32 logits of the last token [N, V], or of the

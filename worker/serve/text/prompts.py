@@ -32,8 +32,8 @@ def prompt_tokens(
 ) -> tuple[int, ...]:
     """Returns the prompt tokens of a request.
 
-    An empty prompt becomes the start token. The prompt leaves room for `max_tokens` tokens, or for
-    one token if the request has `fits_context`. A long text that cannot fit by its size bound is
+    An empty prompt becomes the start token. A prompt that does not leave room for `max_tokens`
+    tokens is refused, never shortened. With `fits_context`, room for one token suffices. A long text that cannot fit by its size bound is
     refused before it is tokenised.
 
     Raises:
@@ -42,6 +42,7 @@ def prompt_tokens(
         InvalidMessages: The chat template cannot render the messages.
         NoChatTemplate: The request has messages, but the model has no chat template.
         PromptTooLong: The prompt and the answer do not fit the context.
+        MessagesTooLong: The same for a chat.
         AnswerTooLong: `max_tokens` exceeds the decoder context of an encoder-decoder.
     """
     tokens = request.tokens
@@ -72,7 +73,9 @@ def prompt_tokens(
 def refuse_too_long(
     request: GenerateRequest, num_prompt: int, context: Context, *, is_least: bool = False
 ) -> None:
-    """Raises PromptTooLong or AnswerTooLong if the prompt and the answer do not fit the context.
+    """Raises an error if the prompt and the answer do not fit the context.
+
+    It is PromptTooLong, for chats MessagesTooLong, or AnswerTooLong.
 
     With `is_least`, `num_prompt` is a lower bound on the number of prompt tokens.
     """
