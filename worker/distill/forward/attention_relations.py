@@ -68,7 +68,7 @@ def self_attention(layer: nn.Module, num_heads: int) -> SelfAttention:
         if name in modules:
             return SelfAttention((modules[name],), num_fused_heads)
     raise UnsupportedModel(
-        f"cannot tell queries, keys and values of a {type(layer).__name__} apart"
+        f"cannot find the queries, keys and values of a {type(layer).__name__}; leave objective.attention out"
     )
 
 
