@@ -81,7 +81,7 @@ def create_key(
         )
     if not PROJECT_PATTERN.fullmatch(project_id):
         raise BadRequest(
-            "a project is 1 to 64 of a-z 0-9 . _ - and begins with a letter or digit",
+            "a project name has 1 to 64 of the characters a-z 0-9 . _ - and begins with a letter or digit",
             param="project",
         )
     key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
@@ -109,7 +109,7 @@ def authenticate(authorization: str | None) -> Principal:
     scheme, _, credential = authorization.partition(" ")
     match = KEY_PATTERN.fullmatch(credential.strip())
     if scheme.lower() != "bearer" or match is None:
-        raise Unauthenticated("the API key is malformed: it looks like sk-sh-{id}-{secret}")
+        raise Unauthenticated("the API key is malformed: it must have the form sk-sh-{id}-{secret}")
     key_id, secret = match.groups()
     key = keys.read_key(key_id)
     is_equal = hmac.compare_digest(secret_hmac(secret), key.secret_hmac if key else UNKNOWN_HMAC)

@@ -32,7 +32,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     configure_logging(settings.log_level)
     app = FastAPI(
         title="Stillhouse",
-        summary="Distils a large text generator into a small one, and serves the small one.",
+        summary="Distils large language models into small ones, and serves them.",
         version="0.1.0",
         docs_url=None,  # the page would load scripts from another site
         redoc_url=None,

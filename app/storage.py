@@ -128,7 +128,7 @@ class Store:
             if not Path(target).exists():
                 publish(incoming, Path(target))
             elif self._manifest(key) != manifest:
-                raise AlreadyStored(f"the store holds another {key}; use a new key")
+                raise AlreadyStored(f"the store already has a different {key}; use a new key")
             return ref
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
@@ -304,7 +304,7 @@ class Store:
         manifest = _manifest_bytes(entries)
         if self._fs.exists(f"{self._path(key)}/{MANIFEST}"):
             if self._manifest(key) != manifest:
-                raise AlreadyStored(f"the store holds another {key}; use a new key")
+                raise AlreadyStored(f"the store already has a different {key}; use a new key")
             return _folder_ref(key, entries, manifest)
         for entry in entries:
             self._fs.put_file(str(local / entry["path"]), f"{self._path(key)}/{entry['path']}")
@@ -315,7 +315,7 @@ class Store:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._fs.get_file(f"{self._root}/{key}", str(target))
         if sha256 is not None and hash_file(target)[0] != sha256:
-            raise CorruptArtifact(f"{key} is not what was stored")
+            raise CorruptArtifact(f"the content of {key} has changed since it was stored")
 
 
 @lru_cache
@@ -332,11 +332,11 @@ def _plain_files(folder: Path) -> list[Path]:
     found = []
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise StorageError(f"{path.relative_to(folder)} is not a plain file")
+            raise StorageError(f"{path.relative_to(folder)} is not a regular file")
         if path.is_file() and path != folder / MANIFEST:
             found.append(path)
     if not found:
-        raise StorageError(f"{folder} holds no files")
+        raise StorageError(f"{folder} contains no files")
     return found
 
 
@@ -370,7 +370,7 @@ def _entries(manifest: bytes, inside: str = "") -> list[Entry]:
         if any(
             ".." in Path(entry["path"]).parts or entry["path"].startswith("/") for entry in entries
         ):
-            raise ValueError("a path leads out of the folder")
+            raise ValueError("a path points outside the folder")
         prefix = f"{inside}/" if inside else ""
         return [
             {**entry, "path": entry["path"].removeprefix(prefix)}

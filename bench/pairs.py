@@ -153,7 +153,7 @@ def import_models(names: list[str], folder: Path, data_dir: Path) -> None:
     ]
     for name, process in zip(names, imports, strict=True):
         if process.wait():
-            raise RuntimeError(f"{name} could not be imported; the reason stands above")
+            raise RuntimeError(f"{name} could not be imported; see the error above")
 
 
 def run_jobs(

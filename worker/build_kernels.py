@@ -27,11 +27,11 @@ def main() -> int:
     try:
         path = find_library() if is_status else build_library()
     except KernelsUnavailable as reason:
-        print(f"PyTorch computes everything: the C kernels cannot be built, because {reason}")
+        print(f"PyTorch operations are used, because the C kernels cannot be built: {reason}")
         return int(isinstance(reason, BuildFailed))
     if path is None:
         print(
-            "the C kernels are not built yet; the first run or model builds them, or run "
+            "the C kernels are not built yet; they are built with the first run or model, or by "
             "`stillhouse kernels build`"
         )
         return 0

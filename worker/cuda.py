@@ -28,8 +28,8 @@ def require(devices: str, num_visible: int, setting: str) -> None:
     num_listed = len(devices.split(",")) if devices else 0
     if num_listed > num_visible:
         sys.exit(
-            f"{setting} is {devices}, and torch sees {num_visible} of these {num_listed} CUDA devices here; "
-            "name devices that nvidia-smi -L lists, each of them once"
+            f"{setting} is {devices}, but PyTorch finds {num_visible} of these {num_listed} CUDA devices; "
+            "use devices that nvidia-smi -L lists, each of them once"
         )
 
 

@@ -117,7 +117,7 @@ def _convert_gguf(path: Path, target: Path, sink: Sink) -> None:
     header = check_gguf(path)
     sink(
         MessageLine(
-            message="converting the GGUF file to float32 takes a while",
+            message="converting the GGUF file to float32; this may take several minutes",
             data={"bytes": path.stat().st_size},
         )
     )
@@ -175,29 +175,29 @@ def _check_size(config: Any, source: Path) -> None:  # Any: transformers is unty
     # One more tensor is allowed: an LM head that is tied to the embedding is not in the files.
     if claimed > held + max(sizes, default=0):
         raise BrokenFile(
-            f"config.json describes {claimed} parameters, the weights hold {held}; they do not belong together"
+            f"config.json describes {claimed} parameters, but the weights have {held}; they do not belong together"
         )
 
 
 def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformers is untyped here
     if not getattr(tokenizer, "is_fast", False):
         raise UnsupportedTokenizer(
-            "the tokenizer has no fast form (tokenizer.json); save it as one and import again"
+            "the tokenizer is not a fast tokenizer (tokenizer.json); save it as one and import the model again"
         )
     rows = min(model.get_input_embeddings().weight.shape[0], writing_half(model.config).vocab_size)
     if (num_ids := num_token_ids(tokenizer)) > rows:
         raise BrokenFile(
-            f"the tokenizer has token ids up to {num_ids - 1} but the model only {rows} embedding rows"
+            f"the tokenizer has token ids up to {num_ids - 1} but the model has only {rows} embedding rows"
         )
     if (shared := _shared_id(tokenizer)) is not None:
         raise BrokenFile(
-            f"the tokenizer gives the id {shared} to two tokens; number its tokens anew"
+            f"the tokenizer gives the id {shared} to two tokens; give each token its own id"
         )
     bad = [
         name for name, parameter in model.named_parameters() if not torch.isfinite(parameter).all()
     ]
     if bad:
-        raise BrokenFile(f"the weights of {bad[0]} hold NaN or infinity; the export is damaged")
+        raise BrokenFile(f"the weights of {bad[0]} contain NaN or infinity; the export is damaged")
     if tokenizer.model_max_length > UNSET_LENGTH:
         tokenizer.model_max_length = context_tokens(model.config)
     _name_start(model)
@@ -209,7 +209,7 @@ def _save(model: Any, tokenizer: Any, target: Path) -> None:  # Any: transformer
         model.save_pretrained(target, max_shard_size="1000GB")
         tokenizer.save_pretrained(target)
     except (ValueError, StrictDataclassError) as error:  # e.g. an inconsistent generation config
-        raise BrokenFile(f"the model cannot be saved again: {str(error)[:300]}") from error
+        raise BrokenFile(f"the model cannot be saved: {str(error)[:300]}") from error
 
 
 def _shared_id(tokenizer: Any) -> int | None:  # Any: transformers is untyped here
@@ -239,7 +239,7 @@ def _name_start(model: Any) -> None:  # Any: transformers is untyped here
     )
     if not isinstance(start, int) or not 0 <= start < writing_half(model.config).vocab_size:
         raise BrokenFile(
-            f"config.json gives {start} as decoder_start_token_id; name the token that answers begin behind"
+            f"config.json gives {start} as decoder_start_token_id; set it to the token that answers start after"
         )
     model.config.decoder_start_token_id = start
 
@@ -260,7 +260,7 @@ def _check_template(tokenizer: Any) -> None:  # Any: transformers is untyped her
             chat_cost(tokenizer)  # `model_facts` calls it later without limits
     except Exception as error:
         raise BrokenFile(
-            f"the chat template does not render a user message: {str(error)[:300] or type(error).__name__}"
+            f"the chat template cannot render a user message: {str(error)[:300] or type(error).__name__}"
         ) from error
 
 
@@ -278,7 +278,7 @@ def _check_reload(
         or not tokens.numel()
     ):
         raise UnsupportedTokenizer(
-            "the tokenizer gives other tokens after being saved; it cannot be imported faithfully"
+            "the tokenizer gives different tokens after it has been saved; it cannot be imported without changes"
         )
     saved = model_class(model.config).from_pretrained(
         target, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
@@ -332,7 +332,7 @@ def main() -> int:
 def _error_line(error: WorkerError | OSError) -> ErrorLine | None:
     """Returns the line for a permanent failure, or None if a retry may succeed."""
     if is_disk_full(error):
-        message = "the worker's disk is full; free some disk, then import the model again"
+        message = "the worker's disk is full; free some disk space, then import the model again"
         return ErrorLine(code=DiskFull.code, message=message)
     if isinstance(error, WorkerError):
         return ErrorLine(code=error.code, message=str(error))

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m worker.main", description=__doc__)
     parser.add_argument("role", choices=("train", "serve"))
     parser.add_argument(
-        "--ready-fd", type=int, help="descriptor that gets a byte when the worker can work"
+        "--ready-fd", type=int, help="file descriptor that gets a byte when the worker is ready"
     )
     parsed = parser.parse_args(arguments)
     settings = get_settings()
@@ -161,7 +161,7 @@ def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> s
     """Returns the device of the engine. Exits if `asked` is "cuda" and there is no CUDA device."""
     if asked == "cuda" and not has_cuda:
         sys.exit(
-            "STILLHOUSE_SERVE_DEVICE is cuda, but torch sees no CUDA device here; set it to auto or cpu"
+            "STILLHOUSE_SERVE_DEVICE is cuda, but PyTorch finds no CUDA device; set it to auto or cpu"
         )
     return "cuda" if has_cuda and asked != "cpu" else "cpu"
 

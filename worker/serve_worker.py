@@ -120,7 +120,7 @@ class ServeWorker:
         A repeated request is ignored, and so is one that was cancelled before it arrived.
         """
         if self._drain_until is not None:
-            message = "the worker is going down; try again"
+            message = "the worker is shutting down; try again"
             self._send(
                 request.reply_to,
                 [Failure(id=request.id, status=503, code="draining", message=message)],
@@ -164,7 +164,9 @@ class ServeWorker:
         except BaseException:  # after any error, clients must still get a reply
             log.exception("engine_thread_failed")
             self._fail_all(
-                500, "internal_error", "the engine failed on this request or on one beside it"
+                500,
+                "internal_error",
+                "the engine failed on this request or on another one in its batch",
             )
         if self._turns is not None:
             self._turns.release()

@@ -152,7 +152,7 @@ def run(
 def error_line(error: Exception) -> ErrorLine | None:
     """Returns the line for a permanent failure, or None if a retry may succeed."""
     if is_disk_full(error) and not isinstance(error, DiskFull):
-        message = "the worker's disk is full; free some disk, then resume the job"
+        message = "the worker's disk is full; free some disk space, then resume the job"
         return ErrorLine(code=DiskFull.code, message=message)
     if isinstance(error, WorkerError):
         return ErrorLine(code=error.code, message=str(error))

@@ -70,12 +70,13 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     where = f"{request.method} {request.url.path}"
     if error.status_code == 404:
         return error_response(
-            NotFound(f"unknown URL: {where}; /openapi.json lists what there is", "unknown_url")
+            NotFound(f"unknown URL: {where}; /openapi.json lists all endpoints", "unknown_url")
         )
     answer: StillhouseError = BadRequest(str(error.detail))
     if error.status_code == 405:
         answer = BadRequest(
-            f"method not allowed: {where}; /openapi.json lists what there is", "method_not_allowed"
+            f"method not allowed: {where}; /openapi.json lists the allowed methods",
+            "method_not_allowed",
         )
         answer.status = 405
     elif error.status_code == 413:

@@ -21,7 +21,7 @@ from app.routing.worker_registry import STALLED_SECONDS
 router = APIRouter(tags=["health"])
 log = structlog.get_logger(__name__)
 jobs_by_status = Gauge("stillhouse_jobs", "Jobs by status", ["status"])
-serve_workers = Gauge("stillhouse_serve_workers", "Serve workers that were alive at the last look")
+serve_workers = Gauge("stillhouse_serve_workers", "Serve workers that were alive at the last check")
 
 
 CHECK_SECONDS = 1.0  # how long the result of a check is reused

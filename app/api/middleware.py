@@ -21,7 +21,7 @@ requests_total = Counter(
     "stillhouse_http_requests", "Requests answered", ["method", "route", "status"]
 )
 request_seconds = Histogram(
-    "stillhouse_http_request_seconds", "Time to the first byte of an answer", ["method", "route"]
+    "stillhouse_http_request_seconds", "Time to the first byte of a response", ["method", "route"]
 )
 
 
@@ -70,7 +70,7 @@ class _Exchange:
                 if self.status:
                     raise  # the response has begun; only a closed connection can signal the error
                 opaque = StillhouseError(
-                    f"something went wrong on our side; quote {self.id} when you report it"
+                    f"internal server error; include {self.id} when you report it"
                 )
                 await self.answer(opaque)
             finally:
@@ -78,7 +78,7 @@ class _Exchange:
 
     def check(self) -> None:
         if "\x00" in self.scope["path"] or b"%00" in self.scope["query_string"]:
-            raise BadRequest("the URL holds a NUL character")
+            raise BadRequest("the URL contains a NUL character")
         length = dict(self.scope["headers"]).get(b"content-length", b"")
         if self.is_capped and length.isdigit() and int(length) > self.frame.max_body_bytes:
             raise self.too_large()

@@ -11,11 +11,11 @@ Responses = dict[int | str, dict[str, Any]]  # Any: FastAPI's own type
 ERRORS: Responses = {
     "4XX": {
         "model": ErrorEnvelope,
-        "description": "What is asked for cannot be done; `Retry-After` says when to try again",
+        "description": "The request cannot be fulfilled; `Retry-After` says when to try again",
     },
     "5XX": {
         "model": ErrorEnvelope,
-        "description": "The service cannot do it now; `Retry-After` as above",
+        "description": "The service cannot process the request now; `Retry-After` says when to try again",
     },
 }
 TEXT = {"schema": {"type": "string"}}

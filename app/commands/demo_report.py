@@ -25,13 +25,13 @@ def show_comparison(console: Console, result: Json) -> None:
         ("parameters", "num_parameters", "{:,}"),
         ("bytes", "weights_bytes", "{:,}"),
         ("tokens/s, 1 request", "tokens_per_second", "{:.0f}"),
-        ("tokens/s, 8 at once", "tokens_per_second_batched", "{:.0f}"),
+        ("tokens/s, 8 requests", "tokens_per_second_batched", "{:.0f}"),
         ("KL to the teacher", "kl", "{:.3f}"),
         ("agreement, top token", "agreement", "{:.1%}"),
         ("perplexity", "perplexity", "{:.2f}"),
         ("ROUGE-L to the teacher", "rouge_l", "{:.3f}"),
     )
-    title = f"On {result['num_validation_rows']} held-out prompts ({result['num_train_rows']} were trained on)"
+    title = f"Results on {result['num_validation_rows']} held-out prompts, after training on {result['num_train_rows']}"
     table = Table(title=title, title_justify="left")
     table.add_column("", min_width=24)
     for _, heading in MODELS:
@@ -42,8 +42,9 @@ def show_comparison(console: Console, result: Json) -> None:
         )
     console.print(table)
     console.print(
-        "KL in nats per token, agreement, and perplexity of the teacher's own greedy answers, token by token; ROUGE-L of the "
-        "answers the models give by themselves. Speeds by this machine's engine, the same number of tokens for each."
+        "KL (nats per token), agreement and perplexity are measured on the teacher's greedy answers, token by token. "
+        "ROUGE-L is measured on answers that the models generate themselves. Speeds are measured on this machine, with "
+        "the same number of tokens for each model."
     )
     for part in result.get("missing", []):
         console.print(f"{part['part']} is missing: {part['message']}", markup=False)
@@ -51,14 +52,14 @@ def show_comparison(console: Console, result: Json) -> None:
     if "speedup" not in compression:
         return
     console.print(
-        f"The student is {compression['parameters']:.2f}x smaller, and faster than the teacher by "
-        f"{compression['speedup']:.2f}x alone and {compression['speedup_batched']:.2f}x with eight requests at once."
+        f"The student is {compression['parameters']:.2f}x smaller than the teacher. It is {compression['speedup']:.2f}x "
+        f"as fast with one request, and {compression['speedup_batched']:.2f}x as fast with eight requests at once."
     )
 
 
 def show_samples(console: Console, result: Json) -> None:
     """Prints the answers of the three models to a few held-out prompts."""
-    console.print("\n[bold]Greedy answers to held-out prompts, as they came[/bold]")
+    console.print("\n[bold]Greedy answers to held-out prompts, unedited[/bold]")
     for sample in result.get("samples", []):
         console.print(f"\n[bold]{sample['prompt']}[/bold]", highlight=False)
         for model, heading in MODELS:
@@ -77,9 +78,9 @@ def show_next_commands(console: Console, data_dir: Path, model: str) -> None:
         '"messages": [{"role": "user", "content": "What is money? Answer in one short sentence."}]}\''
     )
     commands = (
-        ("serve it again, in a terminal of its own", f"{stillhouse} up --data-dir {data_dir}"),
-        ("ask it something", chat),
-        ("see what is registered", f"{stillhouse} models list --data-dir {data_dir}"),
+        ("serve the student again, in another terminal", f"{stillhouse} up --data-dir {data_dir}"),
+        ("send it a chat request", chat),
+        ("list the registered models", f"{stillhouse} models list --data-dir {data_dir}"),
     )
     console.print("\n[bold]Next[/bold]")
     for what, command in commands:

@@ -97,40 +97,39 @@ def database(settings: Settings) -> Iterator[Finding]:
         facts = server_facts(session)
         here = datetime.now(UTC)
     yield Finding("database", "ok", f"PostgreSQL {facts.version} answers")
-    unsafe = "set fsync, synchronous_commit and full_page_writes to on: a power cut loses accepted jobs now"
-    yield judge(
-        "durability", facts.is_durable, "commits are durable" if facts.is_durable else "off", unsafe
-    )
+    unsafe = "set fsync, synchronous_commit and full_page_writes to on: a power failure can lose accepted jobs"
+    durable = "commits are durable" if facts.is_durable else "commits are not durable"
+    yield judge("durability", facts.is_durable, durable, unsafe)
     skew = abs((facts.now - here).total_seconds())
-    wrong = "run NTP (chrony, systemd-timesyncd) on this host and on the database's"
-    yield judge(
-        "clock", skew <= SKEW_SECONDS, f"{skew:.1f} s between this host and the database", wrong
-    )
+    wrong = "run NTP (chrony, systemd-timesyncd) on this host and on the database host"
+    what = f"the clocks of this host and the database differ by {skew:.1f} s"
+    yield judge("clock", skew <= SKEW_SECONDS, what, wrong)
     current, newest = revisions(settings.database_url)
-    yield judge(
-        "schema", current == newest, f"at {current}, newest {newest}", "run `stillhouse migrate`"
-    )
+    what = f"at revision {current}; the newest is {newest}"
+    yield judge("schema", current == newest, what, "run `stillhouse migrate`")
 
 
 def broker(settings: Settings) -> Iterator[Finding]:
     """Checks the message broker: connection, eviction policy and persistence."""
     with _redis(settings) as client:
         facts: dict[str, Any] = client.info()  # Any: redis-py returns untyped values
-        yield Finding("broker", "ok", f"Redis protocol {facts.get('redis_version')} answers")
+        yield Finding(
+            "broker", "ok", f"Redis-compatible server {facts.get('redis_version')} answers"
+        )
         policy = facts.get("maxmemory_policy", "noeviction")
-        keep = "set maxmemory-policy to noeviction: messages must never be dropped to save memory"
-        yield judge("eviction", policy == "noeviction", f"policy {policy}", keep)
+        keep = "set maxmemory-policy to noeviction: the broker must never evict messages"
+        yield judge("eviction", policy == "noeviction", f"maxmemory-policy is {policy}", keep)
         is_saved = bool(facts.get("aof_enabled")) or facts.get("rdb_last_bgsave_status") == "ok"
         what = (
-            "on"
+            "the append-only file is on"
             if facts.get("aof_enabled")
-            else "no append-only file; not needed, for Postgres has the jobs"
+            else "the append-only file is off; it is not needed, because jobs are in PostgreSQL"
         )
         yield judge(
             "persistence",
             is_saved,
             what,
-            "the broker cannot write its snapshot: see its log and disk",
+            "the broker cannot write its snapshot: check its log and its disk space",
         )
 
 
@@ -144,12 +143,10 @@ def files(settings: Settings) -> Iterator[Finding]:
             is_same = reader.read() == content
     finally:
         store().delete(key)
-    yield judge(
-        "store",
-        is_same,
-        f"{settings.store_root()} takes and gives",
-        "the store gives other bytes back",
+    what = (
+        "can be written, read and deleted" if is_same else "returns other bytes than were written"
     )
+    yield judge("store", is_same, f"{settings.store_root()} {what}", "check the disk or the bucket")
     free = store().free_bytes()
     if free is not None:
         what = f"{free / 2**30:.1f} GiB free, {settings.min_free_bytes / 2**30:.1f} must stay free"
@@ -157,7 +154,7 @@ def files(settings: Settings) -> Iterator[Finding]:
             "disk",
             free > settings.min_free_bytes,
             what,
-            "delete files or models, or grow the volume",
+            "delete files or models, or enlarge the volume",
         )
 
 
@@ -179,15 +176,15 @@ def workers(settings: Settings) -> Iterator[Finding]:
         yield judge(
             "serving",
             bool(serving),
-            f"{len(serving)} serve workers",
+            f"{len(serving)} serve workers are running",
             "start `stillhouse serve-worker`",
         )
         if stalled:
             yield Finding(
                 "serving",
                 "fail",
-                f"{', '.join(stalled)} does not step",
-                "restart it; its log says why",
+                f"{', '.join(stalled)} has requests but makes no progress",
+                "restart it; its log shows the reason",
             )
         task_queue.notify_workers()
         deadline = time.monotonic() + WAKE_UP_SECONDS
@@ -197,9 +194,8 @@ def workers(settings: Settings) -> Iterator[Finding]:
             time.sleep(0.05)
     with transaction() as session:
         num_running = server_facts(session).num_running
-    what = f"{num_running} jobs run" + (
-        ", nobody else listens" if is_unheard else ", a train worker listens"
-    )
+    listening = "no train worker is" if is_unheard else "a train worker is"
+    what = f"{num_running} jobs are running; {listening} listening"
     yield judge(
         "training", not is_unheard or num_running > 0, what, "start `stillhouse train-worker`"
     )
@@ -209,15 +205,14 @@ def api(settings: Settings) -> Iterator[Finding]:
     """Checks that the API is ready."""
     url = f"http://{settings.host}:{settings.port}"
     answer = httpx.get(f"{url}/health/ready", timeout=5, trust_env=False)
-    yield judge(
-        "api", answer.status_code == 200, f"{url} is {answer.json()['status']}", "its log says why"
-    )
+    what = f"{url} is {answer.json()['status']}"
+    yield judge("api", answer.status_code == 200, what, "its log shows the reason")
 
 
 def gpu(settings: Settings) -> Iterator[Finding]:
     """Checks that the NVIDIA driver, if there is one on this host, finds a GPU."""
     if shutil.which("nvidia-smi") is None:
-        yield Finding("gpu", "ok", "no NVIDIA driver here: workers on this host use the CPU")
+        yield Finding("gpu", "ok", "no NVIDIA driver found; workers on this host use the CPU")
         return
     listed = subprocess.run(
         ["nvidia-smi", "-L"], capture_output=True, text=True, check=False, timeout=20
@@ -225,8 +220,8 @@ def gpu(settings: Settings) -> Iterator[Finding]:
     cards = [
         line.partition(" (UUID")[0] for line in listed.stdout.splitlines() if line.startswith("GPU")
     ]
-    broken = "the driver does not answer: run `nvidia-smi`; a container needs the GPU given to it"
-    yield judge("gpu", bool(cards), "; ".join(cards) or "none seen", broken)
+    broken = "run `nvidia-smi` to check the driver; a container must be started with GPU access"
+    yield judge("gpu", bool(cards), "; ".join(cards) or "no GPU found", broken)
 
 
 def cpu_kernels(settings: Settings) -> Iterator[Finding]:
@@ -235,7 +230,7 @@ def cpu_kernels(settings: Settings) -> Iterator[Finding]:
     Only a failed build counts as a failed check.
     """
     if find_spec("worker") is None or find_spec("torch") is None:
-        yield Finding("kernels", "ok", "no worker is installed on this host")
+        yield Finding("kernels", "ok", "the worker package is not installed on this host")
         return
     shown = subprocess.run(
         [sys.executable, "-m", "worker.build_kernels", "--status"],
@@ -245,8 +240,8 @@ def cpu_kernels(settings: Settings) -> Iterator[Finding]:
         timeout=KERNELS_SECONDS,
     )
     what = (shown.stdout or shown.stderr).strip().splitlines()
-    advice = "run `stillhouse kernels build` and correct what it prints"
-    yield judge("kernels", shown.returncode == 0, what[-1] if what else "no answer", advice)
+    advice = "run `stillhouse kernels build` and fix the error that it prints"
+    yield judge("kernels", shown.returncode == 0, what[-1] if what else "no output", advice)
 
 
 def keys(settings: Settings) -> Iterator[Finding]:
@@ -273,16 +268,16 @@ CHECKS: tuple[tuple[str, Check, str], ...] = (
     (
         "broker",
         broker,
-        "start Valkey or Redis, or correct STILLHOUSE_REDIS_URL; jobs are taken meanwhile, nothing is lost",
+        "start Valkey or Redis, or correct STILLHOUSE_REDIS_URL; jobs are accepted meanwhile, and nothing is lost",
     ),
     ("store", files, "make the store writable for this user, or correct STILLHOUSE_STORE_URL"),
-    ("workers", workers, "workers cannot be seen without broker and database"),
+    ("workers", workers, "check the broker and the database first; this check needs both"),
     ("api", api, "start `stillhouse api`, or correct STILLHOUSE_HOST and STILLHOUSE_PORT"),
-    ("gpu", gpu, "run `nvidia-smi` by hand"),
+    ("gpu", gpu, "run `nvidia-smi` and fix the error that it prints"),
     ("kernels", cpu_kernels, "run `stillhouse kernels build`"),
     (
         "key files",
         keys,
-        "set STILLHOUSE_KEY_PEPPER, or give the data folder that `stillhouse up` made",
+        "set STILLHOUSE_KEY_PEPPER, or give the data folder of `stillhouse up` with --data-dir",
     ),
 )

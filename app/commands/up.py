@@ -89,7 +89,7 @@ def run_up(options: UpOptions, console: Console) -> None:
                 _greet(options, key_path, console)
             for database in databases:
                 if not database.is_running():
-                    _say(console, f"{database.name} has died and is started again")
+                    _say(console, f"{database.name} has exited and is being restarted")
                     database.start()
             for process in kept:
                 process.keep(lambda text: _say(console, text))
@@ -200,10 +200,10 @@ def _greet(options: UpOptions, key_path: Path, console: Console) -> None:
 
 
 def _drain(kept: list[Kept], stop: Stop, console: Console) -> None:
-    console.print("Draining: running jobs write a checkpoint and go on at the next start")
+    console.print("Draining: running jobs write a checkpoint and continue at the next start")
     killed = stop_all(kept, grace_seconds=DRAIN_SECONDS, is_urgent=lambda: stop.is_urgent)
     for name in killed:
-        _say(console, f"{name} did not end in time and was killed")
+        _say(console, f"{name} did not stop in time and was killed")
     console.print("Stopped")
 
 
@@ -223,7 +223,7 @@ def _demand_worker_packages(options: UpOptions) -> None:
         "torch"
     ) is None:
         raise LocalServiceError(
-            "workers need torch: pip install 'stillhouse[worker]', or use --train-workers 0 --serve-workers 0"
+            "workers need PyTorch: pip install 'stillhouse[worker]', or use --train-workers 0 --serve-workers 0"
         )
 
 
@@ -248,6 +248,6 @@ def _only_one(data_dir: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise LocalServiceError(
-                f"another `stillhouse up` runs in {data_dir}; stop it first"
+                f"another `stillhouse up` is running in {data_dir}; stop it first"
             ) from None
         yield

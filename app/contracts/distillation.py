@@ -63,7 +63,7 @@ class FreshConfig(Block):
     def _divides(self) -> "FreshConfig":
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}; choose one that is"
+                f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; choose a multiple"
             )
         return self
 
@@ -124,31 +124,31 @@ class Student(Block):
         )
         if self.init not in ("layers", "width") and chooses_layers:
             raise ValueError(
-                f"numbers of layers belong to init=layers; with init={self.init} "
-                + ("they are in config" if self.init == "fresh" else "the checkpoint keeps its own")
+                f"layers can only be chosen with init=layers or width; with init={self.init}, "
+                + ("set them in config" if self.init == "fresh" else "all layers are kept")
             )
         if self.init != "width" and chooses_width:
             raise ValueError(
-                "hidden_size, num_heads and intermediate_size belong to init=width (or to config)"
+                "hidden_size, num_heads and intermediate_size need init=width (or belong in config)"
             )
         if (self.init == "fresh") != (self.config is not None):
-            raise ValueError("init=fresh and config belong together: give both or neither")
+            raise ValueError("init=fresh and config must be given together: give both or neither")
         if self.init != "layers" and self.fit_rows not in ("auto", 0):
             raise ValueError(
-                "fit_rows belongs to init=layers: other students have no dropped layers to stand in for"
+                "fit_rows needs init=layers: other students have no dropped layers to compensate for"
             )
         if self.init != "lora" and self.lora is not None:
-            raise ValueError("lora belongs to init=lora")
+            raise ValueError("lora needs init=lora; set it, or leave lora out")
         if self.init == "width" and not chooses_width:
             raise ValueError("init=width needs hidden_size, num_heads or intermediate_size")
         if self.layers is not None:
             if isinstance(self.num_layers, tuple):
-                raise ValueError("a ladder takes num_layers alone, without layers")
+                raise ValueError("a ladder is given by num_layers alone; leave layers out")
             if self.num_layers is not None and self.num_layers != len(self.layers):
                 raise ValueError("give num_layers or layers, not two different counts")
             if not self.layers or list(self.layers) != sorted(set(self.layers)):
                 raise ValueError(
-                    "layers must be a rising list of distinct teacher layer numbers, counted from 0"
+                    "layers must be an ascending list of distinct teacher layer numbers, counted from 0"
                 )
         return self
 
@@ -368,9 +368,7 @@ class Distillation(Block):
         if not isinstance(block, dict) or not isinstance(block.get("loss"), dict):
             return block
         if "objective" in block:
-            raise ValueError(
-                "give objective or loss, not both: loss is the short way to write the objective"
-            )
+            raise ValueError("give objective or loss, not both: loss is a short form of objective")
         objective = dict(block["loss"])
         if "type" in objective:
             kind = objective.pop("type")

@@ -89,7 +89,7 @@ def mark_corrupt(session: Session, job_id: str, token: int, checkpoint_id: str) 
     step = session.scalar(mark.values(status="corrupt", is_best=False).returning(Checkpoint.step))
     if step is None:
         return True
-    message = f"The checkpoint at step {step} is damaged; the run goes on from an older one."
+    message = f"The checkpoint at step {step} is damaged; the run continues from an older one."
     add_event(
         session, job_id, message, level="warn", data={"step": step, "checkpoint_id": checkpoint_id}
     )

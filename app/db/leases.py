@@ -171,7 +171,7 @@ def succeed(
     if job.kind == "distillation":
         model["base_id"] = job.request.get("model")
     if insert_model(session, source_job_id=job_id, project_id=job.project_id, **model) is None:
-        taken = f"the model id {model['id']!r} was taken meanwhile; submit the job again with another name"
+        taken = f"the model id {model['id']!r} has been taken by another model; submit the job again with another name"
         return fail(session, job_id, token, JobFailure(code="model_id_taken", message=taken))
     for columns in files if job.project_id is not None else ():
         insert_file(session, project_id=job.project_id, **columns)
@@ -252,7 +252,7 @@ def lose(
     if job.pause_requested_at is not None:
         return pause(session, job_id, token, prefix=f"{reason} ", num_losses=num_losses)
     if num_losses >= retry_policy.most:
-        message = f"{reason} This was loss {num_losses} of at most {retry_policy.most}."
+        message = f"{reason} This was lost attempt {num_losses} of at most {retry_policy.most}."
         failure = JobFailure(code=error_code, message=message)
         return fail(session, job_id, token, failure, outcome=outcome, num_losses=num_losses)
     wait = retry_policy.backoff_seconds * 2 ** min(num_losses - 1, MAX_DOUBLINGS)
@@ -263,7 +263,7 @@ def lose(
         token=token,
         level="warn",
         outcome=outcome,
-        message=f"{reason} The job goes on in {wait:.0f} s (loss {num_losses} of {retry_policy.most}).",
+        message=f"{reason} The job is tried again in {wait:.0f} s (lost attempt {num_losses} of {retry_policy.most}).",
         num_losses=num_losses,
         run_after=func.now() + timedelta(seconds=wait),
     )
@@ -355,7 +355,7 @@ def _kept_notice(job_id: str, step: int, *, can_be_resumed: bool) -> str:
     if not can_be_resumed:
         return f"The checkpoint at step {step} is kept until you delete the job with DELETE {url}."
     return (
-        f"The checkpoint at step {step} is kept: once the cause is removed, resume the job with "
+        f"The checkpoint at step {step} is kept. After you have fixed the cause, resume the job with "
         f"POST {url}/resume, or delete it and its checkpoints with DELETE {url}."
     )
 

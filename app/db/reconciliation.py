@@ -98,7 +98,7 @@ def mark_due_notified(session: Session, again_seconds: float, most: int) -> int:
 def expire_leases(session: Session, retry_policy: leases.RetryPolicy) -> int:
     """Ends attempts whose lease has expired, and returns their number."""
     silent = select(Job).where(Job.status == JobStatus.running, Job.lease_expires_at < func.now())
-    reason = "The worker has stopped answering."
+    reason = "The worker has stopped responding."
     lost = [
         leases.lose(
             session, job.id, job.lease_token, retry_policy, reason=reason, error_code="worker_lost"

@@ -160,7 +160,7 @@ class LocalPostgres(Child):
         digest = hashlib.sha256(str(self.data_dir).encode()).hexdigest()[:16]
         home = own_folder(FALLBACK_ROOT / f"stillhouse-{digest}")
         log.warning(
-            "user %s cannot reach %s: PostgreSQL keeps its data in %s",
+            "user %s cannot access %s: PostgreSQL keeps its data in %s",
             self.user.pw_name,
             self.data_dir,
             home,
@@ -176,7 +176,7 @@ class LocalPostgres(Child):
         copy = FALLBACK_ROOT / f"stillhouse-postgres-{digest}"
         if not copy.exists():
             log.warning(
-                "user %s cannot reach %s: copying PostgreSQL to %s",
+                "user %s cannot access %s: copying PostgreSQL to %s",
                 self.user.pw_name,
                 package,
                 copy,

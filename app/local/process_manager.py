@@ -126,7 +126,7 @@ class Kept:
             self._wait_seconds = min(2 * self._wait_seconds, LONGEST_WAIT_SECONDS)
         elif now >= self._start_at:
             self.start()
-            say(f"{self.name} is started again")
+            say(f"{self.name} is being restarted")
 
     def signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.poll() is None:

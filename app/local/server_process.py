@@ -232,7 +232,9 @@ def own_folder(path: Path) -> Path:
     path.mkdir(mode=0o755, exist_ok=True)
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise LocalServiceError(f"{path} belongs to somebody else or is open to others; remove it")
+        raise LocalServiceError(
+            f"{path} is owned by another user, or others can write to it; remove it"
+        )
     return path
 
 

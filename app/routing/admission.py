@@ -72,15 +72,15 @@ class Admission:
         most_requests = min(self._max_requests_per_key, self._max_requests)
         if num_requests > most_requests or num_tokens > self._max_tokens:
             raise BadRequest(
-                f"too much for one request: {num_requests} prompts and about {num_tokens} tokens, at most "
-                f"{most_requests} and {self._max_tokens}; send it in parts",
+                f"the request is too large: it has {num_requests} prompts and about {num_tokens} tokens, at most "
+                f"{most_requests} and {self._max_tokens} are allowed; split it into smaller requests",
                 "request_too_large",
                 "prompt",
             )
         if self._requests_of[key_id] + num_requests > self._max_requests_per_key:
             raise TooManyRequests(
                 f"this key has {self._requests_of[key_id]} generation requests running, at most "
-                f"{self._max_requests_per_key} are allowed; wait for some to end"
+                f"{self._max_requests_per_key} are allowed; wait until some have finished"
             )
         self.demand_room(key_id, num_requests, num_tokens)
         self._add(key_id, num_requests, num_tokens)
@@ -119,7 +119,7 @@ class Admission:
         refusal: StillhouseError
         if num_keys == 1:
             refusal = Unavailable(
-                "the server has as many generation requests as it can hold; try again soon"
+                "the server has reached its limit of generation requests; try again soon"
             )
         else:
             refusal = TooManyRequests(

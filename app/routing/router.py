@@ -124,7 +124,7 @@ class RequestRouter:
         """Fails all prompts in flight, cancels them on their workers, and closes connections."""
         for prompt_in_flight in list(self._prompts_in_flight.values()):
             prompt_in_flight.reply_stream.fail(
-                Unavailable("the server is going down; try again", "draining")
+                Unavailable("the server is shutting down; try again", "draining")
             )
         await asyncio.sleep(0.05)  # lets the tasks run that cancel the prompts
         # Repeated, because redis-py swallows a cancellation that arrives while it connects.
@@ -243,7 +243,7 @@ class RequestRouter:
                     log.warning("reply_channel_lost", reason=type(fault).__name__)
             self._is_listening.clear()
             for prompt_in_flight in list(self._prompts_in_flight.values()):
-                self._recover(prompt_in_flight, "replies were lost on the way")
+                self._recover(prompt_in_flight, "replies were lost")
             await asyncio.sleep(RELISTEN_SECONDS)
 
     async def _hear(self, pubsub: PubSub) -> None:
@@ -312,7 +312,7 @@ class RequestRouter:
             return
         self.drop(prompt_in_flight)
         if prompt_in_flight.is_heard or prompt_in_flight.num_sends >= MAX_SENDS:
-            message = f"the worker that was writing this answer was lost ({why}); try again"
+            message = f"the worker that generated this answer was lost ({why}); try again"
             prompt_in_flight.reply_stream.fail(Unavailable(message, "worker_lost"))
         else:
             log.info("request_sent_again", id=prompt_in_flight.request.id, reason=why)
@@ -350,10 +350,10 @@ class RequestRouter:
         )
         if time.time() > prompt_in_flight.request.deadline_at + DEADLINE_SLACK_SECONDS:
             prompt_in_flight.reply_stream.fail(
-                TimedOut("the answer took too long; ask for fewer tokens or try again")
+                TimedOut("the request timed out; ask for fewer tokens, or try again")
             )
         elif can_judge and not self._registry.is_known(prompt_in_flight.worker_id):
-            self._recover(prompt_in_flight, "it stopped answering")
+            self._recover(prompt_in_flight, "it stopped responding")
         elif (
             can_judge
             and time.monotonic() - max(idle_since or 0.0, prompt_in_flight.seen_at) > patience

@@ -174,7 +174,7 @@ class CompletionBody(GenerationBody):
             raise ValueError(f"must be at least n, which is {n}")
         if value is not None and value > n and info.data.get("stream"):
             raise ValueError(
-                "which choices are best is known at the end; leave out stream or best_of"
+                "the best choices are known only at the end and cannot be streamed; leave out stream or best_of"
             )
         return value
 
@@ -183,7 +183,7 @@ class CompletionBody(GenerationBody):
     def _echo_has_no_logprobs(cls, value: bool | None, info: ValidationInfo) -> bool | None:
         if value and info.data.get("logprobs") is not None:
             raise ValueError(
-                "there are no log-probabilities of a prompt; leave out echo or logprobs"
+                "log-probabilities of prompt tokens are not supported; leave out echo or logprobs"
             )
         return value
 

@@ -14,7 +14,7 @@ def bad_request(details: Sequence[Detail], body: object) -> BadRequest:
     first = details[0]
     param = param_path(first, body)
     if first["type"] == "json_invalid":
-        reason = first.get("ctx", {}).get("error", "it ends too early")
+        reason = first.get("ctx", {}).get("error", "unexpected end of input")
         return BadRequest(f"the body is not valid JSON: {reason}", "invalid_json")
     if first["type"] == "missing":
         what = f"missing required parameter: {param}" if param else "the request has no JSON body"

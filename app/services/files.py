@@ -77,7 +77,7 @@ class Upload:
         try:
             self._parser = MultipartParser(options[b"boundary"], self._callbacks())
         except FormParserError as error:
-            raise BadRequest(f"the multipart body is broken: {error}", param="file") from None
+            raise BadRequest(f"the multipart body is malformed: {error}", param="file") from None
 
     def feed(self, piece: bytes) -> None:
         if self.fault is not None:
@@ -86,7 +86,7 @@ class Upload:
             self._parser.write(piece)
         except FormParserError as error:
             self.fault = BadRequest(
-                f"the multipart body is broken: {error}", "invalid_file", "file"
+                f"the multipart body is malformed: {error}", "invalid_file", "file"
             )
         except StillhouseError as error:
             self.fault = error
@@ -119,7 +119,7 @@ class Upload:
 
     def _finish(self) -> File:
         if not self._is_complete:
-            raise BadRequest("the multipart body ends too early", "invalid_file", "file")
+            raise BadRequest("the multipart body is incomplete", "invalid_file", "file")
         if self._filename is None or self._file is None:
             raise BadRequest(
                 "missing required parameter: file", "missing_required_parameter", "file"
@@ -187,7 +187,8 @@ class Upload:
             and int(seconds) in EXPIRY_SECONDS
         ):
             raise BadRequest(
-                "expires_after.seconds must be 3600 to 2592000", param="expires_after.seconds"
+                "expires_after.seconds must be between 3600 and 2592000",
+                param="expires_after.seconds",
             )
         return datetime.now(UTC) + timedelta(seconds=int(seconds))
 
@@ -223,7 +224,7 @@ class Upload:
         if self._part == "file":
             if self._filename is not None:
                 raise BadRequest(
-                    "more than one part is called file; upload one file a request", param="file"
+                    "more than one part is named file; upload one file per request", param="file"
                 )
             self._filename = _label(options.get(b"filename", b""))
             demand_disk(self._settings)
@@ -271,7 +272,7 @@ def demand_disk(settings: Settings) -> None:
 
 def _not_written(error: OSError) -> Unavailable:
     log.warning("upload_not_written", reason=str(error))
-    return Unavailable("the store cannot take the file now; try again later", "storage_error")
+    return Unavailable("the store cannot write the file now; try again later", "storage_error")
 
 
 def too_large(settings: Settings) -> TooLarge:
@@ -292,10 +293,12 @@ def _demand_room(
 ) -> None:
     num_files, num_bytes = files.count_files(session, project_id)
     if num_files >= settings.max_files_per_project:
-        raise QuotaExceeded(f"the project keeps {num_files:,} files already; delete some")
+        raise QuotaExceeded(
+            f"the project already has {num_files:,} files, the most that are allowed; delete some"
+        )
     if num_bytes + num_more_bytes > settings.max_bytes_per_project:
         raise QuotaExceeded(
-            f"the project keeps {num_bytes:,} bytes of {settings.max_bytes_per_project:,} allowed; delete some files"
+            f"the project's files have {num_bytes:,} bytes of {settings.max_bytes_per_project:,} allowed; delete some files"
         )
 
 
@@ -335,7 +338,10 @@ def read_content(row: File) -> Iterator[bytes]:
     Raises NotFound at once, not at the first piece, if the store has lost the file.
     """
     if not store().exists(row.store_key):
-        raise NotFound(f"the store has lost the file {row.id!r}; upload it again", param="file_id")
+        raise NotFound(
+            f"the content of the file {row.id!r} is no longer in the store; upload it again",
+            param="file_id",
+        )
     return _pieces(row.store_key)
 
 

@@ -92,7 +92,7 @@ def validate_for_model(order: Order, settings: Settings) -> None:
     if facts is None:
         return
     if facts.family == "masked":
-        message = f"{order.model.model_id!r} is a {facts.architecture} model, which writes no text; it can be a teacher"
+        message = f"{order.model.model_id!r} is a {facts.architecture} model, which does not generate text; use it as a teacher"
         raise BadRequest(message, "model_not_servable", "model")
     if not facts.has_chat_template and any(
         isinstance(prompt, Conversation) for prompt in order.prompts

@@ -29,7 +29,8 @@ def import_model(source: str, name: str, *, project_id: str | None = None) -> st
     """
     if not NAME.fullmatch(name):
         raise BadRequest(
-            "a name is 1 to 64 of a-z 0-9 . _ - and begins with a letter or digit", param="name"
+            "a name has 1 to 64 of the characters a-z 0-9 . _ - and begins with a letter or digit",
+            param="name",
         )
     _demand_free_name(name)
     job_id = f"import-{secrets.token_hex(12)}"
@@ -67,7 +68,8 @@ def _spec(source: str, name: str, job_id: str) -> ImportJob:
         match = HUB.fullmatch(source)
         if match is None or ".." in source:
             raise BadRequest(
-                f"{source!r} names no model; write hf:org/name@revision", param="source"
+                f"{source!r} is not a model on a hub; use the form hf:org/name@revision",
+                param="source",
             )
         hub = match["source"]
         hub = hub if "@" in hub else f"{hub}@main"
@@ -82,7 +84,7 @@ def _spec(source: str, name: str, job_id: str) -> ImportJob:
         )
         return ImportJob(output_model=name, staged=staged, format="gguf")
     raise BadRequest(
-        f"{source!r} is no model: give a folder with config.json and safetensors, a .gguf file, "
+        f"{source!r} is not a model: give a folder with config.json and safetensors, a .gguf file, "
         "or hf:org/name@revision",
         param="source",
     )
@@ -91,7 +93,7 @@ def _spec(source: str, name: str, job_id: str) -> ImportJob:
 def _stage_folder(path: Path, job_id: str) -> ArtifactRef:
     if not (path / "config.json").is_file():
         raise BadRequest(
-            f"{path} holds no config.json; give the folder that save_pretrained wrote",
+            f"{path} has no config.json; give a folder that save_pretrained wrote",
             param="source",
         )
     _demand_room(sum(file.stat().st_size for file in path.iterdir() if file.is_file()))

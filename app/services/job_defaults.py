@@ -62,7 +62,7 @@ def settle(block: Distillation, pair: Pair) -> Distillation:
     check_evaluation(block, pair)
     if block.export and outline.architecture not in EXPORTABLE:
         refuse(
-            f"a {outline.architecture} student has no GGUF form here (those of {', '.join(EXPORTABLE)} have); "
+            f"a {outline.architecture} student cannot be exported as GGUF (only {', '.join(EXPORTABLE)} can); "
             "leave export out: safetensors are always written",
             "export",
         )
@@ -109,32 +109,32 @@ def check_start(student: Student, pair: Pair) -> None:
         check_sizes(student.config)
         if not pair.has_one_tokenizer or (start.family == "masked" and not pair.is_same):
             refuse(
-                "a fresh student takes the teacher's tokenizer and nothing else; name the teacher as model, too",
+                "a fresh student only uses the teacher's tokenizer; set model to the teacher, too",
                 "model",
                 "tokenizer_mismatch",
             )
         return
     if start.family == "masked":
         refuse(
-            f"a {start.architecture} model writes no text, so no student starts from it; use student.init = fresh with "
-            "student.config (family encoder-decoder is the nearest), or start from a causal or encoder-decoder model",
+            f"a {start.architecture} model does not generate text, so a student cannot start from it; use student.init = "
+            "fresh with student.config (the closest family is encoder-decoder), or start from a causal or encoder-decoder model",
             "model",
         )
     if student.init == "width" and start.architecture not in NARROWABLE:
         refuse(
-            f"the width of a {start.architecture} model cannot be cut (that of {', '.join(NARROWABLE)} can); use "
+            f"the width of a {start.architecture} model cannot be pruned (only that of {', '.join(NARROWABLE)} can); use "
             "student.init = layers, or fresh with the sizes in student.config",
             "student.init",
         )
     if (student.hidden_size or 0) > start.hidden_size:
         refuse(
-            f"the model is {start.hidden_size} wide; init = width makes it narrower",
+            f"the hidden_size of the model is {start.hidden_size}; init = width can only reduce it",
             "student.hidden_size",
         )
     for name in ("num_encoder_layers", "num_decoder_layers"):
         if start.family != "seq2seq" and getattr(student, name) is not None:
             refuse(
-                f"a {start.architecture} model has one kind of layers; give num_layers",
+                f"a {start.architecture} model has no separate encoder and decoder layers; give num_layers",
                 f"student.{name}",
             )
 
@@ -144,7 +144,7 @@ def check_sizes(sizes: FreshConfig) -> None:
     head_size = sizes.hidden_size // sizes.num_heads
     if sizes.family == "llama" and head_size % 2:
         refuse(
-            f"rotary positions need an even head width, not {head_size}; change hidden_size or num_heads",
+            f"rotary position embeddings need an even head size, not {head_size}; change hidden_size or num_heads",
             "student.config.num_heads",
         )
     if sizes.family == "bloom" and sizes.intermediate_size not in (None, 4 * sizes.hidden_size):
@@ -153,9 +153,7 @@ def check_sizes(sizes: FreshConfig) -> None:
             "student.config.intermediate_size",
         )
     if not sizes.has_encoder and (sizes.num_encoder_layers or sizes.num_decoder_layers):
-        refuse(
-            f"{sizes.family} has one kind of layers; give num_layers", "student.config.num_layers"
-        )
+        refuse(f"{sizes.family} has no encoder; give num_layers only", "student.config.num_layers")
 
 
 def check_layers(student: Student, start: ModelFacts) -> None:
@@ -180,7 +178,7 @@ def check_layers(student: Student, start: ModelFacts) -> None:
     }
     if len(ways - {None}) > 1:
         refuse(
-            "num_layers, num_decoder_layers and layers all speak of the decoder; give one of them",
+            "num_layers, num_decoder_layers and layers all set the decoder's layers; give one of them",
             "student.num_decoder_layers",
         )
 
@@ -207,7 +205,7 @@ def settle_objective(objective: Objective, pair: Pair, outline: Outline) -> Obje
     signal = settle_signal(objective.teacher_signal, pair, outline)
     if objective.adaptation_steps not in ("auto", 0) and pair.teacher.family != "masked":
         refuse(
-            "only a masked teacher is adapted to the rows; leave adaptation_steps out",
+            "adaptation_steps needs a masked teacher (bert, roberta); leave it out",
             "objective.adaptation_steps",
         )
     decided: dict[str, Any] = {"teacher_signal": signal}  # Any: fields of several types
@@ -230,15 +228,15 @@ def settle_signal(asked: str, pair: Pair, outline: Outline) -> TeacherSignal:
             )
         if not pair.has_one_tokenizer:
             refuse(
-                f"a {teacher.architecture} teacher and a student with another tokenizer have nothing to compare; use a "
-                "student with the teacher's tokenizer (student.init = fresh has it)",
+                f"a {teacher.architecture} teacher needs a student with the same tokenizer; use one that has it, "
+                "such as a student with student.init = fresh",
                 "model",
                 "tokenizer_mismatch",
             )
         return "hidden" if asked == "hidden" else "conditional_mlm"
     if asked == "conditional_mlm":
         refuse(
-            f"conditional_mlm needs a masked teacher (bert, roberta), and {teacher.architecture} is none; use logits",
+            f"conditional_mlm needs a masked teacher (bert, roberta), and {teacher.architecture} is not one; use logits",
             SIGNAL,
         )
     if pair.has_one_tokenizer:
@@ -262,7 +260,7 @@ def settle_data(block: Distillation, objective: Objective, pair: Pair) -> Data:
     learns_text = objective.teacher_signal == "text" and data.completions is None
     if teacher.family == "masked" and (is_unanswered or data.completions == "teacher"):
         refuse(
-            f"{teacher.architecture} writes no text, so it cannot answer prompts; upload rows that have completions and "
+            f"{teacher.architecture} does not generate text, so it cannot answer prompts; upload rows that have completions and "
             "use data.completions = dataset",
             where if data.completions is not None else "training_file",
         )
@@ -284,8 +282,8 @@ def settle_data(block: Distillation, objective: Objective, pair: Pair) -> Data:
     for param, source in sources.items():
         if source in ("student", "replay") and objective.teacher_signal != "logits":
             refuse(
-                f"the student's answers are judged by the teacher's next-token distributions, and of this pair "
-                f"{objective.teacher_signal} is used; take completions from dataset or teacher",
+                f"completions from {source} need the teacher signal logits, but this pair uses "
+                f"{objective.teacher_signal}; take completions from dataset or teacher",
                 param,
             )
     if row_format == "text":
@@ -298,8 +296,8 @@ def settle_data(block: Distillation, objective: Objective, pair: Pair) -> Data:
                 )
         if learns_text:
             refuse(
-                "plain text has no prompts for the teacher to answer, and its answers are all that this pair of "
-                "models can share; upload rows with a prompt",
+                "plain text has no prompts for the teacher to answer, and this pair can only learn from the "
+                "teacher's answers; upload rows with a prompt",
                 "training_file",
             )
     if data.completions is None:
@@ -314,7 +312,7 @@ def check_terms(objective: Objective, pair: Pair, outline: Outline) -> None:
     for name, term in (("hidden", hidden), ("attention", attention)):
         if term is not None and not pair.has_one_tokenizer:
             refuse(
-                f"student and teacher have different tokenizers, so their states stand for different tokens; leave "
+                f"student and teacher have different tokenizers, so their hidden states belong to different tokens; leave "
                 f"objective.{name} out",
                 f"objective.{name}",
                 "tokenizer_mismatch",
@@ -333,14 +331,14 @@ def check_terms(objective: Objective, pair: Pair, outline: Outline) -> None:
     for facts in (pair.teacher, pair.start):
         if heads and facts.hidden_size % heads:
             refuse(
-                f"{heads} relation heads do not divide the {facts.hidden_size} features of {facts.architecture}; "
-                "leave num_relation_heads out",
+                f"num_relation_heads {heads} does not divide the hidden size {facts.hidden_size} of "
+                f"{facts.architecture}; choose a divisor, or leave it out",
                 "objective.attention.num_relation_heads",
             )
     for param, model, number, depth in layer_numbers(objective, pair.teacher, outline):
         if not -depth <= number < depth:
             refuse(
-                f"the {model} has no layer {number}: it has {depth}, counted from 0, or from -1 backwards",
+                f"the {model} has no layer {number}: it has {depth} layers, counted from 0, or backwards from -1",
                 param,
             )
 
@@ -383,13 +381,13 @@ def check_evaluation(block: Distillation, pair: Pair) -> None:
         return
     if gate.metric not in measured:
         refuse(
-            f"the gate asks for {gate.metric}, which is not measured; add it to evaluation.metrics, or use one of "
+            f"the gate uses {gate.metric}, which is not measured; add it to evaluation.metrics, or use one of "
             f"{', '.join(sorted(measured - {'speed'}))}",
             "evaluation.gate.metric",
         )
     if gate.metric in ("rouge_l", "exact_match") and pair.teacher.family == "masked":
         refuse(
-            f"{pair.teacher.architecture} writes no answers to compare with; gate on kl, agreement or perplexity",
+            f"{pair.teacher.architecture} does not generate answers to compare with; use a gate on kl, agreement or perplexity",
             "evaluation.gate.metric",
         )
     if gate.metric in ("kl", "agreement") and not pair.has_one_tokenizer:

@@ -101,7 +101,7 @@ def create_import(principal: Principal, asked: ImportModel, attempted: RetryInfo
     The import uses the hub token only if the API key has the scope for it.
     """
     if ".." in asked.source:
-        raise BadRequest("source is hf:org/name@revision", param="source")
+        raise BadRequest("source must have the form hf:org/name@revision", param="source")
     sha256 = fingerprint(asked.model_dump(mode="json"))
     replay = find_replay(principal, IMPORTS_ROUTE, attempted, sha256)
     if replay is not None:
@@ -166,7 +166,7 @@ def find_replay(
         return None
     if not (0 < len(key) <= IDEMPOTENCY_KEY_LENGTH and key.isascii() and key.isprintable()):
         raise BadRequest(
-            "Idempotency-Key is 1 to 255 printable ASCII characters", param="Idempotency-Key"
+            "Idempotency-Key must have 1 to 255 printable ASCII characters", param="Idempotency-Key"
         )
     with transaction() as session:
         found = idempotency.find_key(session, principal.project_id, route, key)
@@ -228,7 +228,7 @@ def demand_room(session: Session, project_id: str) -> None:
     most = get_settings().max_active_jobs_per_project
     if jobs.count_active(session, project_id) >= most:
         raise QuotaExceeded(
-            f"the project has {most} jobs that have not ended; wait for one, or cancel one"
+            f"the project has {most} jobs that have not ended; wait until one has ended, or cancel one"
         )
 
 

@@ -107,7 +107,7 @@ def delete_model(principal: Principal, model_id: str) -> None:
             raise NotFound(f"the model {model_id!r} does not exist", "model_not_found", "model")
         if row.project_id is None:
             raise Forbidden(
-                f"the model {model_id!r} is shared by all projects; only an operator removes it"
+                f"the model {model_id!r} is shared by all projects; only an operator can delete it"
             )
         models.lock_model(session, row.id)  # prevents new users
         users = models.users_of_model(session, principal.project_id, row)
@@ -127,7 +127,7 @@ def set_alias(principal: Principal, name: str, alias: str, *, model_id: str) -> 
     for param, label in (("name", name), ("alias", alias)):
         if not LABEL_PATTERN.fullmatch(label):
             raise BadRequest(
-                f"{param} is 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit",
+                f"{param} has 1 to 64 of the characters A-Z a-z 0-9 . _ - and begins with a letter or digit",
                 param=param,
             )
     with transaction() as session:

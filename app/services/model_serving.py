@@ -43,22 +43,22 @@ def set_options(principal: Principal, model_id: str, asked: SetServing) -> Model
 
 def _refuse_other_projects(principal: Principal, row: Model) -> None:
     if row.project_id is None and "admin" not in principal.scopes:
-        message = f"the model {row.id!r} is shared by all projects; only a key with the scope 'admin' decides about it"
+        message = f"the model {row.id!r} is shared by all projects; this needs a key with the scope 'admin'"
         raise Forbidden(message)
 
 
 def _refuse_mute(model_id: str, facts: ModelFacts | None) -> None:
     if facts is not None and facts.family == "masked":
-        message = f"{model_id!r} is a {facts.architecture} model, which writes no text"
+        message = f"{model_id!r} is a {facts.architecture} model, which does not generate text"
         raise BadRequest(message, "model_not_servable", "model")
 
 
 def _refuse_beside_vllm(asked: SetServing, facts: ModelFacts) -> None:
     if facts.family != "causal":
-        message = f"vLLM serves no {facts.architecture} models; choose the engine transformers"
+        message = f"vLLM cannot serve {facts.architecture} models; use the engine transformers"
         raise BadRequest(message, "incompatible_options", "engine")
     if asked.weights not in ("auto", "plain"):
-        message = "vLLM serves the weights as they are; leave weights out, or choose the engine transformers"
+        message = "vLLM only serves the weights as stored; leave weights out, or use the engine transformers"
         raise BadRequest(message, "incompatible_options", "weights")
     if asked.draft is not None:
         message = "a draft needs the engine transformers; leave draft or engine out"
@@ -78,11 +78,11 @@ def _find_draft(session: Session, project_id: str, row: Model, draft_id: str) ->
     if drafter.id == row.id:
         reason = "a model cannot be its own draft; choose a smaller one, such as its student"
     elif row.project_id is None and drafter.project_id is not None:
-        reason = f"{row.id!r} is shared by all projects, and its draft must be, too"
+        reason = f"{row.id!r} is shared by all projects, so its draft must be shared, too"
     elif not ours.family == theirs.family == "causal":
-        reason = f"both must be decoders; they are {ours.architecture} and {theirs.architecture}"
+        reason = f"model and draft must both be decoders; they are {ours.architecture} and {theirs.architecture}"
     elif (ours.tokenizer_sha256, ours.vocab_size) != (theirs.tokenizer_sha256, theirs.vocab_size):
-        reason = f"{drafter.id!r} has another tokenizer than {row.id!r}; a student that kept its teacher's fits"
+        reason = f"{drafter.id!r} does not have the tokenizer of {row.id!r}; use a draft that has it, such as a student that kept it"
     if reason is not None:
         raise BadRequest(reason, "incompatible_draft", "draft.model")
     return drafter
@@ -124,7 +124,7 @@ def pin(principal: Principal, target_id: str) -> ServedModel:
         num_bytes = sum(kept.stored_bytes for kept in pinned(session))
         limit = get_settings().resident_model_bytes
         if num_bytes > limit:
-            message = f"with this one, pinned models have {num_bytes} bytes; a worker keeps {limit}; unpin another first"
+            message = f"with this model, the pinned models have {num_bytes} bytes; a worker keeps at most {limit}; unpin another model first"
             raise Conflict(message, "pins_exceed_memory", "model")
         return found.served
 

@@ -57,7 +57,7 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
     start = model_registry.resolve(session, project_id, asked.model, lock=True)
     if teacher.facts is None or start.facts is None:
         raise BadRequest(
-            "a job can only begin from models of jobs that have succeeded",
+            "a job can only start from models of jobs that have succeeded",
             "model_not_ready",
             "model",
         )
@@ -100,7 +100,7 @@ def training_file(session: Session, project_id: str, file_id: str, param: str) -
         )
     if row.purpose not in TRAINING_PURPOSES or row.format is None:
         raise BadRequest(
-            f"the file {file_id!r} has the purpose {row.purpose}; upload it again as fine-tune",
+            f"the file {file_id!r} has the purpose {row.purpose}; upload it again with the purpose fine-tune",
             "invalid_file",
             param,
         )
@@ -113,7 +113,7 @@ def file_like(session: Session, training: File, file_id: str, param: str) -> Fil
     if row.format != training.format:
         name = "validation" if param == "validation_file" else "test"
         raise BadRequest(
-            f"the {name} file has the format {row.format}, the training file {training.format}",
+            f"the {name} file has the format {row.format}, but the training file has {training.format}; use one format",
             param=param,
         )
     return row
@@ -199,8 +199,8 @@ def check_vocabulary(plan: Plan) -> None:
     num_ids = ask(question, plan.training.project_id, param=param).num_tokens or 0
     if sizes.vocab_size < num_ids:
         raise BadRequest(
-            f"vocab_size is {sizes.vocab_size}, but the teacher's tokenizer has {num_ids} token ids; leave it out, or ask "
-            "for at least as many",
+            f"vocab_size is {sizes.vocab_size}, but the teacher's tokenizer has {num_ids} token ids; leave it out, or set "
+            "it to at least that number",
             param=param,
         )
 
@@ -230,11 +230,13 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
     if answer.line is None:
         return
     if answer.num_tokens is None:
-        message = f"line {answer.line} cannot be split into tokens by a model's tokenizer; change the line"
+        message = (
+            f"line {answer.line} cannot be tokenised by the tokenizer of a model; change the line"
+        )
         raise BadRequest(message, "invalid_file", param)
     raise BadRequest(
-        f"line {answer.line} has {answer.num_tokens:,} tokens, chat template and end included, more than the "
-        f"{plan.max_tokens:,} that fit (max_sequence_tokens and the models' context); shorten it or raise "
+        f"line {answer.line} has {answer.num_tokens:,} tokens, including the chat template and the end token, but at most "
+        f"{plan.max_tokens:,} are allowed (max_sequence_tokens and the models' context); shorten it or raise "
         "max_sequence_tokens",
         "context_length_exceeded",
         param,

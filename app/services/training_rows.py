@@ -73,7 +73,7 @@ class RowChecker:
         try:
             if self.num_rows >= self.max_rows:
                 raise InvalidRow(
-                    f"one too many: a file has at most {self.max_rows:,} rows; split it"
+                    f"over the limit: a file has at most {self.max_rows:,} rows; split it"
                 )
             if len(line) > self.max_line_bytes:
                 raise InvalidRow(f"longer than {self.max_line_bytes:,} bytes")
@@ -93,9 +93,11 @@ class RowChecker:
 def parse_row(line: bytes, *, is_first: bool = False) -> Row:
     """Returns the JSON object on a line. Raises InvalidRow."""
     if is_first and line.startswith(BOM):
-        raise InvalidRow("led by a byte order mark; save the file as plain UTF-8")
+        raise InvalidRow(
+            "invalid: it begins with a byte order mark; save the file as UTF-8 without it"
+        )
     if not line.strip():
-        raise InvalidRow("blank; take it out")
+        raise InvalidRow("empty; remove it")
     try:
         row = json.loads(
             line.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_no_constant
@@ -132,50 +134,50 @@ def check_row(row: Row) -> str:
 def _check_messages(messages: object) -> str:
     """Returns `chat` if the conversation ends with an answer, or else `chat_prompt`."""
     if not isinstance(messages, list) or not messages:
-        raise InvalidRow("wrong: messages must be a list with at least one message")
+        raise InvalidRow("invalid: messages must be a list with at least one message")
     roles = []
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         if not isinstance(message, dict) or message.keys() - OPTIONAL != {"role", "content"}:
             raise InvalidRow(
-                f"wrong: {where} must be an object with role and content, and of others weight and name alone"
+                f"invalid: {where} must be an object with role and content; only weight and name are optional"
             )
         if message["role"] not in ROLES:
-            raise InvalidRow(f"wrong: {where}.role must be one of {', '.join(ROLES)}")
+            raise InvalidRow(f"invalid: {where}.role must be one of {', '.join(ROLES)}")
         _check_text(message["content"], f"{where}.content")
         if message.get("weight", 1) not in (0, 1) or not isinstance(message.get("name", ""), str):
             raise InvalidRow(
-                f"wrong: {where} has a weight that is neither 0 nor 1, or a name that is no string"
+                f"invalid: {where} has a weight that is not 0 or 1, or a name that is not a string"
             )
         roles.append(message["role"])
     if "user" not in roles[:-1] and roles[-1] != "user":
-        raise InvalidRow("wrong: messages holds no user's turn")
+        raise InvalidRow("invalid: messages has no user message")
     if roles[-1] not in ("user", "assistant", "tool"):
-        raise InvalidRow("wrong: the last message must be an answer or something to answer")
+        raise InvalidRow("invalid: the last message must have the role user, assistant or tool")
     if roles[-1] == "assistant" and not messages[-1].get("weight", 1):
-        raise InvalidRow("wrong: the last answer has weight 0; leave it out, or give it weight 1")
+        raise InvalidRow("invalid: the last answer has weight 0; leave it out, or give it weight 1")
     return "chat" if roles[-1] == "assistant" else "chat_prompt"
 
 
 def _check_text(value: object, name: str) -> None:
     if not isinstance(value, str):
-        raise InvalidRow(f"wrong: {name} must be a string")
+        raise InvalidRow(f"invalid: {name} must be a string")
     if not value.strip():
-        raise InvalidRow(f"wrong: {name} is empty")
+        raise InvalidRow(f"invalid: {name} is empty")
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InvalidRow(
-            f"wrong: {name} holds half of a surrogate pair, which is no character"
+            f"invalid: {name} contains an unpaired surrogate, which is not a character"
         ) from None
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> Row:
     row = dict(pairs)
     if len(row) != len(pairs):
-        raise InvalidRow("wrong: a key appears twice in one object")
+        raise InvalidRow("invalid: a key appears twice in one object")
     return row
 
 
 def _no_constant(name: str) -> object:
-    raise InvalidRow(f"not valid JSON: {name} is no JSON value")
+    raise InvalidRow(f"not valid JSON: {name} is not a JSON value")

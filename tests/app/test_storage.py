@@ -142,7 +142,7 @@ def test_a_manifest_cannot_lead_out_of_the_folder(
 
 def test_a_link_in_a_folder_is_refused(store: Store, folder: Path) -> None:
     (folder / "passwd").symlink_to("/etc/passwd")
-    with pytest.raises(StorageError, match="passwd is not a plain file"):
+    with pytest.raises(StorageError, match="passwd is not a regular file"):
         store.put_folder(folder, "models/job/7")
     assert not store.exists("models/job/7")
 

@@ -68,7 +68,7 @@ def postgres(trial: Trial) -> None:
         trial.probe()
     trial.end_long(long)
     expiries = trial.query(
-        "SELECT job_id FROM job_events WHERE message LIKE 'The worker has stopped answering%%'"
+        "SELECT job_id FROM job_events WHERE message LIKE 'The worker has stopped responding%%'"
     )
     expired = {str(job_id) for (job_id,) in expiries} & {
         known.job_id for known in trial.ledger.accepted

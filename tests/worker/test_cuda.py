@@ -38,5 +38,5 @@ def test_a_run_gets_the_devices_of_its_workers_setting() -> None:
 def test_a_device_that_cuda_does_not_see_is_refused() -> None:
     require("0,1", 2, "STILLHOUSE_TRAIN_CUDA_DEVICES")
     require("", 0, "STILLHOUSE_TRAIN_CUDA_DEVICES")
-    with pytest.raises(SystemExit, match="torch sees 1 of these 2"):
+    with pytest.raises(SystemExit, match="PyTorch finds 1 of these 2"):
         require("0,1", 1, "STILLHOUSE_TRAIN_CUDA_DEVICES")

@@ -196,7 +196,7 @@ def test_a_token_id_beyond_the_embedding_rows_is_refused_although_there_are_rows
 ) -> None:
     leave_out_ids(folder, num_ids=3)
     with pytest.raises(
-        BrokenFile, match="token ids up to 386 but the model only 384 embedding rows"
+        BrokenFile, match="token ids up to 386 but the model has only 384 embedding rows"
     ):
         run_import(folder, tmp_path)
 

@@ -193,7 +193,7 @@ class ModelPair:
             return None
         if not self.has_one_tokenizer:
             raise TokenizerMismatch(
-                "student and teacher have different tokenizers, so their states stand for different tokens; leave "
+                "student and teacher have different tokenizers, so their hidden states belong to different tokens; leave "
                 "objective.hidden and objective.attention out, or use a pair that shares a tokenizer"
             )
         hidden = objective.hidden or (None if objective.attention else HiddenTerm())
@@ -217,8 +217,8 @@ class ModelPair:
             return self
         if shape_of(self.teacher.config) != "masked":
             raise UnsupportedModel(
-                f"adaptation_steps are for masked teachers (bert, roberta), and {self.teacher.config.model_type} is none; "
-                "leave them out"
+                f"adaptation_steps needs a masked teacher (bert, roberta), and {self.teacher.config.model_type} is not "
+                "one; leave it out"
             )
         adaptation = Adaptation(
             teacher_dir=self.spec.teacher_dir,
@@ -293,13 +293,13 @@ class ModelPair:
         notes = []
         if aligned is not None:
             notes.append(
-                f"{aligned.share:.0%} of the student's tokens begin where one of the teacher's does: distributions are "
-                "compared there, and the others are learnt from the text alone"
+                f"{aligned.share:.0%} of the student's tokens begin at the same position as a token of the teacher: "
+                "distributions are compared there, and the other tokens are learned from the text only"
             )
         if self.objective.ce_weight != self.spec.distillation.objective.ce_weight:
             notes.append(
-                f"objective.ce_weight is {self.objective.ce_weight}, because uld compares probabilities by rank, which do "
-                "not say whose they are; set it to another number above 0 to weigh the text otherwise"
+                f"objective.ce_weight is {self.objective.ce_weight}, because uld compares probabilities by rank, without "
+                "their tokens; set it to another number above 0 to change the weight of the text"
             )
         return notes
 

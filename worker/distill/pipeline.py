@@ -249,22 +249,22 @@ class Pipeline:
         wanted = self.spec.num_threads or state.num_threads  # the order of sums depends on it
         if wanted != state.num_threads:
             self._warn(
-                f"the checkpoint was made with {state.num_threads} threads and the run goes on with {wanted}: it will be "
-                "close to, but not bit for bit, the uninterrupted one"
+                f"the checkpoint was made with {state.num_threads} threads and the run continues with {wanted}: its result "
+                "will be close, but not bit-identical, to that of an uninterrupted run"
             )
         if self.spec.resume_dir is not None and state.num_processes != self.ranks.count:
             self._warn(
-                f"the checkpoint was made by {state.num_processes} processes and the run goes on with {self.ranks.count}: "
-                "it will be close to, but not bit for bit, the uninterrupted one"
+                f"the checkpoint was made by {state.num_processes} processes and the run continues with {self.ranks.count}: "
+                "its result will be close, but not bit-identical, to that of an uninterrupted run"
             )
         precision = self.pair.card.precision
         if state.precision not in (None, precision):
             self._warn(
-                f"the checkpoint was made in {state.precision} and the run goes on in {precision}: it will be close to, but "
-                "not bit for bit, the uninterrupted one"
+                f"the checkpoint was made in {state.precision} and the run continues in {precision}: its result will be "
+                "close, but not bit-identical, to that of an uninterrupted run"
             )
         elif self.block.hyperparameters.precision not in ("auto", precision):
-            self._warn("this machine does not multiply bfloat16 itself: the run is in float32")
+            self._warn("this machine does not support bfloat16 matmuls: the run uses float32")
         torch.set_num_threads(wanted)
         if self.device == "cpu":
             torch.use_deterministic_algorithms(True)
@@ -274,7 +274,7 @@ class Pipeline:
     def _check_resumed(self, state: TrainState, setup: TrainingInputs) -> None:
         if self.spec.resume_dir is not None and state.inputs_sha256 != setup.inputs_sha256:
             self._warn(
-                "the job's inputs have changed since the checkpoint: the run goes on, but not bit for bit"
+                "the job's inputs have changed since the checkpoint: the result will not be bit-identical"
             )
 
     def _setup(

@@ -57,7 +57,7 @@ class StudentRun:
     @property
     def name(self) -> str:
         if self.is_baseline:
-            return "the baseline on the text alone"
+            return "the baseline on the text only"
         return self.label if self.label == STUDENT else f"{STUDENT} of {self.label}"
 
     def setup(self, setup: TrainingInputs) -> TrainingInputs:
@@ -149,7 +149,7 @@ class StudentSweep:
             and self.evaluator.labels is None
         ):
             raise GateFailed(
-                f"the targets are no labels, so there is no {gate.metric}; gate on rouge_l or kl"
+                f"the targets are not labels, so {gate.metric} is undefined; use a gate on rouge_l or kl"
             )
         self._evaluate_again(answers)
         for number in range(len(self.state.finished), len(self.runs)):
@@ -377,7 +377,7 @@ def _not_passed(gate: Gate, entries: Sequence[Entry]) -> GateFailed | Evaluation
     )
     return EvaluationFailed(
         f"the evaluation failed ({labels}; {message}), so the gate on {gate.metric} could not be checked and no student "
-        "is registered; the checkpoints are kept: remove the cause, then resume the job"
+        "is registered; the checkpoints are kept: fix the cause, then resume the job"
     )
 
 
@@ -388,11 +388,9 @@ def _why(gate: Gate, entries: Sequence[Entry]) -> str:
     )
     measured = [(entry[gate.metric], entry["label"]) for entry in entries if gate.metric in entry]
     if not measured:
-        return (
-            f"{gate.metric}, which the gate asks for, could not be measured; gate on another metric"
-        )
+        return f"the metric of the gate, {gate.metric}, could not be measured; use a gate on another metric"
     value, label = (min if gate.metric in LESS_IS_BETTER else max)(measured)
     return (
-        f"no student passes the gate: {gate.metric} is to be {sign} {bound:g}, and the best is {value:.4g} ({label}); "
-        "train for more epochs, ask for a larger student, or loosen the gate (the last checkpoint is kept)"
+        f"no student passes the gate: {gate.metric} must be {sign} {bound:g}, but the best is {value:.4g} ({label}); "
+        "train for more epochs, use a larger student, or relax the gate (the last checkpoint is kept)"
     )

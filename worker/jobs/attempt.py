@@ -88,7 +88,7 @@ class Attempt:
             spec = self._spec(self.lease.spec, resume_dir)
         except (FileNotFoundError, CorruptArtifact) as error:
             log.warning("inputs_missing", job=self.lease.job_id, error=str(error))
-            message = "an input of the job is gone from the store or damaged; upload it again and submit anew"
+            message = "an input of the job is damaged or no longer in the store; upload it again and submit a new job"
             self._write(
                 lease_client.fail, self.lease, JobFailure(code="input_missing", message=message)
             )
@@ -216,7 +216,7 @@ class Attempt:
         elif process.silent_seconds > SILENCE_SECONDS:
             process.kill()
             self._write(
-                lease_client.lost, self.lease, "The run hung: it said nothing for too long."
+                lease_client.lost, self.lease, "The run hung: it reported no progress for too long."
             )
             self.is_done = True
 
@@ -258,7 +258,7 @@ class Attempt:
             if is_disk_full(error):
                 self._kill()
                 self._end_without_disk(
-                    f"the store has no room for the checkpoint at step {line.step}"
+                    f"the store has no space for the checkpoint at step {line.step}"
                 )
                 self.is_done = True
                 return
@@ -294,7 +294,7 @@ class Attempt:
         except (OSError, StorageError) as error:
             log.warning("model_not_stored", job=self.lease.job_id, error=str(error))
             if is_disk_full(error):
-                self._end_without_disk("the store has no room for the model")
+                self._end_without_disk("the store has no space for the model")
             else:
                 self._write(lease_client.lost, self.lease, "The model could not be stored.")
             return
@@ -307,7 +307,7 @@ class Attempt:
     def _end_without_disk(self, reason: str) -> None:
         is_resumable = isinstance(self.lease.spec, DistillationJob)
         advice = "resume the job" if is_resumable else "import the model again"
-        message = f"{reason}; free some disk, then {advice}"
+        message = f"{reason}; free some disk space, then {advice}"
         self._end_with_error(JobFailure(code=DiskFull.code, message=message))
 
     def _end_with_error(self, failure: JobFailure) -> None:
@@ -340,7 +340,7 @@ class Attempt:
     def _end_stopped(self) -> None:
         """Records a run that has stopped: for a pause, for a drain, or by a foreign signal."""
         if self.stop_deadline is None:
-            self._write(lease_client.lost, self.lease, "The run was stopped from outside.")
+            self._write(lease_client.lost, self.lease, "The run was stopped by an external signal.")
         elif self.lease_heartbeat.orders.pause:
             self._write(lease_client.paused, self.lease)
         else:

@@ -123,7 +123,7 @@ def _claim(owner: str) -> Lease | Job | None:
             spec = job_spec.validate_python(job.spec)
         except ValidationError as error:
             message = (
-                f"this version cannot read the job; submit it again ({error.error_count()} faults)"
+                f"this version cannot read the job; submit it again ({error.error_count()} errors)"
             )
             failure = JobFailure(code="invalid_spec", message=message)
             return leases.fail(session, job.id, job.lease_token, failure)

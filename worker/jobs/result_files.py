@@ -63,7 +63,7 @@ def upload_results(
             or not path.resolve().is_relative_to(folder.resolve())
         ):
             raise StorageError(
-                f"the run names the result file {name!r}, which is no file of its folder"
+                f"the run names the result file {name!r}, which is not a file in its folder"
             )
         file_id = new_id("file-")
         ref: ArtifactRef = store().put_file(path, f"files/{file_id}")

@@ -86,11 +86,11 @@ def refuse_unknown_files(names: Iterable[str]) -> None:
         if CAN_RUN_CODE.fullmatch(name):
             raise UnsafeFile(
                 f"{name} is refused: pickles, scripts and other files that can run code are never read; "
-                "save the model with safetensors (model.save_pretrained does) and leave this file out"
+                "save the model as safetensors (model.save_pretrained does this) and leave this file out"
             )
         if not is_accepted(name) and not IGNORED.fullmatch(name):
             raise UnsafeFile(
-                f"{name} is refused: a model folder may hold model*.safetensors and "
+                f"{name} is refused: a model folder may contain model*.safetensors and "
                 f"{', '.join(sorted(JSON_FILES | TEXT_FILES))}; leave the rest out"
             )
 
@@ -107,14 +107,14 @@ def accepted_names(names: Iterable[str]) -> list[str]:
     """
     accepted = sorted(name for name in names if is_accepted(name))
     if "config.json" not in accepted:
-        raise MissingFile("config.json is missing: give the folder that save_pretrained wrote")
+        raise MissingFile("config.json is missing: give a folder that save_pretrained wrote")
     if not any(WEIGHTS.fullmatch(name) for name in accepted):
         raise MissingFile(
             "there are no safetensors weights (model.safetensors, or model-00001-of-0000N.safetensors with its index)"
         )
     if not any(files <= set(accepted) for files in TOKENIZERS):
         raise MissingFile(
-            "there is no tokenizer: tokenizer.json, vocab.txt, or vocab.json with merges.txt, must lie beside it"
+            "there is no tokenizer: add tokenizer.json, vocab.txt, or vocab.json with merges.txt"
         )
     return accepted
 
@@ -130,7 +130,7 @@ def take_in(source: Path, target: Path) -> list[Path]:
                 f"{entry.name} is a symbolic link; copy the files themselves (cp -rL) and import the copy"
             )
         if entry.is_dir() and not entry.name.startswith("."):
-            raise UnsafeFile(f"{entry.name} is a folder; a model folder holds files only")
+            raise UnsafeFile(f"{entry.name} is a folder; a model folder must only contain files")
     names = [entry.name for entry in source.iterdir() if not entry.is_dir()]
     refuse_unknown_files(names)
     target.mkdir(parents=True)
@@ -154,7 +154,7 @@ def check_file(path: Path) -> None:
         with path.open("rb") as file:
             if file.read(4).startswith(PICKLES):
                 raise UnsafeFile(
-                    f"{path.name} is a pickle or an archive, whatever its name says"
+                    f"{path.name} is a pickle or an archive, despite its name"
                 ) from error
         raise
     if path.name == "chat_template.jinja" and path.stat().st_size > MAX_TEMPLATE_BYTES:
@@ -172,7 +172,7 @@ def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
             raise BrokenFile(
-                f"{path.name} is no safetensors file, or is cut short: its header does not fit into it"
+                f"{path.name} is not a safetensors file, or it is truncated: its header is longer than the file"
             )
         header = _parse(file.read(length), path.name)
     header.pop("__metadata__", None)
@@ -190,8 +190,8 @@ def read_safetensors_header(path: Path) -> dict[str, TensorHeader]:
         expected = end
     if expected != size - 8 - length:
         raise BrokenFile(
-            f"{path.name} is cut short or has a tail: the header describes {expected} bytes of data, "
-            f"there are {size - 8 - length}; copy or download it again"
+            f"{path.name} is truncated or has extra data: the header describes {expected} bytes of data, "
+            f"but there are {size - 8 - length}; copy or download it again"
         )
     return tensors
 
@@ -213,11 +213,11 @@ def _tensor(file: str, name: str, entry: object) -> tuple[TensorHeader, int, int
             raise BrokenFile(f"{file}: the header entry of tensor {name[:100]!r} is malformed")
     if dtype not in DTYPE_BYTES:
         raise BrokenFile(
-            f"{file}: tensor {name[:100]!r} has type {dtype[:20]!r}; known are {', '.join(DTYPE_BYTES)}"
+            f"{file}: tensor {name[:100]!r} has type {dtype[:20]!r}; supported are {', '.join(DTYPE_BYTES)}"
         )
     if begin < 0 or end - begin != tensor.num_elements * DTYPE_BYTES[dtype]:
         raise BrokenFile(
-            f"{file}: tensor {name[:100]!r} does not have the size that its shape asks for"
+            f"{file}: tensor {name[:100]!r} does not have the size that its shape requires"
         )
     return tensor, begin, end
 
@@ -235,11 +235,13 @@ def _check_json(path: Path) -> None:
     if strange := [
         shard for shard in shards if not isinstance(shard, str) or not WEIGHTS.fullmatch(shard)
     ]:
-        raise UnsafeFile(f"{path.name} names weights that lie elsewhere: {str(strange[0])[:100]!r}")
+        raise UnsafeFile(
+            f"{path.name} refers to weights outside the folder: {str(strange[0])[:100]!r}"
+        )
     found = {"auto_map", "custom_code"} & set(_keys(document))
     if found:
         raise UnsafeFile(
-            f"{path.name} names code of its own ({', '.join(sorted(found))}), which is never run; "
+            f"{path.name} refers to custom code ({', '.join(sorted(found))}), which is never run; "
             "only models whose code is part of transformers can be imported"
         )
     template = document.get("chat_template")
@@ -256,7 +258,7 @@ def check_growth(tokenizer: Mapping[str, Any]) -> None:  # Any: JSON
         > MAX_GROWTH
     ):
         raise BrokenFile(
-            f"tokenizer.json: its replacements make more than {MAX_GROWTH} characters of one; the file is no plain tokenizer"
+            f"tokenizer.json: its replacements turn one character into more than {MAX_GROWTH}; use a tokenizer without them"
         )
     if len(json.dumps(tokenizer.get("post_processor"))) > MAX_POST_PROCESSOR_BYTES:
         raise BrokenFile(
@@ -288,7 +290,7 @@ def _parse(content: bytes, name: str) -> dict[str, Any]:  # Any: JSON
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise BrokenFile(
-            f"{name}: its JSON cannot be read ({type(error).__name__}); it may be cut short"
+            f"{name}: its JSON cannot be read ({type(error).__name__}); the file may be truncated"
         ) from error
     if not isinstance(document, dict):
         raise BrokenFile(f"{name}: a JSON object was expected")

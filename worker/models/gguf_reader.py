@@ -82,7 +82,7 @@ class _Cursor:
         start = self.position
         if num_bytes > len(self.content) - start:
             raise BrokenFile(
-                f"{self.name} is cut short: byte {start} announces {num_bytes} more than there are"
+                f"{self.name} is truncated: {num_bytes} bytes are expected from byte {start}, but the file ends earlier"
             )
         self.position += num_bytes
         return start
@@ -102,7 +102,7 @@ class _Cursor:
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
-            raise BrokenFile(f"{self.name} holds metadata of the unknown type {kind}")
+            raise BrokenFile(f"{self.name} has metadata of the unknown type {kind}")
         item, count = self.number("<I"), self.number("<Q")
         if item in VALUE_FORMATS:
             self.skip(count * struct.calcsize(VALUE_FORMATS[item]))
@@ -110,7 +110,7 @@ class _Cursor:
             for _ in range(count):
                 self.skip(self.number("<Q"))
         else:
-            raise BrokenFile(f"{self.name} holds an array of the unknown type {item}")
+            raise BrokenFile(f"{self.name} has an array of the unknown type {item}")
         return None
 
 
@@ -118,7 +118,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     """Reads the header and checks all its sizes against the file. Raises BrokenFile."""
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise BrokenFile(f"{path.name} is no GGUF file")
+            raise BrokenFile(f"{path.name} is not a GGUF file")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             cursor = _Cursor(content, path.name)
             cursor.skip(4)
@@ -130,7 +130,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
             if version not in (2, 3) or max(num_tensors, num_entries) > MAX_ENTRIES:
                 raise BrokenFile(
                     f"{path.name}: version {version} with {num_tensors} tensors and {num_entries} entries "
-                    f"cannot be read; versions 2 and 3 with up to {MAX_ENTRIES} can"
+                    f"is not supported; supported are versions 2 and 3 with up to {MAX_ENTRIES} of each"
                 )
             metadata = {
                 cursor.text(): cursor.value(cursor.number("<I")) for _ in range(num_entries)
@@ -138,12 +138,12 @@ def read_gguf_header(path: Path) -> GgufHeader:
             extents = [_tensor_extent(cursor) for _ in range(num_tensors)]
             alignment = metadata.get("general.alignment", 32)
             if type(alignment) is not int or not 1 <= alignment <= 2**20:
-                raise BrokenFile(f"{path.name}: alignment {alignment!r} makes no sense")
+                raise BrokenFile(f"{path.name}: alignment {alignment!r} is invalid")
             data_start = -(-cursor.position // alignment) * alignment
             for name, end in extents:
                 if data_start + end > len(content):
                     raise BrokenFile(
-                        f"{path.name} is cut short: tensor {name[:100]!r} ends beyond the file"
+                        f"{path.name} is truncated: tensor {name[:100]!r} ends after the end of the file"
                     )
     return GgufHeader(metadata, tuple(name for name, _ in extents))
 
@@ -152,7 +152,9 @@ def _tensor_extent(cursor: _Cursor) -> tuple[str, int]:
     """Returns the name of the next tensor, and its end as an offset into the data section."""
     name, num_dimensions = cursor.text(), cursor.number("<I")
     if num_dimensions > 4:
-        raise BrokenFile(f"{cursor.name}: tensor {name[:100]!r} has {num_dimensions} dimensions")
+        raise BrokenFile(
+            f"{cursor.name}: tensor {name[:100]!r} has {num_dimensions} dimensions, at most 4 are supported"
+        )
     num_elements = 1
     for _ in range(num_dimensions):
         num_elements *= cursor.number("<Q")
@@ -186,7 +188,7 @@ def check_gguf(path: Path) -> GgufHeader:
         )
     if kind == "gpt2" and split not in BYTE_LEVEL_SPLITS:
         raise UnsupportedTokenizer(
-            f"GGUF pre-tokenizer {str(split)[:60]!r} is not known; known are {', '.join(BYTE_LEVEL_SPLITS)}. "
+            f"GGUF pre-tokenizer {str(split)[:60]!r} is not supported; supported are {', '.join(BYTE_LEVEL_SPLITS)}. "
             "Import the original safetensors folder instead"
         )
     _check_weights_are_read(header)
@@ -201,14 +203,14 @@ def _check_weights_are_read(header: GgufHeader) -> None:
     scaling = header.metadata.get(f"{header.architecture}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in header.tensors:
         raise UnsupportedModel(
-            "the GGUF file stretches its positions (rope scaling), which is lost in the conversion; "
+            "the GGUF file uses RoPE scaling, which is lost in the conversion; "
             "import the original safetensors folder instead"
         )
     if header.architecture == "llama" and any(
         re.search(r"(attn_\w+|ffn_\w+)\.bias$", n) for n in header.tensors
     ):
         raise UnsupportedModel(
-            "the GGUF file holds a llama with biases, which are lost in the conversion; "
+            "the GGUF file has a llama model with biases, which are lost in the conversion; "
             "import the original safetensors folder instead"
         )
 
@@ -274,7 +276,7 @@ def load_gguf_model(path: Path) -> tuple[Any, Any]:  # Any: transformers is unty
         or (report.missing_keys and not plain.config.tie_word_embeddings)
     ):
         raise BrokenFile(
-            f"{path.name} does not hold all weights of its architecture; missing: {', '.join(lost[:3])}"
+            f"{path.name} does not contain all weights of its architecture; missing: {', '.join(lost[:3])}"
         )
     plain.generation_config = loaded.generation_config
     return loaded, plain

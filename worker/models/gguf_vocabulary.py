@@ -67,16 +67,16 @@ def read_vocabulary(folder: Path, num_rows: int) -> Vocabulary:
     )
     if not tokenizer.is_fast:
         raise UnsupportedTokenizer(
-            "the tokenizer has no fast form (tokenizer.json), which GGUF is made from"
+            "the tokenizer is not a fast tokenizer (tokenizer.json), which an export as GGUF needs"
         )
     if (num_ids := num_token_ids(tokenizer)) > num_rows:
         raise BrokenFile(
-            f"the tokenizer has token ids up to {num_ids - 1} but the model only {num_rows} rows"
+            f"the tokenizer has token ids up to {num_ids - 1} but the model has only {num_rows} embedding rows"
         )
     state: Json = json.loads(tokenizer.backend_tokenizer.to_str())
     if state["model"]["type"] != "BPE":
         raise UnsupportedTokenizer(
-            f"a tokenizer of type {state['model']['type']} cannot be exported as GGUF; BPE can"
+            f"a tokenizer of type {state['model']['type']} cannot be exported as GGUF; only BPE can"
         )
     is_sentencepiece = bool(state["model"].get("byte_fallback"))
     tokens, types = _tokens(tokenizer, num_rows, is_sentencepiece=is_sentencepiece)
@@ -128,8 +128,8 @@ def split_of(state: Json) -> str:
                 if rule == LLAMA3 and not has_regex:
                     return "llama-bpe" if state["model"].get("ignore_merges") else "smaug-bpe"
     raise UnsupportedTokenizer(
-        "the tokenizer splits text by a rule that GGUF has no name for; known are those of GPT-2, SmolLM, Qwen 2 and "
-        "Llama 3. Leave `export` empty and take the safetensors folder"
+        "the tokenizer splits text by a rule that GGUF does not support; supported are those of GPT-2, SmolLM, Qwen 2 "
+        "and Llama 3. Leave `export` empty and use the safetensors folder"
     )
 
 
@@ -191,5 +191,5 @@ def _is_space_prefixed(state: Json) -> bool:
         return bool(before["prepend_scheme"] == "always")
     raise UnsupportedTokenizer(
         "the tokenizer puts spaces before words in a way that GGUF cannot express; "
-        "leave `export` empty and take the safetensors folder"
+        "leave `export` empty and use the safetensors folder"
     )

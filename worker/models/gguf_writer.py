@@ -123,7 +123,7 @@ def check_architecture(model_type: str) -> None:
     if model_type not in EXPORTABLE:
         raise UnsupportedModel(
             f"a model of architecture {model_type!r} cannot be exported as GGUF; "
-            f"{', '.join(EXPORTABLE)} can. Leave `export` empty and take the safetensors folder"
+            f"only {', '.join(EXPORTABLE)} can. Leave `export` empty and use the safetensors folder"
         )
 
 
@@ -158,7 +158,7 @@ def _check_settings(config: Any) -> None:  # Any: transformers is untyped here
     if found:
         raise UnsupportedModel(
             f"the model's setting {found[0]!r} ({getattr(config, found[0], None)!r}) cannot be expressed in GGUF; "
-            "leave `export` empty and take the safetensors folder"
+            "leave `export` empty and use the safetensors folder"
         )
 
 
@@ -227,7 +227,7 @@ def _plan(
             for source in sorted(file.keys()):
                 name = names.get_name(source, try_suffixes=(".weight", ".bias"))
                 if name is None:
-                    raise UnsupportedModel(f"the tensor {source!r} has no place in a GGUF file")
+                    raise UnsupportedModel(f"the tensor {source!r} cannot be stored in a GGUF file")
                 if name == "output.weight" and config.tie_word_embeddings:
                     continue
                 shape = tuple(file.get_slice(source).get_shape())
@@ -277,7 +277,9 @@ def _read(
                 values = interleave(values, config.num_key_value_heads)
             limit = np.finfo(np.float16).max if tensor.kind != GGMLQuantizationType.F32 else np.inf
             if not np.abs(values).max(initial=0.0) < limit:
-                raise BrokenFile(f"{tensor.source} holds values that float16 cannot; export as f32")
+                raise BrokenFile(
+                    f"{tensor.source} has values that float16 cannot represent; export as f32"
+                )
             yield values
 
 

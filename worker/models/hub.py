@@ -47,7 +47,9 @@ def fetch_from_hub(
     """
     match = SOURCE.fullmatch(source)
     if match is None:
-        raise HubFailed(f"{source[:100]!r} names no model; write hf:org/name@revision")
+        raise HubFailed(
+            f"{source[:100]!r} is not a model on a hub; use the form hf:org/name@revision"
+        )
     repository, revision = match["repository"], match["revision"] or "main"
     folder.mkdir(parents=True)
     with _explained(repository, revision, endpoint=endpoint, token=token):
@@ -61,7 +63,7 @@ def fetch_from_hub(
         if shutil.disk_usage(folder).free < 3 * total + DISK_RESERVE_BYTES:
             raise HubFailed(
                 f"{repository} has {total / 1e9:.1f} GB; "
-                "there is not enough disk to fetch and convert it"
+                "there is not enough disk space to download and convert it"
             )
         # Any: a path and a string
         where: dict[str, Any] = {"local_dir": folder, "endpoint": endpoint}
@@ -88,7 +90,7 @@ def _explained(
         ) from error
     except RepositoryNotFoundError as error:
         raise HubFailed(
-            f"the hub has no model {repository}, or the import may not see it: "
+            f"the hub has no model {repository}, or the import has no access to it: "
             f"{_token_advice(token)}"
         ) from error
     except RevisionNotFoundError as error:
@@ -100,10 +102,10 @@ def _explained(
             # `from None`, because `is_disk_full` would take EFBIG as a cause for a full disk.
             # Here it comes from the limit of `_files_up_to`.
             raise HubFailed(
-                f"{repository} delivers larger files than it announces; it is not fetched"
+                f"the files of {repository} are larger than the hub declares; the download was stopped"
             ) from None
         raise HubFailed(
-            f"{endpoint or 'the hub'} does not deliver {repository} ({type(error).__name__}); "
+            f"{repository} cannot be downloaded from {endpoint or 'the hub'} ({type(error).__name__}); "
             "check the connection, or download the model elsewhere and import the folder"
         ) from error
 

@@ -90,7 +90,7 @@ def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
     )
     if not all(isinstance(half, dict) and half.get("model_type") in HALVES for half in halves):
         raise UnsupportedModel(
-            f"the halves of an encoder-decoder may be {', '.join(HALVES)}; these are others"
+            f"the encoder and decoder of an encoder-decoder must be {', '.join(HALVES)}; these are not"
         )
     if any("quantization_config" in part for part in (document, *halves)):
         raise UnsupportedModel(
@@ -117,7 +117,7 @@ def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
     )
     if not is_sound or min(num_layers) < (shape_of(config) == "seq2seq"):
         raise BrokenFile(
-            f"config.json gives sizes (layers, width, vocabulary, context) {sizes}; at most {limits}"
+            f"config.json gives the sizes (layers, width, vocabulary, context) {sizes}; the limits are {limits}"
         )
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UnsupportedModel(

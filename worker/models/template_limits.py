@@ -26,7 +26,7 @@ def bounded() -> Iterator[None]:
 
     def give_up(_: int, __: FrameType | None) -> NoReturn:
         """Signal handler that ends the block."""
-        raise TimeoutError("it does not end")
+        raise TimeoutError("it takes too long")
 
     previous = signal.signal(signal.SIGVTALRM, give_up)
     limits = resource.getrlimit(resource.RLIMIT_AS)

@@ -101,7 +101,7 @@ def _run(
     while runner.has_work():
         for sequence, pick in runner.step():
             if pick.token is None:
-                raise BadLogits("the model computed values that are not numbers while generating")
+                raise BadLogits("the model computed NaN or infinite logits while generating")
             num_tokens += 1
             if sequence.finish_reason is not None:
                 num_done += 1
@@ -117,14 +117,14 @@ def _continuation(sequence: decoder.Sequence) -> Continuation:
 
 def _room_for(prompt: Sequence[int], max_new_tokens: int, context: Context) -> int:
     if not prompt:
-        raise PromptTooLong("an empty prompt cannot be continued; begin it with a start token")
+        raise PromptTooLong("an empty prompt cannot be continued; start it with a start token")
     room = min(max_new_tokens, context.room_for(len(prompt)))
     if room < 1 and context.source_tokens is not None:
         raise PromptTooLong(
-            f"a prompt of {len(prompt)} tokens does not fit an encoder of {context.source_tokens}; shorten it"
+            f"a prompt of {len(prompt)} tokens does not fit in the encoder, which takes at most {context.source_tokens}; shorten it"
         )
     if room < 1:
         raise PromptTooLong(
-            f"a prompt of {len(prompt)} tokens leaves no room in a context of {context.tokens}; shorten it"
+            f"a prompt of {len(prompt)} tokens leaves no room for an answer in a context of {context.tokens}; shorten it"
         )
     return room

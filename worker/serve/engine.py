@@ -118,7 +118,7 @@ class TransformersEngine:
             refuse_unknown_tokens(request.sampling, self._num_logits)
             if request.sampling.echo and self._has_encoder:
                 raise EchoUnsupported(
-                    "this model's answer does not continue the prompt, which its encoder reads; leave echo out"
+                    "echo is not supported by encoder-decoder models, whose answer does not continue the prompt; leave echo out"
                 )
         except ServeError as error:
             self._outbox.append(failure_of(request.id, error))
@@ -165,7 +165,7 @@ class TransformersEngine:
         for live in [live for live in self._live.values() if live.request.deadline_at < now]:
             replies.append(
                 self._fail(
-                    live, DeadlinePassed("the request's time is up; ask for fewer tokens or retry")
+                    live, DeadlinePassed("the request timed out; ask for fewer tokens, or retry")
                 )
             )
         for sequence, pick in self._decoder.step():
@@ -176,7 +176,7 @@ class TransformersEngine:
 
     def _deliver(self, answer: Answer, sequence: Sequence, pick: SampledToken) -> list[Reply]:
         if pick.token is None:
-            bad = BadLogits("the model computed values that are not numbers; its weights are bad")
+            bad = BadLogits("the model computed NaN or infinite logits; its weights are damaged")
             return [self._fail(answer, bad)]
         reason = sequence.finish_reason
         try:

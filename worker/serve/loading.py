@@ -72,7 +72,7 @@ def load_model(
     lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lacking:
         raise ModelLoadFailed(
-            f"the checkpoint lacks {len(lacking)} weights, {lacking[0]} among them; import it anew"
+            f"the checkpoint lacks {len(lacking)} weights, including {lacking[0]}; import it again"
         )
     family_of(model)
     model.to(device).eval().requires_grad_(False)
@@ -84,11 +84,11 @@ def load_model(
 def _refuse_unavailable(weights: LoadedWeights, device: str) -> None:
     if weights == "int8" and (device != "cpu" or not HAS_INT8):
         raise OptionUnavailable(
-            "weights of 8 bits need a CPU and a torch with oneDNN; serve the model without them"
+            "int8 weights need a CPU and a PyTorch build with oneDNN; serve the model with other weights"
         )
     if weights == "bfloat16" and device == "cpu" and not HAS_BFLOAT16:
         raise OptionUnavailable(
-            "this CPU has no products of bfloat16; serve the model with plain weights"
+            "this CPU does not support bfloat16 matmuls; serve the model with weights 'plain'"
         )
 
 
@@ -98,5 +98,5 @@ def refuse_code(folder: Path) -> None:
         path = folder / name
         if path.exists() and "auto_map" in json.loads(path.read_text(encoding="utf-8")):
             raise ModelLoadFailed(
-                f"{name} names code of its own (auto_map), which is never run; import a plain model"
+                f"{name} refers to custom code (auto_map), which is never run; import a model without it"
             )

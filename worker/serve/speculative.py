@@ -294,7 +294,7 @@ def accept_or_draw(offer: Proposal, wanted_V: Tensor, sampler: TokenSampler) -> 
 
     Each token is returned with its probability in `wanted_V`.
     """
-    assert offer.drawn_from_V is not None, "of a sampled row the distribution is known"
+    assert offer.drawn_from_V is not None, "the distribution of a sampled row is known"
     if uniform(sampler) * float(offer.drawn_from_V[offer.token]) < float(wanted_V[offer.token]):
         return offer.token
     left_V = (wanted_V - offer.drawn_from_V).clamp(min=0.0)
@@ -349,12 +349,12 @@ class SpeculativeEngine(TransformersEngine):
     def _refuse_unlike(self) -> None:
         if family_of(self.model).has_encoder or family_of(self.draft.model).has_encoder:
             raise DraftUnsupported(
-                "only decoders are served with a draft; serve an encoder-decoder without one"
+                "only decoders can be served with a draft; serve an encoder-decoder without one"
             )
         widths = [_num_logits(model) for model in (self.model, self.draft.model)]
         if widths[0] != widths[1] or self.tokenizer.get_vocab() != self.draft.tokenizer.get_vocab():
             raise DraftUnsupported(
-                "the draft must have the model's own tokenizer and vocabulary; distil one from the model itself"
+                "the draft must have the tokenizer and vocabulary of the model; distil a draft from the model itself"
             )
 
 

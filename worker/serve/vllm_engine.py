@@ -156,7 +156,7 @@ class VllmEngine:
         try:
             self._core.add_request(choice.name, tokens_input(list(choice.prompt)), params)
         except ValueError as error:
-            raise InvalidSampling(f"vLLM refuses this request: {error}") from error
+            raise InvalidSampling(f"vLLM rejects this request: {error}") from error
 
     def _params(self, request: GenerateRequest, prompt: tuple[int, ...], choice: int) -> Vllm:
         from vllm import SamplingParams
@@ -205,7 +205,7 @@ class VllmEngine:
         replies, self._outbox = self._outbox, []
         now = self._clock()
         for answer in [a for a in self._answers.values() if a.request.deadline_at < now]:
-            late = DeadlinePassed("the request's time is up; ask for fewer tokens or retry")
+            late = DeadlinePassed("the request timed out; ask for fewer tokens, or retry")
             replies.append(self._fail(answer, late))
         if self._choices:
             for output in self._core.step():
@@ -220,9 +220,7 @@ class VllmEngine:
         answer = self._answers[choice.request.id]
         reason = completion.finish_reason
         if reason is not None and (reason not in FINISH_REASONS or not completion.token_ids):
-            return [
-                self._fail(answer, ServeError(f"vLLM gave up on this request ({reason}); retry"))
-            ]
+            return [self._fail(answer, ServeError(f"vLLM stopped this request ({reason}); retry"))]
         self._begun.add(name)
         replies: list[Reply] = []
         self._waiting.charge(choice, len(completion.token_ids))
@@ -276,7 +274,7 @@ def load_vllm(
     """
     if not has_vllm():
         raise OptionUnavailable(
-            'this worker has no vLLM; start one with pip install "stillhouse[vllm]"'
+            'vLLM is not installed on this worker; install it with pip install "stillhouse[vllm]"'
         )
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -290,7 +288,7 @@ def load_vllm(
         raise ModelLoadFailed(f"the model's files cannot be loaded: {error}") from error
     if config.model_type in SEQ2SEQ:
         raise UnsupportedModel(
-            "vLLM serves decoders only; serve an encoder-decoder with engine transformers"
+            "vLLM only serves decoders; serve an encoder-decoder with the engine transformers"
         )
     limit = getattr(config, "max_position_embeddings", None) or max_context_tokens
     core = _make_core(

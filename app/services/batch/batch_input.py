@@ -99,7 +99,9 @@ def body_of(request: BatchRequest, endpoint: str) -> ChatBody | CompletionBody:
     body = _validated(BODIES[endpoint], request.body)
     if body.stream:
         raise BadRequest(
-            "a batch streams nothing; leave stream out", "unsupported_parameter", "stream"
+            "a batch does not support streaming; leave stream out",
+            "unsupported_parameter",
+            "stream",
         )
     generation.refuse_unsupported(body)
     return body
@@ -148,7 +150,7 @@ class _LineChecker:
         request = parse_new_request(raw)
         first = self._line_of.setdefault(request.custom_id, number)
         if first != number:
-            message = f"the custom_id {request.custom_id!r} is already that of line {first}"
+            message = f"the custom_id {request.custom_id!r} is already used on line {first}"
             raise BadRequest(message, "duplicate_custom_id", "custom_id")
         model_id = body_of(request, self._endpoint).model
         if model_id not in self._models:

@@ -210,7 +210,7 @@ class BatchRun:
             except Exception:
                 log.exception("batch_request_failed", batch=self._batch.id)
                 opaque = StillhouseError(
-                    f"something went wrong on our side; quote {self._batch.id}"
+                    f"internal server error; include {self._batch.id} when you report it"
                 )
                 return opaque.status, envelope(opaque)
 

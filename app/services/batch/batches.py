@@ -43,7 +43,9 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
         demand_room(session, principal.project_id)
         file = input_file(session, principal.project_id, asked.input_file_id)
     if not CHECKERS.acquire(blocking=False):
-        raise TooManyRequests("other batches are being read; try again in a moment")
+        raise TooManyRequests(
+            "the input files of other batches are being checked; try again in a moment"
+        )
     try:
         num_requests, faults = find_faults(
             file.store_key,
@@ -94,7 +96,7 @@ def demand_room(session: Session, project_id: str) -> None:
     most = get_settings().max_active_jobs_per_project
     if batches.count_active(session, project_id) >= most:
         raise QuotaExceeded(
-            f"the project has {most} batches that have not ended; wait for one, or cancel one"
+            f"the project has {most} batches that have not ended; wait until one has ended, or cancel one"
         )
 
 
@@ -108,7 +110,7 @@ def input_file(session: Session, project_id: str, file_id: str) -> File:
         message = f"the file {file_id!r} does not exist; upload it with POST /v1/files"
         raise NotFound(message, param="input_file_id")
     if row.purpose != "batch":
-        message = f"the file {file_id!r} has the purpose {row.purpose}; upload it again as batch"
+        message = f"the file {file_id!r} has the purpose {row.purpose}; upload it again with the purpose batch"
         raise BadRequest(message, "invalid_file", "input_file_id")
     return row
 

@@ -286,7 +286,7 @@ def test_what_is_wrong_with_the_lines_is_told_at_once(
     data = batch.errors.data or []
     assert [f"{error.code} {error.param}" for error in data] == list(bad)
     assert [error.line for error in data] == list(range(2, 13))
-    assert data[8].message == "the custom_id 'q-0' is already that of line 1"
+    assert data[8].message == "the custom_id 'q-0' is already used on line 1"
     assert client.batches.retrieve(batch.id) == batch
     broken = client.files.create(file=("r.jsonl", b"{'a': 1}\n\n"), purpose="batch")
     batch = client.batches.create(

@@ -79,8 +79,8 @@ def test_a_file_whose_content_is_lost_is_said_so(client: openai.OpenAI) -> None:
     ("content", "reason"),
     [
         (b"", "the file is empty"),
-        (b"\xef\xbb\xbf" + lines(ROW), "line 1 is led by a byte order mark"),
-        (lines(ROW) + b"\n" + lines(ROW), "line 2 is blank"),
+        (b"\xef\xbb\xbf" + lines(ROW), "line 1 is invalid: it begins with a byte order mark"),
+        (lines(ROW) + b"\n" + lines(ROW), "line 2 is empty"),
         (lines(ROW) + b'{"prompt": "\xff"}\n', "line 2 is not UTF-8 (byte 13"),
         (lines(ROW) + b"{'a': 1}\n", "line 2 is not valid JSON"),
         (b'{"prompt": NaN, "completion": "b"}', "line 1 is not valid JSON: NaN"),
@@ -90,7 +90,7 @@ def test_a_file_whose_content_is_lost_is_said_so(client: openai.OpenAI) -> None:
         (b'{"prompt": ' + b"9" * 5000 + b"}", "a number is too long"),
         (lines({"prompt": "a", "completion": ""}), "completion is empty"),
         (lines({"prompt": "a", "completion": 3}), "completion must be a string"),
-        (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"prompt": "\\ud800"}', "an unpaired surrogate"),
         (
             lines(ROW, {"prompt": "a"}),
             "line 2 is of format prompt in a file of format prompt_completion",
@@ -101,7 +101,7 @@ def test_a_file_whose_content_is_lost_is_said_so(client: openai.OpenAI) -> None:
             lines({"messages": [{"role": "robot", "content": "a"}]}),
             "messages[0].role must be one of",
         ),
-        (lines({"messages": [{"role": "assistant", "content": "a"}]}), "no user's turn"),
+        (lines({"messages": [{"role": "assistant", "content": "a"}]}), "no user message"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_line_and_leaves_nothing(
@@ -156,7 +156,7 @@ def test_a_body_that_breaks_off_leaves_nothing(http: httpx.Client) -> None:
     )
     assert (answer.status_code, answer.json()["error"]["message"]) == (
         400,
-        "the multipart body ends too early",
+        "the multipart body is incomplete",
     )
     assert stored_files() == []
 

@@ -61,7 +61,7 @@ def test_a_process_that_dies_is_told_with_its_log_and_started_again(
     keep_until(kept, said.append, lambda: len(said) >= 3)
     assert "status 3" in said[0]
     assert "last words" in said[0]
-    assert "started again" in said[1]
+    assert "is being restarted" in said[1]
 
 
 def test_each_start_waits_longer_than_the_one_before(keep: Callable[[str], Kept]) -> None:
@@ -70,7 +70,7 @@ def test_each_start_waits_longer_than_the_one_before(keep: Callable[[str], Kept]
     starts: list[float] = []
 
     def note(text: str) -> None:
-        if "started again" in text:
+        if "is being restarted" in text:
             starts.append(time.monotonic())
 
     keep_until(kept, note, lambda: len(starts) >= 4)

@@ -359,7 +359,7 @@ def test_a_draining_worker_hands_its_request_on(play: Play) -> None:
         reply_stream = await stage.open()
         await stage.beat("b")
         await stage.beat("a", is_draining=True)
-        await stage.say(Failure(id="r0.1", status=503, code="draining", message="going down"))
+        await stage.say(Failure(id="r0.1", status=503, code="draining", message="shutting down"))
         await stage.until_queued("b")
         await stage.say(done("r0.2"))
         assert len(await reply_stream.take()) == 1

@@ -56,7 +56,7 @@ def test_a_last_line_may_lack_its_newline() -> None:
         ({"weight": 0.5}, "messages[1] has a weight"),
         (
             {"name": 1},
-            "messages[1] has a weight that is neither 0 nor 1, or a name that is no string",
+            "messages[1] has a weight that is not 0 or 1, or a name that is not a string",
         ),
         ({"tool_calls": []}, "messages[1] must be an object"),
     ],

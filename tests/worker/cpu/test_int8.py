@@ -234,7 +234,7 @@ def test_a_model_of_each_family_answers_nearly_alike_from_less_memory(
     name: str, weights: LoadedWeights, request: pytest.FixtureRequest
 ) -> None:
     if weights == "bfloat16" and not HAS_BFLOAT16:
-        pytest.skip("this CPU has no products of bfloat16")
+        pytest.skip("this CPU does not support bfloat16 matmuls")
     folder: Path = request.getfixturevalue(f"tiny_{name}_dir")
     plain, small = load_model(folder), load_model(folder, weights=weights)
     assert small.num_bytes < plain.num_bytes
@@ -250,7 +250,7 @@ def test_a_model_of_each_family_answers_nearly_alike_from_less_memory(
     assert answer.tokens
 
 
-@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU does not support bfloat16 matmuls")
 def test_of_bfloat16_layers_the_head_is_left_out_or_its_best_logits_are_exact(
     tiny_llama_dir: Path,
 ) -> None:

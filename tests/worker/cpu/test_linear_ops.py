@@ -147,7 +147,9 @@ def test_a_whole_model_computes_the_same_logits(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-@pytest.mark.skipif(not linear_ops.HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
+@pytest.mark.skipif(
+    not linear_ops.HAS_BFLOAT16, reason="this CPU does not support bfloat16 matmuls"
+)
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_a_weight_in_bfloat16_rounds_and_no_more(has_bias: bool) -> None:
     layer = nn.Linear(96, 160, bias=has_bias).requires_grad_(False)
@@ -159,7 +161,9 @@ def test_a_weight_in_bfloat16_rounds_and_no_more(has_bias: bool) -> None:
     assert (swished - nn.functional.silu(expected)).norm() < 0.01 * expected.norm()
 
 
-@pytest.mark.skipif(not linear_ops.HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
+@pytest.mark.skipif(
+    not linear_ops.HAS_BFLOAT16, reason="this CPU does not support bfloat16 matmuls"
+)
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 def test_a_layer_that_rounds_has_float32_gradients_that_are_rounded_and_no_more(
     kind: type[nn.Module],

@@ -224,7 +224,7 @@ def test_a_gate_on_labels_that_are_none_fails_before_the_training(
 ) -> None:
     gate = {"metric": "accuracy", "at_least": 0.5}
     sink = MemorySink()
-    with pytest.raises(GateFailed, match="no labels"):
+    with pytest.raises(GateFailed, match="not labels"):
         run_job(
             make_spec({"evaluation": {"metrics": ["accuracy"], "gate": gate}}, **STEPS), sink=sink
         )
@@ -261,7 +261,7 @@ def test_a_baseline_is_the_same_student_without_its_teacher(
     assert result["num_steps"] == 12
     assert [line.message for line in lines(sink, MessageLine)] == [
         "training student (1 of 2)",
-        "training the baseline on the text alone (2 of 2)",
+        "training the baseline on the text only (2 of 2)",
     ]
     text = {"objective": {"teacher_signal": "text"}, "evaluation": JUDGED}
     alone, _ = run_job(make_spec(text, **steps), out="text")

@@ -213,7 +213,7 @@ def test_a_run_stopped_while_its_teacher_is_adapted_has_done_no_step(
 
 
 def test_a_teacher_that_is_not_masked_is_not_adapted(make_pair: MakeSpec, run: Run) -> None:
-    with pytest.raises(UnsupportedModel, match="masked teachers"):
+    with pytest.raises(UnsupportedModel, match="needs a masked teacher"):
         run(make_pair("gpt2", fresh("bloom"), {"adaptation_steps": 3}))
 
 

@@ -209,7 +209,7 @@ def test_only_files_of_the_runs_folder_are_published(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     (tmp_path / "out" / "link").symlink_to(tmp_path / "secret")
     for name in ("../secret", "link", "missing", "."):
-        with pytest.raises(StorageError, match="no file of its folder"):
+        with pytest.raises(StorageError, match="not a file in its folder"):
             upload_results(tmp_path / "out", [name], [])
 
 

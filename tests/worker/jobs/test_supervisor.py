@@ -490,7 +490,7 @@ def test_a_run_without_disk_is_paused_with_its_checkpoints_and_can_be_resumed(
         process.rlimit(psutil.RLIMIT_FSIZE, (4096, 4096))
     paused = job(job_id)
     assert (paused.status, paused.num_losses, paused.error) == ("paused", 0, None)
-    assert "free some disk, then resume" in messages(job_id)
+    assert "free some disk space, then resume" in messages(job_id)
     assert checkpoint_steps(job_id)
     with transaction() as session:
         jobs.resume(session, job_id)
@@ -514,8 +514,8 @@ def test_a_store_without_room_for_a_checkpoint_pauses_the_job(
     monkeypatch.undo()
     paused = job(job_id)
     assert (paused.status, paused.num_losses, paused.error) == ("paused", 0, None)
-    assert "no room for the checkpoint at step" in messages(job_id)
-    assert "free some disk, then resume" in messages(job_id)
+    assert "no space for the checkpoint at step" in messages(job_id)
+    assert "free some disk space, then resume" in messages(job_id)
     assert checkpoint_steps(job_id)
     assert nothing_is_left(job_id)
 

@@ -150,7 +150,7 @@ def test_stretched_positions_divide_the_frequencies_as_the_model_does(tmp_path: 
 def test_the_importer_refuses_what_it_would_lose(tmp_path: Path) -> None:
     folder = save_varied(tmp_path / "a", "llama", rope_parameters=LLAMA3_ROPE)
     export_gguf(folder, folder / "x.gguf", kind="f32")
-    with pytest.raises(UnsupportedModel, match="stretches its positions"):
+    with pytest.raises(UnsupportedModel, match="uses RoPE scaling"):
         check_gguf(folder / "x.gguf")
     folder = save_varied(tmp_path / "b", "llama", attention_bias=True)
     export_gguf(folder, folder / "x.gguf", kind="f32")
@@ -218,7 +218,7 @@ def test_the_rule_that_splits_text_is_told_by_its_steps() -> None:
     assert split(by(LLAMA3), bare, ignore_merges=True) == "llama-bpe"
     assert split(by(LLAMA3), bare) == "smaug-bpe"
     for strange in ([bare], [pre_tokenizers.Whitespace(), plain], [by(r"\w+"), bare]):
-        with pytest.raises(UnsupportedTokenizer, match="no name for"):
+        with pytest.raises(UnsupportedTokenizer, match="does not support"):
             split(*strange)
     with pytest.raises(UnsupportedTokenizer):
         split(plain, normalizer=normalizers.Lowercase())

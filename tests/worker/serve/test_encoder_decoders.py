@@ -133,7 +133,9 @@ def test_positions_end_where_the_model_ends(name: str, request: pytest.FixtureRe
     model = request.getfixturevalue(name).model
     [found] = generate_all(model, [[9] * 256], max_new_tokens=400, end_ids=frozenset())
     assert len(found.tokens) == 256
-    with pytest.raises(PromptTooLong, match="257 tokens does not fit an encoder of 256"):
+    with pytest.raises(
+        PromptTooLong, match="257 tokens does not fit in the encoder, which takes at most 256"
+    ):
         generate_all(model, [[9] * 257], max_new_tokens=4)
 
 

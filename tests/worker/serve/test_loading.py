@@ -113,7 +113,8 @@ def test_a_t5_keeps_its_head_apart_from_its_embedding_where_they_differ(
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_an_encoder_alone_is_refused(name: str, request: pytest.FixtureRequest) -> None:
     with pytest.raises(
-        UnsupportedModel, match=f"^{name} is an encoder and generates nothing; use it as a teacher$"
+        UnsupportedModel,
+        match=f"^{name} is an encoder and does not generate text; use it as a teacher$",
     ):
         load_model(request.getfixturevalue(f"tiny_{name}_dir"))
 

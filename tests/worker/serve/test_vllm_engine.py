@@ -78,7 +78,8 @@ def ending(replies: list[Reply]) -> tuple[Any, Done]:  # Any: Delta's own litera
 @pytest.mark.skipif(has_vllm(), reason="this environment has vLLM")
 def test_a_worker_without_vllm_says_how_to_start_one_with_it(tiny_llama_dir: Path) -> None:
     with pytest.raises(
-        OptionUnavailable, match=r'no vLLM; start one with pip install "stillhouse\[vllm\]"'
+        OptionUnavailable,
+        match=r'vLLM is not installed on this worker; install it with pip install "stillhouse\[vllm\]"',
     ):
         load_vllm(tiny_llama_dir, max_running=6, max_context_tokens=256, clock=time.time)
 

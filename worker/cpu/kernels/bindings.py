@@ -93,7 +93,7 @@ def _raise_failure(
 ) -> int:  # Any: as ctypes declares it
     """Raises MemoryError or IndexError for the error code of a C function."""
     if code == NO_MEMORY:
-        raise MemoryError(f"no memory for the working space of {function.__name__}")
+        raise MemoryError(f"not enough memory for the workspace of {function.__name__}")
     if code == BAD_TARGET:
         raise IndexError("a target token is outside the vocabulary")
     return code

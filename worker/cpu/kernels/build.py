@@ -129,11 +129,11 @@ def compile_command() -> list[str]:
     compiler = shutil.which("gcc") or shutil.which("cc")
     openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*"))
     if platform.system() != "Linux":
-        raise KernelsUnavailable(f"they need Linux, and this is {platform.system()}")
+        raise KernelsUnavailable(f"they need Linux, but this is {platform.system()}")
     if compiler is None:
         raise KernelsUnavailable("there is no C compiler; install gcc")
     if not openmp:
-        raise KernelsUnavailable("this build of PyTorch does not bring GNU OpenMP")
+        raise KernelsUnavailable("this build of PyTorch does not include GNU OpenMP")
     return [compiler, *FLAGS, *map(str, SOURCES), str(openmp[0]), "-lm"]
 
 

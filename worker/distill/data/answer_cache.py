@@ -115,7 +115,7 @@ def ask(
         if how.room(prompt) < 1:
             raise TeacherGenerationFailed(
                 f"a prompt of {len(prompt)} tokens leaves no room for an answer within {how.max_sequence_tokens}; raise "
-                "max_sequence_tokens or shorten it"
+                "max_sequence_tokens or shorten the prompt"
             )
         wanted.setdefault(how.key(prompt), prompt)
     missing = {key: prompt for key, prompt in wanted.items() if answers.get(key) is None}

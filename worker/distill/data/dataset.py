@@ -84,7 +84,7 @@ def start_id_of(config: PretrainedConfig) -> int:
         if found is not None:
             return int(found)
     raise UnsupportedModel(
-        "the encoder-decoder's config names no decoder_start_token_id; add it and import it anew"
+        "the encoder-decoder's config has no decoder_start_token_id; add it and import the model again"
     )
 
 
@@ -219,7 +219,7 @@ class Preparation:
         if num_shared:
             self._warn(
                 f"{num_shared} of {len(rows)} test rows share a question with training or held-out rows ({num_train} with "
-                "training rows): their figures are too optimistic",
+                "training rows): their metrics are too optimistic",
                 num_shared=num_shared,
                 num_shared_with_training=num_train,
             )
@@ -229,8 +229,8 @@ class Preparation:
         """Raises InvalidTrainingFile if the row needs an answer from a masked teacher."""
         if not example.spans and shape_of(self.teacher.config) == "masked":
             raise InvalidTrainingFile(
-                f"line {example.line} has no completion, and {self.teacher.config.model_type} writes none: give "
-                "completions, or another teacher"
+                f"line {example.line} has no completion, and {self.teacher.config.model_type} does not generate text: "
+                "add completions, or use another teacher"
             )
 
     @property
@@ -267,7 +267,7 @@ class Preparation:
         for i, answer in zip(waiting, made, strict=True):
             if not answer.tokens and tell is None:
                 raise InvalidTrainingFile(
-                    f"the teacher answers line {examples[i].line} with nothing; leave it out"
+                    f"the teacher's answer to line {examples[i].line} is empty; remove the line"
                 )
         return dict(zip(waiting, made, strict=True)), tuple(how.key(prompt) for prompt in prompts)
 
@@ -318,7 +318,7 @@ class Preparation:
             i >= num_train for i in kept
         ):
             names = "training or no held-out" if num_train else "test"
-            raise InvalidTrainingFile(f"data.reject leaves no {names} rows; loosen its rules")
+            raise InvalidTrainingFile(f"data.reject leaves no {names} rows; relax its rules")
         return kept
 
     def _warn_of_cut(self, made: list[Generation]) -> None:
@@ -326,7 +326,7 @@ class Preparation:
         if num_cut:
             self._warn(
                 f"{num_cut} of {len(made)} answers did not end within {self.spec.distillation.data.max_new_tokens} tokens; "
-                "students learn to stop from answers that end, so raise data.max_new_tokens if they are many",
+                "students learn to stop from complete answers, so raise data.max_new_tokens if many are cut off",
                 num_cut=num_cut,
             )
 
@@ -378,7 +378,7 @@ def _as_asked(row: Row, block: Distillation) -> Row:
     writers = {mode, then and then.completions} - {None, "dataset"}
     if row.text is not None and writers:
         raise InvalidTrainingFile(
-            f"line {row.line} is plain text, which asks nothing that could be answered (completions "
+            f"line {row.line} is plain text, which has no prompt to answer (completions "
             f"{', '.join(sorted(map(str, writers)))}); use prompt or messages"
         )
     if mode == "teacher":

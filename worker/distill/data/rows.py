@@ -128,7 +128,7 @@ def _row(number: int, fields: dict[str, Any]) -> Row:  # Any: open-ended JSON
             {"role": _text(m["role"]), "content": _text(m["content"])} for m in fields["messages"]
         )
         if all(turn["role"] in ("system", "developer", "assistant") for turn in turns):
-            raise ValueError("messages has no user's turn")
+            raise ValueError("messages has no user message")
         unlearned = frozenset(i for i, m in enumerate(fields["messages"]) if m.get("weight") == 0)
         return Row(number, turns, unlearned=unlearned)
     for asked, answer in (("prompt", "completion"), ("input", "target")):
@@ -195,7 +195,7 @@ class Encoder:
         longest = max(len(token_ids) + (not row.is_answered), len(source_ids))
         if longest > self.max_tokens:
             raise InvalidTrainingFile(
-                f"line {row.line} has {longest} tokens, too many for the {self.max_tokens} of a sequence; shorten it "
+                f"line {row.line} has {longest} tokens, but a sequence has at most {self.max_tokens}; shorten it "
                 "or raise max_sequence_tokens (at most the model's context)"
             )
         if row.is_answered and not spans:
@@ -214,7 +214,7 @@ class Encoder:
         except TEMPLATE_ERRORS as e:
             reason = str(e)[:300] or type(e).__name__
             raise InvalidTrainingFile(
-                f"line {row.line} does not fit the model's chat template: {reason}"
+                f"line {row.line} cannot be rendered with the model's chat template: {reason}"
             ) from e
 
     def _text_segments(self, text: str) -> list[tuple[list[int], bool]]:

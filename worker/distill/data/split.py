@@ -90,7 +90,7 @@ def hold_out(rows: Sequence[Row], version: int = SPLIT_VERSION) -> Split:
     held_out = _choose(rows, questions)
     if not held_out:
         message = (
-            "every row asks the same question, so the held-out rows are the training rows and the figures say nothing "
+            "all rows have the same question, so the held-out rows are the training rows and the metrics say nothing "
             "about other questions; give a validation_file"
         )
         return Split(list(rows), list(rows), num_shared=len(rows), warnings=(message,))
@@ -107,8 +107,8 @@ def hold_out(rows: Sequence[Row], version: int = SPLIT_VERSION) -> Split:
     warnings = []
     if num_shared:
         warnings.append(
-            f"most conversations begin alike: {num_shared} held-out rows share their first questions with training rows "
-            "and are not judged on the answers to those"
+            f"most conversations begin with the same questions: {num_shared} held-out rows share their first questions "
+            "with training rows and are not evaluated on the answers to those"
         )
     return Split(train, valid, num_shared, warnings=tuple(warnings))
 
@@ -135,13 +135,13 @@ def keep_apart(rows: Sequence[Row], valid: Sequence[Row], version: int = SPLIT_V
     num_left_out = len(rows) - len(kept)
     if not kept:
         raise InvalidTrainingFile(
-            "every training row asks what a validation row asks; keep them apart"
+            "every training row has the same question as a validation row; use other questions for validation"
         )
     warnings = []
     if num_left_out or num_cut:
         warnings.append(
             f"{num_shared} validation rows share a question with training rows: {num_left_out} training rows are left out, "
-            f"and {num_cut} are not learned from at the turns they share"
+            f"and the shared turns of {num_cut} others are not trained on"
         )
     return Split(kept, list(valid), num_shared, num_left_out, tuple(warnings))
 

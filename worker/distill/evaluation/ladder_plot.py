@@ -43,14 +43,14 @@ class Panel:
 
 
 PANELS = (
-    Panel("kl", "Distance from the teacher (less is better)", "KL, nats per token", most=math.inf),
-    Panel("perplexity", "Surprise at held-out text (less is better)", "perplexity", most=math.inf),
-    Panel("agreement", "Same most likely token (more is better)", "agreement, %", 100.0),
-    Panel("rouge_l", "Answers like the teacher's (more is better)", "ROUGE-L"),
-    Panel("accuracy", "Right labels (more is better)", "accuracy, %", 100.0),
+    Panel("kl", "Distance from the teacher (lower is better)", "KL, nats per token", most=math.inf),
+    Panel("perplexity", "Held-out perplexity (lower is better)", "perplexity", most=math.inf),
+    Panel("agreement", "Same most likely token (higher is better)", "agreement, %", 100.0),
+    Panel("rouge_l", "Overlap with the teacher (higher is better)", "ROUGE-L"),
+    Panel("accuracy", "Correct labels (higher is better)", "accuracy, %", 100.0),
     Panel(
         "tokens_per_second",
-        "Speed, one request (more is better)",
+        "Speed, one request (higher is better)",
         "tokens per second",
         most=math.inf,
     ),
@@ -180,7 +180,7 @@ def _legend(rungs: Sequence[Rung], gate: Gate | None) -> list[Line2D]:
     kinds = (
         ("chosen", CHOSEN, True, True),
         ("passes" if gate is not None else "student", PASSED, True, False),
-        ("does not pass", FAILED, False, False),
+        ("fails", FAILED, False, False),
     )
     for label, color, is_passed, is_chosen in kinds:
         if any((rung.is_chosen, rung.passed) == (is_chosen, is_passed) for rung in rungs):

@@ -151,8 +151,8 @@ class Evaluator:
             return find_labels(references, lengths)
         labels = read_labels(references, lengths)
         if labels is None:
-            why = "hardly repeat, so they are no classes" if references else "are not in the file"
-            self.warn(f"accuracy and macro_f1 are left out: the held-out rows' targets {why}")
+            why = "are not class labels, since few repeat" if references else "are not in the file"
+            self.warn(f"accuracy and macro_f1 are left out: the targets of the held-out rows {why}")
         return labels
 
     @cached_property
@@ -164,7 +164,7 @@ class Evaluator:
         groups = groups_of(self.valid_rows)
         if len(groups) > 1 and max(groups) == 0:
             self.warn(
-                "the rows that are judged ask a single question, so the intervals have no width"
+                "all evaluated rows have the same question, so the confidence intervals have zero width"
             )
         return groups
 

@@ -83,7 +83,7 @@ def self_attention(layer: nn.Module, num_heads: int) -> SelfAttention:
         query_width = _width(fused) - 2 * key_width
         return SelfAttention((fused,), fused_widths=(query_width, key_width, key_width))
     raise UnsupportedModel(
-        f"cannot tell queries, keys and values of a {type(layer).__name__} apart"
+        f"cannot find the queries, keys and values of a {type(layer).__name__}; leave objective.attention out"
     )
 
 

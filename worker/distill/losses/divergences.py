@@ -229,7 +229,7 @@ class TokenObjective:
             case "alpha_beta":
                 return alpha_beta(q, p, alpha=self.alpha, beta=self.beta)
             case "logit_mse":
-                raise AssertionError("logit_mse is of logits, not of log-probabilities")
+                raise AssertionError("logit_mse needs logits, not log-probabilities")
 
     def tempered(
         self, student_NV: Tensor, teacher_NV: Tensor, q: Distribution, p: Distribution

@@ -149,7 +149,7 @@ class _Job:
         if self.teacher.expected is not None and is_exact:
             return True
         assert self.teacher.hidden_NH is not None, (
-            "expected rows serve forward KL at T = 1 and a frozen head"
+            "expected rows need forward KL at T = 1 and a frozen head"
         )
         return False
 

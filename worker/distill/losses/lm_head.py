@@ -106,10 +106,12 @@ def head_of(model: PreTrainedModel, num_tokens: int | None = None) -> Head:
     """
     linear = model.get_output_embeddings()
     if not isinstance(linear, torch.nn.Linear):
-        raise UnsupportedModel(f"{type(model).__name__} has no plain linear head to distil through")
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no plain linear LM head, which distillation needs"
+        )
     if num_tokens is not None and num_tokens > linear.weight.shape[0]:
         raise VocabMismatch(
-            f"the tokenizer has {num_tokens} tokens and the head only {linear.weight.shape[0]}; "
+            f"the tokenizer has {num_tokens} tokens, but the LM head only {linear.weight.shape[0]}; "
             "use the tokenizer that belongs to the model"
         )
     is_cut = num_tokens is not None and num_tokens < linear.weight.shape[0]
@@ -152,7 +154,7 @@ def load_head(
     weight_VH, bias_V = _find_tensor(folder, names), None
     if weight_VH is None:
         raise UnsupportedModel(
-            f"no safetensors file of the model holds its head ({' or '.join(names)})"
+            f"no safetensors file of the model contains its LM head ({' or '.join(names)})"
         )
     if linear.bias is not None:
         bias_V = _find_tensor(folder, _names_of(model, linear.bias))

@@ -62,8 +62,8 @@ def align_rows(rows: Rows, student: Reader, teacher: Reader, *, has_one_tokenize
     aligned = Aligned(examples, masks)
     if aligned.share == 0.0:
         raise TokenizerMismatch(
-            "no token of the student's tokenizer begins where one of the teacher's does, so uld has nothing to compare; "
-            'use objective.teacher_signal = "text"'
+            "no token of the student begins at the same position as a token of the teacher, so uld has nothing to "
+            'compare; use objective.teacher_signal = "text"'
         )
     return aligned
 

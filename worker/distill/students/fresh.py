@@ -46,7 +46,7 @@ def fresh_config(sizes: FreshConfig, tokenizer: PreTrainedTokenizerBase) -> Pret
     if sizes.vocab_size is not None and sizes.vocab_size < num_ids:
         raise InvalidStudent(
             f"student.config.vocab_size is {sizes.vocab_size}, but the tokenizer has {num_ids} token ids; "
-            "leave vocab_size out or ask for at least as many"
+            "leave vocab_size out or set it to at least that number"
         )
     makers: dict[str, Callable[[FreshConfig, int, Ids], PretrainedConfig]] = {
         "bloom": _bloom,
@@ -84,7 +84,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> Ids:
     end = _first(tokenizer.eos_token_id, tokenizer.sep_token_id)
     if end is None:
         raise InvalidStudent(
-            "the tokenizer has no end token, so a student could never stop; give it an eos_token"
+            "the tokenizer has no end token, so a student could never stop; add an eos_token to the tokenizer"
         )
     start = _first(tokenizer.bos_token_id, tokenizer.cls_token_id)
     return {
@@ -117,7 +117,7 @@ def _gpt2(sizes: FreshConfig, num_tokens: int, ids: Ids) -> PretrainedConfig:
 def _llama(sizes: FreshConfig, num_tokens: int, ids: Ids) -> PretrainedConfig:
     if sizes.hidden_size // sizes.num_heads % 2:
         raise InvalidStudent(
-            f"rotary positions need an even head width, not {sizes.hidden_size // sizes.num_heads}; change "
+            f"rotary position embeddings need an even head size, not {sizes.hidden_size // sizes.num_heads}; change "
             "student.config.hidden_size or num_heads"
         )
     return LlamaConfig(

@@ -69,7 +69,7 @@ def layer_stacks(model: PreTrainedModel) -> list[str]:
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found = [name for name in lists if not re.search(r"\.\d+(\.|$)", name)]
     if len(found) != (2 if shape_of(model.config) == "seq2seq" else 1):
-        raise UnsupportedModel(f"cannot tell the layers of a {model.config.model_type} model apart")
+        raise UnsupportedModel(f"cannot find the layers of a {model.config.model_type} model")
     return found
 
 

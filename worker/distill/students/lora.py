@@ -117,7 +117,7 @@ def load_lora_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> 
     own = lora_tensors(model)
     if {name: t.shape for name, t in own.items()} != {name: t.shape for name, t in tensors.items()}:
         raise CorruptCheckpoint(
-            "the checkpoint's adapters are not those of this student; start the job anew"
+            "the adapters of the checkpoint do not match this student; submit the job again"
         )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])

@@ -94,8 +94,8 @@ def plan_student(
     config = read_config(start_dir)
     if shape_of(config) == "masked":
         raise InvalidStudent(
-            f"a {config.model_type} model cannot write text, so no student starts from it; use student.init=fresh "
-            "(encoder-decoder is its nearest kind), or start from a causal or encoder-decoder model"
+            f"a {config.model_type} model does not generate text, so a student cannot start from it; use student.init=fresh "
+            "(the closest family is encoder-decoder), or start from a causal or encoder-decoder model"
         )
     _, num_available = layer_counts(config)
     layers, encoder_layers = (None, None)
@@ -199,8 +199,8 @@ def _choose_layers(
     num_encoder, num_decoder = layer_counts(config)
     if num_encoder == 0 and (student.num_encoder_layers or student.num_decoder_layers):
         raise InvalidStudent(
-            f"a {config.model_type} model has one kind of layers: give student.num_layers, not num_encoder_layers or "
-            "num_decoder_layers"
+            f"a {config.model_type} model has no separate encoder and decoder layers: give student.num_layers, not "
+            "num_encoder_layers or num_decoder_layers"
         )
     asked = num_layers or (student.num_layers if isinstance(student.num_layers, int) else None)
     counts = {
@@ -210,7 +210,7 @@ def _choose_layers(
     } - {None}
     if len(counts) > 1:
         raise InvalidStudent(
-            "student.num_layers, num_decoder_layers and layers speak of the decoder: give one"
+            "student.num_layers, num_decoder_layers and layers all set the decoder's layers: give one"
         )
     count = next(iter(counts), None) or max(1, num_decoder // 2)
     layers = student.layers or first_and_last(num_decoder, count)

@@ -101,7 +101,7 @@ def sizes_of(student: Student, config: PretrainedConfig) -> Sizes:
     """
     if config.model_type not in AXES:
         raise UnsupportedModel(
-            f"student.init=width does not know the parts of a {config.model_type} model, only of "
+            f"student.init=width does not support {config.model_type} models, only "
             f"{', '.join(sorted(AXES))}; use init=layers"
         )
     full = full_sizes(config)
@@ -112,8 +112,8 @@ def sizes_of(student: Student, config: PretrainedConfig) -> Sizes:
         hidden_size = hidden_size or num_heads * width
         if hidden_size != num_heads * width:
             raise InvalidStudent(
-                f"the heads of this gpt2 are {width} wide, so student.hidden_size must be num_heads x {width}; "
-                f"ask for {num_heads * width}"
+                f"the head size of this gpt2 model is {width}, so student.hidden_size must be num_heads x {width}; "
+                f"set it to {num_heads * width}"
             )
     num_heads = num_heads or full.num_heads
     return Sizes(
@@ -152,7 +152,7 @@ def narrow_config(config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
     for name, size in vars(sizes).items():
         if size > (most := getattr(full, name)):
             raise InvalidStudent(
-                f"student.{name} is {size}, but the model it starts from has {most}; ask for less"
+                f"student.{name} is {size}, but the model it starts from has {most}; lower it"
             )
     values: dict[str, Any] = config.to_dict()  # Any: open-ended JSON
     if config.model_type == "gpt2":
@@ -179,7 +179,7 @@ def narrow_config(config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
         return type(config).from_dict(values)
     except StrictDataclassError as error:
         raise InvalidStudent(
-            f"no {config.model_type} model has the student's sizes: {error}"
+            f"a {config.model_type} model cannot have the student's sizes: {error}"
         ) from error
 
 
@@ -222,8 +222,8 @@ def _num_kv_heads(num_heads: int, full: Sizes) -> int:
     if num_heads % full.num_kv_heads == 0:
         return full.num_kv_heads
     raise InvalidStudent(
-        f"{num_heads} heads do not share {full.num_kv_heads} heads of keys and values; ask for a multiple of {group} or "
-        f"of {full.num_kv_heads} in student.num_heads"
+        f"{num_heads} heads cannot share {full.num_kv_heads} key-value heads; set student.num_heads to a multiple of "
+        f"{group} or of {full.num_kv_heads}"
     )
 
 
@@ -231,7 +231,9 @@ def _axes(config: PretrainedConfig, name: str) -> str:
     for axes, ends in AXES[config.model_type].items():
         if any(f".{name}".endswith(f".{end}") for end in ends.split()):
             return axes
-    raise UnsupportedModel(f"student.init=width does not know the tensor {name}; use init=layers")
+    raise UnsupportedModel(
+        f"student.init=width does not support the tensor {name}; use init=layers"
+    )
 
 
 def _owner(name: str) -> str:

@@ -311,9 +311,9 @@ def cached_teacher(
             )
             cache = open_cache(folder, family, names, sizes, budget_bytes=budget_bytes)
             if cache is None:
-                note = "the disk has no room for the teacher's rows: it runs at every step, which is slower"
+                note = "the disk has no room to cache the teacher's rows: the teacher runs at every step, which is slower"
             return CachedTeacher(load, head, examples, cache, row_format, note, masks)
-    note = "the teacher's rows do not fit in the cache's budget: it runs at every step, which is slower"
+    note = "the teacher's rows do not fit in the cache's budget: the teacher runs at every step, which is slower"
     return CachedTeacher(load, head, examples, None, None, note, masks)
 
 
@@ -327,12 +327,12 @@ def _formats(
     if keeps != "top":
         yield RowFormat(keeps, hidden_size, dtype), None
         if dtype != torch.bfloat16:
-            note = "the teacher's rows are cached in bfloat16, since in float32 they would not fit in the cache's budget"
+            note = "the teacher's rows are cached in bfloat16, because they would not fit in the cache's budget in float32"
             yield RowFormat(keeps, hidden_size, torch.bfloat16), note
     if (may_keep_top or keeps == "top") and head.num_tokens > TOP_K:
         note = (
-            f"of the teacher's rows the {TOP_K} likeliest tokens are cached, since the whole would not fit in the "
-            "cache's budget: the others count as one, and KL is a lower bound"
+            f"only the {TOP_K} most likely tokens of the teacher's rows are cached, because more would not fit in the "
+            "cache's budget: the other tokens count as one, and KL is a lower bound"
         )
         yield RowFormat("top", TOP_K, torch.float32), note
 

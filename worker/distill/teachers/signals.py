@@ -41,12 +41,12 @@ def choose_signal(
         return _best_signal(teacher, student, has_one_tokenizer=has_one_tokenizer)
     if asked in ("logits", "uld", "text") and teacher == "masked":
         raise UnsupportedModel(
-            "a masked language model has no next-token distribution and writes no text; use "
+            "a masked language model has no next-token distribution and does not generate text; use "
             'objective.teacher_signal = "conditional_mlm" or "hidden"'
         )
     if asked == "conditional_mlm" and teacher != "masked":
         raise UnsupportedModel(
-            f'conditional_mlm takes a masked language model (BERT, RoBERTa) as teacher; use "logits" for a {teacher} one'
+            f'conditional_mlm needs a masked language model (BERT, RoBERTa) as teacher; use "logits" for a {teacher} one'
         )
     if not has_one_tokenizer and asked not in ("text", "uld"):
         raise TokenizerMismatch(
@@ -56,24 +56,26 @@ def choose_signal(
     best = _best_signal(teacher, student, has_one_tokenizer=has_one_tokenizer)
     if asked == best.name:  # the submission may already have resolved `auto`
         return best
-    return Signal(asked, "asked for")  # type: ignore[arg-type]  # what is not auto is a TeacherSignal
+    return Signal(asked, "requested")  # type: ignore[arg-type]  # what is not auto is a TeacherSignal
 
 
 def _best_signal(teacher: ModelKind, student: ModelKind, *, has_one_tokenizer: bool) -> Signal:
     if teacher == "masked":
         if not has_one_tokenizer:
             raise TokenizerMismatch(
-                "a masked teacher and a student with another tokenizer share nothing; use a student with the teacher's "
-                'tokenizer (student.init = "fresh" has it)'
+                "a masked teacher needs a student with the same tokenizer; use one that has it, such as a student with "
+                'student.init = "fresh"'
             )
-        return Signal("conditional_mlm", "a masked teacher predicts a target from both its sides")
+        return Signal(
+            "conditional_mlm", "a masked teacher predicts a token from the tokens on both sides"
+        )
     if has_one_tokenizer:
         return Signal("logits", "both models share a tokenizer")
     if teacher == student:
         return Signal(
             "uld",
-            "the tokenizers differ, so distributions are compared by rank where tokens begin alike",
+            "the tokenizers differ, so distributions are compared by rank where tokens begin at the same position",
         )
     return Signal(
-        "text", "tokenizers and kinds of model differ, so the student learns the teacher's text"
+        "text", "tokenizers and model families differ, so the student learns the teacher's text"
     )

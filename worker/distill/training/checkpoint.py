@@ -117,7 +117,7 @@ def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(e):
             raise DiskFull(
-                f"no room for a checkpoint in {out}; free some disk, then resume the job"
+                f"no disk space for a checkpoint in {out}; free some disk space, then resume the job"
             ) from e
         raise
     return folder
@@ -139,17 +139,17 @@ def verify_checkpoint(folder: Path) -> None:
         expected = {entry["path"]: entry["sha256"] for entry in files}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise CorruptCheckpoint(
-            f"{folder.name} has no readable manifest; go on from an older checkpoint"
+            f"{folder.name} has no readable manifest; resume from an older checkpoint"
         ) from e
     missing = {"state.json", "optimizer.safetensors", "model/config.json"} - expected.keys()
     if missing:
         raise CorruptCheckpoint(
-            f"{folder.name} lacks {sorted(missing)}; go on from an older checkpoint"
+            f"{folder.name} lacks {sorted(missing)}; resume from an older checkpoint"
         )
     for path, sha256 in expected.items():
         if not (folder / path).is_file() or file_sha256(folder / path) != sha256:
             raise CorruptCheckpoint(
-                f"{folder.name}/{path} is not what was written; go on from an older checkpoint"
+                f"{folder.name}/{path} has changed since it was written; resume from an older checkpoint"
             )
 
 
@@ -267,8 +267,8 @@ def _require_room(out: Path, snapshot: Snapshot) -> None:
     free = shutil.disk_usage(out).free
     if free < needed:
         raise DiskFull(
-            f"a checkpoint needs {needed / 2**20:.0f} MiB and {free / 2**20:.0f} MiB are free; free some disk, then "
-            "resume the job"
+            f"a checkpoint needs {needed / 2**20:.0f} MiB, but {free / 2**20:.0f} MiB are free; free some disk space, "
+            "then resume the job"
         )
 
 

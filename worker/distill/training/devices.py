@@ -102,19 +102,19 @@ class Placement:
         """The message for the job's events, empty if there was nothing to choose."""
         if self.device.name == "cpu":
             is_rounded = self.device.has_bfloat16
-            return "device: CPU; student and teacher multiply in bfloat16" if is_rounded else ""
+            return "device: CPU; student and teacher use bfloat16 matmuls" if is_rounded else ""
         floats = (
             "float32" if self.device.autocast is None else "float32 weights under bfloat16 autocast"
         )
         where, too_large = "beside the student", "both models together are"
         if self.is_teacher_first:
-            where = "alone before the training, which reads its states from the cache"
+            where = "alone before the training, which reads its hidden states from the cache"
             too_large = "the student alone is"
         elif self.teacher_device == "cpu":
-            where = "on the CPU, because it does not fit on the card"
+            where = "on the CPU, because it does not fit on the GPU"
             too_large = "the student alone is"
         dtype = str(self.teacher_dtype).removeprefix("torch.")
-        tight = f"; by estimate {too_large} too large for the card" if self.is_tight else ""
+        tight = f"; {too_large} too large for the GPU, by estimate" if self.is_tight else ""
         free = f"{self.device.free_bytes / GIB:.1f} GiB free"
         return f"device: {self.device.card} ({free}); student in {floats}; teacher in {dtype}, {where}{tight}"
 

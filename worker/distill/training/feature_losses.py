@@ -143,7 +143,7 @@ def choose_side(asked: str, teacher: PreTrainedModel, student: PreTrainedModel) 
         )
     if not is_trained:
         raise InvalidStudent(
-            "the student's encoder is frozen, so its hidden states cannot move; use student.freeze_encoder = false, or "
+            "the student's encoder is frozen, so its hidden states cannot change; use student.freeze_encoder = false, or "
             'objective.hidden.side = "decoder"'
         )
     return "encoder"
@@ -231,7 +231,7 @@ def number_of(layer: int, num_layers: int, whose: str) -> int:
     """
     if not -num_layers <= layer < num_layers:
         raise InvalidStudent(
-            f"{whose} has no layer {layer}: it has {num_layers} there, counted from 0"
+            f"{whose} has no layer {layer}: it has {num_layers} layers, counted from 0"
         )
     return layer % num_layers
 

@@ -48,7 +48,7 @@ WRITERS = frozenset(
 # outputs. Float32 rounding stays far below it.
 MOST_OFF = 1e-3
 ROUNDINGS = 4  # the same for a lower dtype, in units of its epsilon
-NOT_PLAIN = "this family's layers do more with their states than add to them"
+NOT_PLAIN = "the layers of this model family do more than add to the residual stream"
 
 Site = tuple[str, int, int]  # name of a stack, number of a layer, number of a writer in it
 Visit = Callable[[Site, nn.Module, Tensor, Tensor], Tensor | None]

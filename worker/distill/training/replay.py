@@ -105,5 +105,5 @@ class ReplayBuffer:
                 self.rows.append(Rollout(views[0], views[-1]))
         except (OSError, ValidationError) as e:
             raise CorruptCheckpoint(
-                f"{path.name} cannot be read: {e}; go on from an older checkpoint"
+                f"{path.name} cannot be read: {e}; resume from an older checkpoint"
             ) from e

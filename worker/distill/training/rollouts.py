@@ -78,12 +78,12 @@ def check_rollouts(block: Distillation, signal: Signal, *, has_one_tokenizer: bo
         instead = 'take completions from "dataset" or "teacher"'
         if not has_one_tokenizer:
             raise UnsupportedModel(
-                f"student and teacher have different tokenizers, so the teacher cannot judge the student's answers token "
+                f"student and teacher have different tokenizers, so the teacher cannot evaluate the student's answers token "
                 f'by token (completions "{source}"); {instead}, or use a pair that shares a tokenizer'
             )
         if signal.name != "logits":
             raise UnsupportedModel(
-                f'completions "{source}" need a teacher that predicts next tokens, and of this one {signal.name} is used; '
+                f'completions "{source}" need the teacher signal logits, but this pair uses {signal.name}; '
                 f"{instead}"
             )
 

@@ -254,8 +254,8 @@ class Trainer:
         loss = sums.values["loss_sum"] / sums.num_targets
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NanLoss(
-                f"loss {loss} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or begin "
-                "with forward_kl (the last checkpoint is good)"
+                f"loss {loss} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or start "
+                "with forward_kl (the last checkpoint is usable)"
             )
         clipped_step(self.optimizer, norm, h.max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)

@@ -98,7 +98,9 @@ def refuse_unlisted(config: Config) -> None:
     """Raises UnsupportedModel unless a shared-cursor batch is known to be exact for the model."""
     kind = config.model_type
     if kind in MASKED:
-        raise UnsupportedModel(f"{kind} is an encoder and generates nothing; use it as a teacher")
+        raise UnsupportedModel(
+            f"{kind} is an encoder and does not generate text; use it as a teacher"
+        )
     if kind not in CAUSAL | SEQ2SEQ:
         raise UnsupportedModel(
             f"model type {kind!r} cannot be served; supported: {', '.join(sorted(CAUSAL | SEQ2SEQ))}"
@@ -152,7 +154,7 @@ def _start_token(model: Model) -> int:
         if isinstance(token, int):
             return token
     raise UnsupportedModel(
-        "the model's config names no decoder_start_token_id; add it to config.json"
+        "the model's config has no decoder_start_token_id; add it to config.json"
     )
 
 

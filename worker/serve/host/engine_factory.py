@@ -145,7 +145,7 @@ def _in_vllm(
 ) -> tuple[Engine, int]:
     if served.serving.weights not in ("auto", "plain") or served.serving.draft is not None:
         raise OptionUnavailable(
-            "vLLM is given plain weights and no draft; serve the model without them"
+            "vLLM only supports weights 'plain' and no draft; serve the model without these options"
         )
     folder = fetch(served.weights)
     with progress.reading(served.weights.bytes):

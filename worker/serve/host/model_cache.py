@@ -117,9 +117,9 @@ class ModelCache:
         )
         if num_bytes > self.resident_bytes - kept:
             limit = f"the limit of {self.resident_bytes}" + (
-                f", less {kept} of pinned models" if kept else ""
+                f", minus {kept} for pinned models" if kept else ""
             )
-            raise ModelTooLarge(f"its {num_bytes} bytes exceed {limit}")
+            raise ModelTooLarge(f"the model has {num_bytes} bytes, which exceeds {limit}")
         if self._loads or not self._make_room(num_bytes):
             return False
         self._start(served, num_bytes)
@@ -261,7 +261,7 @@ class ModelCache:
                 return
         if ready.num_bytes > self.resident_bytes:
             raise ModelTooLarge(
-                f"loaded, it takes {ready.num_bytes} bytes; the limit is {self.resident_bytes}"
+                f"the loaded model has {ready.num_bytes} bytes, which exceeds the limit of {self.resident_bytes}"
             )
         self._make_room(ready.num_bytes)
         self._residents[key] = Resident(load.served, *ready, used_at=self.limits.clock())

@@ -215,7 +215,7 @@ class ModelHost:
         ):
             request = parked.request
             if request.deadline_at < now:
-                self._fail(request, DeadlinePassed("the request's time is up; retry"))
+                self._fail(request, DeadlinePassed("the request timed out; retry"))
             elif parked.is_tokenising:
                 continue
             elif (resident := self._model_cache.find(request.residence)) is not None:
@@ -259,7 +259,9 @@ class ModelHost:
             log.error("request_refused", request=request.id, exc_info=error)
             self._fail(
                 request,
-                ServeError("the engine could not take this request; its log has the reason"),
+                ServeError(
+                    "the engine could not process this request; the worker's log shows the reason"
+                ),
             )
 
     def _step(self, residence: str, engine: Engine) -> None:
@@ -274,7 +276,9 @@ class ModelHost:
                 request for request in self._requests.values() if request.id not in self._parked
             ]
             for request in [request for request in begun if request.residence == residence]:
-                self._fail(request, ServeError("the engine failed on this batch; retry"))
+                self._fail(
+                    request, ServeError("the engine failed while it processed this batch; retry")
+                )
             return
         if is_pass:
             self._last_step_at = self.clock()

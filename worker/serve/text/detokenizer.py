@@ -39,9 +39,7 @@ class TokenText:
             )
         except BaseException as error:
             raise_unless_panic(error)
-            raise ServeError(
-                "the model's tokenizer cannot turn its own tokens into text"
-            ) from error
+            raise ServeError("the model's tokenizer cannot decode its own tokens") from error
         return text
 
     def bytes_of(self, token: int) -> bytes:

@@ -154,7 +154,9 @@ def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) 
         return tuple(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
     except BaseException as error:
         raise_unless_panic(error)
-        raise InvalidPrompt("the model's tokenizer cannot split this text; send another") from error
+        raise InvalidPrompt(
+            "the model's tokenizer cannot tokenise this text; change the text"
+        ) from error
 
 
 def _start_token(tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -59,11 +59,11 @@ class TemplateRenderer:
                 self._num_ends[template] += answer is None
             if answer is None:
                 raise InvalidMessages(
-                    "the model's chat template takes too long or too much memory; import a model with a plain one"
+                    "the model's chat template takes too long or too much memory; import the model with a simpler one"
                 )
         if "error" in answer:
             raise InvalidMessages(
-                f"the model's chat template refuses these messages: {answer['error']}"
+                f"the model's chat template rejects these messages: {answer['error']}"
             )
         return str(answer["text"])
 
@@ -124,7 +124,7 @@ def serve() -> None:
                 **asked["names"],
             )
             if len(text) > MAX_CHARACTERS:
-                raise ValueError(f"it writes {len(text)} characters")
+                raise ValueError(f"its output has {len(text)} characters")
             answer = {"text": text}
         except Exception as error:  # noqa: BLE001  # a template may raise any exception
             answer = {"error": str(error)[:300] or type(error).__name__}

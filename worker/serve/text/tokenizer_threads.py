@@ -106,4 +106,6 @@ def _tokens_or_error(job: _Job) -> Tokens | ServeError:
     # A panic of a Rust library is not an Exception. It must end this request only.
     except BaseException as error:
         log.error("request_refused", request=job.request.id, exc_info=error)
-        return ServeError("the engine could not take this request; its log has the reason")
+        return ServeError(
+            "the engine could not process this request; the worker's log shows the reason"
+        )

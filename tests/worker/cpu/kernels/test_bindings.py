@@ -322,7 +322,7 @@ def test_tiles_leave_onednns_own_products_as_they_were(ops: Kernels) -> None:
         assert torch.equal(x @ weight.T, before)
 
 
-@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU does not support bfloat16 matmuls")
 @pytest.mark.usefixtures("ops")
 def test_a_rounded_head_reads_states_that_lie_apart(tiny_llama_dir: Path) -> None:
     model: Any = load_model(

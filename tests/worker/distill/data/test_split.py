@@ -71,7 +71,7 @@ def test_conversations_that_all_begin_alike_are_judged_on_their_later_turns() ->
     split = hold_out(rows)
     assert [row.unlearned for row in split.valid] == [{1}] * 4
     assert split.num_shared == 4
-    assert "begin alike" in split.warnings[0]
+    assert "begin with the same questions" in split.warnings[0]
     assert all(row.unlearned == set() for row in split.train)
     assert rows[40] in split.train
 
@@ -131,7 +131,7 @@ def test_training_rows_lose_the_answers_to_what_a_validation_row_asks() -> None:
 
 
 def test_training_rows_that_ask_nothing_of_their_own_are_refused() -> None:
-    with pytest.raises(InvalidTrainingFile, match="keep them apart"):
+    with pytest.raises(InvalidTrainingFile, match="use other questions"):
         keep_apart([conversation(0, "u", "a")], [conversation(0, "u", "b", "v", "c")])
 
 

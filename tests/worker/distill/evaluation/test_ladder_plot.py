@@ -77,7 +77,7 @@ def test_a_metric_that_no_student_has_gets_no_panel() -> None:
         axes.get_title() for axes in draw_ladder(RUNGS, TEACHER_RUNG).axes if axes.get_visible()
     ]
     assert len(titles) == 3
-    assert not any("Answers" in title for title in titles)
+    assert not any("Overlap" in title for title in titles)
 
 
 def test_perplexity_stands_in_for_a_kl_that_there_is_not() -> None:

@@ -151,7 +151,9 @@ def test_intervals_of_a_single_question_come_with_a_warning(
         [{"prompt": "Who?", "completion": f"Number {i}."} for i in range(3)], metrics=[]
     )
     bench.report(student_dir)
-    assert ["a single question" in warning for warning in bench.warnings] == [True]
+    assert [
+        "all evaluated rows have the same question" in warning for warning in bench.warnings
+    ] == [True]
 
 
 def test_answers_are_compared_with_the_teachers_and_with_the_references(
@@ -244,7 +246,7 @@ def test_accuracy_that_cannot_be_had_is_left_out_with_a_warning(
     assert "accuracy" not in report["student"]
     assert report["student"]["rouge_l"] == 1.0
     (warning,) = bench.warnings
-    assert "hardly repeat" in warning
+    assert "few repeat" in warning
 
 
 def test_what_the_gate_looks_at_is_measured(make_bench: MakeBench, student_dir: Path) -> None:

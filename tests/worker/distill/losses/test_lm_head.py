@@ -171,7 +171,7 @@ def test_load_head_reads_a_head_of_its_own_beside_the_embedding(
 
 def test_a_folder_without_its_head_is_refused(tiny_llama_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((tiny_llama_dir / "config.json").read_bytes())
-    with pytest.raises(UnsupportedModel, match="holds its head"):
+    with pytest.raises(UnsupportedModel, match="contains its LM head"):
         load_head(tmp_path)
 
 

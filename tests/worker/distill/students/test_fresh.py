@@ -125,7 +125,7 @@ def test_a_wider_vocabulary_than_the_tokenizers_is_given() -> None:
     ("family", "changes", "message"),
     [
         ("gpt2", {"vocab_size": 300}, r"vocab_size is 300.*384 token ids"),
-        ("llama", {"hidden_size": 36, "num_heads": 4}, "even head width"),
+        ("llama", {"hidden_size": 36, "num_heads": 4}, "even head size"),
         ("bloom", {"intermediate_size": 100}, "always 4 x hidden_size"),
     ],
 )

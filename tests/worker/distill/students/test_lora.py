@@ -112,7 +112,7 @@ def test_adapters_of_another_rank_are_refused(tiny_gpt2_dir: Path) -> None:
     model, other = load_model(tiny_gpt2_dir), load_model(tiny_gpt2_dir)
     add_lora(model, RANK_4, seed=0)
     add_lora(other, Lora(rank=8), seed=0)
-    with pytest.raises(CorruptCheckpoint, match="start the job anew"):
+    with pytest.raises(CorruptCheckpoint, match="submit the job again"):
         load_lora_tensors(model, lora_tensors(other))
 
 

@@ -92,7 +92,7 @@ def test_the_message_names_card_floats_and_place() -> None:
     said = place(NEW_CARD, needs(65, 7)).message
     assert said == (
         "device: a card (80.0 GiB free); student in float32 weights under bfloat16 autocast; teacher in bfloat16, "
-        "alone before the training, which reads its states from the cache"
+        "alone before the training, which reads its hidden states from the cache"
     )
     assert "does not fit" in place(OLD_CARD, needs(4, 10)).message
 

@@ -29,7 +29,7 @@ def test_logits_equal_a_plain_forward_pass_under_random_joins_and_leaves(
     assert largest_difference(batch, seed=seed) < CLOSE
 
 
-@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU has no products of bfloat16")
+@pytest.mark.skipif(not HAS_BFLOAT16, reason="this CPU does not support bfloat16 matmuls")
 @pytest.mark.parametrize("seed", range(4))
 def test_rounded_weights_see_the_same_tokens(
     tiny_llama_dir: Path, largest_difference: Drive, seed: int
