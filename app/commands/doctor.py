@@ -194,8 +194,10 @@ def workers(settings: Settings) -> Iterator[Finding]:
             time.sleep(0.05)
     with transaction() as session:
         num_running = server_facts(session).num_running
-    listening = "no train worker is" if is_unheard else "a train worker is"
-    what = f"{num_running} jobs are running; {listening} listening"
+    listening = "no train worker is listening" if not num_running else "all train workers are busy"
+    what = f"{num_running} jobs are running; " + (
+        listening if is_unheard else "a train worker is listening"
+    )
     yield judge(
         "training", not is_unheard or num_running > 0, what, "start `stillhouse train-worker`"
     )
