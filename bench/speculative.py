@@ -59,7 +59,8 @@ def main() -> int:
     work: Path = arguments.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     teacher_dir = prepare(work, "smollm2-15", num_threads=arguments.threads)["teacher_dir"]
-    loads, weights = LOADS, "plain"
+    loads: tuple[tuple[int, int], ...] = LOADS
+    weights = "plain"
     sys.path.append(str(model_packages(work)))  # where demo_prompts looks for the corpus
     prompts = demo_prompts()
     Random(0).shuffle(prompts)

@@ -25,7 +25,8 @@ from app.services.files import delete_file
 from app.services.garbage_collector import DAY_SECONDS, collect
 from app.settings import Settings, get_settings
 from app.storage import StorageError, store
-from tests.worker.jobs.test_lease_client import FACTS, add_job, claim, ref, wake
+from tests.job_rows import FACTS, add_job, claim, ref
+from tests.worker.jobs.test_lease_client import wake
 from worker.jobs import lease_client
 from worker.jobs.attempt import Attempt
 from worker.jobs.lease_client import Lease, LeaseLost
