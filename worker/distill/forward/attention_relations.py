@@ -45,7 +45,7 @@ class SelfAttention:
         Shared key heads are not repeated.
         """
         if self.fused_widths is not None:
-            queries, keys, values = torch.split(outputs[0], list(self.fused_widths), dim=-1)  # type: ignore[no-untyped-call]
+            queries, keys, values = torch.split(outputs[0], list(self.fused_widths), dim=-1)
             return queries, keys, values
         if self.num_fused_heads is None:
             queries, keys, values = outputs
