@@ -21,7 +21,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from worker.cpu.kernels.bindings import Kernels, kernels
+from worker.cpu.kernels import operators
+from worker.cpu.kernels.bindings import LANES, kernels
 
 NAME = "stillhouse_short"
 MOST_KEYS = 256  # the backward pass keeps the score matrices; longer ones take too much memory
@@ -76,13 +77,9 @@ def attend(
     is_causal = more.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    if (
-        attention_mask is None
-        and is_causal
-        and (ops := _kernels_for(query, key, value)) is not None
-    ):
-        # torch leaves apply untyped
-        attended: Tensor = _CausalAttention.apply(query, key, value, scaling, ops)  # type: ignore[no-untyped-call]
+    if attention_mask is None and is_causal and _has_kernels_for(query, key, value):
+        operands = (each.transpose(1, 2).contiguous() for each in (query, key, value))
+        attended, _ = operators.causal_attention(*operands, scaling)
         return attended, None
     hidden_TS = None
     if attention_mask is not None:
@@ -114,43 +111,15 @@ def _is_short(
     )
 
 
-def _kernels_for(query: Tensor, key: Tensor, value: Tensor) -> Kernels | None:
-    """Returns the compiled kernels if they support this layer, else None.
+def _has_kernels_for(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Returns whether there are compiled kernels and they support this layer.
 
     They need as many keys as queries, and values as wide as queries. The head width must be a
     multiple of 16, and H a multiple of K.
     """
     is_own = query.shape[2] == key.shape[2] and query.shape[-1] == value.shape[-1]
-    return (
-        kernels()
-        if is_own and query.shape[-1] % 16 == 0 and query.shape[1] % key.shape[1] == 0
-        else None
-    )
-
-
-class _CausalAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(  # ctx is Any: torch does not type what a context carries
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, ops: Kernels
-    ) -> Tensor:
-        """Returns the causal attention [B, T, H, D]."""
-        query_BTHD, key_BTKD, value_BTKD = (
-            each.transpose(1, 2).contiguous() for each in (query, key, value)
-        )
-        out_BTHD, weights = ops.attend_causally(query_BTHD, key_BTKD, value_BTKD, scaling)
-        ctx.save_for_backward(query_BTHD, key_BTKD, value_BTKD, weights)
-        ctx.scaling, ctx.ops = scaling, ops
-        return out_BTHD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of queries, keys and values."""
-        *operands, weights = ctx.saved_tensors
-        grads = ctx.ops.attention_gradients(
-            grad_BTHD.contiguous(), tuple(operands), weights, ctx.scaling
-        )
-        return (*(grad.transpose(1, 2) for grad in grads), None, None)
+    is_known = is_own and query.shape[-1] % LANES == 0 and query.shape[1] % key.shape[1] == 0
+    return is_known and kernels() is not None
 
 
 class _Attention(torch.autograd.Function):

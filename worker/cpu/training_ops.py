@@ -6,16 +6,17 @@ the dtype is not float32, a module runs its own forward method.
 B rows, T tokens, H heads, D head width, E hidden size; P = B, or 1 if all rows share positions.
 """
 
+from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 
 from app.contracts.architectures import ARCHITECTURES, Part
+from worker.cpu.kernels import operators
 from worker.cpu.kernels.bindings import Kernels, kernels
 from worker.cpu.short_attention import NAME as SHORT_ATTENTION
 from worker.cpu.short_attention import attend
@@ -51,14 +52,16 @@ def use_training_ops(model: PreTrainedModel) -> None:
 def _norm(self: Any, hidden_states: Tensor) -> Tensor:  # Any: each family has its own class
     if (ops := _kernels_for(hidden_states)) is None:
         return type(self).forward(self, hidden_states)  # type: ignore[no-any-return]
-    # torch leaves apply untyped
-    return _Norm.apply(hidden_states, self.weight, self.variance_epsilon, ops)  # type: ignore[no-any-return, no-untyped-call]
+    norm = operators.rms_norm if torch.is_grad_enabled() else ops.norm
+    normed, _ = norm(hidden_states.contiguous(), self.weight, self.variance_epsilon)
+    return normed
 
 
 def _gated_mlp(self: Any, x: Tensor) -> Tensor:
     if (ops := _kernels_for(x)) is None:
         return type(self).forward(self, x)  # type: ignore[no-any-return]
-    middle: Tensor = _SwiGlu.apply(self.gate_proj(x), self.up_proj(x), ops)  # type: ignore[no-untyped-call]
+    swiglu = operators.swiglu if torch.is_grad_enabled() else ops.swiglu
+    middle = swiglu(self.gate_proj(x).contiguous(), self.up_proj(x).contiguous())
     return self.down_proj(middle)  # type: ignore[no-any-return]
 
 
@@ -79,9 +82,9 @@ def _attention(
     shape_BTHD = (*hidden_states.shape[:-1], -1, self.head_dim)
     cos_PTD, sin_PTD = (angles.contiguous() for angles in positions)  # type: ignore[union-attr]
     unrotated = (project(hidden_states).view(shape_BTHD) for project in (self.q_proj, self.k_proj))
+    rotate = partial(operators.rotate, is_back=False) if torch.is_grad_enabled() else ops.rotate
     query, key = (
-        _Rotation.apply(x_BTHD, cos_PTD, sin_PTD, ops).transpose(1, 2)  # type: ignore[no-untyped-call]
-        for x_BTHD in unrotated
+        rotate(x_BTHD.contiguous(), cos_PTD, sin_PTD).transpose(1, 2) for x_BTHD in unrotated
     )
     value = self.v_proj(hidden_states).view(shape_BTHD).transpose(1, 2)
     dropout = self.attention_dropout if self.training else 0.0
@@ -93,60 +96,3 @@ def _attention(
 def _kernels_for(x: Tensor) -> Kernels | None:
     is_float32 = x.dtype == torch.float32 and x.device.type == "cpu"
     return kernels() if is_float32 and not torch.is_autocast_enabled("cpu") else None
-
-
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_E: Tensor, eps: float, ops: Kernels) -> Tensor:
-        """Returns the RMS norm times the weight."""
-        # ctx is Any: torch does not type what a context carries
-        x = x.contiguous()
-        out, scales = ops.norm(x, weight_E, eps)
-        ctx.save_for_backward(x, weight_E, scales)
-        ctx.ops = ops
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of x and the weight."""
-        gradients = ctx.ops.norm_gradients(
-            grad.contiguous(), *ctx.saved_tensors, needs_weight=ctx.needs_input_grad[1]
-        )
-        return (*gradients, None, None)
-
-
-class _SwiGlu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, ops: Kernels) -> Tensor:
-        """Returns silu(gate) * up."""
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        ctx.ops = ops
-        return ops.swiglu(gate, up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of gate and up."""
-        return (*ctx.ops.swiglu_gradients(grad.contiguous(), *ctx.saved_tensors), None)
-
-
-class _Rotation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_BTHD: Tensor, cos_PTD: Tensor, sin_PTD: Tensor, ops: Kernels) -> Tensor:
-        """Returns x with rotary embeddings applied."""
-        ctx.save_for_backward(cos_PTD, sin_PTD)
-        ctx.ops = ops
-        return ops.rotate(x_BTHD.contiguous(), cos_PTD, sin_PTD)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_BTHD: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradient of x."""
-        return (
-            ctx.ops.rotate(grad_BTHD.contiguous(), *ctx.saved_tensors, is_back=True),
-            None,
-            None,
-            None,
-        )

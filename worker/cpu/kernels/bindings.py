@@ -83,6 +83,7 @@ CAN_FAIL = frozenset(
 )
 NO_MEMORY, BAD_TARGET = 1, 2  # their error codes; 0 is success
 
+LANES = 16  # floats of a vector; the weights of a causal attention are padded to it
 TILE_SIDE, TILE_DEPTH = 16, 32  # output features and inputs of a weight tile
 MARGIN = 4.0  # nats below the highest logit; such a token has 1/50 of the highest probability
 MOST_REFINED = 1024  # logits per row
@@ -310,7 +311,10 @@ class Kernels:
         All are float32. D is a multiple of 16; W is T, rounded up to a multiple of 16.
         """
         (B, T, H, D), K = query_BTHD.shape, key_BTKD.shape[2]
-        out_BTHD, weights = torch.empty_like(query_BTHD), torch.empty(B, H, T, -(-T // 16) * 16)
+        out_BTHD, weights = (
+            torch.empty_like(query_BTHD),
+            torch.empty(B, H, T, -(-T // LANES) * LANES),
+        )
         operands = _addresses(query_BTHD, key_BTKD, value_BTKD, out_BTHD, weights)
         self._library.attend_causally(*operands, B, T, H, K, D, scaling)
         return out_BTHD, weights
