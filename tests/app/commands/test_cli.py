@@ -179,7 +179,7 @@ def test_a_process_that_is_killed_is_started_again(up: Up, words: str) -> None:
 @pytest.mark.parametrize("words", ["valkey-server", "bin/postgres"])
 def test_a_database_that_is_killed_is_started_again(up: Up, words: str) -> None:
     up.processes_of(words)[0].kill()
-    wait_until(lambda: f"{words.split('/')[-1].split('-')[0]} has died" in up.log.read_text())
+    wait_until(lambda: f"{words.split('/')[-1].split('-')[0]} has exited" in up.log.read_text())
     wait_until(lambda: up.get("/v1/models").status_code == 200)
 
 
