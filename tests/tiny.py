@@ -44,6 +44,8 @@ PARTICULAR: dict[str, dict[str, Any]] = {
         "attention_multiplier": 0.3,
         "logits_scaling": 1.5,
     },
+    # The library adds a token to every tokenizer beside a Qwen2 model.
+    "qwen2": {"vocab_size": 392},
     # as in Phi-4-mini, which rotates a part of a head
     "phi3": {
         "rope_parameters": {
@@ -160,8 +162,9 @@ def tiny_config(
     bert = {**sizes, **no_dropout, "intermediate_size": 2 * WIDTH}
     if family in LLAMA_LIKE:
         heads = {"num_key_value_heads": 2, "head_dim": WIDTH // HEADS, "tie_word_embeddings": True}
+        own = PARTICULAR.get(family, {})
         return getattr(hf, f"{LLAMA_LIKE[family]}Config")(
-            **sizes, **heads, **PARTICULAR.get(family, {}), intermediate_size=2 * WIDTH
+            **{**sizes, **heads, **own}, intermediate_size=2 * WIDTH
         )
     if family == "bloom":
         return hf.BloomConfig(

@@ -51,7 +51,7 @@ def logits(folder: Path) -> torch.Tensor:
     return result
 
 
-# qwen2: the library gives every tokenizer beside such a config one more token than the tiny models have
+# qwen2: the library adds a token to the tokenizer of such a model, as real ones have it
 @pytest.mark.parametrize("family", sorted(set(SUPPORTED) - {"qwen2"}))
 def test_an_imported_folder_gives_the_same_logits_and_facts(family: str, tmp_path: Path) -> None:
     source = save_tiny(tmp_path / "source-of-it", family, num_layers=2)

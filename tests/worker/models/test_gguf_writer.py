@@ -164,7 +164,7 @@ def test_rows_without_a_token_are_named_and_unused(tmp_path: Path) -> None:
     vocabulary = read_vocabulary(folder, num_tokens + 3)
     assert vocabulary.tokens[num_tokens:] == [f"[PAD{num_tokens + i}]" for i in range(3)]
     assert vocabulary.types[num_tokens:] == [int(gguf.TokenType.UNUSED)] * 3
-    with pytest.raises(BrokenFile, match="only 10 rows"):
+    with pytest.raises(BrokenFile, match="only 10 embedding rows"):
         read_vocabulary(folder, 10)
 
 

@@ -160,7 +160,7 @@ def test_another_merge_order_or_another_split_changes_the_hash(folder: Path) -> 
 
 def test_an_unknown_family_is_refused_and_the_known_ones_are_named(folder: Path) -> None:
     edit(folder / "config.json", model_type="mamba")
-    with pytest.raises(UnsupportedModel, match=r"'mamba'.*gpt2, gpt_neox, llama"):
+    with pytest.raises(UnsupportedModel, match=r"'mamba'.*gpt2, gpt_neox, granite, llama"):
         model_facts(folder)
 
 

@@ -162,7 +162,7 @@ def test_the_hidden_size_of_a_gpt2_goes_with_its_heads() -> None:
     config = random_model("gpt2").config
     assert sizes_of(Student(init="width", hidden_size=16), config).num_heads == 2
     assert sizes_of(Student(init="width", num_heads=3), config).hidden_size == 24
-    with pytest.raises(InvalidStudent, match="ask for 16"):
+    with pytest.raises(InvalidStudent, match="set it to 16"):
         sizes_of(Student(init="width", hidden_size=20), config)
 
 
