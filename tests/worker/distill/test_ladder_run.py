@@ -207,7 +207,7 @@ def test_a_job_without_a_student_that_passes_fails_and_says_how_near_it_came(
     gate = {"metric": "agreement", "at_least": 0.999}
     sink = MemorySink()
     with pytest.raises(
-        GateFailed, match=r"at least 0.999, and the best is 0\.\d+ \((1 layer|student)\)"
+        GateFailed, match=r"at least 0.999, but the best is 0\.\d+ \((1 layer|student)\)"
     ):
         run_job(
             make_spec({"student": student, "evaluation": {**JUDGED, "gate": gate}}, **STEPS),

@@ -239,7 +239,7 @@ def test_where_bfloat16_does_not_fit_the_likeliest_tokens_may(
     first = teacher.rows([1, 2])
     assert first.top is not None
     assert first.top.ids_NK.shape[1] == 8
-    assert "8 likeliest" in str(teacher.notes)
+    assert "8 most likely" in str(teacher.notes)
     assert_same_bits(teacher.rows([1, 2]), first)
     assert sum(path.stat().st_size for path in opener.folder.glob("*/*")) == cache_bytes(sizes)
     teacher.close()
