@@ -259,10 +259,8 @@ class Kernels:
         self, grad: Tensor, x: Tensor, weight_E: Tensor, scales_N: Tensor, *, needs_weight: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the gradients of x and, if it is needed, of the weight."""
-        grad_x, grad_weight_E = (
-            torch.empty_like(x),
-            torch.empty_like(weight_E) if needs_weight else None,
-        )
+        grad_x = torch.empty_like(x)
+        grad_weight_E = torch.empty_like(weight_E) if needs_weight else None
         self._library.norm_gradients(
             *_addresses(grad, x, weight_E, scales_N, grad_x, grad_weight_E),
             len(scales_N),
