@@ -147,7 +147,7 @@ def compare_speed(teacher: LoadedModel, draft: LoadedModel, task: Entry) -> Entr
                 engine = engine_of(teacher, draft, num_draft_tokens)
                 answers(engine, task, ["Hello"], 1)  # warms up
                 made = answers(engine, task, prompts, num_callers)
-                accepted[str(num_draft_tokens)] = counts(engine)
+                accepted.setdefault(f"{num_callers}", {})[str(num_draft_tokens)] = counts(engine)
                 sums = totals.setdefault(f"{num_callers}", {}).setdefault(
                     str(num_draft_tokens), [0, 0.0]
                 )
@@ -157,10 +157,14 @@ def compare_speed(teacher: LoadedModel, draft: LoadedModel, task: Entry) -> Entr
     for callers, by_draft in totals.items():
         rates = {k: num_tokens / seconds for k, (num_tokens, seconds) in by_draft.items()}
         found[callers] = {
-            k: {"tokens_per_second": round(rate, 1), "speed_up": round(rate / rates["0"], 3)}
+            k: {
+                "tokens_per_second": round(rate, 1),
+                "speed_up": round(rate / rates["0"], 3),
+                **accepted[callers][k],
+            }
             for k, rate in rates.items()
         }
-        print(callers, found[callers], accepted, flush=True)
+        print(callers, found[callers], flush=True)
     return found
 
 

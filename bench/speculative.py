@@ -50,6 +50,7 @@ RANDOM_SIZES = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
+SHARPER = 25.0
 LATER_LAYERS = 0.02  # factor of what all layers but the first add to their input
 PARTS = ("texts", "speed")
 
@@ -123,6 +124,7 @@ def make_random_pair(folder: Path, tokenizer_dir: Path) -> None:
         for layer in teacher.model.layers[1:]:
             layer.self_attn.o_proj.weight.mul_(LATER_LAYERS)
             layer.mlp.down_proj.weight.mul_(LATER_LAYERS)
+        teacher.lm_head.weight.mul_(SHARPER)  # else no token is likely enough to be proposed
     for name, model in (("teacher", teacher), ("draft", keep_layers(teacher, [0]))):
         model.to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -196,7 +198,9 @@ def show(console: Console, report: Entry) -> None:
     for callers, by_draft in report.get("speed", {}).items():
         for k, found in by_draft.items():
             rate, speed_up = f"{found['tokens_per_second']:.1f}", f"{found['speed_up']:.2f}"
-            table.add_row(k, "", "", "", callers, rate, speed_up)
+            accepted, per_call = found.get("acceptance_rate"), found.get("tokens_a_call")
+            counts = ("", "") if accepted is None else (f"{accepted:.1%}", f"{per_call:.2f}")
+            table.add_row(k, "", *counts, callers, rate, speed_up)
     console.print(table)
 
 
