@@ -1,6 +1,7 @@
 """Switches the layers of a model to the fast paths of this package, in place.
 
-All functions work on any device. On devices other than a CPU they change nothing that matters.
+All functions work on any device. On devices other than a CPU, the replaced layers run PyTorch's own
+operations.
 """
 
 from typing import Any

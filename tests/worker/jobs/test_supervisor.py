@@ -326,7 +326,7 @@ def test_a_work_folder_that_cannot_be_made_is_a_loss_and_no_missing_input(
     tiny_llama_dir: Path, settings_env: Callable[..., Settings]
 ) -> None:
     job_id = add_import(tiny_llama_dir)
-    # the kernel says ENOENT, as when a folder goes while one is laid in it
+    # ENOENT, as if the folder were deleted while a checkpoint is written into it
     settings_env(work_dir="/proc/nowhere")
     run_all()
     assert (job(job_id).status, job(job_id).num_losses) == ("retry_wait", 1)

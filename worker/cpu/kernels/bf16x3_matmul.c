@@ -241,8 +241,8 @@ int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float
     int64_t own_block = (is_large ? 8 : 2) * BLOCK, most_depth = is_large ? 18 : 12;
     int64_t num_panels = (shared.count + BLOCK - 1) / BLOCK * 2, cells = (K + DEPTH - 1) / DEPTH;
     int64_t num_rounds = (cells + most_depth - 1) / most_depth, most = (cells + num_rounds - 1) / num_rounds;
-    uint16_t *laid = room_for(num_panels * most * cell, SHARED);
-    if (!laid) return 1;
+    uint16_t *packed = room_for(num_panels * most * cell, SHARED);
+    if (!packed) return 1;
 #pragma omp parallel
     {
         struct configuration before = configure_tiles(SIDE);
@@ -257,12 +257,12 @@ int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float
 #pragma omp for schedule(static)
                 for (int64_t p = 0; p < num_panels; p++)
                     for (int64_t d = 0; d < depth; d++)
-                        pack_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, laid + p * panel + d * cell);
+                        pack_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, packed + p * panel + d * cell);
             } else {
 #pragma omp for schedule(static)
                 for (int64_t d = 0; d < depth; d++)
                     for (int64_t p = 0; p < num_panels; p++)
-                        pack_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, laid + p * panel + d * cell);
+                        pack_cell(shared, p * SIDE, k + d * DEPTH, K, owns_rows, parts, packed + p * panel + d * cell);
             }
 #pragma omp for schedule(dynamic)
             for (int64_t o = 0; o < (own.count + own_block - 1) / own_block; o++) {
@@ -273,7 +273,7 @@ int multiply_split(const float *a, int64_t a_step, int64_t a_k_step, const float
                         pack_cell(own, start + p * SIDE, k + d * DEPTH, K, !owns_rows, parts, mine + p * panel + d * cell);
                 for (int64_t s = 0; s < shared.count; s += BLOCK)
                     for (int64_t i = start; i < end; i += BLOCK) {
-                        const uint16_t *m = mine + (i - start) / SIDE * panel, *l = laid + s / SIDE * panel;
+                        const uint16_t *m = mine + (i - start) / SIDE * panel, *l = packed + s / SIDE * panel;
                         int64_t row = owns_rows ? i : s, column = owns_rows ? s : i;
                         int64_t num_rows = least(M - row, BLOCK), num_columns = least(N - column, BLOCK);
                         float *to = out + row * N + column;

@@ -7,7 +7,7 @@ changed so that the stream after it comes close to the start model's, after the 
 last replaced layer.
 
 Layers are fitted in order, each on the output of the fitted ones before it. Layers before the first
-gap stay as they are, except in a decoder behind a fitted encoder. See docs/decisions/0011-fitted-layers.md. Related work: ReplaceMe
+gap stay as they are, except in a decoder after a fitted encoder. See docs/decisions/0011-fitted-layers.md. Related work: ReplaceMe
 (arXiv:2505.02819), which fits one linear map per gap by least squares.
 
 P positions of a batch. N positions that count: no padding, and no first token of a causal model. I
