@@ -77,7 +77,7 @@ def main() -> int:
     servers = [
         s
         for s in (QUICK_SERVERS if arguments.quick else SERVERS)
-        if s.peer in ("ours", *arguments.peer)
+        if s.peer in ("ours", *arguments.peer) and s.name in (arguments.server or (s.name,))
     ]
     report: Entry = {
         "models": {},
@@ -138,6 +138,8 @@ def parse() -> argparse.Namespace:
         help="ours alone, without and with a job that trains",
     )
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=PEERS, help="none: ours alone")
+    parser.add_argument("--server", nargs="+", help="only these, by name, such as ours-int8")
+    parser.add_argument("--requests", type=int, default=LEAST_REQUESTS, help="least of one load")
     parser.add_argument(
         "--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs"
     )
@@ -164,7 +166,7 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
             try:
                 with serving(server, model_dir, arguments.work, arguments.threads) as target:
                     runs.setdefault(server.name, []).append(
-                        loads(target, arguments.callers, tokenizer)
+                        loads(target, arguments.callers, tokenizer, arguments.requests)
                     )
                     if server is OURS:
                         options = {"max_tokens": MAX_TOKENS, "num_threads": arguments.threads}
@@ -204,12 +206,12 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
 
 
 def loads(
-    target: Target, callers: Sequence[int], tokenizer: Any
+    target: Target, callers: Sequence[int], tokenizer: Any, least_requests: int = LEAST_REQUESTS
 ) -> Entry:  # Any: transformers is untyped here
     drive(target, PROMPTS, num_callers=2, requests_each=1, max_tokens=MAX_TOKENS)  # warms up
     found: Entry = {}
     for num_callers in callers:
-        requests_each = max(2, LEAST_REQUESTS // num_callers)
+        requests_each = max(2, least_requests // num_callers)
         load = drive(
             target,
             PROMPTS,
@@ -261,8 +263,10 @@ def figures(contenders: Entry, inside: Entry) -> Entry:
 
     None where one of the two was not measured.
     """
-    ours = contenders["ours"]["loads"]
-    found: Entry = {}
+    found = _int8_figures(contenders)
+    if OURS.name not in contenders:
+        return found
+    ours = contenders[OURS.name]["loads"]
     for peer in PEERS:
         theirs = [
             c["loads"]
@@ -277,13 +281,18 @@ def figures(contenders: Entry, inside: Entry) -> Entry:
         found[f"first_token_ratio_vs_{peer}_32"] = (
             None if least is None else round(ours["32"]["first_token_ms_p50"] / least, 2)
         )
+    seconds_a_step = FLOOR_CALLERS / ours[str(FLOOR_CALLERS)]["tokens_per_second"]
+    found["fraction_of_gemm_floor_32"] = round(inside["step_floor_ms"] / 1000 / seconds_a_step, 3)
+    return found
+
+
+def _int8_figures(contenders: Entry) -> Entry:
+    found: Entry = {}
     int8, q8_0 = (contenders.get(name, {}).get("loads") for name in INT8_PAIR)
     for n in map(str, RATIO_CALLERS):
         is_there = int8 is not None and q8_0 is not None
         rates = [loads[n]["tokens_per_second"] for loads in (int8, q8_0)] if is_there else None
         found[f"ratio_int8_vs_q8_0_{n}"] = None if rates is None else round(rates[0] / rates[1], 2)
-    seconds_a_step = FLOOR_CALLERS / ours[str(FLOOR_CALLERS)]["tokens_per_second"]
-    found["fraction_of_gemm_floor_32"] = round(inside["step_floor_ms"] / 1000 / seconds_a_step, 3)
     return found
 
 
