@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 import redis.asyncio
 from pydantic import TypeAdapter
 
-from app.contracts.control import CONTROL
-from app.contracts.messages import Cancel, Delta, ReplyBatch, control_channel, reply_channel
+from app.contracts.control import CONTROL, Cancel
+from app.contracts.generation import Delta, ReplyBatch
+from app.contracts.messages import control_channel, reply_channel
 from bench.cases import Entry
 from bench.load import Target
 

@@ -12,7 +12,7 @@ from typing import get_args
 
 import torch
 
-from app.contracts.messages import LoadedWeights
+from app.contracts.generation import LoadedWeights
 from bench.cases import Entry
 from bench.serve import PROMPTS
 from worker.serve.batch_generate import generate_all

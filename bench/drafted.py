@@ -8,15 +8,8 @@ from pathlib import Path
 
 import torch
 
-from app.contracts.messages import (
-    ArtifactRef,
-    Delta,
-    Done,
-    Failure,
-    GenerateRequest,
-    Message,
-    Sampling,
-)
+from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Message, Sampling
+from app.contracts.messages import ArtifactRef
 from bench.cases import Entry
 from bench.process import versions
 from worker.serve.engine import TransformersEngine

@@ -13,8 +13,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from app.contracts.messages import (
-    ArtifactRef,
+from app.contracts.generation import (
     Delta,
     GenerateRequest,
     LoadedWeights,
@@ -22,6 +21,7 @@ from app.contracts.messages import (
     Sampling,
     ServingOptions,
 )
+from app.contracts.messages import ArtifactRef
 from bench.cases import Entry
 from bench.floor import best_seconds, layers_of
 from worker.cpu import linear_ops

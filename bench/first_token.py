@@ -13,7 +13,7 @@ from statistics import median
 import httpx
 import torch
 
-from app.contracts.messages import Delta, ServingOptions
+from app.contracts.generation import Delta, ServingOptions
 from bench.cases import Entry
 from bench.engine import MAX_CONTEXT_TOKENS, request_for
 from bench.load import REQUEST_SECONDS, Target, ask

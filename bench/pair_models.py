@@ -41,7 +41,7 @@ from worker.distill.losses.lm_head import head_of
 from worker.distill.students.fresh import build_fresh, fresh_config
 from worker.distill.teachers.masked_lm import segments
 from worker.distill.training.lr_schedule import scheduled
-from worker.models.architectures import shape_of
+from worker.models.architectures import kind_of
 
 THINGS = [
     "lantern",
@@ -164,7 +164,7 @@ def make_model(made: Made, rows: list[Entry], folder: Path) -> float:
     """Trains a model on the rows, writes it with its tokenizer, and returns its last loss."""
     tokenizer = make_tokenizer(made.tokenizer, [text for row in rows for text in row.values()])
     model = _new_model(made, tokenizer)
-    shape = shape_of(model.config)
+    shape = kind_of(model.config)
     start_id = start_id_of(model.config) if shape == "seq2seq" else None
     encoder = Encoder(tokenizer, max_tokens=MAX_TOKENS, shape=shape, start_id=start_id)
     turns = [

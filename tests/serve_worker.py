@@ -10,7 +10,8 @@ from pathlib import Path
 
 import redis
 
-from app.contracts.messages import ServeWorkerStatus, serve_worker_key
+from app.contracts.control import ServeWorkerStatus
+from app.contracts.messages import serve_worker_key
 
 START_SECONDS = 60
 # as generate() writes, which texts are compared with

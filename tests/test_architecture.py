@@ -22,6 +22,7 @@ WORKER_MAY_IMPORT = {
     "app.contracts.architectures",
     "app.contracts.control",
     "app.contracts.distillation",
+    "app.contracts.generation",
     "app.contracts.messages",
     "app.crash_points",
     "app.db.checkpoints",

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, EncoderDecoderModel
 from app.settings import get_settings
 from worker.disk import is_disk_full
 from worker.errors import BrokenFile, DiskFull, MissingFile, UnsupportedTokenizer, WorkerError
-from worker.models.architectures import context_tokens, model_class, shape_of
+from worker.models.architectures import context_tokens, kind_of, model_class
 from worker.models.artifact_checks import read_safetensors_header, take_in, weight_files
 from worker.models.gguf_reader import check_gguf, load_gguf_model, load_gguf_tokenizer
 from worker.models.hub import fetch_from_hub
@@ -226,7 +226,7 @@ def _name_start(model: Any) -> None:  # Any: transformers is untyped here
 
     Raises BrokenFile if no configuration of the model names a valid token.
     """
-    if shape_of(model.config) != "seq2seq":
+    if kind_of(model.config) != "seq2seq":
         return
     places = (model.config, model.generation_config, writing_half(model.config))
     start = next(
@@ -284,7 +284,7 @@ def _check_reload(
         target, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
     inputs = {"input_ids": tokens}
-    if shape_of(model.config) == "seq2seq":
+    if kind_of(model.config) == "seq2seq":
         inputs["decoder_input_ids"] = tokens
     with torch.inference_mode():
         difference = (

@@ -5,7 +5,7 @@ An API process parses each batch in its event loop, so a large one would delay o
 
 from collections.abc import Iterable, Iterator
 
-from app.contracts.messages import MAX_ENTRIES_PER_BATCH, Delta, Reply, ReplyBatch
+from app.contracts.generation import MAX_ENTRIES_PER_BATCH, Delta, Reply, ReplyBatch
 
 
 def reply_batches(replies: Iterable[Reply]) -> Iterator[ReplyBatch]:

@@ -20,19 +20,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from app.contracts.control import CONTROL, Keep
-from app.contracts.messages import (
-    Cancel,
-    Delta,
-    EngineName,
-    Failure,
-    GenerateRequest,
-    Reply,
-    ServeWorkerStatus,
-    control_channel,
-    reply_channel,
-    serve_worker_key,
-)
+from app.contracts.control import CONTROL, Cancel, Keep, ServeWorkerStatus
+from app.contracts.generation import Delta, EngineName, Failure, GenerateRequest, Reply
+from app.contracts.messages import control_channel, reply_channel, serve_worker_key
 from worker.core_sharing import CoreTurns
 from worker.cpu.thread_slices import take_long_slices
 from worker.reply_batches import reply_batches

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from celery import Celery
 
-from app.contracts.messages import GENERATE_TASK, WAKE_UP_TASK, GenerateRequest, JsonObject
+from app.contracts.generation import GenerateRequest
+from app.contracts.messages import GENERATE_TASK, WAKE_UP_TASK, JsonObject
 
 
 def add_generate(app: Celery, submit: Callable[[GenerateRequest], None]) -> None:

@@ -14,7 +14,7 @@ from app.api.deps import Principal, require
 from app.api.openapi import whole_or_streamed
 from app.api.strict_route import StrictRoute
 from app.auth import claimed_key_id
-from app.contracts.messages import Delta, Done
+from app.contracts.generation import Delta, Done
 from app.errors import StillhouseError, envelope
 from app.routing.reply_stream import ReplyStream
 from app.routing.router import RequestRouter

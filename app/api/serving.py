@@ -75,7 +75,7 @@ async def unload_model(model_id: str, principal: Writer, request_router: Router)
     The next request loads the model again.
     """
     served = await run_in_threadpool(model_serving.to_unload, principal, model_id)
-    await request_router.tell(Unload(residence=served.residence))
+    await request_router.tell(Unload(serving_key=served.serving_key))
     return await run_in_threadpool(model_serving.status_of, served, request_router.workers)
 
 

@@ -14,7 +14,8 @@ from rich.table import Column, Table
 
 from app import crash_points
 from app.commands.progress_lines import ProgressLines
-from app.contracts.messages import TERMINAL, EngineName, JobStatus, WeightsName
+from app.contracts.generation import EngineName, WeightsName
+from app.contracts.messages import TERMINAL, JobStatus
 from app.db.session import DatabaseUnavailable
 from app.errors import StillhouseError
 from app.local.embedded_servers import apply_environment

@@ -19,7 +19,8 @@ from redis.exceptions import RedisError
 from rich.console import Console
 
 from app import auth
-from app.contracts.messages import TRAIN_QUEUE, ServeWorkerStatus, serve_worker_key
+from app.contracts.control import ServeWorkerStatus
+from app.contracts.messages import TRAIN_QUEUE, serve_worker_key
 from app.db.health_checks import server_facts
 from app.db.schema.migrate import revisions
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction

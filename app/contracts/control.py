@@ -1,10 +1,22 @@
-"""Control messages to serve workers. Requests do not use this channel but the worker's queue."""
+"""Control messages to serve workers, and the heartbeats of these workers.
+
+Requests do not use this channel but the worker's queue.
+"""
 
 from typing import Annotated, Literal
 
-from pydantic import Field, TypeAdapter
+from pydantic import AliasChoices, Field, TypeAdapter
 
-from app.contracts.messages import ArtifactRef, Cancel, Contract, ServingOptions, residence_of
+from app.contracts.generation import EngineName, LoadedWeights, ServingOptions, serving_key_of
+from app.contracts.messages import ArtifactRef, Contract
+
+# In messages between processes, a serving key has the name `residence`.
+ServingKey = Annotated[
+    str,
+    Field(
+        validation_alias=AliasChoices("serving_key", "residence"), serialization_alias="residence"
+    ),
+]
 
 
 class ServedModel(Contract):
@@ -15,9 +27,9 @@ class ServedModel(Contract):
     serving: ServingOptions = ServingOptions()
 
     @property
-    def residence(self) -> str:
+    def serving_key(self) -> str:
         """Serving key under which a worker keeps the model loaded."""
-        return residence_of(self.weights, self.serving)
+        return serving_key_of(self.weights, self.serving)
 
     @property
     def stored_bytes(self) -> int:
@@ -37,7 +49,7 @@ class Unload(Contract):
     """Message that frees a model's memory once its answers in progress have ended."""
 
     kind: Literal["unload"] = "unload"
-    residence: str
+    serving_key: ServingKey
 
 
 class Keep(Contract):
@@ -50,5 +62,60 @@ class Keep(Contract):
     models: tuple[ServedModel, ...]
 
 
+class Cancel(Contract):
+    """Control message that stops a request. The worker sends no reply."""
+
+    kind: Literal["cancel"] = "cancel"
+    id: str
+
+
 Control = Annotated[Cancel | Load | Unload | Keep, Field(discriminator="kind")]
 CONTROL: TypeAdapter[Cancel | Load | Unload | Keep] = TypeAdapter(Control)
+
+
+class ModelState(Contract):
+    """State of one model on one serve worker.
+
+    bytes: Size in memory if resident, else size in the artifact store.
+    percent: Progress of the load.
+    weights: The format in which the weights were loaded.
+    first_token_seconds: Time to the first token of a short prompt, measured alone after the load.
+    acceptance_rate: Share of the draft's tokens that were accepted so far; None without a draft.
+    """
+
+    serving_key: ServingKey
+    state: Literal["loading", "resident", "failed"]
+    bytes: int
+    percent: float = 0.0
+    weights: LoadedWeights | None = None
+    load_seconds: float | None = None
+    first_token_seconds: float | None = None
+    acceptance_rate: float | None = None
+    is_pinned: bool = False
+    error: str | None = None
+
+
+class ServeWorkerStatus(Contract):
+    """Heartbeat of a serve worker.
+
+    engines: Engines whose packages are installed.
+    resident, loading: Serving keys.
+    requests: Ids of the requests whose last reply has not been sent. None: a worker of an older
+        version, which does not list them.
+    last_step_at: End of the last forward pass in seconds since the epoch; None before the first.
+    stalled_seconds: How long the worker has had work without a forward pass.
+    """
+
+    worker_id: str
+    engines: tuple[EngineName, ...] = ("transformers",)
+    resident: tuple[str, ...] = ()
+    loading: tuple[str, ...] = ()
+    models: tuple[ModelState, ...] = ()
+    num_running: int = 0
+    num_waiting: int = 0
+    requests: frozenset[str] | None = None
+    max_running: int
+    is_draining: bool = False
+    last_step_at: float | None = None
+    stalled_seconds: float = 0.0
+    beat_at: float

@@ -189,7 +189,7 @@ def resume(session: Session, job_id: str) -> Job | None:
         cancel_requested_at=None,
         pause_requested_at=None,
         run_after=func.now(),
-        last_rung_at=None,
+        last_notified_at=None,
     )
 
 

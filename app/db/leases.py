@@ -338,7 +338,7 @@ def release(session: Session, job_id: str, token: int, *, reason: str) -> Job | 
         outcome="released",
         message=f"{reason} The job is queued again.",
         run_after=func.now(),
-        last_rung_at=None,
+        last_notified_at=None,
     )
 
 

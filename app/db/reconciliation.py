@@ -79,7 +79,7 @@ def mark_due_notified(session: Session, again_seconds: float, most: int) -> int:
     recorded here, and the caller sends the message.
     """
     # Exponential back-off: wait as long again as the job had waited at its last message.
-    waited = Job.last_rung_at - Job.run_after
+    waited = Job.last_notified_at - Job.run_after
     pause = func.least(
         func.greatest(waited, timedelta(seconds=again_seconds)),
         timedelta(seconds=NOTIFY_BACKOFF * again_seconds),
@@ -87,12 +87,14 @@ def mark_due_notified(session: Session, again_seconds: float, most: int) -> int:
     due = (
         select(Job.id)
         .where(Job.status == JobStatus.queued, Job.run_after <= func.now())
-        .where(Job.last_rung_at.is_(None) | (Job.last_rung_at < func.now() - pause))
-        .order_by(Job.last_rung_at.asc().nulls_first(), Job.run_after)
+        .where(Job.last_notified_at.is_(None) | (Job.last_notified_at < func.now() - pause))
+        .order_by(Job.last_notified_at.asc().nulls_first(), Job.run_after)
     )
-    rung = update(Job).where(Job.id.in_(_batch(due, most)))
-    rung = rung.values(last_rung_at=func.now()).execution_options(synchronize_session=False)
-    return len(session.scalars(rung.returning(Job.id)).all())
+    notified = update(Job).where(Job.id.in_(_batch(due, most)))
+    notified = notified.values(last_notified_at=func.now()).execution_options(
+        synchronize_session=False
+    )
+    return len(session.scalars(notified.returning(Job.id)).all())
 
 
 def expire_leases(session: Session, retry_policy: leases.RetryPolicy) -> int:
@@ -140,7 +142,7 @@ def wake(session: Session) -> int:
             JobStatus.queued,
             sources={JobStatus.retry_wait},
             message=message,
-            last_rung_at=None,
+            last_notified_at=None,
         )
         for job in _jobs(session, rested)
     ]

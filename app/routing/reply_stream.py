@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from app.contracts.messages import MAX_ENTRIES_PER_BATCH, Delta, Done, GenerateRequest
+from app.contracts.generation import MAX_ENTRIES_PER_BATCH, Delta, Done, GenerateRequest
 from app.errors import StillhouseError, Unavailable
 
 # Entries (see `Delta.num_entries`) that a stream keeps for a slow client, and 64 more per choice.

@@ -24,19 +24,9 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from app.contracts.control import Keep, Load, Unload
-from app.contracts.messages import (
-    Cancel,
-    Done,
-    EngineName,
-    Failure,
-    GenerateRequest,
-    Reply,
-    ReplyBatch,
-    ServeWorkerStatus,
-    control_channel,
-    reply_channel,
-)
+from app.contracts.control import Cancel, Keep, Load, ServeWorkerStatus, Unload
+from app.contracts.generation import Done, EngineName, Failure, GenerateRequest, Reply, ReplyBatch
+from app.contracts.messages import control_channel, reply_channel
 from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
 from app.routing.admission import Admission
 from app.routing.reply_stream import InFlightPrompt, ReplyStream

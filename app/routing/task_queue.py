@@ -17,13 +17,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from app.contracts.messages import (
-    GENERATE_TASK,
-    TRAIN_QUEUE,
-    WAKE_UP_TASK,
-    GenerateRequest,
-    serve_queue,
-)
+from app.contracts.generation import GenerateRequest
+from app.contracts.messages import GENERATE_TASK, TRAIN_QUEUE, WAKE_UP_TASK, serve_queue
 from app.settings import celery_settings, get_settings
 
 log = structlog.get_logger(__name__)

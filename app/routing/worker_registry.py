@@ -9,7 +9,9 @@ from pydantic import ValidationError
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from app.contracts.messages import GenerateRequest, ServeWorkerStatus, serve_worker_key
+from app.contracts.control import ServeWorkerStatus
+from app.contracts.generation import GenerateRequest
+from app.contracts.messages import serve_worker_key
 
 log = structlog.get_logger(__name__)
 
@@ -119,7 +121,9 @@ class WorkerRegistry:
         def rank(status: ServeWorkerStatus) -> tuple[bool, bool, int]:
             """Returns the sort key of a worker. The lowest one is picked."""
             load = max(status.num_running + status.num_waiting, ours.get(status.worker_id, 0))
-            has_model = request.residence in status.resident or request.residence in status.loading
+            has_model = (
+                request.serving_key in status.resident or request.serving_key in status.loading
+            )
             is_stalled = status.stalled_seconds > STALLED_SECONDS
             return is_stalled, not (has_model and load < status.max_running), load
 

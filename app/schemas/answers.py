@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from app.contracts.messages import Delta, Done, TokenLogprob
+from app.contracts.generation import Delta, Done, TokenLogprob
 from app.schemas.completions import ChatBody, CompletionBody, GenerationBody
 
 Json = dict[str, object]

@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from app.contracts.messages import (
+from app.contracts.generation import (
     Fraction,
     Message,
     Penalty,

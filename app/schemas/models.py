@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, StringConstraints
 
-from app.contracts.messages import ModelFacts, ModelKind, ServingOptions
+from app.contracts.generation import ServingOptions
+from app.contracts.messages import ModelFacts, ModelKind
 from app.db.schema.tables import Alias, Model
 from app.schemas.jobs import Body, ModelId
 from app.schemas.serving import Serving

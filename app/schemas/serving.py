@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from app.contracts.messages import EngineName, LoadedWeights, ServingOptions, WeightsName
+from app.contracts.generation import EngineName, LoadedWeights, ServingOptions, WeightsName
 from app.schemas.jobs import Body, ModelId
 
 

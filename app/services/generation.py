@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastapi.concurrency import run_in_threadpool
 
-from app.contracts.messages import GenerateRequest, Message, Sampling
+from app.contracts.generation import GenerateRequest, Message, Sampling
 from app.db.schema.ids import new_id
 from app.errors import BadRequest
 from app.routing.reply_stream import ReplyStream

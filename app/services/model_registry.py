@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from app.auth import Principal
 from app.contracts.control import ServedModel
-from app.contracts.messages import ArtifactRef, ModelFacts, ServingOptions
+from app.contracts.generation import ServingOptions
+from app.contracts.messages import ArtifactRef, ModelFacts
 from app.db import models
 from app.db.schema.tables import Alias, Model
 from app.db.session import Session, transaction

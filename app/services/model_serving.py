@@ -3,8 +3,9 @@
 from collections.abc import Collection
 
 from app.auth import Principal
-from app.contracts.control import ServedModel
-from app.contracts.messages import Draft, ModelFacts, ModelState, ServeWorkerStatus, ServingOptions
+from app.contracts.control import ModelState, ServedModel, ServeWorkerStatus
+from app.contracts.generation import Draft, ServingOptions
+from app.contracts.messages import ModelFacts
 from app.db import models
 from app.db.schema.tables import Model
 from app.db.session import Session, transaction
@@ -96,7 +97,7 @@ def pinned(session: Session) -> tuple[ServedModel, ...]:
             served = model_registry.resolve(session, pin.project_id, pin.id).served
         except NotFound:
             continue  # the model or alias was deleted
-        found[served.residence] = served
+        found[served.serving_key] = served
     return tuple(found.values())
 
 
@@ -161,7 +162,7 @@ def to_unload(principal: Principal, model_id: str) -> ServedModel:
         row = models.find_model(session, principal.project_id, found.model_id)
         if row is not None:
             _refuse_other_projects(principal, row)
-        if any(kept.residence == found.served.residence for kept in pinned(session)):
+        if any(kept.serving_key == found.served.serving_key for kept in pinned(session)):
             raise Conflict(
                 f"the model {model_id!r} is pinned; unpin it first", "model_pinned", "model"
             )
@@ -179,15 +180,15 @@ def status_of(
     shown = []
     for worker in sorted(workers, key=lambda worker: worker.worker_id):
         state = next(
-            (model for model in worker.models if model.residence == served.residence), None
+            (model for model in worker.models if model.serving_key == served.serving_key), None
         )
         if worker.worker_id in just_told and (state is None or state.state == "failed"):
             state = ModelState(
-                residence=served.residence, state="loading", bytes=served.stored_bytes
+                serving_key=served.serving_key, state="loading", bytes=served.stored_bytes
             )
         shown.append(_worker_state(worker.worker_id, state))
     best = min((worker.state for worker in shown), key=STATES.index, default="absent")
-    is_pinned = any(kept.residence == served.residence for kept in all_pinned())
+    is_pinned = any(kept.serving_key == served.serving_key for kept in all_pinned())
     return ModelStatus(model=served.model, state=best, is_pinned=is_pinned, workers=shown)
 
 

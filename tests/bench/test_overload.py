@@ -4,8 +4,9 @@ import time
 
 import pytest
 
-from app.contracts.control import Unload
-from app.contracts.messages import Cancel, Delta, ReplyBatch, control_channel, reply_channel
+from app.contracts.control import Cancel, Unload
+from app.contracts.generation import Delta, ReplyBatch
+from app.contracts.messages import control_channel, reply_channel
 from bench.callers import Drop, Wire, code_of
 from bench.overload import told_of_drops
 
@@ -19,7 +20,7 @@ def step(*answers: str) -> tuple[str, bytes]:
 
 
 CANCEL = control_channel("w"), Cancel(id=f"{ANSWER}-0.1").model_dump_json().encode()
-UNLOAD = control_channel("w"), Unload(residence="models/x").model_dump_json().encode()
+UNLOAD = control_channel("w"), Unload(serving_key="models/x").model_dump_json().encode()
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.tiny import save_tiny
 from tests.worker.memory_sink import MemorySink
 from worker.errors import BrokenFile, UnsafeFile, UnsupportedModel, WorkerError
 from worker.import_model import SENTENCE, import_model
-from worker.models.architectures import SUPPORTED, model_class, read_config, shape_of
+from worker.models.architectures import SUPPORTED, kind_of, model_class, read_config
 from worker.models.model_facts import model_facts
 from worker.models.vocabulary import num_token_ids
 from worker.protocol.import_spec import ImportSpec
@@ -44,7 +44,7 @@ def logits(folder: Path) -> torch.Tensor:
     config = read_config(folder)
     model = model_class(config).from_pretrained(folder, dtype=torch.float32).eval()
     inputs = {"input_ids": tokenizer(SENTENCE, return_tensors="pt")["input_ids"]}
-    if shape_of(config) == "seq2seq":
+    if kind_of(config) == "seq2seq":
         inputs["decoder_input_ids"] = inputs["input_ids"][:, 3:]
     with torch.inference_mode():
         result: torch.Tensor = model(**inputs).logits

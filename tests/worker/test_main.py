@@ -53,7 +53,9 @@ def test_a_train_worker_hears_doorbells_and_ends_when_told(
     worker.wait_for_log("worker_ready")
     with redis.Redis.from_url(valkey) as client:
         assert notify_workers()
-        wait_for(lambda: not client.llen("stillhouse:train"), 10, "the doorbell was not heard")
+        wait_for(
+            lambda: not client.llen("stillhouse:train"), 10, "the wake-up message was not handled"
+        )
     assert worker.stop(number) == 0
     assert "Traceback" not in worker.log_path.read_text()
 

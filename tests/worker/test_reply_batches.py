@@ -1,6 +1,6 @@
 """No batch of replies is so large that the API process that parses it stands still."""
 
-from app.contracts.messages import MAX_ENTRIES_PER_BATCH, Delta, Done, Reply, TokenLogprob
+from app.contracts.generation import MAX_ENTRIES_PER_BATCH, Delta, Done, Reply, TokenLogprob
 from worker.reply_batches import reply_batches
 
 

@@ -10,10 +10,8 @@ import pytest
 import redis
 import torch
 
-from app.contracts.control import Keep, ServedModel
-from app.contracts.messages import (
-    ArtifactRef,
-    Cancel,
+from app.contracts.control import Cancel, Keep, ServedModel, ServeWorkerStatus
+from app.contracts.generation import (
     Delta,
     Done,
     Failure,
@@ -21,12 +19,9 @@ from app.contracts.messages import (
     Reply,
     ReplyBatch,
     Sampling,
-    ServeWorkerStatus,
     ServingOptions,
-    control_channel,
-    reply_channel,
-    serve_worker_key,
 )
+from app.contracts.messages import ArtifactRef, control_channel, reply_channel, serve_worker_key
 from tests.serve_worker import wait_for
 from worker.serve.host.model_host import ModelHost
 from worker.serve_worker import ServeOptions, ServeWorker
@@ -331,4 +326,4 @@ def test_a_worker_keeps_only_pinned_models_whose_engine_it_has(
         return bool(bench.worker.status().resident)
 
     wait_for(is_loaded, 20, "nothing was loaded")
-    assert [model.residence for model in bench.worker.status().models] == [served.residence]
+    assert [model.serving_key for model in bench.worker.status().models] == [served.serving_key]

@@ -75,12 +75,14 @@ def test_turns_never_overlap_and_the_last_one_is_waited_for() -> None:
         return 1
 
     with WorkLoop(work, every_seconds=0.01) as work_loop:
-        rings = [threading.Thread(target=work_loop.wake_up) for _ in range(4)]
-        for ring in rings:
-            ring.start()
-        for ring in rings:
-            ring.join()
-        wait_for(lambda: num_turns[0] > len(rings), 10, "nothing is done without a doorbell")
+        threads = [threading.Thread(target=work_loop.wake_up) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        wait_for(
+            lambda: num_turns[0] > len(threads), 10, "nothing is done without a wake-up message"
+        )
     assert (most_at_once[0], at_work[0]) == (1, 0)
 
 

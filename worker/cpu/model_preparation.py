@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from app.contracts.messages import LoadedWeights
+from app.contracts.generation import LoadedWeights
 from worker.cpu.int8 import int8_kernels, quantize_weights
 from worker.cpu.linear_ops import pack_weights, use_onednn
 from worker.cpu.llama_decoder import fuse_projections, has_refined_head, is_llama_like

@@ -36,7 +36,7 @@ from worker.distill.training.feature_losses import FeaturePlan
 from worker.distill.training.teacher_adaptation import Adaptation, adapt
 from worker.distill.training.trainer import CPU_BATCH_TOKENS
 from worker.errors import TokenizerMismatch, UnsupportedModel, VocabMismatch
-from worker.models.architectures import read_config, shape_of
+from worker.models.architectures import kind_of, read_config
 from worker.protocol.run_spec import RunSpec
 
 
@@ -79,8 +79,8 @@ class ModelPair:
         """
         return choose_signal(
             self.spec.distillation.objective.teacher_signal,
-            shape_of(self.teacher.config),
-            shape_of(self.student.config),
+            kind_of(self.teacher.config),
+            kind_of(self.student.config),
             has_one_tokenizer=self.has_one_tokenizer,
         )
 
@@ -215,7 +215,7 @@ class ModelPair:
         steps = self.spec.distillation.objective.adaptation_steps
         if steps == 0 or (steps == "auto" and self.signal.name != "conditional_mlm"):
             return self
-        if shape_of(self.teacher.config) != "masked":
+        if kind_of(self.teacher.config) != "masked":
             raise UnsupportedModel(
                 f"adaptation_steps needs a masked teacher (bert, roberta), and {self.teacher.config.model_type} is not "
                 "one; leave it out"
@@ -237,7 +237,7 @@ class ModelPair:
     def live_teacher(self, prefix: tuple[int, ...] = ()) -> Teacher:
         """Loads the teacher, wrapped to compute rows. All rows begin with `prefix`."""
         model = self.load_teacher()
-        if shape_of(model.config) == "masked":
+        if kind_of(model.config) == "masked":
             return MaskedTeacher(model, self.teacher.tokenizer.mask_token_id)
         return LiveTeacher(model, prefix)
 
@@ -264,7 +264,7 @@ class ModelPair:
         )
         placed = self.placement
         examples = rows.teacher if aligned is None else aligned.examples
-        is_causal = shape_of(self.teacher.config) == "causal" and placed.teacher_device == "cpu"
+        is_causal = kind_of(self.teacher.config) == "causal" and placed.teacher_device == "cpu"
         prefix = shared_prefix(examples) if is_causal else ()
         identity = (
             f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}"

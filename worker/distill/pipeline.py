@@ -33,7 +33,7 @@ from worker.distill.training.checkpoint import TrainState, link_folder, load_sta
 from worker.distill.training.devices import find_device
 from worker.distill.training.rollouts import check_rollouts, plan_rollouts
 from worker.distill.training.trainer import Stopped, TrainingInputs, batch_tokens_of
-from worker.models.architectures import shape_of
+from worker.models.architectures import kind_of
 from worker.models.vocabulary import num_token_ids
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
 from worker.protocol.run_spec import RunSpec
@@ -175,14 +175,14 @@ class Pipeline:
     def _draw(self, selected: SelectedStudent) -> tuple[str, ...]:
         """Draws the ladder into the run's folder, and returns the names of the files."""
         # imports matplotlib, which few jobs need
-        from worker.distill.evaluation.ladder_plot import Rung, write_ladder
+        from worker.distill.evaluation.ladder_plot import StudentPoint, write_ladder
 
-        rungs = [
-            Rung(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])
+        points = [
+            StudentPoint(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])
             for entry in selected.ladder
         ]
-        teacher = Rung(self.block.teacher, selected.result.get("teacher", {}))
-        paths = write_ladder(rungs, teacher, self.out, self.block.evaluation.gate)
+        teacher = StudentPoint(self.block.teacher, selected.result.get("teacher", {}))
+        paths = write_ladder(points, teacher, self.out, self.block.evaluation.gate)
         return tuple(path.name for path in paths)
 
     def _place_teacher(self, teacher: CachedTeacher) -> None:
@@ -345,7 +345,7 @@ class Pipeline:
 
         def measure_teacher(model: PreTrainedModel) -> HeldOut:
             """Measures the teacher."""
-            if shape_of(model.config) == "masked":
+            if kind_of(model.config) == "masked":
                 return teachers_valid.measure_teacher(teacher, objective)
             head = head_of(model, len(self.pair.teacher.tokenizer))
             if (head.weight_VH.device, head.weight_VH.dtype) != (

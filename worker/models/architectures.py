@@ -25,7 +25,7 @@ CAUSAL, SEQ2SEQ, MASKED = distilled("causal"), distilled("seq2seq"), distilled("
 SUPPORTED = tuple(sorted((*CAUSAL, *SEQ2SEQ, *MASKED)))
 
 
-def shape_of(config: PretrainedConfig) -> ModelKind:
+def kind_of(config: PretrainedConfig) -> ModelKind:
     """Returns the kind of the model. Raises UnsupportedModel for an unknown architecture."""
     known = ARCHITECTURES.get(config.model_type)
     if known is not None and known.is_distilled:
@@ -38,7 +38,7 @@ def shape_of(config: PretrainedConfig) -> ModelKind:
 def read_config(folder: Path) -> PretrainedConfig:
     """Reads the configuration of a model folder. Raises UnsupportedModel."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    shape_of(config)
+    kind_of(config)
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UnsupportedModel(
             "scale_attn_by_inverse_layer_idx is not supported: a layer's number changes its output"
@@ -55,7 +55,7 @@ def model_class(config: PretrainedConfig) -> Any:  # Any: transformers is untype
         "seq2seq": AutoModelForSeq2SeqLM,
         "masked": AutoModelForMaskedLM,
     }
-    return classes[shape_of(config)]
+    return classes[kind_of(config)]
 
 
 def bare_model(config: PretrainedConfig) -> PreTrainedModel:

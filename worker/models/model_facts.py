@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from app.contracts.architectures import HALVES
 from app.contracts.messages import ChatCost, ModelFacts
 from worker.errors import BrokenFile, MissingFile, UnsupportedModel
-from worker.models.architectures import SUPPORTED, context_tokens, layer_counts, shape_of
+from worker.models.architectures import SUPPORTED, context_tokens, kind_of, layer_counts
 from worker.models.artifact_checks import read_safetensors_header, weight_files
 
 BUFFER = "final_logits_bias"  # a buffer that BART stores with its weights; not a parameter
@@ -42,7 +42,7 @@ def model_facts(folder: Path) -> ModelFacts:
         for name, tensor in read_safetensors_header(file).items()
         if name != BUFFER
     ]
-    family, writer = shape_of(config), writing_half(config)
+    family, writer = kind_of(config), writing_half(config)
     num_encoder_layers, num_layers = layer_counts(config)
     is_seq2seq = family == "seq2seq"
     return ModelFacts(
@@ -115,7 +115,7 @@ def supported_config(folder: Path) -> Any:  # Any: transformers is untyped here
     is_sound = all(
         isinstance(size, int) and 0 < size <= most for size, most in zip(sizes, limits, strict=True)
     )
-    if not is_sound or min(num_layers) < (shape_of(config) == "seq2seq"):
+    if not is_sound or min(num_layers) < (kind_of(config) == "seq2seq"):
         raise BrokenFile(
             f"config.json gives the sizes (layers, width, vocabulary, context) {sizes}; the limits are {limits}"
         )

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from app.contracts.messages import GenerateRequest, Reply
+from app.contracts.generation import GenerateRequest, Reply
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.logit_processors import processor_for, refuse_unknown_tokens
 from worker.serve.decoding.sampling import SampledToken, TokenSampler

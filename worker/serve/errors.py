@@ -1,6 +1,6 @@
 """Errors of the serving package, each with the HTTP status and code of its reply."""
 
-from app.contracts.messages import Failure
+from app.contracts.generation import Failure
 
 
 class ServeError(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from app.contracts.messages import LoadedWeights
+from app.contracts.generation import LoadedWeights
 from worker.cpu import HAS_BFLOAT16, HAS_INT8, prepare_for_serving
 from worker.serve.decoding.families import SEQ2SEQ, family_of, refuse_unlisted
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from app.contracts.messages import GenerateRequest, Reply
+from app.contracts.generation import GenerateRequest, Reply
 from worker.serve.decoding.fair_queue import FairQueue
 from worker.serve.decoding.families import SEQ2SEQ, Context
 from worker.serve.decoding.logit_processors import refuse_unknown_tokens

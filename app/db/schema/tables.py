@@ -138,7 +138,7 @@ class Job(Table):
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     lease_expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
     last_heartbeat_at: Mapped[datetime | None] = mapped_column(Timestamp)
-    last_rung_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    last_notified_at: Mapped[datetime | None] = mapped_column("last_rung_at", Timestamp)
     cancel_requested_at: Mapped[datetime | None] = mapped_column(Timestamp)
     pause_requested_at: Mapped[datetime | None] = mapped_column(Timestamp)
     pause_reason: Mapped[str | None] = mapped_column(Text)

@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from app.contracts.messages import Sampling
+from app.contracts.generation import Sampling
 from app.db.session import transaction
 from app.errors import BadRequest
 from app.services import model_registry

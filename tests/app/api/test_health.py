@@ -8,7 +8,8 @@ import redis
 from sqlalchemy import event
 
 from app.api import health
-from app.contracts.messages import ServeWorkerStatus, serve_worker_key
+from app.contracts.control import ServeWorkerStatus
+from app.contracts.messages import serve_worker_key
 from app.db.session import engine
 from tests.app.api.conftest import Service
 from tests.serve_worker import wait_for

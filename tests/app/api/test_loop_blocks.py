@@ -15,16 +15,9 @@ import httpx
 import pytest
 import redis
 
-from app.contracts.messages import (
-    Delta,
-    Done,
-    GenerateRequest,
-    Reply,
-    ServeWorkerStatus,
-    TokenLogprob,
-    reply_channel,
-    serve_worker_key,
-)
+from app.contracts.control import ServeWorkerStatus
+from app.contracts.generation import Delta, Done, GenerateRequest, Reply, TokenLogprob
+from app.contracts.messages import reply_channel, serve_worker_key
 from app.db.schema.tables import File
 from app.db.session import transaction
 from app.routing.task_queue import queue_key

@@ -15,7 +15,9 @@ from contextlib import suppress
 import openai
 import redis
 
-from app.contracts.messages import GenerateRequest, ServeWorkerStatus, serve_worker_key
+from app.contracts.control import ServeWorkerStatus
+from app.contracts.generation import GenerateRequest
+from app.contracts.messages import serve_worker_key
 from app.routing.task_queue import queue_key
 from app.settings import Settings
 from tests.app.api.conftest import PROJECT, Service, jsonl

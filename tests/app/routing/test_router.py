@@ -10,22 +10,17 @@ import pytest
 from redis.asyncio import Redis
 from redis.asyncio.client import PubSub
 
-from app.contracts.control import Unload
-from app.contracts.messages import (
-    ArtifactRef,
-    Cancel,
+from app.contracts.control import Cancel, ServeWorkerStatus, Unload
+from app.contracts.generation import (
     Delta,
     Done,
     Failure,
     GenerateRequest,
     Reply,
     ReplyBatch,
-    ServeWorkerStatus,
     ServingOptions,
-    control_channel,
-    reply_channel,
-    serve_worker_key,
 )
+from app.contracts.messages import ArtifactRef, control_channel, reply_channel, serve_worker_key
 from app.errors import BadRequest, StillhouseError, Unavailable
 from app.routing import router
 from app.routing.reply_stream import ReplyStream
@@ -195,12 +190,12 @@ def test_a_worker_that_computes_nothing_is_asked_last(play: Play) -> None:
 def test_what_is_said_to_all_workers_is_heard_or_refused(play: Play) -> None:
     async def scene(stage: Stage) -> None:
         with pytest.raises(Unavailable, match="no serve worker is running"):
-            await stage.request_router.tell(Unload(residence="models/x"))
+            await stage.request_router.tell(Unload(serving_key="models/x"))
         await stage.beat("a")
         await stage.beat("drains", is_draining=True)
-        assert await stage.request_router.tell(Unload(residence="models/x")) == ["a"]
+        assert await stage.request_router.tell(Unload(serving_key="models/x")) == ["a"]
         with pytest.raises(Unavailable, match="with vLLM"):
-            await stage.request_router.tell(Unload(residence="models/x"), engine="vllm")
+            await stage.request_router.tell(Unload(serving_key="models/x"), engine="vllm")
 
     play(scene)
 

@@ -13,7 +13,8 @@ import pytest
 import redis
 from celery import Celery
 
-from app.contracts.messages import GENERATE_TASK, ArtifactRef, GenerateRequest
+from app.contracts.generation import GenerateRequest
+from app.contracts.messages import GENERATE_TASK, ArtifactRef
 from app.routing import task_queue
 from app.routing.task_queue import NotSent, Outbox, notify_workers, notify_workers_again, queue_key
 from app.settings import Settings, celery_settings

@@ -97,7 +97,7 @@ def change(statement: str) -> None:
         session.execute(text(statement))
 
 
-def test_a_job_that_nobody_took_is_rung_again_but_not_at_once(
+def test_a_job_that_nobody_took_is_announced_again_but_not_at_once(
     reconciler: Reconciler, notifier: Notifier
 ) -> None:
     add_job()
@@ -108,7 +108,7 @@ def test_a_job_that_nobody_took_is_rung_again_but_not_at_once(
     assert notifier.num_notified == 2
 
 
-def test_a_job_that_waits_long_is_rung_more_and_more_seldom(reconciler: Reconciler) -> None:
+def test_a_job_that_waits_long_is_announced_more_and_more_seldom(reconciler: Reconciler) -> None:
     add_job()
     change(
         "UPDATE jobs SET run_after = now() - interval '200 s', last_rung_at = now() - interval '90 s'"
@@ -120,7 +120,7 @@ def test_a_job_that_waits_long_is_rung_more_and_more_seldom(reconciler: Reconcil
     assert reconciler.step().num_notified == 1
 
 
-def test_jobs_that_are_not_due_are_not_rung(reconciler: Reconciler) -> None:
+def test_jobs_that_are_not_due_are_not_announced(reconciler: Reconciler) -> None:
     add_job("later")
     add_job("paused")
     change("UPDATE jobs SET run_after = now() + interval '1 h' WHERE id = 'later'")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from app.contracts.messages import LoadedWeights
+from app.contracts.generation import LoadedWeights
 from worker.cpu import int8
 from worker.cpu.kernels.bindings import Kernels, kernels
 from worker.cpu.linear_ops import HAS_BFLOAT16

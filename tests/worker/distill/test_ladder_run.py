@@ -94,7 +94,7 @@ def test_a_ladder_is_chosen_on_held_out_rows_and_judged_on_test_rows(
     percents = [line.percent for line in lines(sink, ProgressLine)]
     assert percents == sorted(percents)
     plotted = json.loads((tmp_path / "out" / "ladder.json").read_text())["students"]
-    assert [rung["figures"]["kl"] for rung in plotted] == [entry["kl"] for entry in tests]
+    assert [point["figures"]["kl"] for point in plotted] == [entry["kl"] for entry in tests]
 
 
 def test_a_ladder_is_taught_by_one_pass_of_its_teacher(

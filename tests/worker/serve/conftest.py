@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.contracts.messages import ArtifactRef, Delta, GenerateRequest, Reply, Sampling
+from app.contracts.generation import Delta, GenerateRequest, Reply, Sampling
+from app.contracts.messages import ArtifactRef
 from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.loading import LoadedModel, load_model

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from app.contracts.messages import Done, GenerateRequest, Reply
+from app.contracts.generation import Done, GenerateRequest, Reply
 from worker.serve.engine import Engine
 from worker.serve.loading import LoadedModel
 

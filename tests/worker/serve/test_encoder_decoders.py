@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from app.contracts.messages import Delta, Done, Failure, GenerateRequest, Message, Reply
+from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Message, Reply
 from tests.worker.serve.generated import answer_all, demand_texts_of_generate, generated
 from worker.serve.batch_generate import generate_all
 from worker.serve.engine import Engine, TransformersEngine, end_ids

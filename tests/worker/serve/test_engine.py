@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from app.contracts.messages import Delta, Done, Failure, GenerateRequest, Message, Reply
+from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Message, Reply
 from tests.worker.serve.generated import answer_all, demand_texts_of_generate, generated
 from worker.serve.engine import Engine, TransformersEngine, end_ids
 from worker.serve.loading import LoadedModel

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.contracts.messages import Delta, Done, Failure, GenerateRequest, Reply
+from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Reply
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.loading import LoadedModel
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from app.contracts.control import ServedModel
-from app.contracts.messages import (
-    ArtifactRef,
+from app.contracts.generation import (
     Delta,
     Done,
     Draft,
@@ -23,6 +22,7 @@ from app.contracts.messages import (
     Reply,
     ServingOptions,
 )
+from app.contracts.messages import ArtifactRef
 from tests.tiny import save_tiny
 from worker.serve.decoding.sampling import TokenSampler, draw, probabilities, seeded_generator
 from worker.serve.engine import Engine, TransformersEngine

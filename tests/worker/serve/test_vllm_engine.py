@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from app.contracts.messages import Delta, Done, Failure, GenerateRequest, Reply
+from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Reply
 from tests import tiny
 from tests.tiny import save_tiny
 from worker.serve.engine import Engine, TransformersEngine

@@ -16,7 +16,7 @@ from worker.distill.data.rows import Encoder, Example, Row, read_rows
 from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.data.split import Split, count_sharing, hold_out, keep_apart
 from worker.errors import InvalidTrainingFile, UnsupportedModel
-from worker.models.architectures import context_tokens, shape_of
+from worker.models.architectures import context_tokens, kind_of
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
 from worker.protocol.run_spec import RunSpec
 
@@ -64,7 +64,7 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
 
     def encoder(self, *, max_tokens: int, is_last_only: bool) -> Encoder:
-        shape = shape_of(self.config)
+        shape = kind_of(self.config)
         return Encoder(
             self.tokenizer,
             max_tokens=max_tokens,
@@ -165,14 +165,14 @@ class Preparation:
     @property
     def _reads_alike(self) -> bool:
         one, other = self.teacher, self.student
-        shapes = {shape_of(one.config), shape_of(other.config)}
+        shapes = {kind_of(one.config), kind_of(other.config)}
         if shapes == {"seq2seq"}:
             return self.has_one_tokenizer and start_id_of(one.config) == start_id_of(other.config)
         return self.has_one_tokenizer and "seq2seq" not in shapes
 
     @property
     def _is_last_only(self) -> bool:
-        return "seq2seq" in (shape_of(self.teacher.config), shape_of(self.student.config))
+        return "seq2seq" in (kind_of(self.teacher.config), kind_of(self.student.config))
 
     @cached_property
     def _teacher_encoder(self) -> Encoder:
@@ -227,7 +227,7 @@ class Preparation:
 
     def _demand_completion(self, example: Example) -> None:
         """Raises InvalidTrainingFile if the row needs an answer from a masked teacher."""
-        if not example.spans and shape_of(self.teacher.config) == "masked":
+        if not example.spans and kind_of(self.teacher.config) == "masked":
             raise InvalidTrainingFile(
                 f"line {example.line} has no completion, and {self.teacher.config.model_type} does not generate text: "
                 "add completions, or use another teacher"
@@ -253,7 +253,7 @@ class Preparation:
             data.temperature,
             data.top_p,
             self.spec.seed,
-            is_prompt_apart=shape_of(self.teacher.config) == "seq2seq",
+            is_prompt_apart=kind_of(self.teacher.config) == "seq2seq",
         )
         prompts = [examples[i].prompt_ids for i in waiting]
         on_progress: OnProgress

@@ -19,7 +19,7 @@ CHOSEN, PASSED, FAILED, TEACHER = "#c8501e", "#2b5f8a", "#6f7981", "#4a4a4a"
 
 
 @dataclass(frozen=True)
-class Rung:
+class StudentPoint:
     """One student of a ladder, or its teacher.
 
     `figures` is its public entry (worker.distill.evaluation.report).
@@ -58,31 +58,33 @@ PANELS = (
 
 
 def write_ladder(
-    rungs: Sequence[Rung], teacher: Rung, out: Path, gate: Gate | None = None
+    points: Sequence[StudentPoint], teacher: StudentPoint, out: Path, gate: Gate | None = None
 ) -> tuple[Path, Path]:
     """Writes `ladder.png` and `ladder.json` into `out`, and returns their paths."""
-    rungs = sorted(rungs, key=lambda rung: float(rung.figures["num_parameters"]))
+    points = sorted(points, key=lambda point: float(point.figures["num_parameters"]))
     out.mkdir(parents=True, exist_ok=True)
     png_path, json_path = out / "ladder.png", out / "ladder.json"
     block = None if gate is None else gate.model_dump()
     fields = {
         "teacher": asdict(teacher),
-        "students": [asdict(rung) for rung in rungs],
+        "students": [asdict(point) for point in points],
         "gate": block,
     }
     json_path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
-    figure = draw_ladder(rungs, teacher, gate)
+    figure = draw_ladder(points, teacher, gate)
     FigureCanvasAgg(figure)  # a canvas of its own, because pyplot keeps global state
     figure.savefig(png_path)
     return png_path, json_path
 
 
-def draw_ladder(rungs: Sequence[Rung], teacher: Rung, gate: Gate | None = None) -> Figure:
+def draw_ladder(
+    points: Sequence[StudentPoint], teacher: StudentPoint, gate: Gate | None = None
+) -> Figure:
     """Returns a plot with a panel per metric, over the size of the students.
 
     A horizontal line shows the teacher. Perplexity is drawn only if no student has a KL.
     """
-    there = {metric for rung in rungs for metric in rung.figures}
+    there = {metric for point in points for metric in point.figures}
     panels = [
         panel
         for panel in PANELS
@@ -95,24 +97,28 @@ def draw_ladder(rungs: Sequence[Rung], teacher: Rung, gate: Gate | None = None) 
     )
     grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for panel, axes in zip(panels, grid, strict=False):
-        _draw_panel(axes, panel, rungs, teacher, gate)
+        _draw_panel(axes, panel, points, teacher, gate)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
-    figure.legend(handles=_legend(rungs, gate), loc="outside lower center", ncols=5, frameon=False)
-    chosen = [rung.label for rung in rungs if rung.is_chosen]
+    figure.legend(handles=_legend(points, gate), loc="outside lower center", ncols=5, frameon=False)
+    chosen = [point.label for point in points if point.is_chosen]
     figure.suptitle(f"Students of {teacher.label}, chosen: {chosen[0] if chosen else 'none'}")
     return figure
 
 
 def _draw_panel(
-    axes: Axes, panel: Panel, rungs: Sequence[Rung], teacher: Rung, gate: Gate | None
+    axes: Axes,
+    panel: Panel,
+    points: Sequence[StudentPoint],
+    teacher: StudentPoint,
+    gate: Gate | None,
 ) -> None:
-    have = [rung for rung in rungs if panel.metric in rung.figures]
-    sizes = [rung.figures["num_parameters"] / 1e6 for rung in have]
-    values = [panel.scale * rung.figures[panel.metric] for rung in have]
+    have = [point for point in points if panel.metric in point.figures]
+    sizes = [point.figures["num_parameters"] / 1e6 for point in have]
+    values = [panel.scale * point.figures[panel.metric] for point in have]
     axes.plot(sizes, values, color="#c9d1d8", linewidth=1.2, zorder=1)
-    for rung, x, y in zip(have, sizes, values, strict=True):
-        _draw_rung(axes, panel, rung, x, y)
+    for point, x, y in zip(have, sizes, values, strict=True):
+        _draw_point(axes, panel, point, x, y)
     if panel.metric in teacher.figures:
         axes.axhline(
             panel.scale * teacher.figures[panel.metric], color=TEACHER, linestyle="--", linewidth=1
@@ -135,9 +141,9 @@ def _draw_panel(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_rung(axes: Axes, panel: Panel, rung: Rung, x: float, y: float) -> None:
-    color = CHOSEN if rung.is_chosen else PASSED if rung.passed else FAILED
-    interval = rung.figures.get("intervals", {}).get(panel.metric)
+def _draw_point(axes: Axes, panel: Panel, point: StudentPoint, x: float, y: float) -> None:
+    color = CHOSEN if point.is_chosen else PASSED if point.passed else FAILED
+    interval = point.figures.get("intervals", {}).get(panel.metric)
     low, high = (y, y) if interval is None else (panel.scale * bound for bound in interval)
     if interval is not None:
         # a percentile interval may not contain the value itself
@@ -148,10 +154,10 @@ def _draw_rung(axes: Axes, panel: Panel, rung: Rung, x: float, y: float) -> None
         y,
         linestyle="",
         zorder=3,
-        **_marker(color, is_filled=rung.passed, is_chosen=rung.is_chosen),
+        **_marker(color, is_filled=point.passed, is_chosen=point.is_chosen),
     )
     label = axes.annotate(
-        rung.label,
+        point.label,
         (x, max(y, high)),
         xytext=(0, 8),
         textcoords="offset points",
@@ -172,7 +178,7 @@ def _marker(color: str, *, is_filled: bool, is_chosen: bool) -> dict[str, Any]:
     }
 
 
-def _legend(rungs: Sequence[Rung], gate: Gate | None) -> list[Line2D]:
+def _legend(points: Sequence[StudentPoint], gate: Gate | None) -> list[Line2D]:
     """Returns handles for what the plot contains."""
     handles = [Line2D([], [], color=TEACHER, linestyle="--", label="teacher")]
     if gate is not None:
@@ -183,7 +189,7 @@ def _legend(rungs: Sequence[Rung], gate: Gate | None) -> list[Line2D]:
         ("fails", FAILED, False, False),
     )
     for label, color, is_passed, is_chosen in kinds:
-        if any((rung.is_chosen, rung.passed) == (is_chosen, is_passed) for rung in rungs):
+        if any((point.is_chosen, point.passed) == (is_chosen, is_passed) for point in points):
             marker = _marker(color, is_filled=is_passed, is_chosen=is_chosen)
             handles.append(Line2D([], [], linestyle="", label=label, **marker))
     return handles

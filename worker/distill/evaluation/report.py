@@ -26,7 +26,7 @@ from worker.distill.evaluation.metrics import (
     with_intervals,
 )
 from worker.distill.students.recipe import StudentRecipe, load_model
-from worker.models.architectures import context_tokens, shape_of
+from worker.models.architectures import context_tokens, kind_of
 from worker.protocol.run_spec import RunSpec
 
 MAX_SAMPLE_CHARACTERS = 2000
@@ -204,7 +204,7 @@ class Evaluator:
         entry: Entry = size_of(model)
         tell(0.3)
         texts = None
-        if self._wants_answers and shape_of(model.config) != "masked":
+        if self._wants_answers and kind_of(model.config) != "masked":
             made = self._ask(
                 model,
                 view,
@@ -222,7 +222,7 @@ class Evaluator:
                 texts, teachers, references, self.labels, self.metrics, groups
             )
             figures["answer_tokens"] = mean([len(answer.tokens) for answer in made]).grouped(groups)
-        if "speed" in self.metrics and shape_of(model.config) != "masked":
+        if "speed" in self.metrics and kind_of(model.config) != "masked":
             entry |= _speed_fields(measure_speed(self.sampler_for(model), self._prompts(view)))
         del model
         gc.collect()
@@ -246,7 +246,7 @@ class Evaluator:
             room = min(room, self.labels.max_tokens + TOKENS_BEYOND_A_LABEL)
         longest = max(len(prompt) for prompt in prompts)
         # the encoder reads the prompt, so prompt and answer do not share positions
-        if shape_of(model.config) == "seq2seq":
+        if kind_of(model.config) == "seq2seq":
             how = AnswerSampling(min(room, context), longest + room, temperature=0.0)
         else:
             how = AnswerSampling(room, min(longest + room, context), temperature=0.0)

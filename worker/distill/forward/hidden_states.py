@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from worker.distill.data.batching import Batch
 from worker.distill.forward.packing import Packing, attending_packed, packing_of
-from worker.models.architectures import shape_of
+from worker.models.architectures import kind_of
 
 MOST_KEPT = 0.9  # share of a batch's positions above which selecting them saves nothing
 
@@ -92,7 +92,7 @@ def decoder_states(model: PreTrainedModel, batch: Batch) -> Tensor:
 
     Padding is on the right, after every real token, so causal decoders need no mask.
     """
-    if shape_of(model.config) == "seq2seq":
+    if kind_of(model.config) == "seq2seq":
         encoder_BSH = encoder_states(model, batch)
         output = decoder_of(model)(
             input_ids=batch.input_ids_BT,
@@ -124,7 +124,7 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     """
     if model.config.model_type == "encoder-decoder":
         body: nn.Module = model.decoder.base_model
-    elif shape_of(model.config) == "seq2seq":
+    elif kind_of(model.config) == "seq2seq":
         body = model.get_decoder()
     else:
         body = model.base_model

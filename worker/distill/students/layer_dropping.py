@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from worker.errors import StudentTooDeep, UnsupportedModel
-from worker.models.architectures import shape_of
+from worker.models.architectures import kind_of
 
 PER_LAYER = ("layer_types", "no_rope_layers")  # configuration lists with one entry per layer
 T5_BIAS = "layer.0.SelfAttention.relative_attention_bias.weight"
@@ -38,7 +38,7 @@ def keep_layers(
     all its layers. T5 stores the relative position bias in the first layer of each side; it is
     moved to the first kept layer.
     """
-    kept = [layers] if shape_of(teacher.config) != "seq2seq" else [encoder_layers, layers]
+    kept = [layers] if kind_of(teacher.config) != "seq2seq" else [encoder_layers, layers]
     stacks = layer_stacks(teacher)
     weights = teacher.state_dict()
     for prefix, numbers in zip(stacks, kept, strict=True):
@@ -68,7 +68,7 @@ def layer_stacks(model: PreTrainedModel) -> list[str]:
     """
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     found = [name for name in lists if not re.search(r"\.\d+(\.|$)", name)]
-    if len(found) != (2 if shape_of(model.config) == "seq2seq" else 1):
+    if len(found) != (2 if kind_of(model.config) == "seq2seq" else 1):
         raise UnsupportedModel(f"cannot find the layers of a {model.config.model_type} model")
     return found
 
@@ -87,7 +87,7 @@ def cut_config(
     for name in PER_LAYER:
         if isinstance(values.get(name), list):
             values[name] = [values[name][i] for i in layers]
-    if shape_of(config) == "seq2seq":
+    if kind_of(config) == "seq2seq":
         decoder_field, encoder_field = (
             ("num_decoder_layers", "num_layers")
             if config.model_type == "t5"

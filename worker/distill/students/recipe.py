@@ -18,7 +18,7 @@ from worker.distill.students.layer_dropping import first_and_last, keep_layers
 from worker.distill.students.lora import ADAPTERS, add_lora, load_lora_tensors
 from worker.distill.students.width_pruning import narrow_config, sizes_of, slice_width
 from worker.errors import InvalidStudent, StudentTooDeep
-from worker.models.architectures import layer_counts, model_class, read_config, shape_of
+from worker.models.architectures import kind_of, layer_counts, model_class, read_config
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def plan_student(
         num_fresh = student.config.num_decoder_layers or student.config.num_layers
         return StudentRecipe(student, start_dir, teacher_dir, num_fresh, seed=seed)
     config = read_config(start_dir)
-    if shape_of(config) == "masked":
+    if kind_of(config) == "masked":
         raise InvalidStudent(
             f"a {config.model_type} model does not generate text, so a student cannot start from it; use student.init=fresh "
             "(the closest family is encoder-decoder), or start from a causal or encoder-decoder model"
@@ -245,7 +245,7 @@ def _freezes_encoder(
     teacher_dir: Path,
     start_dir: Path,
 ) -> bool:
-    if shape_of(config) != "seq2seq" or not student.freeze_encoder or encoder_layers is not None:
+    if kind_of(config) != "seq2seq" or not student.freeze_encoder or encoder_layers is not None:
         return False
     is_whole = student.init == "layers"
     return is_whole or (

@@ -29,7 +29,7 @@ from app.contracts.architectures import ARCHITECTURES
 from app.contracts.distillation import Student
 from worker.distill.students.layer_dropping import rebuild
 from worker.errors import InvalidStudent, UnsupportedModel
-from worker.models.architectures import shape_of
+from worker.models.architectures import kind_of
 
 # Tensor names by what their axes count. H, I and N are as above. Q is query heads x D, and K is
 # key-value heads x D. 3 is queries, keys and values (each heads x D) one after another. "." is an
@@ -356,7 +356,7 @@ def _run(model: PreTrainedModel, sequences: Sequences, hooks: list[Any]) -> None
         for sequence in sequences:
             ids_BT = torch.tensor([list(sequence)])
             inputs = {"input_ids": ids_BT}
-            if shape_of(model.config) == "seq2seq":
+            if kind_of(model.config) == "seq2seq":
                 inputs["decoder_input_ids"] = ids_BT
             model(**inputs, use_cache=False)
     finally:

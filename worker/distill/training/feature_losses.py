@@ -34,7 +34,7 @@ from worker.distill.forward.hidden_states import decoder_states, encoder_states,
 from worker.distill.students.layer_dropping import layer_stacks
 from worker.distill.teachers.masked_lm import segments
 from worker.errors import InvalidStudent, UnsupportedModel
-from worker.models.architectures import shape_of
+from worker.models.architectures import kind_of
 
 Side = Literal["encoder", "decoder"]
 
@@ -106,7 +106,7 @@ class Features:
             teachers = [Tap(term.teacher_modules) for term, _ in terms]
             with Taps(teachers):
                 teacher_keep_BT = run_teacher(
-                    self.teacher, side, batch, examples, shape_of(self.student.config)
+                    self.teacher, side, batch, examples, kind_of(self.student.config)
                 )
             keep_BT = student_positions(batch, side, self.teacher, self.student)
             # the losses are always float32
@@ -127,7 +127,7 @@ def choose_side(asked: str, teacher: PreTrainedModel, student: PreTrainedModel) 
 
     Raises UnsupportedModel or InvalidStudent if "encoder" is requested and cannot be used.
     """
-    mine, theirs = shape_of(student.config), shape_of(teacher.config)
+    mine, theirs = kind_of(student.config), kind_of(teacher.config)
     has_encoders = mine == "seq2seq" and theirs != "causal"
     is_trained = mine == "seq2seq" and any(
         p.requires_grad for p in student.get_encoder().parameters()
@@ -167,7 +167,7 @@ def student_positions(
     if side == "encoder":
         assert batch.source_mask_BS is not None
         return batch.source_mask_BS.bool()
-    is_all = reads_alike(shape_of(teacher.config), shape_of(student.config))
+    is_all = reads_alike(kind_of(teacher.config), kind_of(student.config))
     return batch.attention_mask_BT.bool() if is_all else batch.keep_BT
 
 
@@ -184,7 +184,7 @@ def run_teacher(
     Hooks on the teacher's layers collect the states.
     """
     theirs = collate(examples, range(len(examples)), str(batch.keep_BT.device))
-    shape = shape_of(teacher.config)
+    shape = kind_of(teacher.config)
     keep_BT = theirs.attention_mask_BT.bool() if reads_alike(shape, student) else theirs.keep_BT
     if shape == "masked" and side == "encoder":
         assert batch.source_mask_BS is not None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.contracts.messages import Sampling
+from app.contracts.generation import Sampling
 from worker.serve.errors import InvalidLogitBias
 
 # Division by less overflows, and long before that only the best token has any probability.

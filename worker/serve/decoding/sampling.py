@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from app.contracts.messages import Sampling
+from app.contracts.generation import Sampling
 from worker.serve.decoding.logit_processors import LogitsProcessor, process_logits
 
 MIN_TEMPERATURE = 1e-5  # below, only the best token has any mass, and the logits overflow

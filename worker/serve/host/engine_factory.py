@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from app.contracts.control import ServedModel
-from app.contracts.messages import (
-    ArtifactRef,
+from app.contracts.generation import (
     Done,
     Failure,
     GenerateRequest,
@@ -18,6 +17,7 @@ from app.contracts.messages import (
     Sampling,
     ServingOptions,
 )
+from app.contracts.messages import ArtifactRef
 from worker.cpu import HAS_FAST_BFLOAT16
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import OptionUnavailable

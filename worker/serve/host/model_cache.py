@@ -7,8 +7,9 @@ from functools import partial
 
 import structlog
 
-from app.contracts.control import ServedModel
-from app.contracts.messages import ArtifactRef, LoadedWeights, ModelState
+from app.contracts.control import ModelState, ServedModel
+from app.contracts.generation import LoadedWeights
+from app.contracts.messages import ArtifactRef
 from worker.serve.engine import Engine
 from worker.serve.errors import ModelLoadFailed, ModelTooLarge, ServeError
 from worker.serve.host.engine_factory import (
@@ -67,7 +68,7 @@ class _Failed:
 
 @dataclass
 class ModelCache:
-    """Engines by serving key (`residence`), within `resident_bytes` bytes.
+    """Engines by serving key (`serving_key`), within `resident_bytes` bytes.
 
     One thread owns the cache. `wake_up` is called from the loading thread when a load has ended.
     `has_new_requests` returns whether requests are about to be added to an engine, which then stays.
@@ -94,13 +95,13 @@ class ModelCache:
         """Iterates over all engines. Those that are leaving still have to finish their requests."""
         return iter(list(self._residents.items()))
 
-    def find(self, residence: str) -> Resident | None:
+    def find(self, serving_key: str) -> Resident | None:
         """Returns the engine for a new request, or None. An engine that is leaving takes none."""
-        return None if residence in self._leaving else self._residents.get(residence)
+        return None if serving_key in self._leaving else self._residents.get(serving_key)
 
-    def engine_of(self, residence: str) -> Engine | None:
+    def engine_of(self, serving_key: str) -> Engine | None:
         """Returns the engine that runs requests for a serving key, even if it is leaving."""
-        resident = self._residents.get(residence)
+        resident = self._residents.get(serving_key)
         return resident.engine if resident else None
 
     def ask(self, served: ServedModel) -> bool:
@@ -109,7 +110,7 @@ class ModelCache:
         It is called again until the model is resident. Returns whether this call started the load.
         Raises ModelTooLarge.
         """
-        key, num_bytes = served.residence, self._expected_bytes(served)
+        key, num_bytes = served.serving_key, self._expected_bytes(served)
         if key in self._residents or key in self._loads:
             return False
         kept = sum(
@@ -127,25 +128,25 @@ class ModelCache:
 
     def want(self, served: ServedModel) -> None:
         """Requests a load that no request waits for. `tidy` starts it when there is room."""
-        self._leaving.discard(served.residence)
-        if (resident := self._residents.get(served.residence)) is not None:
+        self._leaving.discard(served.serving_key)
+        if (resident := self._residents.get(served.serving_key)) is not None:
             resident.used_at = self.limits.clock()
-        elif served.residence not in self._loads:
-            self._wanted[served.residence] = served
+        elif served.serving_key not in self._loads:
+            self._wanted[served.serving_key] = served
 
-    def unload(self, residence: str) -> None:
+    def unload(self, serving_key: str) -> None:
         """Removes an engine when it has finished its requests.
 
         A load in progress is discarded when it ends, unless a request waits for it.
         """
-        self._wanted.pop(residence, None)
-        self._failed.pop(residence, None)
-        if residence in self._residents or residence in self._loads:
-            self._leaving.add(residence)
+        self._wanted.pop(serving_key, None)
+        self._failed.pop(serving_key, None)
+        if serving_key in self._residents or serving_key in self._loads:
+            self._leaving.add(serving_key)
 
     def keep(self, models: tuple[ServedModel, ...]) -> None:
         """Pins these models and unpins all others."""
-        self._pinned = {served.residence: served for served in models}
+        self._pinned = {served.serving_key: served for served in models}
         self._leaving -= self._pinned.keys()
 
     def has_loaded(self) -> bool:
@@ -162,7 +163,7 @@ class ModelCache:
             try:
                 self._take_in(load, load.future.result(), is_awaited(key))
             except BaseException as error:  # a loader may raise anything, even a Rust panic
-                log.error("model_load_failed", residence=key, exc_info=error)
+                log.error("model_load_failed", serving_key=key, exc_info=error)
                 shown = (
                     error if isinstance(error, ServeError)
                     else ModelLoadFailed(f"the model cannot be loaded: {error}")
@@ -177,7 +178,7 @@ class ModelCache:
             resident = self._residents.get(key)
             if resident is not None and not self._is_busy(key):
                 self.drop(key)
-                log.info("model_unloaded", residence=key)
+                log.info("model_unloaded", serving_key=key)
         if self._taken_bytes() > self.resident_bytes:
             self._make_room(0)
         now = self.limits.clock()
@@ -193,12 +194,12 @@ class ModelCache:
             if key in self._loads or key in self._residents:
                 self._wanted.pop(key, None)
 
-    def drop(self, residence: str) -> None:
+    def drop(self, serving_key: str) -> None:
         """Removes an engine at once, with its requests."""
-        self._residents.pop(residence, None)
-        self._leaving.discard(residence)
+        self._residents.pop(serving_key, None)
+        self._leaving.discard(serving_key)
 
-    def residences(self) -> frozenset[str]:
+    def serving_keys(self) -> frozenset[str]:
         """Returns the serving keys that are resident or being loaded."""
         return frozenset(self._residents) | frozenset(self._loads)
 
@@ -213,7 +214,7 @@ class ModelCache:
         """Returns the states of all models, for the heartbeat."""
         found = [
             ModelState(
-                residence=key,
+                serving_key=key,
                 state="resident",
                 bytes=resident.num_bytes,
                 percent=100.0,
@@ -230,12 +231,12 @@ class ModelCache:
         for key, served, percent in loads:
             is_pinned = key in self._pinned
             state = ModelState(
-                residence=key, state="loading", bytes=served.stored_bytes, is_pinned=is_pinned
+                serving_key=key, state="loading", bytes=served.stored_bytes, is_pinned=is_pinned
             )
             found.append(state.model_copy(update={"percent": percent}))
         for key, failed in self._failed.items():
             size, is_pinned = failed.served.stored_bytes, key in self._pinned
-            state = ModelState(residence=key, state="failed", bytes=size, is_pinned=is_pinned)
+            state = ModelState(serving_key=key, state="failed", bytes=size, is_pinned=is_pinned)
             found.append(state.model_copy(update={"error": str(failed.error)}))
         return tuple(found)
 
@@ -243,17 +244,17 @@ class ModelCache:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, served: ServedModel, num_bytes: int) -> None:
-        log.info("model_loading", residence=served.residence, num_bytes=num_bytes)
+        log.info("model_loading", serving_key=served.serving_key, num_bytes=num_bytes)
         progress = LoadProgress(served.stored_bytes)
         future = self._pool.submit(
             _in_a_thread, partial(make_ready, served, self.fetch, self.limits, progress)
         )
-        self._loads[served.residence] = _Load(served, progress, future, num_bytes)
-        self._failed.pop(served.residence, None)
+        self._loads[served.serving_key] = _Load(served, progress, future, num_bytes)
+        self._failed.pop(served.serving_key, None)
         future.add_done_callback(lambda _: self.wake_up())
 
     def _take_in(self, load: _Load, ready: Ready, is_awaited: bool) -> None:
-        key = load.served.residence
+        key = load.served.serving_key
         self._true_bytes[key] = ready.num_bytes
         if key in self._leaving:
             self._leaving.discard(key)
@@ -267,27 +268,27 @@ class ModelCache:
         self._residents[key] = Resident(load.served, *ready, used_at=self.limits.clock())
         log.info(
             "model_loaded",
-            residence=key,
+            serving_key=key,
             num_bytes=ready.num_bytes,
             seconds=round(ready.load_seconds, 3),
         )
 
     def _note(self, served: ServedModel, error: ServeError) -> None:
-        self._failed.pop(served.residence, None)
-        self._failed[served.residence] = _Failed(served, error, self.limits.clock())
+        self._failed.pop(served.serving_key, None)
+        self._failed[served.serving_key] = _Failed(served, error, self.limits.clock())
         while len(self._failed) > MAX_FAILURES:
             del self._failed[next(iter(self._failed))]
 
     def _expected_bytes(self, served: ServedModel) -> int:
-        return self._true_bytes.get(served.residence, served.stored_bytes)
+        return self._true_bytes.get(served.serving_key, served.stored_bytes)
 
     def _taken_bytes(self) -> int:
         return sum(resident.num_bytes for resident in self._residents.values()) + sum(
             load.num_bytes for load in self._loads.values()
         )
 
-    def _is_busy(self, residence: str) -> bool:
-        return self._residents[residence].engine.has_work() or self.has_new_requests(residence)
+    def _is_busy(self, serving_key: str) -> bool:
+        return self._residents[serving_key].engine.has_work() or self.has_new_requests(serving_key)
 
     def _make_room(self, num_bytes: int) -> bool:
         """Evicts idle models, least recently used first, until `num_bytes` more bytes fit.
@@ -307,7 +308,7 @@ class ModelCache:
                 break
             taken -= self._residents[key].num_bytes
             self.drop(key)
-            log.info("model_evicted", residence=key)
+            log.info("model_evicted", serving_key=key)
         return True
 
 

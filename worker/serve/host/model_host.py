@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import structlog
 
-from app.contracts.control import Keep, Load, ServedModel, Unload
-from app.contracts.messages import ArtifactRef, Delta, GenerateRequest, ModelState, Reply
+from app.contracts.control import Keep, Load, ModelState, ServedModel, Unload
+from app.contracts.generation import Delta, GenerateRequest, Reply
+from app.contracts.messages import ArtifactRef
 from worker.serve.engine import Engine
 from worker.serve.errors import DeadlinePassed, ModelLoading, ModelTooLarge, ServeError, failure_of
 from worker.serve.host.engine_factory import EngineLimits, Fetch, Precision
@@ -41,11 +42,11 @@ class HostStatus:
 
     @property
     def resident(self) -> tuple[str, ...]:
-        return tuple(model.residence for model in self.models if model.state == "resident")
+        return tuple(model.serving_key for model in self.models if model.state == "resident")
 
     @property
     def loading(self) -> tuple[str, ...]:
-        return tuple(model.residence for model in self.models if model.state == "loading")
+        return tuple(model.serving_key for model in self.models if model.state == "loading")
 
 
 @dataclass
@@ -132,16 +133,18 @@ class ModelHost:
         """Runs one step of every engine that has work, and returns all replies that are due."""
         self._wake_event.clear()
         self._read_inbox()
-        for residence, error in self._model_cache.collect(self._is_awaited):
-            for parked in [p for p in self._parked.values() if p.request.residence == residence]:
+        for serving_key, error in self._model_cache.collect(self._is_awaited):
+            for parked in [
+                p for p in self._parked.values() if p.request.serving_key == serving_key
+            ]:
                 self._fail(parked.request, error)
         self._place_tokenised()
         self._place_parked()
         self._model_cache.tidy()
-        for residence, resident in self._model_cache:
+        for serving_key, resident in self._model_cache:
             if resident.engine.has_work():
                 resident.used_at = self.clock()
-                self._step(residence, resident.engine)
+                self._step(serving_key, resident.engine)
         self._retain_artifacts()
         replies, self._outbox = self._outbox, []
         self._status = self._snapshot()
@@ -173,8 +176,8 @@ class ModelHost:
                         self._parked[request.id] = _Parked(request, waits_until)
                 case Load(served=served):
                     self._model_cache.want(served)
-                case Unload(residence=residence):
-                    self._model_cache.unload(residence)
+                case Unload(serving_key=serving_key):
+                    self._model_cache.unload(serving_key)
                 case Keep(models=models):
                     self._model_cache.keep(models)
                 case request_id:
@@ -185,7 +188,7 @@ class ModelHost:
         self._unpark(request_id)
         if (
             request is not None
-            and (engine := self._model_cache.engine_of(request.residence)) is not None
+            and (engine := self._model_cache.engine_of(request.serving_key)) is not None
         ):
             engine.abort(request_id)
 
@@ -194,13 +197,13 @@ class ModelHost:
         if parked is not None and parked.is_tokenising:
             self._prompts.cancel(request_id)
 
-    def _is_tokenising(self, residence: str) -> bool:
+    def _is_tokenising(self, serving_key: str) -> bool:
         return any(
-            p.is_tokenising and p.request.residence == residence for p in self._parked.values()
+            p.is_tokenising and p.request.serving_key == serving_key for p in self._parked.values()
         )
 
-    def _is_awaited(self, residence: str) -> bool:
-        return any(parked.request.residence == residence for parked in self._parked.values())
+    def _is_awaited(self, serving_key: str) -> bool:
+        return any(parked.request.serving_key == serving_key for parked in self._parked.values())
 
     def _place_parked(self) -> None:
         """Has prompts tokenised and models loaded.
@@ -218,7 +221,7 @@ class ModelHost:
                 self._fail(request, DeadlinePassed("the request timed out; retry"))
             elif parked.is_tokenising:
                 continue
-            elif (resident := self._model_cache.find(request.residence)) is not None:
+            elif (resident := self._model_cache.find(request.serving_key)) is not None:
                 parked.is_tokenising = True
                 resident.used_at = now
                 self._prompts.add(request, resident.engine.prompt_of)
@@ -246,7 +249,7 @@ class ModelHost:
             parked.is_tokenising = False
             if isinstance(result, ServeError):
                 self._fail(request, result)
-            elif (engine := self._model_cache.engine_of(request.residence)) is not None:
+            elif (engine := self._model_cache.engine_of(request.serving_key)) is not None:
                 del self._parked[request.id]
                 self._add(engine, request, result)
 
@@ -264,18 +267,18 @@ class ModelHost:
                 ),
             )
 
-    def _step(self, residence: str, engine: Engine) -> None:
+    def _step(self, serving_key: str, engine: Engine) -> None:
         is_pass = engine.num_running + engine.num_waiting > 0
         try:
             replies = engine.step()
         except Exception as error:  # one model must not end the others
-            log.error("engine_failed", residence=residence, exc_info=error)
+            log.error("engine_failed", serving_key=serving_key, exc_info=error)
             # The state of its batch is unknown. The next request loads the model again.
-            self._model_cache.drop(residence)
+            self._model_cache.drop(serving_key)
             begun = [
                 request for request in self._requests.values() if request.id not in self._parked
             ]
-            for request in [request for request in begun if request.residence == residence]:
+            for request in [request for request in begun if request.serving_key == serving_key]:
                 self._fail(
                     request, ServeError("the engine failed while it processed this batch; retry")
                 )
@@ -289,7 +292,7 @@ class ModelHost:
                 del self._requests[reply.id]
 
     def _retain_artifacts(self) -> None:
-        held = self._model_cache.residences()
+        held = self._model_cache.serving_keys()
         if held != self._held:
             self._held = held
             self.retain(self._model_cache.artifacts())

@@ -2,7 +2,7 @@
 
 from statistics import fmean
 
-from app.contracts.messages import Delta
+from app.contracts.generation import Delta
 
 
 class BestOf:

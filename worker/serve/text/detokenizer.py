@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.contracts.messages import TokenLogprob
+from app.contracts.generation import TokenLogprob
 from worker.serve.decoding.sampling import SampledToken
 from worker.serve.errors import ServeError, raise_unless_panic
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.contracts.messages import GenerateRequest, Message
+from app.contracts.generation import GenerateRequest, Message
 from worker.serve.decoding.families import Context
 from worker.serve.errors import (
     AnswerTooLong,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
-from app.contracts.messages import Delta, Done, GenerateRequest, Reply
+from app.contracts.generation import Delta, Done, GenerateRequest, Reply
 from worker.serve.decoding.sampling import SampledToken
 from worker.serve.text.best_of import BestOf
 from worker.serve.text.detokenizer import TextChunk, TextStream, TokenText

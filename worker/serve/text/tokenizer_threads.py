@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import structlog
 
-from app.contracts.messages import GenerateRequest
+from app.contracts.generation import GenerateRequest
 from worker.serve.decoding.fair_queue import FairQueue
 from worker.serve.errors import ServeError
 

@@ -12,7 +12,7 @@ from worker.distill.evaluation.ladder_plot import (
     CHOSEN,
     FAILED,
     TEACHER,
-    Rung,
+    StudentPoint,
     draw_ladder,
     write_ladder,
 )
@@ -26,10 +26,10 @@ def figures(
     return {**fields, "agreement": agreement, "intervals": intervals, **more}
 
 
-TEACHER_RUNG = Rung("the teacher", figures(9_000_000, 0.0, 1.0, tokens_per_second=20.0))
-RUNGS = [
-    Rung("4 layers", figures(4_000_000, 1.0, 0.7, tokens_per_second=40.0), is_chosen=True),
-    Rung("2 layers", figures(2_000_000, 2.0, 0.5, tokens_per_second=80.0), passed=False),
+TEACHER_POINT = StudentPoint("the teacher", figures(9_000_000, 0.0, 1.0, tokens_per_second=20.0))
+POINTS = [
+    StudentPoint("4 layers", figures(4_000_000, 1.0, 0.7, tokens_per_second=40.0), is_chosen=True),
+    StudentPoint("2 layers", figures(2_000_000, 2.0, 0.5, tokens_per_second=80.0), passed=False),
 ]
 GATE = Gate(metric="agreement", at_least=0.6)
 
@@ -40,7 +40,7 @@ def position(line: Line2D) -> tuple[float, float]:
 
 
 def test_the_same_ladder_is_a_picture_and_json(tmp_path: Path) -> None:
-    png_path, json_path = write_ladder(RUNGS, TEACHER_RUNG, tmp_path / "out", GATE)
+    png_path, json_path = write_ladder(POINTS, TEACHER_POINT, tmp_path / "out", GATE)
     with Image.open(png_path) as image:
         assert image.format == "PNG"
         assert min(image.size) > 400
@@ -48,13 +48,13 @@ def test_the_same_ladder_is_a_picture_and_json(tmp_path: Path) -> None:
     read = json.loads(json_path.read_text())
     assert [student["label"] for student in read["students"]] == ["2 layers", "4 layers"]
     assert [student["is_chosen"] for student in read["students"]] == [False, True]
-    assert read["students"][0]["figures"] == RUNGS[1].figures
+    assert read["students"][0]["figures"] == POINTS[1].figures
     assert read["teacher"]["label"] == "the teacher"
     assert read["gate"]["at_least"] == 0.6
 
 
 def test_a_panel_shows_points_intervals_teacher_and_gate() -> None:
-    kl, agreement, speed, unused = draw_ladder(RUNGS, TEACHER_RUNG, GATE).axes
+    kl, agreement, speed, unused = draw_ladder(POINTS, TEACHER_POINT, GATE).axes
     assert kl.get_ylabel() == "KL, nats per token"
     assert kl.get_xlabel() == "parameters, millions"
     points = [line for line in kl.lines if line.get_marker() in ("o", "D")]
@@ -74,17 +74,21 @@ def test_a_panel_shows_points_intervals_teacher_and_gate() -> None:
 
 def test_a_metric_that_no_student_has_gets_no_panel() -> None:
     titles = [
-        axes.get_title() for axes in draw_ladder(RUNGS, TEACHER_RUNG).axes if axes.get_visible()
+        axes.get_title() for axes in draw_ladder(POINTS, TEACHER_POINT).axes if axes.get_visible()
     ]
     assert len(titles) == 3
     assert not any("Overlap" in title for title in titles)
 
 
 def test_perplexity_stands_in_for_a_kl_that_there_is_not() -> None:
-    with_both = Rung("2 layers", figures(2_000_000, 2.0, 0.5, perplexity=9.0))
-    without_kl = Rung("2 layers", {"num_parameters": 2_000_000, "perplexity": 9.0})
+    with_both = StudentPoint("2 layers", figures(2_000_000, 2.0, 0.5, perplexity=9.0))
+    without_kl = StudentPoint("2 layers", {"num_parameters": 2_000_000, "perplexity": 9.0})
     labels = [
-        [axes.get_ylabel() for axes in draw_ladder([rung], TEACHER_RUNG).axes if axes.get_visible()]
-        for rung in (with_both, without_kl)
+        [
+            axes.get_ylabel()
+            for axes in draw_ladder([point], TEACHER_POINT).axes
+            if axes.get_visible()
+        ]
+        for point in (with_both, without_kl)
     ]
     assert labels == [["KL, nats per token", "agreement, %"], ["perplexity"]]

@@ -15,7 +15,7 @@ from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.evaluation.held_out import HeldOut
 from worker.distill.evaluation.report import Evaluator, View
 from worker.distill.students.recipe import load_model, plan_student
-from worker.models.architectures import shape_of
+from worker.models.architectures import kind_of
 from worker.protocol.run_spec import RunSpec
 from worker.train import EngineSampler
 
@@ -52,7 +52,7 @@ class Bench:
         self.num_measured = 0
         tokenizer = AutoTokenizer.from_pretrained(folder)
         self.teacher = load_model(folder).requires_grad_(False)
-        shape = shape_of(self.teacher.config)
+        shape = kind_of(self.teacher.config)
         start_id = self.teacher.config.decoder_start_token_id if shape == "seq2seq" else None
         encoder = Encoder(tokenizer, max_tokens=200, shape=shape, start_id=start_id)
         self.examples = [encoder.encode(row) for row in rows]

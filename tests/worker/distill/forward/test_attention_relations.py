@@ -17,7 +17,7 @@ from worker.distill.forward.attention_relations import (
 from worker.distill.students.recipe import load_model
 from worker.distill.training.feature_losses import Tap, Taps, layers_of
 from worker.errors import UnsupportedModel
-from worker.models.architectures import SUPPORTED, shape_of
+from worker.models.architectures import SUPPORTED, kind_of
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 10]])
 OUTPUTS = (
@@ -31,7 +31,7 @@ def tapped(
 ) -> tuple[Tensor, ...]:  # Any: transformers is untyped here
     attention = self_attention(layers_of(model, "decoder")[1], HEADS)
     tap = Tap(attention.modules)
-    inputs = {"decoder_input_ids": ids} if shape_of(model.config) == "seq2seq" else {}
+    inputs = {"decoder_input_ids": ids} if kind_of(model.config) == "seq2seq" else {}
     with Taps([tap]), torch.no_grad():
         model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs)
     return attention.split(tap.outputs)

@@ -18,7 +18,7 @@ from worker.distill.students.fresh import build_fresh, fresh_config
 from worker.distill.students.recipe import freeze_encoder, load_model
 from worker.distill.training.feature_losses import FeaturePlan, Features, choose_side, pair_layers
 from worker.errors import InvalidStudent, UnsupportedModel
-from worker.models.architectures import shape_of
+from worker.models.architectures import kind_of
 
 PROMPTS = [(5, 6, 7, 8, 9, 10), (11, 12, 13), (20, 21, 22, 23)]
 ANSWERS = [(30, 31, 32, 33), (40, 41), (50, 51, 52)]
@@ -46,7 +46,7 @@ def fresh(family: str, hidden_size: int = 32) -> PreTrainedModel:
 
 
 def examples_for(model: PreTrainedModel) -> list[Example]:
-    return SEQ2SEQ if shape_of(model.config) == "seq2seq" else CAUSAL
+    return SEQ2SEQ if kind_of(model.config) == "seq2seq" else CAUSAL
 
 
 def features_of(student: PreTrainedModel, teacher: PreTrainedModel, **terms: Any) -> Features:
@@ -67,7 +67,7 @@ def states(
         inputs: dict[str, Any] = {"input_ids": ids}
         if row.source_ids:
             inputs = {"input_ids": torch.tensor([row.source_ids]), "decoder_input_ids": ids}
-        elif shape_of(model.config) == "masked" and model.config.type_vocab_size > 1:
+        elif kind_of(model.config) == "masked" and model.config.type_vocab_size > 1:
             inputs["token_type_ids"] = (
                 torch.arange(ids.shape[1]) >= row.target_positions[0]
             ).long()[None]
@@ -88,16 +88,16 @@ def plain_pairs(
 ) -> tuple[Tensor, Tensor]:
     """What the student's first layer and the teacher's second put out at the positions that fit each other."""
     mine, theirs = examples_for(student), examples_for(teacher)
-    if shape_of(teacher.config) == "masked" and side == "encoder":
+    if kind_of(teacher.config) == "masked" and side == "encoder":
         plain = [
             teacher(torch.tensor([p]), output_hidden_states=True).hidden_states[2][0]
             for p in PROMPTS
         ]
         return torch.cat(states(student, side, mine)[0]), torch.cat(plain)
-    end = None if shape_of(teacher.config) == "masked" else -1
+    end = None if kind_of(teacher.config) == "masked" else -1
     s, t = states(student, side, mine)[0], states(teacher, side, theirs, end=end)[1]
     if (
-        "seq2seq" in (shapes := {shape_of(student.config), shape_of(teacher.config)})
+        "seq2seq" in (shapes := {kind_of(student.config), kind_of(teacher.config)})
         and len(shapes) == 2
     ):
         return targets(mine, s), targets(theirs, t)

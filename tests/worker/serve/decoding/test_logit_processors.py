@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.contracts.messages import Sampling
+from app.contracts.generation import Sampling
 from worker.serve.decoding.logit_processors import (
     LogitsProcessor,
     process_logits,

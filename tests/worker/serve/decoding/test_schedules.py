@@ -18,7 +18,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from app.contracts.distillation import Lora
-from app.contracts.messages import ArtifactRef, Delta, GenerateRequest, Reply, Sampling
+from app.contracts.generation import Delta, GenerateRequest, Reply, Sampling
+from app.contracts.messages import ArtifactRef
 from tests.tiny import save_tiny
 from worker.distill.students.lora import add_lora, lora_tensors, merged
 from worker.distill.students.recipe import load_model as load_student

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from app.contracts.control import ServedModel
-from app.contracts.messages import ArtifactRef, Draft, ServingOptions
+from app.contracts.generation import Draft, ServingOptions
+from app.contracts.messages import ArtifactRef
 from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
 from worker.serve.host.engine_factory import (
     READ_PERCENT,

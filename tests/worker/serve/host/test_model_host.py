@@ -9,15 +9,8 @@ from typing import Any
 import pytest
 
 from app.contracts.control import Keep, Load, ServedModel, Unload
-from app.contracts.messages import (
-    ArtifactRef,
-    Delta,
-    Done,
-    Failure,
-    GenerateRequest,
-    Reply,
-    ServingOptions,
-)
+from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Reply, ServingOptions
+from app.contracts.messages import ArtifactRef
 from worker.serve.errors import ModelLoadFailed
 from worker.serve.host.model_host import Addressed, ModelHost
 from worker.serve.loading import load_model
@@ -156,7 +149,7 @@ def test_the_artifacts_of_loaded_models_are_retained_and_let_go_with_them(
     settle(host)
     host.tell(Load(served=served("gpt2")))
     settle(host)
-    host.tell(Unload(residence=model.residence))
+    host.tell(Unload(serving_key=model.serving_key))
     settle(host)
     with_draft = {ref("llama"), ref("twin")}
     assert retained == [with_draft, with_draft | {ref("gpt2")}, {ref("gpt2")}]
@@ -377,7 +370,7 @@ def test_a_model_is_loaded_ahead_and_has_a_first_token_figure(
         host.tell(Load(served=served("llama")))
         settle(host)
     (state,) = host.status().models
-    assert (state.residence, state.state, state.percent) == ("llama", "resident", 100.0)
+    assert (state.serving_key, state.state, state.percent) == ("llama", "resident", 100.0)
     assert state.first_token_seconds is not None
     assert state.load_seconds is not None
     assert 0 < state.first_token_seconds < state.load_seconds + 60
@@ -438,13 +431,13 @@ def test_an_unloaded_model_first_finishes_what_it_has(
     host = make_host()
     host.submit(make_request("old", weights=ref("llama"), max_tokens=60, ignore_eos=True))
     found = run(host, until=lambda found: bool(found))
-    host.tell(Unload(residence="llama"))
+    host.tell(Unload(serving_key="llama"))
     host.submit(make_request("new", weights=ref("llama")))
     found += run(host)
     assert list(ends(found)) == ["old", "new"]
     assert all(isinstance(reply, Done) for reply in ends(found).values())
     assert shelf.asked == ["llama", "llama"]
-    host.tell(Unload(residence="llama"))
+    host.tell(Unload(serving_key="llama"))
     settle(host)
     assert host.status().models == ()
 
@@ -552,7 +545,7 @@ def test_a_model_stays_while_a_prompt_for_it_is_tokenised(
     host.step_all()
     host.submit(make_request("b", weights=ref("gpt2", true_bytes["gpt2"])))
     host.step_all()
-    host.tell(Unload(residence="llama"))
+    host.tell(Unload(serving_key="llama"))
     host.step_all()
     assert host.status().resident == ("llama",)
     tokenizer.gate.set()

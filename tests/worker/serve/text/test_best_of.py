@@ -2,7 +2,7 @@
 
 import pytest
 
-from app.contracts.messages import Delta, TokenLogprob
+from app.contracts.generation import Delta, TokenLogprob
 from worker.serve.text.best_of import BestOf
 
 ENTRIES = tuple(TokenLogprob(token=letter, logprob=-1.0, bytes=()) for letter in "ab")

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from app.contracts.messages import GenerateRequest, Message
+from app.contracts.generation import GenerateRequest, Message
 from tests.tiny import tiny_tokenizer
 from worker.serve.decoding.families import Context
 from worker.serve.errors import (

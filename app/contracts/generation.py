@@ -1,0 +1,198 @@
+"""Generation requests to serve workers, and the replies that come back."""
+
+import hashlib
+from typing import Annotated, Final, Literal
+from uuid import uuid4
+
+from pydantic import Field
+
+from app.contracts.messages import ArtifactRef, Contract
+
+
+class Message(Contract):
+    """One message of a chat."""
+
+    role: Literal["system", "user", "assistant", "developer", "tool"]
+    content: str
+
+
+# Types of the sampling parameters that the HTTP bodies share with `Sampling`.
+Temperature = Annotated[float, Field(ge=0.0, le=2.0)]
+TopK = Annotated[int, Field(ge=0, le=1_000_000)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+RepetitionPenalty = Annotated[float, Field(gt=0.0, le=10.0)]
+
+
+class Sampling(Contract):
+    """Sampling parameters of one request.
+
+    A field that also is in `app.schemas.completions.GenerationBody`, under the same name, is copied
+    from there unless the client leaves it out.
+
+    temperature: 0 is greedy decoding.
+    top_k, top_p, min_p: 0, 1 and 0 disable the filters.
+    fits_context: Reduces max_tokens to the room that the prompt leaves in the context, instead of
+        refusing the request.
+    logit_bias: Pairs of a token id and the number that is added to its logit.
+    best_of: Number of choices to generate. Those n with the highest mean log-probability are
+        returned.
+    echo: The answer begins with the text of the prompt.
+    """
+
+    max_tokens: Annotated[int, Field(ge=1)] = 16
+    fits_context: bool = False
+    temperature: Temperature = 1.0
+    top_k: TopK = 0
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    min_p: Fraction = 0.0
+    frequency_penalty: Penalty = 0.0
+    presence_penalty: Penalty = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    ignore_eos: bool = False
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    echo: bool = False
+
+
+class Draft(Contract):
+    """Smaller model for speculative decoding. It proposes `num_tokens` tokens at a time."""
+
+    model: str
+    weights: ArtifactRef
+    num_tokens: Annotated[int, Field(ge=1, le=16)] = 4
+
+
+EngineName = Literal["transformers", "vllm"]
+LoadedWeights = Literal["plain", "bfloat16", "int8"]
+WeightsName = Literal["auto", "plain", "bfloat16", "int8"]
+
+
+class ServingOptions(Contract):
+    """Options with which a model is served.
+
+    weights: int8 weights change some answers, bfloat16 weights fewer. auto: bfloat16 on a CPU that
+        supports it natively if there is no draft, else plain.
+    draft: Speculative decoding. A draft must not change the answers.
+    """
+
+    engine: EngineName = "transformers"
+    weights: WeightsName = "auto"
+    draft: Draft | None = None
+
+
+class GenerateRequest(Contract):
+    """One prompt for a serve worker. Exactly one of `text`, `tokens` and `messages` is given.
+
+    Choice i of n, or of best_of, samples with seed + i.
+
+    reply_to: The id of the API process that receives the replies, see `reply_channel`.
+    tenant: A worker serves tenants fairly. Empty in requests of API processes of older versions.
+    deadline_at: In seconds since the epoch.
+    """
+
+    id: str
+    reply_to: str
+    tenant: str = ""
+    model: str
+    weights: ArtifactRef
+    serving: ServingOptions = ServingOptions()
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    sampling: Sampling = Sampling()
+    deadline_at: float
+
+    @property
+    def num_sequences(self) -> int:
+        """Number of choices that are generated. Only n of them are returned."""
+        return max(self.n, self.sampling.best_of or 1)
+
+    @property
+    def serving_key(self) -> str:
+        """Serving key of the engine that answers this request."""
+        return serving_key_of(self.weights, self.serving)
+
+
+def serving_key_of(weights: ArtifactRef, serving: ServingOptions) -> str:
+    """Returns the serving key: the name of these weights with these serving options.
+
+    With default options it is the weights' key in the artifact store.
+    """
+    if serving == ServingOptions():
+        return weights.key
+    digest = hashlib.sha256(serving.model_dump_json().encode()).hexdigest()[:12]
+    return f"{weights.key}#{digest}"
+
+
+class TokenLogprob(Contract):
+    """Log-probability of a generated token, and those of the most likely tokens in its place."""
+
+    token: str
+    logprob: float
+    bytes: tuple[int, ...]
+    top: tuple[tuple[str, float], ...] = ()
+
+
+class Delta(Contract):
+    """Reply with the new text of one choice since the previous delta.
+
+    Text is held back while later tokens may still change it. The last delta of a choice has a
+    finish_reason.
+    """
+
+    kind: Literal["delta"] = "delta"
+    id: str
+    choice: int
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+    @property
+    def num_entries(self) -> int:
+        """Number of tokens and log-probabilities plus one: the cost of parsing and serialising."""
+        return 1 + len(self.tokens) + sum(1 + len(entry.top) for entry in self.logprobs or ())
+
+
+class Done(Contract):
+    """Last reply to a prompt whose choices are all complete."""
+
+    kind: Literal["done"] = "done"
+    id: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Failure(Contract):
+    """Last reply to a prompt that failed.
+
+    `status` is the HTTP status of the response if none of it has been sent yet.
+    """
+
+    kind: Literal["failure"] = "failure"
+    id: str
+    status: int
+    code: str
+    message: str
+    param: str | None = None
+
+
+Reply = Annotated[Delta | Done | Failure, Field(discriminator="kind")]
+# Parsing a batch blocks the event loop of the API process, so its number of entries is bounded.
+MAX_ENTRIES_PER_BATCH: Final = 2048
+
+
+class ReplyBatch(Contract):
+    """Replies of one engine step to one API process. Many replies are divided into batches.
+
+    A batch may arrive twice, because publishing is retried. Its id identifies duplicates.
+    """
+
+    id: str = Field(default_factory=lambda: uuid4().hex)
+    replies: tuple[Reply, ...]
