@@ -9,11 +9,54 @@ from pydantic import Field
 from app.contracts.messages import ArtifactRef, Contract
 
 
+class ToolCall(Contract):
+    """Call of a tool that the model has requested. `arguments` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
 class Message(Contract):
-    """One message of a chat."""
+    """One message of a chat.
+
+    An assistant message may have tool calls instead of content. A tool message holds the result of
+    the call `tool_call_id`.
+    """
 
     role: Literal["system", "user", "assistant", "developer", "tool"]
-    content: str
+    content: str | None = None
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+
+
+class Tool(Contract):
+    """Function that the model may call. `parameters` is the JSON text of a JSON Schema."""
+
+    name: str
+    description: str | None = None
+    parameters: str | None = None
+    strict: bool = False
+
+
+class ToolUse(Contract):
+    """Tools of a request, and how the model may use them.
+
+    choice: none: it calls no tool. auto: it may call tools. required: it must call one.
+    is_parallel: Whether an answer may have several calls.
+    """
+
+    tools: tuple[Tool, ...]
+    choice: Literal["none", "auto", "required"] = "auto"
+    is_parallel: bool = True
+
+
+class Grammar(Contract):
+    """Constraint on the text of an answer. The text is a JSON Schema, a regex or a Lark grammar."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    text: str
 
 
 # Types of the sampling parameters that the HTTP bodies share with `Sampling`.
@@ -38,6 +81,7 @@ class Sampling(Contract):
     best_of: Number of choices to generate. Those n with the highest mean log-probability are
         returned.
     echo: The answer begins with the text of the prompt.
+    grammar: The answer matches this grammar, unless `max_tokens` ends it.
     """
 
     max_tokens: Annotated[int, Field(ge=1)] = 16
@@ -57,6 +101,7 @@ class Sampling(Contract):
     ignore_eos: bool = False
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: bool = False
+    grammar: Grammar | None = None
 
 
 class Draft(Contract):
@@ -93,6 +138,8 @@ class GenerateRequest(Contract):
     reply_to: The id of the API process that receives the replies, see `reply_channel`.
     tenant: A worker serves tenants fairly. Empty in requests of API processes of older versions.
     deadline_at: In seconds since the epoch.
+    tool_use: Only with `messages`.
+    template_kwargs: JSON text of further variables for the chat template.
     """
 
     id: str
@@ -107,6 +154,8 @@ class GenerateRequest(Contract):
     n: Annotated[int, Field(ge=1, le=128)] = 1
     sampling: Sampling = Sampling()
     deadline_at: float
+    tool_use: ToolUse | None = None
+    template_kwargs: str = "{}"
 
     @property
     def num_sequences(self) -> int:
@@ -139,6 +188,15 @@ class TokenLogprob(Contract):
     top: tuple[tuple[str, float], ...] = ()
 
 
+class ToolCallDelta(Contract):
+    """New part of a tool call of one choice. The first part of a call has its id and its name."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
 class Delta(Contract):
     """Reply with the new text of one choice since the previous delta.
 
@@ -152,7 +210,8 @@ class Delta(Contract):
     text: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    tool_calls: tuple[ToolCallDelta, ...] = ()
+    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
 
     @property
     def num_entries(self) -> int:

@@ -196,7 +196,9 @@ def estimated_tokens(prompt: Prompt) -> int:
         return len(prompt.encode()) // BYTES_PER_TOKEN + 1
     if isinstance(prompt, tuple):
         return len(prompt)
-    return sum(estimated_tokens(message.content) + MESSAGE_TOKENS for message in prompt.messages)
+    return sum(
+        estimated_tokens(message.content or "") + MESSAGE_TOKENS for message in prompt.messages
+    )
 
 
 def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnswer, list[Prompt]]:

@@ -136,7 +136,7 @@ def chat_text(messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:
     template = tokenizer.chat_template
     if not template:
         raise NoChatTemplate("this model has no chat template; use /v1/completions")
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    turns = [{"role": message.role, "content": message.content or ""} for message in messages]
     if "developer" not in str(template):
         turns = [
             turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns

@@ -36,7 +36,7 @@ class _Job:
         """Length of the prompt, in characters or in tokens."""
         request = self.request
         if request.messages is not None:
-            return sum(len(message.content) for message in request.messages)
+            return sum(len(message.content or "") for message in request.messages)
         return len(request.tokens if request.tokens is not None else request.text or "")
 
 
