@@ -35,6 +35,7 @@ DivergenceName = Literal[
     "skew_forward_kl",
     "skew_reverse_kl",
     "tvd",
+    "hellinger",
     "alpha_beta",
     "logit_mse",
 ]

@@ -110,6 +110,19 @@ def total_variation(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
     return loss_N, g_NV.sub_(row_dot(q.p_NV, g_NV)[:, None]).mul_(q.p_NV)
 
 
+def squared_hellinger(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
+    """Returns the squared Hellinger distance sum (sqrt(q) - sqrt(p))^2 / 2. It is at most 1.
+
+    g = (1 - sqrt(p/q)) / 2, so <q, g> is half the distance. The slope is computed from
+    q g = sqrt(q) (sqrt(q) - sqrt(p)) / 2, which is bounded even where g is not.
+    """
+    root_q_NV = q.p_NV.sqrt()
+    difference_NV = root_q_NV - p.p_NV.sqrt()
+    loss_N = row_dot(difference_NV, difference_NV) / 2
+    slope_NV = difference_NV.mul_(root_q_NV).sub_(q.p_NV * loss_N[:, None]).div_(2)
+    return loss_N, slope_NV
+
+
 def alpha_beta(
     q: Distribution, p: Distribution, *, alpha: float, beta: float
 ) -> tuple[Tensor, Tensor]:
@@ -226,6 +239,8 @@ class TokenObjective:
                 return skew_reverse_kl(q, p, alpha=self.alpha)
             case "tvd":
                 return total_variation(q, p)
+            case "hellinger":
+                return squared_hellinger(q, p)
             case "alpha_beta":
                 return alpha_beta(q, p, alpha=self.alpha, beta=self.beta)
             case "logit_mse":

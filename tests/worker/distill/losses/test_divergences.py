@@ -57,6 +57,8 @@ def plain_divergence(p: Tensor, q: Tensor, objective: TokenObjective) -> Tensor:
             return kl(q, (1 - alpha) * p + alpha * q)
         case "tvd":
             return (p - q).abs().sum(dim=-1) / 2
+        case "hellinger":
+            return ((p.sqrt() - q.sqrt()) ** 2).sum(dim=-1) / 2
         case "alpha_beta":
             s = alpha + beta
             terms = p**alpha * q**beta - alpha / s * p**s - beta / s * q**s
@@ -195,6 +197,7 @@ def test_ranks_do_not_depend_on_which_tokens_hold_them() -> None:
         ("skew_reverse_kl", math.log(1 / 0.1)),
         ("jsd", math.log(2)),
         ("tvd", 1.0),
+        ("hellinger", 1.0),
     ],
 )
 def test_mixture_divergences_are_bounded_far_from_the_teacher(

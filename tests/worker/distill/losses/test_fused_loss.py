@@ -23,6 +23,7 @@ OBJECTIVES = [
     TokenObjective("skew_forward_kl", alpha=0.2),
     TokenObjective("skew_reverse_kl", alpha=0.3, temperature=2.0),
     TokenObjective("tvd", ce_weight=0.2),
+    TokenObjective("hellinger", temperature=2.0, ce_weight=0.2),
     TokenObjective("alpha_beta", alpha=0.2, beta=0.7, temperature=1.5),
     TokenObjective("logit_mse", temperature=2.0, ce_weight=0.4),
 ]

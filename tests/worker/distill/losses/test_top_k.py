@@ -23,6 +23,7 @@ NAMES: tuple[DivergenceName, ...] = (
     "skew_forward_kl",
     "skew_reverse_kl",
     "tvd",
+    "hellinger",
     "alpha_beta",
 )
 OBJECTIVES = [
