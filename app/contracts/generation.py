@@ -70,14 +70,15 @@ RepetitionPenalty = Annotated[float, Field(gt=0.0, le=10.0)]
 class Sampling(Contract):
     """Sampling parameters of one request.
 
-    A field that also is in `app.schemas.completions.GenerationBody`, under the same name, is copied
-    from there unless the client leaves it out.
+    Fields that `app.schemas.completions.GenerationBody` has under the same name are copied from the
+    request, unless the client omits them.
 
     temperature: 0 is greedy decoding.
     top_k, top_p, min_p: 0, 1 and 0 disable the filters.
     fits_context: Reduces max_tokens to the room that the prompt leaves in the context, instead of
         refusing the request.
     logit_bias: Pairs of a token id and the number that is added to its logit.
+    stop_token_ids: More end tokens, beside those of the model. `ignore_eos` does not affect them.
     best_of: Number of choices to generate. Those n with the highest mean log-probability are
         returned.
     echo: The answer begins with the text of the prompt.
@@ -97,6 +98,7 @@ class Sampling(Contract):
     min_tokens: Annotated[int, Field(ge=0)] = 0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     ignore_eos: bool = False
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None

@@ -72,6 +72,7 @@ class GenerationBody(BaseModel):
     logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - 128)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None

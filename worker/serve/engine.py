@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from app.contracts.generation import GenerateRequest, Reply
+from app.contracts.generation import GenerateRequest, Reply, Sampling
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.logit_processors import processor_for, refuse_unknown_tokens
 from worker.serve.decoding.sampling import SampledToken, TokenSampler
@@ -135,7 +135,7 @@ class TransformersEngine:
 
     def _sequence(self, request: GenerateRequest, prompt: tuple[int, ...], choice: int) -> Sequence:
         sampling = request.sampling
-        end_ids = frozenset() if sampling.ignore_eos else self._end_ids
+        end_ids = request_end_ids(sampling, self._end_ids)
         # The tokens that repetition_penalty counts, as in generate(). A decoder with an encoder has
         # read its start token only.
         context = (self._decoder.batch.family.start_token,) if self._has_encoder else prompt
@@ -199,6 +199,12 @@ def end_ids(
 ) -> frozenset[int]:  # Any: transformers is untyped here
     """Returns the tokens that end an answer, from the model's configs and its tokenizer."""
     return ends_named_in([getattr(model, "generation_config", None), model.config], tokenizer)
+
+
+def request_end_ids(sampling: Sampling, model_end_ids: frozenset[int]) -> frozenset[int]:
+    """Returns the tokens that end an answer to one request, given those of the model."""
+    asked = frozenset(sampling.stop_token_ids)
+    return asked if sampling.ignore_eos else asked | model_end_ids
 
 
 def ends_named_in(configs: Listing[Any], tokenizer: Any = None) -> frozenset[int]:

@@ -35,6 +35,14 @@ class InvalidLogitBias(ServeError):
     param = "logit_bias"
 
 
+class InvalidStopTokenIds(ServeError):
+    """`stop_token_ids` names a token that is not in the vocabulary."""
+
+    code = "invalid_value"
+    status = 400
+    param = "stop_token_ids"
+
+
 class InvalidSampling(ServeError):
     """The engine does not support the sampling parameters of the request."""
 

@@ -20,7 +20,7 @@ from worker.serve.decoding.fair_queue import FairQueue
 from worker.serve.decoding.families import SEQ2SEQ, Context
 from worker.serve.decoding.logit_processors import refuse_unknown_tokens
 from worker.serve.decoding.sampling import SampledToken
-from worker.serve.engine import ends_named_in
+from worker.serve.engine import ends_named_in, request_end_ids
 from worker.serve.errors import (
     DeadlinePassed,
     InvalidSampling,
@@ -164,7 +164,7 @@ class VllmEngine:
 
         sampling = request.sampling
         seed = seed_of(request, choice)
-        end_ids = frozenset() if sampling.ignore_eos else self._end_ids
+        end_ids = request_end_ids(sampling, self._end_ids)
         max_tokens = min(sampling.max_tokens, self._context.room_for(len(prompt)))
         return SamplingParams(
             max_tokens=max_tokens,

@@ -142,6 +142,20 @@ def test_chats_are_answered_and_their_file_expires_when_asked_to(
     assert abs(file.expires_at - file.created_at - 3600) <= 1
 
 
+@pytest.mark.parametrize("url", [COMPLETIONS, CHATS])
+def test_a_stop_token_ends_an_answer_of_a_batch(
+    worker: WorkerProcess, client: openai.OpenAI, url: str
+) -> None:
+    request = line(0, url, logit_bias={"40": 100}, stop_token_ids=[40], ignore_eos=True)
+    if url == CHATS:
+        request["body"]["messages"] = [{"role": "user", "content": request["body"].pop("prompt")}]
+    batch = wait_for_end(client, submit(client, [request], url).id)
+    (answer,) = read(client, batch.output_file_id)
+    body = answer["response"]["body"]
+    assert body["choices"][0]["finish_reason"] == "stop"
+    assert body["usage"]["completion_tokens"] == 1
+
+
 def test_a_cancelled_batch_stops_soon_and_keeps_what_it_has(
     slow_batches: None, worker: WorkerProcess, client: openai.OpenAI
 ) -> None:

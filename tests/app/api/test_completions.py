@@ -249,6 +249,44 @@ def test_a_stop_string_ends_the_text_before_it(
     )
 
 
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_a_stop_token_ends_a_completion_and_a_chat(
+    worker: WorkerProcess, client: openai.OpenAI, is_streamed: bool
+) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "max_tokens": 12, "temperature": 0, "n": 2}
+    asked |= {"logit_bias": {"40": 100}, "stream": is_streamed}
+    stopped = {"stop_token_ids": [41, 40], "min_tokens": 5, "ignore_eos": True}
+    messages: Any = [{"role": "user", "content": PROMPT}]
+
+    def endings(extra_body: dict[str, Any]) -> list[str]:
+        text = client.completions.create(**asked, prompt=PROMPT, extra_body=extra_body)
+        chat = client.chat.completions.create(**asked, messages=messages, extra_body=extra_body)
+        chunks = [*text, *chat] if is_streamed else [text, chat]
+        choices = [choice for chunk in chunks for choice in chunk.choices]
+        return [choice.finish_reason for choice in choices if choice.finish_reason]
+
+    assert endings(stopped) == ["stop"] * 4
+    assert endings({"ignore_eos": True}) == ["length"] * 4
+
+
+def test_a_stop_token_has_no_text_and_is_counted(
+    worker: WorkerProcess, client: openai.OpenAI
+) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    asked |= {"logit_bias": {"40": 100}, "logprobs": 0}
+    options = {"stop_token_ids": [40], "min_tokens": 5, "ignore_eos": True}
+    answer = client.completions.create(**asked, extra_body=options)
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 6
+    assert answer.choices[0].logprobs is not None
+    assert len(answer.choices[0].logprobs.tokens or []) == 5
+    stream = client.completions.create(**asked, stream=True, extra_body=options)
+    assert streamed_text(stream) == answer.choices[0].text
+    with pytest.raises(openai.BadRequestError, match="99999") as unknown:
+        client.completions.create(**asked, extra_body={"stop_token_ids": [99_999]})
+    assert unknown.value.param == "stop_token_ids"
+
+
 def test_what_is_wrong_with_a_request_is_an_http_error_even_of_a_stream(
     worker: WorkerProcess, client: openai.OpenAI, register: Callable[..., str]
 ) -> None:
@@ -287,6 +325,10 @@ def test_what_is_wrong_with_a_request_is_an_http_error_even_of_a_stream(
         ({"max_tokens": 0}, "invalid_value", "max_tokens"),
         ({"max_tokens": 256}, "context_length_exceeded", "max_tokens"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_value", "stop"),
+        ({"stop_token_ids": list(range(65))}, "invalid_value", "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "invalid_value", "stop_token_ids[0]"),
+        ({"stop_token_ids": ["5"]}, "invalid_value", "stop_token_ids[0]"),
+        ({"stop_token_ids": 5}, "invalid_value", "stop_token_ids"),
         ({"prompt": []}, "invalid_value", "prompt"),
         ({"prompt": [1, "a"]}, "invalid_value", "prompt"),
         ({"prompt": None}, "invalid_value", "prompt"),
@@ -323,6 +365,7 @@ def test_a_bad_completion_request_names_what_is_wrong(
         ({"prompt": "x"}, "unknown_parameter", "prompt"),
         ({"echo": True}, "unknown_parameter", "echo"),
         ({"min_tokens": 9, "max_completion_tokens": 8}, "invalid_value", "min_tokens"),
+        ({"stop_token_ids": list(range(65))}, "invalid_value", "stop_token_ids"),
         ({"model": "plain"}, "no_chat_template", "messages"),
         ({"model": "bert"}, "model_not_servable", "model"),
     ],

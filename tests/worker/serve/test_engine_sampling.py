@@ -1,4 +1,4 @@
-"""Penalties, min_tokens, echo and best_of of whole requests, against generate() where it knows the same."""
+"""Penalties, stop tokens, min_tokens, echo and best_of of whole requests, against generate() where it knows the same."""
 
 from collections.abc import Callable
 from statistics import fmean
@@ -34,9 +34,15 @@ def generated(
     return tokens
 
 
-def tokens_of(replies: list[Reply], request_id: str = "r") -> list[int]:
-    deltas = [reply for reply in replies if isinstance(reply, Delta) and reply.id == request_id]
-    return [token for delta in deltas for token in delta.tokens]
+def tokens_of(replies: list[Reply], request_id: str = "r", choice: int = 0) -> list[int]:
+    deltas = [reply for reply in replies if isinstance(reply, Delta)]
+    return [token for d in deltas if (d.id, d.choice) == (request_id, choice) for token in d.tokens]
+
+
+def ending_of(replies: list[Reply], request_id: str = "r", choice: int = 0) -> str | None:
+    """Returns the finish_reason of a choice."""
+    deltas = [reply for reply in replies if isinstance(reply, Delta)]
+    return [d.finish_reason for d in deltas if (d.id, d.choice) == (request_id, choice)][-1]
 
 
 @pytest.mark.parametrize("penalty", [0.6, 1.3])
@@ -141,6 +147,50 @@ def test_no_stop_string_is_looked_for_before_min_tokens(
     assert text_of(drain(engine)) == (whole if at < 0 else whole[:at])
 
 
+def test_a_stop_token_ends_a_choice_before_its_text(
+    loaded: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain, text_of: TextOf
+) -> None:
+    engine = make_engine(loaded)
+    asked: dict[str, Any] = {"n": 2, "seed": 4, "temperature": 1.0, "ignore_eos": True}
+    engine.add(make_request("free", max_tokens=30, **asked))
+    whole = tokens_of(drain(engine), "free")
+    stop = whole[12]
+    num_before = whole.index(stop)
+    engine.add(make_request("other", tokens=(7, 8), max_tokens=30, ignore_eos=True))
+    engine.add(make_request("stopped", max_tokens=30, stop_token_ids=(0, stop), **asked))
+    engine.add(make_request("cut", max_tokens=num_before, **asked))
+    replies = drain(engine)
+    assert tokens_of(replies, "stopped") == whole[:num_before]
+    assert text_of(replies, "stopped") == text_of(replies, "cut")
+    assert ending_of(replies, "stopped") == "stop"
+    assert len(tokens_of(replies, "other")) == 30
+
+
+def test_an_end_token_of_the_model_still_ends_an_answer_beside_stop_tokens(
+    llama: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain
+) -> None:
+    engine = make_engine(llama)
+    bias = ((llama.tokenizer.eos_token_id, 100.0),)
+    engine.add(make_request(max_tokens=9, logit_bias=bias, stop_token_ids=(40,)))
+    assert ending_of(drain(engine)) == "stop"
+    engine.add(make_request(max_tokens=9, logit_bias=bias, stop_token_ids=(40,), ignore_eos=True))
+    assert ending_of(drain(engine)) == "length"
+
+
+def test_no_stop_token_comes_before_min_tokens(
+    llama: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain
+) -> None:
+    engine = make_engine(llama)
+    asked: dict[str, Any] = {"logit_bias": ((40, 100.0),), "ignore_eos": True, "max_tokens": 20}
+    engine.add(make_request(stop_token_ids=(40,), min_tokens=7, **asked))
+    replies = drain(engine)
+    assert len(tokens_of(replies)) == 7
+    assert 40 not in tokens_of(replies)
+    assert ending_of(replies) == "stop"
+    assert isinstance(replies[-1], Done)
+    assert replies[-1].completion_tokens == 8  # the stop token counts
+
+
 def test_echo_puts_the_prompts_text_first_in_every_choice(
     llama: LoadedModel, make_engine: MakeEngine, make_request: Make, drain: Drain, text_of: TextOf
 ) -> None:
@@ -195,11 +245,16 @@ def test_what_a_model_cannot_do_is_refused_by_name(
             make_request("known", logit_bias=((width - 1, 100.0),), max_tokens=3, ignore_eos=True)
         )
         engine.add(make_request("unknown", logit_bias=((width, 1.0),)))
+        engine.add(make_request("stop", stop_token_ids=(width - 1, width)))
         engine.add(make_request("echo", echo=True))
         replies = drain(engine)
         assert tokens_of(replies, "known") == [width - 1] * 3
         failures = {r.id: (r.status, r.param) for r in replies if isinstance(r, Failure)}
-        assert failures == {"unknown": (400, "logit_bias"), "echo": (400, "echo")}
+        assert failures == {
+            "unknown": (400, "logit_bias"),
+            "stop": (400, "stop_token_ids"),
+            "echo": (400, "echo"),
+        }
         assert any(str(width) in r.message for r in replies if isinstance(r, Failure))
 
 

@@ -201,6 +201,7 @@ ASKED: dict[str, dict[str, Any]] = {
     "best_of": {"n": 2, "best_of": 4, "logprobs": 1, "max_tokens": 9},
     "echo": {"echo": True, "max_tokens": 9},
     "min_tokens": {"min_tokens": 11, "max_tokens": 30},
+    "stop tokens": {"stop_token_ids": tuple(range(3, 384, 6)), "max_tokens": 40},
     "penalties": {
         "frequency_penalty": 1.5,
         "presence_penalty": 0.5,

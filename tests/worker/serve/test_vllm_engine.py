@@ -122,6 +122,23 @@ def test_an_end_token_stops_unless_it_is_to_be_ignored(
 
 
 @needs_vllm
+def test_a_stop_token_ends_a_choice_as_in_our_engine(
+    engine: VllmEngine, ours: TransformersEngine, make_request: Make, drain: Drain, text_of: TextOf
+) -> None:
+    ours.add(make_request(max_tokens=30, ignore_eos=True))
+    stop = tokens_of(drain(ours))[12]
+    asked = {"stop_token_ids": (stop,), "max_tokens": 30, "ignore_eos": True}
+    for more in ({}, {"min_tokens": 3, "logit_bias": ((stop, 100.0),)}):
+        found = []
+        for each in (engine, ours):
+            each.add(make_request(**asked, **more))
+            replies = drain(each)
+            found.append((tokens_of(replies), text_of(replies), ending(replies)))
+        assert found[0] == found[1]
+        assert found[0][2][0] == "stop"
+
+
+@needs_vllm
 def test_a_stop_string_ends_the_text_before_it_and_frees_the_sequence(
     engine: VllmEngine, make_request: Make, drain: Drain, text_of: TextOf
 ) -> None:
@@ -218,11 +235,13 @@ def test_what_cannot_be_served_is_refused(
 ) -> None:
     engine.add(make_request("long", tokens=(5,) * 250, max_tokens=20))
     engine.add(make_request("unknown", logit_bias=((100_000, 1.0),)))
+    engine.add(make_request("unknown stop", stop_token_ids=(100_000,)))
     engine.add(make_request("late", deadline_at=time.time() - 1))
     failures = {reply.id: reply for reply in drain(engine) if isinstance(reply, Failure)}
     assert {name: failure.code for name, failure in failures.items()} == {
         "long": "context_length_exceeded",
         "unknown": "invalid_value",
+        "unknown stop": "invalid_value",
         "late": "request_timeout",
     }
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from app.contracts.generation import Sampling
-from worker.serve.errors import InvalidLogitBias
+from worker.serve.errors import InvalidLogitBias, InvalidStopTokenIds
 
 # Division by less overflows, and long before that only the best token has any probability.
 MIN_REPETITION_PENALTY = 1e-20
@@ -42,7 +42,7 @@ class LogitsProcessor:
         self._counts: Counter[int] = Counter()
         self._num_tokens = 0
         self._biases = dict(sampling.logit_bias)
-        self._banned = sorted(end_ids) if sampling.min_tokens else []
+        self._banned = end_ids if sampling.min_tokens else frozenset()
         is_repetition_penalised = sampling.repetition_penalty != 1.0
         seen = context if is_repetition_penalised else ()
         touched = list(dict.fromkeys([*self._biases, *self._banned, *seen]))
@@ -100,12 +100,20 @@ def processor_for(
 
 
 def refuse_unknown_tokens(sampling: Sampling, vocab_size: int) -> None:
-    """Raises InvalidLogitBias if `logit_bias` names a token outside the vocabulary."""
-    for token, _ in sampling.logit_bias:
-        if not 0 <= token < vocab_size:
-            raise InvalidLogitBias(
-                f"token {token} of logit_bias is not in the vocabulary; give tokens from 0 to {vocab_size - 1}"
-            )
+    """Checks that all tokens that a request names are in the vocabulary.
+
+    Raises InvalidLogitBias or InvalidStopTokenIds.
+    """
+    biased = [token for token, _ in sampling.logit_bias]
+    for error, tokens in (
+        (InvalidLogitBias, biased),
+        (InvalidStopTokenIds, sampling.stop_token_ids),
+    ):
+        for token in tokens:
+            if not 0 <= token < vocab_size:
+                raise error(
+                    f"token {token} of {error.param} is not in the vocabulary; give tokens from 0 to {vocab_size - 1}"
+                )
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,7 @@ class TextStream:
         return self._release(is_last=is_last, stop=self._stop)
 
     def end(self) -> TextChunk:
-        """Returns the text that was held back, after an end token, which has no text itself."""
+        """Returns the text that was held back. An end token follows it, whose text is left out."""
         self._decode(is_last=True)
         return self._release(is_last=True, stop=self._stop)
 

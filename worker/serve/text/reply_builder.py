@@ -45,7 +45,7 @@ class Answer:
         """Adds the next token of a choice and returns the replies that are due.
 
         `reason` is set if the token is the last one of its choice. With "stop", the token is an end
-        token, which has no text.
+        token, whose text is left out.
         """
         self.num_completion_tokens += 1
         if self.best_of is not None and pick.logprob is not None:
