@@ -21,6 +21,7 @@ from app.db.models import insert_model
 from app.db.schema.json_values import clean, clean_text
 from app.db.schema.table import Json
 from app.db.schema.tables import Attempt, Checkpoint, Job, Metric, lease_tokens
+from app.settings import get_settings
 
 MAX_DOUBLINGS: Final = 10
 # Error codes of failures that recur after a resume, because their cause is part of the job.
@@ -31,12 +32,18 @@ FAILS_AGAIN: Final = frozenset({"invalid_spec", "input_missing", "model_id_taken
 class RetryPolicy:
     """Retry policy for lost attempts.
 
-    most: Number of losses at which the job fails.
-    backoff_seconds: Wait after the first loss. It doubles with each further loss.
+    max_losses: Number of losses at which the job fails.
+    backoff_seconds: Delay after the first loss. It doubles with each further loss.
     """
 
-    most: int
+    max_losses: int
     backoff_seconds: float
+
+
+def retry_policy() -> RetryPolicy:
+    """Returns the retry policy of the settings."""
+    settings = get_settings()
+    return RetryPolicy(settings.max_losses, settings.retry_backoff_seconds)
 
 
 def claim(session: Session, owner: str, lease_seconds: float) -> Job | None:
@@ -251,11 +258,11 @@ def lose(
         )
     if job.pause_requested_at is not None:
         return pause(session, job_id, token, prefix=f"{reason} ", num_losses=num_losses)
-    if num_losses >= retry_policy.most:
-        message = f"{reason} This was lost attempt {num_losses} of at most {retry_policy.most}."
+    if num_losses >= retry_policy.max_losses:
+        message = f"{reason} This was lost attempt {num_losses} of at most {retry_policy.max_losses}."
         failure = JobFailure(code=error_code, message=message)
         return fail(session, job_id, token, failure, outcome=outcome, num_losses=num_losses)
-    wait = retry_policy.backoff_seconds * 2 ** min(num_losses - 1, MAX_DOUBLINGS)
+    delay_seconds = retry_policy.backoff_seconds * 2 ** min(num_losses - 1, MAX_DOUBLINGS)
     return move(
         session,
         job_id,
@@ -263,9 +270,9 @@ def lose(
         token=token,
         level="warn",
         outcome=outcome,
-        message=f"{reason} The job is tried again in {wait:.0f} s (lost attempt {num_losses} of {retry_policy.most}).",
+        message=f"{reason} The job is tried again in {delay_seconds:.0f} s (lost attempt {num_losses} of {retry_policy.max_losses}).",
         num_losses=num_losses,
-        run_after=func.now() + timedelta(seconds=wait),
+        run_after=func.now() + timedelta(seconds=delay_seconds),
     )
 
 

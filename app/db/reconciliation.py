@@ -132,7 +132,10 @@ def finish_cancels(session: Session, grace_seconds: float) -> int:
 
 
 def wake(session: Session) -> int:
-    """Queues the jobs whose wait after a lost attempt is over, and returns their number."""
+    """Queues the jobs whose delay after a lost attempt is over, and returns their number.
+
+    The reconciler calls this every few seconds, so a delay may last that much longer.
+    """
     rested = select(Job).where(Job.status == JobStatus.retry_wait, Job.run_after <= func.now())
     message = "The job is queued again."
     moved = [

@@ -13,7 +13,7 @@ import structlog
 
 from app.crash_points import crash_point
 from app.db import reconciliation
-from app.db.leases import RetryPolicy
+from app.db.leases import retry_policy
 from app.db.session import DatabaseUnavailable, PoolExhausted, Session, transaction
 from app.services.garbage_collector import collect
 from app.settings import get_settings
@@ -86,8 +86,7 @@ class Reconciler:
             self._note_connection(begun, settings.lease_seconds)
             return Report()
         may_expire_leases = self._may_expire_leases(session, begun, settings.lease_seconds)
-        retry_policy = RetryPolicy(settings.max_losses, settings.retry_backoff_seconds)
-        num_lost = reconciliation.expire_leases(session, retry_policy) if may_expire_leases else 0
+        num_lost = reconciliation.expire_leases(session, retry_policy()) if may_expire_leases else 0
         num_cancelled = reconciliation.finish_cancels(
             session, CANCEL_HEARTBEATS * settings.heartbeat_seconds
         )

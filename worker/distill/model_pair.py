@@ -307,6 +307,7 @@ class ModelPair:
     def _are_top_tokens_enough(self) -> bool:
         objective = self.spec.distillation.objective
         divergences = {objective.divergence, objective.then.divergence if objective.then else None}
+        # a divergence of probabilities can be taken between buckets; logit_mse compares raw logits
         return self.signal.name == "logits" and "logit_mse" not in divergences
 
     def _is_expectation_enough(self, recipe: StudentRecipe, head: Head) -> bool:

@@ -307,15 +307,14 @@ def release(lease: Lease, reason: str) -> None:
 
 @retry_on_disconnect
 def lost(lease: Lease, reason: str, error_code: str = "worker_lost") -> None:
-    """Records a lost attempt: the job is retried later.
+    """Records a lost attempt. The job is retried after the retry policy's delay.
 
     After too many losses it fails with `error_code` instead.
     """
-    settings = get_settings()
-    retry_policy = leases.RetryPolicy(settings.max_losses, settings.retry_backoff_seconds)
     with transaction() as session:
+        policy = leases.retry_policy()
         job = leases.lose(
-            session, lease.job_id, lease.token, retry_policy, reason=reason, error_code=error_code
+            session, lease.job_id, lease.token, policy, reason=reason, error_code=error_code
         )
         if job is None:
             _demand_outcome(session, lease, "lost", "out_of_memory", "paused", "cancelled")

@@ -1,4 +1,4 @@
-"""The reconciler against a real Postgres and a real store, with leases of a second and a clock of its own."""
+"""The reconciler against a real Postgres and a real store, with a clock of its own."""
 
 import threading
 import time

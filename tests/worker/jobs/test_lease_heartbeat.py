@@ -72,7 +72,7 @@ def test_orders_come_back_with_the_beat(lease: Lease) -> None:
 def test_a_refused_beat_is_the_end(lease: Lease) -> None:
     with beating(lease) as lease_heartbeat:
         with transaction() as session:
-            retry_policy = leases.RetryPolicy(most=3, backoff_seconds=0)
+            retry_policy = leases.RetryPolicy(max_losses=3, backoff_seconds=0)
             leases.lose(
                 session,
                 lease.job_id,

@@ -553,7 +553,7 @@ def test_a_supervisor_that_has_lost_its_lease_kills_the_run_and_writes_nothing(
             row = jobs.load_job(session, job_id)
             assert row is not None
             assert row.lease_token is not None
-            retry_policy = leases.RetryPolicy(most=3, backoff_seconds=0)
+            retry_policy = leases.RetryPolicy(max_losses=3, backoff_seconds=0)
             leases.lose(
                 session,
                 job_id,

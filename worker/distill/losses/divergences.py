@@ -4,8 +4,8 @@ N rows (one per target), V vocabulary, U the teacher's vocabulary if it differs.
 T is the temperature, q = softmax(z_student / T).
 
 Every divergence D(p, q) has the gradient dD/dz = (1/T) q*(g - <q, g>) with g = dD/dq, so autograd
-is not needed. Each function returns D per row, in nats, and its slope q*(g - <q, g>). Both are
-finite in float32 for finite logits, because ratios are differences of logarithms. The exception is
+is not needed. Each function returns D per row and its slope q*(g - <q, g>). KL and Jensen-Shannon
+divergences are in nats. Value and slope are finite in float32 for finite logits, because ratios are differences of logarithms. The exception is
 logit_mse, which compares the logits themselves and has no temperature.
 
 Tests compare all gradients with autograd and finite differences.
@@ -49,7 +49,10 @@ class Distribution:
 
 
 def forward_kl(q: Distribution, p: Distribution) -> tuple[Tensor, Tensor]:
-    """Returns KL(p || q), which makes the student cover all modes of the teacher. Slope q - p."""
+    """Returns KL(p || q), which makes the student cover all modes of the teacher.
+
+    g = -p/q, so the slope is q - p.
+    """
     return row_dot(p.p_NV, p.log_p_NV - q.log_p_NV), q.p_NV - p.p_NV
 
 

@@ -200,7 +200,7 @@ def test_ranks_do_not_depend_on_which_tokens_hold_them() -> None:
         ("hellinger", 1.0),
     ],
 )
-def test_mixture_divergences_are_bounded_far_from_the_teacher(
+def test_bounded_divergences_approach_their_bound_far_from_the_teacher(
     name: DivergenceName, bound: float
 ) -> None:
     student, teacher, targets = random_logits(torch.float64)
