@@ -35,6 +35,7 @@ LLAMA_LIKE = {
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
     "smollm3": "SmolLM3",
+    "starcoder2": "Starcoder2",
 }
 # Settings that no other family has, with values other than their defaults.
 PARTICULAR: dict[str, dict[str, Any]] = {
@@ -54,6 +55,9 @@ PARTICULAR: dict[str, dict[str, Any]] = {
             "partial_rotary_factor": 0.75,
         }
     },
+    # StarCoder2-3B and 7B have a sliding window. The longest texts of test_schedules.py exceed this
+    # one, and the rows that test_layer_fitting.py packs do not.
+    "starcoder2": {"sliding_window": 40},
 }
 MASKED = ("bert", "roberta")
 # Standard deviations of layers, attention, embeddings and positions with which greedy text does not repeat.
@@ -61,6 +65,7 @@ SCALES = {
     "bloom": (0.8, 0.1, 0.35, 0.35),
     "opt": (0.4, 0.05, 0.35, 1.0),
     "gpt_neox": (0.2, 0.1, 1.0, 1.0),
+    "starcoder2": (0.4, 0.2, 0.35, 0.35),
     "bart": (0.8, 0.05, 0.35, 1.0),
     "encoder-decoder": (0.2, 0.1, 0.35, 1.0),
     "t5": (0.2, 0.1, 0.35, 0.35),

@@ -72,6 +72,7 @@ _ROWS: Final = (
     _llama_like("qwen3", "Qwen3", gguf="qwen3", has_llama_attention=False),
     Architecture("roberta", "masked"),
     _llama_like("smollm3", "SmolLM3", gguf="smollm3", has_llama_attention=False),
+    Architecture("starcoder2", "causal"),
     Architecture("t5", "seq2seq", layers="t5"),
 )
 ARCHITECTURES: Final = {row.model_type: row for row in _ROWS}

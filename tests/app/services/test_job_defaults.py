@@ -195,7 +195,8 @@ def test_only_some_models_are_made_narrower() -> None:
     width = {"student": {"init": "width", "hidden_size": 32}}
     for start in (*CAUSAL, *SEQ2SEQ):
         if (
-            start in ("bloom", "granite", "olmo2", "opt", "phi3", "gpt_neox", *SEQ2SEQ)
+            start
+            in ("bloom", "granite", "olmo2", "opt", "phi3", "gpt_neox", "starcoder2", *SEQ2SEQ)
             and start != "t5"
         ):
             param, _, message = refused(width, start)

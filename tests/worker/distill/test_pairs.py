@@ -101,7 +101,7 @@ def test_a_causal_model_teaches_every_kind(
     assert outcome.result["teacher_signal"] == "logits"
 
 
-@pytest.mark.parametrize("family", ["t5", "bloom", "llama", "encoder-decoder"])
+@pytest.mark.parametrize("family", ["t5", "bloom", "llama", "starcoder2", "encoder-decoder"])
 def test_a_model_teaches_its_own_layers(
     make_pair: MakeSpec, tmp_path: Path, series: Series, family: str
 ) -> None:

@@ -26,6 +26,7 @@ from transformers import (
     Qwen3Config,
     RobertaConfig,
     SmolLM3Config,
+    Starcoder2Config,
     T5Config,
 )
 
@@ -99,6 +100,7 @@ CAUSAL: dict[str, Callable[[], Any]] = {
         **LLAMA_LIKE, head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=2
     ),
     "smollm3": lambda: SmolLM3Config(**LLAMA_LIKE, no_rope_layer_interval=2),
+    "starcoder2": lambda: Starcoder2Config(**LLAMA_LIKE, sliding_window=4),
 }
 SEQ2SEQ: dict[str, Callable[[], Any]] = {
     "bart": lambda: BartConfig(**BART),

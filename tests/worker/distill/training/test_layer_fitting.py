@@ -33,7 +33,7 @@ from worker.distill.training.layer_fitting import (
 )
 
 SYSTEM = tuple(range(20, 32))
-FAMILIES = ("llama", "qwen3", "gpt2", "bloom", "opt", "gpt_neox", "t5")
+FAMILIES = ("llama", "qwen3", "gpt2", "bloom", "opt", "gpt_neox", "starcoder2", "t5")
 POST_NORM = ("bart", "encoder-decoder")  # their layers norm the stream itself
 HALF = Student(num_layers=2)
 

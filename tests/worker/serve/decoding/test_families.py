@@ -51,6 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE | {"head_dim": 8},
     "smollm3": LLAMA_LIKE | {"no_rope_layers": [1, 1, 1, 0]},
+    "starcoder2": LLAMA_LIKE | {"sliding_window": 8},
 }
 
 

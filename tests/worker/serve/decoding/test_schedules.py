@@ -28,8 +28,8 @@ from worker.serve.decoding.sampling import seeded_generator
 from worker.serve.engine import TransformersEngine, end_ids
 from worker.serve.loading import LoadedModel, load_model
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen3", "smollm3", "bloom", "opt", "gpt_neox", "t5", "bart",
-            "encoder-decoder", "llama with LoRA")  # fmt: skip
+FAMILIES = ("gpt2", "llama", "mistral", "qwen3", "smollm3", "bloom", "opt", "gpt_neox",
+            "starcoder2", "t5", "bart", "encoder-decoder", "llama with LoRA")  # fmt: skip
 ENCODER_DECODERS = ("t5", "bart", "encoder-decoder")
 NUM_PROMPTS, LONGEST_PROMPT, LONGEST_ANSWER = 16, 40, 24
 REQUESTS_A_SCHEDULE = 8

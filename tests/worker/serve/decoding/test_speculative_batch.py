@@ -29,6 +29,7 @@ CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
     "opt": LLAMA_LIKE
     | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": WIDTH},
     "gpt_neox": LLAMA_LIKE,
+    "starcoder2": LLAMA_LIKE | {"sliding_window": 8, "num_key_value_heads": 2},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
 }
 
