@@ -1,9 +1,9 @@
-"""Every kind of teacher with every kind of student, each as a job through the API of a service of its own.
+"""Trains every kind of student from every kind of teacher, each as a job through the API of a service.
 
     .venv/bin/python -m bench.pairs [--only PAIR ...]
 
-Makes small teachers, imports them, uploads rows, runs a job a pair with the stock `openai` client, asks each student a
-question, and writes the table below the heading "Figures" of docs/pairs.md (with --only it just prints it).
+Makes small teachers, imports them and uploads rows. It then runs one job per pair with the `openai` client and asks each
+student a question. The table is written below the heading "Figures" of docs/pairs.md; with --only it is printed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ FRESH = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "max_positions": 25
 
 @dataclass(frozen=True)
 class Pair:
-    """A job: whose teaching, who starts from what, and the blocks of the request that matter."""
+    """One job: its teacher, the start of its student, and the blocks of the request that differ."""
 
     teacher: str
     student: Entry
@@ -53,7 +53,7 @@ class Pair:
 
     @property
     def kind(self) -> str:
-        """The student in words."""
+        """Description of the student."""
         init = self.student["init"]
         if init == "fresh":
             return f"{self.student['config']['family']}, fresh"

@@ -26,7 +26,7 @@ TOKENIZERS = {
     "roberta": "roberta",
     "bart": "roberta",
 }
-LLAMA_LIKE = {
+LLAMA_ARGUMENTS = {
     "granite": "Granite",
     "llama": "Llama",
     "mistral": "Mistral",
@@ -165,10 +165,10 @@ def tiny_config(
     sizes |= {"num_attention_heads": HEADS, "max_position_embeddings": CONTEXT, **ids}
     no_dropout = {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
     bert = {**sizes, **no_dropout, "intermediate_size": 2 * WIDTH}
-    if family in LLAMA_LIKE:
+    if family in LLAMA_ARGUMENTS:
         heads = {"num_key_value_heads": 2, "head_dim": WIDTH // HEADS, "tie_word_embeddings": True}
         own = PARTICULAR.get(family, {})
-        return getattr(hf, f"{LLAMA_LIKE[family]}Config")(
+        return getattr(hf, f"{LLAMA_ARGUMENTS[family]}Config")(
             **{**sizes, **heads, **own}, intermediate_size=2 * WIDTH
         )
     if family == "bloom":

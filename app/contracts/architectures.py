@@ -2,7 +2,9 @@
 
 An architecture is named as in `model_type` of a model's config.json. Many tests run over all rows.
 They need a tiny model of the new architecture: in `tests/tiny.py`, and in the tables at the top of
-`test_families.py`, `test_layer_dropping.py` and, if its width can be cut, `test_width_pruning.py`.
+`test_families.py`, `test_speculative_batch.py`, `test_layer_dropping.py` and, if its width can be
+cut, `test_width_pruning.py`. `test_schedules.py` compares it with `generate()`. docs/jobs.md and
+docs/pairs.md list the architectures for users.
 A model that is called in a way of its own gets an adapter in `worker/serve/decoding/families.py`.
 GGUF files are read and written by `worker/models/`.
 """
@@ -20,10 +22,13 @@ class Architecture:
     """Capabilities of the service for models of one type.
 
     kind: Causal models and encoder-decoders write text. Masked models can only be teachers.
-    layers: The layout of the layers, if the width of such a model can be cut.
-    classes: Prefix of its class names in transformers, if it has `fused` parts.
-    fused: Parts of a layer that compute what those of Llama do. Fused operations replace them in
-        training.
+    layers: Layout of the tensors for width pruning. None if the width cannot be pruned.
+    classes: Prefix of the class names in transformers, such as `Granite` for `GraniteMLP`. Needed
+        only with `fused`.
+    fused: Parts of a layer that compute what those of Llama do, and that fused operations replace
+        in training. norms: `<classes>RMSNorm` is a plain RMS norm. mlp: `<classes>MLP` is
+        `down(act(gate(x)) * up(x))`. attention: rotary embeddings over the full head width, no
+        norms of queries and keys, no dropout after the output projection.
     has_llama_decoder: `LlamaDecoder` implements everything that the model computes.
     gguf: Name of the architecture in GGUF files, if a model can be exported to GGUF.
     is_distilled: It can be imported, and be a teacher and a student. Other models are known to the

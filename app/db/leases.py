@@ -259,7 +259,9 @@ def lose(
     if job.pause_requested_at is not None:
         return pause(session, job_id, token, prefix=f"{reason} ", num_losses=num_losses)
     if num_losses >= retry_policy.max_losses:
-        message = f"{reason} This was lost attempt {num_losses} of at most {retry_policy.max_losses}."
+        message = (
+            f"{reason} This was lost attempt {num_losses} of at most {retry_policy.max_losses}."
+        )
         failure = JobFailure(code=error_code, message=message)
         return fail(session, job_id, token, failure, outcome=outcome, num_losses=num_losses)
     delay_seconds = retry_policy.backoff_seconds * 2 ** min(num_losses - 1, MAX_DOUBLINGS)

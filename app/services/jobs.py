@@ -99,6 +99,13 @@ def create_import(principal: Principal, asked: ImportModel, attempted: RetryInfo
     """Queues the import of a model from the hub, or returns the stored response of a retry.
 
     The import uses the hub token only if the API key has the scope for it.
+
+    Raises:
+        BadRequest: The source or the idempotency key is malformed.
+        Conflict: The name is taken.
+        QuotaExceeded: The project has too many jobs that have not ended.
+        Unprocessable: The idempotency key was used with another body.
+        InProgress: The first request with this key is still being processed.
     """
     if ".." in asked.source:
         raise BadRequest("source must have the form hf:org/name@revision", param="source")

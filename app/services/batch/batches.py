@@ -32,7 +32,13 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
     """Creates a batch, or returns the stored response if the request is a retry.
 
     If lines of the input file are invalid, the batch is created as failed and lists their faults.
-    Raises a StillhouseError if the request is invalid or exceeds a quota.
+    Raises:
+        BadRequest: The request or the idempotency key is malformed.
+        NotFound: The project has no such file.
+        TooManyRequests: Too many input files are being checked; retry.
+        QuotaExceeded: The project has too many batches that have not ended.
+        Unprocessable: The idempotency key was used with another body.
+        InProgress: The first request with this key is still being processed.
     """
     sha256 = fingerprint(asked.model_dump(mode="json"))
     replay = find_replay(principal, ROUTE, attempted, sha256)

@@ -238,7 +238,9 @@ def test_a_kill_between_upload_and_commit_leaves_only_garbage(
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("UPDATE jobs SET lease_expires_at = now() - interval '1 second'")
     with transaction() as session:
-        assert reconciliation.expire_leases(session, RetryPolicy(max_losses=3, backoff_seconds=0)) == 1
+        assert (
+            reconciliation.expire_leases(session, RetryPolicy(max_losses=3, backoff_seconds=0)) == 1
+        )
     wake()
     finish(claim("successor"))
     for name in orphans:  # a day later

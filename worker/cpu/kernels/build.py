@@ -42,6 +42,7 @@ FLAGS = [
     "-fno-signed-zeros",
 ]
 FLAGS += ["-fopenmp", "-shared", "-fPIC"]
+MAX_KEPT = 8  # libraries in one folder, of other versions and other processors too
 BUILD_SECONDS = 600  # the compiler needs 20 s on an idle core, and more on a busy machine
 
 
@@ -98,6 +99,7 @@ def build_library() -> Path:
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 path = folder / library_name(command)
                 os.replace(_compile(command, Path(scratch) / path.name), path)
+                remove_old_libraries(folder)
                 return path
         except OSError:  # e.g. the folder belongs to another user
             continue
@@ -112,6 +114,13 @@ def find_library() -> Path | None:
     """
     name = library_name(compile_command())
     return next((folder / name for folder in cache_folders() if (folder / name).is_file()), None)
+
+
+def remove_old_libraries(folder: Path) -> None:
+    """Removes all but the `MAX_KEPT` newest libraries. A process that has loaded one keeps it."""
+    libraries = sorted(folder.glob("kernels-*.so"), key=lambda path: path.stat().st_mtime)
+    for path in libraries[:-MAX_KEPT]:
+        path.unlink(missing_ok=True)
 
 
 def cache_folders() -> list[Path]:

@@ -286,7 +286,7 @@ def _follow_layer(
         stream_PH = _flat(args[0] if args else more["hidden_states"])
 
     def write(which: int, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        """Adds a writer's output to the stream."""
+        """Adds a writer's output to the stream. Raises NoPlainStream if their shapes differ."""
         nonlocal stream_PH
         out_PH = _flat(out)
         if out_PH.shape != stream_PH.shape:

@@ -1,5 +1,6 @@
 """How the C kernels are built and kept, and what they do without memory or with a bad token."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -123,6 +124,17 @@ def test_another_source_or_option_makes_another_library(
     first = build.library_name(build.compile_command())
     monkeypatch.setattr(build, "FLAGS", [*PLAIN, "-g"])
     assert build.library_name(build.compile_command()) != first
+
+
+def test_a_new_library_removes_the_oldest_ones(folders: list[Path]) -> None:
+    folders[1].mkdir()
+    for number in range(build.MAX_KEPT):
+        older = folders[1] / f"kernels-{number}.so"
+        older.touch()
+        os.utime(older, (number, number))
+    path = build.build_library()
+    kept = {f"kernels-{number}.so" for number in range(1, build.MAX_KEPT)}
+    assert {file.name for file in folders[1].iterdir()} == {*kept, path.name}
 
 
 def test_a_compiler_that_fails_is_reported_and_pytorch_goes_on(

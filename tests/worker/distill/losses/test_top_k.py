@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from itertools import pairwise
-
 from typing import get_args
 
 import pytest

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from worker.cpu.linear_ops import pack_weights
-from worker.cpu.llama_decoder import LLAMA_LIKE as LEAN
+from worker.cpu.llama_decoder import LLAMA_LIKE as HAS_LLAMA_DECODER
 from worker.cpu.llama_decoder import fuse_projections, is_llama_like
 from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.decoding.families import CAUSAL, SEQ2SEQ, family_of
@@ -22,7 +22,7 @@ from worker.serve.errors import UnsupportedModel
 
 pytestmark = pytest.mark.usefixtures("small_first_buffers")
 
-LLAMA_LIKE = {
+LLAMA_ARGUMENTS = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
@@ -33,25 +33,25 @@ LLAMA_LIKE = {
 VOCABULARY = {"vocab_size": 200, "pad_token_id": 0, "eos_token_id": 2}
 CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
     "bloom": {"hidden_size": 32, "n_layer": 3, "n_head": 4},
-    "gemma3_text": LLAMA_LIKE
+    "gemma3_text": LLAMA_ARGUMENTS
     | {
         "head_dim": 8,
         "sliding_window": 8,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
     "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
-    "gpt_neox": LLAMA_LIKE,
-    "granite": LLAMA_LIKE
+    "gpt_neox": LLAMA_ARGUMENTS,
+    "granite": LLAMA_ARGUMENTS
     | {"embedding_multiplier": 2.0, "residual_multiplier": 0.5, "logits_scaling": 1.5},
-    "llama": LLAMA_LIKE,
-    "mistral": LLAMA_LIKE | {"sliding_window": 8},
-    "olmo2": LLAMA_LIKE,
-    "opt": LLAMA_LIKE | {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "phi3": LLAMA_LIKE,
-    "qwen2": LLAMA_LIKE,
-    "qwen3": LLAMA_LIKE | {"head_dim": 8},
-    "smollm3": LLAMA_LIKE | {"no_rope_layers": [1, 1, 1, 0]},
-    "starcoder2": LLAMA_LIKE | {"sliding_window": 8},
+    "llama": LLAMA_ARGUMENTS,
+    "mistral": LLAMA_ARGUMENTS | {"sliding_window": 8},
+    "olmo2": LLAMA_ARGUMENTS,
+    "opt": LLAMA_ARGUMENTS | {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi3": LLAMA_ARGUMENTS,
+    "qwen2": LLAMA_ARGUMENTS,
+    "qwen3": LLAMA_ARGUMENTS | {"head_dim": 8},
+    "smollm3": LLAMA_ARGUMENTS | {"no_rope_layers": [1, 1, 1, 0]},
+    "starcoder2": LLAMA_ARGUMENTS | {"sliding_window": 8},
 }
 
 
@@ -152,7 +152,7 @@ def test_logits_equal_a_plain_forward_pass(
     assert largest_difference(batch, seed=3) < 1e-5
 
 
-@pytest.mark.parametrize("model_type", sorted(LEAN))
+@pytest.mark.parametrize("model_type", sorted(HAS_LLAMA_DECODER))
 def test_a_model_as_a_worker_keeps_it_gives_its_own_logits(model_type: str) -> None:
     model = tiny(
         model_type, **({"sliding_window": None} if model_type == "mistral" else {})

@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from app.contracts.architectures import distilled
 from app.contracts.distillation import Lora
 from app.contracts.generation import Delta, GenerateRequest, Reply, Sampling
 from app.contracts.messages import ArtifactRef
@@ -28,9 +29,8 @@ from worker.serve.decoding.sampling import seeded_generator
 from worker.serve.engine import TransformersEngine, end_ids
 from worker.serve.loading import LoadedModel, load_model
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen3", "smollm3", "bloom", "opt", "gpt_neox",
-            "starcoder2", "t5", "bart", "encoder-decoder", "llama with LoRA")  # fmt: skip
-ENCODER_DECODERS = ("t5", "bart", "encoder-decoder")
+ENCODER_DECODERS = distilled("seq2seq")
+FAMILIES = (*distilled("causal"), *ENCODER_DECODERS, "llama with LoRA")
 NUM_PROMPTS, LONGEST_PROMPT, LONGEST_ANSWER = 16, 40, 24
 REQUESTS_A_SCHEDULE = 8
 TEMPERATURE = 0.8

@@ -16,20 +16,20 @@ pytestmark = pytest.mark.usefixtures("small_first_buffers")
 NextLogits = Callable[..., Tensor]
 CLOSE, FAR = 1e-5, 1e-2  # relative to a row's largest logit
 WIDTH, NUM_AHEAD = 40, 4
-LLAMA_LIKE = {
+LLAMA_ARGUMENTS = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
 }
 CONFIGS: dict[str, dict[str, Any]] = {  # Any: settings of config classes
-    "llama": LLAMA_LIKE,
-    "mistral": LLAMA_LIKE | {"sliding_window": 8, "num_key_value_heads": 2},
+    "llama": LLAMA_ARGUMENTS,
+    "mistral": LLAMA_ARGUMENTS | {"sliding_window": 8, "num_key_value_heads": 2},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": WIDTH},
-    "opt": LLAMA_LIKE
+    "opt": LLAMA_ARGUMENTS
     | {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": WIDTH},
-    "gpt_neox": LLAMA_LIKE,
-    "starcoder2": LLAMA_LIKE | {"sliding_window": 8, "num_key_value_heads": 2},
+    "gpt_neox": LLAMA_ARGUMENTS,
+    "starcoder2": LLAMA_ARGUMENTS | {"sliding_window": 8, "num_key_value_heads": 2},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
 }
 
