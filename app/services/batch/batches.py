@@ -10,7 +10,7 @@ from app.db.schema.ids import new_id
 from app.db.schema.tables import Batch, BatchStatus, File
 from app.db.session import Session, transaction
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, TooManyRequests
-from app.schemas.batches import BatchObject, CreateBatch
+from app.schemas.batches import BatchError, BatchObject, CreateBatch
 from app.services.batch.batch_input import find_faults
 from app.services.jobs import (
     DUPLICATE_SECONDS,
@@ -44,26 +44,11 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
     replay = find_replay(principal, ROUTE, attempted, sha256)
     if replay is not None:
         return replay
-    settings, expiry = get_settings(), asked.output_expires_after
+    expiry = asked.output_expires_after
     with transaction() as session:
         demand_room(session, principal.project_id)
         file = input_file(session, principal.project_id, asked.input_file_id)
-    if not CHECKERS.acquire(blocking=False):
-        raise TooManyRequests(
-            "the input files of other batches are being checked; try again in a moment"
-        )
-    try:
-        num_requests, faults = find_faults(
-            file.store_key,
-            project_id=principal.project_id,
-            endpoint=asked.endpoint,
-            settings=settings,
-        )
-    except FileNotFoundError:
-        message = f"the content of the file {file.id!r} is no longer in the store; upload it again"
-        raise BadRequest(message, "invalid_file", "input_file_id") from None
-    finally:
-        CHECKERS.release()
+    num_requests, faults = _check_input(file, principal.project_id, asked.endpoint)
     with transaction() as session:
         stored = claim(session, principal, ROUTE, attempted, sha256)
         if stored is not None:
@@ -94,6 +79,26 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
         body = BatchObject.of(batch).model_dump(mode="json")
         remember(session, principal, ROUTE, attempted, body)
     return Accepted(body, is_replay=False)
+
+
+def _check_input(file: File, project_id: str, endpoint: str) -> tuple[int, list[BatchError]]:
+    """Returns the number of requests in an input file, and the faults of its lines."""
+    if not CHECKERS.acquire(blocking=False):
+        raise TooManyRequests(
+            "the input files of other batches are being checked; try again in a moment"
+        )
+    try:
+        return find_faults(
+            file.store_key,
+            project_id=project_id,
+            endpoint=endpoint,
+            settings=get_settings(),
+        )
+    except FileNotFoundError:
+        message = f"the content of the file {file.id!r} is no longer in the store; upload it again"
+        raise BadRequest(message, "invalid_file", "input_file_id") from None
+    finally:
+        CHECKERS.release()
 
 
 def demand_room(session: Session, project_id: str) -> None:
