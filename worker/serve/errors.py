@@ -58,6 +58,14 @@ class NoChatTemplate(ServeError):
     param = "messages"
 
 
+class ToolsUnsupported(ServeError):
+    """The request has tools, but the chat template of the model does not show them."""
+
+    code = "tools_unsupported"
+    status = 400
+    param = "tools"
+
+
 class PromptTooLong(ServeError):
     """The prompt, with the answer that it asks for, does not fit the context."""
 
