@@ -66,6 +66,12 @@ class ToolsUnsupported(ServeError):
     param = "tools"
 
 
+class ToolChoiceUnsupported(ToolsUnsupported):
+    """A tool call is required, but the tool format of the model cannot be enforced."""
+
+    param = "tool_choice"
+
+
 class PromptTooLong(ServeError):
     """The prompt, with the answer that it asks for, does not fit the context."""
 

@@ -24,6 +24,7 @@ class TokenText:
     """Converts tokens to text and to bytes with one tokenizer.
 
     `tool_format` is the format in which the model of the tokenizer writes tool calls.
+    `special_tokens` has the ids of the special tokens by their texts.
     """
 
     def __init__(self, tokenizer: Any) -> None:  # Any: transformers is untyped here
@@ -33,19 +34,16 @@ class TokenText:
         self._bytes_of_letter = BYTE_OF_LETTER if '"ByteLevel"' in json.dumps(decoder) else {}
         added_tokens = tokenizer.added_tokens_decoder
         self._added = {token: str(added) for token, added in added_tokens.items()}
-        self._special = {token for token, added in added_tokens.items() if added.special}
+        self.special_tokens = {str(a): token for token, a in added_tokens.items() if a.special}
         self._hidden: frozenset[int] | None = None  # None: all special tokens
         self.tool_format = tool_format_of(tokenizer)
-
-    @property
-    def special_tokens(self) -> dict[str, int]:
-        """Ids of the special tokens by their texts."""
-        return {self._added[token]: token for token in self._special}
 
     def showing(self, texts: Collection[str]) -> "TokenText":
         """Returns a copy that decodes the special tokens with these texts as other tokens."""
         shown = copy.copy(self)
-        shown._hidden = frozenset(t for t in self._special if self._added[t] not in texts)
+        shown._hidden = frozenset(
+            token for name, token in self.special_tokens.items() if name not in texts
+        )
         return shown
 
     def decode(self, tokens: Sequence[int]) -> str:

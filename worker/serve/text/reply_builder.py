@@ -9,7 +9,8 @@ from app.contracts.generation import Delta, Done, GenerateRequest, Reply
 from worker.serve.decoding.sampling import SampledToken
 from worker.serve.text.best_of import BestOf
 from worker.serve.text.detokenizer import TextChunk, TextStream, TokenText
-from worker.serve.text.tools.parser import Parsed, ToolParser
+from worker.serve.text.tools.parsed import Parsed
+from worker.serve.text.tools.parser import ToolParser
 
 FinishReason = Literal["stop", "length"]
 
@@ -144,7 +145,13 @@ def _tool_parsers(request: GenerateRequest, text: TokenText) -> Callable[[], Too
     if tool_use is None or tool_use.choice == "none" or text.tool_format is None:
         return None
     names = frozenset(tool.name for tool in tool_use.tools)
-    return partial(ToolParser, text.tool_format, names, is_parallel=tool_use.is_parallel)
+    return partial(
+        ToolParser,
+        text.tool_format,
+        names,
+        is_parallel=tool_use.is_parallel,
+        has_calls_only=tool_use.choice == "required" and request.sampling.grammar is not None,
+    )
 
 
 def num_logprobs_of(request: GenerateRequest) -> int | None:

@@ -1,27 +1,14 @@
 """Incremental parser that separates the tool calls of an answer from its text."""
 
-import secrets
-import string
 from collections.abc import Collection
-from typing import NamedTuple
 
 from app.contracts.generation import ToolCallDelta
+from worker.serve.text.tools.call_reader import CallReader
 from worker.serve.text.tools.calls import Call, NotACall
 from worker.serve.text.tools.formats import BROKEN, ToolFormat
+from worker.serve.text.tools.ids import new_call_id
+from worker.serve.text.tools.parsed import Parsed
 from worker.serve.text.tools.spans import SpanScanner
-
-LETTERS = string.ascii_letters + string.digits
-ID_LENGTH = 24
-
-
-class Parsed(NamedTuple):
-    """New text of an answer, without its tool calls, and its new tool calls."""
-
-    text: str = ""
-    calls: tuple[ToolCallDelta, ...] = ()
-
-    def then(self, other: "Parsed") -> "Parsed":
-        return Parsed(self.text + other.text, self.calls + other.calls)
 
 
 class ToolParser:
@@ -31,16 +18,30 @@ class ToolParser:
     is known. Text that begins like a call and is none is returned as text. Spaces around calls are
     dropped. The result does not depend on how the answer was divided.
 
+    An answer that a grammar restricts to calls is read by a `CallReader`, which returns arguments in
+    pieces. If such an answer is no call after all, it is parsed like any other.
+
     The time is proportional to the length of the answer, because no text is read twice.
     """
 
     def __init__(
-        self, tool_format: ToolFormat, names: Collection[str], *, is_parallel: bool
+        self,
+        tool_format: ToolFormat,
+        names: Collection[str],
+        *,
+        is_parallel: bool,
+        has_calls_only: bool = False,
     ) -> None:
-        """Creates a parser. `names` are those of the tools; calls of other tools are text."""
+        """Creates a parser. `names` are those of the tools; calls of other tools are text.
+
+        With `has_calls_only`, a grammar restricts the answer to calls.
+        """
         self._format = tool_format
         self._names = names
         self._is_parallel = is_parallel
+        self._reader: CallReader | None = None
+        if has_calls_only and tool_format.layout is not None:
+            self._reader = CallReader(tool_format, names, is_parallel=is_parallel)
         self._text = ""  # not parsed yet
         self._out: list[str] = []
         self._calls: list[ToolCallDelta] = []
@@ -59,10 +60,21 @@ class ToolParser:
     @property
     def is_over(self) -> bool:
         """True if the answer has all calls that the request allows."""
+        if self._reader is not None:
+            return self._reader.is_over
         return self._num_calls > 0 and not self._is_parallel
 
     def feed(self, text: str) -> Parsed:
         """Adds text and returns what can no longer change."""
+        if self._reader is not None:
+            parsed = self._reader.feed(text)
+            self._num_calls = self._reader.num_calls
+            if not self._reader.has_deviated:
+                return parsed
+            if self._num_calls:  # the rest is text
+                self._is_edge = False
+            text, self._reader = self._reader.held, None
+            return parsed.then(self.feed(text))
         self._text += text
         while not self.is_over and self._advance():
             pass
@@ -70,6 +82,10 @@ class ToolParser:
 
     def end(self) -> Parsed:
         """Returns what was held back, at the end of the answer."""
+        if self._reader is not None:
+            if self._num_calls:
+                return Parsed()
+            self._text, self._reader = self._reader.held, None
         if not self.is_over:
             held = (self._begun or "") + self._text
             if held or not self._num_calls:
@@ -180,17 +196,12 @@ class ToolParser:
             self._calls.append(
                 ToolCallDelta(
                     index=self._num_calls,
-                    id=self._new_id(),
+                    id=new_call_id(self._format),
                     name=call.name,
                     arguments=call.arguments,
                 )
             )
             self._num_calls += 1
-
-    def _new_id(self) -> str:
-        length = self._format.id_length
-        letters = "".join(secrets.choice(LETTERS) for _ in range(length or ID_LENGTH))
-        return letters if length else f"call_{letters}"
 
 
 def num_characters_held(text: str, marks: Collection[str]) -> int:
