@@ -18,7 +18,7 @@ from app.local.embedded_servers import LocalPostgres, LocalValkey
 from app.settings import Settings, get_settings
 from app.storage import store
 
-pytest_plugins = ["tests.tiny"]
+pytest_plugins = ["tests.tiny", "tests.tool_model"]
 
 # A progress bar whose output fails keeps the lock that all bars share, and blocks every later load.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

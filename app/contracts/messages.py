@@ -124,7 +124,10 @@ ModelKind = Literal["causal", "seq2seq", "masked"]
 
 
 class ModelFacts(Contract):
-    """Properties of a model that the API needs, so that it never has to load the model."""
+    """Properties of a model that the API needs, so that it never has to load the model.
+
+    takes_tools: Whether the chat template shows tools. None for models of older versions.
+    """
 
     architecture: str
     family: ModelKind = "causal"
@@ -137,6 +140,7 @@ class ModelFacts(Contract):
     num_parameters: int
     tokenizer_sha256: str
     has_chat_template: bool
+    takes_tools: bool | None = None
     chat_cost: ChatCost | None = None
     weights_bytes: int
     weights_sha256: str

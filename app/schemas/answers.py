@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from app.contracts.generation import Delta, Done, TokenLogprob
+from app.contracts.generation import Delta, Done, TokenLogprob, ToolCallDelta
 from app.schemas.completions import ChatBody, CompletionBody, GenerationBody
+from app.schemas.tools import NamedTool
 
 Json = dict[str, object]
 Replies = Iterable[tuple[int, Delta | Done]]
@@ -35,11 +36,12 @@ class Choice:
     """Output of one choice so far.
 
     `num_characters` is the length of the tokens whose log-probabilities have been returned. It is
-    the next `text_offset`.
+    the next `text_offset`. `tool_calls` holds the parts of the calls, in order.
     """
 
     text: list[str] = field(default_factory=list)
     logprobs: dict[str, JsonArray] = field(default_factory=dict)
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
     finish_reason: str | None = None
     num_characters: int = 0
 
@@ -72,6 +74,7 @@ class Answer(ABC):
                 continue
             choice = self._choices[self._index(prompt, reply)]
             choice.text.append(reply.text)
+            choice.tool_calls += reply.tool_calls
             choice.finish_reason = reply.finish_reason or choice.finish_reason
             for name, items in self._columns(choice, reply.logprobs or ()).items():
                 choice.logprobs.setdefault(name, JsonArray()).extend(items)
@@ -191,22 +194,33 @@ class ChatAnswer(Answer):
     def __init__(self, answer_id: str, body: ChatBody, *, created: int) -> None:
         super().__init__(answer_id, body, num_prompts=1, created=created)
         self._has_logprobs = bool(body.logprobs)
+        self._has_tools = body.tool_use() is not None
+        self._is_call_named = isinstance(body.tool_choice, NamedTool)
 
     def _object(self, *, is_chunk: bool = False) -> str:
         return "chat.completion.chunk" if is_chunk else "chat.completion"
 
     def _whole_choice(self, index: int, choice: Choice) -> Json:
-        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
+        text = "".join(choice.text)
+        message: Json = {"role": "assistant", "content": text, "refusal": None}
+        if calls := _whole_calls(choice.tool_calls):
+            message |= {"content": text or None, "tool_calls": calls}
         content = choice.logprobs.get("content", JsonArray()).fragment()
         return {
             "index": index,
             "message": message,
             "logprobs": {"content": content, "refusal": None} if self._has_logprobs else None,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": self._finish_reason(choice.finish_reason),
         }
 
+    def _finish_reason(self, reason: str | None) -> str | None:
+        """Returns the reason in the terms of OpenAI: "stop" if the client named the tool."""
+        return "stop" if reason == "tool_calls" and self._is_call_named else reason
+
     def opening(self) -> list[Json]:
-        first: Json = {"role": "assistant", "content": "", "refusal": None}
+        # The openai client joins contents. An answer that has tool calls only keeps the null.
+        content = None if self._has_tools else ""
+        first: Json = {"role": "assistant", "content": content, "refusal": None}
         return [self._chunk([self._entry(index, first)]) for index in range(len(self._choices))]
 
     def _parts(self, index: int, delta: Delta) -> list[Json]:
@@ -214,9 +228,14 @@ class ChatAnswer(Answer):
         if delta.text or delta.logprobs:
             columns = self._columns(self._choices[index], delta.logprobs or ())
             logprobs: Json | None = {**columns, "refusal": None} if columns else None
-            made.append(self._entry(index, {"content": delta.text}, logprobs))
+            content = {} if self._has_tools and not delta.text else {"content": delta.text}
+            made.append(self._entry(index, content, logprobs))
+        if delta.tool_calls:
+            calls = [_streamed_call(part) for part in delta.tool_calls]
+            made.append(self._entry(index, {"tool_calls": calls}))
         if delta.finish_reason:
-            made.append(self._entry(index, {}) | {"finish_reason": delta.finish_reason})
+            reason = self._finish_reason(delta.finish_reason)
+            made.append(self._entry(index, {}) | {"finish_reason": reason})
         return made
 
     def _entry(self, index: int, delta: Json, logprobs: Json | None = None) -> Json:
@@ -239,3 +258,26 @@ class ChatAnswer(Answer):
 
 def _token(token: str, logprob: float, data: tuple[int, ...]) -> Json:
     return {"token": token, "logprob": logprob, "bytes": list(data)}
+
+
+def _streamed_call(part: ToolCallDelta) -> Json:
+    """Returns a part of a call. The openai client joins names and ids, so they are sent once."""
+    if part.name is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    function = {"name": part.name, "arguments": part.arguments}
+    return {"index": part.index, "id": part.id, "type": "function", "function": function}
+
+
+def _whole_calls(parts: Sequence[ToolCallDelta]) -> list[Json]:
+    arguments: dict[int, list[str]] = {}
+    for part in parts:
+        arguments.setdefault(part.index, []).append(part.arguments)
+    return [
+        {
+            "id": part.id,
+            "type": "function",
+            "function": {"name": part.name, "arguments": "".join(arguments[part.index])},
+        }
+        for part in parts
+        if part.name is not None
+    ]

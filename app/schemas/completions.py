@@ -1,8 +1,9 @@
 """Request bodies of /v1/completions and /v1/chat/completions. All numbers have bounds."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
+import orjson
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -15,12 +16,21 @@ from pydantic import (
 
 from app.contracts.generation import (
     Fraction,
-    Message,
     Penalty,
     RepetitionPenalty,
     Sampling,
     Temperature,
+    ToolUse,
     TopK,
+)
+from app.schemas.chat_messages import ChatMessage, check_results
+from app.schemas.tools import (
+    ToolBodies,
+    ToolBody,
+    ToolChoice,
+    check_parameters,
+    chosen_names,
+    tool_use_of,
 )
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -38,6 +48,21 @@ StopText = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TINY = 1e-9
 Unused = Any  # a parameter of OpenAI that is accepted and has no effect
 Unsupported = Any  # a parameter that is refused unless its value has no effect
+Json = dict[str, Any]  # Any: JSON of the client
+MAX_VARIABLES_BYTES = 16_384
+# Variables of a chat template that the service sets, and options of the function that renders it.
+RESERVED_VARIABLES = frozenset(
+    {
+        "messages",
+        "tools",
+        "add_generation_prompt",
+        "conversation",
+        "conversations",
+        "chat_template",
+        "continue_final_message",
+        "return_assistant_tokens_mask",
+    }
+)
 
 
 class StreamOptions(BaseModel):
@@ -209,58 +234,14 @@ class CompletionBody(GenerationBody):
         return sampling.model_copy(update={"best_of": self.best_of, "echo": bool(self.echo)})
 
 
-class TextPart(BaseModel):
-    """Text part of a message's content."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    type: Literal["text"]
-    text: str
-    prompt_cache_breakpoint: Unused = None
-
-
-class ChatMessage(BaseModel):
-    """Message of a chat.
-
-    Some fields must be null or empty. They are accepted because clients send an earlier answer back
-    with all its fields.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1, fail_fast=True)]
-    name: Unused = None
-    refusal: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-    parsed: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
-
-    def text(self) -> str:
-        return (
-            self.content
-            if isinstance(self.content, str)
-            else "".join(part.text for part in self.content)
-        )
-
-    def message(self) -> Message:
-        # Chat templates do not know the role `developer`, OpenAI's newer name for `system`.
-        return Message(
-            role="system" if self.role == "developer" else self.role, content=self.text()
-        )
-
-
 class ChatBody(GenerationBody):
     """Body of a request to /v1/chat/completions."""
 
     # OpenAI's default is the whole context. An answer that does not end should not take all of it.
     default_tokens = 512
     neutral = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
@@ -276,11 +257,12 @@ class ChatBody(GenerationBody):
     min_tokens: MinTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Unsupported = None
-    tool_choice: Unsupported = None
+    tools: ToolBodies | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: Json | None = None
     functions: Unsupported = None
     function_call: Unsupported = None
-    parallel_tool_calls: Unsupported = None
     response_format: Unsupported = None
     modalities: Unsupported = None
     audio: Unsupported = None
@@ -290,11 +272,48 @@ class ChatBody(GenerationBody):
     verbosity: Unsupported = None
     moderation: Unsupported = None
 
+    @field_validator("tools")
+    @classmethod
+    def _names_differ(cls, value: list[ToolBody] | None) -> list[ToolBody] | None:
+        names = [tool.function.name for tool in value or ()]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the name {twice[0]!r} is used twice")
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _chosen_tools_exist(cls, value: ToolChoice | None, info: ValidationInfo) -> Any:
+        names = {tool.function.name for tool in info.data.get("tools") or ()}
+        if value not in (None, "none", "auto") and not names:
+            raise ValueError("tool_choice is only allowed with tools")
+        if unknown := [name for name in chosen_names(value) if name not in names]:
+            raise ValueError(f"there is no tool {unknown[0]!r} in tools")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _variables_are_small_and_free(cls, value: Json | None) -> Json | None:
+        if taken := sorted(RESERVED_VARIABLES & (value or {}).keys()):
+            raise ValueError(f"{taken[0]} cannot be set here")
+        if len(orjson.dumps(value)) > MAX_VARIABLES_BYTES:
+            raise ValueError(f"must have at most {MAX_VARIABLES_BYTES:,} bytes")
+        return value
+
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> "ChatBody":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only allowed with logprobs=true")
         return self
+
+    def tool_use(self) -> ToolUse | None:
+        return tool_use_of(
+            self.tools or [], self.tool_choice, is_parallel=self.parallel_tool_calls is not False
+        )
+
+    def check(self) -> None:
+        """Checks what depends on several messages, and the schemas of tools. Raises BadRequest."""
+        check_results(self.messages)
+        check_parameters(self.tools or [])
 
     def sampling(self) -> Sampling:
         asked = self.max_completion_tokens or self.max_tokens

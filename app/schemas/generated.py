@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from app.schemas.jobs import Json
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class Usage(BaseModel):
@@ -40,12 +40,28 @@ class TextCompletion(BaseModel):
     usage: Usage
 
 
+class AnswerFunction(BaseModel):
+    """Name and arguments of a tool call. The arguments are JSON text."""
+
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(BaseModel):
+    """Tool call that the model has requested."""
+
+    id: str
+    type: Literal["function"]
+    function: AnswerFunction
+
+
 class AnswerMessage(BaseModel):
-    """Generated message of a chat."""
+    """Generated message of a chat. Without tool calls, the content is a string."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: list[AnswerToolCall] = []
 
 
 class ChatChoice(BaseModel):

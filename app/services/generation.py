@@ -2,12 +2,14 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import orjson
 from fastapi.concurrency import run_in_threadpool
 
-from app.contracts.generation import GenerateRequest, Message, Sampling
+from app.contracts.generation import GenerateRequest, Message, Sampling, ToolUse
 from app.db.schema.ids import new_id
 from app.errors import BadRequest
 from app.routing.reply_stream import ReplyStream
@@ -29,9 +31,28 @@ PROMPT_AND_ANSWER = "prompt and answer together have"
 
 @dataclass(frozen=True)
 class Conversation:
-    """A chat prompt, to which the model's chat template is applied."""
+    """A chat prompt, to which the model's chat template is applied.
+
+    `template_kwargs` is JSON text of further variables for the template.
+    """
 
     messages: tuple[Message, ...]
+    tool_use: ToolUse | None = None
+    template_kwargs: str = "{}"
+
+    @property
+    def shows_tools(self) -> bool:
+        return self.tool_use is not None and self.tool_use.choice != "none"
+
+    def texts(self) -> Iterator[str]:
+        """Yields the texts that the model reads."""
+        for message in self.messages:
+            yield message.content or ""
+            for call in message.tool_calls:
+                yield call.name + call.arguments
+        if self.shows_tools and self.tool_use is not None:
+            for tool in self.tool_use.tools:
+                yield tool.name + (tool.description or "") + (tool.parameters or "")
 
 
 Prompt = str | tuple[int, ...] | Conversation
@@ -99,6 +120,11 @@ def validate_for_model(order: Order, settings: Settings) -> None:
     ):
         message = f"the model {order.model.model_id!r} has no chat template; use /v1/completions"
         raise BadRequest(message, "no_chat_template", "messages")
+    if facts.takes_tools is False and any(
+        isinstance(prompt, Conversation) and prompt.shows_tools for prompt in order.prompts
+    ):
+        message = f"the chat template of the model {order.model.model_id!r} does not support tools; leave tools out, or use another model"
+        raise BadRequest(message, "tools_unsupported", "tools")
     context_tokens = min(facts.context_tokens, settings.max_context_tokens)
     longest = max((len(prompt) for prompt in order.prompts if isinstance(prompt, tuple)), default=0)
     if longest > context_tokens:
@@ -176,13 +202,23 @@ def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
             serving=order.model.serving,
             text=prompt if isinstance(prompt, str) else None,
             tokens=prompt if isinstance(prompt, tuple) else None,
-            messages=prompt.messages if isinstance(prompt, Conversation) else None,
+            **_chat_fields(prompt),
             n=order.num_choices,
             sampling=order.sampling,
             deadline_at=deadline_at,
         )
         for number, prompt in enumerate(order.prompts)
     ]
+
+
+def _chat_fields(prompt: Prompt) -> dict[str, Any]:  # Any: fields of several types
+    if not isinstance(prompt, Conversation):
+        return {}
+    return {
+        "messages": prompt.messages,
+        "tool_use": prompt.tool_use,
+        "template_kwargs": prompt.template_kwargs,
+    }
 
 
 async def find_model(project_id: str, model_id: str) -> Resolved:
@@ -196,9 +232,7 @@ def estimated_tokens(prompt: Prompt) -> int:
         return len(prompt.encode()) // BYTES_PER_TOKEN + 1
     if isinstance(prompt, tuple):
         return len(prompt)
-    return sum(
-        estimated_tokens(message.content or "") + MESSAGE_TOKENS for message in prompt.messages
-    )
+    return sum(estimated_tokens(text) + MESSAGE_TOKENS for text in prompt.texts())
 
 
 def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnswer, list[Prompt]]:
@@ -206,11 +240,20 @@ def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnsw
     created = int(time.time())
     if isinstance(body, CompletionBody):
         return TextAnswer(new_id("cmpl-"), body, created=created), list(body.prompts)
-    conversation = Conversation(tuple(message.message() for message in body.messages))
+    conversation = Conversation(
+        tuple(message.message() for message in body.messages),
+        body.tool_use(),
+        orjson.dumps(body.chat_template_kwargs or {}).decode(),
+    )
     return ChatAnswer(new_id("chatcmpl-"), body, created=created), [conversation]
 
 
 def refuse_unsupported(body: ChatBody | CompletionBody) -> None:
-    """Raises BadRequest if the body sets a parameter that this service does not support."""
+    """Raises BadRequest if the body sets a parameter that this service does not support.
+
+    The messages and tools of a chat are checked too.
+    """
     if (name := body.unsupported()) is not None:
         raise BadRequest(f"{name} is not supported; leave it out", "unsupported_parameter", name)
+    if isinstance(body, ChatBody):
+        body.check()

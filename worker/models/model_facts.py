@@ -15,6 +15,7 @@ from app.contracts.messages import ChatCost, ModelFacts
 from worker.errors import BrokenFile, MissingFile, UnsupportedModel
 from worker.models.architectures import SUPPORTED, context_tokens, kind_of, layer_counts
 from worker.models.artifact_checks import read_safetensors_header, weight_files
+from worker.models.chat_templates import takes_tools
 
 BUFFER = "final_logits_bias"  # a buffer that BART stores with its weights; not a parameter
 PROBES = (
@@ -42,6 +43,8 @@ def model_facts(folder: Path) -> ModelFacts:
         for name, tensor in read_safetensors_header(file).items()
         if name != BUFFER
     ]
+    tokenizer_hash = tokenizer_sha256(folder / "tokenizer.json")
+    tokenizer = _tokenizer(folder) if has_chat_template(folder) else None
     family, writer = kind_of(config), writing_half(config)
     num_encoder_layers, num_layers = layer_counts(config)
     is_seq2seq = family == "seq2seq"
@@ -55,9 +58,10 @@ def model_facts(folder: Path) -> ModelFacts:
         vocab_size=writer.vocab_size,
         context_tokens=context_tokens(config),
         num_parameters=sum(tensor.num_elements for tensor in tensors),
-        tokenizer_sha256=tokenizer_sha256(folder / "tokenizer.json"),
-        has_chat_template=has_chat_template(folder),
-        chat_cost=chat_cost(_tokenizer(folder)) if has_chat_template(folder) else None,
+        tokenizer_sha256=tokenizer_hash,
+        has_chat_template=tokenizer is not None,
+        takes_tools=tokenizer is not None and takes_tools(tokenizer.chat_template),
+        chat_cost=None if tokenizer is None else chat_cost(tokenizer),
         weights_bytes=sum(file.stat().st_size for file in files),
         weights_sha256=_sha256_of_files(files),
     )

@@ -17,6 +17,7 @@ from worker.serve.text.detokenizer import TokenText
 from worker.serve.text.prompt_size import size_bound
 from worker.serve.text.prompts import end_id_of, prompt_tokens
 from worker.serve.text.reply_builder import Answer, begin_answer, num_logprobs_of, seed_of
+from worker.serve.text.tools.grammars import constrained
 
 
 class Engine(Protocol):
@@ -104,6 +105,7 @@ class TransformersEngine:
         return bool(self._outbox) or self._decoder.has_work()
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
+        request = constrained(request, self._text)
         return prompt_tokens(
             request,
             self.tokenizer,
@@ -114,6 +116,7 @@ class TransformersEngine:
 
     def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
         try:
+            request = constrained(request, self._text)
             prompt = self.prompt_of(request) if prompt is None else prompt
             refuse_unknown_tokens(request.sampling, self._num_logits)
             if request.sampling.echo and self._has_encoder:

@@ -66,6 +66,20 @@ class NoChatTemplate(ServeError):
     param = "messages"
 
 
+class ToolsUnsupported(ServeError):
+    """The request has tools, but the chat template of the model does not show them."""
+
+    code = "tools_unsupported"
+    status = 400
+    param = "tools"
+
+
+class ToolChoiceUnsupported(ToolsUnsupported):
+    """A tool call is required, but the tool format of the model cannot be enforced."""
+
+    param = "tool_choice"
+
+
 class PromptTooLong(ServeError):
     """The prompt, with the answer that it asks for, does not fit the context."""
 

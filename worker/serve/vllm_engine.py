@@ -41,6 +41,7 @@ from worker.serve.text.reply_builder import (
     num_logprobs_of,
     seed_of,
 )
+from worker.serve.text.tools.grammars import constrained
 
 MAX_LOGPROBS = 20  # alternatives that a request may ask for
 # Size of the KV cache, relative to `max_running` full contexts. If it is full, new sequences wait.
@@ -115,6 +116,7 @@ class VllmEngine:
         return bool(self._outbox or self._choices or self._waiting)
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
+        request = constrained(request, self._text)
         return prompt_tokens(
             request,
             self._tokenizer,
@@ -125,6 +127,7 @@ class VllmEngine:
 
     def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
         try:
+            request = constrained(request, self._text)
             prompt = self.prompt_of(request) if prompt is None else prompt
             refuse_unknown_tokens(request.sampling, self._vocab_size)
         except ServeError as error:

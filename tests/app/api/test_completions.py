@@ -358,9 +358,9 @@ def test_a_bad_completion_request_names_what_is_wrong(
     ("change", "code", "param"),
     [
         ({"messages": []}, "invalid_value", "messages"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "invalid_value", "messages[0].role"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, "invalid_value", "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "missing_required_parameter", "messages[0].content"),
-        ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
+        ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"prompt": "x"}, "unknown_parameter", "prompt"),
         ({"echo": True}, "unknown_parameter", "echo"),

@@ -3,14 +3,16 @@
 It holds back incomplete characters, and text that may be the beginning of a stop string.
 """
 
+import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from app.contracts.generation import TokenLogprob
 from worker.serve.decoding.sampling import SampledToken
 from worker.serve.errors import ServeError, raise_unless_panic
+from worker.serve.text.tools.formats import tool_format_of
 
 # Decoders return this character for bytes that are not, or not yet, a complete character.
 REPLACEMENT = "\ufffd"
@@ -19,23 +21,44 @@ NUM_CONTEXT_TOKENS = 4
 
 
 class TokenText:
-    """Converts tokens to text and to bytes with one tokenizer."""
+    """Converts tokens to text and to bytes with one tokenizer.
+
+    `tool_format` is the format in which the model of the tokenizer writes tool calls.
+    `special_tokens` has the ids of the special tokens by their texts.
+    """
 
     def __init__(self, tokenizer: Any) -> None:  # Any: transformers is untyped here
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
         self._bytes_of_letter = BYTE_OF_LETTER if '"ByteLevel"' in json.dumps(decoder) else {}
-        self._added = {token: str(added) for token, added in tokenizer.added_tokens_decoder.items()}
+        added_tokens = tokenizer.added_tokens_decoder
+        self._added = {token: str(added) for token, added in added_tokens.items()}
+        self.special_tokens = {str(a): token for token, a in added_tokens.items() if a.special}
+        self._hidden: frozenset[int] | None = None  # None: all special tokens
+        self.tool_format = tool_format_of(tokenizer)
+
+    def showing(self, texts: Collection[str]) -> "TokenText":
+        """Returns a copy that decodes the special tokens with these texts as other tokens."""
+        shown = copy.copy(self)
+        shown._hidden = frozenset(
+            token for name, token in self.special_tokens.items() if name not in texts
+        )
+        return shown
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Returns the text of tokens, with all spaces and without special tokens.
+        """Returns the text of tokens, with all spaces and without hidden special tokens.
 
         Raises ServeError if the tokenizer fails.
         """
+        kept = list(tokens)
+        if self._hidden is not None:
+            kept = [token for token in kept if token not in self._hidden]
         try:
             text: str = self._tokenizer.decode(
-                list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+                kept,
+                skip_special_tokens=self._hidden is None,
+                clean_up_tokenization_spaces=False,
             )
         except BaseException as error:
             raise_unless_panic(error)

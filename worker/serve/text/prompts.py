@@ -2,19 +2,17 @@
 
 from typing import Any
 
-from app.contracts.generation import GenerateRequest, Message
+from app.contracts.generation import GenerateRequest
 from worker.serve.decoding.families import Context
 from worker.serve.errors import (
     AnswerTooLong,
-    InvalidMessages,
     InvalidPrompt,
     MessagesTooLong,
-    NoChatTemplate,
     PromptTooLong,
     raise_unless_panic,
 )
+from worker.serve.text.chat_prompts import chat_text
 from worker.serve.text.prompt_size import SizeBound
-from worker.serve.text.template_process import RENDERER
 
 Tokenizer = Any  # transformers is untyped here
 
@@ -41,6 +39,7 @@ def prompt_tokens(
             model has no start token.
         InvalidMessages: The chat template cannot render the messages.
         NoChatTemplate: The request has messages, but the model has no chat template.
+        ToolsUnsupported: The request has tools, but the chat template does not show them.
         PromptTooLong: The prompt and the answer do not fit the context.
         MessagesTooLong: The same for a chat.
         AnswerTooLong: `max_tokens` exceeds the decoder context of an encoder-decoder.
@@ -48,11 +47,7 @@ def prompt_tokens(
     tokens = request.tokens
     if tokens is None:
         is_chat = request.messages is not None
-        text = (
-            chat_text(request.messages, tokenizer)
-            if request.messages is not None
-            else request.text or ""
-        )
+        text = chat_text(request, tokenizer) if is_chat else request.text or ""
         if bound is not None and len(text) > SHORT_CHARACTERS:
             refuse_too_long(request, bound.least_tokens(text), context, is_least=True)
         if is_chat:
@@ -122,30 +117,6 @@ def end_id_of(tokenizer: Tokenizer) -> int | None:
     """
     end: int | None = getattr(tokenizer, "eos_token_id", None)
     return getattr(tokenizer, "sep_token_id", None) if end is None else end
-
-
-def chat_text(messages: tuple[Message, ...], tokenizer: Tokenizer) -> str:
-    """Returns the messages as rendered by the chat template, with the assistant's turn opened.
-
-    The template comes with the model and is untrusted. A separate process renders it in an
-    immutable sandbox. If the template does not mention the role "developer", the role becomes
-    "system".
-
-    Raises NoChatTemplate or InvalidMessages.
-    """
-    template = tokenizer.chat_template
-    if not template:
-        raise NoChatTemplate("this model has no chat template; use /v1/completions")
-    turns = [{"role": message.role, "content": message.content or ""} for message in messages]
-    if "developer" not in str(template):
-        turns = [
-            turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in turns
-        ]
-    try:
-        chosen = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise InvalidMessages(f"the model has no default chat template: {error}") from error
-    return RENDERER.render(chosen, turns, tokenizer.special_tokens_map)
 
 
 def encode(text: str, tokenizer: Tokenizer, *, add_special_tokens: bool = True) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from app.contracts.generation import Delta, Done, GenerateRequest, Reply
 from worker.serve.decoding.sampling import SampledToken
 from worker.serve.text.best_of import BestOf
 from worker.serve.text.detokenizer import TextChunk, TextStream, TokenText
+from worker.serve.text.tools.parsed import Parsed
+from worker.serve.text.tools.parser import ToolParser
 
 FinishReason = Literal["stop", "length"]
 
@@ -29,7 +31,8 @@ class Taken(NamedTuple):
 class Answer:
     """Answer to one request in progress.
 
-    `echoes` holds the text of the prompt for each choice that has not sent it yet.
+    `echoes` holds the text of the prompt for each choice that has not sent it yet. `parsers` find
+    the tool calls of each choice; there are none if the request has no tools.
     """
 
     request: GenerateRequest
@@ -37,6 +40,7 @@ class Answer:
     text: TokenText
     streams: list[TextStream]
     echoes: dict[int, str]
+    parsers: list[ToolParser]
     best_of: BestOf | None
     num_open: int
     num_completion_tokens: int = field(default=0, init=False)
@@ -54,9 +58,17 @@ class Answer:
         piece = stream.end() if reason == "stop" else stream.push(pick, is_last=reason == "length")
         if piece.is_stopped:
             reason = "stop"
-        if not (reason or piece.text or piece.picks):
+        parsed = Parsed(piece.text)
+        if self.parsers:
+            parser = self.parsers[choice]
+            parsed = parser.feed(piece.text)
+            if parser.is_over:
+                reason = "stop"
+            if reason is not None:
+                parsed = parsed.then(parser.end())
+        if not (reason or parsed.text or parsed.calls or piece.picks):
             return Taken([], is_choice_over=False, is_over=False)
-        delta = self._delta(choice, piece, reason)
+        delta = self._delta(choice, piece, parsed, reason)
         if self.best_of is not None:
             self.best_of.hold(delta)
         self.num_open -= reason is not None
@@ -74,17 +86,21 @@ class Answer:
         best = [] if self.best_of is None else self.best_of.best(self.request.n)
         return [*best, done]
 
-    def _delta(self, choice: int, piece: TextChunk, reason: FinishReason | None) -> Delta:
+    def _delta(
+        self, choice: int, piece: TextChunk, parsed: Parsed, reason: FinishReason | None
+    ) -> Delta:
         logprobs = None
         if self.request.sampling.logprobs is not None:
             logprobs = tuple(found for pick in piece.picks if (found := self.text.logprob_of(pick)))
+        has_calls = bool(self.parsers) and self.parsers[choice].num_calls > 0
         return Delta(
             id=self.request.id,
             choice=choice,
-            text=self.echoes.pop(choice, "") + piece.text,
+            text=self.echoes.pop(choice, "") + parsed.text,
             tokens=tuple(pick.token for pick in piece.picks if pick.token is not None),
             logprobs=logprobs,
-            finish_reason=reason,
+            tool_calls=parsed.calls,
+            finish_reason="tool_calls" if reason == "stop" and has_calls else reason,
         )
 
 
@@ -97,6 +113,9 @@ def begin_answer(
     prompt.
     """
     sampling, num_sequences = request.sampling, request.num_sequences
+    parser_of = _tool_parsers(request, text)
+    if parser_of is not None and text.tool_format is not None:
+        text = text.showing(text.tool_format.all_marks)
     stream_of: Callable[[], TextStream] = partial(
         TextStream,
         text,
@@ -114,8 +133,24 @@ def begin_answer(
         text,
         streams=[stream_of() for _ in range(num_sequences)],
         echoes=echoes,
+        parsers=[] if parser_of is None else [parser_of() for _ in range(num_sequences)],
         best_of=BestOf(num_sequences) if num_sequences > request.n else None,
         num_open=num_sequences,
+    )
+
+
+def _tool_parsers(request: GenerateRequest, text: TokenText) -> Callable[[], ToolParser] | None:
+    """Returns a function that makes a parser for one choice, or None if no tool may be called."""
+    tool_use = request.tool_use
+    if tool_use is None or tool_use.choice == "none" or text.tool_format is None:
+        return None
+    names = frozenset(tool.name for tool in tool_use.tools)
+    return partial(
+        ToolParser,
+        text.tool_format,
+        names,
+        is_parallel=tool_use.is_parallel,
+        has_calls_only=tool_use.choice == "required" and request.sampling.grammar is not None,
     )
 
 

@@ -24,7 +24,7 @@ CPU_SECONDS = 2.0  # per rendering; far more than a normal template needs
 MEMORY_BYTES = 512 * 2**20  # in addition to what the child uses when it is ready
 MOST_ENDS = 3  # children that a template may end before it is refused untried
 MAX_CHARACTERS = 16 * 2**20  # of a rendered text
-Turns = Sequence[Mapping[str, str]]
+Turns = Sequence[Mapping[str, Any]]  # Any: JSON
 Json = dict[str, Any]  # Any: JSON
 
 

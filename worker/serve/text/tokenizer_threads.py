@@ -36,7 +36,10 @@ class _Job:
         """Length of the prompt, in characters or in tokens."""
         request = self.request
         if request.messages is not None:
-            return sum(len(message.content or "") for message in request.messages)
+            tools = () if request.tool_use is None else request.tool_use.tools
+            return sum(len(message.content or "") for message in request.messages) + sum(
+                len(tool.parameters or "") for tool in tools
+            )
         return len(request.tokens if request.tokens is not None else request.text or "")
 
 

@@ -1,10 +1,11 @@
 """From text, tokens and messages to prompt tokens, and what is refused."""
 
+import json
 from collections.abc import Callable
 
 import pytest
 
-from app.contracts.generation import GenerateRequest, Message
+from app.contracts.generation import GenerateRequest, Message, Tool, ToolCall, ToolUse
 from tests.tiny import tiny_tokenizer
 from worker.serve.decoding.families import Context
 from worker.serve.errors import (
@@ -13,6 +14,7 @@ from worker.serve.errors import (
     MessagesTooLong,
     NoChatTemplate,
     PromptTooLong,
+    ToolsUnsupported,
 )
 from worker.serve.text.prompt_size import size_bound
 from worker.serve.text.prompts import end_id_of, prompt_tokens, text_tokens
@@ -23,9 +25,11 @@ HELLO = (Message(role="user", content="Who keeps the house?"),)
 
 def tokens_of(request: GenerateRequest, **given: object) -> tuple[int, ...]:
     tokenizer = tiny_tokenizer()
+    context = given.pop("context", Context(64))
+    assert isinstance(context, Context)
     for name, value in given.items():
         setattr(tokenizer, name, value)
-    return prompt_tokens(request, tokenizer, vocab_size=384, context=Context(64))
+    return prompt_tokens(request, tokenizer, vocab_size=384, context=context)
 
 
 def test_text_is_tokenised(make_request: Make) -> None:
@@ -161,3 +165,90 @@ def test_an_end_token_behind_the_prompt_stays_where_it_separates_or_is_encoded(
     assert text_tokens("The still", tokenizer, has_encoder=has_encoder) == (
         whole if is_kept else whole[:-1]
     )
+
+
+TOOLS = ToolUse(
+    tools=(
+        Tool(name="find", description="Finds.", parameters='{"type": "object"}', strict=True),
+        Tool(name="stop"),
+    )
+)
+
+
+def test_templates_get_tools_and_calls_as_hugging_face_gives_them(make_request: Make) -> None:
+    call = ToolCall(id="c1", name="find", arguments='{"a": [1]}')
+    messages = (
+        Message(role="assistant", tool_calls=(call,)),
+        Message(role="tool", tool_call_id="c1", content="x"),
+    )
+    template = "{{ tools | tojson }}\n{% for m in messages %}{{ m | tojson }}\n{% endfor %}"
+    request = make_request(messages=messages, tool_use=TOOLS, max_tokens=1)
+    tokens = tokens_of(request, chat_template=template, context=Context(4096))
+    tools, assistant, tool = map(json.loads, tiny_tokenizer().decode(tokens).splitlines())
+    assert tools == [
+        {
+            "type": "function",
+            "function": {"name": "find", "description": "Finds.", "parameters": {"type": "object"}},
+        },
+        {
+            "type": "function",
+            "function": {"name": "stop", "parameters": {"type": "object", "properties": {}}},
+        },
+    ]
+    assert assistant["content"] == ""
+    assert assistant["tool_calls"] == [
+        {"id": "c1", "type": "function", "function": {"name": "find", "arguments": {"a": [1]}}}
+    ]
+    assert tool == {"role": "tool", "content": "x", "tool_call_id": "c1", "name": "find"}
+
+
+@pytest.mark.parametrize("arguments", ["{", "[1]", '"a"'])
+def test_arguments_that_are_no_object_reach_the_template_as_text(
+    make_request: Make, arguments: str
+) -> None:
+    call = ToolCall(id="c", name="f", arguments=arguments)
+    request = make_request(messages=(Message(role="assistant", tool_calls=(call,)),))
+    template = "{{ messages[0].tool_calls[0].function.arguments }}"
+    assert tiny_tokenizer().decode(tokens_of(request, chat_template=template)) == arguments
+
+
+def test_a_template_without_tools_refuses_them(make_request: Make) -> None:
+    with pytest.raises(ToolsUnsupported, match="leave tools out"):
+        tokens_of(make_request(messages=HELLO, tool_use=TOOLS))
+    hidden = TOOLS.model_copy(update={"choice": "none"})
+    assert tokens_of(make_request(messages=HELLO, tool_use=hidden)) == tokens_of(
+        make_request(messages=HELLO)
+    )
+
+
+def test_the_template_for_tools_is_chosen_where_there_are_several(make_request: Make) -> None:
+    templates = {"default": "plain", "tool_use": "{{ tools[0].function.name }}"}
+    request = make_request(messages=HELLO, tool_use=TOOLS)
+    assert tiny_tokenizer().decode(tokens_of(request, chat_template=templates)) == "find"
+    assert (
+        tiny_tokenizer().decode(tokens_of(make_request(messages=HELLO), chat_template=templates))
+        == "plain"
+    )
+
+
+def test_variables_reach_the_template_but_not_its_special_tokens(make_request: Make) -> None:
+    request = make_request(
+        messages=HELLO, template_kwargs='{"is_short": true, "eos_token": "taken"}'
+    )
+    tokens = tokens_of(request, chat_template="{{ is_short }} {{ eos_token }}")
+    assert tiny_tokenizer().decode(tokens) == "True <|im_end|>"
+
+
+@pytest.mark.parametrize("has_system", [True, False])
+def test_a_template_may_read_tools_from_the_system_message(
+    make_request: Make, has_system: bool
+) -> None:
+    messages = (Message(role="system", content="Be short."), *HELLO)[0 if has_system else 1 :]
+    request = make_request(messages=messages, tool_use=TOOLS)
+    template = "{% for message in messages %}{% if message['tools'] %}{{ message['content'] }}|{{ message['tools'] }}{% endif %}{% endfor %}"
+    text = tiny_tokenizer().decode(
+        tokens_of(request, chat_template=template, context=Context(4096))
+    )
+    content, tools = text.split("|")
+    assert content == ("Be short." if has_system else "")
+    assert [tool["name"] for tool in json.loads(tools)] == ["find", "stop"]
