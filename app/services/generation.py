@@ -2,9 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from fastapi.concurrency import run_in_threadpool
 
@@ -36,6 +36,12 @@ class Conversation:
 
 
 Prompt = str | tuple[int, ...] | Conversation
+
+
+class WholeAnswer(Protocol):
+    """Answer whose complete JSON is written in parts."""
+
+    def whole(self) -> Iterator[bytes]: ...
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ def refuse_large_answer(order: Order, max_bytes: int) -> None:
     )
 
 
-async def whole_json(answer: ChatAnswer | TextAnswer) -> list[bytes]:
+async def whole_json(answer: WholeAnswer) -> list[bytes]:
     """Returns the JSON of a complete answer in parts.
 
     Other coroutines run between two parts, so that a large answer does not block the event loop.

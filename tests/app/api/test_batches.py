@@ -106,7 +106,7 @@ def test_a_batch_is_answered_as_the_route_would_answer(
     assert answer["error"] is None
     assert answer["response"]["status_code"] == 200
     body = answer["response"]["body"]
-    direct = client.completions.create(**asked).to_dict()
+    direct: Json = client.completions.create(**asked).to_dict()
     assert body["choices"] == direct["choices"]
     assert (body["object"], body["model"]) == ("text_completion", "tiny")
     used = [entry["response"]["body"]["usage"] for entry in answers]

@@ -7,6 +7,8 @@ import httpx
 import openai
 import pytest
 
+from app.api import completions
+from app.schemas.responses.answer import ResponseAnswer
 from tests.serve_worker import WorkerProcess
 
 PROMPT = "What does a lantern mean?"
@@ -112,6 +114,22 @@ def test_the_events_of_a_stream_are_in_order_and_end_with_the_complete_response(
     assert last.response.usage is not None
     assert whole.usage is not None
     assert last.response.usage.total_tokens == whole.usage.total_tokens
+
+
+def test_a_stream_that_waits_gets_events_that_keep_it_open(
+    worker: WorkerProcess, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ResponseAnswer, "first_event_seconds", 0.0)
+    monkeypatch.setattr(completions, "PING_SECONDS", 0.002)
+    asked: dict[str, Any] = {"model": "tiny", "input": PROMPT, "max_output_tokens": 48}
+    asked |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    events = list(client.responses.create(**asked, stream=True))
+    kinds = [str(event.type) for event in events]
+    assert kinds[:2] == ["response.created", "response.in_progress"]
+    assert "keepalive" in kinds
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.output_text == client.responses.create(**asked).output_text
 
 
 def test_the_stream_helper_of_the_client_accumulates_the_answer(

@@ -117,7 +117,8 @@ def test_log_likelihoods_have_the_form_that_the_evaluation_harness_reads(
         assert with_answer.logprobs is not None
         assert len(choice.logprobs.token_logprobs or ()) == len(prompt)
         expected: Any = with_answer.logprobs.token_logprobs
-        assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected[1:-1], abs=1e-4)
+        values = choice.logprobs.token_logprobs
+        assert values[1:] == pytest.approx(expected[1:-1], abs=1e-4)
         assert choice.text == tokenizer.decode(prompt)
     assert only.usage is not None
     assert only.usage.completion_tokens == 0
