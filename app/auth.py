@@ -103,9 +103,7 @@ def authenticate(authorization: str | None) -> Principal:
         Unauthenticated: The key is missing, malformed, unknown, revoked or expired.
     """
     if not authorization:
-        raise Unauthenticated(
-            "no API key: send the header `Authorization: Bearer sk-sh-…`", "missing_api_key"
-        )
+        raise Unauthenticated("no API key: send the header `Authorization: Bearer sk-sh-…`")
     scheme, _, credential = authorization.partition(" ")
     match = KEY_PATTERN.fullmatch(credential.strip())
     if scheme.lower() != "bearer" or match is None:

@@ -3,7 +3,7 @@
 The response body is the error envelope of the OpenAI API. HTTP status and `type` of each error:
 
 - BadRequest            400  invalid_request_error
-- Unauthenticated       401  authentication_error
+- Unauthenticated       401  invalid_request_error
 - Forbidden             403  permission_error
 - NotFound              404  invalid_request_error
 - Conflict              409  conflict_error
@@ -11,7 +11,7 @@ The response body is the error envelope of the OpenAI API. HTTP status and `type
 - TooLarge              413  invalid_request_error
 - Unprocessable         422  invalid_request_error
 - TooManyRequests       429  rate_limit_error
-- QuotaExceeded         429  rate_limit_error (a subclass of TooManyRequests)
+- QuotaExceeded         429  insufficient_quota (a subclass of TooManyRequests)
 - Unavailable           503  server_error
 - TimedOut              504  server_error
 """
@@ -49,7 +49,7 @@ class Unauthenticated(StillhouseError):
     """The API key is missing or not valid."""
 
     status = 401
-    type = "authentication_error"
+    type = "invalid_request_error"  # as OpenAI sends it
     code = "invalid_api_key"
 
 
@@ -116,7 +116,8 @@ class TooManyRequests(StillhouseError):
 class QuotaExceeded(TooManyRequests):
     """The project has reached a quota. Waiting alone does not help, so clients must not retry."""
 
-    code = "quota_exceeded"
+    type = "insufficient_quota"
+    code = "insufficient_quota"
     retry_after_seconds = 60
     should_retry = False
 

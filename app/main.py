@@ -11,6 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from app import auth
 from app.api import batches, completions, errors, files, health, jobs, models, serving
+from app.api.inference import responses, tokenizers
 from app.api.middleware import RequestFrame
 from app.api.openapi import ERRORS
 from app.db.session import DatabaseUnavailable, PoolExhausted
@@ -46,7 +47,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.pin_broadcaster = PinBroadcaster(app.state.request_router)
     errors.install(app)
     # Routes are matched in this order. Completions come first to keep time to first token low.
-    for module in (completions, health, files, jobs, models, serving, batches):
+    for module in (
+        completions,
+        responses,
+        tokenizers,
+        health,
+        files,
+        jobs,
+        models,
+        serving,
+        batches,
+    ):
         app.include_router(module.router)
     app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
     if settings.allowed_origins:

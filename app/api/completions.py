@@ -15,12 +15,13 @@ from app.api.openapi import whole_or_streamed
 from app.api.strict_route import StrictRoute
 from app.auth import claimed_key_id
 from app.contracts.generation import Delta, Done
-from app.errors import StillhouseError, envelope
+from app.errors import StillhouseError
 from app.routing.reply_stream import ReplyStream
 from app.routing.router import RequestRouter
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
 from app.schemas.generated import ChatCompletion, TextCompletion
+from app.schemas.responses.answer import ResponseAnswer
 from app.services import generation
 from app.services.generation import Order
 
@@ -53,11 +54,11 @@ log = structlog.get_logger(__name__)
 Caller = Annotated[Principal, Depends(require("inference"))]
 T = TypeVar("T")
 Replies = list[tuple[int, Delta | Done]]
+AnyAnswer = TextAnswer | ChatAnswer | ResponseAnswer
 
 SLOW_CLIENT_SECONDS = 60.0  # a client that reads nothing for this long is disconnected
 PIECE_BYTES = 256 * 1024
 PING_SECONDS = 15.0
-PING = b": ping\n"  # one newline: with two, the openai client would report an empty event
 CLIENT_CLOSED_REQUEST = 499  # only for metrics, since the client is gone
 
 
@@ -83,17 +84,22 @@ async def create_chat_completion(body: ChatBody, request: Request, caller: Calle
     return await respond(request, caller, body)
 
 
-async def respond(request: Request, caller: Principal, body: CompletionBody | ChatBody) -> Response:
-    """Returns the response of either route.
+async def respond(
+    request: Request,
+    caller: Principal,
+    body: CompletionBody | ChatBody,
+    rendered: ResponseAnswer | None = None,
+) -> Response:
+    """Returns the response to a request, in the form of `rendered` if that is given.
 
     An error before the first token becomes an HTTP error response.
     """
     generation.refuse_unsupported(body)
     await asyncio.sleep(0)  # validating a large body has just taken milliseconds
-    answer, prompts = generation.begin_answer(body)
+    own_answer, prompts = generation.begin_answer(body)
+    answer: AnyAnswer = rendered or own_answer
     model = await generation.find_model(caller.project_id, body.model)
     answer.model = model.model_id
-    is_streamed = bool(body.stream)
     order = Order(
         answer.id,
         caller.key_id,
@@ -101,32 +107,44 @@ async def respond(request: Request, caller: Principal, body: CompletionBody | Ch
         prompts,
         body.num_choices,
         body.sampling(),
-        is_streamed=is_streamed,
+        is_streamed=bool(body.stream) and not answer.keeps_text,
     )
     request_router: RequestRouter = request.app.state.request_router
     try:
-        return await unless_gone(request.receive, begin(request_router, order, answer))
+        work = begin(request_router, order, answer, is_streamed=bool(body.stream))
+        return await unless_gone(request.receive, work)
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 async def begin(
-    request_router: RequestRouter, order: Order, answer: TextAnswer | ChatAnswer
+    request_router: RequestRouter, order: Order, answer: AnyAnswer, *, is_streamed: bool
 ) -> Response:
     """Sends the prompts to workers and returns the response, after the first replies have arrived.
 
-    A streamed response begins with these replies. Any other response waits for all replies.
+    A streamed response begins with these replies. Some streams begin without replies if the first
+    one takes too long. Any other response waits for all replies.
     """
     reply_stream = await generation.begin(request_router, order)
     try:
-        if order.is_streamed:
-            return EventStream(reply_stream, await reply_stream.take(), answer)
+        if is_streamed:
+            first = await take_within(reply_stream, answer.first_event_seconds)
+            return EventStream(reply_stream, first, answer)
         while replies := await reply_stream.take():
             answer.add(replies)
         return JsonParts(await generation.whole_json(answer))
     except BaseException:
         reply_stream.close()
         raise
+
+
+async def take_within(reply_stream: ReplyStream, seconds: float | None) -> Replies | None:
+    """Returns the next replies, or None if there are none within this time."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await reply_stream.take()
+    except TimeoutError:
+        return None
 
 
 class JsonParts(Response):
@@ -184,9 +202,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(
-        self, reply_stream: ReplyStream, first: Replies, answer: TextAnswer | ChatAnswer
-    ) -> None:
+    def __init__(self, reply_stream: ReplyStream, first: Replies | None, answer: AnyAnswer) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -215,29 +231,31 @@ class EventStream(Response):
         replies = self._first
         try:
             part = events(self._answer.opening())
-            while replies:
-                if part := part + events(self._answer.chunks(replies)):
+            while replies is None or replies:
+                if replies and (part := part + events(self._answer.chunks(replies))):
                     yield part
+                elif replies is None:
+                    yield part + self._answer.ping()
                 part = b""
-                while (news_or_none := await self._take_or_ping()) is None:
-                    yield PING
-                replies = news_or_none
+                replies = await take_within(self._reply_stream, PING_SECONDS)
         except StillhouseError as error:
-            yield events([envelope(error)])
+            yield part + events(self._answer.failure(error))
             return
-        yield part + events(self._answer.closing()) + b"data: [DONE]\n\n"
-
-    async def _take_or_ping(self) -> Replies | None:
-        try:
-            async with asyncio.timeout(PING_SECONDS):
-                return await self._reply_stream.take()
-        except TimeoutError:
-            return None
+        for chunk in self._answer.closing():
+            yield part + events([chunk])
+            part = b""
+        yield part + self._answer.ending
 
 
-def events(chunks: list[dict[str, object]] | list[dict[str, dict[str, str | None]]]) -> bytes:
-    """Returns the chunks as server-sent events."""
-    return b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks)
+def events(chunks: list[dict[str, object]]) -> bytes:
+    """Returns the chunks as server-sent events. A chunk with a type is an event of this type."""
+    return b"".join(
+        (b"event: %s\n" % str(chunk["type"]).encode() if "type" in chunk else b"")
+        + b"data: "
+        + orjson.dumps(chunk)
+        + b"\n\n"
+        for chunk in chunks
+    )
 
 
 async def unless_gone(receive: Receive, work: Coroutine[object, object, T]) -> T:

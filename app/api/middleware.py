@@ -16,6 +16,7 @@ from app.errors import BadRequest, StillhouseError, TooLarge
 
 log = structlog.get_logger(__name__)
 
+OPENAI_VERSION = "2020-10-01"  # of the API whose format the responses have
 UPLOAD_PATH = "/v1/files"  # it has its own, larger limit
 requests_total = Counter(
     "stillhouse_http_requests", "Requests answered", ["method", "route", "status"]
@@ -108,6 +109,9 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.id
             headers["x-content-type-options"] = "nosniff"
+            headers["openai-version"] = OPENAI_VERSION
+            if (principal := self.scope["state"].get("principal")) is not None:
+                headers["openai-organization"] = principal.project_id
             self.seconds = time.perf_counter() - self.began
             headers["openai-processing-ms"] = str(round(self.seconds * 1000))
         await self._send(message)

@@ -13,7 +13,14 @@ from app.db.session import transaction
 from app.schemas.files import Deleted
 from app.schemas.jobs import EventObject, ImportObject
 from app.schemas.listing import Listing
-from app.schemas.models import AliasObject, ImportModel, ModelList, ModelObject, SetAlias
+from app.schemas.models import (
+    AliasObject,
+    CheckpointObject,
+    ImportModel,
+    ModelList,
+    ModelObject,
+    SetAlias,
+)
 from app.services import jobs, model_registry
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/models", tags=["models"])
@@ -73,9 +80,13 @@ def list_import_events(
 
 
 @router.get("/{model_id}")
-def get_model(model_id: str, principal: Reader) -> ModelObject:
-    """Returns the model version with this id, or the one that an alias points at."""
+def get_model(model_id: str, principal: Reader) -> ModelObject | CheckpointObject:
+    """Returns a model version, the one that an alias points at, or a checkpoint."""
     with transaction() as session:
+        if found := model_registry.find_checkpoint(session, principal.project_id, model_id):
+            base_id, checkpoint = found
+            owner = principal.project_id
+            return CheckpointObject.of(checkpoint, model_id=base_id, project_id=owner)
         row = model_registry.get_model(session, principal.project_id, model_id)
         return ModelObject.of(
             row, model_rows.aliases_of_models(session, principal.project_id).get(row.id, [])

@@ -73,6 +73,7 @@ class Sampling(Contract):
     Fields that `app.schemas.completions.GenerationBody` has under the same name are copied from the
     request, unless the client omits them.
 
+    max_tokens: 0 only with `echo`. The answer then is the prompt.
     temperature: 0 is greedy decoding.
     top_k, top_p, min_p: 0, 1 and 0 disable the filters.
     fits_context: Reduces max_tokens to the room that the prompt leaves in the context, instead of
@@ -81,11 +82,12 @@ class Sampling(Contract):
     stop_token_ids: More end tokens, beside those of the model. `ignore_eos` does not affect them.
     best_of: Number of choices to generate. Those n with the highest mean log-probability are
         returned.
-    echo: The answer begins with the text of the prompt.
+    echo: The answer begins with the text of the prompt. With `logprobs`, it also has the
+        log-probabilities of the prompt's tokens.
     grammar: The answer matches this grammar, unless `max_tokens` ends it.
     """
 
-    max_tokens: Annotated[int, Field(ge=1)] = 16
+    max_tokens: Annotated[int, Field(ge=0)] = 16
     fits_context: bool = False
     temperature: Temperature = 1.0
     top_k: TopK = 0
@@ -104,6 +106,11 @@ class Sampling(Contract):
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: bool = False
     grammar: Grammar | None = None
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True if the answer has the log-probabilities of the prompt's tokens."""
+        return self.echo and self.logprobs is not None
 
 
 class Draft(Contract):
@@ -137,6 +144,9 @@ class GenerateRequest(Contract):
 
     Choice i of n, or of best_of, samples with seed + i.
 
+    task: What to reply. tokenize: the tokens of the prompt. detokenize: the text of the tokens.
+        describe_tokenizer: the special tokens and the chat template, as JSON text.
+    adds_special_tokens: Whether the tokenizer adds its special tokens to `text`. Only for tokenize.
     reply_to: The id of the API process that receives the replies, see `reply_channel`.
     tenant: A worker serves tenants fairly. Empty in requests of API processes of older versions.
     deadline_at: In seconds since the epoch.
@@ -145,6 +155,7 @@ class GenerateRequest(Contract):
     """
 
     id: str
+    task: Literal["generate", "tokenize", "detokenize", "describe_tokenizer"] = "generate"
     reply_to: str
     tenant: str = ""
     model: str
@@ -158,6 +169,7 @@ class GenerateRequest(Contract):
     deadline_at: float
     tool_use: ToolUse | None = None
     template_kwargs: str = "{}"
+    adds_special_tokens: bool = True
 
     @property
     def num_sequences(self) -> int:
@@ -182,10 +194,13 @@ def serving_key_of(weights: ArtifactRef, serving: ServingOptions) -> str:
 
 
 class TokenLogprob(Contract):
-    """Log-probability of a generated token, and those of the most likely tokens in its place."""
+    """Log-probability of a token, and those of the most likely tokens in its place.
+
+    It is None for the first token of an echoed prompt, which nothing precedes.
+    """
 
     token: str
-    logprob: float
+    logprob: float | None
     bytes: tuple[int, ...]
     top: tuple[tuple[str, float], ...] = ()
 
@@ -222,12 +237,16 @@ class Delta(Contract):
 
 
 class Done(Contract):
-    """Last reply to a prompt whose choices are all complete."""
+    """Last reply to a prompt whose choices are all complete.
+
+    cached_tokens: Number of prompt tokens that were in the prefix cache.
+    """
 
     kind: Literal["done"] = "done"
     id: str
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 class Failure(Contract):

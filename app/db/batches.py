@@ -5,6 +5,7 @@ state freezes the results, so the output file cannot miss one that a stale runne
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
@@ -21,6 +22,16 @@ from app.db.schema.tables import ENDED_BATCHES, Batch, BatchResult, BatchStatus,
 LIFETIME: Final = timedelta(hours=24)  # the only completion window that is supported
 UNDER_WAY: Final = frozenset({BatchStatus.validating, BatchStatus.in_progress})
 ENDING: Final = frozenset({BatchStatus.cancelling, BatchStatus.finalizing})
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Model and number of tokens of one answer."""
+
+    model: str
+    input_tokens: int
+    cached_tokens: int
+    output_tokens: int
 
 
 def insert_batch(
@@ -147,11 +158,18 @@ def answered_lines(session: Session, batch_id: str) -> set[int]:
 
 
 def record(
-    session: Session, batch_id: str, token: int, *, line: int, output: str, is_error: bool
+    session: Session,
+    batch_id: str,
+    token: int,
+    *,
+    line: int,
+    output: str,
+    is_error: bool,
+    usage: Usage | None = None,
 ) -> bool:
     """Records the result of an input line. A second result for the same line is ignored.
 
-    Returns False if the lease is lost or the batch is no longer in progress.
+    The usage is added to that of the batch. Returns False if the lease is lost or the batch is no longer in progress.
     """
     in_progress = select(Batch.id).where(
         *_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress
@@ -163,7 +181,13 @@ def record(
     )
     if session.scalar(fresh.on_conflict_do_nothing().returning(BatchResult.line)) is not None:
         counter = Batch.num_failed if is_error else Batch.num_completed
-        session.execute(update(Batch).where(Batch.id == batch_id).values({counter: counter + 1}))
+        changes: dict[Any, Any] = {counter: counter + 1}  # Any: columns and SQL expressions
+        if usage is not None:
+            changes[Batch.model] = func.coalesce(Batch.model, usage.model)
+            changes[Batch.input_tokens] = Batch.input_tokens + usage.input_tokens
+            changes[Batch.cached_tokens] = Batch.cached_tokens + usage.cached_tokens
+            changes[Batch.output_tokens] = Batch.output_tokens + usage.output_tokens
+        session.execute(update(Batch).where(Batch.id == batch_id).values(changes))
     return True
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from app.contracts.generation import Delta, Done, TokenLogprob, ToolCallDelta
+from app.errors import StillhouseError, envelope
 from app.schemas.completions import ChatBody, CompletionBody, GenerationBody
 from app.schemas.tools import NamedTool
 
@@ -50,7 +51,16 @@ class Answer(ABC):
     """Answer to one client request, built from the replies of workers.
 
     Use `add` and `whole` for a complete response; `opening`, `chunks` and `closing` for a stream.
+
+    keeps_text: A stream keeps the complete answer in memory.
+    first_event_seconds: Time after which a stream begins without replies. None: it never does.
+        Until then, an error has an HTTP status of its own.
+    ending: Last bytes of a stream.
     """
+
+    keeps_text = False
+    first_event_seconds: float | None = None
+    ending = b"data: [DONE]\n\n"
 
     def __init__(
         self, answer_id: str, body: GenerationBody, *, num_prompts: int, created: int
@@ -65,6 +75,12 @@ class Answer(ABC):
         self._choices = [Choice() for _ in range(num_prompts * body.num_choices)]
         self._num_prompt_tokens = 0
         self._num_completion_tokens = 0
+        self._num_cached_tokens = 0
+
+    @property
+    def num_tokens(self) -> tuple[int, int, int]:
+        """Number of prompt tokens, of those in the prefix cache, and of generated tokens."""
+        return self._num_prompt_tokens, self._num_cached_tokens, self._num_completion_tokens
 
     def add(self, replies: Replies) -> None:
         """Collects replies for a complete response."""
@@ -107,6 +123,17 @@ class Answer(ABC):
         """Returns the chunks that follow all text."""
         return [self._chunk([]) | {"usage": self._usage()}] if self._has_usage_chunk else []
 
+    def failure(self, error: StillhouseError) -> list[Json]:
+        """Returns the chunk that ends a stream after an error."""
+        return [{**envelope(error)}]
+
+    def ping(self) -> bytes:
+        """Returns a comment that keeps the connection open.
+
+        It has one newline. With two, the openai client would report an empty event.
+        """
+        return b": ping\n"
+
     @abstractmethod
     def _object(self, *, is_chunk: bool = False) -> str: ...
 
@@ -127,12 +154,17 @@ class Answer(ABC):
     def _count(self, done: Done) -> None:
         self._num_prompt_tokens += done.prompt_tokens
         self._num_completion_tokens += done.completion_tokens
+        self._num_cached_tokens += done.cached_tokens
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> Json:
+        details = {"reasoning_tokens": 0, "audio_tokens": 0}
+        details |= {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": self._num_completion_tokens,
             "total_tokens": self._num_prompt_tokens + self._num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self._num_cached_tokens, "audio_tokens": 0},
+            "completion_tokens_details": details,
         }
 
     def _envelope(self, name: str, choices: Sequence[Json]) -> Json:
@@ -183,7 +215,7 @@ class TextAnswer(Answer):
         return {
             "tokens": [entry.token for entry in logprobs],
             "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [dict(entry.top) | {entry.token: entry.logprob} for entry in logprobs],
+            "top_logprobs": [_best_of_text(entry) for entry in logprobs],
             "text_offset": offsets,
         }
 
@@ -228,7 +260,7 @@ class ChatAnswer(Answer):
         if delta.text or delta.logprobs:
             columns = self._columns(self._choices[index], delta.logprobs or ())
             logprobs: Json | None = {**columns, "refusal": None} if columns else None
-            content = {} if self._has_tools and not delta.text else {"content": delta.text}
+            content: Json = {} if self._has_tools and not delta.text else {"content": delta.text}
             made.append(self._entry(index, content, logprobs))
         if delta.tool_calls:
             calls = [_streamed_call(part) for part in delta.tool_calls]
@@ -256,7 +288,21 @@ class ChatAnswer(Answer):
         return {"content": content}
 
 
-def _token(token: str, logprob: float, data: tuple[int, ...]) -> Json:
+def _best_of_text(entry: TokenLogprob) -> dict[str, float] | None:
+    """Returns the alternatives by their text, or None for the first token of a prompt.
+
+    Tokens may have the same text. The highest log-probability is kept, so that a token is the best
+    one if, and only if, its log-probability is the maximum.
+    """
+    if entry.logprob is None:
+        return None
+    best = {entry.token: entry.logprob}
+    for text, logprob in entry.top:
+        best[text] = max(logprob, best.get(text, logprob))
+    return best
+
+
+def _token(token: str, logprob: float | None, data: tuple[int, ...]) -> Json:
     return {"token": token, "logprob": logprob, "bytes": list(data)}
 
 

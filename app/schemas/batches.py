@@ -61,6 +61,26 @@ class RequestCounts(BaseModel):
     failed: int
 
 
+class BatchUsage(BaseModel):
+    """Number of tokens of all answers of a batch."""
+
+    input_tokens: int
+    input_tokens_details: dict[str, int]
+    output_tokens: int
+    output_tokens_details: dict[str, int]
+    total_tokens: int
+
+    @classmethod
+    def of(cls, row: Batch) -> "BatchUsage":
+        return cls(
+            input_tokens=row.input_tokens,
+            input_tokens_details={"cached_tokens": row.cached_tokens},
+            output_tokens=row.output_tokens,
+            output_tokens_details={"reasoning_tokens": 0},
+            total_tokens=row.input_tokens + row.output_tokens,
+        )
+
+
 class BatchObject(BaseModel):
     """Batch in the format of OpenAI."""
 
@@ -83,6 +103,8 @@ class BatchObject(BaseModel):
     cancelling_at: int | None
     cancelled_at: int | None
     request_counts: RequestCounts
+    model: str | None
+    usage: BatchUsage
     metadata: dict[str, str] | None
 
     @classmethod
@@ -109,5 +131,7 @@ class BatchObject(BaseModel):
             request_counts=RequestCounts(
                 total=row.num_requests, completed=row.num_completed, failed=row.num_failed
             ),
+            model=row.model,
+            usage=BatchUsage.of(row),
             metadata=row.batch_metadata or None,
         )

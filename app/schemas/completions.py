@@ -96,7 +96,7 @@ class GenerationBody(BaseModel):
     repetition_penalty: RepetitionPenalty | None = None
     logit_bias: LogitBias | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63 - 128)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=64)] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=64, fail_fast=True)] | None = None
     ignore_eos: bool = False
     stream: bool | None = None
@@ -186,6 +186,7 @@ class CompletionBody(GenerationBody):
         | Annotated[list[TextPrompt], Field(min_length=1, fail_fast=True)]
         | Annotated[list[TokenPrompt], Field(min_length=1, fail_fast=True)]
     )
+    max_tokens: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     min_tokens: MinTokens | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
@@ -198,18 +199,11 @@ class CompletionBody(GenerationBody):
         n = info.data.get("n") or 1
         if value is not None and value < n:
             raise ValueError(f"must be at least n, which is {n}")
+        if value is not None and value > n and info.data.get("max_tokens") == 0:
+            raise ValueError("must be n if max_tokens is 0, because there is nothing to compare")
         if value is not None and value > n and info.data.get("stream"):
             raise ValueError(
                 "the best choices are known only at the end and cannot be streamed; leave out stream or best_of"
-            )
-        return value
-
-    @field_validator("echo")
-    @classmethod
-    def _echo_has_no_logprobs(cls, value: bool | None, info: ValidationInfo) -> bool | None:
-        if value and info.data.get("logprobs") is not None:
-            raise ValueError(
-                "log-probabilities of prompt tokens are not supported; leave out echo or logprobs"
             )
         return value
 
@@ -227,7 +221,7 @@ class CompletionBody(GenerationBody):
 
     def sampling(self) -> Sampling:
         sampling = self._sampling(
-            max_tokens=self.max_tokens or self.default_tokens,
+            max_tokens=self.default_tokens if self.max_tokens is None else self.max_tokens,
             min_tokens=self.min_tokens,
             logprobs=self.logprobs,
         )

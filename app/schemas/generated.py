@@ -18,6 +18,8 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: Json
+    completion_tokens_details: Json
 
 
 class TextChoice(BaseModel):
@@ -82,3 +84,30 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class ResponseUsage(BaseModel):
+    """Number of tokens of a response."""
+
+    input_tokens: int
+    input_tokens_details: Json
+    output_tokens: int
+    output_tokens_details: Json
+    total_tokens: int
+
+
+class ResponseObject(BaseModel):
+    """Response of /v1/responses. It also repeats the parameters of the request."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete"]
+    output: list[Json]
+    error: Json | None
+    incomplete_details: Json | None
+    usage: ResponseUsage
+    parallel_tool_calls: bool
+    tool_choice: str | Json
+    tools: list[Json]

@@ -6,9 +6,10 @@ from pydantic import BaseModel, StringConstraints
 
 from app.contracts.generation import ServingOptions
 from app.contracts.messages import ModelFacts, ModelKind
-from app.db.schema.tables import Alias, Model
+from app.db.schema.tables import Alias, Checkpoint, Model
 from app.schemas.jobs import Body, ModelId
 from app.schemas.serving import Serving
+from app.settings import get_settings
 
 Json = dict[str, Any]  # Any: an evaluation is open-ended JSON
 
@@ -54,7 +55,7 @@ class ModelObject(BaseModel):
             family=facts.family,
             num_parameters=facts.num_parameters,
             num_layers=facts.num_layers,
-            context_length=facts.context_tokens,
+            context_length=usable_context(facts),
             vocab_size=facts.vocab_size,
             tokenizer_sha256=facts.tokenizer_sha256,
             weights_sha256=facts.weights_sha256,
@@ -63,6 +64,35 @@ class ModelObject(BaseModel):
             serving=Serving.of(ServingOptions.model_validate(row.serving or {})),
             evaluation=row.evaluation,
         )
+
+
+class CheckpointObject(BaseModel):
+    """Model that is a checkpoint of a job. It can be used as long as the job keeps it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    origin: Literal["checkpoint"] = "checkpoint"
+    base_model: str
+    job_id: str
+    size_bytes: int
+
+    @classmethod
+    def of(cls, row: Checkpoint, *, model_id: str, project_id: str) -> "CheckpointObject":
+        return cls(
+            id=f"{model_id}:ckpt-step-{row.step}",
+            created=int(row.created_at.timestamp()),
+            owned_by=project_id,
+            base_model=model_id,
+            job_id=row.job_id,
+            size_bytes=row.bytes,
+        )
+
+
+def usable_context(facts: ModelFacts) -> int:
+    """Returns the number of tokens of prompt and answer that a request may have."""
+    return min(facts.context_tokens, get_settings().max_context_tokens)
 
 
 class ModelList(BaseModel):

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import orjson
 from fastapi.concurrency import run_in_threadpool
@@ -58,6 +58,12 @@ class Conversation:
 Prompt = str | tuple[int, ...] | Conversation
 
 
+class WholeAnswer(Protocol):
+    """Answer whose complete JSON is written in parts."""
+
+    def whole(self) -> Iterator[bytes]: ...
+
+
 @dataclass(frozen=True)
 class Order:
     """One client request: prompts with one model and one set of sampling parameters.
@@ -73,6 +79,8 @@ class Order:
     sampling: Sampling
     tenant: str = ""
     is_streamed: bool = False
+    task: Literal["generate", "tokenize", "detokenize", "describe_tokenizer"] = "generate"
+    adds_special_tokens: bool = True
 
 
 async def begin(request_router: RequestRouter, order: Order) -> ReplyStream:
@@ -125,6 +133,8 @@ def validate_for_model(order: Order, settings: Settings) -> None:
     ):
         message = f"the chat template of the model {order.model.model_id!r} does not support tools; leave tools out, or use another model"
         raise BadRequest(message, "tools_unsupported", "tools")
+    if order.task != "generate":
+        return
     context_tokens = min(facts.context_tokens, settings.max_context_tokens)
     longest = max((len(prompt) for prompt in order.prompts if isinstance(prompt, tuple)), default=0)
     if longest > context_tokens:
@@ -135,6 +145,9 @@ def validate_for_model(order: Order, settings: Settings) -> None:
         )
     # The prompt of an encoder-decoder is not part of the sequence that it generates.
     is_apart = facts.family == "seq2seq"
+    if is_apart and order.sampling.echo:
+        message = "echo is not supported by encoder-decoder models, whose answer does not continue the prompt; leave echo out"
+        raise BadRequest(message, "unsupported_parameter", "echo")
     if order.sampling.max_tokens >= context_tokens + is_apart and not order.sampling.fits_context:
         raise BadRequest(
             f"max_tokens is {order.sampling.max_tokens}, but {'an answer has' if is_apart else PROMPT_AND_ANSWER} at most "
@@ -148,8 +161,10 @@ def logprob_bytes(order: Order) -> int:
     """Returns the estimated maximum size of the answer's log-probabilities, in bytes of JSON."""
     if order.sampling.logprobs is None:
         return 0
-    num_tokens = len(order.prompts) * order.num_choices * order.sampling.max_tokens
-    return num_tokens * LOGPROB_BYTES * (1 + order.sampling.logprobs)
+    num_tokens = len(order.prompts) * order.sampling.max_tokens
+    if order.sampling.scores_prompt:
+        num_tokens += sum(map(estimated_tokens, order.prompts))
+    return num_tokens * order.num_choices * LOGPROB_BYTES * (1 + order.sampling.logprobs)
 
 
 def refuse_large_answer(order: Order, max_bytes: int) -> None:
@@ -177,7 +192,7 @@ def refuse_large_answer(order: Order, max_bytes: int) -> None:
     )
 
 
-async def whole_json(answer: ChatAnswer | TextAnswer) -> list[bytes]:
+async def whole_json(answer: WholeAnswer) -> list[bytes]:
     """Returns the JSON of a complete answer in parts.
 
     Other coroutines run between two parts, so that a large answer does not block the event loop.
@@ -195,6 +210,7 @@ def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
     return [
         GenerateRequest(
             id=f"{order.id}-{number}",
+            task=order.task,
             reply_to="",
             tenant=order.tenant or order.key_id,
             model=order.model.model_id,
@@ -206,6 +222,7 @@ def requests_of(order: Order, settings: Settings) -> list[GenerateRequest]:
             n=order.num_choices,
             sampling=order.sampling,
             deadline_at=deadline_at,
+            adds_special_tokens=order.adds_special_tokens,
         )
         for number, prompt in enumerate(order.prompts)
     ]
@@ -257,3 +274,6 @@ def refuse_unsupported(body: ChatBody | CompletionBody) -> None:
         raise BadRequest(f"{name} is not supported; leave it out", "unsupported_parameter", name)
     if isinstance(body, ChatBody):
         body.check()
+    if isinstance(body, CompletionBody) and body.max_tokens == 0 and not body.echo:
+        message = "max_tokens must be at least 1, unless echo is true"
+        raise BadRequest(message, param="max_tokens")

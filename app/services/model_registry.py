@@ -8,7 +8,7 @@ from app.contracts.control import ServedModel
 from app.contracts.generation import ServingOptions
 from app.contracts.messages import ArtifactRef, ModelFacts
 from app.db import models
-from app.db.schema.tables import Alias, Model
+from app.db.schema.tables import Alias, Checkpoint, Model
 from app.db.session import Session, transaction
 from app.errors import BadRequest, Conflict, Forbidden, NotFound
 from app.storage import store
@@ -48,6 +48,21 @@ def resolve_at_once(project_id: str, model_id: str) -> Resolved:
     return Resolved(row.id, ref, facts, ServingOptions.model_validate(row.serving or {}))
 
 
+def resolve_or_only(project_id: str, model_id: str | None) -> Resolved:
+    """Returns what a model id refers to. Without an id, returns the only model of the project.
+
+    Raises NotFound, and BadRequest if the project has several models and `model_id` is None.
+    """
+    if model_id is not None:
+        return resolve_at_once(project_id, model_id)
+    with transaction() as session:
+        rows = models.list_models(session, project_id)
+        if len(rows) != 1:
+            message = f"the project has {len(rows)} models; name one in `model`"
+            raise BadRequest(message, "missing_required_parameter", "model")
+        return resolve(session, project_id, rows[0].id)
+
+
 def resolve(
     session: Session, project_id: str, model_id: str, *, param: str = "model", lock: bool = False
 ) -> Resolved:
@@ -70,6 +85,17 @@ def resolve(
             )
     row = get_model(session, project_id, model_id, param=param, lock=lock)
     return Resolved(row.id, artifact(row), ModelFacts.model_validate(row.facts), options_of(row))
+
+
+def find_checkpoint(
+    session: Session, project_id: str, model_id: str
+) -> tuple[str, Checkpoint] | None:
+    """Returns the model id and the checkpoint that an id `…:ckpt-step-n` names, or None."""
+    match = CHECKPOINT_PATTERN.fullmatch(model_id.replace("\x00", "\ufffd"))
+    if match is None:
+        return None
+    row = models.find_checkpoint(session, project_id, match["model"], int(match["step"]))
+    return None if row is None else (match["model"], row)
 
 
 def options_of(row: Model) -> ServingOptions:

@@ -150,6 +150,9 @@ def test_checkpoints_are_listed_and_can_be_asked(
     newest = checkpoints[0]
     assert newest.fine_tuning_job_id == finished.id
     assert newest.step_number > 0
+    model = client.models.retrieve(newest.fine_tuned_model_checkpoint)
+    assert model.id == newest.fine_tuned_model_checkpoint
+    assert model.to_dict()["job_id"] == finished.id
     answer = client.completions.create(
         model=newest.fine_tuned_model_checkpoint,
         prompt="What is a lantern?",
@@ -182,7 +185,8 @@ def test_a_streamed_answer_equals_the_whole_one(
         usage = part.usage or usage
     assert text == whole.choices[0].message.content
     assert usage is not None
-    assert usage == whole.usage
+    assert whole.usage is not None
+    assert usage.total_tokens == whole.usage.total_tokens
 
 
 def test_n_samples_with_a_seed_come_out_the_same_twice(

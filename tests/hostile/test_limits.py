@@ -59,7 +59,7 @@ def test_a_line_over_the_limit_is_refused(http: httpx.Client, settings_env: Set)
 def test_a_project_keeps_so_many_files(http: httpx.Client, settings_env: Set) -> None:
     settings_env(max_files_per_project=1)
     kept = upload(http, rows(1)).json()["id"]
-    expect(upload(http, rows(1)), 429, "quota_exceeded", is_temporary=True)
+    expect(upload(http, rows(1)), 429, "insufficient_quota", is_temporary=True)
     http.delete(f"/v1/files/{kept}")
     assert upload(http, rows(1)).status_code == 200
 
@@ -69,7 +69,7 @@ def test_a_project_keeps_so_many_bytes(
 ) -> None:
     settings_env(max_bytes_per_project=3 * len(rows(1)))
     assert upload(http, rows(2)).status_code == 200
-    expect(upload(http, rows(2)), 429, "quota_exceeded", is_temporary=True)
+    expect(upload(http, rows(2)), 429, "insufficient_quota", is_temporary=True)
     assert upload(http, rows(1)).status_code == 200
     with service.http(service.new_key("rival")) as stranger:
         assert upload(stranger, rows(2)).status_code == 200
@@ -106,7 +106,7 @@ def test_a_project_has_so_many_jobs_side_by_side_too(
     expect(
         next(answer for answer in answers if answer.status_code == 429),
         429,
-        "quota_exceeded",
+        "insufficient_quota",
         is_temporary=True,
     )
 
@@ -124,7 +124,7 @@ def test_a_project_has_so_many_batches(
     asked = upload(http, json.dumps(line).encode(), purpose="batch").json()["id"]
     body = {"input_file_id": asked, "endpoint": "/v1/completions", "completion_window": "24h"}
     assert http.post("/v1/batches", json=body).status_code == 200
-    expect(http.post("/v1/batches", json=body), 429, "quota_exceeded", is_temporary=True)
+    expect(http.post("/v1/batches", json=body), 429, "insufficient_quota", is_temporary=True)
 
 
 def test_a_key_has_so_many_generations(

@@ -17,13 +17,15 @@ from worker.serve.text.detokenizer import TokenText
 from worker.serve.text.prompt_size import size_bound
 from worker.serve.text.prompts import end_id_of, prompt_tokens
 from worker.serve.text.reply_builder import Answer, begin_answer, num_logprobs_of, seed_of
+from worker.serve.text.tokenizer_requests import tokenizer_replies
 from worker.serve.text.tools.grammars import constrained
 
 
 class Engine(Protocol):
     """Generates text for many requests at once.
 
-    One thread owns an engine. No method except `prompt_of` blocks for longer than one step.
+    One thread owns an engine. No method except `prompt_of` and `tokenizer_replies` blocks for
+    longer than one step.
     """
 
     @property
@@ -42,6 +44,10 @@ class Engine(Protocol):
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
         """Returns the prompt tokens of a request. Thread-safe. Raises ServeError."""
+        ...
+
+    def tokenizer_replies(self, request: GenerateRequest) -> tuple[Reply, ...]:
+        """Returns the replies to a request about the tokenizer. Thread-safe. Raises ServeError."""
         ...
 
     def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
@@ -114,6 +120,9 @@ class TransformersEngine:
             bound=self._size_bound,
         )
 
+    def tokenizer_replies(self, request: GenerateRequest) -> tuple[Reply, ...]:
+        return tokenizer_replies(request, self.tokenizer, vocab_size=self._vocab_size)
+
     def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
         try:
             request = constrained(request, self._text)
@@ -155,6 +164,7 @@ class TransformersEngine:
             ),
             choice=choice,
             tenant=request.tenant,
+            num_prompt_logprobs=sampling.logprobs if sampling.scores_prompt else None,
         )
 
     def abort(self, request_id: str) -> None:
@@ -178,7 +188,11 @@ class TransformersEngine:
         return replies
 
     def _deliver(self, answer: Answer, sequence: Sequence, pick: SampledToken) -> list[Reply]:
-        if pick.token is None:
+        answer.num_cached = max(answer.num_cached, sequence.num_cached)
+        scores, sequence.prompt_picks = sequence.prompt_picks, []
+        if scores:
+            answer.scores[sequence.choice] = scores
+        if pick.token is None or any(score.token is None for score in scores):
             bad = BadLogits("the model computed NaN or infinite logits; its weights are damaged")
             return [self._fail(answer, bad)]
         reason = sequence.finish_reason

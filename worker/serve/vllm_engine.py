@@ -41,6 +41,7 @@ from worker.serve.text.reply_builder import (
     num_logprobs_of,
     seed_of,
 )
+from worker.serve.text.tokenizer_requests import tokenizer_replies
 from worker.serve.text.tools.grammars import constrained
 
 MAX_LOGPROBS = 20  # alternatives that a request may ask for
@@ -125,6 +126,9 @@ class VllmEngine:
             bound=self._size_bound,
         )
 
+    def tokenizer_replies(self, request: GenerateRequest) -> tuple[Reply, ...]:
+        return tokenizer_replies(request, self._tokenizer, vocab_size=self._vocab_size)
+
     def add(self, request: GenerateRequest, prompt: tuple[int, ...] | None = None) -> None:
         try:
             request = constrained(request, self._text)
@@ -168,7 +172,8 @@ class VllmEngine:
         sampling = request.sampling
         seed = seed_of(request, choice)
         end_ids = request_end_ids(sampling, self._end_ids)
-        max_tokens = min(sampling.max_tokens, self._context.room_for(len(prompt)))
+        # vLLM always generates a token. The answer leaves it out if max_tokens is 0.
+        max_tokens = max(1, min(sampling.max_tokens, self._context.room_for(len(prompt))))
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min(sampling.min_tokens, max_tokens) if end_ids else 0,
@@ -182,6 +187,7 @@ class VllmEngine:
             logit_bias=dict(sampling.logit_bias) or None,
             seed=None if seed is None else seed % 2**63,
             logprobs=num_logprobs_of(request),
+            prompt_logprobs=sampling.logprobs if sampling.scores_prompt else None,
             stop_token_ids=sorted(end_ids),
             ignore_eos=True,  # stop_token_ids has all end tokens
             detokenize=False,
@@ -224,6 +230,8 @@ class VllmEngine:
         reason = completion.finish_reason
         if reason is not None and (reason not in FINISH_REASONS or not completion.token_ids):
             return [self._fail(answer, ServeError(f"vLLM stopped this request ({reason}); retry"))]
+        if name not in self._begun and output.prompt_logprobs:
+            answer.scores[choice.number] = _scores(choice, output.prompt_logprobs)
         self._begun.add(name)
         replies: list[Reply] = []
         self._waiting.charge(choice, len(completion.token_ids))
@@ -265,6 +273,14 @@ def _pick(token: int, logprobs: dict[int, Vllm] | None, request: GenerateRequest
         (other, float(found.logprob)) for other, found in ranked[: request.sampling.logprobs or 0]
     )
     return SampledToken(token, float(logprobs[token].logprob), top)
+
+
+def _scores(choice: _Choice, logprobs: list[dict[int, Vllm] | None]) -> list[SampledToken]:
+    """Returns the tokens of a prompt with their log-probabilities. The first token has none."""
+    return [
+        _pick(token, found or None, choice.request)
+        for token, found in zip(choice.prompt, logprobs, strict=True)
+    ]
 
 
 def load_vllm(

@@ -318,6 +318,10 @@ class Batch(Table):
     num_requests: Mapped[int] = mapped_column(Integer, server_default="0")
     num_completed: Mapped[int] = mapped_column(Integer, server_default="0")
     num_failed: Mapped[int] = mapped_column(Integer, server_default="0")
+    model: Mapped[str | None] = mapped_column(String(200))  # of the first answer
+    input_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    cached_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    output_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
     lease_token: Mapped[int | None] = mapped_column(BigInteger)
     lease_expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
 

@@ -179,23 +179,25 @@ class BatchRun:
     async def _answer_some(self, lines: "PendingLines") -> None:
         while (line := await lines.take()) is not None:
             number, request = line
-            status, body = await self._outcome(request)
+            status, body, usage = await self._outcome(request)
             response = {"status_code": status, "request_id": new_id("req_"), "body": body}
             output = await run_in_threadpool(output_line, request.custom_id, response=response)
-            if not await run_in_threadpool(self._record, number, output, status != 200):
+            if not await run_in_threadpool(self._record, number, output, status != 200, usage):
                 return
 
-    async def _outcome(self, request: BatchRequest) -> tuple[int, Json | orjson.Fragment]:
-        """Returns the status and the body that the API route would send.
+    async def _outcome(
+        self, request: BatchRequest
+    ) -> tuple[int, Json | orjson.Fragment, batches.Usage | None]:
+        """Returns the status and the body that the API route would send, and the tokens used.
 
         Errors with the status 429 or 503 are retried.
         """
         num_losses = 0
         while True:
             try:
-                answer = await self._ask(request)
+                answer, usage = await self._ask(request)
                 self._unloadable.pop(request.body["model"], None)
-                return 200, answer
+                return 200, answer, usage
             except StillhouseError as error:
                 # A request that crashes its worker would crash one worker after the other.
                 num_losses += error.code == "worker_lost"
@@ -203,7 +205,7 @@ class BatchRun:
                     request, error
                 )
                 if error.status not in PASSING or is_hopeless:
-                    return error.status, envelope(error)
+                    return error.status, envelope(error), None
                 await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
             except NO_DATABASE:
                 raise
@@ -212,7 +214,7 @@ class BatchRun:
                 opaque = StillhouseError(
                     f"internal server error; include {self._batch.id} when you report it"
                 )
-                return opaque.status, envelope(opaque)
+                return opaque.status, envelope(opaque), None
 
     def _is_never_loaded(self, request: BatchRequest, error: StillhouseError) -> bool:
         """Records a load failure and returns whether retries should end.
@@ -228,7 +230,7 @@ class BatchRun:
         self._unloadable[request.body["model"]] = first, now
         return now - first > self._settings.request_timeout_seconds
 
-    async def _ask(self, request: BatchRequest) -> orjson.Fragment:
+    async def _ask(self, request: BatchRequest) -> tuple[orjson.Fragment, batches.Usage]:
         body = await run_in_threadpool(body_of, request, self._batch.endpoint)
         answer, prompts = begin_answer(body)
         model = await generation.find_model(self._batch.project_id, body.model)
@@ -257,16 +259,25 @@ class BatchRun:
                 reply_stream.close()
         finally:
             self._room.give_back(num_sequences)
-        return orjson.Fragment(b"".join(await generation.whole_json(answer)))
+        usage = batches.Usage(model.model_id, *answer.num_tokens)
+        return orjson.Fragment(b"".join(await generation.whole_json(answer))), usage
 
     def _answered(self) -> set[int]:
         with transaction() as session:
             return batches.answered_lines(session, self._batch.id)
 
-    def _record(self, number: int, output: str, is_error: bool) -> bool:
+    def _record(
+        self, number: int, output: str, is_error: bool, usage: batches.Usage | None
+    ) -> bool:
         with transaction() as session:
             return batches.record(
-                session, self._batch.id, self._token, line=number, output=output, is_error=is_error
+                session,
+                self._batch.id,
+                self._token,
+                line=number,
+                output=output,
+                is_error=is_error,
+                usage=usage,
             )
 
     def _renew(self) -> str:

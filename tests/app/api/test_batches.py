@@ -106,13 +106,17 @@ def test_a_batch_is_answered_as_the_route_would_answer(
     assert answer["error"] is None
     assert answer["response"]["status_code"] == 200
     body = answer["response"]["body"]
-    direct = client.completions.create(**asked).to_dict()
+    direct: Json = client.completions.create(**asked).to_dict()
     assert body["choices"] == direct["choices"]
-    assert (body["object"], body["model"], body["usage"]) == (
-        "text_completion",
-        "tiny",
-        direct["usage"],
-    )
+    assert (body["object"], body["model"]) == ("text_completion", "tiny")
+    used = [entry["response"]["body"]["usage"] for entry in answers]
+    assert body["usage"]["total_tokens"] == direct["usage"]["total_tokens"]
+    assert batch.model == "tiny"
+    assert batch.usage is not None
+    assert batch.usage.input_tokens == sum(usage["prompt_tokens"] for usage in used)
+    assert batch.usage.output_tokens == sum(usage["completion_tokens"] for usage in used)
+    cached = sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in used)
+    assert batch.usage.input_tokens_details.cached_tokens == cached
     (failed,) = errors
     assert (failed["custom_id"], failed["response"]["status_code"]) == ("q-3", 400)
     assert failed["response"]["body"]["error"]["code"] == "context_length_exceeded"

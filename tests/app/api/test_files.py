@@ -225,5 +225,5 @@ def test_a_project_keeps_a_bounded_number_of_files(
     upload(client, [ROW])
     with pytest.raises(openai.RateLimitError) as refused:
         upload(client, [ROW])
-    assert refused.value.code == "quota_exceeded"
+    assert refused.value.code == "insufficient_quota"
     assert len(stored_files()) == 1

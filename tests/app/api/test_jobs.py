@@ -365,7 +365,7 @@ def test_a_project_has_a_bounded_number_of_jobs_under_way(
     first = bench.submit()
     with pytest.raises(openai.RateLimitError) as refused:
         bench.submit()
-    assert refused.value.code == "quota_exceeded"
+    assert refused.value.code == "insufficient_quota"
     assert int(refused.value.response.headers["retry-after"]) <= 120
     bench.client.fine_tuning.jobs.cancel(first.id)
     assert bench.submit().status == "queued"
@@ -532,7 +532,7 @@ def test_a_resumed_failure_counts_against_the_quota(
     bench.submit()
     with pytest.raises(openai.RateLimitError) as refused:
         bench.client.fine_tuning.jobs.resume(job.id)
-    assert refused.value.code == "quota_exceeded"
+    assert refused.value.code == "insufficient_quota"
 
 
 def test_a_job_that_has_ended_can_be_deleted_with_its_checkpoints(

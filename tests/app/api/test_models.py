@@ -43,6 +43,9 @@ def test_models_are_listed_with_what_they_are_made_of(
     assert listed["tiny"].owned_by == "acme"
     extra = client.models.retrieve("tiny").model_extra or {}
     assert (extra["num_layers"], extra["context_length"], extra["origin"]) == (4, 256, "imported")
+    register("long", context_tokens=100_000)
+    extra = client.models.retrieve("long").model_extra or {}
+    assert extra["context_length"] == 2048  # the limit of the server
     register("bert", architecture="bert", family="masked")
     shown = {model.id: model.model_extra or {} for model in client.models.list()}
     assert (shown["tiny"]["family"], shown["bert"]["family"]) == ("causal", "masked")
@@ -192,6 +195,9 @@ def test_a_checkpoint_of_a_running_job_can_be_served(
             model_registry.resolve(session, "acme", f"{job.model_id}:ckpt-step-11")
         with pytest.raises(NotFound):
             model_registry.resolve(session, "rival", name)
+    shown = client.models.retrieve(name)
+    assert (shown.id, shown.owned_by) == (name, "acme")
+    assert shown.to_dict()["job_id"] == job_id
 
 
 def test_a_checkpoint_goes_with_its_model(

@@ -270,3 +270,25 @@ def test_models_that_vllm_cannot_serve_are_refused(tiny_t5_dir: Path, tmp_path: 
     )
     with pytest.raises(ModelLoadFailed, match="auto_map"):
         load(tmp_path)
+
+
+@needs_vllm
+def test_an_echoed_prompt_has_the_log_probabilities_of_our_engine(
+    engine: VllmEngine, ours: TransformersEngine, make_request: Make, drain: Drain
+) -> None:
+    def entries(replies: list[Reply]) -> list[Any]:
+        return [e for r in replies if isinstance(r, Delta) for e in r.logprobs or ()]
+
+    for max_tokens in (0, 1):
+        request = make_request(
+            tokens=tuple(range(40, 60)), echo=True, logprobs=2, max_tokens=max_tokens
+        )
+        engine.add(request)
+        ours.add(request)
+        theirs, expected = entries(drain(engine)), entries(drain(ours))
+        assert len(theirs) == len(expected) == 20 + max_tokens
+        assert theirs[0].logprob is None
+        assert [e.token for e in theirs] == [e.token for e in expected]
+        assert [e.logprob for e in theirs[1:]] == pytest.approx(
+            [e.logprob for e in expected[1:]], abs=1e-3
+        )

@@ -12,8 +12,9 @@ and values of the encoder's output are in a separate cache, at columns [0, n).
 
 # N rows, K new rows, Q tokens per row in this call, W columns of the window, S source tokens,
 # H hidden size, V vocabulary
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from transformers.cache_utils import EncoderDecoderCache
 from worker.serve.decoding.families import Call, Family, family_of
 from worker.serve.decoding.kv_cache import WindowedCache
 from worker.serve.decoding.prefix_cache import Prefixes
+
+LOGIT_BYTES = 32 * 2**20  # of the logits of one forward pass of `join_scored`
 
 
 class EncoderCache:
@@ -127,6 +130,38 @@ class CursorBatch:
         if self.family.can_pad_prompts:
             return self._join(prompts)
         return torch.cat([self._join([prompt]) for prompt in prompts])
+
+    @torch.no_grad()
+    def join_scored(
+        self, prompts: Sequence[Sequence[int]], add: Callable[[int, Tensor], None]
+    ) -> Tensor:
+        """Like `join`, and also computes the logits after every prompt token. Only for decoders.
+
+        The prompts are padded on the left. They are read in chunks that bound the memory of the
+        logits. `add` is called with the first column of each chunk and its logits [K, Q, V].
+        """
+        assert self.sources is None, "the engine refuses scores of an encoder's prompt"
+        assert self.family.can_pad_prompts or len(prompts) == 1, "the caller joins them one by one"
+        num_rows, longest = len(prompts), max(len(prompt) for prompt in prompts)
+        self.cache.reserve(self.num_rows + num_rows, longest)
+        if longest > self.cursor:
+            self._slide(longest - self.cursor)
+        first_row, low = self.num_rows, self.cursor - longest
+        self.starts += [self.cursor - len(prompt) for prompt in prompts]
+        padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        tokens_KW = torch.tensor(padded)
+        config: Any = self.model.config  # transformers is untyped here
+        num_columns = max(1, LOGIT_BYTES // (4 * num_rows * config.get_text_config().vocab_size))
+        for begin in range(0, longest, num_columns):
+            tokens_KQ = tokens_KW[:, begin : begin + num_columns]
+            logits = self._forward(
+                tokens_KQ, first_row, low=low, column=low + begin, num_logits=tokens_KQ.shape[1]
+            )
+            logits_KQV = logits.reshape(*tokens_KQ.shape, -1)
+            add(begin, logits_KQV)
+        for row, prompt in enumerate(prompts, first_row):
+            self.prefixes.keep(prompt, self.cache, row, slice(self.starts[row], self.cursor))
+        return logits_KQV[:, -1].clone()
 
     def _join_encoded(self, prompts: Sequence[Sequence[int]], sources: EncoderCache) -> Tensor:
         tokens_KS, mask_KS = sources.add(prompts)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from worker.serve.decoding.cursor_batch import CursorBatch
+from worker.serve.decoding.prompt_scores import PromptScores
 from worker.serve.decoding.sampling import SampledToken, TokenSampler, pick_tokens
 from worker.serve.decoding.scheduler import Scheduler
 
@@ -21,6 +22,10 @@ class Sequence:
 
     `tokens` grows with each step. An end token is its last token. If the model has an encoder, the
     encoder reads `prompt`. Tenants share the batch fairly.
+
+    num_prompt_logprobs: Number of alternatives for each token of the prompt in `prompt_picks`. None
+        leaves `prompt_picks` empty.
+    num_cached: Number of prompt tokens that were in the prefix cache.
     """
 
     request_id: str
@@ -32,6 +37,9 @@ class Sequence:
     tenant: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
+    num_prompt_logprobs: int | None = None
+    prompt_picks: list[SampledToken] = field(default_factory=list)
+    num_cached: int = 0
 
 
 class Decoder:
@@ -63,7 +71,7 @@ class Decoder:
         )
         self.context = self.batch.family.context(max_context_tokens)
         self._waiting: Scheduler[Sequence] = Scheduler(
-            prefill_budget=prefill_budget, num_to_read=self.batch.num_to_read
+            prefill_budget=prefill_budget, num_to_read=self._num_to_read
         )
         self._rows: list[Sequence] = []  # _rows[i] is in row i of the batch
         self._has_prefilled = False
@@ -124,12 +132,43 @@ class Decoder:
         num_joining = min(self.max_running - len(self._rows), self.num_waiting)
         return not self._has_prefilled and num_joining >= min(self.min_joining, self.num_waiting)
 
+    def _num_to_read(self, sequence: Sequence) -> int:
+        """Returns how many tokens of a prompt must be prefilled.
+
+        Tokens in the prefix cache are read again if their log-probabilities are needed.
+        """
+        if sequence.num_prompt_logprobs is not None:
+            return len(sequence.prompt)
+        return self.batch.num_to_read(sequence.prompt)
+
+    def _join(self, sequences: list[Sequence]) -> Tensor:
+        """Prefills the prompts of sequences. Those that need scores must be the last ones."""
+        plain = [s for s in sequences if s.num_prompt_logprobs is None]
+        scored = sequences[len(plain) :]
+        logits = []
+        if plain:
+            for sequence in plain:
+                num_read = self.batch.num_to_read(sequence.prompt)
+                sequence.num_cached = len(sequence.prompt) - num_read
+            logits.append(self.batch.join([sequence.prompt for sequence in plain]))
+        num_joined = max(1, len(scored)) if self.batch.family.can_pad_prompts else 1
+        for begin in range(0, len(scored), num_joined):
+            joined = scored[begin : begin + num_joined]
+            scores = PromptScores([(s.prompt, s.num_prompt_logprobs or 0) for s in joined])
+            logits.append(self.batch.join_scored([s.prompt for s in joined], scores.add))
+            for sequence, picks in zip(joined, scores.picks, strict=True):
+                sequence.prompt_picks = picks
+        return torch.cat(logits)
+
     def _prefill(self, groups: list[list[Sequence]]) -> tuple[list[Sequence], Tensor]:
+        groups = sorted(groups, key=lambda group: group[0].num_prompt_logprobs is not None)
         first_row = self.batch.num_rows
-        logits_KV = self.batch.join([group[0].prompt for group in groups])
+        logits_KV = self._join([group[0] for group in groups])
         sequences, sources = [group[0] for group in groups], list(range(len(groups)))
         for index, group in enumerate(groups):
             for sequence in group[1:]:
+                sequence.prompt_picks = group[0].prompt_picks
+                sequence.num_cached = group[0].num_cached
                 self.batch.fork(first_row + index)
                 sequences.append(sequence)
                 sources.append(index)

@@ -27,15 +27,15 @@ class Scheduler(Generic[T]):
     """Fair queue that returns prefills of at most `prefill_budget` tokens, padding included.
 
     A tenant is charged for the tokens of its prefills and for each token of an answer.
-    `num_to_read` returns how many tokens of a prompt must be prefilled because they are not in the
-    prefix cache.
+    `num_to_read` returns how many tokens of an item's prompt must be prefilled. By default it is
+    all of them.
     """
 
     def __init__(
-        self, *, prefill_budget: int, num_to_read: Callable[[Sequence[int]], int] = len
+        self, *, prefill_budget: int, num_to_read: Callable[[T], int] | None = None
     ) -> None:
         self.prefill_budget = prefill_budget
-        self._num_to_read = num_to_read
+        self._num_to_read = num_to_read or (lambda item: len(item.prompt))
         self._waiting: FairQueue[T] = FairQueue(lambda item: item.tenant)
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Scheduler(Generic[T]):
         while num_free_rows and (item := self._waiting.peek()) is not None:
             num_read = 0
             if item.request_id not in groups:
-                num_read = self._num_to_read(item.prompt)
+                num_read = self._num_to_read(item)
                 longest = max(longest, num_read)
                 if groups and (len(groups) + 1) * longest > self.prefill_budget:
                     break  # it stays first in the queue

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import structlog
 
@@ -16,7 +16,7 @@ from worker.serve.engine import Engine
 from worker.serve.errors import DeadlinePassed, ModelLoading, ModelTooLarge, ServeError, failure_of
 from worker.serve.host.engine_factory import EngineLimits, Fetch, Precision
 from worker.serve.host.model_cache import ModelCache
-from worker.serve.text.tokenizer_threads import PromptThreads, Tokens
+from worker.serve.text.tokenizer_threads import PromptThreads, Replies, Tokens
 
 log = structlog.get_logger()
 
@@ -224,7 +224,10 @@ class ModelHost:
             elif (resident := self._model_cache.find(request.serving_key)) is not None:
                 parked.is_tokenising = True
                 resident.used_at = now
-                self._prompts.add(request, resident.engine.prompt_of)
+                engine = resident.engine
+                is_prompt = request.task == "generate"
+                tokenise = engine.prompt_of if is_prompt else engine.tokenizer_replies
+                self._prompts.add(request, tokenise)
             else:
                 self._wait(parked, now)
 
@@ -249,9 +252,16 @@ class ModelHost:
             parked.is_tokenising = False
             if isinstance(result, ServeError):
                 self._fail(request, result)
+            elif request.task != "generate":
+                self._reply(request, cast("Replies", result))
             elif (engine := self._model_cache.engine_of(request.serving_key)) is not None:
                 del self._parked[request.id]
-                self._add(engine, request, result)
+                self._add(engine, request, cast("Tokens", result))
+
+    def _reply(self, request: GenerateRequest, replies: Replies) -> None:
+        """Ends a request that no engine has to answer."""
+        del self._parked[request.id], self._requests[request.id]
+        self._outbox += [Addressed(request.reply_to, reply) for reply in replies]
 
     def _add(self, engine: Engine, request: GenerateRequest, prompt: Tokens) -> None:
         try:

@@ -80,7 +80,11 @@ class TokenText:
 
     def logprob_of(self, pick: SampledToken) -> TokenLogprob | None:
         """Returns the log-probabilities of a token in the form of the API, if it has any."""
-        if pick.token is None or pick.logprob is None:
+        return None if pick.logprob is None else self.entry_of(pick)
+
+    def entry_of(self, pick: SampledToken) -> TokenLogprob | None:
+        """Returns a token in the form of the API, with or without log-probabilities."""
+        if pick.token is None:
             return None
         data = self.bytes_of(pick.token)
         return TokenLogprob(

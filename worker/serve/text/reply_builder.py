@@ -1,6 +1,6 @@
 """Builds the replies to one request from its sampled tokens, for all engines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -31,8 +31,10 @@ class Taken(NamedTuple):
 class Answer:
     """Answer to one request in progress.
 
-    `echoes` holds the text of the prompt for each choice that has not sent it yet. `parsers` find
-    the tool calls of each choice; there are none if the request has no tools.
+    `echoes` holds the text of the prompt for each choice that has not sent it yet, and `scores` the
+    prompt's tokens with their log-probabilities. `num_cached` of the prompt's tokens were in the
+    prefix cache. `parsers` find the tool calls of each choice; there are none if the request has no
+    tools.
     """
 
     request: GenerateRequest
@@ -44,6 +46,8 @@ class Answer:
     best_of: BestOf | None
     num_open: int
     num_completion_tokens: int = field(default=0, init=False)
+    num_cached: int = field(default=0, init=False)
+    scores: dict[int, Sequence[SampledToken]] = field(default_factory=dict, init=False)
 
     def take(self, choice: int, pick: SampledToken, reason: FinishReason | None) -> Taken:
         """Adds the next token of a choice and returns the replies that are due.
@@ -51,6 +55,8 @@ class Answer:
         `reason` is set if the token is the last one of its choice. With "stop", the token is an end
         token, whose text is left out.
         """
+        if not self.request.sampling.max_tokens:
+            return self._end_without_tokens(choice)
         self.num_completion_tokens += 1
         if self.best_of is not None and pick.logprob is not None:
             self.best_of.record(choice, pick.logprob)
@@ -68,7 +74,8 @@ class Answer:
                 parsed = parsed.then(parser.end())
         if not (reason or parsed.text or parsed.calls or piece.picks):
             return Taken([], is_choice_over=False, is_over=False)
-        delta = self._delta(choice, piece, parsed, reason)
+        ending = pick if reason == "stop" else None
+        delta = self._delta(choice, piece, parsed, reason, ending=ending)
         if self.best_of is not None:
             self.best_of.hold(delta)
         self.num_open -= reason is not None
@@ -77,21 +84,41 @@ class Answer:
             replies += self._last()
         return Taken(replies, is_choice_over=reason is not None, is_over=not self.num_open)
 
+    def _end_without_tokens(self, choice: int) -> Taken:
+        """Ends a choice that consists of the prompt only."""
+        self.num_open -= 1
+        delta = self._delta(choice, TextChunk(), Parsed(""), "length")
+        replies: list[Reply] = [delta, *([] if self.num_open else self._last())]
+        return Taken(replies, is_choice_over=True, is_over=not self.num_open)
+
     def _last(self) -> list[Reply]:
         done = Done(
             id=self.request.id,
             prompt_tokens=self.num_prompt_tokens,
             completion_tokens=self.num_completion_tokens,
+            cached_tokens=self.num_cached,
         )
         best = [] if self.best_of is None else self.best_of.best(self.request.n)
         return [*best, done]
 
     def _delta(
-        self, choice: int, piece: TextChunk, parsed: Parsed, reason: FinishReason | None
+        self,
+        choice: int,
+        piece: TextChunk,
+        parsed: Parsed,
+        reason: FinishReason | None,
+        ending: SampledToken | None = None,
     ) -> Delta:
+        """Returns the delta with a piece of text. `ending` is the end token of the choice."""
         logprobs = None
         if self.request.sampling.logprobs is not None:
-            logprobs = tuple(found for pick in piece.picks if (found := self.text.logprob_of(pick)))
+            scores = self.scores.pop(choice, ())
+            entries = [self.text.entry_of(pick) for pick in scores]
+            entries += [self.text.logprob_of(pick) for pick in piece.picks]
+            # With scores, each token has an entry: lm-evaluation-harness counts them.
+            if self.request.sampling.scores_prompt and ending is not None and not piece.is_stopped:
+                entries.append(self.text.logprob_of(ending))
+            logprobs = tuple(entry for entry in entries if entry)
         has_calls = bool(self.parsers) and self.parsers[choice].num_calls > 0
         return Delta(
             id=self.request.id,

@@ -9,27 +9,32 @@ from typing import NamedTuple
 
 import structlog
 
-from app.contracts.generation import GenerateRequest
+from app.contracts.generation import GenerateRequest, Reply
 from worker.serve.decoding.fair_queue import FairQueue
 from worker.serve.errors import ServeError
 
 log = structlog.get_logger()
 
 Tokens = tuple[int, ...]
+Replies = tuple[Reply, ...]
 NUM_THREADS = 2  # one tenant uses at most one of them
 
 
 class Tokenised(NamedTuple):
-    """A request with the tokens of its prompt, or with the error that prevented them."""
+    """A request with the result of its tokenisation.
+
+    It is the tokens of its prompt, the error that prevented them, or all replies to a request about
+    the tokenizer.
+    """
 
     request: GenerateRequest
-    result: Tokens | ServeError
+    result: Tokens | Replies | ServeError
 
 
 @dataclass(frozen=True, eq=False)
 class _Job:
     request: GenerateRequest
-    tokenise: Callable[[GenerateRequest], Tokens]
+    tokenise: Callable[[GenerateRequest], Tokens | Replies]
 
     @property
     def size(self) -> int:
@@ -58,10 +63,12 @@ class PromptThreads:
         self._num_free = NUM_THREADS
         self._done: SimpleQueue[Tokenised] = SimpleQueue()
 
-    def add(self, request: GenerateRequest, tokenise: Callable[[GenerateRequest], Tokens]) -> None:
+    def add(
+        self, request: GenerateRequest, tokenise: Callable[[GenerateRequest], Tokens | Replies]
+    ) -> None:
         """Queues a request.
 
-        `tokenise` is called in another thread. It returns the tokens or raises ServeError.
+        `tokenise` is called in another thread. It returns the result or raises ServeError.
         """
         with self._lock:
             self._waiting.add(_Job(request, tokenise))
@@ -101,7 +108,7 @@ class PromptThreads:
         self._wake_up()
 
 
-def _tokens_or_error(job: _Job) -> Tokens | ServeError:
+def _tokens_or_error(job: _Job) -> Tokens | Replies | ServeError:
     try:
         return job.tokenise(job.request)
     except ServeError as error:

@@ -1,0 +1,1 @@
+"""Routes of /v1/responses and of the tokenizers."""
