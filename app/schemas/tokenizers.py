@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.schemas.chat_messages import ChatMessage, ModelId, Token, Unused
+from app.schemas.chat_messages import ChatMessage
+from app.schemas.completions import ModelId, Token, Unused
 
 MAX_CHARACTERS = 1_000_000
 MAX_TOKENS = 65_536  # decoding more would block other threads too long
