@@ -260,7 +260,8 @@ class ChatAnswer(Answer):
         if delta.text or delta.logprobs:
             columns = self._columns(self._choices[index], delta.logprobs or ())
             logprobs: Json | None = {**columns, "refusal": None} if columns else None
-            content: Json = {} if self._has_tools and not delta.text else {"content": delta.text}
+            is_silent = self._has_tools and not delta.text
+            content: Json = {} if is_silent else {"content": delta.text}
             made.append(self._entry(index, content, logprobs))
         if delta.tool_calls:
             calls = [_streamed_call(part) for part in delta.tool_calls]

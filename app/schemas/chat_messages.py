@@ -1,7 +1,7 @@
 """Messages in request bodies of /v1/chat/completions."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,7 @@ from app.errors import BadRequest
 
 Unused = Any  # a parameter of OpenAI that is accepted and has no effect
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+FieldValue = TypeVar("FieldValue")
 MAX_CALLS = 128  # per message
 
 
@@ -132,8 +133,8 @@ class ChatMessage(BaseModel):
 ROLES: dict[str, Any] = {"developer": "system", "function": "tool"}  # Any: the roles of `Message`
 
 
-def _demand(value: Any, is_required: bool) -> Any:  # Any: the value of the validated field
-    """Returns the value. Raises if it is absent and required."""
+def _demand(value: FieldValue, is_required: bool) -> FieldValue:
+    """Returns the value of a field. Raises if it is absent and required."""
     if value is None and is_required:
         raise PydanticCustomError("missing", "Field required")
     return value

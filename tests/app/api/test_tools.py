@@ -49,14 +49,20 @@ def asking(model: str, **given: Any) -> Json:
     }
 
 
+def call_of(message: Any) -> Any:  # Any: the client's types of calls have no common fields
+    """The only call of a message."""
+    (call,) = message.tool_calls
+    assert call.type == "function"
+    return call
+
+
 def test_a_tool_loop_of_two_turns_ends_with_an_answer(
     tool_model: str, client: openai.OpenAI
 ) -> None:
     first = client.chat.completions.create(**asking(tool_model)).choices[0]
     assert first.finish_reason == "tool_calls"
     assert first.message.content == "Let me ask. "
-    (call,) = first.message.tool_calls or ()
-    assert call.type == "function"
+    call = call_of(first.message)
     assert (call.function.name, json.loads(call.function.arguments)) == (TOOL, ARGUMENTS)
     result = {
         "role": "tool",
@@ -81,8 +87,7 @@ def test_streamed_calls_accumulate_to_the_whole_answer(
     for one, two in zip(whole, streamed, strict=True):
         assert one.message.content == two.message.content
         assert one.finish_reason == two.finish_reason
-        (call,), (other,) = one.message.tool_calls or (), two.message.tool_calls or ()
-        assert call.type == "function"
+        call, other = call_of(one.message), call_of(two.message)
         assert call.function.name == other.function.name
         assert call.function.arguments == other.function.arguments
         assert other.id.startswith("call_")

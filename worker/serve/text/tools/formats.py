@@ -123,7 +123,7 @@ HERMES = ToolFormat(
     layout=Layout(before="\n", after="\n</tool_call>", between_blocks="\n"),
 )
 GRANITE = ToolFormat(
-    "granite",
+    "granite3",
     ("<|tool_call|>", "<tool_call>"),
     ("</tool_call>",),
     head=bracket_head("[{"),
@@ -137,7 +137,7 @@ PHI4 = ToolFormat(
     layout=Layout(before="[", after="]<|/tool_call|>", between_calls=", "),
 )
 MISTRAL = ToolFormat(
-    "mistral",
+    "mistral_v3",
     ("[TOOL_CALLS]",),
     marks=("[ARGS]",),
     head=named_head("[ARGS]{ {", array="["),

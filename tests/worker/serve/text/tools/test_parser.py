@@ -44,7 +44,7 @@ ANSWERS: dict[str, list[tuple[str, list[tuple[str, Any]], str]]] = {
         (f"<tool_call>{CITY[:30]}", [], f"<tool_call>{CITY[:30]}"),
         ("  ", [], "  "),
     ],
-    "granite": [
+    "granite3": [
         (f"<|tool_call|>[{CITY}, {SUM}]", BOTH, ""),
         (f"Well: <tool_call>[{CITY}]", BOTH[:1], "Well: "),
     ],
@@ -53,7 +53,7 @@ ANSWERS: dict[str, list[tuple[str, list[tuple[str, Any]], str]]] = {
         (f"<|tool_call|>[{CITY}]<|/tool_call|>", BOTH[:1], ""),
         ("use functools.reduce", [], "use functools.reduce"),
     ],
-    "mistral": [
+    "mistral_v3": [
         (f"[TOOL_CALLS] [{CITY}, {SUM}]", BOTH, ""),
         (
             '[TOOL_CALLS]weather{"city": "x"}[TOOL_CALLS]add[ARGS]{"a": 1}',
