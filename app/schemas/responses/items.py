@@ -67,7 +67,8 @@ def _kind_of_part(part: object) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "refusal":
         return "refusal_part"
-    return "text_part" if kind in {"input_text", "output_text", "text"} else "other_part"
+    # a tuple, because the kind may be an object, which no set can contain
+    return "text_part" if kind in ("input_text", "output_text", "text") else "other_part"
 
 
 def _kind_of_content(content: object) -> str:

@@ -22,6 +22,14 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
         "invalid_value",
         "input[0].content[0].type",
     ),
+    (
+        {"input": [{"role": "user", "content": [{"type": {}}]}]},
+        400,
+        "invalid_value",
+        "input[0].content[0].type",
+    ),
+    ({"input": [{"type": {}}]}, 400, "invalid_value", "input[0].type"),
+    ({"input": [5]}, 400, "invalid_value", "input[0]"),
     ({"input": [{"type": "item_reference", "id": "x"}]}, 400, "invalid_value", "input[0].type"),
     (
         {"previous_response_id": "resp_1"},
