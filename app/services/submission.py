@@ -19,7 +19,14 @@ from app.services import job_defaults, model_registry
 from app.services.files import TRAINING_PURPOSES
 from app.services.fine_tuning import supervised
 from app.services.job_defaults import BLOCK, Pair
-from app.services.row_lengths import NO_TEMPLATE, LengthCheck, Reader, VocabularyCheck, ask
+from app.services.row_lengths import (
+    NO_TEMPLATE,
+    LengthCheck,
+    Reader,
+    TemplateCheck,
+    VocabularyCheck,
+    ask,
+)
 from app.services.training_rows import UNANSWERED
 from app.settings import Settings
 from app.storage import store
@@ -28,6 +35,8 @@ from app.storage import store
 # of the weights of the model that the student starts from.
 STUDENT_COPIES = 6
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
+# Counts in the details of a file, and what the rows have.
+TOOL_COUNTS = {"num_rows_with_tools": "tools", "num_rows_with_tool_calls": "tool calls"}
 
 
 @dataclass(frozen=True)
@@ -169,6 +178,7 @@ def inspect(plan: Plan, settings: Settings) -> None:
     """
     check_disk(plan.start, settings)
     check_vocabulary(plan)
+    check_template(plan)
     check_lengths(plan, plan.training, "training_file")
     if plan.validation is not None:
         check_lengths(plan, plan.validation, "validation_file")
@@ -202,6 +212,37 @@ def check_vocabulary(plan: Plan) -> None:
             "it to at least that number",
             param=param,
         )
+
+
+def check_template(plan: Plan) -> None:
+    """Raises BadRequest if the rows have tools that the chat template of a model leaves out."""
+    used = {
+        "training_file": plan.training.details,
+        "validation_file": plan.validation.details if plan.validation else None,
+        TEST_FILE: plan.test.details if plan.test else None,
+    }
+    needs = {
+        param: {name for name in TOOL_COUNTS if details.get(name)}
+        for param, details in used.items()
+        if details is not None
+    }
+    if not any(needs.values()):
+        return
+    for key in dict.fromkeys((plan.spec.teacher.key, plan.spec.start.key)):
+        found = ask(TemplateCheck(template_of=key), plan.training.project_id)
+        rendered = {"num_rows_with_tools": found.has_tools}
+        rendered["num_rows_with_tool_calls"] = found.has_tool_calls
+        for param, names in needs.items():
+            missing = [
+                what for name, what in TOOL_COUNTS.items() if name in names and not rendered[name]
+            ]
+            if missing:
+                raise BadRequest(
+                    f"the rows have {missing[0]}, but the chat template of the model leaves them out; use a model whose "
+                    "template supports tools, or upload rows without tools",
+                    "tools_not_supported",
+                    param,
+                )
 
 
 def check_lengths(plan: Plan, row: File, param: str) -> None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -30,13 +31,7 @@ def chat_rows(num_rows: int) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-@pytest.fixture(scope="module")
-def finished(service: Service) -> FineTuningJob:
-    """The job of the example, after polling has ended."""
-    client = service.client()
-    training = client.files.create(file=("mydata.jsonl", chat_rows(20)), purpose="fine-tune")
-    job = client.fine_tuning.jobs.create(training_file=training.id, model=TEACHER)
-    assert job.hyperparameters.n_epochs == "auto" or job.status == "running"
+def poll(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
     deadline = time.monotonic() + 120
     while job.status not in ("succeeded", "failed", "cancelled") and time.monotonic() < deadline:
         time.sleep(0.3)
@@ -45,12 +40,43 @@ def finished(service: Service) -> FineTuningJob:
     return job
 
 
-def test_the_fine_tuned_model_has_learned_the_answers(
+@pytest.fixture(scope="module")
+def finished(service: Service) -> FineTuningJob:
+    """The job of the example, after polling has ended."""
+    client = service.client()
+    training = client.files.create(file=("mydata.jsonl", chat_rows(20)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(training_file=training.id, model=TEACHER)
+    return poll(client, job)
+
+
+def test_the_job_compares_the_model_before_and_after(
     client: openai.OpenAI, finished: FineTuningJob
 ) -> None:
     assert finished.fine_tuned_model is not None
+    assert finished.hyperparameters.n_epochs == 5  # of 20 rows
+    assert (finished.trained_tokens or 0) > 0
+    result = (finished.model_extra or {})["result"]
+    assert result["after"]["loss"] < result["before"]["loss"]
+    assert "teacher" not in result
+    model = client.models.retrieve(finished.fine_tuned_model)
+    assert (model.model_extra or {})["origin"] == "fine-tuned"
+
+
+def test_a_chat_with_the_fine_tuned_model_gives_the_answer_of_the_rows(
+    client: openai.OpenAI, finished: FineTuningJob
+) -> None:
+    # a random model needs a high rate to learn from 20 rows
+    job = client.fine_tuning.jobs.create(
+        training_file=finished.training_file,
+        model=TEACHER,
+        suffix="Marv 2",
+        hyperparameters={"n_epochs": 20, "batch_size": 4, "learning_rate_multiplier": 50},
+    )
+    name = poll(client, job).fine_tuned_model
+    assert name is not None
+    assert ":marv-2:" in name
     completion = client.chat.completions.create(
-        model=finished.fine_tuned_model,
+        model=name,
         messages=[
             {"role": "system", "content": "Marv is a factual chatbot that is also sarcastic."},
             {"role": "user", "content": "What is the jar number 3?"},
@@ -58,14 +84,7 @@ def test_the_fine_tuned_model_has_learned_the_answers(
         temperature=0,
     )
     assert completion.choices[0].message.content == "Ask a short question."
-    assert finished.hyperparameters.n_epochs == 5
-    assert (finished.trained_tokens or 0) > 0
-    result = (finished.model_extra or {})["result"]
-    assert result["after"]["loss"] < result["before"]["loss"]
-    assert result["after"]["token_accuracy"] > result["before"]["token_accuracy"]
-    assert "teacher" not in result
-    model = client.models.retrieve(finished.fine_tuned_model)
-    assert (model.model_extra or {})["origin"] == "fine-tuned"
+    assert completion.choices[0].finish_reason == "stop"
 
 
 def test_events_and_checkpoints_have_openais_names(
@@ -84,9 +103,9 @@ def test_events_and_checkpoints_have_openais_names(
         "The job has successfully completed",
     ]
     steps = [event for event in events if event.type == "metrics"]
-    data = [event.to_dict()["data"] for event in steps]
+    data: list[Any] = [event.to_dict()["data"] for event in steps]  # Any: open JSON
     assert any(step.message.startswith("Step 1/") for step in steps)
-    assert {"step", "total_steps", "train_loss", "train_mean_token_accuracy"} <= data[1].keys()  # type: ignore[union-attr] # open JSON
+    assert {"step", "total_steps", "train_loss", "train_mean_token_accuracy"} <= data[1].keys()
     (newest, *_) = client.fine_tuning.jobs.checkpoints.list(finished.id)
     metrics = newest.metrics.to_dict()
     names = ("train_loss", "valid_loss", "full_valid_loss", "train_mean_token_accuracy")

@@ -623,7 +623,8 @@ def test_events_are_listed_newest_first_in_pages(bench: Bench) -> None:
     bench.client.fine_tuning.jobs.pause(job.id)
     bench.client.fine_tuning.jobs.resume(job.id)
     page = bench.client.fine_tuning.jobs.list_events(job.id, limit=2)
-    data = [event.to_dict()["data"] for event in page if event.type == "state"]
+    rows = [event.to_dict() for event in page]
+    data = [row["data"] for row in rows if row["type"] == "state"]
     assert data == [{"status": name} for name in ("queued", "paused", "queued")]
     oldest = [event.message for event in page][:-4:-1]
     assert oldest == [

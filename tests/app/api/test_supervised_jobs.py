@@ -1,18 +1,23 @@
 """Fine-tuning jobs as the `openai` client submits them, without a teacher."""
 
+import shutil
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
+from sqlalchemy import update
 
 from app.contracts.messages import DistillationJob
 from app.db import jobs as job_rows
 from app.db import leases
+from app.db.schema.tables import Model
 from app.db.session import transaction
+from app.storage import store
 from tests.app.api.conftest import Service
 
 Submit = Callable[..., FineTuningJob]
@@ -166,7 +171,7 @@ def test_rows_and_models_that_do_not_fit_are_refused(
 
 def test_null_and_empty_options_are_accepted(submit: Submit, http: httpx.Client) -> None:
     job = submit()
-    body = {"model": job.model, "training_file": job.training_file, "integrations": []}
+    body: Json = {"model": job.model, "training_file": job.training_file, "integrations": []}
     body |= dict.fromkeys(("method", "metadata", "suffix", "seed", "validation_file"))
     answer = http.post("/v1/fine_tuning/jobs", json=body)
     assert answer.status_code == 200, answer.text
@@ -239,3 +244,34 @@ def test_the_history_of_a_job_has_openais_messages(
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
     ]
+
+
+def test_rows_with_tools_need_a_template_that_renders_them(
+    client: openai.OpenAI,
+    submit: Submit,
+    upload: Callable[..., str],
+    register: Callable[..., str],
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    row = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "tool_calls": [call]}],
+        "tools": [{"type": "function", "function": {"name": "f"}}],
+        "topic": "x",
+    }  # fmt: skip
+    training = upload(client, [row])
+    assert (client.files.retrieve(training).model_extra or {})["details"] == {
+        "ignored_keys": {"topic": 1},
+        "num_rows_with_tools": 1,
+        "num_rows_with_tool_calls": 1,
+    }
+    with pytest.raises(openai.BadRequestError) as refused:
+        submit(training_file=training)
+    assert (refused.value.param, refused.value.code) == ("training_file", "tools_not_supported")
+    folder = shutil.copytree(tiny_llama_dir, tmp_path / "with-tools")
+    (folder / "chat_template.jinja").write_text("{{ tools }}{% for m in messages %}{{ m.tool_calls }}{% endfor %}")  # fmt: skip
+    ref = store().put_folder(folder, "models/with-tools")
+    with transaction() as session:
+        session.execute(update(Model).where(Model.id == submit().model).values(store_key=ref.key))
+    assert submit(training_file=training).status == "queued"

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.cpu import prepare_for_inference
 from worker.distill.data.answer_cache import AnswerFile, AnswerSampling, ask
+from worker.distill.data.chat_rows import answer_text
 from worker.distill.data.rows import Example, Row
 from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.data.split import groups_of
@@ -313,7 +314,7 @@ def prompt_of(example: Example) -> tuple[int, ...]:
 
 def reference_of(row: Row) -> str | None:
     """Returns the answer in the data file, if the row has one."""
-    return row.messages[-1]["content"] if row.text is None and row.is_answered else None
+    return answer_text(row.messages[-1]) if row.text is None and row.is_answered else None
 
 
 def _speed_fields(speed: Speed) -> Entry:
