@@ -351,7 +351,10 @@ def _demand_inputs(session: Session, job: Job) -> None:
     except ValidationError:
         message = "this version cannot read the job's specification; submit a new job"
         raise Conflict(message, "invalid_spec") from None
-    for param, ref in (("teacher", spec.teacher), ("model", spec.start)):
+    models_of_job = [("model", spec.start)]
+    if spec.method == "distillation":
+        models_of_job.insert(0, ("teacher", spec.teacher))
+    for param, ref in models_of_job:
         if not models.lock_artifact(session, ref.key):
             message = f"the {param} of the job has been deleted, so it cannot be resumed; submit a new job"
             raise Conflict(message, "input_missing", param)

@@ -39,9 +39,9 @@ def refuse_unsupported(asked: CreateJob) -> None:
             f"the method {name} is not supported; {INSTEAD[name]}", param="method.type"
         )
     if asked.integrations:
-        name = str(asked.integrations[0].get("type", "unknown"))[:40]
+        kind = str(asked.integrations[0].get("type", "unknown"))[:40]
         raise BadRequest(
-            f"the integration {name} is not supported; leave integrations out, and read the metrics with "
+            f"the integration {kind} is not supported; leave integrations out, and read the metrics with "
             "GET /v1/fine_tuning/jobs/{id}/metrics or from the result files",
             "unsupported_integration",
             "integrations",

@@ -57,7 +57,7 @@ class View:
 
 @dataclass(frozen=True)
 class JudgedTeacher:
-    """How the teacher reads the held-out rows, and a function that loads it.
+    """The held-out rows as the teacher reads them, and a function that loads the teacher.
 
     It is loaded on the device and in the dtype of the run's placement.
     """
