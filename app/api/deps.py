@@ -1,17 +1,20 @@
 """Dependencies of routes: authentication of the caller, and pagination."""
 
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.dependencies.models import Dependant
 from fastapi.security import HTTPBearer
 
 from app import auth
 from app.auth import Principal
+from app.errors import BadRequest
 
-__all__ = ["AskedPage", "Page", "Principal", "identify", "page", "require"]
+__all__ = ["AskedPage", "Page", "Principal", "identify", "known_query", "page", "require"]
 
 # Only for /openapi.json. `app.auth` reads the header itself, because it distinguishes malformed
 # keys from missing ones.
@@ -69,3 +72,31 @@ def page(
 
 
 AskedPage = Annotated[Page, Depends(page)]
+
+
+def known_query(pattern: str | None = None) -> Callable[[Request], None]:
+    """Returns a dependency that refuses query parameters which the route does not read.
+
+    An ignored filter would return objects that the client did not ask for. `pattern` is a regex of
+    further parameters that the route reads from the request.
+    """
+
+    def refuse_unknown(request: Request) -> None:
+        """Raises BadRequest for the first unknown query parameter."""
+        route = request.scope["route"]
+        known = query_names(route.dependant)
+        for name in request.query_params:
+            if name not in known and not (pattern and re.fullmatch(pattern, name)):
+                raise BadRequest(
+                    f"unknown query parameter: {name[:64]}; this route reads {', '.join(sorted(known))}",
+                    "unknown_parameter",
+                    name[:64],
+                )
+
+    return refuse_unknown
+
+
+def query_names(dependant: Dependant) -> set[str]:
+    """Returns the names of the query parameters of a route and its dependencies."""
+    names = {field.alias for field in dependant.query_params}
+    return names.union(*(query_names(child) for child in dependant.dependencies))

@@ -1,17 +1,19 @@
-"""Routes of /v1/fine_tuning/jobs: submit, observe and control distillation jobs."""
+"""Routes of /v1/fine_tuning/jobs: submit, observe and control training jobs."""
 
 import re
+from dataclasses import replace
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
-from app.api.deps import AskedPage, Page, Principal, require
+from app.api.deps import AskedPage, Page, Principal, known_query, require
 from app.api.openapi import EVENTS
 from app.api.sse import start_after, stream_events
 from app.api.strict_route import StrictRoute
 from app.db import jobs as job_rows
 from app.db.session import transaction
+from app.errors import BadRequest
 from app.schemas.files import Deleted
 from app.schemas.jobs import (
     CheckpointObject,
@@ -31,6 +33,8 @@ Reader = Annotated[Principal, Depends(require("jobs:read"))]
 Writer = Annotated[Principal, Depends(require("jobs:write"))]
 
 METADATA_FILTER = re.compile(r"metadata\[(.{1,64})\]")
+METADATA_QUERY = r"metadata(\[.{1,64}\])?"
+KNOWN_QUERY = Depends(known_query())
 EVENT_STREAM = "text/event-stream"
 
 
@@ -66,7 +70,7 @@ Streamed = Annotated[bool, Depends(is_stream_wanted)]
 def create_job(
     asked: CreateJob, principal: Writer, repetition: Repetition, response: Response
 ) -> JobObject:
-    """Creates a distillation job.
+    """Creates a fine-tuning or distillation job.
 
     With an `Idempotency-Key` header, a retry returns the job of the first attempt.
     """
@@ -76,17 +80,33 @@ def create_job(
     return JobObject.model_validate(accepted.body)
 
 
-@router.get("")
-def list_jobs(request: Request, principal: Reader, page: AskedPage) -> Listing[JobObject]:
-    """Lists the distillation jobs of the project, newest first by default.
+def metadata_filter(request: Request) -> dict[str, str] | None:
+    """Returns the metadata that selects jobs, or None if the client requests no selection.
 
-    `metadata[key]=value` in the query selects jobs with this metadata.
+    It is empty for `metadata=null`, which selects the jobs without metadata.
     """
-    wanted = {
-        m[1]: value
-        for key, value in request.query_params.items()
-        if (m := METADATA_FILTER.fullmatch(key))
-    }
+    values = dict(request.query_params)
+    wanted = {m[1]: v for name, v in values.items() if (m := METADATA_FILTER.fullmatch(name))}
+    if "metadata" not in values:
+        return wanted or None
+    if values["metadata"] != "null" or wanted:
+        raise BadRequest(
+            "give metadata[key]=value, or metadata=null for jobs without metadata", param="metadata"
+        )
+    return {}
+
+
+@router.get("", dependencies=[Depends(known_query(METADATA_QUERY))])
+def list_jobs(
+    principal: Reader,
+    page: AskedPage,
+    metadata: Annotated[dict[str, str] | None, Depends(metadata_filter)],
+) -> Listing[JobObject]:
+    """Lists the training jobs of the project, newest first by default.
+
+    `metadata[key]=value` in the query selects jobs with this metadata, and `metadata=null` those
+    without any.
+    """
     with transaction() as session:
         rows, has_more = job_rows.page_jobs(
             session,
@@ -95,7 +115,7 @@ def list_jobs(request: Request, principal: Reader, page: AskedPage) -> Listing[J
             after=page.after,
             limit=page.limit,
             order=page.order,
-            metadata=wanted,
+            metadata=metadata,
         )
         data = [jobs.job_object(session, row) for row in rows]
     first_id, last_id = ends(data)
@@ -140,7 +160,12 @@ def resume_job(job_id: str, principal: Writer) -> JobObject:
     return JobObject.of(jobs.resume_job(principal.project_id, job_id))
 
 
-@router.get("/{job_id}/events", response_model=Listing[EventObject], responses=EVENTS)
+@router.get(
+    "/{job_id}/events",
+    response_model=Listing[EventObject],
+    responses=EVENTS,
+    dependencies=[KNOWN_QUERY],
+)
 def list_events(
     job_id: str, principal: Reader, page: AskedPage, is_streamed: Streamed
 ) -> Response | Listing[EventObject]:
@@ -178,8 +203,15 @@ def get_metrics(
     return MetricsObject(data=[Series(name=name, points=points) for name, points in series.items()])
 
 
-@router.get("/{job_id}/checkpoints")
-def list_checkpoints(job_id: str, principal: Reader, page: AskedPage) -> Listing[CheckpointObject]:
+def checkpoint_page(page: AskedPage, limit: Annotated[int, Query(ge=1, le=100)] = 10) -> Page:
+    """Reads the page, with OpenAI's default limit for checkpoints."""
+    return replace(page, limit=limit)
+
+
+@router.get("/{job_id}/checkpoints", dependencies=[KNOWN_QUERY])
+def list_checkpoints(
+    job_id: str, principal: Reader, page: Annotated[Page, Depends(checkpoint_page)]
+) -> Listing[CheckpointObject]:
     """Lists the checkpoints of a job that can be served."""
     with transaction() as session:
         job = jobs.get_job(session, principal.project_id, job_id)

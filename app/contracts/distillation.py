@@ -280,6 +280,8 @@ class Hyperparameters(Block):
     precision: The dtype of the matmuls in the bodies of student and teacher. Weights, gradients,
         optimizer moments and the loss are always float32. auto: bfloat16 if the CPU or GPU
         supports it natively, else float32.
+    learning_rate_multiplier: Factor of the automatic learning rate.
+    batch_rows: Rows per step. A step with more than `batch_tokens` is computed in micro-batches.
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
@@ -294,6 +296,21 @@ class Hyperparameters(Block):
     checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
     eval_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
     early_stopping: EarlyStopping | None = None
+    # Excluded from the JSON if null, so that jobs without them keep their fingerprints.
+    learning_rate_multiplier: Annotated[
+        float | None, Field(gt=0.0, le=1000.0, exclude_if=lambda value: value is None)
+    ] = None
+    batch_rows: Annotated[
+        int | None, Field(ge=1, le=256, exclude_if=lambda value: value is None)
+    ] = None
+
+    @model_validator(mode="after")
+    def _one_learning_rate(self) -> "Hyperparameters":
+        if self.learning_rate != "auto" and self.learning_rate_multiplier is not None:
+            raise ValueError(
+                "learning_rate_multiplier is a factor of the automatic learning rate; leave it or learning_rate out"
+            )
+        return self
 
 
 Metric = Literal[

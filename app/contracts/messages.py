@@ -65,13 +65,20 @@ class ArtifactRef(Contract):
     sha256: str | None = None
 
 
+MethodName = Literal["distillation", "supervised"]
+
+
 class DistillationJob(Contract):
-    """Specification of a distillation job.
+    """Specification of a training job.
 
     References are resolved when the job is submitted, and the result is stored in the job's row.
+
+    method: supervised: cross-entropy on the rows, without a teacher. `teacher` is then the start
+        model, and is not loaded.
     """
 
     kind: Literal["distillation"] = "distillation"
+    method: MethodName = "distillation"
     distillation: Distillation
     teacher: ArtifactRef
     start: ArtifactRef

@@ -23,13 +23,26 @@ MAX_POINTS = 100_000  # over all series, per response
 
 
 def insert_job(session: Session, **columns: Any) -> Job:  # Any: the columns of Job, by name
-    """Inserts a queued job and the first event of its history."""
+    """Inserts a queued job and the first events of its history."""
     job = Job(**columns)
     session.add(job)
     session.flush()
     session.refresh(job)
-    add_event(session, job.id, "The job is queued.", type="state", data={"status": "queued"})
+    message = "The job is queued."
+    if job.kind == "distillation":
+        message = "Files validated, moving job to queued state"
+        for text in _first_messages(job):
+            add_event(session, job.id, text)
+    add_event(session, job.id, message, type="state", data={"status": "queued"})
     return job
+
+
+def _first_messages(job: Job) -> list[str]:
+    """Returns the messages with which OpenAI's history of a job begins."""
+    files = f"training file: {job.training_file_id}"
+    if job.validation_file_id is not None:
+        files += f" and validation file: {job.validation_file_id}"
+    return [f"Created fine-tuning job: {job.id}", f"Validating {files}"]
 
 
 def find_job(session: Session, project_id: str, job_id: str) -> Job | None:
@@ -62,13 +75,15 @@ def page_jobs(
 ) -> tuple[list[Job], bool]:
     """Returns a page of the project's jobs, and whether more follow. Raises UnknownCursor.
 
-    metadata: Selects the jobs that have all these keys and values.
+    metadata: Selects the jobs that have all these keys and values. If empty, selects the jobs that
+        have no metadata.
     """
     query = select(Job).where(Job.project_id == project_id, Job.deleted_at.is_(None))
     if kind is not None:
         query = query.where(Job.kind == kind)
-    if metadata:
-        query = query.where(Job.job_metadata.contains(dict(metadata)))
+    if metadata is not None:
+        column = Job.job_metadata
+        query = query.where(column.contains(dict(metadata)) if metadata else column == {})
     return keyset_page(session, query, Job, after=after, limit=limit, order=order)
 
 

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.contracts.messages import JobFailure, JobStatus
 from app.db.files import insert_file
-from app.db.job_states import Level, move
+from app.db.job_states import Level, add_event, move
 from app.db.models import insert_model
 from app.db.schema.json_values import clean, clean_text
 from app.db.schema.table import Json
@@ -57,21 +57,22 @@ def claim(session: Session, owner: str, lease_seconds: float) -> Job | None:
     if job is not None:
         return job
     due = (
-        select(Job.id)
+        select(Job.id, Job.kind, Job.attempt)
         .where(Job.status == JobStatus.queued, Job.run_after <= func.now())
         .order_by(Job.run_after, Job.id)
         .with_for_update(skip_locked=True, key_share=True)
         .limit(1)
     )
-    job_id = session.scalar(due)
-    if job_id is None:
+    found = session.execute(due).one_or_none()
+    if found is None:
         return None
+    is_first = found.kind == "distillation" and found.attempt == 0
     token = session.scalar(lease_tokens)
     job = move(
         session,
-        job_id,
+        found.id,
         JobStatus.running,
-        message="A worker has taken the job.",
+        message="Fine-tuning job started" if is_first else "A worker has taken the job.",
         attempt=Job.attempt + 1,
         lease_token=token,
         lease_owner=owner,
@@ -180,6 +181,11 @@ def succeed(
     if insert_model(session, source_job_id=job_id, project_id=job.project_id, **model) is None:
         taken = f"the model id {model['id']!r} has been taken by another model; submit the job again with another name"
         return fail(session, job_id, token, JobFailure(code="model_id_taken", message=taken))
+    message = f"The job has succeeded; the new model is {model['id']}."
+    if job.kind == "distillation":
+        message = "The job has successfully completed"
+        created = f"New fine-tuned model created: {model['id']}"
+        add_event(session, job_id, created, data={"model": model["id"]})
     for columns in files if job.project_id is not None else ():
         insert_file(session, project_id=job.project_id, **columns)
     return move(
@@ -187,7 +193,7 @@ def succeed(
         job_id,
         JobStatus.succeeded,
         token=token,
-        message=f"The job has succeeded; the new model is {model['id']}.",
+        message=message,
         result=clean(result),
         result_model_id=model["id"],
         result_file_ids=[file["id"] for file in files],

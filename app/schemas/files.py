@@ -1,6 +1,6 @@
 """Response bodies of /v1/files."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel
 
@@ -10,7 +10,8 @@ from app.db.schema.tables import File
 class FileObject(BaseModel):
     """File in the format of OpenAI, with additional fields.
 
-    `sha256`, `format` and `rows` are determined during the upload.
+    `sha256`, `format`, `rows` and `details` are determined during the upload. `details` has
+    counts: keys that are ignored, rows with tools, and rows with tool calls.
     """
 
     id: str
@@ -25,6 +26,7 @@ class FileObject(BaseModel):
     sha256: str
     format: str | None
     rows: int | None
+    details: dict[str, Any] | None = None  # Any: counts, some of them by name
 
     @classmethod
     def of(cls, row: File) -> "FileObject":
@@ -38,6 +40,7 @@ class FileObject(BaseModel):
             sha256=row.sha256,
             format=row.format,
             rows=row.num_rows,
+            details=row.details,
         )
 
 

@@ -4,18 +4,21 @@ import time
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
-from app.contracts.distillation import NO_NUL, Auto, Distillation, FileId
-from app.contracts.messages import DistillationJob, JobFailure, JobStatus
+from app.contracts.distillation import NO_NUL, Auto, Distillation, FileId, Lora
+from app.contracts.messages import DistillationJob, JobFailure, JobStatus, MethodName
 from app.db.schema.tables import Checkpoint, Event, Job
+from app.schemas.openai_metrics import openai_metrics
 
 Json = dict[str, Any]  # Any: metrics, results and event data are open-ended JSON
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=NO_NUL)]
-Suffix = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
+# Other characters than a-z, 0-9 and "-" are replaced in the model's name, see `app.services`.
+Suffix = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]
 MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)]
 Metadata = Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)]
+EXCLUDED_IF_NULL = Field(exclude_if=lambda value: value is None)
 
 
 class Body(BaseModel):
@@ -25,43 +28,79 @@ class Body(BaseModel):
 
 
 class OpenAIHyperparameters(Body):
-    """Hyperparameters in the format of OpenAI.
-
-    Only `n_epochs` has an effect. For the other two, use `method.distillation.hyperparameters`.
-    """
+    """Hyperparameters in the format of OpenAI. `batch_size` counts rows."""
 
     n_epochs: Annotated[int, Field(ge=1, le=1000)] | Auto = "auto"
-    batch_size: Auto = "auto"
-    learning_rate_multiplier: Auto = "auto"
+    batch_size: Annotated[int, Field(ge=1, le=256)] | Auto = "auto"
+    learning_rate_multiplier: Annotated[float, Field(gt=0.0, le=1000.0)] | Auto = "auto"
 
 
-class Method(Body):
-    """Method of the job, which is always a distillation."""
+class Supervised(Body):
+    """Options of supervised fine-tuning. With `lora`, adapters are trained instead of all weights.
+
+    `lora` is an extension of OpenAI's format.
+    """
+
+    hyperparameters: OpenAIHyperparameters | None = None
+    lora: Lora | None = None
+
+
+class SupervisedMethod(Body):
+    """Fine-tuning on the answers in the rows, without a teacher."""
+
+    type: Literal["supervised"]
+    supervised: Supervised | None = None
+
+
+class DistillationMethod(Body):
+    """Distillation of a teacher."""
 
     type: Literal["distillation"]
     distillation: Distillation
 
 
+class OtherMethod(BaseModel):
+    """Method of OpenAI that is not supported. It is accepted here to be refused with advice."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    type: Literal["dpo", "reinforcement"]
+
+
+Method = Annotated[SupervisedMethod | DistillationMethod | OtherMethod, Field(discriminator="type")]
+
+
 class CreateJob(Body):
-    """Body of a request that creates a distillation job."""
+    """Body of a request that creates a job. Without `method`, the job is supervised."""
 
     model: ModelId
     training_file: FileId
     validation_file: FileId | None = None
-    method: Method
+    method: Method | None = None
     suffix: Suffix | None = None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
     hyperparameters: OpenAIHyperparameters | None = None
-    integrations: Annotated[list[Json], Field(max_length=0)] | None = None
+    integrations: list[Json] | None = None
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """The options of a distillation, or None for another method."""
+        return self.method.distillation if isinstance(self.method, DistillationMethod) else None
+
+    @property
+    def supervised(self) -> Supervised:
+        """The options of a supervised job."""
+        method = self.method
+        return (method.supervised if isinstance(method, SupervisedMethod) else None) or Supervised()
 
 
 class JobHyperparameters(BaseModel):
     """Hyperparameters of a job in the format of OpenAI."""
 
-    n_epochs: int
-    batch_size: str = "auto"
-    learning_rate_multiplier: str = "auto"
+    n_epochs: int | Auto
+    batch_size: int | Auto = "auto"
+    learning_rate_multiplier: float | Auto = "auto"
 
 
 class QueuePlace(BaseModel):
@@ -71,15 +110,40 @@ class QueuePlace(BaseModel):
     depth: int
 
 
+class SupervisedOptions(BaseModel):
+    """Options of a supervised job."""
+
+    hyperparameters: JobHyperparameters
+    lora: Lora | None = None
+
+
 class MethodObject(BaseModel):
     """Method of a job with all its options."""
 
-    type: Literal["distillation"] = "distillation"
-    distillation: Distillation
+    type: MethodName
+    distillation: Annotated[Distillation | None, EXCLUDED_IF_NULL] = None
+    supervised: Annotated[SupervisedOptions | None, EXCLUDED_IF_NULL] = None
+
+    @classmethod
+    def of(cls, spec: DistillationJob, hyperparameters: JobHyperparameters) -> "MethodObject":
+        if spec.method == "distillation":
+            return cls(type=spec.method, distillation=spec.distillation)
+        options = SupervisedOptions(
+            hyperparameters=hyperparameters, lora=spec.distillation.student.lora
+        )
+        return cls(type=spec.method, supervised=options)
+
+
+class JobError(BaseModel):
+    """Reason of a failure. As in the OpenAI API, all fields are null unless the job has failed."""
+
+    code: str | None = None
+    message: str | None = None
+    param: str | None = None
 
 
 class JobObject(BaseModel):
-    """Distillation job: OpenAI's fine-tuning job with stages, progress, attempts and the result."""
+    """OpenAI's fine-tuning job, with stages, progress, attempts and the result."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -89,19 +153,20 @@ class JobObject(BaseModel):
     estimated_finish: int | None
     status: str
     model: str
-    teacher: str
+    teacher: str | None
     fine_tuned_model: str | None
     organization_id: str
     training_file: str
     validation_file: str | None
     result_files: list[str]
+    user_provided_suffix: str | None = None
     integrations: list[Json] | None = None
     hyperparameters: JobHyperparameters
     method: MethodObject
     metadata: dict[str, str]
     seed: int
     trained_tokens: int | None
-    error: JobFailure | None
+    error: Annotated[JobError, BeforeValidator(lambda value: value or {})]
     stage: str | None
     stages: list[Json]
     progress: Json
@@ -118,6 +183,7 @@ class JobObject(BaseModel):
     @classmethod
     def of(cls, row: Job, queue: tuple[int, int] | None = None) -> "JobObject":
         spec = DistillationJob.model_validate(row.spec)
+        hyperparameters = shown_hyperparameters(row, spec)
         return cls(
             id=row.id,
             created_at=int(row.created_at.timestamp()),
@@ -126,17 +192,19 @@ class JobObject(BaseModel):
             estimated_finish=estimated_finish(row),
             status=public_status(row),
             model=row.request["model"],
-            teacher=spec.distillation.teacher,
+            teacher=None if spec.method == "supervised" else spec.distillation.teacher,
             fine_tuned_model=row.result_model_id,
             organization_id=row.project_id or "",
             training_file=row.training_file_id or "",
             validation_file=row.validation_file_id,
-            hyperparameters=JobHyperparameters(n_epochs=spec.distillation.hyperparameters.n_epochs),
-            method=MethodObject(distillation=spec.distillation),
+            user_provided_suffix=row.request.get("suffix"),
+            integrations=row.request.get("integrations"),
+            hyperparameters=hyperparameters,
+            method=MethodObject.of(spec, hyperparameters),
             metadata=row.job_metadata,
             seed=spec.seed,
             trained_tokens=row.trained_tokens,
-            error=JobFailure.model_validate(row.error) if row.error else None,
+            error=JobError.model_validate(row.error or {}),
             queue=QueuePlace(position=queue[0], depth=queue[1]) if queue else None,
             pause_reason=row.pause_reason,
             result=row.result,
@@ -204,19 +272,9 @@ class EventObject(BaseModel):
             level=row.level,
             type=row.type,
             message=row.message,
-            data=row.data,
+            data=openai_metrics(row.data) if row.type == "metrics" else row.data,
             seq=row.seq,
         )
-
-
-def openai_metrics(ours: Json) -> Json:
-    """Returns the metrics over all held-out rows under the names that OpenAI uses.
-
-    `full_valid_mean_token_accuracy` is the agreement with the teacher. OpenAI's metric compares
-    with the text of the rows instead.
-    """
-    names = {"full_valid_loss": "valid_loss", "full_valid_mean_token_accuracy": "valid_agreement"}
-    return {theirs: ours[name] for theirs, name in names.items() if name in ours}
 
 
 class CheckpointObject(BaseModel):
@@ -239,7 +297,7 @@ class CheckpointObject(BaseModel):
             created_at=int(row.created_at.timestamp()),
             fine_tuned_model_checkpoint=f"{model_id}:ckpt-step-{row.step}",
             fine_tuning_job_id=row.job_id,
-            metrics={"step": row.step, **openai_metrics(row.metrics), **row.metrics},
+            metrics={"step": row.step, **openai_metrics(row.metrics)},
             step_number=row.step,
             is_best=row.is_best,
             bytes=row.bytes,
@@ -279,6 +337,26 @@ def shared_fields(row: Job) -> Json:
         "pause_requested_at": seconds(row.pause_requested_at),
         "latest_metrics": row.latest_metrics,
     }
+
+
+def shown_hyperparameters(row: Job, spec: DistillationJob) -> JobHyperparameters:
+    """Returns the hyperparameters in the format of OpenAI.
+
+    A number that the service chooses is shown once a supervised job has started, and "auto" until
+    then. `batch_size` stays "auto" if batches are formed by tokens.
+    """
+    chosen = spec.distillation.hyperparameters
+    inner = ((row.request.get("method") or {}).get("supervised") or {}).get("hyperparameters")
+    requested = [part["n_epochs"] for part in (row.request.get("hyperparameters"), inner) if part]
+    is_open = spec.method == "supervised" and set(requested) <= {"auto"} and row.started_at is None
+    multiplier = chosen.learning_rate_multiplier
+    if multiplier is None and spec.method == "supervised" and row.started_at is not None:
+        multiplier = 1.0
+    return JobHyperparameters(
+        n_epochs="auto" if is_open else chosen.n_epochs,
+        batch_size=chosen.batch_rows or "auto",
+        learning_rate_multiplier=multiplier or "auto",
+    )
 
 
 def seconds(at: datetime | None) -> int | None:

@@ -150,6 +150,7 @@ class Upload:
                     format=self._checker.format if is_training else None,
                     num_rows=self._checker.num_rows if is_training else None,
                     max_row_bytes=self._checker.max_row_bytes if is_training else None,
+                    details=self._checker.details.as_json() if is_training else None,
                     expires_at=expires_at,
                 )
         except (StillhouseError, PoolExhausted):

@@ -23,6 +23,7 @@ from app.routing import task_queue
 from app.schemas.jobs import CreateJob, ImportObject, JobObject
 from app.schemas.models import ImportModel
 from app.services import submission
+from app.services.fine_tuning.supervised import refuse_unsupported
 from app.services.retries import RetryInfo, find_created, record_attempt, remember_job
 from app.settings import get_settings
 
@@ -43,10 +44,11 @@ class Accepted:
 
 
 def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> Accepted:
-    """Queues a distillation, or returns the stored response if the request is a retry.
+    """Queues a training job, or returns the stored response if the request is a retry.
 
     Raises a StillhouseError if the request is invalid or exceeds a quota.
     """
+    refuse_unsupported(asked)
     sha256 = fingerprint(asked.model_dump(mode="json"))
     replay = find_replay(principal, JOBS_ROUTE, attempted, sha256)
     if replay is not None:
@@ -81,7 +83,7 @@ def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> 
             model_id=plan.spec.output_model,
             training_file_id=asked.training_file,
             validation_file_id=asked.validation_file,
-            test_file_id=asked.method.distillation.evaluation.test_file,
+            test_file_id=plan.spec.distillation.evaluation.test_file,
             request_sha256=sha256,
             created_by_key_id=principal.key_id,
         )
@@ -356,7 +358,10 @@ def _demand_inputs(session: Session, job: Job) -> None:
     except ValidationError:
         message = "this version cannot read the job's specification; submit a new job"
         raise Conflict(message, "invalid_spec") from None
-    for param, ref in (("teacher", spec.teacher), ("model", spec.start)):
+    models_of_job = [("model", spec.start)]
+    if spec.method == "distillation":
+        models_of_job.insert(0, ("teacher", spec.teacher))
+    for param, ref in models_of_job:
         if not models.lock_artifact(session, ref.key):
             message = f"the {param} of the job has been deleted, so it cannot be resumed; submit a new job"
             raise Conflict(message, "input_missing", param)

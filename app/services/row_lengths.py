@@ -1,10 +1,14 @@
-"""Counts the tokens of a file's longest rows, in a child process that runs this module.
+"""Counts the tokens of a file's longest rows, and reads chat templates, in a child process.
+
+The child process runs this module.
 
 Loading a tokenizer and tokenising a long row hold the GIL for seconds, in any thread. In the API
 process this would block the event loop and all streams.
 """
 
 import heapq
+import json
+import re
 import subprocess
 import sys
 import threading
@@ -23,7 +27,8 @@ from app.contracts.messages import ChatCost, Contract, ModelKind
 from app.errors import BadRequest, StillhouseError, TooManyRequests
 from app.local.process_manager import environment_without_secrets
 from app.parent_death import tethered
-from app.services.training_rows import Row, parse_row
+from app.services.fine_tuning.chat_rows import Row, texts_of_message, texts_of_tools
+from app.services.training_rows import parse_row
 from app.storage import store
 
 log = structlog.get_logger(__name__)
@@ -69,17 +74,29 @@ class VocabularyCheck(Contract):
     model_key: str
 
 
+class TemplateCheck(Contract):
+    """Request to find out which parts of rows with tools a model's chat template renders."""
+
+    template_of: str  # the model's folder in the store
+
+
+Check = LengthCheck | VocabularyCheck | TemplateCheck
+
+
 class CheckResult(Contract):
     """The result of a check.
 
     For a length check, `line` and `num_tokens` describe a row that is too long, and are None if all
     rows fit. If only `num_tokens` is None, a tokenizer cannot split the row.
     For a vocabulary check, `num_tokens` is the number of token ids.
+    For a template check, `has_tools` and `has_tool_calls` say what the template renders.
     """
 
     line: int | None = None
     num_tokens: int | None = None
     is_lost: bool = False  # the file is no longer in the store
+    has_tools: bool = False
+    has_tool_calls: bool = False
 
 
 class RunningChecks:
@@ -113,14 +130,10 @@ class RunningChecks:
 
 
 RUNNING: Final = RunningChecks()
-QUESTION: Final[TypeAdapter[LengthCheck | VocabularyCheck]] = TypeAdapter(
-    LengthCheck | VocabularyCheck
-)
+QUESTION: Final[TypeAdapter[Check]] = TypeAdapter(Check)
 
 
-def ask(
-    question: LengthCheck | VocabularyCheck, project_id: str, *, param: str | None = None
-) -> CheckResult:
+def ask(question: Check, project_id: str, *, param: str | None = None) -> CheckResult:
     """Runs a check in a child process and returns its result.
 
     Raises:
@@ -150,7 +163,7 @@ def ask(
     return CheckResult.model_validate_json(process.stdout)
 
 
-def _timed_out(question: LengthCheck | VocabularyCheck, param: str | None) -> BadRequest:
+def _timed_out(question: Check, param: str | None) -> BadRequest:
     if isinstance(question, VocabularyCheck):
         message = "loading the teacher's tokenizer took more than {:.0f} s; leave vocab_size out or use another teacher"
         return BadRequest(message.format(CHECK_SECONDS), param=param)
@@ -165,6 +178,12 @@ def main() -> None:
         vocabulary = load_tokenizer(question.model_key).get_vocab()
         # ids may have gaps
         result = CheckResult(num_tokens=1 + max(vocabulary.values(), default=-1))
+    elif isinstance(question, TemplateCheck):
+        text = template_text(question.template_of)
+        result = CheckResult(
+            has_tools=re.search(r"\btools\b", text) is not None,
+            has_tool_calls="tool_calls" in text,
+        )
     else:
         result = find_too_long(question)
     sys.stdout.write(result.model_dump_json())
@@ -201,7 +220,8 @@ def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered:
     """
     cost = reader.cost
     if "messages" in row:
-        return count_chat(row["messages"], tokenizer, cost, is_answered=is_answered)
+        num_tools = _count(tokenizer, texts_of_tools(row))
+        return num_tools + count_chat(row["messages"], tokenizer, cost, is_answered=is_answered)
     has_template = cost != NO_TEMPLATE
     asked, *answer = [
         str(row[key]) for key in ("prompt", "input", "text", "completion", "target") if key in row
@@ -221,9 +241,12 @@ def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered:
 
 
 def count_chat(
-    messages: list[dict[str, str]], tokenizer: Tokenizer, cost: ChatCost, *, is_answered: bool
+    messages: list[Row], tokenizer: Tokenizer, cost: ChatCost, *, is_answered: bool
 ) -> int:
-    """Returns the number of tokens of a conversation, including those of the chat template."""
+    """Returns the number of tokens of a conversation, including those of the chat template.
+
+    The text that a template adds around tools and tool calls is not counted.
+    """
     if not is_answered and messages[-1]["role"] == "assistant":
         messages = messages[:-1]
     roles = [message["role"] for message in messages]
@@ -231,9 +254,11 @@ def count_chat(
     num_further = len(roles) - roles.count("system") - num_assistant - 1
     added = cost.first + cost.user * num_further + cost.assistant * (num_assistant - is_answered)
     added += (cost.system if "system" in roles else 0) + (cost.end if is_answered else 1)
-    return added + sum(
-        len(tokenizer.encode(m["content"], add_special_tokens=False).ids) for m in messages
-    )
+    return added + sum(_count(tokenizer, texts_of_message(message)) for message in messages)
+
+
+def _count(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+    return sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
 
 
 def longest_rows(store_key: str, *, over_bytes: int) -> list[tuple[int, int, bytes]]:
@@ -260,6 +285,16 @@ def _sizes(file: Iterable[bytes], over_bytes: int) -> Iterator[tuple[int, int, i
         if len(line) > over_bytes:
             yield len(line), number, offset
         offset += len(line)
+
+
+def template_text(model_key: str) -> str:
+    """Returns the text of all chat templates of a stored model."""
+    folder = store()
+    if folder.exists(f"{model_key}/chat_template.jinja"):
+        with folder.open(f"{model_key}/chat_template.jinja") as file:
+            return str(file.read().decode(errors="replace"))
+    with folder.open(f"{model_key}/tokenizer_config.json") as file:
+        return json.dumps(json.load(file).get("chat_template"))
 
 
 @lru_cache(maxsize=8)

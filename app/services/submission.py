@@ -1,4 +1,4 @@
-"""Checks of a distillation request before its job is queued.
+"""Checks of a job request before its job is queued.
 
 They find missing models and files, combinations that cannot work, rows that are too long, and a
 disk that is too small.
@@ -17,8 +17,16 @@ from app.errors import BadRequest, NotFound
 from app.schemas.jobs import CreateJob
 from app.services import job_defaults, model_registry
 from app.services.files import TRAINING_PURPOSES
+from app.services.fine_tuning import supervised
 from app.services.job_defaults import BLOCK, Pair
-from app.services.row_lengths import NO_TEMPLATE, LengthCheck, Reader, VocabularyCheck, ask
+from app.services.row_lengths import (
+    NO_TEMPLATE,
+    LengthCheck,
+    Reader,
+    TemplateCheck,
+    VocabularyCheck,
+    ask,
+)
 from app.services.training_rows import UNANSWERED
 from app.settings import Settings
 from app.storage import store
@@ -27,6 +35,8 @@ from app.storage import store
 # of the weights of the model that the student starts from.
 STUDENT_COPIES = 6
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
+# Counts in the details of a file, and what the rows have.
+TOOL_COUNTS = {"num_rows_with_tools": "tools", "num_rows_with_tool_calls": "tool calls"}
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,12 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
 
     `short` ends the id of the output model. Raises BadRequest or NotFound.
     """
-    block = asked.method.distillation
-    teacher = model_registry.resolve(
-        session, project_id, block.teacher, param=f"{BLOCK}.teacher", lock=True
+    requested = asked.distillation
+    teacher = requested and model_registry.resolve(
+        session, project_id, requested.teacher, param=f"{BLOCK}.teacher", lock=True
     )
     start = model_registry.resolve(session, project_id, asked.model, lock=True)
+    teacher = teacher or start
     if teacher.facts is None or start.facts is None:
         raise BadRequest(
             "a job can only start from models of jobs that have succeeded",
@@ -65,12 +76,16 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
     validation = test = None
     if asked.validation_file is not None:
         validation = file_like(session, training, asked.validation_file, "validation_file")
-    if block.evaluation.test_file is not None:
-        test = file_like(session, training, block.evaluation.test_file, TEST_FILE)
-        refuse_known_rows(test, training, validation)
-    pair = Pair(teacher.facts, start.facts, teacher.model_id == start.model_id, training.format)
-    block = settle(block.model_copy(update={"teacher": teacher.model_id}), asked, pair)
+    if requested is None:
+        block = supervised.settle(asked, start.model_id, start.facts, training)
+    else:
+        if requested.evaluation.test_file is not None:
+            test = file_like(session, training, requested.evaluation.test_file, TEST_FILE)
+            refuse_known_rows(test, training, validation)
+        pair = Pair(teacher.facts, start.facts, teacher.model_id == start.model_id, training.format)
+        block = settle(requested.model_copy(update={"teacher": teacher.model_id}), asked, pair)
     spec = DistillationJob(
+        method="supervised" if requested is None else "distillation",
         distillation=block,
         teacher=teacher.ref,
         start=start.ref,
@@ -131,14 +146,7 @@ def refuse_known_rows(test: File, training: File, validation: File | None) -> No
 
 def settle(block: Distillation, asked: CreateJob, pair: Pair) -> Distillation:
     """Returns the block with its open fields filled in from the request. Raises BadRequest."""
-    hyperparameters = block.hyperparameters
-    outer = asked.hyperparameters.n_epochs if asked.hyperparameters else "auto"
-    if outer != "auto":
-        if "n_epochs" in hyperparameters.model_fields_set and hyperparameters.n_epochs != outer:
-            raise BadRequest(
-                "n_epochs is given twice, with different values", param="hyperparameters.n_epochs"
-            )
-        hyperparameters = hyperparameters.model_copy(update={"n_epochs": outer})
+    hyperparameters = supervised.with_openai_hyperparameters(block.hyperparameters, asked)
     return job_defaults.settle(block.model_copy(update={"hyperparameters": hyperparameters}), pair)
 
 
@@ -155,7 +163,7 @@ def output_id(start_id: str, suffix: str | None, short: str) -> str:
     """
     name = re.sub(r":ckpt-step-\d+$", "", start_id)
     name = name.split(":")[1] if name.startswith("ds:") else name
-    return f"ds:{name}:{suffix or ''}:{short}"
+    return f"ds:{name}:{supervised.normalised_suffix(suffix)}:{short}"
 
 
 def artifact(row: File) -> ArtifactRef:
@@ -170,6 +178,7 @@ def inspect(plan: Plan, settings: Settings) -> None:
     """
     check_disk(plan.start, settings)
     check_vocabulary(plan)
+    check_template(plan)
     check_lengths(plan, plan.training, "training_file")
     if plan.validation is not None:
         check_lengths(plan, plan.validation, "validation_file")
@@ -203,6 +212,37 @@ def check_vocabulary(plan: Plan) -> None:
             "it to at least that number",
             param=param,
         )
+
+
+def check_template(plan: Plan) -> None:
+    """Raises BadRequest if the rows have tools that the chat template of a model leaves out."""
+    used = {
+        "training_file": plan.training.details,
+        "validation_file": plan.validation.details if plan.validation else None,
+        TEST_FILE: plan.test.details if plan.test else None,
+    }
+    needs = {
+        param: {name for name in TOOL_COUNTS if details.get(name)}
+        for param, details in used.items()
+        if details is not None
+    }
+    if not any(needs.values()):
+        return
+    for key in dict.fromkeys((plan.spec.teacher.key, plan.spec.start.key)):
+        found = ask(TemplateCheck(template_of=key), plan.training.project_id)
+        rendered = {"num_rows_with_tools": found.has_tools}
+        rendered["num_rows_with_tool_calls"] = found.has_tool_calls
+        for param, names in needs.items():
+            missing = [
+                what for name, what in TOOL_COUNTS.items() if name in names and not rendered[name]
+            ]
+            if missing:
+                raise BadRequest(
+                    f"the rows have {missing[0]}, but the chat template of the model leaves them out; use a model whose "
+                    "template supports tools, or upload rows without tools",
+                    "tools_not_supported",
+                    param,
+                )
 
 
 def check_lengths(plan: Plan, row: File, param: str) -> None:

@@ -1,17 +1,21 @@
 """Parses and checks the rows of a JSONL file of training data, also while it is uploaded."""
 
 import json
-from typing import Any
 
 from app.errors import BadRequest
+from app.services.fine_tuning.chat_rows import (
+    InvalidRow,
+    Row,
+    RowDetails,
+    check_chat,
+    check_encodable,
+    used,
+)
 
 BOM = b"\xef\xbb\xbf"
 # Formats without completions, which the teacher writes, and formats with messages.
 UNANSWERED = frozenset({"prompt", "input", "chat_prompt"})
 CONVERSATIONS = frozenset({"chat", "chat_prompt"})
-# Optional keys of a message. The name is ignored; messages with weight 0 are not learned from.
-OPTIONAL = frozenset({"name", "weight"})
-ROLES = ("system", "developer", "user", "assistant", "tool")
 FORMATS = {
     "chat": frozenset({"messages"}),
     "prompt_completion": frozenset({"prompt", "completion"}),
@@ -21,11 +25,8 @@ FORMATS = {
     "text": frozenset({"text"}),
 }
 KNOWN_FORMATS = '{"messages": […]}, {"prompt", "completion"}, {"prompt"}, {"input", "target"}, {"input"} or {"text"}'
-Row = dict[str, Any]  # Any: JSON values of a client
-
-
-class InvalidRow(ValueError):
-    """A row is invalid. The message continues the sentence "line N is"."""
+# The key that each format has, and the key of its answer.
+KEYS = (("messages", None), ("prompt", "completion"), ("input", "target"), ("text", None))
 
 
 class RowChecker:
@@ -42,6 +43,7 @@ class RowChecker:
         self.max_row_bytes = 0
         self.format: str | None = None
         self.fault: str | None = None
+        self.details = RowDetails()
         self._rest = bytearray()
 
     def feed(self, piece: bytes) -> None:
@@ -77,7 +79,8 @@ class RowChecker:
                 )
             if len(line) > self.max_line_bytes:
                 raise InvalidRow(f"longer than {self.max_line_bytes:,} bytes")
-            row_format = check_row(parse_row(line, is_first=self.num_rows == 0))
+            row = parse_row(line, is_first=self.num_rows == 0)
+            row_format = check_row(row, self.details)
             if self.format is not None and row_format != self.format:
                 raise InvalidRow(
                     f"of format {row_format} in a file of format {self.format}; use one format per file"
@@ -117,46 +120,25 @@ def parse_row(line: bytes, *, is_first: bool = False) -> Row:
     return row
 
 
-def check_row(row: Row) -> str:
-    """Returns the format of a row. Raises InvalidRow."""
-    keys = row.keys()
-    row_format = next((name for name, wanted in FORMATS.items() if keys == wanted), None)
-    if row_format is None:
-        shown = ", ".join(repr(key)[:40] for key in list(keys)[:8]) or "none"
+def check_row(row: Row, details: RowDetails) -> str:
+    """Returns the format of a row, and counts the keys that are not read. Raises InvalidRow."""
+    if row.keys() & {"preferred_output", "non_preferred_output"}:
+        raise InvalidRow(
+            'a preference row of DPO, which is not supported; use rows of the form {"messages": […]} with the '
+            "preferred answers"
+        )
+    present = [(key, answer) for key, answer in KEYS if key in row]
+    if len(present) != 1:
+        shown = ", ".join(repr(key)[:40] for key in list(row)[:8]) or "none"
         raise InvalidRow(f"of no known format: its keys are {shown}; expected {KNOWN_FORMATS}")
-    if row_format == "chat":
-        return _check_messages(row["messages"])
-    for key in sorted(FORMATS[row_format]):
-        _check_text(row[key], key)
+    ((key, answer),) = present
+    if key == "messages":
+        return check_chat(row, details)
+    row_format = key if answer is None or answer not in row else f"{key}_{answer}"
+    details.ignore(used(row).keys() - FORMATS[row_format])
+    for name in sorted(FORMATS[row_format]):
+        _check_text(row[name], name)
     return row_format
-
-
-def _check_messages(messages: object) -> str:
-    """Returns `chat` if the conversation ends with an answer, or else `chat_prompt`."""
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRow("invalid: messages must be a list with at least one message")
-    roles = []
-    for number, message in enumerate(messages):
-        where = f"messages[{number}]"
-        if not isinstance(message, dict) or message.keys() - OPTIONAL != {"role", "content"}:
-            raise InvalidRow(
-                f"invalid: {where} must be an object with role and content; only weight and name are optional"
-            )
-        if message["role"] not in ROLES:
-            raise InvalidRow(f"invalid: {where}.role must be one of {', '.join(ROLES)}")
-        _check_text(message["content"], f"{where}.content")
-        if message.get("weight", 1) not in (0, 1) or not isinstance(message.get("name", ""), str):
-            raise InvalidRow(
-                f"invalid: {where} has a weight that is not 0 or 1, or a name that is not a string"
-            )
-        roles.append(message["role"])
-    if "user" not in roles[:-1] and roles[-1] != "user":
-        raise InvalidRow("invalid: messages has no user message")
-    if roles[-1] not in ("user", "assistant", "tool"):
-        raise InvalidRow("invalid: the last message must have the role user, assistant or tool")
-    if roles[-1] == "assistant" and not messages[-1].get("weight", 1):
-        raise InvalidRow("invalid: the last answer has weight 0; leave it out, or give it weight 1")
-    return "chat" if roles[-1] == "assistant" else "chat_prompt"
 
 
 def _check_text(value: object, name: str) -> None:
@@ -164,12 +146,7 @@ def _check_text(value: object, name: str) -> None:
         raise InvalidRow(f"invalid: {name} must be a string")
     if not value.strip():
         raise InvalidRow(f"invalid: {name} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InvalidRow(
-            f"invalid: {name} contains an unpaired surrogate, which is not a character"
-        ) from None
+    check_encodable(value, name)
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> Row:

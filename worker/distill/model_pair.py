@@ -125,7 +125,7 @@ class ModelPair:
         The estimate is for the largest student of a ladder. Feature losses run the teacher at every
         step, so they keep it on the student's device even if it may not fit.
         """
-        if self.card.name == "cpu":
+        if self.card.name == "cpu" or not self.spec.has_teacher:
             return Placement(self.card, teacher_device=self.device)
         block = self.spec.distillation
         num_layers = max(block.student.ladder) if block.student.ladder else None

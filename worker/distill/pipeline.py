@@ -1,4 +1,4 @@
-"""Runs a distillation: rows, teacher answers, training, evaluation, and the student's folder."""
+"""Runs a training job: rows, teacher answers, training, evaluation, and the student's folder."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -7,17 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.data.dataset import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
-from worker.distill.data.rows import Example
-from worker.distill.data.sampler import Sampler
 from worker.distill.data_parallel import ALONE, Ranks
-from worker.distill.evaluation.held_out import HeldOut, HeldOutRows
-from worker.distill.evaluation.report import Evaluator, Tell, View
-from worker.distill.losses.divergences import TokenObjective
-from worker.distill.losses.lm_head import head_of
+from worker.distill.evaluation.report import Evaluator, Tell
+from worker.distill.evaluators import Evaluators, SamplerFor
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
 from worker.distill.student_sweep import (
@@ -33,12 +28,12 @@ from worker.distill.training.checkpoint import TrainState, link_folder, load_sta
 from worker.distill.training.devices import find_device
 from worker.distill.training.rollouts import check_rollouts, plan_rollouts
 from worker.distill.training.trainer import Stopped, TrainingInputs, batch_tokens_of
-from worker.models.architectures import kind_of
 from worker.models.vocabulary import num_token_ids
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
 from worker.protocol.run_spec import RunSpec
 
-SamplerFor = Callable[[PreTrainedModel], Sampler]
+# Public names of the compared models of a run without a teacher.
+MODELS_WITHOUT_TEACHER = {"untrained": "before", "student": "after"}
 
 
 @dataclass(frozen=True)
@@ -100,23 +95,22 @@ class Pipeline:
         runs = plan_student_runs(self.spec)
         signal = self.pair.signal
         check_rollouts(self.block, signal, has_one_tokenizer=self.pair.has_one_tokenizer)
-        if signal.name != "logits":
+        if self.spec.has_teacher and signal.name != "logits":
             self.sink(MessageLine(message=f"teacher signal: {signal.name} ({signal.reason})"))
         # the first rank generates the teacher's answers, and the others read them from disk
         rows = self.ranks.first_then_others(lambda: self._preparation().rows())
         self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
         runs = calibrated(runs, rows.train)
-        # the first rank decides whether there is a row cache, and the others follow
-        teacher = self.ranks.first_then_others(
-            lambda: self.pair.cached_teacher(rows, runs[0].recipe)
-        )
-        for note in teacher.notes:
-            self.sink(MessageLine(message=note))
+        teacher = self._teacher(rows, runs[0].recipe)
         with ExitStack() as open_teachers:
-            open_teachers.callback(teacher.close)
+            if teacher is not None:
+                open_teachers.callback(teacher.close)
             setup = self._setup(rows, runs[0].recipe, teacher, state)
             self._check_resumed(state, setup)
-            self._place_teacher(teacher)
+            if self.ranks.count > 1:
+                self.sink(MessageLine(message=f"{self.ranks.count} processes share every batch"))
+            if teacher is not None:
+                self._place_teacher(teacher)
             now = {
                 "inputs_sha256": setup.inputs_sha256,
                 "num_threads": torch.get_num_threads(),
@@ -128,7 +122,7 @@ class Pipeline:
                 setup,
                 state.model_copy(update=now),
                 evaluation=self.block.evaluation,
-                evaluator_for=lambda tell: self._evaluator(rows, teacher, tell),
+                evaluator_for=lambda tell: self._evaluators().of(rows, teacher, tell),
                 test_evaluator_for=self._test_evaluator_for(runs[0].recipe, teacher, open_teachers),
                 sink=self.sink,
                 should_stop=self.should_stop,
@@ -138,7 +132,7 @@ class Pipeline:
             )
             selected = taught.run(rows.answers)
         self.sink(StageLine(name="exporting"))
-        num_computed = int(self.ranks.sum(teacher.num_computed)[0])
+        num_computed = int(self.ranks.sum(teacher.num_computed if teacher else 0)[0])
         if not self.ranks.is_first:
             return Outcome("student", selected.result, taught.trained_tokens)
         link_folder(selected.folder, self.out / "student")
@@ -149,11 +143,16 @@ class Pipeline:
 
     def _result(self, rows: Rows, selected: SelectedStudent, num_computed: int) -> dict[str, Any]:
         """Returns the public result: the evaluation, and the counts of rows it rests on."""
-        return {
-            **selected.result,
+        counts = {
             "num_train_rows": len(rows.train),
             "num_validation_rows": len(rows.valid),
             **rows.shared,
+        }
+        if not self.spec.has_teacher:
+            return {**before_and_after(selected.result), **counts}
+        return {
+            **selected.result,
+            **counts,
             "teacher_signal": self.pair.signal.name,
             "teacher_signal_reason": self.pair.signal.reason,
             "num_teacher_rows_computed": num_computed,
@@ -185,13 +184,21 @@ class Pipeline:
         paths = write_ladder(points, teacher, self.out, self.block.evaluation.gate)
         return tuple(path.name for path in paths)
 
+    def _teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher | None:
+        """Returns the teacher with its row cache, or None if the run has no teacher."""
+        if not self.spec.has_teacher:
+            return None
+        # the first rank decides whether there is a row cache, and the others follow
+        teacher = self.ranks.first_then_others(lambda: self.pair.cached_teacher(rows, recipe))
+        for note in teacher.notes:
+            self.sink(MessageLine(message=note))
+        return teacher
+
     def _place_teacher(self, teacher: CachedTeacher) -> None:
         """Reports the placement. Fills the row cache if it must be complete before the training."""
         placed = self.pair.placement
         if placed.message:
             self.sink(MessageLine(message=placed.message))
-        if self.ranks.count > 1:
-            self.sink(MessageLine(message=f"{self.ranks.count} processes share every batch"))
         if not teacher.is_cached or not (placed.is_teacher_first or self.ranks.count > 1):
             return
         throttle = Throttle()
@@ -212,7 +219,7 @@ class Pipeline:
             teacher=self.pair.teacher,
             student=self.pair.student,
             has_one_tokenizer=self.pair.has_one_tokenizer,
-            answers=AnswerFile(self.pair.answers_path),
+            answers=AnswerFile(self.pair.answers_path if self.spec.has_teacher else None),
             sampler=lambda: self.sampler_for(self.pair.load_teacher()),
             sink=self.sink,
             check_stop=lambda: self._check_stop(step=0),
@@ -281,7 +288,7 @@ class Pipeline:
         self,
         rows: Rows,
         recipe: StudentRecipe,
-        teacher: CachedTeacher,
+        teacher: CachedTeacher | None,
         state: TrainState,
     ) -> TrainingInputs:
         tokenizer = self.pair.student.tokenizer
@@ -324,58 +331,11 @@ class Pipeline:
             features=self.pair.features(rows),
         )
 
-    def _evaluator(self, rows: Rows, teacher: CachedTeacher, tell: Tell) -> Evaluator:
-        """Returns the evaluator of the held-out rows, or of the test rows."""
-        objective = TokenObjective.from_objective(self.block.objective)
-        tokens, num_train = batch_tokens_of(self.block.hyperparameters), len(rows.train)
-
-        def held_out(examples: list[Example], device: str) -> HeldOutRows:
-            """Returns the batches of the rows, which follow the training rows in the cache."""
-            return HeldOutRows(examples, first_index=num_train, batch_tokens=tokens, device=device)
-
-        valid = held_out(rows.valid, self.device)
-        teachers_valid = held_out(rows.teacher[num_train:], self.pair.placement.teacher_device)
-
-        def measure(model: PreTrainedModel) -> HeldOut:
-            """Measures a student."""
-            head = head_of(model, len(self.pair.student.tokenizer))
-            return valid.measure(
-                model, head, teacher if self.pair.has_one_tokenizer else None, objective
-            )
-
-        def measure_teacher(model: PreTrainedModel) -> HeldOut:
-            """Measures the teacher."""
-            if kind_of(model.config) == "masked":
-                return teachers_valid.measure_teacher(teacher, objective)
-            head = head_of(model, len(self.pair.teacher.tokenizer))
-            if (head.weight_VH.device, head.weight_VH.dtype) != (
-                teacher.head.weight_VH.device,
-                torch.float32,
-            ):
-                head = teacher.head
-            # with uld the teacher has rows for the aligned targets only
-            rows = None if self.pair.signal.has_ranks else teacher
-            return teachers_valid.measure(model, head, rows, objective)
-
-        return Evaluator(
-            spec=self.spec,
-            student_view=View(rows.valid, self.pair.student.tokenizer, measure),
-            teacher_view=View(
-                teachers_valid.examples, self.pair.teacher.tokenizer, measure_teacher
-            ),
-            valid_rows=rows.valid_rows,
-            device=self.device,
-            load_teacher=self.pair.load_evaluated_teacher,
-            sampler_for=self.sampler_for,
-            on_progress=tell,
-            warn=self._warn,
-        )
-
     def _test_evaluator_for(
-        self, recipe: StudentRecipe, teacher: CachedTeacher, open_teachers: ExitStack
+        self, recipe: StudentRecipe, teacher: CachedTeacher | None, open_teachers: ExitStack
     ) -> EvaluatorFor | None:
         """Returns a function that prepares the test rows and returns their evaluator, if any."""
-        if self.spec.test_path is None:
+        if self.spec.test_path is None or teacher is None:
             return None
 
         def prepare(tell: Tell) -> Evaluator:
@@ -387,9 +347,12 @@ class Pipeline:
             if test_teacher.is_cached:
                 tokens = batch_tokens_of(self.block.hyperparameters)
                 test_teacher.fill(ALONE, tokens, lambda done, wanted: tell((1 + done / wanted) / 2))
-            return self._evaluator(rows, test_teacher, tell)
+            return self._evaluators().of(rows, test_teacher, tell)
 
         return prepare
+
+    def _evaluators(self) -> Evaluators:
+        return Evaluators(self.spec, self.pair, self.device, self.sampler_for, self._warn)
 
     def _check_stop(self, *, step: int) -> None:
         if self.should_stop():
@@ -397,3 +360,17 @@ class Pipeline:
 
     def _warn(self, message: str) -> None:
         self.sink(MessageLine(level="warn", message=message))
+
+
+def before_and_after(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the result of a run without a teacher, with its models named `before` and `after`."""
+
+    def renamed(entry: dict[str, Any]) -> dict[str, Any]:
+        """Returns the entry with the names of the models replaced."""
+        return {MODELS_WITHOUT_TEACHER.get(name, name): value for name, value in entry.items()}
+
+    result = renamed(result)
+    if "differences" in result:
+        result["differences"] = renamed(result["differences"])
+        result["samples"] = [renamed(sample) for sample in result["samples"]]
+    return result

@@ -148,6 +148,7 @@ class Attempt:
             distillation=job.distillation,
             teacher_dir=self.copies.fetch_folder(job.teacher),
             start_dir=self.copies.fetch_folder(job.start),
+            has_teacher=job.method != "supervised",
             training_path=self.copies.fetch_file(job.training_file),
             validation_path=self.copies.fetch_file(validation) if validation else None,
             test_path=self.copies.fetch_file(test) if test else None,

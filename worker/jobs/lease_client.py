@@ -173,11 +173,12 @@ def record(lease: Lease, number: int, lines: Sequence[RunLine]) -> None:
                     columns["progress"] = line.model_dump(exclude={"type"}, exclude_none=True)
                 case MetricsLine():
                     values = {"step": line.step, **line.values}
+                    total = {} if line.total_steps is None else {"total_steps": line.total_steps}
                     columns["latest_metrics"] = (
                         columns.get("latest_metrics", job.latest_metrics) | values
                     )
                     leases.write_metrics(session, job.id, line.step, line.values)
-                    add_event(session, job.id, _sentence(line), type="metrics", data=values)
+                    add_event(session, job.id, _sentence(line), type="metrics", data=values | total)
                 case MessageLine():
                     add_event(session, job.id, line.message, level=line.level, data=line.data)
         if columns:
@@ -233,16 +234,15 @@ def finish(
     Returns False if the job was cancelled meanwhile or the model id was taken. No row refers to
     the stored artifacts then, and the caller has to delete them.
     """
+    origin, teacher_id = origin_of(lease.spec)
     model = {
         "id": model_id,
-        "origin": "distilled" if isinstance(lease.spec, DistillationJob) else "imported",
+        "origin": origin,
         "store_key": ref.key,
         "bytes": ref.bytes,
         "manifest_sha256": ref.sha256,
         "facts": facts.model_dump(mode="json"),
-        "teacher_id": lease.spec.distillation.teacher
-        if isinstance(lease.spec, DistillationJob)
-        else None,
+        "teacher_id": teacher_id,
     }
     crash_point("finish.begun")
     with transaction() as session:
@@ -259,6 +259,15 @@ def finish(
             return _demand_outcome(session, lease, "succeeded")
         crash_point("finish.inside")
         return job.status == JobStatus.succeeded
+
+
+def origin_of(spec: DistillationJob | ImportJob) -> tuple[str, str | None]:
+    """Returns the origin of the model that a job makes, and its teacher if it has one."""
+    if isinstance(spec, ImportJob):
+        return "imported", None
+    if spec.method == "supervised":
+        return "fine-tuned", None
+    return "distilled", spec.distillation.teacher
 
 
 @retry_on_disconnect
@@ -355,6 +364,21 @@ def _newest(session: Session, job_id: str, token: int) -> CheckpointRef | None:
     return CheckpointRef(found.id, found.step, found.store_key, found.manifest_sha256, found.bytes)
 
 
+# OpenAI's words for metrics in the messages of events, in its order.
+SENTENCE = {
+    "train_loss": "training loss",
+    "valid_loss": "validation loss",
+}
+
+
 def _sentence(line: MetricsLine) -> str:
-    values = ", ".join(f"{name} {value:.4g}" for name, value in sorted(line.values.items()))
-    return f"Step {line.step}: {values}"
+    """Returns the message of a metrics event in the words of OpenAI."""
+    total = f"/{line.total_steps}" if line.total_steps is not None else ""
+    values = [
+        f"{words}={line.values[name]:.2f}"
+        for name, words in SENTENCE.items()
+        if name in line.values
+    ]
+    if not values:
+        values = [f"{name}={value:.4g}" for name, value in sorted(line.values.items())]
+    return f"Step {line.step}{total}: {', '.join(values)}"

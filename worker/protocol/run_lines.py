@@ -58,13 +58,15 @@ class MetricsLine(Line):
 
     type: Literal["metrics"] = "metrics"
     step: int
+    total_steps: int | None = None
     values: dict[str, float]
 
 
 class CheckpointLine(Line):
     """A complete, fsynced checkpoint is in `folder`, relative to the run's output folder.
 
-    `metrics` holds the evaluation at this step. It is empty if the step was not evaluated.
+    `metrics` holds the evaluation at this step, if there was one, and the last averages of the
+    training metrics.
     """
 
     type: Literal["checkpoint"] = "checkpoint"

@@ -13,6 +13,9 @@ class RunSpec(BaseModel):
 
     The supervisor fetches the inputs before it starts the run. If `num_threads` is 0, the run uses
     the number stored in the checkpoint, or else the default of PyTorch.
+
+    Without a teacher (`has_teacher` false), `teacher_dir` is the folder of the start model, and the
+    run learns from the completions in the rows alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -20,6 +23,7 @@ class RunSpec(BaseModel):
     distillation: Distillation
     teacher_dir: Path
     start_dir: Path
+    has_teacher: bool = True
     training_path: Path
     validation_path: Path | None = None
     test_path: Path | None = None  # rows for the final evaluation only

@@ -57,6 +57,7 @@ class File(Table):
     format: Mapped[str | None] = mapped_column(String(32))
     num_rows: Mapped[int | None] = mapped_column(BigInteger)
     max_row_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    details: Mapped[Json | None] = mapped_column(JSONB)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
     expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
     __table_args__ = (
@@ -86,7 +87,9 @@ class Model(Table):
     evaluation: Mapped[Json | None] = mapped_column(JSONB)
     serving: Mapped[Json | None] = mapped_column(JSONB)
     created_at: Mapped[datetime] = mapped_column(Timestamp, server_default=func.now())
-    __table_args__ = (CheckConstraint("origin IN ('imported', 'distilled')", name="origin"),)
+    __table_args__ = (
+        CheckConstraint("origin IN ('imported', 'distilled', 'fine-tuned')", name="origin"),
+    )
 
 
 class Alias(Table):

@@ -29,7 +29,8 @@ def settle(
         weights_sha256="w",
     )
     pair = Pair(facts, facts, is_same=start_id == "t", row_format=row_format)
-    return submission.settle(request.method.distillation, request, pair)
+    assert request.distillation is not None
+    return submission.settle(request.distillation, request, pair)
 
 
 def test_a_request_without_a_test_file_keeps_its_fingerprint() -> None:
@@ -44,7 +45,9 @@ def test_a_request_without_a_test_file_keeps_its_fingerprint() -> None:
 
 def test_a_stored_job_of_before_keeps_the_first_split() -> None:
     ref = {"key": "k", "bytes": 1}
-    block = asked().method.distillation.model_dump(mode="json")
+    requested = asked().distillation
+    assert requested is not None
+    block = requested.model_dump(mode="json")
     stored = {"distillation": block, "teacher": ref, "start": ref, "training_file": ref}
     job = DistillationJob.model_validate({**stored, "output_model": "m", "seed": 0})
     assert (job.split_version, job.test_file) == (1, None)
@@ -72,10 +75,11 @@ def test_what_was_said_is_never_overruled() -> None:
         data={"completions": "teacher"},
         objective={"teacher_signal": "text", "ce_weight": 0.0},
     )
-    block = settle(request)
+    block, requested = settle(request), request.distillation
+    assert requested is not None
     assert (block.student, block.data, block.objective.teacher_signal) == (
-        request.method.distillation.student,
-        request.method.distillation.data,
+        requested.student,
+        requested.data,
         "text",
     )
 

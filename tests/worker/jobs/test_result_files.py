@@ -102,6 +102,7 @@ def test_a_finished_job_lists_files_that_can_be_downloaded_and_deleted(
     listed = client.fine_tuning.jobs.retrieve("ftjob-1").result_files
     found = [client.files.retrieve(file_id) for file_id in listed]
     assert [(file.filename, file.purpose) for file in found] == [
+        ("step_metrics.csv", "fine-tune-results"),
         ("metrics.csv", "fine-tune-results"),
         ("f16.gguf", "fine-tune-results"),
     ]
@@ -110,14 +111,14 @@ def test_a_finished_job_lists_files_that_can_be_downloaded_and_deleted(
         assert client.files.content(file.id).read() == content
         assert file.bytes == len(content)
     assert {file.id for file in client.files.list(purpose="fine-tune-results")} == set(listed)
-    assert client.files.delete(listed[1]).deleted
+    assert client.files.delete(listed[2]).deleted
     with pytest.raises(openai.NotFoundError):
-        client.files.content(listed[1])
-    assert (
-        client.files.content(listed[0])
-        .read()
-        .startswith(b"step,train_loss,train_accuracy,valid_loss,")
-    )
+        client.files.content(listed[2])
+    lines = client.files.content(listed[0]).read().decode().splitlines()
+    assert lines == [
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy",
+        "1,2.5,,,",
+    ]
     assert collect(store()) == 0
 
 
@@ -140,8 +141,9 @@ def test_the_table_has_the_steps_of_all_attempts_once() -> None:
         ["3", "1.0", "", "", "", "0.125", ""],
     ]
     names_by_id = {row.id: row.filename for row in rows()}
-    assert len(names_by_id) == 2
+    assert len(names_by_id) == 3
     assert [names_by_id[file_id] for file_id in load().result_file_ids] == [
+        "step_metrics.csv",
         "metrics.csv",
         "f16.gguf",
     ]
@@ -202,7 +204,7 @@ def test_an_answer_that_got_lost_makes_no_second_files() -> None:
     }
     for _ in range(2):
         assert lease_client.finish(lease, **given, trained_tokens=7, files=uploaded)
-    assert len(rows()) == 2
+    assert len(rows()) == 3
 
 
 def test_only_files_of_the_runs_folder_are_published(tmp_path: Path) -> None:
@@ -233,7 +235,7 @@ def test_a_kill_between_upload_and_commit_leaves_only_garbage(
     )
     assert doomed.returncode == -signal.SIGKILL
     orphans = store().children("files")
-    assert len(orphans) == 2
+    assert len(orphans) == 3
     assert (rows(), load().status) == ([], "running")
     with psycopg.connect(database, autocommit=True) as connection:
         connection.execute("UPDATE jobs SET lease_expires_at = now() - interval '1 second'")
@@ -246,7 +248,7 @@ def test_a_kill_between_upload_and_commit_leaves_only_garbage(
     for name in orphans:  # a day later
         path = Path(settings.store_root()) / "files" / name
         os.utime(path, (0, path.stat().st_mtime - 2 * DAY_SECONDS))
-    assert collect(store()) == 3  # both, and the model that nobody registered
+    assert collect(store()) == 4  # all of them, and the model that nobody registered
     assert sorted(store().children("files")) == sorted(load().result_file_ids)
     for row in rows():
         assert store().exists(row.store_key)

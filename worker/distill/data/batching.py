@@ -88,15 +88,24 @@ class BatchPlan:
     """Batches of row indices, which depend only on the lengths, the seed and the epoch.
 
     Each row occurs once per epoch. A batch has at most `batch_tokens` tokens including padding; a
-    longer row forms a batch of its own.
+    longer row forms a batch of its own. With `batch_rows`, a batch has this number of rows instead,
+    and `pieces` divides it into micro-batches of at most `batch_tokens` tokens.
 
     In epoch 0 rows are sorted by their exact length, so only the order of the batches depends on
     the seed. In later epochs the sort keys are jittered, so that batches consist of different rows.
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch_tokens: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        batch_tokens: int,
+        seed: int,
+        batch_rows: int | None = None,
+    ) -> None:
         self.lengths = lengths
         self.batch_tokens = batch_tokens
+        self.batch_rows = batch_rows
         self.seed = seed
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
@@ -104,11 +113,20 @@ class BatchPlan:
         random = Random(f"{self.seed}:{number}")
         spread = BUCKET_JITTER if number else 0.0
         keys = [length * (1 + random.uniform(-spread, spread)) for length in self.lengths]
-        batches = cut_batches(
-            sorted(range(len(keys)), key=keys.__getitem__), self.lengths, self.batch_tokens
-        )
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        if self.batch_rows is None:
+            batches = cut_batches(order, self.lengths, self.batch_tokens)
+        else:
+            starts = range(0, len(order), self.batch_rows)
+            batches = [order[start : start + self.batch_rows] for start in starts]
         random.shuffle(batches)
         return batches
+
+    def pieces(self, rows: Sequence[int]) -> list[list[int]]:
+        """Returns the micro-batches of a batch, or of a rank's share of it."""
+        if self.batch_rows is None:
+            return [list(rows)] if rows else []
+        return cut_batches(rows, self.lengths, self.batch_tokens)
 
     def num_steps(self, num_epochs: int, *, at_most: int | None = None) -> int:
         """Returns the number of batches in `num_epochs` epochs, limited to `at_most`."""

@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from app.contracts.messages import ModelKind
+from worker.distill.data.chat_rows import Json, render, text_of, tools_of, turns_of
 from worker.errors import InvalidTrainingFile
 from worker.models.template_limits import bounded
 
@@ -41,12 +42,14 @@ TEMPLATE_ERRORS = (
 class Row:
     """One line of a file, with either `messages` or `text`.
 
-    An answered row is a plain text, or ends with an assistant turn.
+    An answered row is a plain text, or ends with an assistant turn. Messages and tools have the
+    form that chat templates expect, see worker.distill.data.chat_rows.
     """
 
     line: int
-    messages: tuple[dict[str, str], ...] = ()
+    messages: tuple[Json, ...] = ()
     text: str | None = None
+    tools: tuple[Json, ...] = ()
     unlearned: frozenset[int] = frozenset()  # indices of the messages with weight 0
 
     @property
@@ -124,26 +127,29 @@ def read_rows(path: Path) -> list[Row]:
 
 def _row(number: int, fields: dict[str, Any]) -> Row:  # Any: open-ended JSON
     if "messages" in fields:
-        turns = tuple(
-            {"role": _text(m["role"]), "content": _text(m["content"])} for m in fields["messages"]
-        )
-        if all(turn["role"] in ("system", "developer", "assistant") for turn in turns):
-            raise ValueError("messages has no user message")
-        unlearned = frozenset(i for i, m in enumerate(fields["messages"]) if m.get("weight") == 0)
-        return Row(number, turns, unlearned=unlearned)
+        return _chat_row(number, fields)
     for asked, answer in (("prompt", "completion"), ("input", "target")):
         if asked in fields:
-            user = {"role": "user", "content": _text(fields[asked])}
+            user = {"role": "user", "content": text_of(fields[asked])}
             if fields.get(answer) is None:
                 return Row(number, (user,))
-            return Row(number, (user, {"role": "assistant", "content": _text(fields[answer])}))
-    return Row(number, text=_text(fields["text"]))
+            return Row(number, (user, {"role": "assistant", "content": text_of(fields[answer])}))
+    return Row(number, text=text_of(fields["text"]))
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"text expected, not {type(value).__name__}")
-    return value
+def _chat_row(number: int, fields: dict[str, Any]) -> Row:  # Any: open-ended JSON
+    """Returns a row with messages. It ends with the last answer that is learned from, if any."""
+    turns = turns_of(fields["messages"])
+    if all(turn["role"] in ("system", "developer", "assistant") for turn in turns):
+        raise ValueError("messages has no user message")
+    unlearned = frozenset(i for i, m in enumerate(fields["messages"]) if m.get("weight") == 0)
+    while turns[-1]["role"] == "assistant" and len(turns) - 1 in unlearned:
+        before = [i for i, turn in enumerate(turns[:-1]) if turn["role"] == "assistant"]
+        if not before:
+            raise ValueError("all answers have weight 0")
+        turns = turns[: before[-1] + 1]
+    unlearned = frozenset(i for i in unlearned if i < len(turns))
+    return Row(number, turns, unlearned=unlearned, tools=tools_of(fields))
 
 
 class Encoder:
@@ -233,7 +239,7 @@ class Encoder:
         return [prompt, (self._ids(row.messages[1]["content"]) + self._end(), True)]
 
     def _chat_segments(self, row: Row) -> list[tuple[list[int], bool]]:
-        messages = list(row.messages)
+        messages, tools = list(row.messages), row.tools
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i > 0]
         if not row.is_answered:
             answers.append(len(messages))
@@ -242,27 +248,28 @@ class Encoder:
         segments: list[tuple[list[int], bool]] = []
         done = ""
         for i in answers:
-            prefix = self._render(messages[:i], is_question=True)
+            prefix = self._render(messages[:i], tools, is_question=True)
             if not prefix.startswith(done):
                 # The template renders earlier turns differently when later ones follow. Then only
                 # the last answer is a target.
-                prefix = self._render(messages[: answers[-1]], is_question=True)
-                last = self._answer(messages, answers[-1], prefix)[0] if row.is_answered else []
+                prefix = self._render(messages[: answers[-1]], tools, is_question=True)
+                last = self._answer(row, answers[-1], prefix)[0] if row.is_answered else []
                 return [(self._ids(prefix), False), *last]
             segments.append((self._ids(prefix[len(done) :]), False))
             if i < len(messages):
-                pieces, done = self._answer(messages, i, prefix)
+                pieces, done = self._answer(row, i, prefix)
                 # in an unanswered row only the future answer will be a target
                 is_learned = row.is_answered and i not in row.unlearned
                 segments += [(ids, is_target and is_learned) for ids, is_target in pieces]
         return segments
 
-    def _answer(
-        self, messages: list[dict[str, str]], i: int, prefix: str
-    ) -> tuple[list[tuple[list[int], bool]], str]:
-        whole = self._render(messages[: i + 1], is_question=False)
+    def _answer(self, row: Row, i: int, prefix: str) -> tuple[list[tuple[list[int], bool]], str]:
+        turn = row.messages[i]
+        whole = self._render(row.messages[: i + 1], row.tools, is_question=False)
         if not whole.startswith(prefix):
-            whole = prefix + messages[i]["content"]
+            if "tool_calls" in turn:
+                raise ValueError("it renders a tool call otherwise than after its prompt")
+            whole = prefix + turn["content"]
         ids = self._ids(whole[len(prefix) :])
         # text after the end token, such as a line break, is never generated
         if self.end_id in ids:
@@ -270,12 +277,9 @@ class Encoder:
             return [(ids[:end], True), (ids[end:], False)], whole
         return [(ids + self._end(), True)], whole
 
-    def _render(self, messages: list[dict[str, str]], *, is_question: bool) -> str:
+    def _render(self, messages: Sequence[Json], tools: Sequence[Json], *, is_question: bool) -> str:
         with bounded():
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=is_question
-            )
-        return str(text)
+            return render(self.tokenizer, messages, tools, is_question=is_question)
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
@@ -367,5 +371,11 @@ def without_questions_of(rows: Sequence[Row], others: Sequence[Row]) -> list[Row
 
 def question_key(row: Row) -> str:
     """Returns a hash of the row's question, or of the whole text if the row is a plain text."""
-    asked = row.text if row.text is not None else json.dumps(row.question.messages, sort_keys=True)
+    asked = row.text if row.text is not None else asked_text(row, len(row.question.messages))
     return hashlib.sha256(asked.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def asked_text(row: Row, num_messages: int) -> str:
+    """Returns the first messages of a row as text, with its tools if it has any."""
+    messages = row.messages[:num_messages]
+    return json.dumps([messages, row.tools] if row.tools else messages, sort_keys=True)

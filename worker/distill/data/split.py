@@ -6,13 +6,18 @@ text is a question of its own.
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from app.contracts.messages import SPLIT_VERSION
-from worker.distill.data.rows import MAX_VALIDATION_ROWS, Row, split_rows, without_questions_of
+from worker.distill.data.rows import (
+    MAX_VALIDATION_ROWS,
+    Row,
+    asked_text,
+    split_rows,
+    without_questions_of,
+)
 from worker.errors import InvalidTrainingFile
 
 
@@ -42,7 +47,7 @@ def questions_of(row: Row) -> dict[int, str]:
     places = [i for i, turn in enumerate(row.messages) if turn["role"] == "assistant" and i > 0]
     if not row.is_answered:
         places.append(len(row.messages))
-    return {place: _sha256(json.dumps(row.messages[:place], sort_keys=True)) for place in places}
+    return {place: _sha256(asked_text(row, place)) for place in places}
 
 
 def judged_questions_of(row: Row) -> list[str]:

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -38,13 +38,15 @@ class HeldOut:
     """Means over held-out targets. Loss, KL and cross-entropy are in nats.
 
     `agreement` is the share of targets at which student and teacher have the same most likely
-    token. `sums_R4` has each row's sums of loss, KL, cross-entropy and agreement over its
+    token. `token_accuracy` is the share at which the target is the model's most likely token.
+    `sums_R4` has each row's sums of loss, KL, cross-entropy and agreement (or accuracy) over its
     `targets_R` targets.
     """
 
     sums_R4: Tensor
     targets_R: Tensor
     has_teacher: bool = True  # KL and agreement need a teacher with the same vocabulary
+    has_accuracy: bool = False  # the last column is the accuracy: there was no teacher at all
 
     @property
     def num_targets(self) -> int:
@@ -66,6 +68,10 @@ class HeldOut:
     def agreement(self) -> float:
         return self._mean(3)
 
+    @property
+    def token_accuracy(self) -> float:
+        return self._mean(3)
+
     def _mean(self, column: int) -> float:
         return float(self.sums_R4[:, column].sum()) / self.num_targets
 
@@ -77,6 +83,8 @@ class HeldOut:
     def series(self) -> dict[str, float]:
         """Returns the metrics of an evaluation during the training, by name."""
         series = {"valid_loss": self.loss, "valid_perplexity": self.perplexity}
+        if self.has_accuracy:
+            series["valid_mean_token_accuracy"] = self.token_accuracy
         return series | (
             {"valid_kl": self.kl, "valid_agreement": self.agreement} if self.has_teacher else {}
         )
@@ -114,7 +122,7 @@ class HeldOutRows:
     ) -> HeldOut:
         """Measures a model under teacher forcing, so that every model sees the same prefixes.
 
-        Without a teacher only the cross-entropy is meaningful. The loss is computed on the LM
+        Without a teacher there are only the cross-entropy and the token accuracy. The loss is computed on the LM
         head's device and in its dtype, which may differ from the model's.
         """
 
@@ -130,9 +138,10 @@ class HeldOutRows:
             on_batch()
             return stats
 
-        return self._sum(
+        measured = self._sum(
             measure_batch, has_teacher=teacher is not None and objective.matches == "token"
         )
+        return replace(measured, has_accuracy=teacher is None)
 
     def measure_teacher(self, teacher: CachedTeacher, objective: TokenObjective) -> HeldOut:
         """Measures a masked teacher by its own cached rows.

@@ -17,7 +17,7 @@ def held_out_figures(
 ) -> Figures:
     """Returns means over tokens. Loss is always included, and KL if there is a teacher.
 
-    Without a teacher there is no agreement either. `groups` has the number of each row's group, by
+    Without a teacher there is the accuracy of tokens instead of the agreement. `groups` has the number of each row's group, by
     shared questions.
     """
     targets_R = held_out.targets_R.numpy()
@@ -31,6 +31,8 @@ def held_out_figures(
         figures["perplexity"] = exponential(cross_entropy)
     if "agreement" in metrics and held_out.has_teacher:
         figures["agreement"] = agreement
+    if held_out.has_accuracy:
+        figures["token_accuracy"] = agreement
     return figures
 
 

@@ -10,11 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.cpu import prepare_for_inference
 from worker.distill.data.answer_cache import AnswerFile, AnswerSampling, ask
+from worker.distill.data.chat_rows import answer_text
 from worker.distill.data.rows import Example, Row
 from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.data.split import groups_of
 from worker.distill.evaluation.bootstrap import mean
-from worker.distill.evaluation.held_out import NUM_ANSWERED, HeldOut, Speed, measure_speed, size_of
+from worker.distill.evaluation.held_out import (
+    NUM_ANSWERED,
+    NUM_TIMED,
+    HeldOut,
+    Speed,
+    measure_speed,
+    size_of,
+)
 from worker.distill.evaluation.label_metrics import Labels, find_labels, read_labels
 from worker.distill.evaluation.metrics import (
     ANSWER_METRICS,
@@ -48,6 +56,17 @@ class View:
 
 
 @dataclass(frozen=True)
+class JudgedTeacher:
+    """The held-out rows as the teacher reads them, and a function that loads the teacher.
+
+    It is loaded on the device and in the dtype of the run's placement.
+    """
+
+    view: View
+    load: Build
+
+
+@dataclass(frozen=True)
 class Evaluated:
     """Evaluation of a model: its public entry, figures, and answers if any were generated."""
 
@@ -60,21 +79,19 @@ class Evaluated:
 class Evaluator:
     """Evaluates models on the same rows and prompts, one at a time to save memory.
 
-    The teacher is evaluated once per evaluator. `load_teacher` loads it on the device and in the
-    dtype of the run's placement. `on_progress` receives the share that is done, and may raise to
-    stop. `warn` writes an event.
+    The teacher, if there is one, is evaluated once per evaluator. `on_progress` receives the share
+    that is done, and may raise to stop. `warn` writes an event.
     """
 
     spec: RunSpec
     student_view: View
-    teacher_view: View
+    teacher: JudgedTeacher | None
     valid_rows: Sequence[Row]
     device: str
-    load_teacher: Build
     sampler_for: Callable[[PreTrainedModel], Sampler]
     on_progress: Tell
     warn: Callable[[str], None]
-    _teacher: Evaluated | None = field(default=None, init=False)
+    _judged_teacher: Evaluated | None = field(default=None, init=False)
     _folders: dict[Path, Evaluated] = field(default_factory=dict, init=False)
 
     def report(
@@ -88,15 +105,18 @@ class Evaluator:
 
         `differences` are the student's figures minus those of the untrained student and the
         baseline. `answers` is the file of the teacher's answers. `baseline_dir` holds the same
-        student trained on the text alone.
+        student trained on the text alone. Without a teacher there is no `compression`.
         """
         students: dict[str, Path | None] = {"untrained": None}
         if baseline_dir is not None:
             students["ce_baseline"] = baseline_dir
         students["student"] = best_dir
-        num_models = 1 + len(students)
-        judged = {"teacher": self._evaluate_teacher(self._tell_of(0, num_models), answers)}
-        for number, (name, folder) in enumerate(students.items(), start=1):
+        num_models = (self.teacher is not None) + len(students)
+        judged: dict[str, Evaluated] = {}
+        teacher = self._evaluate_teacher(self._tell_of(0, num_models), answers)
+        if teacher is not None:
+            judged["teacher"] = teacher
+        for number, (name, folder) in enumerate(students.items(), start=len(judged)):
             tell = self._tell_of(number, num_models)
             judged[name] = (
                 self._evaluator(lambda: recipe.build().to(self.device), tell)
@@ -111,7 +131,7 @@ class Evaluator:
                 for name in students
                 if name != "student"
             },
-            "compression": _compression(entries),
+            **({"compression": _compression(entries)} if teacher is not None else {}),
             "num_judged_questions": max(self.groups) + 1,
             "samples": self._samples(
                 {name: model.texts for name, model in judged.items() if model.texts}
@@ -125,7 +145,7 @@ class Evaluator:
 
     def entries(self, best_dir: Path) -> Entry:
         """Returns the entries that exist so far, for a report that failed."""
-        judged = {"teacher": self._teacher, "student": self._folders.get(best_dir)}
+        judged = {"teacher": self._judged_teacher, "student": self._folders.get(best_dir)}
         return {name: model.entry for name, model in judged.items() if model is not None}
 
     @cached_property
@@ -174,15 +194,20 @@ class Evaluator:
         asked: dict[tuple[int, ...], int] = {}
         for i, example in enumerate(self.student_view.examples):
             asked.setdefault(prompt_of(example), i)
+        if not self.metrics & ANSWER_METRICS:
+            num_samples = self.spec.distillation.evaluation.num_samples
+            return list(asked.values())[: max(num_samples, NUM_TIMED)]
         return list(asked.values())[: NUM_CLASSIFIED if self.labels else NUM_ANSWERED]
 
     def _tell_of(self, number: int, num_models: int) -> Tell:
         return lambda share: self.on_progress((number + share) / num_models)
 
-    def _evaluate_teacher(self, tell: Tell, answers: AnswerFile) -> Evaluated:
-        if self._teacher is None:
-            self._teacher = self._evaluator(self.load_teacher, tell, answers)
-        return self._teacher
+    def _evaluate_teacher(self, tell: Tell, answers: AnswerFile) -> Evaluated | None:
+        if self._judged_teacher is None and self.teacher is not None:
+            self._judged_teacher = self._evaluator(
+                self.teacher.load, tell, self.teacher.view, answers
+            )
+        return self._judged_teacher
 
     def _evaluate_folder(self, folder: Path, tell: Tell) -> Evaluated:
         if folder not in self._folders:
@@ -193,11 +218,15 @@ class Evaluator:
         return self._folders[folder]
 
     def _evaluator(
-        self, build: Build, tell: Tell, teachers_file: AnswerFile | None = None
+        self,
+        build: Build,
+        tell: Tell,
+        teachers_view: View | None = None,
+        teachers_file: AnswerFile | None = None,
     ) -> Evaluated:
-        """Evaluates a model. Only the teacher has a file of answers."""
-        is_teacher = teachers_file is not None
-        view = self.teacher_view if is_teacher else self.student_view
+        """Evaluates a model. Only the teacher has a view of its own and a file of answers."""
+        is_teacher = teachers_view is not None
+        view = teachers_view or self.student_view
         model = build().requires_grad_(False)
         prepare_for_inference(model)
         figures = held_out_figures(view.measure(model), self.metrics, self.groups)
@@ -215,7 +244,8 @@ class Evaluator:
                 str(view.tokenizer.decode(answer.tokens, skip_special_tokens=True))
                 for answer in made
             ]
-            teachers = texts if is_teacher else self._teacher.texts if self._teacher else None
+            judged = self._judged_teacher
+            teachers = texts if is_teacher else judged.texts if judged else None
             references = [reference_of(self.valid_rows[i]) for i in self.numbers]
             groups = [self.groups[i] for i in self.numbers]
             figures |= answer_figures(
@@ -284,7 +314,7 @@ def prompt_of(example: Example) -> tuple[int, ...]:
 
 def reference_of(row: Row) -> str | None:
     """Returns the answer in the data file, if the row has one."""
-    return row.messages[-1]["content"] if row.text is None and row.is_answered else None
+    return answer_text(row.messages[-1]) if row.text is None and row.is_answered else None
 
 
 def _speed_fields(speed: Speed) -> Entry:

@@ -39,8 +39,8 @@ class RowStats:
 
     The sums stay on the device until a property reads one. KL is KL(p || q) and CE is with the
     targets, both at temperature 1. For top-k teachers, KL is a lower bound. KL and agreement are 0
-    if ranks are matched, or without a teacher. `rows_N4` has the four values per row if they were
-    requested; adding two RowStats drops it.
+    if ranks are matched. Without a teacher KL is 0, and agreement is with the targets. `rows_N4`
+    has the four values per row if they were requested; adding two RowStats drops it.
     """
 
     num_rows: int
@@ -61,7 +61,10 @@ class RowStats:
 
     @property
     def num_agreeing(self) -> int:
-        """Number of rows where teacher and student have the same most likely token."""
+        """Number of rows where teacher and student have the same most likely token.
+
+        Without a teacher it is the number of rows whose most likely token is the target.
+        """
         return int(self.sums[3])
 
     def __add__(self, other: "RowStats") -> "RowStats":
@@ -292,9 +295,9 @@ def _text_chunk(
             None if job.head.softcap is None else 1.0 - (z_GV / job.head.softcap).square()
         )
         target_z_G = z_GV.gather(1, targets_G1)[:, 0]
+        is_correct_G = target_z_G == z_GV.amax(dim=-1)
         ce_G = _softmax_(z_GV) - target_z_G
-        none_G = torch.zeros_like(ce_G)
-        totals += job.totals(rows, group, (ce_G, none_G, ce_G, none_G))
+        totals += job.totals(rows, group, (ce_G, torch.zeros_like(ce_G), ce_G, is_correct_G))
         z_GV.scatter_add_(1, targets_G1, z_GV.new_full(targets_G1.shape, -1.0))
         if derivative_GV is not None:
             z_GV.mul_(derivative_GV)

@@ -37,7 +37,7 @@ def peak_learning_rate(
     """Returns the highest learning rate of the schedule: the requested one or a default.
 
     The default depends on how the student was made, on whether its layers were fitted, and on its
-    width.
+    width. A multiplier, if there is one, applies to the default.
     """
     if h.learning_rate != "auto":
         return h.learning_rate
@@ -46,6 +46,7 @@ def peak_learning_rate(
         is_few = 3 * len(recipe.layers) <= recipe.num_available
         rate = FEW_LAYERS_LEARNING_RATE if is_few else LAYERS_LEARNING_RATE
         rate *= FITTED_SHARE if num_fitted_layers else 1.0
+    rate *= h.learning_rate_multiplier or 1.0
     return rate * min(
         1.0, MEASURED_WIDTH / int(model.config.get_text_config(decoder=True).hidden_size)
     )

@@ -59,7 +59,11 @@ class Gradients:
             for name in ("num_targets", "num_tokens")
         ]
         num_targets, num_tokens = (int(count) for count in self.ranks.sum(*counts))
-        compared = ("kl_sum", "num_agreeing") if self._compares_tokens(objective) else ()
+        compared: tuple[str, ...] = ()
+        if self.teacher is None:
+            compared = ("num_correct",)
+        elif self._compares_tokens(objective):
+            compared = ("kl_sum", "num_agreeing")
         names = ("loss_sum", *compared, *(self.features.names if self.features else ()))
         values = dict.fromkeys(names, 0.0)
         for piece in pieces:
@@ -91,7 +95,9 @@ class Gradients:
             denominator=num_targets,
         )
         values = {"loss_sum": stats.loss_sum}
-        if self._compares_tokens(objective):
+        if teacher is None:
+            values["num_correct"] = float(stats.num_agreeing)
+        elif self._compares_tokens(objective):
             values |= {"kl_sum": stats.kl_sum, "num_agreeing": float(stats.num_agreeing)}
         if terms is not None:
             share = batch.num_targets / num_targets

@@ -58,11 +58,17 @@ class MetricAverager:
         loss_sum: float,
         kl_sum: float | None = None,
         num_agreeing: float | None = None,
+        num_correct: float | None = None,
         **others: float,
     ) -> None:
         """Adds a step. `others` are means already. Metrics that are None get no series."""
         self._num_targets += num_targets
-        sums = {"train_loss": loss_sum, "train_kl": kl_sum, "train_agreement": num_agreeing}
+        sums = {
+            "train_loss": loss_sum,
+            "train_kl": kl_sum,
+            "train_agreement": num_agreeing,
+            "train_mean_token_accuracy": num_correct,
+        }
         named = {name: float(value) for name, value in sums.items() if value is not None}
         named |= {name: value * num_targets for name, value in others.items()}
         self._sums = {name: self._sums.get(name, 0.0) + value for name, value in named.items()}

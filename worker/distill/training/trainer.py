@@ -77,7 +77,7 @@ class TrainingInputs:
     num_tokens: int
     train: list[Example]
     valid: list[Example]
-    teacher: CachedTeacher
+    teacher: CachedTeacher | None
     signal: Signal
     has_one_tokenizer: bool
     answers_path: Path | None
@@ -120,7 +120,9 @@ class Trainer:
         h = setup.hyperparameters
         batch_tokens = batch_tokens_of(h)
         lengths = [example.num_tokens for example in setup.train]
-        self.plan = BatchPlan(lengths, batch_tokens=batch_tokens, seed=setup.seed)
+        self.plan = BatchPlan(
+            lengths, batch_tokens=batch_tokens, seed=setup.seed, batch_rows=h.batch_rows
+        )
         self.total_steps = self.plan.num_steps(h.n_epochs, at_most=h.max_steps)
         self._set_intervals(h)
         self.valid = HeldOutRows(
@@ -160,6 +162,7 @@ class Trainer:
         self.num_job_steps = state.first_step + self.total_steps + num_steps_after
         self._pace = Throughput(state, self.total_steps + num_steps_after)
         self._means = MetricAverager()
+        self._train_metrics: dict[str, float] = {}  # averages at the last step that reported them
         self._throttle = Throttle()
 
     def _set_intervals(self, h: Hyperparameters) -> None:
@@ -187,7 +190,7 @@ class Trainer:
             self._update(
                 untrained_metrics=held_out.series(), **self.rollouts.observe(self.state, held_out)
             )
-            self.sink(MetricsLine(step=self.state.job_step, values=self.state.untrained_metrics))
+            self._tell_metrics(self.state.untrained_metrics)
         while self.state.step < self.total_steps and not self.state.is_done:
             self._stop_if_asked()
             self._step(self._next_pieces())
@@ -195,7 +198,7 @@ class Trainer:
             if is_last or self.state.step % self.eval_steps == 0:
                 self._evaluate()
             self._checkpoint_if_due(is_last=is_last or self.state.is_done)
-        if self.rollouts.plan:
+        if self.rollouts.plan and self.setup.teacher is not None:
             self.setup.teacher.release()  # no more rollouts need it
         assert self.best_dir is not None  # the last step is evaluated, so there is a best one
         return self.state, self.best_dir
@@ -228,9 +231,10 @@ class Trainer:
         numbers = self.plan.epoch(self.state.epoch)[self.state.batch]
         own = self.rollouts.pieces(self.state, numbers, self._while_working)
         numbers = self.setup.ranks.share(numbers, self.plan.lengths)
-        return own or (
-            [MicroBatch(collate(self.setup.train, numbers, self.setup.device))] if numbers else []
-        )
+        return own or [
+            MicroBatch(collate(self.setup.train, piece, self.setup.device))
+            for piece in self.plan.pieces(numbers)
+        ]
 
     def _while_working(self) -> None:
         self._stop_if_asked()
@@ -270,9 +274,9 @@ class Trainer:
         self._means.add(sums.num_targets, **sums.values)
         self._pace.count(sums.num_tokens, seconds_left_out=self.rollouts.seconds)
         if self.state.step % max(1, self.total_steps // METRIC_POINTS) == 0:
-            values = {**self._means.take(), "learning_rate": rate, "grad_norm": norm}
-            values |= self.rollouts.take_metrics(self.state)
-            self.sink(MetricsLine(step=self.state.job_step, values=values))
+            self._train_metrics = self._means.take()
+            values = {**self._train_metrics, "learning_rate": rate, "grad_norm": norm}
+            self._tell_metrics(values | self.rollouts.take_metrics(self.state))
         self._tell()
 
     @property
@@ -286,7 +290,7 @@ class Trainer:
         held_out = self.measure()
         values = held_out.series()
         self._update(**self.rollouts.observe(self.state, held_out))
-        self.sink(MetricsLine(step=self.state.job_step, values=values))
+        self._tell_metrics(values)
         self._evaluated_step = self.state.step
         early = self.setup.hyperparameters.early_stopping
         score = _score(held_out, early, self.setup.signal)
@@ -347,10 +351,14 @@ class Trainer:
         keep_step = None if best_step is None else self.state.first_step + best_step
         if is_first:
             prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=keep_step)
-        metrics = self.state.metrics if self._evaluated_step == step else {}
+        metrics = self._train_metrics | (self.state.metrics if self._evaluated_step == step else {})
         self.sink(
             CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=metrics)
         )
+
+    def _tell_metrics(self, values: dict[str, float]) -> None:
+        step, total = self.state.job_step, self.num_job_steps
+        self.sink(MetricsLine(step=step, total_steps=total, values=values))
 
     def _stop_if_asked(self) -> None:
         if self.setup.ranks.any(self.should_stop()):

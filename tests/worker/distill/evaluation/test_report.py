@@ -13,7 +13,7 @@ from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.data.rows import Encoder, Row, read_rows
 from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.evaluation.held_out import HeldOut
-from worker.distill.evaluation.report import Evaluator, View
+from worker.distill.evaluation.report import Evaluator, JudgedTeacher, View
 from worker.distill.students.recipe import load_model, plan_student
 from worker.models.architectures import kind_of
 from worker.protocol.run_spec import RunSpec
@@ -60,10 +60,9 @@ class Bench:
         self.evaluator = Evaluator(
             spec=spec,
             student_view=view,
-            teacher_view=View(self.examples, tokenizer, self.measure),
+            teacher=JudgedTeacher(view, lambda: load_model(spec.teacher_dir)),
             valid_rows=rows,
             device="cpu",
-            load_teacher=lambda: load_model(spec.teacher_dir),
             sampler_for=lambda model: Counting(EngineSampler(model), self.asked),
             on_progress=self.shares.append,
             warn=self.warnings.append,
@@ -278,11 +277,10 @@ def test_a_masked_teacher_is_not_asked(
     make_bench: MakeBench, student_dir: Path, tiny_bert_dir: Path
 ) -> None:
     bench = make_bench(LONG)
-    bench.evaluator.load_teacher = lambda: load_model(tiny_bert_dir)
     zeros = HeldOut(torch.zeros(6, 4, dtype=torch.float64), torch.ones(6, dtype=torch.int64))
-    bench.evaluator.teacher_view = replace(
-        bench.evaluator.teacher_view, measure=lambda model: zeros
-    )
+    assert bench.evaluator.teacher is not None
+    view = replace(bench.evaluator.teacher.view, measure=lambda model: zeros)
+    bench.evaluator.teacher = JudgedTeacher(view, lambda: load_model(tiny_bert_dir))
     report = bench.report(student_dir)
     assert "tokens_per_second" not in report["teacher"]
     assert "rouge_l" not in report["student"]

@@ -88,7 +88,16 @@ def test_a_checkpoint_carries_the_metrics_of_its_own_step_or_none(
         if isinstance(line, MetricsLine) and "valid_kl" in line.values
     }
     assert set(evaluations) == {0, 4, 6}
-    metrics = {line.step: line.metrics for line in checkpoints(sink)}
+    metrics = {line.step: dict(line.metrics) for line in checkpoints(sink)}
+    for step, values in metrics.items():
+        trained = {name: values.pop(name) for name in list(values) if name.startswith("train_")}
+        (told,) = [
+            line.values
+            for line in sink.lines
+            if isinstance(line, MetricsLine) and line.step == step and "train_loss" in line.values
+        ]
+        assert trained.items() <= told.items()
+        assert "train_loss" in trained
     assert metrics == {step: evaluations.get(step, {}) for step in range(1, 7)}
 
 

@@ -1,0 +1,1 @@
+"""Rules of fine-tuning jobs that have no teacher, and of their rows."""
