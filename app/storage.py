@@ -188,6 +188,10 @@ class Store:
                 (partial / "copy").rename(target)
         return target
 
+    def list_folder(self, ref: ArtifactRef) -> list[Entry]:
+        """Returns the files of a folder, as its manifest lists them. Raises as `fetch_folder` does."""
+        return _entries(*self._checked_manifest(ref))
+
     def verify_folder(self, key: str, sha256: str | None = None) -> bool:
         """Reads all files and returns whether the folder is complete and unchanged.
 

@@ -1,20 +1,29 @@
-"""Routes of /v1/models: registered models, their aliases, and imports."""
+"""Routes of /v1/models: registered models, their files and aliases, and imports."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Response
+from fastapi.responses import StreamingResponse
 
 from app.api.deps import AskedPage, Principal, require
+from app.api.file_ranges import RangeHeaders, file_response
 from app.api.jobs import Repetition, Streamed, answer_events
-from app.api.openapi import EVENTS
+from app.api.openapi import EVENTS, PART_OF_BYTES
 from app.api.strict_route import StrictRoute
 from app.db import models as model_rows
 from app.db.session import transaction
 from app.schemas.files import Deleted
 from app.schemas.jobs import EventObject, ImportObject
 from app.schemas.listing import Listing
-from app.schemas.models import AliasObject, ImportModel, ModelList, ModelObject, SetAlias
-from app.services import jobs, model_registry
+from app.schemas.models import (
+    AliasObject,
+    ImportModel,
+    ModelFile,
+    ModelList,
+    ModelObject,
+    SetAlias,
+)
+from app.services import jobs, model_files, model_registry
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/models", tags=["models"])
 Reader = Annotated[Principal, Depends(require("models:read"))]
@@ -80,6 +89,34 @@ def get_model(model_id: str, principal: Reader) -> ModelObject:
         return ModelObject.of(
             row, model_rows.aliases_of_models(session, principal.project_id).get(row.id, [])
         )
+
+
+@router.get("/{model_id}/files")
+def list_model_files(model_id: str, principal: Reader) -> Listing[ModelFile]:
+    """Lists all files of a model, sorted by name."""
+    files = model_files.list_files(principal.project_id, model_id)
+    return Listing(
+        data=[
+            ModelFile(name=file.name, bytes=file.size_bytes, sha256=file.sha256) for file in files
+        ]
+    )
+
+
+@router.get(
+    "/{model_id}/files/{file_name:path}",
+    response_class=StreamingResponse,
+    responses=PART_OF_BYTES,
+)
+def get_model_file(
+    model_id: str, file_name: str, principal: Reader, asked: RangeHeaders
+) -> Response:
+    """Downloads a file of a model, or the part of it that a `Range` header names.
+
+    To resume a download safely, send the ETag of its first part as `If-Range`. If the file has
+    changed, the response is the complete new file.
+    """
+    file = model_files.get_file(principal.project_id, model_id, file_name)
+    return file_response(asked, file.read, num_bytes=file.size_bytes, sha256=file.sha256)
 
 
 @router.delete("/{model_id}")

@@ -72,6 +72,15 @@ class ModelList(BaseModel):
     data: list[ModelObject]
 
 
+class ModelFile(BaseModel):
+    """One file of a model. `sha256` is also the ETag of the download."""
+
+    object: Literal["model.file"] = "model.file"
+    name: str
+    bytes: int
+    sha256: str
+
+
 class SetAlias(Body):
     """Body of a request that points an alias at a model."""
 
