@@ -89,6 +89,13 @@ class Store:
             incoming.unlink(missing_ok=True)
             raise
 
+    @contextmanager
+    def staging_folder(self) -> Iterator[Path]:
+        """Yields a temporary folder. `put_folder` can link its files into a local store."""
+        parent = Path(self._root) / INCOMING if self.is_local else None
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            yield Path(folder)
+
     def open(self, key: str) -> IO[bytes]:
         """Opens a file for reading. Raises FileNotFoundError if the key does not exist."""
         file: IO[bytes] = self._fs.open(self._path(key), "rb")

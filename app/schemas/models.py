@@ -6,8 +6,8 @@ from pydantic import BaseModel, StringConstraints
 
 from app.contracts.generation import ServingOptions
 from app.contracts.messages import ModelFacts, ModelKind
-from app.db.schema.tables import Alias, Model
-from app.schemas.jobs import Body, ModelId
+from app.db.schema.tables import Model
+from app.schemas.jobs import Body
 from app.schemas.serving import Serving
 
 Json = dict[str, Any]  # Any: an evaluation is open-ended JSON
@@ -79,25 +79,6 @@ class ModelFile(BaseModel):
     name: str
     bytes: int
     sha256: str
-
-
-class SetAlias(Body):
-    """Body of a request that points an alias at a model."""
-
-    model: ModelId
-
-
-class AliasObject(BaseModel):
-    """Alias of a model."""
-
-    id: str
-    object: Literal["model.alias"] = "model.alias"
-    model: str
-    updated_at: int
-
-    @classmethod
-    def of(cls, row: Alias) -> "AliasObject":
-        return cls(id=row.id, model=row.model_id, updated_at=int(row.updated_at.timestamp()))
 
 
 class ImportModel(Body):

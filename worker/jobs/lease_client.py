@@ -27,6 +27,7 @@ from app.contracts.messages import (
 from app.crash_points import crash_point
 from app.db import checkpoints, jobs, leases, reconciliation
 from app.db.job_states import add_event, begin_stage
+from app.db.registry.lineage import Origin, origin_of
 from app.db.schema.tables import Checkpoint, Job, Metric
 from app.db.session import DatabaseUnavailable, Session, transaction
 from app.settings import get_settings
@@ -215,6 +216,14 @@ def metric_series(lease: Lease) -> list[Metric]:
     """Returns the metrics of all attempts of the job, at most `MOST_POINTS` points."""
     with transaction() as session:
         return jobs.metric_series(session, lease.job_id, most=MOST_POINTS)
+
+
+@retry_on_disconnect
+def origin(lease: Lease) -> Origin:
+    """Returns the files and models that the job's model comes from, for its card."""
+    with transaction() as session:
+        job = _demand(session, lease, jobs.load_job(session, lease.job_id))
+        return origin_of(session, job)
 
 
 @retry_on_disconnect

@@ -6,11 +6,13 @@ from typing import Any
 from app.auth import Principal
 from app.db import batches, files
 from app.db.locks import lock_project
+from app.db.registry import aliases, batch_models
 from app.db.schema.ids import new_id
 from app.db.schema.tables import Batch, BatchStatus, File
 from app.db.session import Session, transaction
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, TooManyRequests
 from app.schemas.batches import BatchObject, CreateBatch
+from app.services import model_registry
 from app.services.batch.batch_input import find_faults
 from app.services.jobs import (
     DUPLICATE_SECONDS,
@@ -47,7 +49,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
             "the input files of other batches are being checked; try again in a moment"
         )
     try:
-        num_requests, faults = find_faults(
+        num_requests, faults, named = find_faults(
             file.store_key,
             project_id=principal.project_id,
             endpoint=asked.endpoint,
@@ -85,9 +87,25 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
             errors=[fault.model_dump() for fault in faults],
             **columns,
         )
+        if not faults:
+            batch_models.insert_models(session, batch.id, _lock_models(session, principal, named))
         body = BatchObject.of(batch).model_dump(mode="json")
         remember(session, principal, ROUTE, attempted, body)
     return Accepted(body, is_replay=False)
+
+
+def _lock_models(session: Session, principal: Principal, named: frozenset[str]) -> set[str]:
+    """Locks the models and aliases that a batch names against deletion, and returns their ids.
+
+    Raises NotFound if one was deleted since the input file was checked.
+    """
+    locked = set()
+    for name in sorted(named):
+        if not aliases.share_alias(session, principal.project_id, name):
+            model_registry.resolve(session, principal.project_id, name, lock=True)
+        match = model_registry.CHECKPOINT_PATTERN.fullmatch(name)
+        locked.add(match["model"] if match else name)
+    return locked
 
 
 def demand_room(session: Session, project_id: str) -> None:

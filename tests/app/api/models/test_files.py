@@ -8,7 +8,9 @@ import fsspec
 import httpx
 import pytest
 
-from app.api.file_ranges import find_span
+from app.api.models.file_ranges import find_span
+from app.db import checkpoints, jobs, leases
+from app.db.session import transaction
 from app.settings import Settings
 from app.storage import store
 from tests.app.api.conftest import Service
@@ -219,3 +221,54 @@ def test_lost_bytes_are_not_found(http: httpx.Client, tiny: str) -> None:
     store().delete("models/tiny")
     for url in (URL, WEIGHTS):
         assert refusal(http.get(url)) == (404, "resource_not_found", "model")
+
+
+def test_a_head_request_gives_the_headers_of_the_download(http: httpx.Client, tiny: str) -> None:
+    whole, head = http.get(WEIGHTS), http.head(WEIGHTS)
+    assert (head.status_code, head.content) == (200, b"")
+    for name in ("content-length", "etag", "accept-ranges", "content-type"):
+        assert head.headers[name] == whole.headers[name]
+    part = http.head(WEIGHTS, headers={"range": "bytes=10-19"})
+    assert (part.status_code, part.headers["content-length"]) == (206, "10")
+    assert http.head(f"{URL}/missing.json").status_code == 404
+
+
+def test_a_download_in_progress_survives_the_deletion_of_the_model(
+    http: httpx.Client, register: Register, tmp_path: Path
+) -> None:
+    content = bytes(range(256)) * 2**16  # more than the sockets hold
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(content)
+    register("tiny", folder=tmp_path / "model")
+    with http.stream("GET", WEIGHTS) as answer:
+        pieces = answer.iter_raw()
+        begin = next(pieces)
+        assert http.delete("/v1/models/tiny").status_code == 200
+        assert begin + b"".join(pieces) == content
+    assert http.get(WEIGHTS).status_code == 404
+
+
+def test_the_files_of_a_checkpoint_can_be_downloaded(
+    http: httpx.Client, register: Register, tmp_path: Path
+) -> None:
+    register("tiny")
+    (tmp_path / "step" / "model").mkdir(parents=True)
+    (tmp_path / "step" / "trainer.json").write_text("not of the model")
+    (tmp_path / "step" / "model" / "config.json").write_text("{}")
+    with transaction() as session:
+        job = jobs.insert_job(
+            session, id="ftjob-1", project_id="acme", kind="distillation", spec={}, model_id="ds:a"
+        )
+        claimed = leases.claim(session, "worker/1", 90.0)
+        assert claimed is not None
+        assert claimed.lease_token is not None
+        key = f"checkpoints/{job.id}/{claimed.lease_token}/step-10"
+        ref = store().put_folder(tmp_path / "step", key)
+        checkpoints.insert_checkpoint(
+            session, job.id, claimed.lease_token, step=10, ref=ref, metrics={}, is_best=True
+        )
+    url = "/v1/models/ds:a:ckpt-step-10/files"
+    assert [file["name"] for file in http.get(url).json()["data"]] == ["config.json"]
+    assert http.get(f"{url}/config.json").text == "{}"
+    assert http.get(f"{url}/trainer.json").status_code == 404
+    assert http.get("/v1/models/ds:a:ckpt-step-10/card").status_code == 404
