@@ -9,6 +9,7 @@ The response body is the error envelope of the OpenAI API. HTTP status and `type
 - Conflict              409  conflict_error
 - InProgress            409  conflict_error
 - TooLarge              413  invalid_request_error
+- RangeNotSatisfiable   416  invalid_request_error
 - Unprocessable         422  invalid_request_error
 - TooManyRequests       429  rate_limit_error
 - QuotaExceeded         429  insufficient_quota (a subclass of TooManyRequests)
@@ -94,6 +95,14 @@ class TooLarge(StillhouseError):
     status = 413
     type = "invalid_request_error"
     code = "file_too_large"
+
+
+class RangeNotSatisfiable(StillhouseError):
+    """The requested range of bytes begins after the end of the file."""
+
+    status = 416
+    type = "invalid_request_error"
+    code = "range_not_satisfiable"
 
 
 class Unprocessable(StillhouseError):

@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     log_level: str = Field("info", description="Log level: debug, info, warning or error")
 
     max_file_bytes: int = Field(512 * 2**20, gt=0, description="Maximum size of an uploaded file")
+    max_import_bytes: int = Field(
+        64 * 2**30, gt=0, description="Maximum size of a model that is uploaded, also when unpacked"
+    )
     max_line_bytes: int = Field(
         2**20, gt=0, description="Maximum length of a line of an uploaded JSONL file"
     )

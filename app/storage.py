@@ -89,6 +89,13 @@ class Store:
             incoming.unlink(missing_ok=True)
             raise
 
+    @contextmanager
+    def staging_folder(self) -> Iterator[Path]:
+        """Yields a temporary folder. `put_folder` can link its files into a local store."""
+        parent = Path(self._root) / INCOMING if self.is_local else None
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            yield Path(folder)
+
     def open(self, key: str) -> IO[bytes]:
         """Opens a file for reading. Raises FileNotFoundError if the key does not exist."""
         file: IO[bytes] = self._fs.open(self._path(key), "rb")
@@ -187,6 +194,10 @@ class Store:
                 self._download(ref.key, partial / "copy", ref.sha256)
                 (partial / "copy").rename(target)
         return target
+
+    def list_folder(self, ref: ArtifactRef) -> list[Entry]:
+        """Returns the files of a folder, as its manifest lists them. Raises as `fetch_folder` does."""
+        return _entries(*self._checked_manifest(ref))
 
     def verify_folder(self, key: str, sha256: str | None = None) -> bool:
         """Reads all files and returns whether the folder is complete and unchanged.

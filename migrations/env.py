@@ -3,6 +3,7 @@
 from alembic import context
 from sqlalchemy import create_engine, pool, text
 
+from app.db.schema import registry_tables  # noqa: F401 (adds tables to the metadata)
 from app.db.schema.tables import Table
 from app.db.session import sqlalchemy_url
 from app.settings import get_settings

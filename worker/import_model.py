@@ -23,9 +23,11 @@ from app.settings import get_settings
 from worker.disk import is_disk_full
 from worker.errors import BrokenFile, DiskFull, MissingFile, UnsupportedTokenizer, WorkerError
 from worker.models.architectures import context_tokens, kind_of, model_class
+from worker.models.archives import unpack
 from worker.models.artifact_checks import read_safetensors_header, take_in, weight_files
 from worker.models.gguf_reader import check_gguf, load_gguf_model, load_gguf_tokenizer
 from worker.models.hub import fetch_from_hub
+from worker.models.licenses import checked_license, license_of
 from worker.models.model_facts import chat_cost, model_facts, supported_config, writing_half
 from worker.models.template_limits import bounded
 from worker.models.vocabulary import num_token_ids
@@ -70,17 +72,26 @@ def import_model(spec: ImportSpec, out: Path, sink: Sink) -> None:
     source: dict[str, str] = {"format": spec.format}
     if spec.format == "gguf":
         assert spec.source_path is not None
-        _convert_gguf(spec.source_path, out / MODEL, sink)
+        license_ = _convert_gguf(spec.source_path, out / MODEL, sink)
     else:
         folder = spec.source_path
         if spec.hub is not None:
             folder = out / "fetched"
             source |= {"hub": spec.hub, "commit": _fetch(spec.hub, folder, sink)}
+        elif spec.format == "archive":
+            assert spec.source_path is not None
+            sink(StageLine(name="unpacking"))
+            folder = unpack(
+                spec.source_path, out / "unpacked", max_bytes=get_settings().max_import_bytes
+            )
         assert folder is not None
         sink(StageLine(name="converting"))
         sink(ProgressLine(percent=42))
+        license_ = license_of(folder)
         take_in(folder, out / SOURCE)
         _convert_folder(out / SOURCE, out / MODEL, sink)
+    if license_ is not None:
+        source["license"] = license_
     sink(ProgressLine(percent=95))
     facts = model_facts(out / MODEL)
     sink(ProgressLine(percent=100))
@@ -112,7 +123,8 @@ def _fetch(hub: str, folder: Path, sink: Sink) -> str:
     return commit
 
 
-def _convert_gguf(path: Path, target: Path, sink: Sink) -> None:
+def _convert_gguf(path: Path, target: Path, sink: Sink) -> str | None:
+    """Converts the file to a folder, and returns the licence that it names, if any."""
     sink(StageLine(name="converting"))
     header = check_gguf(path)
     sink(
@@ -130,6 +142,7 @@ def _convert_gguf(path: Path, target: Path, sink: Sink) -> None:
     del plain
     sink(ProgressLine(percent=85))
     _check_reload(loaded, tokenizer, target)
+    return checked_license(header.metadata.get("general.license"))
 
 
 def _convert_folder(source: Path, target: Path, sink: Sink) -> None:

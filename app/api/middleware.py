@@ -17,7 +17,7 @@ from app.errors import BadRequest, StillhouseError, TooLarge
 log = structlog.get_logger(__name__)
 
 OPENAI_VERSION = "2020-10-01"  # of the API whose format the responses have
-UPLOAD_PATH = "/v1/files"  # it has its own, larger limit
+UPLOAD_PATHS = frozenset({"/v1/files", "/v1/models/imports"})  # they have their own, larger limits
 requests_total = Counter(
     "stillhouse_http_requests", "Requests answered", ["method", "route", "status"]
 )
@@ -54,7 +54,7 @@ class _Exchange:
         self.status = 0
         self.seconds: float | None = None  # time to the first byte
         self.num_bytes = 0
-        self.is_capped = not (scope["method"] == "POST" and scope["path"] == UPLOAD_PATH)
+        self.is_capped = not (scope["method"] == "POST" and scope["path"] in UPLOAD_PATHS)
         scope.setdefault("state", {})["request_id"] = self.id
 
     async def run(self) -> None:

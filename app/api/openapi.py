@@ -32,6 +32,8 @@ BYTES: Responses = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
     }
 }
+MARKDOWN: Responses = {200: {"content": {"text/markdown": TEXT}}}
+PART_OF_BYTES: Responses = {**BYTES, 206: {**BYTES[200], "description": "Part of the file"}}
 
 
 def whole_or_streamed(model: type[BaseModel]) -> Responses:

@@ -94,7 +94,7 @@ class ImportJob(Contract):
     """Specification of an import job.
 
     The source is `staged`, a folder or file that was copied into the store, or `hub`, which has the
-    form org/name@revision. `uses_hub_token` is true by default for jobs that were queued before the
+    form org/name@revision. An `archive` is a tar or zip file with the files of a folder. `uses_hub_token` is true by default for jobs that were queued before the
     field existed.
     """
 
@@ -103,7 +103,7 @@ class ImportJob(Contract):
     staged: ArtifactRef | None = None
     hub: str | None = None
     uses_hub_token: bool = True
-    format: Literal["folder", "gguf", "hub"]
+    format: Literal["folder", "gguf", "archive", "hub"]
 
 
 JobSpec = Annotated[DistillationJob | ImportJob, Field(discriminator="kind")]

@@ -9,8 +9,9 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from app.db.conditions import HAS_NOT_ENDED
+from app.db.registry.batch_models import batches_using
 from app.db.schema.table import Json
-from app.db.schema.tables import Alias, Checkpoint, Job, Model, Pin
+from app.db.schema.tables import Alias, Batch, Checkpoint, Job, Model, Pin
 from app.db.session import read_row
 
 
@@ -86,14 +87,16 @@ def list_models(session: Session, project_id: str) -> list[Model]:
     return list(session.scalars(query))
 
 
-def delete_model(session: Session, project_id: str, model_id: str) -> bool:
-    """Deletes the row of the project's own model and its pin, and returns whether it existed.
+def delete_model(session: Session, project_id: str | None, model_id: str) -> bool:
+    """Deletes the row of the project's own model, and returns whether it existed.
+
+    If `project_id` is None, it deletes a model that all projects share.
 
     The caller deletes the model's bytes after the transaction. The checkpoints are only marked; the
     garbage collector deletes them.
     """
-    unpin(session, project_id, model_id)
-    gone = delete(Model).where(Model.id == model_id, Model.project_id == project_id)
+    owned = Model.project_id.is_(None) if project_id is None else Model.project_id == project_id
+    gone = delete(Model).where(Model.id == model_id, owned)
     job_id = session.execute(gone.returning(Model.id, Model.source_job_id)).one_or_none()
     if job_id is None:
         return False
@@ -102,22 +105,25 @@ def delete_model(session: Session, project_id: str, model_id: str) -> bool:
     return True
 
 
-def users_of_model(session: Session, project_id: str, model: Model) -> list[str]:
+def users_of_model(session: Session, model: Model) -> list[str]:
     """Returns the ids of everything that needs the model, as text for an error message.
 
-    These are aliases of the project, models that use it as their draft, and unfinished jobs.
-    A job needs the model if it reads the model or one of its checkpoints.
+    These are aliases, pins, models that use it as their draft, and jobs and batches that have not
+    ended. A job needs the model if it reads the model or one of its checkpoints.
     """
-    aliases = select(Alias.id).where(Alias.project_id == project_id, Alias.model_id == model.id)
+    aliases = select(Alias.id).where(Alias.model_id == model.id)
+    is_pinned = session.scalar(select(Pin.id).where(Pin.id == model.id).limit(1)) is not None
     keys = [Job.spec[side]["key"].astext for side in ("teacher", "start")]
     read = [key == model.store_key for key in keys]
     read += [key.startswith(f"checkpoints/{model.source_job_id}/") for key in keys]
     jobs = select(Job.id).where(HAS_NOT_ENDED, or_(*read))
     drafted = select(Model.id).where(Model.serving["draft"]["model"].astext == model.id)
     return [
-        *session.scalars(aliases.order_by(Alias.id)),
+        *session.scalars(aliases.order_by(Alias.project_id, Alias.id)),
+        *(["a pin"] if is_pinned else []),
         *(f"{id_} (as its draft)" for id_ in session.scalars(drafted.order_by(Model.id))),
         *session.scalars(jobs.order_by(Job.id)),
+        *session.scalars(batches_using(model.id, None).order_by(Batch.id)),
     ]
 
 
@@ -192,26 +198,9 @@ def find_checkpoint(
     return session.scalars(query.limit(1)).one_or_none()
 
 
-def set_alias(session: Session, project_id: str, alias_id: str, model_id: str) -> Alias:
-    """Creates the alias `name@alias`, or moves it to another model."""
-    values = {"model_id": model_id, "updated_at": func.now()}
-    moved = insert(Alias).values(project_id=project_id, id=alias_id, **values)
-    moved = moved.on_conflict_do_update(index_elements=[Alias.project_id, Alias.id], set_=values)
-    return session.scalars(
-        moved.returning(Alias), execution_options={"populate_existing": True}
-    ).one()
-
-
 def find_alias(session: Session, project_id: str, alias_id: str) -> Alias | None:
     """Returns the project's alias, or None."""
     return session.get(Alias, (project_id, alias_id))
-
-
-def delete_alias(session: Session, project_id: str, alias_id: str) -> bool:
-    """Deletes an alias and its pin, and returns whether the alias existed."""
-    unpin(session, project_id, alias_id)
-    gone = delete(Alias).where(Alias.project_id == project_id, Alias.id == alias_id)
-    return session.scalar(gone.returning(Alias.id)) is not None
 
 
 def aliases_of_models(session: Session, project_id: str) -> dict[str, list[str]]:

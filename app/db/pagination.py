@@ -5,10 +5,11 @@ from typing import Literal, TypeVar
 from sqlalchemy import Select, tuple_
 from sqlalchemy.orm import Session
 
+from app.db.schema.registry_tables import AliasChange
 from app.db.schema.tables import Batch, Checkpoint, File, Job
 
 Order = Literal["asc", "desc"]
-Row = TypeVar("Row", File, Job, Checkpoint, Batch)
+Row = TypeVar("Row", File, Job, Checkpoint, Batch, AliasChange)
 
 
 class UnknownCursor(LookupError):

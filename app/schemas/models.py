@@ -6,8 +6,8 @@ from pydantic import BaseModel, StringConstraints
 
 from app.contracts.generation import ServingOptions
 from app.contracts.messages import ModelFacts, ModelKind
-from app.db.schema.tables import Alias, Checkpoint, Model
-from app.schemas.jobs import Body, ModelId
+from app.db.schema.tables import Checkpoint, Model
+from app.schemas.jobs import Body
 from app.schemas.serving import Serving
 from app.settings import get_settings
 
@@ -102,23 +102,13 @@ class ModelList(BaseModel):
     data: list[ModelObject]
 
 
-class SetAlias(Body):
-    """Body of a request that points an alias at a model."""
+class ModelFile(BaseModel):
+    """One file of a model. `sha256` is also the ETag of the download."""
 
-    model: ModelId
-
-
-class AliasObject(BaseModel):
-    """Alias of a model."""
-
-    id: str
-    object: Literal["model.alias"] = "model.alias"
-    model: str
-    updated_at: int
-
-    @classmethod
-    def of(cls, row: Alias) -> "AliasObject":
-        return cls(id=row.id, model=row.model_id, updated_at=int(row.updated_at.timestamp()))
+    object: Literal["model.file"] = "model.file"
+    name: str
+    bytes: int
+    sha256: str
 
 
 class ImportModel(Body):

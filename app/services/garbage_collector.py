@@ -135,7 +135,19 @@ def _delete_spent_imports(store: Store) -> int:
             for key in reconciliation.spent_imports(session)
             if key.startswith(f"{IMPORTS}/")
         }
-    return sum(_delete(store, f"{IMPORTS}/{name}") for name in names if name in spent)
+        known = reconciliation.stored_jobs(session, names)
+    # An API process that ended between storing an upload and queueing its job leaves such a folder.
+    left = {name for name in names if name not in known and _is_old(store, f"{IMPORTS}/{name}")}
+    return sum(_delete(store, f"{IMPORTS}/{name}") for name in names if name in spent | left)
+
+
+def _is_old(store: Store, folder: str) -> bool:
+    """Returns whether all files in a folder are older than any upload takes."""
+    try:
+        files = [f"{folder}/{name}" for name in store.children(folder)]
+        return all(store.age_seconds(key) > DAY_SECONDS for key in files)
+    except OSError:  # deleted since the listing
+        return False
 
 
 def _delete_unknown_files(store: Store) -> int:

@@ -6,6 +6,7 @@ Local files are first copied (staged) into the store. An import job then convert
 import re
 import secrets
 from pathlib import Path
+from typing import Literal
 
 from app.contracts.messages import ArtifactRef, ImportJob
 from app.db import jobs, models
@@ -18,11 +19,14 @@ from app.storage import StorageError, store
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 HUB = re.compile(r"hf:(?P<source>[\w.-]+/[\w.-]+(@[\w./-]+)?)", re.ASCII)
+ARCHIVE = re.compile(r".*\.(tar|tar\.gz|tgz|zip)", re.IGNORECASE)
 COPIES = 3  # on disk at the same time: staged, converted, stored
 
 
 def import_model(source: str, name: str, *, project_id: str | None = None) -> str:
-    """Queues the import of a folder, a .gguf file or hf:org/name@revision. Returns the job's id.
+    """Queues the import of a folder, a file or hf:org/name@revision. Returns the job's id.
+
+    A file is a .gguf file, or a tar or zip file with the files of a folder.
 
     If `project_id` is None, all projects see the model. Raises BadRequest, and Conflict if the name
     is taken.
@@ -77,15 +81,15 @@ def _spec(source: str, name: str, job_id: str) -> ImportJob:
     path = Path(source)
     if path.is_dir():
         return ImportJob(output_model=name, staged=_stage_folder(path, job_id), format="folder")
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and (path.suffix == ".gguf" or ARCHIVE.fullmatch(path.name)):
         _demand_room(path.stat().st_size)
-        staged = store().put_file(
-            path, f"imports/{job_id}/{re.sub(r'[^A-Za-z0-9._-]', '_', path.stem) or 'model'}.gguf"
-        )
-        return ImportJob(output_model=name, staged=staged, format="gguf")
+        file_name = re.sub(r"[^A-Za-z0-9._-]", "_", path.name)
+        staged = store().put_file(path, f"imports/{job_id}/model-{file_name}")
+        kind: Literal["gguf", "archive"] = "gguf" if path.suffix == ".gguf" else "archive"
+        return ImportJob(output_model=name, staged=staged, format=kind)
     raise BadRequest(
         f"{source!r} is not a model: give a folder with config.json and safetensors, a .gguf file, "
-        "or hf:org/name@revision",
+        "a tar or zip file of such a folder, or hf:org/name@revision",
         param="source",
     )
 

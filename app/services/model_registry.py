@@ -3,15 +3,13 @@
 import re
 from dataclasses import dataclass, field
 
-from app.auth import Principal
 from app.contracts.control import ServedModel
 from app.contracts.generation import ServingOptions
 from app.contracts.messages import ArtifactRef, ModelFacts
 from app.db import models
-from app.db.schema.tables import Alias, Checkpoint, Model
+from app.db.schema.tables import Checkpoint, Model
 from app.db.session import Session, transaction
-from app.errors import BadRequest, Conflict, Forbidden, NotFound
-from app.storage import store
+from app.errors import BadRequest, NotFound
 
 CHECKPOINT_PATTERN = re.compile(r"(?P<model>.+):ckpt-step-(?P<step>\d{1,12})")
 LABEL_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -118,52 +116,3 @@ def get_model(
         message = f"the model {model_id!r} does not exist; GET /v1/models lists those you may use"
         raise NotFound(message, "model_not_found", param)
     return row
-
-
-def delete_model(principal: Principal, model_id: str) -> None:
-    """Deletes a model of the caller's project: first its row, then its bytes.
-
-    Raises:
-        NotFound: The project sees no such model.
-        Forbidden: The model is shared by all projects.
-        Conflict: An alias, a job or another model needs it.
-    """
-    with transaction() as session:
-        row = models.find_model(session, principal.project_id, model_id)
-        if row is None:
-            raise NotFound(f"the model {model_id!r} does not exist", "model_not_found", "model")
-        if row.project_id is None:
-            raise Forbidden(
-                f"the model {model_id!r} is shared by all projects; only an operator can delete it"
-            )
-        models.lock_model(session, row.id)  # prevents new users
-        users = models.users_of_model(session, principal.project_id, row)
-        if users:
-            raise Conflict(
-                f"the model {model_id!r} is in use by {', '.join(users)}",
-                "resource_in_use",
-                "model",
-            )
-        store_key = row.store_key
-        models.delete_model(session, principal.project_id, model_id)
-    store().delete(store_key)
-
-
-def set_alias(principal: Principal, name: str, alias: str, *, model_id: str) -> Alias:
-    """Points `name@alias` at a model that the caller sees. Raises BadRequest or NotFound."""
-    for param, label in (("name", name), ("alias", alias)):
-        if not LABEL_PATTERN.fullmatch(label):
-            raise BadRequest(
-                f"{param} has 1 to 64 of the characters A-Z a-z 0-9 . _ - and begins with a letter or digit",
-                param=param,
-            )
-    with transaction() as session:
-        target = get_model(session, principal.project_id, model_id, lock=True)
-        return models.set_alias(session, principal.project_id, f"{name}@{alias}", target.id)
-
-
-def delete_alias(principal: Principal, name: str, alias: str) -> None:
-    """Deletes an alias of the caller's project. Raises NotFound."""
-    with transaction() as session:
-        if not models.delete_alias(session, principal.project_id, f"{name}@{alias}"):
-            raise NotFound(f"the alias {name}@{alias} does not exist", "model_not_found", "alias")

@@ -118,7 +118,7 @@ def pin(principal: Principal, target_id: str) -> ServedModel:
         Conflict: A worker cannot hold all pinned models.
     """
     with transaction() as session:
-        found = model_registry.resolve(session, principal.project_id, target_id)
+        found = model_registry.resolve(session, principal.project_id, target_id, lock=True)
         _refuse_mute(target_id, found.facts)
         is_alias = models.find_alias(session, principal.project_id, target_id) is not None
         models.pin(session, principal.project_id, target_id if is_alias else found.model_id)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -83,6 +84,16 @@ def test_a_folder_inside_a_stored_folder_can_be_fetched(
     assert contents(store.fetch_folder(inside, tmp_path / "cache")) == contents(folder / "model")
     with pytest.raises(FileNotFoundError):
         store.fetch_folder(ArtifactRef(key=f"{ref.key}/missing", bytes=0), tmp_path / "cache")
+
+
+def test_the_files_of_a_folder_are_listed_with_size_and_hash(store: Store, folder: Path) -> None:
+    ref = store.put_folder(folder, "models/job/7")
+    assert store.list_folder(ref) == [
+        {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in sorted(contents(folder).items())
+    ]
+    with pytest.raises(FileNotFoundError):
+        store.list_folder(ArtifactRef(key="models/job/8", bytes=0, sha256=ref.sha256))
 
 
 def test_putting_the_same_folder_again_changes_nothing(store: Store, folder: Path) -> None:

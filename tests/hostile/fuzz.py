@@ -113,6 +113,7 @@ def make_objects(client: openai.OpenAI) -> dict[str, list[str]]:
     return {
         "model": [TEACHER, f"{TEACHER}@live"],
         "model_id": [TEACHER, f"{TEACHER}@live"],
+        "file_name": ["config.json", "model.safetensors"],
         "teacher": [TEACHER],
         "name": [TEACHER],
         "file_id": [file.id, asked.id],

@@ -210,7 +210,13 @@ PATHS = (
 @pytest.mark.parametrize("path", PATHS)
 def test_a_traversal_finds_nothing(place: Place, path: str) -> None:
     with place.http() as http:
-        for route in ("/v1/files/{}", "/v1/files/{}/content", "/v1/models/{}", "/v1/batches/{}"):
+        for route in (
+            "/v1/files/{}",
+            "/v1/files/{}/content",
+            "/v1/models/{}",
+            "/v1/batches/{}",
+            f"/v1/models/{TEACHER}/files/{{}}",
+        ):
             answer = http.get(route.format(path))
             assert answer.status_code in (400, 404), answer.text
             assert "root:" not in answer.text

@@ -24,6 +24,7 @@ from worker.errors import DiskFull
 from worker.jobs import lease_client
 from worker.jobs.lease_client import Lease, LeaseLost
 from worker.jobs.lease_heartbeat import DATABASE_AWAY, LeaseHeartbeat
+from worker.jobs.model_cards import write_card
 from worker.jobs.result_files import FileColumns, upload_results
 from worker.jobs.run_process import RunProcess, child_environment
 from worker.protocol.import_spec import ImportSpec
@@ -137,7 +138,7 @@ class Attempt:
         if isinstance(job, ImportJob):
             source = None
             if job.staged is not None:
-                is_file = job.format == "gguf"
+                is_file = job.format in ("gguf", "archive")
                 fetch = self.copies.fetch_file if is_file else self.copies.fetch_folder
                 source = fetch(job.staged)
             return ImportSpec(
@@ -289,6 +290,7 @@ class Attempt:
         # The key contains the lease token, so a stale worker cannot overwrite the model that the
         # next attempt stores.
         key = f"models/{self.lease.job_id}/{self.lease.token}"
+        self._add_card(line)
         try:
             ref = store().put_folder(self.out / line.folder, key, link=True)
             files = self._upload_results(line)
@@ -304,6 +306,13 @@ class Attempt:
         crash_point("model.registered")
         if not is_registered:
             _delete([key, *(file["store_key"] for file in files)])
+
+    def _add_card(self, line: ResultLine) -> None:
+        origin = self._write(lease_client.origin, self.lease)
+        try:
+            write_card(self.out / line.folder, self.lease, origin, line)
+        except Exception:  # a model is kept even if its card cannot be written
+            log.exception("card_not_written", job=self.lease.job_id)
 
     def _end_without_disk(self, reason: str) -> None:
         is_resumable = isinstance(self.lease.spec, DistillationJob)

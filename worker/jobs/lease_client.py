@@ -27,6 +27,7 @@ from app.contracts.messages import (
 from app.crash_points import crash_point
 from app.db import checkpoints, jobs, leases, reconciliation
 from app.db.job_states import add_event, begin_stage
+from app.db.registry.lineage import Origin, origin_of
 from app.db.schema.tables import Checkpoint, Job, Metric
 from app.db.session import DatabaseUnavailable, Session, transaction
 from app.settings import get_settings
@@ -219,6 +220,14 @@ def metric_series(lease: Lease) -> list[Metric]:
 
 
 @retry_on_disconnect
+def origin(lease: Lease) -> Origin:
+    """Returns the files and models that the job's model comes from, for its card."""
+    with transaction() as session:
+        job = _demand(session, lease, jobs.load_job(session, lease.job_id))
+        return origin_of(session, job)
+
+
+@retry_on_disconnect
 def finish(
     lease: Lease,
     *,
@@ -234,10 +243,10 @@ def finish(
     Returns False if the job was cancelled meanwhile or the model id was taken. No row refers to
     the stored artifacts then, and the caller has to delete them.
     """
-    origin, teacher_id = origin_of(lease.spec)
+    kind, teacher_id = registration_of(lease.spec)
     model = {
         "id": model_id,
-        "origin": origin,
+        "origin": kind,
         "store_key": ref.key,
         "bytes": ref.bytes,
         "manifest_sha256": ref.sha256,
@@ -261,7 +270,7 @@ def finish(
         return job.status == JobStatus.succeeded
 
 
-def origin_of(spec: DistillationJob | ImportJob) -> tuple[str, str | None]:
+def registration_of(spec: DistillationJob | ImportJob) -> tuple[str, str | None]:
     """Returns the origin of the model that a job makes, and its teacher if it has one."""
     if isinstance(spec, ImportJob):
         return "imported", None

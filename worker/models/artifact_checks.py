@@ -6,7 +6,6 @@ Only plain safetensors and known JSON or text files are accepted.
 import json
 import math
 import os
-import re
 import shutil
 import stat
 import struct
@@ -15,38 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from app.contracts.model_files import FREE_KEYS, WEIGHTS, is_accepted, missing_from, refusal_of
 from worker.errors import BrokenFile, MissingFile, UnsafeFile
 
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-JSON_FILES = frozenset(
-    {
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "vocab.json",
-        "model.safetensors.index.json",
-    }
-)
-TEXT_FILES = frozenset({"merges.txt", "vocab.txt", "chat_template.jinja"})
-# A tokenizer needs all files of one of these sets.
-TOKENIZERS = (
-    {"tokenizer.json"},
-    {"vocab.txt"},
-    {"vocab.json", "merges.txt"},
-)
-# Files with a vocabulary. Their keys are tokens, which may be any string.
-FREE_KEYS = frozenset({"tokenizer.json", "vocab.json"})
-# Harmless files that are not copied.
-IGNORED = re.compile(
-    r"(README|LICEN[CS]E|NOTICE|COPYING|USE_POLICY)(\..*)?|.*\.md|\..*|_?manifest\.json|added_tokens\.json"
-    r"|(tokenizer|spiece|sentencepiece\.bpe)\.model",
-    re.IGNORECASE,
-)
-CAN_RUN_CODE = re.compile(
-    r".*\.(bin|pt|pth|pkl|pickle|ckpt|py|pyc|so|dill|joblib|npy|npz|h5|keras)", re.IGNORECASE
-)
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 MAX_HEADER_BYTES = 100 * 10**6
@@ -83,21 +53,8 @@ class TensorHeader:
 def refuse_unknown_files(names: Iterable[str]) -> None:
     """Raises UnsafeFile for a file that could run code or that is not known."""
     for name in sorted(names):
-        if CAN_RUN_CODE.fullmatch(name):
-            raise UnsafeFile(
-                f"{name} is refused: pickles, scripts and other files that can run code are never read; "
-                "save the model as safetensors (model.save_pretrained does this) and leave this file out"
-            )
-        if not is_accepted(name) and not IGNORED.fullmatch(name):
-            raise UnsafeFile(
-                f"{name} is refused: a model folder may contain model*.safetensors and "
-                f"{', '.join(sorted(JSON_FILES | TEXT_FILES))}; leave the rest out"
-            )
-
-
-def is_accepted(name: str) -> bool:
-    """Returns whether a file of this name is copied into the model folder."""
-    return WEIGHTS.fullmatch(name) is not None or name in JSON_FILES or name in TEXT_FILES
+        if (reason := refusal_of(name)) is not None:
+            raise UnsafeFile(reason)
 
 
 def accepted_names(names: Iterable[str]) -> list[str]:
@@ -106,16 +63,8 @@ def accepted_names(names: Iterable[str]) -> list[str]:
     Raises MissingFile if the configuration, the weights or the tokenizer is missing.
     """
     accepted = sorted(name for name in names if is_accepted(name))
-    if "config.json" not in accepted:
-        raise MissingFile("config.json is missing: give a folder that save_pretrained wrote")
-    if not any(WEIGHTS.fullmatch(name) for name in accepted):
-        raise MissingFile(
-            "there are no safetensors weights (model.safetensors, or model-00001-of-0000N.safetensors with its index)"
-        )
-    if not any(files <= set(accepted) for files in TOKENIZERS):
-        raise MissingFile(
-            "there is no tokenizer: add tokenizer.json, vocab.txt, or vocab.json with merges.txt"
-        )
+    if (reason := missing_from(accepted)) is not None:
+        raise MissingFile(reason)
     return accepted
 
 

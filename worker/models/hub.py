@@ -25,6 +25,8 @@ from worker.models.artifact_checks import accepted_names
 
 SOURCE = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", re.ASCII)
 DISK_RESERVE_BYTES = 2**30
+CARD = "README.md"
+MAX_CARD_BYTES = 2**20
 SLACK_BYTES = 2**20  # for metadata files of huggingface_hub
 
 
@@ -59,6 +61,8 @@ def fetch_from_hub(
         files = [file for file in info.siblings or () if "/" not in file.rfilename]
         sizes = {file.rfilename: file.size or 0 for file in files}
         names, commit = accepted_names(sizes), info.sha or revision
+        if 0 < sizes.get(CARD, 0) <= MAX_CARD_BYTES:
+            names.append(CARD)  # it names the licence
         total = sum(sizes[name] for name in names)
         if shutil.disk_usage(folder).free < 3 * total + DISK_RESERVE_BYTES:
             raise HubFailed(

@@ -17,7 +17,7 @@ class ImportSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal["folder", "gguf", "hub"]
+    format: Literal["folder", "gguf", "archive", "hub"]
     source_path: Path | None = None
     hub: str | None = None
     num_threads: int = 0

@@ -17,6 +17,7 @@ StageName = Literal[
     "evaluating",
     "exporting",
     "fetching",
+    "unpacking",
     "converting",
 ]
 

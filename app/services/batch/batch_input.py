@@ -109,8 +109,10 @@ def body_of(request: BatchRequest, endpoint: str) -> ChatBody | CompletionBody:
 
 def find_faults(
     key: str, *, project_id: str, endpoint: str, settings: Settings
-) -> tuple[int, list[BatchError]]:
-    """Returns the number of requests in an input file, and its faults: at most one per line.
+) -> tuple[int, list[BatchError], frozenset[str]]:
+    """Returns the number of requests in an input file, its faults, and the models it names.
+
+    There is at most one fault per line.
 
     Reading stops at the limits MAX_REQUESTS and MAX_FAULTS, and the number is then that of the
     lines read. Raises FileNotFoundError.
@@ -127,7 +129,7 @@ def find_faults(
             )
         if number > MAX_REQUESTS or len(faults) == MAX_FAULTS:
             break
-    return number, faults
+    return number, faults, frozenset(checker.models)
 
 
 class _LineChecker:
@@ -138,7 +140,7 @@ class _LineChecker:
         self._endpoint = endpoint
         self._max_line_bytes = max_line_bytes
         self._line_of: dict[str, int] = {}
-        self._models: set[str] = set()
+        self.models: set[str] = set()
 
     def demand_good(self, number: int, raw: bytes) -> None:
         if number > MAX_REQUESTS:
@@ -153,10 +155,10 @@ class _LineChecker:
             message = f"the custom_id {request.custom_id!r} is already used on line {first}"
             raise BadRequest(message, "duplicate_custom_id", "custom_id")
         model_id = body_of(request, self._endpoint).model
-        if model_id not in self._models:
+        if model_id not in self.models:
             with transaction() as session:
                 model_registry.resolve(session, self._project_id, model_id)
-            self._models.add(model_id)
+            self.models.add(model_id)
 
 
 def _validated(schema: type[Schema], content: object) -> Schema:

@@ -6,11 +6,13 @@ from typing import Any
 from app.auth import Principal
 from app.db import batches, files
 from app.db.locks import lock_project
+from app.db.registry import aliases, batch_models
 from app.db.schema.ids import new_id
 from app.db.schema.tables import Batch, BatchStatus, File
 from app.db.session import Session, transaction
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, TooManyRequests
 from app.schemas.batches import BatchError, BatchObject, CreateBatch
+from app.services import model_registry
 from app.services.batch.batch_input import find_faults
 from app.services.jobs import (
     DUPLICATE_SECONDS,
@@ -48,7 +50,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
     with transaction() as session:
         demand_room(session, principal.project_id)
         file = input_file(session, principal.project_id, asked.input_file_id)
-    num_requests, faults = _check_input(file, principal.project_id, asked.endpoint)
+    num_requests, faults, named = _check_input(file, principal.project_id, asked.endpoint)
     with transaction() as session:
         stored = claim(session, principal, ROUTE, attempted, sha256)
         if stored is not None:
@@ -76,13 +78,17 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
             errors=[fault.model_dump() for fault in faults],
             **columns,
         )
+        if not faults:
+            batch_models.insert_models(session, batch.id, _lock_models(session, principal, named))
         body = BatchObject.of(batch).model_dump(mode="json")
         remember(session, principal, ROUTE, attempted, body)
     return Accepted(body, is_replay=False)
 
 
-def _check_input(file: File, project_id: str, endpoint: str) -> tuple[int, list[BatchError]]:
-    """Returns the number of requests in an input file, and the faults of its lines."""
+def _check_input(
+    file: File, project_id: str, endpoint: str
+) -> tuple[int, list[BatchError], frozenset[str]]:
+    """Returns the number of requests in an input file, the faults of its lines, and its models."""
     if not CHECKERS.acquire(blocking=False):
         raise TooManyRequests(
             "the input files of other batches are being checked; try again in a moment"
@@ -99,6 +105,20 @@ def _check_input(file: File, project_id: str, endpoint: str) -> tuple[int, list[
         raise BadRequest(message, "invalid_file", "input_file_id") from None
     finally:
         CHECKERS.release()
+
+
+def _lock_models(session: Session, principal: Principal, named: frozenset[str]) -> set[str]:
+    """Locks the models and aliases that a batch names against deletion, and returns their ids.
+
+    Raises NotFound if one was deleted since the input file was checked.
+    """
+    locked = set()
+    for name in sorted(named):
+        if not aliases.share_alias(session, principal.project_id, name):
+            model_registry.resolve(session, principal.project_id, name, lock=True)
+        match = model_registry.CHECKPOINT_PATTERN.fullmatch(name)
+        locked.add(match["model"] if match else name)
+    return locked
 
 
 def demand_room(session: Session, project_id: str) -> None:

@@ -88,9 +88,15 @@ def http(service: Service) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def register(service: Service, tiny_llama_dir: Path) -> Callable[..., str]:
-    """A function that registers the tiny model under a name, with facts that can be bent."""
+    """A function that registers the tiny model, or another folder, with facts that can be bent."""
 
-    def do_register(name: str = "tiny", *, project_id: str | None = PROJECT, **changes: Any) -> str:
+    def do_register(
+        name: str = "tiny",
+        *,
+        project_id: str | None = PROJECT,
+        folder: Path = tiny_llama_dir,
+        **changes: Any,
+    ) -> str:
         facts = ModelFacts(
             architecture="llama",
             num_layers=4,
@@ -103,7 +109,7 @@ def register(service: Service, tiny_llama_dir: Path) -> Callable[..., str]:
             weights_bytes=400_000,
             weights_sha256="w" * 64,
         ).model_copy(update=changes)
-        ref = store().put_folder(tiny_llama_dir, f"models/{name}")
+        ref = store().put_folder(folder, f"models/{name}")
         with transaction() as session:
             models.insert_model(
                 session,

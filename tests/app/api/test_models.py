@@ -127,12 +127,17 @@ def test_another_projects_model_does_not_exist(
     assert client.models.retrieve("tiny").id == "tiny"
 
 
-def test_a_shared_model_is_not_a_projects_to_delete(
-    client: openai.OpenAI, register: Register
+def test_a_shared_model_is_deleted_by_an_admin_key_only(
+    service: Service, client: openai.OpenAI, register: Register
 ) -> None:
     register("shared", project_id=None)
-    with pytest.raises(openai.PermissionDeniedError):
-        client.models.delete("shared")
+    with service.client(service.new_key(scopes=["models:read", "models:write"])) as tenant:
+        with pytest.raises(openai.PermissionDeniedError) as refused:
+            tenant.models.delete("shared")
+        assert "admin" in refused.value.message
+    assert store().exists("models/shared")
+    assert client.models.delete("shared").deleted is True
+    assert not store().exists("models/shared")
 
 
 def test_an_alias_can_be_moved_and_is_resolved(

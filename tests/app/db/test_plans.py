@@ -75,7 +75,7 @@ QUERIES: dict[str, Callable[[Session], object]] = {
     "page_jobs": lambda session: jobs.page_jobs(session, "p", kind="distillation"),
     "is_name_taken": lambda session: models.is_name_taken(session, "ds:7"),
     "find_checkpoint": lambda session: models.find_checkpoint(session, "p", "ds:7", 1),
-    "users_of_model": lambda session: models.users_of_model(session, "p", base_model()),
+    "users_of_model": lambda session: models.users_of_model(session, base_model()),
     "readers_of_file": lambda session: files.readers_of_file(session, "p", "file-1"),
     "count_active_batches": lambda session: batches.count_active(session, "p"),
     "claim": lambda session: leases.claim(session, "owner", 60.0),

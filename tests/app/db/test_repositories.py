@@ -12,6 +12,7 @@ from sqlalchemy import func, text
 from app.contracts.messages import JobStatus
 from app.db import files, idempotency, jobs, keys, leases, models, reconciliation
 from app.db.job_states import move
+from app.db.registry import aliases
 from app.db.schema.tables import File, Job, Model
 from app.db.session import Session, transaction
 
@@ -115,6 +116,7 @@ def test_a_project_sees_its_own_models_and_the_shared_ones(session: Session) -> 
     assert models.find_model(session, "p", "theirs") is None
     assert not models.delete_model(session, "p", "theirs")
     assert not models.delete_model(session, "p", "shared")
+    assert not models.delete_model(session, None, "mine")
     assert models.delete_model(session, "p", "mine")
     assert models.find_model(session, "p", "mine") is None
 
@@ -122,26 +124,26 @@ def test_a_project_sees_its_own_models_and_the_shared_ones(session: Session) -> 
 def test_an_alias_moves(session: Session) -> None:
     for name in ("m1", "m2"):
         add_model(session, name)
-        models.set_alias(session, "p", "support@live", name)
+        aliases.point_alias(session, "p", "support@live", model_id=name, key_id="k")
     alias = models.find_alias(session, "p", "support@live")
     assert alias is not None
     assert alias.model_id == "m2"
     assert models.find_alias(session, "other", "support@live") is None
     assert models.aliases_of_models(session, "p") == {"m2": ["support@live"]}
-    assert models.delete_alias(session, "p", "support@live")
-    assert not models.delete_alias(session, "p", "support@live")
+    aliases.drop_alias(session, alias, key_id="k")
+    assert models.find_alias(session, "p", "support@live") is None
 
 
 def test_a_model_is_in_use_by_aliases_and_jobs(session: Session, add_job: AddJob) -> None:
     model = add_model(session, "m")
     assert model is not None
-    assert models.users_of_model(session, "p", model) == []
-    models.set_alias(session, "p", "a@live", "m")
+    assert models.users_of_model(session, model) == []
+    aliases.point_alias(session, "p", "a@live", model_id="m", key_id="k")
     add_job("as-teacher", spec={"teacher": {"key": "models/m"}, "start": {"key": "x"}})
     add_job("as-start", spec={"teacher": {"key": "x"}, "start": {"key": "models/m"}})
     add_job("over", spec={"teacher": {"key": "models/m"}, "start": {"key": "models/m"}})
     move(session, "over", JobStatus.cancelled, message="x")
-    assert models.users_of_model(session, "p", model) == ["a@live", "as-start", "as-teacher"]
+    assert models.users_of_model(session, model) == ["a@live", "as-start", "as-teacher"]
 
 
 def test_a_model_is_in_use_by_jobs_that_read_a_checkpoint_of_its_training(
@@ -155,7 +157,7 @@ def test_a_model_is_in_use_by_jobs_that_read_a_checkpoint_of_its_training(
     add_job("as-teacher", spec={"teacher": {"key": own}, "start": {"key": other}})
     add_job("as-start", spec={"teacher": {"key": other}, "start": {"key": own}})
     add_job("beside", spec={"teacher": {"key": other}, "start": {"key": other}})
-    assert models.users_of_model(session, "p", model) == ["as-start", "as-teacher"]
+    assert models.users_of_model(session, model) == ["as-start", "as-teacher"]
 
 
 def test_deleting_a_model_dooms_its_checkpoints(session: Session, add_job: AddJob) -> None:

@@ -266,6 +266,18 @@ def test_retired_checkpoints_are_collected_while_the_job_runs(store: Store, tmp_
     assert [store.exists(key) for key in keys] == [False, True, True]
 
 
+def test_an_upload_without_a_job_goes_after_a_day(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("import-old", "import-new", "import-queued"):
+        store.put_folder(tmp_path, f"imports/{name}")
+    add_job("import-queued", kind="import", spec={"kind": "import", "staged": None})
+    for name in ("import-old", "import-queued"):
+        for path in (get_settings().data_dir / "store" / "imports" / name).iterdir():
+            os.utime(path, (time.time() - 90_000,) * 2)
+    collect(store)
+    assert store.children("imports") == ["import-new", "import-queued"]
+
+
 def test_staged_imports_go_when_their_job_has_ended(store: Store, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     for name in ("a", "b", "unclaimed"):

@@ -3,6 +3,7 @@
 import pytest
 
 from app.db import models
+from app.db.registry import aliases
 from app.db.session import transaction
 from app.errors import NotFound
 from app.services import model_registry
@@ -29,8 +30,8 @@ def registered(database: str) -> None:
             serving={"weights": "int8"},
             **common,
         )
-        models.set_alias(session, "p", "m@prod", "mine")
-        models.set_alias(session, "q", "m@prod", "theirs")
+        aliases.point_alias(session, "p", "m@prod", model_id="mine", key_id="k")
+        aliases.point_alias(session, "q", "m@prod", model_id="theirs", key_id="k")
 
 
 @pytest.mark.parametrize("asked", ["mine", "shared", "eight", "m@prod"])

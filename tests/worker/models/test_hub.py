@@ -119,7 +119,7 @@ class HubHandler(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(tiny_llama_dir: Path, tmp_path: Path) -> Iterator[Hub]:
     folder = Path(shutil.copytree(tiny_llama_dir, tmp_path / "repository"))
-    (folder / "README.md").write_text("a card")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\na card")
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02never to be fetched")
     (folder / "modeling_tiny.py").write_text("raise SystemExit('never to be fetched')")
     (folder / "onnx").mkdir()
@@ -143,8 +143,8 @@ def test_only_the_files_of_a_model_are_fetched_and_byte_for_byte(hub: Hub, tmp_p
     assert fetch(hub, tmp_path / "in") == COMMIT
     names = {path.name for path in (tmp_path / "in").iterdir()}
     assert names == set(hub.fetched)
+    assert "README.md" in names, "it names the licence"
     assert names == {path.name for path in hub.folder.iterdir()} - {
-        "README.md",
         "pytorch_model.bin",
         "modeling_tiny.py",
         "onnx",
@@ -259,7 +259,12 @@ def test_the_process_imports_from_the_hub_and_keeps_the_commit(hub: Hub, tmp_pat
     assert status == 0
     result = lines[-1]
     assert isinstance(result, ResultLine)
-    assert result.result["source"] == {"format": "hub", "hub": "org/tiny@main", "commit": COMMIT}
+    assert result.result["source"] == {
+        "format": "hub",
+        "hub": "org/tiny@main",
+        "commit": COMMIT,
+        "license": "mit",
+    }
     assert (tmp_path / "out" / result.folder / "model.safetensors").exists()
     status, lines = run_process(hub, tmp_path / "out2", "org/gone@main")
     assert status == 1

@@ -64,7 +64,7 @@ def test_a_line_that_is_too_long_counts_as_one_line(
 
 def test_no_more_faults_are_told_than_anybody_reads(settings_env: Callable[..., Settings]) -> None:
     key = put(b"{}\n" * 1000)
-    _, faults = find_faults(
+    _, faults, _ = find_faults(
         key, project_id="p", endpoint="/v1/completions", settings=settings_env()
     )
     assert (len(faults), faults[-1].line) == (100, 100)
@@ -74,7 +74,7 @@ def test_a_line_of_a_new_batch_beyond_the_limits_is_a_fault(
     settings_env: Callable[..., Settings],
 ) -> None:
     key = put(b'{"a": [' + b"[]," * MAX_CONTAINERS + b"[]]}\n")
-    _, faults = find_faults(
+    _, faults, _ = find_faults(
         key, project_id="p", endpoint="/v1/completions", settings=settings_env()
     )
     assert [fault.code for fault in faults] == ["json_too_complex"]

@@ -1,0 +1,1 @@
+"""Rules of the model registry: files, aliases, deletion, uploads and cards of models."""

@@ -1,0 +1,111 @@
+"""Archives of models: unpacked, or refused before they do harm."""
+
+import io
+import stat
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from worker.errors import BrokenFile, UnsafeFile
+from worker.models.archives import unpack
+
+Pack = Callable[[dict[str, bytes]], bytes]
+
+
+def tar(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode=mode) as packed:  # type: ignore[call-overload]  # a mode of several
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            packed.addfile(info, io.BytesIO(data))
+    return content.getvalue()
+
+
+def zipped(files: dict[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, data in files.items():
+            packed.writestr(name, data)
+    return content.getvalue()
+
+
+def opened(tmp_path: Path, content: bytes, max_bytes: int = 10**6) -> dict[str, bytes]:
+    path = tmp_path / "archive"
+    path.write_bytes(content)
+    folder = unpack(path, tmp_path / "out", max_bytes=max_bytes)
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+PLAIN = {"config.json": b"{}", "model.safetensors": b"w" * 1000}
+
+
+@pytest.mark.parametrize("pack", [tar, zipped, lambda files: tar(files, "w:xz")])
+@pytest.mark.parametrize("prefix", ["", "./", "model/", "deep/er/"])
+def test_the_files_of_one_folder_are_unpacked(tmp_path: Path, pack: Pack, prefix: str) -> None:
+    files = {f"{prefix}{name}": data for name, data in PLAIN.items()}
+    hidden = {f"{prefix}.DS_Store": b"x", "__MACOSX/._config.json": b"x"}
+    assert opened(tmp_path, pack({**files, **hidden})) == PLAIN
+
+
+@pytest.mark.parametrize("pack", [tar, zipped])
+@pytest.mark.parametrize(
+    "name",
+    ["../config.json", "/etc/config.json", "a/../../config.json", "model.pkl", "run.py", "a.exe"],
+)
+def test_a_path_outside_or_a_refused_name_is_refused(tmp_path: Path, pack: Pack, name: str) -> None:
+    with pytest.raises(UnsafeFile):
+        opened(tmp_path, pack({name: b"x"}))
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("pack", [tar, zipped])
+def test_two_folders_in_an_archive_are_refused(tmp_path: Path, pack: Pack) -> None:
+    with pytest.raises(UnsafeFile, match="several folders"):
+        opened(tmp_path, pack({"config.json": b"{}", "onnx/config.json": b"{}"}))
+
+
+@pytest.mark.parametrize("pack", [tar, zipped])
+def test_an_archive_that_unpacks_to_too_much_is_refused_before_it_is_written(
+    tmp_path: Path, pack: Pack
+) -> None:
+    bomb = pack({"model.safetensors": bytes(50 * 10**6)})
+    assert len(bomb) < 10**5
+    with pytest.raises(UnsafeFile, match="more than"):
+        opened(tmp_path, bomb)
+    assert sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) == 0
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE]
+)
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as packed:
+        info = tarfile.TarInfo("config.json")
+        info.type, info.linkname = kind, "/etc/passwd"
+        packed.addfile(info)
+    with pytest.raises(UnsafeFile, match="regular file"):
+        opened(tmp_path, content.getvalue())
+
+
+def test_a_link_in_a_zip_file_is_refused(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as packed:
+        info = zipfile.ZipInfo("config.json")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        packed.writestr(info, "/etc/passwd")
+    with pytest.raises(UnsafeFile, match="regular file"):
+        opened(tmp_path, content.getvalue())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"nothing", tar(PLAIN)[:200], tar(PLAIN, "w")[:700], zipped(PLAIN)[:-30], tar({})],
+)
+def test_a_damaged_or_empty_archive_is_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(BrokenFile):
+        opened(tmp_path, content)
