@@ -23,6 +23,7 @@ from app.schemas.completions import ChatBody, CompletionBody
 from app.schemas.generated import ChatCompletion, TextCompletion
 from app.services import generation
 from app.services.generation import Order
+from app.services.traffic.recorder import Recorder, Recording
 
 
 class AdmissionRoute(StrictRoute):
@@ -93,6 +94,7 @@ async def respond(request: Request, caller: Principal, body: CompletionBody | Ch
     answer, prompts = generation.begin_answer(body)
     model = await generation.find_model(caller.project_id, body.model)
     answer.model = model.model_id
+    recording = recording_of(request, caller, body)
     is_streamed = bool(body.stream)
     order = Order(
         answer.id,
@@ -105,13 +107,28 @@ async def respond(request: Request, caller: Principal, body: CompletionBody | Ch
     )
     request_router: RequestRouter = request.app.state.request_router
     try:
-        return await unless_gone(request.receive, begin(request_router, order, answer))
+        return await unless_gone(request.receive, begin(request_router, order, answer, recording))
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
+def recording_of(
+    request: Request, caller: Principal, body: CompletionBody | ChatBody
+) -> Recording | None:
+    """Returns a recording of the answer if it is to be stored. Only chats are ever stored."""
+    if not isinstance(body, ChatBody):
+        return None
+    recorder: Recorder = request.app.state.recorder
+    length = request.headers.get("content-length", "")
+    num_bytes = int(length) if length.isdigit() else 0
+    return recorder.begin(caller, request.state.request_id, body, request_bytes=num_bytes)
+
+
 async def begin(
-    request_router: RequestRouter, order: Order, answer: TextAnswer | ChatAnswer
+    request_router: RequestRouter,
+    order: Order,
+    answer: TextAnswer | ChatAnswer,
+    recording: Recording | None,
 ) -> Response:
     """Sends the prompts to workers and returns the response, after the first replies have arrived.
 
@@ -120,10 +137,13 @@ async def begin(
     reply_stream = await generation.begin(request_router, order)
     try:
         if order.is_streamed:
-            return EventStream(reply_stream, await reply_stream.take(), answer)
+            return EventStream(reply_stream, await reply_stream.take(), answer, recording)
         while replies := await reply_stream.take():
             answer.add(replies)
-        return JsonParts(await generation.whole_json(answer))
+        parts = await generation.whole_json(answer)
+        if recording is not None:
+            recording.finish(answer, parts)
+        return JsonParts(parts)
     except BaseException:
         reply_stream.close()
         raise
@@ -185,7 +205,11 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, reply_stream: ReplyStream, first: Replies, answer: TextAnswer | ChatAnswer
+        self,
+        reply_stream: ReplyStream,
+        first: Replies,
+        answer: TextAnswer | ChatAnswer,
+        recording: Recording | None,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -193,6 +217,7 @@ class EventStream(Response):
         self._reply_stream = reply_stream
         self._first = first
         self._answer = answer
+        self._recording = recording
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -216,6 +241,8 @@ class EventStream(Response):
         try:
             part = events(self._answer.opening())
             while replies:
+                if self._recording is not None:
+                    self._recording.add(self._answer, replies)
                 if part := part + events(self._answer.chunks(replies)):
                     yield part
                 part = b""
@@ -225,6 +252,8 @@ class EventStream(Response):
         except StillhouseError as error:
             yield events([envelope(error)])
             return
+        if self._recording is not None:
+            self._recording.finish(self._answer)
         yield part + events(self._answer.closing()) + b"data: [DONE]\n\n"
 
     async def _take_or_ping(self) -> Replies | None:
