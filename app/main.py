@@ -14,7 +14,7 @@ from app import auth
 from app.api import batches, completions, errors, files, health, jobs, models, serving
 from app.api.middleware import RequestFrame
 from app.api.openapi import ERRORS
-from app.api.traffic import stored_completions
+from app.api.traffic import datasets, stored_completions
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.log_config import configure_logging
 from app.routing import task_queue
@@ -50,7 +50,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.recorder = Recorder(settings)
     errors.install(app)
     # Routes are matched in this order. Completions come first to keep time to first token low.
-    modules = (completions, stored_completions, health, files, jobs, models, serving, batches)
+    modules = (
+        completions,
+        stored_completions,
+        health,
+        files,
+        jobs,
+        models,
+        serving,
+        batches,
+        datasets,
+    )
     for module in modules:
         app.include_router(module.router)
     app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)

@@ -1,13 +1,12 @@
 """Routes of /v1/chat/completions for stored completions: list, read, change and delete them."""
 
-from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
 from app.api.deps import Page, Principal, page, require
 from app.api.strict_route import StrictRoute
-from app.db.traffic.completions import CompletionFilter
+from app.db.traffic.completions import CompletionFilter, time_of
 from app.schemas.listing import Listing
 from app.schemas.traffic import (
     DeletedCompletion,
@@ -16,6 +15,7 @@ from app.schemas.traffic import (
     UpdateCompletion,
 )
 from app.services.traffic import stored_completions
+from app.services.traffic.filters import metadata_filter
 
 router = APIRouter(
     route_class=StrictRoute, prefix="/v1/chat/completions", tags=["stored completions"]
@@ -53,9 +53,9 @@ def list_completions(
     """
     wanted = CompletionFilter(
         model,
-        stored_completions.metadata_filter(request.query_params),
-        _time(created_after),
-        _time(created_before),
+        metadata_filter(request.query_params),
+        time_of(created_after),
+        time_of(created_before),
     )
     content = stored_completions.list_completions(
         principal.project_id, wanted, after=page.after, limit=page.limit, order=page.order
@@ -97,10 +97,6 @@ def list_messages(completion_id: str, principal: Reader, page: OldestFirst) -> R
         order=page.order,
     )
     return _json(content)
-
-
-def _time(seconds: int | None) -> datetime | None:
-    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
 def _json(content: bytes) -> Response:

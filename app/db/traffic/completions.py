@@ -2,13 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Final, TypeVarTuple
 
 from sqlalchemy import ColumnElement, Select, delete, func, select, text, tuple_, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from app.contracts.datasets import RecordFilter
 from app.db.pagination import Order, UnknownCursor
 from app.db.schema.traffic_tables import SpoolMark, StoredCompletion, StoredUsage
 
@@ -45,6 +46,16 @@ class CompletionFilter:
     created_after: datetime | None = None
     created_before: datetime | None = None
 
+    @classmethod
+    def of(cls, records: RecordFilter) -> "CompletionFilter":
+        """Returns the filter of a job's specification."""
+        return cls(
+            records.model,
+            records.metadata,
+            time_of(records.created_after),
+            time_of(records.created_before),
+        )
+
     def conditions(self, project_id: str) -> list[ColumnElement[bool]]:
         """Returns the conditions on StoredCompletion for a project."""
         conditions = [StoredCompletion.project_id == project_id]
@@ -57,6 +68,11 @@ class CompletionFilter:
         if self.created_before is not None:
             conditions.append(StoredCompletion.created_at < self.created_before)
         return conditions
+
+
+def time_of(seconds: float | None) -> datetime | None:
+    """Returns the time that is this many seconds after the epoch."""
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
 
 
 def insert_records(
@@ -135,39 +151,30 @@ def page_completions(
         if cursor is None:
             raise UnknownCursor(after)
         place = (cursor.created_at, cursor.id)
-    columns = select(StoredCompletion.id, StoredCompletion.bytes)
-    query = _ordered(columns.where(*wanted.conditions(project_id)), place, order)
-    found = session.execute(query.limit(limit + 1)).all()
-    ids: list[str] = []
-    num_bytes = 0
-    for completion_id, size in found[:limit]:
-        num_bytes += size
-        if ids and num_bytes > most_bytes:
-            break
-        ids.append(completion_id)
-    return load_completions(session, ids), len(found) > len(ids)
+    return _page(session, project_id, wanted, place, limit=limit, order=order, most=most_bytes)
 
 
-def newest_places(
+def page_before(
     session: Session,
     project_id: str,
     wanted: CompletionFilter,
     *,
     before: Place | None,
     limit: int,
-) -> list[tuple[Place, int]]:
-    """Returns places and sizes of stored completions, newest first, beginning before a place."""
-    columns = select(StoredCompletion.created_at, StoredCompletion.id, StoredCompletion.bytes)
-    query = _ordered(columns.where(*wanted.conditions(project_id)), before, "desc")
-    rows = session.execute(query.limit(limit))
-    return [((created_at, completion_id), size) for created_at, completion_id, size in rows]
+    most_bytes: int,
+) -> list[StoredCompletion]:
+    """Returns the newest stored completions, or the newest before a place that may be deleted.
+
+    The list is shorter than `limit` if more would exceed `most_bytes`. It is empty at the end.
+    """
+    rows, _ = _page(session, project_id, wanted, before, limit=limit, order="desc", most=most_bytes)
+    return rows
 
 
-def load_completions(session: Session, ids: Sequence[str]) -> list[StoredCompletion]:
-    """Returns the stored completions with these ids, in this order; unknown ids are left out."""
-    query = select(StoredCompletion).where(StoredCompletion.id.in_(ids))
-    rows = {row.id: row for row in session.scalars(query)}
-    return [rows[completion_id] for completion_id in ids if completion_id in rows]
+def has_any(session: Session, project_id: str, wanted: CompletionFilter) -> bool:
+    """Returns whether the project has a stored completion that the filter selects."""
+    query = select(StoredCompletion.id).where(*wanted.conditions(project_id)).limit(1)
+    return session.scalar(query) is not None
 
 
 def set_metadata(
@@ -191,6 +198,31 @@ def delete_completions(session: Session, project_id: str, ids: Collection[str]) 
     if sizes:
         _add_usage(session, project_id, -len(sizes), -sum(sizes))
     return len(sizes)
+
+
+def _page(
+    session: Session,
+    project_id: str,
+    wanted: CompletionFilter,
+    place: Place | None,
+    *,
+    limit: int,
+    order: Order,
+    most: int,
+) -> tuple[list[StoredCompletion], bool]:
+    """Returns rows after a place up to `most` bytes, at least one, and whether more follow."""
+    columns = select(StoredCompletion.id, StoredCompletion.bytes)
+    query = _ordered(columns.where(*wanted.conditions(project_id)), place, order)
+    found = session.execute(query.limit(limit + 1)).all()
+    ids: list[str] = []
+    num_bytes = 0
+    for completion_id, size in found[:limit]:
+        num_bytes += size
+        if ids and num_bytes > most:
+            break
+        ids.append(completion_id)
+    chosen = _ordered(select(StoredCompletion).where(StoredCompletion.id.in_(ids)), None, order)
+    return list(session.scalars(chosen)), len(found) > len(ids)
 
 
 def _is(project_id: str, completion_id: str) -> tuple[ColumnElement[bool], ...]:

@@ -1,6 +1,5 @@
 """Lists, reads, changes and deletes the stored completions of a project."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -13,8 +12,6 @@ from app.db.traffic.completions import CompletionFilter
 from app.errors import BadRequest, NotFound
 
 PAGE_BYTES: Final = 4 * 2**20  # a page ends early if its completions have more
-METADATA_FILTER: Final = re.compile(r"metadata\[(.{1,64})\]", re.DOTALL)
-MAX_METADATA: Final = 16
 # Parameters of a request that are part of the stored completion, with OpenAI's name for each.
 SHOWN: Final = {
     "user": "input_user",
@@ -29,20 +26,6 @@ SHOWN: Final = {
     "frequency_penalty": "frequency_penalty",
 }
 Json = dict[str, Any]  # Any: parameters as the client sent them
-
-
-def metadata_filter(query: Mapping[str, str]) -> dict[str, str]:
-    """Returns the pairs of the query parameters `metadata[key]=value`.
-
-    Raises BadRequest if there are too many.
-    """
-    wanted = {m[1]: value for key, value in query.items() if (m := METADATA_FILTER.fullmatch(key))}
-    if len(wanted) > MAX_METADATA:
-        raise BadRequest(
-            f"metadata has {len(wanted)} pairs, at most {MAX_METADATA} are allowed",
-            param="metadata",
-        )
-    return wanted
 
 
 def get_completion(project_id: str, completion_id: str) -> StoredCompletion:

@@ -43,7 +43,7 @@ class ApiProcess:
 
     def _is_ready(self) -> bool:
         try:
-            return httpx.get(f"{self.url}/health/ready").json()["status"] == "ready"
+            return bool(httpx.get(f"{self.url}/health/ready").json()["status"] == "ready")
         except httpx.TransportError:
             return False
 
