@@ -1,5 +1,6 @@
 """The FastAPI application: routes, error handling and background tasks."""
 
+import asyncio
 import gc
 import threading
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from app.api import batches, completions, errors, files, health, jobs, models, s
 from app.api.inference import responses, tokenizers
 from app.api.middleware import RequestFrame
 from app.api.openapi import ERRORS
+from app.api.traffic import datasets, stored_completions
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.log_config import configure_logging
 from app.routing import task_queue
@@ -21,6 +23,7 @@ from app.routing.router import RequestRouter
 from app.services.batch.batch_runner import BatchRunner
 from app.services.pin_broadcaster import PinBroadcaster
 from app.services.reconciler import Reconciler
+from app.services.traffic.recorder import Recorder
 from app.settings import Settings, get_settings
 
 log = structlog.get_logger(__name__)
@@ -45,10 +48,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.request_router = RequestRouter(settings)
     app.state.batch_runner = BatchRunner(app.state.request_router)
     app.state.pin_broadcaster = PinBroadcaster(app.state.request_router)
+    app.state.recorder = Recorder(settings)
     errors.install(app)
     # Routes are matched in this order. Completions come first to keep time to first token low.
-    for module in (
+    modules = (
         completions,
+        stored_completions,
         responses,
         tokenizers,
         health,
@@ -57,7 +62,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         models,
         serving,
         batches,
-    ):
+        datasets,
+    )
+    for module in modules:
         app.include_router(module.router)
     app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
     if settings.allowed_origins:
@@ -82,6 +89,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     await app.state.request_router.start()
     await app.state.batch_runner.start()
     await app.state.pin_broadcaster.start()
+    app.state.recorder.start()
     # A garbage collection that scans all imported modules would block the event loop too long.
     gc.collect()
     gc.freeze()
@@ -92,6 +100,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # Before the router, which sends the cancellations of the batches' requests to the workers.
         await app.state.batch_runner.stop()
         await app.state.request_router.stop()
+        # After the router, whose last answers may be stored.
+        await asyncio.to_thread(app.state.recorder.stop)
         reconciler.stop()
 
 

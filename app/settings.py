@@ -177,6 +177,23 @@ class Settings(BaseSettings):
     max_context_tokens: int = Field(
         2048, ge=16, description="Maximum number of tokens of prompt and answer together"
     )
+    store_projects: str = Field(
+        "",
+        description="Projects whose chat completions are stored unless the request has `store: false`, separated by commas; `*`: all",
+    )
+    max_stored_bytes: int = Field(
+        2**20,
+        gt=0,
+        description="Maximum size of a stored chat completion with its request; larger ones are not stored",
+    )
+    stored_max_age_seconds: float = Field(
+        30 * 86_400.0, gt=0, description="Age at which a stored chat completion is deleted"
+    )
+    stored_bytes_per_project: int = Field(
+        10 * 2**30,
+        gt=0,
+        description="Maximum size of all stored chat completions of a project; the oldest are deleted above it",
+    )
     serve_heartbeat_seconds: float = Field(
         1.0, gt=0, description="Interval of the heartbeats of a serve worker"
     )

@@ -3,8 +3,10 @@
 from alembic import context
 from sqlalchemy import create_engine, pool, text
 
-from app.db.schema import registry_tables  # noqa: F401 (adds tables to the metadata)
-from app.db.schema.tables import Table
+import app.db.schema.registry_tables
+import app.db.schema.tables
+import app.db.schema.traffic_tables  # noqa: F401  # all three register their tables
+from app.db.schema.table import Table
 from app.db.session import sqlalchemy_url
 from app.settings import get_settings
 

@@ -112,6 +112,12 @@ class DiskFull(DistillError):
     code = "disk_full"
 
 
+class EmptyDataset(WorkerError):
+    """No training row is left of the completions that were selected for a data set."""
+
+    code = "empty_dataset"
+
+
 class CorruptCheckpoint(DistillError):
     """The files of a checkpoint do not match their checksums."""
 

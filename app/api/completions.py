@@ -18,12 +18,13 @@ from app.contracts.generation import Delta, Done
 from app.errors import StillhouseError
 from app.routing.reply_stream import ReplyStream
 from app.routing.router import RequestRouter
-from app.schemas.answers import ChatAnswer, TextAnswer
+from app.schemas.answers import Answer, ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
 from app.schemas.generated import ChatCompletion, TextCompletion
 from app.schemas.responses.answer import ResponseAnswer
 from app.services import generation
 from app.services.generation import Order
+from app.services.traffic.recorder import Recorder, Recording
 
 
 class AdmissionRoute(StrictRoute):
@@ -100,6 +101,7 @@ async def respond(
     answer: AnyAnswer = rendered or own_answer
     model = await generation.find_model(caller.project_id, body.model)
     answer.model = model.model_id
+    recording = None if rendered else recording_of(request, caller, body)
     order = Order(
         answer.id,
         caller.key_id,
@@ -111,14 +113,31 @@ async def respond(
     )
     request_router: RequestRouter = request.app.state.request_router
     try:
-        work = begin(request_router, order, answer, is_streamed=bool(body.stream))
+        work = begin(request_router, order, answer, recording, is_streamed=bool(body.stream))
         return await unless_gone(request.receive, work)
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
+def recording_of(
+    request: Request, caller: Principal, body: CompletionBody | ChatBody
+) -> Recording | None:
+    """Returns a recording of the answer if it is to be stored. Only chats are ever stored."""
+    if not isinstance(body, ChatBody):
+        return None
+    recorder: Recorder = request.app.state.recorder
+    length = request.headers.get("content-length", "")
+    num_bytes = int(length) if length.isdigit() else 0
+    return recorder.begin(caller, request.state.request_id, body, request_bytes=num_bytes)
+
+
 async def begin(
-    request_router: RequestRouter, order: Order, answer: AnyAnswer, *, is_streamed: bool
+    request_router: RequestRouter,
+    order: Order,
+    answer: AnyAnswer,
+    recording: Recording | None,
+    *,
+    is_streamed: bool,
 ) -> Response:
     """Sends the prompts to workers and returns the response, after the first replies have arrived.
 
@@ -129,10 +148,13 @@ async def begin(
     try:
         if is_streamed:
             first = await take_within(reply_stream, answer.first_event_seconds)
-            return EventStream(reply_stream, first, answer)
+            return EventStream(reply_stream, first, answer, recording)
         while replies := await reply_stream.take():
             answer.add(replies)
-        return JsonParts(await generation.whole_json(answer))
+        parts = await generation.whole_json(answer)
+        if recording is not None and isinstance(answer, Answer):
+            recording.finish(answer, parts)
+        return JsonParts(parts)
     except BaseException:
         reply_stream.close()
         raise
@@ -202,13 +224,20 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, reply_stream: ReplyStream, first: Replies | None, answer: AnyAnswer) -> None:
+    def __init__(
+        self,
+        reply_stream: ReplyStream,
+        first: Replies | None,
+        answer: AnyAnswer,
+        recording: Recording | None,
+    ) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
         self._reply_stream = reply_stream
         self._first = first
         self._answer = answer
+        self._recording = recording
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -232,6 +261,8 @@ class EventStream(Response):
         try:
             part = events(self._answer.opening())
             while replies is None or replies:
+                if replies and self._recording is not None and isinstance(self._answer, Answer):
+                    self._recording.add(self._answer, replies)
                 if replies and (part := part + events(self._answer.chunks(replies))):
                     yield part
                 elif replies is None:
@@ -241,6 +272,8 @@ class EventStream(Response):
         except StillhouseError as error:
             yield part + events(self._answer.failure(error))
             return
+        if self._recording is not None and isinstance(self._answer, Answer):
+            self._recording.finish(self._answer)
         for chunk in self._answer.closing():
             yield part + events([chunk])
             part = b""

@@ -17,6 +17,7 @@ from app.db.health_checks import ping
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
 from app.routing.router import RequestRouter
 from app.routing.worker_registry import STALLED_SECONDS
+from app.services.traffic.recorder import Recorder
 
 router = APIRouter(tags=["health"])
 log = structlog.get_logger(__name__)
@@ -66,7 +67,8 @@ class Readiness(BaseModel):
     A `degraded` service accepts jobs and all other requests, but it cannot generate text because no
     serve worker is ready. A worker counts as stalled if it has had work for a long time without a
     forward pass. `last_forward_seconds` is the age of the newest forward pass of any worker; null
-    before the first one.
+    before the first one. `dropped_completions` counts the completions that this process was to
+    store and did not.
     """
 
     status: Literal["ready", "degraded", "unavailable"]
@@ -74,6 +76,7 @@ class Readiness(BaseModel):
     serve_workers: int
     stalled_serve_workers: int
     last_forward_seconds: float | None
+    dropped_completions: int
 
 
 class Liveness(BaseModel):
@@ -96,6 +99,7 @@ async def ready(request: Request, response: Response) -> Readiness:
     without Redis and without workers. The state of the database may be one second old.
     """
     request_router: RequestRouter = request.app.state.request_router
+    recorder: Recorder = request.app.state.recorder
     workers = request_router.workers
     num_stalled = sum(worker.stalled_seconds > STALLED_SECONDS for worker in workers)
     # Both times are from the worker's own clock, so the age is that at its last heartbeat.
@@ -108,6 +112,7 @@ async def ready(request: Request, response: Response) -> Readiness:
         "serve_workers": len(workers),
         "stalled_serve_workers": num_stalled,
         "last_forward_seconds": round(max(0.0, min(ages)), 3) if ages else None,
+        "dropped_completions": recorder.num_dropped,
     }
     if not await request.app.state.database_check.is_available():
         response.status_code = 503
@@ -125,6 +130,8 @@ def metrics(
     """Returns Prometheus metrics. They cover all projects, so the key needs the scope `admin`."""
     request_router: RequestRouter = request.app.state.request_router
     serve_workers.set(len(request_router.workers))
+    recorder: Recorder = request.app.state.recorder
+    recorder.note_metrics()
     with transaction() as session:
         for status, count in jobs.count_by_status(session).items():
             jobs_by_status.labels(status).set(count)

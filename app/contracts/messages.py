@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.contracts.datasets import DatasetJob
 from app.contracts.distillation import Distillation
 
 SPLIT_VERSION = 2  # version of the rule that selects held-out rows, worker/distill/data/split.py
@@ -106,7 +107,8 @@ class ImportJob(Contract):
     format: Literal["folder", "gguf", "archive", "hub"]
 
 
-JobSpec = Annotated[DistillationJob | ImportJob, Field(discriminator="kind")]
+AnyJob = DistillationJob | ImportJob | DatasetJob
+JobSpec = Annotated[AnyJob, Field(discriminator="kind")]
 
 
 class ChatCost(Contract):

@@ -82,6 +82,16 @@ class Answer(ABC):
         """Number of prompt tokens, of those in the prefix cache, and of generated tokens."""
         return self._num_prompt_tokens, self._num_cached_tokens, self._num_completion_tokens
 
+    @property
+    def created(self) -> int:
+        """Time of the request, in seconds since the epoch."""
+        return self._created
+
+    @property
+    def usage(self) -> tuple[int, int]:
+        """Number of tokens of the prompts and of the choices that are complete."""
+        return self._num_prompt_tokens, self._num_completion_tokens
+
     def add(self, replies: Replies) -> None:
         """Collects replies for a complete response."""
         for prompt, reply in replies:

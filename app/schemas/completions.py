@@ -24,6 +24,7 @@ from app.contracts.generation import (
     TopK,
 )
 from app.schemas.chat_messages import ChatMessage, check_results
+from app.schemas.jobs import Metadata
 from app.schemas.tools import (
     ToolBodies,
     ToolBody,
@@ -248,6 +249,8 @@ class ChatBody(GenerationBody):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    store: bool | None = None
+    metadata: Metadata | None = None
     min_tokens: MinTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -22,6 +22,7 @@ from app.errors import BadRequest, Conflict, InProgress, NotFound, QuotaExceeded
 from app.routing import task_queue
 from app.schemas.jobs import CreateJob, ImportObject, JobObject
 from app.schemas.models import ImportModel
+from app.schemas.traffic import DatasetObject
 from app.services import submission
 from app.services.fine_tuning.supervised import refuse_unsupported
 from app.services.retries import RetryInfo, find_created, record_attempt, remember_job
@@ -190,7 +191,11 @@ def replayed(job: Job) -> Accepted:
 
 def body_of(session: Session, job: Job) -> Json:
     """Returns the response body that describes a job."""
-    answer = ImportObject.of(job) if job.kind == "import" else job_object(session, job)
+    answer: ImportObject | DatasetObject | JobObject
+    if job.kind == "dataset":
+        answer = DatasetObject.of(job)
+    else:
+        answer = ImportObject.of(job) if job.kind == "import" else job_object(session, job)
     return answer.model_dump(mode="json")
 
 

@@ -14,29 +14,37 @@ from typing import ParamSpec, TypeVar
 import structlog
 
 from app.artifact_cache import ArtifactCache
-from app.contracts.messages import ArtifactRef, DistillationJob, ImportJob, JobFailure, ModelFacts
+from app.contracts.datasets import DatasetJob
+from app.contracts.messages import (
+    AnyJob,
+    ArtifactRef,
+    DistillationJob,
+    JobFailure,
+    ModelFacts,
+)
 from app.crash_points import crash_point
 from app.settings import Settings
 from app.storage import CorruptArtifact, StorageError, store
 from worker.core_sharing import shared_cores
 from worker.disk import is_disk_full
 from worker.errors import DiskFull
-from worker.jobs import lease_client
+from worker.jobs import dataset_job, lease_client, run_specs
 from worker.jobs.lease_client import Lease, LeaseLost
 from worker.jobs.lease_heartbeat import DATABASE_AWAY, LeaseHeartbeat
 from worker.jobs.model_cards import write_card
 from worker.jobs.result_files import FileColumns, upload_results
 from worker.jobs.run_process import RunProcess, child_environment
-from worker.protocol.import_spec import ImportSpec
+from worker.jobs.run_specs import Spec
+from worker.protocol.dataset_spec import DatasetSpec
 from worker.protocol.run_lines import (
     CheckpointLine,
+    DatasetLine,
     ErrorLine,
     MessageLine,
     ResultLine,
     RunLine,
     StoppedLine,
 )
-from worker.protocol.run_spec import RunSpec
 
 log = structlog.get_logger(__name__)
 
@@ -46,6 +54,14 @@ GRACE_SECONDS = 60.0  # time for a run that is told to stop to write its checkpo
 SILENCE_SECONDS = 3600.0  # a run that writes no line for longer is taken to hang
 DATABASE_RETRY_SECONDS = 1.0
 
+# Outcomes of a run, after which it writes nothing more.
+OUTCOMES = ResultLine | DatasetLine | ErrorLine | StoppedLine
+# Advice to the owner of a job whose disk was full, by kind of job.
+ADVICE = {
+    "distillation": "resume the job",
+    "import": "import the model again",
+    "dataset": "create the data set again",
+}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -127,49 +143,24 @@ class Attempt:
         self.copies.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _spec(
-        self, job: DistillationJob | ImportJob, resume_dir: Path | None
-    ) -> RunSpec | ImportSpec:
+    def _spec(self, job: AnyJob, resume_dir: Path | None) -> Spec:
         """Fetches the inputs of the job and returns the spec of its run process.
 
         Raises FileNotFoundError if an input is missing and CorruptArtifact if one is damaged.
         """
-        settings, threads = self.settings, self.settings.num_threads
-        if isinstance(job, ImportJob):
-            source = None
-            if job.staged is not None:
-                is_file = job.format in ("gguf", "archive")
-                fetch = self.copies.fetch_file if is_file else self.copies.fetch_folder
-                source = fetch(job.staged)
-            return ImportSpec(
-                format=job.format, source_path=source, hub=job.hub, num_threads=threads
+        if isinstance(job, DatasetJob):
+            records = dataset_job.export_records(self.lease, job, self.folder, self._write)
+            return DatasetSpec(
+                records_path=records, options=job.options, max_row_bytes=job.max_row_bytes
             )
-        validation, test = job.validation_file, job.test_file
-        return RunSpec(
-            distillation=job.distillation,
-            teacher_dir=self.copies.fetch_folder(job.teacher),
-            start_dir=self.copies.fetch_folder(job.start),
-            has_teacher=job.method != "supervised",
-            training_path=self.copies.fetch_file(job.training_file),
-            validation_path=self.copies.fetch_file(validation) if validation else None,
-            test_path=self.copies.fetch_file(test) if test else None,
-            split_version=job.split_version,
-            cache_dir=settings.work_root() / "cache",
-            cache_bytes=settings.teacher_cache_bytes,
-            resume_dir=resume_dir,
-            seed=job.seed,
-            num_threads=threads,
-            num_processes=settings.num_processes,
-            keep_checkpoints=settings.keep_checkpoints,
-        )
+        return run_specs.spec_of(job, self.copies, self.settings, resume_dir=resume_dir)
 
-    def _prepare_inputs(self, spec: RunSpec | ImportSpec) -> list[str]:
+    def _prepare_inputs(self, spec: Spec) -> list[str]:
         """Writes the spec to the work folder; returns the module and arguments of the process."""
-        self.folder.mkdir(parents=True, mode=0o700)
+        self.folder.mkdir(parents=True, mode=0o700, exist_ok=True)
         spec_path = self.folder / "spec.json"
         spec_path.write_text(spec.model_dump_json())
-        module = "worker.train" if isinstance(spec, RunSpec) else "worker.import_model"
-        return [module, str(spec_path), "--out", str(self.out)]
+        return [run_specs.MODULES[type(spec)], str(spec_path), "--out", str(self.out)]
 
     def _good_checkpoint(self) -> Path | None:
         """Returns a copy of the newest checkpoint whose checksums match, or None if there is none.
@@ -224,7 +215,7 @@ class Attempt:
 
     def _take(self, lines: Sequence[RunLine]) -> None:
         for line in lines:
-            if isinstance(line, CheckpointLine | ResultLine | ErrorLine | StoppedLine):
+            if isinstance(line, CheckpointLine | OUTCOMES):
                 self._record_gathered()
                 if isinstance(line, CheckpointLine):
                     self._commit(line)
@@ -277,9 +268,11 @@ class Attempt:
         crash_point("checkpoint.committed")
         _delete(freed)
 
-    def _end(self, line: ResultLine | ErrorLine | StoppedLine) -> None:
+    def _end(self, line: ResultLine | DatasetLine | ErrorLine | StoppedLine) -> None:
         if isinstance(line, ResultLine):
             self._finish(line)
+        elif isinstance(line, DatasetLine):
+            self._finish_dataset(line)
         elif isinstance(line, ErrorLine):
             self._end_with_error(JobFailure(code=line.code, message=line.message, param=line.param))
         else:
@@ -314,9 +307,23 @@ class Attempt:
         except Exception:  # a model is kept even if its card cannot be written
             log.exception("card_not_written", job=self.lease.job_id)
 
+    def _finish_dataset(self, line: DatasetLine) -> None:
+        assert isinstance(self.lease.spec, DatasetJob)
+        try:
+            files = dataset_job.store_files(self.out, line, self.lease.spec.name)
+        except (OSError, StorageError) as error:
+            log.warning("data_set_not_stored", job=self.lease.job_id, error=str(error))
+            if is_disk_full(error):
+                self._end_without_disk("the store has no space for the data set")
+            else:
+                self._write(lease_client.lost, self.lease, "The data set could not be stored.")
+            return
+        crash_point("dataset.stored")
+        if not self._write(dataset_job.finish, self.lease, files, line.report):
+            _delete(file.columns["store_key"] for file in files)
+
     def _end_without_disk(self, reason: str) -> None:
-        is_resumable = isinstance(self.lease.spec, DistillationJob)
-        advice = "resume the job" if is_resumable else "import the model again"
+        advice = ADVICE[self.lease.spec.kind]
         message = f"{reason}; free some disk space, then {advice}"
         self._end_with_error(JobFailure(code=DiskFull.code, message=message))
 
@@ -337,6 +344,7 @@ class Attempt:
         )
 
     def _register(self, ref: ArtifactRef, line: ResultLine, files: list[FileColumns]) -> bool:
+        assert not isinstance(self.lease.spec, DatasetJob)
         return lease_client.finish(
             self.lease,
             model_id=self.lease.spec.output_model,

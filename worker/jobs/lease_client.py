@@ -15,7 +15,9 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from app.contracts.datasets import DatasetJob
 from app.contracts.messages import (
+    AnyJob,
     ArtifactRef,
     DistillationJob,
     ImportJob,
@@ -35,7 +37,7 @@ from worker.protocol.run_lines import MessageLine, MetricsLine, ProgressLine, Ru
 
 NUM_TRIES: Final = 3
 MOST_POINTS: Final = 2_000_000  # limit on the points of a job's metrics in its result file
-job_spec: Final[TypeAdapter[DistillationJob | ImportJob]] = TypeAdapter(JobSpec)
+job_spec: Final[TypeAdapter[AnyJob]] = TypeAdapter(JobSpec)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -69,7 +71,7 @@ class Lease:
     job_id: str
     token: int
     attempt: int
-    spec: DistillationJob | ImportJob
+    spec: AnyJob
     project_id: str | None
     resume: CheckpointRef | None
 
@@ -243,6 +245,7 @@ def finish(
     Returns False if the job was cancelled meanwhile or the model id was taken. No row refers to
     the stored artifacts then, and the caller has to delete them.
     """
+    assert not isinstance(lease.spec, DatasetJob), "a data set job makes no model"
     kind, teacher_id = registration_of(lease.spec)
     model = {
         "id": model_id,
@@ -265,7 +268,7 @@ def finish(
             files=files,
         )
         if job is None:
-            return _demand_outcome(session, lease, "succeeded")
+            return demand_outcome(session, lease, "succeeded")
         crash_point("finish.inside")
         return job.status == JobStatus.succeeded
 
@@ -285,7 +288,7 @@ def fail(lease: Lease, failure: JobFailure) -> None:
     crash_point("fail.begun")
     with transaction() as session:
         if leases.fail(session, lease.job_id, lease.token, failure) is None:
-            _demand_outcome(session, lease, "failed")
+            demand_outcome(session, lease, "failed")
 
 
 @retry_on_disconnect
@@ -293,7 +296,7 @@ def cancelled(lease: Lease) -> None:
     """Ends the job after its run was killed for a cancellation."""
     with transaction() as session:
         if leases.cancel(session, lease.job_id, lease.token) is None:
-            _demand_outcome(session, lease, "cancelled")
+            demand_outcome(session, lease, "cancelled")
 
 
 @retry_on_disconnect
@@ -301,7 +304,7 @@ def paused(lease: Lease) -> None:
     """Pauses the job after its run has stopped for the owner's pause request."""
     with transaction() as session:
         if leases.pause(session, lease.job_id, lease.token) is None:
-            _demand_outcome(session, lease, "paused", "released", "cancelled")
+            demand_outcome(session, lease, "paused", "released", "cancelled")
 
 
 @retry_on_disconnect
@@ -312,7 +315,7 @@ def pause_for_disk(lease: Lease, message: str) -> None:
     """
     with transaction() as session:
         if leases.pause_for_disk(session, lease.job_id, lease.token, message=message) is None:
-            _demand_outcome(session, lease, "paused", "cancelled")
+            demand_outcome(session, lease, "paused", "cancelled")
 
 
 @retry_on_disconnect
@@ -320,7 +323,7 @@ def release(lease: Lease, reason: str) -> None:
     """Returns the job to the queue because the worker shuts down. This does not count as a loss."""
     with transaction() as session:
         if leases.release(session, lease.job_id, lease.token, reason=reason) is None:
-            _demand_outcome(session, lease, "released", "paused", "cancelled")
+            demand_outcome(session, lease, "released", "paused", "cancelled")
 
 
 @retry_on_disconnect
@@ -335,7 +338,7 @@ def lost(lease: Lease, reason: str, error_code: str = "worker_lost") -> None:
             session, lease.job_id, lease.token, policy, reason=reason, error_code=error_code
         )
         if job is None:
-            _demand_outcome(session, lease, "lost", "out_of_memory", "paused", "cancelled")
+            demand_outcome(session, lease, "lost", "out_of_memory", "paused", "cancelled")
 
 
 def ended(names: Sequence[str]) -> list[str]:
@@ -354,7 +357,7 @@ def _demand(session: Session, lease: Lease, job: Job | None) -> Job:
     return job
 
 
-def _demand_outcome(session: Session, lease: Lease, *outcomes: str) -> bool:
+def demand_outcome(session: Session, lease: Lease, *outcomes: str) -> bool:
     """Returns True if this attempt has already ended with one of `outcomes`.
 
     That happens if the answer to an earlier try of the same call was lost.

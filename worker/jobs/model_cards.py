@@ -3,6 +3,7 @@
 from datetime import UTC, datetime
 from pathlib import Path
 
+from app.contracts.datasets import DatasetJob
 from app.contracts.messages import ImportJob, ModelFacts
 from app.db.registry.lineage import Origin, source_of
 from app.model_card import CARD, Ancestor, ModelCard, library_versions
@@ -13,6 +14,7 @@ from worker.protocol.run_lines import ResultLine
 def write_card(folder: Path, lease: Lease, origin: Origin, line: ResultLine) -> None:
     """Writes README.md. Replaces the file instead of changing it, because it may be a hard link."""
     spec, ancestors = lease.spec, origin.ancestors
+    assert not isinstance(spec, DatasetJob), "a data set job makes no model"
     if isinstance(spec, ImportJob):
         source, license_ = source_of(line.result)
         ancestors = (Ancestor(spec.output_model, source, license_),)

@@ -14,7 +14,7 @@ from pathlib import Path
 import structlog
 from pydantic import ValidationError
 
-from app.contracts.messages import DistillationJob, ImportJob
+from app.contracts.messages import AnyJob, ImportJob
 from app.local.process_manager import environment_without_secrets
 from app.settings import Settings
 from worker.core_sharing import SharedRun
@@ -180,7 +180,7 @@ def _memory_event_files() -> list[Path]:
     return files
 
 
-def child_environment(spec: DistillationJob | ImportJob, settings: Settings) -> dict[str, str]:
+def child_environment(spec: AnyJob, settings: Settings) -> dict[str, str]:
     """Returns the environment of a run: without secrets, and offline unless it is a hub import.
 
     Only an import that may use the hub token gets the token.

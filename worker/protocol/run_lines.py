@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from app.contracts.datasets import Side
+
 StageName = Literal[
     "loading_models",
     "generating_teacher_data",
@@ -19,6 +21,9 @@ StageName = Literal[
     "fetching",
     "unpacking",
     "converting",
+    "reading",
+    "deduplicating",
+    "writing",
 ]
 
 PROGRESS_SECONDS = 1.0
@@ -98,6 +103,23 @@ class ResultLine(Line):
     files: tuple[str, ...] = ()
 
 
+class DatasetFile(Line):
+    """File of a data set, relative to the run's output folder."""
+
+    side: Side
+    name: str
+    num_rows: int
+    max_row_bytes: int
+
+
+class DatasetLine(Line):
+    """The run has made a data set. `report` says how its rows were chosen."""
+
+    type: Literal["dataset"] = "dataset"
+    files: tuple[DatasetFile, ...]
+    report: dict[str, Any]  # Any: the public report
+
+
 class StoppedLine(Line):
     """The run has stopped after a SIGTERM. A later run can resume from its newest checkpoint."""
 
@@ -121,6 +143,7 @@ RunLine = Annotated[
     | CheckpointLine
     | MessageLine
     | ResultLine
+    | DatasetLine
     | StoppedLine
     | ErrorLine,
     Field(discriminator="type"),

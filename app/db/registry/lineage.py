@@ -30,8 +30,9 @@ def origin_of(session: Session, job: Job) -> Origin:
     Ancestors are the imported models at the ends of the lineage. Deleted models are left out.
     """
     block = job.spec.get("distillation")
-    has_teacher = isinstance(block, dict) and job.spec.get("method") != "supervised"
-    teacher = block.get("teacher") if has_teacher else None
+    teacher = block.get("teacher") if isinstance(block, dict) else None
+    if job.spec.get("method") == "supervised":
+        teacher = None
     start = job.request.get("model")
     return Origin(
         teacher=teacher if isinstance(teacher, str) else None,

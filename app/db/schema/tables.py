@@ -112,7 +112,7 @@ class Pin(Table):
 
 
 class Job(Table):
-    """Job of kind `distillation` or `import`. `lease_token` fences the writes of its attempts.
+    """Job of kind `distillation`, `import` or `dataset`. `lease_token` fences the writes of its attempts.
 
     `num_losses` and the runtime that is compared with the limit are counted since `resumed_at`.
     `pause_reason` is null if the job's owner requested the pause.

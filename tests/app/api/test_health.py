@@ -25,6 +25,7 @@ def test_without_a_serve_worker_the_service_is_degraded_but_ready(http: httpx.Cl
         "serve_workers": 0,
         "stalled_serve_workers": 0,
         "last_forward_seconds": None,
+        "dropped_completions": 0,
     }
 
 

@@ -1,0 +1,1 @@
+"""Routes for stored completions and data sets."""

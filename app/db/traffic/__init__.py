@@ -1,0 +1,1 @@
+"""Queries and changes of stored completions, and of the data sets that are made from them."""

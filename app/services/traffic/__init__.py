@@ -1,0 +1,1 @@
+"""Stores chat completions after they have been answered, and makes data sets of them."""

@@ -1,0 +1,54 @@
+"""The index of similar texts agrees with a comparison of all pairs."""
+
+import random
+
+from worker.dataset.near_duplicates import SimilarTexts, jaccard, normalised, shingles
+
+WORDS = [f"word{number}" for number in range(300)]
+
+
+def texts(count: int) -> list[str]:
+    """Texts of which many are copies of an earlier one with some words changed."""
+    chance = random.Random(7)
+    made: list[str] = []
+    for _ in range(count):
+        if made and chance.random() < 0.6:
+            words = chance.choice(made).split()
+            for _ in range(chance.randrange(1, 5)):
+                words[chance.randrange(len(words))] = chance.choice(WORDS)
+        else:
+            words = [chance.choice(WORDS) for _ in range(20)]
+        made.append(" ".join(words))
+    return made
+
+
+def test_similar_texts_are_those_of_a_comparison_of_all_pairs() -> None:
+    made = texts(300)
+    sets = [shingles(text) for text in made]
+    index = SimilarTexts(0.8, made.__getitem__)
+    num_pairs = 0
+    for number, text in enumerate(made):
+        expected = {other for other in range(number) if jaccard(sets[number], sets[other]) >= 0.8}
+        num_pairs += len(expected)
+        assert set(index.add(number, text)) == expected
+    assert num_pairs > 100
+
+
+def test_a_text_that_is_similar_is_not_added() -> None:
+    made = ["how do i reset my password today", "how do i reset my password today?", "other words"]
+    index = SimilarTexts(0.8, made.__getitem__)
+    assert [index.add_unless_similar(n, text) for n, text in enumerate(made)] == [True, False, True]
+
+
+def test_texts_are_compared_without_case_width_and_white_space() -> None:
+    assert normalised("Ｈow\n do  I") == "how do i"
+    assert shingles("ab") == {"ab"}
+    assert shingles("") == {""}
+    assert jaccard(shingles("abcdef"), shingles("abcdeg")) == 1 / 3
+
+
+def test_many_equal_texts_are_found_fast() -> None:
+    text = "what is the status of my order with the number"
+    made = [f"{text} {number}" for number in range(2000)]
+    index = SimilarTexts(0.8, made.__getitem__)
+    assert sum(index.add_unless_similar(n, text) for n, text in enumerate(made)) < 20

@@ -1,0 +1,56 @@
+"""Specs of run processes: fetches the inputs of a job and names the module that runs it."""
+
+from pathlib import Path
+
+from app.artifact_cache import ArtifactCache
+from app.contracts.messages import DistillationJob, ImportJob
+from app.settings import Settings
+from worker.protocol.dataset_spec import DatasetSpec
+from worker.protocol.import_spec import ImportSpec
+from worker.protocol.run_spec import RunSpec
+
+Spec = RunSpec | ImportSpec | DatasetSpec
+MODULES: dict[type[Spec], str] = {
+    RunSpec: "worker.train",
+    ImportSpec: "worker.import_model",
+    DatasetSpec: "worker.build_dataset",
+}
+
+
+def spec_of(
+    job: DistillationJob | ImportJob,
+    copies: ArtifactCache,
+    settings: Settings,
+    *,
+    resume_dir: Path | None,
+) -> RunSpec | ImportSpec:
+    """Fetches the inputs of the job and returns the spec of its run process.
+
+    Raises FileNotFoundError if an input is missing and CorruptArtifact if one is damaged.
+    """
+    threads = settings.num_threads
+    if isinstance(job, ImportJob):
+        source = None
+        if job.staged is not None:
+            is_file = job.format in ("gguf", "archive")
+            fetch = copies.fetch_file if is_file else copies.fetch_folder
+            source = fetch(job.staged)
+        return ImportSpec(format=job.format, source_path=source, hub=job.hub, num_threads=threads)
+    validation, test = job.validation_file, job.test_file
+    return RunSpec(
+        distillation=job.distillation,
+        teacher_dir=copies.fetch_folder(job.teacher),
+        start_dir=copies.fetch_folder(job.start),
+        has_teacher=job.method != "supervised",
+        training_path=copies.fetch_file(job.training_file),
+        validation_path=copies.fetch_file(validation) if validation else None,
+        test_path=copies.fetch_file(test) if test else None,
+        split_version=job.split_version,
+        cache_dir=settings.work_root() / "cache",
+        cache_bytes=settings.teacher_cache_bytes,
+        resume_dir=resume_dir,
+        seed=job.seed,
+        num_threads=threads,
+        num_processes=settings.num_processes,
+        keep_checkpoints=settings.keep_checkpoints,
+    )
