@@ -44,6 +44,10 @@ class Conversation:
     def shows_tools(self) -> bool:
         return self.tool_use is not None and self.tool_use.choice != "none"
 
+    @property
+    def has_calls(self) -> bool:
+        return any(message.tool_calls or message.role == "tool" for message in self.messages)
+
     def texts(self) -> Iterator[str]:
         """Yields the texts that the model reads."""
         for message in self.messages:
@@ -128,11 +132,8 @@ def validate_for_model(order: Order, settings: Settings) -> None:
     ):
         message = f"the model {order.model.model_id!r} has no chat template; use /v1/completions"
         raise BadRequest(message, "no_chat_template", "messages")
-    if facts.takes_tools is False and any(
-        isinstance(prompt, Conversation) and prompt.shows_tools for prompt in order.prompts
-    ):
-        message = f"the chat template of the model {order.model.model_id!r} does not support tools; leave tools out, or use another model"
-        raise BadRequest(message, "tools_unsupported", "tools")
+    if facts.takes_tools is False:
+        refuse_tools(order)
     if order.task != "generate":
         return
     context_tokens = min(facts.context_tokens, settings.max_context_tokens)
@@ -155,6 +156,18 @@ def validate_for_model(order: Order, settings: Settings) -> None:
             "context_length_exceeded",
             "max_tokens",
         )
+
+
+def refuse_tools(order: Order) -> None:
+    """Raises BadRequest if a prompt has tools or tool calls, for a model without them."""
+    for prompt in order.prompts:
+        if isinstance(prompt, Conversation) and (prompt.shows_tools or prompt.has_calls):
+            param = "tools" if prompt.shows_tools else "messages"
+            message = (
+                f"the chat template of the model {order.model.model_id!r} does not support tools; "
+                "leave tools and tool calls out, or use another model"
+            )
+            raise BadRequest(message, "tools_unsupported", param)
 
 
 def logprob_bytes(order: Order) -> int:

@@ -74,6 +74,12 @@ class ToolsUnsupported(ServeError):
     param = "tools"
 
 
+class ToolMessagesUnsupported(ToolsUnsupported):
+    """The messages have tool calls, but the chat template of the model does not show them."""
+
+    param = "messages"
+
+
 class ToolChoiceUnsupported(ToolsUnsupported):
     """A tool call is required, but the tool format of the model cannot be enforced."""
 

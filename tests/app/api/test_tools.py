@@ -200,9 +200,15 @@ def test_a_bad_request_names_what_is_wrong(
 def test_a_model_whose_template_shows_no_tools_refuses_them_at_once(
     http: httpx.Client, register: Callable[..., str]
 ) -> None:
-    response = http.post(PATH, json=asking(register(takes_tools=False)))
-    assert response.json()["error"]["code"] == "tools_unsupported"
-    assert response.json()["error"]["param"] == "tools"
+    call = {"id": "c", "type": "function", "function": {"name": TOOL, "arguments": "{}"}}
+    model = register(takes_tools=False)
+    bodies = {
+        "tools": asking(model),
+        "messages": asking(model, tools=[], messages=[USER, {"role": "assistant", "tool_calls": [call]}]),
+    }  # fmt: skip
+    for param, body in bodies.items():
+        error = http.post(PATH, json=body).json()["error"]
+        assert (error["code"], error["param"]) == ("tools_unsupported", param)
 
 
 def test_a_model_of_an_older_version_refuses_tools_when_its_template_is_read(

@@ -6,7 +6,12 @@ from typing import Any
 
 from app.contracts.generation import GenerateRequest, Message, ToolCall, ToolUse
 from worker.models.chat_templates import takes_tools, takes_tools_in_message
-from worker.serve.errors import InvalidMessages, NoChatTemplate, ToolsUnsupported
+from worker.serve.errors import (
+    InvalidMessages,
+    NoChatTemplate,
+    ToolMessagesUnsupported,
+    ToolsUnsupported,
+)
 from worker.serve.text.template_process import RENDERER
 
 Json = dict[str, Any]  # Any: JSON for chat templates
@@ -28,16 +33,18 @@ def chat_text(
     if not template:
         raise NoChatTemplate("this model has no chat template; use /v1/completions")
     tools = shown_tools(request.tool_use)
-    if tools and not takes_tools(template):
-        raise ToolsUnsupported(
-            "the chat template of this model does not support tools; leave tools out, or use another model"
+    messages = request.messages or ()
+    has_calls = any(message.tool_calls or message.role == "tool" for message in messages)
+    if (tools or has_calls) and not takes_tools(template):
+        raise (ToolsUnsupported if tools else ToolMessagesUnsupported)(
+            "the chat template of this model does not support tools; leave tools and tool calls out, or use another model"
         )
     try:
         chosen = tokenizer.get_chat_template(tools=tools)
     except ValueError as error:
         raise InvalidMessages(f"the model has no default chat template: {error}") from error
     names: Json = {**json.loads(request.template_kwargs), **tokenizer.special_tokens_map}
-    turns = turns_of(request.messages or (), has_developer="developer" in str(template))
+    turns = turns_of(messages, has_developer="developer" in str(template))
     if tools:
         names["tools"] = tools
         if takes_tools_in_message(chosen):

@@ -14,6 +14,7 @@ from worker.serve.errors import (
     MessagesTooLong,
     NoChatTemplate,
     PromptTooLong,
+    ToolMessagesUnsupported,
     ToolsUnsupported,
 )
 from worker.serve.text.prompt_size import size_bound
@@ -208,13 +209,15 @@ def test_arguments_that_are_no_object_reach_the_template_as_text(
 ) -> None:
     call = ToolCall(id="c", name="f", arguments=arguments)
     request = make_request(messages=(Message(role="assistant", tool_calls=(call,)),))
-    template = "{{ messages[0].tool_calls[0].function.arguments }}"
+    template = "{{ tools or messages[0].tool_calls[0].function.arguments }}"
     assert tiny_tokenizer().decode(tokens_of(request, chat_template=template)) == arguments
 
 
 def test_a_template_without_tools_refuses_them(make_request: Make) -> None:
-    with pytest.raises(ToolsUnsupported, match="leave tools out"):
+    with pytest.raises(ToolsUnsupported, match="leave tools"):
         tokens_of(make_request(messages=HELLO, tool_use=TOOLS))
+    with pytest.raises(ToolMessagesUnsupported):
+        tokens_of(make_request(messages=(*HELLO, Message(role="tool", content="x"))))
     hidden = TOOLS.model_copy(update={"choice": "none"})
     assert tokens_of(make_request(messages=HELLO, tool_use=hidden)) == tokens_of(
         make_request(messages=HELLO)

@@ -3,7 +3,7 @@
 import ast
 import json
 from collections.abc import Collection
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 Json = Any  # Any: JSON of the model
 
@@ -118,10 +118,6 @@ def _is_encodable(text: str) -> bool:
 
 def _parsed_json(text: str) -> Json:
     try:
-        return json.loads(text, parse_constant=_refuse_constant, strict=False)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError):
         raise NotACall from None
-
-
-def _refuse_constant(_: str) -> NoReturn:
-    raise NotACall

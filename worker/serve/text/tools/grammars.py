@@ -82,7 +82,8 @@ def tool_grammar(
     ):
         return None
     builder = _Builder(tool_use, tool_format, tool_format.layout, dict(special))
-    return Grammar(kind="lark", text=HEADER + "\n".join(builder.rules(schema)) + "\n")
+    text = HEADER + "\n".join(builder.rules(schema)) + "\n"
+    return Grammar(kind="lark", text=text, param="tools")
 
 
 class _Builder:

@@ -182,6 +182,18 @@ def test_strict_tools_are_constrained_after_any_text_and_others_are_not() -> Non
     assert not accepts(grammar, free.replace("clock", "watch"))
 
 
+def test_a_mark_that_is_a_token_begins_a_constrained_call_too() -> None:
+    vocabulary = Bytes(["<tool_call>"])
+    use = ToolUse(tools=(Tool(name="f", parameters=json.dumps(SCHEMA), strict=True),))
+    matcher = matcher_of(grammar_of(use, formats.HERMES, vocabulary), vocabulary)
+    mark = vocabulary.special()["<tool_call>"]
+    begun = [*b"Let me see. ", mark, *b'\n{"name": "f", "arguments": {"city": "']
+    assert matcher.validate_tokens(begun) == len(begun)
+    matcher.consume_tokens(begun)
+    assert matcher.validate_tokens(list(b"Wien")) == 4
+    assert matcher.validate_tokens(list(b"Graz")) == 0
+
+
 def test_a_format_without_marks_is_constrained_from_its_first_bracket() -> None:
     use = ToolUse(tools=(WEATHER,))
     grammar = grammar_of(use, formats.LLAMA3, Bytes([]))
