@@ -50,6 +50,20 @@ class EchoUnsupported(ServeError):
     param = "echo"
 
 
+class InvalidGrammar(ServeError):
+    """The grammar of the request cannot be compiled, or is too complex for a token of its answer."""
+
+    code = "invalid_grammar"
+    status = 400
+    param = "response_format"
+
+
+class InvalidAnswer(ServeError):
+    """A complete answer does not match the schema of the request."""
+
+    code = "invalid_answer"
+
+
 class NoChatTemplate(ServeError):
     """The request has messages, but the model has no chat template."""
 
