@@ -53,10 +53,14 @@ class ToolUse(Contract):
 
 
 class Grammar(Contract):
-    """Constraint on the text of an answer. The text is a JSON Schema, a regex or a Lark grammar."""
+    """Constraint on the text of an answer. The text is a JSON Schema, a regex or a Lark grammar.
+
+    param: Parameter of the request that holds the grammar. Errors name it.
+    """
 
     kind: Literal["json_schema", "regex", "lark"]
     text: str
+    param: str = "response_format"
 
 
 # Types of the sampling parameters that the HTTP bodies share with `Sampling`.

@@ -1,6 +1,7 @@
 """Request bodies of /v1/completions and /v1/chat/completions. All numbers have bounds."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
 
 from app.contracts.generation import (
     Fraction,
+    Grammar,
     Message,
     Penalty,
     RepetitionPenalty,
@@ -22,6 +24,9 @@ from app.contracts.generation import (
     Temperature,
     TopK,
 )
+from app.errors import BadRequest
+from app.schemas.structured_outputs import ResponseFormat, StructuredOutputs
+from app.structured_outputs.request_grammar import request_grammar
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -75,7 +80,15 @@ class GenerationBody(BaseModel):
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
+    guided_json: Unsupported = None
+    guided_regex: Unsupported = None
+    guided_choice: Unsupported = None
+    guided_grammar: Unsupported = None
+    guided_decoding_backend: Unsupported = None
+    guided_whitespace_pattern: Unsupported = None
     user: Unused = None
     store: Unused = None
     metadata: Unused = None
@@ -117,6 +130,26 @@ class GenerationBody(BaseModel):
     def num_choices(self) -> int:
         return self.n or 1
 
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """Grammar of the answer. Raises BadRequest. Takes milliseconds for a large schema."""
+        for name in GUIDED:
+            if getattr(self, name) is not None:
+                raise BadRequest(
+                    f"{name} is not supported; use structured_outputs instead",
+                    "unsupported_parameter",
+                    name,
+                )
+        grammar = request_grammar(self.response_format, self.structured_outputs)
+        for name in ("ignore_eos", "echo"):
+            if grammar is not None and getattr(self, name, None):
+                raise BadRequest(
+                    f"{name} is not supported with a structured output; leave it out",
+                    "unsupported_parameter",
+                    name,
+                )
+        return grammar
+
     def _sampling(
         self,
         *,
@@ -140,11 +173,14 @@ class GenerationBody(BaseModel):
             min_tokens=min_tokens or 0,
             stop=stops,
             logprobs=logprobs,
+            grammar=self.grammar,
         )
 
 
 # Parameters that have the same name and form in a body and in `Sampling`.
 CONVERTED = {"max_tokens", "stop", "logit_bias"}
+# Parameters of older versions of vLLM.
+GUIDED = tuple(name for name in GenerationBody.model_fields if name.startswith("guided_"))
 SHARED = (Sampling.model_fields.keys() & GenerationBody.model_fields.keys()) - CONVERTED
 
 
@@ -260,7 +296,6 @@ class ChatBody(GenerationBody):
         "functions": ([],),
         "function_call": ("none", "auto"),
         "parallel_tool_calls": (True, False),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -280,7 +315,6 @@ class ChatBody(GenerationBody):
     functions: Unsupported = None
     function_call: Unsupported = None
     parallel_tool_calls: Unsupported = None
-    response_format: Unsupported = None
     modalities: Unsupported = None
     audio: Unsupported = None
     prediction: Unsupported = None

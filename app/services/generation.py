@@ -210,7 +210,16 @@ def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnsw
     return ChatAnswer(new_id("chatcmpl-"), body, created=created), [conversation]
 
 
+def has_grammar(body: ChatBody | CompletionBody) -> bool:
+    """Returns whether `refuse_unsupported` has to check a grammar, which may take milliseconds."""
+    return body.response_format is not None or body.structured_outputs is not None
+
+
 def refuse_unsupported(body: ChatBody | CompletionBody) -> None:
-    """Raises BadRequest if the body sets a parameter that this service does not support."""
+    """Raises BadRequest if the body sets a parameter that this service does not support.
+
+    Also raises it if the grammar of the answer cannot be enforced.
+    """
     if (name := body.unsupported()) is not None:
         raise BadRequest(f"{name} is not supported; leave it out", "unsupported_parameter", name)
+    _ = body.grammar  # raises BadRequest

@@ -18,6 +18,8 @@ MAX_BYTES: Final = 200_000
 MAX_DEPTH: Final = 64
 MAX_PROPERTIES: Final = 5_000
 MAX_ENUM_VALUES: Final = 1_000
+# Per object. The time of a mask grows with the number of properties that may come next.
+MAX_OPTIONAL: Final = 500
 
 TYPES: Final = frozenset({"string", "number", "integer", "boolean", "object", "array", "null"})
 FORMATS: Final = frozenset(
@@ -62,22 +64,31 @@ NUMBERS: Final = frozenset(
 Path = tuple[str, ...]
 
 
-def check_schema(schema: object, *, param: str) -> str:
+def check_schema(
+    schema: object,
+    *,
+    param: str,
+    subject: str | None = None,
+    code: str = "invalid_json_schema",
+) -> str:
     """Returns the JSON text of a schema, with its keys in the given order.
 
     Raises BadRequest if the schema is too large, malformed, or has a keyword that cannot be
-    enforced. `param` names the parameter that holds the schema.
+    enforced. `param` names the parameter that holds the schema. `subject` names the schema in
+    messages, for example `function 'search'`.
     """
+    subject = subject or param
     if not isinstance(schema, dict):
-        raise BadRequest(f"{param} must be a JSON Schema object", "invalid_json_schema", param)
+        message = f"Invalid schema for {subject}: it must be a JSON Schema object"
+        raise BadRequest(message, code, param)
     text = orjson.dumps(schema)
     if len(text) > MAX_BYTES:
         raise BadRequest(
             f"the schema has {len(text):,} bytes, at most {MAX_BYTES:,} are allowed; use a smaller one",
-            "invalid_json_schema",
+            code,
             param,
         )
-    _SchemaCheck(param, schema).run()
+    _SchemaCheck(param, subject, code, schema).run()
     return text.decode()
 
 
@@ -86,6 +97,8 @@ class _SchemaCheck:
     """Check of one schema. The counts are of all its parts together."""
 
     param: str
+    subject: str
+    code: str
     root: Json
     num_properties: int = field(default=0, init=False)
     num_enum_values: int = field(default=0, init=False)
@@ -102,6 +115,7 @@ class _SchemaCheck:
             raise self._error((), f"the schema has more than {MAX_DEPTH} levels of nesting")
         for keyword, value in schema.items():
             self._check(keyword, value, path)
+        self._check_optional(schema, path)
         for steps, child in children(schema):
             self._visit(child, (*path, *steps), depth + 1)
 
@@ -126,6 +140,16 @@ class _SchemaCheck:
                 raise self._error(path, "'multipleOf' must be above 0")
         elif keyword not in ANNOTATIONS:
             self._check_value(keyword, value, path)
+
+    def _check_optional(self, schema: dict[str, Json], path: Path) -> None:
+        properties = schema.get("properties", {})
+        if len(properties) <= MAX_OPTIONAL:
+            return
+        if len(properties.keys() - set(schema.get("required", ()))) > MAX_OPTIONAL:
+            raise self._error(
+                path,
+                f"an object has more than {MAX_OPTIONAL} optional properties; list them in 'required'",
+            )
 
     def _check_map(self, keyword: str, value: Json, path: Path) -> None:
         if not isinstance(value, dict):
@@ -187,8 +211,8 @@ class _SchemaCheck:
 
     def _error(self, path: Path, message: str) -> BadRequest:
         return BadRequest(
-            f"Invalid schema for {self.param}: In context={path}, {message}",
-            "invalid_json_schema",
+            f"Invalid schema for {self.subject}: In context={path}, {message}",
+            self.code,
             self.param,
         )
 

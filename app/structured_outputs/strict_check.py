@@ -10,7 +10,9 @@ Json = Any  # Any: JSON of the client
 MAX_STRICT_DEPTH: Final = 10
 
 
-def check_strict(schema: dict[str, Json], *, subject: str, param: str, code: str | None) -> None:
+def check_strict(
+    schema: dict[str, Json], *, subject: str, param: str, code: str = "invalid_json_schema"
+) -> None:
     """Raises BadRequest if a checked schema breaks a rule of strict mode.
 
     Every object must forbid additional properties and require all its properties. `subject` names

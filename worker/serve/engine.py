@@ -99,6 +99,13 @@ class TransformersEngine:
             self._text, num_logits=self._num_logits, end_ids=self._end_ids
         )
 
+    def prepare_grammars(self) -> None:
+        """Builds the vocabulary for grammars, which holds the GIL for a while.
+
+        Without this call, the first request with a grammar builds it.
+        """
+        self._grammars.prepare()
+
     def _make_decoder(self) -> Decoder:
         return Decoder(
             self.model, max_running=self.max_running, max_context_tokens=self.max_context_tokens
@@ -178,7 +185,8 @@ class TransformersEngine:
         if grammar is None:
             return None
         if request.sampling.ignore_eos:
-            raise InvalidGrammar("an answer with a grammar must end; leave out ignore_eos")
+            message = "an answer with a grammar must end; leave out ignore_eos"
+            raise InvalidGrammar(message).about(grammar)
         window = () if self._has_encoder else self._text.window_after(prompt)
         return self._grammars.constraint(grammar, window)
 

@@ -1,6 +1,6 @@
 """Errors of the serving package, each with the HTTP status and code of its reply."""
 
-from app.contracts.generation import Failure
+from app.contracts.generation import Failure, Grammar
 
 
 class ServeError(Exception):
@@ -55,7 +55,11 @@ class InvalidGrammar(ServeError):
 
     code = "invalid_grammar"
     status = 400
-    param = "response_format"
+
+    def about(self, grammar: Grammar) -> "InvalidGrammar":
+        """Returns this error with the parameter that holds the grammar."""
+        self.param = grammar.param
+        return self
 
 
 class InvalidAnswer(ServeError):

@@ -21,11 +21,11 @@ from typing import Any, Final
 from app.contracts.generation import Grammar
 from worker.serve.errors import InvalidAnswer, InvalidGrammar
 
-CPU_SECONDS: Final = 1.0  # per line
+COMPILE_SECONDS: Final = 1.0  # CPU time of one compilation
+VALIDATE_SECONDS: Final = 0.25  # CPU time of one validation, for which other answers wait
 MEMORY_BYTES: Final = 512 * 2**20  # in addition to what the child uses when it is ready
 MAX_REFUSED: Final = 256  # grammars that ended a child, which are refused untried
 MAX_VALIDATORS: Final = 64  # compiled schemas that a child keeps
-MAX_NUMBER_DIGITS: Final = 4000  # int() of Python refuses longer ones
 Json = dict[str, Any]  # Any: JSON
 
 
@@ -46,9 +46,11 @@ class CheckProcess:
         if answer is None:
             raise InvalidGrammar(
                 "the grammar takes too long or too much memory to compile; use a simpler one"
-            )
+            ).about(grammar)
         if answer["error"]:
-            raise InvalidGrammar(f"the grammar cannot be enforced: {answer['error']}")
+            raise InvalidGrammar(f"the grammar cannot be enforced: {answer['error']}").about(
+                grammar
+            )
 
     def demand_valid(self, grammar: Grammar, text: str, *, may_be_cut: bool) -> None:
         """Raises InvalidAnswer if a complete answer does not match the JSON Schema of a grammar.
@@ -122,8 +124,10 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
     for line in sys.stdin.buffer:
         asked = json.loads(line)
-        signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
-        if asked["text"] is None:
+        is_compiling = asked["text"] is None
+        seconds = COMPILE_SECONDS if is_compiling else VALIDATE_SECONDS
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        if is_compiling:
             answer: Json = {"error": compile_error(asked["kind"], asked["grammar"])}
         else:
             error, is_cut = validation_error(asked["grammar"], asked["text"])

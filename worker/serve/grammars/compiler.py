@@ -50,14 +50,15 @@ class GrammarCompiler:
         if not self._end_ids:
             raise InvalidGrammar(
                 "this model has no end token, so its answers cannot follow a grammar"
-            )
+            ).about(grammar)
         GRAMMAR_CHECKER.demand_compilable(grammar)
         limits = LLParserLimits(**COMPILE_LIMITS)
         matcher = LLMatcher(
             self.prepare().tokenizer, source_of(grammar), log_level=0, limits=limits
         )
         if matcher.is_error():
-            raise InvalidGrammar(f"the grammar cannot be enforced: {matcher.get_error()[:300]}")
+            message = f"the grammar cannot be enforced: {matcher.get_error()[:300]}"
+            raise InvalidGrammar(message).about(grammar)
         with self._compiled_lock:
             self._compiled[key] = matcher
             if len(self._compiled) > MAX_CACHED:
