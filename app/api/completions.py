@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 import orjson
 import structlog
 from fastapi import APIRouter, Depends, Request, Response
+from fastapi.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from app.api.deps import Principal, require
@@ -95,7 +96,10 @@ async def respond(
 
     An error before the first token becomes an HTTP error response.
     """
-    generation.refuse_unsupported(body)
+    if generation.has_grammar(body):
+        await run_in_threadpool(generation.refuse_unsupported, body)
+    else:
+        generation.refuse_unsupported(body)
     await asyncio.sleep(0)  # validating a large body has just taken milliseconds
     own_answer, prompts = generation.begin_answer(body)
     answer: AnyAnswer = rendered or own_answer

@@ -1,6 +1,7 @@
 """Request bodies of /v1/completions and /v1/chat/completions. All numbers have bounds."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 import orjson
@@ -16,6 +17,7 @@ from pydantic import (
 
 from app.contracts.generation import (
     Fraction,
+    Grammar,
     Penalty,
     RepetitionPenalty,
     Sampling,
@@ -23,8 +25,10 @@ from app.contracts.generation import (
     ToolUse,
     TopK,
 )
+from app.errors import BadRequest
 from app.schemas.chat_messages import ChatMessage, check_results
 from app.schemas.jobs import Metadata
+from app.schemas.structured_outputs import ResponseFormat, StructuredOutputs
 from app.schemas.tools import (
     ToolBodies,
     ToolBody,
@@ -33,6 +37,7 @@ from app.schemas.tools import (
     chosen_names,
     tool_use_of,
 )
+from app.structured_outputs.request_grammar import request_grammar
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
@@ -102,7 +107,15 @@ class GenerationBody(BaseModel):
     ignore_eos: bool = False
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
+    guided_json: Unsupported = None
+    guided_regex: Unsupported = None
+    guided_choice: Unsupported = None
+    guided_grammar: Unsupported = None
+    guided_decoding_backend: Unsupported = None
+    guided_whitespace_pattern: Unsupported = None
     user: Unused = None
     store: Unused = None
     metadata: Unused = None
@@ -144,6 +157,26 @@ class GenerationBody(BaseModel):
     def num_choices(self) -> int:
         return self.n or 1
 
+    @cached_property
+    def grammar(self) -> Grammar | None:
+        """Grammar of the answer. Raises BadRequest. Takes milliseconds for a large schema."""
+        for name in GUIDED:
+            if getattr(self, name) is not None:
+                raise BadRequest(
+                    f"{name} is not supported; use structured_outputs instead",
+                    "unsupported_parameter",
+                    name,
+                )
+        grammar = request_grammar(self.response_format, self.structured_outputs)
+        for name in ("ignore_eos", "echo"):
+            if grammar is not None and getattr(self, name, None):
+                raise BadRequest(
+                    f"{name} is not supported with a structured output; leave it out",
+                    "unsupported_parameter",
+                    name,
+                )
+        return grammar
+
     def _sampling(
         self,
         *,
@@ -167,11 +200,14 @@ class GenerationBody(BaseModel):
             min_tokens=min_tokens or 0,
             stop=stops,
             logprobs=logprobs,
+            grammar=self.grammar,
         )
 
 
 # Parameters that have the same name and form in a body and in `Sampling`.
 CONVERTED = {"max_tokens", "stop", "logit_bias"}
+# Parameters of older versions of vLLM.
+GUIDED = tuple(name for name in GenerationBody.model_fields if name.startswith("guided_"))
 SHARED = (Sampling.model_fields.keys() & GenerationBody.model_fields.keys()) - CONVERTED
 
 
@@ -237,7 +273,6 @@ class ChatBody(GenerationBody):
     neutral = {
         "functions": ([],),
         "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
@@ -260,7 +295,6 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: Json | None = None
     functions: Unsupported = None
     function_call: Unsupported = None
-    response_format: Unsupported = None
     modalities: Unsupported = None
     audio: Unsupported = None
     prediction: Unsupported = None

@@ -278,10 +278,15 @@ def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnsw
     return ChatAnswer(new_id("chatcmpl-"), body, created=created), [conversation]
 
 
+def has_grammar(body: ChatBody | CompletionBody) -> bool:
+    """Returns whether `refuse_unsupported` has to check a grammar, which may take milliseconds."""
+    return body.response_format is not None or body.structured_outputs is not None
+
+
 def refuse_unsupported(body: ChatBody | CompletionBody) -> None:
     """Raises BadRequest if the body sets a parameter that this service does not support.
 
-    The messages and tools of a chat are checked too.
+    The messages, the tools and the grammar of the answer are checked too.
     """
     if (name := body.unsupported()) is not None:
         raise BadRequest(f"{name} is not supported; leave it out", "unsupported_parameter", name)
@@ -290,3 +295,4 @@ def refuse_unsupported(body: ChatBody | CompletionBody) -> None:
     if isinstance(body, CompletionBody) and body.max_tokens == 0 and not body.echo:
         message = "max_tokens must be at least 1, unless echo is true"
         raise BadRequest(message, param="max_tokens")
+    _ = body.grammar  # raises BadRequest

@@ -12,7 +12,16 @@ from app.contracts.generation import GenerateRequest, Reply, Sampling
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.logit_processors import processor_for, refuse_unknown_tokens
 from worker.serve.decoding.sampling import SampledToken, TokenSampler
-from worker.serve.errors import BadLogits, DeadlinePassed, EchoUnsupported, ServeError, failure_of
+from worker.serve.errors import (
+    BadLogits,
+    DeadlinePassed,
+    EchoUnsupported,
+    InvalidGrammar,
+    ServeError,
+    failure_of,
+)
+from worker.serve.grammars.compiler import GrammarCompiler
+from worker.serve.grammars.constraint import Constraint
 from worker.serve.text.detokenizer import TokenText
 from worker.serve.text.prompt_size import size_bound
 from worker.serve.text.prompts import end_id_of, prompt_tokens
@@ -93,6 +102,16 @@ class TransformersEngine:
         # The vocabulary of a decoder may differ from that of its encoder.
         config: Any = self.model.config
         self._num_logits: int = config.get_text_config(decoder=True).vocab_size
+        self._grammars = GrammarCompiler(
+            self._text, num_logits=self._num_logits, end_ids=self._end_ids
+        )
+
+    def prepare_grammars(self) -> None:
+        """Builds the vocabulary for grammars, which holds the GIL for a while.
+
+        Without this call, the first request with a grammar builds it.
+        """
+        self._grammars.prepare()
 
     def _make_decoder(self) -> Decoder:
         return Decoder(
@@ -112,13 +131,16 @@ class TransformersEngine:
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
         request = constrained(request, self._text)
-        return prompt_tokens(
+        prompt = prompt_tokens(
             request,
             self.tokenizer,
             vocab_size=self._vocab_size,
             context=self._decoder.context,
             bound=self._size_bound,
         )
+        if request.sampling.grammar is not None:
+            self._grammars.compile(request.sampling.grammar)
+        return prompt
 
     def tokenizer_replies(self, request: GenerateRequest) -> tuple[Reply, ...]:
         return tokenizer_replies(request, self.tokenizer, vocab_size=self._vocab_size)
@@ -132,14 +154,17 @@ class TransformersEngine:
                 raise EchoUnsupported(
                     "echo is not supported by encoder-decoder models, whose answer does not continue the prompt; leave echo out"
                 )
+            sequences = [
+                self._sequence(request, prompt, choice) for choice in range(request.num_sequences)
+            ]
         except ServeError as error:
             self._outbox.append(failure_of(request.id, error))
             return
         self._live[request.id] = begin_answer(
             request, prompt, self._text, is_continued=not self._has_encoder
         )
-        for choice in range(request.num_sequences):
-            self._decoder.add(self._sequence(request, prompt, choice))
+        for sequence in sequences:
+            self._decoder.add(sequence)
 
     @property
     def _has_encoder(self) -> bool:
@@ -161,11 +186,22 @@ class TransformersEngine:
                 num_logprobs=num_logprobs_of(request),
                 seed=seed_of(request, choice),
                 processor=processor_for(sampling, context=context, end_ids=end_ids),
+                constraint=self._constraint(request, prompt),
             ),
             choice=choice,
             tenant=request.tenant,
             num_prompt_logprobs=sampling.logprobs if sampling.scores_prompt else None,
         )
+
+    def _constraint(self, request: GenerateRequest, prompt: tuple[int, ...]) -> Constraint | None:
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return None
+        if request.sampling.ignore_eos:
+            message = "an answer with a grammar must end; leave out ignore_eos"
+            raise InvalidGrammar(message).about(grammar)
+        window = () if self._has_encoder else self._text.window_after(prompt)
+        return self._grammars.constraint(grammar, window)
 
     def abort(self, request_id: str) -> None:
         self._outbox = [reply for reply in self._outbox if reply.id != request_id]
@@ -193,8 +229,7 @@ class TransformersEngine:
         if scores:
             answer.scores[sequence.choice] = scores
         if pick.token is None or any(score.token is None for score in scores):
-            bad = BadLogits("the model computed NaN or infinite logits; its weights are damaged")
-            return [self._fail(answer, bad)]
+            return [self._fail(answer, _why_no_token(sequence.sampler.constraint))]
         reason = sequence.finish_reason
         try:
             taken = answer.take(sequence.choice, pick, reason)
@@ -209,6 +244,14 @@ class TransformersEngine:
     def _fail(self, answer: Answer, error: ServeError) -> Reply:
         self.abort(answer.request.id)
         return failure_of(answer.request.id, error)
+
+
+def _why_no_token(constraint: Constraint | None) -> ServeError:
+    if constraint is not None and constraint.fault is not None:
+        return InvalidGrammar(
+            f"the grammar is too complex for this answer ({constraint.fault}); use a simpler one"
+        )
+    return BadLogits("the model computed NaN or infinite logits; its weights are damaged")
 
 
 def end_ids(

@@ -1,6 +1,6 @@
 """Errors of the serving package, each with the HTTP status and code of its reply."""
 
-from app.contracts.generation import Failure
+from app.contracts.generation import Failure, Grammar
 
 
 class ServeError(Exception):
@@ -56,6 +56,24 @@ class EchoUnsupported(ServeError):
     code = "unsupported_parameter"
     status = 400
     param = "echo"
+
+
+class InvalidGrammar(ServeError):
+    """The grammar of the request cannot be compiled, or is too complex for a token of its answer."""
+
+    code = "invalid_grammar"
+    status = 400
+
+    def about(self, grammar: Grammar) -> "InvalidGrammar":
+        """Returns this error with the parameter that holds the grammar."""
+        self.param = grammar.param
+        return self
+
+
+class InvalidAnswer(ServeError):
+    """A complete answer does not match the schema of the request."""
+
+    code = "invalid_answer"
 
 
 class NoChatTemplate(ServeError):

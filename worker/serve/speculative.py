@@ -153,9 +153,15 @@ class SpeculativeDecoder(Decoder):
 
         A row gets no more proposals once the draft is unsure.
         """
-        # Processors are copied: only tokens that the model accepts may change their state.
+        # Processors and constraints are copied: only tokens that the model accepts may change their
+        # state.
         samplers = [
-            replace(s.sampler, num_logprobs=None, processor=copy.deepcopy(s.sampler.processor))
+            replace(
+                s.sampler,
+                num_logprobs=None,
+                processor=copy.deepcopy(s.sampler.processor),
+                constraint=copy.deepcopy(s.sampler.constraint),
+            )
             for s in sequences
         ]
         # The draft reads the last two tokens. After a round that accepted all proposals, it has not

@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from app.contracts.generation import GenerateRequest, Reply
+from app.contracts.generation import GenerateRequest, Grammar, Reply
 from worker.serve.decoding.fair_queue import FairQueue
 from worker.serve.decoding.families import SEQ2SEQ, Context
 from worker.serve.decoding.logit_processors import refuse_unknown_tokens
@@ -30,6 +30,7 @@ from worker.serve.errors import (
     UnsupportedModel,
     failure_of,
 )
+from worker.serve.grammars.check_process import GRAMMAR_CHECKER
 from worker.serve.loading import refuse_code
 from worker.serve.text.detokenizer import TokenText
 from worker.serve.text.prompt_size import size_bound
@@ -118,13 +119,17 @@ class VllmEngine:
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
         request = constrained(request, self._text)
-        return prompt_tokens(
+        prompt = prompt_tokens(
             request,
             self._tokenizer,
             vocab_size=self._vocab_size,
             context=self._context,
             bound=self._size_bound,
         )
+        if request.sampling.grammar is not None:
+            # in a child process: vLLM compiles it in this one
+            GRAMMAR_CHECKER.demand_compilable(request.sampling.grammar)
+        return prompt
 
     def tokenizer_replies(self, request: GenerateRequest) -> tuple[Reply, ...]:
         return tokenizer_replies(request, self._tokenizer, vocab_size=self._vocab_size)
@@ -191,6 +196,7 @@ class VllmEngine:
             stop_token_ids=sorted(end_ids),
             ignore_eos=True,  # stop_token_ids has all end tokens
             detokenize=False,
+            structured_outputs=_structured_outputs(sampling.grammar),
             output_kind=RequestOutputKind.DELTA,
         )
 
@@ -261,6 +267,16 @@ class VllmEngine:
         return failure_of(answer.request.id, error)
 
 
+def _structured_outputs(grammar: Grammar | None) -> Vllm | None:
+    """Returns a grammar in the form of vLLM, whose backend `guidance` reads all three kinds."""
+    if grammar is None:
+        return None
+    from vllm.sampling_params import StructuredOutputsParams
+
+    name = {"json_schema": "json", "regex": "regex", "lark": "grammar"}[grammar.kind]
+    return StructuredOutputsParams(**{name: grammar.text})
+
+
 def _pick(token: int, logprobs: dict[int, Vllm] | None, request: GenerateRequest) -> SampledToken:
     """Returns the sampled token with its log-probabilities.
 
@@ -324,6 +340,7 @@ def load_vllm(
 def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
     from vllm import EngineArgs
     from vllm.config.logging import LoggingConfig
+    from vllm.config.structured_outputs import StructuredOutputsConfig
     from vllm.platforms import current_platform
     from vllm.usage import usage_lib
     from vllm.v1.engine.llm_engine import LLMEngine
@@ -339,13 +356,17 @@ def _make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
         config = EngineArgs(
             model=str(folder),
             tokenizer=str(folder),
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=False,  # its grammars need the tokenizer
             load_format="safetensors",
             trust_remote_code=False,
             generation_config="vllm",  # sampling parameters come from requests
             max_logprobs=MAX_LOGPROBS,
             distributed_executor_backend=UniProcExecutor,
             use_tqdm_on_load=False,
+            # Otherwise the first request with a grammar chooses the backend for all others.
+            structured_outputs_config=StructuredOutputsConfig(
+                backend="guidance", disable_any_whitespace=True
+            ),
             logging_config=LoggingConfig(configure_logging=False),
             disable_log_stats=True,
             dtype="float32" if is_cpu else "auto",

@@ -2,7 +2,8 @@
 
 The steps are applied in this order:
 
-1. Logit processors change the raw logits (see worker.serve.decoding.logit_processors).
+1. Logit processors change the raw logits (see worker.serve.decoding.logit_processors). A grammar
+   masks the tokens that it does not allow (see worker.serve.grammars.masks).
 2. The logits are divided by `temperature`.
 3. `top_k`, `top_p` and `min_p` select the tokens that may be drawn, each among those that the
    previous one kept.
@@ -21,6 +22,8 @@ from torch import Tensor
 
 from app.contracts.generation import Sampling
 from worker.serve.decoding.logit_processors import LogitsProcessor, process_logits
+from worker.serve.grammars.constraint import Constraint
+from worker.serve.grammars.masks import mask_logits
 
 MIN_TEMPERATURE = 1e-5  # below, only the best token has any mass, and the logits overflow
 BLOCK = 256  # about the square root of a large vocabulary, so that both passes are short
@@ -56,6 +59,7 @@ class TokenSampler:
     generator: torch.Generator = field(default_factory=lambda: seeded_generator(None))
     has_seed: bool = False  # True if the same request must give the same tokens
     processor: LogitsProcessor | None = None
+    constraint: Constraint | None = None
 
     @classmethod
     def of(
@@ -65,6 +69,7 @@ class TokenSampler:
         num_logprobs: int | None,
         seed: int | None,
         processor: LogitsProcessor | None,
+        constraint: Constraint | None = None,
     ) -> "TokenSampler":
         """Returns the sampler of one row of a request."""
         return cls(
@@ -76,6 +81,7 @@ class TokenSampler:
             generator=seeded_generator(seed),
             has_seed=seed is not None,
             processor=processor,
+            constraint=constraint,
         )
 
     @property
@@ -90,7 +96,10 @@ class TokenSampler:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """A sampled token. `token` is None if the logits of the row are not finite."""
+    """A sampled token. `token` is None if the logits of the row are not finite.
+
+    It is also None if the grammar of the row has failed, see `Constraint.fault`.
+    """
 
     token: int | None
     logprob: float | None = None
@@ -141,10 +150,19 @@ def pick_tokens(
     """Returns one sampled token per row of float32 logits.
 
     The token of a row does not depend on the other rows. Rows must not share memory, because
-    processors change logits in place. The logits are restored afterwards.
+    processors change logits in place. The logits are restored for log-probabilities.
     """
     changed = process_logits(logits_NV, [sampler.processor for sampler in samplers])
+    has_logprobs = any(c.num_logprobs is not None for c in samplers)
+    constraints = [sampler.constraint for sampler in samplers]
+    masked = mask_logits(logits_NV, constraints, keeps_logits=has_logprobs)
     tokens = choose(logits_NV, samplers)
+    if masked is not None:
+        masked.put_back(logits_NV)
+        tokens = [
+            None if c is not None and c.fault is not None else token
+            for token, c in zip(tokens, constraints, strict=True)
+        ]
     if changed is not None:
         changed.put_back(logits_NV)
     picks = [SampledToken(token) for token in tokens]
@@ -153,6 +171,8 @@ def pick_tokens(
             continue
         if sampler.processor is not None:
             sampler.processor.record(token)
+        if sampler.constraint is not None:
+            sampler.constraint.record(token)
         if sampler.num_logprobs is not None:
             picks[row] = _with_logprobs(logits_NV[row], token, sampler.num_logprobs)
     return picks

@@ -131,12 +131,15 @@ def engine_for(
         "max_context_tokens": limits.max_context_tokens,
     }
     if options.draft is None:
-        return TransformersEngine(loaded.model, loaded.tokenizer, **given), loaded.num_bytes
+        plain = TransformersEngine(loaded.model, loaded.tokenizer, **given)
+        plain.prepare_grammars()
+        return plain, loaded.num_bytes
     draft = _load(options.draft.weights, fetch, limits, progress)
     num_draft_tokens = options.draft.num_tokens
     engine = SpeculativeEngine(
         loaded.model, loaded.tokenizer, draft=draft, num_draft_tokens=num_draft_tokens, **given
     )
+    engine.prepare_grammars()
     return engine, loaded.num_bytes + draft.num_bytes
 
 

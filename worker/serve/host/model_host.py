@@ -14,6 +14,7 @@ from app.contracts.generation import Delta, GenerateRequest, Reply
 from app.contracts.messages import ArtifactRef
 from worker.serve.engine import Engine
 from worker.serve.errors import DeadlinePassed, ModelLoading, ModelTooLarge, ServeError, failure_of
+from worker.serve.host.answer_checks import AnswerChecks
 from worker.serve.host.engine_factory import EngineLimits, Fetch, Precision
 from worker.serve.host.model_cache import ModelCache
 from worker.serve.text.tokenizer_threads import PromptThreads, Replies, Tokens
@@ -101,6 +102,7 @@ class ModelHost:
             has_new_requests=self._is_tokenising,
         )
         self._prompts = PromptThreads(self._wake_event.set)
+        self._answer_checks = AnswerChecks(self._wake_event.set)
         self._status = HostStatus()
 
     def submit(self, request: GenerateRequest) -> None:
@@ -140,6 +142,7 @@ class ModelHost:
                 self._fail(parked.request, error)
         self._place_tokenised()
         self._place_parked()
+        self._send_checked()
         self._model_cache.tidy()
         for serving_key, resident in self._model_cache:
             if resident.engine.has_work():
@@ -153,6 +156,7 @@ class ModelHost:
     def close(self) -> None:
         """Ends the other threads. Requests in progress get no reply."""
         self._prompts.close()
+        self._answer_checks.close()
         self._model_cache.close()
 
     def _put(self, message: GenerateRequest | str | Load | Unload | Keep) -> None:
@@ -162,7 +166,10 @@ class ModelHost:
     def _can_step(self) -> bool:
         is_stepping = any(resident.engine.has_work() for _, resident in self._model_cache)
         has_news = (
-            self._model_cache.has_loaded() or self._prompts.has_result() or not self._inbox.empty()
+            self._model_cache.has_loaded()
+            or self._prompts.has_result()
+            or self._answer_checks.has_result()
+            or not self._inbox.empty()
         )
         return is_stepping or has_news
 
@@ -186,6 +193,7 @@ class ModelHost:
     def _forget(self, request_id: str) -> None:
         request = self._requests.pop(request_id, None)
         self._unpark(request_id)
+        self._answer_checks.forget(request_id)
         if (
             request is not None
             and (engine := self._model_cache.engine_of(request.serving_key)) is not None
@@ -297,9 +305,22 @@ class ModelHost:
             self._last_step_at = self.clock()
         for reply in replies:
             request = self._requests[reply.id]
+            self._send(request, self._answer_checks.pass_on(request, reply))
+
+    def _send(self, request: GenerateRequest, replies: list[Reply]) -> None:
+        for reply in replies:
             self._outbox.append(Addressed(request.reply_to, reply))
             if not isinstance(reply, Delta):
                 del self._requests[reply.id]
+
+    def _send_checked(self) -> None:
+        for request, replies, error in self._answer_checks.take():
+            if error is None:
+                self._send(request, replies)
+                continue
+            if (engine := self._model_cache.engine_of(request.serving_key)) is not None:
+                engine.abort(request.id)  # its other choices
+            self._fail(request, error)
 
     def _retain_artifacts(self) -> None:
         held = self._model_cache.serving_keys()
@@ -310,6 +331,7 @@ class ModelHost:
     def _fail(self, request: GenerateRequest, error: ServeError) -> None:
         self._requests.pop(request.id, None)
         self._unpark(request.id)
+        self._answer_checks.forget(request.id)
         self._outbox.append(Addressed(request.reply_to, failure_of(request.id, error)))
 
     def _snapshot(self) -> HostStatus:

@@ -31,7 +31,9 @@ class TokenText:
         self._tokenizer = tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         decoder = json.loads(backend.to_str())["decoder"] if backend is not None else None
-        self._bytes_of_letter = BYTE_OF_LETTER if '"ByteLevel"' in json.dumps(decoder) else {}
+        self._backend = backend
+        self.is_byte_level = '"ByteLevel"' in json.dumps(decoder)
+        self._bytes_of_letter = BYTE_OF_LETTER if self.is_byte_level else {}
         added_tokens = tokenizer.added_tokens_decoder
         self._added = {token: str(added) for token, added in added_tokens.items()}
         self.special_tokens = {str(a): token for token, a in added_tokens.items() if a.special}
@@ -64,6 +66,24 @@ class TokenText:
             raise_unless_panic(error)
             raise ServeError("the model's tokenizer cannot decode its own tokens") from error
         return text
+
+    def decode_each(self, texts: Sequence[Sequence[int]]) -> list[str]:
+        """Returns `decode` of each of many texts. Fast tokenizers release the GIL."""
+        if self._backend is None:
+            return [self.decode(tokens) for tokens in texts]
+        found: list[str] = self._backend.decode_batch(
+            [list(tokens) for tokens in texts], skip_special_tokens=True
+        )
+        return found
+
+    def silent_tokens(self) -> frozenset[int]:
+        """Returns the special tokens, which `decode` leaves out."""
+        return frozenset(token for token in self._added if not self.decode([token]))
+
+    def window_after(self, prompt: Sequence[int]) -> list[int]:
+        """Returns the last tokens of a prompt, after which the text of an answer is decoded."""
+        tail = list(prompt[-NUM_CONTEXT_TOKENS:])
+        return [] if self.decode(tail).endswith(REPLACEMENT) else tail
 
     def bytes_of(self, token: int) -> bytes:
         """Returns the bytes of one token, which may be an incomplete character."""
@@ -143,8 +163,7 @@ class TextStream:
         self._codec = text
         self._stop = tuple(string for string in stop if string)
         self._num_unstoppable = min_tokens
-        tail = list(prompt[-NUM_CONTEXT_TOKENS:])
-        self._window = [] if text.decode(tail).endswith(REPLACEMENT) else tail
+        self._window = text.window_after(prompt)
         self._num_read = len(self._window)  # window tokens whose text is in _pending or was sent
         self._undecoded: list[SampledToken] = []
         self._placed: list[_Placed] = []

@@ -1,0 +1,1 @@
+"""Rules for structured outputs: which JSON Schemas, regexes and grammars are accepted."""

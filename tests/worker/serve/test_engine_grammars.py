@@ -1,0 +1,214 @@
+"""Answers of the engine follow their grammar, for every kind of tokenizer and sampling option."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Grammar, Reply
+from worker.serve.engine import TransformersEngine
+from worker.serve.loading import LoadedModel
+from worker.serve.speculative import SpeculativeEngine
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 4},
+        "kind": {"enum": ["lamp", "jar", 'a "b"', "蒸馏"]},
+        "sizes": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": 99},
+            "maxItems": 2,
+        },
+        "is_warm": {"type": ["boolean", "null"]},
+    },
+    "required": ["name", "kind", "sizes", "is_warm"],
+    "additionalProperties": False,
+}
+GRAMMAR = Grammar(kind="json_schema", text=json.dumps(SCHEMA))
+Make = Callable[..., GenerateRequest]
+MakeEngine = Callable[..., TransformersEngine]
+Drain = Callable[[TransformersEngine], list[Reply]]
+
+
+def texts_of(replies: list[Reply], request_id: str = "r") -> dict[int, str]:
+    """The text of each choice; all of them must have ended by themselves."""
+    texts: dict[int, str] = {}
+    failures = [reply for reply in replies if isinstance(reply, Failure)]
+    assert failures == []
+    for delta in [reply for reply in replies if isinstance(reply, Delta)]:
+        if delta.id == request_id:
+            texts[delta.choice] = texts.get(delta.choice, "") + delta.text
+            assert delta.finish_reason != "length", texts[delta.choice]
+    return texts
+
+
+def is_valid(text: str, schema: Any = SCHEMA) -> bool:  # Any: JSON
+    return jsonschema_rs.Draft202012Validator(schema).is_valid(json.loads(text))
+
+
+def answer(engine: TransformersEngine, drain: Drain, request: GenerateRequest) -> dict[int, str]:
+    engine.add(request)
+    return texts_of(drain(engine), request.id)
+
+
+@pytest.fixture(params=["llama", "gpt2", "t5", "bart", "bert2bert"])
+def family(request: pytest.FixtureRequest) -> LoadedModel:
+    loaded: LoadedModel = request.getfixturevalue(request.param)
+    return loaded
+
+
+def test_sampled_answers_of_every_kind_of_tokenizer_match_their_schema(
+    family: LoadedModel, make_request: Make, make_engine: MakeEngine, drain: Drain
+) -> None:
+    engine = make_engine(family)
+    request = make_request(grammar=GRAMMAR, n=20, temperature=1.0, seed=1, max_tokens=120)
+    texts = answer(engine, drain, request)
+    assert len(texts) == 20
+    assert all(is_valid(text) for text in texts.values())
+    assert len(set(texts.values())) > 10
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0.0},
+        {"top_p": 0.5, "temperature": 1.5, "seed": 2},
+        {"top_k": 5, "min_p": 0.1, "temperature": 1.0, "seed": 3},
+        {"frequency_penalty": 2.0, "presence_penalty": 1.0, "repetition_penalty": 1.5},
+        {"logit_bias": ((5, 100.0), (40, -100.0))},
+        {"min_tokens": 100},
+        {"n": 2, "best_of": 4, "temperature": 1.0, "seed": 4},
+        {"logprobs": 3},
+    ],
+)
+def test_a_grammar_works_with_every_sampling_option(
+    options: dict[str, Any],
+    llama: LoadedModel,
+    make_request: Make,
+    make_engine: MakeEngine,
+    drain: Drain,
+) -> None:
+    texts = answer(
+        make_engine(llama), drain, make_request(grammar=GRAMMAR, max_tokens=120, **options)
+    )
+    assert texts
+    assert all(is_valid(text) for text in texts.values())
+
+
+def test_logprobs_are_those_of_the_raw_logits(
+    llama: LoadedModel, make_request: Make, make_engine: MakeEngine, drain: Drain
+) -> None:
+    engine = make_engine(llama)
+    engine.add(make_request("free", logprobs=5, max_tokens=1))
+    engine.add(make_request("bound", logprobs=5, max_tokens=1, grammar=GRAMMAR))
+    deltas = {reply.id: reply for reply in drain(engine) if isinstance(reply, Delta)}
+    free, bound = deltas["free"].logprobs, deltas["bound"].logprobs
+    assert free is not None
+    assert bound is not None
+    assert dict(bound[0].top) == pytest.approx(dict(free[0].top))
+    assert bound[0].logprob < free[0].logprob
+    assert bound[0].token.startswith("{")
+
+
+def test_rows_without_a_grammar_are_not_changed_by_those_beside_them(
+    loaded: LoadedModel,
+    make_request: Make,
+    make_engine: MakeEngine,
+    drain: Drain,
+    text_of: Callable[..., str],
+) -> None:
+    free = make_request("r", max_tokens=20, ignore_eos=True, temperature=1.0, seed=7)
+    alone = make_engine(loaded)
+    alone.add(free)
+    expected = text_of(drain(alone))
+    engine = make_engine(loaded)
+    for number in range(3):
+        engine.add(make_request(f"g{number}", grammar=GRAMMAR, max_tokens=120))
+    engine.add(free)
+    assert text_of(drain(engine)) == expected
+
+
+@pytest.mark.parametrize(
+    ("grammar", "allowed"),
+    [
+        (Grammar(kind="regex", text=r"lamp|jar|a\.b"), {"lamp", "jar", "a.b"}),
+        (
+            Grammar(kind="lark", text='start: "x" NUMBER\nNUMBER: /[0-9]/'),
+            {f"x{i}" for i in range(10)},
+        ),
+    ],
+)
+def test_regexes_and_lark_grammars_bound_the_answer(
+    grammar: Grammar,
+    allowed: set[str],
+    family: LoadedModel,
+    make_request: Make,
+    make_engine: MakeEngine,
+    drain: Drain,
+) -> None:
+    request = make_request(grammar=grammar, n=8, temperature=2.0, seed=5, max_tokens=20)
+    texts = set(answer(make_engine(family), drain, request).values())
+    assert texts
+    assert texts <= allowed
+
+
+def test_an_answer_that_reaches_max_tokens_ends_with_length(
+    llama: LoadedModel, make_request: Make, make_engine: MakeEngine, drain: Drain
+) -> None:
+    engine = make_engine(llama)
+    engine.add(make_request(grammar=GRAMMAR, max_tokens=3))
+    *_, delta, done = drain(engine)
+    assert isinstance(delta, Delta)
+    assert delta.finish_reason == "length"
+    assert isinstance(done, Done)
+
+
+@pytest.mark.parametrize(
+    ("grammar", "message"),
+    [
+        # no text matches it, which is found only when the first mask is computed
+        (Grammar(kind="json_schema", text='{"$ref":"#"}'), "too complex"),
+        # its automaton has about 2^30 states
+        (Grammar(kind="regex", text="(a|b)*a(a|b){30}c"), "too complex"),
+        (Grammar(kind="regex", text="(a"), "cannot be enforced"),
+        (
+            Grammar(kind="json_schema", text='{"oneOf":[{"type":"string"},{"minLength":2}]}'),
+            "oneOf",
+        ),
+    ],
+)
+def test_a_grammar_that_fails_ends_its_own_request_with_a_failure(
+    grammar: Grammar,
+    message: str,
+    llama: LoadedModel,
+    make_request: Make,
+    make_engine: MakeEngine,
+    drain: Drain,
+) -> None:
+    engine = make_engine(llama)
+    engine.add(make_request("bad", grammar=grammar, max_tokens=200, temperature=1.0, seed=6))
+    engine.add(make_request("good", grammar=GRAMMAR, max_tokens=120))
+    replies = drain(engine)
+    (failure,) = [reply for reply in replies if isinstance(reply, Failure)]
+    assert (failure.id, failure.status, failure.param) == ("bad", 400, "response_format")
+    assert message in failure.message
+    good = [reply for reply in replies if isinstance(reply, Delta) and reply.id == "good"]
+    assert is_valid("".join(delta.text for delta in good))
+
+
+def test_a_draft_does_not_change_an_answer_with_a_grammar(
+    llama: LoadedModel, make_request: Make, make_engine: MakeEngine, drain: Drain
+) -> None:
+    for options in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 8}):
+        drafted = SpeculativeEngine(
+            llama.model, llama.tokenizer, max_running=4, max_context_tokens=256, draft=llama
+        )
+        request = make_request(grammar=GRAMMAR, max_tokens=120, **options)
+        text = answer(drafted, drain, request)[0]
+        assert is_valid(text)
+        assert drafted.draft_counts.num_accepted > 0
+        if not options["temperature"]:
+            assert text == answer(make_engine(llama), drain, request)[0]

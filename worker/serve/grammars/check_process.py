@@ -1,0 +1,191 @@
+"""Compiles grammars and validates answers in child processes, with limits of time and memory.
+
+A grammar of a client is untrusted: it may take too long, use too much memory or crash a library. In
+that case only the child process ends.
+
+`python -m worker.serve.grammars.check_process` is the child process. It reads one JSON object per
+line and writes one per line, until its input is closed.
+"""
+
+import atexit
+import json
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from functools import lru_cache
+from typing import Any, Final
+
+from app.contracts.generation import Grammar
+from worker.serve.errors import InvalidAnswer, InvalidGrammar
+
+COMPILE_SECONDS: Final = 1.0  # CPU time of one compilation
+VALIDATE_SECONDS: Final = 0.25  # CPU time of one validation, for which other answers wait
+MEMORY_BYTES: Final = 512 * 2**20  # in addition to what the child uses when it is ready
+MAX_REFUSED: Final = 256  # grammars that ended a child, which are refused untried
+MAX_VALIDATORS: Final = 64  # compiled schemas that a child keeps
+Json = dict[str, Any]  # Any: JSON
+
+
+class CheckProcess:
+    """A child process that answers one line at a time.
+
+    The child starts with the first line. All methods are thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._refused: OrderedDict[Grammar, None] = OrderedDict()
+
+    def demand_compilable(self, grammar: Grammar) -> None:
+        """Raises InvalidGrammar if a grammar cannot be compiled within the limits."""
+        answer = self._ask(grammar, None)
+        if answer is None:
+            raise InvalidGrammar(
+                "the grammar takes too long or too much memory to compile; use a simpler one"
+            ).about(grammar)
+        if answer["error"]:
+            raise InvalidGrammar(f"the grammar cannot be enforced: {answer['error']}").about(
+                grammar
+            )
+
+    def demand_valid(self, grammar: Grammar, text: str, *, may_be_cut: bool) -> None:
+        """Raises InvalidAnswer if a complete answer does not match the JSON Schema of a grammar.
+
+        With `may_be_cut`, text that is not valid JSON is accepted.
+        """
+        answer = self._ask(grammar, text)
+        if answer is None:
+            raise InvalidAnswer("the answer takes too long to validate; use a simpler schema")
+        if answer["error"] and not (may_be_cut and answer["is_cut"]):
+            raise InvalidAnswer(f"the answer does not match the schema: {answer['error']}")
+
+    def start(self) -> None:
+        """Starts the child process early, because it takes a while to be ready."""
+        with self._lock:
+            self._running()
+
+    def close(self) -> None:
+        """Ends the child process, after the line in progress."""
+        with self._lock:
+            if self._child is not None:
+                self._child.communicate()
+                self._child = None
+
+    def _ask(self, grammar: Grammar, text: str | None) -> Json | None:
+        line = json.dumps({"kind": grammar.kind, "grammar": grammar.text, "text": text})
+        with self._lock:
+            if grammar in self._refused:
+                return None
+            answer = self._exchange(line.encode() + b"\n")
+            if answer is None:
+                self._refused[grammar] = None
+                if len(self._refused) > MAX_REFUSED:
+                    self._refused.popitem(last=False)
+            return answer
+
+    def _exchange(self, line: bytes) -> Json | None:
+        """Sends one line and returns the answer, or None if the child ended before it answered."""
+        child = self._running()
+        assert child.stdin is not None
+        assert child.stdout is not None
+        try:
+            child.stdin.write(line)
+            child.stdin.flush()
+            answer: Json | None = json.loads(child.stdout.readline() or b"null")
+        except BrokenPipeError:
+            answer = None
+        if answer is None:
+            child.communicate()
+            self._child = None
+        return answer
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        if self._child is None or self._child.poll() is not None:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "worker.serve.grammars.check_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                # Ctrl-C in a terminal is for the worker only. The child ends when its input closes.
+                start_new_session=True,
+            )
+        return self._child
+
+
+def serve() -> None:
+    """Answers lines until the input is closed. A line that takes too long ends this process."""
+    compile_error("json_schema", "{}")  # imports the libraries before the memory is limited
+    validation_error("{}", "{}")
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    for line in sys.stdin.buffer:
+        asked = json.loads(line)
+        is_compiling = asked["text"] is None
+        seconds = COMPILE_SECONDS if is_compiling else VALIDATE_SECONDS
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+        if is_compiling:
+            answer: Json = {"error": compile_error(asked["kind"], asked["grammar"])}
+        else:
+            error, is_cut = validation_error(asked["grammar"], asked["text"])
+            answer = {"error": error, "is_cut": is_cut}
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def compile_error(kind: Any, text: str) -> str:  # Any: one of the kinds of `Grammar`
+    """Returns why a grammar cannot be compiled, or an empty string."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    from worker.serve.grammars.sources import COMPILE_LIMITS, source_of
+
+    try:
+        is_error, messages = LLMatcher.validate_grammar_with_warnings(
+            source_of(Grammar(kind=kind, text=text)), limits=LLParserLimits(**COMPILE_LIMITS)
+        )
+    except ValueError as bad:
+        is_error, messages = True, [str(bad)]
+    return messages[0].strip().split("\n")[0][:300] if is_error else ""
+
+
+def validation_error(schema: str, text: str) -> tuple[str, bool]:
+    """Returns why a text does not match a JSON Schema, or an empty string.
+
+    The second value is true if the text is not even valid JSON.
+    """
+    import jsonschema_rs
+
+    try:
+        value = json.loads(text)
+    except ValueError as bad:
+        return f"it is not valid JSON: {bad}"[:300], True
+    try:
+        _validator(schema).validate(value)
+    except (ValueError, jsonschema_rs.ValidationError) as bad:
+        return str(bad).split("\n")[0][:300], False
+    return "", False
+
+
+@lru_cache(MAX_VALIDATORS)
+def _validator(schema: str) -> Any:  # Any: a class of jsonschema_rs, which is imported late
+    import jsonschema_rs
+
+    return jsonschema_rs.Draft202012Validator(
+        json.loads(schema),
+        validate_formats=True,
+        pattern_options=jsonschema_rs.RegexOptions(),
+    )
+
+
+# Two children, so that the compilation of one client does not delay the answers of others.
+GRAMMAR_CHECKER = CheckProcess()
+ANSWER_CHECKER = CheckProcess()
+atexit.register(GRAMMAR_CHECKER.close)
+atexit.register(ANSWER_CHECKER.close)
+
+if __name__ == "__main__":
+    serve()

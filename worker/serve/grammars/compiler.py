@@ -1,0 +1,102 @@
+"""Compiles grammars into matchers for one tokenizer."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Final
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+
+from app.contracts.generation import Grammar
+from worker.serve.errors import InvalidGrammar
+from worker.serve.grammars.check_process import GRAMMAR_CHECKER
+from worker.serve.grammars.constraint import WORD_BITS, Constraint, Vocabulary
+from worker.serve.grammars.sources import COMPILE_LIMITS, source_of
+from worker.serve.grammars.token_bytes import token_bytes
+from worker.serve.text.detokenizer import TokenText
+
+MAX_CACHED: Final = 128  # grammars per engine
+
+
+class GrammarCompiler:
+    """Compiles the grammars of one engine. All methods may be called from any thread."""
+
+    def __init__(self, text: TokenText, *, num_logits: int, end_ids: frozenset[int]) -> None:
+        self._text = text
+        self._num_logits = num_logits
+        self._end_ids = end_ids
+        self._vocabulary: Vocabulary | None = None
+        self._vocabulary_lock = threading.Lock()
+        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._compiled_lock = threading.Lock()
+
+    def prepare(self) -> Vocabulary:
+        """Returns the vocabulary. The first call builds it, and holds the GIL for a while."""
+        with self._vocabulary_lock:
+            if self._vocabulary is None:
+                self._vocabulary = vocabulary_of(self._text, self._num_logits, self._end_ids)
+            return self._vocabulary
+
+    def compile(self, grammar: Grammar) -> LLMatcher:
+        """Returns the matcher of a grammar in its initial state, from a bounded cache.
+
+        A compilation may take long, but releases the GIL. Raises InvalidGrammar.
+        """
+        key = (grammar.kind, grammar.text)
+        with self._compiled_lock:
+            if key in self._compiled:
+                self._compiled.move_to_end(key)
+                return self._compiled[key]
+        if not self._end_ids:
+            raise InvalidGrammar(
+                "this model has no end token, so its answers cannot follow a grammar"
+            ).about(grammar)
+        GRAMMAR_CHECKER.demand_compilable(grammar)
+        limits = LLParserLimits(**COMPILE_LIMITS)
+        matcher = LLMatcher(
+            self.prepare().tokenizer, source_of(grammar), log_level=0, limits=limits
+        )
+        if matcher.is_error():
+            message = f"the grammar cannot be enforced: {matcher.get_error()[:300]}"
+            raise InvalidGrammar(message).about(grammar)
+        with self._compiled_lock:
+            self._compiled[key] = matcher
+            if len(self._compiled) > MAX_CACHED:
+                self._compiled.popitem(last=False)
+        return matcher
+
+    def constraint(self, grammar: Grammar, window: Sequence[int]) -> Constraint:
+        """Returns a new constraint for an answer that is decoded after the tokens `window`.
+
+        This is fast after `compile`. Raises InvalidGrammar.
+        """
+        matcher, vocabulary = self.compile(grammar), self.prepare()
+        is_first = vocabulary.has_first and not self._text.decode(window)
+        return Constraint(matcher.deep_copy(), vocabulary, is_first)
+
+
+def vocabulary_of(text: TokenText, num_logits: int, end_ids: frozenset[int]) -> Vocabulary:
+    """Returns the vocabulary of a tokenizer for a model with `num_logits` logits."""
+    found = token_bytes(text, num_logits)
+    padding = [b""] * (-num_logits % WORD_BITS)
+    tokens = [*found.later, *padding]
+    if found.first is not None:
+        tokens += [*found.first, *padding]
+    tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(tokens, end_ids)), eos_token=sorted(end_ids))
+    return Vocabulary(tokenizer, num_logits, end_ids, found.first is not None)
+
+
+class _Tokens:
+    """Tokens as `TokenizerWrapper` reads them."""
+
+    bos_token_id = None
+
+    def __init__(self, tokens: list[bytes], end_ids: frozenset[int]) -> None:
+        for end_id in end_ids:
+            tokens[end_id] = b""
+        self.tokens = tokens
+        self.eos_token_id = min(end_ids)
+        self.special_token_ids = [token for token, data in enumerate(tokens) if not data]
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return []  # only read for forced tokens, which are not used
