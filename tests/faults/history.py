@@ -105,7 +105,7 @@ class History:
             (name[:64], event["data"]["step"]): value
             for event in self._of_type("metrics")
             for name, value in event["data"].items()
-            if name != "step" and value is not None
+            if name not in ("step", "total_steps") and value is not None
         }
         kept = {(row["name"], row["step"]): row["value"] for row in self.metrics}
         if newest != kept:
@@ -132,6 +132,9 @@ class History:
 
     def _judge_messages(self) -> None:
         groups = self._by_attempt()
+        created = [e for e in self._of_type("message") if "model created:" in e["message"]]
+        if self.job["status"] == "succeeded" and len(created) != 1:
+            self._lose(f"has succeeded, and the messages about its model are {created}")
         for events in groups:
             told = [event for event in events if event["type"] == "message"]
             self._demand_unique(

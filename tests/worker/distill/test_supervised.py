@@ -155,3 +155,16 @@ def test_adapters_are_merged_into_the_model(
     assert done.result["after"]["loss"] < done.result["before"]["loss"]
     names = load_file(tmp_path / "out" / done.folder / "model.safetensors").keys()
     assert names == load_file(spec.start_dir / "model.safetensors").keys()
+
+
+def test_an_encoder_decoder_is_trained_with_its_encoder(
+    make_spec: MakeSpec, tmp_path: Path, tiny_t5_dir: Path
+) -> None:
+    folders = {"teacher_dir": tiny_t5_dir, "start_dir": tiny_t5_dir, "has_teacher": False}
+    done = outcome(make_spec(BLOCK, spec=folders, n_epochs=2), tmp_path / "out")
+    assert done.result["after"]["loss"] < done.result["before"]["loss"]
+    one, other = (
+        load_file(folder / "model.safetensors")
+        for folder in (tiny_t5_dir, tmp_path / "out" / done.folder)
+    )
+    assert all(not torch.equal(one[name], other[name]) for name in one if ".layer." in name)

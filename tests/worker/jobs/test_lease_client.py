@@ -101,7 +101,7 @@ def test_lines_become_stage_progress_series_and_history() -> None:
         ProgressLine(percent=1.0, step=1, total_steps=10),
         ProgressLine(percent=2.0, step=2, total_steps=10, seconds_remaining=8.0),
         MetricsLine(step=1, values={"train_loss": 2.0}),
-        MetricsLine(step=2, values={"train_loss": 1.0, "valid_kl": float("nan")}),
+        MetricsLine(step=2, total_steps=10, values={"train_loss": 1.0, "valid_kl": float("nan")}),
         MessageLine(level="warn", message="3 answers did not end", data={"rows": 3}),
         StoppedLine(step=2),
     ]
@@ -122,6 +122,8 @@ def test_lines_become_stage_progress_series_and_history() -> None:
         ("train_loss", 2, 1.0),
     ]
     assert [event.type for event in events] == [
+        "message",
+        "message",
         "state",
         "state",
         "stage",
@@ -131,6 +133,11 @@ def test_lines_become_stage_progress_series_and_history() -> None:
         "message",
     ]
     assert events[-1].level == "warn"
+    assert [event.message for event in events if event.type == "metrics"] == [
+        "Step 1: training loss=2.00",
+        "Step 2/10: training loss=1.00",
+    ]
+    assert events[-2].data == {"step": 2, "total_steps": 10, "train_loss": 1.0, "valid_kl": None}
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint_and_past_a_damaged_one() -> None:
@@ -409,6 +416,8 @@ def test_a_record_whose_commit_was_not_answered_is_written_once(lost_answers: Lo
         events = [event.type for event in jobs.events_since(session, lease.job_id, 0)]
         series = jobs.metric_series(session, lease.job_id)
     assert events == [
+        "message",
+        "message",
         "state",
         "state",
         "message",
@@ -435,7 +444,7 @@ def test_a_checkpoint_whose_commit_was_not_answered_is_committed_and_marked_once
     assert lost_answers.num_lost == 2
     with transaction() as session:
         events = [event.type for event in jobs.events_since(session, lease.job_id, 0)]
-    assert events == ["state", "state", "checkpoint", "message"]
+    assert events == ["message", "message", "state", "state", "checkpoint", "message"]
 
 
 def count_events() -> int:

@@ -161,8 +161,7 @@ class Trainer:
         num_steps_after = setup.num_runs_after * (self.total_steps + 1)
         self.num_job_steps = state.first_step + self.total_steps + num_steps_after
         self._pace = Throughput(state, self.total_steps + num_steps_after)
-        self._means = MetricAverager()
-        self._train_metrics: dict[str, float] = {}  # averages at the last step that reported them
+        self._means, self._train_metrics = MetricAverager(), dict[str, float]()
         self._throttle = Throttle()
 
     def _set_intervals(self, h: Hyperparameters) -> None:
