@@ -11,7 +11,7 @@ from app.db.schema.ids import new_id
 from app.db.schema.tables import Batch, BatchStatus, File
 from app.db.session import Session, transaction
 from app.errors import BadRequest, Conflict, NotFound, QuotaExceeded, TooManyRequests
-from app.schemas.batches import BatchObject, CreateBatch
+from app.schemas.batches import BatchError, BatchObject, CreateBatch
 from app.services import model_registry
 from app.services.batch.batch_input import find_faults
 from app.services.jobs import (
@@ -40,26 +40,11 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
     replay = find_replay(principal, ROUTE, attempted, sha256)
     if replay is not None:
         return replay
-    settings, expiry = get_settings(), asked.output_expires_after
+    expiry = asked.output_expires_after
     with transaction() as session:
         demand_room(session, principal.project_id)
         file = input_file(session, principal.project_id, asked.input_file_id)
-    if not CHECKERS.acquire(blocking=False):
-        raise TooManyRequests(
-            "the input files of other batches are being checked; try again in a moment"
-        )
-    try:
-        num_requests, faults, named = find_faults(
-            file.store_key,
-            project_id=principal.project_id,
-            endpoint=asked.endpoint,
-            settings=settings,
-        )
-    except FileNotFoundError:
-        message = f"the content of the file {file.id!r} is no longer in the store; upload it again"
-        raise BadRequest(message, "invalid_file", "input_file_id") from None
-    finally:
-        CHECKERS.release()
+    num_requests, faults, named = _check_input(file, asked.endpoint)
     with transaction() as session:
         stored = claim(session, principal, ROUTE, attempted, sha256)
         if stored is not None:
@@ -87,25 +72,47 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
             errors=[fault.model_dump() for fault in faults],
             **columns,
         )
-        if not faults:
-            batch_models.insert_models(session, batch.id, _lock_models(session, principal, named))
+        _lock_models(session, batch, frozenset() if faults else named)
         body = BatchObject.of(batch).model_dump(mode="json")
         remember(session, principal, ROUTE, attempted, body)
     return Accepted(body, is_replay=False)
 
 
-def _lock_models(session: Session, principal: Principal, named: frozenset[str]) -> set[str]:
-    """Locks the models and aliases that a batch names against deletion, and returns their ids.
+def _check_input(file: File, endpoint: str) -> tuple[int, list[BatchError], frozenset[str]]:
+    """Returns the number of requests in an input file, its faults, and the models it names.
+
+    Raises TooManyRequests, and BadRequest if the store has lost the file.
+    """
+    if not CHECKERS.acquire(blocking=False):
+        raise TooManyRequests(
+            "the input files of other batches are being checked; try again in a moment"
+        )
+    try:
+        return find_faults(
+            file.store_key,
+            project_id=file.project_id,
+            endpoint=endpoint,
+            settings=get_settings(),
+        )
+    except FileNotFoundError:
+        message = f"the content of the file {file.id!r} is no longer in the store; upload it again"
+        raise BadRequest(message, "invalid_file", "input_file_id") from None
+    finally:
+        CHECKERS.release()
+
+
+def _lock_models(session: Session, batch: Batch, named: frozenset[str]) -> None:
+    """Locks the models and aliases that a new batch names against deletion, and records them.
 
     Raises NotFound if one was deleted since the input file was checked.
     """
     locked = set()
     for name in sorted(named):
-        if not aliases.share_alias(session, principal.project_id, name):
-            model_registry.resolve(session, principal.project_id, name, lock=True)
+        if not aliases.share_alias(session, batch.project_id, name):
+            model_registry.resolve(session, batch.project_id, name, lock=True)
         match = model_registry.CHECKPOINT_PATTERN.fullmatch(name)
         locked.add(match["model"] if match else name)
-    return locked
+    batch_models.insert_models(session, batch.id, locked)
 
 
 def demand_room(session: Session, project_id: str) -> None:
