@@ -1,5 +1,6 @@
 """Model cards: readable by the hub's own parser, and complete."""
 
+import re
 from datetime import date
 from typing import Any
 
@@ -56,7 +57,9 @@ def card(**changes: Any) -> ModelCard:
 
 
 def matter(text: str) -> dict[str, Any]:
-    parsed: dict[str, Any] = yaml.safe_load(text.split("---")[1])
+    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    assert match is not None
+    parsed: dict[str, Any] = yaml.safe_load(match[1])
     return parsed
 
 

@@ -6,13 +6,13 @@ A change of an alias and its entry in the history are written in one transaction
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.db.models import find_alias, lock_model, unpin
+from app.db.models import find_alias, unpin
 from app.db.pagination import Order, keyset_page
 from app.db.schema.ids import new_id
 from app.db.schema.registry_tables import AliasChange
 from app.db.schema.tables import Alias
 
-__all__ = ["find_alias", "lock_model"]
+__all__ = ["find_alias"]  # re-exported for users of this module
 
 
 def lock_alias(session: Session, project_id: str, alias_id: str) -> Alias | None:
@@ -56,14 +56,6 @@ def share_alias(session: Session, project_id: str, alias_id: str) -> bool:
     """Prevents the deletion of an alias until the transaction ends. Returns whether it exists."""
     query = select(Alias.id).where(Alias.project_id == project_id, Alias.id == alias_id)
     return session.scalar(query.with_for_update(read=True, key_share=True)) is not None
-
-
-def list_aliases(session: Session, project_id: str, name: str) -> list[Alias]:
-    """Returns the project's aliases `{name}@…`, sorted."""
-    query = select(Alias).where(
-        Alias.project_id == project_id, Alias.id.startswith(f"{name}@", autoescape=True)
-    )
-    return list(session.scalars(query.order_by(Alias.id)))
 
 
 def newest_change(session: Session, project_id: str, alias_id: str) -> AliasChange | None:

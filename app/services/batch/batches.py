@@ -50,7 +50,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
     with transaction() as session:
         demand_room(session, principal.project_id)
         file = input_file(session, principal.project_id, asked.input_file_id)
-    num_requests, faults, named = _check_input(file, principal.project_id, asked.endpoint)
+    num_requests, faults, named = _check_input(file, asked.endpoint)
     with transaction() as session:
         stored = claim(session, principal, ROUTE, attempted, sha256)
         if stored is not None:
@@ -78,17 +78,17 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
             errors=[fault.model_dump() for fault in faults],
             **columns,
         )
-        if not faults:
-            batch_models.insert_models(session, batch.id, _lock_models(session, principal, named))
+        _lock_models(session, batch, frozenset() if faults else named)
         body = BatchObject.of(batch).model_dump(mode="json")
         remember(session, principal, ROUTE, attempted, body)
     return Accepted(body, is_replay=False)
 
 
-def _check_input(
-    file: File, project_id: str, endpoint: str
-) -> tuple[int, list[BatchError], frozenset[str]]:
-    """Returns the number of requests in an input file, the faults of its lines, and its models."""
+def _check_input(file: File, endpoint: str) -> tuple[int, list[BatchError], frozenset[str]]:
+    """Returns the number of requests in an input file, its faults, and the models it names.
+
+    Raises TooManyRequests, and BadRequest if the store has lost the file.
+    """
     if not CHECKERS.acquire(blocking=False):
         raise TooManyRequests(
             "the input files of other batches are being checked; try again in a moment"
@@ -96,7 +96,7 @@ def _check_input(
     try:
         return find_faults(
             file.store_key,
-            project_id=project_id,
+            project_id=file.project_id,
             endpoint=endpoint,
             settings=get_settings(),
         )
@@ -107,18 +107,18 @@ def _check_input(
         CHECKERS.release()
 
 
-def _lock_models(session: Session, principal: Principal, named: frozenset[str]) -> set[str]:
-    """Locks the models and aliases that a batch names against deletion, and returns their ids.
+def _lock_models(session: Session, batch: Batch, named: frozenset[str]) -> None:
+    """Locks the models and aliases that a new batch names against deletion, and records them.
 
     Raises NotFound if one was deleted since the input file was checked.
     """
     locked = set()
     for name in sorted(named):
-        if not aliases.share_alias(session, principal.project_id, name):
-            model_registry.resolve(session, principal.project_id, name, lock=True)
+        if not aliases.share_alias(session, batch.project_id, name):
+            model_registry.resolve(session, batch.project_id, name, lock=True)
         match = model_registry.CHECKPOINT_PATTERN.fullmatch(name)
         locked.add(match["model"] if match else name)
-    return locked
+    batch_models.insert_models(session, batch.id, locked)
 
 
 def demand_room(session: Session, project_id: str) -> None:

@@ -1,6 +1,7 @@
 """Archives of models: unpacked, or refused before they do harm."""
 
 import io
+import os
 import stat
 import tarfile
 import zipfile
@@ -104,7 +105,14 @@ def test_a_link_in_a_zip_file_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"nothing", tar(PLAIN)[:200], tar(PLAIN, "w")[:700], zipped(PLAIN)[:-30], tar({})],
+    [
+        b"",
+        b"nothing",
+        tar({"config.json": os.urandom(5000)})[:2000],
+        tar(PLAIN, "w")[:700],
+        zipped(PLAIN)[:-30],
+        tar({}),
+    ],
 )
 def test_a_damaged_or_empty_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BrokenFile):

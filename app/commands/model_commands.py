@@ -1,0 +1,240 @@
+"""`stillhouse models`: imports, lists, downloads and publishes models."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from app.commands.model_downloads import Pull
+from app.commands.model_pushes import Hub, push
+from app.commands.model_uploads import start_import
+from app.commands.progress_lines import ProgressLines
+from app.commands.remote_service import Json, RemoteService, find_address
+from app.commands.shell import DataDir, console, fail, use, use_service
+from app.contracts.generation import EngineName, WeightsName
+from app.contracts.messages import TERMINAL, JobStatus
+from app.db.schema.tables import Job
+
+POLL_SECONDS = 0.3
+PATIENCE_SECONDS = 10.0  # wait for a train worker after which a hint is printed
+
+Url = Annotated[
+    str | None,
+    typer.Option(envvar="STILLHOUSE_URL", help="URL of the service; default: this machine."),
+]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        envvar="STILLHOUSE_API_KEY",
+        show_envvar=True,
+        help="API key; default on this machine: the key in the data folder.",
+    ),
+]
+
+models = typer.Typer(no_args_is_help=True, help="Registered models.")
+
+
+@models.command("import")
+def import_model(
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder, a .gguf, tar or zip file, or hf:org/name@revision."),
+    ],
+    name: Annotated[str, typer.Option(help="Id of the new model.")],
+    project: Annotated[
+        str | None,
+        typer.Option(
+            help="The only project that sees the model; default: all, or with --url that of the key."
+        ),
+    ] = None,
+    url: Url = None,
+    api_key: ApiKey = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Imports a model and waits until it is registered. With --url, uploads it over HTTP."""
+    from app.services import imports
+
+    if url is None:
+        use_service(data_dir)
+        job_id = imports.import_model(source, name, project_id=project)
+        follow_import(name, lambda: ImportState.of_job(imports.load_import(job_id)))
+        return
+    if project is not None:
+        fail("with --url, the model belongs to the project of the API key; leave --project out")
+    with RemoteService(find_address(use(data_dir), url, api_key)) as service:
+        path = f"/v1/models/imports/{start_import(service, source, name, tell)['id']}"
+        follow_import(name, lambda: ImportState.of_json(service.get_patiently(path)))
+
+
+@models.command("list")
+def list_models(
+    project: Annotated[str, typer.Option(help="Project whose models to list.")] = "default",
+    data_dir: DataDir = None,
+) -> None:
+    """Lists the models of a project, and those that all projects share."""
+    from app.db import models as table
+    from app.db.session import transaction
+
+    use_service(data_dir)
+    with transaction() as session:
+        rows = table.list_models(session, project)
+    shown = Table(
+        Column("id", no_wrap=True), "family", Column("layers", justify="right"), "parameters", "MB"
+    )
+    for row in rows:
+        facts = row.facts
+        sizes = (
+            str(facts["num_layers"]),
+            f"{facts['num_parameters'] / 1e6:.1f} M",
+            f"{row.bytes / 1e6:.0f}",
+        )
+        shown.add_row(row.id, facts["architecture"], *sizes)
+    console.print(shown)
+
+
+@models.command("serving")
+def set_serving(
+    model: Annotated[str, typer.Argument(help="Id or alias of the model.")],
+    engine: Annotated[
+        EngineName, typer.Option(help="Engine that serves the model.")
+    ] = "transformers",
+    weights: Annotated[
+        WeightsName,
+        typer.Option(help="plain: as trained. int8: smallest, but answers differ most."),
+    ] = "auto",
+    draft: Annotated[
+        str | None, typer.Option(help="Draft model, which proposes tokens; default: none.")
+    ] = None,
+    num_tokens: Annotated[
+        int, typer.Option(help="Number of tokens that the draft proposes at once.", min=1, max=16)
+    ] = 4,
+    project: Annotated[str, typer.Option(help="Project of the model.")] = "default",
+    data_dir: DataDir = None,
+) -> None:
+    """Sets how a model is served. Options that are not given get their default values."""
+    from pydantic import ValidationError
+
+    from app.auth import Principal
+    from app.schemas.serving import SetServing
+    from app.services import model_serving
+
+    use_service(data_dir)
+    drafter = {"model": draft, "num_tokens": num_tokens} if draft else None
+    try:
+        asked = SetServing.model_validate({"engine": engine, "weights": weights, "draft": drafter})
+    except ValidationError as error:
+        fail(f"the draft {draft!r} is not a valid model id: {error.errors()[0]['msg']}")
+    operator = Principal(project, "stillhouse", frozenset({"admin"}))
+    row = model_serving.set_options(operator, model, asked)
+    console.print(f"{row.id}: {asked.model_dump_json()}", highlight=False)
+
+
+@models.command("pull")
+def pull_model(
+    model: Annotated[str, typer.Argument(help="Id, alias or checkpoint of the model.")],
+    folder: Annotated[Path, typer.Argument(help="Folder for the files; created if missing.")],
+    url: Url = None,
+    api_key: ApiKey = None,
+    parallel: Annotated[
+        int, typer.Option(min=1, max=32, help="Number of files downloaded at the same time.")
+    ] = 4,
+    data_dir: DataDir = None,
+) -> None:
+    """Downloads a model over HTTP. Run the command again to continue after an interruption."""
+    with RemoteService(find_address(use(data_dir), url, api_key)) as service:
+        files = Pull(service, folder, tell, num_parallel=parallel).run(model)
+    tell(f"{folder} has the {len(files)} files of {model}; all SHA-256 sums are right")
+
+
+@models.command("push")
+def push_model(
+    model: Annotated[str, typer.Argument(help="Id or alias of the model.")],
+    repository: Annotated[str, typer.Argument(help="Repository on the hub: org/name.")],
+    hub: Annotated[
+        str | None,
+        typer.Option(help="URL of the hub; default: STILLHOUSE_HF_ENDPOINT, or Hugging Face."),
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch; default: main.")] = None,
+    private: Annotated[bool, typer.Option(help="Whether a new repository is private.")] = True,
+    url: Url = None,
+    api_key: ApiKey = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Publishes a model on a Hugging Face hub. The token is STILLHOUSE_HF_TOKEN."""
+    settings = use(data_dir)
+    with RemoteService(find_address(settings, url, api_key)) as service:
+        commit_url = push(
+            service,
+            model,
+            repository,
+            hub=Hub.of(settings, hub),
+            revision=revision,
+            is_private=private,
+            data_dir=settings.data_dir,
+            tell=tell,
+        )
+    tell(f"Pushed {model} to {commit_url}")
+
+
+def tell(line: str) -> None:
+    """Prints a line about the progress of a command."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class ImportState:
+    """State of an import job, read from the database or over HTTP."""
+
+    status: str
+    stage: str
+    percent: float
+    is_claimed: bool
+    error: str
+
+    @classmethod
+    def of_job(cls, job: Job) -> "ImportState":
+        percent, error = job.progress.get("percent", 0), (job.error or {}).get("message", "")
+        return cls(job.status, job.stage or "", percent, job.attempt > 0, error)
+
+    @classmethod
+    def of_json(cls, job: Json) -> "ImportState":
+        percent, error = job["progress"].get("percent", 0), (job["error"] or {}).get("message", "")
+        return cls(job["status"], job["stage"] or "", percent, job["attempt"] > 0, error)
+
+
+def follow_import(name: str, load: Callable[[], ImportState]) -> None:
+    """Shows the progress of an import until it ends. Exits with status 1 if it did not succeed."""
+    began, stage, is_explained = time.monotonic(), "", False
+    lines = ProgressLines(console)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+    )
+    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("waiting for a worker", total=100)
+        while (state := load()).status not in TERMINAL:
+            if state.stage and state.stage != stage:
+                stage = state.stage
+                bar.update(task, description=stage)
+                if not console.is_terminal:
+                    console.print(f"{name}: {stage}")
+            bar.update(task, completed=state.percent)
+            lines.tell(f"{name}: {stage or 'waiting for a worker'}  {state.percent:.0f}%")
+            is_late = time.monotonic() - began > PATIENCE_SECONDS
+            if not state.is_claimed and not is_explained and is_late:
+                is_explained = True
+                console.print(
+                    "No train worker has taken the job yet. Check that `stillhouse up` or a train worker is running."
+                )
+            time.sleep(POLL_SECONDS)
+        is_done = state.status == JobStatus.succeeded
+        bar.update(task, completed=100 if is_done else state.percent)
+    if not is_done:
+        fail(state.error or f"the import was {state.status}")
+    console.print(f"Imported {name}", highlight=False)

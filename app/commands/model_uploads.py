@@ -1,0 +1,138 @@
+"""Imports a model over HTTP: uploads local files, or names a model on a hub."""
+
+import io
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+
+from app.commands.remote_service import (
+    Json,
+    RemoteError,
+    RemoteService,
+    json_of,
+    model_path,
+    refused,
+    retry_after,
+    sizes,
+    unreachable,
+)
+from app.contracts.model_files import IGNORED, missing_from, refusal_of
+from app.services.imports import ARCHIVE
+
+NUM_TRIES: Final = 4
+RETRY_SECONDS: Final = 1.0
+LINE_SECONDS: Final = 2.0
+
+Tell = Callable[[str], None]
+
+
+class Progress:
+    """Prints how much of the files has been sent, at most once every LINE_SECONDS."""
+
+    def __init__(self, num_total: int, tell: Tell) -> None:
+        self._num_total, self._tell = num_total, tell
+        self.restart()
+
+    def restart(self) -> None:
+        """Counts from zero again, for another attempt."""
+        self._num_sent, self._began = 0, time.monotonic()
+        self._told_at = self._began
+
+    def add(self, num_bytes: int) -> None:
+        self._num_sent += num_bytes
+        now = time.monotonic()
+        if now - self._told_at >= LINE_SECONDS:
+            self._told_at = now
+            percent = 100 * self._num_sent / max(1, self._num_total)
+            rate = sizes(self._num_sent / (now - self._began))
+            self._tell(
+                f"sent {sizes(self._num_sent)} of {sizes(self._num_total)} ({percent:.0f}%), {rate}/s"
+            )
+
+
+class CountedFile(io.FileIO):
+    """File that reports the bytes that are read from it."""
+
+    def __init__(self, path: Path, progress: Progress) -> None:
+        super().__init__(path)
+        self._progress = progress
+
+    def read(self, size: int | None = -1) -> bytes:
+        piece = super().read(-1 if size is None else size) or b""
+        self._progress.add(len(piece))
+        return piece
+
+
+def start_import(service: RemoteService, source: str, name: str, tell: Tell) -> Json:
+    """Starts the import of a folder, a .gguf file, an archive or hf:org/name@revision.
+
+    Returns the import as the API shows it. Raises RemoteError.
+    """
+    if source.startswith("hf:"):
+        return service.post("/v1/models/import", {"source": source, "name": name})
+    files = local_files(Path(source))
+    if service.http.get(model_path(name)).status_code == 200:
+        raise RemoteError(f"the name {name!r} is taken; choose another")
+    progress = Progress(sum(path.stat().st_size for path in files), tell)
+    # Each attempt has the same key, so a lost response does not lead to a second import.
+    key = secrets.token_hex(16)
+    for number in range(1, NUM_TRIES + 1):
+        try:
+            progress.restart()
+            answer = _send(service, files, name, key, progress)
+        except httpx.TransportError as error:
+            if number == NUM_TRIES:
+                raise unreachable(service.address, error) from error
+            tell(f"the connection was lost ({type(error).__name__}); sending the files again")
+            time.sleep(RETRY_SECONDS * 2**number)
+            continue
+        if answer.status_code not in (429, 502, 503, 504) or number == NUM_TRIES:
+            break
+        if answer.headers.get("x-should-retry") == "false":
+            break
+        time.sleep(retry_after(answer) or RETRY_SECONDS * 2**number)
+    if answer.status_code != 200:
+        raise refused(answer)
+    return json_of(answer)
+
+
+def local_files(path: Path) -> list[Path]:
+    """Returns the files to upload, the small ones first. Raises RemoteError if they are no model."""
+    if path.is_file() and (path.suffix == ".gguf" or ARCHIVE.fullmatch(path.name)):
+        return [path]
+    if not path.is_dir():
+        raise RemoteError(
+            f"{str(path)!r} is not a model: give a folder, a .gguf file, a tar or zip file, or hf:org/name@revision"
+        )
+    files = [
+        file
+        for file in path.iterdir()
+        if file.is_file() and not file.is_symlink() and not IGNORED.fullmatch(file.name)
+    ]
+    for file in files:
+        if (reason := refusal_of(file.name)) is not None:
+            raise RemoteError(reason)
+    if (reason := missing_from(file.name for file in files)) is not None:
+        raise RemoteError(f"{path}: {reason}")
+    readme = path / "README.md"  # the model card, which names the licence
+    files += [readme] if readme.is_file() and not readme.is_symlink() else []
+    return sorted(files, key=lambda file: file.stat().st_size)
+
+
+def _send(
+    service: RemoteService, files: list[Path], name: str, key: str, progress: Progress
+) -> httpx.Response:
+    with ExitStack() as stack:
+        # Any: the forms of httpx's own type
+        parts: list[tuple[str, Any]] = [("name", (None, name))]
+        for path in files:
+            file = stack.enter_context(CountedFile(path, progress))
+            parts.append(("file", (path.name, file)))
+        return service.http.post(
+            "/v1/models/imports", files=parts, headers={"idempotency-key": key}
+        )
