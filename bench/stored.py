@@ -3,7 +3,9 @@
     .venv/bin/python bench/stored.py [--model DIR] [--callers 32] [--turns 5] [--each 4] [--json FILE]
 
 One service with its own Postgres and Valkey answers all. Each turn has both settings, in alternating order. The ratio is
-that of the medians of tokens per second. At the end every stored answer must be in the list, once.
+that of the medians of tokens per second. CPU time is that of all processes of the service except its workers, so it has
+the API and Postgres; other processes of the machine disturb it less. At the end every stored answer must be in the list,
+once.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from statistics import median, quantiles
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import httpx
+import psutil
 
 from bench.cases import Entry
 from bench.distill import machine
@@ -27,6 +30,7 @@ from bench.steps import prepare
 PROMPT = "Explain in a few sentences why {} matters, number {}."
 SUBJECTS = ("money", "rain", "bread", "glass", "iron", "wool", "salt", "paper")
 STORED_SECONDS = 30.0
+SETTLE_SECONDS = 1.0
 
 
 def main() -> int:
@@ -66,6 +70,7 @@ def parse() -> argparse.Namespace:
 async def measure(target: Target, arguments: argparse.Namespace) -> Entry:
     rates: dict[bool, list[float]] = {False: [], True: []}
     first: dict[bool, list[float]] = {False: [], True: []}
+    cpu: dict[bool, list[float]] = {False: [], True: []}
     ids: list[str] = []
     headers = {"Authorization": f"Bearer {target.key}"}
     limits = httpx.Limits(max_connections=None)
@@ -75,7 +80,10 @@ async def measure(target: Target, arguments: argparse.Namespace) -> Entry:
         await turn(client, target, arguments, is_stored=False)  # not counted
         for number in range(arguments.turns):
             for is_stored in (False, True) if number % 2 else (True, False):
+                began = cpu_seconds()
                 rate, waits, answered = await turn(client, target, arguments, is_stored=is_stored)
+                await asyncio.sleep(SETTLE_SECONDS)  # the last answers are inserted
+                cpu[is_stored].append((cpu_seconds() - began) / len(answered) * 1000)
                 rates[is_stored].append(rate)
                 first[is_stored] += waits
                 ids += answered if is_stored else []
@@ -86,6 +94,7 @@ async def measure(target: Target, arguments: argparse.Namespace) -> Entry:
         "logprobs": arguments.logprobs,
         "tokens_per_second": {"plain": rates[False], "stored": rates[True]},
         "ratio": median(rates[True]) / median(rates[False]),
+        "cpu_ms_per_answer": {"plain": median(cpu[False]), "stored": median(cpu[True])},
         "first_token_seconds_p50": {"plain": median(first[False]), "stored": median(first[True])},
         "first_token_seconds_p95": {
             "plain": quantiles(first[False], n=20)[-1],
@@ -139,6 +148,19 @@ async def turn(
     began = time.perf_counter()
     await asyncio.gather(*(call(caller) for caller in range(arguments.callers)))
     return num_tokens / (time.perf_counter() - began), waits, ids
+
+
+def cpu_seconds() -> float:
+    """CPU time of the service's processes except its workers, so far."""
+    total = 0.0
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "worker" not in " ".join(process.cmdline()):
+                times = process.cpu_times()
+                total += times.user + times.system
+        except psutil.Error:
+            continue  # it has ended
+    return total
 
 
 async def stored_ids(client: httpx.AsyncClient, target: Target, wanted: set[str]) -> list[str]:
