@@ -8,10 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from app.contracts.generation import Tool, ToolUse
 from app.errors import BadRequest
+from app.structured_outputs.schema_check import check_schema
+from app.structured_outputs.strict_check import check_strict
 
 Json = dict[str, Any]  # Any: JSON of the client
 ToolName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 MAX_TOOLS = 128  # as in the OpenAI API
+INVALID_PARAMETERS = "invalid_function_parameters"
 
 
 class ToolPart(BaseModel):
@@ -103,15 +106,26 @@ def tool_use_of(
 
 
 def check_parameters(tools: Sequence[ToolBody]) -> None:
-    """Raises BadRequest if the parameters of a tool are not the schema of an object."""
+    """Raises BadRequest if the parameters of a tool are not the schema of an object.
+
+    The schema of a strict tool must also obey the rules of strict mode, and have no keyword that
+    cannot be enforced.
+    """
     for number, tool in enumerate(tools):
-        parameters = tool.function.parameters
-        if not parameters or parameters.get("type") == "object":
-            continue
-        found = parameters.get("type")
-        raise BadRequest(
-            f"Invalid schema for function '{tool.function.name}': schema must be a JSON Schema of "
-            f"'type: \"object\"', got 'type: \"{found}\"'.",
-            "invalid_function_parameters",
-            f"tools[{number}].function.parameters",
-        )
+        parameters, param = tool.function.parameters, f"tools[{number}].function.parameters"
+        subject = f"function '{tool.function.name}'"
+        if parameters and parameters.get("type") != "object":
+            found = parameters.get("type")
+            raise BadRequest(
+                f"Invalid schema for {subject}: schema must be a JSON Schema of "
+                f"'type: \"object\"', got 'type: \"{found}\"'.",
+                INVALID_PARAMETERS,
+                param,
+            )
+        if parameters and tool.function.strict:
+            try:
+                check_schema(parameters, param=param)
+            except BadRequest as error:
+                message = error.message.replace(f"schema for {param}", f"schema for {subject}")
+                raise BadRequest(message, INVALID_PARAMETERS, param) from None
+            check_strict(parameters, subject=subject, param=param, code=INVALID_PARAMETERS)

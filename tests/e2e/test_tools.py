@@ -54,6 +54,7 @@ def test_a_tool_loop_round_trips(
 
     first = ask([USER], tool_choice=tool_choice)
     assert first.finish_reason == ("stop" if choice == "function" else "tool_calls")
+    assert first.message.content == ("Let me ask. " if choice == "auto" else None)
     (call,) = first.message.tool_calls
     assert isinstance(call.function.parsed_arguments, Keeper)
     second = ask([USER, first.message, result_of(call)])

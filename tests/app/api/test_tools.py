@@ -13,7 +13,7 @@ from app.db import models
 from app.db.session import transaction
 from app.storage import store
 from tests.serve_worker import WorkerProcess
-from tests.tool_model import ANSWER, ARGUMENTS, KEEPER, QUESTION, TOOL, USER, result_of
+from tests.tool_model import ANSWER, ARGUMENTS, KEEPER, PARAMETERS, QUESTION, TOOL, USER, result_of
 from worker.models.model_facts import model_facts
 
 PATH = "/v1/chat/completions"
@@ -47,6 +47,10 @@ def asking(model: str, **given: Any) -> Json:
         "temperature": 0,
         **given,
     }
+
+
+def strict(parameters: Json) -> Json:
+    return {"type": "function", "function": {"name": "f", "strict": True, "parameters": parameters}}
 
 
 def call_of(message: Any) -> Any:  # Any: the client's types of calls have no common fields
@@ -164,6 +168,8 @@ def test_messages_with_the_older_names_of_calls_are_answered(
             "invalid_function_parameters",
             "tools[0].function.parameters",
         ),
+        ({"tools": [strict({"type": "object", "properties": {}})]}, "invalid_function_parameters", "tools[0].function.parameters"),
+        ({"tools": [strict(PARAMETERS | {"not": {}})]}, "invalid_function_parameters", "tools[0].function.parameters"),
         ({"tools": None, "tool_choice": "required"}, "invalid_value", "tool_choice"),
         ({"tool_choice": "sometimes"}, "invalid_value", "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "absent"}}}, "invalid_value", "tool_choice"),

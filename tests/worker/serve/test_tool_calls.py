@@ -12,8 +12,6 @@ from tests.tool_model import TOOL_TEMPLATE
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.loading import LoadedModel, load_model
 
-pytest.importorskip("worker.serve.grammars.compiler")
-
 Make = Callable[..., GenerateRequest]
 PARAMETERS = {
     "type": "object",

@@ -82,7 +82,9 @@ def vocabulary_of(text: TokenText, num_logits: int, end_ids: frozenset[int]) -> 
     tokens = [*found.later, *padding]
     if found.first is not None:
         tokens += [*found.first, *padding]
-    tokenizer = LLTokenizer(TokenizerWrapper(_Tokens(tokens, end_ids)), eos_token=sorted(end_ids))
+    tokenizer = LLTokenizer(
+        TokenizerWrapper(_Tokens(tokens, end_ids, text)), eos_token=sorted(end_ids)
+    )
     return Vocabulary(tokenizer, num_logits, end_ids, found.first is not None)
 
 
@@ -91,7 +93,8 @@ class _Tokens:
 
     bos_token_id = None
 
-    def __init__(self, tokens: list[bytes], end_ids: frozenset[int]) -> None:
+    def __init__(self, tokens: list[bytes], end_ids: frozenset[int], text: TokenText) -> None:
+        self._text = text
         for end_id in end_ids:
             tokens[end_id] = b""
         self.tokens = tokens
@@ -99,4 +102,5 @@ class _Tokens:
         self.special_token_ids = [token for token, data in enumerate(tokens) if not data]
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return []  # only read for forced tokens, which are not used
+        # The mask after forced bytes allows the first token of this result only.
+        return self._text.encode(text.decode(errors="ignore") if isinstance(text, bytes) else text)

@@ -85,6 +85,11 @@ class TokenText:
         tail = list(prompt[-NUM_CONTEXT_TOKENS:])
         return [] if self.decode(tail).endswith(REPLACEMENT) else tail
 
+    def encode(self, text: str) -> list[int]:
+        """Returns the tokens of a part of an answer."""
+        tokens: list[int] = self._tokenizer(text, add_special_tokens=False).input_ids
+        return tokens
+
     def bytes_of(self, token: int) -> bytes:
         """Returns the bytes of one token, which may be an incomplete character."""
         if token in self._added:
