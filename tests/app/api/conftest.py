@@ -21,6 +21,7 @@ from app.main import create_app
 from app.settings import Settings
 from app.storage import store
 from tests.serve_worker import WorkerProcess, wait_for
+from worker.models.model_facts import model_facts
 
 START_SECONDS = 20
 PROJECT = "acme"
@@ -181,3 +182,22 @@ def worker(
         lambda: worker.id in worker.ids(), 5, "the fixture that empties Valkey took the heartbeat"
     )
     return worker
+
+
+@pytest.fixture
+def tool_model(worker: WorkerProcess, tool_model_dir: Path) -> str:
+    """The model that calls a tool, under the name `caller`."""
+    ref = store().put_folder(tool_model_dir, "models/caller")
+    facts = model_facts(tool_model_dir)
+    with transaction() as session:
+        models.insert_model(
+            session,
+            id="caller",
+            project_id="acme",
+            origin="imported",
+            store_key=ref.key,
+            bytes=ref.bytes,
+            manifest_sha256=ref.sha256,
+            facts=facts.model_dump(mode="json"),
+        )
+    return "caller"
