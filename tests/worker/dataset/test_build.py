@@ -167,7 +167,8 @@ def test_each_choice_of_an_answer_can_become_a_row(build: Callable[..., Made]) -
 def test_long_shared_instructions_do_not_make_conversations_similar(
     build: Callable[..., Made],
 ) -> None:
-    system = {"role": "system", "content": "You are a careful assistant. " * 100}
+    rules = " ".join(f"Rule {n}: obey {n * 7919 % 99_991}." for n in range(100))
+    system = {"role": "system", "content": rules}
     records = [
         record(
             n, messages=[system, {"role": "user", "content": question(n)}], answer=question(n + 50)
