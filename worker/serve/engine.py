@@ -229,7 +229,8 @@ class TransformersEngine:
         if scores:
             answer.scores[sequence.choice] = scores
         if pick.token is None or any(score.token is None for score in scores):
-            return [self._fail(answer, _why_no_token(sequence.sampler.constraint))]
+            error = _why_no_token(answer.request, sequence.sampler.constraint)
+            return [self._fail(answer, error)]
         reason = sequence.finish_reason
         try:
             taken = answer.take(sequence.choice, pick, reason)
@@ -246,11 +247,12 @@ class TransformersEngine:
         return failure_of(answer.request.id, error)
 
 
-def _why_no_token(constraint: Constraint | None) -> ServeError:
-    if constraint is not None and constraint.fault is not None:
+def _why_no_token(request: GenerateRequest, constraint: Constraint | None) -> ServeError:
+    grammar = request.sampling.grammar
+    if grammar is not None and constraint is not None and constraint.fault is not None:
         return InvalidGrammar(
             f"the grammar is too complex for this answer ({constraint.fault}); use a simpler one"
-        )
+        ).about(grammar)
     return BadLogits("the model computed NaN or infinite logits; its weights are damaged")
 
 
