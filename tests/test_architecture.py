@@ -34,6 +34,7 @@ WORKER_MAY_IMPORT = {
     "app.db.reconciliation",
     "app.db.registry.lineage",
     "app.db.schema.ids",
+    "app.db.schema.retry_tables",
     "app.db.schema.tables",
     "app.db.schema.traffic_tables",
     "app.db.session",

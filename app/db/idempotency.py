@@ -14,8 +14,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
+from app.db.schema.retry_tables import IdempotencyKey
 from app.db.schema.table import Json
-from app.db.schema.tables import IdempotencyKey
 
 LIFETIME: Final = timedelta(hours=24)
 

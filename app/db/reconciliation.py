@@ -12,16 +12,8 @@ from app.contracts.messages import TERMINAL, JobFailure, JobStatus
 from app.db import jobs, leases
 from app.db.conditions import HAS_NOT_ENDED
 from app.db.job_states import move
-from app.db.schema.tables import (
-    ENDED_BATCHES,
-    Attempt,
-    Batch,
-    Checkpoint,
-    File,
-    IdempotencyKey,
-    Job,
-    Model,
-)
+from app.db.schema.retry_tables import IdempotencyKey
+from app.db.schema.tables import ENDED_BATCHES, Attempt, Batch, Checkpoint, File, Job, Model
 
 LEADER_LOCK: Final = 7_355_609  # arbitrary, but not used by any other lock
 BATCH: Final = 100  # maximum number of rows per rule and pass

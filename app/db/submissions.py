@@ -7,7 +7,7 @@ from typing import Final
 from sqlalchemy import delete, func, select, update
 from sqlalchemy.orm import Session
 
-from app.db.schema.tables import Submission
+from app.db.schema.retry_tables import Submission
 
 LIFETIME: Final = timedelta(hours=24)
 # For submissions that created no job, so that refused requests cannot fill the table.

@@ -11,8 +11,8 @@ import orjson
 
 from app.contracts.generation import Delta, Done, TokenLogprob, ToolCallDelta
 from app.errors import StillhouseError, envelope
+from app.schemas.chat.tools import NamedTool
 from app.schemas.completions import ChatBody, CompletionBody, GenerationBody
-from app.schemas.tools import NamedTool
 
 Json = dict[str, object]
 Replies = Iterable[tuple[int, Delta | Done]]

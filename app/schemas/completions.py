@@ -26,10 +26,9 @@ from app.contracts.generation import (
     TopK,
 )
 from app.errors import BadRequest
-from app.schemas.chat_messages import ChatMessage, check_results
-from app.schemas.jobs import Metadata
-from app.schemas.structured_outputs import ResponseFormat, StructuredOutputs
-from app.schemas.tools import (
+from app.schemas.chat.messages import ChatMessage, check_results
+from app.schemas.chat.structured_outputs import ResponseFormat, StructuredOutputs
+from app.schemas.chat.tools import (
     ToolBodies,
     ToolBody,
     ToolChoice,
@@ -37,6 +36,7 @@ from app.schemas.tools import (
     chosen_names,
     tool_use_of,
 )
+from app.schemas.jobs import Metadata
 from app.structured_outputs.request_grammar import request_grammar
 
 ModelId = Annotated[str, StringConstraints(min_length=1, max_length=200)]

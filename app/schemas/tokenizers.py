@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.schemas.chat_messages import ChatMessage
+from app.schemas.chat.messages import ChatMessage
 from app.schemas.completions import ModelId, Token, Unused
 
 MAX_CHARACTERS = 1_000_000

@@ -7,7 +7,7 @@ import orjson
 
 from app.contracts.generation import Grammar
 from app.errors import BadRequest
-from app.schemas.structured_outputs import ResponseFormat, StructuredOutputs
+from app.schemas.chat.structured_outputs import ResponseFormat, StructuredOutputs
 from app.structured_outputs.regex_check import check_regex
 from app.structured_outputs.schema_check import check_schema
 from app.structured_outputs.strict_check import check_strict
