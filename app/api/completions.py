@@ -19,7 +19,7 @@ from app.contracts.generation import Delta, Done
 from app.errors import StillhouseError
 from app.routing.reply_stream import ReplyStream
 from app.routing.router import RequestRouter
-from app.schemas.answers import Answer, ChatAnswer, TextAnswer
+from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
 from app.schemas.generated import ChatCompletion, TextCompletion
 from app.schemas.responses.answer import ResponseAnswer
@@ -105,7 +105,7 @@ async def respond(
     answer: AnyAnswer = rendered or own_answer
     model = await generation.find_model(caller.project_id, body.model)
     answer.model = model.model_id
-    recording = None if rendered else recording_of(request, caller, body)
+    recording = None if rendered else recording_of(request, caller, body, own_answer)
     order = Order(
         answer.id,
         caller.key_id,
@@ -124,15 +124,18 @@ async def respond(
 
 
 def recording_of(
-    request: Request, caller: Principal, body: CompletionBody | ChatBody
+    request: Request,
+    caller: Principal,
+    body: CompletionBody | ChatBody,
+    answer: TextAnswer | ChatAnswer,
 ) -> Recording | None:
     """Returns a recording of the answer if it is to be stored. Only chats are ever stored."""
-    if not isinstance(body, ChatBody):
+    if not isinstance(body, ChatBody) or not isinstance(answer, ChatAnswer):
         return None
     recorder: Recorder = request.app.state.recorder
     length = request.headers.get("content-length", "")
     num_bytes = int(length) if length.isdigit() else 0
-    return recorder.begin(caller, request.state.request_id, body, request_bytes=num_bytes)
+    return recorder.begin(caller, request.state.request_id, body, answer, request_bytes=num_bytes)
 
 
 async def begin(
@@ -156,8 +159,8 @@ async def begin(
         while replies := await reply_stream.take():
             answer.add(replies)
         parts = await generation.whole_json(answer)
-        if recording is not None and isinstance(answer, Answer):
-            recording.finish(answer, parts)
+        if recording is not None:
+            recording.finish(parts)
         return JsonParts(parts)
     except BaseException:
         reply_stream.close()
@@ -265,8 +268,8 @@ class EventStream(Response):
         try:
             part = events(self._answer.opening())
             while replies is None or replies:
-                if replies and self._recording is not None and isinstance(self._answer, Answer):
-                    self._recording.add(self._answer, replies)
+                if replies and self._recording is not None:
+                    self._recording.add(replies)
                 if replies and (part := part + events(self._answer.chunks(replies))):
                     yield part
                 elif replies is None:
@@ -276,8 +279,8 @@ class EventStream(Response):
         except StillhouseError as error:
             yield part + events(self._answer.failure(error))
             return
-        if self._recording is not None and isinstance(self._answer, Answer):
-            self._recording.finish(self._answer)
+        if self._recording is not None:
+            self._recording.finish()
         for chunk in self._answer.closing():
             yield part + events([chunk])
             part = b""

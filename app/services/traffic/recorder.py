@@ -101,6 +101,7 @@ class Recording:
         request_id: str,
         *,
         body: ChatBody,
+        answer: ChatAnswer,
         request_bytes: int,
     ) -> None:
         self._recorder = recorder
@@ -108,24 +109,25 @@ class Recording:
         self._request_id = request_id
         self._body = body
         self._num_bytes = request_bytes
-        self._answer: ChatAnswer | None = None
+        self._answer = answer
+        self._kept: ChatAnswer | None = None  # the same answer, with the text of its stream
         self._created_at = time.time()
         self._began = time.perf_counter()
 
-    def add(self, answer: Answer, replies: list[tuple[int, Delta | Done]]) -> None:
+    def add(self, replies: list[tuple[int, Delta | Done]]) -> None:
         """Collects replies of a streamed answer, whose text the answer itself does not keep."""
-        if self._answer is None:
-            self._answer = ChatAnswer(answer.id, self._body, created=answer.created)
-            self._answer.model = answer.model
+        if self._kept is None:
+            self._kept = ChatAnswer(self._answer.id, self._body, created=self._answer.created)
+            self._kept.model = self._answer.model
         for _, reply in replies:
             if isinstance(reply, Delta):
                 self._num_bytes += len(reply.text)
                 if reply.logprobs is not None:
                     self._num_bytes += reply.num_entries * LOGPROB_BYTES
         if self._num_bytes <= self._recorder.max_bytes:
-            self._answer.add(replies)
+            self._kept.add(replies)
 
-    def finish(self, answer: Answer, completion: list[bytes] | None = None) -> None:
+    def finish(self, completion: list[bytes] | None = None) -> None:
         """Puts the answer into the queue.
 
         completion: The JSON of the answer if it was not streamed.
@@ -135,7 +137,7 @@ class Recording:
             self._principal,
             self._request_id,
             self._body,
-            self._answer or answer,
+            self._kept or self._answer,
             completion,
             self._num_bytes,
             self._created_at,
@@ -176,13 +178,21 @@ class Recorder:
             thread.join(STOP_SECONDS)
 
     def begin(
-        self, principal: Principal, request_id: str, body: ChatBody, *, request_bytes: int
+        self,
+        principal: Principal,
+        request_id: str,
+        body: ChatBody,
+        answer: ChatAnswer,
+        *,
+        request_bytes: int,
     ) -> Recording | None:
         """Returns a recording of the answer to this request, or None if it is not to be stored."""
         is_default = not self._default_projects.isdisjoint({principal.project_id, "*"})
         if body.store is False or (body.store is None and not is_default):
             return None
-        return Recording(self, principal, request_id, body=body, request_bytes=request_bytes)
+        return Recording(
+            self, principal, request_id, body=body, answer=answer, request_bytes=request_bytes
+        )
 
     def put(self, finished: FinishedAnswer) -> None:
         """Queues an answer, or drops it if it is too large or the queue is full. Never waits."""
