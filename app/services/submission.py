@@ -240,7 +240,7 @@ def check_template(plan: Plan) -> None:
                 raise BadRequest(
                     f"the rows have {missing[0]}, but the chat template of the model leaves them out; use a model whose "
                     "template supports tools, or upload rows without tools",
-                    "tools_not_supported",
+                    "tools_unsupported",
                     param,
                 )
 

@@ -268,7 +268,7 @@ def test_rows_with_tools_need_a_template_that_renders_them(
     }
     with pytest.raises(openai.BadRequestError) as refused:
         submit(training_file=training)
-    assert (refused.value.param, refused.value.code) == ("training_file", "tools_not_supported")
+    assert (refused.value.param, refused.value.code) == ("training_file", "tools_unsupported")
     folder = shutil.copytree(tiny_llama_dir, tmp_path / "with-tools")
     (folder / "chat_template.jinja").write_text("{{ tools }}{% for m in messages %}{{ m.tool_calls }}{% endfor %}")  # fmt: skip
     ref = store().put_folder(folder, "models/with-tools")
