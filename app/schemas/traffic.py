@@ -2,7 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    field_validator,
+)
 
 from app.contracts.datasets import (
     MASK_KINDS,
@@ -20,7 +27,6 @@ from app.schemas.jobs import (
     Json,
     Metadata,
     ModelId,
-    Suffix,
     public_status,
     seconds,
     shared_fields,
@@ -104,13 +110,16 @@ class DatasetFilter(Body):
         return value
 
 
+DatasetName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9-]{1,64}$")]
+
+
 class CreateDataset(Body):
     """Body of a request that makes a data set from stored completions.
 
     See `app.contracts.datasets.DatasetOptions` for the options.
     """
 
-    name: Suffix = "dataset"
+    name: DatasetName = "dataset"
     filter: DatasetFilter = DatasetFilter()
     limit: Annotated[int, Field(ge=1, le=100_000)] = 10_000
     finish_reasons: Annotated[

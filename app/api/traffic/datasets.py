@@ -52,7 +52,7 @@ def list_datasets(request: Request, principal: Reader, page: AskedPage) -> Listi
             after=page.after,
             limit=page.limit,
             order=page.order,
-            metadata=metadata_filter(request.query_params),
+            metadata=metadata_filter(request.query_params) or None,
         )
     data = [DatasetObject.of(row) for row in rows]
     first_id, last_id = ends(data)
