@@ -41,7 +41,7 @@ def check_strict(
                 code,
                 param,
             )
-        found = [
+        inner = [
             (
                 (*path, *steps),
                 child,
@@ -49,7 +49,7 @@ def check_strict(
             )
             for steps, child in children(here)
         ]
-        waiting += reversed(found)
+        waiting += reversed(inner)
 
 
 def _fault(schema: dict[str, Json]) -> str | None:

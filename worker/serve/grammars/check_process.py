@@ -139,13 +139,13 @@ def serve() -> None:
 
 def compile_error(kind: Any, text: str) -> str:  # Any: one of the kinds of `Grammar`
     """Returns why a grammar cannot be compiled, or an empty string."""
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLMatcher
 
-    from worker.serve.grammars.sources import COMPILE_LIMITS, source_of
+    from worker.serve.grammars.sources import LIMITS, source_of
 
     try:
         is_error, messages = LLMatcher.validate_grammar_with_warnings(
-            source_of(Grammar(kind=kind, text=text)), limits=LLParserLimits(**COMPILE_LIMITS)
+            source_of(Grammar(kind=kind, text=text)), limits=LIMITS
         )
     except ValueError as bad:
         is_error, messages = True, [str(bad)]

@@ -5,13 +5,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from app.contracts.generation import Grammar
 from worker.serve.errors import InvalidGrammar
 from worker.serve.grammars.check_process import GRAMMAR_CHECKER
 from worker.serve.grammars.constraint import WORD_BITS, Constraint, Vocabulary
-from worker.serve.grammars.sources import COMPILE_LIMITS, source_of
+from worker.serve.grammars.sources import LIMITS, source_of
 from worker.serve.grammars.token_bytes import token_bytes
 from worker.serve.text.detokenizer import TokenText
 
@@ -52,9 +52,8 @@ class GrammarCompiler:
                 "this model has no end token, so its answers cannot follow a grammar"
             ).about(grammar)
         GRAMMAR_CHECKER.demand_compilable(grammar)
-        limits = LLParserLimits(**COMPILE_LIMITS)
         matcher = LLMatcher(
-            self.prepare().tokenizer, source_of(grammar), log_level=0, limits=limits
+            self.prepare().tokenizer, source_of(grammar), log_level=0, limits=LIMITS
         )
         if matcher.is_error():
             message = f"the grammar cannot be enforced: {matcher.get_error()[:300]}"

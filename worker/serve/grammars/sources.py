@@ -3,21 +3,21 @@
 import json
 from typing import Final
 
-from llguidance import regex_to_lark
+from llguidance import LLParserLimits, regex_to_lark
 
 from app.contracts.generation import Grammar
 
 # Limits of llguidance, in its own units. They bound the time of a compilation and of each mask, and
 # the memory of a matcher.
-COMPILE_LIMITS: Final = {
-    "initial_lexer_fuel": 1_000_000,
-    "max_grammar_size": 200_000,
-    "max_items_in_row": 2_000,
-    "max_lexer_states": 10_000,
-    "step_lexer_fuel": 50_000,
-    "step_max_items": 5_000,
-    "verbose_errors": False,
-}
+LIMITS: Final = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    max_grammar_size=200_000,
+    max_items_in_row=2_000,
+    max_lexer_states=10_000,
+    step_lexer_fuel=50_000,
+    step_max_items=5_000,
+    verbose_errors=False,
+)
 # Without this option, text that has only one form is divided into tokens by the tokenizer. That
 # needs Python code in the middle of a mask. Any division into tokens is allowed instead.
 HEADER: Final = '%llguidance {"no_forcing": true}\n'

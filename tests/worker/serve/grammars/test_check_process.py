@@ -1,0 +1,69 @@
+"""Grammars and answers are checked in a child process that cannot hurt the worker."""
+
+import json
+from collections.abc import Iterator
+
+import pytest
+
+from app.contracts.generation import Grammar
+from worker.serve.errors import InvalidAnswer, InvalidGrammar
+from worker.serve.grammars.check_process import CheckProcess
+
+
+def schema(text: object) -> Grammar:
+    return Grammar(kind="json_schema", text=json.dumps(text), param="tools")
+
+
+@pytest.fixture(scope="module")
+def checker() -> Iterator[CheckProcess]:
+    process = CheckProcess()
+    yield process
+    process.close()
+
+
+def test_a_grammar_that_cannot_be_compiled_is_refused(checker: CheckProcess) -> None:
+    checker.demand_compilable(schema({"type": "object"}))
+    with pytest.raises(InvalidGrammar, match="oneOf") as caught:
+        checker.demand_compilable(schema({"oneOf": [{"type": "string"}, {"minLength": 1}]}))
+    assert caught.value.param == "tools"
+
+
+def test_a_grammar_that_takes_too_long_is_refused_and_not_tried_again(
+    checker: CheckProcess,
+) -> None:
+    patterns = [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(10, 30)]
+    hostile = schema({"allOf": patterns})
+    with pytest.raises(InvalidGrammar, match="too long"):
+        checker.demand_compilable(hostile)
+    assert checker._child is None
+    with pytest.raises(InvalidGrammar, match="too long"):
+        checker.demand_compilable(hostile)
+    assert checker._child is None, "the second attempt started a child"
+
+
+def test_an_answer_that_violates_its_schema_is_refused(checker: CheckProcess) -> None:
+    grammar = schema({"type": "object", "properties": {"a": {"type": "integer"}}})
+    checker.demand_valid(grammar, '{"a":1}', may_be_cut=False)
+    with pytest.raises(InvalidAnswer, match="integer"):
+        checker.demand_valid(grammar, '{"a":"1"}', may_be_cut=True)
+    with pytest.raises(InvalidAnswer, match="not valid JSON"):
+        checker.demand_valid(grammar, '{"a":', may_be_cut=False)
+    checker.demand_valid(grammar, '{"a":', may_be_cut=True)
+
+
+def test_a_validation_that_takes_exponential_time_ends_with_its_child(
+    checker: CheckProcess,
+) -> None:
+    branch = {"type": "object", "properties": {"a": {"$ref": "#"}}}
+    hostile = schema(
+        {
+            "anyOf": [
+                branch | {"required": ["b"]},
+                branch | {"required": ["c"]},
+                branch | {"maxProperties": 0},
+            ]
+        }
+    )
+    with pytest.raises(InvalidAnswer):
+        checker.demand_valid(hostile, '{"a":' * 40 + "{}" + "}" * 40, may_be_cut=False)
+    checker.demand_valid(schema({}), "{}", may_be_cut=False)
