@@ -65,7 +65,7 @@ class AnswerChecks:
         if isinstance(reply, Done) and answer.held:
             answer.done = reply
             return []
-        del self._open[request.id]
+        self._open.pop(request.id, None)
         return [reply]
 
     def forget(self, request_id: str) -> None:

@@ -1,0 +1,75 @@
+"""The end of an answer is held back until the answer has been validated."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from app.contracts.generation import Delta, Done, GenerateRequest, Grammar
+from worker.serve.errors import InvalidAnswer
+from worker.serve.host.answer_checks import AnswerChecks
+
+GRAMMAR = Grammar(kind="json_schema", text=json.dumps({"type": "integer"}))
+DONE = Done(id="r", prompt_tokens=1, completion_tokens=2)
+Make = Callable[..., GenerateRequest]
+
+
+def delta(text: str, choice: int = 0, *, is_last: bool = True) -> Delta:
+    return Delta(id="r", choice=choice, text=text, finish_reason="stop" if is_last else None)
+
+
+@pytest.fixture
+def woken() -> threading.Semaphore:
+    return threading.Semaphore(0)
+
+
+@pytest.fixture
+def checks(woken: threading.Semaphore) -> Iterator[AnswerChecks]:
+    made = AnswerChecks(woken.release)
+    yield made
+    made.close()
+
+
+def test_valid_choices_are_released_and_done_comes_last(
+    checks: AnswerChecks, woken: threading.Semaphore, make_request: Make
+) -> None:
+    request = make_request(grammar=GRAMMAR, n=2)
+    first = delta("1", is_last=False)
+    assert checks.pass_on(request, first) == [first]
+    assert checks.pass_on(request, delta("2")) == []
+    assert checks.pass_on(request, delta("3", 1)) == []
+    assert checks.pass_on(request, DONE) == []
+    for _ in range(2):
+        assert woken.acquire(timeout=30)
+    released = [reply for checked in checks.take() for reply in checked.replies]
+    assert released == [delta("2"), delta("3", 1), DONE]
+
+
+def test_an_invalid_answer_ends_its_request_with_an_error(
+    checks: AnswerChecks, woken: threading.Semaphore, make_request: Make
+) -> None:
+    request = make_request(grammar=GRAMMAR)
+    assert checks.pass_on(request, delta('"x"')) == []
+    assert checks.pass_on(request, DONE) == []
+    assert woken.acquire(timeout=30)
+    (checked,) = checks.take()
+    assert checked.replies == []
+    assert isinstance(checked.error, InvalidAnswer)
+
+
+def test_a_cancelled_request_gets_nothing(
+    checks: AnswerChecks, woken: threading.Semaphore, make_request: Make
+) -> None:
+    request = make_request(grammar=GRAMMAR)
+    checks.pass_on(request, delta("1"))
+    checks.forget("r")
+    assert woken.acquire(timeout=30)
+    assert checks.take() == []
+
+
+def test_other_requests_are_not_held_back(checks: AnswerChecks, make_request: Make) -> None:
+    regex = Grammar(kind="regex", text="a")
+    for request in (make_request(), make_request(grammar=regex)):
+        assert checks.pass_on(request, delta("a")) == [delta("a")]
+        assert checks.pass_on(request, DONE) == [DONE]
