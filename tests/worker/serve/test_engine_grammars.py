@@ -109,6 +109,8 @@ def test_logprobs_are_those_of_the_raw_logits(
     assert free is not None
     assert bound is not None
     assert dict(bound[0].top) == pytest.approx(dict(free[0].top))
+    assert bound[0].logprob is not None
+    assert free[0].logprob is not None
     assert bound[0].logprob < free[0].logprob
     assert bound[0].token.startswith("{")
 
