@@ -356,8 +356,10 @@ def test_a_distillation_leaves_a_model_metrics_stages_and_few_checkpoints(
         names = {metric.name for metric in jobs.metric_series(session, job_id)}
     assert {"train_loss", "valid_kl"} <= names
     assert [stage["name"] for stage in done.stages][:1] == ["loading_models"]
-    (table,) = done.result_file_ids
-    with store().open(f"files/{table}") as file:
+    step_metrics, metrics = done.result_file_ids
+    with store().open(f"files/{step_metrics}") as file:
+        assert b"valid_kl" not in file.readline()
+    with store().open(f"files/{metrics}") as file:
         assert b"valid_kl" in file.readline()
     steps = checkpoint_steps(job_id)
     assert 1 <= len(steps) <= 3
