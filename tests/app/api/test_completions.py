@@ -365,7 +365,7 @@ def test_a_bad_completion_request_names_what_is_wrong(
         ({"messages": [{"role": "boss", "content": "x"}]}, "invalid_value", "messages[0].role"),
         ({"messages": [{"role": "user"}]}, "missing_required_parameter", "messages[0].content"),
         ({"functions": [{"name": "f"}]}, "unsupported_parameter", "functions"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+        ({"guided_json": {}}, "unsupported_parameter", "guided_json"),
         ({"prompt": "x"}, "unknown_parameter", "prompt"),
         ({"echo": True}, "unknown_parameter", "echo"),
         ({"min_tokens": 9, "max_completion_tokens": 8}, "invalid_value", "min_tokens"),

@@ -1,15 +1,14 @@
 """Converts the messages and tools of a training row into the form that chat templates expect."""
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from worker.models.chat_templates import takes_tools_in_message
+
 Json = dict[str, Any]  # Any: JSON for chat templates
-# Templates like that of Phi-4-mini read the tools from the system message.
-TOOLS_OF_MESSAGE = re.compile(r"""\bmessage(?:\.tools\b|\[['"]tools['"]\])""")
 
 
 def turns_of(messages: Sequence[Mapping[str, Any]]) -> tuple[Json, ...]:  # Any: a client's JSON
@@ -95,7 +94,7 @@ def render(
         shown = [
             {**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in shown
         ]
-    if tools and TOOLS_OF_MESSAGE.search(template):
+    if tools and takes_tools_in_message(tokenizer.chat_template):
         shown = _with_tools_in_message(shown, tools)
     text = tokenizer.apply_chat_template(
         shown,
