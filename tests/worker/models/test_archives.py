@@ -113,6 +113,7 @@ def test_a_link_in_a_zip_file_is_refused(tmp_path: Path) -> None:
         zipped(PLAIN)[:-30],
         tar({}),
     ],
+    ids=["empty", "text", "cut-gzip", "cut-tar", "cut-zip", "no-files"],
 )
 def test_a_damaged_or_empty_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BrokenFile):
