@@ -31,7 +31,8 @@ CLASSES: Final = {
 REFERENCES: Final = frozenset(
     {"kind", "output_model", "teacher", "start", "training_file", "validation_file", "test_file"}
 )
-MODELS: Final = ("teacher", "untrained", "ce_baseline", "student")
+# Entries of a result. A supervised job has `before` and `after`.
+MODELS: Final = ("teacher", "untrained", "ce_baseline", "student", "before", "after")
 MAX_METRICS: Final = 12
 UNKNOWN: Final = "unknown"
 
@@ -151,7 +152,7 @@ class ModelCard:
         entries = {
             name: entry for name in MODELS if isinstance(entry := self.result.get(name), dict)
         }
-        own = entries.get("student", {})
+        own = entries.get("student") or entries.get("after", {})
         intervals = own.get("intervals")
         metrics = [name for name in own if isinstance(intervals, dict) and name in intervals]
         if not metrics:
@@ -167,6 +168,9 @@ class ModelCard:
 
     def _recipe(self) -> str:
         recipe = {name: value for name, value in self.spec.items() if name not in REFERENCES}
+        block = recipe.get("distillation")
+        if recipe.get("method") == "supervised" and isinstance(block, dict):
+            recipe["distillation"] = {k: v for k, v in block.items() if k != "teacher"}
         if not self.start or not recipe:
             return ""
         text = yaml.safe_dump(_without_null(recipe), sort_keys=False, allow_unicode=True)

@@ -25,6 +25,7 @@ from app.contracts.model_files import IGNORED, missing_from, refusal_of
 from app.services.imports import ARCHIVE
 
 NUM_TRIES: Final = 4
+STORE_SECONDS: Final = 3600.0  # the response comes after the service has stored all files
 RETRY_SECONDS: Final = 1.0
 LINE_SECONDS: Final = 2.0
 
@@ -134,5 +135,8 @@ def _send(
             file = stack.enter_context(CountedFile(path, progress))
             parts.append(("file", (path.name, file)))
         return service.http.post(
-            "/v1/models/imports", files=parts, headers={"idempotency-key": key}
+            "/v1/models/imports",
+            files=parts,
+            headers={"idempotency-key": key},
+            timeout=httpx.Timeout(60.0, read=STORE_SECONDS),
         )

@@ -75,9 +75,13 @@ def _served() -> Select[Any]:  # Any: the columns of ServedRow
 
 
 def is_name_taken(session: Session, name: str) -> bool:
-    """Returns whether a model of any project has this id, or an unfinished job will register it."""
+    """Returns whether a model of any project has this id, or an unfinished job will register it.
+
+    A data set has its name in the same column, but registers no model.
+    """
     model = session.scalar(select(Model.id).where(Model.id == name))
-    job = session.scalar(select(Job.id).where(Job.model_id == name, HAS_NOT_ENDED).limit(1))
+    will_register = (Job.model_id == name, HAS_NOT_ENDED, Job.kind != "dataset")
+    job = session.scalar(select(Job.id).where(*will_register).limit(1))
     return model is not None or job is not None
 
 

@@ -149,3 +149,18 @@ def test_names_and_results_cannot_break_the_card() -> None:
     assert matter(text)["license"] == hostile
     assert "<script>" not in text.split("\n---\n", 1)[1]
     assert text.count("```") % 2 == 0
+
+
+def test_a_supervised_model_has_figures_and_no_teacher() -> None:
+    entry = {"loss": 0.5, "intervals": {"loss": [0.4, 0.6]}}
+    text = card(
+        teacher=None,
+        result={"before": {**entry, "loss": 2.5}, "after": entry},
+        spec={
+            "kind": "distillation",
+            "method": "supervised",
+            "distillation": {"teacher": "teacher", "seed": 7},
+        },
+    ).render()
+    assert "| metric | before | after |" in text
+    assert "teacher:" not in text.split("## Recipe")[1]

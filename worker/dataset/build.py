@@ -112,6 +112,7 @@ class DatasetBuild:
         threshold = self._options.near_duplicates
         index = SimilarTexts(threshold or 1.0, questions.__getitem__)
         for question in questions:
+            self._report(COMPARED)
             number = groups.add()
             if threshold is None:
                 continue

@@ -17,7 +17,7 @@ VERSION: Final = 1  # of the rules, stored in the report of a data set
 
 SECRET: Final = re.compile(
     r"""
-    -----BEGIN\ [A-Z ]{0,20}PRIVATE\ KEY-----.*?-----END\ [A-Z ]{0,20}PRIVATE\ KEY-----
+    -----BEGIN\ [A-Z ]{0,20}PRIVATE\ KEY-----.{0,20000}?-----END\ [A-Z ]{0,20}PRIVATE\ KEY-----
     | \b(?:
         sk-[A-Za-z0-9_-]{20,200}                    # OpenAI, Anthropic, Stillhouse
       | (?:sk|rk|pk)_(?:live|test)_[A-Za-z0-9]{16,200}  # Stripe

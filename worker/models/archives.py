@@ -5,12 +5,21 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Literal
 
 from app.contracts.model_files import refusal_of
 from worker.errors import BrokenFile, UnsafeFile
 
 MAX_MEMBERS = 2000
+MAX_HEADER_BYTES = 64 * 2**10  # of a long name; tarfile reads it into memory
+GZIP_MAGIC = b"\x1f\x8b"
+LONG_HEADERS = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 PIECE_BYTES = 2**20
 
 
@@ -27,9 +36,7 @@ def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
     target.mkdir(parents=True)
     num_bytes, parents = 0, set[PurePosixPath]()
     try:
-        for number, (path, size, content) in enumerate(_members(archive)):
-            if number == MAX_MEMBERS:
-                raise UnsafeFile(f"the archive has more than {MAX_MEMBERS} members")
+        for path, size, content in _members(archive):
             name = _checked_name(path)
             num_bytes += size
             if num_bytes > max_bytes:
@@ -57,11 +64,25 @@ def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
     return target
 
 
+class _Header(tarfile.TarInfo):
+    """Header of a tar file, which may not have a long name of any length."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in LONG_HEADERS and self.size > MAX_HEADER_BYTES:
+            raise UnsafeFile("a header in the archive is too long")
+        member: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]  # no public hook
+        return member
+
+
 def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, IO[bytes]]]:
-    """Yields the path, size and content of each file. Raises UnsafeFile for links and devices."""
+    """Yields the path, size and content of each file.
+
+    Raises UnsafeFile for links and devices, and if there are more than `MAX_MEMBERS` members.
+    """
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as opened:
-            for info in opened.infolist():
+            for number, info in enumerate(opened.infolist()):
+                _check_number(number)
                 if info.flag_bits & 1:
                     raise UnsafeFile("the archive is encrypted")
                 kind = info.external_attr >> 28
@@ -72,14 +93,26 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, IO[bytes]]]:
                         yield PurePosixPath(info.filename), info.file_size, content
         return
     # Read as a stream, so that the headers of a damaged file cannot cause seeks.
-    with tarfile.open(archive, "r|*") as stream:
-        for member in stream:
+    with tarfile.open(archive, _tar_mode(archive), tarinfo=_Header) as stream:
+        for number, member in enumerate(stream):
+            _check_number(number)
             if member.isdir():
                 continue
             content_or_none = stream.extractfile(member) if member.isreg() else None
             if content_or_none is None or member.issparse():
                 raise UnsafeFile(f"{member.name[:100]} in the archive is not a regular file")
             yield PurePosixPath(member.name), member.size, content_or_none
+
+
+def _tar_mode(archive: Path) -> Literal["r|", "r|gz"]:
+    """Returns the mode in which `tarfile` reads a plain or a gzipped stream."""
+    with archive.open("rb") as file:
+        return "r|gz" if file.read(2) == GZIP_MAGIC else "r|"
+
+
+def _check_number(number: int) -> None:
+    if number >= MAX_MEMBERS:
+        raise UnsafeFile(f"the archive has more than {MAX_MEMBERS} members")
 
 
 def _checked_name(path: PurePosixPath) -> str:

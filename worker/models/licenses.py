@@ -7,6 +7,7 @@ import yaml
 
 FRONT_MATTER = re.compile(rb"\A\s*---\r?\n(.*?)\r?\n---", re.DOTALL)
 MAX_BYTES = 64 * 2**10
+MAX_LICENSES = 8
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+()-]{0,99}")
 
 
@@ -22,7 +23,7 @@ def license_of(folder: Path) -> str | None:
         match = FRONT_MATTER.match(file.read(MAX_BYTES))
     try:
         matter = yaml.safe_load(match[1]) if match else None
-    except (yaml.YAMLError, ValueError, RecursionError):  # a card of a foreign model
+    except Exception:  # noqa: BLE001  # a card may have tags whose constructors raise anything
         return None
     if not isinstance(matter, dict):
         return None
@@ -30,7 +31,8 @@ def license_of(folder: Path) -> str | None:
     if named == "other":
         named = matter.get("license_name") or named
     if isinstance(named, list):
-        named = " and ".join(map(str, named))
+        is_plain = len(named) <= MAX_LICENSES and all(isinstance(name, str) for name in named)
+        named = " and ".join(named) if is_plain else None
     return checked_license(named)
 
 

@@ -170,7 +170,12 @@ class Spool:
             self._lock = _lock_folder(self._folder)
         path = self._folder / f"{uuid4().hex}{SUFFIX}"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-        self._descriptor = os.open(path, flags, 0o600)
+        try:
+            self._descriptor = os.open(path, flags, 0o600)
+        except FileNotFoundError:  # somebody has removed the folder; the next call makes another
+            os.close(self._lock)
+            self._lock = None
+            raise
         sync_folder(self._folder)
         self._segments.append(Segment(path))
         return self._segments[-1], self._descriptor
@@ -211,10 +216,12 @@ def _lock_folder(folder: Path) -> int | None:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
+        if (folder / LOCK).stat().st_ino == os.fstat(lock).st_ino:  # the path names this file
+            return lock
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(lock)
+    return None
 
 
 def _remove_empty(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from worker.errors import BrokenFile, UnsafeFile
-from worker.models.archives import unpack
+from worker.models.archives import MAX_HEADER_BYTES, MAX_MEMBERS, unpack
 
 Pack = Callable[[dict[str, bytes]], bytes]
 
@@ -118,3 +118,27 @@ def test_a_link_in_a_zip_file_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_or_empty_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BrokenFile):
         opened(tmp_path, content)
+
+
+def test_a_name_of_any_length_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as packed:
+        packed.addfile(tarfile.TarInfo("a" * (2 * MAX_HEADER_BYTES)))
+    with pytest.raises(UnsafeFile, match="header"):
+        opened(tmp_path, content.getvalue())
+
+
+def test_folders_count_as_members(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as packed:
+        for number in range(MAX_MEMBERS + 1):
+            folder = tarfile.TarInfo(f"d{number}")
+            folder.type = tarfile.DIRTYPE
+            packed.addfile(folder)
+    with pytest.raises(UnsafeFile, match="members"):
+        opened(tmp_path, content.getvalue())
+
+
+def test_other_compressions_are_not_read(tmp_path: Path) -> None:
+    with pytest.raises(BrokenFile):
+        opened(tmp_path, tar({"config.json": b"{}"}, "w:xz"))
