@@ -96,7 +96,7 @@ async def respond(
 
     An error before the first token becomes an HTTP error response.
     """
-    if generation.has_grammar(body):
+    if generation.has_schemas(body):
         await run_in_threadpool(generation.refuse_unsupported, body)
     else:
         generation.refuse_unsupported(body)

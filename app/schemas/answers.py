@@ -236,7 +236,7 @@ class ChatAnswer(Answer):
     def __init__(self, answer_id: str, body: ChatBody, *, created: int) -> None:
         super().__init__(answer_id, body, num_prompts=1, created=created)
         self._has_logprobs = bool(body.logprobs)
-        self._has_tools = body.tool_use() is not None
+        self._has_tools = bool(body.tools)
         self._is_call_named = isinstance(body.tool_choice, NamedTool)
 
     def _object(self, *, is_chunk: bool = False) -> str:

@@ -278,9 +278,11 @@ def begin_answer(body: ChatBody | CompletionBody) -> tuple[ChatAnswer | TextAnsw
     return ChatAnswer(new_id("chatcmpl-"), body, created=created), [conversation]
 
 
-def has_grammar(body: ChatBody | CompletionBody) -> bool:
-    """Returns whether `refuse_unsupported` has to check a grammar, which may take milliseconds."""
-    return body.response_format is not None or body.structured_outputs is not None
+def has_schemas(body: ChatBody | CompletionBody) -> bool:
+    """Returns whether `refuse_unsupported` has to check schemas, which may take milliseconds."""
+    if body.response_format is not None or body.structured_outputs is not None:
+        return True
+    return isinstance(body, ChatBody) and any(tool.function.strict for tool in body.tools or ())
 
 
 def refuse_unsupported(body: ChatBody | CompletionBody) -> None:

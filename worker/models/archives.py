@@ -5,14 +5,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import IO
 
 from app.contracts.model_files import refusal_of
 from worker.errors import BrokenFile, UnsafeFile
 
 MAX_MEMBERS = 2000
 MAX_HEADER_BYTES = 64 * 2**10  # of a long name; tarfile reads it into memory
-GZIP_MAGIC = b"\x1f\x8b"
 LONG_HEADERS = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -93,7 +92,7 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, IO[bytes]]]:
                         yield PurePosixPath(info.filename), info.file_size, content
         return
     # Read as a stream, so that the headers of a damaged file cannot cause seeks.
-    with tarfile.open(archive, _tar_mode(archive), tarinfo=_Header) as stream:
+    with tarfile.open(archive, "r|*", tarinfo=_Header) as stream:
         for number, member in enumerate(stream):
             _check_number(number)
             if member.isdir():
@@ -102,12 +101,6 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, IO[bytes]]]:
             if content_or_none is None or member.issparse():
                 raise UnsafeFile(f"{member.name[:100]} in the archive is not a regular file")
             yield PurePosixPath(member.name), member.size, content_or_none
-
-
-def _tar_mode(archive: Path) -> Literal["r|", "r|gz"]:
-    """Returns the mode in which `tarfile` reads a plain or a gzipped stream."""
-    with archive.open("rb") as file:
-        return "r|gz" if file.read(2) == GZIP_MAGIC else "r|"
 
 
 def _check_number(number: int) -> None:

@@ -82,7 +82,7 @@ async def count_input_tokens(body: PromptBody, request: Request, caller: Caller)
     body.refuse_state()
     try:
         chat = body.chat()
-        generation.refuse_unsupported(chat)
+        await run_in_threadpool(generation.refuse_unsupported, chat)
         _, [prompt] = generation.begin_answer(chat)
         found = await generation.find_model(caller.project_id, body.model)
         reply = await tokenization.ask(

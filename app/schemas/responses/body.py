@@ -204,6 +204,8 @@ def renamed(error: BadRequest) -> BadRequest:
 
 def renamed_param(param: str | None) -> str | None:
     """Returns the name in /v1/responses of a parameter of a chat."""
+    if param is not None and param.startswith("tools["):
+        return param.replace("].function.", "].", 1)  # tools are flat here
     for name, ours in RENAMED.items():
         rest = param.removeprefix(name) if param is not None else ""
         if param is not None and param.startswith(name) and rest[:1] in ("", ".", "["):

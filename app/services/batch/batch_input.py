@@ -96,7 +96,7 @@ def body_of(request: BatchRequest, endpoint: str) -> ChatBody | CompletionBody:
     if request.url != endpoint:
         message = f"url must be the batch's endpoint, {endpoint}"
         raise BadRequest(message, "mismatched_endpoint", "url")
-    body = _validated(BODIES[endpoint], request.body)
+    body = _validated(BODIES[endpoint], _without_labels(request.body))
     if body.stream:
         raise BadRequest(
             "a batch does not support streaming; leave stream out",
@@ -159,6 +159,16 @@ class _LineChecker:
             with transaction() as session:
                 model_registry.resolve(session, self._project_id, model_id)
             self.models.add(model_id)
+
+
+def _without_labels(content: object) -> object:
+    """Returns a body without `store` and `metadata`, which have no effect on the line of a batch.
+
+    Older versions accepted any values of them, so lines that wait may have invalid ones.
+    """
+    if not isinstance(content, dict):
+        return content
+    return {name: value for name, value in content.items() if name not in ("store", "metadata")}
 
 
 def _validated(schema: type[Schema], content: object) -> Schema:

@@ -61,7 +61,7 @@ class FinishedAnswer:
 
     def record(self) -> bytes:
         """Returns the record that `app.db.traffic.completions.insert_records` takes."""
-        body = self.body.model_dump(mode="json", exclude_unset=True)
+        body = self.body.model_dump(mode="json", exclude_unset=True, by_alias=True)
         messages = orjson.dumps(body.pop("messages"))
         parts = self.answer.whole() if self.completion is None else self.completion
         completion = b"".join(parts)
@@ -122,6 +122,7 @@ class Recording:
         for _, reply in replies:
             if isinstance(reply, Delta):
                 self._num_bytes += len(reply.text)
+                self._num_bytes += sum(len(call.arguments) for call in reply.tool_calls)
                 if reply.logprobs is not None:
                     self._num_bytes += reply.num_entries * LOGPROB_BYTES
         if self._num_bytes <= self._recorder.max_bytes:

@@ -137,8 +137,3 @@ def test_folders_count_as_members(tmp_path: Path) -> None:
             packed.addfile(folder)
     with pytest.raises(UnsafeFile, match="members"):
         opened(tmp_path, content.getvalue())
-
-
-def test_other_compressions_are_not_read(tmp_path: Path) -> None:
-    with pytest.raises(BrokenFile):
-        opened(tmp_path, tar({"config.json": b"{}"}, "w:xz"))
