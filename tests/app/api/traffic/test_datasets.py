@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from app.db import jobs
+from app.db import jobs, models
 from app.db.schema.tables import File, Job
 from app.db.session import transaction
 from app.settings import Settings, get_settings
@@ -127,6 +127,12 @@ def test_a_retry_returns_the_same_data_set(traffic: None, http: httpx.Client) ->
     third = http.post(URL, json={}, headers={"x-stainless-retry-count": "0"}).json()
     retried = http.post(URL, json={}, headers={"x-stainless-retry-count": "1"}).json()
     assert retried["id"] == third["id"] != first.json()["id"]
+
+
+def test_the_name_of_a_data_set_is_free_for_a_model(traffic: None, http: httpx.Client) -> None:
+    assert http.post(URL, json={"name": "support"}).status_code == 200
+    with transaction() as session:
+        assert not models.is_name_taken(session, "support")
 
 
 def test_a_waiting_data_set_is_cancelled_at_once(traffic: None, http: httpx.Client) -> None:

@@ -36,10 +36,12 @@ def stored(client: openai.OpenAI, completion_id: str) -> Any:  # Any: fields bey
 def test_a_stored_answer_equals_the_one_that_the_client_got(
     worker: WorkerProcess, client: openai.OpenAI
 ) -> None:
-    answer = client.chat.completions.create(
-        **ASKED, store=True, metadata={"team": "x"}, logprobs=True, top_logprobs=2, seed=3, user="u"
-    )
+    options: dict[str, Any] = {"logprobs": True, "top_logprobs": 2, "seed": 3, "user": "u"}
+    schema = {"name": "a", "schema": {"type": "object"}}
+    options["response_format"] = {"type": "json_schema", "json_schema": schema}
+    answer = client.chat.completions.create(**ASKED, **options, store=True, metadata={"team": "x"})
     kept = stored(client, answer.id)
+    assert kept.response_format == options["response_format"]
     assert kept.choices == answer.choices
     assert kept.choices[0].logprobs.content[0].top_logprobs
     assert kept.usage == answer.usage

@@ -15,6 +15,7 @@ from app.db.traffic.completions import (
     num_loaded,
     page_completions,
 )
+from app.services.traffic import retention
 from app.services.traffic.retention import delete_unretained
 from app.settings import Settings
 from tests.stored_rows import BEGUN_AT, insert, record
@@ -95,6 +96,19 @@ def test_the_oldest_completions_go_first_until_the_project_has_room(
     assert delete_unretained() == 6
     assert stored_ids() == [f"chatcmpl-{number:04}" for number in range(6, 10)]
     assert stored_ids("small") == ["chatcmpl-0099"]
+
+
+def test_a_busy_project_uses_the_steps_that_idle_ones_leave(
+    database: str, settings_env: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "STEP_ROWS", 1)
+    monkeypatch.setattr(retention, "MAX_STEPS", 6)
+    for name in ("idle", "quiet"):
+        insert([record(90, project_id=name)])
+    insert([record(number) for number in range(8)])
+    settings_env(stored_bytes_per_project=2 * record(0)["bytes"], stored_max_age_seconds=10**9)
+    assert delete_unretained() == 6
+    assert len(stored_ids()) == 2
 
 
 def test_completions_above_the_maximum_age_are_deleted(

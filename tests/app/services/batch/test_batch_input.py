@@ -5,8 +5,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.json_limits import MAX_CONTAINERS
+from app.schemas.batches import BatchRequest
 from app.services.batch import batch_input
-from app.services.batch.batch_input import find_faults, numbered_lines
+from app.services.batch.batch_input import body_of, find_faults, numbered_lines
 from app.settings import Settings
 from app.storage import store
 
@@ -78,3 +79,15 @@ def test_a_line_of_a_new_batch_beyond_the_limits_is_a_fault(
         key, project_id="p", endpoint="/v1/completions", settings=settings_env()
     )
     assert [fault.code for fault in faults] == ["json_too_complex"]
+
+
+def test_labels_of_a_line_have_no_effect() -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}]}
+    request = BatchRequest(
+        custom_id="a",
+        method="POST",
+        url="/v1/chat/completions",
+        body={**body, "store": "yes", "metadata": {"row": 7}},
+    )
+    plain = request.model_copy(update={"body": body})
+    assert body_of(request, request.url) == body_of(plain, request.url)
