@@ -172,7 +172,7 @@ class Spool:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
         try:
             self._descriptor = os.open(path, flags, 0o600)
-        except FileNotFoundError:  # somebody has removed the folder; the next call makes another
+        except FileNotFoundError:  # the folder was removed; the next call makes another
             os.close(self._lock)
             self._lock = None
             raise
