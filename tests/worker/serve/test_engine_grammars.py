@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Grammar, Reply
 from worker.serve.engine import TransformersEngine, end_ids
+from worker.serve.grammars import check_process, compiler
 from worker.serve.loading import LoadedModel
 from worker.serve.speculative import SpeculativeEngine
 
@@ -259,6 +261,26 @@ def test_a_tokenizer_without_letters_serves_requests_without_a_grammar(
     (failure,) = [reply for reply in drain(engine) if isinstance(reply, Failure)]
     assert (failure.id, failure.status, failure.param) == ("bound", 400, "response_format")
     assert "this tokenizer cannot follow a grammar" in failure.message
+
+
+def test_adding_a_request_does_not_wait_for_the_grammars_of_others(
+    llama: LoadedModel,
+    make_request: Make,
+    make_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiler, "MAX_CACHED", 1)
+    monkeypatch.setattr(check_process, "MAX_REMEMBERED", 1)
+    engine = make_engine(llama)
+    request = make_request(grammar=Grammar(kind="regex", text="evicted"))
+    prompt = engine.prompt_of(request)
+    engine.prompt_of(make_request(grammar=Grammar(kind="regex", text="other")))
+    add = threading.Thread(target=engine.add, args=(request, prompt), daemon=True)
+    with check_process.GRAMMAR_CHECKER._lock:  # as during a slow compilation
+        add.start()
+        add.join(timeout=20)
+        assert not add.is_alive()
+    assert engine.num_waiting == 1
 
 
 def test_a_draft_does_not_change_an_answer_with_a_grammar(

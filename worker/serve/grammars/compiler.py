@@ -61,10 +61,12 @@ class GrammarCompiler:
             log.warning("grammars_unavailable", error=str(error)[:300])
             return None
 
-    def compile(self, grammar: Grammar) -> LLMatcher:
+    def compile(self, grammar: Grammar, *, is_checked: bool = False) -> LLMatcher:
         """Returns the matcher of a grammar in its initial state, from a bounded cache.
 
-        A compilation may take long, but releases the GIL. Raises InvalidGrammar.
+        A compilation may take long, but releases the GIL. With `is_checked`, the grammar was
+        compiled before, and is not checked again in a child process. That check may wait for the
+        grammars of other clients. Raises InvalidGrammar.
         """
         key = (grammar.kind, grammar.text)
         with self._compiled_lock:
@@ -75,7 +77,8 @@ class GrammarCompiler:
             vocabulary = self.prepare()
         except InvalidGrammar as error:
             raise error.about(grammar) from None
-        GRAMMAR_CHECKER.demand_compilable(grammar)
+        if not is_checked:
+            GRAMMAR_CHECKER.demand_compilable(grammar)
         matcher = LLMatcher(vocabulary.tokenizer, source_of(grammar), log_level=0, limits=LIMITS)
         if matcher.is_error():
             message = f"the grammar cannot be enforced: {matcher.get_error()[:300]}"
@@ -89,9 +92,10 @@ class GrammarCompiler:
     def constraint(self, grammar: Grammar, window: Sequence[int]) -> Constraint:
         """Returns a new constraint for an answer that is decoded after the tokens `window`.
 
-        This is fast after `compile`. Raises InvalidGrammar.
+        The grammar must have been compiled before. If the cache has lost it, it is compiled again,
+        without the check in a child process. Raises InvalidGrammar.
         """
-        matcher, vocabulary = self.compile(grammar), self.prepare()
+        matcher, vocabulary = self.compile(grammar, is_checked=True), self.prepare()
         is_first = vocabulary.has_first and not self._text.decode(window)
         return Constraint(matcher.deep_copy(), vocabulary, is_first)
 
