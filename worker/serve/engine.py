@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -109,9 +110,11 @@ class TransformersEngine:
     def prepare_grammars(self) -> None:
         """Builds the vocabulary for grammars, which holds the GIL for a while.
 
-        Without this call, the first request with a grammar builds it.
+        Without this call, the first request with a grammar builds it. A model that cannot follow
+        grammars is not an error: only its requests with a grammar fail.
         """
-        self._grammars.prepare()
+        with suppress(InvalidGrammar):
+            self._grammars.prepare()
 
     def _make_decoder(self) -> Decoder:
         return Decoder(

@@ -1,14 +1,21 @@
 """Answers of the engine follow their grammar, for every kind of tokenizer and sampling option."""
 
+import copy
 import json
+import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jsonschema_rs
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Grammar, Reply
-from worker.serve.engine import TransformersEngine
+from worker.serve.engine import TransformersEngine, end_ids
+from worker.serve.grammars import check_process, compiler
 from worker.serve.loading import LoadedModel
 from worker.serve.speculative import SpeculativeEngine
 
@@ -52,6 +59,21 @@ def is_valid(text: str, schema: Any = SCHEMA) -> bool:  # Any: JSON
 def answer(engine: TransformersEngine, drain: Drain, request: GenerateRequest) -> dict[int, str]:
     engine.add(request)
     return texts_of(drain(engine), request.id)
+
+
+def with_end_ids(model: Any, named: list[int]) -> Any:  # Any: transformers is untyped here
+    """A copy of a model whose configs name these end tokens."""
+    model = copy.deepcopy(model)
+    model.config.eos_token_id = model.generation_config.eos_token_id = named
+    return model
+
+
+def tokenizer_of(words: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows these words only, and no end token."""
+    tokens = {token: number for number, token in enumerate(["<unk>", *words])}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(tokens, unk_token="<unk>")), unk_token="<unk>"
+    )
 
 
 @pytest.fixture(params=["llama", "gpt2", "t5", "bart", "bert2bert"])
@@ -199,6 +221,66 @@ def test_a_grammar_that_fails_ends_its_own_request_with_a_failure(
     assert message in failure.message
     good = [reply for reply in replies if isinstance(reply, Delta) and reply.id == "good"]
     assert is_valid("".join(delta.text for delta in good))
+
+
+@pytest.mark.parametrize("named", [[], [10**6]])
+def test_a_model_without_a_usable_end_token_serves_requests_without_a_grammar(
+    named: list[int],
+    llama: LoadedModel,
+    make_request: Make,
+    make_engine: MakeEngine,
+    drain: Drain,
+) -> None:
+    model = with_end_ids(llama.model, named)
+    engine = make_engine(replace(llama, model=model, tokenizer=tokenizer_of(["the", "still"])))
+    engine.prepare_grammars()
+    engine.add(make_request("free", tokens=(1, 2)))
+    engine.add(make_request("bound", tokens=(1, 2), grammar=GRAMMAR))
+    (failure,) = [reply for reply in drain(engine) if isinstance(reply, Failure)]
+    assert (failure.id, failure.status, failure.param) == ("bound", 400, "response_format")
+    assert "no end token" in failure.message
+
+
+def test_one_usable_end_token_is_enough(
+    llama: LoadedModel, make_request: Make, make_engine: MakeEngine, drain: Drain
+) -> None:
+    (end_id, *_) = end_ids(llama.model)
+    engine = make_engine(replace(llama, model=with_end_ids(llama.model, [end_id, 10**6])))
+    engine.prepare_grammars()
+    request = make_request(grammar=GRAMMAR, max_tokens=120)
+    assert is_valid(answer(engine, drain, request)[0])
+
+
+def test_a_tokenizer_without_letters_serves_requests_without_a_grammar(
+    llama: LoadedModel, make_request: Make, make_engine: MakeEngine, drain: Drain
+) -> None:
+    engine = make_engine(replace(llama, tokenizer=tokenizer_of(["1", "2"])))
+    engine.prepare_grammars()
+    engine.add(make_request("free", tokens=(1, 2)))
+    engine.add(make_request("bound", tokens=(1, 2), grammar=GRAMMAR))
+    (failure,) = [reply for reply in drain(engine) if isinstance(reply, Failure)]
+    assert (failure.id, failure.status, failure.param) == ("bound", 400, "response_format")
+    assert "this tokenizer cannot follow a grammar" in failure.message
+
+
+def test_adding_a_request_does_not_wait_for_the_grammars_of_others(
+    llama: LoadedModel,
+    make_request: Make,
+    make_engine: MakeEngine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(compiler, "MAX_CACHED", 1)
+    monkeypatch.setattr(check_process, "MAX_REMEMBERED", 1)
+    engine = make_engine(llama)
+    request = make_request(grammar=Grammar(kind="regex", text="evicted"))
+    prompt = engine.prompt_of(request)
+    engine.prompt_of(make_request(grammar=Grammar(kind="regex", text="other")))
+    add = threading.Thread(target=engine.add, args=(request, prompt), daemon=True)
+    with check_process.GRAMMAR_CHECKER._lock:  # as during a slow compilation
+        add.start()
+        add.join(timeout=20)
+        assert not add.is_alive()
+    assert engine.num_waiting == 1
 
 
 def test_a_draft_does_not_change_an_answer_with_a_grammar(

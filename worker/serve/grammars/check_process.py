@@ -16,7 +16,7 @@ import sys
 import threading
 from collections import OrderedDict
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from app.contracts.generation import Grammar
 from worker.serve.errors import InvalidAnswer, InvalidGrammar
@@ -24,9 +24,13 @@ from worker.serve.errors import InvalidAnswer, InvalidGrammar
 COMPILE_SECONDS: Final = 1.0  # CPU time of one compilation
 VALIDATE_SECONDS: Final = 0.25  # CPU time of one validation, for which other answers wait
 MEMORY_BYTES: Final = 512 * 2**20  # in addition to what the child uses when it is ready
-MAX_REFUSED: Final = 256  # grammars that ended a child, which are refused untried
+MAX_ATTEMPTS: Final = 2  # children per check: the death of a child may have another cause
+MOST_ENDS: Final = 3  # children that a grammar may end before it is refused untried
+MAX_REMEMBERED: Final = 256  # grammars that were accepted, and grammars that ended a child
 MAX_VALIDATORS: Final = 64  # compiled schemas that a child keeps
 Json = dict[str, Any]  # Any: JSON
+Key = tuple[str, str]  # kind and text of a grammar
+T = TypeVar("T")
 
 
 class CheckProcess:
@@ -38,10 +42,18 @@ class CheckProcess:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._child: subprocess.Popen[bytes] | None = None
-        self._refused: OrderedDict[Grammar, None] = OrderedDict()
+        # A slow check holds `_lock`. This lock is for the results of earlier compilations only.
+        self._results_lock = threading.Lock()
+        self._accepted: OrderedDict[Key, None] = OrderedDict()
+        self._num_ends: OrderedDict[Key, int] = OrderedDict()  # children that a grammar has ended
 
     def demand_compilable(self, grammar: Grammar) -> None:
-        """Raises InvalidGrammar if a grammar cannot be compiled within the limits."""
+        """Raises InvalidGrammar if a grammar cannot be compiled within the limits.
+
+        Returns at once for a grammar that was accepted recently.
+        """
+        if self._was_accepted(grammar):
+            return
         answer = self._ask(grammar, None)
         if answer is None:
             raise InvalidGrammar(
@@ -51,6 +63,9 @@ class CheckProcess:
             raise InvalidGrammar(f"the grammar cannot be enforced: {answer['error']}").about(
                 grammar
             )
+        with self._results_lock:
+            self._num_ends.pop(_key(grammar), None)
+            _remember(self._accepted, _key(grammar), None)
 
     def demand_valid(self, grammar: Grammar, text: str, *, may_be_cut: bool) -> None:
         """Raises InvalidAnswer if a complete answer does not match the JSON Schema of a grammar.
@@ -76,16 +91,37 @@ class CheckProcess:
                 self._child = None
 
     def _ask(self, grammar: Grammar, text: str | None) -> Json | None:
+        """Returns the answer of a child, or None if the check has ended its children.
+
+        Only compilations count as ends of a grammar. A validation also depends on the answer.
+        """
         line = json.dumps({"kind": grammar.kind, "grammar": grammar.text, "text": text})
-        with self._lock:
-            if grammar in self._refused:
-                return None
-            answer = self._exchange(line.encode() + b"\n")
-            if answer is None:
-                self._refused[grammar] = None
-                if len(self._refused) > MAX_REFUSED:
-                    self._refused.popitem(last=False)
-            return answer
+        for _ in range(MAX_ATTEMPTS):
+            with self._lock:
+                if text is None and self._has_ended_most(grammar):
+                    return None
+                answer = self._exchange(line.encode() + b"\n")
+                if answer is not None:
+                    return answer
+                if text is None:
+                    self._count_end(grammar)
+        return None
+
+    def _was_accepted(self, grammar: Grammar) -> bool:
+        with self._results_lock:
+            is_known = _key(grammar) in self._accepted
+            if is_known:
+                self._accepted.move_to_end(_key(grammar))
+            return is_known
+
+    def _has_ended_most(self, grammar: Grammar) -> bool:
+        with self._results_lock:
+            return self._num_ends.get(_key(grammar), 0) >= MOST_ENDS
+
+    def _count_end(self, grammar: Grammar) -> None:
+        with self._results_lock:
+            num_ends = self._num_ends.get(_key(grammar), 0) + 1
+            _remember(self._num_ends, _key(grammar), num_ends)
 
     def _exchange(self, line: bytes) -> Json | None:
         """Sends one line and returns the answer, or None if the child ended before it answered."""
@@ -113,6 +149,17 @@ class CheckProcess:
                 start_new_session=True,
             )
         return self._child
+
+
+def _key(grammar: Grammar) -> Key:
+    return grammar.kind, grammar.text
+
+
+def _remember(results: OrderedDict[Key, T], key: Key, value: T) -> None:
+    results[key] = value
+    results.move_to_end(key)
+    if len(results) > MAX_REMEMBERED:
+        results.popitem(last=False)
 
 
 def serve() -> None:
@@ -147,6 +194,8 @@ def compile_error(kind: Any, text: str) -> str:  # Any: one of the kinds of `Gra
         is_error, messages = LLMatcher.validate_grammar_with_warnings(
             source_of(Grammar(kind=kind, text=text)), limits=LIMITS
         )
+    except RecursionError:
+        is_error, messages = True, ["it is nested too deeply"]
     except ValueError as bad:
         is_error, messages = True, [str(bad)]
     return messages[0].strip().split("\n")[0][:300] if is_error else ""
@@ -161,10 +210,14 @@ def validation_error(schema: str, text: str) -> tuple[str, bool]:
 
     try:
         value = json.loads(text)
+    except RecursionError:
+        return "it is nested too deeply", False
     except ValueError as bad:
         return f"it is not valid JSON: {bad}"[:300], True
     try:
         _validator(schema).validate(value)
+    except RecursionError:
+        return "its schema is nested too deeply", False
     except (ValueError, jsonschema_rs.ValidationError) as bad:
         return str(bad).split("\n")[0][:300], False
     return "", False

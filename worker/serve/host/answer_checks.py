@@ -103,8 +103,9 @@ class AnswerChecks:
 
     def _validate(self, request: GenerateRequest, grammar: Grammar, choice: int, text: str) -> None:
         error: ServeError | None = None
+        may_be_cut = bool(request.sampling.stop or request.sampling.stop_token_ids)
         try:
-            ANSWER_CHECKER.demand_valid(grammar, text, may_be_cut=bool(request.sampling.stop))
+            ANSWER_CHECKER.demand_valid(grammar, text, may_be_cut=may_be_cut)
         except ServeError as invalid:
             error = invalid
         except Exception as failed:  # noqa: BLE001  # any other error must end the request too

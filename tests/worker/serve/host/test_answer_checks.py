@@ -58,6 +58,18 @@ def test_an_invalid_answer_ends_its_request_with_an_error(
     assert isinstance(checked.error, InvalidAnswer)
 
 
+def test_an_answer_that_a_stop_token_has_cut_is_accepted(
+    checks: AnswerChecks, woken: threading.Semaphore, make_request: Make
+) -> None:
+    grammar = Grammar(kind="json_schema", text=json.dumps({"type": "array"}))
+    request = make_request(grammar=grammar, stop_token_ids=(7,))
+    assert checks.pass_on(request, delta("[1")) == []
+    assert checks.pass_on(request, DONE) == []
+    assert woken.acquire(timeout=30)
+    (checked,) = checks.take()
+    assert (checked.replies, checked.error) == ([delta("[1"), DONE], None)
+
+
 def test_a_cancelled_request_gets_nothing(
     checks: AnswerChecks, woken: threading.Semaphore, make_request: Make
 ) -> None:
