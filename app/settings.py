@@ -152,7 +152,7 @@ class Settings(BaseSettings):
     max_answer_bytes: int = Field(
         16 * 2**20,
         ge=1,
-        description="Maximum estimated size of a response that is not streamed, checked before generation starts",
+        description="Maximum estimated size of a response, checked before generation starts. Of a streamed response only an echoed prompt counts",
     )
     max_requests_per_key: int = Field(
         64,

@@ -342,9 +342,18 @@ class ChatBody(GenerationBody):
         )
 
     def check(self) -> None:
-        """Checks what depends on several messages, and the schemas of tools. Raises BadRequest."""
+        """Checks what depends on several messages, and the tools. Raises BadRequest."""
         check_results(self.messages)
         check_parameters(self.tools or [])
+        outputs, tool_use = self.structured_outputs, self.tool_use()
+        if outputs is None or outputs.is_json or tool_use is None or tool_use.choice == "none":
+            return
+        raise BadRequest(
+            "structured_outputs with regex, choice or grammar is not supported beside tools; "
+            "leave out one of them, or set tool_choice to 'none'",
+            "unsupported_parameter",
+            "structured_outputs",
+        )
 
     def sampling(self) -> Sampling:
         asked = self.max_completion_tokens or self.max_tokens

@@ -86,6 +86,11 @@ class Order:
     task: Literal["generate", "tokenize", "detokenize", "describe_tokenizer"] = "generate"
     adds_special_tokens: bool = True
 
+    @property
+    def num_sequences(self) -> int:
+        """Number of choices that are generated for each prompt."""
+        return max(self.num_choices, self.sampling.best_of or 1)
+
 
 async def begin(request_router: RequestRouter, order: Order) -> ReplyStream:
     """Reserves capacity and sends the prompts to serve workers.
@@ -100,10 +105,8 @@ async def begin(request_router: RequestRouter, order: Order) -> ReplyStream:
     validate_for_model(order, request_router.settings)
     refuse_large_answer(order, request_router.settings.max_answer_bytes)
     num_tokens = sum(map(estimated_tokens, order.prompts))
-    num_written = max(order.num_choices, order.sampling.best_of or 1)
-    num_tokens += len(order.prompts) * num_written * order.sampling.max_tokens
-    if not order.is_streamed:
-        num_tokens += logprob_bytes(order) // LOGPROB_BYTES_PER_TOKEN
+    num_tokens += len(order.prompts) * order.num_sequences * order.sampling.max_tokens
+    num_tokens += logprob_bytes(order) // LOGPROB_BYTES_PER_TOKEN
     give_back = request_router.admission.reserve(
         order.tenant or order.key_id, num_requests=len(order.prompts), num_tokens=num_tokens
     )
@@ -171,35 +174,42 @@ def refuse_tools(order: Order) -> None:
 
 
 def logprob_bytes(order: Order) -> int:
-    """Returns the estimated maximum size of the answer's log-probabilities, in bytes of JSON."""
+    """Returns the estimated bytes of JSON of the log-probabilities that are in memory at one time.
+
+    Those of an echoed prompt are sent in one piece for each choice, even if the answer is streamed.
+    Of a streamed answer, the others are not kept.
+    """
     if order.sampling.logprobs is None:
         return 0
-    num_tokens = len(order.prompts) * order.sampling.max_tokens
+    num_entries = 0
     if order.sampling.scores_prompt:
-        num_tokens += sum(map(estimated_tokens, order.prompts))
-    return num_tokens * order.num_choices * LOGPROB_BYTES * (1 + order.sampling.logprobs)
+        num_entries += sum(map(estimated_tokens, order.prompts)) * order.num_sequences
+    if not order.is_streamed:
+        num_entries += len(order.prompts) * order.sampling.max_tokens * order.num_sequences
+    return num_entries * LOGPROB_BYTES * (1 + order.sampling.logprobs)
 
 
 def refuse_large_answer(order: Order, max_bytes: int) -> None:
     """Raises BadRequest if the answer to a request may have more than `max_bytes`.
 
-    Of a streamed answer only the echoed prompt counts: it is sent in one piece, and the rest is
-    not kept in memory.
+    Of a streamed answer only the echoed prompt and its log-probabilities count: they are sent in one
+    piece, and the rest is not kept in memory.
     """
-    num_bytes = 0
+    num_bytes = logprob_bytes(order)
     if order.sampling.echo:
         num_bytes += BYTES_PER_TOKEN * sum(map(estimated_tokens, order.prompts)) * order.num_choices
     if not order.is_streamed:
         num_tokens = len(order.prompts) * order.num_choices * order.sampling.max_tokens
-        num_bytes += num_tokens * TEXT_BYTES + logprob_bytes(order)
+        num_bytes += num_tokens * TEXT_BYTES
     if num_bytes <= max_bytes:
         return
     is_chat = isinstance(order.prompts[0], Conversation)
     name = "top_logprobs" if is_chat else "logprobs"
     param = name if order.sampling.logprobs is not None else "echo" if order.sampling.echo else "n"
+    reducible = f"n, max_tokens, {name}" if is_chat else f"n, best_of, max_tokens, {name}, echo"
     raise BadRequest(
-        f"the answer may have {num_bytes:,} bytes, at most {max_bytes:,} are allowed; reduce n, max_tokens, "
-        f"{name}{'' if is_chat else ', echo'} or the number of prompts, or stream the answer",
+        f"the answer may have {num_bytes:,} bytes, at most {max_bytes:,} are allowed; reduce {reducible} "
+        f"or the number of prompts{'' if order.is_streamed else ', or stream the answer'}",
         "answer_too_large",
         param,
     )

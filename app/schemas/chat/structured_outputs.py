@@ -60,3 +60,8 @@ class StructuredOutputs(BaseModel):
         if sum(kind is not None for kind in kinds) != 1:
             raise ValueError("give exactly one of json, regex, choice, grammar and json_object")
         return self
+
+    @property
+    def is_json(self) -> bool:
+        """True if the answer is JSON, and false if it matches a regex or a grammar."""
+        return self.json_ is not None or bool(self.json_object)

@@ -80,6 +80,8 @@ class ResponseAnswer:
         self._body = body
         self._created = created
         self._output: list[MessageOutput | CallOutput] = []
+        # Log-probabilities of tokens whose text, if they have any, has not arrived yet.
+        self._waiting: list[Json] = []
         self._finish_reason: str | None = None
         self._usage: Json | None = None
         self._num_events = 0
@@ -149,26 +151,33 @@ class ResponseAnswer:
             if isinstance(reply, Done):
                 self._usage = _usage(reply)
                 continue
-            if reply.text or reply.logprobs:
-                yield from self._text(reply)
+            self._waiting += self._logprobs(reply.logprobs or ())
+            if reply.text:
+                yield from self._text(reply.text)
             for call in reply.tool_calls:
+                self._waiting = []  # the tokens of calls have no place in a response
                 yield from self._call(call)
             self._finish_reason = reply.finish_reason or self._finish_reason
 
-    def _text(self, delta: Delta) -> Iterator[Json]:
+    def _text(self, text: str) -> Iterator[Json]:
         message = self._last
         if not isinstance(message, MessageOutput):
             yield from self._done("completed")
             message = MessageOutput(len(self._output))
             yield from self._begin(message)
-        entries = self._logprobs(delta.logprobs or ())
-        message.text.append(delta.text)
+        yield self._add_text(message, text)
+
+    def _add_text(self, message: MessageOutput, text: str) -> Json:
+        """Adds text and the waiting log-probabilities to a message, and returns the event."""
+        entries, self._waiting = self._waiting, []
+        message.text.append(text)
         message.logprobs.extend(entries)
-        yield self._of_text(message, "output_text.delta", delta=delta.text, logprobs=entries)
+        return self._of_text(message, "output_text.delta", delta=text, logprobs=entries)
 
     def _call(self, delta: ToolCallDelta) -> Iterator[Json]:
-        call = self._last
-        if not isinstance(call, CallOutput) or call.number != delta.index:
+        calls = (output for output in self._output if isinstance(output, CallOutput))
+        call = next((call for call in calls if call.number == delta.index), None)
+        if call is None:
             yield from self._done("completed")
             call_id = delta.id or new_id("call_")
             call = CallOutput(len(self._output), delta.index, call_id, delta.name or "")
@@ -211,6 +220,8 @@ class ResponseAnswer:
     def _end(self) -> list[Json]:
         """Ends the last item, and returns its events. An answer without items gets a message."""
         events = [] if self._output else list(self._begin(MessageOutput(0)))
+        if self._waiting and isinstance(self._last, MessageOutput):
+            events.append(self._add_text(self._last, ""))
         return events + list(self._done(self._status))
 
     def _of_item(self, output: MessageOutput | CallOutput, kind: str, **fields: object) -> Json:

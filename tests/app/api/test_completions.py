@@ -504,3 +504,16 @@ def test_an_answer_that_would_be_too_large_is_refused_before_it_is_begun(
         http.post(f"/v1/{path}", json=body | {"n": 1, "stream": True, "max_tokens": 2}).status_code
         == 200
     )
+
+
+@pytest.mark.parametrize("change", [{"n": 128, "stream": True}, {"best_of": 128}])
+def test_the_scores_of_an_echoed_prompt_count_for_each_choice(
+    worker: WorkerProcess, http: httpx.Client, change: dict[str, Any]
+) -> None:
+    asked = {"model": "tiny", "prompt": [5] * 200, "max_tokens": 1, "echo": True, "logprobs": 20}
+    answer = http.post("/v1/completions", json=asked | change)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert (error["code"], error["param"]) == ("answer_too_large", "logprobs")
+    assert ("stream the answer" in error["message"]) == ("stream" not in change)
+    assert http.post("/v1/completions", json=asked | {"stream": True}).status_code == 200

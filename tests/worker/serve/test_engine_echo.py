@@ -116,3 +116,21 @@ def test_an_encoder_decoder_refuses(
     [failure] = drain(engine)
     assert isinstance(failure, Failure)
     assert failure.param == "echo"
+
+
+@pytest.mark.parametrize("best_of", [None, 3])
+def test_all_choices_share_the_entries_of_the_prompt(
+    llama: LoadedModel,
+    make_engine: MakeEngine,
+    make_request: Make,
+    drain: Drain,
+    best_of: int | None,
+) -> None:
+    """Converting them again for each choice stops the engine thread."""
+    engine = make_engine(llama)
+    given: dict[str, Any] = {"echo": True, "logprobs": 3, "max_tokens": 2, "best_of": best_of}
+    engine.add(make_request(tokens=PROMPT, n=2, **given))
+    replies = drain(engine)
+    one, two = (entries_of(replies, choice=choice)[: len(PROMPT)] for choice in range(2))
+    assert len(one) == len(PROMPT)
+    assert all(a is b for a, b in zip(one, two, strict=True))

@@ -81,3 +81,23 @@ def test_a_cut_call_keeps_the_arguments_that_were_written(
     assert name == "f"
     assert arguments.startswith('{"day"')
     assert [r.finish_reason for r in replies if isinstance(r, Delta)][-1] == "length"
+
+
+def test_stop_strings_and_stop_tokens_do_not_cut_a_required_call(
+    caller: LoadedModel,
+    make_engine: Callable[..., TransformersEngine],
+    make_request: Make,
+    drain: Callable[[Engine], list[Reply]],
+) -> None:
+    engine = make_engine(caller)
+    use = ToolUse(tools=(TOOL,), choice="required", is_parallel=False)
+    quote = tuple(caller.tokenizer('"', add_special_tokens=False).input_ids)
+    stops: tuple[Any, ...] = ({"stop": (",",)}, {"stop_token_ids": quote})
+    for number, given in enumerate(stops):
+        request_id = f"r{number}"
+        engine.add(make_request(request_id, messages=HELLO, tool_use=use, max_tokens=100, **given))
+        replies = drain(engine)
+        ((name, arguments),) = calls_of(replies)
+        assert (name, list(json.loads(arguments))) == ("f", ["day", "at"])
+        reasons = [r.finish_reason for r in replies if isinstance(r, Delta)]
+        assert reasons[-1] == "tool_calls"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
-from app.contracts.generation import Delta, Done, GenerateRequest, Reply
+from app.contracts.generation import Delta, Done, GenerateRequest, Reply, TokenLogprob
 from worker.serve.decoding.sampling import SampledToken
 from worker.serve.text.best_of import BestOf
 from worker.serve.text.detokenizer import TextChunk, TextStream, TokenText
@@ -32,9 +32,9 @@ class Answer:
     """Answer to one request in progress.
 
     `echoes` holds the text of the prompt for each choice that has not sent it yet, and `scores` the
-    prompt's tokens with their log-probabilities. `num_cached` of the prompt's tokens were in the
-    prefix cache. `parsers` find the tool calls of each choice; there are none if the request has no
-    tools.
+    prompt's tokens with their log-probabilities. They are equal for all choices. `num_cached` of
+    the prompt's tokens were in the prefix cache. `parsers` find the tool calls of each choice; there
+    are none if the request has no tools.
     """
 
     request: GenerateRequest
@@ -48,6 +48,7 @@ class Answer:
     num_completion_tokens: int = field(default=0, init=False)
     num_cached: int = field(default=0, init=False)
     scores: dict[int, Sequence[SampledToken]] = field(default_factory=dict, init=False)
+    _prompt_entries: tuple[TokenLogprob, ...] | None = field(default=None, init=False)
 
     def take(self, choice: int, pick: SampledToken, reason: FinishReason | None) -> Taken:
         """Adds the next token of a choice and returns the replies that are due.
@@ -112,13 +113,13 @@ class Answer:
         """Returns the delta with a piece of text. `ending` is the end token of the choice."""
         logprobs = None
         if self.request.sampling.logprobs is not None:
-            scores = self.scores.pop(choice, ())
-            entries = [self.text.entry_of(pick) for pick in scores]
-            entries += [self.text.logprob_of(pick) for pick in piece.picks]
+            entries = [self.text.logprob_of(pick) for pick in piece.picks]
             # With scores, each token has an entry: lm-evaluation-harness counts them.
             if self.request.sampling.scores_prompt and ending is not None and not piece.is_stopped:
                 entries.append(self.text.logprob_of(ending))
-            logprobs = tuple(entry for entry in entries if entry)
+            logprobs = self._take_prompt_entries(choice) + tuple(
+                entry for entry in entries if entry
+            )
         has_calls = bool(self.parsers) and self.parsers[choice].num_calls > 0
         return Delta(
             id=self.request.id,
@@ -129,6 +130,19 @@ class Answer:
             tool_calls=parsed.calls,
             finish_reason="tool_calls" if reason == "stop" and has_calls else reason,
         )
+
+    def _take_prompt_entries(self, choice: int) -> tuple[TokenLogprob, ...]:
+        """Returns the log-probabilities of the prompt's tokens, if the choice has not sent them.
+
+        The choices share them, because the conversion takes long for a long prompt.
+        """
+        scores = self.scores.pop(choice, None)
+        if scores is None:
+            return ()
+        if self._prompt_entries is None:
+            entries = (self.text.entry_of(pick) for pick in scores)
+            self._prompt_entries = tuple(entry for entry in entries if entry)
+        return self._prompt_entries
 
 
 def begin_answer(

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from app.api.completions import events
-from app.contracts.generation import Delta, Done, ToolCallDelta
+from app.contracts.generation import Delta, Done, TokenLogprob, ToolCallDelta
 from app.errors import Unavailable
 from app.schemas.responses.answer import ResponseAnswer
 from app.schemas.responses.body import ResponseBody
@@ -32,8 +32,8 @@ def client_of(content: bytes) -> openai.OpenAI:
     )
 
 
-def streamed(replies: Sequence[Delta | Done]) -> bytes:
-    answer = ResponseAnswer(ResponseBody(model="m", input="hi"), created=1)
+def streamed(replies: Sequence[Delta | Done], **given: Any) -> bytes:
+    answer = ResponseAnswer(ResponseBody(model="m", input="hi", **given), created=1)
     parts = [events(answer.opening())]
     parts += [events(answer.chunks([(0, reply)])) for reply in replies]
     return b"".join(parts) + answer.ping() + events(answer.closing()) + answer.ending
@@ -66,6 +66,50 @@ def test_text_and_two_calls_become_three_items() -> None:
         ("find", '{"a":1}'),
         ("sum", "{}"),
     ]
+
+
+def scored(token: str, text: str = "", *calls: ToolCallDelta) -> Delta:
+    """One token with its log-probability."""
+    entry = TokenLogprob(token=token, logprob=-1.0, bytes=tuple(token.encode()))
+    return delta(text, *calls, logprobs=(entry,))
+
+
+def test_log_probabilities_of_calls_open_no_message_and_no_call() -> None:
+    replies: list[Delta | Done] = [
+        scored("<call>"),
+        scored("find", "", ToolCallDelta(index=0, id="call_a", name="find")),
+        scored("{", "", ToolCallDelta(index=0, arguments="{")),
+        scored(" "),
+        scored("}", "", ToolCallDelta(index=0, arguments="}")),
+        scored("</call>"),
+        delta(finish_reason="tool_calls"),
+        DONE,
+    ]
+    content = streamed(replies, include=["message.output_text.logprobs"])
+    with client_of(content).responses.stream(model="m", input="hi") as stream:
+        response = stream.get_final_response()
+    (call,) = response.output
+    assert call.type == "function_call"
+    assert (call.call_id, call.name, call.arguments) == ("call_a", "find", "{}")
+
+
+def test_a_message_has_the_log_probabilities_of_all_its_tokens() -> None:
+    replies: list[Delta | Done] = [
+        scored("<a>"),
+        scored("Hi", "Hi"),
+        scored("<b>"),
+        delta(finish_reason="stop"),
+        DONE,
+    ]
+    content = streamed(replies, include=["message.output_text.logprobs"])
+    with client_of(content).responses.stream(model="m", input="hi") as stream:
+        response = stream.get_final_response()
+    (message,) = response.output
+    assert message.type == "message"
+    (part,) = message.content
+    assert part.type == "output_text"
+    assert part.text == "Hi"
+    assert [entry.token for entry in part.logprobs or ()] == ["<a>", "Hi", "<b>"]
 
 
 def test_an_answer_without_text_has_an_empty_message() -> None:

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from app.contracts.generation import GenerateRequest, Grammar, Tool, ToolUse
-from worker.serve.errors import ToolChoiceUnsupported
+from worker.serve.errors import ToolChoiceUnsupported, ToolsUnsupported
 from worker.serve.text.detokenizer import TokenText
 from worker.serve.text.tools.formats import Layout, ToolFormat
 
@@ -28,13 +28,18 @@ Special = tuple[tuple[str, int], ...]  # texts of special tokens, and their ids
 def constrained(request: GenerateRequest, text: TokenText) -> GenerateRequest:
     """Returns a request with the grammar of its answers, see `answer_grammar`.
 
-    Raises ToolChoiceUnsupported.
+    An answer that must consist of calls has no stop strings and no `stop_token_ids`, which would cut
+    a call.
+
+    Raises ToolsUnsupported.
     """
     grammar = answer_grammar(request, text.tool_format, text.special_tokens)
     if grammar == request.sampling.grammar:
         return request
-    sampling = request.sampling.model_copy(update={"grammar": grammar})
-    return request.model_copy(update={"sampling": sampling})
+    update: dict[str, object] = {"grammar": grammar}
+    if request.tool_use is not None and request.tool_use.choice == "required":
+        update |= {"stop": (), "stop_token_ids": ()}
+    return request.model_copy(update={"sampling": request.sampling.model_copy(update=update)})
 
 
 def answer_grammar(
@@ -43,47 +48,49 @@ def answer_grammar(
     """Returns the grammar of the answers to a request, or None if they are free.
 
     Tool calls are constrained if one is required or a tool is strict. `special` maps the texts of
-    special tokens to their ids. A grammar of the request applies to answers without a call. Only a
-    JSON Schema can be combined with tools; another grammar allows no calls.
+    special tokens to their ids. A JSON Schema of the request applies to answers without a call. A
+    request with another grammar has its grammar already, because the API refuses tools beside it.
 
-    Raises ToolChoiceUnsupported if a call is required and the format has no grammar.
+    Raises ToolsUnsupported if the format has no grammar and the request needs one.
     """
     own, tool_use = request.sampling.grammar, request.tool_use
     if tool_use is None or tool_use.choice == "none" or tool_format is None:
         return own
-    is_required = tool_use.choice == "required"
     if tool_format.layout is None:
-        if is_required:
-            raise ToolChoiceUnsupported(
-                "the form in which this model writes tool calls cannot be enforced; use tool_choice 'auto'"
-            )
-        return own
-    if own is not None and own.kind != "json_schema" and not is_required:
+        _refuse_constraints(tool_use, own)
+        return None
+    if own is not None and own.kind != "json_schema":
         return own
     marks = tuple(sorted((m, special[m]) for m in tool_format.all_marks if m in special))
-    schema = None if own is None else own.text
-    return tool_grammar(tool_use, tool_format, marks, schema)
+    return tool_grammar(tool_use, tool_format, marks, own)
+
+
+def _refuse_constraints(tool_use: ToolUse, own: Grammar | None) -> None:
+    """Raises ToolsUnsupported if a request needs a grammar, for a format without one."""
+    subject = "the form in which this model writes tool calls cannot be enforced"
+    if tool_use.choice == "required":
+        raise ToolChoiceUnsupported(f"{subject}; use tool_choice 'auto'")
+    if any(tool.strict for tool in tool_use.tools):
+        raise ToolsUnsupported(f"{subject}; leave out strict, or set it to false")
+    if own is not None:
+        raise ToolsUnsupported(f"{subject}; leave out the tools or {own.param}")
 
 
 @lru_cache(128)
 def tool_grammar(
-    tool_use: ToolUse, tool_format: ToolFormat, special: Special = (), schema: str | None = None
+    tool_use: ToolUse, tool_format: ToolFormat, special: Special = (), own: Grammar | None = None
 ) -> Grammar | None:
     """Returns the grammar of answers with these tools, or None if answers are free.
 
-    `schema` is the JSON Schema of answers without a call.
+    `own` has the JSON Schema of answers without a call.
     """
     if tool_format.layout is None:
         return None
-    if (
-        tool_use.choice != "required"
-        and schema is None
-        and not any(t.strict for t in tool_use.tools)
-    ):
+    if tool_use.choice != "required" and own is None and not any(t.strict for t in tool_use.tools):
         return None
     builder = _Builder(tool_use, tool_format, tool_format.layout, dict(special))
-    text = HEADER + "\n".join(builder.rules(schema)) + "\n"
-    return Grammar(kind="lark", text=text, param="tools")
+    text = HEADER + "\n".join(builder.rules(None if own is None else own.text)) + "\n"
+    return Grammar(kind="lark", text=text, param="tools" if own is None else own.param)
 
 
 class _Builder:

@@ -11,7 +11,7 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from app.contracts.generation import GenerateRequest, Grammar, Tool, ToolUse
-from worker.serve.errors import ToolChoiceUnsupported
+from worker.serve.errors import ToolChoiceUnsupported, ToolsUnsupported
 from worker.serve.text.tools import formats
 from worker.serve.text.tools.formats import ToolFormat
 from worker.serve.text.tools.grammars import answer_grammar, tool_grammar
@@ -209,7 +209,8 @@ def test_a_format_without_marks_is_constrained_from_its_first_bracket() -> None:
 def test_a_schema_for_the_answer_and_tools_exclude_each_other() -> None:
     use = ToolUse(tools=(CLOCK,))
     schema = json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False})  # fmt: skip
-    grammar = grammar_of(use, formats.HERMES, Bytes([]), schema=schema)
+    own = Grammar(kind="json_schema", text=schema)
+    grammar = grammar_of(use, formats.HERMES, Bytes([]), own=own)
     call = '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
     assert accepts(grammar, '{"n": 5}')
     assert accepts(grammar, call)
@@ -238,16 +239,42 @@ def test_answers_are_free_where_nothing_is_promised(make_request: Make) -> None:
     assert of(ToolUse(tools=(CLOCK,), choice="required")) is not None
 
 
-def test_another_grammar_of_the_request_stays_unless_a_call_is_required(make_request: Make) -> None:
-    own = Grammar(kind="regex", text="a+")
-    request = make_request(messages=(), tool_use=ToolUse(tools=(WEATHER,)), grammar=own)
-    assert answer_grammar(request, formats.HERMES, {}) == own
-    required = ToolUse(tools=(WEATHER,), choice="required")
-    request = make_request(messages=(), tool_use=required, grammar=own)
-    assert answer_grammar(request, formats.HERMES, {}) == tool_grammar(required, formats.HERMES)
+@pytest.mark.parametrize("choice", ["auto", "required"])
+def test_a_grammar_that_was_built_stays(make_request: Make, choice: Any) -> None:
+    """Engines build the grammar of a request more than once."""
+    use = ToolUse(tools=(WEATHER,), choice=choice)
+    built = answer_grammar(make_request(messages=(), tool_use=use), formats.HERMES, {})
+    request = make_request(messages=(), tool_use=use, grammar=built)
+    assert answer_grammar(request, formats.HERMES, {}) == built
 
 
-def test_a_required_call_is_refused_where_it_cannot_be_enforced(make_request: Make) -> None:
-    request = make_request(messages=(), tool_use=ToolUse(tools=(WEATHER,), choice="required"))
+def test_an_error_in_the_grammar_names_the_parameter_of_the_client(make_request: Make) -> None:
+    for name in ("response_format", "structured_outputs"):
+        own = Grammar(kind="json_schema", text="{}", param=name)
+        request = make_request(messages=(), tool_use=ToolUse(tools=(CLOCK,)), grammar=own)
+        grammar = answer_grammar(request, formats.HERMES, {})
+        assert grammar is not None
+        assert grammar.param == name
+    request = make_request(messages=(), tool_use=ToolUse(tools=(WEATHER,)))
+    grammar = answer_grammar(request, formats.HERMES, {})
+    assert grammar is not None
+    assert grammar.param == "tools"
+
+
+@pytest.mark.parametrize("tool_format", [formats.OLMO, formats.LFM2])
+def test_what_a_format_cannot_enforce_is_refused(
+    make_request: Make, tool_format: ToolFormat
+) -> None:
+    def of(use: ToolUse, **given: Any) -> Grammar | None:
+        return answer_grammar(make_request(messages=(), tool_use=use, **given), tool_format, {})
+
+    own = Grammar(kind="json_schema", text="{}")
     with pytest.raises(ToolChoiceUnsupported, match="'auto'"):
-        answer_grammar(request, formats.OLMO, {})
+        of(ToolUse(tools=(CLOCK,), choice="required"))
+    with pytest.raises(ToolsUnsupported, match="strict") as refused:
+        of(ToolUse(tools=(CLOCK, WEATHER)))
+    assert refused.value.param == "tools"
+    with pytest.raises(ToolsUnsupported, match="response_format"):
+        of(ToolUse(tools=(CLOCK,)), grammar=own)
+    assert of(ToolUse(tools=(CLOCK,))) is None
+    assert of(ToolUse(tools=(WEATHER,), choice="none"), grammar=own) == own
