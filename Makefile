@@ -40,9 +40,9 @@ gpu-check: install
 up: install
 	$(BIN)/stillhouse up
 
-# Two files at a time: many tests wait for processes. Threads that wait must not spin, for others need the core.
+# Three files at a time on two cores: many tests wait for processes. Threads that wait must not spin.
 test: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 15
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
 # Every promise of docs/reliability.md under its faults; about an hour. `make faults ARGS="--short"` for a look.
 faults: install
