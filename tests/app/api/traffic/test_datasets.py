@@ -1,6 +1,9 @@
 """Data sets over real HTTP, and the jobs that make them in a real supervisor."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -10,18 +13,20 @@ import httpx
 import openai
 import pytest
 
-from app.db import jobs, models
+from app.db import jobs, leases, models, reconciliation
 from app.db.schema.tables import File, Job
 from app.db.session import transaction
 from app.settings import Settings, get_settings
 from app.storage import store
 from tests.app.api.conftest import Service
-from tests.serve_worker import wait_for
+from tests.serve_worker import ROOT, wait_for
 from tests.stored_rows import BEGUN_AT, insert, record
 from worker.jobs.supervisor import run_until_idle
 
 Json = dict[str, Any]  # Any: JSON
 URL = "/v1/datasets"
+ENDED = ("succeeded", "failed")
+MOST_LOSSES = 20  # a busy machine may cost the replacement a lease, which is no failure
 NUMBERS = [number * 7919 % 99_991 for number in range(60)]
 
 
@@ -211,7 +216,7 @@ def test_a_worker_that_is_killed_anywhere_makes_one_data_set(
     crash_dir = tmp_path / "crash"
     crash_dir.mkdir()
     settings_env(
-        crash_dir=crash_dir, lease_seconds=1.5, heartbeat_seconds=0.2, reconcile_seconds=0.2,
+        crash_dir=crash_dir, lease_seconds=4, heartbeat_seconds=0.2, reconcile_seconds=0.2,
         retry_backoff_seconds=0, ring_again_seconds=0.5, key_pepper="pepper",
     )  # fmt: skip
     (crash_dir / point).touch()
@@ -220,7 +225,8 @@ def test_a_worker_that_is_killed_anywhere_makes_one_data_set(
     assert killed.wait(60) == -9
     replacement = start_train_worker(tmp_path)
     try:
-        wait_for(lambda: reconciled(made["id"]) == "succeeded", 60, messages_of(made["id"]))
+        wait_for(lambda: reconciled(made["id"]) in ENDED, 60, "the job has not ended")
+        assert job_of(made["id"]).status == "succeeded", messages_of(made["id"])
     finally:
         replacement.terminate()
         replacement.wait(30)
@@ -231,12 +237,6 @@ def test_a_worker_that_is_killed_anywhere_makes_one_data_set(
 
 
 def start_train_worker(folder: Path) -> Any:  # Any: a Popen
-    import os
-    import subprocess
-    import sys
-
-    from tests.serve_worker import ROOT
-
     with (folder / "train.log").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "worker.main", "train"],
@@ -249,10 +249,8 @@ def start_train_worker(folder: Path) -> Any:  # Any: a Popen
 
 def reconciled(dataset_id: str) -> str:
     """The status of the job, after expired leases have been ended as the reconciler does it."""
-    from app.db import leases, reconciliation
-
     with transaction() as session:
-        reconciliation.expire_leases(session, leases.RetryPolicy(3, 0))
+        reconciliation.expire_leases(session, leases.RetryPolicy(MOST_LOSSES, 0))
         reconciliation.wake(session)
     return job_of(dataset_id).status
 
