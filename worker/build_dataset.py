@@ -5,7 +5,6 @@ It uses neither the queue nor the database, and reports with JSON lines on stand
 
 import argparse
 import logging
-import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -17,7 +16,7 @@ from worker.dataset.drafts import Records
 from worker.disk import is_disk_full
 from worker.errors import DiskFull, WorkerError
 from worker.protocol.dataset_spec import DatasetSpec
-from worker.protocol.run_lines import ErrorLine
+from worker.protocol.run_lines import ErrorLine, take_over_stdout
 
 
 def main() -> int:
@@ -29,8 +28,7 @@ def main() -> int:
     parser.add_argument("spec", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    lines = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    lines = take_over_stdout()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
 
     def sink(line: BaseModel) -> None:

@@ -6,7 +6,6 @@ checkpoint is loaded again, and its logits must equal those of the source.
 
 import argparse
 import logging
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -39,6 +38,7 @@ from worker.protocol.run_lines import (
     ResultLine,
     Sink,
     StageLine,
+    take_over_stdout,
 )
 
 SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
@@ -318,9 +318,7 @@ def main() -> int:
     parser.add_argument("spec", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    # Libraries print to standard output, which is reserved for lines.
-    lines = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
+    lines = take_over_stdout()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
 
     def sink(line: BaseModel) -> None:

@@ -7,14 +7,13 @@ after a failure; there is an `error` line only if a retry would not help.
 
 import argparse
 import logging
-import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 import transformers
@@ -35,7 +34,7 @@ from worker.errors import DiskFull, TeacherGenerationFailed, WorkerError
 from worker.jobs.multi_process import exit_like, launch
 from worker.models.gguf_writer import Kind, check_architecture, check_exportable, export_gguf
 from worker.models.model_facts import model_facts
-from worker.protocol.run_lines import ErrorLine, ResultLine, RunLine, StoppedLine
+from worker.protocol.run_lines import ErrorLine, ResultLine, RunLine, StoppedLine, take_over_stdout
 from worker.protocol.run_spec import RunSpec
 from worker.serve.batch_generate import Continuation, generate_all
 from worker.serve.errors import ServeError
@@ -214,7 +213,7 @@ def main() -> int:
         command = [str(arguments.spec), "--out", str(arguments.out)]
         return exit_like(launch(command, num_processes, arguments.out / ".meeting", should_stop))
     crash_points.arm(get_settings().crash_dir)
-    lines = _take_over_stdout()
+    lines = take_over_stdout()
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     hub.HF_HUB_OFFLINE = True
@@ -229,13 +228,6 @@ def main() -> int:
 
     # Rank 0 decides for all ranks when to stop.
     return run(spec, arguments.out, write, should_stop if ranks.is_first else lambda: False, ranks)
-
-
-def _take_over_stdout() -> TextIO:
-    """Returns a stream to standard output, and redirects all other output to standard error."""
-    lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
-    os.dup2(2, 1)
-    return lines
 
 
 if __name__ == "__main__":

@@ -185,12 +185,7 @@ class JobObject(BaseModel):
         spec = DistillationJob.model_validate(row.spec)
         hyperparameters = shown_hyperparameters(row, spec)
         return cls(
-            id=row.id,
-            created_at=int(row.created_at.timestamp()),
-            started_at=seconds(row.started_at),
-            finished_at=seconds(row.finished_at),
             estimated_finish=estimated_finish(row),
-            status=public_status(row),
             model=row.request["model"],
             teacher=None if spec.method == "supervised" else spec.distillation.teacher,
             fine_tuned_model=row.result_model_id,
@@ -239,11 +234,6 @@ class ImportObject(BaseModel):
     @classmethod
     def of(cls, row: Job) -> "ImportObject":
         return cls(
-            id=row.id,
-            created_at=int(row.created_at.timestamp()),
-            started_at=seconds(row.started_at),
-            finished_at=seconds(row.finished_at),
-            status=public_status(row),
             name=row.model_id,
             source=str(row.request.get("source", "staged")),
             model=row.result_model_id,
@@ -326,8 +316,13 @@ class MetricsObject(BaseModel):
 
 
 def shared_fields(row: Job) -> Json:
-    """Returns the fields that `JobObject` and `ImportObject` have in common."""
+    """Returns the fields that the API objects of all kinds of jobs have in common."""
     return {
+        "id": row.id,
+        "created_at": int(row.created_at.timestamp()),
+        "started_at": seconds(row.started_at),
+        "finished_at": seconds(row.finished_at),
+        "status": public_status(row),
         "stage": row.stage,
         "stages": row.stages,
         "progress": row.progress,

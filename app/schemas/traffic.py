@@ -27,8 +27,6 @@ from app.schemas.jobs import (
     Json,
     Metadata,
     ModelId,
-    public_status,
-    seconds,
     shared_fields,
 )
 
@@ -191,12 +189,7 @@ class DatasetObject(BaseModel):
         result = row.result or {}
         files = result.get("files", {})
         return cls(
-            id=row.id,
-            created_at=int(row.created_at.timestamp()),
-            started_at=seconds(row.started_at),
-            finished_at=seconds(row.finished_at),
             name=row.model_id,
-            status=public_status(row),
             request=row.request,
             metadata=row.job_metadata,
             training_file=files.get("training"),

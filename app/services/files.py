@@ -25,6 +25,7 @@ from app.errors import (
     TooLarge,
     Unavailable,
 )
+from app.multipart import PartHeaders
 from app.services.training_rows import RowChecker
 from app.settings import Settings
 from app.storage import store
@@ -70,8 +71,7 @@ class Upload:
         self._fields: dict[str, bytes] = {}
         self._filename: str | None = None
         self._part = ""
-        self._header = (bytearray(), bytearray())
-        self._headers: dict[bytes, bytes] = {}
+        self._headers = PartHeaders()
         self._cleanup = ExitStack()
         self._file: Any = None  # Any: the store's writable file
         try:
@@ -195,11 +195,8 @@ class Upload:
 
     def _callbacks(self) -> "MultipartCallbacks":
         return {
+            **self._headers.callbacks(),
             "on_part_begin": self._begin_part,
-            "on_header_begin": lambda: None,
-            "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
-            "on_header_end": self._end_header,
             "on_headers_finished": self._end_headers,
             "on_part_data": self._take_data,
             "on_end": self._end,
@@ -210,24 +207,18 @@ class Upload:
 
     def _begin_part(self) -> None:
         self._num_parts += 1
-        self._headers = {}
+        self._headers.clear()
         if self._num_parts > MAX_PARTS:
             raise BadRequest(f"more than {MAX_PARTS} parts in the multipart body", "invalid_file")
 
-    def _end_header(self) -> None:
-        field, value = self._header
-        self._headers[bytes(field).lower()] = bytes(value)
-        self._header = (bytearray(), bytearray())
-
     def _end_headers(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        self._part = options.get(b"name", b"").decode(errors="replace")
+        self._part = self._headers.option(b"name").decode(errors="replace")
         if self._part == "file":
             if self._filename is not None:
                 raise BadRequest(
                     "more than one part is named file; upload one file per request", param="file"
                 )
-            self._filename = _label(options.get(b"filename", b""))
+            self._filename = _label(self._headers.option(b"filename"))
             demand_disk(self._settings)
             # The quota is checked before the upload, and again in `_finish`.
             with transaction() as session:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from app.contracts.messages import ArtifactRef, ImportJob
-from app.db import jobs, models
+from app.db import jobs
 from app.db.schema.tables import Job
 from app.db.session import transaction
-from app.errors import BadRequest, Conflict
+from app.errors import BadRequest
 from app.routing import task_queue
+from app.services.jobs import demand_free_name
 from app.settings import get_settings
 from app.storage import StorageError, store
 
@@ -36,7 +37,8 @@ def import_model(source: str, name: str, *, project_id: str | None = None) -> st
             "a name has 1 to 64 of the characters a-z 0-9 . _ - and begins with a letter or digit",
             param="name",
         )
-    _demand_free_name(name)
+    with transaction() as session:
+        demand_free_name(session, name)
     job_id = f"import-{secrets.token_hex(12)}"
     spec = _spec(source, name, job_id)
     with transaction() as session:
@@ -59,12 +61,6 @@ def load_import(job_id: str) -> Job:
         job = jobs.load_job(session, job_id)
     assert job is not None
     return job
-
-
-def _demand_free_name(name: str) -> None:
-    with transaction() as session:
-        if models.is_name_taken(session, name):
-            raise Conflict(f"the name {name!r} is taken; choose another", "resource_in_use", "name")
 
 
 def _spec(source: str, name: str, job_id: str) -> ImportJob:

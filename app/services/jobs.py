@@ -6,6 +6,7 @@ The state of a running job is written by its train worker, not here.
 import hashlib
 import json
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,13 @@ from app.schemas.models import ImportModel
 from app.schemas.traffic import DatasetObject
 from app.services import submission
 from app.services.fine_tuning.supervised import refuse_unsupported
-from app.services.retries import RetryInfo, find_created, record_attempt, remember_job
+from app.services.retries import (
+    RetryInfo,
+    Submitted,
+    find_created,
+    record_attempt,
+    remember_job,
+)
 from app.settings import get_settings
 
 IDEMPOTENCY_KEY_LENGTH = 255
@@ -63,17 +70,11 @@ def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> 
         demand_room(session, principal.project_id)
         plan = submission.plan(session, principal.project_id, asked, short=job_id[-8:])
     submission.inspect(plan, settings)
-    with transaction() as session:
-        stored = claim(session, principal, JOBS_ROUTE, attempted, sha256)
-        if stored is not None:
-            return Accepted(stored, is_replay=True)
-        lock_project(session, principal.project_id)
-        if (created := find_created(session, submitted)) is not None:
-            return Accepted(body_of(session, created), is_replay=True)
-        demand_room(session, principal.project_id)
-        # Resolve again: an input may have been deleted since. The new locks prevent that.
+
+    def insert(session: Session) -> Job:
+        """Resolves the inputs again, since one may have been deleted, and inserts the job."""
         plan = submission.plan(session, principal.project_id, asked, short=job_id[-8:])
-        job = jobs.insert_job(
+        return jobs.insert_job(
             session,
             id=job_id,
             project_id=principal.project_id,
@@ -88,14 +89,8 @@ def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> 
             request_sha256=sha256,
             created_by_key_id=principal.key_id,
         )
-        body = body_of(session, job)
-        remember(session, principal, JOBS_ROUTE, attempted, body)
-        remember_job(session, submitted, job)
-        crash_point("submit.inserted")
-    crash_point("submit.committed")
-    task_queue.notify_workers()
-    crash_point("submit.notified")
-    return Accepted(body, is_replay=False)
+
+    return insert_once(principal, JOBS_ROUTE, attempted, submitted, sha256=sha256, insert=insert)
 
 
 def create_import(principal: Principal, asked: ImportModel, attempted: RetryInfo) -> Accepted:
@@ -126,19 +121,11 @@ def create_import(principal: Principal, asked: ImportModel, attempted: RetryInfo
         uses_hub_token=principal.has(HUB_TOKEN_SCOPE),
         format="hub",
     )
-    with transaction() as session:
-        stored = claim(session, principal, IMPORTS_ROUTE, attempted, sha256)
-        if stored is not None:
-            return Accepted(stored, is_replay=True)
-        lock_project(session, principal.project_id)
-        if (created := find_created(session, submitted)) is not None:
-            return Accepted(body_of(session, created), is_replay=True)
-        demand_room(session, principal.project_id)
-        if models.is_name_taken(session, asked.name):
-            raise Conflict(
-                f"the name {asked.name!r} is taken; choose another", "resource_in_use", "name"
-            )
-        job = jobs.insert_job(
+
+    def insert(session: Session) -> Job:
+        """Inserts the job, unless the name is taken."""
+        demand_free_name(session, asked.name)
+        return jobs.insert_job(
             session,
             id=f"import-{secrets.token_hex(12)}",
             project_id=principal.project_id,
@@ -149,11 +136,52 @@ def create_import(principal: Principal, asked: ImportModel, attempted: RetryInfo
             request_sha256=sha256,
             created_by_key_id=principal.key_id,
         )
+
+    return insert_once(principal, IMPORTS_ROUTE, attempted, submitted, sha256=sha256, insert=insert)
+
+
+def insert_once(
+    principal: Principal,
+    route: str,
+    attempted: RetryInfo,
+    submitted: Submitted,
+    *,
+    sha256: str,
+    insert: Callable[[Session], Job],
+) -> Accepted:
+    """Inserts a job and its stored response in one transaction, and notifies the workers.
+
+    If another attempt of the same request has inserted its job, returns that response.
+
+    Raises:
+        QuotaExceeded: The project has too many jobs that have not ended.
+        Unprocessable: The idempotency key was used with another body.
+        InProgress: The first request with this key is still being processed.
+    """
+    with transaction() as session:
+        stored = claim(session, principal, route, attempted, sha256)
+        if stored is not None:
+            return Accepted(stored, is_replay=True)
+        lock_project(session, principal.project_id)
+        if (created := find_created(session, submitted)) is not None:
+            return Accepted(body_of(session, created), is_replay=True)
+        demand_room(session, principal.project_id)
+        job = insert(session)
         body = body_of(session, job)
-        remember(session, principal, IMPORTS_ROUTE, attempted, body)
+        remember(session, principal, route, attempted, body)
         remember_job(session, submitted, job)
+        crash_point("submit.inserted")
+    crash_point("submit.committed")
     task_queue.notify_workers()
+    crash_point("submit.notified")
     return Accepted(body, is_replay=False)
+
+
+def demand_free_name(session: Session, name: str) -> None:
+    """Raises Conflict if a model or an unfinished job has this name."""
+    if models.is_name_taken(session, name):
+        message = f"the name {name!r} is taken; choose another"
+        raise Conflict(message, "resource_in_use", "name")
 
 
 def fingerprint(body: Json) -> str:

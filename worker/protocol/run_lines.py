@@ -4,8 +4,9 @@ Each line is one JSON object.
 """
 
 import math
+import os
 import time
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -155,6 +156,16 @@ class Sink(Protocol):
     """Callable that takes the lines of a run. A run process writes them to its standard output."""
 
     def __call__(self, line: RunLine, /) -> None: ...
+
+
+def take_over_stdout() -> TextIO:
+    """Returns a stream for the lines, and redirects all other output to standard error.
+
+    Libraries print to standard output, which is reserved for the lines of a run process.
+    """
+    lines = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    return lines
 
 
 class Throttle:

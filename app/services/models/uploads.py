@@ -17,22 +17,22 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from app.auth import Principal
 from app.contracts.messages import ArtifactRef, ImportJob
 from app.contracts.model_files import missing_from, refusal_of
-from app.db import idempotency, jobs, models
-from app.db.session import PoolExhausted, transaction
-from app.errors import BadRequest, Conflict, StillhouseError, TooLarge, Unavailable
-from app.routing import task_queue
+from app.db import idempotency, jobs
+from app.db.schema.tables import Job
+from app.db.session import PoolExhausted, Session, transaction
+from app.errors import BadRequest, StillhouseError, TooLarge, Unavailable
+from app.multipart import PartHeaders
 from app.services.files import demand_disk
 from app.services.imports import ARCHIVE, COPIES, NAME
 from app.services.jobs import (
     Accepted,
-    body_of,
-    claim,
+    demand_free_name,
     demand_room,
     find_replay,
     fingerprint,
-    remember,
+    insert_once,
 )
-from app.services.retries import RetryInfo
+from app.services.retries import RetryInfo, Submitted
 from app.settings import get_settings
 from app.storage import StorageError, store
 
@@ -44,7 +44,6 @@ log = structlog.get_logger(__name__)
 ROUTE: Final = "POST /v1/models/imports"
 MAX_FILES: Final = 1000
 MAX_NAME_BYTES: Final = 64
-MAX_HEADER_BYTES: Final = 8192  # of one part
 FILE_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
@@ -79,9 +78,7 @@ class ModelUpload:
         self._sizes: dict[str, int] = {}
         self._num_bytes = 0
         self._part, self._part_names = "", list[str]()
-        self._header = (bytearray(), bytearray())
-        self._headers: dict[bytes, bytes] = {}
-        self._num_header_bytes = 0
+        self._headers = PartHeaders()
         self._is_complete = False
         self._cleanup = ExitStack()
         self._folder: Path | None = None
@@ -142,8 +139,6 @@ class ModelUpload:
             raise
         if accepted.is_replay:
             store().delete(f"imports/{job_id}")
-        else:
-            task_queue.notify_workers()
         return accepted
 
     def close(self) -> None:
@@ -163,14 +158,11 @@ class ModelUpload:
         replay = find_replay(principal, ROUTE, attempted, sha256)
         if replay is not None:
             return replay
-        with transaction() as session:
-            stored = claim(session, principal, ROUTE, attempted, sha256)
-            if stored is not None:
-                return Accepted(stored, is_replay=True)
-            demand_room(session, principal.project_id)
-            if models.is_name_taken(session, spec.output_model):
-                raise name_taken(spec.output_model)
-            job = jobs.insert_job(
+
+        def insert(session: Session) -> Job:
+            """Inserts the job, unless the name is taken."""
+            demand_free_name(session, spec.output_model)
+            return jobs.insert_job(
                 session,
                 id=job_id,
                 project_id=principal.project_id,
@@ -181,9 +173,8 @@ class ModelUpload:
                 request_sha256=sha256,
                 created_by_key_id=principal.key_id,
             )
-            body = body_of(session, job)
-            remember(session, principal, ROUTE, attempted, body)
-        return Accepted(body, is_replay=False)
+
+        return insert_once(principal, ROUTE, attempted, Submitted(), sha256=sha256, insert=insert)
 
     def _demand_space(self, num_bytes: int | None) -> None:
         """Refuses a body that is larger than the limit or the free space, before it arrives."""
@@ -220,8 +211,7 @@ class ModelUpload:
             ):
                 return  # a retry, whose name is that of the first attempt
             demand_room(session, self._principal.project_id)
-            if models.is_name_taken(session, name):
-                raise name_taken(name)
+            demand_free_name(session, name)
 
     def _demand_model(self) -> Literal["gguf", "archive", "folder"]:
         """Returns the format of the uploaded files. Raises BadRequest if they are no model."""
@@ -237,11 +227,8 @@ class ModelUpload:
 
     def _callbacks(self) -> "MultipartCallbacks":
         return {
+            **self._headers.callbacks(),
             "on_part_begin": self._begin_part,
-            "on_header_begin": lambda: None,
-            "on_header_field": lambda *piece: self._take_header(0, *piece),
-            "on_header_value": lambda *piece: self._take_header(1, *piece),
-            "on_header_end": self._end_header,
             "on_headers_finished": self._end_headers,
             "on_part_data": self._take_data,
             "on_part_end": self._end_part,
@@ -252,26 +239,14 @@ class ModelUpload:
         self._is_complete = True
 
     def _begin_part(self) -> None:
-        self._headers, self._num_header_bytes = {}, 0
+        self._headers.clear()
         if len(self._sizes) > MAX_FILES:
             raise BadRequest(f"more than {MAX_FILES} files in the upload", "invalid_file", "file")
 
-    def _take_header(self, side: int, data: bytes, start: int, end: int) -> None:
-        self._num_header_bytes += end - start
-        if self._num_header_bytes > MAX_HEADER_BYTES:
-            raise BadRequest("the headers of a part are too long", "invalid_file", "file")
-        self._header[side].extend(data[start:end])
-
-    def _end_header(self) -> None:
-        field, value = self._header
-        self._headers[bytes(field).lower()] = bytes(value)
-        self._header = (bytearray(), bytearray())
-
     def _end_headers(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        self._part = options.get(b"name", b"").decode(errors="replace")
+        self._part = self._headers.option(b"name").decode(errors="replace")
         if self._part == "file":
-            self._begin_file(options.get(b"filename", b"").decode(errors="replace"))
+            self._begin_file(self._headers.option(b"filename").decode(errors="replace"))
         elif self._part != "name":
             raise BadRequest(
                 f"unknown parameter: {self._part[:64]}", "unknown_parameter", self._part[:64]
@@ -340,11 +315,6 @@ def too_large() -> TooLarge:
         f"the model is larger than {limit:,} bytes, which STILLHOUSE_MAX_IMPORT_BYTES sets",
         param="file",
     )
-
-
-def name_taken(name: str) -> Conflict:
-    """Returns the error for a name that a model or an unfinished job has."""
-    return Conflict(f"the name {name!r} is taken; choose another", "resource_in_use", "name")
 
 
 def malformed(error: FormParserError) -> BadRequest:

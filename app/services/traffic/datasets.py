@@ -7,25 +7,21 @@ from typing import Final
 from app.auth import Principal
 from app.contracts.datasets import SIDES, DatasetJob
 from app.db import files, jobs
-from app.db.locks import lock_project
+from app.db.schema.tables import Job
 from app.db.session import Session, transaction
 from app.db.traffic import completions, datasets
 from app.db.traffic.completions import CompletionFilter
 from app.errors import BadRequest, Conflict, QuotaExceeded
-from app.routing import task_queue
 from app.schemas.traffic import CreateDataset
 from app.services.jobs import (
     Accepted,
-    body_of,
-    claim,
-    demand_room,
     find_replay,
     fingerprint,
     get_job,
-    remember,
+    insert_once,
     replayed,
 )
-from app.services.retries import RetryInfo, find_created, record_attempt, remember_job
+from app.services.retries import RetryInfo, record_attempt
 from app.settings import Settings, get_settings
 from app.storage import store
 
@@ -54,14 +50,9 @@ def create_dataset(principal: Principal, asked: CreateDataset, attempted: RetryI
         max_bytes=settings.max_file_bytes,
         max_row_bytes=settings.max_line_bytes,
     )
-    with transaction() as session:
-        stored = claim(session, principal, ROUTE, attempted, sha256)
-        if stored is not None:
-            return Accepted(stored, is_replay=True)
-        lock_project(session, principal.project_id)
-        if (created := find_created(session, submitted)) is not None:
-            return Accepted(body_of(session, created), is_replay=True)
-        demand_room(session, principal.project_id)
+
+    def insert(session: Session) -> Job:
+        """Inserts the job, if there is room for its files and a completion to read."""
         _demand_files(session, principal.project_id, settings)
         if not completions.has_any(
             session, principal.project_id, CompletionFilter.of(spec.records)
@@ -71,7 +62,7 @@ def create_dataset(principal: Principal, asked: CreateDataset, attempted: RetryI
                 "no_matching_completions",
                 "filter",
             )
-        job = jobs.insert_job(
+        return jobs.insert_job(
             session,
             id=f"dataset-{secrets.token_hex(12)}",
             project_id=principal.project_id,
@@ -83,11 +74,8 @@ def create_dataset(principal: Principal, asked: CreateDataset, attempted: RetryI
             request_sha256=sha256,
             created_by_key_id=principal.key_id,
         )
-        body = body_of(session, job)
-        remember(session, principal, ROUTE, attempted, body)
-        remember_job(session, submitted, job)
-    task_queue.notify_workers()
-    return Accepted(body, is_replay=False)
+
+    return insert_once(principal, ROUTE, attempted, submitted, sha256=sha256, insert=insert)
 
 
 def delete_dataset(project_id: str, dataset_id: str) -> None:

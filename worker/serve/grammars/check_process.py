@@ -9,9 +9,7 @@ line and writes one per line, until its input is closed.
 
 import atexit
 import json
-import resource
 import signal
-import subprocess
 import sys
 import threading
 from collections import OrderedDict
@@ -20,6 +18,7 @@ from typing import Any, Final, TypeVar
 
 from app.contracts.generation import Grammar
 from worker.serve.errors import InvalidAnswer, InvalidGrammar
+from worker.serve.line_process import LineProcess, limit_memory
 
 COMPILE_SECONDS: Final = 1.0  # CPU time of one compilation
 VALIDATE_SECONDS: Final = 0.25  # CPU time of one validation, for which other answers wait
@@ -41,7 +40,7 @@ class CheckProcess:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._process = LineProcess("worker.serve.grammars.check_process")
         # A slow check holds `_lock`. This lock is for the results of earlier compilations only.
         self._results_lock = threading.Lock()
         self._accepted: OrderedDict[Key, None] = OrderedDict()
@@ -81,26 +80,24 @@ class CheckProcess:
     def start(self) -> None:
         """Starts the child process early, because it takes a while to be ready."""
         with self._lock:
-            self._running()
+            self._process.start()
 
     def close(self) -> None:
         """Ends the child process, after the line in progress."""
         with self._lock:
-            if self._child is not None:
-                self._child.communicate()
-                self._child = None
+            self._process.close()
 
     def _ask(self, grammar: Grammar, text: str | None) -> Json | None:
         """Returns the answer of a child, or None if the check has ended its children.
 
         Only compilations count as ends of a grammar. A validation also depends on the answer.
         """
-        line = json.dumps({"kind": grammar.kind, "grammar": grammar.text, "text": text})
+        message = {"kind": grammar.kind, "grammar": grammar.text, "text": text}
         for _ in range(MAX_ATTEMPTS):
             with self._lock:
                 if text is None and self._has_ended_most(grammar):
                     return None
-                answer = self._exchange(line.encode() + b"\n")
+                answer = self._process.exchange(message)
                 if answer is not None:
                     return answer
                 if text is None:
@@ -123,33 +120,6 @@ class CheckProcess:
             num_ends = self._num_ends.get(_key(grammar), 0) + 1
             _remember(self._num_ends, _key(grammar), num_ends)
 
-    def _exchange(self, line: bytes) -> Json | None:
-        """Sends one line and returns the answer, or None if the child ended before it answered."""
-        child = self._running()
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            child.stdin.write(line)
-            child.stdin.flush()
-            answer: Json | None = json.loads(child.stdout.readline() or b"null")
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
-            child.communicate()
-            self._child = None
-        return answer
-
-    def _running(self) -> "subprocess.Popen[bytes]":
-        if self._child is None or self._child.poll() is not None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "worker.serve.grammars.check_process"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                # Ctrl-C in a terminal is for the worker only. The child ends when its input closes.
-                start_new_session=True,
-            )
-        return self._child
-
 
 def _key(grammar: Grammar) -> Key:
     return grammar.kind, grammar.text
@@ -166,9 +136,7 @@ def serve() -> None:
     """Answers lines until the input is closed. A line that takes too long ends this process."""
     compile_error("json_schema", "{}")  # imports the libraries before the memory is limited
     validation_error("{}", "{}")
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    limit_memory(MEMORY_BYTES)
     for line in sys.stdin.buffer:
         asked = json.loads(line)
         is_compiling = asked["text"] is None

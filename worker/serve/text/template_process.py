@@ -9,9 +9,7 @@ line and writes one per line, until its input is closed.
 
 import atexit
 import json
-import resource
 import signal
-import subprocess
 import sys
 import threading
 from collections import Counter
@@ -19,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from worker.serve.errors import InvalidMessages
+from worker.serve.line_process import LineProcess, limit_memory
 
 CPU_SECONDS = 2.0  # per rendering; far more than a normal template needs
 MEMORY_BYTES = 512 * 2**20  # in addition to what the child uses when it is ready
@@ -36,26 +35,24 @@ class TemplateRenderer:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._process = LineProcess("worker.serve.text.template_process")
         self._num_ends: Counter[str] = Counter()  # children that each template has ended
 
     def start(self) -> None:
         """Starts the child process early, because it takes a while to be ready."""
         with self._lock:
-            self._running()
+            self._process.start()
 
     def render(self, template: str, turns: Turns, names: Mapping[str, object]) -> str:
         """Returns the rendered messages, with the assistant's turn opened.
 
         Raises InvalidMessages if the template fails or exceeds its limits.
         """
-        line = json.dumps(
-            {"template": template, "turns": list(turns), "names": dict(names)}
-        ).encode()
+        message = {"template": template, "turns": list(turns), "names": dict(names)}
         with self._lock:
             answer = None
             if self._num_ends[template] < MOST_ENDS:
-                answer = self._exchange(line + b"\n")
+                answer = self._process.exchange(message)
                 self._num_ends[template] += answer is None
             if answer is None:
                 raise InvalidMessages(
@@ -70,36 +67,7 @@ class TemplateRenderer:
     def close(self) -> None:
         """Ends the child process, after the rendering that is in progress."""
         with self._lock:
-            if self._child is not None:
-                self._child.communicate()
-                self._child = None
-
-    def _exchange(self, line: bytes) -> Json | None:
-        """Sends one line and returns the answer, or None if the child ended before it answered."""
-        child = self._running()
-        assert child.stdin is not None
-        assert child.stdout is not None
-        try:
-            child.stdin.write(line)
-            child.stdin.flush()
-            answer: Json | None = json.loads(child.stdout.readline() or b"null")
-        except BrokenPipeError:
-            answer = None
-        if answer is None:
-            child.communicate()
-            self._child = None
-        return answer
-
-    def _running(self) -> "subprocess.Popen[bytes]":
-        if self._child is None or self._child.poll() is not None:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "worker.serve.text.template_process"],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                # Ctrl-C in a terminal is for the worker only. The child ends when its input closes.
-                start_new_session=True,
-            )
-        return self._child
+            self._process.close()
 
 
 def serve() -> None:
@@ -110,9 +78,7 @@ def serve() -> None:
     # slow to import, but does not need torch
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    with open("/proc/self/statm") as statm:
-        used = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY_BYTES, used + MEMORY_BYTES))
+    limit_memory(MEMORY_BYTES)
     for line in sys.stdin.buffer:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)

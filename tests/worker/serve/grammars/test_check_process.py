@@ -38,17 +38,17 @@ def test_a_grammar_that_takes_too_long_is_refused_and_at_last_not_tried_again(
     for _ in range(2):  # with two attempts each
         with pytest.raises(InvalidGrammar, match="too long"):
             checker.demand_compilable(hostile)
-        assert checker._child is None
+        assert checker._process._child is None
     with pytest.raises(InvalidGrammar, match="too long"):
         checker.demand_compilable(hostile)
-    assert checker._child is None, "the last attempt started a child"
+    assert checker._process._child is None, "the last attempt started a child"
 
 
 def test_a_grammar_survives_the_death_of_a_child_that_has_another_cause(
     checker: CheckProcess,
 ) -> None:
     checker.start()
-    child = checker._child
+    child = checker._process._child
     assert child is not None
     child.send_signal(signal.SIGSTOP)  # so that it dies during the compilation
     killer = threading.Timer(0.5, child.kill)
@@ -63,7 +63,7 @@ def test_an_accepted_grammar_needs_no_child(checker: CheckProcess) -> None:
     checker.demand_compilable(accepted)
     checker.close()
     checker.demand_compilable(accepted)
-    assert checker._child is None
+    assert checker._process._child is None
 
 
 def test_a_deeply_nested_grammar_is_refused(checker: CheckProcess) -> None:
