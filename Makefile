@@ -44,7 +44,7 @@ up: install
 test: install
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
 
-# Every promise of docs/reliability.md under its faults; about an hour. `make faults ARGS="--short"` for a look.
+# Every promise of docs/reliability.md under its faults; about an hour. `make faults ARGS="--short"` is a short run.
 faults: install
 	$(BIN)/python -m tests.faults --json .stillhouse/faults.json $(ARGS)
 

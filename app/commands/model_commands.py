@@ -126,12 +126,14 @@ def set_serving(
     use_service(data_dir)
     drafter = {"model": draft, "num_tokens": num_tokens} if draft else None
     try:
-        asked = SetServing.model_validate({"engine": engine, "weights": weights, "draft": drafter})
+        options = SetServing.model_validate(
+            {"engine": engine, "weights": weights, "draft": drafter}
+        )
     except ValidationError as error:
         fail(f"the draft {draft!r} is not a valid model id: {error.errors()[0]['msg']}")
     operator = Principal(project, "stillhouse", frozenset({"admin"}))
-    row = model_serving.set_options(operator, model, asked)
-    console.print(f"{row.id}: {asked.model_dump_json()}", highlight=False)
+    row = model_serving.set_options(operator, model, options)
+    console.print(f"{row.id}: {options.model_dump_json()}", highlight=False)
 
 
 @models.command("pull")
@@ -148,7 +150,7 @@ def pull_model(
     """Downloads a model over HTTP. Run the command again to continue after an interruption."""
     with RemoteService(find_address(use(data_dir), url, api_key)) as service:
         files = Pull(service, folder, tell, num_parallel=parallel).run(model)
-    tell(f"{folder} has the {len(files)} files of {model}; all SHA-256 sums are right")
+    tell(f"{folder} has the {len(files)} files of {model}; all SHA-256 sums match")
 
 
 @models.command("push")

@@ -89,7 +89,9 @@ class Pull:
         self._target.mkdir(parents=True, exist_ok=True)
         lock = lock_path(self._target, fcntl.LOCK_EX)
         if lock is None:
-            raise RemoteError(f"another process downloads to {self._target}; wait for it")
+            raise RemoteError(
+                f"another process downloads to {self._target}; wait until it has ended"
+            )
         try:
             missing = [file for file in files if not self._is_complete(file)]
             self._num_total = sum(file.num_bytes for file in files)
@@ -120,7 +122,7 @@ class Pull:
         free = shutil.disk_usage(self._target).free
         if needed > free:
             raise RemoteError(
-                f"{self._target} has {sizes(free)} of free space, but {sizes(needed)} are missing"
+                f"{self._target} has {sizes(free)} of free space, and the download needs {sizes(needed)}; free some space"
             )
 
     def _download_all(self, model_id: str, missing: list[RemoteFile]) -> None:
@@ -164,7 +166,7 @@ class Pull:
             self._count(-file.num_bytes)
             if is_second:
                 raise RemoteError(
-                    f"{file.name} arrives with another SHA-256 than the service lists; check its store"
+                    f"{file.name} has another SHA-256 than the service lists; check the store of the service"
                 )
             is_second = True  # the beginning may be of an older download
         part.rename(self._target / file.name)
@@ -211,7 +213,9 @@ class Pull:
                     raise Stopped
                 num_bytes += len(piece)
                 if num_bytes > file.num_bytes:
-                    raise RemoteError(f"{file.name} is longer than the service lists")
+                    raise RemoteError(
+                        f"{file.name} is longer than the service lists; check the store of the service"
+                    )
                 out.write(piece)
                 digest.update(piece)
                 self._count(len(piece), is_received=True)
@@ -262,11 +266,12 @@ class Pull:
 
 
 class Unavailable(Exception):
-    """The service answers that it cannot serve the file now."""
+    """The service cannot send the file now. The only argument is its response."""
 
-    def __init__(self, answer: httpx.Response) -> None:
-        super().__init__(answer.status_code)
-        self.answer = answer
+    @property
+    def answer(self) -> httpx.Response:
+        response: httpx.Response = self.args[0]
+        return response
 
 
 def read_listing(listing: Json) -> list[RemoteFile]:
@@ -280,7 +285,9 @@ def read_listing(listing: Json) -> list[RemoteFile]:
             for entry in listing["data"]
         ]
     except (KeyError, TypeError, ValueError):
-        raise RemoteError("the service does not list files; is this a Stillhouse?") from None
+        raise RemoteError(
+            "the service does not list files; is this a Stillhouse service?"
+        ) from None
     for file in files:
         is_safe = SAFE_NAME.fullmatch(file.name) and not file.name.endswith(PART)
         if not is_safe or file.num_bytes < 0 or not SHA256.fullmatch(file.sha256):

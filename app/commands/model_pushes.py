@@ -36,8 +36,8 @@ class Hub:
         The token is STILLHOUSE_HF_TOKEN. For the public hub only, the one that `hf auth login` has
         stored is used otherwise.
         """
-        found = endpoint or settings.hf_endpoint or None
-        return cls(found, settings.hf_token or (None if found is None else False))
+        url = endpoint or settings.hf_endpoint or None
+        return cls(url, settings.hf_token or (None if url is None else False))
 
 
 def push(
@@ -61,7 +61,7 @@ def push(
     if not REPOSITORY.fullmatch(repository) or ".." in repository:
         raise RemoteError(f"{repository!r} is not a repository; use the form org/name")
     if revision is not None and (not REVISION.fullmatch(revision) or ".." in revision):
-        raise RemoteError(f"{revision!r} is not a branch")
+        raise RemoteError(f"{revision!r} is not the name of a branch; give one such as main")
     _require_library()
     if "@" in model_id:  # an alias may move during the push
         model_id = str(service.get(model_path(model_id)).get("id"))
@@ -69,7 +69,7 @@ def push(
     folder = data_dir / "pushes" / name
     files = Pull(service, folder, tell).run(model_id)
     if CARD not in {file.name for file in files}:
-        card = service.http.get(model_path(model_id, "card"))
+        card = service.fetch(model_path(model_id, "card"))
         if card.status_code == 200:
             (folder / CARD).write_bytes(card.content)
         elif card.status_code != 404:

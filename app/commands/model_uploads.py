@@ -22,6 +22,7 @@ from app.commands.remote_service import (
     unreachable,
 )
 from app.contracts.model_files import IGNORED, missing_from, refusal_of
+from app.model_card import CARD
 from app.services.imports import ARCHIVE
 
 NUM_TRIES: Final = 4
@@ -77,8 +78,11 @@ def start_import(service: RemoteService, source: str, name: str, tell: Tell) -> 
     if source.startswith("hf:"):
         return service.post("/v1/models/import", {"source": source, "name": name})
     files = local_files(Path(source))
-    if service.http.get(model_path(name)).status_code == 200:
+    known = service.fetch(model_path(name))
+    if known.status_code == 200:
         raise RemoteError(f"the name {name!r} is taken; choose another")
+    if known.status_code == 401:  # a key without the scope models:read gets 403 and may upload
+        raise refused(known)
     progress = Progress(sum(path.stat().st_size for path in files), tell)
     # Each attempt has the same key, so a lost response does not lead to a second import.
     key = secrets.token_hex(16)
@@ -103,7 +107,7 @@ def start_import(service: RemoteService, source: str, name: str, tell: Tell) -> 
 
 
 def local_files(path: Path) -> list[Path]:
-    """Returns the files to upload, the small ones first. Raises RemoteError if they are no model."""
+    """Returns the files to upload, the smallest first. Raises RemoteError if they are no model."""
     if path.is_file() and (path.suffix == ".gguf" or ARCHIVE.fullmatch(path.name)):
         return [path]
     if not path.is_dir():
@@ -120,7 +124,7 @@ def local_files(path: Path) -> list[Path]:
             raise RemoteError(reason)
     if (reason := missing_from(file.name for file in files)) is not None:
         raise RemoteError(f"{path}: {reason}")
-    readme = path / "README.md"  # the model card, which names the licence
+    readme = path / CARD  # it names the licence
     files += [readme] if readme.is_file() and not readme.is_symlink() else []
     return sorted(files, key=lambda file: file.stat().st_size)
 
@@ -129,7 +133,7 @@ def _send(
     service: RemoteService, files: list[Path], name: str, key: str, progress: Progress
 ) -> httpx.Response:
     with ExitStack() as stack:
-        # Any: the forms of httpx's own type
+        # Any: the file types that httpx accepts
         parts: list[tuple[str, Any]] = [("name", (None, name))]
         for path in files:
             file = stack.enter_context(CountedFile(path, progress))

@@ -36,20 +36,20 @@ class Address:
 
 
 def find_address(settings: Settings, url: str | None, key: str | None) -> Address:
-    """Returns where the service is, by default the one that runs on this machine.
+    """Returns the address of the service; by default that of the service on this machine.
 
     The operator's key in the data folder is only sent to this machine. Raises RemoteError.
     """
-    found = url or f"http://{settings.host}:{settings.port}"
-    parts = urlsplit(found)
+    address = url or f"http://{settings.host}:{settings.port}"
+    parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RemoteError(f"{found!r} is not a URL such as http://127.0.0.1:8400")
+        raise RemoteError(f"{address!r} is not a URL; give one such as http://127.0.0.1:8400")
     path = settings.data_dir / "api_key"
-    if not key and parts.hostname in LOOPBACK and path.is_file():
+    if not key and (url is None or parts.hostname in LOOPBACK) and path.is_file():
         key = path.read_text().strip()
     if not key:
         raise RemoteError("no API key: set STILLHOUSE_API_KEY, or give --api-key")
-    return Address(found, key)
+    return Address(address, key)
 
 
 class RemoteService:
@@ -75,6 +75,10 @@ class RemoteService:
         """Returns a JSON object. Raises RemoteError."""
         return self._json("GET", path)
 
+    def fetch(self, path: str) -> httpx.Response:
+        """Returns the response to a GET request. An error status does not raise. Raises RemoteError."""
+        return self._send("GET", path)
+
     def get_patiently(self, path: str) -> Json:
         """Like `get`, but waits up to PATIENCE_SECONDS for a service that does not answer."""
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -92,13 +96,16 @@ class RemoteService:
         return self._json("POST", path, json=body)
 
     def _json(self, method: str, path: str, **options: Any) -> Json:  # Any: options of httpx
-        try:
-            answer = self.http.request(method, path, **options)
-        except httpx.TransportError as error:
-            raise unreachable(self.address, error) from error
+        answer = self._send(method, path, **options)
         if answer.status_code != 200:
             raise refused(answer)
         return json_of(answer)
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:  # Any: as above
+        try:
+            return self.http.request(method, path, **options)
+        except httpx.TransportError as error:
+            raise unreachable(self.address, error) from error
 
 
 def unreachable(address: Address, error: httpx.TransportError) -> RemoteError:
@@ -113,7 +120,9 @@ def refused(answer: httpx.Response) -> RemoteError:
     try:
         message = str(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        message = f"the response is {answer.status_code} without a message; is this a Stillhouse?"
+        message = (
+            f"the response is {answer.status_code} without a message; is this a Stillhouse service?"
+        )
     return RemoteError(f"{message} (HTTP {answer.status_code})")
 
 
@@ -124,7 +133,7 @@ def json_of(answer: httpx.Response) -> Json:
     except ValueError:
         document = None
     if not isinstance(document, dict):
-        raise RemoteError(f"{answer.url} does not answer with JSON; is this a Stillhouse?")
+        raise RemoteError(f"{answer.url} does not answer with JSON; is this a Stillhouse service?")
     return document
 
 
@@ -142,7 +151,7 @@ def retry_after(answer: httpx.Response) -> float | None:
 
 
 def model_path(model_id: str, *parts: str) -> str:
-    """Returns the path of a model's route, with everything quoted."""
+    """Returns the path of a model's route, with the id and the parts percent-encoded."""
     quoted = "/".join(quote(part, safe="/" if number else "") for number, part in enumerate(parts))
     return f"/v1/models/{quote(model_id, safe='')}" + (f"/{quoted}" if parts else "")
 

@@ -1,1 +1,1 @@
-"""Makes a data set from stored completions: rows, masking, duplicates, and the three sides."""
+"""Data sets from stored completions: rows, masking, duplicates, and the three sides."""

@@ -73,10 +73,10 @@ PHONE: Final = re.compile(
 
 def has_iban_checksum(text: str) -> bool:
     """Returns whether the text is an IBAN: 15 to 34 characters that are 1 modulo 97."""
-    compact = text.replace(" ", "")
-    if not 15 <= len(compact) <= 34:
+    number = text.replace(" ", "")
+    if not 15 <= len(number) <= 34:
         return False
-    digits = "".join(str(int(character, 36)) for character in compact[4:] + compact[:4])
+    digits = "".join(str(int(character, 36)) for character in number[4:] + number[:4])
     return int(digits) % 97 == 1
 
 
@@ -151,11 +151,11 @@ class Masker:
         return text
 
     def _replace(self, kind: MaskKind, recogniser: Recogniser, match: re.Match[str]) -> str:
-        found = match[0]
-        if not recogniser.is_valid(found):
-            return found
+        text = match[0]
+        if not recogniser.is_valid(text):
+            return text
         self.counts[kind] += 1
-        value = (kind, recogniser.key(found))
+        value = (kind, recogniser.key(text))
         if value not in self._numbers:
             self._num_distinct[kind] += 1
             self._numbers[value] = self._num_distinct[kind]

@@ -73,8 +73,8 @@ class Evaluators:
             ):
                 head = teacher.head
             # with uld the teacher has rows for the aligned targets only
-            rows = None if self.pair.signal.has_ranks else teacher
-            return valid.measure(model, head, rows, objective)
+            row_teacher = None if self.pair.signal.has_ranks else teacher
+            return valid.measure(model, head, row_teacher, objective)
 
         view = View(valid.examples, self.pair.teacher.tokenizer, measure)
         return JudgedTeacher(view, self.pair.load_evaluated_teacher)

@@ -67,22 +67,21 @@ def store_files(folder: Path, line: DatasetLine, name: str) -> list[StoredFile]:
     If no row is inserted for a stored file, the garbage collector deletes it later.
     """
     files = []
-    for made in line.files:
+    for built in line.files:
         file_id = new_id("file-")
-        path = folder / made.name
-        ref: ArtifactRef = store().put_file(path, f"files/{file_id}")
+        ref: ArtifactRef = store().put_file(folder / built.name, f"files/{file_id}")
         columns = {
             "id": file_id,
-            "filename": f"{name}-{made.name}"[-255:],
+            "filename": f"{name}-{built.name}"[-255:],
             "purpose": "fine-tune",
             "bytes": ref.bytes,
             "sha256": ref.sha256,
             "store_key": ref.key,
             "format": "chat",
-            "num_rows": made.num_rows,
-            "max_row_bytes": made.max_row_bytes,
+            "num_rows": built.num_rows,
+            "max_row_bytes": built.max_row_bytes,
         }
-        files.append(StoredFile(made.side, columns))
+        files.append(StoredFile(built.side, columns))
     return files
 
 

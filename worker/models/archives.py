@@ -1,5 +1,8 @@
 """Unpacks an uploaded tar or zip file with the files of a model. Nothing in it is trusted."""
 
+import errno
+import lzma
+import struct
 import tarfile
 import zipfile
 import zlib
@@ -20,6 +23,17 @@ LONG_HEADERS = (
     tarfile.SOLARIS_XHDTYPE,
 )
 PIECE_BYTES = 2**20
+# Errors of the libraries for a damaged archive.
+DAMAGES = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    ValueError,  # an offset before the file, or a name that is not UTF-8
+    NotImplementedError,
+)
 
 
 def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
@@ -50,25 +64,22 @@ def unpack(archive: Path, target: Path, *, max_bytes: int) -> Path:
             if (target / name).exists():
                 raise UnsafeFile(f"the archive has two files {name}")
             _write(content, target / name, size)
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        NotImplementedError,
-    ) as error:
-        raise BrokenFile(f"the archive cannot be read: {error}") from error
+    except (*DAMAGES, OSError) as error:
+        # bz2 raises OSError without a number, and a seek before the file gives EINVAL
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        raise BrokenFile(f"the archive cannot be read: {error}; pack the files again") from error
     if not parents:
-        raise BrokenFile("the archive has no files")
+        raise BrokenFile("the archive has no files; pack the files of a model folder")
     return target
 
 
 class _Header(tarfile.TarInfo):
-    """Header of a tar file, which may not have a long name of any length."""
+    """Header of a tar file. The length of a long name is limited."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in LONG_HEADERS and self.size > MAX_HEADER_BYTES:
-            raise UnsafeFile("a header in the archive is too long")
+            raise UnsafeFile("a header in the archive is too long; shorten the names of its files")
         member: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]  # no public hook
         return member
 
@@ -83,7 +94,7 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, IO[bytes]]]:
             for number, info in enumerate(opened.infolist()):
                 _check_number(number)
                 if info.flag_bits & 1:
-                    raise UnsafeFile("the archive is encrypted")
+                    raise UnsafeFile("the archive is encrypted; pack the files without a password")
                 kind = info.external_attr >> 28
                 if kind not in (0, 4, 8):  # unknown, folder, regular file
                     raise UnsafeFile(f"{info.filename[:100]} in the archive is not a regular file")
@@ -105,7 +116,9 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, IO[bytes]]]:
 
 def _check_number(number: int) -> None:
     if number >= MAX_MEMBERS:
-        raise UnsafeFile(f"the archive has more than {MAX_MEMBERS} members")
+        raise UnsafeFile(
+            f"the archive has more than {MAX_MEMBERS:,} members; pack only the model's files"
+        )
 
 
 def _checked_name(path: PurePosixPath) -> str:

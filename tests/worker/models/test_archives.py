@@ -26,12 +26,18 @@ def tar(files: dict[str, bytes], mode: str = "w:gz") -> bytes:
     return content.getvalue()
 
 
-def zipped(files: dict[str, bytes]) -> bytes:
+def zipped(files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
     content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as packed:
+    with zipfile.ZipFile(content, "w", compression) as packed:
         for name, data in files.items():
             packed.writestr(name, data)
     return content.getvalue()
+
+
+def with_damaged_content(archive: bytes) -> bytes:
+    """A zip file in which the bytes of the first member are overwritten."""
+    start = archive.index(b"config.json") + len("config.json") + 9  # after the header of LZMA
+    return archive[:start] + b"\xff" * 40 + archive[start + 40 :]
 
 
 def opened(tmp_path: Path, content: bytes, max_bytes: int = 10**6) -> dict[str, bytes]:
@@ -112,8 +118,11 @@ def test_a_link_in_a_zip_file_is_refused(tmp_path: Path) -> None:
         tar(PLAIN, "w")[:700],
         zipped(PLAIN)[:-30],
         tar({}),
+        with_damaged_content(zipped({"config.json": os.urandom(500)})),
+        with_damaged_content(zipped({"config.json": os.urandom(500)}, zipfile.ZIP_BZIP2)),
+        with_damaged_content(zipped({"config.json": os.urandom(500)}, zipfile.ZIP_LZMA)),
     ],
-    ids=["empty", "text", "cut-gzip", "cut-tar", "cut-zip", "no-files"],
+    ids=["empty", "text", "cut-gzip", "cut-tar", "cut-zip", "no-files", "zip", "bzip2", "lzma"],
 )
 def test_a_damaged_or_empty_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(BrokenFile):

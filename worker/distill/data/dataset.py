@@ -64,12 +64,12 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
 
     def encoder(self, *, max_tokens: int, is_last_only: bool) -> Encoder:
-        shape = kind_of(self.config)
+        kind = kind_of(self.config)
         return Encoder(
             self.tokenizer,
             max_tokens=max_tokens,
-            shape=shape,
-            start_id=start_id_of(self.config) if shape == "seq2seq" else None,
+            shape=kind,
+            start_id=start_id_of(self.config) if kind == "seq2seq" else None,
             is_last_only=is_last_only,
         )
 
@@ -165,10 +165,10 @@ class Preparation:
     @property
     def _reads_alike(self) -> bool:
         one, other = self.teacher, self.student
-        shapes = {kind_of(one.config), kind_of(other.config)}
-        if shapes == {"seq2seq"}:
+        kinds = {kind_of(one.config), kind_of(other.config)}
+        if kinds == {"seq2seq"}:
             return self.has_one_tokenizer and start_id_of(one.config) == start_id_of(other.config)
-        return self.has_one_tokenizer and "seq2seq" not in shapes
+        return self.has_one_tokenizer and "seq2seq" not in kinds
 
     @property
     def _is_last_only(self) -> bool:

@@ -265,17 +265,19 @@ class Encoder:
 
     def _answer(self, row: Row, i: int, prefix: str) -> tuple[list[tuple[list[int], bool]], str]:
         turn = row.messages[i]
-        whole = self._render(row.messages[: i + 1], row.tools, is_question=False)
-        if not whole.startswith(prefix):
+        text = self._render(row.messages[: i + 1], row.tools, is_question=False)
+        if not text.startswith(prefix):
             if "tool_calls" in turn:
-                raise ValueError("it renders a tool call otherwise than after its prompt")
-            whole = prefix + turn["content"]
-        ids = self._ids(whole[len(prefix) :])
+                raise ValueError(
+                    "it renders the messages before a tool call differently once the call follows"
+                )
+            text = prefix + turn["content"]
+        ids = self._ids(text[len(prefix) :])
         # text after the end token, such as a line break, is never generated
         if self.end_id in ids:
             end = ids.index(self.end_id) + 1
-            return [(ids[:end], True), (ids[end:], False)], whole
-        return [(ids + self._end(), True)], whole
+            return [(ids[:end], True), (ids[end:], False)], text
+        return [(ids + self._end(), True)], text
 
     def _render(self, messages: Sequence[Json], tools: Sequence[Json], *, is_question: bool) -> str:
         with bounded():

@@ -122,8 +122,8 @@ class HeldOutRows:
     ) -> HeldOut:
         """Measures a model under teacher forcing, so that every model sees the same prefixes.
 
-        Without a teacher there are only the cross-entropy and the token accuracy. The loss is computed on the LM
-        head's device and in its dtype, which may differ from the model's.
+        Without a teacher there are only the cross-entropy and the token accuracy. The loss is
+        computed on the LM head's device and in its dtype, which may differ from the model's.
         """
 
         def measure_batch(batch: Batch) -> RowStats:

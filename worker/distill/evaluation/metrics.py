@@ -17,8 +17,8 @@ def held_out_figures(
 ) -> Figures:
     """Returns means over tokens. Loss is always included, and KL if there is a teacher.
 
-    Without a teacher there is the accuracy of tokens instead of the agreement. `groups` has the number of each row's group, by
-    shared questions.
+    Without a teacher there is the token accuracy instead of the agreement. `groups` has the number
+    of each row's group, by shared questions.
     """
     targets_R = held_out.targets_R.numpy()
     loss, kl, cross_entropy, agreement = (

@@ -119,7 +119,7 @@ class Evaluator:
         for number, (name, folder) in enumerate(students.items(), start=len(judged)):
             tell = self._tell_of(number, num_models)
             judged[name] = (
-                self._evaluator(lambda: recipe.build().to(self.device), tell)
+                self._evaluate(lambda: recipe.build().to(self.device), tell)
                 if folder is None
                 else self._evaluate_folder(folder, tell)
             )
@@ -191,33 +191,31 @@ class Evaluator:
     @cached_property
     def numbers(self) -> list[int]:
         """The held-out rows that are answered: the first ones with distinct prompts."""
-        asked: dict[tuple[int, ...], int] = {}
+        rows_by_prompt: dict[tuple[int, ...], int] = {}
         for i, example in enumerate(self.student_view.examples):
-            asked.setdefault(prompt_of(example), i)
+            rows_by_prompt.setdefault(prompt_of(example), i)
         if not self.metrics & ANSWER_METRICS:
             num_samples = self.spec.distillation.evaluation.num_samples
-            return list(asked.values())[: max(num_samples, NUM_TIMED)]
-        return list(asked.values())[: NUM_CLASSIFIED if self.labels else NUM_ANSWERED]
+            return list(rows_by_prompt.values())[: max(num_samples, NUM_TIMED)]
+        return list(rows_by_prompt.values())[: NUM_CLASSIFIED if self.labels else NUM_ANSWERED]
 
     def _tell_of(self, number: int, num_models: int) -> Tell:
         return lambda share: self.on_progress((number + share) / num_models)
 
     def _evaluate_teacher(self, tell: Tell, answers: AnswerFile) -> Evaluated | None:
         if self._judged_teacher is None and self.teacher is not None:
-            self._judged_teacher = self._evaluator(
+            self._judged_teacher = self._evaluate(
                 self.teacher.load, tell, self.teacher.view, answers
             )
         return self._judged_teacher
 
     def _evaluate_folder(self, folder: Path, tell: Tell) -> Evaluated:
         if folder not in self._folders:
-            self._folders[folder] = self._evaluator(
-                lambda: load_model(folder).to(self.device), tell
-            )
+            self._folders[folder] = self._evaluate(lambda: load_model(folder).to(self.device), tell)
         tell(1.0)
         return self._folders[folder]
 
-    def _evaluator(
+    def _evaluate(
         self,
         build: Build,
         tell: Tell,
@@ -234,7 +232,7 @@ class Evaluator:
         tell(0.3)
         texts = None
         if self._wants_answers and kind_of(model.config) != "masked":
-            made = self._ask(
+            answers = self._ask(
                 model,
                 view,
                 teachers_file or AnswerFile(None),
@@ -242,7 +240,7 @@ class Evaluator:
             )
             texts = [
                 str(view.tokenizer.decode(answer.tokens, skip_special_tokens=True))
-                for answer in made
+                for answer in answers
             ]
             judged = self._judged_teacher
             teachers = texts if is_teacher else judged.texts if judged else None
@@ -251,7 +249,9 @@ class Evaluator:
             figures |= answer_figures(
                 texts, teachers, references, self.labels, self.metrics, groups
             )
-            figures["answer_tokens"] = mean([len(answer.tokens) for answer in made]).grouped(groups)
+            figures["answer_tokens"] = mean([len(answer.tokens) for answer in answers]).grouped(
+                groups
+            )
         if "speed" in self.metrics and kind_of(model.config) != "masked":
             entry |= _speed_fields(measure_speed(self.sampler_for(model), self._prompts(view)))
         del model

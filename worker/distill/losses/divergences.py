@@ -5,8 +5,9 @@ T is the temperature, q = softmax(z_student / T).
 
 Every divergence D(p, q) has the gradient dD/dz = (1/T) q*(g - <q, g>) with g = dD/dq, so autograd
 is not needed. Each function returns D per row and its slope q*(g - <q, g>). KL and Jensen-Shannon
-divergences are in nats. Value and slope are finite in float32 for finite logits, because ratios are differences of logarithms. The exception is
-logit_mse, which compares the logits themselves and has no temperature.
+divergences are in nats. Value and slope are finite in float32 for finite logits, because ratios are
+differences of logarithms. The exception is logit_mse, which compares the logits themselves and has
+no temperature.
 
 Tests compare all gradients with autograd and finite differences.
 """

@@ -39,8 +39,8 @@ def bucket_terms(
     are. A temperature T divides the log-probabilities of the buckets, after this sum.
 
     `kl_N` is a lower bound of the KL over the whole vocabulary. At T = 1 the same holds for every
-    f-divergence, because merging tokens into a bucket cannot increase it. alpha_beta is none, and
-    logit_mse cannot be used here: it compares raw logits. Cross-entropy is over the whole vocabulary.
+    f-divergence, because merging tokens into a bucket cannot increase it. alpha_beta is not one, and
+    logit_mse cannot be used here: it compares raw logits. Cross-entropy is over the full vocabulary.
     """
     assert objective.matches == "token", "buckets have no ranks"
     rest_NV = student_NV.scatter(1, teacher.ids_NK, -torch.inf)

@@ -184,14 +184,14 @@ def run_teacher(
     Hooks on the teacher's layers collect the states.
     """
     theirs = collate(examples, range(len(examples)), str(batch.keep_BT.device))
-    shape = kind_of(teacher.config)
-    keep_BT = theirs.attention_mask_BT.bool() if reads_alike(shape, student) else theirs.keep_BT
-    if shape == "masked" and side == "encoder":
+    kind = kind_of(teacher.config)
+    keep_BT = theirs.attention_mask_BT.bool() if reads_alike(kind, student) else theirs.keep_BT
+    if kind == "masked" and side == "encoder":
         assert batch.source_mask_BS is not None
         teacher.base_model(input_ids=batch.source_ids_BS, attention_mask=batch.source_mask_BS)
         return batch.source_mask_BS.bool()
     # A masked model also reads the last token. Models that predict from left to right omit it.
-    if shape == "masked":
+    if kind == "masked":
         ids_BT, mask_BT = (
             t.to(keep_BT.device) for t in pad([example.token_ids for example in examples])
         )

@@ -1,14 +1,14 @@
 """Layer fitting: ridge regression before training, by which kept layers make up for dropped ones.
 
 A kept layer replaces itself and the dropped layers that follow it; the first kept layer also those
-before it. The writers of a layer are the
-matrices that add to the residual stream, such as the attention's output projection. Each writer is
-changed so that the stream after it comes close to the start model's, after the same writer of the
-last replaced layer.
+before it. The writers of a layer are the matrices that add to the residual stream, such as the
+attention's output projection. Each writer is changed so that the stream after it comes close to the
+start model's, after the same writer of the last replaced layer.
 
 Layers are fitted in order, each on the output of the fitted ones before it. Layers before the first
-gap stay as they are, except in a decoder after a fitted encoder. See docs/decisions/0011-fitted-layers.md. Related work: ReplaceMe
-(arXiv:2505.02819), which fits one linear map per gap by least squares.
+gap stay as they are, except in a decoder after a fitted encoder. See
+docs/decisions/0011-fitted-layers.md. Related work: ReplaceMe (arXiv:2505.02819), which fits one
+linear map per gap by least squares.
 
 P positions of a batch. N positions that count: no padding, and no first token of a causal model. I
 inputs and H outputs of a writer, where H is the hidden width.

@@ -110,7 +110,7 @@ def test_a_template_that_renders_a_call_elsewhere_is_refused(
 ) -> None:
     encoder.tokenizer.chat_template = "{{ messages | length }}" + TOOL_TEMPLATE
     (row,) = read_rows(write_rows([{**ROW, "messages": ROW["messages"][:3]}]))
-    with pytest.raises(InvalidTrainingFile, match="renders a tool call otherwise"):
+    with pytest.raises(InvalidTrainingFile, match="before a tool call differently"):
         encoder.encode(row)
 
 
