@@ -140,8 +140,8 @@ def compare_speed(teacher: LoadedModel, draft: LoadedModel, task: Entry) -> Entr
                 engine = engine_of(teacher, draft, num_draft_tokens)
                 answers(engine, task, ["Hello"], 1)  # warms up
                 made = answers(engine, task, prompts, num_callers)
-                accepted.setdefault(f"{num_callers}", {})[str(num_draft_tokens)] = counts(engine)
-                sums = totals.setdefault(f"{num_callers}", {}).setdefault(
+                accepted.setdefault(str(num_callers), {})[str(num_draft_tokens)] = counts(engine)
+                sums = totals.setdefault(str(num_callers), {}).setdefault(
                     str(num_draft_tokens), [0, 0.0]
                 )
                 sums[0] += made["num_tokens"]

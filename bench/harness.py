@@ -51,8 +51,10 @@ def rows(count: int) -> list[dict[str, Any]]:  # Any: strings, lists and numbers
         return f"An iris with {', '.join(numbers)} is of the species"
 
     shots = "".join(f"{line(values)} {names[kind]}.\n" for values, kind in flowers[:NUM_SHOTS])
-    asked = flowers[NUM_SHOTS : NUM_SHOTS + count]
-    return [{"question": shots + line(v), "choices": names, "answer": kind} for v, kind in asked]
+    questions = flowers[NUM_SHOTS : NUM_SHOTS + count]
+    return [
+        {"question": shots + line(v), "choices": names, "answer": kind} for v, kind in questions
+    ]
 
 
 def evaluate(folder: Path, model: str, arguments: dict[str, Any], batch_size: int) -> Any:

@@ -3,9 +3,8 @@
     .venv/bin/python -m bench.parse_answers [--calls 100] [FOLDER ...]
 
 Serves a tiny random model of every causal architecture that can be imported, and the models in the
-given folders. Asks
-each of them many times at temperature 1, with eight callers. A random model writes any text that a
-schema allows, so its answers test the constraint alone.
+given folders. Eight callers send each model many requests at temperature 1. A random model writes
+any text that a schema allows, so its answers test the constraint alone.
 """
 
 import argparse
@@ -31,7 +30,7 @@ MAX_TOKENS = 220
 
 
 class Part(BaseModel):
-    """A part of a product, in the answers of the model."""
+    """Schema of one part in an answer."""
 
     name: Annotated[str, Field(max_length=12)]
     kind: Literal["lamp", "jar", "still"]
@@ -40,7 +39,7 @@ class Part(BaseModel):
 
 
 class Product(BaseModel):
-    """The answer that is asked for."""
+    """Schema of an answer."""
 
     title: Annotated[str, Field(max_length=16)]
     is_new: bool

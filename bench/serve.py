@@ -77,8 +77,11 @@ def main() -> int:
     servers = [
         s
         for s in (QUICK_SERVERS if arguments.quick else SERVERS)
-        if s.peer in ("ours", *arguments.peer) and s.name in (arguments.server or (s.name,))
+        if s.peer in ("ours", *arguments.peer)
+        and (not arguments.server or s.name in arguments.server)
     ]
+    if not servers:
+        raise SystemExit("no server is left; change --server, --peer or --quick")
     report: Entry = {
         "models": {},
         "machine": machine(),
@@ -138,8 +141,15 @@ def parse() -> argparse.Namespace:
         help="ours alone, without and with a job that trains",
     )
     parser.add_argument("--peer", nargs="*", choices=PEERS, default=PEERS, help="none: ours alone")
-    parser.add_argument("--server", nargs="+", help="only these, by name, such as ours-int8")
-    parser.add_argument("--requests", type=int, default=LEAST_REQUESTS, help="least of one load")
+    parser.add_argument(
+        "--server",
+        nargs="+",
+        choices=[server.name for server in SERVERS],
+        help="only these; with --quick, only those of the quick run",
+    )
+    parser.add_argument(
+        "--requests", type=int, default=LEAST_REQUESTS, help="minimum number per load"
+    )
     parser.add_argument(
         "--work", type=Path, default=Path(".stillhouse/bench"), help="kept between runs"
     )
@@ -206,7 +216,7 @@ def measure(model_dir: Path, servers: Sequence[Server], arguments: argparse.Name
 
 
 def loads(
-    target: Target, callers: Sequence[int], tokenizer: Any, least_requests: int = LEAST_REQUESTS
+    target: Target, callers: Sequence[int], tokenizer: Any, least_requests: int
 ) -> Entry:  # Any: transformers is untyped here
     drive(target, PROMPTS, num_callers=2, requests_each=1, max_tokens=MAX_TOKENS)  # warms up
     found: Entry = {}
@@ -261,7 +271,7 @@ def over(turns: list[Entry]) -> Entry:
 def figures(contenders: Entry, inside: Entry) -> Entry:
     """Against the best configuration of each peer whose weights are not quantised, and `int8` against Q8_0.
 
-    None where one of the two was not measured.
+    None where one of the two was not measured. Without `OURS`, only the ratios of int8 are returned.
     """
     found = _int8_figures(contenders)
     if OURS.name not in contenders:

@@ -50,7 +50,7 @@ RANDOM_SIZES = {
     "num_key_value_heads": 4,
     "tie_word_embeddings": False,
 }
-SHARPER = 25.0
+LM_HEAD_FACTOR = 25.0  # makes the random logits peaked
 LATER_LAYERS = 0.02  # factor of what all layers but the first add to their input
 PARTS = ("texts", "speed")
 
@@ -124,7 +124,7 @@ def make_random_pair(folder: Path, tokenizer_dir: Path) -> None:
         for layer in teacher.model.layers[1:]:
             layer.self_attn.o_proj.weight.mul_(LATER_LAYERS)
             layer.mlp.down_proj.weight.mul_(LATER_LAYERS)
-        teacher.lm_head.weight.mul_(SHARPER)  # else no token is likely enough to be proposed
+        teacher.lm_head.weight.mul_(LM_HEAD_FACTOR)  # or no token is likely enough to be proposed
     for name, model in (("teacher", teacher), ("draft", keep_layers(teacher, [0]))):
         model.to(torch.bfloat16).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

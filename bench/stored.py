@@ -87,7 +87,7 @@ async def measure(target: Target, arguments: argparse.Namespace) -> Entry:
                 rates[is_stored].append(rate)
                 first[is_stored] += waits
                 ids += answered if is_stored else []
-        asked = time.monotonic()
+        listing_began = time.monotonic()
         kept = await stored_ids(client, target, set(ids))
     return {
         "callers": arguments.callers,
@@ -103,14 +103,14 @@ async def measure(target: Target, arguments: argparse.Namespace) -> Entry:
         "num_stored": len(ids),
         "num_missing": len(set(ids) - set(kept)),
         "num_twice": len(kept) - len(set(kept)),
-        "seconds_until_all_are_listed": time.monotonic() - asked,
+        "seconds_until_all_are_listed": time.monotonic() - listing_began,
     }
 
 
 async def turn(
     client: httpx.AsyncClient, target: Target, arguments: argparse.Namespace, *, is_stored: bool
 ) -> tuple[float, list[float], list[str]]:
-    """All callers at once: tokens per second, seconds to each first token, and the ids of the answers."""
+    """Returns tokens per second, seconds to each first token, and the ids of the answers."""
     waits: list[float] = []
     ids: list[str] = []
     num_tokens = 0
@@ -151,35 +151,35 @@ async def turn(
 
 
 def cpu_seconds() -> float:
-    """CPU time of the service's processes except its workers, so far."""
+    """Returns the CPU time so far of the processes of the service except its workers."""
     total = 0.0
     for process in psutil.Process().children(recursive=True):
         try:
             if "worker" not in " ".join(process.cmdline()):
                 times = process.cpu_times()
                 total += times.user + times.system
-        except psutil.Error:
+        except psutil.NoSuchProcess:
             continue  # it has ended
     return total
 
 
 async def stored_ids(client: httpx.AsyncClient, target: Target, wanted: set[str]) -> list[str]:
-    """The ids of this run in the list, read until all are there or STORED_SECONDS have passed."""
+    """Returns the listed ids of this run, once all are there or after STORED_SECONDS."""
     deadline = time.monotonic() + STORED_SECONDS
     while True:
-        found: list[str] = []
+        listed: list[str] = []
         after: str | None = None
         while True:
             query = {"limit": "100"} | ({"after": after} if after else {})
             page = (
                 await client.get(f"{target.url}/v1/chat/completions", params=query)
             ).raise_for_status()
-            found += [row["id"] for row in page.json()["data"] if row["id"] in wanted]
+            listed += [row["id"] for row in page.json()["data"] if row["id"] in wanted]
             after = page.json()["last_id"]
             if not page.json()["has_more"]:
                 break
-        if wanted <= set(found) or time.monotonic() > deadline:
-            return found
+        if wanted <= set(listed) or time.monotonic() > deadline:
+            return listed
         await asyncio.sleep(0.1)
 
 

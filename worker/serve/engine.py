@@ -200,9 +200,6 @@ class TransformersEngine:
         grammar = request.sampling.grammar
         if grammar is None:
             return None
-        if request.sampling.ignore_eos:
-            message = "an answer with a grammar must end; leave out ignore_eos"
-            raise InvalidGrammar(message).about(grammar)
         window = () if self._has_encoder else self._text.window_after(prompt)
         return self._grammars.constraint(grammar, window)
 
@@ -268,8 +265,8 @@ def end_ids(
 
 def request_end_ids(sampling: Sampling, model_end_ids: frozenset[int]) -> frozenset[int]:
     """Returns the tokens that end an answer to one request, given those of the model."""
-    asked = frozenset(sampling.stop_token_ids)
-    return asked if sampling.ignore_eos else asked | model_end_ids
+    request_ids = frozenset(sampling.stop_token_ids)
+    return request_ids if sampling.ignore_eos else request_ids | model_end_ids
 
 
 def ends_named_in(configs: Listing[Any], tokenizer: Any = None) -> frozenset[int]:

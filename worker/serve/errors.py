@@ -19,6 +19,12 @@ class InvalidPrompt(ServeError):
     param = "prompt"
 
 
+class InvalidTokens(InvalidPrompt):
+    """The tokens of a request to /detokenize cannot be decoded."""
+
+    param = "tokens"
+
+
 class InvalidMessages(ServeError):
     """The chat template cannot render the messages."""
 
@@ -58,6 +64,14 @@ class EchoUnsupported(ServeError):
     param = "echo"
 
 
+class IgnoreEosUnsupported(ServeError):
+    """`ignore_eos` was sent, but the answer follows a grammar and must end with it."""
+
+    code = "unsupported_parameter"
+    status = 400
+    param = "ignore_eos"
+
+
 class InvalidGrammar(ServeError):
     """The grammar of the request cannot be compiled, or is too complex for a token of its answer."""
 
@@ -85,7 +99,7 @@ class NoChatTemplate(ServeError):
 
 
 class ToolsUnsupported(ServeError):
-    """The request has tools, but the chat template of the model does not show them."""
+    """The chat template does not show tools, or the tool format of the model cannot be enforced."""
 
     code = "tools_unsupported"
     status = 400

@@ -61,15 +61,16 @@ def make_core(folder: Path, **options: Any) -> Vllm:  # Any: vLLM's own options
 
 def _cache_bytes(config: Vllm) -> int:
     model, parallel = config.model_config, config.parallel_config
-    a_token = (
+    values_per_token = (
         2
         * model.get_num_layers(parallel)
         * model.get_num_kv_heads(parallel)
         * model.get_head_size()
     )
-    a_context = model.max_model_len + config.cache_config.block_size
+    tokens_per_context = model.max_model_len + config.cache_config.block_size
     num_contexts = max(1, round(CACHE_SHARE * config.scheduler_config.max_num_seqs))
-    return int(a_token * model.dtype.itemsize * a_context * num_contexts)
+    bytes_per_token = values_per_token * model.dtype.itemsize
+    return int(bytes_per_token * tokens_per_context * num_contexts)
 
 
 def release_core(core: Vllm) -> None:

@@ -17,6 +17,7 @@ from app.contracts.generation import GenerateRequest, Grammar, Reply
 from worker.serve.decoding.fair_queue import FairQueue
 from worker.serve.decoding.families import SEQ2SEQ, Context
 from worker.serve.decoding.logit_processors import refuse_unknown_tokens
+from worker.serve.decoding.prompt_scores import MIN_LOGPROB
 from worker.serve.decoding.sampling import SampledToken
 from worker.serve.engine import ends_named_in, request_end_ids
 from worker.serve.errors import (
@@ -71,7 +72,7 @@ class _Choice:
 class VllmEngine:
     """Engine that runs one model in vLLM.
 
-    `core` is an `LLMEngine` without a tokenizer. `clock` returns seconds since the epoch. Unlike
+    `core` is an `LLMEngine`, see `make_core`. `clock` returns seconds since the epoch. Unlike
     TransformersEngine, it applies `min_p` before `top_k` and `top_p`, and does not detect logits
     that are not finite.
     """
@@ -276,22 +277,22 @@ def _structured_outputs(grammar: Grammar | None) -> Vllm | None:
 def _pick(token: int, logprobs: dict[int, Vllm] | None, request: GenerateRequest) -> SampledToken:
     """Returns the sampled token with its log-probabilities.
 
-    vLLM reports the best tokens and the chosen one in one dictionary, each with its rank.
+    vLLM reports the best tokens and the chosen one in one dictionary, each with its rank. A value
+    of minus infinity becomes MIN_LOGPROB, as in vLLM's own server.
     """
     if logprobs is None:
         return SampledToken(token)
     ranked = sorted(logprobs.items(), key=lambda entry: entry[1].rank)
-    top = tuple(
-        (other, float(found.logprob)) for other, found in ranked[: request.sampling.logprobs or 0]
-    )
-    return SampledToken(token, float(logprobs[token].logprob), top)
+    values = {other: max(float(entry.logprob), MIN_LOGPROB) for other, entry in ranked}
+    top = tuple(values.items())[: request.sampling.logprobs or 0]
+    return SampledToken(token, values[token], top)
 
 
 def _scores(choice: _Choice, logprobs: list[dict[int, Vllm] | None]) -> list[SampledToken]:
     """Returns the tokens of a prompt with their log-probabilities. The first token has none."""
     return [
-        _pick(token, found or None, choice.request)
-        for token, found in zip(choice.prompt, logprobs, strict=True)
+        _pick(token, entries or None, choice.request)
+        for token, entries in zip(choice.prompt, logprobs, strict=True)
     ]
 
 

@@ -260,7 +260,7 @@ def test_a_tokenizer_without_letters_serves_requests_without_a_grammar(
     engine.add(make_request("bound", tokens=(1, 2), grammar=GRAMMAR))
     (failure,) = [reply for reply in drain(engine) if isinstance(reply, Failure)]
     assert (failure.id, failure.status, failure.param) == ("bound", 400, "response_format")
-    assert "this tokenizer cannot follow a grammar" in failure.message
+    assert "the tokenizer of this model does not support grammars" in failure.message
 
 
 def test_adding_a_request_does_not_wait_for_the_grammars_of_others(

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.contracts.generation import Delta, GenerateRequest, Message, Reply, Tool, ToolUse
+from app.contracts.generation import Delta, Failure, GenerateRequest, Message, Reply, Tool, ToolUse
 from tests.tiny import save_tiny, tiny_tokenizer
 from tests.tool_model import TOOL_TEMPLATE
 from worker.serve.engine import Engine, TransformersEngine
@@ -101,3 +101,20 @@ def test_stop_strings_and_stop_tokens_do_not_cut_a_required_call(
         assert (name, list(json.loads(arguments))) == ("f", ["day", "at"])
         reasons = [r.finish_reason for r in replies if isinstance(r, Delta)]
         assert reasons[-1] == "tool_calls"
+
+
+def test_ignore_eos_is_refused_if_calls_are_enforced(
+    caller: LoadedModel,
+    make_engine: Callable[..., TransformersEngine],
+    make_request: Make,
+    drain: Callable[[Engine], list[Reply]],
+) -> None:
+    engine = make_engine(caller)
+    use = ToolUse(tools=(TOOL,), choice="required")
+    engine.add(make_request(messages=HELLO, tool_use=use, ignore_eos=True))
+    (failure,) = drain(engine)
+    assert isinstance(failure, Failure)
+    assert (failure.status, failure.param) == (400, "ignore_eos")
+    free = ToolUse(tools=(TOOL,))
+    engine.add(make_request(messages=HELLO, tool_use=free, ignore_eos=True))
+    assert not any(isinstance(reply, Failure) for reply in drain(engine))

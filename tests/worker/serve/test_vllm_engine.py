@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from tests.tiny import save_tiny
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable, UnsupportedModel
 from worker.serve.loading import load_model
-from worker.serve.vllm_engine import VllmEngine, has_vllm, load_vllm
+from worker.serve.vllm_engine import VllmEngine, _pick, has_vllm, load_vllm
 
 Make = Callable[..., GenerateRequest]
 Drain = Callable[[Engine], list[Reply]]
@@ -82,6 +83,16 @@ def test_a_worker_without_vllm_says_how_to_start_one_with_it(tiny_llama_dir: Pat
         match=r'vLLM is not installed on this worker; install it with pip install "stillhouse\[vllm\]"',
     ):
         load_vllm(tiny_llama_dir, max_running=6, max_context_tokens=256, clock=time.time)
+
+
+def test_a_log_probability_of_minus_infinity_becomes_finite(make_request: Make) -> None:
+    logprobs = {
+        5: SimpleNamespace(logprob=-math.inf, rank=2),
+        7: SimpleNamespace(logprob=-0.5, rank=1),
+    }
+    pick = _pick(5, logprobs, make_request(logprobs=2))
+    assert pick.logprob == -9999.0
+    assert pick.top == ((7, -0.5), (5, -9999.0))
 
 
 @needs_vllm

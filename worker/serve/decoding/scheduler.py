@@ -27,15 +27,12 @@ class Scheduler(Generic[T]):
     """Fair queue that returns prefills of at most `prefill_budget` tokens, padding included.
 
     A tenant is charged for the tokens of its prefills and for each token of an answer.
-    `num_to_read` returns how many tokens of an item's prompt must be prefilled. By default it is
-    all of them.
+    `num_to_read` returns how many tokens of an item's prompt must be prefilled.
     """
 
-    def __init__(
-        self, *, prefill_budget: int, num_to_read: Callable[[T], int] | None = None
-    ) -> None:
+    def __init__(self, *, prefill_budget: int, num_to_read: Callable[[T], int]) -> None:
         self.prefill_budget = prefill_budget
-        self._num_to_read = num_to_read or (lambda item: len(item.prompt))
+        self._num_to_read = num_to_read
         self._waiting: FairQueue[T] = FairQueue(lambda item: item.tenant)
 
     def __len__(self) -> int:

@@ -42,14 +42,16 @@ class GrammarCompiler:
         """
         if not self._end_ids:
             raise InvalidGrammar(
-                "this model has no end token, so its answers cannot follow a grammar"
+                "this model has no end token, so its answers cannot follow a grammar; use another model, or leave out structured outputs and strict or required tools"
             )
         with self._vocabulary_lock:
             if self._vocabulary is None and not self._is_unsuitable:
                 self._vocabulary = self._build_vocabulary()
                 self._is_unsuitable = self._vocabulary is None
             if self._vocabulary is None:
-                raise InvalidGrammar("this tokenizer cannot follow a grammar")
+                raise InvalidGrammar(
+                    "the tokenizer of this model does not support grammars; use another model, or leave out structured outputs and strict or required tools"
+                )
             return self._vocabulary
 
     def _build_vocabulary(self) -> Vocabulary | None:

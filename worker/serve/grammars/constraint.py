@@ -40,7 +40,7 @@ class Constraint:
     """State of the grammar of one row.
 
     A matcher of llguidance never raises an error. After an error its mask allows end tokens only,
-    which looks like a complete answer. `fault` must therefore be read after each mask.
+    as after a complete answer. `fault` must therefore be read after each mask.
 
     is_first: The next token is the first one of a text, and has other bytes there.
     fault: Message of an error of the matcher. The answer must then fail.

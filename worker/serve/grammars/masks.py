@@ -1,6 +1,6 @@
 """Masks logits so that rows with a grammar can only be given tokens that it allows.
 
-The masks of all rows are computed together. A step in which no row has a grammar costs nothing.
+The masks of all rows are computed together. Nothing is computed if no row has a grammar.
 """
 
 # N rows, K rows with a grammar, V vocabulary, W words of a mask

@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import NamedTuple
 
+import structlog
+
 from app.contracts.generation import Delta, Done, GenerateRequest, Grammar, Reply
 from worker.serve.errors import ServeError
 from worker.serve.grammars.check_process import ANSWER_CHECKER
 
+log = structlog.get_logger()
+
 
 class Checked(NamedTuple):
-    """A request whose answer was validated: the replies that can now be sent, or the error."""
+    """A request with a choice that was validated: the replies that can now be sent, or the error."""
 
     request: GenerateRequest
     replies: list[Reply]
@@ -76,7 +80,7 @@ class AnswerChecks:
         return not self._results.empty()
 
     def take(self) -> list[Checked]:
-        """Returns what has become known since the last call."""
+        """Returns the requests with a validated choice since the last call."""
         return [
             checked
             for _ in range(self._results.qsize())
@@ -108,7 +112,8 @@ class AnswerChecks:
             ANSWER_CHECKER.demand_valid(grammar, text, may_be_cut=may_be_cut)
         except ServeError as invalid:
             error = invalid
-        except Exception as failed:  # noqa: BLE001  # any other error must end the request too
-            error = ServeError(f"the answer could not be validated: {failed}")
+        except Exception as failed:  # any other error must end the request too
+            log.error("validation_failed", request=request.id, exc_info=failed)
+            error = ServeError("the answer could not be validated against its schema; retry")
         self._results.put(_Result(request, choice, error))
         self._wake_up()

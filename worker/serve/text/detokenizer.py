@@ -67,14 +67,17 @@ class TokenText:
             raise ServeError("the model's tokenizer cannot decode its own tokens") from error
         return text
 
-    def decode_each(self, texts: Sequence[Sequence[int]]) -> list[str]:
-        """Returns `decode` of each of many texts. Fast tokenizers release the GIL."""
+    def decode_each(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        """Returns the text of each sequence of tokens, without special tokens.
+
+        Fast tokenizers release the GIL.
+        """
         if self._backend is None:
-            return [self.decode(tokens) for tokens in texts]
-        found: list[str] = self._backend.decode_batch(
-            [list(tokens) for tokens in texts], skip_special_tokens=True
+            return [self.decode(tokens) for tokens in sequences]
+        decoded: list[str] = self._backend.decode_batch(
+            [list(tokens) for tokens in sequences], skip_special_tokens=True
         )
-        return found
+        return decoded
 
     def silent_tokens(self) -> frozenset[int]:
         """Returns the special tokens, which `decode` leaves out."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from app.contracts.generation import Delta, Done, GenerateRequest, Reply
 from worker.serve.decoding.families import Context
-from worker.serve.errors import InvalidPrompt, raise_unless_panic
+from worker.serve.errors import InvalidTokens, raise_unless_panic
 from worker.serve.text.prompts import encode, prompt_tokens
 
 DELTA_TOKENS = 1024  # an API process parses a delta in its event loop
@@ -49,12 +49,16 @@ def _tokens(
 def _text(tokens: tuple[int, ...], tokenizer: Any, *, vocab_size: int) -> str:
     unknown = [token for token in tokens if not 0 <= token < vocab_size]
     if unknown:
-        raise InvalidPrompt(f"token {unknown[0]} is not in the vocabulary of {vocab_size} tokens")
+        raise InvalidTokens(
+            f"token {unknown[0]} is not in the vocabulary; give tokens from 0 to {vocab_size - 1}"
+        )
     try:
         return str(tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
     except BaseException as error:
         raise_unless_panic(error)
-        raise InvalidPrompt("the model's tokenizer cannot decode these tokens") from error
+        raise InvalidTokens(
+            "the model's tokenizer cannot decode these tokens; give other tokens"
+        ) from error
 
 
 def _description(tokenizer: Any) -> str:

@@ -65,7 +65,7 @@ def test_the_model_must_be_named_if_there_are_several(
         ("/tokenize", {}, None),
         ("/tokenize", {"prompt": "a", "messages": [{"role": "user", "content": "a"}]}, None),
         ("/tokenize", {"prompt": 5}, "prompt"),
-        ("/detokenize", {"tokens": [1_000_000]}, "prompt"),
+        ("/detokenize", {"tokens": [1_000_000]}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
     ],
 )

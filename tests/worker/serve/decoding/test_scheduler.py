@@ -13,7 +13,9 @@ class Item:
 
 
 def queue_of(*items: tuple[str, int], budget: int = 100) -> Scheduler[Item]:
-    scheduler: Scheduler[Item] = Scheduler(prefill_budget=budget)
+    scheduler: Scheduler[Item] = Scheduler(
+        prefill_budget=budget, num_to_read=lambda item: len(item.prompt)
+    )
     for request_id, length in items:
         scheduler.add(Item(request_id, (1,) * length))
     return scheduler

@@ -36,7 +36,7 @@ def answer(
     replies: list[Reply] = []
     for number, token in enumerate(tokens, 1):
         is_last = number == len(tokens)
-        taken = built.take(0, SampledToken(token), reason if is_last else None)
+        taken = built.take(0, SampledToken(token, -0.5), reason if is_last else None)
         replies += taken.replies
         if taken.is_choice_over:
             break
@@ -109,9 +109,10 @@ def test_the_log_probabilities_of_a_call_are_reported(make_request: Make) -> Non
     request = make_request(messages=HELLO, tool_use=TOOLS, logprobs=0)
     replies = answer(request, tokenizer, f"Hm <tool_call>{CALL}")
     deltas = [reply for reply in replies if isinstance(reply, Delta)]
-    assert sum(len(delta.tokens) for delta in deltas) == len(
-        tokenizer(f"Hm <tool_call>{CALL}").input_ids
-    )
+    tokens = tokenizer(f"Hm <tool_call>{CALL}", add_special_tokens=False).input_ids
+    assert [token for delta in deltas for token in delta.tokens] == tokens
+    entries = [entry for delta in deltas for entry in delta.logprobs or ()]
+    assert [entry.logprob for entry in entries] == [-0.5] * len(tokens)
 
 
 def test_arguments_are_json_text(make_request: Make) -> None:

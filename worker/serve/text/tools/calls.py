@@ -1,4 +1,4 @@
-"""Readers of tool calls: complete texts of calls, as JSON or as Python, to names and arguments."""
+"""Parses the complete text of tool calls, in JSON or in Python syntax."""
 
 import ast
 import json

@@ -1,6 +1,6 @@
 """Grammars that make an answer contain valid tool calls, in the format of the model.
 
-They are Lark grammars of llguidance. A special token is written `<[id]>` there, because it is no
+They are Lark grammars of llguidance. A special token is written `<[id]>` there, because it has no
 text. Embedded JSON Schemas begin with `%json`.
 """
 
@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from app.contracts.generation import GenerateRequest, Grammar, Tool, ToolUse
-from worker.serve.errors import ToolChoiceUnsupported, ToolsUnsupported
+from worker.serve.errors import IgnoreEosUnsupported, ToolChoiceUnsupported, ToolsUnsupported
 from worker.serve.text.detokenizer import TokenText
 from worker.serve.text.tools.formats import Layout, ToolFormat
 
@@ -31,9 +31,13 @@ def constrained(request: GenerateRequest, text: TokenText) -> GenerateRequest:
     An answer that must consist of calls has no stop strings and no `stop_token_ids`, which would cut
     a call.
 
-    Raises ToolsUnsupported.
+    Raises ToolsUnsupported or IgnoreEosUnsupported.
     """
     grammar = answer_grammar(request, text.tool_format, text.special_tokens)
+    if grammar is not None and request.sampling.ignore_eos:
+        raise IgnoreEosUnsupported(
+            "ignore_eos is not supported with a structured output or enforced tool calls, whose answer must end; leave it out"
+        )
     if grammar == request.sampling.grammar:
         return request
     update: dict[str, object] = {"grammar": grammar}
@@ -84,8 +88,7 @@ def tool_grammar(
 
     `own` has the JSON Schema of answers without a call.
     """
-    if tool_format.layout is None:
-        return None
+    assert tool_format.layout is not None, "answer_grammar builds no grammar for such a format"
     if tool_use.choice != "required" and own is None and not any(t.strict for t in tool_use.tools):
         return None
     builder = _Builder(tool_use, tool_format, tool_format.layout, dict(special))
@@ -165,7 +168,7 @@ class _Builder:
         return _with_spacing(schema, is_strict=tool.strict)
 
     def _literal(self, text: str) -> str:
-        """Returns a text as terminals, in which marks are special tokens if they are some."""
+        """Returns a text as terminals. A mark that is a special token becomes `<[id]>`."""
         for mark, token in self._special.items():
             if mark in text:
                 before, _, after = text.partition(mark)

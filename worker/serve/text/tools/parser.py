@@ -21,7 +21,7 @@ class ToolParser:
     An answer that a grammar restricts to calls is read by a `CallReader`, which returns arguments in
     pieces. If such an answer is no call after all, it is parsed like any other.
 
-    The time is proportional to the length of the answer, because no text is read twice.
+    The brackets and strings of a call are scanned once, in however many parts the call arrives.
     """
 
     def __init__(

@@ -18,6 +18,7 @@ MISTRAL = "[AVAILABLE_TOOLS]{{ tools }}[/AVAILABLE_TOOLS][TOOL_CALLS]"
 GRANITE = "{{ tools }}<|tool_call|>"
 PHI4 = "<|tool|>{{ message['tools'] }}<|/tool|>"
 OLMO = "{{ tools }}<function_calls>"
+LFM2 = "{{ tools }}<|tool_call_start|>"
 PLAIN = "Answer with JSON: {{ tools }}"
 
 
@@ -31,6 +32,7 @@ PLAIN = "Answer with JSON: {{ tools }}"
         (GRANITE, formats.GRANITE),
         (PHI4, formats.PHI4),
         (OLMO, formats.OLMO),
+        (LFM2, formats.LFM2),
         (PLAIN, formats.JSON),
         ({"default": "plain", "tool_use": QWEN}, formats.HERMES),
     ],
