@@ -17,6 +17,9 @@ MAX_COMMAS: Final = 500_000
 # Limits after parsing.
 MAX_CONTAINERS: Final = 10_000  # arrays and objects
 MAX_FIELDS: Final = 4096  # per object
+MAX_DEPTH: Final = (
+    200  # orjson.dumps fails above 254 levels, and responses repeat parts of requests
+)
 CONTAINERS: Final[frozenset[type]] = frozenset((dict, list))
 
 
@@ -38,26 +41,37 @@ def parse_limited(content: bytes) -> object:
 
 
 def refuse_complex(value: object) -> None:
-    """Raises BadRequest if a value has too many arrays and objects, or too many fields in one."""
-    waiting = [value] if type(value) in CONTAINERS else []
-    num_containers = 0
-    while waiting:
-        here = waiting.pop()
-        if isinstance(here, dict):
-            if len(here) > MAX_FIELDS:
-                raise _too_complex(f"{MAX_FIELDS:,} fields in one object")
-            children: list[object] = list(here.values())
-        else:
-            assert isinstance(here, list)
-            children = here
-        if CONTAINERS.isdisjoint(map(type, children)):  # a fast path for long lists of numbers
-            continue
-        found = [child for child in children if type(child) in CONTAINERS]
-        num_containers += len(found)
-        if num_containers > MAX_CONTAINERS:
-            raise _too_complex(f"{MAX_CONTAINERS:,} arrays and objects")
-        waiting += found
+    """Raises BadRequest if a value has too many arrays and objects, levels, or fields in one object."""
+    level = [value] if type(value) in CONTAINERS else []  # the containers at one depth
+    num_containers = depth = 0
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise _too_complex(f"{MAX_DEPTH:,} levels of nesting")
+        inner: list[object] = []
+        for here in level:
+            inner += _inner_containers(here)
+            if num_containers + len(inner) > MAX_CONTAINERS:
+                raise _too_complex(f"{MAX_CONTAINERS:,} arrays and objects")
+        num_containers += len(inner)
+        level = inner
+
+
+def _inner_containers(value: object) -> list[object]:
+    """Returns the arrays and objects directly in a value. Raises BadRequest for too many fields."""
+    if isinstance(value, dict):
+        if len(value) > MAX_FIELDS:
+            raise _too_complex(f"{MAX_FIELDS:,} fields in one object")
+        children: list[object] = list(value.values())
+    else:
+        assert isinstance(value, list)
+        children = value
+    if CONTAINERS.isdisjoint(map(type, children)):  # a fast path for long lists of numbers
+        return []
+    return [child for child in children if type(child) in CONTAINERS]
 
 
 def _too_complex(limit: str) -> BadRequest:
-    return BadRequest(f"the JSON has more than {limit}; send it in parts", "json_too_complex")
+    return BadRequest(
+        f"the JSON has more than {limit}; simplify it, or send it in parts", "json_too_complex"
+    )

@@ -210,13 +210,13 @@ class ModelCard:
 
 def library_versions() -> dict[str, str]:
     """Returns the versions of Python and of the libraries that are installed here."""
-    found = {"Python": platform.python_version()}
+    versions = {"Python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _figure(entry: Json, metric: str) -> str:

@@ -134,7 +134,7 @@ def recording_of(
         return None
     recorder: Recorder = request.app.state.recorder
     length = request.headers.get("content-length", "")
-    num_bytes = int(length) if length.isdigit() else 0
+    num_bytes = int(length) if length.isdecimal() else 0
     return recorder.begin(caller, request.state.request_id, body, answer, request_bytes=num_bytes)
 
 

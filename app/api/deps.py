@@ -1,7 +1,7 @@
 """Dependencies of routes: authentication of the caller, and pagination."""
 
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -74,24 +74,26 @@ def page(
 AskedPage = Annotated[Page, Depends(page)]
 
 
-def known_query(pattern: str | None = None) -> Callable[[Request], None]:
+def known_query(further: Mapping[str, str] | None = None) -> Callable[[Request], None]:
     """Returns a dependency that refuses query parameters which the route does not read.
 
-    An ignored filter would return objects that the client did not ask for. `pattern` is a regex of
-    further parameters that the route reads from the request.
+    An ignored filter would return objects that the client did not ask for. `further` has the names
+    of other parameters that the route reads from the request, each with the regex that it matches.
     """
+    patterns = further or {}
 
     def refuse_unknown(request: Request) -> None:
         """Raises BadRequest for the first unknown query parameter."""
-        route = request.scope["route"]
-        known = query_names(route.dependant)
+        known = query_names(request.scope["route"].dependant)
         for name in request.query_params:
-            if name not in known and not (pattern and re.fullmatch(pattern, name)):
-                raise BadRequest(
-                    f"unknown query parameter: {name[:64]}; this route reads {', '.join(sorted(known))}",
-                    "unknown_parameter",
-                    name[:64],
-                )
+            if name in known or any(re.fullmatch(p, name) for p in patterns.values()):
+                continue
+            readable = ", ".join(sorted({*known, *patterns}))
+            raise BadRequest(
+                f"unknown query parameter: {name[:64]}; this route reads {readable}",
+                "unknown_parameter",
+                name[:64],
+            )
 
     return refuse_unknown
 

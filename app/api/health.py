@@ -67,8 +67,8 @@ class Readiness(BaseModel):
     A `degraded` service accepts jobs and all other requests, but it cannot generate text because no
     serve worker is ready. A worker counts as stalled if it has had work for a long time without a
     forward pass. `last_forward_seconds` is the age of the newest forward pass of any worker; null
-    before the first one. `dropped_completions` counts the completions that this process was to
-    store and did not.
+    before the first one. `dropped_completions` counts the completions that this process
+    should have stored but dropped.
     """
 
     status: Literal["ready", "degraded", "unavailable"]

@@ -1,6 +1,5 @@
 """Routes of /v1/fine_tuning/jobs: submit, observe and control training jobs."""
 
-import re
 from dataclasses import replace
 from typing import Annotated
 
@@ -8,6 +7,7 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 
 from app.api.deps import AskedPage, Page, Principal, known_query, require
+from app.api.metadata_query import METADATA_QUERY, metadata_pairs
 from app.api.openapi import EVENTS
 from app.api.sse import start_after, stream_events
 from app.api.strict_route import StrictRoute
@@ -32,8 +32,6 @@ router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs", tags=
 Reader = Annotated[Principal, Depends(require("jobs:read"))]
 Writer = Annotated[Principal, Depends(require("jobs:write"))]
 
-METADATA_FILTER = re.compile(r"metadata\[(.{1,64})\]")
-METADATA_QUERY = r"metadata(\[.{1,64}\])?"
 KNOWN_QUERY = Depends(known_query())
 EVENT_STREAM = "text/event-stream"
 
@@ -86,17 +84,17 @@ def metadata_filter(request: Request) -> dict[str, str] | None:
     It is empty for `metadata=null`, which selects the jobs without metadata.
     """
     values = dict(request.query_params)
-    wanted = {m[1]: v for name, v in values.items() if (m := METADATA_FILTER.fullmatch(name))}
+    pairs = metadata_pairs(values)
     if "metadata" not in values:
-        return wanted or None
-    if values["metadata"] != "null" or wanted:
+        return pairs or None
+    if values["metadata"] != "null" or pairs:
         raise BadRequest(
             "give metadata[key]=value, or metadata=null for jobs without metadata", param="metadata"
         )
     return {}
 
 
-@router.get("", dependencies=[Depends(known_query(METADATA_QUERY))])
+@router.get("", dependencies=[Depends(known_query({"metadata": "metadata", **METADATA_QUERY}))])
 def list_jobs(
     principal: Reader,
     page: AskedPage,

@@ -10,7 +10,7 @@ from pydantic import AliasChoices, Field, TypeAdapter
 from app.contracts.generation import EngineName, LoadedWeights, ServingOptions, serving_key_of
 from app.contracts.messages import ArtifactRef, Contract
 
-# In messages between processes, a serving key has the name `residence`.
+# Messages call a serving key `residence`, because processes of older versions know this name.
 ServingKey = Annotated[
     str,
     Field(

@@ -33,7 +33,7 @@ class RecordFilter(Options):
 class DatasetOptions(Options):
     """Rules that make rows from the selected completions.
 
-    limit: Number of completions; the newest are taken.
+    limit: Maximum number of completions. The newest are used.
     finish_reasons: An answer that ended for another reason is left out.
     mask: Kinds of personal data and secrets that are replaced by placeholders.
     near_duplicates: Jaccard similarity from which one of two conversations is left out, and from
@@ -55,8 +55,8 @@ class DatasetOptions(Options):
 class DatasetJob(Options):
     """Specification of a job that makes a data set.
 
-    max_bytes: Total size of the completions; older ones than fit are left out.
-    max_row_bytes: Longer rows are left out.
+    max_bytes: Maximum total size of the completions. The oldest are left out above it.
+    max_row_bytes: Maximum size of a row. Longer rows are left out.
     """
 
     kind: Literal["dataset"] = "dataset"

@@ -143,6 +143,9 @@ class ServingOptions(Contract):
     draft: Draft | None = None
 
 
+TaskName = Literal["generate", "tokenize", "detokenize", "describe_tokenizer"]
+
+
 class GenerateRequest(Contract):
     """One prompt for a serve worker. Exactly one of `text`, `tokens` and `messages` is given.
 
@@ -159,7 +162,7 @@ class GenerateRequest(Contract):
     """
 
     id: str
-    task: Literal["generate", "tokenize", "detokenize", "describe_tokenizer"] = "generate"
+    task: TaskName = "generate"
     reply_to: str
     tenant: str = ""
     model: str

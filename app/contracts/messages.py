@@ -95,8 +95,8 @@ class ImportJob(Contract):
     """Specification of an import job.
 
     The source is `staged`, a folder or file that was copied into the store, or `hub`, which has the
-    form org/name@revision. An `archive` is a tar or zip file with the files of a folder. `uses_hub_token` is true by default for jobs that were queued before the
-    field existed.
+    form org/name@revision. An `archive` is a tar or zip file with the files of a folder.
+    `uses_hub_token` is true by default for jobs that were queued before the field existed.
     """
 
     kind: Literal["import"] = "import"

@@ -169,7 +169,8 @@ def record(
 ) -> bool:
     """Records the result of an input line. A second result for the same line is ignored.
 
-    The usage is added to that of the batch. Returns False if the lease is lost or the batch is no longer in progress.
+    The usage is added to that of the batch. Returns False if the lease is lost or the batch is no
+    longer in progress.
     """
     in_progress = select(Batch.id).where(
         *_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress

@@ -63,14 +63,14 @@ def claim(session: Session, owner: str, lease_seconds: float) -> Job | None:
         .with_for_update(skip_locked=True, key_share=True)
         .limit(1)
     )
-    found = session.execute(due).one_or_none()
-    if found is None:
+    next_job = session.execute(due).one_or_none()
+    if next_job is None:
         return None
-    is_first = found.kind == "distillation" and found.attempt == 0
+    is_first = next_job.kind == "distillation" and next_job.attempt == 0
     token = session.scalar(lease_tokens)
     job = move(
         session,
-        found.id,
+        next_job.id,
         JobStatus.running,
         message="Fine-tuning job started" if is_first else "A worker has taken the job.",
         attempt=Job.attempt + 1,

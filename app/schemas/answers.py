@@ -87,11 +87,6 @@ class Answer(ABC):
         """Time of the request, in seconds since the epoch."""
         return self._created
 
-    @property
-    def usage(self) -> tuple[int, int]:
-        """Number of tokens of the prompts and of the choices that are complete."""
-        return self._num_prompt_tokens, self._num_completion_tokens
-
     def add(self, replies: Replies) -> None:
         """Collects replies for a complete response."""
         for prompt, reply in replies:
@@ -266,20 +261,20 @@ class ChatAnswer(Answer):
         return [self._chunk([self._entry(index, first)]) for index in range(len(self._choices))]
 
     def _parts(self, index: int, delta: Delta) -> list[Json]:
-        made = []
+        entries = []
         if delta.text or delta.logprobs:
             columns = self._columns(self._choices[index], delta.logprobs or ())
             logprobs: Json | None = {**columns, "refusal": None} if columns else None
             is_silent = self._has_tools and not delta.text
             content: Json = {} if is_silent else {"content": delta.text}
-            made.append(self._entry(index, content, logprobs))
+            entries.append(self._entry(index, content, logprobs))
         if delta.tool_calls:
             calls = [_streamed_call(part) for part in delta.tool_calls]
-            made.append(self._entry(index, {"tool_calls": calls}))
+            entries.append(self._entry(index, {"tool_calls": calls}))
         if delta.finish_reason:
             reason = self._finish_reason(delta.finish_reason)
-            made.append(self._entry(index, {}) | {"finish_reason": reason})
-        return made
+            entries.append(self._entry(index, {}) | {"finish_reason": reason})
+        return entries
 
     def _entry(self, index: int, delta: Json, logprobs: Json | None = None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}

@@ -268,7 +268,7 @@ class CompletionBody(GenerationBody):
 class ChatBody(GenerationBody):
     """Body of a request to /v1/chat/completions."""
 
-    # OpenAI's default is the whole context. An answer that does not end should not take all of it.
+    # OpenAI's default is the complete context. An answer that does not end should not fill it.
     default_tokens = 512
     neutral = {
         "functions": ([],),
@@ -308,7 +308,7 @@ class ChatBody(GenerationBody):
     def _names_differ(cls, value: list[ToolBody] | None) -> list[ToolBody] | None:
         names = [tool.function.name for tool in value or ()]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"the name {twice[0]!r} is used twice")
+            raise ValueError(f"the name {twice[0]!r} is used twice; give each tool its own name")
         return value
 
     @field_validator("tool_choice")
@@ -325,9 +325,9 @@ class ChatBody(GenerationBody):
     @classmethod
     def _variables_are_small_and_free(cls, value: Json | None) -> Json | None:
         if taken := sorted(RESERVED_VARIABLES & (value or {}).keys()):
-            raise ValueError(f"{taken[0]} cannot be set here")
+            raise ValueError(f"the service sets {taken[0]}; leave it out")
         if len(orjson.dumps(value)) > MAX_VARIABLES_BYTES:
-            raise ValueError(f"must have at most {MAX_VARIABLES_BYTES:,} bytes")
+            raise ValueError(f"must have at most {MAX_VARIABLES_BYTES:,} bytes of JSON")
         return value
 
     @model_validator(mode="after")

@@ -66,7 +66,7 @@ class ModelObject(BaseModel):
         )
 
 
-class CheckpointObject(BaseModel):
+class CheckpointModel(BaseModel):
     """Model that is a checkpoint of a job. It can be used as long as the job keeps it."""
 
     id: str
@@ -79,7 +79,7 @@ class CheckpointObject(BaseModel):
     size_bytes: int
 
     @classmethod
-    def of(cls, row: Checkpoint, *, model_id: str, project_id: str) -> "CheckpointObject":
+    def of(cls, row: Checkpoint, *, model_id: str, project_id: str) -> "CheckpointModel":
         return cls(
             id=f"{model_id}:ckpt-step-{row.step}",
             created=int(row.created_at.timestamp()),

@@ -20,8 +20,8 @@ def openai_metrics(ours: Json) -> Json:
 
     Every evaluation covers all held-out rows, so `valid` and `full_valid` have the same values.
     """
-    found = {
+    renamed = {
         theirs: next((ours[name] for name in names if name in ours), None)
         for theirs, names in OPENAI_METRICS.items()
     }
-    return {**{name: value for name, value in found.items() if value is not None}, **ours}
+    return {**{name: value for name, value in renamed.items() if value is not None}, **ours}

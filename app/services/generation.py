@@ -4,12 +4,12 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import orjson
 from fastapi.concurrency import run_in_threadpool
 
-from app.contracts.generation import GenerateRequest, Message, Sampling, ToolUse
+from app.contracts.generation import GenerateRequest, Message, Sampling, TaskName, ToolUse
 from app.db.schema.ids import new_id
 from app.errors import BadRequest
 from app.routing.reply_stream import ReplyStream
@@ -83,7 +83,7 @@ class Order:
     sampling: Sampling
     tenant: str = ""
     is_streamed: bool = False
-    task: Literal["generate", "tokenize", "detokenize", "describe_tokenizer"] = "generate"
+    task: TaskName = "generate"
     adds_special_tokens: bool = True
 
     @property

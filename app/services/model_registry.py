@@ -12,7 +12,6 @@ from app.db.session import Session, transaction
 from app.errors import BadRequest, NotFound
 
 CHECKPOINT_PATTERN = re.compile(r"(?P<model>.+):ckpt-step-(?P<step>\d{1,12})")
-LABEL_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)

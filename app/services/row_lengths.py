@@ -167,6 +167,9 @@ def _timed_out(question: Check, param: str | None) -> BadRequest:
     if isinstance(question, VocabularyCheck):
         message = "loading the teacher's tokenizer took more than {:.0f} s; leave vocab_size out or use another teacher"
         return BadRequest(message.format(CHECK_SECONDS), param=param)
+    if isinstance(question, TemplateCheck):
+        message = "reading a model's chat template took more than {:.0f} s; try again later"
+        return BadRequest(message.format(CHECK_SECONDS), param=param)
     message = "counting the tokens of the file's longest rows took more than {:.0f} s; shorten or split these rows"
     return BadRequest(message.format(CHECK_SECONDS), "invalid_file", param)
 

@@ -229,9 +229,9 @@ def check_template(plan: Plan) -> None:
     if not any(needs.values()):
         return
     for key in dict.fromkeys((plan.spec.teacher.key, plan.spec.start.key)):
-        found = ask(TemplateCheck(template_of=key), plan.training.project_id)
-        rendered = {"num_rows_with_tools": found.has_tools}
-        rendered["num_rows_with_tool_calls"] = found.has_tool_calls
+        support = ask(TemplateCheck(template_of=key), plan.training.project_id)
+        rendered = {"num_rows_with_tools": support.has_tools}
+        rendered["num_rows_with_tool_calls"] = support.has_tool_calls
         for param, names in needs.items():
             missing = [
                 what for name, what in TOOL_COUNTS.items() if name in names and not rendered[name]

@@ -1,4 +1,4 @@
-"""Asks serve workers about the tokenizer of a model. They have it loaded with the model."""
+"""Requests to serve workers about the tokenizer of a model, which they load with the model."""
 
 from dataclasses import dataclass
 from typing import Literal

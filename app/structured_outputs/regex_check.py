@@ -23,17 +23,22 @@ def check_regex(pattern: str, *, param: str) -> None:
     The serve worker finds other errors when it compiles the pattern.
     """
     if len(pattern) > MAX_CHARACTERS:
-        raise _error(f"the regex has more than {MAX_CHARACTERS:,} characters", param)
+        raise _error(
+            f"the regex has more than {MAX_CHARACTERS:,} characters; use a shorter one", param
+        )
     for token in TOKENS.finditer(pattern):
         group, escape = token["group"], token["escape"]
         if group in LOOK_AROUNDS:
-            raise _error(f"look-around '{group}' is not supported in a regex", param)
+            raise _error(f"look-around '{group}' is not supported in a regex; leave it out", param)
         if group is not None and group != "(?":
-            raise _error(f"'{group}' is not supported in a regex", param)
+            raise _error(f"'{group}' is not supported in a regex; leave it out", param)
         if escape is not None and (escape in "bBGKkXZ" or escape in "123456789"):
-            raise _error(f"'\\{escape}' is not supported in a regex", param)
+            raise _error(f"'\\{escape}' is not supported in a regex; leave it out", param)
         if max(_number(token["low"]), _number(token["high"])) > MAX_REPEAT:
-            raise _error(f"a repetition in a regex has at most {MAX_REPEAT:,} times", param)
+            raise _error(
+                f"a regex may repeat a part at most {MAX_REPEAT:,} times; use a smaller number",
+                param,
+            )
 
 
 def _number(digits: str | None) -> int:

@@ -7,6 +7,7 @@ import orjson
 
 from app.contracts.generation import Grammar
 from app.errors import BadRequest
+from app.json_limits import parse_limited, refuse_complex
 from app.schemas.chat.structured_outputs import ResponseFormat, StructuredOutputs
 from app.structured_outputs.regex_check import check_regex
 from app.structured_outputs.schema_check import check_schema
@@ -33,38 +34,38 @@ def request_grammar(
 
 
 def _format_grammar(response_format: ResponseFormat) -> Grammar:
-    asked = response_format.json_schema
-    if asked is None:
+    schema_format = response_format.json_schema
+    if schema_format is None:
         return ANY_OBJECT
-    subject, param = f"response_format '{asked.name}'", "response_format"
-    if asked.schema_ is None:
+    subject, param = f"response_format '{schema_format.name}'", "response_format"
+    if schema_format.schema_ is None:
         raise BadRequest(
             f"Invalid schema for {subject}: schema must be a JSON Schema of 'type: \"object\"', got 'type: \"None\"'.",
             "invalid_json_schema",
             param,
         )
-    text = check_schema(asked.schema_, param=param, subject=subject)
-    if asked.strict:
-        check_strict(asked.schema_, subject=subject, param=param)
+    text = check_schema(schema_format.schema_, param=param, subject=subject)
+    if schema_format.strict:
+        check_strict(schema_format.schema_, subject=subject, param=param)
     return Grammar(kind="json_schema", text=text)
 
 
-def _structured_grammar(asked: StructuredOutputs) -> Grammar:
+def _structured_grammar(outputs: StructuredOutputs) -> Grammar:
     param = "structured_outputs"
-    if asked.json_ is not None:
-        text = check_schema(_parsed(asked.json_, param), param=param)
+    if outputs.json_ is not None:
+        text = check_schema(_parsed(outputs.json_, param), param=param)
         return Grammar(kind="json_schema", text=text, param=param)
-    if asked.regex is not None:
-        check_regex(asked.regex, param=param)
-        return Grammar(kind="regex", text=asked.regex, param=param)
-    if asked.choice is not None:
-        return Grammar(kind="regex", text="|".join(map(_escaped, asked.choice)), param=param)
-    if asked.grammar is not None:
-        if LARK_OPTIONS.search(asked.grammar):
+    if outputs.regex is not None:
+        check_regex(outputs.regex, param=param)
+        return Grammar(kind="regex", text=outputs.regex, param=param)
+    if outputs.choice is not None:
+        return Grammar(kind="regex", text="|".join(map(_escaped, outputs.choice)), param=param)
+    if outputs.grammar is not None:
+        if LARK_OPTIONS.search(outputs.grammar):
             raise BadRequest(
                 "%llguidance options are not supported in a grammar; leave them out", None, param
             )
-        return Grammar(kind="lark", text=asked.grammar, param=param)
+        return Grammar(kind="lark", text=outputs.grammar, param=param)
     return ANY_OBJECT.model_copy(update={"param": param})
 
 
@@ -72,11 +73,16 @@ def _parsed(schema: object, param: str) -> object:
     if not isinstance(schema, str):
         return schema
     try:
-        return orjson.loads(schema)
+        content = parse_limited(schema.encode())
+        refuse_complex(content)
     except orjson.JSONDecodeError as error:
         raise BadRequest(
             f"structured_outputs.json is not valid JSON: {error.msg}", None, param
         ) from None
+    except BadRequest as error:
+        error.param = param
+        raise
+    return content
 
 
 def _escaped(text: str) -> str:

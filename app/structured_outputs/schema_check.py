@@ -132,7 +132,7 @@ class _SchemaCheck:
                 )
         elif keyword in COUNTS:
             if not _is_count(value):
-                raise self._error(path, f"'{keyword}' must be a whole number of at least 0")
+                raise self._error(path, f"'{keyword}' must be an integer of at least 0")
         elif keyword in NUMBERS:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise self._error(path, f"'{keyword}' must be a number")
@@ -191,7 +191,7 @@ class _SchemaCheck:
             case "$ref":
                 self._check_ref(value, path)
             case _:
-                raise self._error(path, f"'{keyword}' is not supported")
+                raise self._error(path, f"'{keyword}' is not supported; leave it out")
 
     def _check_pattern(self, value: Json, path: Path) -> None:
         if not isinstance(value, str):
@@ -230,16 +230,16 @@ def children(schema: dict[str, Json]) -> Iterator[tuple[Path, Json]]:
 
 def resolve(root: Json, ref: str) -> Json | None:
     """Returns the part of a schema to which a local `$ref` points, or None if there is none."""
-    found = root
+    current = root
     for step in ref.split("/")[1:]:
         name = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, dict) and name in found:
-            found = found[name]
-        elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-            found = found[int(name)]
+        if isinstance(current, dict) and name in current:
+            current = current[name]
+        elif isinstance(current, list) and name in map(str, range(len(current))):
+            current = current[int(name)]
         else:
             return None
-    return found if isinstance(found, dict | bool) else None
+    return current if isinstance(current, dict | bool) else None
 
 
 def _is_count(value: Json) -> bool:

@@ -19,9 +19,9 @@ def check_strict(
     the schema in the message, for example `response_format 'Answer'`.
     """
     if schema.get("type") != "object":
-        found = f'type: "{schema.get("type")}"'
+        type_text = f'type: "{schema.get("type")}"'
         raise BadRequest(
-            f"Invalid schema for {subject}: schema must be a JSON Schema of 'type: \"object\"', got '{found}'.",
+            f"Invalid schema for {subject}: schema must be a JSON Schema of 'type: \"object\"', got '{type_text}'.",
             code,
             param,
         )

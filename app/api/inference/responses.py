@@ -9,7 +9,7 @@ from app.api.openapi import whole_or_streamed
 from app.errors import BadRequest, NotFound
 from app.schemas.generated import ResponseObject
 from app.schemas.responses.answer import ResponseAnswer
-from app.schemas.responses.body import ResponseBody, renamed
+from app.schemas.responses.body import ResponseBody
 
 router = APIRouter(prefix="/v1/responses", tags=["generation"], route_class=AdmissionRoute)
 
@@ -26,7 +26,7 @@ async def create_response(body: ResponseBody, request: Request, caller: Caller) 
     try:
         return await respond(request, caller, body.chat(), answer)
     except BadRequest as error:
-        raise renamed(error) from None
+        raise body.renamed(error) from None
 
 
 @router.get("/{response_id}")

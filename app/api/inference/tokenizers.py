@@ -14,7 +14,7 @@ from app.api.completions import AdmissionRoute, Caller
 from app.errors import BadRequest
 from app.routing.router import RequestRouter
 from app.schemas.models import usable_context
-from app.schemas.responses.body import PromptBody, renamed
+from app.schemas.responses.body import PromptBody
 from app.schemas.tokenizers import (
     DetokenizeBody,
     InputTokens,
@@ -36,9 +36,9 @@ async def get_tokenizer_info(
     model: Annotated[str | None, Query(max_length=200)] = None,
 ) -> Response:
     """Returns the special tokens and the chat template of a model."""
-    found = await run_in_threadpool(model_registry.resolve_or_only, caller.project_id, model)
+    resolved = await run_in_threadpool(model_registry.resolve_or_only, caller.project_id, model)
     reply = await tokenization.ask(
-        _router(request), caller.key_id, found, task="describe_tokenizer", prompt=""
+        _router(request), caller.key_id, resolved, task="describe_tokenizer", prompt=""
     )
     return Response(reply.text, media_type="application/json")
 
@@ -46,21 +46,23 @@ async def get_tokenizer_info(
 @router.post("/tokenize", responses={200: {"model": Tokens}})
 async def tokenize(body: TokenizeBody, request: Request, caller: Caller) -> Response:
     """Returns the tokens of a text or of a chat."""
-    found = await run_in_threadpool(model_registry.resolve_or_only, caller.project_id, body.model)
+    resolved = await run_in_threadpool(
+        model_registry.resolve_or_only, caller.project_id, body.model
+    )
     prompt: Prompt = body.prompt or ""
     if body.messages is not None:
         prompt = Conversation(tuple(message.message() for message in body.messages))
     reply = await tokenization.ask(
         _router(request),
         caller.key_id,
-        found,
+        resolved,
         task="tokenize",
         prompt=prompt,
         adds_special_tokens=body.add_special_tokens,
     )
     content = {
         "count": len(reply.tokens),
-        "max_model_len": found.facts and usable_context(found.facts),
+        "max_model_len": resolved.facts and usable_context(resolved.facts),
         "tokens": reply.tokens,
     }
     return Response(orjson.dumps(content), media_type="application/json")
@@ -69,9 +71,11 @@ async def tokenize(body: TokenizeBody, request: Request, caller: Caller) -> Resp
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeBody, request: Request, caller: Caller) -> TokenizedText:
     """Returns the text of tokens, including special tokens."""
-    found = await run_in_threadpool(model_registry.resolve_or_only, caller.project_id, body.model)
+    resolved = await run_in_threadpool(
+        model_registry.resolve_or_only, caller.project_id, body.model
+    )
     reply = await tokenization.ask(
-        _router(request), caller.key_id, found, task="detokenize", prompt=tuple(body.tokens)
+        _router(request), caller.key_id, resolved, task="detokenize", prompt=tuple(body.tokens)
     )
     return TokenizedText(prompt=reply.text)
 
@@ -84,12 +88,12 @@ async def count_input_tokens(body: PromptBody, request: Request, caller: Caller)
         chat = body.chat()
         await run_in_threadpool(generation.refuse_unsupported, chat)
         _, [prompt] = generation.begin_answer(chat)
-        found = await generation.find_model(caller.project_id, body.model)
+        resolved = await generation.find_model(caller.project_id, body.model)
         reply = await tokenization.ask(
-            _router(request), caller.key_id, found, task="tokenize", prompt=prompt
+            _router(request), caller.key_id, resolved, task="tokenize", prompt=prompt
         )
     except BadRequest as error:
-        raise renamed(error) from None
+        raise body.renamed(error) from None
     return InputTokens(input_tokens=len(reply.tokens))
 
 

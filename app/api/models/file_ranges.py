@@ -16,7 +16,7 @@ ONE_RANGE = re.compile(r"bytes=(?P<first>[0-9]{0,19})-(?P<last>[0-9]{0,19})", re
 
 
 @dataclass(frozen=True)
-class AskedRange:
+class RequestedRange:
     """The headers of a request for a part of a file."""
 
     range: str | None
@@ -26,16 +26,20 @@ class AskedRange:
 def read_headers(
     range_header: Annotated[str | None, Header(alias="range")] = None,
     if_range: Annotated[str | None, Header()] = None,
-) -> AskedRange:
+) -> RequestedRange:
     """Reads the headers that request a part of a file."""
-    return AskedRange(range_header, if_range)
+    return RequestedRange(range_header, if_range)
 
 
-RangeHeaders = Annotated[AskedRange, Depends(read_headers)]
+RangeHeaders = Annotated[RequestedRange, Depends(read_headers)]
 
 
 def file_response(
-    asked: AskedRange, read: Callable[[range], Iterator[bytes]], *, num_bytes: int, sha256: str
+    requested: RequestedRange,
+    read: Callable[[range], Iterator[bytes]],
+    *,
+    num_bytes: int,
+    sha256: str,
 ) -> Response:
     """Returns the response to a download: 200 with the file, 206 with a part of it, or 416.
 
@@ -47,12 +51,12 @@ def file_response(
         "etag": f'"{sha256}"',
     }
     span = None
-    if asked.if_range is None or asked.if_range == headers["etag"]:
-        span = find_span(asked.range, num_bytes)
+    if requested.if_range is None or requested.if_range == headers["etag"]:
+        span = find_span(requested.range, num_bytes)
     if span is not None and not span:
         refusal = error_response(
             RangeNotSatisfiable(
-                f"the range {asked.range!r} is outside the file, which has {num_bytes:,} bytes",
+                f"the range {requested.range!r} is outside the file, which has {num_bytes:,} bytes",
                 param="range",
             )
         )

@@ -42,7 +42,7 @@ def list_model_files(model_id: str, principal: Reader) -> Listing[ModelFile]:
     responses=PART_OF_BYTES,
 )
 def get_model_file(
-    model_id: str, file_name: str, principal: Reader, asked: RangeHeaders
+    model_id: str, file_name: str, principal: Reader, requested: RangeHeaders
 ) -> Response:
     """Downloads a file of a model, or the part of it that a `Range` header names.
 
@@ -50,13 +50,15 @@ def get_model_file(
     changed, the response is the complete new file.
     """
     file = model_files.get_file(principal.project_id, model_id, file_name)
-    return file_response(asked, file.read, num_bytes=file.size_bytes, sha256=file.sha256)
+    return file_response(requested, file.read, num_bytes=file.size_bytes, sha256=file.sha256)
 
 
 @router.head("/{model_id}/files/{file_name:path}", include_in_schema=False)
 def head_model_file(
-    model_id: str, file_name: str, principal: Reader, asked: RangeHeaders
+    model_id: str, file_name: str, principal: Reader, requested: RangeHeaders
 ) -> Response:
     """Returns the headers of the download, without the file."""
     file = model_files.get_file(principal.project_id, model_id, file_name)
-    return file_response(asked, lambda _: iter(()), num_bytes=file.size_bytes, sha256=file.sha256)
+    return file_response(
+        requested, lambda _: iter(()), num_bytes=file.size_bytes, sha256=file.sha256
+    )

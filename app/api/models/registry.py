@@ -9,7 +9,7 @@ from app.api.strict_route import StrictRoute
 from app.db import models as model_rows
 from app.db.session import transaction
 from app.schemas.files import Deleted
-from app.schemas.models import CheckpointObject, ModelList, ModelObject
+from app.schemas.models import CheckpointModel, ModelList, ModelObject
 from app.services import model_registry
 from app.services.models import deletion
 
@@ -28,13 +28,13 @@ def list_models(principal: Reader) -> ModelList:
 
 
 @router.get("/{model_id}")
-def get_model(model_id: str, principal: Reader) -> ModelObject | CheckpointObject:
+def get_model(model_id: str, principal: Reader) -> ModelObject | CheckpointModel:
     """Returns a model version, the one that an alias points at, or a checkpoint."""
     with transaction() as session:
-        if found := model_registry.find_checkpoint(session, principal.project_id, model_id):
-            base_id, checkpoint = found
-            owner = principal.project_id
-            return CheckpointObject.of(checkpoint, model_id=base_id, project_id=owner)
+        owner = principal.project_id
+        if base_and_checkpoint := model_registry.find_checkpoint(session, owner, model_id):
+            base_id, checkpoint = base_and_checkpoint
+            return CheckpointModel.of(checkpoint, model_id=base_id, project_id=owner)
         row = model_registry.get_model(session, principal.project_id, model_id)
         return ModelObject.of(
             row, model_rows.aliases_of_models(session, principal.project_id).get(row.id, [])

@@ -1,11 +1,12 @@
-"""Routes of /v1/datasets: makes data sets from stored completions."""
+"""Routes of /v1/datasets: make, list and delete data sets from stored completions."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from app.api.deps import AskedPage, Principal, require
+from app.api.deps import AskedPage, Principal, known_query, require
 from app.api.jobs import Repetition, Streamed, answer_events
+from app.api.metadata_query import METADATA_QUERY, metadata_pairs
 from app.api.openapi import EVENTS
 from app.api.strict_route import StrictRoute
 from app.db import jobs as job_rows
@@ -16,7 +17,6 @@ from app.schemas.listing import Listing, ends
 from app.schemas.traffic import CreateDataset, DatasetObject
 from app.services import jobs
 from app.services.traffic import datasets
-from app.services.traffic.filters import metadata_filter
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/datasets", tags=["data sets"])
 Reader = Annotated[Principal, Depends(require("files:read"))]
@@ -38,7 +38,7 @@ def create_dataset(
     return DatasetObject.model_validate(accepted.body)
 
 
-@router.get("")
+@router.get("", dependencies=[Depends(known_query(METADATA_QUERY))])
 def list_datasets(request: Request, principal: Reader, page: AskedPage) -> Listing[DatasetObject]:
     """Lists the data sets of the project, newest first by default.
 
@@ -52,7 +52,7 @@ def list_datasets(request: Request, principal: Reader, page: AskedPage) -> Listi
             after=page.after,
             limit=page.limit,
             order=page.order,
-            metadata=metadata_filter(request.query_params) or None,
+            metadata=metadata_pairs(request.query_params) or None,
         )
     data = [DatasetObject.of(row) for row in rows]
     first_id, last_id = ends(data)

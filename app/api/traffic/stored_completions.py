@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 
-from app.api.deps import Page, Principal, page, require
+from app.api.deps import Page, Principal, known_query, page, require
+from app.api.metadata_query import METADATA_QUERY, metadata_pairs
 from app.api.strict_route import StrictRoute
 from app.db.traffic.completions import CompletionFilter, time_of
 from app.schemas.listing import Listing
@@ -15,7 +16,6 @@ from app.schemas.traffic import (
     UpdateCompletion,
 )
 from app.services.traffic import stored_completions
-from app.services.traffic.filters import metadata_filter
 
 router = APIRouter(
     route_class=StrictRoute, prefix="/v1/chat/completions", tags=["stored completions"]
@@ -37,7 +37,11 @@ def oldest_first(
 OldestFirst = Annotated[Page, Depends(oldest_first)]
 
 
-@router.get("", response_model=Listing[StoredCompletionObject])
+@router.get(
+    "",
+    response_model=Listing[StoredCompletionObject],
+    dependencies=[Depends(known_query(METADATA_QUERY))],
+)
 def list_completions(
     request: Request,
     principal: Reader,
@@ -53,7 +57,7 @@ def list_completions(
     """
     wanted = CompletionFilter(
         model,
-        metadata_filter(request.query_params),
+        metadata_pairs(request.query_params),
         time_of(created_after),
         time_of(created_before),
     )

@@ -6,13 +6,11 @@ A change of an alias and its entry in the history are written in one transaction
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from app.db.models import find_alias, unpin
+from app.db.models import unpin
 from app.db.pagination import Order, keyset_page
 from app.db.schema.ids import new_id
 from app.db.schema.registry_tables import AliasChange
 from app.db.schema.tables import Alias
-
-__all__ = ["find_alias"]  # re-exported for users of this module
 
 
 def lock_alias(session: Session, project_id: str, alias_id: str) -> Alias | None:

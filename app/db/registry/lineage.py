@@ -54,7 +54,7 @@ def source_of(evaluation: Json | None) -> tuple[str | None, str | None]:
 
 def _files(session: Session, job: Job) -> list[DataFile]:
     ids = (job.training_file_id, job.validation_file_id, job.test_file_id)
-    found = []
+    files = []
     for role, file_id in zip(ROLES, ids, strict=True):
         ref = job.spec.get(f"{role}_file")
         row = session.get(File, file_id) if file_id is not None else None
@@ -62,12 +62,12 @@ def _files(session: Session, job: Job) -> list[DataFile]:
         if sha256 is not None or row is not None:
             num_rows = row.num_rows if row is not None else None
             digest = sha256 or (row.sha256 if row is not None else "")
-            found.append(DataFile(role, num_rows, digest))
-    return found
+            files.append(DataFile(role, num_rows, digest))
+    return files
 
 
 def _ancestors(session: Session, job: Job) -> list[Ancestor]:
-    keys, seen, found = _parent_keys(job), set[str](), dict[str, Ancestor]()
+    keys, seen, ancestors = _parent_keys(job), set[str](), dict[str, Ancestor]()
     while keys and len(seen) < MAX_MODELS:
         key = keys.pop()
         model = session.scalars(_model_at(key)).one_or_none()
@@ -79,8 +79,8 @@ def _ancestors(session: Session, job: Job) -> list[Ancestor]:
         keys += parents
         if not parents:
             source, license_ = source_of(model.evaluation)
-            found[model.id] = Ancestor(model.id, source, license_)
-    return [found[model_id] for model_id in sorted(found)]
+            ancestors[model.id] = Ancestor(model.id, source, license_)
+    return [ancestors[model_id] for model_id in sorted(ancestors)]
 
 
 def _parent_keys(job: Job) -> list[str]:

@@ -112,8 +112,9 @@ class Pin(Table):
 
 
 class Job(Table):
-    """Job of kind `distillation`, `import` or `dataset`. `lease_token` fences the writes of its attempts.
+    """Job of kind `distillation`, `import` or `dataset`.
 
+    `lease_token` fences the writes of its attempts.
     `num_losses` and the runtime that is compared with the limit are counted since `resumed_at`.
     `pause_reason` is null if the job's owner requested the pause.
     A row with `deleted_at` is hidden from its owner. The garbage collector removes it later.
@@ -141,6 +142,7 @@ class Job(Table):
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     lease_expires_at: Mapped[datetime | None] = mapped_column(Timestamp)
     last_heartbeat_at: Mapped[datetime | None] = mapped_column(Timestamp)
+    # The column keeps the name that its first migration gave it.
     last_notified_at: Mapped[datetime | None] = mapped_column("last_rung_at", Timestamp)
     cancel_requested_at: Mapped[datetime | None] = mapped_column(Timestamp)
     pause_requested_at: Mapped[datetime | None] = mapped_column(Timestamp)

@@ -213,16 +213,16 @@ def _page(
     """Returns rows after a place up to `most` bytes, at least one, and whether more follow."""
     columns = select(StoredCompletion.id, StoredCompletion.bytes)
     query = _ordered(columns.where(*wanted.conditions(project_id)), place, order)
-    found = session.execute(query.limit(limit + 1)).all()
+    candidates = session.execute(query.limit(limit + 1)).all()
     ids: list[str] = []
     num_bytes = 0
-    for completion_id, size in found[:limit]:
+    for completion_id, size in candidates[:limit]:
         num_bytes += size
         if ids and num_bytes > most:
             break
         ids.append(completion_id)
     chosen = _ordered(select(StoredCompletion).where(StoredCompletion.id.in_(ids)), None, order)
-    return list(session.scalars(chosen)), len(found) > len(ids)
+    return list(session.scalars(chosen)), len(candidates) > len(ids)
 
 
 def _is(project_id: str, completion_id: str) -> tuple[ColumnElement[bool], ...]:

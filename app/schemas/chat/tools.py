@@ -115,10 +115,10 @@ def check_parameters(tools: Sequence[ToolBody]) -> None:
         parameters, param = tool.function.parameters, f"tools[{number}].function.parameters"
         subject = f"function '{tool.function.name}'"
         if parameters and parameters.get("type") != "object":
-            found = parameters.get("type")
+            type_ = parameters.get("type")
             raise BadRequest(
                 f"Invalid schema for {subject}: schema must be a JSON Schema of "
-                f"'type: \"object\"', got 'type: \"{found}\"'.",
+                f"'type: \"object\"', got 'type: \"{type_}\"'.",
                 INVALID_PARAMETERS,
                 param,
             )

@@ -14,7 +14,7 @@ from app.contracts.generation import Delta, Done, TokenLogprob, ToolCallDelta
 from app.db.schema.ids import new_id
 from app.errors import StillhouseError, envelope
 from app.schemas.answers import Json, JsonArray
-from app.schemas.responses.body import ResponseBody, renamed_param
+from app.schemas.responses.body import ResponseBody
 
 Replies = Iterable[tuple[int, Delta | Done]]
 FIRST_EVENT_SECONDS: Final = 60.0
@@ -120,7 +120,7 @@ class ResponseAnswer:
         The last event has the flat form that the specification describes, and the nested form for
         which the openai client raises an error.
         """
-        param = renamed_param(error.param)
+        param = self._body.renamed_param(error.param)
         cause: Json = {"code": error.code, "message": error.message}
         failed = self._response("failed") | {"error": cause}
         nested = {**envelope(error)["error"], "param": param}

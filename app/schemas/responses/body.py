@@ -1,5 +1,6 @@
 """Request body of /v1/responses, and its translation to the body of a chat."""
 
+import re
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -14,6 +15,8 @@ Json = dict[str, Any]  # Any: JSON of the client
 LOGPROBS: Final = "message.output_text.logprobs"
 MetadataKey = Annotated[str, Field(max_length=64)]
 MetadataValue = Annotated[str, Field(max_length=512)]
+# A tool of a chat. Tools are flat in this body.
+TOOL_PARAM: Final = re.compile(r"tools\[(?P<number>\d+)\](\.function)?(?P<rest>[.\[].*)?")
 # Parameters of a chat, and their names in this body.
 RENAMED: Final = {
     "messages": "input",
@@ -96,13 +99,16 @@ class PromptBody(BaseModel):
             raise BadRequest(message, "unsupported_parameter", "conversation")
 
     def chat(self) -> ChatBody:
-        """Returns the body of the chat that has the same answer. Raises BadRequest."""
+        """Returns the body of the chat that has the same answer.
+
+        Raises BadRequest, with the names of a chat. `renamed` changes them.
+        """
         content = {key: value for key, value in self._chat().items() if value is not None}
         try:
             return ChatBody.model_validate(content)
         except ValidationError as error:
             details = [{**detail, "loc": ("body", *detail["loc"])} for detail in error.errors()]
-            raise renamed(bad_request(details, content)) from None
+            raise bad_request(details, content) from None
 
     def _chat(self) -> Json:
         """Returns the JSON of the chat. Values of None are left out of it."""
@@ -112,7 +118,7 @@ class PromptBody(BaseModel):
         }
         if self.text is not None and self.text.format is not None:
             chat["response_format"] = self.text.format.response_format()
-        tools = [_nested(tool) for tool in self.tools or () if tool.get("type") == "function"]
+        tools = [_nested(tool) for _, tool in self._functions()]
         if tools:
             chat["tools"] = tools
             chat["tool_choice"] = self._tool_choice()
@@ -121,6 +127,32 @@ class PromptBody(BaseModel):
             message = "tool_choice demands a call, but `tools` has no function"
             raise BadRequest(message, param="tool_choice")
         return chat
+
+    def _functions(self) -> list[tuple[int, Json]]:
+        """Returns the tools that the chat has, each with its index in `tools`."""
+        tools = enumerate(self.tools or ())
+        return [(number, tool) for number, tool in tools if tool.get("type") == "function"]
+
+    def renamed(self, error: BadRequest) -> BadRequest:
+        """Returns the error of the chat with its `param` named as in this body."""
+        param, error.param = error.param, self.renamed_param(error.param)
+        if param is not None and error.param is not None and "[" in param:  # never a plain word
+            error.message = error.message.replace(param, error.param)
+        return error
+
+    def renamed_param(self, param: str | None) -> str | None:
+        """Returns the name in this body of a parameter of the chat."""
+        if param is None:
+            return None
+        if (match := TOOL_PARAM.fullmatch(param)) is not None:
+            number, _ = self._functions()[int(match["number"])]
+            return f"tools[{number}]{match['rest'] or ''}"
+        for name, ours in RENAMED.items():
+            rest = param.removeprefix(name)
+            if param.startswith(name) and rest[:1] in ("", ".", "["):
+                # The index of a message is not that of an item.
+                return ours if ours == "input" else ours + rest
+        return param
 
     def _tool_choice(self) -> str | Json | None:
         match self.tool_choice:
@@ -194,24 +226,6 @@ class ResponseBody(PromptBody):
         if self.has_logprobs:
             chat |= {"logprobs": True, "top_logprobs": self.top_logprobs or 0}
         return chat
-
-
-def renamed(error: BadRequest) -> BadRequest:
-    """Returns the error of a chat with its `param` named as in /v1/responses."""
-    error.param = renamed_param(error.param)
-    return error
-
-
-def renamed_param(param: str | None) -> str | None:
-    """Returns the name in /v1/responses of a parameter of a chat."""
-    if param is not None and param.startswith("tools["):
-        return param.replace("].function.", "].", 1)  # tools are flat here
-    for name, ours in RENAMED.items():
-        rest = param.removeprefix(name) if param is not None else ""
-        if param is not None and param.startswith(name) and rest[:1] in ("", ".", "["):
-            # the index of a message is not that of an item
-            return ours if ours == "input" else ours + rest
-    return param
 
 
 def _nested(tool: Json) -> Json:

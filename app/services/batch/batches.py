@@ -34,6 +34,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
     """Creates a batch, or returns the stored response if the request is a retry.
 
     If lines of the input file are invalid, the batch is created as failed and lists their faults.
+
     Raises:
         BadRequest: The request or the idempotency key is malformed.
         NotFound: The project has no such file.

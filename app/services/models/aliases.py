@@ -3,6 +3,7 @@
 import re
 
 from app.auth import Principal
+from app.db import models
 from app.db.pagination import Order
 from app.db.registry import aliases
 from app.db.registry.batch_models import users_of_alias
@@ -101,7 +102,7 @@ def delete_alias(principal: Principal, name: str, alias: str) -> None:
         users = users_of_alias(session, principal.project_id, alias_id)
         if users:
             raise Conflict(
-                f"the alias {alias_id} is in use by {', '.join(users)}",
+                f"the alias {alias_id} is in use by {', '.join(users)}; wait for these batches to end, or cancel them",
                 "resource_in_use",
                 "alias",
             )
@@ -110,7 +111,7 @@ def delete_alias(principal: Principal, name: str, alias: str) -> None:
 def get_alias(project_id: str, name: str, alias: str) -> Alias:
     """Returns an alias of the project. Raises NotFound."""
     with transaction() as session:
-        row = aliases.find_alias(session, project_id, f"{name}@{alias}")
+        row = models.find_alias(session, project_id, f"{name}@{alias}")
     if row is None:
         raise unknown(f"{name}@{alias}")
     return row
@@ -125,7 +126,7 @@ def page_history(
     """
     if (
         aliases.newest_change(session, project_id, alias_id) is None
-        and aliases.find_alias(session, project_id, alias_id) is None
+        and models.find_alias(session, project_id, alias_id) is None
     ):
         raise unknown(alias_id)
     return aliases.page_changes(
@@ -146,9 +147,9 @@ def unknown(alias_id: str) -> NotFound:
 def _demand_expected(alias_id: str, present: Alias | None, expected: str | None) -> None:
     if expected is None or (present is not None and present.model_id == expected):
         return
-    points = f"points at {present.model_id!r}" if present is not None else "does not exist"
+    state = f"points at {present.model_id!r}" if present is not None else "does not exist"
     raise Conflict(
-        f"the alias {alias_id} {points}, not at {expected!r}; it has changed since you read it",
+        f"the alias {alias_id} {state}, but `from` is {expected!r}; read the alias again, then retry",
         "alias_moved",
         "from",
     )

@@ -27,7 +27,7 @@ def delete_model(principal: Principal, model_id: str) -> None:
         users = models.users_of_model(session, row)
         if users:
             raise Conflict(
-                f"the model {model_id!r} is in use by {', '.join(users)}",
+                f"the model {model_id!r} is in use by {', '.join(users)}; end or remove these first",
                 "resource_in_use",
                 "model",
             )

@@ -44,21 +44,21 @@ def list_files(project_id: str, model_id: str) -> list[StoredFile]:
         CorruptArtifact: The list of files in the store has changed.
     """
     with transaction() as session:
-        found = model_registry.resolve(session, project_id, model_id)
+        resolved = model_registry.resolve(session, project_id, model_id)
     try:
-        entries = store().list_folder(found.ref)
+        entries = store().list_folder(resolved.ref)
     except FileNotFoundError:
         raise NotFound(
-            f"the files of the model {found.model_id!r} are no longer in the store; restore them from a backup",
+            f"the files of the model {resolved.model_id!r} are no longer in the store; restore them from a backup",
             param="model",
         ) from None
     return [
         StoredFile(
-            found.model_id,
+            resolved.model_id,
             entry["path"],
             entry["bytes"],
             entry["sha256"],
-            f"{found.ref.key}/{entry['path']}",
+            f"{resolved.ref.key}/{entry['path']}",
         )
         for entry in entries
     ]

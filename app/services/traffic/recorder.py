@@ -67,7 +67,7 @@ class FinishedAnswer:
         completion = b"".join(parts)
         metadata = body.pop("metadata", None) or {}
         request = orjson.dumps(body)
-        prompt_tokens, completion_tokens = self.answer.usage
+        prompt_tokens, _, completion_tokens = self.answer.num_tokens
         return orjson.dumps(
             {
                 "id": self.answer.id,
@@ -211,13 +211,8 @@ class Recorder:
         else:
             self._has_work.set()
 
-    @property
-    def num_waiting(self) -> int:
-        """Number of answers that have not been spooled."""
-        return len(self._queue)
-
     def note_metrics(self) -> None:
-        """Sets the gauges of the metrics."""
+        """Sets the gauge of the completions that wait to be inserted."""
         waiting_bytes.set(self._num_queued_bytes + self._spool.num_waiting_bytes)
 
     def count_dropped(self, reason: str, count: int = 1) -> None:

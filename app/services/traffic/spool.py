@@ -63,12 +63,12 @@ class Segment:
         return lines
 
     def advance(self, lines: Sequence[bytes]) -> None:
-        """Moves behind these lines, which `peek` has returned."""
+        """Moves past these lines, which `peek` has returned."""
         self.number += len(lines)
         self.offset += sum(len(line) + 1 for line in lines)
 
     def skip(self, num_records: int) -> None:
-        """Moves behind the first records, which an earlier process has inserted."""
+        """Moves past the first records, which an earlier process has inserted."""
         while self.number < num_records and not self.is_read:
             self.advance(self.peek(min(1000, num_records - self.number), SEGMENT_BYTES))
 
@@ -196,11 +196,10 @@ class AbandonedSpool:
 
     def segments(self) -> list[Segment]:
         """Returns the segments. An incomplete record at the end of one is left out."""
-        found = []
-        for path in sorted(self._folder.glob(f"*{SUFFIX}")):
-            content_size = _size_of_complete_lines(path)
-            found.append(Segment(path, content_size, is_closed=True))
-        return found
+        return [
+            Segment(path, _size_of_complete_lines(path), is_closed=True)
+            for path in sorted(self._folder.glob(f"*{SUFFIX}"))
+        ]
 
     def close(self) -> None:
         """Removes the folder if all its segments have been deleted, and unlocks it."""

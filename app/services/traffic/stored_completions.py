@@ -5,6 +5,7 @@ from typing import Any, Final
 
 import orjson
 
+from app.db.pagination import Order
 from app.db.schema.traffic_tables import StoredCompletion
 from app.db.session import transaction
 from app.db.traffic import completions
@@ -38,8 +39,8 @@ def get_completion(project_id: str, completion_id: str) -> StoredCompletion:
 
 
 def list_completions(
-    project_id: str, wanted: CompletionFilter, *, after: str | None, limit: int, order: Any
-) -> bytes:  # Any: the literal type of the order
+    project_id: str, wanted: CompletionFilter, *, after: str | None, limit: int, order: Order
+) -> bytes:
     """Returns a page of stored completions as JSON. Raises UnknownCursor."""
     with transaction() as session:
         rows, has_more = completions.page_completions(
@@ -85,7 +86,7 @@ def completion_json(row: StoredCompletion) -> bytes:
 
 
 def messages_json(
-    project_id: str, completion_id: str, *, after: str | None, limit: int, order: str
+    project_id: str, completion_id: str, *, after: str | None, limit: int, order: Order
 ) -> bytes:
     """Returns a page of the messages of a stored request as JSON.
 
@@ -111,7 +112,7 @@ def messages_json(
 def message_object(message_id: str, message: Json) -> Json:
     """Returns a message of a request as the API shows it.
 
-    `content` is the whole text. `content_parts` has the parts if the client sent parts.
+    `content` is the complete text. `content_parts` has the parts if the client sent parts.
     """
     content = message.get("content")
     parts = content if isinstance(content, list) else None

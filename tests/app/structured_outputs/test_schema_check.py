@@ -7,6 +7,8 @@ from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, Field
 
 from app.errors import BadRequest
+from app.schemas.chat.structured_outputs import StructuredOutputs
+from app.structured_outputs.request_grammar import request_grammar
 from app.structured_outputs.schema_check import MAX_DEPTH, check_schema
 from app.structured_outputs.strict_check import check_strict
 
@@ -58,6 +60,8 @@ def test_the_schemas_of_the_openai_client_are_accepted() -> None:
         ({"format": "phone"}, "'phone'"),
         ({"$ref": "https://example.com/schema"}, "'$ref'"),
         ({"$ref": "#/$defs/missing"}, "does not exist"),
+        ({"anyOf": [{"$ref": "#/anyOf/1"}]}, "does not exist"),
+        ({"anyOf": [{"$ref": f"#/anyOf/{'9' * 5000}"}]}, "does not exist"),
         ({"pattern": "^(?!a)"}, "look-around"),
         ({"pattern": r"(a)\1"}, r"'\1'"),
         ({"type": "text"}, "'type'"),
@@ -71,6 +75,13 @@ def test_the_schemas_of_the_openai_client_are_accepted() -> None:
 )
 def test_what_cannot_be_enforced_is_named(schema: Any, word: str) -> None:
     assert word in refusal(schema).message
+
+
+def test_a_deeply_nested_schema_in_a_string_is_refused() -> None:
+    outputs = StructuredOutputs(json='{"const":' + "[" * 500 + "]" * 500 + "}")
+    with pytest.raises(BadRequest, match="levels of nesting") as caught:
+        request_grammar(None, outputs)
+    assert caught.value.param == "structured_outputs"
 
 
 def test_the_place_of_a_fault_is_named() -> None:

@@ -42,6 +42,12 @@ REFUSED: list[tuple[dict[str, Any], int, str, str]] = [
     ({"max_output_tokens": 100_000}, 400, "context_length_exceeded", "max_output_tokens"),
     ({"input": "word " * 2000}, 400, "context_length_exceeded", "input"),
     ({"tool_choice": "required"}, 400, "invalid_value", "tool_choice"),
+    (
+        {"tools": [{"type": "web_search"}, {"type": "function", "name": "a b"}]},
+        400,
+        "invalid_value",
+        "tools[1].name",
+    ),
     ({"temperature": 3.0}, 400, "invalid_value", "temperature"),
     ({"frequency": 1}, 400, "unknown_parameter", "frequency"),
     ({"model": "none"}, 404, "model_not_found", "model"),

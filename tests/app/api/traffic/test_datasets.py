@@ -111,6 +111,8 @@ def test_lists_and_projects_are_separate(
     ]
     assert [row["id"] for row in http.get(URL).json()["data"]] == ids[::-1]
     assert [row["id"] for row in http.get(f"{URL}?metadata[n]=1").json()["data"]] == ids[:1]
+    refused = http.get(f"{URL}?name=d1")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "name")
     assert http.get("/v1/fine_tuning/jobs").json()["data"] == []
     with service.http(service.new_key("rival")) as stranger:
         assert stranger.get(URL).json()["data"] == []

@@ -200,6 +200,8 @@ def test_malformed_lists_and_updates_are_refused(http: httpx.Client) -> None:
         (f"{base}?created_after=today", "created_after"),
         (f"{base}?after=chatcmpl-none", "after"),
         (f"{base}?{'&'.join(f'metadata[{n}]=v' for n in range(17))}", "metadata"),
+        (f"{base}?metadata[{'k' * 65}]=v", f"metadata[{'k' * 55}"),
+        (f"{base}?models=m1", "models"),
         (f"{base}/chatcmpl-0000/messages?after=nothing", "after"),
     ):
         answer = http.get(url)
