@@ -1,4 +1,4 @@
-"""Tool loops of the unmodified client against the whole service."""
+"""Tool loops of the unmodified client against a running service."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def result_of(call: Any) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("choice", ["required", "auto", KEEPER["type"]])
-@pytest.mark.parametrize("is_streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["plain", "streamed"])
 def test_a_tool_loop_round_trips(
     client: openai.OpenAI, model: str, choice: str, is_streamed: bool
 ) -> None:

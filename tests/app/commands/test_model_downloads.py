@@ -65,8 +65,8 @@ class CuttingProxy:
 
 @pytest.fixture
 def remote(service: Service) -> Iterator[RemoteService]:
-    with RemoteService(Address(f"{service.url}/v1", service.new_key())) as made:
-        yield made
+    with RemoteService(Address(f"{service.url}/v1", service.new_key())) as connected:
+        yield connected
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -10,24 +10,24 @@ WORDS = [f"word{number}" for number in range(300)]
 def texts(count: int) -> list[str]:
     """Texts of which many are copies of an earlier one with some words changed."""
     chance = random.Random(7)
-    made: list[str] = []
+    corpus: list[str] = []
     for _ in range(count):
-        if made and chance.random() < 0.6:
-            words = chance.choice(made).split()
+        if corpus and chance.random() < 0.6:
+            words = chance.choice(corpus).split()
             for _ in range(chance.randrange(1, 5)):
                 words[chance.randrange(len(words))] = chance.choice(WORDS)
         else:
             words = [chance.choice(WORDS) for _ in range(20)]
-        made.append(" ".join(words))
-    return made
+        corpus.append(" ".join(words))
+    return corpus
 
 
 def test_similar_texts_are_those_of_a_comparison_of_all_pairs() -> None:
-    made = texts(300)
-    sets = [shingles(text) for text in made]
-    index = SimilarTexts(0.8, made.__getitem__)
+    corpus = texts(300)
+    sets = [shingles(text) for text in corpus]
+    index = SimilarTexts(0.8, corpus.__getitem__)
     num_pairs = 0
-    for number, text in enumerate(made):
+    for number, text in enumerate(corpus):
         expected = {other for other in range(number) if jaccard(sets[number], sets[other]) >= 0.8}
         num_pairs += len(expected)
         assert set(index.add(number, text)) == expected
@@ -35,9 +35,17 @@ def test_similar_texts_are_those_of_a_comparison_of_all_pairs() -> None:
 
 
 def test_a_text_that_is_similar_is_not_added() -> None:
-    made = ["how do i reset my password today", "how do i reset my password today?", "other words"]
-    index = SimilarTexts(0.8, made.__getitem__)
-    assert [index.add_unless_similar(n, text) for n, text in enumerate(made)] == [True, False, True]
+    corpus = [
+        "how do i reset my password today",
+        "how do i reset my password today?",
+        "other words",
+    ]
+    index = SimilarTexts(0.8, corpus.__getitem__)
+    assert [index.add_unless_similar(n, text) for n, text in enumerate(corpus)] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_texts_are_compared_without_case_width_and_white_space() -> None:
@@ -49,6 +57,6 @@ def test_texts_are_compared_without_case_width_and_white_space() -> None:
 
 def test_many_equal_texts_are_found_fast() -> None:
     text = "what is the status of my order with the number"
-    made = [f"{text} {number}" for number in range(2000)]
-    index = SimilarTexts(0.8, made.__getitem__)
-    assert sum(index.add_unless_similar(n, text) for n, text in enumerate(made)) < 20
+    corpus = [f"{text} {number}" for number in range(2000)]
+    index = SimilarTexts(0.8, corpus.__getitem__)
+    assert sum(index.add_unless_similar(n, text) for n, text in enumerate(corpus)) < 20

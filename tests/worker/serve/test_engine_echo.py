@@ -46,8 +46,8 @@ def test_the_entries_are_those_of_the_prompt_and_of_the_answer(
         answer = generated(loaded, list(tokens), num_tokens)
         entries = entries_of(replies, name)
         assert entries[0].logprob is None
-        found = [entry.logprob for entry in entries[1:]]
-        assert found == pytest.approx(expected_of(loaded, [*tokens, *answer]), abs=1e-4)
+        logprobs = [entry.logprob for entry in entries[1:]]
+        assert logprobs == pytest.approx(expected_of(loaded, [*tokens, *answer]), abs=1e-4)
         assert text_of(replies, name).startswith(loaded.tokenizer.decode(tokens))
 
 

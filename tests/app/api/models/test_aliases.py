@@ -64,12 +64,12 @@ def test_each_change_of_an_alias_is_kept_with_the_key_that_made_it(
 def test_the_history_has_pages_in_both_orders(http: httpx.Client, three: tuple[str, ...]) -> None:
     for model in ("m1", "m2", "m3", "m1"):
         point(http, model)
-    whole = [("m3", "m1"), ("m2", "m3"), ("m1", "m2"), (None, "m1")]
-    assert moves(http) == whole
-    assert moves(http, order="asc") == whole[::-1]
+    history = [("m3", "m1"), ("m2", "m3"), ("m1", "m2"), (None, "m1")]
+    assert moves(http) == history
+    assert moves(http, order="asc") == history[::-1]
     first = http.get(f"{URL}/history", params={"limit": 3}).json()
     assert (len(first["data"]), first["has_more"]) == (3, True)
-    assert moves(http, after=first["last_id"]) == whole[3:]
+    assert moves(http, after=first["last_id"]) == history[3:]
     unknown = http.get(f"{URL}/history", params={"after": "aliasevt-none"})
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "after")
 

@@ -197,10 +197,10 @@ def test_an_upload_to_a_remote_store_is_complete(
 
 def test_a_gguf_file_is_staged_alone(http: httpx.Client) -> None:
     files: Parts = [("name", (None, "g")), ("file", ("tiny.gguf", b"GGUF" * 100))]
-    made = send(http, files)
-    assert made.status_code == 200
+    answer = send(http, files)
+    assert answer.status_code == 200
     with transaction() as session:
-        row = jobs.load_job(session, made.json()["id"])
+        row = jobs.load_job(session, answer.json()["id"])
         assert row is not None
         staged = row.spec["staged"]
     assert (row.spec["format"], staged["bytes"]) == ("gguf", 400)

@@ -65,9 +65,9 @@ class Bytes:
 
 
 def grammar_of(use: ToolUse, tool_format: ToolFormat, vocabulary: Bytes, **given: Any) -> Grammar:
-    found = tool_grammar(use, tool_format, tuple(vocabulary.special().items()), **given)
-    assert found is not None
-    return found
+    grammar = tool_grammar(use, tool_format, tuple(vocabulary.special().items()), **given)
+    assert grammar is not None
+    return grammar
 
 
 def matcher_of(grammar: Grammar, vocabulary: Bytes) -> LLMatcher:
