@@ -62,5 +62,6 @@ def test_a_log_likelihood_is_that_of_the_tokens_that_the_service_names(
     echoed = client.completions.create(
         model=TEACHER, prompt=tokens, max_tokens=1, logprobs=1, echo=True, temperature=0
     )
+    assert echoed.choices[0].text.startswith("What is a lantern?")
     logprobs: Any = echoed.choices[0].logprobs
     assert len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == len(tokens) + 1

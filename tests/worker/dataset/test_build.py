@@ -1,4 +1,4 @@
-"""Data sets from records: what becomes a row, on which side, and what the report says."""
+"""Data sets from records: their rows, the side of each row, and the report."""
 
 import json
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def question(number: int) -> str:
 
 
 class BuiltDataset:
-    """What one build has written."""
+    """The report and the files of one build."""
 
     def __init__(self, folder: Path, line: DatasetLine) -> None:
         self.report = line.report

@@ -55,8 +55,9 @@ def test_texts_are_compared_without_case_width_and_white_space() -> None:
     assert jaccard(shingles("abcdef"), shingles("abcdeg")) == 1 / 3
 
 
-def test_many_equal_texts_are_found_fast() -> None:
+def test_of_many_texts_that_differ_in_a_number_few_are_added() -> None:
     text = "what is the status of my order with the number"
     corpus = [f"{text} {number}" for number in range(2000)]
     index = SimilarTexts(0.8, corpus.__getitem__)
-    assert sum(index.add_unless_similar(n, text) for n, text in enumerate(corpus)) < 20
+    num_added = sum(index.add_unless_similar(n, text) for n, text in enumerate(corpus))
+    assert 1 <= num_added < 20

@@ -126,7 +126,7 @@ def test_all_choices_share_the_entries_of_the_prompt(
     drain: Drain,
     best_of: int | None,
 ) -> None:
-    """Converting them again for each choice stops the engine thread."""
+    """To convert them again for each choice would block the engine thread."""
     engine = make_engine(llama)
     given: dict[str, Any] = {"echo": True, "logprobs": 3, "max_tokens": 2, "best_of": best_of}
     engine.add(make_request(tokens=PROMPT, n=2, **given))

@@ -13,7 +13,7 @@ from app.db import checkpoints, jobs, leases
 from app.db.session import transaction
 from app.settings import Settings
 from app.storage import store
-from tests.app.api.conftest import Service
+from tests.app.api.conftest import Service, refusal
 
 Register = Callable[..., str]
 URL = "/v1/models/tiny/files"
@@ -37,12 +37,6 @@ def tiny(
     yield register("tiny")
     if request.param == "remote" and store().exists("models"):
         fsspec.filesystem("memory").rm("/model-files", recursive=True)
-
-
-def refusal(answer: httpx.Response) -> tuple[int, str, str]:
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return answer.status_code, error["code"], error["param"]
 
 
 def test_the_files_of_a_model_are_listed_with_size_and_hash(

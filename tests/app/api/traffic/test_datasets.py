@@ -260,17 +260,19 @@ def reconciled(dataset_id: str) -> str:
 
 
 def test_a_drain_returns_the_job_to_the_queue_and_the_next_worker_makes_it(
-    traffic: None, http: httpx.Client, settings_env: Callable[..., Settings]
+    traffic: None, http: httpx.Client
 ) -> None:
-    settings_env(heartbeat_seconds=0.2)
     dataset = http.post(URL, json={}).json()
     drain = threading.Event()
-    thread = threading.Thread(target=run_until_idle, args=("test", drain.is_set))
-    thread.start()
-    wait_for(lambda: job_of(dataset["id"]).status == "running", 20, "no worker took the job")
-    drain.set()
-    thread.join(60)
-    assert job_of(dataset["id"]).status in ("queued", "succeeded")
+
+    def should_drain() -> bool:  # from the moment when the job runs
+        if job_of(dataset["id"]).status == "running":
+            drain.set()
+        return drain.is_set()
+
+    run_until_idle("test", should_drain)
+    assert job_of(dataset["id"]).status == "queued", messages_of(dataset["id"])
+    assert "The worker was shut down." in messages_of(dataset["id"])
     run_all()
     assert job_of(dataset["id"]).status == "succeeded", messages_of(dataset["id"])
     assert not any((get_settings().work_root() / dataset["id"]).glob("*"))

@@ -36,7 +36,7 @@ def answer(
     replies: list[Reply] = []
     for number, token in enumerate(tokens, 1):
         is_last = number == len(tokens)
-        taken = built.take(0, SampledToken(token), reason if is_last else None)
+        taken = built.take(0, SampledToken(token, logprob=-1.0), reason if is_last else None)
         replies += taken.replies
         if taken.is_choice_over:
             break
@@ -107,11 +107,11 @@ def test_without_parallel_calls_the_choice_ends_with_its_first_call(make_request
 def test_the_log_probabilities_of_a_call_are_reported(make_request: Make) -> None:
     tokenizer = tokenizer_with("{{ tools }}<tool_call>")
     request = make_request(messages=HELLO, tool_use=TOOLS, logprobs=0)
-    replies = answer(request, tokenizer, f"Hm <tool_call>{CALL}")
+    text = f"Hm <tool_call>{CALL}"
+    replies = answer(request, tokenizer, text)
     deltas = [reply for reply in replies if isinstance(reply, Delta)]
-    assert sum(len(delta.tokens) for delta in deltas) == len(
-        tokenizer(f"Hm <tool_call>{CALL}").input_ids
-    )
+    entries = [entry for delta in deltas for entry in delta.logprobs or ()]
+    assert b"".join(bytes(entry.bytes or ()) for entry in entries).decode() == text
 
 
 def test_arguments_are_json_text(make_request: Make) -> None:

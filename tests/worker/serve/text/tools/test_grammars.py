@@ -1,4 +1,4 @@
-"""What the grammars of tool calls allow is what the parsers find."""
+"""The parsers find every call that the grammars of tool calls allow."""
 
 import json
 import random
@@ -98,7 +98,7 @@ def random_answer(grammar: Grammar, vocabulary: Bytes, seed: int, max_tokens: in
 
 
 def accepts(grammar: Grammar, text: str) -> bool:
-    """Whether a text without marks that are tokens may be a complete answer."""
+    """Returns whether a text may be a complete answer. No mark is a token of its own."""
     vocabulary = Bytes([])
     matcher = matcher_of(grammar, vocabulary)
     tokens = list(text.encode())
