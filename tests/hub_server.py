@@ -83,17 +83,17 @@ class HubHandler(BaseHTTPRequestHandler):
                 return self.commit(f"{org}/{name}", content)
         return self.send(404, {"error": "unknown route"})
 
-    def create(self, asked: Json) -> None:
-        name = f"{asked['organization']}/{asked['name']}"
+    def create(self, body: Json) -> None:
+        name = f"{body['organization']}/{body['name']}"
         if name in self.server.repositories:
             return self.send(409, {"url": f"{self.server.url}/{name}"})
         self.server.repositories[name] = {}
-        self.server.is_private[name] = asked.get("visibility") == "private" or bool(
-            asked.get("private")
+        self.server.is_private[name] = body.get("visibility") == "private" or bool(
+            body.get("private")
         )
         return self.send(200, {"url": f"{self.server.url}/{name}", "id": name, "name": name})
 
-    def preupload(self, name: str, asked: Json) -> None:
+    def preupload(self, name: str, body: Json) -> None:
         if name not in self.server.repositories:
             return self.send(404, {"error": "no such repository"})
         files = [
@@ -103,13 +103,13 @@ class HubHandler(BaseHTTPRequestHandler):
                 "shouldIgnore": False,
                 "oid": None,
             }
-            for file in asked["files"]
+            for file in body["files"]
         ]
         return self.send(200, {"files": files})
 
-    def batch(self, asked: Json) -> None:
+    def batch(self, body: Json) -> None:
         objects = []
-        for entry in asked["objects"]:
+        for entry in body["objects"]:
             answer = dict(entry)
             if entry["oid"] not in self.server.objects:
                 href = f"{self.server.url}/objects/{entry['oid']}"

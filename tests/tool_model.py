@@ -75,7 +75,7 @@ def save_tool_model(folder: Path) -> Path:
 
 
 def result_of(arguments: str) -> str:
-    """What the tool returns."""
+    """Returns the result of the tool."""
     return RESULT if json.loads(arguments) == ARGUMENTS else "nobody"
 
 

@@ -113,8 +113,10 @@ def test_the_licence_of_a_student_is_that_of_all_it_comes_from(
     ancestors = tuple(
         Ancestor(f"m{number}", None, license_) for number, license_ in enumerate(licenses)
     )
-    found = matter(card(ancestors=ancestors).render())
-    assert {name: found[name] for name in ("license", "license_name") if name in found} == expected
+    fields = matter(card(ancestors=ancestors).render())
+    assert {
+        name: fields[name] for name in ("license", "license_name") if name in fields
+    } == expected
 
 
 def test_an_imported_model_has_no_recipe_and_no_figures() -> None:

@@ -10,26 +10,26 @@ import pytest
 from tests.e2e.service import TEACHER, Service
 
 pytestmark = pytest.mark.e2e
-ASKED: dict[str, Any] = {"model": TEACHER, "input": "What is a lantern?", "temperature": 0}
+REQUEST: dict[str, Any] = {"model": TEACHER, "input": "What is a lantern?", "temperature": 0}
 
 
 def test_a_response_equals_its_stream_and_the_same_chat(client: openai.OpenAI) -> None:
-    asked = {**ASKED, "max_output_tokens": 24}
-    whole = client.responses.create(**asked)
+    request = {**REQUEST, "max_output_tokens": 24}
+    response = client.responses.create(**request)
     chat = client.chat.completions.create(
         model=TEACHER,
         messages=[{"role": "user", "content": "What is a lantern?"}],
         max_tokens=24,
         temperature=0,
     )
-    assert whole.output_text == chat.choices[0].message.content
-    events = list(client.responses.create(**asked, stream=True))
+    assert response.output_text == chat.choices[0].message.content
+    events = list(client.responses.create(**request, stream=True))
     last = events[-1]
     assert last.type in {"response.completed", "response.incomplete"}
-    assert last.response.output_text == whole.output_text
+    assert last.response.output_text == response.output_text
     assert last.response.usage is not None
-    assert whole.usage is not None
-    assert last.response.usage.output_tokens == whole.usage.output_tokens
+    assert response.usage is not None
+    assert last.response.usage.output_tokens == response.usage.output_tokens
 
 
 async def count_and_create(service: Service) -> tuple[int, int]:
@@ -37,11 +37,11 @@ async def count_and_create(service: Service) -> tuple[int, int]:
     url = f"{service.url}/v1"
     async with openai.AsyncOpenAI(base_url=url, api_key=service.key) as client:
         counted = await client.responses.input_tokens.count(model=TEACHER, input="What is it?")
-        made = await client.responses.create(
+        response = await client.responses.create(
             model=TEACHER, input="What is it?", max_output_tokens=1
         )
-    assert made.usage is not None
-    return counted.input_tokens, made.usage.input_tokens
+    assert response.usage is not None
+    return counted.input_tokens, response.usage.input_tokens
 
 
 def test_the_async_client_counts_the_tokens_that_a_response_reads(service: Service) -> None:
@@ -62,5 +62,6 @@ def test_a_log_likelihood_is_that_of_the_tokens_that_the_service_names(
     echoed = client.completions.create(
         model=TEACHER, prompt=tokens, max_tokens=1, logprobs=1, echo=True, temperature=0
     )
+    assert echoed.choices[0].text.startswith("What is a lantern?")
     logprobs: Any = echoed.choices[0].logprobs
     assert len(logprobs.token_logprobs) == len(logprobs.top_logprobs) == len(tokens) + 1

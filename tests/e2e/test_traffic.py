@@ -16,15 +16,15 @@ NUM_CHATS = 30
 
 
 def dataset_of(http: httpx.Client, body: Json) -> Json:
-    made = http.post("/datasets", json=body)
-    assert made.status_code == 200, made.text
-    found: Json = made.json()
+    answer = http.post("/datasets", json=body)
+    assert answer.status_code == 200, answer.text
+    dataset: Json = answer.json()
     deadline = time.monotonic() + 60
-    while found["status"] in ("queued", "running") and time.monotonic() < deadline:
+    while dataset["status"] in ("queued", "running") and time.monotonic() < deadline:
         time.sleep(0.2)
-        found = http.get(f"/datasets/{found['id']}").json()
-    assert found["status"] == "succeeded", found
-    return found
+        dataset = http.get(f"/datasets/{dataset['id']}").json()
+    assert dataset["status"] == "succeeded", dataset
+    return dataset
 
 
 def test_stored_chats_become_a_data_set_and_a_student(
@@ -35,14 +35,14 @@ def test_stored_chats_become_a_data_set_and_a_student(
     ids = []
     for number in range(NUM_CHATS):
         messages: Any = [{"role": "user", "content": f"Who keeps lantern {number * 7919 % 9973}?"}]
-        asked: dict[str, Any] = {
+        request: dict[str, Any] = {
             "model": TEACHER, "messages": messages, "max_tokens": 12, "temperature": 1.0,
             "seed": number, "store": True, "metadata": {"task": "keep" if number % 2 else "watch"},
         }  # fmt: skip
         if number % 3:
-            ids.append(completions.create(**asked).id)
+            ids.append(completions.create(**request).id)
         else:
-            chunks = list(completions.create(**asked, stream=True))
+            chunks = list(completions.create(**request, stream=True))
             ids.append(chunks[0].id)
     deadline = time.monotonic() + 20
     times = {"created_after": since}
@@ -62,7 +62,7 @@ def test_stored_chats_become_a_data_set_and_a_student(
 
     headers = {"authorization": f"Bearer {service.key}"}
     with httpx.Client(base_url=f"{service.url}/v1", headers=headers, timeout=30) as http:
-        made = dataset_of(
+        dataset = dataset_of(
             http,
             {
                 "name": "lanterns",
@@ -73,7 +73,7 @@ def test_stored_chats_become_a_data_set_and_a_student(
                 "test_fraction": 0.0,
             },
         )
-        report = made["report"]
+        report = dataset["report"]
         assert report["num_completions"] == NUM_CHATS - 1
         left_out = sum(report["left_out"].values())
         assert report["num_rows"] + left_out == NUM_CHATS - 1
@@ -81,14 +81,14 @@ def test_stored_chats_become_a_data_set_and_a_student(
 
         job = client.fine_tuning.jobs.create(
             model=TEACHER,
-            training_file=made["training_file"],
-            validation_file=made["validation_file"],
+            training_file=dataset["training_file"],
+            validation_file=dataset["validation_file"],
             method=method(),
         )
-        refused = http.delete(f"/datasets/{made['id']}")
+        refused = http.delete(f"/datasets/{dataset['id']}")
         assert refused.status_code == 409, refused.text
         job = wait(client, job.id)
         assert job.status == "succeeded", job.error
-        assert http.delete(f"/datasets/{made['id']}").json()["deleted"] is True
+        assert http.delete(f"/datasets/{dataset['id']}").json()["deleted"] is True
     with pytest.raises(openai.NotFoundError):
-        client.files.retrieve(made["training_file"])
+        client.files.retrieve(dataset["training_file"])

@@ -234,7 +234,8 @@ def test_another_projects_objects_do_not_exist(
             for kind in ("job_id", "import_id") if "{job_id}" in path else ("job_id",):
                 ids = belongings | {"job_id": belongings[kind]}
                 theirs = anyone.request(method, filled(path, ids), headers=headers, json=body)
-                if "{" not in path and not has_body:  # a list, or the metrics of all projects
+                # a list, the metrics of all projects, or a route whose query names the model
+                if "{" not in path and not has_body:
                     named = [value for value in belongings.values() if f'"{value}"' in theirs.text]
                     if path not in ("/metrics", "/tokenizer_info") and (
                         theirs.status_code != 200 or named
@@ -254,6 +255,15 @@ def test_another_projects_objects_do_not_exist(
     assert wrong == []
 
 
+def test_the_tokenizer_of_another_projects_model_does_not_exist(
+    service: Service, anyone: httpx.Client, belongings: dict[str, str]
+) -> None:
+    headers = {"authorization": f"Bearer {service.new_key('rival')}"}
+    query = {"model": belongings["model_id"]}
+    answer = anyone.get("/tokenizer_info", params=query, headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
 def test_the_owner_does_reach_them(
     http: httpx.Client, routes: list[Route], belongings: dict[str, str]
 ) -> None:
@@ -267,4 +277,7 @@ def test_the_owner_does_reach_them(
         "/v1/files/{file_id}",
         "/v1/fine_tuning/jobs/{job_id}",
         "/v1/batches/{batch_id}",
+        "/v1/datasets/{dataset_id}",
+        "/v1/chat/completions/{completion_id}",
+        "/v1/models/{model_id}/files/{file_name}",
     } <= set(reached)

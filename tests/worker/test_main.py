@@ -45,7 +45,7 @@ def started(tmp_path: Path) -> Iterator[list[Process]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
-def test_a_train_worker_hears_doorbells_and_ends_when_told(
+def test_a_train_worker_handles_wake_up_messages_and_ends_on_a_signal(
     database: str, valkey: str, tmp_path: Path, started: list[Process], number: int
 ) -> None:
     worker = Process("train", tmp_path / "log")

@@ -1,4 +1,4 @@
-"""No batch of replies is so large that the API process that parses it stands still."""
+"""No batch of replies is so large that parsing it blocks the API process."""
 
 from app.contracts.generation import MAX_ENTRIES_PER_BATCH, Delta, Done, Reply, TokenLogprob
 from worker.reply_batches import reply_batches

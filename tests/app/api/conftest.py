@@ -127,6 +127,13 @@ def register(service: Service, tiny_llama_dir: Path) -> Callable[..., str]:
     return do_register
 
 
+def refusal(answer: httpx.Response) -> tuple[int, str, str | None]:
+    """Returns the status, the code and the parameter of an error in the form of the API."""
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return answer.status_code, error["code"], error["param"]
+
+
 def jsonl(rows: Sequence[object]) -> io.BytesIO:
     return io.BytesIO("".join(json.dumps(row) + "\n" for row in rows).encode())
 
@@ -185,19 +192,6 @@ def worker(
 
 
 @pytest.fixture
-def tool_model(worker: WorkerProcess, tool_model_dir: Path) -> str:
+def tool_model(worker: WorkerProcess, register: Callable[..., str], tool_model_dir: Path) -> str:
     """The model that calls a tool, under the name `caller`."""
-    ref = store().put_folder(tool_model_dir, "models/caller")
-    facts = model_facts(tool_model_dir)
-    with transaction() as session:
-        models.insert_model(
-            session,
-            id="caller",
-            project_id="acme",
-            origin="imported",
-            store_key=ref.key,
-            bytes=ref.bytes,
-            manifest_sha256=ref.sha256,
-            facts=facts.model_dump(mode="json"),
-        )
-    return "caller"
+    return register("caller", folder=tool_model_dir, **dict(model_facts(tool_model_dir)))

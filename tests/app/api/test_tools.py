@@ -59,13 +59,13 @@ def test_a_tool_loop_of_two_turns_ends_with_an_answer(
 def test_streamed_calls_accumulate_to_the_whole_answer(
     tool_model: str, client: openai.OpenAI
 ) -> None:
-    whole = client.chat.completions.create(**asking(tool_model, n=2)).choices
+    choices = client.chat.completions.create(**asking(tool_model, n=2)).choices
     with client.chat.completions.stream(**asking(tool_model, n=2)) as stream:
         events = [event.type for event in stream]
         streamed = stream.get_final_completion().choices
     assert "tool_calls.function.arguments.done" in events
-    assert len(streamed) == len(whole) == 2
-    for one, two in zip(whole, streamed, strict=True):
+    assert len(streamed) == len(choices) == 2
+    for one, two in zip(choices, streamed, strict=True):
         assert one.message.content == two.message.content
         assert one.finish_reason == two.finish_reason
         call, other = call_of(one.message), call_of(two.message)
@@ -75,10 +75,10 @@ def test_streamed_calls_accumulate_to_the_whole_answer(
 
 
 def test_choice_none_hides_the_tools(tool_model: str, client: openai.OpenAI) -> None:
-    asked = asking(tool_model, tool_choice="none")
-    hidden = client.chat.completions.create(**asked)
-    del asked["tools"]
-    without = client.chat.completions.create(**{**asked, "tool_choice": "auto"})
+    request = asking(tool_model, tool_choice="none")
+    hidden = client.chat.completions.create(**request)
+    del request["tools"]
+    without = client.chat.completions.create(**{**request, "tool_choice": "auto"})
     assert hidden.choices[0].message.tool_calls is None
     assert hidden.usage is not None
     assert without.usage is not None

@@ -15,9 +15,9 @@ from app.commands.model_downloads import Pull, read_listing
 from app.commands.remote_service import Address, RemoteError, RemoteService, find_address
 from app.local_copies import lock_path
 from app.settings import Settings
-from tests.app.api.conftest import Service, http, register, service
+from tests.app.api.conftest import Service, register, service
 
-__all__ = ["http", "register", "service"]  # fixtures
+__all__ = ["register", "service"]  # fixtures
 Register = Callable[..., str]
 
 
@@ -65,8 +65,8 @@ class CuttingProxy:
 
 @pytest.fixture
 def remote(service: Service) -> Iterator[RemoteService]:
-    with RemoteService(Address(f"{service.url}/v1", service.new_key())) as made:
-        yield made
+    with RemoteService(Address(f"{service.url}/v1", service.new_key())) as connected:
+        yield connected
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -94,7 +94,7 @@ def test_a_pulled_folder_is_the_model(
 
 
 def test_files_in_subfolders_and_aliases_are_pulled(
-    remote: RemoteService, register: Register, http: object, tmp_path: Path
+    remote: RemoteService, register: Register, tmp_path: Path
 ) -> None:
     (tmp_path / "model" / "templates").mkdir(parents=True)
     (tmp_path / "model" / "templates" / "tool.jinja").write_text("{{ a }}")

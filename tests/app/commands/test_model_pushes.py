@@ -27,8 +27,8 @@ def hub() -> Iterator[HubServer]:
 
 @pytest.fixture
 def remote(service: Service) -> Iterator[RemoteService]:
-    with RemoteService(Address(service.url, service.new_key())) as made:
-        yield made
+    with RemoteService(Address(service.url, service.new_key())) as connected:
+        yield connected
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What a schema may contain, and what is refused by name."""
+"""Schemas that are accepted, and keywords that are refused by name."""
 
 from typing import Any
 

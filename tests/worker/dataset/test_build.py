@@ -1,4 +1,4 @@
-"""Data sets from records: what becomes a row, on which side, and what the report says."""
+"""Data sets from records: their rows, the side of each row, and the report."""
 
 import json
 from collections.abc import Callable
@@ -32,17 +32,17 @@ def question(number: int) -> str:
     return f"{number * 7919 % 9973} facts about {SUBJECTS[number % 20]} and {SUBJECTS[number // 20 % 20]}"
 
 
-class Built:
-    """What one build has written."""
+class BuiltDataset:
+    """The report and the files of one build."""
 
     def __init__(self, folder: Path, line: DatasetLine) -> None:
         self.report = line.report
-        self.files = {built.side: built for built in line.files}
+        self.files = {file.side: file for file in line.files}
         self.rows: dict[str, list[list[Json]]] = {}
-        for side, built in self.files.items():
-            lines = (folder / built.name).read_bytes().splitlines()
-            assert len(lines) == built.num_rows == self.report["sides"][side]["num_rows"]
-            assert max(map(len, lines)) == built.max_row_bytes
+        for side, file in self.files.items():
+            lines = (folder / file.name).read_bytes().splitlines()
+            assert len(lines) == file.num_rows == self.report["sides"][side]["num_rows"]
+            assert max(map(len, lines)) == file.max_row_bytes
             rows = [json.loads(line) for line in lines]
             assert {check_row(row, RowDetails()) for row in rows} == {"chat"}
             self.rows[side] = [row["messages"] for row in rows]
@@ -52,8 +52,8 @@ class Built:
 
 
 @pytest.fixture
-def build(tmp_path: Path) -> Callable[..., Built]:
-    def do_build(records: list[Json], **options: Any) -> Built:
+def build(tmp_path: Path) -> Callable[..., BuiltDataset]:
+    def do_build(records: list[Json], **options: Any) -> BuiltDataset:
         path = tmp_path / "records.jsonl"
         path.write_text("".join(json.dumps(exported(columns)) + "\n" for columns in records))
         max_row_bytes = options.pop("max_row_bytes", 100_000)
@@ -66,7 +66,7 @@ def build(tmp_path: Path) -> Callable[..., Built]:
         with closing(Records(path)) as reader:
             DatasetBuild(spec, reader, lines.append).run(tmp_path)
         assert isinstance(lines[-1], DatasetLine)
-        return Built(tmp_path, lines[-1])
+        return BuiltDataset(tmp_path, lines[-1])
 
     return do_build
 
@@ -78,23 +78,25 @@ def exported(columns: Json) -> Json:
     return {name: columns[name] for name in names} | texts
 
 
-def test_rows_are_the_conversations_and_the_report_counts_them(build: Callable[..., Built]) -> None:
+def test_rows_are_the_conversations_and_the_report_counts_them(
+    build: Callable[..., BuiltDataset],
+) -> None:
     records = [record(n, question=question(n), model=f"m{n % 2}") for n in range(100)]
-    built = build(records)
-    assert set(built.rows) == {"training", "validation", "test"}
-    assert sum(map(len, built.rows.values())) == built.report["num_rows"]
-    row = built.rows["training"][0]
+    dataset = build(records)
+    assert set(dataset.rows) == {"training", "validation", "test"}
+    assert sum(map(len, dataset.rows.values())) == dataset.report["num_rows"]
+    row = dataset.rows["training"][0]
     assert [message["role"] for message in row] == ["user", "assistant"]
     assert row[0]["content"] in {question(n) for n in range(100)}
-    report = built.report
+    report = dataset.report
     assert report["num_completions"] == 100
     assert sum(report["left_out"].values()) + report["num_rows"] == 100
     assert sum(report["models"].values()) == report["num_rows"]
-    assert report["sides"]["training"]["tokens"] == 12 * len(built.rows["training"])
+    assert report["sides"]["training"]["tokens"] == 12 * len(dataset.rows["training"])
     assert report["first_created_at"] < report["last_created_at"]
 
 
-def test_each_reason_to_leave_an_answer_out_is_counted(build: Callable[..., Built]) -> None:
+def test_each_reason_to_leave_an_answer_out_is_counted(build: Callable[..., BuiltDataset]) -> None:
     tool_call = [
         {"role": "user", "content": "q"},
         {"role": "tool", "content": "r", "tool_call_id": "x"},
@@ -113,8 +115,8 @@ def test_each_reason_to_leave_an_answer_out_is_counted(build: Callable[..., Buil
         record(9, messages=[{"role": "system", "content": "s"}]),
         record(10, question=question(10), answer="word " * 400),
     ]
-    built = build(records, **TRAIN_ALL, min_answer_characters=5, max_row_bytes=1000)
-    assert built.report["left_out"] == {
+    dataset = build(records, **TRAIN_ALL, min_answer_characters=5, max_row_bytes=1000)
+    assert dataset.report["left_out"] == {
         "near_duplicate": 1,
         "exact_duplicate": 1,
         "finish_reason": 1,
@@ -125,11 +127,11 @@ def test_each_reason_to_leave_an_answer_out_is_counted(build: Callable[..., Buil
         "no_user_message": 1,
         "too_long": 1,
     }
-    assert built.report["num_rows"] == 1
+    assert dataset.report["num_rows"] == 1
 
 
 def test_a_conversation_is_one_row_and_only_stored_answers_are_learned(
-    build: Callable[..., Built],
+    build: Callable[..., BuiltDataset],
 ) -> None:
     def user(text: str) -> Json:
         return {"role": "user", "content": text}
@@ -139,20 +141,20 @@ def test_a_conversation_is_one_row_and_only_stored_answers_are_learned(
 
     foreign = [user("one"), assistant("not stored"), user("two")]
     longer = [*foreign, assistant("second answer"), user("three")]
-    built = build(
+    dataset = build(
         [
             record(2, messages=longer, answer="third answer"),
             record(1, messages=foreign, answer="second answer"),
         ],
         **TRAIN_ALL,
     )
-    (row,) = built.rows["training"]
+    (row,) = dataset.rows["training"]
     assert [message.get("weight") for message in row] == [None, 0, None, None, None, None]
     assert row[-1]["content"] == "third answer"
-    assert built.report["left_out"] == {"continued": 1}
+    assert dataset.report["left_out"] == {"continued": 1}
 
 
-def test_each_choice_of_an_answer_can_become_a_row(build: Callable[..., Built]) -> None:
+def test_each_choice_of_an_answer_can_become_a_row(build: Callable[..., BuiltDataset]) -> None:
     columns = record(0, question=question(0))
     completion = json.loads(columns["completion"])
     second = json.loads(json.dumps(completion["choices"][0]))
@@ -160,12 +162,12 @@ def test_each_choice_of_an_answer_can_become_a_row(build: Callable[..., Built]) 
         "Entirely other words, of which the first answer has none at all."
     )
     completion["choices"].append(second)
-    built = build([columns | {"completion": json.dumps(completion)}], **TRAIN_ALL)
-    assert len(built.rows["training"]) == 2
+    dataset = build([columns | {"completion": json.dumps(completion)}], **TRAIN_ALL)
+    assert len(dataset.rows["training"]) == 2
 
 
 def test_long_shared_instructions_do_not_make_conversations_similar(
-    build: Callable[..., Built],
+    build: Callable[..., BuiltDataset],
 ) -> None:
     rules = " ".join(f"Rule {n}: obey {n * 7919 % 99_991}." for n in range(100))
     system = {"role": "system", "content": rules}
@@ -175,12 +177,12 @@ def test_long_shared_instructions_do_not_make_conversations_similar(
         )
         for n in range(10)
     ]
-    built = build(records, **TRAIN_ALL)
-    assert len(built.rows["training"]) == 10
+    dataset = build(records, **TRAIN_ALL)
+    assert len(dataset.rows["training"]) == 10
 
 
 def test_masked_rows_hold_placeholders_and_may_become_duplicates(
-    build: Callable[..., Built],
+    build: Callable[..., BuiltDataset],
 ) -> None:
     records = [
         record(
@@ -190,14 +192,14 @@ def test_masked_rows_hold_placeholders_and_may_become_duplicates(
     ]
     plain = build(records, **TRAIN_ALL, near_duplicates=1.0)
     assert (len(plain.rows["training"]), plain.report["mask_version"]) == (3, None)
-    built = build(records, **TRAIN_ALL, near_duplicates=1.0, mask=["email", "phone"])
-    assert built.contents() == ["Write to [EMAIL_1] at once, please", "Done, sent."]
-    assert built.report["masked"] == {"email": 1, "phone": 0}
-    assert built.report["left_out"] == {"near_duplicate": 2}
+    dataset = build(records, **TRAIN_ALL, near_duplicates=1.0, mask=["email", "phone"])
+    assert dataset.contents() == ["Write to [EMAIL_1] at once, please", "Done, sent."]
+    assert dataset.report["masked"] == {"email": 1, "phone": 0}
+    assert dataset.report["left_out"] == {"near_duplicate": 2}
 
 
 def test_similar_questions_are_on_one_side_and_rows_keep_their_side_as_data_grows(
-    build: Callable[..., Built],
+    build: Callable[..., BuiltDataset],
 ) -> None:
     records = [
         record(
@@ -210,29 +212,29 @@ def test_similar_questions_are_on_one_side_and_rows_keep_their_side_as_data_grow
     small = build(records[120:], validation_fraction=0.2, test_fraction=0.2)
     large = build(records, validation_fraction=0.2, test_fraction=0.2)
 
-    def sides(built: Built) -> dict[str, str]:
-        return {row[-1]["content"]: side for side, rows in built.rows.items() for row in rows}
+    def sides(dataset: BuiltDataset) -> dict[str, str]:
+        return {row[-1]["content"]: side for side, rows in dataset.rows.items() for row in rows}
 
     before, after = sides(small), sides(large)
     both = before.keys() & after.keys()
     assert len(both) > 50
     assert {text for text in both if before[text] != after[text]} == set()
-    shingles_of = {
+    questions = {
         side: [shingles(normalised(row[0]["content"])) for row in rows]
         for side, rows in large.rows.items()
     }
     assert large.report["left_out"]["other_side"] > 0
     for side in ("validation", "test"):
-        for held_out in shingles_of[side]:
-            assert all(jaccard(held_out, other) < 0.8 for other in shingles_of["training"])
+        for held_out in questions[side]:
+            assert all(jaccard(held_out, other) < 0.8 for other in questions["training"])
 
 
-def test_a_build_is_the_same_every_time(build: Callable[..., Built]) -> None:
+def test_a_build_is_the_same_every_time(build: Callable[..., BuiltDataset]) -> None:
     records = [record(n, question=question(n % 30)) for n in range(60)]
     one, other = build(records, mask=["email"]), build(records, mask=["email"])
     assert (one.rows, one.report) == (other.rows, other.report)
 
 
-def test_without_a_training_row_the_reasons_are_given(build: Callable[..., Built]) -> None:
+def test_without_a_training_row_the_reasons_are_given(build: Callable[..., BuiltDataset]) -> None:
     with pytest.raises(EmptyDataset, match="left out: 2 finish_reason"):
         build([record(n, question=question(n), finish_reason="length") for n in range(2)])

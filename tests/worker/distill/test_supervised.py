@@ -105,7 +105,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     supervised: Callable[..., RunSpec], tmp_path: Path
 ) -> None:
     spec = supervised(n_epochs=2, eval_steps=3, checkpoint_steps=3)
-    whole = outcome(spec, tmp_path / "whole")
+    uninterrupted = outcome(spec, tmp_path / "whole")
     sink = MemorySink()
 
     def is_asked_to_stop() -> bool:
@@ -116,7 +116,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     resumed = spec.model_copy(update={"resume_dir": max((tmp_path / "cut").glob("step-*"))})
     again = outcome(resumed, tmp_path / "again")
     for name in ("loss", "token_accuracy"):
-        assert again.result["after"][name] == whole.result["after"][name]
+        assert again.result["after"][name] == uninterrupted.result["after"][name]
     weights = [load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "again")]  # fmt: skip
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
@@ -129,9 +129,9 @@ def test_a_batch_of_rows_is_computed_in_micro_batches(
         outcome(
             supervised(n_epochs=1, batch_rows=8, batch_tokens=tokens), tmp_path / str(tokens), sink
         )
-    whole, cut = (series(sink, "train_loss") for sink in sinks)
-    assert len(whole) == len(cut) == 5  # 36 rows, 8 at a time
-    assert whole == pytest.approx(cut, rel=1e-4)
+    unsplit, cut = (series(sink, "train_loss") for sink in sinks)
+    assert len(unsplit) == len(cut) == 5  # 36 rows, 8 at a time
+    assert unsplit == pytest.approx(cut, rel=1e-4)
 
 
 def test_the_multiplier_scales_the_automatic_learning_rate(

@@ -129,7 +129,7 @@ def test_a_damaged_or_empty_archive_is_refused(tmp_path: Path, content: bytes) -
         opened(tmp_path, content)
 
 
-def test_a_name_of_any_length_is_refused_before_it_is_read(tmp_path: Path) -> None:
+def test_a_name_that_is_too_long_is_refused_before_it_is_read(tmp_path: Path) -> None:
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w:gz") as packed:
         packed.addfile(tarfile.TarInfo("a" * (2 * MAX_HEADER_BYTES)))

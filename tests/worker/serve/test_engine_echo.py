@@ -46,8 +46,8 @@ def test_the_entries_are_those_of_the_prompt_and_of_the_answer(
         answer = generated(loaded, list(tokens), num_tokens)
         entries = entries_of(replies, name)
         assert entries[0].logprob is None
-        found = [entry.logprob for entry in entries[1:]]
-        assert found == pytest.approx(expected_of(loaded, [*tokens, *answer]), abs=1e-4)
+        logprobs = [entry.logprob for entry in entries[1:]]
+        assert logprobs == pytest.approx(expected_of(loaded, [*tokens, *answer]), abs=1e-4)
         assert text_of(replies, name).startswith(loaded.tokenizer.decode(tokens))
 
 
@@ -126,7 +126,7 @@ def test_all_choices_share_the_entries_of_the_prompt(
     drain: Drain,
     best_of: int | None,
 ) -> None:
-    """Converting them again for each choice stops the engine thread."""
+    """To convert them again for each choice would block the engine thread."""
     engine = make_engine(llama)
     given: dict[str, Any] = {"echo": True, "logprobs": 3, "max_tokens": 2, "best_of": best_of}
     engine.add(make_request(tokens=PROMPT, n=2, **given))

@@ -220,9 +220,9 @@ def test_best_of_gives_the_likeliest_by_the_mean_and_counts_them_all(
         deltas = [
             r for r in replies if isinstance(r, Delta) and (r.id, r.choice) == ("all", choice)
         ]
-        means[choice] = fmean(
-            entry.logprob or 0.0 for delta in deltas for entry in delta.logprobs or ()
-        )
+        entries = [entry for delta in deltas for entry in delta.logprobs or ()]
+        means[choice] = fmean(entry.logprob for entry in entries if entry.logprob is not None)
+        assert len(entries) == 9
     ranked = sorted(means, key=lambda choice: -means[choice])
     assert [text_of(replies, "best", choice) for choice in range(3)] == [
         "The still" + text_of(replies, "all", choice) for choice in ranked[:3]

@@ -25,8 +25,8 @@ def asking(model: str, **given: Any) -> Json:
 def test_a_tool_loop_of_two_turns_ends_with_an_answer(
     tool_model: str, client: openai.OpenAI
 ) -> None:
-    asked = asking(tool_model)
-    first = client.responses.create(**asked)
+    request = asking(tool_model)
+    first = client.responses.create(**request)
     assert first.status == "completed"
     assert first.output_text == "Let me ask. "
     (call,) = [item for item in first.output if item.type == "function_call"]
@@ -36,26 +36,26 @@ def test_a_tool_loop_of_two_turns_ends_with_an_answer(
         "call_id": call.call_id,
         "output": result_of(call.arguments),
     }
-    items = [*asked["input"], *first.output, result]
-    second = client.responses.create(**{**asked, "input": items})
+    items = [*request["input"], *first.output, result]
+    second = client.responses.create(**{**request, "input": items})
     assert (second.status, second.output_text) == ("completed", ANSWER)
     counted = client.responses.input_tokens.count(
-        model=tool_model, input=items, tools=asked["tools"]
+        model=tool_model, input=items, tools=request["tools"]
     )
     assert second.usage is not None
     assert counted.input_tokens == second.usage.input_tokens
 
 
 def test_a_stream_has_the_items_of_the_whole_answer(tool_model: str, client: openai.OpenAI) -> None:
-    asked = asking(tool_model)
-    whole = client.responses.create(**asked)
-    with client.responses.stream(**asked) as stream:
+    request = asking(tool_model)
+    response = client.responses.create(**request)
+    with client.responses.stream(**request) as stream:
         kinds = [event.type for event in stream]
         streamed = stream.get_final_response()
     assert "response.function_call_arguments.delta" in kinds
     assert [item.type for item in streamed.output] == ["message", "function_call"]
-    assert streamed.output_text == whole.output_text
-    one, two = whole.output[-1], streamed.output[-1]
+    assert streamed.output_text == response.output_text
+    one, two = response.output[-1], streamed.output[-1]
     assert one.type == two.type == "function_call"
     assert (one.name, one.arguments) == (two.name, two.arguments)
 

@@ -100,10 +100,10 @@ def test_an_answer_that_max_output_tokens_cuts_is_incomplete(
 def test_the_events_of_a_stream_are_in_order_and_end_with_the_complete_response(
     worker: WorkerProcess, client: openai.OpenAI
 ) -> None:
-    asked: dict[str, Any] = {"model": "tiny", "input": PROMPT, "temperature": 0}
-    asked |= {"max_output_tokens": 24, "extra_body": {"ignore_eos": True}}
-    whole = client.responses.create(**asked)
-    events = list(client.responses.create(**asked, stream=True))
+    options: dict[str, Any] = {"model": "tiny", "input": PROMPT, "temperature": 0}
+    options |= {"max_output_tokens": 24, "extra_body": {"ignore_eos": True}}
+    response = client.responses.create(**options)
+    events = list(client.responses.create(**options, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
     kinds = [event.type for event in events]
     assert kinds[:4] == [
@@ -121,13 +121,13 @@ def test_the_events_of_a_stream_are_in_order_and_end_with_the_complete_response(
     assert set(kinds[4:-4]) == {"response.output_text.delta"}
     deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
     assert len(deltas) > 3, "it came in one piece"
-    assert "".join(deltas) == whole.output_text
+    assert "".join(deltas) == response.output_text
     last = events[-1]
     assert last.type == "response.incomplete"
-    assert last.response.output_text == whole.output_text
+    assert last.response.output_text == response.output_text
     assert last.response.usage is not None
-    assert whole.usage is not None
-    assert last.response.usage.total_tokens == whole.usage.total_tokens
+    assert response.usage is not None
+    assert last.response.usage.total_tokens == response.usage.total_tokens
 
 
 def test_a_stream_that_waits_gets_events_that_keep_it_open(
@@ -135,37 +135,37 @@ def test_a_stream_that_waits_gets_events_that_keep_it_open(
 ) -> None:
     monkeypatch.setattr(ResponseAnswer, "first_event_seconds", 0.0)
     monkeypatch.setattr(completions, "PING_SECONDS", 0.002)
-    asked: dict[str, Any] = {"model": "tiny", "input": PROMPT, "max_output_tokens": 48}
-    asked |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
-    events = list(client.responses.create(**asked, stream=True))
+    options: dict[str, Any] = {"model": "tiny", "input": PROMPT, "max_output_tokens": 48}
+    options |= {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    events = list(client.responses.create(**options, stream=True))
     kinds = [str(event.type) for event in events]
     assert kinds[:2] == ["response.created", "response.in_progress"]
     assert "keepalive" in kinds
     assert [event.sequence_number for event in events] == list(range(len(events)))
     assert events[-1].type == "response.incomplete"
-    assert events[-1].response.output_text == client.responses.create(**asked).output_text
+    assert events[-1].response.output_text == client.responses.create(**options).output_text
 
 
 def test_the_stream_helper_of_the_client_accumulates_the_answer(
     worker: WorkerProcess, client: openai.OpenAI
 ) -> None:
-    asked: dict[str, Any] = {"model": "tiny", "input": PROMPT, "temperature": 0}
-    with client.responses.stream(**asked) as stream:
+    options: dict[str, Any] = {"model": "tiny", "input": PROMPT, "temperature": 0}
+    with client.responses.stream(**options) as stream:
         texts = [event.snapshot for event in stream if event.type == "response.output_text.delta"]
         # the answer of a random model does not end by itself
         with pytest.raises(RuntimeError, match="completed"):
             stream.get_final_response()
-    assert texts[-1] == client.responses.create(**asked).output_text
+    assert texts[-1] == client.responses.create(**options).output_text
 
 
 def test_logprobs_are_included_on_request(worker: WorkerProcess, client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": "tiny", "input": PROMPT, "max_output_tokens": 6}
-    plain = client.responses.create(**asked, top_logprobs=2)
+    options: dict[str, Any] = {"model": "tiny", "input": PROMPT, "max_output_tokens": 6}
+    plain = client.responses.create(**options, top_logprobs=2)
     assert plain.output[0].type == "message"
     assert plain.output[0].content[0].type == "output_text"
     assert not plain.output[0].content[0].logprobs
-    asked |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "temperature": 0}
-    response = client.responses.create(**asked)
+    options |= {"include": ["message.output_text.logprobs"], "top_logprobs": 2, "temperature": 0}
+    response = client.responses.create(**options)
     assert response.output[0].type == "message"
     part = response.output[0].content[0]
     assert part.type == "output_text"
@@ -174,7 +174,7 @@ def test_logprobs_are_included_on_request(worker: WorkerProcess, client: openai.
     assert all(len(entry.top_logprobs) == 2 for entry in part.logprobs)
     streamed = [
         entry.token
-        for event in client.responses.create(**asked, stream=True)
+        for event in client.responses.create(**options, stream=True)
         if event.type == "response.output_text.delta"
         for entry in event.logprobs
     ]

@@ -8,8 +8,9 @@ import httpx
 import openai
 import pytest
 
+from app.db import models
 from app.db.session import transaction
-from tests.app.api.conftest import Service
+from tests.app.api.conftest import Service, refusal
 from tests.app.api.test_models import wait_until_stuck
 
 Register = Callable[..., str]
@@ -30,11 +31,6 @@ def moves(http: httpx.Client, **query: Any) -> list[tuple[str | None, str | None
         (change["from"], change["to"])
         for change in http.get(f"{URL}/history", params=query).json()["data"]
     ]
-
-
-def refusal(answer: httpx.Response) -> tuple[int, str, str]:
-    error = answer.json()["error"]
-    return answer.status_code, error["code"], error["param"]
 
 
 def test_each_change_of_an_alias_is_kept_with_the_key_that_made_it(
@@ -64,12 +60,12 @@ def test_each_change_of_an_alias_is_kept_with_the_key_that_made_it(
 def test_the_history_has_pages_in_both_orders(http: httpx.Client, three: tuple[str, ...]) -> None:
     for model in ("m1", "m2", "m3", "m1"):
         point(http, model)
-    whole = [("m3", "m1"), ("m2", "m3"), ("m1", "m2"), (None, "m1")]
-    assert moves(http) == whole
-    assert moves(http, order="asc") == whole[::-1]
+    history = [("m3", "m1"), ("m2", "m3"), ("m1", "m2"), (None, "m1")]
+    assert moves(http) == history
+    assert moves(http, order="asc") == history[::-1]
     first = http.get(f"{URL}/history", params={"limit": 3}).json()
     assert (len(first["data"]), first["has_more"]) == (3, True)
-    assert moves(http, after=first["last_id"]) == whole[3:]
+    assert moves(http, after=first["last_id"]) == history[3:]
     unknown = http.get(f"{URL}/history", params={"after": "aliasevt-none"})
     assert (unknown.status_code, unknown.json()["error"]["param"]) == (400, "after")
 
@@ -145,8 +141,6 @@ def test_the_history_of_another_project_does_not_exist(
 def test_a_model_that_is_being_deleted_is_not_rolled_back_to(
     http: httpx.Client, three: tuple[str, ...]
 ) -> None:
-    from app.db import models
-
     for model in ("m1", "m2"):
         point(http, model)
     with ThreadPoolExecutor() as pool:

@@ -39,8 +39,10 @@ def test_a_model_without_a_stored_card_gets_one_from_its_row(
 
 def test_a_card_is_visible_where_its_model_is(service: Service, register: Register) -> None:
     register("tiny")
+    register("shared", project_id=None)
     with service.http(service.new_key("rival")) as stranger:
         assert stranger.get("/v1/models/tiny/card").status_code == 404
+        assert stranger.get("/v1/models/shared/card").status_code == 200
 
 
 def test_the_origin_of_a_student_of_a_student_is_the_imported_models(

@@ -86,13 +86,13 @@ def test_a_batch_that_is_just_being_created_keeps_its_model(
         with transaction() as session:
             # so that the batch is inserted, not committed
             session.execute(text("LOCK TABLE batch_models IN SHARE MODE"))
-            made = pool.submit(submit, client, [line(1)])
-            wait_until_stuck(session, made)
+            creation = pool.submit(submit, client, [line(1)])
+            wait_until_stuck(session, creation)
             deleted = pool.submit(client.models.delete, "tiny")
-            wait_until_stuck(session, made, deleted)
+            wait_until_stuck(session, creation, deleted)
         with pytest.raises(openai.ConflictError) as error:
             deleted.result()
-    assert made.result().id in error.value.message
+    assert creation.result().id in error.value.message
 
 
 def test_a_model_that_is_just_being_deleted_gets_no_pin(

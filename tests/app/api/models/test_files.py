@@ -13,7 +13,7 @@ from app.db import checkpoints, jobs, leases
 from app.db.session import transaction
 from app.settings import Settings
 from app.storage import store
-from tests.app.api.conftest import Service
+from tests.app.api.conftest import Service, refusal
 
 Register = Callable[..., str]
 URL = "/v1/models/tiny/files"
@@ -37,12 +37,6 @@ def tiny(
     yield register("tiny")
     if request.param == "remote" and store().exists("models"):
         fsspec.filesystem("memory").rm("/model-files", recursive=True)
-
-
-def refusal(answer: httpx.Response) -> tuple[int, str, str]:
-    error = answer.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return answer.status_code, error["code"], error["param"]
 
 
 def test_the_files_of_a_model_are_listed_with_size_and_hash(
@@ -127,16 +121,16 @@ def test_a_part_in_the_middle_or_at_the_end_can_be_downloaded(
     http: httpx.Client, tiny: str, weights: bytes
 ) -> None:
     size = len(weights)
-    for asked, first, last in [
+    for requested, first, last in [
         ("bytes=0-0", 0, 0),
         ("bytes=100-300099", 100, 300_099),
         ("bytes=-7", size - 7, size - 1),
         (f"bytes=-{size + 1}", 0, size - 1),
         (f"bytes=5-{size + 1000}", 5, size - 1),
     ]:
-        answer = http.get(WEIGHTS, headers={"range": asked})
+        answer = http.get(WEIGHTS, headers={"range": requested})
         last = min(last, size - 1)
-        assert answer.status_code == 206, asked
+        assert answer.status_code == 206, requested
         assert answer.headers["content-range"] == f"bytes {first}-{last}/{size}"
         assert answer.headers["content-length"] == str(last - first + 1)
         assert answer.content == weights[first : last + 1]
@@ -145,12 +139,12 @@ def test_a_part_in_the_middle_or_at_the_end_can_be_downloaded(
 def test_a_range_after_the_end_is_refused_with_the_size_of_the_file(
     http: httpx.Client, tiny: str, weights: bytes
 ) -> None:
-    for asked in (
+    for requested in (
         f"bytes={len(weights)}-",
         f"bytes={len(weights) + 5}-{len(weights) + 9}",
         "bytes=-0",
     ):
-        answer = http.get(WEIGHTS, headers={"range": asked})
+        answer = http.get(WEIGHTS, headers={"range": requested})
         assert refusal(answer) == (416, "range_not_satisfiable", "range")
         assert answer.headers["content-range"] == f"bytes */{len(weights)}"
 
@@ -177,7 +171,7 @@ def test_a_range_that_cannot_be_used_gives_the_complete_file(
 
 
 def test_no_range_of_an_empty_file_can_be_satisfied() -> None:
-    assert [find_span(asked, 0) for asked in ("bytes=0-", "bytes=0-5", "bytes=-5")] == [
+    assert [find_span(requested, 0) for requested in ("bytes=0-", "bytes=0-5", "bytes=-5")] == [
         range(0),
         range(0),
         range(0),
@@ -224,10 +218,10 @@ def test_lost_bytes_are_not_found(http: httpx.Client, tiny: str) -> None:
 
 
 def test_a_head_request_gives_the_headers_of_the_download(http: httpx.Client, tiny: str) -> None:
-    whole, head = http.get(WEIGHTS), http.head(WEIGHTS)
+    download, head = http.get(WEIGHTS), http.head(WEIGHTS)
     assert (head.status_code, head.content) == (200, b"")
     for name in ("content-length", "etag", "accept-ranges", "content-type"):
-        assert head.headers[name] == whole.headers[name]
+        assert head.headers[name] == download.headers[name]
     part = http.head(WEIGHTS, headers={"range": "bytes=10-19"})
     assert (part.status_code, part.headers["content-length"]) == (206, "10")
     assert http.head(f"{URL}/missing.json").status_code == 404

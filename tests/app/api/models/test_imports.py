@@ -15,7 +15,8 @@ from app.db import jobs
 from app.db.session import transaction
 from app.settings import Settings
 from app.storage import store
-from tests.app.api.conftest import Service
+from tests.app.api.conftest import Service, refusal
+from tests.serve_worker import wait_for
 from worker.jobs.supervisor import run_until_idle
 
 Register = Callable[..., str]
@@ -30,11 +31,6 @@ def parts(folder: Path, name: str = "uploaded") -> Parts:
 
 def send(http: httpx.Client, files: Parts, **headers: str) -> httpx.Response:
     return http.post(URL, files=files, headers=headers)
-
-
-def refusal(answer: httpx.Response) -> tuple[int, str, str | None]:
-    error = answer.json()["error"]
-    return answer.status_code, error["code"], error["param"]
 
 
 def is_nothing_left() -> bool:
@@ -153,8 +149,6 @@ def test_a_declared_length_above_the_limit_is_refused_before_the_body(service: S
 def test_a_client_that_leaves_during_an_upload_leaves_nothing(
     service: Service, tiny_llama_dir: Path
 ) -> None:
-    from tests.serve_worker import wait_for
-
     address = urlsplit(service.url)
     body = (
         b'--b\r\ncontent-disposition: form-data; name="name"\r\n\r\nuploaded\r\n'
@@ -197,10 +191,10 @@ def test_an_upload_to_a_remote_store_is_complete(
 
 def test_a_gguf_file_is_staged_alone(http: httpx.Client) -> None:
     files: Parts = [("name", (None, "g")), ("file", ("tiny.gguf", b"GGUF" * 100))]
-    made = send(http, files)
-    assert made.status_code == 200
+    answer = send(http, files)
+    assert answer.status_code == 200
     with transaction() as session:
-        row = jobs.load_job(session, made.json()["id"])
+        row = jobs.load_job(session, answer.json()["id"])
         assert row is not None
         staged = row.spec["staged"]
     assert (row.spec["format"], staged["bytes"]) == ("gguf", 400)

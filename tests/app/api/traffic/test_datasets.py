@@ -26,7 +26,7 @@ from worker.jobs.supervisor import run_until_idle
 Json = dict[str, Any]  # Any: JSON
 URL = "/v1/datasets"
 ENDED = ("succeeded", "failed")
-MOST_LOSSES = 20  # a busy machine may cost the replacement a lease, which is no failure
+MAX_LOSSES = 20  # a busy machine may cost the replacement a lease, which is no failure
 NUMBERS = [number * 7919 % 99_991 for number in range(60)]
 
 
@@ -50,9 +50,9 @@ def run_all() -> None:
 
 def job_of(dataset_id: str) -> Job:
     with transaction() as session:
-        found = jobs.load_job(session, dataset_id)
-    assert found is not None
-    return found
+        job = jobs.load_job(session, dataset_id)
+    assert job is not None
+    return job
 
 
 def messages_of(dataset_id: str) -> str:
@@ -67,24 +67,28 @@ def rows_of(http: httpx.Client, file_id: str) -> list[Json]:
 def test_a_filter_becomes_files_that_a_job_can_take(
     traffic: None, http: httpx.Client, client: openai.OpenAI
 ) -> None:
-    asked = {
+    body = {
         "name": "support",
         "filter": {"model": "m1", "metadata": {"task": "0"}, "created_after": int(BEGUN_AT) + 6},
         "limit": 8,
         "validation_fraction": 0.3,
         "metadata": {"team": "x"},
     }
-    made = http.post(URL, json=asked).json()
-    assert (made["object"], made["status"], made["training_file"]) == ("dataset", "queued", None)
+    dataset = http.post(URL, json=body).json()
+    assert (dataset["object"], dataset["status"], dataset["training_file"]) == (
+        "dataset",
+        "queued",
+        None,
+    )
     run_all()
-    made = http.get(f"{URL}/{made['id']}").json()
-    assert made["status"] == "succeeded", made
-    assert (made["name"], made["metadata"]) == ("support", {"team": "x"})
-    assert made["request"]["filter"]["model"] == "m1"
-    report = made["report"]
+    dataset = http.get(f"{URL}/{dataset['id']}").json()
+    assert dataset["status"] == "succeeded", dataset
+    assert (dataset["name"], dataset["metadata"]) == ("support", {"team": "x"})
+    assert dataset["request"]["filter"]["model"] == "m1"
+    report = dataset["report"]
     assert report["num_completions"] == 8
     assert report["models"] == {"m1": report["num_rows"]}
-    files = {s: made[f"{s}_file"] for s in ("training", "validation", "test")}
+    files = {s: dataset[f"{s}_file"] for s in ("training", "validation", "test")}
     rows = {side: rows_of(http, file_id) for side, file_id in files.items() if file_id}
     assert sum(map(len, rows.values())) == report["num_rows"]
     training = client.files.retrieve(files["training"])
@@ -96,9 +100,9 @@ def test_a_filter_becomes_files_that_a_job_can_take(
     newest = [n for n in range(60) if n % 2 == 1 and n % 3 == 0 and n >= 6][-8:]
     answers = {row["messages"][-1]["content"] for side in rows.values() for row in side}
     assert answers <= {f"It is {NUMBERS[n]}." for n in newest}
-    stages = [stage["name"] for stage in made["stages"]]
+    stages = [stage["name"] for stage in dataset["stages"]]
     assert stages == ["reading", "deduplicating", "writing"]
-    events = http.get(f"{URL}/{made['id']}/events").json()["data"]
+    events = http.get(f"{URL}/{dataset['id']}/events").json()["data"]
     assert events[0]["message"] == "The data set is complete."
 
 
@@ -143,23 +147,23 @@ def test_the_name_of_a_data_set_is_free_for_a_model(traffic: None, http: httpx.C
 
 
 def test_a_waiting_data_set_is_cancelled_at_once(traffic: None, http: httpx.Client) -> None:
-    made = http.post(URL, json={}).json()
-    refused = http.delete(f"{URL}/{made['id']}")
+    dataset = http.post(URL, json={}).json()
+    refused = http.delete(f"{URL}/{dataset['id']}")
     assert (refused.status_code, refused.json()["error"]["type"]) == (409, "conflict_error")
-    assert http.post(f"{URL}/{made['id']}/cancel").json()["status"] == "cancelled"
-    assert http.delete(f"{URL}/{made['id']}").json()["deleted"] is True
-    assert http.get(f"{URL}/{made['id']}").status_code == 404
+    assert http.post(f"{URL}/{dataset['id']}/cancel").json()["status"] == "cancelled"
+    assert http.delete(f"{URL}/{dataset['id']}").json()["deleted"] is True
+    assert http.get(f"{URL}/{dataset['id']}").status_code == 404
 
 
 def test_deleting_a_data_set_deletes_its_files(traffic: None, http: httpx.Client) -> None:
-    made = http.post(URL, json={}).json()
+    dataset = http.post(URL, json={}).json()
     run_all()
-    made = http.get(f"{URL}/{made['id']}").json()
-    files = [made[f"{side}_file"] for side in ("training", "validation", "test")]
+    dataset = http.get(f"{URL}/{dataset['id']}").json()
+    files = [dataset[f"{side}_file"] for side in ("training", "validation", "test")]
     assert all(files)
     assert http.delete(f"/v1/files/{files[2]}").status_code == 200
-    assert http.delete(f"{URL}/{made['id']}").json() == {
-        "id": made["id"], "object": "dataset", "deleted": True,
+    assert http.delete(f"{URL}/{dataset['id']}").json() == {
+        "id": dataset["id"], "object": "dataset", "deleted": True,
     }  # fmt: skip
     assert http.get("/v1/files").json()["data"] == []
     assert not any(store().exists(f"files/{file_id}") for file_id in files)
@@ -170,11 +174,11 @@ def test_a_data_set_without_training_rows_fails_with_the_reasons(
     service: Service, http: httpx.Client
 ) -> None:
     insert([record(n, finish_reason="length") for n in range(3)])
-    made = http.post(URL, json={}).json()
+    dataset = http.post(URL, json={}).json()
     run_all()
-    made = http.get(f"{URL}/{made['id']}").json()
-    assert (made["status"], made["error"]["code"]) == ("failed", "empty_dataset")
-    assert "3 finish_reason" in made["error"]["message"]
+    dataset = http.get(f"{URL}/{dataset['id']}").json()
+    assert (dataset["status"], dataset["error"]["code"]) == ("failed", "empty_dataset")
+    assert "3 finish_reason" in dataset["error"]["message"]
 
 
 @pytest.mark.parametrize(
@@ -222,17 +226,17 @@ def test_a_worker_that_is_killed_anywhere_makes_one_data_set(
         retry_backoff_seconds=0, ring_again_seconds=0.5, key_pepper="pepper",
     )  # fmt: skip
     (crash_dir / point).touch()
-    made = http.post(URL, json={}).json()
+    dataset = http.post(URL, json={}).json()
     killed = start_train_worker(tmp_path)
     assert killed.wait(60) == -9
     replacement = start_train_worker(tmp_path)
     try:
-        wait_for(lambda: reconciled(made["id"]) in ENDED, 60, "the job has not ended")
-        assert job_of(made["id"]).status == "succeeded", messages_of(made["id"])
+        wait_for(lambda: reconciled(dataset["id"]) in ENDED, 60, "the job has not ended")
+        assert job_of(dataset["id"]).status == "succeeded", messages_of(dataset["id"])
     finally:
         replacement.terminate()
         replacement.wait(30)
-    done = http.get(f"{URL}/{made['id']}").json()
+    done = http.get(f"{URL}/{dataset['id']}").json()
     files = {row["id"] for row in http.get("/v1/files").json()["data"]}
     assert files == {done[f"{side}_file"] for side in ("training", "validation", "test")}
     assert done["report"]["num_completions"] == 60
@@ -252,23 +256,25 @@ def start_train_worker(folder: Path) -> Any:  # Any: a Popen
 def reconciled(dataset_id: str) -> str:
     """The status of the job, after expired leases have been ended as the reconciler does it."""
     with transaction() as session:
-        reconciliation.expire_leases(session, leases.RetryPolicy(MOST_LOSSES, 0))
+        reconciliation.expire_leases(session, leases.RetryPolicy(MAX_LOSSES, 0))
         reconciliation.wake(session)
     return job_of(dataset_id).status
 
 
 def test_a_drain_returns_the_job_to_the_queue_and_the_next_worker_makes_it(
-    traffic: None, http: httpx.Client, settings_env: Callable[..., Settings]
+    traffic: None, http: httpx.Client
 ) -> None:
-    settings_env(heartbeat_seconds=0.2)
-    made = http.post(URL, json={}).json()
+    dataset = http.post(URL, json={}).json()
     drain = threading.Event()
-    thread = threading.Thread(target=run_until_idle, args=("test", drain.is_set))
-    thread.start()
-    wait_for(lambda: job_of(made["id"]).status == "running", 20, "no worker took the job")
-    drain.set()
-    thread.join(60)
-    assert job_of(made["id"]).status in ("queued", "succeeded")
+
+    def should_drain() -> bool:  # from the moment when the job runs
+        if job_of(dataset["id"]).status == "running":
+            drain.set()
+        return drain.is_set()
+
+    run_until_idle("test", should_drain)
+    assert job_of(dataset["id"]).status == "queued", messages_of(dataset["id"])
+    assert "The worker was shut down." in messages_of(dataset["id"])
     run_all()
-    assert job_of(made["id"]).status == "succeeded", messages_of(made["id"])
-    assert not any((get_settings().work_root() / made["id"]).glob("*"))
+    assert job_of(dataset["id"]).status == "succeeded", messages_of(dataset["id"])
+    assert not any((get_settings().work_root() / dataset["id"]).glob("*"))

@@ -18,7 +18,7 @@ MESSAGES: Any = [
     {"role": "system", "content": "Be short."},
     {"role": "user", "content": [{"type": "text", "text": "What is "}, {"type": "text", "text": "a lantern?"}]},
 ]  # fmt: skip
-ASKED: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
+REQUEST: dict[str, Any] = {"model": "tiny", "messages": MESSAGES, "max_tokens": 8, "temperature": 0}
 
 
 def stored(client: openai.OpenAI, completion_id: str) -> Any:  # Any: fields beyond the client's
@@ -39,7 +39,9 @@ def test_a_stored_answer_equals_the_one_that_the_client_got(
     options: dict[str, Any] = {"logprobs": True, "top_logprobs": 2, "seed": 3, "user": "u"}
     schema = {"name": "a", "schema": {"type": "object"}}
     options["response_format"] = {"type": "json_schema", "json_schema": schema}
-    answer = client.chat.completions.create(**ASKED, **options, store=True, metadata={"team": "x"})
+    answer = client.chat.completions.create(
+        **REQUEST, **options, store=True, metadata={"team": "x"}
+    )
     kept = stored(client, answer.id)
     assert kept.response_format == options["response_format"]
     assert kept.choices == answer.choices
@@ -62,26 +64,26 @@ def test_a_stored_answer_equals_the_one_that_the_client_got(
 def test_a_streamed_answer_is_stored_as_a_whole(
     worker: WorkerProcess, client: openai.OpenAI
 ) -> None:
-    whole = client.chat.completions.create(**ASKED, n=2, logprobs=True)
+    answer = client.chat.completions.create(**REQUEST, n=2, logprobs=True)
     chunks = list(
-        client.chat.completions.create(**ASKED, n=2, logprobs=True, stream=True, store=True)
+        client.chat.completions.create(**REQUEST, n=2, logprobs=True, stream=True, store=True)
     )
     kept = stored(client, chunks[0].id)
-    assert kept.choices == whole.choices
-    assert kept.usage == whole.usage
+    assert kept.choices == answer.choices
+    assert kept.usage == answer.usage
 
 
 def test_nothing_is_stored_without_store_or_when_the_client_leaves(
     worker: WorkerProcess, client: openai.OpenAI, service: Service
 ) -> None:
-    client.chat.completions.create(**ASKED)
-    client.chat.completions.create(**ASKED, store=False)
+    client.chat.completions.create(**REQUEST)
+    client.chat.completions.create(**REQUEST, store=False)
     stream = client.chat.completions.create(
-        **ASKED | {"max_tokens": 200}, stream=True, store=True, extra_body={"ignore_eos": True}
+        **REQUEST | {"max_tokens": 200}, stream=True, store=True, extra_body={"ignore_eos": True}
     )
     next(iter(stream))
     stream.close()
-    last = client.chat.completions.create(**ASKED, store=True)
+    last = client.chat.completions.create(**REQUEST, store=True)
     stored(client, last.id)
     assert [kept.id for kept in client.chat.completions.list()] == [last.id]
 
@@ -94,11 +96,11 @@ def storing_project(settings_env: Callable[..., Settings]) -> None:
 def test_a_project_may_store_by_default_and_too_large_answers_are_counted(
     storing_project: None, worker: WorkerProcess, client: openai.OpenAI, http: httpx.Client
 ) -> None:
-    kept = client.chat.completions.create(**ASKED)
-    client.chat.completions.create(**ASKED, store=False)
+    kept = client.chat.completions.create(**REQUEST)
+    client.chat.completions.create(**REQUEST, store=False)
     for is_streamed in (False, True):
         large = client.chat.completions.create(
-            **ASKED | {"max_tokens": 32}, stream=is_streamed, logprobs=True, top_logprobs=5
+            **REQUEST | {"max_tokens": 32}, stream=is_streamed, logprobs=True, top_logprobs=5
         )
         if is_streamed:
             list(large)
@@ -186,7 +188,7 @@ def test_another_project_sees_and_changes_nothing(
 def test_a_malformed_wish_to_store_is_refused_at_once(
     http: httpx.Client, changes: dict[str, Any], param: str
 ) -> None:
-    answer = http.post("/v1/chat/completions", json=ASKED | changes)
+    answer = http.post("/v1/chat/completions", json=REQUEST | changes)
     assert answer.status_code == 400
     assert str(answer.json()["error"]["param"]).startswith(param)
 

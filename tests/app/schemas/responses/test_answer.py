@@ -125,9 +125,8 @@ def test_an_error_in_a_stream_reaches_readers_of_both_forms() -> None:
     error = Unavailable("the worker was lost", "worker_lost", "messages")
     content = events(answer.opening()) + events(answer.failure(error))
     stream = client_of(content).responses.create(model="m", input="hi", stream=True)
-    seen = []
     with pytest.raises(openai.APIError, match="the worker was lost") as failed:
-        seen += list(stream)
+        list(stream)
     assert (failed.value.code, failed.value.param) == ("worker_lost", "input")
     flat = answer.failure(error)[-1]
     assert (flat["type"], flat["code"], flat["param"]) == ("error", "worker_lost", "input")

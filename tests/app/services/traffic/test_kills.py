@@ -129,7 +129,7 @@ def test_spooled_answers_survive_kills_are_stored_once_and_stay_deleted(
     with psycopg.connect(database) as blocker:
         blocker.execute("LOCK TABLE stored_completions IN EXCLUSIVE MODE")
         began = time.monotonic()
-        asked = ask(api, 4)
+        ids = ask(api, 4)
         assert time.monotonic() - began < 5, "answers wait for the database"
         wait_for(lambda: num_spooled(settings) == 4, 5, "the answers are not spooled")
         api.stop()
@@ -140,9 +140,9 @@ def test_spooled_answers_survive_kills_are_stored_once_and_stay_deleted(
     crash.touch()
     api = start_api()
     assert api.process.wait(30) == -signal.SIGKILL
-    assert stored_ids(database) == asked
+    assert stored_ids(database) == ids
     with psycopg.connect(database) as connection:
-        connection.execute("DELETE FROM stored_completions WHERE id = %s", (asked[1],))
+        connection.execute("DELETE FROM stored_completions WHERE id = %s", (ids[1],))
 
     # Dies within the transaction: nothing of the batch may remain.
     api = start_api()
@@ -154,7 +154,7 @@ def test_spooled_answers_survive_kills_are_stored_once_and_stay_deleted(
 
     api = start_api()
     wait_for(lambda: late in stored_ids(database), 20, "the spooled answer is not stored")
-    assert stored_ids(database) == [asked[0], asked[2], asked[3], late]
+    assert stored_ids(database) == [ids[0], ids[2], ids[3], late]
     last = ask(api, 3)
     api.stop(signal.SIGTERM)
     assert stored_ids(database)[-3:] == last, "a shutdown does not store what is queued"

@@ -10,12 +10,12 @@ from app.services.traffic.spool import LOCK, Segment, Spool, SpoolFull
 
 
 def read_all(segment: Segment) -> list[bytes]:
-    found = []
+    records = []
     while not segment.is_read:
         lines = segment.peek(2, 10**6)
         segment.advance(lines)
-        found += lines
-    return found
+        records += lines
+    return records
 
 
 def test_records_are_read_in_order_while_more_are_appended(tmp_path: Path) -> None:

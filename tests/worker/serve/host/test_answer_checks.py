@@ -26,9 +26,9 @@ def woken() -> threading.Semaphore:
 
 @pytest.fixture
 def checks(woken: threading.Semaphore) -> Iterator[AnswerChecks]:
-    made = AnswerChecks(woken.release)
-    yield made
-    made.close()
+    answer_checks = AnswerChecks(woken.release)
+    yield answer_checks
+    answer_checks.close()
 
 
 def test_valid_choices_are_released_and_done_comes_last(

@@ -107,12 +107,14 @@ def test_without_parallel_calls_the_choice_ends_with_its_first_call(make_request
 def test_the_log_probabilities_of_a_call_are_reported(make_request: Make) -> None:
     tokenizer = tokenizer_with("{{ tools }}<tool_call>")
     request = make_request(messages=HELLO, tool_use=TOOLS, logprobs=0)
-    replies = answer(request, tokenizer, f"Hm <tool_call>{CALL}")
+    text = f"Hm <tool_call>{CALL}"
+    replies = answer(request, tokenizer, text)
     deltas = [reply for reply in replies if isinstance(reply, Delta)]
-    tokens = tokenizer(f"Hm <tool_call>{CALL}", add_special_tokens=False).input_ids
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
     assert [token for delta in deltas for token in delta.tokens] == tokens
     entries = [entry for delta in deltas for entry in delta.logprobs or ()]
     assert [entry.logprob for entry in entries] == [-0.5] * len(tokens)
+    assert b"".join(bytes(entry.bytes) for entry in entries).decode() == text
 
 
 def test_arguments_are_json_text(make_request: Make) -> None:

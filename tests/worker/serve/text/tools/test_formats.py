@@ -59,9 +59,9 @@ def test_a_declared_format_goes_before_the_template() -> None:
         },
     }
     tokenizer = SimpleNamespace(chat_template=QWEN, response_template=declared)
-    found = tool_format_of(tokenizer)
-    assert found is not None
-    parser = ToolParser(found, {"f"}, is_parallel=True)
+    tool_format = tool_format_of(tokenizer)
+    assert tool_format is not None
+    parser = ToolParser(tool_format, {"f"}, is_parallel=True)
     parsed = parser.feed('Hm <b>{"name": "f", "arguments": {}}</a>')
     assert parsed.text == "Hm "
     assert [call.name for call in parsed.calls] == ["f"]

@@ -1,4 +1,4 @@
-"""What the grammars of tool calls allow is what the parsers find."""
+"""The parsers find every call that the grammars of tool calls allow."""
 
 import json
 import random
@@ -65,9 +65,9 @@ class Bytes:
 
 
 def grammar_of(use: ToolUse, tool_format: ToolFormat, vocabulary: Bytes, **given: Any) -> Grammar:
-    found = tool_grammar(use, tool_format, tuple(vocabulary.special().items()), **given)
-    assert found is not None
-    return found
+    grammar = tool_grammar(use, tool_format, tuple(vocabulary.special().items()), **given)
+    assert grammar is not None
+    return grammar
 
 
 def matcher_of(grammar: Grammar, vocabulary: Bytes) -> LLMatcher:
@@ -98,7 +98,7 @@ def random_answer(grammar: Grammar, vocabulary: Bytes, seed: int, max_tokens: in
 
 
 def accepts(grammar: Grammar, text: str) -> bool:
-    """Whether a text without marks that are tokens may be a complete answer."""
+    """Returns whether a text may be a complete answer. No mark is a token of its own."""
     vocabulary = Bytes([])
     matcher = matcher_of(grammar, vocabulary)
     tokens = list(text.encode())

@@ -165,9 +165,9 @@ def test_every_division_of_any_text_gives_the_same(
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=8)))
     parts = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     is_parallel = data.draw(st.booleans())
-    whole = parsed(FORMATS[name], [text], is_parallel=is_parallel)
-    assert parsed(FORMATS[name], parts, is_parallel=is_parallel) == whole
-    assert parsed(FORMATS[name], list(text), is_parallel=is_parallel) == whole
+    expected = parsed(FORMATS[name], [text], is_parallel=is_parallel)
+    assert parsed(FORMATS[name], parts, is_parallel=is_parallel) == expected
+    assert parsed(FORMATS[name], list(text), is_parallel=is_parallel) == expected
 
 
 def test_text_is_not_held_back_longer_than_needed() -> None:
