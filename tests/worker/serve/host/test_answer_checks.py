@@ -2,13 +2,17 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
-from app.contracts.generation import Delta, Done, GenerateRequest, Grammar
+from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Grammar, Reply
 from worker.serve.errors import InvalidAnswer
+from worker.serve.grammars.check_process import ANSWER_CHECKER
 from worker.serve.host.answer_checks import AnswerChecks
+from worker.serve.host.model_host import ModelHost
 
 GRAMMAR = Grammar(kind="json_schema", text=json.dumps({"type": "integer"}))
 DONE = Done(id="r", prompt_tokens=1, completion_tokens=2)
@@ -85,3 +89,29 @@ def test_other_requests_are_not_held_back(checks: AnswerChecks, make_request: Ma
     for request in (make_request(), make_request(grammar=regex)):
         assert checks.pass_on(request, delta("a")) == [delta("a")]
         assert checks.pass_on(request, DONE) == [DONE]
+
+
+def test_a_host_fails_a_request_with_an_invalid_answer_and_ends_its_other_choices(
+    make_request: Make, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(grammar: Grammar, text: str, *, may_be_cut: bool) -> None:
+        raise InvalidAnswer("the answer does not match the schema: test")
+
+    monkeypatch.setattr(ANSWER_CHECKER, "demand_valid", refuse)
+    host = ModelHost(
+        resident_bytes=10_000_000, loader=lambda _: tiny_llama_dir, max_context_tokens=256
+    )
+    # The choices have answers of different lengths.
+    grammar = Grammar(kind="json_schema", text=json.dumps({"enum": ["a", "b" * 100]}))
+    host.submit(make_request(grammar=grammar, n=6, max_tokens=200, temperature=1.0, seed=1))
+    replies: list[Reply] = []
+    deadline = time.monotonic() + 60
+    while host.has_work():
+        assert time.monotonic() < deadline
+        host.wait_for_work(0.02)
+        replies += [reply for _, reply in host.step_all()]
+    host.close()
+    *deltas, failure = replies
+    assert isinstance(failure, Failure)
+    assert failure.code == "invalid_answer"
+    assert all(isinstance(d, Delta) and d.finish_reason is None for d in deltas)
