@@ -8,7 +8,7 @@ MaskKind = Literal["email", "phone", "iban", "card", "ip_address", "secret"]
 MASK_KINDS: tuple[MaskKind, ...] = get_args(MaskKind)
 Side = Literal["training", "validation", "test"]
 SIDES: tuple[Side, ...] = get_args(Side)
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "tool_calls", "length"]
 Fraction = Annotated[float, Field(ge=0.0, le=0.5)]
 
 
@@ -42,8 +42,9 @@ class DatasetOptions(Options):
     """
 
     limit: Annotated[int, Field(ge=1, le=100_000)] = 10_000
-    finish_reasons: Annotated[tuple[FinishReason, ...], Field(min_length=1, max_length=2)] = (
+    finish_reasons: Annotated[tuple[FinishReason, ...], Field(min_length=1, max_length=3)] = (
         "stop",
+        "tool_calls",
     )
     min_answer_characters: Annotated[int, Field(ge=1, le=100_000)] = 1
     mask: Annotated[tuple[MaskKind, ...], Field(max_length=len(MASK_KINDS))] = ()

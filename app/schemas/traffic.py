@@ -121,8 +121,8 @@ class CreateDataset(Body):
     filter: DatasetFilter = DatasetFilter()
     limit: Annotated[int, Field(ge=1, le=100_000)] = 10_000
     finish_reasons: Annotated[
-        list[FinishReason], Field(min_length=1, max_length=2), AfterValidator(_distinct)
-    ] = ["stop"]
+        list[FinishReason], Field(min_length=1, max_length=3), AfterValidator(_distinct)
+    ] = ["stop", "tool_calls"]
     min_answer_characters: Annotated[int, Field(ge=1, le=100_000)] = 1
     mask: (
         Literal["all"]

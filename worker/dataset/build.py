@@ -9,16 +9,8 @@ import orjson
 
 from app.contracts.datasets import SIDES, Side
 from worker.dataset import personal_data
-from worker.dataset.drafts import (
-    Draft,
-    Message,
-    Records,
-    Unsuitable,
-    comparable_text,
-    conversation,
-    draft_of,
-    masked,
-)
+from worker.dataset.conversations import Conversation, Unsuitable
+from worker.dataset.drafts import Draft, Records, draft_of
 from worker.dataset.near_duplicates import SimilarTexts
 from worker.dataset.personal_data import Masker
 from worker.dataset.sides import Groups, kept_sides, side_of
@@ -144,7 +136,7 @@ class DatasetBuild:
                 if side is None:
                     continue
                 masker = Masker(self._options.mask)
-                line = _row(self._messages(draft, masker), draft, answered)
+                line = _row(self._conversation(draft, masker), draft, answered)
                 if len(line) > self._spec.max_row_bytes:
                     self._left_out["too_long"] += 1
                     continue
@@ -168,11 +160,11 @@ class DatasetBuild:
         }
         self._sink(DatasetLine(files=counts.files(), report=report))
 
-    def _messages(self, draft: Draft, masker: Masker) -> list[Message]:
-        return masked(conversation(self._records.at(draft.place), draft.choice), masker)
+    def _conversation(self, draft: Draft, masker: Masker) -> Conversation:
+        return Conversation.of(self._records.at(draft.place), draft.choice).masked(masker)
 
     def _text(self, draft: Draft) -> str:
-        return comparable_text(self._messages(draft, Masker(self._options.mask)))
+        return self._conversation(draft, Masker(self._options.mask)).comparable_text()
 
     def _report(self, percent: float) -> None:
         if self._throttle.is_due():
@@ -244,9 +236,9 @@ class SideCounts:
         }
 
 
-def _row(messages: list[Message], draft: Draft, answered: set[bytes]) -> bytes:
+def _row(conversation: Conversation, draft: Draft, answered: set[bytes]) -> bytes:
     """Returns the row as JSON. Earlier answers that no stored completion has get the weight 0."""
     for index, beginning in draft.beginnings:
         if beginning not in answered:
-            messages[index]["weight"] = 0
-    return orjson.dumps({"messages": messages})
+            conversation.messages[index]["weight"] = 0
+    return orjson.dumps(conversation.row())

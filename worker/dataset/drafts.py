@@ -7,23 +7,15 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
 from app.contracts.datasets import DatasetOptions
+from worker.dataset.conversations import Conversation, Json, Unsuitable, identity
 from worker.dataset.near_duplicates import normalised
-from worker.dataset.personal_data import Masker
 
-Json = dict[str, Any]  # Any: JSON of clients
-Message = dict[str, Any]  # Any: role and content as texts, and perhaps a weight
-ROLES: Final = frozenset({"system", "developer", "user", "assistant"})
-INSTRUCTIONS: Final = frozenset({"system", "developer"})  # roles
 ID_BYTES: Final = 16
-
-
-class Unsuitable(Exception):
-    """The answer cannot become a row. The only argument is the reason, as the report counts it."""
 
 
 @dataclass(frozen=True)
@@ -78,17 +70,17 @@ def draft_of(place: int, record: Json, choice: int, options: DatasetOptions) -> 
     answer = record["completion"]["choices"][choice]
     if answer["finish_reason"] not in options.finish_reasons:
         raise Unsuitable("finish_reason")
-    messages = conversation(record, choice)
-    if len(messages[-1]["content"].strip()) < options.min_answer_characters:
+    conversation = Conversation.of(record, choice)
+    if len(conversation.answer.strip()) < options.min_answer_characters:
         raise Unsuitable("short_answer")
     digest = hashlib.sha256()
+    if conversation.tools:
+        digest.update(orjson.dumps(conversation.tools, option=orjson.OPT_SORT_KEYS))
     beginnings = []
-    for index, message in enumerate(messages):
-        content = " ".join(message["content"].split())
-        digest.update(orjson.dumps([message["role"], content]))
+    for index, message in enumerate(conversation.messages):
+        digest.update(identity(message))
         if message["role"] == "assistant":
             beginnings.append((index, digest.digest()[:ID_BYTES]))
-    first = next(message for message in messages if message["role"] == "user")
     return Draft(
         place,
         choice,
@@ -98,43 +90,5 @@ def draft_of(place: int, record: Json, choice: int, options: DatasetOptions) -> 
         record["completion_tokens"],
         beginnings[-1][1],
         tuple(beginnings[:-1]),
-        normalised(first["content"]),
+        normalised(conversation.question),
     )
-
-
-def conversation(record: Json, choice: int) -> list[Message]:
-    """Returns the messages of a record and one of its answers. Raises Unsuitable."""
-    if record["request"].get("tools"):
-        raise Unsuitable("tools")
-    answer = record["completion"]["choices"][choice]["message"]
-    messages = [_message(message) for message in [*record["messages"], answer]]
-    if not any(message["role"] == "user" for message in messages):
-        raise Unsuitable("no_user_message")
-    return messages
-
-
-def masked(messages: list[Message], masker: Masker) -> list[Message]:
-    """Returns the messages of one conversation with their contents masked."""
-    return [{**message, "content": masker.mask(message["content"])} for message in messages]
-
-
-def comparable_text(messages: list[Message]) -> str:
-    """Returns the text by which conversations are compared: all but the instructions.
-
-    Many conversations share long instructions, which would make them all similar.
-    """
-    contents = [m["content"] for m in messages if m["role"] not in INSTRUCTIONS]
-    return normalised("\n".join(contents))
-
-
-def _message(message: Json) -> Message:
-    content = message.get("content")
-    if message["role"] not in ROLES or message.get("tool_calls"):
-        raise Unsuitable("tools")
-    if isinstance(content, list):
-        if any(part.get("type") != "text" for part in content):
-            raise Unsuitable("not_text")
-        content = "".join(part["text"] for part in content)
-    if not isinstance(content, str) or not content.strip():
-        raise Unsuitable("empty_message")
-    return {"role": message["role"], "content": content}

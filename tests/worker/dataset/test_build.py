@@ -15,11 +15,16 @@ from tests.stored_rows import record
 from worker.dataset.build import DatasetBuild
 from worker.dataset.drafts import Records
 from worker.dataset.near_duplicates import jaccard, normalised, shingles
+from worker.distill.data.chat_rows import turns_of
 from worker.errors import EmptyDataset
 from worker.protocol.dataset_spec import DatasetSpec
 from worker.protocol.run_lines import DatasetLine, RunLine
 
 Json = dict[str, Any]  # Any: JSON
+LOOKUP = {
+    "type": "function",
+    "function": {"name": "lookup", "parameters": {"type": "object", "properties": {}}},
+}
 TRAIN_ALL = {"validation_fraction": 0.0, "test_fraction": 0.0}
 SUBJECTS = [
     "lanterns", "the harbour", "old maps", "sheep dogs", "clock towers", "glass blowing", "river ice",
@@ -32,6 +37,29 @@ def question(number: int) -> str:
     return f"{number * 7919 % 9973} facts about {SUBJECTS[number % 20]} and {SUBJECTS[number // 20 % 20]}"
 
 
+def asked(text: str) -> list[Json]:
+    return [{"role": "user", "content": text}]
+
+
+def called(call_id: str, name: str, arguments: str) -> Json:
+    """A message that calls one tool."""
+    function = {"name": name, "arguments": arguments}
+    call = {"id": call_id, "type": "function", "function": function}
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
+def result(call_id: str, content: str) -> Json:
+    return {"role": "tool", "content": content, "tool_call_id": call_id}
+
+
+def calling_record(number: int, answer: Json, **changes: Any) -> Json:
+    """A stored completion whose answer calls a tool."""
+    columns = record(number, request=json.dumps({"model": "tiny", "tools": [LOOKUP]}), **changes)
+    completion = json.loads(columns["completion"])
+    completion["choices"][0] |= {"message": answer, "finish_reason": "tool_calls"}
+    return columns | {"completion": json.dumps(completion)}
+
+
 class BuiltDataset:
     """The report and the files of one build."""
 
@@ -39,6 +67,7 @@ class BuiltDataset:
         self.report = line.report
         self.files = {file.side: file for file in line.files}
         self.rows: dict[str, list[list[Json]]] = {}
+        self.tools: dict[str, list[list[Json] | None]] = {}
         for side, file in self.files.items():
             lines = (folder / file.name).read_bytes().splitlines()
             assert len(lines) == file.num_rows == self.report["sides"][side]["num_rows"]
@@ -46,6 +75,7 @@ class BuiltDataset:
             rows = [json.loads(line) for line in lines]
             assert {check_row(row, RowDetails()) for row in rows} == {"chat"}
             self.rows[side] = [row["messages"] for row in rows]
+            self.tools[side] = [row.get("tools") for row in rows]
 
     def contents(self, side: str = "training") -> list[str]:
         return [message["content"] for row in self.rows[side] for message in row]
@@ -97,21 +127,18 @@ def test_rows_are_the_conversations_and_the_report_counts_them(
 
 
 def test_each_reason_to_leave_an_answer_out_is_counted(build: Callable[..., BuiltDataset]) -> None:
-    tool_call = [
-        {"role": "user", "content": "q"},
-        {"role": "tool", "content": "r", "tool_call_id": "x"},
-    ]
+    half_a_call = [*asked("q"), called("x", "lookup", '{"name": "an'), result("x", "r")]
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]
     records = [
         record(0, question=question(0)),
         record(1, question=question(0).upper(), answer="It means that  the number is 0."),
         record(2, question=question(0), answer="It means that the number is 0."),
         record(3, question=question(3), finish_reason="length"),
-        record(4, messages=tool_call),
+        record(4, messages=half_a_call),
         record(5, messages=image),
         record(6, question=question(6), answer="no"),
         record(7, question=question(7), answer="   "),
-        record(8, question=question(8), request=json.dumps({"tools": [{"type": "function"}]})),
+        record(8, messages=[*asked("q"), {"role": "function", "name": "f", "content": "r"}]),
         record(9, messages=[{"role": "system", "content": "s"}]),
         record(10, question=question(10), answer="word " * 400),
     ]
@@ -120,7 +147,8 @@ def test_each_reason_to_leave_an_answer_out_is_counted(build: Callable[..., Buil
         "near_duplicate": 1,
         "exact_duplicate": 1,
         "finish_reason": 1,
-        "tools": 2,
+        "invalid_tool_call": 1,
+        "role": 1,
         "not_text": 1,
         "short_answer": 1,
         "empty_message": 1,
@@ -152,6 +180,64 @@ def test_a_conversation_is_one_row_and_only_stored_answers_are_learned(
     assert [message.get("weight") for message in row] == [None, 0, None, None, None, None]
     assert row[-1]["content"] == "third answer"
     assert dataset.report["left_out"] == {"continued": 1}
+
+
+def test_a_loop_with_tools_is_one_row_that_a_student_can_learn(
+    build: Callable[..., BuiltDataset],
+) -> None:
+    first = asked("Who owns the lantern?")
+    call = called("call_1", "lookup", '{"thing": "lantern", "owners": [1]}')
+    loop = [*first, call, result("call_1", '{"owner": "Ada"}')]
+    offers = json.dumps({"model": "tiny", "tools": [LOOKUP]})
+    dataset = build(
+        [
+            record(2, messages=loop, answer="Ada owns it.", request=offers),
+            calling_record(1, call, messages=first),
+        ],
+        **TRAIN_ALL,
+    )
+    (row,) = dataset.rows["training"]
+    assert [message["role"] for message in row] == ["user", "assistant", "tool", "assistant"]
+    assert "weight" not in row[1]  # its answer was stored, too
+    (rendered,) = turns_of(row)[1]["tool_calls"]
+    assert rendered["function"]["arguments"] == {"thing": "lantern", "owners": [1]}
+    assert row[2]["tool_call_id"] == rendered["id"] == "call_1"
+    assert dataset.tools["training"] == [[LOOKUP]]
+    assert dataset.report["left_out"] == {"continued": 1}
+
+
+def test_equal_calls_are_duplicates_whatever_their_ids_and_spaces(
+    build: Callable[..., BuiltDataset],
+) -> None:
+    def stored(number: int, call_id: str, arguments: str) -> Json:
+        answer = called(call_id, "lookup", arguments)
+        return calling_record(number, answer, messages=asked("Who owns the lantern?"))
+
+    records = [
+        stored(3, "a", '{"thing":"lantern","n":1}'),
+        stored(2, "b", '{"n": 1, "thing": "lantern"}'),
+        stored(1, "c", '{"thing": "lantern", "n": 2}'),
+    ]
+    dataset = build(records, **TRAIN_ALL, near_duplicates=None)
+    assert dataset.report["left_out"] == {"exact_duplicate": 1}
+    assert len(dataset.rows["training"]) == 2
+
+
+def test_arguments_are_masked_and_stay_json(build: Callable[..., BuiltDataset]) -> None:
+    arguments = {"to": "ada@example.org", "card": 4111111111111111, "copies": 2, "urgent": True}
+    call = called("call_1", "lookup", json.dumps({"mail": [arguments]}))
+    dataset = build(
+        [calling_record(1, call, messages=asked("Write to ada@example.org, please"))],
+        **TRAIN_ALL,
+        mask=["email", "card"],
+    )
+    (row,) = dataset.rows["training"]
+    (function,) = [call["function"] for call in row[-1]["tool_calls"]]
+    assert json.loads(function["arguments"]) == {
+        "mail": [{"to": "[EMAIL_1]", "card": "[CARD_1]", "copies": 2, "urgent": True}]
+    }
+    assert row[0]["content"] == "Write to [EMAIL_1], please"
+    assert dataset.report["masked"] == {"email": 2, "card": 1}
 
 
 def test_each_choice_of_an_answer_can_become_a_row(build: Callable[..., BuiltDataset]) -> None:
