@@ -23,7 +23,7 @@ from torch import Tensor
 from app.contracts.generation import Sampling
 from worker.serve.decoding.logit_processors import LogitsProcessor, process_logits
 from worker.serve.grammars.constraint import Constraint
-from worker.serve.grammars.masks import mask_logits
+from worker.serve.grammars.masks import compute_ahead, mask_logits
 
 MIN_TEMPERATURE = 1e-5  # below, only the best token has any mass, and the logits overflow
 BLOCK = 256  # about the square root of a large vocabulary, so that both passes are short
@@ -166,6 +166,7 @@ def pick_tokens(
     if changed is not None:
         changed.put_back(logits_NV)
     picks = [SampledToken(token) for token in tokens]
+    open_constraints = []
     for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
         if token is None:
             continue
@@ -173,8 +174,11 @@ def pick_tokens(
             sampler.processor.record(token)
         if sampler.constraint is not None:
             sampler.constraint.record(token)
+            if token not in sampler.constraint.vocabulary.end_ids:
+                open_constraints.append(sampler.constraint)
         if sampler.num_logprobs is not None:
             picks[row] = _with_logprobs(logits_NV[row], token, sampler.num_logprobs)
+    compute_ahead(open_constraints)
     return picks
 
 

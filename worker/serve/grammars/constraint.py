@@ -1,10 +1,14 @@
 """State of the grammar of one row, and the vocabulary that all rows of an engine share."""
 
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from typing import Final
 
+import numpy as np
 from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
 
+Words = NDArray[np.int32]  # masks have one bit per token
 WORD_BITS: Final = 32  # masks consist of words of this size
 
 
@@ -35,6 +39,19 @@ class Vocabulary:
         return self.num_words * (2 if self.has_first else 1)
 
 
+@dataclass(frozen=True)
+class NextMask:
+    """Mask of the next token. It is complete when `done`, if there is one, has a result."""
+
+    words_W: Words
+    done: Future[None] | None
+
+    def wait(self) -> None:
+        """Waits until the other thread has used the matcher. Raises its errors."""
+        if self.done is not None:
+            self.done.result()
+
+
 @dataclass
 class Constraint:
     """State of the grammar of one row.
@@ -44,15 +61,27 @@ class Constraint:
 
     is_first: The next token is the first one of a text, and has other bytes there.
     fault: Message of an error of the matcher. The answer must then fail.
+    next_mask: Mask of the next token, if its computation has begun. The matcher is not used by
+        others until it is complete.
     """
 
     matcher: LLMatcher
     vocabulary: Vocabulary
     is_first: bool
     fault: str | None = None
+    next_mask: NextMask | None = None
 
     def __deepcopy__(self, _: object) -> "Constraint":
-        return Constraint(self.matcher.deep_copy(), self.vocabulary, self.is_first, self.fault)
+        if self.next_mask is not None:
+            self.next_mask.wait()
+        return replace(self, matcher=self.matcher.deep_copy())
+
+    def take_mask(self) -> Words:
+        """Returns the mask of the next token, whose computation has begun."""
+        assert self.next_mask is not None
+        self.next_mask.wait()
+        words_W, self.next_mask = self.next_mask.words_W, None
+        return words_W
 
     @property
     def is_over(self) -> bool:
@@ -61,6 +90,8 @@ class Constraint:
 
     def record(self, token: int) -> None:
         """Records the next token of the row."""
+        if self.next_mask is not None:
+            self.take_mask()  # it was not needed
         if token in self.vocabulary.end_ids:
             return
         offset = self.vocabulary.first_offset if self.is_first else 0

@@ -1,5 +1,6 @@
 """Masks allow exactly the tokens that the matcher accepts when they are tried one by one."""
 
+import copy
 import json
 import random
 from typing import Any
@@ -11,7 +12,7 @@ from app.contracts.generation import Grammar
 from worker.serve.engine import end_ids
 from worker.serve.grammars.compiler import GrammarCompiler
 from worker.serve.grammars.constraint import Constraint
-from worker.serve.grammars.masks import mask_logits
+from worker.serve.grammars.masks import compute_ahead, mask_logits
 from worker.serve.loading import LoadedModel
 from worker.serve.text.detokenizer import TokenText
 
@@ -56,11 +57,19 @@ def test_a_mask_allows_the_tokens_that_the_matcher_accepts(
     constraint = compiler.constraint(grammar, ())
     ends, rng = constraint.vocabulary.end_ids, random.Random(1)
     for step in range(100):
-        logits_1V = torch.zeros(1, num_logits)
-        mask_logits(logits_1V, [constraint], keeps_logits=False)
-        allowed = set(logits_1V[0].isfinite().nonzero()[:, 0].tolist())
-        assert allowed == tried(constraint, num_logits), step
+        expected = tried(constraint, num_logits)
+        if step % 2:
+            compute_ahead([constraint])
+        logits_3V = torch.zeros(3, num_logits)
+        mask_logits(logits_3V, [constraint, None, copy.deepcopy(constraint)], keeps_logits=False)
+        allowed, free, allowed_to_copy = (
+            set(row.isfinite().nonzero()[:, 0].tolist()) for row in logits_3V
+        )
+        assert allowed == allowed_to_copy == expected, step
+        assert free == set(range(num_logits))
         assert constraint.fault is None
+        if step % 3 == 0:
+            compute_ahead([constraint])  # a mask that is never asked for
         if allowed <= ends:
             return
         constraint.record(rng.choice(sorted(allowed - ends)))
