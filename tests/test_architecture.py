@@ -132,7 +132,7 @@ def test_model_types_are_named_only_by_the_table_and_its_adapters() -> None:
     allowed = {
         "app/contracts/architectures.py",
         "app/contracts/distillation.py",  # families of fresh students, in these two as well
-        "app/services/job_defaults.py",
+        "app/services/fine_tuning/student_rules.py",
         "app/services/submission.py",
         "worker/cpu/llama_decoder.py",
         "worker/distill/losses/lm_head.py",

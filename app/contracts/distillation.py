@@ -93,6 +93,7 @@ class Student(Block):
         of decoder layers, like `num_decoder_layers`.
     fit_rows: Number of training rows on which the kept layers are fitted in closed form before
         training, to compensate for the dropped layers. 0 disables the fit.
+    vocabulary: rows removes the tokens that the rows do not use, after training. Causal models only.
     """
 
     init: Literal["layers", "width", "checkpoint", "lora", "fresh"] = "layers"
@@ -110,6 +111,9 @@ class Student(Block):
     freeze_head: bool = True
     freeze_encoder: bool = True
     fit_rows: Annotated[int, Field(ge=0, le=100_000)] | Auto = "auto"
+    vocabulary: Annotated[
+        Literal["all", "rows"], Field(exclude_if=lambda value: value == "all")
+    ] = "all"
 
     @property
     def ladder(self) -> tuple[int, ...]:

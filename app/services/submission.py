@@ -18,7 +18,7 @@ from app.schemas.jobs import CreateJob
 from app.services import job_defaults, model_registry
 from app.services.files import TRAINING_PURPOSES
 from app.services.fine_tuning import supervised
-from app.services.job_defaults import BLOCK, Pair
+from app.services.fine_tuning.student_rules import BLOCK, Pair
 from app.services.row_lengths import (
     NO_TEMPLATE,
     LengthCheck,

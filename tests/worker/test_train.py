@@ -10,9 +10,11 @@ from typing import IO, Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from tests.tiny import save_tiny
 from tests.worker.memory_sink import FaultAtStage, MemorySink
+from worker.distill.students.recipe import load_model as load_plain
 from worker.distill.training.checkpoint import load_state
 from worker.models.gguf_reader import check_gguf
 from worker.models.model_facts import model_facts
@@ -140,6 +142,26 @@ def test_the_student_is_exported_in_the_formats_asked_for(spec: Json, tmp_path: 
     assert sizes[0] > 1.5 * sizes[1]
     for name in result.files:
         assert check_gguf(tmp_path / "out" / name).architecture == "llama"
+
+
+def test_a_trimmed_student_is_the_best_checkpoint_with_fewer_tokens(
+    spec: Json, tmp_path: Path, one_process: None
+) -> None:
+    spec["distillation"]["student"] = {"vocabulary": "rows"}
+    sink = MemorySink()
+    assert run(RunSpec.model_validate(spec), tmp_path / "out", sink, never) == 0
+    found = result_of(sink)["vocabulary"]
+    trimmed, whole = tmp_path / "out" / "student", tmp_path / "out" / "finished" / "0"
+    assert found["num_tokens"] == model_facts(trimmed).vocab_size < found["num_tokens_before"]
+    assert found["num_parameters"] == model_facts(trimmed).num_parameters
+    assert found["num_parameters_before"] == model_facts(whole).num_parameters
+    after, before = (AutoTokenizer.from_pretrained(folder) for folder in (trimmed, whole))
+    kept = before.convert_tokens_to_ids(after.convert_ids_to_tokens(range(found["num_tokens"])))
+    prompt = "Who keeps house number 3?"
+    with torch.no_grad():
+        logits = load_plain(trimmed)(torch.tensor([after(prompt).input_ids])).logits
+        expected = load_plain(whole)(torch.tensor([before(prompt).input_ids])).logits
+    torch.testing.assert_close(logits, expected[:, :, kept])
 
 
 def test_a_student_that_cannot_be_exported_is_refused_before_the_work(

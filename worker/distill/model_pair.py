@@ -66,6 +66,12 @@ class ModelPair:
             return Reader(fresh_config(fresh, tokenizer), tokenizer)
         return Reader(read_config(self.spec.start_dir), _tokenizer(self.spec.start_dir))
 
+    @property
+    def student_dir(self) -> Path:
+        """The folder of the student's tokenizer."""
+        is_fresh = self.spec.distillation.student.config is not None
+        return self.spec.teacher_dir if is_fresh else self.spec.start_dir
+
     @cached_property
     def has_one_tokenizer(self) -> bool:
         """True if both vocabularies are equal. Equal vocabulary sizes would not prove it."""

@@ -22,13 +22,14 @@ from worker.distill.student_sweep import (
     calibrated,
     plan_student_runs,
 )
-from worker.distill.students.recipe import StudentRecipe
+from worker.distill.students.recipe import StudentRecipe, load_model, num_parameters
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.training.checkpoint import TrainState, link_folder, load_state
 from worker.distill.training.devices import find_device
 from worker.distill.training.rollouts import check_rollouts, plan_rollouts
 from worker.distill.training.trainer import Stopped, TrainingInputs, batch_tokens_of
 from worker.models.vocabulary import num_token_ids
+from worker.models.vocabulary_trimming import check_trimmable, trim_vocabulary
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
 from worker.protocol.run_spec import RunSpec
 
@@ -94,6 +95,8 @@ class Pipeline:
         self._set_threads(state)
         runs = plan_student_runs(self.spec)
         signal = self.pair.signal
+        if self.block.student.vocabulary == "rows":
+            check_trimmable(self.pair.student.config, self.pair.student_dir)
         check_rollouts(self.block, signal, has_one_tokenizer=self.pair.has_one_tokenizer)
         if self.spec.has_teacher and signal.name != "logits":
             self.sink(MessageLine(message=f"teacher signal: {signal.name} ({signal.reason})"))
@@ -135,11 +138,31 @@ class Pipeline:
         num_computed = int(self.ranks.sum(teacher.num_computed if teacher else 0)[0])
         if not self.ranks.is_first:
             return Outcome("student", selected.result, taught.trained_tokens)
-        link_folder(selected.folder, self.out / "student")
         result = self._result(rows, selected, num_computed)
+        self._save_student(selected, rows, result)
         return Outcome(
             "student", result, taught.trained_tokens, self._ladder_files(selected, result)
         )
+
+    def _save_student(self, selected: SelectedStudent, rows: Rows, result: dict[str, Any]) -> None:
+        """Writes the student's folder, with a trimmed vocabulary if the job requests it."""
+        if self.block.student.vocabulary == "all":
+            link_folder(selected.folder, self.out / "student")
+            return
+        used = {
+            token
+            for example in (*rows.train, *rows.valid)
+            for token in (*example.token_ids, *example.source_ids)
+        }
+        model = load_model(selected.folder)
+        before = num_parameters(model)
+        num_kept = trim_vocabulary(model, selected.folder, used, self.out / "student")
+        result["vocabulary"] = {
+            "num_tokens": num_kept,
+            "num_tokens_before": num_token_ids(self.pair.student.tokenizer),
+            "num_parameters": num_parameters(model),
+            "num_parameters_before": before,
+        }
 
     def _result(self, rows: Rows, selected: SelectedStudent, num_computed: int) -> dict[str, Any]:
         """Returns the public result: the evaluation, and the counts of rows it rests on."""

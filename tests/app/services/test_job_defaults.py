@@ -7,7 +7,8 @@ import pytest
 from app.contracts.distillation import Distillation
 from app.contracts.messages import ModelFacts
 from app.errors import BadRequest
-from app.services.job_defaults import EXPORTABLE, Pair, settle
+from app.services.fine_tuning.student_rules import Pair
+from app.services.job_defaults import EXPORTABLE, settle
 from worker.models.architectures import CAUSAL, MASKED, SEQ2SEQ
 
 Json = dict[str, Any]  # Any: open-ended JSON
@@ -60,6 +61,17 @@ def refused(*arguments: Any, **options: Any) -> tuple[str, str, str]:
         decide(*arguments, **options)
     error = caught.value
     return (error.param or "").removeprefix("method.distillation."), error.code, error.message
+
+
+@pytest.mark.parametrize(
+    ("student", "start"),
+    [({"init": "checkpoint"}, "t5"), ({"init": "fresh", "config": {"family": "t5"}}, "t5")],
+)
+def test_only_causal_students_have_a_vocabulary_of_the_rows(student: Json, start: str) -> None:
+    param, _, message = refused({"student": {**student, "vocabulary": "rows"}}, start)
+    assert param == "student.vocabulary"
+    assert "t5 model cannot be trimmed" in message
+    assert decide({"student": {"vocabulary": "rows"}}).student.vocabulary == "rows"
 
 
 @pytest.mark.parametrize("teacher", MASKED)

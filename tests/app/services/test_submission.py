@@ -5,7 +5,7 @@ from app.contracts.messages import DistillationJob, ModelFacts
 from app.errors import BadRequest
 from app.schemas.jobs import CreateJob
 from app.services import submission
-from app.services.job_defaults import Pair
+from app.services.fine_tuning.student_rules import Pair
 
 
 def asked(**block: object) -> CreateJob:
