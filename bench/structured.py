@@ -98,7 +98,8 @@ def longest_steps_ms(
         engine.step()
     for other, prompt in zip(others, prompts, strict=True):
         engine.add(other, prompt)
-    prefills, decodes = [], []
+    prefills: list[float] = []
+    decodes: list[float] = []
     while engine.has_work():
         is_prefill, began = engine.num_waiting > 0, time.perf_counter()
         engine.step()

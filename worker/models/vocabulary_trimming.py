@@ -1,8 +1,8 @@
 """Removes tokens that a task does not use from a model and its tokenizer.
 
-A tokenizer without some of its tokens splits texts that do not contain them as before, because the
-rules that are removed never applied to these texts. Other texts are still encoded, with more and
-shorter tokens. The logits of the remaining tokens do not change.
+Texts that consist of kept tokens are encoded as before, because the removed rules of the tokenizer
+never applied to them. Other texts are encoded with more and shorter tokens. The logits of the kept
+tokens do not change.
 
 V vocabulary, K kept tokens.
 """
@@ -207,8 +207,8 @@ def _renumber_configs(model: PreTrainedModel, new_ids: dict[int, int]) -> None:
 def _shrink(model: PreTrainedModel, kept: list[int]) -> None:
     """Removes the rows of other tokens from the embeddings and the head, in place.
 
-    The kept rows move to the front, and the rest is cut off by the model's own method, which knows
-    the parts of its family that depend on the vocabulary.
+    The kept rows move to the front, and the model's own method cuts off the rest. It knows which
+    parts of its family depend on the vocabulary.
     """
     num_rows = model.get_input_embeddings().weight.shape[0]
     order_V = torch.tensor(kept + sorted(set(range(num_rows)) - set(kept)))
