@@ -8,8 +8,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from app.commands.demo import DemoFailed, call, follow, running_service
+from app.commands.demo import DemoFailed, call, follow
 from app.commands.demo_report import MODELS, row_value, show_samples
-from app.local.embedded_servers import read_service
+from examples.service import service, upload
 from examples.titles.prepare_teacher import EXAMPLE
 
 TEACHER = "titles"
@@ -77,33 +75,6 @@ def job_body(training_file: str, validation_file: str, *, n_epochs: int, seed: i
     }
 
 
-@contextmanager
-def service(data_dir: Path, console: Console) -> Iterator[httpx.Client]:
-    """The service of the data folder: the one that runs, else one of our own."""
-    url = running_url(data_dir)
-    if url is None:
-        with running_service(data_dir, console) as client:
-            yield client
-        return
-    console.print(f"Using the service at {url}", highlight=False)
-    headers = {"Authorization": f"Bearer {(data_dir / 'api_key').read_text().strip()}"}
-    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
-        yield client
-
-
-def running_url(data_dir: Path) -> str | None:
-    """Where the service of the data folder answers; None if there is none."""
-    if not (found := read_service(data_dir)):
-        return None
-    host = found["STILLHOUSE_HOST"].replace("0.0.0.0", "127.0.0.1")
-    url = f"http://{host}:{found['STILLHOUSE_PORT']}"
-    try:
-        is_ready = httpx.get(f"{url}/health/ready", timeout=5, trust_env=False).status_code == 200
-    except httpx.TransportError:  # it was killed and left its address behind
-        return None
-    return url if is_ready else None
-
-
 def prepare(folder: Path) -> None:
     """The teacher's checkpoint and the rows, made unless they are there."""
     if not (folder / "teacher" / "tokenizer_config.json").exists():  # written last
@@ -130,12 +101,6 @@ def import_teacher(client: httpx.Client, folder: Path, data_dir: Path) -> None:
 def python(module: str, *arguments: str) -> None:
     if subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode != 0:
         raise DemoFailed(f"{module} failed; see the error above")
-
-
-def upload(client: httpx.Client, path: Path) -> str:
-    with path.open("rb") as rows:
-        request = {"files": {"file": (path.name, rows)}, "data": {"purpose": "fine-tune"}}
-        return str(call(client, "POST", "/v1/files", **request)["id"])
 
 
 def unfinished(client: httpx.Client) -> str | None:

@@ -1,0 +1,44 @@
+"""Clients of a service for the examples: that of the data folder, or one of their own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+
+from app.commands.demo import call, running_service
+from app.local.embedded_servers import read_service
+
+
+@contextmanager
+def service(data_dir: Path, console: Console) -> Iterator[httpx.Client]:
+    """The service of the data folder: the one that runs, else one of our own."""
+    url = running_url(data_dir)
+    if url is None:
+        with running_service(data_dir, console) as client:
+            yield client
+        return
+    console.print(f"Using the service at {url}", highlight=False)
+    headers = {"Authorization": f"Bearer {(data_dir / 'api_key').read_text().strip()}"}
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+        yield client
+
+
+def running_url(data_dir: Path) -> str | None:
+    """Where the service of the data folder answers; None if there is none."""
+    if not (found := read_service(data_dir)):
+        return None
+    host = found["STILLHOUSE_HOST"].replace("0.0.0.0", "127.0.0.1")
+    url = f"http://{host}:{found['STILLHOUSE_PORT']}"
+    try:
+        is_ready = httpx.get(f"{url}/health/ready", timeout=5, trust_env=False).status_code == 200
+    except httpx.TransportError:  # it was killed and left its address behind
+        return None
+    return url if is_ready else None
+
+
+def upload(client: httpx.Client, path: Path) -> str:
+    with path.open("rb") as rows:
+        request = {"files": {"file": (path.name, rows)}, "data": {"purpose": "fine-tune"}}
+        return str(call(client, "POST", "/v1/files", **request)["id"])
