@@ -9,7 +9,7 @@ from app.contracts.distillation import Distillation
 from app.schemas.jobs import CreateJob
 from examples.licences.measure import bootstrap, macro_f1
 from examples.licences.prepare_rows import CLASSES, LIKE, MAX_ALIKE, Notice, read_notices, split
-from examples.licences.run import LADDER, adaptation_body, distillation_body
+from examples.licences.run import NUM_LAYERS, adaptation_body, distillation_body
 
 LICENCES = {"mit": "Permissive", "gpl-2.0": "Copyleft", "lgpl-2.1": "Copyleft Limited"}
 LONG = "is free software that everybody may use under the terms below, as stated in its files"
@@ -79,5 +79,5 @@ def test_the_api_takes_both_jobs() -> None:
     assert adaptation.method is not None
     distillation = distillation_body("t", "file-1", "file-2", 0.81234, 0)["method"]["distillation"]
     block = Distillation.model_validate(distillation)
-    assert block.student.ladder == tuple(LADDER)
+    assert block.student.num_layers == NUM_LAYERS
     assert block.student.vocabulary == "rows"
