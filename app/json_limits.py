@@ -17,9 +17,8 @@ MAX_COMMAS: Final = 500_000
 # Limits after parsing.
 MAX_CONTAINERS: Final = 10_000  # arrays and objects
 MAX_FIELDS: Final = 4096  # per object
-MAX_DEPTH: Final = (
-    200  # orjson.dumps fails above 254 levels, and responses repeat parts of requests
-)
+# orjson.dumps fails above 254 levels, and responses repeat parts of requests.
+MAX_DEPTH: Final = 200
 CONTAINERS: Final[frozenset[type]] = frozenset((dict, list))
 
 

@@ -13,7 +13,7 @@ from app.local.embedded_servers import read_service
 
 @contextmanager
 def service(data_dir: Path, console: Console) -> Iterator[httpx.Client]:
-    """The service of the data folder: the one that runs, else one of our own."""
+    """Yields a client of the service that runs from the data folder, or of a new one."""
     url = running_url(data_dir)
     if url is None:
         with running_service(data_dir, console) as client:
@@ -26,14 +26,14 @@ def service(data_dir: Path, console: Console) -> Iterator[httpx.Client]:
 
 
 def running_url(data_dir: Path) -> str | None:
-    """Where the service of the data folder answers; None if there is none."""
+    """Returns the URL of the service that runs from the data folder, or None."""
     if not (found := read_service(data_dir)):
         return None
     host = found["STILLHOUSE_HOST"].replace("0.0.0.0", "127.0.0.1")
     url = f"http://{host}:{found['STILLHOUSE_PORT']}"
     try:
         is_ready = httpx.get(f"{url}/health/ready", timeout=5, trust_env=False).status_code == 200
-    except httpx.TransportError:  # it was killed and left its address behind
+    except httpx.TransportError:  # the address is that of a service that was killed
         return None
     return url if is_ready else None
 
@@ -42,3 +42,13 @@ def upload(client: httpx.Client, path: Path) -> str:
     with path.open("rb") as rows:
         request = {"files": {"file": (path.name, rows)}, "data": {"purpose": "fine-tune"}}
         return str(call(client, "POST", "/v1/files", **request)["id"])
+
+
+def unfinished(client: httpx.Client, example: str) -> str | None:
+    """Returns the id of a job of this example that was interrupted, or None.
+
+    It is followed whatever its settings are, because a new job would wait behind it.
+    """
+    asked = {"metadata[example]": example}
+    jobs = call(client, "GET", "/v1/fine_tuning/jobs", params=asked)["data"]
+    return next((str(job["id"]) for job in jobs if job["status"] in {"queued", "running"}), None)

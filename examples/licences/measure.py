@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from examples.licences.prepare_rows import CLASSES
 NUM_CALLERS = 16
 NUM_RESAMPLES = 1000
 Json = dict[str, Any]  # Any: JSON bodies of the public API
+Pairs = Sequence[tuple[str, str]]  # answers and labels
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ def measure(client: httpx.Client, model: str, path: Path) -> Measured:
     return Measured(model, bootstrap(accuracy, pairs), bootstrap(macro_f1, pairs), speed)
 
 
-def accuracy(pairs: Sequence[tuple[str, str]]) -> float:
+def accuracy(pairs: Pairs) -> float:
     return sum(answer == label for answer, label in pairs) / len(pairs)
 
 
-def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
+def macro_f1(pairs: Pairs) -> float:
     """Returns the mean F1 of the classes that occur."""
     scores = []
     for name in CLASSES:
@@ -105,7 +106,8 @@ def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
     return sum(scores) / len(scores)
 
 
-def bootstrap(figure: Any, pairs: Sequence[tuple[str, str]]) -> Score:  # Any: accuracy or macro_f1
+def bootstrap(figure: Callable[[Pairs], float], pairs: Pairs) -> Score:
+    """Returns a figure with its interval over resampled answers."""
     rng = random.Random(0)
     values = sorted(figure(rng.choices(pairs, k=len(pairs))) for _ in range(NUM_RESAMPLES))
     low, high = values[NUM_RESAMPLES // 40], values[-NUM_RESAMPLES // 40]

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from app.commands.demo import DemoFailed
+
 REQUIREMENT = "scancode-toolkit-mini==32.5.0"
 CLASS_OF = {
     "Permissive": "permissive",
@@ -123,12 +125,13 @@ def shuffled(text: str) -> str:
 
 
 def fetch(folder: Path) -> Path:
-    """Returns the wheel, downloaded into the folder unless it is there."""
-    pattern = "scancode_toolkit_mini-*.whl"
+    """Returns the wheel, downloaded into the folder unless it is there. Raises DemoFailed."""
+    pattern = "scancode_toolkit_mini-32.5.0-*.whl"
     if not list(folder.glob(pattern)):
         command = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps"]
         command += ["--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
-        subprocess.run(command, check=True)
+        if subprocess.run(command, check=False).returncode != 0:
+            raise DemoFailed(f"{REQUIREMENT} could not be downloaded; see the error above")
     (wheel,) = folder.glob(pattern)
     return wheel
 

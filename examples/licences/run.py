@@ -4,9 +4,7 @@ Adapts SmolLM2-135M-Instruct to the classification of licence notices, distils a
 compares the two. All steps use the public API.
 """
 
-import argparse
 import json
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,14 +14,19 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from app.commands.demo import TEACHER, DemoFailed, call, follow, import_teacher
+from app.commands.demo import TEACHER, call, follow, import_teacher
+from examples.command import parser_of, report_problems
 from examples.licences.measure import Measured, ask_all, measure, read_messages
 from examples.licences.prepare_rows import write_rows
-from examples.service import service, upload
+from examples.service import service, unfinished, upload
 
 KEPT_SHARE = 0.97  # of the teacher's macro-F1 that a student must have
 NUM_LAYERS = 3  # of the teacher's 30
 NUM_LABELLED, NUM_UNLABELLED = 1000, 2500
+ADAPTATION, DISTILLATION = (
+    "licences-adaptation",
+    "licences-distillation",
+)  # in the metadata of the jobs
 Json = dict[str, Any]  # Any: JSON bodies of the public API
 
 
@@ -35,6 +38,7 @@ def adaptation_body(training_file: str, validation_file: str, seed: int) -> Json
         "validation_file": validation_file,
         "suffix": "licences",
         "seed": seed,
+        "metadata": {"example": ADAPTATION},
         "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1}}},
     }
 
@@ -49,6 +53,7 @@ def distillation_body(
         "validation_file": validation_file,
         "suffix": "licences-small",
         "seed": seed,
+        "metadata": {"example": DISTILLATION},
         "method": {
             "type": "distillation",
             "distillation": {
@@ -67,6 +72,10 @@ def distillation_body(
 
 
 def run_job(client: httpx.Client, body: Json, console: Console) -> Json:
+    """Runs a job to its end. Follows one of an interrupted run of this example, if there is one."""
+    if (job_id := unfinished(client, body["metadata"]["example"])) is not None:
+        console.print(f"Following the job {job_id} of an earlier, interrupted run")
+        return follow(client, job_id, console)
     console.print("The request body for POST /v1/fine_tuning/jobs:")
     console.print_json(json.dumps(body))
     job = call(client, "POST", "/v1/fine_tuning/jobs", json=body)
@@ -152,21 +161,9 @@ def show(console: Console, compared: list[tuple[str, Measured, Json]], minutes: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.licences.run")
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path(".stillhouse"), help="default: %(default)s"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
-    try:
-        figures = run(arguments.data_dir.resolve(), Console(), arguments.seed)
-    except DemoFailed as problem:
-        sys.exit(f"licences: {problem}")
-    except KeyboardInterrupt:
-        sys.exit("licences: interrupted")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=2) + "\n")
+    arguments = parser_of("licences").parse_args()
+    with report_problems("licences", arguments.json) as results:
+        results.update(run(arguments.data_dir, Console(), arguments.seed))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Uses the `stillhouse up` of the data folder if one runs, else starts one and stops it at the end.
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,7 +16,8 @@ from rich.table import Table
 
 from app.commands.demo import DemoFailed, call, follow
 from app.commands.demo_report import MODELS, row_value, show_samples
-from examples.service import service, upload
+from examples.command import parser_of, report_problems
+from examples.service import service, unfinished, upload
 from examples.titles.prepare_teacher import EXAMPLE
 
 TEACHER = "titles"
@@ -103,13 +103,6 @@ def python(module: str, *arguments: str) -> None:
         raise DemoFailed(f"{module} failed; see the error above")
 
 
-def unfinished(client: httpx.Client) -> str | None:
-    """A job of this example that was interrupted, whatever its settings: another would wait behind it."""
-    asked = {"metadata[example]": "titles"}
-    jobs = call(client, "GET", "/v1/fine_tuning/jobs", params=asked)["data"]
-    return next((str(job["id"]) for job in jobs if job["status"] in {"queued", "running"}), None)
-
-
 def post(client: httpx.Client, folder: Path, console: Console, n_epochs: int, seed: int) -> str:
     files = [upload(client, folder / "rows" / f"{name}.jsonl") for name in ("train", "valid")]
     body = job_body(files[0], files[1], n_epochs=n_epochs, seed=seed)
@@ -143,7 +136,9 @@ def run(data_dir: Path, console: Console, *, n_epochs: int, seed: int) -> Json:
         import_teacher(client, folder, data_dir)
         began = time.monotonic()
         job = follow(
-            client, unfinished(client) or post(client, folder, console, n_epochs, seed), console
+            client,
+            unfinished(client, "titles") or post(client, folder, console, n_epochs, seed),
+            console,
         )
         console.print(
             f"{(time.monotonic() - began) / 60:.1f} minutes from the upload to the result."
@@ -161,23 +156,13 @@ def run(data_dir: Path, console: Console, *, n_epochs: int, seed: int) -> Json:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m examples.titles.run")
-    parser.add_argument(
-        "--data-dir", type=Path, default=Path(".stillhouse"), help="default: %(default)s"
-    )
+    parser = parser_of("titles")
     parser.add_argument("--epochs", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="write the job with its result here")
     arguments = parser.parse_args()
-    data_dir: Path = arguments.data_dir.resolve()
-    try:
-        job = run(data_dir, Console(), n_epochs=arguments.epochs, seed=arguments.seed)
-    except DemoFailed as problem:
-        sys.exit(f"titles: {problem}")
-    except KeyboardInterrupt:
-        sys.exit("titles: interrupted")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(job, indent=2) + "\n")
+    with report_problems("titles", arguments.json) as results:
+        results.update(
+            run(arguments.data_dir, Console(), n_epochs=arguments.epochs, seed=arguments.seed)
+        )
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def identity(message: Message) -> bytes:
 
 def _message(message: Json) -> Message:
     role, calls = message["role"], message.get("tool_calls") or []
-    if role not in ROLES:
-        raise Unsuitable("role")
+    if role not in ROLES or message.get("function_call"):
+        raise Unsuitable("function_call")  # the deprecated form of tools
     content = message.get("content")
     if isinstance(content, list):
         if any(part.get("type") != "text" for part in content):
@@ -92,14 +92,14 @@ def _message(message: Json) -> Message:
 def _call(call: Json) -> Json:
     """Returns a tool call. Raises Unsuitable if its arguments are not a JSON object.
 
-    An answer that was cut off can have such arguments, and a row with them would be refused.
+    A model can write any arguments, for example in an answer that was cut off. A row with them would
+    be refused.
     """
-    function = call.get("function")
-    if function is None:
-        raise Unsuitable("custom_tool")
+    function = call["function"]
     try:
         arguments = orjson.loads(function["arguments"])
-    except orjson.JSONDecodeError:
+        orjson.dumps(arguments)  # fails if they are too deeply nested
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
         raise Unsuitable("invalid_tool_call") from None
     if not isinstance(arguments, dict):
         raise Unsuitable("invalid_tool_call")
@@ -138,7 +138,7 @@ def _masked_value(value: Any, masker: Masker) -> Any:  # Any: JSON
     """Returns a JSON value with its texts masked. A number that is masked becomes a text."""
     match value:
         case dict():
-            return {key: _masked_value(item, masker) for key, item in value.items()}
+            return {masker.mask(key): _masked_value(item, masker) for key, item in value.items()}
         case list():
             return [_masked_value(item, masker) for item in value]
         case str():

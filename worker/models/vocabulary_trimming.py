@@ -22,7 +22,7 @@ from worker.errors import UnsupportedModel
 from worker.models.architectures import kind_of
 
 ALGORITHMS: Final = ("BPE", "Unigram", "WordPiece")
-ROUNDING: Final = 64  # fast matmuls want a multiple
+ROUNDING: Final = 64  # matmuls are faster if the vocabulary is a multiple
 KEPT_FILES: Final = ("chat_template.jinja", "chat_template.json", "special_tokens_map.json")
 Json = dict[str, Any]  # Any: tokenizer.json, whose schema depends on the algorithm
 
@@ -31,7 +31,8 @@ def check_trimmable(config: PretrainedConfig, tokenizer_dir: Path) -> None:
     """Raises UnsupportedModel if the vocabulary of the model cannot be trimmed."""
     if kind_of(config) != "causal":
         raise UnsupportedModel(
-            f"the vocabulary of a {config.model_type} model cannot be trimmed, only that of a causal model"
+            f"the vocabulary of a {config.model_type} model cannot be trimmed, only that of a causal model; "
+            "leave student.vocabulary out"
         )
     algorithm = json.loads((tokenizer_dir / "tokenizer.json").read_text())["model"]["type"]
     if algorithm not in ALGORITHMS:

@@ -128,6 +128,7 @@ def test_rows_are_the_conversations_and_the_report_counts_them(
 
 def test_each_reason_to_leave_an_answer_out_is_counted(build: Callable[..., BuiltDataset]) -> None:
     half_a_call = [*asked("q"), called("x", "lookup", '{"name": "an'), result("x", "r")]
+    half_done = {"role": "assistant", "content": "wait", "function_call": {"name": "f"}}
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]
     records = [
         record(0, question=question(0)),
@@ -136,9 +137,11 @@ def test_each_reason_to_leave_an_answer_out_is_counted(build: Callable[..., Buil
         record(3, question=question(3), finish_reason="length"),
         record(4, messages=half_a_call),
         record(5, messages=image),
+        calling_record(11, called("x", "lookup", '{"a":' * 300 + "1" + "}" * 300)),
+        record(12, messages=[*asked("q"), {**result("x", "r"), "role": "function"}]),
+        record(13, messages=[*asked("q"), half_done, *asked("r")]),
         record(6, question=question(6), answer="no"),
         record(7, question=question(7), answer="   "),
-        record(8, messages=[*asked("q"), {"role": "function", "name": "f", "content": "r"}]),
         record(9, messages=[{"role": "system", "content": "s"}]),
         record(10, question=question(10), answer="word " * 400),
     ]
@@ -147,8 +150,8 @@ def test_each_reason_to_leave_an_answer_out_is_counted(build: Callable[..., Buil
         "near_duplicate": 1,
         "exact_duplicate": 1,
         "finish_reason": 1,
-        "invalid_tool_call": 1,
-        "role": 1,
+        "invalid_tool_call": 2,
+        "function_call": 2,
         "not_text": 1,
         "short_answer": 1,
         "empty_message": 1,
@@ -224,7 +227,13 @@ def test_equal_calls_are_duplicates_whatever_their_ids_and_spaces(
 
 
 def test_arguments_are_masked_and_stay_json(build: Callable[..., BuiltDataset]) -> None:
-    arguments = {"to": "ada@example.org", "card": 4111111111111111, "copies": 2, "urgent": True}
+    arguments = {
+        "ada@example.org": None,
+        "to": "ada@example.org",
+        "card": 4111111111111111,
+        "copies": 2,
+        "urgent": True,
+    }
     call = called("call_1", "lookup", json.dumps({"mail": [arguments]}))
     dataset = build(
         [calling_record(1, call, messages=asked("Write to ada@example.org, please"))],
@@ -234,10 +243,12 @@ def test_arguments_are_masked_and_stay_json(build: Callable[..., BuiltDataset]) 
     (row,) = dataset.rows["training"]
     (function,) = [call["function"] for call in row[-1]["tool_calls"]]
     assert json.loads(function["arguments"]) == {
-        "mail": [{"to": "[EMAIL_1]", "card": "[CARD_1]", "copies": 2, "urgent": True}]
+        "mail": [
+            {"[EMAIL_1]": None, "to": "[EMAIL_1]", "card": "[CARD_1]", "copies": 2, "urgent": True}
+        ]
     }
     assert row[0]["content"] == "Write to [EMAIL_1], please"
-    assert dataset.report["masked"] == {"email": 2, "card": 1}
+    assert dataset.report["masked"] == {"email": 3, "card": 1}
 
 
 def test_each_choice_of_an_answer_can_become_a_row(build: Callable[..., BuiltDataset]) -> None:

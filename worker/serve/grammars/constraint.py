@@ -61,8 +61,8 @@ class Constraint:
 
     is_first: The next token is the first one of a text, and has other bytes there.
     fault: Message of an error of the matcher. The answer must then fail.
-    next_mask: Mask of the next token, if its computation has begun. The matcher is not used by
-        others until it is complete.
+    next_mask: Mask of the next token, if its computation has begun. The matcher must not be used
+        before it is complete.
     """
 
     matcher: LLMatcher

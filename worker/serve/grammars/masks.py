@@ -18,7 +18,7 @@ from torch import Tensor
 
 from worker.serve.grammars.constraint import Constraint, NextMask, Words
 
-# Two threads, because a forward pass uses all cores: one busy core would delay it more.
+# A forward pass waits for the slowest core, so two half-busy cores delay it less than one busy core.
 EXECUTOR: Final = LLExecutor(num_threads=2)
 OTHER_THREAD: Final = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
 
@@ -47,7 +47,7 @@ def mask_logits(
         return None
     rows = [row for row, _ in constrained]
     before_KV = logits_NV[rows] if keeps_logits else None
-    _compute([c for _, c in constrained if c.next_mask is None])
+    _begin([c for _, c in constrained if c.next_mask is None])
     open_rows, masks = [], []
     for row, constraint in constrained:
         bits_W = constraint.take_mask()
@@ -64,25 +64,21 @@ def mask_logits(
 
 def compute_ahead(constraints: Sequence[Constraint]) -> None:
     """Starts to compute the next masks on another thread, while the model computes the logits."""
-    if constraints:
-        _assign(constraints, ahead=True)
+    _begin(constraints, OTHER_THREAD)
 
 
-def _compute(constraints: Sequence[Constraint]) -> None:
-    if constraints:
-        _assign(constraints, ahead=False)
-
-
-def _assign(constraints: Sequence[Constraint], *, ahead: bool) -> None:
-    """Gives each constraint its next mask, computed by now or by the other thread."""
+def _begin(constraints: Sequence[Constraint], pool: ThreadPoolExecutor | None = None) -> None:
+    """Sets the next masks of the constraints. Without a pool they are complete at once."""
+    if not constraints:
+        return
     num_words = max(constraint.vocabulary.num_mask_words for constraint in constraints)
     bits_KW = np.zeros((len(constraints), num_words), dtype=np.int32)
     jobs = [(constraint.matcher, index) for index, constraint in enumerate(constraints)]
-    if ahead:
-        done = OTHER_THREAD.submit(fill_next_token_bitmask_par, EXECUTOR, jobs, bits_KW)
-    else:
+    done = None
+    if pool is None:
         fill_next_token_bitmask_par(EXECUTOR, jobs, bits_KW)
-        done = None
+    else:
+        done = pool.submit(fill_next_token_bitmask_par, EXECUTOR, jobs, bits_KW)
     for constraint, bits_W in zip(constraints, bits_KW, strict=True):
         constraint.next_mask = NextMask(bits_W, done)
 
