@@ -1,5 +1,7 @@
 """A real Postgres and a real Valkey for every test that asks for them."""
 
+from app.fast_imports import imports_done  # isort: split
+
 import itertools
 import os
 import shutil
@@ -30,6 +32,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--schedules", type=int, default=3, help="random schedules of each served family"
     )
+
+
+def pytest_collection_finish() -> None:
+    imports_done()
 
 
 @pytest.fixture(scope="session")

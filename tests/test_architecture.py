@@ -40,6 +40,7 @@ WORKER_MAY_IMPORT = {
     "app.db.session",
     "app.db.traffic.completions",
     "app.db.traffic.datasets",
+    "app.fast_imports",
     "app.local.process_manager",
     "app.local_copies",
     "app.log_config",

@@ -4,6 +4,8 @@ Usage: `python -m worker.import_model SPEC.json --out DIR`. Only checked files a
 checkpoint is loaded again, and its logits must equal those of the source.
 """
 
+from app.fast_imports import imports_done  # isort: split
+
 import argparse
 import logging
 import sys
@@ -40,6 +42,8 @@ from worker.protocol.run_lines import (
     StageLine,
     take_over_stdout,
 )
+
+imports_done()
 
 SENTENCE = "1. The capital of France is Paris, and 12 + 7 is 19.\n\n2. Ask a short question."
 MODEL, SOURCE = "model", "source"  # subfolders of the run's output folder

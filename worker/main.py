@@ -100,6 +100,8 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     cuda.restrict_to(settings.serve_cuda_devices)  # before torch initialises CUDA
 
     # Imported here, because a train worker does not need these modules.
+    from app.fast_imports import imports_done  # isort: split
+
     import torch
     from transformers.utils import logging as transformers_logging
 
@@ -110,6 +112,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     from worker.serve.vllm_engine import has_vllm
     from worker.serve_worker import FAULTS, ServeOptions, ServeWorker, connect
 
+    imports_done()
     cuda.require(
         settings.serve_cuda_devices, torch.cuda.device_count(), "STILLHOUSE_SERVE_CUDA_DEVICES"
     )
@@ -137,17 +140,14 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
         shared_cores=shared_cores(settings) if host.device == "cpu" else None,
         training_share=settings.training_cpu_share,
     )
-    worker = ServeWorker(
-        host, options, on_end=lambda is_as_asked: stop_consuming(0 if is_as_asked else 1)
-    )
+    worker = ServeWorker(host, options, lambda is_asked: stop_consuming(0 if is_asked else 1))
     queue = serve_queue(worker_id)
     # Without acknowledgements, a worker that dies loses the requests that it has read. The request
     # router sends them again.
     app = make_app(settings, queue, no_ack=True)
     add_generate(app, worker.submit)
     inbox = connect(settings.redis_url)
-    key = f"{app.conf.broker_transport_options['global_keyprefix']}{queue}"
-    Inbox(lambda: inbox.lindex(key, -1), give_up, faults=FAULTS).start()
+    Inbox(lambda: inbox.lindex(queue_key(app, queue), -1), give_up, faults=FAULTS).start()
 
     def ready() -> None:
         """Starts the threads of the serve worker."""
@@ -179,6 +179,11 @@ def make_app(settings: Settings, queue: str, *, no_ack: bool = False) -> Celery:
     )
     app.conf.task_default_queue = queue
     return app
+
+
+def queue_key(app: Celery, queue: str) -> str:
+    """Returns the key of the Redis list that holds the messages of a queue."""
+    return f"{app.conf.broker_transport_options['global_keyprefix']}{queue}"
 
 
 def run(

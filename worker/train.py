@@ -5,6 +5,8 @@ After a SIGTERM it writes a checkpoint and a `stopped` line, and exits with 0. I
 after a failure; there is an `error` line only if a retry would not help.
 """
 
+from app.fast_imports import imports_done  # isort: split
+
 import argparse
 import logging
 import signal
@@ -38,6 +40,8 @@ from worker.protocol.run_lines import ErrorLine, ResultLine, RunLine, StoppedLin
 from worker.protocol.run_spec import RunSpec
 from worker.serve.batch_generate import Continuation, generate_all
 from worker.serve.errors import ServeError
+
+imports_done()
 
 Json = dict[str, Any]  # Any: part of the public result
 KIND_OF: dict[ExportFormat, Kind] = {"gguf_f16": "f16", "gguf_q8_0": "q8_0"}

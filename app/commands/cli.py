@@ -1,5 +1,7 @@
 """Runs the Stillhouse service and manages its API keys and models."""
 
+from app.fast_imports import imports_done  # isort: split
+
 import os
 import sys
 from datetime import UTC, datetime, timedelta
@@ -16,6 +18,8 @@ from app.db.session import DatabaseUnavailable
 from app.errors import StillhouseError
 from app.local.server_process import LocalServiceError
 from app.storage import StorageError
+
+imports_done()
 
 KERNELS_MODULE = "worker.build_kernels"  # it needs torch, which this process does not load
 

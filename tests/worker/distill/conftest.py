@@ -1,6 +1,5 @@
 """A small distillation to run: tiny models, a few rows, one thread."""
 
-import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from worker.protocol.run_spec import RunSpec
 from worker.train import EngineSampler
 
 Json = dict[str, Any]  # Any: open-ended JSON
-gc.freeze()  # what the imports made is not walked by every gc.collect of a run
 
 
 @pytest.fixture(autouse=True)
