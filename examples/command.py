@@ -11,9 +11,9 @@ from typing import Any
 from app.commands.demo import DemoFailed
 
 
-def parser_of(name: str) -> argparse.ArgumentParser:
+def parser_of(name: str, module: str = "run") -> argparse.ArgumentParser:
     """Returns a parser with the options of all examples."""
-    parser = argparse.ArgumentParser(prog=f"python -m examples.{name}.run")
+    parser = argparse.ArgumentParser(prog=f"python -m examples.{name}.{module}")
     parser.add_argument(
         "--data-dir",
         type=lambda text: Path(text).resolve(),

@@ -1,14 +1,17 @@
 """Clients of a service for the examples: that of the data folder, or one of their own."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 from rich.console import Console
 
 from app.commands.demo import call, running_service
 from app.local.embedded_servers import read_service
+
+Json = dict[str, Any]  # Any: JSON bodies of the public API
 
 
 @contextmanager
@@ -49,6 +52,12 @@ def unfinished(client: httpx.Client, example: str) -> str | None:
 
     It is followed whatever its settings are, because a new job would wait behind it.
     """
+    found = jobs_of(client, example, {"queued", "running"})
+    return str(found[0]["id"]) if found else None
+
+
+def jobs_of(client: httpx.Client, example: str, statuses: Collection[str]) -> list[Json]:
+    """Returns the jobs of this example with one of these statuses, the newest first."""
     asked = {"metadata[example]": example}
-    jobs = call(client, "GET", "/v1/fine_tuning/jobs", params=asked)["data"]
-    return next((str(job["id"]) for job in jobs if job["status"] in {"queued", "running"}), None)
+    jobs: list[Json] = call(client, "GET", "/v1/fine_tuning/jobs", params=asked)["data"]
+    return [job for job in jobs if job["status"] in statuses]

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from app.commands.demo import call
 from examples.licences.prepare_rows import CLASSES
 
 NUM_CALLERS = 16
@@ -33,9 +34,12 @@ class Score:
 
 @dataclass(frozen=True)
 class Measured:
-    """What one model answered, and how fast."""
+    """Size of one model, what it answered, and how fast."""
 
     model: str
+    num_parameters: int
+    file_bytes: int
+    memory_bytes: int  # of the weights in the serve worker
     accuracy: Score
     macro_f1: Score
     requests_per_second: float
@@ -87,7 +91,17 @@ def measure(client: httpx.Client, model: str, path: Path) -> Measured:
     ask_all(client, model, prompts[: 2 * NUM_CALLERS])
     answers, speed = ask_all(client, model, prompts)
     pairs = list(zip(answers, labels, strict=True))
-    return Measured(model, bootstrap(accuracy, pairs), bootstrap(macro_f1, pairs), speed)
+    facts = call(client, "GET", f"/v1/models/{model}")
+    workers = call(client, "GET", f"/v1/models/{model}/status")["workers"]
+    return Measured(
+        model,
+        facts["num_parameters"],
+        facts["size_bytes"],
+        max(worker["bytes"] for worker in workers),
+        bootstrap(accuracy, pairs),
+        bootstrap(macro_f1, pairs),
+        speed,
+    )
 
 
 def accuracy(pairs: Pairs) -> float:

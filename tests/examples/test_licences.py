@@ -7,9 +7,11 @@ import pytest
 
 from app.contracts.distillation import Distillation
 from app.schemas.jobs import CreateJob
-from examples.licences.measure import bootstrap, macro_f1
+from examples.licences.jobs import NUM_LAYERS, adaptation, distillation
+from examples.licences.measure import Score, bootstrap, macro_f1
+from examples.licences.plot import Point, draw
 from examples.licences.prepare_rows import CLASSES, LIKE, MAX_ALIKE, Notice, read_notices, split
-from examples.licences.run import NUM_LAYERS, adaptation_body, distillation_body
+from examples.licences.study import SIZES
 
 LICENCES = {"mit": "Permissive", "gpl-2.0": "Copyleft", "lgpl-2.1": "Copyleft Limited"}
 LONG = "is free software that everybody may use under the terms below, as stated in its files"
@@ -46,7 +48,7 @@ def test_only_english_notices_with_a_single_class_are_kept(wheel: Path) -> None:
     first, last = read_notices(wheel)
     assert first == Notice(f"This program {LONG}", "permissive")
     assert last.label == "weak copyleft"
-    assert len(last.text) <= 400
+    assert len(last.text) <= 300
     assert not last.text.endswith(" ")
 
 
@@ -74,10 +76,29 @@ def test_macro_f1_is_the_mean_over_classes() -> None:
     assert score.low < score.value < score.high
 
 
-def test_the_api_takes_both_jobs() -> None:
-    adaptation = CreateJob.model_validate(adaptation_body("file-1", "file-2", 0))
-    assert adaptation.method is not None
-    distillation = distillation_body("t", "file-1", "file-2", 0.81234, 0)["method"]["distillation"]
-    block = Distillation.model_validate(distillation)
+def test_the_api_takes_the_adaptation() -> None:
+    asked = CreateJob.model_validate(adaptation("file-1", "file-2", 0))
+    assert asked.supervised.hyperparameters is not None
+    assert asked.supervised.hyperparameters.n_epochs == 1
+
+
+def test_the_api_takes_the_distillation() -> None:
+    body = distillation("t", "file-1", "file-2", 0, at_least=0.8123)
+    block = Distillation.model_validate(body["method"]["distillation"])
     assert block.student.num_layers == NUM_LAYERS
     assert block.student.vocabulary == "rows"
+    assert block.evaluation.gate is not None
+
+
+@pytest.mark.parametrize("student", SIZES.values(), ids=SIZES)
+def test_the_api_takes_the_students_of_the_study(student: dict[str, object]) -> None:
+    body = distillation("t", "file-1", "file-2", 0, student=student, uses_teacher=False)
+    block = Distillation.model_validate(body["method"]["distillation"])
+    assert block.objective.teacher_signal == "text"
+    assert block.evaluation.gate is None
+
+
+def test_the_plot_is_an_image(tmp_path: Path) -> None:
+    score = Score(0.8, 0.7, 0.9)
+    draw([Point("a", 10, score, is_teacher=True), Point("b", 90, score)], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -16,13 +16,14 @@ from tests.e2e.service import TEACHER, Service, start_service
 from tests.e2e.test_openai_client import extra, method, rows, wait
 
 pytestmark = pytest.mark.e2e
-LONG = {
-    "n_epochs": 150,
+SHORT = {
+    "n_epochs": 2,
     "batch_tokens": 128,
     "max_sequence_tokens": 96,
     "eval_steps": 100000,
     "checkpoint_steps": 50,
 }
+LONG = {**SHORT, "n_epochs": 40}  # seconds of work are left when the first checkpoint is written
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +41,9 @@ def faulty(service_dir: Path, tiny_llama_dir: Path) -> Iterator[tuple[Service, L
         valkey.stop()
 
 
-def submit(client: openai.OpenAI, suffix: str) -> str:
+def submit(client: openai.OpenAI, suffix: str, numbers: dict[str, int] = LONG) -> str:
     file = client.files.create(file=("train.jsonl", rows(40)), purpose="fine-tune")
-    body: Any = method(hyperparameters=LONG)
+    body: Any = method(hyperparameters=numbers)
     job = client.fine_tuning.jobs.create(
         model=TEACHER, training_file=file.id, suffix=suffix, seed=3, method=body
     )
@@ -108,7 +109,7 @@ def test_a_job_is_accepted_while_valkey_is_down_and_runs_when_it_is_back(
     service, valkey = faulty
     with service.client() as client:
         valkey.stop()
-        job_id = submit(client, "no-broker")
+        job_id = submit(client, "no-broker", SHORT)
         assert client.fine_tuning.jobs.retrieve(job_id).status == "queued"
         time.sleep(2)
         valkey.start()

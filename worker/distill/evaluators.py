@@ -53,6 +53,7 @@ class Evaluators:
             sampler_for=self.sampler_for,
             on_progress=tell,
             warn=self.warn,
+            matmul_dtype=self.pair.card.matmul_dtype,
         )
 
     def _judged_teacher(

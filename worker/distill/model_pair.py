@@ -156,8 +156,7 @@ class ModelPair:
     def load_evaluated_teacher(self) -> PreTrainedModel:
         """Returns the teacher for the evaluation, on the placement's device and in its dtype.
 
-        On a CPU it is loaded again, because the copy that teaches may round its matmuls to
-        bfloat16.
+        On a CPU it is loaded again, because the evaluation packs the weights of its models.
         """
         if self.card.name != "cpu":
             return self._load()

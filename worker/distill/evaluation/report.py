@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from worker.cpu import prepare_for_inference
@@ -91,6 +92,7 @@ class Evaluator:
     sampler_for: Callable[[PreTrainedModel], Sampler]
     on_progress: Tell
     warn: Callable[[str], None]
+    matmul_dtype: torch.dtype = torch.float32  # of linear layers other than the head, on a CPU
     _judged_teacher: Evaluated | None = field(default=None, init=False)
     _folders: dict[Path, Evaluated] = field(default_factory=dict, init=False)
 
@@ -226,7 +228,8 @@ class Evaluator:
         is_teacher = teachers_view is not None
         view = teachers_view or self.student_view
         model = build().requires_grad_(False)
-        prepare_for_inference(model)
+        # rounds as in training, and as the student is served on this device
+        prepare_for_inference(model, dtype=self.matmul_dtype, exact=model.get_output_embeddings())
         figures = held_out_figures(view.measure(model), self.metrics, self.groups)
         entry: Entry = size_of(model)
         tell(0.3)

@@ -34,6 +34,7 @@ from worker.distill.training.checkpoint import (
 )
 from worker.distill.training.devices import ON_CPU, Placement
 from worker.distill.training.feature_losses import FeaturePlan, Features
+from worker.distill.training.intervals import eval_steps_of
 from worker.distill.training.layer_fitting import fit_student
 from worker.distill.training.lr_schedule import parameter_groups, peak_learning_rate, scheduled
 from worker.distill.training.rollouts import MicroBatch, RolloutPlan, Rollouts
@@ -50,7 +51,6 @@ from worker.protocol.run_lines import (
 )
 
 CPU_BATCH_TOKENS = 1024  # larger batches do not make a CPU faster
-EVALS_PER_RUN = 10  # for eval_steps and checkpoint_steps "auto"
 CHECKPOINT_SECONDS = 600.0  # seconds; with checkpoint_steps "auto", no more work than this is lost
 METRIC_POINTS = 500  # approximate points per metric of a long run
 
@@ -165,8 +165,7 @@ class Trainer:
         self._throttle = Throttle()
 
     def _set_intervals(self, h: Hyperparameters) -> None:
-        auto_steps = max(1, -(-self.total_steps // EVALS_PER_RUN))
-        self.eval_steps = auto_steps if h.eval_steps == "auto" else h.eval_steps
+        self.eval_steps = eval_steps_of(h, self.plan, self.total_steps, self.setup.valid)
         self.checkpoint_steps = (
             self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
         )

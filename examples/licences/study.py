@@ -1,0 +1,170 @@
+"""`python -m examples.licences.study`: students of several sizes, and students from fewer labels.
+
+Runs `make task` with other settings, about an hour in all, and writes a table and a plot. Jobs that have
+succeeded in an earlier run are not repeated.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from app.commands.demo import TEACHER, import_teacher
+from examples.command import parser_of, report_problems
+from examples.licences.jobs import SMALL_STUDENT, adaptation, answered_by, distillation, run_job
+from examples.licences.measure import Measured, measure
+from examples.licences.plot import Point, draw
+from examples.licences.prepare_rows import write_rows
+from examples.licences.run import NUM_LABELLED, NUM_UNLABELLED
+from examples.service import jobs_of, service, upload
+
+Json = dict[str, Any]  # Any: JSON bodies of the public API
+SIZES: dict[str, Json] = {
+    "2 layers": {"init": "layers", "num_layers": 2},
+    "6 layers": {"init": "layers", "num_layers": 6},
+    "12 layers": {"init": "layers", "num_layers": 12},
+    "fresh, 3 layers": {
+        "init": "fresh",
+        "config": {"family": "llama", "hidden_size": 576, "num_layers": 3, "num_heads": 9},
+    },
+}
+# Labelled notices, and epochs of the adaptation: about as many steps as pay off for so many rows.
+BUDGETS = {100: 6, 500: 2, NUM_LABELLED: 1}
+EPOCHS_ALONE = {100: 40, 500: 12, NUM_LABELLED: 8}  # of the students that learn from labels alone
+
+
+class Study:
+    """The jobs of the study, and what their models answer on the test notices."""
+
+    def __init__(self, client: httpx.Client, folder: Path, console: Console, seed: int) -> None:
+        self.client = client
+        self.folder = folder
+        self.console = console
+        self.seed = seed
+        self.valid = upload(client, folder / "valid.jsonl")
+        lines = (folder / "labelled.jsonl").read_text().splitlines(keepends=True)
+        self.labelled = {number: lines[:number] for number in BUDGETS}
+
+    def model_of(self, body: Json) -> str:
+        """Runs a job, unless it has succeeded before, and returns the id of its model."""
+        done = jobs_of(self.client, body["metadata"]["example"], {"succeeded"})
+        job = done[0] if done else run_job(self.client, body, self.console)
+        return str(job["fine_tuned_model"])
+
+    def file_of(self, name: str, lines: list[str]) -> str:
+        """Uploads rows and returns the id of the file."""
+        path = self.folder / f"{name}.jsonl"
+        path.write_text("".join(lines))
+        return upload(self.client, path)
+
+    def adapted(self, number: int) -> str:
+        """Returns the teacher that is adapted to this number of labelled notices."""
+        rows = self.file_of(f"labelled-{number}", self.labelled[number])
+        name = f"study-{number}"
+        return self.model_of(
+            adaptation(rows, self.valid, self.seed, n_epochs=BUDGETS[number], name=name)
+        )
+
+    def answered(self, number: int, teacher: str) -> str:
+        """Returns the file with the labelled notices, and the others with the teacher's answers."""
+        path = self.folder / f"answered-{number}.jsonl"
+        unlabelled = self.folder / "unlabelled.jsonl"
+        answered_by(self.client, teacher, self.labelled[number], unlabelled, path)
+        return upload(self.client, path)
+
+    def measured(self, model: str) -> Measured:
+        return measure(self.client, model, self.folder / "test.jsonl")
+
+    def student(self, name: str, teacher: str, rows: str, student: Json) -> Measured:
+        """Returns the figures of a student that learns from a teacher."""
+        body = distillation(
+            teacher, rows, self.valid, self.seed, student=student, name=f"study-{name}"
+        )
+        return self.measured(self.model_of(body))
+
+    def student_alone(self, number: int) -> Measured:
+        """Returns the figures of a student that learns from the labels alone."""
+        body = distillation(
+            TEACHER,
+            self.file_of(f"labelled-{number}", self.labelled[number]),
+            self.valid,
+            self.seed,
+            n_epochs=EPOCHS_ALONE[number],
+            uses_teacher=False,
+            name=f"study-alone-{number}",
+        )
+        return self.measured(self.model_of(body))
+
+    def run(self) -> dict[str, Measured]:
+        """Returns the figures of all models by name."""
+        found: dict[str, Measured] = {}
+        for number in sorted(BUDGETS, reverse=True):
+            self.console.rule(f"{number} labelled notices")
+            teacher = self.adapted(number)
+            rows = self.answered(number, teacher)
+            found[f"teacher, {number} labels"] = self.measured(teacher)
+            found[f"3 layers, {number} labels"] = self.student(
+                str(number), teacher, rows, SMALL_STUDENT
+            )
+            found[f"3 layers, {number} labels alone"] = self.student_alone(number)
+            for name, student in SIZES.items() if number == NUM_LABELLED else ():
+                found[name] = self.student(name.replace(" ", "-"), teacher, rows, student)
+        return found
+
+
+def show(console: Console, found: dict[str, Measured]) -> None:
+    table = Table(title="1,000 test notices", title_justify="left")
+    for heading in ("", "parameters", "macro-F1", "accuracy", "requests/s"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name, each in found.items():
+        table.add_row(
+            name,
+            f"{each.num_parameters / 1e6:.1f} M",
+            str(each.macro_f1),
+            str(each.accuracy),
+            f"{each.requests_per_second:.1f}",
+        )
+    console.print(table)
+
+
+def points_of(found: dict[str, Measured]) -> list[Point]:
+    """Returns the teacher and the students of the whole label budget, for the plot."""
+    names = {
+        f"teacher, {NUM_LABELLED} labels": "teacher, 30 layers",
+        f"3 layers, {NUM_LABELLED} labels": "3 layers",
+        f"3 layers, {NUM_LABELLED} labels alone": "3 layers, labels alone",
+        **{name: name for name in SIZES},
+    }
+    return [
+        Point(
+            label, each.requests_per_second, each.accuracy, is_teacher=label.startswith("teacher")
+        )
+        for name, label in names.items()
+        for each in [found[name]]
+    ]
+
+
+def main() -> None:
+    parser = parser_of("licences", "study")
+    parser.add_argument(
+        "--plot", type=Path, default=Path("licences.png"), help="default: %(default)s"
+    )
+    arguments = parser.parse_args()
+    console = Console()
+    with report_problems("licences", arguments.json) as results:
+        folder = arguments.data_dir / "licences"
+        write_rows(folder, NUM_LABELLED, NUM_UNLABELLED)
+        with service(arguments.data_dir, console) as client:
+            import_teacher(client, arguments.data_dir, console)
+            found = Study(client, folder, console, arguments.seed).run()
+        show(console, found)
+        draw(points_of(found), arguments.plot)
+        console.print(f"The plot is in {arguments.plot}", highlight=False)
+        results.update({name: asdict(each) for name, each in found.items()})
+
+
+if __name__ == "__main__":
+    main()
