@@ -1,7 +1,7 @@
-"""Which objective wins: the same student by several recipes and seeds, judged on the same held-out rows.
+"""Which recipe wins: the same student by several objectives, starts and seeds, judged on the same held-out rows.
 
     .venv/bin/python -m bench.recipes titles --teacher FOLDER --rows FOLDER [--seeds 3] [--only NAME ...] [--json FILE]
-    .venv/bin/python -m bench.recipes smollm2 --teacher FOLDER --packages FOLDER
+    .venv/bin/python -m bench.recipes smollm2|smollm2-half --teacher FOLDER --packages FOLDER
 
 Every run is a process of its own (`python -m worker.train`); teacher answers and hidden states are shared by all. `--start`
 names another model to start from (then as a checkpoint), `--init` another kind of student than the teacher's layers.
@@ -42,12 +42,30 @@ RECIPES: dict[str, Json] = {
     "alpha-beta": {"objective": {"divergence": "alpha_beta"}},
     "JSD .5": {"objective": {"divergence": "jsd"}},
     "reverse KL": {"objective": {"divergence": "reverse_kl"}},
+    "first and last layers": {"student": {"layer_choice": "first_and_last"}},
+    "layers not fitted": {"student": {"fit_rows": 0}},
+    "first and last layers, not fitted": {
+        "student": {"fit_rows": 0, "layer_choice": "first_and_last"}
+    },
+    "half the learning rate": {"hyperparameters": {"learning_rate_multiplier": 0.5}},
+    "twice the learning rate": {"hyperparameters": {"learning_rate_multiplier": 2.0}},
+    "256 tokens a step, twice the steps": {
+        "hyperparameters": {"batch_tokens": 256, "max_steps": 240}
+    },
+    "1024 tokens a step, half the steps": {
+        "hyperparameters": {"batch_tokens": 1024, "max_steps": 60}
+    },
 }
 TASKS: dict[str, Json] = {
     "titles": {
         "student": {"num_encoder_layers": 8, "num_decoder_layers": 4},
         "data": {"completions": "teacher", "temperature": 0.0, "max_new_tokens": 24},
         "hyperparameters": {"n_epochs": 1, "batch_tokens": 2048},
+    },
+    "smollm2-half": {
+        "student": {"num_layers": 15},
+        "data": {"completions": "teacher", "temperature": 0.0, "max_new_tokens": 48},
+        "hyperparameters": {"n_epochs": 3, "max_steps": 120, "batch_tokens": 512},
     },
     "smollm2": {
         "student": {"num_layers": 8},
@@ -126,16 +144,17 @@ def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json
             if start == arguments.teacher
             else {"init": "checkpoint"}
         )
-    numbers = task["hyperparameters"]
+    recipe = RECIPES[name]
+    numbers = {**task["hyperparameters"], **recipe.get("hyperparameters", {})}
     if arguments.learning_rate:
-        numbers = {**numbers, "learning_rate": arguments.learning_rate}
+        numbers["learning_rate"] = arguments.learning_rate
     block = {
         "teacher": "teacher",
-        "student": student,
+        "student": {**student, **recipe.get("student", {})},
         "data": task["data"],
+        "objective": recipe.get("objective", FORWARD_KL),
         "hyperparameters": {**numbers, "eval_steps": 1_000_000},
         "evaluation": {"metrics": ["perplexity", "agreement", "rouge_l"], "num_samples": 0},
-        **RECIPES[name],
     }
     kind = [arguments.init] if arguments.init else []
     slug = "-".join(

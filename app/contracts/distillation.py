@@ -91,6 +91,9 @@ class Student(Block):
         fresh: A new model with the sizes in `config`.
     num_layers: A list requests a ladder: one student per number. For an encoder-decoder, the number
         of decoder layers, like `num_decoder_layers`.
+    layer_choice: How the kept layers are chosen if `layers` does not name them. measured keeps those
+        that change the states most. first_and_last keeps half of them at each end. auto is measured
+        if the layers are fitted and at least a fifth of them is kept.
     fit_rows: Number of training rows on which the kept layers are fitted in closed form before
         training, to compensate for the dropped layers. 0 disables the fit.
     vocabulary: rows removes the tokens that the rows do not use, after training. Causal models only.
@@ -110,6 +113,10 @@ class Student(Block):
     lora: Lora | None = None
     freeze_head: bool = True
     freeze_encoder: bool = True
+    layer_choice: Annotated[
+        Literal["auto", "measured", "first_and_last"],
+        Field(exclude_if=lambda value: value == "auto"),
+    ] = "auto"
     fit_rows: Annotated[int, Field(ge=0, le=100_000)] | Auto = "auto"
     vocabulary: Annotated[
         Literal["all", "rows"], Field(exclude_if=lambda value: value == "all")
@@ -141,6 +148,10 @@ class Student(Block):
         if self.init != "layers" and self.fit_rows not in ("auto", 0):
             raise ValueError(
                 "fit_rows needs init=layers: other students have no dropped layers to compensate for"
+            )
+        if self.layer_choice != "auto" and (self.init != "layers" or self.layers is not None):
+            raise ValueError(
+                "layer_choice needs init=layers without layers; leave layer_choice out"
             )
         if self.init != "lora" and self.lora is not None:
             raise ValueError("lora needs init=lora; set it, or leave lora out")

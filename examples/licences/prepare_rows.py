@@ -34,6 +34,7 @@ MIN_CHARACTERS, MAX_CHARACTERS = 60, 300
 LIKE = 50  # letters: notices that begin with the same ones are on the same side
 MAX_ALIKE = 8
 NUM_TEST, NUM_VALID = 1000, 200
+NUM_FEW = 60  # validation notices for jobs without a gate, whose evaluations would take minutes
 SEPARATOR = re.compile(r"\s+(?:AND|OR|WITH)\s+|[()\s]+")
 
 
@@ -144,6 +145,7 @@ def write_rows(folder: Path, num_labelled: int, num_unlabelled: int) -> None:
     labelled = training[:num_labelled]
     unlabelled = training[num_labelled : num_labelled + num_unlabelled]
     parts: dict[str, Sequence[Notice]] = {"labelled": labelled, "valid": valid, "test": test}
+    parts["few"] = valid[:NUM_FEW]
     for name, notices in parts.items():
         (folder / f"{name}.jsonl").write_text("".join(notice.row() for notice in notices))
     lines = "".join(notice.row(is_answered=False) for notice in unlabelled)

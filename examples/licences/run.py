@@ -31,10 +31,10 @@ def run(data_dir: Path, console: Console, seed: int) -> Json:
     with service(data_dir, console) as client:
         import_teacher(client, data_dir, console)
         began = time.monotonic()
-        valid = upload(client, folder / "valid.jsonl")
+        valid, few = (upload(client, folder / name) for name in ("valid.jsonl", "few.jsonl"))
         console.rule("1. Adapt the teacher to the task")
         labelled = upload(client, folder / "labelled.jsonl")
-        adapted = run_job(client, adaptation(labelled, valid, seed), console)
+        adapted = run_job(client, adaptation(labelled, few, seed), console)
         teacher = str(adapted["fine_tuned_model"])
         console.rule("2. The teacher labels more notices")
         rows = (folder / "labelled.jsonl").read_text().splitlines(keepends=True)

@@ -45,6 +45,7 @@ class Study:
         self.console = console
         self.seed = seed
         self.valid = upload(client, folder / "valid.jsonl")
+        self.few = upload(client, folder / "few.jsonl")
         lines = (folder / "labelled.jsonl").read_text().splitlines(keepends=True)
         self.labelled = {number: lines[:number] for number in BUDGETS}
 
@@ -65,7 +66,7 @@ class Study:
         rows = self.file_of(f"labelled-{number}", self.labelled[number])
         name = f"study-{number}"
         return self.model_of(
-            adaptation(rows, self.valid, self.seed, n_epochs=BUDGETS[number], name=name)
+            adaptation(rows, self.few, self.seed, n_epochs=BUDGETS[number], name=name)
         )
 
     def answered(self, number: int, teacher: str) -> str:

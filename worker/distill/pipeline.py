@@ -11,17 +11,17 @@ import torch
 from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.data.dataset import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
 from worker.distill.data_parallel import ALONE, Ranks
-from worker.distill.evaluation.report import Evaluator, Tell
+from worker.distill.evaluation.report import Evaluator, Tell, before_and_after
 from worker.distill.evaluators import Evaluators, SamplerFor
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
-from worker.distill.student_sweep import (
-    EvaluatorFor,
-    SelectedStudent,
-    StudentSweep,
+from worker.distill.student_runs import (
+    StudentRun,
     calibrated,
     plan_student_runs,
+    with_measured_layers,
 )
+from worker.distill.student_sweep import EvaluatorFor, SelectedStudent, StudentSweep
 from worker.distill.students.recipe import StudentRecipe, load_model, num_parameters
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.training.checkpoint import TrainState, link_folder, load_state
@@ -32,9 +32,6 @@ from worker.models.vocabulary import num_token_ids
 from worker.models.vocabulary_trimming import check_trimmable, trim_vocabulary
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
 from worker.protocol.run_spec import RunSpec
-
-# Public names of the compared models of a run without a teacher.
-MODELS_WITHOUT_TEACHER = {"untrained": "before", "student": "after"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class Pipeline:
         # the first rank generates the teacher's answers, and the others read them from disk
         rows = self.ranks.first_then_others(lambda: self._preparation().rows())
         self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
-        runs = calibrated(runs, rows.train)
+        runs = self._measured(runs, rows)
         teacher = self._teacher(rows, runs[0].recipe)
         with ExitStack() as open_teachers:
             if teacher is not None:
@@ -142,6 +139,17 @@ class Pipeline:
         self._save_student(selected, rows, result)
         return Outcome(
             "student", result, taught.trained_tokens, self._ladder_files(selected, result)
+        )
+
+    def _measured(self, runs: list[StudentRun], rows: Rows) -> list[StudentRun]:
+        """Returns the runs with what is measured on the training rows before the training."""
+        return with_measured_layers(
+            calibrated(runs, rows.train),
+            rows.train,
+            matmul_dtype=self.pair.card.matmul_dtype,
+            placement=self.pair.placement,
+            ranks=self.ranks,
+            sink=self.sink,
         )
 
     def _save_student(self, selected: SelectedStudent, rows: Rows, result: dict[str, Any]) -> None:
@@ -383,17 +391,3 @@ class Pipeline:
 
     def _warn(self, message: str) -> None:
         self.sink(MessageLine(level="warn", message=message))
-
-
-def before_and_after(result: dict[str, Any]) -> dict[str, Any]:
-    """Returns the result of a run without a teacher, with its models named `before` and `after`."""
-
-    def renamed(entry: dict[str, Any]) -> dict[str, Any]:
-        """Returns the entry with the names of the models replaced."""
-        return {MODELS_WITHOUT_TEACHER.get(name, name): value for name, value in entry.items()}
-
-    result = renamed(result)
-    if "differences" in result:
-        result["differences"] = renamed(result["differences"])
-        result["samples"] = [renamed(sample) for sample in result["samples"]]
-    return result

@@ -10,15 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.contracts.distillation import Evaluation, Gate, Objective
+from app.contracts.distillation import Evaluation, Gate
 from worker.distill.data.answer_cache import AnswerFile
-from worker.distill.data.rows import Example
 from worker.distill.evaluation.held_out import size_of
 from worker.distill.evaluation.model_selection import LESS_IS_BETTER, choose, passes
 from worker.distill.evaluation.report import Evaluator, Tell
 from worker.distill.missing_results import MissingPart, attempt
-from worker.distill.students.recipe import StudentRecipe, plan_student
-from worker.distill.teachers.signals import Signal
+from worker.distill.student_runs import StudentRun
+from worker.distill.students.recipe import StudentRecipe
 from worker.distill.training.checkpoint import TrainState, link_folder
 from worker.distill.training.trainer import Stopped, Trainer, TrainingInputs
 from worker.errors import EvaluationFailed, GateFailed
@@ -31,64 +30,16 @@ from worker.protocol.run_lines import (
     StageName,
     Throttle,
 )
-from worker.protocol.run_spec import RunSpec
 
-NUM_CALIBRATION = 8  # rows on which width pruning measures importance
 TAUGHT_PERCENT = 95.0  # progress of the job when every student is trained and evaluated
 TEST_READY_PERCENT = 97.0  # progress when the test rows are prepared
 JUDGED_PERCENT = 99.0
 TRAINING_SHARE = 0.93  # of a student run; the rest is its evaluation
 
-STUDENT = "student"  # label of the only student of a job without a ladder
 TRAINED = ("num_steps", "num_planned_steps", "best_step", "train_seconds", "stopped_early")
 
 Entry = dict[str, Any]  # Any: open-ended JSON
 EvaluatorFor = Callable[[Tell], Evaluator]
-
-
-@dataclass(frozen=True)
-class StudentRun:
-    """The training of one student. A baseline learns from the text alone."""
-
-    label: str
-    recipe: StudentRecipe
-    is_baseline: bool = False
-
-    @property
-    def name(self) -> str:
-        if self.is_baseline:
-            return "the baseline on the text only"
-        return self.label if self.label == STUDENT else f"{STUDENT} of {self.label}"
-
-    def setup(self, setup: TrainingInputs) -> TrainingInputs:
-        """Returns the training inputs of this run, derived from those of the job."""
-        setup = replace(setup, recipe=self.recipe)
-        if not self.is_baseline:
-            return setup
-        objective = Objective(teacher_signal="text")
-        signal = Signal("text", "the baseline has no teacher")
-        recipe = replace(self.recipe, fits_layers=False)  # that needs the teacher
-        return replace(setup, recipe=recipe, objective=objective, signal=signal, features=None)
-
-
-def plan_student_runs(spec: RunSpec) -> list[StudentRun]:
-    """Returns a run per student, the smallest first. Raises the errors of `plan_student`."""
-    student = spec.distillation.student
-    return [
-        StudentRun(
-            STUDENT if size is None else f"{size} layer{'s' if size > 1 else ''}",
-            plan_student(spec.teacher_dir, spec.start_dir, student, size, seed=spec.seed),
-        )
-        for size in (student.ladder or (None,))
-    ]
-
-
-def calibrated(runs: Sequence[StudentRun], rows: Sequence[Example]) -> list[StudentRun]:
-    """Returns the runs with calibration rows, on which width pruning measures what to keep."""
-    sequences = [
-        ids for row in rows[:NUM_CALIBRATION] for ids in (row.source_ids, row.token_ids) if ids
-    ]
-    return [replace(c, recipe=replace(c.recipe, calibration=tuple(sequences))) for c in runs]
 
 
 @dataclass(frozen=True)

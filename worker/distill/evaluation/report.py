@@ -42,6 +42,8 @@ MAX_SAMPLE_CHARACTERS = 2000
 # held-out prompts that are answered if answers are labels: they are short, so more are needed
 NUM_CLASSIFIED = 200
 TOKENS_BEYOND_A_LABEL = 8  # a longer answer is no label
+# Public names of the compared models of a run without a teacher.
+MODELS_WITHOUT_TEACHER = {"untrained": "before", "student": "after"}
 
 Build = Callable[[], PreTrainedModel]
 Tell = Callable[[float], None]
@@ -342,3 +344,17 @@ def _compression(entries: dict[str, Entry]) -> Entry:
         if field_name in teacher:
             fields[name] = student[field_name] / teacher[field_name]
     return {name: round(value, 3) for name, value in fields.items()}
+
+
+def before_and_after(result: Entry) -> Entry:
+    """Returns the result of a run without a teacher, with its models named `before` and `after`."""
+
+    def renamed(entry: Entry) -> Entry:
+        """Returns the entry with the names of the models replaced."""
+        return {MODELS_WITHOUT_TEACHER.get(name, name): value for name, value in entry.items()}
+
+    result = renamed(result)
+    if "differences" in result:
+        result["differences"] = renamed(result["differences"])
+        result["samples"] = [renamed(sample) for sample in result["samples"]]
+    return result

@@ -20,6 +20,9 @@ from worker.distill.students.width_pruning import narrow_config, sizes_of, slice
 from worker.errors import InvalidStudent, StudentTooDeep
 from worker.models.architectures import kind_of, layer_counts, model_class, read_config
 
+# Of fewer layers, the first and the last ones are the better start (bench/LOG.md).
+LEAST_MEASURED_SHARE = 0.2
+
 
 @dataclass(frozen=True)
 class StudentRecipe:
@@ -52,6 +55,19 @@ class StudentRecipe:
         `build` does not add them: untrained adapters change no output.
         """
         return (self.student.lora or Lora()) if self.student.init == "lora" else None
+
+    @property
+    def measures_layers(self) -> bool:
+        """True if the kept layers are to be chosen by measurement. Until then, `layers` are a guess."""
+        student = self.student
+        if student.init != "layers" or student.layers is not None or self.layers is None:
+            return False
+        if len(self.layers) == self.num_available and self.encoder_layers is None:
+            return False
+        is_few = len(self.layers) < LEAST_MEASURED_SHARE * self.num_available
+        return student.layer_choice == "measured" or (
+            student.layer_choice == "auto" and self.fits_layers and not is_few
+        )
 
     def build(self) -> PreTrainedModel:
         """Returns the untrained student in float32, without dropout. Weights are reproducible."""

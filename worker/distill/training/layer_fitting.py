@@ -182,7 +182,7 @@ def fit_layers(
         packing = packing_of(student, batch, most_scores=MOST_SCORES)
     else:  # both models read the padded batch, so that their positions agree
         start_batch = collate(rows, range(len(rows)), str(start.device))
-    counts = _positions_that_count(student, batch, packing)
+    counts = positions_that_count(student, batch, packing)
     wanted: dict[Site, Tensor] = {}
 
     def hear(site: Site, writer: nn.Module, inputs_PI: Tensor, stream_PH: Tensor) -> None:
@@ -241,7 +241,7 @@ def ridge(
     return D_HI, mean_H - D_HI @ mean_I
 
 
-def _positions_that_count(
+def positions_that_count(
     model: PreTrainedModel, batch: Batch, packing: Packing | None
 ) -> dict[str, Tensor]:
     """Returns the positions to fit on, [P] for each stack.

@@ -1,0 +1,121 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.worker.memory_sink import MemorySink
+from worker.distill.data.rows import Example
+from worker.distill.data_parallel import ALONE
+from worker.distill.student_runs import (
+    StudentRun,
+    calibrated,
+    plan_student_runs,
+    with_measured_layers,
+)
+from worker.distill.training.devices import ON_CPU
+from worker.distill.training.layer_choice import choose_layers, measure_changes
+from worker.errors import StudentTooDeep
+from worker.protocol.run_lines import MessageLine
+from worker.protocol.run_spec import RunSpec
+
+MakeSpec = Callable[..., RunSpec]
+ROWS = [Example((5, 6, i + 10), ((2, 3),), line=i) for i in range(20)]
+
+
+def test_a_ladder_has_a_course_for_each_size_the_smallest_first(make_spec: MakeSpec) -> None:
+    runs = plan_student_runs(make_spec({"student": {"num_layers": [3, 1, 3, 2]}}))
+    assert [run.label for run in runs] == ["1 layer", "2 layers", "3 layers"]
+    assert [run.recipe.layers for run in runs] == [(0,), (0, 3), (0, 1, 3)]
+    assert runs[1].name == "student of 2 layers"
+
+
+def test_a_single_student_is_one_course(make_spec: MakeSpec) -> None:
+    (run,) = plan_student_runs(make_spec({"student": {"num_layers": 3}}))
+    assert run.name == run.label == "student"
+    assert run.recipe.layers is not None
+    assert len(run.recipe.layers) == 3
+
+
+def test_any_size_that_is_too_deep_is_refused(make_spec: MakeSpec) -> None:
+    with pytest.raises(StudentTooDeep):
+        plan_student_runs(make_spec({"student": {"num_layers": [1, 5]}}))
+
+
+def test_a_narrower_student_is_cut_by_what_the_first_rows_use(make_spec: MakeSpec) -> None:
+    block = {"student": {"init": "width", "intermediate_size": 64, "num_layers": [2, 4]}}
+    runs = calibrated(plan_student_runs(make_spec(block)), ROWS)
+    assert {run.recipe.calibration for run in runs} == {tuple(row.token_ids for row in ROWS[:8])}
+    by_rows = runs[0].recipe
+    by_norms = replace(by_rows, calibration=())
+    ours, theirs = (
+        recipe.build().model.layers[0].mlp.up_proj.weight for recipe in (by_rows, by_norms)
+    )
+    assert ours.shape == theirs.shape == (64, 64)
+    assert not ours.equal(theirs)
+
+
+def test_both_sides_of_an_encoder_decoder_are_judged(
+    make_spec: MakeSpec, tiny_t5_dir: Path
+) -> None:
+    folders = {"teacher_dir": tiny_t5_dir, "start_dir": tiny_t5_dir}
+    runs = plan_student_runs(
+        make_spec({"student": {"init": "width", "intermediate_size": 64}}, spec=folders)
+    )
+    (run,) = calibrated(runs, [replace(ROWS[0], source_ids=(7, 8, 9))])
+    assert run.recipe.calibration == ((7, 8, 9), ROWS[0].token_ids)
+
+
+def measured(spec: RunSpec, rows: list[Example] = ROWS) -> tuple[list[StudentRun], MemorySink]:
+    sink = MemorySink()
+    runs = with_measured_layers(
+        plan_student_runs(spec),
+        rows,
+        matmul_dtype=torch.float32,
+        placement=ON_CPU,
+        ranks=ALONE,
+        sink=sink,
+    )
+    return runs, sink
+
+
+def test_a_ladder_keeps_the_measured_layers_and_says_which(make_spec: MakeSpec) -> None:
+    runs, sink = measured(make_spec({"student": {"num_layers": [1, 2, 4], "fit_rows": "auto"}}))
+    (changes,) = measure_changes(runs[0].recipe, ROWS, torch.float32, ON_CPU)
+    assert [run.recipe.layers for run in runs] == [choose_layers(changes, n) for n in (1, 2, 4)]
+    messages = [line.message for line in sink.lines if isinstance(line, MessageLine)]
+    assert messages[0].startswith("student of 1 layer: kept layers ")
+    assert "of 4, because" in messages[0]
+
+
+@pytest.mark.parametrize(
+    ("student", "is_measured"),
+    [
+        ({"num_layers": 2, "fit_rows": "auto"}, True),
+        ({"num_layers": 2, "fit_rows": 0}, False),
+        ({"num_layers": 2, "fit_rows": 0, "layer_choice": "measured"}, True),
+        ({"num_layers": 2, "fit_rows": "auto", "layer_choice": "first_and_last"}, False),
+        ({"layers": [0, 1], "fit_rows": "auto"}, False),
+        ({"num_layers": 4, "fit_rows": "auto"}, False),
+    ],
+)
+def test_layers_are_measured_unless_they_are_named_or_not_fitted(
+    make_spec: MakeSpec, student: dict[str, object], is_measured: bool
+) -> None:
+    runs, sink = measured(make_spec({"student": student}))
+    assert runs[0].recipe.measures_layers is is_measured
+    assert bool(sink.lines) is is_measured
+
+
+def test_the_encoders_layers_are_measured_too(make_spec: MakeSpec, tiny_t5_dir: Path) -> None:
+    folders = {"teacher_dir": tiny_t5_dir, "start_dir": tiny_t5_dir}
+    student = {"num_encoder_layers": 1, "num_decoder_layers": 1, "fit_rows": "auto"}
+    rows = [replace(row, source_ids=(7, 8, 9 + row.line)) for row in ROWS]
+    (run,), sink = measured(make_spec({"student": student}, spec=folders), rows)
+    encoder, decoder = measure_changes(run.recipe, rows, torch.float32, ON_CPU)
+    assert run.recipe.encoder_layers == choose_layers(encoder, 1)
+    assert run.recipe.layers == choose_layers(decoder, 1)
+    (line,) = sink.lines
+    assert isinstance(line, MessageLine)
+    assert "encoder layers" in line.message

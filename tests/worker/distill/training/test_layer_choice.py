@@ -1,0 +1,97 @@
+"""The layers that a student keeps: measured states against transformers, the choice against all choices."""
+
+from itertools import combinations, pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from worker.distill.data.rows import Example
+from worker.distill.students.recipe import load_model
+from worker.distill.training.layer_choice import (
+    Changes,
+    changes_between,
+    choose_layers,
+    record_states,
+)
+
+ROWS = [
+    Example((5, 6, 7, 8, 9 + i, 10, 11)[: 4 + i], ((2, 4),), source_ids=(20, 21 + i, 22))
+    for i in range(4)
+]
+CAUSAL_ROWS = [Example(row.token_ids, row.spans) for row in ROWS]
+
+
+def test_recorded_states_are_those_of_transformers(tiny_llama_dir: Path) -> None:
+    model = load_model(tiny_llama_dir)
+    (states,) = record_states(model, CAUSAL_ROWS)
+    expected = []
+    for row in CAUSAL_ROWS:
+        ids = torch.tensor([row.token_ids[:-1]])
+        expected.append(model(input_ids=ids, output_hidden_states=True).hidden_states)
+    assert len(states) == len(expected[0])
+    for i, state in enumerate(states[:-1]):  # transformers applies the final norm to the last one
+        theirs = torch.cat([hidden[i][0, 1:] for hidden in expected])  # without the first token
+        torch.testing.assert_close(sorted_rows(state), sorted_rows(theirs), rtol=1e-4, atol=5e-5)
+    last = model.model.norm(states[-1])
+    theirs = torch.cat([hidden[-1][0, 1:] for hidden in expected])
+    torch.testing.assert_close(sorted_rows(last), sorted_rows(theirs), rtol=1e-4, atol=5e-5)
+
+
+# The tolerance: packed attention sums in another order.
+def sorted_rows(states: torch.Tensor) -> torch.Tensor:
+    """The positions in an order of their own, because batches may pack them."""
+    return states[states[:, 0].argsort()]
+
+
+def test_both_stacks_of_an_encoder_decoder_are_recorded(tiny_t5_dir: Path) -> None:
+    model = load_model(tiny_t5_dir)
+    encoder, decoder = record_states(model, ROWS)
+    assert len(encoder) == model.config.num_layers + 1
+    assert len(decoder) == model.config.num_decoder_layers + 1
+    assert len(encoder[0]) == sum(len(row.source_ids) for row in ROWS)
+
+
+def test_states_that_would_take_too_much_memory_come_from_fewer_rows(
+    tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.distill.training.layer_choice.MOST_BYTES", 1)
+    (states,) = record_states(load_model(tiny_llama_dir), CAUSAL_ROWS)
+    assert len(states[0]) == CAUSAL_ROWS[0].num_tokens - 2  # the first and the last token
+
+
+def test_a_change_is_relative_to_the_later_state() -> None:
+    one, other = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
+    changes = changes_between([one, other])
+    assert changes == [[0.0, pytest.approx((1 / 2 + 1 / 1) / 2)], [0.0, 0.0]]
+
+
+def random_changes(num_layers: int, random: Random) -> Changes:
+    return [
+        [random.random() if j > i else 0.0 for j in range(num_layers + 1)]
+        for i in range(num_layers + 1)
+    ]
+
+
+def lost(changes: Changes, kept: tuple[int, ...]) -> float:
+    """The sum of the changes by dropped layers."""
+    num_layers = len(changes) - 1
+    between = pairwise((-1, *kept, num_layers))
+    return sum(changes[before + 1][after] for before, after in between)
+
+
+@pytest.mark.parametrize("num_kept", [1, 2, 4, 7, 8])
+def test_the_choice_is_the_best_of_all(num_kept: int) -> None:
+    changes = random_changes(8, Random(num_kept))
+    chosen = choose_layers(changes, num_kept)
+    assert len(chosen) == num_kept
+    assert chosen == min(combinations(range(8), num_kept), key=lambda kept: lost(changes, kept))
+
+
+def test_layers_that_change_nothing_are_dropped() -> None:
+    states: list[Any] = [torch.tensor([[1.0, 0.0, 0.0]])]
+    for step in ((0, 1, 0), (0, 0, 0), (0, 0, 0), (0, 0, 1)):
+        states.append(states[-1] + torch.tensor([step]))
+    assert choose_layers(changes_between(states), 2) == (0, 3)

@@ -1,0 +1,111 @@
+"""The student runs of a job: one per size of a ladder, with what is measured for them beforehand."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from app.contracts.distillation import Objective
+from worker.distill.data.rows import Example
+from worker.distill.data_parallel import Ranks
+from worker.distill.students.recipe import StudentRecipe, plan_student
+from worker.distill.teachers.signals import Signal
+from worker.distill.training.devices import Placement
+from worker.distill.training.layer_choice import Changes, choose_layers, measure_changes
+from worker.distill.training.trainer import TrainingInputs
+from worker.protocol.run_lines import MessageLine, Sink
+from worker.protocol.run_spec import RunSpec
+
+NUM_CALIBRATION = 8  # rows on which width pruning measures importance
+STUDENT = "student"  # label of the only student of a job without a ladder
+
+
+@dataclass(frozen=True)
+class StudentRun:
+    """The training of one student. A baseline learns from the text alone."""
+
+    label: str
+    recipe: StudentRecipe
+    is_baseline: bool = False
+
+    @property
+    def name(self) -> str:
+        if self.is_baseline:
+            return "the baseline on the text only"
+        return self.label if self.label == STUDENT else f"{STUDENT} of {self.label}"
+
+    def setup(self, setup: TrainingInputs) -> TrainingInputs:
+        """Returns the training inputs of this run, derived from those of the job."""
+        setup = replace(setup, recipe=self.recipe)
+        if not self.is_baseline:
+            return setup
+        objective = Objective(teacher_signal="text")
+        signal = Signal("text", "the baseline has no teacher")
+        recipe = replace(self.recipe, fits_layers=False)  # that needs the teacher
+        return replace(setup, recipe=recipe, objective=objective, signal=signal, features=None)
+
+
+def plan_student_runs(spec: RunSpec) -> list[StudentRun]:
+    """Returns a run per student, the smallest first. Raises the errors of `plan_student`."""
+    student = spec.distillation.student
+    return [
+        StudentRun(
+            STUDENT if size is None else f"{size} layer{'s' if size > 1 else ''}",
+            plan_student(spec.teacher_dir, spec.start_dir, student, size, seed=spec.seed),
+        )
+        for size in (student.ladder or (None,))
+    ]
+
+
+def calibrated(runs: Sequence[StudentRun], rows: Sequence[Example]) -> list[StudentRun]:
+    """Returns the runs with calibration rows, on which width pruning measures what to keep."""
+    sequences = [
+        ids for row in rows[:NUM_CALIBRATION] for ids in (row.source_ids, row.token_ids) if ids
+    ]
+    return [replace(c, recipe=replace(c.recipe, calibration=tuple(sequences))) for c in runs]
+
+
+def with_measured_layers(
+    runs: Sequence[StudentRun],
+    rows: Sequence[Example],
+    *,
+    matmul_dtype: torch.dtype,
+    placement: Placement,
+    ranks: Ranks,
+    sink: Sink,
+) -> list[StudentRun]:
+    """Returns the runs with the layers that the rows need most, and writes an event for each choice.
+
+    The first rank measures. All runs start from the same model, so it is measured once.
+    """
+    if not any(run.recipe.measures_layers for run in runs):
+        return list(runs)
+    found = ranks.from_first(
+        lambda: {"changes": measure_changes(runs[0].recipe, rows, matmul_dtype, placement)}
+    )
+    changes: list[Changes] = found["changes"]
+    chosen = []
+    for run in runs:
+        recipe = run.recipe
+        assert recipe.layers is not None
+        layers = choose_layers(changes[-1], len(recipe.layers))
+        words = f"layers {_ranges(layers)} of {recipe.num_available}"
+        encoder_layers = recipe.encoder_layers
+        if encoder_layers is not None:
+            encoder_layers = choose_layers(changes[0], len(encoder_layers))
+            words = f"encoder layers {_ranges(encoder_layers)} and decoder {words}"
+        recipe = replace(recipe, layers=layers, encoder_layers=encoder_layers)
+        chosen.append(replace(run, recipe=recipe))
+        message = (
+            f"{run.name}: kept {words}, because the others change the states of the rows least"
+        )
+        sink(MessageLine(message=message))
+    return chosen
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Returns ascending numbers as text, such as "0-1, 17-29"."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, ends, strict=True)
+    return ", ".join(str(start) if start == end else f"{start}-{end}" for start, end in pairs)
