@@ -23,10 +23,12 @@ from worker.distill.evaluation.held_out import HeldOutRows, rouge_l
 from worker.distill.forward.shared_prefix import shared_prefix
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of, load_head
-from worker.distill.students.recipe import load_model, plan_student
+from worker.distill.students.recipe import StudentRecipe, load_model, plan_student
 from worker.distill.teachers.cached_teacher import CachedTeacher, Keeps, LiveTeacher, cached_teacher
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import TrainState
+from worker.distill.training.devices import ON_CPU
+from worker.distill.training.layer_choice import choose_layers, measure_changes
 from worker.distill.training.rollouts import MicroBatch
 from worker.distill.training.trainer import Trainer, TrainingInputs
 from worker.protocol.run_lines import MetricsLine, RunLine, Sink
@@ -61,10 +63,13 @@ def time_steps(task: Entry) -> Entry:
 
 def time_pace(task: Entry) -> Entry:
     """Seconds of the fit, of a step while the teacher's cache fills and once it is full, and the steps of an epoch."""
-    trainer = make_trainer(task, FOREVER)
+    begun = time.perf_counter()
+    recipe = choose_recipe(task)
+    chosen = time.perf_counter() - begun
+    trainer = make_trainer(task, FOREVER, recipe=recipe)
     begun = time.perf_counter()
     trainer.fit()
-    fitted = time.perf_counter() - begun
+    fitted = chosen + time.perf_counter() - begun
     batches = trainer.plan.epoch(0)[: task["num_steps"]]
     means = []
     for _ in ("filling", "full"):
@@ -80,14 +85,20 @@ def time_pace(task: Entry) -> Entry:
 
 
 def train(task: Entry) -> Entry:
-    """A whole training of so many steps, with an empty cache to begin with; held-out evaluations left out."""
-    trainer = make_trainer(task, task["num_steps"])
+    """A whole training of so many steps, with an empty cache to begin with; held-out evaluations left out.
+
+    The choice of the layers is part of it.
+    """
+    begun = time.perf_counter()
+    recipe = choose_recipe(task)
+    chosen = time.perf_counter() - begun
+    trainer = make_trainer(task, task["num_steps"], recipe=recipe)
     begun = time.perf_counter()
     trainer.fit()
-    fitted = time.perf_counter() - begun
+    fitted = chosen + time.perf_counter() - begun
     while trainer.state.step < trainer.total_steps:
         trainer._step(trainer._next_pieces())
-    seconds = time.perf_counter() - begun
+    seconds = chosen + time.perf_counter() - begun
     trainer.model.save_pretrained(task["student_out"])
     return {
         "seconds": seconds,
@@ -126,16 +137,33 @@ def evaluator(task: Entry) -> Entry:
     }
 
 
-def make_trainer(task: Entry, num_steps: int, sink: Sink = lambda line: None) -> Trainer:
+def choose_recipe(task: Entry) -> StudentRecipe:
+    """The recipe of the task's student, with the layers that the pipeline would keep."""
+    _set_up_torch(task)
+    teacher_dir = Path(task["teacher_dir"])
+    if "student" not in task:
+        return plan_student(teacher_dir, Path(task["student_dir"]), Student(init="checkpoint"))
+    recipe = plan_student(teacher_dir, teacher_dir, Student.model_validate(task["student"]))
+    if not recipe.measures_layers:
+        return recipe
+    assert recipe.layers is not None
+    examples, num_train = _examples(task)
+    changes = measure_changes(recipe, examples[:num_train], _floats(task), ON_CPU)
+    return replace(recipe, layers=choose_layers(changes[-1], len(recipe.layers)))
+
+
+def make_trainer(
+    task: Entry,
+    num_steps: int,
+    sink: Sink = lambda line: None,
+    recipe: StudentRecipe | None = None,
+) -> Trainer:
     """A trainer as the pipeline makes it, for the models and rows of the task."""
     _set_up_torch(task)
     examples, num_train = _examples(task)
     contender = task["contender"]
     beta = 0.5 if contender["divergence"] == "jsd" else None
-    teacher_dir, student_dir = Path(task["teacher_dir"]), Path(task["student_dir"])
-    recipe = plan_student(teacher_dir, student_dir, Student(init="checkpoint"))
-    if "student" in task:
-        recipe = plan_student(teacher_dir, teacher_dir, Student.model_validate(task["student"]))
+    recipe = recipe or choose_recipe(task)
     setup = TrainingInputs(
         out=Path(task["work"]) / "never-written",
         objective=Objective(divergence=contender["divergence"], beta=beta),
@@ -148,7 +176,7 @@ def make_trainer(task: Entry, num_steps: int, sink: Sink = lambda line: None) ->
         seed=task["seed"],
         keep_checkpoints=1,
         recipe=replace(recipe, freeze_head=not contender["trains_head"], freeze_encoder=False),
-        tokenizer=AutoTokenizer.from_pretrained(student_dir),
+        tokenizer=AutoTokenizer.from_pretrained(task["student_dir"]),
         num_tokens=task["num_tokens"],
         train=examples[:num_train],
         valid=examples[num_train:] or examples[:1],

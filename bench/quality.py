@@ -1,11 +1,11 @@
 """Time to quality: how long we train until the held-out KL is what TRL's GKD reaches in its budget.
 
-Both start from the same 15 of the teacher's 30 layers and learn from the same answers of the teacher, by the recipe
-that suits them best: bfloat16 where the processor multiplies it itself, the best learning rate of those tried for TRL's
-trainer, our own defaults for ours. The seconds are those of the training loop, the teacher's work and the fit of the
-layers included: TRL's teacher runs at every step, our cache begins empty. Held-out evaluation, loading and saving count
-for neither. Our training needs its length in advance, as every job does, so trainings of rising length are run until
-one reaches TRL's KL.
+Both start from 15 of the teacher's 30 layers (TRL from the first and the last ones, ours from those that it measures)
+and learn from the same answers of the teacher, by the recipe that suits them best: bfloat16 where the processor
+multiplies it itself, the best learning rate of those tried for TRL's trainer, our own defaults for ours. The seconds
+are those of the training loop, the teacher's work, the choice and the fit of the layers included: TRL's teacher runs
+at every step, our cache begins empty. Held-out evaluation, loading and saving count for neither. Our training needs
+its length in advance, as every job does, so trainings of rising length are run until one reaches TRL's KL.
 """
 
 import shutil
@@ -19,6 +19,7 @@ from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
 
 # of TRL's budget; the last is the quality in the same time
 SHARES = (
+    0.1,
     0.12,
     0.17,
     0.21,

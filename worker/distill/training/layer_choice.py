@@ -6,8 +6,8 @@ the sum of these changes is smallest. See docs/decisions/0023-measured-layers.md
 "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv:2403.17887), which drops one block of
 layers, chosen by the angle between the states before and after it.
 
-L layers. N positions that count (worker.distill.training.layer_fitting). H hidden width. State i is
-the input of layer i, and state L is the output of the last layer.
+N positions that count (worker.distill.training.layer_fitting). H hidden width. S states: state i is
+the input of layer i, and the last state is the output of the last layer.
 """
 
 from collections.abc import Sequence
@@ -96,17 +96,13 @@ def changes_between(states: Sequence[Tensor]) -> Changes:
 
     The mean over positions, as layer fitting weights them.
     """
-    return [
-        [
-            float(
-                ((later - one).pow(2).sum(dim=1) / later.pow(2).sum(dim=1).clamp(min=1e-30)).mean()
-            )
-            if j > i
-            else 0.0
-            for j, later in enumerate(states)
-        ]
-        for i, one in enumerate(states)
-    ]
+    states_NSH = torch.stack(list(states), dim=1)
+    products_NSS = states_NSH @ states_NSH.mT
+    squares_NS = products_NSS.diagonal(dim1=1, dim2=2).clamp(min=1e-30)
+    changes_NSS = squares_NS[:, :, None] + squares_NS[:, None, :] - 2 * products_NSS
+    relative_SS = (changes_NSS / squares_NS[:, None, :]).mean(dim=0).clamp(min=0.0)
+    found: Changes = relative_SS.triu(1).tolist()
+    return found
 
 
 def choose_layers(changes: Changes, num_kept: int) -> tuple[int, ...]:

@@ -68,6 +68,15 @@ def test_a_change_is_relative_to_the_later_state() -> None:
     assert changes == [[0.0, pytest.approx((1 / 2 + 1 / 1) / 2)], [0.0, 0.0]]
 
 
+def test_changes_are_those_of_single_pairs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(5, 7, generator=generator) for _ in range(4)]
+    changes = changes_between(states)
+    for i, j in combinations(range(4), 2):
+        squares = (states[j] - states[i]).pow(2).sum(dim=1) / states[j].pow(2).sum(dim=1)
+        assert changes[i][j] == pytest.approx(float(squares.mean()), rel=1e-5)
+
+
 def random_changes(num_layers: int, random: Random) -> Changes:
     return [
         [random.random() if j > i else 0.0 for j in range(num_layers + 1)]
