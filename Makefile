@@ -44,9 +44,9 @@ gpu-check: install
 up: install
 	$(BIN)/stillhouse up
 
-# Three files at a time on two cores: many tests wait for processes. Threads that wait must not spin.
+# Four files at a time on two cores: many tests wait for processes. Threads that wait must not spin.
 test: install
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 15
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 15
 
 # Every promise of docs/reliability.md under its faults; about an hour. `make faults ARGS="--short"` is a short run.
 faults: install

@@ -21,6 +21,7 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
 NumLayers = Annotated[int, Field(ge=1, le=1024)]
+LayerChoice = Literal["auto", "measured", "first_and_last"]
 LayerNumber = Annotated[int, Field(ge=0, le=1023)]
 Size = Annotated[int, Field(ge=8, le=65_536)]
 
@@ -91,9 +92,7 @@ class Student(Block):
         fresh: A new model with the sizes in `config`.
     num_layers: A list requests a ladder: one student per number. For an encoder-decoder, the number
         of decoder layers, like `num_decoder_layers`.
-    layer_choice: How the kept layers are chosen if `layers` does not name them. measured keeps those
-        that change the states most. first_and_last keeps half of them at each end. auto is measured
-        if the layers are fitted and at least a fifth of them is kept.
+    layer_choice: measured keeps the layers that change the states most. See docs/jobs.md.
     fit_rows: Number of training rows on which the kept layers are fitted in closed form before
         training, to compensate for the dropped layers. 0 disables the fit.
     vocabulary: rows removes the tokens that the rows do not use, after training. Causal models only.
@@ -113,10 +112,7 @@ class Student(Block):
     lora: Lora | None = None
     freeze_head: bool = True
     freeze_encoder: bool = True
-    layer_choice: Annotated[
-        Literal["auto", "measured", "first_and_last"],
-        Field(exclude_if=lambda value: value == "auto"),
-    ] = "auto"
+    layer_choice: Annotated[LayerChoice, Field(exclude_if=lambda value: value == "auto")] = "auto"
     fit_rows: Annotated[int, Field(ge=0, le=100_000)] | Auto = "auto"
     vocabulary: Annotated[
         Literal["all", "rows"], Field(exclude_if=lambda value: value == "all")
@@ -146,13 +142,9 @@ class Student(Block):
         if (self.init == "fresh") != (self.config is not None):
             raise ValueError("init=fresh and config must be given together: give both or neither")
         if self.init != "layers" and self.fit_rows not in ("auto", 0):
-            raise ValueError(
-                "fit_rows needs init=layers: other students have no dropped layers to compensate for"
-            )
+            raise ValueError("fit_rows needs init=layers, because other students drop no layers")
         if self.layer_choice != "auto" and (self.init != "layers" or self.layers is not None):
-            raise ValueError(
-                "layer_choice needs init=layers without layers; leave layer_choice out"
-            )
+            raise ValueError("layer_choice needs init=layers, without layers; leave it out")
         if self.init != "lora" and self.lora is not None:
             raise ValueError("lora needs init=lora; set it, or leave lora out")
         if self.init == "width" and not chooses_width:
@@ -163,9 +155,7 @@ class Student(Block):
             if self.num_layers is not None and self.num_layers != len(self.layers):
                 raise ValueError("give num_layers or layers, not two different counts")
             if not self.layers or list(self.layers) != sorted(set(self.layers)):
-                raise ValueError(
-                    "layers must be an ascending list of distinct teacher layer numbers, counted from 0"
-                )
+                raise ValueError("layers must be ascending, distinct numbers, counted from 0")
         return self
 
 

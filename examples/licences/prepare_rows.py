@@ -30,7 +30,7 @@ CLASS_OF = {
 }
 CLASSES = ("permissive", "copyleft", "weak copyleft", "restricted", "public domain")
 INSTRUCTION = "Name the licence class of the notice."
-MIN_CHARACTERS, MAX_CHARACTERS = 60, 300
+MIN_CHARACTERS, MAX_CHARACTERS = 60, 400
 LIKE = 50  # letters: notices that begin with the same ones are on the same side
 MAX_ALIKE = 8
 NUM_TEST, NUM_VALID = 1000, 200

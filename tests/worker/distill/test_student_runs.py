@@ -108,9 +108,24 @@ def test_layers_are_measured_unless_they_are_named_or_not_fitted(
     assert bool(sink.lines) is is_measured
 
 
+def test_layers_of_an_encoder_decoder_are_measured_only_on_request(
+    make_spec: MakeSpec, tiny_t5_dir: Path
+) -> None:
+    folders = {"teacher_dir": tiny_t5_dir, "start_dir": tiny_t5_dir}
+    student = {"num_decoder_layers": 1, "fit_rows": "auto"}
+    (run,), sink = measured(make_spec({"student": student}, spec=folders))
+    assert not run.recipe.measures_layers
+    assert sink.lines == []
+
+
 def test_the_encoders_layers_are_measured_too(make_spec: MakeSpec, tiny_t5_dir: Path) -> None:
     folders = {"teacher_dir": tiny_t5_dir, "start_dir": tiny_t5_dir}
-    student = {"num_encoder_layers": 1, "num_decoder_layers": 1, "fit_rows": "auto"}
+    student = {
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 1,
+        "fit_rows": "auto",
+        "layer_choice": "measured",
+    }
     rows = [replace(row, source_ids=(7, 8, 9 + row.line)) for row in ROWS]
     (run,), sink = measured(make_spec({"student": student}, spec=folders), rows)
     encoder, decoder = measure_changes(run.recipe, rows, torch.float32, ON_CPU)

@@ -20,7 +20,7 @@ from worker.distill.students.width_pruning import narrow_config, sizes_of, slice
 from worker.errors import InvalidStudent, StudentTooDeep
 from worker.models.architectures import kind_of, layer_counts, model_class, read_config
 
-# Of fewer layers, the first and the last ones are the better start (bench/LOG.md).
+# Of fewer layers, and of a T5's decoder, the first and the last ones are better (bench/LOG.md).
 LEAST_MEASURED_SHARE = 0.2
 
 
@@ -45,6 +45,7 @@ class StudentRecipe:
     freeze_head: bool = False
     freeze_encoder: bool = False
     fits_layers: bool = False
+    is_causal: bool = False  # the start model has one stack, and generates text
     seed: int = 0
     calibration: tuple[tuple[int, ...], ...] = ()
 
@@ -65,9 +66,8 @@ class StudentRecipe:
         if len(self.layers) == self.num_available and self.encoder_layers is None:
             return False
         is_few = len(self.layers) < LEAST_MEASURED_SHARE * self.num_available
-        return student.layer_choice == "measured" or (
-            student.layer_choice == "auto" and self.fits_layers and not is_few
-        )
+        pays_off = self.fits_layers and self.is_causal and not is_few
+        return student.layer_choice == "measured" or (student.layer_choice == "auto" and pays_off)
 
     def build(self) -> PreTrainedModel:
         """Returns the untrained student in float32, without dropout. Weights are reproducible."""
@@ -132,6 +132,7 @@ def plan_student(
         freeze_head=_freezes_head(student, config, teacher_dir, start_dir),
         freeze_encoder=_freezes_encoder(student, config, encoder_layers, teacher_dir, start_dir),
         fits_layers=student.init == "layers" and student.fit_rows != 0,
+        is_causal=kind_of(config) == "causal",
         seed=seed,
         calibration=calibration,
     )

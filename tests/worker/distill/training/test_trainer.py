@@ -299,12 +299,13 @@ def test_a_resumed_run_keeps_the_precision_of_its_checkpoint_or_says_that_it_can
     assert any("does not support bfloat16 matmuls" in message for message in told)
 
 
+FITTED = {"fit_rows": 7, "layer_choice": "first_and_last"}
+
+
 def test_a_fitted_student_says_so_and_begins_elsewhere_than_the_plain_one(
     run: Run, make_spec: MakeSpec, tmp_path: Path, series: Series
 ) -> None:
-    sink = run(
-        make_spec({"student": {"fit_rows": 7}}, learning_rate="auto", max_steps=2), out="fitted"
-    )
+    sink = run(make_spec({"student": FITTED}, learning_rate="auto", max_steps=2), out="fitted")
     assert any("fitted 2 layers in closed form on 7 rows" in message for message in messages(sink))
     assert load_state(tmp_path / "fitted" / "step-2").num_fitted_layers == 2
     plain = run(make_spec(learning_rate="auto", max_steps=2), out="plain")
