@@ -1,9 +1,10 @@
 """`python -m examples.licences.study`: students of several sizes, and students from fewer labels.
 
-Runs `make task` with other settings, about an hour in all, and writes a table and a plot. Jobs that have
-succeeded in an earlier run are not repeated.
+Runs the jobs of `make task` with other settings, which takes more than an hour, and writes a table and a
+plot. Jobs that have succeeded are not repeated, those of `make task` included.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,16 +65,20 @@ class Study:
     def adapted(self, number: int) -> str:
         """Returns the teacher that is adapted to this number of labelled notices."""
         rows = self.file_of(f"labelled-{number}", self.labelled[number])
-        name = f"study-{number}"
         return self.model_of(
-            adaptation(rows, self.few, self.seed, n_epochs=BUDGETS[number], name=name)
+            adaptation(rows, self.few, self.seed, n_epochs=BUDGETS[number], name=name_of(number))
         )
 
     def answered(self, number: int, teacher: str) -> str:
-        """Returns the file with the labelled notices, and the others with the teacher's answers."""
-        path = self.folder / f"answered-{number}.jsonl"
-        unlabelled = self.folder / "unlabelled.jsonl"
-        answered_by(self.client, teacher, self.labelled[number], unlabelled, path)
+        """Returns the file with the labelled notices, and the others with the teacher's answers.
+
+        An earlier run, or `make task`, may have left the answers.
+        """
+        name = "answered" if number == NUM_LABELLED else f"answered-{number}"
+        path = self.folder / f"{name}.jsonl"
+        if not path.exists():
+            unlabelled = self.folder / "unlabelled.jsonl"
+            answered_by(self.client, teacher, self.labelled[number], unlabelled, path)
         return upload(self.client, path)
 
     def measured(self, model: str) -> Measured:
@@ -81,9 +86,7 @@ class Study:
 
     def student(self, name: str, teacher: str, rows: str, student: Json) -> Measured:
         """Returns the figures of a student that learns from a teacher."""
-        body = distillation(
-            teacher, rows, self.valid, self.seed, student=student, name=f"study-{name}"
-        )
+        body = distillation(teacher, rows, self.valid, self.seed, student=student, name=name)
         return self.measured(self.model_of(body))
 
     def student_alone(self, number: int) -> Measured:
@@ -99,21 +102,28 @@ class Study:
         )
         return self.measured(self.model_of(body))
 
-    def run(self) -> dict[str, Measured]:
+    def run(self, budgets: Sequence[int], sizes: Sequence[str]) -> dict[str, Measured]:
         """Returns the figures of all models by name."""
         found: dict[str, Measured] = {}
-        for number in sorted(BUDGETS, reverse=True):
+        for number in sorted(budgets, reverse=True):
             self.console.rule(f"{number} labelled notices")
             teacher = self.adapted(number)
             rows = self.answered(number, teacher)
             found[f"teacher, {number} labels"] = self.measured(teacher)
             found[f"3 layers, {number} labels"] = self.student(
-                str(number), teacher, rows, SMALL_STUDENT
+                name_of(number), teacher, rows, SMALL_STUDENT
             )
             found[f"3 layers, {number} labels alone"] = self.student_alone(number)
-            for name, student in SIZES.items() if number == NUM_LABELLED else ():
-                found[name] = self.student(name.replace(" ", "-"), teacher, rows, student)
+            for name in sizes if number == NUM_LABELLED else ():
+                found[name] = self.student(
+                    f"study-{name.replace(' ', '-')}", teacher, rows, SIZES[name]
+                )
         return found
+
+
+def name_of(number: int) -> str:
+    """Returns the name of the jobs with so many labels. `make task` has run those with all labels."""
+    return "task" if number == NUM_LABELLED else f"study-{number}"
 
 
 def show(console: Console, found: dict[str, Measured]) -> None:
@@ -132,19 +142,9 @@ def show(console: Console, found: dict[str, Measured]) -> None:
 
 
 def points_of(found: dict[str, Measured]) -> list[Point]:
-    """Returns the teacher and the students of the whole label budget, for the plot."""
-    names = {
-        f"teacher, {NUM_LABELLED} labels": "teacher, 30 layers",
-        f"3 layers, {NUM_LABELLED} labels": "3 layers",
-        f"3 layers, {NUM_LABELLED} labels alone": "3 layers, labels alone",
-        **{name: name for name in SIZES},
-    }
     return [
-        Point(
-            label, each.requests_per_second, each.accuracy, is_teacher=label.startswith("teacher")
-        )
-        for name, label in names.items()
-        for each in [found[name]]
+        Point(name, each.requests_per_second, each.accuracy, is_teacher="teacher" in name)
+        for name, each in found.items()
     ]
 
 
@@ -153,6 +153,8 @@ def main() -> None:
     parser.add_argument(
         "--plot", type=Path, default=Path("licences.png"), help="default: %(default)s"
     )
+    parser.add_argument("--labels", type=int, nargs="*", choices=BUDGETS, default=list(BUDGETS))
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     arguments = parser.parse_args()
     console = Console()
     with report_problems("licences", arguments.json) as results:
@@ -160,7 +162,9 @@ def main() -> None:
         write_rows(folder, NUM_LABELLED, NUM_UNLABELLED)
         with service(arguments.data_dir, console) as client:
             import_teacher(client, arguments.data_dir, console)
-            found = Study(client, folder, console, arguments.seed).run()
+            found = Study(client, folder, console, arguments.seed).run(
+                arguments.labels, arguments.sizes
+            )
         show(console, found)
         draw(points_of(found), arguments.plot)
         console.print(f"The plot is in {arguments.plot}", highlight=False)
