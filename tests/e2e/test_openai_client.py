@@ -38,7 +38,7 @@ def method(**changes: Any) -> Any:  # Any: the SDK's types know no distillation 
         "teacher": TEACHER,
         "student": {"init": "layers", "num_layers": 2},
         "hyperparameters": {
-            "n_epochs": 2,
+            "n_epochs": 8,
             "batch_tokens": 128,
             "max_sequence_tokens": 96,
             "eval_steps": 4,

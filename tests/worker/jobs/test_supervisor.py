@@ -23,7 +23,7 @@ import structlog
 from app.contracts.messages import ArtifactRef, DistillationJob, ImportJob
 from app.db import jobs, leases, models, reconciliation
 from app.db.schema.tables import Job, Model
-from app.db.session import transaction
+from app.db.session import engine, transaction
 from app.services import garbage_collector
 from app.settings import Settings, get_settings
 from app.storage import store
@@ -577,6 +577,7 @@ def test_a_database_that_is_away_for_a_moment_costs_the_run_nothing(
     job_id = add_distillation(
         tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=1200, checkpoint_steps=100
     )
+    pool = engine().pool
     with supervised(job_id) as watched:
         watched.wait_for_checkpoint()
         pid = watched.run_process().pid
@@ -584,6 +585,7 @@ def test_a_database_that_is_away_for_a_moment_costs_the_run_nothing(
         time.sleep(3)
         settings_env(database_url=database)
         assert watched.run_process().pid == pid
+    pool.dispose()  # the supervisor may have returned a connection to it after the change
     done = job(job_id)
     assert (done.status, done.attempt, done.num_losses) == ("succeeded", 1, 0)
     with transaction() as session:
