@@ -386,9 +386,7 @@ class Trainer:
 
 def _score(held_out: HeldOut, early: EarlyStopping | None, signal: Signal) -> float:
     """Returns the held-out score for early stopping and the best student. Lower is better."""
-    wanted = (
-        early.metric if early is not None else "perplexity" if signal.name == "hidden" else "kl"
-    )
+    wanted = early.metric if early else "perplexity" if signal.name in ("hidden", "text") else "kl"
     match wanted if held_out.has_teacher else "perplexity":
         case "kl":
             return held_out.kl
