@@ -28,7 +28,7 @@ from worker.distill.teachers.cached_teacher import CachedTeacher, Keeps, LiveTea
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import TrainState
 from worker.distill.training.devices import ON_CPU
-from worker.distill.training.layer_choice import choose_layers, measure_changes
+from worker.distill.training.layer_choice import measure_changes, with_chosen_layers
 from worker.distill.training.rollouts import MicroBatch
 from worker.distill.training.trainer import Trainer, TrainingInputs
 from worker.protocol.run_lines import MetricsLine, RunLine, Sink
@@ -146,10 +146,9 @@ def choose_recipe(task: Entry) -> StudentRecipe:
     recipe = plan_student(teacher_dir, teacher_dir, Student.model_validate(task["student"]))
     if not recipe.measures_layers:
         return recipe
-    assert recipe.layers is not None
     examples, num_train = _examples(task)
     changes = measure_changes(recipe, examples[:num_train], _floats(task), ON_CPU)
-    return replace(recipe, layers=choose_layers(changes[-1], len(recipe.layers)))
+    return with_chosen_layers(recipe, changes)
 
 
 def make_trainer(

@@ -50,7 +50,7 @@ def upload(client: httpx.Client, path: Path) -> str:
 def unfinished(client: httpx.Client, example: str) -> str | None:
     """Returns the id of a job of this example that was interrupted, or None.
 
-    It is followed whatever its settings are, because a new job would wait behind it.
+    Its settings may differ from those of this run. A new job would only start after it.
     """
     found = jobs_of(client, example, {"queued", "running"})
     return str(found[0]["id"]) if found else None

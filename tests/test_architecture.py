@@ -1,6 +1,8 @@
 """The rules that keep the code easy to find and to change, as tests."""
 
 import ast
+import gc
+import importlib
 import re
 import subprocess
 import sys
@@ -263,3 +265,12 @@ def test_the_api_image_has_no_torch() -> None:
     app_stage = dockerfile.split("AS app", 1)[1].split("\nFROM", 1)[0]
     assert "worker]" not in app_stage
     assert "torch" not in app_stage
+
+
+def test_the_garbage_collector_is_switched_on_again_after_imports() -> None:
+    for path in sources(*PACKAGES):
+        text = path.read_text()
+        if "app.fast_imports import" in text:
+            assert re.search(r"^ *imports_done\(\)$", text, re.MULTILINE), relative(path)
+    importlib.import_module("worker.train")
+    assert gc.isenabled()

@@ -144,7 +144,7 @@ class Student(Block):
         if self.init != "layers" and self.fit_rows not in ("auto", 0):
             raise ValueError("fit_rows needs init=layers, because other students drop no layers")
         if self.layer_choice != "auto" and (self.init != "layers" or self.layers is not None):
-            raise ValueError("layer_choice needs init=layers, without layers; leave it out")
+            raise ValueError("layer_choice needs init=layers, and no list of layers")
         if self.init != "lora" and self.lora is not None:
             raise ValueError("lora needs init=lora; set it, or leave lora out")
         if self.init == "width" and not chooses_width:

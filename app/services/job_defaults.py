@@ -68,10 +68,8 @@ def settle_student(student: Student, pair: Pair) -> Student:
             student.num_encoder_layers,
             student.num_decoder_layers,
         )
-        chooses_layers = any(number is not None for number in numbers) or student.fit_rows not in (
-            "auto",
-            0,
-        )
+        chooses_layers = any(number is not None for number in numbers)
+        chooses_layers |= student.fit_rows not in ("auto", 0) or student.layer_choice != "auto"
         init = decided["init"] = "layers" if pair.is_same or chooses_layers else "checkpoint"
     if "freeze_head" not in said and init in ("checkpoint", "fresh", "lora"):
         decided["freeze_head"] = False  # its head is not a copy of the teacher's

@@ -11,7 +11,7 @@ from worker.distill.data_parallel import Ranks
 from worker.distill.students.recipe import StudentRecipe, plan_student
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.devices import Placement
-from worker.distill.training.layer_choice import Changes, choose_layers, measure_changes
+from worker.distill.training.layer_choice import Changes, measure_changes, with_chosen_layers
 from worker.distill.training.trainer import TrainingInputs
 from worker.protocol.run_lines import MessageLine, Sink
 from worker.protocol.run_spec import RunSpec
@@ -84,23 +84,24 @@ def with_measured_layers(
         lambda: {"changes": measure_changes(runs[0].recipe, rows, matmul_dtype, placement)}
     )
     changes: list[Changes] = found["changes"]
-    chosen = []
-    for run in runs:
-        recipe = run.recipe
-        assert recipe.layers is not None
-        layers = choose_layers(changes[-1], len(recipe.layers))
-        words = f"layers {_ranges(layers)} of {recipe.num_available}"
-        encoder_layers = recipe.encoder_layers
-        if encoder_layers is not None:
-            encoder_layers = choose_layers(changes[0], len(encoder_layers))
-            words = f"encoder layers {_ranges(encoder_layers)} and decoder {words}"
-        recipe = replace(recipe, layers=layers, encoder_layers=encoder_layers)
-        chosen.append(replace(run, recipe=recipe))
-        message = (
-            f"{run.name}: kept {words}, because the others change the states of the rows least"
-        )
-        sink(MessageLine(message=message))
+    chosen = [
+        replace(run, recipe=with_chosen_layers(run.recipe, changes))
+        if run.recipe.measures_layers
+        else run
+        for run in runs
+    ]
+    for run in chosen:
+        if run.recipe.measures_layers:
+            sink(MessageLine(message=f"{run.name}: {_kept(run.recipe)}"))
     return chosen
+
+
+def _kept(recipe: StudentRecipe) -> str:
+    """Returns the sentence about the layers that a student keeps."""
+    words = f"layers {_ranges(recipe.layers or ())} of {recipe.num_available}"
+    if recipe.encoder_layers is not None:
+        words = f"encoder layers {_ranges(recipe.encoder_layers)} and decoder {words}"
+    return f"kept {words}, because the others change the states of the rows least"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -144,6 +144,13 @@ def test_the_openai_place_for_epochs_is_honoured(bench: Bench) -> None:
         ),
         ({"student": {"layers": [1, 0]}}, {}, 400, "invalid_value", "method.distillation.student"),
         (
+            {"student": {"layers": [0], "layer_choice": "measured"}},
+            {},
+            400,
+            "invalid_value",
+            "method.distillation.student",
+        ),
+        (
             {"student": {"init": "checkpoint", "fit_rows": 9}},
             {},
             400,

@@ -150,6 +150,12 @@ def test_different_tokenizers_settle_for_what_can_be_compared(
     assert (one.objective.teacher_signal, one.objective.ce_weight) == ("logits", 0)
 
 
+@pytest.mark.parametrize("student", [{"layer_choice": "first_and_last"}, {"fit_rows": 9}])
+def test_options_of_layers_make_a_student_of_layers(student: Json) -> None:
+    assert decide({"student": student}, "gpt2", "gpt2").student.init == "layers"
+    assert decide({"student": {}}, "gpt2", "gpt2").student.init == "checkpoint"
+
+
 @pytest.mark.parametrize("signal", ["logits", "hidden"])
 def test_different_tokenizers_are_not_compared_token_by_token(signal: str) -> None:
     param, code, message = refused(

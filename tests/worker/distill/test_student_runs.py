@@ -87,6 +87,17 @@ def test_a_ladder_keeps_the_measured_layers_and_says_which(make_spec: MakeSpec) 
     messages = [line.message for line in sink.lines if isinstance(line, MessageLine)]
     assert messages[0].startswith("student of 1 layer: kept layers ")
     assert "of 4, because" in messages[0]
+    assert len(messages) == 2  # the third student keeps all layers
+
+
+def test_a_size_with_few_layers_keeps_the_first_and_last_ones(
+    make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.distill.students.recipe.LEAST_MEASURED_SHARE", 0.6)
+    runs, sink = measured(make_spec({"student": {"num_layers": [2, 3], "fit_rows": "auto"}}))
+    assert [run.recipe.measures_layers for run in runs] == [False, True]
+    assert runs[0].recipe.layers == (0, 3)
+    assert len(sink.lines) == 1
 
 
 @pytest.mark.parametrize(

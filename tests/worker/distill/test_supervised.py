@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.worker.memory_sink import MemorySink
+from worker.cpu import HAS_FAST_BFLOAT16
 from worker.distill.data.dataset import Reader
 from worker.distill.data.rows import Example, read_rows
 from worker.distill.data.split import hold_out
@@ -86,6 +87,18 @@ def test_the_result_compares_the_model_before_and_after(
     stages = [line.name for line in sink.lines if isinstance(line, StageLine)]
     assert stages == ["loading_models", "training", "evaluating", "exporting"]
     assert not spec.cache_dir.exists()  # nothing of a teacher is cached
+
+
+def test_the_final_evaluation_rounds_as_the_training_does(
+    supervised: Callable[..., RunSpec], tmp_path: Path, tokenizer: Any
+) -> None:
+    spec = supervised(n_epochs=2, precision="bfloat16")
+    done = outcome(spec, tmp_path / "out")
+    loss, _ = measured(tmp_path / "out" / done.folder, held_out(spec, tokenizer))
+    rounded = done.result["after"]["loss"]
+    assert rounded == pytest.approx(loss, rel=0.02)  # bfloat16 has 8 bits of precision
+    if HAS_FAST_BFLOAT16:
+        assert rounded != pytest.approx(loss, rel=1e-6)
 
 
 def test_all_parameters_are_trained_and_the_architecture_stays(

@@ -12,6 +12,7 @@ the input of layer i, and the last state is the output of the last layer.
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -44,6 +45,16 @@ def measure_changes(
     start = load_start(recipe, placement)
     prepare_for_inference(start, dtype=matmul_dtype, fuses_layers=True)
     return [changes_between(states) for states in record_states(start, rows[:NUM_ROWS])]
+
+
+def with_chosen_layers(recipe: StudentRecipe, changes: Sequence[Changes]) -> StudentRecipe:
+    """Returns the recipe with as many layers as before, chosen by the changes of each stack."""
+    layers, encoder_layers = recipe.layers, recipe.encoder_layers
+    if layers is not None:
+        layers = choose_layers(changes[-1], len(layers))
+    if encoder_layers is not None:
+        encoder_layers = choose_layers(changes[0], len(encoder_layers))
+    return replace(recipe, layers=layers, encoder_layers=encoder_layers)
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from app.contracts.architectures import distilled
+from tests.tiny import save_tiny
 from worker.distill.data.rows import Example
 from worker.distill.students.recipe import load_model
 from worker.distill.training.layer_choice import (
@@ -16,11 +18,13 @@ from worker.distill.training.layer_choice import (
     choose_layers,
     record_states,
 )
+from worker.models.architectures import layer_counts
 
 ROWS = [
     Example((5, 6, 7, 8, 9 + i, 10, 11)[: 4 + i], ((2, 4),), source_ids=(20, 21 + i, 22))
     for i in range(4)
 ]
+FAMILIES = distilled("causal")
 CAUSAL_ROWS = [Example(row.token_ids, row.spans) for row in ROWS]
 
 
@@ -34,16 +38,24 @@ def test_recorded_states_are_those_of_transformers(tiny_llama_dir: Path) -> None
     assert len(states) == len(expected[0])
     for i, state in enumerate(states[:-1]):  # transformers applies the final norm to the last one
         theirs = torch.cat([hidden[i][0, 1:] for hidden in expected])  # without the first token
+        # packed attention sums in another order
         torch.testing.assert_close(sorted_rows(state), sorted_rows(theirs), rtol=1e-4, atol=5e-5)
     last = model.model.norm(states[-1])
     theirs = torch.cat([hidden[-1][0, 1:] for hidden in expected])
     torch.testing.assert_close(sorted_rows(last), sorted_rows(theirs), rtol=1e-4, atol=5e-5)
 
 
-# The tolerance: packed attention sums in another order.
 def sorted_rows(states: torch.Tensor) -> torch.Tensor:
     """The positions in an order of their own, because batches may pack them."""
     return states[states[:, 0].argsort()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_causal_family_is_recorded(family: str, tmp_path: Path) -> None:
+    model = load_model(save_tiny(tmp_path, family))
+    (states,) = record_states(model, CAUSAL_ROWS)
+    assert len(states) == layer_counts(model.config)[1] + 1
+    assert all(state.isfinite().all() for state in states)
 
 
 def test_both_stacks_of_an_encoder_decoder_are_recorded(tiny_t5_dir: Path) -> None:

@@ -11,13 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from app.contracts.distillation import EarlyStopping, TeacherSignal
 from tests.worker.memory_sink import MemorySink
 from worker.distill.data.rows import Encoder, read_rows, split_rows
+from worker.distill.evaluation.held_out import HeldOut
 from worker.distill.students.layer_dropping import keep_layers
 from worker.distill.students.recipe import freeze_head, load_model
+from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import load_state
 from worker.distill.training.lr_schedule import scheduled
-from worker.distill.training.trainer import Stopped
+from worker.distill.training.trainer import Stopped, _score
 from worker.errors import NanLoss
 from worker.protocol.run_lines import (
     CheckpointLine,
@@ -388,3 +391,19 @@ def test_a_gradient_is_no_longer_than_it_may_be(
     # after one step a first moment is 1 - .9 of the gradient
     assert float(first.norm()) == pytest.approx(0.1 * min(norm, limit), rel=1e-4)
     assert 0.01 < norm < 100.0
+
+
+@pytest.mark.parametrize(
+    ("signal", "early", "expected"),
+    [
+        ("logits", None, 1.0),
+        ("text", None, 3.0),
+        ("hidden", None, 3.0),
+        ("text", EarlyStopping(metric="kl"), 1.0),
+    ],
+)
+def test_a_student_of_text_is_chosen_by_the_text(
+    signal: TeacherSignal, early: EarlyStopping | None, expected: float
+) -> None:
+    held_out = HeldOut(torch.tensor([[2.0, 1.0, 3.0, 0.5]], dtype=torch.float64), torch.tensor([1]))
+    assert _score(held_out, early, Signal(signal, "")) == expected
