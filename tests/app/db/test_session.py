@@ -12,12 +12,12 @@ WHO = select(func.pg_backend_pid(), func.now())
 
 
 def end_all_connections(database: str) -> None:
-    """Of everybody but the asker, who is another engine."""
+    """Of everybody but the asker, who is another engine. Returns when their processes are gone."""
     made = sessions.make_engine(sessions.sqlalchemy_url(database))
     with made.begin() as connection:
         connection.execute(
             text(
-                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "SELECT pg_terminate_backend(pid, 10000) FROM pg_stat_activity "
                 "WHERE datname = current_database() AND pid <> pg_backend_pid()"
             )
         )
