@@ -77,8 +77,21 @@ class Watched:
         assert isinstance(found, psutil.Process)
         return found
 
-    def wait_for_checkpoint(self, step: int = 1) -> None:
-        self.wait_for(lambda: any(s >= step for s in checkpoint_steps(self.job_id)))
+    def wait_for_checkpoint(self) -> None:
+        """Waits until a checkpoint is stored.
+
+        Storing one may take seconds on a busy disk, in which a tiny model would be trained to the
+        end. So the run is suspended from time to time once it has written one.
+        """
+        process = self.run_process()
+        folder = get_settings().work_root() / self.job_id
+        while not checkpoint_steps(self.job_id):
+            self.wait_for(lambda: any(folder.glob("*/out/step-*")))
+            process.suspend()
+            until = time.monotonic() + 2  # not longer: the run may not have announced it yet
+            self.wait_for(lambda: checkpoint_steps(self.job_id) or time.monotonic() > until)
+            process.resume()
+            time.sleep(0.05)
 
 
 @contextmanager
