@@ -109,16 +109,26 @@ class Study:
             self.console.rule(f"{number} labelled notices")
             teacher = self.adapted(number)
             rows = self.answered(number, teacher)
-            found[f"teacher, {number} labels"] = self.measured(teacher)
-            found[f"3 layers, {number} labels"] = self.student(
-                name_of(number), teacher, rows, SMALL_STUDENT
+            self.add(found, f"teacher, {number} labels", self.measured(teacher))
+            self.add(
+                found,
+                f"3 layers, {number} labels",
+                self.student(name_of(number), teacher, rows, SMALL_STUDENT),
             )
-            found[f"3 layers, {number} labels alone"] = self.student_alone(number)
+            self.add(found, f"3 layers, {number} labels alone", self.student_alone(number))
             for name in sizes if number == NUM_LABELLED else ():
-                found[name] = self.student(
-                    f"study-{name.replace(' ', '-')}", teacher, rows, SIZES[name]
-                )
+                slug = f"study-{name.replace(' ', '-')}"
+                self.add(found, name, self.student(slug, teacher, rows, SIZES[name]))
         return found
+
+    def add(self, found: dict[str, Measured], name: str, figures: Measured) -> None:
+        """Adds the figures of a model and prints them, since the next one may take half an hour."""
+        found[name] = figures
+        self.console.print(
+            f"{name}: macro-F1 {figures.macro_f1}, accuracy {figures.accuracy}, "
+            f"{figures.requests_per_second:.1f} requests/s",
+            highlight=False,
+        )
 
 
 def name_of(number: int) -> str:
