@@ -88,10 +88,13 @@ class Watched:
         while not checkpoint_steps(self.job_id):
             self.wait_for(lambda: any(folder.glob("*/out/step-*")))
             process.suspend()
-            until = time.monotonic() + 2  # not longer: the run may not have announced it yet
-            self.wait_for(lambda: checkpoint_steps(self.job_id) or time.monotonic() > until)
+            self._wait_until_stored(2)  # not longer: the run may not have announced it yet
             process.resume()
             time.sleep(0.05)
+
+    def _wait_until_stored(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        self.wait_for(lambda: checkpoint_steps(self.job_id) or time.monotonic() > until)
 
 
 @contextmanager
