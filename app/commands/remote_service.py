@@ -50,7 +50,7 @@ class Address:
 
     @property
     def is_local(self) -> bool:
-        """Whether the service listens on this machine, where no proxy is needed."""
+        """True if the service listens on this machine, where no proxy is needed."""
         return urlsplit(self.url).hostname in LOOPBACK
 
 
