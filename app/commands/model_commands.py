@@ -79,7 +79,7 @@ def list_models(
             show_models(service.get("/v1/models"), is_json=is_json)
         return
     if url is not None:
-        fail("with --url, the models are those of the API key; leave --project out")
+        fail("--project reads the database of this machine; leave --url and STILLHOUSE_URL out")
     from app.db import models as table
     from app.db.session import transaction
     from app.schemas.models import ModelList, ModelObject

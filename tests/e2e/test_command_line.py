@@ -80,7 +80,7 @@ def run(
 
 def write_rows(folder: Path) -> None:
     """Writes the files that docs/cli.md names."""
-    rows = {
+    rows: dict[str, list[Json]] = {
         "prompts.jsonl": [{"prompt": f"What is number {n}?"} for n in range(12)],
         "answers.jsonl": [{"prompt": f"What is {n}?", "completion": "A jar."} for n in range(12)],
         "requests.jsonl": [
@@ -199,7 +199,7 @@ def watch_twice(service: Service, shell: Shell) -> None:
     terminal = Terminal(service, "jobs", "watch", shell.variables["JOB"])
     shell(WATCH)
     terminal.expect("━━━━")  # the bar, while the job runs
-    terminal.expect(r"train.*succeeded")
+    terminal.expect(r"\d\d:\d\d:\d\d\S*  loading models.*  succeeded")
     terminal.expect(r"status.*\x1b\[32msucceeded")  # green
     terminal.expect("untrained.*student.*agreement")
     assert terminal.end() == 0
@@ -220,6 +220,7 @@ def check(shell: Shell, folder: Path) -> None:
     out = {line: done.out for line, done in shell.printed.items()}
     watched = out["stillhouse jobs watch $JOB"]
     assert "\x1b" not in watched
+    assert re.search(r"^\d\d:\d\d:\d\d  loading models", watched, re.MULTILINE)
     assert re.search(r"^\d\d:\d\d:\d\d  succeeded  100%$", watched, re.MULTILINE)
     assert re.search(r"^student +ds:tiny-llama:faq:", watched, re.MULTILINE)
     assert re.search(r"agreement, top token +100\.0% +\d", watched)
@@ -353,7 +354,8 @@ def test_errors_of_the_service_are_shown_with_what_to_do(
     batch = run("batches", "create", "wrong.jsonl")
     assert (batch.status, "line 1" in batch.err) == (1, True)
     assert run("jobs", "watch", "ftjob-none").status == 1
-    assert run("chat", "none", "Hello").status == 1
+    stranger = run("chat", "none", "Hello")
+    assert (stranger.status, stranger.out) == (1, "")
     assert run("models", "serve", "none").status == 1
 
 

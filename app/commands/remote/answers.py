@@ -37,7 +37,7 @@ def print_answer(service: "RemoteService", path: str, body: Json) -> Answer:
             sys.stdout.write(printable(piece))
             sys.stdout.flush()
     finally:
-        if not answer.text.endswith("\n"):
+        if answer.text and not answer.text.endswith("\n"):
             print(flush=True)
     if messages.is_terminal:
         seconds = time.monotonic() - began

@@ -30,11 +30,12 @@ def job_body(options: JobOptions) -> Json:
     """Returns the body of the request, without the files. Raises typer.BadParameter."""
     name = "supervised" if options.is_supervised else "distillation"
     block = _method_block(options.method_json, name)
+    model = options.model
     if options.is_supervised:
-        model = _supervised(options)
+        _demand_supervised(options)
     else:
-        teacher = options.teacher or block.get("teacher") or options.model
-        model = options.model or teacher
+        teacher = options.teacher or block.get("teacher") or model
+        model = model or teacher
         if teacher is None:
             raise typer.BadParameter("give --teacher, --model or both")
         block = _with(block, ("teacher",), teacher, "--teacher")
@@ -48,13 +49,12 @@ def job_body(options: JobOptions) -> Json:
     return body | {key: value for key, value in given.items() if value is not None}
 
 
-def _supervised(options: JobOptions) -> str:
+def _demand_supervised(options: JobOptions) -> None:
     for name, value in (("--teacher", options.teacher), ("--layers", options.layers)):
         if value is not None:
             raise typer.BadParameter(f"a supervised job has no {name}; leave it out")
     if options.model is None:
         raise typer.BadParameter("a supervised job needs --model")
-    return options.model
 
 
 def pairs_of(pairs: Sequence[str]) -> dict[str, str]:

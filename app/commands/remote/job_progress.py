@@ -9,8 +9,9 @@ from typing import Any, Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from app.commands.progress_lines import LINE_SECONDS, ProgressLines
+from app.commands.progress_lines import LINE_SECONDS, ProgressLines, clock
 
 POLL_SECONDS: Final = 1.0
 ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})
@@ -22,8 +23,8 @@ def watch_job(
 ) -> Json:
     """Shows the progress of a job until it has ended or is paused, and returns the job.
 
-    `load` returns the job as the API shows it. On a terminal, a bar is shown, and each new stage
-    prints a line. Elsewhere, a line is printed for each stage and every `line_seconds` seconds.
+    `load` returns the job as the API shows it. A line is printed for each stage. In addition, a
+    terminal shows a bar, and elsewhere a line is printed every `line_seconds` seconds.
     """
     lines = ProgressLines(console, line_seconds)
     columns = (
@@ -35,18 +36,43 @@ def watch_job(
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("queued", total=100, detail="")
-        shown_stage = None
+        shown_stage, begun = "", set[tuple[str, float]]()
         while True:
             job = load()
             stage = stage_of(job)
-            bar.update(task, description=stage, completed=percent_of(job), detail=detail(job))
-            if console.is_terminal and stage != shown_stage:
-                console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim]  {stage}", highlight=False)
-            lines.tell(progress_line(job), is_due=stage != shown_stage)
+            for name, at in missed_stages(job, begun):
+                _announce(console, lines, name, name, at=at)
+            if stage != shown_stage:
+                _announce(console, lines, stage, progress_line(job))
             shown_stage = stage
+            bar.update(task, description=stage, completed=percent_of(job), detail=detail(job))
+            lines.tell(progress_line(job))
             if job["status"] in ENDED or job["status"] == "paused":
                 return job
             time.sleep(POLL_SECONDS)
+
+
+def missed_stages(job: Json, begun: set[tuple[str, float]]) -> list[tuple[str, float]]:
+    """Returns the stages that have begun and ended since the last call, with their begin.
+
+    `begun` holds all stages of the last call, and receives the new ones.
+    """
+    missed = []
+    for stage in job.get("stages") or ():
+        key = (stage["name"].replace("_", " "), stage["started_at"])
+        if key not in begun and stage["status"] != "running":
+            missed.append(key)
+        begun.add(key)
+    return missed
+
+
+def _announce(
+    console: Console, lines: ProgressLines, stage: str, line: str, *, at: float | None = None
+) -> None:
+    """Prints the stage above the progress bar, or the line if there is no terminal."""
+    if console.is_terminal:
+        console.print(Text.assemble((clock(at), "dim"), f"  {stage}"))
+    lines.tell(line, is_due=True, at=at)
 
 
 def stage_of(job: Json) -> str:

@@ -67,10 +67,8 @@ def show_result(result: Json) -> None:
     """Prints the figures of the job's models, one column per model, and those of a ladder."""
     models = [name for name in MODELS if result.get(name)]
     if models:
-        tell(
-            f"\nOn {result.get('num_validation_rows')} held-out rows, after training on "
-            f"{result.get('num_train_rows')}:"
-        )
+        counts = (result.get("num_train_rows"), result.get("num_validation_rows"))
+        tell("\nTraining rows: {}; held-out rows: {}".format(*counts))
         rows = [
             (heading, *(row_value(result[model], name, form) for model in models))
             for heading, name, form in RESULT_FIGURES
@@ -91,6 +89,6 @@ def _ladder_row(entry: Json) -> tuple[Cell, ...]:
         row_value(entry, "num_parameters", "{:,}"),
         row_value(entry, "kl", "{:.3f}"),
         row_value(entry, "agreement", "{:.1%}"),
-        {True: "passed", False: "failed"}.get(entry.get("passed")),
+        None if entry.get("passed") is None else "passed" if entry["passed"] else "failed",
         "yes" if entry.get("chosen") else "",
     )

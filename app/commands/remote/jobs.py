@@ -17,6 +17,31 @@ JobId = Annotated[str, typer.Argument(help="Id of the job: ftjob-…")]
 Labels = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label; can be repeated.")
 ]
+TrainingFile = Annotated[
+    str, typer.Option(metavar="PATH|ID", help="Rows to train on: a path, or a file's id.")
+]
+ValidationFile = Annotated[str | None, typer.Option(metavar="PATH|ID", help="Rows to evaluate on.")]
+StartModel = Annotated[
+    str | None, typer.Option(help="Model the student starts from; default: the teacher.")
+]
+Teacher = Annotated[
+    str | None, typer.Option(help="Model to learn from; default: the model itself.")
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="N[,N...]", help="Layers to keep; several numbers make a ladder."),
+]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the rows.")]
+Suffix = Annotated[str | None, typer.Option(help="Part of the student's name.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the run.")]
+IsSupervised = Annotated[
+    bool, typer.Option("--supervised", help="Train on the answers in the rows, without a teacher.")
+]
+MethodJson = Annotated[
+    str | None,
+    typer.Option(metavar="JSON|@FILE", help="Further options of the method, see docs/jobs.md."),
+]
+IsWatched = Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")]
 
 jobs = typer.Typer(no_args_is_help=True, help="Training jobs.")
 
@@ -25,34 +50,18 @@ jobs = typer.Typer(no_args_is_help=True, help="Training jobs.")
 @over_http
 def create_job(
     service: "RemoteService",
-    training_file: Annotated[
-        str, typer.Option(metavar="PATH|ID", help="Rows to train on: a path, or a file's id.")
-    ],
-    model: Annotated[
-        str | None, typer.Option(help="Model the student starts from; default: the teacher.")
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Model to learn from; default: the model itself.")
-    ] = None,
-    validation_file: Annotated[
-        str | None, typer.Option(metavar="PATH|ID", help="Rows to evaluate on.")
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(metavar="N[,N...]", help="Layers to keep; several numbers make a ladder."),
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the rows.")] = None,
-    suffix: Annotated[str | None, typer.Option(help="Part of the student's name.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run.")] = None,
+    training_file: TrainingFile,
+    model: StartModel = None,
+    teacher: Teacher = None,
+    validation_file: ValidationFile = None,
+    layers: Layers = None,
+    epochs: Epochs = None,
+    suffix: Suffix = None,
+    seed: Seed = None,
     metadata: Labels = None,
-    supervised: Annotated[
-        bool, typer.Option("--supervised", help="Train on the answers in the rows, no teacher.")
-    ] = False,
-    method_json: Annotated[
-        str | None,
-        typer.Option(metavar="JSON|@FILE", help="Further options of the method, see docs/jobs.md."),
-    ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Follow the job to its end.")] = False,
+    is_supervised: IsSupervised = False,
+    method_json: MethodJson = None,
+    is_watched: IsWatched = False,
     is_json: IsJson = False,
 ) -> None:
     """Creates a job and prints its id. Files that are given as paths are uploaded first."""
@@ -68,7 +77,7 @@ def create_job(
             epochs=epochs,
             seed=seed,
             metadata=metadata or (),
-            is_supervised=supervised,
+            is_supervised=is_supervised,
             method_json=method_json,
         )
     )
@@ -76,7 +85,7 @@ def create_job(
         if path is not None:
             body[name] = file_id_of(service, path, "fine-tune")
     job = service.create(JOBS, body)
-    if watch:
+    if is_watched:
         note(f"Created {job['id']}")
         follow(service, job["id"], is_json=is_json)
     elif is_json:
@@ -203,8 +212,9 @@ def change(service: "RemoteService", job_id: str, action: str, *, is_json: bool)
     if is_json:
         show_json(job)
         return
-    is_pending = (job["cancel_requested_at"], job["pause_requested_at"]) != (None, None)
-    tell(f"{job_id} is {job['status']}{f'; {action} requested' if is_pending else ''}")
+    is_requested = job.get(f"{action}_requested_at") is not None
+    is_pending = is_requested and job["status"] in ("queued", "running")
+    tell(f"{job_id} is {job['status']}{f'; the {action} is requested' if is_pending else ''}")
 
 
 def follow(service: "RemoteService", job_id: str, *, is_json: bool) -> None:

@@ -91,4 +91,5 @@ def test_progress_is_printed_as_lines_without_a_terminal(
         for number in num_states:
             api.state = JOB_STATES[number]
             line_with(LINES[number], output)
+        output.read()  # a closed pipe would end the process
     assert process.wait(60) == 0
