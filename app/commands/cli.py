@@ -1,36 +1,40 @@
-"""Runs the Stillhouse service and manages its API keys and models."""
+"""Runs a Stillhouse service, and works with one here or on another machine."""
 
 from app.fast_imports import imports_done  # isort: split
 
 import os
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Column, Table
 
-from app import crash_points
 from app.commands import model_commands
-from app.commands.shell import DataDir, console, fail, use, use_service
-from app.db.session import DatabaseUnavailable
-from app.errors import StillhouseError
-from app.local.server_process import LocalServiceError
-from app.storage import StorageError
+from app.commands.remote import batches, files, generation, jobs, usage
+from app.commands.remote.output import Cell, Json, moment, show_json, show_table
+from app.commands.shell import DataDir, IsJson, console, fail, use, use_service
 
 imports_done()
 
 KERNELS_MODULE = "worker.build_kernels"  # it needs torch, which this process does not load
+HTTP_PANEL = "Over HTTP, here or from another machine"
 
-cli = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
-)
+# Modules with commands import heavy libraries inside the commands, so that help and shell
+# completion are quick.
+cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
-cli.add_typer(keys, name="keys")
 kernels = typer.Typer(no_args_is_help=True, help="C kernels for CPUs.")
-cli.add_typer(model_commands.models, name="models")
+cli.add_typer(jobs.jobs, name="jobs", rich_help_panel=HTTP_PANEL)
+cli.add_typer(files.files, name="files", rich_help_panel=HTTP_PANEL)
+cli.add_typer(batches.batches, name="batches", rich_help_panel=HTTP_PANEL)
+cli.add_typer(model_commands.models, name="models", rich_help_panel=HTTP_PANEL)
+cli.add_typer(keys, name="keys")
 cli.add_typer(kernels, name="kernels")
+cli.command(rich_help_panel=HTTP_PANEL)(generation.generate)
+cli.command(rich_help_panel=HTTP_PANEL)(generation.chat)
+cli.command(rich_help_panel=HTTP_PANEL)(usage.usage)
 
 
 @cli.command()
@@ -69,6 +73,7 @@ def api(data_dir: DataDir = None) -> None:
     """Runs the API only."""
     import uvicorn
 
+    from app import crash_points
     from app.api.connections import BoundedProtocol
 
     settings = use_service(data_dir)
@@ -113,7 +118,7 @@ def migrate(data_dir: DataDir = None) -> None:
 @cli.command()
 def doctor(
     data_dir: DataDir = None,
-    is_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    is_json: IsJson = False,
 ) -> None:
     """Checks a deployment and prints advice. The exit status is 1 if a check fails."""
     from app.commands.doctor import examine, report
@@ -162,7 +167,9 @@ def create_key(
 
 @keys.command("list")
 def list_keys(
-    project: Annotated[str | None, typer.Option()] = None, data_dir: DataDir = None
+    project: Annotated[str | None, typer.Option()] = None,
+    data_dir: DataDir = None,
+    is_json: IsJson = False,
 ) -> None:
     """Lists API keys without their secrets."""
     from app.db import keys as table
@@ -171,16 +178,27 @@ def list_keys(
     use_service(data_dir)
     with transaction() as session:
         rows = table.list_keys(session, project)
-    shown = Table(Column("id", no_wrap=True), "project", "scopes", "expires", "revoked")
-    for row in rows:
-        shown.add_row(
-            row.id,
-            row.project_id,
-            " ".join(row.scopes),
-            str(row.expires_at or ""),
-            str(row.revoked_at or ""),
-        )
-    console.print(shown)
+    listed = [
+        {
+            "id": row.id,
+            "project": row.project_id,
+            "scopes": list(row.scopes),
+            "expires_at": row.expires_at and int(row.expires_at.timestamp()),
+            "revoked_at": row.revoked_at and int(row.revoked_at.timestamp()),
+        }
+        for row in rows
+    ]
+    if is_json:
+        show_json({"object": "list", "data": listed})
+    else:
+        show_table(("id", "project", "scopes", "expires", "revoked"), map(key_row, listed))
+
+
+def key_row(key: Json) -> tuple[Cell, ...]:
+    """Returns the cells of an API key in a list."""
+    scopes = " ".join(key["scopes"])
+    times = (moment(key["expires_at"]), moment(key["revoked_at"]))
+    return (key["id"], key["project"], scopes, *times)
 
 
 @keys.command("revoke")
@@ -218,14 +236,30 @@ def become_worker(role: str, data_dir: Path | None) -> None:
     os.execv(sys.executable, [sys.executable, "-m", "worker.main", role])
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line. Expected errors are printed as one line, without a traceback."""
     try:
-        cli()
-    except (StillhouseError, LocalServiceError, StorageError, RuntimeError) as error:
-        sys.exit(f"stillhouse: {error.args[0] if error.args else error}")
-    except DatabaseUnavailable:
-        sys.exit("stillhouse: the database does not answer; is the service running?")
+        cli(arguments, prog_name="stillhouse")
+    except Exception as error:
+        message = expected_message(error)
+        if message is None:
+            raise
+        sys.exit(f"stillhouse: {message}")
+
+
+def expected_message(error: Exception) -> str | None:
+    """Returns the message of an error that a user can act on, or None for a bug."""
+    if not isinstance(error, RuntimeError):  # imports nothing for errors of the HTTP commands
+        from app.db.session import DatabaseUnavailable
+        from app.errors import StillhouseError
+        from app.local.server_process import LocalServiceError
+        from app.storage import StorageError
+
+        if isinstance(error, DatabaseUnavailable):
+            return "the database does not answer; is the service running?"
+        if not isinstance(error, StillhouseError | LocalServiceError | StorageError):
+            return None
+    return str(error.args[0] if error.args else error)
 
 
 if __name__ == "__main__":

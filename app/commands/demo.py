@@ -19,10 +19,10 @@ from typing import Any
 import httpx
 import yaml
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.commands.demo_report import show_comparison, show_next_commands, show_samples
 from app.commands.progress_lines import LINE_SECONDS, ProgressLines
+from app.commands.remote.job_progress import watch_job
 from app.local.embedded_servers import free_port
 from app.parent_death import tethered
 
@@ -91,7 +91,7 @@ def running_service(data_dir: Path, console: Console, *options: str) -> Iterator
             tethered(command), stdout=log, stderr=log, start_new_session=True
         )
     try:
-        wait_until_ready(process, port, log_path)
+        wait_until_ready(process, port, log_path, console)
         key = (data_dir / "api_key").read_text().strip()
         headers = {"Authorization": f"Bearer {key}"}
         with httpx.Client(
@@ -107,10 +107,14 @@ def running_service(data_dir: Path, console: Console, *options: str) -> Iterator
             process.wait()
 
 
-def wait_until_ready(process: subprocess.Popen[bytes], port: int, log_path: Path) -> None:
+def wait_until_ready(
+    process: subprocess.Popen[bytes], port: int, log_path: Path, console: Console
+) -> None:
     """Waits until the service is ready and has a serve worker. Raises DemoFailed if it fails."""
     deadline = time.monotonic() + START_SECONDS
+    lines = ProgressLines(console)
     while time.monotonic() < deadline:
+        lines.tell("the service is starting")
         if process.poll() is not None:
             raise DemoFailed(f"the service exited while starting; see {log_path}")
         try:
@@ -226,64 +230,22 @@ def follow(
 ) -> Json:
     """Shows the job's progress until it succeeds, and returns the job.
 
-    Each new stage prints a line. If the output is not a terminal, a progress line is printed every
-    `line_seconds` instead of the progress bar.
+    If the output is not a terminal, a line is printed for each stage and every `line_seconds`
+    instead of the progress bar.
 
     Raises:
         DemoFailed: The job failed, was cancelled or is paused.
     """
-    lines = ProgressLines(console, line_seconds)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
+    job = watch_job(
+        lambda: call(client, "GET", f"/v1/fine_tuning/jobs/{job_id}"),
+        console,
+        line_seconds=line_seconds,
     )
-    with Progress(
-        *columns, TimeElapsedColumn(), TextColumn("{task.fields[detail]}"), console=console
-    ) as bar:
-        task = bar.add_task("queued", total=100, detail="")
-        stage = None
-        while True:
-            job = call(client, "GET", f"/v1/fine_tuning/jobs/{job_id}")
-            progress = job["progress"] or {}
-            bar.update(task, completed=progress.get("percent") or 0, detail=detail(job))
-            if job["stage"] and job["stage"] != stage:
-                stage = job["stage"]
-                bar.update(task, description=stage.replace("_", " "))
-                console.print(f"[dim]{time.strftime('%H:%M:%S')}  {stage.replace('_', ' ')}[/dim]")
-            lines.tell(progress_line(job))
-            if job["status"] in {"failed", "cancelled"}:
-                raise DemoFailed(f"the job {job['status']}: {json.dumps(job['error'])}")
-            if job["status"] == "paused":
-                raise DemoFailed(f"the job is paused: {job['pause_reason']}")
-            if job["status"] == "succeeded":
-                bar.update(task, completed=100, detail="")
-                return job
-            time.sleep(1)
-
-
-def progress_line(job: Json) -> str:
-    """Returns the job's stage, percentage and counters as one line of text."""
-    percent = (job["progress"] or {}).get("percent") or 0
-    parts = [(job["stage"] or job["status"]).replace("_", " "), f"{percent:.0f}%", detail(job)]
-    return "  ".join(part for part in parts if part)
-
-
-def detail(job: Json) -> str:
-    """Returns the job's counters, metrics and remaining time, separated by commas."""
-    progress, metrics = job["progress"] or {}, job["latest_metrics"] or {}
-    parts = []
-    if progress.get("rows_total"):
-        parts.append(f"{progress.get('rows_done') or 0}/{progress['rows_total']} answers")
-    if progress.get("total_steps"):
-        parts.append(f"step {progress.get('step') or 0}/{progress['total_steps']}")
-    if metrics.get("train_loss") is not None:
-        parts.append(f"loss {metrics['train_loss']:.2f}")
-    if metrics.get("valid_kl") is not None:
-        parts.append(f"held-out KL {metrics['valid_kl']:.2f}")
-    if progress.get("seconds_remaining") is not None:
-        parts.append(f"{progress['seconds_remaining']:.0f} s left")
-    return ", ".join(parts)
+    if job["status"] == "paused":
+        raise DemoFailed(f"the job is paused: {job['pause_reason']}")
+    if job["status"] != "succeeded":
+        raise DemoFailed(f"the job {job['status']}: {json.dumps(job['error'])}")
+    return job
 
 
 def stream_an_answer(client: httpx.Client, console: Console, model: str) -> None:

@@ -10,6 +10,17 @@ from rich.table import Table
 Json = dict[str, Any]  # Any: the job's public result object
 
 MODELS = (("teacher", "teacher"), ("untrained", "untrained"), ("student", "distilled"))
+FIGURES = (
+    ("layers", "num_layers", "{}"),
+    ("parameters", "num_parameters", "{:,}"),
+    ("bytes", "weights_bytes", "{:,}"),
+    ("tokens/s, 1 request", "tokens_per_second", "{:.0f}"),
+    ("tokens/s, 8 requests", "tokens_per_second_batched", "{:.0f}"),
+    ("KL to the teacher", "kl", "{:.3f}"),
+    ("agreement, top token", "agreement", "{:.1%}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("ROUGE-L to the teacher", "rouge_l", "{:.3f}"),
+)
 
 
 def row_value(figures: Json, name: str, form: str) -> str:
@@ -20,23 +31,12 @@ def row_value(figures: Json, name: str, form: str) -> str:
 
 def show_comparison(console: Console, result: Json) -> None:
     """Prints a table of the teacher and the student before and after distillation."""
-    rows = (
-        ("layers", "num_layers", "{}"),
-        ("parameters", "num_parameters", "{:,}"),
-        ("bytes", "weights_bytes", "{:,}"),
-        ("tokens/s, 1 request", "tokens_per_second", "{:.0f}"),
-        ("tokens/s, 8 requests", "tokens_per_second_batched", "{:.0f}"),
-        ("KL to the teacher", "kl", "{:.3f}"),
-        ("agreement, top token", "agreement", "{:.1%}"),
-        ("perplexity", "perplexity", "{:.2f}"),
-        ("ROUGE-L to the teacher", "rouge_l", "{:.3f}"),
-    )
     title = f"Results on {result['num_validation_rows']} held-out prompts, after training on {result['num_train_rows']}"
     table = Table(title=title, title_justify="left")
     table.add_column("", min_width=24)
     for _, heading in MODELS:
         table.add_column(heading, justify="right")
-    for heading, name, form in rows:
+    for heading, name, form in FIGURES:
         table.add_row(
             heading, *(row_value(result.get(model, {}), name, form) for model, _ in MODELS)
         )

@@ -4,39 +4,28 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
 
-from app.commands.model_downloads import Pull
-from app.commands.model_pushes import Hub, push
-from app.commands.model_uploads import start_import
 from app.commands.progress_lines import ProgressLines
-from app.commands.remote_service import Json, RemoteService, find_address
-from app.commands.shell import DataDir, console, fail, use, use_service
-from app.contracts.generation import EngineName, WeightsName
-from app.contracts.messages import TERMINAL, JobStatus
-from app.db.schema.tables import Job
+from app.commands.remote.aliases import aliases
+from app.commands.remote.connection import ApiKey, Url, connect, over_http
+from app.commands.remote.registry import registry, show_models
+from app.commands.shell import DataDir, IsJson, console, fail, tell, use, use_service
+from app.contracts.engines import EngineName, WeightsName
+
+if TYPE_CHECKING:
+    from app.commands.remote_service import Json, RemoteService
+    from app.db.schema.tables import Job
 
 POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 10.0  # wait for a train worker after which a hint is printed
-
-Url = Annotated[
-    str | None,
-    typer.Option(envvar="STILLHOUSE_URL", help="URL of the service; default: this machine."),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(
-        envvar="STILLHOUSE_API_KEY",
-        show_envvar=True,
-        help="API key; default on this machine: the key in the data folder.",
-    ),
-]
+ENDED = ("succeeded", "failed", "cancelled")
 
 models = typer.Typer(no_args_is_help=True, help="Registered models.")
+models.add_typer(registry)
+models.add_typer(aliases, name="alias")
 
 
 @models.command("import")
@@ -57,44 +46,50 @@ def import_model(
     data_dir: DataDir = None,
 ) -> None:
     """Imports a model and waits until it is registered. With --url, uploads it over HTTP."""
-    from app.services import imports
-
     if url is None:
+        from app.services import imports
+
         use_service(data_dir)
         job_id = imports.import_model(source, name, project_id=project)
         follow_import(name, lambda: ImportState.of_job(imports.load_import(job_id)))
         return
     if project is not None:
         fail("with --url, the model belongs to the project of the API key; leave --project out")
-    with RemoteService(find_address(use(data_dir), url, api_key)) as service:
+    from app.commands.model_uploads import start_import
+
+    with connect(url, api_key, data_dir) as service:
         path = f"/v1/models/imports/{start_import(service, source, name, tell)['id']}"
         follow_import(name, lambda: ImportState.of_json(service.get_patiently(path)))
 
 
 @models.command("list")
 def list_models(
-    project: Annotated[str, typer.Option(help="Project whose models to list.")] = "default",
+    project: Annotated[
+        str | None,
+        typer.Option(help="Read this project's models from the database of this machine instead."),
+    ] = None,
+    is_json: IsJson = False,
+    url: Url = None,
+    api_key: ApiKey = None,
     data_dir: DataDir = None,
 ) -> None:
-    """Lists the models of a project, and those that all projects share."""
+    """Lists the models that the API key may use: those of its project, and shared ones."""
+    if project is None:
+        with connect(url, api_key, data_dir) as service:
+            show_models(service.get("/v1/models"), is_json=is_json)
+        return
+    if url is not None:
+        fail("--project reads the database of this machine; leave --url and STILLHOUSE_URL out")
     from app.db import models as table
     from app.db.session import transaction
+    from app.schemas.models import ModelList, ModelObject
 
     use_service(data_dir)
     with transaction() as session:
+        names = table.aliases_of_models(session, project)
         rows = table.list_models(session, project)
-    shown = Table(
-        Column("id", no_wrap=True), "family", Column("layers", justify="right"), "parameters", "MB"
-    )
-    for row in rows:
-        facts = row.facts
-        sizes = (
-            str(facts["num_layers"]),
-            f"{facts['num_parameters'] / 1e6:.1f} M",
-            f"{row.bytes / 1e6:.0f}",
-        )
-        shown.add_row(row.id, facts["architecture"], *sizes)
-    console.print(shown)
+        found = ModelList(data=[ModelObject.of(row, names.get(row.id, [])) for row in rows])
+    show_models(found.model_dump(mode="json"), is_json=is_json)
 
 
 @models.command("serving")
@@ -137,19 +132,19 @@ def set_serving(
 
 
 @models.command("pull")
+@over_http
 def pull_model(
+    service: "RemoteService",
     model: Annotated[str, typer.Argument(help="Id, alias or checkpoint of the model.")],
     folder: Annotated[Path, typer.Argument(help="Folder for the files; created if missing.")],
-    url: Url = None,
-    api_key: ApiKey = None,
     parallel: Annotated[
         int, typer.Option(min=1, max=32, help="Number of files downloaded at the same time.")
     ] = 4,
-    data_dir: DataDir = None,
 ) -> None:
     """Downloads a model over HTTP. Run the command again to continue after an interruption."""
-    with RemoteService(find_address(use(data_dir), url, api_key)) as service:
-        files = Pull(service, folder, tell, num_parallel=parallel).run(model)
+    from app.commands.model_downloads import Pull
+
+    files = Pull(service, folder, tell, num_parallel=parallel).run(model)
     tell(f"{folder} has the {len(files)} files of {model}; all SHA-256 sums match")
 
 
@@ -168,8 +163,10 @@ def push_model(
     data_dir: DataDir = None,
 ) -> None:
     """Publishes a model on a Hugging Face hub. The token is STILLHOUSE_HF_TOKEN."""
+    from app.commands.model_pushes import Hub, push
+
     settings = use(data_dir)
-    with RemoteService(find_address(settings, url, api_key)) as service:
+    with connect(url, api_key, data_dir) as service:
         commit_url = push(
             service,
             model,
@@ -183,11 +180,6 @@ def push_model(
     tell(f"Pushed {model} to {commit_url}")
 
 
-def tell(line: str) -> None:
-    """Prints a line about the progress of a command."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 @dataclass(frozen=True)
 class ImportState:
     """State of an import job, read from the database or over HTTP."""
@@ -199,18 +191,20 @@ class ImportState:
     error: str
 
     @classmethod
-    def of_job(cls, job: Job) -> "ImportState":
+    def of_job(cls, job: "Job") -> "ImportState":
         percent, error = job.progress.get("percent", 0), (job.error or {}).get("message", "")
         return cls(job.status, job.stage or "", percent, job.attempt > 0, error)
 
     @classmethod
-    def of_json(cls, job: Json) -> "ImportState":
+    def of_json(cls, job: "Json") -> "ImportState":
         percent, error = job["progress"].get("percent", 0), (job["error"] or {}).get("message", "")
         return cls(job["status"], job["stage"] or "", percent, job["attempt"] > 0, error)
 
 
 def follow_import(name: str, load: Callable[[], ImportState]) -> None:
     """Shows the progress of an import until it ends. Exits with status 1 if it did not succeed."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
     began, stage, is_explained = time.monotonic(), "", False
     lines = ProgressLines(console)
     columns = (
@@ -220,7 +214,7 @@ def follow_import(name: str, load: Callable[[], ImportState]) -> None:
     )
     with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
         task = bar.add_task("waiting for a worker", total=100)
-        while (state := load()).status not in TERMINAL:
+        while (state := load()).status not in ENDED:
             if state.stage and state.stage != stage:
                 stage = state.stage
                 bar.update(task, description=stage)
@@ -235,7 +229,7 @@ def follow_import(name: str, load: Callable[[], ImportState]) -> None:
                     "No train worker has taken the job yet. Check that `stillhouse up` or a train worker is running."
                 )
             time.sleep(POLL_SECONDS)
-        is_done = state.status == JobStatus.succeeded
+        is_done = state.status == "succeeded"
         bar.update(task, completed=100 if is_done else state.percent)
     if not is_done:
         fail(state.error or f"the import was {state.status}")

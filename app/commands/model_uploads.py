@@ -1,6 +1,5 @@
 """Imports a model over HTTP: uploads local files, or names a model on a hub."""
 
-import io
 import secrets
 import time
 from collections.abc import Callable
@@ -18,56 +17,17 @@ from app.commands.remote_service import (
     model_path,
     refused,
     retry_after,
-    sizes,
     unreachable,
 )
-from app.contracts.model_files import IGNORED, missing_from, refusal_of
+from app.commands.upload_progress import CountedFile, UploadProgress
+from app.contracts.model_files import ARCHIVE, IGNORED, missing_from, refusal_of
 from app.model_card import CARD
-from app.services.imports import ARCHIVE
 
 NUM_TRIES: Final = 4
 STORE_SECONDS: Final = 3600.0  # the response comes after the service has stored all files
 RETRY_SECONDS: Final = 1.0
-LINE_SECONDS: Final = 2.0
 
 Tell = Callable[[str], None]
-
-
-class Progress:
-    """Prints how much of the files has been sent, at most once every LINE_SECONDS."""
-
-    def __init__(self, num_total: int, tell: Tell) -> None:
-        self._num_total, self._tell = num_total, tell
-        self.restart()
-
-    def restart(self) -> None:
-        """Counts from zero again, for another attempt."""
-        self._num_sent, self._began = 0, time.monotonic()
-        self._told_at = self._began
-
-    def add(self, num_bytes: int) -> None:
-        self._num_sent += num_bytes
-        now = time.monotonic()
-        if now - self._told_at >= LINE_SECONDS:
-            self._told_at = now
-            percent = 100 * self._num_sent / max(1, self._num_total)
-            rate = sizes(self._num_sent / (now - self._began))
-            self._tell(
-                f"sent {sizes(self._num_sent)} of {sizes(self._num_total)} ({percent:.0f}%), {rate}/s"
-            )
-
-
-class CountedFile(io.FileIO):
-    """File that reports the bytes that are read from it."""
-
-    def __init__(self, path: Path, progress: Progress) -> None:
-        super().__init__(path)
-        self._progress = progress
-
-    def read(self, size: int | None = -1) -> bytes:
-        piece = super().read(-1 if size is None else size) or b""
-        self._progress.add(len(piece))
-        return piece
 
 
 def start_import(service: RemoteService, source: str, name: str, tell: Tell) -> Json:
@@ -83,7 +43,7 @@ def start_import(service: RemoteService, source: str, name: str, tell: Tell) -> 
         raise RemoteError(f"the name {name!r} is taken; choose another")
     if known.status_code == 401:  # a key without the scope models:read gets 403 and may upload
         raise refused(known)
-    progress = Progress(sum(path.stat().st_size for path in files), tell)
+    progress = UploadProgress(sum(path.stat().st_size for path in files), tell)
     # Each attempt has the same key, so a lost response does not lead to a second import.
     key = secrets.token_hex(16)
     for number in range(1, NUM_TRIES + 1):
@@ -130,7 +90,7 @@ def local_files(path: Path) -> list[Path]:
 
 
 def _send(
-    service: RemoteService, files: list[Path], name: str, key: str, progress: Progress
+    service: RemoteService, files: list[Path], name: str, key: str, progress: UploadProgress
 ) -> httpx.Response:
     with ExitStack() as stack:
         # Any: the file types that httpx accepts

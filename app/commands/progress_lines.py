@@ -18,10 +18,19 @@ class ProgressLines:
         self._console, self._line_seconds = console, line_seconds
         self._printed_at = time.monotonic()
 
-    def tell(self, line: str) -> None:
-        """Prints the line, unless the last one was printed less than `line_seconds` ago."""
-        if self._console.is_terminal or time.monotonic() - self._printed_at < self._line_seconds:
+    def tell(self, line: str, *, is_due: bool = False, at: float | None = None) -> None:
+        """Prints the line if it is due, or if `line_seconds` have passed since the last one.
+
+        `at` is the time shown, in seconds since the epoch; by default it is now.
+        """
+        is_late = time.monotonic() - self._printed_at >= self._line_seconds
+        if self._console.is_terminal or not (is_due or is_late):
             return
         self._printed_at = time.monotonic()
-        text = f"{time.strftime('%H:%M:%S')}  {line}"
+        text = f"{clock(at)}  {line}"
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def clock(at: float | None = None) -> str:
+    """Returns a time in seconds since the epoch, or now, as local time of day."""
+    return time.strftime("%H:%M:%S", time.localtime(at))

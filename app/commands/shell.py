@@ -1,36 +1,47 @@
-"""Output, errors and settings that all commands share."""
+"""Output, errors and settings that all commands share.
+
+Heavy modules are imported inside the functions, so that `stillhouse --help` is quick.
+"""
 
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-from app.local.embedded_servers import apply_environment
-from app.local.process_manager import set_environment
-from app.settings import Settings, get_settings
+if TYPE_CHECKING:
+    from app.settings import Settings
 
 console = Console()
+messages = Console(stderr=True)
 
 DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", help="Data folder; default: STILLHOUSE_DATA_DIR, or .stillhouse."),
 ]
+IsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def use(data_dir: Path | None) -> Settings:
+def use(data_dir: Path | None) -> "Settings":
     """Returns the settings, with the given data folder if there is one."""
+    from app.settings import get_settings
+
     if data_dir is not None:
+        from app.local.process_manager import set_environment
+
         set_environment({"STILLHOUSE_DATA_DIR": str(data_dir.resolve())})
     return get_settings()
 
 
-def use_service(data_dir: Path | None) -> Settings:
+def use_service(data_dir: Path | None) -> "Settings":
     """Returns the settings of the service that runs from the data folder or is set by variables.
 
     Exits with status 1 if there is none.
     """
+    from app.local.embedded_servers import apply_environment
+    from app.settings import get_settings
+
     apply_environment(use(data_dir).data_dir)
     settings = get_settings()
     if not settings.database_url:
@@ -39,6 +50,16 @@ def use_service(data_dir: Path | None) -> Settings:
             "or set STILLHOUSE_DATABASE_URL"
         )
     return settings
+
+
+def tell(line: str) -> None:
+    """Prints a line of a command's output, without markup or line breaks."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(line: str) -> None:
+    """Prints a line to standard error: a message that is not part of a command's output."""
+    messages.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:

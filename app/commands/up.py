@@ -15,6 +15,7 @@ from types import FrameType
 from rich.console import Console
 
 from app import auth
+from app.commands.remote_service import local_url
 from app.commands.startup import Startup
 from app.db.schema.migrate import upgrade
 from app.db.session import engine, transaction
@@ -183,11 +184,13 @@ def _startup(options: UpOptions, kept: list[Kept], console: Console) -> Startup:
     num_train = options.train_workers
     by_role = {"train": workers[:num_train], "serve": workers[num_train:]}
     _say(console, f"Starting the API, {num_train} train and {options.serve_workers} serve workers")
-    return Startup(_url(options), api, by_role, lambda text: _say(console, text))
+    return Startup(
+        local_url(options.host, options.port), api, by_role, lambda text: _say(console, text)
+    )
 
 
 def _greet(options: UpOptions, key_path: Path, console: Console) -> None:
-    url = _url(options)
+    url = local_url(options.host, options.port)
     lines = (
         f"\n[bold]Stillhouse is up at {url}[/bold]",
         f"  API key  {key_path}",
@@ -205,11 +208,6 @@ def _drain(kept: list[Kept], stop: Stop, console: Console) -> None:
     for name in killed:
         _say(console, f"{name} did not stop in time and was killed")
     console.print("Stopped")
-
-
-def _url(options: UpOptions) -> str:
-    host = "127.0.0.1" if options.host in ("0.0.0.0", "::", "") else options.host
-    return f"http://[{host}]:{options.port}" if ":" in host else f"http://{host}:{options.port}"
 
 
 def _say(console: Console, text: str) -> None:

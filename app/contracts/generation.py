@@ -6,6 +6,9 @@ from uuid import uuid4
 
 from pydantic import Field
 
+from app.contracts.engines import EngineName as EngineName
+from app.contracts.engines import LoadedWeights as LoadedWeights
+from app.contracts.engines import WeightsName as WeightsName
 from app.contracts.messages import ArtifactRef, Contract
 
 
@@ -123,11 +126,6 @@ class Draft(Contract):
     model: str
     weights: ArtifactRef
     num_tokens: Annotated[int, Field(ge=1, le=16)] = 4
-
-
-EngineName = Literal["transformers", "vllm"]
-LoadedWeights = Literal["plain", "bfloat16", "int8"]
-WeightsName = Literal["auto", "plain", "bfloat16", "int8"]
 
 
 class ServingOptions(Contract):

@@ -33,6 +33,7 @@ IGNORED = re.compile(
     r"|(tokenizer|spiece|sentencepiece\.bpe)\.model",
     re.IGNORECASE,
 )
+ARCHIVE = re.compile(r".*\.(tar|tar\.gz|tgz|zip)", re.IGNORECASE)
 CAN_RUN_CODE = re.compile(
     r".*\.(bin|pt|pth|pkl|pickle|ckpt|py|pyc|so|dill|joblib|npy|npz|h5|keras)", re.IGNORECASE
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from app.contracts.messages import ArtifactRef, ImportJob
+from app.contracts.model_files import ARCHIVE
 from app.db import jobs
 from app.db.schema.tables import Job
 from app.db.session import transaction
@@ -20,7 +21,6 @@ from app.storage import StorageError, store
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 HUB = re.compile(r"hf:(?P<source>[\w.-]+/[\w.-]+(@[\w./-]+)?)", re.ASCII)
-ARCHIVE = re.compile(r".*\.(tar|tar\.gz|tgz|zip)", re.IGNORECASE)
 COPIES = 3  # on disk at the same time: staged, converted, stored
 
 

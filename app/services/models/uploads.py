@@ -16,14 +16,14 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from app.auth import Principal
 from app.contracts.messages import ArtifactRef, ImportJob
-from app.contracts.model_files import missing_from, refusal_of
+from app.contracts.model_files import ARCHIVE, missing_from, refusal_of
 from app.db import idempotency, jobs
 from app.db.schema.tables import Job
 from app.db.session import PoolExhausted, Session, transaction
 from app.errors import BadRequest, StillhouseError, TooLarge, Unavailable
 from app.multipart import PartHeaders
 from app.services.files import demand_disk
-from app.services.imports import ARCHIVE, COPIES, NAME
+from app.services.imports import COPIES, NAME
 from app.services.jobs import (
     Accepted,
     demand_free_name,

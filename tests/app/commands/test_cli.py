@@ -195,7 +195,7 @@ def test_a_second_one_in_the_same_folder_or_on_the_same_port_says_why_not(
 def test_without_a_service_a_command_says_what_to_do(tmp_path: Path) -> None:
     done = run_cli("models", "list", "--data-dir", str(tmp_path))
     assert (done.returncode, "stillhouse up" in done.stderr) == (1, True)
-    away = run_cli("models", "list", STILLHOUSE_DATABASE_URL="postgresql://u:p@127.0.0.1:9/none")
+    away = run_cli("keys", "list", STILLHOUSE_DATABASE_URL="postgresql://u:p@127.0.0.1:9/none")
     assert (away.returncode, "does not answer" in away.stderr) == (1, True)
 
 
@@ -272,3 +272,22 @@ def test_the_command_line_leaves_torch_out() -> None:
     code = "import json, sys, app.commands.cli, app.commands.up; print(json.dumps([m for m in ('torch', 'transformers') if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_a_shell_completes_commands_without_loading_heavy_libraries() -> None:
+    code = """
+import atexit, sys
+import app.commands.cli
+heavy = {"torch", "sqlalchemy", "httpx", "celery", "redis", "psycopg", "fsspec"}
+atexit.register(lambda: print(sorted(heavy & sys.modules.keys())))
+app.commands.cli.main()
+"""
+    typed = {"_STILLHOUSE_COMPLETE": "complete_bash", "COMP_WORDS": "stillhouse jobs cr"}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment(**typed, COMP_CWORD="2"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == ["create", "[]"]

@@ -1,0 +1,1 @@
+"""Commands that work over HTTP: jobs, files, batches, models, generation and usage."""

@@ -1,0 +1,71 @@
+"""Events of a job: pages of them, and the stream of new ones."""
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from app.commands.remote.listing import Window, merge, pages
+from app.commands.remote.output import (
+    STYLES,
+    print_dimmed,
+    printable,
+    show_json,
+    show_json_line,
+)
+
+if TYPE_CHECKING:
+    from app.commands.remote_service import RemoteService
+
+WAIT_SECONDS: Final = 1.0
+Json = dict[str, Any]  # Any: JSON bodies of the API
+
+
+def print_events(service: "RemoteService", job_path: str, window: Window) -> None:
+    """Prints a job's events, oldest first. A JSON document has the order of the API instead."""
+    order = "asc" if window.is_all else "desc"
+    found = pages(service, f"{job_path}/events", window, {"order": order})
+    if window.is_json and not window.is_all:
+        show_json(merge(found))
+        return
+    if window.is_all:
+        for page in found:
+            for event in page["data"]:
+                _print(event, is_json=window.is_json)
+        return
+    for event in reversed(merge(found)["data"]):
+        _print(event, is_json=False)
+
+
+def follow_events(service: "RemoteService", job_path: str, *, is_json: bool) -> None:
+    """Prints a job's events as they happen, until it has ended. Raises RemoteError."""
+    for event in _stream(service, f"{job_path}/events"):
+        _print(event, is_json=is_json)
+
+
+def _stream(service: "RemoteService", path: str) -> Iterator[Json]:
+    """Yields all events. After a lost connection, continues after the last event that arrived."""
+    from app.commands.remote_service import PATIENCE_SECONDS, TemporaryError
+
+    after, deadline = None, time.monotonic() + PATIENCE_SECONDS
+    while True:
+        query = {"stream": "true"} | ({"after": after} if after else {})
+        try:
+            for event in service.stream("GET", path, query=query):
+                after, deadline = event["id"], time.monotonic() + PATIENCE_SECONDS
+                yield event
+        except TemporaryError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(WAIT_SECONDS)
+        else:
+            return
+
+
+def _print(event: Json, *, is_json: bool) -> None:
+    if is_json:
+        show_json_line(event)
+        return
+    at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["created_at"]))
+    level = event["level"]
+    message = event["message"] if level == "info" else f"{level}: {event['message']}"
+    print_dimmed(f"{at}  ", printable(message), STYLES.get(level, ""))

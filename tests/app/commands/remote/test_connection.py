@@ -1,0 +1,140 @@
+"""How commands reach a service: lost connections, proxies, and the service of the data folder."""
+
+import contextlib
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from app.commands.cli import main
+from app.commands.remote_service import Address, RemoteError, RemoteService, find_address, local_url
+from app.local.embedded_servers import write_service
+from app.settings import Settings
+from tests.app.api.conftest import Service, register, service, upload
+
+__all__ = ["register", "service", "upload"]  # fixtures
+NOBODY = "http://127.0.0.1:9"
+
+
+class LosingProxy:
+    """Forwards connections to the API, but closes them instead of sending `num_lost` responses."""
+
+    def __init__(self, url: str, num_lost: int) -> None:
+        self.upstream, self.num_lost = ("127.0.0.1", int(url.rpartition(":")[2])), num_lost
+        self.requests: list[bytes] = []
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._socket.accept()
+                threading.Thread(target=self._forward, args=(client,), daemon=True).start()
+
+    def _forward(self, client: socket.socket) -> None:
+        with client, socket.create_connection(self.upstream) as server:
+            threading.Thread(target=self._up, args=(client, server), daemon=True).start()
+            while piece := server.recv(65536):
+                if self.num_lost:
+                    self.num_lost -= 1
+                    break
+                client.sendall(piece)
+            for end in (client, server):  # `close` alone does not end the other thread's `recv`
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
+
+    def _up(self, client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while piece := client.recv(65536):
+                self.requests.append(piece)
+                server.sendall(piece)
+
+
+@pytest.fixture
+def losing(service: Service) -> Iterator[Callable[[int], tuple[RemoteService, LosingProxy]]]:
+    """A function that returns a client whose first responses are lost, and the proxy."""
+    with contextlib.ExitStack() as stack:
+
+        def do_connect(num_lost: int) -> tuple[RemoteService, LosingProxy]:
+            proxy = LosingProxy(service.url, num_lost)
+            stack.callback(proxy.close)
+            return stack.enter_context(RemoteService(Address(proxy.url, service.new_key()))), proxy
+
+        yield do_connect
+
+
+def test_a_lost_response_is_asked_for_again_and_creates_no_second_job(
+    service: Service,
+    losing: Callable[[int], tuple[RemoteService, LosingProxy]],
+    register: Callable[..., str],
+    upload: Callable[..., str],
+) -> None:
+    register("tiny")
+    with service.client() as client:
+        file_id = upload(client, [{"prompt": "What is money?"}] * 12)
+    remote, proxy = losing(2)
+    method = {"type": "distillation", "distillation": {"teacher": "tiny"}}
+    body = {"model": "tiny", "training_file": file_id, "method": method}
+    job = remote.create("/v1/fine_tuning/jobs", body)
+    assert len([line for line in proxy.requests if b"POST /v1/fine_tuning/jobs" in line]) == 3
+    proxy.num_lost = 1
+    assert [found["id"] for found in remote.get("/v1/fine_tuning/jobs")["data"]] == [job["id"]]
+    proxy.num_lost = 1
+    with pytest.raises(RemoteError, match="does not answer"):
+        remote.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")  # is not repeated
+    assert remote.get(f"/v1/fine_tuning/jobs/{job['id']}")["status"] == "cancelled"
+
+
+def test_a_route_that_an_older_service_lacks_is_named(service: Service) -> None:
+    with (
+        RemoteService(Address(f"{service.url}/v1/", service.new_key())) as remote,
+        pytest.raises(RemoteError, match="does not have GET /v1/later: it is older than this"),
+    ):
+        remote.get("/v1/later")
+
+
+def test_no_proxy_is_used_for_this_machine(
+    service: Service,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, NOBODY)
+    with pytest.raises(SystemExit) as ended:
+        main(["models", "list", "--json", "--url", service.url, "--key", service.new_key()])
+    assert not ended.value.code
+    assert json.loads(capsys.readouterr().out) == {"object": "list", "data": []}
+
+
+def test_the_service_of_the_data_folder_is_found_at_its_own_port(
+    settings_env: Callable[..., Settings],
+) -> None:
+    settings = settings_env()
+    settings.data_dir.mkdir(parents=True)
+    (settings.data_dir / "api_key").write_text("sk-sh-operator\n")
+    write_service(settings.data_dir, {"STILLHOUSE_HOST": "0.0.0.0", "STILLHOUSE_PORT": "8411"})
+    assert find_address(settings, None, None) == Address("http://127.0.0.1:8411", "sk-sh-operator")
+    assert local_url("::1", 8400) == "http://[::1]:8400"
+
+
+@pytest.mark.parametrize("url", ["stillhouse.example", "ftp://x", "http://", "http://x:port"])
+def test_what_is_no_url_is_refused(settings_env: Callable[..., Settings], url: str) -> None:
+    with pytest.raises(RemoteError, match="is not a URL"):
+        find_address(settings_env(), url, "k")
+
+
+def test_without_a_service_and_a_key_the_error_says_what_to_do(
+    settings_env: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = settings_env()
+    with pytest.raises(RemoteError, match="run `stillhouse up`, give --data-dir"):
+        find_address(settings, None, None)
+    with pytest.raises(RemoteError, match="has characters that no key has"):
+        find_address(settings, "http://127.0.0.1:8400", "ключ")
