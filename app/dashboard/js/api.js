@@ -33,7 +33,7 @@ export function signOut(reason = "") {
 /**
  * Sends a request and returns the response. Throws ApiError unless the status is 2xx.
  * @param {string} path - path with query, from the root of the server
- * @param {{method?: string, json?: any, body?: any, headers?: object, signal?: AbortSignal, key?: string}} options
+ * @param {object} options - method, json or body, headers, signal, and key instead of the present one
  * @returns {Promise<Response>}
  */
 export async function request(path, options = {}) {

@@ -11,10 +11,9 @@ document.addEventListener("visibilitychange", () => {
 
 /**
  * Loads a value when the inputs change.
- * @template T
- * @param {() => Promise<T>} load
+ * @param {() => Promise<any>} load
  * @param {any[]} inputs
- * @returns {{value: T|null, error: Error|null, isLoading: boolean, reload: () => Promise<void>, set: (value: T) => void}}
+ * @returns the value, the error, whether it is loading, and functions that load or replace it
  */
 export function useResource(load, inputs) {
   const [state, setState] = useState({ value: null, error: null, isLoading: true });
@@ -35,7 +34,7 @@ export function useResource(load, inputs) {
     setState({ value, error: null, isLoading: false });
   }, []);
   useEffect(() => {
-    setState({ value: null, error: null, isLoading: true });
+    setState((old) => ({ ...old, error: null, isLoading: true })); // the old value remains visible
     reload();
     return () => {
       newest.current += 1;

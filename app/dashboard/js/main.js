@@ -108,7 +108,7 @@ function usePage(name) {
 }
 
 function Frame() {
-  const { parts, text } = route.value;
+  const { parts } = route.value;
   const name = parts[0] in PAGES ? parts[0] : "jobs";
   const { Page, error } = usePage(name);
   const main = useRef(null);
@@ -132,7 +132,7 @@ function Frame() {
       <main id="main" tabindex="-1" ref=${main}>
         <${Guard} key=${path}>
           ${error && html`<${ErrorNotice} error=${error} onRetry=${() => location.reload()} />`}
-          ${Page ? html`<${Page} key=${path} id=${parts[1]} address=${text} />` : !error && html`<${Loading} />`}
+          ${Page ? html`<${Page} key=${path} id=${parts[1]} />` : !error && html`<${Loading} />`}
         <//>
       </main>
     </div>`;

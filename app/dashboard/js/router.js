@@ -5,7 +5,7 @@ import { signal } from "./html.js";
 function read() {
   const [path, query = ""] = location.hash.replace(/^#/, "").split("?");
   const parts = path.split("/").filter(Boolean).map(decodeURIComponent);
-  return { parts, query: new URLSearchParams(query), text: location.hash };
+  return { parts, query: new URLSearchParams(query) };
 }
 
 /** The current route: the decoded parts of its path, and its query. */

@@ -52,19 +52,18 @@ function charts(runs, kind) {
 function Picker({ ids, onChange }) {
   const jobs = useResource(() => call("/v1/fine_tuning/jobs?limit=100"), []);
   const chosen = new Set(ids);
+  const add = ({ currentTarget: { value } }) => value && onChange([...ids, value]);
   const offered = (jobs.value?.data ?? []).filter((job) => !chosen.has(job.id));
   return html`<div class="toolbar">
     <label class="inline">
       Add a job
-      <select
-        value=""
-        disabled=${ids.length >= MAX_JOBS || offered.length === 0}
-        onChange=${(event) => event.currentTarget.value && onChange([...ids, event.currentTarget.value])}
-      >
+      <select value="" disabled=${ids.length >= MAX_JOBS || offered.length === 0} onChange=${add}>
         <option value="">
           ${ids.length >= MAX_JOBS ? `At most ${MAX_JOBS} jobs` : "Choose a job"}
         </option>
-        ${offered.map((job) => html`<option value=${job.id}>${nameOf(job)} (${job.status}, ${job.id})</option>`)}
+        ${offered.map(
+          (job) => html`<option value=${job.id}>${nameOf(job)} (${job.status}, ${job.id})</option>`,
+        )}
       </select>
     </label>
     <${ErrorNotice} error=${jobs.error} />

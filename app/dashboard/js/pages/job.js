@@ -1,4 +1,4 @@
-/** One job: its state, live curves, events, checkpoints and result, and the buttons that control it. */
+/** One job: state, live curves, events, checkpoints and result, and the buttons that control it. */
 
 import { html, useState } from "../html.js";
 import { call, withQuery } from "../api.js";
@@ -10,7 +10,7 @@ import { Curves } from "../parts/curves.js";
 import { JobEvents } from "../parts/job_events.js";
 import { JobResult, Ladder, Samples } from "../parts/job_result.js";
 import { useLiveJob } from "../parts/live_job.js";
-import { ENDED, nameOf, remainingSeconds } from "../parts/jobs.js";
+import { ENDED, nameOf, parentOf, remainingSeconds } from "../parts/jobs.js";
 import {
   Ago,
   Code,
@@ -74,7 +74,10 @@ function Actions({ job, onChange }) {
         </button>`,
     )}
     <a class="button" href=${link(["compare"], { jobs: job.id })}>Compare</a>
-    ${asked && html`<${Confirm} ...${ACTIONS[asked]} onConfirm=${act} onClose=${() => setAsked(null)} />`}`;
+    ${
+      asked &&
+      html`<${Confirm} ...${ACTIONS[asked]} onConfirm=${act} onClose=${() => setAsked(null)} />`
+    }`;
 }
 
 /** The stages of the job, with the time that each took. */
@@ -121,7 +124,10 @@ function Figures({ job }) {
       value=${number(latest.valid_loss ?? latest.train_loss)}
       note="held-out"
     />
-    ${latest.valid_kl !== undefined && html`<${Figure} label="KL" value=${number(latest.valid_kl)} note="nats" />`}
+    ${
+      latest.valid_kl !== undefined &&
+      html`<${Figure} label="KL" value=${number(latest.valid_kl)} note="nats" />`
+    }
     ${agreement !== undefined && html`<${Figure} label="Agreement" value=${percent(agreement)} />`}
   </dl>`;
 }
@@ -144,7 +150,7 @@ function Checkpoints({ job, numChanges }) {
       title: "Model",
       cell: (row) =>
         html`<a
-          href=${link(["playground"], { a: row.fine_tuned_model_checkpoint, b: job.teacher ?? job.model })}
+          href=${link(["playground"], { a: parentOf(job), b: row.fine_tuned_model_checkpoint })}
           >Try it</a
         >`,
     },
@@ -219,7 +225,10 @@ export default function Job({ id }) {
     <//>
     <${ErrorNotice} error=${error} onRetry=${retry} />
     ${job.error.message && html`<div class="notice error"><p>${job.error.message}</p></div>`}
-    ${job.pause_reason && html`<div class="notice"><p>Paused by the service: ${job.pause_reason}</p></div>`}
+    ${
+      job.pause_reason &&
+      html`<div class="notice"><p>Paused by the service: ${job.pause_reason}</p></div>`
+    }
     ${job.fine_tuned_model && html`<${Done} job=${job} />`}
     <section class="card" aria-label="Progress">
       <${Progress} value=${job.progress.percent} label="Progress of the job" />
@@ -256,10 +265,7 @@ function Done({ job }) {
       The model <a href=${link(["model", job.fine_tuned_model])}>${job.fine_tuned_model}</a> is
       ready, trained on ${" "}${plural(job.trained_tokens ?? 0, "token")}.
     </p>
-    <a
-      class="button"
-      href=${link(["playground"], { a: job.teacher ?? job.model, b: job.fine_tuned_model })}
-    >
+    <a class="button" href=${link(["playground"], { a: parentOf(job), b: job.fine_tuned_model })}>
       Try it beside its ${job.teacher ? "teacher" : "start model"}
     </a>
   </div>`;

@@ -120,7 +120,12 @@ function Files({ model }) {
   ];
   return html`<${Section} title="Files">
     <${ErrorNotice} error=${files.error ?? download.error} />
-    ${rows.length > 0 && html`<${DataTable} caption="Files of the model" columns=${columns} rows=${rows} rowKey=${(file) => file.name} />`}
+    <${DataTable}
+      caption="Files of the model"
+      columns=${columns}
+      rows=${rows}
+      rowKey=${(file) => file.name}
+    />
     ${
       rows.some((file) => file.bytes > BIG_BYTES) &&
       html`<p class="muted">
@@ -142,7 +147,11 @@ function Card({ model }) {
     <details onToggle=${(event) => setOpen(event.currentTarget.open)}>
       <summary>Show the model card</summary>
       <${ErrorNotice} error=${card.error} />
-      ${card.value && html`<pre class="model-card" tabindex="0" role="region" aria-label="Model card">${card.value}</pre>`}
+      ${
+        card.value &&
+        html`<pre class="model-card" tabindex="0" role="region" aria-label="Model card">
+${card.value}</pre>`
+      }
     </details>
   <//>`;
 }

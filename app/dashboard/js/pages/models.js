@@ -65,12 +65,12 @@ export default function Models() {
     }`;
 }
 
+const IMPORT = `stillhouse models import ./my-teacher --name my-teacher \\
+  --url ${location.origin} --api-key $STILLHOUSE_API_KEY`;
+
 function NoModels() {
   return html`<${Empty} title="No models yet">
     <p>Import a teacher first: a folder, a .gguf file, or a repository of the Hugging Face Hub.</p>
-    <${Code}
-      label="Import a model from another machine"
-      text=${`stillhouse models import ./my-teacher --name my-teacher \\\n  --url ${location.origin} --api-key $STILLHOUSE_API_KEY`}
-    />
+    <${Code} label="Import a model from another machine" text=${IMPORT} />
   <//>`;
 }

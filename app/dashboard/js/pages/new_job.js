@@ -77,14 +77,22 @@ export default function NewJob() {
         <${Section} title="Create">
           <${ErrorNotice} error=${error ?? submit.error} />
           <p class="muted">
-            ${isComplete ? "The job begins when a train worker is free." : "Choose a training file and a model first."}
+            ${
+              isComplete
+                ? "The job begins when a train worker is free."
+                : "Choose a training file and a model first."
+            }
           </p>
           <button type="submit" class="primary" disabled=${!isComplete || submit.isBusy}>
             Create the job
           </button>
         <//>
         <${Section} title="The same request">
-          ${body ? html`<${Snippets} body=${body} />` : html`<p class="muted">Correct the form to see it.</p>`}
+          ${
+            body
+              ? html`<${Snippets} body=${body} />`
+              : html`<p class="muted">Correct the form to see it.</p>`
+          }
         <//>
       </div>
     </form>`;

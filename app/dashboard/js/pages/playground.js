@@ -5,7 +5,8 @@ import { call, eventsOf, request } from "../api.js";
 import { integer, number } from "../format.js";
 import { useResource } from "../live.js";
 import { replaceQuery, route } from "../router.js";
-import { announce, Empty, ErrorNotice, Field, Loading, PageHead } from "../parts/ui.js";
+import { SelectField, TextArea, TextField } from "../parts/fields.js";
+import { announce, Empty, ErrorNotice, Loading, PageHead } from "../parts/ui.js";
 
 const SIDES = ["a", "b"];
 const EMPTY = { text: "", error: null, isRunning: false, stats: null };
@@ -71,23 +72,23 @@ function Stats({ stats }) {
   return html`<p class="answer-stats">${parts.join(" · ")}</p>`;
 }
 
+/** Returns the texts of the choice of a model: models, aliases, and a checkpoint in the address. */
+function modelNames(models, chosen) {
+  const ids = [...models.map((model) => model.id), ...models.flatMap((model) => model.aliases)];
+  if (chosen && !ids.includes(chosen)) ids.unshift(chosen);
+  return Object.fromEntries(ids.map((id) => [id, id]));
+}
+
 function Answer({ side, models, chosen, onChoose, state }) {
-  const isListed = models.some((model) => model.id === chosen || model.aliases.includes(chosen));
   const title = side === "a" ? "First model" : "Second model";
+  const note = state.isRunning ? "Waiting for the first token …" : "No answer yet";
   return html`<section class="card" aria-label=${title}>
-    <${Field}
+    <${SelectField}
       label=${title}
-      control=${(ids) =>
-        html`<select
-          ...${ids}
-          value=${chosen}
-          onChange=${(event) => onChoose(event.currentTarget.value)}
-        >
-          <option value="">No model</option>
-          ${chosen && !isListed && html`<option value=${chosen}>${chosen}</option>`}
-          ${models.map((model) => html`<option key=${model.id} value=${model.id}>${model.id}</option>`)}
-          ${models.flatMap((model) => model.aliases).map((alias) => html`<option key=${alias} value=${alias}>${alias}</option>`)}
-        </select>`}
+      first="No model"
+      options=${modelNames(models, chosen)}
+      value=${chosen}
+      onChange=${onChoose}
     />
     <div
       class="answer-box"
@@ -96,9 +97,7 @@ function Answer({ side, models, chosen, onChoose, state }) {
       aria-label=${`Answer of the ${title.toLowerCase()}`}
       aria-busy=${state.isRunning ? "true" : "false"}
     >
-      <p class="answer">
-        ${state.text || html`<span class="muted">${state.isRunning ? "Waiting for the first token …" : "No answer yet"}</span>`}
-      </p>
+      <p class="answer">${state.text || html`<span class="muted">${note}</span>`}</p>
     </div>
     <${ErrorNotice} error=${state.error} />
     <${Stats} stats=${state.stats} />
@@ -106,25 +105,30 @@ function Answer({ side, models, chosen, onChoose, state }) {
 }
 
 function Options({ options, setOptions }) {
-  const set = (name, parse) => (event) =>
-    setOptions({ ...options, [name]: parse(event.currentTarget.value) });
+  const bind = (name, parse) => ({
+    value: options[name],
+    onChange: (text) => setOptions({ ...options, [name]: parse(text) }),
+  });
   return html`<details>
     <summary>Options</summary>
     <div class="fields">
-      <${Field}
+      <${TextField}
         label="Tokens at most"
-        control=${(ids) => html`<input ...${ids} type="number" min="1" max="4096" value=${options.maxTokens} onInput=${set("maxTokens", Number)} />`}
+        type="number"
+        min="1"
+        max="4096"
+        ...${bind("maxTokens", Number)}
       />
-      <${Field}
+      <${TextField}
         label="Temperature"
         help="0 always takes the most likely token."
-        control=${(ids) => html`<input ...${ids} type="number" min="0" max="2" step="0.1" value=${options.temperature} onInput=${set("temperature", Number)} />`}
+        type="number"
+        min="0"
+        max="2"
+        step="0.1"
+        ...${bind("temperature", Number)}
       />
-      <${Field}
-        label="System message"
-        isWide=${true}
-        control=${(ids) => html`<input ...${ids} value=${options.system} onInput=${set("system", String)} />`}
-      />
+      <${TextField} label="System message" isWide=${true} ...${bind("system", String)} />
     </div>
   </details>`;
 }
@@ -201,11 +205,14 @@ export default function Playground() {
     <${ErrorNotice} error=${found.error} onRetry=${found.reload} />
     ${found.isLoading && html`<${Loading} what="Loading models" />`}
     <form class="card" onSubmit=${submit}>
-      <${Field}
+      <${TextArea}
         label="Prompt"
-        isWide=${true}
         help="Ctrl+Enter sends it to both models."
-        control=${(ids) => html`<textarea ...${ids} rows="3" required value=${prompt} onKeyDown=${onKeyDown} onInput=${(event) => setPrompt(event.currentTarget.value)}></textarea>`}
+        rows="3"
+        required
+        onKeyDown=${onKeyDown}
+        value=${prompt}
+        onChange=${setPrompt}
       />
       <${Options} options=${options} setOptions=${setOptions} />
       <div class="actions">
@@ -220,6 +227,16 @@ export default function Playground() {
       </div>
     </form>
     <div class="pair">
-      ${SIDES.map((side) => html`<${Answer} key=${side} side=${side} models=${models} chosen=${chosen[side]} onChoose=${choose(side)} state=${states[side]} />`)}
+      ${SIDES.map(
+        (side) =>
+          html`<${Answer}
+            key=${side}
+            side=${side}
+            models=${models}
+            chosen=${chosen[side]}
+            onChoose=${choose(side)}
+            state=${states[side]}
+          />`,
+      )}
     </div>`;
 }

@@ -6,13 +6,13 @@ import { date, duration, integer } from "../format.js";
 import { useAction, useResource } from "../live.js";
 import { Confirm } from "../parts/confirm.js";
 import { DatasetForm, Datasets } from "../parts/datasets.js";
+import { TextField } from "../parts/fields.js";
 import {
   Ago,
   DataTable,
   Empty,
   ErrorNotice,
   Facts,
-  Field,
   Loading,
   PageHead,
   Section,
@@ -61,34 +61,28 @@ export function datasetFilter(filter) {
 
 function Filter({ onApply }) {
   const [draft, setDraft] = useState(NO_FILTER);
-  const set = (name) => (event) => setDraft({ ...draft, [name]: event.currentTarget.value });
+  const bind = (name) => ({
+    value: draft[name],
+    onChange: (value) => setDraft({ ...draft, [name]: value }),
+  });
+  const clear = () => {
+    setDraft(NO_FILTER);
+    onApply(NO_FILTER);
+  };
   const submit = (event) => {
     event.preventDefault();
     onApply(draft);
   };
-  const input = (name, props) => (ids) =>
-    html`<input ...${ids} ...${props} value=${draft[name]} onInput=${set(name)} />`;
   return html`<form class="card" role="search" onSubmit=${submit}>
     <div class="fields four">
-      <${Field} label="Model" control=${input("model", { placeholder: "any model" })} />
-      <${Field}
-        label="Metadata"
-        control=${input("metadata", { placeholder: "task=faq, release=12" })}
-      />
-      <${Field} label="From" control=${input("after", { type: "datetime-local" })} />
-      <${Field} label="Until" control=${input("before", { type: "datetime-local" })} />
+      <${TextField} label="Model" placeholder="any model" ...${bind("model")} />
+      <${TextField} label="Metadata" placeholder="task=faq, release=12" ...${bind("metadata")} />
+      <${TextField} label="From" type="datetime-local" ...${bind("after")} />
+      <${TextField} label="Until" type="datetime-local" ...${bind("before")} />
     </div>
     <div class="actions">
       <button type="submit" class="primary">Apply the filter</button>
-      <button
-        type="button"
-        onClick=${() => {
-          setDraft(NO_FILTER);
-          onApply(NO_FILTER);
-        }}
-      >
-        Clear
-      </button>
+      <button type="button" onClick=${clear}>Clear</button>
     </div>
   </form>`;
 }
@@ -104,6 +98,7 @@ function answerOf(completion) {
 }
 
 function Inspect({ completion, onDeleted }) {
+  const { usage } = completion;
   const path = `${PATH}/${completion.id}`;
   const messages = useResource(() => call(`${path}/messages?limit=100`), [completion.id]);
   const [isAsked, setAsked] = useState(false);
@@ -139,10 +134,7 @@ function Inspect({ completion, onDeleted }) {
         ["Model", completion.model],
         ["Created", date(completion.created)],
         ["Latency", duration(completion.latency_seconds)],
-        [
-          "Tokens",
-          `${integer(completion.usage.prompt_tokens)} in, ${integer(completion.usage.completion_tokens)} out`,
-        ],
+        ["Tokens", `${integer(usage.prompt_tokens)} in, ${integer(usage.completion_tokens)} out`],
         ["Ended by", completion.choices[0].finish_reason],
         [
           "Metadata",
@@ -223,9 +215,19 @@ export default function Traffic() {
               </p><//
             >`
           }
-          ${rows.length > 0 && html`<${DataTable} caption="Stored completions, newest first" columns=${columns} rows=${rows} rowKey=${(row) => row.id} />`}
+          <${DataTable}
+            caption="Stored completions, newest first"
+            columns=${columns}
+            rows=${rows}
+            rowKey=${(row) => row.id}
+          />
           <${ErrorNotice} error=${more.error} />
-          ${hasMore && html`<button type="button" disabled=${more.isBusy} onClick=${() => more.run()}>Load older completions</button>`}
+          ${
+            hasMore &&
+            html`<button type="button" disabled=${more.isBusy} onClick=${() => more.run()}>
+              Load older completions
+            </button>`
+          }
         <//>
         <${Datasets} key=${numDatasets} />
       </div>

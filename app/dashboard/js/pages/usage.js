@@ -4,6 +4,7 @@ import { html, useMemo, useState } from "../html.js";
 import { call, withQuery } from "../api.js";
 import { count, integer } from "../format.js";
 import { useResource } from "../live.js";
+import { InlineSelect } from "../parts/fields.js";
 import { DataTable, Empty, ErrorNotice, Loading, PageHead, Section } from "../parts/ui.js";
 
 const PATH = "/v1/organization/usage/completions";
@@ -108,23 +109,20 @@ export default function Usage() {
     { title: "Output tokens", isNumber: true, cell: (row) => integer(row.output) },
   ];
   const isMissing = found.error?.status === 404;
-  return html`<${PageHead} title="Usage" />
-    ${isMissing && html`<${Empty} title="This service does not report usage"><p>A newer version does.</p><//>`}
+  return html`<${PageHead} title="Usage" /> ${
+      isMissing &&
+      html`<${Empty} title="This service does not report usage"><p>A newer version does.</p><//>`
+    }
     ${
       !isMissing &&
       html`<div class="toolbar">
-          <label class="inline">
-            Time
-            <select value=${days} onChange=${(event) => setDays(Number(event.currentTarget.value))}>
-              ${Object.entries(SPANS).map(([value, label]) => html`<option value=${value}>${label}</option>`)}
-            </select>
-          </label>
-          <label class="inline">
-            By
-            <select value=${group} onChange=${(event) => setGroup(event.currentTarget.value)}>
-              ${Object.entries(GROUPS).map(([value, label]) => html`<option value=${value}>${label}</option>`)}
-            </select>
-          </label>
+          <${InlineSelect}
+            label="Time"
+            options=${SPANS}
+            value=${days}
+            onChange=${(value) => setDays(Number(value))}
+          />
+          <${InlineSelect} label="By" options=${GROUPS} value=${group} onChange=${setGroup} />
           <button type="button" onClick=${found.reload}>Refresh</button>
         </div>
         <${ErrorNotice} error=${found.error} onRetry=${found.reload} />`

@@ -17,6 +17,7 @@ import {
 } from "../parts/ui.js";
 
 const POLL_SECONDS = 3;
+const RHYTHM = `, every ${POLL_SECONDS} s while there is work`;
 const OLD_HEARTBEAT_SECONDS = 10;
 
 async function load() {
@@ -52,7 +53,8 @@ const MODEL_COLUMNS = [
         ? html`<${Progress} value=${row.percent} label="Loading" />`
         : html`<${Status}
               value=${row.state}
-            />${row.is_pinned ? html` <span class="tag">pinned</span>` : ""}${row.error ? html`<p>${row.error}</p>` : ""}`,
+            />${row.is_pinned && html` <span class="tag">pinned</span>`}
+            ${row.error && html`<p>${row.error}</p>`}`,
   },
   { title: "Memory", isNumber: true, cell: (row) => bytes(row.bytes) },
   { title: "Weights", cell: (row) => row.weights ?? "" },
@@ -148,7 +150,7 @@ export default function Workers() {
       title="Workers"
       actions=${html`<button type="button" onClick=${found.reload}>Refresh</button>`}
     >
-      ${value && html`<p class="muted">As of ${clock(value.at)}${isBusy(value) ? `, every ${POLL_SECONDS} s while there is work` : ""}.</p>`}
+      ${value && html`<p class="muted">As of ${clock(value.at)}${isBusy(value) && RHYTHM}.</p>`}
     <//>
     <${ErrorNotice} error=${found.error} onRetry=${found.reload} />
     ${found.isLoading && html`<${Loading} what="Loading the workers" />`}
@@ -164,7 +166,9 @@ export default function Workers() {
               </p>
             <//>`
           }
-          ${value.serve_workers.map((worker) => html`<${ServeWorker} key=${worker.id} worker=${worker} />`)}
+          ${value.serve_workers.map(
+            (worker) => html`<${ServeWorker} key=${worker.id} worker=${worker} />`,
+          )}
         <//>
         <${Section} title="Running jobs">
           ${

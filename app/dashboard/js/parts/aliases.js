@@ -18,7 +18,12 @@ function History({ alias, target }) {
   const history = useResource(() => call(aliasPath(alias, "/history?limit=20")), [alias, target]);
   const rows = history.value?.data ?? [];
   return html`<${ErrorNotice} error=${history.error} />
-    ${rows.length > 0 && html`<${DataTable} caption=${`History of ${alias}`} columns=${COLUMNS} rows=${rows} rowKey=${(row) => row.id} />`}
+    <${DataTable}
+      caption=${`History of ${alias}`}
+      columns=${COLUMNS}
+      rows=${rows}
+      rowKey=${(row) => row.id}
+    />
     ${history.value && rows.length === 0 && html`<p class="muted">No changes are recorded.</p>`}`;
 }
 
@@ -40,7 +45,7 @@ function Alias({ alias, model, onChange }) {
   const dialogs = {
     rollback: {
       title: `Roll back ${alias}?`,
-      text: "The alias points at the model before its newest change. New requests for the alias use that model.",
+      text: "The alias points at the model before its newest change, for all new requests.",
       action: "Roll back",
       onConfirm: rollBack,
     },
@@ -95,7 +100,7 @@ function SetAlias({ model, models, onChange }) {
   return html`<form onSubmit=${submit} class="inline-form">
     <${Field}
       label="Point an alias at this model"
-      help=${current ? `It points at ${current} now.` : "A name and an alias with @ between them, such as support@live."}
+      help=${current ? `It points at ${current} now.` : "Two names with @ between them."}
       control=${(ids) =>
         html`<input
           ...${ids}
@@ -122,7 +127,10 @@ export function Aliases({ model, models, onChange }) {
   return html`<${Section} title="Aliases">
     ${model.aliases.length === 0 && html`<p class="muted">No alias points at this model.</p>`}
     <ul class="plain">
-      ${model.aliases.map((alias) => html`<${Alias} key=${alias} alias=${alias} model=${model} onChange=${onChange} />`)}
+      ${model.aliases.map(
+        (alias) =>
+          html`<${Alias} key=${alias} alias=${alias} model=${model} onChange=${onChange} />`,
+      )}
     </ul>
     <${SetAlias} model=${model} models=${models} onChange=${onChange} />
   <//>`;

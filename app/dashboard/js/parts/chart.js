@@ -156,7 +156,8 @@ function placeAfter(key, index, last) {
 }
 
 /**
- * @param {{title: string, note?: string, series: {name: string, points: {step: number, value: number}[]}[], format?: (value: number) => string}} props
+ * `series` is a list of `{name, points}`, where a point is `{step, value}` and steps rise. `format`
+ * returns a value as text.
  */
 export function Chart({ title, note, series, format = number }) {
   const holder = useRef(null);

@@ -4,9 +4,7 @@ import { html, useEffect, useId, useRef } from "../html.js";
 import { useAction } from "../live.js";
 import { ErrorNotice } from "./ui.js";
 
-/**
- * @param {{title: string, text: any, action: string, isDanger?: boolean, onConfirm: () => Promise<any>, onClose: () => void}} props
- */
+/** `action` is the text of the button that calls `onConfirm`, whose error is shown in the dialog. */
 export function Confirm({ title, text, action, isDanger, onConfirm, onClose }) {
   const dialog = useRef(null);
   const titleId = useId();

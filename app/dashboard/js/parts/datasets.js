@@ -6,9 +6,11 @@ import { integer } from "../format.js";
 import { useAction, usePolling, useResource } from "../live.js";
 import { link } from "../router.js";
 import { ACTIVE } from "./jobs.js";
-import { announce, DataTable, ErrorNotice, Field, Section, Status } from "./ui.js";
+import { TextField } from "./fields.js";
+import { announce, DataTable, ErrorNotice, Section, Status } from "./ui.js";
 
 const POLL_SECONDS = 2;
+const SHARE = { type: "number", min: "0", max: "0.5", step: "0.05" };
 
 /** @param {{filter: object, onCreated: () => void}} props - the filter of the list above it */
 export function DatasetForm({ filter, onCreated }) {
@@ -25,7 +27,10 @@ export function DatasetForm({ filter, onCreated }) {
     announce(`The data set ${dataset.name} is queued`);
     onCreated();
   });
-  const set = (name) => (event) => setForm({ ...form, [name]: event.currentTarget.value });
+  const bind = (name) => ({
+    value: form[name],
+    onChange: (value) => setForm({ ...form, [name]: value }),
+  });
   const submit = (event) => {
     event.preventDefault();
     create.run();
@@ -37,18 +42,9 @@ export function DatasetForm({ filter, onCreated }) {
     </p>
     <form onSubmit=${submit}>
       <div class="fields">
-        <${Field}
-          label="Name"
-          control=${(ids) => html`<input ...${ids} required pattern="[a-z0-9\\-]{1,64}" value=${form.name} onInput=${set("name")} />`}
-        />
-        <${Field}
-          label="Share for validation"
-          control=${(ids) => html`<input ...${ids} type="number" min="0" max="0.5" step="0.05" value=${form.validation} onInput=${set("validation")} />`}
-        />
-        <${Field}
-          label="Share for the test"
-          control=${(ids) => html`<input ...${ids} type="number" min="0" max="0.5" step="0.05" value=${form.test} onInput=${set("test")} />`}
-        />
+        <${TextField} label="Name" required pattern="[a-z0-9\\-]{1,64}" ...${bind("name")} />
+        <${TextField} label="Share for validation" ...${SHARE} ...${bind("validation")} />
+        <${TextField} label="Share for the test" ...${SHARE} ...${bind("test")} />
       </div>
       <label class="check">
         <input

@@ -38,7 +38,11 @@ export function Estimate({ body }) {
   const isUnsupported = error && (error.code === "unknown_url" || error.status === 405);
   if (isUnsupported) return null;
   return html`<${Section} title="Estimate">
-    ${!value && !error && html`<p class="muted">Choose a file and a model to see what the job will need.</p>`}
+    ${
+      !value &&
+      !error &&
+      html`<p class="muted">Choose a file and a model to see what the job will need.</p>`
+    }
     <${ErrorNotice} error=${error} />
     ${value && html`<${Values} value=${value} />`}
   <//>`;

@@ -1,7 +1,7 @@
 /** The fields of the form for a new job, and the request that they make. */
 
 import { html } from "../html.js";
-import { Field } from "./ui.js";
+import { SelectField, TextArea, TextField } from "./fields.js";
 
 export const EMPTY_FORM = {
   method: "distillation",
@@ -19,7 +19,6 @@ export const EMPTY_FORM = {
   more: "",
 };
 const DIVERGENCES = [
-  "forward_kl",
   "reverse_kl",
   "jsd",
   "skew_forward_kl",
@@ -39,6 +38,11 @@ const SOURCES = {
   teacher: "The teacher",
   student: "The student, on-policy",
 };
+
+const METHODS = [
+  ["distillation", "Distillation", "The student learns the distribution of a teacher."],
+  ["supervised", "Supervised fine-tuning", "A model learns the answers in the file."],
+];
 
 /** Returns the number or the list of numbers in a text such as "15" or "4, 8, 15". */
 function layersOf(text) {
@@ -114,128 +118,129 @@ export function bodyOf(form, trainingFile) {
   });
 }
 
-function Choice({ label, help, value, options, onChange, first }) {
-  return html`<${Field}
-    label=${label}
-    help=${help}
-    control=${(ids) =>
-      html`<select
-        ...${ids}
-        value=${value}
-        onChange=${(event) => onChange(event.currentTarget.value)}
-      >
-        <option value="">${first}</option>
-        ${Object.entries(options).map(([name, text]) => html`<option key=${name} value=${name}>${text}</option>`)}
-      </select>`}
-  />`;
-}
-
-/** @param {{form: object, setForm: (form: object) => void, models: object[], files: object[]}} props */
+/** The fields, with the models and the files to choose from. */
 export function JobFields({ form, setForm, models, files }) {
   const set = (name) => (value) => setForm({ ...form, [name]: value });
-  const input = (name, props) => (ids) =>
-    html`<input
-      ...${ids}
-      ...${props}
-      value=${form[name]}
-      onInput=${(event) => set(name)(event.currentTarget.value)}
-    />`;
+  const bind = (name) => ({ value: form[name], onChange: set(name) });
   const names = Object.fromEntries(models.map((model) => [model.id, model.id]));
   const isDistillation = form.method === "distillation";
-  return html`<fieldset class="methods">
-      <legend>Method</legend>
-      ${[
-        ["distillation", "Distillation", "The student learns the distribution of a teacher."],
-        ["supervised", "Supervised fine-tuning", "A model learns the answers in the file."],
-      ].map(
-        ([value, title, help]) =>
-          html`<label key=${value} class="option">
-            <input
-              type="radio"
-              name="method"
-              checked=${form.method === value}
-              onChange=${() => set("method")(value)}
-            />
-            <span><strong>${title}</strong><br /><span class="muted">${help}</span></span>
-          </label>`,
-      )}
-    </fieldset>
+  return html`<${Methods} ...${bind("method")} />
     <div class="fields">
-      ${isDistillation && html`<${Choice} label="Teacher" value=${form.teacher} options=${names} onChange=${set("teacher")} first="Choose a model" />`}
-      <${Choice}
-        label="Start model"
-        help=${isDistillation ? "The student is built from this model." : "This model is trained."}
-        value=${form.model}
-        options=${names}
-        onChange=${set("model")}
-        first=${isDistillation ? "The teacher" : "Choose a model"}
-      />
       ${
         isDistillation &&
-        html`<${Field}
-            label="Layers of the student"
-            help="One number, or several (4, 8, 15) to train one student per size. Empty: half of them."
-            control=${input("layers", { inputmode: "numeric", placeholder: "half" })}
-          />
-          <${Choice}
-            label="Student begins as"
-            value=${form.init}
-            options=${INITS}
-            onChange=${set("init")}
-            first="Automatic"
-          />
-          <${Choice}
-            label="Answers come from"
-            value=${form.completions}
-            options=${SOURCES}
-            onChange=${set("completions")}
-            first="The file, or else the teacher"
-          />`
+        html`<${SelectField}
+          label="Teacher"
+          first="Choose a model"
+          options=${names}
+          ...${bind("teacher")}
+        />`
       }
-      <${Field}
-        label="Epochs"
-        control=${input("epochs", { type: "number", min: 1, max: 1000, placeholder: isDistillation ? "3" : "automatic" })}
+      <${SelectField}
+        label="Start model"
+        help=${isDistillation ? "The student is built from this model." : "This model is trained."}
+        first=${isDistillation ? "The teacher" : "Choose a model"}
+        options=${names}
+        ...${bind("model")}
       />
-      <${Field}
+      ${isDistillation && html`<${StudentFields} bind=${bind} />`}
+      <${TextField}
+        label="Epochs"
+        type="number"
+        min="1"
+        max="1000"
+        placeholder=${isDistillation ? "3" : "automatic"}
+        ...${bind("epochs")}
+      />
+      <${TextField}
         label="Suffix"
         help="It becomes part of the model's name."
-        control=${input("suffix", { maxlength: 64, placeholder: "support" })}
+        maxlength="64"
+        placeholder="support"
+        ...${bind("suffix")}
       />
-      <${Choice}
+      <${SelectField}
         label="Validation file"
-        value=${form.validationFile}
-        options=${Object.fromEntries(files.map((file) => [file.id, `${file.filename} (${file.rows} rows)`]))}
-        onChange=${set("validationFile")}
         first="Hold out a tenth of the rows"
+        options=${fileNames(files)}
+        ...${bind("validationFile")}
       />
     </div>
     <details>
       <summary>More options</summary>
       <div class="fields">
-        ${
-          isDistillation &&
-          html`<${Choice}
-              label="Divergence"
-              value=${form.divergence}
-              options=${Object.fromEntries(DIVERGENCES.map((name) => [name, name]))}
-              onChange=${set("divergence")}
-              first="forward_kl"
-            />
-            <${Field}
-              label="Tokens per answer at most"
-              control=${input("maxNewTokens", { type: "number", min: 1, placeholder: "128" })}
-            />`
-        }
-        <${Field}
-          label="Seed"
-          control=${input("seed", { type: "number", min: 0, placeholder: "0" })}
-        />
-        <${Field}
+        ${isDistillation && html`<${ObjectiveFields} bind=${bind} />`}
+        <${TextField} label="Seed" type="number" min="0" placeholder="0" ...${bind("seed")} />
+        <${TextArea}
           label=${`Further options of method.${form.method} as JSON`}
           help="They are added to the options above. docs/jobs.md lists all of them."
-          isWide=${true}
-          control=${(ids) => html`<textarea ...${ids} rows="4" class="mono" spellcheck="false" placeholder=${'{"evaluation": {"num_samples": 8}}'} value=${form.more} onInput=${(event) => set("more")(event.currentTarget.value)}></textarea>`}
+          rows="4"
+          class="mono"
+          spellcheck="false"
+          placeholder=${'{"evaluation": {"num_samples": 8}}'}
+          ...${bind("more")}
         />
       </div>
     </details>`;
+}
+
+/** Returns the texts of a choice of files, by their ids. */
+export function fileNames(files) {
+  return Object.fromEntries(
+    files.map((file) => [file.id, `${file.filename} (${file.rows ?? "?"} rows)`]),
+  );
+}
+
+function Methods({ value, onChange }) {
+  return html`<fieldset class="methods">
+    <legend>Method</legend>
+    ${METHODS.map(
+      ([name, title, help]) =>
+        html`<label key=${name} class="option">
+          <input
+            type="radio"
+            name="method"
+            checked=${value === name}
+            onChange=${() => onChange(name)}
+          />
+          <span><strong>${title}</strong><br /><span class="muted">${help}</span></span>
+        </label>`,
+    )}
+  </fieldset>`;
+}
+
+function StudentFields({ bind }) {
+  return html`<${TextField}
+      label="Layers of the student"
+      help="One number, or several (4, 8, 15) to train one student per size. Empty: half of them."
+      placeholder="half"
+      ...${bind("layers")}
+    />
+    <${SelectField}
+      label="Student begins as"
+      first="Automatic"
+      options=${INITS}
+      ...${bind("init")}
+    />
+    <${SelectField}
+      label="Answers come from"
+      first="The file, or else the teacher"
+      options=${SOURCES}
+      ...${bind("completions")}
+    />`;
+}
+
+function ObjectiveFields({ bind }) {
+  return html`<${SelectField}
+      label="Divergence"
+      first="forward_kl"
+      options=${Object.fromEntries(DIVERGENCES.map((name) => [name, name]))}
+      ...${bind("divergence")}
+    />
+    <${TextField}
+      label="Tokens per answer at most"
+      type="number"
+      min="1"
+      placeholder="128"
+      ...${bind("maxNewTokens")}
+    />`;
 }

@@ -17,6 +17,8 @@ const MODELS = [
   ["student", "Student"],
   ["after", "After"],
 ];
+const CHOSEN_ON_ROWS =
+  " The best checkpoint was chosen on these rows, so the figures are slightly too good.";
 const fraction = (value) => percent(value);
 const METRICS = [
   ["kl", "KL to the teacher", number, "lower is better"],
@@ -100,13 +102,13 @@ export function JobResult({ job }) {
     });
   }
   const kind = result.judged_on === "test" ? "test rows" : "held-out rows";
+  const questions = result.num_judged_questions;
   const num = result.num_test_rows ?? result.num_validation_rows;
   return html`<${Section} title="Result">
     <p class="muted">
-      Measured on
-      ${plural(num, "row").replace("rows", kind)}${result.num_judged_questions ? ` with ${plural(result.num_judged_questions, "question")}` : ""}.
+      Measured on ${integer(num)} ${kind}${questions && ` with ${plural(questions, "question")}`}.
       The second line of a cell is the 95 % interval.
-      ${result.is_chosen_on_judged_rows ? " The best checkpoint was chosen on these rows, so the figures are slightly too good." : ""}
+      ${result.is_chosen_on_judged_rows && CHOSEN_ON_ROWS}
     </p>
     ${result.compression && html`<${Compression} compression=${result.compression} />`}
     ${(result.missing ?? []).map(

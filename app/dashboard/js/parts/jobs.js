@@ -9,6 +9,11 @@ export function nameOf(job) {
   return job.fine_tuned_model ?? job.user_provided_suffix ?? job.model;
 }
 
+/** Returns the model that the job's model is compared with: its teacher, or its start model. */
+export function parentOf(job) {
+  return job.teacher ?? job.model;
+}
+
 /** Returns the estimated seconds to the end of a running job, or null. */
 export function remainingSeconds(job) {
   if (job.estimated_finish === null) return null;

@@ -43,14 +43,19 @@ function Tree({ model, models, depth = 0 }) {
 
 function Node({ model, isCurrent, note }) {
   const agreement = model.evaluation?.student?.agreement;
+  const facts = [count(model.num_parameters)];
+  if (note) facts.unshift(note);
+  if (agreement !== undefined) facts.push(`agreement ${percent(agreement)}`);
   return html`<div
     class=${`node${isCurrent ? " current" : ""}`}
     aria-current=${isCurrent ? "true" : undefined}
   >
-    ${isCurrent ? html`<strong>${model.id}</strong>` : html`<a href=${link(["model", model.id])}>${model.id}</a>`}
-    <span class="muted small-text">
-      ${note ? `${note}, ` : ""}${count(model.num_parameters)}${agreement === undefined ? "" : `, agreement ${percent(agreement)}`}
-    </span>
+    ${
+      isCurrent
+        ? html`<strong>${model.id}</strong>`
+        : html`<a href=${link(["model", model.id])}>${model.id}</a>`
+    }
+    <span class="muted small-text"> ${facts.join(", ")} </span>
   </div>`;
 }
 

@@ -1,4 +1,7 @@
-/** Keeps a job, its metrics and its events up to date while it runs. A job that has ended costs no requests. */
+/**
+ * Keeps a job, its metrics and its events up to date while it runs. A job that has ended costs no
+ * requests.
+ */
 
 import { useCallback, useEffect, useRef, useState } from "../html.js";
 import { ApiError, call, eventsOf, request, withQuery } from "../api.js";

@@ -63,7 +63,8 @@ function Point({ point, left, top, text }) {
 }
 
 /**
- * @param {{title: string, note: string, points: object[], x: {name: string, label: string, format: Function}, y: {name: string, label: string, format: Function}}} props
+ * `points` are figures of models with a `label`. `x` and `y` say which figures are shown, with the
+ * text of the axis and the function that formats a value.
  */
 export function Scatter({ title, note, points, x, y }) {
   const shown = points.filter(

@@ -4,10 +4,13 @@ import { html, useEffect, useRef, useState } from "../html.js";
 import { call, request } from "../api.js";
 import { bytes, integer, plural } from "../format.js";
 import { useAction, useResource } from "../live.js";
+import { SelectField } from "./fields.js";
+import { fileNames } from "./job_form.js";
 import { announce, DataTable, ErrorNotice, Field, Section } from "./ui.js";
 
 const PREVIEW_BYTES = 65_536;
 const PREVIEW_ROWS = 5;
+const SHOWN_TOKENS = 48; // per row
 
 /** Returns the first rows of JSON Lines. The last line may be cut off, so it is left out. */
 function firstRows(text, isComplete) {
@@ -77,7 +80,13 @@ function TokenCounts({ rows, model }) {
     ${
       found &&
       html`<ol class="tokens">
-        ${found.map((one, i) => html`<li key=${i}>${plural(one.count, "token")}: <code>${one.tokens.slice(0, 48).join(" ")}${one.tokens.length > 48 ? " …" : ""}</code></li>`)}
+        ${found.map(({ count: total, tokens }, i) => {
+          const rest = tokens.length > SHOWN_TOKENS ? " …" : "";
+          return html`<li key=${i}>
+            ${plural(total, "token")}:
+            <code>${tokens.slice(0, SHOWN_TOKENS).join(" ")}${rest}</code>
+          </li>`;
+        })}
       </ol>`
     }
   </div>`;
@@ -113,7 +122,7 @@ function Preview({ id, model }) {
     <${TokenCounts} rows=${rows.value} model=${model} />`;
 }
 
-/** @param {{files: object[], chosen: string, onChoose: (id: string) => void, onUploaded: (file: object) => void, model: string}} props */
+/** `chosen` is the id of a file, and `model` the model whose tokens the preview shows. */
 export function TrainingFile({ files, chosen, onChoose, onUploaded, model }) {
   const input = useRef(null);
   const upload = useAction(async (file) => {
@@ -130,19 +139,22 @@ export function TrainingFile({ files, chosen, onChoose, onUploaded, model }) {
       <${Field}
         label="Upload a file"
         help='JSON Lines, one object per line, such as {"prompt": "What is money?"}'
-        control=${(ids) => html`<input ...${ids} ref=${input} type="file" accept=".jsonl,.json,.txt" disabled=${upload.isBusy} onChange=${() => input.current.files[0] && upload.run(input.current.files[0])} />`}
-      />
-      <${Field}
-        label="Or choose one"
         control=${(ids) =>
-          html`<select
+          html`<input
             ...${ids}
-            value=${chosen}
-            onChange=${(event) => onChoose(event.currentTarget.value)}
-          >
-            <option value="">${files.length ? "Choose a file" : "No files yet"}</option>
-            ${files.map((one) => html`<option key=${one.id} value=${one.id}>${one.filename} (${one.rows ?? "?"} rows)</option>`)}
-          </select>`}
+            ref=${input}
+            type="file"
+            accept=".jsonl,.json,.txt"
+            disabled=${upload.isBusy}
+            onChange=${() => input.current.files[0] && upload.run(input.current.files[0])}
+          />`}
+      />
+      <${SelectField}
+        label="Or choose one"
+        first=${files.length ? "Choose a file" : "No files yet"}
+        options=${fileNames(files)}
+        value=${chosen}
+        onChange=${onChoose}
       />
     </div>
     ${upload.isBusy && html`<p class="muted" role="status">Uploading and checking each row …</p>`}

@@ -72,15 +72,17 @@ export function Field({ label, help, control, isWide }) {
   </div>`;
 }
 
-/** A table that scrolls sideways on narrow screens. `columns` are headings with cell functions. */
+/** A table that scrolls sideways on narrow screens. It shows nothing if there are no rows. */
 export function DataTable({ caption, columns, rows, rowKey, isCaptionHidden = true }) {
   const scroller = useRef(null);
   useLayoutEffect(() => {
+    if (scroller.current === null) return;
     const { scrollWidth, clientWidth } = scroller.current;
     if (scrollWidth > clientWidth)
       scroller.current.tabIndex = 0; // so that the keyboard can scroll
     else scroller.current.removeAttribute("tabindex");
   });
+  if (rows.length === 0) return null;
   return html`<div class="table-scroll" ref=${scroller} role="region" aria-label=${caption}>
     <table>
       <caption class=${isCaptionHidden ? "visually-hidden" : ""}>
