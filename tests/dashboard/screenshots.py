@@ -1,8 +1,8 @@
 """Takes screenshots of all pages of a running service, in light, dark and on a narrow screen.
 
-    python -m tests.dashboard.screenshots http://127.0.0.1:8400 API_KEY FOLDER
+    python -m tests.dashboard.screenshots http://127.0.0.1:8400 API_KEY FOLDER [JOB_ID]
 
-It shows the newest job that has succeeded, and its model.
+It shows the job and its model: by default those of the newest job that has succeeded.
 """
 
 import sys
@@ -22,7 +22,7 @@ LOOKS = {
 PROMPT = "What is money? Answer in one short sentence."
 
 
-def shots_of(url: str, key: str) -> dict[str, str]:
+def shots_of(url: str, key: str, job_id: str | None) -> dict[str, str]:
     """Returns the address of each page to show, by name."""
     headers = {"authorization": f"Bearer {key}"}
     jobs = httpx.get(f"{url}/v1/fine_tuning/jobs?limit=100", headers=headers).json()["data"]
@@ -31,6 +31,7 @@ def shots_of(url: str, key: str) -> dict[str, str]:
     )
     shots = {name: name for name in pages}
     ended = [job for job in jobs if job["status"] == "succeeded"]
+    ended.sort(key=lambda job: job["id"] != job_id)  # keeps the order of the others
     if ended:
         model = ended[0]["fine_tuned_model"].replace("/", "%2F")
         ids = ",".join(job["id"] for job in ended[:3])
@@ -40,7 +41,7 @@ def shots_of(url: str, key: str) -> dict[str, str]:
     return shots
 
 
-def take(browser: Browser, url: str, key: str, folder: Path, look: str) -> None:
+def take(browser: Browser, url: str, key: str, folder: Path, look: str, job_id: str | None) -> None:
     options: dict[str, Any] = LOOKS[look]
     context = browser.new_context(**options)
     page = context.new_page()
@@ -49,7 +50,7 @@ def take(browser: Browser, url: str, key: str, folder: Path, look: str) -> None:
     page.screenshot(path=folder / f"{look}-sign-in.png")
     page.get_by_label("API key").fill(key)
     page.get_by_role("button", name="Sign in").click()
-    for name, route in shots_of(url, key).items():
+    for name, route in shots_of(url, key, job_id).items():
         page.goto(f"{url}/#/{route}")
         page.locator("h1").wait_for()
         page.wait_for_load_state("networkidle")
@@ -69,8 +70,8 @@ def ask(page: Page) -> None:
 
 
 if __name__ == "__main__":
-    out = Path(sys.argv[3])
+    out, job = Path(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else None
     out.mkdir(parents=True, exist_ok=True)
     with running_browser() as running:
         for look in LOOKS:
-            take(running, sys.argv[1], sys.argv[2], out, look)
+            take(running, sys.argv[1], sys.argv[2], out, look, job)

@@ -24,7 +24,7 @@ OUR_FILES = [
     if path.suffix in (".js", ".css", ".html") and "vendor" not in path.parts
 ]
 MODULES = [path for path in OUR_FILES if path.suffix == ".js" and path.name != "theme.js"]
-IMPORT = re.compile(r'(?:\bfrom\s*|\bimport\()"([^"]+)"')
+IMPORT = re.compile(r'[}\w]\s*\bfrom ?"([^"\n]+)"|\bimport\("([^"\n]+)"\)')
 NODE = shutil.which("node")
 
 # Parses each module, and compares the thinning of series with the extremes of each bucket.
@@ -67,7 +67,8 @@ def test_no_file_is_longer_than_its_budget() -> None:
 
 def test_every_import_is_a_relative_path_to_a_file() -> None:
     for path in [*MODULES, *(FOLDER / "vendor").glob("*.js")]:
-        for target in IMPORT.findall(path.read_text()):
+        for static, dynamic in IMPORT.findall(path.read_text()):
+            target = static or dynamic
             assert target.startswith("."), (path.name, target)
             assert (path.parent / target).resolve().is_file(), (path.name, target)
 

@@ -72,7 +72,7 @@ class MetricsLine(Line):
     def with_speed(self, progress: Mapping[str, Any]) -> dict[str, float]:  # Any: JSON numbers
         """Returns the values. Those of a training step also have the training speed, if known."""
         speed = progress.get("tokens_per_second")
-        if speed is None or "train_loss" not in self.values:
+        if not speed or "train_loss" not in self.values:
             return self.values
         return {**self.values, "tokens_per_second": float(speed)}
 

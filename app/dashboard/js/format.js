@@ -48,6 +48,7 @@ export function count(value) {
 /** Returns a duration in its two largest units, such as "2 h 5 min". */
 export function duration(seconds) {
   if (seconds === null || seconds === undefined) return DASH;
+  if (seconds > 0 && seconds < 1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   const total = Math.round(seconds);
   if (total < 60) return `${total} s`;

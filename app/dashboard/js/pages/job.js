@@ -118,7 +118,14 @@ function Figures({ job }) {
       value=${integer(progress.step)}
       note=${progress.total_steps ? `of ${integer(progress.total_steps)}` : ""}
     />
-    <${Figure} label="Training" value=${integer(progress.tokens_per_second)} note="tokens/s" />
+    ${
+      progress.tokens_per_second &&
+      html`<${Figure}
+        label="Training"
+        value=${integer(progress.tokens_per_second)}
+        note="tokens/s"
+      />`
+    }
     <${Figure}
       label="Loss"
       value=${number(latest.valid_loss ?? latest.train_loss)}

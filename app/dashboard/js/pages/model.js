@@ -24,6 +24,10 @@ import {
 const LOADING_SECONDS = 1;
 const BIG_BYTES = 1e9; // a browser may have to hold a download in memory
 
+function servingText({ engine, weights, draft }) {
+  return `Engine ${engine}, weights ${weights}${draft ? `, draft ${draft.model}` : ""}.`;
+}
+
 function Serving({ model }) {
   const path = (rest) => modelPath(model.id, rest);
   const status = useResource(() => call(path("/status")), [model.id]);
@@ -73,10 +77,7 @@ function Serving({ model }) {
       status.value &&
       html`<p>
         <${Status} value=${state} /> ${isPinned && html`<span class="tag">pinned</span>`}
-        <span class="muted">
-          Engine ${model.serving.engine}, weights
-          ${model.serving.weights}${model.serving.draft ? `, draft ${model.serving.draft.model}` : ""}.</span
-        >
+        <span class="muted"> ${servingText(model.serving)}</span>
       </p>`
     }
     ${
@@ -103,7 +104,7 @@ function Files({ model }) {
   });
   const rows = files.value?.data ?? [];
   const columns = [
-    { title: "File", cell: (file) => html`<code>${file.name}</code>` },
+    { title: "File", cell: (file) => html`<code class="break">${file.name}</code>` },
     { title: "Size", isNumber: true, cell: (file) => bytes(file.bytes) },
     {
       title: "",
@@ -129,7 +130,7 @@ function Files({ model }) {
     ${
       rows.some((file) => file.bytes > BIG_BYTES) &&
       html`<p class="muted">
-        For large files,
+        For large files,${" "}
         <code>stillhouse models pull ${model.id} ./model --url ${location.origin}</code> resumes
         after a lost connection.
       </p>`
@@ -198,7 +199,7 @@ function About({ model }) {
 
 function Checkpoint({ model }) {
   return html`<p class="muted">
-    This is a checkpoint of the job <a href=${link(["job", model.job_id])}>${model.job_id}</a> with
+    A checkpoint of the job <a href=${link(["job", model.job_id])}>${model.job_id}</a> with${" "}
     ${bytes(model.size_bytes)}. It can be used as long as the job keeps it.
   </p>`;
 }

@@ -49,7 +49,7 @@ export function SignIn() {
         ${action.isBusy ? "Checking …" : "Sign in"}
       </button>
       <p class="muted">
-        The service that <code>make up</code> starts writes a key to
+        The service that <code>make up</code> starts writes a key to${" "}
         <code>.stillhouse/api_key</code>. <code>stillhouse keys create --project NAME</code> makes
         others.
       </p>

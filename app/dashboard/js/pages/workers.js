@@ -95,7 +95,7 @@ function ServeWorker({ worker }) {
       <div class="figure">
         <dt>Memory of models</dt>
         <dd>
-          ${bytes(worker.resident_bytes)}
+          ${bytes(worker.resident_bytes)}${" "}
           <span class="muted">of ${bytes(worker.max_resident_bytes)}</span>
         </dd>
         <${Progress} value=${share} label="Memory of models" />
@@ -161,7 +161,7 @@ export default function Workers() {
             value.serve_workers.length === 0 &&
             html`<${Empty} title="No serve worker is running">
               <p>
-                Jobs are accepted, but no model can answer. Start one with
+                Jobs are accepted, but no model can answer. Start one with${" "}
                 <code>stillhouse serve-worker</code>, or everything with <code>make up</code>.
               </p>
             <//>`

@@ -1,9 +1,9 @@
 /** The result of a job: a table with intervals, sample answers side by side, and a ladder's plots. */
 
 import { html, useState } from "../html.js";
-import { request } from "../api.js";
+import { call, request } from "../api.js";
 import { bytes, count, integer, number, percent, plural, words } from "../format.js";
-import { useAction } from "../live.js";
+import { useAction, useResource } from "../live.js";
 import { save } from "./download.js";
 import { Scatter } from "./scatter.js";
 import { DataTable, ErrorNotice, Section } from "./ui.js";
@@ -136,21 +136,26 @@ function Compression({ compression }) {
 }
 
 function ResultFiles({ ids }) {
-  const download = useAction(async (id) => {
-    const info = await (await request(`/v1/files/${id}`)).json();
-    await save(await request(`/v1/files/${id}/content`), info.filename);
-  });
+  const files = useResource(() => Promise.all(ids.map((id) => call(`/v1/files/${id}`))), [ids]);
+  const download = useAction(async (file) =>
+    save(await request(`/v1/files/${file.id}/content`), file.filename),
+  );
   if (!ids.length) return null;
   return html`<div class="actions">
       <span class="muted">Result files:</span>
-      ${ids.map(
-        (id) =>
-          html`<button type="button" class="small" key=${id} onClick=${() => download.run(id)}>
-            Download <code>${id}</code>
+      ${(files.value ?? []).map(
+        (file) =>
+          html`<button
+            type="button"
+            class="small"
+            key=${file.id}
+            onClick=${() => download.run(file)}
+          >
+            Download ${file.filename}
           </button>`,
       )}
     </div>
-    <${ErrorNotice} error=${download.error} />`;
+    <${ErrorNotice} error=${files.error ?? download.error} />`;
 }
 
 /** Answers of the compared models to the same prompts. */

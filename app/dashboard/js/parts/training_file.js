@@ -162,11 +162,8 @@ export function TrainingFile({ files, chosen, onChoose, onUploaded, model }) {
     ${
       file &&
       html`<p>
-        <strong>${file.filename}</strong>
-        <span class="muted"
-          >${integer(file.rows)} rows, ${bytes(file.bytes)}, format ${file.format},
-          <code>${file.id}</code></span
-        >
+        <strong>${file.filename}</strong>${" "}
+        <span class="muted">${plural(file.rows, "row")}, ${bytes(file.bytes)}, ${file.id}</span>
       </p>`
     }
     ${chosen && html`<${Preview} id=${chosen} model=${model} />`}
