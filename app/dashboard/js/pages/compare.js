@@ -43,7 +43,7 @@ function charts(runs, kind) {
         ...group,
         title: label === group.title ? label : `${group.title}: ${label.toLowerCase()}`,
         series: runs
-          .map(({ metrics }, i) => ({ name: names[i], points: metrics.get(name) ?? [] }))
+          .map(({ metrics }, i) => ({ name: names[i], points: metrics.get(name) ?? [], style: i }))
           .filter((series) => series.points.length > 0),
       })),
   ).filter((chart) => chart.series.length > 0);

@@ -97,8 +97,8 @@ function ServeWorker({ worker }) {
         <dd>
           ${bytes(worker.resident_bytes)}${" "}
           <span class="muted">of ${bytes(worker.max_resident_bytes)}</span>
+          <${Progress} value=${share} label="Memory of models" />
         </dd>
-        <${Progress} value=${share} label="Memory of models" />
       </div>
     </dl>
     ${

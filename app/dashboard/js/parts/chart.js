@@ -20,13 +20,19 @@ function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 }
 
+/** Returns the place of a series among the colours and dashes, which `style` may name. */
+function styleOf(series, i) {
+  return (series.style ?? i) % DASHES.length;
+}
+
 function seriesOptions(series, i) {
-  const stroke = color(`--series-${(i % 6) + 1}`);
+  const style = styleOf(series, i);
+  const stroke = color(`--series-${style + 1}`);
   return {
     label: series.name,
     stroke,
     width: 1.6,
-    dash: DASHES[i % DASHES.length],
+    dash: DASHES[style],
     spanGaps: true,
     points: { show: series.points.length < FEW_POINTS, size: 5, fill: stroke, stroke },
   };
@@ -131,8 +137,8 @@ function Legend({ series, data, index, format }) {
             y1="2"
             x2="22"
             y2="2"
-            data-series=${(i % 6) + 1}
-            stroke-dasharray=${DASHES[i % DASHES.length].join(" ")}
+            data-series=${styleOf(one, i) + 1}
+            stroke-dasharray=${DASHES[styleOf(one, i)].join(" ")}
           />
         </svg>
         ${one.name} <strong>${value === null ? "" : format(value)}</strong>
@@ -156,8 +162,8 @@ function placeAfter(key, index, last) {
 }
 
 /**
- * `series` is a list of `{name, points}`, where a point is `{step, value}` and steps rise. `format`
- * returns a value as text.
+ * `series` is a list of `{name, points, style}`, where a point is `{step, value}` and steps rise.
+ * `format` returns a value as text.
  */
 export function Chart({ title, note, series, format = number }) {
   const holder = useRef(null);
