@@ -37,6 +37,7 @@ export function SignIn() {
             ...${ids}
             type="password"
             autocomplete="off"
+            autofocus
             spellcheck="false"
             placeholder="sk-sh-…"
             required
