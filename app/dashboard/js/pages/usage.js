@@ -30,9 +30,10 @@ function totals(buckets, group) {
   const sums = new Map();
   for (const result of buckets.flatMap((bucket) => bucket.results)) {
     const name = result[group] ?? "unknown";
-    const sum = sums.get(name) ?? { name, requests: 0, input: 0, output: 0 };
+    const sum = sums.get(name) ?? { name, requests: 0, input: 0, cached: 0, output: 0 };
     sum.requests += result.num_model_requests;
     sum.input += result.input_tokens;
+    sum.cached += result.input_cached_tokens ?? 0;
     sum.output += result.output_tokens;
     sums.set(name, sum);
   }
@@ -106,6 +107,7 @@ export default function Usage() {
     { title: GROUPS[group], cell: (row) => html`<code>${row.name}</code>` },
     { title: "Requests", isNumber: true, cell: (row) => integer(row.requests) },
     { title: "Input tokens", isNumber: true, cell: (row) => integer(row.input) },
+    { title: "From the prefix cache", isNumber: true, cell: (row) => integer(row.cached) },
     { title: "Output tokens", isNumber: true, cell: (row) => integer(row.output) },
   ];
   const isMissing = found.error?.status === 404;

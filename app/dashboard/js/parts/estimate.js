@@ -2,7 +2,7 @@
 
 import { html, useEffect, useState } from "../html.js";
 import { call } from "../api.js";
-import { bytes, duration, integer, words } from "../format.js";
+import { bytes, duration, integer, plural, words } from "../format.js";
 import { ErrorNotice, Facts, Section } from "./ui.js";
 
 const PATH = "/v1/fine_tuning/jobs/estimate";
@@ -48,6 +48,10 @@ export function Estimate({ body }) {
   <//>`;
 }
 
+function workersText({ alive, busy }) {
+  return alive === 0 ? "none is running" : `${alive} running, ${busy} of them busy`;
+}
+
 function Values({ value }) {
   const parts = Object.entries(value.seconds ?? {}).filter(
     ([name, seconds]) => name !== "total" && seconds > 0,
@@ -67,6 +71,8 @@ function Values({ value }) {
           ["Steps", integer(value.num_steps)],
           ["Peak memory", bytes(value.peak_memory_bytes)],
           ["Disk", bytes(value.disk_bytes)],
+          ["Queue", value.queue && `${plural(value.queue.jobs_before, "job")} before it`],
+          ["Train workers", value.workers && workersText(value.workers)],
         ]}
       />
       <p>
