@@ -119,7 +119,7 @@ function Figures({ job }) {
       note=${progress.total_steps ? `of ${integer(progress.total_steps)}` : ""}
     />
     ${
-      progress.tokens_per_second &&
+      progress.tokens_per_second > 0 &&
       html`<${Figure}
         label="Training"
         value=${integer(progress.tokens_per_second)}
