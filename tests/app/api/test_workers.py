@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
@@ -39,10 +40,10 @@ def beat(valkey_url: str, **changes: object) -> None:
         client.set(serve_worker_key(status.worker_id), status.model_dump_json(by_alias=True), ex=60)
 
 
-def workers(http: httpx.Client) -> list[dict[str, object]]:
+def workers(http: httpx.Client) -> list[dict[str, Any]]:  # Any: JSON
     answer = http.get("/v1/workers")
     assert answer.status_code == 200, answer.text
-    found: list[dict[str, object]] = answer.json()["serve_workers"]
+    found: list[dict[str, Any]] = answer.json()["serve_workers"]
     return found
 
 
@@ -57,12 +58,11 @@ def test_a_serve_worker_is_shown_with_its_models_and_load(
     assert (worker["id"], worker["state"]) == ("w-1", "ready")
     assert (worker["num_running"], worker["num_waiting"], worker["max_running"]) == (3, 2, 8)
     assert worker["resident_bytes"] == 1000
-    assert isinstance(worker["heartbeat_age_seconds"], float)
     assert worker["heartbeat_age_seconds"] >= 1.0
-    known, unknown = worker["models"]  # type: ignore[misc] # JSON
-    assert (known["model"], known["state"], known["is_pinned"]) == ("tiny", "resident", True)  # type: ignore[index]
+    known, unknown = worker["models"]
+    assert (known["model"], known["state"], known["is_pinned"]) == ("tiny", "resident", True)
     # Neither the name nor the error of a model that the key cannot see is shown.
-    assert (unknown["model"], unknown["error"]) == (None, None)  # type: ignore[index]
+    assert (unknown["model"], unknown["error"]) == (None, None)
 
 
 @pytest.mark.parametrize(
