@@ -76,8 +76,9 @@ def upload_and_create(page: Page, folder: Path) -> str:
     page.get_by_label("Layers of the student").fill("2")
     page.get_by_label("Suffix").fill("walk")
     page.get_by_text("More options").click()
-    options = method()["distillation"]
-    more = {name: options[name] for name in ("hyperparameters", "evaluation")}
+    hyperparameters = {**method()["distillation"]["hyperparameters"], "n_epochs": 4}
+    evaluation = {"num_samples": 1, "metrics": ["agreement", "perplexity"]}
+    more = {"hyperparameters": hyperparameters, "evaluation": evaluation}
     page.get_by_label("Further options of method.distillation as JSON").fill(json.dumps(more))
     expect(page.get_by_text(f'"teacher": "{TEACHER}"').first).to_be_attached()
     demand_accessible(page)

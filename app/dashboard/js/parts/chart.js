@@ -31,7 +31,9 @@ function seriesOptions(series, i) {
   return {
     label: series.name,
     stroke,
-    width: 1.6,
+    // Values of single steps are noisy, and must not hide those of the held-out rows.
+    width: series.isNoisy ? 1.1 : 1.8,
+    alpha: series.isNoisy ? 0.6 : 1,
     dash: DASHES[style],
     spanGaps: true,
     points: { show: series.points.length < FEW_POINTS, size: 5, fill: stroke, stroke },
@@ -162,7 +164,7 @@ function placeAfter(key, index, last) {
 }
 
 /**
- * `series` is a list of `{name, points, style}`, where a point is `{step, value}` and steps rise.
+ * `series` is a list of `{name, points, style, isNoisy}`, where a point is `{step, value}`.
  * `format` returns a value as text.
  */
 export function Chart({ title, note, series, format = number }) {

@@ -52,7 +52,11 @@ export function Curves({ metrics }) {
       ...group,
       series: Object.entries(group.names)
         .filter(([name]) => metrics.has(name))
-        .map(([name, label]) => ({ name: label, points: metrics.get(name) })),
+        .map(([name, label]) => ({
+          name: label,
+          points: metrics.get(name),
+          isNoisy: name.startsWith("train_"),
+        })),
     }));
     const others = [...metrics.keys()]
       .filter((name) => !KNOWN.has(name))
