@@ -176,6 +176,12 @@ function Delete({ model }) {
     }`;
 }
 
+/** The job that made the model. An import has no page of its own. */
+function SourceJob({ id }) {
+  if (id.startsWith("import")) return html`<code>${id}</code>`;
+  return html`<a href=${link(["job", id])}>${id}</a>`;
+}
+
 function About({ model }) {
   return html`<${Section} title="Facts">
     <${Facts}
@@ -188,7 +194,7 @@ function About({ model }) {
         ["Context", `${integer(model.context_length)} tokens`],
         ["Size", bytes(model.size_bytes)],
         ["Chat template", model.has_chat_template ? "yes" : "no"],
-        ["Job", model.job_id && html`<a href=${link(["job", model.job_id])}>${model.job_id}</a>`],
+        ["Job", model.job_id && html`<${SourceJob} id=${model.job_id} />`],
         ["Owner", model.owned_by],
         ["Created", date(model.created)],
         ["SHA-256 of the weights", html`<code class="break">${model.weights_sha256}</code>`],

@@ -83,7 +83,7 @@ function TokenCounts({ rows, model }) {
         ${found.map(({ count: total, tokens }, i) => {
           const rest = tokens.length > SHOWN_TOKENS ? " …" : "";
           return html`<li key=${i}>
-            ${plural(total, "token")}:
+            ${plural(total, "token")}:${" "}
             <code>${tokens.slice(0, SHOWN_TOKENS).join(" ")}${rest}</code>
           </li>`;
         })}
