@@ -182,6 +182,9 @@ def test_every_page_is_accessible_on_a_narrow_screen(
     page = context.new_page()
     observer = Observer(page, service.url, REFUSABLE)
     sign_in(page, service)
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    page.get_by_role("link", name="Skip to the content").press("Enter")
+    expect(page.get_by_role("main")).to_be_focused()
     for name in PAGES:
         open_page(page, name)
         expect(page.locator("h1")).to_be_visible()
@@ -189,6 +192,12 @@ def test_every_page_is_accessible_on_a_narrow_screen(
         demand_accessible(page)
         width = page.evaluate("document.documentElement.scrollWidth")
         assert width <= 390, f"{name} scrolls sideways"
+    page.get_by_role("button", name="Menu").press("Enter")
+    page.get_by_role("button", name="Theme: system").click()  # the next one is light
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("API key")).to_be_focused()
+    assert page.evaluate("sessionStorage.length") == 0
     assert observer.faults == []
     context.close()
 

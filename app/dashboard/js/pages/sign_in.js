@@ -1,6 +1,6 @@
 /** Sign-in with an API key. */
 
-import { html, useState } from "../html.js";
+import { html, useEffect, useRef, useState } from "../html.js";
 import { call, signIn, signOutReason } from "../api.js";
 import { useAction } from "../live.js";
 import { ThemeToggle } from "../parts/theme_toggle.js";
@@ -19,6 +19,8 @@ async function check(key) {
 export function SignIn() {
   const [text, setText] = useState("");
   const action = useAction(check);
+  const input = useRef(null);
+  useEffect(() => input.current.focus(), []);
   const submit = (event) => {
     event.preventDefault();
     action.run(text.trim());
@@ -37,7 +39,7 @@ export function SignIn() {
             ...${ids}
             type="password"
             autocomplete="off"
-            autofocus
+            ref=${input}
             spellcheck="false"
             placeholder="sk-sh-…"
             required
