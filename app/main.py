@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from app import auth
-from app.api import batches, completions, errors, files, health, jobs, models, serving
+from app.api import batches, completions, dashboard, errors, files, health, jobs, models, serving
 from app.api.inference import responses, tokenizers
 from app.api.middleware import RequestFrame
 from app.api.openapi import ERRORS
@@ -63,6 +63,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         serving,
         batches,
         datasets,
+        dashboard,
     )
     for module in modules:
         app.include_router(module.router)

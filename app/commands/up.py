@@ -194,6 +194,7 @@ def _greet(options: UpOptions, key_path: Path, console: Console) -> None:
     lines = (
         f"\n[bold]Stillhouse is up at {url}[/bold]",
         f"  API key  {key_path}",
+        f"  browser  open {url} and sign in with the API key",
         f"  logs     {options.data_dir / 'logs'}",
         f'  try      curl {url}/v1/models -H "Authorization: Bearer $(cat {key_path})"',
         "Ctrl-C drains and stops everything; a second Ctrl-C does not wait.\n",

@@ -85,9 +85,11 @@ def is_name_taken(session: Session, name: str) -> bool:
     return model is not None or job is not None
 
 
-def list_models(session: Session, project_id: str) -> list[Model]:
-    """Returns the models that the project can use, newest first."""
-    query = select(Model).where(_sees(project_id)).order_by(Model.created_at.desc(), Model.id)
+def list_models(session: Session, project_id: str | None) -> list[Model]:
+    """Returns the models that the project can use, or all models if it is None, newest first."""
+    query = select(Model).order_by(Model.created_at.desc(), Model.id)
+    if project_id is not None:
+        query = query.where(_sees(project_id))
     return list(session.scalars(query))
 
 

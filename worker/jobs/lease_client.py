@@ -175,12 +175,13 @@ def record(lease: Lease, number: int, lines: Sequence[RunLine]) -> None:
                 case ProgressLine():
                     columns["progress"] = line.model_dump(exclude={"type"}, exclude_none=True)
                 case MetricsLine():
-                    values = {"step": line.step, **line.values}
+                    measured = line.with_speed(columns.get("progress", job.progress))
+                    values = {"step": line.step, **measured}
                     total = {} if line.total_steps is None else {"total_steps": line.total_steps}
                     columns["latest_metrics"] = (
                         columns.get("latest_metrics", job.latest_metrics) | values
                     )
-                    leases.write_metrics(session, job.id, line.step, line.values)
+                    leases.write_metrics(session, job.id, line.step, measured)
                     add_event(session, job.id, _sentence(line), type="metrics", data=values | total)
                 case MessageLine():
                     add_event(session, job.id, line.message, level=line.level, data=line.data)

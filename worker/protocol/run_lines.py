@@ -6,6 +6,7 @@ Each line is one JSON object.
 import math
 import os
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -67,6 +68,13 @@ class MetricsLine(Line):
     step: int
     total_steps: int | None = None
     values: dict[str, float]
+
+    def with_speed(self, progress: Mapping[str, Any]) -> dict[str, float]:  # Any: JSON numbers
+        """Returns the values. Those of a training step also have the training speed, if known."""
+        speed = progress.get("tokens_per_second")
+        if not speed or "train_loss" not in self.values:
+            return self.values
+        return {**self.values, "tokens_per_second": float(speed)}
 
 
 class CheckpointLine(Line):

@@ -140,6 +140,24 @@ def test_lines_become_stage_progress_series_and_history() -> None:
     assert events[-2].data == {"step": 2, "total_steps": 10, "train_loss": 1.0, "valid_kl": None}
 
 
+def test_metrics_of_a_training_step_have_the_speed_of_the_last_progress() -> None:
+    add_job()
+    lease = claim()
+    first: list[RunLine] = [
+        MetricsLine(step=1, values={"train_loss": 3.0}),  # no speed is known yet
+        ProgressLine(percent=1.0, step=1, tokens_per_second=50.0),
+        MetricsLine(step=2, values={"train_loss": 2.0}),
+        MetricsLine(step=2, values={"valid_loss": 2.5}),
+    ]
+    lease_client.record(lease, 1, first)
+    lease_client.record(lease, 2, [MetricsLine(step=3, values={"train_loss": 1.0})])
+    with transaction() as session:
+        series = jobs.metric_series(session, lease.job_id, names=["tokens_per_second"])
+        told = [e.data for e in jobs.events_since(session, lease.job_id, 0) if e.type == "metrics"]
+    assert [(row.step, row.value) for row in series] == [(2, 50.0), (3, 50.0)]
+    assert [data.get("tokens_per_second") for data in told] == [None, 50.0, None, 50.0]
+
+
 def test_a_run_goes_on_from_its_newest_checkpoint_and_past_a_damaged_one() -> None:
     add_job()
     first = claim()
@@ -363,7 +381,7 @@ def test_cut_connections_are_survived(database: str) -> None:
         with psycopg.connect(database, autocommit=True) as connection:
             while not stop.wait(0.03):
                 connection.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
                     "WHERE datname = current_database() AND pid <> pg_backend_pid()"
                 )
 

@@ -1,0 +1,158 @@
+/** Overlays the curves of several jobs. The address holds their ids. */
+
+import { html, useMemo, useState } from "../html.js";
+import { call } from "../api.js";
+import { useResource } from "../live.js";
+import { link, replaceQuery, route } from "../router.js";
+import { GROUPS, GroupChart } from "../parts/curves.js";
+import { QUALITY_METRICS } from "../parts/job_result.js";
+import { nameOf, seriesByName } from "../parts/jobs.js";
+import { DataTable, Empty, ErrorNotice, Loading, PageHead, Section, Status } from "../parts/ui.js";
+
+const MAX_JOBS = 6;
+
+async function load(ids) {
+  const path = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
+  return Promise.all(
+    ids.map(async (id) => {
+      const [job, metrics] = await Promise.all([call(path(id)), call(`${path(id)}/metrics`)]);
+      return { job, metrics: seriesByName(metrics) };
+    }),
+  );
+}
+
+/** Returns names that tell the runs apart: the last characters of the id follow equal names. */
+function labels(runs) {
+  const names = runs.map(({ job }) => nameOf(job));
+  return runs.map(({ job }, i) =>
+    names.filter((name) => name === names[i]).length > 1
+      ? `${names[i]} …${job.id.slice(-6)}`
+      : names[i],
+  );
+}
+
+/** One chart per metric that at least one of the jobs has. Held-out metrics come first. */
+function charts(runs, kind) {
+  const names = labels(runs);
+  return GROUPS.flatMap((group) =>
+    Object.entries(group.names)
+      .filter(
+        ([name, label]) => kind === "all" || label !== "Training" || name.startsWith("valid_"),
+      )
+      .map(([name, label]) => ({
+        ...group,
+        title: label === group.title ? label : `${group.title}: ${label.toLowerCase()}`,
+        series: runs
+          .map(({ metrics }, i) => ({ name: names[i], points: metrics.get(name) ?? [], style: i }))
+          .filter((series) => series.points.length > 0),
+      })),
+  ).filter((chart) => chart.series.length > 0);
+}
+
+function Picker({ ids, onChange }) {
+  const jobs = useResource(() => call("/v1/fine_tuning/jobs?limit=100"), []);
+  const chosen = new Set(ids);
+  const add = ({ currentTarget: { value } }) => value && onChange([...ids, value]);
+  const offered = (jobs.value?.data ?? []).filter((job) => !chosen.has(job.id));
+  return html`<div class="toolbar">
+    <label class="inline">
+      Add a job
+      <select value="" disabled=${ids.length >= MAX_JOBS || offered.length === 0} onChange=${add}>
+        <option value="">
+          ${ids.length >= MAX_JOBS ? `At most ${MAX_JOBS} jobs` : "Choose a job"}
+        </option>
+        ${offered.map(
+          (job) => html`<option value=${job.id}>${nameOf(job)} (${job.status}, ${job.id})</option>`,
+        )}
+      </select>
+    </label>
+    <${ErrorNotice} error=${jobs.error} />
+  </div>`;
+}
+
+function Results({ runs, onRemove }) {
+  const student = ({ job }) => job.result?.student ?? job.result?.after ?? job.latest_metrics;
+  const metrics = QUALITY_METRICS.filter(([name]) =>
+    runs.some((run) => student(run)?.[name] !== undefined),
+  );
+  const names = labels(runs);
+  const columns = [
+    { title: "Job", cell: (i) => html`<a href=${link(["job", runs[i].job.id])}>${names[i]}</a>` },
+    { title: "Status", cell: (i) => html`<${Status} value=${runs[i].job.status} />` },
+    ...metrics.map(([name, title, format]) => ({
+      title,
+      isNumber: true,
+      cell: (i) => format(student(runs[i])?.[name]),
+    })),
+    {
+      title: "Divergence",
+      cell: (i) => runs[i].job.method.distillation?.objective?.divergence ?? "",
+    },
+    {
+      title: "",
+      cell: (i) =>
+        html`<button type="button" class="small" onClick=${() => onRemove(runs[i].job.id)}>
+          Remove<span class="visually-hidden"> ${names[i]}</span>
+        </button>`,
+    },
+  ];
+  return html`<${DataTable}
+    caption="Compared jobs"
+    columns=${columns}
+    rows=${runs.map((_, i) => i)}
+    rowKey=${(i) => runs[i].job.id}
+  />`;
+}
+
+export default function Compare() {
+  const [ids, setIds] = useState(
+    (route.value.query.get("jobs") ?? "").split(",").filter(Boolean).slice(0, MAX_JOBS),
+  );
+  const [kind, setKind] = useState("held-out");
+  const change = (next) => {
+    setIds(next);
+    replaceQuery(next.length ? { jobs: next.join(",") } : {});
+  };
+  const runs = useResource(() => load(ids), [ids.join(",")]);
+  const shown = useMemo(() => charts(runs.value ?? [], kind), [runs.value, kind]);
+  return html`<${PageHead} title="Compare" />
+    <${Picker} ids=${ids} onChange=${change} />
+    <${ErrorNotice} error=${runs.error} onRetry=${runs.reload} />
+    ${
+      ids.length === 0 &&
+      html`<${Empty} title="No jobs are chosen">
+        <p>
+          Choose jobs above, or select them in the <a href="#/jobs">list of jobs</a>, to see their
+          curves in one chart.
+        </p>
+      <//>`
+    }
+    ${runs.isLoading && ids.length > 0 && html`<${Loading} what="Loading the curves" />`}
+    ${
+      runs.value?.length > 0 &&
+      html`<${Section} title="Results">
+          <${Results}
+            runs=${runs.value}
+            onRemove=${(id) => change(ids.filter((one) => one !== id))}
+          />
+        <//>
+        <${Section}
+          title="Curves"
+          actions=${html`<label class="inline">
+            Rows
+            <select value=${kind} onChange=${(event) => setKind(event.currentTarget.value)}>
+              <option value="held-out">Held-out</option>
+              <option value="all">Held-out and training</option>
+            </select>
+          </label>`}
+        >
+          ${
+            shown.length === 0
+              ? html`<p class="muted">These jobs have no metrics yet.</p>`
+              : html`<div class="charts">
+                  ${shown.map((chart) => html`<${GroupChart} key=${chart.title} group=${chart} />`)}
+                </div>`
+          }
+        <//>`
+    }`;
+}

@@ -1,0 +1,34 @@
+/** Facts about jobs that several pages need. */
+
+export const STATUSES = ["queued", "running", "paused", "succeeded", "failed", "cancelled"];
+export const ACTIVE = new Set(["validating_files", "queued", "running"]);
+export const ENDED = new Set(["succeeded", "failed", "cancelled"]);
+
+/** Returns the name by which people know a job: that of its model, or its suffix. */
+export function nameOf(job) {
+  return job.fine_tuned_model ?? job.user_provided_suffix ?? job.model;
+}
+
+/** Returns the model that the job's model is compared with: its teacher, or its start model. */
+export function parentOf(job) {
+  return job.teacher ?? job.model;
+}
+
+/** Returns the estimated seconds to the end of a running job, or null. */
+export function remainingSeconds(job) {
+  if (job.estimated_finish === null) return null;
+  return Math.max(0, job.estimated_finish - Date.now() / 1000);
+}
+
+/** Returns metrics as a map from the name of each series to its points. */
+export function seriesByName(metrics) {
+  return new Map(metrics.data.map((series) => [series.name, series.points]));
+}
+
+/** Returns the points with one more. A resumed job may write a step again. */
+export function withPoint(points, step, value) {
+  const last = points.at(-1);
+  if (last === undefined || last.step < step) return [...points, { step, value }];
+  const others = points.filter((point) => point.step !== step);
+  return [...others, { step, value }].sort((a, b) => a.step - b.step);
+}

@@ -1,0 +1,1 @@
+"""Response bodies for those who operate the service."""

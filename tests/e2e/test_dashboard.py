@@ -1,0 +1,231 @@
+"""A browser walks through the dashboard of a real service, from the sign-in to a moved alias."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from tests.dashboard.browser import CHROMIUM, Observer, axe_findings, running_browser
+from tests.e2e.service import TEACHER, Service
+from tests.e2e.test_openai_client import method, rows, wait
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"
+    ),
+]
+PATIENCE_MS = 60_000
+ALIAS = "walk@live"
+# A wrong key, and routes that other versions of the service lack.
+REFUSABLE = ("/v1/fine_tuning/jobs", "/v1/organization/usage/completions")
+PAGES = ("jobs", "new", "compare", "models", "playground", "traffic", "workers", "usage")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with running_browser() as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser: Browser, service: Service) -> Iterator[Page]:
+    """A page that has not signed in. It must cause no error and no request to another host."""
+    expect.set_options(timeout=PATIENCE_MS)
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    observer = Observer(page, service.url, REFUSABLE)
+    yield page
+    assert observer.faults == []
+    context.close()
+
+
+def sign_in(page: Page, service: Service, route: str = "jobs") -> None:
+    page.goto(f"{service.url}/#/{route}")
+    page.get_by_label("API key").fill(service.key)
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.locator("h1")).to_be_visible()
+
+
+def open_page(page: Page, *parts: str) -> None:
+    """Opens a page by its address, as a link in the dashboard does."""
+    page.evaluate(
+        "parts => { location.hash = '#/' + parts.map(encodeURIComponent).join('/') }", parts
+    )
+
+
+def demand_accessible(page: Page) -> None:
+    assert axe_findings(page) == [], page.url
+
+
+def upload_and_create(page: Page, folder: Path) -> str:
+    """Uploads a training file, fills in the form for a job of some seconds, and returns its id."""
+    path = folder / "lanterns.jsonl"
+    path.write_bytes(rows(40))
+    page.get_by_label("Upload a file").set_input_files(path)
+    expect(page.get_by_text("First rows of the file")).to_be_visible()
+    expect(page.get_by_role("cell", name="What is a lantern? 0")).to_be_visible()
+    page.get_by_label("Teacher", exact=True).select_option(TEACHER)
+    page.get_by_role("button", name="Show the tokens of these rows").click()
+    expect(page.get_by_text(re.compile(r"^[0-9]+ tokens"))).to_have_count(5)
+    page.get_by_label("Layers of the student").fill("2")
+    page.get_by_label("Suffix").fill("walk")
+    page.get_by_text("More options").click()
+    hyperparameters = {**method()["distillation"]["hyperparameters"], "n_epochs": 4}
+    evaluation = {"num_samples": 1, "metrics": ["agreement", "perplexity"]}
+    more = {"hyperparameters": hyperparameters, "evaluation": evaluation}
+    page.get_by_label("Further options of method.distillation as JSON").fill(json.dumps(more))
+    expect(page.get_by_text(f'"teacher": "{TEACHER}"').first).to_be_attached()
+    demand_accessible(page)
+    page.get_by_role("button", name="Create the job").click()
+    expect(page).to_have_url(re.compile(r"#/job/ftjob-"))
+    return page.url.rpartition("/")[2]
+
+
+def watch_job(page: Page) -> None:
+    """Watches the live page of a running job to its result, without loading it again."""
+    loss = page.get_by_role("slider", name=re.compile("^Loss:"))
+    expect(loss).to_be_visible()
+    demand_accessible(page)
+    expect(page.get_by_role("heading", name="Result")).to_be_visible()
+    expect(page.locator(".subline .status")).to_have_text("Succeeded")
+    expect(page.get_by_role("columnheader", name="Untrained student")).to_be_visible()
+    expect(page.get_by_role("heading", name="Sample answers")).to_be_visible()
+    loss.press("Home")
+    first = loss.get_attribute("aria-valuetext") or ""
+    assert re.match(r"Step \d+: (Training|Held-out) \d", first), first
+    loss.press("ArrowRight")
+    assert loss.get_attribute("aria-valuetext") != first
+    table = page.locator("details.data").first
+    table.locator("summary").click()
+    expect(table.get_by_role("row").nth(2)).to_be_visible()
+    demand_accessible(page)
+
+
+def ask_both(page: Page, student: str) -> None:
+    """Sends a prompt to teacher and student in the playground."""
+    page.get_by_role("link", name="Try it beside its teacher").click()
+    expect(page.get_by_role("combobox", name="First model")).to_have_value(TEACHER)
+    expect(page.get_by_role("combobox", name="Second model")).to_have_value(student)
+    page.get_by_label("Prompt", exact=True).fill("Who keeps the house?")
+    page.get_by_role("button", name="Send to both models").click()
+    for name in ("First model", "Second model"):
+        side = page.get_by_role("region", name=name, exact=True)
+        expect(side.locator(".answer-stats")).to_contain_text(re.compile(r"[0-9]+ tokens"))
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+    demand_accessible(page)
+
+
+def move_alias(page: Page, client: openai.OpenAI, student: str) -> None:
+    """Points an alias at the teacher, moves it to the student, and rolls it back."""
+    path = "/models/walk/aliases/live"
+
+    def target() -> str:
+        answer: dict[str, str] = client.get(path, cast_to=dict[str, str])
+        return answer["model"]
+
+    client.put(path, cast_to=object, body={"model": TEACHER})
+    open_page(page, "model", student)
+    expect(page.get_by_role("heading", name=student)).to_be_visible()
+    page.get_by_label("Point an alias at this model").fill(ALIAS)
+    page.get_by_role("button", name="Move the alias").click()
+    row = page.get_by_role("listitem").filter(has_text=ALIAS).filter(has=page.get_by_role("button"))
+    expect(row).to_be_visible()
+    assert target() == student
+    row.get_by_text("History").click()
+    expect(row.get_by_role("row").nth(2)).to_contain_text("created")
+    demand_accessible(page)
+    row.get_by_role("button", name="Roll back").click()
+    demand_accessible(page)
+    page.get_by_role("dialog").get_by_role("button", name="Roll back").click()
+    expect(page.get_by_text("No alias points at this model.")).to_be_visible()
+    assert target() == TEACHER
+
+
+def test_a_walk_from_the_sign_in_to_a_moved_alias(
+    page: Page, service: Service, client: openai.OpenAI, tmp_path: Path
+) -> None:
+    page.goto(service.url)
+    demand_accessible(page)
+    page.get_by_label("API key").fill("sk-sh-0000000000000000-wrong-wrong-wrong-wrong")
+    page.get_by_role("button", name="Sign in").click()
+    expect(page.get_by_role("alert")).to_contain_text("the API key is wrong or revoked")
+    sign_in(page, service)
+    page.get_by_role("link", name="New job").last.click()
+    job_id = upload_and_create(page, tmp_path)
+    watch_job(page)
+    student = wait(client, job_id).fine_tuned_model or ""
+    ask_both(page, student)
+    move_alias(page, client, student)
+    # The worker has both models now, and the page names them.
+    open_page(page, "workers")
+    for name in (TEACHER, student):
+        expect(page.get_by_role("link", name=name, exact=True)).to_be_visible()
+    demand_accessible(page)
+    open_page(page, "jobs")
+    page.get_by_label(re.compile(f"Select {re.escape(student)}")).check()
+    demand_accessible(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_page_is_accessible_on_a_narrow_screen(
+    browser: Browser, service: Service, scheme: str
+) -> None:
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, color_scheme="dark" if scheme == "dark" else "light"
+    )
+    page = context.new_page()
+    observer = Observer(page, service.url, REFUSABLE)
+    sign_in(page, service)
+    assert page.evaluate("document.documentElement.dataset.theme") == scheme
+    page.get_by_role("link", name="Skip to the content").press("Enter")
+    expect(page.get_by_role("main")).to_be_focused()
+    for name in PAGES:
+        open_page(page, name)
+        expect(page.locator("h1")).to_be_visible()
+        expect(page.locator(".loading")).to_have_count(0)
+        demand_accessible(page)
+        width = page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 390, f"{name} scrolls sideways"
+    page.get_by_role("button", name="Menu").press("Enter")
+    page.get_by_role("button", name="Theme: system").click()  # the next one is light
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    page.get_by_role("button", name="Sign out").click()
+    expect(page.get_by_label("API key")).to_be_focused()
+    assert page.evaluate("sessionStorage.length") == 0
+    assert observer.faults == []
+    context.close()
+
+
+def send_marker(page: Page) -> None:
+    """Sends a request of the test itself, which the observer sees after all earlier ones."""
+    page.evaluate("fetch('/health/live').then(response => response.text())")
+
+
+def test_pages_without_work_send_no_requests(
+    browser: Browser, service: Service, client: openai.OpenAI
+) -> None:
+    file = client.files.create(file=("rows.jsonl", rows(20)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model=TEACHER, training_file=file.id, method=method())
+    client.fine_tuning.jobs.cancel(job.id)
+    assert wait(client, job.id).status == "cancelled"
+    context = browser.new_context()
+    page = context.new_page()
+    page.clock.install()
+    observer = Observer(page, service.url)
+    sign_in(page, service)
+    for parts in (["job", job.id], ["jobs"], ["models"], ["workers"]):
+        open_page(page, *parts)
+        expect(page.locator(".loading")).to_have_count(0)
+        send_marker(page)  # after it, the requests of the page itself have been sent
+        num_requests = len(observer.requests)
+        page.clock.fast_forward(10 * 60 * 1000)
+        send_marker(page)
+        assert observer.requests[num_requests:] == ["GET /health/live"], parts
+    assert observer.faults == []
+    context.close()
