@@ -73,8 +73,16 @@ def read_key(key_id: str) -> KeyFacts | None:
     row = read_row(_FACTS, key_id=key_id)
     if row is None:
         return None
-    end, last = len(_COLUMNS), len(_COLUMNS) + len(KEY_COLUMNS)
-    return KeyFacts(*row[:end], limits=Limits(*row[end:last]), project_limits=Limits(*row[last:]))
+    project_id, secret_hmac, scopes, expires_at, revoked_at, *limits = row
+    return KeyFacts(
+        project_id,
+        secret_hmac,
+        scopes,
+        expires_at,
+        revoked_at,
+        Limits(*limits[: len(KEY_COLUMNS)]),
+        Limits(*limits[len(KEY_COLUMNS) :]),
+    )
 
 
 def list_keys(session: Session, project_id: str | None = None) -> list[ApiKey]:

@@ -54,10 +54,14 @@ class Service:
 
 
 @contextmanager
-def running(settings: Settings) -> Iterator[Service]:
+def running(settings: Settings, *, graceful_seconds: int = 3) -> Iterator[Service]:
     """Runs an API in a thread, until the block ends."""
     config = uvicorn.Config(
-        create_app(settings), host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=3
+        create_app(settings),
+        host="127.0.0.1",
+        port=0,
+        log_config=None,
+        timeout_graceful_shutdown=graceful_seconds,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)

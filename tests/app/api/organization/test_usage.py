@@ -16,7 +16,8 @@ from app.db.session import transaction
 from app.db.usage.limits import Limits
 from app.db.usage.records import UsageCounts, UsageKey, add_usage, this_minute
 from app.services.limits.rate_limiter import UNIT
-from tests.app.api.conftest import PROJECT, Service, jsonl, refusal
+from app.settings import get_settings
+from tests.app.api.conftest import PROJECT, Service, jsonl, refusal, running
 from tests.serve_worker import WorkerProcess, wait_for
 
 PROMPT = "What does a lantern mean?"
@@ -148,6 +149,24 @@ def test_an_aborted_answer_counts_what_was_generated_and_gives_back_the_rest(
         assert 0 < used["output_tokens"] < 128 * 200
         num_used = used["input_tokens"] + used["output_tokens"]
         wait_for(lambda: level(operator) <= num_used, 5, "what was not used is not given back")
+
+
+def test_a_shutdown_settles_and_records_the_answers_in_progress(
+    worker: WorkerProcess, service: Service, admin: openai.OpenAI, valkey: str
+) -> None:
+    key = service.new_key(limits=Limits(tokens_per_minute=200_000))
+    asked: dict[str, Any] = {"model": "tiny", "prompt": [[5] * 20] * 6, "n": 128}
+    with running(get_settings(), graceful_seconds=1) as other, other.client(key) as client:
+        stream = client.completions.create(
+            **asked, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+    used = sums(report(admin, api_key_ids=[key.split("-")[2]]))
+    assert used["num_model_requests"] == 1
+    num_used = used["input_tokens"] + used["output_tokens"]
+    assert 0 < num_used < 6 * 128 * 200
+    with redis.Redis.from_url(valkey) as operator:
+        assert level(operator) <= num_used
 
 
 def level(operator: "redis.Redis") -> float:
