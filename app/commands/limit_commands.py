@@ -101,12 +101,12 @@ def limit_project(
 def list_projects(data_dir: DataDir = None) -> None:
     """Lists the projects that have limits."""
     from app.db.session import transaction
-    from app.db.usage.limits import LIMIT_NAMES, list_project_limits
+    from app.db.usage.limits import list_project_limits
 
     use_service(data_dir)
     with transaction() as session:
         rows = list_project_limits(session)
-    shown = Table("project", *LIMIT_NAMES)
+    shown = Table("project", "requests/min", "tokens/min", "tokens/day", "tokens/month")
     for project, limits in rows:
         shown.add_row(project, *map(_shown, asdict(limits).values()))
     console.print(shown)
