@@ -18,6 +18,7 @@ from pathlib import Path
 
 from app.db import keys
 from app.db.session import Session
+from app.db.usage.limits import UNLIMITED, Limits
 from app.errors import BadRequest, Forbidden, Unauthenticated
 from app.settings import Settings, get_settings
 
@@ -45,11 +46,14 @@ class Principal:
     """Authenticated caller of a request.
 
     `project_id` owns everything that the request creates. `scopes` are those of the API key.
+    `limits` are those of the key, and `project_limits` those that all keys of the project share.
     """
 
     project_id: str
     key_id: str
     scopes: frozenset[str]
+    limits: Limits = UNLIMITED
+    project_limits: Limits = UNLIMITED
 
     def has(self, scope: str) -> bool:
         """Returns whether the key has the scope; `admin` includes all others."""
@@ -67,6 +71,7 @@ def create_key(
     *,
     scopes: Iterable[str] = TENANT_SCOPES,
     expires_at: datetime | None = None,
+    limits: Limits = UNLIMITED,
 ) -> str:
     """Creates a key and returns it in plain text. Only an HMAC of its secret is stored.
 
@@ -79,11 +84,7 @@ def create_key(
         raise BadRequest(
             f"unknown scopes {unknown}; choose from {', '.join(SCOPES)}", param="scopes"
         )
-    if not PROJECT_PATTERN.fullmatch(project_id):
-        raise BadRequest(
-            "a project name has 1 to 64 of the characters a-z 0-9 . _ - and begins with a letter or digit",
-            param="project",
-        )
+    check_project_name(project_id)
     key_id, secret = secrets.token_hex(8), secrets.token_urlsafe(32)
     keys.insert_key(
         session,
@@ -92,8 +93,18 @@ def create_key(
         secret_hmac=secret_hmac(secret),
         scopes=wanted,
         expires_at=expires_at,
+        limits=limits,
     )
     return f"sk-sh-{key_id}-{secret}"
+
+
+def check_project_name(project_id: str) -> None:
+    """Raises BadRequest if no project can have this name."""
+    if not PROJECT_PATTERN.fullmatch(project_id):
+        raise BadRequest(
+            "a project name has 1 to 64 of the characters a-z 0-9 . _ - and begins with a letter or digit",
+            param="project",
+        )
 
 
 def authenticate(authorization: str | None) -> Principal:
@@ -115,7 +126,7 @@ def authenticate(authorization: str | None) -> Principal:
         raise Unauthenticated("the API key is wrong or revoked")
     if key.expires_at is not None and key.expires_at <= datetime.now(UTC):
         raise Unauthenticated("the API key has expired")
-    return Principal(key.project_id, key_id, frozenset(key.scopes))
+    return Principal(key.project_id, key_id, frozenset(key.scopes), key.limits, key.project_limits)
 
 
 def claimed_key_id(authorization: str | None) -> str:

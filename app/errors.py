@@ -21,14 +21,16 @@ The response body is the error envelope of the OpenAI API. HTTP status and `type
 class StillhouseError(Exception):
     """Base class of all errors that a client may see. `message` says what to do next.
 
-    `retry_after_seconds` becomes the Retry-After header. `should_retry` becomes the X-Should-Retry
-    header, which OpenAI SDKs obey. None leaves the header out.
+    `retry_after_seconds` becomes the Retry-After header, and `retry_after_milliseconds` the more
+    exact Retry-After-Ms. `should_retry` becomes the X-Should-Retry header. OpenAI SDKs obey all
+    three. None leaves a header out.
     """
 
     status = 500
     type = "server_error"
     code = "internal_error"
     retry_after_seconds: int | None = None
+    retry_after_milliseconds: int | None = None
     should_retry: bool | None = None
 
     def __init__(self, message: str, code: str | None = None, param: str | None = None) -> None:
@@ -123,7 +125,7 @@ class TooManyRequests(StillhouseError):
 
 
 class QuotaExceeded(TooManyRequests):
-    """The project has reached a quota. Waiting alone does not help, so clients must not retry."""
+    """A quota or a budget is used up. Retrying soon does not help, so clients must not retry."""
 
     type = "insufficient_quota"
     code = "insufficient_quota"

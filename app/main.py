@@ -15,15 +15,18 @@ from app.api import batches, completions, dashboard, errors, files, health, jobs
 from app.api.inference import responses, tokenizers
 from app.api.middleware import RequestFrame
 from app.api.openapi import ERRORS
+from app.api.organization import usage
 from app.api.traffic import datasets, stored_completions
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.log_config import configure_logging
 from app.routing import task_queue
-from app.routing.router import RequestRouter
+from app.routing.router import NOWHERE, RequestRouter
 from app.services.batch.batch_runner import BatchRunner
+from app.services.limits.rate_limiter import RateLimiter
 from app.services.pin_broadcaster import PinBroadcaster
 from app.services.reconciler import Reconciler
 from app.services.traffic.recorder import Recorder
+from app.services.usage.recorder import UsageRecorder
 from app.settings import Settings, get_settings
 
 log = structlog.get_logger(__name__)
@@ -49,6 +52,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.batch_runner = BatchRunner(app.state.request_router)
     app.state.pin_broadcaster = PinBroadcaster(app.state.request_router)
     app.state.recorder = Recorder(settings)
+    app.state.rate_limiter = RateLimiter(settings.redis_url or NOWHERE)
+    app.state.usage_recorder = UsageRecorder()
     errors.install(app)
     # Routes are matched in this order. Completions come first to keep time to first token low.
     modules = (
@@ -64,6 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         batches,
         datasets,
         dashboard,
+        usage,
     )
     for module in modules:
         app.include_router(module.router)
@@ -91,6 +97,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     await app.state.batch_runner.start()
     await app.state.pin_broadcaster.start()
     app.state.recorder.start()
+    app.state.usage_recorder.start()
     # A garbage collection that scans all imported modules would block the event loop too long.
     gc.collect()
     gc.freeze()
@@ -101,7 +108,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # Before the router, which sends the cancellations of the batches' requests to the workers.
         await app.state.batch_runner.stop()
         await app.state.request_router.stop()
-        # After the router, whose last answers may be stored.
+        # After the router, whose last answers are settled, recorded and stored.
+        await app.state.rate_limiter.stop()
+        await asyncio.to_thread(app.state.usage_recorder.stop)
         await asyncio.to_thread(app.state.recorder.stop)
         reconciler.stop()
 

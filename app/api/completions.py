@@ -25,6 +25,7 @@ from app.schemas.generated import ChatCompletion, TextCompletion
 from app.schemas.responses.answer import ResponseAnswer
 from app.services import generation
 from app.services.generation import Order
+from app.services.limits.meter import Meter
 from app.services.traffic.recorder import Recorder, Recording
 
 
@@ -116,8 +117,10 @@ async def respond(
         is_streamed=bool(body.stream) and not answer.keeps_text,
     )
     request_router: RequestRouter = request.app.state.request_router
+    meter = Meter(request.app.state.rate_limiter, request.app.state.usage_recorder, caller)
+    request.state.rate_limit_headers = meter.headers
     try:
-        work = begin(request_router, order, answer, recording, is_streamed=bool(body.stream))
+        work = begin(request_router, order, answer, recording, meter, is_streamed=bool(body.stream))
         return await unless_gone(request.receive, work)
     except ClientGone:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
@@ -143,6 +146,7 @@ async def begin(
     order: Order,
     answer: AnyAnswer,
     recording: Recording | None,
+    meter: Meter,
     *,
     is_streamed: bool,
 ) -> Response:
@@ -151,7 +155,7 @@ async def begin(
     A streamed response begins with these replies. Some streams begin without replies if the first
     one takes too long. Any other response waits for all replies.
     """
-    reply_stream = await generation.begin(request_router, order)
+    reply_stream = await generation.begin(request_router, order, meter)
     try:
         if is_streamed:
             first = await take_within(reply_stream, answer.first_event_seconds)

@@ -41,6 +41,8 @@ def error_response(error: StillhouseError) -> JSONResponse:
     headers: dict[str, str] = {}
     if error.retry_after_seconds is not None:
         headers["retry-after"] = str(error.retry_after_seconds)
+    if error.retry_after_milliseconds is not None:
+        headers["retry-after-ms"] = str(error.retry_after_milliseconds)
     if error.should_retry is not None:
         headers["x-should-retry"] = "true" if error.should_retry else "false"
     if isinstance(error, Unauthenticated):

@@ -112,6 +112,7 @@ class _Exchange:
             headers["openai-version"] = OPENAI_VERSION
             if (principal := self.scope["state"].get("principal")) is not None:
                 headers["openai-organization"] = principal.project_id
+            headers.update(self.scope["state"].get("rate_limit_headers", {}))
             self.seconds = time.perf_counter() - self.began
             headers["openai-processing-ms"] = str(round(self.seconds * 1000))
         await self._send(message)

@@ -11,7 +11,13 @@ from typing import Annotated
 
 import typer
 
-from app.commands import model_commands
+from app.commands import limit_commands, model_commands
+from app.commands.limit_commands import (
+    DailyTokens,
+    MonthlyTokens,
+    RequestsPerMinute,
+    TokensPerMinute,
+)
 from app.commands.remote import batches, files, generation, jobs, usage
 from app.commands.remote.output import Cell, Json, moment, show_json, show_table
 from app.commands.shell import DataDir, IsJson, console, fail, use, use_service
@@ -25,12 +31,14 @@ HTTP_PANEL = "Over HTTP, here or from another machine"
 # completion are quick.
 cli = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 keys = typer.Typer(no_args_is_help=True, help="API keys.")
+keys.command("limit")(limit_commands.limit_key)
 kernels = typer.Typer(no_args_is_help=True, help="C kernels for CPUs.")
 cli.add_typer(jobs.jobs, name="jobs", rich_help_panel=HTTP_PANEL)
 cli.add_typer(files.files, name="files", rich_help_panel=HTTP_PANEL)
 cli.add_typer(batches.batches, name="batches", rich_help_panel=HTTP_PANEL)
 cli.add_typer(model_commands.models, name="models", rich_help_panel=HTTP_PANEL)
 cli.add_typer(keys, name="keys")
+cli.add_typer(limit_commands.projects, name="projects")
 cli.add_typer(kernels, name="kernels")
 cli.command(rich_help_panel=HTTP_PANEL)(generation.generate)
 cli.command(rich_help_panel=HTTP_PANEL)(generation.chat)
@@ -147,12 +155,20 @@ def create_key(
     expires_days: Annotated[
         float | None, typer.Option(min=0.0, help="Days until the key expires.")
     ] = None,
+    requests_per_minute: RequestsPerMinute = None,
+    tokens_per_minute: TokensPerMinute = None,
+    daily_tokens: DailyTokens = None,
+    monthly_tokens: MonthlyTokens = None,
     data_dir: DataDir = None,
 ) -> None:
     """Creates an API key and prints it as the last line. It cannot be shown again."""
     from app import auth
     from app.db.session import transaction
+    from app.db.usage.limits import Limits
 
+    given = limit_commands.limits_of(
+        requests_per_minute, tokens_per_minute, daily_tokens, monthly_tokens
+    )
     settings = use_service(data_dir)
     if settings.data_dir.is_dir():
         auth.ensure_pepper(settings)
@@ -161,7 +177,9 @@ def create_key(
         datetime.now(UTC) + timedelta(days=expires_days) if expires_days is not None else None
     )
     with transaction() as session:
-        key = auth.create_key(session, project, scopes=wanted, expires_at=expires_at)
+        key = auth.create_key(
+            session, project, scopes=wanted, expires_at=expires_at, limits=Limits(**given)
+        )
     print(f"API key of project {project} with the scopes {', '.join(sorted(set(wanted)))}:\n{key}")
 
 

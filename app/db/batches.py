@@ -5,7 +5,6 @@ state freezes the results, so the output file cannot miss one that a stale runne
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final
 
@@ -18,20 +17,11 @@ from app.db.pagination import Order, keyset_page
 from app.db.schema.json_values import clean
 from app.db.schema.table import Json
 from app.db.schema.tables import ENDED_BATCHES, Batch, BatchResult, BatchStatus, lease_tokens
+from app.db.usage.records import Usage, add_batch_answer
 
 LIFETIME: Final = timedelta(hours=24)  # the only completion window that is supported
 UNDER_WAY: Final = frozenset({BatchStatus.validating, BatchStatus.in_progress})
 ENDING: Final = frozenset({BatchStatus.cancelling, BatchStatus.finalizing})
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Model and number of tokens of one answer."""
-
-    model: str
-    input_tokens: int
-    cached_tokens: int
-    output_tokens: int
 
 
 def insert_batch(
@@ -169,13 +159,14 @@ def record(
 ) -> bool:
     """Records the result of an input line. A second result for the same line is ignored.
 
-    The usage is added to that of the batch. Returns False if the lease is lost or the batch is no
-    longer in progress.
+    The usage is added to that of the batch, its key and its project. Returns False if the lease is
+    lost or the batch is no longer in progress.
     """
-    in_progress = select(Batch.id).where(
+    in_progress = select(Batch.project_id, Batch.created_by_key_id).where(
         *_is_ours(batch_id, token), Batch.status == BatchStatus.in_progress
     )
-    if session.scalar(in_progress.with_for_update(key_share=True)) is None:
+    owner = session.execute(in_progress.with_for_update(key_share=True)).one_or_none()
+    if owner is None:
         return False
     fresh = insert(BatchResult).values(
         batch_id=batch_id, line=line, output=output, is_error=is_error
@@ -189,6 +180,8 @@ def record(
             changes[Batch.cached_tokens] = Batch.cached_tokens + usage.cached_tokens
             changes[Batch.output_tokens] = Batch.output_tokens + usage.output_tokens
         session.execute(update(Batch).where(Batch.id == batch_id).values(changes))
+        if usage is not None:
+            add_batch_answer(session, *owner, usage)
     return True
 
 

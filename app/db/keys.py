@@ -1,14 +1,16 @@
 """Queries and changes of API keys."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from app.db.schema.tables import ApiKey
+from app.db.schema.usage_tables import ProjectLimits
 from app.db.session import read_row
+from app.db.usage.limits import KEY_COLUMNS, PROJECT_COLUMNS, UNLIMITED, Limits
 
 
 def insert_key(
@@ -19,6 +21,7 @@ def insert_key(
     secret_hmac: bytes,
     scopes: Sequence[str],
     expires_at: datetime | None = None,
+    limits: Limits = UNLIMITED,
 ) -> ApiKey:
     """Inserts an API key, of whose secret only the HMAC is stored."""
     row = ApiKey(
@@ -27,6 +30,7 @@ def insert_key(
         secret_hmac=secret_hmac,
         scopes=list(scopes),
         expires_at=expires_at,
+        **asdict(limits),
     )
     session.add(row)
     session.flush()
@@ -35,17 +39,29 @@ def insert_key(
 
 @dataclass(frozen=True)
 class KeyFacts:
-    """Columns of an API key that authentication needs."""
+    """Columns of an API key that authentication needs, with the limits of the key's project."""
 
     project_id: str
     secret_hmac: bytes
     scopes: Sequence[str]
     expires_at: datetime | None
     revoked_at: datetime | None
+    limits: Limits = UNLIMITED
+    project_limits: Limits = UNLIMITED
 
 
-_FACTS = select(*(getattr(ApiKey, field.name) for field in fields(KeyFacts))).where(
-    ApiKey.id == bindparam("key_id")
+_COLUMNS = (
+    ApiKey.project_id,
+    ApiKey.secret_hmac,
+    ApiKey.scopes,
+    ApiKey.expires_at,
+    ApiKey.revoked_at,
+)
+# One query, because it delays the first token of every answer.
+_FACTS = (
+    select(*_COLUMNS, *KEY_COLUMNS, *PROJECT_COLUMNS)
+    .outerjoin(ProjectLimits, ProjectLimits.project_id == ApiKey.project_id)
+    .where(ApiKey.id == bindparam("key_id"))
 )
 
 
@@ -55,7 +71,18 @@ def read_key(key_id: str) -> KeyFacts | None:
     Expired and revoked keys are returned, too. Raises DatabaseUnavailable.
     """
     row = read_row(_FACTS, key_id=key_id)
-    return None if row is None else KeyFacts(*row)
+    if row is None:
+        return None
+    project_id, secret_hmac, scopes, expires_at, revoked_at, *limits = row
+    return KeyFacts(
+        project_id,
+        secret_hmac,
+        scopes,
+        expires_at,
+        revoked_at,
+        Limits(*limits[: len(KEY_COLUMNS)]),
+        Limits(*limits[len(KEY_COLUMNS) :]),
+    )
 
 
 def list_keys(session: Session, project_id: str | None = None) -> list[ApiKey]:

@@ -12,10 +12,39 @@ from app.errors import StillhouseError, Unavailable
 MAX_BACKLOG_ENTRIES = 16_384
 
 
-class ReplyStream:
-    """Replies to one client request in the order of arrival, each with the index of its prompt."""
+class TokenCount:
+    """Tokens of a reply stream: those that workers have reported, and generated ones so far.
 
-    def __init__(self, num_choices: int, on_end: Callable[[], None]) -> None:
+    partial: Number of generated tokens whose text has arrived, for each prompt that has a reply but
+        is not complete. Its other tokens are not known.
+    """
+
+    def __init__(self) -> None:
+        self.num_complete = 0
+        self.num_input = 0
+        self.num_cached = 0
+        self.num_output = 0
+        self.partial: dict[int, int] = {}
+
+    def add(self, index: int, reply: Delta | Done) -> None:
+        if isinstance(reply, Delta):
+            self.partial[index] = self.partial.get(index, 0) + len(reply.tokens)
+            return
+        self.partial.pop(index, None)
+        self.num_complete += 1
+        self.num_input += reply.prompt_tokens
+        self.num_cached += reply.cached_tokens
+        self.num_output += reply.completion_tokens
+
+
+class ReplyStream:
+    """Replies to one client request in the order of arrival, each with the index of its prompt.
+
+    `on_end` is called once, when the stream ends for any reason.
+    """
+
+    def __init__(self, num_choices: int, on_end: Callable[[TokenCount], None]) -> None:
+        self._num_tokens = TokenCount()
         self.prompts_in_flight: set[InFlightPrompt] = set()
         self._max_backlog_entries = MAX_BACKLOG_ENTRIES + 64 * num_choices
         self._on_end = on_end
@@ -50,6 +79,7 @@ class ReplyStream:
         return taken
 
     def put(self, index: int, reply: Delta | Done) -> None:
+        self._num_tokens.add(index, reply)
         if self._backlog and self._num_entries >= self._max_backlog_entries:
             self.fail(
                 Unavailable("the client reads more slowly than the model writes", "slow_client")
@@ -73,7 +103,7 @@ class ReplyStream:
         if not self._is_ended:
             self._is_ended = True
             self._has_replies.set()
-            self._on_end()
+            self._on_end(self._num_tokens)
 
 
 def _num_entries(reply: Delta | Done) -> int:

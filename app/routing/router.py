@@ -29,7 +29,7 @@ from app.contracts.generation import Done, EngineName, Failure, GenerateRequest,
 from app.contracts.messages import control_channel, reply_channel
 from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
 from app.routing.admission import Admission
-from app.routing.reply_stream import InFlightPrompt, ReplyStream
+from app.routing.reply_stream import InFlightPrompt, ReplyStream, TokenCount
 from app.routing.task_queue import NotSent, Outbox, queue_key
 from app.routing.worker_registry import FAULTS, WorkerRegistry
 from app.settings import Settings
@@ -126,7 +126,7 @@ class RequestRouter:
         await self._outbox.aclose()
 
     async def open(
-        self, requests: Sequence[GenerateRequest], on_end: Callable[[], None]
+        self, requests: Sequence[GenerateRequest], on_end: Callable[[TokenCount], None]
     ) -> ReplyStream:
         """Sends the prompts to workers and returns the stream of their replies.
 

@@ -11,12 +11,14 @@ from fastapi.concurrency import run_in_threadpool
 
 from app.contracts.generation import GenerateRequest, Message, Sampling, TaskName, ToolUse
 from app.db.schema.ids import new_id
+from app.db.usage.records import Usage
 from app.errors import BadRequest
-from app.routing.reply_stream import ReplyStream
+from app.routing.reply_stream import ReplyStream, TokenCount
 from app.routing.router import RequestRouter
 from app.schemas.answers import ChatAnswer, TextAnswer
 from app.schemas.completions import ChatBody, CompletionBody
 from app.services import model_registry
+from app.services.limits.meter import Meter
 from app.services.model_registry import Resolved
 from app.settings import Settings
 
@@ -92,14 +94,18 @@ class Order:
         return max(self.num_choices, self.sampling.best_of or 1)
 
 
-async def begin(request_router: RequestRouter, order: Order) -> ReplyStream:
+async def begin(
+    request_router: RequestRouter, order: Order, meter: Meter | None = None
+) -> ReplyStream:
     """Reserves capacity and sends the prompts to serve workers.
 
     The capacity is given back when the reply stream ends, or if this call raises.
 
+    meter: Counts the request against the limits of its key, and records its usage.
+
     Raises:
         BadRequest: The model does not support the request, or the answer may become too large.
-        TooManyRequests: The tenant has used its share.
+        TooManyRequests: The tenant has used its share, or a limit is reached.
         Unavailable: The server is full, or no serve worker can take the prompts.
     """
     validate_for_model(order, request_router.settings)
@@ -110,13 +116,52 @@ async def begin(request_router: RequestRouter, order: Order) -> ReplyStream:
     give_back = request_router.admission.reserve(
         order.tenant or order.key_id, num_requests=len(order.prompts), num_tokens=num_tokens
     )
+
+    def end(count: TokenCount) -> None:
+        """Gives back what is reserved, and records the usage. Further calls have no effect."""
+        give_back()
+        if meter is not None:
+            meter.settle(usage_of(order, count))
+
     try:
+        if meter is not None:
+            await meter.reserve(most_tokens(order, request_router.settings.max_context_tokens))
         requests = requests_of(order, request_router.settings)
         await asyncio.sleep(0)  # lets other coroutines run: both steps are slow for large prompts
-        return await request_router.open(requests, give_back)
+        return await request_router.open(requests, end)
     except BaseException:
-        give_back()
+        end(TokenCount())
         raise
+
+
+def most_tokens(order: Order, max_context_tokens: int) -> int:
+    """Returns how many tokens the request may use, with an estimate of the tokens of its prompts."""
+    facts = order.model.facts
+    context_tokens = min(facts.context_tokens, max_context_tokens) if facts else max_context_tokens
+    num_tokens = 0
+    for prompt in order.prompts:
+        num_prompt_tokens = estimated_tokens(prompt)
+        num_answer_tokens = order.sampling.max_tokens
+        if order.sampling.fits_context:
+            num_answer_tokens = min(num_answer_tokens, max(context_tokens - num_prompt_tokens, 1))
+        num_tokens += num_prompt_tokens + order.num_sequences * num_answer_tokens
+    return num_tokens
+
+
+def usage_of(order: Order, count: TokenCount) -> Usage | None:
+    """Returns the usage of a request that has ended, or None if no worker has begun to answer it.
+
+    The prompts of an aborted or failed request are estimated unless they are tokens.
+    """
+    if not count.num_complete and not count.partial:
+        return None
+    num_estimated = sum(estimated_tokens(order.prompts[index]) for index in count.partial)
+    return Usage(
+        order.model.model_id,
+        count.num_input + num_estimated,
+        count.num_cached,
+        count.num_output + sum(count.partial.values()),
+    )
 
 
 def validate_for_model(order: Order, settings: Settings) -> None:

@@ -23,6 +23,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.db.schema.table import Json, Table, Timestamp
+from app.db.schema.usage_tables import LimitColumns
 
 JOB_IS_ACTIVE = text("status NOT IN ('succeeded', 'failed', 'cancelled')")
 
@@ -30,7 +31,7 @@ JOB_IS_ACTIVE = text("status NOT IN ('succeeded', 'failed', 'cancelled')")
 lease_tokens = Sequence("lease_tokens", metadata=Table.metadata)
 
 
-class ApiKey(Table):
+class ApiKey(LimitColumns, Table):
     """An API key. Its secret is shown once, and only an HMAC of the secret is stored."""
 
     __tablename__ = "api_keys"
@@ -313,6 +314,7 @@ class Batch(Table):
     project_id: Mapped[str] = mapped_column(String(64))
     endpoint: Mapped[str] = mapped_column(String(32))
     status: Mapped[str] = mapped_column(String(16))
+    created_by_key_id: Mapped[str | None] = mapped_column(String(32))
     batch_metadata: Mapped[Json] = mapped_column("metadata", JSONB, server_default=text("'{}'"))
     input_file_id: Mapped[str] = mapped_column(String(64))
     input_key: Mapped[str] = mapped_column(String(255))

@@ -20,7 +20,8 @@ from app.db import batches
 from app.db.schema.ids import new_id
 from app.db.schema.tables import Batch, BatchStatus
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
-from app.errors import StillhouseError, envelope
+from app.db.usage.records import Usage
+from app.errors import QuotaExceeded, StillhouseError, envelope
 from app.routing.router import RequestRouter
 from app.schemas.batches import BatchRequest
 from app.schemas.completions import ChatBody, CompletionBody
@@ -29,6 +30,7 @@ from app.services import generation
 from app.services.batch.batch_input import body_of, lines_from, parse_request
 from app.services.batch.batch_output import end_batch, output_line
 from app.services.generation import Order, begin_answer
+from app.services.limits.budgets import demand_batch_budget
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
@@ -187,10 +189,10 @@ class BatchRun:
 
     async def _outcome(
         self, request: BatchRequest
-    ) -> tuple[int, Json | orjson.Fragment, batches.Usage | None]:
+    ) -> tuple[int, Json | orjson.Fragment, Usage | None]:
         """Returns the status and the body that the API route would send, and the tokens used.
 
-        Errors with the status 429 or 503 are retried.
+        Errors with the status 429 or 503 are retried, unless a budget is used up.
         """
         num_losses = 0
         while True:
@@ -204,6 +206,7 @@ class BatchRun:
                 is_hopeless = num_losses >= self._settings.max_losses or self._is_never_loaded(
                     request, error
                 )
+                is_hopeless |= isinstance(error, QuotaExceeded)
                 if error.status not in PASSING or is_hopeless:
                     return error.status, envelope(error), None
                 await asyncio.sleep(error.retry_after_seconds or RETRY_SECONDS)
@@ -230,7 +233,10 @@ class BatchRun:
         self._unloadable[request.body["model"]] = first, now
         return now - first > self._settings.request_timeout_seconds
 
-    async def _ask(self, request: BatchRequest) -> tuple[orjson.Fragment, batches.Usage]:
+    async def _ask(self, request: BatchRequest) -> tuple[orjson.Fragment, Usage]:
+        await run_in_threadpool(
+            demand_batch_budget, self._batch.project_id, self._batch.created_by_key_id
+        )
         body = await run_in_threadpool(body_of, request, self._batch.endpoint)
         answer, prompts = begin_answer(body)
         model = await generation.find_model(self._batch.project_id, body.model)
@@ -259,16 +265,14 @@ class BatchRun:
                 reply_stream.close()
         finally:
             self._room.give_back(num_sequences)
-        usage = batches.Usage(model.model_id, *answer.num_tokens)
+        usage = Usage(model.model_id, *answer.num_tokens)
         return orjson.Fragment(b"".join(await generation.whole_json(answer))), usage
 
     def _answered(self) -> set[int]:
         with transaction() as session:
             return batches.answered_lines(session, self._batch.id)
 
-    def _record(
-        self, number: int, output: str, is_error: bool, usage: batches.Usage | None
-    ) -> bool:
+    def _record(self, number: int, output: str, is_error: bool, usage: Usage | None) -> bool:
         with transaction() as session:
             return batches.record(
                 session,

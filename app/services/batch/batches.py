@@ -22,6 +22,7 @@ from app.services.jobs import (
     fingerprint,
     remember,
 )
+from app.services.limits.budgets import demand_batch_budget
 from app.services.retries import RetryInfo
 from app.settings import get_settings
 
@@ -39,7 +40,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
         BadRequest: The request or the idempotency key is malformed.
         NotFound: The project has no such file.
         TooManyRequests: Too many input files are being checked; retry.
-        QuotaExceeded: The project has too many batches that have not ended.
+        QuotaExceeded: The project has too many batches that have not ended, or a budget is used up.
         Unprocessable: The idempotency key was used with another body.
         InProgress: The first request with this key is still being processed.
     """
@@ -47,6 +48,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
     replay = find_replay(principal, ROUTE, attempted, sha256)
     if replay is not None:
         return replay
+    demand_batch_budget(principal.project_id, principal.key_id)
     expiry = asked.output_expires_after
     with transaction() as session:
         demand_room(session, principal.project_id)
@@ -77,6 +79,7 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
             input_key=file.store_key,
             num_requests=0 if faults else num_requests,
             errors=[fault.model_dump() for fault in faults],
+            created_by_key_id=principal.key_id,
             **columns,
         )
         _lock_models(session, batch, frozenset() if faults else named)

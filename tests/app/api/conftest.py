@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,15 @@ class Service:
         return httpx.Client(base_url=self.url, headers=headers, timeout=20)
 
 
-@pytest.fixture
-def service(database: str, valkey: str, settings_env: Callable[..., Settings]) -> Iterator[Service]:
-    settings = settings_env(
-        key_pepper="pepper", min_free_bytes=0, max_file_bytes=300_000, max_body_bytes=100_000
-    )
+@contextmanager
+def running(settings: Settings, *, graceful_seconds: int = 3) -> Iterator[Service]:
+    """Runs an API in a thread, until the block ends."""
     config = uvicorn.Config(
-        create_app(settings), host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=3
+        create_app(settings),
+        host="127.0.0.1",
+        port=0,
+        log_config=None,
+        timeout_graceful_shutdown=graceful_seconds,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -73,6 +76,15 @@ def service(database: str, valkey: str, settings_env: Callable[..., Settings]) -
     server.should_exit = True
     thread.join(START_SECONDS)
     assert not thread.is_alive(), "the API did not stop"
+
+
+@pytest.fixture
+def service(database: str, valkey: str, settings_env: Callable[..., Settings]) -> Iterator[Service]:
+    settings = settings_env(
+        key_pepper="pepper", min_free_bytes=0, max_file_bytes=300_000, max_body_bytes=100_000
+    )
+    with running(settings) as made:
+        yield made
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ class Stage:
         ]
         return await self.request_router.open(requests, self.count_end)
 
-    def count_end(self) -> None:
+    def count_end(self, _: object) -> None:
         self.num_ended += 1
 
     async def say(self, *replies: Reply) -> None:
@@ -466,7 +466,7 @@ def test_without_redis_a_request_is_refused_soon(settings_env: Callable[..., Set
         )
         began = time.monotonic()
         with pytest.raises(Unavailable) as refused:
-            await request_router.open([request], lambda: None)
+            await request_router.open([request], lambda _: None)
         assert refused.value.code == "no_worker"
         assert time.monotonic() - began < 4
         await request_router.stop()

@@ -1,0 +1,1 @@
+"""Limits of keys and projects, and the tokens that they have used."""

@@ -1,0 +1,1 @@
+"""Usage: records the tokens of all requests, and reports them."""
