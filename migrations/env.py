@@ -6,7 +6,8 @@ from sqlalchemy import create_engine, pool, text
 import app.db.schema.registry_tables
 import app.db.schema.retry_tables
 import app.db.schema.tables
-import app.db.schema.traffic_tables  # noqa: F401  # all four register their tables
+import app.db.schema.traffic_tables
+import app.db.schema.webhook_tables  # noqa: F401  # all five register their tables
 from app.db.schema.table import Table
 from app.db.session import sqlalchemy_url
 from app.settings import get_settings

@@ -18,6 +18,7 @@ from app.db.pagination import Order, keyset_page
 from app.db.schema.json_values import clean
 from app.db.schema.table import Json
 from app.db.schema.tables import ENDED_BATCHES, Batch, BatchResult, BatchStatus, lease_tokens
+from app.db.webhooks.outbox import add_batch_event
 
 LIFETIME: Final = timedelta(hours=24)  # the only completion window that is supported
 UNDER_WAY: Final = frozenset({BatchStatus.validating, BatchStatus.in_progress})
@@ -45,6 +46,7 @@ def insert_batch(
     session.add(row)
     session.flush()
     session.refresh(row)
+    add_batch_event(session, row)
     return row
 
 
@@ -264,6 +266,7 @@ def finish(
             }
         insert_file(session, project_id=batch.project_id, purpose="batch_output", **columns)
     session.execute(delete(BatchResult).where(BatchResult.batch_id == batch_id))
+    add_batch_event(session, batch)
     return True
 
 
