@@ -67,7 +67,12 @@ def webhook_guard() -> AddressGuard:
 
 
 async def send(
-    guard: AddressGuard, url: str, message: Message, signing_secrets: tuple[str, ...]
+    guard: AddressGuard,
+    url: str,
+    message: Message,
+    signing_secrets: tuple[str, ...],
+    *,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Answer:
     """Sends a signed message to a receiver and returns the outcome. Never raises.
 
@@ -77,14 +82,14 @@ async def send(
     began = time.monotonic()
     status_code, header = None, None
     try:
-        async with asyncio.timeout(TIMEOUT_SECONDS):
+        async with asyncio.timeout(timeout_seconds):
             targets = await guard.check(url)
             status_code, header = await _post(targets[:MAX_ADDRESSES], message, signing_secrets)
         error = None if 200 <= status_code < 300 else f"the receiver answered with {status_code}"
         if 300 <= status_code < 400:
             error = f"{error}; redirects are not followed"
     except TimeoutError:
-        error = f"no response within {TIMEOUT_SECONDS:.0f} s"
+        error = f"no response within {timeout_seconds:g} s"
     except ForbiddenUrl as forbidden:
         error = forbidden.message
     except UnknownHost as unknown:
