@@ -35,11 +35,11 @@ def upgrade() -> None:
         sa.Column("updated_at", TIMESTAMP, server_default=now, nullable=False),
         sa.CheckConstraint(
             "(previous_secret IS NULL) = (previous_secret_expires_at IS NULL)",
-            name="ck_webhook_endpoints_previous_secret_expires",
+            name="previous_secret_expires",
         ),
         sa.CheckConstraint(
             "(disabled_at IS NULL) = (disabled_reason IS NULL)",
-            name="ck_webhook_endpoints_reason_iff_disabled",
+            name="reason_iff_disabled",
         ),
         sa.PrimaryKeyConstraint("id", name="pk_webhook_endpoints"),
     )
@@ -72,13 +72,11 @@ def _create_deliveries() -> None:
         sa.Column("lease_token", sa.BigInteger(), nullable=True),
         sa.Column("attempts", postgresql.JSONB(), server_default=sa.text("'[]'"), nullable=False),
         sa.Column("created_at", TIMESTAMP, server_default=sa.text("now()"), nullable=False),
-        sa.CheckConstraint(
-            "status IN ('pending', 'succeeded', 'failed')", name="ck_webhook_deliveries_status"
-        ),
+        sa.CheckConstraint("status IN ('pending', 'succeeded', 'failed')", name="status"),
         sa.CheckConstraint(
             "(status = 'pending') = (next_attempt_at IS NOT NULL) "
             "AND (lease_token IS NULL OR status = 'pending')",
-            name="ck_webhook_deliveries_next_attempt_iff_pending",
+            name="next_attempt_iff_pending",
         ),
         sa.ForeignKeyConstraint(
             ["event_id"],

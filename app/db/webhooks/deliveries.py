@@ -111,7 +111,7 @@ def claim(
         .order_by(WebhookEvent.created_at, WebhookDelivery.id)
     )
     rows = session.execute(query.execution_options(populate_existing=True))
-    return [_claimed(now, *row) for row in rows.tuples()]
+    return [_claimed(now, *row) for row in rows]
 
 
 def _claimed(
@@ -246,9 +246,10 @@ def replay(
     delivery = session.scalars(query.with_for_update()).one_or_none()
     if delivery is None:
         return None
+    now = server_time(session)
     delivery.status = "pending"
     delivery.num_failures = 0
-    delivery.next_attempt_at = server_time(session)
+    delivery.next_attempt_at = now
     delivery.lease_token = None
     session.flush()
     return delivery, session.get_one(WebhookEvent, delivery.event_id)

@@ -154,7 +154,7 @@ class DeliveryObject(BaseModel):
             id=row.id,
             webhook_endpoint_id=row.endpoint_id,
             created_at=int(row.created_at.timestamp()),
-            status=row.status,  # type: ignore[arg-type]  # a check constraint limits the values
+            status=row.status,
             event=EventObject.of(event),
             num_attempts=row.num_attempts,
             next_attempt_at=seconds(row.next_attempt_at),

@@ -153,7 +153,7 @@ def _parse(text: str) -> httpx.URL:
         )
     if not HOST_PATTERN.fullmatch(host) and _literal_address(host) is None:
         raise ForbiddenUrl("the URL must have a valid host name", param="url")
-    if url.port == 0:
+    if url.port is not None and not 0 < url.port < 65_536:
         raise ForbiddenUrl("the URL must have a valid port", param="url")
     return url.copy_with(host=host)
 

@@ -50,7 +50,7 @@ class Deliverer:
     async def run(self, stopping: "asyncio.Future[None]") -> None:
         """Delivers until `stopping` is done. Then ends or releases the attempts in progress."""
         while not stopping.done():
-            num_started = await self._start_due()
+            num_started = await self._try_to_start_due()
             # If there may be more due deliveries, continues as soon as an attempt has ended.
             waited: set[asyncio.Future[None]] = {stopping}
             if num_started:
@@ -59,12 +59,30 @@ class Deliverer:
         await self._stop()
 
     async def deliver_due(self) -> int:
-        """Makes one attempt of each delivery that is due now, and returns their number."""
+        """Makes one attempt of each delivery that is due now, and returns their number.
+
+        Raises DatabaseUnavailable or PoolExhausted.
+        """
         num_attempts = 0
         while num_started := await self._start_due():
             num_attempts += num_started
             await asyncio.wait(self._in_flight)
         return num_attempts
+
+    async def _try_to_start_due(self) -> int:
+        """Calls `_start_due`, and logs its errors."""
+        try:
+            num_started = await self._start_due()
+        except (DatabaseUnavailable, PoolExhausted) as fault:
+            if not self._is_database_away:  # so that an outage is logged once
+                log.warning("webhooks_postponed", reason=type(fault).__name__)
+            self._is_database_away = True
+            return 0
+        except Exception:
+            log.exception("webhooks_not_claimed")  # the thread must keep running
+            return 0
+        self._is_database_away = False
+        return num_started
 
     async def _start_due(self) -> int:
         """Claims as many due deliveries as there is room for, and starts to send them."""
@@ -93,18 +111,7 @@ class Deliverer:
                     busy=busy,
                 )
 
-        try:
-            claimed = await asyncio.to_thread(claim)
-        except (DatabaseUnavailable, PoolExhausted) as fault:
-            if not self._is_database_away:  # so that an outage is logged once
-                log.warning("webhooks_postponed", reason=type(fault).__name__)
-            self._is_database_away = True
-            return []
-        except Exception:
-            log.exception("webhooks_not_claimed")  # the thread must keep running
-            return []
-        self._is_database_away = False
-        return claimed
+        return await asyncio.to_thread(claim)
 
     async def _attempt(self, delivery: ClaimedDelivery) -> None:
         """Sends a delivery and records the result."""

@@ -151,7 +151,7 @@ def test_what_cannot_be_a_receiver_is_refused(
         ({"secret": "whsec_x"}, "secret"),
     ):
         status, _, named = refusal(http.post("/v1/webhook_endpoints", json={**good, **change}))
-        assert (status, (named or "").split(".")[0]) == (400, param), change
+        assert (status, (named or "").split("[")[0]) == (400, param), change
     created = client.webhooks.create(**good | {"url": "http://hooks.internal/x"})  # type: ignore[arg-type]
     path = f"/v1/webhook_endpoints/{created.id}"
     assert refusal(http.post(path, json={"url": "https://10.0.0.1/"}))[0] == 400

@@ -67,7 +67,7 @@ def test_any_other_address_is_not(address: str) -> None:
 def test_a_url_that_may_be_stored_is_normalised() -> None:
     guard = AddressGuard(["Hooks.internal", "[::1]"])
     assert str(guard.parse("https://Example.COM.:8443/a?b=1")) == "https://example.com:8443/a?b=1"
-    assert str(guard.parse("https://münchen.example/ä")) == "https://münchen.example/%C3%A4"
+    assert str(guard.parse("https://münchen.test/ä")) == "https://xn--mnchen-3ya.test/%C3%A4"
     assert str(guard.parse("http://hooks.INTERNAL./x")) == "http://hooks.internal/x"
     assert str(guard.parse("http://[0:0::1]:80/")) == "http://[::1]/"
 
@@ -108,7 +108,7 @@ def test_a_forbidden_url_is_refused_when_it_is_stored(url: str) -> None:
         AddressGuard().parse(url)
 
 
-@pytest.mark.parametrize("host", NUMERIC_LOOPBACK)
+@pytest.mark.parametrize("host", ["0x7f000001", "2130706433", "127.1", "0"])  # not a URL for httpx
 def test_the_resolver_of_the_system_reads_these_as_loopback(host: str) -> None:
     """So the guard must, too: its own reading of them is not a guess."""
     targets = asyncio.run(AddressGuard([host]).check(f"http://{host}/"))

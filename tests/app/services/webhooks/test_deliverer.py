@@ -1,6 +1,5 @@
 """Events reach their receivers at least once, whatever happens to receiver, service and database."""
 
-import asyncio
 import os
 import signal
 import subprocess
@@ -12,15 +11,17 @@ from pathlib import Path
 
 import openai
 import pytest
+import structlog
 from sqlalchemy import text
 
 from app.db.session import transaction
 from app.db.webhooks import deliveries, endpoints
 from app.services.webhooks.address_guard import AddressGuard
-from app.services.webhooks.deliverer import LEASE_SECONDS, Deliverer, DelivererThread
+from app.services.webhooks.deliverer import LEASE_SECONDS, DelivererThread
 from app.services.webhooks.signatures import new_secret
 from app.settings import Settings
 from tests.app.services.webhooks.conftest import Clock, deliver, deliveries_of
+from tests.serve_worker import wait_for
 from tests.webhook_receiver import Received, Receiver, open_receiver
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -270,7 +271,7 @@ def test_an_endpoint_that_fails_for_days_is_disabled_and_a_success_ends_the_coun
         reasons.append(disabled_reason())
     assert reasons == [
         None,
-        "20 attempts in 5.8 days have failed, the last one with: the receiver answered with 500",
+        "20 attempts in 5.5 days have failed, the last one with: the receiver answered with 500",
     ]
 
     receiver.status = 200
@@ -392,12 +393,25 @@ def test_the_thread_delivers_by_the_clock_of_the_database_and_releases_what_it_c
         assert "ftjob-1" in object_ids(silent)
 
 
-def test_an_outage_of_the_database_stops_nothing(
-    clock: Clock, settings_env: Callable[..., Settings]
+def test_an_outage_of_the_database_does_not_end_the_thread(
+    receiver: Receiver,
+    database: str,
+    add_endpoint: Callable[..., str],
+    end_job: Callable[[str], str],
+    settings_env: Callable[..., Settings],
 ) -> None:
-    settings_env(database_url="postgresql://nobody@127.0.0.1:9/none")
-
-    async def deliver_during_outage() -> int:
-        return await Deliverer(AddressGuard(), clock=clock).deliver_due()
-
-    assert asyncio.run(deliver_during_outage()) == 0
+    add_endpoint(receiver.url)
+    end_job("ftjob-1")
+    settings_env(
+        webhook_allowed_hosts="localhost", database_url="postgresql+psycopg://x@127.0.0.1:9/none"
+    )
+    thread = DelivererThread()
+    with structlog.testing.capture_logs() as events:
+        thread.start()
+        wait_for(lambda: events, 20, "the thread did not try")
+    assert [event["event"] for event in events] == ["webhooks_postponed"]
+    settings_env(database_url=database)
+    receiver.wait_for(1)
+    thread.stop()
+    assert not thread.is_alive()
+    assert deliveries_of("status") == [("succeeded",)]

@@ -11,7 +11,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 def test_ten_attempts_take_at_least_a_full_day() -> None:
     for random in (0.0, 1.0):
-        delays = []
+        delays: list[float] = []
         while (delay := delay_seconds(len(delays) + 1, random=random)) is not None:
             delays.append(delay)
         assert len(delays) == 9
