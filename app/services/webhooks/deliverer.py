@@ -102,6 +102,7 @@ class Deliverer:
         busy = [endpoint_id for endpoint_id, count in counts.items() if count >= most]
 
         def claim() -> list[ClaimedDelivery]:
+            """Claims in one transaction, in a thread of the pool."""
             with transaction() as session:
                 return deliveries.claim(
                     session,

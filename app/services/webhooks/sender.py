@@ -94,7 +94,7 @@ async def send(
         error = forbidden.message
     except UnknownHost as unknown:
         error = str(unknown)
-    except httpx.HTTPError as failed:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as failed:
         error = _describe(failed)
     retry_after = retry_after_of(status_code, header, datetime.now(UTC)) if status_code else None
     return Answer(
@@ -145,7 +145,7 @@ async def _post(
     raise AssertionError("a host has at least one address")
 
 
-def _describe(error: httpx.HTTPError) -> str:
+def _describe(error: Exception) -> str:
     """Returns the reason of a failed request, without anything that the receiver has sent."""
     if isinstance(error, httpx.ConnectError):
         return f"the connection failed: {error}"
