@@ -17,6 +17,7 @@ from app.api.middleware import RequestFrame
 from app.api.openapi import ERRORS
 from app.api.organization import usage
 from app.api.traffic import datasets, stored_completions
+from app.api.webhooks import endpoints as webhook_endpoints
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.log_config import configure_logging
 from app.routing import task_queue
@@ -27,6 +28,7 @@ from app.services.pin_broadcaster import PinBroadcaster
 from app.services.reconciler import Reconciler
 from app.services.traffic.recorder import Recorder
 from app.services.usage.recorder import UsageRecorder
+from app.services.webhooks.deliverer import DelivererThread
 from app.settings import Settings, get_settings
 
 log = structlog.get_logger(__name__)
@@ -70,6 +72,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         datasets,
         dashboard,
         usage,
+        webhook_endpoints,
     )
     for module in modules:
         app.include_router(module.router)
@@ -92,7 +95,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
     auth.key_pepper(settings)  # raises if there is no pepper, without which all keys are refused
     reconciler = ReconcilerThread(settings.reconcile_seconds)
+    deliverer = DelivererThread()
     reconciler.start()
+    deliverer.start()
     await app.state.request_router.start()
     await app.state.batch_runner.start()
     await app.state.pin_broadcaster.start()
@@ -112,6 +117,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await app.state.rate_limiter.stop()
         await asyncio.to_thread(app.state.usage_recorder.stop)
         await asyncio.to_thread(app.state.recorder.stop)
+        deliverer.stop()
         reconciler.stop()
 
 

@@ -198,6 +198,11 @@ class Settings(BaseSettings):
         1.0, gt=0, description="Interval of the heartbeats of a serve worker"
     )
 
+    webhook_allowed_hosts: str = Field(
+        "",
+        description="Hosts of webhook receivers that may have private or loopback addresses and plain http, separated by commas or spaces",
+    )
+
     hf_endpoint: str = Field("", description="Hub for `hf:` imports; empty: the Hugging Face hub")
     hf_token: str = Field(
         "",

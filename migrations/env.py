@@ -7,7 +7,8 @@ import app.db.schema.registry_tables
 import app.db.schema.retry_tables
 import app.db.schema.tables
 import app.db.schema.traffic_tables
-import app.db.schema.usage_tables  # noqa: F401  # all of them register their tables
+import app.db.schema.usage_tables
+import app.db.schema.webhook_tables  # noqa: F401  # all of them register their tables
 from app.db.schema.table import Table
 from app.db.session import sqlalchemy_url
 from app.settings import get_settings

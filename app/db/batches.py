@@ -18,6 +18,7 @@ from app.db.schema.json_values import clean
 from app.db.schema.table import Json
 from app.db.schema.tables import ENDED_BATCHES, Batch, BatchResult, BatchStatus, lease_tokens
 from app.db.usage.records import Usage, add_batch_answer
+from app.db.webhooks.outbox import add_batch_event
 
 LIFETIME: Final = timedelta(hours=24)  # the only completion window that is supported
 UNDER_WAY: Final = frozenset({BatchStatus.validating, BatchStatus.in_progress})
@@ -35,6 +36,7 @@ def insert_batch(
     session.add(row)
     session.flush()
     session.refresh(row)
+    add_batch_event(session, row)
     return row
 
 
@@ -257,6 +259,7 @@ def finish(
             }
         insert_file(session, project_id=batch.project_id, purpose="batch_output", **columns)
     session.execute(delete(BatchResult).where(BatchResult.batch_id == batch_id))
+    add_batch_event(session, batch)
     return True
 
 

@@ -1,8 +1,8 @@
 """State machine of a job: the legal transitions, and the function that carries them out.
 
-Each transition is one guarded UPDATE, with its event in the same transaction. `succeeded` and
-`cancelled` are final; a `failed` job can only be resumed. A transition out of `running` ends the
-lease, so further writes of its worker are refused.
+Each transition is one guarded UPDATE, with its event in the same transaction. The end of a job also
+adds its webhook event there. `succeeded` and `cancelled` are final; a `failed` job can only be
+resumed. A transition out of `running` ends the lease, so further writes of its worker are refused.
 """
 
 import time
@@ -17,6 +17,7 @@ from app.db.schema.ids import new_id
 from app.db.schema.json_values import clean, clean_text
 from app.db.schema.table import Json
 from app.db.schema.tables import Attempt, Event, Job
+from app.db.webhooks.outbox import add_job_event
 
 Level = Literal["info", "warn", "error"]
 MESSAGE_CHARACTERS: Final = 4000
@@ -105,6 +106,8 @@ def move(
         open_attempt = update(Attempt).where(Attempt.job_id == job_id, Attempt.ended_at.is_(None))
         session.execute(open_attempt.values(ended_at=func.now(), outcome=outcome or to.value))
     add_event(session, job_id, message, type="state", level=level, data={"status": public_name(to)})
+    if to in TERMINAL:
+        add_job_event(session, job)
     return job
 
 

@@ -7,9 +7,10 @@ from sqlalchemy.orm import Session
 
 from app.db.schema.registry_tables import AliasChange
 from app.db.schema.tables import Batch, Checkpoint, File, Job
+from app.db.schema.webhook_tables import WebhookDelivery, WebhookEndpoint
 
 Order = Literal["asc", "desc"]
-Row = TypeVar("Row", File, Job, Checkpoint, Batch, AliasChange)
+Row = TypeVar("Row", File, Job, Checkpoint, Batch, AliasChange, WebhookEndpoint, WebhookDelivery)
 
 
 class UnknownCursor(LookupError):

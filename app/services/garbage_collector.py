@@ -11,6 +11,7 @@ import structlog
 from app.db import jobs, reconciliation, submissions
 from app.db.session import transaction
 from app.services.traffic.retention import delete_unretained
+from app.services.webhooks.retention import delete_old_events
 from app.storage import StorageError, Store
 
 log = structlog.get_logger(__name__)
@@ -21,12 +22,12 @@ NUM_NAMES: Final = 500  # job ids or store keys per SQL statement
 
 
 def collect(store: Store) -> int:
-    """Runs one round over the store and the stored completions; returns the number of deletions."""
+    """Runs one round over the store, stored completions and events; returns how much it deleted."""
     num_deleted = _delete_retired(store) + _delete_expired(store)
     num_deleted += sum(_delete_of_jobs(store, prefix) for prefix in (CHECKPOINTS, MODELS))
     num_deleted += _delete_spent_imports(store) + _delete_unknown_files(store)
     _forget_deleted_jobs(store)
-    num_deleted += delete_unretained()
+    num_deleted += delete_unretained() + delete_old_events()
     return num_deleted + store.sweep_incoming(DAY_SECONDS)
 
 

@@ -110,6 +110,9 @@ def make_objects(client: openai.OpenAI) -> dict[str, list[str]]:
         "/models/import", body={"source": "hf:none/none", "name": "none"}, cast_to=httpx.Response
     ).json()
     client.put(f"/models/{TEACHER}/aliases/live", body={"model": TEACHER}, cast_to=object)
+    endpoint = client.webhooks.create(
+        name="fuzz", url="http://127.0.0.1:9/", event_types=["batch.cancelled"]
+    )
     return {
         "model": [TEACHER, f"{TEACHER}@live"],
         "model_id": [TEACHER, f"{TEACHER}@live"],
@@ -122,6 +125,7 @@ def make_objects(client: openai.OpenAI) -> dict[str, list[str]]:
         "input_file_id": [asked.id],
         "job_id": [job.id, brought["id"]],
         "batch_id": [batch.id],
+        "webhook_endpoint_id": [endpoint.id],
     }
 
 
@@ -179,8 +183,12 @@ def main() -> int:
     return 1 if tally.failures or status else 0
 
 
-# Jobs that schemathesis makes may run, but not for long, and nothing is fetched from anywhere.
-QUIET = {"STILLHOUSE_HF_ENDPOINT": "http://127.0.0.1:9", "STILLHOUSE_MAX_RUNTIME_SECONDS": "20"}
+# Jobs that schemathesis makes may run, but not for long, and nothing is fetched from or sent to anywhere.
+QUIET = {
+    "STILLHOUSE_HF_ENDPOINT": "http://127.0.0.1:9",
+    "STILLHOUSE_MAX_RUNTIME_SECONDS": "20",
+    "STILLHOUSE_WEBHOOK_ALLOWED_HOSTS": "127.0.0.1",
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,1 @@
+"""Queries and changes of webhook endpoints, events and deliveries."""

@@ -1,0 +1,1 @@
+"""Delivers events of jobs and batches to the webhook endpoints of their projects."""
