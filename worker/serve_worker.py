@@ -235,6 +235,7 @@ class ServeWorker:
             resident=host.resident,
             loading=host.loading,
             models=host.models,
+            loads=host.loads,
             num_running=host.num_running,
             num_waiting=len(self._reply_channels) if is_unplaced else host.num_waiting,
             max_running=self._options.max_running,
