@@ -18,6 +18,7 @@ from app.api.openapi import ERRORS
 from app.api.traffic import datasets, stored_completions
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.log_config import configure_logging
+from app.metrics.scrape import Scrape
 from app.routing import task_queue
 from app.routing.router import RequestRouter
 from app.services.batch.batch_runner import BatchRunner
@@ -46,6 +47,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.database_check = health.DatabaseCheck()
     app.state.request_router = RequestRouter(settings)
+    app.state.scrape = Scrape(app.state.request_router)
     app.state.batch_runner = BatchRunner(app.state.request_router)
     app.state.pin_broadcaster = PinBroadcaster(app.state.request_router)
     app.state.recorder = Recorder(settings)
@@ -66,7 +68,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     for module in modules:
         app.include_router(module.router)
-    app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        RequestFrame,
+        max_body_bytes=settings.max_body_bytes,
+        logs_requests=settings.log_requests,
+    )
     if settings.allowed_origins:
         origins = settings.allowed_origins.replace(",", " ").split()
         app.add_middleware(

@@ -33,9 +33,10 @@ class RequestFrame:
     and turns unhandled errors into responses.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, *, logs_requests: bool = False) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.logs_requests = logs_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,6 +77,8 @@ class _Exchange:
                 await self.answer(opaque)
             finally:
                 self.count()
+                if self.frame.logs_requests:
+                    self.log_end()
 
     def check(self) -> None:
         if "\x00" in self.scope["path"] or b"%00" in self.scope["query_string"]:
@@ -124,3 +127,14 @@ class _Exchange:
         if self.seconds is not None:
             request_seconds.labels(self.scope["method"], self.route()).observe(self.seconds)
         requests_total.labels(self.scope["method"], self.route(), str(self.status)).inc()
+
+    def log_end(self) -> None:
+        """Logs one line. A generation request has bound the id of its answer to the context."""
+        log.info(
+            "request",
+            method=self.scope["method"],
+            route=self.route(),
+            status=self.status,
+            first_byte_seconds=self.seconds and round(self.seconds, 4),
+            seconds=round(time.perf_counter() - self.began, 4),
+        )

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from pathlib import Path
 
 import structlog
@@ -64,7 +65,12 @@ class RunProcess:
         self._lines: queue.Queue[RunLine] = queue.Queue(MAX_WAITING_LINES)
         self._heard_at = time.monotonic()
         self._is_closed = threading.Event()
-        self._reader = threading.Thread(target=self._read, name=f"lines-{self.pid}", daemon=True)
+        self._reader = threading.Thread(
+            target=copy_context().run,  # its log lines name the job
+            args=(self._read,),
+            name=f"lines-{self.pid}",
+            daemon=True,
+        )
         self._reader.start()
         self._shared = SharedRun(shared_cores, self.pid) if shared_cores is not None else None
 

@@ -32,9 +32,11 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
         if lease is None:
             break
         num_runs += 1
-        log.info("job_claimed", job=lease.job_id, attempt=lease.attempt, kind=lease.spec.kind)
-        crash_point("claim.committed")
-        run_job(lease, should_drain)
+        # Each line that the worker logs from here on names the job, also those of other threads.
+        with structlog.contextvars.bound_contextvars(job=lease.job_id, attempt=lease.attempt):
+            log.info("job_claimed", kind=lease.spec.kind)
+            crash_point("claim.committed")
+            run_job(lease, should_drain)
     return num_runs
 
 

@@ -1,5 +1,6 @@
 """Loads of all engines of a worker by model, for the heartbeat."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 from app.contracts.control import EngineLoad
@@ -29,10 +30,10 @@ def engine_loads(
             num_prefix_hits=caches.num_prefix_hits,
         )
         loads[model] = load if known is None else _sum(known, load)
-    for request in parked:
-        waiting = EngineLoad(model=request.model, num_waiting=1)
-        known = loads.get(request.model)
-        loads[request.model] = waiting if known is None else _sum(known, waiting)
+    for model, num_parked in Counter(request.model for request in parked).items():
+        waiting = EngineLoad(model=model, num_waiting=num_parked)
+        known = loads.get(model)
+        loads[model] = waiting if known is None else _sum(known, waiting)
     return tuple(loads.values())
 
 
