@@ -26,6 +26,7 @@ from app.services.pin_broadcaster import PinBroadcaster
 from app.services.reconciler import Reconciler
 from app.services.traffic.recorder import Recorder
 from app.settings import Settings, get_settings
+from app.tracing.spans import start_tracing, stop_tracing
 
 log = structlog.get_logger(__name__)
 JOIN_SECONDS = 10.0
@@ -35,6 +36,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """Returns the ASGI application, for `uvicorn --factory app.main:create_app`."""
     settings = settings or get_settings()
     configure_logging(settings.log_level)
+    start_tracing(settings, "api")
     app = FastAPI(
         title="Stillhouse",
         summary="Distils large language models into small ones, and serves them.",
@@ -109,6 +111,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # After the router, whose last answers may be stored.
         await asyncio.to_thread(app.state.recorder.stop)
         reconciler.stop()
+        await asyncio.to_thread(stop_tracing)
 
 
 class ReconcilerThread(threading.Thread):

@@ -1,8 +1,8 @@
 """Metrics of the generation requests of one API process, as seen at its reply streams.
 
-Each request is counted once when it starts and once when it ends, so that the number of started
-requests equals that of ended requests when none is in progress. All counts change on the thread of
-the event loop. A scrape reads them from another thread.
+Each request is counted once when it starts and once when it ends. If none is in progress, as many
+have ended as have started. All counts change on the thread of the event loop. A scrape reads them
+from another thread.
 """
 
 import time
@@ -20,6 +20,7 @@ from app.metrics.histogram import (
     TOKEN_SECONDS,
     Histogram,
 )
+from app.tracing.generation import start_generation
 
 Outcome = Literal["completed", "aborted", "failed"]
 MAX_MODELS: Final = 200  # that have their own label; the others share one
@@ -79,21 +80,34 @@ class RequestMeter:
         self._heard_at: dict[tuple[int, int], float] = {}  # by prompt and choice
         self._first_at: dict[int, float] = {}  # by prompt
         self._num_tokens: dict[int, int] = {}  # counted so far, by prompt
+        self._span = start_generation(requests[0], "client")
+
+    @property
+    def traceparent(self) -> str | None:
+        """Context of the request's span, or None if tracing is off."""
+        return None if self._span is None else self._span.traceparent
 
     def note(self, index: int, reply: Delta | Done, now: float) -> None:
         """Counts a reply to the prompt with this index. `now` is the monotonic time."""
         if not self._is_generation:
             return
+        if self._span is not None:
+            self._span.note(reply)
         if isinstance(reply, Delta):
             self._note_delta(index, reply, now)
         else:
             self._note_done(index, reply, now)
 
-    def end(self, outcome: Outcome) -> None:
-        """Counts the end of the request, and its choices that have no finish reason."""
+    def end(self, outcome: Outcome, error: str | None = None) -> None:
+        """Counts the end of the request, and its choices that have no finish reason.
+
+        error: Code of the error, if the request has failed.
+        """
         self._counts.ended[outcome] += 1
         if outcome != "completed" and self._is_generation:
             self._counts.finished[UNFINISHED_REASON[outcome]] += self._num_unfinished
+        if self._span is not None:
+            self._span.end(outcome, error)
 
     def _note_delta(self, index: int, delta: Delta, now: float) -> None:
         choice, num_tokens = (index, delta.choice), len(delta.tokens)

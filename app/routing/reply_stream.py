@@ -90,7 +90,7 @@ class ReplyStream:
         for prompt_in_flight in list(self.prompts_in_flight):
             prompt_in_flight.hang_up()
         self._has_replies.set()
-        self.meter.end(outcome)
+        self.meter.end(outcome, error and error.code)
         self._on_end()
 
 

@@ -195,8 +195,13 @@ class RequestRouter:
         prompt_in_flight.wire_id = f"{prompt_in_flight.request.id}.{prompt_in_flight.num_sends}"
         prompt_in_flight.seen_at = time.monotonic()
         self._prompts_in_flight[prompt_in_flight.wire_id] = prompt_in_flight
+        traceparent = prompt_in_flight.reply_stream.meter.traceparent
         message = prompt_in_flight.request.model_copy(
-            update={"id": prompt_in_flight.wire_id, "reply_to": self.api_id}
+            update={
+                "id": prompt_in_flight.wire_id,
+                "reply_to": self.api_id,
+                "traceparent": traceparent,
+            }
         )
         try:
             await self._outbox.send(prompt_in_flight.worker_id, message)

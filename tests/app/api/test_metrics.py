@@ -1,0 +1,213 @@
+"""The scrape of a real service: what it exports, and that requests are accounted for after faults."""
+
+import json
+import re
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import redis
+import yaml
+
+from app.contracts.messages import serve_worker_key
+from app.local.embedded_servers import LocalValkey
+from app.settings import Settings
+from tests.app.api.conftest import Service
+from tests.scrapes import missing_ends, samples_of, scrape, total
+from tests.serve_worker import ROOT, WorkerProcess, wait_for
+
+PROMPT = "What does a lantern mean?"
+DEPLOY = ROOT / "deploy"
+# Words of our expressions that are not metrics. Prometheus makes the series `up` itself.
+PROMQL = {"sum", "max", "rate", "increase", "histogram_quantile", "label_values", "up"}
+PROMQL |= {"model_name"}  # the label that `label_values` lists
+
+
+def test_a_scrape_has_the_metrics_of_requests_workers_and_jobs(
+    worker: WorkerProcess, client: openai.OpenAI, http: httpx.Client
+) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPT, "extra_body": {"ignore_eos": True}}
+    usages = [client.completions.create(max_tokens=8, n=2, **asked).usage for _ in range(2)]
+    chunks = list(client.completions.create(max_tokens=8, stream=True, **asked))
+    assert chunks
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="no-such-model", prompt=PROMPT)
+
+    def has_cache_hits() -> bool:
+        return total(scrape(http), "vllm:prefix_cache_hits_total", engine=worker.id) > 0
+
+    wait_for(has_cache_hits, 5, "no heartbeat has the hits of the prefix cache")
+    found = scrape(http)
+    assert total(found, "stillhouse_requests_ended_total", outcome="completed") == 3
+    assert total(found, "vllm:time_to_first_token_seconds_count", model_name="tiny") == 5
+    assert total(found, "vllm:request_success_total", finished_reason="length") == 5
+    num_generated = sum(usage.completion_tokens for usage in usages if usage) + 8
+    assert total(found, "vllm:generation_tokens_total") == num_generated
+    num_read = sum(usage.prompt_tokens for usage in usages if usage)
+    assert total(found, "vllm:prompt_tokens_total") == num_read * 3 / 2
+    running = f'vllm:num_requests_running{{engine="{worker.id}",model_name="tiny"}}'
+    assert found[running] == 0
+    assert total(found, "stillhouse_storage_bytes", kind="models") > 0
+    assert found["stillhouse_queue_age_seconds"] == 0
+    assert not any("no-such-model" in name for name in found)
+
+
+def test_each_metric_of_a_panel_or_an_alert_is_exported(
+    worker: WorkerProcess, client: openai.OpenAI, http: httpx.Client
+) -> None:
+    client.completions.create(model="tiny", prompt=PROMPT, max_tokens=2)
+    wait_for(lambda: total(scrape(http), "vllm:prefix_cache_queries_total") > 0, 5, "no heartbeat")
+    text = http.get("/metrics").text
+    exported = {name.partition("{")[0] for name in samples_of(text)}
+    # Without a running job or a fault, a family has no samples. A histogram has those of requests.
+    exported |= set(re.findall(r"^# TYPE (\S+) (?:gauge|counter)$", text, re.MULTILINE))
+    used = {where: names_in(expression) for where, expression in expressions().items()}
+    assert len(used) > 40
+    assert {where: names - exported for where, names in used.items() if names - exported} == {}
+
+
+def expressions() -> dict[str, str]:
+    """All expressions of the dashboard and of the alerts, by the name of the panel or the alert."""
+    dashboard = json.loads((DEPLOY / "grafana/dashboards/stillhouse.json").read_text())
+    rules = yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())
+    found = {
+        f"{panel['title']} {target['refId']}": target["expr"]
+        for panel in dashboard["panels"]
+        for target in panel.get("targets", ())
+    }
+    for rule in rules["groups"][0]["rules"]:
+        assert rule["annotations"].keys() == {"summary", "description"}
+        found[rule["alert"]] = rule["expr"]
+    (models,) = [one for one in dashboard["templating"]["list"] if one["name"] == "model"]
+    return found | {"variable model": models["query"]["query"]}
+
+
+def names_in(expression: str) -> set[str]:
+    """The metrics of an expression: its words, without matchers, ranges, groups and functions."""
+    bare = re.sub(r'"[^"]*"|\{[^}]*\}|\[[^\]]*\]|by \([^)]*\)', " ", expression)
+    return {word for word in re.findall(r"[a-zA-Z_:][\w:]*", bare) if word not in PROMQL}
+
+
+def test_a_heartbeat_without_loads_still_counts_as_a_worker(
+    http: httpx.Client, valkey: str
+) -> None:
+    beat = {"worker_id": "old", "max_running": 8, "beat_at": time.time(), "num_running": 1}
+    with redis.Redis.from_url(valkey) as server:
+        server.set(serve_worker_key("old"), json.dumps(beat))
+    wait_for(lambda: scrape(http)["stillhouse_serve_workers"] == 1, 5, "it is not seen")
+
+
+class Faulty:
+    """A Valkey server of this module's own, so that a test may restart it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.server = LocalValkey(folder)
+        self.url = self.server.start()
+
+    def restart(self) -> None:
+        self.server.stop()
+        assert self.server.start() == self.url
+
+
+@pytest.fixture
+def own_valkey(service_dir: Path) -> Iterator[Faulty]:
+    faulty = Faulty(service_dir / "metrics")
+    yield faulty
+    faulty.server.stop()
+
+
+@pytest.fixture
+def noisy(
+    own_valkey: Faulty,
+    settings_env: Callable[..., Settings],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> Iterator[tuple[Service, WorkerProcess]]:
+    """A service and a worker that use this Valkey, and the tiny model under the name `tiny`."""
+    request.getfixturevalue("valkey")
+    settings_env(redis_url=own_valkey.url, serve_heartbeat_seconds=0.2, num_threads=1)
+    service = request.getfixturevalue("service")
+    request.getfixturevalue("register")()
+    worker = WorkerProcess(own_valkey.url, tmp_path / "worker.log")
+    yield service, worker
+    worker.close()
+
+
+class Callers:
+    """Clients that send one request after the other until they are stopped."""
+
+    def __init__(self, service: Service, num_callers: int) -> None:
+        self.told: Counter[str] = Counter()
+        self._is_over = threading.Event()
+        self._service = service
+        self._pool = ThreadPoolExecutor(num_callers)
+        self._work = [self._pool.submit(self._call, number) for number in range(num_callers)]
+
+    def until(self, told: str, more: int) -> None:
+        goal = self.told[told] + more
+        wait_for(lambda: self.told[told] >= goal, 30, f"too few are {told}: {self.told}")
+
+    def stop(self) -> None:
+        self._is_over.set()
+        for work in self._work:
+            work.result(60)
+        self._pool.shutdown()
+
+    def _call(self, number: int) -> None:
+        with self._service.client() as client:
+            turn = number
+            while not self._is_over.is_set():
+                turn += 1
+                self.told["sent"] += 1
+                try:
+                    self.told[self._ask(client, turn % 3)] += 1
+                except openai.APIError:
+                    self.told["refused"] += 1
+
+    def _ask(self, client: openai.OpenAI, kind: int) -> str:
+        asked: dict[str, Any] = {"model": "tiny", "prompt": [PROMPT, "A lantern"], "n": 2}
+        asked |= {"max_tokens": 24, "extra_body": {"ignore_eos": True}}
+        if kind == 0:
+            client.completions.create(**asked)
+            return "answered"
+        with client.completions.create(**asked | {"max_tokens": 200}, stream=True) as stream:
+            for count, _ in enumerate(stream):
+                if kind == 1 and count == 2:
+                    return "left"
+        return "answered"
+
+
+def test_each_started_request_is_completed_aborted_or_failed_after_faults(
+    noisy: tuple[Service, WorkerProcess], own_valkey: Faulty
+) -> None:
+    service, worker = noisy
+    callers = Callers(service, 6)
+    callers.until("answered", 6)
+    callers.until("left", 4)
+    own_valkey.restart()
+    callers.until("answered", 4)
+    worker.stop(signal.SIGKILL)
+    callers.until("refused", 6)
+    callers.stop()
+    with service.http() as http:
+        wait_for(lambda: missing_ends(scrape(http)) == 0, 10, "a request has no end")
+        found = scrape(http)
+    assert total(found, "stillhouse_requests_started_total") == callers.told["sent"]
+    assert total(found, "stillhouse_requests_in_progress") == 0
+    ended = {
+        outcome: total(found, "stillhouse_requests_ended_total", outcome=outcome)
+        for outcome in ("completed", "aborted", "failed")
+    }
+    assert ended["completed"] >= callers.told["answered"]
+    assert ended["aborted"] > 0
+    assert ended["failed"] > 0
+    # Two prompts with two choices each. Each choice has one reason for its end.
+    assert total(found, "vllm:request_success_total") == 4 * callers.told["sent"]
