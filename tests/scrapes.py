@@ -5,8 +5,6 @@ from collections.abc import Mapping
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-OUTCOMES = ("completed", "aborted", "failed")
-
 
 def samples_of(text: str) -> dict[str, float]:
     """The value of each sample, by its name with its labels in alphabetical order."""
@@ -20,8 +18,8 @@ def samples_of(text: str) -> dict[str, float]:
     return found
 
 
-def scrape(http: httpx.Client) -> dict[str, float]:
-    answer = http.get("/metrics")
+def scrape(http: httpx.Client, url: str = "") -> dict[str, float]:
+    answer = http.get(f"{url}/metrics")
     assert answer.status_code == 200, answer.text
     return samples_of(answer.text)
 

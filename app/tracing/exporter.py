@@ -42,7 +42,7 @@ class SpanExporter:
         attributes: Mapping[str, str | int | float | bool | tuple[str, ...]],
         parent: str | None,
     ) -> Span:
-        """Returns a new span. Its parent is the current one if `parent` is None or malformed."""
+        """Returns a new span. Without `parent`, its parent is the current span."""
         context = self._propagator.extract({"traceparent": parent}) if parent else None
         return self._tracer.start_span(name, context, KINDS[kind], attributes)
 

@@ -63,7 +63,7 @@ def start_span(
 ) -> Span | None:
     """Returns a new span, or None if tracing is off. `end_span` ends it.
 
-    parent: A `traceparent`. None, or one that is malformed: the current span of the context.
+    parent: A `traceparent`. None means the current span. A malformed one means no parent.
     """
     if _exporter is None:
         return None
