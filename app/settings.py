@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     log_requests: bool = Field(False, description="Whether the API logs one line per request")
     otlp_endpoint: str = Field(
         "",
+        pattern=r"^(https?://\S+)?$",
         description="URL of an OpenTelemetry collector that takes traces by OTLP over HTTP; empty: no traces",
     )
 

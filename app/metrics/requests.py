@@ -71,7 +71,7 @@ class RequestMeter:
     """Measures one request. `end` is called exactly once, by its reply stream."""
 
     def __init__(self, counts: RequestCounts, requests: Sequence[GenerateRequest]) -> None:
-        counts.num_started += 1
+        self._span = start_generation(requests[0], "client")
         self._counts = counts
         self._is_generation = requests[0].task == "generate"
         self._num_sequences = requests[0].num_sequences
@@ -80,7 +80,7 @@ class RequestMeter:
         self._heard_at: dict[tuple[int, int], float] = {}  # by prompt and choice
         self._first_at: dict[int, float] = {}  # by prompt
         self._num_tokens: dict[int, int] = {}  # counted so far, by prompt
-        self._span = start_generation(requests[0], "client")
+        counts.num_started += 1
 
     @property
     def traceparent(self) -> str | None:

@@ -83,6 +83,7 @@ class ReplyStream:
         if self._is_ended:
             return
         self._is_ended = True
+        self.meter.end(outcome, error and error.code)
         if error is not None:
             self._error = error
             self._backlog.clear()
@@ -90,7 +91,6 @@ class ReplyStream:
         for prompt_in_flight in list(self.prompts_in_flight):
             prompt_in_flight.hang_up()
         self._has_replies.set()
-        self.meter.end(outcome, error and error.code)
         self._on_end()
 
 
