@@ -11,6 +11,7 @@ from typing import Final, Literal, get_args
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from app.contracts.generation import Delta, Done, GenerateRequest, TaskName
 from app.metrics.histogram import (
@@ -140,7 +141,7 @@ class RequestMeter:
         histograms["vllm:request_generation_tokens"].observe(done.completion_tokens)
 
 
-class RequestMetrics:
+class RequestMetrics(Collector):
     """Counts of all requests of an API process, by model and task.
 
     The number of models with their own label is limited. Only models that exist become labels,

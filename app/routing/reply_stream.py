@@ -83,7 +83,7 @@ class ReplyStream:
         if self._is_ended:
             return
         self._is_ended = True
-        self.meter.end(outcome, error and error.code)
+        self.meter.end(outcome, error.code if error is not None else None)
         if error is not None:
             self._error = error
             self._backlog.clear()
