@@ -5,7 +5,7 @@ import re
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from app.local.embedded_servers import LocalValkey
-from app.settings import Settings
 from tests.app.api.conftest import Service
 from tests.scrapes import missing_ends, samples_of, scrape, total
 from tests.serve_worker import ROOT, WorkerProcess, wait_for
@@ -26,6 +25,18 @@ DEPLOY = ROOT / "deploy"
 # Words of our expressions that are not metrics. Prometheus makes the series `up` itself.
 PROMQL = {"sum", "max", "rate", "increase", "histogram_quantile", "label_values", "up"}
 PROMQL |= {"model_name"}  # the label that `label_values` lists
+
+
+@pytest.fixture(scope="module")
+def own_valkey(service_dir: Path) -> Iterator[LocalValkey]:
+    """A server of this module's own, because the last test restarts it."""
+    with LocalValkey(service_dir / "metrics") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def valkey_url(own_valkey: LocalValkey) -> str:
+    return own_valkey.url
 
 
 def test_a_scrape_has_the_metrics_of_requests_workers_and_jobs(
@@ -94,42 +105,6 @@ def names_in(expression: str) -> set[str]:
     return {word for word in re.findall(r"[a-zA-Z_:][\w:]*", bare) if word not in PROMQL}
 
 
-class Faulty:
-    """A Valkey server of this module's own, so that a test may restart it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.server = LocalValkey(folder)
-        self.url = self.server.start()
-
-    def restart(self) -> None:
-        self.server.stop()
-        assert self.server.start() == self.url
-
-
-@pytest.fixture
-def own_valkey(service_dir: Path) -> Iterator[Faulty]:
-    faulty = Faulty(service_dir / "metrics")
-    yield faulty
-    faulty.server.stop()
-
-
-@pytest.fixture
-def noisy(
-    own_valkey: Faulty,
-    settings_env: Callable[..., Settings],
-    tmp_path: Path,
-    request: pytest.FixtureRequest,
-) -> Iterator[tuple[Service, WorkerProcess]]:
-    """A service and a worker that use this Valkey, and the tiny model under the name `tiny`."""
-    request.getfixturevalue("valkey")
-    settings_env(redis_url=own_valkey.url, serve_heartbeat_seconds=0.2, num_threads=1)
-    service = request.getfixturevalue("service")
-    request.getfixturevalue("register")()
-    worker = WorkerProcess(own_valkey.url, tmp_path / "worker.log")
-    yield service, worker
-    worker.close()
-
-
 class Callers:
     """Clients that send one request after the other until they are stopped."""
 
@@ -175,13 +150,15 @@ class Callers:
 
 
 def test_each_started_request_is_completed_aborted_or_failed_after_faults(
-    noisy: tuple[Service, WorkerProcess], own_valkey: Faulty
+    worker: WorkerProcess, service: Service, own_valkey: LocalValkey
 ) -> None:
-    service, worker = noisy
+    """Kills the worker of the module, so this is the last test."""
     callers = Callers(service, 6)
     callers.until("answered", 6)
     callers.until("left", 4)
-    own_valkey.restart()
+    own_valkey.stop()
+    url = own_valkey.url
+    assert own_valkey.start() == url
     callers.until("answered", 4)
     worker.stop(signal.SIGKILL)
     callers.until("refused", 6)
