@@ -10,7 +10,7 @@ COPY app app
 COPY migrations migrations
 
 FROM base AS app
-RUN pip install --editable '.[s3]'
+RUN pip install --editable '.[s3,otel]'
 USER stillhouse
 ENV STILLHOUSE_DATA_DIR=/data STILLHOUSE_HOST=0.0.0.0
 EXPOSE 8400
@@ -23,7 +23,7 @@ FROM base AS worker
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY worker worker
 # A worker on another type of processor builds them again.
-RUN pip install --editable '.[worker,s3]' && stillhouse kernels build
+RUN pip install --editable '.[worker,s3,otel]' && stillhouse kernels build
 USER stillhouse
 ENV STILLHOUSE_DATA_DIR=/data HF_HUB_OFFLINE=1
 STOPSIGNAL SIGTERM

@@ -20,6 +20,7 @@ from app.api.traffic import datasets, stored_completions
 from app.api.webhooks import endpoints as webhook_endpoints
 from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.log_config import configure_logging
+from app.metrics.scrape import Scrape
 from app.routing import task_queue
 from app.routing.router import NOWHERE, RequestRouter
 from app.services.batch.batch_runner import BatchRunner
@@ -30,6 +31,7 @@ from app.services.traffic.recorder import Recorder
 from app.services.usage.recorder import UsageRecorder
 from app.services.webhooks.deliverer import DelivererThread
 from app.settings import Settings, get_settings
+from app.tracing.spans import start_tracing, stop_tracing
 
 log = structlog.get_logger(__name__)
 JOIN_SECONDS = 10.0
@@ -39,6 +41,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     """Returns the ASGI application, for `uvicorn --factory app.main:create_app`."""
     settings = settings or get_settings()
     configure_logging(settings.log_level)
+    start_tracing(settings, "api")
     app = FastAPI(
         title="Stillhouse",
         summary="Distils large language models into small ones, and serves them.",
@@ -51,6 +54,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.settings = settings
     app.state.database_check = health.DatabaseCheck()
     app.state.request_router = RequestRouter(settings)
+    app.state.scrape = Scrape(app.state.request_router)
     app.state.batch_runner = BatchRunner(app.state.request_router)
     app.state.pin_broadcaster = PinBroadcaster(app.state.request_router)
     app.state.recorder = Recorder(settings)
@@ -76,7 +80,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     for module in modules:
         app.include_router(module.router)
-    app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        RequestFrame,
+        max_body_bytes=settings.max_body_bytes,
+        logs_requests=settings.log_requests,
+    )
     if settings.allowed_origins:
         origins = settings.allowed_origins.replace(",", " ").split()
         app.add_middleware(
@@ -119,6 +127,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(app.state.recorder.stop)
         deliverer.stop()
         reconciler.stop()
+        await asyncio.to_thread(stop_tracing)
 
 
 class ReconcilerThread(threading.Thread):

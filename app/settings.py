@@ -39,6 +39,12 @@ class Settings(BaseSettings):
         description="Allowed CORS origins, separated by commas or spaces; empty: none",
     )
     log_level: str = Field("info", description="Log level: debug, info, warning or error")
+    log_requests: bool = Field(False, description="Whether the API logs one line per request")
+    otlp_endpoint: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="URL of an OpenTelemetry collector that takes traces by OTLP over HTTP; empty: no traces",
+    )
 
     max_file_bytes: int = Field(512 * 2**20, gt=0, description="Maximum size of an uploaded file")
     max_import_bytes: int = Field(

@@ -50,6 +50,8 @@ WORKER_MAY_IMPORT = {
     "app.parent_death",
     "app.settings",
     "app.storage",
+    "app.tracing.generation",
+    "app.tracing.spans",
 }
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "base", "misc"}
 

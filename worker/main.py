@@ -24,6 +24,7 @@ from app import crash_points
 from app.contracts.messages import TRAIN_QUEUE, WAKE_UP_TASK, serve_queue
 from app.log_config import configure_logging
 from app.settings import Settings, celery_settings, get_settings
+from app.tracing.spans import start_tracing, stop_tracing
 from worker import cuda
 from worker.tasks import add_generate, add_wake_up
 from worker.watchdog import Inbox, WorkLoop
@@ -45,6 +46,7 @@ def main(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     settings = get_settings()
     configure_logging(settings.log_level, replaces_handlers=True)
+    start_tracing(settings, f"{parsed.role}-worker")
     crash_points.arm(settings.crash_dir)
 
     def announce() -> None:
@@ -54,7 +56,10 @@ def main(arguments: list[str]) -> int:
                 os.write(parsed.ready_fd, b"\n")
             os.close(parsed.ready_fd)
 
-    return train(settings, announce) if parsed.role == "train" else serve(settings, announce)
+    try:
+        return train(settings, announce) if parsed.role == "train" else serve(settings, announce)
+    finally:
+        stop_tracing()
 
 
 def train(settings: Settings, announce: Callable[[], None]) -> int:

@@ -21,8 +21,9 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from app.contracts.control import CONTROL, Cancel, Keep, ServeWorkerStatus
-from app.contracts.generation import Delta, EngineName, Failure, GenerateRequest, Reply
+from app.contracts.generation import Delta, Done, EngineName, Failure, GenerateRequest, Reply
 from app.contracts.messages import control_channel, reply_channel, serve_worker_key
+from app.tracing.generation import GenerationSpan, start_generation
 from worker.core_sharing import CoreTurns
 from worker.cpu.thread_slices import take_long_slices
 from worker.reply_batches import reply_batches
@@ -91,6 +92,7 @@ class ServeWorker:
         # request id -> API process that waits for the reply
         self._reply_channels: dict[str, str] = {}
         self._early_cancels: OrderedDict[str, None] = OrderedDict()
+        self._spans: dict[str, GenerationSpan] = {}  # by request id; empty unless tracing is on
         self._drain_until: float | None = None
         self._has_ended = threading.Event()
         self._turns = _open_turns(options)
@@ -119,12 +121,15 @@ class ServeWorker:
         with self._lock:
             if request.id not in self._reply_channels and request.id not in self._early_cancels:
                 self._reply_channels[request.id] = request.reply_to
+                if span := start_generation(request, "server", parent=request.traceparent):
+                    self._spans[request.id] = span
                 self._host.submit(request)
 
     def cancel(self, request_id: str) -> None:
         """Stops a request at the next step, without a reply. Thread-safe."""
         with self._lock:
             if self._reply_channels.pop(request_id, None) is not None:
+                self._end_span(request_id, "aborted")
                 self._host.abort(request_id)
                 return
             self._early_cancels[request_id] = None
@@ -187,6 +192,8 @@ class ServeWorker:
                 home = self._reply_channels.get(reply.id)
                 if home is not None:
                     batches[home].append(reply)
+                if reply.id in self._spans:
+                    self._note_reply(reply)
                 if not isinstance(reply, Delta):
                     self._reply_channels.pop(reply.id, None)
         for home, batch in batches.items():
@@ -215,7 +222,20 @@ class ServeWorker:
                 request_id for request_id, other in self._reply_channels.items() if other == home
             ]:
                 del self._reply_channels[request_id]
+                self._end_span(request_id, "aborted")
                 self._host.abort(request_id)
+
+    def _note_reply(self, reply: Reply) -> None:
+        if isinstance(reply, Failure):
+            self._end_span(reply.id, "failed", reply.code)
+            return
+        self._spans[reply.id].note(reply)
+        if isinstance(reply, Done):
+            self._end_span(reply.id, "completed")
+
+    def _end_span(self, request_id: str, outcome: str, error: str | None = None) -> None:
+        if (span := self._spans.pop(request_id, None)) is not None:
+            span.end(outcome, error)
 
     def _fail_all(self, status: int, code: str, message: str) -> None:
         self._publish(
@@ -235,6 +255,7 @@ class ServeWorker:
             resident=host.resident,
             loading=host.loading,
             models=host.models,
+            loads=host.loads,
             num_running=host.num_running,
             num_waiting=len(self._reply_channels) if is_unplaced else host.num_waiting,
             max_running=self._options.max_running,

@@ -104,6 +104,8 @@ async def respond(
     await asyncio.sleep(0)  # validating a large body has just taken milliseconds
     own_answer, prompts = generation.begin_answer(body)
     answer: AnyAnswer = rendered or own_answer
+    # The workers log the id of the answer, so it must be in the same line as the request's id.
+    structlog.contextvars.bind_contextvars(generation=answer.id)
     model = await generation.find_model(caller.project_id, body.model)
     answer.model = model.model_id
     recording = None if rendered else recording_of(request, caller, body, own_answer)

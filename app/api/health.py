@@ -7,23 +7,20 @@ from typing import Annotated, Literal
 import structlog
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from prometheus_client import CONTENT_TYPE_LATEST, Gauge, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 from app.api.deps import Principal, require
 from app.api.openapi import TEXT
-from app.db import jobs
 from app.db.health_checks import ping
 from app.db.session import DatabaseUnavailable, PoolExhausted, transaction
+from app.metrics.scrape import Scrape
 from app.routing.router import RequestRouter
 from app.routing.worker_registry import STALLED_SECONDS
 from app.services.traffic.recorder import Recorder
 
 router = APIRouter(tags=["health"])
 log = structlog.get_logger(__name__)
-jobs_by_status = Gauge("stillhouse_jobs", "Jobs by status", ["status"])
-serve_workers = Gauge("stillhouse_serve_workers", "Serve workers that were alive at the last check")
-
 
 CHECK_SECONDS = 1.0  # how long the result of a check is reused
 
@@ -128,11 +125,7 @@ def metrics(
     request: Request, principal: Annotated[Principal, Depends(require("admin"))]
 ) -> Response:
     """Returns Prometheus metrics. They cover all projects, so the key needs the scope `admin`."""
-    request_router: RequestRouter = request.app.state.request_router
-    serve_workers.set(len(request_router.workers))
     recorder: Recorder = request.app.state.recorder
     recorder.note_metrics()
-    with transaction() as session:
-        for status, count in jobs.count_by_status(session).items():
-            jobs_by_status.labels(status).set(count)
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+    scrape: Scrape = request.app.state.scrape
+    return Response(scrape.text(), media_type=CONTENT_TYPE_LATEST)

@@ -5,7 +5,7 @@ import time
 
 import structlog
 from prometheus_client import Counter, Histogram
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -13,10 +13,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import error_response
 from app.errors import BadRequest, StillhouseError, TooLarge
+from app.tracing.spans import current_span, is_tracing, start_span, traceparent_of
 
 log = structlog.get_logger(__name__)
 
 OPENAI_VERSION = "2020-10-01"  # of the API whose format the responses have
+UNTRACED_PATHS = frozenset({"/metrics", "/health/live", "/health/ready"})
 UPLOAD_PATHS = frozenset({"/v1/files", "/v1/models/imports"})  # they have their own, larger limits
 requests_total = Counter(
     "stillhouse_http_requests", "Requests answered", ["method", "route", "status"]
@@ -33,9 +35,10 @@ class RequestFrame:
     and turns unhandled errors into responses.
     """
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, *, logs_requests: bool = False) -> None:
         self.app = app
         self.max_body_bytes = max_body_bytes
+        self.logs_requests = logs_requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -56,9 +59,20 @@ class _Exchange:
         self.num_bytes = 0
         self.is_capped = not (scope["method"] == "POST" and scope["path"] in UPLOAD_PATHS)
         scope.setdefault("state", {})["request_id"] = self.id
+        self.span = None
+        if is_tracing() and scope["path"] not in UNTRACED_PATHS:
+            self.span = start_span(
+                scope["method"],
+                "server",
+                {"http.request.method": scope["method"], "stillhouse.request_id": self.id},
+                parent=Headers(scope=scope).get("traceparent"),
+            )
 
     async def run(self) -> None:
-        with structlog.contextvars.bound_contextvars(request_id=self.id):
+        ids = {"request_id": self.id}
+        if (traceparent := traceparent_of(self.span)) is not None:
+            ids["trace"] = traceparent.split("-")[1]
+        with structlog.contextvars.bound_contextvars(**ids), current_span(self.span):
             try:
                 self.check()
                 await self.frame.app(self.scope, self.receive, self.send)
@@ -76,6 +90,9 @@ class _Exchange:
                 await self.answer(opaque)
             finally:
                 self.count()
+                self.describe_span()
+                if self.frame.logs_requests:
+                    self.log_end()
 
     def check(self) -> None:
         if "\x00" in self.scope["path"] or b"%00" in self.scope["query_string"]:
@@ -125,3 +142,20 @@ class _Exchange:
         if self.seconds is not None:
             request_seconds.labels(self.scope["method"], self.route()).observe(self.seconds)
         requests_total.labels(self.scope["method"], self.route(), str(self.status)).inc()
+
+    def describe_span(self) -> None:
+        if self.span is not None:
+            self.span.update_name(f"{self.scope['method']} {self.route()}")
+            self.span.set_attribute("http.route", self.route())
+            self.span.set_attribute("http.response.status_code", self.status)
+
+    def log_end(self) -> None:
+        """Logs one line. A generation request has bound the id of its answer to the context."""
+        log.info(
+            "request",
+            method=self.scope["method"],
+            route=self.route(),
+            status=self.status,
+            first_byte_seconds=self.seconds and round(self.seconds, 4),
+            seconds=round(time.perf_counter() - self.began, 4),
+        )

@@ -95,10 +95,28 @@ class ModelState(Contract):
     error: str | None = None
 
 
+class EngineLoad(Contract):
+    """Load of the engines that serve one model on one worker, for the metrics of the API.
+
+    num_running, num_waiting: Number of sequences.
+    kv_cache_usage: Used fraction of the KV cache, from 0 to 1.
+    num_prefix_queries, num_prefix_hits: Prompt tokens that were looked up in the prefix cache, and
+        those that were found there, since the model was loaded.
+    """
+
+    model: str
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_prefix_queries: int = 0
+    num_prefix_hits: int = 0
+
+
 class ServeWorkerStatus(Contract):
     """Heartbeat of a serve worker.
 
     engines: Engines whose packages are installed.
+    loads: One entry per model. Empty: a worker of an older version, or one without models.
     resident, loading: Serving keys.
     requests: Ids of the requests whose last reply has not been sent. None: a worker of an older
         version, which does not list them.
@@ -111,6 +129,7 @@ class ServeWorkerStatus(Contract):
     resident: tuple[str, ...] = ()
     loading: tuple[str, ...] = ()
     models: tuple[ModelState, ...] = ()
+    loads: tuple[EngineLoad, ...] = ()
     num_running: int = 0
     num_waiting: int = 0
     requests: frozenset[str] | None = None

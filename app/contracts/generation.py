@@ -157,6 +157,8 @@ class GenerateRequest(Contract):
     deadline_at: In seconds since the epoch.
     tool_use: Only with `messages`.
     template_kwargs: JSON text of further variables for the chat template.
+    traceparent: Context of the client's span, as in W3C Trace Context. Left out of the message
+        unless tracing is on, because workers of older versions refuse unknown fields.
     """
 
     id: str
@@ -175,6 +177,7 @@ class GenerateRequest(Contract):
     tool_use: ToolUse | None = None
     template_kwargs: str = "{}"
     adds_special_tokens: bool = True
+    traceparent: str | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -16,6 +16,7 @@ from app.db.job_states import add_event, lock_job, move
 from app.db.leases import newest_checkpoint
 from app.db.pagination import Order, UnknownCursor, keyset_page
 from app.db.schema.tables import Checkpoint, Event, Job, JobCount, Metric
+from app.tracing.spans import current_traceparent
 
 __all__ = ["UnknownCursor", "add_event", "lock_job"]  # re-exported for users of this module
 
@@ -23,7 +24,12 @@ MAX_POINTS = 100_000  # over all series, per response
 
 
 def insert_job(session: Session, **columns: Any) -> Job:  # Any: the columns of Job, by name
-    """Inserts a queued job and the first events of its history."""
+    """Inserts a queued job and the first events of its history.
+
+    If tracing is on, `request` also gets the context of the current span, for the train worker.
+    """
+    if (traceparent := current_traceparent()) is not None:
+        columns["request"] = {**columns.get("request", {}), "traceparent": traceparent}
     job = Job(**columns)
     session.add(job)
     session.flush()

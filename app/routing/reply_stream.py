@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from app.contracts.generation import MAX_ENTRIES_PER_BATCH, Delta, Done, GenerateRequest
 from app.errors import StillhouseError, Unavailable
+from app.metrics.requests import Outcome, RequestMeter
 
 # Entries (see `Delta.num_entries`) that a stream keeps for a slow client, and 64 more per choice.
 MAX_BACKLOG_ENTRIES = 16_384
@@ -40,10 +41,14 @@ class TokenCount:
 class ReplyStream:
     """Replies to one client request in the order of arrival, each with the index of its prompt.
 
-    `on_end` is called once, when the stream ends for any reason.
+    It ends once: completed after the last reply, failed with an error, or aborted by `close`. Its
+    meter counts the end, and `on_end` is called.
     """
 
-    def __init__(self, num_choices: int, on_end: Callable[[TokenCount], None]) -> None:
+    def __init__(
+        self, num_choices: int, on_end: Callable[[TokenCount], None], meter: RequestMeter
+    ) -> None:
+        self.meter = meter
         self._num_tokens = TokenCount()
         self.prompts_in_flight: set[InFlightPrompt] = set()
         self._max_backlog_entries = MAX_BACKLOG_ENTRIES + 64 * num_choices
@@ -81,29 +86,41 @@ class ReplyStream:
     def put(self, index: int, reply: Delta | Done) -> None:
         self._num_tokens.add(index, reply)
         if self._backlog and self._num_entries >= self._max_backlog_entries:
-            self.fail(
-                Unavailable("the client reads more slowly than the model writes", "slow_client")
-            )
+            slow = Unavailable("the client reads more slowly than the model writes", "slow_client")
+            self._end("aborted", slow)
             return
         self._backlog.append((index, reply))
         self._num_entries += _num_entries(reply)
         self._has_replies.set()
 
+    def complete(self) -> None:
+        """Ends the stream after the last reply. Replies that were not taken yet remain."""
+        self._end("completed")
+
     def fail(self, error: StillhouseError) -> None:
-        if not self._is_ended:
+        """Ends the stream with an error, which the next `take` raises."""
+        self._end("failed", error)
+
+    def close(self) -> None:
+        """Ends the stream and cancels its unfinished prompts on their workers.
+
+        Has no effect if the stream has ended.
+        """
+        self._end("aborted")
+
+    def _end(self, outcome: Outcome, error: StillhouseError | None = None) -> None:
+        if self._is_ended:
+            return
+        self._is_ended = True
+        self.meter.end(outcome, error.code if error is not None else None)
+        if error is not None:
             self._error = error
             self._backlog.clear()
             self._num_entries = 0
-            self.close()
-
-    def close(self) -> None:
-        """Ends the stream and cancels its unfinished prompts on their workers."""
         for prompt_in_flight in list(self.prompts_in_flight):
             prompt_in_flight.hang_up()
-        if not self._is_ended:
-            self._is_ended = True
-            self._has_replies.set()
-            self._on_end(self._num_tokens)
+        self._has_replies.set()
+        self._on_end(self._num_tokens)
 
 
 def _num_entries(reply: Delta | Done) -> int:

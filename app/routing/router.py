@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from typing import TypeVar
 from uuid import uuid4
+from weakref import WeakSet
 
 import structlog
 from pydantic import ValidationError
@@ -28,6 +29,7 @@ from app.contracts.control import Cancel, Keep, Load, ServeWorkerStatus, Unload
 from app.contracts.generation import Done, EngineName, Failure, GenerateRequest, Reply, ReplyBatch
 from app.contracts.messages import control_channel, reply_channel
 from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
+from app.metrics.requests import RequestMetrics
 from app.routing.admission import Admission
 from app.routing.reply_stream import InFlightPrompt, ReplyStream, TokenCount
 from app.routing.task_queue import NotSent, Outbox, queue_key
@@ -82,6 +84,8 @@ class RequestRouter:
             max_tokens=settings.max_waiting_tokens,
             max_requests_per_key=settings.max_requests_per_key,
         )
+        self.metrics = RequestMetrics()
+        self._reply_streams: WeakSet[ReplyStream] = WeakSet()
         self._prompts_in_flight: dict[str, InFlightPrompt] = {}
         self._known_batches: dict[str, None] = {}
         self._tasks: set[asyncio.Task[object]] = set()
@@ -111,11 +115,9 @@ class RequestRouter:
         self._spawn(self._forever(self._watch))
 
     async def stop(self) -> None:
-        """Fails all prompts in flight, cancels them on their workers, and closes connections."""
-        for prompt_in_flight in list(self._prompts_in_flight.values()):
-            prompt_in_flight.reply_stream.fail(
-                Unavailable("the server is shutting down; try again", "draining")
-            )
+        """Fails all reply streams, cancels their prompts on the workers, and closes connections."""
+        for reply_stream in list(self._reply_streams):
+            reply_stream.fail(Unavailable("the server is shutting down; try again", "draining"))
         await asyncio.sleep(0.05)  # lets the tasks run that cancel the prompts
         # Repeated, because redis-py swallows a cancellation that arrives while it connects.
         while self._tasks:
@@ -132,7 +134,9 @@ class RequestRouter:
 
         `on_end` is called once, when the stream ends. Raises Unavailable if there is no worker.
         """
-        reply_stream = ReplyStream(sum(request.n for request in requests), on_end)
+        num_choices = sum(request.n for request in requests)
+        reply_stream = ReplyStream(num_choices, on_end, self.metrics.begin(requests))
+        self._reply_streams.add(reply_stream)
         prompts_in_flight = [
             InFlightPrompt(reply_stream, self.drop, index, request)
             for index, request in enumerate(requests)
@@ -141,6 +145,9 @@ class RequestRouter:
         try:
             for prompt_in_flight in prompts_in_flight:
                 await self._send(prompt_in_flight)
+        except StillhouseError as error:
+            reply_stream.fail(error)
+            raise
         except BaseException:
             reply_stream.close()
             raise
@@ -188,8 +195,13 @@ class RequestRouter:
         prompt_in_flight.wire_id = f"{prompt_in_flight.request.id}.{prompt_in_flight.num_sends}"
         prompt_in_flight.seen_at = time.monotonic()
         self._prompts_in_flight[prompt_in_flight.wire_id] = prompt_in_flight
+        traceparent = prompt_in_flight.reply_stream.meter.traceparent
         message = prompt_in_flight.request.model_copy(
-            update={"id": prompt_in_flight.wire_id, "reply_to": self.api_id}
+            update={
+                "id": prompt_in_flight.wire_id,
+                "reply_to": self.api_id,
+                "traceparent": traceparent,
+            }
         )
         try:
             await self._outbox.send(prompt_in_flight.worker_id, message)
@@ -272,11 +284,12 @@ class RequestRouter:
         self._known_batches[batch.id] = None
         if len(self._known_batches) > MAX_KNOWN_BATCHES:
             del self._known_batches[next(iter(self._known_batches))]
+        now = time.monotonic()
         for reply in batch.replies:
             if (prompt_in_flight := self._prompts_in_flight.get(reply.id)) is not None:
-                self._advance(prompt_in_flight, reply)
+                self._advance(prompt_in_flight, reply, now)
 
-    def _advance(self, prompt_in_flight: InFlightPrompt, reply: Reply) -> None:
+    def _advance(self, prompt_in_flight: InFlightPrompt, reply: Reply, now: float) -> None:
         if isinstance(reply, Failure):
             # Not `drop`, because the worker has already ended the request.
             del self._prompts_in_flight[prompt_in_flight.wire_id]
@@ -285,13 +298,15 @@ class RequestRouter:
             else:
                 prompt_in_flight.reply_stream.fail(error_of(reply))
             return
-        prompt_in_flight.is_heard, prompt_in_flight.seen_at = True, time.monotonic()
-        prompt_in_flight.reply_stream.put(prompt_in_flight.index, reply)
+        reply_stream = prompt_in_flight.reply_stream
+        prompt_in_flight.is_heard, prompt_in_flight.seen_at = True, now
+        reply_stream.meter.note(prompt_in_flight.index, reply, now)
+        reply_stream.put(prompt_in_flight.index, reply)
         if isinstance(reply, Done):
             self._prompts_in_flight.pop(prompt_in_flight.wire_id, None)
-            prompt_in_flight.reply_stream.prompts_in_flight.discard(prompt_in_flight)
-            if not prompt_in_flight.reply_stream.prompts_in_flight:
-                prompt_in_flight.reply_stream.close()
+            reply_stream.prompts_in_flight.discard(prompt_in_flight)
+            if not reply_stream.prompts_in_flight:
+                reply_stream.complete()
 
     def _recover(self, prompt_in_flight: InFlightPrompt, why: str) -> None:
         """Sends the prompt again if no reply to it has arrived; otherwise fails its reply stream.
@@ -305,6 +320,7 @@ class RequestRouter:
             message = f"the worker that generated this answer was lost ({why}); try again"
             prompt_in_flight.reply_stream.fail(Unavailable(message, "worker_lost"))
         else:
+            self.metrics.num_sent_again += 1
             log.info("request_sent_again", id=prompt_in_flight.request.id, reason=why)
             self._spawn(self._send_again(prompt_in_flight))
 
@@ -313,6 +329,10 @@ class RequestRouter:
             await self._send(prompt_in_flight)
         except StillhouseError as error:
             prompt_in_flight.reply_stream.fail(error)
+        except Exception:
+            log.exception("request_not_sent_again", id=prompt_in_flight.request.id)
+            message = "internal server error; try again"
+            prompt_in_flight.reply_stream.fail(StillhouseError(message))
 
     async def _watch(self) -> None:
         while True:

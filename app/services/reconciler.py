@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Final
 
 import structlog
+from prometheus_client import Counter
 
 from app.crash_points import crash_point
 from app.db import reconciliation
@@ -20,6 +21,9 @@ from app.settings import get_settings
 from app.storage import store
 
 log = structlog.get_logger(__name__)
+leases_lost = Counter(
+    "stillhouse_leases_lost", "Leases of jobs that this process ended because they had expired"
+)
 
 NOTIFICATIONS_PER_PASS: Final = 8  # wake-up messages per pass
 CANCEL_HEARTBEATS: Final = 2  # after this many, a job is cancelled without its worker
@@ -68,6 +72,7 @@ class Reconciler:
             raise
         self._last_seen = self._clock()
         crash_point("reconcile.committed")
+        leases_lost.inc(report.num_lost)
         for _ in range(report.num_notified):
             self._notify_workers()
         if report.is_leader and self._is_time_to_collect():

@@ -9,18 +9,22 @@ import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, LiteralString
 
+import httpx
 import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row, scalar_row
 
 from tests.faults.client import TERMINAL, Client, Ledger
 from tests.faults.history import History
-from tests.faults.system import System
+from tests.faults.system import System, wait_until
+from tests.scrapes import missing_ends, scrape
 
 SETTLE_SECONDS: Final = 240.0
+REQUEST_SECONDS: Final = 60.0  # for the requests of clients that have left
 Row = dict[str, Any]  # Any: a row of the database
 
 
@@ -239,6 +243,27 @@ def _unreadable(store: Path, key: str, sha256: object) -> list[str]:
     if hashlib.sha256(manifest).hexdigest() != sha256 or not whole:
         return [f"{key}: not what was stored"]
     return []
+
+
+def _is_accounted(http: httpx.Client, url: str) -> bool:
+    return missing_ends(scrape(http, url)) == 0
+
+
+def unaccounted_requests(system: System) -> list[str]:
+    """Sentences about requests that an API process counts as started, but not as ended."""
+    wrongs = []
+    headers = {"Authorization": f"Bearer {system.admin_key}"}
+    with httpx.Client(headers=headers, timeout=20, trust_env=False) as http:
+        for url in system.api_urls:
+            try:
+                wait_until(
+                    partial(_is_accounted, http, url),
+                    REQUEST_SECONDS,
+                    f"{url}: requests have started, but neither completed, aborted nor failed",
+                )
+            except AssertionError as error:
+                wrongs.append(str(error))
+    return wrongs
 
 
 def _recoveries(attempts: list[Row], faults_at: list[float]) -> list[float]:

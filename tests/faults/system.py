@@ -146,7 +146,7 @@ class System:
         self.valkey = LocalValkey(self.folder / "valkey-data")
         self.data_dir = self.folder / "data"
         self.crash_dir = self.folder / "crash"
-        self.key = ""
+        self.key = self.admin_key = ""
 
     def __enter__(self) -> Self:
         for folder in (self.data_dir, self.crash_dir):
@@ -248,7 +248,9 @@ class System:
             self.network.add(f"{who}-valkey", urlsplit(self.valkey.url).port or 0)
         direct = {"DATABASE_URL": self.postgres.tcp_url, "REDIS_URL": self.valkey.url}
         self.cli("migrate", **direct)
-        self.key = self.cli("keys", "create", "--project", "faults", **direct).split()[-1]
+        new_key = ("keys", "create", "--project", "faults")
+        self.key = self.cli(*new_key, **direct).split()[-1]
+        self.admin_key = self.cli(*new_key, "--scopes", "admin", **direct).split()[-1]
         for i in range(1, self.num_api + 1):
             port = free_port()
             self.network.add(f"client-api-{i}", port)

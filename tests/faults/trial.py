@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from tests.faults.checker import Verdict, check, settle
+from tests.faults.checker import Verdict, check, settle, unaccounted_requests
 from tests.faults.client import TERMINAL, Accepted, Client, Ledger
 from tests.faults.system import START_SECONDS, TEACHER, System, wait_until
 
@@ -148,6 +148,7 @@ class Trial:
             wait_until(partial(self.system.is_ready, url), START_SECONDS, f"{url} is not ready")
         settle(self.system, self.ledger, settle_seconds)
         verdict: Verdict = check(self.system, self.ledger, self.client, self.faults_at)
+        self.wrongs += unaccounted_requests(self.system)
         self.client.close()
         self.ledger.close()
         notes = {**self.notes, "faults": dict(self.faults), "attempts": verdict.attempts}

@@ -66,6 +66,7 @@ class Lease:
     """The right to run a job, and everything that its attempt needs to know.
 
     `token` is the fencing token of all writes. `resume` is the checkpoint to resume from, if any.
+    `traceparent` names the span of the submission, if that was traced.
     """
 
     job_id: str
@@ -74,6 +75,7 @@ class Lease:
     spec: AnyJob
     project_id: str | None
     resume: CheckpointRef | None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,8 @@ def _claim(owner: str) -> Lease | Job | None:
             return leases.fail(session, job.id, job.lease_token, failure)
         resume = _newest(session, job.id, job.lease_token)
         crash_point("claim.inside")
-        return Lease(job.id, job.lease_token, job.attempt, spec, job.project_id, resume)
+        parent = job.request.get("traceparent")
+        return Lease(job.id, job.lease_token, job.attempt, spec, job.project_id, resume, parent)
 
 
 @retry_on_disconnect

@@ -7,6 +7,7 @@ If another worker has taken the job meanwhile, the database refuses the writes o
 
 import threading
 import time
+from contextvars import copy_context
 from typing import Self
 
 import structlog
@@ -40,7 +41,10 @@ class LeaseHeartbeat:
         self._is_refused = False
         self._is_over = threading.Event()
         self._thread = threading.Thread(
-            target=self._beat, name=f"lease-heartbeat-{lease.job_id}", daemon=True
+            target=copy_context().run,  # its log lines name the job
+            args=(self._beat,),
+            name=f"lease-heartbeat-{lease.job_id}",
+            daemon=True,
         )
 
     def __enter__(self) -> Self:

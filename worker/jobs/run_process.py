@@ -9,7 +9,9 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextvars import copy_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 from pydantic import ValidationError
@@ -17,10 +19,14 @@ from pydantic import ValidationError
 from app.contracts.messages import AnyJob, ImportJob
 from app.local.process_manager import environment_without_secrets
 from app.settings import Settings
+from app.tracing.spans import end_span, start_span
 from worker.core_sharing import SharedRun
 from worker.disk import mentions_full_disk
 from worker.errors import DiskFull
-from worker.protocol.run_lines import RunLine, run_line
+from worker.protocol.run_lines import RunLine, StageLine, run_line
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = structlog.get_logger(__name__)
 
@@ -64,7 +70,13 @@ class RunProcess:
         self._lines: queue.Queue[RunLine] = queue.Queue(MAX_WAITING_LINES)
         self._heard_at = time.monotonic()
         self._is_closed = threading.Event()
-        self._reader = threading.Thread(target=self._read, name=f"lines-{self.pid}", daemon=True)
+        self._stage_span: Span | None = None
+        self._reader = threading.Thread(
+            target=copy_context().run,  # its log lines name the job
+            args=(self._read,),
+            name=f"lines-{self.pid}",
+            daemon=True,
+        )
         self._reader.start()
         self._shared = SharedRun(shared_cores, self.pid) if shared_cores is not None else None
 
@@ -133,6 +145,12 @@ class RunProcess:
             os.killpg(self.pid, number)
 
     def _read(self) -> None:
+        try:
+            self._read_lines()
+        finally:
+            end_span(self._stage_span)
+
+    def _read_lines(self) -> None:
         assert self._process.stdout is not None
         with self._process.stdout as pipe:
             for raw in pipe:
@@ -142,8 +160,15 @@ class RunProcess:
                 except ValidationError:
                     log.warning("unreadable_line", pid=self.pid, num_bytes=len(raw))
                     continue
+                if isinstance(line, StageLine):
+                    self._begin_stage(line.name)
                 if not self._put(line):
                     return
+
+    def _begin_stage(self, name: str) -> None:
+        """Starts the span of a stage. Its parent is the span of the attempt."""
+        end_span(self._stage_span)
+        self._stage_span = start_span(f"stage {name}", "internal", {"stillhouse.stage": name})
 
     def _put(self, line: RunLine) -> bool:
         while not self._is_closed.is_set():

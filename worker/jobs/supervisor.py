@@ -3,15 +3,20 @@
 import contextlib
 import shutil
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import structlog
 
 from app.crash_points import crash_point
 from app.settings import get_settings
+from app.tracing.spans import Attribute, current_span, start_span
 from worker.jobs import lease_client
 from worker.jobs.attempt import Attempt
 from worker.jobs.lease_client import Lease, LeaseLost
 from worker.jobs.lease_heartbeat import DATABASE_AWAY, LeaseHeartbeat
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 log = structlog.get_logger(__name__)
 
@@ -32,10 +37,23 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
         if lease is None:
             break
         num_runs += 1
-        log.info("job_claimed", job=lease.job_id, attempt=lease.attempt, kind=lease.spec.kind)
-        crash_point("claim.committed")
-        run_job(lease, should_drain)
+        # Each line that the worker logs from here on names the job, also those of other threads.
+        ids = {"job": lease.job_id, "attempt": lease.attempt}
+        with structlog.contextvars.bound_contextvars(**ids), current_span(job_span(lease)):
+            log.info("job_claimed", kind=lease.spec.kind)
+            crash_point("claim.committed")
+            run_job(lease, should_drain)
     return num_runs
+
+
+def job_span(lease: Lease) -> "Span | None":
+    """Returns a new span for the attempt, whose parent is the request that submitted the job."""
+    attributes: dict[str, Attribute] = {
+        "stillhouse.job.id": lease.job_id,
+        "stillhouse.job.kind": lease.spec.kind,
+        "stillhouse.job.attempt": lease.attempt,
+    }
+    return start_span(f"job {lease.spec.kind}", "consumer", attributes, parent=lease.traceparent)
 
 
 def free_ended() -> None:

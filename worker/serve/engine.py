@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from app.contracts.generation import GenerateRequest, Reply, Sampling
+from worker.serve.decoding.cache_status import CacheStatus
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.logit_processors import processor_for, refuse_unknown_tokens
 from worker.serve.decoding.sampling import SampledToken, TokenSampler
@@ -50,6 +51,10 @@ class Engine(Protocol):
 
     def has_work(self) -> bool:
         """Returns whether `step` would compute anything or return replies."""
+        ...
+
+    def cache_status(self) -> CacheStatus:
+        """Returns the use of the KV cache and of the prefix cache."""
         ...
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
@@ -131,6 +136,9 @@ class TransformersEngine:
 
     def has_work(self) -> bool:
         return bool(self._outbox) or self._decoder.has_work()
+
+    def cache_status(self) -> CacheStatus:
+        return self._decoder.cache_status()
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
         request = constrained(request, self._text)

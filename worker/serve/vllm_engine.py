@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from app.contracts.generation import GenerateRequest, Grammar, Reply
+from worker.serve.decoding.cache_status import CacheStatus
 from worker.serve.decoding.fair_queue import FairQueue
 from worker.serve.decoding.families import SEQ2SEQ, Context
 from worker.serve.decoding.logit_processors import refuse_unknown_tokens
@@ -101,6 +102,7 @@ class VllmEngine:
         self._choices: dict[str, _Choice] = {}  # by vLLM's request id
         self._begun: set[str] = set()  # vLLM's request ids that have tokens
         self._outbox: list[Reply] = []
+        self._num_prefix_queries = self._num_prefix_hits = 0
         weakref.finalize(self, release_core, core)
 
     @property
@@ -113,6 +115,10 @@ class VllmEngine:
 
     def has_work(self) -> bool:
         return bool(self._outbox or self._choices or self._waiting)
+
+    def cache_status(self) -> CacheStatus:
+        cache = self._core.engine_core.engine_core.scheduler.kv_cache_manager
+        return CacheStatus(cache.usage, self._num_prefix_queries, self._num_prefix_hits)
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
         request = constrained(request, self._text)
@@ -235,7 +241,12 @@ class VllmEngine:
             return [self._fail(answer, ServeError(f"vLLM stopped this request ({reason}); retry"))]
         if name not in self._begun and output.prompt_logprobs:
             answer.scores[choice.number] = _scores(choice, output.prompt_logprobs)
-        self._begun.add(name)
+        if name not in self._begun:
+            self._begun.add(name)
+            num_cached = output.num_cached_tokens or 0
+            answer.num_cached = max(answer.num_cached, num_cached)
+            self._num_prefix_queries += len(choice.prompt)
+            self._num_prefix_hits += num_cached
         replies: list[Reply] = []
         self._waiting.charge(choice, len(completion.token_ids))
         last = len(completion.token_ids) - 1

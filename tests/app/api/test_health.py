@@ -1,3 +1,4 @@
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -70,6 +71,14 @@ def test_a_worker_that_computes_nothing_of_what_it_has_does_not_count(
     found = http.get("/health/ready").json()
     assert (found["status"], found["stalled_serve_workers"]) == ("degraded", 1)
     assert found["last_forward_seconds"] == 60
+
+
+def test_a_heartbeat_of_an_older_worker_counts(http: httpx.Client, valkey: str) -> None:
+    beat = {"worker_id": "old", "max_running": 8, "beat_at": time.time()}
+    with redis.Redis.from_url(valkey) as client:
+        client.set(serve_worker_key("old"), json.dumps(beat))
+    wait_for(lambda: http.get("/health/ready").json()["serve_workers"] == 1, 5, "it is not seen")
+    assert "stillhouse_serve_workers 1.0" in http.get("/metrics").text
 
 
 def test_metrics_speak_prometheus_and_only_to_an_operator(

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import event, text
 
 from app.contracts.messages import JobStatus
-from app.db import batches, files, jobs, leases, models, reconciliation
+from app.db import batches, files, health_checks, jobs, leases, models, reconciliation
 from app.db.schema.tables import Model
 from app.db.session import Session, engine, transaction
 
@@ -72,6 +72,8 @@ QUERIES: dict[str, Callable[[Session], object]] = {
     "count_active": lambda session: jobs.count_active(session, "p"),
     "count_by_status": jobs.count_by_status,
     "queue_position": queue_position,
+    "queue_age_seconds": health_checks.queue_age_seconds,
+    "trainer_speeds": health_checks.trainer_speeds,
     "page_jobs": lambda session: jobs.page_jobs(session, "p", kind="distillation"),
     "is_name_taken": lambda session: models.is_name_taken(session, "ds:7"),
     "find_checkpoint": lambda session: models.find_checkpoint(session, "p", "ds:7", 1),

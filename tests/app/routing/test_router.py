@@ -1,6 +1,7 @@
 """The request router over a real Valkey; the tests speak for the workers."""
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -110,6 +111,10 @@ async def staged(settings: Settings) -> AsyncIterator[Stage]:
             yield Stage(request_router, client, control)
         finally:
             await request_router.stop()
+    started, ended, in_progress = itertools.islice(request_router.metrics.collect(), 3)
+    num_started = sum(sample.value for sample in started.samples)
+    assert num_started == sum(sample.value for sample in ended.samples)
+    assert [sample for sample in in_progress.samples if sample.value] == []
 
 
 Scene = Callable[[Stage], Coroutine[object, object, None]]

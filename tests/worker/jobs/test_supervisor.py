@@ -401,11 +401,14 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_of_an_uninterrupted_one(
     calm = add_distillation(tiny_llama_dir, tmp_path, "ftjob-calm")
     run_all()
     killed = add_distillation(tiny_llama_dir, tmp_path, "ftjob-killed")
-    with supervised(killed) as watched:
+    merge = structlog.contextvars.merge_contextvars
+    with structlog.testing.capture_logs([merge]) as lines, supervised(killed) as watched:
         watched.wait_for_checkpoint()
         watched.run_process().send_signal(signal.SIGKILL)
     assert (job(killed).status, job(killed).num_losses) == ("retry_wait", 1)
     assert "SIGKILL" in messages(killed)
+    (death,) = [line for line in lines if line["event"] == "run_died"]
+    assert (death["job"], death["attempt"]) == (killed, 1)
     wake_and_run_all()
     done = job(killed)
     assert (done.status, done.attempt) == ("succeeded", 2)

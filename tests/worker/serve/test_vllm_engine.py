@@ -224,11 +224,27 @@ def test_an_aborted_request_is_heard_of_no_more_and_leaves_the_others_alone(
     engine.add(make_request("goes", n=3, max_tokens=20))
     engine.step()
     assert (engine.num_running, engine.num_waiting) == (4, 0)
+    assert 0 < engine.cache_status().usage < 1
     engine.abort("goes")
     assert engine.num_running == 1
     replies = drain(engine)
+    assert engine.cache_status().usage == 0
     assert {reply.id for reply in replies} == {"stays"}
     assert expected.endswith(text_of(replies, "stays"))
+
+
+@needs_vllm
+def test_tokens_in_the_prefix_cache_are_counted(
+    engine: VllmEngine, make_request: Make, drain: Drain
+) -> None:
+    prompt = tuple(range(3, 203))
+    before = engine.cache_status()
+    for name in ("first", "second"):
+        engine.add(make_request(name, tokens=prompt, max_tokens=2))
+        (done,) = [reply for reply in drain(engine) if isinstance(reply, Done)]
+    status = engine.cache_status()
+    assert status.num_prefix_queries - before.num_prefix_queries == 400
+    assert status.num_prefix_hits - before.num_prefix_hits == done.cached_tokens > 0
 
 
 @needs_vllm

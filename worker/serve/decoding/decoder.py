@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from worker.serve.decoding.cache_status import CacheStatus
 from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.decoding.prompt_scores import PromptScores
 from worker.serve.decoding.sampling import SampledToken, TokenSampler, pick_tokens
@@ -75,6 +76,7 @@ class Decoder:
         )
         self._rows: list[Sequence] = []  # _rows[i] is in row i of the batch
         self._has_prefilled = False
+        self._num_prefix_queries = self._num_prefix_hits = 0
 
     @property
     def num_running(self) -> int:
@@ -86,6 +88,13 @@ class Decoder:
 
     def has_work(self) -> bool:
         return bool(self._rows or self.num_waiting)
+
+    def cache_status(self) -> CacheStatus:
+        """Returns the use of the caches. The tokens of a row fill the columns after its start."""
+        batch = self.batch
+        num_used = batch.num_rows * batch.cursor - sum(batch.starts)
+        usage = num_used / (batch.max_rows * batch.max_width)
+        return CacheStatus(usage, self._num_prefix_queries, self._num_prefix_hits)
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Its prompt and `max_tokens` must fit the context."""
@@ -150,6 +159,8 @@ class Decoder:
             for sequence in plain:
                 num_read = self.batch.num_to_read(sequence.prompt)
                 sequence.num_cached = len(sequence.prompt) - num_read
+                self._num_prefix_queries += len(sequence.prompt)
+                self._num_prefix_hits += sequence.num_cached
             logits.append(self.batch.join([sequence.prompt for sequence in plain]))
         num_joined = max(1, len(scored)) if self.batch.family.can_pad_prompts else 1
         for begin in range(0, len(scored), num_joined):

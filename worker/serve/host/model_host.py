@@ -9,13 +9,14 @@ from typing import NamedTuple, cast
 
 import structlog
 
-from app.contracts.control import Keep, Load, ModelState, ServedModel, Unload
+from app.contracts.control import EngineLoad, Keep, Load, ModelState, ServedModel, Unload
 from app.contracts.generation import Delta, GenerateRequest, Reply
 from app.contracts.messages import ArtifactRef
 from worker.serve.engine import Engine
 from worker.serve.errors import DeadlinePassed, ModelLoading, ModelTooLarge, ServeError, failure_of
 from worker.serve.host.answer_checks import AnswerChecks
 from worker.serve.host.engine_factory import EngineLimits, Fetch, Precision
+from worker.serve.host.engine_loads import engine_loads
 from worker.serve.host.model_cache import ModelCache
 from worker.serve.text.tokenizer_threads import PromptThreads, Replies, Tokens
 
@@ -37,6 +38,7 @@ class HostStatus:
     """
 
     models: tuple[ModelState, ...] = ()
+    loads: tuple[EngineLoad, ...] = ()
     num_running: int = 0
     num_waiting: int = 0
     last_step_at: float | None = None
@@ -335,9 +337,11 @@ class ModelHost:
         self._outbox.append(Addressed(request.reply_to, failure_of(request.id, error)))
 
     def _snapshot(self) -> HostStatus:
-        engines = [resident.engine for _, resident in self._model_cache]
+        residents = [resident for _, resident in self._model_cache]
+        engines = [resident.engine for resident in residents]
         return HostStatus(
             models=self._model_cache.states(),
+            loads=engine_loads(residents, (parked.request for parked in self._parked.values())),
             num_running=sum(engine.num_running for engine in engines),
             num_waiting=sum(engine.num_waiting for engine in engines) + len(self._parked),
             last_step_at=self._last_step_at,

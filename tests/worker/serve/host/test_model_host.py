@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from app.contracts.control import Keep, Load, ServedModel, Unload
+from app.contracts.control import EngineLoad, Keep, Load, ServedModel, Unload
 from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Reply, ServingOptions
 from app.contracts.messages import ArtifactRef
 from worker.serve.errors import ModelLoadFailed
@@ -583,3 +583,28 @@ def test_a_model_served_another_way_is_loaded_beside(
     assert isinstance(failure, Failure)
     assert failure.code == "serving_option_unavailable"
     assert host.status().resident == ("llama",)
+
+
+def test_the_status_has_one_load_per_model(
+    make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
+) -> None:
+    host = make_host()
+    options = {"max_tokens": 200, "ignore_eos": True}
+    plain = ServingOptions(weights="plain")
+    shelf.gates["gpt2"] = threading.Event()
+    host.submit(make_request("a", model="m", weights=ref("llama"), n=2, **options))
+    host.submit(make_request("b", model="m", weights=ref("llama"), serving=plain, **options))
+    run(host, lambda found: {reply.id for _, reply in found} == {"a", "b"})
+    host.submit(make_request("c", model="other", weights=ref("gpt2"), **options))
+    host.step_all()
+    loads = {load.model: load for load in host.status().loads}
+    assert loads.keys() == {"m", "other"}
+    assert (loads["m"].num_running, loads["m"].num_waiting) == (3, 0)
+    assert loads["m"].kv_cache_usage > 0
+    assert loads["m"].num_prefix_queries > 0
+    assert loads["other"] == EngineLoad(model="other", num_waiting=1)
+    for name in ("a", "b", "c"):
+        host.abort(name)
+    shelf.gates["gpt2"].set()
+    settle(host)
+    assert [load.num_running + load.num_waiting for load in host.status().loads] == [0, 0]

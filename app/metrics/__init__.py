@@ -1,0 +1,1 @@
+"""Prometheus metrics of an API process, its serve workers and the database."""

@@ -1,0 +1,1 @@
+"""OpenTelemetry traces, an optional extra."""
