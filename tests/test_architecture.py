@@ -22,6 +22,7 @@ MAX_MODULES = 16  # in one folder
 WORKER_MAY_IMPORT = {
     "app.artifact_cache",
     "app.contracts.architectures",
+    "app.contracts.batch_plan",
     "app.contracts.control",
     "app.contracts.datasets",
     "app.contracts.distillation",

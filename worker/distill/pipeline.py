@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from app.contracts.batch_plan import batch_tokens_of
 from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.data.dataset import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
 from worker.distill.data_parallel import ALONE, Ranks
@@ -27,7 +28,7 @@ from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.training.checkpoint import TrainState, link_folder, load_state
 from worker.distill.training.devices import find_device
 from worker.distill.training.rollouts import check_rollouts, plan_rollouts
-from worker.distill.training.trainer import Stopped, TrainingInputs, batch_tokens_of
+from worker.distill.training.trainer import Stopped, TrainingInputs
 from worker.models.vocabulary import num_token_ids
 from worker.models.vocabulary_trimming import check_trimmable, trim_vocabulary
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle

@@ -16,7 +16,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.distill.data.batching import Batch, collate, cut_batches
+from app.contracts.batch_plan import cut_batches
+from worker.distill.data.batching import Batch, collate
 from worker.distill.data.rows import Example
 from worker.distill.data.sampler import Sampler
 from worker.distill.data_parallel import ALONE, Ranks

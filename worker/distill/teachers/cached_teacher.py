@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from app.contracts.batch_plan import cut_batches
 from worker.cpu import fuse_layers
-from worker.distill.data.batching import collate, cut_batches
+from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import Ranks
 from worker.distill.forward.hidden_states import decoder_states, transform_of

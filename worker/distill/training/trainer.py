@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from app.contracts.batch_plan import BatchPlan, batch_tokens_of, eval_steps_of
 from app.contracts.distillation import EarlyStopping, Hyperparameters, Objective
-from worker.distill.data.batching import BatchPlan, collate
+from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import ALONE, Ranks
 from worker.distill.evaluation.held_out import HeldOut, HeldOutRows
@@ -34,7 +35,6 @@ from worker.distill.training.checkpoint import (
 )
 from worker.distill.training.devices import ON_CPU, Placement
 from worker.distill.training.feature_losses import FeaturePlan, Features
-from worker.distill.training.intervals import eval_steps_of
 from worker.distill.training.layer_fitting import fit_student
 from worker.distill.training.lr_schedule import parameter_groups, peak_learning_rate, scheduled
 from worker.distill.training.rollouts import MicroBatch, RolloutPlan, Rollouts
@@ -50,7 +50,6 @@ from worker.protocol.run_lines import (
     Throttle,
 )
 
-CPU_BATCH_TOKENS = 1024  # larger batches do not make a CPU faster
 CHECKPOINT_SECONDS = 600.0  # seconds; with checkpoint_steps "auto", no more work than this is lost
 METRIC_POINTS = 500  # approximate points per metric of a long run
 
@@ -93,11 +92,6 @@ class TrainingInputs:
     autocast: torch.dtype | None = None  # autocast dtype of the student's layers, None: float32
     matmul_dtype: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
     placement: Placement = ON_CPU  # of the teacher, and of a model of its size beside the student
-
-
-def batch_tokens_of(h: Hyperparameters) -> int:
-    """Returns the tokens per batch, including padding."""
-    return CPU_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
 
 
 class Trainer:
@@ -165,7 +159,8 @@ class Trainer:
         self._throttle = Throttle()
 
     def _set_intervals(self, h: Hyperparameters) -> None:
-        self.eval_steps = eval_steps_of(h, self.plan, self.total_steps, self.setup.valid)
+        num_held_out = sum(example.num_tokens for example in self.setup.valid)
+        self.eval_steps = eval_steps_of(h, self.plan, self.total_steps, num_held_out)
         self.checkpoint_steps = (
             self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
         )
