@@ -7,7 +7,7 @@ fused loss.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from worker.distill.data_parallel import ALONE, Ranks
 from worker.distill.evaluation.held_out import HeldOut, HeldOutRows
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of
+from worker.distill.phase_times import PhaseTimes
 from worker.distill.students.recipe import StudentRecipe, load_student
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.teachers.signals import Signal
@@ -92,6 +93,7 @@ class TrainingInputs:
     autocast: torch.dtype | None = None  # autocast dtype of the student's layers, None: float32
     matmul_dtype: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
     placement: Placement = ON_CPU  # of the teacher, and of a model of its size beside the student
+    phases: PhaseTimes = field(default_factory=PhaseTimes)
 
 
 class Trainer:
@@ -201,14 +203,15 @@ class Trainer:
         # the epoch's last batches first, because a short training never sees those
         order = chain.from_iterable(reversed(self.plan.epoch(0)))
         rows = [self.setup.train[number] for number in order]
-        fit = fit_student(
-            self.model,
-            self.setup.recipe,
-            rows,
-            self.setup.matmul_dtype,
-            self._while_working,
-            placement=self.setup.placement,
-        )
+        with self.setup.phases.phase("layer_fit"):
+            fit = fit_student(
+                self.model,
+                self.setup.recipe,
+                rows,
+                self.setup.matmul_dtype,
+                self._while_working,
+                placement=self.setup.placement,
+            )
         self._update(num_fitted_layers=fit.num_layers)
         if fit.message:
             self.sink(MessageLine(message=fit.message))
@@ -216,9 +219,10 @@ class Trainer:
     def measure(self) -> HeldOut:
         """Evaluates the present student on the held-out rows."""
         teacher = self.setup.teacher if self.setup.has_one_tokenizer else None
-        return self.valid.measure(
-            self.model, self.head, teacher, self._objective(), on_batch=self._tell
-        )
+        with self.setup.phases.phase("evaluation"):
+            return self.valid.measure(
+                self.model, self.head, teacher, self._objective(), on_batch=self._tell
+            )
 
     def _next_pieces(self) -> list[MicroBatch]:
         numbers = self.plan.epoch(self.state.epoch)[self.state.batch]
@@ -333,9 +337,10 @@ class Trainer:
         )
         job_step, best_step = self.state.job_step, self.state.best_step
         is_first = setup.ranks.is_first
-        folder = (
-            save_checkpoint(setup.out, snapshot) if is_first else setup.out / f"step-{job_step}"
-        )
+        folder = setup.out / f"step-{job_step}"
+        if is_first:
+            with setup.phases.phase("saving"):
+                save_checkpoint(setup.out, snapshot)
         if is_best:
             self.best_dir = folder / "model"
         elif self.best_dir is not None:
