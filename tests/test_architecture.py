@@ -34,6 +34,7 @@ WORKER_MAY_IMPORT = {
     "app.contracts.model_sizes",
     "app.contracts.planned_jobs",
     "app.contracts.run_limits",
+    "app.contracts.train_workers",
     "app.crash_points",
     "app.db.checkpoints",
     "app.db.job_states",

@@ -35,8 +35,8 @@ def device_student_bytes(student: DeviceStudent, *, batch_tokens: int, has_autoc
     """Returns the GPU memory of a student in training.
 
     4 bytes per parameter, 12 more if it is trained (gradient and the two moments of AdamW), and 2
-    for the copy made by autocast. Added to these are the activations kept for the backward, the LM
-    head's second gradient, the chunks of the loss, and the teacher's LM head in float32.
+    for the copy made by autocast. Added to these are the activations kept for the backward and the
+    LM head's second gradient. The loss adds its chunks, and the teacher's LM head in float32.
 
     Attention scores are not counted, because fused attention does not keep them.
     """

@@ -1,4 +1,4 @@
-"""What a run needed: its peak memory, and the time of its phases beside what was expected.
+"""Cost of a run: its peak memory, and the time of its phases beside the expected time.
 
 Estimates of later jobs are scaled by these figures (app.services.estimates).
 """
