@@ -21,7 +21,9 @@ from typing import Final, Self
 import structlog
 from pydantic import ValidationError
 from redis import Redis
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
+from redis.retry import Retry
 
 from app.contracts.train_workers import MachineProfile, TrainWorkerStatus, train_worker_key
 from app.parent_death import tethered
@@ -50,6 +52,7 @@ class Presence:
             settings.redis_url,
             socket_timeout=SOCKET_SECONDS,
             socket_connect_timeout=SOCKET_SECONDS,
+            retry=Retry(NoBackoff(), 1),  # a connection may be stale after a restart of Redis
         )
         self._path = profile_path(settings)
         self._profile = load_profile(self._path)

@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -125,7 +126,7 @@ def _row_counts(
     scale: float,
     valid: Sequence[RowSize],
     valid_scale: float,
-) -> dict[str, float]:
+) -> dict[str, Any]:  # Any: whole numbers and means
     """Returns the fields of `RowCounts` that sum over rows."""
     both = [(train, scale), (valid, valid_scale)]
     sizes = [*train, *valid]
