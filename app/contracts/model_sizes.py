@@ -23,6 +23,7 @@ Json = dict[str, Any]  # Any: a model's config.json
 LAYER: Final = re.compile(r"^(.*?)\.(\d+)\.")
 HEAD: Final = re.compile(r"(^|\.)(lm_head|embed_out|predictions\.decoder)\.weight$")
 HEADS: Final = ("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
+BUFFER: Final = "final_logits_bias"  # a buffer that BART stores with its weights
 MAX_HEADER_BYTES: Final = 100 * 10**6
 
 
@@ -49,6 +50,7 @@ class ModelSizes:
     """Parameters of a model by part. `stacks` is the encoder and the decoder, or the only stack.
 
     table_parameters: Embeddings and everything else outside the layers, without the LM head.
+    encoder_parameters: The part of `table_parameters` that belongs to the encoder alone.
     head_parameters: The LM head, H x V.
     is_tied: The LM head shares its matrix with the embedding, which counts in `head_parameters`.
     """
@@ -60,6 +62,7 @@ class ModelSizes:
     hidden_size: int
     mlp_size: int
     num_heads: int
+    encoder_parameters: int = 0
 
     @property
     def layer_parameters(self) -> int:
@@ -111,6 +114,8 @@ def measure_model(shapes: Shapes, config: Json) -> ModelSizes:
     layers: dict[str, dict[int, list[tuple[int, ...]]]] = {}
     outside: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
+        if name == BUFFER:
+            continue
         found = LAYER.match(name)
         if found is None:
             outside[name] = shape
@@ -124,7 +129,10 @@ def measure_model(shapes: Shapes, config: Json) -> ModelSizes:
     mlp_size = max(
         max(shape) for name in names for shape in layers[name][min(layers[name])] if len(shape) == 2
     )
-    vocabulary = max(shape[0] for shape in tables.values())
+    halves = (config, config.get("decoder") or {})
+    sizes = {shape[0] for shape in tables.values()}
+    named = {half.get("vocab_size") for half in halves} & sizes
+    vocabulary = max(named or sizes)
     heads = [shape for name, shape in tables.items() if HEAD.search(name)]
     embeddings = [
         shape for name, shape in tables.items() if shape[0] == vocabulary and not HEAD.search(name)
@@ -135,7 +143,6 @@ def measure_model(shapes: Shapes, config: Json) -> ModelSizes:
     total = sum(math.prod(shape) for shape in outside.values())
     if heads and is_tied:
         total -= math.prod(head)
-    halves = (config, config.get("decoder") or {})
     return ModelSizes(
         stacks=tuple(_stack(layers[name], mlp_size) for name in names),
         table_parameters=total - math.prod(head),
@@ -144,6 +151,11 @@ def measure_model(shapes: Shapes, config: Json) -> ModelSizes:
         hidden_size=head[1],
         mlp_size=mlp_size,
         num_heads=next((int(c[name]) for c in halves for name in HEADS if c.get(name)), 1),
+        encoder_parameters=sum(
+            math.prod(shape)
+            for name, shape in outside.items()
+            if len(layers) > 1 and "encoder." in name and "decoder" not in name
+        ),
     )
 
 
@@ -239,5 +251,5 @@ def num_trained(student: Student, sizes: ModelSizes) -> int:
     if student.freeze_head:
         number -= sizes.head_parameters
     if student.freeze_encoder and len(sizes.stacks) > 1:
-        number -= sizes.stacks[0].num_parameters
+        number -= sizes.stacks[0].num_parameters + sizes.encoder_parameters
     return number

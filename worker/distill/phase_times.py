@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ class PhaseTimes:
         self, *, before_seconds: float = 0.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock
-        self._seconds: Counter[Phase] = Counter()
+        self._seconds: dict[Phase, float] = {}
         self._phases: list[Phase] = ["start"]
         self._since = clock() - before_seconds
 
@@ -44,7 +43,8 @@ class PhaseTimes:
 
     def _count(self) -> None:
         now = self._clock()
-        self._seconds[self._phases[-1]] += now - self._since
+        phase = self._phases[-1]
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._since
         self._since = now
 
 

@@ -1,5 +1,6 @@
 """Reads what finished jobs needed, from their results."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,8 @@ class JobCost:
 
     kind: str
     version: int
-    seconds: dict[str, float]
-    reference_seconds: dict[str, float]
+    seconds: Mapping[str, float]
+    reference_seconds: Mapping[str, float]
     has_bfloat16: bool
     teacher: str
     answer_tokens: float | None

@@ -26,7 +26,7 @@ def _read(key: str, sha256: str | None) -> ModelSizes:
     """Reads the headers. A stored folder never changes, so the result is kept."""
     files = store()
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in files.names(key):
+    for name in files.children(key):
         if name.endswith(".safetensors"):
             with files.open(f"{key}/{name}") as file:
                 shapes |= read_shapes(file)

@@ -97,17 +97,16 @@ def count(request: CountRequest) -> CountReply:
     """Returns the counts of a job's rows and steps."""
     try:
         training, scale = _sizes(request, request.training)
-        validation = request.validation and _sizes(request, request.validation)
-        test = request.test and _sizes(request, request.test)
+        validation = _sizes(request, request.validation) if request.validation else None
+        tests, test_scale = _sizes(request, request.test) if request.test else ([], 1.0)
     except FileNotFoundError:
         return CountReply(counts=None)
     if validation is None:
         held_out = hold_out([size.question for size in training], scale)
         train = [size for i, size in enumerate(training) if i not in held_out]
-        valid, valid_scale = [training[i] for i in sorted(held_out)], 1.0
+        valid, valid_scale = [training[i] for i in sorted(held_out)], scale
     else:
         train, (valid, valid_scale) = training, validation
-    tests, test_scale = test or ([], 1.0)
     return CountReply(
         counts=RowCounts(
             **_row_counts(request, train, scale, valid, valid_scale),
@@ -184,7 +183,7 @@ def hold_out(questions: Sequence[str], scale: float) -> set[int]:
     """
     num_rows = len(questions)
     wanted = max(1, min(round(num_rows * scale) // 10, MAX_VALIDATION_ROWS))
-    wanted = min(wanted, num_rows - 1)
+    wanted = min(max(1, round(wanted / scale)), num_rows - 1)
     groups: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
         groups.setdefault(question, []).append(i)

@@ -31,7 +31,7 @@ def settings(
 def test_a_worker_is_alive_until_it_ends(settings: Settings) -> None:
     with Presence("train-1", settings) as worker:
         wait_for(lambda: len(live_train_workers() or ()) == 1, 10, "no heartbeat arrives")
-        (status,) = live_train_workers() or ()
+        (status,) = live_train_workers() or []
         assert (status.worker_id, status.job_id, status.profile) == ("train-1", None, None)
         assert status.memory_bytes > 2**28
         assert status.free_disk_bytes > 0
