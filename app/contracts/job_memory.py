@@ -14,8 +14,8 @@ MIB = 2**20
 AUTOCAST_BYTES = 2
 # A process that has imported its libraries, with its threads and its compiled kernels.
 PROCESS_BYTES = 560 * MIB
-# Memory that freed blocks leave in the allocator, as a share of what was used.
-FRAGMENTATION = 0.04
+# Memory of activations on a CPU, relative to `layer_values`: gradients exist beside them.
+ACTIVATION_FACTOR = 1.15
 CHECKPOINT_BYTES = 6 * MIB  # tokenizer, state and manifest of a checkpoint
 
 
@@ -78,15 +78,23 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
 
 def cpu_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int:
     """Returns the peak resident memory of the run process on a CPU."""
-    return PROCESS_BYTES + round(
-        (1 + FRAGMENTATION) * max(cpu_phases(job, rows, has_bfloat16=has_bfloat16).values())
-    )
+    return PROCESS_BYTES + max(cpu_phases(job, rows, has_bfloat16=has_bfloat16).values())
+
+
+def mapped_bytes(job: PlannedJob) -> int:
+    """Returns the least part of `cpu_bytes` that the system can take back from a run.
+
+    Weights that are only read are mapped from their files. They count as resident memory, but the
+    system can drop their pages and read them again.
+    """
+    return max(job.start.num_bytes, job.teacher.num_bytes if job.has_teacher else 0)
 
 
 def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[str, int]:
     """Returns the memory of each phase of a run, without that of an idle process.
 
-    A model that only runs forward has packed weights beside the plain ones.
+    A model that only runs forward has packed weights beside the plain ones. The choice of layers,
+    the student and layer fitting each map the file of the start model.
     """
     sizes, trained = job.students[-1], job.trained[-1]
     packed = 0.5 if has_bfloat16 else 1.0
@@ -94,9 +102,10 @@ def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[
     teacher_head = 4 * job.teacher.head_parameters if job.uses_rows_of_teacher else 0
     tokens = max(min(job.batch_tokens, rows.train_tokens), rows.longest_tokens)
     per_token = 4 * sizes.num_layers * layer_values(sizes.hidden_size, sizes.mlp_size)
+    activations = round(ACTIVATION_FACTOR * tokens * per_token)
     loss = CPU_CHUNK_BYTES * (1 if job.has_expected_rows else 2)
     loss += 4 * sizes.head_parameters * job.trains_head
-    training = sizes.num_bytes + 12 * trained + tokens * per_token + loss
+    training = sizes.num_bytes + 12 * trained + activations + loss
     phases = {
         "training": training + teacher_head,
         "evaluation": teacher_head
@@ -109,12 +118,14 @@ def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[
         phases["training"] += teacher_bytes
     if job.fits_layers:
         start = _packed_bytes(job.start.num_bytes, packed)
+        chosen = start if job.block.student.layer_choice != "first_and_last" else 0
         per_row = rows.train_tokens // max(1, rows.num_train)
         num_fit = FIT_ROWS if job.block.student.fit_rows == "auto" else job.block.student.fit_rows
         num_tokens = min(num_fit, rows.num_train) * per_row
         streams = min(FIT_BYTES, num_tokens * 8 * sizes.hidden_size * sizes.num_layers)
         work = num_tokens * 4 * (4 * sizes.hidden_size + 4 * sizes.mlp_size)
-        phases["layer_fit"] = sizes.num_bytes + start + streams + work + teacher_head
+        loaded = start + chosen + job.start.num_bytes
+        phases["layer_fit"] = sizes.num_bytes + loaded + streams + work + teacher_head
     return phases
 
 

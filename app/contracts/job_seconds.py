@@ -47,7 +47,7 @@ OPTIMIZER_PARAMETERS: Final = 0.5e9  # per second
 LAYER_CALL_SECONDS: Final = 0.0015  # overhead of a layer in a training step
 LAYER_DECODE_SECONDS: Final = 0.0004  # overhead of a layer in a decode step
 STEP_SECONDS: Final = 0.006  # overhead of a step
-START_SECONDS: Final = 9.0  # process start, imports, and the supervisor's work before them
+START_SECONDS: Final = 6.0  # process start, imports, and the supervisor's work before them
 ROW_SECONDS: Final = 0.0006  # reading and encoding a row
 SAVE_SECONDS: Final = 1.0  # export, model card and registration
 CHECKPOINT_SECONDS: Final = 0.3
@@ -126,14 +126,13 @@ def _teacher(job: PlannedJob, rows: RowCounts, speed: float, num_cached: int) ->
         num_rows = rows.num_train + rows.num_valid
         share = 1 - min(1.0, num_cached / max(1, num_rows))
         seconds += share * _forward(job.teacher, rows.teacher_tokens, speed)
-        if job.has_expected_rows:  # the logits, and the expectation of the head's rows
+        if job.has_expected_rows:  # the logits, their softmax, and the expectation of head rows
             targets = rows.train_targets + rows.valid_targets
-            seconds += share * 2 * _head(job.teacher, targets, speed)
+            seconds += share * 3 * _head(job.teacher, targets, speed)
         seconds += job.teacher.num_bytes / LOAD_BYTES
         seconds += _forward(job.teacher, rows.test_tokens, speed)
     if job.keeps_teacher:
-        num_epochs = rows.num_steps / max(1, rows.steps_per_epoch)
-        seconds += num_epochs * _forward(job.teacher, rows.train_tokens, speed)
+        seconds += rows.num_epochs * _forward(job.teacher, rows.train_tokens, speed)
     return seconds
 
 
@@ -156,7 +155,7 @@ def _layer_fit(job: PlannedJob, rows: RowCounts, speed: float) -> float:
 
 
 def _training(job: PlannedJob, rows: RowCounts, speed: float) -> float:
-    num_epochs = rows.num_steps / max(1, rows.steps_per_epoch)
+    num_epochs = rows.num_epochs
     num_tokens, num_targets = num_epochs * rows.train_tokens, num_epochs * rows.train_targets
     runs = list(zip(job.students, job.trained, strict=True))
     if job.block.evaluation.ce_baseline:

@@ -131,7 +131,7 @@ def measure_model(shapes: Shapes, config: Json) -> ModelSizes:
     )
     halves = (config, config.get("decoder") or {})
     sizes = {shape[0] for shape in tables.values()}
-    named = {half.get("vocab_size") for half in halves} & sizes
+    named = sizes & {half.get("vocab_size") for half in halves}
     vocabulary = max(named or sizes)
     heads = [shape for name, shape in tables.items() if HEAD.search(name)]
     embeddings = [

@@ -24,7 +24,7 @@ class RowCounts:
     longest_tokens: Length of the longest row.
     num_test, test_tokens: Test rows and their tokens.
     label_tokens: Length of the longest answer if the answers are class labels, else None.
-    num_steps, steps_per_epoch: Steps of one student.
+    num_steps, num_epochs: Steps and epochs of one student.
     num_evals: Evaluations during the training of one student, without the first.
     """
 
@@ -40,7 +40,7 @@ class RowCounts:
     answer_tokens: float
     longest_tokens: int
     num_steps: int
-    steps_per_epoch: int
+    num_epochs: float
     num_evals: int
     num_test: int = 0
     test_tokens: int = 0

@@ -75,7 +75,7 @@ def count_rows(spec: RunSpec, rows: Rows, *, num_steps: int) -> RowCounts:
         answer_tokens=_targets(examples) / len(examples),
         longest_tokens=max(example.num_tokens for example in examples),
         num_steps=num_steps,
-        steps_per_epoch=len(plan.epoch(0)),
+        num_epochs=h.n_epochs * num_steps / plan.num_steps(h.n_epochs),
         num_evals=-(-num_steps // eval_steps_of(h, plan, max(1, num_steps), num_held_out)),
         num_test=num_test,
         test_tokens=num_test * valid_tokens // len(rows.valid),

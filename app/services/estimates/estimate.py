@@ -86,7 +86,6 @@ def known_answer_tokens(plan: submission.Plan, costs: Sequence[JobCost]) -> floa
 def answer(basis: Basis, settings: Settings) -> JobEstimate:
     """Returns the response body."""
     job, rows, machine = basis.job, basis.rows, basis.machine
-    num_epochs = rows.num_steps / rows.steps_per_epoch
     memory = machine.needed_bytes(job, rows)
     free = store().free_bytes()
     has_disk = free is None or needed_disk(job, rows, settings) <= free
@@ -98,7 +97,7 @@ def answer(basis: Basis, settings: Settings) -> JobEstimate:
     workers = basis.workers or ()
     return JobEstimate(
         num_rows=rows.num_train,
-        num_tokens=round(num_epochs * rows.train_tokens) * job.num_runs,
+        num_tokens=round(rows.num_epochs * rows.train_tokens) * job.num_runs,
         num_epochs=job.block.hyperparameters.n_epochs,
         num_steps=rows.num_steps * job.num_runs,
         seconds=seconds,

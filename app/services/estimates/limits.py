@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from app.contracts.distillation import Distillation, Student
-from app.contracts.job_memory import cpu_bytes, device_bytes, disk_bytes
+from app.contracts.job_memory import cpu_bytes, device_bytes, disk_bytes, mapped_bytes
 from app.contracts.planned_jobs import PlannedJob, RowCounts
 from app.contracts.train_workers import TrainWorkerStatus
 from app.errors import BadRequest
@@ -15,7 +15,7 @@ from app.settings import Settings
 from app.storage import store
 
 GIB = 2**30
-# Estimates are within this factor of real runs, so a job that needs more than this cannot fit.
+# Estimates of memory are within this factor of real runs.
 ACCURACY = 1.2
 LEAST_BATCH_TOKENS = 64
 
@@ -46,11 +46,16 @@ class Machine:
         needed = cpu_bytes if self.device == "cpu" else device_bytes
         return needed(job, rows, has_bfloat16=self.has_bfloat16 and not is_exact)
 
-    def has_room(self, job: PlannedJob, rows: RowCounts, *, factor: float = 1.0) -> bool:
-        """Returns whether the job fits if the estimate is too high by `factor`."""
-        return self.memory_bytes is None or (
-            self.needed_bytes(job, rows) <= factor * self.memory_bytes
-        )
+    def has_room(self, job: PlannedJob, rows: RowCounts) -> bool:
+        """Returns whether the job fits according to the estimate."""
+        return self.memory_bytes is None or self.needed_bytes(job, rows) <= self.memory_bytes
+
+    def may_have_room(self, job: PlannedJob, rows: RowCounts) -> bool:
+        """Returns whether the job may fit: the estimate may be too high, and pages be dropped."""
+        if self.memory_bytes is None:
+            return True
+        droppable = mapped_bytes(job) if self.device == "cpu" else 0
+        return self.needed_bytes(job, rows) - droppable <= ACCURACY * self.memory_bytes
 
 
 def inspect(plan: submission.Plan, settings: Settings) -> None:
@@ -75,7 +80,7 @@ def refuse_too_large(job: PlannedJob, rows: RowCounts, settings: Settings) -> No
             "insufficient_storage",
         )
     machines = [Machine.of(worker) for worker in live_train_workers() or ()]
-    if not machines or any(m.has_room(job, rows, factor=ACCURACY) for m in machines):
+    if not machines or any(m.may_have_room(job, rows) for m in machines):
         return
     largest = largest_of(machines)
     raise BadRequest(

@@ -50,7 +50,7 @@ def rough_counts(plan: Plan) -> RowCounts:
         answer_tokens=tokens / num_rows / 2,
         longest_tokens=longest,
         num_steps=1,
-        steps_per_epoch=1,
+        num_epochs=1.0,
         num_evals=1,
     )
 

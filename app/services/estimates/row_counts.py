@@ -154,7 +154,7 @@ def _scaled(sizes: Sequence[RowSize], scale: float) -> int:
 
 def _steps(
     request: CountRequest, train: Sequence[RowSize], scale: float, valid: Sequence[RowSize]
-) -> dict[str, int]:
+) -> dict[str, Any]:  # Any: whole numbers and a share
     """Returns the fields of `RowCounts` about steps, planned as the trainer plans them."""
     h = request.hyperparameters
     plan = BatchPlan(
@@ -164,14 +164,14 @@ def _steps(
         batch_rows=h.batch_rows,
     )
     num_planned = min(h.n_epochs, MAX_PLANNED_EPOCHS)
-    num_steps = round(scale * plan.num_steps(num_planned) * h.n_epochs / num_planned)
-    num_steps = max(1, min(num_steps, h.max_steps or num_steps))
+    full_steps = max(1, round(scale * plan.num_steps(num_planned) * h.n_epochs / num_planned))
+    num_steps = min(full_steps, h.max_steps or full_steps)
     num_held_out = sum(size.num_tokens for size in valid)
     interval = eval_steps_of(h, plan, max(1, round(num_steps / scale)), num_held_out)
     interval = interval if h.eval_steps != "auto" else max(1, round(interval * scale))
     return {
         "num_steps": num_steps,
-        "steps_per_epoch": max(1, round(scale * len(plan.epoch(0)))),
+        "num_epochs": h.n_epochs * num_steps / full_steps,
         "num_evals": -(-num_steps // interval),
     }
 

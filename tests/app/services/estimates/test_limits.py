@@ -19,7 +19,7 @@ LARGE = ModelSizes(
 ROWS = RowCounts(
     num_train=1000, num_valid=100, train_tokens=300_000, train_targets=200_000, valid_tokens=30_000,
     valid_targets=20_000, teacher_tokens=330_000, num_unanswered=0, prompt_tokens=100, answer_tokens=200,
-    longest_tokens=500, num_steps=900, steps_per_epoch=300, num_evals=10,
+    longest_tokens=500, num_steps=900, num_epochs=3.0, num_evals=10,
 )  # fmt: skip
 
 
@@ -31,7 +31,7 @@ def planned(*, has_teacher: bool = True, **block: Any) -> PlannedJob:
 def test_a_smaller_batch_is_advised_if_it_fits() -> None:
     job = planned(student={"num_layers": 8}, hyperparameters={"batch_tokens": 100_000})
     small = replace(job, block=next(smaller_jobs(job))[1])
-    machine = Machine("cpu", True, small and cpu_bytes(small, ROWS, has_bfloat16=True) + 1)
+    machine = Machine("cpu", True, cpu_bytes(small, ROWS, has_bfloat16=True) + 1)
     assert not machine.has_room(job, ROWS)
     assert advice(job, ROWS, machine) == "this would fit: hyperparameters.batch_tokens = 64"
 

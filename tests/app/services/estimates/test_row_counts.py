@@ -134,7 +134,7 @@ def test_rows_are_counted_as_a_run_counts_them(
     assert counted.train_tokens == expected.train_tokens
     assert counted.valid_tokens == expected.valid_tokens
     assert counted.longest_tokens == expected.longest_tokens
-    assert counted.steps_per_epoch == expected.steps_per_epoch
+    assert counted.num_epochs == expected.num_epochs == 2
     lengths = [example.num_tokens for example in rows_of_run(spec).train]
     assert counted.num_steps == BatchPlan(lengths, batch_tokens=128, seed=3).num_steps(2)
     assert counted.train_targets == pytest.approx(expected.train_targets, rel=0.1)
@@ -162,7 +162,7 @@ def test_an_encoder_decoder_reads_two_sequences(
     assert (counted.num_train, counted.num_valid) == (30, 5)
     assert counted.train_tokens == pytest.approx(expected.train_tokens, rel=0.02)
     assert counted.valid_tokens == pytest.approx(expected.valid_tokens, rel=0.05)
-    assert counted.steps_per_epoch == pytest.approx(expected.steps_per_epoch, abs=1)
+    assert counted.num_epochs == pytest.approx(expected.num_epochs, rel=0.1)
 
 
 def test_answers_of_the_teacher_are_assumed(
