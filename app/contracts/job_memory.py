@@ -13,7 +13,7 @@ from app.contracts.run_limits import CPU_CHUNK_BYTES, FIT_BYTES, FIT_ROWS, LOSS_
 MIB = 2**20
 AUTOCAST_BYTES = 2
 # A process that has imported its libraries, with its threads and its compiled kernels.
-PROCESS_BYTES = 560 * MIB
+PROCESS_BYTES = 505 * MIB
 # Memory of activations on a CPU, relative to `layer_values`: gradients exist beside them.
 ACTIVATION_FACTOR = 1.15
 CHECKPOINT_BYTES = 6 * MIB  # tokenizer, state and manifest of a checkpoint
@@ -103,17 +103,18 @@ def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[
     tokens = max(min(job.batch_tokens, rows.train_tokens), rows.longest_tokens)
     per_token = 4 * sizes.num_layers * layer_values(sizes.hidden_size, sizes.mlp_size)
     activations = round(ACTIVATION_FACTOR * tokens * per_token)
-    loss = CPU_CHUNK_BYTES * (1 if job.has_expected_rows else 2)
+    chunk = min(CPU_CHUNK_BYTES, 4 * sizes.vocab_size * tokens)
+    loss = chunk * (1 if job.has_expected_rows else 2)
     loss += 4 * sizes.head_parameters * job.trains_head
     training = sizes.num_bytes + 12 * trained + activations + loss
     phases = {
         "training": training + teacher_head,
         "evaluation": teacher_head
-        + CPU_CHUNK_BYTES
+        + chunk
         + max(_packed_bytes(sizes.num_bytes, packed), teacher_bytes, job.start.num_bytes * 2),
     }
     if job.has_teacher:
-        phases["teacher"] = teacher_bytes + teacher_head + CPU_CHUNK_BYTES
+        phases["teacher"] = teacher_bytes + teacher_head + chunk
     if job.uses_rows_of_teacher:  # the first epoch computes the rows that are not in the cache
         phases["training"] += teacher_bytes
     if job.fits_layers:
