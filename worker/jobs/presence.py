@@ -182,7 +182,7 @@ def profile_path(settings: Settings) -> Path:
         _cpu_model(),
         str(os.cpu_count()),
         str(settings.num_threads),
-        os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+        settings.train_cuda_devices,
     ]
     name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     home = Path(os.path.expanduser("~/.cache/stillhouse"))
