@@ -19,6 +19,7 @@ class JobCost:
     """Measured cost of a finished job.
 
     kind: Method and start of the student, see `kind_of`.
+    device: "cpu" or "cuda".
     seconds, reference_seconds: Time of each phase, and that on the reference machine.
     teacher, answer_tokens: The teacher, and the mean length of its answers if it gave any.
     """
@@ -28,6 +29,7 @@ class JobCost:
     seconds: Mapping[str, float]
     reference_seconds: Mapping[str, float]
     has_bfloat16: bool
+    device: str
     teacher: str
     answer_tokens: float | None
 
@@ -74,6 +76,7 @@ def _cost(
         seconds=spent,
         reference_seconds={name: float(value) for name, value in cost["reference_seconds"].items()},
         has_bfloat16=bool(cost.get("has_bfloat16")),
+        device=str(cost.get("device")),
         teacher=teacher,
         answer_tokens=float(answer_tokens) if isinstance(answer_tokens, int | float) else None,
     )

@@ -69,11 +69,17 @@ def estimate_job(principal: Principal, asked: CreateJob) -> JobEstimate:
         rows=counted.counts,
         sampled_share=counted.sampled_share,
         answer_tokens=answer_tokens,
-        speed=speed_of(costs, profiles, kind=kind),
+        speed=speed_of(costs, profiles, kind=kind, device=device_of(workers or ())),
         workers=workers,
         num_waiting=num_waiting,
     )
     return answer(basis, get_settings())
+
+
+def device_of(workers: Sequence[TrainWorkerStatus]) -> str | None:
+    """Returns the device on which the workers train, or None if it is unknown."""
+    devices = {worker.profile.device for worker in workers if worker.profile is not None}
+    return max(devices, default=None)
 
 
 def known_answer_tokens(plan: submission.Plan, costs: Sequence[JobCost]) -> float | None:

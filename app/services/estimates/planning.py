@@ -84,11 +84,7 @@ def count_rows(plan: Plan, answer_tokens: float | None) -> CountReply:
         raise BadRequest(message, "invalid_file", "training_file") from fault
     counted = CountReply.model_validate_json(reply)
     if counted.counts is None:
-        raise BadRequest(
-            "the content of a file is no longer in the store; upload it again",
-            "invalid_file",
-            "training_file",
-        )
+        raise BadRequest(counted.fault, "invalid_file", "training_file")
     return counted
 
 

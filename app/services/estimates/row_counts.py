@@ -65,11 +65,16 @@ class CountRequest(Contract):
 class CountReply(Contract):
     """Counts of a job's rows. `sampled_share` is the share of the training file that was counted.
 
-    `counts` is None if a file is no longer in the store.
+    If `counts` is None, `fault` says why the rows cannot be counted.
     """
 
     counts: RowCounts | None
     sampled_share: float = 1.0
+    fault: str = ""
+
+
+class NoTokens(Exception):
+    """No row of a file can be tokenised."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +105,14 @@ def count(request: CountRequest) -> CountReply:
         validation = _sizes(request, request.validation) if request.validation else None
         tests, test_scale = _sizes(request, request.test) if request.test else ([], 1.0)
     except FileNotFoundError:
-        return CountReply(counts=None)
+        fault = "the content of a file is no longer in the store; upload it again"
+        return CountReply(counts=None, fault=fault)
+    except NoTokens as fault:
+        return CountReply(counts=None, fault=str(fault))
     if validation is None:
         held_out = hold_out([size.question for size in training], scale)
-        train = [size for i, size in enumerate(training) if i not in held_out]
+        is_split = len(held_out) < len(training)  # with one question, both sides have all rows
+        train = [size for i, size in enumerate(training) if not is_split or i not in held_out]
         valid, valid_scale = [training[i] for i in sorted(held_out)], scale
     else:
         train, (valid, valid_scale) = training, validation
@@ -179,7 +188,8 @@ def _steps(
 def hold_out(questions: Sequence[str], scale: float) -> set[int]:
     """Returns the rows that a job holds out, given the hash of each row's question.
 
-    The rule is that of worker/distill/data/split.py for rows that have one question each.
+    The rule is that of worker/distill/data/split.py for rows that have one question each. If all
+    rows have the same question, returns all.
     """
     num_rows = len(questions)
     wanted = max(1, min(round(num_rows * scale) // 10, MAX_VALIDATION_ROWS))
@@ -191,7 +201,7 @@ def hold_out(questions: Sequence[str], scale: float) -> set[int]:
     for question in sorted(groups):
         if len(chosen) + len(groups[question]) <= wanted:
             chosen.update(groups[question])
-    return chosen or {0}
+    return chosen or set(min(groups.values(), key=len))
 
 
 def _sizes(request: CountRequest, file: CountedFile) -> tuple[list[RowSize], float]:
@@ -202,9 +212,22 @@ def _sizes(request: CountRequest, file: CountedFile) -> tuple[list[RowSize], flo
         for number, line in enumerate(lines):
             if line.strip():
                 num_rows += 1
-                if number % stride == 0:
-                    sizes.append(_size(request, parse_row(line), is_answered=file.is_answered))
+                if number % stride == 0 and (size := _size_of_line(request, line, file)):
+                    sizes.append(size)
+    if not sizes:
+        raise NoTokens("no row can be tokenised by the tokenizer of a model; change the rows")
     return sizes, num_rows / len(sizes)
+
+
+def _size_of_line(request: CountRequest, line: bytes, file: CountedFile) -> RowSize | None:
+    """Returns the size of a row, or None if a tokenizer cannot split it."""
+    try:
+        return _size(request, parse_row(line), is_answered=file.is_answered)
+    except BaseException as error:
+        # The Rust library raises PanicException, which is no subclass of Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        return None
 
 
 def _size(request: CountRequest, row: Row, *, is_answered: bool) -> RowSize:

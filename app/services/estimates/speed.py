@@ -39,14 +39,23 @@ class Speed:
 
 
 def speed_of(
-    costs: Sequence[JobCost], profiles: Sequence[MachineProfile], *, kind: str
+    costs: Sequence[JobCost],
+    profiles: Sequence[MachineProfile],
+    *,
+    kind: str,
+    device: str | None = None,
 ) -> Speed | None:
     """Returns the measured speed, or None if nothing was measured.
 
     `costs` are those of finished jobs, the newest first, and `kind` is the method and the start of
-    the student. Jobs of this kind count if there are any, else jobs of other kinds.
+    the student. Jobs of this kind count if there are any, else jobs of other kinds. With `device`,
+    only jobs on such a device count.
     """
-    known = [cost for cost in costs if cost.version == VERSION and cost.seconds]
+    known = [
+        cost
+        for cost in costs
+        if cost.version == VERSION and cost.seconds and device in (None, cost.device)
+    ]
     used = ([cost for cost in known if cost.kind == kind] or known)[:NUM_JOBS]
     if used:
         what = "finished job" if len(used) == 1 else "finished jobs"

@@ -108,6 +108,7 @@ def test_the_time_comes_from_a_matmul_and_then_from_finished_jobs(bench: Bench) 
     job_id = bench.http.post("/v1/fine_tuning/jobs", json=bench.body()).json()["id"]
     cost = {
         "version": VERSION,
+        "device": "cpu",
         "has_bfloat16": True,
         "seconds": dict.fromkeys(PHASES, 20.0),
         "reference_seconds": dict.fromkeys(PHASES, 10.0),

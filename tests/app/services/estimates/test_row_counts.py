@@ -229,6 +229,28 @@ def test_a_large_file_is_sampled(
     assert sampled.counts.num_steps == pytest.approx(whole.counts.num_steps, rel=0.15)
 
 
+@pytest.mark.parametrize(("num_rows", "expected"), [(1, (1, 1)), (3, (3, 3)), (2, (1, 1))])
+def test_few_rows_are_split_as_in_a_run(
+    put_rows: Callable[..., CountedFile],
+    reader_of: Callable[..., Reader],
+    tiny_llama_dir: Path,
+    num_rows: int,
+    expected: tuple[int, int],
+) -> None:
+    """Three rows with one question are on both sides, and one of two questions is held out."""
+    rows = [completion(i if num_rows == 2 else 0) for i in range(num_rows)]
+    request = CountRequest(
+        training=put_rows(rows),
+        readers=(reader_of(tiny_llama_dir),),
+        answer_tokens=0,
+        hyperparameters=Hyperparameters(),
+        seed=0,
+    )
+    counted = count(request).counts
+    assert counted is not None
+    assert (counted.num_train, counted.num_valid) == expected
+
+
 def test_a_lost_file_has_no_counts(
     put_rows: Callable[..., CountedFile], reader_of: Callable[..., Reader], tiny_llama_dir: Path
 ) -> None:
@@ -239,4 +261,6 @@ def test_a_lost_file_has_no_counts(
         hyperparameters=Hyperparameters(),
         seed=0,
     )
-    assert count(request).counts is None
+    reply = count(request)
+    assert reply.counts is None
+    assert "upload it again" in reply.fault

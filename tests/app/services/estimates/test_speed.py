@@ -18,6 +18,7 @@ def cost(factor: float, kind: str = "distillation layers", version: int = VERSIO
         seconds={phase: factor * seconds for phase, seconds in reference.items()},
         reference_seconds=reference,
         has_bfloat16=False,
+        device="cpu",
         teacher="t",
         answer_tokens=None,
     )
@@ -52,6 +53,10 @@ def test_a_phase_that_no_job_had_gets_the_factor_of_the_whole_job() -> None:
     found = speed_of([cost(2.0)], [], kind="distillation layers")
     assert found is not None
     assert found.factors["layer_fit"] == pytest.approx(2.0)
+
+
+def test_jobs_on_another_device_do_not_count() -> None:
+    assert speed_of([cost(2.0)], [], kind="distillation layers", device="cuda") is None
 
 
 def test_figures_of_other_versions_are_not_compared() -> None:
