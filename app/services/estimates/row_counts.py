@@ -201,7 +201,8 @@ def hold_out(questions: Sequence[str], scale: float) -> set[int]:
     for question in sorted(groups):
         if len(chosen) + len(groups[question]) <= wanted:
             chosen.update(groups[question])
-    return chosen or set(min(groups.values(), key=len))
+    smallest: list[int] = min(groups.values(), key=len)
+    return chosen or set(smallest)
 
 
 def _sizes(request: CountRequest, file: CountedFile) -> tuple[list[RowSize], float]:
