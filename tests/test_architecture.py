@@ -22,12 +22,19 @@ MAX_MODULES = 16  # in one folder
 WORKER_MAY_IMPORT = {
     "app.artifact_cache",
     "app.contracts.architectures",
+    "app.contracts.batch_plan",
     "app.contracts.control",
     "app.contracts.datasets",
     "app.contracts.distillation",
     "app.contracts.generation",
+    "app.contracts.job_memory",
+    "app.contracts.job_seconds",
     "app.contracts.messages",
     "app.contracts.model_files",
+    "app.contracts.model_sizes",
+    "app.contracts.planned_jobs",
+    "app.contracts.run_limits",
+    "app.contracts.train_workers",
     "app.crash_points",
     "app.db.checkpoints",
     "app.db.job_states",
@@ -136,7 +143,8 @@ def test_only_the_cpu_package_knows_its_kernels() -> None:
 def test_model_types_are_named_only_by_the_table_and_its_adapters() -> None:
     allowed = {
         "app/contracts/architectures.py",
-        "app/contracts/distillation.py",  # families of fresh students, in these two as well
+        "app/contracts/distillation.py",  # families of fresh students, in these three as well
+        "app/contracts/model_sizes.py",
         "app/services/fine_tuning/student_rules.py",
         "app/services/submission.py",
         "worker/cpu/llama_decoder.py",

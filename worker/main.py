@@ -65,6 +65,7 @@ def main(arguments: list[str]) -> int:
 def train(settings: Settings, announce: Callable[[], None]) -> int:
     """Runs a train worker: one job at a time, each in its own run process."""
     # Imported here, because a serve worker needs neither the supervisor nor the database.
+    from worker.jobs.presence import Presence
     from worker.jobs.supervisor import run_until_idle
 
     if settings.train_cuda_devices:
@@ -76,8 +77,9 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
     worker_id = new_worker_id("train")
     app = make_app(settings, TRAIN_QUEUE)
 
+    presence = Presence(worker_id, settings)
     work_loop = WorkLoop(
-        lambda: run_until_idle(worker_id, is_draining.is_set),
+        lambda: run_until_idle(worker_id, is_draining.is_set, presence.note_job),
         every_seconds=settings.ring_again_seconds,
     )
 
@@ -92,7 +94,7 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
         announce()
 
     add_wake_up(app, work_loop.wake_up)
-    with work_loop:
+    with presence, work_loop:
         try:
             return run(app, worker_id, num_threads=1, ready=ready, drain=drain)
         finally:

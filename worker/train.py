@@ -24,11 +24,13 @@ from transformers import PreTrainedModel
 
 from app import crash_points
 from app.contracts.distillation import ExportFormat
+from app.contracts.run_limits import MAX_RUNNING
 from app.settings import get_settings
 from worker.disk import is_disk_full
 from worker.distill.data.sampler import Generation
 from worker.distill.data_parallel import ALONE, Ranks, join, leave
 from worker.distill.missing_results import MissingPart, attempt
+from worker.distill.phase_times import PhaseTimes, process_seconds
 from worker.distill.pipeline import distil
 from worker.distill.training.rollouts import sources_of
 from worker.distill.training.trainer import Stopped
@@ -45,7 +47,6 @@ imports_done()
 
 Json = dict[str, Any]  # Any: part of the public result
 KIND_OF: dict[ExportFormat, Kind] = {"gguf_f16": "f16", "gguf_q8_0": "q8_0"}
-MAX_RUNNING = 64  # sequences that are decoded together
 
 
 class EngineSampler:
@@ -116,14 +117,18 @@ def run(
     sink: Callable[[RunLine], None],
     should_stop: Callable[[], bool],
     ranks: Ranks = ALONE,
+    *,
+    is_process: bool = False,
 ) -> int:
     """Runs the spec, writes a line with its outcome to `sink`, and returns the exit status.
 
-    Errors that a retry may fix are raised.
+    `is_process` says that the run is all that this process does, so that its start counts as a part
+    of the run. Errors that a retry may fix are raised.
     """
     try:
         check_exports(spec)
-        outcome = distil(spec, out, sink, EngineSampler, should_stop, ranks)
+        phases = PhaseTimes(before_seconds=process_seconds() if is_process else 0.0)
+        outcome = distil(spec, out, sink, EngineSampler, should_stop, ranks, phases)
         leave()
         if not ranks.is_first:
             return 0
@@ -231,7 +236,8 @@ def main() -> int:
             lines.write(line.model_dump_json() + "\n")
 
     # Rank 0 decides for all ranks when to stop.
-    return run(spec, arguments.out, write, should_stop if ranks.is_first else lambda: False, ranks)
+    is_asked_to_stop = should_stop if ranks.is_first else lambda: False
+    return run(spec, arguments.out, write, is_asked_to_stop, ranks, is_process=True)
 
 
 if __name__ == "__main__":

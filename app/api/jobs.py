@@ -14,6 +14,7 @@ from app.api.strict_route import StrictRoute
 from app.db import jobs as job_rows
 from app.db.session import transaction
 from app.errors import BadRequest
+from app.schemas.estimates import JobEstimate
 from app.schemas.files import Deleted
 from app.schemas.jobs import (
     CheckpointObject,
@@ -26,6 +27,7 @@ from app.schemas.jobs import (
 )
 from app.schemas.listing import Listing, ends
 from app.services import jobs
+from app.services.estimates import estimate
 from app.services.retries import MAX_TIMEOUT_SECONDS, RetryInfo
 
 router = APIRouter(route_class=StrictRoute, prefix="/v1/fine_tuning/jobs", tags=["jobs"])
@@ -76,6 +78,15 @@ def create_job(
     if accepted.is_replay:
         response.headers["idempotent-replayed"] = "true"
     return JobObject.model_validate(accepted.body)
+
+
+@router.post("/estimate")
+def estimate_job(asked: CreateJob, principal: Writer) -> JobEstimate:
+    """Estimates the tokens, steps, memory, disk and time of a job, from the body that creates it.
+
+    The body is validated as for a new job, and nothing is stored.
+    """
+    return estimate.estimate_job(principal, asked)
 
 
 def metadata_filter(request: Request) -> dict[str, str] | None:

@@ -25,6 +25,7 @@ from app.schemas.jobs import CreateJob, ImportObject, JobObject
 from app.schemas.models import ImportModel
 from app.schemas.traffic import DatasetObject
 from app.services import submission
+from app.services.estimates import limits
 from app.services.fine_tuning.supervised import refuse_unsupported
 from app.services.retries import (
     RetryInfo,
@@ -64,12 +65,11 @@ def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> 
     submitted = record_attempt(principal, JOBS_ROUTE, attempted, sha256)
     if submitted.job is not None:
         return replayed(submitted.job)
-    settings = get_settings()
     job_id = f"ftjob-{secrets.token_hex(12)}"
     with transaction() as session:
         demand_room(session, principal.project_id)
         plan = submission.plan(session, principal.project_id, asked, short=job_id[-8:])
-    submission.inspect(plan, settings)
+    limits.inspect(plan, get_settings())
 
     def insert(session: Session) -> Job:
         """Resolves the inputs again, since one may have been deleted, and inserts the job."""

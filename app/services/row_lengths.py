@@ -141,10 +141,25 @@ def ask(question: Check, project_id: str, *, param: str | None = None) -> CheckR
         TooManyRequests: Too many checks are running, for this project or in total.
         StillhouseError: The child process failed.
     """
+    try:
+        reply = run_check("app.services.row_lengths", question, project_id)
+    except subprocess.TimeoutExpired as fault:
+        raise _timed_out(question, param) from fault
+    return CheckResult.model_validate_json(reply)
+
+
+def run_check(module: str, question: Contract, project_id: str) -> bytes:
+    """Runs a module in a child process with a question on its standard input; returns its output.
+
+    Raises:
+        TimeoutExpired: The check took too long.
+        TooManyRequests: Too many checks are running, for this project or in total.
+        StillhouseError: The child process failed.
+    """
     with RUNNING.one_more(project_id):
         try:
             process = subprocess.run(
-                tethered([sys.executable, "-m", "app.services.row_lengths"]),
+                tethered([sys.executable, "-m", module]),
                 input=question.model_dump_json().encode(),
                 capture_output=True,
                 timeout=CHECK_SECONDS,
@@ -155,12 +170,12 @@ def ask(question: Check, project_id: str, *, param: str | None = None) -> CheckR
             stderr = fault.stderr[-2000:].decode(errors="replace")
             log.error("row_check_failed", status=fault.returncode, stderr=stderr)
             raise StillhouseError("the rows of the file could not be checked; try again") from fault
-        except subprocess.TimeoutExpired as fault:
+        except subprocess.TimeoutExpired:
             log.warning(
                 "row_check_timed_out", seconds=CHECK_SECONDS, question=question.model_dump()
             )
-            raise _timed_out(question, param) from fault
-    return CheckResult.model_validate_json(process.stdout)
+            raise
+    return process.stdout
 
 
 def _timed_out(question: Check, param: str | None) -> BadRequest:
@@ -223,7 +238,7 @@ def count_tokens(row: Row, tokenizer: Tokenizer, reader: Reader, *, is_answered:
     """
     cost = reader.cost
     if "messages" in row:
-        num_tools = _count(tokenizer, texts_of_tools(row))
+        num_tools = count_texts(tokenizer, texts_of_tools(row))
         return num_tools + count_chat(row["messages"], tokenizer, cost, is_answered=is_answered)
     has_template = cost != NO_TEMPLATE
     asked, *answer = [
@@ -257,10 +272,11 @@ def count_chat(
     num_further = len(roles) - roles.count("system") - num_assistant - 1
     added = cost.first + cost.user * num_further + cost.assistant * (num_assistant - is_answered)
     added += (cost.system if "system" in roles else 0) + (cost.end if is_answered else 1)
-    return added + sum(_count(tokenizer, texts_of_message(message)) for message in messages)
+    return added + sum(count_texts(tokenizer, texts_of_message(message)) for message in messages)
 
 
-def _count(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+def count_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> int:
+    """Returns the number of tokens of texts, without special tokens."""
     return sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
 
 

@@ -1,7 +1,7 @@
 """Checks of a job request before its job is queued.
 
-They find missing models and files, combinations that cannot work, rows that are too long, and a
-disk that is too small.
+They find missing models and files, combinations that cannot work, and rows that are too long.
+Memory and disk are checked by app.services.estimates.limits.
 """
 
 import re
@@ -28,12 +28,7 @@ from app.services.row_lengths import (
     ask,
 )
 from app.services.training_rows import UNANSWERED
-from app.settings import Settings
-from app.storage import store
 
-# Disk that a job needs: weights and two Adam moments, in the run and in three checkpoints. In units
-# of the weights of the model that the student starts from.
-STUDENT_COPIES = 6
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
 # Counts in the details of a file, and what the rows have.
 TOOL_COUNTS = {"num_rows_with_tools": "tools", "num_rows_with_tool_calls": "tool calls"}
@@ -171,12 +166,11 @@ def artifact(row: File) -> ArtifactRef:
     return ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.sha256)
 
 
-def inspect(plan: Plan, settings: Settings) -> None:
-    """Runs the checks that read the store: free disk space, vocabulary size and row lengths.
+def inspect(plan: Plan) -> None:
+    """Runs the checks that read the store: vocabulary size, chat template and row lengths.
 
     They take seconds, so call this outside a transaction. Raises BadRequest or TooManyRequests.
     """
-    check_disk(plan.start, settings)
     check_vocabulary(plan)
     check_template(plan)
     check_lengths(plan, plan.training, "training_file")
@@ -184,18 +178,6 @@ def inspect(plan: Plan, settings: Settings) -> None:
         check_lengths(plan, plan.validation, "validation_file")
     if plan.test is not None:
         check_lengths(plan, plan.test, TEST_FILE)
-
-
-def check_disk(start: ModelFacts, settings: Settings) -> None:
-    """Raises BadRequest if the store has too little free space for the job."""
-    free = store().free_bytes()
-    needed = start.weights_bytes * STUDENT_COPIES + settings.min_free_bytes
-    if free is not None and free < needed:
-        raise BadRequest(
-            f"not enough disk: the job needs about {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
-            f"delete files or models, or pick a smaller student",
-            "insufficient_storage",
-        )
 
 
 def check_vocabulary(plan: Plan) -> None:

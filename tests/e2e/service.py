@@ -7,14 +7,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import psutil
+import pytest
+from openai.types.fine_tuning import FineTuningJob
 
 from app.local.embedded_servers import free_port
 
 TEACHER = "tiny-llama"
+Json = dict[str, Any]  # Any: JSON bodies of the public API
 FAST = {
     "STILLHOUSE_HEARTBEAT_SECONDS": "0.5",
     "STILLHOUSE_LEASE_SECONDS": "6",
@@ -121,3 +125,23 @@ def start_service(data_dir: Path, **extra: str) -> Service:
         time.sleep(0.2)
     service.stop()
     raise AssertionError((data_dir / "up.log").read_text()[-4000:])
+
+
+def estimate(client: openai.OpenAI, **body: Any) -> Json:
+    """The estimate of a job that would be created with these arguments."""
+    return client.post("/fine_tuning/jobs/estimate", body=body, cast_to=dict)
+
+
+def assert_estimated(estimated: Json, job: FineTuningJob) -> None:
+    """What was estimated is what the job needed: tokens and steps nearly, memory within a factor of 1.2.
+
+    Time is compared by bench/estimates.py.
+    """
+    result = job.model_dump()["result"]
+    entries = result.get("ladder") or [result]
+    assert estimated["num_rows"] == result["num_train_rows"]
+    assert estimated["num_tokens"] == pytest.approx(job.trained_tokens, rel=0.1)
+    num_steps = sum(entry["num_planned_steps"] for entry in entries)
+    assert estimated["num_steps"] == pytest.approx(num_steps, rel=0.1, abs=len(entries))
+    ratio = estimated["peak_memory_bytes"] / result["cost"]["peak_memory_bytes"]
+    assert 1 / 1.2 < ratio < 1.2, (estimated, result["cost"])

@@ -8,7 +8,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.e2e.service import TEACHER, Service
+from tests.e2e.service import TEACHER, Service, assert_estimated, estimate
 from tests.tiny import save_tiny
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -73,30 +73,33 @@ def method(
 
 
 @pytest.fixture(scope="module")
-def jobs(service: Service, training_file: str) -> dict[str, str]:
-    """The jobs of all pairs, queued at once."""
+def jobs(service: Service, training_file: str) -> dict[str, tuple[str, Json]]:
+    """The jobs of all pairs, queued at once, with their estimates."""
+    found = {}
     with service.client() as client:
-        return {
-            name: client.fine_tuning.jobs.create(
-                model=start,
-                training_file=training_file,
-                method=method(teacher, student, objective={"teacher_signal": asked}),
-            ).id
-            for name, (teacher, start, student, asked, _) in PAIRS.items()
-        }
+        for name, (teacher, start, student, signal, _) in PAIRS.items():
+            body: Json = {
+                "model": start,
+                "training_file": training_file,
+                "method": method(teacher, student, objective={"teacher_signal": signal}),
+            }
+            found[name] = (client.fine_tuning.jobs.create(**body).id, estimate(client, **body))
+    return found
 
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_pair_is_distilled_and_its_student_answers(
-    client: openai.OpenAI, jobs: dict[str, str], name: str
+    client: openai.OpenAI, jobs: dict[str, tuple[str, Json]], name: str
 ) -> None:
     deadline = time.monotonic() + 300
-    job = client.fine_tuning.jobs.retrieve(jobs[name])
+    job_id, estimated = jobs[name]
+    job = client.fine_tuning.jobs.retrieve(job_id)
     while job.status in {"queued", "running"} and time.monotonic() < deadline:
         time.sleep(0.3)
         job = client.fine_tuning.jobs.retrieve(job.id)
     assert job.status == "succeeded", job.error
     assert job.model_dump()["result"]["teacher_signal"] == PAIRS[name][-1]
+    assert_estimated(estimated, job)
     answer = client.completions.create(
         model=job.fine_tuned_model or "", prompt=QUESTIONS[0], max_tokens=6, temperature=0
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from app.contracts.batch_plan import batch_tokens_of
 from worker.distill.data.dataset import Rows
 from worker.distill.data.rows import Example
 from worker.distill.data.sampler import Sampler
@@ -15,7 +16,6 @@ from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of
 from worker.distill.model_pair import ModelPair
 from worker.distill.teachers.cached_teacher import CachedTeacher
-from worker.distill.training.trainer import batch_tokens_of
 from worker.models.architectures import kind_of
 from worker.protocol.run_spec import RunSpec
 

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from app.contracts.batch_plan import batch_tokens_of
 from app.contracts.distillation import HiddenTerm, Objective
 from worker.cpu import prepare_for_inference
 from worker.distill.data.dataset import Reader, Rows
@@ -34,7 +35,6 @@ from worker.distill.training.checkpoint import file_sha256
 from worker.distill.training.devices import CPU, Device, Placement, find_needs, place
 from worker.distill.training.feature_losses import FeaturePlan
 from worker.distill.training.teacher_adaptation import Adaptation, adapt
-from worker.distill.training.trainer import CPU_BATCH_TOKENS
 from worker.errors import TokenizerMismatch, UnsupportedModel, VocabMismatch
 from worker.models.architectures import kind_of, read_config
 from worker.protocol.run_spec import RunSpec
@@ -136,7 +136,7 @@ class ModelPair:
         block = self.spec.distillation
         num_layers = max(block.student.ladder) if block.student.ladder else None
         recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, block.student, num_layers)
-        then, tokens = block.objective.then, block.hyperparameters.batch_tokens
+        then = block.objective.then
         sources = {block.data.completions, then.completions if then else None}
         # rollouts are never in the row cache
         needs = find_needs(
@@ -144,7 +144,7 @@ class ModelPair:
             recipe,
             self.student.config,
             self.teacher.config,
-            batch_tokens=CPU_BATCH_TOKENS if tokens == "auto" else tokens,
+            batch_tokens=batch_tokens_of(block.hyperparameters),
             can_cache=can_cache and not sources & {"student", "replay"},
         )
         placed = place(self.card, needs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from app.contracts.batch_plan import batch_tokens_of
 from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.data.dataset import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
 from worker.distill.data_parallel import ALONE, Ranks
@@ -15,19 +16,26 @@ from worker.distill.evaluation.report import Evaluator, Tell, before_and_after
 from worker.distill.evaluators import Evaluators, SamplerFor
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
+from worker.distill.phase_times import PhaseTimes
+from worker.distill.run_costs import cost_of
 from worker.distill.student_runs import (
     StudentRun,
     calibrated,
     plan_student_runs,
     with_measured_layers,
 )
-from worker.distill.student_sweep import EvaluatorFor, SelectedStudent, StudentSweep
+from worker.distill.student_sweep import (
+    EvaluatorFor,
+    SelectedStudent,
+    StudentSweep,
+    draw_ladder,
+)
 from worker.distill.students.recipe import StudentRecipe, load_model, num_parameters
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.training.checkpoint import TrainState, link_folder, load_state
 from worker.distill.training.devices import find_device
 from worker.distill.training.rollouts import check_rollouts, plan_rollouts
-from worker.distill.training.trainer import Stopped, TrainingInputs, batch_tokens_of
+from worker.distill.training.trainer import Stopped, TrainingInputs
 from worker.models.vocabulary import num_token_ids
 from worker.models.vocabulary_trimming import check_trimmable, trim_vocabulary
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
@@ -51,12 +59,14 @@ def distil(
     sampler_for: SamplerFor,
     should_stop: Callable[[], bool],
     ranks: Ranks = ALONE,
+    phases: PhaseTimes | None = None,
 ) -> Outcome:
     """Runs `spec` to its end, or resumes it from `spec.resume_dir`, as one of the given ranks.
 
     Raises Stopped if `should_stop` returns true, and WorkerError for permanent failures.
     """
-    return Pipeline(spec, out, sink, sampler_for, should_stop, ranks).run()
+    phases = phases or PhaseTimes()
+    return Pipeline(spec, out, sink, sampler_for, should_stop, ranks, phases).run()
 
 
 class Pipeline:
@@ -70,6 +80,7 @@ class Pipeline:
         sampler_for: SamplerFor,
         should_stop: Callable[[], bool],
         ranks: Ranks,
+        phases: PhaseTimes,
     ) -> None:
         self.spec = spec
         self.out = out
@@ -78,6 +89,7 @@ class Pipeline:
         self.should_stop = should_stop
         self.block = spec.distillation
         self.ranks = ranks
+        self.phases = phases
         asked = self.block.hyperparameters.precision
         if asked == "auto" and spec.resume_dir is not None:
             asked = load_state(spec.resume_dir).precision or asked
@@ -98,17 +110,17 @@ class Pipeline:
         if self.spec.has_teacher and signal.name != "logits":
             self.sink(MessageLine(message=f"teacher signal: {signal.name} ({signal.reason})"))
         # the first rank generates the teacher's answers, and the others read them from disk
-        rows = self.ranks.first_then_others(lambda: self._preparation().rows())
-        self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
-        runs = self._measured(runs, rows)
+        with self.phases.phase("teacher"):
+            rows = self.ranks.first_then_others(lambda: self._preparation().rows())
+            self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
+        with self.phases.phase("layer_fit"):
+            runs = self._measured(runs, rows)
         teacher = self._teacher(rows, runs[0].recipe)
         with ExitStack() as open_teachers:
             if teacher is not None:
                 open_teachers.callback(teacher.close)
             setup = self._setup(rows, runs[0].recipe, teacher, state)
             self._check_resumed(state, setup)
-            if self.ranks.count > 1:
-                self.sink(MessageLine(message=f"{self.ranks.count} processes share every batch"))
             if teacher is not None:
                 self._place_teacher(teacher)
             now = {
@@ -136,7 +148,9 @@ class Pipeline:
         if not self.ranks.is_first:
             return Outcome("student", selected.result, taught.trained_tokens)
         result = self._result(rows, selected, num_computed)
-        self._save_student(selected, rows, result)
+        with self.phases.phase("saving"):
+            self._save_student(selected, rows, result)
+        result |= cost_of(self.pair, rows, self.phases, taught.state.finished, num_computed)
         return Outcome(
             "student", result, taught.trained_tokens, self._ladder_files(selected, result)
         )
@@ -195,25 +209,14 @@ class Pipeline:
         if not self.block.student.ladder:
             return ()
         result["ladder"] = selected.ladder
-        files = attempt("ladder_plot", "plot_failed", lambda: self._draw(selected))
+        files = attempt(
+            "ladder_plot", "plot_failed", lambda: draw_ladder(selected, self.block, self.out)
+        )
         if not isinstance(files, MissingPart):
             return files
         self.sink(files.event("the student is registered without it"))
         result["missing"] = [*result.get("missing", []), files.model_dump()]
         return ()
-
-    def _draw(self, selected: SelectedStudent) -> tuple[str, ...]:
-        """Draws the ladder into the run's folder, and returns the names of the files."""
-        # imports matplotlib, which few jobs need
-        from worker.distill.evaluation.ladder_plot import StudentPoint, write_ladder
-
-        points = [
-            StudentPoint(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])
-            for entry in selected.ladder
-        ]
-        teacher = StudentPoint(self.block.teacher, selected.result.get("teacher", {}))
-        paths = write_ladder(points, teacher, self.out, self.block.evaluation.gate)
-        return tuple(path.name for path in paths)
 
     def _teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher | None:
         """Returns the teacher with its row cache, or None if the run has no teacher."""
@@ -221,6 +224,7 @@ class Pipeline:
             return None
         # the first rank decides whether there is a row cache, and the others follow
         teacher = self.ranks.first_then_others(lambda: self.pair.cached_teacher(rows, recipe))
+        teacher.phases = self.phases
         for note in teacher.notes:
             self.sink(MessageLine(message=note))
         return teacher
@@ -310,6 +314,8 @@ class Pipeline:
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # not in the stubs
 
     def _check_resumed(self, state: TrainState, setup: TrainingInputs) -> None:
+        if self.ranks.count > 1:
+            self.sink(MessageLine(message=f"{self.ranks.count} processes share every batch"))
         if self.spec.resume_dir is not None and state.inputs_sha256 != setup.inputs_sha256:
             self._warn(
                 "the job's inputs have changed since the checkpoint: the result will not be bit-identical"
@@ -360,6 +366,7 @@ class Pipeline:
             placement=self.pair.placement,
             rollouts=plan_rollouts(self.spec, rows, num_token_ids(tokenizer), self.sampler_for),
             features=self.pair.features(rows),
+            phases=self.phases,
         )
 
     def _test_evaluator_for(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.contracts.distillation import Evaluation, Gate
+from app.contracts.distillation import Distillation, Evaluation, Gate
 from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.evaluation.held_out import size_of
 from worker.distill.evaluation.model_selection import LESS_IS_BETTER, choose, passes
@@ -221,7 +221,8 @@ class StudentSweep:
 
     def _evaluated(self, evaluate: Callable[[], Entry], decision: str) -> Entry:
         """Returns the evaluation. If it fails, warns and returns an entry with the missing part."""
-        evaluation = attempt("evaluation", EvaluationFailed.code, evaluate)
+        with self.setup.phases.phase("evaluation"):
+            evaluation = attempt("evaluation", EvaluationFailed.code, evaluate)
         if not isinstance(evaluation, MissingPart):
             return evaluation
         return {"missing": [self._warn_of(evaluation, decision)]}
@@ -278,14 +279,15 @@ class StudentSweep:
             finished_dirs=self._finished_dirs,
             num_runs_after=self.num_runs - number - 1,
         )
-        trainer = Trainer(
-            setup,
-            self.state,
-            self.sink,
-            self.should_stop,
-            report=lambda share: self._percent(number, TRAINING_SHARE * share),
-        )
-        self.state, best_dir = trainer.run()
+        with self.setup.phases.phase("training"):
+            trainer = Trainer(
+                setup,
+                self.state,
+                self.sink,
+                self.should_stop,
+                report=lambda share: self._percent(number, TRAINING_SHARE * share),
+            )
+            self.state, best_dir = trainer.run()
         num_planned = trainer.total_steps
         del trainer
         gc.collect()  # modules form reference cycles, and the evaluation needs the memory
@@ -309,6 +311,20 @@ class StudentSweep:
             percent, until = self._span
             percent = round(percent + (until - percent) * share, 1)
             self.sink(ProgressLine(percent=percent, step=self.state.job_step))
+
+
+def draw_ladder(selected: SelectedStudent, block: Distillation, out: Path) -> tuple[str, ...]:
+    """Draws the ladder into a folder, and returns the names of the files."""
+    # imports matplotlib, which few jobs need
+    from worker.distill.evaluation.ladder_plot import StudentPoint, write_ladder
+
+    points = [
+        StudentPoint(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])
+        for entry in selected.ladder
+    ]
+    teacher = StudentPoint(block.teacher, selected.result.get("teacher", {}))
+    paths = write_ladder(points, teacher, out, block.evaluation.gate)
+    return tuple(path.name for path in paths)
 
 
 def _figures(entry: Entry) -> Entry:

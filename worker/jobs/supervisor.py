@@ -21,10 +21,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 
-def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
+def run_until_idle(
+    worker_id: str,
+    should_drain: Callable[[], bool],
+    note_job: Callable[[str | None], None] = lambda job_id: None,
+) -> int:
     """Runs due jobs one after the other and returns how many it ran.
 
-    Stops early when the worker drains or the database is unavailable.
+    Stops early when the worker drains or the database is unavailable. `note_job` is called with the
+    id of each job before it runs, and with None after it.
     """
     num_runs = 0
     while not should_drain():
@@ -42,7 +47,11 @@ def run_until_idle(worker_id: str, should_drain: Callable[[], bool]) -> int:
         with structlog.contextvars.bound_contextvars(**ids), current_span(job_span(lease)):
             log.info("job_claimed", kind=lease.spec.kind)
             crash_point("claim.committed")
-            run_job(lease, should_drain)
+            note_job(lease.job_id)
+            try:
+                run_job(lease, should_drain)
+            finally:
+                note_job(None)
     return num_runs
 
 

@@ -20,11 +20,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from app.contracts.messages import ModelKind
+from app.contracts.run_limits import MAX_VALIDATION_ROWS
 from worker.distill.data.chat_rows import Json, render, text_of, tools_of, turns_of
 from worker.errors import InvalidTrainingFile
 from worker.models.template_limits import bounded
 
-MAX_VALIDATION_ROWS = 200
 # Errors that a model's chat template may raise, including those of its time and memory limits.
 TEMPLATE_ERRORS = (
     TemplateError,

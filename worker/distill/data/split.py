@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 
 from app.contracts.messages import SPLIT_VERSION
+from app.contracts.run_limits import MAX_VALIDATION_ROWS
 from worker.distill.data.rows import (
-    MAX_VALIDATION_ROWS,
     Row,
     asked_text,
     split_rows,

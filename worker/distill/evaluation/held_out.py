@@ -16,7 +16,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from worker.distill.data.batching import Batch, collate, cut_batches
+from app.contracts.batch_plan import cut_batches
+from app.contracts.run_limits import NUM_TIMED, TIMED_TOKENS, WARM_UP_TOKENS
+from worker.distill.data.batching import Batch, collate
 from worker.distill.data.rows import Example
 from worker.distill.data.sampler import Sampler
 from worker.distill.data_parallel import ALONE, Ranks
@@ -27,10 +29,6 @@ from worker.distill.losses.lm_head import Head
 from worker.distill.students.recipe import num_parameters
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.models.architectures import layer_counts
-
-NUM_ANSWERED = 48  # held-out prompts that are answered, for ROUGE-L and the samples
-NUM_TIMED = 8  # size of the batch whose speed is measured
-TIMED_TOKENS = 96
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ def measure_speed(sampler: Sampler, prompts: Sequence[Sequence[int]]) -> Speed:
     smaller batches.
     """
     timed = prompts[:NUM_TIMED]
-    _decode(sampler, timed, num_tokens=2)  # warm-up
+    _decode(sampler, timed, num_tokens=WARM_UP_TOKENS)
     alone, took_alone = _decode(sampler, timed[:1], num_tokens=TIMED_TOKENS)
     batched, took_batched = _decode(sampler, timed, num_tokens=TIMED_TOKENS)
     return Speed(alone / took_alone, batched / took_batched, len(timed))

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from app.contracts.run_limits import MAX_LABEL_TOKENS, MAX_LABELS, ROWS_PER_LABEL
 from worker.distill.evaluation.bootstrap import Figure, macro_f1, mean
 
-MAX_LABELS = 20
-MAX_LABEL_TOKENS = 8
-ROWS_PER_LABEL = 2  # minimum, on average
 AROUND = " \t\n.,!?:;\"'`"
 
 

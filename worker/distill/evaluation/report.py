@@ -9,6 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from app.contracts.run_limits import (
+    NUM_ANSWERED,
+    NUM_CLASSIFIED,
+    NUM_TIMED,
+    TOKENS_BEYOND_A_LABEL,
+)
 from worker.cpu import prepare_for_inference
 from worker.distill.data.answer_cache import AnswerFile, AnswerSampling, ask
 from worker.distill.data.chat_rows import answer_text
@@ -17,8 +23,6 @@ from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.data.split import groups_of
 from worker.distill.evaluation.bootstrap import mean
 from worker.distill.evaluation.held_out import (
-    NUM_ANSWERED,
-    NUM_TIMED,
     HeldOut,
     Speed,
     measure_speed,
@@ -39,9 +43,6 @@ from worker.models.architectures import context_tokens, kind_of
 from worker.protocol.run_spec import RunSpec
 
 MAX_SAMPLE_CHARACTERS = 2000
-# held-out prompts that are answered if answers are labels: they are short, so more are needed
-NUM_CLASSIFIED = 200
-TOKENS_BEYOND_A_LABEL = 8  # a longer answer is no label
 # Public names of the compared models of a run without a teacher.
 MODELS_WITHOUT_TEACHER = {"untrained": "before", "student": "after"}
 

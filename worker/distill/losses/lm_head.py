@@ -16,15 +16,13 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from app.contracts.run_limits import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from worker import cpu
 from worker.distill.losses.divergences import row_dot
 from worker.distill.losses.top_k import TopRows
 from worker.errors import UnsupportedModel, VocabMismatch
 from worker.models.architectures import bare_model, read_config
 
-# Size of a chunk's logits: smaller chunks make the matmul inefficient, larger ones only use memory.
-CPU_CHUNK_BYTES = 2**27
-DEVICE_CHUNK_BYTES = 2**28  # the same on a GPU
 LEAST_CHUNK_ROWS = 64
 CPU_GROUP_BYTES = 2**21  # logits of a group, which has to fit in the CPU cache
 BART_BIAS = "final_logits_bias"  # a buffer of shape [1, V] in BART models, never trained

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from app.contracts.batch_plan import cut_batches
 from worker.cpu import fuse_layers
-from worker.distill.data.batching import collate, cut_batches
+from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import Ranks
 from worker.distill.forward.hidden_states import decoder_states, transform_of
 from worker.distill.forward.shared_prefix import Prefix
 from worker.distill.losses.lm_head import ExpectedRows, Head, TeacherRows, expected_rows, top_rows
 from worker.distill.losses.top_k import TopRows
+from worker.distill.phase_times import PhaseTimes
 from worker.distill.teachers.row_cache import NAME_BYTES, RowCache, cache_bytes, open_cache
 
 Keeps = Literal["hidden", "expected", "top"]
@@ -182,6 +184,7 @@ class CachedTeacher:
         rows are for; None selects all.
         """
         self.notes = [note] if note else []  # for the user to know
+        self.phases = PhaseTimes()
         self._masks = masks
         self._load = load
         self._head = head
@@ -223,15 +226,21 @@ class CachedTeacher:
         }
         missing = [i for i in dict.fromkeys(indices) if i not in found]
         if missing:
-            for i, hidden_TH in zip(
-                missing, self._compute([self._examples[i] for i in missing]), strict=True
-            ):
-                found[i] = self._format.pack(hidden_TH, self._head)
-                if self._cache:
-                    self._cache.put(i, found[i])
+            with self.phases.phase("teacher"):
+                found |= self._computed(missing, self._format)
         if self._cache and self._cache.num_missing == 0 and self._live and not self._is_kept:
             self.release()
         return self._format.unpack([found[i] for i in indices], self._head)
+
+    def _computed(self, missing: Sequence[int], row_format: "RowFormat") -> dict[int, Tensor]:
+        """Computes and stores missing rows, and returns their blobs."""
+        made = {}
+        computed = self._compute([self._examples[i] for i in missing])
+        for i, hidden_TH in zip(missing, computed, strict=True):
+            made[i] = row_format.pack(hidden_TH, self._head)
+            if self._cache:
+                self._cache.put(i, made[i])
+        return made
 
     def rows_of(self, examples: Sequence[Example]) -> TeacherRows:
         """Computes the rows of examples that are never cached, such as the student's rollouts.
@@ -239,7 +248,8 @@ class CachedTeacher:
         More of them will follow, so the live teacher stays loaded until `release`.
         """
         self._is_kept = True
-        return TeacherRows(self._head, hidden_NH=torch.cat(self._compute(examples)))
+        with self.phases.phase("teacher"):
+            return TeacherRows(self._head, hidden_NH=torch.cat(self._compute(examples)))
 
     def _compute(self, examples: Sequence[Example]) -> list[Tensor]:
         if self._live is None:

@@ -16,16 +16,15 @@ import torch
 from transformers import PretrainedConfig
 
 from app.contracts.distillation import Auto, Precision
+from app.contracts.job_memory import DeviceStudent, device_student_bytes
+from app.contracts.job_memory import layer_values as values_per_token
 from worker.cpu import HAS_FAST_BFLOAT16
-from worker.distill.losses.lm_head import DEVICE_CHUNK_BYTES
 from worker.distill.students.layer_dropping import cut_config
 from worker.distill.students.recipe import StudentRecipe, freeze_encoder, freeze_head
 from worker.distill.students.width_pruning import narrow_config, sizes_of
 from worker.models.architectures import bare_model, layer_counts
 
 PLANNED_SHARE = 0.9  # of the free memory; the rest is left for fragmentation
-# the logits of both models for a chunk, and the intermediate results of elementwise operations
-LOSS_BYTES = 6 * DEVICE_CHUNK_BYTES
 GIB = 2**30
 
 
@@ -180,13 +179,8 @@ def find_needs(
 ) -> Needs:
     """Estimates memory from configurations, without weights. `start` is the student's start model.
 
-    Student: 4 bytes per parameter, 12 more if it is trained (gradient and the two moments of
-    AdamW), and 2 for the copy made by autocast. Added to these are the activations kept for the
-    backward, the LM head's second gradient, and the chunks of the loss.
-
-    Teacher: its weights, the activations of one layer, and its LM head in float32 for the loss.
-
-    Attention scores are not counted, because fused attention does not keep them.
+    The student's part is that of `device_student_bytes`. The teacher's are its weights, the
+    activations of one layer, and its LM head in float32 for the loss.
     """
     value_bytes = 4 if device.autocast is None else device.autocast.itemsize
     student = bare_model(planned_config(recipe, start))
@@ -196,15 +190,20 @@ def find_needs(
         freeze_encoder(student)
     counts = [(p.numel(), p.requires_grad and recipe.lora is None) for p in student.parameters()]
     head = student.get_output_embeddings().weight
-    student_bytes = sum(n * (4 + 12 * is_trained) for n, is_trained in counts)
-    if device.autocast is not None:
-        student_bytes += value_bytes * sum(n for n, _ in counts)
-    student_bytes += 4 * head.numel() * (head.requires_grad and recipe.lora is None) + LOSS_BYTES
-    num_layers = sum(layer_counts(student.config))
-    student_bytes += batch_tokens * num_layers * layer_values(student.config) * value_bytes
+    is_head_trained = head.requires_grad and recipe.lora is None
     big = bare_model(teacher)
+    needed = DeviceStudent(
+        num_parameters=sum(n for n, _ in counts),
+        num_trained=sum(n for n, is_trained in counts if is_trained),
+        num_trained_head=head.numel() if is_head_trained else 0,
+        num_layers=sum(layer_counts(student.config)),
+        layer_values=layer_values(student.config),
+        num_teacher_head=big.get_output_embeddings().weight.numel(),
+    )
     return Needs(
-        student_bytes=student_bytes + 4 * big.get_output_embeddings().weight.numel(),
+        student_bytes=device_student_bytes(
+            needed, batch_tokens=batch_tokens, has_autocast=device.autocast is not None
+        ),
         num_teacher_parameters=sum(p.numel() for p in big.parameters()),
         teacher_work_bytes=batch_tokens * layer_values(teacher) * value_bytes,
         can_cache=can_cache,
@@ -214,16 +213,14 @@ def find_needs(
 def layer_values(config: PretrainedConfig) -> int:
     """Returns the number of activations per token that a layer keeps for the backward.
 
-    The estimate is 10 H + 4 F (H hidden width, F feed-forward width). It covers norms, queries,
-    keys, values, attention and a gated feed-forward. For an encoder-decoder it is that of the wider
-    half.
+    For an encoder-decoder it is that of the wider half.
     """
     if config.model_type == "encoder-decoder":
         return max(layer_values(config.encoder), layer_values(config.decoder))
     hidden = int(config.hidden_size)
     names = ("intermediate_size", "d_ff", "ffn_dim", "decoder_ffn_dim", "n_inner")
     wide = next((int(n) for name in names if (n := getattr(config, name, None))), 4 * hidden)
-    return 10 * hidden + 4 * wide
+    return values_per_token(hidden, wide)
 
 
 def planned_config(recipe: StudentRecipe, start: PretrainedConfig) -> PretrainedConfig:

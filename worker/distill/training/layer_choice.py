@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from app.contracts.run_limits import CHOICE_ROWS
 from worker.cpu import prepare_for_inference
 from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
@@ -29,7 +30,6 @@ from worker.distill.students.recipe import StudentRecipe
 from worker.distill.training.devices import Placement
 from worker.distill.training.layer_fitting import MOST_SCORES, load_start, positions_that_count
 
-NUM_ROWS = 24  # their about 2,000 positions give the same choice as more
 MOST_BYTES = 2**29  # of the recorded states of all layers
 
 Changes = list[list[float]]
@@ -44,7 +44,7 @@ def measure_changes(
     """Returns the changes between all states of the start model, for each of its stacks."""
     start = load_start(recipe, placement)
     prepare_for_inference(start, dtype=matmul_dtype, fuses_layers=True)
-    return [changes_between(states) for states in record_states(start, rows[:NUM_ROWS])]
+    return [changes_between(states) for states in record_states(start, rows[:CHOICE_ROWS])]
 
 
 def with_chosen_layers(recipe: StudentRecipe, changes: Sequence[Changes]) -> StudentRecipe:

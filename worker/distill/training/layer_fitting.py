@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from app.contracts.run_limits import FIT_BYTES, FIT_ROWS
 from worker.cpu import matmul, prepare_for_inference, weight_gradient
 from worker.distill.data.batching import Batch, collate
 from worker.distill.data.rows import Example
@@ -36,8 +37,6 @@ from worker.distill.students.recipe import StudentRecipe, load_model
 from worker.distill.training.devices import ON_CPU, Placement
 from worker.models.architectures import layer_counts, read_config
 
-AUTO_ROWS = 192  # more rows improve the fit, but cost more time than they save (bench/LOG.md)
-MOST_BYTES = 2**30  # of the recorded residual streams of the start model
 MOST_SCORES = 2**27  # attention scores of one layer over all rows at once
 RIDGE = 0.3  # penalty, as a share of the mean square of an input (bench/LOG.md)
 # names of the matrices that add to the residual stream, over all model families
@@ -102,7 +101,7 @@ def fit_student(
     if not stacks:
         return Fit()
     begun = time.monotonic()
-    asked = AUTO_ROWS if recipe.student.fit_rows == "auto" else recipe.student.fit_rows
+    asked = FIT_ROWS if recipe.student.fit_rows == "auto" else recipe.student.fit_rows
     rows = rows[: rows_that_fit(rows[:asked], stacks, model)]
     start = load_start(recipe, placement)
     prepare_for_inference(start, dtype=matmul_dtype, fuses_layers=True)
@@ -149,7 +148,7 @@ def stacks_to_fit(
 
 
 def rows_that_fit(rows: Sequence[Example], stacks: Sequence[Stack], model: PreTrainedModel) -> int:
-    """Returns how many of the rows have residual streams of at most MOST_BYTES in total.
+    """Returns how many of the rows have residual streams of at most FIT_BYTES in total.
 
     Assumes two writers per layer, as most families have.
     """
@@ -158,7 +157,7 @@ def rows_that_fit(rows: Sequence[Example], stacks: Sequence[Stack], model: PreTr
     num_bytes = 0
     for number, row in enumerate(rows):
         num_bytes += row.num_tokens * bytes_per_token
-        if num_bytes > MOST_BYTES:
+        if num_bytes > FIT_BYTES:
             return max(1, number)
     return len(rows)
 

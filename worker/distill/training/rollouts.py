@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from app.contracts.batch_plan import cut_batches
 from app.contracts.distillation import Data, Distillation, Phase
-from worker.distill.data.batching import Batch, collate, cut_batches
+from worker.distill.data.batching import Batch, collate
 from worker.distill.data.dataset import Rows
 from worker.distill.data.rows import Example
 from worker.distill.data.sampler import Sampler

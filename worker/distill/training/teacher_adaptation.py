@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from app.contracts.batch_plan import BatchPlan
 from app.contracts.distillation import Auto
 from worker.cpu import prepare_for_training
-from worker.distill.data.batching import BatchPlan, pad
+from worker.distill.data.batching import pad
 from worker.distill.data.rows import Example
 from worker.distill.forward.hidden_states import transform_of
 from worker.distill.losses.divergences import TokenObjective

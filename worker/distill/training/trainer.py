@@ -7,7 +7,7 @@ fused loss.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 
@@ -15,13 +15,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from app.contracts.batch_plan import BatchPlan, batch_tokens_of, eval_steps_of
 from app.contracts.distillation import EarlyStopping, Hyperparameters, Objective
-from worker.distill.data.batching import BatchPlan, collate
+from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import ALONE, Ranks
 from worker.distill.evaluation.held_out import HeldOut, HeldOutRows
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of
+from worker.distill.phase_times import PhaseTimes
 from worker.distill.students.recipe import StudentRecipe, load_student
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.teachers.signals import Signal
@@ -34,7 +36,6 @@ from worker.distill.training.checkpoint import (
 )
 from worker.distill.training.devices import ON_CPU, Placement
 from worker.distill.training.feature_losses import FeaturePlan, Features
-from worker.distill.training.intervals import eval_steps_of
 from worker.distill.training.layer_fitting import fit_student
 from worker.distill.training.lr_schedule import parameter_groups, peak_learning_rate, scheduled
 from worker.distill.training.rollouts import MicroBatch, RolloutPlan, Rollouts
@@ -50,7 +51,6 @@ from worker.protocol.run_lines import (
     Throttle,
 )
 
-CPU_BATCH_TOKENS = 1024  # larger batches do not make a CPU faster
 CHECKPOINT_SECONDS = 600.0  # seconds; with checkpoint_steps "auto", no more work than this is lost
 METRIC_POINTS = 500  # approximate points per metric of a long run
 
@@ -93,11 +93,7 @@ class TrainingInputs:
     autocast: torch.dtype | None = None  # autocast dtype of the student's layers, None: float32
     matmul_dtype: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
     placement: Placement = ON_CPU  # of the teacher, and of a model of its size beside the student
-
-
-def batch_tokens_of(h: Hyperparameters) -> int:
-    """Returns the tokens per batch, including padding."""
-    return CPU_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
+    phases: PhaseTimes = field(default_factory=PhaseTimes)
 
 
 class Trainer:
@@ -165,7 +161,8 @@ class Trainer:
         self._throttle = Throttle()
 
     def _set_intervals(self, h: Hyperparameters) -> None:
-        self.eval_steps = eval_steps_of(h, self.plan, self.total_steps, self.setup.valid)
+        num_held_out = sum(example.num_tokens for example in self.setup.valid)
+        self.eval_steps = eval_steps_of(h, self.plan, self.total_steps, num_held_out)
         self.checkpoint_steps = (
             self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
         )
@@ -206,14 +203,15 @@ class Trainer:
         # the epoch's last batches first, because a short training never sees those
         order = chain.from_iterable(reversed(self.plan.epoch(0)))
         rows = [self.setup.train[number] for number in order]
-        fit = fit_student(
-            self.model,
-            self.setup.recipe,
-            rows,
-            self.setup.matmul_dtype,
-            self._while_working,
-            placement=self.setup.placement,
-        )
+        with self.setup.phases.phase("layer_fit"):
+            fit = fit_student(
+                self.model,
+                self.setup.recipe,
+                rows,
+                self.setup.matmul_dtype,
+                self._while_working,
+                placement=self.setup.placement,
+            )
         self._update(num_fitted_layers=fit.num_layers)
         if fit.message:
             self.sink(MessageLine(message=fit.message))
@@ -221,9 +219,10 @@ class Trainer:
     def measure(self) -> HeldOut:
         """Evaluates the present student on the held-out rows."""
         teacher = self.setup.teacher if self.setup.has_one_tokenizer else None
-        return self.valid.measure(
-            self.model, self.head, teacher, self._objective(), on_batch=self._tell
-        )
+        with self.setup.phases.phase("evaluation"):
+            return self.valid.measure(
+                self.model, self.head, teacher, self._objective(), on_batch=self._tell
+            )
 
     def _next_pieces(self) -> list[MicroBatch]:
         numbers = self.plan.epoch(self.state.epoch)[self.state.batch]
@@ -338,9 +337,10 @@ class Trainer:
         )
         job_step, best_step = self.state.job_step, self.state.best_step
         is_first = setup.ranks.is_first
-        folder = (
-            save_checkpoint(setup.out, snapshot) if is_first else setup.out / f"step-{job_step}"
-        )
+        folder = setup.out / f"step-{job_step}"
+        if is_first:
+            with setup.phases.phase("saving"):
+                save_checkpoint(setup.out, snapshot)
         if is_best:
             self.best_dir = folder / "model"
         elif self.best_dir is not None:

@@ -1,52 +1,5 @@
-from collections import Counter
-from random import Random
-
-import pytest
-
-from worker.distill.data.batching import BatchPlan, collate
+from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
-
-LENGTHS = [Random(0).randint(3, 60) for _ in range(200)]
-
-
-@pytest.mark.parametrize("epoch", [0, 1, 5])
-def test_an_epoch_holds_every_row_once(epoch: int) -> None:
-    batches = BatchPlan(LENGTHS, batch_tokens=128, seed=3).epoch(epoch)
-    assert Counter(row for batch in batches for row in batch) == Counter(range(len(LENGTHS)))
-
-
-@pytest.mark.parametrize("epoch", [0, 1])
-def test_a_batch_stays_within_its_tokens_with_padding(epoch: int) -> None:
-    for batch in BatchPlan(LENGTHS, batch_tokens=128, seed=3).epoch(epoch):
-        assert max(LENGTHS[row] for row in batch) * len(batch) <= 128
-
-
-def test_a_row_longer_than_a_batch_is_alone() -> None:
-    assert sorted(map(sorted, BatchPlan([50, 400, 60], batch_tokens=128, seed=0).epoch(0))) == [
-        [0, 2],
-        [1],
-    ]
-
-
-def test_batches_waste_little_on_padding() -> None:
-    batches = BatchPlan(LENGTHS, batch_tokens=512, seed=3).epoch(1)
-    padded = sum(max(LENGTHS[row] for row in batch) * len(batch) for batch in batches)
-    assert padded < 1.2 * sum(LENGTHS)
-
-
-def test_a_plan_made_again_is_the_same_and_epochs_differ() -> None:
-    one, other = (BatchPlan(LENGTHS, batch_tokens=128, seed=3) for _ in range(2))
-    assert one.epoch(4) == other.epoch(4)
-    assert len({str(one.epoch(number)) for number in range(4)}) == 4
-    assert one.epoch(1) != BatchPlan(LENGTHS, batch_tokens=128, seed=4).epoch(1)
-
-
-def test_steps_are_counted_over_the_epochs_up_to_the_limit() -> None:
-    plan = BatchPlan(LENGTHS, batch_tokens=128, seed=3)
-    total = sum(len(plan.epoch(number)) for number in range(3))
-    assert plan.num_steps(3) == total
-    assert plan.num_steps(3, at_most=5) == 5
-    assert plan.num_steps(3, at_most=10_000) == total
 
 
 def test_what_is_kept_stands_one_before_its_target() -> None:

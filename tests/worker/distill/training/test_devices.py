@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from app.contracts.distillation import DivergenceName, Objective, Student
+from app.contracts.run_limits import LOSS_BYTES
 from tests.tiny import save_tiny
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import fused_distillation_loss
@@ -11,7 +12,6 @@ from worker.distill.losses.lm_head import Head, TeacherRows
 from worker.distill.students.recipe import plan_student
 from worker.distill.training.devices import (
     GIB,
-    LOSS_BYTES,
     Device,
     Needs,
     Placement,

@@ -232,12 +232,12 @@ def test_no_more_rows_are_taken_than_memory_is_planned_for(
     assert rows_that_fit(rows, stacks, model) == 10
     num_tokens = sum(row.num_tokens for row in rows[:4])
     monkeypatch.setattr(
-        "worker.distill.training.layer_fitting.MOST_BYTES", num_tokens * 2 * 2 * 4 * 64
+        "worker.distill.training.layer_fitting.FIT_BYTES", num_tokens * 2 * 2 * 4 * 64
     )
     assert rows_that_fit(rows, stacks, model) == 4
-    monkeypatch.setattr("worker.distill.training.layer_fitting.MOST_BYTES", 1)
+    monkeypatch.setattr("worker.distill.training.layer_fitting.FIT_BYTES", 1)
     assert rows_that_fit(rows, stacks, model) == 1
-    monkeypatch.setattr("worker.distill.training.layer_fitting.MOST_BYTES", 2**30)
+    monkeypatch.setattr("worker.distill.training.layer_fitting.FIT_BYTES", 2**30)
     asked = planned(folder, Student(num_layers=2, fit_rows=3))
     assert fit(load_student(asked, None, seed=0), asked, rows).num_rows == 3
 

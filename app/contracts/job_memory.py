@@ -1,0 +1,156 @@
+"""Memory and disk of a training job, estimated from its numbers.
+
+On a CPU the estimate is the peak resident memory of the run process: the largest of its phases. On
+a GPU it is the memory of the device, which also decides where a run places its teacher
+(worker.distill.training.devices).
+"""
+
+from dataclasses import dataclass
+
+from app.contracts.planned_jobs import PlannedJob, RowCounts
+from app.contracts.run_limits import CPU_CHUNK_BYTES, FIT_BYTES, FIT_ROWS, LOSS_BYTES
+
+MIB = 2**20
+AUTOCAST_BYTES = 2
+# A process that has imported its libraries, with its threads and its compiled kernels.
+PROCESS_BYTES = 505 * MIB
+# Memory of activations on a CPU, relative to `layer_values`: gradients exist beside them.
+ACTIVATION_FACTOR = 1.15
+CHECKPOINT_BYTES = 6 * MIB  # tokenizer, state and manifest of a checkpoint
+
+
+@dataclass(frozen=True)
+class DeviceStudent:
+    """Numbers of a student on a GPU, and the size of the teacher's LM head beside it."""
+
+    num_parameters: int
+    num_trained: int
+    num_trained_head: int
+    num_layers: int
+    layer_values: int
+    num_teacher_head: int
+
+
+def device_student_bytes(student: DeviceStudent, *, batch_tokens: int, has_autocast: bool) -> int:
+    """Returns the GPU memory of a student in training.
+
+    4 bytes per parameter, 12 more if it is trained (gradient and the two moments of AdamW), and 2
+    for the copy made by autocast. Added to these are the activations kept for the backward and the
+    LM head's second gradient. The loss adds its chunks, and the teacher's LM head in float32.
+
+    Attention scores are not counted, because fused attention does not keep them.
+    """
+    value_bytes = AUTOCAST_BYTES if has_autocast else 4
+    total = 4 * student.num_parameters + 12 * student.num_trained
+    total += AUTOCAST_BYTES * student.num_parameters * has_autocast
+    total += 4 * student.num_trained_head + LOSS_BYTES + 4 * student.num_teacher_head
+    return total + batch_tokens * student.num_layers * student.layer_values * value_bytes
+
+
+def layer_values(hidden_size: int, mlp_size: int) -> int:
+    """Returns the number of activations per token that a layer keeps for the backward.
+
+    The estimate covers norms, queries, keys, values, attention and a gated feed-forward part.
+    """
+    return 10 * hidden_size + 4 * mlp_size
+
+
+def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int:
+    """Returns the least GPU memory of a job: the teacher runs before or beside the student."""
+    sizes, trained = job.students[-1], job.trained[-1]
+    student = DeviceStudent(
+        num_parameters=sizes.num_parameters,
+        num_trained=trained,
+        num_trained_head=sizes.head_parameters if job.trains_head else 0,
+        num_layers=sizes.num_layers,
+        layer_values=layer_values(sizes.hidden_size, sizes.mlp_size),
+        num_teacher_head=job.teacher.head_parameters if job.has_teacher else 0,
+    )
+    tokens = max(job.batch_tokens, rows.longest_tokens)
+    student_bytes = device_student_bytes(student, batch_tokens=tokens, has_autocast=has_bfloat16)
+    if not job.has_teacher:
+        return student_bytes
+    value_bytes = 2 if has_bfloat16 else 4
+    teacher_bytes = value_bytes * job.teacher.num_parameters
+    teacher_bytes += tokens * layer_values(job.teacher.hidden_size, job.teacher.mlp_size) * 4
+    return student_bytes + teacher_bytes if job.keeps_teacher else max(student_bytes, teacher_bytes)
+
+
+def cpu_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int:
+    """Returns the peak resident memory of the run process on a CPU."""
+    return PROCESS_BYTES + max(cpu_phases(job, rows, has_bfloat16=has_bfloat16).values())
+
+
+def mapped_bytes(job: PlannedJob) -> int:
+    """Returns the least part of `cpu_bytes` that the system can take back from a run.
+
+    Weights that are only read are mapped from their files. They count as resident memory, but the
+    system can drop their pages and read them again.
+    """
+    return max(job.start.num_bytes, job.teacher.num_bytes if job.has_teacher else 0)
+
+
+def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[str, int]:
+    """Returns the memory of each phase of a run, without that of an idle process.
+
+    A model that only runs forward has packed weights beside the plain ones. The choice of layers,
+    the student and layer fitting each map the file of the start model.
+    """
+    sizes, trained = job.students[-1], job.trained[-1]
+    packed = 0.5 if has_bfloat16 else 1.0
+    teacher_bytes = _packed_bytes(job.teacher.num_bytes, packed) if job.has_teacher else 0
+    teacher_head = 4 * job.teacher.head_parameters if job.uses_rows_of_teacher else 0
+    tokens = max(min(job.batch_tokens, rows.train_tokens), rows.longest_tokens)
+    per_token = 4 * sizes.num_layers * layer_values(sizes.hidden_size, sizes.mlp_size)
+    activations = round(ACTIVATION_FACTOR * tokens * per_token)
+    chunk = min(CPU_CHUNK_BYTES, 4 * sizes.vocab_size * tokens)
+    loss = chunk * (1 if job.has_expected_rows else 2)
+    loss += 4 * sizes.head_parameters * job.trains_head
+    training = sizes.num_bytes + 12 * trained + activations + loss
+    phases = {
+        "training": training + teacher_head,
+        "evaluation": teacher_head
+        + chunk
+        + max(_packed_bytes(sizes.num_bytes, packed), teacher_bytes, job.start.num_bytes * 2),
+    }
+    if job.has_teacher:
+        phases["teacher"] = teacher_bytes + teacher_head + chunk
+    if job.uses_rows_of_teacher:  # the first epoch computes the rows that are not in the cache
+        phases["training"] += teacher_bytes
+    if job.fits_layers:
+        start = _packed_bytes(job.start.num_bytes, packed)
+        chosen = start if job.block.student.layer_choice != "first_and_last" else 0
+        per_row = rows.train_tokens // max(1, rows.num_train)
+        num_fit = FIT_ROWS if job.block.student.fit_rows == "auto" else job.block.student.fit_rows
+        num_tokens = min(num_fit, rows.num_train) * per_row
+        streams = min(FIT_BYTES, num_tokens * 8 * sizes.hidden_size * sizes.num_layers)
+        work = num_tokens * 4 * (4 * sizes.hidden_size + 4 * sizes.mlp_size)
+        loaded = start + chosen + job.start.num_bytes
+        phases["layer_fit"] = sizes.num_bytes + loaded + streams + work + teacher_head
+    return phases
+
+
+def _packed_bytes(plain_bytes: int, packed: float) -> int:
+    return round(plain_bytes * (1 + packed))
+
+
+def disk_bytes(job: PlannedJob, rows: RowCounts, *, keep_checkpoints: int) -> int:
+    """Returns the disk space that a job needs in addition: checkpoints, teacher's rows, the model.
+
+    Checkpoints are weights and two Adam moments in float32. One more than is kept exists while the
+    next one is written, and each may hold an older, better student.
+    """
+    sizes, trained = job.students[-1], job.trained[-1]
+    checkpoint = 2 * sizes.num_bytes + 8 * trained + CHECKPOINT_BYTES
+    models = sum(student.num_bytes for student in job.students)
+    exports = {"gguf_f16": 0.5, "gguf_q8_0": 0.27}
+    models += round(sum(exports[name] for name in job.block.export) * sizes.num_bytes)
+    return (keep_checkpoints + 1) * checkpoint + models + cache_bytes(job, rows)
+
+
+def cache_bytes(job: PlannedJob, rows: RowCounts) -> int:
+    """Returns the size of the cache of the teacher's rows: one float32 vector for each target."""
+    if not job.uses_rows_of_teacher:
+        return 0
+    num_targets = rows.train_targets + rows.valid_targets
+    return num_targets * (4 * job.teacher.hidden_size + 8)

@@ -1,0 +1,40 @@
+"""Heartbeats of train workers, and the measured speed of their machines."""
+
+from typing import Literal
+
+from app.contracts.messages import Contract
+
+
+def train_worker_key(worker_id: str) -> str:
+    """Returns the Redis key of a train worker's heartbeat, a `TrainWorkerStatus` with a TTL."""
+    return f"stillhouse:train:{worker_id}"
+
+
+class MachineProfile(Contract):
+    """Measured properties of a machine: of its GPU if it has one, else of its CPU.
+
+    flops: Floating-point operations per second of a large matmul, in bfloat16 if `has_bfloat16`.
+    memory_bytes: Memory of the GPU; 0 on a CPU.
+    """
+
+    device: Literal["cpu", "cuda"]
+    flops: float
+    has_bfloat16: bool
+    memory_bytes: int = 0
+
+
+class TrainWorkerStatus(Contract):
+    """Heartbeat of a train worker.
+
+    memory_bytes: Memory that its processes may use: that of the machine, or of its container.
+    free_disk_bytes: Free space where runs write their checkpoints.
+    job_id: The job that it runs; None while it is idle.
+    profile: None until the machine was measured.
+    """
+
+    worker_id: str
+    memory_bytes: int
+    free_disk_bytes: int
+    job_id: str | None = None
+    profile: MachineProfile | None = None
+    beat_at: float

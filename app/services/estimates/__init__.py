@@ -1,0 +1,1 @@
+"""Estimates of a job before it runs: tokens, steps, memory, disk and time."""

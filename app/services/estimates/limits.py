@@ -1,0 +1,144 @@
+"""Refuses jobs that cannot fit into the memory or on the disk, and says what would fit."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from app.contracts.distillation import Distillation, Student
+from app.contracts.job_memory import cpu_bytes, device_bytes, disk_bytes, mapped_bytes
+from app.contracts.planned_jobs import PlannedJob, RowCounts
+from app.contracts.train_workers import TrainWorkerStatus
+from app.errors import BadRequest
+from app.routing.train_workers import live_train_workers
+from app.services import submission
+from app.services.estimates.planning import planned_job, rough_counts
+from app.settings import Settings
+from app.storage import store
+
+GIB = 2**30
+# Estimates of memory are within this factor of real runs.
+ACCURACY = 1.2
+LEAST_BATCH_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Properties of a worker's machine that decide which jobs fit.
+
+    memory_bytes: That of the GPU if there is one. None if it is unknown.
+    """
+
+    device: str = "cpu"
+    has_bfloat16: bool = False
+    memory_bytes: int | None = None
+
+    @classmethod
+    def of(cls, worker: TrainWorkerStatus) -> "Machine":
+        profile = worker.profile
+        if profile is None:
+            return cls(memory_bytes=worker.memory_bytes)
+        is_cpu = profile.device == "cpu"
+        memory = worker.memory_bytes if is_cpu else profile.memory_bytes
+        return cls(profile.device, profile.has_bfloat16, memory)
+
+    def needed_bytes(self, job: PlannedJob, rows: RowCounts) -> int:
+        """Returns the peak memory of a job on this machine."""
+        is_exact = job.block.hyperparameters.precision == "float32"
+        needed = cpu_bytes if self.device == "cpu" else device_bytes
+        return needed(job, rows, has_bfloat16=self.has_bfloat16 and not is_exact)
+
+    def has_room(self, job: PlannedJob, rows: RowCounts) -> bool:
+        """Returns whether the job fits according to the estimate."""
+        return self.memory_bytes is None or self.needed_bytes(job, rows) <= self.memory_bytes
+
+    def may_have_room(self, job: PlannedJob, rows: RowCounts) -> bool:
+        """Returns whether the job may fit: the estimate may be too high, and pages be dropped."""
+        if self.memory_bytes is None:
+            return True
+        droppable = mapped_bytes(job) if self.device == "cpu" else 0
+        return self.needed_bytes(job, rows) - droppable <= ACCURACY * self.memory_bytes
+
+
+def inspect(plan: submission.Plan, settings: Settings) -> None:
+    """Runs all checks of a job before it is queued, including those of memory and disk.
+
+    They take seconds, so call this outside a transaction. Raises BadRequest or TooManyRequests.
+    """
+    refuse_too_large(planned_job(plan), rough_counts(plan), settings)
+    submission.inspect(plan)
+
+
+def refuse_too_large(job: PlannedJob, rows: RowCounts, settings: Settings) -> None:
+    """Raises BadRequest if the job cannot fit on the disk, or on any worker that is alive.
+
+    Without a worker that is alive, the memory is not checked.
+    """
+    needed, free = needed_disk(job, rows, settings), store().free_bytes()
+    if free is not None and free < needed:
+        raise BadRequest(
+            f"not enough disk: the job needs about {needed / GIB:.1f} GiB, {free / GIB:.1f} GiB are free; "
+            f"delete files or models, or pick a smaller student",
+            "insufficient_storage",
+        )
+    machines = [Machine.of(worker) for worker in live_train_workers() or ()]
+    if not machines or any(m.may_have_room(job, rows) for m in machines):
+        return
+    largest = largest_of(machines)
+    raise BadRequest(
+        f"not enough memory: the job needs about {largest.needed_bytes(job, rows) / GIB:.1f} GiB, and the largest worker "
+        f"has {(largest.memory_bytes or 0) / GIB:.1f} GiB; {advice(job, rows, largest)}",
+        "insufficient_memory",
+    )
+
+
+def needed_disk(job: PlannedJob, rows: RowCounts, settings: Settings) -> int:
+    """Returns the disk space that must be free for the job, without the teacher's cache.
+
+    The cache is optional: a run works without it if the disk has no room.
+    """
+    bare = replace(rows, train_targets=0, valid_targets=0)
+    needed = disk_bytes(job, bare, keep_checkpoints=settings.keep_checkpoints)
+    return needed + settings.min_free_bytes
+
+
+def largest_of(machines: Sequence[Machine]) -> Machine:
+    """Returns the machine with the most memory; one with a GPU comes before one without."""
+    return max(machines, key=lambda m: (m.device != "cpu", m.memory_bytes or 0), default=Machine())
+
+
+def advice(job: PlannedJob, rows: RowCounts, machine: Machine) -> str:
+    """Returns what would fit on the machine, as the end of a sentence."""
+    found = [
+        words
+        for words, block in smaller_jobs(job)
+        if machine.has_room(replace(job, block=block), rows)
+    ]
+    if not found:
+        return "no smaller batch or student fits either: use a smaller model or a worker with more memory"
+    return f"this would fit: {', or '.join(found)}"
+
+
+def smaller_jobs(job: PlannedJob) -> Iterator[tuple[str, Distillation]]:
+    """Yields changes of the options that need less memory, with the changed options.
+
+    Of each kind, the caller takes those that fit. A kind is yielded from large to small.
+    """
+    block = job.block
+    if job.has_teacher and job.batch_tokens > LEAST_BATCH_TOKENS:
+        small = block.hyperparameters.model_copy(update={"batch_tokens": LEAST_BATCH_TOKENS})
+        words = f"hyperparameters.batch_tokens = {LEAST_BATCH_TOKENS}"
+        yield words, block.model_copy(update={"hyperparameters": small})
+    for words, student in smaller_students(job):
+        yield words, block.model_copy(update={"student": student})
+
+
+def smaller_students(job: PlannedJob) -> Iterator[tuple[str, Student]]:
+    """Yields smaller students: half and a quarter of the layers, and adapters."""
+    student, num_layers = job.block.student, job.students[-1].stacks[-1].num_layers
+    if student.init == "layers":
+        for number in (num_layers // 2, num_layers // 4):
+            if number > 0:
+                change = {"num_layers": number, "layers": None, "num_decoder_layers": None}
+                yield f"student.num_layers = {number}", student.model_copy(update=change)
+    if student.init == "checkpoint":
+        words = 'student.init = "lora"' if job.has_teacher else 'supervised.lora = {"rank": 16}'
+        yield words, student.model_copy(update={"init": "lora", "freeze_head": True})

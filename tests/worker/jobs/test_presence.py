@@ -1,0 +1,75 @@
+"""Heartbeats of a train worker."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import redis
+
+from app.contracts.train_workers import MachineProfile
+from app.routing.train_workers import live_train_workers
+from app.settings import Settings
+from tests.serve_worker import wait_for
+from worker.jobs import presence
+from worker.jobs.presence import Presence, load_profile, profile_path, save_profile
+
+PROFILE = MachineProfile(device="cpu", flops=1e9, has_bfloat16=False)
+
+
+@pytest.fixture
+def settings(
+    valkey: str,
+    settings_env: Callable[..., Settings],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Settings:
+    """Settings with quick heartbeats, and a home folder in which no machine was measured."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return settings_env(heartbeat_seconds=0.05, num_threads=1)
+
+
+def test_a_worker_is_alive_until_it_ends(settings: Settings) -> None:
+    with Presence("train-1", settings) as worker:
+        wait_for(lambda: len(live_train_workers() or ()) == 1, 10, "no heartbeat arrives")
+        (status,) = live_train_workers() or []
+        assert (status.worker_id, status.job_id, status.profile) == ("train-1", None, None)
+        assert status.memory_bytes > 2**28
+        assert status.free_disk_bytes > 0
+        worker.note_job("ftjob-1")
+        wait_for(
+            lambda: [s.job_id for s in live_train_workers() or ()] == ["ftjob-1"],
+            10,
+            "the job is not shown",
+        )
+    assert live_train_workers() == []
+
+
+def test_heartbeats_survive_an_outage(settings: Settings, valkey: str) -> None:
+    with Presence("train-1", settings), redis.Redis.from_url(valkey) as client:
+        wait_for(lambda: bool(live_train_workers()), 10, "no heartbeat arrives")
+        client.client_kill_filter(skipme=True)
+        client.flushall()
+        wait_for(lambda: bool(live_train_workers()), 10, "the heartbeats have ended")
+
+
+def test_an_idle_machine_is_measured_once(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "IDLE_SECONDS", 0.0)
+    path = profile_path(settings)
+    with Presence("train-1", settings):
+        wait_for(lambda: load_profile(path) is not None, 60, "the machine is not measured")
+    measured = load_profile(path)
+    assert measured is not None
+    assert measured.flops > 1e8
+    with Presence("train-2", settings):
+        wait_for(lambda: bool(live_train_workers()), 10, "no heartbeat arrives")
+        assert [status.profile for status in live_train_workers() or ()] == [measured]
+
+
+def test_a_damaged_profile_counts_as_none(settings: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    save_profile(path, PROFILE)
+    assert load_profile(path) == PROFILE
+    path.write_text("{")
+    assert load_profile(path) is None

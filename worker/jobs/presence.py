@@ -1,0 +1,217 @@
+"""Heartbeat thread of a train worker: tells the API that it is alive, and how fast its machine is.
+
+The heartbeat is a key in Redis that expires. Jobs do not depend on it: their leases are in the
+database. An outage of Redis only hides the worker from estimates.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final, Self
+
+import structlog
+from pydantic import ValidationError
+from redis import Redis
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+from redis.retry import Retry
+
+from app.contracts.train_workers import MachineProfile, TrainWorkerStatus, train_worker_key
+from app.parent_death import tethered
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+MISSES: Final = 3  # heartbeats that may be late before the key expires
+SOCKET_SECONDS: Final = 3.0
+IDLE_SECONDS: Final = 15.0  # how long a worker has no job before its machine is measured
+MEASURE_SECONDS: Final = 120.0
+CGROUP_LIMITS: Final = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+
+
+class Presence:
+    """Context manager that sends heartbeats. `job_id` is the job that the worker runs, if any."""
+
+    def __init__(self, worker_id: str, settings: Settings) -> None:
+        self.job_id: str | None = None
+        self._worker_id = worker_id
+        self._settings = settings
+        self._redis = Redis.from_url(
+            settings.redis_url,
+            socket_timeout=SOCKET_SECONDS,
+            socket_connect_timeout=SOCKET_SECONDS,
+            retry=Retry(NoBackoff(), 1),  # a connection may be stale after a restart of Redis
+        )
+        self._path = profile_path(settings)
+        self._profile = load_profile(self._path)
+        self._measurement: subprocess.Popen[bytes] | None = None
+        self._idle_since = time.monotonic()
+        self._is_seen = True
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def note_job(self, job_id: str | None) -> None:
+        """Sets the job that the worker runs, or None after it."""
+        self.job_id = job_id
+        self._idle_since = time.monotonic()
+
+    def _run(self) -> None:
+        while True:
+            self._measure_if_idle()
+            self._beat()
+            if self._is_over.wait(self._settings.heartbeat_seconds):
+                break
+        if self._measurement is not None:
+            self._measurement.kill()
+            self._measurement.wait()
+        with suppress(RedisError, OSError):  # the key expires in any case
+            self._redis.delete(train_worker_key(self._worker_id))
+        self._redis.close()
+
+    def _beat(self) -> None:
+        try:
+            status = TrainWorkerStatus(
+                worker_id=self._worker_id,
+                memory_bytes=usable_memory_bytes(),
+                free_disk_bytes=free_disk_bytes(self._settings.work_root()),
+                job_id=self.job_id,
+                profile=self._profile,
+                beat_at=time.time(),
+            )
+            self._redis.set(
+                train_worker_key(self._worker_id),
+                status.model_dump_json(),
+                px=int(1000 * MISSES * self._settings.heartbeat_seconds),
+            )
+            self._is_seen = True
+        except (RedisError, OSError) as fault:
+            if self._is_seen:
+                log.warning("presence_unsent", reason=type(fault).__name__)
+            self._is_seen = False
+
+    def _measure_if_idle(self) -> None:
+        """Starts the measurement of an idle machine, or takes its result."""
+        if self._measurement is not None:
+            self._take_measurement(self._measurement)
+        elif self._profile is None and self._is_idle:
+            self._profile = load_profile(self._path)  # another worker may have measured it
+            if self._profile is None:
+                self._measurement = subprocess.Popen(
+                    tethered([sys.executable, "-m", "worker.measure_machine"]),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.job_id is None and time.monotonic() - self._idle_since > IDLE_SECONDS
+
+    def _take_measurement(self, process: subprocess.Popen[bytes]) -> None:
+        """Takes the profile of a measurement that has ended, unless a job ran beside it."""
+        assert process.stdout is not None
+        if process.poll() is None:
+            if time.monotonic() - self._idle_since < IDLE_SECONDS + MEASURE_SECONDS:
+                return
+            process.kill()
+        printed = process.stdout.read()
+        process.wait()
+        process.stdout.close()
+        self._measurement = None
+        if not self._is_idle:
+            return
+        try:
+            self._profile = MachineProfile.model_validate_json(printed)
+        except ValidationError:
+            log.warning("machine_not_measured", status=process.returncode)
+            self._idle_since = time.monotonic() + 3600.0  # try again much later
+            return
+        save_profile(self._path, self._profile)
+        log.info("machine_measured", **self._profile.model_dump())
+
+
+def usable_memory_bytes() -> int:
+    """Returns the memory of the machine, or of the container if that is less."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in CGROUP_LIMITS:
+        try:
+            text = path.read_text().strip()
+        except OSError:
+            continue
+        if text.isdecimal():
+            found.append(int(text))
+    return min(found)
+
+
+def free_disk_bytes(folder: Path) -> int:
+    """Returns the free space of the file system of a folder, which may not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def profile_path(settings: Settings) -> Path:
+    """Returns the file that keeps the profile of this machine.
+
+    It is in the user's cache folder, because all services on a machine measure the same. Without
+    such a folder it is among the work folders.
+    """
+    parts = [
+        version("torch"),
+        platform.machine(),
+        _cpu_model(),
+        str(os.cpu_count()),
+        str(settings.num_threads),
+        settings.train_cuda_devices,
+    ]
+    name = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    home = Path(os.path.expanduser("~/.cache/stillhouse"))
+    folder = home if home.is_absolute() else settings.work_root()
+    return folder / f"machine-{name}.json"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith("model name")), "")
+
+
+def load_profile(path: Path) -> MachineProfile | None:
+    """Returns the profile in a file, or None if there is none that can be read."""
+    try:
+        return MachineProfile.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def save_profile(path: Path, profile: MachineProfile) -> None:
+    """Writes the profile. A folder that cannot be written is no error: it is measured again."""
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(profile.model_dump_json())
+        partial.replace(path)
+    except OSError as error:
+        log.warning("profile_not_saved", reason=str(error))
