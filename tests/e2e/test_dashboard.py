@@ -81,6 +81,7 @@ def upload_and_create(page: Page, folder: Path) -> str:
     more = {"hyperparameters": hyperparameters, "evaluation": evaluation}
     page.get_by_label("Further options of method.distillation as JSON").fill(json.dumps(more))
     expect(page.get_by_text(f'"teacher": "{TEACHER}"').first).to_be_attached()
+    expect(page.get_by_text("Peak memory")).to_be_visible()
     demand_accessible(page)
     page.get_by_role("button", name="Create the job").click()
     expect(page).to_have_url(re.compile(r"#/job/ftjob-"))
@@ -207,6 +208,16 @@ def send_marker(page: Page) -> None:
     page.evaluate("fetch('/health/live').then(response => response.text())")
 
 
+def wait_until_quiet(page: Page, observer: Observer) -> None:
+    """Waits until the page itself has sent nothing between three requests of the test."""
+    num_quiet = 0
+    while num_quiet < 3:
+        num_requests = len(observer.requests)
+        send_marker(page)
+        is_quiet = observer.requests[num_requests:] == ["GET /health/live"]
+        num_quiet = num_quiet + 1 if is_quiet else 0
+
+
 def test_pages_without_work_send_no_requests(
     browser: Browser, service: Service, client: openai.OpenAI
 ) -> None:
@@ -219,10 +230,12 @@ def test_pages_without_work_send_no_requests(
     page.clock.install()
     observer = Observer(page, service.url)
     sign_in(page, service)
-    for parts in (["job", job.id], ["jobs"], ["models"], ["workers"]):
+    pages = {"Configuration": ["job", job.id], "Jobs": ["jobs"], "Models": ["models"]}
+    for heading, parts in {**pages, "Workers": ["workers"]}.items():
         open_page(page, *parts)
+        expect(page.get_by_role("heading", name=heading, exact=True)).to_be_visible()
         expect(page.locator(".loading")).to_have_count(0)
-        send_marker(page)  # after it, the requests of the page itself have been sent
+        wait_until_quiet(page, observer)
         num_requests = len(observer.requests)
         page.clock.fast_forward(10 * 60 * 1000)
         send_marker(page)
