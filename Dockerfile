@@ -10,7 +10,7 @@ COPY app app
 COPY migrations migrations
 
 FROM base AS app
-RUN pip install --editable '.[s3,otel]'
+RUN pip install --editable '.[s3,otel,trackers]'
 USER stillhouse
 ENV STILLHOUSE_DATA_DIR=/data STILLHOUSE_HOST=0.0.0.0
 EXPOSE 8400

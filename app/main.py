@@ -27,6 +27,7 @@ from app.services.batch.batch_runner import BatchRunner
 from app.services.limits.rate_limiter import RateLimiter
 from app.services.pin_broadcaster import PinBroadcaster
 from app.services.reconciler import Reconciler
+from app.services.trackers.forwarder import forwarder_threads
 from app.services.traffic.recorder import Recorder
 from app.services.usage.recorder import UsageRecorder
 from app.services.webhooks.deliverer import DelivererThread
@@ -106,6 +107,9 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     deliverer = DelivererThread()
     reconciler.start()
     deliverer.start()
+    forwarders = forwarder_threads(settings)
+    for forwarder in forwarders:
+        forwarder.start()
     await app.state.request_router.start()
     await app.state.batch_runner.start()
     await app.state.pin_broadcaster.start()
@@ -127,6 +131,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await asyncio.to_thread(app.state.recorder.stop)
         deliverer.stop()
         reconciler.stop()
+        await asyncio.gather(*(asyncio.to_thread(forwarder.stop) for forwarder in forwarders))
         await asyncio.to_thread(stop_tracing)
 
 

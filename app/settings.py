@@ -214,6 +214,25 @@ class Settings(BaseSettings):
         "",
         description="Token for the hub, for imports by keys with the scope `hub:token` or `admin`",
     )
+    wandb_api_key: str = Field(
+        "", description="API key for Weights & Biases; empty: jobs cannot send metrics there"
+    )
+    wandb_base_url: str = Field(
+        "", description="URL of a Weights & Biases server; empty: the public service"
+    )
+    wandb_mode: Literal["online", "offline"] = Field(
+        "online",
+        description="offline: runs for Weights & Biases are written to `wandb` in the data folder",
+    )
+    mlflow_tracking_uri: str = Field(
+        "",
+        pattern=r"^(https?://.+)?$",
+        description="URL of an MLflow server, with user and password if it needs them; empty: jobs cannot send metrics there",
+    )
+    tensorboard_dir: str = Field(
+        "",
+        description="Folder for TensorBoard event files; empty: `tensorboard` in the data folder",
+    )
     crash_dir: str = Field(
         "", description="For fault tests only: folder in which crash points are armed; empty: none"
     )
@@ -221,6 +240,11 @@ class Settings(BaseSettings):
     def store_root(self) -> str:
         """Returns the URL or the folder of the artifact store."""
         return self.store_url or str((self.data_dir / "store").resolve())
+
+    def tensorboard_root(self) -> Path:
+        """Returns the folder in which each job creates its folder of TensorBoard files."""
+        folder = self.tensorboard_dir or self.data_dir / "tensorboard"
+        return Path(folder).resolve()
 
     def work_root(self) -> Path:
         """Returns the folder below which each run creates its work folder."""

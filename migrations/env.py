@@ -6,6 +6,7 @@ from sqlalchemy import create_engine, pool, text
 import app.db.schema.registry_tables
 import app.db.schema.retry_tables
 import app.db.schema.tables
+import app.db.schema.tracker_tables
 import app.db.schema.traffic_tables
 import app.db.schema.usage_tables
 import app.db.schema.webhook_tables  # noqa: F401  # all of them register their tables

@@ -16,6 +16,7 @@ from app.db.job_states import add_event, lock_job, move
 from app.db.leases import newest_checkpoint
 from app.db.pagination import Order, UnknownCursor, keyset_page
 from app.db.schema.tables import Checkpoint, Event, Job, JobCount, Metric
+from app.db.trackers.runs import add_runs, reopen_runs
 from app.tracing.spans import current_traceparent
 
 __all__ = ["UnknownCursor", "add_event", "lock_job"]  # re-exported for users of this module
@@ -24,7 +25,7 @@ MAX_POINTS = 100_000  # over all series, per response
 
 
 def insert_job(session: Session, **columns: Any) -> Job:  # Any: the columns of Job, by name
-    """Inserts a queued job and the first events of its history.
+    """Inserts a queued job, the first events of its history, and the runs of its trackers.
 
     If tracing is on, `request` also gets the context of the current span, for the train worker.
     """
@@ -34,6 +35,7 @@ def insert_job(session: Session, **columns: Any) -> Job:  # Any: the columns of 
     session.add(job)
     session.flush()
     session.refresh(job)
+    add_runs(session, job)
     message = "The job is queued."
     if job.kind == "distillation":
         message = "Files validated, moving job to queued state"
@@ -198,6 +200,8 @@ def resume(session: Session, job_id: str) -> Job | None:
     checkpoint = newest_checkpoint(session, job_id)
     if job.status == JobStatus.failed and checkpoint is None:
         return None
+    if job.status == JobStatus.failed:
+        reopen_runs(session, job_id)
     start = f" It continues from the checkpoint at step {checkpoint.step}." if checkpoint else ""
     return move(
         session,

@@ -23,6 +23,8 @@ SECRETS = frozenset(
         "STILLHOUSE_REDIS_URL",
         "STILLHOUSE_KEY_PEPPER",
         "STILLHOUSE_HF_TOKEN",
+        "STILLHOUSE_MLFLOW_TRACKING_URI",
+        "STILLHOUSE_WANDB_API_KEY",
     }
 )
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 
 from app.contracts.distillation import NO_NUL, Auto, Distillation, FileId, Lora
 from app.contracts.messages import DistillationJob, JobFailure, JobStatus, MethodName
+from app.contracts.trackers import Integration
 from app.db.schema.tables import Checkpoint, Event, Job
 from app.schemas.openai_metrics import openai_metrics
 
@@ -81,7 +82,7 @@ class CreateJob(Body):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
     metadata: Metadata | None = None
     hyperparameters: OpenAIHyperparameters | None = None
-    integrations: list[Json] | None = None
+    integrations: list[Integration] | None = None
 
     @property
     def distillation(self) -> Distillation | None:

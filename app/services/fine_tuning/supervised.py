@@ -17,7 +17,9 @@ from app.contracts.messages import ModelFacts
 from app.db.schema.tables import File
 from app.errors import BadRequest
 from app.schemas.jobs import CreateJob, OpenAIHyperparameters, OtherMethod
+from app.services.trackers.integrations import refuse_unconfigured
 from app.services.training_rows import CONVERSATIONS, UNANSWERED
+from app.settings import get_settings
 
 NumberT = TypeVar("NumberT", int, float)
 # Longest rows of a supervised job, whose owner cannot set `max_sequence_tokens`.
@@ -32,20 +34,13 @@ INSTEAD = {
 
 
 def refuse_unsupported(asked: CreateJob) -> None:
-    """Raises BadRequest for methods and integrations of OpenAI that are not supported."""
+    """Raises BadRequest for methods that are not supported and trackers that are not configured."""
     if isinstance(asked.method, OtherMethod):
         name = asked.method.type
         raise BadRequest(
             f"the method {name} is not supported; {INSTEAD[name]}", param="method.type"
         )
-    if asked.integrations:
-        kind = str(asked.integrations[0].get("type", "unknown"))[:40]
-        raise BadRequest(
-            f"the integration {kind} is not supported; leave integrations out, and read the metrics with "
-            "GET /v1/fine_tuning/jobs/{id}/metrics or from the result files",
-            "unsupported_integration",
-            "integrations",
-        )
+    refuse_unconfigured(asked.integrations or [], get_settings())
 
 
 def settle(asked: CreateJob, model_id: str, start: ModelFacts, training: File) -> Distillation:

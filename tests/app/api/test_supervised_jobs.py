@@ -136,7 +136,7 @@ def test_a_distillation_reads_openais_hyperparameters_too(submit: Submit) -> Non
         (
             {"integrations": [{"type": "wandb", "wandb": {"project": "p"}}]},
             "integrations",
-            "wandb is not supported",
+            "set STILLHOUSE_WANDB_API_KEY",
         ),
         ({"seed": 2**31}, "seed", "less than or equal"),
         ({"model": "gone"}, "model", "does not exist"),

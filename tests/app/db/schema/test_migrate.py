@@ -2,7 +2,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import CheckConstraint, text
 
-from app.db.schema import registry_tables  # noqa: F401 (adds tables to the metadata)
+from app.db.schema import registry_tables, tracker_tables  # noqa: F401 (they add tables)
 from app.db.schema.migrate import downgrade, upgrade
 from app.db.schema.table import Table
 from app.db.session import engine

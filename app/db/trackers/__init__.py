@@ -1,0 +1,1 @@
+"""Positions of experiment trackers in the metrics of jobs."""

@@ -1,0 +1,1 @@
+"""Sends the metrics of jobs to experiment trackers."""
