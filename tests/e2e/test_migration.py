@@ -6,11 +6,14 @@ import json
 import time
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai.types.fine_tuning import FineTuningJob
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from tests.e2e.service import TEACHER, Service
+from tests.serve_worker import wait_for
 
 pytestmark = pytest.mark.e2e
 NAMES = ["lantern", "still", "house", "jar", "student", "master"]
@@ -45,7 +48,10 @@ def finished(service: Service) -> FineTuningJob:
     """The job of the example, after polling has ended."""
     client = service.client()
     training = client.files.create(file=("mydata.jsonl", chat_rows(20)), purpose="fine-tune")
-    job = client.fine_tuning.jobs.create(training_file=training.id, model=TEACHER)
+    tensorboard: Any = {"type": "tensorboard"}  # Any: an extension of OpenAI's integrations
+    job = client.fine_tuning.jobs.create(
+        training_file=training.id, model=TEACHER, integrations=[tensorboard]
+    )
     return poll(client, job)
 
 
@@ -60,6 +66,27 @@ def test_the_job_compares_the_model_before_and_after(
     assert "teacher" not in result
     model = client.models.retrieve(finished.fine_tuned_model)
     assert (model.model_extra or {})["origin"] == "fine-tuned"
+
+
+def test_tensorboard_has_the_metrics_of_the_job(service: Service, finished: FineTuningJob) -> None:
+    folder = service.data_dir / "tensorboard" / finished.id
+    wait_for(
+        lambda: any(b"result/" in path.read_bytes() for path in folder.glob("*")), 30, "no result"
+    )
+    (path,) = folder.iterdir()
+    written = [
+        (value.tag, event.step)
+        for event in LegacyEventFileLoader(str(path)).Load()
+        for value in event.summary.value
+        if value.HasField("simple_value") and not value.tag.startswith("result/")
+    ]
+    answer = service.client().get(
+        f"/fine_tuning/jobs/{finished.id}/metrics", cast_to=httpx.Response
+    )
+    series = answer.json()["data"]
+    points = [(each["name"], point["step"]) for each in series for point in each["points"]]
+    assert sorted(written) == sorted(points)
+    assert ("train_loss", 1) in points
 
 
 def test_a_chat_with_the_fine_tuned_model_gives_the_answer_of_the_rows(

@@ -36,7 +36,7 @@ def send(batch: Delivery) -> None:
         project=options.project,
         entity=options.entity,
         name=options.name or batch.job_id,
-        tags=[*options.tags, "stillhouse", batch.job_id],
+        tags=list(dict.fromkeys((*options.tags, "stillhouse", batch.job_id))),
         id=batch.job_id,
         config=batch.config,
         resume="allow",

@@ -30,7 +30,7 @@ class WandbRuns:
         self._api_key = settings.wandb_api_key
         self._base_url = settings.wandb_base_url
         self._mode = settings.wandb_mode
-        self._offline_dir = (settings.data_dir / "wandb").resolve()
+        self._offline_dir = settings.data_dir.resolve()
 
     def deliver(self, batch: Delivery) -> Json:
         """Sends a batch and returns the state for the next one. Raises TrackerDown."""

@@ -15,6 +15,7 @@ from app.contracts.trackers import TrackerName
 from app.db import jobs, leases
 from app.db.job_states import move
 from app.db.session import engine, transaction
+from app.db.trackers import runs
 from app.services.trackers.forwarder import Forwarder
 from app.services.trackers.mlflow_runs import MlflowRuns
 from app.services.trackers.tensorboard_files import TensorboardFiles
@@ -187,6 +188,42 @@ def test_a_tracker_that_is_down_costs_one_warning_and_no_point(mlflow: MlflowSer
     assert "maintenance" in warning
 
 
+def test_a_run_is_given_up_a_week_after_its_job(mlflow: MlflowServer) -> None:
+    lease = begin({"type": "mlflow", "mlflow": {"experiment": "titles"}})
+    succeed(lease)
+    mlflow.is_down = True
+    forwarder = Forwarder("mlflow", MlflowRuns(mlflow.url).deliver)
+    forward(forwarder)
+    assert not is_closed("mlflow")
+    with engine().begin() as connection:
+        connection.execute(text("UPDATE jobs SET finished_at = now() - interval '8 days'"))
+    forward(forwarder)
+    assert is_closed("mlflow")
+    assert "for a week" in warnings()[1]
+
+
+def test_a_process_that_was_too_slow_does_not_move_the_position() -> None:
+    begin({"type": "tensorboard", "tensorboard": {}})
+    train(range(1, 3))
+    claims = []
+    for _ in range(2):
+        with transaction() as session:
+            claims.append(runs.claim(session, "tensorboard", 5.0))
+        with engine().begin() as connection:
+            connection.execute(text("UPDATE tracker_runs SET due_at = now()"))
+    slow, current = claims
+    assert slow is not None
+    assert current is not None
+    assert slow.points == current.points
+    with transaction() as session:
+        runs.finish_batch(session, slow, {"bytes": 1}, 0)
+        runs.postpone_batch(session, slow, "slow")
+    with transaction() as session:
+        again = runs.claim(session, "tensorboard", 5.0)
+    assert again is not None
+    assert (again.points, again.run.state, again.run.num_failures) == (slow.points, {}, 0)
+
+
 def test_a_repeated_mlflow_batch_finds_its_run(mlflow: MlflowServer) -> None:
     begin({"type": "mlflow", "mlflow": {"experiment": "titles"}})
     forwarder = Forwarder("mlflow", MlflowRuns(mlflow.url).deliver)
@@ -240,8 +277,8 @@ def test_wandb_writes_each_point_in_offline_mode(
     records = [
         record for path in sorted(settings.data_dir.rglob("*.wandb")) for record in read_wandb(path)
     ]
-    runs = [record.run for record in records if record.HasField("run")]
-    assert {(run.run_id, run.project, run.display_name) for run in runs} == {(JOB, "p", JOB)}
+    headers = [record.run for record in records if record.HasField("run")]
+    assert {(run.run_id, run.project, run.display_name) for run in headers} == {(JOB, "p", JOB)}
     rows = [
         {item.key or item.nested_key[0]: float(item.value_json) for item in record.history.item}
         for record in records
