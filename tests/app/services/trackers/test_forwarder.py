@@ -269,7 +269,9 @@ def test_wandb_writes_each_point_in_offline_mode(
     settings = settings_env(wandb_api_key="k" * 40, wandb_mode="offline")
     lease = begin({"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}})
     forwarder = Forwarder("wandb", WandbRuns(settings).deliver)
-    train(range(1, 3))
+    train(range(1, 2))
+    assert forward(forwarder) == 1
+    train(range(2, 3))
     train(range(2, 3), "valid_loss")
     succeed(lease)
     assert forward(forwarder) == 2
@@ -284,6 +286,8 @@ def test_wandb_writes_each_point_in_offline_mode(
         for record in records
         if record.HasField("history")
     ]
+    numbers = [record.history.step.num for record in records if record.HasField("history")]
+    assert numbers == [0, 1], "the second batch must continue the numbers of the first"
     names = ("step", "train_loss", "valid_loss")
     points = [{name: row[name] for name in names if name in row} for row in rows]
     assert points == [
