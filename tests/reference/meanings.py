@@ -18,6 +18,7 @@ RESPONSES = {
     "incompatible_draft": "The model cannot be the draft of this model.",
     "incompatible_options": "Two serving options exclude each other.",
     "input_missing": "A model or file of the job has been deleted, so the job cannot be resumed.",
+    "insufficient_memory": "No worker that is alive has enough memory for the job.",
     "insufficient_storage": "The store has too little free space.",
     "internal_error": "An unexpected error. The log of the service has its cause.",
     "invalid_file": "The file, or a line of it, cannot be used.",
