@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo task titles up test faults soak fuzz check fix bench-distill gpu-check clean
+.PHONY: install demo task titles up test faults soak fuzz check fix docs bench-distill gpu-check clean
 
 install: $(VENV)/.installed
 
@@ -66,6 +66,15 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.prose
+
+# The documentation as pages in build/docs, after the generated reference is written again.
+docs: install $(VENV)/.docs
+	$(BIN)/python -m tests.reference
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --editable '.[docs]'
+	touch $@
 
 fix: install
 	$(BIN)/ruff format .

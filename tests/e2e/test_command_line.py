@@ -24,10 +24,11 @@ import httpx
 import pytest
 
 from app.commands.cli import main
+from tests.documentation import DOCS, code_blocks, sections
 from tests.e2e.service import TEACHER, Service
 
 pytestmark = pytest.mark.e2e
-DOCUMENT = Path(__file__).parents[2] / "docs" / "cli.md"
+DOCUMENT = DOCS / "cli.md"
 CONTROL = "Control a job"
 WATCH = "stillhouse jobs watch $JOB"
 SUPERVISED = f"stillhouse jobs create --supervised --model {TEACHER} --training-file answers.jsonl"
@@ -142,17 +143,9 @@ class Shell:
 
 def documented() -> list[tuple[str, list[str]]]:
     """Returns the headings of docs/cli.md with the commands in their code blocks."""
-    sections = re.split(r"^## ", DOCUMENT.read_text(), flags=re.MULTILINE)[1:]
     return [
-        (
-            section.partition("\n")[0],
-            [
-                line
-                for block in re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-                for line in block.splitlines()
-            ],
-        )
-        for section in sections
+        (heading, [line for block in code_blocks(text, "sh") for line in block.code.splitlines()])
+        for heading, text in sections(DOCUMENT.read_text())
     ]
 
 

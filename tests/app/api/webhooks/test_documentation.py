@@ -12,17 +12,16 @@ import openai.types.webhooks
 from app.local.embedded_servers import free_port
 from app.settings import Settings
 from tests.app.api.conftest import Service
+from tests.documentation import DOCS, code_blocks
 from tests.serve_worker import wait_for
-
-ROOT = Path(__file__).resolve().parents[4]
-BLOCKS = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 
 def test_the_receiver_of_the_documentation_accepts_events(
     settings_env: Callable[..., Settings], service: Service, tmp_path: Path
 ) -> None:
     settings_env(webhook_allowed_hosts="127.0.0.1")
-    creation, receiver = BLOCKS.findall((ROOT / "docs" / "webhooks.md").read_text())
+    page = (DOCS / "webhooks.md").read_text()
+    creation, receiver = (block.code for block in code_blocks(page, "python"))
     with service.client() as client:
         names: dict[str, object] = {"client": client}
         exec(creation, names)
