@@ -56,7 +56,7 @@ RESPONSES = {
     "unknown_parameter": "The request has a field or a query parameter that does not exist.",
     "unknown_url": "There is nothing at this URL.",
     "unsafe_file": "A file of the uploaded model could run code.",
-    "unsupported_integration": "`integrations` is not supported.",
+    "integration_not_configured": "A tracker in `integrations` is not set up on the server.",
     "unsupported_parameter": "The parameter, or its combination with others, is not supported here.",
     "worker_lost": "The worker was lost after a part of the answer had been sent.",
 }
