@@ -93,7 +93,13 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
 
 
 def _allowed(request: Request) -> str:
-    """Returns the methods of all routes with this path; Starlette names those of the first only."""
+    """Returns the methods of all routes with this path; Starlette names those of the first only.
+
+    A path without parameters has its own methods only, also if a path with parameters matches it.
+    """
+    own = request.app.openapi()["paths"].get(request.scope["path"])
+    if own is not None:
+        return ", ".join(method for method in METHODS if method.lower() in own)
     scopes = {method: {**request.scope, "method": method} for method in METHODS}
     return ", ".join(
         method

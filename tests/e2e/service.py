@@ -135,6 +135,9 @@ def estimate(client: openai.OpenAI, **body: Any) -> Json:
 def assert_estimated(estimated: Json, job: FineTuningJob) -> None:
     """What was estimated is what the job needed: tokens and steps nearly, memory within a factor of 1.2.
 
+    A tiny model needs less memory than the interpreter and its libraries, whose part differs by up to
+    200 MiB between runs, so that much more is allowed.
+
     Time is compared by bench/estimates.py.
     """
     result = job.model_dump()["result"]
@@ -143,5 +146,7 @@ def assert_estimated(estimated: Json, job: FineTuningJob) -> None:
     assert estimated["num_tokens"] == pytest.approx(job.trained_tokens, rel=0.1)
     num_steps = sum(entry["num_planned_steps"] for entry in entries)
     assert estimated["num_steps"] == pytest.approx(num_steps, rel=0.1, abs=len(entries))
-    ratio = estimated["peak_memory_bytes"] / result["cost"]["peak_memory_bytes"]
-    assert 1 / 1.2 < ratio < 1.2, (estimated, result["cost"])
+    memory_bytes = result["cost"]["peak_memory_bytes"]
+    allowed_bytes = 0.2 * memory_bytes + 200 * 2**20
+    difference_bytes = abs(estimated["peak_memory_bytes"] - memory_bytes)
+    assert difference_bytes < allowed_bytes, (estimated, result["cost"])

@@ -243,7 +243,8 @@ class Terminal:
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         address = {"STILLHOUSE_URL": service.url, "STILLHOUSE_API_KEY": service.key}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "app.commands.cli", *words],
+            # A suite that runs in the background of a shell ignores Ctrl-C, and so would the command.
+            ["env", "--default-signal=INT", sys.executable, "-m", "app.commands.cli", *words],
             env={**os.environ, "TERM": "xterm-256color", **address, **variables},
             stdin=slave,
             stdout=slave,

@@ -284,7 +284,7 @@ def test_a_job_pauses_at_a_checkpoint_and_goes_on_from_it(
     long = method(
         hyperparameters={
             "n_epochs": 200,
-            "max_steps": 800,
+            "max_steps": 500,
             "batch_tokens": 128,
             "eval_steps": 100000,
             "checkpoint_steps": 100000,

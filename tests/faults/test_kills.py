@@ -23,7 +23,7 @@ SHORT = {
     "eval_steps": 100000,
     "checkpoint_steps": 50,
 }
-LONG = {**SHORT, "n_epochs": 40}  # seconds of work are left when the first checkpoint is written
+LONG = {**SHORT, "n_epochs": 24}  # seconds of work are left when the first checkpoint is written
 
 
 @pytest.fixture(scope="module")

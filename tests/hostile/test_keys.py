@@ -192,10 +192,10 @@ def bodies(ids: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
         "distillation": {"teacher": ids["model_id"], "student": {"num_layers": 2}},
     }
     message = {"role": "user", "content": "a"}
+    job = {"model": ids["model_id"], "training_file": ids["file_id"], "method": method}
     return {
-        "/v1/fine_tuning/jobs": [
-            {"model": ids["model_id"], "training_file": ids["file_id"], "method": method}
-        ],
+        "/v1/fine_tuning/jobs": [job],
+        "/v1/fine_tuning/jobs/estimate": [job],
         "/v1/completions": [
             {"model": name, "prompt": "a"} for name in (ids["model_id"], "tiny@live")
         ],
