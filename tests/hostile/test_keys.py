@@ -13,6 +13,7 @@ from fastapi.routing import iter_route_contexts
 
 from app import auth
 from app.db import keys
+from app.db.schema.webhook_tables import WebhookDelivery, WebhookEvent
 from app.db.session import transaction
 from app.main import create_app
 from app.settings import Settings
@@ -170,7 +171,12 @@ def belongings(
     insert([record(1)])
     made = http.post("/v1/datasets", json={"name": "kept"})
     assert made.status_code == 200, made.text
+    endpoint = client.webhooks.create(
+        name="kept", url="https://hooks.example.com/kept", event_types=["batch.completed"]
+    )
     return {
+        "webhook_endpoint_id": endpoint.id,
+        "delivery_id": add_delivery(endpoint.id),
         "completion_id": "chatcmpl-0001",
         "dataset_id": made.json()["id"],
         "file_name": "config.json",
@@ -183,6 +189,22 @@ def belongings(
         "alias": "live",
         "asked_id": asked,
     }
+
+
+def add_delivery(endpoint_id: str) -> str:
+    """Adds a delivery that has ended, so that nothing is sent."""
+    with transaction() as session:
+        event = WebhookEvent(
+            id="evt_1", project_id="acme", type="batch.completed", data={"id": "b"}
+        )
+        session.add(event)
+        session.flush()
+        session.add(
+            WebhookDelivery(
+                id="whd_1", event_id=event.id, endpoint_id=endpoint_id, status="succeeded"
+            )
+        )
+    return "whd_1"
 
 
 def bodies(ids: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
@@ -215,7 +237,11 @@ def bodies(ids: dict[str, str]) -> dict[str, list[dict[str, Any]]]:
         "/v1/models/{model_id}/serving": [{}, {"draft": {"model": ids["model_id"]}}],
         "/v1/models/{name}/aliases/{alias}/rollback": [{}],
         "/v1/chat/completions/{completion_id}": [{"metadata": {"a": "b"}}],
-        "/v1/datasets": [],  # names nothing that anybody owns, as the next three
+        "/v1/webhook_endpoints/{webhook_endpoint_id}": [{"name": "b"}],
+        "/v1/webhook_endpoints/{webhook_endpoint_id}/rotate_secret": [{}],
+        "/v1/webhook_endpoints/{webhook_endpoint_id}/test": [{"event_type": "batch.completed"}],
+        "/v1/webhook_endpoints": [],  # names nothing that anybody owns, as the next four
+        "/v1/datasets": [],
         "/v1/models/imports": [],
         "/v1/models/import": [],
         "/v1/files": [],
