@@ -2,7 +2,6 @@
 
 from app.fast_imports import imports_done  # isort: split
 
-import itertools
 import os
 import shutil
 import tempfile
@@ -19,13 +18,12 @@ from app.db.session import engine
 from app.local.embedded_servers import LocalPostgres, LocalValkey
 from app.settings import Settings, get_settings
 from app.storage import store
+from tests.spare_databases import SpareDatabases, database_url
 
 pytest_plugins = ["tests.tiny", "tests.tool_model"]
 
 # A progress bar whose output fails keeps the lock that all bars share, and blocks every later load.
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-
-_database_numbers = itertools.count()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -107,18 +105,21 @@ def settings_env(
     _forget()
 
 
+@pytest.fixture(scope="session")
+def spare_databases(postgres_url: str, template_database: str) -> SpareDatabases:
+    return SpareDatabases(postgres_url, template_database)
+
+
 @pytest.fixture
 def database(
-    postgres_url: str, template_database: str, settings_env: Callable[..., Settings]
+    spare_databases: SpareDatabases, settings_env: Callable[..., Settings]
 ) -> Iterator[str]:
-    """URL of a fresh, migrated database that the settings point to."""
-    name = f"test_{os.getpid()}_{next(_database_numbers)}"
-    _run(postgres_url, "CREATE DATABASE {} TEMPLATE {}", name, template_database)
-    url = database_url(postgres_url, name)
+    """URL of an empty, migrated database that the settings point to."""
+    url = spare_databases.take()
     settings_env(database_url=url)
     yield url
     engine().dispose()
-    _run(postgres_url, "DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+    spare_databases.give_back(url)
 
 
 @pytest.fixture
@@ -128,12 +129,6 @@ def valkey(valkey_url: str, settings_env: Callable[..., Settings]) -> str:
         client.flushall()
     settings_env(redis_url=valkey_url)
     return valkey_url
-
-
-def database_url(server_url: str, name: str) -> str:
-    """The URL of another database of the same server."""
-    address, question, query = server_url.partition("?")
-    return f"{address.rsplit('/', 1)[0]}/{name}{question}{query}"
 
 
 def _run(server_url: str, command: str, *names: str) -> None:
