@@ -72,7 +72,7 @@ class SpareDatabases:
             others = connection.execute(OTHERS).fetchone()
             if others != (0,) or connection.execute(FINGERPRINT).fetchone() != self._fingerprint:
                 return False
-            tables = [sql.Identifier(row[0]) for row in connection.execute(FILLED)]
+            tables = [sql.Identifier(str(row[0])) for row in connection.execute(FILLED)]
             if tables:
                 connection.execute(
                     sql.SQL("TRUNCATE {} CASCADE").format(sql.SQL(", ").join(tables))
