@@ -219,15 +219,26 @@ def _of_checkpoints(job_id: str, checkpoints: list[Row], attempts: list[Row]) ->
 
 
 def unreadable_checkpoints(system: System) -> list[str]:
-    """Of all committed checkpoints, those that are not what their manifest says."""
+    """Of all committed checkpoints, those that are not what their manifest says.
+
+    The garbage collector may delete a checkpoint during this check. It marks the row first, so a
+    fault counts only if the row is still committed afterwards.
+    """
+    faults = {
+        key: wrongs
+        for key, sha256 in _committed_checkpoints(system).items()
+        if (wrongs := _unreadable(system.data_dir / "store", key, sha256))
+    }
+    if not faults:
+        return []
+    still_committed = _committed_checkpoints(system)
+    return [wrong for key, wrongs in faults.items() if key in still_committed for wrong in wrongs]
+
+
+def _committed_checkpoints(system: System) -> dict[str, str]:
     query = "SELECT store_key, manifest_sha256 FROM checkpoints WHERE status = 'committed'"
     with system.connect() as connection:
-        found = connection.execute(query).fetchall()
-    return [
-        wrong
-        for key, sha256 in found
-        for wrong in _unreadable(system.data_dir / "store", str(key), sha256)
-    ]
+        return {str(key): str(sha256) for key, sha256 in connection.execute(query)}
 
 
 def _unreadable(store: Path, key: str, sha256: object) -> list[str]:
