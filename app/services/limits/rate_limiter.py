@@ -9,7 +9,7 @@ limit. Nothing is rounded: Lua's doubles are exact up to `MAX_PER_MINUTE`. Valke
 time of its last change by its own clock, and the limit at that time.
 
 After a limit was lowered, the level may be far above the new limit. It is then reduced to the new
-limit, so that no request has to wait for more than a minute.
+limit, so that the change itself blocks requests for a minute at most.
 
 Source: ITU-T Recommendation I.371, annex A: continuous-state leaky bucket.
 """
