@@ -22,7 +22,8 @@ from app.db.session import DatabaseUnavailable, PoolExhausted
 from app.log_config import configure_logging
 from app.metrics.scrape import Scrape
 from app.routing import task_queue
-from app.routing.router import NOWHERE, RequestRouter
+from app.routing.router import RequestRouter
+from app.routing.task_queue import NOWHERE
 from app.services.batch.batch_runner import BatchRunner
 from app.services.limits.rate_limiter import RateLimiter
 from app.services.pin_broadcaster import PinBroadcaster

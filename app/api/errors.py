@@ -6,6 +6,7 @@ The body is `{"error": {"message", "type", "param", "code"}}`.
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -97,15 +98,15 @@ def _allowed(request: Request) -> str:
 
     A path without parameters has its own methods only, also if a path with parameters matches it.
     """
-    own = request.app.openapi()["paths"].get(request.scope["path"])
-    if own is not None:
-        return ", ".join(method for method in METHODS if method.lower() in own)
-    scopes = {method: {**request.scope, "method": method} for method in METHODS}
-    return ", ".join(
-        method
-        for method, scope in scopes.items()
-        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
-    )
+    routes = [
+        route
+        for route in iter_route_contexts(request.app.routes)
+        if route.matches(request.scope)[0] is not Match.NONE
+    ]
+    paths = [route.path for route in routes]
+    own = request.scope["path"] if request.scope["path"] in paths else paths[0]
+    methods = {name for route in routes if route.path == own for name in route.methods or ()}
+    return ", ".join(method for method in METHODS if method in methods)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:

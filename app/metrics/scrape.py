@@ -19,12 +19,12 @@ class Scrape(Collector):
         self._database = DatabaseMetrics()
 
     def collect(self) -> Iterator[Metric]:
-        """Yields all metric families. Raises DatabaseUnavailable or PoolExhausted."""
+        """Yields all metric families. Those that the database does not answer are left out."""
         yield from REGISTRY.collect()
         yield from self._request_router.metrics.collect()
         yield from worker_families(self._request_router.workers)
         yield from self._database.collect()
 
     def text(self) -> bytes:
-        """Returns the metrics in the text format of Prometheus. Raises as `collect` does."""
+        """Returns the metrics in the text format of Prometheus."""
         return generate_latest(self)

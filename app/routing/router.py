@@ -32,14 +32,13 @@ from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyR
 from app.metrics.requests import RequestMetrics
 from app.routing.admission import Admission
 from app.routing.reply_stream import InFlightPrompt, ReplyStream, TokenCount
-from app.routing.task_queue import NotSent, Outbox, queue_key
+from app.routing.task_queue import NOWHERE, NotSent, Outbox, queue_key
 from app.routing.worker_registry import FAULTS, WorkerRegistry
 from app.settings import Settings
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
-NOWHERE = "unix:///nonexistent/redis.sock"  # an unset URL behaves like a Redis that is down
 MAX_SENDS = 3  # a prompt that three workers have lost may itself be the cause
 LOST_SECONDS = 5.0  # silence about a prompt after which an idle worker cannot have received it
 FORGOTTEN_SECONDS = 15.0  # the same for a busy worker; the last reply may also have been lost

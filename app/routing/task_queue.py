@@ -23,6 +23,8 @@ from app.settings import celery_settings, get_settings
 
 log = structlog.get_logger(__name__)
 
+# An unset URL behaves like a Redis that is down. Only redis-py accepts it: Celery knows no `unix:`.
+NOWHERE = "unix:///nonexistent/redis.sock"
 KEY_PREFIX = "stillhouse:"  # `global_keyprefix` of `celery_settings`
 MAX_WAITING_MESSAGES = 100
 # Timeout to connect or to write. A send takes at most about twice as long if Redis is down.
@@ -68,9 +70,13 @@ def notify_workers() -> bool:
 
     Never raises: the reconciler repairs a lost message.
     """
+    redis_url = get_settings().redis_url
+    if not redis_url:
+        log.warning("notify_failed", reason="no redis_url")  # Celery would try RabbitMQ instead
+        return False
     try:
         # declare=[]: declaring the queue would leave a binding in Redis that is never removed.
-        producer = _producer(get_settings().redis_url)
+        producer = _producer(redis_url)
         producer.send_task(WAKE_UP_TASK, queue=TRAIN_QUEUE, task_id=uuid4().hex, declare=[])
     except FAULTS as fault:
         log.warning("notify_failed", reason=type(fault).__name__)
@@ -84,8 +90,11 @@ def notify_workers_again() -> None:
     Busy workers look for jobs themselves when they finish, so more messages are useless. Never
     raises.
     """
+    redis_url = get_settings().redis_url
+    if not redis_url:
+        return
     num_waiting = 0
-    with suppress(*FAULTS), _producer(get_settings().redis_url).connection_or_acquire() as line:
+    with suppress(*FAULTS), _producer(redis_url).connection_or_acquire() as line:
         num_waiting = line.default_channel.queue_declare(TRAIN_QUEUE).message_count
     if num_waiting < MAX_WAITING_MESSAGES:
         notify_workers()

@@ -10,6 +10,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from app.contracts.train_workers import TrainWorkerStatus, train_worker_key
+from app.routing.task_queue import NOWHERE
 from app.settings import get_settings
 
 log = structlog.get_logger(__name__)
@@ -33,7 +34,7 @@ def live_train_workers() -> list[TrainWorkerStatus] | None:
 
     Heartbeats of other versions that cannot be read are skipped.
     """
-    client = _client(get_settings().redis_url)
+    client = _client(get_settings().redis_url or NOWHERE)
     try:
         keys = list(client.scan_iter(match=train_worker_key("*"), count=1000))
         values = client.mget(keys) if keys else []

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import orjson
@@ -93,6 +94,11 @@ class Order:
         """Number of choices that are generated for each prompt."""
         return max(self.num_choices, self.sampling.best_of or 1)
 
+    @cached_property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """Estimated tokens of each prompt. Kept, because large prompts take milliseconds."""
+        return tuple(map(estimated_tokens, self.prompts))
+
 
 async def begin(
     request_router: RequestRouter, order: Order, meter: Meter | None = None
@@ -110,7 +116,7 @@ async def begin(
     """
     validate_for_model(order, request_router.settings)
     refuse_large_answer(order, request_router.settings.max_answer_bytes)
-    num_tokens = sum(map(estimated_tokens, order.prompts))
+    num_tokens = sum(order.prompt_tokens)
     num_tokens += len(order.prompts) * order.num_sequences * order.sampling.max_tokens
     num_tokens += logprob_bytes(order) // LOGPROB_BYTES_PER_TOKEN
     give_back = request_router.admission.reserve(
@@ -125,7 +131,8 @@ async def begin(
 
     try:
         if meter is not None:
-            await meter.reserve(most_tokens(order, request_router.settings.max_context_tokens))
+            least, most = token_range(order, request_router.settings.max_context_tokens)
+            await meter.reserve(most, least_tokens=least)
         requests = requests_of(order, request_router.settings)
         await asyncio.sleep(0)  # lets other coroutines run: both steps are slow for large prompts
         return await request_router.open(requests, end)
@@ -134,18 +141,23 @@ async def begin(
         raise
 
 
-def most_tokens(order: Order, max_context_tokens: int) -> int:
-    """Returns how many tokens the request may use, with an estimate of the tokens of its prompts."""
+def token_range(order: Order, max_context_tokens: int) -> tuple[int, int]:
+    """Returns the fewest and the most tokens that a rate limit has to admit for a request.
+
+    They are the same if the request has a `max_tokens`. If it has none, its answers may be shorter
+    than the context allows: the fewest are its prompts, by estimate, and one token per answer.
+    """
     facts = order.model.facts
     context_tokens = min(facts.context_tokens, max_context_tokens) if facts else max_context_tokens
-    num_tokens = 0
-    for prompt in order.prompts:
-        num_prompt_tokens = estimated_tokens(prompt)
+    least = most = 0
+    for num_prompt_tokens in order.prompt_tokens:
         num_answer_tokens = order.sampling.max_tokens
         if order.sampling.fits_context:
             num_answer_tokens = min(num_answer_tokens, max(context_tokens - num_prompt_tokens, 1))
-        num_tokens += num_prompt_tokens + order.num_sequences * num_answer_tokens
-    return num_tokens
+        num_needed_tokens = 1 if order.sampling.fits_context else num_answer_tokens
+        least += num_prompt_tokens + order.num_sequences * num_needed_tokens
+        most += num_prompt_tokens + order.num_sequences * num_answer_tokens
+    return least, most
 
 
 def usage_of(order: Order, count: TokenCount) -> Usage | None:
@@ -155,7 +167,7 @@ def usage_of(order: Order, count: TokenCount) -> Usage | None:
     """
     if not count.num_complete and not count.partial:
         return None
-    num_estimated = sum(estimated_tokens(order.prompts[index]) for index in count.partial)
+    num_estimated = sum(order.prompt_tokens[index] for index in count.partial)
     return Usage(
         order.model.model_id,
         count.num_input + num_estimated,
@@ -228,7 +240,7 @@ def logprob_bytes(order: Order) -> int:
         return 0
     num_entries = 0
     if order.sampling.scores_prompt:
-        num_entries += sum(map(estimated_tokens, order.prompts)) * order.num_sequences
+        num_entries += sum(order.prompt_tokens) * order.num_sequences
     if not order.is_streamed:
         num_entries += len(order.prompts) * order.sampling.max_tokens * order.num_sequences
     return num_entries * LOGPROB_BYTES * (1 + order.sampling.logprobs)
@@ -242,7 +254,7 @@ def refuse_large_answer(order: Order, max_bytes: int) -> None:
     """
     num_bytes = logprob_bytes(order)
     if order.sampling.echo:
-        num_bytes += BYTES_PER_TOKEN * sum(map(estimated_tokens, order.prompts)) * order.num_choices
+        num_bytes += BYTES_PER_TOKEN * sum(order.prompt_tokens) * order.num_choices
     if not order.is_streamed:
         num_tokens = len(order.prompts) * order.num_choices * order.sampling.max_tokens
         num_bytes += num_tokens * TEXT_BYTES

@@ -4,7 +4,9 @@ This module is imported only if tracing is on. The SDK reads further options fro
 `OTEL_*` variables, such as the sampler and the headers of the exporter.
 """
 
+import threading
 from collections.abc import Mapping
+from typing import Final
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import Resource
@@ -13,6 +15,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+CLOSE_SECONDS: Final = 3.0  # longest wait at shutdown for the collector
 KINDS = {
     "internal": SpanKind.INTERNAL,
     "server": SpanKind.SERVER,
@@ -47,5 +50,8 @@ class SpanExporter:
         return self._tracer.start_span(name, context, KINDS[kind], attributes)
 
     def close(self) -> None:
-        """Sends the remaining spans. Waits a few seconds at most."""
-        self._provider.shutdown()
+        """Sends the remaining spans. Waits for 3 seconds at most; the rest is then lost."""
+        # The SDK itself waits for up to 30 s, so its thread is left behind if it takes longer.
+        closing = threading.Thread(target=self._provider.shutdown, name="otel-close", daemon=True)
+        closing.start()
+        closing.join(CLOSE_SECONDS)

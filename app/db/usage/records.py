@@ -158,18 +158,25 @@ def forget_writers(session: Session, writer_id: str | None = None) -> None:
 
 
 def used_tokens(
-    session: Session, *, key_id: str, project_id: str, now: datetime
-) -> dict[tuple[OwnerKind, Period], int]:
-    """Returns the tokens that a key and its project have used on this day and in this month."""
-    query = select(TokenTotal).where(
+    session: Session, *, key_id: str, project_id: str, now: datetime, writer_id: str | None = None
+) -> tuple[dict[tuple[OwnerKind, Period], int], int]:
+    """Returns the tokens that a key and its project have used on this day and in this month.
+
+    Also returns the number of the last write of a writer that these tokens include. It is 0 if
+    there are no tokens, or no such writer.
+    """
+    # One statement, so that the tokens and the number are those of one time.
+    number = select(UsageWriter.num_writes).where(UsageWriter.id == writer_id).scalar_subquery()
+    query = select(TokenTotal, func.coalesce(number, 0)).where(
         or_(
             (TokenTotal.owner_kind == "key") & (TokenTotal.owner_id == key_id),
             (TokenTotal.owner_kind == "project") & (TokenTotal.owner_id == project_id),
         )
     )
     found: dict[tuple[OwnerKind, Period], int] = {}
-    for row in session.scalars(query):
+    num_writes = 0
+    for row, num_writes in session.execute(query):  # noqa: B007  # the same number in each row
         total = Total._make((row.owner_kind, row.owner_id, row.period))
         if row.began_on == began_on(now, total.period):
             found[total.owner_kind, total.period] = row.tokens
-    return found
+    return found, num_writes

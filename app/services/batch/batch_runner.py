@@ -6,6 +6,7 @@ the lines that have no stored answer, and writes the files when none is left.
 """
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Coroutine
@@ -37,6 +38,7 @@ log = structlog.get_logger(__name__)
 
 MAX_RUNS: Final = 4  # batches that one process runs at a time; they share its `Room`
 BEAT_SECONDS: Final = 1.0  # heartbeat of a run, which also notices a cancellation
+BUDGET_SECONDS: Final = 1.0  # how long a run uses the budgets that it has read
 RETRY_SECONDS: Final = 2.0  # before a retry, if the error names no time
 POSTPONE_SECONDS: Final = 10.0  # before a batch is released after an unexpected error
 FORGET_SECONDS: Final = 120.0  # load failures further apart than this are counted separately
@@ -124,6 +126,9 @@ class BatchRun:
         self._settings: Settings = request_router.settings
         # Times of the first and the last load failure, by model.
         self._unloadable: dict[str, tuple[float, float]] = {}
+        self._budget_turn = asyncio.Lock()
+        self._budget_read_at = -math.inf
+        self._over_budget: QuotaExceeded | None = None
 
     async def run(self) -> None:
         """Answers the remaining lines, then writes the files and ends the batch.
@@ -234,9 +239,7 @@ class BatchRun:
         return now - first > self._settings.request_timeout_seconds
 
     async def _ask(self, request: BatchRequest) -> tuple[orjson.Fragment, Usage]:
-        await run_in_threadpool(
-            demand_batch_budget, self._batch.project_id, self._batch.created_by_key_id
-        )
+        await self._demand_budget()
         body = await run_in_threadpool(body_of, request, self._batch.endpoint)
         answer, prompts = begin_answer(body)
         model = await generation.find_model(self._batch.project_id, body.model)
@@ -267,6 +270,21 @@ class BatchRun:
             self._room.give_back(num_sequences)
         usage = Usage(model.model_id, *answer.num_tokens)
         return orjson.Fragment(b"".join(await generation.whole_json(answer))), usage
+
+    async def _demand_budget(self) -> None:
+        """Raises QuotaExceeded if a budget was used up when it was last read."""
+        async with self._budget_turn:
+            if time.monotonic() - self._budget_read_at >= BUDGET_SECONDS:
+                self._over_budget = None
+                try:
+                    await run_in_threadpool(
+                        demand_batch_budget, self._batch.project_id, self._batch.created_by_key_id
+                    )
+                except QuotaExceeded as error:
+                    self._over_budget = error
+                self._budget_read_at = time.monotonic()
+        if self._over_budget is not None:
+            raise self._over_budget.with_traceback(None)
 
     def _answered(self) -> set[int]:
         with transaction() as session:

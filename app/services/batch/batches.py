@@ -22,7 +22,7 @@ from app.services.jobs import (
     fingerprint,
     remember,
 )
-from app.services.limits.budgets import demand_batch_budget
+from app.services.limits.budgets import demand_budget
 from app.services.retries import RetryInfo
 from app.settings import get_settings
 
@@ -48,7 +48,12 @@ def create_batch(principal: Principal, asked: CreateBatch, attempted: RetryInfo)
     replay = find_replay(principal, ROUTE, attempted, sha256)
     if replay is not None:
         return replay
-    demand_batch_budget(principal.project_id, principal.key_id)
+    demand_budget(
+        principal.project_id,
+        principal.key_id,
+        limits=principal.limits,
+        project_limits=principal.project_limits,
+    )
     expiry = asked.output_expires_after
     with transaction() as session:
         demand_room(session, principal.project_id)

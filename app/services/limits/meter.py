@@ -1,7 +1,5 @@
 """Meter of one generation request: its limits before it begins, and its usage after it has ended."""
 
-from functools import partial
-
 from fastapi.concurrency import run_in_threadpool
 
 from app.auth import Principal
@@ -34,8 +32,11 @@ class Meter:
         self._taken: Taken | None = None
         self._is_settled = False
 
-    async def reserve(self, num_tokens: int) -> None:
+    async def reserve(self, num_tokens: int, *, least_tokens: int) -> None:
         """Takes one request and these tokens from the rate limits.
+
+        If a limit is smaller than that, takes the whole of the smallest one, but not fewer than
+        `least_tokens`.
 
         Raises:
             BadRequest: A rate limit is smaller than the request.
@@ -46,7 +47,7 @@ class Meter:
         caller = self._caller
         if caller.limits.has_budget or caller.project_limits.has_budget:
             await run_in_threadpool(self._demand_budget)
-        self._buckets = buckets_of(caller, num_tokens=num_tokens)
+        self._buckets = buckets_of(caller, num_tokens=num_tokens, least_tokens=least_tokens)
         if not self._buckets:
             return
         taken = await self._limiter.take(self._buckets)
@@ -72,13 +73,10 @@ class Meter:
 
     def _demand_budget(self) -> None:
         caller = self._caller
-        with self._recorder.unchanging():
-            demand_budget(
-                caller.project_id,
-                caller.key_id,
-                limits=caller.limits,
-                project_limits=caller.project_limits,
-                unwritten=partial(
-                    self._recorder.unwritten_tokens, caller.project_id, caller.key_id
-                ),
-            )
+        demand_budget(
+            caller.project_id,
+            caller.key_id,
+            limits=caller.limits,
+            project_limits=caller.project_limits,
+            recorder=self._recorder,
+        )

@@ -5,8 +5,11 @@ adds its cost to the level of a bucket. The level falls continuously, by the lim
 request is refused if the level would exceed the limit.
 
 Levels are whole numbers of 1/60,000,000 of a unit, so one microsecond lowers a level by exactly the
-limit. Nothing is rounded: Lua's doubles are exact up to `MAX_PER_MINUTE`. Valkey keeps the level and
-the time of its last change, by its own clock.
+limit. Nothing is rounded: Lua's doubles are exact up to `MAX_PER_MINUTE`. Valkey keeps the level, the
+time of its last change by its own clock, and the limit at that time.
+
+After a limit was lowered, the level may be far above the new limit. It is then reduced to the new
+limit, so that the change itself blocks requests for a minute at most.
 
 Source: ITU-T Recommendation I.371, annex A: continuous-state leaky bucket.
 """
@@ -36,21 +39,26 @@ COMMON: Final = """
 local time = redis.call('TIME')
 local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
 
-local function load(key, limit)
-  local level, at = string.match(redis.call('GET', key) or '', '^(%d+) (%d+)$')
-  if not level then return 0 end
-  return math.max(tonumber(level) - math.max(now - tonumber(at), 0) * limit, 0)
+local function read(key)
+  local level, at, limit = string.match(redis.call('GET', key) or '', '^(%d+) (%d+) (%d+)$')
+  return tonumber(level), tonumber(at), tonumber(limit)
+end
+
+-- The level now, of a level at an earlier time under another limit.
+local function lowered(level, at, old_limit, limit)
+  if old_limit > limit then level = math.min(level, limit * UNIT) end
+  return math.max(level - math.max(now - at, 0) * limit, 0)
 end
 
 local function store(key, limit, level)
   if level > 0 then
-    local value = string.format('%.0f %.0f', level, now)
+    local value = string.format('%.0f %.0f %.0f', level, now, limit)
     redis.call('SET', key, value, 'PX', math.ceil(level / limit / 1000) + 1)
   else
     redis.call('DEL', key)
   end
 end
-"""
+""".replace("UNIT", str(UNIT))
 # ARGV: limit and cost of each bucket. Returns the time, the index of the bucket that is blocked for
 # longest (0: none, the costs are added), for how many microseconds, and the level of each bucket.
 TAKE: Final = (
@@ -59,7 +67,8 @@ TAKE: Final = (
 local blocked, longest, levels = 0, 0, {}
 for i, key in ipairs(KEYS) do
   local limit, cost = tonumber(ARGV[2 * i - 1]), tonumber(ARGV[2 * i])
-  levels[i] = load(key, limit)
+  local level, at, old_limit = read(key)
+  levels[i] = level and lowered(level, at, old_limit, limit) or 0
   local excess = levels[i] + cost - limit * UNIT
   local wait = math.ceil(excess / limit)
   if wait > longest then blocked, longest = i, wait end
@@ -74,16 +83,19 @@ return {now, blocked, longest, unpack(levels)}
 """.replace("UNIT", str(UNIT))
 )
 # ARGV: limit and change of each bucket, and time and level after the cost was taken. Of a cost,
-# only what is still in the level is given back: other requests may have used the rest. Returns the
-# time.
+# only what is still in the level is given back: other requests may have used the rest. The limit of
+# the bucket may have changed since then, and the new one is kept. Returns the time.
 SETTLE: Final = (
     COMMON
     + """
 for i, key in ipairs(KEYS) do
   local limit, change = tonumber(ARGV[4 * i - 3]), tonumber(ARGV[4 * i - 2])
-  local at, level = tonumber(ARGV[4 * i - 1]), tonumber(ARGV[4 * i])
-  local left = math.max(level - math.max(now - at, 0) * limit, 0)
-  store(key, limit, math.max(load(key, limit) + math.max(change, -left), 0))
+  local taken_at, taken_level = tonumber(ARGV[4 * i - 1]), tonumber(ARGV[4 * i])
+  local level, at, new_limit = read(key)
+  if not level then level, at, new_limit = 0, now, limit end
+  local left = lowered(taken_level, taken_at, limit, new_limit)
+  level = lowered(level, at, new_limit, new_limit)
+  store(key, new_limit, math.max(level + math.max(change, -left), 0))
 end
 return now
 """

@@ -22,8 +22,11 @@ class LimitedBucket(Bucket):
     unit: Unit
 
 
-def buckets_of(caller: Principal, *, num_tokens: int) -> list[LimitedBucket]:
+def buckets_of(caller: Principal, *, num_tokens: int, least_tokens: int) -> list[LimitedBucket]:
     """Returns the buckets of a request that may use this many tokens. Unlimited ones are left out.
+
+    least_tokens: If the tightest limit is below `num_tokens`, the request takes all of it, but not
+        fewer tokens than these.
 
     Raises BadRequest if the request can never be admitted.
     """
@@ -31,6 +34,9 @@ def buckets_of(caller: Principal, *, num_tokens: int) -> list[LimitedBucket]:
         ("key", caller.key_id, f"API key {caller.key_id}", caller.limits),
         ("project", caller.project_id, f"project {caller.project_id}", caller.project_limits),
     )
+    token_limits = [caller.limits.tokens_per_minute, caller.project_limits.tokens_per_minute]
+    tightest = min((limit for limit in token_limits if limit is not None), default=num_tokens)
+    num_tokens = max(least_tokens, min(num_tokens, tightest))
     buckets = []
     for kind, owner_id, owner, limits in owners:
         for unit in UNITS:

@@ -7,8 +7,7 @@ wait in memory.
 
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Final
 from uuid import uuid4
@@ -35,7 +34,8 @@ class UsageRecorder:
     """
 
     def __init__(self) -> None:
-        self._id = uuid4().hex
+        self.id = uuid4().hex
+        self.num_written = 0  # number of the last write that Postgres has confirmed
         self._num_writes = 0
         self._fresh: dict[UsageKey, UsageCounts] = {}
         self._writing: dict[UsageKey, UsageCounts] = {}
@@ -72,31 +72,37 @@ class UsageRecorder:
             if not self._writing:
                 return
             with transaction() as session:
-                if records.begin_write(session, self._id, self._num_writes):
+                if records.begin_write(session, self.id, self._num_writes):
                     records.add_usage(session, self._writing.items())
             with self._guard:
                 self._writing = {}
+                self.num_written = self._num_writes
 
     def unwritten_tokens(
-        self, project_id: str, key_id: str, kind: OwnerKind, period: Period, now: datetime
+        self,
+        project_id: str,
+        key_id: str,
+        kind: OwnerKind,
+        period: Period,
+        now: datetime,
+        *,
+        after: int = 0,
     ) -> int:
-        """Returns the unwritten tokens of a key or a project in the period that contains `now`."""
+        """Returns the unwritten tokens of a key or a project in the period that contains `now`.
+
+        after: Number of the last write that was found in the database. A write in progress with
+            this number is left out, since its commit has just not been confirmed yet.
+        """
         first_day = records.began_on(now, period)
         with self._guard:
             return sum(
                 counts.num_tokens
-                for rows in self._rows()
+                for rows in (self._rows() if self._num_writes > after else (self._fresh,))
                 for key, counts in rows.items()
                 if key.project_id == project_id
                 and (kind == "project" or key.key_id == key_id)
                 and records.began_on(key.minute, period) == first_day
             )
-
-    @contextmanager
-    def unchanging(self) -> Iterator[None]:
-        """Prevents writes, so that each token is either in the database or unwritten."""
-        with self._write_lock:
-            yield
 
     def _rows(self) -> tuple[Mapping[UsageKey, UsageCounts], ...]:
         return self._writing, self._fresh
@@ -109,7 +115,7 @@ class UsageRecorder:
         while not self._has_written_all() and time.monotonic() < deadline:
             time.sleep(RETRY_SECONDS)
         if self._num_writes:
-            self._forget_writers(self._id)
+            self._forget_writers(self.id)
 
     def _forget_writers(self, writer_id: str | None) -> None:
         try:

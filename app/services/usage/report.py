@@ -70,7 +70,7 @@ def report_usage(query: UsageQuery) -> UsagePage:
     end_time = int(time.time()) + 1 if query.end_time is None else query.end_time
     if end_time <= query.start_time:
         message = "end_time must be after start_time, which must be in the past without end_time"
-        raise BadRequest(message, param="end_time" if query.end_time else "start_time")
+        raise BadRequest(message, param="start_time" if query.end_time is None else "end_time")
     first = _first_bucket(query, width, end_time)
     last = min(first + limit * width.seconds, end_time)
     # Usage is kept per minute.

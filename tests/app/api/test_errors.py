@@ -33,7 +33,22 @@ def test_an_unknown_url_is_an_envelope(http: httpx.Client) -> None:
 def test_a_wrong_method_is_an_envelope_that_says_what_is_allowed(http: httpx.Client) -> None:
     answer = http.put("/v1/files")
     assert (answer.status_code, error(answer)["code"]) == (405, "method_not_allowed")
-    assert answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/files", "GET, POST"),
+        ("/v1/files/file-1", "GET, DELETE"),
+        ("/v1/responses/input_tokens", "POST"),  # and not those of /v1/responses/{response_id}
+        ("/v1/models/m/files/a/b", "GET, HEAD"),
+        ("/openapi.json", "GET, HEAD"),
+    ],
+)
+def test_the_allowed_methods_are_those_of_the_routes_with_the_path(
+    http: httpx.Client, path: str, allowed: str
+) -> None:
+    assert http.patch(path).headers["allow"] == allowed
 
 
 @pytest.mark.parametrize(

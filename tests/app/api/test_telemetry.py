@@ -29,6 +29,7 @@ PROMPT = "What does a lantern mean?"
 DEPLOY = ROOT / "deploy"
 # Words of our expressions that are not metrics. Prometheus makes the series `up` itself.
 PROMQL = {"sum", "max", "rate", "increase", "histogram_quantile", "label_values", "up"}
+PROMQL |= {"or", "absent"}
 PROMQL |= {"model_name"}  # the label that `label_values` lists
 TRACE_ID, SPAN_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 HEADERS = {"traceparent": f"00-{TRACE_ID}-{SPAN_ID}-01"}

@@ -17,6 +17,7 @@ from app.contracts.generation import GenerateRequest
 from app.contracts.messages import GENERATE_TASK, ArtifactRef
 from app.routing import task_queue
 from app.routing.task_queue import NotSent, Outbox, notify_workers, notify_workers_again, queue_key
+from app.routing.train_workers import live_train_workers
 from app.settings import Settings, celery_settings
 
 SECRET = "a prompt that no log may show"
@@ -53,6 +54,15 @@ def test_bells_that_nobody_answers_do_not_pile_up(
         client.lpop("stillhouse:train")
         notify_workers_again()
         assert client.llen("stillhouse:train") == 3
+
+
+def test_without_a_redis_url_no_message_is_sent_and_no_worker_is_known(
+    settings_env: Callable[..., Settings],
+) -> None:
+    settings_env(redis_url="")
+    assert not notify_workers()
+    notify_workers_again()
+    assert live_train_workers() is None
 
 
 def send_generate(redis_url: str) -> None:

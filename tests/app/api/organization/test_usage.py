@@ -259,6 +259,7 @@ def test_bad_queries_are_named(http: httpx.Client) -> None:
         ({"start_time": None}, "start_time"),
         ({"start_time": 2**33}, "start_time"),
         ({"end_time": 5}, "end_time"),
+        ({"end_time": 0}, "end_time"),
         ({"bucket_width": "2d"}, "bucket_width"),
         ({"limit": 0}, "limit"),
         ({"limit": 32}, "limit"),

@@ -74,8 +74,8 @@ class Scene:
         for key in self.keys:
             value = self.redis.get(key)
             if isinstance(value, bytes):
-                level, at = value.split()
-                self.redis.set(key, b"%s %d" % (level, int(at) - microseconds))
+                level, at, limit = value.split()
+                self.redis.set(key, b"%s %d %s" % (level, int(at) - microseconds, limit))
         self.model.at -= microseconds
         for reservation in self.reservations:
             reservation.at -= microseconds
@@ -135,6 +135,34 @@ def test_the_scripts_do_what_the_model_does(
                 scene.settle(data.draw(st.integers(0, 20)), data.draw(shares))
             case _:
                 scene.pass_time(data.draw(st.integers(0, 2 * MINUTE)))
+
+
+def test_after_a_limit_was_lowered_no_request_waits_for_more_than_a_minute(
+    client: "redis.Redis",
+) -> None:
+    scene = Scene(client, (1000,))
+    scene.take((900,))
+    _, blocked, wait, level = scene.scripts[0](scene.keys, [10, 4 * UNIT])
+    assert blocked == 1
+    assert level <= 10 * UNIT
+    assert 0 < wait <= 0.4 * MINUTE  # the time in which the new limit frees four
+    scene.pass_time(wait)
+    assert scene.scripts[0](scene.keys, [10, 4 * UNIT])[1] == 0
+
+
+@pytest.mark.parametrize("limit", [1000, 3000])
+def test_a_request_that_ends_after_its_limit_has_changed_keeps_the_new_limit(
+    client: "redis.Redis", limit: int
+) -> None:
+    scene = Scene(client, (2000,))
+    at, _, _, level = scene.scripts[0](scene.keys, [2000, 500 * UNIT])
+    assert scene.scripts[0](scene.keys, [limit, 500 * UNIT])[1] == 0
+    scene.scripts[1](scene.keys, [2000, -500 * UNIT, at, level])
+    value = client.get(scene.keys[0])
+    assert isinstance(value, bytes)
+    level, _, kept_limit = map(int, value.split())
+    assert kept_limit == limit
+    assert level == 500 * UNIT  # that of the second request
 
 
 Work = Callable[[RateLimiter], Coroutine[object, object, None]]

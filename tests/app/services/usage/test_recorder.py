@@ -1,19 +1,20 @@
 """Usage on its way to a real Postgres: nothing is lost in an outage, and nothing is added twice."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import func, select
 
 from app.db.schema.usage_tables import TokenUsage, UsageWriter
-from app.db.session import DatabaseUnavailable, transaction
+from app.db.session import DatabaseUnavailable, engine, transaction
 from app.db.usage import records
 from app.db.usage.records import Usage, UsageCounts, UsageKey
-from app.services.limits.budgets import period_end
+from app.services.limits.budgets import period_end, read_used_tokens
 from app.services.usage.recorder import UsageRecorder
 from app.settings import Settings
+from tests.worker.lost_answers import LostAnswers
 
 ANSWER = Usage("tiny", 10, 4, 5)
 Sums = tuple[int, int, int, int]
@@ -29,7 +30,7 @@ def stored() -> Sums:
 
 def used(day: datetime, key_id: str = "k", project_id: str = "p") -> dict[tuple[str, str], int]:
     with transaction() as session:
-        found = records.used_tokens(session, key_id=key_id, project_id=project_id, now=day)
+        found, _ = records.used_tokens(session, key_id=key_id, project_id=project_id, now=day)
     return {(str(kind), str(period)): tokens for (kind, period), tokens in found.items()}
 
 
@@ -76,6 +77,52 @@ def test_a_write_that_is_repeated_because_its_commit_was_not_confirmed_counts_on
         assert not records.begin_write(session, "w", 1)
         assert records.begin_write(session, "w", 2)
         assert records.begin_write(session, "other", 1)
+
+
+@pytest.fixture
+def lost_answers(database: str, settings_env: Callable[..., Settings]) -> Iterator[LostAnswers]:
+    proxy = LostAnswers(database)
+    settings_env(database_url=proxy.url)
+    yield proxy
+    engine().dispose()
+    settings_env(database_url=database)
+    proxy.close()
+
+
+def test_usage_whose_commit_was_not_confirmed_counts_once(lost_answers: LostAnswers) -> None:
+    recorder = UsageRecorder()
+    recorder.add("p", "k", ANSWER)
+    lost_answers.is_armed.set()
+    with pytest.raises(DatabaseUnavailable):
+        recorder.write()
+    assert lost_answers.num_lost == 1
+    recorder.add("p", "k", ANSWER)
+    for _ in range(2):
+        now = datetime.now(UTC)
+        assert set(read_used_tokens("p", "k", now, recorder).values()) == {30}
+        recorder.write()
+    recorder.write()
+    assert stored() == (2, 20, 8, 10)
+
+
+def test_budgets_are_read_exactly_while_usage_is_written(database: str) -> None:
+    recorder = UsageRecorder()
+    is_over = threading.Event()
+
+    def write_often() -> None:
+        while not is_over.is_set():
+            recorder.write()
+
+    thread = threading.Thread(target=write_often)
+    thread.start()
+    try:
+        for number in range(1, 101):
+            recorder.add("p", "k", ANSWER)
+            used = read_used_tokens("p", "k", datetime.now(UTC), recorder)
+            assert set(used.values()) == {15 * number}
+    finally:
+        is_over.set()
+        thread.join(60)
 
 
 def test_writers_of_the_same_rows_neither_lose_tokens_nor_block_each_other(database: str) -> None:
