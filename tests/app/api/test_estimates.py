@@ -52,7 +52,6 @@ class Bench:
         status = {
             "worker_id": name,
             "memory_bytes": 64 * GIB,
-            "free_disk_bytes": 64 * GIB,
             "beat_at": time.time(),
             **changes,
         }
