@@ -21,6 +21,7 @@ from app.contracts.planned_jobs import RowCounts
 from app.contracts.run_limits import (
     MAX_LABEL_TOKENS,
     MAX_LABELS,
+    MAX_PLANNED_EPOCHS,
     MAX_VALIDATION_ROWS,
     ROWS_PER_LABEL,
 )
@@ -35,7 +36,6 @@ from app.services.training_rows import parse_row
 from app.storage import store
 
 MAX_SAMPLED_BYTES = 4 * 2**20
-MAX_PLANNED_EPOCHS = 3  # epochs whose batches are planned; further ones have as many on average
 
 
 class CountedFile(Contract):
