@@ -76,6 +76,21 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
     return student_bytes + teacher_bytes if job.keeps_teacher else max(student_bytes, teacher_bytes)
 
 
+def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
+    """Returns the GPU memory without which a job cannot run: that of its largest student.
+
+    Counts float32 weights, gradients and moments, and the activations of one batch in bfloat16. The
+    teacher can run on the CPU, and the chunks of the loss can be smaller than usual. A batch is at
+    least half full unless a single row is longer. A token passes through only one stack of an
+    encoder-decoder, perhaps a frozen one, so activations are left out there.
+    """
+    sizes, trained = job.students[-1], job.trained[-1]
+    num_layers = sizes.num_layers if len(sizes.stacks) == 1 else 0
+    tokens = max(min(job.batch_tokens, rows.train_tokens) // 2, rows.longest_tokens)
+    per_token = AUTOCAST_BYTES * num_layers * layer_values(sizes.hidden_size, sizes.mlp_size)
+    return sizes.num_bytes + 12 * trained + tokens * per_token
+
+
 def cpu_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int:
     """Returns the peak resident memory of the run process on a CPU."""
     return PROCESS_BYTES + max(cpu_phases(job, rows, has_bfloat16=has_bfloat16).values())
