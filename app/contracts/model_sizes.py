@@ -87,6 +87,19 @@ class ModelSizes:
     def vocab_size(self) -> int:
         return self.head_parameters // self.hidden_size
 
+    @property
+    def kv_size(self) -> int:
+        """Width of a layer's keys: less than H with grouped-query attention.
+
+        Queries and outputs are taken to have the width H. The rest of the attention are keys and
+        values.
+        """
+        H = self.hidden_size
+        if len(self.stacks) > 1:  # a decoder's layer has two attentions
+            return H
+        width = (self.stacks[-1].attention_parameters - 2 * H * H) // (2 * H)
+        return min(H, max(H // self.num_heads, width))
+
     def with_layers(self, num_layers: int | None, num_encoder_layers: int | None) -> "ModelSizes":
         """Returns the sizes with other numbers of layers. None keeps a number."""
         *encoder, decoder = self.stacks

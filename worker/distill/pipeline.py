@@ -17,8 +17,8 @@ from worker.distill.evaluators import Evaluators, SamplerFor
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
 from worker.distill.phase_times import PhaseTimes
-from worker.distill.run_costs import cost_of
 from worker.distill.resumed_state import changes_since
+from worker.distill.run_costs import cost_of
 from worker.distill.student_runs import (
     StudentRun,
     calibrated,
