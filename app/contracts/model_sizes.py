@@ -91,13 +91,13 @@ class ModelSizes:
     def kv_size(self) -> int:
         """Width of a layer's keys: less than H with grouped-query attention.
 
-        Queries and outputs are taken to have the width H. The rest of the attention are keys and
-        values.
+        Queries and outputs are taken to have the width H. The rest of the attention is two norms,
+        keys and values.
         """
         H = self.hidden_size
         if len(self.stacks) > 1:  # a decoder's layer has two attentions
             return H
-        width = (self.stacks[-1].attention_parameters - 2 * H * H) // (2 * H)
+        width = (self.stacks[-1].attention_parameters - 2 * H * H - 2 * H) // (2 * H)
         return min(H, max(H // self.num_heads, width))
 
     def with_layers(self, num_layers: int | None, num_encoder_layers: int | None) -> "ModelSizes":

@@ -12,7 +12,7 @@ from app.services.row_lengths import ESTIMATES, run_check
 from app.services.submission import Plan, has_answers, readers_of
 from app.services.training_rows import UNANSWERED
 
-# Rows have at most about this number of bytes per token. English text has 4, escapes such as \\u4e2d 6.
+# Rows have at most about this number of bytes per token. English text has 4, escapes such as \u4e2d 6.
 MOST_BYTES_PER_TOKEN = 8
 ASSUMED_ANSWER_SHARE = 0.5  # of max_new_tokens, if the length of the teacher's answers is unknown
 

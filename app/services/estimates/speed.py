@@ -57,7 +57,8 @@ def speed_of(
         if cost.version == VERSION and cost.seconds and device in (None, cost.device)
     ]
     # A job with float32 precision says nothing about the machine, so one measurement is enough.
-    has_bfloat16 = any(measured.has_bfloat16 for measured in (*known, *profiles))
+    has_bfloat16 = any(cost.has_bfloat16 for cost in known)
+    has_bfloat16 = has_bfloat16 or any(profile.has_bfloat16 for profile in profiles)
     used = ([cost for cost in known if cost.kind == kind] or known)[:NUM_JOBS]
     if used:
         what = "finished job" if len(used) == 1 else "finished jobs"
