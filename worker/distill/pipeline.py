@@ -163,7 +163,7 @@ class Pipeline:
         return with_measured_layers(
             calibrated(runs, rows.train),
             rows.train,
-            None if self.spec.resume_dir is None else state,
+            state=None if self.spec.resume_dir is None else state,
             matmul_dtype=self.pair.card.matmul_dtype,
             placement=self.pair.placement,
             ranks=self.ranks,

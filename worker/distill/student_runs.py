@@ -69,8 +69,8 @@ def calibrated(runs: Sequence[StudentRun], rows: Sequence[Example]) -> list[Stud
 def with_measured_layers(
     runs: Sequence[StudentRun],
     rows: Sequence[Example],
-    state: TrainState | None = None,
     *,
+    state: TrainState | None,
     matmul_dtype: torch.dtype,
     placement: Placement,
     ranks: Ranks,
@@ -80,7 +80,7 @@ def with_measured_layers(
 
     The first rank measures. All runs start from the same model, so it is measured once.
 
-    A resumed job keeps the layers of `state`, the state in its checkpoint. If an older version wrote
+    A resumed job keeps the layers of `state`, which is that of its checkpoint, else None. If an older version wrote
     that checkpoint, the layers are measured. There is no event for runs that had begun, because
     that version may have chosen other layers.
     """

@@ -76,7 +76,7 @@ def measured(
     runs = with_measured_layers(
         plan_student_runs(spec),
         rows,
-        state,
+        state=state,
         matmul_dtype=torch.float32,
         placement=ON_CPU,
         ranks=ALONE,
