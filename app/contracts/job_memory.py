@@ -7,8 +7,9 @@ a GPU it is the memory of the device, which also decides where a run places its 
 
 from dataclasses import dataclass
 
+from app.contracts.model_sizes import ModelSizes
 from app.contracts.planned_jobs import PlannedJob, RowCounts
-from app.contracts.run_limits import CPU_CHUNK_BYTES, FIT_BYTES, FIT_ROWS, LOSS_BYTES
+from app.contracts.run_limits import CPU_CHUNK_BYTES, FIT_BYTES, FIT_ROWS, LOSS_BYTES, MAX_RUNNING
 
 MIB = 2**20
 AUTOCAST_BYTES = 2
@@ -73,7 +74,23 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
     value_bytes = 2 if has_bfloat16 else 4
     teacher_bytes = value_bytes * job.teacher.num_parameters
     teacher_bytes += tokens * layer_values(job.teacher.hidden_size, job.teacher.mlp_size) * 4
+    teacher_bytes += answer_bytes(job, rows, value_bytes)
     return student_bytes + teacher_bytes if job.keeps_teacher else max(student_bytes, teacher_bytes)
+
+
+def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
+    """Returns the GPU memory without which a job cannot run: that of its largest student.
+
+    Counts float32 weights, gradients and moments, and the activations of one batch in bfloat16. The
+    teacher can run on the CPU, and the chunks of the loss can be smaller than usual. A batch is at
+    least half full unless a single row is longer. A token passes through only one stack of an
+    encoder-decoder, perhaps a frozen one, so activations are left out there.
+    """
+    sizes, trained = job.students[-1], job.trained[-1]
+    num_layers = sizes.num_layers if len(sizes.stacks) == 1 else 0
+    tokens = max(min(job.batch_tokens, rows.train_tokens) // 2, rows.longest_tokens)
+    per_token = AUTOCAST_BYTES * num_layers * layer_values(sizes.hidden_size, sizes.mlp_size)
+    return sizes.num_bytes + 12 * trained + tokens * per_token
 
 
 def cpu_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int:
@@ -100,6 +117,7 @@ def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[
     packed = 0.5 if has_bfloat16 else 1.0
     teacher_bytes = _packed_bytes(job.teacher.num_bytes, packed) if job.has_teacher else 0
     teacher_head = 4 * job.teacher.head_parameters if job.uses_rows_of_teacher else 0
+    value_bytes = 2 if has_bfloat16 else 4  # of the KV cache
     tokens = max(min(job.batch_tokens, rows.train_tokens), rows.longest_tokens)
     per_token = 4 * sizes.num_layers * layer_values(sizes.hidden_size, sizes.mlp_size)
     activations = round(ACTIVATION_FACTOR * tokens * per_token)
@@ -111,10 +129,12 @@ def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[
         "training": training + teacher_head,
         "evaluation": teacher_head
         + chunk
-        + max(_packed_bytes(sizes.num_bytes, packed), teacher_bytes, job.start.num_bytes * 2),
+        + max(_packed_bytes(sizes.num_bytes, packed), teacher_bytes, job.start.num_bytes * 2)
+        + evaluation_cache_bytes(job, rows, value_bytes),
     }
     if job.has_teacher:
-        phases["teacher"] = teacher_bytes + teacher_head + chunk
+        answers = answer_bytes(job, rows, value_bytes)
+        phases["teacher"] = teacher_bytes + teacher_head + max(chunk, answers)
     if job.uses_rows_of_teacher:  # the first epoch computes the rows that are not in the cache
         phases["training"] += teacher_bytes
     if job.fits_layers:
@@ -128,6 +148,29 @@ def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[
         loaded = start + chosen + job.start.num_bytes
         phases["layer_fit"] = sizes.num_bytes + loaded + streams + work + teacher_head
     return phases
+
+
+def kv_cache_bytes(model: ModelSizes, num_sequences: float, length: float, value_bytes: int) -> int:
+    """Returns the size of the keys and values of sequences that are decoded together."""
+    per_token = 2 * model.stacks[-1].num_layers * model.kv_size * value_bytes
+    return round(min(MAX_RUNNING, num_sequences) * length * per_token)
+
+
+def answer_bytes(job: PlannedJob, rows: RowCounts, value_bytes: int) -> int:
+    """Returns the KV cache of the teacher while it answers the rows, 0 if it does not.
+
+    The longest answers of a batch decide how wide the cache is (app.contracts.job_seconds).
+    """
+    length = rows.prompt_tokens + min(job.block.data.max_new_tokens, 1.5 * rows.answer_tokens)
+    return kv_cache_bytes(job.teacher, rows.num_unanswered, length, value_bytes)
+
+
+def evaluation_cache_bytes(job: PlannedJob, rows: RowCounts, value_bytes: int) -> int:
+    """Returns the largest KV cache of a model that answers held-out prompts."""
+    number, new_tokens = job.evaluated_answers(rows)
+    length = rows.prompt_tokens + min(new_tokens, 1.5 * rows.answer_tokens)
+    models = [job.start, *([job.teacher] if job.has_teacher else [])]
+    return max(kv_cache_bytes(model, number, length, value_bytes) for model in models)
 
 
 def _packed_bytes(plain_bytes: int, packed: float) -> int:

@@ -14,11 +14,8 @@ from app.contracts.run_limits import (
     CHOICE_ROWS,
     FIT_ROWS,
     MAX_RUNNING,
-    NUM_ANSWERED,
-    NUM_CLASSIFIED,
     NUM_TIMED,
     TIMED_TOKENS,
-    TOKENS_BEYOND_A_LABEL,
     WARM_UP_TOKENS,
 )
 
@@ -212,18 +209,8 @@ def _evaluation(job: PlannedJob, rows: RowCounts, speed: float) -> float:
 def _answers(job: PlannedJob, rows: RowCounts, model: ModelSizes, speed: float) -> float:
     evaluation = job.block.evaluation
     metrics = {*evaluation.metrics, *([evaluation.gate.metric] if evaluation.gate else [])}
-    seconds, new_tokens = 0.0, float(job.block.data.max_new_tokens)
-    wants_answers = metrics & {"rouge_l", "exact_match", "accuracy", "macro_f1"}
-    num_answers = (
-        NUM_ANSWERED
-        if wants_answers
-        else evaluation.num_samples and max(NUM_TIMED, evaluation.num_samples)
-    )
-    if rows.label_tokens is not None and wants_answers:
-        num_answers = NUM_CLASSIFIED
-        new_tokens = min(new_tokens, rows.label_tokens + TOKENS_BEYOND_A_LABEL)
-    num_answers = min(num_answers, rows.num_test or rows.num_valid)
-    seconds += decode_seconds(model, num_answers, rows.prompt_tokens, new_tokens, speed)
+    num_answers, new_tokens = job.evaluated_answers(rows)
+    seconds = decode_seconds(model, num_answers, rows.prompt_tokens, new_tokens, speed)
     if "speed" in metrics:
         for num_sequences, num_tokens in TIMED:
             seconds += decode_seconds(model, num_sequences, rows.prompt_tokens, num_tokens, speed)

@@ -53,6 +53,7 @@ class ModelSizes:
     encoder_parameters: The part of `table_parameters` that belongs to the encoder alone.
     head_parameters: The LM head, H x V.
     is_tied: The LM head shares its matrix with the embedding, which counts in `head_parameters`.
+    guess_reason: Why the sizes are approximate; empty if they were read from the tensors.
     """
 
     stacks: tuple[LayerStack, ...]
@@ -63,6 +64,7 @@ class ModelSizes:
     mlp_size: int
     num_heads: int
     encoder_parameters: int = 0
+    guess_reason: str = ""
 
     @property
     def layer_parameters(self) -> int:
@@ -84,6 +86,19 @@ class ModelSizes:
     @property
     def vocab_size(self) -> int:
         return self.head_parameters // self.hidden_size
+
+    @property
+    def kv_size(self) -> int:
+        """Width of a layer's keys: less than H with grouped-query attention.
+
+        Queries and outputs are taken to have the width H. The rest of the attention is two norms,
+        keys and values.
+        """
+        H = self.hidden_size
+        if len(self.stacks) > 1:  # a decoder's layer has two attentions
+            return H
+        width = (self.stacks[-1].attention_parameters - 2 * H * H - 2 * H) // (2 * H)
+        return min(H, max(H // self.num_heads, width))
 
     def with_layers(self, num_layers: int | None, num_encoder_layers: int | None) -> "ModelSizes":
         """Returns the sizes with other numbers of layers. None keeps a number."""
@@ -168,14 +183,15 @@ def _stack(layers: Mapping[int, list[tuple[int, ...]]], mlp_size: int) -> LayerS
     return LayerStack(count, (total - mlp) // count, mlp // count, width // count)
 
 
-def guess_model(facts: ModelFacts) -> ModelSizes:
-    """Returns approximate sizes of a model whose files cannot be read, from its facts."""
+def guess_model(facts: ModelFacts, reason: str) -> ModelSizes:
+    """Returns approximate sizes of a model from its facts. `reason` says why its files are not used."""
     hidden, head = facts.hidden_size, facts.hidden_size * facts.vocab_size
     layers = max(1, facts.num_parameters - head)
     counts = [n for n in (facts.num_encoder_layers, facts.num_layers) if n]
     each = layers // max(1, sum(counts))
     stacks = tuple(LayerStack(n, each // 3, each - each // 3, 20 * hidden) for n in counts)
-    return ModelSizes(stacks, 0, head, True, hidden, 4 * hidden, max(1, hidden // 64))
+    num_heads = max(1, hidden // 64)
+    return ModelSizes(stacks, 0, head, True, hidden, 4 * hidden, num_heads, guess_reason=reason)
 
 
 def student_sizes(student: Student, start: ModelSizes, size: int | None = None) -> ModelSizes:

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 from app.contracts.batch_plan import batch_tokens_of
 from app.contracts.distillation import Distillation
 from app.contracts.model_sizes import ModelSizes, num_trained, student_sizes
+from app.contracts.run_limits import (
+    NUM_ANSWERED,
+    NUM_CLASSIFIED,
+    NUM_TIMED,
+    TOKENS_BEYOND_A_LABEL,
+)
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,20 @@ class PlannedJob:
     def trains_head(self) -> bool:
         """True if the LM head is trained."""
         return not (self.block.student.freeze_head or self.block.student.init == "lora")
+
+    def evaluated_answers(self, rows: RowCounts) -> tuple[int, float]:
+        """Returns how many held-out prompts a model answers, and the most tokens of an answer."""
+        evaluation = self.block.evaluation
+        metrics = {*evaluation.metrics, *([evaluation.gate.metric] if evaluation.gate else [])}
+        new_tokens = float(self.block.data.max_new_tokens)
+        if not metrics & {"rouge_l", "exact_match", "accuracy", "macro_f1"}:
+            number = evaluation.num_samples and max(NUM_TIMED, evaluation.num_samples)
+        elif rows.label_tokens is None:
+            number = NUM_ANSWERED
+        else:
+            number = NUM_CLASSIFIED
+            new_tokens = min(new_tokens, rows.label_tokens + TOKENS_BEYOND_A_LABEL)
+        return min(number, rows.num_test or rows.num_valid), new_tokens
 
     @property
     def batch_tokens(self) -> int:

@@ -7,6 +7,8 @@ FIT_ROWS: Final = 192
 FIT_BYTES: Final = 2**30  # most memory of the recorded residual streams of the start model
 # The choice of layers: their about 2,000 positions give the same choice as more.
 CHOICE_ROWS: Final = 24
+# Epochs whose batches are planned to count steps. Further epochs have as many on average.
+MAX_PLANNED_EPOCHS: Final = 3
 MAX_RUNNING: Final = 64  # sequences that are decoded together
 NUM_ANSWERED: Final = 48  # held-out prompts that are answered, for ROUGE-L and the samples
 # Held-out prompts that are answered if answers are labels: they are short, so more are needed.

@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import ConfigDict
+
 from app.contracts.messages import Contract
 
 
@@ -24,17 +26,17 @@ class MachineProfile(Contract):
 
 
 class TrainWorkerStatus(Contract):
-    """Heartbeat of a train worker.
+    """Heartbeat of a train worker. Fields that other versions of the worker send are ignored.
 
     memory_bytes: Memory that its processes may use: that of the machine, or of its container.
-    free_disk_bytes: Free space where runs write their checkpoints.
     job_id: The job that it runs; None while it is idle.
     profile: None until the machine was measured.
     """
 
+    model_config = ConfigDict(extra="ignore")
+
     worker_id: str
     memory_bytes: int
-    free_disk_bytes: int
     job_id: str | None = None
     profile: MachineProfile | None = None
     beat_at: float

@@ -68,12 +68,12 @@ def create_job(principal: Principal, asked: CreateJob, attempted: RetryInfo) -> 
     job_id = f"ftjob-{secrets.token_hex(12)}"
     with transaction() as session:
         demand_room(session, principal.project_id)
-        plan = submission.plan(session, principal.project_id, asked, short=job_id[-8:])
+        plan = submission.plan(session, principal.project_id, asked, job_id=job_id)
     limits.inspect(plan, get_settings())
 
     def insert(session: Session) -> Job:
         """Resolves the inputs again, since one may have been deleted, and inserts the job."""
-        plan = submission.plan(session, principal.project_id, asked, short=job_id[-8:])
+        plan = submission.plan(session, principal.project_id, asked, job_id=job_id)
         return jobs.insert_job(
             session,
             id=job_id,

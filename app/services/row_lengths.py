@@ -90,6 +90,7 @@ class CheckResult(Contract):
     rows fit. If only `num_tokens` is None, a tokenizer cannot split the row.
     For a vocabulary check, `num_tokens` is the number of token ids.
     For a template check, `has_tools` and `has_tool_calls` say what the template renders.
+    `fault` says why a model cannot be used, and what to do.
     """
 
     line: int | None = None
@@ -97,6 +98,11 @@ class CheckResult(Contract):
     is_lost: bool = False  # the file is no longer in the store
     has_tools: bool = False
     has_tool_calls: bool = False
+    fault: str = ""
+
+
+class UnreadableTokenizer(Exception):
+    """The tokenizer of a stored model is missing or damaged. The message says what to do."""
 
 
 class RunningChecks:
@@ -129,26 +135,38 @@ class RunningChecks:
                     del self._num_of[project_id]
 
 
-RUNNING: Final = RunningChecks()
+SUBMISSIONS: Final = RunningChecks()
+ESTIMATES: Final = RunningChecks()  # estimates never keep a job from being submitted
 QUESTION: Final[TypeAdapter[Check]] = TypeAdapter(Check)
 
 
-def ask(question: Check, project_id: str, *, param: str | None = None) -> CheckResult:
+def ask(
+    question: Check,
+    project_id: str,
+    *,
+    param: str | None = None,
+    running: RunningChecks = SUBMISSIONS,
+) -> CheckResult:
     """Runs a check in a child process and returns its result.
 
+    `param` becomes the parameter of errors, and `running` limits how many checks run.
+
     Raises:
-        BadRequest: The check took too long. `param` becomes the parameter of the error.
+        BadRequest: The check took too long, or a tokenizer cannot be read.
         TooManyRequests: Too many checks are running, for this project or in total.
         StillhouseError: The child process failed.
     """
     try:
-        reply = run_check("app.services.row_lengths", question, project_id)
+        reply = run_check("app.services.row_lengths", question, project_id, running)
     except subprocess.TimeoutExpired as fault:
         raise _timed_out(question, param) from fault
-    return CheckResult.model_validate_json(reply)
+    result = CheckResult.model_validate_json(reply)
+    if result.fault:
+        raise BadRequest(result.fault, "invalid_model", "model")
+    return result
 
 
-def run_check(module: str, question: Contract, project_id: str) -> bytes:
+def run_check(module: str, question: Contract, project_id: str, running: RunningChecks) -> bytes:
     """Runs a module in a child process with a question on its standard input; returns its output.
 
     Raises:
@@ -156,7 +174,7 @@ def run_check(module: str, question: Contract, project_id: str) -> bytes:
         TooManyRequests: Too many checks are running, for this project or in total.
         StillhouseError: The child process failed.
     """
-    with RUNNING.one_more(project_id):
+    with running.one_more(project_id):
         try:
             process = subprocess.run(
                 tethered([sys.executable, "-m", module]),
@@ -192,33 +210,44 @@ def _timed_out(question: Check, param: str | None) -> BadRequest:
 def main() -> None:
     """Runs the check given on standard input as JSON, and writes its result to standard output."""
     question = QUESTION.validate_json(sys.stdin.buffer.read())
-    if isinstance(question, VocabularyCheck):
-        vocabulary = load_tokenizer(question.model_key).get_vocab()
-        # ids may have gaps
-        result = CheckResult(num_tokens=1 + max(vocabulary.values(), default=-1))
-    elif isinstance(question, TemplateCheck):
-        text = template_text(question.template_of)
-        result = CheckResult(
-            has_tools=re.search(r"\btools\b", text) is not None,
-            has_tool_calls="tool_calls" in text,
-        )
-    else:
-        result = find_too_long(question)
+    try:
+        result = answer(question)
+    except UnreadableTokenizer as fault:
+        result = CheckResult(fault=str(fault))
     sys.stdout.write(result.model_dump_json())
 
 
+def answer(question: Check) -> CheckResult:
+    """Returns the result of a check. Raises UnreadableTokenizer."""
+    if isinstance(question, VocabularyCheck):
+        vocabulary = load_tokenizer(question.model_key).get_vocab()
+        # ids may have gaps
+        return CheckResult(num_tokens=1 + max(vocabulary.values(), default=-1))
+    if isinstance(question, TemplateCheck):
+        text = template_text(question.template_of)
+        return CheckResult(
+            has_tools=re.search(r"\btools\b", text) is not None,
+            has_tool_calls="tool_calls" in text,
+        )
+    return find_too_long(question)
+
+
 def find_too_long(check: LengthCheck) -> CheckResult:
-    """Returns the first of the longest rows that is too long, or that a tokenizer cannot split."""
+    """Returns the first of the longest rows that is too long, or that a tokenizer cannot split.
+
+    Raises UnreadableTokenizer.
+    """
     try:
         longest = longest_rows(check.store_key, over_bytes=check.over_bytes)
     except FileNotFoundError:
         return CheckResult(is_lost=True)
     for _, line_number, line in longest:
         row = parse_row(line)
+        tokenizers = [load_tokenizer(reader.key) for reader in check.readers]
         try:
             num_tokens = max(
-                count_tokens(row, load_tokenizer(reader.key), reader, is_answered=check.is_answered)
-                for reader in check.readers
+                count_tokens(row, tokenizer, reader, is_answered=check.is_answered)
+                for tokenizer, reader in zip(tokenizers, check.readers, strict=True)
             )
         except BaseException as error:
             # The Rust library raises PanicException, which is no subclass of Exception.
@@ -318,9 +347,25 @@ def template_text(model_key: str) -> str:
 
 @lru_cache(maxsize=8)
 def load_tokenizer(model_key: str) -> Tokenizer:
-    """Returns the tokenizer of a stored model. Cached, because it is needed for every row."""
-    with store().open(f"{model_key}/tokenizer.json") as file:
-        return Tokenizer.from_buffer(file.read())
+    """Returns the tokenizer of a stored model. Cached, because it is needed for every row.
+
+    Raises UnreadableTokenizer.
+    """
+    advice = "import or upload the model again, with the tokenizer.json of a fast tokenizer"
+    try:
+        with store().open(f"{model_key}/tokenizer.json") as file:
+            content = file.read()
+    except FileNotFoundError:
+        raise UnreadableTokenizer(f"a model of the job has no tokenizer.json; {advice}") from None
+    try:
+        return Tokenizer.from_buffer(content)
+    except BaseException as error:
+        # The Rust library raises plain Exception, or PanicException, which is no subclass of it.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = str(error)[:200]
+        message = f"the tokenizer.json of a model of the job cannot be read ({reason}); {advice}"
+        raise UnreadableTokenizer(message) from None
 
 
 if __name__ == "__main__":

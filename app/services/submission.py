@@ -21,14 +21,17 @@ from app.services.fine_tuning import supervised
 from app.services.fine_tuning.student_rules import BLOCK, Pair
 from app.services.row_lengths import (
     NO_TEMPLATE,
+    SUBMISSIONS,
     LengthCheck,
     Reader,
+    RunningChecks,
     TemplateCheck,
     VocabularyCheck,
     ask,
 )
 from app.services.training_rows import UNANSWERED
 
+MODEL_ID_SUFFIX = 8  # characters of a job's id with which the id of its model ends
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
 # Counts in the details of a file, and what the rows have.
 TOOL_COUNTS = {"num_rows_with_tools": "tools", "num_rows_with_tool_calls": "tool calls"}
@@ -50,10 +53,10 @@ class Plan:
     max_tokens: int
 
 
-def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> Plan:
+def plan(session: Session, project_id: str, asked: CreateJob, *, job_id: str) -> Plan:
     """Resolves and locks the models and files of a request, and fills in the defaults.
 
-    `short` ends the id of the output model. Raises BadRequest or NotFound.
+    The id of the output model ends like `job_id`. Raises BadRequest or NotFound.
     """
     requested = asked.distillation
     teacher = requested and model_registry.resolve(
@@ -88,7 +91,7 @@ def plan(session: Session, project_id: str, asked: CreateJob, *, short: str) -> 
         validation_file=artifact(validation) if validation else None,
         test_file=artifact(test) if test else None,
         split_version=SPLIT_VERSION,
-        output_model=output_id(start.model_id, asked.suffix, short),
+        output_model=output_id(start.model_id, asked.suffix, job_id),
         seed=asked.seed or 0,
     )
     max_tokens = min(
@@ -150,15 +153,15 @@ def context_of(sizes: FreshConfig) -> int:
     return UNBOUNDED_CONTEXT if sizes.family in ("bloom", "t5") else sizes.max_positions
 
 
-def output_id(start_id: str, suffix: str | None, short: str) -> str:
-    """Returns the id of the student's model, `ds:{name}:{suffix}:{short}`.
+def output_id(start_id: str, suffix: str | None, job_id: str) -> str:
+    """Returns the id of the student's model, `ds:{name}:{suffix}:{end of the job's id}`.
 
     `name` is the id of the model that the student starts from. If that is itself a student
     (`ds:…`), its name is taken over.
     """
     name = re.sub(r":ckpt-step-\d+$", "", start_id)
     name = name.split(":")[1] if name.startswith("ds:") else name
-    return f"ds:{name}:{supervised.normalised_suffix(suffix)}:{short}"
+    return f"ds:{name}:{supervised.normalised_suffix(suffix)}:{job_id[-MODEL_ID_SUFFIX:]}"
 
 
 def artifact(row: File) -> ArtifactRef:
@@ -166,28 +169,30 @@ def artifact(row: File) -> ArtifactRef:
     return ArtifactRef(key=row.store_key, bytes=row.bytes, sha256=row.sha256)
 
 
-def inspect(plan: Plan) -> None:
+def inspect(plan: Plan, running: RunningChecks = SUBMISSIONS) -> None:
     """Runs the checks that read the store: vocabulary size, chat template and row lengths.
 
-    They take seconds, so call this outside a transaction. Raises BadRequest or TooManyRequests.
+    `running` limits how many of them run at the same time. They take seconds, so call this outside
+    a transaction. Raises BadRequest or TooManyRequests.
     """
-    check_vocabulary(plan)
-    check_template(plan)
-    check_lengths(plan, plan.training, "training_file")
+    check_vocabulary(plan, running)
+    check_template(plan, running)
+    check_lengths(plan, plan.training, "training_file", running)
     if plan.validation is not None:
-        check_lengths(plan, plan.validation, "validation_file")
+        check_lengths(plan, plan.validation, "validation_file", running)
     if plan.test is not None:
-        check_lengths(plan, plan.test, TEST_FILE)
+        check_lengths(plan, plan.test, TEST_FILE, running)
 
 
-def check_vocabulary(plan: Plan) -> None:
+def check_vocabulary(plan: Plan, running: RunningChecks) -> None:
     """Raises BadRequest if a fresh student's vocabulary is smaller than the teacher's tokenizer."""
     sizes = plan.spec.distillation.student.config
     if sizes is None or sizes.vocab_size is None:
         return
     param = f"{BLOCK}.student.config.vocab_size"
     question = VocabularyCheck(model_key=plan.spec.teacher.key)
-    num_ids = ask(question, plan.training.project_id, param=param).num_tokens or 0
+    checked = ask(question, plan.training.project_id, param=param, running=running)
+    num_ids = checked.num_tokens or 0
     if sizes.vocab_size < num_ids:
         raise BadRequest(
             f"vocab_size is {sizes.vocab_size}, but the teacher's tokenizer has {num_ids} token ids; leave it out, or set "
@@ -196,7 +201,7 @@ def check_vocabulary(plan: Plan) -> None:
         )
 
 
-def check_template(plan: Plan) -> None:
+def check_template(plan: Plan, running: RunningChecks) -> None:
     """Raises BadRequest if the rows have tools that the chat template of a model leaves out."""
     used = {
         "training_file": plan.training.details,
@@ -211,7 +216,8 @@ def check_template(plan: Plan) -> None:
     if not any(needs.values()):
         return
     for key in dict.fromkeys((plan.spec.teacher.key, plan.spec.start.key)):
-        support = ask(TemplateCheck(template_of=key), plan.training.project_id)
+        question = TemplateCheck(template_of=key)
+        support = ask(question, plan.training.project_id, running=running)
         rendered = {"num_rows_with_tools": support.has_tools}
         rendered["num_rows_with_tool_calls"] = support.has_tool_calls
         for param, names in needs.items():
@@ -227,7 +233,7 @@ def check_template(plan: Plan) -> None:
                 )
 
 
-def check_lengths(plan: Plan, row: File, param: str) -> None:
+def check_lengths(plan: Plan, row: File, param: str, running: RunningChecks) -> None:
     """Raises BadRequest if a row of the file, with its chat template, has more than `max_tokens`.
 
     A token has at least one byte, so a row with at most as many bytes as free tokens is known to
@@ -245,7 +251,7 @@ def check_lengths(plan: Plan, row: File, param: str) -> None:
         is_answered=has_answers(plan, row),
         readers=readers,
     )
-    answer = ask(question, row.project_id, param=param)
+    answer = ask(question, row.project_id, param=param, running=running)
     if answer.is_lost:
         message = f"the content of the file {row.id!r} is no longer in the store; upload it again"
         raise BadRequest(message, "invalid_file", param)

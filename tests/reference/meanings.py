@@ -27,6 +27,7 @@ RESPONSES = {
     "invalid_json_line": "A line of a batch is not a JSON object.",
     "invalid_json_schema": "The schema of the answer is invalid or not supported.",
     "invalid_method": "A line of a batch has a method other than POST.",
+    "invalid_model": "A file of the model, such as its tokenizer, is missing or damaged. Import the model again.",
     "invalid_regex": "The regular expression for the answer is invalid or not supported.",
     "invalid_spec": "This version cannot read the specification of the job. Submit a new job.",
     "invalid_value": "A field has a value that is not allowed. `param` names the field.",

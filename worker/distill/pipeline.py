@@ -17,10 +17,12 @@ from worker.distill.evaluators import Evaluators, SamplerFor
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
 from worker.distill.phase_times import PhaseTimes
+from worker.distill.resumed_state import changes_since
 from worker.distill.run_costs import cost_of
 from worker.distill.student_runs import (
     StudentRun,
     calibrated,
+    kept_layers,
     plan_student_runs,
     with_measured_layers,
 )
@@ -114,7 +116,7 @@ class Pipeline:
             rows = self.ranks.first_then_others(lambda: self._preparation().rows())
             self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
         with self.phases.phase("layer_fit"):
-            runs = self._measured(runs, rows)
+            runs = self._measured(runs, rows, state)
         teacher = self._teacher(rows, runs[0].recipe)
         with ExitStack() as open_teachers:
             if teacher is not None:
@@ -128,6 +130,7 @@ class Pipeline:
                 "num_threads": torch.get_num_threads(),
                 "num_processes": self.ranks.count,
                 "precision": self.pair.card.precision,
+                "kept_layers": kept_layers(runs),
             }
             taught = StudentSweep(
                 runs,
@@ -155,11 +158,12 @@ class Pipeline:
             "student", result, taught.trained_tokens, self._ladder_files(selected, result)
         )
 
-    def _measured(self, runs: list[StudentRun], rows: Rows) -> list[StudentRun]:
+    def _measured(self, runs: list[StudentRun], rows: Rows, state: TrainState) -> list[StudentRun]:
         """Returns the runs with what is measured on the training rows before the training."""
         return with_measured_layers(
             calibrated(runs, rows.train),
             rows.train,
+            state=None if self.spec.resume_dir is None else state,
             matmul_dtype=self.pair.card.matmul_dtype,
             placement=self.pair.placement,
             ranks=self.ranks,
@@ -289,23 +293,14 @@ class Pipeline:
     def _set_threads(self, state: TrainState) -> None:
         """Sets threads and determinism. Warns if a resumed run will differ in its last bits."""
         wanted = self.spec.num_threads or state.num_threads  # the order of sums depends on it
-        if wanted != state.num_threads:
-            self._warn(
-                f"the checkpoint was made with {state.num_threads} threads and the run continues with {wanted}: its result "
-                "will be close, but not bit-identical, to that of an uninterrupted run"
-            )
-        if self.spec.resume_dir is not None and state.num_processes != self.ranks.count:
-            self._warn(
-                f"the checkpoint was made by {state.num_processes} processes and the run continues with {self.ranks.count}: "
-                "its result will be close, but not bit-identical, to that of an uninterrupted run"
-            )
         precision = self.pair.card.precision
-        if state.precision not in (None, precision):
-            self._warn(
-                f"the checkpoint was made in {state.precision} and the run continues in {precision}: its result will be "
-                "close, but not bit-identical, to that of an uninterrupted run"
-            )
-        elif self.block.hyperparameters.precision not in ("auto", precision):
+        if self.spec.resume_dir is not None:
+            for message in changes_since(state, wanted, self.ranks.count, precision):
+                self._warn(message)
+        if state.precision in (None, precision) and self.block.hyperparameters.precision not in (
+            "auto",
+            precision,
+        ):
             self._warn("this machine does not support bfloat16 matmuls: the run uses float32")
         torch.set_num_threads(wanted)
         if self.device == "cpu":

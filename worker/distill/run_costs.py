@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 from app.contracts.batch_plan import BatchPlan, batch_tokens_of, eval_steps_of
+from app.contracts.distillation import Hyperparameters
 from app.contracts.job_seconds import VERSION, reference_seconds
 from app.contracts.model_sizes import ModelSizes, measure_model, read_shapes
 from app.contracts.planned_jobs import PlannedJob, RowCounts, has_expected_rows
+from app.contracts.run_limits import MAX_PLANNED_EPOCHS
 from worker.distill.data.dataset import Rows
 from worker.distill.data.rows import Example
 from worker.distill.evaluation.label_metrics import find_labels
@@ -48,8 +50,12 @@ def planned_job(pair: ModelPair) -> PlannedJob:
     )
 
 
-def count_rows(spec: RunSpec, rows: Rows, *, num_steps: int) -> RowCounts:
-    """Returns the counts of the rows of a run, and of its steps."""
+def count_rows(spec: RunSpec, rows: Rows, *, num_steps: int, num_planned_steps: int) -> RowCounts:
+    """Returns the counts of the rows of a run, and of its steps.
+
+    `num_steps` are those of the first student. It was trained for `num_planned_steps`, unless it
+    stopped early.
+    """
     h = spec.distillation.hyperparameters
     lengths = [example.num_tokens for example in rows.train]
     plan = BatchPlan(
@@ -75,12 +81,22 @@ def count_rows(spec: RunSpec, rows: Rows, *, num_steps: int) -> RowCounts:
         answer_tokens=_targets(examples) / len(examples),
         longest_tokens=max(example.num_tokens for example in examples),
         num_steps=num_steps,
-        num_epochs=h.n_epochs * num_steps / plan.num_steps(h.n_epochs),
-        num_evals=-(-num_steps // eval_steps_of(h, plan, max(1, num_steps), num_held_out)),
+        num_epochs=_num_epochs(h, plan, num_steps, num_planned_steps),
+        num_evals=-(-num_steps // eval_steps_of(h, plan, num_planned_steps, num_held_out)),
         num_test=num_test,
         test_tokens=num_test * valid_tokens // len(rows.valid),
         label_tokens=_label_tokens(rows),
     )
+
+
+def _num_epochs(
+    h: Hyperparameters, plan: BatchPlan, num_steps: int, num_planned_steps: int
+) -> float:
+    """Returns the epochs of a number of steps. Planning the batches of all epochs takes too long."""
+    num_planned = min(h.n_epochs, MAX_PLANNED_EPOCHS)
+    if h.max_steps is None and num_planned < h.n_epochs:
+        return h.n_epochs * num_steps / num_planned_steps
+    return min(h.n_epochs, num_planned * num_steps / plan.num_steps(num_planned))
 
 
 def cost_of(
@@ -116,7 +132,12 @@ def measured_cost(
     if pair.spec.resume_dir is not None:
         return cost
     has_bfloat16 = pair.card.has_bfloat16
-    counts = count_rows(pair.spec, rows, num_steps=max(1, finished[0]["num_steps"]))
+    counts = count_rows(
+        pair.spec,
+        rows,
+        num_steps=max(1, finished[0]["num_steps"]),
+        num_planned_steps=max(1, finished[0]["num_planned_steps"]),
+    )
     expected = reference_seconds(
         planned_job(pair),
         counts,

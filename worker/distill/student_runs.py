@@ -10,6 +10,7 @@ from worker.distill.data.rows import Example
 from worker.distill.data_parallel import Ranks
 from worker.distill.students.recipe import StudentRecipe, plan_student
 from worker.distill.teachers.signals import Signal
+from worker.distill.training.checkpoint import KeptLayers, TrainState
 from worker.distill.training.devices import Placement
 from worker.distill.training.layer_choice import Changes, measure_changes, with_chosen_layers
 from worker.distill.training.trainer import TrainingInputs
@@ -69,6 +70,7 @@ def with_measured_layers(
     runs: Sequence[StudentRun],
     rows: Sequence[Example],
     *,
+    state: TrainState | None,
     matmul_dtype: torch.dtype,
     placement: Placement,
     ranks: Ranks,
@@ -77,7 +79,16 @@ def with_measured_layers(
     """Returns the runs with the layers that the rows need most, and writes an event for each choice.
 
     The first rank measures. All runs start from the same model, so it is measured once.
+
+    A resumed job keeps the layers of `state`, which is that of its checkpoint, else None. If an older version wrote
+    that checkpoint, the layers are measured. There is no event for runs that had begun, because
+    that version may have chosen other layers.
     """
+    if state is not None and state.kept_layers is not None:
+        return [
+            replace(run, recipe=replace(run.recipe, **dict(kept)))
+            for run, kept in zip(runs, state.kept_layers, strict=True)
+        ]
     if not any(run.recipe.measures_layers for run in runs):
         return list(runs)
     found = ranks.from_first(
@@ -90,10 +101,19 @@ def with_measured_layers(
         else run
         for run in runs
     ]
-    for run in chosen:
+    num_begun = 0 if state is None else len(state.finished) + 1
+    for run in chosen[num_begun:]:
         if run.recipe.measures_layers:
             sink(MessageLine(message=f"{run.name}: {_kept(run.recipe)}"))
     return chosen
+
+
+def kept_layers(runs: Sequence[StudentRun]) -> tuple[KeptLayers, ...]:
+    """Returns the layers that the student of each run keeps, for the checkpoint."""
+    return tuple(
+        KeptLayers(layers=run.recipe.layers, encoder_layers=run.recipe.encoder_layers)
+        for run in runs
+    )
 
 
 def _kept(recipe: StudentRecipe) -> str:

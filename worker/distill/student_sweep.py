@@ -266,6 +266,7 @@ class StudentSweep:
             precision=state.precision,
             inputs_sha256=state.inputs_sha256,
             finished=(*state.finished, entry),
+            kept_layers=state.kept_layers,
         )
         self.setup = replace(self.setup, resume_dir=None, best_dir=None)
 

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import threading
@@ -35,6 +34,10 @@ MISSES: Final = 3  # heartbeats that may be late before the key expires
 SOCKET_SECONDS: Final = 3.0
 IDLE_SECONDS: Final = 15.0  # how long a worker has no job before its machine is measured
 MEASURE_SECONDS: Final = 120.0
+RETRY_SECONDS: Final = 3600.0  # how long after a failed measurement the next one may start
+MEASURE_COMMAND: Final = (sys.executable, "-m", "worker.measure_machine")
+GPU_COMMAND: Final = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+GPU_SECONDS: Final = 20.0  # timeout of `GPU_COMMAND`, which is slow if the driver is not loaded
 CGROUP_LIMITS: Final = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -54,10 +57,11 @@ class Presence:
             socket_connect_timeout=SOCKET_SECONDS,
             retry=Retry(NoBackoff(), 1),  # a connection may be stale after a restart of Redis
         )
-        self._path = profile_path(settings)
-        self._profile = load_profile(self._path)
+        self._path: Path | None = None  # of the profile; known once the thread runs
+        self._profile: MachineProfile | None = None
         self._measurement: subprocess.Popen[bytes] | None = None
         self._idle_since = time.monotonic()
+        self._measures_from = 0.0  # no measurement starts before this time
         self._is_seen = True
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
@@ -76,6 +80,8 @@ class Presence:
         self._idle_since = time.monotonic()
 
     def _run(self) -> None:
+        self._path = profile_path(self._settings)
+        self._profile = load_profile(self._path)
         while True:
             self._measure_if_idle()
             self._beat()
@@ -93,7 +99,6 @@ class Presence:
             status = TrainWorkerStatus(
                 worker_id=self._worker_id,
                 memory_bytes=usable_memory_bytes(),
-                free_disk_bytes=free_disk_bytes(self._settings.work_root()),
                 job_id=self.job_id,
                 profile=self._profile,
                 beat_at=time.time(),
@@ -113,15 +118,27 @@ class Presence:
         """Starts the measurement of an idle machine, or takes its result."""
         if self._measurement is not None:
             self._take_measurement(self._measurement)
-        elif self._profile is None and self._is_idle:
+        elif self._profile is None and self._is_idle and time.monotonic() >= self._measures_from:
+            assert self._path is not None
             self._profile = load_profile(self._path)  # another worker may have measured it
             if self._profile is None:
-                self._measurement = subprocess.Popen(
-                    tethered([sys.executable, "-m", "worker.measure_machine"]),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                )
+                self._start_measurement()
+
+    def _start_measurement(self) -> None:
+        try:
+            self._measurement = subprocess.Popen(
+                tethered(MEASURE_COMMAND),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        except OSError as fault:  # no memory, or too many processes
+            self._try_again_later(reason=str(fault))
+
+    def _try_again_later(self, *, reason: str) -> None:
+        """Logs that a measurement has failed. The heartbeats continue without a profile."""
+        log.warning("machine_not_measured", reason=reason, retry_seconds=RETRY_SECONDS)
+        self._measures_from = time.monotonic() + RETRY_SECONDS
 
     @property
     def _is_idle(self) -> bool:
@@ -130,6 +147,7 @@ class Presence:
     def _take_measurement(self, process: subprocess.Popen[bytes]) -> None:
         """Takes the profile of a measurement that has ended, unless a job ran beside it."""
         assert process.stdout is not None
+        assert self._path is not None
         if process.poll() is None:
             if time.monotonic() - self._idle_since < IDLE_SECONDS + MEASURE_SECONDS:
                 return
@@ -143,8 +161,7 @@ class Presence:
         try:
             self._profile = MachineProfile.model_validate_json(printed)
         except ValidationError:
-            log.warning("machine_not_measured", status=process.returncode)
-            self._idle_since = time.monotonic() + 3600.0  # try again much later
+            self._try_again_later(reason=f"the process ended with status {process.returncode}")
             return
         save_profile(self._path, self._profile)
         log.info("machine_measured", **self._profile.model_dump())
@@ -163,20 +180,16 @@ def usable_memory_bytes() -> int:
     return min(found)
 
 
-def free_disk_bytes(folder: Path) -> int:
-    """Returns the free space of the file system of a folder, which may not exist yet."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def profile_path(settings: Settings) -> Path:
     """Returns the file that keeps the profile of this machine.
 
     It is in the user's cache folder, because all services on a machine measure the same. Without
-    such a folder it is among the work folders.
+    such a folder it is among the work folders. The name of the file contains everything that the
+    speed depends on, because several machines may share the folder.
     """
     parts = [
+        platform.node(),
+        *_gpu_models(),
         version("torch"),
         platform.machine(),
         _cpu_model(),
@@ -196,6 +209,17 @@ def _cpu_model() -> str:
     except OSError:
         return ""
     return next((line for line in lines if line.startswith("model name")), "")
+
+
+def _gpu_models() -> list[str]:
+    """Returns the models of the GPUs, or an empty list if the NVIDIA driver is not installed."""
+    try:
+        process = subprocess.run(
+            GPU_COMMAND, capture_output=True, text=True, check=True, timeout=GPU_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return process.stdout.splitlines()
 
 
 def load_profile(path: Path) -> MachineProfile | None:

@@ -117,8 +117,17 @@ class VllmEngine:
         return bool(self._outbox or self._choices or self._waiting)
 
     def cache_status(self) -> CacheStatus:
-        cache = self._core.engine_core.engine_core.scheduler.kv_cache_manager
-        return CacheStatus(cache.usage, self._num_prefix_queries, self._num_prefix_hits)
+        return CacheStatus(self._cache_usage(), self._num_prefix_queries, self._num_prefix_hits)
+
+    def _cache_usage(self) -> float:
+        """Returns the used fraction of the KV cache, or 0 if this version of vLLM does not tell it.
+
+        The figure is not part of vLLM's public interface, and a heartbeat must not fail without it.
+        """
+        try:
+            return float(self._core.engine_core.engine_core.scheduler.kv_cache_manager.usage)
+        except (AttributeError, TypeError):
+            return 0.0
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
         request = constrained(request, self._text)

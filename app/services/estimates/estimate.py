@@ -14,14 +14,15 @@ from app.routing.train_workers import live_train_workers
 from app.schemas.estimates import EstimatedSeconds, JobEstimate, QueueAhead, WorkerCounts
 from app.schemas.jobs import CreateJob
 from app.services import submission
-from app.services.estimates.limits import GIB, Machine, advice, largest_of, needed_disk
+from app.services.estimates.limits import GIB, Machine, advice, best_of, needed_disk
 from app.services.estimates.planning import count_rows, planned_job
 from app.services.estimates.speed import Speed, speed_of
 from app.services.fine_tuning.supervised import refuse_unsupported
+from app.services.row_lengths import ESTIMATES
 from app.settings import Settings, get_settings
 from app.storage import store
 
-SHORT = "estimate"  # stands for the part of a model id that is random
+JOB_ID = "estimate"  # stands for the id of the job, with which the id of its model ends
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,16 @@ class Basis:
     num_waiting: int
 
     @property
+    def machines(self) -> list[Machine]:
+        """The machines of the workers that are alive."""
+        return [Machine.of(worker) for worker in self.workers or ()]
+
+    @property
     def machine(self) -> Machine:
-        """The largest machine of the workers that are alive."""
-        machines = [Machine.of(worker) for worker in self.workers or ()]
-        if machines:
-            return largest_of(machines)
-        return Machine(has_bfloat16=self.speed is not None and self.speed.has_bfloat16)
+        """The machine for which memory is estimated: the best one of those that are alive."""
+        has_bfloat16 = self.speed is not None and self.speed.has_bfloat16
+        machines = self.machines or [Machine(has_bfloat16=has_bfloat16)]
+        return best_of(machines, self.job, self.rows)
 
 
 def estimate_job(principal: Principal, asked: CreateJob) -> JobEstimate:
@@ -53,10 +58,10 @@ def estimate_job(principal: Principal, asked: CreateJob) -> JobEstimate:
     """
     refuse_unsupported(asked)
     with transaction() as session:
-        plan = submission.plan(session, principal.project_id, asked, short=SHORT)
+        plan = submission.plan(session, principal.project_id, asked, job_id=JOB_ID)
         costs = newest_costs(session, principal.project_id)
         num_waiting = count_waiting(session)
-    submission.inspect(plan)
+    submission.inspect(plan, ESTIMATES)
     answer_tokens = known_answer_tokens(plan, costs)
     counted = count_rows(plan, answer_tokens)
     assert counted.counts is not None
@@ -121,6 +126,7 @@ def answer(basis: Basis, settings: Settings) -> JobEstimate:
 def notes(basis: Basis, *, has_disk: bool) -> Iterator[str]:
     """Yields sentences about what the estimate rests on, and which defaults were chosen."""
     rows, job = basis.rows, basis.job
+    yield from _notes_on_models(basis)
     yield from _notes_on_rows(basis)
     yield from _notes_on_options(job)
     if basis.speed is None:
@@ -137,8 +143,21 @@ def notes(basis: Basis, *, has_disk: bool) -> Iterator[str]:
             f"The largest worker has {(machine.memory_bytes or 0) / GIB:.1f} GiB of memory, which is too little; "
             f"{advice(job, rows, machine)}."
         )
+    elif num_small := sum(not other.has_room(job, rows) for other in basis.machines):
+        yield (
+            f"{num_small} of the {len(basis.machines)} workers that are alive have too little memory; "
+            "the job may fail if it starts there."
+        )
     if not has_disk:
         yield "The disk has too little free space; delete files or models, or train a smaller student."
+
+
+def _notes_on_models(basis: Basis) -> Iterator[str]:
+    job = basis.job
+    used = {"model": job.start} | ({"teacher": job.teacher} if job.has_teacher else {})
+    for name, sizes in used.items():
+        if sizes.guess_reason:
+            yield f"The sizes of the {name} are a guess, because {sizes.guess_reason}; import it again."
 
 
 def _notes_on_rows(basis: Basis) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import json
 from functools import lru_cache
+from typing import Final
 
 import structlog
 
@@ -11,14 +12,27 @@ from app.storage import StorageError, store
 
 log = structlog.get_logger(__name__)
 
+# What reading the files of a damaged model raises: its config.json and headers may hold any JSON.
+DAMAGED: Final = (
+    OSError,
+    StorageError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 def stored_sizes(ref: ArtifactRef, facts: ModelFacts) -> ModelSizes:
-    """Returns the sizes of a model. They are approximate if its files cannot be read."""
+    """Returns the sizes of a model. They are a guess, with its reason, if a file cannot be read."""
     try:
         return _read(ref.key, ref.sha256)
-    except (OSError, ValueError, KeyError, TypeError, StorageError) as fault:
-        log.warning("model_sizes_guessed", key=ref.key, reason=type(fault).__name__)
-        return guess_model(facts)
+    except DAMAGED as fault:
+        reason = "its config.json or the headers of its weights cannot be read"
+        log.warning("model_sizes_guessed", key=ref.key, reason=f"{type(fault).__name__}: {fault}")
+        return guess_model(facts, reason)
 
 
 @lru_cache(maxsize=64)

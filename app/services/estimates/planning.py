@@ -8,10 +8,12 @@ from app.db.schema.tables import File
 from app.errors import BadRequest
 from app.services.estimates.model_files import stored_sizes
 from app.services.estimates.row_counts import CountedFile, CountReply, CountRequest
-from app.services.row_lengths import run_check
+from app.services.row_lengths import ESTIMATES, run_check
 from app.services.submission import Plan, has_answers, readers_of
+from app.services.training_rows import UNANSWERED
 
-BYTES_PER_TOKEN = 4  # of English text
+# Rows have at most about this number of bytes per token. English text has 4, escapes such as \u4e2d 6.
+MOST_BYTES_PER_TOKEN = 8
 ASSUMED_ANSWER_SHARE = 0.5  # of max_new_tokens, if the length of the teacher's answers is unknown
 
 
@@ -28,15 +30,21 @@ def planned_job(plan: Plan) -> PlannedJob:
     )
 
 
-def rough_counts(plan: Plan) -> RowCounts:
-    """Returns approximate counts from the sizes of the files, without reading them."""
+def least_counts(plan: Plan) -> RowCounts:
+    """Returns the least counts that the files can have, from their sizes, without reading them.
+
+    A part of the bytes may not be read: keys that are ignored, and answers that the teacher writes
+    again. Each row is then taken for one token.
+    """
     training = plan.training
     num_rows = training.num_rows or 1
-    num_tokens = max(num_rows, training.bytes // BYTES_PER_TOKEN)
-    longest = min(plan.max_tokens, (training.max_row_bytes or 1) // 3 + 1)
     num_valid = min(max(1, num_rows // 10), MAX_VALIDATION_ROWS)
-    answer = 0 if has_answers(plan, training) else plan.spec.distillation.data.max_new_tokens // 2
-    tokens = num_tokens + answer * num_rows
+    is_answered = has_answers(plan, training)
+    is_read = is_answered or training.format in UNANSWERED
+    is_read = is_read and not (training.details or {}).get("ignored_keys")
+    row_bytes = (training.max_row_bytes or 0) if is_read else 0
+    longest = min(plan.max_tokens, max(1, row_bytes // MOST_BYTES_PER_TOKEN))
+    tokens = max(num_rows, training.bytes // MOST_BYTES_PER_TOKEN if is_read else 0)
     return RowCounts(
         num_train=num_rows,
         num_valid=num_valid,
@@ -45,9 +53,9 @@ def rough_counts(plan: Plan) -> RowCounts:
         valid_tokens=tokens * num_valid // num_rows,
         valid_targets=tokens * num_valid // num_rows // 2,
         teacher_tokens=tokens,
-        num_unanswered=num_rows if answer else 0,
-        prompt_tokens=num_tokens / num_rows,
-        answer_tokens=tokens / num_rows / 2,
+        num_unanswered=0 if is_answered else num_rows,
+        prompt_tokens=tokens / num_rows,
+        answer_tokens=1.0,
         longest_tokens=longest,
         num_steps=1,
         num_epochs=1.0,
@@ -78,13 +86,15 @@ def count_rows(plan: Plan, answer_tokens: float | None) -> CountReply:
         seed=plan.spec.seed,
     )
     try:
-        reply = run_check("app.services.estimates.row_counts", request, plan.training.project_id)
+        project_id = plan.training.project_id
+        reply = run_check("app.services.estimates.row_counts", request, project_id, ESTIMATES)
     except subprocess.TimeoutExpired as fault:
         message = "counting the tokens of the files took too long; use smaller files"
         raise BadRequest(message, "invalid_file", "training_file") from fault
     counted = CountReply.model_validate_json(reply)
     if counted.counts is None:
-        raise BadRequest(counted.fault, "invalid_file", "training_file")
+        code, param = counted.code, "training_file" if counted.code == "invalid_file" else "model"
+        raise BadRequest(counted.fault, code, param)
     return counted
 
 

@@ -21,6 +21,7 @@ from app.contracts.planned_jobs import RowCounts
 from app.contracts.run_limits import (
     MAX_LABEL_TOKENS,
     MAX_LABELS,
+    MAX_PLANNED_EPOCHS,
     MAX_VALIDATION_ROWS,
     ROWS_PER_LABEL,
 )
@@ -30,12 +31,18 @@ from app.services.fine_tuning.chat_rows import (
     texts_of_message,
     texts_of_tools,
 )
-from app.services.row_lengths import NO_TEMPLATE, Reader, count_texts, count_tokens, load_tokenizer
+from app.services.row_lengths import (
+    NO_TEMPLATE,
+    Reader,
+    UnreadableTokenizer,
+    count_texts,
+    count_tokens,
+    load_tokenizer,
+)
 from app.services.training_rows import parse_row
 from app.storage import store
 
 MAX_SAMPLED_BYTES = 4 * 2**20
-MAX_PLANNED_EPOCHS = 3  # epochs whose batches are planned; further ones have as many on average
 
 
 class CountedFile(Contract):
@@ -65,12 +72,13 @@ class CountRequest(Contract):
 class CountReply(Contract):
     """Counts of a job's rows. `sampled_share` is the share of the training file that was counted.
 
-    If `counts` is None, `fault` says why the rows cannot be counted.
+    If `counts` is None, `fault` says why the rows cannot be counted, and `code` is that of the error.
     """
 
     counts: RowCounts | None
     sampled_share: float = 1.0
     fault: str = ""
+    code: str = "invalid_file"
 
 
 class NoTokens(Exception):
@@ -109,6 +117,8 @@ def count(request: CountRequest) -> CountReply:
         return CountReply(counts=None, fault=fault)
     except NoTokens as fault:
         return CountReply(counts=None, fault=str(fault))
+    except UnreadableTokenizer as fault:
+        return CountReply(counts=None, fault=str(fault), code="invalid_model")
     if validation is None:
         held_out = hold_out([size.question for size in training], scale)
         is_split = len(held_out) < len(training)  # with one question, both sides have all rows

@@ -23,7 +23,7 @@ FACTORS = (0.05, 50.0)  # plausible range
 class Speed:
     """Factors between times on this installation and on the reference machine, by phase.
 
-    `note` says what they rest on. `has_bfloat16` is that of the measured machine.
+    `note` says what they rest on. `has_bfloat16` is true if a worker or a finished job has used it.
     """
 
     factors: dict[Phase, float]
@@ -56,13 +56,16 @@ def speed_of(
         for cost in costs
         if cost.version == VERSION and cost.seconds and device in (None, cost.device)
     ]
+    # A job with float32 precision says nothing about the machine, so one measurement is enough.
+    has_bfloat16 = any(cost.has_bfloat16 for cost in known)
+    has_bfloat16 = has_bfloat16 or any(profile.has_bfloat16 for profile in profiles)
     used = ([cost for cost in known if cost.kind == kind] or known)[:NUM_JOBS]
     if used:
         what = "finished job" if len(used) == 1 else "finished jobs"
         others = "" if used[0].kind == kind else " of other kinds"
         return Speed(
             factors=_factors(used),
-            has_bfloat16=used[0].has_bfloat16,
+            has_bfloat16=has_bfloat16,
             note=f"The time is scaled by the measured phases of {len(used)} {what}{others}.",
         )
     if not profiles:
@@ -71,7 +74,7 @@ def speed_of(
     factor = _bounded(REFERENCE_FLOPS / slowest.flops)
     return Speed(
         factors=dict.fromkeys(PHASES, factor),
-        has_bfloat16=slowest.has_bfloat16,
+        has_bfloat16=has_bfloat16,
         note="No job has finished yet, so the time is scaled by the speed of a matmul on a worker. "
         "It can be wrong by more than a factor of 1.5.",
     )

@@ -1,7 +1,9 @@
 """POST /v1/fine_tuning/jobs/estimate, and the refusal of jobs that cannot fit."""
 
+import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from app.contracts.job_seconds import PHASES, REFERENCE_FLOPS, VERSION
 from app.contracts.train_workers import MachineProfile, TrainWorkerStatus, train_worker_key
 from app.db.schema.tables import Job
 from app.db.session import transaction
+from app.services.row_lengths import ESTIMATES, MAX_PROJECT_CHECKS
 from app.settings import Settings
+from tests.app.api.conftest import PROJECT
 from worker.models.model_facts import model_facts
 
 Json = dict[str, Any]  # Any: JSON bodies of the public API
 ROUTE = "/v1/fine_tuning/jobs/estimate"
 GIB = 2**30
+CPU = MachineProfile(device="cpu", flops=REFERENCE_FLOPS, has_bfloat16=True)
 ROWS = [
     {"prompt": f"Who keeps number {i}?", "completion": f"The student keeps {i}."} for i in range(20)
 ]
@@ -52,7 +57,6 @@ class Bench:
         status = {
             "worker_id": name,
             "memory_bytes": 64 * GIB,
-            "free_disk_bytes": 64 * GIB,
             "beat_at": time.time(),
             **changes,
         }
@@ -100,8 +104,7 @@ def test_the_queue_and_the_workers_are_counted(bench: Bench) -> None:
 
 
 def test_the_time_comes_from_a_matmul_and_then_from_finished_jobs(bench: Bench) -> None:
-    profile = MachineProfile(device="cpu", flops=REFERENCE_FLOPS, has_bfloat16=True)
-    bench.beat(profile=profile)
+    bench.beat(profile=CPU)
     reference = bench.estimate(bench.body())["seconds"]
     assert set(reference) == {*PHASES, "total"}
     assert reference["total"] == pytest.approx(sum(reference[name] for name in PHASES), abs=0.5)
@@ -157,25 +160,84 @@ def test_supervised_jobs_and_ladders_are_estimated(bench: Bench) -> None:
 
 def test_a_job_that_no_worker_can_hold_is_refused(bench: Bench) -> None:
     body = bench.body()
+    bench.beat("small", profile=CPU)
     needed = bench.estimate(body)["peak_memory_bytes"]
-    bench.beat("small", memory_bytes=needed // 2)
+    bench.beat("small", memory_bytes=needed // 2, profile=CPU)
     found = bench.estimate(body)
     assert found["fits"] is False
     assert any("which is too little" in note for note in found["notes"])
     error = bench.refused("/v1/fine_tuning/jobs", body)
     assert error["code"] == "insufficient_memory"
     assert "use a smaller model or a worker with more memory" in error["message"]
-    bench.beat("large", memory_bytes=2 * needed)
-    assert bench.estimate(body)["fits"] is True
+    bench.beat("large", memory_bytes=2 * needed, profile=CPU)
+    found = bench.estimate(body)
+    assert found["fits"] is True
+    assert any("1 of the 2 workers that are alive have too little" in n for n in found["notes"])
     assert bench.http.post("/v1/fine_tuning/jobs", json=body).status_code == 200
 
 
 def test_the_memory_of_a_gpu_decides_if_there_is_one(bench: Bench) -> None:
-    card = MachineProfile(device="cuda", flops=1e14, has_bfloat16=True, memory_bytes=GIB)
+    card = MachineProfile(device="cuda", flops=1e14, has_bfloat16=True, memory_bytes=2**18)
     bench.beat(profile=card)
     error = bench.refused("/v1/fine_tuning/jobs", bench.body())
     assert error["code"] == "insufficient_memory"
-    assert "the largest worker has 1.0 GiB" in error["message"]
+    assert "the largest worker has 0.0 GiB" in error["message"]
+    bench.beat(profile=card.model_copy(update={"memory_bytes": GIB}))
+    assert bench.estimate(bench.body())["fits"] is False  # with the usual chunks of the loss
+    assert bench.http.post("/v1/fine_tuning/jobs", json=bench.body()).status_code == 200
+
+
+def test_a_worker_without_a_profile_refuses_nothing(bench: Bench) -> None:
+    bench.beat(memory_bytes=1)
+    assert bench.estimate(bench.body())["fits"] is True
+    assert bench.http.post("/v1/fine_tuning/jobs", json=bench.body()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "config", ["[]", "{", '{"decoder": "x"}', '{"num_attention_heads": 1e999}']
+)
+def test_a_damaged_config_gives_a_guess_with_its_reason(
+    bench: Bench, register: Callable[..., str], tiny_llama_dir: Path, tmp_path: Path, config: str
+) -> None:
+    folder = shutil.copytree(tiny_llama_dir, tmp_path / "damaged")
+    (folder / "config.json").write_text(config)
+    bench.model = register("damaged", folder=folder, **dict(model_facts(tiny_llama_dir)))
+    found = bench.estimate(bench.body())
+    assert found["peak_memory_bytes"] > 2**28
+    notes = [note for note in found["notes"] if "are a guess, because its config.json" in note]
+    assert len(notes) == 2  # of the model and of the teacher
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "a model of the job has no tokenizer.json"), ("{}", "tokenizer.json of a model of")],
+    ids=["missing", "damaged"],
+)
+def test_an_unreadable_tokenizer_is_told_with_what_to_do(
+    bench: Bench,
+    register: Callable[..., str],
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    content: str | None,
+    message: str,
+) -> None:
+    folder = shutil.copytree(tiny_llama_dir, tmp_path / "damaged")
+    (folder / "tokenizer.json").unlink()
+    if content is not None:
+        (folder / "tokenizer.json").write_text(content)
+    bench.model = register("damaged", folder=folder, **dict(model_facts(tiny_llama_dir)))
+    error = bench.refused(ROUTE, bench.body())
+    assert (error["code"], error["param"]) == ("invalid_model", "model")
+    assert message in error["message"]
+    assert "import or upload the model again" in error["message"]
+
+
+def test_estimates_take_no_place_of_submissions(bench: Bench) -> None:
+    with ExitStack() as estimates:
+        for _ in range(MAX_PROJECT_CHECKS):
+            estimates.enter_context(ESTIMATES.one_more(PROJECT))
+        assert bench.http.post(ROUTE, json=bench.body()).status_code == 429
+        assert bench.http.post("/v1/fine_tuning/jobs", json=bench.body()).status_code == 200
 
 
 def test_a_disk_that_is_too_small_is_told(

@@ -155,14 +155,14 @@ class StopAtStep:
         return any(line.step >= self.step for line in lines(self.sink, MetricsLine))
 
 
-def test_a_job_killed_in_any_course_ends_with_the_bits_of_one_that_was_not(
+def test_a_job_killed_in_any_run_ends_with_the_bits_of_one_that_was_not(
     run_job: Run, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
     spec = make_spec(ladder(1, 2, choose="best", ce_baseline=True), **STEPS)
     whole, _ = run_job(spec, out="whole")
     assert whole.result["ladder"][1]["chosen"]
     students = ("student", "finished/0", "finished/1", "step-20/model")
-    # before the second course, in it, in the baseline
+    # before the second student's run, in it, in the baseline's
     for stop_step, newest in ((7, 6), (11, 11), (18, 18)):
         stop = StopAtStep(stop_step)
         with pytest.raises(Stopped) as stopped:
@@ -182,6 +182,28 @@ def test_a_job_killed_in_any_course_ends_with_the_bits_of_one_that_was_not(
         assert resumed.result["ce_baseline"] == whole.result["ce_baseline"]
         for ours, theirs in zip(resumed.result["ladder"], whole.result["ladder"], strict=True):
             assert {**ours, "train_seconds": 0} == {**theirs, "train_seconds": 0}
+
+
+def test_a_resumed_job_names_the_layers_only_once_and_keeps_them(
+    run_job: Run, make_spec: MakeSpec, tmp_path: Path
+) -> None:
+    block = {**ladder(1, 2), "student": {"num_layers": [1, 2], "fit_rows": "auto"}}
+    spec = make_spec(block, **STEPS)
+    stop = StopAtStep(4)
+    with pytest.raises(Stopped):
+        run_job(spec, out="first", sink=stop.sink, should_stop=stop)
+    resume_dir = tmp_path / "first" / "step-4"
+    before = load_state(resume_dir).kept_layers
+    assert before is not None
+    assert [len(kept.layers or ()) for kept in before] == [1, 2]
+    _, sink = run_job(spec.model_copy(update={"resume_dir": resume_dir}), out="second")
+    told = [
+        sum("kept layers" in line.message for line in lines(one, MessageLine))
+        for one in (stop.sink, sink)
+    ]
+    assert told == [2, 0]
+    last = lines(sink, CheckpointLine)[-1]
+    assert load_state(tmp_path / "second" / last.folder).kept_layers == before
 
 
 def test_the_smallest_student_that_passes_the_gate_is_chosen(
@@ -271,7 +293,7 @@ def test_a_baseline_is_the_same_student_without_its_teacher(
     )
 
 
-def test_a_loss_that_is_no_number_in_a_later_course_leaves_the_last_checkpoint(
+def test_a_loss_that_is_no_number_in_a_later_run_leaves_the_last_checkpoint(
     run_job: Run, make_spec: MakeSpec, tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
     broken = shutil.copytree(tiny_llama_dir, tmp_path / "broken")

@@ -11,9 +11,11 @@ from worker.distill.data_parallel import ALONE
 from worker.distill.student_runs import (
     StudentRun,
     calibrated,
+    kept_layers,
     plan_student_runs,
     with_measured_layers,
 )
+from worker.distill.training.checkpoint import KeptLayers, TrainState
 from worker.distill.training.devices import ON_CPU
 from worker.distill.training.layer_choice import choose_layers, measure_changes
 from worker.errors import StudentTooDeep
@@ -24,14 +26,14 @@ MakeSpec = Callable[..., RunSpec]
 ROWS = [Example((5, 6, i + 10), ((2, 3),), line=i) for i in range(20)]
 
 
-def test_a_ladder_has_a_course_for_each_size_the_smallest_first(make_spec: MakeSpec) -> None:
+def test_a_ladder_has_a_run_for_each_size_the_smallest_first(make_spec: MakeSpec) -> None:
     runs = plan_student_runs(make_spec({"student": {"num_layers": [3, 1, 3, 2]}}))
     assert [run.label for run in runs] == ["1 layer", "2 layers", "3 layers"]
     assert [run.recipe.layers for run in runs] == [(0,), (0, 3), (0, 1, 3)]
     assert runs[1].name == "student of 2 layers"
 
 
-def test_a_single_student_is_one_course(make_spec: MakeSpec) -> None:
+def test_a_single_student_is_one_run(make_spec: MakeSpec) -> None:
     (run,) = plan_student_runs(make_spec({"student": {"num_layers": 3}}))
     assert run.name == run.label == "student"
     assert run.recipe.layers is not None
@@ -67,11 +69,14 @@ def test_both_sides_of_an_encoder_decoder_are_judged(
     assert run.recipe.calibration == ((7, 8, 9), ROWS[0].token_ids)
 
 
-def measured(spec: RunSpec, rows: list[Example] = ROWS) -> tuple[list[StudentRun], MemorySink]:
+def measured(
+    spec: RunSpec, rows: list[Example] = ROWS, state: TrainState | None = None
+) -> tuple[list[StudentRun], MemorySink]:
     sink = MemorySink()
     runs = with_measured_layers(
         plan_student_runs(spec),
         rows,
+        state=state,
         matmul_dtype=torch.float32,
         placement=ON_CPU,
         ranks=ALONE,
@@ -88,6 +93,28 @@ def test_a_ladder_keeps_the_measured_layers_and_says_which(make_spec: MakeSpec) 
     assert messages[0].startswith("student of 1 layer: kept layers ")
     assert "of 4, because" in messages[0]
     assert len(messages) == 2  # the third student keeps all layers
+
+
+def test_a_resumed_ladder_keeps_the_layers_of_its_checkpoint(make_spec: MakeSpec) -> None:
+    spec = make_spec({"student": {"num_layers": [1, 2], "fit_rows": "auto"}})
+    runs, _ = measured(spec)
+    state = TrainState(kept_layers=kept_layers(runs))
+    read = TrainState.model_validate_json(state.model_dump_json())
+    again, sink = measured(spec, state=read)
+    assert again == runs
+    assert sink.lines == []
+    others = tuple(KeptLayers(layers=layers, encoder_layers=None) for layers in ((3,), (2, 3)))
+    again, _ = measured(spec, state=TrainState(kept_layers=others))
+    assert [run.recipe.layers for run in again] == [(3,), (2, 3)]
+
+
+def test_a_checkpoint_without_layers_gives_events_only_for_later_runs(make_spec: MakeSpec) -> None:
+    spec = make_spec({"student": {"num_layers": [1, 2, 3], "fit_rows": "auto"}})
+    runs, sink = measured(spec, state=TrainState(finished=({"label": "1 layer"},)))
+    assert all(run.recipe.layers for run in runs)
+    (line,) = sink.lines
+    assert isinstance(line, MessageLine)
+    assert line.message.startswith("student of 3 layers: kept layers ")
 
 
 def test_a_size_with_few_layers_keeps_the_first_and_last_ones(

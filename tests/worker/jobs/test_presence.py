@@ -1,12 +1,16 @@
 """Heartbeats of a train worker."""
 
+import json
+import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import redis
+from structlog.testing import capture_logs
 
-from app.contracts.train_workers import MachineProfile
+from app.contracts.train_workers import MachineProfile, TrainWorkerStatus
 from app.routing.train_workers import live_train_workers
 from app.settings import Settings
 from tests.serve_worker import wait_for
@@ -34,7 +38,6 @@ def test_a_worker_is_alive_until_it_ends(settings: Settings) -> None:
         (status,) = live_train_workers() or []
         assert (status.worker_id, status.job_id, status.profile) == ("train-1", None, None)
         assert status.memory_bytes > 2**28
-        assert status.free_disk_bytes > 0
         worker.note_job("ftjob-1")
         wait_for(
             lambda: [s.job_id for s in live_train_workers() or ()] == ["ftjob-1"],
@@ -73,3 +76,42 @@ def test_a_damaged_profile_counts_as_none(settings: Settings, tmp_path: Path) ->
     assert load_profile(path) == PROFILE
     path.write_text("{")
     assert load_profile(path) is None
+
+
+def test_a_heartbeat_of_an_older_version_is_read() -> None:
+    older = {"worker_id": "w", "memory_bytes": 1, "free_disk_bytes": 2, "beat_at": 3.0}
+    assert TrainWorkerStatus.model_validate_json(json.dumps(older)).memory_bytes == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [(sys.executable, "-c", "raise SystemExit(3)"), (sys.executable, "-c", "x" * 2**18)],
+    ids=["fails", "cannot start"],
+)
+def test_a_measurement_that_failed_is_tried_again_later(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(presence, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(presence, "RETRY_SECONDS", 0.5)
+    working = presence.MEASURE_COMMAND
+    monkeypatch.setattr(presence, "MEASURE_COMMAND", command)
+    with capture_logs() as logs, Presence("train-1", settings) as worker:
+        wait_for(lambda: bool(logs), 60, "the failure is not logged")
+        monkeypatch.setattr(presence, "MEASURE_COMMAND", working)
+        worker.note_job("ftjob-1")
+        worker.note_job(None)
+        path = profile_path(settings)
+        wait_for(lambda: load_profile(path) is not None, 60, "the machine is not measured")
+    assert logs[0]["event"] == "machine_not_measured"
+
+
+def test_another_node_or_gpu_has_another_profile(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [profile_path(settings), profile_path(settings)]
+    monkeypatch.setattr(presence, "GPU_COMMAND", ("echo", "NVIDIA H100"))
+    paths.append(profile_path(settings))
+    monkeypatch.setattr(platform, "node", lambda: "another")
+    paths.append(profile_path(settings))
+    assert paths[0] == paths[1]
+    assert len(set(paths)) == 3

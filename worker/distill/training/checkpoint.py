@@ -38,12 +38,22 @@ REPLAY = "replay.jsonl"  # the replay buffer's rollouts
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class KeptLayers(BaseModel):
+    """The layers of the start model that a student keeps. None: all of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: tuple[int, ...] | None
+    encoder_layers: tuple[int, ...] | None
+
+
 class TrainState(BaseModel):
     """Progress of a training: everything that the next step depends on, except tensors.
 
     `step` counts within one student run. A job numbers the steps of all its runs consecutively, and
     this run begins at `first_step`. `finished` has the entries of the earlier runs
-    (worker.distill.student_sweep).
+    (worker.distill.student_sweep). `kept_layers` has the layers of all runs of the job, and None in
+    checkpoints of versions that did not store them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +79,7 @@ class TrainState(BaseModel):
     replay_phi: float = 0.0
     replay_loss: float | None = None  # held-out cross-entropy at the previous evaluation
     finished: tuple[dict[str, Any], ...] = ()  # Any: open-ended JSON
+    kept_layers: tuple[KeptLayers, ...] | None = None
 
     @property
     def job_step(self) -> int:

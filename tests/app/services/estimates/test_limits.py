@@ -6,10 +6,18 @@ from typing import Any
 import pytest
 
 from app.contracts.distillation import Distillation
-from app.contracts.job_memory import cpu_bytes, device_bytes
+from app.contracts.job_memory import cpu_bytes, device_bytes, least_device_bytes, mapped_bytes
 from app.contracts.model_sizes import LayerStack, ModelSizes
 from app.contracts.planned_jobs import PlannedJob, RowCounts
-from app.services.estimates.limits import Machine, advice, smaller_jobs
+from app.contracts.train_workers import MachineProfile, TrainWorkerStatus
+from app.services.estimates.limits import (
+    CPU_MARGIN,
+    DEVICE_MARGIN,
+    Machine,
+    advice,
+    best_of,
+    smaller_jobs,
+)
 
 GIB = 2**30
 # A model with a billion parameters: 16 layers of width 2048.
@@ -33,7 +41,7 @@ def test_a_smaller_batch_is_advised_if_it_fits() -> None:
     small = replace(job, block=next(smaller_jobs(job))[1])
     machine = Machine("cpu", True, cpu_bytes(small, ROWS, has_bfloat16=True) + 1)
     assert not machine.has_room(job, ROWS)
-    assert advice(job, ROWS, machine) == "this would fit: hyperparameters.batch_tokens = 64"
+    assert advice(job, ROWS, machine) == "this may fit: hyperparameters.batch_tokens = 64"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -46,7 +54,7 @@ def test_fewer_layers_are_advised_if_they_fit(device: str) -> None:
     sizes = [needed(j, ROWS, has_bfloat16=True) for j in (job, half, quarter)]
     assert sizes == sorted(sizes, reverse=True)
     assert advice(job, ROWS, Machine(device, True, sizes[2])).startswith(
-        "this would fit: student.num_layers = "
+        "this may fit: student.num_layers = "
     )
     assert "smaller model" in advice(job, ROWS, Machine(device, True, sizes[2] // 4))
 
@@ -55,6 +63,40 @@ def test_adapters_are_advised_to_supervised_jobs() -> None:
     job = planned(has_teacher=False, student={"init": "checkpoint", "freeze_head": False})
     assert 10 * GIB < cpu_bytes(job, ROWS, has_bfloat16=True) < 30 * GIB
     assert "supervised.lora" in advice(job, ROWS, Machine("cpu", True, 12 * GIB))
+
+
+def test_a_gpu_may_hold_what_is_estimated_to_need_more() -> None:
+    job = planned(student={"num_layers": 8}, hyperparameters={"batch_tokens": 64})
+    least = least_device_bytes(job, ROWS)
+    enough = Machine("cuda", True, round(least / DEVICE_MARGIN) + 1)
+    assert not enough.has_room(job, ROWS)
+    assert enough.may_have_room(job, ROWS)
+    assert not Machine("cuda", True, round(least / DEVICE_MARGIN) - 1).may_have_room(job, ROWS)
+
+
+def test_the_margin_of_a_cpu_does_not_count_mapped_weights() -> None:
+    job = planned(student={"num_layers": 8})
+    least = cpu_bytes(job, ROWS, has_bfloat16=True) - mapped_bytes(job)
+    for change, expected in ((1, True), (-1, False)):
+        machine = Machine("cpu", True, round(least / CPU_MARGIN) + change)
+        assert machine.may_have_room(job, ROWS) is expected
+
+
+def test_a_worker_that_was_not_measured_may_hold_any_job() -> None:
+    worker = TrainWorkerStatus(worker_id="w", memory_bytes=1, beat_at=0.0)
+    assert Machine.of(worker).may_have_room(planned(), ROWS)
+    profile = MachineProfile(device="cpu", flops=1.0, has_bfloat16=True)
+    measured = worker.model_copy(update={"profile": profile})
+    assert not Machine.of(measured).may_have_room(planned(), ROWS)
+
+
+def test_the_best_machine_is_one_on_which_the_job_fits() -> None:
+    job = planned(student={"num_layers": 8})
+    small_gpu, large_cpu = Machine("cuda", True, GIB), Machine("cpu", True, 500 * GIB)
+    large_gpu, small_cpu = Machine("cuda", True, 80 * GIB), Machine("cpu", True, GIB)
+    assert best_of([small_gpu, large_cpu, small_cpu], job, ROWS) == large_cpu
+    assert best_of([large_cpu, large_gpu], job, ROWS) == large_gpu
+    assert best_of([small_cpu, small_gpu], job, ROWS) == small_gpu
 
 
 def test_an_unknown_memory_is_enough() -> None:

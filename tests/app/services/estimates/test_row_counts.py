@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from app.contracts.batch_plan import BatchPlan
 from app.contracts.distillation import Hyperparameters
+from app.contracts.planned_jobs import RowCounts
 from app.services.estimates import row_counts
 from app.services.estimates.row_counts import CountedFile, CountRequest, count
 from app.services.row_lengths import Reader
@@ -96,6 +97,10 @@ def rows_of_run(spec: RunSpec) -> Rows:
     ).rows()
 
 
+def counts_of_run(spec: RunSpec, num_steps: int) -> RowCounts:
+    return count_rows(spec, rows_of_run(spec), num_steps=num_steps, num_planned_steps=num_steps)
+
+
 def spec_of(tmp_path: Path, model: Path, **options: Any) -> RunSpec:
     return RunSpec.model_validate(
         {
@@ -129,7 +134,7 @@ def test_rows_are_counted_as_a_run_counts_them(
     counted = count(request).counts
     assert counted is not None
     spec = spec_of(tmp_path, tiny_llama_dir)
-    expected = count_rows(spec, rows_of_run(spec), num_steps=counted.num_steps)
+    expected = counts_of_run(spec, counted.num_steps)
     assert counted.num_train == expected.num_train == 54
     assert counted.train_tokens == expected.train_tokens
     assert counted.valid_tokens == expected.valid_tokens
@@ -158,7 +163,7 @@ def test_an_encoder_decoder_reads_two_sequences(
     counted = count(request).counts
     assert counted is not None
     spec = spec_of(tmp_path, tiny_t5_dir, validation_path=tmp_path / "valid")
-    expected = count_rows(spec, rows_of_run(spec), num_steps=counted.num_steps)
+    expected = counts_of_run(spec, counted.num_steps)
     assert (counted.num_train, counted.num_valid) == (30, 5)
     assert counted.train_tokens == pytest.approx(expected.train_tokens, rel=0.02)
     assert counted.valid_tokens == pytest.approx(expected.valid_tokens, rel=0.05)
@@ -264,3 +269,27 @@ def test_a_lost_file_has_no_counts(
     reply = count(request)
     assert reply.counts is None
     assert "upload it again" in reply.fault
+
+
+@pytest.mark.parametrize(
+    ("options", "share"),
+    [({"n_epochs": 40}, 1.0), ({"n_epochs": 40}, 0.5), ({"n_epochs": 1000, "max_steps": 60}, 1.0)],
+    ids=["all epochs", "stopped early", "steps are limited"],
+)
+def test_a_run_of_many_epochs_counts_them_from_its_steps(
+    put_rows: Callable[..., CountedFile],
+    tiny_llama_dir: Path,
+    tmp_path: Path,
+    options: Json,
+    share: float,
+) -> None:
+    put_rows([completion(i) for i in range(60)])
+    block = {"teacher": "tiny", "hyperparameters": {"batch_tokens": 128, **options}}
+    spec = spec_of(tmp_path, tiny_llama_dir, distillation=block)
+    rows = rows_of_run(spec)
+    plan = BatchPlan([row.num_tokens for row in rows.train], batch_tokens=128, seed=3)
+    full_steps = plan.num_steps(40)
+    planned = options.get("max_steps", full_steps)
+    num_steps = round(share * planned)
+    counts = count_rows(spec, rows, num_steps=num_steps, num_planned_steps=planned)
+    assert counts.num_epochs == pytest.approx(40 * num_steps / full_steps, rel=0.05)

@@ -10,14 +10,20 @@ from app.services.estimates.speed import speed_of
 PROFILE = MachineProfile(device="cpu", flops=REFERENCE_FLOPS / 2, has_bfloat16=True)
 
 
-def cost(factor: float, kind: str = "distillation layers", version: int = VERSION) -> JobCost:
+def cost(
+    factor: float,
+    kind: str = "distillation layers",
+    version: int = VERSION,
+    *,
+    has_bfloat16: bool = False,
+) -> JobCost:
     reference = {str(phase): 0.0 if phase == "layer_fit" else 10.0 for phase in PHASES}
     return JobCost(
         kind=kind,
         version=version,
         seconds={phase: factor * seconds for phase, seconds in reference.items()},
         reference_seconds=reference,
-        has_bfloat16=False,
+        has_bfloat16=has_bfloat16,
         device="cpu",
         teacher="t",
         answer_tokens=None,
@@ -35,7 +41,18 @@ def test_a_matmul_counts_until_a_job_has_finished() -> None:
     finished = speed_of([cost(3.0)], [PROFILE], kind="distillation layers")
     assert finished is not None
     assert finished.factors["training"] == pytest.approx(3.0)
-    assert finished.has_bfloat16 is False
+
+
+def test_one_job_in_float32_does_not_hide_bfloat16() -> None:
+    newest, older = cost(2.0), cost(2.0, has_bfloat16=True)
+    for costs, profiles, expected in (
+        ([newest], [], False),
+        ([newest, older], [], True),
+        ([newest], [PROFILE], True),
+    ):
+        found = speed_of(costs, profiles, kind="distillation layers")
+        assert found is not None
+        assert found.has_bfloat16 is expected
 
 
 def test_jobs_of_the_same_kind_count_before_others() -> None:

@@ -1,0 +1,31 @@
+"""Differences between the run that wrote a checkpoint and the run that resumes from it."""
+
+from collections.abc import Iterator
+
+from app.contracts.distillation import Precision
+from worker.distill.training.checkpoint import TrainState
+
+
+def changes_since(
+    state: TrainState, num_threads: int, num_processes: int, precision: Precision
+) -> Iterator[str]:
+    """Yields a warning for each property of this run that differs from those in the checkpoint.
+
+    The order and the precision of sums depend on these properties.
+    """
+    before_and_now = (
+        (f"with {state.num_threads} threads", f"with {num_threads}"),
+        (f"by {state.num_processes} processes", f"with {num_processes}"),
+        (f"in {state.precision}", f"in {precision}"),
+    )
+    has_changed = (
+        state.num_threads != num_threads,
+        state.num_processes != num_processes,
+        state.precision not in (None, precision),
+    )
+    for (before, now), is_other in zip(before_and_now, has_changed, strict=True):
+        if is_other:
+            yield (
+                f"the checkpoint was made {before} and the run continues {now}: its result will be close, but not "
+                "bit-identical, to that of an uninterrupted run"
+            )
