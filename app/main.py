@@ -129,9 +129,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await app.state.rate_limiter.stop()
         await asyncio.to_thread(app.state.usage_recorder.stop)
         await asyncio.to_thread(app.state.recorder.stop)
-        deliverer.stop()
-        reconciler.stop()
-        await asyncio.gather(*(asyncio.to_thread(forwarder.stop) for forwarder in forwarders))
+        threads = (deliverer, reconciler, *forwarders)
+        await asyncio.gather(*(asyncio.to_thread(thread.stop) for thread in threads))
         await asyncio.to_thread(stop_tracing)
 
 
