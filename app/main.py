@@ -129,8 +129,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await app.state.rate_limiter.stop()
         await asyncio.to_thread(app.state.usage_recorder.stop)
         await asyncio.to_thread(app.state.recorder.stop)
-        threads = (deliverer, reconciler, *forwarders)
-        await asyncio.gather(*(asyncio.to_thread(thread.stop) for thread in threads))
+        stops = [deliverer.stop, reconciler.stop, *(forwarder.stop for forwarder in forwarders)]
+        await asyncio.gather(*(asyncio.to_thread(stop) for stop in stops))
         await asyncio.to_thread(stop_tracing)
 
 
