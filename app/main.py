@@ -130,9 +130,8 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await app.state.rate_limiter.stop()
         await asyncio.to_thread(app.state.usage_recorder.stop)
         await asyncio.to_thread(app.state.recorder.stop)
-        deliverer.stop()
-        reconciler.stop()
-        await asyncio.gather(*(asyncio.to_thread(forwarder.stop) for forwarder in forwarders))
+        stops = [deliverer.stop, reconciler.stop, *(forwarder.stop for forwarder in forwarders)]
+        await asyncio.gather(*(asyncio.to_thread(stop) for stop in stops))
         await asyncio.to_thread(stop_tracing)
 
 

@@ -1,4 +1,4 @@
-"""Garbage collector of the artifact store: deletes what no database row refers to any more.
+"""Garbage collector: deletes what is past its retention, and stored objects without a database row.
 
 A round may be interrupted at any point. The next round deletes what is left.
 """
@@ -22,12 +22,15 @@ NUM_NAMES: Final = 500  # job ids or store keys per SQL statement
 
 
 def collect(store: Store) -> int:
-    """Runs one round over the store, stored completions and events; returns how much it deleted."""
-    num_deleted = _delete_retired(store) + _delete_expired(store)
+    """Runs one round over stored completions, events and the store; returns how much it deleted.
+
+    Steps that need only the database come first, so that they run while the store is down.
+    """
+    num_deleted = delete_unretained() + delete_old_events()
+    num_deleted += _delete_retired(store) + _delete_expired(store)
     num_deleted += sum(_delete_of_jobs(store, prefix) for prefix in (CHECKPOINTS, MODELS))
     num_deleted += _delete_spent_imports(store) + _delete_unknown_files(store)
     _forget_deleted_jobs(store)
-    num_deleted += delete_unretained() + delete_old_events()
     return num_deleted + store.sweep_incoming(DAY_SECONDS)
 
 

@@ -53,7 +53,7 @@ def create_endpoint(
     return created
 
 
-@router.get("/webhook_endpoints")
+@router.get("/webhook_endpoints", dependencies=[KNOWN_QUERY])
 def list_endpoints(principal: Reader, page: AskedPage) -> Listing[EndpointObject]:
     """Lists the endpoints of the project, newest first by default."""
     with transaction() as session:
@@ -90,11 +90,23 @@ def delete_endpoint(webhook_endpoint_id: str, principal: Writer) -> DeletedEndpo
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/rotate_secret")
 def rotate_secret(
-    webhook_endpoint_id: str, principal: Writer, asked: RotateSecret | None = None
+    webhook_endpoint_id: str,
+    principal: Writer,
+    repetition: Repetition,
+    response: Response,
+    asked: RotateSecret | None = None,
 ) -> EndpointWithSecret:
-    """Replaces the signing secret. The new one is only in this response."""
+    """Replaces the signing secret. The new one is only in this response.
+
+    With an `Idempotency-Key` header, a retry returns the secret of the first attempt.
+    """
     keeps_old = asked is not None and asked.keep_old_secret_active_for_24_hours
-    return endpoints.rotate_secret(principal.project_id, webhook_endpoint_id, keeps_old=keeps_old)
+    rotated, is_replay = endpoints.rotate_secret(
+        principal, webhook_endpoint_id, repetition, keeps_old=keeps_old
+    )
+    if is_replay:
+        response.headers["idempotent-replayed"] = "true"
+    return rotated
 
 
 @router.post("/webhook_endpoints/{webhook_endpoint_id}/test")

@@ -127,7 +127,8 @@ def finish_batch(
     if job is None:
         return
     is_urgent = job.status in TERMINAL or len(claimed.points) == BATCH_POINTS
-    closes = claimed.is_end and job.status == claimed.job.status
+    # A job that was resumed since may have ended again, even with the same status.
+    closes = claimed.is_end and job.finished_at == claimed.job.finished_at
     change = _of(run).where(TrackerRun.num_claims == run.num_claims)
     session.execute(
         change.values(

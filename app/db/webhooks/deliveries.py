@@ -6,12 +6,13 @@ so a delivery whose process was killed becomes due again. Results are fenced by 
 A transaction that locks both an endpoint and its deliveries locks the endpoint first.
 """
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import delete, func, select, true, update
+from sqlalchemy import ColumnElement, case, delete, func, literal, select, true, update
 from sqlalchemy.orm import Session
 
 from app.db.pagination import Order, keyset_page
@@ -21,7 +22,12 @@ from app.db.schema.tables import lease_tokens
 from app.db.schema.webhook_tables import WebhookDelivery, WebhookEndpoint, WebhookEvent
 
 KEPT_ATTEMPTS: Final = 30
-CLAIMS_PER_ENDPOINT: Final = 4  # so that one slow endpoint does not delay all others
+# Limits of the deliveries that one process attempts at the same time. One slow endpoint must not
+# delay the others of its project, and the endpoints of one project must not delay other projects.
+CLAIMS_PER_ENDPOINT: Final = 4
+CLAIMS_PER_PROJECT: Final = 6
+# More candidates than claims, because other processes may claim some of them first.
+CANDIDATES_PER_CLAIM: Final = 4
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class ClaimedDelivery:
 
     id: str
     lease_token: int
+    claimed_at: datetime
+    project_id: str
     endpoint_id: str
     url: str
     secrets: tuple[str, ...]
@@ -46,7 +54,10 @@ class ClaimedDelivery:
 
 @dataclass(frozen=True)
 class AttemptResult:
-    """Result of one attempt. `status_code` is None without a response, `error` after a success."""
+    """Result of one attempt. `status_code` is None without a response, `error` after a success.
+
+    attempted_at: Start of the attempt.
+    """
 
     attempted_at: datetime
     duration_seconds: float
@@ -68,33 +79,19 @@ def server_time(session: Session) -> datetime:
 
 
 def claim(
-    session: Session, now: datetime, *, lease_seconds: float, most: int, busy: Collection[str] = ()
+    session: Session,
+    now: datetime,
+    *,
+    lease_seconds: float,
+    most: int,
+    in_flight: Collection[ClaimedDelivery] = (),
 ) -> list[ClaimedDelivery]:
     """Claims up to `most` due deliveries, the longest due ones first.
 
-    busy: Ids of endpoints whose deliveries are not claimed now.
+    in_flight: Deliveries that this process attempts now. They count towards the limits of their
+        endpoints and projects.
     """
-    due = (
-        select(WebhookDelivery.id, WebhookDelivery.next_attempt_at)
-        .where(
-            WebhookDelivery.endpoint_id == WebhookEndpoint.id,
-            WebhookDelivery.status == "pending",
-            WebhookDelivery.next_attempt_at <= now,
-        )
-        .order_by(WebhookDelivery.next_attempt_at)
-        .limit(CLAIMS_PER_ENDPOINT)
-        .with_for_update(skip_locked=True)
-        .correlate(WebhookEndpoint)
-        .lateral()
-    )
-    ids = session.scalars(
-        select(due.c.id)
-        .select_from(WebhookEndpoint)
-        .join(due, true())
-        .where(WebhookEndpoint.disabled_at.is_(None), WebhookEndpoint.id.not_in(busy))
-        .order_by(due.c.next_attempt_at)
-        .limit(most)
-    ).all()
+    ids = _lock_due(session, _find_due(session, now, most, in_flight), now, most)
     if not ids:
         return []
     leased = update(WebhookDelivery).where(WebhookDelivery.id.in_(ids))
@@ -114,6 +111,67 @@ def claim(
     return [_claimed(now, *row) for row in rows]
 
 
+def _find_due(
+    session: Session, now: datetime, most: int, in_flight: Collection[ClaimedDelivery]
+) -> list[str]:
+    """Returns the ids of due deliveries, the longest due ones first, without locking them."""
+    per_endpoint = Counter(delivery.endpoint_id for delivery in in_flight)
+    busy = [name for name, count in per_endpoint.items() if count >= CLAIMS_PER_ENDPOINT]
+    due = (
+        select(WebhookDelivery.id, WebhookDelivery.next_attempt_at)
+        .where(
+            WebhookDelivery.endpoint_id == WebhookEndpoint.id,
+            WebhookDelivery.status == "pending",
+            WebhookDelivery.next_attempt_at <= now,
+        )
+        .order_by(WebhookDelivery.next_attempt_at)
+        .limit(CLAIMS_PER_ENDPOINT)
+        .correlate(WebhookEndpoint)
+        .lateral()
+    )
+    rank = func.row_number().over(
+        partition_by=WebhookEndpoint.project_id, order_by=(due.c.next_attempt_at, due.c.id)
+    )
+    ranked = (
+        select(due.c.id, due.c.next_attempt_at, WebhookEndpoint.project_id, rank.label("rank"))
+        .select_from(WebhookEndpoint)
+        .join(due, true())
+        .where(WebhookEndpoint.disabled_at.is_(None), WebhookEndpoint.id.not_in(busy))
+        .subquery()
+    )
+    per_project = Counter(delivery.project_id for delivery in in_flight)
+    num_in_flight: ColumnElement[int] = literal(0)
+    if per_project:
+        num_in_flight = case(dict(per_project), value=ranked.c.project_id, else_=0)
+    query = (
+        select(ranked.c.id)
+        .where(ranked.c.rank + num_in_flight <= CLAIMS_PER_PROJECT)
+        .order_by(ranked.c.next_attempt_at)
+        .limit(CANDIDATES_PER_CLAIM * most)
+    )
+    return list(session.scalars(query))
+
+
+def _lock_due(session: Session, ids: Collection[str], now: datetime, most: int) -> list[str]:
+    """Locks up to `most` of these deliveries, and returns the ids of those that are still due.
+
+    Skips deliveries that another process locks. Only the deliveries that are returned are locked,
+    so other processes can claim the rest at the same time.
+    """
+    query = (
+        select(WebhookDelivery.id)
+        .where(
+            WebhookDelivery.id.in_(ids),
+            WebhookDelivery.status == "pending",
+            WebhookDelivery.next_attempt_at <= now,
+        )
+        .order_by(WebhookDelivery.next_attempt_at)
+        .limit(most)
+        .with_for_update(skip_locked=True)
+    )
+    return list(session.scalars(query)) if ids else []
+
+
 def _claimed(
     now: datetime, delivery: WebhookDelivery, endpoint: WebhookEndpoint, event: WebhookEvent
 ) -> ClaimedDelivery:
@@ -121,6 +179,8 @@ def _claimed(
     return ClaimedDelivery(
         id=delivery.id,
         lease_token=delivery.lease_token,
+        claimed_at=now,
+        project_id=endpoint.project_id,
         endpoint_id=endpoint.id,
         url=endpoint.url,
         secrets=active_secrets(endpoint, now),
@@ -149,7 +209,7 @@ def record_success(session: Session, claimed: ClaimedDelivery, result: AttemptRe
     _log_attempt(delivery, result)
     delivery.status = "succeeded"
     delivery.next_attempt_at = None
-    if endpoint.num_failures:
+    if endpoint.num_failures and endpoint.url == claimed.url:
         endpoint.num_failures = 0
         endpoint.failing_since = None
     session.flush()
@@ -167,7 +227,8 @@ def record_failure(
 ) -> str | None:
     """Records a failed attempt. Returns the reason if the endpoint is disabled because of it.
 
-    Changes nothing if the lease is lost.
+    Changes nothing if the lease is lost. If the URL of the endpoint was changed during the attempt,
+    the failure does not count for the endpoint.
 
     retry_at: Time of the next attempt; None if there are no more, and the delivery has failed.
     disable_reason: Reason to disable the endpoint at once. Otherwise the rule decides.
@@ -180,6 +241,9 @@ def record_failure(
     delivery.num_failures += 1
     delivery.status = "failed" if retry_at is None else "pending"
     delivery.next_attempt_at = retry_at
+    if endpoint.url != claimed.url:
+        session.flush()
+        return None
     endpoint.num_failures += 1
     if endpoint.failing_since is None:
         endpoint.failing_since = result.attempted_at
@@ -193,7 +257,9 @@ def record_failure(
             f"{endpoint.num_failures} attempts in {failing_seconds / 86_400:.1f} days have failed, "
             f"the last one with: {result.error}"
         )
-    if disable_reason is not None and endpoint.disabled_at is None:
+    if endpoint.disabled_at is not None:  # another attempt or a request has disabled it before
+        disable_reason = None
+    if disable_reason is not None:
         endpoint.disabled_at = result.attempted_at
         endpoint.disabled_reason = clean_text(disable_reason)
     session.flush()
@@ -230,7 +296,8 @@ def page_deliveries(
     )
     wanted = select(WebhookEvent).where(WebhookEvent.id.in_([row.event_id for row in rows]))
     events = {event.id: event for event in session.scalars(wanted)}
-    return [(row, events[row.event_id]) for row in rows], has_more
+    # The retention may have deleted an event, with its deliveries, between the two queries.
+    return [(row, events[row.event_id]) for row in rows if row.event_id in events], has_more
 
 
 def replay(

@@ -46,13 +46,15 @@ class Forwarder:
             claimed = claim(session, self._tracker, wait_seconds)
         if claimed is None:
             return False
+        is_first_failure = claimed.run.num_failures == 0  # since the last success of this run
         try:
             state = self._deliver(delivery_of(claimed))
         except TrackerDown as fault:
             reason: str | None = str(fault)
         except Exception:
             # For example, a library of another version. Other runs must not wait for this one.
-            log.exception("tracker_failed", tracker=self._tracker, job=claimed.job.id)
+            if is_first_failure:
+                log.exception("tracker_failed", tracker=self._tracker, job=claimed.job.id)
             reason = "internal error"
         else:
             reason = None
@@ -62,7 +64,7 @@ class Forwarder:
                 finish_batch(session, claimed, state, wait_seconds)
             else:
                 postpone_batch(session, claimed, reason)
-        if reason is not None:
+        if reason is not None and is_first_failure:
             log.warning("tracker_down", tracker=self._tracker, job=claimed.job.id, reason=reason)
         return True
 
@@ -75,6 +77,7 @@ class ForwarderThread(threading.Thread):
         self._forwarder = Forwarder(tracker, deliver)
         self._every_seconds = every_seconds
         self._is_stopping = threading.Event()
+        self._is_database_away = False
 
     def run(self) -> None:
         while not self._is_stopping.wait(self._every_seconds):
@@ -82,9 +85,13 @@ class ForwarderThread(threading.Thread):
                 while not self._is_stopping.is_set() and self._forwarder.step():
                     pass
             except (DatabaseUnavailable, PoolExhausted) as fault:
-                log.warning("tracker_postponed", reason=type(fault).__name__)
+                if not self._is_database_away:  # so that an outage is logged once
+                    log.warning("tracker_postponed", reason=type(fault).__name__)
+                self._is_database_away = True
+                continue
             except Exception:
                 log.exception("tracker_failed")  # the thread must keep running
+            self._is_database_away = False
 
     def stop(self) -> None:
         """Ends the thread after the batch that is being sent, if that is soon."""

@@ -1,7 +1,7 @@
 """Sends the metrics of jobs to an MLflow server, over its REST API.
 
-A batch that is sent again changes nothing: a run is found by the tag with its job, and MLflow stores
-a metric once for equal step, time and value.
+A batch that is sent again uses the same run, which is found by the tag with the job's id. Its metrics
+have the same step, time and value. A server with a database stores such metrics once.
 """
 
 from typing import Any, Final
@@ -65,9 +65,9 @@ class MlflowRuns:
         found = self._call("GET", "experiments/get-by-name", query, "RESOURCE_DOES_NOT_EXIST")
         if not found:
             body = {"name": name}
-            made = self._call("POST", "experiments/create", body, "RESOURCE_ALREADY_EXISTS")
-            if made:
-                return str(made["experiment_id"])
+            created = self._call("POST", "experiments/create", body, "RESOURCE_ALREADY_EXISTS")
+            if created:
+                return str(created["experiment_id"])
             found = self._call("GET", "experiments/get-by-name", query)
         return str(found["experiment"]["experiment_id"])
 

@@ -34,10 +34,16 @@ class WandbRuns:
 
     def deliver(self, batch: Delivery) -> Json:
         """Sends a batch and returns the state for the next one. Raises TrackerDown."""
-        with tempfile.TemporaryDirectory(prefix="stillhouse-wandb-") as scratch:
-            folder = self._offline_dir if self._mode == "offline" else Path(scratch)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._run(batch, folder)
+        try:
+            # A folder that cannot be deleted does not concern the batch, which has arrived.
+            with tempfile.TemporaryDirectory(
+                prefix="stillhouse-wandb-", ignore_cleanup_errors=True
+            ) as scratch:
+                folder = self._offline_dir if self._mode == "offline" else Path(scratch)
+                folder.mkdir(parents=True, exist_ok=True)
+                self._run(batch, folder)
+        except OSError as fault:
+            raise TrackerDown(f"cannot create the folder of the run: {fault.strerror}") from fault
         num_rows = len({point.step for point in batch.points})
         return {"num_rows": int(batch.state.get("num_rows", 0)) + num_rows}
 

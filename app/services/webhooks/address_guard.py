@@ -13,23 +13,20 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
 from typing import Any, Final
 
 import httpx
 
 from app.errors import BadRequest
+from app.services.webhooks.resolver import get_addresses
 
 MAX_URL_CHARACTERS: Final = 2048
 DEFAULT_PORTS: Final = {"https": 443, "http": 80}
 HOST_PATTERN: Final = re.compile(r"(?!.{254})[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*")
 GLOBAL_UNICAST: Final = IPv6Network("2000::/3")
 NAT64: Final = IPv6Network("64:ff9b::/96")
-# Not the default threads: a name server that does not answer must not block anything else.
-RESOLVERS: Final = ThreadPoolExecutor(16, thread_name_prefix="resolve")
 Resolver = Callable[[str, int], Awaitable[list[str]]]
 
 
@@ -189,12 +186,10 @@ def _is_public_text(address: str) -> bool:
 
 async def _resolve(host: str, port: int) -> list[str]:
     """Returns the addresses of a host, the preferred first. Raises UnknownHost."""
-    look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     try:
-        found = await asyncio.get_running_loop().run_in_executor(RESOLVERS, look_up)
+        return await asyncio.wrap_future(get_addresses(host, port))
     except (OSError, UnicodeError):
         raise UnknownHost(f"the host name {host} cannot be resolved") from None
-    return list(dict.fromkeys(str(place[4][0]) for place in found))
 
 
 def _forbidden(host: str) -> ForbiddenUrl:

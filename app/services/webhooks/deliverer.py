@@ -8,7 +8,6 @@ response and its record, the event is sent again.
 import asyncio
 import random
 import threading
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -97,9 +96,7 @@ class Deliverer:
         num_free = MAX_IN_FLIGHT - len(self._in_flight)
         if not num_free:
             return []
-        counts = Counter(delivery.endpoint_id for delivery in self._in_flight.values())
-        most = deliveries.CLAIMS_PER_ENDPOINT
-        busy = [endpoint_id for endpoint_id, count in counts.items() if count >= most]
+        in_flight = list(self._in_flight.values())
 
         def claim() -> list[ClaimedDelivery]:
             """Claims in one transaction, in a thread of the pool."""
@@ -109,7 +106,7 @@ class Deliverer:
                     self._now(session),
                     lease_seconds=LEASE_SECONDS,
                     most=num_free,
-                    busy=busy,
+                    in_flight=in_flight,
                 )
 
         return await asyncio.to_thread(claim)
@@ -146,7 +143,9 @@ class Deliverer:
     def _record(self, delivery: ClaimedDelivery, answer: Answer) -> None:
         with transaction() as session:
             now = self._now(session)
-            result = AttemptResult(now, answer.duration_seconds, answer.status_code, answer.error)
+            result = AttemptResult(
+                delivery.claimed_at, answer.duration_seconds, answer.status_code, answer.error
+            )
             if answer.error is None:
                 deliveries.record_success(session, delivery, result)
                 return

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from app.auth import Principal
+from app.db import submissions
 from app.db.locks import lock_project
 from app.db.schema.ids import new_id
 from app.db.schema.webhook_tables import WebhookEndpoint
@@ -22,11 +23,18 @@ from app.schemas.webhooks.endpoints import (
     UpdateEndpoint,
 )
 from app.services.jobs import DUPLICATE_SECONDS, claim, find_replay, fingerprint, remember
-from app.services.retries import RetryInfo
+from app.services.retries import (
+    MAX_RETRY_COUNT,
+    MAX_TIMEOUT_SECONDS,
+    RETRY_DELAY_SECONDS,
+    RetryInfo,
+)
 from app.services.webhooks.sender import Message, send, webhook_guard
 from app.services.webhooks.signatures import new_secret
 
 ROUTE: Final = "POST /v1/webhook_endpoints"
+ROTATE_ROUTE: Final = f"{ROUTE}/{{webhook_endpoint_id}}/rotate_secret"
+DISABLED_BY_REQUEST: Final = "disabled by a request"
 MAX_ENDPOINTS: Final = 20  # per project
 OVERLAP_SECONDS: Final = 86_400.0
 # A test waits for its receiver in a thread of the pool that all requests of the process share.
@@ -97,6 +105,9 @@ def get_endpoint(
 def update_endpoint(project_id: str, endpoint_id: str, asked: UpdateEndpoint) -> EndpointObject:
     """Changes an endpoint. Its pending deliveries are sent to the new URL.
 
+    Failures are those of one URL. A new URL therefore ends their count, and enables an endpoint
+    that the service has disabled. An endpoint that a request has disabled stays disabled.
+
     Raises NotFound, and ForbiddenUrl if the service must not connect to the new URL.
     """
     if asked.url is not None:
@@ -109,17 +120,35 @@ def update_endpoint(project_id: str, endpoint_id: str, asked: UpdateEndpoint) ->
         if "event_types" in wanted:
             wanted["event_types"] = list(dict.fromkeys(wanted["event_types"]))
         columns = {name: value for name, value in wanted.items() if getattr(row, name) != value}
-        if asked.enabled is True and row.disabled_at is not None:
-            columns |= {"disabled_at": None, "disabled_reason": None}
-            columns |= {"num_failures": 0, "failing_since": None}
-        elif asked.enabled is False and row.disabled_at is None:
-            columns |= {
-                "disabled_at": deliveries.server_time(session),
-                "disabled_reason": "disabled by a request",
-            }
+        columns |= _state_changes(session, row, asked, is_moved="url" in columns)
         if columns:
             row = endpoints.change_endpoint(session, row.id, **columns)
         return EndpointObject.of(row)
+
+
+def _state_changes(
+    session: Session, row: WebhookEndpoint, asked: UpdateEndpoint, *, is_moved: bool
+) -> dict[str, Any]:  # Any: columns of WebhookEndpoint, by name
+    """Returns changes of the disabled state and of the failure count.
+
+    is_moved: The request changes the URL.
+    """
+    is_disabled = row.disabled_at is not None
+    is_disabled_by_service = is_disabled and row.disabled_reason != DISABLED_BY_REQUEST
+    columns: dict[str, Any] = {}
+    is_enabled_now = is_disabled and (
+        asked.enabled is True or (asked.enabled is None and is_moved and is_disabled_by_service)
+    )
+    if is_enabled_now:
+        columns |= {"disabled_at": None, "disabled_reason": None}
+    if is_enabled_now or is_moved:
+        columns |= {"num_failures": 0, "failing_since": None}
+    if asked.enabled is False and row.disabled_reason != DISABLED_BY_REQUEST:
+        columns |= {
+            "disabled_at": row.disabled_at or deliveries.server_time(session),
+            "disabled_reason": DISABLED_BY_REQUEST,
+        }
+    return columns
 
 
 def delete_endpoint(project_id: str, endpoint_id: str) -> None:
@@ -129,18 +158,59 @@ def delete_endpoint(project_id: str, endpoint_id: str) -> None:
         endpoints.delete_endpoint(session, project_id, row.id)
 
 
-def rotate_secret(project_id: str, endpoint_id: str, *, keeps_old: bool) -> EndpointWithSecret:
+def rotate_secret(
+    principal: Principal, endpoint_id: str, attempted: RetryInfo, *, keeps_old: bool
+) -> tuple[EndpointWithSecret, bool]:
     """Replaces the secret. With `keeps_old`, the old one signs as well for a day.
 
-    Raises NotFound.
+    Returns the endpoint with its current secret, and whether the request is a retry. A retry does
+    not replace the secret again.
+
+    Raises:
+        NotFound: The project has no such endpoint.
+        Unprocessable: The idempotency key was used with another body or endpoint.
+        InProgress: The first request with this key is still being processed.
     """
+    project_id = principal.project_id
+    sha256 = fingerprint({"id": endpoint_id, "keeps_old": keeps_old})
+    replay = find_replay(principal, ROTATE_ROUTE, attempted, sha256)
     with transaction() as session:
+        # Only the id is stored under the key, so that the secret is in one table alone.
+        stored = replay.body if replay else None
+        stored = stored or claim(session, principal, ROTATE_ROUTE, attempted, sha256)
+        lock_project(session, project_id)
         row = get_endpoint(session, project_id, endpoint_id, lock=True)
+        if stored is not None or _is_repeated_rotation(session, principal, attempted, sha256):
+            return EndpointWithSecret.of(row), True
         overlap_seconds = OVERLAP_SECONDS if keeps_old else 0.0
         rotated = endpoints.rotate_secret(
             session, row, new_secret(), overlap_seconds=overlap_seconds
         )
-        return EndpointWithSecret.of(rotated)
+        remember(session, principal, ROTATE_ROUTE, attempted, {"id": row.id})
+        return EndpointWithSecret.of(rotated), False
+
+
+def _is_repeated_rotation(
+    session: Session, principal: Principal, attempted: RetryInfo, sha256: str
+) -> bool:
+    """Returns whether a request without an idempotency key is a retry of an earlier rotation.
+
+    If it is not, the rotation is recorded in the transaction that replaces the secret. The caller
+    has called `lock_project`.
+    """
+    if attempted.idempotency_key is not None:
+        return False
+    request = submissions.Request(principal.project_id, principal.key_id, ROTATE_ROUTE, sha256)
+    retry_count = min(attempted.retry_count, MAX_RETRY_COUNT)
+    seconds = min(attempted.timeout_seconds, MAX_TIMEOUT_SECONDS) + RETRY_DELAY_SECONDS
+    found = None
+    if retry_count:
+        found = submissions.find_repeated(session, request, retry_count, retry_seconds=seconds)
+    if found is None:
+        submissions.insert_submission(session, request, retry_count)
+        return False
+    submissions.note_retry(session, found, retry_count)
+    return True
 
 
 def test_endpoint(project_id: str, endpoint_id: str, event_type: EventType) -> EndpointTest:

@@ -38,7 +38,7 @@ def retry_after_of(status_code: int, header: str | None, now: datetime) -> float
         return float(header[:9])
     try:
         date = parsedate_to_datetime(header)
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: a year or a time zone of many digits
         return None
     if date.tzinfo is None:
         date = date.replace(tzinfo=UTC)

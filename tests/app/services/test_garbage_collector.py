@@ -14,7 +14,7 @@ from app.db import checkpoints, files, jobs, leases, models
 from app.db.session import engine, transaction
 from app.services.garbage_collector import collect
 from app.settings import get_settings
-from app.storage import Store
+from app.storage import StorageError, Store
 from app.storage import store as make_store
 
 
@@ -405,6 +405,24 @@ def test_a_file_deleted_after_it_was_listed_does_not_end_the_round(
     keys = [put_stale_file(store, tmp_path, f"files/stale-{number}") for number in range(2)]
     assert collect(ChangingStore(get_settings().store_root())) == 1
     assert not any(store.exists(key) for key in keys)
+
+
+class AbsentStore(Store):
+    """A store that is down."""
+
+    def children(self, key: str) -> list[str]:
+        raise StorageError(f"cannot list {key}")
+
+
+def test_old_events_go_while_the_store_is_down(store: Store) -> None:
+    change(
+        "INSERT INTO webhook_events (id, project_id, type, data, created_at) "
+        "VALUES ('evt_1', 'p', 'batch.failed', '{}', now() - interval '31 days')"
+    )
+    with pytest.raises(StorageError):
+        collect(AbsentStore(get_settings().store_root()))
+    with transaction() as session:
+        assert session.scalar(text("SELECT count(*) FROM webhook_events")) == 0
 
 
 def put_stale_file(store: Store, tmp_path: Path, key: str) -> str:

@@ -48,6 +48,8 @@ def test_the_life_of_an_endpoint(
     other = client.webhooks.create(event_types=TYPES, name="other", url=URL)
     assert [row.id for row in client.webhooks.list(limit=1)] == [other.id, created.id]
     assert list(stranger.webhooks.list()) == []
+    unknown = http.get("/v1/webhook_endpoints?enabled=true")
+    assert refusal(unknown)[:2] == (400, "unknown_parameter")
 
     unchanged = client.webhooks.update(created.id, name="My hook")
     assert unchanged == found
@@ -189,3 +191,26 @@ def test_a_retry_returns_the_endpoint_of_the_first_attempt_and_there_is_a_limit(
     answers = [http.post(path, json=body) for _ in range(20)]
     assert [answer.status_code for answer in answers] == [200] * 19 + [429]
     assert refusal(answers[-1])[1] == "insufficient_quota"
+
+
+def test_a_retry_of_a_rotation_returns_the_secret_of_the_first_attempt(
+    http: httpx.Client, client: openai.OpenAI
+) -> None:
+    path = (
+        f"/v1/webhook_endpoints/{client.webhooks.create(event_types=TYPES, name='n', url=URL).id}"
+    )
+
+    def rotate(headers: dict[str, str], *, keeps_old: bool = True) -> httpx.Response:
+        body = {"keep_old_secret_active_for_24_hours": keeps_old}
+        return http.post(f"{path}/rotate_secret", json=body, headers=headers)
+
+    for first, retry in (
+        ({"idempotency-key": "k"}, {"idempotency-key": "k"}),
+        ({}, {"x-stainless-retry-count": "1"}),
+    ):
+        rotated, again = rotate(first), rotate(retry)
+        assert again.json() == rotated.json()
+        assert again.headers["idempotent-replayed"] == "true"
+    assert refusal(rotate({"idempotency-key": "k"}, keeps_old=False))[0] == 422
+    secrets = [rotate({}).json()["signing_secret"] for _ in range(2)]
+    assert len({*secrets, rotated.json()["signing_secret"]}) == 3

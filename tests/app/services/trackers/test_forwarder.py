@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from sqlalchemy import text
 
 from app.contracts.messages import JobFailure, JobStatus
@@ -67,6 +68,18 @@ def succeed(lease: Lease) -> None:
     with transaction() as session:
         ended: Json = {"result": RESULT, "result_model_id": "ds:small"}
         assert move(session, JOB, JobStatus.succeeded, message="done", token=lease.token, **ended)
+
+
+def fail(lease: Lease) -> None:
+    with transaction() as session:
+        assert leases.fail(session, JOB, lease.token, JobFailure(code="nan_loss", message="no"))
+
+
+def add_checkpoint() -> None:
+    """Inserts a checkpoint, so that the job can be resumed after a failure."""
+    insert = "INSERT INTO checkpoints (id, job_id, lease_token, step, store_key, bytes, manifest_sha256) VALUES ('c', :job, 1, 1, 'k', 1, '')"
+    with transaction() as session:
+        session.execute(text(insert), {"job": JOB})
 
 
 def forward(forwarder: Forwarder) -> int:
@@ -174,9 +187,11 @@ def test_a_tracker_that_is_down_costs_one_warning_and_no_point(mlflow: MlflowSer
     begin({"type": "mlflow", "mlflow": {"experiment": "titles"}})
     forwarder = Forwarder("mlflow", MlflowRuns(mlflow.url).deliver)
     mlflow.is_down = True
-    for step in range(1, 4):
-        train(range(step, step + 1))
-        assert forward(forwarder) == 1, "a failed batch must wait before it is sent again"
+    with structlog.testing.capture_logs() as logged:
+        for step in range(1, 4):
+            train(range(step, step + 1))
+            assert forward(forwarder) == 1, "a failed batch must wait before it is sent again"
+    assert [event["event"] for event in logged] == ["tracker_down"]
     mlflow.is_down = False
     forward(forwarder)
     (run,) = mlflow.runs.values()
@@ -242,10 +257,8 @@ def test_a_failed_job_that_is_resumed_continues_its_run(mlflow: MlflowServer) ->
     lease = begin({"type": "mlflow", "mlflow": {"experiment": "titles"}})
     forwarder = Forwarder("mlflow", MlflowRuns(mlflow.url).deliver)
     train(range(1, 2))
-    with transaction() as session:
-        insert = "INSERT INTO checkpoints (id, job_id, lease_token, step, store_key, bytes, manifest_sha256) VALUES ('c', :job, 1, 1, 'k', 1, '')"
-        session.execute(text(insert), {"job": JOB})
-        assert leases.fail(session, JOB, lease.token, JobFailure(code="nan_loss", message="no"))
+    add_checkpoint()
+    fail(lease)
     forward(forwarder)
     (run,) = mlflow.runs.values()
     assert run["info"]["status"] == "FAILED"
@@ -259,6 +272,37 @@ def test_a_failed_job_that_is_resumed_continues_its_run(mlflow: MlflowServer) ->
     forward(forwarder)
     assert run["info"]["status"] == "FINISHED"
     assert [metric["step"] for metric in run["metrics"]] == [1, 2, 2]
+
+
+def test_the_end_of_an_earlier_attempt_does_not_close_the_run() -> None:
+    lease = begin({"type": "tensorboard", "tensorboard": {}})
+    add_checkpoint()
+    fail(lease)
+    with transaction() as session:
+        ending = runs.claim(session, "tensorboard", 5.0)
+    assert ending is not None
+    assert ending.is_end
+    with transaction() as session:
+        assert jobs.resume(session, JOB) is not None
+    fail(claim())  # the job has the same status again, with another end
+    with transaction() as session:
+        runs.finish_batch(session, ending, {}, 0)
+    assert not is_closed("tensorboard")
+    forward(tensorboard())
+    assert is_closed("tensorboard")
+
+
+def test_a_folder_that_cannot_be_created_postpones_the_batch(
+    settings_env: Callable[..., Settings], tmp_path: Path
+) -> None:
+    settings = settings_env(wandb_api_key="k" * 40, wandb_mode="offline")
+    (tmp_path / "file").touch()
+    runs_below_a_file = WandbRuns(settings.model_copy(update={"data_dir": tmp_path / "file"}))
+    begin({"type": "wandb", "wandb": {"project": "p"}})
+    train(range(1, 2))
+    assert forward(Forwarder("wandb", runs_below_a_file.deliver)) == 1
+    (warning,) = warnings()
+    assert "cannot create the folder of the run" in warning
 
 
 def test_wandb_writes_each_point_in_offline_mode(

@@ -48,13 +48,13 @@ def receiver() -> Iterator[Receiver]:
 def add_endpoint(database: str) -> Callable[..., str]:
     """Inserts an endpoint for all events and returns its secret."""
 
-    def add(url: str, endpoint_id: str = "we_1") -> str:
+    def add(url: str, endpoint_id: str = "we_1", project_id: str = "p") -> str:
         secret = new_secret()
         with transaction() as session:
             endpoints.insert_endpoint(
                 session,
                 id=endpoint_id,
-                project_id="p",
+                project_id=project_id,
                 name="a name",
                 url=url,
                 event_types=list(EVENT_TYPES),
@@ -66,12 +66,17 @@ def add_endpoint(database: str) -> Callable[..., str]:
 
 
 @pytest.fixture
-def end_job(database: str) -> Callable[[str], str]:
+def end_job(database: str) -> Callable[..., str]:
     """Queues a job and cancels it, which is an event."""
 
-    def end(job_id: str) -> str:
+    def end(job_id: str, project_id: str = "p") -> str:
         with transaction() as session:
-            columns = {"project_id": "p", "kind": "distillation", "spec": {}, "model_id": job_id}
+            columns = {
+                "project_id": project_id,
+                "kind": "distillation",
+                "spec": {},
+                "model_id": job_id,
+            }
             jobs.insert_job(session, id=job_id, **columns)
             jobs.request_cancel(session, job_id)
         return job_id

@@ -1,7 +1,11 @@
 """What a URL of a user may name, and which addresses the service connects to."""
 
 import asyncio
+import socket
+import subprocess
+import sys
 from ipaddress import ip_address
+from typing import NoReturn
 
 import pytest
 
@@ -11,6 +15,7 @@ from app.services.webhooks.address_guard import (
     UnknownHost,
     is_public,
 )
+from tests.serve_worker import ROOT
 
 PUBLIC = [
     "93.184.215.14",
@@ -161,6 +166,28 @@ def test_an_allowed_host_may_have_any_address_and_others_with_it_may_not() -> No
         asyncio.run(guard.check("https://evil.hooks.internal/"))
 
 
-def test_a_name_that_does_not_exist_may_exist_later() -> None:
+def test_a_name_that_does_not_exist_may_exist_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> NoReturn:
+        """Answers as the resolver of the system does, without a request to a name server."""
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
     with pytest.raises(UnknownHost):
         asyncio.run(AddressGuard().check("https://no-such-host.invalid/"))
+
+
+def test_a_name_server_that_does_not_answer_does_not_delay_the_exit() -> None:
+    code = """
+import asyncio, socket, time
+from contextlib import suppress
+from app.services.webhooks.address_guard import AddressGuard
+socket.getaddrinfo = lambda *_, **__: time.sleep(3600)
+
+async def check():
+    with suppress(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await AddressGuard().check("https://slow.test/")
+
+asyncio.run(check())
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import openai
@@ -16,8 +17,10 @@ from sqlalchemy import text
 
 from app.db.session import transaction
 from app.db.webhooks import deliveries, endpoints
+from app.schemas.webhooks.endpoints import UpdateEndpoint
 from app.services.webhooks.address_guard import AddressGuard
 from app.services.webhooks.deliverer import LEASE_SECONDS, DelivererThread
+from app.services.webhooks.endpoints import update_endpoint
 from app.services.webhooks.signatures import new_secret
 from app.settings import Settings
 from tests.app.services.webhooks.conftest import Clock, deliver, deliveries_of
@@ -285,6 +288,28 @@ def test_an_endpoint_that_fails_for_days_is_disabled_and_a_success_ends_the_coun
         assert (row.num_failures, row.failing_since) == (0, None)
 
 
+@pytest.mark.parametrize(
+    ("reason", "is_enabled"), [("the receiver answered with 410 (gone)", True), (None, False)]
+)
+def test_a_new_url_forgets_failures_and_enables_what_the_service_has_disabled(
+    database: str, add_endpoint: Callable[..., str], reason: str | None, is_enabled: bool
+) -> None:
+    add_endpoint("https://example.com/")
+    update_endpoint("p", "we_1", UpdateEndpoint(enabled=False))
+    with transaction() as session:
+        now = deliveries.server_time(session)
+        columns = {"disabled_reason": reason} if reason else {}
+        endpoints.change_endpoint(session, "we_1", num_failures=9, failing_since=now, **columns)
+    unmoved = update_endpoint("p", "we_1", UpdateEndpoint(url="https://example.com/"))
+    assert (unmoved.enabled, unmoved.failing_since) == (False, int(now.timestamp()))
+    moved = update_endpoint("p", "we_1", UpdateEndpoint(url="https://example.org/"))
+    assert (moved.enabled, moved.failing_since) == (is_enabled, None)
+    with transaction() as session:
+        row = endpoints.find_endpoint(session, "p", "we_1")
+        assert row is not None
+        assert row.num_failures == 0
+
+
 def disabled_reason() -> str | None:
     with transaction() as session:
         row = endpoints.find_endpoint(session, "p", "we_1")
@@ -324,7 +349,81 @@ def test_a_slow_endpoint_does_not_take_all_places(
         assert len(claimed) == most
         assert len(deliveries.claim(session, clock.now, lease_seconds=60, most=16)) == 8 - most
         clock.advance(seconds=61)
-        assert deliveries.claim(session, clock.now, lease_seconds=60, most=16, busy=["we_1"]) == []
+        claim = partial(deliveries.claim, session, clock.now, lease_seconds=60, most=16)
+        assert claim(in_flight=claimed) == []
+
+
+def test_a_project_with_several_slow_endpoints_does_not_take_all_places(
+    clock: Clock, add_endpoint: Callable[..., str], end_job: Callable[..., str]
+) -> None:
+    for number in range(3):
+        add_endpoint("http://localhost/", f"we_p{number}", "p")
+    for number in range(4):
+        end_job(f"ftjob-p{number}", "p")
+    with transaction() as session:
+        claim = partial(deliveries.claim, session, clock.now, lease_seconds=60)
+        claimed = claim(most=16)
+        assert len(claimed) == deliveries.CLAIMS_PER_PROJECT
+        assert claim(most=16, in_flight=claimed) == []
+        assert len(claim(most=16, in_flight=claimed[:4])) == deliveries.CLAIMS_PER_PROJECT - 4
+    add_endpoint("http://localhost/", "we_q", "q")
+    end_job("ftjob-q", "q")
+    clock.advance(seconds=61)
+    with transaction() as session:
+        claim = partial(deliveries.claim, session, clock.now, lease_seconds=60)
+        other = claim(most=16, in_flight=claimed)
+        assert [delivery.project_id for delivery in other] == ["q"]
+
+
+def test_a_claim_locks_only_the_deliveries_that_it_takes(
+    clock: Clock, add_endpoint: Callable[..., str], end_job: Callable[..., str]
+) -> None:
+    add_endpoint("http://localhost/")
+    for number in range(4):
+        end_job(f"ftjob-{number}")
+    with transaction() as session, transaction() as other:
+        (first,) = deliveries.claim(session, clock.now, lease_seconds=60, most=1)
+        others = deliveries.claim(other, clock.now, lease_seconds=60, most=16)
+        assert len({first.id, *(delivery.id for delivery in others)}) == 4
+
+
+def test_the_log_has_the_start_of_an_attempt_and_a_disabled_endpoint_is_reported_once(
+    receiver: Receiver,
+    clock: Clock,
+    add_endpoint: Callable[..., str],
+    end_job: Callable[..., str],
+) -> None:
+    add_endpoint(receiver.url)
+    for number in range(2):
+        end_job(f"ftjob-{number}")
+    began = clock.now
+    receiver.status = 410
+    receiver.before_answer = lambda: clock.advance(seconds=1)
+    with structlog.testing.capture_logs() as events:
+        assert deliver(clock) == 2
+    times = deliveries_of("(attempts->0->>'attempted_at')::int")
+    assert times == [(int(began.timestamp()),)] * 2
+    assert [event["event"] for event in events] == ["webhook_endpoint_disabled"]
+
+
+def test_an_attempt_at_the_old_url_does_not_disable_the_endpoint_with_its_new_url(
+    receiver: Receiver,
+    clock: Clock,
+    add_endpoint: Callable[..., str],
+    end_job: Callable[..., str],
+) -> None:
+    add_endpoint(receiver.url)
+    end_job("ftjob-1")
+
+    def move() -> None:
+        asked = UpdateEndpoint(url="https://example.com/")
+        update_endpoint("p", "we_1", asked)
+
+    receiver.before_answer = move
+    receiver.status = 410
+    assert deliver(clock) == 1
+    assert disabled_reason() is None
+    assert deliveries_of("status", "num_failures") == [("pending", 1)]
 
 
 def test_an_endpoint_that_is_deleted_during_an_attempt_is_gone(

@@ -36,6 +36,8 @@ def test_a_requested_delay_counts_if_it_is_longer_but_not_without_bound() -> Non
         (503, "9" * 400, 999_999_999),
         (503, "-5", None),
         (503, "soon", None),
+        (503, f"01 Jan {'9' * 50} 00:00:00 GMT", None),
+        (503, f"01 Jan 2026 00:00:00 +{'9' * 50}", None),
         (503, "²", None),
         (503, None, None),
         (500, "17", None),
