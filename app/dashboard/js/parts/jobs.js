@@ -2,6 +2,7 @@
 
 export const STATUSES = ["queued", "running", "paused", "succeeded", "failed", "cancelled"];
 export const ACTIVE = new Set(["validating_files", "queued", "running"]);
+export const MAX_COMPARED = 6; // as many as there are colours and dashes for series
 export const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 
 /** Returns the name by which people know a job: that of its model, or its suffix. */
