@@ -166,7 +166,7 @@ export async function allPages(path, query = {}, most = 1000) {
   return objects;
 }
 
-/** A key that makes the retries of one request recognisable to the service. */
+/** Returns a random idempotency key, by which the service recognises retries of a request. */
 export function idempotencyKey() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
     byte.toString(16).padStart(2, "0"),

@@ -35,8 +35,8 @@ function requestOf(isChat, id, prompt, options) {
 }
 
 /**
- * Streams one answer with the chat template of the model, or without one if it has none. The list
- * does not name a checkpoint before its job has ended, so the service may be the first to say so.
+ * Streams one answer: a chat if the model has a chat template, else a completion. A checkpoint of a
+ * job that still runs is not in the list of models. For it, the error of a chat decides.
  */
 async function answerOf(model, id, prompt, options, abort, onChange) {
   const send = (isChat) => stream(requestOf(isChat, id, prompt, options), abort, onChange);

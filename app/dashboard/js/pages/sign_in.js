@@ -54,8 +54,8 @@ export function SignIn() {
       </button>
       <p class="muted">
         The service that <code>make up</code> starts writes a key to${" "}
-        <code>.stillhouse/api_key</code>. <code>stillhouse keys create --project NAME</code> makes
-        others.
+        <code>.stillhouse/api_key</code>. <code>stillhouse keys create --project NAME</code> creates
+        another one.
       </p>
       <${ThemeToggle} />
     </form>

@@ -1,4 +1,4 @@
-/** Stored completions: filter and inspect them, and make data sets of them. */
+/** Stored completions: filter and inspect them, and create data sets from them. */
 
 import { html, useState } from "../html.js";
 import { call, withQuery } from "../api.js";
@@ -177,7 +177,7 @@ function Inspect({ completion, onDeleted }) {
       isConfirming &&
       html`<${Confirm}
         title="Delete this completion?"
-        text="Data sets that were made from it remain."
+        text="Data sets that contain it remain."
         action="Delete it"
         isDanger=${true}
         onConfirm=${remove}

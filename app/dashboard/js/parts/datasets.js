@@ -1,4 +1,4 @@
-/** Data sets of stored completions: the form that makes one, and the list. */
+/** Data sets of stored completions: the form that creates one, and the list. */
 
 import { html, useState } from "../html.js";
 import { call } from "../api.js";
