@@ -59,15 +59,14 @@ function charts(runs, kind) {
 function Picker({ ids, onChange }) {
   const jobs = useResource(() => call("/v1/fine_tuning/jobs?limit=100"), []);
   const chosen = new Set(ids);
+  const isFull = ids.length >= MAX_COMPARED;
   const add = ({ currentTarget: { value } }) => value && onChange([...ids, value]);
   const offered = (jobs.value?.data ?? []).filter((job) => !chosen.has(job.id));
   return html`<div class="toolbar">
     <label class="inline">
       Add a job
-      <select value="" disabled=${ids.length >= MAX_COMPARED || offered.length === 0} onChange=${add}>
-        <option value="">
-          ${ids.length >= MAX_COMPARED ? `At most ${MAX_COMPARED} jobs` : "Choose a job"}
-        </option>
+      <select value="" disabled=${isFull || offered.length === 0} onChange=${add}>
+        <option value="">${isFull ? `At most ${MAX_COMPARED} jobs` : "Choose a job"}</option>
         ${offered.map(
           (job) => html`<option value=${job.id}>${nameOf(job)} (${job.status}, ${job.id})</option>`,
         )}

@@ -47,7 +47,8 @@ function pause(seconds, abort) {
 
 /** Returns whether the same request cannot succeed later: the service has refused it. */
 function isPermanent(error) {
-  return error instanceof ApiError && error.status >= 400 && error.status < 500 && error.status !== 429;
+  if (!(error instanceof ApiError) || error.status === 429) return false;
+  return error.status >= 400 && error.status < 500;
 }
 
 /**
