@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -291,6 +292,28 @@ def test_answers_are_requested_once_and_aborted_when_the_page_is_left(
     expect(page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()
     expect(page.locator(".loading")).to_have_count(0)
     assert len([request for request in aborted if answers.search(request.url)]) == 4
+
+
+def test_a_model_without_a_chat_template_and_its_checkpoint_use_completions(
+    page: Page, observer: Observer, service: Service, tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(tiny_llama_dir, folder)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("chat_template", None)
+    path.write_text(json.dumps(config))
+    service.cli("models", "import", str(folder), "--name", "plain")
+    page.route(re.compile("/completions$"), lambda _: None)  # the answer never comes
+    sign_in(page, service, route="playground?a=plain&b=plain:ckpt-step-4")
+    page.get_by_label("Prompt", exact=True).fill("Who keeps the house?")
+    page.get_by_role("button", name="Send to both models").click()
+    expect(page.get_by_text("Waiting for the first token …")).to_have_count(2)
+    page.get_by_role("button", name="Stop").click()
+    sent = [request for request in observer.requests if request.endswith("/completions")]
+    assert sent == 2 * ["POST /v1/completions"]
+    service.cli("models", "delete", "plain", "--yes")
 
 
 def test_the_filter_of_stored_traffic_is_part_of_the_address(

@@ -28,10 +28,21 @@ function withEvent(metrics, event) {
   return next;
 }
 
-/** Returns the newest events, followed by older ones if the two lists have no gap between them. */
-function withOlder(newest, known) {
-  const start = known.findIndex((event) => event.id === newest.at(-1)?.id);
-  return start === -1 ? newest : [...newest, ...known.slice(start + 1)];
+/**
+ * Returns a page of the newest events, followed by older known ones if there is no gap between the
+ * two lists. Events that have arrived after the page was read remain first.
+ */
+function withPage(known, page) {
+  const place = (event) => known.findIndex((other) => other.id === event?.id);
+  const newer = known.slice(0, Math.max(0, place(page[0])));
+  const last = place(page.at(-1));
+  return [...newer, ...page, ...(last === -1 ? [] : known.slice(last + 1))];
+}
+
+/** Returns the events, newest first, with one more. A new stream may repeat a known event. */
+function withNewest(known, event) {
+  if (known.some((other) => other.id === event.id)) return known;
+  return [event, ...known].slice(0, MAX_EVENTS);
 }
 
 /** Waits for some seconds, or until the signal aborts. */
@@ -113,10 +124,10 @@ export function useLiveJob(id) {
         call(`${path}/metrics`),
         call(`${path}/events?limit=100`),
       ]);
-      newestEvent.current = page.data[0]?.id ?? null;
+      if (!wasLive.current) newestEvent.current = page.data[0]?.id ?? null; // no stream is open
       status.current = loaded.status;
       setMetrics(seriesByName(series));
-      setEvents((old) => withOlder(page.data, old));
+      setEvents((old) => withPage(old, page.data));
       setJob(loaded);
       setError(null);
     } catch (fault) {
@@ -134,13 +145,13 @@ export function useLiveJob(id) {
     const abort = new AbortController();
     const onEvent = (event) => {
       newestEvent.current = event.id;
-      setEvents((old) => [event, ...old].slice(0, MAX_EVENTS));
+      setEvents((old) => withNewest(old, event));
       setMetrics((old) => withEvent(old, event));
       if (event.type === "state" || event.type === "stage") reload();
     };
     follow(path, newestEvent, abort.signal, onEvent, reload).catch(setError);
     return () => abort.abort();
-  }, [path, isLive, visible]);
+  }, [path, isLive, visible, numTries]);
   useEffect(() => {
     // The stream was closed when the job ended, perhaps before it had delivered everything.
     if (!isLive && wasLive.current) load();
