@@ -29,7 +29,7 @@ class ServedModel(Contract):
     @property
     def serving_key(self) -> str:
         """Serving key under which a worker keeps the model loaded."""
-        return serving_key_of(self.weights, self.serving)
+        return serving_key_of(self.weights.key, self.serving)
 
     @property
     def stored_bytes(self) -> int:

@@ -187,18 +187,23 @@ class GenerateRequest(Contract):
     @property
     def serving_key(self) -> str:
         """Serving key of the engine that answers this request."""
-        return serving_key_of(self.weights, self.serving)
+        return serving_key_of(self.weights.key, self.serving)
 
 
-def serving_key_of(weights: ArtifactRef, serving: ServingOptions) -> str:
+def serving_key_of(store_key: str, serving: ServingOptions) -> str:
     """Returns the serving key: the name of these weights with these serving options.
 
     With default options it is the weights' key in the artifact store.
     """
     if serving == ServingOptions():
-        return weights.key
+        return store_key
     digest = hashlib.sha256(serving.model_dump_json().encode()).hexdigest()[:12]
-    return f"{weights.key}#{digest}"
+    return f"{store_key}#{digest}"
+
+
+def store_key_of(serving_key: str) -> str:
+    """Returns the weights' key in the artifact store that a serving key contains."""
+    return serving_key.partition("#")[0]
 
 
 class TokenLogprob(Contract):

@@ -1,5 +1,6 @@
 """Queries and changes of registered models, their aliases, pins and checkpoints."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
@@ -91,6 +92,30 @@ def list_models(session: Session, project_id: str | None) -> list[Model]:
     if project_id is not None:
         query = query.where(_sees(project_id))
     return list(session.scalars(query))
+
+
+@dataclass(frozen=True)
+class ServingName:
+    """Columns of a model that its serving key depends on, and its id."""
+
+    id: str
+    store_key: str
+    serving: Json | None
+
+
+def list_serving_names(
+    session: Session, project_id: str | None, store_keys: Collection[str]
+) -> list[ServingName]:
+    """Returns the models with these folders, without those that the project cannot use.
+
+    If `project_id` is None, it returns models of all projects.
+    """
+    if not store_keys:
+        return []
+    query = select(Model.id, Model.store_key, Model.serving).where(Model.store_key.in_(store_keys))
+    if project_id is not None:
+        query = query.where(_sees(project_id))
+    return [ServingName(*row) for row in session.execute(query)]
 
 
 def delete_model(session: Session, project_id: str | None, model_id: str) -> bool:

@@ -44,10 +44,10 @@ class WorkerRegistry:
 
     @property
     def workers(self) -> list[ServeWorkerStatus]:
-        """Workers whose heartbeat was found by the last refresh."""
-        return [
-            snapshot.status for snapshot in self._snapshots.values() if snapshot.num_misses == 0
-        ]
+        """Workers whose heartbeat was found by the last refresh. Safe to read in any thread."""
+        # A copy, because the event loop may add a worker while another thread iterates.
+        snapshots = list(self._snapshots.values())
+        return [snapshot.status for snapshot in snapshots if snapshot.num_misses == 0]
 
     def is_known(self, worker_id: str) -> bool:
         return worker_id in self._snapshots

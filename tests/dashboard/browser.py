@@ -1,5 +1,6 @@
-"""Debian's Chromium for tests of the dashboard, and what it must never report."""
+"""Debian's Chromium for tests of the dashboard, and an observer of requests and errors."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 SERIOUS = {"serious", "critical"}
+REFUSAL = re.compile(r"Failed to load resource: the server responded with a status of ([0-9]{3})\b")
 
 
 @contextmanager
@@ -34,17 +36,21 @@ def running_browser() -> Iterator[Browser]:
 class Observer:
     """Records the requests of a page, and its errors: of scripts, of the CSP, of the console.
 
-    `refusable` are the paths of requests that the API may refuse. A browser reports these as errors.
+    A browser also reports each refused request as an error. `expect_refusal` permits one of them.
     """
 
-    def __init__(self, page: Page, origin: str, refusable: tuple[str, ...] = ()) -> None:
+    def __init__(self, page: Page, origin: str) -> None:
         self.origin = origin
-        self.refusable = refusable
+        self.expected_refusals: list[tuple[int, str]] = []
         self.requests: list[str] = []
         self.faults: list[str] = []
         page.on("request", self._request)
         page.on("console", self._console)
         page.on("pageerror", lambda error: self.faults.append(f"script error: {error}"))
+
+    def expect_refusal(self, status: int, *paths: str) -> None:
+        """Permits one response with this status to each of the paths."""
+        self.expected_refusals += [(status, path) for path in paths]
 
     def _request(self, request: Request) -> None:
         if not request.url.startswith((f"{self.origin}/", "data:", "blob:")):
@@ -56,8 +62,10 @@ class Observer:
         if message.type not in ("error", "warning"):
             return
         url = str(message.location.get("url", "")).removeprefix(self.origin)
-        is_refusal = message.text.startswith("Failed to load resource: the server responded")
-        if not (is_refusal and url.startswith(self.refusable)):
+        refusal = REFUSAL.match(message.text)
+        if refusal and (int(refusal[1]), url) in self.expected_refusals:
+            self.expected_refusals.remove((int(refusal[1]), url))
+        else:
             self.faults.append(f"console {message.type}: {message.text} ({url})")
 
 

@@ -20,6 +20,7 @@ def get_workers(
     """Returns the serve workers that are alive, and the running jobs with their leases.
 
     Serve workers and the number of running jobs cover all projects. Models and jobs of other
-    projects are not named, unless the key has the scope `admin`.
+    projects are not named, unless the key has the scope `admin`. Keys without the scope
+    `jobs:read` see no jobs.
     """
     return workers.describe(principal, request_router.workers)

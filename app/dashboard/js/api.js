@@ -3,6 +3,7 @@
 import { signal } from "./html.js";
 
 const KEY_NAME = "stillhouse-key";
+const CONNECTION_LOST = "The connection was lost before the end of the answer.";
 
 /** The API key, or null before the sign-in. */
 export const key = signal(sessionStorage.getItem(KEY_NAME));
@@ -18,6 +19,15 @@ export class ApiError extends Error {
   }
 }
 
+/** Throws an ApiError if the text cannot be a key. A header can hold ASCII characters only. */
+export function validateKey(text) {
+  if (/^[\x21-\x7e]+$/.test(text)) return;
+  const message =
+    "The key contains characters that no API key has, such as a blank or a letter with an accent. " +
+    "Copy the key again.";
+  throw new ApiError(message, 0, "invalid_api_key");
+}
+
 export function signIn(text) {
   sessionStorage.setItem(KEY_NAME, text);
   signOutReason.value = "";
@@ -31,13 +41,15 @@ export function signOut(reason = "") {
 }
 
 /**
- * Sends a request and returns the response. Throws ApiError unless the status is 2xx.
+ * Sends a request and returns the response. Throws ApiError unless the status is 2xx. Signs out if
+ * the service refuses the key of the session.
  * @param {string} path - path with query, from the root of the server
  * @param {object} options - method, json or body, headers, signal, and key instead of the present one
  * @returns {Promise<Response>}
  */
 export async function request(path, options = {}) {
-  const headers = { authorization: `Bearer ${options.key ?? key.value}`, ...options.headers };
+  const usedKey = options.key ?? key.value;
+  const headers = { authorization: `Bearer ${usedKey}`, ...options.headers };
   let body = options.body;
   if (options.json !== undefined) {
     headers["content-type"] = "application/json";
@@ -53,9 +65,9 @@ export async function request(path, options = {}) {
   }
   if (response.ok) return response;
   const error = await errorOf(response);
-  if (response.status === 401 && options.key === undefined && key.value !== null) {
-    signOut(error.message);
-  }
+  // A late response to a request with an earlier key must not end the present session.
+  const isSessionKey = options.key === undefined && usedKey === key.value;
+  if (response.status === 401 && isSessionKey) signOut(error.message);
   throw error;
 }
 
@@ -95,8 +107,8 @@ export function aliasPath(id, rest = "") {
 }
 
 /**
- * Yields the data of server-sent events, parsed as JSON, until `[DONE]` or the end of the stream.
- * EventSource is not used, because it cannot send the Authorization header.
+ * Yields the data of server-sent events, parsed as JSON, until `[DONE]`. Throws ApiError if the
+ * stream ends before. EventSource is not used, because it cannot send the Authorization header.
  * @param {Response} response
  */
 export async function* eventsOf(response) {
@@ -104,8 +116,8 @@ export async function* eventsOf(response) {
   let buffer = "";
   try {
     while (true) {
-      const { value, done } = await reader.read();
-      if (done) return;
+      const { value, done } = await readFrom(reader);
+      if (done) throw new ApiError(CONNECTION_LOST, 0);
       buffer += value.replaceAll("\r\n", "\n");
       const frames = buffer.split("\n\n");
       buffer = frames.pop();
@@ -120,6 +132,16 @@ export async function* eventsOf(response) {
   }
 }
 
+/** Reads the next piece. Throws ApiError if the connection is lost. */
+async function readFrom(reader) {
+  try {
+    return await reader.read();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(CONNECTION_LOST, 0);
+  }
+}
+
 function dataOf(frame) {
   return frame
     .split("\n")
@@ -128,19 +150,23 @@ function dataOf(frame) {
     .join("\n");
 }
 
-/** Returns all objects of a list that has pages, up to `most`. */
-export async function allPages(path, most = 1000, query = {}) {
-  const found = [];
-  let after = null;
+/**
+ * Returns all objects of a list that has pages, up to `most`.
+ * @param {string} path - path without a query
+ * @param {object} query - parameters of the list, such as `purpose` or `after`
+ */
+export async function allPages(path, query = {}, most = 1000) {
+  const objects = [];
+  let { after = null } = query;
   do {
     const page = await call(withQuery(path, { limit: 100, ...query, after }));
-    found.push(...page.data);
+    objects.push(...page.data);
     after = page.has_more ? page.last_id : null;
-  } while (after !== null && found.length < most);
-  return found;
+  } while (after !== null && objects.length < most);
+  return objects;
 }
 
-/** A key that makes the retries of one request recognisable to the service. */
+/** Returns a random idempotency key, by which the service recognises retries of a request. */
 export function idempotencyKey() {
   return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) =>
     byte.toString(16).padStart(2, "0"),

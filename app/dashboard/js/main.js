@@ -107,12 +107,17 @@ function usePage(name) {
   return state.name === name ? state : { Page: null, error: null };
 }
 
+/** Returns the name of the page: the list for a page that lacks its id, and the jobs by default. */
+function pageOf([name, id]) {
+  if (!Object.hasOwn(PAGES, name ?? "")) return "jobs";
+  return id === undefined ? (PARENTS[name] ?? name) : name;
+}
+
 function Frame() {
-  const { parts } = route.value;
-  const name = parts[0] in PAGES ? parts[0] : "jobs";
+  const { parts, visit } = route.value;
+  const name = pageOf(parts);
   const { Page, error } = usePage(name);
   const main = useRef(null);
-  const path = parts.join("/");
   const isFirst = useRef(true);
   useEffect(() => {
     if (Page === null) return;
@@ -121,7 +126,7 @@ function Frame() {
     if (!isFirst.current) heading?.focus();
     isFirst.current = false;
     scrollTo(0, 0);
-  }, [path, Page]);
+  }, [visit, Page]);
   const skip = (event) => {
     event.preventDefault(); // the address after # is the route
     main.current.focus();
@@ -130,9 +135,9 @@ function Frame() {
     <div class="frame">
       <${Sidebar} current=${PARENTS[name] ?? name} />
       <main id="main" tabindex="-1" ref=${main}>
-        <${Guard} key=${path}>
+        <${Guard} key=${visit}>
           ${error && html`<${ErrorNotice} error=${error} onRetry=${() => location.reload()} />`}
-          ${Page ? html`<${Page} key=${path} id=${parts[1]} />` : !error && html`<${Loading} />`}
+          ${Page ? html`<${Page} key=${visit} id=${parts[1]} />` : !error && html`<${Loading} />`}
         <//>
       </main>
     </div>`;

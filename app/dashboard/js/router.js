@@ -2,13 +2,31 @@
 
 import { signal } from "./html.js";
 
-function read() {
-  const [path, query = ""] = location.hash.replace(/^#/, "").split("?");
-  const parts = path.split("/").filter(Boolean).map(decodeURIComponent);
-  return { parts, query: new URLSearchParams(query) };
+let numVisits = 0;
+
+/** Returns the decoded text, or the text itself if it is not valid, such as `%`. */
+function decoded(text) {
+  try {
+    return decodeURIComponent(text);
+  } catch {
+    return text;
+  }
 }
 
-/** The current route: the decoded parts of its path, and its query. */
+function read() {
+  const [path, ...query] = location.hash.replace(/^#/, "").split("?");
+  numVisits += 1;
+  return {
+    parts: path.split("/").filter(Boolean).map(decoded),
+    query: new URLSearchParams(query.join("?")),
+    visit: numVisits,
+  };
+}
+
+/**
+ * The current route: the decoded parts of its path, its query, and the number of the visit. Each
+ * visit has its own number, so that a page opens anew when only its query differs.
+ */
 export const route = signal(read());
 
 addEventListener("hashchange", () => {

@@ -48,6 +48,7 @@ class ServeWorkerObject(BaseModel):
 class RunningJobObject(BaseModel):
     """A running job, and the worker that holds its lease.
 
+    is_late: Whether no heartbeat has arrived for more than 10 seconds after it was due.
     lease_seconds: Time until the lease ends if no heartbeat renews it.
     """
 
@@ -60,6 +61,7 @@ class RunningJobObject(BaseModel):
     stage: str | None
     percent: float | None
     heartbeat_age_seconds: float
+    is_late: bool
     lease_seconds: float
 
 

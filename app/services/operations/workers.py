@@ -6,7 +6,7 @@ from typing import Literal
 
 from app.auth import Principal
 from app.contracts.control import ModelState, ServeWorkerStatus
-from app.contracts.generation import serving_key_of
+from app.contracts.generation import ServingOptions, serving_key_of, store_key_of
 from app.db import models
 from app.db.registry.running_jobs import RunningJob, count_running_jobs, list_running_jobs
 from app.db.session import transaction
@@ -17,20 +17,24 @@ from app.schemas.operations.workers import (
     ServeWorkerObject,
     WorkersObject,
 )
-from app.services import model_registry
 from app.settings import get_settings
+
+LATE_SECONDS = 10.0  # after the time at which a heartbeat was due
 
 
 def describe(principal: Principal, workers: Collection[ServeWorkerStatus]) -> WorkersObject:
-    """Returns the state of the workers as the caller may see it."""
+    """Returns the state of the workers as the caller may see it.
+
+    Jobs are left out if the key lacks the scope `jobs:read`.
+    """
     project_id = None if principal.has("admin") else principal.project_id
+    store_keys = {store_key_of(model.serving_key) for worker in workers for model in worker.models}
     with transaction() as session:
-        rows = models.list_models(session, project_id)
         names = {
-            serving_key_of(model_registry.artifact(row), model_registry.options_of(row)): row.id
-            for row in rows
+            serving_key_of(row.store_key, ServingOptions.model_validate(row.serving or {})): row.id
+            for row in models.list_serving_names(session, project_id, store_keys)
         }
-        jobs = list_running_jobs(session, project_id)
+        jobs = list_running_jobs(session, project_id) if principal.has("jobs:read") else []
         num_running = count_running_jobs(session)
     return WorkersObject(
         serve_workers=[
@@ -89,5 +93,6 @@ def _running_job(job: RunningJob) -> RunningJobObject:
         stage=job.stage,
         percent=job.progress.get("percent"),
         heartbeat_age_seconds=round(max(0.0, job.heartbeat_age_seconds), 3),
+        is_late=job.heartbeat_age_seconds > get_settings().heartbeat_seconds + LATE_SECONDS,
         lease_seconds=round(job.lease_seconds, 3),
     )

@@ -6,19 +6,26 @@ import { useResource } from "../live.js";
 import { link, replaceQuery, route } from "../router.js";
 import { GROUPS, GroupChart } from "../parts/curves.js";
 import { QUALITY_METRICS } from "../parts/job_result.js";
-import { nameOf, seriesByName } from "../parts/jobs.js";
+import { MAX_COMPARED, nameOf, seriesByName } from "../parts/jobs.js";
 import { DataTable, Empty, ErrorNotice, Loading, PageHead, Section, Status } from "../parts/ui.js";
 
-const MAX_JOBS = 6;
-
+/** Loads the jobs. Returns those that could be read, and the others with their errors. */
 async function load(ids) {
   const path = (id) => `/v1/fine_tuning/jobs/${encodeURIComponent(id)}`;
-  return Promise.all(
+  const outcomes = await Promise.all(
     ids.map(async (id) => {
-      const [job, metrics] = await Promise.all([call(path(id)), call(`${path(id)}/metrics`)]);
-      return { job, metrics: seriesByName(metrics) };
+      try {
+        const [job, metrics] = await Promise.all([call(path(id)), call(`${path(id)}/metrics`)]);
+        return { job, metrics: seriesByName(metrics) };
+      } catch (error) {
+        return { id, error };
+      }
     }),
   );
+  return {
+    runs: outcomes.filter(({ job }) => job),
+    failures: outcomes.filter(({ error }) => error),
+  };
 }
 
 /** Returns names that tell the runs apart: the last characters of the id follow equal names. */
@@ -52,15 +59,14 @@ function charts(runs, kind) {
 function Picker({ ids, onChange }) {
   const jobs = useResource(() => call("/v1/fine_tuning/jobs?limit=100"), []);
   const chosen = new Set(ids);
+  const isFull = ids.length >= MAX_COMPARED;
   const add = ({ currentTarget: { value } }) => value && onChange([...ids, value]);
   const offered = (jobs.value?.data ?? []).filter((job) => !chosen.has(job.id));
   return html`<div class="toolbar">
     <label class="inline">
       Add a job
-      <select value="" disabled=${ids.length >= MAX_JOBS || offered.length === 0} onChange=${add}>
-        <option value="">
-          ${ids.length >= MAX_JOBS ? `At most ${MAX_JOBS} jobs` : "Choose a job"}
-        </option>
+      <select value="" disabled=${isFull || offered.length === 0} onChange=${add}>
+        <option value="">${isFull ? `At most ${MAX_COMPARED} jobs` : "Choose a job"}</option>
         ${offered.map(
           (job) => html`<option value=${job.id}>${nameOf(job)} (${job.status}, ${job.id})</option>`,
         )}
@@ -104,20 +110,45 @@ function Results({ runs, onRemove }) {
   />`;
 }
 
-export default function Compare() {
-  const [ids, setIds] = useState(
-    (route.value.query.get("jobs") ?? "").split(",").filter(Boolean).slice(0, MAX_JOBS),
+/** Jobs that could not be read, such as deleted ones. */
+function Failures({ failures, onRemove, onRetry }) {
+  return failures.map(
+    ({ id, error }) =>
+      html`<div key=${id}>
+        <${ErrorNotice}
+          error=${{ message: `The job ${id} is not shown: ${error.message}` }}
+          onRetry=${onRetry}
+        />
+        <button type="button" class="small" onClick=${() => onRemove(id)}>
+          Remove<span class="visually-hidden"> ${id}</span>
+        </button>
+      </div>`,
   );
+}
+
+export default function Compare() {
+  const [requested] = useState([
+    ...new Set((route.value.query.get("jobs") ?? "").split(",").filter(Boolean)),
+  ]);
+  const [ids, setIds] = useState(requested.slice(0, MAX_COMPARED));
   const [kind, setKind] = useState("held-out");
   const change = (next) => {
     setIds(next);
     replaceQuery(next.length ? { jobs: next.join(",") } : {});
   };
-  const runs = useResource(() => load(ids), [ids.join(",")]);
-  const shown = useMemo(() => charts(runs.value ?? [], kind), [runs.value, kind]);
+  const remove = (id) => change(ids.filter((one) => one !== id));
+  const loaded = useResource(() => load(ids), [ids.join(",")]);
+  const { runs, failures } = loaded.value ?? { runs: [], failures: [] };
+  const shown = useMemo(() => charts(runs, kind), [loaded.value, kind]);
   return html`<${PageHead} title="Compare" />
     <${Picker} ids=${ids} onChange=${change} />
-    <${ErrorNotice} error=${runs.error} onRetry=${runs.reload} />
+    ${
+      requested.length > MAX_COMPARED &&
+      html`<p class="notice" role="status">
+        The address has ${requested.length} jobs. Only the first ${MAX_COMPARED} of them are shown.
+      </p>`
+    }
+    <${Failures} failures=${failures} onRemove=${remove} onRetry=${loaded.reload} />
     ${
       ids.length === 0 &&
       html`<${Empty} title="No jobs are chosen">
@@ -127,14 +158,11 @@ export default function Compare() {
         </p>
       <//>`
     }
-    ${runs.isLoading && ids.length > 0 && html`<${Loading} what="Loading the curves" />`}
+    ${loaded.isLoading && ids.length > 0 && html`<${Loading} what="Loading the curves" />`}
     ${
-      runs.value?.length > 0 &&
+      runs.length > 0 &&
       html`<${Section} title="Results">
-          <${Results}
-            runs=${runs.value}
-            onRemove=${(id) => change(ids.filter((one) => one !== id))}
-          />
+          <${Results} runs=${runs} onRemove=${remove} />
         <//>
         <${Section}
           title="Curves"

@@ -57,26 +57,26 @@ function allowedActions(job) {
 }
 
 function Actions({ job, onChange }) {
-  const [asked, setAsked] = useState(null);
+  const [action, setAction] = useState(null);
   const path = `/v1/fine_tuning/jobs/${job.id}`;
   const act = async () => {
-    if (asked === "delete") {
+    if (action === "delete") {
       await call(path, { method: "DELETE" });
       go(["jobs"]);
       return;
     }
-    onChange(await call(`${path}/${asked}`, { method: "POST" }));
+    onChange(await call(`${path}/${action}`, { method: "POST" }));
   };
   return html`${allowedActions(job).map(
       (name) =>
-        html`<button type="button" key=${name} onClick=${() => setAsked(name)}>
+        html`<button type="button" key=${name} onClick=${() => setAction(name)}>
           ${words(name)}
         </button>`,
     )}
     <a class="button" href=${link(["compare"], { jobs: job.id })}>Compare</a>
     ${
-      asked &&
-      html`<${Confirm} ...${ACTIONS[asked]} onConfirm=${act} onClose=${() => setAsked(null)} />`
+      action &&
+      html`<${Confirm} ...${ACTIONS[action]} onConfirm=${act} onClose=${() => setAction(null)} />`
     }`;
 }
 
@@ -141,7 +141,7 @@ function Figures({ job }) {
 
 function Checkpoints({ job, numChanges }) {
   const path = `/v1/fine_tuning/jobs/${job.id}/checkpoints`;
-  const found = useResource(
+  const checkpoints = useResource(
     () => call(withQuery(path, { limit: 50 })),
     [job.id, job.status, numChanges],
   );
@@ -162,9 +162,9 @@ function Checkpoints({ job, numChanges }) {
         >`,
     },
   ];
-  const rows = found.value?.data ?? [];
+  const rows = checkpoints.value?.data ?? [];
   return html`<${Section} title="Checkpoints">
-    <${ErrorNotice} error=${found.error} />
+    <${ErrorNotice} error=${checkpoints.error} />
     ${
       rows.length > 0
         ? html`<${DataTable}

@@ -1,11 +1,11 @@
 /** All jobs of the project: live state, filter and search, and the selection to compare. */
 
-import { html, useState } from "../html.js";
+import { html, useEffect, useState } from "../html.js";
 import { call, withQuery } from "../api.js";
 import { duration, integer, words } from "../format.js";
 import { useAction, usePolling, useResource } from "../live.js";
 import { go, link } from "../router.js";
-import { ACTIVE, STATUSES, nameOf, remainingSeconds } from "../parts/jobs.js";
+import { ACTIVE, MAX_COMPARED, STATUSES, nameOf, remainingSeconds } from "../parts/jobs.js";
 import {
   Ago,
   DataTable,
@@ -28,19 +28,35 @@ function matches(job, status, text) {
   return searched.some((value) => value?.toLowerCase().includes(text.toLowerCase()));
 }
 
-/** Loads the newest jobs, keeps those shown up to date, and appends older ones. */
+/**
+ * Returns the newest page, followed by the known jobs that are older than its last one. So a job
+ * that new jobs push off the page remains, and a deleted job of the page disappears.
+ */
+function merged(page, known) {
+  if (!page.has_more) return page.data;
+  const ids = new Set(page.data.map((job) => job.id));
+  const oldest = page.data.at(-1).created_at;
+  return [...page.data, ...known.filter((job) => job.created_at <= oldest && !ids.has(job.id))];
+}
+
+/** Loads the newest jobs, keeps them up to date, and appends older ones. */
 function useJobs() {
   const newest = useResource(() => call(withQuery(PATH, { limit: PAGE_JOBS })), []);
-  const [older, setOlder] = useState({ data: [], has_more: null });
-  const first = newest.value?.data ?? [];
-  const ids = new Set(first.map((job) => job.id));
-  const jobs = [...first, ...older.data.filter((job) => !ids.has(job.id))];
-  const hasMore = older.has_more ?? newest.value?.has_more ?? false;
+  const [jobs, setJobs] = useState([]);
+  const [hasMoreAfter, setHasMoreAfter] = useState(null); // after the last older page
+  useEffect(() => {
+    if (newest.value) setJobs((known) => merged(newest.value, known));
+  }, [newest.value]);
+  const hasMore = hasMoreAfter ?? newest.value?.has_more ?? false;
   const more = useAction(async () => {
     const page = await call(withQuery(PATH, { limit: PAGE_JOBS, after: jobs.at(-1).id }));
-    setOlder({ data: [...jobs.slice(first.length), ...page.data], has_more: page.has_more });
+    setJobs((known) => {
+      const ids = new Set(known.map((job) => job.id));
+      return [...known, ...page.data.filter((job) => !ids.has(job.id))];
+    });
+    setHasMoreAfter(page.has_more);
   });
-  const isActive = first.some((job) => ACTIVE.has(job.status));
+  const isActive = newest.value?.data.some((job) => ACTIVE.has(job.status));
   usePolling(newest.reload, isActive ? POLL_SECONDS : null);
   return { jobs, hasMore, more, newest };
 }
@@ -127,11 +143,15 @@ function Toolbar({ filter, setFilter, selected, onRefresh }) {
     <button type="button" onClick=${onRefresh}>Refresh</button>
     <button
       type="button"
-      disabled=${selected.size < 2}
+      disabled=${selected.size < 2 || selected.size > MAX_COMPARED}
       onClick=${() => go(["compare"], { jobs: [...selected].join(",") })}
     >
       Compare ${selected.size || ""} selected
     </button>
+    ${
+      selected.size > MAX_COMPARED &&
+      html`<p class="muted" role="status">Select at most ${MAX_COMPARED} jobs to compare.</p>`
+    }
   </div>`;
 }
 
@@ -158,7 +178,7 @@ export default function Jobs() {
     />
     <${ErrorNotice} error=${newest.error} onRetry=${newest.reload} />
     ${newest.isLoading && html`<${Loading} what="Loading jobs" />`}
-    ${newest.value && jobs.length === 0 && html`<${NoJobs} />`}
+    ${newest.value?.data.length === 0 && html`<${NoJobs} />`}
     ${
       shown.length > 0 &&
       html`<${DataTable}

@@ -100,7 +100,7 @@ function Files({ model }) {
   const files = useResource(() => call(modelPath(model.id, "/files")), [model.id]);
   const download = useAction(async (name) => {
     const path = modelPath(model.id, `/files/${name.split("/").map(encodeURIComponent).join("/")}`);
-    await save(await request(path), name.split("/").at(-1));
+    await save(path, name.split("/").at(-1));
   });
   const rows = files.value?.data ?? [];
   const columns = [
@@ -158,25 +158,25 @@ ${card.value}</pre>`
 }
 
 function Delete({ model }) {
-  const [isAsked, setAsked] = useState(false);
+  const [isConfirming, setConfirming] = useState(false);
   const remove = async () => {
     await call(modelPath(model.id), { method: "DELETE" });
     go(["models"]);
   };
-  return html`<button type="button" onClick=${() => setAsked(true)}>Delete</button> ${
-      isAsked &&
+  return html`<button type="button" onClick=${() => setConfirming(true)}>Delete</button> ${
+      isConfirming &&
       html`<${Confirm}
         title="Delete the model?"
         text=${`${model.id} and its files are deleted. This cannot be undone.`}
         action="Delete the model"
         isDanger=${true}
         onConfirm=${remove}
-        onClose=${() => setAsked(false)}
+        onClose=${() => setConfirming(false)}
       />`
     }`;
 }
 
-/** The job that made the model. An import has no page of its own. */
+/** Link to the job that registered the model. An import has no page of its own. */
 function SourceJob({ id }) {
   if (id.startsWith("import")) return html`<code>${id}</code>`;
   return html`<a href=${link(["job", id])}>${id}</a>`;
@@ -238,9 +238,10 @@ export default function Model({ id }) {
         ${shown.aliases.map((alias) => html`<span class="tag">${alias}</span>`)}
       </p>
     <//>
+    <${ErrorNotice} error=${model.error} onRetry=${model.reload} />
     <div class="columns">
       <div>
-        <${Lineage} model=${shown} models=${others} />
+        <${Lineage} model=${shown} list=${all} />
         <${Aliases} model=${shown} models=${others} onChange=${reload} />
         <${Serving} model=${shown} />
       </div>

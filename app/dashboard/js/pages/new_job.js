@@ -1,7 +1,7 @@
 /** The form for a new job, with an estimate and the same request as curl and Python. */
 
 import { html, useMemo, useRef, useState } from "../html.js";
-import { allPages, call, idempotencyKey, withQuery } from "../api.js";
+import { allPages, call, idempotencyKey } from "../api.js";
 import { useAction, useResource } from "../live.js";
 import { go, route } from "../router.js";
 import { Estimate } from "../parts/estimate.js";
@@ -9,6 +9,18 @@ import { bodyOf, EMPTY_FORM, JobFields } from "../parts/job_form.js";
 import { Snippets } from "../parts/snippets.js";
 import { TrainingFile } from "../parts/training_file.js";
 import { ErrorNotice, PageHead, Section } from "../parts/ui.js";
+
+/** Purposes of files that a job can train on. */
+const PURPOSES = ["fine-tune", "distillation"];
+const MAX_FILES = 500; // per purpose
+
+/** Returns the files that a job can train on, the newest first. */
+async function loadFiles() {
+  const lists = await Promise.all(
+    PURPOSES.map((purpose) => allPages("/v1/files", { purpose }, MAX_FILES)),
+  );
+  return lists.flat().sort((a, b) => b.created_at - a.created_at);
+}
 
 /** Returns the body of the request, or the error in the form. */
 function parse(form, file) {
@@ -36,10 +48,7 @@ export default function NewJob() {
   const [form, setForm] = useState({ ...EMPTY_FORM, teacher: query.get("teacher") ?? "" });
   const [file, setFile] = useState(query.get("file") ?? "");
   const models = useResource(() => call("/v1/models"), []);
-  const files = useResource(
-    () => allPages(withQuery("/v1/files", { purpose: "fine-tune" }), 500),
-    [],
-  );
+  const files = useResource(loadFiles, []);
   const submit = useSubmit();
   const onUploaded = (created) => {
     files.set([created, ...(files.value ?? [])]);

@@ -1,7 +1,7 @@
 /** Playground: two models answer the same prompt side by side, streamed, with their speeds. */
 
-import { html, useRef, useState } from "../html.js";
-import { call, eventsOf, request } from "../api.js";
+import { html, useEffect, useRef, useState } from "../html.js";
+import { ApiError, call, eventsOf, request } from "../api.js";
 import { integer, number } from "../format.js";
 import { useResource } from "../live.js";
 import { replaceQuery, route } from "../router.js";
@@ -9,10 +9,16 @@ import { SelectField, TextArea, TextField } from "../parts/fields.js";
 import { announce, Empty, ErrorNotice, Loading, PageHead } from "../parts/ui.js";
 
 const SIDES = ["a", "b"];
-const EMPTY = { text: "", error: null, isRunning: false, stats: null };
+const EMPTY = { text: "", error: null, isRunning: false, isStopped: false, stats: null };
 
-/** Returns the route and the body for a model: chats need a chat template. */
-function requestOf(model, id, prompt, options) {
+/** Returns the listed model with this id or alias, or the model that a checkpoint belongs to. */
+function listedModel(models, id) {
+  const name = id.replace(/:ckpt-step-[0-9]+$/, "");
+  return models.find((one) => one.id === name || one.aliases.includes(name));
+}
+
+/** Returns the route and the body of a request: only chats use the chat template. */
+function requestOf(isChat, id, prompt, options) {
   const common = {
     model: id,
     max_tokens: options.maxTokens,
@@ -20,14 +26,27 @@ function requestOf(model, id, prompt, options) {
     stream: true,
     stream_options: { include_usage: true },
   };
-  if (model !== undefined && !model.has_chat_template && model.origin !== "checkpoint") {
-    return ["/v1/completions", { ...common, prompt }];
-  }
+  if (!isChat) return ["/v1/completions", { ...common, prompt }];
   const system = options.system ? [{ role: "system", content: options.system }] : [];
   return [
     "/v1/chat/completions",
     { ...common, messages: [...system, { role: "user", content: prompt }] },
   ];
+}
+
+/**
+ * Streams one answer: a chat if the model has a chat template, else a completion. A checkpoint of a
+ * job that still runs is not in the list of models. For it, the error of a chat decides.
+ */
+async function answerOf(model, id, prompt, options, abort, onChange) {
+  const send = (isChat) => stream(requestOf(isChat, id, prompt, options), abort, onChange);
+  if (model && !model.has_chat_template) return send(false);
+  try {
+    return await send(true);
+  } catch (error) {
+    if (error.code !== "no_chat_template") throw error;
+    return send(false);
+  }
 }
 
 /** Streams one answer. `onChange` gets the text and the figures so far. */
@@ -40,7 +59,7 @@ async function stream([path, json], abort, onChange) {
   let usage = null;
   let reason = null;
   for await (const chunk of eventsOf(response)) {
-    if (chunk.error) throw new Error(chunk.error.message);
+    if (chunk.error) throw new ApiError(chunk.error.message, 0, chunk.error.code);
     const choice = chunk.choices?.[0];
     const piece = choice?.delta?.content ?? choice?.text ?? "";
     if (piece) {
@@ -62,13 +81,17 @@ async function stream([path, json], abort, onChange) {
   }
 }
 
-function Stats({ stats }) {
-  if (stats === null) return html`<p class="answer-stats muted">The speed is shown here.</p>`;
+function Stats({ stats, isStopped }) {
+  if (stats === null) {
+    const text = isStopped ? "Stopped" : "The speed is shown here.";
+    return html`<p class="answer-stats muted">${text}</p>`;
+  }
   const { numTokens, firstMs, speed, reason } = stats;
   const parts = [`${integer(numTokens)} tokens`];
   if (speed !== null) parts.unshift(`${number(speed, 3)} tokens/s`);
   if (firstMs !== null) parts.push(`first after ${integer(firstMs)} ms`);
   if (reason === "length") parts.push("ended at the token limit");
+  if (isStopped) parts.push("stopped");
   return html`<p class="answer-stats">${parts.join(" · ")}</p>`;
 }
 
@@ -100,7 +123,7 @@ function Answer({ side, models, chosen, onChoose, state }) {
       <p class="answer">${state.text || html`<span class="muted">${note}</span>`}</p>
     </div>
     <${ErrorNotice} error=${state.error} />
-    <${Stats} stats=${state.stats} />
+    <${Stats} stats=${state.stats} isStopped=${state.isStopped} />
   </section>`;
 }
 
@@ -133,41 +156,48 @@ function Options({ options, setOptions }) {
   </details>`;
 }
 
-/** Runs both models at once. Returns their states, and functions that start and stop them. */
+/**
+ * Runs both models at once. Returns their states, and functions that start and stop them. Leaving
+ * the page stops them, too.
+ */
 function useAnswers(models, chosen) {
   const [states, setStates] = useState({ a: EMPTY, b: EMPTY });
-  const abort = useRef(null);
-  const update = (side, changes) =>
-    setStates((old) => ({ ...old, [side]: { ...old[side], ...changes } }));
-  const answer = async (side, prompt, options) => {
-    update(side, { ...EMPTY, isRunning: true });
-    const model = models.find(
-      (one) => one.id === chosen[side] || one.aliases.includes(chosen[side]),
-    );
+  const running = useRef(null); // the AbortController of the newest requests
+  useEffect(() => () => running.current?.abort(), []);
+  const answer = async (side, prompt, options, abort) => {
+    // A request that was aborted must not change the state of the one that followed it.
+    const update = (changes) => {
+      if (abort.aborted) return;
+      setStates((old) => ({ ...old, [side]: { ...old[side], ...changes } }));
+    };
+    const id = chosen[side];
+    const onChange = (text, stats) => update({ text, stats });
     try {
-      await stream(
-        requestOf(model, chosen[side], prompt, options),
-        abort.current.signal,
-        (text, stats) => update(side, { text, stats }),
-      );
+      await answerOf(listedModel(models, id), id, prompt, options, abort, onChange);
+      update({ isRunning: false });
     } catch (error) {
-      if (error.name !== "AbortError") update(side, { error });
-    } finally {
-      update(side, { isRunning: false });
+      update({ error, isRunning: false });
     }
   };
   const start = async (prompt, options) => {
-    abort.current?.abort();
-    const mine = new AbortController();
-    abort.current = mine;
+    running.current?.abort();
+    const requests = new AbortController();
+    running.current = requests;
     announce("The models are answering");
-    await Promise.all(
-      SIDES.filter((side) => chosen[side]).map((side) => answer(side, prompt, options)),
-    );
-    if (!mine.signal.aborted) announce("The answers are complete");
+    const sides = SIDES.filter((side) => chosen[side]);
+    const isRunning = (side) => sides.includes(side);
+    setStates({
+      a: { ...EMPTY, isRunning: isRunning("a") },
+      b: { ...EMPTY, isRunning: isRunning("b") },
+    });
+    await Promise.all(sides.map((side) => answer(side, prompt, options, requests.signal)));
+    if (!requests.signal.aborted) announce("The answers are complete");
   };
   const stop = () => {
-    abort.current?.abort();
+    running.current?.abort();
+    const stopped = (state) =>
+      state.isRunning ? { ...state, isRunning: false, isStopped: true } : state;
+    setStates((old) => ({ a: stopped(old.a), b: stopped(old.b) }));
     announce("Stopped");
   };
   return { states, start, stop, isRunning: states.a.isRunning || states.b.isRunning };
@@ -175,8 +205,8 @@ function useAnswers(models, chosen) {
 
 export default function Playground() {
   const query = route.value.query;
-  const found = useResource(() => call("/v1/models"), []);
-  const models = (found.value?.data ?? []).filter((model) => model.family !== "masked");
+  const list = useResource(() => call("/v1/models"), []);
+  const models = (list.value?.data ?? []).filter((model) => model.family !== "masked");
   const [picked, setPicked] = useState({ a: query.get("a"), b: query.get("b") });
   const chosen = { a: picked.a ?? models[0]?.id ?? "", b: picked.b ?? models[1]?.id ?? "" };
   const [prompt, setPrompt] = useState("");
@@ -187,23 +217,25 @@ export default function Playground() {
     setPicked(next);
     replaceQuery(next);
   };
+  const canSend = !isRunning && prompt.trim() !== "" && Boolean(chosen.a || chosen.b);
   const submit = (event) => {
     event.preventDefault();
-    start(prompt, options);
+    if (canSend) start(prompt, options);
   };
   const onKeyDown = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && prompt.trim())
-      start(prompt, options);
+    const isSend = event.key === "Enter" && (event.ctrlKey || event.metaKey);
+    // The form checks the options first, and then calls `submit`.
+    if (isSend && !event.repeat && canSend) event.currentTarget.form.requestSubmit();
   };
-  if (found.value && models.length === 0) {
+  if (list.value && models.length === 0) {
     return html`<${PageHead} title="Playground" />
       <${Empty} title="No model can answer yet"
         ><p>Import one first: see <a href="#/models">Models</a>.</p><//
       >`;
   }
   return html`<${PageHead} title="Playground" />
-    <${ErrorNotice} error=${found.error} onRetry=${found.reload} />
-    ${found.isLoading && html`<${Loading} what="Loading models" />`}
+    <${ErrorNotice} error=${list.error} onRetry=${list.reload} />
+    ${list.isLoading && html`<${Loading} what="Loading models" />`}
     <form class="card" onSubmit=${submit}>
       <${TextArea}
         label="Prompt"
@@ -216,13 +248,7 @@ export default function Playground() {
       />
       <${Options} options=${options} setOptions=${setOptions} />
       <div class="actions">
-        <button
-          type="submit"
-          class="primary"
-          disabled=${isRunning || !prompt.trim() || !(chosen.a || chosen.b)}
-        >
-          Send to both models
-        </button>
+        <button type="submit" class="primary" disabled=${!canSend}>Send to both models</button>
         <button type="button" disabled=${!isRunning} onClick=${stop}>Stop</button>
       </div>
     </form>

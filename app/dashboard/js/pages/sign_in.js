@@ -1,13 +1,14 @@
 /** Sign-in with an API key. */
 
 import { html, useEffect, useRef, useState } from "../html.js";
-import { call, signIn, signOutReason } from "../api.js";
+import { call, signIn, signOutReason, validateKey } from "../api.js";
 import { useAction } from "../live.js";
 import { ThemeToggle } from "../parts/theme_toggle.js";
 import { ErrorNotice, Field } from "../parts/ui.js";
 
 /** Checks the key with a cheap request. A key without this scope is a valid key, too. */
 async function check(key) {
+  validateKey(key);
   try {
     await call("/v1/fine_tuning/jobs?limit=1", { key });
   } catch (error) {
@@ -53,8 +54,8 @@ export function SignIn() {
       </button>
       <p class="muted">
         The service that <code>make up</code> starts writes a key to${" "}
-        <code>.stillhouse/api_key</code>. <code>stillhouse keys create --project NAME</code> makes
-        others.
+        <code>.stillhouse/api_key</code>. <code>stillhouse keys create --project NAME</code> creates
+        another one.
       </p>
       <${ThemeToggle} />
     </form>

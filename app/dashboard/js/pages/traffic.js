@@ -1,9 +1,10 @@
-/** Stored completions: filter and inspect them, and make data sets of them. */
+/** Stored completions: filter and inspect them, and create data sets from them. */
 
 import { html, useState } from "../html.js";
 import { call, withQuery } from "../api.js";
 import { date, duration, integer } from "../format.js";
 import { useAction, useResource } from "../live.js";
+import { replaceQuery, route } from "../router.js";
 import { Confirm } from "../parts/confirm.js";
 import { DatasetForm, Datasets } from "../parts/datasets.js";
 import { TextField } from "../parts/fields.js";
@@ -24,10 +25,11 @@ const NO_FILTER = { model: "", metadata: "", after: "", before: "" };
 
 /** Returns the seconds since the epoch of a local date and time, or null. */
 function secondsOf(text) {
-  return text ? Math.floor(new Date(text).getTime() / 1000) : null;
+  const seconds = Math.floor(new Date(text).getTime() / 1000);
+  return Number.isNaN(seconds) ? null : seconds;
 }
 
-/** Returns the pairs in a text such as "task=faq, release=12". */
+/** Returns the pairs in a text such as "task=faq, release=12". Throws an Error with advice. */
 function pairsOf(text) {
   const pairs = text
     .split(",")
@@ -35,14 +37,31 @@ function pairsOf(text) {
     .filter(Boolean);
   return pairs.map((pair) => {
     const [name, ...rest] = pair.split("=");
-    return [name.trim(), rest.join("=").trim()];
+    const value = rest.join("=").trim();
+    if (!name.trim() || !value) {
+      throw new Error(`Metadata: write name=value instead of "${pair}", with commas between pairs.`);
+    }
+    return [name.trim(), value];
   });
+}
+
+/** Returns the filter of the address. Leaves out metadata that it cannot read. */
+function filterOf(query) {
+  const filter = Object.fromEntries(
+    Object.keys(NO_FILTER).map((name) => [name, query.get(name) ?? ""]),
+  );
+  try {
+    pairsOf(filter.metadata);
+    return filter;
+  } catch {
+    return { ...filter, metadata: "" };
+  }
 }
 
 function queryOf(filter) {
   const metadata = pairsOf(filter.metadata).map(([name, value]) => [`metadata[${name}]`, value]);
   return {
-    model: filter.model,
+    model: filter.model.trim(),
     created_after: secondsOf(filter.after),
     created_before: secondsOf(filter.before),
     ...Object.fromEntries(metadata),
@@ -52,25 +71,34 @@ function queryOf(filter) {
 /** Returns the filter as a data set takes it. */
 export function datasetFilter(filter) {
   const fields = {
-    model: filter.model || undefined,
+    model: filter.model.trim() || undefined,
     created_after: secondsOf(filter.after) ?? undefined,
     created_before: secondsOf(filter.before) ?? undefined,
   };
   return { ...fields, metadata: Object.fromEntries(pairsOf(filter.metadata)) };
 }
 
-function Filter({ onApply }) {
-  const [draft, setDraft] = useState(NO_FILTER);
+function Filter({ applied, onApply }) {
+  const [draft, setDraft] = useState(applied);
+  const [error, setError] = useState(null);
   const bind = (name) => ({
     value: draft[name],
     onChange: (value) => setDraft({ ...draft, [name]: value }),
   });
   const clear = () => {
     setDraft(NO_FILTER);
+    setError(null);
     onApply(NO_FILTER);
   };
   const submit = (event) => {
     event.preventDefault();
+    try {
+      pairsOf(draft.metadata);
+    } catch (fault) {
+      setError(fault);
+      return;
+    }
+    setError(null);
     onApply(draft);
   };
   return html`<form class="card" role="search" onSubmit=${submit}>
@@ -80,6 +108,7 @@ function Filter({ onApply }) {
       <${TextField} label="From" type="datetime-local" ...${bind("after")} />
       <${TextField} label="Until" type="datetime-local" ...${bind("before")} />
     </div>
+    <${ErrorNotice} error=${error} />
     <div class="actions">
       <button type="submit" class="primary">Apply the filter</button>
       <button type="button" onClick=${clear}>Clear</button>
@@ -101,7 +130,7 @@ function Inspect({ completion, onDeleted }) {
   const { usage } = completion;
   const path = `${PATH}/${completion.id}`;
   const messages = useResource(() => call(`${path}/messages?limit=100`), [completion.id]);
-  const [isAsked, setAsked] = useState(false);
+  const [isConfirming, setConfirming] = useState(false);
   const remove = async () => {
     await call(path, { method: "DELETE" });
     onDeleted();
@@ -109,7 +138,7 @@ function Inspect({ completion, onDeleted }) {
   const rows = messages.value?.data ?? [];
   return html`<${Section}
     title="Conversation"
-    actions=${html`<button type="button" class="small" onClick=${() => setAsked(true)}>Delete</button>`}
+    actions=${html`<button type="button" class="small" onClick=${() => setConfirming(true)}>Delete</button>`}
   >
     <${ErrorNotice} error=${messages.error} />
     <ol class="messages">
@@ -145,37 +174,39 @@ function Inspect({ completion, onDeleted }) {
       ]}
     />
     ${
-      isAsked &&
+      isConfirming &&
       html`<${Confirm}
         title="Delete this completion?"
-        text="Data sets that were made from it remain."
+        text="Data sets that contain it remain."
         action="Delete it"
         isDanger=${true}
         onConfirm=${remove}
-        onClose=${() => setAsked(false)}
+        onClose=${() => setConfirming(false)}
       />`
     }
   <//>`;
 }
 
 export default function Traffic() {
-  const [filter, setFilter] = useState(NO_FILTER);
-  const [older, setOlder] = useState({ rows: [], hasMore: null });
+  const [filter, setFilter] = useState(() => filterOf(route.value.query));
+  const [appended, setAppended] = useState({ filter, rows: [], hasMore: null });
   const [chosen, setChosen] = useState(null);
   const [numDatasets, setNumDatasets] = useState(0);
   const path = (after) =>
     withQuery(PATH, { ...queryOf(filter), order: "desc", limit: PAGE_ROWS, after });
   const first = useResource(() => call(path(null)), [filter]);
+  // A page that arrives after a change of the filter belongs to the earlier one.
+  const older = appended.filter === filter ? appended : { rows: [], hasMore: null };
   const rows = [...(first.value?.data ?? []), ...older.rows];
   const hasMore = older.hasMore ?? first.value?.has_more ?? false;
   const more = useAction(async () => {
     const page = await call(path(rows.at(-1).id));
-    setOlder({ rows: [...older.rows, ...page.data], hasMore: page.has_more });
+    setAppended({ filter, rows: [...older.rows, ...page.data], hasMore: page.has_more });
   });
   const apply = (next) => {
-    setOlder({ rows: [], hasMore: null });
     setChosen(null);
-    setFilter({ ...next });
+    setFilter({ ...next }); // a copy, so that an equal filter loads the list again
+    replaceQuery(Object.fromEntries(Object.entries(next).filter(([, value]) => value)));
   };
   const columns = [
     {
@@ -196,7 +227,7 @@ export default function Traffic() {
     { title: "Created", cell: (row) => html`<${Ago} at=${row.created} />` },
   ];
   return html`<${PageHead} title="Stored traffic" />
-    <${Filter} onApply=${apply} />
+    <${Filter} applied=${filter} onApply=${apply} />
     <${ErrorNotice} error=${first.error} onRetry=${first.reload} />
     <div class="columns even">
       <div>

@@ -12,21 +12,22 @@ const DAY_SECONDS = 86_400;
 const SPANS = { 1: "Last day", 7: "Last 7 days", 30: "Last 30 days" };
 const GROUPS = { api_key_id: "API key", model: "Model", project_id: "Project" };
 
+/** Returns the buckets of the report, with the group that they were loaded for. */
 async function load(days, group) {
   const start = Math.floor(Date.now() / 1000 / DAY_SECONDS - days + 1) * DAY_SECONDS;
   const query = { start_time: start, bucket_width: "1d", group_by: group, limit: 31 };
   const buckets = [];
   let page = null;
   do {
-    const found = await call(withQuery(PATH, { ...query, page }));
-    buckets.push(...found.data);
-    page = found.has_more ? found.next_page : null;
+    const report = await call(withQuery(PATH, { ...query, page }));
+    buckets.push(...report.data);
+    page = report.has_more ? report.next_page : null;
   } while (page !== null);
-  return buckets;
+  return { buckets, group };
 }
 
 /** Returns the sums of each group over all buckets, those with most tokens first. */
-function totals(buckets, group) {
+function totals({ buckets, group }) {
   const sums = new Map();
   for (const result of buckets.flatMap((bucket) => bucket.results)) {
     const name = result[group] ?? "unknown";
@@ -101,37 +102,32 @@ function Days({ buckets }) {
 export default function Usage() {
   const [days, setDays] = useState(7);
   const [group, setGroup] = useState("api_key_id");
-  const found = useResource(() => load(days, group), [days, group]);
-  const rows = useMemo(() => totals(found.value ?? [], group), [found.value]);
+  const usage = useResource(() => load(days, group), [days, group]);
+  // The old report remains visible while another one is loaded, so it keeps its own headings.
+  const shown = usage.value ?? { buckets: [], group };
+  const rows = useMemo(() => totals(shown), [usage.value]);
   const columns = [
-    { title: GROUPS[group], cell: (row) => html`<code>${row.name}</code>` },
+    { title: GROUPS[shown.group], cell: (row) => html`<code>${row.name}</code>` },
     { title: "Requests", isNumber: true, cell: (row) => integer(row.requests) },
     { title: "Input tokens", isNumber: true, cell: (row) => integer(row.input) },
     { title: "From the prefix cache", isNumber: true, cell: (row) => integer(row.cached) },
     { title: "Output tokens", isNumber: true, cell: (row) => integer(row.output) },
   ];
-  const isMissing = found.error?.status === 404;
-  return html`<${PageHead} title="Usage" /> ${
-      isMissing &&
-      html`<${Empty} title="This service does not report usage"><p>A newer version does.</p><//>`
-    }
+  return html`<${PageHead} title="Usage" />
+    <div class="toolbar">
+      <${InlineSelect}
+        label="Time"
+        options=${SPANS}
+        value=${days}
+        onChange=${(value) => setDays(Number(value))}
+      />
+      <${InlineSelect} label="By" options=${GROUPS} value=${group} onChange=${setGroup} />
+      <button type="button" onClick=${usage.reload}>Refresh</button>
+    </div>
+    <${ErrorNotice} error=${usage.error} onRetry=${usage.reload} />
+    ${usage.isLoading && html`<${Loading} what="Loading the usage" />`}
     ${
-      !isMissing &&
-      html`<div class="toolbar">
-          <${InlineSelect}
-            label="Time"
-            options=${SPANS}
-            value=${days}
-            onChange=${(value) => setDays(Number(value))}
-          />
-          <${InlineSelect} label="By" options=${GROUPS} value=${group} onChange=${setGroup} />
-          <button type="button" onClick=${found.reload}>Refresh</button>
-        </div>
-        <${ErrorNotice} error=${found.error} onRetry=${found.reload} />`
-    }
-    ${found.isLoading && html`<${Loading} what="Loading the usage" />`}
-    ${
-      found.value &&
+      usage.value &&
       rows.length === 0 &&
       html`<${Empty} title="No requests in this time"
         ><p>
@@ -141,8 +137,8 @@ export default function Usage() {
     }
     ${
       rows.length > 0 &&
-      html`<${Section} title="Tokens"><${Days} buckets=${found.value} /><//>
-        <${Section} title=${`By ${GROUPS[group].toLowerCase()}`}>
+      html`<${Section} title="Tokens"><${Days} buckets=${shown.buckets} /><//>
+        <${Section} title=${`By ${GROUPS[shown.group].toLowerCase()}`}>
           <${DataTable}
             caption="Usage"
             columns=${columns}

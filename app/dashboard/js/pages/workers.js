@@ -18,24 +18,18 @@ import {
 
 const POLL_SECONDS = 3;
 const RHYTHM = `, every ${POLL_SECONDS} s while there is work`;
-const OLD_HEARTBEAT_SECONDS = 10;
 
 async function load() {
   return { ...(await call("/v1/workers")), at: Date.now() / 1000 };
 }
 
-function isBusy(found) {
-  const isServing = found.serve_workers.some(
+function isBusy(workers) {
+  const isServing = workers.serve_workers.some(
     (worker) =>
       worker.num_running + worker.num_waiting > 0 ||
       worker.models.some((model) => model.state === "loading"),
   );
-  return isServing || found.num_running_jobs > 0;
-}
-
-function Heartbeat({ seconds }) {
-  const isOld = seconds > OLD_HEARTBEAT_SECONDS;
-  return html`${duration(seconds)}${isOld ? html` <span class="tag warn">late</span>` : ""}`;
+  return isServing || workers.num_running_jobs > 0;
 }
 
 const MODEL_COLUMNS = [
@@ -86,7 +80,7 @@ function ServeWorker({ worker }) {
       </div>
       <div class="figure">
         <dt>Heartbeat</dt>
-        <dd><${Heartbeat} seconds=${worker.heartbeat_age_seconds} /></dd>
+        <dd>${duration(worker.heartbeat_age_seconds)}</dd>
       </div>
       <div class="figure">
         <dt>Engines</dt>
@@ -107,7 +101,7 @@ function ServeWorker({ worker }) {
             caption=${`Models on ${worker.id}`}
             columns=${MODEL_COLUMNS}
             rows=${worker.models}
-            rowKey=${(row) => row.model ?? row.bytes}
+            rowKey=${(row) => worker.models.indexOf(row)}
           />`
         : html`<p class="muted">No model is loaded. The first request for a model loads it.</p>`
     }
@@ -132,7 +126,9 @@ const JOB_COLUMNS = [
   {
     title: "Heartbeat",
     isNumber: true,
-    cell: (job) => html`<${Heartbeat} seconds=${job.heartbeat_age_seconds} />`,
+    cell: (job) =>
+      html`${duration(job.heartbeat_age_seconds)}
+      ${job.is_late && html` <span class="tag warn">late</span>`}`,
   },
   {
     title: "Lease ends in",
@@ -142,18 +138,18 @@ const JOB_COLUMNS = [
 ];
 
 export default function Workers() {
-  const found = useResource(load, []);
-  const { value } = found;
-  usePolling(found.reload, value && isBusy(value) ? POLL_SECONDS : null);
+  const workers = useResource(load, []);
+  const { value } = workers;
+  usePolling(workers.reload, value && isBusy(value) ? POLL_SECONDS : null);
   const others = value ? value.num_running_jobs - value.running_jobs.length : 0;
   return html`<${PageHead}
       title="Workers"
-      actions=${html`<button type="button" onClick=${found.reload}>Refresh</button>`}
+      actions=${html`<button type="button" onClick=${workers.reload}>Refresh</button>`}
     >
       ${value && html`<p class="muted">As of ${clock(value.at)}${isBusy(value) && RHYTHM}.</p>`}
     <//>
-    <${ErrorNotice} error=${found.error} onRetry=${found.reload} />
-    ${found.isLoading && html`<${Loading} what="Loading the workers" />`}
+    <${ErrorNotice} error=${workers.error} onRetry=${workers.reload} />
+    ${workers.isLoading && html`<${Loading} what="Loading the workers" />`}
     ${
       value &&
       html`<${Section} title="Serve workers">
@@ -179,9 +175,9 @@ export default function Workers() {
                   rows=${value.running_jobs}
                   rowKey=${(job) => job.id}
                 />`
-              : html`<p class="muted">None of your jobs is running.</p>`
+              : html`<p class="muted">No job that this key may see is running.</p>`
           }
-          ${others > 0 && html`<p class="muted">${others} more of other projects.</p>`}
+          ${others > 0 && html`<p class="muted">${others} more that this key may not see.</p>`}
         <//>`
     }`;
 }

@@ -29,7 +29,7 @@ function History({ alias, target }) {
 
 function Alias({ alias, model, onChange }) {
   const [isOpen, setOpen] = useState(false);
-  const [asked, setAsked] = useState(null);
+  const [dialog, setDialog] = useState(null);
   const rollBack = async () => {
     const next = await call(aliasPath(alias, "/rollback"), {
       method: "POST",
@@ -61,10 +61,10 @@ function Alias({ alias, model, onChange }) {
     <div class="row">
       <strong>${alias}</strong>
       <div class="actions">
-        <button type="button" class="small" onClick=${() => setAsked("rollback")}>
+        <button type="button" class="small" onClick=${() => setDialog("rollback")}>
           Roll back<span class="visually-hidden"> ${alias}</span>
         </button>
-        <button type="button" class="small" onClick=${() => setAsked("remove")}>
+        <button type="button" class="small" onClick=${() => setDialog("remove")}>
           Delete<span class="visually-hidden"> ${alias}</span>
         </button>
       </div>
@@ -73,7 +73,7 @@ function Alias({ alias, model, onChange }) {
       <summary>History<span class="visually-hidden"> of ${alias}</span></summary>
       ${isOpen && html`<${History} alias=${alias} target=${model.id} />`}
     </details>
-    ${asked && html`<${Confirm} ...${dialogs[asked]} onClose=${() => setAsked(null)} />`}
+    ${dialog && html`<${Confirm} ...${dialogs[dialog]} onClose=${() => setDialog(null)} />`}
   </li>`;
 }
 

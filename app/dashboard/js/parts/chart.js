@@ -1,6 +1,6 @@
 /**
  * Line chart over the steps of a job, drawn by uPlot. It is a figure with a caption, a cursor for
- * the keyboard, and a table of its data, because the canvas itself says nothing to a screen reader.
+ * the keyboard, and a table of its data, because a screen reader cannot read the canvas.
  */
 
 import uPlot from "../../vendor/uplot.js";

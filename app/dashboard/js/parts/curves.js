@@ -6,7 +6,7 @@ import { Chart } from "./chart.js";
 
 const asPercent = (value) => percent(value);
 
-/** Charts in their order, with the series that each shows. */
+/** Charts in the order of the page, with the names of their series. */
 export const GROUPS = [
   {
     title: "Loss",

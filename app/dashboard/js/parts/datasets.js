@@ -1,4 +1,4 @@
-/** Data sets of stored completions: the form that makes one, and the list. */
+/** Data sets of stored completions: the form that creates one, and the list. */
 
 import { html, useState } from "../html.js";
 import { call } from "../api.js";
@@ -89,11 +89,11 @@ const COLUMNS = [
 ];
 
 export function Datasets() {
-  const found = useResource(() => call("/v1/datasets?limit=20"), []);
-  const rows = found.value?.data ?? [];
-  usePolling(found.reload, rows.some((set) => ACTIVE.has(set.status)) ? POLL_SECONDS : null);
+  const datasets = useResource(() => call("/v1/datasets?limit=20"), []);
+  const rows = datasets.value?.data ?? [];
+  usePolling(datasets.reload, rows.some((set) => ACTIVE.has(set.status)) ? POLL_SECONDS : null);
   return html`<${Section} title="Data sets">
-    <${ErrorNotice} error=${found.error} />
+    <${ErrorNotice} error=${datasets.error} />
     ${
       rows.length > 0
         ? html`<${DataTable}

@@ -1,4 +1,4 @@
-/** What a job will cost, as the service estimates it before anything is spent. */
+/** Estimate of the time, memory and disk that a job will need. */
 
 import { html, useEffect, useState } from "../html.js";
 import { call } from "../api.js";
@@ -8,7 +8,7 @@ import { ErrorNotice, Facts, Section } from "./ui.js";
 const PATH = "/v1/fine_tuning/jobs/estimate";
 const WAIT_MS = 500; // after the last change of the form
 
-/** Asks for an estimate when the body has not changed for a moment. */
+/** Requests an estimate when the body has not changed for a moment. */
 function useEstimate(body) {
   const [state, setState] = useState({ value: null, error: null });
   const text = body && JSON.stringify(body);
@@ -34,9 +34,6 @@ function useEstimate(body) {
 
 export function Estimate({ body }) {
   const { value, error } = useEstimate(body);
-  // A service of an older version does not estimate. Its answer to an unknown model is a 404, too.
-  const isUnsupported = error && (error.code === "unknown_url" || error.status === 405);
-  if (isUnsupported) return null;
   return html`<${Section} title="Estimate">
     ${
       !value &&

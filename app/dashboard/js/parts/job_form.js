@@ -1,4 +1,4 @@
-/** The fields of the form for a new job, and the request that they make. */
+/** Fields of the form for a new job, and the request body that they describe. */
 
 import { html } from "../html.js";
 import { SelectField, TextArea, TextField } from "./fields.js";
@@ -183,7 +183,7 @@ export function JobFields({ form, setForm, models, files }) {
     </details>`;
 }
 
-/** Returns the texts of a choice of files, by their ids. */
+/** Returns the labels of files in a select field, by file id. */
 export function fileNames(files) {
   return Object.fromEntries(
     files.map((file) => [file.id, `${file.filename} (${file.rows ?? "?"} rows)`]),

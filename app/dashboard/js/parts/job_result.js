@@ -1,7 +1,7 @@
 /** The result of a job: a table with intervals, sample answers side by side, and a ladder's plots. */
 
 import { html, useState } from "../html.js";
-import { call, request } from "../api.js";
+import { call } from "../api.js";
 import { bytes, count, integer, number, percent, plural, words } from "../format.js";
 import { useAction, useResource } from "../live.js";
 import { save } from "./download.js";
@@ -63,7 +63,7 @@ function Value({ entry, name, format }) {
     }`;
 }
 
-/** The difference that the training made, and whether its interval leaves out 0. */
+/** The change by training, and whether its confidence interval excludes 0. */
 function Change({ difference, name, format }) {
   if (difference?.[name] === undefined) return "";
   const [low, high] = difference.intervals[name];
@@ -137,9 +137,7 @@ function Compression({ compression }) {
 
 function ResultFiles({ ids }) {
   const files = useResource(() => Promise.all(ids.map((id) => call(`/v1/files/${id}`))), [ids]);
-  const download = useAction(async (file) =>
-    save(await request(`/v1/files/${file.id}/content`), file.filename),
-  );
+  const download = useAction((file) => save(`/v1/files/${file.id}/content`, file.filename));
   if (!ids.length) return null;
   return html`<div class="actions">
       <span class="muted">Result files:</span>
@@ -149,6 +147,7 @@ function ResultFiles({ ids }) {
             type="button"
             class="small"
             key=${file.id}
+            disabled=${download.isBusy}
             onClick=${() => download.run(file)}
           >
             Download ${file.filename}

@@ -1,10 +1,11 @@
-/** Facts about jobs that several pages need. */
+/** Constants and functions for jobs that several pages use. */
 
 export const STATUSES = ["queued", "running", "paused", "succeeded", "failed", "cancelled"];
 export const ACTIVE = new Set(["validating_files", "queued", "running"]);
+export const MAX_COMPARED = 6; // as many as there are colours and dashes for series
 export const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 
-/** Returns the name by which people know a job: that of its model, or its suffix. */
+/** Returns the displayed name of a job: its model, its suffix, or its start model. */
 export function nameOf(job) {
   return job.fine_tuned_model ?? job.user_provided_suffix ?? job.model;
 }
@@ -25,7 +26,7 @@ export function seriesByName(metrics) {
   return new Map(metrics.data.map((series) => [series.name, series.points]));
 }
 
-/** Returns the points with one more. A resumed job may write a step again. */
+/** Returns the points with a new one. It replaces the point of the same step after a resume. */
 export function withPoint(points, step, value) {
   const last = points.at(-1);
   if (last === undefined || last.step < step) return [...points, { step, value }];

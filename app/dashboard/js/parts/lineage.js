@@ -3,7 +3,7 @@
 import { html } from "../html.js";
 import { count, percent } from "../format.js";
 import { link } from "../router.js";
-import { Section } from "./ui.js";
+import { ErrorNotice, Loading, Section } from "./ui.js";
 
 function parentsOf(model) {
   return [...new Set([model.teacher, model.base_model].filter(Boolean))];
@@ -59,7 +59,23 @@ function Node({ model, isCurrent, note }) {
   </div>`;
 }
 
-export function Lineage({ model, models }) {
+/**
+ * @param {object} model - the model of the page
+ * @param {{value: {data: object[]}|null, error: Error|null, reload: () => void}} list - all models
+ *   that the key may see. Others may be deleted, or belong to another project.
+ */
+export function Lineage({ model, list }) {
+  return html`<${Section} title="Lineage">
+    <${ErrorNotice} error=${list.error} onRetry=${list.reload} />
+    ${
+      list.value
+        ? html`<${Family} model=${model} models=${list.value.data} />`
+        : !list.error && html`<${Loading} what="Loading the lineage" />`
+    }
+  <//>`;
+}
+
+function Family({ model, models }) {
   const byId = new Map(models.map((one) => [one.id, one]));
   const older = ancestors(model, byId);
   const nested = (rest) => {
@@ -74,7 +90,7 @@ export function Lineage({ model, models }) {
         next.model
           ? html`<${Node} model=${next.model} note=${next.role} />`
           : html`<div class="node">
-              <span>${next.id}</span> <span class="muted small-text">${next.role}, deleted</span>
+              <span>${next.id}</span> <span class="muted small-text">${next.role}, not available</span>
             </div>`
       }
       <ul>
@@ -83,10 +99,8 @@ export function Lineage({ model, models }) {
     </li>`;
   };
   const isAlone = older.length === 0 && !models.some((one) => parentsOf(one).includes(model.id));
-  return html`<${Section} title="Lineage">
-    <ul class="lineage">
+  return html`<ul class="lineage">
       ${nested(older)}
     </ul>
-    ${isAlone && html`<p class="muted">No other model descends from this one yet.</p>`}
-  <//>`;
+    ${isAlone && html`<p class="muted">No other model descends from this one yet.</p>`}`;
 }

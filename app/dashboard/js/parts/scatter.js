@@ -1,4 +1,4 @@
-/** Scatter plot of a few models as SVG: each point can get the focus, and a table has its data. */
+/** Scatter plot of a few models as SVG. Each point can get the focus, and a table has its data. */
 
 import { html } from "../html.js";
 import { DataTable } from "./ui.js";

@@ -62,12 +62,12 @@ function TokenCounts({ rows, model }) {
       }),
     ),
   );
-  const [found, setFound] = useState(null);
-  useEffect(() => setFound(null), [rows, model]);
+  const [results, setResults] = useState(null);
+  useEffect(() => setResults(null), [rows, model]);
   const count = async () => {
     const next = await counts.run();
     if (next) {
-      setFound(next);
+      setResults(next);
       announce("The tokens are counted");
     }
   };
@@ -78,9 +78,9 @@ function TokenCounts({ rows, model }) {
     </button>
     <${ErrorNotice} error=${counts.error} />
     ${
-      found &&
+      results &&
       html`<ol class="tokens">
-        ${found.map(({ count: total, tokens }, i) => {
+        ${results.map(({ count: total, tokens }, i) => {
           const rest = tokens.length > SHOWN_TOKENS ? " …" : "";
           return html`<li key=${i}>
             ${plural(total, "token")}:${" "}

@@ -1,4 +1,4 @@
-/** Small parts that all pages use: icons, badges, notices, fields, tables and text to copy. */
+/** Components that all pages use: icons, badges, notices, fields, tables and text to copy. */
 
 import { html, signal, useId, useLayoutEffect, useRef, useState } from "../html.js";
 import { ago, date, words } from "../format.js";
@@ -39,7 +39,7 @@ export function Status({ value, note }) {
   </span>`;
 }
 
-/** What the API answered when a request failed, in its own words. */
+/** Shows the message of an error, and a button that tries again. */
 export function ErrorNotice({ error, onRetry }) {
   if (!error) return null;
   return html`<div class="notice error" role="alert">
@@ -49,7 +49,7 @@ export function ErrorNotice({ error, onRetry }) {
   </div>`;
 }
 
-/** A list without entries: what is missing, and what to do next. */
+/** Replaces an empty list with a title and the next step for the user. */
 export function Empty({ title, children }) {
   return html`<div class="empty">
     <p class="empty-title">${title}</p>

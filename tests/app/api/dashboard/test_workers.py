@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -9,13 +10,16 @@ import pytest
 import redis
 
 from app.contracts.control import ModelState, ServeWorkerStatus
+from app.contracts.generation import ServingOptions, serving_key_of
 from app.contracts.messages import serve_worker_key
+from app.db.schema.tables import Job, Model
+from app.db.session import transaction
 from app.settings import Settings
 from tests.app.api.conftest import PROJECT, Service
 from tests.job_rows import add_job, claim
 from tests.serve_worker import wait_for
 
-READ_ONLY = ("models:read",)
+READ_ONLY = ("models:read", "jobs:read")
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +47,8 @@ def beat(valkey_url: str, **changes: object) -> None:
 def workers(http: httpx.Client) -> list[dict[str, Any]]:  # Any: JSON
     answer = http.get("/v1/workers")
     assert answer.status_code == 200, answer.text
-    found: list[dict[str, Any]] = answer.json()["serve_workers"]
-    return found
+    serve_workers: list[dict[str, Any]] = answer.json()["serve_workers"]
+    return serve_workers
 
 
 def test_a_serve_worker_is_shown_with_its_models_and_load(
@@ -63,6 +67,19 @@ def test_a_serve_worker_is_shown_with_its_models_and_load(
     assert (known["model"], known["state"], known["is_pinned"]) == ("tiny", "resident", True)
     # Neither the name nor the error of a model that the key cannot see is shown.
     assert (unknown["model"], unknown["error"]) == (None, None)
+
+
+def test_a_model_with_serving_options_is_shown_by_its_name(
+    valkey: str, http: httpx.Client, register: Callable[..., str]
+) -> None:
+    options = ServingOptions(weights="int8")
+    with transaction() as session:
+        model = session.get_one(Model, register("tiny"))
+        model.serving = options.model_dump(mode="json")
+    key = serving_key_of("models/tiny", options)
+    beat(valkey, models=(ModelState(serving_key=key, state="resident", bytes=1000),))
+    wait_for(lambda: workers(http), 10, "the heartbeat was not seen")
+    assert [model["model"] for model in workers(http)[0]["models"]] == ["tiny"]
 
 
 @pytest.mark.parametrize(
@@ -92,6 +109,34 @@ def test_running_jobs_show_their_leases_to_their_owners_only(service: Service) -
         assert 0 <= job["heartbeat_age_seconds"] < job["lease_seconds"]
         everything = operator.get("/v1/workers").json()["running_jobs"]
         assert [job["id"] for job in everything] == ["ftjob-ours", "ftjob-theirs"]
+
+
+def test_keys_without_the_scope_for_jobs_see_no_jobs(service: Service) -> None:
+    add_job("ftjob-ours", project_id=PROJECT)
+    claim("train-1")
+    with service.http(service.new_key(scopes=("models:read",))) as http:
+        shown = http.get("/v1/workers").json()
+    assert (shown["running_jobs"], shown["num_running_jobs"]) == ([], 1)
+
+
+def test_a_job_is_late_ten_seconds_after_its_heartbeat_was_due(
+    service: Service, http: httpx.Client
+) -> None:
+    ages = {"ftjob-a": 1, "ftjob-b": 15, "ftjob-c": 25}  # a heartbeat is due every 10 s
+    for job_id in ages:
+        add_job(job_id, project_id=PROJECT)
+        claim("train-1")
+    with transaction() as session:
+        for job_id, seconds in ages.items():
+            job = session.get_one(Job, job_id)
+            assert job.last_heartbeat_at is not None
+            job.last_heartbeat_at -= timedelta(seconds=seconds)
+    jobs = http.get("/v1/workers").json()["running_jobs"]
+    assert {job["id"]: job["is_late"] for job in jobs} == {
+        "ftjob-a": False,
+        "ftjob-b": False,
+        "ftjob-c": True,
+    }
 
 
 def test_a_key_without_the_scope_is_refused(service: Service) -> None:
