@@ -65,7 +65,7 @@ def distillation(
             "type": "distillation",
             "distillation": {
                 "teacher": teacher,
-                "student": {**student, "vocabulary": "rows"},
+                "student": {"vocabulary": "rows", **student},
                 "data": {"completions": "dataset", "max_new_tokens": 6, "temperature": 0.0},
                 **objective,
                 "hyperparameters": {"n_epochs": n_epochs},

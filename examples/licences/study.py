@@ -90,15 +90,19 @@ class Study:
         return self.measured(self.model_of(body))
 
     def student_alone(self, number: int) -> Measured:
-        """Returns the figures of a student that learns from the labels alone."""
+        """Returns the figures of a student that learns from the labels alone.
+
+        It keeps all tokens of the teacher, because few rows do not contain those of other notices.
+        """
         body = distillation(
             TEACHER,
             self.file_of(f"labelled-{number}", self.labelled[number]),
             self.valid,
             self.seed,
+            student={**SMALL_STUDENT, "vocabulary": "all"},
             n_epochs=EPOCHS_ALONE[number],
             uses_teacher=False,
-            name=f"study-alone-{number}",
+            name=f"study-labels-alone-{number}",
         )
         return self.measured(self.model_of(body))
 
