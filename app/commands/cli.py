@@ -19,8 +19,8 @@ from app.commands.limit_commands import (
     TokensPerMinute,
 )
 from app.commands.remote import batches, files, generation, jobs, usage
-from app.commands.remote.output import Cell, Json, moment, show_json, show_table
-from app.commands.shell import DataDir, IsJson, console, fail, use, use_service
+from app.commands.remote.output import Cell, moment, show_json, show_table
+from app.commands.shell import DataDir, IsJson, Json, console, escaped, fail, use, use_service
 
 imports_done()
 
@@ -262,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = expected_message(error)
         if message is None:
             raise
-        sys.exit(f"stillhouse: {message}")
+        sys.exit(escaped(f"stillhouse: {message}"))
 
 
 def expected_message(error: Exception) -> str | None:

@@ -13,6 +13,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from app.commands.shell import Json
 from app.settings import Settings
 
 TIMEOUT: Final = httpx.Timeout(60.0, connect=10.0)
@@ -24,7 +25,6 @@ TEMPORARY_STATUSES: Final = frozenset({429, 502, 503, 504})
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 KEY: Final = re.compile(r"[\x21-\x7e]+")
 ALL_ADDRESSES: Final = frozenset({"0.0.0.0", "::", ""})
-Json = dict[str, Any]  # Any: JSON bodies of the API
 Query = Mapping[str, str | int | float | list[str] | None]
 
 

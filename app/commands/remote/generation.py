@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from app.commands.remote.connection import over_http
-from app.commands.remote.output import Json, show_json
-from app.commands.shell import console, fail, messages
+from app.commands.remote.output import show_json
+from app.commands.shell import Json, console, fail, messages
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from app.commands.remote.listing import Window, merge, pages
 from app.commands.remote.output import (
@@ -12,12 +12,12 @@ from app.commands.remote.output import (
     show_json,
     show_json_line,
 )
+from app.commands.shell import Json
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
 
 WAIT_SECONDS: Final = 1.0
-Json = dict[str, Any]  # Any: JSON bodies of the API
 
 
 def print_events(service: "RemoteService", job_path: str, window: Window) -> None:

@@ -8,8 +8,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 import typer
 
-from app.commands.remote.output import Json
-from app.commands.shell import note
+from app.commands.shell import Json, note
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
