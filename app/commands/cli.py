@@ -2,6 +2,7 @@
 
 from app.fast_imports import imports_done  # isort: split
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from app.commands.shell import DataDir, IsJson, Json, console, escaped, fail, us
 imports_done()
 
 KERNELS_MODULE = "worker.build_kernels"  # it needs torch, which this process does not load
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 HTTP_PANEL = "Over HTTP, here or from another machine"
 
 # Modules with commands import heavy libraries inside the commands, so that help and shell
@@ -267,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def expected_message(error: Exception) -> str | None:
     """Returns the message of an error that a user can act on, or None for a bug."""
+    if isinstance(error, OSError) and (error.filename or error.errno in NO_SPACE):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     if not isinstance(error, RuntimeError):  # imports nothing for errors of the HTTP commands
         from app.db.session import DatabaseUnavailable
         from app.errors import StillhouseError

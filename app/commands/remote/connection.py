@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from inspect import Parameter
 from pathlib import Path
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
 
 PANEL: Final = "Connection"
+URL_VARIABLE: Final = "STILLHOUSE_URL"
+KEY_VARIABLE: Final = "STILLHOUSE_API_KEY"
 Url = Annotated[
     str | None,
     typer.Option(
-        envvar="STILLHOUSE_URL",
-        help="URL of the service; default: this machine.",
+        help="URL of the service; default: STILLHOUSE_URL, or this machine.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -28,9 +30,7 @@ ApiKey = Annotated[
     typer.Option(
         "--key",
         "--api-key",
-        envvar="STILLHOUSE_API_KEY",
-        show_envvar=True,
-        help="API key; default on this machine: the key in the data folder.",
+        help="API key; default: STILLHOUSE_API_KEY, or on this machine the key in the data folder.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -38,7 +38,7 @@ RemoteDataDir = Annotated[
     Path | None,
     typer.Option(
         "--data-dir",
-        help="Data folder of a service on this machine.",
+        help="Data folder of a service on this machine; it is used instead of STILLHOUSE_URL.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -50,7 +50,30 @@ def connect(url: str | None, api_key: str | None, data_dir: Path | None) -> "Rem
     """Returns a client of the service that the options name. Raises RemoteError."""
     from app.commands.remote_service import RemoteService, find_address
 
-    return RemoteService(find_address(use(data_dir), url, api_key))
+    settings, key = use(data_dir), chosen_key(url, api_key, data_dir)
+    return RemoteService(find_address(settings, chosen_url(url, data_dir), key))
+
+
+def chosen_url(url: str | None, data_dir: Path | None) -> str | None:
+    """Returns --url, or else STILLHOUSE_URL; None for a service on this machine.
+
+    The variable does not count if --data-dir is given.
+    """
+    if url is not None or data_dir is not None:
+        return url
+    return os.environ.get(URL_VARIABLE) or None
+
+
+def chosen_key(url: str | None, api_key: str | None, data_dir: Path | None) -> str | None:
+    """Returns --key, or else STILLHOUSE_API_KEY; None if neither is meant for the service.
+
+    The variable does not count if --data-dir is used instead of STILLHOUSE_URL, because the key
+    belongs to the service of that URL.
+    """
+    is_for_another = url is None and data_dir is not None and os.environ.get(URL_VARIABLE)
+    if api_key is not None or is_for_another:
+        return api_key
+    return os.environ.get(KEY_VARIABLE) or None
 
 
 def over_http(

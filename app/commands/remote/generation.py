@@ -49,7 +49,7 @@ def generate(
     body = {"model": model, "prompt": read_prompt(prompt)}
     body |= sampling(max_tokens, temperature, top_p, seed, stop)
     if is_json:
-        show_json(service.post(COMPLETIONS, body))
+        show_json(service.post(COMPLETIONS, body, is_long=True))
     else:
         print_answer(service, COMPLETIONS, body)
 
@@ -84,7 +84,7 @@ def chat(
         return
     body["messages"] = [*first, {"role": "user", "content": read_prompt(prompt)}]
     if is_json:
-        show_json(service.post(CHATS, body))
+        show_json(service.post(CHATS, body, is_long=True))
     else:
         print_answer(service, CHATS, body)
 

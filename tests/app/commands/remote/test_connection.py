@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from app.commands.cli import main
+from app.commands.remote.connection import chosen_key, chosen_url
 from app.commands.remote_service import Address, RemoteError, RemoteService, find_address, local_url
 from app.local.embedded_servers import write_service
 from app.settings import Settings
@@ -124,7 +125,24 @@ def test_the_service_of_the_data_folder_is_found_at_its_own_port(
     assert local_url("::1", 8400) == "http://[::1]:8400"
 
 
-@pytest.mark.parametrize("url", ["stillhouse.example", "ftp://x", "http://", "http://x:port"])
+def test_an_explicit_data_folder_wins_over_the_url_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("STILLHOUSE_API_KEY", "sk-sh-away")
+    assert chosen_key(None, None, tmp_path) == "sk-sh-away"  # no other service is named
+    monkeypatch.setenv("STILLHOUSE_URL", "https://away.example")
+    assert chosen_url(None, None) == "https://away.example"
+    assert chosen_key(None, None, None) == "sk-sh-away"
+    assert chosen_url(None, tmp_path) is None
+    assert chosen_key(None, None, tmp_path) is None  # the key belongs to the other service
+    assert chosen_url("http://here", tmp_path) == "http://here"
+    assert chosen_key(None, "sk-sh-given", tmp_path) == "sk-sh-given"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["stillhouse.example", "ftp://x", "http://", "http://x:port", "http://[::1", "http://a\x00b"],
+)
 def test_what_is_no_url_is_refused(settings_env: Callable[..., Settings], url: str) -> None:
     with pytest.raises(RemoteError, match="is not a URL"):
         find_address(settings_env(), url, "k")
@@ -138,3 +156,20 @@ def test_without_a_service_and_a_key_the_error_says_what_to_do(
         find_address(settings, None, None)
     with pytest.raises(RemoteError, match="has characters that no key has"):
         find_address(settings, "http://127.0.0.1:8400", "ключ")
+
+
+def test_an_id_that_makes_no_url_is_an_error_with_advice() -> None:
+    with (
+        RemoteService(Address(NOBODY, "k")) as remote,
+        pytest.raises(RemoteError, match="is the id correct"),
+    ):
+        remote.get("/v1/models/" + "m" * 70_000)
+
+
+def test_an_unreadable_key_is_an_error_with_its_path(
+    settings_env: Callable[..., Settings],
+) -> None:
+    settings = settings_env()
+    (settings.data_dir / "api_key").mkdir(parents=True)
+    with pytest.raises(RemoteError, match=r"api_key cannot be read .*; give --key"):
+        find_address(settings, None, None)
