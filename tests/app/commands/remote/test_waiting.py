@@ -12,6 +12,7 @@ import pytest
 
 from app.commands import remote_service
 from app.commands.cli import main
+from app.commands.progress_lines import ProgressLines
 from app.commands.remote import registry
 
 Json = dict[str, Any]  # Any: JSON bodies of the API
@@ -98,7 +99,7 @@ def test_a_model_is_not_awaited_for_ever_without_a_serve_worker(
 def test_json_of_a_loaded_model_is_all_of_standard_output(
     stub: Stub, run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry.ProgressLines.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(ProgressLines.__init__, "__defaults__", (0.0,))
     loaded = {**MODEL_STATUS, "state": "resident", "workers": [{**WORKER, "state": "resident"}]}
     stub.answers["POST /v1/models/m/load"] = [document({**MODEL_STATUS, "workers": [WORKER]})]
     stub.answers["GET /v1/models/m/status"] = [document(loaded)]
