@@ -170,7 +170,10 @@ def test_operations(service: Service, service_dir: Path, folder: Path) -> None:
 
 
 def test_from_trl(service: Service, folder: Path) -> None:
-    run_page(Reader(service, folder, {**SMALL, "my-teacher": TEACHER}), "how-to/from-trl.md")
+    run_page(
+        Reader(service, folder, {**SMALL, "my-teacher": TEACHER, "my-student": TEACHER}),
+        "how-to/from-trl.md",
+    )
 
 
 @pytest.mark.parametrize("page", ["gpu.md", "cluster.md"])
