@@ -9,9 +9,15 @@ from pathlib import Path
 from tests.documentation import ROOT
 from tests.e2e.service import Service
 
-PRIVATE = (
-    "^(BASH.*|DIRSTACK|EUID|GROUPS|HOSTNAME|IFS|OPT.*|PPID|SHELL.*|SHLVL|UID|PATH|PWD|OLDPWD|_)="
-)
+# Runs the code, and saves the variables that it has added. The variables of the shell itself must not
+# be saved: one of them is the command.
+SCRIPT = """set -eu; touch .state; . ./.state
+reader_before=" $(compgen -v | tr '\\n' ' ') reader_before reader_name "
+%s
+for reader_name in $(compgen -v); do
+  case $reader_before in *" $reader_name "*) ;; *) declare -p "$reader_name" >> .state ;; esac
+done
+"""
 
 
 class Reader:
@@ -44,10 +50,8 @@ class Reader:
             client.close()  # type: ignore[attr-defined]  # the pages name their OpenAI client so
 
     def _shell(self, code: str) -> str:
-        save = f"(set -o posix; set) | grep -vE '{PRIVATE}' > .state"
-        script = f"set -eu; touch .state; set -a; . ./.state; set +a\n{code}\n{save}"
         done = subprocess.run(
-            ["bash", "-c", script],
+            ["bash", "-c", SCRIPT % code],
             cwd=self.folder,
             env={
                 **self.service.environment,

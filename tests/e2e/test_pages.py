@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import httpx
 import pytest
 
 from app.local.embedded_servers import LocalPostgres
@@ -19,6 +20,7 @@ from tests.documentation import DOCS, Block, code_blocks
 from tests.e2e.reader import Reader
 from tests.e2e.service import TEACHER, Service, start_service
 from tests.hub_server import running_hub
+from tests.serve_worker import wait_for
 from tests.tool_model import QUESTION, TOOL
 
 pytestmark = pytest.mark.e2e
@@ -81,6 +83,7 @@ def test_serving(
 
 def test_traffic(service: Service, folder: Path, jobs_are_ended: None) -> None:
     changes = {
+        "store=True,": "store=True, max_tokens=12,",
         **SMALL,
         "my-teacher": TEACHER,
         '"mask": "all"': '"finish_reasons": ["length", "stop"]',
@@ -160,7 +163,9 @@ def test_operations(service: Service, service_dir: Path, folder: Path) -> None:
         assert start.code == 'stillhouse up --data-dir "$D"\n'
         restored = start_service(data_dir, STILLHOUSE_DATABASE_URL=postgres.url)
         try:
-            assert "reachable" in reader.run(*doctor)
+            ready = f"{restored.url}/health/ready"
+            wait_for(lambda: httpx.get(ready).json()["serve_workers"], 60, "no serve worker")
+            assert "commits are durable" in reader.run(*doctor)
             with restored.client(service.key) as client:
                 assert TEACHER in [model.id for model in client.models.list()]
                 answer = client.completions.create(model=TEACHER, prompt="The still", max_tokens=4)
