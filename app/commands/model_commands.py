@@ -10,7 +10,7 @@ import typer
 
 from app.commands.progress_lines import ENDED, ProgressLines
 from app.commands.remote.aliases import aliases
-from app.commands.remote.connection import ApiKey, Url, chosen_url, connect, over_http
+from app.commands.remote.connection import ApiKey, Url, connect, over_http
 from app.commands.remote.registry import registry, show_models
 from app.commands.shell import (
     DataDir,
@@ -56,7 +56,6 @@ def import_model(
     data_dir: DataDir = None,
 ) -> None:
     """Imports a model and waits until it is registered. With --url, uploads it over HTTP."""
-    url = chosen_url(url, data_dir)
     if url is None:
         from app.services import imports
 
@@ -89,7 +88,7 @@ def list_models(
         with connect(url, api_key, data_dir) as service:
             show_models(service.get("/v1/models"), is_json=is_json)
         return
-    if chosen_url(url, data_dir) is not None:
+    if url is not None:
         fail("--project reads the database of this machine; leave --url and STILLHOUSE_URL out")
     from app.db import models as table
     from app.db.session import transaction

@@ -24,7 +24,11 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 DataDir = Annotated[
     Path | None,
-    typer.Option("--data-dir", help="Data folder; default: STILLHOUSE_DATA_DIR, or .stillhouse."),
+    typer.Option(
+        "--data-dir",
+        is_eager=True,  # read before the URL of a service (app/commands/remote/connection.py)
+        help="Data folder; default: STILLHOUSE_DATA_DIR, or .stillhouse.",
+    ),
 ]
 IsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

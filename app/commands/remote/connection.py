@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from inspect import Parameter
 from pathlib import Path
@@ -16,12 +15,35 @@ if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
 
 PANEL: Final = "Connection"
-URL_VARIABLE: Final = "STILLHOUSE_URL"
-KEY_VARIABLE: Final = "STILLHOUSE_API_KEY"
+OTHER_SERVICE: Final = "stillhouse.other_service"  # key in the metadata of a command
+
+
+def chosen_url(context: typer.Context, url: str | None) -> str | None:
+    """Returns --url or STILLHOUSE_URL. An explicit --data-dir is stronger than the variable."""
+    is_here = context.params.get("data_dir") is not None
+    context.meta[OTHER_SERVICE] = is_here and is_from_environment(context, "url")
+    return None if context.meta[OTHER_SERVICE] else url
+
+
+def chosen_key(context: typer.Context, key: str | None) -> str | None:
+    """Returns --key or STILLHOUSE_API_KEY, unless the variable belongs to another service."""
+    # An explicit key may be read before the URL.
+    is_for_other = is_from_environment(context, "api_key") and context.meta[OTHER_SERVICE]
+    return None if is_for_other else key
+
+
+def is_from_environment(context: typer.Context, parameter: str) -> bool:
+    """Returns whether the value of a parameter comes from a variable."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "ENVIRONMENT"
+
+
 Url = Annotated[
     str | None,
     typer.Option(
-        help="URL of the service; default: STILLHOUSE_URL, or this machine.",
+        envvar="STILLHOUSE_URL",
+        callback=chosen_url,
+        help="URL of the service; default: this machine.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -30,7 +52,10 @@ ApiKey = Annotated[
     typer.Option(
         "--key",
         "--api-key",
-        help="API key; default: STILLHOUSE_API_KEY, or on this machine the key in the data folder.",
+        envvar="STILLHOUSE_API_KEY",
+        show_envvar=True,
+        callback=chosen_key,
+        help="API key; default on this machine: the key in the data folder.",
         rich_help_panel=PANEL,
     ),
 ]
@@ -38,6 +63,7 @@ RemoteDataDir = Annotated[
     Path | None,
     typer.Option(
         "--data-dir",
+        is_eager=True,  # read before the URL
         help="Data folder of a service on this machine; it is used instead of STILLHOUSE_URL.",
         rich_help_panel=PANEL,
     ),
@@ -50,30 +76,7 @@ def connect(url: str | None, api_key: str | None, data_dir: Path | None) -> "Rem
     """Returns a client of the service that the options name. Raises RemoteError."""
     from app.commands.remote_service import RemoteService, find_address
 
-    settings, key = use(data_dir), chosen_key(url, api_key, data_dir)
-    return RemoteService(find_address(settings, chosen_url(url, data_dir), key))
-
-
-def chosen_url(url: str | None, data_dir: Path | None) -> str | None:
-    """Returns --url, or else STILLHOUSE_URL; None for a service on this machine.
-
-    The variable does not count if --data-dir is given.
-    """
-    if url is not None or data_dir is not None:
-        return url
-    return os.environ.get(URL_VARIABLE) or None
-
-
-def chosen_key(url: str | None, api_key: str | None, data_dir: Path | None) -> str | None:
-    """Returns --key, or else STILLHOUSE_API_KEY; None if neither is meant for the service.
-
-    The variable does not count if --data-dir is used instead of STILLHOUSE_URL, because the key
-    belongs to the service of that URL.
-    """
-    is_for_another = url is None and data_dir is not None and os.environ.get(URL_VARIABLE)
-    if api_key is not None or is_for_another:
-        return api_key
-    return os.environ.get(KEY_VARIABLE) or None
+    return RemoteService(find_address(use(data_dir), url, api_key))
 
 
 def over_http(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from app.commands.cli import main
-from app.commands.remote.connection import chosen_key, chosen_url
 from app.commands.remote_service import Address, RemoteError, RemoteService, find_address, local_url
 from app.local.embedded_servers import write_service
 from app.settings import Settings
@@ -86,18 +85,34 @@ def test_the_service_of_the_data_folder_is_found_at_its_own_port(
     assert local_url("::1", 8400) == "http://[::1]:8400"
 
 
-def test_an_explicit_data_folder_wins_over_the_url_of_the_environment(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("command", [["files", "list"], ["models", "list"]], ids=" ".join)
+def test_an_explicit_data_folder_wins_over_the_service_of_the_environment(
+    service: Service,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: list[str],
 ) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    key, port = service.new_key(), service.url.rpartition(":")[2]
+    write_service(folder, {"STILLHOUSE_HOST": "127.0.0.1", "STILLHOUSE_PORT": port})
+
+    def run(*options: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--json", *options])
+        return f"{capsys.readouterr().out}{ended.value.code}"
+
+    monkeypatch.setenv("STILLHOUSE_API_KEY", key)
+    assert run("--data-dir", str(folder)).endswith("0")  # the key is not for another service
+    monkeypatch.setenv("STILLHOUSE_URL", NOBODY)
+    assert "does not answer" in run()
+    assert "does not answer" in run("--data-dir", str(folder), "--url", NOBODY)
+    assert "no service runs" in run("--data-dir", str(folder))
+    assert run("--data-dir", str(folder), "--key", key).endswith("0")
+    (folder / "api_key").write_text(key)
     monkeypatch.setenv("STILLHOUSE_API_KEY", "sk-sh-away")
-    assert chosen_key(None, None, tmp_path) == "sk-sh-away"  # no other service is named
-    monkeypatch.setenv("STILLHOUSE_URL", "https://away.example")
-    assert chosen_url(None, None) == "https://away.example"
-    assert chosen_key(None, None, None) == "sk-sh-away"
-    assert chosen_url(None, tmp_path) is None
-    assert chosen_key(None, None, tmp_path) is None  # the key belongs to the other service
-    assert chosen_url("http://here", tmp_path) == "http://here"
-    assert chosen_key(None, "sk-sh-given", tmp_path) == "sk-sh-given"
+    assert run("--data-dir", str(folder)).endswith("0")
 
 
 @pytest.mark.parametrize(
