@@ -40,9 +40,9 @@ DROP = "DROP DATABASE IF EXISTS {} WITH (FORCE)"
 class SpareDatabases:
     """Databases of one server that are equal to the template."""
 
-    def __init__(self, server_url: str, template: str) -> None:
+    def __init__(self, server_url: str, template: str, *, prefix: str = "test") -> None:
         self._server_url = server_url
-        self._template = template
+        self._template, self._prefix = template, prefix
         self._spare: list[str] = []
         self._all: list[str] = []
         self._numbers = itertools.count()
@@ -52,7 +52,7 @@ class SpareDatabases:
     def take(self) -> str:
         """Returns the URL of an empty, migrated database."""
         if not self._spare:
-            name = f"test_{os.getpid()}_{next(self._numbers)}"
+            name = f"{self._prefix}_{os.getpid()}_{next(self._numbers)}"
             self._all.append(name)
             self._run(DROP, name)  # a killed session with the same process id may have left it
             self._run("CREATE DATABASE {} TEMPLATE {}", name, self._template)
