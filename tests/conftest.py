@@ -73,7 +73,7 @@ def valkey_url(service_dir: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def template_database(postgres_url: str) -> Iterator[str]:
-    """Name of a migrated, empty database that each test copies."""
+    """Name of a migrated, empty database, from which the databases of the tests are copied."""
     name = f"template_{os.getpid()}"
     _run(postgres_url, "DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
     _run(postgres_url, "CREATE DATABASE {}", name)
@@ -106,8 +106,11 @@ def settings_env(
 
 
 @pytest.fixture(scope="session")
-def spare_databases(postgres_url: str, template_database: str) -> SpareDatabases:
-    return SpareDatabases(postgres_url, template_database)
+def spare_databases(postgres_url: str, template_database: str) -> Iterator[SpareDatabases]:
+    """The databases of this session, which are dropped at its end."""
+    databases = SpareDatabases(postgres_url, template_database)
+    yield databases
+    databases.drop_all()
 
 
 @pytest.fixture

@@ -34,15 +34,17 @@ RESTARTED = """
 SELECT setval(format('%I.%I', schemaname, sequencename)::regclass, start_value, false)
 FROM pg_sequences WHERE last_value IS NOT NULL
 """
+DROP = "DROP DATABASE IF EXISTS {} WITH (FORCE)"
 
 
 class SpareDatabases:
     """Databases of one server that are equal to the template."""
 
-    def __init__(self, server_url: str, template: str) -> None:
+    def __init__(self, server_url: str, template: str, *, prefix: str = "test") -> None:
         self._server_url = server_url
-        self._template = template
+        self._template, self._prefix = template, prefix
         self._spare: list[str] = []
+        self._all: list[str] = []
         self._numbers = itertools.count()
         with self._connect(template) as connection:
             self._fingerprint = connection.execute(FINGERPRINT).fetchone()
@@ -50,7 +52,9 @@ class SpareDatabases:
     def take(self) -> str:
         """Returns the URL of an empty, migrated database."""
         if not self._spare:
-            name = f"test_{os.getpid()}_{next(self._numbers)}"
+            name = f"{self._prefix}_{os.getpid()}_{next(self._numbers)}"
+            self._all.append(name)
+            self._run(DROP, name)  # a killed session with the same process id may have left it
             self._run("CREATE DATABASE {} TEMPLATE {}", name, self._template)
             self._spare.append(name)
         return database_url(self._server_url, self._spare.pop())
@@ -65,7 +69,13 @@ class SpareDatabases:
         if is_empty:
             self._spare.append(name)
         else:
-            self._run("DROP DATABASE IF EXISTS {} WITH (FORCE)", name)
+            self._run(DROP, name)
+
+    def drop_all(self) -> None:
+        """Drops all databases that were created."""
+        for name in self._all:
+            self._run(DROP, name)
+        self._all, self._spare = [], []
 
     def _empty(self, name: str) -> bool:
         with self._connect(name) as connection:

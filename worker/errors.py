@@ -107,7 +107,7 @@ class EvaluationFailed(DistillError):
 
 
 class DiskFull(DistillError):
-    """The disk or its quota is full; the job pauses."""
+    """The disk was full while a model was imported or a data set made. Training jobs pause instead."""
 
     code = "disk_full"
 

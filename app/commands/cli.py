@@ -2,6 +2,7 @@
 
 from app.fast_imports import imports_done  # isort: split
 
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -19,12 +20,13 @@ from app.commands.limit_commands import (
     TokensPerMinute,
 )
 from app.commands.remote import batches, files, generation, jobs, usage
-from app.commands.remote.output import Cell, Json, moment, show_json, show_table
-from app.commands.shell import DataDir, IsJson, console, fail, use, use_service
+from app.commands.remote.output import Cell, moment, show_json, show_table
+from app.commands.shell import DataDir, IsJson, Json, console, escaped, fail, use, use_service
 
 imports_done()
 
 KERNELS_MODULE = "worker.build_kernels"  # it needs torch, which this process does not load
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 HTTP_PANEL = "Over HTTP, here or from another machine"
 
 # Modules with commands import heavy libraries inside the commands, so that help and shell
@@ -262,11 +264,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         message = expected_message(error)
         if message is None:
             raise
-        sys.exit(f"stillhouse: {message}")
+        sys.exit(escaped(f"stillhouse: {message}"))
 
 
 def expected_message(error: Exception) -> str | None:
     """Returns the message of an error that a user can act on, or None for a bug."""
+    if isinstance(error, OSError) and (error.filename or error.errno in NO_SPACE):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
     if not isinstance(error, RuntimeError):  # imports nothing for errors of the HTTP commands
         from app.db.session import DatabaseUnavailable
         from app.errors import StillhouseError

@@ -23,6 +23,7 @@ from rich.console import Console
 from app.commands.demo_report import show_comparison, show_next_commands, show_samples
 from app.commands.progress_lines import LINE_SECONDS, ProgressLines
 from app.commands.remote.job_progress import watch_job
+from app.commands.shell import Json
 from app.local.embedded_servers import free_port
 from app.parent_death import tethered
 
@@ -35,7 +36,6 @@ NUM_WORDS = 900  # prompts about single words, in addition to those of the corpu
 NUM_HELD_OUT = 120
 ASK = "Answer in one short sentence."
 START_SECONDS = 270  # longer than `stillhouse up` waits for its workers
-Json = dict[str, Any]  # Any: JSON bodies of the public API
 
 
 class DemoFailed(Exception):

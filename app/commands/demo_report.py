@@ -2,12 +2,11 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-Json = dict[str, Any]  # Any: the job's public result object
+from app.commands.shell import Json
 
 MODELS = (("teacher", "teacher"), ("untrained", "untrained"), ("student", "distilled"))
 FIGURES = (

@@ -5,15 +5,17 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
-from rich.table import Table
 
-from app.commands.shell import DataDir, console, fail, use_service
+from app.commands.remote.output import show_json, show_table
+from app.commands.shell import DataDir, IsJson, fail, use_service
 
 if TYPE_CHECKING:
     from app.db.usage.limits import Limits
 
 projects = typer.Typer(no_args_is_help=True, help="Limits of projects.")
 NONE: Final = "none"
+MAX_DIGITS: Final = 40
+HEADINGS: Final = ("project", "requests/min", "tokens/min", "tokens/day", "tokens/month")
 
 RequestsPerMinute = Annotated[
     str | None, typer.Option(metavar="N|none", help="Requests per minute; none: unlimited.")
@@ -45,9 +47,13 @@ def limits_of(
             continue
         most = MAX_PER_MINUTE if name.endswith("_per_minute") else MAX_BUDGET
         digits = text.replace("_", "").replace(",", "")
-        if text != NONE and not (digits.isdecimal() and 1 <= int(digits) <= most):
+        # `int` raises an error for texts with thousands of digits.
+        is_number = digits.isdecimal() and len(digits) <= MAX_DIGITS
+        if text != NONE and not (is_number and 1 <= int(digits) <= most):
             option = name.replace("_", "-")
-            fail(f"--{option} must be a whole number from 1 to {most:,}, or none; it is {text}")
+            fail(
+                f"--{option} must be a whole number from 1 to {most:,}, or none; it is {text[:MAX_DIGITS]}"
+            )
         limits[name] = None if text == NONE else int(digits)
     return limits
 
@@ -98,7 +104,7 @@ def limit_project(
 
 
 @projects.command("list")
-def list_projects(data_dir: DataDir = None) -> None:
+def list_projects(data_dir: DataDir = None, is_json: IsJson = False) -> None:
     """Lists the projects that have limits."""
     from app.db.session import transaction
     from app.db.usage.limits import list_project_limits
@@ -106,10 +112,12 @@ def list_projects(data_dir: DataDir = None) -> None:
     use_service(data_dir)
     with transaction() as session:
         rows = list_project_limits(session)
-    shown = Table("project", "requests/min", "tokens/min", "tokens/day", "tokens/month")
-    for project, limits in rows:
-        shown.add_row(project, *map(_shown, asdict(limits).values()))
-    console.print(shown)
+    if is_json:
+        data = [{"project": project, **asdict(limits)} for project, limits in rows]
+        show_json({"object": "list", "data": data})
+    else:
+        table = [(project, *map(_shown, asdict(limits).values())) for project, limits in rows]
+        show_table(HEADINGS, table)
 
 
 def print_limits(limits: "Limits") -> None:

@@ -8,20 +8,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.commands.progress_lines import ProgressLines
+from app.commands.progress_lines import ENDED, ProgressLines
 from app.commands.remote.aliases import aliases
 from app.commands.remote.connection import ApiKey, Url, connect, over_http
 from app.commands.remote.registry import registry, show_models
-from app.commands.shell import DataDir, IsJson, console, fail, tell, use, use_service
+from app.commands.shell import (
+    DataDir,
+    IsJson,
+    Json,
+    console,
+    escaped,
+    fail,
+    note,
+    tell,
+    use,
+    use_service,
+)
 from app.contracts.engines import EngineName, WeightsName
 
 if TYPE_CHECKING:
-    from app.commands.remote_service import Json, RemoteService
+    from app.commands.remote_service import RemoteService
     from app.db.schema.tables import Job
 
 POLL_SECONDS = 0.3
 PATIENCE_SECONDS = 10.0  # wait for a train worker after which a hint is printed
-ENDED = ("succeeded", "failed", "cancelled")
 
 models = typer.Typer(no_args_is_help=True, help="Registered models.")
 models.add_typer(registry)
@@ -128,7 +138,7 @@ def set_serving(
         fail(f"the draft {draft!r} is not a valid model id: {error.errors()[0]['msg']}")
     operator = Principal(project, "stillhouse", frozenset({"admin"}))
     row = model_serving.set_options(operator, model, options)
-    console.print(f"{row.id}: {options.model_dump_json()}", highlight=False)
+    tell(f"{row.id}: {options.model_dump_json()}")
 
 
 @models.command("pull")
@@ -196,7 +206,7 @@ class ImportState:
         return cls(job.status, job.stage or "", percent, job.attempt > 0, error)
 
     @classmethod
-    def of_json(cls, job: "Json") -> "ImportState":
+    def of_json(cls, job: Json) -> "ImportState":
         percent, error = job["progress"].get("percent", 0), (job["error"] or {}).get("message", "")
         return cls(job["status"], job["stage"] or "", percent, job["attempt"] > 0, error)
 
@@ -208,7 +218,7 @@ def follow_import(name: str, load: Callable[[], ImportState]) -> None:
     began, stage, is_explained = time.monotonic(), "", False
     lines = ProgressLines(console)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
     )
@@ -217,15 +227,15 @@ def follow_import(name: str, load: Callable[[], ImportState]) -> None:
         while (state := load()).status not in ENDED:
             if state.stage and state.stage != stage:
                 stage = state.stage
-                bar.update(task, description=stage)
+                bar.update(task, description=escaped(stage))
                 if not console.is_terminal:
-                    console.print(f"{name}: {stage}")
+                    tell(f"{name}: {stage}")
             bar.update(task, completed=state.percent)
             lines.tell(f"{name}: {stage or 'waiting for a worker'}  {state.percent:.0f}%")
             is_late = time.monotonic() - began > PATIENCE_SECONDS
             if not state.is_claimed and not is_explained and is_late:
                 is_explained = True
-                console.print(
+                note(
                     "No train worker has taken the job yet. Check that `stillhouse up` or a train worker is running."
                 )
             time.sleep(POLL_SECONDS)
@@ -233,4 +243,4 @@ def follow_import(name: str, load: Callable[[], ImportState]) -> None:
         bar.update(task, completed=100 if is_done else state.percent)
     if not is_done:
         fail(state.error or f"the import was {state.status}")
-    console.print(f"Imported {name}", highlight=False)
+    tell(f"Imported {name}")

@@ -19,7 +19,6 @@ from typing import IO, Final
 import httpx
 
 from app.commands.remote_service import (
-    Json,
     RemoteError,
     RemoteService,
     model_path,
@@ -28,6 +27,7 @@ from app.commands.remote_service import (
     sizes,
     unreachable,
 )
+from app.commands.shell import Json
 from app.fsync import hash_file, sync_folder
 from app.local_copies import lock_path
 

@@ -10,7 +10,6 @@ from typing import Any, Final
 import httpx
 
 from app.commands.remote_service import (
-    Json,
     RemoteError,
     RemoteService,
     json_of,
@@ -19,6 +18,7 @@ from app.commands.remote_service import (
     retry_after,
     unreachable,
 )
+from app.commands.shell import Json
 from app.commands.upload_progress import CountedFile, UploadProgress
 from app.contracts.model_files import ARCHIVE, IGNORED, missing_from, refusal_of
 from app.model_card import CARD

@@ -5,7 +5,10 @@ from typing import Final
 
 from rich.console import Console
 
+from app.commands.shell import escaped
+
 LINE_SECONDS: Final = 30.0
+ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})  # statuses of jobs and imports
 
 
 class ProgressLines:
@@ -27,7 +30,7 @@ class ProgressLines:
         if self._console.is_terminal or not (is_due or is_late):
             return
         self._printed_at = time.monotonic()
-        text = f"{clock(at)}  {line}"
+        text = escaped(f"{clock(at)}  {line}")
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

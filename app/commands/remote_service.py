@@ -13,10 +13,11 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from app.commands.shell import Json
 from app.settings import Settings
 
 TIMEOUT: Final = httpx.Timeout(60.0, connect=10.0)
-STREAM_TIMEOUT: Final = httpx.Timeout(600.0, connect=10.0)  # a model may have to be loaded first
+ANSWER_TIMEOUT: Final = httpx.Timeout(600.0, connect=10.0)  # as long as a request may take
 MAX_WAIT_SECONDS: Final = 60.0
 RETRY_SECONDS: Final = (0.3, 2.0)  # waits before the second and the third attempt
 PATIENCE_SECONDS: Final = 120.0  # longer than a restart of the service takes
@@ -24,7 +25,6 @@ TEMPORARY_STATUSES: Final = frozenset({429, 502, 503, 504})
 LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 KEY: Final = re.compile(r"[\x21-\x7e]+")
 ALL_ADDRESSES: Final = frozenset({"0.0.0.0", "::", ""})
-Json = dict[str, Any]  # Any: JSON bodies of the API
 Query = Mapping[str, str | int | float | list[str] | None]
 
 
@@ -61,8 +61,15 @@ def find_address(settings: Settings, url: str | None, key: str | None) -> Addres
     """
     found = Address(_checked(url or running_url(settings)), (key or "").strip())
     path = settings.data_dir / "api_key"
-    if not found.key and (url is None or found.is_local) and path.is_file():
-        found = Address(found.url, path.read_text().strip())
+    if not found.key and (url is None or found.is_local):
+        try:
+            found = Address(found.url, path.read_text().strip())
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            raise RemoteError(
+                f"the API key in {path} cannot be read ({error}); give --key"
+            ) from error
     if not found.key and url is None:
         raise RemoteError(
             f"no service runs from {settings.data_dir.resolve()}: run `stillhouse up`, give --data-dir, "
@@ -79,7 +86,8 @@ def _checked(url: str) -> str:
     try:
         parts = urlsplit(url)
         is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # the port is not a number, or too large
+        httpx.URL(url)
+    except (ValueError, httpx.InvalidURL):  # for example, the port is not a number
         is_url = False
     if not is_url:
         raise RemoteError(f"{url!r} is not a URL; give one such as http://127.0.0.1:8400")
@@ -154,9 +162,13 @@ class RemoteService:
                     raise
             time.sleep(1.0)
 
-    def post(self, path: str, body: Json | None = None) -> Json:
-        """Sends a JSON object, or no body, and returns the response."""
-        return json_of(self._succeed("POST", path, json=body))
+    def post(self, path: str, body: Json | None = None, *, is_long: bool = False) -> Json:
+        """Sends a JSON object, or no body, and returns the response.
+
+        With `is_long`, it waits for the response as long as a model may take for an answer.
+        """
+        timeout = ANSWER_TIMEOUT if is_long else TIMEOUT
+        return json_of(self._succeed("POST", path, json=body, timeout=timeout))
 
     def create(self, path: str, body: Json) -> Json:
         """Like `post`, for routes that accept an idempotency key. Repeats the request if needed."""
@@ -178,7 +190,7 @@ class RemoteService:
 
         An error within the stream is raised, and so is a stream that ends without [DONE].
         """
-        options: Json = {"json": body, "params": query, "timeout": STREAM_TIMEOUT}
+        options: Json = {"json": body, "params": query, "timeout": ANSWER_TIMEOUT}
         try:
             with self.http.stream(method, path, **options) as answer:
                 if not answer.is_success:
@@ -191,8 +203,12 @@ class RemoteService:
                     if data.strip() == "[DONE]":
                         return
                     yield _event_of(data)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise unreachable(self.address, error) from error
+        except httpx.InvalidURL as error:
+            raise RemoteError(
+                f"the request has no valid URL ({error}); is the id correct?"
+            ) from error
         raise TemporaryError("the stream of the service ended early; run the command again")
 
     def _repeatedly(self, method: str, path: str, **options: Any) -> httpx.Response:  # Any: below
@@ -214,12 +230,16 @@ class RemoteService:
     ) -> httpx.Response:  # Any: options of httpx
         try:
             return self.http.request(method, path, **options)
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise unreachable(self.address, error) from error
+        except httpx.InvalidURL as error:
+            raise RemoteError(
+                f"the request has no valid URL ({error}); is the id correct?"
+            ) from error
 
 
-def unreachable(address: Address, error: httpx.TransportError) -> RemoteError:
-    """Returns the error for a service that does not answer."""
+def unreachable(address: Address, error: httpx.RequestError) -> RemoteError:
+    """Returns the error for a service that does not answer, or not as HTTP."""
     return TemporaryError(
         f"{address.base_url} does not answer ({type(error).__name__}); is the service running?"
     )

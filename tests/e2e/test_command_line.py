@@ -15,17 +15,17 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from app.commands.cli import main
 from tests.documentation import DOCS, code_blocks, sections
 from tests.e2e.service import TEACHER, Service
+from tests.losing_proxy import LosingProxy
 
 pytestmark = pytest.mark.e2e
 DOCUMENT = DOCS / "cli.md"
@@ -154,7 +154,6 @@ def test_every_command_of_the_documentation_works(
 ) -> None:
     write_rows(tmp_path)
     shell = Shell(run)
-    has_usage = "/organization/usage/" in httpx.get(f"{service.url}/openapi.json").text
     for heading, lines in documented():
         if heading == "Shell completion":  # it would change the home folder
             continue
@@ -166,11 +165,8 @@ def test_every_command_of_the_documentation_works(
             if heading == "Batches":
                 stack.enter_context(suspended(service, "serve"))
             for line in lines:
-                if line.startswith("stillhouse usage") and not has_usage:
-                    done = run(*shlex.split(line)[1:])
-                    assert (done.status, "older than this command" in done.err) == (1, True)
-                elif line.startswith("stillhouse jobs create"):
-                    create_and_cancel(service, shell, fitted(line))
+                if line.startswith("stillhouse jobs create"):
+                    create_and_cancel(service, shell, tiny(line))
                 elif line == WATCH:
                     watch_twice(service, shell)
                 else:
@@ -184,7 +180,20 @@ def create_and_cancel(service: Service, shell: Shell, line: str) -> None:
     """Runs a command that creates a job, but not the job."""
     with suspended(service, "train"):
         shell(f"OTHER=$({line})")
+        show = "stillhouse jobs show $OTHER --json"
+        shell(show)
+        if given := re.search(r"--method-json '(.*)'", line):
+            method = json.loads(shell.printed[show].out)["method"]["distillation"]
+            assert includes(method, json.loads(given[1]))
         shell("stillhouse jobs cancel $OTHER")
+
+
+def includes(document: Json, part: Json) -> bool:
+    """Returns whether all values of `part` are in the document, at the same places."""
+    return all(
+        includes(document[key], value) if isinstance(value, dict) else document[key] == value
+        for key, value in part.items()
+    )
 
 
 def watch_twice(service: Service, shell: Shell) -> None:
@@ -198,12 +207,16 @@ def watch_twice(service: Service, shell: Shell) -> None:
     assert terminal.end() == 0
 
 
+def tiny(line: str) -> str:
+    """Returns a command of the documentation for a tiny model."""
+    return line.replace("my-teacher", TEACHER).replace("--layers 8", "--layers 2")
+
+
 def fitted(line: str) -> str:
     """Returns a command of the documentation for a tiny model, with a job of a few seconds."""
-    line = line.replace("my-teacher", TEACHER).replace("--layers 8", "--layers 2")
+    line = tiny(line)
     if "jobs create --teacher" in line:
         fast = shlex.quote(json.dumps(FAST_METHOD))
-        line = re.sub(r" --method-json '.*'", "", line)
         line = line.removesuffix(")") + f" --method-json {fast}" + (")" if line[-1] == ")" else "")
     return line
 
@@ -309,23 +322,47 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_come_back(
     assert asked.end() == 0
 
 
-def test_a_conversation_remembers_its_messages(service: Service) -> None:
-    terminal = Terminal(service, "chat", TEACHER, "--max-tokens", "4", "--temperature", "0")
-    terminal.expect("> ")
-    terminal.type("What is a lantern?\n")
-    first = terminal.expect(r"(\d+) tokens in .*> ")
-    terminal.type("/clear\n")
-    terminal.expect(r"The messages are forgotten\..*> ")
-    terminal.type("What is a lantern?\n")
-    second = terminal.expect(r"(\d+) tokens in .*> ")
-    assert answer_in(first) == answer_in(second) != ""
-    terminal.type("\x04")  # Ctrl-D
-    assert terminal.end() == 0
+def test_a_conversation_remembers_its_messages_until_they_are_cleared(service: Service) -> None:
+    with closing(LosingProxy(service.url, 0)) as proxy:
+        terminal = Terminal(
+            service, "chat", TEACHER, "--max-tokens", "4", "--temperature", "0", "--system", "Brief.",
+            STILLHOUSE_URL=proxy.url,
+        )  # fmt: skip
+        terminal.expect("> ")
+        answers = []
+        for question in ("What is a lantern?", "Who keeps it?"):
+            terminal.type(f"{question}\n")
+            answers.append(answer_in(terminal.expect(r"(\d+) tokens in .*> ")))
+        terminal.type("/clear\n")
+        terminal.expect(r"The messages are forgotten\..*> ")
+        terminal.type("What is a lantern?\n")
+        answers.append(answer_in(terminal.expect(r"(\d+) tokens in .*> ")))
+        terminal.type("\x04")  # Ctrl-D
+        assert terminal.end() == 0
+        sent = messages_in(b"".join(proxy.requests))
+    system = {"role": "system", "content": "Brief."}
+    first, second = (
+        {"role": "user", "content": question}
+        for question in ("What is a lantern?", "Who keeps it?")
+    )
+    assert [[message["content"] for message in messages[:2]] for messages in sent] == 3 * [
+        ["Brief.", "What is a lantern?"]
+    ]
+    assert sent[0] == sent[2] == [system, first]
+    assert sent[1][1:2] + sent[1][3:] == [first, second]
+    assert sent[1][2]["role"] == "assistant"
+    assert sent[1][2]["content"].strip() == answers[0] == answers[2] != ""
+
+
+def messages_in(requests: bytes) -> list[list[Json]]:
+    """Returns the messages of each chat request among HTTP requests."""
+    bodies = [part.partition(b"\r\n\r\n")[2] for part in requests.split(b"POST /v1/chat/")[1:]]
+    return [json.JSONDecoder().raw_decode(body.decode())[0]["messages"] for body in bodies]
 
 
 def answer_in(shown: str) -> str:
     """Returns the answer after the echo of the question."""
-    match = re.search(r"lantern\?[^\n]*\n(.*?)\r?\n[^\n]*tokens in", shown, re.DOTALL)
+    match = re.search(r"\?[^\n]*\n(.*?)\r?\n[^\n]*tokens in", shown, re.DOTALL)
     assert match is not None, shown
     return re.sub(r"\x1b\[[?0-9;]*[a-z]", "", match[1]).strip()
 
@@ -351,6 +388,46 @@ def test_errors_of_the_service_are_shown_with_what_to_do(
     stranger = run("chat", "none", "Hello")
     assert (stranger.status, stranger.out) == (1, "")
     assert run("models", "serve", "none").status == 1
+
+
+def test_a_service_that_does_not_answer_ends_1(run: Run) -> None:
+    done = run("files", "list", "--url", "http://127.0.0.1:9")
+    assert (done.status, done.out) == (1, "")
+    assert "does not answer" in done.err
+    assert "is the service running?" in done.err
+
+
+def test_watching_a_job_that_does_not_succeed_ends_1_with_the_reason(
+    service: Service, run: Run, tmp_path: Path
+) -> None:
+    write_rows(tmp_path)
+    with suspended(service, "train"):
+        job_id = run(*shlex.split(SUPERVISED)[1:]).out.strip()
+        assert run("jobs", "pause", job_id).status == 0
+        paused = run("jobs", "watch", job_id)
+        assert (paused.status, f"stillhouse jobs resume {job_id}" in paused.err) == (1, True)
+        assert run("jobs", "cancel", job_id).status == 0
+    impossible = {**FAST_METHOD, "evaluation": {"gate": {"metric": "agreement", "at_least": 1.0}}}
+    failed = run(
+        "jobs", "create", "--teacher", TEACHER, "--training-file", "prompts.jsonl", "--layers", "2",
+        "--method-json", json.dumps(impossible), "--watch",
+    )  # fmt: skip
+    assert (failed.status, "the job failed: " in failed.err) == (1, True), failed
+
+
+def test_files_that_cannot_be_read_or_written_are_errors_of_one_line(
+    run: Run, tmp_path: Path
+) -> None:
+    write_rows(tmp_path)
+    file_id = run("files", "upload", "prompts.jsonl").out.strip()
+    long = "x" * 300
+    for target in ("prompts.jsonl", f"absent/{long}", "prompts.jsonl/below", long):
+        done = run("files", "download", file_id, "--output", target)
+        assert (done.status, done.out) == (1, ""), done
+        (line,) = done.err.splitlines()
+        assert line.startswith("stillhouse: ")
+    named = run("batches", "create", long)
+    assert (named.status, "cannot read" in named.err) == (2, True)
 
 
 @pytest.mark.parametrize(

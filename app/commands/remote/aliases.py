@@ -6,8 +6,8 @@ import typer
 
 from app.commands.remote.connection import over_http
 from app.commands.remote.listing import After, All, Columns, Limit, Window, show_list
-from app.commands.remote.output import Cell, Json, confirm, moment, show_json
-from app.commands.shell import IsJson, tell
+from app.commands.remote.output import Cell, confirm, moment, show_json
+from app.commands.shell import IsJson, Json, tell
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService

@@ -4,17 +4,15 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING
 
+from app.commands.remote.generation import CHATS
 from app.commands.remote.output import printable
 from app.commands.remote_service import RemoteError
-from app.commands.shell import messages, note
+from app.commands.shell import Json, messages, note
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
-
-CHATS: Final = "/v1/chat/completions"
-Json = dict[str, Any]  # Any: JSON bodies of the API
 
 
 @dataclass

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from app.commands.remote.connection import over_http
+from app.commands.remote.job_body import Labels, pairs_of
 from app.commands.remote.listing import After, All, Columns, Limit, Window, show_list
-from app.commands.remote.output import Cell, Json, moment, show_fields, show_json
-from app.commands.shell import IsJson, messages, note, tell
+from app.commands.remote.output import Cell, moment, show_fields, show_json
+from app.commands.shell import IsJson, Json, messages, note, tell
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
@@ -29,13 +30,10 @@ def create_batch(
     endpoint: Annotated[
         str, typer.Option(help="Endpoint of all requests.")
     ] = "/v1/chat/completions",
-    metadata: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label; can be repeated.")
-    ] = None,
+    metadata: Labels = None,
     is_json: IsJson = False,
 ) -> None:
     """Creates a batch and prints its id. A file that is given as a path is uploaded first."""
-    from app.commands.remote.job_body import pairs_of
     from app.commands.remote.transfers import file_id_of
 
     labels = pairs_of(metadata or ())

@@ -15,10 +15,34 @@ if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
 
 PANEL: Final = "Connection"
+OTHER_SERVICE: Final = "stillhouse.other_service"  # key in the metadata of a command
+
+
+def chosen_url(context: typer.Context, url: str | None) -> str | None:
+    """Returns --url or STILLHOUSE_URL. An explicit --data-dir is stronger than the variable."""
+    is_here = context.params.get("data_dir") is not None
+    context.meta[OTHER_SERVICE] = is_here and is_from_environment(context, "url")
+    return None if context.meta[OTHER_SERVICE] else url
+
+
+def chosen_key(context: typer.Context, key: str | None) -> str | None:
+    """Returns --key or STILLHOUSE_API_KEY, unless the variable belongs to another service."""
+    # An explicit key may be read before the URL.
+    is_for_other = is_from_environment(context, "api_key") and context.meta[OTHER_SERVICE]
+    return None if is_for_other else key
+
+
+def is_from_environment(context: typer.Context, parameter: str) -> bool:
+    """Returns whether the value of a parameter comes from a variable."""
+    source = context.get_parameter_source(parameter)
+    return source is not None and source.name == "ENVIRONMENT"
+
+
 Url = Annotated[
     str | None,
     typer.Option(
         envvar="STILLHOUSE_URL",
+        callback=chosen_url,
         help="URL of the service; default: this machine.",
         rich_help_panel=PANEL,
     ),
@@ -30,6 +54,7 @@ ApiKey = Annotated[
         "--api-key",
         envvar="STILLHOUSE_API_KEY",
         show_envvar=True,
+        callback=chosen_key,
         help="API key; default on this machine: the key in the data folder.",
         rich_help_panel=PANEL,
     ),
@@ -38,7 +63,8 @@ RemoteDataDir = Annotated[
     Path | None,
     typer.Option(
         "--data-dir",
-        help="Data folder of a service on this machine.",
+        is_eager=True,  # read before the URL
+        help="Data folder of a service on this machine; it is used instead of STILLHOUSE_URL.",
         rich_help_panel=PANEL,
     ),
 ]

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from app.commands.remote.connection import over_http
-from app.commands.remote.output import Json, show_json
-from app.commands.shell import console, fail, messages
+from app.commands.remote.output import show_json
+from app.commands.shell import Json, console, fail, messages
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
@@ -49,7 +49,7 @@ def generate(
     body = {"model": model, "prompt": read_prompt(prompt)}
     body |= sampling(max_tokens, temperature, top_p, seed, stop)
     if is_json:
-        show_json(service.post(COMPLETIONS, body))
+        show_json(service.post(COMPLETIONS, body, is_long=True))
     else:
         print_answer(service, COMPLETIONS, body)
 
@@ -84,7 +84,7 @@ def chat(
         return
     body["messages"] = [*first, {"role": "user", "content": read_prompt(prompt)}]
     if is_json:
-        show_json(service.post(CHATS, body))
+        show_json(service.post(CHATS, body, is_long=True))
     else:
         print_answer(service, CHATS, body)
 

@@ -4,11 +4,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import typer
 
-Json = dict[str, Any]  # Any: JSON bodies of the API
+from app.commands.shell import Json
+
+Labels = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label; can be repeated.")
+]
 
 
 @dataclass(frozen=True)

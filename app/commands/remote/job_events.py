@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from app.commands.progress_lines import ENDED
 from app.commands.remote.listing import Window, merge, pages
 from app.commands.remote.output import (
     STYLES,
@@ -12,12 +13,12 @@ from app.commands.remote.output import (
     show_json,
     show_json_line,
 )
+from app.commands.shell import Json
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
 
 WAIT_SECONDS: Final = 1.0
-Json = dict[str, Any]  # Any: JSON bodies of the API
 
 
 def print_events(service: "RemoteService", job_path: str, window: Window) -> None:
@@ -38,25 +39,30 @@ def print_events(service: "RemoteService", job_path: str, window: Window) -> Non
 
 def follow_events(service: "RemoteService", job_path: str, *, is_json: bool) -> None:
     """Prints a job's events as they happen, until it has ended. Raises RemoteError."""
-    for event in _stream(service, f"{job_path}/events"):
+    for event in _stream(service, job_path):
         _print(event, is_json=is_json)
 
 
-def _stream(service: "RemoteService", path: str) -> Iterator[Json]:
-    """Yields all events. After a lost connection, continues after the last event that arrived."""
-    from app.commands.remote_service import PATIENCE_SECONDS, TemporaryError
+def _stream(service: "RemoteService", job_path: str) -> Iterator[Json]:
+    """Yields all events. After a lost connection, continues after the last event that arrived.
 
-    after, deadline = None, time.monotonic() + PATIENCE_SECONDS
+    However long there is no event, the stream ends only when the job has ended, or when the service
+    does not answer for PATIENCE_SECONDS.
+    """
+    from app.commands.remote_service import TemporaryError
+
+    after, has_ended = None, False
     while True:
         query = {"stream": "true"} | ({"after": after} if after else {})
         try:
-            for event in service.stream("GET", path, query=query):
-                after, deadline = event["id"], time.monotonic() + PATIENCE_SECONDS
+            for event in service.stream("GET", f"{job_path}/events", query=query):
+                after = event["id"]
                 yield event
         except TemporaryError:
-            if time.monotonic() > deadline:
+            if has_ended:  # the rest of the events cannot be read
                 raise
             time.sleep(WAIT_SECONDS)
+            has_ended = service.get_patiently(job_path)["status"] in ENDED
         else:
             return
 

@@ -5,17 +5,16 @@
 
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from app.commands.progress_lines import LINE_SECONDS, ProgressLines, clock
+from app.commands.progress_lines import ENDED, LINE_SECONDS, ProgressLines, clock
+from app.commands.shell import Json, escaped
 
 POLL_SECONDS: Final = 1.0
-ENDED: Final = frozenset({"succeeded", "failed", "cancelled"})
-Json = dict[str, Any]  # Any: JSON bodies of the API
 
 
 def watch_job(
@@ -28,7 +27,7 @@ def watch_job(
     """
     lines = ProgressLines(console, line_seconds)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
@@ -45,7 +44,9 @@ def watch_job(
             if stage != shown_stage:
                 _announce(console, lines, stage, progress_line(job))
             shown_stage = stage
-            bar.update(task, description=stage, completed=percent_of(job), detail=detail(job))
+            bar.update(
+                task, description=escaped(stage), completed=percent_of(job), detail=detail(job)
+            )
             lines.tell(progress_line(job))
             if job["status"] in ENDED or job["status"] == "paused":
                 return job
@@ -71,7 +72,7 @@ def _announce(
 ) -> None:
     """Prints the stage above the progress bar, or the line if there is no terminal."""
     if console.is_terminal:
-        console.print(Text.assemble((clock(at), "dim"), f"  {stage}"))
+        console.print(Text.assemble((clock(at), "dim"), f"  {escaped(stage)}"))
     lines.tell(line, is_due=True, at=at)
 
 

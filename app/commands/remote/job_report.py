@@ -1,13 +1,9 @@
 """Jobs as they are printed: the rows of lists, the fields of one job, and its result."""
 
-from typing import Any
-
 from app.commands.demo_report import FIGURES, row_value
 from app.commands.remote.job_progress import duration, percent_of, progress_line, stage_of
 from app.commands.remote.output import Cell, moment, show_fields, show_table
-from app.commands.shell import tell
-
-Json = dict[str, Any]  # Any: JSON bodies of the API
+from app.commands.shell import Json, tell
 
 HEADINGS = ("id", "status", "progress", "model", "student", "created")
 MODELS = ("teacher", "untrained", "before", "ce_baseline", "student", "after")

@@ -5,18 +5,16 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from app.commands.remote.connection import over_http
+from app.commands.remote.job_body import JobOptions, Labels, job_body, pairs_of
 from app.commands.remote.listing import After, All, Columns, Limit, Window, show_list
-from app.commands.remote.output import Json, confirm, show_json
-from app.commands.shell import IsJson, console, fail, messages, note, tell
+from app.commands.remote.output import confirm, show_json
+from app.commands.shell import IsJson, Json, console, fail, messages, note, tell
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
 
 JOBS: Final = "/v1/fine_tuning/jobs"
 JobId = Annotated[str, typer.Argument(help="Id of the job: ftjob-…")]
-Labels = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label; can be repeated.")
-]
 TrainingFile = Annotated[
     str, typer.Option(metavar="PATH|ID", help="Rows to train on: a path, or a file's id.")
 ]
@@ -65,7 +63,6 @@ def create_job(
     is_json: IsJson = False,
 ) -> None:
     """Creates a job and prints its id. Files that are given as paths are uploaded first."""
-    from app.commands.remote.job_body import JobOptions, job_body
     from app.commands.remote.transfers import file_id_of
 
     body = job_body(
@@ -107,7 +104,6 @@ def list_jobs(
     is_json: IsJson = False,
 ) -> None:
     """Lists jobs, newest first."""
-    from app.commands.remote.job_body import pairs_of
     from app.commands.remote.job_report import HEADINGS, job_row
 
     query = {f"metadata[{key}]": value for key, value in pairs_of(metadata or ()).items()}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from app.commands.remote.output import Cell, Json, show_json, show_json_line, show_table
-from app.commands.shell import messages, note
+from app.commands.remote.output import Cell, show_json, show_json_line, show_table
+from app.commands.shell import Json, messages, note
 
 if TYPE_CHECKING:
     from app.commands.remote_service import Query, RemoteService

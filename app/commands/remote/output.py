@@ -5,19 +5,17 @@ and no cell is shortened, so that other programs can read them.
 """
 
 import json
-import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any, Final
+from typing import Final
 
 import typer
 from rich.table import Column, Table
 from rich.text import Text
 
-from app.commands.shell import console, messages, note
+from app.commands.shell import Json, console, escaped, messages, note
 
-Json = dict[str, Any]  # Any: JSON bodies of the API
 Cell = str | int | float | None
 
 STYLES: Final = {
@@ -34,18 +32,16 @@ STYLES: Final = {
     "cancelled": "dim",
     "expired": "dim",
 }
-# A terminal obeys these characters. Texts of the service must not control it.
-CONTROL: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def show_json(document: Json) -> None:
     """Prints one JSON document."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(escaped(json.dumps(document, indent=2, ensure_ascii=False)))
 
 
 def show_json_line(document: Json) -> None:
     """Prints one JSON document on one line."""
-    print(json.dumps(document, ensure_ascii=False), flush=True)
+    print(escaped(json.dumps(document, ensure_ascii=False)), flush=True)
 
 
 def show_table(headings: Sequence[str], rows: Iterable[Sequence[Cell]]) -> None:
@@ -80,7 +76,7 @@ def print_dimmed(beginning: str, text: str, style: str = "") -> None:
 
 
 def text_of(cell: Cell) -> str:
-    """Returns a cell as text on one line, without control characters."""
+    """Returns a cell as text on one line."""
     if cell is None:
         return "–"
     if isinstance(cell, int):
@@ -91,8 +87,8 @@ def text_of(cell: Cell) -> str:
 
 
 def printable(text: str) -> str:
-    """Returns text of the service for standard output: on a terminal, without control characters."""
-    return CONTROL.sub("\ufffd", text) if console.is_terminal else text
+    """Returns text of the service for standard output: on a terminal, with escapes."""
+    return escaped(text) if console.is_terminal else text
 
 
 def moment(seconds: float | None) -> str | None:

@@ -4,19 +4,19 @@ import time
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+from rich.text import Text
 
 from app.commands.progress_lines import ProgressLines
 from app.commands.remote.connection import over_http
 from app.commands.remote.output import (
     Cell,
-    Json,
     confirm,
     moment,
     show_fields,
     show_json,
     show_table,
 )
-from app.commands.shell import IsJson, console, fail, tell
+from app.commands.shell import IsJson, Json, fail, messages, tell
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 HEADINGS: Final = ("id", "architecture", "layers", "parameters", "MB", "aliases", "owner")
 WORKER_HEADINGS: Final = ("worker", "state", "weights", "MB", "load s", "first token ms")
 POLL_SECONDS: Final = 0.3
-# A worker that was told to load a model says so with its next heartbeat.
+# A worker that must load a model reports it in its next heartbeat, which may be late.
 HEARTBEAT_SECONDS: Final = 30.0
+WORKER_SECONDS: Final = 60.0  # longer than a serve worker that has died takes to start again
 registry = typer.Typer()  # its commands are added to `stillhouse models`
 ModelId = Annotated[str, typer.Argument(help="Id or alias of the model.")]
 
@@ -82,6 +83,8 @@ def serve_model(
     if status["state"] == "absent":
         fail(f"no serve worker can serve {model}; check its engine with `stillhouse models show`")
     status = until_loaded(service, model, status) if wait else status
+    if status["state"] == "absent":
+        fail(f"no serve worker has loaded {model}; see the log of the serve worker")
     if is_json:
         show_json(status)
     else:
@@ -146,21 +149,34 @@ def act(service: "RemoteService", model: str, action: str, message: str, *, is_j
 
 
 def until_loaded(service: "RemoteService", model: str, status: Json) -> Json:
-    """Returns the state of the model on the workers when none of them loads it any more."""
-    lines, began = ProgressLines(console), time.monotonic()
-    with console.status(f"Loading {model}"):
+    """Returns the state of the model on the workers when none of them loads it any more.
+
+    Exits with status 1 if no serve worker has been running for WORKER_SECONDS.
+    """
+    lines, began = ProgressLines(messages), time.monotonic()
+    seen_at = began
+    with messages.status(Text(f"Loading {model}")):
         while is_loading(status, time.monotonic() - began):
-            percent = max(worker["percent"] for worker in status["workers"])
+            percent = max((worker["percent"] for worker in status["workers"]), default=0.0)
             lines.tell(f"loading {model}  {percent:.0f}%")
             time.sleep(POLL_SECONDS)
             status = service.get_patiently(path_of(model, "status"))
+            if status["workers"]:
+                seen_at = time.monotonic()
+            elif time.monotonic() - seen_at > WORKER_SECONDS:
+                fail(
+                    f"no serve worker has been running for {WORKER_SECONDS:.0f} s, so {model} is not "
+                    "loaded; see the log of the serve worker, and run the command again"
+                )
     return status
 
 
 def is_loading(status: Json, seconds: float) -> bool:
-    """Returns whether a worker loads the model, or may not have noticed yet that it should."""
+    """Returns whether to wait: a worker loads the model or may be about to, or none is running."""
     states = {worker["state"] for worker in status["workers"]}
-    return "loading" in states or (states <= {"absent"} and seconds < HEARTBEAT_SECONDS)
+    return (
+        not states or "loading" in states or (states <= {"absent"} and seconds < HEARTBEAT_SECONDS)
+    )
 
 
 def show_models(listing: Json, *, is_json: bool) -> None:

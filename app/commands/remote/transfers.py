@@ -8,8 +8,7 @@ from typing import IO, TYPE_CHECKING, Final
 
 import typer
 
-from app.commands.remote.output import Json
-from app.commands.shell import note
+from app.commands.shell import Json, note
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
@@ -23,7 +22,11 @@ PIECE_BYTES: Final = 2**20
 def file_id_of(service: "RemoteService", path_or_id: str, purpose: str) -> str:
     """Returns the id of an uploaded file. A path is uploaded first. Raises RemoteError."""
     path = Path(path_or_id)
-    if path.is_file():
+    try:
+        is_file = path.is_file()
+    except OSError as error:  # for example, the name is too long or a folder cannot be read
+        raise typer.BadParameter(f"cannot read {path_or_id!r}: {error.strerror}") from error
+    if is_file:
         return str(upload_file(service, path, purpose)["id"])
     if path_or_id.startswith(ID_PREFIX):
         return path_or_id
@@ -34,7 +37,7 @@ def upload_file(service: "RemoteService", path: Path, purpose: str) -> Json:
     """Uploads a file and returns it as the API shows it. Raises RemoteError."""
     import httpx
 
-    from app.commands.remote_service import json_of, refused, unreachable
+    from app.commands.remote_service import RemoteError, json_of, refused, unreachable
     from app.commands.upload_progress import CountedFile, UploadProgress
 
     try:
@@ -50,8 +53,10 @@ def upload_file(service: "RemoteService", path: Path, purpose: str) -> Json:
                 files={"file": (path.name, file)},
                 timeout=httpx.Timeout(60.0, read=STORE_SECONDS),
             )
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise unreachable(service.address, error) from error
+        except OSError as error:
+            raise RemoteError(f"cannot read {path}: {error.strerror}") from error
     if not answer.is_success:
         raise refused(answer)
     uploaded = json_of(answer)
@@ -72,23 +77,30 @@ def download_file(service: "RemoteService", file_id: str, target: Path | None) -
     if target is None:
         digest = _copy(service, file_id, sys.stdout.buffer)
         sys.stdout.buffer.flush()
-    else:
+        _demand_digest(file, digest)
+        return
+    try:
         if target.is_dir():
             target /= file["filename"].rpartition("/")[2] or file_id
         if target.exists():
             raise RemoteError(f"{target} exists; choose another path, or delete it")
         part = target.with_name(target.name + ".part")
-        try:
-            with part.open("wb") as out:
-                digest = _copy(service, file_id, out)
-                os.fsync(out.fileno())
-        except OSError as error:
-            raise RemoteError(f"cannot write {part}: {error.strerror}") from error
-    if digest != file.get("sha256", digest):
-        raise RemoteError(f"{file_id} has another SHA-256 than the service lists; try again")
-    if target is not None:
+        with part.open("wb") as out:
+            digest = _copy(service, file_id, out)
+            os.fsync(out.fileno())
+        _demand_digest(file, digest)
         part.rename(target)
-        note(f"Downloaded {file_id} to {target}")
+    except (OSError, ValueError) as error:  # ValueError: the name has a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RemoteError(f"cannot write {target}: {reason}") from error
+    note(f"Downloaded {file_id} to {target}")
+
+
+def _demand_digest(file: Json, digest: str) -> None:
+    from app.commands.remote_service import RemoteError
+
+    if digest != file.get("sha256", digest):
+        raise RemoteError(f"{file['id']} has another SHA-256 than the service lists; try again")
 
 
 def _copy(service: "RemoteService", file_id: str, out: IO[bytes]) -> str:
@@ -106,6 +118,6 @@ def _copy(service: "RemoteService", file_id: str, out: IO[bytes]) -> str:
             for piece in answer.iter_bytes(PIECE_BYTES):
                 digest.update(piece)
                 out.write(piece)
-    except httpx.TransportError as error:
+    except httpx.RequestError as error:
         raise unreachable(service.address, error) from error
     return digest.hexdigest()

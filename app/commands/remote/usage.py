@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 import typer
 
 from app.commands.remote.connection import over_http
-from app.commands.remote.output import Cell, Json, show_json, show_json_line, show_table
-from app.commands.shell import IsJson
+from app.commands.remote.output import Cell, show_json, show_json_line, show_table
+from app.commands.shell import IsJson, Json
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService

@@ -1,5 +1,7 @@
 """Limits by the command line, on a real database."""
 
+import json
+
 import pytest
 from typer.testing import CliRunner
 
@@ -46,7 +48,12 @@ def test_a_project_is_limited_listed_and_freed(pepper: None) -> None:
     run("projects", "limit", "p", "--requests-per-minute", "9", "--daily-tokens", "8")
     run("projects", "limit", "p", "--tokens-per-minute", "7")
     assert limits_of(key) == (UNLIMITED, Limits(9, 7, 8))
-    assert "p" in run("projects", "list").split()
+    assert run("projects", "list").splitlines()[1].split() == ["p", "9", "7", "8", "none"]
+    listed = json.loads(run("projects", "list", "--json"))
+    assert listed["data"] == [
+        {"project": "p", "requests_per_minute": 9, "tokens_per_minute": 7, "daily_tokens": 8,
+         "monthly_tokens": None}
+    ]  # fmt: skip
     for name in ("requests-per-minute", "tokens-per-minute", "daily-tokens"):
         run("projects", "limit", "p", f"--{name}", "none")
     assert limits_of(key) == (UNLIMITED, UNLIMITED)
@@ -60,6 +67,7 @@ def test_a_project_is_limited_listed_and_freed(pepper: None) -> None:
         (["keys", "limit", "k", "--tokens-per-minute", "0"], "--tokens-per-minute must be"),
         (["keys", "limit", "k", "--requests-per-minute", "50000001"], "from 1 to 50,000,000"),
         (["projects", "limit", "p", "--monthly-tokens", "many"], "it is many"),
+        (["projects", "limit", "p", "--daily-tokens", "9" * 5000], "--daily-tokens must be"),
     ],
 )
 def test_what_is_wrong_is_said(pepper: None, words: list[str], said: str) -> None:

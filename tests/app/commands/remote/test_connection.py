@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import socket
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,47 +12,10 @@ from app.commands.remote_service import Address, RemoteError, RemoteService, fin
 from app.local.embedded_servers import write_service
 from app.settings import Settings
 from tests.app.api.conftest import Service, register, service, upload
+from tests.losing_proxy import LosingProxy
 
 __all__ = ["register", "service", "upload"]  # fixtures
 NOBODY = "http://127.0.0.1:9"
-
-
-class LosingProxy:
-    """Forwards connections to the API, but closes them instead of sending `num_lost` responses."""
-
-    def __init__(self, url: str, num_lost: int) -> None:
-        self.upstream, self.num_lost = ("127.0.0.1", int(url.rpartition(":")[2])), num_lost
-        self.requests: list[bytes] = []
-        self._socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._socket.accept()
-                threading.Thread(target=self._forward, args=(client,), daemon=True).start()
-
-    def _forward(self, client: socket.socket) -> None:
-        with client, socket.create_connection(self.upstream) as server:
-            threading.Thread(target=self._up, args=(client, server), daemon=True).start()
-            while piece := server.recv(65536):
-                if self.num_lost:
-                    self.num_lost -= 1
-                    break
-                client.sendall(piece)
-            for end in (client, server):  # `close` alone does not end the other thread's `recv`
-                with contextlib.suppress(OSError):
-                    end.shutdown(socket.SHUT_RDWR)
-
-    def _up(self, client: socket.socket, server: socket.socket) -> None:
-        with contextlib.suppress(OSError):
-            while piece := client.recv(65536):
-                self.requests.append(piece)
-                server.sendall(piece)
 
 
 @pytest.fixture
@@ -124,7 +85,40 @@ def test_the_service_of_the_data_folder_is_found_at_its_own_port(
     assert local_url("::1", 8400) == "http://[::1]:8400"
 
 
-@pytest.mark.parametrize("url", ["stillhouse.example", "ftp://x", "http://", "http://x:port"])
+@pytest.mark.parametrize("command", [["files", "list"], ["models", "list"]], ids=" ".join)
+def test_an_explicit_data_folder_wins_over_the_service_of_the_environment(
+    service: Service,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    command: list[str],
+) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    key, port = service.new_key(), service.url.rpartition(":")[2]
+    write_service(folder, {"STILLHOUSE_HOST": "127.0.0.1", "STILLHOUSE_PORT": port})
+
+    def run(*options: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--json", *options])
+        return f"{capsys.readouterr().out}{ended.value.code}"
+
+    monkeypatch.setenv("STILLHOUSE_API_KEY", key)
+    assert run("--data-dir", str(folder)).endswith("0")  # the key is not for another service
+    monkeypatch.setenv("STILLHOUSE_URL", NOBODY)
+    assert "does not answer" in run()
+    assert "does not answer" in run("--data-dir", str(folder), "--url", NOBODY)
+    assert "no service runs" in run("--data-dir", str(folder))
+    assert run("--data-dir", str(folder), "--key", key).endswith("0")
+    (folder / "api_key").write_text(key)
+    monkeypatch.setenv("STILLHOUSE_API_KEY", "sk-sh-away")
+    assert run("--data-dir", str(folder)).endswith("0")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["stillhouse.example", "ftp://x", "http://", "http://x:port", "http://[::1", "http://a\x00b"],
+)
 def test_what_is_no_url_is_refused(settings_env: Callable[..., Settings], url: str) -> None:
     with pytest.raises(RemoteError, match="is not a URL"):
         find_address(settings_env(), url, "k")
@@ -138,3 +132,20 @@ def test_without_a_service_and_a_key_the_error_says_what_to_do(
         find_address(settings, None, None)
     with pytest.raises(RemoteError, match="has characters that no key has"):
         find_address(settings, "http://127.0.0.1:8400", "ключ")
+
+
+def test_an_id_that_makes_no_url_is_an_error_with_advice() -> None:
+    with (
+        RemoteService(Address(NOBODY, "k")) as remote,
+        pytest.raises(RemoteError, match="is the id correct"),
+    ):
+        remote.get("/v1/models/" + "m" * 70_000)
+
+
+def test_an_unreadable_key_is_an_error_with_its_path(
+    settings_env: Callable[..., Settings],
+) -> None:
+    settings = settings_env()
+    (settings.data_dir / "api_key").mkdir(parents=True)
+    with pytest.raises(RemoteError, match=r"api_key cannot be read .*; give --key"):
+        find_address(settings, None, None)
