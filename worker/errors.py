@@ -106,6 +106,12 @@ class EvaluationFailed(DistillError):
     code = "evaluation_failed"
 
 
+class TooFewDevices(WorkerError):
+    """The job asks for more CUDA devices than its worker has."""
+
+    code = "too_few_devices"
+
+
 class DiskFull(DistillError):
     """The disk or its quota is full; the job pauses."""
 

@@ -104,7 +104,7 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
 
 def serve(settings: Settings, announce: Callable[[], None]) -> int:
     """Runs a serve worker. While it drains, it refuses new requests and completes running ones."""
-    cuda.restrict_to(settings.serve_cuda_devices)  # before torch initialises CUDA
+    claim = cuda.claim_for_serving(settings)  # before torch initialises CUDA
 
     # Imported here, because a train worker does not need these modules.
     from app.fast_imports import imports_done  # isort: split
@@ -120,9 +120,6 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     from worker.serve_worker import FAULTS, ServeOptions, ServeWorker, connect
 
     imports_done()
-    cuda.require(
-        settings.serve_cuda_devices, torch.cuda.device_count(), "STILLHOUSE_SERVE_CUDA_DEVICES"
-    )
     transformers_logging.disable_progress_bar()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
@@ -161,7 +158,10 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
         worker.start()
         announce()
 
-    return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=ready, drain=worker.drain)
+    try:
+        return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=ready, drain=worker.drain)
+    finally:
+        claim.release()
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> str:
