@@ -180,7 +180,9 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Maximum time that a request waits for a model that is being loaded"
     )
     resident_model_bytes: int = Field(
-        4 * 2**30, gt=0, description="Maximum size of the weights that a serve worker keeps loaded"
+        0,
+        ge=0,
+        description="Maximum memory of the models of a serve worker with their KV caches; 0: 4 GiB on a CPU, and 85% of the free memory of a CUDA device",
     )
     max_context_tokens: int = Field(
         2048, ge=16, description="Maximum number of tokens of prompt and answer together"

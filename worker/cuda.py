@@ -33,7 +33,7 @@ DRIVER_FILES: Final = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-ctrl-gpu", "/d
 
 @dataclass(frozen=True)
 class DeviceClaim:
-    """Devices of one serve worker or one run, until `release`.
+    """Devices of one serve worker or one run, until `close`.
 
     `environment` holds the variables that hide all other devices. It is empty on a host without
     CUDA devices.
@@ -43,7 +43,7 @@ class DeviceClaim:
     environment: Mapping[str, str] = field(default_factory=dict)
     locks: tuple[IO[str], ...] = ()
 
-    def release(self) -> None:
+    def close(self) -> None:
         for lock in self.locks:
             lock.close()
 

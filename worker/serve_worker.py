@@ -259,6 +259,7 @@ class ServeWorker:
             num_running=host.num_running,
             num_waiting=len(self._reply_channels) if is_unplaced else host.num_waiting,
             max_running=self._options.max_running,
+            resident_bytes=self._host.resident_bytes,
             requests=self._open(),
             is_draining=self._drain_until is not None,
             last_step_at=host.last_step_at,

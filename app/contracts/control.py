@@ -116,6 +116,7 @@ class ServeWorkerStatus(Contract):
     """Heartbeat of a serve worker.
 
     engines: Engines whose packages are installed.
+    resident_bytes: Limit for the memory of its models. None: a worker of an older version.
     loads: One entry per model. Empty: a worker of an older version, or one without models.
     resident, loading: Serving keys.
     requests: Ids of the requests whose last reply has not been sent. None: a worker of an older
@@ -134,6 +135,7 @@ class ServeWorkerStatus(Contract):
     num_waiting: int = 0
     requests: frozenset[str] | None = None
     max_running: int
+    resident_bytes: int | None = None
     is_draining: bool = False
     last_step_at: float | None = None
     stalled_seconds: float = 0.0

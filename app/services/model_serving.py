@@ -107,10 +107,13 @@ def all_pinned() -> tuple[ServedModel, ...]:
         return pinned(session)
 
 
-def pin(principal: Principal, target_id: str) -> ServedModel:
+def pin(
+    principal: Principal, target_id: str, workers: Collection[ServeWorkerStatus] = ()
+) -> ServedModel:
     """Keeps a model loaded on every serve worker.
 
-    A pinned alias stays pinned when it is moved to another model.
+    A pinned alias stays pinned when it is moved to another model. The pinned models must fit the
+    smallest of `workers`, and the setting if it is given.
 
     Raises:
         NotFound: The project sees no such model.
@@ -123,7 +126,8 @@ def pin(principal: Principal, target_id: str) -> ServedModel:
         is_alias = models.find_alias(session, principal.project_id, target_id) is not None
         models.pin(session, principal.project_id, target_id if is_alias else found.model_id)
         num_bytes = sum(kept.stored_bytes for kept in pinned(session))
-        limit = get_settings().resident_model_bytes
+        limits = [worker.resident_bytes for worker in workers if worker.resident_bytes]
+        limit = min([get_settings().resident_model_bytes or num_bytes, *limits])
         if num_bytes > limit:
             message = f"with this model, the pinned models have {num_bytes} bytes; a worker keeps at most {limit}; unpin another model first"
             raise Conflict(message, "pins_exceed_memory", "model")

@@ -79,7 +79,7 @@ def devices_of_run(job: DistillationJob | ImportJob, settings: Settings) -> str:
     code = "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"
     environment = child_environment(job, settings, claim)
     printed = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
-    claim.release()
+    claim.close()
     return printed.strip()
 
 
@@ -118,7 +118,7 @@ def test_workers_of_a_host_take_different_devices_while_there_are_enough(
     claim = claim_devices("012", 1, settings)
     assert claim.devices == ("1",)
     assert claim_elsewhere("0,1") == "0"  # both are taken, and one is shared
-    claim.release()
+    claim.close()
     assert claim_elsewhere("0,1") == "1"
 
 
@@ -127,7 +127,7 @@ def test_devices_of_a_killed_worker_are_free_again(settings: Settings) -> None:
     subprocess.run([sys.executable, "-c", code, "0"], check=False, stdout=subprocess.DEVNULL)
     claim = claim_devices("01", 1, settings)
     assert claim.devices == ("0",)
-    claim.release()
+    claim.close()
 
 
 def test_devices_are_named_as_in_the_environment() -> None:

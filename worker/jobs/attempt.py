@@ -140,7 +140,7 @@ class Attempt:
 
     def clean_up(self) -> None:
         self._kill()
-        self.devices.release()
+        self.devices.close()
         self.copies.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -120,6 +120,16 @@ class VllmEngine:
         cache = self._core.engine_core.engine_core.scheduler.kv_cache_manager
         return CacheStatus(cache.usage, self._num_prefix_queries, self._num_prefix_hits)
 
+    @property
+    def cache_bytes(self) -> int:
+        return 0  # vLLM allocates its cache with the weights, and `load_vllm` counts both
+
+    def limit_cache(self, num_bytes: int) -> None:
+        pass
+
+    def free_cache(self) -> None:
+        pass
+
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
         request = constrained(request, self._text)
         prompt = prompt_tokens(

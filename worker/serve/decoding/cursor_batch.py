@@ -74,6 +74,12 @@ class EncoderCache:
         if not self.lengths:
             self.cache.shrink()
 
+    def truncate(self, num_rows: int) -> None:
+        """Removes the rows after the first `num_rows`, also those whose prefill has failed."""
+        del self.lengths[num_rows:]
+        for layer in range(len(self.cache.layers)):
+            self.with_past.is_updated[layer] = True  # the other rows read the cache
+
     def _mask(self, rows: slice) -> Tensor:
         lengths_N1 = torch.tensor(self.lengths[rows])[:, None]
         return (torch.arange(int(lengths_N1.max())) < lengths_N1).long()
@@ -114,6 +120,48 @@ class CursorBatch:
     def low(self) -> int:
         """First column that any row uses."""
         return min(self.starts, default=self.cursor)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache, of the encoder's cache and of the prefix cache."""
+        return self.prefixes.num_bytes + sum(cache.num_bytes for cache in self._caches())
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the caches at their present width; 0 before the first prefill."""
+        return sum(cache.row_bytes for cache in self._caches())
+
+    def _caches(self) -> list[WindowedCache]:
+        return [self.cache] if self.sources is None else [self.cache, self.sources.cache]
+
+    def limit_rows(self, num_rows: int) -> None:
+        """Sets how many rows the caches may reserve ahead."""
+        for cache in self._caches():
+            cache.most_ahead = num_rows
+
+    def truncate(self, num_rows: int) -> bool:
+        """Removes the rows after the first `num_rows`, also those whose prefill has failed.
+
+        Also clears the prefix cache. Returns whether the remaining rows are intact.
+        """
+        del self.starts[num_rows:]
+        if self.sources is not None:
+            self.sources.truncate(num_rows)
+        self.prefixes.clear()
+        is_intact = not any(cache.is_damaged for cache in self._caches())
+        for cache in self._caches():
+            cache.is_damaged = False
+        if not self.starts:
+            self.free()
+        return is_intact
+
+    def free(self) -> None:
+        """Frees the caches of a batch without rows."""
+        assert not self.starts, "rows need their keys and values"
+        self.cursor = 0
+        self.prefixes.clear()
+        for cache in self._caches():
+            cache.free()
 
     def num_to_read(self, prompt: Sequence[int]) -> int:
         """Returns how many tokens of a prompt the model must read when it joins.
