@@ -117,7 +117,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     from worker.core_sharing import shared_cores
     from worker.serve.device_memory import resident_bytes
     from worker.serve.host.model_host import ModelHost
-    from worker.serve.vllm_engine import has_vllm
+    from worker.serve.vllm_core import has_vllm
     from worker.serve_worker import FAULTS, ServeOptions, ServeWorker, connect
 
     imports_done()

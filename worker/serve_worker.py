@@ -307,7 +307,8 @@ class ServeWorker:
         if isinstance(message, Cancel):
             self.cancel(message.id)
         elif isinstance(message, Keep):  # lists all pinned models, also those for other engines
-            able = tuple(m for m in message.models if m.serving.engine in self._options.engines)
+            engines = ("auto", *self._options.engines)
+            able = tuple(m for m in message.models if m.serving.engine in engines)
             self._host.tell(Keep(models=able))
         else:
             self._host.tell(message)

@@ -91,7 +91,7 @@ async def pin_model(model_id: str, principal: Operator, request_router: Router) 
     told = [
         worker.worker_id
         for worker in request_router.workers
-        if served.serving.engine in worker.engines
+        if worker.can_serve(served.serving.engine)
     ]
     return await run_in_threadpool(model_serving.status_of, served, request_router.workers, told)
 

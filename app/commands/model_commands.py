@@ -13,7 +13,7 @@ from app.commands.remote.aliases import aliases
 from app.commands.remote.connection import ApiKey, Url, connect, over_http
 from app.commands.remote.registry import registry, show_models
 from app.commands.shell import DataDir, IsJson, console, fail, tell, use, use_service
-from app.contracts.engines import EngineName, WeightsName
+from app.contracts.engines import EngineOption, WeightsName
 
 if TYPE_CHECKING:
     from app.commands.remote_service import Json, RemoteService
@@ -96,7 +96,7 @@ def list_models(
 def set_serving(
     model: Annotated[str, typer.Argument(help="Id or alias of the model.")],
     engine: Annotated[
-        EngineName, typer.Option(help="Engine that serves the model.")
+        EngineOption, typer.Option(help="Engine that serves the model.")
     ] = "transformers",
     weights: Annotated[
         WeightsName,

@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, TypeAdapter
 
-from app.contracts.generation import EngineName, LoadedWeights, ServingOptions, serving_key_of
+from app.contracts.generation import (
+    EngineName,
+    EngineOption,
+    LoadedWeights,
+    ServingOptions,
+    serving_key_of,
+)
 from app.contracts.messages import ArtifactRef, Contract
 
 # Messages call a serving key `residence`, because processes of older versions know this name.
@@ -140,3 +146,7 @@ class ServeWorkerStatus(Contract):
     last_step_at: float | None = None
     stalled_seconds: float = 0.0
     beat_at: float
+
+    def can_serve(self, engine: EngineOption) -> bool:
+        """Returns whether the worker can serve models with this engine option."""
+        return engine == "auto" or engine in self.engines

@@ -61,9 +61,6 @@ def _refuse_beside_vllm(asked: SetServing, facts: ModelFacts) -> None:
     if asked.weights not in ("auto", "plain"):
         message = "vLLM only serves the weights as stored; leave weights out, or use the engine transformers"
         raise BadRequest(message, "incompatible_options", "weights")
-    if asked.draft is not None:
-        message = "a draft needs the engine transformers; leave draft or engine out"
-        raise BadRequest(message, "incompatible_options", "draft")
 
 
 def _find_draft(session: Session, project_id: str, row: Model, draft_id: str) -> Model:

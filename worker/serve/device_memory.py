@@ -35,5 +35,4 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_unused() -> None:
     """Returns memory that PyTorch keeps for later tensors to the CUDA device."""
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing if CUDA is not initialised
