@@ -24,6 +24,9 @@ from worker.serve.decoding.families import Call, Family, family_of
 from worker.serve.decoding.kv_cache import WindowedCache
 from worker.serve.decoding.prefix_cache import Prefixes
 
+# On a CUDA device, windows with past columns have a multiple of so many columns where possible.
+# Fused kernels need aligned masks, and the allocator reuses memory of equal shapes.
+COLUMN_BUCKET = 64
 LOGIT_BYTES = 32 * 2**20  # of the logits of one forward pass of `join_scored`
 
 
@@ -102,6 +105,7 @@ class CursorBatch:
         self.device = next(model.parameters()).device
         self.max_rows = max_rows
         self.max_width = max_width
+        self.column_bucket = 1 if self.device.type == "cpu" else COLUMN_BUCKET
         self.cursor = 0
         self.starts: list[int] = []
         self.cache = WindowedCache(
@@ -191,9 +195,7 @@ class CursorBatch:
         assert self.sources is None, "the engine refuses scores of an encoder's prompt"
         assert self.family.can_pad_prompts or len(prompts) == 1, "the caller joins them one by one"
         num_rows, longest = len(prompts), max(len(prompt) for prompt in prompts)
-        self.cache.reserve(self.num_rows + num_rows, longest)
-        if longest > self.cursor:
-            self._slide(longest - self.cursor)
+        self._make_room_for_prompts(num_rows, longest)
         first_row, low = self.num_rows, self.cursor - longest
         self.starts += [self.cursor - len(prompt) for prompt in prompts]
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -220,9 +222,7 @@ class CursorBatch:
 
     def _join(self, prompts: Sequence[Sequence[int]], states_KSH: Tensor | None = None) -> Tensor:
         longest = max(len(prompt) for prompt in prompts)
-        self.cache.reserve(self.num_rows + len(prompts), longest)
-        if longest > self.cursor:
-            self._slide(longest - self.cursor)
+        self._make_room_for_prompts(len(prompts), longest)
         first_row, known = self.num_rows, [self.prefixes.find(prompt) for prompt in prompts]
         self.starts += [self.cursor - len(prompt) for prompt in prompts]
         num_read = max(len(prompt) - num for prompt, (_, num) in zip(prompts, known, strict=True))
@@ -283,6 +283,18 @@ class CursorBatch:
     def _copy_row(self, source: int, target: int) -> None:
         self.cache.copy_row(source, target, slice(self.starts[source], self.cursor))
 
+    def _make_room_for_prompts(self, num_rows: int, longest: int) -> None:
+        """Makes room for new rows and for `longest` tokens before the cursor.
+
+        If the rows slide, unused columns stay before them, so that windows can be rounded up.
+        """
+        if longest <= self.cursor:
+            self.cache.reserve(self.num_rows + num_rows, longest)
+            return
+        cursor = min(self.max_width, longest + self.column_bucket - 1)
+        self.cache.reserve(self.num_rows + num_rows, cursor)
+        self._slide(cursor - self.cursor)
+
     def _make_room(self) -> None:
         width = self.cache.window.width
         is_worth_sliding = self.low >= width // 4 or width == self.max_width
@@ -309,9 +321,12 @@ class CursorBatch:
     ) -> Tensor:
         num_rows, num_tokens = tokens_NQ.shape
         rows = slice(first_row, first_row + num_rows)
-        self.cache.window.open(rows, low=low, column=column, end=column + num_tokens)
+        end = column + num_tokens
+        if low < column:  # a prefill without a past is faster without masked columns
+            low = max(0, end - _round_up(end - low, self.column_bucket))
+        self.cache.window.open(rows, low=low, column=column, end=end)
         starts_N1 = torch.tensor(self.starts[rows])[:, None]
-        columns_W = torch.arange(low, column + num_tokens)
+        columns_W = torch.arange(low, end)
         call = Call(
             tokens_NQ.to(self.device),
             self._mask(columns_W, starts_N1).to(self.device),
@@ -329,3 +344,7 @@ class CursorBatch:
 
     def _positions(self, columns_Q: Tensor, starts_N1: Tensor) -> Tensor:
         return (columns_Q - starts_N1).clamp(min=0)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
