@@ -92,6 +92,7 @@ def test_a_run_sees_as_many_devices_as_its_job_asks_for(
 
 def test_the_setting_overrides_the_number_of_devices_of_a_job(settings: Settings) -> None:
     assert devices_of_run(job(1), settings.model_copy(update={"num_processes": 2})) == "2,5"
+    assert devices_of_run(job(1), settings.model_copy(update={"num_processes": 9})) == "2,5,7"
 
 
 def test_an_import_sees_no_device(settings: Settings) -> None:

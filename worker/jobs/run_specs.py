@@ -26,7 +26,9 @@ def devices_for(job: AnyJob, visible: Sequence[str], settings: Settings) -> Devi
     """
     count = 0
     if isinstance(job, DistillationJob):
-        count = settings.num_processes or job.distillation.hyperparameters.num_devices
+        num_asked = job.distillation.hyperparameters.num_devices
+        # Processes share devices if the setting has more processes than there are devices.
+        count = min(settings.num_processes, len(visible)) or num_asked
     return claim_devices(visible, count, settings)
 
 
