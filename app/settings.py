@@ -118,7 +118,9 @@ class Settings(BaseSettings):
         description="Share of the CPU time that training gets while a serve worker on the same cores is busy; 1 disables time-sharing",
     )
     num_processes: int = Field(
-        0, ge=0, description="Number of processes that train one student; 0: one per CUDA device"
+        0,
+        ge=0,
+        description="Number of processes that train one student, and of CUDA devices that they use; 0: as `num_devices` of the job",
     )
     work_dir: str = Field(
         "", description="Parent of the work folders of runs; empty: `work` in the data folder"
@@ -127,12 +129,12 @@ class Settings(BaseSettings):
     train_cuda_devices: str = Field(
         "",
         pattern=CUDA_DEVICES,
-        description="CUDA devices of the train workers, as in CUDA_VISIBLE_DEVICES; empty: all that are visible",
+        description="CUDA devices of the train workers, as in CUDA_VISIBLE_DEVICES; empty: all that are visible. A job uses as many as it asks for",
     )
     serve_cuda_devices: str = Field(
         "",
         pattern=CUDA_DEVICES,
-        description="CUDA devices of the serve workers, each of which uses its first device",
+        description="CUDA devices of the serve workers, each of which uses one of its devices; empty: all that are visible",
     )
     serve_device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Device of our engine; auto: a CUDA device if there is one"
@@ -178,7 +180,9 @@ class Settings(BaseSettings):
         30.0, ge=0, description="Maximum time that a request waits for a model that is being loaded"
     )
     resident_model_bytes: int = Field(
-        4 * 2**30, gt=0, description="Maximum size of the weights that a serve worker keeps loaded"
+        0,
+        ge=0,
+        description="Maximum memory of the models of a serve worker with their KV caches; 0: 4 GiB on a CPU, and 85% of the free memory of a CUDA device",
     )
     max_context_tokens: int = Field(
         2048, ge=16, description="Maximum number of tokens of prompt and answer together"

@@ -106,6 +106,12 @@ class EvaluationFailed(DistillError):
     code = "evaluation_failed"
 
 
+class TooFewDevices(WorkerError):
+    """The job asks for more CUDA devices than its worker has."""
+
+    code = "too_few_devices"
+
+
 class DiskFull(DistillError):
     """The disk was full while a model was imported or a data set made. Training jobs pause instead."""
 

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from types import FrameType
 from typing import Literal
 from uuid import uuid4
@@ -104,7 +104,7 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
 
 def serve(settings: Settings, announce: Callable[[], None]) -> int:
     """Runs a serve worker. While it drains, it refuses new requests and completes running ones."""
-    cuda.restrict_to(settings.serve_cuda_devices)  # before torch initialises CUDA
+    claim = cuda.claim_for_serving(settings)  # before torch initialises CUDA
 
     # Imported here, because a train worker does not need these modules.
     from app.fast_imports import imports_done  # isort: split
@@ -115,27 +115,26 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     from app.artifact_cache import ArtifactCache
     from app.storage import store
     from worker.core_sharing import shared_cores
+    from worker.serve.device_memory import resident_bytes
     from worker.serve.host.model_host import ModelHost
-    from worker.serve.vllm_engine import has_vllm
+    from worker.serve.vllm_core import has_vllm
     from worker.serve_worker import FAULTS, ServeOptions, ServeWorker, connect
 
     imports_done()
-    cuda.require(
-        settings.serve_cuda_devices, torch.cuda.device_count(), "STILLHOUSE_SERVE_CUDA_DEVICES"
-    )
     transformers_logging.disable_progress_bar()
     if settings.num_threads:
         torch.set_num_threads(settings.num_threads)
+    device = choose_device(settings.serve_device, has_cuda=torch.cuda.is_available())
     worker_id = new_worker_id("serve")
     copies = ArtifactCache(store(), settings.work_root() / "models", settings.artifact_cache_bytes)
     host = ModelHost(
-        resident_bytes=settings.resident_model_bytes,
+        resident_bytes=resident_bytes(settings.resident_model_bytes, device),
         loader=copies.fetch_folder,
         retain=copies.retain,
         max_running=settings.max_running_sequences,
         max_context_tokens=settings.max_context_tokens,
         model_load_wait_seconds=settings.model_load_wait_seconds,
-        device=choose_device(settings.serve_device, has_cuda=torch.cuda.is_available()),
+        device=device,
         precision=settings.serve_precision,
     )
     options = ServeOptions(
@@ -161,7 +160,8 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
         worker.start()
         announce()
 
-    return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=ready, drain=worker.drain)
+    with closing(claim):
+        return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=ready, drain=worker.drain)
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> str:

@@ -259,6 +259,7 @@ class ServeWorker:
             num_running=host.num_running,
             num_waiting=len(self._reply_channels) if is_unplaced else host.num_waiting,
             max_running=self._options.max_running,
+            resident_bytes=self._host.resident_bytes,
             requests=self._open(),
             is_draining=self._drain_until is not None,
             last_step_at=host.last_step_at,
@@ -306,7 +307,8 @@ class ServeWorker:
         if isinstance(message, Cancel):
             self.cancel(message.id)
         elif isinstance(message, Keep):  # lists all pinned models, also those for other engines
-            able = tuple(m for m in message.models if m.serving.engine in self._options.engines)
+            engines = ("auto", *self._options.engines)
+            able = tuple(m for m in message.models if m.serving.engine in engines)
             self._host.tell(Keep(models=able))
         else:
             self._host.tell(message)

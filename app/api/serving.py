@@ -85,13 +85,13 @@ async def pin_model(model_id: str, principal: Operator, request_router: Router) 
 
     A pinned alias follows its target. Needs the scope `admin`.
     """
-    served = await run_in_threadpool(model_serving.pin, principal, model_id)
+    served = await run_in_threadpool(model_serving.pin, principal, model_id, request_router.workers)
     if request_router.workers:
         await tell_pins(request_router)
     told = [
         worker.worker_id
         for worker in request_router.workers
-        if served.serving.engine in worker.engines
+        if worker.can_serve(served.serving.engine)
     ]
     return await run_in_threadpool(model_serving.status_of, served, request_router.workers, told)
 

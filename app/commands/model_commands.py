@@ -24,7 +24,7 @@ from app.commands.shell import (
     use,
     use_service,
 )
-from app.contracts.engines import EngineName, WeightsName
+from app.contracts.engines import EngineOption, WeightsName
 
 if TYPE_CHECKING:
     from app.commands.remote_service import RemoteService
@@ -106,7 +106,7 @@ def list_models(
 def set_serving(
     model: Annotated[str, typer.Argument(help="Id or alias of the model.")],
     engine: Annotated[
-        EngineName, typer.Option(help="Engine that serves the model.")
+        EngineOption, typer.Option(help="Engine that serves the model.")
     ] = "transformers",
     weights: Annotated[
         WeightsName,

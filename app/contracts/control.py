@@ -7,7 +7,13 @@ from typing import Annotated, Literal
 
 from pydantic import AliasChoices, Field, TypeAdapter
 
-from app.contracts.generation import EngineName, LoadedWeights, ServingOptions, serving_key_of
+from app.contracts.generation import (
+    EngineName,
+    EngineOption,
+    LoadedWeights,
+    ServingOptions,
+    serving_key_of,
+)
 from app.contracts.messages import ArtifactRef, Contract
 
 # Messages call a serving key `residence`, because processes of older versions know this name.
@@ -116,6 +122,7 @@ class ServeWorkerStatus(Contract):
     """Heartbeat of a serve worker.
 
     engines: Engines whose packages are installed.
+    resident_bytes: Limit for the memory of its models. None: a worker of an older version.
     loads: One entry per model. Empty: a worker of an older version, or one without models.
     resident, loading: Serving keys.
     requests: Ids of the requests whose last reply has not been sent. None: a worker of an older
@@ -134,7 +141,12 @@ class ServeWorkerStatus(Contract):
     num_waiting: int = 0
     requests: frozenset[str] | None = None
     max_running: int
+    resident_bytes: int | None = None
     is_draining: bool = False
     last_step_at: float | None = None
     stalled_seconds: float = 0.0
     beat_at: float
+
+    def can_serve(self, engine: EngineOption) -> bool:
+        """Returns whether the worker can serve models with this engine option."""
+        return engine == "auto" or engine in self.engines

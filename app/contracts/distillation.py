@@ -287,6 +287,7 @@ class Hyperparameters(Block):
         supports it natively, else float32.
     learning_rate_multiplier: Factor of the automatic learning rate.
     batch_rows: Rows per step. A step with more than `batch_tokens` is computed in micro-batches.
+    num_devices: Number of CUDA devices, with one process on each. Ignored on a CPU.
     """
 
     n_epochs: Annotated[int, Field(ge=1, le=1000)] = 3
@@ -301,13 +302,14 @@ class Hyperparameters(Block):
     checkpoint_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
     eval_steps: Annotated[int, Field(ge=1, le=1_000_000)] | Auto = "auto"
     early_stopping: EarlyStopping | None = None
-    # Excluded from the JSON if null, so that jobs without them keep their fingerprints.
+    # Excluded from the JSON if not set, so that jobs without them keep their fingerprints.
     learning_rate_multiplier: Annotated[
         float | None, Field(gt=0.0, le=1000.0, exclude_if=lambda value: value is None)
     ] = None
     batch_rows: Annotated[
         int | None, Field(ge=1, le=256, exclude_if=lambda value: value is None)
     ] = None
+    num_devices: Annotated[int, Field(ge=1, le=64, exclude_if=lambda value: value == 1)] = 1
 
     @model_validator(mode="after")
     def _one_learning_rate(self) -> "Hyperparameters":
@@ -358,8 +360,7 @@ class Evaluation(Block):
     ce_baseline: bool = False  # also trains the same student on the text alone, for comparison
     gate: Gate | None = None
     choose: Literal["smallest_passing", "best"] = "smallest_passing"
-    # Excluded from the JSON if null, so that requests without it keep the fingerprints they had
-    # before the field existed.
+    # Excluded from the JSON if null, so that requests without it keep their fingerprints.
     test_file: Annotated[FileId | None, Field(exclude_if=lambda value: value is None)] = None
 
 

@@ -3,5 +3,6 @@
 from typing import Literal
 
 EngineName = Literal["transformers", "vllm"]
+EngineOption = Literal["auto", "transformers", "vllm"]
 LoadedWeights = Literal["plain", "bfloat16", "int8"]
 WeightsName = Literal["auto", "plain", "bfloat16", "int8"]

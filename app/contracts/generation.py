@@ -7,6 +7,7 @@ from uuid import uuid4
 from pydantic import Field
 
 from app.contracts.engines import EngineName as EngineName
+from app.contracts.engines import EngineOption as EngineOption
 from app.contracts.engines import LoadedWeights as LoadedWeights
 from app.contracts.engines import WeightsName as WeightsName
 from app.contracts.messages import ArtifactRef, Contract
@@ -131,12 +132,14 @@ class Draft(Contract):
 class ServingOptions(Contract):
     """Options with which a model is served.
 
+    engine: auto: vLLM on a CUDA device, if it is installed there and can serve the model with the
+        other options, else transformers.
     weights: int8 weights change some answers, bfloat16 weights fewer. auto: bfloat16 on a CPU that
         supports it natively if there is no draft, else plain.
     draft: Speculative decoding. A draft must not change the answers.
     """
 
-    engine: EngineName = "transformers"
+    engine: EngineOption = "transformers"
     weights: WeightsName = "auto"
     draft: Draft | None = None
 

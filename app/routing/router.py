@@ -26,7 +26,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from app.contracts.control import Cancel, Keep, Load, ServeWorkerStatus, Unload
-from app.contracts.generation import Done, EngineName, Failure, GenerateRequest, Reply, ReplyBatch
+from app.contracts.generation import Done, EngineOption, Failure, GenerateRequest, Reply, ReplyBatch
 from app.contracts.messages import control_channel, reply_channel
 from app.errors import BadRequest, NotFound, StillhouseError, TimedOut, TooManyRequests, Unavailable
 from app.metrics.requests import RequestMetrics
@@ -68,7 +68,7 @@ def no_worker(message: str) -> Unavailable:
     return error
 
 
-def _kind_of_worker(engine: EngineName | None) -> str:
+def _kind_of_worker(engine: EngineOption | None) -> str:
     return "serve worker with vLLM" if engine == "vllm" else "serve worker"
 
 
@@ -153,7 +153,7 @@ class RequestRouter:
         return reply_stream
 
     async def tell(
-        self, message: Load | Unload | Keep, engine: EngineName | None = None
+        self, message: Load | Unload | Keep, engine: EngineOption | None = None
     ) -> list[str]:
         """Sends a control message to all workers, or to those that have the engine.
 
@@ -163,7 +163,9 @@ class RequestRouter:
             # Shielded, because redis-py may swallow a cancellation (see `stop`).
             await asyncio.shield(self._spawn(self._registry.refresh()))
         able = [
-            w.worker_id for w in self.workers if engine in (None, *w.engines) and not w.is_draining
+            w.worker_id
+            for w in self.workers
+            if (engine is None or w.can_serve(engine)) and not w.is_draining
         ]
         data = message.model_dump_json()
         try:

@@ -129,7 +129,7 @@ class WorkerRegistry:
 
         engine = request.serving.engine
         able = [
-            status for status in self.workers if not status.is_draining and engine in status.engines
+            status for status in self.workers if not status.is_draining and status.can_serve(engine)
         ]
         return min(able, key=rank).worker_id if able else None
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from app.contracts.generation import EngineName, LoadedWeights, ServingOptions, WeightsName
+from app.contracts.generation import EngineOption, LoadedWeights, ServingOptions, WeightsName
 from app.schemas.jobs import Body, ModelId
 
 
@@ -18,7 +18,7 @@ class SetDraft(Body):
 class SetServing(Body):
     """All serving options. An option that is left out takes its default."""
 
-    engine: EngineName = "transformers"
+    engine: EngineOption = "transformers"
     weights: WeightsName = "auto"
     draft: SetDraft | None = None
 
@@ -33,7 +33,7 @@ class DraftObject(BaseModel):
 class Serving(BaseModel):
     """Serving options of a model."""
 
-    engine: EngineName
+    engine: EngineOption
     weights: WeightsName
     draft: DraftObject | None
 

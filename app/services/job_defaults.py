@@ -184,6 +184,11 @@ def settle_data(block: Distillation, objective: Objective, pair: Pair) -> Data:
                 f"{objective.teacher_signal}; take completions from dataset or teacher",
                 param,
             )
+        if source in ("student", "replay") and block.hyperparameters.num_devices > 1:
+            refuse(
+                f"completions from {source} are trained by one process; leave num_devices out",
+                "hyperparameters.num_devices",
+            )
     if row_format == "text":
         for param, source in sources.items():
             if source not in (None, "dataset"):

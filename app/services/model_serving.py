@@ -61,9 +61,6 @@ def _refuse_beside_vllm(asked: SetServing, facts: ModelFacts) -> None:
     if asked.weights not in ("auto", "plain"):
         message = "vLLM only serves the weights as stored; leave weights out, or use the engine transformers"
         raise BadRequest(message, "incompatible_options", "weights")
-    if asked.draft is not None:
-        message = "a draft needs the engine transformers; leave draft or engine out"
-        raise BadRequest(message, "incompatible_options", "draft")
 
 
 def _find_draft(session: Session, project_id: str, row: Model, draft_id: str) -> Model:
@@ -107,10 +104,13 @@ def all_pinned() -> tuple[ServedModel, ...]:
         return pinned(session)
 
 
-def pin(principal: Principal, target_id: str) -> ServedModel:
+def pin(
+    principal: Principal, target_id: str, workers: Collection[ServeWorkerStatus] = ()
+) -> ServedModel:
     """Keeps a model loaded on every serve worker.
 
-    A pinned alias stays pinned when it is moved to another model.
+    A pinned alias stays pinned when it is moved to another model. The pinned models must fit the
+    smallest of `workers`, and the setting if it is given.
 
     Raises:
         NotFound: The project sees no such model.
@@ -123,7 +123,8 @@ def pin(principal: Principal, target_id: str) -> ServedModel:
         is_alias = models.find_alias(session, principal.project_id, target_id) is not None
         models.pin(session, principal.project_id, target_id if is_alias else found.model_id)
         num_bytes = sum(kept.stored_bytes for kept in pinned(session))
-        limit = get_settings().resident_model_bytes
+        limits = [worker.resident_bytes for worker in workers if worker.resident_bytes]
+        limit = min([get_settings().resident_model_bytes or num_bytes, *limits])
         if num_bytes > limit:
             message = f"with this model, the pinned models have {num_bytes} bytes; a worker keeps at most {limit}; unpin another model first"
             raise Conflict(message, "pins_exceed_memory", "model")

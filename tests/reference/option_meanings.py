@@ -107,6 +107,7 @@ OPTIONS = {
         "early_stopping": "Ends training early.",
         "learning_rate_multiplier": "",
         "batch_rows": "",
+        "num_devices": "",
     },
     "EarlyStopping": {
         "patience": "Number of evaluations without an improvement.",

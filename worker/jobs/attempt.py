@@ -15,19 +15,14 @@ import structlog
 
 from app.artifact_cache import ArtifactCache
 from app.contracts.datasets import DatasetJob
-from app.contracts.messages import (
-    AnyJob,
-    ArtifactRef,
-    DistillationJob,
-    JobFailure,
-    ModelFacts,
-)
+from app.contracts.messages import AnyJob, ArtifactRef, DistillationJob, JobFailure, ModelFacts
 from app.crash_points import crash_point
 from app.settings import Settings
 from app.storage import CorruptArtifact, StorageError, store
 from worker.core_sharing import shared_cores
+from worker.cuda import NO_DEVICES, visible_devices
 from worker.disk import is_disk_full
-from worker.errors import DiskFull
+from worker.errors import DiskFull, TooFewDevices
 from worker.jobs import dataset_job, lease_client, run_specs
 from worker.jobs.lease_client import Lease, LeaseLost
 from worker.jobs.lease_heartbeat import DATABASE_AWAY, LeaseHeartbeat
@@ -88,6 +83,7 @@ class Attempt:
             store(), settings.work_root() / "fetched", settings.artifact_cache_bytes
         )
         self.process: RunProcess | None = None
+        self.devices = NO_DEVICES
         self.stop_deadline: float | None = None
         self.is_done = False
         self._gathered: list[RunLine] = []
@@ -102,7 +98,11 @@ class Attempt:
                 shutil.rmtree(stale, ignore_errors=True)
         resume_dir = self._good_checkpoint()
         try:
+            self.devices = run_specs.devices_for(self.lease.spec, visible_devices(), self.settings)
             spec = self._spec(self.lease.spec, resume_dir)
+        except TooFewDevices as error:
+            self._end_with_error(JobFailure(code=error.code, message=str(error)))
+            return
         except (FileNotFoundError, CorruptArtifact) as error:
             log.warning("inputs_missing", job=self.lease.job_id, error=str(error))
             message = "an input of the job is damaged or no longer in the store; upload it again and submit a new job"
@@ -112,7 +112,7 @@ class Attempt:
             return
         arguments = self._prepare_inputs(spec)
         crash_point("inputs.prepared")
-        environment = child_environment(self.lease.spec, self.settings)
+        environment = child_environment(self.lease.spec, self.settings, self.devices)
         self.process = process = RunProcess(
             arguments, self.folder, environment, shared_cores=shared_cores(self.settings)
         )
@@ -140,14 +140,12 @@ class Attempt:
 
     def clean_up(self) -> None:
         self._kill()
+        self.devices.close()
         self.copies.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _spec(self, job: AnyJob, resume_dir: Path | None) -> Spec:
-        """Fetches the inputs of the job and returns the spec of its run process.
-
-        Raises FileNotFoundError if an input is missing and CorruptArtifact if one is damaged.
-        """
+        """Fetches the inputs and returns the spec. Raises FileNotFoundError or CorruptArtifact."""
         if isinstance(job, DatasetJob):
             records = dataset_job.export_records(self.lease, job, self.folder, self._write)
             return DatasetSpec(

@@ -21,6 +21,7 @@ from app.local.process_manager import environment_without_secrets
 from app.settings import Settings
 from app.tracing.spans import end_span, start_span
 from worker.core_sharing import SharedRun
+from worker.cuda import NO_DEVICES, DeviceClaim
 from worker.disk import mentions_full_disk
 from worker.errors import DiskFull
 from worker.protocol.run_lines import RunLine, StageLine, run_line
@@ -205,10 +206,13 @@ def _memory_event_files() -> list[Path]:
     return files
 
 
-def child_environment(spec: AnyJob, settings: Settings) -> dict[str, str]:
+def child_environment(
+    spec: AnyJob, settings: Settings, devices: DeviceClaim = NO_DEVICES
+) -> dict[str, str]:
     """Returns the environment of a run: without secrets, and offline unless it is a hub import.
 
-    Only an import that may use the hub token gets the token.
+    Only an import that may use the hub token gets the token. The run sees only the CUDA devices
+    that are claimed for it.
     """
     is_online = isinstance(spec, ImportJob) and spec.hub is not None
     environment = environment_without_secrets()
@@ -226,6 +230,7 @@ def child_environment(spec: AnyJob, settings: Settings) -> dict[str, str]:
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
+    environment |= devices.environment
     if isinstance(spec, ImportJob) and spec.hub is not None and spec.uses_hub_token:
         environment["STILLHOUSE_HF_TOKEN"] = settings.hf_token
     if settings.num_threads:

@@ -1,10 +1,12 @@
 """Specs of run processes: fetches the inputs of a job and names the module that runs it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from app.artifact_cache import ArtifactCache
-from app.contracts.messages import DistillationJob, ImportJob
+from app.contracts.messages import AnyJob, DistillationJob, ImportJob
 from app.settings import Settings
+from worker.cuda import DeviceClaim, claim_devices
 from worker.protocol.dataset_spec import DatasetSpec
 from worker.protocol.import_spec import ImportSpec
 from worker.protocol.run_spec import RunSpec
@@ -15,6 +17,19 @@ MODULES: dict[type[Spec], str] = {
     ImportSpec: "worker.import_model",
     DatasetSpec: "worker.build_dataset",
 }
+
+
+def devices_for(job: AnyJob, visible: Sequence[str], settings: Settings) -> DeviceClaim:
+    """Claims the devices of a run among those of its worker. Imports and data sets use none.
+
+    Raises TooFewDevices if the worker has fewer than the job asks for.
+    """
+    count = 0
+    if isinstance(job, DistillationJob):
+        num_asked = job.distillation.hyperparameters.num_devices
+        # Processes share devices if the setting has more processes than there are devices.
+        count = min(settings.num_processes, len(visible)) or num_asked
+    return claim_devices(visible, count, settings)
 
 
 def spec_of(

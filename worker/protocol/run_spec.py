@@ -33,5 +33,5 @@ class RunSpec(BaseModel):
     resume_dir: Path | None = None
     seed: int = 0
     num_threads: int = 0
-    num_processes: int = 0  # 0: one per CUDA device
+    num_processes: int = 0  # 0: one per visible CUDA device
     keep_checkpoints: int = 2

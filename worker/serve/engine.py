@@ -1,12 +1,13 @@
 """Engine protocol, and its implementation for Hugging Face model classes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Listing
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import structlog
 from torch import nn
 
 from app.contracts.generation import GenerateRequest, Reply, Sampling
@@ -14,11 +15,13 @@ from worker.serve.decoding.cache_status import CacheStatus
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.logit_processors import processor_for, refuse_unknown_tokens
 from worker.serve.decoding.sampling import SampledToken, TokenSampler
+from worker.serve.device_memory import is_out_of_memory, release_unused
 from worker.serve.errors import (
     BadLogits,
     DeadlinePassed,
     EchoUnsupported,
     InvalidGrammar,
+    OutOfMemory,
     ServeError,
     failure_of,
 )
@@ -30,6 +33,8 @@ from worker.serve.text.prompts import end_id_of, prompt_tokens
 from worker.serve.text.reply_builder import Answer, begin_answer, num_logprobs_of, seed_of
 from worker.serve.text.tokenizer_requests import tokenizer_replies
 from worker.serve.text.tools.grammars import constrained
+
+log = structlog.get_logger(__name__)
 
 
 class Engine(Protocol):
@@ -55,6 +60,19 @@ class Engine(Protocol):
 
     def cache_status(self) -> CacheStatus:
         """Returns the use of the KV cache and of the prefix cache."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the caches, as far as it is not counted with the weights."""
+        ...
+
+    def limit_cache(self, num_bytes: int) -> None:
+        """Sets the memory that the caches may take. Sequences wait if there is too little."""
+        ...
+
+    def free_cache(self) -> None:
+        """Frees the memory of the caches if no sequence runs."""
         ...
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
@@ -139,6 +157,16 @@ class TransformersEngine:
 
     def cache_status(self) -> CacheStatus:
         return self._decoder.cache_status()
+
+    @property
+    def cache_bytes(self) -> int:
+        return self._decoder.cache_bytes
+
+    def limit_cache(self, num_bytes: int) -> None:
+        self._decoder.limit_cache(num_bytes)
+
+    def free_cache(self) -> None:
+        self._decoder.free_cache()
 
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
         request = constrained(request, self._text)
@@ -225,10 +253,34 @@ class TransformersEngine:
                     live, DeadlinePassed("the request timed out; ask for fewer tokens, or retry")
                 )
             )
-        for sequence, pick in self._decoder.step():
+        picks = self._decode()
+        if picks is None:
+            return replies + self._end_lost()
+        for sequence, pick in picks:
             live_now = self._live.get(sequence.request_id)
             if live_now is not None:
                 replies += self._deliver(live_now, sequence, pick)
+        return replies
+
+    def _decode(self) -> Iterable[tuple[Sequence, SampledToken]] | None:
+        """Returns the next tokens, or None if memory is exhausted."""
+        try:
+            return self._decoder.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("out_of_memory", num_running=self.num_running, reason=str(error))
+            return None
+
+    def _end_lost(self) -> list[Reply]:
+        """Ends the requests that ran out of memory. The others continue with the next step."""
+        lost = dict.fromkeys(sequence.request_id for sequence in self._decoder.recover())
+        error = OutOfMemory(
+            "the serve worker has too little memory for this request now; retry, or send a shorter "
+            "prompt, fewer choices or a lower max_tokens"
+        )
+        replies = [self._fail(self._live[id_], error) for id_ in lost if id_ in self._live]
+        release_unused()
         return replies
 
     def _deliver(self, answer: Answer, sequence: Sequence, pick: SampledToken) -> list[Reply]:

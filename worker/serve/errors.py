@@ -186,6 +186,13 @@ class ModelLoading(ServeError):
     param = "model"
 
 
+class OutOfMemory(ServeError):
+    """The serve worker has too little memory for the request, or for the model, at this time."""
+
+    code = "out_of_memory"
+    status = 503
+
+
 class BadLogits(ServeError):
     """The model computed logits that are NaN or infinite."""
 

@@ -11,6 +11,7 @@ from torch import nn
 from app.contracts.generation import LoadedWeights
 from worker.cpu import HAS_BFLOAT16, HAS_INT8, prepare_for_serving
 from worker.serve.decoding.families import SEQ2SEQ, family_of, refuse_unlisted
+from worker.serve.decoding.grouped_attention import use_grouped_attention
 from worker.serve.errors import ModelLoadFailed, OptionUnavailable
 from worker.serve.text.template_process import RENDERER
 
@@ -76,6 +77,8 @@ def load_model(
         )
     family_of(model)
     model.to(device).eval().requires_grad_(False)
+    if device != "cpu":
+        use_grouped_attention(model)
     num_packed_bytes = prepare_for_serving(model, weights, keeps_plain=keeps_plain)
     num_plain_bytes = sum(weight.nbytes for weight in model.parameters() if not weight.is_meta)
     return LoadedModel(model, tokenizer, num_plain_bytes + num_packed_bytes)

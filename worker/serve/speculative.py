@@ -108,6 +108,19 @@ class SpeculativeDecoder(Decoder):
         self.min_confidence = min_confidence
         self.counts = DraftCounts()
 
+    @property
+    def cache_bytes(self) -> int:
+        return self.target.cache_bytes + self.draft.cache_bytes
+
+    def free_cache(self) -> None:
+        if not self._rows:
+            self.draft.free()
+        super().free_cache()
+
+    def recover(self) -> list[Sequence]:
+        self.draft.truncate(0)
+        return super().recover()
+
     def step(self) -> Iterator[tuple[Sequence, SampledToken]]:
         """Returns the new tokens of each sequence, one by one.
 
@@ -128,7 +141,7 @@ class SpeculativeDecoder(Decoder):
 
     def _round(self) -> list[tuple[Sequence, list[SampledToken]]]:
         self._has_prefilled = False
-        sequences = list(self._rows)
+        self._choosing = sequences = list(self._rows)
         for sequence in sequences[self.draft.num_rows :]:
             self.draft.join([[*sequence.prompt, *sequence.tokens[:-1]]])
         for batch in (self.target, self.draft):
@@ -146,6 +159,7 @@ class SpeculativeDecoder(Decoder):
         runs = self._verify(sequences, proposals, logits.view(len(rows), len(rows[0]), -1))
         for batch in (self.target, self.draft):
             batch.keep([len(run) for run in runs])
+        self._choosing = []
         return list(zip(sequences, runs, strict=True))
 
     def _propose(self, sequences: Listing[Sequence]) -> list[Offers]:

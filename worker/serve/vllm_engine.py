@@ -9,11 +9,10 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from app.contracts.generation import GenerateRequest, Grammar, Reply
+from app.contracts.generation import GenerateRequest, Grammar, Reply, Sampling
 from worker.serve.decoding.cache_status import CacheStatus
 from worker.serve.decoding.fair_queue import FairQueue
 from worker.serve.decoding.families import SEQ2SEQ, Context
@@ -44,16 +43,11 @@ from worker.serve.text.reply_builder import (
 )
 from worker.serve.text.tokenizer_requests import tokenizer_replies
 from worker.serve.text.tools.grammars import constrained
-from worker.serve.vllm_core import make_core, release_core
+from worker.serve.vllm_core import VllmDraft, has_vllm, make_core, release_core
 
 FINISH_REASONS: dict[str, FinishReason] = {"stop": "stop", "length": "length"}
 
 Vllm = Any  # vLLM is not installed where this is type-checked
-
-
-def has_vllm() -> bool:
-    """Returns whether this environment can serve with vLLM."""
-    return find_spec("vllm") is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +78,7 @@ class VllmEngine:
         tokenizer: Any,  # transformers is untyped here
         *,
         end_ids: frozenset[int],
+        has_draft: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._core = core
@@ -91,6 +86,7 @@ class VllmEngine:
         self._text = TokenText(tokenizer)
         self._size_bound = size_bound(tokenizer, end_id_of(tokenizer))
         self._end_ids = end_ids
+        self._has_draft = has_draft
         self._clock = clock
         self._context = Context(core.model_config.max_model_len)
         self._vocab_size: int = core.model_config.get_vocab_size()
@@ -129,6 +125,16 @@ class VllmEngine:
         except (AttributeError, TypeError):
             return 0.0
 
+    @property
+    def cache_bytes(self) -> int:
+        return 0  # vLLM allocates its cache with the weights, and `load_vllm` counts both
+
+    def limit_cache(self, num_bytes: int) -> None:
+        pass
+
+    def free_cache(self) -> None:
+        pass
+
     def prompt_of(self, request: GenerateRequest) -> tuple[int, ...]:
         request = constrained(request, self._text)
         prompt = prompt_tokens(
@@ -151,6 +157,8 @@ class VllmEngine:
             request = constrained(request, self._text)
             prompt = self.prompt_of(request) if prompt is None else prompt
             refuse_unknown_tokens(request.sampling, self._vocab_size)
+            if self._has_draft:
+                refuse_beside_draft(request.sampling)
         except ServeError as error:
             self._outbox.append(failure_of(request.id, error))
             return
@@ -284,6 +292,18 @@ class VllmEngine:
         return failure_of(answer.request.id, error)
 
 
+def refuse_beside_draft(sampling: Sampling) -> None:
+    """Raises InvalidSampling for parameters that vLLM does not support with a draft."""
+    for name in ("min_p", "logit_bias"):
+        if getattr(sampling, name):
+            error = InvalidSampling(
+                f"{name} is not supported by this model, because vLLM serves it with a draft; leave "
+                f"{name} out, or serve the model without a draft or with the engine transformers"
+            )
+            error.param = name
+            raise error
+
+
 def _structured_outputs(grammar: Grammar | None) -> Vllm | None:
     """Returns a grammar in the form of vLLM, whose backend `guidance` reads all three kinds."""
     if grammar is None:
@@ -317,7 +337,12 @@ def _scores(choice: _Choice, logprobs: list[dict[int, Vllm] | None]) -> list[Sam
 
 
 def load_vllm(
-    folder: Path, *, max_running: int, max_context_tokens: int, clock: Callable[[], float]
+    folder: Path,
+    *,
+    max_running: int,
+    max_context_tokens: int,
+    clock: Callable[[], float],
+    draft: VllmDraft | None = None,
 ) -> tuple[VllmEngine, int]:
     """Returns an engine for the model of a folder, and the bytes of its weights and KV cache.
 
@@ -343,10 +368,25 @@ def load_vllm(
             "vLLM only serves decoders; serve an encoder-decoder with the engine transformers"
         )
     limit = getattr(config, "max_position_embeddings", None) or max_context_tokens
-    core = make_core(folder, max_num_seqs=max_running, max_model_len=min(max_context_tokens, limit))
+    if draft is not None:
+        refuse_code(draft.folder)
+    core = make_core(
+        folder,
+        draft=draft,
+        max_num_seqs=max_running,
+        max_model_len=min(max_context_tokens, limit),
+    )
     configs = [config]
     if (folder / "generation_config.json").exists():
         configs.append(GenerationConfig.from_pretrained(folder, local_files_only=True))
-    engine = VllmEngine(core, tokenizer, end_ids=ends_named_in(configs, tokenizer), clock=clock)
+    engine = VllmEngine(
+        core,
+        tokenizer,
+        end_ids=ends_named_in(configs, tokenizer),
+        has_draft=draft is not None,
+        clock=clock,
+    )
     weights_bytes = sum(core.apply_model(lambda model: sum(w.nbytes for w in model.parameters())))
+    if draft is not None:
+        weights_bytes += sum(path.stat().st_size for path in draft.folder.glob("*.safetensors"))
     return engine, weights_bytes + core.vllm_config.cache_config.kv_cache_memory_bytes

@@ -28,7 +28,7 @@ class ServeWorkerObject(BaseModel):
     """A serve worker according to its last heartbeat. Counts are numbers of sequences.
 
     state: `stalled` means that it has had work for a long time without a forward pass.
-    resident_bytes, max_resident_bytes: Memory of its models, and the limit of the service.
+    resident_bytes, max_resident_bytes: Memory of its models with their KV caches, and the limit of the worker.
     """
 
     id: str

@@ -60,7 +60,7 @@ def _serve_worker(worker: ServeWorkerStatus, names: Mapping[str, str]) -> ServeW
         num_waiting=worker.num_waiting,
         max_running=worker.max_running,
         resident_bytes=sum(model.bytes for model in worker.models if model.state == "resident"),
-        max_resident_bytes=get_settings().resident_model_bytes,
+        max_resident_bytes=worker.resident_bytes or get_settings().resident_model_bytes,
         # The clocks of two machines may differ a little.
         heartbeat_age_seconds=round(max(0.0, time.time() - worker.beat_at), 3),
         stalled_seconds=worker.stalled_seconds,

@@ -56,6 +56,15 @@ def test_a_model_is_served_the_plain_way_unless_told_otherwise(
     client.models.delete("student")
 
 
+@pytest.mark.parametrize("engine", ["auto", "vllm"])
+def test_every_engine_takes_a_draft(http: httpx.Client, register: Register, engine: str) -> None:
+    register("tiny")
+    register("student")
+    asked = {"engine": engine, "draft": {"model": "student", "num_tokens": 3}}
+    answer = http.put("/v1/models/tiny/serving", json=asked).json()
+    assert answer | asked == answer
+
+
 @pytest.mark.parametrize(
     ("asked", "status", "code", "param"),
     [
@@ -66,7 +75,6 @@ def test_a_model_is_served_the_plain_way_unless_told_otherwise(
         ({"draft": {"model": "wider"}}, 400, "incompatible_draft", "draft.model"),
         ({"draft": {"model": "t5"}}, 400, "incompatible_draft", "draft.model"),
         ({"draft": {"model": "twin", "num_tokens": 17}}, 400, None, "draft.num_tokens"),
-        ({"engine": "vllm", "draft": {"model": "twin"}}, 400, "incompatible_options", "draft"),
         ({"engine": "vllm", "weights": "int8"}, 400, "incompatible_options", "weights"),
         ({"engine": "tgi"}, 400, None, "engine"),
         ({"speed": "high"}, 400, None, "speed"),

@@ -205,6 +205,15 @@ def test_only_next_token_distributions_judge_the_students_answers() -> None:
     assert decide(then, "gpt2", "t5").objective.then == decide(then).objective.then
 
 
+def test_answers_of_the_student_are_trained_by_one_process() -> None:
+    devices: Json = {"hyperparameters": {"num_devices": 2}}
+    assert decide(devices).hyperparameters.num_devices == 2
+    for source in ("student", "replay"):
+        param, _, _ = refused({"data": {"completions": source}} | devices)
+        assert param == "hyperparameters.num_devices"
+    assert "num_devices" not in decide({}).model_dump_json()  # old jobs keep their fingerprints
+
+
 def test_chats_need_a_chat_template() -> None:
     assert refused({}, rows="chat")[0] == "training_file"
 

@@ -21,9 +21,16 @@ from app.contracts.generation import Delta, Done, Failure, GenerateRequest, Gram
 from tests import tiny
 from tests.tiny import save_tiny
 from worker.serve.engine import Engine, TransformersEngine
-from worker.serve.errors import ModelLoadFailed, OptionUnavailable, UnsupportedModel
+from worker.serve.errors import (
+    InvalidSampling,
+    ModelLoadFailed,
+    OptionUnavailable,
+    UnsupportedModel,
+    failure_of,
+)
 from worker.serve.loading import load_model
-from worker.serve.vllm_engine import VllmEngine, _pick, has_vllm, load_vllm
+from worker.serve.vllm_core import VllmDraft, has_vllm
+from worker.serve.vllm_engine import VllmEngine, _pick, load_vllm, refuse_beside_draft
 
 Make = Callable[..., GenerateRequest]
 Drain = Callable[[Engine], list[Reply]]
@@ -85,6 +92,37 @@ def test_a_worker_without_vllm_says_how_to_start_one_with_it(tiny_llama_dir: Pat
         match=r'vLLM is not installed on this worker; install it with pip install "stillhouse\[vllm\]"',
     ):
         load_vllm(tiny_llama_dir, max_running=6, max_context_tokens=256, clock=time.time)
+
+
+@pytest.mark.parametrize(("name", "value"), [("min_p", 0.1), ("logit_bias", ((5, 1.0),))])
+def test_what_vllm_does_not_support_with_a_draft_is_refused_by_name(
+    make_request: Make, name: str, value: Any
+) -> None:
+    refuse_beside_draft(make_request(top_p=0.5).sampling)
+    with pytest.raises(InvalidSampling, match=f"{name} is not supported") as refused:
+        refuse_beside_draft(make_request(**{name: value}).sampling)
+    failure = failure_of("r", refused.value)
+    assert (failure.status, failure.code, failure.param) == (400, "unsupported_parameter", name)
+
+
+@needs_vllm
+def test_a_draft_does_not_change_the_greedy_text(
+    folders: dict[str, Path], engine: VllmEngine, make_request: Make, drain: Drain
+) -> None:
+    drafted, _ = load_vllm(
+        folders["llama"],
+        max_running=6,
+        max_context_tokens=256,
+        clock=time.time,
+        draft=VllmDraft(folders["llama"], num_tokens=3),
+    )
+    for each in (engine, drafted):
+        each.add(make_request(max_tokens=20))
+    assert tokens_of(drain(drafted)) == tokens_of(drain(engine))
+    drafted.add(make_request(min_p=0.5))
+    (failure,) = drain(drafted)
+    assert isinstance(failure, Failure)
+    assert failure.param == "min_p"
 
 
 def test_a_log_probability_of_minus_infinity_becomes_finite(make_request: Make) -> None:

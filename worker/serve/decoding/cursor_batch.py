@@ -24,6 +24,9 @@ from worker.serve.decoding.families import Call, Family, family_of
 from worker.serve.decoding.kv_cache import WindowedCache
 from worker.serve.decoding.prefix_cache import Prefixes
 
+# On a CUDA device, windows with past columns have a multiple of so many columns where possible.
+# Fused kernels need aligned masks, and the allocator reuses memory of equal shapes.
+COLUMN_BUCKET = 64
 LOGIT_BYTES = 32 * 2**20  # of the logits of one forward pass of `join_scored`
 
 
@@ -74,6 +77,12 @@ class EncoderCache:
         if not self.lengths:
             self.cache.shrink()
 
+    def truncate(self, num_rows: int) -> None:
+        """Removes the rows after the first `num_rows`, also those whose prefill has failed."""
+        del self.lengths[num_rows:]
+        for layer in range(len(self.cache.layers)):
+            self.with_past.is_updated[layer] = True  # the other rows read the cache
+
     def _mask(self, rows: slice) -> Tensor:
         lengths_N1 = torch.tensor(self.lengths[rows])[:, None]
         return (torch.arange(int(lengths_N1.max())) < lengths_N1).long()
@@ -96,6 +105,7 @@ class CursorBatch:
         self.device = next(model.parameters()).device
         self.max_rows = max_rows
         self.max_width = max_width
+        self.column_bucket = 1 if self.device.type == "cpu" else COLUMN_BUCKET
         self.cursor = 0
         self.starts: list[int] = []
         self.cache = WindowedCache(
@@ -114,6 +124,48 @@ class CursorBatch:
     def low(self) -> int:
         """First column that any row uses."""
         return min(self.starts, default=self.cursor)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache, of the encoder's cache and of the prefix cache."""
+        return self.prefixes.num_bytes + sum(cache.num_bytes for cache in self._caches())
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the caches at their present width; 0 before the first prefill."""
+        return sum(cache.row_bytes for cache in self._caches())
+
+    def _caches(self) -> list[WindowedCache]:
+        return [self.cache] if self.sources is None else [self.cache, self.sources.cache]
+
+    def limit_rows(self, num_rows: int) -> None:
+        """Sets how many rows the caches may reserve ahead."""
+        for cache in self._caches():
+            cache.most_ahead = num_rows
+
+    def truncate(self, num_rows: int) -> bool:
+        """Removes the rows after the first `num_rows`, also those whose prefill has failed.
+
+        Also clears the prefix cache. Returns whether the remaining rows are intact.
+        """
+        del self.starts[num_rows:]
+        if self.sources is not None:
+            self.sources.truncate(num_rows)
+        self.prefixes.clear()
+        is_intact = not any(cache.is_damaged for cache in self._caches())
+        for cache in self._caches():
+            cache.is_damaged = False
+        if not self.starts:
+            self.free()
+        return is_intact
+
+    def free(self) -> None:
+        """Frees the caches of a batch without rows."""
+        assert not self.starts, "rows need their keys and values"
+        self.cursor = 0
+        self.prefixes.clear()
+        for cache in self._caches():
+            cache.free()
 
     def num_to_read(self, prompt: Sequence[int]) -> int:
         """Returns how many tokens of a prompt the model must read when it joins.
@@ -143,9 +195,7 @@ class CursorBatch:
         assert self.sources is None, "the engine refuses scores of an encoder's prompt"
         assert self.family.can_pad_prompts or len(prompts) == 1, "the caller joins them one by one"
         num_rows, longest = len(prompts), max(len(prompt) for prompt in prompts)
-        self.cache.reserve(self.num_rows + num_rows, longest)
-        if longest > self.cursor:
-            self._slide(longest - self.cursor)
+        self._make_room_for_prompts(num_rows, longest)
         first_row, low = self.num_rows, self.cursor - longest
         self.starts += [self.cursor - len(prompt) for prompt in prompts]
         padded = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
@@ -172,9 +222,7 @@ class CursorBatch:
 
     def _join(self, prompts: Sequence[Sequence[int]], states_KSH: Tensor | None = None) -> Tensor:
         longest = max(len(prompt) for prompt in prompts)
-        self.cache.reserve(self.num_rows + len(prompts), longest)
-        if longest > self.cursor:
-            self._slide(longest - self.cursor)
+        self._make_room_for_prompts(len(prompts), longest)
         first_row, known = self.num_rows, [self.prefixes.find(prompt) for prompt in prompts]
         self.starts += [self.cursor - len(prompt) for prompt in prompts]
         num_read = max(len(prompt) - num for prompt, (_, num) in zip(prompts, known, strict=True))
@@ -235,6 +283,18 @@ class CursorBatch:
     def _copy_row(self, source: int, target: int) -> None:
         self.cache.copy_row(source, target, slice(self.starts[source], self.cursor))
 
+    def _make_room_for_prompts(self, num_rows: int, longest: int) -> None:
+        """Makes room for new rows and for `longest` tokens before the cursor.
+
+        If the rows slide, unused columns stay before them, so that windows can be rounded up.
+        """
+        if longest <= self.cursor:
+            self.cache.reserve(self.num_rows + num_rows, longest)
+            return
+        cursor = min(self.max_width, longest + self.column_bucket - 1)
+        self.cache.reserve(self.num_rows + num_rows, cursor)
+        self._slide(cursor - self.cursor)
+
     def _make_room(self) -> None:
         width = self.cache.window.width
         is_worth_sliding = self.low >= width // 4 or width == self.max_width
@@ -261,9 +321,12 @@ class CursorBatch:
     ) -> Tensor:
         num_rows, num_tokens = tokens_NQ.shape
         rows = slice(first_row, first_row + num_rows)
-        self.cache.window.open(rows, low=low, column=column, end=column + num_tokens)
+        end = column + num_tokens
+        if low < column:  # a prefill without a past is faster without masked columns
+            low = max(0, end - _round_up(end - low, self.column_bucket))
+        self.cache.window.open(rows, low=low, column=column, end=end)
         starts_N1 = torch.tensor(self.starts[rows])[:, None]
-        columns_W = torch.arange(low, column + num_tokens)
+        columns_W = torch.arange(low, end)
         call = Call(
             tokens_NQ.to(self.device),
             self._mask(columns_W, starts_N1).to(self.device),
@@ -281,3 +344,7 @@ class CursorBatch:
 
     def _positions(self, columns_Q: Tensor, starts_N1: Tensor) -> Tensor:
         return (columns_Q - starts_N1).clamp(min=0)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -63,6 +63,7 @@ class Decoder:
         the default batch.
         """
         self.max_running = max_running
+        self._most_rows = max_running  # that the memory for the caches allows
         self.min_joining = min_joining
         self.batch = batch or CursorBatch(
             model,
@@ -75,6 +76,9 @@ class Decoder:
             prefill_budget=prefill_budget, num_to_read=self._num_to_read
         )
         self._rows: list[Sequence] = []  # _rows[i] is in row i of the batch
+        # Sequences that are not in the batch yet, and those whose next tokens are being chosen.
+        self._joining: list[Sequence] = []
+        self._choosing: list[Sequence] = []
         self._has_prefilled = False
         self._num_prefix_queries = self._num_prefix_hits = 0
 
@@ -95,6 +99,41 @@ class Decoder:
         num_used = batch.num_rows * batch.cursor - sum(batch.starts)
         usage = num_used / (batch.max_rows * batch.max_width)
         return CacheStatus(usage, self._num_prefix_queries, self._num_prefix_hits)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the KV cache and the prefix cache."""
+        return self.batch.cache_bytes
+
+    def limit_cache(self, num_bytes: int) -> None:
+        """Sets the bytes that the caches may take.
+
+        Sequences whose rows would exceed the limit wait, but one sequence can always run. Rows that
+        run may grow beyond the limit.
+        """
+        if row_bytes := self.batch.row_bytes:
+            self._most_rows = max(1, num_bytes // row_bytes)
+            self.batch.limit_rows(self._most_rows)
+
+    def free_cache(self) -> None:
+        """Frees the caches if there are no sequences."""
+        if not self._rows:
+            self.batch.free()
+
+    def recover(self) -> list[Sequence]:
+        """Makes the decoder usable after a step that ran out of memory.
+
+        Returns the sequences that cannot continue, which the caller must drop: those that were to
+        join, or else the one with the fewest tokens. If the step failed while it moved the cache or
+        chose tokens, it returns all sequences that it may have damaged.
+        """
+        for sequence in self._joining:
+            self._waiting.finish(sequence)
+        lost = self._joining + self._choosing
+        self._joining, self._choosing = [], []
+        if not self.batch.truncate(len(self._rows)):
+            return [*lost, *self._rows]
+        return lost or sorted(self._rows, key=lambda sequence: len(sequence.tokens))[:1]
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Its prompt and `max_tokens` must fit the context."""
@@ -120,7 +159,7 @@ class Decoder:
         Sequences that have finished are no longer in the batch when it returns. A prefill is always
         followed by a decode step, so that new sequences cannot starve the running ones.
         """
-        groups = self._waiting.admit(self.max_running - len(self._rows)) if self._may_join() else []
+        groups = self._waiting.admit(self._num_free_rows()) if self._may_join() else []
         self._has_prefilled = bool(groups)
         if groups:
             sequences, logits_NV = self._prefill(groups)
@@ -129,16 +168,22 @@ class Decoder:
             logits_NV = self.batch.advance([sequence.tokens[-1] for sequence in sequences])
         else:
             return []
+        self._choosing = sequences
         picks = pick_tokens(logits_NV, [sequence.sampler for sequence in sequences])
         first_row = len(self._rows) - len(sequences)
         for row, pick in reversed(list(enumerate(picks, first_row))):
             self._take(row, pick)
+        self._choosing = []
         return list(zip(sequences, picks, strict=True))
+
+    def _num_free_rows(self) -> int:
+        most_rows = min(self.max_running, self._most_rows)
+        return max(0 if self._rows else 1, most_rows - len(self._rows))
 
     def _may_join(self) -> bool:
         if not self._rows:
             return True
-        num_joining = min(self.max_running - len(self._rows), self.num_waiting)
+        num_joining = min(self._num_free_rows(), self.num_waiting)
         return not self._has_prefilled and num_joining >= min(self.min_joining, self.num_waiting)
 
     def _num_to_read(self, sequence: Sequence) -> int:
@@ -173,6 +218,7 @@ class Decoder:
 
     def _prefill(self, groups: list[list[Sequence]]) -> tuple[list[Sequence], Tensor]:
         groups = sorted(groups, key=lambda group: group[0].num_prompt_logprobs is not None)
+        self._joining = [sequence for group in groups for sequence in group]
         first_row = self.batch.num_rows
         logits_KV = self._join([group[0] for group in groups])
         sequences, sources = [group[0] for group in groups], list(range(len(groups)))
@@ -183,8 +229,10 @@ class Decoder:
                 self.batch.fork(first_row + index)
                 sequences.append(sequence)
                 sources.append(index)
+        logits_NV = logits_KV[torch.tensor(sources, device=logits_KV.device)]
         self._rows += sequences
-        return sequences, logits_KV[torch.tensor(sources, device=logits_KV.device)]
+        self._joining = []
+        return sequences, logits_NV
 
     def _take(self, row: int, pick: SampledToken) -> None:
         sequence = self._rows[row]

@@ -97,10 +97,14 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
         return -1
 
     def resize(self) -> None:
-        """Grows the buffers to the window's `num_rows` and `width`, and keeps their contents."""
+        """Gives the buffers the window's `num_rows` and `width`, and keeps what fits of them."""
+        num_rows, width = self.window.num_rows, self.window.width
         for index, old in enumerate(self._buffers):
-            self._buffers[index] = self._room_for(old)
-            self._buffers[index][: old.shape[0], :, : old.shape[2]] = old
+            if (old.shape[0], old.shape[2]) != (num_rows, width):
+                kept = old[:num_rows, :, :width]
+                resized = self._room_for(old)
+                resized[: kept.shape[0], :, : kept.shape[2]] = kept
+                self._buffers[index] = resized
 
     def copy_row(self, source: int, target: int, columns: slice) -> None:
         for buffer in self._buffers:
@@ -137,12 +141,17 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped here
     """KV cache of all layers of a model, with one window.
 
-    It grows to the rows and columns that `reserve` asks for. Keys and values are stored in `dtype`,
-    or in their own dtype if it is None.
+    It grows to the rows and columns that `reserve` asks for. It reserves rows ahead, but not more
+    than `most_ahead`. Keys and values are stored in `dtype`, or in their own dtype if it is None.
+
+    `is_damaged` is true if an error has interrupted a move of columns. The layers then differ.
     """
 
     def __init__(self, *, max_rows: int, max_width: int, dtype: torch.dtype | None = None) -> None:
         self.max_rows, self.max_width = max_rows, max_width
+        self.most_ahead = max_rows
+        self.is_damaged = False
+        self._counted = (0, 0, 0), 0  # shape of the cache, and its bytes
         self.window = Window(*self._first_size())
         self._new_layer = partial(WindowedLayer, self.window, dtype)
         super().__init__(layer_class_to_replicate=self._new_layer)
@@ -156,17 +165,42 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
     def _first_size(self) -> tuple[int, int]:
         return min(FIRST_ROWS, self.max_rows), min(FIRST_WIDTH, self.max_width)
 
+    @property
+    def num_bytes(self) -> int:
+        shape = (self.window.num_rows, self.window.width, len(self.layers))
+        if shape != self._counted[0]:  # the sum is kept, because every step asks for it
+            self._counted = shape, sum(layer.num_bytes for layer in self.layers)
+        return self._counted[1]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row of the present width; 0 before the first model call."""
+        return self.num_bytes // self.window.num_rows
+
     def reserve(self, num_rows: int, width: int) -> None:
-        """Makes room for at least `num_rows` rows and `width` columns."""
+        """Makes room for at least `num_rows` rows and `width` columns.
+
+        If memory is exhausted, the cache keeps its size and contents.
+        """
         assert num_rows <= self.max_rows, "admission let in too many rows"
         assert width <= self.max_width, "admission let in a sequence longer than the batch is wide"
         w = self.window
         if num_rows <= w.num_rows and width <= w.width:
             return
+        before = w.num_rows, w.width
         if num_rows > w.num_rows:
-            w.num_rows = min(self.max_rows, max(num_rows, 2 * w.num_rows))
+            ahead = min(2 * w.num_rows, self.most_ahead)
+            w.num_rows = min(self.max_rows, max(num_rows, ahead))
         if width > w.width:
             w.width = min(self.max_width, max(width, 2 * w.width))
+        try:
+            self._resize_layers()
+        except (MemoryError, RuntimeError):  # CUDA and the CPU allocator raise RuntimeError
+            w.num_rows, w.width = before
+            self._resize_layers()
+            raise
+
+    def _resize_layers(self) -> None:
         for layer in self.layers:
             layer.resize()
 
@@ -175,22 +209,30 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
 
         Small buffers stay, because the allocation of new memory is slower than a prefill.
         """
-        if sum(layer.num_bytes for layer in self.layers) > KEPT_BYTES:
-            self.window.num_rows, self.window.width = self._first_size()
-            self.layers.clear()
+        if self.num_bytes > KEPT_BYTES:
+            self.free()
+
+    def free(self) -> None:
+        """Frees all buffers, with their contents."""
+        self.window.num_rows, self.window.width = self._first_size()
+        self.layers.clear()
 
     def copy_row(self, source: int, target: int, columns: slice) -> None:
         for layer in self.layers:
             layer.copy_row(source, target, columns)
 
     def move_columns(self, num_rows: int, columns: slice, by: int) -> None:
+        self.is_damaged = True
         for layer in self.layers:
             layer.move_columns(num_rows, columns, by)
+        self.is_damaged = False
 
     def take_columns(self, columns: slice, source_NC: Tensor) -> None:
         """Copies the source columns of each row into `columns`."""
+        self.is_damaged = True
         for layer in self.layers:
             layer.take_columns(columns, source_NC)
+        self.is_damaged = False
 
     def copy_of(self, row: int, columns: slice) -> list[tuple[Tensor, Tensor]]:
         """Returns a copy of each layer's keys and values, [heads, columns, dim], in one row."""

@@ -43,6 +43,14 @@ class Prefixes:
     def __init__(self, *, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self._kept: list[Prefix] = []
+        self._token_bytes = 0  # of the keys and values of one token
+
+    @property
+    def num_bytes(self) -> int:
+        return self._token_bytes * sum(len(prefix.tokens) for prefix in self._kept)
+
+    def clear(self) -> None:
+        self._kept.clear()
 
     def find(self, prompt: Sequence[int]) -> tuple[Prefix | None, int]:
         """Returns the cached prompt with the longest common prefix, and the length of that prefix.
@@ -65,6 +73,9 @@ class Prefixes:
             return
         if known is not None and num_known == len(known.tokens):
             self._kept.remove(known)  # the new prompt contains all of it
-        self._kept.append(Prefix(tuple(prompt), cache.copy_of(row, columns)))
+        layers = cache.copy_of(row, columns)
+        num_bytes = sum(keys.nbytes + values.nbytes for keys, values in layers)
+        self._token_bytes = num_bytes // len(prompt)
+        self._kept.append(Prefix(tuple(prompt), layers))
         while sum(len(prefix.tokens) for prefix in self._kept) > self.max_tokens:
             self._kept.pop(0)

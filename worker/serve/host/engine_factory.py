@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import structlog
+
 from app.contracts.control import ServedModel
 from app.contracts.generation import (
     Done,
@@ -23,7 +25,10 @@ from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import OptionUnavailable
 from worker.serve.loading import LoadedModel, load_model
 from worker.serve.speculative import SpeculativeEngine
+from worker.serve.vllm_core import VllmDraft, can_serve, has_vllm
 from worker.serve.vllm_engine import load_vllm
+
+log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 Fetch = Callable[[ArtifactRef], Path]
@@ -122,7 +127,9 @@ def engine_for(
 ) -> tuple[Engine, int]:
     """Returns the engine for the serving options, and its size in bytes. Raises ServeError."""
     options = served.serving
-    if options.engine == "vllm":
+    if options.engine == "vllm" or (
+        options.engine == "auto" and prefers_vllm(served, fetch, limits)
+    ):
         return _in_vllm(served, fetch, limits, progress)
     loaded = _load(served.weights, fetch, limits, progress, limits.weights_for(options))
     given: dict[str, Any] = {  # Any: fields of an engine
@@ -143,17 +150,36 @@ def engine_for(
     return engine, loaded.num_bytes + draft.num_bytes
 
 
+def prefers_vllm(served: ServedModel, fetch: Fetch, limits: EngineLimits) -> bool:
+    """Returns whether `auto` means vLLM: on CUDA, for models and options that it fully supports.
+
+    With a draft, vLLM refuses some sampling parameters.
+    """
+    options = served.serving
+    if limits.device == "cpu" or options.draft is not None:
+        return False
+    is_plain = options.weights in ("auto", "plain")
+    is_preferred = is_plain and has_vllm() and can_serve(fetch(served.weights))
+    log.info("engine_chosen", model=served.model, is_vllm=is_preferred)
+    return is_preferred
+
+
 def _in_vllm(
     served: ServedModel, fetch: Fetch, limits: EngineLimits, progress: LoadProgress
 ) -> tuple[Engine, int]:
-    if served.serving.weights not in ("auto", "plain") or served.serving.draft is not None:
+    options = served.serving
+    if options.weights not in ("auto", "plain"):
         raise OptionUnavailable(
-            "vLLM only supports weights 'plain' and no draft; serve the model without these options"
+            "vLLM only supports weights 'plain'; serve the model without this option"
         )
     folder = fetch(served.weights)
-    with progress.reading(served.weights.bytes):
+    draft = None
+    if options.draft is not None:
+        draft = VllmDraft(fetch(options.draft.weights), options.draft.num_tokens)
+    with progress.reading(served.stored_bytes):
         return load_vllm(
             folder,
+            draft=draft,
             max_running=limits.max_running,
             max_context_tokens=limits.max_context_tokens,
             clock=limits.clock,

@@ -10,8 +10,9 @@ import structlog
 from app.contracts.control import ModelState, ServedModel
 from app.contracts.generation import LoadedWeights
 from app.contracts.messages import ArtifactRef
+from worker.serve.device_memory import is_out_of_memory
 from worker.serve.engine import Engine
-from worker.serve.errors import ModelLoadFailed, ModelTooLarge, ServeError
+from worker.serve.errors import ModelLoadFailed, ModelTooLarge, OutOfMemory, ServeError
 from worker.serve.host.engine_factory import (
     EngineLimits,
     Fetch,
@@ -30,7 +31,7 @@ MAX_FAILURES = 16  # that are remembered, for the status only
 
 @dataclass
 class Resident:
-    """An engine that can take requests."""
+    """An engine that can take requests. `num_bytes` is the size of its weights."""
 
     served: ServedModel
     engine: Engine
@@ -39,6 +40,10 @@ class Resident:
     first_token_seconds: float | None
     weights: LoadedWeights
     used_at: float
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_bytes + self.engine.cache_bytes
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -69,6 +74,8 @@ class _Failed:
 @dataclass
 class ModelCache:
     """Engines by serving key (`serving_key`), within `resident_bytes` bytes.
+
+    Weights and KV caches count. Caches of idle engines are freed before an engine is evicted.
 
     One thread owns the cache. `wake_up` is called from the loading thread when a load has ended.
     `has_new_requests` returns whether requests are about to be added to an engine, which then stays.
@@ -164,10 +171,7 @@ class ModelCache:
                 self._take_in(load, load.future.result(), is_awaited(key))
             except BaseException as error:  # a loader may raise anything, even a Rust panic
                 log.error("model_load_failed", serving_key=key, exc_info=error)
-                shown = (
-                    error if isinstance(error, ServeError)
-                    else ModelLoadFailed(f"the model cannot be loaded: {error}")
-                )  # fmt: skip
+                shown = _shown(error)
                 self._note(load.served, shown)
                 failures.append((key, shown))
         return failures
@@ -181,6 +185,7 @@ class ModelCache:
                 log.info("model_unloaded", serving_key=key)
         if self._taken_bytes() > self.resident_bytes:
             self._make_room(0)
+        self._limit_caches()
         now = self.limits.clock()
         for key, served in [*self._wanted.items(), *self._pinned.items()]:
             failed = self._failed.get(key)
@@ -216,7 +221,7 @@ class ModelCache:
             ModelState(
                 serving_key=key,
                 state="resident",
-                bytes=resident.num_bytes,
+                bytes=resident.total_bytes,
                 percent=100.0,
                 weights=resident.weights,
                 load_seconds=resident.load_seconds,
@@ -283,9 +288,22 @@ class ModelCache:
         return self._true_bytes.get(served.serving_key, served.stored_bytes)
 
     def _taken_bytes(self) -> int:
-        return sum(resident.num_bytes for resident in self._residents.values()) + sum(
+        return sum(resident.total_bytes for resident in self._residents.values()) + sum(
             load.num_bytes for load in self._loads.values()
         )
+
+    def _limit_caches(self) -> None:
+        """Gives each engine the memory that is left beside weights and engines that must stay."""
+        kept = {}
+        for key, resident in self._residents.items():
+            if self._is_busy(key):
+                kept[key] = resident.total_bytes
+            elif key in self._pinned:
+                kept[key] = resident.num_bytes
+        taken = sum(kept.values()) + sum(load.num_bytes for load in self._loads.values())
+        for key, resident in self._residents.items():
+            others = taken - kept.get(key, 0)
+            resident.engine.limit_cache(self.resident_bytes - others - resident.num_bytes)
 
     def _is_busy(self, serving_key: str) -> bool:
         return self._residents[serving_key].engine.has_work() or self.has_new_requests(serving_key)
@@ -293,12 +311,14 @@ class ModelCache:
     def _make_room(self, num_bytes: int) -> bool:
         """Evicts idle models, least recently used first, until `num_bytes` more bytes fit.
 
-        Returns whether they fit. If not, nothing is evicted.
+        Their caches are freed first. Returns whether the bytes fit. If not, nothing is evicted.
         """
+        idle = [key for key in self._residents if not self._is_busy(key)]
+        if self._taken_bytes() + num_bytes > self.resident_bytes:
+            for key in idle:
+                self._residents[key].engine.free_cache()
         taken = self._taken_bytes()
-        idle = [
-            key for key in self._residents if key not in self._pinned and not self._is_busy(key)
-        ]
+        idle = [key for key in idle if key not in self._pinned]
         idle.sort(key=lambda key: self._residents[key].used_at)
         reclaimable = sum(self._residents[key].num_bytes for key in idle)
         if taken - reclaimable + num_bytes > self.resident_bytes:
@@ -310,6 +330,17 @@ class ModelCache:
             self.drop(key)
             log.info("model_evicted", serving_key=key)
         return True
+
+
+def _shown(error: BaseException) -> ServeError:
+    if isinstance(error, ServeError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            "the device has too little free memory for the model; unload other models, or serve it "
+            "with smaller weights"
+        )
+    return ModelLoadFailed(f"the model cannot be loaded: {error}")
 
 
 def _in_a_thread(work: Callable[[], Ready]) -> Ready:

@@ -6,19 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from app.contracts.control import ServedModel
 from app.contracts.generation import Draft, ServingOptions
 from app.contracts.messages import ArtifactRef
 from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
+from worker.serve.engine import TransformersEngine
 from worker.serve.host.engine_factory import (
     READ_PERCENT,
     EngineLimits,
     LoadProgress,
     Ready,
     make_ready,
+    prefers_vllm,
     watch_loads,
 )
 from worker.serve.speculative import SpeculativeEngine
+from worker.serve.vllm_core import has_vllm
 
 LIMITS = EngineLimits(max_running=4, max_context_tokens=64, device="cpu", clock=time.time)
 
@@ -74,3 +79,34 @@ def test_progress_follows_the_reading_of_the_weights(tiny_llama_dir: Path) -> No
     assert progress.seen[-1] < progress.percent == READ_PERCENT
     assert made.first_token_seconds is not None
     assert not made.engine.has_work()
+
+
+def test_auto_is_our_engine_on_a_cpu(tiny_llama_dir: Path) -> None:
+    assert isinstance(ready(tiny_llama_dir, engine="auto").engine, TransformersEngine)
+
+
+@pytest.mark.skipif(has_vllm(), reason="this environment has vLLM")
+def test_auto_is_our_engine_on_cuda_without_vllm(tiny_llama_dir: Path) -> None:
+    served = ServedModel(
+        model="tiny",
+        weights=ArtifactRef(key="models/tiny", bytes=1000),
+        serving=ServingOptions(engine="auto"),
+    )
+    assert not prefers_vllm(served, lambda ref: tiny_llama_dir, replace(LIMITS, device="cuda"))
+
+
+@pytest.mark.skipif(not has_vllm(), reason="vLLM is not installed in this environment")
+def test_auto_is_vllm_on_cuda_for_models_that_it_fully_serves(
+    tiny_llama_dir: Path, tiny_t5_dir: Path
+) -> None:
+    def is_vllm(folder: Path, **options: Any) -> bool:  # Any: serving options
+        serving = ServingOptions(engine="auto", **options)
+        weights = ArtifactRef(key="models/tiny", bytes=1000)
+        served = ServedModel(model="tiny", weights=weights, serving=serving)
+        return prefers_vllm(served, lambda ref: folder, replace(LIMITS, device="cuda"))
+
+    draft = Draft(model="student", weights=ArtifactRef(key="models/student", bytes=500))
+    assert is_vllm(tiny_llama_dir)
+    assert not is_vllm(tiny_llama_dir, draft=draft)
+    assert not is_vllm(tiny_llama_dir, weights="bfloat16")
+    assert not is_vllm(tiny_t5_dir)

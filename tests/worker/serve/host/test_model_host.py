@@ -608,3 +608,26 @@ def test_the_status_has_one_load_per_model(
     shelf.gates["gpt2"].set()
     settle(host)
     assert [load.num_running + load.num_waiting for load in host.status().loads] == [0, 0]
+
+
+def test_a_kv_cache_counts_and_makes_idle_models_leave(
+    make_host: Callable[..., ModelHost], make_request: Make, true_bytes: dict[str, int]
+) -> None:
+    def bytes_of(host: ModelHost) -> dict[str, int]:
+        return {state.serving_key: state.bytes for state in host.status().models}
+
+    def begin(host: ModelHost, **options: Any) -> None:  # Any: fields of a request
+        host.submit(make_request("a", weights=ref("llama"), max_tokens=200, **options))
+        run(host, until=lambda found: bool(found))
+
+    measured = make_host()
+    begin(measured)
+    (with_cache,) = bytes_of(measured).values()
+    assert with_cache > true_bytes["llama"]
+    host = make_host(resident_bytes=with_cache + true_bytes["gpt2"] - 1)
+    host.submit(make_request("b", weights=ref("gpt2", 1)))
+    run(host)
+    assert len(bytes_of(host)) == 1
+    begin(host)
+    host.step_all()
+    assert list(bytes_of(host)) == ["llama"]
