@@ -22,11 +22,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from app.contracts.distillation import DivergenceName, Objective
 from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
-from worker.distill.forward.hidden_states import hidden_rows
+from worker.distill.forward.hidden_states import autocast, hidden_rows
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import fused_distillation_loss
 from worker.distill.losses.lm_head import Head, TeacherRows, head_of
-from worker.distill.training.devices import Device, autocast, find_device
+from worker.distill.training.devices import Device, find_device
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_SECONDS = 360

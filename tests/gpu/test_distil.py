@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from tests.worker.memory_sink import MemorySink
 from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
-from worker.distill.forward.hidden_states import hidden_rows
+from worker.distill.forward.hidden_states import autocast, hidden_rows
 from worker.distill.pipeline import distil
 from worker.distill.students.recipe import load_model
 from worker.distill.training import devices
-from worker.distill.training.devices import Device, Needs, Placement, autocast
+from worker.distill.training.devices import Device, Needs, Placement
 from worker.distill.training.trainer import Stopped
 from worker.protocol.run_lines import MessageLine, MetricsLine
 from worker.protocol.run_spec import RunSpec

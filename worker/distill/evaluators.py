@@ -35,7 +35,7 @@ class Evaluators:
     def of(self, rows: Rows, teacher: CachedTeacher | None, tell: Tell) -> Evaluator:
         """Returns the evaluator of the rows in `rows.valid`. Without a teacher, it has none."""
         objective = TokenObjective.from_objective(self.spec.distillation.objective)
-        valid = self._held_out(rows, rows.valid, self.device)
+        valid = self._held_out(rows, rows.valid, self.device, self.pair.card.autocast)
 
         def measure(model: PreTrainedModel) -> HeldOut:
             """Measures a student."""
@@ -61,7 +61,8 @@ class Evaluators:
     ) -> JudgedTeacher:
         """Returns the teacher's view of the rows, and how to load the teacher."""
         examples = rows.teacher[len(rows.train) :]
-        valid = self._held_out(rows, examples, self.pair.placement.teacher_device)
+        # the teacher runs in the dtype of its weights
+        valid = self._held_out(rows, examples, self.pair.placement.teacher_device, None)
 
         def measure(model: PreTrainedModel) -> HeldOut:
             """Measures the teacher."""
@@ -80,11 +81,14 @@ class Evaluators:
         view = View(valid.examples, self.pair.teacher.tokenizer, measure)
         return JudgedTeacher(view, self.pair.load_evaluated_teacher)
 
-    def _held_out(self, rows: Rows, examples: list[Example], device: str) -> HeldOutRows:
+    def _held_out(
+        self, rows: Rows, examples: list[Example], device: str, autocast: torch.dtype | None
+    ) -> HeldOutRows:
         """Returns the batches of the examples, which follow the training rows in the cache."""
         return HeldOutRows(
             examples,
             first_index=len(rows.train),
             batch_tokens=batch_tokens_of(self.spec.distillation.hyperparameters),
             device=device,
+            autocast=autocast,
         )

@@ -22,7 +22,7 @@ from worker.distill.data.batching import Batch, collate
 from worker.distill.data.rows import Example
 from worker.distill.data.sampler import Sampler
 from worker.distill.data_parallel import ALONE, Ranks
-from worker.distill.forward.hidden_states import hidden_rows_alone
+from worker.distill.forward.hidden_states import autocast, hidden_rows_alone
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import RowStats, fused_distillation_loss
 from worker.distill.losses.lm_head import Head
@@ -98,13 +98,19 @@ class HeldOutRows:
         first_index: int,
         batch_tokens: int,
         device: str,
+        autocast: torch.dtype | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
-        """Splits the rows into batches. Each rank measures some of them, and all get the sums."""
+        """Splits the rows into batches. Each rank measures some of them, and all get the sums.
+
+        `autocast` is the dtype in which the models' layers run, as in training. None leaves them in
+        the dtype of their weights.
+        """
         self.examples = examples
         self.first_index = first_index
         self.batch_tokens = batch_tokens
         self.device = device
+        self.autocast = autocast
         self.ranks = ranks
         lengths = [example.num_tokens for example in examples]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
@@ -128,7 +134,9 @@ class HeldOutRows:
             """Returns the statistics of one batch."""
             numbers = [self.first_index + i for i in batch.indices]
             rows = None if teacher is None else teacher.rows(numbers)
-            hidden_NH = hidden_rows_alone(model, batch).to(head.weight_VH)
+            with autocast(self.device, self.autocast):
+                hidden_NH = hidden_rows_alone(model, batch)
+            hidden_NH = hidden_NH.to(head.weight_VH)
             targets_N = batch.targets_N.to(head.weight_VH.device)
             _, stats = fused_distillation_loss(
                 hidden_NH, head, targets_N, rows, objective, denominator=1.0, keeps_rows=True
@@ -170,11 +178,17 @@ class HeldOutRows:
     def _sum(self, measure_batch: Callable[[Batch], RowStats], *, has_teacher: bool) -> HeldOut:
         sums_R4 = torch.zeros(len(self.examples), 4, dtype=torch.float64)
         targets_R = torch.tensor([example.num_targets for example in self.examples])
-        for numbers in self.batches[self.ranks.number :: self.ranks.count]:
+        batches = self.batches[self.ranks.number :: self.ranks.count]
+        measured = []
+        for numbers in batches:
             stats = measure_batch(collate(self.examples, numbers, self.device))
             assert stats.rows_N4 is not None
-            row_of_N = torch.tensor(numbers).repeat_interleave(targets_R[numbers])
-            sums_R4.index_add_(0, row_of_N, stats.rows_N4.cpu())
+            measured.append(stats.rows_N4)
+        if measured:  # read once: each read waits for the GPU
+            order_R = torch.tensor([number for numbers in batches for number in numbers])
+            rows_N4 = torch.cat(measured).cpu()
+            row_of_N = order_R.repeat_interleave(targets_R[order_R], output_size=len(rows_N4))
+            sums_R4.index_add_(0, row_of_N, rows_N4)
         self.ranks.sum_tensor(sums_R4)
         # rounding errors may be negative
         return HeldOut(sums_R4.clamp_(min=0.0), targets_R, has_teacher)

@@ -1,12 +1,14 @@
 """Last hidden states of a model's decoder, which its LM head reads, for every kind of model.
 
-B batch, T tokens, S source tokens, P packed tokens, H hidden size; N rows (target positions, in the
-order of hidden_BTH[keep_BT]).
+B batch, T tokens, S source tokens, P packed tokens, H hidden size; N rows (target positions, row by
+row).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -17,9 +19,21 @@ from worker.models.architectures import kind_of
 MOST_KEPT = 0.9  # share of a batch's positions above which selecting them saves nothing
 
 
+@contextmanager
+def autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
+    """Runs the block under autocast in `dtype`, or without autocast if it is None."""
+    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None):
+        yield
+
+
 def hidden_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Returns the LM head's inputs where the model predicts targets, [N, H]."""
-    return transform_of(model)(decoder_states(model, batch)[batch.keep_BT])
+    return transform_of(model)(select(decoder_states(model, batch), batch.positions_N))
+
+
+def select(states_BTH: Tensor, positions_N: Tensor) -> Tensor:
+    """Returns the states [N, H] at these positions of the flattened batch [B * T]."""
+    return states_BTH.flatten(0, 1).index_select(0, positions_N)
 
 
 def hidden_rows_alone(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -29,11 +43,14 @@ def hidden_rows_alone(model: PreTrainedModel, batch: Batch) -> Tensor:
     that all rows begin with run once if that is possible (worker.distill.forward.packing).
     """
     packing = packing_of(model, batch)
-    keep_BT = batch.keep_BT if packing is None else packing.packed(batch.keep_BT)
+    positions_N, num_positions = batch.positions_N, batch.input_ids_BT.numel()
+    if packing is not None:
+        keep_1P = packing.packed(batch.keep_BT)
+        positions_N, num_positions = keep_1P[0].nonzero()[:, 0], keep_1P.numel()
     mlp = last_mlp(decoder_of(model))
-    runs_apart = mlp is not None and batch.num_targets <= MOST_KEPT * keep_BT.numel()
-    with _run_at(mlp, keep_BT) if mlp is not None and runs_apart else nullcontext():
-        return transform_of(model)(run_body(model, batch, packing)[keep_BT])
+    runs_apart = mlp is not None and batch.num_targets <= MOST_KEPT * num_positions
+    with _run_at(mlp, positions_N) if mlp is not None and runs_apart else nullcontext():
+        return transform_of(model)(select(run_body(model, batch, packing), positions_N))
 
 
 def run_body(model: PreTrainedModel, batch: Batch, packing: Packing | None) -> Tensor:
@@ -63,21 +80,23 @@ def last_mlp(decoder: nn.Module) -> nn.Module | None:
 
 
 @contextmanager
-def _run_at(mlp: nn.Module, keep_BT: Tensor) -> Iterator[None]:
-    """Context manager in which the module runs at the kept positions only.
+def _run_at(mlp: nn.Module, positions_N: Tensor) -> Iterator[None]:
+    """Context manager in which the module runs at these positions only.
 
-    Its input is the kept states as rows, and its result is zero at the other positions.
+    Its input is the states there as rows, and its result is zero at the other positions.
     """
+    shape: tuple[int, ...] = ()
 
     def take(module: nn.Module, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Selects the kept states as rows."""
-        return tuple(state_BTH[keep_BT] for state_BTH in states)
+        """Selects the states as rows."""
+        nonlocal shape
+        shape = states[0].shape[:2]
+        return tuple(select(state_BTH, positions_N) for state_BTH in states)
 
     def put(module: nn.Module, states: tuple[Tensor, ...], out_NH: Tensor) -> Tensor:
         """Puts the rows back to their positions, with zeros elsewhere."""
-        out_BTH = out_NH.new_zeros((*keep_BT.shape, out_NH.shape[-1]))
-        out_BTH[keep_BT] = out_NH
-        return out_BTH
+        out_MH = out_NH.new_zeros((math.prod(shape), out_NH.shape[-1]))
+        return out_MH.index_copy_(0, positions_N, out_NH).view(*shape, -1)
 
     handles = (mlp.register_forward_pre_hook(take), mlp.register_forward_hook(put))
     try:

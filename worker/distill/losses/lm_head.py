@@ -55,8 +55,8 @@ class TeacherRows:
     `expected` or `top` is given, because the loss then needs no teacher logits. In that case only
     the number of tokens of `head` is used. `top` takes precedence over the other two.
 
-    `mask_N`, if given, has one entry per target. The rows then belong to the targets where it is
-    true (worker.distill.losses.uld).
+    `mask_N`, if given, is on the CPU and has one entry per target. The rows then belong to the
+    targets where it is true (worker.distill.losses.uld).
     """
 
     head: Head

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from worker.distill.data.batching import to_device
 from worker.distill.data.dataset import Reader, Rows
 from worker.distill.data.rows import Example
 from worker.distill.losses.divergences import TokenObjective
@@ -86,7 +87,10 @@ def teacher_loss(
         return fused_distillation_loss(
             student_hidden_NH, head, targets_N, teacher, objective, denominator=denominator
         )
-    at_M, others = teacher.mask_N.nonzero()[:, 0], (~teacher.mask_N).nonzero()[:, 0]
+    at_M, others = (
+        to_device(mask_N.nonzero()[:, 0], targets_N.device)
+        for mask_N in (teacher.mask_N, ~teacher.mask_N)
+    )
     loss, stats = fused_distillation_loss(
         student_hidden_NH[at_M], head, targets_N[at_M], teacher, objective, denominator=denominator
     )

@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 
 from app.contracts.batch_plan import cut_batches
 from worker.cpu import fuse_layers
-from worker.distill.data.batching import collate
+from worker.distill.data.batching import collate, to_device
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import Ranks
-from worker.distill.forward.hidden_states import decoder_states, transform_of
+from worker.distill.forward.hidden_states import decoder_states, select, transform_of
 from worker.distill.forward.shared_prefix import Prefix
 from worker.distill.losses.lm_head import ExpectedRows, Head, TeacherRows, expected_rows, top_rows
 from worker.distill.losses.top_k import TopRows
@@ -80,10 +80,8 @@ class LiveTeacher:
     def _batch(self, examples: Sequence[Example]) -> list[Tensor]:
         batch = collate(examples, range(len(examples)), self._device)
         states_BTH = decoder_states(self._model, batch)
-        transform = transform_of(self._model)
-        return [
-            transform(h_TH[keep_T]) for h_TH, keep_T in zip(states_BTH, batch.keep_BT, strict=True)
-        ]
+        hidden_NH = transform_of(self._model)(select(states_BTH, batch.positions_N))
+        return list(hidden_NH.split([example.num_targets for example in examples]))
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,8 @@ class RowFormat:
         )
 
     def unpack(self, blobs: Sequence[Tensor], head: Head) -> TeacherRows:
-        tensors = [matrix.to(head.weight_VH.device) for matrix in self._matrices(blobs)]
+        device = head.weight_VH.device
+        tensors = [to_device(matrix, device) for matrix in self._matrices(blobs)]
         if self.keeps == "hidden":
             return TeacherRows(head, hidden_NH=tensors[0])
         if self.keeps == "expected":
@@ -215,8 +214,7 @@ class CachedTeacher:
         rows = self._rows(indices)
         if self._masks is None:
             return rows
-        mask_N = torch.cat([self._masks[i] for i in indices]).to(self._head.weight_VH.device)
-        return replace(rows, mask_N=mask_N)
+        return replace(rows, mask_N=torch.cat([self._masks[i] for i in indices]))
 
     def _rows(self, indices: Sequence[int]) -> TeacherRows:
         if self._format is None:

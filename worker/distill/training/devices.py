@@ -8,8 +8,6 @@ On a CPU with native bfloat16, the linear layers of both models multiply in bflo
 device.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -159,13 +157,6 @@ def place(device: Device, needs: Needs) -> Placement:
         if needs.can_cache and teacher_bytes <= device.planned_bytes:
             return Placement(device, "cuda", dtype, is_teacher_first=True, is_tight=is_tight)
     return Placement(device, is_tight=is_tight)
-
-
-@contextmanager
-def autocast(device: str, dtype: torch.dtype | None) -> Iterator[None]:
-    """Runs the block under autocast in `dtype`, or without autocast if it is None."""
-    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype is not None):
-        yield
 
 
 def find_needs(

@@ -52,10 +52,13 @@ class FeaturePlan:
 
 @dataclass(frozen=True)
 class Terms:
-    """The weighted sum of the feature losses, and the value of each by the name of its metric."""
+    """The weighted sum of the feature losses, and the value of each by the name of its metric.
+
+    The values stay on the device: to read one, the host would wait for the GPU.
+    """
 
     loss: Tensor
-    values: dict[str, float]
+    values: dict[str, Tensor]
 
 
 class Features:
@@ -116,7 +119,7 @@ class Features:
                         tap.outputs, keep_BT, teacher.outputs, teacher_keep_BT
                     )
                     loss = loss + value
-                    values[term.name] = value.item()
+                    values[term.name] = value.detach()
         return rows_NH, Terms(loss, values)
 
 

@@ -8,12 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from worker.distill.data_parallel import Ranks
-from worker.distill.forward.hidden_states import hidden_rows_alone
+from worker.distill.forward.hidden_states import autocast, hidden_rows_alone
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import Head
 from worker.distill.losses.uld import teacher_loss
 from worker.distill.teachers.cached_teacher import CachedTeacher
-from worker.distill.training.devices import autocast
 from worker.distill.training.feature_losses import Features, Terms
 from worker.distill.training.rollouts import MicroBatch
 from worker.distill.training.tied_embedding import sparse_embedding_grad
@@ -24,12 +23,13 @@ class StepStats:
     """Counts and metrics of a whole step.
 
     `values` has sums over targets, named like the arguments of MetricAverager.add, and the mean
-    feature losses.
+    feature losses. `norm` is the norm of all gradients together.
     """
 
     num_targets: int
     num_tokens: int
     values: dict[str, float]
+    norm: float
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Gradients:
 
         `pieces` are this rank's micro-batches, perhaps none. Every loss is divided by the targets
         of the whole step, so each token has the same weight in all micro-batches and ranks.
+
+        The host waits for a GPU once, when it reads the statistics of all micro-batches.
         """
         counts = [
             sum(getattr(piece.batch, name) for piece in pieces)
@@ -65,20 +67,22 @@ class Gradients:
         elif self._compares_tokens(objective):
             compared = ("kl_sum", "num_agreeing")
         names = ("loss_sum", *compared, *(self.features.names if self.features else ()))
-        values = dict.fromkeys(names, 0.0)
+        totals = torch.zeros(len(names), dtype=torch.float64, device=self.model.device)
         for piece in pieces:
             with sparse_embedding_grad(self.model, self.head.weight_VH):
                 found = self._backward(piece, objective, num_targets)
-            for name, value in found.items():
-                values[name] += value
+            totals += torch.stack([found[name].double() for name in names])
         self.ranks.sum_gradients(parameters)
-        summed = self.ranks.sum(*values.values())
-        return StepStats(num_targets, num_tokens, dict(zip(values, summed, strict=True)))
+        norm = gradient_norm(parameters).to(totals)
+        *own, norm_value = torch.cat([totals, norm[None]]).cpu().tolist()
+        summed = self.ranks.sum(*own)
+        values = dict(zip(names, summed, strict=True))
+        return StepStats(num_targets, num_tokens, values, norm_value)
 
     def _backward(
         self, piece: MicroBatch, objective: TokenObjective, num_targets: int
-    ) -> dict[str, float]:
-        """Adds the gradient of one micro-batch.
+    ) -> dict[str, Tensor]:
+        """Adds the gradient of one micro-batch, and returns its statistics on the device.
 
         Its feature losses are means, so they are weighted by its share of the targets.
         """
@@ -94,15 +98,15 @@ class Gradients:
             objective,
             denominator=num_targets,
         )
-        values = {"loss_sum": stats.loss_sum}
+        values = {"loss_sum": stats.sums[0]}
         if teacher is None:
-            values["num_correct"] = float(stats.num_agreeing)
+            values["num_correct"] = stats.sums[3]
         elif self._compares_tokens(objective):
-            values |= {"kl_sum": stats.kl_sum, "num_agreeing": float(stats.num_agreeing)}
+            values |= {"kl_sum": stats.sums[1], "num_agreeing": stats.sums[3]}
         if terms is not None:
             share = batch.num_targets / num_targets
             loss = loss + terms.loss * share
-            values |= {name: value * share for name, value in terms.values.items()}
+            values |= {name: value.double() * share for name, value in terms.values.items()}
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return values
 
@@ -120,9 +124,9 @@ class Gradients:
         return hidden_rows_alone(self.model, piece.batch), None
 
 
-def gradient_norm(parameters: Sequence[nn.Parameter]) -> float:
-    """Returns the norm of all gradients together."""
-    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """Returns the norm of all gradients together, on their device."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, norm: float, max_norm: float) -> None:
@@ -131,6 +135,9 @@ def clipped_step(optimizer: torch.optim.Optimizer, norm: float, max_norm: float)
     The optimizer scales the gradients itself. Clipping them first would be another pass over all of
     them.
     """
-    is_long = norm > max_norm
-    optimizer.grad_scale = torch.tensor(norm / max_norm) if is_long else None  # type: ignore[attr-defined]
+    scale = None
+    if norm > max_norm:  # created on the device: a copy would wait for it
+        device = optimizer.param_groups[0]["params"][0].device
+        scale = torch.full((), norm / max_norm, dtype=torch.float32, device=device)
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.step()

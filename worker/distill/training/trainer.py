@@ -39,7 +39,7 @@ from worker.distill.training.feature_losses import FeaturePlan, Features
 from worker.distill.training.layer_fitting import fit_student
 from worker.distill.training.lr_schedule import parameter_groups, peak_learning_rate, scheduled
 from worker.distill.training.rollouts import MicroBatch, RolloutPlan, Rollouts
-from worker.distill.training.step_gradients import Gradients, clipped_step, gradient_norm
+from worker.distill.training.step_gradients import Gradients, clipped_step
 from worker.distill.training.throughput import MetricAverager, Throughput
 from worker.errors import NanLoss
 from worker.protocol.run_lines import (
@@ -126,6 +126,7 @@ class Trainer:
             first_index=len(setup.train),
             batch_tokens=batch_tokens,
             device=setup.device,
+            autocast=setup.autocast,
             ranks=setup.ranks,
         )
         self.best_dir = setup.best_dir
@@ -251,7 +252,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums = self.gradients.add(pieces, self._objective(), self._trained_parameters())
-        norm = gradient_norm(self._trained_parameters())
+        norm = sums.norm
         loss = sums.values["loss_sum"] / sums.num_targets
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NanLoss(

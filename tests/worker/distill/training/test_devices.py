@@ -6,6 +6,7 @@ import torch
 from app.contracts.distillation import DivergenceName, Objective, Student
 from app.contracts.run_limits import LOSS_BYTES
 from tests.tiny import save_tiny
+from worker.distill.forward.hidden_states import autocast
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import fused_distillation_loss
 from worker.distill.losses.lm_head import Head, TeacherRows
@@ -15,7 +16,6 @@ from worker.distill.training.devices import (
     Device,
     Needs,
     Placement,
-    autocast,
     find_device,
     find_needs,
     place,

@@ -186,7 +186,7 @@ def test_padding_changes_no_term(
         mean = (num_positions[0] * first[name] + num_positions[1] * second[name]) / sum(
             num_positions
         )
-        assert whole == pytest.approx(mean, rel=1e-3)
+        assert whole.item() == pytest.approx(mean.item(), rel=1e-3)
 
 
 def test_the_rows_of_the_head_come_with_the_terms(load: Load) -> None:
