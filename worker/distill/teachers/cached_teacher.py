@@ -81,7 +81,7 @@ class LiveTeacher:
         batch = collate(examples, range(len(examples)), self._device)
         states_BTH = decoder_states(self._model, batch)
         hidden_NH = transform_of(self._model)(select(states_BTH, batch.positions_N))
-        return list(hidden_NH.split([example.num_targets for example in examples]))
+        return list(torch.split(hidden_NH, [example.num_targets for example in examples]))
 
 
 @dataclass(frozen=True)
