@@ -28,8 +28,31 @@ class DeviceStudent:
     num_trained: int
     num_trained_head: int
     num_layers: int
+    num_stacks: int
+    hidden_size: int
     layer_values: int
     num_teacher_head: int
+
+    def activation_bytes(self, batch_tokens: int, *, has_autocast: bool) -> int:
+        """Returns the bytes that all layers keep for the backward pass."""
+        value_bytes = AUTOCAST_BYTES if has_autocast else 4
+        return batch_tokens * self.num_layers * self.layer_values * value_bytes
+
+    def checkpointed_bytes(self, batch_tokens: int, *, has_autocast: bool) -> int:
+        """Returns the same with activation checkpointing.
+
+        A layer keeps its input in float32. The last layer of each stack keeps everything, and so
+        does the layer that is run again.
+        """
+        value_bytes = AUTOCAST_BYTES if has_autocast else 4
+        num_complete = min(self.num_layers, self.num_stacks + 1)
+        inputs = 4 * self.hidden_size * (self.num_layers - self.num_stacks)
+        return batch_tokens * (num_complete * self.layer_values * value_bytes + inputs)
+
+    def saved_bytes(self, batch_tokens: int, *, has_autocast: bool) -> int:
+        """Returns the bytes that activation checkpointing saves."""
+        plain = self.activation_bytes(batch_tokens, has_autocast=has_autocast)
+        return max(0, plain - self.checkpointed_bytes(batch_tokens, has_autocast=has_autocast))
 
 
 def device_student_bytes(student: DeviceStudent, *, batch_tokens: int, has_autocast: bool) -> int:
@@ -41,11 +64,10 @@ def device_student_bytes(student: DeviceStudent, *, batch_tokens: int, has_autoc
 
     Attention scores are not counted, because fused attention does not keep them.
     """
-    value_bytes = AUTOCAST_BYTES if has_autocast else 4
     total = 4 * student.num_parameters + 12 * student.num_trained
     total += AUTOCAST_BYTES * student.num_parameters * has_autocast
     total += 4 * student.num_trained_head + LOSS_BYTES + 4 * student.num_teacher_head
-    return total + batch_tokens * student.num_layers * student.layer_values * value_bytes
+    return total + student.activation_bytes(batch_tokens, has_autocast=has_autocast)
 
 
 def layer_values(hidden_size: int, mlp_size: int) -> int:
@@ -57,18 +79,24 @@ def layer_values(hidden_size: int, mlp_size: int) -> int:
 
 
 def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int:
-    """Returns the least GPU memory of a job: the teacher runs before or beside the student."""
+    """Returns the least GPU memory of a job.
+
+    The teacher runs before or beside the student, which recomputes its activations.
+    """
     sizes, trained = job.students[-1], job.trained[-1]
     student = DeviceStudent(
         num_parameters=sizes.num_parameters,
         num_trained=trained,
         num_trained_head=sizes.head_parameters if job.trains_head else 0,
         num_layers=sizes.num_layers,
+        num_stacks=len(sizes.stacks),
+        hidden_size=sizes.hidden_size,
         layer_values=layer_values(sizes.hidden_size, sizes.mlp_size),
         num_teacher_head=job.teacher.head_parameters if job.has_teacher else 0,
     )
     tokens = max(job.batch_tokens, rows.longest_tokens)
     student_bytes = device_student_bytes(student, batch_tokens=tokens, has_autocast=has_bfloat16)
+    student_bytes -= student.saved_bytes(tokens, has_autocast=has_bfloat16)
     if not job.has_teacher:
         return student_bytes
     value_bytes = 2 if has_bfloat16 else 4

@@ -19,33 +19,68 @@ from unittest.mock import patch
 
 import torch
 
+from app.contracts.distillation import Hyperparameters, Student
 from tests.device.fake_cuda import fake_cuda
 from tests.device.op_log import OpLog
 from tests.device.trainers import trainer_of
 from worker.distill.training import checkpoint
+from worker.distill.training.devices import Placement, find_device
+from worker.distill.training.trainer import Trainer
 
 Json = dict[str, Any]  # Any: open-ended JSON
 
 
 def training_step(folders: Path) -> Json:
-    """A step of the trainer after the first, with a teacher that runs at every step."""
+    """A step with a teacher that runs at every step."""
     with fake_cuda():
-        trainer = trainer_of(folders / "llama")
-        with OpLog():
-            trainer._step(trainer._next_pieces())
-        with OpLog() as log:
-            trainer._step(trainer._next_pieces())
-        parameters = list(trainer.model.parameters())
-        state = trainer.optimizer.state
-        return {
-            "waits": log.waits,
-            "matmul_dtypes": log.num_of_dtypes("mm"),
-            "parameter_dtypes": sorted({str(p.dtype) for p in parameters}),
-            "parameter_devices": sorted({p.device.type for p in parameters}),
-            "optimizer_devices": sorted(
-                {t.device.type for p in parameters for t in state.get(p, {}).values()}
-            ),
-        }
+        return step_of(trainer_of(folders / "llama"))
+
+
+def seq2seq_step(folders: Path) -> Json:
+    """The same for an encoder-decoder."""
+    with fake_cuda():
+        return step_of(trainer_of(folders / "t5", source_tokens=9))
+
+
+def cached_step(folders: Path) -> Json:
+    """A step that reads the teacher's rows from the row cache."""
+    with fake_cuda():
+        return step_of(trainer_of(folders / "llama", is_cached=True))
+
+
+def lora_step(folders: Path) -> Json:
+    """A step of a student with LoRA adapters."""
+    with fake_cuda():
+        return step_of(trainer_of(folders / "llama", student=Student(init="lora")))
+
+
+def accumulated_step(folders: Path) -> Json:
+    """A step of several micro-batches."""
+    hyperparameters = Hyperparameters(batch_tokens=64, batch_rows=8)
+    with fake_cuda():
+        return step_of(trainer_of(folders / "llama", hyperparameters=hyperparameters))
+
+
+def step_of(trainer: Trainer) -> Json:
+    """Observes the second step of a trainer. The first one creates the optimizer's state."""
+    with OpLog():
+        trainer._step(trainer._next_pieces())
+    with OpLog() as log:
+        pieces = trainer._next_pieces()
+        trainer._step(pieces)
+    parameters = list(trainer.model.parameters())
+    state = trainer.optimizer.state
+    return {
+        "waits": log.waits,
+        "num_pieces": len(pieces),
+        "matmul_dtypes": log.num_of_dtypes("mm"),
+        "parameter_dtypes": sorted({str(p.dtype) for p in parameters}),
+        "parameter_devices": sorted({p.device.type for p in parameters}),
+        "num_trained": sum(p in state for p in parameters),
+        "optimizer_devices": sorted(
+            {t.device.type for p in parameters for t in state.get(p, {}).values()}
+        ),
+    }
 
 
 def evaluation(folders: Path) -> Json:
@@ -59,6 +94,24 @@ def evaluation(folders: Path) -> Json:
             "matmul_dtypes": log.num_of_dtypes("mm"),
             "num_head_matmuls": 2 * len(trainer.valid.batches),  # of the student and the teacher
         }
+
+
+def activation_checkpointing(folders: Path) -> Json:
+    """The bfloat16 matmuls of a step: plain, with checkpointing, and with transformers' switch."""
+    seen: Json = {}
+    with fake_cuda():
+        for name in ("plain", "checkpointed", "switch_of_transformers"):
+            device = find_device()
+            is_on = name == "checkpointed"
+            placement = Placement(device, "cuda", torch.bfloat16, has_checkpointing=is_on)
+            trainer = trainer_of(folders / "llama", placement=placement)
+            if name == "switch_of_transformers":
+                trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+            pieces = trainer._next_pieces()
+            with OpLog() as log:
+                trainer._step(pieces)
+            seen[name] = log.num_of_dtypes("mm")["torch.bfloat16"] / len(pieces)
+    return seen
 
 
 def resume(folders: Path) -> Json:
@@ -94,7 +147,17 @@ def resume(folders: Path) -> Json:
 
 
 CASES: dict[str, Callable[[Path], Json]] = {
-    case.__name__: case for case in (training_step, evaluation, resume)
+    case.__name__: case
+    for case in (
+        training_step,
+        seq2seq_step,
+        cached_step,
+        lora_step,
+        accumulated_step,
+        evaluation,
+        activation_checkpointing,
+        resume,
+    )
 }
 
 

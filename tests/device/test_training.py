@@ -3,13 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 Json = dict[str, Any]  # Any: open-ended JSON
 Observed = Callable[[str], Json]
 LINEAR_LAYERS = 7 * 2  # of the student, which has two layers
+STEPS = ("training_step", "seq2seq_step", "cached_step", "lora_step", "accumulated_step")
 
 
-def test_a_training_step_waits_for_the_gpu_at_most_once(observed: Observed) -> None:
-    (wait,) = observed("training_step")["waits"]
+@pytest.mark.parametrize("case", STEPS)
+def test_a_training_step_waits_for_the_gpu_once(observed: Observed, case: str) -> None:
+    (wait,) = observed(case)["waits"]
     assert "step_gradients.py" in wait  # where the statistics of the step are read
 
 
@@ -20,9 +24,15 @@ def test_layers_are_trained_in_bfloat16_with_float32_weights(observed: Observed)
     assert seen["matmul_dtypes"]["torch.bfloat16"] >= 3 * LINEAR_LAYERS
 
 
-def test_student_and_optimizer_are_on_the_gpu(observed: Observed) -> None:
-    seen = observed("training_step")
+@pytest.mark.parametrize("case", STEPS)
+def test_student_and_optimizer_are_on_the_gpu(observed: Observed, case: str) -> None:
+    seen = observed(case)
+    assert seen["num_trained"] > 0
     assert seen["parameter_devices"] == seen["optimizer_devices"] == ["cuda"]
+
+
+def test_gradients_are_accumulated_over_micro_batches(observed: Observed) -> None:
+    assert observed("accumulated_step")["num_pieces"] > 1
 
 
 def test_an_evaluation_runs_under_the_autocast_of_the_training(observed: Observed) -> None:
@@ -39,3 +49,15 @@ def test_a_resumed_optimizer_is_on_the_device_of_its_parameters(observed: Observ
     """Fused AdamW refuses a step that is on the CPU. Fake tensors without dimensions hide that."""
     seen = observed("resume")
     assert seen["devices"] == {"step": ["cuda"], "exp_avg": ["cuda"], "exp_avg_sq": ["cuda"]}
+
+
+def test_activation_checkpointing_runs_all_but_the_last_layer_again(observed: Observed) -> None:
+    seen = observed("activation_checkpointing")
+    # PyTorch stops before the last matmul of the layer, whose result is not needed
+    assert seen["checkpointed"] == seen["plain"] + LINEAR_LAYERS / 2 - 1
+
+
+def test_the_switch_of_transformers_has_no_effect(observed: Observed) -> None:
+    """If this fails, it works in eval mode now, and could replace our own."""
+    seen = observed("activation_checkpointing")
+    assert seen["switch_of_transformers"] == seen["plain"]

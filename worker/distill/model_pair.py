@@ -131,8 +131,8 @@ class ModelPair:
         The estimate is for the largest student of a ladder. Feature losses run the teacher at every
         step, so they keep it on the student's device even if it may not fit.
         """
-        if self.card.name == "cpu" or not self.spec.has_teacher:
-            return Placement(self.card, teacher_device=self.device)
+        if self.card.name == "cpu":
+            return Placement(self.card)
         block = self.spec.distillation
         num_layers = max(block.student.ladder) if block.student.ladder else None
         recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, block.student, num_layers)
@@ -147,10 +147,13 @@ class ModelPair:
             batch_tokens=batch_tokens_of(block.hyperparameters),
             can_cache=can_cache and not sources & {"student", "replay"},
         )
+        if not self.spec.has_teacher:
+            is_large = needs.student_bytes > self.card.planned_bytes
+            return Placement(self.card, "cuda", torch.float32, has_checkpointing=is_large)
         placed = place(self.card, needs)
         if self.has_features and (placed.teacher_device == "cpu" or placed.is_teacher_first):
             dtype = self.card.autocast or torch.float32
-            return Placement(self.card, "cuda", dtype, is_tight=True)
+            return Placement(self.card, "cuda", dtype, is_tight=True, has_checkpointing=True)
         return placed
 
     def load_evaluated_teacher(self) -> PreTrainedModel:

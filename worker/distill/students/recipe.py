@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from app.contracts.distillation import Lora, Student
 from worker.cpu import prepare_for_training
+from worker.distill.students.activation_checkpointing import checkpoint_activations
 from worker.distill.students.fresh import build_fresh, fresh_config
 from worker.distill.students.layer_dropping import first_and_last, keep_layers
 from worker.distill.students.lora import ADAPTERS, add_lora, load_lora_tensors
@@ -155,11 +156,13 @@ def load_student(
     *,
     seed: int,
     matmul_dtype: torch.dtype = torch.float32,
+    has_checkpointing: bool = False,
 ) -> PreTrainedModel:
     """Returns the student ready for training: untrained, or from the checkpoint in `resume_dir`.
 
     Adapters are added and parts that are not trained are frozen. `matmul_dtype` is the dtype in which
-    linear layers other than the head multiply on a CPU.
+    linear layers other than the head multiply on a CPU. `has_checkpointing` switches activation
+    checkpointing on.
     """
     # A checkpoint's model folder has the adapters merged in, so a LoRA student is built anew.
     if resume_dir is None or recipe.lora is not None:
@@ -175,6 +178,8 @@ def load_student(
         freeze_head(model)
     if recipe.freeze_encoder:
         freeze_encoder(model)
+    if has_checkpointing:
+        checkpoint_activations(model)
     return model
 
 

@@ -92,7 +92,7 @@ class TrainingInputs:
     ranks: Ranks = ALONE
     autocast: torch.dtype | None = None  # autocast dtype of the student's layers, None: float32
     matmul_dtype: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
-    placement: Placement = ON_CPU  # of the teacher, and of a model of its size beside the student
+    placement: Placement = ON_CPU
     phases: PhaseTimes = field(default_factory=PhaseTimes)
 
 
@@ -115,23 +115,14 @@ class Trainer:
         self.report = report
         h = setup.hyperparameters
         batch_tokens = batch_tokens_of(h)
-        lengths = [example.num_tokens for example in setup.train]
-        self.plan = BatchPlan(
-            lengths, batch_tokens=batch_tokens, seed=setup.seed, batch_rows=h.batch_rows
-        )
-        self.total_steps = self.plan.num_steps(h.n_epochs, at_most=h.max_steps)
-        self._set_intervals(h)
-        self.valid = HeldOutRows(
-            setup.valid,
-            first_index=len(setup.train),
-            batch_tokens=batch_tokens,
-            device=setup.device,
-            autocast=setup.autocast,
-            ranks=setup.ranks,
-        )
+        self._plan_batches(h, batch_tokens)
         self.best_dir = setup.best_dir
         model = load_student(
-            setup.recipe, setup.resume_dir, seed=setup.seed, matmul_dtype=setup.matmul_dtype
+            setup.recipe,
+            setup.resume_dir,
+            seed=setup.seed,
+            matmul_dtype=setup.matmul_dtype,
+            has_checkpointing=setup.placement.has_checkpointing,
         )
         self.model = model.to(setup.device)
         self.head = replace(head_of(self.model, setup.num_tokens), body_dtype=setup.matmul_dtype)
@@ -161,7 +152,21 @@ class Trainer:
         self._means, self._train_metrics = MetricAverager(), dict[str, float]()
         self._throttle = Throttle()
 
-    def _set_intervals(self, h: Hyperparameters) -> None:
+    def _plan_batches(self, h: Hyperparameters, batch_tokens: int) -> None:
+        setup = self.setup
+        lengths = [example.num_tokens for example in setup.train]
+        self.plan = BatchPlan(
+            lengths, batch_tokens=batch_tokens, seed=setup.seed, batch_rows=h.batch_rows
+        )
+        self.total_steps = self.plan.num_steps(h.n_epochs, at_most=h.max_steps)
+        self.valid = HeldOutRows(
+            setup.valid,
+            first_index=len(setup.train),
+            batch_tokens=batch_tokens,
+            device=setup.device,
+            autocast=setup.autocast,
+            ranks=setup.ranks,
+        )
         num_held_out = sum(example.num_tokens for example in self.setup.valid)
         self.eval_steps = eval_steps_of(h, self.plan, self.total_steps, num_held_out)
         self.checkpoint_steps = (
@@ -252,8 +257,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         sums = self.gradients.add(pieces, self._objective(), self._trained_parameters())
-        norm = sums.norm
-        loss = sums.values["loss_sum"] / sums.num_targets
+        loss, norm = sums.values["loss_sum"] / sums.num_targets, sums.norm
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NanLoss(
                 f"loss {loss} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or start "
@@ -312,9 +316,8 @@ class Trainer:
 
     def _checkpoint_if_due(self, *, is_last: bool) -> None:
         is_best = self.state.best_step == self.state.step
-        is_late = time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
-        if self.setup.hyperparameters.checkpoint_steps != "auto":
-            is_late = False
+        is_auto = self.setup.hyperparameters.checkpoint_steps == "auto"
+        is_late = is_auto and time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
         if is_last or is_best or is_late or self.state.step % self.checkpoint_steps == 0:
             self._checkpoint()
 

@@ -1,7 +1,9 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from app.contracts.distillation import DivergenceName, Objective, Student
 from app.contracts.run_limits import LOSS_BYTES
@@ -10,7 +12,7 @@ from worker.distill.forward.hidden_states import autocast
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import fused_distillation_loss
 from worker.distill.losses.lm_head import Head, TeacherRows
-from worker.distill.students.recipe import plan_student
+from worker.distill.students.recipe import StudentRecipe, plan_student
 from worker.distill.training.devices import (
     GIB,
     Device,
@@ -26,6 +28,24 @@ from worker.models.architectures import read_config
 BILLION = 10**9
 NEW_CARD = Device("cuda", "a card", 80 * GIB, has_bfloat16=True)  # of which 72 are planned with
 OLD_CARD = Device("cuda", "an old card", 16 * GIB)  # 14.4
+# Llama 3.2 1B, and Llama 3.1 with as many layers as give 7 billion parameters
+SMALL = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=2_048,
+    intermediate_size=8_192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    tie_word_embeddings=True,
+)
+LARGE = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4_096,
+    intermediate_size=14_336,
+    num_hidden_layers=26,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+)
 
 
 def needs(student_gib: float, teacher_billions: float, *, can_cache: bool = True) -> Needs:
@@ -95,6 +115,71 @@ def test_the_message_names_card_floats_and_place() -> None:
         "alone before the training, which reads its hidden states from the cache"
     )
     assert "does not fit" in place(OLD_CARD, needs(4, 10)).message
+
+
+@pytest.mark.parametrize(
+    ("wanted", "teacher", "has_checkpointing", "is_tight"),
+    [
+        pytest.param(
+            Needs(60 * GIB, 7 * BILLION, 0, False, 5 * GIB), "cuda", True, False, id="beside"
+        ),
+        pytest.param(
+            Needs(55 * GIB, 7 * BILLION, 0, False, 5 * GIB), "cuda", False, False, id="not needed"
+        ),
+        pytest.param(
+            Needs(60 * GIB, 7 * BILLION, 0, True, 5 * GIB), "cuda", False, False, id="alone first"
+        ),
+        pytest.param(
+            Needs(75 * GIB, 7 * BILLION, 0, True, 5 * GIB),
+            "cuda",
+            True,
+            False,
+            id="alone first too",
+        ),
+        pytest.param(
+            Needs(75 * GIB, 7 * BILLION, 0, False, 5 * GIB), "cpu", True, False, id="on the CPU"
+        ),
+        pytest.param(
+            Needs(90 * GIB, 7 * BILLION, 0, False, 5 * GIB), "cpu", True, True, id="too large"
+        ),
+    ],
+)
+def test_activation_checkpointing_is_used_if_models_do_not_fit_otherwise(
+    wanted: Needs, teacher: str, *, has_checkpointing: bool, is_tight: bool
+) -> None:
+    placed = place(NEW_CARD, wanted)
+    assert (placed.teacher_device, placed.has_checkpointing, placed.is_tight) == (
+        teacher,
+        has_checkpointing,
+        is_tight,
+    )
+    assert ("activation checkpointing" in placed.message) == has_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("card_gib", "batch_tokens", "expected"),
+    [
+        pytest.param(80, 16_384, {"has_checkpointing": False}, id="80 GiB"),
+        pytest.param(80, 32_768, {"has_checkpointing": True}, id="80 GiB, large batch"),
+        # weights, gradients and moments of the student alone take 22 GB
+        pytest.param(
+            24,
+            1_024,
+            {"has_checkpointing": True, "is_teacher_first": True, "is_tight": True},
+            id="24 GiB",
+        ),
+    ],
+)
+def test_a_teacher_of_7b_and_a_student_of_1b(
+    card_gib: int, batch_tokens: int, expected: dict[str, bool]
+) -> None:
+    card = Device("cuda", "a card", card_gib * GIB, has_bfloat16=True)
+    folder = Path("unused")
+    recipe = StudentRecipe(Student(init="checkpoint", freeze_head=False), folder, folder, 16)
+    found = find_needs(card, recipe, SMALL, LARGE, batch_tokens=batch_tokens, can_cache=True)
+    if card_gib == 80:  # the order of compromises prefers a cache to recomputation
+        found = replace(found, can_cache=False)
+    assert place(card, found) == Placement(card, "cuda", torch.bfloat16, **expected)
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
