@@ -336,6 +336,9 @@ def test_an_engine_that_breaks_ends_its_requests_only_and_is_loaded_anew(
     make_host: Callable[..., ModelHost], make_request: Make, shelf: Shelf
 ) -> None:
     host = make_host()
+    for name in ("llama", "gpt2"):  # otherwise a may end while the model of b loads
+        host.tell(Load(served=served(name)))
+    settle(host)
     host.submit(make_request("a", weights=ref("llama"), max_tokens=100))
     host.submit(make_request("b", weights=ref("gpt2"), max_tokens=20))
     run(host, until=lambda found: {reply.id for _, reply in found} == {"a", "b"})
