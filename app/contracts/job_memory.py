@@ -109,15 +109,15 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
 def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
     """Returns the GPU memory without which a job cannot run: that of its largest student.
 
-    Counts float32 weights, gradients and moments, and the activations of one batch in bfloat16. The
-    teacher can run on the CPU, and the chunks of the loss can be smaller than usual. A batch is at
-    least half full unless a single row is longer. A token passes through only one stack of an
+    Counts float32 weights, gradients and moments, and for one batch the inputs of the layers, which
+    activation checkpointing keeps. The teacher can run on the CPU, and the chunks of the loss can
+    be smaller than usual. A batch is at least half full unless a single row is longer. A token passes through only one stack of an
     encoder-decoder, perhaps a frozen one, so activations are left out there.
     """
     sizes, trained = job.students[-1], job.trained[-1]
     num_layers = sizes.num_layers if len(sizes.stacks) == 1 else 0
     tokens = max(min(job.batch_tokens, rows.train_tokens) // 2, rows.longest_tokens)
-    per_token = AUTOCAST_BYTES * num_layers * layer_values(sizes.hidden_size, sizes.mlp_size)
+    per_token = 4 * num_layers * sizes.hidden_size
     return sizes.num_bytes + 12 * trained + tokens * per_token
 
 
