@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Final
 from urllib.parse import quote
@@ -86,8 +87,12 @@ def device_names(listed: str | None, num_visible: int) -> tuple[str, ...]:
     return tuple(name.strip() for name in names[:num_visible])
 
 
+@lru_cache(maxsize=1)
 def count_in_child() -> int:
-    """Returns the number of visible devices, without importing torch into this process."""
+    """Returns the number of visible devices, without importing torch into this process.
+
+    The number is kept, because the child process takes seconds. Call `restrict_to` first.
+    """
     code = "import torch; print(torch.cuda.device_count())"
     done = subprocess.run(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True

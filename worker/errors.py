@@ -113,7 +113,7 @@ class TooFewDevices(WorkerError):
 
 
 class DiskFull(DistillError):
-    """The disk was full while a model was imported or a data set made. Training jobs pause instead."""
+    """The disk is full during an import or the creation of a data set. Training jobs pause instead."""
 
     code = "disk_full"
 

@@ -111,8 +111,9 @@ def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
 
     Counts float32 weights, gradients and moments, and for one batch the inputs of the layers, which
     activation checkpointing keeps. The teacher can run on the CPU, and the chunks of the loss can
-    be smaller than usual. A batch is at least half full unless a single row is longer. A token passes through only one stack of an
-    encoder-decoder, perhaps a frozen one, so activations are left out there.
+    be smaller than usual. A batch is at least half full unless a single row is longer. A token
+    passes through only one stack of an encoder-decoder, perhaps a frozen one, so activations are
+    left out there.
     """
     sizes, trained = job.students[-1], job.trained[-1]
     num_layers = sizes.num_layers if len(sizes.stacks) == 1 else 0

@@ -51,7 +51,7 @@ class SpanExporter:
 
     def close(self) -> None:
         """Sends the remaining spans. Waits for 3 seconds at most; the rest is then lost."""
-        # The SDK itself waits for up to 30 s, so its thread is left behind if it takes longer.
+        # The SDK itself waits for up to 30 s, so its daemon thread is abandoned after this time.
         closing = threading.Thread(target=self._provider.shutdown, name="otel-close", daemon=True)
         closing.start()
         closing.join(CLOSE_SECONDS)

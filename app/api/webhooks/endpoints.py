@@ -98,7 +98,8 @@ def rotate_secret(
 ) -> EndpointWithSecret:
     """Replaces the signing secret. The new one is only in this response.
 
-    With an `Idempotency-Key` header, a retry returns the secret of the first attempt.
+    A retry with the same `Idempotency-Key` header returns the present secret, and does not replace
+    it again.
     """
     keeps_old = asked is not None and asked.keep_old_secret_active_for_24_hours
     rotated, is_replay = endpoints.rotate_secret(

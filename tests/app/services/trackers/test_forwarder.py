@@ -302,7 +302,7 @@ def test_a_folder_that_cannot_be_created_postpones_the_batch(
     train(range(1, 2))
     assert forward(Forwarder("wandb", runs_below_a_file.deliver)) == 1
     (warning,) = warnings()
-    assert "cannot create the folder of the run" in warning
+    assert "the files of the run cannot be written" in warning
 
 
 def test_wandb_writes_each_point_in_offline_mode(
