@@ -43,7 +43,9 @@ class WandbRuns:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._run(batch, folder)
         except OSError as fault:
-            raise TrackerDown(f"the files of the run cannot be written: {fault.strerror or fault}") from fault
+            raise TrackerDown(
+                f"the files of the run cannot be written: {fault.strerror or fault}"
+            ) from fault
         num_rows = len({point.step for point in batch.points})
         return {"num_rows": int(batch.state.get("num_rows", 0)) + num_rows}
 
