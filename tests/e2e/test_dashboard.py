@@ -246,7 +246,7 @@ def test_addresses_that_name_no_page_leave_the_dashboard_usable(
         observer.expect_refusal(404, path, f"{path}/metrics", f"{path}/events?limit=100")
         visit()
         expect(page.get_by_role("alert")).to_be_visible()
-    page.get_by_role("link", name="Models").click()
+    page.get_by_role("link", name="Models", exact=True).click()
     expect(page.get_by_role("link", name=TEACHER).first).to_be_visible()
 
 
@@ -260,7 +260,7 @@ def test_a_key_that_cannot_be_one_or_is_revoked_leads_to_the_sign_in(
     key = service.new_key("dashboard", "models:read", "jobs:read")
     page.get_by_label("API key").fill(key)
     page.get_by_role("button", name="Sign in").click()
-    page.get_by_role("link", name="Models").click()
+    page.get_by_role("link", name="Models", exact=True).click()
     expect(page.get_by_role("link", name=TEACHER).first).to_be_visible()
     service.cli("keys", "revoke", key)
     observer.expect_refusal(401, "/v1/models")

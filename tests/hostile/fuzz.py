@@ -186,7 +186,7 @@ def main() -> int:
 # Jobs that schemathesis makes may run, but not for long, and nothing is fetched from or sent to anywhere.
 QUIET = {
     "STILLHOUSE_HF_ENDPOINT": "http://127.0.0.1:9",
-    "STILLHOUSE_MAX_RUNTIME_SECONDS": "20",
+    "STILLHOUSE_MAX_RUNTIME_SECONDS": "60",
     "STILLHOUSE_WEBHOOK_ALLOWED_HOSTS": "127.0.0.1",
 }
 
