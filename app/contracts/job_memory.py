@@ -7,9 +7,16 @@ a GPU it is the memory of the device, which also decides where a run places its 
 
 from dataclasses import dataclass
 
-from app.contracts.model_sizes import ModelSizes
+from app.contracts.model_sizes import LayerKind, ModelSizes
 from app.contracts.planned_jobs import PlannedJob, RowCounts
-from app.contracts.run_limits import CPU_CHUNK_BYTES, FIT_BYTES, FIT_ROWS, LOSS_BYTES, MAX_RUNNING
+from app.contracts.run_limits import (
+    CPU_CHUNK_BYTES,
+    DEVICE_CHUNK_BYTES,
+    FIT_BYTES,
+    FIT_ROWS,
+    LOSS_CHUNKS,
+    MAX_RUNNING,
+)
 
 MIB = 2**20
 AUTOCAST_BYTES = 2
@@ -17,63 +24,165 @@ AUTOCAST_BYTES = 2
 PROCESS_BYTES = 505 * MIB
 # Memory of activations on a CPU, relative to `layer_values`: gradients exist beside them.
 ACTIVATION_FACTOR = 1.15
+# Results that an MLP without a gate keeps on a GPU, by its activation function: those in the dtype
+# of autocast, and those in float32. The default is (2, 0).
+ACTIVATION_VALUES = {"relu": (1, 0), "gelu_new": (2, 3)}
+# After the last layer, in float32: input and result of the norm, the rows of the targets and their
+# gradient.
+FINAL_VALUES = 4
 CHECKPOINT_BYTES = 6 * MIB  # tokenizer, state and manifest of a checkpoint
 
 
 @dataclass(frozen=True)
 class DeviceStudent:
-    """Numbers of a student on a GPU, and the size of the teacher's LM head beside it."""
+    """A student on a GPU, in numbers.
 
-    num_parameters: int
+    num_trained: Number of trained parameters.
+    num_teacher_head: Size of the teacher's LM head, which is in float32 for the loss.
+    row_tokens: Most tokens of a row. Only architectures with a position bias depend on it.
+    source_share: Share of the tokens that the encoder of an encoder-decoder reads. None if it is
+        unknown: the share that needs most memory counts.
+    has_frozen_encoder: The encoder keeps nothing for the backward pass.
+    accumulates: A step may have several micro-batches. The gradients of the earlier ones then exist
+        beside the activations of the next one.
+    """
+
+    sizes: ModelSizes
     num_trained: int
-    num_trained_head: int
-    num_layers: int
-    num_stacks: int
-    hidden_size: int
-    layer_values: int
+    trains_head: bool
     num_teacher_head: int
+    row_tokens: int
+    source_share: float | None = None
+    has_frozen_encoder: bool = False
+    accumulates: bool = False
 
-    def activation_bytes(self, batch_tokens: int, *, has_autocast: bool) -> int:
-        """Returns the bytes that all layers keep for the backward pass."""
-        value_bytes = AUTOCAST_BYTES if has_autocast else 4
-        return batch_tokens * self.num_layers * self.layer_values * value_bytes
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that exist throughout: float32 weights, both moments of AdamW, the teacher's head."""
+        return 4 * self.sizes.num_parameters + 8 * self.num_trained + 4 * self.num_teacher_head
 
-    def checkpointed_bytes(self, batch_tokens: int, *, has_autocast: bool) -> int:
-        """Returns the same with activation checkpointing.
+    def peak_bytes(
+        self, batch_tokens: int, *, has_autocast: bool, has_checkpointing: bool = False
+    ) -> int:
+        """Returns the most memory that a training step needs.
 
-        A layer keeps its input in float32. The last layer of each stack keeps everything, and so
+        It is needed at one of two times. At the start of the backward pass, everything that the
+        layers keep exists, and in the loss also its chunks or the LM head's gradient. At the end of
+        the backward pass, the activations are gone and all gradients exist.
+        """
+        sizes, head = self.sizes, 4 * self.sizes.head_parameters * self.trains_head
+        chunk = min(DEVICE_CHUNK_BYTES, 4 * sizes.vocab_size * batch_tokens)
+        kept = self.kept_bytes(
+            batch_tokens, has_autocast=has_autocast, has_checkpointing=has_checkpointing
+        )
+        # the loss keeps the gradient of the head, and backpropagation multiplies it
+        start = kept + head + max(LOSS_CHUNKS * chunk, head)
+        end = 4 * self.num_trained
+        if sizes.is_tied:  # the gradient of the embedding is added to that of the head
+            end += head
+        if self.accumulates:
+            start += 4 * self.num_trained
+        return self.resident_bytes + max(start, end)
+
+    def kept_bytes(
+        self, batch_tokens: int, *, has_autocast: bool, has_checkpointing: bool = False
+    ) -> int:
+        """Returns the bytes that a forward pass keeps for the backward pass.
+
+        Autocast keeps a bfloat16 copy of every matrix of the layers. With activation checkpointing,
+        a layer keeps its input in float32. The last layer of each stack keeps everything, and so
         does the layer that is run again.
         """
-        value_bytes = AUTOCAST_BYTES if has_autocast else 4
-        num_complete = min(self.num_layers, self.num_stacks + 1)
-        inputs = 4 * self.hidden_size * (self.num_layers - self.num_stacks)
-        return batch_tokens * (num_complete * self.layer_values * value_bytes + inputs)
+        sizes = self.sizes
+        stacks = list(zip(sizes.stacks, sizes.kinds, strict=False))
+        per_token, copies = [], 0
+        for number, (stack, kind) in enumerate(stacks):
+            is_encoder = number < len(stacks) - 1
+            if is_encoder and self.has_frozen_encoder:
+                per_token.append(0)
+                continue
+            num_attentions = 1 if is_encoder or len(stacks) == 1 else 2
+            layer = layer_bytes(
+                sizes,
+                kind,
+                has_autocast=has_autocast,
+                row_tokens=self.row_tokens,
+                num_attentions=num_attentions,
+            )
+            num_complete, num_inputs = stack.num_layers, 0
+            if has_checkpointing:
+                num_complete = min(stack.num_layers, 2)
+                num_inputs = stack.num_layers - 1
+            per_token.append(num_complete * layer + num_inputs * 4 * sizes.hidden_size)
+            copies += AUTOCAST_BYTES * stack.num_parameters * has_autocast
+        if len(stacks) > 1 and not has_checkpointing:
+            # keys and values of all cross-attentions
+            per_token[0] += stacks[-1][0].num_layers * _cross_bytes(
+                sizes, has_autocast=has_autocast
+            )
+        if len(stacks) == 1:
+            kept = per_token[0]
+        elif self.source_share is None:
+            kept = max(per_token)
+        else:
+            share = self.source_share
+            kept = round(share * per_token[0] + (1 - share) * per_token[-1])
+        return batch_tokens * (kept + FINAL_VALUES * 4 * sizes.hidden_size) + copies
 
     def saved_bytes(self, batch_tokens: int, *, has_autocast: bool) -> int:
         """Returns the bytes that activation checkpointing saves."""
-        plain = self.activation_bytes(batch_tokens, has_autocast=has_autocast)
-        return max(0, plain - self.checkpointed_bytes(batch_tokens, has_autocast=has_autocast))
+        plain, checkpointed = (
+            self.peak_bytes(batch_tokens, has_autocast=has_autocast, has_checkpointing=is_on)
+            for is_on in (False, True)
+        )
+        return max(0, plain - checkpointed)
 
 
-def device_student_bytes(student: DeviceStudent, *, batch_tokens: int, has_autocast: bool) -> int:
-    """Returns the GPU memory of a student in training.
+def layer_bytes(
+    sizes: ModelSizes,
+    kind: LayerKind,
+    *,
+    has_autocast: bool,
+    row_tokens: int,
+    num_attentions: int = 1,
+) -> int:
+    """Returns the bytes per token that a layer of a GPU keeps for the backward pass.
 
-    4 bytes per parameter, 12 more if it is trained (gradient and the two moments of AdamW), and 2
-    for the copy made by autocast. Added to these are the activations kept for the backward and the
-    LM head's second gradient. The loss adds its chunks, and the teacher's LM head in float32.
-
-    Attention scores are not counted, because fused attention does not keep them.
+    The residual stream and the norms are float32. Under autocast, every matrix that reads a norm's
+    result keeps a bfloat16 copy of it. Attention is fused: it keeps its inputs and its result, and
+    with a position bias the bias of each layer. The MLP keeps the results of its elementwise
+    operations.
     """
-    total = 4 * student.num_parameters + 12 * student.num_trained
-    total += AUTOCAST_BYTES * student.num_parameters * has_autocast
-    total += 4 * student.num_trained_head + LOSS_BYTES + 4 * student.num_teacher_head
-    return total + student.activation_bytes(batch_tokens, has_autocast=has_autocast)
+    H, value = sizes.hidden_size, AUTOCAST_BYTES if has_autocast else 4
+    norm = 4 * H * (2 if kind.has_rms_norm else 1)
+
+    def inputs(num_matrices: int) -> int:
+        """Returns the bytes of a norm's result, as these matrices keep it."""
+        return AUTOCAST_BYTES * H * num_matrices if has_autocast else 4 * H
+
+    attention = norm + inputs(1 if kind.is_joined else 3) + value * (2 * H + 2 * sizes.kv_size)
+    if kind.has_position_bias:
+        attention += value * sizes.num_heads * row_tokens
+    num_rounded, num_exact = ACTIVATION_VALUES.get(kind.activation, (2, 0))
+    if kind.is_gated:
+        more = (1, 1) if num_exact else (2, 0)
+        num_rounded, num_exact = num_rounded + more[0], num_exact + more[1]
+    mlp = norm + inputs(2 if kind.is_gated else 1)
+    mlp += sizes.mlp_size * (value * num_rounded + 4 * num_exact)
+    return num_attentions * attention + mlp
+
+
+def _cross_bytes(sizes: ModelSizes, *, has_autocast: bool) -> int:
+    """Returns the bytes per source token that a cross-attention keeps: inputs, keys and values."""
+    if not has_autocast:
+        return 4 * 2 * sizes.kv_size
+    return AUTOCAST_BYTES * (2 * sizes.hidden_size + 2 * sizes.kv_size)
 
 
 def layer_values(hidden_size: int, mlp_size: int) -> int:
     """Returns the number of activations per token that a layer keeps for the backward.
 
-    The estimate covers norms, queries, keys, values, attention and a gated feed-forward part.
+    For estimates of CPUs. It covers norms, queries, keys, values, attention and a gated MLP.
     """
     return 10 * hidden_size + 4 * mlp_size
 
@@ -83,20 +192,19 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
 
     The teacher runs before or beside the student, which recomputes its activations.
     """
-    sizes, trained = job.students[-1], job.trained[-1]
+    student_options, sizes = job.block.student, job.students[-1]
     student = DeviceStudent(
-        num_parameters=sizes.num_parameters,
-        num_trained=trained,
-        num_trained_head=sizes.head_parameters if job.trains_head else 0,
-        num_layers=sizes.num_layers,
-        num_stacks=len(sizes.stacks),
-        hidden_size=sizes.hidden_size,
-        layer_values=layer_values(sizes.hidden_size, sizes.mlp_size),
+        sizes=sizes,
+        num_trained=job.trained[-1],
+        trains_head=job.trains_head,
         num_teacher_head=job.teacher.head_parameters if job.has_teacher else 0,
+        row_tokens=rows.longest_tokens,
+        source_share=1 - min(1.0, rows.train_targets / max(1, rows.train_tokens)),
+        has_frozen_encoder=student_options.freeze_encoder,
+        accumulates=job.block.hyperparameters.batch_rows is not None,
     )
     tokens = max(job.batch_tokens, rows.longest_tokens)
-    student_bytes = device_student_bytes(student, batch_tokens=tokens, has_autocast=has_bfloat16)
-    student_bytes -= student.saved_bytes(tokens, has_autocast=has_bfloat16)
+    student_bytes = student.peak_bytes(tokens, has_autocast=has_bfloat16, has_checkpointing=True)
     if not job.has_teacher:
         return student_bytes
     value_bytes = 2 if has_bfloat16 else 4
@@ -109,8 +217,8 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
 def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
     """Returns the GPU memory without which a job cannot run: that of its largest student.
 
-    Counts float32 weights, gradients and moments, and for one batch the inputs of the layers, which
-    activation checkpointing keeps. The teacher can run on the CPU, and the chunks of the loss can
+    Counts float32 weights and moments, and the larger of two: the gradients, or for one batch the
+    inputs of the layers, which activation checkpointing keeps. The teacher can run on the CPU, and the chunks of the loss can
     be smaller than usual. A batch is at least half full unless a single row is longer. A token
     passes through only one stack of an encoder-decoder, perhaps a frozen one, so activations are
     left out there.
@@ -119,7 +227,7 @@ def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
     num_layers = sizes.num_layers if len(sizes.stacks) == 1 else 0
     tokens = max(min(job.batch_tokens, rows.train_tokens) // 2, rows.longest_tokens)
     per_token = 4 * num_layers * sizes.hidden_size
-    return sizes.num_bytes + 12 * trained + tokens * per_token
+    return sizes.num_bytes + 8 * trained + max(4 * trained, tokens * per_token)
 
 
 def cpu_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int:

@@ -24,6 +24,12 @@ LAYER: Final = re.compile(r"^(.*?)\.(\d+)\.")
 HEAD: Final = re.compile(r"(^|\.)(lm_head|embed_out|predictions\.decoder)\.weight$")
 HEADS: Final = ("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
 BUFFER: Final = "final_logits_bias"  # a buffer that BART stores with its weights
+# Architectures with layer norms. Their MLPs have no gate. The others are Llama-like, or T5.
+LAYER_NORMED: Final = frozenset(
+    ("bart", "bert", "bloom", "gpt2", "gpt_neox", "opt", "roberta", "starcoder2")
+)
+JOINED: Final = frozenset(("bloom", "gpt2", "gpt_neox", "phi3"))
+DEFAULT_ACTIVATIONS: Final = {"gpt2": "gelu_new", "opt": "relu", "bloom": "gelu", "bart": "gelu"}
 MAX_HEADER_BYTES: Final = 100 * 10**6
 
 
@@ -46,6 +52,24 @@ class LayerStack:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """How layers are computed, as far as the memory of their activations depends on it.
+
+    activation: Name of the activation function in transformers.
+    has_rms_norm: Otherwise the norms are layer norms.
+    is_gated: The MLP is `down(act(gate(x)) * up(x))`. Otherwise it is `down(act(up(x)))`.
+    is_joined: One matrix computes queries, keys and values.
+    has_position_bias: The attention adds a bias per head to its scores.
+    """
+
+    activation: str = "silu"
+    has_rms_norm: bool = True
+    is_gated: bool = True
+    is_joined: bool = False
+    has_position_bias: bool = False
+
+
+@dataclass(frozen=True)
 class ModelSizes:
     """Parameters of a model by part. `stacks` is the encoder and the decoder, or the only stack.
 
@@ -54,6 +78,7 @@ class ModelSizes:
     head_parameters: The LM head, H x V.
     is_tied: The LM head shares its matrix with the embedding, which counts in `head_parameters`.
     guess_reason: Why the sizes are approximate; empty if they were read from the tensors.
+    kinds: The kind of layer of each stack.
     """
 
     stacks: tuple[LayerStack, ...]
@@ -65,6 +90,7 @@ class ModelSizes:
     num_heads: int
     encoder_parameters: int = 0
     guess_reason: str = ""
+    kinds: tuple[LayerKind, ...] = (LayerKind(),)
 
     @property
     def layer_parameters(self) -> int:
@@ -171,7 +197,33 @@ def measure_model(shapes: Shapes, config: Json) -> ModelSizes:
             for name, shape in outside.items()
             if len(layers) > 1 and "encoder." in name and "decoder" not in name
         ),
+        kinds=layer_kinds(config),
     )
+
+
+def layer_kinds(config: Json) -> tuple[LayerKind, ...]:
+    """Returns the kind of layer of each stack of a model, from its config.json."""
+    if config.get("encoder") and config.get("decoder"):
+        return (*layer_kinds(config["encoder"]), *layer_kinds(config["decoder"]))
+    name = config.get("model_type", "llama")
+    if name == "t5":
+        how = str(config.get("feed_forward_proj", "relu"))
+        activation = how.removeprefix("gated-")
+        kind = LayerKind(
+            activation="gelu_new" if how == "gated-gelu" else activation,
+            is_gated=how != activation,
+            has_position_bias=True,
+        )
+        return kind, kind
+    chosen = config.get("hidden_act") or config.get("activation_function")
+    kind = LayerKind(
+        activation=str(chosen or DEFAULT_ACTIVATIONS.get(name, "silu")),
+        has_rms_norm=name not in LAYER_NORMED,
+        is_gated=name not in LAYER_NORMED,
+        is_joined=name in JOINED,
+        has_position_bias=name == "bloom",
+    )
+    return (kind, kind) if name == "bart" else (kind,)
 
 
 def _stack(layers: Mapping[int, list[tuple[int, ...]]], mlp_size: int) -> LayerStack:
@@ -255,7 +307,19 @@ def fresh_sizes(config: FreshConfig, tokenizer_owner: ModelSizes) -> ModelSizes:
         stacks.insert(0, stack(config.num_encoder_layers or config.num_layers, 1))
     if config.family == "encoder-decoder":  # the encoder has an embedding of its own
         tables += vocabulary * H + config.max_positions * H
-    return ModelSizes(tuple(stacks), tables, vocabulary * H, True, H, F, num_heads=config.num_heads)
+    kinds = layer_kinds(
+        {"model_type": "gpt2" if config.family == "encoder-decoder" else config.family}
+    )
+    return ModelSizes(
+        tuple(stacks),
+        tables,
+        vocabulary * H,
+        True,
+        H,
+        F,
+        num_heads=config.num_heads,
+        kinds=(replace(kinds[0], is_gated=is_gated),) * len(stacks),
+    )
 
 
 def num_trained(student: Student, sizes: ModelSizes) -> int:

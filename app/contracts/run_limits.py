@@ -25,5 +25,5 @@ MAX_VALIDATION_ROWS: Final = 200
 # only use memory.
 CPU_CHUNK_BYTES: Final = 2**27
 DEVICE_CHUNK_BYTES: Final = 2**28  # the same on a GPU
-# The logits of both models for a chunk, and the intermediate results of elementwise operations.
-LOSS_BYTES: Final = 6 * DEVICE_CHUNK_BYTES
+# Chunks that exist at the same time: the logits of both models, and intermediate results.
+LOSS_CHUNKS: Final = 8

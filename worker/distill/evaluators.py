@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from app.contracts.batch_plan import batch_tokens_of
 from worker.distill.data.dataset import Rows
 from worker.distill.data.rows import Example
 from worker.distill.data.sampler import Sampler
@@ -88,7 +87,7 @@ class Evaluators:
         return HeldOutRows(
             examples,
             first_index=len(rows.train),
-            batch_tokens=batch_tokens_of(self.spec.distillation.hyperparameters),
+            batch_tokens=self.pair.micro_tokens,
             device=device,
             autocast=autocast,
         )

@@ -32,7 +32,15 @@ from worker.distill.teachers.cached_teacher import (
 from worker.distill.teachers.masked_lm import MaskedTeacher
 from worker.distill.teachers.signals import Signal, choose_signal
 from worker.distill.training.checkpoint import file_sha256
-from worker.distill.training.devices import CPU, Device, Placement, find_needs, place
+from worker.distill.training.devices import (
+    CPU,
+    Device,
+    Placement,
+    needs_by_tokens,
+    place,
+    place_alone,
+    place_largest,
+)
 from worker.distill.training.feature_losses import FeaturePlan
 from worker.distill.training.teacher_adaptation import Adaptation, adapt
 from worker.errors import TokenizerMismatch, UnsupportedModel, VocabMismatch
@@ -139,22 +147,38 @@ class ModelPair:
         then = block.objective.then
         sources = {block.data.completions, then.completions if then else None}
         # rollouts are never in the row cache
-        needs = find_needs(
+        h, generates = block.hyperparameters, bool(sources & {"student", "replay"})
+        needs_of = needs_by_tokens(
             self.card,
             recipe,
             self.student.config,
             self.teacher.config,
-            batch_tokens=batch_tokens_of(block.hyperparameters),
-            can_cache=can_cache and not sources & {"student", "replay"},
+            can_cache=can_cache and not generates,
+            row_tokens=h.max_sequence_tokens,
+            accumulates=h.batch_tokens == "auto" or h.batch_rows is not None or generates,
         )
-        if not self.spec.has_teacher:
-            is_large = needs.student_bytes > self.card.planned_bytes
-            return Placement(self.card, "cuda", torch.float32, has_checkpointing=is_large)
-        placed = place(self.card, needs)
-        if self.has_features and (placed.teacher_device == "cpu" or placed.is_teacher_first):
-            dtype = self.card.autocast or torch.float32
-            return Placement(self.card, "cuda", dtype, is_tight=True, has_checkpointing=True)
-        return placed
+
+        def placed_with(batch_tokens: int) -> Placement:
+            """Returns the placement for micro-batches of this size."""
+            needs = needs_of(max(batch_tokens, h.max_sequence_tokens))
+            if not self.spec.has_teacher:
+                return place_alone(self.card, needs)
+            placed = place(self.card, needs)
+            if self.has_features and (placed.teacher_device == "cpu" or placed.is_teacher_first):
+                dtype = self.card.autocast or torch.float32
+                return Placement(self.card, "cuda", dtype, is_tight=True, has_checkpointing=True)
+            return placed
+
+        if h.batch_tokens == "auto":
+            return place_largest(placed_with)
+        return placed_with(h.batch_tokens)
+
+    @property
+    def micro_tokens(self) -> int:
+        """Most tokens of a micro-batch, including padding."""
+        return self.placement.micro_tokens or batch_tokens_of(
+            self.spec.distillation.hyperparameters
+        )
 
     def load_evaluated_teacher(self) -> PreTrainedModel:
         """Returns the teacher for the evaluation, on the placement's device and in its dtype.

@@ -17,7 +17,7 @@ from worker.distill.evaluators import Evaluators, SamplerFor
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
 from worker.distill.phase_times import PhaseTimes
-from worker.distill.resumed_state import changes_since
+from worker.distill.resumed_state import batch_tokens_for, changes_since
 from worker.distill.run_costs import cost_of
 from worker.distill.student_runs import (
     StudentRun,
@@ -131,6 +131,7 @@ class Pipeline:
                 "num_processes": self.ranks.count,
                 "precision": self.pair.card.precision,
                 "kept_layers": kept_layers(runs),
+                "batch_tokens": batch_tokens_for(self.spec, state, self.device, rows.train),
             }
             taught = StudentSweep(
                 runs,
@@ -180,7 +181,7 @@ class Pipeline:
             for example in (*rows.train, *rows.valid)
             for token in (*example.token_ids, *example.source_ids)
         }
-        model = load_model(selected.folder)
+        model = load_model(selected.folder, self.pair.card.autocast or torch.float32)
         before = num_parameters(model)
         num_kept = trim_vocabulary(model, selected.folder, used, self.out / "student")
         result["vocabulary"] = {
@@ -250,7 +251,7 @@ class Pipeline:
                     ProgressLine(percent=LOADED_PERCENT, rows_done=num_done, rows_total=num_wanted)
                 )
 
-        teacher.fill(self.ranks, batch_tokens_of(self.block.hyperparameters), tell)
+        teacher.fill(self.ranks, self.pair.micro_tokens, tell)
 
     def _preparation(self) -> Preparation:
         return Preparation(
@@ -378,7 +379,7 @@ class Pipeline:
             test_teacher = self.pair.cached_teacher(rows, recipe)
             open_teachers.callback(test_teacher.close)
             if test_teacher.is_cached:
-                tokens = batch_tokens_of(self.block.hyperparameters)
+                tokens = self.pair.micro_tokens
                 test_teacher.fill(ALONE, tokens, lambda done, wanted: tell((1 + done / wanted) / 2))
             return self._evaluators().of(rows, test_teacher, tell)
 

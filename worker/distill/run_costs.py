@@ -50,7 +50,9 @@ def planned_job(pair: ModelPair) -> PlannedJob:
     )
 
 
-def count_rows(spec: RunSpec, rows: Rows, *, num_steps: int, num_planned_steps: int) -> RowCounts:
+def count_rows(
+    spec: RunSpec, rows: Rows, *, num_steps: int, num_planned_steps: int, device: str = "cpu"
+) -> RowCounts:
     """Returns the counts of the rows of a run, and of its steps.
 
     `num_steps` are those of the first student. It was trained for `num_planned_steps`, unless it
@@ -59,7 +61,10 @@ def count_rows(spec: RunSpec, rows: Rows, *, num_steps: int, num_planned_steps: 
     h = spec.distillation.hyperparameters
     lengths = [example.num_tokens for example in rows.train]
     plan = BatchPlan(
-        lengths, batch_tokens=batch_tokens_of(h), seed=spec.seed, batch_rows=h.batch_rows
+        lengths,
+        batch_tokens=batch_tokens_of(h, device=device, num_tokens=sum(lengths)),
+        seed=spec.seed,
+        batch_rows=h.batch_rows,
     )
     num_held_out = sum(example.num_tokens for example in rows.valid)
     examples = [*rows.train, *rows.valid]
@@ -137,6 +142,7 @@ def measured_cost(
         rows,
         num_steps=max(1, finished[0]["num_steps"]),
         num_planned_steps=max(1, finished[0]["num_planned_steps"]),
+        device=pair.device,
     )
     expected = reference_seconds(
         planned_job(pair),

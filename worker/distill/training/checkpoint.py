@@ -80,6 +80,7 @@ class TrainState(BaseModel):
     replay_loss: float | None = None  # held-out cross-entropy at the previous evaluation
     finished: tuple[dict[str, Any], ...] = ()  # Any: open-ended JSON
     kept_layers: tuple[KeptLayers, ...] | None = None
+    batch_tokens: int | None = None  # None: not recorded, as in older checkpoints
 
     @property
     def job_step(self) -> int:
@@ -207,6 +208,29 @@ def link_folder(source: Path, target: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, copy_function=_link)
     return target
+
+
+def copy_rounded(source: Path, target: Path, dtype: torch.dtype) -> Path:
+    """Replaces `target` by a copy of a model folder whose float32 weights are rounded to `dtype`."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
+    num_bytes = 0
+    for path in sorted(source.glob("*.safetensors")):
+        tensors = {
+            name: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(tensors, target / path.name, metadata={"format": "pt"})
+        num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    _change_json(target / "config.json", dtype=str(dtype).removeprefix("torch."))
+    if (index := target / "model.safetensors.index.json").exists():
+        metadata = json.loads(index.read_text())["metadata"]
+        _change_json(index, metadata={**metadata, "total_size": num_bytes})
+    return target
+
+
+def _change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes, indent=2) + "\n")
 
 
 def file_sha256(path: Path) -> str:

@@ -8,22 +8,25 @@ On a CPU with native bfloat16, the linear layers of both models multiply in bflo
 device.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PretrainedConfig
 
+from app.contracts.batch_plan import CPU_BATCH_TOKENS
 from app.contracts.distillation import Auto, Precision
-from app.contracts.job_memory import DeviceStudent, device_student_bytes
-from app.contracts.job_memory import layer_values as values_per_token
+from app.contracts.job_memory import DeviceStudent, layer_bytes
+from app.contracts.model_sizes import ModelSizes, measure_model, num_trained
 from worker.cpu import HAS_FAST_BFLOAT16
 from worker.distill.students.layer_dropping import cut_config
-from worker.distill.students.recipe import StudentRecipe, freeze_encoder, freeze_head
+from worker.distill.students.recipe import StudentRecipe
 from worker.distill.students.width_pruning import narrow_config, sizes_of
-from worker.models.architectures import bare_model, layer_counts
+from worker.models.architectures import bare_model
 
 PLANNED_SHARE = 0.9  # of the free memory; the rest is left for fragmentation
 GIB = 2**30
+MICRO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # choices of `place_largest`
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Needs:
 
     `can_cache`: all teacher rows can be computed before the training and kept on disk.
     `saved_bytes`: what activation checkpointing takes off `student_bytes`.
+    `student_work_bytes`: the part of `student_bytes` that is free while the teacher runs.
     """
 
     student_bytes: int
@@ -70,9 +74,17 @@ class Needs:
     teacher_work_bytes: int
     can_cache: bool
     saved_bytes: int = 0
+    student_work_bytes: int = 0
 
     def teacher_bytes(self, dtype: torch.dtype) -> int:
         return self.num_teacher_parameters * dtype.itemsize + self.teacher_work_bytes
+
+    def both_bytes(self, dtype: torch.dtype, *, has_checkpointing: bool = False) -> int:
+        """Returns the memory of the teacher beside the student. They take turns in a step."""
+        saved_bytes = self.saved_bytes if has_checkpointing else 0
+        teacher_alone = self.teacher_work_bytes - (self.student_work_bytes - saved_bytes)
+        weights = self.num_teacher_parameters * dtype.itemsize
+        return self.student_bytes - saved_bytes + weights + max(0, teacher_alone)
 
 
 @dataclass(frozen=True)
@@ -81,7 +93,8 @@ class Placement:
 
     `is_teacher_first`: the teacher fills the row cache alone, and is freed before the student is
     loaded. `is_tight`: the models may not fit into GPU memory. `has_checkpointing`: the student
-    keeps few activations and recomputes the others in the backward pass.
+    keeps few activations and recomputes the others in the backward pass. `micro_tokens`: the most
+    tokens of a micro-batch, if the job leaves the choice to the run.
     """
 
     device: Device = CPU
@@ -90,6 +103,13 @@ class Placement:
     is_teacher_first: bool = False
     is_tight: bool = False
     has_checkpointing: bool = False
+    micro_tokens: int | None = None
+
+    @property
+    def rank(self) -> tuple[bool, bool, bool, bool]:
+        """Order of preference among placements: the fastest is the smallest."""
+        is_on_cpu = self.teacher_device == "cpu"
+        return self.is_tight, is_on_cpu, self.has_checkpointing, self.is_teacher_first
 
     @property
     def beside_student(self) -> tuple[str, torch.dtype]:
@@ -119,7 +139,10 @@ class Placement:
         free = f"{self.device.free_bytes / GIB:.1f} GiB free"
         if self.has_checkpointing:
             floats += " with activation checkpointing"
-        return f"device: {self.device.card} ({free}); student in {floats}; teacher in {dtype}, {where}{tight}"
+        batch = (
+            f"; micro-batches of at most {self.micro_tokens:,} tokens" if self.micro_tokens else ""
+        )
+        return f"device: {self.device.card} ({free}); student in {floats}; teacher in {dtype}, {where}{batch}{tight}"
 
 
 ON_CPU = Placement()
@@ -163,7 +186,7 @@ def place(device: Device, needs: Needs) -> Placement:
     dtypes = (torch.bfloat16,) if device.has_bfloat16 else (torch.float32, torch.float16)
     for dtype in dtypes:
         teacher_bytes = needs.teacher_bytes(dtype)
-        if needs.student_bytes + teacher_bytes <= device.planned_bytes:
+        if needs.both_bytes(dtype) <= device.planned_bytes:
             return Placement(device, "cuda", dtype)
         if needs.can_cache and teacher_bytes <= device.planned_bytes:
             return Placement(
@@ -174,9 +197,28 @@ def place(device: Device, needs: Needs) -> Placement:
                 is_tight=is_tight,
                 has_checkpointing=has_checkpointing,
             )
-        if least_bytes + teacher_bytes <= device.planned_bytes:
+        if needs.both_bytes(dtype, has_checkpointing=True) <= device.planned_bytes:
             return Placement(device, "cuda", dtype, has_checkpointing=True)
     return Placement(device, is_tight=is_tight, has_checkpointing=has_checkpointing)
+
+
+def place_alone(device: Device, needs: Needs) -> Placement:
+    """Returns the placement of a student without a teacher."""
+    is_large = needs.student_bytes > device.planned_bytes
+    is_tight = needs.student_bytes - needs.saved_bytes > device.planned_bytes
+    return Placement(device, "cuda", torch.float32, has_checkpointing=is_large, is_tight=is_tight)
+
+
+def place_largest(placed_with: Callable[[int], Placement]) -> Placement:
+    """Returns the placement with the largest micro-batch among those that are the fastest.
+
+    `placed_with` returns the placement for micro-batches of a number of tokens. Numbers below those
+    of a batch on a CPU are used only if the models do not fit otherwise.
+    """
+    placed = [replace(placed_with(tokens), micro_tokens=tokens) for tokens in MICRO_TOKENS]
+    full = [each for each in placed if (each.micro_tokens or 0) >= CPU_BATCH_TOKENS]
+    best = min(full, key=lambda each: each.rank)  # the first of equals is the largest
+    return min(placed, key=lambda each: each.rank) if best.is_tight else best
 
 
 def find_needs(
@@ -187,62 +229,80 @@ def find_needs(
     *,
     batch_tokens: int,
     can_cache: bool,
+    row_tokens: int = 512,
+    accumulates: bool = False,
+    source_share: float | None = None,
 ) -> Needs:
-    """Estimates memory from configurations, without weights. `start` is the student's start model.
-
-    The student's part is that of `device_student_bytes`. The teacher's are its weights, the
-    activations of one layer, and its LM head in float32 for the loss.
-    """
-    value_bytes = 4 if device.autocast is None else device.autocast.itemsize
-    student = bare_model(planned_config(recipe, start))
-    if recipe.freeze_head:
-        freeze_head(student)
-    if recipe.freeze_encoder:
-        freeze_encoder(student)
-    counts = [(p.numel(), p.requires_grad and recipe.lora is None) for p in student.parameters()]
-    head = student.get_output_embeddings().weight
-    is_head_trained = head.requires_grad and recipe.lora is None
-    big = bare_model(teacher)
-    needed = DeviceStudent(
-        num_parameters=sum(n for n, _ in counts),
-        num_trained=sum(n for n, is_trained in counts if is_trained),
-        num_trained_head=head.numel() if is_head_trained else 0,
-        num_layers=sum(layer_counts(student.config)),
-        num_stacks=sum(num_layers > 0 for num_layers in layer_counts(student.config)),
-        hidden_size=hidden_size(student.config),
-        layer_values=layer_values(student.config),
-        num_teacher_head=big.get_output_embeddings().weight.numel(),
-    )
-    has_autocast = device.autocast is not None
-    return Needs(
-        student_bytes=device_student_bytes(
-            needed, batch_tokens=batch_tokens, has_autocast=has_autocast
-        ),
-        num_teacher_parameters=sum(p.numel() for p in big.parameters()),
-        teacher_work_bytes=batch_tokens * layer_values(teacher) * value_bytes,
+    """Estimates memory for batches of one size. See `needs_by_tokens`."""
+    needs_of = needs_by_tokens(
+        device,
+        recipe,
+        start,
+        teacher,
         can_cache=can_cache,
-        saved_bytes=needed.saved_bytes(batch_tokens, has_autocast=has_autocast),
+        row_tokens=row_tokens,
+        accumulates=accumulates,
+        source_share=source_share,
+    )
+    return needs_of(batch_tokens)
+
+
+def needs_by_tokens(
+    device: Device,
+    recipe: StudentRecipe,
+    start: PretrainedConfig,
+    teacher: PretrainedConfig,
+    *,
+    can_cache: bool,
+    row_tokens: int = 512,
+    accumulates: bool = False,
+    source_share: float | None = None,
+) -> Callable[[int], Needs]:
+    """Returns a function that estimates memory, given the most tokens of a micro-batch.
+
+    Estimates are made from configurations, without weights. `start` is the student's start model.
+    The student's part is that of `DeviceStudent`, whose fields explain the last three arguments.
+    The teacher's part is its weights and the activations of one layer.
+    """
+    has_autocast = device.autocast is not None
+    sizes, big = sizes_of_config(planned_config(recipe, start)), sizes_of_config(teacher)
+    trains_head = not recipe.freeze_head and recipe.lora is None
+    frozen = {"freeze_head": not trains_head, "freeze_encoder": recipe.freeze_encoder}
+    student = DeviceStudent(
+        sizes=sizes,
+        num_trained=num_trained(recipe.student.model_copy(update=frozen), sizes),
+        trains_head=trains_head,
+        num_teacher_head=big.head_parameters,
+        row_tokens=row_tokens,
+        source_share=source_share,
+        has_frozen_encoder=recipe.freeze_encoder,
+        accumulates=accumulates,
+    )
+    num_teacher = sum(p.numel() for p in bare_model(teacher).parameters())
+    teacher_layer = max(
+        layer_bytes(big, kind, has_autocast=has_autocast, row_tokens=row_tokens)
+        for kind in big.kinds
     )
 
+    def needs_of(batch_tokens: int) -> Needs:
+        """Returns the needs for micro-batches of this many tokens."""
+        student_bytes = student.peak_bytes(batch_tokens, has_autocast=has_autocast)
+        return Needs(
+            student_bytes=student_bytes,
+            num_teacher_parameters=num_teacher,
+            teacher_work_bytes=batch_tokens * teacher_layer,
+            can_cache=can_cache,
+            saved_bytes=student.saved_bytes(batch_tokens, has_autocast=has_autocast),
+            student_work_bytes=student_bytes - student.resident_bytes,
+        )
 
-def hidden_size(config: PretrainedConfig) -> int:
-    """Returns the hidden width. For an encoder-decoder it is that of the wider half."""
-    if config.model_type == "encoder-decoder":
-        return max(hidden_size(config.encoder), hidden_size(config.decoder))
-    return int(config.hidden_size)
+    return needs_of
 
 
-def layer_values(config: PretrainedConfig) -> int:
-    """Returns the number of activations per token that a layer keeps for the backward.
-
-    For an encoder-decoder it is that of the wider half.
-    """
-    if config.model_type == "encoder-decoder":
-        return max(layer_values(config.encoder), layer_values(config.decoder))
-    hidden = hidden_size(config)
-    names = ("intermediate_size", "d_ff", "ffn_dim", "decoder_ffn_dim", "n_inner")
-    wide = next((int(n) for name in names if (n := getattr(config, name, None))), 4 * hidden)
-    return values_per_token(hidden, wide)
+def sizes_of_config(config: PretrainedConfig) -> ModelSizes:
+    """Returns the sizes of a model from its configuration."""
+    shapes = {name: tuple(p.shape) for name, p in bare_model(config).named_parameters()}
+    return measure_model(shapes, config.to_dict())
 
 
 def planned_config(recipe: StudentRecipe, start: PretrainedConfig) -> PretrainedConfig:

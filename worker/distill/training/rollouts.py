@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from app.contracts.batch_plan import cut_batches
+from app.contracts.batch_plan import BatchPlan, cut_batches
 from app.contracts.distillation import Data, Distillation, Phase
 from worker.distill.data.batching import Batch, collate
 from worker.distill.data.dataset import Rows
@@ -161,14 +161,15 @@ class Rollouts:
         plan: RolloutPlan | None,
         model: PreTrainedModel,
         total_steps: int,
-        batch_tokens: int,
+        batches: BatchPlan,
         resume_dir: Path | None = None,
     ) -> None:
         """Without a plan, no step uses rollouts. `resume_dir` restores the replay buffer."""
         self.plan = plan
         self.model = model
         self.total_steps = total_steps
-        self.batch_tokens = batch_tokens
+        self.batch_tokens = batches.batch_tokens
+        self.micro_tokens = min(batches.batch_tokens, batches.micro_tokens or batches.batch_tokens)
         self.buffer = ReplayBuffer(plan.data.replay_capacity if plan else 0)
         self.seconds = 0.0  # duration of the last step's generation
         self._tally = _Tally()
@@ -202,7 +203,7 @@ class Rollouts:
             case "replay":
                 rollouts = self.buffer.sample(random, self.batch_tokens)
         self._tally.count_step(bool(rollouts), self.seconds)
-        return cut_pieces(rollouts, self.batch_tokens, str(self.model.device))
+        return cut_pieces(rollouts, self.micro_tokens, str(self.model.device))
 
     def observe(self, state: TrainState, held_out: HeldOut) -> dict[str, float]:
         """Returns the changes of the state after an evaluation.

@@ -114,8 +114,7 @@ class Trainer:
         self.should_stop = should_stop
         self.report = report
         h = setup.hyperparameters
-        batch_tokens = batch_tokens_of(h)
-        self._plan_batches(h, batch_tokens)
+        self._plan_batches(h)
         self.best_dir = setup.best_dir
         model = load_student(
             setup.recipe,
@@ -141,7 +140,7 @@ class Trainer:
             load_optimizer(setup.resume_dir, self.optimizer, self.model, self._projections)
         # rollouts need the teacher's distribution to learn from
         plan = setup.rollouts if setup.signal.has_distribution else None
-        self.rollouts = Rollouts(plan, self.model, self.total_steps, batch_tokens, setup.resume_dir)
+        self.rollouts = Rollouts(plan, self.model, self.total_steps, self.plan, setup.resume_dir)
         self._saved_step = state.step if setup.resume_dir is not None else 0
         self._saved_at = time.monotonic()
         self._evaluated_step: int | None = None  # the step that `state.metrics` belongs to
@@ -152,26 +151,30 @@ class Trainer:
         self._means, self._train_metrics = MetricAverager(), dict[str, float]()
         self._throttle = Throttle()
 
-    def _plan_batches(self, h: Hyperparameters, batch_tokens: int) -> None:
+    def _plan_batches(self, h: Hyperparameters) -> None:
         setup = self.setup
         lengths = [example.num_tokens for example in setup.train]
+        planned = batch_tokens_of(h, device=setup.device, num_tokens=sum(lengths))
         self.plan = BatchPlan(
-            lengths, batch_tokens=batch_tokens, seed=setup.seed, batch_rows=h.batch_rows
+            lengths,
+            batch_tokens=self.state.batch_tokens or planned,
+            seed=setup.seed,
+            batch_rows=h.batch_rows,
+            micro_tokens=setup.placement.micro_tokens,
         )
         self.total_steps = self.plan.num_steps(h.n_epochs, at_most=h.max_steps)
         self.valid = HeldOutRows(
             setup.valid,
             first_index=len(setup.train),
-            batch_tokens=batch_tokens,
+            batch_tokens=self.plan.batch_tokens,
             device=setup.device,
             autocast=setup.autocast,
             ranks=setup.ranks,
         )
-        num_held_out = sum(example.num_tokens for example in self.setup.valid)
+        num_held_out = sum(example.num_tokens for example in setup.valid)
         self.eval_steps = eval_steps_of(h, self.plan, self.total_steps, num_held_out)
-        self.checkpoint_steps = (
-            self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
-        )
+        every = h.checkpoint_steps
+        self.checkpoint_steps = self.eval_steps if every == "auto" else every
 
     def _make_optimizer(self, weight_decay: float) -> torch.optim.AdamW:
         groups = parameter_groups(self.model, weight_decay)
@@ -391,10 +394,6 @@ class Trainer:
 def _score(held_out: HeldOut, early: EarlyStopping | None, signal: Signal) -> float:
     """Returns the held-out score for early stopping and the best student. Lower is better."""
     wanted = early.metric if early else "perplexity" if signal.name in ("hidden", "text") else "kl"
-    match wanted if held_out.has_teacher else "perplexity":
-        case "kl":
-            return held_out.kl
-        case "perplexity":
-            return held_out.cross_entropy
-        case "agreement":
-            return -held_out.agreement
+    if wanted == "perplexity" or not held_out.has_teacher:
+        return held_out.cross_entropy
+    return held_out.kl if wanted == "kl" else -held_out.agreement

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from app.contracts.batch_plan import BatchPlan
 from app.contracts.distillation import Data, Distillation
 from tests.tiny import save_tiny
 from tests.worker.memory_sink import MemorySink
@@ -266,7 +267,8 @@ def rollouts(model: PreTrainedModel, rows: list[Example]) -> Callable[..., Rollo
         num_tokens: int = 384, sampler: Any = Echo, resume_dir: Path | None = None, **fields: Any
     ) -> Rollouts:
         plan = RolloutPlan(Data(**data(**fields)), None, 5, rows, rows, 64, num_tokens, sampler)
-        return Rollouts(plan, model, 100, 512, resume_dir)
+        batches = BatchPlan([], batch_tokens=512, seed=0)
+        return Rollouts(plan, model, 100, batches, resume_dir)
 
     return make
 

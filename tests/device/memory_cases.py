@@ -1,0 +1,250 @@
+"""Memory of training steps of real sizes: `python -m tests.device.memory_cases SHIM FOLDERS OUTPUT`.
+
+For each pair, the estimate stands beside the peak of a traced step.
+"""
+
+import sys
+from pathlib import Path
+
+from tests.device.shim import load_shim
+
+if __name__ == "__main__":  # before the first import of torch
+    load_shim(Path(sys.argv[1]))
+
+import json
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from app.contracts.distillation import Hyperparameters, Objective, Student
+from tests.device.fake_cuda import fake_cuda
+from tests.device.memory_log import MemoryLog, fused_attention
+from tests.tiny import tiny_tokenizer
+from tests.worker.memory_sink import MemorySink
+from worker.distill.data.rows import Example
+from worker.distill.losses.lm_head import Head, head_of
+from worker.distill.students.recipe import load_model, plan_student
+from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher
+from worker.distill.teachers.signals import Signal
+from worker.distill.training.checkpoint import TrainState
+from worker.distill.training.devices import Placement, find_device, find_needs
+from worker.distill.training.trainer import Trainer, TrainingInputs
+
+Json = dict[str, Any]  # Any: open-ended JSON
+
+LLAMA: Json = {"model_type": "llama", "max_position_embeddings": 8192}
+QWEN: Json = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}
+# published sizes
+MODELS: dict[str, Json] = {
+    "7B": {
+        **LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+    },
+    "1B": {
+        **LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "1.5B": {
+        **QWEN,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    },
+    "0.5B": {
+        **QWEN,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
+    "SmolLM2": {
+        **LLAMA,
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "GPT-2": {"model_type": "gpt2"},
+    "T5": {
+        "model_type": "t5",
+        "d_model": 768,
+        "d_ff": 3072,
+        "num_layers": 12,
+        "num_decoder_layers": 12,
+        "num_heads": 12,
+        "d_kv": 64,
+        "vocab_size": 32128,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A teacher, a start model and the options of a job."""
+
+    teacher: str
+    start: str
+    student: Student
+    batch_tokens: int = 4096
+    row_tokens: int = 512
+    hyperparameters: Json = field(default_factory=dict)
+    has_checkpointing: bool = False
+    has_bfloat16: bool = True
+
+
+HALF = Student(num_layers=15, fit_rows=0)
+PAIRS: dict[str, Pair] = {
+    "7B -> 1B": Pair("7B", "1B", Student(init="checkpoint", freeze_head=False)),
+    "1.5B -> 0.5B": Pair("1.5B", "0.5B", Student(init="checkpoint", freeze_head=False)),
+    "SmolLM2, 30 -> 15 layers": Pair("SmolLM2", "SmolLM2", HALF),
+    "GPT-2, 12 -> 6 layers": Pair(
+        "GPT-2", "GPT-2", Student(num_layers=6, fit_rows=0, freeze_head=False)
+    ),
+    "T5, 12 -> 6 layers": Pair(
+        "T5",
+        "T5",
+        Student(num_decoder_layers=6, fit_rows=0, freeze_head=False, freeze_encoder=False),
+        row_tokens=256,
+    ),
+}
+
+
+def compare(pair: Pair, folders: Path) -> Json:
+    """Returns the estimated and the traced bytes of a step."""
+    with fake_cuda(has_bfloat16=pair.has_bfloat16), fused_attention():
+        trainer = trainer_of(pair, folders)
+        pieces = trainer._next_pieces()
+        with MemoryLog() as log:
+            trainer._step(pieces)  # creates the optimizer's state
+        log = MemoryLog()
+        log.watch(tensors_of(trainer))
+        with log:
+            trainer._step(trainer._next_pieces())
+        teacher, start = (
+            AutoConfig.from_pretrained(folders / n) for n in (pair.teacher, pair.start)
+        )
+        needs = find_needs(
+            find_device(),
+            trainer.setup.recipe,
+            start,
+            teacher,
+            batch_tokens=pair.batch_tokens,
+            can_cache=False,
+            row_tokens=pair.row_tokens,
+            accumulates=len(pieces) > 1,
+            source_share=0.5,
+        )
+        dtype = trainer.setup.autocast or torch.float32
+        return {
+            "traced": log.peak_bytes,
+            "estimated": needs.both_bytes(dtype, has_checkpointing=pair.has_checkpointing),
+            "weights_of_teacher": needs.num_teacher_parameters * dtype.itemsize,
+            "num_pieces": len(pieces),
+        }
+
+
+def trainer_of(pair: Pair, folders: Path) -> Trainer:
+    """Returns a trainer of a pair whose teacher runs in every step, both models on the GPU."""
+    device = find_device()
+    dtype = device.autocast or torch.float32
+    teacher_dir, start_dir = folders / pair.teacher, folders / pair.start
+    teacher = load_model(teacher_dir, dtype).to("cuda").requires_grad_(False)
+    num_tokens = int(teacher.config.vocab_size)
+    head = head_of(teacher, num_tokens)
+    head = Head(head.weight_VH.float(), scale=head.scale)
+    rows = rows_of(pair, has_source="T5" in pair.teacher)
+    options = {"batch_tokens": pair.batch_tokens, **pair.hyperparameters}
+    setup = TrainingInputs(
+        out=folders,
+        objective=Objective(),
+        hyperparameters=Hyperparameters(**options),
+        seed=0,
+        keep_checkpoints=1,
+        recipe=plan_student(teacher_dir, start_dir, pair.student),
+        tokenizer=AutoTokenizer.from_pretrained(start_dir),
+        num_tokens=num_tokens,
+        train=rows,
+        valid=rows[:1],
+        teacher=CachedTeacher(lambda: LiveTeacher(teacher), head, rows, None, None),
+        signal=Signal("logits", ""),
+        has_one_tokenizer=True,
+        answers_path=None,
+        inputs_sha256="",
+        device=device.name,
+        autocast=device.autocast,
+        placement=Placement(device, "cuda", dtype, has_checkpointing=pair.has_checkpointing),
+    )
+    return Trainer(setup, TrainState(), MemorySink(), lambda: False, lambda share: share)
+
+
+def rows_of(pair: Pair, *, has_source: bool) -> list[Example]:
+    """Returns rows of equal length for several steps, half of whose tokens are learned from."""
+    length = pair.row_tokens + 1  # the last token is only a target
+    number = pair.batch_tokens // length * 8
+    source = tuple(range(5, 5 + pair.row_tokens)) if has_source else ()
+    return [Example(tuple([5] * length), ((length // 2, length),), 0, source)] * number
+
+
+def tensors_of(trainer: Trainer) -> Iterator[Tensor]:
+    """Yields all tensors that are alive between steps: of both models and of the optimizer."""
+    teacher: Any = trainer.setup.teacher
+    models = (trainer.model, teacher._live._model)
+    yield from chain.from_iterable((*m.parameters(), *m.buffers()) for m in models)
+    yield teacher.head.weight_VH
+    for state in trainer.optimizer.state.values():
+        yield from state.values()
+
+
+def write_models(folders: Path) -> None:
+    """Writes folders with a configuration and a tokenizer, without weights."""
+    for name, config in MODELS.items():
+        tiny_tokenizer("unigram" if name == "T5" else "chat").save_pretrained(folders / name)
+        options = {key: value for key, value in config.items() if key != "model_type"}
+        AutoConfig.for_model(config["model_type"], **options).save_pretrained(folders / name)
+
+
+def main() -> None:
+    """Writes the observations of all pairs, or the traceback of a pair that failed."""
+    folders, output = Path(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    write_models(folders)
+    seen: dict[str, Json] = {}
+    for name, pair in PAIRS.items():
+        try:
+            seen[name] = compare(pair, folders)
+        except Exception:  # noqa: BLE001  # the test of this pair reports it
+            seen[name] = {"error": traceback.format_exc()}
+    output.write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
