@@ -161,15 +161,14 @@ def layer_bytes(
         return AUTOCAST_BYTES * H * num_matrices if has_autocast else 4 * H
 
     attention = norm + inputs(1 if kind.is_joined else 3) + value * (2 * H + 2 * sizes.kv_size)
-    if kind.has_position_bias:
-        attention += value * sizes.num_heads * row_tokens
+    bias = value * sizes.num_heads * row_tokens * kind.has_position_bias
     num_rounded, num_exact = ACTIVATION_VALUES.get(kind.activation, (2, 0))
     if kind.is_gated:
         more = (1, 1) if num_exact else (2, 0)
         num_rounded, num_exact = num_rounded + more[0], num_exact + more[1]
     mlp = norm + inputs(2 if kind.is_gated else 1)
     mlp += sizes.mlp_size * (value * num_rounded + 4 * num_exact)
-    return num_attentions * attention + mlp
+    return num_attentions * attention + bias + mlp
 
 
 def _cross_bytes(sizes: ModelSizes, *, has_autocast: bool) -> int:

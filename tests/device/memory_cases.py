@@ -126,15 +126,21 @@ PAIRS: dict[str, Pair] = {
     "7B -> 1B": Pair("7B", "1B", Student(init="checkpoint", freeze_head=False)),
     "1.5B -> 0.5B": Pair("1.5B", "0.5B", Student(init="checkpoint", freeze_head=False)),
     "SmolLM2, 30 -> 15 layers": Pair("SmolLM2", "SmolLM2", HALF),
+    # rows of this length fill the chunks of logits, so that the loss takes the most memory
     "GPT-2, 12 -> 6 layers": Pair(
-        "GPT-2", "GPT-2", Student(num_layers=6, fit_rows=0, freeze_head=False)
+        "GPT-2", "GPT-2", Student(num_layers=6, fit_rows=0, freeze_head=False), row_tokens=446
     ),
     "T5, 12 -> 6 layers": Pair(
         "T5",
         "T5",
         Student(num_decoder_layers=6, fit_rows=0, freeze_head=False, freeze_encoder=False),
-        row_tokens=256,
+        row_tokens=512,
     ),
+    "1.5B -> 0.5B, activation checkpointing": Pair(
+        "1.5B", "0.5B", Student(init="checkpoint", freeze_head=False), 8192, has_checkpointing=True
+    ),
+    "SmolLM2, accumulated": Pair("SmolLM2", "SmolLM2", HALF, hyperparameters={"batch_rows": 16}),
+    "SmolLM2, LoRA": Pair("SmolLM2", "SmolLM2", Student(init="lora")),
 }
 
 
@@ -159,7 +165,7 @@ def compare(pair: Pair, folders: Path) -> Json:
             teacher,
             batch_tokens=pair.batch_tokens,
             can_cache=False,
-            row_tokens=pair.row_tokens,
+            row_tokens=pair.row_tokens // 2 if "T5" in pair.teacher else pair.row_tokens,
             accumulates=len(pieces) > 1,
             source_share=0.5,
         )
@@ -207,11 +213,12 @@ def trainer_of(pair: Pair, folders: Path) -> Trainer:
 
 
 def rows_of(pair: Pair, *, has_source: bool) -> list[Example]:
-    """Returns rows of equal length for several steps, half of whose tokens are learned from."""
-    length = pair.row_tokens + 1  # the last token is only a target
+    """Returns rows of equal length for several steps. All tokens are learned from."""
+    length = pair.row_tokens
     number = pair.batch_tokens // length * 8
-    source = tuple(range(5, 5 + pair.row_tokens)) if has_source else ()
-    return [Example(tuple([5] * length), ((length // 2, length),), 0, source)] * number
+    if not has_source:
+        return [Example((5,) * length, ((1, length),))] * number
+    return [Example((5,) * (length // 2), ((1, length // 2),), 0, (5,) * (length // 2))] * number
 
 
 def tensors_of(trainer: Trainer) -> Iterator[Tensor]:

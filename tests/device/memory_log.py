@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
 
 aten = torch.ops.aten
 BLOCK_BYTES = 512  # PyTorch's allocator rounds up to this
@@ -66,7 +67,11 @@ class MemoryLog(TorchDispatchMode):
 @contextmanager
 def fused_attention() -> Iterator[None]:
     """Makes attention use the operators that a GPU would choose. A CPU build chooses the plain path."""
-    with patch.object(nn.functional, "scaled_dot_product_attention", _attention):
+    with (
+        patch.object(nn.functional, "scaled_dot_product_attention", _attention),
+        # transformers takes fake positions for packed sequences, and creates masks
+        patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None),
+    ):
         yield
 
 

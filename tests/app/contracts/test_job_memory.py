@@ -10,6 +10,7 @@ from app.contracts.job_memory import (
     ACTIVATION_FACTOR,
     MIB,
     PROCESS_BYTES,
+    DeviceStudent,
     cpu_bytes,
     cpu_phases,
     device_bytes,
@@ -19,9 +20,8 @@ from app.contracts.job_memory import (
     least_device_bytes,
     mapped_bytes,
 )
-from app.contracts.model_sizes import LayerStack, ModelSizes
+from app.contracts.model_sizes import LayerKind, LayerStack, ModelSizes
 from app.contracts.planned_jobs import PlannedJob, RowCounts
-from app.contracts.run_limits import LOSS_BYTES
 
 # H = 8, F = 16, V = 100, 4 heads, and 2 key-value heads of width 2. A layer has 8 x 8 queries and
 # outputs and 8 x 4 keys and values (192), two norms (16) and three MLP matrices of 8 x 16 (384).
@@ -97,18 +97,43 @@ def test_held_out_prompts_that_are_answered_need_a_kv_cache() -> None:
 
 def test_a_student_on_a_gpu() -> None:
     job = planned(has_teacher=False)
-    student = (4 + 12 + 2) * NUM_PARAMETERS + 4 * 800 + LOSS_BYTES
+    # weights and moments; a bfloat16 copy of the layers; logits in 8 chunks, and the head's gradient
+    fixed = (4 + 8) * NUM_PARAMETERS + 2 * 4 * (208 + 384) + 8 * 4 * 100 * 100 + 4 * 800
+    # Attention: the norm's input and result, three bfloat16 copies of it, queries, keys, values and
+    # the result. MLP: the same norm, two copies, and four results of elementwise operations.
+    layer = (2 * 4 * 8 + 3 * 2 * 8 + 2 * (8 + 4 + 4 + 8)) + (2 * 4 * 8 + 2 * 2 * 8 + 4 * 2 * 16)
     # With activation checkpointing, two of the four layers keep everything and three their inputs.
-    activations = 100 * (2 * LAYER * 2 + 3 * 4 * 8)
-    assert device_bytes(job, ROWS, has_bfloat16=True) == student + activations
+    activations = 100 * (2 * layer + 3 * 4 * 8 + 4 * 4 * 8)
+    assert device_bytes(job, ROWS, has_bfloat16=True) == fixed + activations
+
+
+def test_a_small_batch_needs_the_most_memory_when_all_gradients_exist() -> None:
+    student = DeviceStudent(TINY, NUM_PARAMETERS, True, 0, row_tokens=30)
+    all_gradients = 4 * NUM_PARAMETERS + 4 * 800  # those of the tied embedding are separate first
+    needed = student.peak_bytes(1, has_autocast=False)
+    assert needed == student.resident_bytes + all_gradients
+    accumulating = replace(student, accumulates=True)
+    assert accumulating.peak_bytes(1, has_autocast=False) > needed
+
+
+def test_an_unknown_share_of_source_tokens_counts_as_the_worst() -> None:
+    two = replace(TINY, stacks=TINY.stacks * 2, kinds=(LayerKind(),) * 2)
+    student = DeviceStudent(two, NUM_PARAMETERS, True, 0, row_tokens=30)
+    kept = [
+        replace(student, source_share=share).kept_bytes(100, has_autocast=True)
+        for share in (None, 0.0, 0.5, 1.0)
+    ]
+    assert kept[0] == max(kept)
+    frozen = replace(student, has_frozen_encoder=True, source_share=0.5)
+    assert frozen.kept_bytes(100, has_autocast=True) < kept[2]
 
 
 def test_the_least_memory_of_a_gpu_is_that_of_weights_moments_and_half_a_batch() -> None:
     input_bytes = 4 * 4 * 8  # per token, of four layers
-    least = (4 + 12) * NUM_PARAMETERS + 50 * input_bytes
-    assert least_device_bytes(planned(), ROWS) == least
-    long = replace(ROWS, longest_tokens=80)
-    assert least_device_bytes(planned(), long) == least + 30 * input_bytes
+    weights = (4 + 8) * NUM_PARAMETERS
+    assert least_device_bytes(planned(), ROWS) == weights + 4 * NUM_PARAMETERS  # the gradients
+    long = replace(ROWS, longest_tokens=800)
+    assert least_device_bytes(planned(), long) == weights + 800 * input_bytes
 
 
 @pytest.mark.parametrize("keep", [1, 3])
