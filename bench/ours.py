@@ -28,9 +28,10 @@ from worker.distill.teachers.cached_teacher import CachedTeacher, Keeps, LiveTea
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import TrainState
 from worker.distill.training.devices import ON_CPU
+from worker.distill.training.inputs import TrainingInputs
 from worker.distill.training.layer_choice import measure_changes, with_chosen_layers
 from worker.distill.training.rollouts import MicroBatch
-from worker.distill.training.trainer import Trainer, TrainingInputs
+from worker.distill.training.trainer import Trainer
 from worker.protocol.run_lines import MetricsLine, RunLine, Sink
 from worker.train import EngineSampler
 

@@ -11,10 +11,10 @@ from random import Random
 from app.contracts.distillation import Hyperparameters
 
 CPU_BATCH_TOKENS = 1024  # larger batches do not make a CPU faster
-# The largest batch on a GPU, unless an epoch would have fewer steps than LEAST_EPOCH_STEPS. It does
-# not depend on the GPU's memory, which only decides into how many micro-batches it is divided.
+# The largest automatic batch per process on a GPU. It does not depend on the memory, which only
+# decides into how many micro-batches a batch is divided.
 DEVICE_BATCH_TOKENS = 8192
-LEAST_EPOCH_STEPS = 200
+LEAST_EPOCH_STEPS = 200  # an automatic batch is smaller if an epoch would have fewer steps
 # Share of a row's length. It mixes the batches of different epochs and adds only little padding.
 BUCKET_JITTER = 0.15
 MOST_EVALS, FEWEST_EVALS = 10, 3
@@ -23,22 +23,29 @@ EVAL_SHARE = 0.15
 FORWARDS_PER_STEP = 3  # a step takes about as long as this number of forward passes
 
 
-def batch_tokens_of(h: Hyperparameters, *, device: str = "cpu", num_tokens: int = 0) -> int:
-    """Returns the tokens per batch, including padding. `num_tokens` are those of an epoch."""
+def batch_tokens_of(
+    h: Hyperparameters, *, device: str = "cpu", num_tokens: int = 0, num_processes: int = 1
+) -> int:
+    """Returns the tokens per batch, including padding.
+
+    On a GPU, the automatic number depends on the `num_tokens` of an epoch and on the number of
+    processes that share a batch.
+    """
     if h.batch_tokens != "auto":
         return h.batch_tokens
     if device == "cpu":
         return CPU_BATCH_TOKENS
-    return min(DEVICE_BATCH_TOKENS, max(CPU_BATCH_TOKENS, num_tokens // LEAST_EPOCH_STEPS))
+    most = DEVICE_BATCH_TOKENS * num_processes
+    return min(most, max(CPU_BATCH_TOKENS, num_tokens // LEAST_EPOCH_STEPS))
 
 
 class BatchPlan:
     """Batches of row indices, which depend only on the lengths, the seed and the epoch.
 
     Each row occurs once per epoch. A batch has at most `batch_tokens` tokens including padding; a
-    longer row forms a batch of its own. With `batch_rows`, a batch has this number of rows instead,
-    and `pieces` divides it into micro-batches of at most `batch_tokens` tokens. If `micro_tokens`
-    is given, that is their limit instead, also without `batch_rows`.
+    longer row forms a batch of its own. With `batch_rows`, a batch has this number of rows instead.
+    `pieces` divides a batch into micro-batches of at most `micro_tokens` tokens. The default of
+    `micro_tokens` is `batch_tokens`.
 
     In epoch 0 rows are sorted by their exact length, so only the order of the batches depends on
     the seed. In later epochs the sort keys are jittered, so that batches consist of different rows.
@@ -56,7 +63,7 @@ class BatchPlan:
         self.lengths = lengths
         self.batch_tokens = batch_tokens
         self.batch_rows = batch_rows
-        self.micro_tokens = micro_tokens
+        self.micro_tokens = micro_tokens or batch_tokens
         self.seed = seed
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
@@ -75,9 +82,9 @@ class BatchPlan:
 
     def pieces(self, rows: Sequence[int]) -> list[list[int]]:
         """Returns the micro-batches of a batch, or of a rank's share of it."""
-        if self.batch_rows is None and self.micro_tokens is None:
+        if self.batch_rows is None and self.micro_tokens >= self.batch_tokens:
             return [list(rows)] if rows else []
-        return cut_batches(rows, self.lengths, self.micro_tokens or self.batch_tokens)
+        return cut_batches(rows, self.lengths, self.micro_tokens)
 
     def num_steps(self, num_epochs: int, *, at_most: int | None = None) -> int:
         """Returns the number of batches in `num_epochs` epochs, limited to `at_most`."""

@@ -94,7 +94,8 @@ class DeviceStudent:
         does the layer that is run again.
         """
         sizes = self.sizes
-        stacks = list(zip(sizes.stacks, sizes.kinds, strict=False))
+        kinds = sizes.kinds * (len(sizes.stacks) // len(sizes.kinds))
+        stacks = list(zip(sizes.stacks, kinds, strict=True))
         per_token, copies = [], 0
         for number, (stack, kind) in enumerate(stacks):
             is_encoder = number < len(stacks) - 1
@@ -191,7 +192,7 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
 
     The teacher runs before or beside the student, which recomputes its activations.
     """
-    student_options, sizes = job.block.student, job.students[-1]
+    h, sizes = job.block.hyperparameters, job.students[-1]
     student = DeviceStudent(
         sizes=sizes,
         num_trained=job.trained[-1],
@@ -199,8 +200,8 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
         num_teacher_head=job.teacher.head_parameters if job.has_teacher else 0,
         row_tokens=rows.longest_tokens,
         source_share=1 - min(1.0, rows.train_targets / max(1, rows.train_tokens)),
-        has_frozen_encoder=student_options.freeze_encoder,
-        accumulates=job.block.hyperparameters.batch_rows is not None,
+        has_frozen_encoder=job.block.student.freeze_encoder,
+        accumulates=h.batch_tokens == "auto" or h.batch_rows is not None,
     )
     tokens = max(job.batch_tokens, rows.longest_tokens)
     student_bytes = student.peak_bytes(tokens, has_autocast=has_bfloat16, has_checkpointing=True)
@@ -216,15 +217,17 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
 def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
     """Returns the GPU memory without which a job cannot run: that of its largest student.
 
-    Counts float32 weights and moments, and the larger of two: the gradients, or for one batch the
-    inputs of the layers, which activation checkpointing keeps. The teacher can run on the CPU, and the chunks of the loss can
-    be smaller than usual. A batch is at least half full unless a single row is longer. A token
-    passes through only one stack of an encoder-decoder, perhaps a frozen one, so activations are
-    left out there.
+    Counts float32 weights and moments, and the larger of two: the gradients, or the inputs of the
+    layers for one micro-batch, which activation checkpointing keeps. The teacher can run on the
+    CPU, and the chunks of the loss can be smaller than usual. A batch is at least half full unless
+    a single row is longer, and an automatic one can be divided. A token passes through only one
+    stack of an encoder-decoder, perhaps a frozen one, so activations are left out there.
     """
     sizes, trained = job.students[-1], job.trained[-1]
     num_layers = sizes.num_layers if len(sizes.stacks) == 1 else 0
-    tokens = max(min(job.batch_tokens, rows.train_tokens) // 2, rows.longest_tokens)
+    batch_tokens = job.block.hyperparameters.batch_tokens
+    batch_tokens = 0 if batch_tokens == "auto" else batch_tokens
+    tokens = max(min(batch_tokens, rows.train_tokens) // 2, rows.longest_tokens)
     per_token = 4 * num_layers * sizes.hidden_size
     return sizes.num_bytes + 8 * trained + max(4 * trained, tokens * per_token)
 

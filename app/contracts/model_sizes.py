@@ -78,7 +78,7 @@ class ModelSizes:
     head_parameters: The LM head, H x V.
     is_tied: The LM head shares its matrix with the embedding, which counts in `head_parameters`.
     guess_reason: Why the sizes are approximate; empty if they were read from the tensors.
-    kinds: The kind of layer of each stack.
+    kinds: The kind of layer of each stack, or the only kind of all stacks.
     """
 
     stacks: tuple[LayerStack, ...]
@@ -202,28 +202,30 @@ def measure_model(shapes: Shapes, config: Json) -> ModelSizes:
 
 
 def layer_kinds(config: Json) -> tuple[LayerKind, ...]:
-    """Returns the kind of layer of each stack of a model, from its config.json."""
-    if config.get("encoder") and config.get("decoder"):
-        return (*layer_kinds(config["encoder"]), *layer_kinds(config["decoder"]))
+    """Returns the kinds of layers of a model, from its config.json: one, or one per stack."""
+    halves = [half for name in ("encoder", "decoder") if (half := config.get(name))]
+    return tuple(layer_kind(half) for half in halves or (config,))
+
+
+def layer_kind(config: Json) -> LayerKind:
+    """Returns the kind of layer of a stack, from its configuration."""
     name = config.get("model_type", "llama")
     if name == "t5":
         how = str(config.get("feed_forward_proj", "relu"))
         activation = how.removeprefix("gated-")
-        kind = LayerKind(
+        return LayerKind(
             activation="gelu_new" if how == "gated-gelu" else activation,
             is_gated=how != activation,
             has_position_bias=True,
         )
-        return kind, kind
     chosen = config.get("hidden_act") or config.get("activation_function")
-    kind = LayerKind(
+    return LayerKind(
         activation=str(chosen or DEFAULT_ACTIVATIONS.get(name, "silu")),
         has_rms_norm=name not in LAYER_NORMED,
         is_gated=name not in LAYER_NORMED,
         is_joined=name in JOINED,
         has_position_bias=name == "bloom",
     )
-    return (kind, kind) if name == "bart" else (kind,)
 
 
 def _stack(layers: Mapping[int, list[tuple[int, ...]]], mlp_size: int) -> LayerStack:
@@ -307,7 +309,7 @@ def fresh_sizes(config: FreshConfig, tokenizer_owner: ModelSizes) -> ModelSizes:
         stacks.insert(0, stack(config.num_encoder_layers or config.num_layers, 1))
     if config.family == "encoder-decoder":  # the encoder has an embedding of its own
         tables += vocabulary * H + config.max_positions * H
-    kinds = layer_kinds(
+    kind = layer_kind(
         {"model_type": "gpt2" if config.family == "encoder-decoder" else config.family}
     )
     return ModelSizes(
@@ -318,7 +320,7 @@ def fresh_sizes(config: FreshConfig, tokenizer_owner: ModelSizes) -> ModelSizes:
         H,
         F,
         num_heads=config.num_heads,
-        kinds=(replace(kinds[0], is_gated=is_gated),) * len(stacks),
+        kinds=(replace(kind, is_gated=is_gated),),
     )
 
 

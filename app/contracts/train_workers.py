@@ -31,6 +31,8 @@ class TrainWorkerStatus(Contract):
     memory_bytes: Memory that its processes may use: that of the machine, or of its container.
     job_id: The job that it runs; None while it is idle.
     profile: None until the machine was measured.
+    num_devices: Most CUDA devices that a job may ask for. None if it may ask for any number: without
+        CUDA devices, or if a setting of the worker replaces the number of the job.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -39,4 +41,5 @@ class TrainWorkerStatus(Contract):
     memory_bytes: int
     job_id: str | None = None
     profile: MachineProfile | None = None
+    num_devices: int | None = None
     beat_at: float

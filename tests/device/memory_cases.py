@@ -14,13 +14,13 @@ if __name__ == "__main__":  # before the first import of torch
 import json
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from app.contracts.distillation import Hyperparameters, Objective, Student
 from tests.device.fake_cuda import fake_cuda
@@ -32,9 +32,10 @@ from worker.distill.losses.lm_head import Head, head_of
 from worker.distill.students.recipe import load_model, plan_student
 from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher
 from worker.distill.teachers.signals import Signal
-from worker.distill.training.checkpoint import TrainState
+from worker.distill.training.checkpoint import MOMENTS, TrainState
 from worker.distill.training.devices import Placement, find_device, find_needs
-from worker.distill.training.trainer import Trainer, TrainingInputs
+from worker.distill.training.inputs import TrainingInputs
+from worker.distill.training.trainer import Trainer
 
 Json = dict[str, Any]  # Any: open-ended JSON
 
@@ -116,7 +117,7 @@ class Pair:
     student: Student
     batch_tokens: int = 4096
     row_tokens: int = 512
-    hyperparameters: Json = field(default_factory=dict)
+    micro_tokens: int | None = None
     has_checkpointing: bool = False
     has_bfloat16: bool = True
 
@@ -139,7 +140,7 @@ PAIRS: dict[str, Pair] = {
     "1.5B -> 0.5B, activation checkpointing": Pair(
         "1.5B", "0.5B", Student(init="checkpoint", freeze_head=False), 8192, has_checkpointing=True
     ),
-    "SmolLM2, accumulated": Pair("SmolLM2", "SmolLM2", HALF, hyperparameters={"batch_rows": 16}),
+    "SmolLM2, accumulated": Pair("SmolLM2", "SmolLM2", HALF, 8192, micro_tokens=4096),
     "SmolLM2, LoRA": Pair("SmolLM2", "SmolLM2", Student(init="lora")),
 }
 
@@ -147,29 +148,30 @@ PAIRS: dict[str, Pair] = {
 def compare(pair: Pair, folders: Path) -> Json:
     """Returns the estimated and the traced bytes of a step."""
     with fake_cuda(has_bfloat16=pair.has_bfloat16), fused_attention():
-        trainer = trainer_of(pair, folders)
-        pieces = trainer._next_pieces()
-        with MemoryLog() as log:
-            trainer._step(pieces)  # creates the optimizer's state
+        device = find_device()
+        dtype = device.autocast or torch.float32
+        big = load_model(folders / pair.teacher, dtype).to("cuda").requires_grad_(False)
+        trainer = trainer_of(pair, folders, big)
+        create_moments(trainer.optimizer)
         log = MemoryLog()
-        log.watch(tensors_of(trainer))
+        log.watch(tensors_of(trainer, big))
         with log:
-            trainer._step(trainer._next_pieces())
+            pieces = trainer._next_pieces()
+            trainer._step(pieces)
         teacher, start = (
             AutoConfig.from_pretrained(folders / n) for n in (pair.teacher, pair.start)
         )
         needs = find_needs(
-            find_device(),
+            device,
             trainer.setup.recipe,
             start,
             teacher,
-            batch_tokens=pair.batch_tokens,
+            batch_tokens=pair.micro_tokens or pair.batch_tokens,
             can_cache=False,
             row_tokens=pair.row_tokens // 2 if "T5" in pair.teacher else pair.row_tokens,
             accumulates=len(pieces) > 1,
             source_share=0.5,
         )
-        dtype = trainer.setup.autocast or torch.float32
         return {
             "traced": log.peak_bytes,
             "estimated": needs.both_bytes(dtype, has_checkpointing=pair.has_checkpointing),
@@ -178,21 +180,18 @@ def compare(pair: Pair, folders: Path) -> Json:
         }
 
 
-def trainer_of(pair: Pair, folders: Path) -> Trainer:
+def trainer_of(pair: Pair, folders: Path, teacher: PreTrainedModel) -> Trainer:
     """Returns a trainer of a pair whose teacher runs in every step, both models on the GPU."""
     device = find_device()
-    dtype = device.autocast or torch.float32
     teacher_dir, start_dir = folders / pair.teacher, folders / pair.start
-    teacher = load_model(teacher_dir, dtype).to("cuda").requires_grad_(False)
     num_tokens = int(teacher.config.vocab_size)
     head = head_of(teacher, num_tokens)
     head = Head(head.weight_VH.float(), scale=head.scale)
     rows = rows_of(pair, has_source="T5" in pair.teacher)
-    options = {"batch_tokens": pair.batch_tokens, **pair.hyperparameters}
     setup = TrainingInputs(
         out=folders,
         objective=Objective(),
-        hyperparameters=Hyperparameters(**options),
+        hyperparameters=Hyperparameters(batch_tokens=pair.batch_tokens),
         seed=0,
         keep_checkpoints=1,
         recipe=plan_student(teacher_dir, start_dir, pair.student),
@@ -207,9 +206,23 @@ def trainer_of(pair: Pair, folders: Path) -> Trainer:
         inputs_sha256="",
         device=device.name,
         autocast=device.autocast,
-        placement=Placement(device, "cuda", dtype, has_checkpointing=pair.has_checkpointing),
+        placement=Placement(
+            device,
+            "cuda",
+            teacher.dtype,
+            has_checkpointing=pair.has_checkpointing,
+            micro_tokens=pair.micro_tokens,
+        ),
     )
     return Trainer(setup, TrainState(), MemorySink(), lambda: False, lambda share: share)
+
+
+def create_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Creates the state that AdamW creates in its first step."""
+    for parameter in chain.from_iterable(group["params"] for group in optimizer.param_groups):
+        moments = {name: torch.zeros_like(parameter.detach()) for name in MOMENTS}
+        step = torch.zeros((), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, **moments}
 
 
 def rows_of(pair: Pair, *, has_source: bool) -> list[Example]:
@@ -221,12 +234,12 @@ def rows_of(pair: Pair, *, has_source: bool) -> list[Example]:
     return [Example((5,) * (length // 2), ((1, length // 2),), 0, (5,) * (length // 2))] * number
 
 
-def tensors_of(trainer: Trainer) -> Iterator[Tensor]:
+def tensors_of(trainer: Trainer, teacher: PreTrainedModel) -> Iterator[Tensor]:
     """Yields all tensors that are alive between steps: of both models and of the optimizer."""
-    teacher: Any = trainer.setup.teacher
-    models = (trainer.model, teacher._live._model)
+    models = (trainer.model, teacher)
     yield from chain.from_iterable((*m.parameters(), *m.buffers()) for m in models)
-    yield teacher.head.weight_VH
+    assert trainer.setup.teacher is not None
+    yield trainer.setup.teacher.head.weight_VH
     for state in trainer.optimizer.state.values():
         yield from state.values()
 

@@ -55,8 +55,6 @@ class MemoryLog(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:  # Any: PyTorch leaves the signature open
         """Runs one operation and counts its results. Reads return 1, as fake tensors have no values."""
-        if func is aten._local_scalar_dense.default and args[0].device.type == "cuda":
-            return 1.0 if args[0].is_floating_point() else 1
         if func is aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
             return 1.0 if args[0].is_floating_point() else 1
         result = func(*args, **(kwargs or {}))

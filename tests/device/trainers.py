@@ -18,7 +18,8 @@ from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher, R
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import TrainState
 from worker.distill.training.devices import Placement, find_device
-from worker.distill.training.trainer import Trainer, TrainingInputs
+from worker.distill.training.inputs import TrainingInputs
+from worker.distill.training.trainer import Trainer
 
 NUM_TOKENS = 128  # fewer than any tokenizer has
 

@@ -53,6 +53,7 @@ RESPONSES = {
     "slow_client": "The client reads a stream more slowly than the model writes it.",
     "storage_error": "The store cannot be read or written.",
     "tokenizer_mismatch": "Teacher and student need the same tokenizer for this method.",
+    "too_few_devices": "The job asks for more CUDA devices than any train worker has.",
     "too_many_requests": "A batch has too many lines.",
     "unknown_parameter": "The request has a field or a query parameter that does not exist.",
     "unknown_url": "There is nothing at this URL.",

@@ -38,7 +38,7 @@ class Evaluators:
 
         def measure(model: PreTrainedModel) -> HeldOut:
             """Measures a student."""
-            head = head_of(model, len(self.pair.student.tokenizer))
+            head = head_of(model, len(self.pair.student.tokenizer)).exact
             return valid.measure(
                 model, head, teacher if self.pair.has_one_tokenizer else None, objective
             )
@@ -53,6 +53,7 @@ class Evaluators:
             on_progress=tell,
             warn=self.warn,
             matmul_dtype=self.pair.card.matmul_dtype,
+            student_dtype=self.pair.card.autocast or torch.float32,
         )
 
     def _judged_teacher(

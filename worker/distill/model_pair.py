@@ -42,6 +42,7 @@ from worker.distill.training.devices import (
     place_largest,
 )
 from worker.distill.training.feature_losses import FeaturePlan
+from worker.distill.training.rollouts import LONGEST_BATCH, sources_of
 from worker.distill.training.teacher_adaptation import Adaptation, adapt
 from worker.errors import TokenizerMismatch, UnsupportedModel, VocabMismatch
 from worker.models.architectures import kind_of, read_config
@@ -144,23 +145,21 @@ class ModelPair:
         block = self.spec.distillation
         num_layers = max(block.student.ladder) if block.student.ladder else None
         recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, block.student, num_layers)
-        then = block.objective.then
-        sources = {block.data.completions, then.completions if then else None}
-        # rollouts are never in the row cache
-        h, generates = block.hyperparameters, bool(sources & {"student", "replay"})
+        h, has_rollouts = block.hyperparameters, bool(sources_of(block))
         needs_of = needs_by_tokens(
             self.card,
             recipe,
             self.student.config,
             self.teacher.config,
-            can_cache=can_cache and not generates,
+            can_cache=can_cache and not has_rollouts,  # rollouts are never in the row cache
             row_tokens=h.max_sequence_tokens,
-            accumulates=h.batch_tokens == "auto" or h.batch_rows is not None or generates,
+            accumulates=h.batch_tokens == "auto" or h.batch_rows is not None or has_rollouts,
         )
 
         def placed_with(batch_tokens: int) -> Placement:
             """Returns the placement for micro-batches of this size."""
-            needs = needs_of(max(batch_tokens, h.max_sequence_tokens))
+            longest = LONGEST_BATCH * batch_tokens if has_rollouts else batch_tokens
+            needs = needs_of(max(longest, h.max_sequence_tokens))
             if not self.spec.has_teacher:
                 return place_alone(self.card, needs)
             placed = place(self.card, needs)
@@ -175,10 +174,9 @@ class ModelPair:
 
     @property
     def micro_tokens(self) -> int:
-        """Most tokens of a micro-batch, including padding."""
-        return self.placement.micro_tokens or batch_tokens_of(
-            self.spec.distillation.hyperparameters
-        )
+        """Most tokens of a forward pass, including padding, unless a row is longer."""
+        h = self.spec.distillation.hyperparameters
+        return self.placement.micro_tokens or batch_tokens_of(h)
 
     def load_evaluated_teacher(self) -> PreTrainedModel:
         """Returns the teacher for the evaluation, on the placement's device and in its dtype.

@@ -17,7 +17,7 @@ from worker.distill.evaluators import Evaluators, SamplerFor
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
 from worker.distill.phase_times import PhaseTimes
-from worker.distill.resumed_state import batch_tokens_for, changes_since
+from worker.distill.resumed_state import changes_since, step_tokens
 from worker.distill.run_costs import cost_of
 from worker.distill.student_runs import (
     StudentRun,
@@ -34,10 +34,11 @@ from worker.distill.student_sweep import (
 )
 from worker.distill.students.recipe import StudentRecipe, load_model, num_parameters
 from worker.distill.teachers.cached_teacher import CachedTeacher
-from worker.distill.training.checkpoint import TrainState, link_folder, load_state
+from worker.distill.training.checkpoint import TrainState, copy_model, link_folder, load_state
 from worker.distill.training.devices import find_device
+from worker.distill.training.inputs import TrainingInputs
 from worker.distill.training.rollouts import check_rollouts, plan_rollouts
-from worker.distill.training.trainer import Stopped, TrainingInputs
+from worker.distill.training.trainer import Stopped
 from worker.models.vocabulary import num_token_ids
 from worker.models.vocabulary_trimming import check_trimmable, trim_vocabulary
 from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
@@ -131,7 +132,7 @@ class Pipeline:
                 "num_processes": self.ranks.count,
                 "precision": self.pair.card.precision,
                 "kept_layers": kept_layers(runs),
-                "batch_tokens": batch_tokens_for(self.spec, state, self.device, rows.train),
+                "batch_tokens": step_tokens(self.spec, state, rows.train, self.device, self.ranks),
             }
             taught = StudentSweep(
                 runs,
@@ -154,7 +155,7 @@ class Pipeline:
         result = self._result(rows, selected, num_computed)
         with self.phases.phase("saving"):
             self._save_student(selected, rows, result)
-        result |= cost_of(self.pair, rows, self.phases, taught.state.finished, num_computed)
+        result |= cost_of(self.pair, rows, self.phases, taught.state, num_computed)
         return Outcome(
             "student", result, taught.trained_tokens, self._ladder_files(selected, result)
         )
@@ -174,7 +175,7 @@ class Pipeline:
     def _save_student(self, selected: SelectedStudent, rows: Rows, result: dict[str, Any]) -> None:
         """Writes the student's folder, with a trimmed vocabulary if the job requests it."""
         if self.block.student.vocabulary == "all":
-            link_folder(selected.folder, self.out / "student")
+            copy_model(selected.folder, self.out / "student", self.pair.card.autocast)
             return
         used = {
             token

@@ -5,17 +5,23 @@ from collections.abc import Iterator, Sequence
 from app.contracts.batch_plan import batch_tokens_of
 from app.contracts.distillation import Precision
 from worker.distill.data.rows import Example
+from worker.distill.data_parallel import Ranks
 from worker.distill.training.checkpoint import TrainState
 from worker.protocol.run_spec import RunSpec
 
 
-def batch_tokens_for(spec: RunSpec, state: TrainState, device: str, rows: Sequence[Example]) -> int:
-    """Returns the tokens per batch. Those of a resumed run do not change with the device."""
+def step_tokens(
+    spec: RunSpec, state: TrainState, rows: Sequence[Example], device: str, ranks: Ranks
+) -> int:
+    """Returns the tokens per batch. A resumed run keeps its number on every device.
+
+    Older checkpoints do not record it. Their automatic number is that of a CPU on every device.
+    """
     h = spec.distillation.hyperparameters
     if spec.resume_dir is not None:
         return state.batch_tokens or batch_tokens_of(h)
     num_tokens = sum(example.num_tokens for example in rows)
-    return batch_tokens_of(h, device=device, num_tokens=num_tokens)
+    return batch_tokens_of(h, device=device, num_tokens=num_tokens, num_processes=ranks.count)
 
 
 def changes_since(

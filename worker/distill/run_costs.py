@@ -22,6 +22,7 @@ from worker.distill.evaluation.label_metrics import find_labels
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
 from worker.distill.phase_times import PhaseTimes
+from worker.distill.training.checkpoint import TrainState
 from worker.protocol.run_spec import RunSpec
 
 Json = dict[str, Any]  # Any: part of the public result
@@ -51,18 +52,23 @@ def planned_job(pair: ModelPair) -> PlannedJob:
 
 
 def count_rows(
-    spec: RunSpec, rows: Rows, *, num_steps: int, num_planned_steps: int, device: str = "cpu"
+    spec: RunSpec,
+    rows: Rows,
+    *,
+    num_steps: int,
+    num_planned_steps: int,
+    batch_tokens: int | None = None,
 ) -> RowCounts:
     """Returns the counts of the rows of a run, and of its steps.
 
     `num_steps` are those of the first student. It was trained for `num_planned_steps`, unless it
-    stopped early.
+    stopped early. A step had at most `batch_tokens` tokens, by default those of a CPU.
     """
     h = spec.distillation.hyperparameters
     lengths = [example.num_tokens for example in rows.train]
     plan = BatchPlan(
         lengths,
-        batch_tokens=batch_tokens_of(h, device=device, num_tokens=sum(lengths)),
+        batch_tokens=batch_tokens or batch_tokens_of(h),
         seed=spec.seed,
         batch_rows=h.batch_rows,
     )
@@ -108,7 +114,7 @@ def cost_of(
     pair: ModelPair,
     rows: Rows,
     phases: PhaseTimes,
-    finished: Sequence[Json],
+    state: TrainState,
     num_computed: int,
 ) -> Json:
     """Returns the entry `cost` of the result, or nothing if it cannot be computed.
@@ -116,7 +122,7 @@ def cost_of(
     See `measured_cost` for the arguments.
     """
     cost = attempt(
-        "cost", "cost_failed", lambda: measured_cost(pair, rows, phases, finished, num_computed)
+        "cost", "cost_failed", lambda: measured_cost(pair, rows, phases, state, num_computed)
     )
     return {} if isinstance(cost, MissingPart) else {"cost": cost}
 
@@ -125,13 +131,13 @@ def measured_cost(
     pair: ModelPair,
     rows: Rows,
     phases: PhaseTimes,
-    finished: Sequence[Json],
+    state: TrainState,
     num_computed: int,
 ) -> Json:
     """Returns the peak memory of a run, and its times beside the expected ones.
 
-    `finished` has the entries of the students, and `num_computed` is the number of rows that the
-    teacher computed. A resumed run has no times, because a part of its work was done before.
+    `state` is that of the finished sweep, and `num_computed` is the number of rows that the teacher
+    computed. A resumed run has no times, because a part of its work was done before.
     """
     cost = {"device": pair.device, "peak_memory_bytes": peak_memory_bytes(pair.device)}
     if pair.spec.resume_dir is not None:
@@ -140,9 +146,9 @@ def measured_cost(
     counts = count_rows(
         pair.spec,
         rows,
-        num_steps=max(1, finished[0]["num_steps"]),
-        num_planned_steps=max(1, finished[0]["num_planned_steps"]),
-        device=pair.device,
+        num_steps=max(1, state.finished[0]["num_steps"]),
+        num_planned_steps=max(1, state.finished[0]["num_planned_steps"]),
+        batch_tokens=state.batch_tokens,
     )
     expected = reference_seconds(
         planned_job(pair),

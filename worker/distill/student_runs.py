@@ -12,8 +12,8 @@ from worker.distill.students.recipe import StudentRecipe, plan_student
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import KeptLayers, TrainState
 from worker.distill.training.devices import Placement
+from worker.distill.training.inputs import TrainingInputs
 from worker.distill.training.layer_choice import Changes, measure_changes, with_chosen_layers
-from worker.distill.training.trainer import TrainingInputs
 from worker.protocol.run_lines import MessageLine, Sink
 from worker.protocol.run_spec import RunSpec
 

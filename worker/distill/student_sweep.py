@@ -18,8 +18,9 @@ from worker.distill.evaluation.report import Evaluator, Tell
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.student_runs import StudentRun
 from worker.distill.students.recipe import StudentRecipe
-from worker.distill.training.checkpoint import TrainState, copy_rounded, link_folder
-from worker.distill.training.trainer import Stopped, Trainer, TrainingInputs
+from worker.distill.training.checkpoint import TrainState, link_folder
+from worker.distill.training.inputs import TrainingInputs
+from worker.distill.training.trainer import Stopped, Trainer
 from worker.errors import EvaluationFailed, GateFailed
 from worker.models.architectures import bare_model, read_config
 from worker.protocol.run_lines import (
@@ -245,11 +246,8 @@ class StudentSweep:
         middle = self._percent(number, TRAINING_SHARE)
         self._enter("evaluating", middle, self._percent(number, 1.0))
 
-        if self.setup.ranks.is_first:  # the folder must outlive its checkpoint
-            if self.setup.autocast is None:
-                link_folder(best_dir, folder)
-            else:  # of a checkpoint that keeps float32, this is the student that is registered
-                copy_rounded(best_dir, folder, self.setup.autocast)
+        if self.setup.ranks.is_first:
+            link_folder(best_dir, folder)  # must outlive its checkpoint
         entry = self._evaluate(folder, answers)
         entry = {
             "label": run.label,

@@ -27,6 +27,7 @@ from redis.retry import Retry
 from app.contracts.train_workers import MachineProfile, TrainWorkerStatus, train_worker_key
 from app.parent_death import tethered
 from app.settings import Settings
+from worker.cuda import visible_devices
 
 log = structlog.get_logger(__name__)
 
@@ -59,6 +60,7 @@ class Presence:
         )
         self._path: Path | None = None  # of the profile; known once the thread runs
         self._profile: MachineProfile | None = None
+        self._num_devices: int | None = None
         self._measurement: subprocess.Popen[bytes] | None = None
         self._idle_since = time.monotonic()
         self._measures_from = 0.0  # no measurement starts before this time
@@ -82,6 +84,8 @@ class Presence:
     def _run(self) -> None:
         self._path = profile_path(self._settings)
         self._profile = load_profile(self._path)
+        if not self._settings.num_processes:  # else the setting replaces `num_devices` of jobs
+            self._num_devices = len(visible_devices()) or None
         while True:
             self._measure_if_idle()
             self._beat()
@@ -101,6 +105,7 @@ class Presence:
                 memory_bytes=usable_memory_bytes(),
                 job_id=self.job_id,
                 profile=self._profile,
+                num_devices=self._num_devices,
                 beat_at=time.time(),
             )
             self._redis.set(

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from app.auth import Principal
+from app.contracts.batch_plan import batch_tokens_of
 from app.contracts.job_memory import disk_bytes
 from app.contracts.job_seconds import total
 from app.contracts.planned_jobs import PlannedJob, RowCounts
@@ -63,9 +65,10 @@ def estimate_job(principal: Principal, asked: CreateJob) -> JobEstimate:
         num_waiting = count_waiting(session)
     submission.inspect(plan, ESTIMATES)
     answer_tokens = known_answer_tokens(plan, costs)
-    counted = count_rows(plan, answer_tokens)
-    assert counted.counts is not None
     workers = live_train_workers()
+    device = device_of(workers or ())
+    counted = count_rows(plan, answer_tokens, device or "cpu")
+    assert counted.counts is not None
     profiles = [worker.profile for worker in workers or () if worker.profile is not None]
     kind = kind_of(plan.spec.method, plan.spec.distillation.student.init)
     basis = Basis(
@@ -74,14 +77,14 @@ def estimate_job(principal: Principal, asked: CreateJob) -> JobEstimate:
         rows=counted.counts,
         sampled_share=counted.sampled_share,
         answer_tokens=answer_tokens,
-        speed=speed_of(costs, profiles, kind=kind, device=device_of(workers or ())),
+        speed=speed_of(costs, profiles, kind=kind, device=device),
         workers=workers,
         num_waiting=num_waiting,
     )
     return answer(basis, get_settings())
 
 
-def device_of(workers: Sequence[TrainWorkerStatus]) -> str | None:
+def device_of(workers: Sequence[TrainWorkerStatus]) -> Literal["cpu", "cuda"] | None:
     """Returns the device on which the workers train, or None if it is unknown."""
     devices = {worker.profile.device for worker in workers if worker.profile is not None}
     return max(devices, default=None)
@@ -114,7 +117,7 @@ def answer(basis: Basis, settings: Settings) -> JobEstimate:
         seconds=seconds,
         peak_memory_bytes=memory,
         disk_bytes=disk_bytes(job, rows, keep_checkpoints=settings.keep_checkpoints),
-        fits=has_disk and machine.has_room(job, rows),
+        fits=has_disk and machine.has_devices(job) and machine.has_room(job, rows),
         workers=WorkerCounts(
             alive=len(workers), busy=sum(worker.job_id is not None for worker in workers)
         ),
@@ -128,7 +131,7 @@ def notes(basis: Basis, *, has_disk: bool) -> Iterator[str]:
     rows, job = basis.rows, basis.job
     yield from _notes_on_models(basis)
     yield from _notes_on_rows(basis)
-    yield from _notes_on_options(job)
+    yield from _notes_on_options(basis)
     if basis.speed is None:
         yield "No worker was measured yet, so there is no estimate of the time."
     else:
@@ -142,6 +145,11 @@ def notes(basis: Basis, *, has_disk: bool) -> Iterator[str]:
         yield (
             f"The largest worker has {(machine.memory_bytes or 0) / GIB:.1f} GiB of memory, which is too little; "
             f"{advice(job, rows, machine)}."
+        )
+    elif num_short := sum(not other.has_devices(job) for other in basis.machines):
+        yield (
+            f"{num_short} of the {len(basis.machines)} workers that are alive have too few CUDA devices; "
+            "the job fails if it starts there."
         )
     elif num_small := sum(not other.has_room(job, rows) for other in basis.machines):
         yield (
@@ -174,9 +182,9 @@ def _notes_on_rows(basis: Basis) -> Iterator[str]:
         )
 
 
-def _notes_on_options(job: PlannedJob) -> Iterator[str]:
-    block = job.block
-    h, student = block.hyperparameters, block.student
+def _notes_on_options(basis: Basis) -> Iterator[str]:
+    job = basis.job
+    h, student = job.block.hyperparameters, job.block.student
     sizes = ", ".join(
         f"{sizes.num_layers} layers and {sizes.num_parameters / 1e6:.3g} million parameters"
         for sizes in job.students
@@ -184,7 +192,13 @@ def _notes_on_options(job: PlannedJob) -> Iterator[str]:
     number = "student has" if len(job.students) == 1 else "students have"
     yield f"The {number} {sizes}; student.init is {student.init}."
     if h.batch_tokens == "auto" and h.batch_rows is None:
-        yield f"A step has at most {job.batch_tokens} tokens."
+        num_tokens = batch_tokens_of(
+            h,
+            device=device_of(basis.workers or ()) or "cpu",
+            num_tokens=basis.rows.train_tokens + basis.rows.num_train,
+            num_processes=h.num_devices,
+        )
+        yield f"A step has at most {num_tokens} tokens."
     if h.early_stopping is not None:
         yield "The training may stop early and take less time."
     if job.keeps_teacher:

@@ -34,20 +34,27 @@ class Machine:
 
     memory_bytes: That of the GPU if there is one. None if it is unknown, as before the machine is
         measured: it may have a GPU.
+    num_devices: Most CUDA devices that a job may ask for. None: any number.
     """
 
     device: str = "cpu"
     has_bfloat16: bool = False
     memory_bytes: int | None = None
+    num_devices: int | None = None
 
     @classmethod
     def of(cls, worker: TrainWorkerStatus) -> "Machine":
         profile = worker.profile
         if profile is None:
-            return cls()
+            return cls(num_devices=worker.num_devices)
         is_cpu = profile.device == "cpu"
         memory = worker.memory_bytes if is_cpu else profile.memory_bytes
-        return cls(profile.device, profile.has_bfloat16, memory)
+        return cls(profile.device, profile.has_bfloat16, memory, worker.num_devices)
+
+    def has_devices(self, job: PlannedJob) -> bool:
+        """Returns whether the machine has as many CUDA devices as the job asks for."""
+        num_asked = job.block.hyperparameters.num_devices
+        return self.num_devices is None or num_asked <= self.num_devices
 
     def needed_bytes(self, job: PlannedJob, rows: RowCounts) -> int:
         """Returns the peak memory of a job on this machine."""
@@ -88,8 +95,8 @@ def inspect(plan: submission.Plan, settings: Settings) -> None:
 def refuse_too_large(job: PlannedJob, rows: RowCounts, settings: Settings) -> None:
     """Raises BadRequest if the job cannot fit on the disk, or on any worker that is alive.
 
-    `rows` are the least counts that are possible. The memory is not checked if no worker is alive,
-    or if one of them was not measured yet.
+    `rows` are the least counts that are possible. Memory and devices are not checked if no worker
+    is alive, nor the memory if one of them was not measured yet.
     """
     needed, free = needed_disk(job, rows, settings), store().free_bytes()
     if free is not None and free < needed:
@@ -99,9 +106,20 @@ def refuse_too_large(job: PlannedJob, rows: RowCounts, settings: Settings) -> No
             "insufficient_storage",
         )
     machines = [Machine.of(worker) for worker in live_train_workers() or ()]
-    if not machines or any(m.may_have_room(job, rows) for m in machines):
+    if not machines:
         return
-    best = best_of(machines, job, rows)
+    large = [machine for machine in machines if machine.has_devices(job)]
+    if not large:
+        most = max(machine.num_devices or 0 for machine in machines)
+        raise BadRequest(
+            f"too few CUDA devices: the job asks for {job.block.hyperparameters.num_devices}, and the largest worker has "
+            f"{most}; lower num_devices, or start a train worker with more devices",
+            "too_few_devices",
+            "hyperparameters.num_devices",
+        )
+    if any(machine.may_have_room(job, rows) for machine in large):
+        return
+    best = best_of(large, job, rows)
     raise BadRequest(
         f"not enough memory: the job needs at least {best.least_bytes(job, rows) / GIB:.1f} GiB, and the largest worker "
         f"has {(best.memory_bytes or 0) / GIB:.1f} GiB; {advice(job, rows, best)}",
@@ -122,13 +140,15 @@ def needed_disk(job: PlannedJob, rows: RowCounts, settings: Settings) -> int:
 def best_of(machines: Sequence[Machine], job: PlannedJob, rows: RowCounts) -> Machine:
     """Returns a machine on which the job fits, or else the one that lacks the least memory.
 
-    One with a GPU comes before one without, and a machine that was measured before others.
+    One with enough CUDA devices comes before others, then one with a GPU, and then one that was
+    measured.
     """
 
-    def rank(machine: Machine) -> tuple[bool, bool, float]:
+    def rank(machine: Machine) -> tuple[bool, bool, bool, float]:
         """Returns whether the job fits, whether there is a GPU, and the share of memory there is."""
         share = (machine.memory_bytes or 0) / machine.needed_bytes(job, rows)
-        return machine.has_room(job, rows), machine.device != "cpu", share
+        has_devices = machine.has_devices(job)
+        return has_devices, machine.has_room(job, rows), machine.device != "cpu", share
 
     return max(machines, key=rank)
 

@@ -1,6 +1,7 @@
 """Describes a submitted job by numbers, from its checked plan."""
 
 import subprocess
+from typing import Literal
 
 from app.contracts.planned_jobs import PlannedJob, RowCounts, has_expected_rows
 from app.contracts.run_limits import MAX_VALIDATION_ROWS
@@ -63,10 +64,13 @@ def least_counts(plan: Plan) -> RowCounts:
     )
 
 
-def count_rows(plan: Plan, answer_tokens: float | None) -> CountReply:
+def count_rows(
+    plan: Plan, answer_tokens: float | None, device: Literal["cpu", "cuda"]
+) -> CountReply:
     """Counts the rows of the job in a child process.
 
-    `answer_tokens` is the known length of the teacher's answers, or None.
+    `answer_tokens` is the known length of the teacher's answers, or None. `device` is where the job
+    will be trained.
 
     Raises:
         BadRequest: A file is no longer in the store, or counting took too long.
@@ -84,6 +88,7 @@ def count_rows(plan: Plan, answer_tokens: float | None) -> CountReply:
         answer_tokens=min(answer_tokens, data.max_new_tokens),
         hyperparameters=plan.spec.distillation.hyperparameters,
         seed=plan.spec.seed,
+        device=device,
     )
     try:
         project_id = plan.training.project_id

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -58,6 +58,7 @@ class CountRequest(Contract):
 
     readers: The student, and the teacher if it reads the rows differently.
     answer_tokens: Assumed length of the answers that the teacher will write.
+    device: Where the job will be trained. Automatic batches depend on it.
     """
 
     training: CountedFile
@@ -67,6 +68,7 @@ class CountRequest(Contract):
     answer_tokens: float
     hyperparameters: Hyperparameters
     seed: int
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 class CountReply(Contract):
@@ -176,9 +178,13 @@ def _steps(
 ) -> dict[str, Any]:  # Any: whole numbers and a share
     """Returns the fields of `RowCounts` about steps, planned as the trainer plans them."""
     h = request.hyperparameters
+    lengths = [size.num_tokens for size in train]
+    num_tokens = round(scale * sum(lengths))
     plan = BatchPlan(
-        [size.num_tokens for size in train],
-        batch_tokens=batch_tokens_of(h),
+        lengths,
+        batch_tokens=batch_tokens_of(
+            h, device=request.device, num_tokens=num_tokens, num_processes=h.num_devices
+        ),
         seed=request.seed,
         batch_rows=h.batch_rows,
     )

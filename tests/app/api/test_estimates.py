@@ -182,9 +182,23 @@ def test_the_memory_of_a_gpu_decides_if_there_is_one(bench: Bench) -> None:
     error = bench.refused("/v1/fine_tuning/jobs", bench.body())
     assert error["code"] == "insufficient_memory"
     assert "the largest worker has 0.0 GiB" in error["message"]
-    bench.beat(profile=card.model_copy(update={"memory_bytes": GIB}))
+    needed = bench.estimate(bench.body())["peak_memory_bytes"]
+    bench.beat(profile=card.model_copy(update={"memory_bytes": needed - 1}))
     assert bench.estimate(bench.body())["fits"] is False  # with the usual chunks of the loss
     assert bench.http.post("/v1/fine_tuning/jobs", json=bench.body()).status_code == 200
+
+
+def test_a_job_that_asks_for_more_devices_than_any_worker_has_is_refused(bench: Bench) -> None:
+    card = MachineProfile(device="cuda", flops=1e14, has_bfloat16=True, memory_bytes=GIB)
+    body = bench.body({"hyperparameters": {"num_devices": 2}})
+    bench.beat("small", profile=card, num_devices=1)
+    error = bench.refused("/v1/fine_tuning/jobs", body)
+    assert (error["code"], error["param"]) == ("too_few_devices", "hyperparameters.num_devices")
+    assert bench.estimate(body)["fits"] is False
+    bench.beat("large", profile=card, num_devices=2)
+    found = bench.estimate(body)
+    assert found["fits"] is True
+    assert any("1 of the 2 workers that are alive have too few CUDA" in n for n in found["notes"])
 
 
 def test_a_worker_without_a_profile_refuses_nothing(bench: Bench) -> None:

@@ -3,7 +3,7 @@ from random import Random
 
 import pytest
 
-from app.contracts.batch_plan import BatchPlan, eval_steps_of
+from app.contracts.batch_plan import BatchPlan, batch_tokens_of, eval_steps_of
 from app.contracts.distillation import EarlyStopping, Hyperparameters
 
 LENGTHS = [Random(0).randint(3, 60) for _ in range(200)]
@@ -65,3 +65,34 @@ def test_evaluations_take_a_small_share_of_the_time(
     plan = BatchPlan([10] * 1000, batch_tokens=100, seed=0)
     h = Hyperparameters.model_validate(hyperparameters)
     assert eval_steps_of(h, plan, 100, 10 * num_held_out) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "num_tokens", "num_processes", "expected"),
+    [
+        ("cpu", 10**9, 2, 1_024),
+        ("cuda", 10**5, 1, 1_024),  # few rows: an epoch keeps its steps
+        ("cuda", 10**6, 1, 5_000),
+        ("cuda", 10**9, 1, 8_192),
+        ("cuda", 10**9, 4, 4 * 8_192),
+    ],
+)
+def test_automatic_batches_grow_with_the_rows_on_a_gpu(
+    device: str, num_tokens: int, num_processes: int, expected: int
+) -> None:
+    how = {"device": device, "num_tokens": num_tokens, "num_processes": num_processes}
+    assert batch_tokens_of(Hyperparameters(), **how) == expected
+    assert batch_tokens_of(Hyperparameters(batch_tokens=64), **how) == 64
+
+
+@pytest.mark.parametrize("micro_tokens", [None, 128, 200, 1_000])
+def test_micro_batches_divide_a_batch_without_changing_it(micro_tokens: int | None) -> None:
+    plain = BatchPlan(LENGTHS, batch_tokens=512, seed=3)
+    plan = BatchPlan(LENGTHS, batch_tokens=512, seed=3, micro_tokens=micro_tokens)
+    for batch in plan.epoch(1):
+        pieces = plan.pieces(batch)
+        assert [row for piece in pieces for row in piece] == batch
+        assert all(max(LENGTHS[row] for row in p) * len(p) <= (micro_tokens or 512) for p in pieces)
+        assert (len(pieces) == 1) or (micro_tokens or 512) < 512
+    assert plan.epoch(1) == plain.epoch(1)
+    assert plan.pieces([]) == []

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.worker.memory_sink import MemorySink
 from worker.distill.model_pair import ModelPair
@@ -31,6 +32,22 @@ def test_the_evaluated_teacher_is_where_the_placement_says(pair: ModelPair) -> N
 def test_a_card_holds_one_copy_of_the_teacher(pair: ModelPair) -> None:
     teaching = pair.load_teacher()
     assert pair.load_evaluated_teacher() is teaching
+
+
+def test_the_student_of_a_card_is_evaluated_and_saved_in_bfloat16(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands for the card: it has the same autocast."""
+    monkeypatch.setattr(Device, "autocast", torch.bfloat16)
+    result = distil(
+        make_spec(n_epochs=1), tmp_path / "out", MemorySink(), EngineSampler, lambda: False
+    ).result
+    student = result["student"]
+    assert student["weights_bytes"] == 2 * student["num_parameters"]
+    saved = load_file(tmp_path / "out" / "student" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    (best,) = (tmp_path / "out").glob("step-*/model/model.safetensors")
+    assert {tensor.dtype for tensor in load_file(best).values()} == {torch.float32}
 
 
 def test_the_evaluation_takes_the_teacher_in_the_dtype_of_the_placement(

@@ -37,6 +37,7 @@ def test_a_worker_is_alive_until_it_ends(settings: Settings) -> None:
         wait_for(lambda: len(live_train_workers() or ()) == 1, 10, "no heartbeat arrives")
         (status,) = live_train_workers() or []
         assert (status.worker_id, status.job_id, status.profile) == ("train-1", None, None)
+        assert status.num_devices is None  # a job may ask for any number on a CPU
         assert status.memory_bytes > 2**28
         worker.note_job("ftjob-1")
         wait_for(
@@ -45,6 +46,17 @@ def test_a_worker_is_alive_until_it_ends(settings: Settings) -> None:
             "the job is not shown",
         )
     assert live_train_workers() == []
+
+
+def test_the_devices_are_told_unless_a_setting_replaces_their_number(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "visible_devices", lambda: ("0", "2"))
+    for num_processes, expected in ((0, 2), (1, None)):
+        changed = settings.model_copy(update={"num_processes": num_processes})
+        with Presence("train-1", changed):
+            wait_for(lambda: bool(live_train_workers()), 10, "no heartbeat arrives")
+            assert [status.num_devices for status in live_train_workers() or ()] == [expected]
 
 
 def test_heartbeats_survive_an_outage(settings: Settings, valkey: str) -> None:

@@ -96,6 +96,7 @@ class Evaluator:
     on_progress: Tell
     warn: Callable[[str], None]
     matmul_dtype: torch.dtype = torch.float32  # of linear layers other than the head, on a CPU
+    student_dtype: torch.dtype = torch.float32  # of the weights: the dtype in which they are saved
     _judged_teacher: Evaluated | None = field(default=None, init=False)
     _folders: dict[Path, Evaluated] = field(default_factory=dict, init=False)
 
@@ -124,7 +125,7 @@ class Evaluator:
         for number, (name, folder) in enumerate(students.items(), start=len(judged)):
             tell = self._tell_of(number, num_models)
             judged[name] = (
-                self._evaluate(lambda: recipe.build().to(self.device), tell)
+                self._evaluate(lambda: recipe.build().to(self.student_dtype).to(self.device), tell)
                 if folder is None
                 else self._evaluate_folder(folder, tell)
             )
@@ -216,7 +217,9 @@ class Evaluator:
 
     def _evaluate_folder(self, folder: Path, tell: Tell) -> Evaluated:
         if folder not in self._folders:
-            self._folders[folder] = self._evaluate(lambda: load_model(folder).to(self.device), tell)
+            self._folders[folder] = self._evaluate(
+                lambda: load_model(folder, self.student_dtype).to(self.device), tell
+            )
         tell(1.0)
         return self._folders[folder]
 

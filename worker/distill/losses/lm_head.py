@@ -46,6 +46,12 @@ class Head:
     def num_tokens(self) -> int:
         return int(self.weight_VH.shape[0])
 
+    @property
+    def exact(self) -> "Head":
+        """The head in float32, as the loss needs it."""
+        bias_V = None if self.bias_V is None else self.bias_V.float()
+        return replace(self, weight_VH=self.weight_VH.float(), bias_V=bias_V)
+
 
 @dataclass(frozen=True)
 class TeacherRows:

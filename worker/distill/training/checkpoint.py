@@ -210,8 +210,13 @@ def link_folder(source: Path, target: Path) -> Path:
     return target
 
 
-def copy_rounded(source: Path, target: Path, dtype: torch.dtype) -> Path:
-    """Replaces `target` by a copy of a model folder whose float32 weights are rounded to `dtype`."""
+def copy_model(source: Path, target: Path, dtype: torch.dtype | None) -> Path:
+    """Replaces `target` by a copy of a model folder, with float32 weights rounded to `dtype`.
+
+    If `dtype` is None, nothing is rounded, and the files are hard links.
+    """
+    if dtype is None:
+        return link_folder(source, target)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors"))
     num_bytes = 0

@@ -26,7 +26,7 @@ from worker.models.architectures import bare_model
 
 PLANNED_SHARE = 0.9  # of the free memory; the rest is left for fragmentation
 GIB = 2**30
-MICRO_TOKENS = (16_384, 8_192, 4_096, 2_048, 1_024, 512, 256)  # choices of `place_largest`
+MICRO_TOKENS = (8_192, 4_096, 2_048, 1_024, 512, 256)  # choices of `place_largest`
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,10 @@ class Needs:
     def both_bytes(self, dtype: torch.dtype, *, has_checkpointing: bool = False) -> int:
         """Returns the memory of the teacher beside the student. They take turns in a step."""
         saved_bytes = self.saved_bytes if has_checkpointing else 0
-        teacher_alone = self.teacher_work_bytes - (self.student_work_bytes - saved_bytes)
+        work_bytes = max(0, self.student_work_bytes - saved_bytes)
         weights = self.num_teacher_parameters * dtype.itemsize
-        return self.student_bytes - saved_bytes + weights + max(0, teacher_alone)
+        more = max(0, self.teacher_work_bytes - work_bytes)
+        return self.student_bytes - saved_bytes + weights + more
 
 
 @dataclass(frozen=True)
@@ -212,13 +213,15 @@ def place_alone(device: Device, needs: Needs) -> Placement:
 def place_largest(placed_with: Callable[[int], Placement]) -> Placement:
     """Returns the placement with the largest micro-batch among those that are the fastest.
 
-    `placed_with` returns the placement for micro-batches of a number of tokens. Numbers below those
-    of a batch on a CPU are used only if the models do not fit otherwise.
+    `placed_with` returns the placement for micro-batches of a number of tokens. Numbers below
+    `CPU_BATCH_TOKENS` are used only if the models do not fit on the GPU otherwise.
     """
     placed = [replace(placed_with(tokens), micro_tokens=tokens) for tokens in MICRO_TOKENS]
-    full = [each for each in placed if (each.micro_tokens or 0) >= CPU_BATCH_TOKENS]
-    best = min(full, key=lambda each: each.rank)  # the first of equals is the largest
-    return min(placed, key=lambda each: each.rank) if best.is_tight else best
+    num_full = MICRO_TOKENS.index(CPU_BATCH_TOKENS) + 1
+    best = min(placed[:num_full], key=lambda each: each.rank)  # the first of equals is the largest
+    if best.is_tight or best.teacher_device == "cpu":
+        best = min(placed, key=lambda each: each.rank)
+    return placed[-1] if best.is_tight else best
 
 
 def find_needs(

@@ -169,7 +169,7 @@ class Rollouts:
         self.model = model
         self.total_steps = total_steps
         self.batch_tokens = batches.batch_tokens
-        self.micro_tokens = min(batches.batch_tokens, batches.micro_tokens or batches.batch_tokens)
+        self.micro_tokens = min(batches.batch_tokens, batches.micro_tokens)
         self.buffer = ReplayBuffer(plan.data.replay_capacity if plan else 0)
         self.seconds = 0.0  # duration of the last step's generation
         self._tally = _Tally()

@@ -7,25 +7,20 @@ fused loss.
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from app.contracts.batch_plan import BatchPlan, batch_tokens_of, eval_steps_of
-from app.contracts.distillation import EarlyStopping, Hyperparameters, Objective
+from app.contracts.distillation import EarlyStopping, Hyperparameters
 from worker.distill.data.batching import collate
-from worker.distill.data.rows import Example
-from worker.distill.data_parallel import ALONE, Ranks
 from worker.distill.evaluation.held_out import HeldOut, HeldOutRows
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of
-from worker.distill.phase_times import PhaseTimes
-from worker.distill.students.recipe import StudentRecipe, load_student
-from worker.distill.teachers.cached_teacher import CachedTeacher
+from worker.distill.students.recipe import load_student
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import (
     Snapshot,
@@ -34,11 +29,11 @@ from worker.distill.training.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
-from worker.distill.training.devices import ON_CPU, Placement
-from worker.distill.training.feature_losses import FeaturePlan, Features
+from worker.distill.training.feature_losses import Features
+from worker.distill.training.inputs import TrainingInputs
 from worker.distill.training.layer_fitting import fit_student
 from worker.distill.training.lr_schedule import parameter_groups, peak_learning_rate, scheduled
-from worker.distill.training.rollouts import MicroBatch, RolloutPlan, Rollouts
+from worker.distill.training.rollouts import MicroBatch, Rollouts
 from worker.distill.training.step_gradients import Gradients, clipped_step
 from worker.distill.training.throughput import MetricAverager, Throughput
 from worker.errors import NanLoss
@@ -61,39 +56,6 @@ class Stopped(Exception):  # not an error, so its name has no such suffix
     @property
     def step(self) -> int:
         return int(self.args[0])
-
-
-@dataclass(frozen=True)
-class TrainingInputs:
-    """Inputs of a training. The teacher has the rows of `train`, followed by those of `valid`."""
-
-    out: Path
-    objective: Objective
-    hyperparameters: Hyperparameters
-    seed: int
-    keep_checkpoints: int
-    recipe: StudentRecipe
-    tokenizer: PreTrainedTokenizerBase
-    num_tokens: int
-    train: list[Example]
-    valid: list[Example]
-    teacher: CachedTeacher | None
-    signal: Signal
-    has_one_tokenizer: bool
-    answers_path: Path | None
-    inputs_sha256: str
-    device: str
-    resume_dir: Path | None = None
-    best_dir: Path | None = None
-    rollouts: RolloutPlan | None = None
-    features: FeaturePlan | None = None
-    finished_dirs: tuple[Path, ...] = ()  # students of the job's earlier student runs
-    num_runs_after: int = 0  # student runs after this one, each with as many steps
-    ranks: Ranks = ALONE
-    autocast: torch.dtype | None = None  # autocast dtype of the student's layers, None: float32
-    matmul_dtype: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
-    placement: Placement = ON_CPU
-    phases: PhaseTimes = field(default_factory=PhaseTimes)
 
 
 class Trainer:
@@ -154,10 +116,9 @@ class Trainer:
     def _plan_batches(self, h: Hyperparameters) -> None:
         setup = self.setup
         lengths = [example.num_tokens for example in setup.train]
-        planned = batch_tokens_of(h, device=setup.device, num_tokens=sum(lengths))
         self.plan = BatchPlan(
             lengths,
-            batch_tokens=self.state.batch_tokens or planned,
+            batch_tokens=self.state.batch_tokens or batch_tokens_of(h),
             seed=setup.seed,
             batch_rows=h.batch_rows,
             micro_tokens=setup.placement.micro_tokens,
@@ -166,15 +127,16 @@ class Trainer:
         self.valid = HeldOutRows(
             setup.valid,
             first_index=len(setup.train),
-            batch_tokens=self.plan.batch_tokens,
+            batch_tokens=batch_tokens_of(h),  # equal in all ranks: they share the batches
             device=setup.device,
             autocast=setup.autocast,
             ranks=setup.ranks,
         )
-        num_held_out = sum(example.num_tokens for example in setup.valid)
+        num_held_out = sum(example.num_tokens for example in self.setup.valid)
         self.eval_steps = eval_steps_of(h, self.plan, self.total_steps, num_held_out)
-        every = h.checkpoint_steps
-        self.checkpoint_steps = self.eval_steps if every == "auto" else every
+        self.checkpoint_steps = (
+            self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
+        )
 
     def _make_optimizer(self, weight_decay: float) -> torch.optim.AdamW:
         groups = parameter_groups(self.model, weight_decay)
@@ -394,6 +356,10 @@ class Trainer:
 def _score(held_out: HeldOut, early: EarlyStopping | None, signal: Signal) -> float:
     """Returns the held-out score for early stopping and the best student. Lower is better."""
     wanted = early.metric if early else "perplexity" if signal.name in ("hidden", "text") else "kl"
-    if wanted == "perplexity" or not held_out.has_teacher:
-        return held_out.cross_entropy
-    return held_out.kl if wanted == "kl" else -held_out.agreement
+    match wanted if held_out.has_teacher else "perplexity":
+        case "kl":
+            return held_out.kl
+        case "perplexity":
+            return held_out.cross_entropy
+        case "agreement":
+            return -held_out.agreement

@@ -99,5 +99,12 @@ def test_the_best_machine_is_one_on_which_the_job_fits() -> None:
     assert best_of([small_cpu, small_gpu], job, ROWS) == small_gpu
 
 
+def test_a_machine_with_too_few_devices_is_not_the_best() -> None:
+    job = planned(student={"num_layers": 8}, hyperparameters={"num_devices": 4})
+    few, many = (Machine("cuda", True, GIB * 80 // num, num) for num in (2, 4))
+    assert [machine.has_devices(job) for machine in (few, many, Machine())] == [False, True, True]
+    assert best_of([few, many], job, ROWS) == many
+
+
 def test_an_unknown_memory_is_enough() -> None:
     assert Machine().has_room(planned(), ROWS)

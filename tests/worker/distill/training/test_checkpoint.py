@@ -14,6 +14,7 @@ from worker.distill.training import checkpoint
 from worker.distill.training.checkpoint import (
     Snapshot,
     TrainState,
+    copy_model,
     load_optimizer,
     load_state,
     prune_checkpoints,
@@ -60,6 +61,26 @@ def test_what_is_loaded_goes_on_with_the_same_bits(
         stepper.step()
     for ours, theirs in zip(model.parameters(), snapshot.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_copy_in_bfloat16_has_the_rounded_weights(
+    make_snapshot: MakeSnapshot, tmp_path: Path
+) -> None:
+    snapshot = make_snapshot()
+    shards = tmp_path / "shards"
+    snapshot.model.save_pretrained(shards, max_shard_size="200KB")
+    for source in (save_checkpoint(tmp_path, snapshot) / "model", shards):
+        copy = copy_model(source, tmp_path / "student", torch.bfloat16)
+        rounded = AutoModelForCausalLM.from_pretrained(copy, dtype="auto")
+        assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16}
+        for ours, theirs in zip(rounded.parameters(), snapshot.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs.bfloat16())
+        assert {path.name for path in copy.iterdir()} == {path.name for path in source.iterdir()}
+    assert len(list(shards.glob("*.safetensors"))) > 1
+    index = json.loads((copy / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in rounded.parameters())
+    plain = copy_model(shards, tmp_path / "student", None)
+    assert (plain / "config.json").stat().st_ino == (shards / "config.json").stat().st_ino
 
 
 def test_the_model_folder_can_be_served(make_snapshot: MakeSnapshot, tmp_path: Path) -> None:

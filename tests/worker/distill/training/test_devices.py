@@ -167,7 +167,7 @@ def test_activation_checkpointing_is_used_if_models_do_not_fit_otherwise(
         pytest.param(
             24,
             1_024,
-            {"has_checkpointing": True, "is_teacher_first": True, "is_tight": True},
+            {"has_checkpointing": True, "is_teacher_first": True},
             id="24 GiB",
         ),
     ],
@@ -231,8 +231,8 @@ def test_what_is_frozen_needs_no_moments(tiny_llama_dir: Path) -> None:
             can_cache=True,
         ).student_bytes
         for device, student in [
-            (Device("cuda"), Student(init="layers", num_layers=2, freeze_head=False)),
-            (Device("cuda"), Student(init="layers", num_layers=2, freeze_head=True)),
+            (Device("cuda"), Student(init="checkpoint", freeze_head=False)),
+            (Device("cuda"), Student(init="checkpoint", freeze_head=True)),
             (Device("cuda"), Student(init="lora")),
         ]
     )
@@ -266,19 +266,18 @@ def micro_tokens_on(gib: int, *, has_teacher: bool = True) -> tuple[int | None, 
 
 
 def test_a_larger_card_takes_larger_micro_batches() -> None:
-    assert micro_tokens_on(141) == (16_384, False, False)
     assert micro_tokens_on(80) == (8_192, False, False)
-    assert micro_tokens_on(80, has_teacher=False) == (16_384, False, False)
-    small, *_ = micro_tokens_on(24)
-    assert small == 256
+    assert micro_tokens_on(52) == (4_096, False, False)
+    assert micro_tokens_on(52, has_teacher=False) == (8_192, False, False)
 
 
 def test_activations_are_recomputed_only_if_no_full_batch_fits_without() -> None:
-    tokens, has_checkpointing, is_tight = micro_tokens_on(46)
-    assert has_checkpointing
-    assert tokens is not None
-    assert tokens >= 1_024
-    assert not is_tight
+    assert micro_tokens_on(46) == (1_024, False, False)
+    assert micro_tokens_on(44) == (4_096, True, False)
+
+
+def test_a_card_that_may_be_too_small_takes_the_smallest_micro_batches() -> None:
+    assert micro_tokens_on(24) == (256, True, True)
 
 
 def test_the_message_names_the_chosen_micro_batch() -> None:
