@@ -53,7 +53,7 @@ class LayerStack:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """How layers are computed, as far as the memory of their activations depends on it.
+    """Properties of layers on which the memory of their activations depends.
 
     activation: Name of the activation function in transformers.
     has_rms_norm: Otherwise the norms are layer norms.

@@ -94,7 +94,8 @@ OPTIONS = {
     },
     "Hyperparameters": {
         "n_epochs": "Number of passes over the rows.",
-        "batch_tokens": "Maximum number of tokens in a batch, or in a micro-batch with `batch_rows`.",
+        "batch_tokens": "Maximum number of tokens in a batch, or in a micro-batch with `batch_rows`. "
+        "`auto`: 1,024 on a CPU. On a GPU it depends on the rows, and micro-batches on the memory.",
         "learning_rate": "Peak of the learning-rate schedule.",
         "weight_decay": "Weight decay of the optimizer.",
         "warmup_ratio": "Share of the steps in which the learning rate rises.",

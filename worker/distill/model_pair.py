@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from app.contracts.batch_plan import batch_tokens_of
+from app.contracts.batch_plan import DEVICE_BATCH_TOKENS, batch_tokens_of
 from app.contracts.distillation import HiddenTerm, Objective
 from worker.cpu import prepare_for_inference
 from worker.distill.data.dataset import Reader, Rows
@@ -153,13 +153,15 @@ class ModelPair:
             self.teacher.config,
             can_cache=can_cache and not has_rollouts,  # rollouts are never in the row cache
             row_tokens=h.max_sequence_tokens,
-            accumulates=h.batch_tokens == "auto" or h.batch_rows is not None or has_rollouts,
         )
+        most_tokens = DEVICE_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
+        is_one_batch = h.batch_tokens != "auto" and h.batch_rows is None and not has_rollouts
 
         def placed_with(batch_tokens: int) -> Placement:
             """Returns the placement for micro-batches of this size."""
             longest = LONGEST_BATCH * batch_tokens if has_rollouts else batch_tokens
-            needs = needs_of(max(longest, h.max_sequence_tokens))
+            accumulates = not is_one_batch or batch_tokens < most_tokens
+            needs = needs_of(max(longest, h.max_sequence_tokens), accumulates)
             if not self.spec.has_teacher:
                 return place_alone(self.card, needs)
             placed = place(self.card, needs)
@@ -168,9 +170,7 @@ class ModelPair:
                 return Placement(self.card, "cuda", dtype, is_tight=True, has_checkpointing=True)
             return placed
 
-        if h.batch_tokens == "auto":
-            return place_largest(placed_with)
-        return placed_with(h.batch_tokens)
+        return place_largest(placed_with, most_tokens)
 
     @property
     def micro_tokens(self) -> int:

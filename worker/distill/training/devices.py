@@ -26,7 +26,7 @@ from worker.models.architectures import bare_model
 
 PLANNED_SHARE = 0.9  # of the free memory; the rest is left for fragmentation
 GIB = 2**30
-MICRO_TOKENS = (8_192, 4_096, 2_048, 1_024, 512, 256)  # choices of `place_largest`
+MICRO_TOKENS = (8_192, 4_096, 2_048, 1_024, 512, 256)  # choices of `place_largest` below the most
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Placement:
     `is_teacher_first`: the teacher fills the row cache alone, and is freed before the student is
     loaded. `is_tight`: the models may not fit into GPU memory. `has_checkpointing`: the student
     keeps few activations and recomputes the others in the backward pass. `micro_tokens`: the most
-    tokens of a micro-batch, if the job leaves the choice to the run.
+    tokens of a micro-batch. None: batches are not divided.
     """
 
     device: Device = CPU
@@ -210,14 +210,16 @@ def place_alone(device: Device, needs: Needs) -> Placement:
     return Placement(device, "cuda", torch.float32, has_checkpointing=is_large, is_tight=is_tight)
 
 
-def place_largest(placed_with: Callable[[int], Placement]) -> Placement:
+def place_largest(placed_with: Callable[[int], Placement], most_tokens: int) -> Placement:
     """Returns the placement with the largest micro-batch among those that are the fastest.
 
     `placed_with` returns the placement for micro-batches of a number of tokens. Numbers below
-    `CPU_BATCH_TOKENS` are used only if the models do not fit on the GPU otherwise.
+    `CPU_BATCH_TOKENS` are used only if the models do not fit on the GPU otherwise, or if
+    `most_tokens` is lower.
     """
-    placed = [replace(placed_with(tokens), micro_tokens=tokens) for tokens in MICRO_TOKENS]
-    num_full = MICRO_TOKENS.index(CPU_BATCH_TOKENS) + 1
+    choices = [most_tokens, *(tokens for tokens in MICRO_TOKENS if tokens < most_tokens)]
+    placed = [replace(placed_with(tokens), micro_tokens=tokens) for tokens in choices]
+    num_full = max(1, sum(tokens >= CPU_BATCH_TOKENS for tokens in choices))
     best = min(placed[:num_full], key=lambda each: each.rank)  # the first of equals is the largest
     if best.is_tight or best.teacher_device == "cpu":
         best = min(placed, key=lambda each: each.rank)
@@ -244,10 +246,9 @@ def find_needs(
         teacher,
         can_cache=can_cache,
         row_tokens=row_tokens,
-        accumulates=accumulates,
         source_share=source_share,
     )
-    return needs_of(batch_tokens)
+    return needs_of(batch_tokens, accumulates)
 
 
 def needs_by_tokens(
@@ -258,20 +259,19 @@ def needs_by_tokens(
     *,
     can_cache: bool,
     row_tokens: int = 512,
-    accumulates: bool = False,
     source_share: float | None = None,
-) -> Callable[[int], Needs]:
-    """Returns a function that estimates memory, given the most tokens of a micro-batch.
+) -> Callable[[int, bool], Needs]:
+    """Returns a function of the most tokens of a micro-batch, and of whether gradients accumulate.
 
-    Estimates are made from configurations, without weights. `start` is the student's start model.
-    The student's part is that of `DeviceStudent`, whose fields explain the last three arguments.
-    The teacher's part is its weights and the activations of one layer.
+    It estimates memory from configurations, without weights. `start` is the student's start model.
+    The student's part is that of `DeviceStudent`, whose fields explain the other arguments. The
+    teacher's part is its weights and the activations of one layer.
     """
     has_autocast = device.autocast is not None
     sizes, big = sizes_of_config(planned_config(recipe, start)), sizes_of_config(teacher)
     trains_head = not recipe.freeze_head and recipe.lora is None
     frozen = {"freeze_head": not trains_head, "freeze_encoder": recipe.freeze_encoder}
-    student = DeviceStudent(
+    one_batch = DeviceStudent(
         sizes=sizes,
         num_trained=num_trained(recipe.student.model_copy(update=frozen), sizes),
         trains_head=trains_head,
@@ -279,7 +279,6 @@ def needs_by_tokens(
         row_tokens=row_tokens,
         source_share=source_share,
         has_frozen_encoder=recipe.freeze_encoder,
-        accumulates=accumulates,
     )
     num_teacher = sum(p.numel() for p in bare_model(teacher).parameters())
     teacher_layer = max(
@@ -287,8 +286,9 @@ def needs_by_tokens(
         for kind in big.kinds
     )
 
-    def needs_of(batch_tokens: int) -> Needs:
+    def needs_of(batch_tokens: int, accumulates: bool) -> Needs:
         """Returns the needs for micro-batches of this many tokens."""
+        student = replace(one_batch, accumulates=accumulates)
         student_bytes = student.peak_bytes(batch_tokens, has_autocast=has_autocast)
         return Needs(
             student_bytes=student_bytes,

@@ -254,14 +254,16 @@ def test_the_planned_configuration_is_the_built_students(family: str, tmp_path: 
         assert bare.num_teacher_parameters == sum(p.numel() for p in built.parameters())
 
 
-def micro_tokens_on(gib: int, *, has_teacher: bool = True) -> tuple[int | None, bool, bool]:
+def micro_tokens_on(
+    gib: int, most_tokens: int = 8_192, *, has_teacher: bool = True
+) -> tuple[int | None, bool, bool]:
     """Micro-batch and compromises that are chosen for a pair of 7B and 1B."""
     card = Device("cuda", "a card", gib * GIB, has_bfloat16=True)
     folder = Path("unused")
     recipe = StudentRecipe(Student(init="checkpoint", freeze_head=False), folder, folder, 16)
-    needs_of = needs_by_tokens(card, recipe, SMALL, LARGE, can_cache=False, accumulates=True)
+    needs_of = needs_by_tokens(card, recipe, SMALL, LARGE, can_cache=False)
     where = place if has_teacher else place_alone
-    placed = place_largest(lambda tokens: where(card, needs_of(tokens)))
+    placed = place_largest(lambda tokens: where(card, needs_of(tokens, True)), most_tokens)
     return placed.micro_tokens, placed.has_checkpointing, placed.is_tight
 
 
@@ -269,6 +271,12 @@ def test_a_larger_card_takes_larger_micro_batches() -> None:
     assert micro_tokens_on(80) == (8_192, False, False)
     assert micro_tokens_on(52) == (4_096, False, False)
     assert micro_tokens_on(52, has_teacher=False) == (8_192, False, False)
+
+
+def test_a_requested_batch_is_divided_only_if_that_is_faster() -> None:
+    assert micro_tokens_on(80, 10_000) == (10_000, False, False)
+    assert micro_tokens_on(80, 30_000) == (8_192, False, False)  # else with checkpointing
+    assert micro_tokens_on(80, 300) == (300, False, False)
 
 
 def test_activations_are_recomputed_only_if_no_full_batch_fits_without() -> None:
