@@ -1,4 +1,6 @@
-"""Copies of tensors from the CPU to a GPU for which the host does not wait."""
+"""Copies of tensors between CPU and GPU for which the host does not wait."""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,3 +15,30 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     if torch.device(device).type == "cpu" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class HostCopy:
+    """Copy of a tensor to the CPU. The host waits for it only when it reads it.
+
+    It does not wait for work that was given to the GPU after the copy.
+    """
+
+    tensor: Tensor
+    done: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "HostCopy":
+        """Begins the copy of a tensor. A tensor on the CPU is not copied."""
+        if tensor.device.type == "cpu":
+            return cls(tensor, None)
+        copy = tensor.to("cpu", non_blocking=True)  # into pinned memory
+        done = torch.cuda.Event()
+        done.record()
+        return cls(copy, done)
+
+    def read(self) -> Tensor:
+        """Waits for the copy and returns it."""
+        if self.done is not None:
+            self.done.synchronize()
+        return self.tensor

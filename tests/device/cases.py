@@ -75,7 +75,7 @@ def accumulated_step(folders: Path) -> Json:
 
 def step_of(trainer: Trainer) -> Json:
     """Observes the second step of a trainer. The first one creates the optimizer's state."""
-    with OpLog():
+    with OpLog() as first:
         trainer._step(trainer._next_pieces())
     with OpLog() as log:
         pieces = trainer._next_pieces()
@@ -84,6 +84,7 @@ def step_of(trainer: Trainer) -> Json:
     state = trainer.optimizer.state
     return {
         "waits": log.waits,
+        "first_waits": first.waits,
         "num_pieces": len(pieces),
         "matmul_dtypes": log.num_of_dtypes("mm"),
         "parameter_dtypes": sorted({str(p.dtype) for p in parameters}),

@@ -41,6 +41,7 @@ def fake_cuda(*, free_bytes: int = 72 * GIB, has_bfloat16: bool = True) -> Itera
     }
     mode = FakeTensorMode()  # before `is_available` is patched, so that it initialises no device
     with ExitStack() as stack:
+        stack.enter_context(patch.object(torch.cuda, "Event", FakeEvent))
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, _returning(answer)))
         # without this, autocast only warns, and the block runs in float32
@@ -57,6 +58,16 @@ def fake_cuda(*, free_bytes: int = 72 * GIB, has_bfloat16: bool = True) -> Itera
         )
         stack.enter_context(mode)
         yield
+
+
+class FakeEvent:
+    """Stands for an event of a GPU. To wait for it is to read a value."""
+
+    def record(self) -> None:
+        self._value = torch.zeros((), device="cuda")
+
+    def synchronize(self) -> None:
+        self._value.item()
 
 
 def _returning(answer: Any) -> Any:

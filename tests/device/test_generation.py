@@ -20,7 +20,7 @@ def test_rollouts_wait_once_per_token(observed: Observed) -> None:
 
 def test_a_step_on_rollouts_waits_once(observed: Observed) -> None:
     (wait,) = observed("on_policy_step")["waits_of_step"]
-    assert "step_gradients.py" in wait
+    assert "host_copies.py" in wait
 
 
 def test_the_loss_of_two_tokenizers_does_not_wait(observed: Observed) -> None:

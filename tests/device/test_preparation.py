@@ -45,7 +45,7 @@ def test_a_layer_choice_waits_once(observed: Observed) -> None:
 @pytest.mark.parametrize("case", FEATURE_STEPS)
 def test_a_step_with_feature_losses_waits_once(observed: Observed, case: str) -> None:
     (wait,) = observed(case)["waits"]
-    assert "step_gradients.py" in wait
+    assert "host_copies.py" in wait
 
 
 def test_a_step_of_the_teacher_adaptation_does_not_wait(observed: Observed) -> None:

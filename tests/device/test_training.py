@@ -14,7 +14,8 @@ STEPS = ("training_step", "seq2seq_step", "cached_step", "lora_step", "accumulat
 @pytest.mark.parametrize("case", STEPS)
 def test_a_training_step_waits_for_the_gpu_once(observed: Observed, case: str) -> None:
     (wait,) = observed(case)["waits"]
-    assert "step_gradients.py" in wait  # where the statistics of the step are read
+    assert "host_copies.py" in wait  # where the statistics are read
+    assert observed(case)["first_waits"] == []  # those of a step are read in the next one
 
 
 def test_rows_for_the_cache_are_copied_once_per_micro_batch(observed: Observed) -> None:
@@ -22,7 +23,7 @@ def test_rows_for_the_cache_are_copied_once_per_micro_batch(observed: Observed) 
     *copies, figures = seen["waits"]
     assert len(copies) == seen["num_pieces"]
     assert all("cached_teacher.py" in wait for wait in copies)
-    assert "step_gradients.py" in figures
+    assert "host_copies.py" in figures
 
 
 def test_layers_are_trained_in_bfloat16_with_float32_weights(observed: Observed) -> None:

@@ -80,9 +80,11 @@ def test_evaluations_take_a_small_share_of_the_time(
 def test_automatic_batches_grow_with_the_rows_on_a_gpu(
     device: str, num_tokens: int, num_processes: int, expected: int
 ) -> None:
-    how = {"device": device, "num_tokens": num_tokens, "num_processes": num_processes}
-    assert batch_tokens_of(Hyperparameters(), **how) == expected
-    assert batch_tokens_of(Hyperparameters(batch_tokens=64), **how) == 64
+    automatic, requested = (
+        batch_tokens_of(h, device=device, num_tokens=num_tokens, num_processes=num_processes)
+        for h in (Hyperparameters(), Hyperparameters(batch_tokens=64))
+    )
+    assert (automatic, requested) == (expected, 64)
 
 
 @pytest.mark.parametrize("micro_tokens", [None, 128, 200, 1_000])

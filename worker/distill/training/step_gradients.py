@@ -16,20 +16,37 @@ from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.training.feature_losses import Features, Terms
 from worker.distill.training.rollouts import MicroBatch
 from worker.distill.training.tied_embedding import sparse_embedding_grad
+from worker.host_copies import HostCopy
 
 
 @dataclass(frozen=True)
 class StepStats:
     """Counts and metrics of a whole step.
 
-    `values` has sums over targets, named like the arguments of MetricAverager.add, and the mean
-    feature losses. `norm` is the norm of all gradients together.
+    `sums` has sums over targets, named like the arguments of MetricAverager.add, and the mean
+    feature losses. The first one is that of the loss. `norm` is the norm of all gradients together.
+    Both are on the device.
     """
 
     num_targets: int
     num_tokens: int
-    values: dict[str, float]
-    norm: float
+    names: tuple[str, ...]
+    sums: Tensor
+    norm: Tensor
+    copy: HostCopy
+
+    @classmethod
+    def of(
+        cls, num_targets: int, num_tokens: int, names: tuple[str, ...], sums: Tensor, norm: Tensor
+    ) -> "StepStats":
+        """Begins to copy the sums and the norm to the CPU, so that they can be read later."""
+        copy = HostCopy.of(torch.cat([sums, norm[None]]))
+        return cls(num_targets, num_tokens, names, sums, norm, copy)
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """Returns the sums and the norm. The host waits until a GPU has computed the step."""
+        *values, norm = self.copy.read().tolist()
+        return dict(zip(self.names, values, strict=True)), norm
 
 
 @dataclass(frozen=True)
@@ -54,7 +71,7 @@ class Gradients:
         `pieces` are this rank's micro-batches, perhaps none. Every loss is divided by the targets
         of the whole step, so each token has the same weight in all micro-batches and ranks.
 
-        The host waits for a GPU once, when it reads the statistics of all micro-batches.
+        The host does not wait for a GPU. It waits when it reads the statistics.
         """
         counts = [
             sum(getattr(piece.batch, name) for piece in pieces)
@@ -74,10 +91,8 @@ class Gradients:
             totals += torch.stack([found[name].double() for name in names])
         self.ranks.sum_gradients(parameters)
         norm = gradient_norm(parameters).to(totals)
-        *own, norm_value = torch.cat([totals, norm[None]]).cpu().tolist()
-        summed = self.ranks.sum(*own)
-        values = dict(zip(names, summed, strict=True))
-        return StepStats(num_targets, num_tokens, values, norm_value)
+        totals = self.ranks.sum_tensor(totals)
+        return StepStats.of(num_targets, num_tokens, names, totals, norm)
 
     def _backward(
         self, piece: MicroBatch, objective: TokenObjective, num_targets: int
@@ -129,15 +144,25 @@ def gradient_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def clipped_step(optimizer: torch.optim.Optimizer, norm: float, max_norm: float) -> None:
-    """Runs a step of a fused optimizer that clips the gradients of norm `norm` to `max_norm`.
+def clipped_step(optimizer: torch.optim.Optimizer, stats: StepStats, max_norm: float) -> None:
+    """Runs a step of a fused optimizer that clips the gradients to the norm `max_norm`.
 
-    The optimizer scales the gradients itself. Clipping them first would be another pass over all of
-    them.
+    Nothing changes if the loss or the norm is not finite. The optimizer scales the gradients
+    itself. Clipping them first would be another pass over all of them.
     """
-    scale = None
-    if norm > max_norm:  # created on the device: a copy would wait for it
-        device = optimizer.param_groups[0]["params"][0].device
-        scale = torch.full((), norm / max_norm, dtype=torch.float32, device=device)
-    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    is_finite = torch.isfinite(stats.sums[0]) & torch.isfinite(stats.norm)
+    scale: Tensor | None = (stats.norm / max_norm).clamp(min=1.0).float()
+    found_inf: Tensor | None = (~is_finite).float()
+    if is_known(stats.norm):
+        if not is_finite:
+            return
+        found_inf = None
+        if stats.norm <= max_norm:
+            scale = None  # the optimizer is faster without
+    optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
     optimizer.step()
+
+
+def is_known(tensor: Tensor) -> bool:
+    """Returns whether the host can read a tensor without waiting for a GPU."""
+    return tensor.device.type == "cpu"

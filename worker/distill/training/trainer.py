@@ -6,8 +6,9 @@ fused loss.
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from worker.distill.training.inputs import TrainingInputs
 from worker.distill.training.layer_fitting import fit_student
 from worker.distill.training.lr_schedule import parameter_groups, peak_learning_rate, scheduled
 from worker.distill.training.rollouts import MicroBatch, Rollouts
-from worker.distill.training.step_gradients import Gradients, clipped_step
+from worker.distill.training.step_gradients import Gradients, StepStats, clipped_step
 from worker.distill.training.throughput import MetricAverager, Throughput
 from worker.errors import NanLoss
 from worker.protocol.run_lines import (
@@ -56,6 +57,15 @@ class Stopped(Exception):  # not an error, so its name has no such suffix
     @property
     def step(self) -> int:
         return int(self.args[0])
+
+
+@dataclass(frozen=True)
+class UnreadStep:
+    """A step whose figures the host has not read. `more` has metrics if they are reported."""
+
+    job_step: int
+    stats: StepStats
+    more: dict[str, float] | None
 
 
 class Trainer:
@@ -111,6 +121,7 @@ class Trainer:
         self.num_job_steps = state.first_step + self.total_steps + num_steps_after
         self._pace = Throughput(state, self.total_steps + num_steps_after)
         self._means, self._train_metrics = MetricAverager(), dict[str, float]()
+        self._unread: deque[UnreadStep] = deque()
         self._throttle = Throttle()
 
     def _plan_batches(self, h: Hyperparameters) -> None:
@@ -221,14 +232,8 @@ class Trainer:
         rate = scheduled(self.state.step, self.total_steps, peak=peak, warmup=h.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        sums = self.gradients.add(pieces, self._objective(), self._trained_parameters())
-        loss, norm = sums.values["loss_sum"] / sums.num_targets, sums.norm
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NanLoss(
-                f"loss {loss} with gradient norm {norm} at step {self.state.job_step}; lower the learning rate, or start "
-                "with forward_kl (the last checkpoint is usable)"
-            )
-        clipped_step(self.optimizer, norm, h.max_grad_norm)
+        stats = self.gradients.add(pieces, self._objective(), self._trained_parameters())
+        clipped_step(self.optimizer, stats, h.max_grad_norm)
         self.optimizer.zero_grad(set_to_none=True)
         num_batches = len(self.plan.epoch(self.state.epoch))
         is_border = self.state.batch + 1 == num_batches
@@ -236,15 +241,35 @@ class Trainer:
             step=self.state.step + 1,
             epoch=self.state.epoch + is_border,
             batch=0 if is_border else self.state.batch + 1,
-            trained_tokens=self.state.trained_tokens + sums.num_tokens,
+            trained_tokens=self.state.trained_tokens + stats.num_tokens,
         )
-        self._means.add(sums.num_targets, **sums.values)
-        self._pace.count(sums.num_tokens, seconds_left_out=self.rollouts.seconds)
+        self._pace.count(stats.num_tokens, seconds_left_out=self.rollouts.seconds)
+        more = None
         if self.state.step % max(1, self.total_steps // METRIC_POINTS) == 0:
-            self._train_metrics = self._means.take()
-            values = {**self._train_metrics, "learning_rate": rate, "grad_norm": norm}
-            self._tell_metrics(values | self.rollouts.take_metrics(self.state))
+            more = {"learning_rate": rate, **self.rollouts.take_metrics(self.state)}
+        self._unread.append(UnreadStep(self.state.job_step, stats, more))
+        self._read_steps(num_left=0 if self.setup.device == "cpu" else 1)
         self._tell()
+
+    def _read_steps(self, *, num_left: int = 0) -> None:
+        """Reads the figures of all steps but the newest `num_left`, and reports them.
+
+        The host prepares the next step while a GPU computes the last one, so it reads late.
+        """
+        while len(self._unread) > num_left:
+            step = self._unread.popleft()
+            values, norm = step.stats.read()
+            loss = values["loss_sum"] / step.stats.num_targets
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise NanLoss(
+                    f"loss {loss} with gradient norm {norm} at step {step.job_step - 1}; lower the learning rate, or start "
+                    "with forward_kl (the last checkpoint is usable)"
+                )
+            self._means.add(step.stats.num_targets, **values)
+            if step.more is not None:
+                self._train_metrics = self._means.take()
+                values = {**self._train_metrics, "grad_norm": norm, **step.more}
+                self._tell_metrics(values, step.job_step)
 
     @property
     def _projections(self) -> nn.Module | None:
@@ -254,6 +279,7 @@ class Trainer:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def _evaluate(self) -> None:
+        self._read_steps()
         held_out = self.measure()
         values = held_out.series()
         self._update(**self.rollouts.observe(self.state, held_out))
@@ -290,6 +316,7 @@ class Trainer:
         step = self.state.step
         if step == self._saved_step:
             return
+        self._read_steps()
         self._update(trained_seconds=self._pace.seconds)
         is_best = self.state.best_step == step
         setup = self.setup
@@ -323,9 +350,9 @@ class Trainer:
             CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=metrics)
         )
 
-    def _tell_metrics(self, values: dict[str, float]) -> None:
-        step, total = self.state.job_step, self.num_job_steps
-        self.sink(MetricsLine(step=step, total_steps=total, values=values))
+    def _tell_metrics(self, values: dict[str, float], job_step: int | None = None) -> None:
+        step = self.state.job_step if job_step is None else job_step
+        self.sink(MetricsLine(step=step, total_steps=self.num_job_steps, values=values))
 
     def _stop_if_asked(self) -> None:
         if self.setup.ranks.any(self.should_stop()):
