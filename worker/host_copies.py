@@ -33,7 +33,7 @@ class HostCopy:
         if tensor.device.type == "cpu":
             return cls(tensor, None)
         copy = tensor.to("cpu", non_blocking=True)  # into pinned memory
-        done = torch.cuda.Event()
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         done.record()
         return cls(copy, done)
 

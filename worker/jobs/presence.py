@@ -84,8 +84,7 @@ class Presence:
     def _run(self) -> None:
         self._path = profile_path(self._settings)
         self._profile = load_profile(self._path)
-        if not self._settings.num_processes:  # else the setting replaces `num_devices` of jobs
-            self._num_devices = len(visible_devices()) or None
+        self._num_devices = most_devices(self._settings)
         while True:
             self._measure_if_idle()
             self._beat()
@@ -170,6 +169,16 @@ class Presence:
             return
         save_profile(self._path, self._profile)
         log.info("machine_measured", **self._profile.model_dump())
+
+
+def most_devices(settings: Settings) -> int | None:
+    """Returns the most CUDA devices that a job may ask for, or None if it may ask for any number."""
+    if settings.num_processes:  # replaces the number of all jobs
+        return None
+    try:
+        return len(visible_devices()) or None
+    except (OSError, subprocess.SubprocessError):  # the next job will report it
+        return None
 
 
 def usable_memory_bytes() -> int:
