@@ -265,10 +265,10 @@ class StudentSweep:
             num_threads=state.num_threads,
             num_processes=state.num_processes,
             precision=state.precision,
+            batch_tokens=state.batch_tokens,
             inputs_sha256=state.inputs_sha256,
             finished=(*state.finished, entry),
             kept_layers=state.kept_layers,
-            batch_tokens=state.batch_tokens,
         )
         self.setup = replace(self.setup, resume_dir=None, best_dir=None)
 

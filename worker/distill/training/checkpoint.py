@@ -74,13 +74,13 @@ class TrainState(BaseModel):
     num_threads: int = 1
     num_processes: int = 1
     precision: Precision | None = None  # None: not recorded, as in older checkpoints
+    batch_tokens: int | None = None  # likewise
     inputs_sha256: str = ""
     num_fitted_layers: int = 0  # before the first step
     replay_phi: float = 0.0
     replay_loss: float | None = None  # held-out cross-entropy at the previous evaluation
     finished: tuple[dict[str, Any], ...] = ()  # Any: open-ended JSON
     kept_layers: tuple[KeptLayers, ...] | None = None
-    batch_tokens: int | None = None  # None: not recorded, as in older checkpoints
 
     @property
     def job_step(self) -> int:
