@@ -35,6 +35,7 @@ from worker.distill.training.checkpoint import file_sha256
 from worker.distill.training.devices import (
     CPU,
     Device,
+    Needs,
     Placement,
     needs_by_tokens,
     place,
@@ -137,31 +138,16 @@ class ModelPair:
     def _place(self, *, can_cache: bool) -> Placement:
         """Chooses a device and a dtype for the teacher.
 
-        The estimate is for the largest student of a ladder. Feature losses run the teacher at every
-        step, so they keep it on the student's device even if it may not fit.
+        Feature losses run the teacher at every step, so they keep it on the student's device even if
+        it may not fit.
         """
         if self.card.name == "cpu":
             return Placement(self.card)
-        block = self.spec.distillation
-        num_layers = max(block.student.ladder) if block.student.ladder else None
-        recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, block.student, num_layers)
-        h, has_rollouts = block.hyperparameters, bool(sources_of(block))
-        needs_of = needs_by_tokens(
-            self.card,
-            recipe,
-            self.student.config,
-            self.teacher.config,
-            can_cache=can_cache and not has_rollouts,  # rollouts are never in the row cache
-            row_tokens=h.max_sequence_tokens,
-        )
-        most_tokens = DEVICE_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
-        is_one_batch = h.batch_tokens != "auto" and h.batch_rows is None and not has_rollouts
+        h = self.spec.distillation.hyperparameters
 
-        def placed_with(batch_tokens: int) -> Placement:
+        def placed_with(micro_tokens: int) -> Placement:
             """Returns the placement for micro-batches of this size."""
-            longest = LONGEST_BATCH * batch_tokens if has_rollouts else batch_tokens
-            accumulates = not is_one_batch or batch_tokens < most_tokens
-            needs = needs_of(max(longest, h.max_sequence_tokens), accumulates)
+            needs = self.needs(micro_tokens, can_cache=can_cache)
             if not self.spec.has_teacher:
                 return place_alone(self.card, needs)
             placed = place(self.card, needs)
@@ -170,7 +156,32 @@ class ModelPair:
                 return Placement(self.card, "cuda", dtype, is_tight=True, has_checkpointing=True)
             return placed
 
+        most_tokens = DEVICE_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
         return place_largest(placed_with, most_tokens)
+
+    def needs(self, micro_tokens: int, *, can_cache: bool) -> Needs:
+        """Returns the estimated GPU memory with micro-batches of this size."""
+        block = self.spec.distillation
+        h, has_rollouts = block.hyperparameters, bool(sources_of(block))
+        tokens = max(micro_tokens * (LONGEST_BATCH if has_rollouts else 1), h.max_sequence_tokens)
+        is_divided = h.batch_tokens == "auto" or h.batch_rows is not None or has_rollouts
+        needs = self._needs_of(tokens, is_divided or micro_tokens < batch_tokens_of(h))
+        # rollouts are never in the row cache
+        return replace(needs, can_cache=can_cache and not has_rollouts)
+
+    @cached_property
+    def _needs_of(self) -> Callable[[int, bool], Needs]:
+        """See `needs_by_tokens`. The estimate is for the largest student of a ladder."""
+        block = self.spec.distillation
+        num_layers = max(block.student.ladder) if block.student.ladder else None
+        recipe = plan_student(self.spec.teacher_dir, self.spec.start_dir, block.student, num_layers)
+        return needs_by_tokens(
+            self.card,
+            recipe,
+            self.student.config,
+            self.teacher.config,
+            row_tokens=block.hyperparameters.max_sequence_tokens,
+        )
 
     @property
     def micro_tokens(self) -> int:

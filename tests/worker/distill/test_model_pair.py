@@ -62,3 +62,19 @@ def test_the_evaluation_takes_the_teacher_in_the_dtype_of_the_placement(
     ).result
     assert result["teacher"]["weights_bytes"] == 2 * result["teacher"]["num_parameters"]
     assert result["teacher"]["kl"] < 0.01
+
+
+@pytest.mark.parametrize(
+    ("batch_tokens", "block", "expected"),
+    [
+        ("auto", {}, 8_192),
+        (300, {}, 300),
+        ("auto", {"data": {"completions": "student"}}, 8_192),
+    ],
+)
+def test_a_card_with_room_takes_large_micro_batches(
+    make_spec: MakeSpec, batch_tokens: object, block: dict[str, object], expected: int
+) -> None:
+    pair = ModelPair(make_spec(block, batch_tokens=batch_tokens), "cuda", card=CARD)
+    assert pair.placement.micro_tokens == pair.micro_tokens == expected
+    assert ModelPair(pair.spec, "cpu").placement.micro_tokens is None

@@ -257,7 +257,7 @@ def needs_by_tokens(
     start: PretrainedConfig,
     teacher: PretrainedConfig,
     *,
-    can_cache: bool,
+    can_cache: bool = True,
     row_tokens: int = 512,
     source_share: float | None = None,
 ) -> Callable[[int, bool], Needs]:

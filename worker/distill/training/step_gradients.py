@@ -1,5 +1,6 @@
 """Gradient of a training step, summed over its micro-batches and over the ranks."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ class StepStats:
     """Counts and metrics of a whole step.
 
     `sums` has sums over targets, named like the arguments of MetricAverager.add, and the mean
-    feature losses. The first one is that of the loss. `norm` is the norm of all gradients together.
+    feature losses. The first one is `loss_sum`. `norm` is the norm of all gradients together.
     Both are on the device.
     """
 
@@ -150,15 +151,17 @@ def clipped_step(optimizer: torch.optim.Optimizer, stats: StepStats, max_norm: f
     Nothing changes if the loss or the norm is not finite. The optimizer scales the gradients
     itself. Clipping them first would be another pass over all of them.
     """
-    is_finite = torch.isfinite(stats.sums[0]) & torch.isfinite(stats.norm)
-    scale: Tensor | None = (stats.norm / max_norm).clamp(min=1.0).float()
-    found_inf: Tensor | None = (~is_finite).float()
+    scale: Tensor | None = None  # the optimizer is faster without
+    found_inf: Tensor | None = None
     if is_known(stats.norm):
-        if not is_finite:
+        values, norm = stats.read()
+        if not (math.isfinite(values["loss_sum"]) and math.isfinite(norm)):
             return
-        found_inf = None
-        if stats.norm <= max_norm:
-            scale = None  # the optimizer is faster without
+        if norm > max_norm:
+            scale = torch.tensor(norm / max_norm, dtype=torch.float32)
+    else:
+        scale = (stats.norm / max_norm).clamp(min=1.0).float()
+        found_inf = (~torch.isfinite(stats.sums[0] + stats.norm)).float()
     optimizer.grad_scale, optimizer.found_inf = scale, found_inf  # type: ignore[attr-defined]
     optimizer.step()
 
