@@ -43,6 +43,7 @@ class DeviceStudent:
     source_share: Share of the tokens that the encoder of an encoder-decoder reads. None if it is
         unknown: the share that needs most memory counts.
     has_frozen_encoder: The encoder keeps nothing for the backward pass.
+    trains_norms: False for LoRA. An RMS norm then keeps only its input.
     accumulates: A step may have several micro-batches. The gradients of the earlier ones then exist
         beside the activations of the next one.
     """
@@ -54,6 +55,7 @@ class DeviceStudent:
     row_tokens: int
     source_share: float | None = None
     has_frozen_encoder: bool = False
+    trains_norms: bool = True
     accumulates: bool = False
 
     @property
@@ -72,11 +74,13 @@ class DeviceStudent:
         """
         sizes, head = self.sizes, 4 * self.sizes.head_parameters * self.trains_head
         chunk = min(DEVICE_CHUNK_BYTES, 4 * sizes.vocab_size * batch_tokens)
-        kept = self.kept_bytes(
-            batch_tokens, has_autocast=has_autocast, has_checkpointing=has_checkpointing
-        )
+        num_complete = 1 if has_checkpointing else None
+        kept = self.kept_bytes(batch_tokens, has_autocast=has_autocast, num_complete=num_complete)
         # the loss keeps the gradient of the head, and backpropagation multiplies it
         start = kept + head + max(LOSS_CHUNKS * chunk, head)
+        if has_checkpointing:
+            again = self.kept_bytes(batch_tokens, has_autocast=has_autocast, num_complete=2)
+            start = max(start, again + head)
         end = 4 * self.num_trained
         if sizes.is_tied:  # the gradient of the embedding is added to that of the head
             end += head
@@ -85,13 +89,13 @@ class DeviceStudent:
         return self.resident_bytes + max(start, end)
 
     def kept_bytes(
-        self, batch_tokens: int, *, has_autocast: bool, has_checkpointing: bool = False
+        self, batch_tokens: int, *, has_autocast: bool, num_complete: int | None = None
     ) -> int:
         """Returns the bytes that a forward pass keeps for the backward pass.
 
         Autocast keeps a bfloat16 copy of every matrix of the layers. With activation checkpointing,
-        a layer keeps its input in float32. The last layer of each stack keeps everything, and so
-        does the layer that is run again.
+        only `num_complete` layers of each stack keep everything: the last one, and the one that is
+        run again. The others keep their input in float32.
         """
         sizes = self.sizes
         kinds = sizes.kinds * (len(sizes.stacks) // len(sizes.kinds))
@@ -102,21 +106,19 @@ class DeviceStudent:
             if is_encoder and self.has_frozen_encoder:
                 per_token.append(0)
                 continue
-            num_attentions = 1 if is_encoder or len(stacks) == 1 else 2
             layer = layer_bytes(
                 sizes,
                 kind,
                 has_autocast=has_autocast,
                 row_tokens=self.row_tokens,
-                num_attentions=num_attentions,
+                num_attentions=1 if is_encoder or len(stacks) == 1 else 2,
+                trains_norms=self.trains_norms,
             )
-            num_complete, num_inputs = stack.num_layers, 0
-            if has_checkpointing:
-                num_complete = min(stack.num_layers, 2)
-                num_inputs = stack.num_layers - 1
-            per_token.append(num_complete * layer + num_inputs * 4 * sizes.hidden_size)
-            copies += AUTOCAST_BYTES * stack.num_parameters * has_autocast
-        if len(stacks) > 1 and not has_checkpointing:
+            num = stack.num_layers if num_complete is None else min(stack.num_layers, num_complete)
+            num_inputs = 0 if num_complete is None else stack.num_layers - 1
+            per_token.append(num * layer + num_inputs * 4 * sizes.hidden_size)
+            copies += AUTOCAST_BYTES * stack.num_parameters * num // stack.num_layers * has_autocast
+        if len(stacks) > 1 and num_complete is None:
             # keys and values of all cross-attentions
             per_token[0] += stacks[-1][0].num_layers * _cross_bytes(
                 sizes, has_autocast=has_autocast
@@ -146,6 +148,7 @@ def layer_bytes(
     has_autocast: bool,
     row_tokens: int,
     num_attentions: int = 1,
+    trains_norms: bool = True,
 ) -> int:
     """Returns the bytes per token that a layer of a GPU keeps for the backward pass.
 
@@ -155,7 +158,7 @@ def layer_bytes(
     operations.
     """
     H, value = sizes.hidden_size, AUTOCAST_BYTES if has_autocast else 4
-    norm = 4 * H * (2 if kind.has_rms_norm else 1)
+    norm = 4 * H * (2 if kind.has_rms_norm and trains_norms else 1)
 
     def inputs(num_matrices: int) -> int:
         """Returns the bytes of a norm's result, as these matrices keep it."""
@@ -201,6 +204,7 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
         row_tokens=rows.longest_tokens,
         source_share=1 - min(1.0, rows.train_targets / max(1, rows.train_tokens)),
         has_frozen_encoder=job.block.student.freeze_encoder,
+        trains_norms=job.block.student.init != "lora",
         accumulates=h.batch_tokens == "auto" or h.batch_rows is not None,
     )
     tokens = max(job.batch_tokens, rows.longest_tokens)

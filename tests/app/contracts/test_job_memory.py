@@ -97,13 +97,14 @@ def test_held_out_prompts_that_are_answered_need_a_kv_cache() -> None:
 
 def test_a_student_on_a_gpu() -> None:
     job = planned(has_teacher=False)
-    # weights and moments; a bfloat16 copy of the layers; logits in 8 chunks, and the head's gradient
-    fixed = (4 + 8) * NUM_PARAMETERS + 2 * 4 * (208 + 384) + 8 * 4 * 100 * 100 + 4 * 800
+    # weights and moments; a bfloat16 copy of a layer; logits in 8 chunks, and the head's gradient
+    fixed = (4 + 8) * NUM_PARAMETERS + 2 * (208 + 384) + 8 * 4 * 100 * 100 + 4 * 800
     # Attention: the norm's input and result, three bfloat16 copies of it, queries, keys, values and
     # the result. MLP: the same norm, two copies, and four results of elementwise operations.
     layer = (2 * 4 * 8 + 3 * 2 * 8 + 2 * (8 + 4 + 4 + 8)) + (2 * 4 * 8 + 2 * 2 * 8 + 4 * 2 * 16)
-    # With activation checkpointing, two of the four layers keep everything and three their inputs.
-    activations = 100 * (2 * layer + 3 * 4 * 8 + 4 * 4 * 8)
+    # In the loss, with activation checkpointing, the last of four layers keeps everything and the
+    # others their inputs.
+    activations = 100 * (layer + 3 * 4 * 8 + 4 * 4 * 8)
     assert device_bytes(job, ROWS, has_bfloat16=True) == fixed + activations
 
 

@@ -279,6 +279,7 @@ def needs_by_tokens(
         row_tokens=row_tokens,
         source_share=source_share,
         has_frozen_encoder=recipe.freeze_encoder,
+        trains_norms=recipe.lora is None,
     )
     num_teacher = sum(p.numel() for p in bare_model(teacher).parameters())
     teacher_layer = max(

@@ -281,7 +281,7 @@ def test_a_requested_batch_is_divided_only_if_that_is_faster() -> None:
 
 def test_activations_are_recomputed_only_if_no_full_batch_fits_without() -> None:
     assert micro_tokens_on(46) == (1_024, False, False)
-    assert micro_tokens_on(44) == (4_096, True, False)
+    assert micro_tokens_on(44) == (8_192, True, False)
 
 
 def test_a_card_that_may_be_too_small_takes_the_smallest_micro_batches() -> None:
