@@ -97,18 +97,16 @@ class DeviceStudent:
         only `num_complete` layers of each stack keep everything: the last one, and the one that is
         run again. The others keep their input in float32.
         """
-        sizes = self.sizes
-        kinds = sizes.kinds * (len(sizes.stacks) // len(sizes.kinds))
-        stacks = list(zip(sizes.stacks, kinds, strict=True))
+        sizes, stacks = self.sizes, self.sizes.stacks
         per_token, copies = [], 0
-        for number, (stack, kind) in enumerate(stacks):
+        for number, stack in enumerate(stacks):
             is_encoder = number < len(stacks) - 1
             if is_encoder and self.has_frozen_encoder:
                 per_token.append(0)
                 continue
             layer = layer_bytes(
                 sizes,
-                kind,
+                sizes.kinds[min(number, len(sizes.kinds) - 1)],
                 has_autocast=has_autocast,
                 row_tokens=self.row_tokens,
                 num_attentions=1 if is_encoder or len(stacks) == 1 else 2,
@@ -120,9 +118,7 @@ class DeviceStudent:
             copies += AUTOCAST_BYTES * stack.num_parameters * num // stack.num_layers * has_autocast
         if len(stacks) > 1 and num_complete is None:
             # keys and values of all cross-attentions
-            per_token[0] += stacks[-1][0].num_layers * _cross_bytes(
-                sizes, has_autocast=has_autocast
-            )
+            per_token[0] += stacks[-1].num_layers * _cross_bytes(sizes, has_autocast=has_autocast)
         if len(stacks) == 1:
             kept = per_token[0]
         elif self.source_share is None:
