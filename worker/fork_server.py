@@ -12,17 +12,19 @@ that are left. It also ends when it has been idle for `IDLE_SECONDS`.
 from app.fast_imports import imports_done  # isort: split
 
 import contextlib
+import ctypes
 import importlib
 import os
 import selectors
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, NoReturn
 
 from pydantic import BaseModel
-from setproctitle import setproctitle
 
 # Imported here, so that the forked processes need not import them.
 import worker.import_model
@@ -164,8 +166,20 @@ def _become(request: RunRequest, output: int, errors: int) -> None:
     os.environ.update(request.environment)
     get_settings.cache_clear()
     sys.argv = [request.module, *request.arguments]
-    setproctitle(" ".join([sys.executable, "-m", *sys.argv]))
+    _show_command_line([sys.executable, "-m", *sys.argv])
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _show_command_line(words: Sequence[str]) -> None:
+    """Changes what `ps` and /proc show as the command line of this process.
+
+    The kernel shows the memory that held the arguments. The client reserves enough of it with a
+    last argument of spaces. A library for this is not used, because Celery would use it too.
+    """
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    text = "\0".join(words).encode()[: end - start - 1]
+    ctypes.memmove(start, text.ljust(end - start, b"\0"), end - start)
 
 
 def main() -> NoReturn:

@@ -37,6 +37,7 @@ LOAD_PREFIXES: Final = (
     "TORCH",
     "TRANSFORMERS_",
 )
+SPACE: Final = " " * 2000  # for the command lines of the runs
 START_SECONDS: Final = 120.0  # longest time that a server takes to start
 STOP_SECONDS: Final = 10.0
 
@@ -108,7 +109,7 @@ class RunStarter:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, "-m", "worker.fork_server", str(theirs.fileno())],
+                [sys.executable, "-m", "worker.fork_server", str(theirs.fileno()), SPACE],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=dict(environment),

@@ -59,7 +59,7 @@ def test_output_errors_and_status_are_those_of_a_new_process(tmp_path: Path) -> 
 def test_a_run_has_its_environment_title_and_session(tmp_path: Path) -> None:
     run = start_waiting(tmp_path)
     process = psutil.Process(run.pid)
-    wait_for(lambda: f"-m worker.train {tmp_path / 'spec'}" in " ".join(process.cmdline()))
+    wait_for(lambda: process.cmdline()[1:4] == ["-m", "worker.train", str(tmp_path / "spec")])
     assert os.getsid(run.pid) == run.pid
     assert run.poll() is None
     held = {os.readlink(f"/proc/{run.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{run.pid}/fd")}
