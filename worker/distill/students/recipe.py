@@ -20,9 +20,12 @@ from worker.distill.students.lora import ADAPTERS, add_lora, load_lora_tensors
 from worker.distill.students.width_pruning import narrow_config, sizes_of, slice_width
 from worker.errors import InvalidStudent, StudentTooDeep
 from worker.models.architectures import kind_of, layer_counts, model_class, read_config
+from worker.models.artifact_checks import read_safetensors_header
 
 # Of fewer layers, and of a T5's decoder, the first and the last ones are better (bench/LOG.md).
 LEAST_MEASURED_SHARE = 0.2
+# Names in safetensors files.
+FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,16 @@ class StudentRecipe:
             return build_fresh(
                 fresh_config(self.student.config, _tokenizer(self.tokenizer_dir)), seed=self.seed
             )
-        model = load_model(self.start_dir)
-        if self.layers is not None:
-            model = keep_layers(model, self.layers, self.encoder_layers)
         if self.student.init == "width":
+            model = load_model(self.start_dir)
+            if self.layers is not None:
+                model = keep_layers(model, self.layers, self.encoder_layers)
             return slice_width(model, sizes_of(self.student, model.config), self.calibration)
-        return model
+        if self.layers is None:
+            return load_model(self.start_dir)
+        # weights in the dtype of their files are mapped: only the kept layers take memory
+        start = load_model(self.start_dir, stored_dtype(self.start_dir) or torch.float32)
+        return keep_layers(start, self.layers, self.encoder_layers)
 
 
 def plan_student(
@@ -150,6 +157,16 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     return model.eval()
 
 
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """Returns the dtype of all weights in a folder, or None if they have several or another kind."""
+    names = {
+        tensor.dtype
+        for path in folder.glob("*.safetensors")
+        for tensor in read_safetensors_header(path).values()
+    }
+    return FLOAT_DTYPES.get(names.pop()) if len(names) == 1 else None
+
+
 def load_student(
     recipe: StudentRecipe,
     resume_dir: Path | None,
@@ -157,12 +174,13 @@ def load_student(
     seed: int,
     matmul_dtype: torch.dtype = torch.float32,
     has_checkpointing: bool = False,
+    frozen_dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Returns the student ready for training: untrained, or from the checkpoint in `resume_dir`.
 
     Adapters are added and parts that are not trained are frozen. `matmul_dtype` is the dtype in which
     linear layers other than the head multiply on a CPU. `has_checkpointing` switches activation
-    checkpointing on.
+    checkpointing on. `frozen_dtype` is the dtype of weights with adapters.
     """
     # A checkpoint's model folder has the adapters merged in, so a LoRA student is built anew.
     if resume_dir is None or recipe.lora is not None:
@@ -171,7 +189,7 @@ def load_student(
         model = load_model(resume_dir / "model")
     prepare_for_training(model, dtype=matmul_dtype, exact=model.get_output_embeddings())
     if recipe.lora is not None:
-        add_lora(model, recipe.lora, seed=seed)
+        add_lora(model, recipe.lora, seed=seed, base_dtype=frozen_dtype)
         if resume_dir is not None:
             load_lora_tensors(model, load_file(resume_dir / ADAPTERS))
     if recipe.freeze_head:

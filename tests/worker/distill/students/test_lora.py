@@ -3,12 +3,19 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from app.contracts.distillation import Lora
 from worker.cpu.linear_ops import pack_weights, use_onednn
-from worker.distill.students.lora import add_lora, load_lora_tensors, lora_tensors, merged
+from worker.distill.students.lora import (
+    add_lora,
+    load_lora_tensors,
+    lora_tensors,
+    merged,
+    saved_bytes,
+)
 from worker.distill.students.recipe import load_model
 from worker.errors import CorruptCheckpoint
 from worker.models.architectures import layer_counts
@@ -144,3 +151,42 @@ def test_a_model_without_adapters_is_merged_already(tiny_llama_dir: Path) -> Non
     before = run(model)
     with merged(model) as plain:
         assert torch.equal(run(plain), before)
+
+
+HEADER_BYTES = 2**16
+LOWERED = ("llama", "gpt2", "t5")
+
+
+@pytest.mark.parametrize("family", LOWERED)
+@torch.no_grad()
+def test_lowered_weights_compute_under_autocast_what_float32_weights_do(
+    request: pytest.FixtureRequest, family: str
+) -> None:
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(request, family)
+        add_lora(model, RANK_4, seed=0, base_dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(run(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("family", LOWERED)
+@torch.no_grad()
+def test_a_student_with_lowered_weights_runs_without_autocast_and_is_merged_in_float32(
+    request: pytest.FixtureRequest, family: str, tmp_path: Path
+) -> None:
+    model = load(request, family)
+    add_lora(model, RANK_4, seed=0, base_dtype=torch.bfloat16)
+    for tensor in lora_tensors(model).values():
+        assert tensor.dtype == torch.float32
+        tensor.normal_(0.0, 0.05)
+    before = run(model)
+    with merged(model) as plain:
+        torch.testing.assert_close(run(plain), before, rtol=0.1, atol=0.1 * float(before.std()))
+        plain.save_pretrained(tmp_path)
+    assert torch.equal(run(model), before)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    # the adapters are counted too
+    assert (tmp_path / "model.safetensors").stat().st_size <= saved_bytes(model) + HEADER_BYTES
