@@ -6,6 +6,10 @@ An adapted layer keeps its name and its weight, and gets two small parameters. I
 by one whose forward pass adds scale * B A x. Optimizers, checkpoints and the oneDNN layers
 therefore need no special treatment.
 
+Adapted weights are frozen, so on a GPU they can have the dtype of autocast. A step computes the
+same with them as with float32 weights, which autocast would round at every use. The adapters are
+always float32.
+
 The `peft` package is not used because it renames every layer. It also unmerges adapters by
 subtraction, which does not restore the exact weights.
 
@@ -41,7 +45,12 @@ class Adapted(nn.Module):
     lora_scale: float
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = super().forward(x)
+        device = x.device.type
+        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(device):
+            out: Tensor = super().forward(x)
+        else:  # outside of the training step, such as in rollouts
+            with torch.autocast(device, self.weight.dtype):
+                out = super().forward(x).to(x.dtype)
         return out + self.lora_scale * linear(linear(x, self.lora_a_RI), self.lora_b_OR)
 
     def delta_like_weight(self) -> Tensor:
@@ -62,25 +71,29 @@ class LoraConv1D(Adapted, OneDnnConv1D):
     plain = OneDnnConv1D
 
 
-def add_lora(model: PreTrainedModel, lora: Lora, *, seed: int) -> None:
+def add_lora(
+    model: PreTrainedModel, lora: Lora, *, seed: int, base_dtype: torch.dtype = torch.float32
+) -> None:
     """Adds adapters to every linear layer inside the model's layers, and freezes all else.
 
-    The head gets no adapters. B is initially zero, so the model's outputs do not change.
+    The head gets no adapters. B is initially zero, so the model's outputs do not change. The adapted
+    weights are rounded to `base_dtype`, and biases stay as they are.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     stacks = tuple(f"{prefix}." for prefix in layer_stacks(model))
     for name, module in model.named_modules():
         if name.startswith(stacks) and isinstance(module, nn.Linear | Conv1D):
-            _adapt(module, lora, generator)
+            _adapt(module, lora, generator, base_dtype)
 
 
 @contextmanager
 def merged(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Context manager that merges the adapters into the weights, to save or serve the model.
 
-    On exit the original weights and adapters are restored exactly. A copy of the adapted weights
-    is kept meanwhile, which needs as much memory again. A model without adapters is unchanged.
+    On exit the original weights and adapters are restored exactly. Merged weights are float32,
+    whatever the dtype of the original ones, which are kept meanwhile. A model without adapters is
+    unchanged.
     """
     layers = [module for module in model.modules() if isinstance(module, Adapted)]
     weights = [layer.weight.data for layer in layers]
@@ -108,6 +121,13 @@ def lora_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
+def saved_bytes(model: PreTrainedModel) -> int:
+    """Returns the size of the model's file, whose merged weights are float32."""
+    lowered = [module.weight for module in model.modules() if isinstance(module, Adapted)]
+    added = sum(weight.numel() * torch.float32.itemsize - weight.nbytes for weight in lowered)
+    return added + sum(parameter.nbytes for parameter in model.parameters())
+
+
 @torch.no_grad()
 def load_lora_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
     """Copies saved adapters into a model that `add_lora` has prepared.
@@ -123,13 +143,17 @@ def load_lora_tensors(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> 
         tensor.copy_(tensors[name])
 
 
-def _adapt(module: Any, lora: Lora, generator: torch.Generator) -> None:  # Any: Conv1D is untyped
+def _adapt(
+    module: Any, lora: Lora, generator: torch.Generator, base_dtype: torch.dtype
+) -> None:  # Any: Conv1D is untyped
     layer: type[Adapted] = LoraConv1D if isinstance(module, Conv1D) else LoraLinear
     weight: Tensor = module.weight
     O, I = weight.t().shape if isinstance(module, Conv1D) else weight.shape  # noqa: E741
     a_RI = torch.empty(lora.rank, I)
     nn.init.kaiming_uniform_(a_RI, a=math.sqrt(5), generator=generator)
+    b_OR = weight.new_zeros(O, lora.rank, dtype=torch.float32)
     module.__class__ = layer
-    module.register_parameter("lora_a_RI", nn.Parameter(a_RI.to(weight)))
-    module.register_parameter("lora_b_OR", nn.Parameter(weight.new_zeros(O, lora.rank)))
+    module.register_parameter("lora_a_RI", nn.Parameter(a_RI.to(weight.device)))
+    module.register_parameter("lora_b_OR", nn.Parameter(b_OR))
+    module.weight.data = weight.to(base_dtype)
     module.lora_scale = lora.alpha / lora.rank

@@ -123,6 +123,7 @@ class Trainer:
             seed=setup.seed,
             matmul_dtype=setup.matmul_dtype,
             has_checkpointing=setup.placement.has_checkpointing,
+            frozen_dtype=setup.autocast or torch.float32,
         )
         self.model = model.to(setup.device)
         self.head = replace(head_of(self.model, setup.num_tokens), body_dtype=setup.matmul_dtype)
