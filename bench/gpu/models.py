@@ -1,6 +1,7 @@
 """Models with random weights, their tokenizer, rows of a given length, and specs of runs."""
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -87,9 +88,9 @@ def write_rows(path: Path, tokenizer: Any, num_rows: int, row_tokens: int, seed:
     def text() -> str:
         """Returns random words with at most `num_tokens` tokens."""
         chosen = random.choices(words, k=num_tokens)
-        ids = tokenizer(" ".join(chosen), add_special_tokens=False)["input_ids"][:num_tokens]
-        found: str = tokenizer.decode(ids).strip()
-        return found
+        lengths = [len(ids) for ids in tokenizer([f" {word}" for word in chosen])["input_ids"]]
+        num_words = sum(total <= num_tokens for total in accumulate(lengths))
+        return " ".join(chosen[:num_words])
 
     rows = [{"prompt": text(), "completion": text()} for _ in range(num_rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
