@@ -22,7 +22,10 @@ CHECKPOINT_BYTES = 6 * MIB  # tokenizer, state and manifest of a checkpoint
 
 @dataclass(frozen=True)
 class DeviceStudent:
-    """Numbers of a student on a GPU, and the size of the teacher's LM head beside it."""
+    """Numbers of a student on a GPU, and the size of the teacher's LM head beside it.
+
+    num_lowered: Parameters with LoRA adapters, which are kept in bfloat16.
+    """
 
     num_parameters: int
     num_trained: int
@@ -32,6 +35,7 @@ class DeviceStudent:
     hidden_size: int
     layer_values: int
     num_teacher_head: int
+    num_lowered: int = 0
 
     def activation_bytes(self, batch_tokens: int, *, has_autocast: bool) -> int:
         """Returns the bytes that all layers keep for the backward pass."""
@@ -59,13 +63,15 @@ def device_student_bytes(student: DeviceStudent, *, batch_tokens: int, has_autoc
     """Returns the GPU memory of a student in training.
 
     4 bytes per parameter, 12 more if it is trained (gradient and the two moments of AdamW), and 2
-    for the copy made by autocast. Added to these are the activations kept for the backward and the
-    LM head's second gradient. The loss adds its chunks, and the teacher's LM head in float32.
+    for the copy made by autocast. Parameters with LoRA adapters have 2 bytes and no copy. Added to
+    these are the activations kept for the backward and the LM head's second gradient. The loss adds
+    its chunks, and the teacher's LM head in float32.
 
     Attention scores are not counted, because fused attention does not keep them.
     """
-    total = 4 * student.num_parameters + 12 * student.num_trained
-    total += AUTOCAST_BYTES * student.num_parameters * has_autocast
+    num_full = student.num_parameters - student.num_lowered
+    total = 4 * num_full + AUTOCAST_BYTES * student.num_lowered + 12 * student.num_trained
+    total += AUTOCAST_BYTES * num_full * has_autocast
     total += 4 * student.num_trained_head + LOSS_BYTES + 4 * student.num_teacher_head
     return total + student.activation_bytes(batch_tokens, has_autocast=has_autocast)
 
@@ -93,6 +99,7 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
         hidden_size=sizes.hidden_size,
         layer_values=layer_values(sizes.hidden_size, sizes.mlp_size),
         num_teacher_head=job.teacher.head_parameters if job.has_teacher else 0,
+        num_lowered=num_lowered(job) if has_bfloat16 else 0,
     )
     tokens = max(job.batch_tokens, rows.longest_tokens)
     student_bytes = device_student_bytes(student, batch_tokens=tokens, has_autocast=has_bfloat16)
@@ -106,11 +113,20 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
     return student_bytes + teacher_bytes if job.keeps_teacher else max(student_bytes, teacher_bytes)
 
 
+def num_lowered(job: PlannedJob) -> int:
+    """Returns the parameters of the largest student that a GPU with bfloat16 keeps in bfloat16.
+
+    They are those of the layers if the job trains LoRA adapters. The few norms count, too.
+    """
+    is_lora = job.block.student.init == "lora"
+    return job.students[-1].layer_parameters if is_lora else 0
+
+
 def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
     """Returns the GPU memory without which a job cannot run: that of its largest student.
 
-    Counts float32 weights, gradients and moments, and for one batch the inputs of the layers, which
-    activation checkpointing keeps. The teacher can run on the CPU, and the chunks of the loss can
+    Counts weights, gradients and moments, and for one batch the inputs of the layers, which
+    activation checkpointing keeps. Weights are float32, with LoRA adapters bfloat16. The teacher can run on the CPU, and the chunks of the loss can
     be smaller than usual. A batch is at least half full unless a single row is longer. A token
     passes through only one stack of an encoder-decoder, perhaps a frozen one, so activations are
     left out there.
@@ -119,7 +135,8 @@ def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
     num_layers = sizes.num_layers if len(sizes.stacks) == 1 else 0
     tokens = max(min(job.batch_tokens, rows.train_tokens) // 2, rows.longest_tokens)
     per_token = 4 * num_layers * sizes.hidden_size
-    return sizes.num_bytes + 12 * trained + tokens * per_token
+    weights = sizes.num_bytes - (4 - AUTOCAST_BYTES) * num_lowered(job)
+    return weights + 12 * trained + tokens * per_token
 
 
 def cpu_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int:

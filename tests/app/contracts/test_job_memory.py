@@ -103,6 +103,20 @@ def test_a_student_on_a_gpu() -> None:
     assert device_bytes(job, ROWS, has_bfloat16=True) == student + activations
 
 
+def test_weights_with_adapters_are_kept_in_bfloat16_on_a_gpu() -> None:
+    rank, width = 16, 10
+    stack = LayerStack(4, 208, 384, width)
+    job = planned(has_teacher=False, student={"init": "lora"})
+    job = replace(job, start=replace(TINY, stacks=(stack,)))
+    adapters = rank * 4 * width
+    activations = 100 * (2 * LAYER * 2 + 3 * 4 * 8)
+    student = 2 * 4 * (208 + 384) + (4 + 2) * (8 + 800) + 12 * adapters + LOSS_BYTES
+    assert device_bytes(job, ROWS, has_bfloat16=True) == student + activations
+    inputs = 50 * 4 * 4 * 8
+    least = 2 * 4 * (208 + 384) + 4 * (8 + 800) + 12 * adapters + inputs
+    assert least_device_bytes(job, ROWS) == least
+
+
 def test_the_least_memory_of_a_gpu_is_that_of_weights_moments_and_half_a_batch() -> None:
     input_bytes = 4 * 4 * 8  # per token, of four layers
     least = (4 + 12) * NUM_PARAMETERS + 50 * input_bytes

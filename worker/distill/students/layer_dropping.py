@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -55,43 +54,15 @@ def rebuild(
     """Returns a float32 model of the teacher's class with this configuration and these weights.
 
     The class is the teacher's own because there is no auto class for EncoderDecoderModel. Weights
-    are converted one at a time, and memory that is not initialised is not resident. So the student
-    needs only its own memory beside the teacher's.
+    of other dtypes are converted one at a time.
     """
-    config.dtype = torch.float32
-    with no_init_weights():
-        student: PreTrainedModel = type(teacher)(config)
+    with no_init_weights():  # all weights are replaced
+        student: PreTrainedModel = type(teacher)(config).float()
     student.tie_weights()
     _untie_head_like(teacher, student)
-    _fill(student, weights)
+    student.load_state_dict(weights)
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
-
-
-@torch.no_grad()
-def _fill(student: PreTrainedModel, weights: dict[str, Tensor]) -> None:
-    """Gives the student's parameters and buffers copies of these weights, in float32.
-
-    Tied parameters stay tied. The last of their names decides, as in `load_state_dict`.
-    """
-    if weights.keys() != student.state_dict().keys():
-        differing = sorted(weights.keys() ^ student.state_dict().keys())
-        raise ValueError(f"the weights do not belong to the model: {', '.join(differing[:3])}")
-    names = {
-        parameter: name for name, parameter in student.named_parameters(remove_duplicate=False)
-    }
-    filled: dict[Tensor | None, nn.Parameter | None] = {None: None}
-    for prefix, module in student.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter not in filled:
-                assert parameter is not None
-                values = weights[names[parameter]].to(torch.float32, copy=True)
-                assert values.shape == parameter.shape
-                filled[parameter] = nn.Parameter(values.contiguous(), parameter.requires_grad)
-            module._parameters[name] = filled[parameter]
-        for name, buffer in module._buffers.items():
-            if buffer is not None and f"{prefix}.{name}" in weights:
-                buffer.copy_(weights[f"{prefix}.{name}"])
 
 
 def layer_stacks(model: PreTrainedModel) -> list[str]:

@@ -6,9 +6,9 @@ An adapted layer keeps its name and its weight, and gets two small parameters. I
 by one whose forward pass adds scale * B A x. Optimizers, checkpoints and the oneDNN layers
 therefore need no special treatment.
 
-Adapted weights are frozen, so on a GPU they can have the dtype of autocast. A step computes the
-same with them as with float32 weights, which autocast would round at every use. The adapters are
-always float32.
+Adapted weights are frozen, so on a GPU they can have the dtype of autocast. A step gives the same
+results with them as with float32 weights, which autocast would round at every use. All other
+parameters, including the adapters, are float32.
 
 The `peft` package is not used because it renames every layer. It also unmerges adapters by
 subtraction, which does not restore the exact weights.
@@ -19,6 +19,7 @@ R rank, I input features, O output features.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -46,11 +47,14 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
-        if x.dtype == self.weight.dtype or torch.is_autocast_enabled(device):
-            out: Tensor = super().forward(x)
-        else:  # outside of the training step, such as in rollouts
-            with torch.autocast(device, self.weight.dtype):
-                out = super().forward(x).to(x.dtype)
+        if self.weight.dtype == self.lora_a_RI.dtype or torch.is_autocast_enabled(device):
+            return self._adapted(x)
+        # outside of the training step, such as in rollouts
+        with torch.autocast(device, self.weight.dtype):
+            return self._adapted(x).to(x.dtype)
+
+    def _adapted(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
         return out + self.lora_scale * linear(linear(x, self.lora_a_RI), self.lora_b_OR)
 
     def delta_like_weight(self) -> Tensor:
@@ -77,7 +81,7 @@ def add_lora(
     """Adds adapters to every linear layer inside the model's layers, and freezes all else.
 
     The head gets no adapters. B is initially zero, so the model's outputs do not change. The adapted
-    weights are rounded to `base_dtype`, and biases stay as they are.
+    weights are rounded to `base_dtype`. All other parameters and buffers become float32.
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -85,22 +89,25 @@ def add_lora(
     for name, module in model.named_modules():
         if name.startswith(stacks) and isinstance(module, nn.Linear | Conv1D):
             _adapt(module, lora, generator, base_dtype)
+    adapted = {module.weight for module in model.modules() if isinstance(module, Adapted)}
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point() and tensor not in adapted:
+            tensor.data = tensor.data.float()
 
 
 @contextmanager
 def merged(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Context manager that merges the adapters into the weights, to save or serve the model.
 
-    On exit the original weights and adapters are restored exactly. Merged weights are float32,
-    whatever the dtype of the original ones, which are kept meanwhile. A model without adapters is
-    unchanged.
+    On exit the original weights and adapters are restored exactly. Merged weights are float32
+    and on the CPU, because a GPU may have no room for them. A model without adapters is unchanged.
     """
     layers = [module for module in model.modules() if isinstance(module, Adapted)]
     weights = [layer.weight.data for layer in layers]
     adapters = [[layer._parameters[name] for name in NAMES] for layer in layers]
     try:
         for layer in layers:
-            layer.weight.data = layer.weight.data + layer.delta_like_weight().detach()
+            layer.weight.data = (layer.weight.data + layer.delta_like_weight().detach()).cpu()
             for name in NAMES:
                 del layer._parameters[name]
             layer.__class__ = layer.plain

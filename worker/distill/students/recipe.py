@@ -13,12 +13,13 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from app.contracts.distillation import Lora, Student
 from worker.cpu import prepare_for_training
+from worker.distill.losses.lm_head import load_head
 from worker.distill.students.activation_checkpointing import checkpoint_activations
 from worker.distill.students.fresh import build_fresh, fresh_config
 from worker.distill.students.layer_dropping import first_and_last, keep_layers
 from worker.distill.students.lora import ADAPTERS, add_lora, load_lora_tensors
 from worker.distill.students.width_pruning import narrow_config, sizes_of, slice_width
-from worker.errors import InvalidStudent, StudentTooDeep
+from worker.errors import InvalidStudent, StudentTooDeep, UnsupportedModel
 from worker.models.architectures import kind_of, layer_counts, model_class, read_config
 from worker.models.artifact_checks import read_safetensors_header
 
@@ -79,16 +80,16 @@ class StudentRecipe:
             return build_fresh(
                 fresh_config(self.student.config, _tokenizer(self.tokenizer_dir)), seed=self.seed
             )
-        if self.student.init == "width":
-            model = load_model(self.start_dir)
-            if self.layers is not None:
-                model = keep_layers(model, self.layers, self.encoder_layers)
-            return slice_width(model, sizes_of(self.student, model.config), self.calibration)
         if self.layers is None:
-            return load_model(self.start_dir)
-        # weights in the dtype of their files are mapped: only the kept layers take memory
-        start = load_model(self.start_dir, stored_dtype(self.start_dir) or torch.float32)
-        return keep_layers(start, self.layers, self.encoder_layers)
+            model = load_model(self.start_dir)
+        else:
+            # weights in the dtype of their files are mapped: only the kept layers take memory
+            start = load_model(self.start_dir, stored_dtype(self.start_dir) or torch.float32)
+            model = keep_layers(start, self.layers, self.encoder_layers)
+            del start
+        if self.student.init == "width":
+            return slice_width(model, sizes_of(self.student, model.config), self.calibration)
+        return model
 
 
 def plan_student(
@@ -183,7 +184,9 @@ def load_student(
     checkpointing on. `frozen_dtype` is the dtype of weights with adapters.
     """
     # A checkpoint's model folder has the adapters merged in, so a LoRA student is built anew.
-    if resume_dir is None or recipe.lora is not None:
+    if recipe.lora is not None and stored_dtype(recipe.start_dir) == frozen_dtype:
+        model = load_model(recipe.start_dir, frozen_dtype)
+    elif resume_dir is None or recipe.lora is not None:
         model = recipe.build()
     else:
         model = load_model(resume_dir / "model")
@@ -294,12 +297,11 @@ def _freezes_encoder(
 
 
 def _have_one_head(one: Path, other: Path) -> bool:
-    heads = [load_model(folder).get_output_embeddings() for folder in (one, other)]
-    if any(head is None for head in heads):
+    try:
+        weights = [load_head(folder).weight_VH for folder in (one, other)]
+    except UnsupportedModel:  # at least one model has no head that could be compared
         return False
-    return heads[0].weight.shape == heads[1].weight.shape and bool(
-        torch.equal(heads[0].weight, heads[1].weight)
-    )
+    return torch.equal(*weights)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -18,6 +18,7 @@ from app.contracts.job_memory import DeviceStudent, device_student_bytes
 from app.contracts.job_memory import layer_values as values_per_token
 from worker.cpu import HAS_FAST_BFLOAT16
 from worker.distill.students.layer_dropping import cut_config
+from worker.distill.students.lora import add_lora
 from worker.distill.students.recipe import StudentRecipe, freeze_encoder, freeze_head
 from worker.distill.students.width_pruning import narrow_config, sizes_of
 from worker.models.architectures import bare_model, layer_counts
@@ -199,19 +200,23 @@ def find_needs(
         freeze_head(student)
     if recipe.freeze_encoder:
         freeze_encoder(student)
-    counts = [(p.numel(), p.requires_grad and recipe.lora is None) for p in student.parameters()]
+    num_lowered = 0
+    if recipe.lora is not None:
+        add_lora(student, recipe.lora, seed=0, base_dtype=device.autocast or torch.float32)
+        num_lowered = sum(p.numel() for p in student.parameters() if p.dtype != torch.float32)
+    parameters = list(student.parameters())
     head = student.get_output_embeddings().weight
-    is_head_trained = head.requires_grad and recipe.lora is None
     big = bare_model(teacher)
     needed = DeviceStudent(
-        num_parameters=sum(n for n, _ in counts),
-        num_trained=sum(n for n, is_trained in counts if is_trained),
-        num_trained_head=head.numel() if is_head_trained else 0,
+        num_parameters=sum(p.numel() for p in parameters),
+        num_trained=sum(p.numel() for p in parameters if p.requires_grad),
+        num_trained_head=head.numel() if head.requires_grad else 0,
         num_layers=sum(layer_counts(student.config)),
         num_stacks=sum(num_layers > 0 for num_layers in layer_counts(student.config)),
         hidden_size=hidden_size(student.config),
         layer_values=layer_values(student.config),
         num_teacher_head=big.get_output_embeddings().weight.numel(),
+        num_lowered=num_lowered,
     )
     has_autocast = device.autocast is not None
     return Needs(

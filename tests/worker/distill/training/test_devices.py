@@ -12,7 +12,7 @@ from worker.distill.forward.hidden_states import autocast
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import fused_distillation_loss
 from worker.distill.losses.lm_head import Head, TeacherRows
-from worker.distill.students.recipe import StudentRecipe, plan_student
+from worker.distill.students.recipe import StudentRecipe, load_student, plan_student
 from worker.distill.training.devices import (
     GIB,
     Device,
@@ -227,7 +227,7 @@ def test_what_is_frozen_needs_no_moments_and_autocast_keeps_a_copy(tiny_llama_di
         for device, student in [
             (Device("cuda"), Student(init="layers", num_layers=2, freeze_head=False)),
             (Device("cuda"), Student(init="layers", num_layers=2, freeze_head=True)),
-            (Device("cuda"), Student(init="lora")),
+            (Device("cuda"), Student(init="lora", lora=Lora(rank=1))),
         ]
     )
     head = config.vocab_size * config.hidden_size
@@ -237,6 +237,21 @@ def test_what_is_frozen_needs_no_moments_and_autocast_keeps_a_copy(tiny_llama_di
     new = find_needs(NEW_CARD, recipe, config, config, batch_tokens=0, can_cache=True).student_bytes
     old = find_needs(OLD_CARD, recipe, config, config, batch_tokens=0, can_cache=True).student_bytes
     assert new - old == 2 * sum(p.numel() for p in recipe.build().parameters())
+
+
+def test_weights_with_adapters_need_two_bytes_under_autocast(tiny_llama_dir: Path) -> None:
+    config = read_config(tiny_llama_dir)
+    recipe = plan_student(tiny_llama_dir, tiny_llama_dir, Student(init="lora"))
+    new, old = (
+        find_needs(card, recipe, config, config, batch_tokens=0, can_cache=True).student_bytes
+        for card in (NEW_CARD, OLD_CARD)
+    )
+    student = load_student(recipe, None, seed=0, frozen_dtype=torch.bfloat16)
+    lowered, full = (
+        sum(p.numel() for p in student.parameters() if p.dtype == dtype)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert new - old == 2 * full - 2 * lowered
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart", "encoder-decoder"])
