@@ -1,10 +1,10 @@
-"""What a GPU achieves: its tests, training steps, memory, a whole run, and peers that are installed.
+"""Checks a GPU: tests, training steps, memory, a whole run, and other libraries if installed.
 
     .venv/bin/python bench/gpu_check.py [--json FILE] [--part NAME ...] [--toy] [--work FOLDER]
 
 `make gpu-check` runs it, in about ten minutes. Weights are random, and nothing is downloaded. The exit status is 0 if
-all figures are within their bounds (bench/gpu/thresholds.py), 1 if some are not, and 2 without a GPU, so that nobody
-takes that for a check that passed. `--toy` runs every part at toy sizes on a CPU, without bounds on speed.
+all figures are within their bounds (bench/gpu/thresholds.py), 1 if one is not or a part failed, and 2 without a GPU, so
+that nobody takes that for a check that passed. `--toy` runs every part at toy sizes on a CPU, without bounds on speed.
 """
 
 import argparse
@@ -21,14 +21,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from bench.children import ROOT
 from bench.gpu.engines import compare_services, measure_engine
 from bench.gpu.losses import measure_losses
+from bench.gpu.memory import release
 from bench.gpu.models import Json, save_models
 from bench.gpu.peak_speed import measured_tflops, peak_tflops
 from bench.gpu.scaling import measure_scaling
-from bench.gpu.sizes import FULL, TOY
+from bench.gpu.sizes import FULL, TOY, Sizes
 from bench.gpu.steps import measure_steps
 from bench.gpu.thresholds import checks_of
 from bench.gpu.trl_step import measure_trl
@@ -47,7 +49,7 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     device = find_device()
     if device.name == "cpu" and not arguments.toy:
-        print("no CUDA device here: nothing was checked")
+        print("there is no CUDA device, so nothing was checked")
         return NO_GPU
     report: Json = {
         "card": device.card or "CPU",
@@ -81,6 +83,7 @@ def parse() -> argparse.Namespace:
 
 def measure(work: Path, device: Device, arguments: argparse.Namespace) -> Json:
     """Runs each part, prints its figures, and goes on if one fails. `failed` has the errors."""
+    disable_progress_bar()
     sizes = TOY if arguments.toy else FULL
     dtype = device.autocast or torch.float32
     measured = measured_tflops(device.name, dtype, is_toy=arguments.toy)
@@ -97,19 +100,21 @@ def measure(work: Path, device: Device, arguments: argparse.Namespace) -> Json:
         "trl": lambda: measure_trl(work / "trl", folders, sizes, device.name),
         "engine": lambda: measure_engine(student, sizes, device.name),
         "services": lambda: compare_services(work, student, sizes),
-        "scaling": lambda: scale(work / "scaling", student, sizes.is_toy, device),
+        "scaling": lambda: scale(work / "scaling", student, sizes),
     }
     report: Json = {"measured_tflops": round(measured, 2), "peak_tflops": peak, "failed": {}}
     for name in arguments.part:
         begun = time.monotonic()
         try:
             report[name] = parts[name]()
-        except Exception as error:  # noqa: BLE001  # the other parts are worth their figures
+        except Exception as error:  # noqa: BLE001  # the other parts still give their figures
             report["failed"][name] = traceback.format_exc()
             print(f"{name} FAILED: {error}", flush=True)
-            continue
-        seconds[name] = round(time.monotonic() - begun, 1)
-        show(name, report[name])
+        else:
+            seconds[name] = round(time.monotonic() - begun, 1)
+            show(name, report[name])
+        finally:
+            release(device.name)  # later parts may run in other processes
     return report | {"seconds": seconds}
 
 
@@ -120,27 +125,25 @@ def run_tests() -> Json:
     return {"status": 0}
 
 
-def scale(work: Path, student: Path, is_toy: bool, device: Device) -> Json:
+def scale(work: Path, student: Path, sizes: Sizes) -> Json:
     """Compares one process with two, if there are two cards or the sizes are toy sizes."""
-    if not is_toy and torch.cuda.device_count() < 2:
-        return {"missing": ["a second card"]}
-    return measure_scaling(work, student, TOY if is_toy else FULL)
+    if not sizes.is_toy and torch.cuda.device_count() < 2:
+        return {"not_compared": ["this machine has only one GPU"]}
+    return measure_scaling(work, student, sizes)
 
 
 def show(name: str, figures: object) -> None:
-    """Prints the figures of one part. Peers that are not installed are named."""
+    """Prints the figures of one part, and the reasons for comparisons that were left out."""
     for entry in figures if isinstance(figures, list) else [figures]:
-        missing = entry.pop("missing", [])
-        for peer in missing:
-            print(f"{name}: not compared: {peer} is not installed", flush=True)
-        if entry:
-            print(f"{name}: {json.dumps(entry)}", flush=True)
-        if missing:
-            entry["missing"] = missing
+        for reason in entry.get("not_compared", []):
+            print(f"{name}: not compared, because {reason}", flush=True)
+        shown = {key: value for key, value in entry.items() if key != "not_compared"}
+        if shown:
+            print(f"{name}: {json.dumps(shown)}", flush=True)
 
 
 def driver() -> str:
-    """Its version, as nvidia-smi knows it."""
+    """Returns the version of the driver, as nvidia-smi reports it."""
     try:
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)

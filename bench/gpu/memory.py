@@ -1,5 +1,6 @@
 """Peak memory: of the GPU, or of this process on a CPU."""
 
+import gc
 from pathlib import Path
 
 import torch
@@ -18,8 +19,15 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def release(device: str) -> None:
+    """Frees the memory of objects that are no longer used, so that other processes can have it."""
+    gc.collect()  # modules form reference cycles
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
 def reset_peak(device: str) -> None:
-    """Lets the peak begin anew."""
+    """Starts a new measurement of the peak."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.gpu.memory import GIB, peak_bytes, reset_peak, synchronize
+from bench.gpu.memory import GIB, peak_bytes, release, reset_peak, synchronize
 from bench.gpu.models import Json, spec_of
 from bench.gpu.sizes import Sizes
 from tests.worker.memory_sink import MemorySink
@@ -215,6 +215,7 @@ def measure_run(
     sink = MemorySink()
     with probe.attached():
         distil(spec, work / "out", sink, EngineSampler, lambda: False)
+    release(device.name)  # the next run measures the free memory before it places its models
     needs, placement = estimated(spec, device)
     tokens_per_second = probe.num_tokens / probe.seconds
     flop = flop_per_token(sizes, probe, is_cached=is_cached)
@@ -245,7 +246,7 @@ def flop_per_token(sizes: Sizes, probe: StepProbe, *, is_cached: bool) -> float:
 
 
 def estimated(spec: RunSpec, device: Device) -> tuple[Needs, Placement]:
-    """Returns the estimate from which a run of this spec chooses its placement, and that."""
+    """Returns the estimate of memory for a run of this spec, and the placement that follows."""
     found: list[Needs] = []
 
     def recorded(*args: Any, **options: Any) -> Needs:  # Any: arguments of find_needs

@@ -19,10 +19,11 @@ PEER = "trl"
 def measure_trl(work: Path, folders: tuple[Path, Path], sizes: Sizes, device: str) -> Json:
     """Returns the tokens per second of TRL with a live teacher, at the smallest batch.
 
-    TRL keeps all logits in memory. `missing` names it if it is not installed. Raises ChildFailed.
+    TRL keeps all logits in memory. If it is not installed, `not_compared` says so. Raises
+    ChildFailed.
     """
     if find_spec(PEER) is None:
-        return {"missing": [PEER]}
+        return {"not_compared": ["TRL is not installed"]}
     batch_tokens, num_steps = sizes.batch_tokens[0], sizes.num_warm + sizes.num_timed
     num_rows = batch_tokens // sizes.row_tokens
     work.mkdir(parents=True, exist_ok=True)
@@ -52,7 +53,6 @@ def measure_trl(work: Path, folders: tuple[Path, Path], sizes: Sizes, device: st
         answer = ask_child([sys.executable, "-P", str(ROOT / "bench" / "trl_child.py")], task)
     seconds = median(answer["seconds"][sizes.num_warm :])
     return {
-        "missing": [],
         "batch_tokens": batch_tokens,
         "tokens_per_second": round(batch_tokens / seconds),
         "ms_per_step": round(1000 * seconds, 2),

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.gpu.sizes import TOY
 from bench.gpu.thresholds import checks_of
+from bench.gpu_check import NO_GPU, main, show
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240
@@ -90,14 +92,19 @@ def test_figures_within_their_bounds_pass_and_others_fail(report: Json) -> None:
     assert [check.has_passed for check in checks_of(bad)].count(False) == 2
 
 
-def test_without_a_gpu_nothing_is_checked() -> None:
-    done = subprocess.run(
-        [sys.executable, "bench/gpu_check.py"],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (2, "no CUDA device here: nothing was checked\n")
+def test_without_a_gpu_nothing_is_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench/gpu_check.py"])
+    assert main() == NO_GPU
+    assert capsys.readouterr().out == "there is no CUDA device, so nothing was checked\n"
+
+
+def test_reasons_for_missing_comparisons_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    show("scaling", {"not_compared": ["this machine has only one GPU"]})
+    show("trl", {"ms_per_step": 2.0})
+    assert capsys.readouterr().out.splitlines() == [
+        "scaling: not compared, because this machine has only one GPU",
+        'trl: {"ms_per_step": 2.0}',
+    ]

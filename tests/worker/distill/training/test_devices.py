@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from app.contracts.distillation import DivergenceName, Objective, Student
+from app.contracts.distillation import DivergenceName, Lora, Objective, Student
 from app.contracts.run_limits import LOSS_BYTES
 from tests.tiny import save_tiny
 from worker.distill.forward.hidden_states import autocast
