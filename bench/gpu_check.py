@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -132,7 +133,7 @@ def scale(work: Path, student: Path, sizes: Sizes) -> Json:
     return measure_scaling(work, student, sizes)
 
 
-def show(name: str, figures: object) -> None:
+def show(name: str, figures: Any) -> None:  # Any: open-ended JSON
     """Prints the figures of one part, and the reasons for comparisons that were left out."""
     for entry in figures if isinstance(figures, list) else [figures]:
         for reason in entry.get("not_compared", []):

@@ -80,7 +80,7 @@ def test_an_import_holds_one_copy_of_the_weights(folder: Path, tmp_path: Path) -
 
     large = folder / "large"
     assert added_bytes(convert, folder) < 1.2 * stored_bytes(large) + SPARE_BYTES
-    theirs = {}
+    theirs: dict[str, torch.Tensor] = {}
     for path in large.glob("*.safetensors"):
         theirs |= load_file(path)
     ours = load_file(tmp_path / "large" / "model" / "model.safetensors")
