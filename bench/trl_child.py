@@ -66,7 +66,7 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # as above
             self.started = self.begun
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.cuda.is_initialized():
+        if is_cuda_used():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.begun)
         self.ended = self.elapsed
@@ -172,8 +172,13 @@ def train(task: Entry) -> Entry:
     return {"seconds": clock.ended, "num_steps": len(clock.seconds), "peak_bytes": peak_bytes()}
 
 
+def is_cuda_used() -> bool:
+    """Returns True once this process has begun to use a GPU."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def peak_bytes() -> int:
-    if torch.cuda.is_initialized():
+    if is_cuda_used():
         return int(torch.cuda.max_memory_allocated())
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):

@@ -41,7 +41,8 @@ def measure_loss(loss: Loss, sizes: Sizes, device: str) -> Json:
 
     def random(*shape: int) -> Tensor:
         """Returns values for which logits have a standard deviation of about 1."""
-        return torch.randn(*shape, device=device, generator=generator) / shape[-1] ** 0.25
+        values = torch.randn(*shape, device=device, generator=generator)
+        return values.div(shape[-1] ** 0.25)
 
     vocab, rows = sizes.vocab_size, sizes.loss_rows
     student_NH = random(rows, sizes.student.hidden_size).requires_grad_()

@@ -49,7 +49,7 @@ def wide_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         eos_token=tokenizer.eos_token,
     )
     wide.chat_template = tokenizer.chat_template
-    return wide  # type: ignore[no-any-return]  # transformers is untyped here
+    return wide
 
 
 @torch.no_grad()

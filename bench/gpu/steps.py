@@ -40,7 +40,7 @@ class Finished(Exception):  # not an error, so its name has no such suffix
     """All steps have been measured."""
 
 
-class ReadCounter(TorchDispatchMode):
+class ReadCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts reads of single values, which wait for the device."""
 
     num_reads = 0
@@ -129,7 +129,7 @@ class StepProbe:
     def _counting(self) -> Iterator[None]:
         """Counts the waits of the host: those that PyTorch reports, or reads on a CPU."""
         if self.device != "cuda":
-            with ReadCounter() as counter:
+            with ReadCounter() as counter:  # type: ignore[no-untyped-call]
                 yield
             self.num_waits += counter.num_reads
             return

@@ -132,7 +132,7 @@ def saved_bytes(model: PreTrainedModel) -> int:
     """Returns the size of the model's file, whose merged weights are float32."""
     lowered = [module.weight for module in model.modules() if isinstance(module, Adapted)]
     added = sum(weight.numel() * torch.float32.itemsize - weight.nbytes for weight in lowered)
-    return added + sum(parameter.nbytes for parameter in model.parameters())
+    return int(added + sum(parameter.nbytes for parameter in model.parameters()))
 
 
 @torch.no_grad()
