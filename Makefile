@@ -37,7 +37,7 @@ $(VENV)/.titles: $(VENV)/.installed
 bench-distill: install
 	$(BIN)/python bench/distill.py --json .stillhouse/bench/distill.json $(ARGS)
 
-# For whoever has a card: the device tests and the seconds of a step, in under ten minutes. Status 2 without a card.
+# Checks a GPU: its tests, speed, memory and a whole run, in about ten minutes. Status 2 without a GPU.
 gpu-check: install
 	$(BIN)/python bench/gpu_check.py --json .stillhouse/bench/gpu.json $(ARGS)
 

@@ -2,7 +2,8 @@
 
 Its own `train` runs, with its own collating replaced by ready token ids, and its real `training_step` and
 `compute_loss`: off-policy, float32, no gradient checkpointing, fused AdamW. Steps are timed between its callbacks
-on_step_begin and on_step_end, which hold forward, backward, clipping and the optimizer.
+on_step_begin and on_step_end, which hold forward, backward, clipping and the optimizer. `device` and `teacher_dtype` of
+a task are "cpu" and "float32" if they are left out.
 """
 
 import json
@@ -65,6 +66,8 @@ class Clock(TrainerCallback):  # type: ignore[misc]  # as above
             self.started = self.begun
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if is_cuda_used():
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self.begun)
         self.ended = self.elapsed
         control.should_training_stop |= self.elapsed >= self.budget_seconds
@@ -91,8 +94,11 @@ def make_trainer(
 ) -> Watched:
     torch.set_num_threads(task["num_threads"])
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(task[name], dtype=torch.float32)
-        for name in ("student_dir", "teacher_dir")
+        AutoModelForCausalLM.from_pretrained(task[f"{name}_dir"], dtype=getattr(torch, dtype))
+        for name, dtype in (
+            ("student", "float32"),
+            ("teacher", task.get("teacher_dtype", "float32")),
+        )
     )
     if not task["contender"]["trains_head"]:
         student.get_output_embeddings().requires_grad_(False)
@@ -106,7 +112,7 @@ def make_trainer(
         max_steps=max_steps,
         max_grad_norm=1.0,
         seed=task["seed"],
-        use_cpu=True,
+        use_cpu=task.get("device", "cpu") == "cpu",
         bf16=task.get("bf16", False),
         gradient_checkpointing=False,
         logging_strategy="no",
@@ -166,7 +172,14 @@ def train(task: Entry) -> Entry:
     return {"seconds": clock.ended, "num_steps": len(clock.seconds), "peak_bytes": peak_bytes()}
 
 
+def is_cuda_used() -> bool:
+    """Returns True once this process has begun to use a GPU."""
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
 def peak_bytes() -> int:
+    if is_cuda_used():
+        return int(torch.cuda.max_memory_allocated())
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return 1024 * int(line.split()[1])

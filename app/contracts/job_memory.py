@@ -46,6 +46,7 @@ class DeviceStudent:
     trains_norms: False for LoRA. An RMS norm then keeps only its input.
     accumulates: A step may have several micro-batches. The gradients of the earlier ones then exist
         beside the activations of the next one.
+    num_lowered: Number of parameters of layers with LoRA adapters, which are in bfloat16.
     """
 
     sizes: ModelSizes
@@ -57,11 +58,16 @@ class DeviceStudent:
     has_frozen_encoder: bool = False
     trains_norms: bool = True
     accumulates: bool = False
+    num_lowered: int = 0
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes that exist throughout: float32 weights, both moments of AdamW, the teacher's head."""
-        return 4 * self.sizes.num_parameters + 8 * self.num_trained + 4 * self.num_teacher_head
+        """Bytes that exist throughout: weights, both moments of AdamW, the teacher's head.
+
+        Weights are float32, except those with LoRA adapters.
+        """
+        weights = 4 * self.sizes.num_parameters - (4 - AUTOCAST_BYTES) * self.num_lowered
+        return weights + 8 * self.num_trained + 4 * self.num_teacher_head
 
     def peak_bytes(
         self, batch_tokens: int, *, has_autocast: bool, has_checkpointing: bool = False
@@ -93,7 +99,7 @@ class DeviceStudent:
     ) -> int:
         """Returns the bytes that a forward pass keeps for the backward pass.
 
-        Autocast keeps a bfloat16 copy of every matrix of the layers. With activation checkpointing,
+        Autocast keeps a bfloat16 copy of every float32 matrix of the layers. With activation checkpointing,
         only `num_complete` layers of each stack keep everything: the last one, and the one that is
         run again. The others keep their input in float32.
         """
@@ -115,7 +121,8 @@ class DeviceStudent:
             num = stack.num_layers if num_complete is None else min(stack.num_layers, num_complete)
             num_inputs = 0 if num_complete is None else stack.num_layers - 1
             per_token.append(num * layer + num_inputs * 4 * sizes.hidden_size)
-            copies += AUTOCAST_BYTES * stack.num_parameters * num // stack.num_layers * has_autocast
+            has_copies = has_autocast and not self.num_lowered
+            copies += AUTOCAST_BYTES * stack.num_parameters * num // stack.num_layers * has_copies
         if len(stacks) > 1 and num_complete is None:
             # keys and values of all cross-attentions
             per_token[0] += stacks[-1].num_layers * _cross_bytes(sizes, has_autocast=has_autocast)
@@ -202,6 +209,7 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
         has_frozen_encoder=job.block.student.freeze_encoder,
         trains_norms=job.block.student.init != "lora",
         accumulates=h.batch_tokens == "auto" or h.batch_rows is not None,
+        num_lowered=num_lowered(job) if has_bfloat16 else 0,
     )
     tokens = max(job.batch_tokens, rows.longest_tokens)
     student_bytes = student.peak_bytes(tokens, has_autocast=has_bfloat16, has_checkpointing=True)
@@ -214,10 +222,19 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
     return student_bytes + teacher_bytes if job.keeps_teacher else max(student_bytes, teacher_bytes)
 
 
+def num_lowered(job: PlannedJob) -> int:
+    """Returns the parameters of the largest student that a GPU with bfloat16 keeps in bfloat16.
+
+    They are those of the layers if the job trains LoRA adapters. The few norms count, too.
+    """
+    is_lora = job.block.student.init == "lora"
+    return job.students[-1].layer_parameters if is_lora else 0
+
+
 def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
     """Returns the GPU memory without which a job cannot run: that of its largest student.
 
-    Counts float32 weights and moments, and the larger of two: the gradients, or the inputs of the
+    Counts weights and moments, and the larger of two: the gradients, or the inputs of the
     layers for one micro-batch, which activation checkpointing keeps. The teacher can run on the
     CPU, and the chunks of the loss can be smaller than usual. A batch is at least half full unless
     a single row is longer, and an automatic one can be divided. A token passes through only one
@@ -229,7 +246,8 @@ def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
     batch_tokens = 0 if batch_tokens == "auto" else batch_tokens
     tokens = max(min(batch_tokens, rows.train_tokens) // 2, rows.longest_tokens)
     per_token = 4 * num_layers * sizes.hidden_size
-    return sizes.num_bytes + 8 * trained + max(4 * trained, tokens * per_token)
+    weights = sizes.num_bytes - (4 - AUTOCAST_BYTES) * num_lowered(job)
+    return weights + 8 * trained + max(4 * trained, tokens * per_token)
 
 
 def cpu_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int:

@@ -33,6 +33,13 @@ def test_layers_are_trained_in_bfloat16_with_float32_weights(observed: Observed)
     assert seen["matmul_dtypes"]["torch.bfloat16"] >= 3 * LINEAR_LAYERS
 
 
+def test_adapters_are_float32_and_the_weights_below_them_bfloat16(observed: Observed) -> None:
+    seen = observed("lora_step")
+    assert seen["parameter_dtypes"] == ["torch.bfloat16", "torch.float32"]
+    # two adapters for each linear layer; this student has all four layers
+    assert seen["num_trained"] == 2 * 7 * 4
+
+
 @pytest.mark.parametrize("case", STEPS)
 def test_student_and_optimizer_are_on_the_gpu(observed: Observed, case: str) -> None:
     seen = observed(case)

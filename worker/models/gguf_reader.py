@@ -15,6 +15,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
 
 from worker.errors import BrokenFile, UnsupportedModel, UnsupportedTokenizer
 
@@ -249,10 +250,11 @@ def load_gguf_tokenizer(path: Path, header: GgufHeader) -> Any:  # Any: transfor
 
 
 def load_gguf_model(path: Path) -> tuple[Any, Any]:  # Any: transformers is untyped here
-    """Returns the model as loaded by transformers, and a float32 copy for saving and training.
+    """Returns the model as loaded by transformers, and a float32 model with the same weights.
 
-    transformers treats the loaded model as quantised, although its weights are float32 by now.
-    Raises BrokenFile if weights are missing.
+    transformers treats the loaded model as quantised, although its weights are float32 by now. The
+    other model is for saving and training. Both share the memory of the weights. Raises BrokenFile if
+    weights are missing.
     """
     loaded = AutoModelForCausalLM.from_pretrained(
         path.parent,
@@ -264,10 +266,11 @@ def load_gguf_model(path: Path) -> tuple[Any, Any]:  # Any: transformers is unty
     settings = {
         name: value for name, value in loaded.config.to_dict().items() if name not in DROPPED
     }
-    plain = AutoModelForCausalLM.from_config(
-        type(loaded.config).from_dict(settings), dtype=torch.float32
-    )
-    report = plain.load_state_dict(loaded.state_dict(), strict=False)
+    with no_init_weights():
+        plain = AutoModelForCausalLM.from_config(
+            type(loaded.config).from_dict(settings), dtype=torch.float32
+        )
+    report = plain.load_state_dict(loaded.state_dict(), strict=False, assign=True)
     plain.tie_weights()
     lost = [name for name in report.missing_keys if not re.fullmatch(r"lm_head\.weight", name)]
     if (

@@ -129,6 +129,22 @@ def test_an_unknown_share_of_source_tokens_counts_as_the_worst() -> None:
     assert frozen.kept_bytes(100, has_autocast=True) < kept[2]
 
 
+def test_weights_with_adapters_are_kept_in_bfloat16_on_a_gpu() -> None:
+    job = planned(has_teacher=False, student={"init": "lora"})
+    stack = replace(TINY.stacks[0], linear_width=10)
+    job = replace(job, start=replace(TINY, stacks=(stack,)))
+    layers, adapters = TINY.layer_parameters, 16 * 4 * 10
+    full = DeviceStudent(TINY, adapters, False, 0, row_tokens=30, trains_norms=False)
+    lowered = replace(full, num_lowered=layers)
+    assert full.resident_bytes - lowered.resident_bytes == 2 * layers
+    copies = full.kept_bytes(9, has_autocast=True) - lowered.kept_bytes(9, has_autocast=True)
+    assert copies == 2 * layers
+    assert device_bytes(job, ROWS, has_bfloat16=False) > device_bytes(job, ROWS, has_bfloat16=True)
+    inputs = 50 * 4 * 4 * 8
+    least = 4 * NUM_PARAMETERS - 2 * layers + 8 * adapters + inputs
+    assert least_device_bytes(job, ROWS) == least
+
+
 def test_the_least_memory_of_a_gpu_is_that_of_weights_moments_and_half_a_batch() -> None:
     input_bytes = 4 * 4 * 8  # per token, of four layers
     weights = (4 + 8) * NUM_PARAMETERS

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from worker.errors import StudentTooDeep, UnsupportedModel
 from worker.models.architectures import kind_of
@@ -52,9 +53,12 @@ def rebuild(
 ) -> PreTrainedModel:
     """Returns a float32 model of the teacher's class with this configuration and these weights.
 
-    The class is the teacher's own because there is no auto class for EncoderDecoderModel.
+    The class is the teacher's own because there is no auto class for EncoderDecoderModel. Weights
+    of other dtypes are converted one at a time.
     """
-    student: PreTrainedModel = type(teacher)(config).float()
+    with no_init_weights():  # all weights are replaced
+        student: PreTrainedModel = type(teacher)(config).float()
+    student.tie_weights()
     _untie_head_like(teacher, student)
     student.load_state_dict(weights)
     student.generation_config = copy.deepcopy(teacher.generation_config)

@@ -13,16 +13,20 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 
 from app.contracts.distillation import Lora, Student
 from worker.cpu import prepare_for_training
+from worker.distill.losses.lm_head import load_head
 from worker.distill.students.activation_checkpointing import checkpoint_activations
 from worker.distill.students.fresh import build_fresh, fresh_config
 from worker.distill.students.layer_dropping import first_and_last, keep_layers
 from worker.distill.students.lora import ADAPTERS, add_lora, load_lora_tensors
 from worker.distill.students.width_pruning import narrow_config, sizes_of, slice_width
-from worker.errors import InvalidStudent, StudentTooDeep
+from worker.errors import InvalidStudent, StudentTooDeep, UnsupportedModel
 from worker.models.architectures import kind_of, layer_counts, model_class, read_config
+from worker.models.artifact_checks import read_safetensors_header
 
 # Of fewer layers, and of a T5's decoder, the first and the last ones are better (bench/LOG.md).
 LEAST_MEASURED_SHARE = 0.2
+# Names in safetensors files.
+FLOAT_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,13 @@ class StudentRecipe:
             return build_fresh(
                 fresh_config(self.student.config, _tokenizer(self.tokenizer_dir)), seed=self.seed
             )
-        model = load_model(self.start_dir)
-        if self.layers is not None:
-            model = keep_layers(model, self.layers, self.encoder_layers)
+        if self.layers is None:
+            model = load_model(self.start_dir)
+        else:
+            # weights in the dtype of their files are mapped: only the kept layers take memory
+            start = load_model(self.start_dir, stored_dtype(self.start_dir) or torch.float32)
+            model = keep_layers(start, self.layers, self.encoder_layers)
+            del start
         if self.student.init == "width":
             return slice_width(model, sizes_of(self.student, model.config), self.calibration)
         return model
@@ -150,6 +158,16 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     return model.eval()
 
 
+def stored_dtype(folder: Path) -> torch.dtype | None:
+    """Returns the dtype of all weights in a folder, or None if they have several or another kind."""
+    names = {
+        tensor.dtype
+        for path in folder.glob("*.safetensors")
+        for tensor in read_safetensors_header(path).values()
+    }
+    return FLOAT_DTYPES.get(names.pop()) if len(names) == 1 else None
+
+
 def load_student(
     recipe: StudentRecipe,
     resume_dir: Path | None,
@@ -157,21 +175,24 @@ def load_student(
     seed: int,
     matmul_dtype: torch.dtype = torch.float32,
     has_checkpointing: bool = False,
+    frozen_dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """Returns the student ready for training: untrained, or from the checkpoint in `resume_dir`.
 
     Adapters are added and parts that are not trained are frozen. `matmul_dtype` is the dtype in which
     linear layers other than the head multiply on a CPU. `has_checkpointing` switches activation
-    checkpointing on.
+    checkpointing on. `frozen_dtype` is the dtype of weights with adapters.
     """
     # A checkpoint's model folder has the adapters merged in, so a LoRA student is built anew.
-    if resume_dir is None or recipe.lora is not None:
+    if recipe.lora is not None and stored_dtype(recipe.start_dir) == frozen_dtype:
+        model = load_model(recipe.start_dir, frozen_dtype)
+    elif resume_dir is None or recipe.lora is not None:
         model = recipe.build()
     else:
         model = load_model(resume_dir / "model")
     prepare_for_training(model, dtype=matmul_dtype, exact=model.get_output_embeddings())
     if recipe.lora is not None:
-        add_lora(model, recipe.lora, seed=seed)
+        add_lora(model, recipe.lora, seed=seed, base_dtype=frozen_dtype)
         if resume_dir is not None:
             load_lora_tensors(model, load_file(resume_dir / ADAPTERS))
     if recipe.freeze_head:
@@ -276,12 +297,11 @@ def _freezes_encoder(
 
 
 def _have_one_head(one: Path, other: Path) -> bool:
-    heads = [load_model(folder).get_output_embeddings() for folder in (one, other)]
-    if any(head is None for head in heads):
+    try:
+        weights = [load_head(folder).weight_VH for folder in (one, other)]
+    except UnsupportedModel:  # at least one model has no head that could be compared
         return False
-    return heads[0].weight.shape == heads[1].weight.shape and bool(
-        torch.equal(heads[0].weight, heads[1].weight)
-    )
+    return torch.equal(*weights)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from app.contracts.distillation import Precision
 from app.crash_points import crash_point
 from worker.disk import is_disk_full
-from worker.distill.students.lora import ADAPTERS, lora_tensors, merged
+from worker.distill.students.lora import ADAPTERS, lora_tensors, merged, saved_bytes
 from worker.errors import CorruptCheckpoint, DiskFull
 
 MANIFEST = "manifest.json"
@@ -301,9 +301,9 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _require_room(out: Path, snapshot: Snapshot) -> None:
-    needed = SPARE_BYTES + len(snapshot.replay_jsonl)
+    needed = SPARE_BYTES + len(snapshot.replay_jsonl) + saved_bytes(snapshot.model)
     for parameter in snapshot.model.parameters():
-        needed += parameter.nbytes * (1 + len(MOMENTS) * parameter.requires_grad)
+        needed += parameter.nbytes * len(MOMENTS) * parameter.requires_grad
     free = shutil.disk_usage(out).free
     if free < needed:
         raise DiskFull(

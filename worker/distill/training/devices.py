@@ -280,6 +280,7 @@ def needs_by_tokens(
         source_share=source_share,
         has_frozen_encoder=recipe.freeze_encoder,
         trains_norms=recipe.lora is None,
+        num_lowered=sizes.layer_parameters if recipe.lora is not None and has_autocast else 0,
     )
     num_teacher = sum(p.numel() for p in bare_model(teacher).parameters())
     teacher_layer = max(

@@ -94,6 +94,7 @@ class Trainer:
             seed=setup.seed,
             matmul_dtype=setup.matmul_dtype,
             has_checkpointing=setup.placement.has_checkpointing,
+            frozen_dtype=setup.autocast or torch.float32,
         )
         self.model = model.to(setup.device)
         self.head = replace(head_of(self.model, setup.num_tokens), body_dtype=setup.matmul_dtype)
@@ -117,9 +118,9 @@ class Trainer:
         self._saved_at = time.monotonic()
         self._evaluated_step: int | None = None  # the step that `state.metrics` belongs to
         # one more than the number of steps, so that no two values of a metric share a step
-        num_steps_after = setup.num_runs_after * (self.total_steps + 1)
-        self.num_job_steps = state.first_step + self.total_steps + num_steps_after
-        self._pace = Throughput(state, self.total_steps + num_steps_after)
+        num_steps = self.total_steps + setup.num_runs_after * (self.total_steps + 1)
+        self.num_job_steps = state.first_step + num_steps
+        self._pace = Throughput(state, num_steps)
         self._means, self._train_metrics = MetricAverager(), dict[str, float]()
         self._unread: deque[UnreadStep] = deque()
         self._throttle = Throttle()
@@ -346,9 +347,8 @@ class Trainer:
         if is_first:
             prune_checkpoints(setup.out, keep_newest=setup.keep_checkpoints, keep_step=keep_step)
         metrics = self._train_metrics | (self.state.metrics if self._evaluated_step == step else {})
-        self.sink(
-            CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=metrics)
-        )
+        line = CheckpointLine(step=job_step, folder=folder.name, is_best=is_best, metrics=metrics)
+        self.sink(line)
 
     def _tell_metrics(self, values: dict[str, float], job_step: int | None = None) -> None:
         step = self.state.job_step if job_step is None else job_step

@@ -129,6 +129,8 @@ def random_model(name: str) -> PreTrainedModel:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, 0.3)
+        if name == "bart":  # a buffer that is saved
+            model.final_logits_bias.normal_(0.0, 0.3)
     return model.eval()
 
 
@@ -191,6 +193,17 @@ def test_a_student_is_the_teacher_without_the_other_layers(name: str) -> None:
     student = keep_layers(model, (0, 3))
     run_only(model, layer_stacks(model)[-1], (0, 3))
     torch.testing.assert_close(logits(student), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_student_of_a_bfloat16_model_has_its_weights_in_float32(name: str) -> None:
+    lowered = random_model(name).to(torch.bfloat16)
+    student = keep_layers(lowered, [0, 3]).state_dict()
+    expected = keep_layers(lowered.float(), [0, 3]).state_dict()
+    assert student.keys() == expected.keys()
+    for key, tensor in student.items():
+        assert tensor.dtype == expected[key].dtype
+        assert torch.equal(tensor, expected[key])
 
 
 @pytest.mark.parametrize("name", SEQ2SEQ)

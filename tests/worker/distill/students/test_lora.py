@@ -3,13 +3,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from app.contracts.distillation import Lora
+from app.contracts.distillation import Lora, Student
 from worker.cpu.linear_ops import pack_weights, use_onednn
-from worker.distill.students.lora import add_lora, load_lora_tensors, lora_tensors, merged
-from worker.distill.students.recipe import load_model
+from worker.distill.students.lora import (
+    add_lora,
+    load_lora_tensors,
+    lora_tensors,
+    merged,
+    saved_bytes,
+)
+from worker.distill.students.recipe import load_model, load_student, plan_student
 from worker.errors import CorruptCheckpoint
 from worker.models.architectures import layer_counts
 
@@ -144,3 +151,56 @@ def test_a_model_without_adapters_is_merged_already(tiny_llama_dir: Path) -> Non
     before = run(model)
     with merged(model) as plain:
         assert torch.equal(run(plain), before)
+
+
+HEADER_BYTES = 2**16
+LOWERED = ("llama", "gpt2", "t5")
+
+
+def test_a_start_in_the_dtype_of_autocast_is_loaded_as_it_is(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    load_model(tiny_llama_dir).to(torch.bfloat16).save_pretrained(tmp_path)
+    recipe = plan_student(tiny_llama_dir, tmp_path, Student(init="lora"))
+    lowered = load_student(recipe, None, seed=0, frozen_dtype=torch.bfloat16)
+    plain = load_student(recipe, None, seed=0)
+    for (name, one), other in zip(lowered.named_parameters(), plain.parameters(), strict=True):
+        is_adapted = one.dtype == torch.bfloat16
+        assert is_adapted == name.endswith("_proj.weight")
+        assert torch.equal(one.float(), other)
+
+
+@pytest.mark.parametrize("family", LOWERED)
+@torch.no_grad()
+def test_lowered_weights_compute_under_autocast_what_float32_weights_do(
+    request: pytest.FixtureRequest, family: str
+) -> None:
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(request, family)
+        add_lora(model, RANK_4, seed=0, base_dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(run(model))
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("family", LOWERED)
+@torch.no_grad()
+def test_a_student_with_lowered_weights_runs_without_autocast_and_is_merged_in_float32(
+    request: pytest.FixtureRequest, family: str, tmp_path: Path
+) -> None:
+    model = load(request, family)
+    add_lora(model, RANK_4, seed=0, base_dtype=torch.bfloat16)
+    for tensor in lora_tensors(model).values():
+        assert tensor.dtype == torch.float32
+        tensor.normal_(0.0, 0.05)
+    before = run(model)
+    with merged(model) as plain:
+        # bfloat16 has 8 bits, and rounding errors grow from layer to layer
+        assert (run(plain) - before).abs().mean() < 0.1 * before.std()
+        plain.save_pretrained(tmp_path)
+    assert torch.equal(run(model), before)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    # the adapters are counted too
+    assert (tmp_path / "model.safetensors").stat().st_size <= saved_bytes(model) + HEADER_BYTES

@@ -5,13 +5,13 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from app.contracts.distillation import DivergenceName, Objective, Student
+from app.contracts.distillation import DivergenceName, Lora, Objective, Student
 from tests.tiny import save_tiny
 from worker.distill.forward.hidden_states import autocast
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import fused_distillation_loss
 from worker.distill.losses.lm_head import Head, TeacherRows
-from worker.distill.students.recipe import StudentRecipe, plan_student
+from worker.distill.students.recipe import StudentRecipe, load_student, plan_student
 from worker.distill.training.devices import (
     GIB,
     Device,
@@ -233,10 +233,23 @@ def test_what_is_frozen_needs_no_moments(tiny_llama_dir: Path) -> None:
         for device, student in [
             (Device("cuda"), Student(init="checkpoint", freeze_head=False)),
             (Device("cuda"), Student(init="checkpoint", freeze_head=True)),
-            (Device("cuda"), Student(init="lora")),
+            (Device("cuda"), Student(init="lora", lora=Lora(rank=1))),
         ]
     )
     assert lora < frozen < trained
+
+
+def test_weights_with_adapters_need_two_bytes_under_autocast(tiny_llama_dir: Path) -> None:
+    config = read_config(tiny_llama_dir)
+    recipe = plan_student(tiny_llama_dir, tiny_llama_dir, Student(init="lora"))
+    new, old = (
+        find_needs(card, recipe, config, config, batch_tokens=0, can_cache=True).student_bytes
+        for card in (NEW_CARD, OLD_CARD)
+    )
+    student = load_student(recipe, None, seed=0, frozen_dtype=torch.bfloat16)
+    lowered = sum(p.numel() for p in student.parameters() if p.dtype == torch.bfloat16)
+    # the estimate counts the norms, too, which are in float32
+    assert 2 * lowered <= old - new <= 2.1 * lowered
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart", "encoder-decoder"])
