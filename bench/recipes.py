@@ -1,16 +1,17 @@
 """Which recipe wins: the same student by several objectives, starts and seeds, judged on the same held-out rows.
 
     .venv/bin/python -m bench.recipes titles --teacher FOLDER --rows FOLDER [--seeds 3] [--only NAME ...] [--json FILE]
-    .venv/bin/python -m bench.recipes smollm2|smollm2-half --teacher FOLDER --packages FOLDER
+    .venv/bin/python -m bench.recipes smollm2|smollm2-half|demo --teacher FOLDER --packages FOLDER
 
-Every run is a process of its own (`python -m worker.train`); teacher answers and hidden states are shared by all. `--start`
-names another model to start from (then as a checkpoint), `--init` another kind of student than the teacher's layers.
-All else is a job's defaults, the learning rate among them. Quality only: nothing here is timed. A run whose result is on file
-is not repeated.
+Every run is a process of its own (`python -m bench.changed_training`); teacher answers, hidden states and fitted layers are
+shared by all. `--start` names another model to start from (then as a checkpoint), `--init` another kind of student than the
+teacher's layers. All else is a job's defaults, the learning rate among them. `demo` is the job of `make demo`. Quality only:
+nothing here is timed. A run whose result is on file is not repeated.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,9 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from app.commands.demo import NUM_LAYERS, OPTIONS, demo_prompts, prompt_lines, split_prompts
+from bench.children import KEEP_MEMORY
 
 Json = dict[str, Any]  # Any: JSON
 FORWARD_KL = {"divergence": "forward_kl"}
@@ -48,7 +52,20 @@ RECIPES: dict[str, Json] = {
         "student": {"fit_rows": 0, "layer_choice": "first_and_last"}
     },
     "half the learning rate": {"hyperparameters": {"learning_rate_multiplier": 0.5}},
+    "a quarter of the learning rate": {"hyperparameters": {"learning_rate_multiplier": 0.25}},
     "twice the learning rate": {"hyperparameters": {"learning_rate_multiplier": 2.0}},
+    "half the learning rate, beta2 .99": {
+        "hyperparameters": {"learning_rate_multiplier": 0.5},
+        "change": {"betas": [0.9, 0.99], "averages": [0.8, 0.9, 0.97]},
+    },
+    "half the learning rate, beta2 .999": {
+        "hyperparameters": {"learning_rate_multiplier": 0.5},
+        "change": {"betas": [0.9, 0.999]},
+    },
+    "beta2 .99": {"change": {"betas": [0.9, 0.99]}},
+    "beta2 .999": {"change": {"betas": [0.9, 0.999]}},
+    "linear decay": {"change": {"schedule": "linear"}},
+    "constant, then decay": {"change": {"schedule": "wsd", "averages": [0.8, 0.9, 0.97]}},
     "256 tokens a step, twice the steps": {
         "hyperparameters": {"batch_tokens": 256, "max_steps": 240}
     },
@@ -66,6 +83,10 @@ TASKS: dict[str, Json] = {
         "student": {"num_layers": 15},
         "data": {"completions": "teacher", "temperature": 0.0, "max_new_tokens": 48},
         "hyperparameters": {"n_epochs": 3, "max_steps": 120, "batch_tokens": 512},
+    },
+    "demo": {
+        "student": {"num_layers": NUM_LAYERS},
+        **OPTIONS,
     },
     "smollm2": {
         "student": {"num_layers": 8},
@@ -101,7 +122,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".stillhouse/recipes"))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    rows = arguments.rows or demo_rows(arguments.work / "rows", arguments.packages)
+    rows = arguments.rows or demo_rows(arguments)
     found: dict[str, list[Json]] = {}
     for name in arguments.only:
         for seed in range(arguments.seeds):
@@ -117,12 +138,16 @@ def main() -> None:
     show(found)
 
 
-def demo_rows(folder: Path, packages: Path) -> Path:
+def demo_rows(arguments: argparse.Namespace) -> Path:
     """The demo's prompts, shuffled; the teacher answers them in the first run."""
-    from app.commands.demo import demo_prompts
-
-    sys.path.append(str(packages))
+    sys.path.append(str(arguments.packages))
+    folder: Path = arguments.work / ("demo-rows" if arguments.task == "demo" else "rows")
     folder.mkdir(parents=True, exist_ok=True)
+    if arguments.task == "demo":
+        training, held_out = split_prompts()
+        (folder / "train.jsonl").write_text(prompt_lines(training))
+        (folder / "valid.jsonl").write_text(prompt_lines(held_out))
+        return folder
     prompts = demo_prompts()
     Random(0).shuffle(prompts)
     parts = {"train": prompts[:NUM_TRAIN], "valid": prompts[NUM_TRAIN : NUM_TRAIN + NUM_VALID]}
@@ -179,22 +204,36 @@ def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json
         "num_threads": arguments.threads,
         "keep_checkpoints": 1,
     }
-    asked, lines = json.dumps(spec), out / "lines.jsonl"
-    if not (
-        lines.exists() and (out / "spec.json").exists() and (out / "spec.json").read_text() == asked
-    ):
-        (out / "spec.json").write_text(asked)
-        command = [sys.executable, "-m", "worker.train", str(out / "spec.json"), "--out", str(out)]
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
-        )
-        if done.returncode == 0:
-            lines.write_bytes(done.stdout)
-        else:
-            sys.exit(f"{slug} failed: {done.stdout.decode().splitlines()[-1:]}")
+    change = json.dumps(recipe.get("change", {}))
+    asked = {"spec.json": json.dumps(spec), "change.json": change}
+    lines = out / "lines.jsonl"
+    is_on_file = all((out / n).exists() and (out / n).read_text() == t for n, t in asked.items())
+    if not (lines.exists() and is_on_file):
+        for file_name, text in asked.items():
+            (out / file_name).write_text(text)
+        train(out, arguments.work / "fits", change)
     last = json.loads(lines.read_text().splitlines()[-1])
     result: Json = last["result"]
+    if recipe.get("change", {}).get("averages"):
+        result["averages"] = json.loads((out / "averages.json").read_text())
     return result
+
+
+def train(out: Path, fits: Path, change: str) -> None:
+    """Trains by the spec in a folder, and leaves the run's lines there."""
+    command = [sys.executable, "-m", "bench.changed_training", str(out / "spec.json")]
+    command += ["--out", str(out), "--change", change, "--fits", str(fits)]
+    with (out / "stderr").open("wb") as errors:
+        done = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env={**os.environ, **KEEP_MEMORY},
+            check=False,
+        )
+    if done.returncode:
+        sys.exit(f"{out.name} failed: {done.stdout.decode().splitlines()[-1:]}; see {errors.name}")
+    (out / "lines.jsonl").write_bytes(done.stdout)
 
 
 def show(found: dict[str, list[Json]]) -> None:
@@ -213,6 +252,13 @@ def show(found: dict[str, list[Json]]) -> None:
             mean, half = form.format(statistics.mean(values)), form.format(statistics.mean(halves))
             cells.append(f"{mean} ({spread}) ±{half}")
         table.add_row(name, *cells)
+        for decay in results[0].get("averages", {}):
+            judged = [result["averages"][decay] for result in results]
+            cells = [
+                FIGURES[key].format(statistics.mean(j[key] for j in judged))
+                for key in ("kl", "agreement")
+            ]
+            table.add_row(f"  the same, averages with decay {decay}", *cells)
     Console(width=150).print(table)
 
 
