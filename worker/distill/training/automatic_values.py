@@ -1,0 +1,166 @@
+"""Values of a training that a job leaves to the service, each with its reason.
+
+docs/automatic-values.md lists them for users.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from app.contracts.batch_plan import EVAL_SHARE, MOST_EVALS, batch_tokens_of
+from app.contracts.distillation import Distillation, Hyperparameters
+from worker.distill.decisions import Decision
+from worker.distill.students.recipe import StudentRecipe
+from worker.distill.teachers.signals import Signal
+from worker.distill.training.checkpoint import TrainState
+from worker.distill.training.devices import Device
+from worker.protocol.run_lines import Sink
+
+# Learning rates by the start of the student, with the reasons (bench/LOG.md).
+FEW_LAYERS = (2e-3, "the student keeps at most a third of the layers, and they are not fitted")
+LAYERS = (1e-3, "the student keeps more than a third of the layers, and they are not fitted")
+CHECKPOINT = (1e-4, "the student starts from a whole model")
+STARTS = {
+    "fresh": (1e-3, "the student starts from random weights"),
+    "width": (1e-3, "the student starts from a narrower copy"),
+    "lora": (5e-4, "adapters are trained"),
+}
+# width that the defaults are tuned for; wider students get proportionally less
+MEASURED_WIDTH = 576
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Automatic values that differ between versions.
+
+    `fitted_share` is the share of the learning rate that a student of fitted layers gets: a higher
+    rate undoes the fit. `beta2` is AdamW's decay of the second moments.
+    """
+
+    fitted_share: float
+    beta2: float
+
+
+# By version. A checkpoint has its version, and a resumed job keeps its values.
+DEFAULTS = {1: Defaults(fitted_share=0.5, beta2=0.95)}
+NEWEST_DEFAULTS = max(DEFAULTS)
+
+
+def peak_learning_rate(
+    h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel, state: TrainState
+) -> float:
+    """Returns the highest learning rate of the schedule: the requested one or the default."""
+    if h.learning_rate != "auto":
+        return h.learning_rate
+    return float(decide_learning_rate(h, recipe, model, state).value)
+
+
+def open_learning_rate(
+    h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel, state: TrainState
+) -> list[Decision]:
+    """Returns the decision about the learning rate, or none if the job has one."""
+    is_open = h.learning_rate == "auto"
+    return [decide_learning_rate(h, recipe, model, state)] if is_open else []
+
+
+def decide_learning_rate(
+    h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel, state: TrainState
+) -> Decision:
+    """Returns the default of the highest learning rate, and the reason for it.
+
+    It depends on how the student was made, on whether its layers were fitted, and on its width. A
+    multiplier, if there is one, applies to the default.
+    """
+    rate, reason = STARTS.get(recipe.student.init, CHECKPOINT)
+    if recipe.student.init == "layers" and recipe.layers is not None:
+        rate, reason = LAYERS
+        if 3 * len(recipe.layers) <= recipe.num_available:
+            rate, reason = FEW_LAYERS
+        if state.num_fitted_layers:
+            rate *= DEFAULTS[state.defaults_version].fitted_share
+            reason = "the student starts from fitted layers"
+    if h.learning_rate_multiplier is not None:
+        rate *= h.learning_rate_multiplier
+        reason += f", times learning_rate_multiplier {h.learning_rate_multiplier:g}"
+    width = int(model.config.get_text_config(decoder=True).hidden_size)
+    if width > MEASURED_WIDTH:
+        rate *= MEASURED_WIDTH / width
+        reason += f", and is {width} wide"
+    return Decision(
+        option="hyperparameters.learning_rate",
+        value=rate,
+        reason=reason,
+        words=f"learning rate {rate:.3g}",
+    )
+
+
+def open_eval_steps(h: Hyperparameters, eval_steps: int, total_steps: int) -> list[Decision]:
+    """Returns the decision about the steps between two evaluations, or none if the job has one."""
+    if h.eval_steps != "auto":
+        return []
+    times = -(-total_steps // eval_steps)
+    if eval_steps == 1:
+        reason = "the training is short"
+    elif times >= MOST_EVALS:
+        reason = f"they take at most {EVAL_SHARE:.0%} of the time"
+    else:
+        reason = f"more would take over {EVAL_SHARE:.0%} of the time"
+    decision = Decision(
+        option="hyperparameters.eval_steps",
+        value=eval_steps,
+        reason=reason,
+        words=f"{times} evaluations, one every {eval_steps} steps",
+    )
+    return [decision]
+
+
+def decide_for_job(block: Distillation, signal: Signal | None, card: Device) -> Iterator[Decision]:
+    """Yields the decisions that apply to all students of a job.
+
+    `signal` is None for a job without a teacher.
+    """
+    h = block.hyperparameters
+    if signal is not None and signal.reason != "requested":
+        yield Decision(
+            option="objective.teacher_signal",
+            value=signal.name,
+            reason=signal.reason,
+            words=f"teacher signal {signal.name}",
+        )
+    if h.precision == "auto":
+        name = "GPU" if card.name == "cuda" else "CPU"
+        has = "multiplies" if card.has_bfloat16 else "does not multiply"
+        yield Decision(
+            option="hyperparameters.precision",
+            value=card.precision,
+            reason=f"the {name} {has} bfloat16 natively",
+            words=f"precision {card.precision}",
+        )
+    if h.batch_tokens == "auto":
+        yield Decision(
+            option="hyperparameters.batch_tokens",
+            value=batch_tokens_of(h),
+            reason="larger batches do not make a CPU faster",
+            words=f"batches of at most {batch_tokens_of(h)} tokens",
+        )
+
+
+def with_decisions(
+    state: TrainState,
+    block: Distillation,
+    signal: Signal,
+    card: Device,
+    *,
+    sink: Sink | None,
+) -> TrainState:
+    """Returns the state with the decisions of the job. A resumed job keeps those it has.
+
+    `sink` receives an event per new decision, unless it is None.
+    """
+    if state.decisions:
+        return state
+    decisions = tuple(decide_for_job(block, signal, card))
+    for decision in decisions if sink is not None else ():
+        sink(decision.event())
+    return state.model_copy(update={"decisions": decisions})
