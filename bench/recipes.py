@@ -27,6 +27,8 @@ from bench.children import KEEP_MEMORY
 
 Json = dict[str, Any]  # Any: JSON
 FORWARD_KL = {"divergence": "forward_kl"}
+# Of the layers 0, 1 and 17 to 29 of SmolLM2: each student layer, and the teacher's that it is fitted to.
+FITTED_TO = [[0, 0], *([layer, layer + 15] for layer in range(1, 15))]
 RECIPES: dict[str, Json] = {
     "CE only": {"objective": {**FORWARD_KL, "ce_weight": 1.0}},
     "forward KL": {"objective": FORWARD_KL},
@@ -64,6 +66,35 @@ RECIPES: dict[str, Json] = {
     },
     "beta2 .99": {"change": {"betas": [0.9, 0.99]}},
     "beta2 .999": {"change": {"betas": [0.9, 0.999]}},
+    "half the learning rate, warm-up .15": {
+        "hyperparameters": {"learning_rate_multiplier": 0.5, "warmup_ratio": 0.15}
+    },
+    "half the learning rate, CE .3": {
+        "objective": {**FORWARD_KL, "ce_weight": 0.3},
+        "hyperparameters": {"learning_rate_multiplier": 0.5},
+    },
+    "half the learning rate, temperature 2": {
+        "objective": {**FORWARD_KL, "temperature": 2.0},
+        "hyperparameters": {"learning_rate_multiplier": 0.5},
+    },
+    "half the learning rate, hidden states": {
+        "objective": {**FORWARD_KL, "hidden": {"kind": "cosine", "layer_map": FITTED_TO}},
+        "hyperparameters": {"learning_rate_multiplier": 0.5},
+    },
+    "half the learning rate, head trained": {
+        "student": {"freeze_head": False},
+        "hyperparameters": {"learning_rate_multiplier": 0.5},
+    },
+    "half the learning rate, 256 tokens a step, twice the steps": {
+        "hyperparameters": {
+            "learning_rate_multiplier": 0.5,
+            "batch_tokens": 256,
+            "max_steps": 240,
+        }
+    },
+    "half the learning rate, three times the steps": {
+        "hyperparameters": {"learning_rate_multiplier": 0.5, "max_steps": 360}
+    },
     "linear decay": {"change": {"schedule": "linear"}},
     "constant, then decay": {"change": {"schedule": "wsd", "averages": [0.8, 0.9, 0.97]}},
     "256 tokens a step, twice the steps": {

@@ -119,7 +119,7 @@ def test_a_job_from_before_keeps_its_values(
     run: Run, make_spec: MakeSpec, tmp_path: Path, series: Callable[[MemorySink, str], list[float]]
 ) -> None:
     block = {"student": HALVES}
-    run(make_spec(block, max_steps=4, **AUTO), out="first")
+    run(make_spec(block, {"keep_checkpoints": 9}, max_steps=4, **AUTO), out="first")
     folder = tmp_path / "first" / "step-2"
     assert load_state(folder).defaults_version == NEWEST_DEFAULTS
     # what a version without these fields has written
