@@ -95,6 +95,17 @@ RECIPES: dict[str, Json] = {
     "half the learning rate, three times the steps": {
         "hyperparameters": {"learning_rate_multiplier": 0.5, "max_steps": 360}
     },
+    "a quarter of the learning rate, three times the steps": {
+        "hyperparameters": {"learning_rate_multiplier": 0.25, "max_steps": 360}
+    },
+    "half the learning rate, layers 0-3 and 19-29, three times the steps": {
+        "student": {"layers": [*range(4), *range(19, 30)], "num_layers": 15},
+        "hyperparameters": {"learning_rate_multiplier": 0.5, "max_steps": 360},
+    },
+    "half the learning rate, layers 0-3 and 19-29": {
+        "student": {"layers": [*range(4), *range(19, 30)], "num_layers": 15},
+        "hyperparameters": {"learning_rate_multiplier": 0.5},
+    },
     "linear decay": {"change": {"schedule": "linear"}},
     "constant, then decay": {"change": {"schedule": "wsd", "averages": [0.8, 0.9, 0.97]}},
     "256 tokens a step, twice the steps": {
