@@ -1,4 +1,4 @@
-"""Cases that run in one child process: `python -m tests.device.cases SHIM FOLDERS OUTPUT`.
+"""Cases that run in one child process: `python -m tests.device.cases SHIM FOLDERS OUTPUT [CASE...]`.
 
 Each returns what it has observed. The tests of this folder compare that with what is expected.
 """
@@ -20,9 +20,10 @@ from unittest.mock import patch
 import torch
 
 from app.contracts.distillation import Hyperparameters, Student
+from tests.device import generation_cases, preparation_cases
 from tests.device.fake_cuda import fake_cuda
 from tests.device.op_log import OpLog
-from tests.device.trainers import trainer_of
+from tests.device.trainers import cached_teacher_of, storing_teacher_of, trainer_of
 from worker.distill.training import checkpoint
 from worker.distill.training.devices import Placement, find_device
 from worker.distill.training.trainer import Trainer
@@ -45,7 +46,18 @@ def seq2seq_step(folders: Path) -> Json:
 def cached_step(folders: Path) -> Json:
     """A step that reads the teacher's rows from the row cache."""
     with fake_cuda():
-        return step_of(trainer_of(folders / "llama", is_cached=True))
+        return step_of(trainer_of(folders / "llama", taught_by=cached_teacher_of))
+
+
+def storing_step(folders: Path) -> Json:
+    """A step for which the live teacher computes rows of the row cache."""
+    with fake_cuda():
+        hyperparameters = Hyperparameters(batch_tokens=512)
+        return step_of(
+            trainer_of(
+                folders / "llama", taught_by=storing_teacher_of, hyperparameters=hyperparameters
+            )
+        )
 
 
 def lora_step(folders: Path) -> Json:
@@ -152,21 +164,26 @@ CASES: dict[str, Callable[[Path], Json]] = {
         training_step,
         seq2seq_step,
         cached_step,
+        storing_step,
         lora_step,
         accumulated_step,
         evaluation,
         activation_checkpointing,
         resume,
+        *preparation_cases.CASES,
+        *generation_cases.CASES,
     )
 }
 
 
 def main() -> None:
     """Runs all cases and writes their observations, or the traceback of a case that failed."""
-    folders, output = Path(sys.argv[2]), Path(sys.argv[3])
+    folders, output, *names = map(Path, sys.argv[2:])
     torch.set_num_threads(1)
     seen: dict[str, Json] = {}
     for name, case in CASES.items():
+        if names and Path(name) not in names:
+            continue
         try:
             seen[name] = case(folders)
         except Exception:  # noqa: BLE001  # the test of this case reports it

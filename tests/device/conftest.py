@@ -14,7 +14,7 @@ from tests.device.shim import compile_shim
 from tests.tiny import save_tiny
 
 Json = dict[str, Any]  # Any: open-ended JSON
-FAMILIES = ("llama", "t5")
+FAMILIES = ("llama", "t5", "bert")
 SECONDS = 240
 
 

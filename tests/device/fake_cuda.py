@@ -39,6 +39,7 @@ def fake_cuda(*, free_bytes: int = 72 * GIB, has_bfloat16: bool = True) -> Itera
         "mem_get_info": (free_bytes, 80 * GIB),
         "is_bf16_supported": has_bfloat16,
     }
+    mode = FakeTensorMode()  # before `is_available` is patched, so that it initialises no device
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, _returning(answer)))
@@ -48,8 +49,13 @@ def fake_cuda(*, free_bytes: int = 72 * GIB, has_bfloat16: bool = True) -> Itera
         )
         stack.enter_context(patch.object(Tensor, "pin_memory", _pinned))
         stack.enter_context(patch.object(PreTrainedModel, "from_pretrained", _from_config))
-        stack.enter_context(patch.object(PreTrainedModel, "to", _moved))
-        stack.enter_context(FakeTensorMode())
+        for kind in (nn.Module, PreTrainedModel):
+            stack.enter_context(patch.object(kind, "to", _moved))
+        # transformers reads no masks of tensors that it knows to be fake, but those of a GPU
+        stack.enter_context(
+            patch("transformers.utils.import_utils.is_fake_tensor", _returning(False))
+        )
+        stack.enter_context(mode)
         yield
 
 
@@ -62,7 +68,8 @@ def _no() -> bool:
 
 
 def _pinned(tensor: Tensor) -> Tensor:
-    pinned = tensor.clone()
+    # not a copy: the copy of a single number would be a real tensor
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype)
     setattr(pinned, PINNED, True)
     return pinned
 
@@ -74,15 +81,20 @@ def _from_config(
     return cls._from_config(config, dtype=dtype)
 
 
-def _moved(model: nn.Module, device: str) -> nn.Module:
-    """Moves a model. A fake parameter cannot change its device, so all are replaced."""
+def _moved(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """Moves a module. A fake parameter cannot change its device, so all are replaced.
+
+    An `OpLog` sees no copies, because to load a model is no wait of interest.
+    """
     moved: dict[Tensor | None, Any] = {None: None}  # tied parameters stay one
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter not in moved:
-                there = parameter.detach().to(device)
+                there = torch.empty_like(parameter.detach(), device=device)
                 moved[parameter] = nn.Parameter(there, parameter.requires_grad)
             module._parameters[name] = moved[parameter]
         for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffer.to(device)
+            module._buffers[name] = (
+                None if buffer is None else torch.empty_like(buffer, device=device)
+            )
     return model

@@ -17,6 +17,14 @@ def test_a_training_step_waits_for_the_gpu_once(observed: Observed, case: str) -
     assert "step_gradients.py" in wait  # where the statistics of the step are read
 
 
+def test_rows_for_the_cache_are_copied_once_per_micro_batch(observed: Observed) -> None:
+    seen = observed("storing_step")
+    *copies, figures = seen["waits"]
+    assert len(copies) == seen["num_pieces"]
+    assert all("cached_teacher.py" in wait for wait in copies)
+    assert "step_gradients.py" in figures
+
+
 def test_layers_are_trained_in_bfloat16_with_float32_weights(observed: Observed) -> None:
     seen = observed("training_step")
     assert seen["parameter_dtypes"] == ["torch.float32"]

@@ -38,13 +38,13 @@ def rows(num_rows: int, *, source_tokens: int = 0) -> list[Example]:
 def trainer_of(folder: Path, **changes: Any) -> Trainer:  # Any: fields of TrainingInputs
     """Returns a trainer whose teacher and student are models of this folder, both on the GPU.
 
-    Options beside the fields: `source_tokens` for the encoder, the `student` of the job, and
-    `is_cached` for a teacher whose rows are all in the row cache.
+    Options beside the fields: `source_tokens` for the encoder, the `student` of the job, and the
+    function `taught_by` that returns another teacher than `teacher_of`.
     """
     device = find_device()
     examples = rows(12, source_tokens=changes.pop("source_tokens", 0))
     student = changes.pop("student", Student(num_layers=2, fit_rows=0, freeze_head=False))
-    taught_by = cached_teacher_of if changes.pop("is_cached", False) else teacher_of
+    taught_by = changes.pop("taught_by", teacher_of)
     setup = TrainingInputs(
         out=Path(tempfile.mkdtemp()),
         objective=Objective(),
@@ -86,6 +86,14 @@ def cached_teacher_of(folder: Path, examples: list[Example], dtype: torch.dtype)
         raise AssertionError("all rows are cached")
 
     return CachedTeacher(load, head, examples, cache, row_format)
+
+
+def storing_teacher_of(folder: Path, examples: list[Example], dtype: torch.dtype) -> CachedTeacher:
+    """Returns a teacher that computes rows in the format of the row cache."""
+    model = load_model(folder, dtype).to("cuda").requires_grad_(False)
+    head = float32_head(model)
+    row_format = RowFormat("hidden", head.weight_VH.shape[1], dtype)
+    return CachedTeacher(lambda: LiveTeacher(model), head, examples, None, row_format)
 
 
 @dataclass(frozen=True)

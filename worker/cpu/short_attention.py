@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from worker.cpu.kernels import operators
 from worker.cpu.kernels.bindings import LANES, kernels
+from worker.models.attention_masks import unread_sdpa_mask
 
 NAME = "stillhouse_short"
 MOST_KEYS = 256  # the backward pass keeps the score matrices; longer ones take too much memory
@@ -201,4 +201,4 @@ def _scaled(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, unread_sdpa_mask)

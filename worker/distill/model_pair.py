@@ -237,6 +237,7 @@ class ModelPair:
             batch_tokens=batch_tokens,
             seed=self.spec.seed,
             device=self.device,
+            autocast=self.card.autocast,
         )
         return replace(
             self, adapted_dir=adapt(adaptation, self.spec.cache_dir / "adapted", on_step)

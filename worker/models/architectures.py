@@ -20,9 +20,12 @@ from transformers import (
 from app.contracts.architectures import ARCHITECTURES, UNBOUNDED_CONTEXT, distilled
 from app.contracts.messages import ModelKind
 from worker.errors import UnsupportedModel
+from worker.models.attention_masks import never_read_masks
 
 CAUSAL, SEQ2SEQ, MASKED = distilled("causal"), distilled("seq2seq"), distilled("masked")
 SUPPORTED = tuple(sorted((*CAUSAL, *SEQ2SEQ, *MASKED)))
+
+never_read_masks()  # all code that runs a model imports this module
 
 
 def kind_of(config: PretrainedConfig) -> ModelKind:

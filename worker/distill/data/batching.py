@@ -1,6 +1,7 @@
 """Tensors of a batch of rows. app/contracts/batch_plan.py decides which rows are in a batch.
 
-B batch, T tokens, S source tokens (the input of an encoder), N targets, row by row.
+B batch, T tokens, S source tokens (the input of an encoder), N targets or other selected positions,
+row by row. P selected positions of the row that has most of them.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from worker.distill.data.rows import Example
+from worker.host_copies import to_device
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Batch:
     tensors are None for models without an encoder.
     """
 
+    rows: tuple[Example, ...]
     indices: tuple[int, ...]
     num_tokens: int
     input_ids_BT: Tensor
@@ -45,8 +48,7 @@ def collate(examples: Sequence[Example], indices: Sequence[int], device: str = "
     rows = [examples[i] for i in indices]
     input_ids_BT, attention_mask_BT = pad([model_input(row) for row in rows])
     num_columns = input_ids_BT.shape[1]
-    numbers = [b * num_columns + p for b, row in enumerate(rows) for p in kept_positions(row)]
-    positions_N = torch.tensor(numbers, dtype=torch.int64)
+    positions_N = flat_positions([kept_positions(row) for row in rows], num_columns)
     keep_BT = torch.zeros_like(input_ids_BT, dtype=torch.bool)
     keep_BT.view(-1)[positions_N] = True
     targets_N = torch.tensor([row.token_ids[p] for row in rows for p in row.target_positions])
@@ -54,18 +56,58 @@ def collate(examples: Sequence[Example], indices: Sequence[int], device: str = "
     if rows[0].source_ids:
         tensors += pad([row.source_ids for row in rows])
     num_tokens = sum(row.num_tokens - 1 for row in rows)
-    return Batch(tuple(indices), num_tokens, *(to_device(tensor, device) for tensor in tensors))
+    return Batch(
+        tuple(rows), tuple(indices), num_tokens, *(to_device(tensor, device) for tensor in tensors)
+    )
 
 
-def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
-    """Moves a tensor from the CPU to a device. The host does not wait for the copy.
+def flat_positions(positions: Sequence[Sequence[int]], num_columns: int) -> Tensor:
+    """Returns positions of each row as numbers in the flattened batch [B * num_columns]."""
+    numbers = [row * num_columns + p for row, places in enumerate(positions) for p in places]
+    return torch.tensor(numbers, dtype=torch.int64)
 
-    Only a copy from pinned memory is asynchronous. Any other one waits for all work that the GPU
-    has still to do.
+
+@dataclass(frozen=True)
+class Selection:
+    """Positions of each row of a batch, on the device of the batch.
+
+    `positions_N` are numbers in the flattened batch. `places_N` are the numbers of the same
+    positions in a table [B, P], in which each row begins with its selected positions. `mask_BP` is
+    true where that table has an entry.
     """
-    if torch.device(device).type == "cpu" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+
+    positions_N: Tensor
+    places_N: Tensor
+    mask_BP: Tensor
+
+    @classmethod
+    def of(
+        cls, positions: Sequence[Sequence[int]], num_columns: int, device: torch.device
+    ) -> "Selection":
+        """Returns the selection of these positions of rows that are padded to `num_columns`."""
+        longest = max(map(len, positions))
+        lengths_B1 = torch.tensor([len(places) for places in positions])[:, None]
+        tensors = (
+            flat_positions(positions, num_columns),
+            flat_positions([range(len(places)) for places in positions], longest),
+            torch.arange(longest) < lengths_B1,
+        )
+        return cls(*(to_device(tensor, device) for tensor in tensors))
+
+    @classmethod
+    def of_batch(cls, batch: Batch, *, is_source: bool, is_all: bool) -> "Selection":
+        """Returns all positions of the source, or `read_positions` of the batch.
+
+        They are computed from the rows: to count the entries of a mask, the host would wait for a
+        GPU.
+        """
+        device = batch.input_ids_BT.device
+        if is_source:
+            assert batch.source_ids_BS is not None
+            sources = [range(len(row.source_ids)) for row in batch.rows]
+            return cls.of(sources, batch.source_ids_BS.shape[1], device)
+        positions = read_positions(batch.rows, is_all=is_all)
+        return cls.of(positions, batch.input_ids_BT.shape[1], device)
 
 
 def pad(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -88,3 +130,8 @@ def model_input(row: Example) -> tuple[int, ...]:
 def kept_positions(row: Example) -> list[int]:
     """Returns the positions that predict the targets: one before each target."""
     return [p - 1 for p in row.target_positions]
+
+
+def read_positions(rows: Sequence[Example], *, is_all: bool) -> list[Sequence[int]]:
+    """Returns all positions of each row that a model reads, or those that predict targets."""
+    return [range(len(model_input(row))) if is_all else kept_positions(row) for row in rows]

@@ -1,6 +1,7 @@
 """Queries, keys and values of a layer in any model family, and the relation loss of MiniLMv2.
 
-B batch, P aligned positions, D width of all heads together, A relation heads.
+B batch, P aligned positions of a row, N those of all rows, D width of all heads together, A relation
+heads.
 """
 
 import math
@@ -104,19 +105,20 @@ def choose_relation_heads(asked: int | None, teacher_heads: int, widths: set[int
 
 
 def relation_kl(
-    student_BPD: Tensor, teacher_BPD: Tensor, mask_BP: Tensor, *, num_heads: int
+    student_BPD: Tensor, teacher_BPD: Tensor, mask_BP: Tensor, places_N: Tensor, *, num_heads: int
 ) -> Tensor:
     """Returns the mean KL(teacher || student) of attention relations.
 
     The mean is taken over relation heads and real positions. A relation says how one position
     relates to all others: softmax(x x^T / sqrt(D / A)). The widths of the two models may differ.
+    `places_N` are the numbers of the true entries of `mask_BP`, so that the host need not count them.
 
     Source: Wang et al., arXiv:2012.15828.
     """
     log_q_BAPP = _relations(student_BPD, mask_BP, num_heads)
     log_p_BAPP = _relations(teacher_BPD, mask_BP, num_heads)
     kl_BAP = (log_p_BAPP.exp() * (log_p_BAPP - log_q_BAPP)).sum(dim=-1)
-    return kl_BAP.transpose(1, 2)[mask_BP].mean()
+    return kl_BAP.transpose(1, 2).flatten(0, 1).index_select(0, places_N).mean()
 
 
 def _relations(x_BPD: Tensor, mask_BP: Tensor, num_heads: int) -> Tensor:

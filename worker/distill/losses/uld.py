@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from worker.distill.data.batching import to_device
 from worker.distill.data.dataset import Reader, Rows
 from worker.distill.data.rows import Example
 from worker.distill.losses.divergences import TokenObjective
@@ -20,6 +19,7 @@ from worker.distill.losses.fused_loss import RowStats, fused_distillation_loss
 from worker.distill.losses.lm_head import Head, TeacherRows
 from worker.distill.losses.token_alignment import TokenBytes, align
 from worker.errors import TokenizerMismatch
+from worker.host_copies import to_device
 
 # Ranks do not say which token is meant, so a student learns nothing without cross-entropy.
 DEFAULT_CE_WEIGHT = 0.5

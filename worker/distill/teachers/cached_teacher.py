@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from app.contracts.batch_plan import cut_batches
 from worker.cpu import fuse_layers
-from worker.distill.data.batching import collate, to_device
+from worker.distill.data.batching import collate
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import Ranks
 from worker.distill.forward.hidden_states import decoder_states, select, transform_of
@@ -28,6 +28,7 @@ from worker.distill.losses.lm_head import ExpectedRows, Head, TeacherRows, expec
 from worker.distill.losses.top_k import TopRows
 from worker.distill.phase_times import PhaseTimes
 from worker.distill.teachers.row_cache import NAME_BYTES, RowCache, cache_bytes, open_cache
+from worker.host_copies import to_device
 
 Keeps = Literal["hidden", "expected", "top"]
 TOP_K = 64  # most likely tokens kept per target; a peaked distribution has little mass elsewhere
@@ -112,6 +113,7 @@ class RowFormat:
         return num_positions * sum(width * dtype.itemsize for width, dtype in self.columns)
 
     def pack(self, hidden_TH: Tensor, head: Head) -> Tensor:
+        """Returns the blob of a row, on the device of the hidden states."""
         tensors: tuple[Tensor, ...]
         if self.keeps == "hidden":
             tensors = (hidden_TH,)
@@ -232,12 +234,12 @@ class CachedTeacher:
 
     def _computed(self, missing: Sequence[int], row_format: "RowFormat") -> dict[int, Tensor]:
         """Computes and stores missing rows, and returns their blobs."""
-        made = {}
         computed = self._compute([self._examples[i] for i in missing])
-        for i, hidden_TH in zip(missing, computed, strict=True):
-            made[i] = row_format.pack(hidden_TH, self._head)
-            if self._cache:
-                self._cache.put(i, made[i])
+        blobs = on_cpu([row_format.pack(hidden_TH, self._head) for hidden_TH in computed])
+        made = dict(zip(missing, blobs, strict=True))
+        if self._cache:
+            for i, blob in made.items():
+                self._cache.put(i, blob)
         return made
 
     def rows_of(self, examples: Sequence[Example]) -> TeacherRows:
@@ -254,7 +256,7 @@ class CachedTeacher:
             self._live = self._load()
         self.num_computed += len(examples)
         device = self._head.weight_VH.device  # the teacher itself may be elsewhere
-        return [hidden_TH.to(device) for hidden_TH in self._live.hidden(examples)]
+        return [to_device(hidden_TH, device) for hidden_TH in self._live.hidden(examples)]
 
     def fill(self, ranks: Ranks, batch_tokens: int, on_batch: Callable[[int, int], None]) -> None:
         """Computes and stores the missing rows, a share per rank; then releases the live teacher.
@@ -370,5 +372,14 @@ def _name(example: Example) -> bytes:
     return digest.digest()
 
 
+def on_cpu(blobs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the blobs of rows on the CPU. The host waits for a GPU once."""
+    if blobs[0].device.type == "cpu":
+        return list(blobs)
+    together = torch.cat(list(blobs)).cpu()
+    # each row gets its own memory, whose start is aligned for all dtypes
+    return [blob.clone() for blob in torch.split(together, [len(blob) for blob in blobs])]
+
+
 def _bytes(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.to("cpu", dtype).contiguous().view(-1).view(torch.uint8)
+    return values.to(dtype).contiguous().view(-1).view(torch.uint8)

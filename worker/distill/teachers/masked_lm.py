@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from worker.distill.data.rows import Example
 from worker.distill.forward.hidden_states import transform_of
+from worker.host_copies import to_device
 
 NUM_PASSES = 4  # each pass masks a quarter of the targets and shows the others
 
@@ -40,12 +41,13 @@ class MaskedTeacher:
         return [self._hidden(example) for example in examples]
 
     def _hidden(self, example: Example) -> Tensor:
-        targets_T = torch.tensor(example.target_positions, device=self._model.device)
-        passes_T = torch.arange(len(targets_T), device=self._model.device) % self._num_passes
-        ids_KL = torch.tensor(example.token_ids, device=self._model.device).repeat(
-            self._num_passes, 1
-        )
+        targets_T = torch.tensor(example.target_positions)
+        passes_T = torch.arange(len(targets_T)) % self._num_passes
+        ids_KL = torch.tensor(example.token_ids).repeat(self._num_passes, 1)
         ids_KL[passes_T, targets_T] = self._mask_id
+        ids_KL, passes_T, targets_T = (
+            to_device(tensor, self._model.device) for tensor in (ids_KL, passes_T, targets_T)
+        )
         states_KLH: Tensor = self._model.base_model(
             input_ids=ids_KL,
             attention_mask=torch.ones_like(ids_KL),
@@ -63,8 +65,6 @@ def segments(
     """
     if model.config.type_vocab_size < 2:
         return {}
-    firsts_B = torch.tensor(
-        [example.target_positions[0] for example in examples], device=model.device
-    )
-    types_BL = torch.arange(num_tokens, device=model.device) >= firsts_B[:, None]
-    return {"token_type_ids": types_BL.long()}
+    firsts_B = torch.tensor([example.target_positions[0] for example in examples])
+    types_BL = torch.arange(num_tokens) >= firsts_B[:, None]
+    return {"token_type_ids": to_device(types_BL.long(), model.device)}

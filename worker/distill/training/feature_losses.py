@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 
 from app.contracts.distillation import AttentionTerm, HiddenTerm
 from app.contracts.messages import ModelKind
-from worker.distill.data.batching import Batch, collate, pad
+from worker.distill.data.batching import Batch, Selection, collate, pad, read_positions
 from worker.distill.data.rows import Example
 from worker.distill.forward.attention_relations import (
     SelfAttention,
@@ -30,10 +29,16 @@ from worker.distill.forward.attention_relations import (
     relation_kl,
     self_attention,
 )
-from worker.distill.forward.hidden_states import decoder_states, encoder_states, hidden_rows
+from worker.distill.forward.hidden_states import (
+    decoder_states,
+    encoder_states,
+    hidden_rows,
+    select,
+)
 from worker.distill.students.layer_dropping import layer_stacks
 from worker.distill.teachers.masked_lm import segments
 from worker.errors import InvalidStudent, UnsupportedModel
+from worker.host_copies import to_device
 from worker.models.architectures import kind_of
 
 Side = Literal["encoder", "decoder"]
@@ -108,16 +113,14 @@ class Features:
             ]
             teachers = [Tap(term.teacher_modules) for term, _ in terms]
             with Taps(teachers):
-                teacher_keep_BT = run_teacher(
+                theirs = run_teacher(
                     self.teacher, side, batch, examples, kind_of(self.student.config)
                 )
-            keep_BT = student_positions(batch, side, self.teacher, self.student)
+            mine = student_positions(batch, side, self.teacher, self.student)
             # the losses are always float32
             with torch.autocast(rows_NH.device.type, enabled=False):
                 for (term, tap), teacher in zip(terms, teachers, strict=True):
-                    value = term.weight * term(
-                        tap.outputs, keep_BT, teacher.outputs, teacher_keep_BT
-                    )
+                    value = term.weight * term(tap.outputs, mine, teacher.outputs, theirs)
                     loss = loss + value
                     values[term.name] = value.detach()
         return rows_NH, Terms(loss, values)
@@ -162,16 +165,13 @@ def reads_alike(teacher: ModelKind, student: ModelKind) -> bool:
 
 def student_positions(
     batch: Batch, side: Side, teacher: PreTrainedModel, student: PreTrainedModel
-) -> Tensor:
-    """Returns the positions at which the student's states are compared, as booleans [B, T].
+) -> Selection:
+    """Returns the positions at which the student's states are compared.
 
     These are all its tokens if both models read alike, else the positions that predict targets.
     """
-    if side == "encoder":
-        assert batch.source_mask_BS is not None
-        return batch.source_mask_BS.bool()
     is_all = reads_alike(kind_of(teacher.config), kind_of(student.config))
-    return batch.attention_mask_BT.bool() if is_all else batch.keep_BT
+    return Selection.of_batch(batch, is_source=side == "encoder", is_all=is_all)
 
 
 @torch.no_grad()
@@ -181,32 +181,29 @@ def run_teacher(
     batch: Batch,
     examples: Sequence[Example],
     student: ModelKind,
-) -> Tensor:
-    """Runs the teacher on the batch and returns its positions that match the student's, [B, T].
+) -> Selection:
+    """Runs the teacher on the batch and returns its positions that match the student's.
 
     Hooks on the teacher's layers collect the states.
     """
-    theirs = collate(examples, range(len(examples)), str(batch.keep_BT.device))
+    device = batch.input_ids_BT.device
     kind = kind_of(teacher.config)
-    keep_BT = theirs.attention_mask_BT.bool() if reads_alike(kind, student) else theirs.keep_BT
+    is_all = reads_alike(kind, student)
     if kind == "masked" and side == "encoder":
-        assert batch.source_mask_BS is not None
         teacher.base_model(input_ids=batch.source_ids_BS, attention_mask=batch.source_mask_BS)
-        return batch.source_mask_BS.bool()
+        return Selection.of_batch(batch, is_source=side == "encoder", is_all=is_all)
     # A masked model also reads the last token. Models that predict from left to right omit it.
     if kind == "masked":
-        ids_BT, mask_BT = (
-            t.to(keep_BT.device) for t in pad([example.token_ids for example in examples])
-        )
+        ids_BT, mask_BT = (to_device(t, device) for t in pad([row.token_ids for row in examples]))
         types = segments(teacher, examples, ids_BT.shape[1])
         teacher.base_model(input_ids=ids_BT, attention_mask=mask_BT, **types)
-        return nn.functional.pad(keep_BT, (0, 1))
+        return Selection.of(read_positions(examples, is_all=is_all), ids_BT.shape[1], device)
+    theirs = collate(examples, range(len(examples)), str(device))
     if side == "encoder":
         encoder_states(teacher, theirs)
-        assert theirs.source_mask_BS is not None
-        return theirs.source_mask_BS.bool()
-    decoder_states(teacher, theirs)
-    return keep_BT
+    else:
+        decoder_states(teacher, theirs)
+    return Selection.of_batch(theirs, is_source=side == "encoder", is_all=is_all)
 
 
 def pair_layers(term: HiddenTerm, num_student: int, num_teacher: int) -> list[tuple[int, int]]:
@@ -268,17 +265,17 @@ class _HiddenLoss:
     def __call__(
         self,
         students_BTH: Sequence[Tensor],
-        keep_BT: Tensor,
+        mine: Selection,
         teachers_BTH: Sequence[Tensor],
-        teacher_keep_BT: Tensor,
+        theirs: Selection,
     ) -> Tensor:
         losses = []
         for projection, mine_BTH, theirs_BTH in zip(
             self.projections, students_BTH, teachers_BTH, strict=True
         ):
             mine_NH, theirs_NH = (
-                projection(mine_BTH[keep_BT].float()),
-                theirs_BTH[teacher_keep_BT].float(),
+                projection(select(mine_BTH, mine.positions_N).float()),
+                select(theirs_BTH, theirs.positions_N).float(),
             )
             if self.kind == "mse":
                 losses.append((mine_NH - theirs_NH).square().mean())
@@ -310,18 +307,22 @@ class _AttentionLoss:
     def __call__(
         self,
         students_BTD: Sequence[Tensor],
-        keep_BT: Tensor,
+        mine: Selection,
         teachers_BTD: Sequence[Tensor],
-        teacher_keep_BT: Tensor,
+        theirs: Selection,
     ) -> Tensor:
-        lengths_B = keep_BT.sum(dim=1)
-        mask_BP = torch.arange(int(lengths_B.max()), device=keep_BT.device) < lengths_B[:, None]
-        mine, theirs = self._student.split(students_BTD), self._teacher.split(teachers_BTD)
+        pairs = zip(
+            self._student.split(students_BTD), self._teacher.split(teachers_BTD), strict=True
+        )
         losses = [
             relation_kl(
-                _kept(s, keep_BT), _kept(t, teacher_keep_BT), mask_BP, num_heads=self.num_heads
+                table_of(student_BTD, mine),
+                table_of(teacher_BTD, theirs),
+                mine.mask_BP,
+                mine.places_N,
+                num_heads=self.num_heads,
             )
-            for s, t in zip(mine, theirs, strict=True)
+            for student_BTD, teacher_BTD in pairs
         ]
         return torch.stack(losses).sum()
 
@@ -333,10 +334,11 @@ def attention_of(model: PreTrainedModel, side: Side, layer: int, whose: str) -> 
     return self_attention(layers[number_of(layer, len(layers), whose)], heads)
 
 
-def _kept(x_BTD: Tensor, keep_BT: Tensor) -> Tensor:
-    """Returns the kept positions of each row, padded at the end: [B, P, D]."""
-    rows = [x_TD[keep_T].float() for x_TD, keep_T in zip(x_BTD, keep_BT, strict=True)]
-    return pad_sequence(rows, batch_first=True)
+def table_of(x_BTD: Tensor, selected: Selection) -> Tensor:
+    """Returns the selected positions of each row, padded with zeros at the end: [B, P, D]."""
+    rows_ND = select(x_BTD, selected.positions_N).float()
+    table_MD = rows_ND.new_zeros((selected.mask_BP.numel(), rows_ND.shape[1]))
+    return table_MD.index_copy(0, selected.places_N, rows_ND).view(*selected.mask_BP.shape, -1)
 
 
 class Tap:

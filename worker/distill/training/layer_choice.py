@@ -29,6 +29,7 @@ from worker.distill.students.layer_dropping import layer_stacks
 from worker.distill.students.recipe import StudentRecipe
 from worker.distill.training.devices import Placement
 from worker.distill.training.layer_fitting import MOST_SCORES, load_start, positions_that_count
+from worker.host_copies import to_device
 
 MOST_BYTES = 2**29  # of the recorded states of all layers
 
@@ -71,7 +72,10 @@ def record_states(model: PreTrainedModel, rows: Sequence[Example]) -> list[list[
         rows = rows[:-1]
     batch = collate(rows, range(len(rows)), str(model.device))
     packing = packing_of(model, batch, most_scores=MOST_SCORES)
-    counts = positions_that_count(model, batch, packing)
+    counts = {
+        name: to_device(places_N, model.device)
+        for name, places_N in positions_that_count(model, batch, packing).items()
+    }
     found: list[list[Tensor]] = [[] for _ in names]
 
     def before(
@@ -89,7 +93,7 @@ def record_states(model: PreTrainedModel, rows: Sequence[Example]) -> list[list[
     def record(place: int, states: Tensor) -> None:
         """Keeps the states at the positions that count."""
         flat = states.reshape(-1, states.shape[-1])
-        found[place].append(flat[counts[names[place]].to(flat.device)].float())
+        found[place].append(flat.index_select(0, counts[names[place]]).float())
 
     with ExitStack() as hooks:
         for place, name in enumerate(names):
@@ -112,7 +116,7 @@ def changes_between(states: Sequence[Tensor]) -> Changes:
     squares_NS = products_NSS.diagonal(dim1=1, dim2=2).clamp(min=1e-30)
     changes_NSS = squares_NS[:, :, None] + squares_NS[:, None, :] - 2 * products_NSS
     relative_SS = (changes_NSS / squares_NS[:, None, :]).mean(dim=0).clamp(min=0.0)
-    found: Changes = relative_SS.triu(1).tolist()
+    found: Changes = relative_SS.triu(1).cpu().tolist()
     return found
 
 

@@ -28,13 +28,14 @@ from transformers.pytorch_utils import Conv1D
 
 from app.contracts.run_limits import FIT_BYTES, FIT_ROWS
 from worker.cpu import matmul, prepare_for_inference, weight_gradient
-from worker.distill.data.batching import Batch, collate
+from worker.distill.data.batching import Batch, collate, flat_positions, model_input
 from worker.distill.data.rows import Example
 from worker.distill.forward.hidden_states import run_body
 from worker.distill.forward.packing import Packing, packing_of
 from worker.distill.students.layer_dropping import layer_stacks
 from worker.distill.students.recipe import StudentRecipe, load_model
 from worker.distill.training.devices import ON_CPU, Placement
+from worker.host_copies import to_device
 from worker.models.architectures import layer_counts, read_config
 
 MOST_SCORES = 2**27  # attention scores of one layer over all rows at once
@@ -182,11 +183,14 @@ def fit_layers(
     else:  # both models read the padded batch, so that their positions agree
         start_batch = collate(rows, range(len(rows)), str(start.device))
     counts = positions_that_count(student, batch, packing)
+    start_counts = {name: to_device(places_N, start.device) for name, places_N in counts.items()}
+    counts = {name: to_device(places_N, student.device) for name, places_N in counts.items()}
     wanted: dict[Site, Tensor] = {}
 
     def hear(site: Site, writer: nn.Module, inputs_PI: Tensor, stream_PH: Tensor) -> None:
         """Records the start model's stream after a writer."""
-        wanted[site] = stream_PH.to(student.device, student.dtype)[counts[site[0]]]
+        heard_NH = stream_PH.index_select(0, start_counts[site[0]])
+        wanted[site] = to_device(heard_NH, student.device).to(student.dtype)
         on_progress()
 
     with _followed(start, {stack.name: stack.fitted.values() for stack in stacks}, hear):
@@ -200,8 +204,9 @@ def fit_layers(
         # a norm follows, so each position gets the same weight regardless of magnitude
         weights_N = goal_NH.pow(2).mean(dim=1).reciprocal()
         bias_H = writer.bias if isinstance(writer.bias, Tensor) else None
-        left_NH = goal_NH - stream_PH[counts[name]]
-        D_HI, b_H = ridge(inputs_PI[counts[name]], left_NH, weights_N, has_bias=bias_H is not None)
+        left_NH = goal_NH - stream_PH.index_select(0, counts[name])
+        inputs_NI = inputs_PI.index_select(0, counts[name])
+        D_HI, b_H = ridge(inputs_NI, left_NH, weights_N, has_bias=bias_H is not None)
         writer.get_parameter("weight").add_(D_HI.t() if isinstance(writer, Conv1D) else D_HI)
         if bias_H is not None:
             bias_H.add_(b_H)
@@ -235,25 +240,33 @@ def ridge(
     gram_II.diagonal().add_(RIDGE * gram_II.diagonal().mean())
     factor_II, num_bad = torch.linalg.cholesky_ex(gram_II)
     D_HI = torch.cholesky_solve(moments_HI.t(), factor_II).t().to(inputs_NI.dtype).contiguous()
-    if num_bad or not D_HI.isfinite().all():
-        return torch.zeros_like(D_HI), torch.zeros_like(mean_H)
-    return D_HI, mean_H - D_HI @ mean_I
+    # a choice on the device, because the host would wait for a GPU to read the condition
+    is_solved = (num_bad == 0) & D_HI.isfinite().all()
+    return D_HI.where(is_solved, 0.0), (mean_H - D_HI @ mean_I).where(is_solved, 0.0)
 
 
 def positions_that_count(
     model: PreTrainedModel, batch: Batch, packing: Packing | None
 ) -> dict[str, Tensor]:
-    """Returns the positions to fit on, [P] for each stack.
+    """Returns the positions to fit on for each stack, as numbers in the flattened batch, on the CPU.
 
     Padding is left out, and so is a causal model's first token, which attracts attention and
     carries no content.
     """
     *encoder, decoder = layer_stacks(model)
+    num_columns = batch.input_ids_BT.shape[1]
+    lengths = [len(model_input(row)) for row in batch.rows]
+    if batch.source_ids_BS is not None:
+        sources = [range(len(row.source_ids)) for row in batch.rows]
+        return {
+            encoder[0]: flat_positions(sources, batch.source_ids_BS.shape[1]),
+            decoder: flat_positions([range(length) for length in lengths], num_columns),
+        }
+    if packing is None:
+        return {decoder: flat_positions([range(1, length) for length in lengths], num_columns)}
     counts_BT = batch.attention_mask_BT.bool()
-    if batch.source_mask_BS is not None:
-        return {encoder[0]: batch.source_mask_BS.bool().flatten(), decoder: counts_BT.flatten()}
     counts_BT[:, 0] = False
-    return {decoder: counts_BT.flatten() if packing is None else packing.packed(counts_BT)[0]}
+    return {decoder: packing.packed(counts_BT)[0].nonzero()[:, 0]}
 
 
 @contextmanager
@@ -263,19 +276,24 @@ def _followed(
     """Calls `visit` at each writer of the given layers, within the block.
 
     `visit` receives the writer's input [P, I] and the residual stream after it [P, H]. The result,
-    if any, is added to the writer's output.
+    if any, is added to the writer's output. Raises NoPlainStream for layers that do more than add
+    to the stream: on a CPU after such a layer, on a GPU at the end of the block.
     """
+    differs: list[Tensor] = []
     with ExitStack() as hooks:
         for name, numbers in layers.items():
             stack = model.get_submodule(name)
             for number in numbers:
-                for handle in _follow_layer(stack.get_submodule(str(number)), name, number, visit):
+                layer = stack.get_submodule(str(number))
+                for handle in _follow_layer(layer, name, number, visit, differs):
                     hooks.callback(handle.remove)
         yield
+        if differs and bool(torch.stack(differs).any()):
+            raise NoPlainStream(NOT_PLAIN)
 
 
 def _follow_layer(
-    layer: nn.Module, name: str, number: int, visit: Visit
+    layer: nn.Module, name: str, number: int, visit: Visit, differs: list[Tensor]
 ) -> Iterator[RemovableHandle]:
     stream_PH: Tensor
 
@@ -297,10 +315,17 @@ def _follow_layer(
         return out_PH.view(out.shape)
 
     def end(module: nn.Module, args: tuple[Tensor, ...], out: Tensor | tuple[Tensor, ...]) -> None:
-        """Compares the stream with the layer's output. Raises NoPlainStream if they differ."""
+        """Compares the stream with the layer's output.
+
+        Raises NoPlainStream if they differ. On a GPU the result is added to `differs` instead,
+        because the host would wait for it.
+        """
         out_PH = _flat(out if isinstance(out, Tensor) else out[0])
         most_off = max(MOST_OFF, ROUNDINGS * torch.finfo(out_PH.dtype).eps)
-        if (out_PH - stream_PH).norm() > most_off * out_PH.norm():
+        is_off = (out_PH - stream_PH).norm() > most_off * out_PH.norm()
+        if is_off.device.type != "cpu":
+            differs.append(is_off)
+        elif is_off:
             raise NoPlainStream(NOT_PLAIN)
 
     yield layer.register_forward_pre_hook(begin, with_kwargs=True)

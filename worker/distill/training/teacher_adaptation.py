@@ -25,15 +25,16 @@ from transformers import PreTrainedModel
 from app.contracts.batch_plan import BatchPlan
 from app.contracts.distillation import Auto
 from worker.cpu import prepare_for_training
-from worker.distill.data.batching import pad
+from worker.distill.data.batching import flat_positions, pad
 from worker.distill.data.rows import Example
-from worker.distill.forward.hidden_states import transform_of
+from worker.distill.forward.hidden_states import autocast, select, transform_of
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import fused_distillation_loss
 from worker.distill.losses.lm_head import head_of
 from worker.distill.students.recipe import load_model
 from worker.distill.teachers.masked_lm import NUM_PASSES, segments
 from worker.distill.training.lr_schedule import parameter_groups, scheduled
+from worker.host_copies import to_device
 
 MAX_AUTO_STEPS = 300  # "auto" is one pass over the rows, with at most this many steps
 LEARNING_RATE = 5e-5  # usual for the fine-tuning of BERT
@@ -45,7 +46,8 @@ NUM_KEPT = 4  # number of adapted teachers on disk, the most recently used ones
 class Adaptation:
     """Inputs of a teacher adaptation. `identity` identifies the original weights.
 
-    `rows` are the training rows as the teacher reads them.
+    `rows` are the training rows as the teacher reads them. The weights are float32, and the layers
+    run under `autocast` if it is given.
     """
 
     teacher_dir: Path
@@ -56,6 +58,7 @@ class Adaptation:
     batch_tokens: int
     seed: int
     device: str
+    autocast: torch.dtype | None = None
 
     @property
     def plan(self) -> BatchPlan:
@@ -82,6 +85,8 @@ class Adaptation:
             self.device,
         ]
         settings += [LEARNING_RATE, WARMUP_RATIO, NUM_PASSES, torch.get_num_threads()]
+        if self.autocast is not None:
+            settings.append(str(self.autocast))
         rows = [[row.token_ids, row.spans] for row in self.rows]
         return hashlib.sha256(json.dumps([settings, rows]).encode()).hexdigest()
 
@@ -132,8 +137,9 @@ def adapted_model(adaptation: Adaptation, on_step: Callable[[int, int], None]) -
         for numbers in plan.epoch(epoch)[: num_steps - step]:
             on_step(step, num_steps)
             random = Random(f"{adaptation.seed}:{step}")
+            rows = [adaptation.rows[i] for i in numbers]
             loss = masked_loss(
-                model, [adaptation.rows[i] for i in numbers], adaptation.mask_id, random
+                model, rows, adaptation.mask_id, random, autocast_dtype=adaptation.autocast
             )
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -147,24 +153,43 @@ def adapted_model(adaptation: Adaptation, on_step: Callable[[int, int], None]) -
 
 
 def masked_loss(
-    model: PreTrainedModel, rows: Sequence[Example], mask_id: int, random: Random
+    model: PreTrainedModel,
+    rows: Sequence[Example],
+    mask_id: int,
+    random: Random,
+    *,
+    autocast_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Returns the mean cross-entropy of the masked targets.
 
-    A share of 1 / NUM_PASSES of each row's targets is masked, and at least one.
+    A share of 1 / NUM_PASSES of each row's targets is masked, and at least one. The targets are
+    chosen and masked on the CPU, so that the host need not wait for a GPU.
     """
-    ids_BT, mask_BT = (tensor.to(model.device) for tensor in pad([row.token_ids for row in rows]))
-    is_hidden_BT = torch.zeros_like(ids_BT, dtype=torch.bool)
-    for is_hidden_T, row in zip(is_hidden_BT, rows, strict=True):
-        num_hidden = max(1, round(row.num_targets / NUM_PASSES))
-        is_hidden_T[random.sample(row.target_positions, num_hidden)] = True
-    states_BTH = model.base_model(
-        input_ids=ids_BT.masked_fill(is_hidden_BT, mask_id),
-        attention_mask=mask_BT,
-        **segments(model, rows, ids_BT.shape[1]),
-    ).last_hidden_state
-    hidden_NH, targets_N = transform_of(model)(states_BTH[is_hidden_BT]), ids_BT[is_hidden_BT]
+    ids_BT, mask_BT = pad([row.token_ids for row in rows])
+    hidden = [
+        sorted(random.sample(row.target_positions, max(1, round(row.num_targets / NUM_PASSES))))
+        for row in rows
+    ]
+    positions_N = flat_positions(hidden, ids_BT.shape[1])
+    targets_N = ids_BT.flatten()[positions_N]
+    ids_BT.view(-1)[positions_N] = mask_id
+    ids_BT, mask_BT, positions_N, targets_N = (
+        to_device(tensor, model.device) for tensor in (ids_BT, mask_BT, positions_N, targets_N)
+    )
+    with autocast(model.device.type, autocast_dtype):
+        states_BTH = model.base_model(
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            **segments(model, rows, ids_BT.shape[1]),
+        ).last_hidden_state
+        hidden_NH = transform_of(model)(select(states_BTH, positions_N))
+    head = head_of(model)
     loss, _ = fused_distillation_loss(
-        hidden_NH, head_of(model), targets_N, None, TokenObjective(), denominator=len(targets_N)
+        hidden_NH.to(head.weight_VH.dtype),
+        head,
+        targets_N,
+        None,
+        TokenObjective(),
+        denominator=len(targets_N),
     )
     return loss

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import EncoderDecoderCache
 
+from worker.host_copies import to_device
 from worker.serve.decoding.families import Call, Family, family_of
 from worker.serve.decoding.kv_cache import WindowedCache
 from worker.serve.decoding.prefix_cache import Prefixes
@@ -53,7 +54,7 @@ class EncoderCache:
         New rows get `states_KSH`, and the model fills the cache from them. For other rows
         `states_KSH` is None, and the model reads the cache.
         """
-        mask_NS = self._mask(rows).to(call.tokens_NQ.device)
+        mask_NS = to_device(self._mask(rows), call.tokens_NQ.device)
         self.cache.window.open(rows, low=0, column=0, end=mask_NS.shape[1])
         if states_KSH is None:
             states_KSH = self.cache.layers[0].keys[:, 0, :, :1]  # only the shape and dtype are read
@@ -84,8 +85,8 @@ class EncoderCache:
             self.with_past.is_updated[layer] = True  # the other rows read the cache
 
     def _mask(self, rows: slice) -> Tensor:
-        lengths_N1 = torch.tensor(self.lengths[rows])[:, None]
-        return (torch.arange(int(lengths_N1.max())) < lengths_N1).long()
+        lengths = self.lengths[rows]
+        return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
 
     def _copy(self, source: int, target: int) -> None:
         self.cache.copy_row(source, target, slice(0, self.lengths[source]))
@@ -216,7 +217,7 @@ class CursorBatch:
     def _join_encoded(self, prompts: Sequence[Sequence[int]], sources: EncoderCache) -> Tensor:
         tokens_KS, mask_KS = sources.add(prompts)
         states_KSH = self.family.encode(
-            self.model, tokens_KS.to(self.device), mask_KS.to(self.device)
+            self.model, to_device(tokens_KS, self.device), to_device(mask_KS, self.device)
         )
         return self._join([[self.family.start_token]] * len(prompts), states_KSH)
 
@@ -327,10 +328,13 @@ class CursorBatch:
         self.cache.window.open(rows, low=low, column=column, end=end)
         starts_N1 = torch.tensor(self.starts[rows])[:, None]
         columns_W = torch.arange(low, end)
+        mask_NW = None
+        if self._is_mask_needed(rows, low):
+            mask_NW = to_device(self._mask(columns_W, starts_N1), self.device)
         call = Call(
-            tokens_NQ.to(self.device),
-            self._mask(columns_W, starts_N1).to(self.device),
-            self._positions(columns_W[-num_tokens:], starts_N1).to(self.device),
+            to_device(tokens_NQ, self.device),
+            mask_NW,
+            to_device(self._positions(columns_W[-num_tokens:], starts_N1), self.device),
             self.cache,
             num_logits=num_logits,
             starts_N=starts_N1[:, 0],
@@ -338,6 +342,12 @@ class CursorBatch:
         if self.sources is not None:
             call = self.sources.shown_to(call, rows, states_KSH)
         return self.family.forward(self.model, call).float()
+
+    def _is_mask_needed(self, rows: slice, low: int) -> bool:
+        """Without a mask, PyTorch's fastest attention kernels can be used on a GPU."""
+        is_plain = self.sources is None and self.family.can_pad_prompts
+        is_open = all(start <= low for start in self.starts[rows])
+        return self.device.type == "cpu" or not is_plain or not is_open
 
     def _mask(self, columns_W: Tensor, starts_N1: Tensor) -> Tensor:
         return (columns_W >= starts_N1).long()

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from worker.host_copies import to_device
 from worker.serve.decoding.cache_status import CacheStatus
 from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.decoding.prompt_scores import PromptScores
@@ -229,7 +230,7 @@ class Decoder:
                 self.batch.fork(first_row + index)
                 sequences.append(sequence)
                 sources.append(index)
-        logits_NV = logits_KV[torch.tensor(sources, device=logits_KV.device)]
+        logits_NV = logits_KV.index_select(0, to_device(torch.tensor(sources), logits_KV.device))
         self._rows += sequences
         self._joining = []
         return sequences, logits_NV

@@ -32,10 +32,13 @@ Config = Any
 
 @dataclass(frozen=True)
 class Call:
-    """One forward pass: the new tokens of each row, their positions and their attention mask."""
+    """One forward pass: the new tokens of each row, their positions and their attention mask.
+
+    The mask is None if every row attends to all columns, and the model is on a GPU.
+    """
 
     tokens_NQ: Tensor
-    mask_NW: Tensor
+    mask_NW: Tensor | None
     positions_NQ: Tensor
     cache: Cache
     states_NSH: Tensor | None = None

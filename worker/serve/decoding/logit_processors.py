@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from app.contracts.generation import Sampling
+from worker.host_copies import to_device
 from worker.serve.errors import InvalidLogitBias, InvalidStopTokenIds
 
 # Division by less overflows, and long before that only the best token has any probability.
@@ -143,10 +144,12 @@ def process_logits(
     if not asked:
         return None
     rows, tokens, changes = zip(*asked, strict=True)
-    sizes = torch.tensor([len(tokens_R) for tokens_R in tokens])
-    rows_K = torch.tensor(rows).repeat_interleave(sizes).to(logits_NV.device)
-    tokens_K = torch.cat(tokens).to(logits_NV.device)
-    bias_K, repetition_K, penalty_K = torch.cat(changes, dim=1).to(logits_NV.device)
+    sizes = [len(tokens_R) for tokens_R in tokens]
+    device = logits_NV.device
+    rows_K = torch.tensor(rows).repeat_interleave(torch.tensor(sizes), output_size=sum(sizes))
+    rows_K = to_device(rows_K, device)
+    tokens_K = to_device(torch.cat(tokens), device)
+    bias_K, repetition_K, penalty_K = to_device(torch.cat(changes, dim=1), device)
     raw_K = logits_NV[rows_K, tokens_K]
     biased_K = raw_K + bias_K
     divided_K = torch.where(biased_K > 0, biased_K / repetition_K, biased_K * repetition_K)

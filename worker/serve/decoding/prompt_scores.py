@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from worker.host_copies import to_device
 from worker.serve.decoding.sampling import SampledToken
 
 MIN_LOGPROB = -9999.0  # as in vLLM: JSON has no infinity
@@ -38,18 +39,17 @@ class PromptScores:
             return
         logprobs_KQV = logits_KQV[:, :num_columns].log_softmax(dim=-1)
         next_KQ1 = self._tokens_KW[:, column + 1 : column + 1 + num_columns, None]
-        value_KQ1 = logprobs_KQV.gather(2, next_KQ1.to(logprobs_KQV.device))
+        value_KQ1 = logprobs_KQV.gather(2, to_device(next_KQ1, logprobs_KQV.device))
         num_top = min(max(self._num_top), logprobs_KQV.shape[2])
         best_KQT, best_tokens_KQT = logprobs_KQV.topk(num_top, dim=-1)
         # The value and the alternatives come from one array: a token that is the best has exactly
         # the value of the best alternative.
-        values = value_KQ1[..., 0].clamp(min=MIN_LOGPROB).tolist()
-        best = best_KQT.clamp(min=MIN_LOGPROB).tolist()
-        best_tokens = best_tokens_KQT.tolist()
+        logprobs = torch.cat((value_KQ1, best_KQT), dim=-1).clamp(min=MIN_LOGPROB).cpu().tolist()
+        best_tokens = best_tokens_KQT.cpu().tolist()
         for row, prompt in enumerate(self._prompts):
             padding = self._width - len(prompt)
             for at in range(max(0, padding - column), num_columns):
-                value, num_kept = values[row][at], self._num_top[row]
+                (value, *best), num_kept = logprobs[row][at], self._num_top[row]
                 token = prompt[column + at + 1 - padding] if value == value else None  # not NaN
-                top = zip(best_tokens[row][at][:num_kept], best[row][at][:num_kept], strict=True)
+                top = zip(best_tokens[row][at][:num_kept], best[:num_kept], strict=True)
                 self.picks[row].append(SampledToken(token, value, tuple(top)))

@@ -16,11 +16,13 @@ Temperature 0 selects the best token after step 1. Log-probabilities are those o
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from app.contracts.generation import Sampling
+from worker.host_copies import to_device
 from worker.serve.decoding.logit_processors import LogitsProcessor, process_logits
 from worker.serve.grammars.constraint import Constraint
 from worker.serve.grammars.masks import compute_ahead, mask_logits
@@ -107,20 +109,22 @@ class SampledToken:
 
 
 def choose_tokens(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> list[int | None]:
-    """Returns one token per row of processed logits, or None if the logits are not finite."""
-    best_N, greedy_N = _greatest(logits_NV)
-    is_good = torch.isfinite(best_N).tolist()  # a maximum over NaN is NaN
-    tokens: list[int] = greedy_N.tolist()
-    sampled = [row for row, c in enumerate(samplers) if not c.is_greedy and is_good[row]]
-    plain = [row for row in sampled if not samplers[row].is_ranked]
-    if plain:
-        drawn = _draw_from_all(logits_NV[plain], [samplers[row] for row in plain])
-        for row, token in zip(plain, drawn, strict=True):
-            tokens[row] = token
-    for row in sampled:
-        if samplers[row].is_ranked:
-            tokens[row] = _draw_from_best(logits_NV[row], samplers[row])
-    return [token if good else None for token, good in zip(tokens, is_good, strict=True)]
+    """Returns one token per row of processed logits, or None if the logits are not finite.
+
+    The host waits for a GPU once. Tokens of rows whose logits are not finite are drawn too, and
+    then ignored.
+    """
+    best_N, tokens_N = _greatest(logits_NV)
+    is_good_N = torch.isfinite(best_N)  # a maximum over NaN is NaN
+    sampled = [row for row, c in enumerate(samplers) if not c.is_greedy]
+    for draw_rows, is_ranked in ((_draw_from_all, False), (_draw_from_best, True)):
+        rows = [row for row in sampled if samplers[row].is_ranked == is_ranked]
+        if rows:
+            rows_R = to_device(torch.tensor(rows), logits_NV.device)
+            tokens_N[rows_R] = draw_rows(logits_NV, rows_R, [samplers[row] for row in rows])
+    # -1 stands for a row whose logits are not finite
+    tokens: list[int] = tokens_N.where(is_good_N, -1).cpu().tolist()
+    return [token if token >= 0 else None for token in tokens]
 
 
 def _greatest(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,6 +170,7 @@ def pick_tokens(
     if changed is not None:
         changed.put_back(logits_NV)
     picks = [SampledToken(token) for token in tokens]
+    logprobs: dict[int, Tensor] = {}
     open_constraints = []
     for row, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
         if token is None:
@@ -177,38 +182,75 @@ def pick_tokens(
             if token not in sampler.constraint.vocabulary.end_ids:
                 open_constraints.append(sampler.constraint)
         if sampler.num_logprobs is not None:
-            picks[row] = _with_logprobs(logits_NV[row], token, sampler.num_logprobs)
+            logprobs[row] = _logprobs_of(logits_NV[row], token, sampler.num_logprobs)
     compute_ahead(open_constraints)
+    for row, (logprob, top) in zip(logprobs, _read_logprobs(list(logprobs.values())), strict=True):
+        picks[row] = SampledToken(tokens[row], logprob, top)
     return picks
 
 
-def _draw_from_all(logits_PV: Tensor, samplers: Sequence[TokenSampler]) -> list[int]:
-    """Draws by inverse transform sampling in two passes: first the block, then the token within it.
+def _draw_from_all(logits_NV: Tensor, rows_P: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    """Draws a token for these rows by inverse transform sampling.
 
-    Overwrites the logits.
+    It takes two passes: first the block is drawn, then the token within it.
     """
-    temperature_P1 = torch.tensor([[c.temperature] for c in samplers], device=logits_PV.device)
+    logits_PV, device = logits_NV.index_select(0, rows_P), logits_NV.device
+    temperature_P1 = to_device(torch.tensor([[c.temperature] for c in samplers]), device)
     weights_PV = logits_PV.sub_(logits_PV.amax(-1, keepdim=True)).div_(temperature_P1).exp_()
     if any(c.min_p for c in samplers):
-        min_p_P1 = torch.tensor([[c.min_p] for c in samplers], device=logits_PV.device)
+        min_p_P1 = to_device(torch.tensor([[c.min_p] for c in samplers]), device)
         weights_PV.masked_fill_(weights_PV < min_p_P1, 0.0)  # the best token has weight 1
     padding = -weights_PV.shape[1] % BLOCK
     weights_PBW = torch.nn.functional.pad(weights_PV, (0, padding)).view(len(samplers), -1, BLOCK)
     mass_PB = weights_PBW.sum(-1).double().cumsum(-1)
-    target_P1 = _uniform(samplers).to(mass_PB.device) * mass_PB[:, -1:]
+    target_P1 = to_device(_uniform(samplers), device) * mass_PB[:, -1:]
     block_P1 = _first_over(mass_PB, target_P1)
     before_P1 = torch.where(block_P1 > 0, mass_PB.gather(1, (block_P1 - 1).clamp(min=0)), 0.0)
-    rows_P = torch.arange(len(samplers), device=logits_PV.device)
+    rows_P = torch.arange(len(samplers), device=device)
     mass_PW = weights_PBW[rows_P, block_P1[:, 0]].double().cumsum(-1)
     within_P1 = _first_over(mass_PW, target_P1 - before_P1)
-    drawn: list[int] = (block_P1 * BLOCK + within_P1)[:, 0].tolist()
-    return drawn
+    return (block_P1 * BLOCK + within_P1)[:, 0]
 
 
-def _draw_from_best(logits_V: Tensor, sampler: TokenSampler) -> int:
-    tokens_K, mass_K = _best(logits_V, sampler)
-    target_11 = _uniform([sampler]).to(mass_K.device) * mass_K[-1]
-    return int(tokens_K[_first_over(mass_K[None], target_11)])
+def _draw_from_best(logits_NV: Tensor, rows_R: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    """Draws a token for these rows, which have `top_k` or `top_p`."""
+    if logits_NV.device.type != "cpu":
+        return draw_from_sorted(logits_NV.index_select(0, rows_R), samplers)
+    tokens = []
+    for row, sampler in zip(rows_R.tolist(), samplers, strict=True):
+        tokens_K, mass_K = _best(logits_NV[row], sampler)
+        target_11 = _uniform([sampler]) * mass_K[-1]
+        tokens.append(tokens_K[_first_over(mass_K[None], target_11)].view(()))
+    return torch.stack(tokens)
+
+
+def draw_from_sorted(logits_RV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    """Draws as from `_best`, but for all rows at once, so that the host need not wait for a GPU.
+
+    All tokens are sorted, unless every row has `top_k`: whether NUM_CANDIDATES suffice could only
+    be seen by a wait. Up to rounding, the result is the same.
+    """
+    device, vocab_size = logits_RV.device, logits_RV.shape[1]
+    ks = [min(c.top_k or vocab_size, vocab_size) for c in samplers]
+    parameters = [[c.temperature, c.top_p, math.log(c.min_p or 1e-300)] for c in samplers]
+    # [3, R, 1], so that each part is contiguous
+    parameters_3R1 = torch.tensor(parameters, dtype=torch.float64).t().contiguous()[:, :, None]
+    temperature_R1, top_p_R1, log_min_p_R1 = to_device(parameters_3R1, device).unbind(0)
+    k_R1 = to_device(torch.tensor(ks), device)[:, None]
+    values_RC, tokens_RC = (logits_RV / temperature_R1.float()).topk(max(ks))
+    is_outside_RC = torch.arange(max(ks), device=device) >= k_R1
+    values_RC = values_RC.masked_fill(is_outside_RC, -torch.inf)
+    mass_RC = (values_RC - values_RC.logsumexp(-1, keepdim=True)).exp().double().cumsum(-1)
+    num_R1 = torch.searchsorted(mass_RC, top_p_R1) + 1  # the best token always stays
+    is_probable_RC = values_RC - values_RC[:, :1] >= log_min_p_R1
+    num_R1 = torch.minimum(num_R1, is_probable_RC.sum(-1, keepdim=True)).clamp(1, max(ks))
+    total_R1 = mass_RC.gather(1, num_R1 - 1)
+    # the same as `_first_over`, within the tokens that are kept
+    place_R1 = torch.minimum(
+        torch.searchsorted(mass_RC, to_device(_uniform(samplers), device) * total_R1, right=True),
+        torch.searchsorted(mass_RC, total_R1),
+    ).clamp(max=max(ks) - 1)
+    return tokens_RC.gather(1, place_R1)[:, 0]
 
 
 def _best(logits_V: Tensor, sampler: TokenSampler) -> tuple[Tensor, Tensor]:
@@ -259,13 +301,27 @@ def _first_over(mass_RC: Tensor, target_R1: Tensor) -> Tensor:
 
     It is never a column without mass, even if the target is 0.
     """
-    # the last column that has mass
+    # the last column that has mass; NaNs would give a column after the last one
     last_R1 = torch.searchsorted(mass_RC, mass_RC[:, -1:].contiguous())
-    return torch.minimum(torch.searchsorted(mass_RC, target_R1, right=True), last_R1)
+    found_R1 = torch.minimum(torch.searchsorted(mass_RC, target_R1, right=True), last_R1)
+    return found_R1.clamp_(max=mass_RC.shape[1] - 1)
 
 
-def _with_logprobs(logits_V: Tensor, token: int, num_top: int) -> SampledToken:
+def _logprobs_of(logits_V: Tensor, token: int, num_top: int) -> Tensor:
+    """Returns the log-probability of the token, then those of the best tokens, then these tokens."""
     logprobs_V = logits_V.log_softmax(dim=-1)
     values, tokens = logprobs_V.topk(min(num_top, logprobs_V.shape[-1]))
-    top = tuple(zip(tokens.tolist(), values.tolist(), strict=True))
-    return SampledToken(token, float(logprobs_V[token]), top)
+    # float64 holds all tokens and all float32 values exactly
+    return torch.cat((logprobs_V[token : token + 1].double(), values.double(), tokens.double()))
+
+
+def _read_logprobs(rows: Sequence[Tensor]) -> list[tuple[float, tuple[tuple[int, float], ...]]]:
+    """Returns the results of `_logprobs_of` as numbers. The host waits for a GPU once."""
+    numbers = iter(torch.cat(list(rows)).cpu().tolist() if rows else ())
+    found = []
+    for row in rows:
+        num_top = len(row) // 2
+        logprob, *others = islice(numbers, len(row))
+        tokens = [int(token) for token in others[num_top:]]
+        found.append((logprob, tuple(zip(tokens, others[:num_top], strict=True))))
+    return found

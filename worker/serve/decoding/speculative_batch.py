@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from worker.host_copies import to_device
 from worker.serve.decoding.cursor_batch import CursorBatch
 
 
@@ -63,7 +64,8 @@ class LookaheadBatch(CursorBatch):
         if not self.family.reads_column_order:
             oldest_NC = starts_N1 + columns_C - (starts_N1 + gaps_N1).clamp(min=column)
             source_NC = torch.where(source_NC >= column, source_NC, oldest_NC)
-        self.cache.take_columns(slice(first, self.cursor), source_NC.clamp(min=0).to(self.device))
+        source_NC = to_device(source_NC.clamp(min=0), self.device)
+        self.cache.take_columns(slice(first, self.cursor), source_NC)
 
     def _positions(self, columns_Q: Tensor, starts_N1: Tensor) -> Tensor:
         # Tokens beyond the model's last position are not kept, but their positions are looked up.

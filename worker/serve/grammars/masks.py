@@ -16,6 +16,7 @@ from llguidance import LLExecutor
 from llguidance.numpy import fill_next_token_bitmask_par
 from torch import Tensor
 
+from worker.host_copies import to_device
 from worker.serve.grammars.constraint import Constraint, NextMask, Words
 
 # A forward pass waits for the slowest core, so two half-busy cores delay it less than one busy core.
@@ -27,12 +28,12 @@ OTHER_THREAD: Final = ThreadPoolExecutor(1, thread_name_prefix="grammar-masks")
 class Masked:
     """Rows whose logits were masked, and their logits before that if they are needed again."""
 
-    rows: list[int]
+    rows_K: Tensor
     before_KV: Tensor | None
 
     def put_back(self, logits_NV: Tensor) -> None:
         if self.before_KV is not None:
-            logits_NV[self.rows] = self.before_KV
+            logits_NV[self.rows_K] = self.before_KV
 
 
 def mask_logits(
@@ -45,8 +46,8 @@ def mask_logits(
     constrained = [(row, c) for row, c in enumerate(constraints) if c is not None]
     if not constrained:
         return None
-    rows = [row for row, _ in constrained]
-    before_KV = logits_NV[rows] if keeps_logits else None
+    rows_K = to_device(torch.tensor([row for row, _ in constrained]), logits_NV.device)
+    before_KV = logits_NV[rows_K] if keeps_logits else None
     _begin([c for _, c in constrained if c.next_mask is None])
     open_rows, masks = [], []
     for row, constraint in constrained:
@@ -59,7 +60,7 @@ def mask_logits(
             masks.append(_words(bits_W, constraint))
     if open_rows:
         _ban(logits_NV, open_rows, np.stack(masks))
-    return Masked(rows, before_KV)
+    return Masked(rows_K, before_KV)
 
 
 def compute_ahead(constraints: Sequence[Constraint]) -> None:
@@ -97,14 +98,16 @@ def _ban(logits_NV: Tensor, rows: list[int], words_KW: Words) -> None:
     """
     num_logits = logits_NV.shape[1]
     bits_KV = np.unpackbits(~words_KW.view(np.uint8), axis=1, bitorder="little")[:, :num_logits]
-    banned_KV = torch.from_numpy(bits_KV).view(torch.bool).to(logits_NV.device)
+    banned_KV = to_device(torch.from_numpy(bits_KV).view(torch.bool), logits_NV.device)
     if len(rows) == len(logits_NV):
         logits_NV.masked_fill_(banned_KV, -torch.inf)
     else:
-        logits_NV[rows] = logits_NV[rows].masked_fill_(banned_KV, -torch.inf)
+        rows_K = to_device(torch.tensor(rows), logits_NV.device)
+        logits_NV[rows_K] = logits_NV[rows_K].masked_fill_(banned_KV, -torch.inf)
 
 
 def _allow_ends(logits_V: Tensor, constraint: Constraint) -> None:
     """Leaves only end tokens, even those that `min_tokens` has just banned."""
     logits_V.fill_(-torch.inf)
-    logits_V[sorted(constraint.vocabulary.end_ids)] = 0.0
+    ends = torch.tensor(sorted(constraint.vocabulary.end_ids), dtype=torch.int64)
+    logits_V.index_fill_(0, to_device(ends, logits_V.device), 0.0)

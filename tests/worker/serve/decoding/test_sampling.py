@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.serve.decoding.sampling import SampledToken, TokenSampler, pick_tokens, seeded_generator
+from worker.serve.decoding.sampling import (
+    SampledToken,
+    TokenSampler,
+    draw_from_sorted,
+    pick_tokens,
+    seeded_generator,
+)
 
 
 def draws(logits_V: Tensor, num_draws: int = 4000, **given: float) -> dict[int, float]:
@@ -151,6 +157,23 @@ def test_a_rows_pick_does_not_depend_on_its_neighbours() -> None:
     assert together == alone
 
 
+def test_rows_that_are_sorted_together_get_the_tokens_that_each_gets_alone() -> None:
+    """The one is how a GPU draws, the other how a CPU does."""
+    settings = [(0.7, 0, 0.9, 0.0), (1.0, 5, 1.0, 0.1), (1.3, 40, 0.5, 0.0), (0.9, 0, 0.95, 0.2)]
+    logits_NV = torch.randn(80, 3000, generator=seeded_generator(4))
+
+    def samplers() -> list[TokenSampler]:
+        return [
+            TokenSampler(*settings[row % 4], generator=seeded_generator(row))
+            for row in range(len(logits_NV))
+        ]
+
+    together = draw_from_sorted(logits_NV, samplers()).tolist()
+    assert together == [pick.token for pick in pick_tokens(logits_NV.clone(), samplers())]
+    logits_NV[0] = torch.nan  # on a GPU, an index out of range would end the process
+    assert draw_from_sorted(logits_NV, samplers())[1:].tolist() == together[1:]
+
+
 def test_a_seed_repeats_and_its_neighbour_differs() -> None:
     def tokens(seed: int) -> list[SampledToken]:
         generator = seeded_generator(seed)
@@ -192,10 +215,14 @@ def test_zero_top_logprobs_gives_the_chosen_one_alone() -> None:
     assert pick.top == ()
 
 
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_row_that_is_no_number_gets_no_token_and_spoils_no_other(temperature: float) -> None:
+def test_a_row_that_is_no_number_gets_no_token_and_spoils_no_other(
+    temperature: float, top_p: float
+) -> None:
     logits_NV = torch.zeros(3, 10)
     logits_NV[:, 4] = 50.0
     logits_NV[1, 7] = torch.nan
-    picks = pick_tokens(logits_NV, [TokenSampler(temperature, num_logprobs=1) for _ in range(3)])
+    samplers = [TokenSampler(temperature, top_p=top_p, num_logprobs=1) for _ in range(3)]
+    picks = pick_tokens(logits_NV, samplers)
     assert [pick.token for pick in picks] == [4, None, 4]

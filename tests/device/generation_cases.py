@@ -1,0 +1,152 @@
+"""Cases of generation: on-policy training, and the decoder of the serving engine."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.contracts.distillation import Data, Objective
+from app.contracts.generation import Sampling
+from tests.device.fake_cuda import fake_cuda
+from tests.device.op_log import OpLog
+from tests.device.sizes import NUM_ANSWER_TOKENS
+from tests.device.trainers import NUM_TOKENS, rows, trainer_of
+from worker.distill.losses.divergences import TokenObjective
+from worker.distill.losses.lm_head import TeacherRows
+from worker.distill.losses.uld import teacher_loss
+from worker.distill.students.recipe import load_model
+from worker.distill.training.rollouts import RolloutPlan
+from worker.serve.decoding.cursor_batch import COLUMN_BUCKET
+from worker.serve.decoding.decoder import Decoder, Sequence
+from worker.serve.decoding.grouped_attention import use_grouped_attention
+from worker.serve.decoding.logit_processors import LogitsProcessor
+from worker.serve.decoding.sampling import TokenSampler
+from worker.train import EngineSampler
+
+Json = dict[str, Any]  # Any: open-ended JSON
+SAMPLERS: dict[str, Json] = {
+    "greedy": {},
+    "sampled": {"temperature": 0.7},
+    "top_p": {"temperature": 0.7, "top_p": 0.9},
+    "top_k": {"temperature": 0.7, "top_k": 20, "min_p": 0.1},
+    "processed": {},  # with logit biases
+    "logprobs": {"num_logprobs": 3},
+}
+
+
+def on_policy_step(folders: Path) -> Json:
+    """A step on answers that the student has generated."""
+    with fake_cuda():
+        examples = rows(12)
+        plan = RolloutPlan(
+            data=Data(completions="student", student_share=1.0, max_new_tokens=NUM_ANSWER_TOKENS),
+            then=None,
+            seed=0,
+            train=examples[:8],
+            teacher_train=examples[:8],
+            max_tokens=128,
+            num_tokens=NUM_TOKENS,
+            sampler_for=EngineSampler,
+        )
+        trainer = trainer_of(folders / "llama", rollouts=plan)
+        with OpLog():
+            trainer._step(trainer._next_pieces())
+        with OpLog() as generation:
+            pieces = trainer._next_pieces()
+        with OpLog() as step:
+            trainer._step(pieces)
+        return {
+            "are_rollouts": all(piece.rollouts for piece in pieces),
+            "waits_of_generation": generation.waits,
+            "waits_of_step": step.waits,
+        }
+
+
+def two_tokenizers(folders: Path) -> Json:
+    """The loss of a pair whose tokenizers differ.
+
+    The teacher has rows for all targets, because a fake mask has no number of true entries.
+    """
+    with fake_cuda():
+        trainer = trainer_of(folders / "llama")
+        teacher = trainer_of(folders / "llama").setup.teacher
+        assert teacher is not None
+        (piece, *_) = trainer._next_pieces()
+        batch = piece.batch
+        num_aligned = batch.num_targets
+        hidden_NH = torch.zeros(batch.num_targets, 64, device="cuda", requires_grad=True)
+        mask_N = torch.arange(batch.num_targets) < num_aligned
+        rows_M = TeacherRows(
+            teacher.head, hidden_NH=torch.zeros(num_aligned, 64, device="cuda"), mask_N=mask_N
+        )
+        objective = TokenObjective.from_objective(Objective(teacher_signal="uld", ce_weight=0.5))
+        with OpLog() as log:
+            loss, _ = teacher_loss(
+                hidden_NH, trainer.head, batch.targets_N, rows_M, objective, denominator=7
+            )
+            loss.backward()
+        return {"waits": log.waits}
+
+
+def decoding(folders: Path) -> Json:
+    """Decode steps of a causal model, for each kind of sampler."""
+    with fake_cuda():
+        model = served(folders / "llama")
+        return {
+            name: steps_of(model, is_processed=name == "processed", **options)
+            for name, options in SAMPLERS.items()
+        }
+
+
+def served(folder: Path) -> Any:  # Any: transformers is untyped here
+    """Returns a model as a serve worker loads it on a card."""
+    model = load_model(folder, torch.bfloat16).to("cuda").eval().requires_grad_(False)
+    use_grouped_attention(model)
+    return model
+
+
+def steps_of(model: Any, *, is_processed: bool, **options: Any) -> Json:
+    """Observes a prefill of prompts of different lengths, and the second decode step after it."""
+    decoder = Decoder(model, max_running=4, max_context_tokens=256)
+    for number, length in enumerate((5, 70, 30)):
+        decoder.add(
+            Sequence(
+                request_id=str(number),
+                prompt=tuple(range(5, 5 + length)),
+                max_tokens=8,
+                end_ids=frozenset(),
+                sampler=TokenSampler(processor=biased() if is_processed else None, **options),
+            )
+        )
+    with OpLog() as prefill:
+        decoder.step()
+    with OpLog():
+        decoder.step()
+    with OpLog() as step:
+        decoder.step()
+    window = decoder.batch.cache.window
+    layer = decoder.batch.cache.layers[0]
+    num_rows, num_key_heads, num_columns, width = layer.keys.shape
+    num_heads = model.config.num_attention_heads
+    assert num_heads > num_key_heads
+    repeated = (num_rows, num_heads, num_columns, width)
+    return {
+        "prefill_waits": prefill.waits,
+        "step_waits": step.waits,
+        "num_running": decoder.num_running,
+        "num_columns": window.end - window.low,
+        "num_used": decoder.batch.cursor - decoder.batch.low,
+        "bucket": COLUMN_BUCKET,
+        "cache": [str(layer.keys.dtype), layer.keys.device.type],
+        "has_repeated_keys": any(shape == repeated for _, shape in step.shapes),
+        "matmul_dtypes": step.num_of_dtypes("mm"),
+    }
+
+
+def biased() -> LogitsProcessor:
+    """Returns a processor with biases and penalties."""
+    sampling = Sampling(logit_bias=((7, 2.0),), repetition_penalty=1.2, max_tokens=8)
+    return LogitsProcessor(sampling, context=(5, 6), end_ids=frozenset())
+
+
+CASES = (on_policy_step, two_tokenizers, decoding)
