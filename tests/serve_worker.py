@@ -4,14 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import redis
 
 from app.contracts.control import ServeWorkerStatus
 from app.contracts.messages import serve_worker_key
+from tests.waiting import wait_for
 
 START_SECONDS = 60
 # as generate() writes, which texts are compared with
@@ -66,11 +66,3 @@ class WorkerProcess:
             self.process.kill()
             self.process.wait(10)
         self._redis.close()
-
-
-def wait_for(is_so: Callable[[], object], seconds: float, why: str) -> None:
-    """Returns as soon as it is so; fails with the reason when the time is up."""
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, why
-        time.sleep(0.02)

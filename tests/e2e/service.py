@@ -114,7 +114,7 @@ def start_service(data_dir: Path, **extra: str) -> Service:
             start_new_session=True,
         )
     service = Service(data_dir, port, process, environment)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         assert process.poll() is None, (data_dir / "up.log").read_text()[-4000:]
         try:

@@ -266,7 +266,7 @@ class Terminal:
         os.close(slave)
         self.shown = ""
 
-    def expect(self, pattern: str, seconds: float = 90) -> str:
+    def expect(self, pattern: str, seconds: float = 240) -> str:
         """Waits for text that matches, and returns all that was shown before and with it."""
         deadline = time.monotonic() + seconds
         while (match := re.search(pattern, self.shown, re.DOTALL)) is None:

@@ -13,7 +13,7 @@ from openai.types.fine_tuning import FineTuningJob
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
 from tests.e2e.service import TEACHER, Service
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 NAMES = ["lantern", "still", "house", "jar", "student", "master"]
@@ -35,7 +35,7 @@ def chat_rows(num_rows: int) -> bytes:
 
 
 def poll(client: openai.OpenAI, job: FineTuningJob) -> FineTuningJob:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while job.status not in ("succeeded", "failed", "cancelled") and time.monotonic() < deadline:
         time.sleep(0.3)
         job = client.fine_tuning.jobs.retrieve(job.id)

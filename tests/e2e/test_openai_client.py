@@ -49,7 +49,7 @@ def method(**changes: Any) -> Any:  # Any: the SDK's types know no distillation 
     return {"type": "distillation", "distillation": {**block, **changes}}
 
 
-def wait(client: openai.OpenAI, job_id: str, *, seconds: float = 120) -> FineTuningJob:
+def wait(client: openai.OpenAI, job_id: str, *, seconds: float = 300) -> FineTuningJob:
     """Poll as the samples in OpenAI's documentation do."""
     deadline = time.monotonic() + seconds
     job = client.fine_tuning.jobs.retrieve(job_id)
@@ -268,7 +268,7 @@ def test_a_finished_job_cannot_be_cancelled(client: openai.OpenAI, finished: Fin
 
 
 def wait_for_step(client: openai.OpenAI, job_id: str, step: int) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         job = client.fine_tuning.jobs.retrieve(job_id)
         assert job.status in {"queued", "running"}, job.error

@@ -20,8 +20,8 @@ from tests.documentation import DOCS, Block, code_blocks
 from tests.e2e.reader import Reader
 from tests.e2e.service import TEACHER, Service, start_service
 from tests.hub_server import running_hub
-from tests.serve_worker import wait_for
 from tests.tool_model import QUESTION, TOOL
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.e2e
 TOOL_MODEL = "page-tools"
@@ -104,7 +104,7 @@ def test_traffic(service: Service, folder: Path, jobs_are_ended: None) -> None:
 
 
 def wait_until_stored(service: Service, num_chats: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     with service.client() as client:
         while len(list(client.chat.completions.list(metadata={"task": "faq"}))) < num_chats:
             assert time.monotonic() < deadline, "the chats are not stored"

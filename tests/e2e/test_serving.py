@@ -88,7 +88,7 @@ def run_batch(client: openai.OpenAI, model: str) -> str:
     batch = client.batches.create(
         input_file_id=file.id, endpoint="/v1/completions", completion_window="24h"
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while batch.status != "completed":
         assert batch.status in ("validating", "in_progress", "finalizing"), batch
         assert time.monotonic() < deadline, batch

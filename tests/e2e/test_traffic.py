@@ -19,7 +19,7 @@ def dataset_of(http: httpx.Client, body: Json) -> Json:
     answer = http.post("/datasets", json=body)
     assert answer.status_code == 200, answer.text
     dataset: Json = answer.json()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while dataset["status"] in ("queued", "running") and time.monotonic() < deadline:
         time.sleep(0.2)
         dataset = http.get(f"/datasets/{dataset['id']}").json()
@@ -44,7 +44,7 @@ def test_stored_chats_become_a_data_set_and_a_student(
         else:
             chunks = list(completions.create(**request, stream=True))
             ids.append(chunks[0].id)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     times = {"created_after": since}
     while len(list(completions.list(extra_query=times))) < NUM_CHATS:
         assert time.monotonic() < deadline, "the chats are not stored"

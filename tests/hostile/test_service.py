@@ -1,5 +1,6 @@
 """A whole service under a stranger's hands: it stays alive and small, logs no secret, and the doctor tells how it is."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -415,7 +416,7 @@ def test_no_log_holds_a_key_a_prompt_or_a_row(place: Place) -> None:
     client.batches.create(
         input_file_id=asked.id, endpoint="/v1/completions", completion_window="24h"
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while client.fine_tuning.jobs.retrieve(job).status in ("queued", "running"):
         assert time.monotonic() < deadline
         time.sleep(0.3)
@@ -430,13 +431,10 @@ def test_no_log_holds_a_key_a_prompt_or_a_row(place: Place) -> None:
         path.name for path in logs
     }
     secrets = (key, key.split("-", 3)[3], key[:-3], prompt, row, wrong)
-    found = [
-        (path.name, secret)
-        for path in logs
-        for secret in secrets
-        if secret.encode() in path.read_bytes()
-    ]
-    assert found == []
+    for path in logs:
+        with contextlib.suppress(FileNotFoundError):  # a log of Postgres that was replaced
+            text = path.read_bytes()
+            assert [secret for secret in secrets if secret.encode() in text] == [], path.name
 
 
 def doctor(place: Place) -> tuple[int, list[Json]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from app.settings import Settings
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 from worker import core_sharing
 from worker.core_sharing import (
     Announcement,

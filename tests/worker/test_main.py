@@ -11,7 +11,8 @@ import redis
 
 from app.local.embedded_servers import free_port
 from app.routing.task_queue import notify_workers
-from tests.serve_worker import ROOT, wait_for
+from tests.serve_worker import ROOT
+from tests.waiting import wait_for
 from worker.main import choose_device
 
 

@@ -22,7 +22,7 @@ from app.contracts.generation import (
     ServingOptions,
 )
 from app.contracts.messages import ArtifactRef, control_channel, reply_channel, serve_worker_key
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 from worker.serve.host.model_host import ModelHost
 from worker.serve_worker import ServeOptions, ServeWorker
 
@@ -40,7 +40,7 @@ class Ear:
         self.replies: list[Reply] = []
         self.num_batches = 0
 
-    def listen(self, until: Callable[[], bool], seconds: float = 20) -> None:
+    def listen(self, until: Callable[[], bool], seconds: float = 80) -> None:
         deadline = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < deadline, f"heard only {self.replies[-3:]}"

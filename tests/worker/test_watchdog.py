@@ -14,7 +14,7 @@ from app.db.session import transaction
 from app.settings import Settings
 from tests.faults.proxy import Network
 from tests.faults.system import through
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 from tests.worker.test_main import Process
 from worker.watchdog import Inbox, WorkLoop
 

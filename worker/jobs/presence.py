@@ -89,7 +89,7 @@ class Presence:
                 break
         if self._measurement is not None:
             self._measurement.kill()
-            self._measurement.wait()
+            self._measurement.communicate()  # and closes the pipe
         with suppress(RedisError, OSError):  # the key expires in any case
             self._redis.delete(train_worker_key(self._worker_id))
         self._redis.close()

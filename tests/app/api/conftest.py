@@ -21,10 +21,11 @@ from app.db.session import transaction
 from app.main import create_app
 from app.settings import Settings
 from app.storage import store
-from tests.serve_worker import WorkerProcess, wait_for
+from tests.serve_worker import WorkerProcess
+from tests.waiting import wait_for
 from worker.models.model_facts import model_facts
 
-START_SECONDS = 20
+START_SECONDS = 80
 PROJECT = "acme"
 
 

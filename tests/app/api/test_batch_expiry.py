@@ -8,7 +8,7 @@ from sqlalchemy import text
 
 from app.db.session import transaction
 from tests.app.api.test_batches import line, read, submit, wait_for_end
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 
 def test_requests_wait_for_a_worker_until_the_batch_expires(

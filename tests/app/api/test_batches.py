@@ -22,7 +22,8 @@ from app.services.batch import batches
 from app.settings import Settings, get_settings
 from app.storage import store
 from tests.app.api.conftest import PROJECT, Service, jsonl
-from tests.serve_worker import ROOT, WorkerProcess, wait_for
+from tests.serve_worker import ROOT, WorkerProcess
+from tests.waiting import wait_for
 
 Json = dict[str, Any]  # Any: lines of a batch's files
 COMPLETIONS: Final = "/v1/completions"

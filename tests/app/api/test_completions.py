@@ -17,7 +17,8 @@ from app.services import model_registry
 from app.services.generation import Order, validate_for_model
 from app.settings import get_settings
 from tests.app.api.conftest import PROJECT
-from tests.serve_worker import WorkerProcess, wait_for
+from tests.serve_worker import WorkerProcess
+from tests.waiting import wait_for
 
 PROMPT = "What does a lantern mean?"
 

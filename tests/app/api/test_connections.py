@@ -10,7 +10,7 @@ import uvicorn
 
 from app.api import connections
 from app.api.connections import BoundedProtocol
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: here\r\n\r\n"
 

@@ -15,7 +15,8 @@ import redis
 from app.settings import Settings
 from bench.callers import drop_streams
 from bench.load import Target
-from tests.serve_worker import WorkerProcess, wait_for
+from tests.serve_worker import WorkerProcess
+from tests.waiting import wait_for
 
 PROMPT = "What does a lantern mean?"
 LONG: dict[str, Any] = {

@@ -13,7 +13,7 @@ from app.contracts.control import ServeWorkerStatus
 from app.contracts.messages import serve_worker_key
 from app.db.session import engine
 from tests.app.api.conftest import Service
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 
 def test_without_a_serve_worker_the_service_is_degraded_but_ready(http: httpx.Client) -> None:

@@ -704,7 +704,7 @@ def test_a_job_is_taken_while_redis_is_away(
     settings_env(redis_url="redis://127.0.0.1:1/0")
     began = time.monotonic()
     assert bench.submit().status == "queued"
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_metrics_come_as_series(bench: Bench, http: httpx.Client) -> None:

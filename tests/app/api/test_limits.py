@@ -18,7 +18,7 @@ from app.db.session import transaction
 from app.db.usage.limits import Limits, set_key_limits, set_project_limits
 from app.settings import Settings, get_settings
 from tests.app.api.conftest import PROJECT, Service, running
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 BODY: dict[str, Any] = {"model": "tiny", "prompt": "What is a lantern?", "max_tokens": 100}
 

@@ -7,7 +7,8 @@ import httpx
 import pytest
 
 from app.settings import Settings
-from tests.serve_worker import WorkerProcess, wait_for
+from tests.serve_worker import WorkerProcess
+from tests.waiting import wait_for
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from app.db.session import transaction
 from app.routing.task_queue import queue_key
 from app.settings import Settings
 from tests.app.api.conftest import PROJECT, Service
-from tests.serve_worker import ROOT, wait_for
+from tests.serve_worker import ROOT
+from tests.waiting import wait_for
 from worker.reply_batches import reply_batches
 
 MAX_BLOCK_SECONDS = 0.05

@@ -17,7 +17,7 @@ from app.errors import NotFound
 from app.services import model_registry
 from app.storage import store
 from tests.app.api.conftest import Service
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 Register = Callable[..., str]
 

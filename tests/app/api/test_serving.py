@@ -9,7 +9,8 @@ import openai
 import pytest
 
 from app.settings import Settings
-from tests.serve_worker import WorkerProcess, wait_for
+from tests.serve_worker import WorkerProcess
+from tests.waiting import wait_for
 
 Register = Callable[..., str]
 PLAIN = {"engine": "transformers", "weights": "auto", "draft": None}

@@ -22,7 +22,8 @@ from tests.app.api.conftest import Service
 from tests.app.api.models.test_imports import URL, parts
 from tests.collector import Collector, SeenSpan
 from tests.scrapes import missing_ends, samples_of, scrape, total
-from tests.serve_worker import ROOT, WorkerProcess, wait_for
+from tests.serve_worker import ROOT, WorkerProcess
+from tests.waiting import wait_for
 from worker.jobs.supervisor import run_until_idle
 
 PROMPT = "What does a lantern mean?"

@@ -21,7 +21,7 @@ from app.contracts.messages import serve_worker_key
 from app.routing.task_queue import queue_key
 from app.settings import Settings
 from tests.app.api.conftest import PROJECT, Service, jsonl
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 
 def test_all_batches_of_a_project_are_one_tenant_and_each_of_its_keys_is_another(

@@ -12,7 +12,8 @@ from sqlalchemy import text
 from app.db.session import engine
 from app.settings import Settings, get_settings
 from tests.app.api.conftest import refusal
-from tests.serve_worker import ROOT, wait_for
+from tests.serve_worker import ROOT
+from tests.waiting import wait_for
 
 Json = dict[str, Any]  # Any: JSON bodies of the public API
 PAGE = ROOT / "docs/trackers.md"

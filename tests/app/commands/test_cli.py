@@ -7,8 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -16,6 +15,7 @@ import psutil
 import pytest
 
 from app.local.embedded_servers import free_port
+from tests.waiting import wait_for
 
 QUICK = {
     "STILLHOUSE_HEARTBEAT_SECONDS": "0.5",
@@ -38,13 +38,6 @@ def run_cli(*words: str, **extra: str) -> subprocess.CompletedProcess[str]:
         check=False,
         timeout=120,
     )
-
-
-def wait_until(is_true: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 class Up:
@@ -72,7 +65,7 @@ class Up:
                 start_new_session=True,
             )
         if is_awaited:
-            wait_until(self.is_ready)
+            wait_for(self.is_ready)
 
     def is_ready(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()
@@ -118,7 +111,7 @@ def test_the_first_start_makes_a_key_that_only_the_owner_can_read_and_that_works
     for name in ("api_key", "pepper", "service.json"):
         assert stat.S_IMODE((up.data_dir / name).stat().st_mode) == 0o600
     assert up.get("/v1/models").status_code == 200
-    wait_until(lambda: f"http://127.0.0.1:{up.port}" in up.log.read_text())
+    wait_for(lambda: f"http://127.0.0.1:{up.port}" in up.log.read_text())
 
 
 def test_keys_are_made_listed_and_revoked(up: Up) -> None:
@@ -169,18 +162,18 @@ def test_an_import_that_is_refused_ends_1_with_the_reason(
     "words", ["worker.main train", "worker.main serve", "app.commands.cli api"]
 )
 def test_a_process_that_is_killed_is_started_again(up: Up, words: str) -> None:
-    wait_until(lambda: up.processes_of(words))
+    wait_for(lambda: up.processes_of(words))
     (killed,) = up.processes_of(words)
     killed.kill()
-    wait_until(lambda: [p.pid for p in up.processes_of(words)] not in ([], [killed.pid]))
-    wait_until(up.is_ready)
+    wait_for(lambda: [p.pid for p in up.processes_of(words)] not in ([], [killed.pid]))
+    wait_for(up.is_ready)
 
 
 @pytest.mark.parametrize("words", ["valkey-server", "bin/postgres"])
 def test_a_database_that_is_killed_is_started_again(up: Up, words: str) -> None:
     up.processes_of(words)[0].kill()
-    wait_until(lambda: f"{words.split('/')[-1].split('-')[0]} has exited" in up.log.read_text())
-    wait_until(lambda: up.get("/v1/models").status_code == 200)
+    wait_for(lambda: f"{words.split('/')[-1].split('-')[0]} has exited" in up.log.read_text())
+    wait_for(lambda: up.get("/v1/models").status_code == 200)
 
 
 def test_a_second_one_in_the_same_folder_or_on_the_same_port_says_why_not(
@@ -218,7 +211,7 @@ def test_models_and_keys_outlive_a_restart_and_a_kill_leaves_nothing_running(
         assert [model["id"] for model in service.get("/v1/models").json()["data"]] == ["tiny"]
         family = service.family()
         service.stop(signal.SIGKILL)
-        wait_until(lambda: not any(p.is_running() and p.status() != "zombie" for p in family))
+        wait_for(lambda: not any(p.is_running() and p.status() != "zombie" for p in family))
 
         service = Up(service_dir / "outlives")
         assert [model["id"] for model in service.get("/v1/models").json()["data"]] == ["tiny"]
@@ -229,7 +222,7 @@ def test_models_and_keys_outlive_a_restart_and_a_kill_leaves_nothing_running(
 def test_the_url_is_printed_when_both_workers_are_alive(service_dir: Path) -> None:
     service = Up(service_dir / "alive", is_awaited=False)
     try:
-        wait_until(lambda: "is up at" in service.log.read_text())
+        wait_for(lambda: "is up at" in service.log.read_text())
         assert service.get("/health/ready").json()["serve_workers"] == 1
         assert "worker_ready" in (service.data_dir / "logs" / "train-worker-1.log").read_text()
     finally:
@@ -261,7 +254,7 @@ def test_ctrl_c_ends_it_while_a_worker_is_awaited(service_dir: Path, tmp_path: P
     slow = torch_that("import time; time.sleep(600)", tmp_path)
     service = Up(service_dir / "slow", is_awaited=False, **slow)
     try:
-        wait_until(lambda: "A train worker is ready" in service.log.read_text())
+        wait_for(lambda: "A train worker is ready" in service.log.read_text())
         assert service.stop() == 0
         assert "is up at" not in service.log.read_text()
     finally:

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from app.local.embedded_servers import (
 )
 from app.local.server_process import LocalServiceError, works_in
 from app.settings import Settings, get_settings
+from tests.waiting import wait_for
 
 QUICK = ("fsync=off", "shared_buffers=16MB", "max_connections=20")
 
@@ -97,7 +97,7 @@ def test_servers_end_with_a_killed_owner_and_the_next_one_finds_the_data(
         if kind == "LocalPostgres":
             remember(LocalPostgres(folder).url)
         owner.kill()
-    wait_until(lambda: not works_in(server, data))
+    wait_for(lambda: not works_in(server, data))
     with LocalPostgres(folder) if kind == "LocalPostgres" else LocalValkey(folder) as service:
         assert service.is_running()
         if isinstance(service, LocalPostgres):
@@ -243,10 +243,3 @@ def test_other_commands_find_the_running_service(
     )
     remove_service(tmp_path)
     assert read_service(tmp_path) == {}
-
-
-def wait_until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

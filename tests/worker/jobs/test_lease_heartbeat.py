@@ -10,6 +10,7 @@ from app.contracts.messages import ArtifactRef, ImportJob
 from app.db import jobs, leases
 from app.db.session import transaction
 from app.settings import Settings
+from tests.waiting import wait_for
 from worker.jobs import lease_client
 from worker.jobs.lease_client import Lease
 from worker.jobs.lease_heartbeat import LeaseHeartbeat
@@ -45,14 +46,6 @@ def let_run_out() -> None:
         session.execute(text("UPDATE jobs SET lease_expires_at = now() - interval '1 min'"))
 
 
-def wait_until(is_true: Callable[[], bool], seconds: float = 10) -> float:
-    began = time.monotonic()
-    while not is_true():
-        assert time.monotonic() - began < seconds, "it did not happen in time"
-        time.sleep(0.01)
-    return time.monotonic() - began
-
-
 def test_the_lease_outlives_its_length_while_it_beats(lease: Lease) -> None:
     with beating(lease, outage_seconds=0.6) as lease_heartbeat:
         time.sleep(1.2)
@@ -63,10 +56,10 @@ def test_orders_come_back_with_the_beat(lease: Lease) -> None:
     with beating(lease) as lease_heartbeat:
         with transaction() as session:
             jobs.request_pause(session, lease.job_id)
-        wait_until(lambda: lease_heartbeat.orders.pause)
+        wait_for(lambda: lease_heartbeat.orders.pause)
         with transaction() as session:
             jobs.request_cancel(session, lease.job_id)
-        wait_until(lambda: lease_heartbeat.orders.cancel)
+        wait_for(lambda: lease_heartbeat.orders.cancel)
 
 
 def test_a_refused_beat_is_the_end(lease: Lease) -> None:
@@ -81,7 +74,7 @@ def test_a_refused_beat_is_the_end(lease: Lease) -> None:
                 reason="Expired.",
                 error_code="worker_lost",
             )
-        wait_until(lambda: lease_heartbeat.is_lost)
+        wait_for(lambda: lease_heartbeat.is_lost)
 
 
 def test_a_database_that_is_away_for_too_long_ends_the_run(
@@ -90,7 +83,7 @@ def test_a_database_that_is_away_for_too_long_ends_the_run(
     with beating(lease, outage_seconds=1) as lease_heartbeat:
         settings_env(database_url=NOWHERE)
         assert not lease_heartbeat.is_lost
-        wait_until(lambda: lease_heartbeat.is_lost)
+        wait_for(lambda: lease_heartbeat.is_lost)
 
 
 def test_an_outage_longer_than_the_lease_costs_nothing_while_nobody_has_taken_the_job(
@@ -101,7 +94,7 @@ def test_an_outage_longer_than_the_lease_costs_nothing_while_nobody_has_taken_th
         settings_env(database_url=NOWHERE)
         time.sleep(0.5)
         settings_env(database_url=database)
-        wait_until(lambda: not is_over())
+        wait_for(lambda: not is_over())
         assert not lease_heartbeat.is_lost
 
 
@@ -111,7 +104,7 @@ def test_a_beat_that_breaks_is_not_the_last(lease: Lease) -> None:
         time.sleep(0.3)
         rename("away", "jobs")
         let_run_out()
-        wait_until(lambda: not is_over())
+        wait_for(lambda: not is_over())
         assert not lease_heartbeat.is_lost
 
 

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from app.contracts.train_workers import MachineProfile, TrainWorkerStatus
 from app.routing.train_workers import live_train_workers
 from app.settings import Settings
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 from worker.jobs import presence
 from worker.jobs.presence import Presence, load_profile, profile_path, save_profile
 

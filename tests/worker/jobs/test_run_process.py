@@ -14,6 +14,7 @@ import pytest
 
 from app.contracts.messages import ArtifactRef, ImportJob
 from app.settings import Settings
+from tests.waiting import wait_for
 from worker.jobs.run_process import RunProcess, child_environment, num_oom_kills
 from worker.protocol.run_lines import MessageLine, RunLine
 
@@ -48,16 +49,9 @@ def standstill(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     sys.setswitchinterval(seconds)
 
 
-def wait_until(is_true: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.02)
-
-
 def lines_until_over(process: RunProcess) -> list[RunLine]:
     lines: list[RunLine] = []
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 80
     while not process.is_over:
         assert time.monotonic() < deadline
         lines += process.take_lines(0.05)
@@ -137,13 +131,11 @@ def test_killing_takes_the_children_along(start: Start) -> None:
         time.sleep(600)
         """
     )
-    wait_until(lambda: bool(process.take_lines(0.1)))
+    wait_for(lambda: bool(process.take_lines(0.1)))
     family = psutil.Process(process.pid).children(recursive=True)
     assert family
     process.kill()
-    wait_until(
-        lambda: not any(child.is_running() and child.status() != "zombie" for child in family)
-    )
+    wait_for(lambda: not any(child.is_running() and child.status() != "zombie" for child in family))
 
 
 def test_a_run_that_ignores_the_polite_signal_is_killed(start: Start) -> None:
@@ -155,9 +147,9 @@ def test_a_run_that_ignores_the_polite_signal_is_killed(start: Start) -> None:
         while True: time.sleep(0.1)
         """
     )
-    wait_until(lambda: bool(process.take_lines(0.1)))
+    wait_for(lambda: bool(process.take_lines(0.1)))
     process.ask_to_stop()
-    wait_until(lambda: process.take_lines(0.1) == [MessageLine(message="no")])
+    wait_for(lambda: process.take_lines(0.1) == [MessageLine(message="no")])
     assert not process.is_over
     process.kill()
     assert process.is_over
@@ -173,7 +165,7 @@ def test_a_grandchild_that_keeps_the_pipe_does_not_keep_the_run_alive(start: Sta
     )
     (child,) = wait_for_children(process)
     try:
-        wait_until(lambda: process.take_lines(0.05) == [] and process.is_over)
+        wait_for(lambda: process.take_lines(0.05) == [] and process.is_over)
     finally:
         child.kill()
 
@@ -185,7 +177,7 @@ def wait_for_children(process: RunProcess) -> list[psutil.Process]:
         found[:] = [p for p in psutil.process_iter(["ppid"]) if p.info["ppid"] == process.pid]
         return bool(found)
 
-    wait_until(look)
+    wait_for(look)
     return found
 
 
@@ -206,10 +198,10 @@ def test_a_run_dies_with_its_supervisor_however_that_dies(tmp_path: Path) -> Non
     assert supervisor.stdout is not None
     with supervisor.stdout:
         run = psutil.Process(int(supervisor.stdout.readline()))
-        wait_until(lambda: "program" in run.cmdline() and "app.parent_death" not in run.cmdline())
+        wait_for(lambda: "program" in run.cmdline() and "app.parent_death" not in run.cmdline())
         supervisor.send_signal(signal.SIGKILL)
         supervisor.wait()
-    wait_until(lambda: not run.is_running() or run.status() == "zombie")
+    wait_for(lambda: not run.is_running() or run.status() == "zombie")
 
 
 def test_threads_of_a_run_sleep_at_barriers_unless_the_operator_says_otherwise(

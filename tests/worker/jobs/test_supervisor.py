@@ -56,7 +56,7 @@ class Watched:
     thread: threading.Thread
 
     def wait_for(
-        self, is_true: Callable[[], Any], seconds: float = 60
+        self, is_true: Callable[[], Any], seconds: float = 240
     ) -> Any:  # Any: whatever was true
         deadline = time.monotonic() + seconds
         while not (found := is_true()):
@@ -470,7 +470,7 @@ def test_a_cancelled_run_is_killed_and_leaves_no_model(
         with transaction() as session:
             jobs.request_cancel(session, job_id)
         asked_at = time.monotonic()
-    assert time.monotonic() - asked_at < 10
+    assert time.monotonic() - asked_at < 60
     assert (job(job_id).status, model_of(job_id), process.is_running()) == (
         "cancelled",
         None,

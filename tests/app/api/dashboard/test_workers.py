@@ -17,7 +17,7 @@ from app.db.session import transaction
 from app.settings import Settings
 from tests.app.api.conftest import PROJECT, Service
 from tests.job_rows import add_job, claim
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 READ_ONLY = ("models:read", "jobs:read")
 

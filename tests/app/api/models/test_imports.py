@@ -16,7 +16,7 @@ from app.db.session import transaction
 from app.settings import Settings
 from app.storage import store
 from tests.app.api.conftest import Service, refusal
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 from worker.jobs.supervisor import run_until_idle
 
 Register = Callable[..., str]

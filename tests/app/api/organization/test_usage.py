@@ -18,7 +18,8 @@ from app.db.usage.records import UsageCounts, UsageKey, add_usage, this_minute
 from app.services.limits.rate_limiter import UNIT
 from app.settings import get_settings
 from tests.app.api.conftest import PROJECT, Service, jsonl, refusal, running
-from tests.serve_worker import WorkerProcess, wait_for
+from tests.serve_worker import WorkerProcess
+from tests.waiting import wait_for
 
 PROMPT = "What does a lantern mean?"
 CHAT: Any = [{"role": "user", "content": PROMPT}]

@@ -19,8 +19,9 @@ from app.db.session import transaction
 from app.settings import Settings, get_settings
 from app.storage import store
 from tests.app.api.conftest import Service
-from tests.serve_worker import ROOT, wait_for
+from tests.serve_worker import ROOT
 from tests.stored_rows import BEGUN_AT, insert, record
+from tests.waiting import wait_for
 from worker.jobs.supervisor import run_until_idle
 
 Json = dict[str, Any]  # Any: JSON

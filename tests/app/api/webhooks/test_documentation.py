@@ -13,7 +13,7 @@ from app.local.embedded_servers import free_port
 from app.settings import Settings
 from tests.app.api.conftest import Service
 from tests.documentation import DOCS, code_blocks
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 
 
 def test_the_receiver_of_the_documentation_accepts_events(

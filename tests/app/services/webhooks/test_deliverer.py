@@ -24,7 +24,7 @@ from app.services.webhooks.endpoints import update_endpoint
 from app.services.webhooks.signatures import new_secret
 from app.settings import Settings
 from tests.app.services.webhooks.conftest import Clock, deliver, deliveries_of
-from tests.serve_worker import wait_for
+from tests.waiting import wait_for
 from tests.webhook_receiver import Received, Receiver, open_receiver
 
 ROOT = Path(__file__).resolve().parents[4]

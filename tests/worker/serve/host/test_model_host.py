@@ -83,7 +83,7 @@ def true_bytes(tiny_llama_dir: Path, tiny_gpt2_dir: Path, tiny_t5_dir: Path) -> 
 def run(host: ModelHost, until: Callable[[list[Addressed]], bool] | None = None) -> list[Addressed]:
     """Steps until the condition holds, or until nothing is under way."""
     found: list[Addressed] = []
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 80
     while host.has_work() and not (until and until(found)):
         assert time.monotonic() < give_up, "the host does not come to an end"
         host.wait_for_work(0.02)
@@ -98,7 +98,7 @@ def served(name: str, num_bytes: int = SIZE) -> ServedModel:
 def settle(host: ModelHost) -> None:
     """Steps until nothing is to be done or loading."""
     host.step_all()
-    give_up = time.monotonic() + 20
+    give_up = time.monotonic() + 80
     while host.has_work() or host.status().loading:
         assert time.monotonic() < give_up, "the host does not settle"
         host.wait_for_work(0.02)
