@@ -4,7 +4,6 @@ docs/automatic-values.md lists them for users.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
@@ -30,21 +29,10 @@ STARTS = {
 MEASURED_WIDTH = 576
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """Automatic values that differ between versions.
-
-    `fitted_share` is the share of the learning rate that a student of fitted layers gets: a higher
-    rate undoes the fit. `beta2` is AdamW's decay of the second moments.
-    """
-
-    fitted_share: float
-    beta2: float
-
-
-# By version. A checkpoint has its version, and a resumed job keeps its values.
-DEFAULTS = {1: Defaults(fitted_share=0.5, beta2=0.95)}
-NEWEST_DEFAULTS = max(DEFAULTS)
+# Share of the learning rate that a student of fitted layers gets, because a higher rate undoes the
+# fit. By version of the defaults: a checkpoint has its version, and a resumed job keeps its values.
+FITTED_SHARE = {1: 0.5, 2: 0.25}
+NEWEST_DEFAULTS = max(FITTED_SHARE)
 
 
 def peak_learning_rate(
@@ -56,12 +44,20 @@ def peak_learning_rate(
     return float(decide_learning_rate(h, recipe, model, state).value)
 
 
-def open_learning_rate(
-    h: Hyperparameters, recipe: StudentRecipe, model: PreTrainedModel, state: TrainState
-) -> list[Decision]:
-    """Returns the decision about the learning rate, or none if the job has one."""
-    is_open = h.learning_rate == "auto"
-    return [decide_learning_rate(h, recipe, model, state)] if is_open else []
+def decide_for_student(
+    h: Hyperparameters,
+    recipe: StudentRecipe,
+    model: PreTrainedModel,
+    state: TrainState,
+    *,
+    eval_steps: int,
+    total_steps: int,
+) -> Iterator[Decision]:
+    """Yields the decisions about the training of one student."""
+    if h.learning_rate == "auto":
+        yield decide_learning_rate(h, recipe, model, state)
+    if h.eval_steps == "auto":
+        yield decide_eval_steps(h, eval_steps, total_steps)
 
 
 def decide_learning_rate(
@@ -74,19 +70,18 @@ def decide_learning_rate(
     """
     rate, reason = STARTS.get(recipe.student.init, CHECKPOINT)
     if recipe.student.init == "layers" and recipe.layers is not None:
-        rate, reason = LAYERS
-        if 3 * len(recipe.layers) <= recipe.num_available:
-            rate, reason = FEW_LAYERS
+        is_few = 3 * len(recipe.layers) <= recipe.num_available
+        rate, reason = FEW_LAYERS if is_few else LAYERS
         if state.num_fitted_layers:
-            rate *= DEFAULTS[state.defaults_version].fitted_share
+            rate *= FITTED_SHARE[state.defaults_version]
             reason = "the student starts from fitted layers"
-    if h.learning_rate_multiplier is not None:
-        rate *= h.learning_rate_multiplier
-        reason += f", times learning_rate_multiplier {h.learning_rate_multiplier:g}"
     width = int(model.config.get_text_config(decoder=True).hidden_size)
     if width > MEASURED_WIDTH:
         rate *= MEASURED_WIDTH / width
-        reason += f", and is {width} wide"
+        reason += f", and its width is {width}"
+    if h.learning_rate_multiplier is not None:
+        rate *= h.learning_rate_multiplier
+        reason += f"; the job multiplies it by {h.learning_rate_multiplier:g}"
     return Decision(
         option="hyperparameters.learning_rate",
         value=rate,
@@ -95,33 +90,29 @@ def decide_learning_rate(
     )
 
 
-def open_eval_steps(h: Hyperparameters, eval_steps: int, total_steps: int) -> list[Decision]:
-    """Returns the decision about the steps between two evaluations, or none if the job has one."""
-    if h.eval_steps != "auto":
-        return []
-    times = -(-total_steps // eval_steps)
+def decide_eval_steps(h: Hyperparameters, eval_steps: int, total_steps: int) -> Decision:
+    """Returns the decision for this number of steps between two evaluations."""
+    num_evals = -(-total_steps // eval_steps)
     if eval_steps == 1:
         reason = "the training is short"
-    elif times >= MOST_EVALS:
+    elif h.early_stopping is not None:
+        reason = "early stopping counts evaluations"
+    elif num_evals >= MOST_EVALS:
         reason = f"they take at most {EVAL_SHARE:.0%} of the time"
     else:
         reason = f"more would take over {EVAL_SHARE:.0%} of the time"
-    decision = Decision(
+    return Decision(
         option="hyperparameters.eval_steps",
         value=eval_steps,
         reason=reason,
-        words=f"{times} evaluations, one every {eval_steps} steps",
+        words=f"{num_evals} evaluations, one every {eval_steps} steps",
     )
-    return [decision]
 
 
-def decide_for_job(block: Distillation, signal: Signal | None, card: Device) -> Iterator[Decision]:
-    """Yields the decisions that apply to all students of a job.
-
-    `signal` is None for a job without a teacher.
-    """
+def decide_for_job(block: Distillation, signal: Signal, card: Device) -> Iterator[Decision]:
+    """Yields the decisions that apply to all students of a job."""
     h = block.hyperparameters
-    if signal is not None and signal.reason != "requested":
+    if signal.reason != "requested":
         yield Decision(
             option="objective.teacher_signal",
             value=signal.name,
@@ -141,7 +132,9 @@ def decide_for_job(block: Distillation, signal: Signal | None, card: Device) -> 
         yield Decision(
             option="hyperparameters.batch_tokens",
             value=batch_tokens_of(h),
-            reason="larger batches do not make a CPU faster",
+            reason="larger batches do not make a CPU faster"
+            if card.name == "cpu"
+            else "GPUs have the same default as CPUs",
             words=f"batches of at most {batch_tokens_of(h)} tokens",
         )
 
@@ -156,7 +149,8 @@ def with_decisions(
 ) -> TrainState:
     """Returns the state with the decisions of the job. A resumed job keeps those it has.
 
-    `sink` receives an event per new decision, unless it is None.
+    `sink` receives an event per new decision. It is None for a resumed job, which has reported them
+    unless an older version began it.
     """
     if state.decisions:
         return state

@@ -55,8 +55,7 @@ class TrainState(BaseModel):
     this run begins at `first_step`. `finished` has the entries of the earlier runs
     (worker.distill.student_sweep). `kept_layers` has the layers of all runs of the job, and None in
     checkpoints of versions that did not store them. `defaults_version` says which automatic values
-    the job uses (worker.distill.training.lr_schedule); checkpoints without it have those of version
-    1.
+    the job uses (worker.distill.training.automatic_values). Checkpoints without it have version 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

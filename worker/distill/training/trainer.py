@@ -28,7 +28,7 @@ from worker.distill.phase_times import PhaseTimes
 from worker.distill.students.recipe import StudentRecipe, load_student
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.teachers.signals import Signal
-from worker.distill.training import automatic_values
+from worker.distill.training.automatic_values import decide_for_student, peak_learning_rate
 from worker.distill.training.checkpoint import (
     Snapshot,
     TrainState,
@@ -178,15 +178,14 @@ class Trainer:
         groups = parameter_groups(self.model, weight_decay)
         if self._projections is not None:
             groups.append({"params": list(self._projections.parameters()), "weight_decay": 0.0})
-        betas = (0.9, automatic_values.DEFAULTS[self.state.defaults_version].beta2)
-        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     @property
     def decisions(self) -> list[Decision]:
         """The values of this training that the job leaves to the service."""
-        h, recipe = self.setup.hyperparameters, self.setup.recipe
-        rates = automatic_values.open_learning_rate(h, recipe, self.model, self.state)
-        return [*rates, *automatic_values.open_eval_steps(h, self.eval_steps, self.total_steps)]
+        setup, steps = self.setup, {"eval_steps": self.eval_steps, "total_steps": self.total_steps}
+        h = setup.hyperparameters
+        return [*decide_for_student(h, setup.recipe, self.model, self.state, **steps)]
 
     def run(self) -> tuple[TrainState, Path]:
         """Trains until the last step or early stopping, and returns the best student's folder.
@@ -263,7 +262,7 @@ class Trainer:
 
     def _step(self, pieces: list[MicroBatch]) -> None:
         h = self.setup.hyperparameters
-        peak = automatic_values.peak_learning_rate(h, self.setup.recipe, self.model, self.state)
+        peak = peak_learning_rate(h, self.setup.recipe, self.model, self.state)
         rate = scheduled(self.state.step, self.total_steps, peak=peak, warmup=h.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate

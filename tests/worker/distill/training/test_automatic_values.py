@@ -12,10 +12,10 @@ from tests.worker.memory_sink import MemorySink
 from worker.distill.pipeline import distil
 from worker.distill.student_runs import plan_student_runs
 from worker.distill.training.automatic_values import (
-    DEFAULTS,
+    FITTED_SHARE,
     NEWEST_DEFAULTS,
+    decide_eval_steps,
     decide_learning_rate,
-    open_eval_steps,
 )
 from worker.distill.training.checkpoint import TrainState, file_sha256, load_state
 from worker.protocol.run_lines import MessageLine
@@ -35,7 +35,7 @@ HALVES = {"num_layers": 2, "fit_rows": 7}
         (
             {"num_layers": 2},
             2,
-            1e-3 * DEFAULTS[NEWEST_DEFAULTS].fitted_share,
+            1e-3 * FITTED_SHARE[NEWEST_DEFAULTS],
             "the student starts from fitted layers",
         ),
         ({"num_layers": 2}, 0, 1e-3, "more than a third of the layers, and they are not fitted"),
@@ -47,7 +47,7 @@ HALVES = {"num_layers": 2, "fit_rows": 7}
             {"init": "fresh", "config": {"family": "llama", "hidden_size": 1152, "num_heads": 4}},
             0,
             5e-4,
-            "starts from random weights, and is 1152 wide",
+            "starts from random weights, and its width is 1152",
         ),
     ],
 )
@@ -64,17 +64,18 @@ def test_the_learning_rate_depends_on_the_start(
 
 
 @pytest.mark.parametrize(
-    ("eval_steps", "total_steps", "reason"),
+    ("h", "eval_steps", "total_steps", "reason"),
     [
-        (1, 6, "the training is short"),
-        (10, 100, "they take at most 15% of the time"),
-        (34, 100, "more would take over 15% of the time"),
+        ({}, 1, 6, "the training is short"),
+        ({}, 10, 100, "they take at most 15% of the time"),
+        ({}, 34, 100, "more would take over 15% of the time"),
+        ({"early_stopping": {}}, 10, 100, "early stopping counts evaluations"),
     ],
 )
 def test_the_number_of_evaluations_has_a_reason(
-    eval_steps: int, total_steps: int, reason: str
+    h: Json, eval_steps: int, total_steps: int, reason: str
 ) -> None:
-    (decision,) = open_eval_steps(Hyperparameters(), eval_steps, total_steps)
+    decision = decide_eval_steps(Hyperparameters(**h), eval_steps, total_steps)
     assert decision.reason == reason
 
 
@@ -96,7 +97,7 @@ def test_each_decision_is_an_event_and_part_of_the_result(
     assert decided["objective.teacher_signal"] == "logits"
     assert len(decided["student.layers"]["layers"]) == 2
     assert decided["hyperparameters.learning_rate"] == pytest.approx(
-        1e-3 * DEFAULTS[NEWEST_DEFAULTS].fitted_share
+        1e-3 * FITTED_SHARE[NEWEST_DEFAULTS]
     )
     events = [line for line in sink.lines if isinstance(line, MessageLine)]
     told = [line.data for line in events if "option" in line.data]
