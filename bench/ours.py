@@ -29,7 +29,7 @@ from worker.distill.teachers.signals import Signal
 from worker.distill.training.automatic_values import NEWEST_DEFAULTS
 from worker.distill.training.checkpoint import TrainState
 from worker.distill.training.devices import ON_CPU
-from worker.distill.training.layer_choice import measure_changes, with_chosen_layers
+from worker.distill.training.layer_choice import measure_angles, with_chosen_layers
 from worker.distill.training.rollouts import MicroBatch
 from worker.distill.training.trainer import Trainer, TrainingInputs
 from worker.protocol.run_lines import MetricsLine, RunLine, Sink
@@ -148,8 +148,8 @@ def choose_recipe(task: Entry) -> StudentRecipe:
     if not recipe.measures_layers:
         return recipe
     examples, num_train = _examples(task)
-    changes = measure_changes(recipe, examples[:num_train], _floats(task), ON_CPU)
-    return with_chosen_layers(recipe, changes)
+    angles = measure_angles(recipe, examples[:num_train], _floats(task), ON_CPU)
+    return with_chosen_layers(recipe, angles)
 
 
 def make_trainer(

@@ -27,8 +27,12 @@ from bench.children import KEEP_MEMORY
 
 Json = dict[str, Any]  # Any: JSON
 FORWARD_KL = {"divergence": "forward_kl"}
-# Of the layers 0, 1 and 17 to 29 of SmolLM2: each student layer, and the teacher's that it is fitted to.
-FITTED_TO = [[0, 0], *([layer, layer + 15] for layer in range(1, 15))]
+# Kept layers of SmolLM2 (15 of 30), and the layers of the teacher that the student's are fitted to.
+SHALLOW = {"layers": [*range(2), *range(17, 30)], "num_layers": 15}
+DEEP = {"layers": [*range(4), *range(19, 30)], "num_layers": 15}
+DEEPER = {"layers": [*range(5), *range(20, 30)], "num_layers": 15}
+FITTED_TO = [[layer, layer if layer < 3 else layer + 15] for layer in range(15)]
+LONG = {"max_steps": 360}
 RECIPES: dict[str, Json] = {
     "CE only": {"objective": {**FORWARD_KL, "ce_weight": 1.0}},
     "forward KL": {"objective": FORWARD_KL},
@@ -54,60 +58,28 @@ RECIPES: dict[str, Json] = {
         "student": {"fit_rows": 0, "layer_choice": "first_and_last"}
     },
     "half the learning rate": {"hyperparameters": {"learning_rate_multiplier": 0.5}},
-    "a quarter of the learning rate": {"hyperparameters": {"learning_rate_multiplier": 0.25}},
     "twice the learning rate": {"hyperparameters": {"learning_rate_multiplier": 2.0}},
-    "half the learning rate, beta2 .99": {
-        "hyperparameters": {"learning_rate_multiplier": 0.5},
-        "change": {"betas": [0.9, 0.99], "averages": [0.8, 0.9, 0.97]},
-    },
-    "half the learning rate, beta2 .999": {
-        "hyperparameters": {"learning_rate_multiplier": 0.5},
-        "change": {"betas": [0.9, 0.999]},
-    },
-    "beta2 .99": {"change": {"betas": [0.9, 0.99]}},
+    "four times the learning rate": {"hyperparameters": {"learning_rate_multiplier": 4.0}},
+    "beta2 .99": {"change": {"betas": [0.9, 0.99], "averages": [0.8, 0.9, 0.97]}},
     "beta2 .999": {"change": {"betas": [0.9, 0.999]}},
-    "half the learning rate, warm-up .15": {
-        "hyperparameters": {"learning_rate_multiplier": 0.5, "warmup_ratio": 0.15}
-    },
-    "half the learning rate, CE .3": {
-        "objective": {**FORWARD_KL, "ce_weight": 0.3},
-        "hyperparameters": {"learning_rate_multiplier": 0.5},
-    },
-    "half the learning rate, temperature 2": {
-        "objective": {**FORWARD_KL, "temperature": 2.0},
-        "hyperparameters": {"learning_rate_multiplier": 0.5},
-    },
-    "half the learning rate, hidden states": {
-        "objective": {**FORWARD_KL, "hidden": {"kind": "cosine", "layer_map": FITTED_TO}},
-        "hyperparameters": {"learning_rate_multiplier": 0.5},
-    },
-    "half the learning rate, head trained": {
-        "student": {"freeze_head": False},
-        "hyperparameters": {"learning_rate_multiplier": 0.5},
-    },
-    "half the learning rate, 256 tokens a step, twice the steps": {
-        "hyperparameters": {
-            "learning_rate_multiplier": 0.5,
-            "batch_tokens": 256,
-            "max_steps": 240,
-        }
-    },
-    "half the learning rate, three times the steps": {
-        "hyperparameters": {"learning_rate_multiplier": 0.5, "max_steps": 360}
-    },
-    "a quarter of the learning rate, three times the steps": {
-        "hyperparameters": {"learning_rate_multiplier": 0.25, "max_steps": 360}
-    },
-    "half the learning rate, layers 0-3 and 19-29, three times the steps": {
-        "student": {"layers": [*range(4), *range(19, 30)], "num_layers": 15},
-        "hyperparameters": {"learning_rate_multiplier": 0.5, "max_steps": 360},
-    },
-    "half the learning rate, layers 0-3 and 19-29": {
-        "student": {"layers": [*range(4), *range(19, 30)], "num_layers": 15},
-        "hyperparameters": {"learning_rate_multiplier": 0.5},
-    },
     "linear decay": {"change": {"schedule": "linear"}},
     "constant, then decay": {"change": {"schedule": "wsd", "averages": [0.8, 0.9, 0.97]}},
+    "warm-up .15": {"hyperparameters": {"warmup_ratio": 0.15}},
+    "CE .3": {"objective": {**FORWARD_KL, "ce_weight": 0.3}},
+    "temperature 2": {"objective": {**FORWARD_KL, "temperature": 2.0}},
+    "head trained": {"student": {"freeze_head": False}},
+    "layers 0-1 and 17-29": {"student": SHALLOW},
+    "layers 0-3 and 19-29": {"student": DEEP},
+    "layers 0-3 and 19-29, hidden states": {
+        "student": DEEP,
+        "objective": {**FORWARD_KL, "hidden": {"kind": "cosine", "layer_map": FITTED_TO}},
+    },
+    "layers 0-4 and 20-29": {"student": DEEPER},
+    "layers 0-1 and 17-29, three times the steps": {"student": SHALLOW, "hyperparameters": LONG},
+    "layers 0-3 and 19-29, three times the steps": {"student": DEEP, "hyperparameters": LONG},
+    "half the learning rate, three times the steps": {
+        "hyperparameters": {"learning_rate_multiplier": 0.5, **LONG}
+    },
     "256 tokens a step, twice the steps": {
         "hyperparameters": {"batch_tokens": 256, "max_steps": 240}
     },

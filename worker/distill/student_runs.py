@@ -14,7 +14,7 @@ from worker.distill.students.recipe import StudentRecipe, plan_student
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import KeptLayers, TrainState
 from worker.distill.training.devices import Placement
-from worker.distill.training.layer_choice import Changes, measure_changes, with_chosen_layers
+from worker.distill.training.layer_choice import Angles, measure_angles, with_chosen_layers
 from worker.distill.training.trainer import TrainingInputs
 from worker.protocol.run_lines import Sink
 from worker.protocol.run_spec import RunSpec
@@ -31,13 +31,14 @@ class StudentRun:
     label: str
     recipe: StudentRecipe
     is_baseline: bool = False
+    has_known_layers: bool = True  # False if an older version, which did not store them, began it
 
     @property
     def decisions(self) -> list[Decision]:
         """The choice of the layers, if the job does not name them."""
         recipe = self.recipe
         reason = recipe.reason_for_layers
-        if reason is None or self.is_baseline:
+        if reason is None or self.is_baseline or not self.has_known_layers:
             return []
         value: Json = {"layers": recipe.layers}
         if recipe.encoder_layers is not None:
@@ -91,13 +92,13 @@ def with_measured_layers(
     ranks: Ranks,
     sink: Sink,
 ) -> list[StudentRun]:
-    """Returns the runs with the layers that the rows need most, and writes an event for each choice.
+    """Returns the runs with the layers to keep, and writes an event for each choice.
 
     The first rank measures. All runs start from the same model, so it is measured once.
 
-    A resumed job keeps the layers of `state`, which is that of its checkpoint, else None. If an older version wrote
-    that checkpoint, the layers are measured. There is no event for runs that had begun, because
-    that version may have chosen other layers.
+    A resumed job keeps the layers of `state`, which is that of its checkpoint, else None. If an
+    older version wrote that checkpoint, the layers are measured. Nothing is reported for runs that
+    had begun, because that version may have chosen other layers.
     """
     if state is not None and state.kept_layers is not None:
         return [
@@ -107,17 +108,18 @@ def with_measured_layers(
     chosen = list(runs)
     if any(run.recipe.measures_layers for run in runs):
         found = ranks.from_first(
-            lambda: {"changes": measure_changes(runs[0].recipe, rows, matmul_dtype, placement)}
+            lambda: {"angles": measure_angles(runs[0].recipe, rows, matmul_dtype, placement)}
         )
-        changes: list[Changes] = found["changes"]
+        angles: list[Angles] = found["angles"]
         chosen = [
-            replace(run, recipe=with_chosen_layers(run.recipe, changes))
+            replace(run, recipe=with_chosen_layers(run.recipe, angles))
             if run.recipe.measures_layers
             else run
             for run in runs
         ]
     num_begun = 0 if state is None else len(state.finished) + 1
-    for run in chosen[num_begun:]:
+    chosen = [replace(run, has_known_layers=i >= num_begun) for i, run in enumerate(chosen)]
+    for run in chosen:
         for decision in run.decisions:
             sink(decision.event(f"{run.name}: "))
     return chosen

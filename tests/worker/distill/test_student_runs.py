@@ -17,7 +17,7 @@ from worker.distill.student_runs import (
 )
 from worker.distill.training.checkpoint import KeptLayers, TrainState
 from worker.distill.training.devices import ON_CPU
-from worker.distill.training.layer_choice import choose_layers, measure_changes
+from worker.distill.training.layer_choice import choose_layers, measure_angles
 from worker.errors import StudentTooDeep
 from worker.protocol.run_lines import MessageLine
 from worker.protocol.run_spec import RunSpec
@@ -91,8 +91,8 @@ def messages(sink: MemorySink) -> list[str]:
 
 def test_a_ladder_keeps_the_measured_layers_and_says_which(make_spec: MakeSpec) -> None:
     runs, sink = measured(make_spec({"student": {"num_layers": [1, 2, 4], "fit_rows": "auto"}}))
-    (changes,) = measure_changes(runs[0].recipe, ROWS, torch.float32, ON_CPU)
-    assert [run.recipe.layers for run in runs] == [choose_layers(changes, n) for n in (1, 2, 4)]
+    (angles,) = measure_angles(runs[0].recipe, ROWS, torch.float32, ON_CPU)
+    assert [run.recipe.layers for run in runs] == [choose_layers(angles, n) for n in (1, 2, 4)]
     found = messages(sink)
     assert found[0].startswith("student of 1 layer: kept layers ")
     assert "of 4, because" in found[0]
@@ -133,10 +133,10 @@ def test_a_size_with_few_layers_keeps_the_first_and_last_ones(
         "student of 2 layers: kept layers 0, 3 of 4, because the first and last layers are the "
         "better start if few are kept"
     )
-    assert "states of the rows least" in second
+    assert "by the smallest angle" in second
 
 
-MEASURED, NOT_FITTED = "states of the rows least", "layers that are not fitted"
+MEASURED, NOT_FITTED = "by the smallest angle", "layers that are not fitted"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_the_encoders_layers_are_measured_too(make_spec: MakeSpec, tiny_t5_dir: 
     }
     rows = [replace(row, source_ids=(7, 8, 9 + row.line)) for row in ROWS]
     (run,), sink = measured(make_spec({"student": student}, spec=folders), rows)
-    encoder, decoder = measure_changes(run.recipe, rows, torch.float32, ON_CPU)
+    encoder, decoder = measure_angles(run.recipe, rows, torch.float32, ON_CPU)
     assert run.recipe.encoder_layers == choose_layers(encoder, 1)
     assert run.recipe.layers == choose_layers(decoder, 1)
     assert "encoder layers" in messages(sink)[0]

@@ -60,7 +60,7 @@ class StudentRecipe:
 
     @property
     def measures_layers(self) -> bool:
-        """True if the kept layers are to be chosen by measurement. Until then, `layers` are a guess."""
+        """True if the kept layers are chosen by measurement. Until then, `layers` are a guess."""
         if not self._has_choice:
             return False
         choice = self.student.layer_choice
@@ -70,7 +70,7 @@ class StudentRecipe:
     def reason_for_layers(self) -> str | None:
         """The reason for the kept layers, or None if they follow from what the job asks for."""
         if self.measures_layers:
-            return "the others change the states of the rows least"
+            return "the others together turn the states of the rows by the smallest angle"
         is_open = self._has_choice and self.student.layer_choice == "auto"
         return self._why_not_measured if is_open else None
 

@@ -155,6 +155,7 @@ def with_decisions(
     if state.decisions:
         return state
     decisions = tuple(decide_for_job(block, signal, card))
-    for decision in decisions if sink is not None else ():
-        sink(decision.event())
+    if sink is not None:
+        for decision in decisions:
+            sink(decision.event())
     return state.model_copy(update={"decisions": decisions})
