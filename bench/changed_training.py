@@ -121,7 +121,16 @@ def stored_fits(folder: Path, spec: Path) -> Callable[..., Fit]:
         placement: Placement = ON_CPU,
     ) -> Fit:
         tokens = [row.token_ids for row in rows]
-        told = repr((recipe.layers, recipe.student, recipe.fits_layers, matmul_dtype, tokens))
+        told = repr(
+            (
+                recipe.start_dir,
+                recipe.layers,
+                recipe.student,
+                recipe.fits_layers,
+                matmul_dtype,
+                tokens,
+            )
+        )
         path = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:16]}.safetensors"
         if path.exists():
             stored = load_file(path)

@@ -173,42 +173,18 @@ def demo_rows(arguments: argparse.Namespace) -> Path:
 
 def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json:
     """The result object of one run."""
-    task = TASKS[arguments.task]
     start = arguments.start or arguments.teacher
+    student = {"init": "layers", **TASKS[arguments.task]["student"]}
+    if start != arguments.teacher:
+        student = {"init": "checkpoint"}
     if arguments.init:
         student = OTHER_STUDENTS[arguments.init]
-    else:
-        student = (
-            {"init": "layers", **task["student"]}
-            if start == arguments.teacher
-            else {"init": "checkpoint"}
-        )
-    recipe = RECIPES[name]
-    numbers = {**task["hyperparameters"], **recipe.get("hyperparameters", {})}
-    if arguments.learning_rate:
-        numbers["learning_rate"] = arguments.learning_rate
-    block = {
-        "teacher": "teacher",
-        "student": {**student, **recipe.get("student", {})},
-        "data": task["data"],
-        "objective": recipe.get("objective", FORWARD_KL),
-        "hyperparameters": {**numbers, "eval_steps": 1_000_000},
-        "evaluation": {"metrics": ["perplexity", "agreement", "rouge_l"], "num_samples": 0},
-    }
     kind = [arguments.init] if arguments.init else []
-    slug = "-".join(
-        [
-            arguments.task,
-            start.name,
-            *kind,
-            *name.replace(",", "").replace(".", "").split(),
-            str(seed),
-        ]
-    )
-    out = arguments.work / slug
+    words = name.replace(",", "").replace(".", "").split()
+    out = arguments.work / "-".join([arguments.task, start.name, *kind, *words, str(seed)])
     out.mkdir(parents=True, exist_ok=True)
     spec = {
-        "distillation": block,
+        "distillation": block_of(arguments.task, student, name, arguments.learning_rate),
         "teacher_dir": str(arguments.teacher),
         "start_dir": str(start),
         "training_path": str(rows / "train.jsonl"),
@@ -218,19 +194,34 @@ def run(arguments: argparse.Namespace, name: str, seed: int, rows: Path) -> Json
         "num_threads": arguments.threads,
         "keep_checkpoints": 1,
     }
-    change = json.dumps(recipe.get("change", {}))
-    asked = {"spec.json": json.dumps(spec), "change.json": change}
+    change = RECIPES[name].get("change", {})
+    wanted = {"spec.json": json.dumps(spec), "change.json": json.dumps(change)}
     lines = out / "lines.jsonl"
-    is_on_file = all((out / n).exists() and (out / n).read_text() == t for n, t in asked.items())
+    is_on_file = all((out / n).exists() and (out / n).read_text() == t for n, t in wanted.items())
     if not (lines.exists() and is_on_file):
-        for file_name, text in asked.items():
+        for file_name, text in wanted.items():
             (out / file_name).write_text(text)
-        train(out, arguments.work / "fits", change)
-    last = json.loads(lines.read_text().splitlines()[-1])
-    result: Json = last["result"]
-    if recipe.get("change", {}).get("averages"):
+        train(out, arguments.work / "fits", wanted["change.json"])
+    result: Json = json.loads(lines.read_text().splitlines()[-1])["result"]
+    if "averages" in change:
         result["averages"] = json.loads((out / "averages.json").read_text())
     return result
+
+
+def block_of(task_name: str, student: Json, recipe_name: str, learning_rate: float | None) -> Json:
+    """The distillation options of a run."""
+    task, recipe = TASKS[task_name], RECIPES[recipe_name]
+    numbers = {**task["hyperparameters"], **recipe.get("hyperparameters", {})}
+    if learning_rate is not None:
+        numbers["learning_rate"] = learning_rate
+    return {
+        "teacher": "teacher",
+        "student": {**student, **recipe.get("student", {})},
+        "data": task["data"],
+        "objective": recipe.get("objective", FORWARD_KL),
+        "hyperparameters": {**numbers, "eval_steps": 1_000_000},
+        "evaluation": {"metrics": ["perplexity", "agreement", "rouge_l"], "num_samples": 0},
+    }
 
 
 def train(out: Path, fits: Path, change: str) -> None:

@@ -40,9 +40,9 @@ class StudentRun:
         reason = recipe.reason_for_layers
         if reason is None or self.is_baseline or not self.has_known_layers:
             return []
-        value: Json = {"layers": recipe.layers}
+        value: Json = {"layers": list(recipe.layers or ())}  # as after reading a checkpoint
         if recipe.encoder_layers is not None:
-            value["encoder_layers"] = recipe.encoder_layers
+            value["encoder_layers"] = list(recipe.encoder_layers)
         return [Decision(option="student.layers", value=value, reason=reason, words=_kept(recipe))]
 
     @property

@@ -136,7 +136,7 @@ def test_a_size_with_few_layers_keeps_the_first_and_last_ones(
     assert "by the smallest angle" in second
 
 
-MEASURED, NOT_FITTED = "by the smallest angle", "layers that are not fitted"
+MEASURED, NOT_FITTED = "by the smallest angle", "only if they are fitted"
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class StudentRecipe:
         if not self.is_causal:
             return "an encoder-decoder learns more from the first and last layers"
         if not self.fits_layers:
-            return "layers that are not fitted are not measured, but the first and last ones"
+            return "layers are chosen by measurement only if they are fitted"
         if len(self.layers or ()) < LEAST_MEASURED_SHARE * self.num_available:
             return "the first and last layers are the better start if few are kept"
         return None
