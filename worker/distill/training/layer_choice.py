@@ -108,9 +108,10 @@ def record_states(model: PreTrainedModel, rows: Sequence[Example]) -> list[list[
 
 def angles_between(states: Sequence[Tensor]) -> Angles:
     """Returns the mean angle from state i to each later state j, as a share of a half turn."""
-    states_NSH = nn.functional.normalize(torch.stack(list(states), dim=1), dim=-1)
-    cosines_NSS = (states_NSH @ states_NSH.mT).clamp(-1.0, 1.0)
-    angles_SS = cosines_NSS.arccos().mean(dim=0) / pi
+    states_NSH = torch.stack(list(states), dim=1)
+    lengths_NS = states_NSH.norm(dim=-1).clamp(min=1e-15)
+    cosines_NSS = states_NSH @ states_NSH.mT / (lengths_NS[:, :, None] * lengths_NS[:, None, :])
+    angles_SS = cosines_NSS.clamp(-1.0, 1.0).arccos().mean(dim=0) / pi
     angles: Angles = angles_SS.triu(1).cpu().tolist()
     return angles
 
