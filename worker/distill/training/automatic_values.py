@@ -27,12 +27,11 @@ STARTS = {
 }
 # width that the defaults are tuned for; wider students get proportionally less
 MEASURED_WIDTH = 576
-
-
-# Share of the learning rate that a student of fitted layers gets, because a higher rate undoes the
-# fit. By version of the defaults: a checkpoint has its version, and a resumed job keeps its values.
-FITTED_SHARE = {1: 0.5, 2: 0.25}
-NEWEST_DEFAULTS = max(FITTED_SHARE)
+# Learning rates of students with fitted layers. They are lower, because a high rate undoes the fit.
+FITTED_FEW_LAYERS = 1e-3
+# By version of the defaults: a checkpoint has its version, and a resumed job keeps its values.
+FITTED_LAYERS = {1: 5e-4, 2: 2.5e-4}
+NEWEST_DEFAULTS = max(FITTED_LAYERS)
 
 
 def peak_learning_rate(
@@ -73,7 +72,7 @@ def decide_learning_rate(
         is_few = 3 * len(recipe.layers) <= recipe.num_available
         rate, reason = FEW_LAYERS if is_few else LAYERS
         if state.num_fitted_layers:
-            rate *= FITTED_SHARE[state.defaults_version]
+            rate = FITTED_FEW_LAYERS if is_few else FITTED_LAYERS[state.defaults_version]
             reason = "the student starts from fitted layers"
     width = int(model.config.get_text_config(decoder=True).hidden_size)
     if width > MEASURED_WIDTH:

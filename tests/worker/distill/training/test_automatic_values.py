@@ -12,7 +12,7 @@ from tests.worker.memory_sink import MemorySink
 from worker.distill.pipeline import distil
 from worker.distill.student_runs import plan_student_runs
 from worker.distill.training.automatic_values import (
-    FITTED_SHARE,
+    FITTED_LAYERS,
     NEWEST_DEFAULTS,
     decide_eval_steps,
     decide_learning_rate,
@@ -35,9 +35,10 @@ HALVES = {"num_layers": 2, "fit_rows": 7}
         (
             {"num_layers": 2},
             2,
-            1e-3 * FITTED_SHARE[NEWEST_DEFAULTS],
+            FITTED_LAYERS[NEWEST_DEFAULTS],
             "the student starts from fitted layers",
         ),
+        ({"num_layers": 1}, 1, 1e-3, "the student starts from fitted layers"),
         ({"num_layers": 2}, 0, 1e-3, "more than a third of the layers, and they are not fitted"),
         ({"num_layers": 1}, 0, 2e-3, "at most a third of the layers, and they are not fitted"),
         ({"init": "checkpoint"}, 0, 1e-4, "starts from a whole model"),
@@ -96,9 +97,7 @@ def test_each_decision_is_an_event_and_part_of_the_result(
     }
     assert decided["objective.teacher_signal"] == "logits"
     assert len(decided["student.layers"]["layers"]) == 2
-    assert decided["hyperparameters.learning_rate"] == pytest.approx(
-        1e-3 * FITTED_SHARE[NEWEST_DEFAULTS]
-    )
+    assert decided["hyperparameters.learning_rate"] == pytest.approx(FITTED_LAYERS[NEWEST_DEFAULTS])
     events = [line for line in sink.lines if isinstance(line, MessageLine)]
     told = [line.data for line in events if "option" in line.data]
     assert json.loads(json.dumps(told)) == json.loads(json.dumps(result["decisions"]))
