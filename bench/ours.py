@@ -26,10 +26,11 @@ from worker.distill.losses.lm_head import head_of, load_head
 from worker.distill.students.recipe import StudentRecipe, load_model, plan_student
 from worker.distill.teachers.cached_teacher import CachedTeacher, Keeps, LiveTeacher, cached_teacher
 from worker.distill.teachers.signals import Signal
+from worker.distill.training.automatic_values import NEWEST_DEFAULTS
 from worker.distill.training.checkpoint import TrainState
 from worker.distill.training.devices import ON_CPU
 from worker.distill.training.inputs import TrainingInputs
-from worker.distill.training.layer_choice import measure_changes, with_chosen_layers
+from worker.distill.training.layer_choice import measure_angles, with_chosen_layers
 from worker.distill.training.rollouts import MicroBatch
 from worker.distill.training.trainer import Trainer
 from worker.protocol.run_lines import MetricsLine, RunLine, Sink
@@ -148,8 +149,8 @@ def choose_recipe(task: Entry) -> StudentRecipe:
     if not recipe.measures_layers:
         return recipe
     examples, num_train = _examples(task)
-    changes = measure_changes(recipe, examples[:num_train], _floats(task), ON_CPU)
-    return with_chosen_layers(recipe, changes)
+    angles = measure_angles(recipe, examples[:num_train], _floats(task), ON_CPU)
+    return with_chosen_layers(recipe, angles)
 
 
 def make_trainer(
@@ -190,7 +191,7 @@ def make_trainer(
         device="cpu",
         matmul_dtype=_floats(task),
     )
-    state = TrainState(num_threads=task["num_threads"])
+    state = TrainState(num_threads=task["num_threads"], defaults_version=NEWEST_DEFAULTS)
     return Trainer(setup, state, sink, should_stop=lambda: False, report=lambda share: share)
 
 

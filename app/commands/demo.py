@@ -35,6 +35,10 @@ NUM_LAYERS = 16
 NUM_WORDS = 900  # prompts about single words, in addition to those of the corpus
 NUM_HELD_OUT = 120
 ASK = "Answer in one short sentence."
+OPTIONS: Json = {
+    "data": {"completions": "teacher", "max_new_tokens": 96, "temperature": 0.0},
+    "hyperparameters": {"n_epochs": 2, "batch_tokens": 512},
+}
 START_SECONDS = 270  # longer than `stillhouse up` waits for its workers
 
 
@@ -176,6 +180,19 @@ def demo_prompts() -> list[str]:
     return [*prompts.values(), *(f"What does the word '{word}' mean?" for word in asked)]
 
 
+def split_prompts() -> tuple[list[str], list[str]]:
+    """Returns the demo's training prompts and its held-out prompts."""
+    prompts = demo_prompts()
+    random.Random(0).shuffle(prompts)
+    return prompts[NUM_HELD_OUT:], prompts[:NUM_HELD_OUT]
+
+
+def prompt_lines(prompts: list[str]) -> str:
+    """Returns the prompts as lines of a training file, each asking for a short answer."""
+    sentences = (prompt if prompt[-1] in ".?!" else f"{prompt}." for prompt in prompts)
+    return "".join(json.dumps({"prompt": f"{prompt} {ASK}"}) + "\n" for prompt in sentences)
+
+
 def distil(client: httpx.Client, console: Console) -> Json:
     """Uploads the prompts, runs the distillation job and returns it after it has succeeded.
 
@@ -187,9 +204,7 @@ def distil(client: httpx.Client, console: Console) -> Json:
         if job["status"] in {"queued", "running"}:
             console.print(f"Following the job {job['id']} of an earlier, interrupted demo")
             return follow(client, job["id"], console)
-    prompts = demo_prompts()
-    random.Random(0).shuffle(prompts)
-    held_out, training = prompts[:NUM_HELD_OUT], prompts[NUM_HELD_OUT:]
+    training, held_out = split_prompts()
     console.print(
         f"{len(training)} training prompts, {len(held_out)} held-out prompts; the teacher will answer them"
     )
@@ -204,8 +219,8 @@ def distil(client: httpx.Client, console: Console) -> Json:
             "distillation": {
                 "teacher": TEACHER,
                 "student": {"init": "layers", "num_layers": NUM_LAYERS},
-                "data": {"completions": "teacher", "max_new_tokens": 96, "temperature": 0.0},
-                "hyperparameters": {"n_epochs": 2, "batch_tokens": 512, "eval_steps": 100},
+                "data": OPTIONS["data"],
+                "hyperparameters": {**OPTIONS["hyperparameters"], "eval_steps": 100},
                 "evaluation": {"num_samples": 6},
             },
         },
@@ -217,8 +232,7 @@ def distil(client: httpx.Client, console: Console) -> Json:
 
 def upload(client: httpx.Client, name: str, prompts: list[str]) -> str:
     """Uploads the prompts as a JSONL file and returns the id of the file."""
-    asked = (prompt if prompt[-1] in ".?!" else f"{prompt}." for prompt in prompts)
-    lines = "".join(json.dumps({"prompt": f"{prompt} {ASK}"}) + "\n" for prompt in asked)
+    lines = prompt_lines(prompts)
     file_id: str = call(
         client, "POST", "/v1/files", files={"file": (name, lines)}, data={"purpose": "fine-tune"}
     )["id"]

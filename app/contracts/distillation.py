@@ -92,7 +92,7 @@ class Student(Block):
         fresh: A new model with the sizes in `config`.
     num_layers: A list requests a ladder: one student per number. For an encoder-decoder, the number
         of decoder layers, like `num_decoder_layers`.
-    layer_choice: measured keeps the layers that change the states most. See docs/jobs.md.
+    layer_choice: measured drops the layers that together turn the states least. See docs/jobs.md.
     fit_rows: Number of training rows on which the kept layers are fitted in closed form before
         training, to compensate for the dropped layers. 0 disables the fit.
     vocabulary: rows removes the tokens that the rows do not use, after training. Causal models only.

@@ -15,7 +15,7 @@ from tests.device.trainers import rows, trainer_of
 from worker.distill.students.recipe import load_model, plan_student
 from worker.distill.training.devices import Placement, find_device
 from worker.distill.training.feature_losses import FeaturePlan
-from worker.distill.training.layer_choice import measure_changes
+from worker.distill.training.layer_choice import measure_angles
 from worker.distill.training.teacher_adaptation import Adaptation, adapted_model
 
 Json = dict[str, Any]  # Any: open-ended JSON
@@ -66,7 +66,7 @@ def layer_choice(folders: Path) -> Json:
         recipe = plan_student(folders / "llama", folders / "llama", CUT)
         placement = Placement(find_device(), "cuda", torch.bfloat16)
         with OpLog() as log:
-            measure_changes(recipe, rows(8), torch.float32, placement)
+            measure_angles(recipe, rows(8), torch.float32, placement)
         return {"waits": log.waits, "matmul_dtypes": log.num_of_dtypes("mm")}
 
 

@@ -34,6 +34,7 @@ from worker.distill.student_sweep import (
 )
 from worker.distill.students.recipe import StudentRecipe, load_model, num_parameters
 from worker.distill.teachers.cached_teacher import CachedTeacher
+from worker.distill.training.automatic_values import NEWEST_DEFAULTS, with_decisions
 from worker.distill.training.checkpoint import TrainState, copy_model, link_folder, load_state
 from worker.distill.training.devices import find_device
 from worker.distill.training.inputs import TrainingInputs
@@ -110,8 +111,8 @@ class Pipeline:
         if self.block.student.vocabulary == "rows":
             check_trimmable(self.pair.student.config, self.pair.student_dir)
         check_rollouts(self.block, signal, has_one_tokenizer=self.pair.has_one_tokenizer)
-        if self.spec.has_teacher and signal.name != "logits":
-            self.sink(MessageLine(message=f"teacher signal: {signal.name} ({signal.reason})"))
+        sink = self.sink if self.spec.resume_dir is None else None
+        state = with_decisions(state, self.block, signal, self.pair.card, sink=sink)
         # the first rank generates the teacher's answers, and the others read them from disk
         with self.phases.phase("teacher"):
             rows = self.ranks.first_then_others(lambda: self._preparation().rows())
@@ -289,7 +290,8 @@ class Pipeline:
 
     def _resumed_state(self) -> TrainState:
         if self.spec.resume_dir is None:
-            return TrainState(num_threads=self.spec.num_threads or torch.get_num_threads())
+            num_threads = self.spec.num_threads or torch.get_num_threads()
+            return TrainState(num_threads=num_threads, defaults_version=NEWEST_DEFAULTS)
         return load_state(self.spec.resume_dir)
 
     def _set_threads(self, state: TrainState) -> None:

@@ -2,22 +2,25 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from app.contracts.distillation import Objective
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import Ranks
+from worker.distill.decisions import Decision
 from worker.distill.students.recipe import StudentRecipe, plan_student
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import KeptLayers, TrainState
 from worker.distill.training.devices import Placement
 from worker.distill.training.inputs import TrainingInputs
-from worker.distill.training.layer_choice import Changes, measure_changes, with_chosen_layers
-from worker.protocol.run_lines import MessageLine, Sink
+from worker.distill.training.layer_choice import Angles, measure_angles, with_chosen_layers
+from worker.protocol.run_lines import Sink
 from worker.protocol.run_spec import RunSpec
 
 NUM_CALIBRATION = 8  # rows on which width pruning measures importance
+Json = dict[str, Any]  # Any: part of the public result
 STUDENT = "student"  # label of the only student of a job without a ladder
 
 
@@ -28,6 +31,19 @@ class StudentRun:
     label: str
     recipe: StudentRecipe
     is_baseline: bool = False
+    has_known_layers: bool = True  # False if an older version, which did not store them, began it
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """The choice of the layers, if the job does not name them."""
+        recipe = self.recipe
+        reason = recipe.reason_for_layers
+        if reason is None or self.is_baseline or not self.has_known_layers:
+            return []
+        value: Json = {"layers": list(recipe.layers or ())}  # as after reading a checkpoint
+        if recipe.encoder_layers is not None:
+            value["encoder_layers"] = list(recipe.encoder_layers)
+        return [Decision(option="student.layers", value=value, reason=reason, words=_kept(recipe))]
 
     @property
     def name(self) -> str:
@@ -76,35 +92,36 @@ def with_measured_layers(
     ranks: Ranks,
     sink: Sink,
 ) -> list[StudentRun]:
-    """Returns the runs with the layers that the rows need most, and writes an event for each choice.
+    """Returns the runs with the layers to keep, and writes an event for each choice.
 
     The first rank measures. All runs start from the same model, so it is measured once.
 
-    A resumed job keeps the layers of `state`, which is that of its checkpoint, else None. If an older version wrote
-    that checkpoint, the layers are measured. There is no event for runs that had begun, because
-    that version may have chosen other layers.
+    A resumed job keeps the layers of `state`, which is that of its checkpoint, else None. If an
+    older version wrote that checkpoint, the layers are measured. Nothing is reported for runs that
+    had begun, because that version may have chosen other layers.
     """
     if state is not None and state.kept_layers is not None:
         return [
             replace(run, recipe=replace(run.recipe, **dict(kept)))
             for run, kept in zip(runs, state.kept_layers, strict=True)
         ]
-    if not any(run.recipe.measures_layers for run in runs):
-        return list(runs)
-    found = ranks.from_first(
-        lambda: {"changes": measure_changes(runs[0].recipe, rows, matmul_dtype, placement)}
-    )
-    changes: list[Changes] = found["changes"]
-    chosen = [
-        replace(run, recipe=with_chosen_layers(run.recipe, changes))
-        if run.recipe.measures_layers
-        else run
-        for run in runs
-    ]
+    chosen = list(runs)
+    if any(run.recipe.measures_layers for run in runs):
+        found = ranks.from_first(
+            lambda: {"angles": measure_angles(runs[0].recipe, rows, matmul_dtype, placement)}
+        )
+        angles: list[Angles] = found["angles"]
+        chosen = [
+            replace(run, recipe=with_chosen_layers(run.recipe, angles))
+            if run.recipe.measures_layers
+            else run
+            for run in runs
+        ]
     num_begun = 0 if state is None else len(state.finished) + 1
-    for run in chosen[num_begun:]:
-        if run.recipe.measures_layers:
-            sink(MessageLine(message=f"{run.name}: {_kept(run.recipe)}"))
+    chosen = [replace(run, has_known_layers=i >= num_begun) for i, run in enumerate(chosen)]
+    for run in chosen:
+        for decision in run.decisions:
+            sink(decision.event(f"{run.name}: "))
     return chosen
 
 
@@ -117,11 +134,11 @@ def kept_layers(runs: Sequence[StudentRun]) -> tuple[KeptLayers, ...]:
 
 
 def _kept(recipe: StudentRecipe) -> str:
-    """Returns the sentence about the layers that a student keeps."""
+    """Returns the words for the layers that a student keeps."""
     words = f"layers {_ranges(recipe.layers or ())} of {recipe.num_available}"
     if recipe.encoder_layers is not None:
         words = f"encoder layers {_ranges(recipe.encoder_layers)} and decoder {words}"
-    return f"kept {words}, because the others change the states of the rows least"
+    return f"kept {words}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

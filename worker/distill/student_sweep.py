@@ -12,6 +12,7 @@ from typing import Any
 
 from app.contracts.distillation import Distillation, Evaluation, Gate
 from worker.distill.data.answer_cache import AnswerFile
+from worker.distill.decisions import Decision
 from worker.distill.evaluation.held_out import size_of
 from worker.distill.evaluation.model_selection import LESS_IS_BETTER, choose, passes
 from worker.distill.evaluation.report import Evaluator, Tell
@@ -125,6 +126,10 @@ class StudentSweep:
             "is_chosen_on_judged_rows": not is_tested,
         }
         trained = {name: entries[chosen][name] for name in TRAINED}
+        trained["decisions"] = [
+            *(decision.public for decision in self.state.decisions),
+            *entries[chosen].get("decisions", []),
+        ]
         return SelectedStudent(self._finished_dirs[chosen], {**result, **judged, **trained}, ladder)
 
     def _compare(self, chosen: int, answers: AnswerFile) -> Entry:
@@ -180,7 +185,7 @@ class StudentSweep:
         def train() -> Path:
             """Trains the baseline and returns its folder."""
             baseline = replace(self.runs[chosen], is_baseline=True)
-            state, folder, _ = self._train(len(self.runs), baseline)
+            state, folder, _, _ = self._train(len(self.runs), baseline)
             self.trained_tokens += state.trained_tokens
             return folder
 
@@ -211,7 +216,8 @@ class StudentSweep:
         finished = list(self.state.finished)
         for number, (entry, folder) in enumerate(zip(finished, self._finished_dirs, strict=True)):
             if "missing" in entry:
-                kept = {name: entry[name] for name in (*TRAINED, "label", "trained_tokens")}
+                names = (*TRAINED, "label", "trained_tokens", "decisions")
+                kept = {name: entry[name] for name in names if name in entry}
                 evaluation = self._evaluate(folder, answers)
                 finished[number] = {
                     **evaluation,
@@ -241,7 +247,7 @@ class StudentSweep:
     def _take(self, number: int, answers: AnswerFile) -> None:
         """Trains and evaluates one student, and moves the state to the next run."""
         run = self.runs[number]
-        state, best_dir, num_planned = self._train(number, run)
+        state, best_dir, num_planned, decisions = self._train(number, run)
         folder = self.setup.out / "finished" / str(number)
         middle = self._percent(number, TRAINING_SHARE)
         self._enter("evaluating", middle, self._percent(number, 1.0))
@@ -259,6 +265,7 @@ class StudentSweep:
             "train_seconds": round(state.trained_seconds, 1),
             "stopped_early": state.is_done,
             "trained_tokens": state.trained_tokens,
+            "decisions": [decision.public for decision in decisions],
         }
         self.state = TrainState(
             first_step=state.first_step + num_planned + 1,
@@ -269,11 +276,15 @@ class StudentSweep:
             inputs_sha256=state.inputs_sha256,
             finished=(*state.finished, entry),
             kept_layers=state.kept_layers,
+            defaults_version=state.defaults_version,
+            decisions=state.decisions,
         )
         self.setup = replace(self.setup, resume_dir=None, best_dir=None)
 
-    def _train(self, number: int, run: StudentRun) -> tuple[TrainState, Path, int]:
-        """Returns the final state, the best student's folder, and the number of planned steps."""
+    def _train(self, number: int, run: StudentRun) -> tuple[TrainState, Path, int, list[Decision]]:
+        """Returns the final state, the best student's folder, the number of planned steps, and the
+        values that the job left to the service.
+        """
         self._enter("training", 0.0, 0.0)
         if self.num_runs > 1:
             self.sink(MessageLine(message=f"training {run.name} ({number + 1} of {self.num_runs})"))
@@ -291,10 +302,10 @@ class StudentSweep:
                 report=lambda share: self._percent(number, TRAINING_SHARE * share),
             )
             self.state, best_dir = trainer.run()
-        num_planned = trainer.total_steps
+        num_planned, decisions = trainer.total_steps, [*run.decisions, *trainer.decisions]
         del trainer
         gc.collect()  # modules form reference cycles, and the evaluation needs the memory
-        return self.state, best_dir, num_planned
+        return self.state, best_dir, num_planned, decisions
 
     def _enter(self, stage: StageName, percent: float, until: float) -> None:
         self._span = (percent, until)
@@ -332,7 +343,7 @@ def draw_ladder(selected: SelectedStudent, block: Distillation, out: Path) -> tu
 
 def _figures(entry: Entry) -> Entry:
     """Returns the metrics of a finished student's entry."""
-    others = {"label", "passed", "trained_tokens", "missing", *TRAINED}
+    others = {"label", "passed", "trained_tokens", "missing", "decisions", *TRAINED}
     return {name: value for name, value in entry.items() if name not in others}
 
 

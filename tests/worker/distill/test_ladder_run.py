@@ -70,6 +70,11 @@ def lines(sink: MemorySink, kind: type[Any]) -> list[Any]:  # Any: lines of that
     return [line for line in sink.lines if isinstance(line, kind)]
 
 
+def notes(sink: MemorySink) -> list[str]:
+    """Returns the messages that report no decision."""
+    return [line.message for line in lines(sink, MessageLine) if "option" not in line.data]
+
+
 def test_a_ladder_is_chosen_on_held_out_rows_and_judged_on_test_rows(
     run_job: Run, make_spec: MakeSpec, tmp_path: Path
 ) -> None:
@@ -111,6 +116,12 @@ def test_a_ladder_is_taught_by_one_pass_of_its_teacher(
         False,
         False,
     ]
+    layers = [entry["decisions"][0]["value"]["layers"] for entry in result["ladder"]]
+    assert layers == [[0], [0, 3], [0, 1, 3]]
+    assert [decision["option"] for decision in result["decisions"]] == [
+        "objective.teacher_signal",
+        "student.layers",
+    ]
     chosen = result["ladder"][0]
     assert result["student"].items() <= chosen.items()
     assert {
@@ -125,7 +136,7 @@ def test_a_ladder_is_taught_by_one_pass_of_its_teacher(
     assert_same_bits(tmp_path / "out" / "student", tmp_path / "out" / "finished" / "0")
     assert outcome.files == ("ladder.png", "ladder.json")
     assert all((tmp_path / "out" / name).stat().st_size > 1000 for name in outcome.files)
-    assert [line.message for line in lines(sink, MessageLine)] == [
+    assert notes(sink) == [
         "training student of 1 layer (1 of 3)",
         "training student of 2 layers (2 of 3)",
         "training student of 3 layers (3 of 3)",
@@ -281,7 +292,7 @@ def test_a_baseline_is_the_same_student_without_its_teacher(
     assert result["student"]["kl"] < result["ce_baseline"]["kl"]
     assert set(result["differences"]) == {"untrained", "ce_baseline"}
     assert result["num_steps"] == 12
-    assert [line.message for line in lines(sink, MessageLine)] == [
+    assert notes(sink) == [
         "training student (1 of 2)",
         "training the baseline on the text only (2 of 2)",
     ]

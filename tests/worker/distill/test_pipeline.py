@@ -63,8 +63,8 @@ def test_prompts_are_answered_by_the_teacher_once(run: Run, asking: RunSpec) -> 
 
 
 def test_answers_that_were_cut_are_counted(run: Run, asking: RunSpec) -> None:
-    (message,) = messages(run(asking))
-    assert "of 100 answers did not end within 8 tokens" in message
+    (warning,) = run(asking).warnings
+    assert "of 100 answers did not end within 8 tokens" in warning.message
 
 
 def test_a_run_stopped_while_the_teacher_answers_keeps_the_answers(

@@ -17,7 +17,7 @@ from worker.distill.student_runs import (
 )
 from worker.distill.training.checkpoint import KeptLayers, TrainState
 from worker.distill.training.devices import ON_CPU
-from worker.distill.training.layer_choice import choose_layers, measure_changes
+from worker.distill.training.layer_choice import choose_layers, measure_angles
 from worker.errors import StudentTooDeep
 from worker.protocol.run_lines import MessageLine
 from worker.protocol.run_spec import RunSpec
@@ -85,14 +85,18 @@ def measured(
     return runs, sink
 
 
+def messages(sink: MemorySink) -> list[str]:
+    return [line.message for line in sink.lines if isinstance(line, MessageLine)]
+
+
 def test_a_ladder_keeps_the_measured_layers_and_says_which(make_spec: MakeSpec) -> None:
     runs, sink = measured(make_spec({"student": {"num_layers": [1, 2, 4], "fit_rows": "auto"}}))
-    (changes,) = measure_changes(runs[0].recipe, ROWS, torch.float32, ON_CPU)
-    assert [run.recipe.layers for run in runs] == [choose_layers(changes, n) for n in (1, 2, 4)]
-    messages = [line.message for line in sink.lines if isinstance(line, MessageLine)]
-    assert messages[0].startswith("student of 1 layer: kept layers ")
-    assert "of 4, because" in messages[0]
-    assert len(messages) == 2  # the third student keeps all layers
+    (angles,) = measure_angles(runs[0].recipe, ROWS, torch.float32, ON_CPU)
+    assert [run.recipe.layers for run in runs] == [choose_layers(angles, n) for n in (1, 2, 4)]
+    found = messages(sink)
+    assert found[0].startswith("student of 1 layer: kept layers ")
+    assert "of 4, because" in found[0]
+    assert len(found) == 2  # the third student keeps all layers
 
 
 def test_a_resumed_ladder_keeps_the_layers_of_its_checkpoint(make_spec: MakeSpec) -> None:
@@ -124,26 +128,35 @@ def test_a_size_with_few_layers_keeps_the_first_and_last_ones(
     runs, sink = measured(make_spec({"student": {"num_layers": [2, 3], "fit_rows": "auto"}}))
     assert [run.recipe.measures_layers for run in runs] == [False, True]
     assert runs[0].recipe.layers == (0, 3)
-    assert len(sink.lines) == 1
+    first, second = messages(sink)
+    assert first == (
+        "student of 2 layers: kept layers 0, 3 of 4, because the first and last layers are the "
+        "better start if few are kept"
+    )
+    assert "by the smallest angle" in second
+
+
+MEASURED, NOT_FITTED = "by the smallest angle", "only if they are fitted"
 
 
 @pytest.mark.parametrize(
-    ("student", "is_measured"),
+    ("student", "is_measured", "reason"),
     [
-        ({"num_layers": 2, "fit_rows": "auto"}, True),
-        ({"num_layers": 2, "fit_rows": 0}, False),
-        ({"num_layers": 2, "fit_rows": 0, "layer_choice": "measured"}, True),
-        ({"num_layers": 2, "fit_rows": "auto", "layer_choice": "first_and_last"}, False),
-        ({"layers": [0, 1], "fit_rows": "auto"}, False),
-        ({"num_layers": 4, "fit_rows": "auto"}, False),
+        ({"num_layers": 2, "fit_rows": "auto"}, True, MEASURED),
+        ({"num_layers": 2, "fit_rows": 0}, False, NOT_FITTED),
+        ({"num_layers": 2, "fit_rows": 0, "layer_choice": "measured"}, True, MEASURED),
+        ({"num_layers": 2, "fit_rows": "auto", "layer_choice": "first_and_last"}, False, None),
+        ({"layers": [0, 1], "fit_rows": "auto"}, False, None),
+        ({"num_layers": 4, "fit_rows": "auto"}, False, None),
     ],
 )
 def test_layers_are_measured_unless_they_are_named_or_not_fitted(
-    make_spec: MakeSpec, student: dict[str, object], is_measured: bool
+    make_spec: MakeSpec, student: dict[str, object], is_measured: bool, reason: str | None
 ) -> None:
     runs, sink = measured(make_spec({"student": student}))
     assert runs[0].recipe.measures_layers is is_measured
-    assert bool(sink.lines) is is_measured
+    assert len(sink.lines) == (reason is not None)
+    assert all(reason in message for message in messages(sink) if reason)
 
 
 def test_layers_of_an_encoder_decoder_are_measured_only_on_request(
@@ -153,7 +166,7 @@ def test_layers_of_an_encoder_decoder_are_measured_only_on_request(
     student = {"num_decoder_layers": 1, "fit_rows": "auto"}
     (run,), sink = measured(make_spec({"student": student}, spec=folders))
     assert not run.recipe.measures_layers
-    assert sink.lines == []
+    assert "because an encoder-decoder" in messages(sink)[0]
 
 
 def test_the_encoders_layers_are_measured_too(make_spec: MakeSpec, tiny_t5_dir: Path) -> None:
@@ -166,9 +179,7 @@ def test_the_encoders_layers_are_measured_too(make_spec: MakeSpec, tiny_t5_dir: 
     }
     rows = [replace(row, source_ids=(7, 8, 9 + row.line)) for row in ROWS]
     (run,), sink = measured(make_spec({"student": student}, spec=folders), rows)
-    encoder, decoder = measure_changes(run.recipe, rows, torch.float32, ON_CPU)
+    encoder, decoder = measure_angles(run.recipe, rows, torch.float32, ON_CPU)
     assert run.recipe.encoder_layers == choose_layers(encoder, 1)
     assert run.recipe.layers == choose_layers(decoder, 1)
-    (line,) = sink.lines
-    assert isinstance(line, MessageLine)
-    assert "encoder layers" in line.message
+    assert "encoder layers" in messages(sink)[0]

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from app.contracts.batch_plan import cut_batches
+from app.contracts.distillation import EarlyStopping
 from app.contracts.run_limits import NUM_TIMED, TIMED_TOKENS, WARM_UP_TOKENS
 from worker.distill.data.batching import Batch, collate
 from worker.distill.data.rows import Example
@@ -28,6 +29,7 @@ from worker.distill.losses.fused_loss import RowStats, fused_distillation_loss
 from worker.distill.losses.lm_head import Head
 from worker.distill.students.recipe import num_parameters
 from worker.distill.teachers.cached_teacher import CachedTeacher
+from worker.distill.teachers.signals import Signal
 from worker.models.architectures import layer_counts
 
 
@@ -86,6 +88,18 @@ class HeldOut:
         return series | (
             {"valid_kl": self.kl, "valid_agreement": self.agreement} if self.has_teacher else {}
         )
+
+
+def stopping_score(held_out: HeldOut, early: EarlyStopping | None, signal: Signal) -> float:
+    """Returns the held-out score for early stopping and the best student. Lower is better."""
+    wanted = early.metric if early else "perplexity" if signal.name in ("hidden", "text") else "kl"
+    match wanted if held_out.has_teacher else "perplexity":
+        case "kl":
+            return held_out.kl
+        case "perplexity":
+            return held_out.cross_entropy
+        case "agreement":
+            return -held_out.agreement
 
 
 class HeldOutRows:

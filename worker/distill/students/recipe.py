@@ -64,15 +64,37 @@ class StudentRecipe:
 
     @property
     def measures_layers(self) -> bool:
-        """True if the kept layers are to be chosen by measurement. Until then, `layers` are a guess."""
-        student = self.student
-        if student.init != "layers" or student.layers is not None or self.layers is None:
+        """True if the kept layers are chosen by measurement. Until then, `layers` are a guess."""
+        if not self._has_choice:
             return False
-        if len(self.layers) == self.num_available and self.encoder_layers is None:
+        choice = self.student.layer_choice
+        return choice == "measured" or (choice == "auto" and self._why_not_measured is None)
+
+    @property
+    def reason_for_layers(self) -> str | None:
+        """The reason for the kept layers, or None if they follow from what the job asks for."""
+        if self.measures_layers:
+            return "the others together turn the states of the rows by the smallest angle"
+        is_open = self._has_choice and self.student.layer_choice == "auto"
+        return self._why_not_measured if is_open else None
+
+    @property
+    def _has_choice(self) -> bool:
+        """True if the student loses layers, and the job does not list those to keep."""
+        if self.student.init != "layers" or self.student.layers is not None or self.layers is None:
             return False
-        is_few = len(self.layers) < LEAST_MEASURED_SHARE * self.num_available
-        pays_off = self.fits_layers and self.is_causal and not is_few
-        return student.layer_choice == "measured" or (student.layer_choice == "auto" and pays_off)
+        return len(self.layers) < self.num_available or self.encoder_layers is not None
+
+    @property
+    def _why_not_measured(self) -> str | None:
+        """The reason why measured layers would be the worse choice, if they are (bench/LOG.md)."""
+        if not self.is_causal:
+            return "an encoder-decoder learns more from the first and last layers"
+        if not self.fits_layers:
+            return "layers are chosen by measurement only if they are fitted"
+        if len(self.layers or ()) < LEAST_MEASURED_SHARE * self.num_available:
+            return "the first and last layers are the better start if few are kept"
+        return None
 
     def build(self) -> PreTrainedModel:
         """Returns the untrained student in float32, without dropout. Weights are reproducible."""

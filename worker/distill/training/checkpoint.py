@@ -28,6 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from app.contracts.distillation import Precision
 from app.crash_points import crash_point
 from worker.disk import is_disk_full
+from worker.distill.decisions import Decision
 from worker.distill.students.lora import ADAPTERS, lora_tensors, merged, saved_bytes
 from worker.errors import CorruptCheckpoint, DiskFull
 
@@ -53,7 +54,8 @@ class TrainState(BaseModel):
     `step` counts within one student run. A job numbers the steps of all its runs consecutively, and
     this run begins at `first_step`. `finished` has the entries of the earlier runs
     (worker.distill.student_sweep). `kept_layers` has the layers of all runs of the job, and None in
-    checkpoints of versions that did not store them.
+    checkpoints of versions that did not store them. `defaults_version` says which automatic values
+    the job uses (worker.distill.training.automatic_values). Checkpoints without it have version 1.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,6 +83,8 @@ class TrainState(BaseModel):
     replay_loss: float | None = None  # held-out cross-entropy at the previous evaluation
     finished: tuple[dict[str, Any], ...] = ()  # Any: open-ended JSON
     kept_layers: tuple[KeptLayers, ...] | None = None
+    defaults_version: int = 1
+    decisions: tuple[Decision, ...] = ()  # those that apply to all students of the job
 
     @property
     def job_step(self) -> int:

@@ -1,10 +1,9 @@
-"""Chooses the layers that a student keeps, by how much the layers of the start model change its states.
+"""Chooses the layers that a student keeps, by the angles between states of the start model.
 
-A kept layer replaces itself and the dropped layers that follow it. What those change in the residual
-stream is lost, until layer fitting makes up for a part of it. The kept layers are chosen so that
-the sum of these changes is smallest. See docs/decisions/0023-measured-layers.md. Related work:
-"The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv:2403.17887), which drops one block of
-layers, chosen by the angle between the states before and after it.
+The student drops one block of consecutive layers: the one whose output has the smallest angle to its
+input, on average over positions. See docs/decisions/0023-measured-layers.md.
+
+Source: "The Unreasonable Ineffectiveness of the Deeper Layers" (arXiv:2403.17887).
 
 N positions that count (worker.distill.training.layer_fitting). H hidden width. S states: state i is
 the input of layer i, and the last state is the output of the last layer.
@@ -13,7 +12,8 @@ the input of layer i, and the last state is the output of the last layer.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
+from math import pi
 
 import torch
 from torch import Tensor, nn
@@ -33,28 +33,28 @@ from worker.host_copies import to_device
 
 MOST_BYTES = 2**29  # of the recorded states of all layers
 
-Changes = list[list[float]]
+Angles = list[list[float]]
 
 
-def measure_changes(
+def measure_angles(
     recipe: StudentRecipe,
     rows: Sequence[Example],
     matmul_dtype: torch.dtype,
     placement: Placement,
-) -> list[Changes]:
-    """Returns the changes between all states of the start model, for each of its stacks."""
+) -> list[Angles]:
+    """Returns the angles between all states of the start model, for each of its stacks."""
     start = load_start(recipe, placement)
     prepare_for_inference(start, dtype=matmul_dtype, fuses_layers=True)
-    return [changes_between(states) for states in record_states(start, rows[:CHOICE_ROWS])]
+    return [angles_between(states) for states in record_states(start, rows[:CHOICE_ROWS])]
 
 
-def with_chosen_layers(recipe: StudentRecipe, changes: Sequence[Changes]) -> StudentRecipe:
-    """Returns the recipe with as many layers as before, chosen by the changes of each stack."""
+def with_chosen_layers(recipe: StudentRecipe, angles: Sequence[Angles]) -> StudentRecipe:
+    """Returns the recipe with as many layers as before, chosen by the angles of each stack."""
     layers, encoder_layers = recipe.layers, recipe.encoder_layers
     if layers is not None:
-        layers = choose_layers(changes[-1], len(layers))
+        layers = choose_layers(angles[-1], len(layers))
     if encoder_layers is not None:
-        encoder_layers = choose_layers(changes[0], len(encoder_layers))
+        encoder_layers = choose_layers(angles[0], len(encoder_layers))
     return replace(recipe, layers=layers, encoder_layers=encoder_layers)
 
 
@@ -106,35 +106,19 @@ def record_states(model: PreTrainedModel, rows: Sequence[Example]) -> list[list[
     return found
 
 
-def changes_between(states: Sequence[Tensor]) -> Changes:
-    """Returns the squared change from state i to each later state j, relative to state j.
-
-    The mean over positions, as layer fitting weights them.
-    """
+def angles_between(states: Sequence[Tensor]) -> Angles:
+    """Returns the mean angle from state i to each later state j, as a share of a half turn."""
     states_NSH = torch.stack(list(states), dim=1)
-    products_NSS = states_NSH @ states_NSH.mT
-    squares_NS = products_NSS.diagonal(dim1=1, dim2=2).clamp(min=1e-30)
-    changes_NSS = squares_NS[:, :, None] + squares_NS[:, None, :] - 2 * products_NSS
-    relative_SS = (changes_NSS / squares_NS[:, None, :]).mean(dim=0).clamp(min=0.0)
-    found: Changes = relative_SS.triu(1).cpu().tolist()
-    return found
+    lengths_NS = states_NSH.norm(dim=-1).clamp(min=1e-15)
+    cosines_NSS = states_NSH @ states_NSH.mT / (lengths_NS[:, :, None] * lengths_NS[:, None, :])
+    angles_SS = cosines_NSS.clamp(-1.0, 1.0).arccos().mean(dim=0) / pi
+    angles: Angles = angles_SS.triu(1).cpu().tolist()
+    return angles
 
 
-def choose_layers(changes: Changes, num_kept: int) -> tuple[int, ...]:
-    """Returns the layers to keep, for which the sum of the changes by the others is smallest."""
-    num_layers = len(changes) - 1
-
-    @cache
-    def best(state: int, num_left: int) -> tuple[float, tuple[int, ...]]:
-        """Returns the smallest sum from a state on, and the layers that are kept after it."""
-        if num_left == 0:
-            return changes[state][num_layers], ()
-        return min(
-            (
-                changes[state][layer] + best(layer + 1, num_left - 1)[0],
-                (layer, *best(layer + 1, num_left - 1)[1]),
-            )
-            for layer in range(state, num_layers - num_left + 1)
-        )
-
-    return best(0, num_kept)[1]
+def choose_layers(angles: Angles, num_kept: int) -> tuple[int, ...]:
+    """Returns the layers outside the block with the smallest angle between its input and output."""
+    num_layers = len(angles) - 1
+    num_dropped = num_layers - num_kept
+    begin = min(range(num_kept + 1), key=lambda layer: angles[layer][layer + num_dropped])
+    return (*range(begin), *range(begin + num_dropped, num_layers))

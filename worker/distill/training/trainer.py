@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from app.contracts.batch_plan import BatchPlan, batch_tokens_of, eval_steps_of
-from app.contracts.distillation import EarlyStopping, Hyperparameters
+from app.contracts.distillation import Hyperparameters
 from worker.distill.data.batching import collate
-from worker.distill.evaluation.held_out import HeldOut, HeldOutRows
+from worker.distill.decisions import Decision
+from worker.distill.evaluation.held_out import HeldOut, HeldOutRows, stopping_score
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of
 from worker.distill.students.recipe import load_student
-from worker.distill.teachers.signals import Signal
+from worker.distill.training.automatic_values import decide_for_student, peak_learning_rate
 from worker.distill.training.checkpoint import (
     Snapshot,
     TrainState,
@@ -33,7 +34,7 @@ from worker.distill.training.checkpoint import (
 from worker.distill.training.feature_losses import Features
 from worker.distill.training.inputs import TrainingInputs
 from worker.distill.training.layer_fitting import fit_student
-from worker.distill.training.lr_schedule import parameter_groups, peak_learning_rate, scheduled
+from worker.distill.training.lr_schedule import parameter_groups, scheduled
 from worker.distill.training.rollouts import MicroBatch, Rollouts
 from worker.distill.training.step_gradients import Gradients, StepStats, clipped_step
 from worker.distill.training.throughput import MetricAverager, Throughput
@@ -146,15 +147,21 @@ class Trainer:
         )
         num_held_out = sum(example.num_tokens for example in self.setup.valid)
         self.eval_steps = eval_steps_of(h, self.plan, self.total_steps, num_held_out)
-        self.checkpoint_steps = (
-            self.eval_steps if h.checkpoint_steps == "auto" else h.checkpoint_steps
-        )
+        asked = h.checkpoint_steps
+        self.checkpoint_steps = self.eval_steps if asked == "auto" else asked
 
     def _make_optimizer(self, weight_decay: float) -> torch.optim.AdamW:
         groups = parameter_groups(self.model, weight_decay)
         if self._projections is not None:
             groups.append({"params": list(self._projections.parameters()), "weight_decay": 0.0})
         return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+    @property
+    def decisions(self) -> list[Decision]:
+        """The values of this training that the job leaves to the service."""
+        setup, steps = self.setup, {"eval_steps": self.eval_steps, "total_steps": self.total_steps}
+        h = setup.hyperparameters
+        return [*decide_for_student(h, setup.recipe, self.model, self.state, **steps)]
 
     def run(self) -> tuple[TrainState, Path]:
         """Trains until the last step or early stopping, and returns the best student's folder.
@@ -163,6 +170,8 @@ class Trainer:
         """
         if self.setup.resume_dir is None:
             self.fit()
+            for decision in self.decisions:
+                self.sink(decision.event())
         if not self.state.untrained_metrics:
             held_out = self.measure()
             self._update(
@@ -229,7 +238,7 @@ class Trainer:
 
     def _step(self, pieces: list[MicroBatch]) -> None:
         h = self.setup.hyperparameters
-        peak = peak_learning_rate(h, self.setup.recipe, self.model, self.state.num_fitted_layers)
+        peak = peak_learning_rate(h, self.setup.recipe, self.model, self.state)
         rate = scheduled(self.state.step, self.total_steps, peak=peak, warmup=h.warmup_ratio)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -287,7 +296,7 @@ class Trainer:
         self._tell_metrics(values)
         self._evaluated_step = self.state.step
         early = self.setup.hyperparameters.early_stopping
-        score = _score(held_out, early, self.setup.signal)
+        score = stopping_score(held_out, early, self.setup.signal)
         if not math.isfinite(score):
             raise NanLoss(
                 f"the held-out score is {score} at step {self.state.job_step}; lower the learning rate"
@@ -378,15 +387,3 @@ class Trainer:
                 seconds_remaining=self._pace.seconds_remaining,
             )
         )
-
-
-def _score(held_out: HeldOut, early: EarlyStopping | None, signal: Signal) -> float:
-    """Returns the held-out score for early stopping and the best student. Lower is better."""
-    wanted = early.metric if early else "perplexity" if signal.name in ("hidden", "text") else "kl"
-    match wanted if held_out.has_teacher else "perplexity":
-        case "kl":
-            return held_out.kl
-        case "perplexity":
-            return held_out.cross_entropy
-        case "agreement":
-            return -held_out.agreement

@@ -1,8 +1,8 @@
-"""The layers that a student keeps: measured states against transformers, the choice against all choices."""
+"""The layers that a student keeps: measured states against transformers, and the choice."""
 
-from itertools import combinations, pairwise
+import math
+from itertools import combinations
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
@@ -13,8 +13,7 @@ from tests.tiny import save_tiny
 from worker.distill.data.rows import Example
 from worker.distill.students.recipe import load_model
 from worker.distill.training.layer_choice import (
-    Changes,
-    changes_between,
+    angles_between,
     choose_layers,
     record_states,
 )
@@ -74,45 +73,37 @@ def test_states_that_would_take_too_much_memory_come_from_fewer_rows(
     assert len(states[0]) == CAUSAL_ROWS[0].num_tokens - 2  # the first and the last token
 
 
-def test_a_change_is_relative_to_the_later_state() -> None:
-    one, other = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0], [0.0, 1.0]])
-    changes = changes_between([one, other])
-    assert changes == [[0.0, pytest.approx((1 / 2 + 1 / 1) / 2)], [0.0, 0.0]]
-
-
-def test_changes_are_those_of_single_pairs() -> None:
+def test_angles_are_those_of_single_pairs() -> None:
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(5, 7, generator=generator) for _ in range(4)]
-    changes = changes_between(states)
+    angles = angles_between(states)
     for i, j in combinations(range(4), 2):
-        squares = (states[j] - states[i]).pow(2).sum(dim=1) / states[j].pow(2).sum(dim=1)
-        assert changes[i][j] == pytest.approx(float(squares.mean()), rel=1e-5)
+        cosines = torch.cosine_similarity(states[i], states[j], dim=1)
+        assert angles[i][j] == pytest.approx(float(cosines.arccos().mean()) / math.pi, rel=1e-5)
 
 
-def random_changes(num_layers: int, random: Random) -> Changes:
-    return [
-        [random.random() if j > i else 0.0 for j in range(num_layers + 1)]
-        for i in range(num_layers + 1)
+def test_opposite_states_are_half_a_turn_apart() -> None:
+    state = torch.tensor([[1.0, 2.0]])
+    assert angles_between([state, 3 * state, -state])[0] == pytest.approx([0, 0, 1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_kept", "expected"),
+    [(1, (0,)), (2, (0, 3)), (3, (0, 1, 3)), (4, (0, 1, 2, 3))],
+)
+def test_the_dropped_block_has_the_smallest_angle(num_kept: int, expected: tuple[int, ...]) -> None:
+    angles = [
+        [0.0, 0.9, 0.9, 0.9, 0.9],
+        [0.0, 0.0, 0.5, 0.2, 0.4],
+        [0.0, 0.0, 0.0, 0.1, 0.9],
+        [0.0, 0.0, 0.0, 0.0, 0.9],
+        [0.0, 0.0, 0.0, 0.0, 0.0],
     ]
+    assert choose_layers(angles, num_kept) == expected
 
 
-def lost(changes: Changes, kept: tuple[int, ...]) -> float:
-    """The sum of the changes by dropped layers."""
-    num_layers = len(changes) - 1
-    between = pairwise((-1, *kept, num_layers))
-    return sum(changes[before + 1][after] for before, after in between)
-
-
-@pytest.mark.parametrize("num_kept", [1, 2, 4, 7, 8])
-def test_the_choice_is_the_best_of_all(num_kept: int) -> None:
-    changes = random_changes(8, Random(num_kept))
-    chosen = choose_layers(changes, num_kept)
-    assert len(chosen) == num_kept
-    assert chosen == min(combinations(range(8), num_kept), key=lambda kept: lost(changes, kept))
-
-
-def test_layers_that_change_nothing_are_dropped() -> None:
+def test_layers_that_only_lengthen_the_states_are_dropped() -> None:
     states: list[Any] = [torch.tensor([[1.0, 0.0, 0.0]])]
-    for step in ((0, 1, 0), (0, 0, 0), (0, 0, 0), (0, 0, 1)):
+    for step in ((0, 1, 0), (1, 1, 0), (2, 2, 0), (0, 0, 4)):
         states.append(states[-1] + torch.tensor([step]))
-    assert choose_layers(changes_between(states), 2) == (0, 3)
+    assert choose_layers(angles_between(states), 2) == (0, 3)

@@ -14,13 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from app.contracts.distillation import EarlyStopping, TeacherSignal
 from tests.worker.memory_sink import MemorySink
 from worker.distill.data.rows import Encoder, read_rows, split_rows
-from worker.distill.evaluation.held_out import HeldOut
+from worker.distill.evaluation.held_out import HeldOut, stopping_score
 from worker.distill.students.layer_dropping import keep_layers
 from worker.distill.students.recipe import freeze_head, load_model
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import load_state
 from worker.distill.training.lr_schedule import scheduled
-from worker.distill.training.trainer import Stopped, _score
+from worker.distill.training.trainer import Stopped
 from worker.errors import NanLoss
 from worker.protocol.run_lines import (
     CheckpointLine,
@@ -406,4 +406,4 @@ def test_a_student_of_text_is_chosen_by_the_text(
     signal: TeacherSignal, early: EarlyStopping | None, expected: float
 ) -> None:
     held_out = HeldOut(torch.tensor([[2.0, 1.0, 3.0, 0.5]], dtype=torch.float64), torch.tensor([1]))
-    assert _score(held_out, early, Signal(signal, "")) == expected
+    assert stopping_score(held_out, early, Signal(signal, "")) == expected
