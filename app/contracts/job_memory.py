@@ -99,9 +99,9 @@ class DeviceStudent:
     ) -> int:
         """Returns the bytes that a forward pass keeps for the backward pass.
 
-        Autocast keeps a bfloat16 copy of every float32 matrix of the layers. With activation checkpointing,
-        only `num_complete` layers of each stack keep everything: the last one, and the one that is
-        run again. The others keep their input in float32.
+        Autocast keeps a bfloat16 copy of every float32 matrix of the layers. With activation
+        checkpointing, only `num_complete` layers of each stack keep everything: the last one, and
+        the one that is run again. The others keep their input in float32.
         """
         sizes, stacks = self.sizes, self.sizes.stacks
         per_token, copies = [], 0
@@ -234,11 +234,12 @@ def num_lowered(job: PlannedJob) -> int:
 def least_device_bytes(job: PlannedJob, rows: RowCounts) -> int:
     """Returns the GPU memory without which a job cannot run: that of its largest student.
 
-    Counts weights and moments, and the larger of two: the gradients, or the inputs of the
-    layers for one micro-batch, which activation checkpointing keeps. The teacher can run on the
-    CPU, and the chunks of the loss can be smaller than usual. A batch is at least half full unless
-    a single row is longer, and an automatic one can be divided. A token passes through only one
-    stack of an encoder-decoder, perhaps a frozen one, so activations are left out there.
+    Counts weights and moments, and the larger of two: the gradients, or the inputs of the layers for
+    one micro-batch, which activation checkpointing keeps. Weights with LoRA adapters are counted in
+    bfloat16. The teacher can run on the CPU, and the chunks of the loss can be smaller than usual.
+    A batch is at least half full unless a single row is longer, and an automatic one can be divided.
+    A token passes through only one stack of an encoder-decoder, perhaps a frozen one, so activations
+    are left out there.
     """
     sizes, trained = job.students[-1], job.trained[-1]
     num_layers = sizes.num_layers if len(sizes.stacks) == 1 else 0

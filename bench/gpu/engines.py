@@ -78,7 +78,7 @@ def generate(engine: Engine, num_requests: int, new_tokens: int) -> int:
 def compare_services(work: Path, folder: Path, sizes: Sizes) -> Json:
     """Returns the tokens per second of our service and of `vllm serve`, both over HTTP.
 
-    Without vLLM nothing is started, and `not_compared` says so.
+    Without vLLM nothing is started, and the result has only `not_compared`.
     """
     if find_spec(PEER) is None:
         return {"not_compared": ["vLLM is not installed"]}

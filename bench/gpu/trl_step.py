@@ -19,8 +19,8 @@ PEER = "trl"
 def measure_trl(work: Path, folders: tuple[Path, Path], sizes: Sizes, device: str) -> Json:
     """Returns the tokens per second of TRL with a live teacher, at the smallest batch.
 
-    TRL keeps all logits in memory. If it is not installed, `not_compared` says so. Raises
-    ChildFailed.
+    TRL keeps all logits in memory. If it is not installed, the result has only `not_compared`.
+    Raises ChildFailed.
     """
     if find_spec(PEER) is None:
         return {"not_compared": ["TRL is not installed"]}

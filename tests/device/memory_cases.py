@@ -33,7 +33,7 @@ from worker.distill.students.recipe import load_model, plan_student
 from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import MOMENTS, TrainState
-from worker.distill.training.devices import Placement, find_device, find_needs
+from worker.distill.training.devices import Placement, find_device, needs_by_tokens
 from worker.distill.training.inputs import TrainingInputs
 from worker.distill.training.trainer import Trainer
 
@@ -161,17 +161,16 @@ def compare(pair: Pair, folders: Path) -> Json:
         teacher, start = (
             AutoConfig.from_pretrained(folders / n) for n in (pair.teacher, pair.start)
         )
-        needs = find_needs(
+        needs_of = needs_by_tokens(
             device,
             trainer.setup.recipe,
             start,
             teacher,
-            batch_tokens=pair.micro_tokens or pair.batch_tokens,
             can_cache=False,
             row_tokens=pair.row_tokens // 2 if "T5" in pair.teacher else pair.row_tokens,
-            accumulates=len(pieces) > 1,
             source_share=0.5,
         )
+        needs = needs_of(pair.micro_tokens or pair.batch_tokens, len(pieces) > 1)
         return {
             "traced": log.peak_bytes,
             "estimated": needs.both_bytes(dtype, has_checkpointing=pair.has_checkpointing),

@@ -39,6 +39,7 @@ def method(**changes: Any) -> Any:  # Any: the SDK's types know no distillation 
         "student": {"init": "layers", "num_layers": 2},
         "hyperparameters": {
             "n_epochs": 8,
+            "learning_rate": 0.002,  # the default suits trained teachers
             "batch_tokens": 128,
             "max_sequence_tokens": 96,
             "eval_steps": 4,

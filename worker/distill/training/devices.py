@@ -226,31 +226,6 @@ def place_largest(placed_with: Callable[[int], Placement], most_tokens: int) -> 
     return placed[-1] if best.is_tight else best
 
 
-def find_needs(
-    device: Device,
-    recipe: StudentRecipe,
-    start: PretrainedConfig,
-    teacher: PretrainedConfig,
-    *,
-    batch_tokens: int,
-    can_cache: bool,
-    row_tokens: int = 512,
-    accumulates: bool = False,
-    source_share: float | None = None,
-) -> Needs:
-    """Estimates memory for batches of one size. See `needs_by_tokens`."""
-    needs_of = needs_by_tokens(
-        device,
-        recipe,
-        start,
-        teacher,
-        can_cache=can_cache,
-        row_tokens=row_tokens,
-        source_share=source_share,
-    )
-    return needs_of(batch_tokens, accumulates)
-
-
 def needs_by_tokens(
     device: Device,
     recipe: StudentRecipe,

@@ -18,7 +18,6 @@ from worker.distill.training.devices import (
     Needs,
     Placement,
     find_device,
-    find_needs,
     needs_by_tokens,
     place,
     place_alone,
@@ -178,7 +177,7 @@ def test_a_teacher_of_7b_and_a_student_of_1b(
     card = Device("cuda", "a card", card_gib * GIB, has_bfloat16=True)
     folder = Path("unused")
     recipe = StudentRecipe(Student(init="checkpoint", freeze_head=False), folder, folder, 16)
-    found = find_needs(card, recipe, SMALL, LARGE, batch_tokens=batch_tokens, can_cache=True)
+    found = needs_by_tokens(card, recipe, SMALL, LARGE)(batch_tokens, False)
     if card_gib == 80:  # the order of compromises prefers a cache to recomputation
         found = replace(found, can_cache=False)
     assert place(card, found) == Placement(card, "cuda", torch.bfloat16, **expected)
@@ -205,7 +204,7 @@ def test_a_students_bytes_are_its_parameters_and_what_training_adds(tiny_gpt2_di
     config = read_config(tiny_gpt2_dir)
     layers = Student(init="layers", num_layers=2, freeze_head=False)
     recipe = plan_student(tiny_gpt2_dir, tiny_gpt2_dir, layers)
-    found = find_needs(Device("cuda"), recipe, config, config, batch_tokens=100, can_cache=True)
+    found = needs_by_tokens(Device("cuda"), recipe, config, config)(100, False)
     student, width, num_tokens = recipe.build(), config.hidden_size, config.vocab_size
     num_parameters = sum(p.numel() for p in student.parameters())
     head = 4 * num_tokens * width
@@ -222,14 +221,9 @@ def test_a_students_bytes_are_its_parameters_and_what_training_adds(tiny_gpt2_di
 def test_what_is_frozen_needs_no_moments(tiny_llama_dir: Path) -> None:
     config = read_config(tiny_llama_dir)
     trained, frozen, lora = (
-        find_needs(
-            device,
-            plan_student(tiny_llama_dir, tiny_llama_dir, student),
-            config,
-            config,
-            batch_tokens=100,
-            can_cache=True,
-        ).student_bytes
+        needs_by_tokens(
+            device, plan_student(tiny_llama_dir, tiny_llama_dir, student), config, config
+        )(100, False).student_bytes
         for device, student in [
             (Device("cuda"), Student(init="checkpoint", freeze_head=False)),
             (Device("cuda"), Student(init="checkpoint", freeze_head=True)),
@@ -243,7 +237,7 @@ def test_weights_with_adapters_need_two_bytes_under_autocast(tiny_llama_dir: Pat
     config = read_config(tiny_llama_dir)
     recipe = plan_student(tiny_llama_dir, tiny_llama_dir, Student(init="lora"))
     new, old = (
-        find_needs(card, recipe, config, config, batch_tokens=0, can_cache=True).student_bytes
+        needs_by_tokens(card, recipe, config, config)(0, False).student_bytes
         for card in (NEW_CARD, OLD_CARD)
     )
     student = load_student(recipe, None, seed=0, frozen_dtype=torch.bfloat16)
@@ -261,9 +255,7 @@ def test_the_planned_configuration_is_the_built_students(family: str, tmp_path: 
     for student in kinds:
         recipe = plan_student(folder, folder, student)
         planned, built = planned_config(recipe, read_config(folder)), recipe.build()
-        bare = find_needs(
-            Device("cuda"), recipe, read_config(folder), planned, batch_tokens=1, can_cache=True
-        )
+        bare = needs_by_tokens(Device("cuda"), recipe, read_config(folder), planned)(1, False)
         assert bare.num_teacher_parameters == sum(p.numel() for p in built.parameters())
 
 
