@@ -4,7 +4,6 @@ The run process has no access to the queue or the database. This module makes al
 with the lease token. An attempt that has lost its lease kills its process and writes nothing.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,9 +21,9 @@ from app.storage import CorruptArtifact, StorageError, store
 from worker.core_sharing import shared_cores
 from worker.cuda import NO_DEVICES, visible_devices
 from worker.disk import is_disk_full
-from worker.errors import DiskFull, TooFewDevices
+from worker.errors import CorruptCheckpoint, DiskFull, TooFewDevices
 from worker.jobs import dataset_job, lease_client, run_specs
-from worker.jobs.lease_client import Lease, LeaseLost
+from worker.jobs.lease_client import CheckpointRef, Lease, LeaseLost
 from worker.jobs.lease_heartbeat import DATABASE_AWAY, LeaseHeartbeat
 from worker.jobs.model_cards import write_card
 from worker.jobs.result_files import FileColumns, upload_results
@@ -84,6 +83,7 @@ class Attempt:
         )
         self.process: RunProcess | None = None
         self.devices = NO_DEVICES
+        self.resumed: CheckpointRef | None = None
         self.stop_deadline: float | None = None
         self.is_done = False
         self._gathered: list[RunLine] = []
@@ -170,6 +170,7 @@ class Attempt:
             if store().verify_folder(resume.store_key, resume.manifest_sha256):
                 message = f"The run resumes from the checkpoint at step {resume.step}."
                 self._gathered.append(MessageLine(message=message, data={"step": resume.step}))
+                self.resumed = resume
                 return self.copies.fetch_folder(resume.artifact)
             log.warning("checkpoint_corrupt", job=self.lease.job_id, key=resume.store_key)
             resume = self._write(lease_client.mark_corrupt, self.lease, resume.id)
@@ -254,7 +255,8 @@ class Attempt:
                 self.is_done = True
                 return
             # The run continues. A later attempt would resume from the previous checkpoint.
-            message = f"The checkpoint at step {line.step} could not be stored ({_reason(error)})."
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            message = f"The checkpoint at step {line.step} could not be stored ({reason})."
             self._gathered.append(
                 MessageLine(level="warn", message=message, data={"step": line.step})
             )
@@ -271,6 +273,9 @@ class Attempt:
             self._finish(line)
         elif isinstance(line, DatasetLine):
             self._finish_dataset(line)
+        elif isinstance(line, ErrorLine) and line.code == CorruptCheckpoint.code and self.resumed:
+            self._write(lease_client.mark_corrupt, self.lease, self.resumed.id)
+            self._write(lease_client.lost, self.lease, "The checkpoint could not be loaded.")
         elif isinstance(line, ErrorLine):
             self._end_with_error(JobFailure(code=line.code, message=line.message, param=line.param))
         else:
@@ -376,14 +381,6 @@ class Attempt:
     def _kill(self) -> None:
         if self.process is not None:
             self.process.kill()
-
-
-def _reason(error: Exception) -> str:
-    return (
-        os.strerror(error.errno)
-        if isinstance(error, OSError) and error.errno
-        else type(error).__name__
-    )
 
 
 def _delete(keys: Iterable[str]) -> None:

@@ -416,8 +416,28 @@ def test_a_killed_run_resumes_and_ends_with_the_weights_of_an_uninterrupted_one(
     assert weights_sha256(killed) == weights_sha256(calm)
 
 
+def flip_a_bit(stored: Path, job_id: str) -> None:
+    path = stored / "optimizer.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def store_without_optimizer(stored: Path, job_id: str) -> None:
+    """Replaces the newest checkpoint by one whose checksums match, but which lacks a file."""
+    copy = shutil.copytree(stored, stored.with_name("incomplete"))
+    (copy / "optimizer.safetensors").unlink()
+    ref = store().put_folder(copy, "checkpoints/incomplete")
+    with transaction() as session:
+        newest = leases.newest_checkpoint(session, job_id)
+        assert newest is not None
+        assert ref.sha256 is not None
+        newest.store_key, newest.manifest_sha256 = ref.key, ref.sha256
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, store_without_optimizer])
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
-    tiny_llama_dir: Path, tmp_path: Path
+    damage: Callable[[Path, str], None], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
     job_id = add_distillation(tiny_llama_dir, tmp_path)
     with supervised(job_id) as watched:
@@ -426,19 +446,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
     with transaction() as session:
         newest = leases.newest_checkpoint(session, job_id)
         assert newest is not None
-    path = (
-        store().fetch_folder(ArtifactRef(key=newest.store_key, bytes=0), tmp_path)
-        / "optimizer.safetensors"
-    )
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    wake_and_run_all()
-    assert job(job_id).status == "succeeded"
-    text = messages(job_id)
-    assert f"The checkpoint at step {newest.step} is damaged" in text
-    assert "resumes from the checkpoint" in text
-    assert f"resumes from the checkpoint at step {newest.step}." not in text
+    damage(store().fetch_folder(ArtifactRef(key=newest.store_key, bytes=0), tmp_path), job_id)
+    while job(job_id).status in ("running", "retry_wait", "queued"):
+        wake_and_run_all()
+    assert job(job_id).status == "succeeded", job(job_id).error
+    _, then = messages(job_id).split(f"The checkpoint at step {newest.step} is damaged", 1)
+    assert "resumes from the checkpoint at step" in then
+    assert f"resumes from the checkpoint at step {newest.step}." not in then
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_costs_the_run_nothing(

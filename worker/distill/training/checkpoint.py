@@ -124,7 +124,7 @@ def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
         crash_point("trainer.written")
         _write_manifest(partial)
         crash_point("trainer.listed")
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
         partial.rename(folder)
         crash_point("trainer.renamed")
         _sync(out)
@@ -204,7 +204,16 @@ def prune_checkpoints(out: Path, *, keep_newest: int, keep_step: int | None) -> 
     steps = sorted(int(p.name.removeprefix("step-")) for p in out.glob("step-*"))
     for step in steps[:-keep_newest]:
         if step != keep_step:
-            shutil.rmtree(out / f"step-{step}", ignore_errors=True)
+            _delete(out / f"step-{step}")
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a checkpoint at once, so that a worker that is storing it never sees a part of it."""
+    doomed = folder.with_name(f".{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def link_folder(source: Path, target: Path) -> Path:

@@ -4,6 +4,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,6 +145,22 @@ def test_a_run_killed_while_writing_leaves_no_checkpoint_of_that_step(
     assert not (tmp_path / "step-1").exists()
     monkeypatch.undo()
     assert load_state(save_checkpoint(tmp_path, make_snapshot(step=1))).step == 1
+
+
+def test_a_worker_never_sees_a_part_of_a_checkpoint_that_is_deleted(
+    make_snapshot: MakeSnapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, newest = (save_checkpoint(tmp_path, make_snapshot(step=i)) for i in (1, 2))
+    remove, was_visible = shutil.rmtree, []
+
+    def watched(path: Path, **options: Any) -> None:  # Any: the arguments of rmtree
+        was_visible.append(old.exists())
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    prune_checkpoints(tmp_path, keep_newest=1, keep_step=None)
+    assert not was_visible[-1]
+    assert list(tmp_path.iterdir()) == [newest]
 
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(
