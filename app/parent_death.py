@@ -23,12 +23,17 @@ def tethered(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "app.parent_death", str(os.getpid()), *command]
 
 
+def die_with_parent(parent: int) -> None:
+    """Has this process killed when `parent` dies. Exits with status 1 if it is dead already."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # the parent died before prctl was called
+        os._exit(1)
+
+
 def main(arguments: Sequence[str]) -> NoReturn:
     """Replaces this process with the command. Exits with status 1 if the parent has died."""
     parent, command = int(arguments[0]), list(arguments[1:])
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # the parent died before prctl was called
-        sys.exit(1)
+    die_with_parent(parent)
     os.execv(command[0], command)
 
 

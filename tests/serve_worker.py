@@ -26,6 +26,7 @@ class WorkerProcess:
         self, valkey_url: str, log_path: Path, environment: Mapping[str, str] | None = None
     ) -> None:
         self._redis = redis.Redis.from_url(valkey_url)
+        self._log_path, self._is_stopped = log_path, False
         before = self.ids()
         with log_path.open("wb") as log:
             self.process = subprocess.Popen(
@@ -58,10 +59,14 @@ class WorkerProcess:
         return not (status.num_running or status.num_waiting)
 
     def stop(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
+        self._is_stopped = True
         self.process.send_signal(number)
         return self.process.wait(seconds)
 
     def close(self) -> None:
+        """Kills the process. If it ended by itself, its log is shown beside the failure of the test."""
+        if self.process.poll() is not None and not self._is_stopped:
+            print(f"status {self.process.returncode}", self._log_path.read_text()[-8000:])
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait(10)

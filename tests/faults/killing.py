@@ -114,12 +114,16 @@ def zombies(trial: Trial) -> None:
         job, zombie = _let_one_stop(trial, point)
         if zombie is None:
             continue
+        others = [program for program in trial.system.named("train") if program is not zombie]
+        for program in others:  # so that only the zombie can write
+            program.send(signal.SIGSTOP)
         before = _written(trial, job)
         zombie.send(signal.SIGCONT)
         trial.note(point)
-        # the successor is still starting: whatever is written now, the zombie wrote
         time.sleep(1.0)
         after = _written(trial, job)
+        for program in others:
+            program.send(signal.SIGCONT)
         if after != before:
             accepted += 1
             trial.wrongs.append(

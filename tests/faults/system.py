@@ -23,6 +23,7 @@ import redis
 from app.local.embedded_servers import LocalPostgres, LocalValkey, free_port
 from app.parent_death import tethered
 from tests.faults.proxy import Network
+from worker.jobs import run_specs
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 TEACHER: Final = "tiny-llama"
@@ -89,8 +90,8 @@ class Program:
     def run_process(self) -> psutil.Process | None:
         """The run (trainer or import) that a train worker has started, once it is past its own start-up."""
         with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self.pid).children():
-                if any(word.startswith("worker.") for word in child.cmdline()):
+            for child in psutil.Process(self.pid).children(recursive=True):
+                if set(child.cmdline()) & set(run_specs.MODULES.values()):
                     return child
         return None
 

@@ -4,8 +4,6 @@ import contextlib
 import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -24,6 +22,7 @@ from worker.core_sharing import SharedRun
 from worker.cuda import NO_DEVICES, DeviceClaim
 from worker.disk import mentions_full_disk
 from worker.errors import DiskFull
+from worker.jobs.run_starter import start_run
 from worker.protocol.run_lines import RunLine, StageLine, run_line
 
 if TYPE_CHECKING:
@@ -52,22 +51,7 @@ class RunProcess:
         self._error_path = folder / "stderr.log"
         self._oom_kills = num_oom_kills()
         with self._error_path.open("wb") as errors:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "app.parent_death",
-                    str(os.getpid()),
-                    sys.executable,
-                    "-m",
-                    *arguments,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=dict(environment),
-                start_new_session=True,
-            )
+            self._process = start_run(arguments, environment, errors)
         self._lines: queue.Queue[RunLine] = queue.Queue(MAX_WAITING_LINES)
         self._heard_at = time.monotonic()
         self._is_closed = threading.Event()
@@ -220,7 +204,6 @@ def child_environment(
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "0" if is_online else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HOME": str(settings.work_root() / "hub"),
         "TOKENIZERS_PARALLELISM": "false",
         # Threads sleep at a barrier. A spinning thread could take the core that the thread it
         # waits for needs.
@@ -230,6 +213,8 @@ def child_environment(
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
+    if is_online:
+        environment["HF_HOME"] = str(settings.work_root() / "hub")
     environment |= devices.environment
     if isinstance(spec, ImportJob) and spec.hub is not None and spec.uses_hub_token:
         environment["STILLHOUSE_HF_TOKEN"] = settings.hf_token

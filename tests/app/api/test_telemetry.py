@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import openai
@@ -227,9 +227,18 @@ class Callers:
         self._pool = ThreadPoolExecutor(num_callers)
         self._work = [self._pool.submit(self._call, number) for number in range(num_callers)]
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def until(self, told: str, more: int) -> None:
-        goal = self.told[told] + more
-        wait_for(lambda: self.told[told] >= goal, 30, f"too few are {told}: {self.told}")
+        before = self.told.copy()
+        try:
+            wait_for(lambda: self.told[told] >= before[told] + more, 30)
+        except AssertionError:
+            raise AssertionError(f"too few are {told}: {before} became {self.told}") from None
 
     def stop(self) -> None:
         self._is_over.set()
@@ -265,16 +274,15 @@ def test_each_started_request_is_completed_aborted_or_failed_after_faults(
     worker: WorkerProcess, service: Service, own_valkey: LocalValkey
 ) -> None:
     """Kills the worker of the module, so the tests that need one come before."""
-    callers = Callers(service, 6)
-    callers.until("answered", 6)
-    callers.until("left", 4)
-    own_valkey.stop()
-    url = own_valkey.url
-    assert own_valkey.start() == url
-    callers.until("answered", 4)
-    worker.stop(signal.SIGKILL)
-    callers.until("refused", 6)
-    callers.stop()
+    with Callers(service, 6) as callers:
+        callers.until("answered", 6)
+        callers.until("left", 4)
+        own_valkey.stop()
+        url = own_valkey.url
+        assert own_valkey.start() == url
+        callers.until("answered", 4)
+        worker.stop(signal.SIGKILL)
+        callers.until("refused", 6)
     with service.http() as http:
         wait_for(lambda: missing_ends(scrape(http)) == 0, 10, "a request has no end")
         found = scrape(http)

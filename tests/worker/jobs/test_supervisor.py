@@ -67,7 +67,7 @@ class Watched:
 
     def run_process(self) -> psutil.Process:
         def find() -> psutil.Process | None:
-            for process in psutil.Process().children():
+            for process in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.Error):  # it may end while we look
                     if f"/{self.job_id}/" in " ".join(process.cmdline()):
                         return process
