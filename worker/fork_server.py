@@ -125,7 +125,7 @@ class ForkServer:
         self._selector.unregister(descriptor)
         del self._children[descriptor]
         child.client.close()
-        if self._children.pop(child.pidfd, None) is not None:  # it runs, and nobody wants it
+        if self._children.pop(child.pidfd, None) is not None:  # it runs, but its client has gone
             self._selector.unregister(child.pidfd)
             os.close(child.pidfd)
             _kill_group(child.pid)
