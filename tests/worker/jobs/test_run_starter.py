@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -91,3 +93,17 @@ def test_a_server_ends_with_its_client(tmp_path: Path) -> None:
     assert not ended.is_running()
     assert run.wait() == -signal.SIGKILL
     printed(run)
+
+
+def test_the_modules_of_the_runs_can_be_imported_before_a_fork() -> None:
+    """CUDA cannot be used in a fork of a process that has initialised it, nor can threads go on."""
+    script = (
+        "import threading, torch\n"
+        "def refuse(*_): raise AssertionError('CUDA is used at import')\n"
+        "for name in ('is_available', 'device_count', 'init', '_lazy_init', 'current_device'):\n"
+        "    setattr(torch.cuda, name, refuse)\n"
+        f"import {', '.join(run_starter.FORKED_MODULES)}\n"
+        "print(threading.active_count())"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (found.stdout.strip(), found.returncode) == (b"1", 0), found.stderr.decode()
