@@ -105,7 +105,7 @@ def test_a_measurement_that_failed_is_tried_again_later(
 ) -> None:
     monkeypatch.setattr(presence, "IDLE_SECONDS", 0.0)
     monkeypatch.setattr(presence, "RETRY_SECONDS", 0.5)
-    working = presence.MEASURE_COMMAND
+    working = (sys.executable, "-c", f"print({PROFILE.model_dump_json()!r})")
     monkeypatch.setattr(presence, "MEASURE_COMMAND", command)
     with capture_logs() as logs, Presence("train-1", settings) as worker:
         wait_for(lambda: bool(logs), 60, "the failure is not logged")
@@ -113,7 +113,7 @@ def test_a_measurement_that_failed_is_tried_again_later(
         worker.note_job("ftjob-1")
         worker.note_job(None)
         path = profile_path(settings)
-        wait_for(lambda: load_profile(path) is not None, 60, "the machine is not measured")
+        wait_for(lambda: load_profile(path) == PROFILE, 60, "the machine is not measured")
     assert logs[0]["event"] == "machine_not_measured"
 
 
