@@ -1,19 +1,28 @@
 """The worker process from its start to its end."""
 
+import asyncio
+import contextlib
+import itertools
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 
-from app.local.embedded_servers import free_port
-from app.routing.task_queue import notify_workers
-from tests.serve_worker import ROOT
+from app.contracts.generation import GenerateRequest
+from app.contracts.messages import ArtifactRef
+from app.local.embedded_servers import LocalValkey, free_port
+from app.routing.task_queue import NotSent, Outbox, notify_workers
+from tests.serve_worker import ROOT, WorkerProcess
 from tests.waiting import wait_for
 from worker.main import choose_device
+
+NUM_RESTARTS = 5
 
 
 class Process:
@@ -45,6 +54,15 @@ def started(tmp_path: Path) -> Iterator[list[Process]]:
             process.process.wait(10)
 
 
+def request(name: str) -> GenerateRequest:
+    """A request for a model that is not in the store, from an API process that has ended."""
+    weights = ArtifactRef(key="models/gone", bytes=1)
+    deadline = time.time() + 600
+    return GenerateRequest(
+        id=name, reply_to="api", model="gone", weights=weights, text="x", deadline_at=deadline
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["term", "int"])
 def test_a_train_worker_handles_wake_up_messages_and_ends_on_a_signal(
     database: str, valkey: str, tmp_path: Path, started: list[Process], number: int
@@ -69,6 +87,46 @@ def test_a_worker_that_waits_for_redis_ends_when_told(
     started.append(worker)
     worker.wait_for_log("Cannot connect")
     assert worker.stop() == 0
+
+
+def test_a_serve_worker_survives_restarts_of_valkey_while_it_reads_requests(
+    service_dir: Path, tmp_path: Path
+) -> None:
+    """Celery acknowledges a request a moment after it was read, perhaps on a lost connection."""
+    is_over = threading.Event()
+    with LocalValkey(service_dir / "restarts") as server:
+        worker = WorkerProcess(server.url, tmp_path / "log")
+        sender = threading.Thread(target=lambda: asyncio.run(send(server.url, worker.id, is_over)))
+        try:
+            sender.start()
+            for _ in range(NUM_RESTARTS):
+                time.sleep(3)
+                server.stop()
+                server.start()
+                wait_for(
+                    lambda: worker.process.poll() is not None or bool(worker.ids()),
+                    20,
+                    "no heartbeat after the restart",
+                )
+            time.sleep(3)  # the worker connects again two seconds after a loss
+            assert worker.process.poll() is None, (tmp_path / "log").read_text()[-4000:]
+            assert worker.stop() == 0
+        finally:
+            is_over.set()
+            sender.join()
+            worker.close()
+
+
+async def send(url: str, worker_id: str, is_over: threading.Event) -> None:
+    """Sends requests until the event is set, also while the server is down."""
+    outbox = Outbox(url)
+    for number in itertools.count():
+        if is_over.is_set():
+            break
+        with contextlib.suppress(NotSent):
+            await outbox.send(worker_id, request(str(number)))
+        await asyncio.sleep(0.001)
+    await outbox.aclose()
 
 
 def test_a_train_worker_never_pays_for_torch() -> None:

@@ -439,7 +439,9 @@ def store_without_optimizer(stored: Path, job_id: str) -> None:
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
     damage: Callable[[Path, str], None], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    job_id = add_distillation(tiny_llama_dir, tmp_path)
+    job_id = add_distillation(
+        tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=600, checkpoint_steps=100
+    )
     with supervised(job_id) as watched:
         watched.wait_for(lambda: len(checkpoint_steps(job_id)) >= 2)
         watched.run_process().send_signal(signal.SIGKILL)
