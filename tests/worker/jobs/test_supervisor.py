@@ -77,24 +77,26 @@ class Watched:
         assert isinstance(found, psutil.Process)
         return found
 
-    def wait_for_checkpoint(self) -> None:
-        """Waits until a checkpoint is stored.
+    def wait_for_checkpoint(self, number: int = 1) -> None:
+        """Waits until this number of checkpoints is stored.
 
         Storing one may take seconds on a busy disk, in which a tiny model would be trained to the
         end. So the run is suspended from time to time once it has written one.
         """
         process = self.run_process()
         folder = get_settings().work_root() / self.job_id
-        while not checkpoint_steps(self.job_id):
+        while len(checkpoint_steps(self.job_id)) < number:
             self.wait_for(lambda: any(folder.glob("*/out/step-*")))
             process.suspend()
-            self._wait_until_stored(2)  # not longer: the run may not have announced it yet
+            self._wait_until_stored(number, 2)  # not longer: it may not have been announced yet
             process.resume()
             time.sleep(0.05)
 
-    def _wait_until_stored(self, seconds: float) -> None:
+    def _wait_until_stored(self, number: int, seconds: float) -> None:
         until = time.monotonic() + seconds
-        self.wait_for(lambda: checkpoint_steps(self.job_id) or time.monotonic() > until)
+        self.wait_for(
+            lambda: len(checkpoint_steps(self.job_id)) >= number or time.monotonic() > until
+        )
 
 
 @contextmanager
@@ -439,11 +441,9 @@ def store_without_optimizer(stored: Path, job_id: str) -> None:
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
     damage: Callable[[Path, str], None], tiny_llama_dir: Path, tmp_path: Path
 ) -> None:
-    job_id = add_distillation(
-        tiny_llama_dir, tmp_path, n_epochs=1000, max_steps=600, checkpoint_steps=100
-    )
+    job_id = add_distillation(tiny_llama_dir, tmp_path)
     with supervised(job_id) as watched:
-        watched.wait_for(lambda: len(checkpoint_steps(job_id)) >= 2)
+        watched.wait_for_checkpoint(2)
         watched.run_process().send_signal(signal.SIGKILL)
     with transaction() as session:
         newest = leases.newest_checkpoint(session, job_id)
