@@ -48,9 +48,10 @@ class RunRequest(BaseModel):
 
 @dataclass
 class Child:
-    """A run that was started. Its process is not reaped before the client closes `client`.
+    """A run that was started.
 
-    The process id therefore stays valid for as long as the client may send it a signal.
+    Its process id is freed only after the client has closed `client`, so the client can send it a
+    signal until then.
     """
 
     pid: int
@@ -112,7 +113,7 @@ class ForkServer:
         return False
 
     def _attend(self, child: Child, descriptor: int) -> None:
-        """Reports the exit of a child, or reaps it after the client has gone."""
+        """Reports the exit of a child, or frees its process id after the client has gone."""
         if descriptor == child.pidfd:
             self._selector.unregister(descriptor)
             del self._children[descriptor]

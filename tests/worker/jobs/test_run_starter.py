@@ -70,7 +70,7 @@ def test_a_run_has_its_environment_title_and_session(tmp_path: Path) -> None:
     assert run.wait() == -signal.SIGKILL
     assert run.poll() == -signal.SIGKILL
     printed(run)
-    wait_for(lambda: not psutil.pid_exists(run.pid))  # reaped
+    wait_for(lambda: not psutil.pid_exists(run.pid))
 
 
 def test_a_run_dies_with_its_server_and_the_next_gets_another(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ A checkpoint is written under another name, synced to disk, and then renamed to 
 - `manifest.json`, with the SHA-256 of every other file.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -208,12 +209,15 @@ def prune_checkpoints(out: Path, *, keep_newest: int, keep_step: int | None) -> 
 
 
 def _delete(folder: Path) -> None:
-    """Deletes a checkpoint at once, so that a worker that is storing it never sees a part of it."""
+    """Deletes a checkpoint. It disappears in one step, so no worker stores a part of it.
+
+    A folder that cannot be deleted stays, because the run does not depend on it.
+    """
     doomed = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(doomed, ignore_errors=True)
-    if folder.exists():
+    with contextlib.suppress(OSError):
         folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def link_folder(source: Path, target: Path) -> Path:
