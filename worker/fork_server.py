@@ -95,14 +95,20 @@ class ForkServer:
         """Starts a run. Returns True in the new process."""
         server = os.getpid()
         client = socket.socket(fileno=client_fd)
+        has_session, set_session = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.setsid()
             die_with_parent(server)
+            os.close(has_session)
+            os.close(set_session)
             client.close()
             self._close()
             _become(request, output, errors)
             return True
+        os.close(set_session)
+        os.read(has_session, 1)  # until the child can be signalled by its group
+        os.close(has_session)
         os.close(output)
         os.close(errors)
         child = Child(pid, os.pidfd_open(pid), client)

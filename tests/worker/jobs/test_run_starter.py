@@ -40,9 +40,10 @@ def printed(run: StartedRun) -> bytes:
         return run.stdout.read()
 
 
-def server() -> psutil.Process:
-    (starter,) = run_starter._starters.values()
-    return psutil.Process(starter._server.pid)
+def server_of(run: StartedRun) -> psutil.Process:
+    parent = psutil.Process(run.pid).parent()
+    assert parent is not None
+    return parent
 
 
 def test_output_errors_and_status_are_those_of_a_new_process(tmp_path: Path) -> None:
@@ -75,20 +76,22 @@ def test_a_run_has_its_environment_title_and_session(tmp_path: Path) -> None:
 
 def test_a_run_dies_with_its_server_and_the_next_gets_another(tmp_path: Path) -> None:
     run = start_waiting(tmp_path)
-    first = server()
+    first = server_of(run)
     first.kill()
     assert run.wait() == -signal.SIGKILL
     printed(run)
-    after = start(tmp_path, "--help")
-    assert b"usage" in printed(after)
-    assert after.wait() == 0
+    (tmp_path / "spec").unlink()
+    after = start_waiting(tmp_path)
     assert isinstance(after, ForkedRun)
-    assert server().pid != first.pid
+    assert server_of(after).pid != first.pid
+    os.killpg(after.pid, signal.SIGKILL)
+    assert after.wait() == -signal.SIGKILL
+    printed(after)
 
 
 def test_a_server_ends_with_its_client(tmp_path: Path) -> None:
     run = start_waiting(tmp_path)
-    ended = server()
+    ended = server_of(run)
     close_starters()
     assert not ended.is_running()
     assert run.wait() == -signal.SIGKILL
