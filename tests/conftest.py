@@ -2,6 +2,7 @@
 
 from app.fast_imports import imports_done  # isort: split
 
+import gc
 import os
 import shutil
 import tempfile
@@ -34,6 +35,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_finish() -> None:
     imports_done()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def hide_earlier_objects() -> None:
+    """Hides what earlier test files have left in memory from the garbage collector.
+
+    Jobs and evaluations call `gc.collect()`, which visits every object of the process. Without
+    this, each such call in a late test also visits the caches and modules of all earlier tests.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
