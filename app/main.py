@@ -119,6 +119,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     # A garbage collection that scans all imported modules would block the event loop too long.
     gc.collect()
     gc.freeze()
+    gc.enable()  # `stillhouse api` imports this module without it
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from app.fast_imports import imports_done  # isort: split
 
 import errno
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -88,6 +89,7 @@ def api(data_dir: DataDir = None) -> None:
 
     settings = use_service(data_dir)
     crash_points.arm(settings.crash_dir)
+    gc.disable()  # slows imports; `app.main.lifespan` switches it on
     uvicorn.run(
         "app.main:create_app",
         factory=True,
