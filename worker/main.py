@@ -177,10 +177,11 @@ def make_app(settings: Settings, queue: str, *, no_ack: bool = False) -> Celery:
     """Returns a Celery app that consumes one queue. A queue without a consumer expires in Redis.
 
     `no_ack` saves two round trips to Redis per message. Redis then keeps no copy of a message
-    while a worker handles it.
+    while a worker handles it, and the worker reads messages as they arrive. With the limit on
+    reserved tasks, Celery would pause for up to a second whenever all its threads are busy.
     """
     app = Celery("stillhouse")
-    app.conf.update(celery_settings(settings))
+    app.conf.update(celery_settings(settings), worker_disable_prefetch=not no_ack)
     app.conf.task_queues = (
         Queue(queue, Exchange(queue), routing_key=queue, expires=QUEUE_SECONDS, no_ack=no_ack),
     )

@@ -13,14 +13,17 @@ from pathlib import Path
 
 import pytest
 import redis
+from celery.contrib.testing.worker import start_worker
 
 from app.contracts.generation import GenerateRequest
-from app.contracts.messages import ArtifactRef
+from app.contracts.messages import ArtifactRef, serve_queue
 from app.local.embedded_servers import LocalValkey, free_port
 from app.routing.task_queue import NotSent, Outbox, notify_workers
+from app.settings import get_settings
 from tests.serve_worker import ROOT, WorkerProcess
 from tests.waiting import wait_for
-from worker.main import choose_device
+from worker.main import NUM_SERVE_THREADS, choose_device, make_app, queue_key
+from worker.tasks import add_generate
 
 NUM_RESTARTS = 5
 
@@ -115,6 +118,32 @@ def test_a_serve_worker_survives_restarts_of_valkey_while_it_reads_requests(
             is_over.set()
             sender.join()
             worker.close()
+
+
+def test_requests_are_read_while_all_threads_of_the_worker_are_busy(valkey: str) -> None:
+    """Celery would otherwise read the next request up to a second after a thread is free."""
+    app = make_app(get_settings(), serve_queue("busy"), no_ack=True)
+    is_free = threading.Event()
+
+    def block(_: GenerateRequest) -> None:
+        is_free.wait(60)
+
+    add_generate(app, block)
+
+    async def send_all() -> None:
+        outbox = Outbox(valkey)
+        for number in range(3 * NUM_SERVE_THREADS):
+            await outbox.send("busy", request(str(number)))
+        await outbox.aclose()
+
+    options = {"pool": "threads", "concurrency": NUM_SERVE_THREADS, "perform_ping_check": False}
+    with redis.Redis.from_url(valkey) as client, start_worker(app, **options):
+        try:
+            asyncio.run(send_all())
+            key = queue_key(app, serve_queue("busy"))
+            wait_for(lambda: not client.llen(key), 20, "requests stay in the queue")
+        finally:
+            is_free.set()
 
 
 async def send(url: str, worker_id: str, is_over: threading.Event) -> None:
