@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from worker.serve.decoding import decoder
+from worker.serve.decoding.cursor_batch import Steps
 from worker.serve.decoding.families import Context
 from worker.serve.decoding.sampling import TokenSampler, seeded_generator
 from worker.serve.engine import end_ids as end_ids_of
@@ -45,6 +46,7 @@ def generate_all(
     max_context_tokens: int | None = None,
     on_answer: Callable[[int, Continuation], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    steps: Steps = "plain",
 ) -> list[Continuation]:
     """Returns one continuation per prompt, in the order of the prompts.
 
@@ -54,6 +56,8 @@ def generate_all(
 
     `on_answer(i, continuation)` is called when prompt i ends, `on_progress(num_done, num_tokens)`
     after each step. Their exceptions propagate. The training mode of the model is restored.
+    Decode steps are plain ones by default: in a training run, memory is planned without CUDA graphs,
+    and autocast keeps copies of weights that graphs must not outlive.
     Raises PromptTooLong or BadLogits.
     """
     ends = end_ids_of(model) if end_ids is None else end_ids
@@ -67,6 +71,7 @@ def generate_all(
             max_context_tokens=min(width, max_context_tokens or width),
             prefill_budget=PREFILL_BUDGET,
             min_joining=max(1, max_running // JOINING_SHARE),
+            steps=steps,
         )
         sequences = [
             decoder.Sequence(
