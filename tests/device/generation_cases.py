@@ -2,8 +2,10 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import nn
 from transformers import LlamaConfig
 
 from app.contracts.distillation import Data, Objective
@@ -20,6 +22,7 @@ from worker.distill.losses.uld import teacher_loss
 from worker.distill.students.recipe import load_model
 from worker.distill.training.rollouts import RolloutPlan
 from worker.serve.cuda_graphs import DRIVER_BYTES
+from worker.serve.decoding import grouped_attention
 from worker.serve.decoding.cursor_batch import COLUMN_BUCKET, CursorBatch
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.grouped_attention import use_grouped_attention
@@ -207,32 +210,45 @@ def graphs_of(model: Any, graph: Any) -> Json:
 
 
 def prefill_memory(folders: Path) -> Json:
-    """The memory of prefills of a model with 1.2 billion parameters, and their estimates."""
+    """The memory of prefills of a model with 1.2 billion parameters, and their estimates.
+
+    Copies for the prefix cache are made after the last layer. They are left out.
+    """
     folder = folders / "1B"
     LlamaConfig(**ONE_BILLION).save_pretrained(folder)
-    seen: Json = {}
     with fake_cuda(), fused_attention():
         model = served(folder)
-        for name, lengths in {"one": (2048,), "padded": (2048, 1000, 1500, 700)}.items():
-            batch = CursorBatch(model, max_rows=4, max_width=4096, steps="plain")
-            batch.cache.keeps_buffers = True
-            batch.join([[5]] * 4)  # allocates the cache
-            batch.cache.reserve(4, 4096)
-            for _ in range(4):
-                batch.leave(0)
-            batch.cursor = 4096  # no room has to be made
-            log = MemoryLog()
-            with log:
-                batch.join([[5] * length for length in lengths])
-            needs = PrefillMemory.of(model)
-            num_tokens = len(lengths) * max(lengths)
-            kept = batch.prefixes.num_bytes  # copied after the last layer
-            seen[name] = {
-                "traced": log.peak_bytes,
-                "kept": kept,
-                "estimated": needs.num_bytes(num_tokens, max(lengths)),
+        needs = PrefillMemory.of(model)
+        return {
+            name: {
+                "traced": activations_of(model, lengths),
+                "estimated": needs.num_bytes(len(lengths) * max(lengths), max(lengths)),
             }
-    return seen
+            for name, lengths in {"one": (2048,), "padded": (2048, 1000, 1500, 700)}.items()
+        }
+
+
+def activations_of(model: Any, lengths: tuple[int, ...]) -> int:
+    """Returns the largest sum of live storages of a prefill, beside weights and the KV cache."""
+    batch = CursorBatch(model, max_rows=len(lengths), max_width=2 * max(lengths), steps="plain")
+    batch.cache.keeps_buffers = True
+    batch.join([[5]] * len(lengths))
+    batch.cache.reserve(len(lengths), batch.max_width)
+    for _ in lengths:
+        batch.leave(0)
+    batch.cursor = batch.max_width  # no room has to be made
+    log = MemoryLog()
+    log.watch(iter([*model.parameters(), *model.buffers()]))
+    log.watch(buffer for layer in batch.cache.layers for buffer in layer._buffers)
+    before = log.live_bytes
+    attention = nn.functional.scaled_dot_product_attention  # fused by the caller
+    with (
+        patch.object(grouped_attention, "scaled_dot_product_attention", attention),
+        patch.object(batch.prefixes, "keep"),
+        log,
+    ):
+        batch.join([[5] * length for length in lengths])
+    return log.peak_bytes - before
 
 
 def biased() -> LogitsProcessor:
