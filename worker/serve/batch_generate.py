@@ -5,6 +5,7 @@ It is used for teacher answers, rollouts and evaluation.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torch import nn
 
@@ -18,6 +19,9 @@ from worker.serve.errors import BadLogits, PromptTooLong
 PREFILL_BUDGET = 2048  # tokens, padding included; the time to a first token does not matter
 # A quarter of the rows joins at once, because prefills of a few rows use the hardware badly.
 JOINING_SHARE = 4
+# In a training run, memory is planned without CUDA graphs. Autocast keeps copies of weights there,
+# which graphs must not outlive.
+STEPS: Final[Steps] = "plain"
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def generate_all(
     max_context_tokens: int | None = None,
     on_answer: Callable[[int, Continuation], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    steps: Steps = "plain",
+    steps: Steps = STEPS,
 ) -> list[Continuation]:
     """Returns one continuation per prompt, in the order of the prompts.
 
@@ -56,11 +60,10 @@ def generate_all(
 
     `on_answer(i, continuation)` is called when prompt i ends, `on_progress(num_done, num_tokens)`
     after each step. Their exceptions propagate. The training mode of the model is restored.
-    Decode steps are plain ones by default: in a training run, memory is planned without CUDA graphs,
-    and autocast keeps copies of weights that graphs must not outlive.
     Raises PromptTooLong or BadLogits.
     """
     ends = end_ids_of(model) if end_ids is None else end_ids
+    seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
     was_training = model.training
     model.eval()
     try:
@@ -80,10 +83,7 @@ def generate_all(
                 max_tokens=_room_for(prompt, max_new_tokens, runner.context),
                 end_ids=ends,
                 sampler=TokenSampler(
-                    temperature,
-                    top_k,
-                    top_p,
-                    generator=seeded_generator(seeds[index] if seeds is not None else seed + index),
+                    temperature, top_k, top_p, generator=seeded_generator(seeds[index])
                 ),
             )
             for index, prompt in enumerate(prompts)

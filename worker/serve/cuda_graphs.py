@@ -5,7 +5,7 @@ less time than one call per kernel.
 """
 
 from collections.abc import Callable, Hashable
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import structlog
 import torch
@@ -52,7 +52,7 @@ class CudaRecorder:
     """
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, region: Region) -> None:
@@ -83,7 +83,8 @@ class CudaRecorder:
 
     @property
     def num_bytes(self) -> int:
-        segments = torch.cuda.memory.memory_snapshot(self._pool, include_traces=False)
+        snapshot: Any = torch.cuda.memory.memory_snapshot  # torch leaves it untyped
+        segments = snapshot(self._pool, include_traces=False)
         return sum(segment["total_size"] for segment in segments)
 
 

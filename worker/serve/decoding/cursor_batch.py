@@ -213,7 +213,7 @@ class CursorBatch:
         padded = [[0] * (num_read - len(prompt)) + list(prompt[-num_read:]) for prompt in prompts]
         low, column = self.cursor - longest, self.cursor - num_read
         num_tokens = self.prefill_tokens(longest) or num_read * len(prompts)
-        for tokens_KQ in torch.tensor(padded).split(max(1, num_tokens // len(prompts)), dim=1):
+        for tokens_KQ in torch.split(torch.tensor(padded), max(1, num_tokens // len(prompts)), 1):
             logits = self._forward(
                 tokens_KQ, first_row, low=low, column=column, states_KSH=states_KSH
             )

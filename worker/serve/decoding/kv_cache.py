@@ -99,7 +99,7 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
 
     @property
     def is_compileable(self) -> bool:
-        """Whether transformers must take lengths as tensors and may not leave out masks."""
+        """True if transformers must take lengths as tensors and may not leave out masks."""
         return self.window.column_1 is not None
 
     def get_seq_length(self) -> int | Tensor:

@@ -64,7 +64,7 @@ class StaticStep:
 
     @property
     def is_off(self) -> bool:
-        """Whether graphs cannot be recorded, so that plain steps are faster."""
+        """True if graphs cannot be recorded. Plain steps are faster then."""
         return self.graphs is not None and self.graphs.is_off
 
     @property

@@ -40,7 +40,8 @@ class OpRecorder:
             raise RuntimeError("operation not permitted when stream is capturing")
         with _Recording() as recording:
             region()
-        return recording.replay
+        replay: Region = recording.replay
+        return replay
 
     def reset(self) -> None:
         self.num_resets += 1

@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import AttentionMaskInterface, masking_utils
 
 from tests.worker.serve.decoding.op_recorder import OpRecorder
-from tests.worker.serve.decoding.test_families import CAUSAL, SEQ2SEQ_CONFIGS, tiny
+from tests.worker.serve.decoding.test_families import SEQ2SEQ_CONFIGS, tiny
 from worker.models.attention_masks import unread_sdpa_mask
 from worker.serve.cuda_graphs import GraphCache
 from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.decoding.decoder import Decoder, Sequence
+from worker.serve.decoding.families import CAUSAL
 from worker.serve.decoding.sampling import TokenSampler
 from worker.serve.decoding.static_step import StaticStep, rounded_columns, rounded_rows
 from worker.serve.loading import LoadedModel
