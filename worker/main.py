@@ -136,6 +136,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
         model_load_wait_seconds=settings.model_load_wait_seconds,
         device=device,
         precision=settings.serve_precision,
+        steps="auto" if settings.serve_cuda_graphs else "plain",
     )
     options = ServeOptions(
         worker_id=worker_id,

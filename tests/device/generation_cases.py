@@ -231,7 +231,7 @@ def prefill_memory(folders: Path) -> Json:
 def activations_of(model: Any, lengths: tuple[int, ...]) -> int:
     """Returns the largest sum of live storages of a prefill, beside weights and the KV cache."""
     batch = CursorBatch(model, max_rows=len(lengths), max_width=2 * max(lengths), steps="plain")
-    batch.cache.keeps_buffers = True
+    batch.cache.is_static = True  # keeps its buffers
     batch.join([[5]] * len(lengths))
     batch.cache.reserve(len(lengths), batch.max_width)
     for _ in lengths:

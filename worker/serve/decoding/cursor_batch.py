@@ -78,7 +78,7 @@ class CursorBatch:
             graphs = GraphCache(CudaRecorder()) if steps == "graphs" else None
             self.static = StaticStep(model, self.family, self.cache, self.sources, graphs)
             for cache in self._caches():
-                cache.keeps_buffers = True  # new buffers would need new graphs
+                cache.is_static = True
 
     @property
     def num_rows(self) -> int:

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 FIRST_WIDTH = 256
 FIRST_ROWS = 4
 KEPT_BYTES = 256 * 2**20  # largest buffers that an idle model keeps
+STATIC_KEPT_BYTES = 4 * 2**30  # the same with static steps: new buffers would need new graphs
 
 
 @dataclass
@@ -161,15 +162,14 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
     than `most_ahead`. Keys and values are stored in `dtype`, or in their own dtype if it is None.
 
     `is_damaged` is true if an error has interrupted a move of columns. The layers then differ.
-    `version` changes whenever the buffers may have new addresses. With `keeps_buffers`, an idle
-    model keeps its buffers until `free` is called.
+    `version` changes whenever the buffers may have new addresses, which `is_static` makes rare.
     """
 
     def __init__(self, *, max_rows: int, max_width: int, dtype: torch.dtype | None = None) -> None:
         self.max_rows, self.max_width = max_rows, max_width
         self.most_ahead = max_rows
         self.is_damaged = False
-        self.keeps_buffers = False
+        self.is_static = False
         self.version = 0
         self._counted = (0, 0, 0), 0  # shape of the cache, and its bytes
         self.window = Window(*self._first_size())
@@ -230,7 +230,7 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
 
         Small buffers stay, because the allocation of new memory is slower than a prefill.
         """
-        if self.num_bytes > KEPT_BYTES and not self.keeps_buffers:
+        if self.num_bytes > (STATIC_KEPT_BYTES if self.is_static else KEPT_BYTES):
             self.free()
 
     def free(self) -> None:
