@@ -18,6 +18,7 @@ from worker.serve.decoding.families import CAUSAL
 from worker.serve.decoding.sampling import TokenSampler
 from worker.serve.decoding.static_step import StaticStep, rounded_columns, rounded_rows
 from worker.serve.loading import LoadedModel
+from worker.serve.speculative import SpeculativeDecoder
 
 pytestmark = pytest.mark.usefixtures("small_first_buffers")
 
@@ -189,7 +190,10 @@ def test_a_batch_without_old_columns_slides_to_a_smaller_window(llama: LoadedMod
 
 def decoded(batch: CursorBatch) -> list[list[int]]:
     """Runs sequences of different lengths on few rows, and returns their tokens."""
-    decoder = Decoder(batch.model, max_running=3, max_context_tokens=WIDTH, batch=batch)
+    return tokens_of(Decoder(batch.model, max_running=3, max_context_tokens=WIDTH, batch=batch))
+
+
+def tokens_of(decoder: Decoder) -> list[list[int]]:
     sequences = [
         Sequence(
             request_id=str(number),
@@ -203,7 +207,7 @@ def decoded(batch: CursorBatch) -> list[list[int]]:
     for sequence in sequences:
         decoder.add(sequence)
     while decoder.has_work():
-        decoder.step()
+        list(decoder.step())  # a decoder with a draft returns an iterator
     return [sequence.tokens for sequence in sequences]
 
 
@@ -213,6 +217,23 @@ def test_a_decoder_gives_the_same_tokens_with_replays(loaded: LoadedModel) -> No
     batch = static_batch(loaded.model, max_rows=3, recorder=recorder)
     assert decoded(batch) == decoded(plain)
     assert recorder.num_recorded > 0
+
+
+def test_static_steps_continue_rows_that_a_draft_has_advanced(llama: LoadedModel) -> None:
+    """With more than one row, steps are static. With one row, the draft proposes tokens."""
+    recorder = OpRecorder()
+    decoder = SpeculativeDecoder(
+        llama.model,
+        draft=llama.model,
+        num_draft_tokens=3,
+        max_running=3,
+        max_context_tokens=WIDTH,
+        steps="static",
+    )
+    static_of(decoder.batch).graphs = GraphCache(recorder)
+    assert tokens_of(decoder) == decoded(CursorBatch(llama.model, max_rows=3, max_width=WIDTH))
+    assert recorder.num_recorded > 0
+    assert decoder.counts.num_accepted > 0
 
 
 def test_after_a_failed_recording_steps_are_plain(loaded: LoadedModel) -> None:

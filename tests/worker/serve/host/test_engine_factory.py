@@ -56,10 +56,10 @@ def test_each_option_has_its_engine_and_its_bytes(tiny_llama_dir: Path) -> None:
     assert all(made.first_token_seconds is not None for made in (plain, small, drafted))
 
 
-def test_the_limits_say_how_engines_decode(tiny_llama_dir: Path) -> None:
+def test_the_limits_say_how_engines_decode(tiny_gpt2_dir: Path) -> None:
     every: tuple[Steps, ...] = ("plain", "static")
     for steps in every:
-        made = ready(tiny_llama_dir, replace(LIMITS, steps=steps)).engine
+        made = ready(tiny_gpt2_dir, replace(LIMITS, steps=steps)).engine
         assert isinstance(made, TransformersEngine)
         assert (made.steps, made._decoder.batch.static is not None) == (steps, steps == "static")
 
