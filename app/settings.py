@@ -143,6 +143,9 @@ class Settings(BaseSettings):
         "auto",
         description="dtype on a CPU of models whose weights option is auto; auto: bfloat16 if the CPU supports it",
     )
+    serve_cuda_graphs: bool = Field(
+        True, description="Whether our engine replays decode steps as CUDA graphs on a CUDA device"
+    )
     max_running_sequences: int = Field(
         64,
         ge=1,

@@ -25,6 +25,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench.children import ROOT
+from bench.gpu.decode_graphs import compare_graphs
 from bench.gpu.engines import compare_services, measure_engine
 from bench.gpu.losses import measure_losses
 from bench.gpu.memory import release
@@ -39,7 +40,7 @@ from bench.gpu.whole_run import measure_whole_run
 from worker.distill.training.devices import Device, find_device
 
 TEST_SECONDS = 360
-PARTS = ("tests", "steps", "losses", "whole_run", "trl", "engine", "services", "scaling")
+PARTS = ("tests", "steps", "losses", "whole_run", "trl", "engine", "graphs", "services", "scaling")
 NO_GPU = 2
 
 
@@ -100,6 +101,7 @@ def measure(work: Path, device: Device, arguments: argparse.Namespace) -> Json:
         "whole_run": lambda: measure_whole_run(work / "run", student, sizes, device),
         "trl": lambda: measure_trl(work / "trl", folders, sizes, device.name),
         "engine": lambda: measure_engine(student, sizes, device.name),
+        "graphs": lambda: compare_graphs(student, sizes, device.name, device.card),
         "services": lambda: compare_services(work, student, sizes),
         "scaling": lambda: scale(work / "scaling", student, sizes),
     }

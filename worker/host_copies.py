@@ -17,6 +17,14 @@ def to_device(tensor: Tensor, device: str | torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def copy_into(target: Tensor, tensor: Tensor) -> None:
+    """Copies a tensor of the CPU into one of a device. The host does not wait for the copy."""
+    if target.device.type == "cpu":
+        target.copy_(tensor)
+    else:
+        target.copy_(tensor.pin_memory(), non_blocking=True)
+
+
 @dataclass(frozen=True)
 class HostCopy:
     """Copy of a tensor to the CPU. The host waits for it only when it reads it.

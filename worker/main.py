@@ -136,6 +136,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
         model_load_wait_seconds=settings.model_load_wait_seconds,
         device=device,
         precision=settings.serve_precision,
+        steps="auto" if settings.serve_cuda_graphs else "plain",
     )
     options = ServeOptions(
         worker_id=worker_id,
@@ -148,8 +149,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     )
     worker = ServeWorker(host, options, lambda is_asked: stop_consuming(0 if is_asked else 1))
     queue = serve_queue(worker_id)
-    # Without acknowledgements, a worker that dies loses the requests that it has read. The request
-    # router sends them again.
+    # no acknowledgements: the request router repeats requests that a worker has read before it died
     app = make_app(settings, queue, no_ack=True)
     add_generate(app, worker.submit)
     inbox = connect(settings.redis_url)

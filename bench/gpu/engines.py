@@ -36,15 +36,21 @@ def measure_engine(folder: Path, sizes: Sizes, device: str) -> Json:
     served = ServedModel(model="random", weights=FOLDER)
     limits = EngineLimits(max(sizes.callers), CONTEXT_TOKENS, device, time.time)
     engine, _ = engine_for(served, lambda ref: folder, limits, LoadProgress(FOLDER.bytes))
-    generate(engine, 1, sizes.new_tokens)  # a warm-up
+    rates = rates_of_engine(engine, sizes, device)
+    return {"engine": type(engine).__name__, "tokens_per_second": rates}
+
+
+def rates_of_engine(engine: Engine, sizes: Sizes, device: str) -> dict[str, float]:
+    """Returns the tokens per second at each number of requests, each after a warm-up."""
     rates = {}
     for num_requests in sizes.callers:
+        generate(engine, num_requests, sizes.new_tokens)  # records graphs of these shapes
         synchronize(device)
         begun = time.perf_counter()
         num_tokens = generate(engine, num_requests, sizes.new_tokens)
         synchronize(device)
         rates[str(num_requests)] = round(num_tokens / (time.perf_counter() - begun), 1)
-    return {"engine": type(engine).__name__, "tokens_per_second": rates}
+    return rates
 
 
 def generate(engine: Engine, num_requests: int, new_tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Matmul speed of a card: by its data sheet, and measured."""
+"""Speed of a card: matmuls by its data sheet and measured, and its memory by its data sheet."""
 
 import time
 
@@ -17,6 +17,19 @@ DATA_SHEET = {
     "A10G": 125.0,
     "L4": 121.0,
     "RTX 4090": 165.0,
+}
+# Bytes per second of the memory.
+BANDWIDTH = {
+    "B200": 8.0e12,
+    "H200": 4.8e12,
+    "H100 PCIe": 2.0e12,
+    "H100": 3.35e12,
+    "A100-SXM4-80GB": 2.04e12,
+    "A100": 1.55e12,
+    "L40S": 0.864e12,
+    "A10G": 0.6e12,
+    "L4": 0.3e12,
+    "RTX 4090": 1.01e12,
 }
 MATMUL_SIZE, TOY_SIZE = 8192, 256
 NUM_WARM, NUM_TIMED = 5, 20
@@ -39,3 +52,8 @@ def measured_tflops(device: str, dtype: torch.dtype, *, is_toy: bool) -> float:
 def peak_tflops(card: str, measured: float) -> float:
     """Returns the data sheet's speed of a card. For an unknown card it is the measured speed."""
     return next((speed for name, speed in DATA_SHEET.items() if name in card), measured)
+
+
+def peak_bandwidth(card: str) -> float | None:
+    """Returns the data sheet's bandwidth of a card, in bytes per second, if it is known."""
+    return next((speed for name, speed in BANDWIDTH.items() if name in card), None)

@@ -15,6 +15,10 @@ LOSS_TOLERANCE = 5e-3  # relative, between implementations
 LEAST_VS_TRL = 1.0
 LEAST_VS_VLLM = 0.9
 LEAST_SCALING = 1.7  # of two cards
+# Decode steps with CUDA graphs: docs/performance/gpu.md has the arithmetic.
+LEAST_VS_PLAIN = {"1": 2.0}  # tokens per second, relative to plain steps, by number of requests
+LEAST_VS_PLAIN_AT_MORE = 1.2
+LEAST_BANDWIDTH = 0.2  # of the card's memory, by the weights that one request reads
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ def checks_of(report: Json) -> list[Check]:
         *_of_steps(report.get("steps") or []),
         *_of_losses(report.get("losses") or {}),
         *_of_whole_run(report.get("whole_run") or {}),
+        *_of_graphs(report.get("graphs") or {}),
         *_of_peers(report),
     ]
 
@@ -83,6 +88,18 @@ def _of_whole_run(run: Json) -> Iterator[Check]:
         missing = run["num_steps"] - run["last_step"]
         yield Check("resumed run: steps that are missing", missing, 0)
         yield Check("resumed run: KL of the student", run["kl_student"], math.inf)
+
+
+def _of_graphs(graphs: Json) -> Iterator[Check]:
+    if "num_failed" in graphs:
+        yield Check("graphs: recordings that failed", graphs["num_failed"], 0)
+    for number, ratio in graphs.get("ratio", {}).items():
+        name = f"engine at {number} requests: tokens per second / those without graphs"
+        bound = LEAST_VS_PLAIN.get(number, LEAST_VS_PLAIN_AT_MORE)
+        yield Check(name, ratio, bound, is_least=True)
+    if "bandwidth_share" in graphs:
+        share = graphs["bandwidth_share"]
+        yield Check("engine at 1 request: bandwidth", share, LEAST_BANDWIDTH, is_least=True)
 
 
 def _of_peers(report: Json) -> Iterator[Check]:

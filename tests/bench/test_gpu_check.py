@@ -19,7 +19,7 @@ from bench.gpu_check import NO_GPU, main, show
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 240
 Json = dict[str, Any]  # Any: open-ended JSON
-PARTS = ["steps", "losses", "whole_run", "trl", "engine", "services", "scaling"]
+PARTS = ["steps", "losses", "whole_run", "trl", "engine", "graphs", "services", "scaling"]
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +79,29 @@ def test_engine_and_two_processes_have_their_speeds(report: Json) -> None:
     assert report["scaling"]["ratio"] > 0
 
 
+def test_steps_with_and_without_graphs_are_compared(report: Json) -> None:
+    graphs = report["graphs"]
+    callers = [str(number) for number in TOY.callers]
+    assert list(graphs["ratio"]) == callers
+    for rates in graphs["tokens_per_second"].values():
+        assert list(rates) == callers
+        assert min(rates.values()) > 0
+
+
 def test_figures_within_their_bounds_pass_and_others_fail(report: Json) -> None:
     """The bounds are for GPUs, so the figures of a step are replaced."""
     good = deepcopy(report)
     for step in good["steps"]:
         step |= {"mfu": 0.9, "waits_per_step": 1.0, "peak_bytes": 10, "estimated_bytes": 11}
     good["scaling"]["ratio"] = 1.9
+    good["graphs"] |= {"num_failed": 0, "bandwidth_share": 0.4}
+    good["graphs"]["ratio"] = dict.fromkeys(good["graphs"]["ratio"], 2.5)
     assert all(check.has_passed for check in checks_of(good))
     bad = deepcopy(good)
     bad["steps"][0]["waits_per_step"] = 2.0
     bad["steps"][-1]["mfu"] = math.nan
-    assert [check.has_passed for check in checks_of(bad)].count(False) == 2
+    bad["graphs"] |= {"num_failed": 1, "ratio": {"1": 1.5, "4": 1.3}}
+    assert [check.has_passed for check in checks_of(bad)].count(False) == 4
 
 
 def test_without_a_gpu_nothing_is_checked(

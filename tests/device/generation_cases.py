@@ -2,12 +2,17 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import nn
+from transformers import LlamaConfig
 
 from app.contracts.distillation import Data, Objective
 from app.contracts.generation import Sampling
 from tests.device.fake_cuda import fake_cuda
+from tests.device.fake_graphs import SEGMENT_BYTES, fake_graphs
+from tests.device.memory_log import MemoryLog, fused_attention
 from tests.device.op_log import OpLog
 from tests.device.sizes import NUM_ANSWER_TOKENS
 from tests.device.trainers import NUM_TOKENS, rows, trainer_of
@@ -16,11 +21,14 @@ from worker.distill.losses.lm_head import TeacherRows
 from worker.distill.losses.uld import teacher_loss
 from worker.distill.students.recipe import load_model
 from worker.distill.training.rollouts import RolloutPlan
-from worker.serve.decoding.cursor_batch import COLUMN_BUCKET
+from worker.serve.cuda_graphs import DRIVER_BYTES
+from worker.serve.decoding import grouped_attention
+from worker.serve.decoding.cursor_batch import COLUMN_BUCKET, CursorBatch
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.grouped_attention import use_grouped_attention
 from worker.serve.decoding.logit_processors import LogitsProcessor
 from worker.serve.decoding.sampling import TokenSampler
+from worker.serve.device_memory import PrefillMemory
 from worker.train import EngineSampler
 
 Json = dict[str, Any]  # Any: open-ended JSON
@@ -31,6 +39,17 @@ SAMPLERS: dict[str, Json] = {
     "top_k": {"temperature": 0.7, "top_k": 20, "min_p": 0.1},
     "processed": {},  # with logit biases
     "logprobs": {"num_logprobs": 3},
+}
+NUM_GRAPH_STEPS = 6
+ONE_BILLION: Json = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
 }
 
 
@@ -107,7 +126,7 @@ def served(folder: Path) -> Any:  # Any: transformers is untyped here
 
 def steps_of(model: Any, *, is_processed: bool, **options: Any) -> Json:
     """Observes a prefill of prompts of different lengths, and the second decode step after it."""
-    decoder = Decoder(model, max_running=4, max_context_tokens=256)
+    decoder = Decoder(model, max_running=4, max_context_tokens=256, steps="plain")
     for number, length in enumerate((5, 70, 30)):
         decoder.add(
             Sequence(
@@ -143,10 +162,99 @@ def steps_of(model: Any, *, is_processed: bool, **options: Any) -> Json:
     }
 
 
+def graphs(folders: Path) -> Json:
+    """Decode steps with CUDA graphs, of each family that has a folder."""
+    seen: Json = {}
+    for family in ("llama", "t5"):
+        with fake_cuda(), fake_graphs() as graph:
+            seen[family] = graphs_of(served(folders / family), graph)
+    return seen
+
+
+def graphs_of(model: Any, graph: Any) -> Json:
+    """Observes decode steps of three rows: of each shape one is plain, and one is recorded."""
+    decoder = Decoder(model, max_running=4, max_context_tokens=256)
+    for number, length in enumerate((5, 60, 30)):
+        decoder.add(
+            Sequence(
+                request_id=str(number),
+                prompt=tuple(range(5, 5 + length)),
+                max_tokens=100,
+                end_ids=frozenset(),
+                sampler=TokenSampler(),
+            )
+        )
+    with OpLog():
+        decoder.step()
+    waits = []
+    for _ in range(NUM_GRAPH_STEPS):
+        with OpLog() as step:
+            decoder.step()
+        waits.append(len(step.waits))
+    static = decoder.batch.static
+    assert static is not None
+    assert static.graphs is not None
+    assert static.logits_PV is not None
+    shared = static.num_bytes - static.logits_PV.nbytes
+    return {
+        "step_waits": waits,
+        "num_recorded": len(graph.recorded),
+        "num_replays": graph.num_replays,
+        "waits": [wait for log in graph.recorded for wait in log.waits],
+        "cpu_ops": sorted(
+            {op for log in graph.recorded for op, at, _ in log.num_ops if at != "cuda"}
+        ),
+        "num_ops": [sum(log.num_ops.values()) for log in graph.recorded],
+        "is_counted": shared == SEGMENT_BYTES + DRIVER_BYTES * len(static.graphs),
+    }
+
+
+def prefill_memory(folders: Path) -> Json:
+    """The memory of prefills of a model with 1.2 billion parameters, and their estimates.
+
+    Copies for the prefix cache are made after the last layer. They are left out.
+    """
+    folder = folders / "1B"
+    LlamaConfig(**ONE_BILLION).save_pretrained(folder)
+    with fake_cuda(), fused_attention():
+        model = served(folder)
+        needs = PrefillMemory.of(model)
+        return {
+            name: {
+                "traced": activations_of(model, lengths),
+                "estimated": needs.num_bytes(len(lengths) * max(lengths), max(lengths)),
+            }
+            for name, lengths in {"one": (2048,), "padded": (2048, 1000, 1500, 700)}.items()
+        }
+
+
+def activations_of(model: Any, lengths: tuple[int, ...]) -> int:
+    """Returns the largest sum of live storages of a prefill, beside weights and the KV cache."""
+    batch = CursorBatch(model, max_rows=len(lengths), max_width=2 * max(lengths), steps="plain")
+    batch.cache.is_static = True  # keeps its buffers
+    batch.join([[5]] * len(lengths))
+    batch.cache.reserve(len(lengths), batch.max_width)
+    for _ in lengths:
+        batch.leave(0)
+    batch.cursor = batch.max_width  # no room has to be made
+    log = MemoryLog()
+    log.watch(iter([*model.parameters(), *model.buffers()]))
+    log.watch(buffer for layer in batch.cache.layers for buffer in layer._buffers)
+    before = log.live_bytes
+    attention = nn.functional.scaled_dot_product_attention  # fused by the caller
+    with (
+        patch.object(grouped_attention, "scaled_dot_product_attention", attention),
+        patch.object(batch.prefixes, "keep"),
+        log,
+    ):
+        batch.join([[5] * length for length in lengths])
+    return log.peak_bytes - before
+
+
 def biased() -> LogitsProcessor:
     """Returns a processor with biases and penalties."""
     sampling = Sampling(logit_bias=((7, 2.0),), repetition_penalty=1.2, max_tokens=8)
     return LogitsProcessor(sampling, context=(5, 6), end_ids=frozenset())
 
 
-CASES = (on_policy_step, two_tokenizers, decoding)
+CASES = (on_policy_step, two_tokenizers, decoding, graphs, prefill_memory)

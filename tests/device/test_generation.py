@@ -52,3 +52,28 @@ def test_decoding_runs_in_the_dtype_of_the_weights(observed: Observed) -> None:
     seen = observed("decoding")["greedy"]
     assert seen["cache"] == ["torch.bfloat16", "cuda"]
     assert set(seen["matmul_dtypes"]) == {"torch.bfloat16"}
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_graph_has_no_wait_and_no_operation_of_the_cpu(observed: Observed, family: str) -> None:
+    """What runs on the CPU is not part of a graph, so that replays would use old results."""
+    seen = observed("graphs")[family]
+    assert seen["num_recorded"] > 0
+    assert seen["waits"] == []
+    assert seen["cpu_ops"] == []
+    assert min(seen["num_ops"]) > 20
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_steps_with_graphs_are_replays_that_wait_once(observed: Observed, family: str) -> None:
+    """The first step of a shape is plain. The second one is recorded and replayed."""
+    seen = observed("graphs")[family]
+    assert seen["step_waits"] == [1] * len(seen["step_waits"])
+    assert seen["num_replays"] == len(seen["step_waits"]) - seen["num_recorded"]
+    assert seen["is_counted"]
+
+
+@pytest.mark.parametrize("prompts", ["one", "padded"])
+def test_the_estimated_memory_of_a_prefill_covers_a_trace(observed: Observed, prompts: str) -> None:
+    seen = observed("prefill_memory")[prompts]
+    assert 0.5 * seen["estimated"] < seen["traced"] <= seen["estimated"]

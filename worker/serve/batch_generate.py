@@ -5,10 +5,12 @@ It is used for teacher answers, rollouts and evaluation.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from torch import nn
 
 from worker.serve.decoding import decoder
+from worker.serve.decoding.cursor_batch import Steps
 from worker.serve.decoding.families import Context
 from worker.serve.decoding.sampling import TokenSampler, seeded_generator
 from worker.serve.engine import end_ids as end_ids_of
@@ -17,6 +19,9 @@ from worker.serve.errors import BadLogits, PromptTooLong
 PREFILL_BUDGET = 2048  # tokens, padding included; the time to a first token does not matter
 # A quarter of the rows joins at once, because prefills of a few rows use the hardware badly.
 JOINING_SHARE = 4
+# In a training run, memory is planned without CUDA graphs. Autocast keeps copies of weights there,
+# which graphs must not outlive.
+STEPS: Final[Steps] = "plain"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ def generate_all(
     max_context_tokens: int | None = None,
     on_answer: Callable[[int, Continuation], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    steps: Steps = STEPS,
 ) -> list[Continuation]:
     """Returns one continuation per prompt, in the order of the prompts.
 
@@ -57,6 +63,7 @@ def generate_all(
     Raises PromptTooLong or BadLogits.
     """
     ends = end_ids_of(model) if end_ids is None else end_ids
+    seeds = range(seed, seed + len(prompts)) if seeds is None else seeds
     was_training = model.training
     model.eval()
     try:
@@ -67,6 +74,7 @@ def generate_all(
             max_context_tokens=min(width, max_context_tokens or width),
             prefill_budget=PREFILL_BUDGET,
             min_joining=max(1, max_running // JOINING_SHARE),
+            steps=steps,
         )
         sequences = [
             decoder.Sequence(
@@ -75,10 +83,7 @@ def generate_all(
                 max_tokens=_room_for(prompt, max_new_tokens, runner.context),
                 end_ids=ends,
                 sampler=TokenSampler(
-                    temperature,
-                    top_k,
-                    top_p,
-                    generator=seeded_generator(seeds[index] if seeds is not None else seed + index),
+                    temperature, top_k, top_p, generator=seeded_generator(seeds[index])
                 ),
             )
             for index, prompt in enumerate(prompts)

@@ -11,7 +11,9 @@ import structlog
 from torch import nn
 
 from app.contracts.generation import GenerateRequest, Reply, Sampling
+from worker.serve.cuda_graphs import GraphCache
 from worker.serve.decoding.cache_status import CacheStatus
+from worker.serve.decoding.cursor_batch import Steps
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.logit_processors import processor_for, refuse_unknown_tokens
 from worker.serve.decoding.sampling import SampledToken, TokenSampler
@@ -103,7 +105,7 @@ class Engine(Protocol):
 class TransformersEngine:
     """Engine that runs a Hugging Face model in a shared-cursor batch.
 
-    `clock` returns seconds since the epoch.
+    `clock` returns seconds since the epoch. `steps` says how decode steps run.
     """
 
     model: nn.Module
@@ -111,6 +113,7 @@ class TransformersEngine:
     max_running: int
     max_context_tokens: int
     clock: Callable[[], float] = time.time
+    steps: Steps = "auto"
     _live: dict[str, Answer] = field(default_factory=dict, init=False)
     _outbox: list[Reply] = field(default_factory=list, init=False)
 
@@ -141,7 +144,10 @@ class TransformersEngine:
 
     def _make_decoder(self) -> Decoder:
         return Decoder(
-            self.model, max_running=self.max_running, max_context_tokens=self.max_context_tokens
+            self.model,
+            max_running=self.max_running,
+            max_context_tokens=self.max_context_tokens,
+            steps=self.steps,
         )
 
     @property
@@ -161,6 +167,12 @@ class TransformersEngine:
     @property
     def cache_bytes(self) -> int:
         return self._decoder.cache_bytes
+
+    @property
+    def graphs(self) -> GraphCache | None:
+        """The CUDA graphs of decode steps, if they are used."""
+        static = self._decoder.batch.static
+        return None if static is None else static.graphs
 
     def limit_cache(self, num_bytes: int) -> None:
         self._decoder.limit_cache(num_bytes)

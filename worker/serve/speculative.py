@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from worker.serve.decoding.cursor_batch import Steps
 from worker.serve.decoding.decoder import Decoder, Sequence
 from worker.serve.decoding.families import family_of
 from worker.serve.decoding.sampling import (
@@ -94,15 +95,16 @@ class SpeculativeDecoder(Decoder):
         max_context_tokens: int,
         max_drafting: int = MAX_DRAFTING,
         min_confidence: float = MIN_CONFIDENCE,
+        steps: Steps = "auto",
     ) -> None:
         width = max_context_tokens + num_draft_tokens
-        self.target = LookaheadBatch(model, max_rows=max_running, max_width=width)
+        self.target = LookaheadBatch(model, max_rows=max_running, max_width=width, steps=steps)
         super().__init__(
             model, max_running=max_running, max_context_tokens=max_context_tokens, batch=self.target
         )
         # Row i of the draft is row i of the target. Sequences that joined since the last round
         # have no row in the draft yet. The next round adds them.
-        self.draft = LookaheadBatch(draft, max_rows=max_running, max_width=width)
+        self.draft = LookaheadBatch(draft, max_rows=max_running, max_width=width, steps="plain")
         self.num_draft_tokens = num_draft_tokens
         self.max_drafting = max_drafting
         self.min_confidence = min_confidence
@@ -363,6 +365,7 @@ class SpeculativeEngine(TransformersEngine):
             max_context_tokens=self.max_context_tokens,
             max_drafting=self.max_drafting,
             min_confidence=self.min_confidence,
+            steps=self.steps,
         )
         return self._speculative
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.contracts.generation import Done, Failure, GenerateRequest, Reply
+from worker.serve.device_memory import PrefillMemory
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.loading import LoadedModel
 from worker.serve.speculative import SpeculativeEngine
@@ -101,6 +102,30 @@ def test_exhausted_memory_ends_requests_and_not_the_engine(
     num_steps: int,
 ) -> None:
     check(lambda: make_engine(loaded), make_request, drain, text_of, num_steps=num_steps)
+
+
+@pytest.mark.usefixtures("small_first_buffers")
+@pytest.mark.parametrize("num_steps", [0, 5])
+def test_exhausted_memory_ends_requests_with_chunks_and_static_steps(
+    loaded: LoadedModel,
+    make_engine: Callable[..., TransformersEngine],
+    make_request: Make,
+    drain: Drain,
+    text_of: TextOf,
+    num_steps: int,
+) -> None:
+    """As on a GPU: c is read in chunks of 16 tokens, and decode steps have fixed addresses."""
+
+    class SmallMemory(PrefillMemory):
+        def num_tokens(self, num_columns: int) -> int:
+            return 16
+
+    def engine() -> TransformersEngine:
+        made = make_engine(loaded, steps="static")
+        made._decoder.batch.prefill_memory = SmallMemory(1, 1)
+        return made
+
+    check(engine, make_request, drain, text_of, num_steps=num_steps)
 
 
 @pytest.mark.usefixtures("small_first_buffers")

@@ -8,88 +8,35 @@ the last row takes its place.
 
 A row of an encoder-decoder begins with the start token only. Its prompt is encoded once. The keys
 and values of the encoder's output are in a separate cache, at columns [0, n).
+
+On a CUDA device, long prompts are read in chunks that fit the free memory, and decode steps are
+static steps, which CUDA graphs replay.
 """
 
 # N rows, K new rows, Q tokens per row in this call, W columns of the window, S source tokens,
 # H hidden size, V vocabulary
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import EncoderDecoderCache
 
 from worker.host_copies import to_device
+from worker.serve.cuda_graphs import CudaRecorder, GraphCache
+from worker.serve.decoding.encoder_cache import EncoderCache
 from worker.serve.decoding.families import Call, Family, family_of
 from worker.serve.decoding.kv_cache import WindowedCache
 from worker.serve.decoding.prefix_cache import Prefixes
+from worker.serve.decoding.static_step import StaticStep
+from worker.serve.device_memory import PrefillMemory
 
 # On a CUDA device, windows with past columns have a multiple of so many columns where possible.
 # Fused kernels need aligned masks, and the allocator reuses memory of equal shapes.
 COLUMN_BUCKET = 64
 LOGIT_BYTES = 32 * 2**20  # of the logits of one forward pass of `join_scored`
-
-
-class EncoderCache:
-    """Cross-attention keys and values of each row's prompt, computed once when the row joins."""
-
-    def __init__(self, past: WindowedCache, *, max_rows: int, max_width: int) -> None:
-        self.cache = WindowedCache(max_rows=max_rows, max_width=max_width)
-        self.with_past = EncoderDecoderCache(past, self.cache)
-        self.lengths: list[int] = []
-
-    def add(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Adds new rows and returns their tokens and mask [K, S], padded on the right."""
-        first_row = len(self.lengths)
-        self.lengths += [len(prompt) for prompt in prompts]
-        self.cache.reserve(len(self.lengths), max(self.lengths[first_row:]))
-        mask_KS = self._mask(slice(first_row, len(self.lengths)))
-        padded = [[*prompt, *[0] * (mask_KS.shape[1] - len(prompt))] for prompt in prompts]
-        return torch.tensor(padded), mask_KS
-
-    def shown_to(self, call: Call, rows: slice, states_KSH: Tensor | None) -> Call:
-        """Returns the call with the encoder output that its rows attend to.
-
-        New rows get `states_KSH`, and the model fills the cache from them. For other rows
-        `states_KSH` is None, and the model reads the cache.
-        """
-        mask_NS = to_device(self._mask(rows), call.tokens_NQ.device)
-        self.cache.window.open(rows, low=0, column=0, end=mask_NS.shape[1])
-        if states_KSH is None:
-            states_KSH = self.cache.layers[0].keys[:, 0, :, :1]  # only the shape and dtype are read
-        else:
-            self.with_past.is_updated.clear()  # makes the model fill the cache
-        return replace(call, cache=self.with_past, states_NSH=states_KSH, source_mask_NS=mask_NS)
-
-    def fork(self, row: int) -> None:
-        self.cache.reserve(len(self.lengths) + 1, self.lengths[row])
-        self._copy(row, len(self.lengths))
-        self.lengths.append(self.lengths[row])
-
-    def leave(self, row: int, *, is_poisoned: bool) -> None:
-        if is_poisoned:
-            self.cache.wipe_row(row)
-        last = len(self.lengths) - 1
-        if row != last:
-            self._copy(last, row)
-            self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
-        if not self.lengths:
-            self.cache.shrink()
-
-    def truncate(self, num_rows: int) -> None:
-        """Removes the rows after the first `num_rows`, also those whose prefill has failed."""
-        del self.lengths[num_rows:]
-        for layer in range(len(self.cache.layers)):
-            self.with_past.is_updated[layer] = True  # the other rows read the cache
-
-    def _mask(self, rows: slice) -> Tensor:
-        lengths = self.lengths[rows]
-        return (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-
-    def _copy(self, source: int, target: int) -> None:
-        self.cache.copy_row(source, target, slice(0, self.lengths[source]))
+# How decode steps run. `auto` is `graphs` on a CUDA device and `plain` elsewhere. `static` steps
+# are those that graphs replay, without graphs.
+Steps = Literal["auto", "plain", "static", "graphs"]
 
 
 class CursorBatch:
@@ -99,11 +46,20 @@ class CursorBatch:
     """
 
     def __init__(
-        self, model: nn.Module, *, max_rows: int, max_width: int, max_source_width: int = 0
+        self,
+        model: nn.Module,
+        *,
+        max_rows: int,
+        max_width: int,
+        max_source_width: int = 0,
+        steps: Steps = "auto",
     ) -> None:
         self.model = model
-        self.family: Family = family_of(model)
         self.device = next(model.parameters()).device
+        if steps == "auto":
+            steps = "plain" if self.device.type == "cpu" else "graphs"
+        # the kernels for CPUs take addresses and numbers of the host
+        self.family: Family = family_of(model, has_kernels=steps == "plain")
         self.max_rows = max_rows
         self.max_width = max_width
         self.column_bucket = 1 if self.device.type == "cpu" else COLUMN_BUCKET
@@ -116,6 +72,13 @@ class CursorBatch:
         self.sources: EncoderCache | None = None
         if self.family.has_encoder:
             self.sources = EncoderCache(self.cache, max_rows=max_rows, max_width=max_source_width)
+        self.prefill_memory = None if self.device.type == "cpu" else PrefillMemory.of(model)
+        self.static: StaticStep | None = None
+        if steps != "plain":
+            graphs = GraphCache(CudaRecorder()) if steps == "graphs" else None
+            self.static = StaticStep(model, self.family, self.cache, self.sources, graphs)
+            for cache in self._caches():
+                cache.is_static = True
 
     @property
     def num_rows(self) -> int:
@@ -128,8 +91,14 @@ class CursorBatch:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the KV cache, of the encoder's cache and of the prefix cache."""
-        return self.prefixes.num_bytes + sum(cache.num_bytes for cache in self._caches())
+        """Bytes of the KV cache, of the encoder's cache, of the prefix cache and of graphs."""
+        graphs = 0 if self.static is None else self.static.num_bytes
+        return self.prefixes.num_bytes + graphs + sum(cache.num_bytes for cache in self._caches())
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that rows must leave free for CUDA graphs."""
+        return 0 if self.static is None else self.static.reserved_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -167,6 +136,15 @@ class CursorBatch:
         self.prefixes.clear()
         for cache in self._caches():
             cache.free()
+        if self.static is not None:
+            self.static.clear()
+
+    def prefill_tokens(self, num_columns: int) -> int | None:
+        """Returns how many tokens of rows with so many columns one forward pass may read.
+
+        None means that memory does not limit them.
+        """
+        return None if self.prefill_memory is None else self.prefill_memory.num_tokens(num_columns)
 
     def num_to_read(self, prompt: Sequence[int]) -> int:
         """Returns how many tokens of a prompt the model must read when it joins.
@@ -234,9 +212,12 @@ class CursorBatch:
         # cached prefix reads a part of it again.
         padded = [[0] * (num_read - len(prompt)) + list(prompt[-num_read:]) for prompt in prompts]
         low, column = self.cursor - longest, self.cursor - num_read
-        logits = self._forward(
-            torch.tensor(padded), first_row, low=low, column=column, states_KSH=states_KSH
-        )
+        num_tokens = self.prefill_tokens(longest) or num_read * len(prompts)
+        for tokens_KQ in torch.split(torch.tensor(padded), max(1, num_tokens // len(prompts)), 1):
+            logits = self._forward(
+                tokens_KQ, first_row, low=low, column=column, states_KSH=states_KSH
+            )
+            column += tokens_KQ.shape[1]
         if self.sources is None:
             for row, prompt in enumerate(prompts, first_row):
                 self.prefixes.keep(prompt, self.cache, row, slice(self.starts[row], self.cursor))
@@ -256,11 +237,26 @@ class CursorBatch:
         """Appends one token to every row. Returns the next-token logits [N, V], float32."""
         if self.cursor == self.cache.window.width:
             self._make_room()
-        logits_NV = self._forward(
-            torch.tensor(tokens)[:, None], 0, low=self.low, column=self.cursor
-        )
+        if self.static is None or self.static.is_off:
+            logits_NV = self._forward(
+                torch.tensor(tokens)[:, None], 0, low=self.low, column=self.cursor
+            )
+        else:
+            logits_NV = self._static_step(self.static, tokens)
         self.cursor += 1
         return logits_NV
+
+    def _static_step(self, static: StaticStep, tokens: Sequence[int]) -> Tensor:
+        """Returns the logits of a static step. Its window begins at column 0.
+
+        If a window of half the width would do, the rows slide left first.
+        """
+        num_columns = static.round_columns(self.cursor + 1 - self.low)
+        if self.low and 2 * num_columns <= static.round_columns(self.cursor + 1):
+            self._slide(-self.low)
+        starts_N1 = torch.tensor(self.starts)[:, None]
+        positions_N1 = self._positions(torch.tensor([self.cursor]), starts_N1)
+        return static.run(tokens, positions_N1, self.starts, self.cursor)
 
     def leave(self, row: int, *, is_poisoned: bool = False) -> None:
         """Frees a row. The last row takes its number.
@@ -287,12 +283,14 @@ class CursorBatch:
     def _make_room_for_prompts(self, num_rows: int, longest: int) -> None:
         """Makes room for new rows and for `longest` tokens before the cursor.
 
-        If the rows slide, unused columns stay before them, so that windows can be rounded up.
+        If the rows slide, unused columns stay before them, so that windows of plain steps can be
+        rounded up.
         """
         if longest <= self.cursor:
             self.cache.reserve(self.num_rows + num_rows, longest)
             return
-        cursor = min(self.max_width, longest + self.column_bucket - 1)
+        num_spare = self.column_bucket - 1 if self.static is None else 0
+        cursor = min(self.max_width, longest + num_spare)
         self.cache.reserve(self.num_rows + num_rows, cursor)
         self._slide(cursor - self.cursor)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from worker.host_copies import to_device
 from worker.serve.decoding.cache_status import CacheStatus
-from worker.serve.decoding.cursor_batch import CursorBatch
+from worker.serve.decoding.cursor_batch import CursorBatch, Steps
 from worker.serve.decoding.prompt_scores import PromptScores
 from worker.serve.decoding.sampling import SampledToken, TokenSampler, pick_tokens
 from worker.serve.decoding.scheduler import Scheduler
@@ -55,13 +55,15 @@ class Decoder:
         max_context_tokens: int,
         prefill_budget: int = PREFILL_BUDGET,
         min_joining: int = 1,
+        steps: Steps = "auto",
         batch: CursorBatch | None = None,
     ) -> None:
         """Creates a decoder without sequences.
 
         While sequences run, a prefill waits until `min_joining` new sequences, or all that wait,
-        can join. A high value favours throughput over the time to the first token. `batch` replaces
-        the default batch.
+        can join. A high value favours throughput over the time to the first token. On a CUDA device,
+        the free memory replaces `prefill_budget`. `batch` replaces the default batch, with its
+        `steps`.
         """
         self.max_running = max_running
         self._most_rows = max_running  # that the memory for the caches allows
@@ -71,6 +73,7 @@ class Decoder:
             max_rows=max_running,
             max_width=max_context_tokens,
             max_source_width=max_context_tokens,
+            steps=steps,
         )
         self.context = self.batch.family.context(max_context_tokens)
         self._waiting: Scheduler[Sequence] = Scheduler(
@@ -113,7 +116,7 @@ class Decoder:
         run may grow beyond the limit.
         """
         if row_bytes := self.batch.row_bytes:
-            self._most_rows = max(1, num_bytes // row_bytes)
+            self._most_rows = max(1, (num_bytes - self.batch.reserved_bytes) // row_bytes)
             self.batch.limit_rows(self._most_rows)
 
     def free_cache(self) -> None:
@@ -160,7 +163,7 @@ class Decoder:
         Sequences that have finished are no longer in the batch when it returns. A prefill is always
         followed by a decode step, so that new sequences cannot starve the running ones.
         """
-        groups = self._waiting.admit(self._num_free_rows()) if self._may_join() else []
+        groups = self._admit() if self.num_waiting and self._may_join() else []
         self._has_prefilled = bool(groups)
         if groups:
             sequences, logits_NV = self._prefill(groups)
@@ -176,6 +179,13 @@ class Decoder:
             self._take(row, pick)
         self._choosing = []
         return list(zip(sequences, picks, strict=True))
+
+    def _admit(self) -> list[list[Sequence]]:
+        """Returns the sequences of the next prefill. The memory of a GPU decides how many."""
+        num_tokens = self.batch.prefill_tokens(self.batch.cache.window.width)
+        if num_tokens is not None:
+            self._waiting.prefill_budget = num_tokens
+        return self._waiting.admit(self._num_free_rows())
 
     def _num_free_rows(self) -> int:
         most_rows = min(self.max_running, self._most_rows)

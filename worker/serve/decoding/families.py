@@ -118,13 +118,16 @@ def refuse_unlisted(config: Config) -> None:
         )
 
 
-def family_of(model: nn.Module) -> Family:
-    """Returns the calling convention of a model. Raises UnsupportedModel."""
+def family_of(model: nn.Module, *, has_kernels: bool = True) -> Family:
+    """Returns the calling convention of a model. Raises UnsupportedModel.
+
+    Without `has_kernels`, it does not use the kernels for CPUs.
+    """
     config: Config = model.config
     refuse_unlisted(config)
     if config.model_type in CAUSAL:
         takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-        decoder = _llama_decoder(model)
+        decoder = _llama_decoder(model) if has_kernels else None
         return Family(
             forward=decoder.call
             if decoder

@@ -10,13 +10,15 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 FIRST_WIDTH = 256
 FIRST_ROWS = 4
 KEPT_BYTES = 256 * 2**20  # largest buffers that an idle model keeps
+STATIC_KEPT_BYTES = 4 * 2**30  # the same with static steps: new buffers would need new graphs
 
 
 @dataclass
 class Window:
     """Rows and columns that the current model call uses.
 
-    The call reads columns [low, end) and writes columns [column, end).
+    The call reads columns [low, end) and writes columns [column, end). In a static step the column
+    is a tensor instead, `column_1`, so that a CUDA graph can be replayed for other columns.
     """
 
     num_rows: int
@@ -25,9 +27,15 @@ class Window:
     low: int = 0
     column: int = 0
     end: int = 0
+    column_1: Tensor | None = None
 
     def open(self, rows: slice, *, low: int, column: int, end: int) -> None:
         self.rows, self.low, self.column, self.end = rows, low, column, end
+        self.column_1 = None
+
+    def open_static(self, num_rows: int, *, end: int, column_1: Tensor) -> None:
+        """Opens the first rows and columns for a call that writes one column of each row."""
+        self.rows, self.low, self.end, self.column_1 = slice(0, num_rows), 0, end, column_1
 
 
 class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped here
@@ -84,14 +92,23 @@ class WindowedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is u
             self.lazy_initialization(key_states, value_states)
         w = self.window
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[w.rows, :, w.column : w.end] = states
+            if w.column_1 is None:
+                buffer[w.rows, :, w.column : w.end] = states
+            else:
+                buffer[w.rows].index_copy_(2, w.column_1, states)
         return self.keys, self.values
 
-    def get_seq_length(self) -> int:
-        return self.window.column - self.window.low
+    @property
+    def is_compileable(self) -> bool:
+        """True if transformers must take lengths as tensors and may not leave out masks."""
+        return self.window.column_1 is not None
+
+    def get_seq_length(self) -> int | Tensor:
+        w = self.window
+        return w.column - w.low if w.column_1 is None else w.column_1[0]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
+        return self.window.end - self.window.low, 0
 
     def get_max_length(self) -> int:
         return -1
@@ -145,12 +162,15 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
     than `most_ahead`. Keys and values are stored in `dtype`, or in their own dtype if it is None.
 
     `is_damaged` is true if an error has interrupted a move of columns. The layers then differ.
+    `version` changes whenever the buffers may have new addresses, which `is_static` makes rare.
     """
 
     def __init__(self, *, max_rows: int, max_width: int, dtype: torch.dtype | None = None) -> None:
         self.max_rows, self.max_width = max_rows, max_width
         self.most_ahead = max_rows
         self.is_damaged = False
+        self.is_static = False
+        self.version = 0
         self._counted = (0, 0, 0), 0  # shape of the cache, and its bytes
         self.window = Window(*self._first_size())
         self._new_layer = partial(WindowedLayer, self.window, dtype)
@@ -201,6 +221,7 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
             raise
 
     def _resize_layers(self) -> None:
+        self.version += 1
         for layer in self.layers:
             layer.resize()
 
@@ -209,11 +230,12 @@ class WindowedCache(Cache):  # type: ignore[misc]  # transformers is untyped her
 
         Small buffers stay, because the allocation of new memory is slower than a prefill.
         """
-        if self.num_bytes > KEPT_BYTES:
+        if self.num_bytes > (STATIC_KEPT_BYTES if self.is_static else KEPT_BYTES):
             self.free()
 
     def free(self) -> None:
         """Frees all buffers, with their contents."""
+        self.version += 1
         self.window.num_rows, self.window.width = self._first_size()
         self.layers.clear()
 

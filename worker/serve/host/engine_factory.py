@@ -21,6 +21,7 @@ from app.contracts.generation import (
 )
 from app.contracts.messages import ArtifactRef
 from worker.cpu import HAS_FAST_BFLOAT16
+from worker.serve.decoding.cursor_batch import Steps
 from worker.serve.engine import Engine, TransformersEngine
 from worker.serve.errors import OptionUnavailable
 from worker.serve.loading import LoadedModel, load_model
@@ -45,7 +46,7 @@ class EngineLimits:
     """Settings that all engines of a worker share.
 
     `clock` returns seconds since the epoch. `precision` applies to models whose weights option is
-    `auto`.
+    `auto`. `steps` says how our engine decodes.
     """
 
     max_running: int
@@ -53,6 +54,7 @@ class EngineLimits:
     device: str
     clock: Callable[[], float]
     precision: Precision = "float32"
+    steps: Steps = "auto"
 
     def weights_for(self, options: ServingOptions) -> LoadedWeights:
         """Returns the format in which the weights are loaded.
@@ -136,6 +138,7 @@ def engine_for(
         "clock": limits.clock,
         "max_running": limits.max_running,
         "max_context_tokens": limits.max_context_tokens,
+        "steps": limits.steps,
     }
     if options.draft is None:
         plain = TransformersEngine(loaded.model, loaded.tokenizer, **given)

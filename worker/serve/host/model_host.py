@@ -12,6 +12,7 @@ import structlog
 from app.contracts.control import EngineLoad, Keep, Load, ModelState, ServedModel, Unload
 from app.contracts.generation import Delta, GenerateRequest, Reply
 from app.contracts.messages import ArtifactRef
+from worker.serve.decoding.cursor_batch import Steps
 from worker.serve.engine import Engine
 from worker.serve.errors import DeadlinePassed, ModelLoading, ModelTooLarge, ServeError, failure_of
 from worker.serve.host.answer_checks import AnswerChecks
@@ -77,6 +78,7 @@ class ModelHost:
     model_load_wait_seconds: float = 30.0
     device: str = "cpu"
     precision: Precision = "float32"
+    steps: Steps = "auto"
     clock: Callable[[], float] = time.time
     retain: Callable[[frozenset[ArtifactRef]], None] = lambda artifacts: None
     _inbox: "queue.SimpleQueue[GenerateRequest | str | Load | Unload | Keep]" = field(
@@ -94,7 +96,12 @@ class ModelHost:
 
     def __post_init__(self) -> None:
         limits = EngineLimits(
-            self.max_running, self.max_context_tokens, self.device, self.clock, self.precision
+            self.max_running,
+            self.max_context_tokens,
+            self.device,
+            self.clock,
+            self.precision,
+            self.steps,
         )
         self._model_cache = ModelCache(
             self.resident_bytes,

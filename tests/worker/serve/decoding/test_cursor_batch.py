@@ -11,6 +11,7 @@ from torch import Tensor
 from worker.cpu.linear_ops import HAS_BFLOAT16
 from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.decoding.kv_cache import KEPT_BYTES
+from worker.serve.device_memory import PrefillMemory
 from worker.serve.loading import LoadedModel, load_model
 
 Drive = Callable[..., float]
@@ -162,6 +163,32 @@ def test_an_empty_batch_gives_large_buffers_back_and_keeps_others(
         assert (batch.cache.window.width, batch.cursor) == (width if is_kept else 16, 0)
         assert bool(batch.cache.layers) == is_kept
     assert batch.cache.window.num_rows == 2
+
+
+class FixedMemory(PrefillMemory):
+    """Memory for `token_bytes` tokens, whatever the length of their rows."""
+
+    def num_tokens(self, num_columns: int) -> int:
+        return self.token_bytes
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 16, 1000])
+def test_a_prefill_in_chunks_gives_the_logits_of_one_forward_pass(
+    loaded: LoadedModel, num_tokens: int
+) -> None:
+    """Float32 sums of other lengths differ by rounding, relative to the largest logit."""
+    prompts = [list(range(5, 40)), list(range(8, 20)), [*range(5, 30), 77, 78]]
+    whole, chunked = (CursorBatch(loaded.model, max_rows=4, max_width=WIDTH) for _ in range(2))
+    chunked.prefill_memory = FixedMemory(num_tokens, 0)
+    for batch in (whole, chunked):
+        batch.join([[5, 6, 7]])
+    for name in ("join", "advance"):
+        logits = [
+            batch.join(prompts) if name == "join" else batch.advance([9, 8, 7, 6])
+            for batch in (whole, chunked)
+        ]
+        scale = float(logits[0].abs().max())
+        torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=1e-5 * scale)
 
 
 def test_the_very_first_prompt_may_have_one_token(tiny_llama_dir: Path) -> None:

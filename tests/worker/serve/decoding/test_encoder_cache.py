@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from worker.serve.decoding.cursor_batch import CursorBatch, EncoderCache
+from worker.serve.decoding.cursor_batch import CursorBatch
+from worker.serve.decoding.encoder_cache import EncoderCache
 from worker.serve.loading import LoadedModel
 
 Drive = Callable[..., float]

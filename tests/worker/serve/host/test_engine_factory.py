@@ -12,6 +12,7 @@ from app.contracts.control import ServedModel
 from app.contracts.generation import Draft, ServingOptions
 from app.contracts.messages import ArtifactRef
 from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
+from worker.serve.decoding.cursor_batch import Steps
 from worker.serve.engine import TransformersEngine
 from worker.serve.host.engine_factory import (
     READ_PERCENT,
@@ -53,6 +54,14 @@ def test_each_option_has_its_engine_and_its_bytes(tiny_llama_dir: Path) -> None:
     assert small.num_bytes < plain.num_bytes < drafted.num_bytes == 2 * plain.num_bytes
     assert isinstance(drafted.engine, SpeculativeEngine)
     assert all(made.first_token_seconds is not None for made in (plain, small, drafted))
+
+
+def test_the_limits_say_how_engines_decode(tiny_gpt2_dir: Path) -> None:
+    every: tuple[Steps, ...] = ("plain", "static")
+    for steps in every:
+        made = ready(tiny_gpt2_dir, replace(LIMITS, steps=steps)).engine
+        assert isinstance(made, TransformersEngine)
+        assert (made.steps, made._decoder.batch.static is not None) == (steps, steps == "static")
 
 
 def test_weights_left_to_us_are_rounded_where_that_is_fast_and_changes_no_promise(
