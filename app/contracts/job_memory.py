@@ -339,11 +339,14 @@ def disk_bytes(job: PlannedJob, rows: RowCounts, *, keep_checkpoints: int) -> in
     """Returns the disk space that a job needs in addition: checkpoints, teacher's rows, the model.
 
     Checkpoints are weights and two Adam moments in float32. One more than is kept exists while the
-    next one is written, and each may hold an older, better student.
+    next one is written, and each may hold an older, better student. The checkpoints of a LoRA job
+    have the adapters in place of weights, and the run has a copy of the merged model.
     """
     sizes, trained = job.students[-1], job.trained[-1]
-    checkpoint = 2 * sizes.num_bytes + 8 * trained + CHECKPOINT_BYTES
-    models = sum(student.num_bytes for student in job.students)
+    is_lora = job.block.student.init == "lora"
+    saved = 4 * trained if is_lora else sizes.num_bytes
+    checkpoint = 2 * saved + 8 * trained + CHECKPOINT_BYTES
+    models = sum(student.num_bytes for student in job.students) * (2 if is_lora else 1)
     exports = {"gguf_f16": 0.5, "gguf_q8_0": 0.27}
     models += round(sum(exports[name] for name in job.block.export) * sizes.num_bytes)
     return (keep_checkpoints + 1) * checkpoint + models + cache_bytes(job, rows)
