@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from app.contracts.distillation import Student
 from bench.gpu.memory import peak_bytes, reset_peak
 from tests.tiny import tiny_tokenizer
 from tests.worker.memory_sink import MemorySink
-from worker.distill.students.recipe import load_model, load_student, plan_student
+from worker.distill.students.recipe import load_model, load_student, num_parameters, plan_student
 from worker.import_model import import_model
 from worker.protocol.import_spec import ImportSpec
 
@@ -100,6 +100,21 @@ def test_a_student_needs_only_its_own_weights_beside_its_mapped_start(folder: Pa
     start_bytes = stored_bytes(folder / "large")
     student_bytes = 2 * start_bytes / 4  # in float32, one of four layers
     assert added_bytes(build, folder) < start_bytes + 1.2 * student_bytes + SPARE_BYTES
+
+
+def test_a_narrower_student_needs_only_its_own_weights_beside_its_mapped_start(
+    folder: Path,
+) -> None:
+    def build(model: Path) -> PreTrainedModel:
+        width = 64 if model.name == "tiny" else 512
+        student = Student(init="width", hidden_size=width, intermediate_size=3 * width)
+        return plan_student(model, model, student, calibration=((5,) * 32,)).build()
+
+    start_bytes = stored_bytes(folder / "large")
+    student_bytes = 4 * num_parameters(build(folder / "large"))
+    layer_bytes = 2 * start_bytes / 4  # one layer of the start, in float32 while it runs
+    most = start_bytes + max(1.2 * student_bytes, layer_bytes) + SPARE_BYTES
+    assert added_bytes(build, folder) < most
 
 
 def test_a_lora_student_for_a_gpu_is_never_in_float32(folder: Path) -> None:

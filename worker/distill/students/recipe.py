@@ -101,14 +101,16 @@ class StudentRecipe:
             return build_fresh(
                 fresh_config(self.student.config, _tokenizer(self.tokenizer_dir)), seed=self.seed
             )
-        if self.layers is None:
-            model = load_model(self.start_dir)
-        else:
-            # weights in the dtype of their files are mapped: only the kept layers take memory
-            start = load_model(self.start_dir, stored_dtype(self.start_dir) or torch.float32)
-            model = keep_layers(start, self.layers, self.encoder_layers)
-            del start
-        if self.student.init == "width":
+        is_narrower = self.student.init == "width"
+        if self.layers is None and not is_narrower:
+            return load_model(self.start_dir)
+        # weights in the dtype of their files are mapped: only what is kept takes memory
+        dtype = stored_dtype(self.start_dir) or torch.float32
+        model = load_model(self.start_dir, dtype)
+        if self.layers is not None:
+            kept_dtype = dtype if is_narrower else torch.float32
+            model = keep_layers(model, self.layers, self.encoder_layers, dtype=kept_dtype)
+        if is_narrower:
             return slice_width(model, sizes_of(self.student, model.config), self.calibration)
         return model
 
