@@ -233,8 +233,9 @@ def _answers(job: PlannedJob, rows: RowCounts, model: ModelSizes, speed: float) 
 
 def _saving(job: PlannedJob, rows: RowCounts) -> float:
     seconds = SAVE_SECONDS
+    is_lora = job.block.student.init == "lora"  # its checkpoints have adapters in place of weights
     for sizes, trained in zip(job.students, job.trained, strict=True):
-        num_bytes = sizes.num_bytes + 8 * trained
+        num_bytes = (4 * trained if is_lora else sizes.num_bytes) + 8 * trained
         seconds += max(1, rows.num_evals) * (num_bytes / WRITE_BYTES + CHECKPOINT_SECONDS)
         seconds += sizes.num_bytes / WRITE_BYTES * len(job.block.export)
     return seconds
