@@ -33,7 +33,7 @@ FLOATS = frozenset(DTYPE_NAMES.values())
 
 @dataclass(frozen=True)
 class AdapterFormat:
-    """What a checkpoint records about its adapters besides their values.
+    """Properties of adapters that a checkpoint records besides their values.
 
     has_transposed_weights: The adapted layers are GPT-2's, whose weights are [I, O].
     """

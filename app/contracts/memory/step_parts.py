@@ -126,7 +126,7 @@ def rollout_bytes(student: ModelSizes, rollouts: RolloutSizes | None) -> int:
     """
     if rollouts is None:
         return 0
-    num_rows = min(MAX_RUNNING, 2 ** math.ceil(math.log2(rollouts.num_sequences)))
+    num_rows = min(MAX_RUNNING, 1 << (rollouts.num_sequences - 1).bit_length())
     stacks = student.stacks
     num_caches = stacks[-1].num_layers * (1 if len(stacks) == 1 else 2)  # and the cross-attentions
     per_token = 2 * num_caches * student.kv_size * 4

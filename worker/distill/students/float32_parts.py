@@ -41,6 +41,7 @@ def _parts(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 def _raise_dtype(stored: dict[nn.Parameter, Tensor]) -> Any:  # Any: the type of torch's hooks
     def hook(module: nn.Module, inputs: object) -> None:
+        """Replaces the weights by copies in float32."""
         for parameter in module.parameters():
             if parameter.dtype != torch.float32:
                 stored[parameter] = parameter.data
@@ -51,6 +52,7 @@ def _raise_dtype(stored: dict[nn.Parameter, Tensor]) -> Any:  # Any: the type of
 
 def _restore(stored: dict[nn.Parameter, Tensor]) -> Any:  # Any: the type of torch's hooks
     def hook(module: nn.Module, inputs: object, output: object) -> None:
+        """Restores the weights that were replaced."""
         for parameter, data in stored.items():
             parameter.data = data
         stored.clear()
