@@ -24,7 +24,7 @@ class ArtifactCache:
     """
 
     def __init__(self, store: Store, folder: Path, budget_bytes: int) -> None:
-        self._store, self._folder, self._budget_bytes = store, folder, budget_bytes
+        self._store, self.folder, self._budget_bytes = store, folder, budget_bytes
         self._guard = threading.Lock()
         self._locks: dict[ArtifactRef, int] = {}
 
@@ -53,18 +53,23 @@ class ArtifactCache:
 
     def _fetch(self, ref: ArtifactRef, fetch: Fetch) -> Path:
         while True:
-            path = fetch(ref, self._folder, self._make_room)
+            path = fetch(ref, self.folder, self.make_room)
             if self._store.is_local:
                 return path
             lock = use_copy(path)
             if lock is not None:
                 break
             time.sleep(RETRY_SECONDS)  # another process evicted the copy before it was locked
+        self.hold(ref, lock)
+        return path
+
+    def hold(self, ref: ArtifactRef, lock: int) -> None:
+        """Keeps the lock on the copy of an artifact until the artifact is released."""
         with self._guard:
             if ref in self._locks:
                 os.close(self._locks[ref])
             self._locks[ref] = lock
-        return path
 
-    def _make_room(self, num_bytes: int) -> None:
-        make_room(self._folder, self._budget_bytes - num_bytes)
+    def make_room(self, num_bytes: int) -> None:
+        """Evicts copies that are not in use, so that `num_bytes` more fit into the budget."""
+        make_room(self.folder, self._budget_bytes - num_bytes)

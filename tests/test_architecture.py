@@ -29,6 +29,7 @@ WORKER_MAY_IMPORT = {
     "app.contracts.generation",
     "app.contracts.job_memory",
     "app.contracts.job_seconds",
+    "app.contracts.memory.step_parts",
     "app.contracts.messages",
     "app.contracts.model_files",
     "app.contracts.model_sizes",

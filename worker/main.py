@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing, suppress
+from functools import partial
 from types import FrameType
 from typing import Literal
 from uuid import uuid4
@@ -26,6 +27,7 @@ from app.log_config import configure_logging
 from app.settings import Settings, celery_settings, get_settings
 from app.tracing.spans import start_tracing, stop_tracing
 from worker import cuda
+from worker.models.merged_copies import plain_folder
 from worker.tasks import add_generate, add_wake_up
 from worker.watchdog import Inbox, WorkLoop
 
@@ -129,7 +131,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
     copies = ArtifactCache(store(), settings.work_root() / "models", settings.artifact_cache_bytes)
     host = ModelHost(
         resident_bytes=resident_bytes(settings.resident_model_bytes, device),
-        loader=copies.fetch_folder,
+        loader=partial(plain_folder, copies),
         retain=copies.retain,
         max_running=settings.max_running_sequences,
         max_context_tokens=settings.max_context_tokens,

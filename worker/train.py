@@ -8,6 +8,7 @@ after a failure; there is an `error` line only if a retry would not help.
 from app.fast_imports import imports_done  # isort: split
 
 import argparse
+import hashlib
 import logging
 import signal
 import sys
@@ -36,6 +37,7 @@ from worker.distill.training.rollouts import sources_of
 from worker.distill.training.trainer import Stopped
 from worker.errors import DiskFull, TeacherGenerationFailed, WorkerError
 from worker.jobs.multi_process import exit_like, launch
+from worker.models.adapters import merge_adapters
 from worker.models.gguf_writer import Kind, check_architecture, check_exportable, export_gguf
 from worker.models.model_facts import model_facts
 from worker.protocol.run_lines import ErrorLine, ResultLine, RunLine, StoppedLine, take_over_stdout
@@ -111,6 +113,21 @@ class StopSignal:
         self.is_set = True
 
 
+def with_plain_models(spec: RunSpec, out: Path) -> RunSpec:
+    """Returns the spec with plain models in place of adapters, which it merges into `out`."""
+
+    def plain(folder: Path) -> Path:
+        """Returns the folder of the plain model. Another rank may have written it."""
+        if folder not in spec.adapter_starts:
+            return folder
+        start_dir = plain(spec.adapter_starts[folder])
+        target = out / hashlib.sha256(bytes(folder)).hexdigest()[:16]
+        return target if target.exists() else merge_adapters(start_dir, folder, target)
+
+    dirs = {"teacher_dir": plain(spec.teacher_dir), "start_dir": plain(spec.start_dir)}
+    return spec.model_copy(update=dirs)
+
+
 def run(
     spec: RunSpec,
     out: Path,
@@ -128,6 +145,7 @@ def run(
     try:
         check_exports(spec)
         phases = PhaseTimes(before_seconds=process_seconds() if is_process else 0.0)
+        spec = ranks.first_then_others(lambda: with_plain_models(spec, out / "inputs"))
         outcome = distil(spec, out, sink, EngineSampler, should_stop, ranks, phases)
         leave()
         if not ranks.is_first:

@@ -7,6 +7,13 @@ a GPU it is the memory of the device, which also decides where a run places its 
 
 from dataclasses import dataclass
 
+from app.contracts.memory.step_parts import (
+    NO_FEATURES,
+    FeatureBytes,
+    feature_bytes,
+    planned_parts,
+    rollout_bytes,
+)
 from app.contracts.model_sizes import LayerKind, ModelSizes
 from app.contracts.planned_jobs import PlannedJob, RowCounts
 from app.contracts.run_limits import (
@@ -47,6 +54,8 @@ class DeviceStudent:
     accumulates: A step may have several micro-batches. The gradients of the earlier ones then exist
         beside the activations of the next one.
     num_lowered: Number of parameters of layers with LoRA adapters, which are in bfloat16.
+    features: Memory of feature losses.
+    rollout_bytes: What the generation of rollouts needs beside the models, before a step.
     """
 
     sizes: ModelSizes
@@ -59,6 +68,8 @@ class DeviceStudent:
     trains_norms: bool = True
     accumulates: bool = False
     num_lowered: int = 0
+    features: FeatureBytes = NO_FEATURES
+    rollout_bytes: int = 0
 
     @property
     def resident_bytes(self) -> int:
@@ -67,32 +78,39 @@ class DeviceStudent:
         Weights are float32, except those with LoRA adapters.
         """
         weights = 4 * self.sizes.num_parameters - (4 - AUTOCAST_BYTES) * self.num_lowered
-        return weights + 8 * self.num_trained + 4 * self.num_teacher_head
+        trained = self.num_trained + self.features.num_projections
+        weights += 4 * self.features.num_projections
+        return weights + 8 * trained + 4 * self.num_teacher_head
 
     def peak_bytes(
         self, batch_tokens: int, *, has_autocast: bool, has_checkpointing: bool = False
     ) -> int:
         """Returns the most memory that a training step needs.
 
-        It is needed at one of two times. At the start of the backward pass, everything that the
+        It is needed at one of these times. At the start of the backward pass, everything that the
         layers keep exists, and in the loss also its chunks or the LM head's gradient. At the end of
-        the backward pass, the activations are gone and all gradients exist.
+        the backward pass, the activations are gone and all gradients exist. Feature losses need the
+        teacher's states while they are computed. Rollouts are generated before the step.
         """
         sizes, head = self.sizes, 4 * self.sizes.head_parameters * self.trains_head
         chunk = min(DEVICE_CHUNK_BYTES, 4 * sizes.vocab_size * batch_tokens)
         num_complete = 1 if has_checkpointing else None
         kept = self.kept_bytes(batch_tokens, has_autocast=has_autocast, num_complete=num_complete)
+        more = batch_tokens * self.features.kept
+        kept += more
         # the loss keeps the gradient of the head, and backpropagation multiplies it
         start = kept + head + max(LOSS_CHUNKS * chunk, head)
         if has_checkpointing:
             again = self.kept_bytes(batch_tokens, has_autocast=has_autocast, num_complete=2)
-            start = max(start, again + head)
-        end = 4 * self.num_trained
+            start = max(start, again + more + head)
+        end = 4 * (self.num_trained + self.features.num_projections)
         if sizes.is_tied:  # the gradient of the embedding is added to that of the head
             end += head
+        features = kept + batch_tokens * (self.features.states + self.features.work)
         if self.accumulates:
             start += 4 * self.num_trained
-        return self.resident_bytes + max(start, end)
+            features += 4 * self.num_trained
+        return self.resident_bytes + max(start, end, features, self.rollout_bytes)
 
     def kept_bytes(
         self, batch_tokens: int, *, has_autocast: bool, num_complete: int | None = None
@@ -199,6 +217,8 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
     The teacher runs before or beside the student, which recomputes its activations.
     """
     h, sizes = job.block.hyperparameters, job.students[-1]
+    value_bytes = 2 if has_bfloat16 else 4
+    parts = planned_parts(job.block, longest_tokens=rows.longest_tokens)
     student = DeviceStudent(
         sizes=sizes,
         num_trained=job.trained[-1],
@@ -210,12 +230,15 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
         trains_norms=job.block.student.init != "lora",
         accumulates=h.batch_tokens == "auto" or h.batch_rows is not None,
         num_lowered=num_lowered(job) if has_bfloat16 else 0,
+        features=feature_bytes(
+            parts, sizes, job.teacher, row_tokens=rows.longest_tokens, value_bytes=value_bytes
+        ),
+        rollout_bytes=rollout_bytes(sizes, parts.rollouts),
     )
     tokens = max(job.batch_tokens, rows.longest_tokens)
     student_bytes = student.peak_bytes(tokens, has_autocast=has_bfloat16, has_checkpointing=True)
     if not job.has_teacher:
         return student_bytes
-    value_bytes = 2 if has_bfloat16 else 4
     teacher_bytes = value_bytes * job.teacher.num_parameters
     teacher_bytes += tokens * layer_values(job.teacher.hidden_size, job.teacher.mlp_size) * 4
     teacher_bytes += answer_bytes(job, rows, value_bytes)
@@ -339,11 +362,14 @@ def disk_bytes(job: PlannedJob, rows: RowCounts, *, keep_checkpoints: int) -> in
     """Returns the disk space that a job needs in addition: checkpoints, teacher's rows, the model.
 
     Checkpoints are weights and two Adam moments in float32. One more than is kept exists while the
-    next one is written, and each may hold an older, better student.
+    next one is written, and each may hold an older, better student. The checkpoints of a LoRA job
+    have the adapters in place of weights, and the run has a copy of the merged model.
     """
     sizes, trained = job.students[-1], job.trained[-1]
-    checkpoint = 2 * sizes.num_bytes + 8 * trained + CHECKPOINT_BYTES
-    models = sum(student.num_bytes for student in job.students)
+    is_lora = job.block.student.init == "lora"
+    saved = 4 * trained if is_lora else sizes.num_bytes
+    checkpoint = 2 * saved + 8 * trained + CHECKPOINT_BYTES
+    models = sum(student.num_bytes for student in job.students) * (2 if is_lora else 1)
     exports = {"gguf_f16": 0.5, "gguf_q8_0": 0.27}
     models += round(sum(exports[name] for name in job.block.export) * sizes.num_bytes)
     return (keep_checkpoints + 1) * checkpoint + models + cache_bytes(job, rows)

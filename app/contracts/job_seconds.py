@@ -3,6 +3,11 @@
 Other machines are slower or faster by a factor, which is measured: by the phases of finished jobs,
 or by a matmul. bench/estimates.py compares the estimates with real jobs, and bench/LOG.md has the
 figures.
+
+N processes on as many GPUs divide the rows of a batch, those of the teacher's row cache, and the
+held-out rows during the training. This time is divided by N. All other work is done by the first
+process, or by each of them: the teacher's answers, layer fitting, the optimizer, the report and
+saving. The exchange of gradients is not counted.
 """
 
 from collections.abc import Mapping
@@ -54,20 +59,26 @@ TIMED: Final = ((NUM_TIMED, WARM_UP_TOKENS), (1, TIMED_TOKENS), (NUM_TIMED, TIME
 
 
 def reference_seconds(
-    job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool, num_cached: int = 0
+    job: PlannedJob,
+    rows: RowCounts,
+    *,
+    has_bfloat16: bool,
+    num_cached: int = 0,
+    num_processes: int = 1,
 ) -> dict[Phase, float]:
     """Returns the seconds of each phase on the reference machine.
 
-    `num_cached` is the number of rows whose teacher outputs are in the cache already.
+    num_cached: Number of rows whose teacher outputs are in the cache already.
+    num_processes: Number of processes that share each batch.
     """
     speed = 1.0 if has_bfloat16 else FLOAT32_FACTOR
     models = [job.start, *([job.teacher] if job.has_teacher else [])]
     return {
         "start": START_SECONDS + sum(model.num_bytes for model in models) / LOAD_BYTES,
-        "teacher": _teacher(job, rows, speed, num_cached),
+        "teacher": _teacher(job, rows, speed, num_cached, num_processes),
         "layer_fit": _layer_fit(job, rows, speed),
-        "training": _training(job, rows, speed),
-        "evaluation": _evaluation(job, rows, speed),
+        "training": _training(job, rows, speed, num_processes),
+        "evaluation": _evaluation(job, rows, speed, num_processes),
         "saving": _saving(job, rows),
     }
 
@@ -106,7 +117,9 @@ def decode_seconds(
     return prefill + rounds * new_tokens * per_step
 
 
-def _teacher(job: PlannedJob, rows: RowCounts, speed: float, num_cached: int) -> float:
+def _teacher(
+    job: PlannedJob, rows: RowCounts, speed: float, num_cached: int, num_processes: int
+) -> float:
     seconds = (rows.num_train + rows.num_valid + rows.num_test) * ROW_SECONDS
     if not job.has_teacher:
         return seconds
@@ -121,7 +134,7 @@ def _teacher(job: PlannedJob, rows: RowCounts, speed: float, num_cached: int) ->
     )
     if job.uses_rows_of_teacher:
         num_rows = rows.num_train + rows.num_valid
-        share = 1 - min(1.0, num_cached / max(1, num_rows))
+        share = (1 - min(1.0, num_cached / max(1, num_rows))) / num_processes
         seconds += share * _forward(job.teacher, rows.teacher_tokens, speed)
         if job.has_expected_rows:  # the logits, their softmax, and the expectation of head rows
             targets = rows.train_targets + rows.valid_targets
@@ -129,7 +142,7 @@ def _teacher(job: PlannedJob, rows: RowCounts, speed: float, num_cached: int) ->
         seconds += job.teacher.num_bytes / LOAD_BYTES
         seconds += _forward(job.teacher, rows.test_tokens, speed)
     if job.keeps_teacher:
-        seconds += rows.num_epochs * _forward(job.teacher, rows.train_tokens, speed)
+        seconds += rows.num_epochs * _forward(job.teacher, rows.train_tokens, speed) / num_processes
     return seconds
 
 
@@ -151,9 +164,10 @@ def _layer_fit(job: PlannedJob, rows: RowCounts, speed: float) -> float:
     return seconds
 
 
-def _training(job: PlannedJob, rows: RowCounts, speed: float) -> float:
+def _training(job: PlannedJob, rows: RowCounts, speed: float, num_processes: int) -> float:
     num_epochs = rows.num_epochs
-    num_tokens, num_targets = num_epochs * rows.train_tokens, num_epochs * rows.train_targets
+    num_tokens = num_epochs * rows.train_tokens / num_processes  # of one process
+    num_targets = num_epochs * rows.train_targets / num_processes
     runs = list(zip(job.students, job.trained, strict=True))
     if job.block.evaluation.ce_baseline:
         runs.append(runs[-1])
@@ -182,7 +196,7 @@ def _generated_share(job: PlannedJob) -> float:
     return whole
 
 
-def _evaluation(job: PlannedJob, rows: RowCounts, speed: float) -> float:
+def _evaluation(job: PlannedJob, rows: RowCounts, speed: float, num_processes: int) -> float:
     """Returns the time of the evaluations during the training, and of the report at the end."""
     passes = _head_passes(job, backward=False)
 
@@ -198,7 +212,7 @@ def _evaluation(job: PlannedJob, rows: RowCounts, speed: float) -> float:
     judged = [*job.students, untrained, *([job.teacher] if job.has_teacher else [])]
     if job.block.evaluation.ce_baseline:
         judged.append(untrained)
-    seconds = during
+    seconds = during / num_processes
     for model in judged:
         seconds += measured(model, rows.valid_tokens, rows.valid_targets)
         seconds += measured(model, rows.test_tokens, rows.test_tokens / 2)
@@ -219,8 +233,9 @@ def _answers(job: PlannedJob, rows: RowCounts, model: ModelSizes, speed: float) 
 
 def _saving(job: PlannedJob, rows: RowCounts) -> float:
     seconds = SAVE_SECONDS
+    is_lora = job.block.student.init == "lora"  # its checkpoints have adapters in place of weights
     for sizes, trained in zip(job.students, job.trained, strict=True):
-        num_bytes = sizes.num_bytes + 8 * trained
+        num_bytes = (4 * trained if is_lora else sizes.num_bytes) + 8 * trained
         seconds += max(1, rows.num_evals) * (num_bytes / WRITE_BYTES + CHECKPOINT_SECONDS)
         seconds += sizes.num_bytes / WRITE_BYTES * len(job.block.export)
     return seconds

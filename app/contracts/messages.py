@@ -4,6 +4,7 @@ They are plain immutable data, without tensors, paths or ORM objects.
 """
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,7 @@ SPLIT_VERSION = 2  # version of the rule that selects held-out rows, worker/dist
 WAKE_UP_TASK = "train.ring"
 GENERATE_TASK = "serve.generate"
 TRAIN_QUEUE = "train"
+ADAPTER_BASE = "adapter_base.json"
 
 
 def serve_queue(worker_id: str) -> str:
@@ -64,6 +66,23 @@ class ArtifactRef(Contract):
     key: str
     bytes: int
     sha256: str | None = None
+
+
+class AdapterBase(Contract):
+    """Start model of LoRA adapters, and the dtype of the weights into which they are merged.
+
+    A folder that holds adapters in place of weights has it in a file, `ADAPTER_BASE`. Without the
+    service, a run does not know `start`.
+    """
+
+    start: ArtifactRef | None
+    dtype: Literal["float32", "bfloat16", "float16"]
+
+
+def read_adapter_base(folder: Path) -> AdapterBase | None:
+    """Returns the start model of the adapters in a folder, or None if it holds a plain model."""
+    path = folder / ADAPTER_BASE
+    return AdapterBase.model_validate_json(path.read_bytes()) if path.exists() else None
 
 
 MethodName = Literal["distillation", "supervised"]

@@ -5,7 +5,18 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, String, bindparam, delete, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Select,
+    String,
+    bindparam,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -140,7 +151,8 @@ def users_of_model(session: Session, model: Model) -> list[str]:
     """Returns the ids of everything that needs the model, as text for an error message.
 
     These are aliases, pins, models that use it as their draft, and jobs and batches that have not
-    ended. A job needs the model if it reads the model or one of its checkpoints.
+    ended. A job needs the model if it reads the model or one of its checkpoints. The checkpoints of
+    a LoRA job need its start model, which has the weights, also after the job has ended.
     """
     aliases = select(Alias.id).where(Alias.model_id == model.id)
     is_pinned = session.scalar(select(Pin.id).where(Pin.id == model.id).limit(1)) is not None
@@ -148,12 +160,23 @@ def users_of_model(session: Session, model: Model) -> list[str]:
     read = [key == model.store_key for key in keys]
     read += [key.startswith(f"checkpoints/{model.source_job_id}/") for key in keys]
     jobs = select(Job.id).where(HAS_NOT_ENDED, or_(*read))
+    start_key = Job.spec["start"]["key"].astext
+    merged = select(Job.id).where(
+        or_(
+            start_key == model.store_key,
+            start_key.startswith(f"checkpoints/{model.source_job_id}/"),
+        ),
+        Job.spec["distillation"]["student"]["init"].astext == "lora",
+        exists().where(Checkpoint.job_id == Job.id, Checkpoint.status == "committed"),
+        ~HAS_NOT_ENDED,
+    )
     drafted = select(Model.id).where(Model.serving["draft"]["model"].astext == model.id)
     return [
         *session.scalars(aliases.order_by(Alias.project_id, Alias.id)),
         *(["a pin"] if is_pinned else []),
         *(f"{id_} (as its draft)" for id_ in session.scalars(drafted.order_by(Model.id))),
         *session.scalars(jobs.order_by(Job.id)),
+        *(f"{id_} (for its checkpoints)" for id_ in session.scalars(merged.order_by(Job.id))),
         *session.scalars(batches_using(model.id, None).order_by(Batch.id)),
     ]
 
@@ -227,6 +250,16 @@ def find_checkpoint(
         .order_by(Checkpoint.lease_token.desc())
     )
     return session.scalars(query.limit(1)).one_or_none()
+
+
+def start_bytes_of_adapters(session: Session, checkpoint: Checkpoint) -> int:
+    """Returns the size of the start model of a LoRA job's checkpoint, which has no weights, else 0.
+
+    Checkpoints of older versions have weights, and are larger than that.
+    """
+    spec = session.scalar(select(Job.spec).where(Job.id == checkpoint.job_id)) or {}
+    is_lora = spec.get("distillation", {}).get("student", {}).get("init") == "lora"
+    return int(spec["start"]["bytes"]) if is_lora else 0
 
 
 def find_alias(session: Session, project_id: str, alias_id: str) -> Alias | None:

@@ -77,9 +77,9 @@ def resolve(
         found = models.find_checkpoint(session, project_id, match["model"], int(match["step"]))
         if found is not None:
             facts = ModelFacts.model_validate(registered.facts) if registered else None
-            return Resolved(
-                model_id, ArtifactRef(key=f"{found.store_key}/model", bytes=found.bytes), facts
-            )
+            num_bytes = max(found.bytes, models.start_bytes_of_adapters(session, found))
+            ref = ArtifactRef(key=f"{found.store_key}/model", bytes=num_bytes)
+            return Resolved(model_id, ref, facts)
     row = get_model(session, project_id, model_id, param=param, lock=lock)
     return Resolved(row.id, artifact(row), ModelFacts.model_validate(row.facts), options_of(row))
 

@@ -22,7 +22,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
-from app.contracts.distillation import Hyperparameters, Objective, Student
+from app.contracts.distillation import (
+    AttentionTerm,
+    Data,
+    HiddenTerm,
+    Hyperparameters,
+    Objective,
+    Student,
+)
+from app.contracts.memory.step_parts import RolloutSizes, StepParts, rollout_bytes
 from tests.device.fake_cuda import fake_cuda
 from tests.device.memory_log import MemoryLog, fused_attention
 from tests.tiny import tiny_tokenizer
@@ -33,9 +41,18 @@ from worker.distill.students.recipe import load_model, plan_student
 from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import MOMENTS, TrainState
-from worker.distill.training.devices import Placement, find_device, needs_by_tokens
+from worker.distill.training.devices import (
+    Placement,
+    find_device,
+    needs_by_tokens,
+    planned_config,
+    sizes_of_config,
+)
+from worker.distill.training.feature_losses import FeaturePlan
 from worker.distill.training.inputs import TrainingInputs
+from worker.distill.training.rollouts import RolloutPlan
 from worker.distill.training.trainer import Trainer
+from worker.train import EngineSampler
 
 Json = dict[str, Any]  # Any: open-ended JSON
 
@@ -120,6 +137,9 @@ class Pair:
     micro_tokens: int | None = None
     has_checkpointing: bool = False
     has_bfloat16: bool = True
+    hidden: HiddenTerm | None = None
+    attention: AttentionTerm | None = None
+    new_tokens: int | None = None  # of rollouts; only their generation is traced
 
 
 HALF = Student(num_layers=15, fit_rows=0)
@@ -142,6 +162,18 @@ PAIRS: dict[str, Pair] = {
     ),
     "SmolLM2, accumulated": Pair("SmolLM2", "SmolLM2", HALF, 8192, micro_tokens=4096),
     "SmolLM2, LoRA": Pair("SmolLM2", "SmolLM2", Student(init="lora")),
+    "SmolLM2, hidden states": Pair("SmolLM2", "SmolLM2", HALF, hidden=HiddenTerm()),
+    "1.5B -> 0.5B, hidden states": Pair(
+        "1.5B",
+        "0.5B",
+        Student(init="checkpoint", freeze_head=False),
+        hidden=HiddenTerm(kind="cosine"),
+        has_checkpointing=True,
+    ),
+    "SmolLM2, attention relations": Pair(
+        "SmolLM2", "SmolLM2", HALF, attention=AttentionTerm(num_relation_heads=3)
+    ),
+    "SmolLM2, rollouts": Pair("SmolLM2", "SmolLM2", HALF, 16384, row_tokens=1024, new_tokens=16),
 }
 
 
@@ -155,9 +187,11 @@ def compare(pair: Pair, folders: Path) -> Json:
         create_moments(trainer.optimizer)
         log = MemoryLog()
         log.watch(tensors_of(trainer, big))
+        before = log.live_bytes
         with log:
             pieces = trainer._next_pieces()
-            trainer._step(pieces)
+            if pair.new_tokens is None:
+                trainer._step(pieces)
         teacher, start = (
             AutoConfig.from_pretrained(folders / n) for n in (pair.teacher, pair.start)
         )
@@ -169,7 +203,16 @@ def compare(pair: Pair, folders: Path) -> Json:
             can_cache=False,
             row_tokens=pair.row_tokens // 2 if "T5" in pair.teacher else pair.row_tokens,
             source_share=0.5,
+            parts=StepParts(pair.hidden, pair.attention),
         )
+        if pair.new_tokens is not None:
+            answers = RolloutSizes(pair.batch_tokens // pair.row_tokens, pair.row_tokens)
+            sizes = sizes_of_config(planned_config(trainer.setup.recipe, start))
+            return {
+                "traced": log.peak_bytes - before,
+                "estimated": rollout_bytes(sizes, answers),
+                "num_pieces": 1,
+            }
         needs = needs_of(pair.micro_tokens or pair.batch_tokens, len(pieces) > 1)
         return {
             "traced": log.peak_bytes,
@@ -187,9 +230,10 @@ def trainer_of(pair: Pair, folders: Path, teacher: PreTrainedModel) -> Trainer:
     head = head_of(teacher, num_tokens)
     head = Head(head.weight_VH.float(), scale=head.scale)
     rows = rows_of(pair, has_source="T5" in pair.teacher)
+    has_features = pair.hidden is not None or pair.attention is not None
     setup = TrainingInputs(
         out=folders,
-        objective=Objective(),
+        objective=Objective(hidden=pair.hidden, attention=pair.attention),
         hyperparameters=Hyperparameters(batch_tokens=pair.batch_tokens),
         seed=0,
         keep_checkpoints=1,
@@ -212,8 +256,28 @@ def trainer_of(pair: Pair, folders: Path, teacher: PreTrainedModel) -> Trainer:
             has_checkpointing=pair.has_checkpointing,
             micro_tokens=pair.micro_tokens,
         ),
+        features=FeaturePlan(pair.hidden, pair.attention, lambda: teacher, rows, 0)
+        if has_features
+        else None,
+        rollouts=rollouts_of(pair, rows),
     )
     return Trainer(setup, TrainState(), MemorySink(), lambda: False, lambda share: share)
+
+
+def rollouts_of(pair: Pair, rows: list[Example]) -> RolloutPlan | None:
+    """Returns the plan of a pair whose student answers the prompts of every batch."""
+    if pair.new_tokens is None:
+        return None
+    return RolloutPlan(
+        data=Data(completions="student", student_share=1.0, max_new_tokens=pair.new_tokens),
+        then=None,
+        seed=0,
+        train=rows,
+        teacher_train=rows,
+        max_tokens=pair.row_tokens,
+        num_tokens=49152,
+        sampler_for=EngineSampler,
+    )
 
 
 def create_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -228,6 +292,10 @@ def rows_of(pair: Pair, *, has_source: bool) -> list[Example]:
     """Returns rows of equal length for several steps. All tokens are learned from."""
     length = pair.row_tokens
     number = pair.batch_tokens // length * 8
+    if pair.new_tokens is not None:
+        targets = ((length - pair.new_tokens, length),)
+        # no prompt begins like another, so that none is in the prefix cache
+        return [Example((5 + i,) * length, targets) for i in range(number)]
     if not has_source:
         return [Example((5,) * length, ((1, length),))] * number
     return [Example((5,) * (length // 2), ((1, length // 2),), 0, (5,) * (length // 2))] * number

@@ -15,6 +15,10 @@ PAIRS = (
     "1.5B -> 0.5B, activation checkpointing",
     "SmolLM2, accumulated",
     "SmolLM2, LoRA",
+    "SmolLM2, hidden states",
+    "1.5B -> 0.5B, hidden states",
+    "SmolLM2, attention relations",
+    "SmolLM2, rollouts",
 )
 
 

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from app.contracts.distillation import Student
+from app.contracts.distillation import Lora, Student
 from bench.gpu.memory import peak_bytes, reset_peak
+from tests.adapters import save_adapted
 from tests.tiny import tiny_tokenizer
 from tests.worker.memory_sink import MemorySink
-from worker.distill.students.recipe import load_model, load_student, plan_student
+from worker.distill.students.lora import add_lora
+from worker.distill.students.recipe import load_model, load_student, num_parameters, plan_student
 from worker.import_model import import_model
+from worker.models.adapters import merge_adapters
 from worker.protocol.import_spec import ImportSpec
 
 SPARE_BYTES = 24 * 2**20  # for activations and fragmentation
@@ -102,9 +105,41 @@ def test_a_student_needs_only_its_own_weights_beside_its_mapped_start(folder: Pa
     assert added_bytes(build, folder) < start_bytes + 1.2 * student_bytes + SPARE_BYTES
 
 
+def test_a_narrower_student_needs_only_its_own_weights_beside_its_mapped_start(
+    folder: Path,
+) -> None:
+    def build(model: Path) -> PreTrainedModel:
+        width = 64 if model.name == "tiny" else 512
+        student = Student(init="width", hidden_size=width, intermediate_size=3 * width)
+        return plan_student(model, model, student, calibration=((5,) * 32,)).build()
+
+    start_bytes = stored_bytes(folder / "large")
+    student_bytes = 4 * num_parameters(build(folder / "large"))
+    layer_bytes = 2 * start_bytes / 4  # one layer of the start, in float32 while it runs
+    most = start_bytes + max(1.2 * student_bytes, layer_bytes) + SPARE_BYTES
+    assert added_bytes(build, folder) < most
+
+
 def test_a_lora_student_for_a_gpu_is_never_in_float32(folder: Path) -> None:
     def load(model: Path) -> object:
         recipe = plan_student(model, model, Student(init="lora"))
         return load_student(recipe, None, seed=0, frozen_dtype=torch.bfloat16)
 
     assert added_bytes(load, folder) < 1.2 * stored_bytes(folder / "large") + SPARE_BYTES
+
+
+def test_the_merge_of_adapters_needs_no_second_copy_of_the_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    for name in ("large", "tiny"):
+        model = load_model(folder / name)
+        add_lora(model, Lora(rank=4), seed=0)
+        save_adapted(model, tmp_path / name, Lora(rank=4), dtype="float32")
+        del model
+
+    def merge(model: Path) -> None:
+        merge_adapters(model, tmp_path / model.name, tmp_path / "merged" / model.name)
+
+    # the pages of the start's files, and one tensor in float32
+    assert added_bytes(merge, folder) < 1.2 * stored_bytes(folder / "large") + SPARE_BYTES
+    assert stored_bytes(tmp_path / "merged" / "large") > 1.9 * stored_bytes(folder / "large")

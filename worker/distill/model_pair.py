@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.contracts.batch_plan import DEVICE_BATCH_TOKENS, batch_tokens_of
 from app.contracts.distillation import HiddenTerm, Objective
+from app.contracts.memory.step_parts import planned_parts
 from worker.cpu import prepare_for_inference
 from worker.distill.data.dataset import Reader, Rows
 from worker.distill.forward.shared_prefix import shared_prefix
@@ -181,6 +182,7 @@ class ModelPair:
             self.student.config,
             self.teacher.config,
             row_tokens=block.hyperparameters.max_sequence_tokens,
+            parts=planned_parts(block, signal=self.signal.name),
         )
 
     @property

@@ -366,6 +366,7 @@ class Pipeline:
             rollouts=plan_rollouts(self.spec, rows, num_token_ids(tokenizer), self.sampler_for),
             features=self.pair.features(rows),
             phases=self.phases,
+            start=self.spec.start,
         )
 
     def _test_evaluator_for(

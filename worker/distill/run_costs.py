@@ -155,6 +155,7 @@ def measured_cost(
         counts,
         has_bfloat16=has_bfloat16,
         num_cached=len(rows.teacher) - num_computed,
+        num_processes=state.num_processes,
     )
     return {
         **cost,

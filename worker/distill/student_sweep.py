@@ -18,6 +18,7 @@ from worker.distill.evaluation.model_selection import LESS_IS_BETTER, choose, pa
 from worker.distill.evaluation.report import Evaluator, Tell
 from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.student_runs import StudentRun
+from worker.distill.students.lora import plain_model
 from worker.distill.students.recipe import StudentRecipe
 from worker.distill.training.checkpoint import TrainState, link_folder
 from worker.distill.training.inputs import TrainingInputs
@@ -92,6 +93,7 @@ class StudentSweep:
         if setup.resume_dir is not None and setup.ranks.is_first:
             for number, folder in enumerate(self._finished_dirs):
                 link_folder(setup.resume_dir / "finished" / str(number), folder)
+                self._merge(number)
 
     def run(self, answers: AnswerFile) -> SelectedStudent:
         """Returns the selected student. Raises GateFailed, EvaluationFailed or training errors."""
@@ -130,7 +132,7 @@ class StudentSweep:
             *(decision.public for decision in self.state.decisions),
             *entries[chosen].get("decisions", []),
         ]
-        return SelectedStudent(self._finished_dirs[chosen], {**result, **judged, **trained}, ladder)
+        return SelectedStudent(self._model_dirs[chosen], {**result, **judged, **trained}, ladder)
 
     def _compare(self, chosen: int, answers: AnswerFile) -> Entry:
         """Returns the report on the selected student. `missing` lists the parts that failed."""
@@ -141,7 +143,7 @@ class StudentSweep:
                 missing.append(self._warn_of(made, "the student is registered without it"))
             else:
                 baseline_dir = made
-        recipe, folder = self.runs[chosen].recipe, self._finished_dirs[chosen]
+        recipe, folder = self.runs[chosen].recipe, self._model_dirs[chosen]
         if any(entry["part"] == "evaluation" for entry in missing):
             return {**self.evaluator.entries(folder), "missing": missing}
 
@@ -168,7 +170,7 @@ class StudentSweep:
         assert self._test_evaluator_for is not None
         self._enter("evaluating", TAUGHT_PERCENT, TEST_READY_PERCENT)
         evaluator = self._test_evaluator_for(self._tell_evaluating)
-        folders = self._finished_dirs
+        folders = self._model_dirs
         percents = [
             TEST_READY_PERCENT + (JUDGED_PERCENT - TEST_READY_PERCENT) * i / (len(folders) + 1)
             for i in range(len(folders) + 2)
@@ -187,7 +189,10 @@ class StudentSweep:
             baseline = replace(self.runs[chosen], is_baseline=True)
             state, folder, _, _ = self._train(len(self.runs), baseline)
             self.trained_tokens += state.trained_tokens
-            return folder
+            if not self.setup.ranks.is_first:
+                return folder  # only the first rank evaluates
+            start_dir = baseline.recipe.start_dir
+            return plain_model(folder, start_dir, self.setup.out / "merged" / "baseline")
 
         # an error must end a job with several ranks, or the others would wait
         if self.setup.ranks.count > 1:
@@ -214,7 +219,7 @@ class StudentSweep:
     def _evaluate_again(self, answers: AnswerFile) -> None:
         """Repeats the evaluations that failed before the job was resumed."""
         finished = list(self.state.finished)
-        for number, (entry, folder) in enumerate(zip(finished, self._finished_dirs, strict=True)):
+        for number, (entry, folder) in enumerate(zip(finished, self._model_dirs, strict=True)):
             if "missing" in entry:
                 names = (*TRAINED, "label", "trained_tokens", "decisions")
                 kept = {name: entry[name] for name in names if name in entry}
@@ -244,6 +249,20 @@ class StudentSweep:
             self.setup.out / "finished" / str(number) for number in range(len(self.state.finished))
         )
 
+    @property
+    def _model_dirs(self) -> tuple[Path, ...]:
+        """Folders with the plain models of the finished students."""
+        return tuple(self._model_dir(number) for number in range(len(self.state.finished)))
+
+    def _model_dir(self, number: int) -> Path:
+        merged = self.setup.out / "merged" / str(number)
+        return merged if merged.exists() else self.setup.out / "finished" / str(number)
+
+    def _merge(self, number: int) -> None:
+        """Merges the adapters of a finished student, if it has any."""
+        start_dir, out = self.runs[number].recipe.start_dir, self.setup.out
+        plain_model(out / "finished" / str(number), start_dir, out / "merged" / str(number))
+
     def _take(self, number: int, answers: AnswerFile) -> None:
         """Trains and evaluates one student, and moves the state to the next run."""
         run = self.runs[number]
@@ -254,7 +273,8 @@ class StudentSweep:
 
         if self.setup.ranks.is_first:
             link_folder(best_dir, folder)  # must outlive its checkpoint
-        entry = self._evaluate(folder, answers)
+            self._merge(number)
+        entry = self._evaluate(self._model_dir(number), answers)
         entry = {
             "label": run.label,
             **entry,

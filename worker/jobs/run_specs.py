@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from app.artifact_cache import ArtifactCache
-from app.contracts.messages import AnyJob, DistillationJob, ImportJob
+from app.contracts.messages import AnyJob, DistillationJob, ImportJob, read_adapter_base
 from app.settings import Settings
 from worker.cuda import DeviceClaim, claim_devices
 from worker.protocol.dataset_spec import DatasetSpec
@@ -32,6 +32,18 @@ def devices_for(job: AnyJob, visible: Sequence[str], settings: Settings) -> Devi
     return claim_devices(visible, count, settings)
 
 
+def adapter_starts(folders: Sequence[Path], copies: ArtifactCache) -> dict[Path, Path]:
+    """Fetches the start model of each folder with adapters. Raises FileNotFoundError."""
+    found: dict[Path, Path] = {}
+    for folder in folders:
+        while (base := read_adapter_base(folder)) is not None and folder not in found:
+            if base.start is None:
+                raise FileNotFoundError(f"{folder} does not name the start model of its adapters")
+            found[folder] = copies.fetch_folder(base.start)
+            folder = found[folder]
+    return found
+
+
 def spec_of(
     job: DistillationJob | ImportJob,
     copies: ArtifactCache,
@@ -52,10 +64,13 @@ def spec_of(
             source = fetch(job.staged)
         return ImportSpec(format=job.format, source_path=source, hub=job.hub, num_threads=threads)
     validation, test = job.validation_file, job.test_file
+    teacher_dir, start_dir = (copies.fetch_folder(ref) for ref in (job.teacher, job.start))
     return RunSpec(
         distillation=job.distillation,
-        teacher_dir=copies.fetch_folder(job.teacher),
-        start_dir=copies.fetch_folder(job.start),
+        teacher_dir=teacher_dir,
+        start_dir=start_dir,
+        start=job.start,
+        adapter_starts=adapter_starts((teacher_dir, start_dir), copies),
         has_teacher=job.method != "supervised",
         training_path=copies.fetch_file(job.training_file),
         validation_path=copies.fetch_file(validation) if validation else None,

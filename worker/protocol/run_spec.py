@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from app.contracts.distillation import Distillation
-from app.contracts.messages import SPLIT_VERSION
+from app.contracts.messages import SPLIT_VERSION, ArtifactRef
 
 
 class RunSpec(BaseModel):
@@ -16,6 +16,10 @@ class RunSpec(BaseModel):
 
     Without a teacher (`has_teacher` false), `teacher_dir` is the folder of the start model, and the
     run learns from the completions in the rows alone.
+
+    start: The start model in the store. None if the run was not started by the service.
+    adapter_starts: For each folder that holds adapters in place of weights, the folder of their
+        start model, which may be such a folder itself.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -23,6 +27,8 @@ class RunSpec(BaseModel):
     distillation: Distillation
     teacher_dir: Path
     start_dir: Path
+    start: ArtifactRef | None = None
+    adapter_starts: dict[Path, Path] = {}
     has_teacher: bool = True
     training_path: Path
     validation_path: Path | None = None

@@ -46,6 +46,15 @@ class Basis:
         return [Machine.of(worker) for worker in self.workers or ()]
 
     @property
+    def num_processes(self) -> int:
+        """Number of processes that would share a batch: one per device that the job asks for.
+
+        Training on a CPU ignores this number.
+        """
+        has_devices = device_of(self.workers or ()) == "cuda"
+        return self.job.block.hyperparameters.num_devices if has_devices else 1
+
+    @property
     def machine(self) -> Machine:
         """The machine for which memory is estimated: the best one of those that are alive."""
         has_bfloat16 = self.speed is not None and self.speed.has_bfloat16
@@ -105,7 +114,7 @@ def answer(basis: Basis, settings: Settings) -> JobEstimate:
     has_disk = free is None or needed_disk(job, rows, settings) <= free
     seconds = None
     if basis.speed is not None:
-        phases = basis.speed.seconds(job, rows)
+        phases = basis.speed.seconds(job, rows, num_processes=basis.num_processes)
         rounded: dict[str, float] = {name: round(value, 1) for name, value in phases.items()}
         seconds = EstimatedSeconds.model_validate({**rounded, "total": round(total(phases), 1)})
     workers = basis.workers or ()
@@ -136,6 +145,11 @@ def notes(basis: Basis, *, has_disk: bool) -> Iterator[str]:
         yield "No worker was measured yet, so there is no estimate of the time."
     else:
         yield basis.speed.note
+        if basis.num_processes > 1:
+            yield (
+                f"The time assumes that the {basis.num_processes} devices divide the work on a batch equally, and that "
+                "they exchange gradients in no time. The report at the end runs on one of them."
+            )
     machine = basis.machine
     if basis.workers is None:
         yield "The workers are unknown, because Redis did not answer."

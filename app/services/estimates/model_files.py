@@ -6,7 +6,7 @@ from typing import Final
 
 import structlog
 
-from app.contracts.messages import ArtifactRef, ModelFacts
+from app.contracts.messages import ADAPTER_BASE, AdapterBase, ArtifactRef, ModelFacts
 from app.contracts.model_sizes import ModelSizes, guess_model, measure_model, read_shapes
 from app.storage import StorageError, store
 
@@ -37,10 +37,20 @@ def stored_sizes(ref: ArtifactRef, facts: ModelFacts) -> ModelSizes:
 
 @lru_cache(maxsize=64)
 def _read(key: str, sha256: str | None) -> ModelSizes:
-    """Reads the headers. A stored folder never changes, so the result is kept."""
+    """Reads the headers. A stored folder never changes, so the result is kept.
+
+    A checkpoint with adapters has the sizes of their start model.
+    """
     files = store()
+    names = files.children(key)
+    if ADAPTER_BASE in names:
+        with files.open(f"{key}/{ADAPTER_BASE}") as file:
+            start = AdapterBase.model_validate_json(file.read()).start
+        if start is None:
+            raise ValueError("the adapters do not name their start model")
+        return _read(start.key, start.sha256)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in files.children(key):
+    for name in names:
         if name.endswith(".safetensors"):
             with files.open(f"{key}/{name}") as file:
                 shapes |= read_shapes(file)

@@ -30,11 +30,15 @@ class Speed:
     has_bfloat16: bool
     note: str
 
-    def seconds(self, job: PlannedJob, rows: RowCounts) -> dict[Phase, float]:
-        """Returns the seconds of each phase of a job."""
+    def seconds(
+        self, job: PlannedJob, rows: RowCounts, *, num_processes: int = 1
+    ) -> dict[Phase, float]:
+        """Returns the seconds of each phase of a job whose batches are shared by processes."""
         is_exact = job.block.hyperparameters.precision == "float32"
         has_bfloat16 = self.has_bfloat16 and not is_exact
-        expected = reference_seconds(job, rows, has_bfloat16=has_bfloat16)
+        expected = reference_seconds(
+            job, rows, has_bfloat16=has_bfloat16, num_processes=num_processes
+        )
         return {phase: expected[phase] * self.factors[phase] for phase in PHASES}
 
 

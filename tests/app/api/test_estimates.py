@@ -199,6 +199,7 @@ def test_a_job_that_asks_for_more_devices_than_any_worker_has_is_refused(bench: 
     found = bench.estimate(body)
     assert found["fits"] is True
     assert any("1 of the 2 workers that are alive have too few CUDA" in n for n in found["notes"])
+    assert any("the 2 devices divide the work on a batch equally" in n for n in found["notes"])
 
 
 def test_a_worker_without_a_profile_refuses_nothing(bench: Bench) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from sqlalchemy import func, text
 
-from app.contracts.messages import JobStatus
-from app.db import files, idempotency, jobs, keys, leases, models, reconciliation
+from app.contracts.messages import ArtifactRef, JobStatus
+from app.db import checkpoints, files, idempotency, jobs, keys, leases, models, reconciliation
 from app.db.job_states import move
 from app.db.registry import aliases
 from app.db.schema.tables import File, Job, Model
@@ -158,6 +158,29 @@ def test_a_model_is_in_use_by_jobs_that_read_a_checkpoint_of_its_training(
     add_job("as-start", spec={"teacher": {"key": other}, "start": {"key": own}})
     add_job("beside", spec={"teacher": {"key": other}, "start": {"key": other}})
     assert models.users_of_model(session, model) == ["as-start", "as-teacher"]
+
+
+def test_a_model_is_in_use_by_the_checkpoints_of_a_lora_job_that_has_ended(
+    session: Session, add_job: AddJob
+) -> None:
+    model = add_model(session, "m")
+    assert model is not None
+    spec: dict[str, Any] = {"start": {"key": "models/m", "bytes": 900}, "teacher": {"key": "x"}}
+    add_job("ftjob-1", spec=spec | {"distillation": {"student": {"init": "lora"}}})
+    job = leases.claim(session, "w", 60)
+    assert job is not None
+    assert job.lease_token is not None
+    ref = ArtifactRef(key="k", bytes=5, sha256="c" * 64)
+    checkpoints.insert_checkpoint(
+        session, job.id, job.lease_token, step=5, ref=ref, metrics={}, is_best=True
+    )
+    checkpoint = models.find_checkpoint(session, "p", job.model_id, 5)
+    assert checkpoint is not None
+    assert models.start_bytes_of_adapters(session, checkpoint) == 900
+    move(session, "ftjob-1", JobStatus.cancelled, message="x")
+    assert models.users_of_model(session, model) == ["ftjob-1 (for its checkpoints)"]
+    session.execute(text("UPDATE checkpoints SET status = 'deleting'"))
+    assert models.users_of_model(session, model) == []
 
 
 def test_deleting_a_model_dooms_its_checkpoints(session: Session, add_job: AddJob) -> None:

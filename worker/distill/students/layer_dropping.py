@@ -2,9 +2,10 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -31,9 +32,13 @@ def first_and_last(num_available: int, num_kept: int) -> tuple[int, ...]:
 
 
 def keep_layers(
-    teacher: PreTrainedModel, layers: Sequence[int], encoder_layers: Sequence[int] | None = None
+    teacher: PreTrainedModel,
+    layers: Sequence[int],
+    encoder_layers: Sequence[int] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Returns a copy of the model with only the given layers.
+    """Returns a copy of the model with only the given layers, in `dtype`.
 
     For an encoder-decoder, `layers` are the decoder's. Without `encoder_layers` the encoder keeps
     all its layers. T5 stores the relative position bias in the first layer of each side; it is
@@ -45,22 +50,36 @@ def keep_layers(
     for prefix, numbers in zip(stacks, kept, strict=True):
         if numbers is not None:
             weights = _renumber(weights, prefix, numbers)
-    return rebuild(teacher, cut_config(teacher.config, layers, encoder_layers), weights)
+    config = cut_config(teacher.config, layers, encoder_layers)
+    return rebuild(teacher, config, weights.items(), dtype=dtype)
 
 
+@torch.no_grad()
 def rebuild(
-    teacher: PreTrainedModel, config: PretrainedConfig, weights: dict[str, Tensor]
+    teacher: PreTrainedModel,
+    config: PretrainedConfig,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Returns a float32 model of the teacher's class with this configuration and these weights.
+    """Returns a model of the teacher's class with this configuration and these weights.
 
     The class is the teacher's own because there is no auto class for EncoderDecoderModel. Weights
-    of other dtypes are converted one at a time.
+    are taken and converted one at a time.
     """
     with no_init_weights():  # all weights are replaced
         student: PreTrainedModel = type(teacher)(config).float()
     student.tie_weights()
     _untie_head_like(teacher, student)
-    student.load_state_dict(weights)
+    if dtype != torch.float32:
+        for parameter in student.parameters():  # buffers stay in float32
+            parameter.data = torch.empty_like(parameter, dtype=dtype)
+    own = student.state_dict()
+    for name, weight in weights:
+        target = own.pop(name)
+        assert target.shape == weight.shape, f"{name} has another shape in the student"
+        target.copy_(weight)
+    assert not own, f"the student needs more weights: {sorted(own)[:3]}"
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters on a model's linear layers, merged into the weights on saving.
+"""LoRA: low-rank adapters on a model's linear layers, merged into the weights after training.
 
 Source: Hu et al., arXiv:2106.09685.
 
@@ -10,6 +10,9 @@ Adapted weights are frozen, so on a GPU they can have the dtype of autocast. A s
 results with them as with float32 weights, which autocast would round at every use. All other
 parameters, including the adapters, are float32.
 
+Checkpoints hold the adapters without the weights. `plain_model` merges them
+(docs/decisions/0024-checkpoints-of-adapters.md).
+
 The `peft` package is not used because it renames every layer. It also unmerges adapters by
 subtraction, which does not restore the exact weights.
 
@@ -17,29 +20,31 @@ R rank, I input features, O output features.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from app.contracts.distillation import Lora
+from app.contracts.messages import AdapterBase, read_adapter_base
 from worker.cpu import OneDnnConv1D, OneDnnLinear, linear
 from worker.distill.students.layer_dropping import layer_stacks
 from worker.errors import CorruptCheckpoint
+from worker.models.adapters import NAMES, AdapterFormat, merge_adapters, read_adapters
 
-NAMES = ("lora_a_RI", "lora_b_OR")
-ADAPTERS = "adapters.safetensors"  # in a checkpoint, beside the model folder with merged weights
+# In checkpoints of older versions, beside a model folder with merged weights.
+OLD_ADAPTERS = "adapters.safetensors"
 
 
 class Adapted(nn.Module):
     """Mixin that adds LoRA adapters to a linear layer. It comes before the layer's base class."""
 
-    plain: Any  # Any: the layer's original class, which is no base class of Adapted
     weight: Tensor
     lora_a_RI: nn.Parameter
     lora_b_OR: nn.Parameter
@@ -57,22 +62,13 @@ class Adapted(nn.Module):
         out: Tensor = super().forward(x)
         return out + self.lora_scale * linear(linear(x, self.lora_a_RI), self.lora_b_OR)
 
-    def delta_like_weight(self) -> Tensor:
-        """Returns what the adapters add to the weight, in the weight's layout."""
-        delta_OI = self.lora_scale * (self.lora_b_OR @ self.lora_a_RI)
-        return delta_OI.t() if isinstance(self, Conv1D) else delta_OI
-
 
 class LoraLinear(Adapted, OneDnnLinear):
     """Linear layer with LoRA adapters."""
 
-    plain = OneDnnLinear
-
 
 class LoraConv1D(Adapted, OneDnnConv1D):
     """GPT-2's Conv1D layer, whose weight is [I, O], with LoRA adapters."""
-
-    plain = OneDnnConv1D
 
 
 def add_lora(
@@ -95,30 +91,6 @@ def add_lora(
             tensor.data = tensor.data.float()
 
 
-@contextmanager
-def merged(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
-    """Context manager that merges the adapters into the weights, to save or serve the model.
-
-    On exit the original weights and adapters are restored exactly. Merged weights are float32
-    and on the CPU, because a GPU may have no room for them. A model without adapters is unchanged.
-    """
-    layers = [module for module in model.modules() if isinstance(module, Adapted)]
-    weights = [layer.weight.data for layer in layers]
-    adapters = [[layer._parameters[name] for name in NAMES] for layer in layers]
-    try:
-        for layer in layers:
-            layer.weight.data = (layer.weight.data + layer.delta_like_weight().detach()).cpu()
-            for name in NAMES:
-                del layer._parameters[name]
-            layer.__class__ = layer.plain
-        yield model
-    finally:
-        for layer, weight, pair in zip(layers, weights, adapters, strict=True):
-            layer.weight.data = weight
-            layer._parameters.update(zip(NAMES, pair, strict=True))
-            layer.__class__ = LoraConv1D if isinstance(layer, Conv1D) else LoraLinear
-
-
 def lora_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Returns the adapters by name. Together with the start they determine the student exactly."""
     return {
@@ -128,11 +100,30 @@ def lora_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def saved_bytes(model: PreTrainedModel) -> int:
-    """Returns the size of the model's file, whose merged weights are float32."""
-    lowered = [module.weight for module in model.modules() if isinstance(module, Adapted)]
-    added = sum(weight.numel() * torch.float32.itemsize - weight.nbytes for weight in lowered)
-    return int(added + sum(parameter.nbytes for parameter in model.parameters()))
+def adapter_format(
+    model: PreTrainedModel, lora: Lora | None, base: AdapterBase
+) -> AdapterFormat | None:
+    """Returns the properties of a student's adapters that are stored with them, None without."""
+    if lora is None:
+        return None
+    is_transposed = any(isinstance(module, LoraConv1D) for module in model.modules())
+    return AdapterFormat(lora, base, has_transposed_weights=is_transposed)
+
+
+def plain_model(folder: Path, start_dir: Path, target: Path) -> Path:
+    """Returns the folder of a student without adapters: `folder` itself if it has none.
+
+    Otherwise it merges the adapters into the start model, and writes the result to `target`.
+    """
+    if read_adapter_base(folder) is None:
+        return folder
+    return merge_adapters(start_dir, folder, target)
+
+
+def read_saved_adapters(checkpoint: Path) -> dict[str, Tensor]:
+    """Returns the adapters in a checkpoint of this version or an older one."""
+    old = checkpoint / OLD_ADAPTERS
+    return load_file(old) if old.exists() else read_adapters(checkpoint / "model")
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.contracts.distillation import Lora, Student
@@ -17,7 +16,7 @@ from worker.distill.losses.lm_head import load_head
 from worker.distill.students.activation_checkpointing import checkpoint_activations
 from worker.distill.students.fresh import build_fresh, fresh_config
 from worker.distill.students.layer_dropping import first_and_last, keep_layers
-from worker.distill.students.lora import ADAPTERS, add_lora, load_lora_tensors
+from worker.distill.students.lora import add_lora, load_lora_tensors, read_saved_adapters
 from worker.distill.students.width_pruning import narrow_config, sizes_of, slice_width
 from worker.errors import InvalidStudent, StudentTooDeep, UnsupportedModel
 from worker.models.architectures import kind_of, layer_counts, model_class, read_config
@@ -102,14 +101,16 @@ class StudentRecipe:
             return build_fresh(
                 fresh_config(self.student.config, _tokenizer(self.tokenizer_dir)), seed=self.seed
             )
-        if self.layers is None:
-            model = load_model(self.start_dir)
-        else:
-            # weights in the dtype of their files are mapped: only the kept layers take memory
-            start = load_model(self.start_dir, stored_dtype(self.start_dir) or torch.float32)
-            model = keep_layers(start, self.layers, self.encoder_layers)
-            del start
-        if self.student.init == "width":
+        is_narrower = self.student.init == "width"
+        if self.layers is None and not is_narrower:
+            return load_model(self.start_dir)
+        # weights in the dtype of their files are mapped: only what is kept takes memory
+        dtype = stored_dtype(self.start_dir) or torch.float32
+        model = load_model(self.start_dir, dtype)
+        if self.layers is not None:
+            kept_dtype = dtype if is_narrower else torch.float32
+            model = keep_layers(model, self.layers, self.encoder_layers, dtype=kept_dtype)
+        if is_narrower:
             return slice_width(model, sizes_of(self.student, model.config), self.calibration)
         return model
 
@@ -205,7 +206,7 @@ def load_student(
     linear layers other than the head multiply on a CPU. `has_checkpointing` switches activation
     checkpointing on. `frozen_dtype` is the dtype of weights with adapters.
     """
-    # A checkpoint's model folder has the adapters merged in, so a LoRA student is built anew.
+    # A checkpoint of a LoRA student has no weights, so the student is built anew.
     if recipe.lora is not None and stored_dtype(recipe.start_dir) == frozen_dtype:
         model = load_model(recipe.start_dir, frozen_dtype)
     elif resume_dir is None or recipe.lora is not None:
@@ -216,7 +217,7 @@ def load_student(
     if recipe.lora is not None:
         add_lora(model, recipe.lora, seed=seed, base_dtype=frozen_dtype)
         if resume_dir is not None:
-            load_lora_tensors(model, load_file(resume_dir / ADAPTERS))
+            load_lora_tensors(model, read_saved_adapters(resume_dir))
     if recipe.freeze_head:
         freeze_head(model)
     if recipe.freeze_encoder:

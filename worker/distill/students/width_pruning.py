@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from app.contracts.architectures import ARCHITECTURES
 from app.contracts.distillation import Student
+from worker.distill.students.float32_parts import float32_parts
 from worker.distill.students.layer_dropping import rebuild
 from worker.errors import InvalidStudent, UnsupportedModel
 from worker.models.architectures import kind_of
@@ -69,8 +70,6 @@ T5_AXES = {
 AXES_OF_LAYERS = {"gpt2": GPT2_AXES, "llama": LLAMA_AXES, "t5": T5_AXES}
 AXES = {a.model_type: AXES_OF_LAYERS[a.layers] for a in ARCHITECTURES.values() if a.layers}
 Sequences = Sequence[Sequence[int]]
-
-
 Note = Callable[[str, str, Tensor], None]  # axis letter, module name, observed activations
 
 
@@ -187,7 +186,7 @@ def narrow_config(config: PretrainedConfig, sizes: Sizes) -> PretrainedConfig:
 def slice_width(
     model: PreTrainedModel, sizes: Sizes, calibration: Sequences = ()
 ) -> PreTrainedModel:
-    """Returns a model of these sizes with the most important parts of the given model.
+    """Returns a float32 model of these sizes with the most important parts of the given model.
 
     Each calibration sequence is an input of the model; in an encoder-decoder both sides read it.
     Query heads stay with their key-value heads. T5's self-attention layers of one side share a
@@ -198,15 +197,16 @@ def slice_width(
     importance = _activations(model, sequences) if sequences else _weight_norms(model)
     kept = _choose(importance, full_sizes(model.config), sizes)
     scales = _norm_scales(model, sequences, kept.hidden_H)
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        cut = tensor
+
+    def cut(name: str, tensor: Tensor) -> Tensor:
+        """Returns the kept part of a tensor, scaled if it is the weight of a norm."""
         for axis, letter in enumerate(_axes(model.config, name)):
             if letter != ".":
-                cut = cut.index_select(axis, _indices(letter, name, kept, model.config))
-        if name.endswith(".weight"):
-            cut = cut * scales.get(name.removesuffix(".weight"), 1.0)
-        weights[name] = cut
+                tensor = tensor.index_select(axis, _indices(letter, name, kept, model.config))
+        scale = scales.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+        return tensor if scale is None else tensor.float() * scale
+
+    weights = ((name, cut(name, tensor)) for name, tensor in model.state_dict().items())
     return rebuild(model, config, weights)
 
 
@@ -277,7 +277,7 @@ def _weight_norms(model: PreTrainedModel) -> Parts:
     for name, letter, module in _readers(model):
         if letter == "norm" or module is head:
             continue
-        norms = module.weight.norm(dim=1 if isinstance(module, Conv1D) else 0)
+        norms = module.weight.float().norm(dim=1 if isinstance(module, Conv1D) else 0)
         if letter == "Q":
             norms = norms.view(-1, head_width(model.config)).norm(dim=1)
         # normalised, so that all matrices have the same influence
@@ -353,12 +353,13 @@ def _norm_scales(
 def _run(model: PreTrainedModel, sequences: Sequences, hooks: list[Any]) -> None:
     """Runs the model on the sequences, then removes the hooks."""
     try:
-        for sequence in sequences:
-            ids_BT = torch.tensor([list(sequence)])
-            inputs = {"input_ids": ids_BT}
-            if kind_of(model.config) == "seq2seq":
-                inputs["decoder_input_ids"] = ids_BT
-            model(**inputs, use_cache=False)
+        with float32_parts(model):
+            for sequence in sequences:
+                ids_BT = torch.tensor([list(sequence)])
+                inputs = {"input_ids": ids_BT}
+                if kind_of(model.config) == "seq2seq":
+                    inputs["decoder_input_ids"] = ids_BT
+                model(**inputs, use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,11 +3,18 @@
 docs/automatic-values.md lists them for users.
 """
 
+import math
 from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from app.contracts.batch_plan import EVAL_SHARE, MOST_EVALS, batch_tokens_of
+from app.contracts.batch_plan import (
+    CPU_BATCH_TOKENS,
+    DEVICE_BATCH_TOKENS,
+    EVAL_SHARE,
+    MOST_EVALS,
+    batch_tokens_of,
+)
 from app.contracts.distillation import Distillation, Hyperparameters
 from worker.distill.decisions import Decision
 from worker.distill.students.recipe import StudentRecipe
@@ -30,7 +37,8 @@ MEASURED_WIDTH = 576
 # Learning rates of students with fitted layers. They are lower, because a high rate undoes the fit.
 FITTED_FEW_LAYERS = 1e-3
 # By version of the defaults: a checkpoint has its version, and a resumed job keeps its values.
-FITTED_LAYERS = {1: 5e-4, 2: 2.5e-4}
+FITTED_LAYERS = {1: 5e-4, 2: 2.5e-4, 3: 2.5e-4}
+FOLLOWS_BATCH = 3  # from this version on, the rate follows the size of automatic batches
 NEWEST_DEFAULTS = max(FITTED_LAYERS)
 
 
@@ -70,8 +78,8 @@ def decide_learning_rate(
 ) -> Decision:
     """Returns the default of the highest learning rate, and the reason for it.
 
-    It depends on how the student was made, on whether its layers were fitted, and on its width. A
-    multiplier, if there is one, applies to the default.
+    It depends on how the student was made, on whether its layers were fitted, on its width, and on
+    the size of automatic batches. A multiplier, if there is one, applies to the default.
     """
     rate, reason = STARTS.get(recipe.student.init, CHECKPOINT)
     if recipe.student.init == "layers" and recipe.layers is not None:
@@ -84,6 +92,9 @@ def decide_learning_rate(
     if width > MEASURED_WIDTH:
         rate *= MEASURED_WIDTH / width
         reason += f", and its width is {width}"
+    if (factor := _batch_factor(h, state)) > 1:
+        rate *= factor
+        reason += f", and its batches have {state.batch_tokens:,} tokens"
     if h.learning_rate_multiplier is not None:
         rate *= h.learning_rate_multiplier
         reason += f"; the job multiplies it by {h.learning_rate_multiplier:g}"
@@ -93,6 +104,22 @@ def decide_learning_rate(
         reason=reason,
         words=f"learning rate {rate:.3g}",
     )
+
+
+def _batch_factor(h: Hyperparameters, state: TrainState) -> float:
+    """Returns the factor of the learning rate for automatic batches that are larger than a CPU's.
+
+    The rates are measured with batches of a CPU. With Adam, the rate follows the square root of the
+    batch size as long as the noise of the gradients dominates. It does not rise further beyond the
+    largest batch of one GPU, because the best rate falls again for very large batches.
+
+    Sources: Malladi et al., arXiv:2205.10287; Li et al., arXiv:2405.14578.
+    """
+    is_automatic = h.batch_tokens == "auto" and h.batch_rows is None
+    if not is_automatic or state.defaults_version < FOLLOWS_BATCH:
+        return 1.0
+    num_tokens = min(state.batch_tokens or CPU_BATCH_TOKENS, DEVICE_BATCH_TOKENS)
+    return math.sqrt(num_tokens / CPU_BATCH_TOKENS)
 
 
 def decide_batch_tokens(number: int, reason: str) -> Decision:

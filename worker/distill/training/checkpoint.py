@@ -2,7 +2,8 @@
 
 A checkpoint is written under another name, synced to disk, and then renamed to `step-N/`. It holds:
 
-- `model/`: the student as a Hugging Face folder, ready to be served.
+- `model/`: the student as a Hugging Face folder, ready to be served. A LoRA student has adapters
+  in it instead of weights (worker.models.adapters).
 - `optimizer.safetensors`, `rng.safetensors` and `state.json`.
 - `answers.jsonl`, if the teacher wrote the completions.
 - `best/`, if the best student so far is an earlier one.
@@ -30,8 +31,9 @@ from app.contracts.distillation import Precision
 from app.crash_points import crash_point
 from worker.disk import is_disk_full
 from worker.distill.decisions import Decision
-from worker.distill.students.lora import ADAPTERS, lora_tensors, merged, saved_bytes
+from worker.distill.students.lora import lora_tensors
 from worker.errors import CorruptCheckpoint, DiskFull
+from worker.models.adapters import AdapterFormat, save_adapters
 
 MANIFEST = "manifest.json"
 PROJECTIONS = "projections.safetensors"  # used in the training only, not a part of the student
@@ -95,7 +97,10 @@ class TrainState(BaseModel):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Contents of a checkpoint. `best_dir` is the model folder of an earlier, better student."""
+    """Contents of a checkpoint. `best_dir` is the model folder of an earlier, better student.
+
+    `adapters` is None for a student without adapters.
+    """
 
     state: TrainState
     model: PreTrainedModel
@@ -106,6 +111,7 @@ class Snapshot:
     replay_jsonl: bytes = b""
     projections: nn.Module | None = None
     finished_dirs: tuple[Path, ...] = ()
+    adapters: AdapterFormat | None = None
 
 
 def save_checkpoint(out: Path, snapshot: Snapshot) -> Path:
@@ -262,15 +268,9 @@ def file_sha256(path: Path) -> str:
 
 
 def _write_parts(folder: Path, snapshot: Snapshot) -> None:
-    with merged(snapshot.model) as plain:
-        plain.save_pretrained(folder / "model")
-    if adapters := lora_tensors(snapshot.model):
-        save_file(
-            {name: tensor.contiguous() for name, tensor in adapters.items()}, folder / ADAPTERS
-        )
+    _write_model(folder / "model", snapshot)
     if snapshot.projections is not None and (projections := snapshot.projections.state_dict()):
         save_file(projections, folder / PROJECTIONS)
-    snapshot.tokenizer.save_pretrained(folder / "model")
     crash_point("trainer.halfway")
     save_file(dict(_optimizer_tensors(snapshot)), folder / "optimizer.safetensors")
     random = {"cpu": torch.get_rng_state()}
@@ -286,6 +286,19 @@ def _write_parts(folder: Path, snapshot: Snapshot) -> None:
         shutil.copyfile(snapshot.answers_path, folder / "answers.jsonl")
     if snapshot.replay_jsonl:
         (folder / REPLAY).write_bytes(snapshot.replay_jsonl)
+
+
+def _write_model(folder: Path, snapshot: Snapshot) -> None:
+    model = snapshot.model
+    if snapshot.adapters is None:
+        model.save_pretrained(folder)
+    else:
+        folder.mkdir()
+        model.config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        save_adapters(folder, lora_tensors(model), snapshot.adapters)
+    snapshot.tokenizer.save_pretrained(folder)
 
 
 def _optimizer_tensors(snapshot: Snapshot) -> Iterator[tuple[str, Tensor]]:
@@ -318,9 +331,11 @@ def _write_manifest(folder: Path) -> None:
 
 
 def _require_room(out: Path, snapshot: Snapshot) -> None:
-    needed = SPARE_BYTES + len(snapshot.replay_jsonl) + saved_bytes(snapshot.model)
+    needed = SPARE_BYTES + len(snapshot.replay_jsonl)
     for parameter in snapshot.model.parameters():
-        needed += parameter.nbytes * len(MOMENTS) * parameter.requires_grad
+        # of a LoRA student, exactly the adapters are trained
+        is_saved = snapshot.adapters is None or parameter.requires_grad
+        needed += parameter.nbytes * (is_saved + len(MOMENTS) * parameter.requires_grad)
     free = shutil.disk_usage(out).free
     if free < needed:
         raise DiskFull(

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 from app.contracts.batch_plan import CPU_BATCH_TOKENS
 from app.contracts.distillation import Auto, Precision
 from app.contracts.job_memory import DeviceStudent, layer_bytes
+from app.contracts.memory.step_parts import NO_PARTS, StepParts, feature_bytes, rollout_bytes
 from app.contracts.model_sizes import ModelSizes, measure_model, num_trained
 from worker.cpu import HAS_FAST_BFLOAT16
 from worker.distill.students.layer_dropping import cut_config
@@ -235,6 +236,7 @@ def needs_by_tokens(
     can_cache: bool = True,
     row_tokens: int = 512,
     source_share: float | None = None,
+    parts: StepParts = NO_PARTS,
 ) -> Callable[[int, bool], Needs]:
     """Returns a function of the most tokens of a micro-batch, and of whether gradients accumulate.
 
@@ -256,6 +258,10 @@ def needs_by_tokens(
         has_frozen_encoder=recipe.freeze_encoder,
         trains_norms=recipe.lora is None,
         num_lowered=sizes.layer_parameters if recipe.lora is not None and has_autocast else 0,
+        features=feature_bytes(
+            parts, sizes, big, row_tokens=row_tokens, value_bytes=2 if device.has_bfloat16 else 4
+        ),
+        rollout_bytes=rollout_bytes(sizes, parts.rollouts),
     )
     num_teacher = sum(p.numel() for p in bare_model(teacher).parameters())
     teacher_layer = max(

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from app.contracts.distillation import Hyperparameters, Objective
+from app.contracts.messages import AdapterBase, ArtifactRef
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import ALONE, Ranks
 from worker.distill.phase_times import PhaseTimes
@@ -48,4 +49,11 @@ class TrainingInputs:
     autocast: torch.dtype | None = None  # autocast dtype of the student's layers, None: float32
     matmul_dtype: torch.dtype = torch.float32  # dtype of the student's matmuls on a CPU
     placement: Placement = ON_CPU
+    start: ArtifactRef | None = None  # start model in the store, None outside of the service
     phases: PhaseTimes = field(default_factory=PhaseTimes)
+
+    @property
+    def adapter_base(self) -> AdapterBase:
+        """The start model of the student's adapters, if it has any."""
+        dtype = "bfloat16" if self.autocast == torch.bfloat16 else "float32"
+        return AdapterBase(start=self.start, dtype=dtype)

@@ -22,6 +22,7 @@ from worker.distill.decisions import Decision
 from worker.distill.evaluation.held_out import HeldOut, HeldOutRows, stopping_score
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of
+from worker.distill.students.lora import adapter_format
 from worker.distill.students.recipe import load_student
 from worker.distill.training.automatic_values import decide_for_student, peak_learning_rate
 from worker.distill.training.checkpoint import (
@@ -340,6 +341,7 @@ class Trainer:
             replay_jsonl=self.rollouts.buffer.to_jsonl(),
             projections=self._projections,
             finished_dirs=setup.finished_dirs,
+            adapters=adapter_format(self.model, setup.recipe.lora, setup.adapter_base),
         )
         job_step, best_step = self.state.job_step, self.state.best_step
         is_first = setup.ranks.is_first

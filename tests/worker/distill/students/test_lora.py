@@ -8,16 +8,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from app.contracts.distillation import Lora, Student
+from tests.adapters import save_adapted
 from worker.cpu.linear_ops import pack_weights, use_onednn
 from worker.distill.students.lora import (
     add_lora,
     load_lora_tensors,
     lora_tensors,
-    merged,
-    saved_bytes,
+    plain_model,
 )
 from worker.distill.students.recipe import load_model, load_student, plan_student
 from worker.errors import CorruptCheckpoint
+from worker.models.adapters import merge_adapters, read_adapters
 from worker.models.architectures import layer_counts
 
 FAMILIES = ("llama", "gpt2", "bloom", "opt", "gpt_neox", "t5", "bart", "bert2bert")
@@ -45,6 +46,10 @@ def trained(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
     for tensor in lora_tensors(model).values():
         tensor.normal_(0.0, 0.05, generator=generator)
     return model
+
+
+def save(model: PreTrainedModel, folder: Path, dtype: Any = "float32") -> Path:
+    return save_adapted(model, folder, RANK_4, dtype=dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -82,30 +87,55 @@ def test_every_linear_layer_but_the_head_is_adapted(tiny_llama_dir: Path) -> Non
 def test_a_merged_model_computes_what_the_adapters_do(
     request: pytest.FixtureRequest, family: str, tmp_path: Path
 ) -> None:
-    model = trained(load(request, family))
+    model, start_dir = (
+        trained(load(request, family)),
+        request.getfixturevalue(f"tiny_{family}_dir"),
+    )
     with_adapters = run(model)
     assert not torch.allclose(with_adapters, run(load(request, family)), atol=1e-2)
-    with merged(model) as plain:
-        torch.testing.assert_close(run(plain), with_adapters, rtol=1e-4, atol=1e-4)
-        plain.save_pretrained(tmp_path)
-    torch.testing.assert_close(run(load_model(tmp_path)), with_adapters, rtol=1e-4, atol=1e-4)
+    plain = plain_model(save(model, tmp_path / "saved"), start_dir, tmp_path / "plain")
+    torch.testing.assert_close(run(load_model(plain)), with_adapters, rtol=1e-4, atol=1e-4)
+    assert plain_model(plain, start_dir, tmp_path / "again") == plain  # it has no adapters
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_model_becomes_what_it_was_to_the_bit(
-    request: pytest.FixtureRequest, family: str
+def test_a_start_in_several_files_is_merged_file_by_file(
+    tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    start, model = load_model(tiny_llama_dir), trained(load_model(tiny_llama_dir))
+    start.save_pretrained(tmp_path / "start", max_shard_size="200KB")
+    saved = save(model, tmp_path / "saved", "bfloat16")
+    plain = merge_adapters(tmp_path / "start", saved, tmp_path / "plain")
+    assert len(list(plain.glob("*.safetensors"))) > 1
+    weights = load_model(plain, torch.bfloat16).state_dict()
+    a_RI, b_OR = (
+        lora_tensors(model)[f"model.layers.1.mlp.up_proj.lora_{x}"] for x in ("a_RI", "b_OR")
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    sum_OI = start.state_dict()[name].bfloat16() + 2.0 * (b_OR @ a_RI)
+    assert torch.equal(weights[name], sum_OI.bfloat16())
+    assert torch.equal(
+        weights["model.embed_tokens.weight"],
+        start.state_dict()["model.embed_tokens.weight"].bfloat16(),
+    )
+
+
+def test_adapters_of_another_model_are_not_merged(
+    tiny_llama_dir: Path, tiny_gpt2_dir: Path, tmp_path: Path
+) -> None:
+    saved = save(trained(load_model(tiny_llama_dir)), tmp_path / "saved")
+    with pytest.raises(CorruptCheckpoint, match="submit the job again"):
+        merge_adapters(tiny_gpt2_dir, saved, tmp_path / "plain")
+    assert not (tmp_path / "plain").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_saved_adapters_are_read_back_exactly(
+    request: pytest.FixtureRequest, family: str, tmp_path: Path
 ) -> None:
     model = trained(load(request, family))
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    parameters = list(model.parameters())
-    before = run(model)
-    with pytest.raises(KeyboardInterrupt), merged(model):
-        raise KeyboardInterrupt
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-    assert model.state_dict().keys() == weights.keys()
-    assert torch.equal(run(model), before)
-    # an optimizer made before still holds the model's own parameters, in the same order
-    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    found, own = read_adapters(save(model, tmp_path / "saved")), lora_tensors(model)
+    assert found.keys() == own.keys()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in found.items())
 
 
 def test_a_model_is_resumed_exactly_from_its_adapters(tiny_gpt2_dir: Path) -> None:
@@ -146,14 +176,6 @@ def test_onednn_layers_keep_their_adapters(
         torch.testing.assert_close(run(model), before, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_without_adapters_is_merged_already(tiny_llama_dir: Path) -> None:
-    model = load_model(tiny_llama_dir)
-    before = run(model)
-    with merged(model) as plain:
-        assert torch.equal(run(plain), before)
-
-
-HEADER_BYTES = 2**16
 LOWERED = ("llama", "gpt2", "t5")
 
 
@@ -186,7 +208,7 @@ def test_lowered_weights_compute_under_autocast_what_float32_weights_do(
 
 @pytest.mark.parametrize("family", LOWERED)
 @torch.no_grad()
-def test_a_student_with_lowered_weights_runs_without_autocast_and_is_merged_in_float32(
+def test_a_student_with_lowered_weights_runs_without_autocast_and_is_merged_in_bfloat16(
     request: pytest.FixtureRequest, family: str, tmp_path: Path
 ) -> None:
     model = load(request, family)
@@ -195,12 +217,10 @@ def test_a_student_with_lowered_weights_runs_without_autocast_and_is_merged_in_f
         assert tensor.dtype == torch.float32
         tensor.normal_(0.0, 0.05)
     before = run(model)
-    with merged(model) as plain:
-        # bfloat16 has 8 bits, and rounding errors grow from layer to layer
-        assert (run(plain) - before).abs().mean() < 0.1 * before.std()
-        plain.save_pretrained(tmp_path)
-    assert torch.equal(run(model), before)
-    tensors = load_file(tmp_path / "model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    # the adapters are counted too
-    assert (tmp_path / "model.safetensors").stat().st_size <= saved_bytes(model) + HEADER_BYTES
+    saved = save(model, tmp_path / "saved", "bfloat16")
+    start_dir = request.getfixturevalue(f"tiny_{family}_dir")
+    plain = merge_adapters(start_dir, saved, tmp_path / "plain")
+    # bfloat16 has 8 bits, and rounding errors grow from layer to layer
+    assert (run(load_model(plain)) - before).abs().mean() < 0.1 * before.std()
+    tensors = load_file(plain / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}

@@ -125,6 +125,22 @@ def test_a_saved_student_loads_as_it_was(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded), logits(student), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("calibration", [(), CALIBRATION], ids=["weights", "activations"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_start_in_bfloat16_gives_the_student_of_the_same_start_in_float32(
+    name: str, calibration: Any, tmp_path: Path
+) -> None:
+    random_model(name).to(torch.bfloat16).save_pretrained(tmp_path)
+    one, other = (
+        slice_width(load_model(tmp_path, dtype), narrower(name), calibration).state_dict()
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert one.keys() == other.keys()
+    for key, tensor in one.items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, other[key])
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 def test_measuring_leaves_the_model_as_it_was(name: str) -> None:
     model = random_model(name)

@@ -16,6 +16,7 @@ from worker.distill.training.automatic_values import (
     NEWEST_DEFAULTS,
     decide_eval_steps,
     decide_learning_rate,
+    peak_learning_rate,
 )
 from worker.distill.training.checkpoint import TrainState, file_sha256, load_state
 from worker.protocol.run_lines import MessageLine
@@ -62,6 +63,38 @@ def test_the_learning_rate_depends_on_the_start(
     decision = decide_learning_rate(h, run.recipe, run.recipe.build(), state)
     assert decision.value == pytest.approx(rate)
     assert reason in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("h", "state", "rate"),
+    [
+        ({}, {}, 1e-4),
+        ({}, {"batch_tokens": 1024}, 1e-4),  # as on a CPU
+        ({}, {"batch_tokens": 4096}, 2e-4),
+        ({"learning_rate_multiplier": 0.5}, {"batch_tokens": 4096}, 1e-4),
+        ({}, {"batch_tokens": 64 * 8192}, 1e-4 * 8**0.5),
+        ({}, {"batch_tokens": 4096, "defaults_version": 2}, 1e-4),
+        ({"batch_tokens": 4096}, {"batch_tokens": 4096}, 1e-4),
+        ({"batch_rows": 8}, {"batch_tokens": 4096}, 1e-4),
+        ({"learning_rate": 3e-4}, {"batch_tokens": 4096}, 3e-4),
+    ],
+)
+def test_the_learning_rate_follows_the_square_root_of_automatic_batches(
+    make_spec: MakeSpec, h: Json, state: Json, rate: float
+) -> None:
+    asked = {"learning_rate": "auto", "batch_tokens": "auto", **h}
+    spec = make_spec({"student": {"init": "checkpoint"}}, **asked)
+    (run,) = plan_student_runs(spec)
+    progress = TrainState(**{"defaults_version": NEWEST_DEFAULTS, **state})
+    values = spec.distillation.hyperparameters
+    model = run.recipe.build()
+    assert peak_learning_rate(values, run.recipe, model, progress) == pytest.approx(rate)
+    if h.get("learning_rate") is None:
+        decision = decide_learning_rate(values, run.recipe, model, progress)
+        is_raised = not h.get("learning_rate_multiplier") and rate > 1e-4
+        assert is_raised == decision.reason.endswith(
+            f"its batches have {progress.batch_tokens or 0:,} tokens"
+        )
 
 
 @pytest.mark.parametrize(

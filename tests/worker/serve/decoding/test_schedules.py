@@ -15,15 +15,17 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from app.contracts.architectures import distilled
 from app.contracts.distillation import Lora
 from app.contracts.generation import Delta, GenerateRequest, Reply, Sampling
 from app.contracts.messages import ArtifactRef
+from tests.adapters import save_adapted
 from tests.tiny import save_tiny
-from worker.distill.students.lora import add_lora, lora_tensors, merged
+from worker.distill.students.lora import add_lora, lora_tensors
 from worker.distill.students.recipe import load_model as load_student
+from worker.models.adapters import merge_adapters
 from worker.serve.decoding.families import family_of
 from worker.serve.decoding.sampling import seeded_generator
 from worker.serve.engine import TransformersEngine, end_ids
@@ -155,8 +157,9 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         generator = torch.Generator().manual_seed(0)
         for adapter in lora_tensors(student).values():
             torch.nn.init.normal_(adapter, 0.0, 0.1, generator=generator)
-        with merged(student) as plain:
-            plain.save_pretrained(folder)
+        adapted = save_adapted(student, tmp_path_factory.mktemp("lora") / "saved", Lora(rank=4))
+        AutoTokenizer.from_pretrained(folder).save_pretrained(adapted)
+        folder = merge_adapters(folder, adapted, adapted.with_name("model"))
     return Subject(folder, family in ENCODER_DECODERS)
 
 

@@ -1,0 +1,1 @@
+"""GPU memory of single parts of a run."""
