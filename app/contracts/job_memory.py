@@ -7,6 +7,7 @@ a GPU it is the memory of the device, which also decides where a run places its 
 
 from dataclasses import dataclass
 
+from app.contracts.distillation import Auto, TeacherPrecision
 from app.contracts.model_sizes import LayerKind, ModelSizes
 from app.contracts.planned_jobs import PlannedJob, RowCounts
 from app.contracts.run_limits import (
@@ -31,6 +32,11 @@ ACTIVATION_VALUES = {"relu": (1, 0), "gelu_new": (2, 3)}
 # gradient.
 FINAL_VALUES = 4
 CHECKPOINT_BYTES = 6 * MIB  # tokenizer, state and manifest of a checkpoint
+INT4_GROUP = 64  # weights that share a scale and a zero point
+# The inputs of a quantised layer must be a multiple of this number, for fp8 also its outputs.
+QUANTIZED_MULTIPLES: dict[TeacherPrecision, int] = {"int8": 1, "int4": INT4_GROUP, "fp8": 16}
+# Bytes per parameter of quantised matrices. Scales are left out, except those of groups.
+QUANTIZED_BYTES: dict[TeacherPrecision, float] = {"int8": 1.0, "int4": 0.5, "fp8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -144,6 +150,27 @@ class DeviceStudent:
         return max(0, plain - checkpointed)
 
 
+def teacher_weight_bytes(
+    num_quantizable: int, num_others: int, precision: TeacherPrecision | Auto, value_bytes: int
+) -> int:
+    """Returns the size of a teacher's weights.
+
+    `num_quantizable` parameters are in its linear layers. The others are embeddings, norms and the
+    LM head, which are never quantised and take `value_bytes` each.
+    """
+    each = value_bytes if precision == "auto" else QUANTIZED_BYTES[precision]
+    if precision == "int4":
+        each += 2 * value_bytes / INT4_GROUP
+    return round(each * num_quantizable) + value_bytes * num_others
+
+
+def _teacher_bytes(job: PlannedJob, value_bytes: int) -> int:
+    """Returns the size of the weights of a job's teacher. The few norms count as linear layers."""
+    num_linear = job.teacher.layer_parameters
+    num_others = job.teacher.num_parameters - num_linear
+    return teacher_weight_bytes(num_linear, num_others, job.block.teacher_precision, value_bytes)
+
+
 def layer_bytes(
     sizes: ModelSizes,
     kind: LayerKind,
@@ -216,7 +243,7 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
     if not job.has_teacher:
         return student_bytes
     value_bytes = 2 if has_bfloat16 else 4
-    teacher_bytes = value_bytes * job.teacher.num_parameters
+    teacher_bytes = _teacher_bytes(job, value_bytes)
     teacher_bytes += tokens * layer_values(job.teacher.hidden_size, job.teacher.mlp_size) * 4
     teacher_bytes += answer_bytes(job, rows, value_bytes)
     return student_bytes + teacher_bytes if job.keeps_teacher else max(student_bytes, teacher_bytes)
@@ -260,9 +287,10 @@ def mapped_bytes(job: PlannedJob) -> int:
     """Returns the least part of `cpu_bytes` that the system can take back from a run.
 
     Weights that are only read are mapped from their files. They count as resident memory, but the
-    system can drop their pages and read them again.
+    system can drop their pages and read them again. Quantised weights are not mapped.
     """
-    return max(job.start.num_bytes, job.teacher.num_bytes if job.has_teacher else 0)
+    has_mapped_teacher = job.has_teacher and job.block.teacher_precision == "auto"
+    return max(job.start.num_bytes, job.teacher.num_bytes if has_mapped_teacher else 0)
 
 
 def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[str, int]:
@@ -273,7 +301,7 @@ def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[
     """
     sizes, trained = job.students[-1], job.trained[-1]
     packed = 0.5 if has_bfloat16 else 1.0
-    teacher_bytes = _packed_bytes(job.teacher.num_bytes, packed) if job.has_teacher else 0
+    teacher_bytes = _packed_teacher_bytes(job, packed) if job.has_teacher else 0
     teacher_head = 4 * job.teacher.head_parameters if job.uses_rows_of_teacher else 0
     value_bytes = 2 if has_bfloat16 else 4  # of the KV cache
     tokens = max(min(job.batch_tokens, rows.train_tokens), rows.longest_tokens)
@@ -333,6 +361,13 @@ def evaluation_cache_bytes(job: PlannedJob, rows: RowCounts, value_bytes: int) -
 
 def _packed_bytes(plain_bytes: int, packed: float) -> int:
     return round(plain_bytes * (1 + packed))
+
+
+def _packed_teacher_bytes(job: PlannedJob, packed: float) -> int:
+    """Returns the memory of the teacher on a CPU. Of a quantised one only the LM head is packed."""
+    if job.block.teacher_precision == "auto":
+        return _packed_bytes(job.teacher.num_bytes, packed)
+    return _teacher_bytes(job, 4) + 4 * job.teacher.head_parameters
 
 
 def disk_bytes(job: PlannedJob, rows: RowCounts, *, keep_checkpoints: int) -> int:

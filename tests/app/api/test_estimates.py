@@ -201,6 +201,26 @@ def test_a_job_that_asks_for_more_devices_than_any_worker_has_is_refused(bench: 
     assert any("1 of the 2 workers that are alive have too few CUDA" in n for n in found["notes"])
 
 
+def test_a_precision_of_the_teacher_that_no_worker_supports_is_refused(bench: Bench) -> None:
+    body = bench.body({"teacher_precision": "fp8"})
+    bench.beat("without", profile=CPU, teacher_precisions=["int8", "int4"])
+    error = bench.refused("/v1/fine_tuning/jobs", body)
+    assert (error["code"], error["param"]) == (
+        "unsupported_precision",
+        "method.distillation.teacher_precision",
+    )
+    assert "torchao" in error["message"]
+    assert "compute capability 8.9" in error["message"]
+    assert bench.estimate(body)["fits"] is False
+    card = MachineProfile(device="cuda", flops=1e14, has_bfloat16=True, memory_bytes=GIB)
+    bench.beat("with", profile=card, teacher_precisions=["int8", "int4", "fp8"])
+    found = bench.estimate(body)
+    assert found["fits"] is True
+    assert any("1 of the 2 workers that are alive cannot quantise" in n for n in found["notes"])
+    assert any("a teacher that is not quantised" in n for n in found["notes"])
+    assert bench.http.post("/v1/fine_tuning/jobs", json=body).status_code == 200
+
+
 def test_a_worker_without_a_profile_refuses_nothing(bench: Bench) -> None:
     bench.beat(memory_bytes=1)
     assert bench.estimate(bench.body())["fits"] is True
