@@ -364,9 +364,14 @@ def _packed_bytes(plain_bytes: int, packed: float) -> int:
 
 
 def _packed_teacher_bytes(job: PlannedJob, packed: float) -> int:
-    """Returns the memory of the teacher on a CPU. Of a quantised one only the LM head is packed."""
+    """Returns the memory of the teacher on a CPU.
+
+    Of a quantised one only the LM head is packed. One in int4 is bfloat16 otherwise, and not packed.
+    """
     if job.block.teacher_precision == "auto":
         return _packed_bytes(job.teacher.num_bytes, packed)
+    if job.block.teacher_precision == "int4":
+        return _teacher_bytes(job, 2)
     return _teacher_bytes(job, 4) + 4 * job.teacher.head_parameters
 
 

@@ -38,6 +38,7 @@ from worker.distill.training.devices import (
     Needs,
     Placement,
     needs_by_tokens,
+    on_cpu,
     place,
     place_alone,
     place_largest,
@@ -157,7 +158,7 @@ class ModelPair:
         if self.precision != "auto":
             check_precision(self.precision, self.teacher.config, device=self.card.name)
         if self.card.name == "cpu":
-            return Placement(self.card, teacher_precision=self.precision)
+            return on_cpu(Placement(self.card), self.precision)
         h = self.spec.distillation.hyperparameters
 
         def placed_with(micro_tokens: int) -> Placement:

@@ -124,6 +124,12 @@ def test_the_time_comes_from_a_matmul_and_then_from_finished_jobs(bench: Bench) 
     twice = bench.estimate(bench.body())
     assert twice["seconds"]["training"] == pytest.approx(2 * reference["training"], abs=0.2)
     assert any("measured phases of 1 finished job" in note for note in twice["notes"])
+    with transaction() as session:  # the times of a quantised teacher say nothing about others
+        job = session.get(Job, job_id)
+        assert job is not None
+        block = {**job.spec["distillation"], "teacher_precision": "int8"}
+        job.spec = {**job.spec, "distillation": block}
+    assert bench.estimate(bench.body())["seconds"] == reference
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,13 @@ def test_teachers_of_every_kind_can_be_quantised(
     assert result["teacher_quality"]["kl"] > 0
 
 
+@needs_torchao
+def test_feature_losses_read_a_quantised_teacher(run: Run, make_spec: MakeSpec) -> None:
+    objective = {"hidden": {"kind": "mse"}, "attention": {"weight": 0.5}}
+    _, result = run(make_spec({**INT8, "objective": objective}, max_steps=2))
+    assert result["teacher_quality"]["kl"] > 0
+
+
 def test_a_job_without_the_option_reports_nothing(run: Run, make_spec: MakeSpec) -> None:
     sink, result = run(make_spec(n_epochs=1, max_steps=2))
     assert "teacher_quality" not in result

@@ -44,7 +44,7 @@ def load_quantized(
     model: PreTrainedModel = model_class(config).from_pretrained(
         folder,
         dtype=dtype,
-        quantization_config=TorchAoConfig(_format(precision, device)),
+        quantization_config=TorchAoConfig(format_of(precision, device)),
         device_map={"": where},
         use_safetensors=True,
         trust_remote_code=False,
@@ -53,7 +53,8 @@ def load_quantized(
     return model.eval().requires_grad_(False)
 
 
-def _format(precision: TeacherPrecision, device: str) -> Any:  # Any: torchao may not be installed
+def format_of(precision: TeacherPrecision, device: str) -> Any:  # Any: torchao may be missing
+    """Returns torchao's configuration of a precision on a device."""
     from torchao import quantization as ao
 
     # otherwise torchao changes global settings of torch.compile

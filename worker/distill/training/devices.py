@@ -197,14 +197,26 @@ def place(device: Device, needs: Needs) -> Placement:
     A student that does not fit alone gets activation checkpointing everywhere.
     """
     placed = _first_that_fits(device, needs)
-    if needs.precision == "auto":
-        return placed
-    full = replace(needs, precision="auto")
-    has_room = full.both_bytes(placed.teacher_dtype) <= device.planned_bytes
+    if placed.teacher_device == "cpu":
+        return on_cpu(placed, needs.precision)
+    full_bytes = replace(needs, precision="auto").both_bytes(placed.teacher_dtype)
     return replace(
         placed,
         teacher_precision=needs.precision,
-        has_room_for_start=device.name == "cpu" or has_room,
+        has_room_for_start=needs.precision == "auto" or full_bytes <= device.planned_bytes,
+    )
+
+
+def on_cpu(placed: Placement, precision: TeacherPrecision | Auto) -> Placement:
+    """Returns the placement with a teacher of this precision on the CPU.
+
+    PyTorch's fast matmul for int4 needs bfloat16. A start model beside such a teacher is float32.
+    """
+    if precision == "auto":
+        return placed
+    dtype = torch.bfloat16 if precision == "int4" else torch.float32
+    return replace(
+        placed, teacher_dtype=dtype, teacher_precision=precision, has_room_for_start=False
     )
 
 

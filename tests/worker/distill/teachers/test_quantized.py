@@ -141,3 +141,11 @@ def test_each_precision_has_an_identity_of_its_own() -> None:
     names = {outputs_identity("sha", precision) for precision in ("auto", "int8", "int4", "fp8")}
     assert len(names) == 4
     assert outputs_identity("sha", "auto") == "sha"
+
+
+@needs_torchao
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp8"])
+def test_the_formats_of_a_gpu_exist_in_torchao(precision: TeacherPrecision) -> None:
+    from torchao.core.config import AOBaseConfig
+
+    assert isinstance(quantized.format_of(precision, "cuda"), AOBaseConfig)
