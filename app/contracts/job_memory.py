@@ -32,7 +32,7 @@ ACTIVATION_VALUES = {"relu": (1, 0), "gelu_new": (2, 3)}
 # gradient.
 FINAL_VALUES = 4
 CHECKPOINT_BYTES = 6 * MIB  # tokenizer, state and manifest of a checkpoint
-INT4_GROUP = 64  # weights that share a scale and a zero point
+INT4_GROUP = 32  # weights that share a scale and a zero point
 # The inputs of a quantised layer must be a multiple of this number, for fp8 also its outputs.
 QUANTIZED_MULTIPLES: dict[TeacherPrecision, int] = {"int8": 1, "int4": INT4_GROUP, "fp8": 16}
 # Bytes per parameter of quantised matrices. Scales are left out, except those of groups.

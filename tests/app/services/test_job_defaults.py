@@ -370,7 +370,7 @@ def test_a_teacher_whose_layers_cannot_be_quantised_is_refused() -> None:
     assert decide(teacher="gpt2").teacher_precision == "auto"
 
 
-@pytest.mark.parametrize(("precision", "multiple"), [("int4", 64), ("fp8", 16)])
+@pytest.mark.parametrize(("precision", "multiple"), [("int4", 32), ("fp8", 16)])
 def test_a_hidden_size_that_the_precision_does_not_support_is_refused(
     precision: str, multiple: int
 ) -> None:

@@ -110,16 +110,16 @@ def test_bytes_of_a_teacher_by_hand() -> None:
     assert teacher_weight_bytes(640, 10, "auto", 2) == 2 * 650
     assert teacher_weight_bytes(640, 10, "int8", 2) == 640 + 20
     assert teacher_weight_bytes(640, 10, "fp8", 2) == 640 + 20
-    assert teacher_weight_bytes(640, 10, "int4", 2) == 320 + 10 * 4 + 20
+    assert teacher_weight_bytes(640, 10, "int4", 2) == 320 + 20 * 4 + 20
 
 
 @needs_torchao
 def test_layers_that_do_not_fit_the_format_are_refused() -> None:
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 100}
-    odd = LlamaConfig(hidden_size=64, intermediate_size=96, **sizes)
+    odd = LlamaConfig(hidden_size=64, intermediate_size=80, **sizes)
     check_precision("int8", odd, device="cpu")
     with pytest.raises(
-        UnsupportedPrecision, match=r"multiples of 64, but .*down_proj has 96 inputs"
+        UnsupportedPrecision, match=r"multiples of 32, but .*down_proj has 80 inputs"
     ):
         check_precision("int4", odd, device="cpu")
     with pytest.raises(UnsupportedPrecision, match=r"not nn\.Linear"):
