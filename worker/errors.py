@@ -112,6 +112,12 @@ class TooFewDevices(WorkerError):
     code = "too_few_devices"
 
 
+class UnsupportedPrecision(WorkerError):
+    """The worker of the job, or the teacher, does not support `teacher_precision` of the job."""
+
+    code = "unsupported_precision"
+
+
 class DiskFull(DistillError):
     """The disk is full during an import or the creation of a data set. Training jobs pause instead."""
 

@@ -33,6 +33,7 @@ class Architecture:
     gguf: Name of the architecture in GGUF files, if a model can be exported to GGUF.
     is_distilled: It can be imported, and be a teacher and a student. Other models are known to the
         engine only.
+    is_quantizable: Its layers are `nn.Linear`, so that a teacher can be quantised.
     """
 
     model_type: str
@@ -43,6 +44,7 @@ class Architecture:
     has_llama_decoder: bool = False
     gguf: str | None = None
     is_distilled: bool = True
+    is_quantizable: bool = True
 
 
 def _llama_like(
@@ -65,7 +67,7 @@ _ROWS: Final = (
     Architecture("bloom", "causal"),
     Architecture("encoder-decoder", "seq2seq"),
     Architecture("gemma3_text", "causal", is_distilled=False),
-    Architecture("gpt2", "causal", layers="gpt2", gguf="gpt2"),
+    Architecture("gpt2", "causal", layers="gpt2", gguf="gpt2", is_quantizable=False),
     Architecture("gpt_neox", "causal"),
     Architecture("granite", "causal", classes="Granite", fused=("norms", "mlp", "attention")),
     _llama_like("llama", "Llama", gguf="llama"),

@@ -1,8 +1,6 @@
 """Schema of `method.distillation`, the options of a distillation job.
 
-The API validates the options and the trainer reads them. They are divided into independent parts:
-the student, the data, the objective, the hyperparameters and the evaluation. docs/jobs.md lists all
-options for users.
+The API validates the options and the trainer reads them. docs/jobs.md lists them for users.
 """
 
 from typing import Annotated, Any, Literal
@@ -21,6 +19,8 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
 NumLayers = Annotated[int, Field(ge=1, le=1024)]
+Ladder = Annotated[tuple[NumLayers, ...], Field(min_length=1, max_length=8)]
+LayerMap = Annotated[tuple[tuple[int, int], ...], Field(min_length=1, max_length=1024)]
 LayerChoice = Literal["auto", "measured", "first_and_last"]
 LayerNumber = Annotated[int, Field(ge=0, le=1023)]
 Size = Annotated[int, Field(ge=8, le=65_536)]
@@ -29,6 +29,7 @@ NO_NUL = r"^[^\x00]*$"  # Postgres cannot store NUL characters in text
 FileId = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NO_NUL)]
 
 Precision = Literal["float32", "bfloat16"]
+TeacherPrecision = Literal["int8", "int4", "fp8"]
 DivergenceName = Literal[
     "forward_kl",
     "reverse_kl",
@@ -99,9 +100,7 @@ class Student(Block):
     """
 
     init: Literal["layers", "width", "checkpoint", "lora", "fresh"] = "layers"
-    num_layers: (
-        NumLayers | Annotated[tuple[NumLayers, ...], Field(min_length=1, max_length=8)] | None
-    ) = None
+    num_layers: NumLayers | Ladder | None = None
     layers: tuple[LayerNumber, ...] | None = None
     num_encoder_layers: NumLayers | None = None
     num_decoder_layers: NumLayers | None = None
@@ -127,18 +126,15 @@ class Student(Block):
     def _one_way_to_choose(self) -> "Student":
         chooses_layers = self.num_layers is not None or self.layers is not None
         chooses_layers |= self.num_encoder_layers is not None or self.num_decoder_layers is not None
-        chooses_width = any(
-            s is not None for s in (self.hidden_size, self.num_heads, self.intermediate_size)
-        )
+        widths = (self.hidden_size, self.num_heads, self.intermediate_size)
+        chooses_width = any(width is not None for width in widths)
         if self.init not in ("layers", "width") and chooses_layers:
             raise ValueError(
                 f"layers can only be chosen with init=layers or width; with init={self.init}, "
                 + ("set them in config" if self.init == "fresh" else "all layers are kept")
             )
         if self.init != "width" and chooses_width:
-            raise ValueError(
-                "hidden_size, num_heads and intermediate_size need init=width (or belong in config)"
-            )
+            raise ValueError("hidden_size, num_heads and intermediate_size need init=width")
         if (self.init == "fresh") != (self.config is not None):
             raise ValueError("init=fresh and config must be given together: give both or neither")
         if self.init != "layers" and self.fit_rows not in ("auto", 0):
@@ -222,9 +218,7 @@ class HiddenTerm(Block):
 
     kind: Literal["mse", "cosine"] = "mse"
     weight: Weight = 1.0
-    layer_map: (
-        Annotated[tuple[tuple[int, int], ...], Field(min_length=1, max_length=1024)] | None
-    ) = None
+    layer_map: LayerMap | None = None
     side: Literal["auto", "encoder", "decoder"] = "auto"
 
 
@@ -372,9 +366,15 @@ class Distillation(Block):
     """Options of a distillation job, `method.distillation` in the request.
 
     The student is always saved as safetensors. `export` names additional formats.
+
+    teacher_precision: Format of the teacher's linear layers, which need less memory in 8 or 4 bits.
+        auto: They are not quantised.
     """
 
     teacher: Annotated[str, Field(min_length=1, max_length=200)]
+    teacher_precision: Annotated[
+        TeacherPrecision | Auto, Field(exclude_if=lambda value: value == "auto")
+    ] = "auto"
     student: Student = Student()
     data: Data = Data()
     objective: Objective = Objective()

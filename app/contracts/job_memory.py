@@ -14,6 +14,7 @@ from app.contracts.memory.step_parts import (
     planned_parts,
     rollout_bytes,
 )
+from app.contracts.memory.teacher_weights import job_teacher_bytes
 from app.contracts.model_sizes import LayerKind, ModelSizes
 from app.contracts.planned_jobs import PlannedJob, RowCounts
 from app.contracts.run_limits import (
@@ -239,7 +240,7 @@ def device_bytes(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> int
     student_bytes = student.peak_bytes(tokens, has_autocast=has_bfloat16, has_checkpointing=True)
     if not job.has_teacher:
         return student_bytes
-    teacher_bytes = value_bytes * job.teacher.num_parameters
+    teacher_bytes = job_teacher_bytes(job, value_bytes)
     teacher_bytes += tokens * layer_values(job.teacher.hidden_size, job.teacher.mlp_size) * 4
     teacher_bytes += answer_bytes(job, rows, value_bytes)
     return student_bytes + teacher_bytes if job.keeps_teacher else max(student_bytes, teacher_bytes)
@@ -283,9 +284,10 @@ def mapped_bytes(job: PlannedJob) -> int:
     """Returns the least part of `cpu_bytes` that the system can take back from a run.
 
     Weights that are only read are mapped from their files. They count as resident memory, but the
-    system can drop their pages and read them again.
+    system can drop their pages and read them again. Quantised weights are not mapped.
     """
-    return max(job.start.num_bytes, job.teacher.num_bytes if job.has_teacher else 0)
+    has_mapped_teacher = job.has_teacher and job.block.teacher_precision == "auto"
+    return max(job.start.num_bytes, job.teacher.num_bytes if has_mapped_teacher else 0)
 
 
 def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[str, int]:
@@ -296,7 +298,7 @@ def cpu_phases(job: PlannedJob, rows: RowCounts, *, has_bfloat16: bool) -> dict[
     """
     sizes, trained = job.students[-1], job.trained[-1]
     packed = 0.5 if has_bfloat16 else 1.0
-    teacher_bytes = _packed_bytes(job.teacher.num_bytes, packed) if job.has_teacher else 0
+    teacher_bytes = _packed_teacher_bytes(job, packed) if job.has_teacher else 0
     teacher_head = 4 * job.teacher.head_parameters if job.uses_rows_of_teacher else 0
     value_bytes = 2 if has_bfloat16 else 4  # of the KV cache
     tokens = max(min(job.batch_tokens, rows.train_tokens), rows.longest_tokens)
@@ -356,6 +358,18 @@ def evaluation_cache_bytes(job: PlannedJob, rows: RowCounts, value_bytes: int) -
 
 def _packed_bytes(plain_bytes: int, packed: float) -> int:
     return round(plain_bytes * (1 + packed))
+
+
+def _packed_teacher_bytes(job: PlannedJob, packed: float) -> int:
+    """Returns the memory of the teacher on a CPU.
+
+    Of a quantised one only the LM head is packed. One in int4 is bfloat16 otherwise, and not packed.
+    """
+    if job.block.teacher_precision == "auto":
+        return _packed_bytes(job.teacher.num_bytes, packed)
+    if job.block.teacher_precision == "int4":
+        return job_teacher_bytes(job, 2)
+    return job_teacher_bytes(job, 4) + 4 * job.teacher.head_parameters
 
 
 def disk_bytes(job: PlannedJob, rows: RowCounts, *, keep_checkpoints: int) -> int:

@@ -17,6 +17,7 @@ from app.contracts.messages import ModelFacts, ModelKind
 from app.services.fine_tuning.student_rules import (
     Pair,
     check_layers,
+    check_precision,
     check_start,
     refuse,
 )
@@ -42,6 +43,7 @@ def settle(block: Distillation, pair: Pair) -> Distillation:
     student = settle_student(block.student, pair)
     check_start(student, pair)
     check_layers(student, pair.start)
+    check_precision(block, pair.teacher)
     outline = outline_of(student, pair.start)
     objective = settle_objective(block.objective, pair, outline)
     data = settle_data(block, objective, pair)

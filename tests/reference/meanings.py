@@ -59,6 +59,7 @@ RESPONSES = {
     "unknown_url": "There is nothing at this URL.",
     "unsafe_file": "A file of the uploaded model could run code.",
     "integration_not_configured": "A tracker in `integrations` is not set up on the server.",
+    "unsupported_precision": "No train worker that is alive can quantise the teacher as requested.",
     "unsupported_parameter": "The parameter, or its combination with others, is not supported here.",
     "worker_lost": "The worker was lost after a part of the answer had been sent.",
 }

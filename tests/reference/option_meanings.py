@@ -6,6 +6,7 @@ It is empty if the docstring is enough. Longer explanations come from the docstr
 OPTIONS = {
     "Distillation": {
         "teacher": "Name of the registered model that the student learns from.",
+        "teacher_precision": "",
         "student": "How the student is built.",
         "data": "Where the answers come from.",
         "objective": "The training loss.",

@@ -174,10 +174,11 @@ def use_onednn(
 ) -> None:
     """Switches a model's linear layers to the matmuls of this module, forward and backward.
 
-    All layers except `exact` round their operands to `dtype`.
+    All layers except `exact` round their operands to `dtype`. Quantised layers, whose weights are
+    subclasses of tensors, stay as they are.
     """
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
             module.__class__ = OneDnnLinear
         elif type(module) is Conv1D:
             module.__class__ = OneDnnConv1D

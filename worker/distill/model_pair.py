@@ -4,7 +4,6 @@ Chooses the signal, places the teacher on a device, and loads it when it is need
 """
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -15,12 +14,12 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.contracts.batch_plan import DEVICE_BATCH_TOKENS, batch_tokens_of
-from app.contracts.distillation import HiddenTerm, Objective
+from app.contracts.distillation import Auto, HiddenTerm, Objective, TeacherPrecision
 from app.contracts.memory.step_parts import planned_parts
 from worker.cpu import prepare_for_inference
 from worker.distill.data.dataset import Reader, Rows
 from worker.distill.forward.shared_prefix import shared_prefix
-from worker.distill.losses.lm_head import Head, load_head
+from worker.distill.losses.lm_head import Head, is_head_of, load_head
 from worker.distill.losses.uld import DEFAULT_CE_WEIGHT, Aligned, align_rows
 from worker.distill.students.fresh import fresh_config
 from worker.distill.students.recipe import StudentRecipe, load_model, plan_student
@@ -30,23 +29,26 @@ from worker.distill.teachers.cached_teacher import (
     Teacher,
     cached_teacher,
 )
+from worker.distill.teachers.identity import outputs_identity, teacher_identity
 from worker.distill.teachers.masked_lm import MaskedTeacher
+from worker.distill.teachers.quantized import check_precision, load_quantized
 from worker.distill.teachers.signals import Signal, choose_signal
-from worker.distill.training.checkpoint import file_sha256
 from worker.distill.training.devices import (
     CPU,
     Device,
     Needs,
     Placement,
     needs_by_tokens,
+    on_cpu,
     place,
     place_alone,
     place_largest,
+    teacher_dtypes,
 )
 from worker.distill.training.feature_losses import FeaturePlan
 from worker.distill.training.rollouts import LONGEST_BATCH, sources_of
 from worker.distill.training.teacher_adaptation import Adaptation, adapt
-from worker.errors import TokenizerMismatch, UnsupportedModel, VocabMismatch
+from worker.errors import TokenizerMismatch, UnsupportedModel
 from worker.models.architectures import kind_of, read_config
 from worker.protocol.run_spec import RunSpec
 
@@ -112,13 +114,23 @@ class ModelPair:
 
     @cached_property
     def identity(self) -> str:
-        """Hash of the teacher's weights and tokenizer. Caches of its outputs depend on it."""
-        return f"{folder_sha256(self.teacher_dir)}:{tokenizer_sha256(self.teacher.tokenizer)}"
+        """Hash of the teacher's weights and tokenizer."""
+        return teacher_identity(self.teacher_dir, self.teacher.tokenizer)
+
+    @cached_property
+    def outputs_identity(self) -> str:
+        """Hash of the teacher as it runs. Caches of its outputs depend on it."""
+        return outputs_identity(self.identity, self.precision)
+
+    @property
+    def precision(self) -> TeacherPrecision | Auto:
+        """The precision of the teacher's linear layers."""
+        return self.spec.distillation.teacher_precision
 
     @property
     def answers_path(self) -> Path:
-        """The file of the teacher's answers, shared by all jobs with this teacher."""
-        name = hashlib.sha256(self.identity.encode()).hexdigest()[:32]
+        """The file of the teacher's answers, shared by all jobs with this teacher and precision."""
+        name = hashlib.sha256(self.outputs_identity.encode()).hexdigest()[:32]
         return self.spec.cache_dir / "answers" / f"{name}.jsonl"
 
     def load_teacher(self) -> PreTrainedModel:
@@ -141,9 +153,13 @@ class ModelPair:
 
         Feature losses run the teacher at every step, so they keep it on the student's device even if
         it may not fit.
+
+        Raises UnsupportedPrecision if the teacher cannot be quantised as requested.
         """
+        if self.precision != "auto":
+            check_precision(self.precision, self.teacher.config, device=self.card.name)
         if self.card.name == "cpu":
-            return Placement(self.card)
+            return on_cpu(Placement(self.card), self.precision)
         h = self.spec.distillation.hyperparameters
 
         def placed_with(micro_tokens: int) -> Placement:
@@ -153,8 +169,9 @@ class ModelPair:
                 return place_alone(self.card, needs)
             placed = place(self.card, needs)
             if self.has_features and (placed.teacher_device == "cpu" or placed.is_teacher_first):
-                dtype = self.card.autocast or torch.float32
-                return Placement(self.card, "cuda", dtype, is_tight=True, has_checkpointing=True)
+                dtype = teacher_dtypes(self.card, self.precision)[0]
+                forced = Placement(self.card, "cuda", dtype, is_tight=True, has_checkpointing=True)
+                return replace(forced, teacher_precision=self.precision, has_room_for_start=False)
             return placed
 
         most_tokens = DEVICE_BATCH_TOKENS if h.batch_tokens == "auto" else h.batch_tokens
@@ -183,6 +200,7 @@ class ModelPair:
             self.teacher.config,
             row_tokens=block.hyperparameters.max_sequence_tokens,
             parts=planned_parts(block, signal=self.signal.name),
+            teacher_precision=self.precision,
         )
 
     @property
@@ -198,9 +216,15 @@ class ModelPair:
         """
         if self.card.name != "cpu":
             return self._load()
-        placed = self.placement
-        teacher: PreTrainedModel = load_model(self.spec.teacher_dir, placed.teacher_dtype)
-        return teacher.to(placed.teacher_device)
+        return self._read(self.spec.teacher_dir)
+
+    def _read(self, folder: Path) -> PreTrainedModel:
+        """Reads a teacher's weights to the placement's device, in its precision and dtype."""
+        device, dtype = self.placement.teacher_device, self.placement.teacher_dtype
+        if self.precision != "auto":
+            return load_quantized(folder, self.precision, device=device, dtype=dtype)
+        teacher: PreTrainedModel = load_model(folder, dtype)
+        return teacher.to(device)
 
     @cached_property
     def _loaded(self) -> WeakValueDictionary[str, PreTrainedModel]:
@@ -208,11 +232,10 @@ class ModelPair:
         return WeakValueDictionary()
 
     def _load(self) -> PreTrainedModel:
-        placed = self.placement
         loaded = self._loaded.get("teacher")
         if loaded is not None and self.card.name != "cpu":  # two copies may not fit in GPU memory
             return loaded
-        teacher = load_model(self.teacher_dir, placed.teacher_dtype).to(placed.teacher_device)
+        teacher = self._read(self.teacher_dir)
         prepare_for_inference(
             teacher, dtype=self.card.matmul_dtype, exact=teacher.get_output_embeddings()
         )
@@ -310,9 +333,7 @@ class ModelPair:
         examples = rows.teacher if aligned is None else aligned.examples
         is_causal = kind_of(self.teacher.config) == "causal" and placed.teacher_device == "cpu"
         prefix = shared_prefix(examples) if is_causal else ()
-        identity = (
-            f"{self.identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}"
-        )
+        identity = f"{self.outputs_identity}:{self.signal.name}:{placed.teacher_device}:{placed.teacher_dtype}"
         if self.card.matmul_dtype != torch.float32:
             identity += f":{self.card.precision}"
         teacher = cached_teacher(
@@ -362,7 +383,7 @@ class ModelPair:
         is_kl = is_kl and objective.temperature_end in (None, 1.0)
         is_kl = is_kl and (objective.then is None or objective.then.divergence == "forward_kl")
         is_copied = recipe.freeze_head and head.softcap is None
-        return is_kl and is_copied and _is_head_of(recipe.start_dir, head)
+        return is_kl and is_copied and is_head_of(recipe.start_dir, head)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -370,31 +391,3 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         folder, trust_remote_code=False, local_files_only=True
     )
     return loaded
-
-
-def _is_head_of(folder: Path, head: Head) -> bool:
-    try:
-        own = load_head(folder, head.num_tokens)
-    except VocabMismatch:
-        return False
-    if own.weight_VH.shape != head.weight_VH.shape or (own.bias_V is None) != (head.bias_V is None):
-        return False
-    if own.scale != head.scale:
-        return False
-    is_bias_equal = (
-        own.bias_V is None or head.bias_V is None or torch.equal(own.bias_V, head.bias_V)
-    )
-    return is_bias_equal and torch.equal(own.weight_VH, head.weight_VH.cpu())
-
-
-def folder_sha256(folder: Path) -> str:
-    """Returns a hash of a model folder's configuration and weights."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
-        digest.update(f"{path.name}:{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns a hash of a tokenizer's vocabulary."""
-    return hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()

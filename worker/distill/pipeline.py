@@ -14,7 +14,6 @@ from worker.distill.data.dataset import ANSWERED_PERCENT, LOADED_PERCENT, Prepar
 from worker.distill.data_parallel import ALONE, Ranks
 from worker.distill.evaluation.report import Evaluator, Tell, before_and_after
 from worker.distill.evaluators import Evaluators, SamplerFor
-from worker.distill.missing_results import MissingPart, attempt
 from worker.distill.model_pair import ModelPair
 from worker.distill.phase_times import PhaseTimes
 from worker.distill.resumed_state import changes_since, step_tokens
@@ -30,9 +29,10 @@ from worker.distill.student_sweep import (
     EvaluatorFor,
     SelectedStudent,
     StudentSweep,
-    draw_ladder,
+    ladder_files,
 )
 from worker.distill.students.recipe import StudentRecipe, load_model, num_parameters
+from worker.distill.teacher_quality import teacher_quality
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.training.automatic_values import NEWEST_DEFAULTS, with_decisions
 from worker.distill.training.checkpoint import TrainState, copy_model, link_folder, load_state
@@ -113,10 +113,8 @@ class Pipeline:
         check_rollouts(self.block, signal, has_one_tokenizer=self.pair.has_one_tokenizer)
         sink = self.sink if self.spec.resume_dir is None else None
         state = with_decisions(state, self.block, signal, self.pair.card, sink=sink)
-        # the first rank generates the teacher's answers, and the others read them from disk
         with self.phases.phase("teacher"):
-            rows = self.ranks.first_then_others(lambda: self._preparation().rows())
-            self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
+            rows, quality = self._prepare(state)
         with self.phases.phase("layer_fit"):
             runs = self._measured(runs, rows, state)
         teacher = self._teacher(rows, runs[0].recipe)
@@ -133,6 +131,7 @@ class Pipeline:
                 "num_processes": self.ranks.count,
                 "precision": self.pair.card.precision,
                 "kept_layers": kept_layers(runs),
+                "teacher_quality": quality,
                 "batch_tokens": step_tokens(self.spec, state, rows.train, self.device, self.ranks),
             }
             taught = StudentSweep(
@@ -154,12 +153,23 @@ class Pipeline:
         if not self.ranks.is_first:
             return Outcome("student", selected.result, taught.trained_tokens)
         result = self._result(rows, selected, num_computed)
+        if quality is not None:
+            result["teacher_quality"] = quality
         with self.phases.phase("saving"):
             self._save_student(selected, rows, result)
         result |= cost_of(self.pair, rows, self.phases, taught.state, num_computed)
-        return Outcome(
-            "student", result, taught.trained_tokens, self._ladder_files(selected, result)
+        files = ladder_files(selected, self.block, self.out, result, self.sink)
+        return Outcome("student", result, taught.trained_tokens, files)
+
+    def _prepare(self, state: TrainState) -> tuple[Rows, dict[str, Any] | None]:
+        """Adapts the teacher. Returns the rows, and what the result says on a quantised teacher."""
+        # the first rank generates the teacher's answers, and the others read them from disk
+        rows = self.ranks.first_then_others(lambda: self._preparation().rows())
+        self.pair = self.ranks.first_then_others(lambda: self._adapted_pair(rows))
+        quality = teacher_quality(
+            self.pair, rows, state, ranks=self.ranks, sink=self.sink, check_stop=self._check_stop
         )
+        return rows, quality
 
     def _measured(self, runs: list[StudentRun], rows: Rows, state: TrainState) -> list[StudentRun]:
         """Returns the runs with what is measured on the training rows before the training."""
@@ -211,20 +221,6 @@ class Pipeline:
             "teacher_passes": round(num_computed / len(rows.teacher), 3),
         }
 
-    def _ladder_files(self, selected: SelectedStudent, result: dict[str, Any]) -> tuple[str, ...]:
-        """Adds the ladder, if any, to the result, and returns the names of its files."""
-        if not self.block.student.ladder:
-            return ()
-        result["ladder"] = selected.ladder
-        files = attempt(
-            "ladder_plot", "plot_failed", lambda: draw_ladder(selected, self.block, self.out)
-        )
-        if not isinstance(files, MissingPart):
-            return files
-        self.sink(files.event("the student is registered without it"))
-        result["missing"] = [*result.get("missing", []), files.model_dump()]
-        return ()
-
     def _teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher | None:
         """Returns the teacher with its row cache, or None if the run has no teacher."""
         if not self.spec.has_teacher:
@@ -247,7 +243,7 @@ class Pipeline:
 
         def tell(num_done: int, num_wanted: int) -> None:
             """Reports progress. Raises Stopped."""
-            self._check_stop(step=0)
+            self._check_stop()
             if throttle.is_due():
                 self.sink(
                     ProgressLine(percent=LOADED_PERCENT, rows_done=num_done, rows_total=num_wanted)
@@ -264,7 +260,7 @@ class Pipeline:
             answers=AnswerFile(self.pair.answers_path if self.spec.has_teacher else None),
             sampler=lambda: self.sampler_for(self.pair.load_teacher()),
             sink=self.sink,
-            check_stop=lambda: self._check_stop(step=0),
+            check_stop=self._check_stop,
         )
 
     def _adapted_pair(self, rows: Rows) -> ModelPair:
@@ -273,7 +269,7 @@ class Pipeline:
 
         def tell(step: int, num_steps: int) -> None:
             """Reports progress. Raises Stopped."""
-            self._check_stop(step=0)
+            self._check_stop()
             if step == 0:
                 self.sink(StageLine(name="adapting_teacher"))
             if throttle.is_due():
@@ -392,7 +388,7 @@ class Pipeline:
     def _evaluators(self) -> Evaluators:
         return Evaluators(self.spec, self.pair, self.device, self.sampler_for, self._warn)
 
-    def _check_stop(self, *, step: int) -> None:
+    def _check_stop(self, *, step: int = 0) -> None:
         if self.should_stop():
             raise Stopped(step)
 

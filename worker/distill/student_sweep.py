@@ -347,6 +347,21 @@ class StudentSweep:
             self.sink(ProgressLine(percent=percent, step=self.state.job_step))
 
 
+def ladder_files(
+    selected: SelectedStudent, block: Distillation, out: Path, result: Entry, sink: Sink
+) -> tuple[str, ...]:
+    """Adds the ladder, if any, to the result, and returns the names of its files."""
+    if not block.student.ladder:
+        return ()
+    result["ladder"] = selected.ladder
+    files = attempt("ladder_plot", "plot_failed", lambda: draw_ladder(selected, block, out))
+    if not isinstance(files, MissingPart):
+        return files
+    sink(files.event("the student is registered without it"))
+    result["missing"] = [*result.get("missing", []), files.model_dump()]
+    return ()
+
+
 def draw_ladder(selected: SelectedStudent, block: Distillation, out: Path) -> tuple[str, ...]:
     """Draws the ladder into a folder, and returns the names of the files."""
     # imports matplotlib, which few jobs need

@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import suppress
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Self
 
@@ -24,7 +25,13 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.retry import Retry
 
-from app.contracts.train_workers import MachineProfile, TrainWorkerStatus, train_worker_key
+from app.contracts.train_workers import (
+    QUANTIZATION_PACKAGE,
+    MachineProfile,
+    TrainWorkerStatus,
+    supported_precisions,
+    train_worker_key,
+)
 from app.parent_death import tethered
 from app.settings import Settings
 from worker.cuda import visible_devices
@@ -38,7 +45,10 @@ MEASURE_SECONDS: Final = 120.0
 RETRY_SECONDS: Final = 3600.0  # how long after a failed measurement the next one may start
 MEASURE_COMMAND: Final = (sys.executable, "-m", "worker.measure_machine")
 GPU_COMMAND: Final = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
-GPU_SECONDS: Final = 20.0  # timeout of `GPU_COMMAND`, which is slow if the driver is not loaded
+CAPABILITY_COMMAND: Final = (
+    "nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", "--id",
+)  # fmt: skip
+GPU_SECONDS: Final = 20.0  # timeout of `nvidia-smi`, which is slow if the driver is not loaded
 CGROUP_LIMITS: Final = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -61,6 +71,7 @@ class Presence:
         self._path: Path | None = None  # of the profile; known once the thread runs
         self._profile: MachineProfile | None = None
         self._num_devices: int | None = None
+        self._teacher_precisions: tuple[str, ...] | None = None
         self._measurement: subprocess.Popen[bytes] | None = None
         self._idle_since = time.monotonic()
         self._measures_from = 0.0  # no measurement starts before this time
@@ -85,6 +96,7 @@ class Presence:
         self._path = profile_path(self._settings)
         self._profile = load_profile(self._path)
         self._num_devices = most_devices(self._settings)
+        self._teacher_precisions = teacher_precisions()
         while True:
             self._measure_if_idle()
             self._beat()
@@ -105,6 +117,7 @@ class Presence:
                 job_id=self.job_id,
                 profile=self._profile,
                 num_devices=self._num_devices,
+                teacher_precisions=self._teacher_precisions,
                 beat_at=time.time(),
             )
             self._redis.set(
@@ -178,6 +191,37 @@ def most_devices(settings: Settings) -> int | None:
     try:
         return len(visible_devices()) or None
     except (OSError, subprocess.SubprocessError):  # the next job will report it
+        return None
+
+
+def teacher_precisions() -> tuple[str, ...] | None:
+    """Returns the formats to which jobs can quantise a teacher here, or None if that is unknown."""
+    if find_spec(QUANTIZATION_PACKAGE) is None:
+        return ()
+    try:
+        devices = visible_devices()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    capabilities = [_capability(device) for device in devices]
+    if None in capabilities:
+        return None
+    least = min((found for found in capabilities if found is not None), default=None)
+    return supported_precisions(has_package=True, capability=least)
+
+
+def _capability(device: str) -> tuple[int, int] | None:
+    """Returns the compute capability of a GPU, or None if `nvidia-smi` does not tell it."""
+    try:
+        process = subprocess.run(
+            (*CAPABILITY_COMMAND, device),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=GPU_SECONDS,
+        )
+        major, minor = process.stdout.strip().split(".")
+        return int(major), int(minor)
+    except (OSError, ValueError, subprocess.SubprocessError):
         return None
 
 

@@ -205,6 +205,9 @@ def child_environment(
         "HF_HUB_OFFLINE": "0" if is_online else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # transformers imports torchao if it is installed, and torchao asks for CUDA. PyTorch then
+        # must not initialise it: a process that has done so cannot fork runs.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         # Threads sleep at a barrier. A spinning thread could take the core that the thread it
         # waits for needs.
         "OMP_WAIT_POLICY": environment.get("OMP_WAIT_POLICY", "PASSIVE"),

@@ -40,7 +40,10 @@ def kind_of(method: str, init: str) -> str:
 
 
 def newest_costs(session: Session, project_id: str) -> list[JobCost]:
-    """Returns the costs of the project's jobs that have succeeded lately, the newest first."""
+    """Returns the costs of the project's jobs that have succeeded lately, the newest first.
+
+    Jobs with a quantised teacher are left out, because the reference times do not cover them.
+    """
     newest = (
         select(Job.status, Job.attempt, Job.spec, Job.result, Job.started_at, Job.finished_at)
         .where(Job.project_id == project_id, Job.kind == "distillation", Job.deleted_at.is_(None))
@@ -59,6 +62,7 @@ def newest_costs(session: Session, project_id: str) -> list[JobCost]:
     ).where(
         newest.c.status == JobStatus.succeeded,
         newest.c.attempt == 1,
+        newest.c.spec["distillation"]["teacher_precision"].astext.is_(None),
         cost["seconds"].is_not(None),
     )
     return [_cost(*row) for row in session.execute(query)]

@@ -126,7 +126,7 @@ def answer(basis: Basis, settings: Settings) -> JobEstimate:
         seconds=seconds,
         peak_memory_bytes=memory,
         disk_bytes=disk_bytes(job, rows, keep_checkpoints=settings.keep_checkpoints),
-        fits=has_disk and machine.has_devices(job) and machine.has_room(job, rows),
+        fits=has_disk and machine.is_able(job) and machine.has_room(job, rows),
         workers=WorkerCounts(
             alive=len(workers), busy=sum(worker.job_id is not None for worker in workers)
         ),
@@ -164,6 +164,11 @@ def notes(basis: Basis, *, has_disk: bool) -> Iterator[str]:
         yield (
             f"{num_short} of the {len(basis.machines)} workers that are alive have too few CUDA devices; "
             "the job fails if it starts there."
+        )
+    elif num_short := sum(not other.has_precision(job) for other in basis.machines):
+        yield (
+            f"{num_short} of the {len(basis.machines)} workers that are alive cannot quantise the teacher to "
+            f"{job.block.teacher_precision}; the job fails if it starts there."
         )
     elif num_small := sum(not other.has_room(job, rows) for other in basis.machines):
         yield (
@@ -213,6 +218,8 @@ def _notes_on_options(basis: Basis) -> Iterator[str]:
             num_processes=h.num_devices,
         )
         yield f"A step has at most {num_tokens} tokens."
+    if job.block.teacher_precision != "auto":
+        yield "The time is that of a teacher that is not quantised. A quantised one is slower on a CPU."
     if h.early_stopping is not None:
         yield "The training may stop early and take less time."
     if job.keeps_teacher:

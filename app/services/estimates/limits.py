@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
-from app.contracts.distillation import Distillation, Student
+from app.contracts.distillation import Auto, Distillation, Student, TeacherPrecision
 from app.contracts.job_memory import (
     cpu_bytes,
     device_bytes,
@@ -12,11 +13,12 @@ from app.contracts.job_memory import (
     mapped_bytes,
 )
 from app.contracts.planned_jobs import PlannedJob, RowCounts
-from app.contracts.train_workers import TrainWorkerStatus
+from app.contracts.train_workers import TrainWorkerStatus, precision_needs
 from app.errors import BadRequest
 from app.routing.train_workers import live_train_workers
 from app.services import submission
 from app.services.estimates.planning import least_counts, planned_job
+from app.services.fine_tuning.student_rules import refuse
 from app.settings import Settings
 from app.storage import store
 
@@ -35,26 +37,44 @@ class Machine:
     memory_bytes: That of the GPU if there is one. None if it is unknown, as before the machine is
         measured: it may have a GPU.
     num_devices: Most CUDA devices that a job may ask for. None: any number.
+    teacher_precisions: Formats to which it can quantise a teacher. None if they are unknown.
     """
 
     device: str = "cpu"
     has_bfloat16: bool = False
     memory_bytes: int | None = None
     num_devices: int | None = None
+    teacher_precisions: tuple[str, ...] | None = None
 
     @classmethod
     def of(cls, worker: TrainWorkerStatus) -> "Machine":
         profile = worker.profile
+        known = cls(num_devices=worker.num_devices, teacher_precisions=worker.teacher_precisions)
         if profile is None:
-            return cls(num_devices=worker.num_devices)
-        is_cpu = profile.device == "cpu"
-        memory = worker.memory_bytes if is_cpu else profile.memory_bytes
-        return cls(profile.device, profile.has_bfloat16, memory, worker.num_devices)
+            return known
+        memory = worker.memory_bytes if profile.device == "cpu" else profile.memory_bytes
+        return replace(
+            known,
+            device=profile.device,
+            has_bfloat16=profile.has_bfloat16,
+            memory_bytes=memory,
+        )
 
     def has_devices(self, job: PlannedJob) -> bool:
         """Returns whether the machine has as many CUDA devices as the job asks for."""
         num_asked = job.block.hyperparameters.num_devices
         return self.num_devices is None or num_asked <= self.num_devices
+
+    def has_precision(self, job: PlannedJob) -> bool:
+        """Returns whether the machine can quantise the teacher as the job asks."""
+        asked = job.block.teacher_precision
+        return (
+            asked == "auto" or self.teacher_precisions is None or asked in self.teacher_precisions
+        )
+
+    def is_able(self, job: PlannedJob) -> bool:
+        """Returns whether the machine supports what the job asks for, apart from its memory."""
+        return self.has_devices(job) and self.has_precision(job)
 
     def needed_bytes(self, job: PlannedJob, rows: RowCounts) -> int:
         """Returns the peak memory of a job on this machine."""
@@ -95,8 +115,8 @@ def inspect(plan: submission.Plan, settings: Settings) -> None:
 def refuse_too_large(job: PlannedJob, rows: RowCounts, settings: Settings) -> None:
     """Raises BadRequest if the job cannot fit on the disk, or on any worker that is alive.
 
-    `rows` are the least counts that are possible. Memory and devices are not checked if no worker
-    is alive, nor the memory if one of them was not measured yet.
+    `rows` are the least counts that are possible. Nothing but the disk is checked if no worker is
+    alive, nor the memory if one of them was not measured yet.
     """
     needed, free = needed_disk(job, rows, settings), store().free_bytes()
     if free is not None and free < needed:
@@ -117,13 +137,27 @@ def refuse_too_large(job: PlannedJob, rows: RowCounts, settings: Settings) -> No
             "too_few_devices",
             "hyperparameters.num_devices",
         )
-    if any(machine.may_have_room(job, rows) for machine in large):
+    able = [machine for machine in large if machine.has_precision(job)]
+    if not able:
+        refuse_precision(job.block.teacher_precision)
+    if any(machine.may_have_room(job, rows) for machine in able):
         return
-    best = best_of(large, job, rows)
+    best = best_of(able, job, rows)
     raise BadRequest(
         f"not enough memory: the job needs at least {best.least_bytes(job, rows) / GIB:.1f} GiB, and the largest worker "
         f"has {(best.memory_bytes or 0) / GIB:.1f} GiB; {advice(job, rows, best)}",
         "insufficient_memory",
+    )
+
+
+def refuse_precision(asked: TeacherPrecision | Auto) -> NoReturn:
+    """Raises BadRequest for a precision of the teacher that no worker supports."""
+    assert asked != "auto"
+    refuse(
+        f"no train worker can quantise a teacher to {asked}: it needs {precision_needs(asked)}; leave teacher_precision "
+        "out, or start such a worker",
+        "teacher_precision",
+        "unsupported_precision",
     )
 
 
@@ -140,15 +174,14 @@ def needed_disk(job: PlannedJob, rows: RowCounts, settings: Settings) -> int:
 def best_of(machines: Sequence[Machine], job: PlannedJob, rows: RowCounts) -> Machine:
     """Returns a machine on which the job fits, or else the one that lacks the least memory.
 
-    One with enough CUDA devices comes before others, then one with a GPU, and then one that was
-    measured.
+    One with enough CUDA devices, and with the precision of the teacher, comes before others. Then
+    comes one with a GPU, and then one that was measured.
     """
 
     def rank(machine: Machine) -> tuple[bool, bool, bool, float]:
         """Returns whether the job fits, whether there is a GPU, and the share of memory there is."""
         share = (machine.memory_bytes or 0) / machine.needed_bytes(job, rows)
-        has_devices = machine.has_devices(job)
-        return has_devices, machine.has_room(job, rows), machine.device != "cpu", share
+        return machine.is_able(job), machine.has_room(job, rows), machine.device != "cpu", share
 
     return max(machines, key=rank)
 

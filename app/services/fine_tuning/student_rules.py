@@ -1,10 +1,11 @@
-"""Checks the block `student` of a distillation against the models that it is made from."""
+"""Checks options of a distillation about its models: `student` and `teacher_precision`."""
 
 from dataclasses import dataclass
 from typing import NoReturn
 
 from app.contracts.architectures import ARCHITECTURES
-from app.contracts.distillation import FreshConfig, Student
+from app.contracts.distillation import Distillation, FreshConfig, Student
+from app.contracts.job_memory import QUANTIZED_MULTIPLES
 from app.contracts.messages import ModelFacts
 from app.errors import BadRequest
 
@@ -124,4 +125,24 @@ def check_layers(student: Student, start: ModelFacts) -> None:
         refuse(
             "num_layers, num_decoder_layers and layers all set the decoder's layers; give one of them",
             "student.num_decoder_layers",
+        )
+
+
+def check_precision(block: Distillation, teacher: ModelFacts) -> None:
+    """Raises BadRequest if the layers of the teacher cannot be quantised as the job asks."""
+    if block.teacher_precision == "auto":
+        return
+    known = ARCHITECTURES.get(teacher.architecture)
+    if known is not None and not known.is_quantizable:
+        refuse(
+            f"a {teacher.architecture} teacher cannot be quantised, because its layers are not nn.Linear; leave "
+            "teacher_precision out",
+            "teacher_precision",
+        )
+    multiple = QUANTIZED_MULTIPLES[block.teacher_precision]
+    if teacher.hidden_size % multiple:
+        refuse(
+            f"{block.teacher_precision} needs layers whose widths are multiples of {multiple}, and the hidden size of the "
+            f"teacher is {teacher.hidden_size}; use int8, or leave teacher_precision out",
+            "teacher_precision",
         )

@@ -124,6 +124,12 @@ def test_the_time_comes_from_a_matmul_and_then_from_finished_jobs(bench: Bench) 
     twice = bench.estimate(bench.body())
     assert twice["seconds"]["training"] == pytest.approx(2 * reference["training"], abs=0.2)
     assert any("measured phases of 1 finished job" in note for note in twice["notes"])
+    with transaction() as session:  # the times of a quantised teacher say nothing about others
+        job = session.get(Job, job_id)
+        assert job is not None
+        block = {**job.spec["distillation"], "teacher_precision": "int8"}
+        job.spec = {**job.spec, "distillation": block}
+    assert bench.estimate(bench.body())["seconds"] == reference
 
 
 @pytest.mark.parametrize(
@@ -200,6 +206,26 @@ def test_a_job_that_asks_for_more_devices_than_any_worker_has_is_refused(bench: 
     assert found["fits"] is True
     assert any("1 of the 2 workers that are alive have too few CUDA" in n for n in found["notes"])
     assert any("the 2 devices divide the work on a batch equally" in n for n in found["notes"])
+
+
+def test_a_precision_of_the_teacher_that_no_worker_supports_is_refused(bench: Bench) -> None:
+    body = bench.body({"teacher_precision": "fp8"})
+    bench.beat("without", profile=CPU, teacher_precisions=["int8", "int4"])
+    error = bench.refused("/v1/fine_tuning/jobs", body)
+    assert (error["code"], error["param"]) == (
+        "unsupported_precision",
+        "method.distillation.teacher_precision",
+    )
+    assert "torchao" in error["message"]
+    assert "compute capability 8.9" in error["message"]
+    assert bench.estimate(body)["fits"] is False
+    card = MachineProfile(device="cuda", flops=1e14, has_bfloat16=True, memory_bytes=GIB)
+    bench.beat("with", profile=card, teacher_precisions=["int8", "int4", "fp8"])
+    found = bench.estimate(body)
+    assert found["fits"] is True
+    assert any("1 of the 2 workers that are alive cannot quantise" in n for n in found["notes"])
+    assert any("a teacher that is not quantised" in n for n in found["notes"])
+    assert bench.http.post("/v1/fine_tuning/jobs", json=body).status_code == 200
 
 
 def test_a_worker_without_a_profile_refuses_nothing(bench: Bench) -> None:

@@ -159,3 +159,18 @@ def test_checkpoints_are_two_students_and_two_moments(keep: int) -> None:
     cache = (100 + 20) * (4 * 8 + 8)
     found = disk_bytes(planned(), ROWS, keep_checkpoints=keep)
     assert found == (keep + 1) * checkpoint + 4 * NUM_PARAMETERS + cache
+
+
+def test_a_quantised_teacher_needs_less_memory() -> None:
+    num_linear = 4 * (208 + 384)
+    for device, value_bytes in (("gpu", 2), ("cpu", 4)):
+        plain, small = (planned(teacher_precision=precision) for precision in ("auto", "int8"))
+        if device == "gpu":
+            saved = device_bytes(plain, ROWS, has_bfloat16=True)
+            saved -= device_bytes(small, ROWS, has_bfloat16=True)
+            assert saved in (0, (value_bytes - 1) * num_linear)  # 0 if the student needs more
+            continue
+        phases = [cpu_phases(job, ROWS, has_bfloat16=False)["teacher"] for job in (plain, small)]
+        # the layers have no packed copy, and neither have the embeddings
+        assert phases[0] - phases[1] == (8 - 1) * num_linear + 4 * 8
+    assert mapped_bytes(small) == TINY.num_bytes  # of the start model

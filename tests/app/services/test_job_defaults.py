@@ -360,3 +360,27 @@ def test_only_what_can_be_written_is_exported() -> None:
         else:
             assert refused({"export": ["gguf_f16"]}, start)[0] == "export"
     assert refused({"export": ["gguf_f16"], "student": FRESH}, "gpt2")[0] == "export"
+
+
+def test_a_teacher_whose_layers_cannot_be_quantised_is_refused() -> None:
+    param, _, message = refused({"teacher_precision": "int8"}, "gpt2")
+    assert param == "teacher_precision"
+    assert "gpt2 teacher cannot be quantised" in message
+    assert decide({"teacher_precision": "int8"}).teacher_precision == "int8"
+    assert decide(teacher="gpt2").teacher_precision == "auto"
+
+
+@pytest.mark.parametrize(("precision", "multiple"), [("int4", 32), ("fp8", 16)])
+def test_a_hidden_size_that_the_precision_does_not_support_is_refused(
+    precision: str, multiple: int
+) -> None:
+    teacher = facts("llama", hidden_size=multiple + 8)
+    pair = Pair(teacher, teacher, is_same=True, row_format="prompt_completion")
+    block = Distillation.model_validate({"teacher": "t", "teacher_precision": precision})
+    with pytest.raises(BadRequest, match=f"multiples of {multiple}"):
+        settle(block, pair)
+    assert decide({"teacher_precision": precision}).teacher_precision == precision
+
+
+def test_requests_without_a_precision_keep_their_fingerprints() -> None:
+    assert "teacher_precision" not in decide().model_dump(mode="json")

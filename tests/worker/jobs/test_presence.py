@@ -15,7 +15,13 @@ from app.routing.train_workers import live_train_workers
 from app.settings import Settings
 from tests.waiting import wait_for
 from worker.jobs import presence
-from worker.jobs.presence import Presence, load_profile, profile_path, save_profile
+from worker.jobs.presence import (
+    Presence,
+    load_profile,
+    profile_path,
+    save_profile,
+    teacher_precisions,
+)
 
 PROFILE = MachineProfile(device="cpu", flops=1e9, has_bfloat16=False)
 
@@ -127,3 +133,19 @@ def test_another_node_or_gpu_has_another_profile(
     paths.append(profile_path(settings))
     assert paths[0] == paths[1]
     assert len(set(paths)) == 3
+
+
+def test_the_precisions_of_teachers_depend_on_the_package_and_the_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(presence, "QUANTIZATION_PACKAGE", "not_installed_here")
+    assert teacher_precisions() == ()
+    monkeypatch.setattr(presence, "QUANTIZATION_PACKAGE", "torch")  # is installed
+    assert teacher_precisions() == ("int8", "int4")
+    monkeypatch.setattr(presence, "visible_devices", lambda: ("8.9", "8.0"))
+    monkeypatch.setattr(presence, "CAPABILITY_COMMAND", ("echo",))
+    assert teacher_precisions() == ("int8", "int4")  # those of the weaker GPU
+    monkeypatch.setattr(presence, "visible_devices", lambda: ("8.9",))
+    assert teacher_precisions() == ("int8", "int4", "fp8")
+    monkeypatch.setattr(presence, "CAPABILITY_COMMAND", ("false",))
+    assert teacher_precisions() is None

@@ -711,6 +711,7 @@ def test_a_run_gets_no_secret_and_no_network(
     assert "canary" not in json.dumps(environment)
     assert settings.database_url not in environment.values()
     assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"  # see test_run_starter.py
     online = child_environment(ImportJob(output_model="m", hub="o/n@main", format="hub"), settings)
     assert (online["HF_HUB_OFFLINE"], online["STILLHOUSE_HF_TOKEN"]) == ("0", "token-canary")
     assert "pepper-canary" not in online.values()

@@ -29,6 +29,7 @@ from worker.distill.losses.fused_loss import RowStats, fused_distillation_loss
 from worker.distill.losses.lm_head import Head
 from worker.distill.students.recipe import num_parameters
 from worker.distill.teachers.cached_teacher import CachedTeacher
+from worker.distill.teachers.quantized import stored_bytes
 from worker.distill.teachers.signals import Signal
 from worker.models.architectures import layer_counts
 
@@ -257,7 +258,7 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> list[float]:
 
 
 def size_of(model: PreTrainedModel) -> dict[str, float]:
-    """Returns the number of layers and parameters, and the bytes of the weights in their dtype.
+    """Returns the number of layers and parameters, and the bytes of the weights as they are loaded.
 
     For an encoder-decoder, `num_layers` counts the decoder's layers, and `num_encoder_layers` the
     encoder's.
@@ -267,5 +268,5 @@ def size_of(model: PreTrainedModel) -> dict[str, float]:
         "num_layers": num_layers,
         **({"num_encoder_layers": num_encoder_layers} if num_encoder_layers else {}),
         "num_parameters": num_parameters(model),
-        "weights_bytes": sum(parameter.nbytes for parameter in model.parameters()),
+        "weights_bytes": sum(stored_bytes(parameter) for parameter in model.parameters()),
     }

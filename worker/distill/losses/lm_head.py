@@ -174,6 +174,22 @@ def load_head(
     )
 
 
+def is_head_of(folder: Path, head: Head) -> bool:
+    """Returns whether the model in a folder has this head."""
+    try:
+        own = load_head(folder, head.num_tokens)
+    except VocabMismatch:
+        return False
+    if own.weight_VH.shape != head.weight_VH.shape or (own.bias_V is None) != (head.bias_V is None):
+        return False
+    if own.scale != head.scale:
+        return False
+    is_bias_equal = (
+        own.bias_V is None or head.bias_V is None or torch.equal(own.bias_V, head.bias_V)
+    )
+    return is_bias_equal and torch.equal(own.weight_VH, head.weight_VH.cpu())
+
+
 def _names_of(model: PreTrainedModel, parameter: Tensor) -> list[str]:
     """Returns the names that a file may use for a parameter of the head, best first.
 

@@ -88,6 +88,7 @@ class TrainState(BaseModel):
     kept_layers: tuple[KeptLayers, ...] | None = None
     defaults_version: int = 1
     decisions: tuple[Decision, ...] = ()  # those that apply to all students of the job
+    teacher_quality: dict[str, Any] | None = None  # entry of the result, for a quantised teacher
 
     @property
     def job_step(self) -> int:

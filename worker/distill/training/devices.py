@@ -15,14 +15,16 @@ import torch
 from transformers import PretrainedConfig
 
 from app.contracts.batch_plan import CPU_BATCH_TOKENS
-from app.contracts.distillation import Auto, Precision
+from app.contracts.distillation import Auto, Precision, TeacherPrecision
 from app.contracts.job_memory import DeviceStudent, layer_bytes
 from app.contracts.memory.step_parts import NO_PARTS, StepParts, feature_bytes, rollout_bytes
+from app.contracts.memory.teacher_weights import teacher_weight_bytes
 from app.contracts.model_sizes import ModelSizes, measure_model, num_trained
 from worker.cpu import HAS_FAST_BFLOAT16
 from worker.distill.students.layer_dropping import cut_config
 from worker.distill.students.recipe import StudentRecipe
 from worker.distill.students.width_pruning import narrow_config, sizes_of
+from worker.distill.teachers.quantized import num_quantizable
 from worker.models.architectures import bare_model
 
 PLANNED_SHARE = 0.9  # of the free memory; the rest is left for fragmentation
@@ -68,6 +70,7 @@ class Needs:
     `can_cache`: all teacher rows can be computed before the training and kept on disk.
     `saved_bytes`: what activation checkpointing takes off `student_bytes`.
     `student_work_bytes`: the part of `student_bytes` that is free while the teacher runs.
+    `num_quantizable`: number of the teacher's weights that `precision` applies to.
     """
 
     student_bytes: int
@@ -76,15 +79,24 @@ class Needs:
     can_cache: bool
     saved_bytes: int = 0
     student_work_bytes: int = 0
+    num_quantizable: int = 0
+    precision: TeacherPrecision | Auto = "auto"
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Returns the memory of the teacher's weights. Those not quantised are in `dtype`."""
+        num_others = self.num_teacher_parameters - self.num_quantizable
+        return teacher_weight_bytes(
+            self.num_quantizable, num_others, self.precision, dtype.itemsize
+        )
 
     def teacher_bytes(self, dtype: torch.dtype) -> int:
-        return self.num_teacher_parameters * dtype.itemsize + self.teacher_work_bytes
+        return self.weight_bytes(dtype) + self.teacher_work_bytes
 
     def both_bytes(self, dtype: torch.dtype, *, has_checkpointing: bool = False) -> int:
         """Returns the memory of the teacher beside the student. They take turns in a step."""
         saved_bytes = self.saved_bytes if has_checkpointing else 0
         work_bytes = max(0, self.student_work_bytes - saved_bytes)
-        weights = self.num_teacher_parameters * dtype.itemsize
+        weights = self.weight_bytes(dtype)
         more = max(0, self.teacher_work_bytes - work_bytes)
         return self.student_bytes - saved_bytes + weights + more
 
@@ -96,7 +108,8 @@ class Placement:
     `is_teacher_first`: the teacher fills the row cache alone, and is freed before the student is
     loaded. `is_tight`: the models may not fit into GPU memory. `has_checkpointing`: the student
     keeps few activations and recomputes the others in the backward pass. `micro_tokens`: the most
-    tokens of a micro-batch. None: batches are not divided.
+    tokens of a micro-batch. None: batches are not divided. `has_room_for_start`: a second model of
+    the teacher's size, which is not quantised, fits beside the student.
     """
 
     device: Device = CPU
@@ -106,6 +119,8 @@ class Placement:
     is_tight: bool = False
     has_checkpointing: bool = False
     micro_tokens: int | None = None
+    teacher_precision: TeacherPrecision | Auto = "auto"
+    has_room_for_start: bool = True
 
     @property
     def rank(self) -> tuple[bool, bool, bool, bool]:
@@ -116,14 +131,17 @@ class Placement:
     @property
     def beside_student(self) -> tuple[str, torch.dtype]:
         """Device and dtype of a second model of the teacher's size, loaded beside the student."""
-        if self.is_teacher_first:
+        if self.is_teacher_first or not self.has_room_for_start:
             return "cpu", torch.float32
         return self.teacher_device, self.teacher_dtype
 
     @property
     def message(self) -> str:
         """The message for the job's events, empty if there was nothing to choose."""
+        quantised = "" if self.teacher_precision == "auto" else self.teacher_precision
         if self.device.name == "cpu":
+            if quantised:
+                return f"device: CPU; student with {self.device.precision} matmuls; teacher in {quantised}"
             is_rounded = self.device.has_bfloat16
             return "device: CPU; student and teacher use bfloat16 matmuls" if is_rounded else ""
         floats = (
@@ -136,7 +154,7 @@ class Placement:
         elif self.teacher_device == "cpu":
             where = "on the CPU, because it does not fit on the GPU"
             too_large = "the student alone is"
-        dtype = str(self.teacher_dtype).removeprefix("torch.")
+        dtype = quantised or str(self.teacher_dtype).removeprefix("torch.")
         tight = f"; {too_large} too large for the GPU, by estimate" if self.is_tight else ""
         free = f"{self.device.free_bytes / GIB:.1f} GiB free"
         if self.has_checkpointing:
@@ -180,13 +198,38 @@ def place(device: Device, needs: Needs) -> Placement:
 
     A student that does not fit alone gets activation checkpointing everywhere.
     """
+    placed = _first_that_fits(device, needs)
+    if placed.teacher_device == "cpu":
+        return on_cpu(placed, needs.precision)
+    full_bytes = replace(needs, precision="auto").both_bytes(placed.teacher_dtype)
+    return replace(
+        placed,
+        teacher_precision=needs.precision,
+        has_room_for_start=needs.precision == "auto" or full_bytes <= device.planned_bytes,
+    )
+
+
+def on_cpu(placed: Placement, precision: TeacherPrecision | Auto) -> Placement:
+    """Returns the placement with a teacher of this precision on the CPU.
+
+    PyTorch's fast matmul for int4 needs bfloat16. A start model beside such a teacher is float32.
+    """
+    if precision == "auto":
+        return placed
+    dtype = torch.bfloat16 if precision == "int4" else torch.float32
+    return replace(
+        placed, teacher_dtype=dtype, teacher_precision=precision, has_room_for_start=False
+    )
+
+
+def _first_that_fits(device: Device, needs: Needs) -> Placement:
+    """Returns the placement without the teacher's precision. See `place`."""
     if device.name == "cpu":
         return Placement(device)
     least_bytes = needs.student_bytes - needs.saved_bytes
     is_tight = least_bytes > device.planned_bytes
     has_checkpointing = needs.saved_bytes > 0 and needs.student_bytes > device.planned_bytes
-    dtypes = (torch.bfloat16,) if device.has_bfloat16 else (torch.float32, torch.float16)
-    for dtype in dtypes:
+    for dtype in teacher_dtypes(device, needs.precision):
         teacher_bytes = needs.teacher_bytes(dtype)
         if needs.both_bytes(dtype) <= device.planned_bytes:
             return Placement(device, "cuda", dtype)
@@ -202,6 +245,16 @@ def place(device: Device, needs: Needs) -> Placement:
         if needs.both_bytes(dtype, has_checkpointing=True) <= device.planned_bytes:
             return Placement(device, "cuda", dtype, has_checkpointing=True)
     return Placement(device, is_tight=is_tight, has_checkpointing=has_checkpointing)
+
+
+def teacher_dtypes(device: Device, precision: TeacherPrecision | Auto) -> tuple[torch.dtype, ...]:
+    """Returns the dtypes of a teacher on a GPU, the best first.
+
+    The kernels for int4 and fp8 compute in bfloat16, also if the job requests float32.
+    """
+    if device.has_bfloat16 or precision in ("int4", "fp8"):
+        return (torch.bfloat16,)
+    return torch.float32, torch.float16
 
 
 def place_alone(device: Device, needs: Needs) -> Placement:
@@ -237,6 +290,7 @@ def needs_by_tokens(
     row_tokens: int = 512,
     source_share: float | None = None,
     parts: StepParts = NO_PARTS,
+    teacher_precision: TeacherPrecision | Auto = "auto",
 ) -> Callable[[int, bool], Needs]:
     """Returns a function of the most tokens of a micro-batch, and of whether gradients accumulate.
 
@@ -263,7 +317,9 @@ def needs_by_tokens(
         ),
         rollout_bytes=rollout_bytes(sizes, parts.rollouts),
     )
-    num_teacher = sum(p.numel() for p in bare_model(teacher).parameters())
+    bare_teacher = bare_model(teacher)
+    num_teacher = sum(p.numel() for p in bare_teacher.parameters())
+    num_linear = num_quantizable(bare_teacher)
     teacher_layer = max(
         layer_bytes(big, kind, has_autocast=has_autocast, row_tokens=row_tokens)
         for kind in big.kinds
@@ -280,6 +336,8 @@ def needs_by_tokens(
             can_cache=can_cache,
             saved_bytes=student.saved_bytes(batch_tokens, has_autocast=has_autocast),
             student_work_bytes=student_bytes - student.resident_bytes,
+            num_quantizable=num_linear,
+            precision=teacher_precision,
         )
 
     return needs_of

@@ -9,7 +9,7 @@ from app.contracts.distillation import Distillation
 from app.contracts.job_memory import cpu_bytes, device_bytes, least_device_bytes, mapped_bytes
 from app.contracts.model_sizes import LayerStack, ModelSizes
 from app.contracts.planned_jobs import PlannedJob, RowCounts
-from app.contracts.train_workers import MachineProfile, TrainWorkerStatus
+from app.contracts.train_workers import MachineProfile, TrainWorkerStatus, supported_precisions
 from app.services.estimates.limits import (
     CPU_MARGIN,
     DEVICE_MARGIN,
@@ -108,3 +108,32 @@ def test_a_machine_with_too_few_devices_is_not_the_best() -> None:
 
 def test_an_unknown_memory_is_enough() -> None:
     assert Machine().has_room(planned(), ROWS)
+
+
+def test_only_workers_that_support_the_precision_of_the_teacher_are_able() -> None:
+    asking, plain = planned(teacher_precision="int4"), planned()
+    unknown, without, with_int8 = (
+        Machine(teacher_precisions=names) for names in (None, (), ("int8",))
+    )
+    with_int4 = Machine(teacher_precisions=("int8", "int4"))
+    machines = [unknown, without, with_int8, with_int4]
+    assert [machine.is_able(asking) for machine in machines] == [True, False, False, True]
+    assert all(machine.is_able(plain) for machine in machines)
+    assert best_of([without, with_int4], asking, ROWS) == with_int4
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        (None, ("int8", "int4")),
+        ((7, 5), ("int8",)),
+        ((8, 0), ("int8", "int4")),
+        ((8, 9), ("int8", "int4", "fp8")),
+        ((10, 0), ("int8", "int4", "fp8")),
+    ],
+)
+def test_the_capability_of_a_gpu_decides_on_precisions(
+    capability: tuple[int, int] | None, expected: tuple[str, ...]
+) -> None:
+    assert supported_precisions(has_package=True, capability=capability) == expected
+    assert supported_precisions(has_package=False, capability=capability) == ()

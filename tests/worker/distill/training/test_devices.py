@@ -5,7 +5,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from app.contracts.distillation import DivergenceName, Lora, Objective, Student
+from app.contracts.distillation import (
+    Auto,
+    DivergenceName,
+    Lora,
+    Objective,
+    Student,
+    TeacherPrecision,
+)
 from tests.tiny import save_tiny
 from worker.distill.forward.hidden_states import autocast
 from worker.distill.losses.divergences import TokenObjective
@@ -23,6 +30,7 @@ from worker.distill.training.devices import (
     place_alone,
     place_largest,
     planned_config,
+    teacher_dtypes,
 )
 from worker.models.architectures import read_config
 
@@ -180,7 +188,8 @@ def test_a_teacher_of_7b_and_a_student_of_1b(
     found = needs_by_tokens(card, recipe, SMALL, LARGE)(batch_tokens, False)
     if card_gib == 80:  # the order of compromises prefers a cache to recomputation
         found = replace(found, can_cache=False)
-    assert place(card, found) == Placement(card, "cuda", torch.bfloat16, **expected)
+    placed = Placement(card, "cuda", torch.bfloat16)
+    assert place(card, found) == replace(placed, **expected)  # type: ignore[arg-type]  # all are booleans
 
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
@@ -321,3 +330,36 @@ def test_the_loss_and_its_gradient_are_the_same_under_autocast(divergence: Diver
             )
         found.append([loss, *torch.autograd.grad(loss, [hidden_NH, head.weight_VH])])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_quantised_teacher_fits_where_the_full_one_does_not() -> None:
+    full = replace(needs(10, 60, can_cache=False), num_quantizable=55 * BILLION)
+    assert place(NEW_CARD, full).teacher_device == "cpu"
+    placed = place(NEW_CARD, replace(full, precision="int4"))
+    assert (placed.teacher_device, placed.teacher_precision) == ("cuda", "int4")
+    assert "teacher in int4, beside the student" in placed.message
+    # layer fitting loads the start model, which is not quantised
+    assert placed.beside_student == ("cpu", torch.float32)
+    small = replace(needs(10, 7), num_quantizable=6 * BILLION, precision="int8")
+    assert place(NEW_CARD, small).beside_student == ("cuda", torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtypes"),
+    [
+        ("auto", (torch.float32, torch.float16)),
+        ("int8", (torch.float32, torch.float16)),
+        ("int4", (torch.bfloat16,)),
+        ("fp8", (torch.bfloat16,)),
+    ],
+)
+def test_kernels_for_int4_and_fp8_compute_in_bfloat16(
+    precision: TeacherPrecision | Auto, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    assert teacher_dtypes(OLD_CARD, precision) == dtypes
+    assert teacher_dtypes(NEW_CARD, precision) == (torch.bfloat16,)
+
+
+def test_a_quantised_teacher_on_a_cpu_is_named() -> None:
+    placed = place(Device(), replace(needs(1, 1), precision="int8"))
+    assert placed.message == "device: CPU; student with float32 matmuls; teacher in int8"
