@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from app.contracts.architectures import ARCHITECTURES
 from app.contracts.distillation import Distillation, FreshConfig, Student
-from app.contracts.job_memory import QUANTIZED_MULTIPLES
+from app.contracts.memory.teacher_weights import QUANTIZED_MULTIPLES
 from app.contracts.messages import ModelFacts
 from app.errors import BadRequest
 
