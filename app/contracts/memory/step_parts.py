@@ -16,7 +16,8 @@ from app.contracts.run_limits import MAX_RUNNING
 HIDDEN_VALUES: Final = {"mse": 1, "cosine": 2}
 RELATIONS: Final = 3  # among queries, among keys and among values
 MAX_TOKENS: Final = 2**31
-PREFILL_TOKENS: Final = 2048  # most tokens of a prefill, including padding
+# Most tokens of a prefill (worker.serve.device_memory). It has fewer if there is less free memory.
+PREFILL_TOKENS: Final = 8192
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def rollout_bytes(student: ModelSizes, rollouts: RolloutSizes | None) -> int:
     num_caches = stacks[-1].num_layers * (1 if len(stacks) == 1 else 2)  # and the cross-attentions
     per_token = 2 * num_caches * student.kv_size * 4
     cache = (num_rows + 1) * rollouts.num_tokens * per_token
-    prefill = PREFILL_TOKENS * 4 * (4 * student.hidden_size + 3 * student.mlp_size)
+    num_read = min(PREFILL_TOKENS, rollouts.num_sequences * rollouts.num_tokens)
+    prefill = num_read * 4 * (4 * student.hidden_size + 3 * student.mlp_size)
     logits = 4 * 4 * num_rows * student.vocab_size
     return cache + prefill + logits

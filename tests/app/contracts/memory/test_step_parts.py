@@ -59,12 +59,17 @@ def test_the_largest_rollouts_follow_from_the_batch(
 def test_the_cache_of_rollouts_has_a_power_of_two_of_rows() -> None:
     def cache(num_sequences: int) -> int:
         long, short = (
-            rollout_bytes(TINY, RolloutSizes(num_sequences, length)) for length in (1100, 100)
+            rollout_bytes(TINY, RolloutSizes(num_sequences, length)) for length in (20_000, 10_000)
         )
         return long - short
 
     # keys and values of 4 layers, each with 4 float32 values per token, and a copied prompt
-    assert [cache(number) // (1000 * 2 * 4 * 4 * 4) for number in (1, 5, 16, 17)] == [2, 9, 17, 33]
+    assert [cache(number) // (10_000 * 2 * 4 * 4 * 4) for number in (1, 5, 16, 17)] == [
+        2,
+        9,
+        17,
+        33,
+    ]
 
 
 def test_feature_losses_and_rollouts_count_on_a_gpu() -> None:
