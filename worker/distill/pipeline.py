@@ -14,6 +14,7 @@ from worker.distill.data.dataset import ANSWERED_PERCENT, LOADED_PERCENT, Prepar
 from worker.distill.data_parallel import ALONE, Ranks
 from worker.distill.evaluation.report import Evaluator, Tell, before_and_after
 from worker.distill.evaluators import Evaluators, SamplerFor
+from worker.distill.ladder_files import ladder_files
 from worker.distill.model_pair import ModelPair
 from worker.distill.phase_times import PhaseTimes
 from worker.distill.resumed_state import changes_since, step_tokens
@@ -29,7 +30,6 @@ from worker.distill.student_sweep import (
     EvaluatorFor,
     SelectedStudent,
     StudentSweep,
-    ladder_files,
 )
 from worker.distill.students.recipe import StudentRecipe, load_model, num_parameters
 from worker.distill.teacher_quality import teacher_quality

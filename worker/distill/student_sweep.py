@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.contracts.distillation import Distillation, Evaluation, Gate
+from app.contracts.distillation import Evaluation, Gate
 from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.decisions import Decision
 from worker.distill.evaluation.held_out import size_of
@@ -345,35 +345,6 @@ class StudentSweep:
             percent, until = self._span
             percent = round(percent + (until - percent) * share, 1)
             self.sink(ProgressLine(percent=percent, step=self.state.job_step))
-
-
-def ladder_files(
-    selected: SelectedStudent, block: Distillation, out: Path, result: Entry, sink: Sink
-) -> tuple[str, ...]:
-    """Adds the ladder, if any, to the result, and returns the names of its files."""
-    if not block.student.ladder:
-        return ()
-    result["ladder"] = selected.ladder
-    files = attempt("ladder_plot", "plot_failed", lambda: draw_ladder(selected, block, out))
-    if not isinstance(files, MissingPart):
-        return files
-    sink(files.event("the student is registered without it"))
-    result["missing"] = [*result.get("missing", []), files.model_dump()]
-    return ()
-
-
-def draw_ladder(selected: SelectedStudent, block: Distillation, out: Path) -> tuple[str, ...]:
-    """Draws the ladder into a folder, and returns the names of the files."""
-    # imports matplotlib, which few jobs need
-    from worker.distill.evaluation.ladder_plot import StudentPoint, write_ladder
-
-    points = [
-        StudentPoint(entry["label"], entry.get("test", entry), entry["passed"], entry["chosen"])
-        for entry in selected.ladder
-    ]
-    teacher = StudentPoint(block.teacher, selected.result.get("teacher", {}))
-    paths = write_ladder(points, teacher, out, block.evaluation.gate)
-    return tuple(path.name for path in paths)
 
 
 def _figures(entry: Entry) -> Entry:
