@@ -30,6 +30,7 @@ WORKER_MAY_IMPORT = {
     "app.contracts.job_memory",
     "app.contracts.job_seconds",
     "app.contracts.memory.step_parts",
+    "app.contracts.memory.teacher_weights",
     "app.contracts.messages",
     "app.contracts.model_files",
     "app.contracts.model_sizes",

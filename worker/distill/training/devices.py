@@ -318,8 +318,14 @@ def needs_by_tokens(
         rollout_bytes=rollout_bytes(sizes, parts.rollouts),
     )
     bare_teacher = bare_model(teacher)
-    num_teacher = sum(p.numel() for p in bare_teacher.parameters())
-    num_linear = num_quantizable(bare_teacher)
+    needs = Needs(
+        student_bytes=0,
+        num_teacher_parameters=sum(p.numel() for p in bare_teacher.parameters()),
+        teacher_work_bytes=0,
+        can_cache=can_cache,
+        num_quantizable=num_quantizable(bare_teacher),
+        precision=teacher_precision,
+    )
     teacher_layer = max(
         layer_bytes(big, kind, has_autocast=has_autocast, row_tokens=row_tokens)
         for kind in big.kinds
@@ -329,15 +335,12 @@ def needs_by_tokens(
         """Returns the needs for micro-batches of this many tokens."""
         student = replace(one_batch, accumulates=accumulates)
         student_bytes = student.peak_bytes(batch_tokens, has_autocast=has_autocast)
-        return Needs(
+        return replace(
+            needs,
             student_bytes=student_bytes,
-            num_teacher_parameters=num_teacher,
             teacher_work_bytes=batch_tokens * teacher_layer,
-            can_cache=can_cache,
             saved_bytes=student.saved_bytes(batch_tokens, has_autocast=has_autocast),
             student_work_bytes=student_bytes - student.resident_bytes,
-            num_quantizable=num_linear,
-            precision=teacher_precision,
         )
 
     return needs_of
