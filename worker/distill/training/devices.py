@@ -302,6 +302,7 @@ def needs_by_tokens(
     sizes, big = sizes_of_config(planned_config(recipe, start)), sizes_of_config(teacher)
     trains_head = not recipe.freeze_head and recipe.lora is None
     frozen = {"freeze_head": not trains_head, "freeze_encoder": recipe.freeze_encoder}
+    value_bytes = 2 if device.has_bfloat16 else 4
     one_batch = DeviceStudent(
         sizes=sizes,
         num_trained=num_trained(recipe.student.model_copy(update=frozen), sizes),
@@ -312,20 +313,10 @@ def needs_by_tokens(
         has_frozen_encoder=recipe.freeze_encoder,
         trains_norms=recipe.lora is None,
         num_lowered=sizes.layer_parameters if recipe.lora is not None and has_autocast else 0,
-        features=feature_bytes(
-            parts, sizes, big, row_tokens=row_tokens, value_bytes=2 if device.has_bfloat16 else 4
-        ),
+        features=feature_bytes(parts, sizes, big, row_tokens=row_tokens, value_bytes=value_bytes),
         rollout_bytes=rollout_bytes(sizes, parts.rollouts),
     )
-    bare_teacher = bare_model(teacher)
-    needs = Needs(
-        student_bytes=0,
-        num_teacher_parameters=sum(p.numel() for p in bare_teacher.parameters()),
-        teacher_work_bytes=0,
-        can_cache=can_cache,
-        num_quantizable=num_quantizable(bare_teacher),
-        precision=teacher_precision,
-    )
+    needs = _teacher_needs(teacher, teacher_precision, can_cache=can_cache)
     teacher_layer = max(
         layer_bytes(big, kind, has_autocast=has_autocast, row_tokens=row_tokens)
         for kind in big.kinds
@@ -344,6 +335,21 @@ def needs_by_tokens(
         )
 
     return needs_of
+
+
+def _teacher_needs(
+    teacher: PretrainedConfig, precision: TeacherPrecision | Auto, *, can_cache: bool
+) -> Needs:
+    """Returns the needs of the teacher's weights alone."""
+    model = bare_model(teacher)
+    return Needs(
+        student_bytes=0,
+        num_teacher_parameters=sum(p.numel() for p in model.parameters()),
+        teacher_work_bytes=0,
+        can_cache=can_cache,
+        num_quantizable=num_quantizable(model),
+        precision=precision,
+    )
 
 
 def sizes_of_config(config: PretrainedConfig) -> ModelSizes:
