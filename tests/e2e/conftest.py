@@ -9,9 +9,12 @@ import pytest
 from tests.e2e.service import TEACHER, Service, start_service
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def service(service_dir: Path, tiny_llama_dir: Path) -> Iterator[Service]:
-    """One service for all tests that do not break it, with the tiny teacher imported."""
+    """One service for all tests of the folder that do not break it, with the tiny teacher imported.
+
+    It ends before the tests of other folders, because also an idle service takes CPU time.
+    """
     running = start_service(service_dir / "e2e")
     try:
         running.cli("models", "import", str(tiny_llama_dir), "--name", TEACHER)
