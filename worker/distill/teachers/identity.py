@@ -17,7 +17,9 @@ def teacher_identity(folder: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def outputs_identity(identity: str, precision: TeacherPrecision | Auto) -> str:
     """Returns the hash of a teacher with the precision of its layers, on which outputs depend."""
-    return identity if precision == "auto" else f"{identity}:{precision}:{package_version()}"
+    return (
+        identity if precision == "auto" else f"{identity}:{precision}:{package_version(precision)}"
+    )
 
 
 def folder_sha256(folder: Path) -> str:

@@ -8,7 +8,7 @@ Embeddings, norms and the LM head are not quantised. The formats:
 - fp8: one scale per output, and one per token for inputs. Only GPUs with FP8 matmuls have it.
 """
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,15 @@ def stored_bytes(weight: torch.Tensor) -> int:
     return sum(stored_bytes(getattr(weight, name)) for name in names)
 
 
-def package_version() -> str:
-    """Returns the version of the package that quantises. Rounding may differ between versions."""
-    return f"{QUANTIZATION_PACKAGE}-{version(QUANTIZATION_PACKAGE)}"
+def package_version(precision: TeacherPrecision) -> str:
+    """Returns the version of the package that quantises. Rounding may differ between versions.
+
+    Raises UnsupportedPrecision if the package is not installed.
+    """
+    try:
+        return f"{QUANTIZATION_PACKAGE}-{version(QUANTIZATION_PACKAGE)}"
+    except PackageNotFoundError:
+        raise UnsupportedPrecision(
+            f"a teacher on this worker cannot be quantised to {precision}: it needs {precision_needs(precision)}; "
+            "leave teacher_precision out, or install what is missing"
+        ) from None
