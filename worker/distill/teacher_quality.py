@@ -55,11 +55,11 @@ def teacher_quality(
         return state.teacher_quality
     measured = ranks.from_first(lambda: _quality(pair, rows, check_stop))
     found: Json = {"precision": pair.precision, **measured}
-    sink(MessageLine(message=_words(found), data=found))
+    sink(MessageLine(message=_message_of(found), data=found))
     return found
 
 
-def _words(found: Json) -> str:
+def _message_of(found: Json) -> str:
     if "not_measured" in found:
         return f"teacher in {found['precision']}: its loss of quality was not measured, because {found['not_measured']}"
     return (

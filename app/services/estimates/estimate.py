@@ -147,8 +147,8 @@ def notes(basis: Basis, *, has_disk: bool) -> Iterator[str]:
         yield basis.speed.note
         if basis.num_processes > 1:
             yield (
-                f"The time assumes that the {basis.num_processes} devices divide the work on a batch equally, and that "
-                "they exchange gradients in no time. The report at the end runs on one of them."
+                f"The time assumes that the {basis.num_processes} devices divide the work on a batch equally. It does "
+                "not include the exchange of gradients. The report at the end runs on one of them."
             )
     machine = basis.machine
     if basis.workers is None:
