@@ -33,7 +33,6 @@ from worker.watchdog import Inbox, WorkLoop
 
 log = structlog.get_logger(__name__)
 
-NUM_SERVE_THREADS = 2  # few, because they only pass requests to the engine thread
 STOP_SECONDS = 10.0  # time for a silent consumer to end by itself
 QUEUE_SECONDS = 600  # lifetime of a queue without a consumer
 
@@ -98,7 +97,7 @@ def train(settings: Settings, announce: Callable[[], None]) -> int:
     add_wake_up(app, work_loop.wake_up)
     with presence, work_loop:
         try:
-            return run(app, worker_id, num_threads=1, ready=ready, drain=drain)
+            return run(app, worker_id, ready=ready, drain=drain)
         finally:
             # Also set if the consumer has failed: the periodic thread may be running a job.
             is_draining.set()
@@ -163,7 +162,7 @@ def serve(settings: Settings, announce: Callable[[], None]) -> int:
         announce()
 
     with closing(claim):
-        return run(app, worker_id, num_threads=NUM_SERVE_THREADS, ready=ready, drain=worker.drain)
+        return run(app, worker_id, ready=ready, drain=worker.drain)
 
 
 def choose_device(asked: Literal["auto", "cpu", "cuda"], *, has_cuda: bool) -> str:
@@ -179,11 +178,10 @@ def make_app(settings: Settings, queue: str, *, no_ack: bool = False) -> Celery:
     """Returns a Celery app that consumes one queue. A queue without a consumer expires in Redis.
 
     `no_ack` saves two round trips to Redis per message. Redis then keeps no copy of a message
-    while a worker handles it, and the worker reads messages as they arrive. With the limit on
-    reserved tasks, Celery would pause for up to a second whenever all its threads are busy.
+    while a worker handles it.
     """
     app = Celery("stillhouse")
-    app.conf.update(celery_settings(settings), worker_disable_prefetch=not no_ack)
+    app.conf.update(celery_settings(settings))
     app.conf.task_queues = (
         Queue(queue, Exchange(queue), routing_key=queue, expires=QUEUE_SECONDS, no_ack=no_ack),
     )
@@ -200,7 +198,6 @@ def run(
     app: Celery,
     worker_id: str,
     *,
-    num_threads: int,
     ready: Callable[[], None],
     drain: Callable[[], None],
 ) -> int:
@@ -228,7 +225,7 @@ def run(
     worker = app.Worker(
         hostname=worker_id,
         pool="threads",
-        concurrency=num_threads,
+        concurrency=1,
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=True,

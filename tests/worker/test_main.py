@@ -1,8 +1,10 @@
 """The worker process from its start to its end."""
 
 import asyncio
+import base64
 import contextlib
 import itertools
+import json
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import structlog
 from celery.contrib.testing.worker import start_worker
 
 from app.contracts.generation import GenerateRequest
@@ -22,7 +25,7 @@ from app.routing.task_queue import NotSent, Outbox, notify_workers
 from app.settings import get_settings
 from tests.serve_worker import ROOT, WorkerProcess
 from tests.waiting import wait_for
-from worker.main import NUM_SERVE_THREADS, choose_device, make_app, queue_key
+from worker.main import choose_device, make_app, queue_key
 from worker.tasks import add_generate
 
 NUM_RESTARTS = 5
@@ -120,30 +123,40 @@ def test_a_serve_worker_survives_restarts_of_valkey_while_it_reads_requests(
             worker.close()
 
 
-def test_requests_are_read_while_all_threads_of_the_worker_are_busy(valkey: str) -> None:
-    """Celery would otherwise read the next request up to a second after a thread is free."""
-    app = make_app(get_settings(), serve_queue("busy"), no_ack=True)
-    is_free = threading.Event()
-
-    def block(_: GenerateRequest) -> None:
-        is_free.wait(60)
-
-    add_generate(app, block)
+def test_requests_go_to_the_engine_from_the_thread_that_reads_them(valkey: str) -> None:
+    """With a pool of threads, Celery would pause for up to a second when all of them are busy."""
+    queue = serve_queue("reads")
+    app = make_app(get_settings(), queue, no_ack=True)
+    submitted: list[tuple[str, int]] = []
+    add_generate(app, lambda request: submitted.append((request.id, threading.get_ident())))
 
     async def send_all() -> None:
         outbox = Outbox(valkey)
-        for number in range(3 * NUM_SERVE_THREADS):
-            await outbox.send("busy", request(str(number)))
+        for number in range(100):
+            await outbox.send("reads", request(str(number)))
         await outbox.aclose()
 
-    options = {"pool": "threads", "concurrency": NUM_SERVE_THREADS, "perform_ping_check": False}
-    with redis.Redis.from_url(valkey) as client, start_worker(app, **options):
-        try:
-            asyncio.run(send_all())
-            key = queue_key(app, serve_queue("busy"))
-            wait_for(lambda: not client.llen(key), 20, "requests stay in the queue")
-        finally:
-            is_free.set()
+    with redis.Redis.from_url(valkey) as client:
+        asyncio.run(send_all())
+        ours = client.lindex(queue_key(app, queue), 0)
+        client.rpush(queue_key(app, queue), with_unknown_field(ours))  # is read first
+    options = {"pool": "threads", "concurrency": 1, "perform_ping_check": False}
+    with structlog.testing.capture_logs() as lines, start_worker(app, **options):
+        wait_for(lambda: len(submitted) == 100, 20, "requests stay in the queue")
+    assert [name for name, _ in submitted] == [str(number) for number in range(100)]
+    assert len({thread for _, thread in submitted}) == 1
+    invalid = [line for line in lines if line["event"] == "message_invalid"]
+    assert [line["fields"] for line in invalid] == [[("unknown",)]]
+    assert "a prompt" not in repr(invalid)
+
+
+def with_unknown_field(message: bytes) -> bytes:
+    """Returns a request of a newer version, which this one cannot read."""
+    changed = json.loads(message)
+    body = json.loads(base64.b64decode(changed["body"]))
+    body[0][0]["unknown"] = "a prompt"
+    changed["body"] = base64.b64encode(json.dumps(body).encode()).decode()
+    return json.dumps(changed).encode()
 
 
 async def send(url: str, worker_id: str, is_over: threading.Event) -> None:
