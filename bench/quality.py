@@ -15,7 +15,7 @@ from statistics import median
 from bench.cases import Contender, Entry
 from bench.children import ask_child, module, trl_program
 from bench.steps import prepare
-from worker.cpu.linear_ops import HAS_FAST_BFLOAT16
+from worker.cpu.linear_ops import TRAINS_IN_BFLOAT16
 
 # of TRL's budget; the last is the quality in the same time
 SHARES = (
@@ -31,13 +31,13 @@ SHARES = (
 QUICK_SHARES = (0.25, 0.5, 1.0)
 PILOT_STEPS = 8  # fewer misjudge the pace
 TRL = Contender("trl", "trl", "forward_kl", "live")
-TRL_RECIPE = {"learning_rate": 1e-3, "batch_rows": 8, "bf16": HAS_FAST_BFLOAT16}
+TRL_RECIPE = {"learning_rate": 1e-3, "batch_rows": 8, "bf16": TRAINS_IN_BFLOAT16}
 OURS = Contender("ours", "ours", "forward_kl", "expected", trains_head=False)
 OUR_RECIPE = {
     "student": {"init": "layers", "num_layers": 15},
     "learning_rate": "auto",
     "batch_tokens": 512,
-    "bf16": HAS_FAST_BFLOAT16,
+    "bf16": TRAINS_IN_BFLOAT16,
 }
 
 

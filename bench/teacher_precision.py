@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from app.contracts.distillation import TeacherPrecision
 from bench.cases import Entry
 from bench.serve import PROMPTS
-from worker.cpu import HAS_FAST_BFLOAT16, prepare_for_inference
+from worker.cpu import TRAINS_IN_BFLOAT16, prepare_for_inference
 from worker.distill.data.rows import Example
 from worker.distill.losses.lm_head import load_head
 from worker.distill.students.recipe import load_model
@@ -80,7 +80,7 @@ def main() -> None:
     ]
     exact_NH, _ = timed_rows(model, examples)
     full_bytes = sum(stored_bytes(weight) for weight in model.parameters())
-    dtype = torch.bfloat16 if HAS_FAST_BFLOAT16 else torch.float32
+    dtype = torch.bfloat16 if TRAINS_IN_BFLOAT16 else torch.float32
     prepare_for_inference(model, dtype=dtype, exact=model.get_output_embeddings())
     head = load_head(task.model_dir)
     full: Entry = {}

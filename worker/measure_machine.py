@@ -12,7 +12,7 @@ import torch
 
 from app.contracts.train_workers import MachineProfile
 from app.settings import get_settings
-from worker.cpu import HAS_FAST_BFLOAT16
+from worker.cpu import TRAINS_IN_BFLOAT16
 
 CPU_SIDE, CUDA_SIDE = 1536, 8192  # sides of the square matrices
 LEAST_PRIORITY = 19
@@ -32,8 +32,8 @@ def measure() -> MachineProfile:
         )
     if num_threads := get_settings().num_threads:
         torch.set_num_threads(num_threads)
-    flops = matmul_flops("cpu", CPU_SIDE, has_bfloat16=HAS_FAST_BFLOAT16)
-    return MachineProfile(device="cpu", flops=flops, has_bfloat16=HAS_FAST_BFLOAT16)
+    flops = matmul_flops("cpu", CPU_SIDE, has_bfloat16=TRAINS_IN_BFLOAT16)
+    return MachineProfile(device="cpu", flops=flops, has_bfloat16=TRAINS_IN_BFLOAT16)
 
 
 def matmul_flops(device: str, side: int, *, has_bfloat16: bool) -> float:

@@ -278,7 +278,7 @@ class Hyperparameters(Block):
 
     precision: The dtype of the matmuls in the bodies of student and teacher. Weights, gradients,
         optimizer moments and the loss are always float32. auto: bfloat16 if the CPU or GPU
-        supports it natively, else float32.
+        multiplies it faster, else float32.
     learning_rate_multiplier: Factor of the automatic learning rate.
     batch_rows: Rows per step. A step with more than `batch_tokens` is computed in micro-batches.
     num_devices: Number of CUDA devices, with one process on each. Ignored on a CPU.

@@ -14,6 +14,7 @@ from worker.cpu.int8 import HAS_INT8
 from worker.cpu.linear_ops import (
     HAS_BFLOAT16,
     HAS_FAST_BFLOAT16,
+    TRAINS_IN_BFLOAT16,
     OneDnnConv1D,
     OneDnnLinear,
     linear,
@@ -36,6 +37,7 @@ __all__ = [
     "HAS_FAST_BFLOAT16",
     "HAS_INT8",
     "SHORT_ATTENTION",
+    "TRAINS_IN_BFLOAT16",
     "Attended",
     "LlamaDecoder",
     "LossKernel",

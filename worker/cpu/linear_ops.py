@@ -40,6 +40,11 @@ PREFERS_ONEDNN = HAS_ONEDNN and not (IS_INTEL and HAS_MKL)  # for unpacked float
 HAS_FAST_BFLOAT16: bool = HAS_BFLOAT16 and (
     torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 )
+# Training is faster with bfloat16 matmuls. Without AMX, it is not on Intel CPUs: there, bfloat16
+# only saves memory traffic, which matters for a few rows of activations, as in decoding.
+TRAINS_IN_BFLOAT16: bool = HAS_FAST_BFLOAT16 and (
+    torch.cpu._is_amx_tile_supported() or not IS_INTEL
+)
 Activation = Literal["none", "swish"]
 FLOAT32_PARTS, HALF_PARTS = 3, 2  # bfloat16 parts of a float32 number in a bf16x3 matmul
 # smallest matmul that bf16x3 speeds up: rows * columns / (rows + columns), and the summed dimension

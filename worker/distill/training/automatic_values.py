@@ -163,11 +163,11 @@ def decide_for_job(block: Distillation, signal: Signal, card: Device) -> Iterato
         )
     if h.precision == "auto":
         name = "GPU" if card.name == "cuda" else "CPU"
-        has = "multiplies" if card.has_bfloat16 else "does not multiply"
+        are = "are faster" if card.has_bfloat16 else "are not faster"
         yield Decision(
             option="hyperparameters.precision",
             value=card.precision,
-            reason=f"the {name} {has} bfloat16 natively",
+            reason=f"bfloat16 matmuls {are} on this {name}",
             words=f"precision {card.precision}",
         )
     if h.batch_tokens == "auto" and card.name == "cpu":

@@ -20,7 +20,7 @@ from app.contracts.job_memory import DeviceStudent, layer_bytes
 from app.contracts.memory.step_parts import NO_PARTS, StepParts, feature_bytes, rollout_bytes
 from app.contracts.memory.teacher_weights import teacher_weight_bytes
 from app.contracts.model_sizes import ModelSizes, measure_model, num_trained
-from worker.cpu import HAS_FAST_BFLOAT16
+from worker.cpu import HAS_FAST_BFLOAT16, TRAINS_IN_BFLOAT16
 from worker.distill.students.layer_dropping import cut_config
 from worker.distill.students.recipe import StudentRecipe
 from worker.distill.students.width_pruning import narrow_config, sizes_of
@@ -171,10 +171,12 @@ ON_CPU = Placement()
 def find_device(number: int = 0, precision: Precision | Auto = "auto") -> Device:
     """Selects GPU number `number` for this process, or the CPU if there is no GPU.
 
-    bfloat16 is used if the hardware has it, unless `precision` is "float32".
+    bfloat16 is used if the hardware has it, unless `precision` is "float32". On a CPU that has it
+    but multiplies it no faster, it is only used if `precision` is "bfloat16".
     """
     if not torch.cuda.is_available():
-        return Device(has_bfloat16=HAS_FAST_BFLOAT16 and precision != "float32")
+        has_bfloat16 = HAS_FAST_BFLOAT16 if precision == "bfloat16" else TRAINS_IN_BFLOAT16
+        return Device(has_bfloat16=has_bfloat16 and precision != "float32")
     torch.cuda.set_device(number % torch.cuda.device_count())
     free_bytes, _ = torch.cuda.mem_get_info()
     has_bfloat16 = (

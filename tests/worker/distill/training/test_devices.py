@@ -197,7 +197,8 @@ def test_without_a_card_the_device_is_the_cpu(
     monkeypatch: pytest.MonkeyPatch, *, has_bfloat16: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("worker.distill.training.devices.HAS_FAST_BFLOAT16", has_bfloat16)
+    for name in ("HAS_FAST_BFLOAT16", "TRAINS_IN_BFLOAT16"):
+        monkeypatch.setattr(f"worker.distill.training.devices.{name}", has_bfloat16)
     found = find_device()
     assert found == Device(has_bfloat16=has_bfloat16)
     # what a processor cannot do is not asked of it
@@ -207,6 +208,18 @@ def test_without_a_card_the_device_is_the_cpu(
     assert bool(place(found, needs(1, 1)).message) == has_bfloat16
     assert find_device(precision="float32") == Device() == Placement().device
     assert Device().matmul_dtype == torch.float32
+
+
+def test_bfloat16_that_is_no_faster_is_only_used_on_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on Intel CPUs with AVX-512 BF16 and without AMX."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("worker.distill.training.devices.HAS_FAST_BFLOAT16", True)
+    monkeypatch.setattr("worker.distill.training.devices.TRAINS_IN_BFLOAT16", False)
+    assert not find_device().has_bfloat16
+    assert not find_device(precision="float32").has_bfloat16
+    assert find_device(precision="bfloat16").has_bfloat16
 
 
 def test_a_students_bytes_are_its_parameters_and_what_training_adds(tiny_gpt2_dir: Path) -> None:

@@ -287,7 +287,8 @@ def test_a_resumed_run_keeps_the_precision_of_its_checkpoint_or_says_that_it_can
     spec = make_spec(**HALVES)
     stop_after(run, spec, 5, out="first")
     resume = {"resume_dir": tmp_path / "first" / "step-5"}
-    monkeypatch.setattr("worker.distill.training.devices.HAS_FAST_BFLOAT16", True)
+    for name in ("HAS_FAST_BFLOAT16", "TRAINS_IN_BFLOAT16"):
+        monkeypatch.setattr(f"worker.distill.training.devices.{name}", True)
     quiet = run(make_spec(spec=resume, **HALVES, precision="auto"), out="second")
     assert load_state(tmp_path / "second" / "step-10").precision == "float32"
     assert not any("bit-identical" in m and "float32" in m for m in messages(quiet))
