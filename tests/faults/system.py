@@ -272,7 +272,7 @@ class System:
             "import sys; from pathlib import Path; from tests.tiny import save_tiny;"
             "save_tiny(Path(sys.argv[1]), 'llama')"
         )
-        subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, check=True, timeout=600)
         return folder
 
     def _urls(self, who: str) -> dict[str, str]:
