@@ -27,6 +27,7 @@ class DirectConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
         tasks = self.app.tasks
 
         def handle(message: Message) -> None:
+            """Calls the task of one message. An error only concerns that message."""
             try:
                 args, kwargs, _ = message.payload
                 tasks[message.headers["task"]](*args, **kwargs)
