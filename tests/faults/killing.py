@@ -140,7 +140,7 @@ def _let_one_stop(trial: Trial, point: str) -> tuple[Accepted, Program | None]:
     """
     armed = trial.system.arm(point, "STOP")
     job = trial.client.submit("trained")
-    wait_until(lambda: not armed.exists(), 120, f"nobody passes {point}")
+    wait_until(lambda: not armed.exists(), 300, f"nobody passes {point}")
     (zombie,) = _stopped(trial)
     taken = "SELECT 1 FROM jobs WHERE id = %s AND attempt >= 2"
     is_over = "SELECT 1 FROM jobs WHERE id = %s AND status = 'succeeded' AND attempt = 1"

@@ -53,6 +53,7 @@ class Evaluators:
             on_progress=tell,
             warn=self.warn,
             matmul_dtype=self.pair.card.matmul_dtype,
+            decoding_dtype=self.pair.card.decoding_dtype,
             student_dtype=self.pair.card.autocast or torch.float32,
         )
 

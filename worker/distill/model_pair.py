@@ -137,11 +137,17 @@ class ModelPair:
         """Loads the teacher. If feature losses are used, one copy stays loaded and is shared."""
         if self.has_features:  # the feature losses keep it loaded
             return self._resident_teacher
-        return self._load()
+        return self._load(self.card.matmul_dtype)
+
+    def load_answering_teacher(self) -> PreTrainedModel:
+        """Loads the teacher to generate answers. If feature losses are used, it is the shared copy."""
+        if self.has_features:
+            return self._resident_teacher
+        return self._load(self.card.decoding_dtype)
 
     @cached_property
     def _resident_teacher(self) -> PreTrainedModel:
-        return self._load()
+        return self._load(self.card.matmul_dtype)
 
     @cached_property
     def placement(self) -> Placement:
@@ -215,7 +221,7 @@ class ModelPair:
         On a CPU it is loaded again, because the evaluation packs the weights of its models.
         """
         if self.card.name != "cpu":
-            return self._load()
+            return self._load(self.card.matmul_dtype)
         return self._read(self.spec.teacher_dir)
 
     def _read(self, folder: Path) -> PreTrainedModel:
@@ -231,14 +237,12 @@ class ModelPair:
         """Weak reference to the loaded teacher, so that it is shared while it is in use."""
         return WeakValueDictionary()
 
-    def _load(self) -> PreTrainedModel:
+    def _load(self, matmul_dtype: torch.dtype) -> PreTrainedModel:
         loaded = self._loaded.get("teacher")
         if loaded is not None and self.card.name != "cpu":  # two copies may not fit in GPU memory
             return loaded
         teacher = self._read(self.teacher_dir)
-        prepare_for_inference(
-            teacher, dtype=self.card.matmul_dtype, exact=teacher.get_output_embeddings()
-        )
+        prepare_for_inference(teacher, dtype=matmul_dtype, exact=teacher.get_output_embeddings())
         self._loaded["teacher"] = teacher
         return teacher.requires_grad_(False)
 

@@ -95,9 +95,8 @@ class Pipeline:
         self.ranks = ranks
         self.phases = phases
         asked = self.block.hyperparameters.precision
-        if asked == "auto" and spec.resume_dir is not None:
-            asked = load_state(spec.resume_dir).precision or asked
-        card = find_device(ranks.number, asked)
+        resumed = None if spec.resume_dir is None else load_state(spec.resume_dir).precision
+        card = find_device(ranks.number, asked, resumed)
         self.device = card.name
         self.pair = ModelPair(spec, self.device, card=card)
         out.mkdir(parents=True, exist_ok=True)
@@ -258,7 +257,7 @@ class Pipeline:
             student=self.pair.student,
             has_one_tokenizer=self.pair.has_one_tokenizer,
             answers=AnswerFile(self.pair.answers_path if self.spec.has_teacher else None),
-            sampler=lambda: self.sampler_for(self.pair.load_teacher()),
+            sampler=lambda: self.sampler_for(self.pair.load_answering_teacher()),
             sink=self.sink,
             check_stop=self._check_stop,
         )

@@ -95,7 +95,9 @@ class Evaluator:
     sampler_for: Callable[[PreTrainedModel], Sampler]
     on_progress: Tell
     warn: Callable[[str], None]
-    matmul_dtype: torch.dtype = torch.float32  # of linear layers other than the head, on a CPU
+    # of linear layers other than the head, on a CPU: for the losses, and for answers and speeds
+    matmul_dtype: torch.dtype = torch.float32
+    decoding_dtype: torch.dtype = torch.float32
     student_dtype: torch.dtype = torch.float32  # of the weights: the dtype in which they are saved
     _judged_teacher: Evaluated | None = field(default=None, init=False)
     _folders: dict[Path, Evaluated] = field(default_factory=dict, init=False)
@@ -234,11 +236,13 @@ class Evaluator:
         is_teacher = teachers_view is not None
         view = teachers_view or self.student_view
         model = build().requires_grad_(False)
-        # rounds as in training, and as the student is served on this device
-        prepare_for_inference(model, dtype=self.matmul_dtype, exact=model.get_output_embeddings())
+        head = model.get_output_embeddings()
+        prepare_for_inference(model, dtype=self.matmul_dtype, exact=head)  # rounds as in training
         figures = held_out_figures(view.measure(model), self.metrics, self.groups)
         entry: Entry = size_of(model)
         tell(0.3)
+        if self.decoding_dtype != self.matmul_dtype:  # rounds as the student is served here
+            prepare_for_inference(model, dtype=self.decoding_dtype, exact=head)
         texts = None
         if self._wants_answers and kind_of(model.config) != "masked":
             answers = self._ask(

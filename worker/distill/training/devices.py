@@ -34,12 +34,17 @@ MICRO_TOKENS = (8_192, 4_096, 2_048, 1_024, 512, 256)  # choices of `place_large
 
 @dataclass(frozen=True)
 class Device:
-    """The device of a process: "cpu", or "cuda", which is the GPU of this process."""
+    """The device of a process: "cpu", or "cuda", which is the GPU of this process.
+
+    `decodes_in_bfloat16`: on a CPU, models that generate text have bfloat16 weights, as served models
+    have there. Decoding is limited by reading the weights, so it gains where training does not.
+    """
 
     name: str = "cpu"
     card: str = ""
     free_bytes: int = 0
     has_bfloat16: bool = False
+    decodes_in_bfloat16: bool = False
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -50,6 +55,11 @@ class Device:
     def matmul_dtype(self) -> torch.dtype:
         """The dtype in which linear layers multiply on a CPU."""
         return torch.bfloat16 if self.name == "cpu" and self.has_bfloat16 else torch.float32
+
+    @property
+    def decoding_dtype(self) -> torch.dtype:
+        """The dtype in which linear layers multiply on a CPU while a model generates text."""
+        return torch.bfloat16 if self.decodes_in_bfloat16 else self.matmul_dtype
 
     @property
     def precision(self) -> Precision:
@@ -142,8 +152,10 @@ class Placement:
         if self.device.name == "cpu":
             if quantised:
                 return f"device: CPU; student with {self.device.precision} matmuls; teacher in {quantised}"
-            is_rounded = self.device.has_bfloat16
-            return "device: CPU; student and teacher use bfloat16 matmuls" if is_rounded else ""
+            if self.device.has_bfloat16:
+                return "device: CPU; student and teacher use bfloat16 matmuls"
+            is_rounded = self.device.decodes_in_bfloat16
+            return "device: CPU; answers are generated with bfloat16 weights" if is_rounded else ""
         floats = (
             "float32" if self.device.autocast is None else "float32 weights under bfloat16 autocast"
         )
@@ -168,20 +180,25 @@ class Placement:
 ON_CPU = Placement()
 
 
-def find_device(number: int = 0, precision: Precision | Auto = "auto") -> Device:
+def find_device(
+    number: int = 0, precision: Precision | Auto = "auto", resumed: Precision | None = None
+) -> Device:
     """Selects GPU number `number` for this process, or the CPU if there is no GPU.
 
     bfloat16 is used if the hardware has it, unless `precision` is "float32". On a CPU that has it
-    but multiplies it no faster, it is only used if `precision` is "bfloat16".
+    but multiplies it no faster, it is only used to generate text, unless `precision` is "bfloat16".
+    With "auto", a run is trained in the precision of the checkpoint that it continues, `resumed`.
     """
+    trained = resumed if resumed is not None and precision == "auto" else precision
     if not torch.cuda.is_available():
-        has_bfloat16 = HAS_FAST_BFLOAT16 if precision == "bfloat16" else TRAINS_IN_BFLOAT16
-        return Device(has_bfloat16=has_bfloat16 and precision != "float32")
+        has_bfloat16 = HAS_FAST_BFLOAT16 if trained == "bfloat16" else TRAINS_IN_BFLOAT16
+        return Device(
+            has_bfloat16=has_bfloat16 and trained != "float32",
+            decodes_in_bfloat16=HAS_FAST_BFLOAT16 and precision != "float32",
+        )
     torch.cuda.set_device(number % torch.cuda.device_count())
     free_bytes, _ = torch.cuda.mem_get_info()
-    has_bfloat16 = (
-        torch.cuda.is_bf16_supported(including_emulation=False) and precision != "float32"
-    )
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False) and trained != "float32"
     # TF32 is precise enough for the loss: its inputs come from bfloat16 layers, which round more
     if has_bfloat16:
         torch.set_float32_matmul_precision("high")

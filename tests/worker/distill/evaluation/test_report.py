@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from worker.cpu import HAS_FAST_BFLOAT16
 from worker.distill.data.answer_cache import AnswerFile
 from worker.distill.data.rows import Encoder, Row, read_rows
 from worker.distill.data.sampler import Generation, Sampler
@@ -195,6 +196,40 @@ def test_the_student_is_set_against_the_untrained_one_and_the_baseline(
     assert equal["intervals"]["agreement"] == [0.0, 0.0]
     assert report["ce_baseline"]["agreement"] == 1.0
     assert bench.asked == []  # no metric wants answers
+
+
+@pytest.mark.skipif(not HAS_FAST_BFLOAT16, reason="the CPU has no bfloat16 instructions")
+def test_losses_are_measured_as_in_training_and_answers_generated_as_in_serving(
+    make_bench: MakeBench, student_dir: Path
+) -> None:
+    plain = make_bench(LONG).report(student_dir)
+    bench = make_bench(LONG)
+    seen: list[tuple[str, set[torch.dtype]]] = []
+
+    def note(what: str, model: PreTrainedModel) -> None:
+        packed = {m.packed.dtype for m in model.model.modules() if hasattr(m, "packed")}
+        seen.append((what, packed))
+
+    measure, sampler_for = bench.measure, bench.evaluator.sampler_for
+
+    def noted_measure(model: PreTrainedModel) -> HeldOut:
+        note("losses", model)
+        return measure(model)
+
+    def noted_sampler(model: PreTrainedModel) -> Sampler:
+        note("answers", model)
+        return sampler_for(model)
+
+    view = replace(bench.evaluator.student_view, measure=noted_measure)
+    bench.evaluator.student_view, bench.evaluator.sampler_for = view, noted_sampler
+    bench.evaluator.decoding_dtype = torch.bfloat16
+    report = bench.report(student_dir)
+    assert {what for what, _ in seen} == {"losses", "answers"}
+    for what, dtypes in seen:
+        assert dtypes == {torch.float32 if what == "losses" else torch.bfloat16}
+    for name in ("teacher", "student"):
+        assert report[name]["kl"] == plain[name]["kl"]
+        assert report[name]["loss"] == plain[name]["loss"]
 
 
 def test_progress_rises_to_the_whole(make_bench: MakeBench, student_dir: Path) -> None:

@@ -200,7 +200,7 @@ def test_without_a_card_the_device_is_the_cpu(
     for name in ("HAS_FAST_BFLOAT16", "TRAINS_IN_BFLOAT16"):
         monkeypatch.setattr(f"worker.distill.training.devices.{name}", has_bfloat16)
     found = find_device()
-    assert found == Device(has_bfloat16=has_bfloat16)
+    assert found == Device(has_bfloat16=has_bfloat16, decodes_in_bfloat16=has_bfloat16)
     # what a processor cannot do is not asked of it
     assert found == find_device(precision="bfloat16")
     assert found.autocast is None
@@ -217,9 +217,16 @@ def test_bfloat16_that_is_no_faster_is_only_used_on_request(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr("worker.distill.training.devices.HAS_FAST_BFLOAT16", True)
     monkeypatch.setattr("worker.distill.training.devices.TRAINS_IN_BFLOAT16", False)
-    assert not find_device().has_bfloat16
-    assert not find_device(precision="float32").has_bfloat16
-    assert find_device(precision="bfloat16").has_bfloat16
+    found = find_device()
+    assert (found.matmul_dtype, found.decoding_dtype) == (torch.float32, torch.bfloat16)
+    assert place(found, needs(1, 1)).message.endswith("answers are generated with bfloat16 weights")
+    assert find_device(precision="float32") == Device()
+    both = Device(has_bfloat16=True, decodes_in_bfloat16=True)
+    assert find_device(precision="bfloat16") == both
+    # a resumed run trains as before, and generates text as every run does
+    assert find_device(resumed="bfloat16") == both
+    assert find_device(resumed="float32") == found
+    assert find_device(precision="float32", resumed="bfloat16") == Device()
 
 
 def test_a_students_bytes_are_its_parameters_and_what_training_adds(tiny_gpt2_dir: Path) -> None:
