@@ -294,3 +294,10 @@ def test_the_garbage_collector_is_switched_on_again_after_imports() -> None:
             assert re.search(r"^ *imports_done\(\)$", text, re.MULTILINE), relative(path)
     importlib.import_module("worker.train")
     assert gc.isenabled()
+
+
+def test_a_fixture_that_ends_with_its_folder_is_in_a_package() -> None:
+    """Without `__init__.py`, pytest keeps a fixture of the scope "package" until the last test."""
+    users = [p for p in sources("tests") if re.search(r'scope="package"\)', p.read_text("utf-8"))]
+    assert users
+    assert [p for p in users if not (p.parent / "__init__.py").exists()] == []
