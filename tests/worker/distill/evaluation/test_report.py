@@ -209,6 +209,7 @@ def test_losses_are_measured_as_in_training_and_answers_generated_as_in_serving(
     def note(what: str, model: PreTrainedModel) -> None:
         packed = {m.packed.dtype for m in model.model.modules() if hasattr(m, "packed")}
         seen.append((what, packed))
+        assert model.get_output_embeddings().packed.dtype == torch.float32
 
     measure, sampler_for = bench.measure, bench.evaluator.sampler_for
 
