@@ -52,12 +52,14 @@ class MachineProfile(Contract):
 
     flops: Floating-point operations per second of a large matmul, in bfloat16 if `has_bfloat16`.
     memory_bytes: Memory of the GPU; 0 on a CPU.
+    load: Load average per core before the measurement, which other processes slow down.
     """
 
     device: Literal["cpu", "cuda"]
     flops: float
     has_bfloat16: bool
     memory_bytes: int = 0
+    load: float = 0.0
 
 
 class TrainWorkerStatus(Contract):

@@ -42,6 +42,8 @@ MISSES: Final = 3  # heartbeats that may be late before the key expires
 SOCKET_SECONDS: Final = 3.0
 IDLE_SECONDS: Final = 15.0  # how long a worker has no job before its machine is measured
 MEASURE_SECONDS: Final = 120.0
+PROFILE_VERSION: Final = 2  # profiles of older versions are not read
+BUSY_LOAD: Final = 0.5  # a machine with more load per core is measured again when it has less
 RETRY_SECONDS: Final = 3600.0  # how long after a failed measurement the next one may start
 MEASURE_COMMAND: Final = (sys.executable, "-m", "worker.measure_machine")
 GPU_COMMAND: Final = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
@@ -73,6 +75,7 @@ class Presence:
         self._num_devices: int | None = None
         self._teacher_precisions: tuple[str, ...] | None = None
         self._measurement: subprocess.Popen[bytes] | None = None
+        self._load = 0.0  # before the measurement
         self._idle_since = time.monotonic()
         self._measures_from = 0.0  # no measurement starts before this time
         self._is_seen = True
@@ -135,13 +138,23 @@ class Presence:
         """Starts the measurement of an idle machine, or takes its result."""
         if self._measurement is not None:
             self._take_measurement(self._measurement)
-        elif self._profile is None and self._is_idle and time.monotonic() >= self._measures_from:
+        elif self._is_unmeasured and self._is_idle and time.monotonic() >= self._measures_from:
             assert self._path is not None
-            self._profile = load_profile(self._path)  # another worker may have measured it
-            if self._profile is None:
+            # another worker may have measured it
+            self._profile = load_profile(self._path) or self._profile
+            if self._is_unmeasured:
                 self._start_measurement()
 
+    @property
+    def _is_unmeasured(self) -> bool:
+        """True if there is no profile, or one of a busy machine that has half the load now."""
+        profile = self._profile
+        if profile is None:
+            return True
+        return profile.load > BUSY_LOAD and load_per_core() < profile.load / 2
+
     def _start_measurement(self) -> None:
+        self._load = load_per_core()
         try:
             self._measurement = subprocess.Popen(
                 tethered(MEASURE_COMMAND),
@@ -176,10 +189,11 @@ class Presence:
         if not self._is_idle:
             return
         try:
-            self._profile = MachineProfile.model_validate_json(printed)
+            measured = MachineProfile.model_validate_json(printed)
         except ValidationError:
             self._try_again_later(reason=f"the process ended with status {process.returncode}")
             return
+        self._profile = measured.model_copy(update={"load": self._load})
         save_profile(self._path, self._profile)
         log.info("machine_measured", **self._profile.model_dump())
 
@@ -225,6 +239,11 @@ def _capability(device: str) -> tuple[int, int] | None:
         return None
 
 
+def load_per_core() -> float:
+    """Returns the average number of runnable processes of the last minute, per core."""
+    return os.getloadavg()[0] / (os.cpu_count() or 1)
+
+
 def usable_memory_bytes() -> int:
     """Returns the memory of the machine, or of the container if that is less."""
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
@@ -246,6 +265,7 @@ def profile_path(settings: Settings) -> Path:
     speed depends on, because several machines may share the folder.
     """
     parts = [
+        str(PROFILE_VERSION),
         platform.node(),
         *_gpu_models(),
         version("torch"),

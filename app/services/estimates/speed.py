@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from app.contracts.job_seconds import PHASES, REFERENCE_FLOPS, VERSION, Phase, reference_seconds
+from app.contracts.job_seconds import (
+    FLOAT32_FACTOR,
+    PHASES,
+    REFERENCE_FLOPS,
+    VERSION,
+    Phase,
+    reference_seconds,
+)
 from app.contracts.planned_jobs import PlannedJob, RowCounts
 from app.contracts.train_workers import MachineProfile
 from app.db.estimates.job_costs import JobCost
@@ -75,7 +82,9 @@ def speed_of(
     if not profiles:
         return None
     slowest = min(profiles, key=lambda profile: profile.flops)
-    factor = _bounded(REFERENCE_FLOPS / slowest.flops)
+    # the reference time without bfloat16 is that of float32 matmuls, as is the measured speed
+    expected_flops = REFERENCE_FLOPS * (1.0 if has_bfloat16 else FLOAT32_FACTOR)
+    factor = _bounded(expected_flops / slowest.flops)
     return Speed(
         factors=dict.fromkeys(PHASES, factor),
         has_bfloat16=has_bfloat16,

@@ -3,6 +3,7 @@
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def settings(
     """Settings with quick heartbeats, and a home folder in which no machine was measured."""
     monkeypatch.setenv("HOME", str(tmp_path))
     return settings_env(heartbeat_seconds=0.05, num_threads=1)
+
+
+def is_measured(path: Path) -> bool:
+    """Whether the file has the profile of the tests, whatever the load was."""
+    found = load_profile(path)
+    return found is not None and found.model_copy(update={"load": 0.0}) == PROFILE
 
 
 def test_a_worker_is_alive_until_it_ends(settings: Settings) -> None:
@@ -83,9 +90,39 @@ def test_an_idle_machine_is_measured_once(
     measured = load_profile(path)
     assert measured is not None
     assert measured.flops > 1e8
+    assert measured.load == pytest.approx(presence.load_per_core(), abs=2.0)
     with Presence("train-2", settings):
         wait_for(lambda: bool(live_train_workers()), 10, "no heartbeat arrives")
         assert [status.profile for status in live_train_workers() or ()] == [measured]
+
+
+def test_a_busy_machine_is_measured_again_when_it_has_less_load(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = (sys.executable, "-c", f"print({PROFILE.model_dump_json()!r})")
+    monkeypatch.setattr(presence, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(presence, "MEASURE_COMMAND", command)
+    path = profile_path(settings)
+    save_profile(path, PROFILE.model_copy(update={"flops": 1e8, "load": 2.0}))
+    load = [1.5]
+    monkeypatch.setattr(presence, "load_per_core", lambda: load[0])
+    with Presence("train-1", settings):
+        wait_for(lambda: bool(live_train_workers()), 10, "no heartbeat arrives")
+        for _ in range(5):
+            assert [s.profile.flops for s in live_train_workers() or () if s.profile] == [1e8]
+            time.sleep(0.1)
+        for expected in (0.7, 0.2):  # 0.2 is not busy, so that is the last time
+            load[0] = expected
+            wait_for(
+                lambda: (load_profile(path) or PROFILE).load == expected,  # noqa: B023
+                60,
+                "the machine is not measured again",
+            )
+        assert load_profile(path) == PROFILE.model_copy(update={"load": 0.2})
+        load[0] = 0.0
+        saved_at = path.stat().st_mtime_ns
+        time.sleep(0.5)
+        assert path.stat().st_mtime_ns == saved_at
 
 
 def test_a_damaged_profile_counts_as_none(settings: Settings, tmp_path: Path) -> None:
@@ -119,7 +156,7 @@ def test_a_measurement_that_failed_is_tried_again_later(
         worker.note_job("ftjob-1")
         worker.note_job(None)
         path = profile_path(settings)
-        wait_for(lambda: load_profile(path) == PROFILE, 60, "the machine is not measured")
+        wait_for(lambda: is_measured(path), 60, "the machine is not measured")
     assert logs[0]["event"] == "machine_not_measured"
 
 

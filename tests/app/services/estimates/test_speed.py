@@ -43,6 +43,18 @@ def test_a_matmul_counts_until_a_job_has_finished() -> None:
     assert finished.factors["training"] == pytest.approx(3.0)
 
 
+@pytest.mark.parametrize(("has_bfloat16", "factor"), [(True, 2.0), (False, 1.0)])
+def test_a_matmul_is_compared_with_one_of_the_same_dtype(
+    *, has_bfloat16: bool, factor: float
+) -> None:
+    """The reference machine needs twice the time in float32, so a speed of half is as fast there."""
+    profile = PROFILE.model_copy(update={"has_bfloat16": has_bfloat16})
+    measured = speed_of([], [profile], kind="distillation layers")
+    assert measured is not None
+    assert measured.has_bfloat16 is has_bfloat16
+    assert measured.factors["training"] == pytest.approx(factor)
+
+
 def test_one_job_in_float32_does_not_hide_bfloat16() -> None:
     newest, older = cost(2.0), cost(2.0, has_bfloat16=True)
     for costs, profiles, expected in (
