@@ -138,16 +138,16 @@ class Presence:
         """Starts the measurement of an idle machine, or takes its result."""
         if self._measurement is not None:
             self._take_measurement(self._measurement)
-        elif self._is_unmeasured and self._is_idle and time.monotonic() >= self._measures_from:
+        elif self._should_measure and self._is_idle and time.monotonic() >= self._measures_from:
             assert self._path is not None
             # another worker may have measured it
             self._profile = load_profile(self._path) or self._profile
-            if self._is_unmeasured:
+            if self._should_measure:
                 self._start_measurement()
 
     @property
-    def _is_unmeasured(self) -> bool:
-        """True if there is no profile, or one of a busy machine that has half the load now."""
+    def _should_measure(self) -> bool:
+        """True if there is no profile, or one of a busy machine that now has less than half its load."""
         profile = self._profile
         if profile is None:
             return True
@@ -240,8 +240,11 @@ def _capability(device: str) -> tuple[int, int] | None:
 
 
 def load_per_core() -> float:
-    """Returns the average number of runnable processes of the last minute, per core."""
-    return os.getloadavg()[0] / (os.cpu_count() or 1)
+    """Returns the load average of the last minute per core, or 0 if the system does not tell it."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return 0.0
 
 
 def usable_memory_bytes() -> int:

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
 from tests.worker.memory_sink import MemorySink
+from worker.cpu import HAS_FAST_BFLOAT16
 from worker.distill.model_pair import ModelPair
 from worker.distill.pipeline import distil
 from worker.distill.training.devices import GIB, Device, Placement
@@ -27,6 +29,21 @@ def pair(make_spec: MakeSpec) -> ModelPair:
 def test_the_evaluated_teacher_is_where_the_placement_says(pair: ModelPair) -> None:
     teacher = pair.load_evaluated_teacher()
     assert {(p.device.type, p.dtype) for p in teacher.parameters()} == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.skipif(not HAS_FAST_BFLOAT16, reason="the CPU has no bfloat16 instructions")
+def test_on_a_cpu_the_teacher_answers_with_the_weights_of_a_served_model(
+    make_spec: MakeSpec,
+) -> None:
+    pair = ModelPair(make_spec(), "cpu", card=Device(decodes_in_bfloat16=True))
+
+    def packed_dtypes(teacher: PreTrainedModel) -> set[torch.dtype]:
+        head = teacher.get_output_embeddings()
+        layers = (m for m in teacher.modules() if hasattr(m, "packed") and m is not head)
+        return {layer.packed.dtype for layer in layers}
+
+    assert packed_dtypes(pair.load_answering_teacher()) == {torch.bfloat16}
+    assert packed_dtypes(pair.load_teacher()) == {torch.float32}
 
 
 def test_a_card_holds_one_copy_of_the_teacher(pair: ModelPair) -> None:
