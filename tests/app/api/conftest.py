@@ -1,5 +1,6 @@
 """The whole API over real HTTP on a loopback port, and the stock client to drive it."""
 
+import asyncio
 import io
 import json
 import threading
@@ -32,8 +33,26 @@ PROJECT = "acme"
 class Service:
     """A running API and what tests do to it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, loop: asyncio.AbstractEventLoop | None = None) -> None:
         self.url = url
+        self.loop = loop
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Blocks the event loop during the block, as if the process were stopped."""
+        is_blocked, is_over = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            is_blocked.set()
+            assert is_over.wait(START_SECONDS), "the block did not end"
+
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(wait)
+        assert is_blocked.wait(START_SECONDS), "the event loop does not run"
+        try:
+            yield
+        finally:
+            is_over.set()
 
     def new_key(
         self, project_id: str = PROJECT, **options: Any
@@ -72,8 +91,8 @@ def running(settings: Settings, *, graceful_seconds: int = 3) -> Iterator[Servic
         assert thread.is_alive(), "the API did not start"
         assert time.monotonic() < deadline, "the API did not start in time"
         time.sleep(0.02)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield Service(f"http://127.0.0.1:{port}")
+    listener = server.servers[0]
+    yield Service(f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}", listener.get_loop())
     server.should_exit = True
     thread.join(START_SECONDS)
     assert not thread.is_alive(), "the API did not stop"
