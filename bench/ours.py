@@ -24,7 +24,8 @@ from worker.distill.forward.shared_prefix import shared_prefix
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.lm_head import head_of, load_head
 from worker.distill.students.recipe import StudentRecipe, load_model, plan_student
-from worker.distill.teachers.cached_teacher import CachedTeacher, Keeps, LiveTeacher, cached_teacher
+from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher, cached_teacher
+from worker.distill.teachers.row_format import Keeps
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.automatic_values import NEWEST_DEFAULTS
 from worker.distill.training.checkpoint import TrainState

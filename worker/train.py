@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import constants as hub
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from app import crash_points
@@ -69,6 +70,7 @@ class EngineSampler:
         ignore_end: bool = False,
         on_answer: Callable[[int, Generation], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        on_states: Callable[[int, Tensor], None] | None = None,
     ) -> list[Generation]:
         def answered(i: int, made: Continuation) -> None:
             """Passes one finished answer on to `on_answer`."""
@@ -88,6 +90,7 @@ class EngineSampler:
                 max_running=MAX_RUNNING,
                 on_answer=answered,
                 on_progress=on_progress,
+                on_states=on_states,
             )
         except ServeError as e:
             raise TeacherGenerationFailed(str(e)) from e

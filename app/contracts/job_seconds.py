@@ -64,18 +64,21 @@ def reference_seconds(
     *,
     has_bfloat16: bool,
     num_cached: int = 0,
+    num_kept: int = 0,
     num_processes: int = 1,
 ) -> dict[Phase, float]:
     """Returns the seconds of each phase on the reference machine.
 
     num_cached: Number of rows whose teacher outputs are in the cache already.
+    num_kept: Number of rows that the teacher need not read, because their states are kept while it
+        answers.
     num_processes: Number of processes that share each batch.
     """
     speed = 1.0 if has_bfloat16 else FLOAT32_FACTOR
     models = [job.start, *([job.teacher] if job.has_teacher else [])]
     return {
         "start": START_SECONDS + sum(model.num_bytes for model in models) / LOAD_BYTES,
-        "teacher": _teacher(job, rows, speed, num_cached, num_processes),
+        "teacher": _teacher(job, rows, speed, (num_cached, num_kept), num_processes),
         "layer_fit": _layer_fit(job, rows, speed),
         "training": _training(job, rows, speed, num_processes),
         "evaluation": _evaluation(job, rows, speed, num_processes),
@@ -118,7 +121,7 @@ def decode_seconds(
 
 
 def _teacher(
-    job: PlannedJob, rows: RowCounts, speed: float, num_cached: int, num_processes: int
+    job: PlannedJob, rows: RowCounts, speed: float, num_stored: tuple[int, int], num_processes: int
 ) -> float:
     seconds = (rows.num_train + rows.num_valid + rows.num_test) * ROW_SECONDS
     if not job.has_teacher:
@@ -133,9 +136,11 @@ def _teacher(
         speed,
     )
     if job.uses_rows_of_teacher:
-        num_rows = rows.num_train + rows.num_valid
-        share = (1 - min(1.0, num_cached / max(1, num_rows))) / num_processes
-        seconds += share * _forward(job.teacher, rows.teacher_tokens, speed)
+        num_cached, num_kept = num_stored
+        num_rows = max(1, rows.num_train + rows.num_valid)
+        share = (1 - min(1.0, num_cached / num_rows)) / num_processes
+        share_read = max(0.0, share - num_kept / num_rows)
+        seconds += share_read * _forward(job.teacher, rows.teacher_tokens, speed)
         if job.has_expected_rows:  # the logits, their softmax, and the expectation of head rows
             targets = rows.train_targets + rows.valid_targets
             seconds += share * 3 * _head(job.teacher, targets, speed)

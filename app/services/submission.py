@@ -29,7 +29,7 @@ from app.services.row_lengths import (
     VocabularyCheck,
     ask,
 )
-from app.services.training_rows import UNANSWERED
+from app.services.training_rows import ANSWERED_FORM, UNANSWERED
 
 MODEL_ID_SUFFIX = 8  # characters of a job's id with which the id of its model ends
 TEST_FILE = f"{BLOCK}.evaluation.test_file"
@@ -121,9 +121,12 @@ def training_file(session: Session, project_id: str, file_id: str, param: str) -
 
 
 def file_like(session: Session, training: File, file_id: str, param: str) -> File:
-    """Returns another file whose rows have the same format. Raises BadRequest or NotFound."""
+    """Returns another file whose rows have the same format. Raises BadRequest or NotFound.
+
+    If the training file has no completions, the rows may have them.
+    """
     row = training_file(session, training.project_id, file_id, param)
-    if row.format != training.format:
+    if row.format not in (training.format, ANSWERED_FORM.get(training.format or "")):
         name = "validation" if param == "validation_file" else "test"
         raise BadRequest(
             f"the {name} file has the format {row.format}, but the training file has {training.format}; use one format",
@@ -288,5 +291,11 @@ def readers_of(plan: Plan) -> tuple[Reader, ...]:
 
 
 def has_answers(plan: Plan, row: File) -> bool:
-    """Returns whether the job uses the answers in the rows, rather than the teacher's."""
-    return plan.spec.distillation.data.completions != "teacher" and row.format not in UNANSWERED
+    """Returns whether the job uses the answers in the rows, rather than the teacher's.
+
+    If the teacher answers the training rows because they have no completions, held-out rows and test
+    rows keep theirs.
+    """
+    writes_again = plan.spec.distillation.data.completions == "teacher"
+    writes_again = writes_again and plan.training.format not in UNANSWERED
+    return row.format not in UNANSWERED and not writes_again

@@ -13,8 +13,10 @@ from app.services.fine_tuning.chat_rows import (
 )
 
 BOM = b"\xef\xbb\xbf"
-# Formats without completions, which the teacher writes, and formats with messages.
-UNANSWERED = frozenset({"prompt", "input", "chat_prompt"})
+# The formats without completions, which the teacher writes, each with the same format with them.
+ANSWERED_FORM = {"prompt": "prompt_completion", "input": "input_target", "chat_prompt": "chat"}
+UNANSWERED = frozenset(ANSWERED_FORM)
+# formats with messages
 CONVERSATIONS = frozenset({"chat", "chat_prompt"})
 FORMATS = {
     "chat": frozenset({"messages"}),

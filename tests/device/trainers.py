@@ -14,7 +14,8 @@ from tests.worker.memory_sink import MemorySink
 from worker.distill.data.rows import Example
 from worker.distill.losses.lm_head import Head, head_of
 from worker.distill.students.recipe import load_model, plan_student
-from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher, RowFormat
+from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher
+from worker.distill.teachers.row_format import RowFormat
 from worker.distill.teachers.signals import Signal
 from worker.distill.training.checkpoint import TrainState
 from worker.distill.training.devices import Placement, find_device

@@ -10,14 +10,16 @@ import torch
 
 from app.contracts.batch_plan import batch_tokens_of
 from worker.distill.data.answer_cache import AnswerFile
-from worker.distill.data.dataset import ANSWERED_PERCENT, LOADED_PERCENT, Preparation, Rows
+from worker.distill.data.answer_progress import ANSWERED_PERCENT, LOADED_PERCENT
+from worker.distill.data.dataset import Preparation, Rows
 from worker.distill.data_parallel import ALONE, Ranks
 from worker.distill.evaluation.report import Evaluator, Tell, before_and_after
 from worker.distill.evaluators import Evaluators, SamplerFor
 from worker.distill.ladder_files import ladder_files
 from worker.distill.model_pair import ModelPair
 from worker.distill.phase_times import PhaseTimes
-from worker.distill.resumed_state import changes_since, step_tokens
+from worker.distill.resumed_state import changed_inputs, changes_since, step_tokens
+from worker.distill.rows_before_training import answer_states, compute_rows, keep_answered
 from worker.distill.run_costs import cost_of
 from worker.distill.student_runs import (
     StudentRun,
@@ -121,7 +123,7 @@ class Pipeline:
             if teacher is not None:
                 open_teachers.callback(teacher.close)
             setup = self._setup(rows, runs[0].recipe, teacher, state)
-            self._check_resumed(state, setup)
+            self._check_resumed(state, setup, teacher)
             if teacher is not None:
                 self._place_teacher(teacher)
             now = {
@@ -131,6 +133,7 @@ class Pipeline:
                 "precision": self.pair.card.precision,
                 "kept_layers": kept_layers(runs),
                 "teacher_quality": quality,
+                "has_kept_rows": state.has_kept_rows or bool(teacher and teacher.num_kept),
                 "batch_tokens": step_tokens(self.spec, state, rows.train, self.device, self.ranks),
             }
             taught = StudentSweep(
@@ -156,7 +159,8 @@ class Pipeline:
             result["teacher_quality"] = quality
         with self.phases.phase("saving"):
             self._save_student(selected, rows, result)
-        result |= cost_of(self.pair, rows, self.phases, taught.state, num_computed)
+        num_kept = teacher.num_kept if teacher else 0
+        result |= cost_of(self.pair, rows, self.phases, taught.state, num_computed, num_kept)
         files = ladder_files(selected, self.block, self.out, result, self.sink)
         return Outcome("student", result, taught.trained_tokens, files)
 
@@ -225,10 +229,16 @@ class Pipeline:
         if not self.spec.has_teacher:
             return None
         # the first rank decides whether there is a row cache, and the others follow
-        teacher = self.ranks.first_then_others(lambda: self.pair.cached_teacher(rows, recipe))
-        teacher.phases = self.phases
+        teacher = self.ranks.first_then_others(lambda: self._opened_teacher(rows, recipe))
         for note in teacher.notes:
             self.sink(MessageLine(message=note))
+        return teacher
+
+    def _opened_teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher:
+        teacher = self.pair.cached_teacher(rows, recipe)
+        teacher.phases = self.phases
+        with self.phases.phase("teacher"):
+            keep_answered(teacher, rows, self.sink, self._check_stop)
         return teacher
 
     def _place_teacher(self, teacher: CachedTeacher) -> None:
@@ -238,17 +248,7 @@ class Pipeline:
             self.sink(MessageLine(message=placed.message))
         if not teacher.is_cached or not (placed.is_teacher_first or self.ranks.count > 1):
             return
-        throttle = Throttle()
-
-        def tell(num_done: int, num_wanted: int) -> None:
-            """Reports progress. Raises Stopped."""
-            self._check_stop()
-            if throttle.is_due():
-                self.sink(
-                    ProgressLine(percent=LOADED_PERCENT, rows_done=num_done, rows_total=num_wanted)
-                )
-
-        teacher.fill(self.ranks, self.pair.micro_tokens, tell)
+        compute_rows(teacher, self.ranks, self.pair.micro_tokens, self.sink, self._check_stop)
 
     def _preparation(self) -> Preparation:
         return Preparation(
@@ -260,6 +260,7 @@ class Pipeline:
             sampler=lambda: self.sampler_for(self.pair.load_answering_teacher()),
             sink=self.sink,
             check_stop=self._check_stop,
+            states=answer_states(self.pair, self.out),
         )
 
     def _adapted_pair(self, rows: Rows) -> ModelPair:
@@ -307,13 +308,14 @@ class Pipeline:
             # no code reads uninitialized memory, and to fill it takes time
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # not in the stubs
 
-    def _check_resumed(self, state: TrainState, setup: TrainingInputs) -> None:
+    def _check_resumed(
+        self, state: TrainState, setup: TrainingInputs, teacher: CachedTeacher | None
+    ) -> None:
         if self.ranks.count > 1:
             self.sink(MessageLine(message=f"{self.ranks.count} processes share every batch"))
-        if self.spec.resume_dir is not None and state.inputs_sha256 != setup.inputs_sha256:
-            self._warn(
-                "the job's inputs have changed since the checkpoint: the result will not be bit-identical"
-            )
+        if self.spec.resume_dir is not None:
+            for message in changed_inputs(state, setup.inputs_sha256, teacher):
+                self._warn(message)
 
     def _setup(
         self,
@@ -375,7 +377,7 @@ class Pipeline:
             """Prepares the test rows. `tell` receives the share that is done."""
             teacher.release()  # frees the teacher: there may be no room for two
             rows = self._preparation().test_rows(lambda share: tell(share / 2))
-            test_teacher = self.pair.cached_teacher(rows, recipe)
+            test_teacher = self._opened_teacher(rows, recipe)
             open_teachers.callback(test_teacher.close)
             if test_teacher.is_cached:
                 tokens = self.pair.micro_tokens

@@ -6,6 +6,7 @@ from app.contracts.batch_plan import batch_tokens_of
 from app.contracts.distillation import Precision
 from worker.distill.data.rows import Example
 from worker.distill.data_parallel import Ranks
+from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.distill.training.checkpoint import TrainState
 from worker.protocol.run_spec import RunSpec
 
@@ -47,3 +48,16 @@ def changes_since(
                 f"the checkpoint was made {before} and the run continues {now}: its result will be close, but not "
                 "bit-identical, to that of an uninterrupted run"
             )
+
+
+def changed_inputs(
+    state: TrainState, inputs_sha256: str, teacher: CachedTeacher | None
+) -> Iterator[str]:
+    """Yields a warning for each input of this run that differs from those of the checkpoint."""
+    if state.inputs_sha256 != inputs_sha256:
+        yield "the job's inputs have changed since the checkpoint: the result will not be bit-identical"
+    if state.has_kept_rows and teacher is not None and not teacher.has_all_rows:
+        yield (
+            "the cache of this machine lacks rows of the teacher, some of which were kept while it answered: they are "
+            "computed again, and the result may differ in its last bits from that of an uninterrupted run"
+        )

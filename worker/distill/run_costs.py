@@ -116,13 +116,16 @@ def cost_of(
     phases: PhaseTimes,
     state: TrainState,
     num_computed: int,
+    num_kept: int,
 ) -> Json:
     """Returns the entry `cost` of the result, or nothing if it cannot be computed.
 
     See `measured_cost` for the arguments.
     """
     cost = attempt(
-        "cost", "cost_failed", lambda: measured_cost(pair, rows, phases, state, num_computed)
+        "cost",
+        "cost_failed",
+        lambda: measured_cost(pair, rows, phases, state, num_computed, num_kept),
     )
     return {} if isinstance(cost, MissingPart) else {"cost": cost}
 
@@ -133,11 +136,12 @@ def measured_cost(
     phases: PhaseTimes,
     state: TrainState,
     num_computed: int,
+    num_kept: int,
 ) -> Json:
     """Returns the peak memory of a run, and its times beside the expected ones.
 
-    `state` is that of the finished sweep, and `num_computed` is the number of rows that the teacher
-    computed. A resumed run has no times, because a part of its work was done before.
+    `state` is that of the finished sweep. `num_computed` is the number of rows that the teacher has
+    read, and `num_kept` that of rows whose states were kept while it answered. A resumed run has no times, because a part of its work was done before.
     """
     cost = {"device": pair.device, "peak_memory_bytes": peak_memory_bytes(pair.device)}
     if pair.spec.resume_dir is not None:
@@ -154,7 +158,8 @@ def measured_cost(
         planned_job(pair),
         counts,
         has_bfloat16=has_bfloat16,
-        num_cached=len(rows.teacher) - num_computed,
+        num_cached=len(rows.teacher) - num_computed - num_kept,
+        num_kept=num_kept,
         num_processes=state.num_processes,
     )
     return {

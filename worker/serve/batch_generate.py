@@ -5,9 +5,11 @@ It is used for teacher answers, rollouts and evaluation.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from worker.serve.decoding import decoder
 from worker.serve.decoding.cursor_batch import Steps
@@ -50,6 +52,7 @@ def generate_all(
     max_context_tokens: int | None = None,
     on_answer: Callable[[int, Continuation], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_states: Callable[[int, Tensor], None] | None = None,
     steps: Steps = STEPS,
 ) -> list[Continuation]:
     """Returns one continuation per prompt, in the order of the prompts.
@@ -59,7 +62,9 @@ def generate_all(
     those of the model's configs. Continuations are cut at the end of the context.
 
     `on_answer(i, continuation)` is called when prompt i ends, `on_progress(num_done, num_tokens)`
-    after each step. Their exceptions propagate. The training mode of the model is restored.
+    after each step. `on_states(i, states_TH)` is called before `on_answer` with the inputs of the LM
+    head from which the T tokens were chosen. It needs plain steps of a decoder-only model. Exceptions
+    of the callbacks propagate. The training mode of the model is restored.
     Raises PromptTooLong or BadLogits.
     """
     ends = end_ids_of(model) if end_ids is None else end_ids
@@ -91,20 +96,64 @@ def generate_all(
         # prompts of similar length share a prefill
         for sequence in sorted(sequences, key=lambda s: -len(s.prompt)):
             runner.add(sequence)
-        _run(runner, on_answer, on_progress)
+        with _KeptStates(model, on_states) as states:
+            _run(runner, states, on_answer, on_progress)
     finally:
         model.train(was_training)
     return [_continuation(sequence) for sequence in sequences]
 
 
+class _KeptStates:
+    """Inputs of the LM head from which the tokens of the running sequences were chosen.
+
+    `on_states` receives those of each sequence when it ends. Without it, nothing is kept.
+    """
+
+    def __init__(self, model: nn.Module, on_states: Callable[[int, Tensor], None] | None) -> None:
+        self._model: Any = model  # transformers is untyped here
+        self._on_states = on_states
+        self._latest: list[Tensor] = []  # of the forward passes of this step
+        self._kept: dict[str, list[Tensor]] = {}
+        self._handle: RemovableHandle | None = None
+
+    def __enter__(self) -> "_KeptStates":
+        if self._on_states is not None:
+            head = self._model.get_output_embeddings()
+            self._handle = head.register_forward_pre_hook(self._keep)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _keep(self, head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._latest.append(inputs[0][:, -1])  # [N, Q, H]; the last token's logits are used
+
+    def take(self, sequences: Sequence[decoder.Sequence]) -> None:
+        """Assigns the states of a step to its sequences, and passes on those that are complete."""
+        if self._on_states is None:
+            return
+        states_NH = torch.cat(self._latest).float()
+        self._latest.clear()
+        assert len(states_NH) == len(sequences), "the LM head was called once per sequence"
+        for sequence, state_H in zip(sequences, states_NH, strict=True):
+            self._kept.setdefault(sequence.request_id, []).append(state_H)
+            if sequence.finish_reason is not None:
+                kept = self._kept.pop(sequence.request_id)
+                self._on_states(int(sequence.request_id), torch.stack(kept))
+
+
 def _run(
     runner: decoder.Decoder,
+    states: _KeptStates,
     on_answer: Callable[[int, Continuation], None] | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
     num_done = num_tokens = 0
     while runner.has_work():
-        for sequence, pick in runner.step():
+        steps = list(runner.step())
+        states.take([sequence for sequence, _ in steps])
+        for sequence, pick in steps:
             if pick.token is None:
                 raise BadLogits("the model computed NaN or infinite logits while generating")
             num_tokens += 1

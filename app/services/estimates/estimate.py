@@ -55,6 +55,13 @@ class Basis:
         return self.job.block.hyperparameters.num_devices if has_devices else 1
 
     @property
+    def num_kept(self) -> int:
+        """Number of rows of the teacher that a CPU keeps while the teacher answers."""
+        is_kept = self.plan.teacher.family == "causal" and device_of(self.workers or ()) != "cuda"
+        is_read = self.job.block.objective.teacher_signal == "logits"
+        return self.rows.num_unanswered if is_kept and is_read else 0
+
+    @property
     def machine(self) -> Machine:
         """The machine for which memory is estimated: the best one of those that are alive."""
         has_bfloat16 = self.speed is not None and self.speed.has_bfloat16
@@ -114,7 +121,9 @@ def answer(basis: Basis, settings: Settings) -> JobEstimate:
     has_disk = free is None or needed_disk(job, rows, settings) <= free
     seconds = None
     if basis.speed is not None:
-        phases = basis.speed.seconds(job, rows, num_processes=basis.num_processes)
+        phases = basis.speed.seconds(
+            job, rows, num_kept=basis.num_kept, num_processes=basis.num_processes
+        )
         rounded: dict[str, float] = {name: round(value, 1) for name, value in phases.items()}
         seconds = EstimatedSeconds.model_validate({**rounded, "total": round(total(phases), 1)})
     workers = basis.workers or ()

@@ -161,7 +161,12 @@ def _row_counts(
         "teacher_tokens": round(
             sum(factor * (size.teacher_tokens - 1) for rows, factor in both for size in rows)
         ),
-        "num_unanswered": 0 if request.training.is_answered else sum(num_rows),
+        "num_unanswered": sum(
+            0 if file.is_answered else number
+            for file, number in zip(
+                (request.training, request.validation or request.training), num_rows, strict=True
+            )
+        ),
         "prompt_tokens": sum(size.prompt_tokens for size in sizes) / len(sizes),
         "answer_tokens": sum(size.num_targets for size in sizes) / len(sizes),
         "longest_tokens": max(max(size.num_tokens, size.teacher_tokens) for size in sizes),
@@ -328,7 +333,7 @@ def _label_tokens(sizes: Sequence[RowSize], request: CountRequest) -> int | None
     names = Counter(size.answer.strip().casefold() for size in sizes)
     longest = max(size.num_targets for size in sizes)
     is_few = 2 <= len(names) <= MAX_LABELS and len(sizes) >= ROWS_PER_LABEL * len(names)
-    is_label = request.training.is_answered and is_few and longest <= MAX_LABEL_TOKENS + 1
+    is_label = is_few and longest <= MAX_LABEL_TOKENS + 1
     return longest if is_label else None
 
 

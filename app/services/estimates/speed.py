@@ -38,13 +38,20 @@ class Speed:
     note: str
 
     def seconds(
-        self, job: PlannedJob, rows: RowCounts, *, num_processes: int = 1
+        self, job: PlannedJob, rows: RowCounts, *, num_kept: int = 0, num_processes: int = 1
     ) -> dict[Phase, float]:
-        """Returns the seconds of each phase of a job whose batches are shared by processes."""
+        """Returns the seconds of each phase of a job whose batches are shared by processes.
+
+        `num_kept` is the number of rows whose states are kept while the teacher answers.
+        """
         is_exact = job.block.hyperparameters.precision == "float32"
         has_bfloat16 = self.has_bfloat16 and not is_exact
         expected = reference_seconds(
-            job, rows, has_bfloat16=has_bfloat16, num_processes=num_processes
+            job,
+            rows,
+            has_bfloat16=has_bfloat16,
+            num_kept=num_kept,
+            num_processes=num_processes,
         )
         return {phase: expected[phase] * self.factors[phase] for phase in PHASES}
 

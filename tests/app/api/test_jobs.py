@@ -281,6 +281,21 @@ def test_a_file_for_another_purpose_is_refused(bench: Bench) -> None:
 
 def test_a_validation_file_of_another_format_is_refused(bench: Bench) -> None:
     assert bench.refused(validation_file=bench.upload(CHAT)).param == "validation_file"
+    assert bench.refused(validation_file=bench.upload(PROMPTS)).param == "validation_file"
+
+
+def test_held_out_rows_may_have_answers_if_the_training_rows_have_none(bench: Bench) -> None:
+    too_long = bench.upload([{"prompt": "Other?", "completion": "zq" * 200}])
+    error = bench.refused(training_file=bench.upload(PROMPTS), validation_file=too_long)
+    assert (error.code, error.param) == ("context_length_exceeded", "validation_file")
+    held_out = bench.upload([{"prompt": "Other?", "completion": "yes"}])
+    test = bench.upload([{"prompt": "Third?", "completion": "no"}])
+    job = bench.submit(
+        {"evaluation": {"test_file": test}},
+        training_file=bench.upload(PROMPTS),
+        validation_file=held_out,
+    )
+    assert job.status == "queued"
 
 
 @pytest.mark.parametrize(

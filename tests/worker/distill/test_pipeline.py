@@ -62,6 +62,34 @@ def test_prompts_are_answered_by_the_teacher_once(run: Run, asking: RunSpec) -> 
     assert asked == []
 
 
+def test_the_teacher_does_not_read_its_own_answers_again(asking: RunSpec, tmp_path: Path) -> None:
+    def result(out: str) -> dict[str, Any]:
+        return distil(asking, tmp_path / out, MemorySink(), EngineSampler, lambda: False).result
+
+    kept = result("first")
+    assert (kept["num_teacher_rows_computed"], kept["teacher_passes"]) == (0, 0.0)
+    # the states have gone with the run that generated the answers
+    shutil.rmtree(asking.cache_dir / "teacher")
+    read = result("second")
+    assert (read["num_teacher_rows_computed"], read["teacher_passes"]) == (100, 1.0)
+    for name in ("kl", "agreement", "perplexity"):
+        # the same rows up to rounding
+        assert read["student"][name] == pytest.approx(kept["student"][name], rel=1e-3)
+
+
+def test_a_resumed_run_warns_if_kept_rows_are_gone(
+    run: Run, asking: RunSpec, tmp_path: Path
+) -> None:
+    run(asking)
+    newest = max(
+        (tmp_path / "out").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-"))
+    )
+    resumed = asking.model_copy(update={"resume_dir": newest})
+    assert not any("lacks rows" in message for message in messages(run(resumed, out="second")))
+    shutil.rmtree(asking.cache_dir)
+    assert any("lacks rows" in message for message in messages(run(resumed, out="third")))
+
+
 def test_answers_that_were_cut_are_counted(run: Run, asking: RunSpec) -> None:
     (warning,) = run(asking).warnings
     assert "of 100 answers did not end within 8 tokens" in warning.message
@@ -146,6 +174,26 @@ def test_a_validation_file_is_held_out_and_its_questions_are_not_trained_on(
     assert (result["num_shared_validation_rows"], result["num_train_rows_left_out"]) == (3, 3)
     assert any("3 training rows" in message for message in messages(sink))
     assert (result["judged_on"], result["is_chosen_on_judged_rows"]) == ("validation", True)
+
+
+@pytest.mark.parametrize("has_answers", [False, True])
+def test_held_out_rows_keep_their_answers_if_the_training_rows_have_none(
+    tmp_path: Path, make_spec: MakeSpec, write_rows: WriteRows, *, has_answers: bool
+) -> None:
+    rows = [{**row, "completion": "Jar."} if has_answers else row for row in QUESTIONS]
+    held_out = write_rows(
+        [{"prompt": f"Other {i}?", "completion": "Yes."} for i in range(4)], "valid.jsonl"
+    )
+    tests = write_rows(
+        [{"prompt": f"Third {i}?", "completion": "No."} for i in range(4)], "test.jsonl"
+    )
+    paths = {"training_path": write_rows(rows), "validation_path": held_out, "test_path": tests}
+    spec = make_spec(
+        {"data": {"completions": "teacher", "max_new_tokens": 4}}, spec=paths, n_epochs=1
+    )
+    distil(spec, tmp_path / "out", MemorySink(), EngineSampler, lambda: False)
+    (answers,) = (spec.cache_dir / "answers").glob("*.jsonl")
+    assert len(answers.read_text().split()) == len(rows) + has_answers * 8
 
 
 def test_a_test_file_decides_nothing_and_is_what_the_student_is_judged_on(

@@ -1,16 +1,28 @@
 """A pile of prompts against `generate()` one at a time."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from app.contracts.architectures import ARCHITECTURES
+from tests.worker.serve.decoding.test_families import tiny
+from worker.cpu import prepare_for_inference
 from worker.cpu.kernels.bindings import kernels
+from worker.distill.data.rows import Example
+from worker.distill.teachers.cached_teacher import LiveTeacher
 from worker.serve.batch_generate import Continuation, generate_all
 from worker.serve.decoding.cursor_batch import CursorBatch
 from worker.serve.errors import BadLogits, PromptTooLong
 from worker.serve.loading import LoadedModel, load_model
 
+DISTILLED = sorted(
+    known.model_type
+    for known in ARCHITECTURES.values()
+    if known.kind == "causal" and known.is_distilled
+)
 PROMPTS = [[5, 6, 7], [200], [31, 80, 9, 14, 15, 92, 65], [3] * 30, [40, 41], [77, 5, 300, 12]]
 
 
@@ -91,6 +103,42 @@ def test_answers_and_progress_are_told_as_they_come(llama: LoadedModel) -> None:
     assert [answers[index] for index in range(len(PROMPTS))] == result
     assert progress == sorted(progress)
     assert progress[-1] == (len(PROMPTS), sum(len(found.tokens) for found in result))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("model_type", DISTILLED)
+def test_states_are_those_of_a_forward_pass_over_prompt_and_answer(
+    model_type: str, *, is_packed: bool
+) -> None:
+    model = tiny(model_type).float()
+    if is_packed:
+        prepare_for_inference(model, exact=model.get_output_embeddings())
+    states: dict[int, Tensor] = {}
+    prompts = [[token % 200 for token in prompt] for prompt in PROMPTS]
+    [free] = generate_all(model, prompts[:1], max_new_tokens=9, end_ids=frozenset())
+    made = generate_all(
+        model,
+        prompts,
+        max_new_tokens=9,
+        max_running=3,
+        end_ids=frozenset({free.tokens[4]}),  # this answer ends early
+        on_states=states.__setitem__,
+    )
+    assert made[0].is_finished
+    examples = [
+        Example(tuple(prompt)).answered(found.tokens)
+        for prompt, found in zip(prompts, made, strict=True)
+    ]
+    expected = LiveTeacher(tiny(model_type).float()).hidden(examples)
+    for index, expected_TH in enumerate(expected):
+        # float32 sums in another order
+        torch.testing.assert_close(states[index], expected_TH, rtol=1e-3, atol=1e-3)
+
+
+def test_no_hook_stays_on_the_model(llama: LoadedModel) -> None:
+    model: Any = llama.model  # transformers is untyped here
+    generate_all(model, PROMPTS, max_new_tokens=2, on_states=lambda i, states_TH: None)
+    assert not model.get_output_embeddings()._forward_pre_hooks
 
 
 def test_what_a_callback_raises_ends_the_call(llama: LoadedModel) -> None:

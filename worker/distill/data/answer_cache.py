@@ -11,8 +11,12 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
+from worker.distill.data.answer_states import AnswerStates
 from worker.distill.data.sampler import Generation, Sampler
 from worker.errors import TeacherGenerationFailed
 
@@ -101,11 +105,12 @@ def ask(
     answers: AnswerFile,
     sampler: Callable[[], Sampler],
     on_progress: OnProgress | None = None,
+    states: AnswerStates | None = None,
 ) -> list[Generation]:
     """Returns one answer per prompt, in the order of the prompts.
 
     Only answers that are missing in `answers` are generated. `sampler` is called only if there are
-    any.
+    any. `states` keeps the LM head's inputs of those that are generated.
 
     Raises:
         TeacherGenerationFailed: A prompt leaves no room for an answer, or was not answered.
@@ -125,7 +130,7 @@ def ask(
         # Prompts near the limit have less room for an answer. Each limit needs a separate call.
         for room in sorted({how.room(prompt) for prompt in missing.values()}, reverse=True):
             group = {key: prompt for key, prompt in missing.items() if how.room(prompt) == room}
-            _generate(group, room, how, answers, engine, progress)
+            _generate(group, room, how, answers, engine, progress, states)
     found = [answers.get(how.key(prompt)) for prompt in prompts]
     if any(answer is None for answer in found):
         raise TeacherGenerationFailed(f"{found.count(None)} prompts were not answered")
@@ -151,8 +156,10 @@ def _generate(
     answers: AnswerFile,
     sampler: Sampler,
     progress: _Progress,
+    states: AnswerStates | None,
 ) -> None:
     keys = list(group)
+    kept = None if states is None else partial(_keep, states, keys)
     made = sampler.generate(
         list(group.values()),
         max_new_tokens=room,
@@ -161,9 +168,14 @@ def _generate(
         seeds=[int(key[:8], 16) >> 1 for key in keys],  # 31 bits, which every generator accepts
         on_answer=lambda i, answer: answers.put(keys[i], answer),
         on_progress=progress,
+        on_states=kept,
     )
     for key, answer in zip(keys, made, strict=True):
         if answers.get(key) is None:
             answers.put(key, answer)
     progress.num_done += len(keys)
     progress.num_tokens += sum(len(answer.tokens) for answer in made)
+
+
+def _keep(states: AnswerStates, keys: Sequence[str], i: int, states_TH: Tensor) -> None:
+    states.put(keys[i], states_TH)

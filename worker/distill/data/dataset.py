@@ -2,26 +2,26 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from app.contracts.distillation import Distillation
 from worker.distill.data.answer_cache import AnswerFile, AnswerSampling, OnProgress, ask
 from worker.distill.data.answer_filters import is_rejected
-from worker.distill.data.rows import Encoder, Example, Row, read_rows
+from worker.distill.data.answer_progress import AnswerProgress, share_of
+from worker.distill.data.answer_states import AnswerStates
+from worker.distill.data.rows import Encoder, Example, Row, first_row, read_rows
 from worker.distill.data.sampler import Generation, Sampler
 from worker.distill.data.split import Split, count_sharing, hold_out, keep_apart
 from worker.errors import InvalidTrainingFile, UnsupportedModel
 from worker.models.architectures import context_tokens, kind_of
-from worker.protocol.run_lines import MessageLine, ProgressLine, Sink, StageLine, Throttle
+from worker.protocol.run_lines import MessageLine, Sink, StageLine
 from worker.protocol.run_spec import RunSpec
 
-LOADED_PERCENT = 2.0  # progress of the run when the teacher begins to answer, or training begins
-ANSWERED_PERCENT = 30.0  # progress of the run when the teacher has answered all rows
 UNCUT_TOKENS = 2**30
 
 
@@ -42,6 +42,9 @@ class Rows:
     max_tokens: int = 512  # limit for a row, for both the student and the teacher
     # counts of rows that share a question, for the result
     shared: dict[str, int] = field(default_factory=dict)
+    # states of the answers that this run has generated, and the key of each row of `teacher` there
+    states: AnswerStates | None = None
+    state_keys: dict[int, str] = field(default_factory=dict)
 
     def inputs_sha256(self, block: Distillation, seed: int) -> str:
         """Returns a hash of all inputs that training depends on. Test rows are not among them."""
@@ -49,6 +52,12 @@ class Rows:
         parts = [spec, seed]
         parts += [[row.token_ids, row.spans] for row in (*self.train, *self.valid)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def states_of(self, index: int) -> Tensor | None:
+        """Returns the LM head's inputs at the targets of `teacher[index]`, if they were kept."""
+        if self.states is None or index not in self.state_keys:
+            return None
+        return self.states.get(self.state_keys[index], self.teacher[index].num_targets)
 
     @property
     def num_answered(self) -> int:
@@ -93,6 +102,7 @@ class Preparation:
     """Prepares the rows of a run.
 
     `sampler` returns the teacher's sampler. It is called only if the teacher has to answer rows.
+    `states` keeps the states of the answers that it generates.
     `has_one_tokenizer` says that teacher and student share a tokenizer; they may still encode rows
     differently. `check_stop` raises if the run has to stop. The answers until then are saved.
     """
@@ -105,6 +115,7 @@ class Preparation:
     sampler: Callable[[], Sampler]
     sink: Sink
     check_stop: Callable[[], None]
+    states: AnswerStates | None = None
 
     def rows(self) -> Rows:
         """Returns the training and the held-out rows. Test rows are only checked.
@@ -141,7 +152,8 @@ class Preparation:
 
         `tell` is given for test rows only.
         """
-        rows = [_as_asked(row, self.spec.distillation) for row in (*train_rows, *valid_rows)]
+        rows = [_as_asked(row, self.spec.distillation) for row in train_rows]
+        rows += [self._as_held_out(row) for row in valid_rows]
         teachers = [self._teacher_encoder.encode(row) for row in rows]
         students = (
             teachers if self._reads_alike else [self._student_encoder.encode(row) for row in rows]
@@ -149,6 +161,7 @@ class Preparation:
         if self.spec.resume_dir is not None and (self.spec.resume_dir / "answers.jsonl").exists():
             self.answers.merge(self.spec.resume_dir / "answers.jsonl")
         answers, keys = self._answers(teachers, tell)
+        key_of = dict(zip(answers, keys, strict=True))
         num_train = len(train_rows)
         kept = self._kept(answers, num_train, len(rows))
         views = {i: self._answered(rows[i], teachers[i], students[i], answers.get(i)) for i in kept}
@@ -160,6 +173,8 @@ class Preparation:
             answers=self.answers,
             answer_keys=keys,
             max_tokens=self._max_tokens,
+            states=self.states,
+            state_keys={place: key_of[i] for place, i in enumerate(kept) if i in key_of},
         )
 
     @property
@@ -207,7 +222,7 @@ class Preparation:
         try:
             rows = read_rows(self.spec.test_path)
             for row in rows:
-                asked = _as_asked(row, self.spec.distillation)
+                asked = self._as_held_out(row)
                 self._demand_completion(self._teacher_encoder.encode(asked))
                 if not self._reads_alike:
                     self._student_encoder.encode(asked)
@@ -224,6 +239,20 @@ class Preparation:
                 num_shared_with_training=num_train,
             )
         return num_shared
+
+    @cached_property
+    def _is_training_answered(self) -> bool:
+        """True if the training rows have completions. All of them have, or none has."""
+        return first_row(self.spec.training_path).is_answered
+
+    def _as_held_out(self, row: Row) -> Row:
+        """Returns a held-out row or a test row as the job uses it.
+
+        If the teacher answers the training rows because they have no completions, it keeps its own.
+        """
+        if row.is_answered and not self._is_training_answered:
+            return row
+        return _as_asked(row, self.spec.distillation)
 
     def _demand_completion(self, example: Example) -> None:
         """Raises InvalidTrainingFile if the row needs an answer from a masked teacher."""
@@ -259,10 +288,10 @@ class Preparation:
         on_progress: OnProgress
         if tell is None:
             self.sink(StageLine(name="generating_teacher_data"))
-            on_progress = _Labelling(self.sink, self.check_stop)
+            on_progress = AnswerProgress(self.sink, self.check_stop)
         else:
-            on_progress = _sharing(tell)
-        made = ask(prompts, how, self.answers, self.sampler, on_progress)
+            on_progress = share_of(tell)
+        made = ask(prompts, how, self.answers, self.sampler, on_progress, self.states)
         self._warn_of_cut(made)
         for i, answer in zip(waiting, made, strict=True):
             if not answer.tokens and tell is None:
@@ -332,41 +361,6 @@ class Preparation:
 
     def _warn(self, message: str, **data: object) -> None:
         self.sink(MessageLine(level="warn", message=message, data=data))
-
-
-def _sharing(tell: Callable[[float], None]) -> OnProgress:
-    return lambda num_done, num_wanted, num_tokens: tell(num_done / num_wanted)
-
-
-class _Labelling:
-    """Reports the progress of the teacher's answers, and stops the run if requested."""
-
-    def __init__(self, sink: Sink, check_stop: Callable[[], None]) -> None:
-        self.sink = sink
-        self.check_stop = check_stop
-        self.throttle = Throttle()
-        self.begun = time.monotonic()
-        self.num_before: int | None = None
-
-    def __call__(self, num_done: int, num_wanted: int, num_tokens: int) -> None:
-        self.check_stop()
-        if self.num_before is None:
-            self.num_before = num_done
-        if not self.throttle.is_due():
-            return
-        seconds, num_made = time.monotonic() - self.begun, num_done - self.num_before
-        share = num_done / num_wanted
-        self.sink(
-            ProgressLine(
-                percent=round(LOADED_PERCENT + (ANSWERED_PERCENT - LOADED_PERCENT) * share, 1),
-                tokens_per_second=round(num_tokens / max(seconds, 1e-6), 1),
-                seconds_remaining=round(seconds / num_made * (num_wanted - num_done), 1)
-                if num_made
-                else None,
-                rows_done=num_done,
-                rows_total=num_wanted,
-            )
-        )
 
 
 def _as_asked(row: Row, block: Distillation) -> Row:

@@ -11,7 +11,7 @@ the decoder reads its start token and the completion.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,18 +111,28 @@ def read_rows(path: Path) -> list[Row]:
 
     Raises InvalidTrainingFile, with the line number, if a line is not a row or if there are none.
     """
-    rows = []
+    rows = list(_rows(path))
+    if not rows:
+        raise InvalidTrainingFile(f"{path.name} has no rows")
+    return rows
+
+
+def first_row(path: Path) -> Row:
+    """Returns the first row of a JSONL file. Raises InvalidTrainingFile."""
+    for row in _rows(path):
+        return row
+    raise InvalidTrainingFile(f"{path.name} has no rows")
+
+
+def _rows(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                rows.append(_row(number, json.loads(line)))
+                yield _row(number, json.loads(line))
             except (ValueError, KeyError, TypeError) as e:
                 raise InvalidTrainingFile(f"line {number} is not a training row: {e!r}") from e
-    if not rows:
-        raise InvalidTrainingFile(f"{path.name} has no rows")
-    return rows
 
 
 def _row(number: int, fields: dict[str, Any]) -> Row:  # Any: open-ended JSON

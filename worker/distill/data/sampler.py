@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 
 class Generation(BaseModel):
@@ -35,6 +36,7 @@ class Sampler(Protocol):
         ignore_end: bool = False,
         on_answer: Callable[[int, Generation], None] | None = None,
         on_progress: Callable[[int, int], None] | None = None,
+        on_states: Callable[[int, Tensor], None] | None = None,
     ) -> list[Generation]:
         """Returns one generation per prompt, in the order of the prompts.
 
@@ -45,7 +47,9 @@ class Sampler(Protocol):
         exactly `max_new_tokens` tokens, which benchmarks need.
 
         `on_answer(i, generation)` is called as soon as prompt i ends.
-        `on_progress(num_done, num_tokens)` is called from time to time. An exception that one of
-        them raises ends the call and is passed on.
+        `on_progress(num_done, num_tokens)` is called from time to time. `on_states(i, states_TH)` is
+        called before `on_answer` with the inputs of the LM head from which the T tokens of prompt i
+        were chosen; only for decoder-only models on a CPU. An exception that one of them raises ends
+        the call and is passed on.
         """
         ...

@@ -9,9 +9,9 @@ import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,13 +24,12 @@ from worker.distill.data.rows import Example
 from worker.distill.data_parallel import Ranks
 from worker.distill.forward.hidden_states import decoder_states, select, transform_of
 from worker.distill.forward.shared_prefix import Prefix
-from worker.distill.losses.lm_head import ExpectedRows, Head, TeacherRows, expected_rows, top_rows
-from worker.distill.losses.top_k import TopRows
+from worker.distill.losses.lm_head import Head, TeacherRows
 from worker.distill.phase_times import PhaseTimes
 from worker.distill.teachers.row_cache import NAME_BYTES, RowCache, cache_bytes, open_cache
+from worker.distill.teachers.row_format import Keeps, RowFormat
 from worker.host_copies import to_device
 
-Keeps = Literal["hidden", "expected", "top"]
 TOP_K = 64  # most likely tokens kept per target; a peaked distribution has little mass elsewhere
 
 
@@ -48,7 +47,7 @@ class LiveTeacher:
     On a CPU each sequence is computed alone, without padding, on one thread; as many run at once as
     there are threads. This is as fast as a padded batch (bench/LOG.md), and the bits of a row
     depend on that row alone. A run that resumes, or finds a half-filled cache, therefore computes
-    what it would have read. The prefix of all rows is computed once. Its length is part of the
+    what it would have read, unless the row was kept while the teacher answered. The prefix of all rows is computed once. Its length is part of the
     cache's name, because it changes the last bits.
     """
 
@@ -83,81 +82,6 @@ class LiveTeacher:
         states_BTH = decoder_states(self._model, batch)
         hidden_NH = transform_of(self._model)(select(states_BTH, batch.positions_N))
         return list(torch.split(hidden_NH, [example.num_targets for example in examples]))
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """Format of a row's blob: its tensors as bytes, one column after the other.
-
-    - hidden: hidden states.
-    - expected: KL constants, top tokens, expected head rows.
-    - top: the most likely tokens, their log-probabilities, and that of all other tokens together.
-    """
-
-    keeps: Keeps
-    width: int  # hidden size, or the number of tokens kept
-    dtype: torch.dtype
-
-    @property
-    def columns(self) -> tuple[tuple[int, torch.dtype], ...]:
-        """Numbers per position and dtype of each column."""
-        match self.keeps:
-            case "hidden":
-                return ((self.width, self.dtype),)
-            case "expected":
-                return (1, torch.float32), (1, torch.int32), (self.width, self.dtype)
-            case "top":
-                return (self.width, torch.int32), (self.width, self.dtype), (1, self.dtype)
-
-    def blob_bytes(self, num_positions: int) -> int:
-        return num_positions * sum(width * dtype.itemsize for width, dtype in self.columns)
-
-    def pack(self, hidden_TH: Tensor, head: Head) -> Tensor:
-        """Returns the blob of a row, on the device of the hidden states."""
-        tensors: tuple[Tensor, ...]
-        if self.keeps == "hidden":
-            tensors = (hidden_TH,)
-        elif self.keeps == "expected":
-            expected = expected_rows(hidden_TH, head)
-            tensors = expected.neg_entropy_N, expected.top_N, expected.head_NH
-        else:
-            top = top_rows(hidden_TH, head, self.width)
-            tensors = top.ids_NK, top.log_p_NK, top.log_rest_N
-        return torch.cat(
-            [
-                _bytes(tensor, dtype)
-                for tensor, (_, dtype) in zip(tensors, self.columns, strict=True)
-            ]
-        )
-
-    def unpack(self, blobs: Sequence[Tensor], head: Head) -> TeacherRows:
-        device = head.weight_VH.device
-        tensors = [to_device(matrix, device) for matrix in self._matrices(blobs)]
-        if self.keeps == "hidden":
-            return TeacherRows(head, hidden_NH=tensors[0])
-        if self.keeps == "expected":
-            constants_N1, top_N1, head_NH = tensors
-            return TeacherRows(
-                head, expected=ExpectedRows(head_NH, constants_N1[:, 0], top_N1[:, 0].long())
-            )
-        ids_NK, log_p_NK, rest_N1 = tensors
-        return TeacherRows(head, top=TopRows(ids_NK.long(), log_p_NK, rest_N1[:, 0]))
-
-    def _matrices(self, blobs: Sequence[Tensor]) -> list[Tensor]:
-        """Returns one matrix per column, over the positions of all blobs."""
-        lengths = [len(blob) // self.blob_bytes(1) for blob in blobs]
-        matrices = []
-        starts = [0] * len(blobs)
-        for width, dtype in self.columns:
-            stops = [
-                start + n * width * dtype.itemsize for start, n in zip(starts, lengths, strict=True)
-            ]
-            parts = [
-                blob[start:stop] for blob, start, stop in zip(blobs, starts, stops, strict=True)
-            ]
-            matrices.append(torch.cat([part.view(dtype).view(-1, width) for part in parts]))
-            starts = stops
-        return matrices
 
 
 class CachedTeacher:
@@ -195,6 +119,7 @@ class CachedTeacher:
         self._live: Teacher | None = None
         self._is_kept = False
         self.num_computed = 0
+        self.num_kept = 0  # rows stored by `keep`
 
     @property
     def head(self) -> Head:
@@ -205,6 +130,11 @@ class CachedTeacher:
     def is_cached(self) -> bool:
         """True if the disk has room for all rows."""
         return self._cache is not None
+
+    @property
+    def has_all_rows(self) -> bool:
+        """True if no row was missing in the cache when it was last read or written."""
+        return self._cache is not None and self._cache.num_missing == 0
 
     @property
     def is_loaded(self) -> bool:
@@ -277,6 +207,23 @@ class CachedTeacher:
         ranks.wait()
         self._cache.refresh()
         self.release()
+
+    def keep(
+        self, states_of: Callable[[int], Tensor | None], on_row: Callable[[int, int], None]
+    ) -> None:
+        """Stores missing rows from hidden states that were computed before.
+
+        `states_of` returns the hidden states [T, H] of an example, or None. `on_row` is called with
+        the numbers of rows that are done and wanted.
+        """
+        if self._cache is None or self._format is None:
+            return
+        missing = self._cache.refresh()
+        for num_done, i in enumerate(missing):
+            on_row(num_done, len(missing))
+            if (hidden_TH := states_of(i)) is not None:
+                self._cache.put(i, self._format.pack(hidden_TH, self._head))
+                self.num_kept += 1
 
     def release(self) -> None:
         """Frees the live teacher until it is needed again."""
@@ -379,7 +326,3 @@ def on_cpu(blobs: Sequence[Tensor]) -> list[Tensor]:
     together = torch.cat(list(blobs)).cpu()
     # each row gets its own memory, whose start is aligned for all dtypes
     return [blob.clone() for blob in torch.split(together, [len(blob) for blob in blobs])]
-
-
-def _bytes(values: Tensor, dtype: torch.dtype) -> Tensor:
-    return values.to(dtype).contiguous().view(-1).view(torch.uint8)

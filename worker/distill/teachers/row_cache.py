@@ -8,7 +8,8 @@ A blob is valid only if its mark matches. A killed run, a lost page or a flipped
 a recomputation, but never gives a wrong row. Space is reserved at creation, so that a full disk is
 noticed then and not during a run.
 
-Several runs may fill one cache at once, since all write the same bytes. A new cache copies matching
+Several runs may fill one cache at once, since all write the same bytes. Rows that one of them kept
+from answers differ by rounding from those that another computes; whichever is whole is valid. A new cache copies matching
 rows from other caches of its family: those of the same teacher, format and device, for other lists
 of rows.
 """

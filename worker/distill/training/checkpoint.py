@@ -88,6 +88,7 @@ class TrainState(BaseModel):
     kept_layers: tuple[KeptLayers, ...] | None = None
     defaults_version: int = 1
     decisions: tuple[Decision, ...] = ()  # those that apply to all students of the job
+    has_kept_rows: bool = False  # True if the row cache has rows that were kept from answers
     teacher_quality: dict[str, Any] | None = None  # entry of the result, for a quantised teacher
 
     @property

@@ -194,6 +194,26 @@ def test_answers_of_the_teacher_are_assumed(
     assert found[0].label_tokens is None
 
 
+def test_only_rows_without_answers_are_answered_by_the_teacher(
+    put_rows: Callable[..., CountedFile], reader_of: Callable[..., Reader], tiny_llama_dir: Path
+) -> None:
+    prompts = [{"prompt": completion(i)["prompt"]} for i in range(20)]
+    held_out = [{"prompt": f"Is it {i}?", "completion": ("yes", "no")[i % 2]} for i in range(40)]
+    counted = count(
+        CountRequest(
+            training=put_rows(prompts, is_answered=False),
+            validation=put_rows(held_out, "valid"),
+            readers=(reader_of(tiny_llama_dir),),
+            answer_tokens=10.0,
+            hyperparameters=Hyperparameters.model_validate(H),
+            seed=0,
+        )
+    ).counts
+    assert counted is not None
+    assert (counted.num_unanswered, counted.num_valid) == (20, 40)
+    assert counted.label_tokens is not None
+
+
 def test_labels_are_found(
     put_rows: Callable[..., CountedFile], reader_of: Callable[..., Reader], tiny_llama_dir: Path
 ) -> None:

@@ -15,8 +15,9 @@ from worker.distill.data.rows import Example
 from worker.distill.losses.divergences import TokenObjective
 from worker.distill.losses.fused_loss import fused_distillation_loss
 from worker.distill.losses.lm_head import Head, TeacherRows, head_of
-from worker.distill.teachers.cached_teacher import CachedTeacher, Keeps, LiveTeacher, cached_teacher
+from worker.distill.teachers.cached_teacher import CachedTeacher, LiveTeacher, cached_teacher
 from worker.distill.teachers.row_cache import cache_bytes
+from worker.distill.teachers.row_format import Keeps
 
 LENGTHS = (9, 30, 17, 17, 24, 2)
 KEEPS: tuple[Keeps, ...] = ("hidden", "expected", "top")
@@ -393,3 +394,35 @@ def test_hidden_and_expected_rows_give_the_same_loss_and_gradient(
         teacher.close()
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("keeps", KEEPS)
+def test_rows_of_states_that_were_computed_before_equal_computed_ones(
+    opener: Opener, tmp_path: Path, keeps: Keeps
+) -> None:
+    hidden = LiveTeacher(opener.model).hidden(opener.data_rows)
+    teacher, progress = opener(keeps), []
+    teacher.keep(
+        lambda i: None if i == 2 else hidden[i],
+        lambda done, wanted: progress.append((done, wanted)),
+    )
+    assert progress == [(i, len(LENGTHS)) for i in range(len(LENGTHS))]
+    assert not teacher.has_all_rows
+    found = teacher.rows(range(len(LENGTHS)))
+    assert (teacher.num_kept, teacher.num_computed, teacher.has_all_rows) == (5, 1, True)
+    alone = Opener(opener.model, opener.data_rows, tmp_path / "other")(keeps)
+    assert_same_bits(found, alone.rows(range(len(LENGTHS))))
+
+
+def test_rows_in_the_cache_are_not_replaced_by_states(opener: Opener) -> None:
+    before = opener()
+    rows = before.rows([0])
+    before.keep(lambda i: torch.zeros(opener.data_rows[i].num_targets, 64), lambda *_: None)
+    assert before.num_kept == len(LENGTHS) - 1
+    assert_same_bits(before.rows([0]), rows)
+
+
+def test_without_a_cache_no_states_are_kept(opener: Opener) -> None:
+    teacher = opener(budget_bytes=10)
+    teacher.keep(lambda i: torch.zeros(opener.data_rows[i].num_targets, 64), lambda *_: None)
+    assert (teacher.num_kept, teacher.has_all_rows) == (0, False)
