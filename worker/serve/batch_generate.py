@@ -73,25 +73,16 @@ def generate_all(
     model.eval()
     try:
         width = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-        runner = decoder.Decoder(
-            model,
-            max_running=max_running,
-            max_context_tokens=min(width, max_context_tokens or width),
-            prefill_budget=PREFILL_BUDGET,
-            min_joining=max(1, max_running // JOINING_SHARE),
-            steps=steps,
-        )
+        runner = _decoder(model, max_running, min(width, max_context_tokens or width), steps)
         sequences = [
             decoder.Sequence(
                 request_id=str(index),
                 prompt=tuple(prompt),
                 max_tokens=_room_for(prompt, max_new_tokens, runner.context),
                 end_ids=ends,
-                sampler=TokenSampler(
-                    temperature, top_k, top_p, generator=seeded_generator(seeds[index])
-                ),
+                sampler=TokenSampler(temperature, top_k, top_p, generator=seeded_generator(own)),
             )
-            for index, prompt in enumerate(prompts)
+            for index, (prompt, own) in enumerate(zip(prompts, seeds, strict=True))
         ]
         # prompts of similar length share a prefill
         for sequence in sorted(sequences, key=lambda s: -len(s.prompt)):
@@ -101,6 +92,19 @@ def generate_all(
     finally:
         model.train(was_training)
     return [_continuation(sequence) for sequence in sequences]
+
+
+def _decoder(
+    model: nn.Module, max_running: int, max_context_tokens: int, steps: Steps
+) -> decoder.Decoder:
+    return decoder.Decoder(
+        model,
+        max_running=max_running,
+        max_context_tokens=max_context_tokens,
+        prefill_budget=PREFILL_BUDGET,
+        min_joining=max(1, max_running // JOINING_SHARE),
+        steps=steps,
+    )
 
 
 class _KeptStates:
