@@ -10,6 +10,7 @@ N rows, I input and O output features; P panels of F = 32 output features, B blo
 inputs, L lines of a panel.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -112,17 +113,37 @@ class TiledInt8Weight(TiledWeight):
         )
 
 
+@cache
+def sums_saturate() -> bool:
+    """Returns whether oneDNN adds pairs of products in 16 bits, as on CPUs without VNNI instructions.
+
+    Such sums are wrong for inputs above 128.
+    """
+    inputs = torch.full((1, BLOCK_INPUTS), 255, dtype=torch.uint8)
+    weight_OI = torch.full((1, BLOCK_INPUTS), LARGEST, dtype=torch.int8)
+    packed = torch.ops.onednn.qlinear_prepack(weight_OI, None)
+    total = _multiply_integers(inputs, 0, packed, torch.ones(1))
+    return total.item() != BLOCK_INPUTS * 255 * LARGEST
+
+
+def _multiply_integers(inputs: Tensor, zero: int, packed: Tensor, scale_O: Tensor) -> Tensor:
+    zeros_O = torch.zeros(len(scale_O), dtype=torch.int64)
+    out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
+        inputs, 1.0, zero, packed, scale_O, zeros_O, None,
+        1.0, 0, torch.float32, "none", [], "",
+    )  # fmt: skip
+    return out
+
+
 class Int8Weight:
     """Weight packed by oneDNN for integer matmuls, with one scale per output feature."""
 
     def __init__(self, weight_OI: Tensor) -> None:
-        self.scale_O = (
-            weight_OI.abs().amax(dim=1).div_(LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
-        )
+        tiny = torch.finfo(torch.float32).tiny
+        self.scale_O = weight_OI.abs().amax(dim=1).div_(LARGEST).clamp_(min=tiny)
         whole_OI = (weight_OI / self.scale_O[:, None]).round_().to(torch.int8).contiguous()
         self.num_bytes = whole_OI.nbytes + self.scale_O.nbytes
         self.packed = torch.ops.onednn.qlinear_prepack(whole_OI, None)
-        self._zeros_O = torch.zeros(len(self.scale_O), dtype=torch.int64)
 
     def matmul(self, x: Tensor, bias_O: Tensor | None) -> Tensor:
         """Returns x W^T + bias in float32."""
@@ -134,10 +155,12 @@ class Int8Weight:
             .clamp_(min=torch.finfo(torch.float32).tiny)
         )
         whole = (x / scale).round_().add_(UNSIGNED_ZERO).to(torch.uint8)
-        out: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-            whole, 1.0, UNSIGNED_ZERO, self.packed, self.scale_O, self._zeros_O, None,
-            1.0, 0, torch.float32, "none", [], "",
-        )  # fmt: skip
+        if sums_saturate():
+            half = whole >> 1
+            halves = torch.stack((half, whole - half))  # at most 128
+            out = _multiply_integers(halves, UNSIGNED_ZERO // 2, self.packed, self.scale_O).sum(0)
+        else:
+            out = _multiply_integers(whole, UNSIGNED_ZERO, self.packed, self.scale_O)
         out.mul_(scale)
         return out if bias_O is None else out.add_(bias_O)
 

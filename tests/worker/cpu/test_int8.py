@@ -1,6 +1,9 @@
 """Layers with int8 weights, and with bfloat16 ones, against the float32 layers."""
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,25 @@ def test_a_product_is_right_to_about_a_hundredth(kind: type[nn.Module]) -> None:
     with torch.no_grad():
         expected, found = layer(x), of_8_bits(layer)(x)
     assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+ERROR_OF_SUMS = """
+import torch
+from worker.cpu.int8 import Int8Weight
+torch.manual_seed(0)
+weight, x = torch.randn(160, 96), torch.randn(21, 96)
+exact = x @ weight.T
+print(float((Int8Weight(weight).matmul(x, None) - exact).norm() / exact.norm()))
+"""
+
+
+def test_a_cpu_without_vnni_multiplies_as_exactly() -> None:
+    errors = [
+        float(subprocess.check_output([sys.executable, "-c", ERROR_OF_SUMS], env=os.environ | isa))
+        for isa in ({}, {"ONEDNN_MAX_CPU_ISA": "AVX2"})
+    ]
+    assert errors[0] < 0.02
+    assert errors[1] == pytest.approx(errors[0], rel=1e-4)  # the order of few float32 sums
 
 
 @pytest.mark.usefixtures("_implementation")

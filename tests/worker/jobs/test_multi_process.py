@@ -188,8 +188,13 @@ def test_what_is_wrong_is_said_once(spec: Json, tmp_path: Path) -> None:
     assert [line.code for line in lines if isinstance(line, ErrorLine)] == ["invalid_training_file"]
 
 
-def test_a_full_disk_under_any_process_is_said(spec: Json, tmp_path: Path, folder: Path) -> None:
-    with start(spec | {"cache_dir": str(tmp_path / "cache")}, tmp_path / "out") as process:
+def test_a_full_disk_under_any_process_is_said(spec: Json, tmp_path: Path) -> None:
+    # The file has the answers: each process stores its teacher rows while it trains.
+    rows = [{"prompt": f"Who is {i}?", "completion": f"The keeper of {i}."} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    spec["distillation"] |= {"data": {}}
+    spec |= {"training_path": str(tmp_path / "rows.jsonl"), "cache_dir": str(tmp_path / "cache")}
+    with start(spec, tmp_path / "out") as process:
         read_until(process, StageLine)
         ranks = psutil.Process(process.pid).children()
         other = next(rank for rank in ranks if rank.cmdline()[-2:] == ["--rank", "1"])
