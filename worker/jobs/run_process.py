@@ -208,14 +208,17 @@ def child_environment(
         # transformers imports torchao if it is installed, and torchao asks for CUDA. PyTorch then
         # must not initialise it: a process that has done so cannot fork runs.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        # Threads sleep at a barrier. A spinning thread could take the core that the thread it
-        # waits for needs.
-        "OMP_WAIT_POLICY": environment.get("OMP_WAIT_POLICY", "PASSIVE"),
         # glibc keeps freed memory. Otherwise each step would fault in the pages of its large
         # temporary tensors again.
         "MALLOC_MMAP_MAX_": "0",
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     }
+    if "OMP_WAIT_POLICY" not in environment:
+        # A thread spins at a barrier for a fraction of a millisecond and then sleeps. Waking it
+        # takes as long as a small matmul, but one that spins longer could take the core that the
+        # thread it waits for needs.
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        environment.setdefault("GOMP_SPINCOUNT", "10000")
     if is_online:
         environment["HF_HOME"] = str(settings.work_root() / "hub")
     environment |= devices.environment

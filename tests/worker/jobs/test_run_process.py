@@ -204,14 +204,22 @@ def test_a_run_dies_with_its_supervisor_however_that_dies(tmp_path: Path) -> Non
     wait_for(lambda: not run.is_running() or run.status() == "zombie")
 
 
-def test_threads_of_a_run_sleep_at_barriers_unless_the_operator_says_otherwise(
+def test_threads_of_a_run_spin_briefly_unless_the_operator_says_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = ImportJob(output_model="m", staged=ArtifactRef(key="k", bytes=1), format="folder")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert child_environment(job, Settings())["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    environment = child_environment(job, Settings())
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert 0 < int(environment["GOMP_SPINCOUNT"]) < 100_000
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert child_environment(job, Settings())["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert child_environment(job, Settings())["OMP_WAIT_POLICY"] == "ACTIVE"
+    environment = child_environment(job, Settings())
+    assert environment["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "GOMP_SPINCOUNT" not in environment
 
 
 @pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT"])
