@@ -1,15 +1,12 @@
 """The jobs of the licences task: bodies for POST /v1/fine_tuning/jobs, and how to run them."""
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import httpx
 from rich.console import Console
 
 from app.commands.demo import TEACHER, call, follow
-from examples.licences.measure import ask_all, read_messages
 from examples.service import unfinished
 
 NUM_LAYERS = 3  # of the teacher's 30
@@ -49,11 +46,18 @@ def distillation(
 ) -> Json:
     """Returns the job that distils a student.
 
-    With `at_least` it fails if the student's macro-F1 on the validation notices is lower. Without
-    `uses_teacher`, the student learns from the answers in the rows alone.
+    The teacher answers the training notices, which have no labels. With `at_least` the job fails if
+    the student's macro-F1 on the validation notices is lower. Without `uses_teacher`, the student
+    learns from the labels in the rows alone.
     """
     gate = {} if at_least is None else {"gate": {"metric": "macro_f1", "at_least": at_least}}
-    objective = {} if uses_teacher else {"objective": {"teacher_signal": "text"}}
+    answers: Json = {"max_new_tokens": 6, "temperature": 0.0}
+    source: Json = {"data": answers}
+    if not uses_teacher:
+        source = {
+            "data": {"completions": "dataset", **answers},
+            "objective": {"teacher_signal": "text"},
+        }
     return {
         "model": teacher,
         "training_file": training_file,
@@ -66,8 +70,7 @@ def distillation(
             "distillation": {
                 "teacher": teacher,
                 "student": {"vocabulary": "rows", **student},
-                "data": {"completions": "dataset", "max_new_tokens": 6, "temperature": 0.0},
-                **objective,
+                **source,
                 "hyperparameters": {"n_epochs": n_epochs},
                 "evaluation": {
                     "metrics": ["agreement", "accuracy", "macro_f1"],
@@ -88,17 +91,3 @@ def run_job(client: httpx.Client, body: Json, console: Console) -> Json:
     console.print_json(json.dumps(body))
     job = call(client, "POST", "/v1/fine_tuning/jobs", json=body)
     return follow(client, str(job["id"]), console)
-
-
-def answered_by(
-    client: httpx.Client, teacher: str, labelled: Sequence[str], unlabelled: Path, out: Path
-) -> Path:
-    """Writes the labelled rows, and the unlabelled ones with the teacher's answers, as one file."""
-    prompts = read_messages(unlabelled)
-    answers, _ = ask_all(client, teacher, prompts)
-    rows = [
-        json.dumps({"messages": [*prompt, {"role": "assistant", "content": answer}]}) + "\n"
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
-    out.write_text("".join([*labelled, *rows]))
-    return out

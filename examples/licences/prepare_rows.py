@@ -138,18 +138,21 @@ def fetch(folder: Path) -> Path:
 
 
 def write_rows(folder: Path, num_labelled: int, num_unlabelled: int) -> None:
-    """Writes the files of the task. Training notices beyond the two numbers are not used."""
+    """Writes the files of the task. Training notices beyond the two numbers are not used.
+
+    `prompts.jsonl` has the labelled notices without their labels, and the unlabelled ones.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     training, valid, test = split(read_notices(fetch(folder)))
     training.sort(key=lambda notice: shuffled(notice.text))
     labelled = training[:num_labelled]
-    unlabelled = training[num_labelled : num_labelled + num_unlabelled]
     parts: dict[str, Sequence[Notice]] = {"labelled": labelled, "valid": valid, "test": test}
     parts["few"] = valid[:NUM_FEW]
     for name, notices in parts.items():
         (folder / f"{name}.jsonl").write_text("".join(notice.row() for notice in notices))
-    lines = "".join(notice.row(is_answered=False) for notice in unlabelled)
-    (folder / "unlabelled.jsonl").write_text(lines)
+    prompts = training[: num_labelled + num_unlabelled]
+    lines = "".join(notice.row(is_answered=False) for notice in prompts)
+    (folder / "prompts.jsonl").write_text(lines)
 
 
 def main() -> None:

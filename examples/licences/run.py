@@ -14,7 +14,7 @@ from rich.table import Table
 
 from app.commands.demo import import_teacher
 from examples.command import parser_of, report_problems
-from examples.licences.jobs import adaptation, answered_by, distillation, run_job
+from examples.licences.jobs import adaptation, distillation, run_job
 from examples.licences.measure import Measured, measure
 from examples.licences.prepare_rows import write_rows
 from examples.service import service, upload
@@ -33,19 +33,17 @@ def run(data_dir: Path, console: Console, seed: int) -> Json:
         began = time.monotonic()
         valid, few = (upload(client, folder / name) for name in ("valid.jsonl", "few.jsonl"))
         console.rule("1. Adapt the teacher to the task")
-        labelled = upload(client, folder / "labelled.jsonl")
+        labelled, prompts = (
+            upload(client, folder / name) for name in ("labelled.jsonl", "prompts.jsonl")
+        )
         adapted = run_job(client, adaptation(labelled, few, seed), console)
         teacher = str(adapted["fine_tuned_model"])
-        console.rule("2. The teacher labels more notices")
-        rows = (folder / "labelled.jsonl").read_text().splitlines(keepends=True)
-        answered = answered_by(
-            client, teacher, rows, folder / "unlabelled.jsonl", folder / "answered.jsonl"
-        )
+        console.rule("2. Measure the teacher on the validation notices")
         held_out = measure(client, teacher, folder / "valid.jsonl")
         console.print(f"The teacher's macro-F1 on the validation notices: {held_out.macro_f1}")
         bound = round(KEPT_SHARE * held_out.macro_f1.value, 4)
         console.rule("3. Distil a small student")
-        body = distillation(teacher, upload(client, answered), valid, seed, at_least=bound)
+        body = distillation(teacher, prompts, valid, seed, at_least=bound)
         job = run_job(client, body, console)
         console.rule("4. Compare them on notices that were never looked at")
         small, large = (

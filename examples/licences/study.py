@@ -15,7 +15,7 @@ from rich.table import Table
 
 from app.commands.demo import TEACHER, import_teacher
 from examples.command import parser_of, report_problems
-from examples.licences.jobs import SMALL_STUDENT, adaptation, answered_by, distillation, run_job
+from examples.licences.jobs import SMALL_STUDENT, adaptation, distillation, run_job
 from examples.licences.measure import Measured, measure
 from examples.licences.plot import Point, draw
 from examples.licences.prepare_rows import write_rows
@@ -49,6 +49,7 @@ class Study:
         self.few = upload(client, folder / "few.jsonl")
         lines = (folder / "labelled.jsonl").read_text().splitlines(keepends=True)
         self.labelled = {number: lines[:number] for number in BUDGETS}
+        self.prompts = (folder / "prompts.jsonl").read_text().splitlines(keepends=True)
 
     def model_of(self, body: Json) -> str:
         """Runs a job, unless it has succeeded before, and returns the id of its model."""
@@ -69,17 +70,10 @@ class Study:
             adaptation(rows, self.few, self.seed, n_epochs=BUDGETS[number], name=name_of(number))
         )
 
-    def answered(self, number: int, teacher: str) -> str:
-        """Returns the file with the labelled notices, and the others with the teacher's answers.
-
-        An earlier run, or `make task`, may have left the answers.
-        """
-        name = "answered" if number == NUM_LABELLED else f"answered-{number}"
-        path = self.folder / f"{name}.jsonl"
-        if not path.exists():
-            unlabelled = self.folder / "unlabelled.jsonl"
-            answered_by(self.client, teacher, self.labelled[number], unlabelled, path)
-        return upload(self.client, path)
+    def without_answers(self, number: int) -> str:
+        """Returns the file of the labelled notices, without their labels, and the unlabelled ones."""
+        unlabelled = self.prompts[NUM_LABELLED:]
+        return self.file_of(f"prompts-{number}", [*self.prompts[:number], *unlabelled])
 
     def measured(self, model: str) -> Measured:
         return measure(self.client, model, self.folder / "test.jsonl")
@@ -112,7 +106,7 @@ class Study:
         for number in sorted(budgets, reverse=True):
             self.console.rule(f"{number} labelled notices")
             teacher = self.adapted(number)
-            rows = self.answered(number, teacher)
+            rows = self.without_answers(number)
             self.add(found, f"teacher, {number} labels", self.measured(teacher))
             self.add(
                 found,

@@ -88,6 +88,7 @@ def test_the_api_takes_the_distillation() -> None:
     assert block.student.num_layers == NUM_LAYERS
     assert block.student.vocabulary == "rows"
     assert block.evaluation.gate is not None
+    assert block.data.completions is None, "the teacher answers rows without labels"
 
 
 @pytest.mark.parametrize("student", SIZES.values(), ids=SIZES)
@@ -95,6 +96,7 @@ def test_the_api_takes_the_students_of_the_study(student: dict[str, object]) -> 
     body = distillation("t", "file-1", "file-2", 0, student=student, uses_teacher=False)
     block = Distillation.model_validate(body["method"]["distillation"])
     assert block.objective.teacher_signal == "text"
+    assert block.data.completions == "dataset"
     assert block.evaluation.gate is None
 
 
