@@ -229,16 +229,16 @@ class Pipeline:
         if not self.spec.has_teacher:
             return None
         # the first rank decides whether there is a row cache, and the others follow
-        teacher = self.ranks.first_then_others(lambda: self._opened_teacher(rows, recipe))
+        teacher = self.ranks.first_then_others(lambda: self._opened(rows, recipe, self.sink))
         for note in teacher.notes:
             self.sink(MessageLine(message=note))
         return teacher
 
-    def _opened_teacher(self, rows: Rows, recipe: StudentRecipe) -> CachedTeacher:
+    def _opened(self, rows: Rows, recipe: StudentRecipe, sink: Sink | None) -> CachedTeacher:
         teacher = self.pair.cached_teacher(rows, recipe)
         teacher.phases = self.phases
         with self.phases.phase("teacher"):
-            keep_answered(teacher, rows, self.sink, self._check_stop)
+            keep_answered(teacher, rows, sink, self._check_stop)
         return teacher
 
     def _place_teacher(self, teacher: CachedTeacher) -> None:
@@ -377,7 +377,7 @@ class Pipeline:
             """Prepares the test rows. `tell` receives the share that is done."""
             teacher.release()  # frees the teacher: there may be no room for two
             rows = self._preparation().test_rows(lambda share: tell(share / 2))
-            test_teacher = self._opened_teacher(rows, recipe)
+            test_teacher = self._opened(rows, recipe, None)
             open_teachers.callback(test_teacher.close)
             if test_teacher.is_cached:
                 tokens = self.pair.micro_tokens

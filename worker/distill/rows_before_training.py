@@ -14,7 +14,7 @@ from worker.distill.data_parallel import Ranks
 from worker.distill.model_pair import ModelPair
 from worker.distill.teachers.cached_teacher import CachedTeacher
 from worker.models.architectures import kind_of
-from worker.protocol.run_lines import ProgressLine, Sink, Throttle
+from worker.protocol.run_lines import ProgressLine, Sink, StageLine, Throttle
 
 
 def keeps_states(pair: ModelPair) -> bool:
@@ -34,9 +34,12 @@ def answer_states(pair: ModelPair, folder: Path) -> AnswerStates | None:
 
 
 def keep_answered(
-    teacher: CachedTeacher, rows: Rows, sink: Sink, check_stop: Callable[[], None]
+    teacher: CachedTeacher, rows: Rows, sink: Sink | None, check_stop: Callable[[], None]
 ) -> None:
-    """Stores the rows whose states were kept. `check_stop` raises if the run has to stop."""
+    """Stores the rows whose states were kept. `check_stop` raises if the run has to stop.
+
+    `sink` is None after the training, whose progress must not fall back.
+    """
     if rows.states is not None and len(rows.states):
         teacher.keep(rows.states_of, _progress(sink, check_stop, ANSWERED_PERCENT))
 
@@ -53,13 +56,20 @@ def compute_rows(
 
 
 def _progress(
-    sink: Sink, check_stop: Callable[[], None], percent: float
+    sink: Sink | None, check_stop: Callable[[], None], percent: float
 ) -> Callable[[int, int], None]:
     throttle = Throttle()
+    has_begun = False
 
     def tell(num_done: int, num_wanted: int) -> None:
-        """Reports progress."""
+        """Reports the stage once, and progress."""
+        nonlocal has_begun
         check_stop()
+        if sink is None:
+            return
+        if not has_begun:
+            sink(StageLine(name="storing_teacher_outputs"))
+            has_begun = True
         if throttle.is_due():
             sink(ProgressLine(percent=percent, rows_done=num_done, rows_total=num_wanted))
 

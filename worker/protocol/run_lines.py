@@ -16,6 +16,7 @@ from app.contracts.datasets import Side
 StageName = Literal[
     "loading_models",
     "generating_teacher_data",
+    "storing_teacher_outputs",
     "adapting_teacher",
     "training",
     "evaluating",

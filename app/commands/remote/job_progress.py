@@ -104,7 +104,8 @@ def detail(job: Json) -> str:
     progress, metrics = job["progress"] or {}, job["latest_metrics"] or {}
     parts = []
     if progress.get("rows_total"):
-        parts.append(f"{progress.get('rows_done') or 0}/{progress['rows_total']} answers")
+        unit = "rows" if job.get("stage") == "storing_teacher_outputs" else "answers"
+        parts.append(f"{progress.get('rows_done') or 0}/{progress['rows_total']} {unit}")
     if progress.get("total_steps"):
         parts.append(f"step {progress.get('step') or 0}/{progress['total_steps']}")
     if metrics.get("train_loss") is not None:

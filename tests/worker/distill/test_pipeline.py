@@ -50,6 +50,7 @@ def test_prompts_are_answered_by_the_teacher_once(run: Run, asking: RunSpec) -> 
     assert stages(first) == [
         "loading_models",
         "generating_teacher_data",
+        "storing_teacher_outputs",
         "training",
         "evaluating",
         "exporting",
@@ -255,10 +256,13 @@ def test_the_teacher_answers_test_rows_after_the_last_checkpoint(
     assert stages(sink) == [
         "loading_models",
         "generating_teacher_data",
+        "storing_teacher_outputs",
         "training",
         "evaluating",
         "exporting",
     ]
+    percents = [line.percent for line in sink.lines if isinstance(line, ProgressLine)]
+    assert percents == sorted(percents), "the progress must not fall back"
 
 
 @pytest.mark.parametrize(
