@@ -15,6 +15,8 @@ from app.commands.progress_lines import ENDED, LINE_SECONDS, ProgressLines, cloc
 from app.commands.shell import Json, escaped
 
 POLL_SECONDS: Final = 1.0
+# what the counter of rows counts, by stage; in other stages its last value is not shown
+ROW_UNITS: Final = {"generating_teacher_data": "answers", "storing_teacher_outputs": "rows"}
 
 
 def watch_job(
@@ -103,8 +105,7 @@ def detail(job: Json) -> str:
         return ""
     progress, metrics = job["progress"] or {}, job["latest_metrics"] or {}
     parts = []
-    if progress.get("rows_total"):
-        unit = "rows" if job.get("stage") == "storing_teacher_outputs" else "answers"
+    if progress.get("rows_total") and (unit := ROW_UNITS.get(str(job.get("stage")))):
         parts.append(f"{progress.get('rows_done') or 0}/{progress['rows_total']} {unit}")
     if progress.get("total_steps"):
         parts.append(f"step {progress.get('step') or 0}/{progress['total_steps']}")

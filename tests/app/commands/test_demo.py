@@ -21,14 +21,29 @@ IDLE = {"error": None, "latest_metrics": None}
 LABELLING = {"rows_done": 8, "rows_total": 64}
 JOB_STATES = [
     {"status": "queued", "stage": None, "progress": None, **IDLE},
-    {"status": "running", "stage": "label_rows", "progress": {"percent": 12, **LABELLING}, **IDLE},
-    {"status": "running", "stage": "label_rows", "progress": {"percent": 29, **LABELLING}, **IDLE},
-    {"status": "succeeded", "stage": "label_rows", "progress": {"percent": 100}, **IDLE},
+    {
+        "status": "running",
+        "stage": "generating_teacher_data",
+        "progress": {"percent": 12, **LABELLING},
+        **IDLE,
+    },
+    {
+        "status": "running",
+        "stage": "generating_teacher_data",
+        "progress": {"percent": 29, **LABELLING},
+        **IDLE,
+    },
+    {
+        "status": "succeeded",
+        "stage": "generating_teacher_data",
+        "progress": {"percent": 100},
+        **IDLE,
+    },
 ]
 LINES = [
     "  queued  0%",
-    "  label rows  12%  8/64 answers",
-    "  label rows  29%  8/64 answers",
+    "  generating teacher data  12%  8/64 answers",
+    "  generating teacher data  29%  8/64 answers",
     "  succeeded  100%",
 ]
 

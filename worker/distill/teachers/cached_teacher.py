@@ -30,6 +30,7 @@ from worker.distill.teachers.row_cache import NAME_BYTES, RowCache, cache_bytes,
 from worker.distill.teachers.row_format import Keeps, RowFormat
 from worker.host_copies import to_device
 
+KEPT_AT_ONCE = 32  # rows that `CachedTeacher.keep` packs in one pass over the head
 TOP_K = 64  # most likely tokens kept per target; a peaked distribution has little mass elsewhere
 
 
@@ -47,8 +48,8 @@ class LiveTeacher:
     On a CPU each sequence is computed alone, without padding, on one thread; as many run at once as
     there are threads. This is as fast as a padded batch (bench/LOG.md), and the bits of a row
     depend on that row alone. A run that resumes, or finds a half-filled cache, therefore computes
-    what it would have read, unless the row was kept while the teacher answered. The prefix of all rows is computed once. Its length is part of the
-    cache's name, because it changes the last bits.
+    what it would have read, unless the row was kept while the teacher answered. The prefix of all
+    rows is computed once. Its length is part of the cache's name, because it changes the last bits.
     """
 
     def __init__(self, model: PreTrainedModel, prefix: tuple[int, ...] = ()) -> None:
@@ -219,11 +220,16 @@ class CachedTeacher:
         if self._cache is None or self._format is None:
             return
         missing = self._cache.refresh()
-        for num_done, i in enumerate(missing):
-            on_row(num_done, len(missing))
-            if (hidden_TH := states_of(i)) is not None:
-                self._cache.put(i, self._format.pack(hidden_TH, self._head))
-                self.num_kept += 1
+        for first in range(0, len(missing), KEPT_AT_ONCE):
+            on_row(first, len(missing))
+            states = {i: states_of(i) for i in missing[first : first + KEPT_AT_ONCE]}
+            found = {i: hidden_TH for i, hidden_TH in states.items() if hidden_TH is not None}
+            if not found:
+                continue
+            blobs = self._format.pack_all(list(found.values()), self._head)
+            for i, blob in zip(found, blobs, strict=True):
+                self._cache.put(i, blob)
+            self.num_kept += len(found)
 
     def release(self) -> None:
         """Frees the live teacher until it is needed again."""

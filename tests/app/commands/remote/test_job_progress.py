@@ -12,6 +12,7 @@ from app.commands.remote.job_progress import progress_line
     [
         ("generating_teacher_data", "generating teacher data  30%  8/64 answers"),
         ("storing_teacher_outputs", "storing teacher outputs  30%  8/64 rows"),
+        ("training", "training  30%"),
     ],
 )
 def test_counts_have_the_unit_of_their_stage(stage: str, line: str) -> None:
