@@ -30,7 +30,7 @@ from worker.distill.teachers.row_cache import NAME_BYTES, RowCache, cache_bytes,
 from worker.distill.teachers.row_format import Keeps, RowFormat
 from worker.host_copies import to_device
 
-KEPT_AT_ONCE = 32  # rows that `CachedTeacher.keep` packs in one pass over the head
+KEPT_AT_ONCE = 1024  # positions that `CachedTeacher.keep` packs in one pass over the head
 TOP_K = 64  # most likely tokens kept per target; a peaked distribution has little mass elsewhere
 
 
@@ -210,19 +210,22 @@ class CachedTeacher:
         self.release()
 
     def keep(
-        self, states_of: Callable[[int], Tensor | None], on_row: Callable[[int, int], None]
+        self, states_of: Callable[[int], Tensor | None], on_batch: Callable[[int, int], None]
     ) -> None:
         """Stores missing rows from hidden states that were computed before.
 
-        `states_of` returns the hidden states [T, H] of an example, or None. `on_row` is called with
-        the numbers of rows that are done and wanted.
+        `states_of` returns the hidden states [T, H] of an example, or None. `on_batch` is called
+        with the numbers of rows that are done and wanted, before each batch.
         """
         if self._cache is None or self._format is None:
             return
         missing = self._cache.refresh()
-        for first in range(0, len(missing), KEPT_AT_ONCE):
-            on_row(first, len(missing))
-            states = {i: states_of(i) for i in missing[first : first + KEPT_AT_ONCE]}
+        lengths = [example.num_targets for example in self._examples]
+        num_done = 0
+        for indices in cut_batches(missing, lengths, KEPT_AT_ONCE):
+            on_batch(num_done, len(missing))
+            num_done += len(indices)
+            states = {i: states_of(i) for i in indices}
             found = {i: hidden_TH for i, hidden_TH in states.items() if hidden_TH is not None}
             if not found:
                 continue

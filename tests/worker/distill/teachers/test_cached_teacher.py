@@ -416,14 +416,14 @@ def test_rows_of_states_that_were_computed_before_equal_computed_ones(
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_more_rows_than_are_packed_at_once_are_kept(
+def test_rows_are_packed_in_batches_and_all_are_kept(
     opener: Opener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("worker.distill.teachers.cached_teacher.KEPT_AT_ONCE", 4)
+    monkeypatch.setattr("worker.distill.teachers.cached_teacher.KEPT_AT_ONCE", 40)
     hidden = LiveTeacher(opener.model).hidden(opener.data_rows)
     teacher, progress = opener("expected"), []
     teacher.keep(hidden.__getitem__, lambda done, wanted: progress.append((done, wanted)))
-    assert progress == [(0, len(LENGTHS)), (4, len(LENGTHS))]
+    assert progress == [(num_done, len(LENGTHS)) for num_done in (0, 2, 4)]
     assert (teacher.num_kept, teacher.has_all_rows) == (len(LENGTHS), True)
 
 
